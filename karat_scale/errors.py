@@ -1,0 +1,17 @@
+"""The errors a user can mend. Each is one clear line and ends a command with exit code 2."""
+
+
+class UserError(Exception):
+    """Something the user asked for cannot be done as asked; the message says what and how to mend it."""
+
+
+class RecipeError(UserError):
+    """The recipe, or an override of it, is wrong."""
+
+
+class DataError(UserError):
+    """The data the recipe names is missing, damaged or does not fit the recipe."""
+
+
+class RunDirectoryError(UserError):
+    """The run directory or a checkpoint in it does not fit what was asked."""
