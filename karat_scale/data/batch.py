@@ -1,0 +1,56 @@
+"""What a backend hands to the trainer."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """One sample that could not be decoded, and why."""
+
+    sample_id: int
+    key: str
+    shard: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"sample {self.key} in {self.shard} cannot be decoded: {self.reason}"
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One micro batch.
+
+    images: uint8 [b, 3, H, W]. labels: int64 [b]; 0 in padding. sample_ids: int64 [b]; where training replaced an
+    unreadable sample, the id of the one that took its place. valid: bool [b]; False for padding and for unreadable
+    samples of an evaluation. bad: the unreadable samples met. epoch and batch: the slice's own.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    sample_ids: torch.Tensor
+    valid: torch.Tensor
+    bad: tuple[BadSample, ...] = ()
+    epoch: int = 0
+    batch: int = 0
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
+        """The same batch on `device`; the copy overlaps with other work where the memory is pinned."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            sample_ids=self.sample_ids.to(device, non_blocking=non_blocking),
+            valid=self.valid.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory; the DataLoader calls this."""
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            labels=self.labels.pin_memory(),
+            sample_ids=self.sample_ids.pin_memory(),
+            valid=self.valid.pin_memory(),
+        )

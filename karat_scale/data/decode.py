@@ -1,0 +1,45 @@
+"""Encoded bytes to an RGB image, by Pillow.
+
+As in torchvision's ImageFolder, EXIF orientation is ignored and alpha is dropped. Unlike there, 16-bit grey is scaled
+to 8 bits in place of clipped.
+"""
+
+import io
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+
+class UndecodableImageError(Exception):
+    """The bytes are no whole image; the message is the reason."""
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """A loaded RGB image of any format, mode or bit depth Pillow reads. Raises UndecodableImageError."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return _to_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files make Pillow raise nearly anything
+        raise UndecodableImageError(undecodable_reason(error)) from error
+
+
+def undecodable_reason(error: Exception) -> str:
+    """Why Pillow refused an image, on one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image that Pillow knows"
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        image.load()
+        return image.copy() if image.readonly else image
+    if image.mode.startswith("I"):
+        high_byte = np.clip(np.asarray(image, dtype=np.int64) >> 8, 0, 255).astype(np.uint8)
+        return Image.fromarray(high_byte).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")

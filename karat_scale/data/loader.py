@@ -1,0 +1,86 @@
+"""Batches in plan order from parallel worker processes."""
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from karat_scale.data.batch import Batch
+from karat_scale.data.plan import BatchSlice
+from karat_scale.data.workers import prepare_worker
+from karat_scale.errors import DataError, UserError
+
+
+class MakesBatches(Protocol):
+    """Something that turns a slice into its batch."""
+
+    def __getitem__(self, part: BatchSlice) -> Batch: ...
+
+
+class OrderedLoader(Iterator[Batch]):
+    """Iterates over the batches of `slices`, in their order, whatever the number of workers.
+
+    One slice is one work item; each worker has at most `prefetch` of them under way, so memory is bounded. Workers
+    start at once and serve until the slices end or `close`. With 0 workers everything happens in this process.
+    A UserError raised in a worker is raised here as it is; a worker that dies is a DataError.
+    """
+
+    def __init__(self, make: MakesBatches, slices: Iterable[BatchSlice], workers: int, prefetch: int) -> None:
+        loader = DataLoader(
+            _Guarded(make),
+            batch_size=None,
+            sampler=slices,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            collate_fn=_unchanged,
+            worker_init_fn=prepare_worker,
+            pin_memory=torch.cuda.is_available(),
+            # Without a generator of its own the loader draws from the global one.
+            generator=torch.Generator(),
+            multiprocessing_context="fork" if workers else None,
+        )
+        self._results: Iterator[Batch | UserError] | None = iter(loader)
+
+    def __next__(self) -> Batch:
+        if self._results is None:
+            raise StopIteration
+        try:
+            result = next(self._results)
+        except StopIteration:
+            self.close()
+            raise
+        except RuntimeError as error:
+            self.close()
+            if "killed by signal" in str(error) or "exited unexpectedly" in str(error):
+                raise DataError(
+                    f"a data worker died ({str(error).splitlines()[0]}); if memory or /dev/shm is short, "
+                    "lower data.workers or data.prefetch"
+                ) from error
+            raise
+        if isinstance(result, UserError):
+            self.close()
+            raise result
+        return result
+
+    def close(self) -> None:
+        """Stop the workers."""
+        # The DataLoader's iterator ends its workers when it is collected.
+        self._results = None
+
+
+class _Guarded(Dataset["Batch | UserError"]):
+    """Hands a UserError over as a value: DataLoader would wrap a raised one in a traceback."""
+
+    def __init__(self, make: MakesBatches) -> None:
+        self._make = make
+
+    def __getitem__(self, part: BatchSlice) -> Batch | UserError:
+        try:
+            return self._make[part]
+        except UserError as error:
+            return error.with_traceback(None)
+
+
+def _unchanged(batch: Batch | UserError) -> Batch | UserError:
+    return batch

@@ -1,0 +1,97 @@
+"""Mixup and cutmix between neighbours of a global batch, and label smoothing.
+
+timm mixes sample i with sample b - 1 - i, which ties the result to the size of a micro batch. Here samples 2i and
+2i + 1 mix, and kind, lambda and box come from (seed, epoch, global batch): an even slice of a batch mixes as it does
+inside the whole.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from timm.data.mixup import cutmix_bbox_and_lam, one_hot
+
+from karat_scale.data.order import batch_seed
+from karat_scale.recipe import AugmentConfig
+
+
+@dataclass(frozen=True)
+class MixParams:
+    """How one global batch is mixed. lam: the share of the sample itself. box: top, bottom, left, right in pixels."""
+
+    kind: Literal["none", "mixup", "cutmix"]
+    lam: float = 1.0
+    box: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
+class Mixer:
+    """Mixes images and labels of a batch and smooths the labels.
+
+    Mixup: arXiv 1710.09412. Cutmix: arXiv 1905.04899, lambda corrected for a box cut by the border. With both on,
+    `mix_switch_prob` is the probability of cutmix.
+    """
+
+    def __init__(self, augment: AugmentConfig, num_classes: int, seed: int) -> None:
+        self._augment = augment
+        self._num_classes = num_classes
+        self._seed = seed
+
+    def params(self, epoch: int, batch: int, height: int, width: int) -> MixParams:
+        """What global batch `batch` of `epoch` does to images of this size."""
+        augment = self._augment
+        if not augment.mixes:
+            return MixParams("none")
+        # RandomState is the numpy generator whose stream is frozen for good.
+        rng = np.random.RandomState(batch_seed(self._seed, epoch, batch) % 2**32)
+        mix, switch = rng.rand(2)
+        if mix >= augment.mix_prob:
+            return MixParams("none")
+        cut = augment.cutmix > 0 and (augment.mixup == 0 or switch < augment.mix_switch_prob)
+        if not cut:
+            return MixParams("mixup", float(rng.beta(augment.mixup, augment.mixup)))
+        lam = float(rng.beta(augment.cutmix, augment.cutmix))
+        with _seeded_global_numpy(int(rng.randint(2**31))):
+            box, lam = cutmix_bbox_and_lam((height, width), lam)
+        return MixParams("cutmix", float(lam), tuple(int(edge) for edge in box))
+
+    def mix(
+        self, images: torch.Tensor, labels: torch.Tensor, epoch: int, batch: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mix float [b, 3, H, W] and int64 [b]; returns images alike and float32 targets [b, classes].
+
+        b must be even where the recipe mixes, else ValueError. Inputs are left as they are.
+        """
+        if self._augment.mixes and len(images) % 2:
+            raise ValueError(f"cannot mix pairs of an odd batch of {len(images)}")
+        smoothing = self._augment.label_smoothing
+        off = smoothing / self._num_classes
+        targets = one_hot(labels, self._num_classes, on_value=1 - smoothing + off, off_value=off)
+        params = self.params(epoch, batch, *images.shape[-2:])
+        if params.kind == "none":
+            return images, targets
+        targets = targets * params.lam + _partners(targets) * (1 - params.lam)
+        if params.kind == "mixup":
+            return images * params.lam + _partners(images) * (1 - params.lam), targets
+        top, bottom, left, right = params.box
+        mixed = images.clone()
+        mixed[..., top:bottom, left:right] = _partners(images[..., top:bottom, left:right])
+        return mixed, targets
+
+
+def _partners(rows: torch.Tensor) -> torch.Tensor:
+    """Rows 1, 0, 3, 2, ...: what each row mixes with."""
+    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
+@contextmanager
+def _seeded_global_numpy(seed: int) -> Iterator[None]:
+    # timm draws its box from numpy's global generator.
+    state = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)

@@ -1,0 +1,128 @@
+"""Which samples make which batch on which rank, before anything is read."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from karat_scale.data.order import epoch_order
+from karat_scale.errors import DataError, RecipeError
+
+PADDING = -1
+
+
+@dataclass(frozen=True, eq=False)
+class BatchSlice:
+    """One rank's micro batch of one global batch.
+
+    `sample_ids` is int64 [b]; PADDING (-1) fills up the last batch of an evaluation. `batch` counts global batches
+    within the epoch.
+    """
+
+    epoch: int
+    batch: int
+    sample_ids: npt.NDArray[np.int64]
+
+
+def choose_micro_batch(global_batch: int, world_size: int, wanted: int | None, even: bool) -> int:
+    """The micro batch of every rank: `wanted` clipped to the rank's part, or the whole part.
+
+    `even` asks for even micro batches, because mixup and cutmix mix neighbours. Raises RecipeError where the global
+    batch cannot be cut so.
+    """
+    part, rest = divmod(global_batch, world_size)
+    unit = 2 * world_size if even else world_size
+    if rest or part == 0 or (even and part % 2):
+        pairs = " in even parts, as mixup and cutmix need" if even and not rest and part else ""
+        raise RecipeError(
+            f"train.global_batch = {global_batch} does not divide over {world_size} ranks{pairs}; "
+            f"use a multiple of {unit}, such as {math.ceil(global_batch / unit) * unit}"
+        )
+    micro = part if wanted is None else min(wanted, part)
+    if part % micro or (even and micro % 2):
+        fits = [m for m in range(1, part + 1) if part % m == 0 and not (even and m % 2)]
+        best = max((m for m in fits if m <= micro), default=fits[0])
+        raise RecipeError(
+            f"train.micro_batch = {micro} does not divide each rank's {part} samples of a global batch"
+            f"{' into even parts' if even else ''}; use {best}"
+        )
+    return micro
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """The training batches of one rank. The last incomplete global batch of an epoch is dropped.
+
+    Global batch t of an epoch is the same set in the same order for every world size; rank k takes its k-th
+    contiguous part, in contiguous micro batches. Raises DataError when an epoch has no whole batch and RecipeError
+    when the global batch does not divide.
+    """
+
+    seed: int
+    num_samples: int
+    global_batch: int
+    micro_batch: int
+    rank: int
+    world_size: int
+    order: str = "full"
+
+    def __post_init__(self) -> None:
+        choose_micro_batch(self.global_batch, self.world_size, self.micro_batch, even=False)
+        if self.num_samples < self.global_batch:
+            raise DataError(
+                f"the training split has {self.num_samples} samples, fewer than train.global_batch = "
+                f"{self.global_batch}; set train.global_batch to at most {self.num_samples}"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_samples // self.global_batch
+
+    @property
+    def accumulation(self) -> int:
+        """Micro batches per step on each rank."""
+        return self.global_batch // self.world_size // self.micro_batch
+
+    def slices(self, start_step: int, stop_step: int) -> Iterator[BatchSlice]:
+        """The micro batches of steps start_step .. stop_step - 1, counted from the start of training."""
+        part = self.accumulation * self.micro_batch
+        order_epoch, order = -1, np.empty(0, dtype=np.int64)
+        for step in range(start_step, stop_step):
+            epoch, batch = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order = epoch_order(self.seed, epoch, self.num_samples, self.order)
+                order_epoch = epoch
+            first = batch * self.global_batch + self.rank * part
+            for start in range(first, first + part, self.micro_batch):
+                yield BatchSlice(epoch, batch, order[start : start + self.micro_batch].copy())
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """The evaluation batches of one rank: over all ranks every sample once, in equally many batches per rank."""
+
+    num_samples: int
+    batch: int
+    rank: int
+    world_size: int
+
+    @property
+    def _per_rank(self) -> int:
+        return math.ceil(self.num_samples / self.world_size)
+
+    @property
+    def num_batches(self) -> int:
+        return math.ceil(self._per_rank / self.batch)
+
+    def slices(self) -> Iterator[BatchSlice]:
+        """All batches of this rank, in the split's own order, each of `batch` ids, padded with PADDING."""
+        first = self.rank * self._per_rank
+        last = min(first + self._per_rank, self.num_samples)
+        for number in range(self.num_batches):
+            start = first + number * self.batch
+            ids = np.full(self.batch, PADDING, dtype=np.int64)
+            count = max(0, min(self.batch, last - start))
+            ids[:count] = np.arange(start, start + count)
+            yield BatchSlice(0, number, ids)

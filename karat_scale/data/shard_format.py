@@ -1,0 +1,158 @@
+"""What a directory of shards holds besides the tars.
+
+    dataset.json              classes in order; per split its shards, how it was made, what was skipped and why
+    train-000000.tar          WebDataset tar: <key>.cls, <key>.jpg, <key>.cls, ...
+    train-000000.index.npz    per sample of that tar: offset, size, label, crc32, key
+    ...
+    val-000000.tar, ...
+
+A sample's id is its position in the split: shard after shard, in the order of dataset.json.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from karat_scale.errors import DataError
+
+DATASET_FILE = "dataset.json"
+# A name from dataset.json must not lead out of its directory.
+FileName = Field(pattern=r"^[\w-][\w.-]*$")
+
+
+class FileRecord(BaseModel):
+    """A file as it was when it was written."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = FileName
+    bytes: int
+    sha256: str
+
+
+class ShardRecord(FileRecord):
+    """A tar shard and the index beside it."""
+
+    samples: int
+    index: FileRecord
+
+
+class SkippedRecord(BaseModel):
+    """A source image that went into no shard."""
+
+    path: str
+    reason: str
+
+
+class SplitRecord(BaseModel):
+    """One split: `made` says from what and with which settings."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    samples: int
+    bytes: int
+    shards: list[ShardRecord]
+    made: dict[str, Any] = {}
+    skipped: list[SkippedRecord] = []
+
+
+class DatasetRecord(BaseModel):
+    """The whole of dataset.json."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal["karat-shards"] = "karat-shards"
+    version: Literal[1] = 1
+    classes: list[str]
+    splits: dict[str, SplitRecord] = {}
+
+
+def read_dataset_record(directory: Path) -> DatasetRecord:
+    """Read dataset.json. Raises DataError where the directory or the file is missing, empty or damaged."""
+    mend = "make it with data_prep/make_webdataset.py"
+    if not directory.is_dir():
+        raise DataError(f"data.path = {directory} is not a directory; {mend} or correct the path")
+    path = directory / DATASET_FILE
+    if not path.is_file():
+        found = "is empty" if not any(directory.iterdir()) else f"has no {DATASET_FILE}"
+        raise DataError(f"data.path = {directory} {found}; {mend} or correct the path")
+    try:
+        return DatasetRecord.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "JSON"
+        raise DataError(
+            f"{path} is damaged or of another version ({where}: {first['msg']}); {mend}"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def write_dataset_record(directory: Path, record: DatasetRecord) -> None:
+    """Write dataset.json whole or not at all."""
+    text = json.dumps(record.model_dump(), indent=1, ensure_ascii=False) + "\n"
+    write_atomically(directory / DATASET_FILE, text.encode())
+
+
+INDEX_FIELDS = ("offset", "size", "label", "crc32")
+
+
+def index_bytes(rows: list[tuple[int, int, int, int]], keys: list[str]) -> bytes:
+    """The index file of a shard from rows of (offset, size, label, crc32)."""
+    columns = np.array(rows, dtype=np.int64).reshape(-1, len(INDEX_FIELDS))
+    dtypes = (np.int64, np.int64, np.int32, np.uint32)
+    arrays = {name: columns[:, i].astype(dtypes[i]) for i, name in enumerate(INDEX_FIELDS)}
+    buffer = io.BytesIO()
+    np.savez(buffer, key=np.array([key.encode() for key in keys], dtype=np.bytes_), **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def read_index_field(data: bytes, name: str) -> npt.NDArray[Any]:
+    """One column of an index file's bytes."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+        return np.asarray(archive[name])
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, flush it to the disk, then give it its name."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        commit_file(Path(temporary), path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def commit_file(temporary: Path, path: Path) -> None:
+    """Make a written temporary file durable and rename it to `path`."""
+    temporary.chmod(0o644)
+    _flush_to_disk(temporary)
+    temporary.replace(path)
+    _flush_to_disk(path.parent)
+
+
+def _flush_to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, as hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

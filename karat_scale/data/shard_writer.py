@@ -1,0 +1,83 @@
+"""Writing shards: one tar and its index at a time, by webdataset's own writer.
+
+The same samples give the same bytes. Every file is complete under its name or not there; the caller writes
+dataset.json last.
+"""
+
+import hashlib
+import os
+import tempfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from webdataset.writer import TarWriter
+
+from karat_scale.data.shard_format import FileRecord, ShardRecord, commit_file, index_bytes, write_atomically
+
+TAR_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """An image file's bytes as they go into a shard. `extension` is jpg, png, ...; `key` has no dot in its name."""
+
+    key: str
+    extension: str
+    data: bytes
+    label: int
+
+
+def shard_name(split: str, number: int) -> str:
+    """The name of a shard without its ending."""
+    return f"{split}-{number:06d}"
+
+
+def write_shard(directory: Path, name: str, samples: Iterable[EncodedSample]) -> ShardRecord:
+    """Write `name`.tar and `name`.index.npz into `directory`; returns what dataset.json records of them."""
+    rows: list[tuple[int, int, int, int]] = []
+    keys: list[str] = []
+    path = directory / f"{name}.tar"
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=directory)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            stream = _HashingStream(file)
+            with TarWriter(stream, encoder=False, mtime=0) as tar:
+                for sample in samples:
+                    # Two calls, since one would sort the members by ending.
+                    tar.write({"__key__": sample.key, "cls": str(sample.label).encode()})
+                    tar.write({"__key__": sample.key, sample.extension: sample.data})
+                    padded = -(-len(sample.data) // TAR_BLOCK) * TAR_BLOCK
+                    offset = tar.tarstream.offset - padded
+                    rows.append((offset, len(sample.data), sample.label, zlib.crc32(sample.data)))
+                    keys.append(sample.key)
+        commit_file(Path(temporary), path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    index = index_bytes(rows, keys)
+    index_name = f"{name}.index.npz"
+    write_atomically(directory / index_name, index)
+    return ShardRecord(
+        name=path.name,
+        bytes=stream.bytes,
+        sha256=stream.digest.hexdigest(),
+        samples=len(rows),
+        index=FileRecord(name=index_name, bytes=len(index), sha256=hashlib.sha256(index).hexdigest()),
+    )
+
+
+class _HashingStream:
+    """Passes bytes on to a file, counting and hashing them, so that a shard is never read back for its digest."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.bytes = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.bytes += len(data)
+        self.digest.update(data)
+        return self._file.write(data)
