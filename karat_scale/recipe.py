@@ -59,9 +59,10 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _patches_tile_the_image(self) -> "ModelConfig":
         if self.image_size % self.patch_size:
+            nearest = max(self.image_size // self.patch_size, 1) * self.patch_size
             raise ValueError(
                 f"model.image_size = {self.image_size} is not a multiple of model.patch_size = "
-                f"{self.patch_size}; use {self.image_size // self.patch_size * self.patch_size or self.patch_size}"
+                f"{self.patch_size}; use {nearest}"
             )
         if self.embed_dim and self.num_heads and self.embed_dim % self.num_heads:
             raise ValueError(
@@ -196,7 +197,7 @@ class CheckpointConfig(Section):
 
 
 class ResumeConfig(Section):
-    """How to go on from an earlier run. `from` is a checkpoint directory; `allow` names keys that may differ."""
+    """How to go on from an earlier run: `from` is a checkpoint directory, `allow` names keys that may differ."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 

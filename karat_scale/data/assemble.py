@@ -1,4 +1,4 @@
-"""From the ids of a batch to the batch: read, decode, transform, collect, for any source of encoded images."""
+"""From the ids of a batch to the batch: read, decode, transform, collect; for any source of images."""
 
 from typing import Literal, Protocol
 
@@ -59,7 +59,8 @@ class Assembler:
 
 
 class TrainAssembler(Assembler):
-    """Training batches. An unreadable sample gives its place to the next id that decodes, when the recipe says skip.
+    """Training batches. An unreadable sample gives its place to the next id that decodes, when the recipe
+    says skip.
 
     The substitute is augmented by its own seed, so it looks as it does in its own place.
     """

@@ -1,7 +1,8 @@
 """Training and evaluation transforms: RGB image to uint8 [3, H, W].
 
-A training transform first draws what it will do, then does it. The record of draws is what two backends must agree
-on. Every draw comes from the sample's own seed, through `random.Random`, whose stream Python keeps stable.
+A training transform first draws what it will do, then does it. The record of draws is what two backends must
+agree on. Every draw comes from the sample's own seed, through `random.Random`, whose stream Python keeps
+stable.
 """
 
 import math
@@ -35,8 +36,8 @@ JITTERS = {
 class Draw:
     """What one sample's augmentation does.
 
-    box: left, top, width, height in source pixels. ops: RandAugment operations by name; each then decides by `op_seed`
-    whether and how strongly it acts. jitter: (name, factor) in the order applied.
+    box: left, top, width, height in source pixels. ops: RandAugment operations by name; each then decides by
+    `op_seed` whether and how strongly it acts. jitter: (name, factor) in the order applied.
     """
 
     box: tuple[int, int, int, int]
@@ -49,8 +50,8 @@ class Draw:
 class TrainTransform:
     """Random resized crop, flip, RandAugment, colour jitter, in timm's order.
 
-    Both RandAugment and jitter act when both are set, as the recipe says; timm itself lets RandAugment silence the
-    jitter. Raises RecipeError for a RandAugment string timm cannot read.
+    Both RandAugment and jitter act when both are set, as the recipe says; timm itself lets RandAugment
+    silence the jitter. Raises RecipeError for a RandAugment string timm cannot read.
     """
 
     def __init__(self, augment: AugmentConfig, image_size: int) -> None:
@@ -108,9 +109,7 @@ class TrainTransform:
         if not self._fixed_crop:
             for _ in range(10):
                 area = width * height * (low + (high - low) * rng.random())
-                ratio = math.exp(
-                    self._log_ratio[0] + (self._log_ratio[1] - self._log_ratio[0]) * rng.random()
-                )
+                ratio = math.exp(self._log_ratio[0] + (self._log_ratio[1] - self._log_ratio[0]) * rng.random())
                 w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
                 if 0 < w <= width and 0 < h <= height:
                     return int(rng.random() * (width - w + 1)), int(rng.random() * (height - h + 1)), w, h

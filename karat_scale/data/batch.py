@@ -22,9 +22,10 @@ class BadSample:
 class Batch:
     """One micro batch.
 
-    images: uint8 [b, 3, H, W]. labels: int64 [b]; 0 in padding. sample_ids: int64 [b]; where training replaced an
-    unreadable sample, the id of the one that took its place. valid: bool [b]; False for padding and for unreadable
-    samples of an evaluation. bad: the unreadable samples met. epoch and batch: the slice's own.
+    images: uint8 [b, 3, H, W]. labels: int64 [b]; 0 in padding. sample_ids: int64 [b]; where training
+    replaced an unreadable sample, the id of the one that took its place. valid: bool [b]; False for padding
+    and for unreadable samples of an evaluation. bad: the unreadable samples met. epoch and batch: the slice's
+    own.
     """
 
     images: torch.Tensor

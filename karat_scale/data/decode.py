@@ -1,7 +1,7 @@
 """Encoded bytes to an RGB image, by Pillow.
 
-As in torchvision's ImageFolder, EXIF orientation is ignored and alpha is dropped. Unlike there, 16-bit grey is scaled
-to 8 bits in place of clipped.
+As in torchvision's ImageFolder, EXIF orientation is ignored and alpha is dropped. Unlike there, 16-bit grey
+is scaled to 8 bits in place of clipped.
 """
 
 import io

@@ -1,7 +1,7 @@
 """Batches in plan order from parallel worker processes."""
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -21,9 +21,9 @@ class MakesBatches(Protocol):
 class OrderedLoader(Iterator[Batch]):
     """Iterates over the batches of `slices`, in their order, whatever the number of workers.
 
-    One slice is one work item; each worker has at most `prefetch` of them under way, so memory is bounded. Workers
-    start at once and serve until the slices end or `close`. With 0 workers everything happens in this process.
-    A UserError raised in a worker is raised here as it is; a worker that dies is a DataError.
+    One slice is one work item; each worker has at most `prefetch` of them under way, so memory is bounded.
+    Workers start at once and serve until the slices end or `close`. With 0 workers everything happens in this
+    process. A UserError raised in a worker is raised here as it is; a worker that dies is a DataError.
     """
 
     def __init__(self, make: MakesBatches, slices: Iterable[BatchSlice], workers: int, prefetch: int) -> None:
@@ -82,5 +82,5 @@ class _Guarded(Dataset["Batch | UserError"]):
             return error.with_traceback(None)
 
 
-def _unchanged(batch: Batch | UserError) -> Batch | UserError:
-    return batch
+def _unchanged(result: Any) -> Any:
+    return result

@@ -1,8 +1,8 @@
 """Mixup and cutmix between neighbours of a global batch, and label smoothing.
 
-timm mixes sample i with sample b - 1 - i, which ties the result to the size of a micro batch. Here samples 2i and
-2i + 1 mix, and kind, lambda and box come from (seed, epoch, global batch): an even slice of a batch mixes as it does
-inside the whole.
+timm mixes sample i with sample b - 1 - i, which ties the result to the size of a micro batch. Here samples 2i
+and 2i + 1 mix, and kind, lambda and box come from (seed, epoch, global batch): an even slice of a batch mixes
+as it does inside the whole.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from karat_scale.recipe import AugmentConfig
 
 @dataclass(frozen=True)
 class MixParams:
-    """How one global batch is mixed. lam: the share of the sample itself. box: top, bottom, left, right in pixels."""
+    """How a global batch is mixed. lam: the sample's own share. box: top, bottom, left, right in pixels."""
 
     kind: Literal["none", "mixup", "cutmix"]
     lam: float = 1.0
@@ -30,8 +30,8 @@ class MixParams:
 class Mixer:
     """Mixes images and labels of a batch and smooths the labels.
 
-    Mixup: arXiv 1710.09412. Cutmix: arXiv 1905.04899, lambda corrected for a box cut by the border. With both on,
-    `mix_switch_prob` is the probability of cutmix.
+    Mixup: arXiv 1710.09412. Cutmix: arXiv 1905.04899, lambda corrected for a box cut by the border. With both
+    on, `mix_switch_prob` is the probability of cutmix.
     """
 
     def __init__(self, augment: AugmentConfig, num_classes: int, seed: int) -> None:
@@ -54,8 +54,8 @@ class Mixer:
             return MixParams("mixup", float(rng.beta(augment.mixup, augment.mixup)))
         lam = float(rng.beta(augment.cutmix, augment.cutmix))
         with _seeded_global_numpy(int(rng.randint(2**31))):
-            box, lam = cutmix_bbox_and_lam((height, width), lam)
-        return MixParams("cutmix", float(lam), tuple(int(edge) for edge in box))
+            (top, bottom, left, right), lam = cutmix_bbox_and_lam((height, width), lam)
+        return MixParams("cutmix", float(lam), (int(top), int(bottom), int(left), int(right)))
 
     def mix(
         self, images: torch.Tensor, labels: torch.Tensor, epoch: int, batch: int

@@ -6,7 +6,7 @@ import torch
 
 
 class Normalize:
-    """uint8 [b, 3, H, W] to float32 (images / 255 - mean) / std, per channel; mean and std are fractions of 1."""
+    """uint8 [b, 3, H, W] to float32 (images / 255 - mean) / std; mean and std are fractions of 1."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         mean_, std_ = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """The order of an epoch and every seed of the data path, as pure functions.
 
-Nothing here depends on world size, workers, backend or the history of the run. Streams come from BLAKE2 and from
-Philox's raw output, which numpy never changes, so an order is the same under every numpy version.
+Nothing here depends on world size, workers, backend or the history of the run. Streams come from BLAKE2 and
+from Philox's raw output, which numpy never changes, so an order is the same under every numpy version.
 """
 
 import struct

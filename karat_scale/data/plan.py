@@ -17,8 +17,8 @@ PADDING = -1
 class BatchSlice:
     """One rank's micro batch of one global batch.
 
-    `sample_ids` is int64 [b]; PADDING (-1) fills up the last batch of an evaluation. `batch` counts global batches
-    within the epoch.
+    `sample_ids` is int64 [b]; PADDING (-1) fills up the last batch of an evaluation. `batch` counts global
+    batches within the epoch.
     """
 
     epoch: int
@@ -29,8 +29,8 @@ class BatchSlice:
 def choose_micro_batch(global_batch: int, world_size: int, wanted: int | None, even: bool) -> int:
     """The micro batch of every rank: `wanted` clipped to the rank's part, or the whole part.
 
-    `even` asks for even micro batches, because mixup and cutmix mix neighbours. Raises RecipeError where the global
-    batch cannot be cut so.
+    `even` asks for even micro batches, because mixup and cutmix mix neighbours. Raises RecipeError where the
+    global batch cannot be cut so.
     """
     part, rest = divmod(global_batch, world_size)
     unit = 2 * world_size if even else world_size
@@ -56,8 +56,8 @@ class TrainPlan:
     """The training batches of one rank. The last incomplete global batch of an epoch is dropped.
 
     Global batch t of an epoch is the same set in the same order for every world size; rank k takes its k-th
-    contiguous part, in contiguous micro batches. Raises DataError when an epoch has no whole batch and RecipeError
-    when the global batch does not divide.
+    contiguous part, in contiguous micro batches. Raises DataError when an epoch has no whole batch and
+    RecipeError when the global batch does not divide.
     """
 
     seed: int
@@ -101,7 +101,7 @@ class TrainPlan:
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """The evaluation batches of one rank: over all ranks every sample once, in equally many batches per rank."""
+    """The evaluation batches of one rank: every sample once over all ranks, as many batches on each."""
 
     num_samples: int
     batch: int

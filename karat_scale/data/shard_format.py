@@ -1,6 +1,6 @@
 """What a directory of shards holds besides the tars.
 
-    dataset.json              classes in order; per split its shards, how it was made, what was skipped and why
+    dataset.json              classes in order; per split: shards, how it was made, what was skipped and why
     train-000000.tar          WebDataset tar: <key>.cls, <key>.jpg, <key>.cls, ...
     train-000000.index.npz    per sample of that tar: offset, size, label, crc32, key
     ...
@@ -89,9 +89,7 @@ def read_dataset_record(directory: Path) -> DatasetRecord:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "JSON"
-        raise DataError(
-            f"{path} is damaged or of another version ({where}: {first['msg']}); {mend}"
-        ) from error
+        raise DataError(f"{path} is damaged or of another version ({where}: {first['msg']}); {mend}") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -109,9 +107,10 @@ def index_bytes(rows: list[tuple[int, int, int, int]], keys: list[str]) -> bytes
     """The index file of a shard from rows of (offset, size, label, crc32)."""
     columns = np.array(rows, dtype=np.int64).reshape(-1, len(INDEX_FIELDS))
     dtypes = (np.int64, np.int64, np.int32, np.uint32)
-    arrays = {name: columns[:, i].astype(dtypes[i]) for i, name in enumerate(INDEX_FIELDS)}
+    arrays: dict[str, Any] = {name: columns[:, i].astype(dtypes[i]) for i, name in enumerate(INDEX_FIELDS)}
     buffer = io.BytesIO()
-    np.savez(buffer, key=np.array([key.encode() for key in keys], dtype=np.bytes_), **arrays)  # type: ignore[arg-type]
+    arrays["key"] = np.array([key.encode() for key in keys], dtype=np.bytes_)
+    np.savez(buffer, **arrays)
     return buffer.getvalue()
 
 

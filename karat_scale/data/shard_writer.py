@@ -22,7 +22,7 @@ TAR_BLOCK = 512
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """An image file's bytes as they go into a shard. `extension` is jpg, png, ...; `key` has no dot in its name."""
+    """An image file as it goes into a shard. `extension` is jpg, png, ...; `key` has no dot in its name."""
 
     key: str
     extension: str
@@ -70,7 +70,7 @@ def write_shard(directory: Path, name: str, samples: Iterable[EncodedSample]) ->
 
 
 class _HashingStream:
-    """Passes bytes on to a file, counting and hashing them, so that a shard is never read back for its digest."""
+    """Passes bytes on to a file, counting and hashing them, so that no shard is read back for its digest."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

@@ -27,8 +27,8 @@ MEND = "copy the shards again or make them again with data_prep/make_webdataset.
 class ShardSplit:
     """The samples of one split: sample ids 0 .. len - 1 over all shards in order.
 
-    Opening reads the indexes and checks every shard's size, or with verify="hash" its SHA-256. Raises DataError, one
-    line, for whatever is missing, cut short, changed or out of range. `labels` is int32 [len].
+    Opening reads the indexes and checks every shard's size, or with verify="hash" its SHA-256. Raises
+    DataError, one line, for whatever is missing, cut short, changed or out of range. `labels` is int32 [len].
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ShardSplit:
             key = read_index_field(data, "key")[wrong[0]].decode()
             raise DataError(
                 f"{self.directory / shard.name}: sample {key} has label {index['label'][wrong[0]]}, but "
-                f"dataset.json lists {len(self.classes)} classes; correct the labels and make the shards again"
+                f"dataset.json lists {len(self.classes)} classes; correct them and make the shards again"
             )
         if len(index["label"]) != shard.samples or np.any(index["offset"] + index["size"] > shard.bytes):
             raise DataError(f"{path} does not fit its shard {shard.name}; {MEND}")

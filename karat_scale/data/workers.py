@@ -1,4 +1,4 @@
-"""What a data worker process must be: deaf to the signals the trainer handles, and gone when the trainer is."""
+"""What a data worker process must be: deaf to the signals the trainer handles, gone when the trainer is."""
 
 import os
 import signal
@@ -12,9 +12,9 @@ POLL_SECONDS = 1.0
 def prepare_worker(worker_id: int) -> None:
     """Set up the calling process as a data worker; for DataLoader's worker_init_fn.
 
-    A signal to the whole process group (Ctrl-C, SLURM) must not end the workers, since the trainer still needs its
-    batches until it has written a checkpoint, and a worker's death would interrupt it anywhere. So SIGTERM ends a
-    worker only when the parent itself sends it.
+    A signal to the whole process group (Ctrl-C, SLURM) must not end the workers, since the trainer still
+    needs its batches until it has written a checkpoint, and a worker's death would interrupt it anywhere. So
+    SIGTERM ends a worker only when the parent itself sends it.
     """
     torch.set_num_threads(1)
     for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):

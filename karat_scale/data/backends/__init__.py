@@ -7,10 +7,8 @@ from karat_scale.recipe import AugmentConfig, DataConfig
 __all__ = ["Backend", "open_backend"]
 
 
-def open_backend(
-    data: DataConfig, augment: AugmentConfig, image_size: int, num_classes: int, seed: int
-) -> Backend:
-    """Open the backend that `data.backend` names and check its data. Raises DataError or RecipeError, one line."""
+def open_backend(data: DataConfig, augment: AugmentConfig, image_size: int, num_classes: int, seed: int) -> Backend:
+    """Open the backend that `data.backend` names and check its data. Raises DataError or RecipeError."""
     # A backend's library is imported only where it is used.
     if data.backend == "webdataset":
         from karat_scale.data.backends.webdataset import WebDatasetBackend

@@ -16,20 +16,16 @@ from karat_scale.recipe import AugmentConfig, DataConfig
 
 
 class WebDatasetBackend:
-    """The `webdataset` backend; see Backend. Opening raises DataError for whatever is wrong with the shards."""
+    """The `webdataset` backend; see Backend. Opening raises DataError when the shards are not right."""
 
-    def __init__(
-        self, data: DataConfig, augment: AugmentConfig, image_size: int, num_classes: int, seed: int
-    ) -> None:
+    def __init__(self, data: DataConfig, augment: AugmentConfig, image_size: int, num_classes: int, seed: int) -> None:
         self._data = data
         self._train = ShardSplit(data.path, data.train_split, num_classes, data.verify)
         self._val = ShardSplit(data.path, data.val_split, num_classes, data.verify)
         self._make_train = TrainAssembler(
             self._train, image_size, data.on_bad_sample, TrainTransform(augment, image_size), seed
         )
-        self._make_val = EvalAssembler(
-            self._val, image_size, data.on_bad_sample, EvalTransform(augment, image_size)
-        )
+        self._make_val = EvalAssembler(self._val, image_size, data.on_bad_sample, EvalTransform(augment, image_size))
         self._loaders: weakref.WeakSet[OrderedLoader] = weakref.WeakSet()
 
     @property

@@ -1,0 +1,129 @@
+"""The style the scripts share: their arguments, their progress display and how they end."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from karat_scale.errors import UserError
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports wrong usage on one line, with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
+
+
+def make_parser(description: str) -> OneLineParser:
+    """A parser with the options every script has."""
+    parser = OneLineParser(description=description, allow_abbrev=False)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write to")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing")
+    return parser
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """The options of scripts that convert a source."""
+    parser.add_argument("--src", type=Path, required=True, metavar="DIR", help="where the images are")
+    parser.add_argument("--split", metavar="NAME", help="the one split to make (default: all there are)")
+    parser.add_argument(
+        "--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)"
+    )
+
+
+def positive(text: str) -> int:
+    """An argument that is a count. Raises argparse.ArgumentTypeError."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a script: exit 0, or 2 with one line on stderr for what the user can mend, 130 for Ctrl-C."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_fail(str(error), 2))
+    except OSError as error:
+        sys.exit(_fail(f"{error.filename or 'the system'}: {error.strerror or error}", 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("stopped; run the same command again to go on", 130))
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Show `what` advancing to `total`: a bar with rate and time left on a terminal, else a line now and then."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(unit),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+    plain = _PlainProgress(what, total, unit)
+    yield plain.advance
+    plain.report()
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} {self._unit}/s" if speed else "")
+
+
+class _PlainProgress:
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        self._what, self._total, self._unit = what, total, unit
+        self._done = 0
+        self._started = self._reported = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        if time.monotonic() - self._reported >= PLAIN_LINE_SECONDS:
+            self.report()
+
+    def report(self) -> None:
+        self._reported = time.monotonic()
+        rate = self._done / max(self._reported - self._started, 1e-9)
+        left = (self._total - self._done) / rate if rate else 0
+        print(
+            f"{self._what}: {self._done} of {self._total} {self._unit}, {rate:,.0f} a second, {left:.0f} s left",
+            flush=True,
+        )

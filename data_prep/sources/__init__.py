@@ -1,0 +1,54 @@
+"""Where images come from: finds what kind of source a directory is, and its splits."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from karat_scale.errors import DataError
+from sources.base import Source, UnreadableSampleError
+from sources.idx import IdxSource, idx_classes, idx_splits
+from sources.imagefolder import ImageFolderSource, class_folders, split_folders
+
+__all__ = ["Source", "UnreadableSampleError", "open_splits"]
+
+# What other data sets call the split that recipes call val.
+VAL_NAMES = ("val", "valid", "validation", "test", "t10k")
+
+
+def open_splits(src: Path, split: str | None, known_classes: list[str] | None) -> dict[str, Source]:
+    """The wanted splits of `src` by their output names.
+
+    split: one output name, or None for all. known_classes: the classes that earlier splits were labelled
+    with. A source without split folders is one split, called `split` or train. Raises DataError.
+    """
+    if not src.is_dir():
+        raise DataError(f"--src {src} is not a directory")
+    found, own_classes = _find(src, split)
+    chosen = _choose(src, found, split)
+    classes = own_classes if known_classes is None else known_classes
+    if known_classes is not None and not set(own_classes) <= set(known_classes):
+        new = sorted(set(own_classes) - set(known_classes))
+        raise DataError(f"{src} has the class {new[0]!r}, which the shards in --out do not; use another --out")
+    return {name: found[origin](classes) for name, origin in chosen.items()}
+
+
+def _find(src: Path, split: str | None) -> tuple[dict[str, Callable[[list[str]], Source]], list[str]]:
+    idx = idx_splits(src)
+    if idx:
+        return {name: partial(IdxSource, path) for name, path in idx.items()}, idx_classes(src)
+    folders = split_folders(src) or {split or "train": src}
+    names = sorted({name for folder in folders.values() for name in class_folders(folder)})
+    return {name: partial(ImageFolderSource, path) for name, path in folders.items()}, names
+
+
+def _choose(src: Path, found: dict[str, Callable[[list[str]], Source]], split: str | None) -> dict[str, str]:
+    """Output names of splits and the source's own names for them."""
+    first_val = next((name for name in VAL_NAMES if name in found), None)
+    if split is None:
+        chosen = {name: name for name in found if name not in VAL_NAMES}
+        return chosen | ({"val": first_val} if first_val else {})
+    aliases = VAL_NAMES if split in VAL_NAMES else (split,)
+    for origin in (split, *aliases):
+        if origin in found:
+            return {split: origin}
+    raise DataError(f"{src} has no split {split!r}; the splits there: {', '.join(found)}")

@@ -1,0 +1,87 @@
+"""`make demo`: Fashion-MNIST from download to a comparison of KArAt with softmax, on whatever this machine has.
+
+Each part is a command a user could type; a finished part is not done again, and a run that was stopped goes on.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "data"
+RUNS = ROOT / "runs"
+RECIPE = "fashion_mnist_demo"
+# (row title, run directory, overrides)
+CONTENDERS = (
+    ("Fourier-KArAt G3B", RUNS / "demo_karat", ()),
+    ("softmax", RUNS / "demo_softmax", ("attention.kind=softmax",)),
+)
+
+
+def main() -> int:
+    """Run the demo; returns the first failing command's exit code, or 0."""
+    console = Console()
+    raw, shards = DATA / "fashion_mnist_raw", DATA / "fashion_mnist"
+    try:
+        if not (shards / "dataset.json").is_file():
+            _run("data_prep/fetch_fashion_mnist.py", "--out", str(raw))
+            _run("data_prep/make_webdataset.py", "--src", str(raw), "--out", str(shards))
+        for title, run, overrides in CONTENDERS:
+            if (_summary(run) or {}).get("exit") == 0:
+                console.print(f"{title}: finished before, in {_short(run)}")
+                continue
+            console.rule(title)
+            arguments = [f"run.dir={run}", f"run.name={run.name}", f"data.path={shards}", *overrides]
+            _run("-m", "karat_scale", "train", RECIPE, *arguments)
+    except subprocess.CalledProcessError as error:
+        if error.returncode == 75:
+            console.print("stopped; `make demo` goes on from here")
+        return error.returncode
+    except KeyboardInterrupt:
+        return 130
+    _print_table(console)
+    return 0
+
+
+def _run(*arguments: str) -> None:
+    subprocess.run([sys.executable, *arguments], check=True, cwd=ROOT)
+
+
+def _summary(run: Path) -> dict[str, Any] | None:
+    path = run / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _print_table(console: Console) -> None:
+    table = Table(title="Fashion-MNIST, 10,000 test images, one epoch")
+    for column in ("attention", "top-1 %", "top-5 %", "images/s", "peak memory MB", "parameters", "run"):
+        table.add_column(column, justify="left" if column in ("attention", "run") else "right")
+    for title, run, _ in CONTENDERS:
+        summary = _summary(run) or {}
+        table.add_row(
+            title,
+            f"{summary['last_top1']:.2f}",
+            f"{summary['last_top5']:.2f}",
+            f"{summary['images_per_second']:.0f}",
+            f"{summary['peak_memory_mb']:.0f}",
+            f"{summary['parameters']:,}",
+            _short(run),
+        )
+    console.print(table)
+    run = _short(CONTENDERS[0][1])
+    console.print(f"evaluate again:  .venv/bin/karat eval {run}", highlight=False)
+    console.print(f"train longer:    .venv/bin/karat train {RECIPE} run.dir=runs/longer train.epochs=3", highlight=False)
+    console.print(f"figures by step: {run}/metrics.jsonl, or .venv/bin/tensorboard --logdir runs", highlight=False)
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

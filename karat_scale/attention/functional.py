@@ -1,0 +1,92 @@
+"""Fourier-KArAt attention as functions of tensors: checks the call and chooses an implementation."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from karat_scale.attention import reference, streaming
+from karat_scale.attention.bases import BASE_ACTIVATIONS
+from karat_scale.attention.checks import check_call, check_choice
+from karat_scale.attention.precision import output_dtype
+
+# Each takes (query, key, value, cos_coef, sin_coef, proj, base, bias, mask) of any float dtypes, after the checks.
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference.attend,
+    "streaming": streaming.attend,
+}
+
+
+def fourier_karat_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos_coef: Tensor,
+    sin_coef: Tensor,
+    proj: Tensor,
+    *,
+    base: str = "zero",
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """Attention whose softmax is the learnable modular operator of arXiv 2503.10632, section 4.
+
+    A = Q K^T / sqrt(d) + bias;  H[k, p] = sum_q phi_pq(A[k, q]) for p = 1..r;  S = H W^T;  O = S V, with
+    phi_pq(x) = b(x) + sum_{m=1..G} a_pqm cos(m x) + b_pqm sin(m x).
+
+    Args:
+        query, key, value: [B, h, N, d], float16, bfloat16, float32 or float64, with any strides.
+        cos_coef, sin_coef: a_pqm and b_pqm, [h, r, N, G].
+        proj: W, [h, N, r].
+        base: b(x): "zero", "identity", "silu" or "gelu".
+        bias: added to the scores; broadcastable to [B, h, N, N].
+        mask: boolean, broadcastable to [B, h, N, N], true where a query-key pair takes part (as in
+            `scaled_dot_product_attention`). Another pair (k, q) adds nothing to H[k, :] and has S[k, q] = 0.
+        implementation: "reference" (materialises everything), "streaming", or "auto", which takes the fastest
+            that can run.
+
+    Returns:
+        O, [B, h, N, d], in the value's dtype or, under autocast, in autocast's. Scores, features and sums are
+        float32 (float64 where an input is), under autocast too. The gradient reaches all but the mask, once.
+
+    Raises:
+        ValueError: a shape, dtype, device or name does not fit; the message says what was expected.
+    """
+    check_call(query, key, value, cos_coef, sin_coef, proj, bias, mask)
+    attend = _choose(base, implementation)
+    output = attend(query, key, value, cos_coef, sin_coef, proj, base, bias, mask)
+    return output.to(output_dtype(value))
+
+
+def fourier_karat_scores(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    cos_coef: Tensor,
+    sin_coef: Tensor,
+    proj: Tensor,
+    *,
+    base: str = "zero",
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """The learned attention S, for analysis: `fourier_karat_attention` with the same arguments is S @ value.
+
+    `value` takes no part and may be None. Returns [B, h, N, N] in the query's dtype or, under autocast, in
+    autocast's. Rows need not sum to one and entries may be negative. Raises ValueError as
+    `fourier_karat_attention` does.
+    """
+    check_call(query, key, value, cos_coef, sin_coef, proj, bias, mask)
+    attend = _choose(base, implementation)
+    batch, heads, tokens, _ = query.shape
+    # S = S I: the identity as value gives S by whichever implementation attends.
+    identity = torch.eye(tokens, dtype=query.dtype, device=query.device).expand(batch, heads, -1, -1)
+    return attend(query, key, identity, cos_coef, sin_coef, proj, base, bias, mask).to(output_dtype(query))
+
+
+def _choose(base: str, implementation: str) -> Callable[..., Tensor]:
+    check_choice("base", base, BASE_ACTIVATIONS)
+    check_choice("implementation", implementation, ("auto", *IMPLEMENTATIONS))
+    return IMPLEMENTATIONS["streaming" if implementation == "auto" else implementation]

@@ -1,0 +1,58 @@
+"""The equations of the modular Fourier operator, materialised: the oracle of every other implementation."""
+
+import torch
+from torch import Tensor
+
+from karat_scale.attention.bases import BASE_ACTIVATIONS
+from karat_scale.attention.precision import compute_dtype, full_precision
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos_coef: Tensor,
+    sin_coef: Tensor,
+    proj: Tensor,
+    base: str,
+    bias: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """O = S V [B, h, N, dv], in float32 or, with any float64 input, in float64."""
+    learned = scores(query, key, cos_coef, sin_coef, proj, base, bias, mask)
+    with full_precision(query.device):
+        dtype = torch.promote_types(learned.dtype, value.dtype)
+        return learned.to(dtype) @ value.to(dtype)
+
+
+def scores(
+    query: Tensor,
+    key: Tensor,
+    cos_coef: Tensor,
+    sin_coef: Tensor,
+    proj: Tensor,
+    base: str,
+    bias: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """S = H W^T [B, h, N, N] with H[k, p] = sum_q phi_pq(A[k, q]) (arXiv 2503.10632, section 4).
+
+    Holds the B h N N G features at once. float32 or, with any float64 input, float64.
+    """
+    dtype = compute_dtype(query, key, cos_coef, sin_coef, proj, bias)
+    query, key, cos_coef, sin_coef, proj = (x.to(dtype) for x in (query, key, cos_coef, sin_coef, proj))
+    with full_precision(query.device):
+        raw = query @ key.mT / query.shape[-1] ** 0.5
+        if bias is not None:
+            raw = raw + bias.to(dtype)
+        if mask is not None:
+            raw = raw.masked_fill(~mask, 0)
+        orders = torch.arange(1, cos_coef.shape[-1] + 1, dtype=dtype, device=raw.device)
+        angles = raw.unsqueeze(-1) * orders
+        keep = torch.ones_like(raw) if mask is None else mask.to(dtype).expand_as(raw)
+        hidden = torch.einsum("bhkqm,bhkq,hpqm->bhkp", angles.cos(), keep, cos_coef)
+        hidden = hidden + torch.einsum("bhkqm,bhkq,hpqm->bhkp", angles.sin(), keep, sin_coef)
+        activation = BASE_ACTIVATIONS[base]
+        if activation is not None:
+            hidden = hidden + (activation.value(raw) * keep).sum(-1, keepdim=True)
+        return (hidden @ proj.mT) * keep

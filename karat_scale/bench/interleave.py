@@ -1,0 +1,26 @@
+"""Timing of several contenders in turn, so that a machine's drift falls on all of them alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+
+def interleaved_seconds(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender in each of `rounds` rounds, after one round that is not counted.
+
+    Every other round runs in reverse order: whoever follows whom must not matter.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        names = list(contenders) if number % 2 else list(contenders)[::-1]
+        for name in names:
+            begun = time.perf_counter()
+            contenders[name]()
+            if number:
+                seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def median_ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
+    """The median over rounds of `name`'s seconds over `base`'s in the same round."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))

@@ -1,0 +1,184 @@
+"""`karat bench step`: our training loop against a bare PyTorch loop, and KArAt against softmax in ours.
+
+Each contender trains the same model from the same weights on the same in-memory batches with the same
+optimizer, gradient clip and learning rate; they run in turn, and ratios are medians over rounds.
+"""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from timm.loss import SoftTargetCrossEntropy
+
+from karat_scale.bench.interleave import interleaved_seconds, median_ratio
+from karat_scale.data.batch import Batch
+from karat_scale.data.mixing import Mixer
+from karat_scale.data.normalize import Normalize
+from karat_scale.data.plan import TrainPlan
+from karat_scale.models import create_model
+from karat_scale.recipe import Recipe
+from karat_scale.recipe_io import validate_recipe
+from karat_scale.train import distributed
+from karat_scale.train.checkpoint_store import write_atomically
+from karat_scale.train.engine import build_optimizer
+from karat_scale.train.loop import Loop
+from karat_scale.train.parts import build_parts
+from karat_scale.train.progress import Reporter, SilentDisplay
+from karat_scale.train.run_directory import RunDirectory
+from karat_scale.train.schedule import build_schedule
+from karat_scale.train.signals import StopSignals
+from karat_scale.train.state import TrainState
+
+BARE, OURS, KARAT = "bare PyTorch loop, softmax", "karat loop, softmax", "karat loop, KArAt G3B"
+FIRST_STEP_RUNS = 3
+
+
+def bench_step(model: str, batch: int, steps: int, rounds: int, json_file: str | None) -> int:
+    """Measure, print a table and the seconds to a first step, and write `json_file`; returns 0."""
+    world = distributed.start("auto")
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            contenders = {
+                BARE: _bare_loop(_recipe(model, batch, "softmax", scratch), steps, world.device),
+                OURS: _our_loop(_recipe(model, batch, "softmax", scratch), steps, world),
+                KARAT: _our_loop(_recipe(model, batch, "karat", scratch), steps, world),
+            }
+            seconds = interleaved_seconds(contenders, rounds)
+            first_step = statistics.median(
+                _seconds_to_first_step(model, batch, Path(scratch) / f"first-{number}")
+                for number in range(FIRST_STEP_RUNS)
+            )
+    finally:
+        distributed.stop()
+    rows = [
+        {
+            "loop": name,
+            "images_per_second": round(steps * batch / statistics.median(seconds[name]), 2),
+            "ratio_to_bare": round(1 / median_ratio(seconds, name, BARE), 3),
+            "ratio_to_karat_softmax": round(1 / median_ratio(seconds, name, OURS), 3),
+        }
+        for name in contenders
+    ]
+    result = {
+        "model": model,
+        "batch": batch,
+        "steps": steps,
+        "rounds": rounds,
+        "device": str(world.device),
+        "threads": torch.get_num_threads(),
+        "seconds_to_first_step": first_step,
+        "rows": rows,
+    }
+    _print(result)
+    if json_file:
+        write_atomically(Path(json_file), json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def _recipe(model: str, batch: int, kind: str, scratch: str) -> Recipe:
+    tree = {
+        "run": {"name": f"bench-{kind}", "dir": f"{scratch}/{kind}"},
+        "model": {"name": model},
+        "attention": {"kind": kind},
+        "data": {"backend": "synthetic", "synthetic_samples": 4 * batch},
+        "train": {"global_batch": batch, "ema_decay": 0.0, "epochs": 100},
+        "checkpoint": {"every_minutes": None},
+        "log": {"every_steps": 50, "tensorboard": False},
+    }
+    return validate_recipe(tree, "bench step")
+
+
+def _batches(recipe: Recipe, device: torch.device) -> list[Batch]:
+    from karat_scale.data.backends import open_backend
+
+    backend = open_backend(recipe.data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, 0)
+    batch = recipe.train.global_batch
+    plan = TrainPlan(0, backend.num_train, batch, batch, 0, 1)
+    return [one.to(device) for one in backend.train_batches(plan.slices(0, plan.steps_per_epoch))]
+
+
+def _our_loop(recipe: Recipe, steps: int, world: distributed.World) -> Callable[[], None]:
+    reporter = Reporter(SilentDisplay(), None)
+    parts = build_parts(recipe, world, RunDirectory(recipe.run.dir), StopSignals(), reporter)
+    loop = Loop(parts, TrainState())
+    batches = _batches(recipe, world.device)
+
+    def run() -> None:
+        for number in range(steps):
+            loop.step([batches[number % len(batches)]])
+            loop.save_or_stop()
+        _wait_for(world.device)
+
+    return run
+
+
+def _bare_loop(recipe: Recipe, steps: int, device: torch.device) -> Callable[[], None]:
+    torch.manual_seed(recipe.run.seed)
+    model: Any = create_model(recipe.model, recipe.attention).to(device)
+    optimizer = build_optimizer(model, recipe.optim, device)
+    criterion = SoftTargetCrossEntropy()
+    normalize = Normalize(recipe.augment.mean, recipe.augment.std)
+    mixer = Mixer(recipe.augment, recipe.model.num_classes, recipe.run.seed)
+    batches = _batches(recipe, device)
+    schedule = build_schedule(recipe, len(batches))
+    done = 0
+
+    def run() -> None:
+        nonlocal done
+        for number in range(steps):
+            batch = batches[number % len(batches)]
+            images, targets = mixer.mix(normalize(batch.images), batch.labels, batch.epoch, batch.batch)
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.lr(done)
+            loss = criterion(model(images), targets)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad or math.inf)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done += 1
+        _wait_for(device)
+
+    return run
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _seconds_to_first_step(model: str, batch: int, run_dir: Path) -> float:
+    """Seconds from the start of `karat train` to the end of its first step, in a process of its own."""
+    recipe = run_dir.with_suffix(".yaml")
+    recipe.write_text(
+        json.dumps({"data": {"backend": "synthetic"}, "model": {"name": model}, "train": {"ema_decay": 0.0}})
+    )
+    overrides = [f"run.dir={run_dir}", f"train.global_batch={batch}", "train.max_steps=1", "data.synthetic_samples=64"]
+    command = [sys.executable, "-m", "karat_scale", "train", str(recipe), *overrides]
+    subprocess.run(command, check=True, capture_output=True)
+    summary = RunDirectory(run_dir).summary() or {}
+    return float(summary["seconds_to_first_step"])
+
+
+def _print(result: dict[str, Any]) -> None:
+    table = Table(title=f"{result['model']}, batch {result['batch']}, {result['device']}, {result['threads']} threads")
+    for column in ("loop", "images/s", "over bare", "over karat softmax"):
+        table.add_column(column, justify="left" if column == "loop" else "right")
+    for row in result["rows"]:
+        table.add_row(
+            row["loop"],
+            f"{row['images_per_second']:.1f}",
+            f"{row['ratio_to_bare']:.3f}",
+            f"{row['ratio_to_karat_softmax']:.3f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"from command to first step: {result['seconds_to_first_step']:.1f} s (median of {FIRST_STEP_RUNS})")

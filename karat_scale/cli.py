@@ -1,0 +1,85 @@
+"""`karat`: the one entry point. Commands import what they need when they run, so `--help` is quick."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from karat_scale import __version__
+from karat_scale.errors import UserError
+
+EXIT_USAGE = 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = argparse.ArgumentParser(prog="karat", description="Train Kolmogorov-Arnold Attention ViTs.")
+    parser.add_argument("--version", action="version", version=f"karat_scale {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a recipe, or go on where its run stopped")
+    train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-3")
+    train.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("eval", help="evaluate a run's checkpoint on the validation split")
+    evaluate.add_argument("run_dir", metavar="RUN", help="the run's directory")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.path=DIR")
+    evaluate.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
+    evaluate.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
+    evaluate.add_argument("--json", metavar="FILE", help="write the result there too")
+    evaluate.set_defaults(run=_eval)
+
+    bench = commands.add_parser("bench", help="measure against what you would use instead")
+    benches = bench.add_subparsers(dest="bench", required=True, metavar="BENCH")
+    step = benches.add_parser("step", help="our loop against a bare PyTorch loop, KArAt against softmax")
+    step.add_argument("--model", default="vit_tiny_patch16_224")
+    step.add_argument("--batch", type=int, default=8)
+    step.add_argument("--steps", type=int, default=5, help="steps a round (default: %(default)s)")
+    step.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
+    step.add_argument("--json", metavar="FILE")
+    step.set_defaults(run=_bench_step)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code. A user's mistake is one line on standard error and code 2."""
+    options = build_parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+        return code
+    except UserError as error:
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        where = f"[rank {rank}] " if rank != "0" else ""
+        print(f"{where}error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+def entry_point() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+def _train(options: argparse.Namespace) -> int:
+    from karat_scale.recipe_io import dump_recipe, load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.print:
+        print(dump_recipe(recipe), end="")
+        return 0
+    from karat_scale.train.run import train
+
+    return train(recipe)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from karat_scale.train.eval_run import evaluate_run
+
+    return evaluate_run(options.run_dir, options.overrides, options.checkpoint, options.weights, options.json)
+
+
+def _bench_step(options: argparse.Namespace) -> int:
+    from karat_scale.bench.step import bench_step
+
+    return bench_step(options.model, options.batch, options.steps, options.rounds, options.json)

@@ -1,0 +1,5 @@
+"""timm models with KArAt attention in place of softmax."""
+
+from karat_scale.models.factory import create_model, no_weight_decay_names, parameter_count
+
+__all__ = ["create_model", "no_weight_decay_names", "parameter_count"]

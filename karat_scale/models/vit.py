@@ -1,0 +1,121 @@
+"""Vision transformers of timm with a KArAt operator in place of softmax."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import timm
+import torch
+from timm.layers import Attention
+from timm.models import VisionTransformer
+from torch import nn
+
+from karat_scale.attention import FourierKaratOperator
+from karat_scale.errors import RecipeError
+from karat_scale.recipe import AttentionConfig, ModelConfig
+
+# Sizes of our own, by name: what they change in timm's ViT-Tiny. Image and patch size are the recipe's.
+OWN_SIZES: dict[str, dict[str, int]] = {
+    "vit_mini_patch4_28": {"embed_dim": 128, "depth": 4, "num_heads": 2},
+}
+
+
+class KaratAttention(Attention):
+    """timm's attention layer with softmax(A) V replaced by a learnable operator on the rows of A.
+
+    `make_operator(num_heads)` is set on a subclass: timm wants a class, and calls it with its own arguments.
+    """
+
+    make_operator: Callable[[int], nn.Module]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.attn_drop.p:
+            raise ValueError("attn_drop has no meaning for KArAt: the attention matrix is never formed")
+        self.operator = type(self).make_operator(self.num_heads)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Tokens [B, N, D] to tokens [B, N, D]; a boolean `attn_mask` keeps, a float one joins the scores."""
+        if is_causal:
+            raise ValueError("is_causal is not supported: KArAt is tied to the positions of image tokens")
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        query, key = self.q_norm(query), self.k_norm(key)
+        is_mask = attn_mask is not None and attn_mask.dtype == torch.bool
+        out = self.operator(
+            query,
+            key,
+            value,
+            bias=None if is_mask else attn_mask,
+            mask=attn_mask if is_mask else None,
+        )
+        out = self.norm(out.transpose(1, 2).reshape(batch, tokens, self.attn_dim))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
+
+
+def attention_class(attention: AttentionConfig, num_tokens: int) -> type[Attention]:
+    """The class timm builds for each block, for `num_tokens` = N.
+
+    Blockwise (B): each block owns an operator. Universal (U): all blocks hold the same one, so its
+    parameters are counted and stepped once (paper, the modular operator).
+    """
+    if attention.kind == "softmax":
+        return Attention
+
+    def make_operator(num_heads: int) -> nn.Module:
+        return FourierKaratOperator(
+            num_tokens,
+            num_heads,
+            rank=attention.rank,
+            grid=attention.grid,
+            base=attention.base,
+            init=attention.init,
+            implementation=attention.implementation,
+        )
+
+    make = functools.cache(make_operator) if attention.mode == "universal" else make_operator
+    return type("KaratAttention", (KaratAttention,), {"make_operator": staticmethod(make)})
+
+
+def create_vit(model: ModelConfig, attention: AttentionConfig) -> VisionTransformer:
+    """A timm ViT of the recipe's size with the recipe's attention, freshly initialised.
+
+    Raises:
+        RecipeError: timm cannot build the model at these sizes.
+    """
+    try:
+        if attention.kind == "softmax":
+            return _build(model, Attention)
+        with torch.device("meta"):
+            host = _build(model, Attention)
+        num_tokens = host.patch_embed.num_patches + host.num_prefix_tokens
+        return _build(model, attention_class(attention, num_tokens))
+    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecipeError(f"model.name = {model.name!r} cannot be built as asked: {reason}") from error
+
+
+def _build(model: ModelConfig, attn_layer: type[Attention]) -> VisionTransformer:
+    sizes: dict[str, Any] = dict(OWN_SIZES.get(model.name, {}))
+    asked = {"embed_dim": model.embed_dim, "depth": model.depth, "num_heads": model.num_heads}
+    sizes.update({key: value for key, value in asked.items() if value is not None})
+    vit: Any = timm.create_model(
+        "vit_tiny_patch16_224" if model.name in OWN_SIZES else model.name,
+        pretrained=False,
+        img_size=model.image_size,
+        patch_size=model.patch_size,
+        num_classes=model.num_classes,
+        drop_path_rate=model.drop_path,
+        proj_drop_rate=model.proj_drop,
+        attn_layer=attn_layer,
+        **sizes,
+    )
+    return cast(VisionTransformer, vit)

@@ -1,0 +1,214 @@
+"""Reading recipes: shipped names, YAML files, dotted overrides, and errors as one line."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from karat_scale.errors import RecipeError
+from karat_scale.recipe import Recipe
+
+RECIPES = Path(__file__).parent / "recipes"
+
+# Keys that cannot change what a run learns, so a resumed run may set them anew.
+FREE_KEYS = (
+    "run.name",
+    "run.dir",
+    "run.device",
+    "attention.implementation",
+    "data.path",
+    "data.workers",
+    "data.prefetch",
+    "data.verify",
+    "train.micro_batch",
+    "train.eval_batch",
+    "train.max_steps",
+    "checkpoint",
+    "resume",
+    "log",
+)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys in silence; this loader refuses them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                problem = f"key {key!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes inside the package, by name."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        source: a shipped recipe's name or the path of a YAML file.
+        overrides: `key=value` strings; keys are dotted paths, values are YAML.
+
+    Raises:
+        RecipeError: one line that names the field, the value and the mend.
+    """
+    path = _find(str(source))
+    tree = _read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    run = tree.setdefault("run", {})
+    if isinstance(run, dict):
+        run["name"] = run.get("name") or path.stem
+        run["dir"] = run.get("dir") or f"runs/{run['name']}"
+    return validate_recipe(tree, str(source))
+
+
+def validate_recipe(tree: Mapping[str, Any], source: str) -> Recipe:
+    """Turn a mapping into a Recipe, or raise RecipeError with one line that begins with `source`."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(f"{source}: {_one_line(error)}") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, in schema order."""
+    tree = recipe.model_dump(mode="json", by_alias=True)
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110)
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """Every leaf of a recipe by dotted key."""
+    return dict(_leaves(recipe.model_dump(mode="json", by_alias=True)))
+
+
+def differing_keys(old: Recipe, new: Recipe) -> list[str]:
+    """Dotted keys whose values differ and matter for what is learned, less those `new` allows to differ."""
+    before, after = flatten(old), flatten(new)
+    allowed = (*FREE_KEYS, *new.resume.allow)
+    return [
+        key
+        for key in after
+        if before.get(key) != after[key] and not any(key == a or key.startswith(f"{a}.") for a in allowed)
+    ]
+
+
+def schema_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every valid dotted key: sections and leaves."""
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{field.alias or name}"
+        yield key
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from schema_keys(field.annotation, f"{key}.")
+
+
+def _find(source: str) -> Path:
+    shipped = shipped_recipes()
+    if source in shipped:
+        return shipped[source]
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml") or "/" in source:
+        raise RecipeError(f"recipe {source!r}: no such file")
+    close = difflib.get_close_matches(source, shipped, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"shipped recipes: {', '.join(shipped)}"
+    raise RecipeError(f"recipe {source!r}: neither a file nor a shipped recipe; {hint}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except yaml.MarkedYAMLError as error:
+        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"{path}{where}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not a text file in YAML: {str(error).splitlines()[0]}") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        kind = type(tree).__name__
+        raise RecipeError(f"{path}: should be sections such as `model:` and `data:`, not a {kind}")
+    # `data:` with nothing below it is an empty section.
+    return {key: {} if value is None else value for key, value in tree.items()}
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r}: should be key=value, such as optim.lr=1e-3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML; quote it") from None
+    node = tree
+    *parents, leaf = key.split(".")
+    for name in parents:
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"override {override!r}: {name} is not a section{_nearest(key)}")
+        node = child
+    node[leaf] = value
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _one_line(error: ValidationError) -> str:
+    errors = error.errors()
+    first = _describe(errors[0])
+    return first if len(errors) == 1 else f"{first} (and {len(errors) - 1} more)"
+
+
+def _describe(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"] if not str(part).startswith("function-"))
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_nearest(key)}"
+    if error["type"] == "missing":
+        if isinstance(error["loc"][-1], int):
+            return f"{key.rpartition('.')[0]} = {error['input']!r}: too few values"
+        return f"{key}: missing; every recipe needs it"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error" and not isinstance(error["input"], (str, int, float, bool, list)):
+        return message  # a check across fields names its own fields
+    message = message.removeprefix("Input ")
+    return f"{key} = {error['input']!r}: {message}{_default_of(key)}"
+
+
+def _nearest(key: str) -> str:
+    keys = list(schema_keys())
+    leaf = key.rpartition(".")[2]
+    same_leaf = [k for k in keys if k.rpartition(".")[2] == leaf]
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.7) or same_leaf[:1]
+    close = close or difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _default_of(key: str) -> str:
+    model: Any = Recipe
+    *sections, leaf = key.split(".")
+    for name in sections:
+        field = getattr(model, "model_fields", {}).get(name)
+        if field is None:
+            return ""
+        model = field.annotation
+    field = getattr(model, "model_fields", {}).get(leaf)
+    if field is None or field.is_required() or field.default in (None, ""):
+        return ""
+    if isinstance(field.default, BaseModel):
+        return f": the keys are {', '.join(type(field.default).model_fields)}"
+    return f" (default: {field.default})"

@@ -1,0 +1,142 @@
+"""Who this process is among the ranks, and the few collectives the trainer needs.
+
+One process alone, `torchrun`, and `srun` with one task per device all end in the same `World`.
+"""
+
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from karat_scale.errors import UserError
+
+T = TypeVar("T")
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size` ranks; `control` carries small CPU tensors beside NCCL's device traffic."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes and reports."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """True on all ranks when `flag` is true on one of them."""
+        return self.max(int(flag)) > 0
+
+    def max(self, value: int) -> int:
+        """The largest `value` of all ranks."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        return int(tensor)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a small tensor, returned on the CPU in float64."""
+        total = tensor.detach().to("cpu", torch.float64)
+        if self.size > 1:
+            dist.all_reduce(total, group=self.control)
+        return total
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's picklable `value`, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Each rank's picklable `value`, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value, group=self.control)
+        return box
+
+
+def launch_environment(environ: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun or srun gave them; (0, 1, 0) for a process on its own."""
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", "0"))
+    # Only a step started by srun has this; the batch script and `salloc` shells do not.
+    if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return (
+            int(environ["SLURM_PROCID"]),
+            int(environ["SLURM_STEP_NUM_TASKS"]),
+            int(environ["SLURM_LOCALID"]),
+        )
+    return 0, 1, 0
+
+
+def start(device: str) -> World:
+    """Join the process group. `device` is auto, cpu or cuda.
+
+    Raises:
+        UserError: CUDA was asked for and there is none, or the rendezvous address is unknown.
+    """
+    rank, size, local_rank = launch_environment(os.environ)
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if use_cuda and not torch.cuda.is_available():
+        raise UserError("run.device = cuda, but torch sees no CUDA device; use run.device=auto or cpu")
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; start one task per GPU"
+        )
+    here = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(here)
+    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed insists on it
+    _join(rank, size, "nccl" if use_cuda else "gloo")
+    control = dist.new_group(backend="gloo") if use_cuda and size > 1 else None
+    return World(rank, size, local_rank, here, control)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _join(rank: int, size: int, backend: str) -> None:
+    if dist.is_initialized():
+        return
+    if size == 1:
+        # No port, no host name: nothing that another job on this machine could collide with.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    address = os.environ.get("MASTER_ADDR") or _first_slurm_host()
+    port = os.environ.get("MASTER_PORT") or str(10000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 50000)
+    dist.init_process_group(
+        backend,
+        init_method=f"tcp://{address}:{port}" if "MASTER_ADDR" not in os.environ else "env://",
+        rank=rank,
+        world_size=size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+
+
+def _first_slurm_host() -> str:
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        raise UserError(
+            "several ranks, but no MASTER_ADDR and `scontrol show hostnames` does not answer; set MASTER_ADDR"
+        ) from None

@@ -1,0 +1,99 @@
+"""`karat eval`: a checkpoint of a run on its validation split, on any number of processes."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from karat_scale.data.backends import open_backend
+from karat_scale.data.batch import BadSample
+from karat_scale.data.normalize import Normalize
+from karat_scale.errors import RunDirectoryError
+from karat_scale.models import create_model
+from karat_scale.recipe import Recipe
+from karat_scale.recipe_io import load_recipe
+from karat_scale.train import distributed
+from karat_scale.train.checkpoint_store import CheckpointStore, write_atomically
+from karat_scale.train.distributed import World
+from karat_scale.train.evaluate import EvalResult, evaluate
+from karat_scale.train.progress import Reporter, choose_display
+from karat_scale.train.run_directory import RunDirectory
+from karat_scale.train.weights import load_weights
+
+
+def evaluate_run(run_dir: str, overrides: Sequence[str], checkpoint: str, weights: str, json_file: str | None) -> int:
+    """Evaluate and print; returns the exit code.
+
+    Raises:
+        UserError: no such run or checkpoint, a damaged one, or data that does not fit.
+    """
+    directory = RunDirectory(run_dir)
+    directory.recipe()
+    recipe = load_recipe(directory.recipe_file, overrides)
+    world = distributed.start(recipe.run.device)
+    try:
+        name = _find_checkpoint(directory.store, checkpoint)
+        saved = directory.store.state(name)
+        wanted = recipe.train.eval_weights if weights == "auto" else weights
+        use_ema = saved["has_ema"] if wanted == "auto" else wanted == "ema"
+        result = _evaluate(recipe, world, directory.store.root / name, saved, use_ema)
+        if world.is_main:
+            _report(directory.path, name, "ema" if use_ema else "raw", result, json_file)
+    finally:
+        distributed.stop()
+    return 0
+
+
+def _find_checkpoint(store: CheckpointStore, wanted: str) -> str:
+    """The name of an intact checkpoint; `best` falls back on `latest`."""
+    name = store.pointed(wanted) if wanted in ("best", "latest") else wanted
+    if wanted == "best" and name is None:
+        name = store.pointed("latest")
+    if name is None or not (store.root / name).is_dir():
+        there = ", ".join(store.names()) or "none"
+        raise RunDirectoryError(f"{store.root}: no checkpoint {wanted!r}; there are: {there}")
+    damage = store.damage(name)
+    if damage:
+        raise RunDirectoryError(f"checkpoint {store.root / name} is damaged: {damage}; choose another")
+    return name
+
+
+def _evaluate(recipe: Recipe, world: World, checkpoint: Path, saved: dict[str, Any], use_ema: bool) -> EvalResult:
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    model = create_model(recipe.model, recipe.attention)
+    load_weights(model, checkpoint, saved, use_ema)
+    model.to(world.device, dtype).eval()
+    backend = open_backend(
+        recipe.data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, recipe.run.seed
+    )
+    reporter = Reporter(choose_display(world.is_main, "evaluate"), None, world.rank)
+
+    def on_batch(done: int, total: int, bad: tuple[BadSample, ...]) -> None:
+        for sample in bad:
+            reporter.bad_sample(sample)
+        reporter.display.evaluate(done, total)
+
+    try:
+        return evaluate(
+            lambda images: model(images.to(dtype)),
+            backend,
+            Normalize(recipe.augment.mean, recipe.augment.std),
+            recipe.train.eval_batch,
+            world,
+            on_batch,
+        )
+    finally:
+        reporter.close()
+        backend.close()
+
+
+def _report(run: Path, name: str, weights: str, result: EvalResult, json_file: str | None) -> None:
+    print(
+        f"{run} {name} ({weights} weights): top-1 {result.top1:.2f} % top-5 {result.top5:.2f} % "
+        f"loss {result.loss:.4f} on {result.images:,} images, {result.bad} unreadable"
+    )
+    if json_file:
+        figures = {"run": str(run), "checkpoint": name, "weights": weights, **result.to_json()}
+        write_atomically(Path(json_file), json.dumps(figures, indent=2) + "\n")

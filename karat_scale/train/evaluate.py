@@ -1,0 +1,75 @@
+"""Top-1, top-5 and loss over an evaluation split, each sample counted once on any world size."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from karat_scale.data.backends.base import Backend
+from karat_scale.data.normalize import Normalize
+from karat_scale.data.plan import EvalPlan
+from karat_scale.errors import DataError
+from karat_scale.train.distributed import World
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Percentages over `images` samples; `bad` samples could not be read and are not among them."""
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+    bad: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for an event."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    backend: Backend,
+    normalize: Normalize,
+    batch_size: int,
+    world: World,
+    on_batch: Callable[[int, int, Any], None],
+) -> EvalResult:
+    """Evaluate `forward` (normalised images [b, 3, H, W] to logits [b, classes]) on the validation split.
+
+    `on_batch(done, total, bad)` is called after each batch, the same number of times on every rank, with
+    the samples that could not be read; it may raise to stop.
+
+    Raises:
+        DataError: no sample of the split can be read.
+    """
+    plan = EvalPlan(backend.num_val, batch_size, world.rank, world.size)
+    totals = torch.zeros(5, dtype=torch.float64, device=world.device)
+    for done, cpu_batch in enumerate(backend.eval_batches(plan.slices()), start=1):
+        batch = cpu_batch.to(world.device)
+        logits = forward(normalize(batch.images)).float()
+        totals += _count(logits, batch.labels, batch.valid, len(batch.bad))
+        on_batch(done, plan.num_batches, cpu_batch.bad)
+    top1, top5, loss, images, bad = world.sum(totals).tolist()
+    if not images:
+        raise DataError(f"none of the {backend.num_val} validation samples can be read")
+    return EvalResult(100 * top1 / images, 100 * top5 / images, loss / images, int(images), int(bad))
+
+
+def _count(logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor, bad: int) -> torch.Tensor:
+    """[top-1 hits, top-5 hits, summed loss, samples, unreadable samples] in float64."""
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = (ranked == labels[:, None]) & valid[:, None]
+    loss = F.cross_entropy(logits, labels.clamp(min=0), reduction="none").double()
+    return torch.stack(
+        [
+            hits[:, 0].sum().double(),
+            hits.sum().double(),
+            torch.where(valid, loss, 0.0).sum(),
+            valid.sum().double(),
+            torch.tensor(float(bad), dtype=torch.float64, device=logits.device),
+        ]
+    )

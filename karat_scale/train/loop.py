@@ -1,0 +1,187 @@
+"""The training loop: global batches in order, evaluation, saving, and stopping when asked.
+
+Training is a function of the state: `run` may stop after any step and go on from its checkpoint, and the
+weights come out the same.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import psutil
+import torch
+from timm.loss import SoftTargetCrossEntropy
+
+from karat_scale.data.batch import BadSample, Batch
+from karat_scale.train.evaluate import EvalResult, evaluate
+from karat_scale.train.interval import Interval, peak_memory_mb
+from karat_scale.train.parts import Parts
+from karat_scale.train.signals import StoppedError
+from karat_scale.train.state import TrainState
+
+_SAVE, _STOP = 1, 2
+
+
+def evaluate_in_training(
+    parts: Parts, on_batch: Callable[[int, int, tuple[BadSample, ...]], None]
+) -> tuple[str, EvalResult]:
+    """Evaluate the weights that the recipe names; returns ("ema" or "raw", result)."""
+    use_ema = parts.ema is not None and parts.recipe.train.eval_weights != "raw"
+    weights = parts.ema.in_place_of_weights() if use_ema and parts.ema else nullcontext()
+    parts.engine.module.eval()
+    try:
+        with weights:
+            result = evaluate(
+                parts.engine.forward,
+                parts.backend,
+                parts.normalize,
+                parts.recipe.train.eval_batch,
+                parts.world,
+                on_batch,
+            )
+    finally:
+        parts.engine.module.train()
+    return ("ema" if use_ema else "raw"), result
+
+
+class Loop:
+    """Trains `parts` from `state` to the recipe's end."""
+
+    def __init__(self, parts: Parts, state: TrainState) -> None:
+        self.parts = parts
+        self.state = state
+        recipe, plan = parts.recipe, parts.plan
+        planned = recipe.train.epochs * plan.steps_per_epoch
+        self.total_steps = min(planned, recipe.train.max_steps or planned)
+        self._objective = SoftTargetCrossEntropy()
+        self._interval = Interval(parts.world.device)
+        self._saved_step = state.step if state.restarts else -1
+        self._saved_at = time.monotonic()
+
+    def run(self) -> None:
+        """Train to the end, evaluate and save.
+
+        Raises:
+            StoppedError: a signal asked to stop; the state is saved, or `saved` of the error says it is not.
+        """
+        plan, state = self.parts.plan, self.state
+        try:
+            self._evaluate_if_due()
+            batches = self.parts.backend.train_batches(plan.slices(state.step, self.total_steps))
+            while state.step < self.total_steps:
+                self.step([next(batches) for _ in range(plan.accumulation)])
+                self._evaluate_if_due()
+                self.save_or_stop()
+        except StoppedError as stopped:
+            stopped.saved = self._save()
+            raise
+        if not self._save():
+            raise OSError("the last checkpoint could not be saved")
+
+    def step(self, micro_batches: list[Batch]) -> None:
+        """Train on this rank's part of one global batch."""
+        parts, state = self.parts, self.state
+        lr = parts.schedule.lr(state.step)
+        parts.engine.set_lr(lr)
+        norm: float | None = None
+        for cpu_batch in micro_batches:
+            self._note_bad(cpu_batch.bad)
+            batch = cpu_batch.to(parts.world.device)
+            images = parts.normalize(batch.images)
+            images, targets = parts.mixer.mix(images, batch.labels, batch.epoch, batch.batch)
+            loss = self._objective(parts.engine.forward(images), targets)
+            parts.engine.backward(loss)
+            norm = parts.engine.step()
+            self._interval.add_loss(loss / len(micro_batches))
+        state.step += 1
+        state.samples += parts.recipe.train.global_batch
+        if parts.ema is not None:
+            parts.ema.update(state.step)
+        self._interval.finish_step(norm)
+        if state.seconds_to_first_step is None:
+            state.seconds_to_first_step = round(time.time() - psutil.Process().create_time(), 2)
+        if state.step % parts.recipe.log.every_steps == 0 or state.step == self.total_steps:
+            self._report(lr)
+
+    def _note_bad(self, bad: tuple[BadSample, ...]) -> None:
+        self._interval.add_bad(len(bad))
+        for sample in bad:
+            self.parts.reporter.bad_sample(sample)
+
+    def _report(self, lr: float) -> None:
+        parts, state = self.parts, self.state
+        loss, steps = self._interval.take_loss()
+        mean_loss = float(parts.world.sum(loss)) / (steps * parts.world.size)
+        rate = self._fold_interval()
+        figures = {
+            "epoch": (state.step - 1) // parts.plan.steps_per_epoch,
+            "samples": state.samples,
+            "loss": mean_loss,
+            "lr": lr,
+            "grad_norm": self._interval.grad_norm,
+            "images_per_second": rate,
+            "bad_samples": state.bad_samples,
+            "skipped_steps": state.skipped_steps,
+        }
+        parts.reporter.train(state.step, self.total_steps, figures)
+
+    def _fold_interval(self) -> float | None:
+        """Add what the interval counted to the state, on all ranks; returns images a second in it."""
+        world, state = self.parts.world, self.state
+        bad, steps, seconds = self._interval.take_counts()
+        samples = steps * self.parts.recipe.train.global_batch
+        state.bad_samples += int(world.sum(torch.tensor(bad)))
+        state.timed_samples += samples
+        state.timed_seconds += seconds
+        state.skipped_steps += self.parts.engine.take_skipped_steps()
+        state.peak_memory_mb = max(state.peak_memory_mb, world.max(int(peak_memory_mb(world.device))))
+        return samples / seconds if samples else None
+
+    def _evaluate_if_due(self) -> None:
+        parts, state = self.parts, self.state
+        every = parts.recipe.train.eval_every_epochs * parts.plan.steps_per_epoch
+        due = state.step > 0 and (state.step % every == 0 or state.step == self.total_steps)
+        if not due or state.evaluated_step == state.step:
+            return
+        with self._interval.paused():
+            weights, result = evaluate_in_training(parts, self._during_evaluation)
+            is_best = state.record(result.top1, result.top5)
+            figures = {"samples": state.samples, **result.to_json(), "weights": weights}
+            parts.reporter.evaluated(state.step, figures)
+            self._saved_step = -1  # what was saved at this step, if anything, knows nothing of this result
+            if is_best and parts.recipe.checkpoint.keep_best:
+                self._save(is_best=True)
+
+    def _during_evaluation(self, done: int, total: int, bad: tuple[BadSample, ...]) -> None:
+        for sample in bad:
+            self.parts.reporter.bad_sample(sample)
+        self.parts.reporter.display.evaluate(done, total)
+        if self.parts.world.any(self.parts.signals.received is not None):
+            raise StoppedError
+
+    def save_or_stop(self) -> None:
+        """Rank 0's clock says when to save, any rank's signal says stop; one small collective agrees on both."""
+        parts, checkpoint = self.parts, self.parts.recipe.checkpoint
+        wish = _STOP if parts.signals.received else 0
+        if checkpoint.every_steps and self.state.step % checkpoint.every_steps == 0:
+            wish = max(wish, _SAVE)
+        minutes = (time.monotonic() - self._saved_at) / 60
+        if parts.world.is_main and checkpoint.every_minutes and minutes >= checkpoint.every_minutes:
+            wish = max(wish, _SAVE)
+        agreed = parts.world.max(wish)
+        if agreed == _STOP and self.state.step < self.total_steps:
+            raise StoppedError
+        if agreed == _SAVE:
+            self._save()
+
+    def _save(self, is_best: bool = False) -> bool:
+        """Save unless this step is saved already; whether it is."""
+        if self._saved_step == self.state.step:
+            return True
+        with self._interval.paused():
+            self._fold_interval()
+            saved = self.parts.checkpoints.save(self.state, is_best)
+            self._saved_at = time.monotonic()  # a failed save is tried again an interval later, not each step
+            if saved:
+                self._saved_step = self.state.step
+            return saved

@@ -1,0 +1,46 @@
+"""Where figures go: `metrics.jsonl`, one event a line, and TensorBoard."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+# TensorBoard shows these; the rest of an event is context.
+_SCALARS = {
+    "train": ("loss", "lr", "grad_norm", "images_per_second"),
+    "eval": ("loss", "top1", "top5"),
+}
+
+
+class MetricsLog:
+    """Appends events; every line is on disk before the next step can be lost."""
+
+    def __init__(self, file: Path, tensorboard: Path | None) -> None:
+        self._file = file.open("a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(tensorboard))
+
+    def write(self, event: str, step: int, **figures: Any) -> None:
+        """One event. A figure that is not finite is written as null: JSON has no NaN."""
+        record = {"event": event, "step": step, "time": round(time.time(), 3), **figures}
+        record = {key: _finite_or_none(value) for key, value in record.items()}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name in _SCALARS.get(event, ()):
+                if figures.get(name) is not None:
+                    self._board.add_scalar(f"{event}/{name}", figures[name], step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

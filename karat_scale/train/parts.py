@@ -1,0 +1,83 @@
+"""What a training loop is made of, and how it is built from a recipe."""
+
+from dataclasses import dataclass
+
+import torch
+
+from karat_scale.data.backends import Backend, open_backend
+from karat_scale.data.mixing import Mixer
+from karat_scale.data.normalize import Normalize
+from karat_scale.data.plan import TrainPlan, choose_micro_batch
+from karat_scale.models import create_model
+from karat_scale.recipe import Recipe
+from karat_scale.train.checkpoint import Checkpoints
+from karat_scale.train.distributed import World
+from karat_scale.train.ema import Ema
+from karat_scale.train.engine import Engine
+from karat_scale.train.progress import Reporter
+from karat_scale.train.run_directory import RunDirectory
+from karat_scale.train.schedule import CosineSchedule, build_schedule
+from karat_scale.train.signals import StopSignals
+
+
+@dataclass
+class Parts:
+    """One rank's parts of a run."""
+
+    recipe: Recipe
+    world: World
+    backend: Backend
+    plan: TrainPlan
+    engine: Engine
+    ema: Ema | None
+    schedule: CosineSchedule
+    mixer: Mixer
+    normalize: Normalize
+    checkpoints: Checkpoints
+    reporter: Reporter
+    signals: StopSignals
+
+
+def build_parts(
+    recipe: Recipe, world: World, directory: RunDirectory, signals: StopSignals, reporter: Reporter
+) -> Parts:
+    """Build everything a loop needs, in the order in which mistakes show soonest: data, plan, model, engine.
+
+    Raises:
+        UserError: the recipe does not fit the data or the world.
+    """
+    backend = open_backend(
+        recipe.data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, recipe.run.seed
+    )
+    micro_batch = choose_micro_batch(
+        recipe.train.global_batch, world.size, recipe.train.micro_batch, even=recipe.augment.mixes
+    )
+    plan = TrainPlan(
+        seed=recipe.run.seed,
+        num_samples=backend.num_train,
+        global_batch=recipe.train.global_batch,
+        micro_batch=micro_batch,
+        rank=world.rank,
+        world_size=world.size,
+        order=recipe.data.order,
+    )
+    schedule = build_schedule(recipe, plan.steps_per_epoch)
+    torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank and world
+    model = create_model(recipe.model, recipe.attention)
+    torch.manual_seed(recipe.run.seed + 1 + world.rank)  # but dropout of its own on each
+    engine = Engine(model, recipe, world, micro_batch)
+    ema = Ema(engine.deepspeed, recipe.train) if recipe.train.ema_decay else None
+    return Parts(
+        recipe=recipe,
+        world=world,
+        backend=backend,
+        plan=plan,
+        engine=engine,
+        ema=ema,
+        schedule=schedule,
+        mixer=Mixer(recipe.augment, recipe.model.num_classes, recipe.run.seed),
+        normalize=Normalize(recipe.augment.mean, recipe.augment.std),
+        checkpoints=Checkpoints(directory.store, engine, ema, world, recipe, reporter),
+        reporter=reporter,
+        signals=signals,
+    )

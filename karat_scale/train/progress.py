@@ -1,0 +1,177 @@
+"""What a person sees while a run goes on: a live bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from karat_scale.data.batch import BadSample
+from karat_scale.train.metrics import MetricsLog
+from karat_scale.train.state import TrainState
+
+
+class Display(Protocol):
+    """A place to show progress; the two kinds differ in looks only."""
+
+    def line(self, text: str) -> None:
+        """Show a line that stays."""
+
+    def train(self, done: int, total: int, text: str, due: bool) -> None:
+        """Show where training stands; `due` when a plain log wants a line."""
+
+    def evaluate(self, done: int, total: int) -> None:
+        """Show where an evaluation stands."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+class TerminalDisplay:
+    """rich's live bars: training, and below it an evaluation while there is one."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._train = self._progress.add_task(title, total=None, text="")
+        self._evaluation: TaskID | None = None
+        self._progress.start()
+
+    def line(self, text: str) -> None:
+        """Print above the bars."""
+        self._progress.console.print(text, markup=False, highlight=False)
+
+    def train(self, done: int, total: int, text: str, due: bool) -> None:
+        """Move the training bar."""
+        self._progress.update(self._train, completed=done, total=total, text=text)
+
+    def evaluate(self, done: int, total: int) -> None:
+        """Move the evaluation bar; it goes when it is full."""
+        if self._evaluation is None:
+            self._evaluation = self._progress.add_task("evaluate", total=total, text="")
+        self._progress.update(self._evaluation, completed=done, total=total)
+        if done >= total:
+            self._progress.remove_task(self._evaluation)
+            self._evaluation = None
+
+    def close(self) -> None:
+        """Stop the bars where they stand."""
+        self._progress.stop()
+
+
+class PlainDisplay:
+    """One line per report, with the time of day."""
+
+    def line(self, text: str) -> None:
+        """Print a line."""
+        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+    def train(self, done: int, total: int, text: str, due: bool) -> None:
+        """Print a line when one is due."""
+        if due:
+            self.line(f"step {done}/{total} {text}")
+
+    def evaluate(self, done: int, total: int) -> None:
+        """An evaluation prints its result only."""
+
+    def close(self) -> None:
+        """Nothing to restore."""
+
+
+class SilentDisplay(PlainDisplay):
+    """For ranks other than 0: warnings only, on standard error."""
+
+    def line(self, text: str) -> None:
+        """Say nothing."""
+
+    def train(self, done: int, total: int, text: str, due: bool) -> None:
+        """Say nothing."""
+
+
+def choose_display(is_main: bool, title: str) -> Display:
+    """A live bar when standard output is a terminal, and nothing on ranks other than 0."""
+    if not is_main:
+        return SilentDisplay()
+    console = Console()
+    return TerminalDisplay(console, title) if console.is_terminal else PlainDisplay()
+
+
+class Reporter:
+    """Tells the person and the log the same things. `log` is None on ranks other than 0."""
+
+    def __init__(self, display: Display, log: MetricsLog | None, rank: int = 0) -> None:
+        self.display = display
+        self._log = log
+        self._rank = rank
+
+    def info(self, text: str) -> None:
+        """A line for the person."""
+        self.display.line(text)
+
+    def warn(self, text: str) -> None:
+        """A warning, from whichever rank has it."""
+        if isinstance(self.display, SilentDisplay):
+            print(f"[rank {self._rank}] warning: {text}", file=sys.stderr, flush=True)
+        else:
+            self.display.line(f"warning: {text}")
+
+    def bad_sample(self, sample: BadSample) -> None:
+        """A sample that could not be read, by its place."""
+        self.warn(f"unreadable image {sample.key} in {sample.shard}: {sample.reason}")
+
+    def train(self, step: int, total: int, figures: dict[str, Any]) -> None:
+        """Figures of the steps since the last report."""
+        rate = figures["images_per_second"]
+        text = f"epoch {figures['epoch']} loss {figures['loss']:.4f} lr {figures['lr']:.2e}"
+        text += f" {rate:,.0f} img/s" if rate else ""
+        self.display.train(step, total, text, due=True)
+        self._write("train", step, **figures)
+
+    def evaluated(self, step: int, figures: dict[str, Any]) -> None:
+        """The result of an evaluation."""
+        self.info(
+            f"eval at step {step}: top-1 {figures['top1']:.2f} % top-5 {figures['top5']:.2f} % "
+            f"loss {figures['loss']:.4f} ({figures['images']:,} images, {figures['weights']} weights)"
+        )
+        self._write("eval", step, **figures)
+
+    def checkpoint(self, state: TrainState, name: str, seconds: float) -> None:
+        """A checkpoint is complete."""
+        self.info(f"saved {name} in {seconds:.1f} s")
+        self._write("checkpoint", state.step, samples=state.samples, name=name, seconds=round(seconds, 3))
+
+    def resumed(self, state: TrainState, name: str) -> None:
+        """Training goes on from a checkpoint."""
+        self.info(f"resumed from {name}: step {state.step}, {state.samples:,} samples seen")
+        self._write("resume", state.step, samples=state.samples, name=name, restarts=state.restarts)
+
+    def end(self, state: TrainState, exit_code: int, reason: str) -> None:
+        """The last event of this process."""
+        self._write("end", state.step, samples=state.samples, exit=exit_code, reason=reason)
+
+    def close(self) -> None:
+        """Restore the terminal and close the files."""
+        self.display.close()
+        if self._log is not None:
+            self._log.close()
+
+    def _write(self, event: str, step: int, **figures: Any) -> None:
+        if self._log is not None:
+            self._log.write(event, step, **figures)

@@ -1,0 +1,111 @@
+"""A run's directory: who may use it, and what lies where.
+
+recipe.yaml      the resolved recipe; its presence means the run has begun
+metrics.jsonl    one event a line
+summary.json     the outcome
+tensorboard/     event files
+checkpoints/     see checkpoint_store
+"""
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from typing import IO, Any
+
+from karat_scale.errors import RunDirectoryError
+from karat_scale.recipe import Recipe
+from karat_scale.recipe_io import differing_keys, dump_recipe, flatten, load_recipe
+from karat_scale.train.checkpoint_store import CheckpointStore, write_atomically
+
+# The data cursor counts global batches, so another size would train on other samples.
+NEVER_ALLOWED = ("train.global_batch",)
+
+
+class RunDirectory:
+    """Paths of one run, and the rules for starting or resuming in it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe_file = self.path / "recipe.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.summary_file = self.path / "summary.json"
+        self.tensorboard = self.path / "tensorboard"
+        self.store = CheckpointStore(self.path / "checkpoints")
+        self._lock: IO[str] | None = None
+
+    def open(self, recipe: Recipe) -> None:
+        """Claim the directory for `recipe`, creating it if need be.
+
+        Raises:
+            RunDirectoryError: it holds another recipe's run, is in use, cannot be written, or has
+                checkpoints that `resume.mode=never` must not overwrite.
+        """
+        try:
+            self.store.root.mkdir(parents=True, exist_ok=True)
+            self._claim()
+        except OSError as error:
+            raise RunDirectoryError(f"run.dir = {self.path}: {error.strerror}; choose another run.dir") from None
+        if recipe.resume.mode == "never" and self.store.names():
+            raise RunDirectoryError(
+                f"run.dir = {self.path} has checkpoints and resume.mode = never; "
+                "choose another run.dir or use resume.mode=auto"
+            )
+        if self.recipe_file.is_file():
+            self._refuse_another_recipe(recipe)
+
+    def begin(self, recipe: Recipe) -> None:
+        """Record the recipe: from here on the directory is this run's."""
+        write_atomically(self.recipe_file, dump_recipe(recipe))
+
+    def recipe(self) -> Recipe:
+        """The recipe of an existing run.
+
+        Raises:
+            RunDirectoryError: this is not a run directory.
+        """
+        if not self.recipe_file.is_file():
+            raise RunDirectoryError(f"{self.path}: not a run directory (it has no recipe.yaml)")
+        return load_recipe(self.recipe_file)
+
+    def summary(self) -> dict[str, Any] | None:
+        """`summary.json`, if the run has written one."""
+        if not self.summary_file.is_file():
+            return None
+        summary: dict[str, Any] = json.loads(self.summary_file.read_text(encoding="utf-8"))
+        return summary
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Replace `summary.json`."""
+        write_atomically(self.summary_file, json.dumps(summary, indent=2) + "\n")
+
+    def _claim(self) -> None:
+        lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise RunDirectoryError(
+                f"run.dir = {self.path} is in use by {holder}; wait for it or choose another run.dir"
+            ) from None
+        except OSError:
+            return  # a file system without locks; nothing is lost but this check
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        self._lock = lock  # held until the process ends
+
+    def _refuse_another_recipe(self, recipe: Recipe) -> None:
+        old = self.recipe()
+        before, after = flatten(old), flatten(recipe)
+        keys = differing_keys(old, recipe)
+        keys += [key for key in NEVER_ALLOWED if key not in keys and before[key] != after[key]]
+        if keys:
+            listed = ", ".join(f"{key} ({before.get(key)} -> {after[key]})" for key in keys[:6])
+            more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
+            raise RunDirectoryError(
+                f"run.dir = {self.path} belongs to another recipe: {listed}{more}; choose another run.dir"
+                + ("" if set(keys) & set(NEVER_ALLOWED) else f", or resume.allow=[{', '.join(keys)}]")
+            )

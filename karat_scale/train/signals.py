@@ -1,0 +1,37 @@
+"""Signals that ask for a checkpoint: SIGTERM, SIGINT and SIGUSR2 set a flag that the loop reads.
+
+SIGUSR1 is left alone: NCCL may use it.
+"""
+
+import os
+import signal
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+EXIT_STOPPED = 75  # "run me again": sysexits' EX_TEMPFAIL
+
+
+class StopSignals:
+    """Remembers the first stop signal; a second Ctrl-C quits at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def install(self) -> "StopSignals":
+        """Catch the stop signals from here on, in this process."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._remember)
+        return self
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            os.write(2, b"\nquit at once; the last checkpoint stays\n")
+            os._exit(1)
+        if self.received is None:
+            self.received = signal.Signals(number)
+
+
+class StoppedError(Exception):
+    """All ranks agreed to stop on a signal; `saved` says whether the state is in a checkpoint."""
+
+    saved = False
