@@ -11,7 +11,9 @@ what is damaged.
 import multiprocessing
 import re
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +62,13 @@ class MadeShard:
 
 
 def plan_job(
-    split: str, source: Source, out: Path, seed: int, shard_samples: int | None, shard_bytes: int | None
+    split: str,
+    source: Source,
+    src: Path,
+    out: Path,
+    seed: int,
+    shard_samples: int | None,
+    shard_bytes: int | None,
 ) -> Job:
     """Spread the samples over shards of about equal size, in an order drawn from the seed."""
     order = epoch_order(seed, 0, len(source))
@@ -75,6 +83,7 @@ def plan_job(
     made: dict[str, str | int | None] = {
         "tool": "data_prep/make_webdataset.py",
         "version": __version__,
+        "source": src.resolve().name,
         "source_sha256": source.fingerprint(),
         "seed": seed,
         "shard_samples": shard_samples,
@@ -112,13 +121,19 @@ def _make_in_worker(number: int) -> MadeShard:
     return make_shard(_job, number)
 
 
-def make_shards(job: Job, numbers: list[int], workers: int) -> Iterator[MadeShard]:
-    """Write these shards of a job, in parallel; yields them as they are done."""
+def make_shards(job: Job, numbers: list[int], workers: int) -> Generator[MadeShard, None, None]:
+    """Write these shards of a job, in parallel; yields them as they are done. Raises DataError if a process dies."""
     if min(workers, len(numbers)) <= 1:
         yield from (make_shard(job, number) for number in numbers)
         return
-    with multiprocessing.Pool(min(workers, len(numbers)), _start_worker, (job,)) as pool:
-        yield from pool.imap_unordered(_make_in_worker, numbers)
+    pool = ProcessPoolExecutor(min(workers, len(numbers)), multiprocessing.get_context("fork"), _start_worker, (job,))
+    try:
+        for future in as_completed([pool.submit(_make_in_worker, number) for number in numbers]):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise DataError("a worker process died; use fewer --workers if memory is short") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def make_split(job: Job, workers: int) -> SplitRecord:
@@ -148,17 +163,23 @@ def make_split(job: Job, workers: int) -> SplitRecord:
 
 
 def _remove_leftovers(job: Job) -> None:
-    """Remove what an unfinished run left, so that no reader takes its shards for ours."""
+    """Remove what an unfinished run left, so that no reader takes its shards for ours.
+
+    A shard's index is there before its tar, so a tar alone is not ours: DataError.
+    """
     ours = re.compile(rf"\.?{job.split}-\d{{6}}\.(tar|index\.npz)(\..+)?")
-    for path in job.out.iterdir():
-        if ours.fullmatch(path.name):
-            path.unlink()
+    found = [path for path in sorted(job.out.iterdir()) if ours.fullmatch(path.name)]
+    for path in found:
+        if path.suffix == ".tar" and not path.with_suffix(".index.npz").exists():
+            raise DataError(f"{path} is in the way and was not made by this script; use another --out")
+    for path in found:
+        path.unlink()
 
 
 def check_split(job: Job, found: SplitRecord, workers: int) -> None:
     """Check a finished split byte for byte and make damaged shards again. Raises DataError for other settings."""
     for key, value in job.made.items():
-        if key != "version" and found.made.get(key) != value:
+        if key not in ("version", "source") and found.made.get(key) != value:
             raise DataError(
                 f"{job.out} holds split {job.split} made with {key} = {found.made.get(key)}, now {value}; "
                 f"use another --out, or delete {job.out / DATASET_FILE} to make it anew"
@@ -215,7 +236,7 @@ def main() -> None:
     dataset = read_dataset_record(out) if (out / DATASET_FILE).exists() else None
     sources = open_splits(options.src, options.split, dataset.classes if dataset else None)
     jobs = [
-        plan_job(split, source, out, options.seed, options.shard_samples, options.shard_bytes)
+        plan_job(split, source, options.src, out, options.seed, options.shard_samples, options.shard_bytes)
         for split, source in sources.items()
     ]
     if options.dry_run:

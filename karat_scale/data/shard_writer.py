@@ -53,13 +53,14 @@ def write_shard(directory: Path, name: str, samples: Iterable[EncodedSample]) ->
                     offset = tar.tarstream.offset - padded
                     rows.append((offset, len(sample.data), sample.label, zlib.crc32(sample.data)))
                     keys.append(sample.key)
+        index = index_bytes(rows, keys)
+        index_name = f"{name}.index.npz"
+        # Index first: a tar under its final name always has one.
+        write_atomically(directory / index_name, index)
         commit_file(Path(temporary), path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    index = index_bytes(rows, keys)
-    index_name = f"{name}.index.npz"
-    write_atomically(directory / index_name, index)
     return ShardRecord(
         name=path.name,
         bytes=stream.bytes,
