@@ -135,10 +135,10 @@ def fetch(out: Path, ways: dict[str, Callable[[], None]], wanted: list[str]) -> 
     )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = make_parser("Fetch Fashion-MNIST's IDX files from torchvision's source or from Debian.")
     parser.add_argument("--source", choices=("torchvision", "debian"), help="use only this one")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     out: Path = options.out
     names = [name for name, _ in FashionMNIST.resources]
     if all(is_right(out / name) for name in names) and (out / CLASSES_FILE).is_file():

@@ -219,7 +219,7 @@ def _list_skipped(items: Iterable[tuple[str, str]]) -> None:
         print(f"  skipped {path}: {reason}")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = make_parser("Turn an ImageFolder or IDX files into indexed WebDataset shards.")
     add_source_options(parser)
     size = parser.add_mutually_exclusive_group()
@@ -228,7 +228,7 @@ def main() -> None:
     )
     size.add_argument("--shard-bytes", type=positive, metavar="N", help="image bytes a shard, about")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order in the shards (default 0)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.split is not None and not re.fullmatch(r"\w+", options.split):
         raise DataError(f"--split {options.split!r} is no name; use letters, digits and _")
 

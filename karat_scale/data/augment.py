@@ -10,10 +10,11 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data.auto_augment import AugmentOp, rand_augment_transform
 from torchvision.transforms import functional
 
@@ -80,6 +81,9 @@ class TrainTransform:
                 f"augment.randaugment = {augment.randaugment!r} is not a policy timm reads; "
                 "use one such as rand-m9-mstd0.5-inc1, or an empty string"
             ) from error
+        for op in policy.ops:
+            if op.name.startswith("Posterize"):
+                op.aug_fn = _posterize
         self._num_ops = policy.num_layers
         self._ops = {op.name: op for op in policy.ops}
         self._op_weights = None if policy.choice_weights is None else list(policy.choice_weights)
@@ -166,6 +170,13 @@ class EvalTransform:
 def to_channels_first(image: Image.Image) -> npt.NDArray[np.uint8]:
     """An RGB image as a view, uint8 [3, height, width]."""
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    # At full magnitude timm keeps no bits. Pillow 13 refuses that; before, the image came out black.
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return ImageOps.posterize(image, bits_to_keep)
 
 
 @contextmanager
