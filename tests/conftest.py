@@ -1,0 +1,141 @@
+"""Real parts that many tests share: shards made by data_prep, and `karat` as a user starts it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS, SIZE = 4, 16, 7, 20
+
+# A model and schedule that train in a second; a test's own overrides come after these.
+SMALL = (
+    "model.name=vit_mini_patch4_28",
+    "model.image_size=16",
+    "model.patch_size=4",
+    "model.embed_dim=32",
+    "model.depth=2",
+    "model.num_heads=2",
+    "model.num_classes=4",
+    "attention.grid=2",
+    "attention.rank=4",
+    "data.workers=1",
+    "augment.mix_prob=1.0",
+    "augment.label_smoothing=0.1",
+    "augment.scale=[0.5, 1.0]",
+    "train.global_batch=8",
+    "train.epochs=2",
+    "train.eval_batch=8",
+    "train.ema_decay=0.9",
+    "log.every_steps=1",
+    "log.tensorboard=false",
+)
+
+
+def make_image_folder(root: Path, per_class: dict[str, int], seed: int = 0) -> Path:
+    """An ImageFolder of noisy JPEGs whose brightness tells the class."""
+    rng = np.random.default_rng(seed)
+    for split, count in per_class.items():
+        for label in range(CLASSES):
+            directory = root / split / f"class{label}"
+            directory.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 80, (SIZE, SIZE, 3)) + 40 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(directory / f"{number:03d}.jpg", quality=95)
+    return root
+
+
+def run_script(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """A script of the project, as `python SCRIPT ...` from the clone."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=check, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    return make_image_folder(root, {"train": TRAIN_PER_CLASS, "val": VAL_PER_CLASS})
+
+
+@pytest.fixture(scope="session")
+def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 training and 28 validation images in tar shards."""
+    out = tmp_path_factory.mktemp("shards")
+    run_script(
+        "data_prep/make_webdataset.py", "--src", str(image_folder), "--out", str(out), "--shard-samples", "20"
+    )
+    return out
+
+
+def karat_environment() -> dict[str, str]:
+    """One thread a process: the same sums in the same order, and no fight over cores."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD_", "MASTER_"))}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def karat_command(arguments: Sequence[str], processes: int = 1) -> list[str]:
+    """The command line of `karat`, alone or under torchrun."""
+    if processes == 1:
+        return [sys.executable, "-m", "karat_scale", *arguments]
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    return [*launcher, f"--master-port={free_port()}", "-m", "karat_scale", *arguments]
+
+
+def karat(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run `karat` to its end."""
+    return subprocess.run(
+        karat_command(arguments, processes),
+        env=karat_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, shards: Path) -> Path:
+    """A small KArAt recipe over the shards, with its run below tmp_path."""
+    from karat_scale.recipe_io import dump_recipe, load_recipe
+
+    base = tmp_path / "small.yaml"
+    base.write_text(f"data: {{path: {shards}}}\nattention: {{kind: karat}}\nschedule: {{warmup_epochs: 0.5}}\n")
+    recipe = load_recipe(base, [*SMALL, f"run.dir={tmp_path / 'run'}"])
+    base.write_text(dump_recipe(recipe))
+    return base
+
+
+def events(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The events of a run's metrics.jsonl."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if kind in (None, event["event"])]
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """A run's summary.json."""
+    return json.loads((run / "summary.json").read_text())
+
+
+@pytest.fixture
+def train_recipe(recipe_file: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`karat train` of the small recipe with overrides."""
+
+    def run(*overrides: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+        return karat("train", str(recipe_file), *overrides, processes=processes)
+
+    return run

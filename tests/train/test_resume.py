@@ -1,0 +1,238 @@
+"""The same run, in one piece or in many, ends in the same weights."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from karat_scale.train.checkpoint_store import CheckpointStore
+from karat_scale.train.tensor_storage import load_tensors
+from tests.conftest import events, karat, karat_command, karat_environment, summary
+
+STEPS = 16  # 2 epochs of 64 samples in batches of 8
+EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.keep_last=2")
+
+
+def start(recipe: Path, run: Path, *overrides: str, processes: int = 1) -> subprocess.Popen[str]:
+    command = karat_command(["train", str(recipe), f"run.dir={run}", *overrides], processes)
+    return subprocess.Popen(
+        command,
+        env=karat_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the launcher, the ranks (torchrun gives each a session of its own) and their workers."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.send_signal(signal.SIGKILL)
+    process.communicate()
+    psutil.wait_procs(family, timeout=30)
+
+
+def wait_for_checkpoint(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until the run has saved `step` or a later one."""
+    store = CheckpointStore(run / "checkpoints")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        name = store.pointed("latest") if store.root.is_dir() else None
+        if name and int(name.removeprefix("step-")) >= step:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    raise AssertionError("no checkpoint in two minutes")
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until the run has reported training step `step`."""
+    deadline = time.monotonic() + 120
+    while not ((run / "metrics.jsonl").is_file() and any(e["step"] == step for e in events(run, "train"))):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def final_tensors(run: Path) -> dict[str, object]:
+    """All tensor files of the last checkpoint: weights, optimizer, EMA and random generators."""
+    last = run / "checkpoints" / f"step-{STEPS:08d}"
+    return {path.name: load_tensors(path) for path in sorted(last.glob("*.pt"))}
+
+
+def equal(left: object, right: object) -> bool:
+    """Bit for bit, through nested containers."""
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and torch.equal(left, right)
+    if isinstance(left, dict):
+        return isinstance(right, dict) and left.keys() == right.keys() and all(equal(left[k], right[k]) for k in left)
+    if isinstance(left, list | tuple):
+        return isinstance(right, list | tuple) and len(left) == len(right) and all(map(equal, left, right))
+    if hasattr(left, "__dict__"):  # DeepSpeed's loss scaler and fragment addresses
+        return type(left) is type(right) and equal(vars(left), vars(right))
+    return left == right
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {event["step"]: event["loss"] for event in events(run, "train")}
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("processes", "config"),
+    [(1, "zero0"), (1, "zero1"), pytest.param(2, "zero0", marks=pytest.mark.slow), (2, "zero1")],
+)
+def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(
+    recipe_file: Path, tmp_path: Path, processes: int, config: str
+) -> None:
+    overrides = (f"deepspeed.config={config}", "model.proj_drop=0.1", *EVERY_STEP)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = karat("train", str(recipe_file), f"run.dir={whole}", *overrides, processes=processes)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    killed = start(recipe_file, cut, *overrides, processes=processes)
+    wait_for_checkpoint(cut, 3, killed)
+    kill_all(killed)
+    resumed = karat("train", str(recipe_file), f"run.dir={cut}", *overrides, processes=processes)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+
+    (resume,) = events(cut, "resume")
+    assert 3 <= resume["step"] < STEPS
+    assert losses(cut) == losses(whole)
+    assert equal(final_tensors(cut), final_tensors(whole))
+    assert summary(cut)["restarts"] == 1
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2], ids=lambda s: s.name)
+def test_a_signal_saves_at_the_next_step_and_exits_75(recipe_file: Path, tmp_path: Path, number: signal.Signals) -> None:
+    run = tmp_path / "run"
+    process = start(recipe_file, run, "train.epochs=500", "checkpoint.every_steps=4")
+    wait_for_checkpoint(run, 4, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert number.name in output
+    store = CheckpointStore(run / "checkpoints")
+    latest = store.pointed("latest")
+    assert latest is not None
+    assert store.damage(latest) is None
+    assert summary(run)["exit"] == 75
+    assert summary(run)["steps"] == store.state(latest)["step"]
+
+
+@pytest.mark.multiprocess
+def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(recipe_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(recipe_file, run, "train.epochs=500", "checkpoint.every_steps=4", processes=2)
+    wait_for_checkpoint(run, 4, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = [pid for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    os.kill(int(ranks[0]), signal.SIGUSR2)
+    process.communicate(timeout=60)
+    assert summary(run)["exit"] == 75  # torchrun turns a rank's code into 1
+    latest = CheckpointStore(run / "checkpoints").pointed("latest")
+    assert latest == f"step-{summary(run)['steps']:08d}"
+
+
+@pytest.mark.multiprocess
+def test_a_signal_during_evaluation_evaluates_after_the_resume(recipe_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    slow_evaluation = ("train.eval_batch=1", "train.epochs=1", "checkpoint.every_steps=8")
+    process = start(recipe_file, run, *slow_evaluation)
+    wait_for_step(run, 8, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode in (75, 0), output  # 0: the evaluation was quicker than the signal
+    again = karat("train", str(recipe_file), f"run.dir={run}", *slow_evaluation)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert [event["step"] for event in events(run, "eval")] == [8]
+    assert summary(run)["last_top1"] is not None
+
+
+@pytest.mark.multiprocess
+def test_one_and_two_processes_see_the_same_loss(recipe_file: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for run, processes in ((one, 1), (two, 2)):
+        done = karat("train", str(recipe_file), f"run.dir={run}", processes=processes)
+        assert done.returncode == 0, done.stdout + done.stderr
+    first, second = losses(one), losses(two)
+    assert first.keys() == second.keys() == set(range(1, STEPS + 1))
+    assert second[1] == pytest.approx(first[1], rel=1e-6)
+    assert list(second.values()) == pytest.approx(list(first.values()), rel=1e-5)
+    top1 = [[event["top1"] for event in events(run, "eval")] for run in (one, two)]
+    assert top1[0] == top1[1]
+    assert all(event["images"] == 28 for event in events(two, "eval"))
+
+
+def test_micro_batches_do_not_change_the_loss(recipe_file: Path, tmp_path: Path) -> None:
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    karat("train", str(recipe_file), f"run.dir={whole}", "train.epochs=1")
+    karat("train", str(recipe_file), f"run.dir={pieces}", "train.epochs=1", "train.micro_batch=2")
+    assert list(losses(pieces).values()) == pytest.approx(list(losses(whole).values()), rel=1e-5)
+
+
+def test_a_finished_run_stays_finished(recipe_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    karat("train", str(recipe_file), f"run.dir={run}", "train.epochs=1")
+    before = summary(run)
+    again = karat("train", str(recipe_file), f"run.dir={run}", "train.epochs=1")
+    assert again.returncode == 0
+    after = summary(run)
+    assert len(events(run, "eval")) == 1
+    assert {key: after[key] for key in ("steps", "best_top1", "images_per_second")} == {
+        key: before[key] for key in ("steps", "best_top1", "images_per_second")
+    }
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(recipe_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = ("train.max_steps=6", "checkpoint.every_steps=2", "train.eval_every_epochs=50", "checkpoint.keep_last=3")
+    karat("train", str(recipe_file), f"run.dir={run}", *overrides)
+    victim = run / "checkpoints" / "step-00000006" / "mp_rank_00_model_states.pt"
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    again = karat("train", str(recipe_file), f"run.dir={run}", *overrides)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "step-00000006 is damaged: mp_rank_00_model_states.pt has changed" in again.stdout
+    assert events(run, "resume")[0]["step"] == 4
+    assert CheckpointStore(run / "checkpoints").damage("step-00000006") is None  # written anew
+
+
+def test_no_intact_checkpoint_is_an_error_not_a_fresh_start(recipe_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    karat("train", str(recipe_file), f"run.dir={run}", "train.max_steps=2")
+    for manifest in (run / "checkpoints").glob("*/manifest.json"):
+        manifest.unlink()
+    again = karat("train", str(recipe_file), f"run.dir={run}", "train.max_steps=2")
+    assert again.returncode == 2
+    assert "none of 1 checkpoints is intact" in again.stderr
+    assert "Traceback" not in again.stderr
+
+
+def test_a_branch_starts_from_another_runs_checkpoint(recipe_file: Path, tmp_path: Path) -> None:
+    trunk, branch = tmp_path / "trunk", tmp_path / "branch"
+    karat("train", str(recipe_file), f"run.dir={trunk}", "train.max_steps=8")
+    source = trunk / "checkpoints" / "step-00000008"
+    done = karat("train", str(recipe_file), f"run.dir={branch}", f"resume.from={source}", "optim.lr=1e-4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((source / "state.json").read_text())["step"] == events(branch, "resume")[0]["step"] == 8
+    assert summary(branch)["steps"] == STEPS
+
+
+@pytest.mark.multiprocess
+def test_another_world_size_is_refused_clearly_where_shards_differ(recipe_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    karat("train", str(recipe_file), f"run.dir={run}", "deepspeed.config=zero1", "train.max_steps=2", processes=2)
+    done = karat("train", str(recipe_file), f"run.dir={run}", "deepspeed.config=zero1", "train.max_steps=4")
+    assert done.returncode == 2
+    assert "world_size = 2" in done.stderr
