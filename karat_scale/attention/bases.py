@@ -8,73 +8,92 @@ own over features it shares with all others, so H = sum_f f(A) C_f^T is a sum of
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Initialisation = Literal["paper", "variance_preserving"]
+INITIALISATIONS = ("paper", "variance_preserving")
+
+
+class BoundFeatures(Protocol):
+    """A basis tied to the arrays of a tile: scores of any shape, values and upstream [F, *scores.shape]."""
+
+    def evaluate(self) -> None:
+        """Writes f(scores) into values[f] for every feature f."""
+
+    def pull_back(self) -> Tensor:
+        """Returns sum_f upstream[f] * f'(scores), given evaluated values; may overwrite upstream."""
 
 
 class FeatureBasis(Protocol):
-    """What an implementation needs of a basis; `values` and its like are [F, ...] over scores of shape [...]."""
+    """What an implementation needs of a basis."""
 
-    num_features: int
+    @property
+    def num_features(self) -> int:
+        """F."""
 
-    def evaluate(self, scores: Tensor, out: Tensor) -> None:
-        """Writes f(scores) into out[f] for every feature f."""
-
-    def pull_back(self, scores: Tensor, values: Tensor, upstream: Tensor) -> Tensor:
-        """Returns sum_f upstream[f] * f'(scores), given values[f] = f(scores); may overwrite `upstream`."""
+    def bind(self, scores: Tensor, values: Tensor, upstream: Tensor | None) -> BoundFeatures:
+        """Ties the basis to contiguous arrays that are used again for many tiles; only `pull_back` needs upstream."""
 
 
 @dataclass(frozen=True)
 class FourierBasis:
-    """cos(m x) and sin(m x) for m = 1..G, as features cos 1..G, then sin 1..G."""
+    """s_m cos(m x) and s_m sin(m x) for m = 1..G, as features: all cosines, then all sines.
 
-    grid: int
+    The signs s = +, -, -, +, +, -, -, ... let one fused operation make each harmonic; `pack` undoes them.
+    """
 
-    @property
-    def num_features(self) -> int:
-        """2 G."""
-        return 2 * self.grid
+    num_features: int
 
-    def evaluate(self, scores: Tensor, out: Tensor) -> None:
-        """One cosine and one sine, then f((m+1) x) = 2 cos(x) f(m x) - f((m-1) x) for both."""
-        waves = out.unflatten(0, (2, self.grid))
-        cosine, sine = waves[:, 0].unbind()
-        torch.cos(scores, out=cosine)
-        torch.sin(scores, out=sine)
-        if self.grid == 1:
-            return
-        twice_cosine = 2 * cosine
-        torch.mul(waves[:, 0], twice_cosine, out=waves[:, 1])
-        waves[0, 1].sub_(1)  # cos(0 x) = 1 and sin(0 x) = 0
-        for m in range(2, self.grid):
-            torch.mul(waves[:, m - 1], twice_cosine, out=waves[:, m]).sub_(waves[:, m - 2])
+    def bind(self, scores: Tensor, values: Tensor, upstream: Tensor | None) -> "FourierFeatures":
+        """See `FeatureBasis`."""
+        return FourierFeatures(scores, values, upstream)
 
-    def pull_back(self, scores: Tensor, values: Tensor, upstream: Tensor) -> Tensor:
-        """sum_m m (upstream_sin cos(m x) - upstream_cos sin(m x))."""
-        cosines, sines = values.unflatten(0, (2, self.grid))
-        from_cosines, from_sines = upstream.unflatten(0, (2, self.grid))
-        slopes = from_sines.mul_(cosines).addcmul_(from_cosines, sines, value=-1)
-        orders = torch.arange(1, self.grid + 1, dtype=scores.dtype, device=scores.device)
-        return torch.mv(slopes.flatten(1).t(), orders).view_as(scores)
-
-    def pack(self, cos_coef: Tensor, sin_coef: Tensor) -> Tensor:
-        """The coefficients in feature order: two [h, r, N, G] become [2G, h, r, N]."""
-        return torch.stack((cos_coef, sin_coef)).permute(0, 4, 1, 2, 3).flatten(0, 1)
+    @staticmethod
+    def pack(cos_coef: Tensor, sin_coef: Tensor) -> Tensor:
+        """The coefficients of the features: two [h, r, N, G] become [h, 2G, r, N]."""
+        orders = torch.arange(1, cos_coef.shape[-1] + 1, device=cos_coef.device)
+        signs = 1 - (orders // 2 % 2) * 2
+        return (torch.stack((cos_coef, sin_coef)) * signs).permute(1, 0, 4, 2, 3).flatten(1, 2)
 
 
-FEATURE_BASES: dict[str, Callable[[int], FeatureBasis]] = {
-    "fourier": lambda num_features: FourierBasis(num_features // 2),
-}
+class FourierFeatures:
+    """The harmonics of one tile: one cosine and one sine an element, the rest by angle addition."""
+
+    def __init__(self, scores: Tensor, values: Tensor, upstream: Tensor | None) -> None:
+        grid = values.shape[0] // 2
+        waves = values.unflatten(0, (2, grid))
+        self._scores = scores
+        self._cosines, self._sines = waves.unbind()
+        self._harmonics = waves.unbind(1)
+        self._zeroth = scores.new_tensor([1.0, 0.0]).view(2, *(1,) * scores.dim())
+        if upstream is not None:
+            self._from_cosines, self._from_sines = upstream.unflatten(0, (2, grid)).unbind()
+            self._by_element = self._from_sines.flatten(1).t()
+            self._orders = torch.arange(1, grid + 1, dtype=scores.dtype, device=scores.device)
+            self._grad_scores = torch.empty_like(scores)
+
+    def evaluate(self) -> None:
+        """f((m + 1) x) = 2 cos(x) f(m x) - f((m - 1) x), for cosine and sine together, up to sign."""
+        before, last, *others = self._zeroth, *self._harmonics
+        cosine, sine = last.unbind()
+        torch.cos(self._scores, out=cosine)
+        torch.sin(self._scores, out=sine)
+        for m, harmonic in enumerate(others, 1):
+            # s_{m+1} = -s_{m-1}, so the factor of 2 cos(x) s_m f(m x) is s_{m+1} s_m = (-1)^m.
+            torch.addcmul(before, last, cosine, value=2 * (-1) ** m, out=harmonic)
+            before, last = last, harmonic
+
+    def pull_back(self) -> Tensor:
+        """sum_m m (upstream_sin cos(m x) - upstream_cos sin(m x)), in an array the next call overwrites."""
+        self._from_sines.mul_(self._cosines).addcmul_(self._from_cosines, self._sines, value=-1)
+        return torch.mv(self._by_element, self._orders, out=self._grad_scores.view(-1)).view_as(self._grad_scores)
 
 
-def feature_basis(name: str, num_features: int) -> FeatureBasis:
-    """The basis of that name with `num_features` features."""
-    return FEATURE_BASES[name](num_features)
+# By name, given the number of features F.
+FEATURE_BASES: dict[str, Callable[[int], FeatureBasis]] = {"fourier": FourierBasis}
 
 
 @dataclass(frozen=True)
@@ -105,7 +124,7 @@ BASE_ACTIVATIONS: dict[str, BaseActivation | None] = {
 
 
 @torch.no_grad()
-def initialise_fourier(cos_coef: Tensor, sin_coef: Tensor, proj: Tensor, scheme: Initialisation) -> None:
+def initialise_fourier(cos_coef: Tensor, sin_coef: Tensor, proj: Tensor, scheme: str) -> None:
     """Draws the operator's start in place: cos_coef, sin_coef [h, r, N, G] and proj = W [h, N, r].
 
     "paper": coefficients N(0, 1) (arXiv 2503.10632); W, which the paper leaves open, truncated normal of std 0.02.
@@ -122,6 +141,6 @@ def initialise_fourier(cos_coef: Tensor, sin_coef: Tensor, proj: Tensor, scheme:
         coefficient_std = (tokens * grid) ** -0.5
         nn.init.normal_(proj, std=(rank * tokens) ** -0.5)
     else:
-        raise ValueError(f"init = {scheme!r}: expected one of {', '.join(get_args(Initialisation))}")
+        raise ValueError(f"init = {scheme!r}: expected one of {', '.join(INITIALISATIONS)}")
     nn.init.normal_(cos_coef, std=coefficient_std)
     nn.init.normal_(sin_coef, std=coefficient_std)
