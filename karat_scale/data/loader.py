@@ -1,6 +1,9 @@
 """Batches in plan order from parallel worker processes."""
 
+import signal
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -40,7 +43,9 @@ class OrderedLoader(Iterator[Batch]):
             generator=torch.Generator(),
             multiprocessing_context="fork" if workers else None,
         )
-        self._results: Iterator[Batch | UserError] | None = iter(loader)
+        self._workers = workers
+        with _child_signal_kept():
+            self._results: Iterator[Batch | UserError] | None = iter(loader)
 
     def __next__(self) -> Batch:
         if self._results is None:
@@ -50,11 +55,11 @@ class OrderedLoader(Iterator[Batch]):
         except StopIteration:
             self.close()
             raise
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:
             self.close()
-            if "killed by signal" in str(error) or "exited unexpectedly" in str(error):
+            if self._workers and _tells_of_a_dead_worker(error):
                 raise DataError(
-                    f"a data worker died ({str(error).splitlines()[0]}); if memory or /dev/shm is short, "
+                    f"a data worker died ({str(error) or type(error).__name__}); if memory or /dev/shm is short, "
                     "lower data.workers or data.prefetch"
                 ) from error
             raise
@@ -67,6 +72,25 @@ class OrderedLoader(Iterator[Batch]):
         """Stop the workers."""
         # The DataLoader's iterator ends its workers when it is collected.
         self._results = None
+
+
+def _tells_of_a_dead_worker(error: Exception) -> bool:
+    if "Caught" in str(error):  # raised by a worker that lives
+        return False
+    # A batch's memory is fetched from its worker, so a dead one may first show as a broken connection.
+    return isinstance(error, (OSError, EOFError)) or "exited unexpectedly" in str(error)
+
+
+@contextmanager
+def _child_signal_kept() -> Iterator[None]:
+    """Undo DataLoader's handler of SIGCHLD, which raises wherever the program is, even amid a checkpoint.
+
+    Without it a worker's death is noticed by the next wait for a batch.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
 
 
 class _Guarded(Dataset["Batch | UserError"]):

@@ -16,6 +16,7 @@ from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.recipe import DataConfig
 
 PATTERN_CELLS = 4
+NOISE_STARTS = 1 << 20
 TRAIN_STREAM, VAL_STREAM = 0, 1
 
 
@@ -29,7 +30,7 @@ class SyntheticBackend:
         self._seed = seed
         self._pixels = 3 * image_size * image_size
         # An image's noise is a window of one fixed stretch of noise: a copy costs far less than drawing anew.
-        self._noise = self._draw(key=0, count=2 * self._pixels) >> 1
+        self._noise = self._draw(key=0, count=NOISE_STARTS + self._pixels) >> 1
         self._cell = np.minimum(np.arange(image_size) * PATTERN_CELLS // image_size, PATTERN_CELLS - 1)
 
     @staticmethod
@@ -76,7 +77,7 @@ class SyntheticBackend:
         )
 
     def _image(self, sample_id: int, label: int, stream: int) -> npt.NDArray[np.uint8]:
-        start = sample_seed(self._seed, stream, sample_id) % self._pixels
+        start = sample_seed(self._seed, stream, sample_id) % NOISE_STARTS
         noise = self._noise[start : start + self._pixels].reshape(3, self._image_size, self._image_size)
         cells = self._draw(key=1 + label, count=3 * PATTERN_CELLS**2) >> 1
         pattern = cells.reshape(3, PATTERN_CELLS, PATTERN_CELLS)[:, self._cell[:, None], self._cell]

@@ -1,0 +1,290 @@
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from karat_scale.data.backends import open_backend
+from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
+from karat_scale.data.shard_writer import EncodedSample
+from karat_scale.errors import DataError
+from karat_scale.recipe import AugmentConfig
+
+SIZE = 16
+
+
+def broken(number: int) -> EncodedSample:
+    noise = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "JPEG")
+    return EncodedSample(f"broken-{number}", "jpg", buffer.getvalue()[:-400], number % 3)
+
+
+def contents(batches):
+    return [
+        (
+            b.epoch,
+            b.batch,
+            b.images.numpy().tobytes(),
+            b.labels.tolist(),
+            b.sample_ids.tolist(),
+            b.valid.tolist(),
+            b.bad,
+        )
+        for b in batches
+    ]
+
+
+def test_batches_are_the_same_for_any_number_of_workers(make_shards, data_config):
+    directory = make_shards()
+    seen = []
+    for workers in (0, 1, 2):
+        # The paper's whole augmentation, over an epoch's end.
+        backend = open_backend(data_config(directory, workers=workers), AugmentConfig(), SIZE, 3, 5)
+        plan = TrainPlan(5, backend.num_train, 12, 6, 0, 1)
+        train = contents(backend.train_batches(plan.slices(1, 7)))
+        val = contents(backend.eval_batches(EvalPlan(backend.num_val, 4, 0, 1).slices()))
+        seen.append((train, val))
+        backend.close()
+    assert len(seen[0][0]) == 12
+    assert len(seen[0][1]) == 3
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_ranks_and_resumes_give_the_same_samples(make_shards, data_config):
+    backend = open_backend(data_config(make_shards()), AugmentConfig(), SIZE, 3, 5)
+    whole = list(backend.train_batches(TrainPlan(5, 40, 12, 12, 0, 1).slices(0, 5)))
+    ranks = [list(backend.train_batches(TrainPlan(5, 40, 12, 3, rank, 2).slices(2, 5))) for rank in (0, 1)]
+    for step in range(2, 5):
+        parts = [batch for rank in ranks for batch in rank[2 * (step - 2) : 2 * (step - 2) + 2]]
+        assert torch.equal(torch.cat([part.images for part in parts]), whole[step].images)
+        assert torch.equal(torch.cat([part.labels for part in parts]), whole[step].labels)
+
+
+def test_batches_hold_what_they_say(make_shards, make_sample, data_config, cheap_augment):
+    backend = open_backend(data_config(make_shards()), cheap_augment, SIZE, 3, 0)
+    assert (backend.num_train, backend.num_val, backend.num_classes) == (40, 11, 3)
+    assert backend.classes == ("ant", "bee", "cat")
+    batch = next(backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 1)))
+    assert (batch.images.shape, batch.images.dtype) == ((8, 3, SIZE, SIZE), torch.uint8)
+    assert batch.images.is_contiguous()
+    assert batch.labels.dtype == batch.sample_ids.dtype == torch.int64
+    assert batch.labels.tolist() == [make_sample(i).label for i in batch.sample_ids.tolist()]
+    assert batch.valid.all()
+    assert torch.equal(batch.to("cpu").images, batch.images)
+
+
+def test_each_epoch_augments_anew(make_shards, data_config, cheap_augment):
+    backend = open_backend(data_config(make_shards()), cheap_augment, SIZE, 3, 0)
+    ids = np.arange(4)
+    one, two = backend.train_batches([BatchSlice(0, 0, ids), BatchSlice(1, 0, ids)])
+    assert not torch.equal(one.images, two.images)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_global_generators_stay_as_they_are(make_shards, data_config, workers):
+    backend = open_backend(data_config(make_shards(), workers=workers), AugmentConfig(), SIZE, 3, 0)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    list(backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 2)))
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+
+
+def test_evaluation_counts_each_image_once_on_three_ranks(make_shards, data_config, cheap_augment):
+    backend = open_backend(data_config(make_shards()), cheap_augment, SIZE, 3, 0)
+    ids = []
+    for rank in range(3):
+        for batch in backend.eval_batches(EvalPlan(11, 3, rank, 3).slices()):
+            ids += batch.sample_ids[batch.valid].tolist()
+            assert not batch.images[~batch.valid].any()
+            assert not batch.labels[~batch.valid].any()
+    assert sorted(ids) == list(range(11))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_sample_stops_with_its_path(make_shards, make_sample, data_config, cheap_augment, workers):
+    samples = [make_sample(i) for i in range(10)]
+    samples[4] = broken(4)
+    backend = open_backend(data_config(make_shards(train=samples), workers=workers), cheap_augment, SIZE, 3, 0)
+    with pytest.raises(DataError) as caught:
+        list(backend.train_batches(TrainPlan(0, 10, 10, 5, 0, 1).slices(0, 1)))
+    message = str(caught.value)
+    assert message.startswith("sample broken-4 in train-000000.tar cannot be decoded: ")
+    assert "truncated" in message
+    assert message.endswith("set data.on_bad_sample=skip, or remove the image and make the shards again")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_skipping_takes_the_next_sample_that_decodes(make_shards, make_sample, data_config, cheap_augment, workers):
+    samples = [make_sample(i) for i in range(10)]
+    samples[4], samples[8], samples[9] = broken(4), broken(8), broken(9)
+    config = data_config(make_shards(train=samples), workers=workers, on_bad_sample="skip")
+    backend = open_backend(config, cheap_augment, SIZE, 3, 0)
+    (batch,) = backend.train_batches([BatchSlice(0, 0, np.arange(10))])
+    assert batch.sample_ids.tolist() == [0, 1, 2, 3, 5, 5, 6, 7, 0, 0]
+    assert batch.valid.all()
+    assert torch.equal(batch.images[4], batch.images[5])
+    assert torch.equal(batch.images[8], batch.images[0])
+    assert batch.labels[4] == make_sample(5).label
+    assert [bad.sample_id for bad in batch.bad] == [4, 8, 9, 9]
+    assert (batch.bad[0].key, batch.bad[0].shard) == ("broken-4", "train-000000.tar")
+    assert batch.bad[1].shard == "train-000001.tar"
+
+
+def test_skipping_in_evaluation_leaves_the_sample_out(make_shards, make_sample, data_config, cheap_augment):
+    samples = [make_sample(i) for i in range(5)]
+    samples[2] = broken(2)
+    config = data_config(make_shards(val=samples), on_bad_sample="skip")
+    (batch,) = open_backend(config, cheap_augment, SIZE, 3, 0).eval_batches(EvalPlan(5, 6, 0, 1).slices())
+    assert batch.sample_ids.tolist() == [0, 1, 2, 3, 4, -1]
+    assert batch.valid.tolist() == [True, True, False, True, True, False]
+    assert [bad.key for bad in batch.bad] == ["broken-2"]
+
+
+def test_skipping_ends_when_nothing_decodes(make_shards, data_config, cheap_augment):
+    config = data_config(make_shards(train=[broken(i) for i in range(4)]), on_bad_sample="skip")
+    backend = open_backend(config, cheap_augment, SIZE, 3, 0)
+    with pytest.raises(DataError, match="no sample near it can be decoded"):
+        next(backend.train_batches([BatchSlice(0, 0, np.arange(2))]))
+
+
+def test_a_changed_shard_is_an_error_even_when_skipping(make_shards, data_config, cheap_augment):
+    directory = make_shards()
+    config = data_config(directory, workers=1, on_bad_sample="skip")
+    backend = open_backend(config, cheap_augment, SIZE, 3, 0)
+    path = directory / "train-000003.tar"
+    data = bytearray(path.read_bytes())
+    data[1700] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"train-000003.tar has changed since its index"):
+        list(backend.train_batches(TrainPlan(0, 40, 40, 20, 0, 1).slices(0, 1)))
+
+
+def children() -> list[int]:
+    me = os.getpid()
+    return [int(pid) for pid in Path(f"/proc/self/task/{me}/children").read_text().split()]
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_closing_ends_the_workers_and_the_iterators(make_shards, data_config, cheap_augment):
+    before = children()
+    backend = open_backend(data_config(make_shards(), workers=2), cheap_augment, SIZE, 3, 0)
+    batches = backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 1000))
+    next(batches)
+    assert len(children()) == len(before) + 2
+    backend.close()
+    wait_until(lambda: children() == before)
+    assert next(batches, None) is None
+
+
+def test_a_killed_worker_is_one_clear_error(make_shards, data_config, cheap_augment):
+    before = children()
+    backend = open_backend(data_config(make_shards(), workers=1), cheap_augment, SIZE, 3, 0)
+    batches = backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 10**6))
+    next(batches)
+    (worker,) = set(children()) - set(before)
+    os.kill(worker, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"a data worker died .*lower data.workers"):
+        for _ in batches:
+            pass
+
+
+WORKER_SCRIPT = """
+    import os, signal, sys, time
+    from pathlib import Path
+    from karat_scale.data.backends import open_backend
+    from karat_scale.data.plan import TrainPlan
+    from karat_scale.recipe import AugmentConfig, DataConfig
+
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, lambda *_: print("signal", flush=True))
+    config = DataConfig(path=sys.argv[1], workers=2)
+    batches = open_backend(config, AugmentConfig(), 16, 3, 0).train_batches(
+        TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 400)
+    )
+    next(batches)
+    print(*Path(f"/proc/self/task/{os.getpid()}/children").read_text().split(), flush=True)
+    sys.stdin.readline()
+    print(sum(1 for _ in batches), flush=True)
+    sys.stdin.readline()
+"""
+
+
+def start(directory: Path) -> tuple[subprocess.Popen, list[int]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(WORKER_SCRIPT), str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return process, [int(pid) for pid in process.stdout.readline().split()]
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.multiprocess
+def test_a_signal_to_the_process_group_leaves_the_workers_working(make_shards):
+    process, workers = start(make_shards())
+    assert len(workers) == 2
+    for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM):
+        os.killpg(process.pid, number)
+        assert process.stdout.readline() == "signal\n"
+    time.sleep(0.3)
+    assert all(running(pid) for pid in workers)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "399\n"
+    process.communicate("\n", timeout=30)
+    assert process.returncode == 0
+    wait_until(lambda: not any(running(pid) for pid in workers))
+
+
+@pytest.mark.multiprocess
+def test_workers_leave_when_the_parent_is_killed(make_shards):
+    process, workers = start(make_shards())
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(running(pid) for pid in workers))
+
+
+def test_imagenet_photos_become_batches(sample_data, tmp_path, data_config):
+    import tarfile
+
+    from karat_scale.data.shard_format import DatasetRecord, SplitRecord, write_dataset_record
+    from karat_scale.data.shard_writer import write_shard
+
+    with tarfile.open(sample_data / "imagenet_sample_1000.tar") as tar:
+        members = [tar.next() for _ in range(24)]
+        samples = [
+            EncodedSample(f"{i:04d}", "jpg", tar.extractfile(member).read(), i) for i, member in enumerate(members)
+        ]
+    shard = write_shard(tmp_path, "train-000000", samples)
+    record = DatasetRecord(classes=[str(i) for i in range(24)])
+    record.splits["train"] = SplitRecord(samples=24, bytes=shard.bytes, shards=[shard])
+    write_dataset_record(tmp_path, record)
+    backend = open_backend(data_config(tmp_path, val_split="train"), AugmentConfig(), 224, 1000, 0)
+    (batch,) = backend.train_batches(TrainPlan(0, 24, 24, 24, 0, 1).slices(0, 1))
+    assert batch.images.shape == (24, 3, 224, 224)
+    (batch,) = backend.eval_batches(EvalPlan(24, 24, 0, 1).slices())
+    assert batch.images.float().std(dim=(1, 2, 3)).min() > 10

@@ -1,0 +1,87 @@
+"""Real shards of small real images, written by the project's own writer."""
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from karat_scale.data.shard_format import DatasetRecord, SplitRecord, write_dataset_record
+from karat_scale.data.shard_writer import EncodedSample, shard_name, write_shard
+from karat_scale.recipe import AugmentConfig, DataConfig
+
+CLASSES = ["ant", "bee", "cat"]
+
+
+def encode(pixels: np.ndarray, kind: str = "JPEG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def photo(seed: int, width: int = 24, height: int = 20) -> np.ndarray:
+    """A smooth colour image that JPEG keeps well, different for every seed."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def sample(number: int, label: int | None = None) -> EncodedSample:
+    data = encode(photo(number, 20 + number % 9, 18 + number % 7), quality=95)
+    return EncodedSample(f"{number:04d}", "jpg", data, number % len(CLASSES) if label is None else label)
+
+
+def write_split(directory: Path, split: str, samples: list[EncodedSample], per_shard: int = 8) -> SplitRecord:
+    shards = [
+        write_shard(directory, shard_name(split, number), samples[start : start + per_shard])
+        for number, start in enumerate(range(0, len(samples), per_shard))
+    ]
+    return SplitRecord(
+        samples=sum(shard.samples for shard in shards), bytes=sum(shard.bytes for shard in shards), shards=shards
+    )
+
+
+@pytest.fixture
+def make_shards(tmp_path: Path) -> Callable[..., Path]:
+    """A directory of shards with a train and a val split of these samples."""
+
+    def make(train: list[EncodedSample] | None = None, val: list[EncodedSample] | None = None) -> Path:
+        directory = tmp_path / "shards"
+        directory.mkdir()
+        record = DatasetRecord(classes=CLASSES)
+        record.splits["train"] = write_split(directory, "train", train or [sample(i) for i in range(40)])
+        record.splits["val"] = write_split(directory, "val", val or [sample(100 + i) for i in range(11)])
+        write_dataset_record(directory, record)
+        return directory
+
+    return make
+
+
+@pytest.fixture
+def make_sample() -> Callable[..., EncodedSample]:
+    return sample
+
+
+@pytest.fixture
+def data_config() -> Callable[..., DataConfig]:
+    def make(directory: Path, **fields: object) -> DataConfig:
+        return DataConfig.model_validate({"path": str(directory), "workers": 0, "prefetch": 2, **fields})
+
+    return make
+
+
+@pytest.fixture
+def cheap_augment() -> AugmentConfig:
+    return AugmentConfig(scale=(0.5, 1.0), color_jitter=0, randaugment="")
+
+
+@pytest.fixture
+def sample_data() -> Path:
+    """The directory of real images, where there is one."""
+    folder = Path(os.environ.get("KARAT_SAMPLE_DATA", "../shared/data"))
+    if not folder.is_dir():
+        pytest.skip(f"no sample images in {folder}; set KARAT_SAMPLE_DATA")
+    return folder
