@@ -113,7 +113,9 @@ def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2], ids=lambda s: s.name)
-def test_a_signal_saves_at_the_next_step_and_exits_75(recipe_file: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_saves_at_the_next_step_and_exits_75(
+    recipe_file: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     run = tmp_path / "run"
     process = start(recipe_file, run, "train.epochs=500", "checkpoint.every_steps=4")
     wait_for_checkpoint(run, 4, process)
@@ -195,7 +197,12 @@ def test_a_finished_run_stays_finished(recipe_file: Path, tmp_path: Path) -> Non
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(recipe_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    overrides = ("train.max_steps=6", "checkpoint.every_steps=2", "train.eval_every_epochs=50", "checkpoint.keep_last=3")
+    overrides = (
+        "train.max_steps=6",
+        "checkpoint.every_steps=2",
+        "train.eval_every_epochs=50",
+        "checkpoint.keep_last=3",
+    )
     karat("train", str(recipe_file), f"run.dir={run}", *overrides)
     victim = run / "checkpoints" / "step-00000006" / "mp_rank_00_model_states.pt"
     data = bytearray(victim.read_bytes())

@@ -1,0 +1,157 @@
+"""`karat` as a user types it: exit codes, one-line errors, and what it prints."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from karat_scale import __version__
+from karat_scale.recipe_io import load_recipe
+from tests.conftest import events, karat, summary
+
+Train = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def refused(done: "subprocess.CompletedProcess[str]", *parts: str) -> None:
+    """Exit code 2 and one line on standard error that has all `parts`."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_print_shows_the_resolved_recipe_and_trains_nothing(recipe_file: Path, tmp_path: Path) -> None:
+    done = karat("train", str(recipe_file), "optim.lr=0.25", "--print")
+    assert done.returncode == 0
+    assert yaml.safe_load(done.stdout)["optim"]["lr"] == 0.25
+    assert not (tmp_path / "run").exists()
+
+
+def test_version_and_help() -> None:
+    assert __version__ in karat("--version").stdout
+    for command in ("train", "eval", "bench"):
+        assert command in karat("--help").stdout
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = "import sys, karat_scale, karat_scale.cli; print([m for m in ('torch', 'timm', 'deepspeed') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_bad_recipe_is_one_line(train_recipe: Train) -> None:
+    refused(train_recipe("attention.grdi=3"), "attention.grdi", "attention.grid")
+
+
+def test_an_unknown_model_is_one_line(train_recipe: Train) -> None:
+    refused(train_recipe("model.name=vit_tinny_patch16_224"), "model.name", "vit_tiny_patch16_224")
+
+
+def test_missing_data_is_one_line(train_recipe: Train, tmp_path: Path) -> None:
+    refused(train_recipe(f"data.path={tmp_path / 'nowhere'}"), "nowhere")
+
+
+def test_labels_beyond_the_models_classes_are_one_line(train_recipe: Train) -> None:
+    refused(train_recipe("model.num_classes=3"), "3")
+
+
+def test_a_global_batch_larger_than_the_data_is_one_line(train_recipe: Train) -> None:
+    refused(train_recipe("train.global_batch=128"), "train.global_batch")
+
+
+def test_an_unknown_deepspeed_configuration_is_one_line(train_recipe: Train) -> None:
+    refused(train_recipe("deepspeed.config=zero9"), "zero9", "zero0, zero1")
+
+
+@pytest.mark.multiprocess
+def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_by_each(train_recipe: Train) -> None:
+    done = train_recipe("train.global_batch=6", processes=2)
+    assert done.returncode == 1  # torchrun's own code
+    assert "train.global_batch = 6" in done.stderr
+
+
+def test_training_writes_the_run_directory_users_rely_on(train_recipe: Train, tmp_path: Path) -> None:
+    done = train_recipe("log.tensorboard=true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "run"
+    assert load_recipe(run / "recipe.yaml").model.embed_dim == 32
+    kinds = [event["event"] for event in events(run)]
+    assert kinds.count("train") == 16
+    assert kinds.count("eval") == 2
+    assert kinds[-1] == "end"
+    assert {"step", "epoch", "samples", "loss", "lr", "grad_norm", "images_per_second"} <= events(run, "train")[
+        -1
+    ].keys()
+    figures = summary(run)
+    assert (figures["exit"], figures["steps"], figures["samples"]) == (0, 16, 128)
+    assert figures["best_top1"] == max(event["top1"] for event in events(run, "eval"))
+    assert figures["last_top5"] == events(run, "eval")[-1]["top5"] == 100.0
+    assert figures["images_per_second"] > 0
+    assert figures["peak_memory_mb"] > 100
+    assert list((run / "tensorboard").glob("events*"))
+    checkpoints = run / "checkpoints"
+    assert (checkpoints / "latest").read_text().strip() == "step-00000016"
+    assert (checkpoints / (checkpoints / "best").read_text().strip() / "manifest.json").is_file()
+
+
+def test_another_recipe_in_the_same_directory_is_refused_with_the_keys(train_recipe: Train) -> None:
+    train_recipe("train.max_steps=1")
+    refused(train_recipe("optim.lr=1e-2"), "optim.lr (0.0005 -> 0.01)", "resume.allow=[optim.lr]")
+    allowed = train_recipe("optim.lr=1e-2", "resume.allow=optim.lr", "train.max_steps=2")
+    assert allowed.returncode == 0, allowed.stderr
+    refused(train_recipe("train.global_batch=16", "resume.allow=[optim.lr, train.global_batch]"), "train.global_batch")
+
+
+def test_resume_never_refuses_to_overwrite(train_recipe: Train) -> None:
+    train_recipe("train.max_steps=1")
+    refused(train_recipe("resume.mode=never"), "resume.mode", "choose another run.dir")
+
+
+def test_a_run_in_use_is_refused(recipe_file: Path, train_recipe: Train, tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        lock.write("process 1 on elsewhere")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(train_recipe(), "in use by process 1 on elsewhere")
+
+
+def test_eval_repeats_the_runs_own_figure(train_recipe: Train, tmp_path: Path) -> None:
+    train_recipe()
+    run, out = tmp_path / "run", tmp_path / "eval.json"
+    done = karat("eval", str(run), "--checkpoint", "latest", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    figures = yaml.safe_load(out.read_text())
+    last = events(run, "eval")[-1]
+    assert figures["weights"] == last["weights"] == "ema"
+    assert (figures["top1"], figures["images"]) == (last["top1"], 28)
+    assert figures["loss"] == pytest.approx(last["loss"], rel=1e-6)
+    raw = karat("eval", str(run), "--weights", "raw")
+    assert "raw weights" in raw.stdout
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_eval_joins_the_shards_of_two_ranks(train_recipe: Train, tmp_path: Path, precision: str) -> None:
+    train_recipe("deepspeed.config=zero1", f"train.precision={precision}", processes=2)
+    out = tmp_path / "eval.json"
+    for processes in (1, 2):
+        done = karat("eval", str(tmp_path / "run"), "--checkpoint", "latest", "--json", str(out), processes=processes)
+        assert done.returncode == 0, done.stderr
+        figures, last = yaml.safe_load(out.read_text()), events(tmp_path / "run", "eval")[-1]
+        assert (figures["top1"], figures["images"]) == (last["top1"], 28)
+        assert figures["loss"] == pytest.approx(last["loss"], rel=1e-6 if precision == "fp32" else 1e-2)
+
+
+def test_eval_of_what_is_not_a_run_is_one_line(tmp_path: Path, train_recipe: Train) -> None:
+    refused(karat("eval", str(tmp_path / "nothing")), "not a run directory")
+    train_recipe("train.max_steps=1", "train.ema_decay=0")
+    refused(karat("eval", str(tmp_path / "run"), "--checkpoint", "step-00000009"), "step-00000001")
+    refused(karat("eval", str(tmp_path / "run"), "--weights", "ema"), "no EMA weights")
