@@ -68,6 +68,7 @@ class FourierFeatures:
         self._scores = scores
         self._cosines, self._sines = waves.unbind()
         self._harmonics = waves.unbind(1)
+        self._cosine, self._sine = self._harmonics[0].unbind()
         self._zeroth = scores.new_tensor([1.0, 0.0]).view(2, *(1,) * scores.dim())
         if upstream is not None:
             self._from_cosines, self._from_sines = upstream.unflatten(0, (2, grid)).unbind()
@@ -77,13 +78,12 @@ class FourierFeatures:
 
     def evaluate(self) -> None:
         """f((m + 1) x) = 2 cos(x) f(m x) - f((m - 1) x), for cosine and sine together, up to sign."""
-        before, last, *others = self._zeroth, *self._harmonics
-        cosine, sine = last.unbind()
-        torch.cos(self._scores, out=cosine)
-        torch.sin(self._scores, out=sine)
-        for m, harmonic in enumerate(others, 1):
-            # s_{m+1} = -s_{m-1}, so the factor of 2 cos(x) s_m f(m x) is s_{m+1} s_m = (-1)^m.
-            torch.addcmul(before, last, cosine, value=2 * (-1) ** m, out=harmonic)
+        torch.cos(self._scores, out=self._cosine)
+        torch.sin(self._scores, out=self._sine)
+        before, last = self._zeroth, self._harmonics[0]
+        for m, harmonic in enumerate(self._harmonics[1:], 1):
+            # s_{m+1} = -s_{m-1}, so 2 cos(x) s_m f(m x) enters with the sign s_{m+1} s_m = (-1)^m.
+            torch.addcmul(before, last, self._cosine, value=2 * (-1) ** m, out=harmonic)
             before, last = last, harmonic
 
     def pull_back(self) -> Tensor:

@@ -1,84 +1,54 @@
-"""O = (H W^T * keep) V and its derivative for one head and a slice of the batch, by tiles of query rows."""
+"""O = (H W^T * keep) V for one head, and its derivative.
 
-from typing import Protocol
+Without a mask O = H (W^T V), and the r x dv matrix W^T V stands for all keys. A mask cuts single entries of
+S = H W^T, so then rows of S are formed, one tile at a time.
+"""
 
 import torch
 from torch import Tensor
 
-
-class Readout(Protocol):
-    """Reads tiles of H out to O, or gathers the gradients of V and W over the tiles that are pulled back."""
-
-    def output(self, hidden: Tensor, keep: Tensor | None) -> Tensor:
-        """O [b, rows, dv] of H [b, rows, r]."""
-
-    def pull_back(self, hidden: Tensor, grad_output: Tensor, keep: Tensor | None) -> Tensor:
-        """The gradient of the tile's H, [b, rows, r]."""
-
-    def grad_value(self) -> Tensor:
-        """The gradient of V, [b, N, dv]."""
-
-    def grad_proj(self) -> Tensor:
-        """The gradient of W, [N, r]."""
+from karat_scale.attention.tiles import Tiling, pick_broadcast
 
 
-def readout_of(value: Tensor, proj: Tensor, masked: bool) -> Readout:
-    """The cheapest readout of value [b, N, dv] by proj [N, r]."""
-    return MaskedReadout(value, proj) if masked else NarrowReadout(value, proj)
+def read_out(hidden: Tensor, value: Tensor, proj: Tensor) -> Tensor:
+    """O [B, N, dv] of H [B, N, r], V [B, N, dv] and W [N, r]."""
+    return torch.bmm(hidden, torch.bmm(_per_item(proj.mT, value), value))
 
 
-class NarrowReadout:
-    """O = H (W^T V): the r x dv matrix W^T V stands for all keys."""
-
-    def __init__(self, value: Tensor, proj: Tensor) -> None:
-        self._value, self._proj = value, proj.expand(value.shape[0], -1, -1)
-        self._narrow = torch.bmm(self._proj.mT, value)
-        self._grad_narrow = torch.zeros_like(self._narrow)
-
-    def output(self, hidden: Tensor, keep: Tensor | None) -> Tensor:
-        """See `Readout`."""
-        return torch.bmm(hidden, self._narrow)
-
-    def pull_back(self, hidden: Tensor, grad_output: Tensor, keep: Tensor | None) -> Tensor:
-        """See `Readout`."""
-        self._grad_narrow.baddbmm_(hidden.mT, grad_output)
-        return torch.bmm(grad_output, self._narrow.mT)
-
-    def grad_value(self) -> Tensor:
-        """See `Readout`."""
-        return torch.bmm(self._proj, self._grad_narrow)
-
-    def grad_proj(self) -> Tensor:
-        """See `Readout`."""
-        return torch.bmm(self._value, self._grad_narrow.mT).sum(0)
+def pull_back(hidden: Tensor, value: Tensor, proj: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of H, V and W."""
+    narrow = torch.bmm(_per_item(proj.mT, value), value)
+    grad_narrow = torch.bmm(hidden.mT, grad_output)
+    grad_hidden = torch.bmm(grad_output, narrow.mT)
+    grad_value = torch.bmm(_per_item(proj, value), grad_narrow)
+    return grad_hidden, grad_value, torch.bmm(value, grad_narrow.mT).sum(0)
 
 
-class MaskedReadout:
-    """A mask cuts single entries of S = H W^T, so rows of S are formed."""
+def read_out_masked(hidden: Tensor, value: Tensor, proj: Tensor, mask: Tensor, head: int, tiling: Tiling) -> Tensor:
+    """`read_out` under a mask broadcastable to [B, h, N, N]."""
+    output = torch.empty_like(value)
+    for batch, rows in tiling.tiles():
+        keep = pick_broadcast(mask, head, batch, rows)
+        learned = (hidden[batch, rows] @ proj.mT).mul_(keep)
+        output[batch, rows] = torch.bmm(learned, value[batch])
+    return output
 
-    def __init__(self, value: Tensor, proj: Tensor) -> None:
-        self._value, self._proj = value, proj.expand(value.shape[0], -1, -1)
-        self._grad_value = value.new_zeros(value.shape)
-        self._grad_proj = proj.new_zeros(self._proj.shape)
 
-    def output(self, hidden: Tensor, keep: Tensor | None) -> Tensor:
-        """See `Readout`."""
-        return torch.bmm(self._learned(hidden, keep), self._value)
+def pull_back_masked(
+    hidden: Tensor, value: Tensor, proj: Tensor, mask: Tensor, head: int, tiling: Tiling, grad_output: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`pull_back` under a mask broadcastable to [B, h, N, N]."""
+    grad_hidden, grad_value, grad_proj = torch.empty_like(hidden), torch.zeros_like(value), torch.zeros_like(proj)
+    for batch, rows in tiling.tiles():
+        keep = pick_broadcast(mask, head, batch, rows)
+        h, grad_o = hidden[batch, rows], grad_output[batch, rows]
+        learned = (h @ proj.mT).mul_(keep)
+        grad_learned = torch.bmm(grad_o, value[batch].mT).mul_(keep)
+        grad_hidden[batch, rows] = grad_learned @ proj
+        grad_value[batch] += torch.bmm(learned.mT, grad_o)
+        grad_proj += torch.bmm(grad_learned.mT, h).sum(0)
+    return grad_hidden, grad_value, grad_proj
 
-    def pull_back(self, hidden: Tensor, grad_output: Tensor, keep: Tensor | None) -> Tensor:
-        """See `Readout`."""
-        self._grad_value.baddbmm_(self._learned(hidden, keep).mT, grad_output)
-        grad_learned = torch.bmm(grad_output, self._value.mT) * keep
-        self._grad_proj.baddbmm_(grad_learned.mT, hidden)
-        return torch.bmm(grad_learned, self._proj)
 
-    def grad_value(self) -> Tensor:
-        """See `Readout`."""
-        return self._grad_value
-
-    def grad_proj(self) -> Tensor:
-        """See `Readout`."""
-        return self._grad_proj.sum(0)
-
-    def _learned(self, hidden: Tensor, keep: Tensor | None) -> Tensor:
-        return torch.bmm(hidden, self._proj.mT) * keep
+def _per_item(matrix: Tensor, value: Tensor) -> Tensor:
+    return matrix.expand(value.shape[0], -1, -1)

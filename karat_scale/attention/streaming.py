@@ -8,16 +8,15 @@ Forward and backward are registered with torch.library: torch.compile takes each
 autograd knows the second as the derivative of the first.
 """
 
-import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from karat_scale.attention import readout
 from karat_scale.attention.bases import BASE_ACTIVATIONS, FourierBasis
 from karat_scale.attention.precision import compute_dtype, full_precision
-from karat_scale.attention.readout import readout_of
 from karat_scale.attention.tiles import Workspace, pick_broadcast
 
 # BLAS multiplies by a matrix of 16 columns about as fast as by one of 12.
@@ -61,18 +60,18 @@ def _streaming_forward(
     base: str,
 ) -> tuple[Tensor, Tensor]:
     """O [B, h, N, dv] and H [h, B, N, r]."""
-    activation = BASE_ACTIVATIONS[base]
     output, hidden = _fake_forward(query, key, value, coef)
     with full_precision(query.device):
         work = Workspace(query, coef, bias, mask, basis, backward=False)
-        for head, batch in itertools.product(range(query.shape[1]), work.batches):
-            q, k, v = (x[batch, head].to(coef.dtype) for x in (query, key, value))
-            readout = readout_of(v, proj[head], masked=mask is not None)
-            for rows in work.rows:
-                tile, keep = work.load(q[:, rows], k, head, batch, rows)
-                tile_hidden = tile.hidden(coef[head], activation)
-                hidden[head, batch, rows] = tile_hidden
-                output[batch, head, rows] = readout.output(tile_hidden, keep)
+        for head in range(query.shape[1]):
+            q, k, v = (x[:, head].to(coef.dtype) for x in (query, key, value))
+            for batch, rows in work.tiling.tiles():
+                tile, _ = work.load(q, k, head, batch, rows)
+                tile.sum_units(coef[head], BASE_ACTIVATIONS[base], out=hidden[head, batch, rows])
+            if mask is None:
+                output[:, head] = readout.read_out(hidden[head], v, proj[head])
+            else:
+                output[:, head] = readout.read_out_masked(hidden[head], v, proj[head], mask, head, work.tiling)
     return output, hidden
 
 
@@ -91,32 +90,32 @@ def _streaming_backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, value, coef and proj, and of bias (empty unless `needs_bias`)."""
-    activation = BASE_ACTIVATIONS[base]
     grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
-    grad_coef, grad_proj = torch.zeros_like(coef), torch.zeros_like(proj)
+    grad_coef, grad_proj = torch.zeros_like(coef), torch.empty_like(proj)
     grad_bias = coef.new_zeros(bias.shape if needs_bias and bias is not None else 0)
     with full_precision(query.device):
         work = Workspace(query, coef, bias, mask, basis, backward=True)
-        for head, batch in itertools.product(range(query.shape[1]), work.batches):
-            q, k, v, grad_o = (x[batch, head].to(coef.dtype) for x in (query, key, value, grad_output))
-            readout = readout_of(v, proj[head], masked=mask is not None)
-            grad_k = k.new_zeros(k.shape)
-            for rows in work.rows:
-                tile, keep = work.load(q[:, rows], k, head, batch, rows)
-                grad_hidden = readout.pull_back(hidden[head, batch, rows], grad_o[:, rows], keep)
-                by_unit = grad_hidden.flatten(0, 1).t().expand(coef.shape[1], -1, -1)
-                grad_coef[head].baddbmm_(by_unit, tile.flat_values)
-                grad_scores = tile.pull_back(grad_hidden, coef[head], activation)
-                if keep is not None:
-                    grad_scores *= keep
+        for head in range(query.shape[1]):
+            q, k, v, grad_o = (x[:, head].to(coef.dtype) for x in (query, key, value, grad_output))
+            given = (hidden[head], v, proj[head])
+            if mask is None:
+                grads = readout.pull_back(*given, grad_o)
+            else:
+                grads = readout.pull_back_masked(*given, mask, head, work.tiling, grad_o)
+            grad_hidden, grad_value[:, head], grad_proj[head] = grads
+            grad_q, grad_k = (x.new_zeros(x.shape) for x in (q, k))
+            for batch, rows in work.tiling.tiles():
+                tile, keep = work.load(q, k, head, batch, rows)
+                upstream = grad_hidden[batch, rows]
+                tile.add_grad_coef(upstream, grad_coef[head])
+                grad_scores = tile.pull_back(upstream, coef[head], BASE_ACTIVATIONS[base], keep)
                 if needs_bias:
                     part = pick_broadcast(grad_bias, head, batch, rows)
                     part += grad_scores.sum_to_size(part.shape)
-                grad_query[batch, head, rows] = torch.bmm(grad_scores, k).mul_(work.scale)
-                grad_k.baddbmm_(grad_scores.mT, q[:, rows], alpha=work.scale)
-            grad_key[batch, head] = grad_k
-            grad_value[batch, head] = readout.grad_value()
-            grad_proj[head] += readout.grad_proj()
+                torch.bmm(grad_scores, k[batch], out=grad_q[batch, rows])
+                grad_k[batch].baddbmm_(grad_scores.mT, q[batch, rows])
+            torch.mul(grad_q, work.scale, out=grad_query[:, head])
+            torch.mul(grad_k, work.scale, out=grad_key[:, head])
     if bias is not None:
         grad_bias = grad_bias.to(bias.dtype)
     return grad_query, grad_key, grad_value, grad_coef, grad_proj, grad_bias
@@ -139,8 +138,8 @@ def _differentiate(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tu
         return (None,) * 9
     needs_bias = ctx.needs_input_grad[5]
     backward = torch.ops.karat_scale.streaming_backward
-    *grads, grad_bias = backward(grad_output, *ctx.saved_tensors, ctx.basis, ctx.base, needs_bias)
-    return *grads, grad_bias if needs_bias else None, None, None, None
+    grads = backward(grad_output, *ctx.saved_tensors, ctx.basis, ctx.base, needs_bias)
+    return *grads[:5], grads[5] if needs_bias else None, None, None, None
 
 
 _library = torch.library.Library("karat_scale", "FRAGMENT")
@@ -165,21 +164,12 @@ def _fake_forward(query: Tensor, key: Tensor, value: Tensor, coef: Tensor, *_: A
 
 @torch.library.register_fake("karat_scale::streaming_backward", lib=_library)
 def _fake_backward(
-    grad_output: Tensor,
-    hidden: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    coef: Tensor,
-    proj: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    basis: str,
-    base: str,
-    needs_bias: bool,
+    grad_output: Tensor, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, coef: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad_bias = torch.empty_like(bias) if needs_bias and bias is not None else coef.new_empty(0)
-    return (*(torch.empty_like(x) for x in (query, key, value, coef, proj)), grad_bias)
+    proj, bias, *_, needs_bias = rest
+    grad_bias = torch.empty_like(bias) if needs_bias else coef.new_empty(0)
+    q, k, v, c, w = (torch.empty_like(x) for x in (query, key, value, coef, proj))
+    return q, k, v, c, w, grad_bias
 
 
 torch.library.register_autograd(

@@ -4,7 +4,9 @@ A tile is a slice of the batch and of the query rows of one head: scores [b, row
 so that each feature is one contiguous matrix.
 """
 
+import itertools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,10 +19,14 @@ MIN_ROWS = 32
 
 
 class Tiling(NamedTuple):
-    """Every pair of a batch slice and a query-row slice is one tile."""
+    """The slices that cut a head."""
 
     batches: list[slice]
     rows: list[slice]
+
+    def tiles(self) -> Iterator[tuple[slice, slice]]:
+        """Every pair of a batch slice and a row slice, always in the same order."""
+        return itertools.product(self.batches, self.rows)
 
 
 def workspace_budget(device: torch.device) -> int:
@@ -29,10 +35,10 @@ def workspace_budget(device: torch.device) -> int:
 
 
 def plan_tiles(batch: int, tokens: int, features: int, budget: int) -> Tiling:
-    """As many whole matrices as fit, else some rows of one.
+    """As many whole score matrices as fit, else some rows of one.
 
-    A score matrix has tokens x tokens x features elements in its features, of which a tile holds at most
-    `budget` (or MIN_ROWS rows).
+    A matrix has tokens x tokens x features elements in its features, of which a tile holds at most `budget` (or
+    MIN_ROWS rows).
     """
     matrices = budget // (tokens * tokens * features)
     if matrices > 0:
@@ -46,50 +52,56 @@ def split(total: int, largest: int) -> list[slice]:
     return [slice(i * total // parts, (i + 1) * total // parts) for i in range(parts)]
 
 
+def pick_broadcast(tensor: Tensor, head: int, batch: slice, rows: slice) -> Tensor:
+    """A tile's part of a tensor broadcastable to [B, h, N, N]; it broadcasts to [b, rows, N]."""
+    by_head = tensor[:, head if tensor.shape[1] > 1 else 0]
+    return by_head[batch if by_head.shape[0] > 1 else slice(None), rows if by_head.shape[1] > 1 else slice(None)]
+
+
 class Tile:
     """One tile at a time, in arrays and views that all tiles of its shape [b, rows, N] share."""
 
-    def __init__(self, shape: tuple[int, ...], basis: FeatureBasis, values: Tensor, upstream: Tensor | None) -> None:
-        self.scores = values.new_empty(shape)
-        self.values = _start_of(values, basis.num_features, shape)
-        self.flat_values = self.values.flatten(1, 2)
-        self._flat_upstream: Tensor | None = None
-        bound_upstream = None
-        if upstream is not None:
-            bound_upstream = _start_of(upstream, basis.num_features, shape)
-            self._flat_upstream = bound_upstream.flatten(1, 2)
-        self._features = basis.bind(self.scores, self.values, bound_upstream)
+    def __init__(self, shape: tuple[int, ...], basis: FeatureBasis, values: Tensor, upstream: Tensor) -> None:
+        self._scores = values.new_empty(shape)
+        self._values = values[: basis.num_features * math.prod(shape)].view(-1, *shape)
+        self._upstream = upstream[: basis.num_features * math.prod(shape)].view(-1, *shape) if len(upstream) else None
+        self._flat_values = self._values.flatten(1, 2)
+        self._features = basis.bind(self._scores, self._values, self._upstream)
 
     def load(self, query: Tensor, key: Tensor, scale: float, bias: Tensor | None, keep: Tensor | None) -> None:
         """Computes the scores and their features; both are zero where `keep` is false."""
-        self.scores.baddbmm_(query, key.mT, beta=0, alpha=scale)
+        self._scores.baddbmm_(query, key.mT, beta=0, alpha=scale)
         if bias is not None:
-            self.scores += bias
+            self._scores += bias
         if keep is not None:
-            self.scores.masked_fill_(~keep, 0)
+            self._scores.masked_fill_(~keep, 0)
         self._features.evaluate()
         if keep is not None:
-            self.values.mul_(keep)
+            self._values.mul_(keep)
 
-    def hidden(self, coef: Tensor, activation: BaseActivation | None) -> Tensor:
-        """H [b, rows, r], given the head's coefficients [F, r, N]."""
-        hidden = torch.bmm(self.flat_values, coef.mT).sum(0).view(*self.scores.shape[:2], -1)
+    def sum_units(self, coef: Tensor, activation: BaseActivation | None, out: Tensor) -> None:
+        """Writes H [b, rows, r], given the head's coefficients [F, r, N]."""
+        by_feature = torch.bmm(self._flat_values, coef.mT)
+        torch.sum(by_feature.view(-1, *out.shape), 0, out=out)
         if activation is not None:
-            hidden += activation.value(self.scores).sum(-1, keepdim=True)
-        return hidden
+            out += activation.value(self._scores).sum(-1, keepdim=True)
 
-    def pull_back(self, grad_hidden: Tensor, coef: Tensor, activation: BaseActivation | None) -> Tensor:
+    def add_grad_coef(self, grad_hidden: Tensor, grad_coef: Tensor) -> None:
+        """Adds the tile's share to the gradient of the head's coefficients [F, r, N]."""
+        by_unit = grad_hidden.flatten(0, 1).t()
+        grad_coef.baddbmm_(by_unit.expand(len(grad_coef), -1, -1), self._flat_values)
+
+    def pull_back(
+        self, grad_hidden: Tensor, coef: Tensor, activation: BaseActivation | None, keep: Tensor | None
+    ) -> Tensor:
         """The gradient of the scores, in an array the next tile overwrites."""
+        assert self._upstream is not None, "a tile made for the forward pass has no room for a gradient"
         flat = grad_hidden.flatten(0, 1)
-        torch.bmm(flat.expand(coef.shape[0], -1, -1), coef, out=self._flat_upstream)
+        torch.bmm(flat.expand(len(coef), -1, -1), coef, out=self._upstream.flatten(1, 2))
         grad_scores = self._features.pull_back()
         if activation is not None:
-            grad_scores += activation.derivative(self.scores) * grad_hidden.sum(-1, keepdim=True)
-        return grad_scores
-
-
-def _start_of(room: Tensor, num_features: int, shape: tuple[int, ...]) -> Tensor:
-    return room[: num_features * math.prod(shape)].view(num_features, *shape)
+            grad_scores += activation.derivative(self._scores) * grad_hidden.sum(-1, keepdim=True)
+        return grad_scores if keep is None else grad_scores.mul_(keep)
 
 
 class Workspace:
@@ -101,32 +113,21 @@ class Workspace:
         batch, _, tokens, width = query.shape
         num_features = coef.shape[1]
         self.scale = width**-0.5
-        self.batches, self.rows = plan_tiles(batch, tokens, num_features, workspace_budget(query.device))
+        self.tiling = plan_tiles(batch, tokens, num_features, workspace_budget(query.device))
         self._bias, self._mask = bias, mask
         self._basis = FEATURE_BASES[basis](num_features)
-        largest = max((_length(b) for b in self.batches), default=0) * max(map(_length, self.rows)) * tokens
-        self._values = coef.new_empty(num_features * largest)
-        self._upstream = torch.empty_like(self._values) if backward else None
+        pairs = [(b.stop - b.start) * (r.stop - r.start) for b, r in self.tiling.tiles()]
+        self._values = coef.new_empty(num_features * max(pairs, default=0) * tokens)
+        self._upstream = torch.empty_like(self._values) if backward else coef.new_empty(0)
         self._tiles: dict[tuple[int, ...], Tile] = {}
 
     def load(self, query: Tensor, key: Tensor, head: int, batch: slice, rows: slice) -> tuple[Tile, Tensor | None]:
-        """The tile of queries [b, rows, d] and keys [b, N, d], and its part of the mask."""
+        """The tile at (batch, rows) of a head's query and key [B, N, d], and its part of the mask."""
+        query, key = query[batch, rows], key[batch]
         shape = (*query.shape[:2], key.shape[1])
         if shape not in self._tiles:
             self._tiles[shape] = Tile(shape, self._basis, self._values, self._upstream)
-        tile = self._tiles[shape]
-        keep = pick_broadcast(self._mask, head, batch, rows)
-        tile.load(query, key, self.scale, pick_broadcast(self._bias, head, batch, rows), keep)
-        return tile, keep
-
-
-def _length(part: slice) -> int:
-    return part.stop - part.start
-
-
-def pick_broadcast(tensor: Tensor | None, head: int, batch: slice, rows: slice) -> Tensor | None:
-    """The tile's part of a tensor broadcastable to [B, h, N, N], broadcastable to [b, rows, N]."""
-    if tensor is None:
-        return None
-    by_head = tensor[:, head if tensor.shape[1] > 1 else 0]
-    return by_head[batch if by_head.shape[0] > 1 else slice(None), rows if by_head.shape[1] > 1 else slice(None)]
+        bias = None if self._bias is None else pick_broadcast(self._bias, head, batch, rows)
+        keep = None if self._mask is None else pick_broadcast(self._mask, head, batch, rows)
+        self._tiles[shape].load(query, key, self.scale, bias, keep)
+        return self._tiles[shape], keep
