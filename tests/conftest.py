@@ -69,9 +69,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 training and 28 validation images in tar shards."""
     out = tmp_path_factory.mktemp("shards")
-    run_script(
-        "data_prep/make_webdataset.py", "--src", str(image_folder), "--out", str(out), "--shard-samples", "20"
-    )
+    run_script("data_prep/make_webdataset.py", "--src", str(image_folder), "--out", str(out), "--shard-samples", "20")
     return out
 
 

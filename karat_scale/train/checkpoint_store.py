@@ -108,20 +108,21 @@ class CheckpointStore:
     @staticmethod
     def _damages(path: Path) -> Iterator[str]:
         try:
-            files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            files = [(name, int(file["bytes"]), str(file["sha256"])) for name, file in manifest["files"].items()]
         except FileNotFoundError:
             yield f"{MANIFEST} is missing"
             return
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             yield f"{MANIFEST} is not readable"
             return
-        for name, written in files.items():
+        for name, size, sha256 in files:
             file = path / name
             if not file.is_file():
                 yield f"{name} is missing"
-            elif file.stat().st_size != written["bytes"]:
-                yield f"{name} has {file.stat().st_size} bytes, not {written['bytes']}"
-            elif _sha256(file) != written["sha256"]:
+            elif file.stat().st_size != size:
+                yield f"{name} has {file.stat().st_size} bytes, not {size}"
+            elif _sha256(file) != sha256:
                 yield f"{name} has changed since it was written"
 
 

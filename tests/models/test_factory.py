@@ -1,0 +1,119 @@
+import pytest
+import torch
+from timm.layers import Attention
+
+from karat_scale.attention import FourierKaratOperator, fourier_karat_attention
+from karat_scale.errors import RecipeError
+from karat_scale.models import create_model, parameter_count
+from karat_scale.recipe import AttentionConfig, ModelConfig
+
+MINI = ModelConfig(name="vit_mini_patch4_28", image_size=28, patch_size=4, num_classes=10)
+KARAT = AttentionConfig(kind="karat")
+
+
+@pytest.mark.parametrize(
+    ("size", "classes", "attention", "millions"),
+    [
+        # paper.md: 5.53 M / 22.05 M / 85.81 M softmax; by the equations 6.12 M, 23.24 M and 86.83 M
+        ("tiny", 10, AttentionConfig(), 5.53),
+        ("tiny", 10, AttentionConfig(kind="karat"), 6.12),
+        ("small", 1000, AttentionConfig(), 22.05),
+        ("small", 1000, AttentionConfig(kind="karat"), 23.24),
+        ("base", 10, AttentionConfig(), 85.81),
+        ("base", 10, AttentionConfig(kind="karat", grid=1), 86.83),
+    ],
+)
+def test_parameter_counts_are_the_equations(
+    size: str, classes: int, attention: AttentionConfig, millions: float
+) -> None:
+    with torch.device("meta"):
+        model = create_model(ModelConfig(name=f"vit_{size}_patch16_224", num_classes=classes), attention)
+    assert parameter_count(model) / 1e6 == pytest.approx(millions, abs=0.006)
+
+
+@pytest.mark.parametrize(("image", "patch", "classes"), [(28, 4, 10), (32, 4, 100), (32, 8, 2), (64, 16, 7)])
+@pytest.mark.parametrize("kind", ["softmax", "karat"])
+def test_any_image_size_patch_size_and_class_count(image: int, patch: int, classes: int, kind: str) -> None:
+    config = ModelConfig(name="vit_mini_patch4_28", image_size=image, patch_size=patch, num_classes=classes)
+    model = create_model(config, AttentionConfig(kind=kind, grid=1, rank=3))
+    assert model(torch.randn(2, 3, image, image)).shape == (2, classes)
+
+
+def test_universal_mode_shares_one_operator_and_counts_it_once() -> None:
+    blockwise = create_model(MINI, AttentionConfig(kind="karat"))
+    universal = create_model(MINI, AttentionConfig(kind="karat", mode="universal"))
+    softmax = create_model(MINI, AttentionConfig())
+    operators = {id(block.attn.operator) for block in universal.blocks}
+    assert len(operators) == 1
+    assert len({id(block.attn.operator) for block in blockwise.blocks}) == 4
+    one = parameter_count(universal) - parameter_count(softmax)
+    assert one == (2 * 3 + 1) * 12 * 50 * 2  # (2 G + 1) r N h
+    assert parameter_count(blockwise) - parameter_count(softmax) == 4 * one
+    universal(torch.randn(2, 3, 28, 28)).sum().backward()
+    gradient = universal.blocks[0].attn.operator.cos_coef.grad
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
+
+
+def test_a_block_computes_the_operator_on_timms_query_key_and_value() -> None:
+    torch.manual_seed(0)
+    model = create_model(MINI, KARAT).double().eval()
+    attention = model.blocks[1].attn
+    tokens = torch.randn(2, 50, 128, dtype=torch.float64)
+    query, key, value = attention.qkv(tokens).reshape(2, 50, 3, 2, 64).permute(2, 0, 3, 1, 4)
+    operator = attention.operator
+    heads = fourier_karat_attention(
+        query, key, value, operator.cos_coef, operator.sin_coef, operator.proj, implementation="reference"
+    )
+    expected = attention.proj(heads.transpose(1, 2).reshape(2, 50, 128))
+    torch.testing.assert_close(attention(tokens), expected)
+
+
+def test_both_initial_scales_and_timms_own_initialisation() -> None:
+    for init, std in (("paper", 1.0), ("variance_preserving", (50 * 3) ** -0.5)):
+        torch.manual_seed(0)
+        model = create_model(MINI, AttentionConfig(kind="karat", init=init))
+        assert float(model.blocks[0].attn.operator.cos_coef.detach().std()) == pytest.approx(std, rel=0.05)
+        assert float(model.blocks[0].attn.qkv.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+
+
+def test_softmax_is_timms_own_attention() -> None:
+    model = create_model(MINI, AttentionConfig())
+    assert type(model.blocks[0].attn) is Attention
+    assert not any(isinstance(module, FourierKaratOperator) for module in model.modules())
+
+
+def test_overrides_of_width_depth_and_heads() -> None:
+    config = ModelConfig(name="vit_small_patch16_224", image_size=32, patch_size=4, embed_dim=96, depth=3, num_heads=3)
+    model = create_model(config, KARAT)
+    assert (model.embed_dim, len(model.blocks), model.blocks[0].attn.num_heads) == (96, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        (ModelConfig(name="resnet50"), "resnet50"),
+        (ModelConfig(name="vit_tinny_patch16_224"), "did you mean vit_tiny_patch16_224?"),
+        (ModelConfig(name="vit_tiny_patch16_224", num_heads=5), "cannot be built"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line(config: ModelConfig, part: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        create_model(config, KARAT)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_timms_gradient_checkpointing_gives_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    model = create_model(MINI, KARAT)
+    images = torch.randn(2, 3, 28, 28)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(images).square().sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    plain = gradients()
+    model.set_grad_checkpointing(True)
+    assert all(map(torch.equal, plain, gradients()))

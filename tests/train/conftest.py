@@ -1,0 +1,62 @@
+"""A process group and small DeepSpeed engines inside the test process."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from karat_scale.models import create_model
+from karat_scale.recipe import Recipe
+from karat_scale.recipe_io import load_recipe
+from karat_scale.train import distributed
+from karat_scale.train.distributed import World
+from karat_scale.train.engine import Engine
+from tests.conftest import SMALL
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """This process alone, on the CPU."""
+    yield distributed.start("cpu")
+    distributed.stop()
+
+
+@pytest.fixture
+def small_recipe(tmp_path: Path) -> Callable[..., Recipe]:
+    """The small recipe on synthetic data, with overrides."""
+    path = tmp_path / "small.yaml"
+    path.write_text("data: {backend: synthetic, synthetic_samples: 32}\nattention: {kind: karat}\n")
+
+    def load(*overrides: str) -> Recipe:
+        fixed = ("schedule.warmup_epochs=0", f"run.dir={tmp_path / 'run'}")
+        return load_recipe(path, [*SMALL, *fixed, *overrides])
+
+    return load
+
+
+@pytest.fixture
+def make_engine(world: World) -> Callable[[Recipe], Engine]:
+    """An engine over a freshly initialised model, the same one each time."""
+
+    def make(recipe: Recipe) -> Engine:
+        torch.manual_seed(0)
+        model = create_model(recipe.model, recipe.attention)
+        return Engine(model, recipe, world, recipe.train.global_batch)
+
+    return make
+
+
+def train_once(engine: Engine, seed: int, lr: float = 1e-2) -> float | None:
+    """One step on random images; returns the gradient norm."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(8, 3, 16, 16, generator=generator)
+    labels = torch.randint(0, 4, (8,), generator=generator)
+    engine.set_lr(lr)
+    engine.backward(torch.nn.functional.cross_entropy(engine.forward(images), labels))
+    return engine.step()
+
+
+def weights(engine: Engine) -> list[torch.Tensor]:
+    """Copies of the module's parameters."""
+    return [parameter.detach().clone() for parameter in engine.module.parameters()]

@@ -1,0 +1,144 @@
+"""Collective save and load, and what happens when the disk or the files will not have it."""
+
+import os
+import pickle
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from karat_scale.errors import RunDirectoryError
+from karat_scale.recipe import Recipe
+from karat_scale.train.checkpoint import Checkpoints
+from karat_scale.train.checkpoint_store import CheckpointStore
+from karat_scale.train.distributed import World
+from karat_scale.train.ema import Ema
+from karat_scale.train.engine import Engine
+from karat_scale.train.progress import PlainDisplay, Reporter
+from karat_scale.train.state import TrainState
+from karat_scale.train.tensor_storage import load_tensors, save_tensors
+from karat_scale.train.weights import load_weights
+from tests.train.conftest import train_once, weights
+
+
+@pytest.fixture
+def make_checkpoints(world: World, make_engine: Callable[[Recipe], Engine]) -> Callable[..., Checkpoints]:
+    def make(recipe: Recipe, root: Path) -> Checkpoints:
+        engine = make_engine(recipe)
+        ema = Ema(engine.deepspeed, recipe.train)
+        reporter = Reporter(PlainDisplay(), None)
+        checkpoints = Checkpoints(CheckpointStore(root), engine, ema, world, recipe, reporter)
+        checkpoints.engine, checkpoints.ema = engine, ema  # type: ignore[attr-defined]
+        return checkpoints
+
+    return make
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB: enough for one small checkpoint and not for a second one."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True)
+    if done.returncode:
+        pytest.skip("mounting a size-limited tmpfs needs root")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+@pytest.mark.parametrize("config", ["zero0", "zero1"])
+def test_a_loaded_state_trains_on_to_the_same_bits(small_recipe, make_checkpoints, tmp_path: Path, config: str) -> None:
+    recipe = small_recipe(f"deepspeed.config={config}")
+    first = make_checkpoints(recipe, tmp_path / "c")
+    for step in (1, 2):
+        train_once(first.engine, step)
+        first.ema.update(step)
+    torch.manual_seed(7)
+    assert first.save(TrainState(step=2, samples=16, best_top1=5.0))
+    drawn = torch.rand(3)
+    second = make_checkpoints(recipe, tmp_path / "c")
+    state = second.load()
+    assert state is not None
+    assert (state.step, state.samples, state.best_top1, state.restarts) == (2, 16, 5.0, 1)
+    assert torch.equal(torch.rand(3), drawn)
+    assert all(map(torch.equal, first.ema.shards, second.ema.shards))
+    for checkpoints in (first, second):
+        train_once(checkpoints.engine, 3)
+    assert all(map(torch.equal, weights(first.engine), weights(second.engine)))
+
+
+@pytest.mark.parametrize("config", ["zero0", "zero1"])
+def test_whole_weights_come_out_raw_and_averaged(small_recipe, make_checkpoints, tmp_path: Path, config: str) -> None:
+    from karat_scale.models import create_model
+
+    recipe = small_recipe(f"deepspeed.config={config}")
+    saved = make_checkpoints(recipe, tmp_path / "c")
+    for step in (1, 2, 3):
+        train_once(saved.engine, step)
+        saved.ema.update(step)
+    saved.save(TrainState(step=3, samples=24))
+    model = create_model(recipe.model, recipe.attention)
+    directory = tmp_path / "c" / "step-00000003"
+    record = saved.store.state(directory.name)
+    load_weights(model, directory, record, ema=False)
+    assert all(map(torch.equal, model.parameters(), weights(saved.engine)))
+    load_weights(model, directory, record, ema=True)
+    with saved.ema.in_place_of_weights():
+        assert all(map(torch.equal, model.parameters(), weights(saved.engine)))
+
+
+def test_a_checkpoint_of_another_model_is_one_line(small_recipe, make_checkpoints, tmp_path: Path) -> None:
+    make_checkpoints(small_recipe(), tmp_path / "c").save(TrainState(step=1, samples=8))
+    other = make_checkpoints(small_recipe("model.embed_dim=48"), tmp_path / "c")
+    with pytest.raises(RunDirectoryError, match="holds another model"):
+        other.load()
+
+
+def test_another_global_batch_is_refused(small_recipe, make_checkpoints, tmp_path: Path) -> None:
+    make_checkpoints(small_recipe(), tmp_path / "c").save(TrainState(step=1, samples=8))
+    other = make_checkpoints(small_recipe("train.global_batch=16"), tmp_path / "c")
+    with pytest.raises(RunDirectoryError, match=r"use train\.global_batch=8"):
+        other.load()
+
+
+def test_a_full_disk_voids_the_save_and_leaves_the_last_good_one(
+    small_recipe, make_checkpoints, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = make_checkpoints(small_recipe(), small_disk / "c")
+    assert checkpoints.save(TrainState(step=1, samples=8))
+    (small_disk / "filler").write_bytes(bytes(max(0, _free(small_disk) - 100_000)))
+    assert not checkpoints.save(TrainState(step=2, samples=16))
+    output = capsys.readouterr().out
+    assert "step-00000002 not saved: No space left on device" in output
+    assert "the last good one is step-00000001" in output
+    assert checkpoints.store.names() == ["step-00000001"]
+    assert checkpoints.store.damage("step-00000001") is None
+    assert not list(checkpoints.store.root.glob(".saving-*"))
+    (small_disk / "filler").unlink()
+    assert checkpoints.save(TrainState(step=3, samples=24))
+
+
+def _free(path: Path) -> int:
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, ("touch /tmp/should-not-exist",)
+
+    path = tmp_path / "evil.pt"
+    torch.save({"module": Evil()}, path)
+    with pytest.raises(pickle.UnpicklingError):
+        load_tensors(path)
+
+
+def test_tensors_survive_the_round_trip(tmp_path: Path) -> None:
+    value = {"ema": [torch.arange(5.0)], "rng": torch.get_rng_state(), "none": None}
+    save_tensors(value, tmp_path / "t.pt")
+    again = load_tensors(tmp_path / "t.pt")
+    assert torch.equal(again["ema"][0], value["ema"][0])
+    assert again["none"] is None
