@@ -8,6 +8,7 @@ own over features it shares with all others, so H = sum_f f(A) C_f^T is a sum of
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -18,13 +19,16 @@ INITIALISATIONS = ("paper", "variance_preserving")
 
 
 class BoundFeatures(Protocol):
-    """A basis tied to the arrays of a tile: scores of any shape, values and upstream [F, *scores.shape]."""
+    """A basis tied to the arrays of a tile: scores [b, rows, N] and values [F, b, rows, N]."""
 
     def evaluate(self) -> None:
         """Writes f(scores) into values[f] for every feature f."""
 
-    def pull_back(self) -> Tensor:
-        """Returns sum_f upstream[f] * f'(scores), given evaluated values; may overwrite upstream."""
+    def pull_back(self, grad_hidden: Tensor, coef: Tensor) -> Tensor:
+        """The gradient of the scores, sum_f (dH C_f) f'(scores), given evaluated values.
+
+        `grad_hidden` is dH [b rows, r] and `coef` is C [F, r, N]. The next call overwrites the result.
+        """
 
 
 class FeatureBasis(Protocol):
@@ -34,62 +38,68 @@ class FeatureBasis(Protocol):
     def num_features(self) -> int:
         """F."""
 
-    def bind(self, scores: Tensor, values: Tensor, upstream: Tensor | None) -> BoundFeatures:
-        """Ties the basis to contiguous arrays that are used again for many tiles; only `pull_back` needs upstream."""
+    def bind(self, scores: Tensor, values: Tensor) -> BoundFeatures:
+        """Ties the basis to contiguous arrays that are used again for many tiles."""
 
 
 @dataclass(frozen=True)
 class FourierBasis:
-    """s_m cos(m x) and s_m sin(m x) for m = 1..G, as features: all cosines, then all sines.
-
-    The signs s = +, -, -, +, +, -, -, ... let one fused operation make each harmonic; `pack` undoes them.
-    """
+    """cos(m x) and sin(m x) for m = 1..G, as features: all cosines, then all sines."""
 
     num_features: int
 
-    def bind(self, scores: Tensor, values: Tensor, upstream: Tensor | None) -> "FourierFeatures":
+    def bind(self, scores: Tensor, values: Tensor) -> "FourierFeatures":
         """See `FeatureBasis`."""
-        return FourierFeatures(scores, values, upstream)
+        return FourierFeatures(scores, values)
 
     @staticmethod
     def pack(cos_coef: Tensor, sin_coef: Tensor) -> Tensor:
-        """The coefficients of the features: two [h, r, N, G] become [h, 2G, r, N]."""
-        orders = torch.arange(1, cos_coef.shape[-1] + 1, device=cos_coef.device)
-        signs = 1 - (orders // 2 % 2) * 2
-        return (torch.stack((cos_coef, sin_coef)) * signs).permute(1, 0, 4, 2, 3).flatten(1, 2)
+        """The coefficients in feature order: two [h, r, N, G] become [h, 2G, r, N]."""
+        return torch.stack((cos_coef, sin_coef)).permute(1, 0, 4, 2, 3).flatten(1, 2)
 
 
 class FourierFeatures:
     """The harmonics of one tile: one cosine and one sine an element, the rest by angle addition."""
 
-    def __init__(self, scores: Tensor, values: Tensor, upstream: Tensor | None) -> None:
+    def __init__(self, scores: Tensor, values: Tensor) -> None:
         grid = values.shape[0] // 2
-        waves = values.unflatten(0, (2, grid))
         self._scores = scores
-        self._cosines, self._sines = waves.unbind()
-        self._harmonics = waves.unbind(1)
-        self._cosine, self._sine = self._harmonics[0].unbind()
-        self._zeroth = scores.new_tensor([1.0, 0.0]).view(2, *(1,) * scores.dim())
-        if upstream is not None:
-            self._from_cosines, self._from_sines = upstream.unflatten(0, (2, grid)).unbind()
-            self._by_element = self._from_sines.flatten(1).t()
-            self._orders = torch.arange(1, grid + 1, dtype=scores.dtype, device=scores.device)
-            self._grad_scores = torch.empty_like(scores)
+        # Index m holds cos(m x) and sin(m x).
+        self._cos = [scores.new_ones(()), *values[:grid].unbind()]
+        self._sin = [scores.new_zeros(()), *values[grid:].unbind()]
 
     def evaluate(self) -> None:
-        """f((m + 1) x) = 2 cos(x) f(m x) - f((m - 1) x), for cosine and sine together, up to sign."""
-        torch.cos(self._scores, out=self._cosine)
-        torch.sin(self._scores, out=self._sine)
-        before, last = self._zeroth, self._harmonics[0]
-        for m, harmonic in enumerate(self._harmonics[1:], 1):
-            # s_{m+1} = -s_{m-1}, so 2 cos(x) s_m f(m x) enters with the sign s_{m+1} s_m = (-1)^m.
-            torch.addcmul(before, last, self._cosine, value=2 * (-1) ** m, out=harmonic)
-            before, last = last, harmonic
+        """exp(i m x) = exp(i (a - b) x) + 2i sin(b x) exp(i a x), where a + b = m and a - b is 0 or 1.
 
-    def pull_back(self) -> Tensor:
-        """sum_m m (upstream_sin cos(m x) - upstream_cos sin(m x)), in an array the next call overwrites."""
-        self._from_sines.mul_(self._cosines).addcmul_(self._from_cosines, self._sines, value=-1)
-        return torch.mv(self._by_element, self._orders, out=self._grad_scores.view(-1)).view_as(self._grad_scores)
+        Its errors grow with log m where those of the recurrence from m - 1 and m - 2 grow with m^2 near x = 0.
+        """
+        cos, sin = self._cos, self._sin
+        torch.cos(self._scores, out=cos[1])
+        torch.sin(self._scores, out=sin[1])
+        for m in range(2, len(cos)):
+            b = m // 2
+            a = m - b
+            torch.addcmul(cos[a - b], sin[a], sin[b], value=-2, out=cos[m])
+            torch.addcmul(sin[a - b], cos[a], sin[b], value=2, out=sin[m])
+
+    def pull_back(self, grad_hidden: Tensor, coef: Tensor) -> Tensor:
+        """sum_m m ((dH b_m) cos(m x) - (dH a_m) sin(m x)), where a_m and b_m are [r, N]."""
+        grid = len(coef) // 2
+        total, factor = self._gradient_arrays
+        flat_factor = factor.flatten(0, 1)
+        for m in range(1, grid + 1):
+            torch.mm(grad_hidden, coef[grid + m - 1], out=flat_factor)
+            if m == 1:
+                torch.mul(factor, self._cos[1], out=total)
+            else:
+                total.addcmul_(factor, self._cos[m], value=m)
+            torch.mm(grad_hidden, coef[m - 1], out=flat_factor)
+            total.addcmul_(factor, self._sin[m], value=-m)
+        return total
+
+    @cached_property
+    def _gradient_arrays(self) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(self._scores), torch.empty_like(self._scores)
 
 
 # By name, given the number of features F.

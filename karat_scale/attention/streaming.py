@@ -62,7 +62,7 @@ def _streaming_forward(
     """O [B, h, N, dv] and H [h, B, N, r]."""
     output, hidden = _fake_forward(query, key, value, coef)
     with full_precision(query.device):
-        work = Workspace(query, coef, bias, mask, basis, backward=False)
+        work = Workspace(query, coef, bias, mask, basis)
         for head in range(query.shape[1]):
             q, k, v = (x[:, head].to(coef.dtype) for x in (query, key, value))
             for batch, rows in work.tiling.tiles():
@@ -94,7 +94,7 @@ def _streaming_backward(
     grad_coef, grad_proj = torch.zeros_like(coef), torch.empty_like(proj)
     grad_bias = coef.new_zeros(bias.shape if needs_bias and bias is not None else 0)
     with full_precision(query.device):
-        work = Workspace(query, coef, bias, mask, basis, backward=True)
+        work = Workspace(query, coef, bias, mask, basis)
         for head in range(query.shape[1]):
             q, k, v, grad_o = (x[:, head].to(coef.dtype) for x in (query, key, value, grad_output))
             given = (hidden[head], v, proj[head])
@@ -103,7 +103,7 @@ def _streaming_backward(
             else:
                 grads = readout.pull_back_masked(*given, mask, head, work.tiling, grad_o)
             grad_hidden, grad_value[:, head], grad_proj[head] = grads
-            grad_q, grad_k = (x.new_zeros(x.shape) for x in (q, k))
+            grad_q, grad_k = q.new_empty(q.shape), k.new_zeros(k.shape)
             for batch, rows in work.tiling.tiles():
                 tile, keep = work.load(q, k, head, batch, rows)
                 upstream = grad_hidden[batch, rows]

@@ -61,12 +61,11 @@ def pick_broadcast(tensor: Tensor, head: int, batch: slice, rows: slice) -> Tens
 class Tile:
     """One tile at a time, in arrays and views that all tiles of its shape [b, rows, N] share."""
 
-    def __init__(self, shape: tuple[int, ...], basis: FeatureBasis, values: Tensor, upstream: Tensor) -> None:
-        self._scores = values.new_empty(shape)
-        self._values = values[: basis.num_features * math.prod(shape)].view(-1, *shape)
-        self._upstream = upstream[: basis.num_features * math.prod(shape)].view(-1, *shape) if len(upstream) else None
+    def __init__(self, shape: tuple[int, ...], basis: FeatureBasis, room: Tensor) -> None:
+        self._scores = room.new_empty(shape)
+        self._values = room[: basis.num_features * math.prod(shape)].view(-1, *shape)
         self._flat_values = self._values.flatten(1, 2)
-        self._features = basis.bind(self._scores, self._values, self._upstream)
+        self._features = basis.bind(self._scores, self._values)
 
     def load(self, query: Tensor, key: Tensor, scale: float, bias: Tensor | None, keep: Tensor | None) -> None:
         """Computes the scores and their features; both are zero where `keep` is false."""
@@ -95,10 +94,7 @@ class Tile:
         self, grad_hidden: Tensor, coef: Tensor, activation: BaseActivation | None, keep: Tensor | None
     ) -> Tensor:
         """The gradient of the scores, in an array the next tile overwrites."""
-        assert self._upstream is not None, "a tile made for the forward pass has no room for a gradient"
-        flat = grad_hidden.flatten(0, 1)
-        torch.bmm(flat.expand(len(coef), -1, -1), coef, out=self._upstream.flatten(1, 2))
-        grad_scores = self._features.pull_back()
+        grad_scores = self._features.pull_back(grad_hidden.flatten(0, 1), coef)
         if activation is not None:
             grad_scores += activation.derivative(self._scores) * grad_hidden.sum(-1, keepdim=True)
         return grad_scores if keep is None else grad_scores.mul_(keep)
@@ -107,9 +103,7 @@ class Tile:
 class Workspace:
     """The plan of a call's tiles and the memory they share."""
 
-    def __init__(
-        self, query: Tensor, coef: Tensor, bias: Tensor | None, mask: Tensor | None, basis: str, backward: bool
-    ) -> None:
+    def __init__(self, query: Tensor, coef: Tensor, bias: Tensor | None, mask: Tensor | None, basis: str) -> None:
         batch, _, tokens, width = query.shape
         num_features = coef.shape[1]
         self.scale = width**-0.5
@@ -117,8 +111,7 @@ class Workspace:
         self._bias, self._mask = bias, mask
         self._basis = FEATURE_BASES[basis](num_features)
         pairs = [(b.stop - b.start) * (r.stop - r.start) for b, r in self.tiling.tiles()]
-        self._values = coef.new_empty(num_features * max(pairs, default=0) * tokens)
-        self._upstream = torch.empty_like(self._values) if backward else coef.new_empty(0)
+        self._room = coef.new_empty(num_features * max(pairs, default=0) * tokens)
         self._tiles: dict[tuple[int, ...], Tile] = {}
 
     def load(self, query: Tensor, key: Tensor, head: int, batch: slice, rows: slice) -> tuple[Tile, Tensor | None]:
@@ -126,7 +119,7 @@ class Workspace:
         query, key = query[batch, rows], key[batch]
         shape = (*query.shape[:2], key.shape[1])
         if shape not in self._tiles:
-            self._tiles[shape] = Tile(shape, self._basis, self._values, self._upstream)
+            self._tiles[shape] = Tile(shape, self._basis, self._room)
         bias = None if self._bias is None else pick_broadcast(self._bias, head, batch, rows)
         keep = None if self._mask is None else pick_broadcast(self._mask, head, batch, rows)
         self._tiles[shape].load(query, key, self.scale, bias, keep)

@@ -1,0 +1,77 @@
+"""Random calls of Fourier-KArAt attention, and how far two results lie apart."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from karat_scale.attention import fourier_karat_attention
+
+
+class Call(NamedTuple):
+    """The tensors of a call, in the public functions' order."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cos_coef: Tensor
+    sin_coef: Tensor
+    proj: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Call":
+        """The call in another dtype, as leaves of a new graph."""
+        return Call(*(x.detach().to(dtype).requires_grad_() for x in self))
+
+    @property
+    def largest_score(self) -> float:
+        """max|A|, the largest phase the harmonics must resolve."""
+        scores = self.query.double() @ self.key.double().mT / self.query.shape[-1] ** 0.5
+        return scores.abs().max().item()
+
+
+def make_call(
+    batch: int, heads: int, tokens: int, width: int, rank: int, grid: int, *, logits: float = 1.0, seed: int = 0
+) -> Call:
+    """A float64 call with scores of standard deviation `logits` and variance-preserving parameters."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, std: float = 1.0) -> Tensor:
+        return std * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    heads_first = (batch, heads, tokens, width)
+    coefficients = (heads, rank, tokens, grid)
+    return Call(
+        normal(*heads_first, std=math.sqrt(logits)),
+        normal(*heads_first, std=math.sqrt(logits)),
+        normal(*heads_first),
+        normal(*coefficients, std=(tokens * grid) ** -0.5),
+        normal(*coefficients, std=(tokens * grid) ** -0.5),
+        normal(heads, tokens, rank, std=(rank * tokens) ** -0.5),
+    ).to(torch.float64)
+
+
+def output_and_gradients(
+    call: Call, upstream: Tensor, *, bias: Tensor | None = None, attend: Callable[..., Tensor] | None = None, **options
+) -> list[Tensor]:
+    """O and the gradients of the call's tensors, and of the bias where there is one."""
+    output = (attend or fourier_karat_attention)(*call, bias=bias, **options)
+    leaves = [*call, *([] if bias is None else [bias])]
+    return [output.detach(), *torch.autograd.grad(output, leaves, upstream.to(output.dtype))]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The L2 norm of the difference over that of `expected`, or where that is zero the norm itself."""
+    difference = (actual.double() - expected.double()).norm().item()
+    return difference / (expected.double().norm().item() or 1.0)
+
+
+NAMES = ("output", "query", "key", "value", "cos_coef", "sin_coef", "proj", "bias")
+
+
+def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+    """Every result within the tolerance, and of the same shape."""
+    for name, a, e in zip(NAMES, actual, expected, strict=False):
+        assert a.shape == e.shape, name
+        assert relative_error(a, e) <= tolerance, f"{name}: {relative_error(a, e):.2e} > {tolerance:.2e}"

@@ -1,0 +1,123 @@
+"""The module: parameters, starts, gradients and state."""
+
+import pytest
+import torch
+
+from karat_scale.attention import FourierKaratOperator, fourier_karat_attention, fourier_karat_scores
+
+
+def draw(batch, heads, tokens, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, heads, tokens, width, generator=generator) for _ in range(3)]
+
+
+@pytest.mark.parametrize(("heads", "rank", "grid"), [(1, 1, 1), (3, 12, 3), (2, 24, 11)])
+def test_parameter_shapes_and_count(heads, rank, grid):
+    operator = FourierKaratOperator(num_tokens=17, num_heads=heads, rank=rank, grid=grid)
+    assert {name: tuple(p.shape) for name, p in operator.named_parameters()} == {
+        "cos_coef": (heads, rank, 17, grid),
+        "sin_coef": (heads, rank, 17, grid),
+        "proj": (heads, 17, rank),
+    }
+    assert sum(p.numel() for p in operator.parameters()) == heads * (2 * grid + 1) * rank * 17
+
+
+@pytest.mark.parametrize("base", ["zero", "identity", "silu", "gelu"])
+def test_forward_and_scores_are_the_functions(base):
+    query, key, value = draw(2, 3, 17, 8)
+    operator = FourierKaratOperator(17, 3, rank=5, grid=2, base=base)
+    bias, mask = torch.randn(17, 17), torch.ones(17, 17, dtype=torch.bool).tril()
+    parameters = (operator.cos_coef, operator.sin_coef, operator.proj)
+    expected = fourier_karat_attention(query, key, value, *parameters, base=base, bias=bias, mask=mask)
+    assert torch.equal(operator(query, key, value, bias=bias, mask=mask), expected)
+    learned = fourier_karat_scores(query, key, value, *parameters, base=base, bias=bias, mask=mask)
+    assert torch.equal(operator.scores(query, key, bias=bias, mask=mask), learned)
+
+
+def test_every_parameter_and_input_gets_a_gradient():
+    inputs = [x.requires_grad_() for x in draw(2, 2, 9, 8)]
+    operator = FourierKaratOperator(9, 2)
+    operator(*inputs).square().sum().backward()
+    for tensor in (*inputs, *operator.parameters()):
+        assert tensor.grad.isfinite().all()
+        assert tensor.grad.abs().sum() > 0
+
+
+def test_one_operator_in_two_places_sums_its_gradients():
+    query, key, value = draw(1, 2, 9, 8)
+    operator = FourierKaratOperator(9, 2)
+    operator(query, key, operator(query, key, value)).sum().backward()
+    shared = operator.proj.grad.clone()
+    operator.zero_grad()
+    inner = operator(query, key, value)
+    operator(query, key, inner.detach()).sum().backward()
+    assert not torch.equal(shared, operator.proj.grad)
+
+
+def test_the_papers_start():
+    torch.manual_seed(0)
+    operator = FourierKaratOperator(197, 4, init="paper")
+    for coefficients in (operator.cos_coef, operator.sin_coef):
+        assert coefficients.mean().item() == pytest.approx(0, abs=0.02)
+        assert coefficients.std().item() == pytest.approx(1, rel=0.02)
+    assert operator.proj.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_the_variance_preserving_start_preserves_variance():
+    torch.manual_seed(0)
+    operator = FourierKaratOperator(197, 4, rank=12, grid=3)
+    for coefficients in (operator.cos_coef, operator.sin_coef):
+        assert coefficients.std().item() == pytest.approx((197 * 3) ** -0.5, rel=0.02)
+    assert operator.proj.std().item() == pytest.approx((12 * 197) ** -0.5, rel=0.05)
+    query, key, value = draw(8, 4, 197, 64)
+    assert operator(query, key, value).std().item() == pytest.approx(1, rel=0.15)
+
+
+def test_reset_draws_anew_and_is_repeatable():
+    torch.manual_seed(3)
+    operator = FourierKaratOperator(9, 2)
+    first = {name: p.detach().clone() for name, p in operator.named_parameters()}
+    operator.reset_parameters()
+    assert not torch.equal(first["cos_coef"], operator.cos_coef)
+    torch.manual_seed(3)
+    operator.reset_parameters()
+    assert all(torch.equal(first[name], p) for name, p in operator.named_parameters())
+
+
+def test_state_travels():
+    query, key, value = draw(1, 2, 9, 8)
+    source, target = FourierKaratOperator(9, 2), FourierKaratOperator(9, 2)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(source(query, key, value), target(query, key, value))
+
+
+def test_device_and_dtype_of_parameters():
+    operator = FourierKaratOperator(9, 2, device="meta", dtype=torch.bfloat16)
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in operator.parameters())
+
+
+def test_repr_names_the_settings():
+    text = repr(FourierKaratOperator(50, 2, rank=8, grid=5, base="gelu", init="paper", implementation="streaming"))
+    assert text == (
+        "FourierKaratOperator(num_tokens=50, num_heads=2, rank=8, grid=5, base='gelu', init='paper', "
+        "implementation='streaming')"
+    )
+
+
+@pytest.mark.parametrize("name", ["num_tokens", "num_heads", "rank", "grid"])
+@pytest.mark.parametrize("count", [0, -1, 2.5, True])
+def test_a_bad_count_is_named(name, count):
+    with pytest.raises(ValueError, match=rf"^{name} = {count}: expected an integer of at least 1"):
+        FourierKaratOperator(**{"num_tokens": 9, "num_heads": 2, name: count})
+
+
+@pytest.mark.parametrize("name", ["base", "init", "implementation"])
+def test_a_bad_name_is_answered_with_the_choices(name):
+    with pytest.raises(ValueError, match=rf"^{name} = 'none': expected one of "):
+        FourierKaratOperator(9, 2, **{name: "none"})
+
+
+def test_another_number_of_tokens_is_refused():
+    operator = FourierKaratOperator(9, 2)
+    with pytest.raises(ValueError, match=r"^cos_coef has shape \[2, 12, 9, 3\].*\[2, r, 8, G\]"):
+        operator(*draw(1, 2, 8, 4))

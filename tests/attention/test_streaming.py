@@ -1,0 +1,254 @@
+"""Streaming against the float64 oracle: values and every gradient."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from karat_scale.attention import fourier_karat_attention, streaming, tiles
+from tests.attention.calls import assert_close, make_call, output_and_gradients
+
+BASES = ("zero", "identity", "silu", "gelu")
+BIAS_SHAPES = ((7,), (7, 1), (2, 1, 7), (3, 1, 1, 7), (1, 2, 7, 1), (3, 2, 7, 7), (1, 1, 1, 1))
+
+
+def streamed(call, upstream, **options):
+    return output_and_gradients(call, upstream, implementation="streaming", **options)
+
+
+def oracle(call, upstream, **options):
+    return output_and_gradients(call, upstream, implementation="reference", **options)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 4),
+    heads=st.integers(1, 3),
+    tokens=st.integers(48, 72),
+    width=st.sampled_from((4, 8, 32, 48, 64, 80)),
+    rank=st.integers(4, 33),
+    grid=st.integers(1, 16),
+    logits=st.sampled_from((0.1, 1.0, 15.0)),
+    base=st.sampled_from(BASES),
+    budget=st.sampled_from((1, 2**12, 2**18)),
+    seed=st.integers(0, 2**16),
+)
+def test_float32_matches_the_oracle(batch, heads, tokens, width, rank, grid, logits, base, budget, seed):
+    call = make_call(batch, heads, tokens, width, rank, grid, logits=logits, seed=seed).to(torch.float32)
+    upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "workspace_budget", lambda _: budget)
+        patch.setattr(tiles, "MIN_ROWS", 1)
+        actual = streamed(call, upstream, base=base)
+    expected = oracle(call.to(torch.float64), upstream.double(), base=base)
+    assert_close(actual, expected, max(2e-6, 5e-8 * grid * call.largest_score))
+
+
+@pytest.mark.parametrize("tokens", range(1, 16))
+def test_a_handful_of_tokens(tokens):
+    # In float64: over so few numbers the rounding of float32 scores alone may exceed a relative bound.
+    call = make_call(2, 2, tokens, 5, 3, 3, seed=tokens)
+    upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(tokens)).double()
+    assert_close(streamed(call, upstream), oracle(call, upstream), 1e-12)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    dtype=st.sampled_from((torch.bfloat16, torch.float16)),
+    batch=st.integers(1, 3),
+    tokens=st.integers(8, 48),
+    width=st.sampled_from((32, 64)),
+    grid=st.integers(1, 11),
+    base=st.sampled_from(BASES),
+    seed=st.integers(0, 2**16),
+)
+def test_sixteen_bits_match_the_oracle(dtype, batch, tokens, width, grid, base, seed):
+    call = make_call(batch, 2, tokens, width, 12, grid, seed=seed).to(dtype)
+    upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    actual = streamed(call, upstream, base=base)
+    assert all(x.dtype == dtype for x in actual)
+    assert_close(actual, oracle(call.to(torch.float64), upstream.double(), base=base), 5e-3)
+
+
+@pytest.mark.parametrize("grid", [1, 8, 16])
+def test_scores_up_to_sixty_keep_their_phase(grid):
+    call = make_call(1, 2, 50, 64, 12, grid)
+    query = call.query.detach() * (60 / call.largest_score)
+    call = call._replace(query=query).to(torch.float32)
+    upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(1))
+    assert_close(streamed(call, upstream), oracle(call.to(torch.float64), upstream.double()), 5e-8 * grid * 60)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", BIAS_SHAPES, ids=str)
+def test_bias_of_any_broadcast_shape(shape, masked, base):
+    call = make_call(3, 2, 7, 8, 4, 3)
+    generator = torch.Generator().manual_seed(2)
+    bias = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(3, 1, 7, 7, generator=generator) > 0.4 if masked else None
+    upstream = torch.randn(call.value.shape, generator=generator, dtype=torch.float64)
+    options = {"bias": bias, "mask": mask, "base": base}
+    assert_close(streamed(call, upstream, **options), oracle(call, upstream, **options), 1e-12)
+
+
+@pytest.mark.parametrize("shape", BIAS_SHAPES, ids=str)
+def test_mask_of_any_broadcast_shape(shape, monkeypatch):
+    monkeypatch.setattr(tiles, "workspace_budget", lambda _: 1)
+    monkeypatch.setattr(tiles, "MIN_ROWS", 3)
+    call = make_call(3, 2, 7, 8, 4, 3)
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.rand(shape, generator=generator) > 0.4
+    upstream = torch.randn(call.value.shape, generator=generator, dtype=torch.float64)
+    assert_close(streamed(call, upstream, mask=mask), oracle(call, upstream, mask=mask), 1e-12)
+
+
+def test_masked_pairs_add_nothing_whatever_their_scores():
+    call = make_call(1, 2, 6, 8, 4, 2)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    bias = torch.zeros(6, 6, dtype=torch.float64).masked_fill(~mask, float("-inf")).requires_grad_()
+    actual = streamed(call, torch.ones_like(call.value), mask=mask, bias=bias)
+    expected = streamed(call, torch.ones_like(call.value), mask=mask)
+    assert_close(actual[:7], expected, 0.0)
+    assert actual[7].isfinite().all()
+    assert (actual[7][~mask] == 0).all()
+
+
+def test_strided_inputs_give_the_same_bits_and_the_tensors_layouts_want():
+    call = make_call(2, 3, 10, 8, 4, 3).to(torch.float32)
+    upstream = torch.randn(2, 3, 10, 8, generator=torch.Generator().manual_seed(4))
+    # timm's layout: q, k and v are views of one projection's output.
+    fused = torch.stack([x.detach().transpose(1, 2) for x in call[:3]], dim=2)
+    strided = call._replace(**dict(zip(("query", "key", "value"), fused.permute(2, 0, 3, 1, 4), strict=True)))
+    strided = strided._replace(**{name: getattr(strided, name).requires_grad_() for name in ("query", "key", "value")})
+    assert not strided.query.is_contiguous()
+    assert_close(streamed(strided, upstream.mT.contiguous().mT), streamed(call, upstream), 1e-6)
+    assert fourier_karat_attention(*strided, implementation="streaming").transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradcheck(masked):
+    call = make_call(2, 2, 5, 3, 3, 3)
+    bias = torch.randn(2, 1, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5), requires_grad=True)
+    mask = torch.ones(5, 5, dtype=torch.bool).tril() if masked else None
+    for base in BASES:
+
+        def attend(*tensors, base=base):
+            *arguments, bias = tensors
+            return fourier_karat_attention(*arguments, base=base, bias=bias, mask=mask, implementation="streaming")
+
+        assert torch.autograd.gradcheck(attend, (*call, bias))
+
+
+def test_the_same_bits_twice():
+    call = make_call(4, 2, 30, 16, 12, 3).to(torch.float32)
+    upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(6))
+    first, second = streamed(call, upstream), streamed(call, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_inputs_without_gradient_are_left_alone():
+    call = make_call(1, 1, 6, 4, 2, 1)
+    frozen = [x.detach() for x in call]
+    assert not fourier_karat_attention(*frozen, implementation="streaming").requires_grad
+    frozen[3].requires_grad_()
+    fourier_karat_attention(*frozen, implementation="streaming").sum().backward()
+    assert frozen[3].grad is not None
+    assert frozen[0].grad is None
+
+
+def test_an_empty_batch_gives_zero_parameter_gradients():
+    call = make_call(0, 2, 5, 4, 2, 3)
+    for gradient in streamed(call, torch.empty(call.value.shape, dtype=torch.float64))[4:]:
+        assert (gradient == 0).all()
+
+
+class LargestTensor(TorchDispatchMode):
+    """The largest storage any operation made, in elements."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                made = leaf.untyped_storage().nbytes() // leaf.element_size()
+                self.elements = max(self.elements, made)
+        return result
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_tensor_of_all_pairs_and_harmonics(masked):
+    batch, heads, tokens, width, rank, grid = 2, 2, 700, 16, 16, 3
+    call = make_call(batch, heads, tokens, width, rank, grid).to(torch.float32)
+    coef = torch.zeros(heads, 2 * grid, rank, tokens)
+    mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool) if masked else None
+    arguments = (*(x.detach() for x in call[:3]), coef, call.proj.detach(), None, mask, "fourier", "zero")
+    # The kernels themselves: a dispatch mode sees a registered operation as one.
+    with LargestTensor() as largest:
+        output, hidden = streaming._streaming_forward(*arguments)
+        streaming._streaming_backward(torch.ones_like(output), hidden, *arguments, False)
+    assert largest.elements <= max(2**18 * torch.get_num_threads(), 32 * tokens * 2 * grid)
+    assert largest.elements < tokens * tokens * grid
+    assert largest.elements < batch * heads * tokens * tokens
+
+
+def test_autocast_keeps_scores_and_harmonics_in_float32():
+    call = make_call(2, 2, 20, 32, 12, 11, logits=8.0).to(torch.float32)
+    inputs = call._replace(**{name: getattr(call, name).detach().bfloat16() for name in ("query", "key", "value")})
+    expected = fourier_karat_attention(*(x.double() for x in inputs), implementation="reference")
+    for implementation in ("reference", "streaming"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = fourier_karat_attention(*inputs, implementation=implementation)
+            output.float().square().sum().backward()
+        assert output.dtype == torch.bfloat16
+        # Scores rounded to bfloat16 would be off by order one at the eleventh harmonic.
+        assert_close([output], [expected], 4e-3)
+        assert call.cos_coef.grad.dtype == torch.float32
+
+
+def test_output_has_the_dtype_of_pytorchs_attention():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        call = make_call(1, 1, 4, 8, 2, 1).to(dtype)
+        assert fourier_karat_attention(*call).dtype == dtype
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            sdpa = torch.nn.functional.scaled_dot_product_attention(*call[:3])
+            assert fourier_karat_attention(*call).dtype == sdpa.dtype
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_no_bit(reentrant):
+    call = make_call(2, 2, 12, 8, 4, 3).to(torch.float32)
+    upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(7))
+
+    def attend(*arguments, bias=None, **options):
+        return checkpoint(lambda *x: fourier_karat_attention(*x, **options), *arguments, use_reentrant=reentrant)
+
+    plain = streamed(call, upstream)
+    for leaf in call:
+        leaf.grad = None
+    output = attend(*call, implementation="streaming")
+    output.backward(upstream)
+    again = [output.detach(), *(leaf.grad for leaf in call)]
+    assert all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
+
+
+def test_compiles_into_one_graph():
+    call = make_call(2, 2, 9, 8, 4, 3).to(torch.float32)
+    bias = torch.zeros(9, 9, requires_grad=True)
+    upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(8))
+    compiled = torch.compile(fourier_karat_attention, backend="aot_eager", fullgraph=True)
+    actual = output_and_gradients(call, upstream, bias=bias, attend=compiled)
+    assert_close(actual, streamed(call, upstream, bias=bias), 1e-6)
+
+
+@pytest.mark.parametrize("needs_bias", [False, True])
+def test_registered_operation_is_well_behaved(needs_bias):
+    call = make_call(2, 2, 6, 4, 16, 2).to(torch.float32)
+    coef = torch.randn(2, 4, 16, 6, generator=torch.Generator().manual_seed(9)).requires_grad_()
+    bias = torch.zeros(1, 1, 6, 6, requires_grad=needs_bias)
+    arguments = (*call[:3], coef, call.proj, bias, None, "fourier", "silu")
+    torch.library.opcheck(torch.ops.karat_scale.streaming_forward.default, arguments)
