@@ -98,12 +98,13 @@ def _streaming_backward(
         for head in range(query.shape[1]):
             q, k, v, grad_o = (x[:, head].to(coef.dtype) for x in (query, key, value, grad_output))
             given = (hidden[head], v, proj[head])
-            if mask is None:
-                grads = readout.pull_back(*given, grad_o)
-            else:
-                grads = readout.pull_back_masked(*given, mask, head, work.tiling, grad_o)
-            grad_hidden, grad_value[:, head], grad_proj[head] = grads
-            grad_q, grad_k = q.new_empty(q.shape), k.new_zeros(k.shape)
+            grad_hidden, grad_value[:, head], grad_proj[head] = (
+                readout.pull_back(*given, grad_o)
+                if mask is None
+                else readout.pull_back_masked(*given, mask, head, work.tiling, grad_o)
+            )
+            grad_q = _room_like(grad_query[:, head], coef.dtype)
+            grad_k = _room_like(grad_key[:, head], coef.dtype).zero_()
             for batch, rows in work.tiling.tiles():
                 tile, keep = work.load(q, k, head, batch, rows)
                 upstream = grad_hidden[batch, rows]
@@ -119,6 +120,11 @@ def _streaming_backward(
     if bias is not None:
         grad_bias = grad_bias.to(bias.dtype)
     return grad_query, grad_key, grad_value, grad_coef, grad_proj, grad_bias
+
+
+def _room_like(target: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room to compute `target` in: itself where the dtype allows."""
+    return target if target.dtype == dtype else torch.empty_like(target, dtype=dtype)
 
 
 def _empty_output(value: Tensor) -> Tensor:
