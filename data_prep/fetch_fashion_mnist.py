@@ -18,8 +18,8 @@ from console import make_parser, progress, run
 from sources.idx import CLASSES_FILE, read_idx
 from torchvision.datasets import FashionMNIST
 
-from karat_scale.data.shard_format import write_atomically
 from karat_scale.errors import DataError
+from karat_scale.files import write_atomically
 
 PACKAGE = "dataset-fashion-mnist"
 SIDE = 28

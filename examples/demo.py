@@ -73,10 +73,15 @@ def _print_table(console: Console) -> None:
             _short(run),
         )
     console.print(table)
-    run = _short(CONTENDERS[0][1])
-    console.print(f"evaluate again:  .venv/bin/karat eval {run}", highlight=False)
-    console.print(f"train longer:    .venv/bin/karat train {RECIPE} run.dir=runs/longer train.epochs=3", highlight=False)
-    console.print(f"figures by step: {run}/metrics.jsonl, or .venv/bin/tensorboard --logdir runs", highlight=False)
+    done = _short(CONTENDERS[0][1])
+    hints = {
+        "evaluate again": f".venv/bin/karat eval {done}",
+        "train longer": f".venv/bin/karat train {RECIPE} run.dir=runs/longer train.epochs=3",
+        "figures by step": f"{done}/metrics.jsonl, or .venv/bin/tensorboard --logdir runs",
+        "stopped half-way": "run `make demo` again; it goes on from the last checkpoint",
+    }
+    for what, how in hints.items():
+        console.print(f"{what + ':':18}{how}", highlight=False)
 
 
 def _short(path: Path) -> str:

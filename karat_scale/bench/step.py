@@ -24,11 +24,11 @@ from karat_scale.data.batch import Batch
 from karat_scale.data.mixing import Mixer
 from karat_scale.data.normalize import Normalize
 from karat_scale.data.plan import TrainPlan
+from karat_scale.files import write_atomically
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe_io import validate_recipe
 from karat_scale.train import distributed
-from karat_scale.train.checkpoint_store import write_atomically
 from karat_scale.train.engine import build_optimizer
 from karat_scale.train.loop import Loop
 from karat_scale.train.parts import build_parts

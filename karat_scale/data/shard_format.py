@@ -9,11 +9,8 @@
 A sample's id is its position in the split: shard after shard, in the order of dataset.json.
 """
 
-import hashlib
 import io
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +19,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from karat_scale.errors import DataError
+from karat_scale.files import write_atomically
 
 DATASET_FILE = "dataset.json"
 # A name from dataset.json must not lead out of its directory.
@@ -97,7 +95,7 @@ def read_dataset_record(directory: Path) -> DatasetRecord:
 def write_dataset_record(directory: Path, record: DatasetRecord) -> None:
     """Write dataset.json whole or not at all."""
     text = json.dumps(record.model_dump(), indent=1, ensure_ascii=False) + "\n"
-    write_atomically(directory / DATASET_FILE, text.encode())
+    write_atomically(directory / DATASET_FILE, text)
 
 
 INDEX_FIELDS = ("offset", "size", "label", "crc32")
@@ -118,40 +116,3 @@ def read_index_field(data: bytes, name: str) -> npt.NDArray[Any]:
     """One column of an index file's bytes."""
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         return np.asarray(archive[name])
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, flush it to the disk, then give it its name."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        commit_file(Path(temporary), path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def commit_file(temporary: Path, path: Path) -> None:
-    """Make a written temporary file durable and rename it to `path`."""
-    temporary.chmod(0o644)
-    _flush_to_disk(temporary)
-    temporary.replace(path)
-    _flush_to_disk(path.parent)
-
-
-def _flush_to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, as hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -15,7 +15,8 @@ from typing import BinaryIO
 
 from webdataset.writer import TarWriter
 
-from karat_scale.data.shard_format import FileRecord, ShardRecord, commit_file, index_bytes, write_atomically
+from karat_scale.data.shard_format import FileRecord, ShardRecord, index_bytes
+from karat_scale.files import commit_file, write_atomically
 
 TAR_BLOCK = 512
 

@@ -14,11 +14,11 @@ from karat_scale.data.shard_format import (
     DatasetRecord,
     FileRecord,
     ShardRecord,
-    file_sha256,
     read_dataset_record,
     read_index_field,
 )
 from karat_scale.errors import DataError
+from karat_scale.files import file_sha256
 
 MAX_OPEN_SHARDS = 256
 MEND = "copy the shards again or make them again with data_prep/make_webdataset.py"

@@ -9,34 +9,22 @@ checkpoints/
   latest, best          a checkpoint's name, replaced atomically
 """
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from karat_scale.files import file_sha256, flush_to_disk, write_atomically
+
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _UNFINISHED = ".saving-"
-_BLOCK = 1 << 22
 
 
 def checkpoint_name(step: int) -> str:
     """The directory's name of the checkpoint after `step` finished steps."""
     return f"step-{step:08d}"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file so that a reader, or a crash, sees the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_directory(path.parent)
 
 
 class CheckpointStore:
@@ -56,7 +44,7 @@ class CheckpointStore:
         """Give a written checkpoint its manifest and its name, and point `latest` at it."""
         write_atomically(unfinished / STATE, json.dumps(state, indent=2) + "\n")
         files = {
-            path.relative_to(unfinished).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            path.relative_to(unfinished).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
             for path in sorted(unfinished.rglob("*"))
             if path.is_file()
         }
@@ -66,7 +54,7 @@ class CheckpointStore:
         if final.exists():  # the same step again, say after a damaged save: the new one takes its place
             shutil.rmtree(final)
         unfinished.rename(final)
-        _sync_directory(self.root)
+        flush_to_disk(self.root)
         self.point("latest", name)
         return name
 
@@ -122,21 +110,5 @@ class CheckpointStore:
                 yield f"{name} is missing"
             elif file.stat().st_size != size:
                 yield f"{name} has {file.stat().st_size} bytes, not {size}"
-            elif _sha256(file) != sha256:
+            elif file_sha256(file) != sha256:
                 yield f"{name} has changed since it was written"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,11 +11,12 @@ from karat_scale.data.backends import open_backend
 from karat_scale.data.batch import BadSample
 from karat_scale.data.normalize import Normalize
 from karat_scale.errors import RunDirectoryError
+from karat_scale.files import write_atomically
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe_io import load_recipe
 from karat_scale.train import distributed
-from karat_scale.train.checkpoint_store import CheckpointStore, write_atomically
+from karat_scale.train.checkpoint_store import CheckpointStore
 from karat_scale.train.distributed import World
 from karat_scale.train.evaluate import EvalResult, evaluate
 from karat_scale.train.progress import Reporter, choose_display

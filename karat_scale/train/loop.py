@@ -100,6 +100,7 @@ class Loop:
         self._interval.finish_step(norm)
         if state.seconds_to_first_step is None:
             state.seconds_to_first_step = round(time.time() - psutil.Process().create_time(), 2)
+        parts.reporter.display.advance(state.step, self.total_steps)
         if state.step % parts.recipe.log.every_steps == 0 or state.step == self.total_steps:
             self._report(lr)
 

@@ -26,8 +26,11 @@ class Display(Protocol):
     def line(self, text: str) -> None:
         """Show a line that stays."""
 
-    def train(self, done: int, total: int, text: str, due: bool) -> None:
-        """Show where training stands; `due` when a plain log wants a line."""
+    def advance(self, done: int, total: int) -> None:
+        """A training step is done."""
+
+    def train(self, done: int, total: int, text: str) -> None:
+        """Show what was measured since the last report."""
 
     def evaluate(self, done: int, total: int) -> None:
         """Show where an evaluation stands."""
@@ -49,6 +52,7 @@ class TerminalDisplay:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
+            speed_estimate_period=120,
         )
         self._train = self._progress.add_task(title, total=None, text="")
         self._evaluation: TaskID | None = None
@@ -58,8 +62,12 @@ class TerminalDisplay:
         """Print above the bars."""
         self._progress.console.print(text, markup=False, highlight=False)
 
-    def train(self, done: int, total: int, text: str, due: bool) -> None:
+    def advance(self, done: int, total: int) -> None:
         """Move the training bar."""
+        self._progress.update(self._train, completed=done, total=total)
+
+    def train(self, done: int, total: int, text: str) -> None:
+        """Say beside the training bar what was measured."""
         self._progress.update(self._train, completed=done, total=total, text=text)
 
     def evaluate(self, done: int, total: int) -> None:
@@ -83,10 +91,12 @@ class PlainDisplay:
         """Print a line."""
         print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
-    def train(self, done: int, total: int, text: str, due: bool) -> None:
-        """Print a line when one is due."""
-        if due:
-            self.line(f"step {done}/{total} {text}")
+    def advance(self, done: int, total: int) -> None:
+        """A step alone is not worth a line."""
+
+    def train(self, done: int, total: int, text: str) -> None:
+        """Print a line."""
+        self.line(f"step {done}/{total} {text}")
 
     def evaluate(self, done: int, total: int) -> None:
         """An evaluation prints its result only."""
@@ -101,7 +111,7 @@ class SilentDisplay(PlainDisplay):
     def line(self, text: str) -> None:
         """Say nothing."""
 
-    def train(self, done: int, total: int, text: str, due: bool) -> None:
+    def train(self, done: int, total: int, text: str) -> None:
         """Say nothing."""
 
 
@@ -141,7 +151,7 @@ class Reporter:
         rate = figures["images_per_second"]
         text = f"epoch {figures['epoch']} loss {figures['loss']:.4f} lr {figures['lr']:.2e}"
         text += f" {rate:,.0f} img/s" if rate else ""
-        self.display.train(step, total, text, due=True)
+        self.display.train(step, total, text)
         self._write("train", step, **figures)
 
     def evaluated(self, step: int, figures: dict[str, Any]) -> None:

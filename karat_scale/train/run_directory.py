@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from karat_scale.errors import RunDirectoryError
+from karat_scale.files import write_atomically
 from karat_scale.recipe import Recipe
 from karat_scale.recipe_io import differing_keys, dump_recipe, flatten, load_recipe
-from karat_scale.train.checkpoint_store import CheckpointStore, write_atomically
+from karat_scale.train.checkpoint_store import CheckpointStore
 
 # The data cursor counts global batches, so another size would train on other samples.
 NEVER_ALLOWED = ("train.global_batch",)

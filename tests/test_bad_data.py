@@ -1,0 +1,79 @@
+"""`karat train` on shards that are damaged in the ways that happen: each is one line, or counted."""
+
+import io
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import events, make_image_folder, run_script, summary
+from tests.test_cli import refused
+
+Train = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def damaged(shards: Path, tmp_path: Path) -> Path:
+    """A copy of the shards to damage."""
+    return Path(shutil.copytree(shards, tmp_path / "damaged"))
+
+
+@pytest.fixture(scope="module")
+def shards_with_a_bad_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards in which one training and one validation image end in the middle."""
+    root = make_image_folder(tmp_path_factory.mktemp("bad"), {"train": 16, "val": 7})
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
+    encoded = io.BytesIO()
+    Image.fromarray(noise).save(encoded, "JPEG", quality=95)
+    for split in ("train", "val"):
+        (root / split / "class1" / "003.jpg").write_bytes(encoded.getvalue()[:2000])
+    out = tmp_path_factory.mktemp("bad_shards")
+    run_script("data_prep/make_webdataset.py", "--src", str(root), "--out", str(out))
+    return out
+
+
+def test_an_empty_directory(train_recipe: Train, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(train_recipe(f"data.path={tmp_path / 'empty'}"), "empty", "make_webdataset.py")
+
+
+def test_a_missing_shard(train_recipe: Train, damaged: Path) -> None:
+    (damaged / "train-000001.tar").unlink()
+    refused(train_recipe(f"data.path={damaged}"), "train-000001.tar")
+
+
+def test_a_truncated_shard(train_recipe: Train, damaged: Path) -> None:
+    shard = damaged / "train-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:-512])
+    refused(train_recipe(f"data.path={damaged}"), "train-000001.tar")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_changed_in_place_since_it_was_indexed(train_recipe: Train, damaged: Path, workers: int) -> None:
+    for shard in damaged.glob("train-*.tar"):
+        data = bytearray(shard.read_bytes())
+        data[1100:1400] = bytes(300)  # the first image's bytes, behind the label's block and two headers
+        data[1800:2000] = bytes(200)
+        shard.write_bytes(data)
+    refused(train_recipe(f"data.path={damaged}", f"data.workers={workers}"), "train-0000", "changed")
+
+
+def test_an_undecodable_image_stops_with_its_place(train_recipe: Train, shards_with_a_bad_image: Path) -> None:
+    refused(train_recipe(f"data.path={shards_with_a_bad_image}"), "train-000000.tar", "data.on_bad_sample=skip")
+
+
+def test_an_undecodable_image_is_skipped_reported_and_counted(
+    train_recipe: Train, shards_with_a_bad_image: Path, tmp_path: Path
+) -> None:
+    done = train_recipe(f"data.path={shards_with_a_bad_image}", "data.on_bad_sample=skip", "train.epochs=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    warnings = [line for line in done.stdout.splitlines() if "warning" in line]
+    assert any("train-000000.tar" in line for line in warnings)
+    assert any("val-000000.tar" in line for line in warnings)
+    assert summary(tmp_path / "run")["bad_samples"] == 1
+    (evaluation,) = events(tmp_path / "run", "eval")
+    assert (evaluation["images"], evaluation["bad"]) == (27, 1)

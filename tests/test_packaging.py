@@ -1,0 +1,45 @@
+"""A wheel installed outside the clone finds its recipes and DeepSpeed configurations."""
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, SMALL
+
+
+@pytest.mark.slow
+def test_a_wheel_trains_outside_the_clone(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    home = tmp_path / "venv"
+    venv.create(home, with_pip=True)
+    # The dependencies are this environment's; what is under test is our wheel, which is not in it.
+    (site,) = home.glob("lib/python*/site-packages")
+    here = [path for path in sys.path if path.endswith("site-packages")]
+    python = str(home / "bin" / "python")
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True, timeout=300)
+    # Not a .pth file: that would also bring in an editable install of the clone.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *here]), "OMP_NUM_THREADS": "1"}
+    karat = [str(home / "bin" / "karat"), "train", "imagenet_vit_tiny_g3b"]
+    overrides = [*SMALL, "schedule.warmup_epochs=0", "data.backend=synthetic", "data.synthetic_samples=16"]
+    overrides += ["run.dir=run", "train.max_steps=1", "deepspeed.config=zero1"]
+    done = subprocess.run(
+        [*karat, *overrides], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    where = subprocess.run(
+        [python, "-c", "import karat_scale; print(karat_scale.__file__)"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert str(home) in where.stdout
+    assert (tmp_path / "run" / "summary.json").is_file()

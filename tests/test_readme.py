@@ -1,0 +1,84 @@
+"""The README's commands, run as they stand on data small enough for a test."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from karat_scale.recipe_io import shipped_recipes
+from tests.conftest import ROOT, SMALL, events, free_port, karat_environment
+
+BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]
+
+
+def run(command: str, cwd: Path, *more: str) -> "subprocess.CompletedProcess[str]":
+    words = shlex.split(command)
+    launcher = ["-m", "torch.distributed.run", f"--master-port={free_port()}"]
+    programs = {
+        "python": [sys.executable],
+        "karat": [sys.executable, "-m", "karat_scale"],
+        "torchrun": [sys.executable, *launcher],
+    }
+    arguments = ["--nproc-per-node=2" if word == "--nproc-per-node=8" else word for word in words[1:]]
+    return subprocess.run(
+        [*programs[words[0]], *arguments, *more],
+        cwd=cwd,
+        env=karat_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def find(start: str) -> str:
+    (command,) = [line for line in COMMANDS if line.startswith(start)]
+    return command
+
+
+def test_every_command_is_run_here_or_by_the_ci_script() -> None:
+    ours = ("python data_prep/", "torchrun", "karat eval", "karat train")
+    elsewhere = ("make demo", "make test", "pip install .")  # .ci/run, and test_packaging
+    assert COMMANDS
+    for command in COMMANDS:
+        assert command in elsewhere or command.startswith(ours), command
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "make test" in ci
+    assert "make demo" in ci
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_imagenet_in_three_steps(image_folder: Path, tmp_path: Path) -> None:
+    for name in ("data_prep", "karat_scale", "ds_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    prepare = find("python data_prep/make_webdataset.py").replace("/path/to/imagenet", str(image_folder))
+    (tmp_path / "data").mkdir()
+    done = run(prepare, tmp_path)
+    assert done.returncode == 0, done.stderr
+    small = [*SMALL, "schedule.warmup_epochs=0", "train.precision=fp32"]
+    for steps in (8, 16):  # the second call is the resume
+        done = run(find("torchrun"), tmp_path, *small, f"train.max_steps={steps}")
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert [event["step"] for event in events(tmp_path / "runs/tiny_g3b", "resume")] == [8]
+    done = run(find("karat eval"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "on 28 images" in done.stdout
+
+
+def test_overrides_by_example(tmp_path: Path) -> None:
+    done = run(find("karat train"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "grid: 5" in done.stdout
+
+
+def test_every_shipped_recipe_is_in_the_table() -> None:
+    table = (ROOT / "README.md").read_text().replace("{tiny,small}", "tiny")
+    for name in shipped_recipes():
+        stem, mode = re.fullmatch(r"(.*?)(_g\d[bu])?", name.replace("small", "tiny")).groups()  # type: ignore[union-attr]
+        assert stem in table
+        assert (mode or "") in table
