@@ -150,6 +150,17 @@ def test_the_same_bits_twice():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_two_threads_agree_with_the_oracle():
+    call = make_call(3, 2, 64, 32, 12, 3).to(torch.float32)
+    upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(6))
+    torch.set_num_threads(2)
+    try:
+        actual = streamed(call, upstream)
+    finally:
+        torch.set_num_threads(1)
+    assert_close(actual, oracle(call.to(torch.float64), upstream.double()), 2e-6)
+
+
 def test_inputs_without_gradient_are_left_alone():
     call = make_call(1, 1, 6, 4, 2, 1)
     frozen = [x.detach() for x in call]
