@@ -40,6 +40,19 @@ def build_parser() -> argparse.ArgumentParser:
     step.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
     step.add_argument("--json", metavar="FILE")
     step.set_defaults(run=_bench_step)
+    attention = benches.add_parser("attention", help="each implementation against SDPA, in time and memory")
+    attention.add_argument("--model", choices=("tiny", "small", "base"), default="tiny")
+    attention.add_argument("--batch", type=int, default=32)
+    attention.add_argument("--grid", type=int, default=3)
+    attention.add_argument("--rank", type=int, default=12)
+    attention.add_argument("--tokens", type=int, default=197)
+    attention.add_argument("--basis", choices=("fourier",), default="fourier")
+    attention.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    attention.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    attention.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    attention.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default: %(default)s)")
+    attention.add_argument("--json", metavar="FILE")
+    attention.set_defaults(run=_bench_attention)
     return parser
 
 
@@ -83,3 +96,19 @@ def _bench_step(options: argparse.Namespace) -> int:
     from karat_scale.bench.step import bench_step
 
     return bench_step(options.model, options.batch, options.steps, options.rounds, options.json)
+
+
+def _bench_attention(options: argparse.Namespace) -> int:
+    from karat_scale.bench.attention import Case, bench_attention
+
+    case = Case(
+        model=options.model,
+        batch=options.batch,
+        grid=options.grid,
+        rank=options.rank,
+        dtype=options.dtype,
+        device=options.device,
+        tokens=options.tokens,
+        basis=options.basis,
+    )
+    return bench_attention(case, options.rounds, options.threads, options.json)

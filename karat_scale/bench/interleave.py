@@ -5,7 +5,9 @@ import time
 from collections.abc import Callable, Mapping
 
 
-def interleaved_seconds(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleaved_seconds(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each contender in each of `rounds` rounds, after one round that is not counted.
 
     Every other round runs in reverse order: whoever follows whom must not matter.
@@ -14,10 +16,10 @@ def interleaved_seconds(contenders: Mapping[str, Callable[[], object]], rounds: 
     for number in range(rounds + 1):
         names = list(contenders) if number % 2 else list(contenders)[::-1]
         for name in names:
-            begun = time.perf_counter()
+            begun = clock()
             contenders[name]()
             if number:
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append(clock() - begun)
     return seconds
 
 

@@ -1,0 +1,179 @@
+"""`karat bench attention`: time and memory of each implementation against softmax attention.
+
+The peers are `scaled_dot_product_attention` (SDPA), which a user has without us, and softmax written out, which
+holds the N x N matrix as the literature's code does. Contenders run in turn; ratios are medians over rounds.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional
+
+from karat_scale.attention.functional import IMPLEMENTATIONS, fourier_karat_attention
+from karat_scale.bench.interleave import interleaved_seconds, median_ratio
+from karat_scale.bench.peak_memory import peak_memory_of
+from karat_scale.errors import UserError
+from karat_scale.files import write_atomically
+
+HEADS = {"tiny": 3, "small": 6, "base": 12}
+TOKENS, HEAD_WIDTH = 197, 64
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SDPA, SOFTMAX = "sdpa", "softmax"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: ViT/16 at 224 px (N = 197, d = 64) in a batch, forward and backward."""
+
+    model: str
+    batch: int
+    grid: int
+    rank: int
+    dtype: str
+    device: str
+    tokens: int = TOKENS
+    basis: str = "fourier"
+
+
+def bench_attention(case: Case, rounds: int, threads: int, json_file: str | None) -> int:
+    """Measure, print a table, and write `json_file`; returns 0.
+
+    Raises:
+        UserError: no implementation can run the case.
+    """
+    if case.device == "cpu":
+        torch.set_num_threads(threads)
+    names = [SDPA, SOFTMAX, *(name for name in IMPLEMENTATIONS if _can_run(name, case))]
+    if len(names) == 2:
+        raise UserError(f"no implementation runs {case}")
+    # Process time is deaf to neighbours, but adds up over threads.
+    clock = time.process_time if case.device == "cpu" and threads == 1 else time.perf_counter
+    forward = interleaved_seconds({name: _forward(name, case) for name in names}, rounds, clock)
+    both = interleaved_seconds({name: _forward_backward(name, case) for name in names}, rounds, clock)
+    memory = {name: peak_memory_of(_forward_backward_once, (name, case), case.device) for name in names}
+    rows = [
+        {
+            "implementation": name,
+            "forward_ms": round(1e3 * statistics.median(forward[name]), 3),
+            "forward_backward_ms": round(1e3 * statistics.median(both[name]), 3),
+            "peak_mb": round(memory[name], 1),
+            "ratio_forward": round(median_ratio(forward, name, SDPA), 3),
+            "ratio_forward_backward": round(median_ratio(both, name, SDPA), 3),
+            "ratio_memory": round(memory[name] / memory[SDPA], 3),
+            "ratio_forward_to_softmax": round(median_ratio(forward, name, SOFTMAX), 3),
+            "ratio_forward_backward_to_softmax": round(median_ratio(both, name, SOFTMAX), 3),
+        }
+        for name in names
+    ]
+    result = {**asdict(case), "device_name": _device_name(case.device), "threads": threads, "rows": rows}
+    _print(result)
+    if json_file:
+        write_atomically(Path(json_file), json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def make_inputs(case: Case) -> tuple[Tensor, ...]:
+    """Query, key, value [B, h, N, d], then cos and sin coefficients [h, r, N, G] and W [h, N, r]; all need gradients.
+
+    Query and key are such that scores have a standard deviation of about one; coefficients and W start as the
+    variance-preserving scheme has them (float32, as parameters are).
+    """
+    generator = torch.Generator().manual_seed(0)
+    heads, tokens = HEADS[case.model], case.tokens
+
+    def normal(*shape: int, std: float = 1.0) -> Tensor:
+        return std * torch.randn(*shape, generator=generator)
+
+    tensors = [normal(case.batch, heads, tokens, HEAD_WIDTH).to(DTYPES[case.dtype]) for _ in range(3)]
+    coefficient_std = (tokens * case.grid) ** -0.5
+    tensors += [normal(heads, case.rank, tokens, case.grid, std=coefficient_std) for _ in range(2)]
+    tensors += [normal(heads, tokens, case.rank, std=(case.rank * tokens) ** -0.5)]
+    return tuple(tensor.to(case.device).requires_grad_() for tensor in tensors)
+
+
+def attention_of(name: str) -> Callable[..., Tensor]:
+    """A contender as a function of what `make_inputs` gives."""
+    if name == SDPA:
+        return lambda query, key, value, *_: functional.scaled_dot_product_attention(query, key, value)
+    if name == SOFTMAX:
+        return _explicit_softmax
+    return lambda *inputs: fourier_karat_attention(*inputs, implementation=name)
+
+
+def _explicit_softmax(query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> Tensor:
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    return torch.softmax(scores, -1) @ value
+
+
+def _can_run(name: str, case: Case) -> bool:
+    small = Case(**{**asdict(case), "batch": 1})
+    try:
+        attention_of(name)(*make_inputs(small))
+    except ValueError:
+        return False
+    return True
+
+
+def _forward(name: str, case: Case) -> Callable[[], None]:
+    attend, inputs = attention_of(name), make_inputs(case)
+
+    def run() -> None:
+        with torch.no_grad():
+            attend(*inputs)
+        _wait_for(case.device)
+
+    return run
+
+
+def _forward_backward(name: str, case: Case) -> Callable[[], None]:
+    attend, inputs = attention_of(name), make_inputs(case)
+    wanted = inputs[:3] if name in (SDPA, SOFTMAX) else inputs
+    grad_output = torch.ones_like(inputs[2])
+
+    def run() -> None:
+        torch.autograd.grad(attend(*inputs), wanted, grad_output)
+        _wait_for(case.device)
+
+    return run
+
+
+def _forward_backward_once(name: str, case: Case, warm_up: bool) -> Callable[[], None]:
+    """For the memory measurement: the case itself, or a small one that loads and builds all that it needs."""
+    return _forward_backward(name, Case(**{**asdict(case), "batch": 1, "tokens": 16}) if warm_up else case)
+
+
+def _wait_for(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
+
+
+def _print(result: dict[str, Any]) -> None:
+    title = f"ViT-{result['model'].capitalize()} batch {result['batch']}, N = {result['tokens']}, "
+    title += f"grid {result['grid']}, rank {result['rank']}, {result['dtype']} on {result['device_name']}"
+    table = Table(title=title)
+    for column in ("implementation", "ms", "to SDPA", "to softmax", "MB", "to SDPA"):
+        table.add_column(column, justify="left" if column == "implementation" else "right")
+    for row in result["rows"]:
+        forward = (row["forward_ms"], row["ratio_forward"], row["ratio_forward_to_softmax"])
+        both = (
+            row["forward_backward_ms"],
+            row["ratio_forward_backward"],
+            row["ratio_forward_backward_to_softmax"],
+        )
+        table.add_row(f"{row['implementation']} forward", *(f"{figure:.2f}" for figure in forward))
+        memory = (f"{row['peak_mb']:.1f}", f"{row['ratio_memory']:.2f}")
+        table.add_row("  and backward", *(f"{figure:.2f}" for figure in both), *memory, end_section=True)
+    Console().print(table)
