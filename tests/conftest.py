@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# Before torch is imported. Threads of several test processes on few cores spend their time waiting for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS, SIZE = 4, 16, 7, 20
 
