@@ -52,6 +52,7 @@ def _open_directory(recipe: Recipe, world: World) -> RunDirectory:
 def _train(recipe: Recipe, world: World, directory: RunDirectory, signals: StopSignals) -> int:
     reporter = _open_reporter(recipe, world, directory)
     outcome = _Outcome(recipe, world)
+    parts: Parts | None = None
     try:
         parts = build_parts(recipe, world, directory, signals, reporter)
         outcome.parameters = parameter_count(parts.engine.module)
@@ -77,6 +78,8 @@ def _train(recipe: Recipe, world: World, directory: RunDirectory, signals: StopS
     finally:
         reporter.end(outcome.state, outcome.code, outcome.reason)
         reporter.close()
+        if parts is not None:
+            parts.backend.close()
         if world.is_main:
             directory.write_summary(outcome.summary(directory.summary()))
     return outcome.code
