@@ -4,6 +4,7 @@ Each part is a command a user could type; a finished part is not done again, and
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / "data"
-RUNS = ROOT / "runs"
+# Relative to ROOT, where everything runs: what is printed can be typed again.
+DATA = Path("data")
+RUNS = Path("runs")
 RECIPE = "fashion_mnist_demo"
 # (row title, run directory, overrides)
 CONTENDERS = (
@@ -25,6 +27,7 @@ CONTENDERS = (
 
 def main() -> int:
     """Run the demo; returns the first failing command's exit code, or 0."""
+    os.chdir(ROOT)
     console = Console()
     raw, shards = DATA / "fashion_mnist_raw", DATA / "fashion_mnist"
     try:
@@ -33,7 +36,7 @@ def main() -> int:
             _run("data_prep/make_webdataset.py", "--src", str(raw), "--out", str(shards))
         for title, run, overrides in CONTENDERS:
             if (_summary(run) or {}).get("exit") == 0:
-                console.print(f"{title}: finished before, in {_short(run)}")
+                console.print(f"{title}: finished before, in {run}")
                 continue
             console.rule(title)
             arguments = [f"run.dir={run}", f"run.name={run.name}", f"data.path={shards}", *overrides]
@@ -49,7 +52,7 @@ def main() -> int:
 
 
 def _run(*arguments: str) -> None:
-    subprocess.run([sys.executable, *arguments], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, *arguments], check=True)
 
 
 def _summary(run: Path) -> dict[str, Any] | None:
@@ -70,10 +73,10 @@ def _print_table(console: Console) -> None:
             f"{summary['images_per_second']:.0f}",
             f"{summary['peak_memory_mb']:.0f}",
             f"{summary['parameters']:,}",
-            _short(run),
+            str(run),
         )
     console.print(table)
-    done = _short(CONTENDERS[0][1])
+    done = CONTENDERS[0][1]
     hints = {
         "evaluate again": f".venv/bin/karat eval {done}",
         "train longer": f".venv/bin/karat train {RECIPE} run.dir=runs/longer train.epochs=3",
@@ -82,10 +85,6 @@ def _print_table(console: Console) -> None:
     }
     for what, how in hints.items():
         console.print(f"{what + ':':18}{how}", highlight=False)
-
-
-def _short(path: Path) -> str:
-    return str(path.relative_to(ROOT))
 
 
 if __name__ == "__main__":
