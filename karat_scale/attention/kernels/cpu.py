@@ -1,0 +1,194 @@
+"""The modular Fourier operator as one compiled kernel for x86-64 CPUs, at about the price of softmax attention.
+
+Scores, features and sums are float32 whatever the inputs. Beside inputs and outputs only H is kept, and the
+features of one tile per thread; backward recomputes scores and features. Results do not depend on the number of
+threads. Forward and backward are registered with torch.library: torch.compile takes each as one opaque operation.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from karat_scale.attention.kernels import cpu_build
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MAX_RANK, MAX_GRID = 32, 64
+
+
+def refusal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos_coef: Tensor,
+    sin_coef: Tensor,
+    proj: Tensor,
+    base: str,
+    bias: Tensor | None,
+    mask: Tensor | None,
+) -> str | None:
+    """Why this implementation cannot take the call, or None where it can. Builds the kernel at first use."""
+    if query.device.type != "cpu":
+        return f"the tensors are on {query.device}"
+    if any(x.dtype not in DTYPES for x in (query, key, value, cos_coef, sin_coef, proj)):
+        return 'it computes in float32 and takes no float64; use implementation = "streaming"'
+    if not query.dtype == key.dtype == value.dtype:
+        return f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}"
+    if value.shape != query.shape:
+        return f"value has shape {list(value.shape)}, not query's"
+    if base != "zero":
+        return f"base = {base!r}; it has no base activation"
+    if bias is not None or mask is not None:
+        return "it takes no bias and no mask"
+    if proj.shape[-1] > MAX_RANK or cos_coef.shape[-1] > MAX_GRID:
+        return f"r = {proj.shape[-1]} and G = {cos_coef.shape[-1]}; it goes up to {MAX_RANK} and {MAX_GRID}"
+    return _machine_refusal()
+
+
+@torch.compiler.assume_constant_result
+def _machine_refusal() -> str | None:
+    try:
+        cpu_build.load()
+    except cpu_build.LoadError as error:
+        return str(error)
+    return None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos_coef: Tensor,
+    sin_coef: Tensor,
+    proj: Tensor,
+    base: str,
+    bias: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """O [B, h, N, d] in the value's dtype; differentiable once in all six tensors. Takes what `refusal` lets pass."""
+    parameters = (x.to(torch.float32).contiguous() for x in (cos_coef, sin_coef, proj))
+    output, _ = torch.ops.karat_scale.cpu_forward(query, key, value, *parameters)
+    return output
+
+
+class _Strided(ctypes.Structure):
+    """`Strided` of cpu.cpp: a [B, h, N, d] tensor whose last stride is 1."""
+
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "token"))]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Strided":
+        return cls(tensor.data_ptr(), *tensor.stride()[:3])
+
+
+_SIZES = ("batch", "heads", "tokens", "width", "rank", "grid", "dtype", "threads")
+_HEADS = ("query", "key", "value", "output", "grad_query", "grad_key", "grad_value")
+_PARAMETERS = ("cosines", "sines", "projector", "hidden", "grad_cosines", "grad_sines", "grad_projector")
+
+
+class _Call(ctypes.Structure):
+    """`Call` of cpu.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _SIZES),
+        *((name, _Strided) for name in _HEADS),
+        *((name, ctypes.c_void_p) for name in _PARAMETERS),
+    ]
+
+
+def _run(function: str, cosines: Tensor, **tensors: Tensor) -> None:
+    query = tensors["query"]
+    _, rank, _, grid = cosines.shape
+    sizes = (*query.shape, rank, grid, DTYPES[query.dtype], torch.get_num_threads())
+    call = _Call(*sizes, cosines=cosines.data_ptr())
+    for name, tensor in tensors.items():
+        setattr(call, name, _Strided.of(tensor) if name in _HEADS else tensor.data_ptr())
+    if getattr(cpu_build.load(), function)(ctypes.byref(call)):
+        raise MemoryError("out of memory in KArAt attention")
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _token_major(like: Tensor) -> Tensor:
+    """Room for [B, h, N, d] stored token by token, as the layers around attention hold it."""
+    batch, heads, tokens, width = like.shape
+    return like.new_empty(batch, tokens, heads, width).transpose(1, 2)
+
+
+def _fake_forward(
+    query: Tensor, key: Tensor, value: Tensor, cosines: Tensor, sines: Tensor, projector: Tensor
+) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, _ = query.shape
+    return _token_major(value), projector.new_empty(batch, heads, tokens, projector.shape[2])
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    hidden: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    projector: Tensor,
+) -> tuple[Tensor, ...]:
+    heads = (_token_major(x) for x in (query, key, value))
+    return (*heads, *(torch.empty_like(x) for x in (cosines, sines, projector)))
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, cosines: Tensor, sines: Tensor, projector: Tensor
+) -> tuple[Tensor, Tensor]:
+    """O [B, h, N, d] and H [B, h, N, r]."""
+    output, hidden = _fake_forward(query, key, value, cosines, sines, projector)
+    query, key, value = map(_unit_stride, (query, key, value))
+    heads = {"query": query, "key": key, "value": value, "output": output}
+    _run("karat_forward", cosines, sines=sines, projector=projector, hidden=hidden, **heads)
+    return output, hidden
+
+
+def _backward(
+    grad_output: Tensor,
+    hidden: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    projector: Tensor,
+) -> tuple[Tensor, ...]:
+    """The gradients of query, key, value, cosines, sines and projector."""
+    grads = _fake_backward(grad_output, hidden, query, key, value, cosines, sines, projector)
+    grad_output, query, key, value = map(_unit_stride, (grad_output, query, key, value))
+    heads = {"query": query, "key": key, "value": value, "output": grad_output}
+    names = ("query", "key", "value", "cosines", "sines", "projector")
+    written = {f"grad_{name}": grad for name, grad in zip(names, grads, strict=True)}
+    _run("karat_backward", cosines, sines=sines, projector=projector, hidden=hidden, **heads, **written)
+    return grads
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], *inputs)
+
+
+def _differentiate(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_output is None:
+        return (None,) * 6
+    return tuple(torch.ops.karat_scale.cpu_backward(grad_output, *ctx.saved_tensors))
+
+
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor cosines, Tensor sines, Tensor projector"
+_library = torch.library.Library("karat_scale", "FRAGMENT")
+_library.define(f"cpu_forward({_INPUTS}) -> (Tensor, Tensor)")
+_library.define(
+    f"cpu_backward(Tensor grad_output, Tensor hidden, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.impl("cpu_forward", _forward, "CPU")
+_library.impl("cpu_backward", _backward, "CPU")
+torch.library.register_fake("karat_scale::cpu_forward", _fake_forward, lib=_library)
+torch.library.register_fake("karat_scale::cpu_backward", _fake_backward, lib=_library)
+torch.library.register_autograd("karat_scale::cpu_forward", _differentiate, setup_context=_setup_context, lib=_library)

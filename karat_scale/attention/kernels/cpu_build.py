@@ -1,0 +1,136 @@
+"""Compiles cpu.cpp at first use and keeps the result for every later process.
+
+The cache is keyed by all that the result depends on, so nodes of different kinds can share a home directory; a
+library is built under a file lock into a temporary name and renamed, so ranks that start together build it once.
+"""
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+COMPILERS = ("g++", "c++", "clang++")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast")
+# What each instruction set needs beyond plain x86-64, in the order of preference.
+INSTRUCTION_SETS = {
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+}
+BUILD_SECONDS = 300
+
+
+class LoadError(Exception):
+    """The kernel cannot run on this machine; the message says why and what would mend it."""
+
+
+def load() -> ctypes.CDLL:
+    """The compiled kernel, for the instruction set named by KARAT_CPU_ISA or else the best this CPU has.
+
+    Kept under KARAT_CACHE_DIR, by default ~/.cache/karat_scale. Raises LoadError; a failed attempt is not repeated
+    in this process, and the first to fail for want of a working compiler or cache warns.
+    """
+    with _one_at_a_time:
+        found = _load_or_reason(os.environ.get("KARAT_CPU_ISA", ""))
+    if isinstance(found, str):
+        raise LoadError(found)
+    return found
+
+
+_one_at_a_time = threading.Lock()
+
+
+@functools.cache
+def _load_or_reason(requested: str) -> ctypes.CDLL | str:
+    available = _available_instruction_sets()
+    if not available:
+        return "it needs an x86-64 CPU with AVX2 or AVX-512 and Linux"
+    isa = requested or available[0]
+    if isa not in available:
+        return f"KARAT_CPU_ISA = {requested!r}: this CPU offers {', '.join(available)}"
+    try:
+        library = _built(isa)
+        return ctypes.CDLL(str(library))
+    except (LoadError, OSError) as error:
+        reason = f"its kernel cannot be built or loaded: {error}"
+        warnings.warn(f'implementation "cpu" of KArAt attention is not available: {reason}', stacklevel=2)
+        return reason
+
+
+def _available_instruction_sets() -> tuple[str, ...]:
+    if os.uname().sysname != "Linux" or os.uname().machine != "x86_64":
+        return ()
+    # PyTorch's own detection; it obeys ATEN_CPU_CAPABILITY.
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(capability, ())
+
+
+def _built(isa: str) -> Path:
+    """The library's path; builds it first where no process has."""
+    compiler = _find_compiler()
+    flags = (*FLAGS, *INSTRUCTION_SETS[isa])
+    version = _run([compiler, "--version"])
+    ingredients = (SOURCE.read_text(), version, torch.__version__, *flags)
+    key = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:20]
+    directory = _cache_directory()
+    library = directory / f"cpu-{isa}-{key}.so"
+    if not library.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        with _locked(directory / f"{library.name}.lock"):
+            if not library.exists():
+                _build(compiler, flags, library)
+    return library
+
+
+def _cache_directory() -> Path:
+    chosen = os.environ.get("KARAT_CACHE_DIR")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "karat_scale"
+
+
+def _find_compiler() -> str:
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
+    for candidate in candidates:
+        if found := shutil.which(candidate):
+            return found
+    raise LoadError(f"no C++ compiler ({', '.join(candidates)}) is on PATH; install g++")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(compiler: str, flags: tuple[str, ...], library: Path) -> None:
+    handle, name = tempfile.mkstemp(suffix=".tmp", prefix=library.stem, dir=library.parent)
+    temporary = Path(name)
+    try:
+        _run([compiler, *flags, str(SOURCE), "-o", name])
+        os.fsync(handle)
+        temporary.replace(library)
+    finally:
+        os.close(handle)
+        temporary.unlink(missing_ok=True)
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=True)
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or error.stdout).strip().splitlines()
+        raise LoadError(f"{command[0]} failed with {said[0] if said else f'code {error.returncode}'}") from error
+    except subprocess.TimeoutExpired as error:
+        raise LoadError(f"{command[0]} took more than {BUILD_SECONDS} s") from error
+    return done.stdout
