@@ -1,5 +1,7 @@
 """KArAt in place of softmax in any timm ViT, in five lines; then one training step to see it learn."""
 
+from typing import Any
+
 import timm
 import torch
 
@@ -8,9 +10,9 @@ from karat_scale.recipe import AttentionConfig
 
 # The five lines.
 settings = AttentionConfig(kind="karat", grid=3, rank=12)
-host = timm.create_model("vit_tiny_patch16_224", num_classes=10)
+host: Any = timm.create_model("vit_tiny_patch16_224", num_classes=10)
 num_tokens = host.patch_embed.num_patches + host.num_prefix_tokens
-vit = timm.create_model("vit_tiny_patch16_224", num_classes=10, attn_layer=attention_class(settings, num_tokens))
+vit: Any = timm.create_model("vit_tiny_patch16_224", num_classes=10, attn_layer=attention_class(settings, num_tokens))
 print(vit.blocks[0].attn.operator)
 
 images, labels = torch.randn(4, 3, 224, 224), torch.tensor([1, 2, 3, 4])
