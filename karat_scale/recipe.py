@@ -81,7 +81,7 @@ class AttentionConfig(Section):
     rank: Count = 12
     base: Literal["zero", "identity", "silu", "gelu"] = "zero"
     init: Literal["paper", "variance_preserving"] = "variance_preserving"
-    implementation: Literal["auto", "reference", "streaming"] = "auto"
+    implementation: Literal["auto", "reference", "streaming", "triton"] = "auto"
 
 
 class DataConfig(Section):

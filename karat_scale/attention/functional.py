@@ -1,6 +1,7 @@
 """Fourier-KArAt attention as functions of tensors: checks the call and chooses an implementation."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,13 +9,19 @@ from torch import Tensor
 from karat_scale.attention import reference, streaming
 from karat_scale.attention.bases import BASE_ACTIVATIONS
 from karat_scale.attention.checks import check_call, check_choice
+from karat_scale.attention.kernels import triton_fourier
 from karat_scale.attention.precision import output_dtype
 
 # Each takes (query, key, value, cos_coef, sin_coef, proj, base, bias, mask) of any float dtypes, after the checks.
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "reference": reference.attend,
     "streaming": streaming.attend,
+    "triton": triton_fourier.attend,
 }
+# Given the same arguments: why an implementation cannot take them, or None. Others take any.
+REFUSALS: dict[str, Callable[..., str | None]] = {"triton": triton_fourier.refusal}
+# What "auto" tries, the fastest first.
+AUTOMATIC = ("triton", "streaming")
 
 
 def fourier_karat_attention(
@@ -43,19 +50,21 @@ def fourier_karat_attention(
         bias: added to the scores; broadcastable to [B, h, N, N].
         mask: boolean, broadcastable to [B, h, N, N], true where a query-key pair takes part (as in
             `scaled_dot_product_attention`). Another pair (k, q) adds nothing to H[k, :] and has S[k, q] = 0.
-        implementation: "reference" (materialises everything), "streaming", or "auto", which takes the fastest
-            that can run.
+        implementation: "reference" (materialises everything), "streaming", "triton" (NVIDIA GPUs), or "auto", which
+            takes the fastest that can run.
 
     Returns:
         O, [B, h, N, d], in the value's dtype or, under autocast, in autocast's. Scores, features and sums are
         float32 (float64 where an input is), under autocast too. The gradient reaches all but the mask, once.
 
     Raises:
-        ValueError: a shape, dtype, device or name does not fit; the message says what was expected.
+        ValueError: a shape, dtype, device or name does not fit, or the implementation asked for by name cannot take
+            the call; the message says what was expected.
     """
     check_call(query, key, value, cos_coef, sin_coef, proj, bias, mask)
-    attend = _choose(base, implementation)
-    output = attend(query, key, value, cos_coef, sin_coef, proj, base, bias, mask)
+    check_choice("base", base, BASE_ACTIVATIONS)
+    arguments = (query, key, value, cos_coef, sin_coef, proj, base, bias, mask)
+    output = _choose(implementation, arguments)(*arguments)
     return output.to(output_dtype(value))
 
 
@@ -79,14 +88,22 @@ def fourier_karat_scores(
     `fourier_karat_attention` does.
     """
     check_call(query, key, value, cos_coef, sin_coef, proj, bias, mask)
-    attend = _choose(base, implementation)
+    check_choice("base", base, BASE_ACTIVATIONS)
     batch, heads, tokens, _ = query.shape
     # S = S I: the identity as value gives S by whichever implementation attends.
     identity = torch.eye(tokens, dtype=query.dtype, device=query.device).expand(batch, heads, -1, -1)
-    return attend(query, key, identity, cos_coef, sin_coef, proj, base, bias, mask).to(output_dtype(query))
+    arguments = (query, key, identity, cos_coef, sin_coef, proj, base, bias, mask)
+    return _choose(implementation, arguments)(*arguments).to(output_dtype(query))
 
 
-def _choose(base: str, implementation: str) -> Callable[..., Tensor]:
-    check_choice("base", base, BASE_ACTIVATIONS)
+def _choose(implementation: str, arguments: tuple[Any, ...]) -> Callable[..., Tensor]:
     check_choice("implementation", implementation, ("auto", *IMPLEMENTATIONS))
-    return IMPLEMENTATIONS["streaming" if implementation == "auto" else implementation]
+    if implementation == "auto":
+        implementation = next(name for name in AUTOMATIC if _refusal(name, arguments) is None)
+    elif (why := _refusal(implementation, arguments)) is not None:
+        raise ValueError(f"implementation = {implementation!r} cannot take this call: {why}")
+    return IMPLEMENTATIONS[implementation]
+
+
+def _refusal(implementation: str, arguments: tuple[Any, ...]) -> str | None:
+    return REFUSALS[implementation](*arguments) if implementation in REFUSALS else None

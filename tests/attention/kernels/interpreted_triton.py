@@ -1,0 +1,231 @@
+"""What the Triton kernels compute, by Triton's interpreter on the CPU.
+
+The interpreter must be chosen before Triton is imported, so `test_triton_fourier.py` runs this file in a process of
+its own.
+"""
+
+import itertools
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from karat_scale.attention import fourier_karat_attention, fourier_karat_scores
+from karat_scale.attention.kernels import triton_launch
+from karat_scale.attention.kernels.triton_features import sine_cosine
+from karat_scale.attention.kernels.triton_fourier import attend
+from tests.attention.calls import assert_close, make_call, output_and_gradients, relative_error
+from tests.attention.kernels.interpreter import install_bfloat16
+
+install_bfloat16()
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+
+
+def kernels(call, upstream, **options):
+    return output_and_gradients(call, upstream, implementation="triton", **options)
+
+
+def oracle(call, upstream):
+    return output_and_gradients(call.to(torch.float64), upstream.double(), implementation="reference")
+
+
+def compare(dtype, shape, *, logits=1.0, seed=0):
+    """Values and every gradient against the float64 reference on the same, rounded inputs."""
+    call = make_call(*shape, logits=logits, seed=seed).to(dtype)
+    upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    tolerance = max(TOLERANCE[dtype], 5e-8 * shape[5] * call.largest_score)
+    assert_close(kernels(call, upstream), oracle(call, upstream), tolerance)
+
+
+# batch, heads, tokens, width, rank, grid: every head width of timm's ViTs, both padded ranks, every kind of kernel.
+SHAPES = [
+    (1, 1, 1, 16, 1, 1),
+    (2, 3, 29, 32, 5, 1),
+    (2, 2, 37, 48, 12, 2),
+    (3, 1, 50, 64, 16, 3),
+    (2, 1, 70, 80, 24, 4),
+    (1, 2, 64, 96, 32, 7),
+    (1, 1, 33, 24, 9, 16),
+    (1, 1, 197, 64, 12, 3),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agrees_with_the_oracle(shape, dtype):
+    compare(dtype, shape)
+
+
+def test_half_precision_agrees_with_the_oracle():
+    compare(torch.float16, (2, 2, 37, 64, 12, 3))
+
+
+# A norm over fewer numbers than these says little about 16-bit arithmetic.
+@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    shape=st.tuples(*(st.integers(*r) for r in [(1, 3), (1, 2), (16, 80), (8, 128), (2, 32), (1, 16)])),
+    seed=st.integers(0, 99),
+)
+def test_agrees_with_the_oracle_for_drawn_shapes(dtype, shape, seed):
+    compare(dtype, shape, seed=seed)
+
+
+@pytest.mark.parametrize("grid", [3, 11, 16])
+def test_large_scores_keep_their_phase(grid):
+    call = make_call(1, 1, 40, 64, 8, grid)
+    call = call._replace(query=call.query * (60 / call.largest_score)).to(torch.float32)
+    upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(1))
+    assert call.largest_score > 59
+    assert_close(kernels(call, upstream), oracle(call, upstream), 5e-8 * grid * 60)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_ranks_are_cut(dtype):
+    compare(dtype, (1, 2, 20, 16, 70, 2))
+
+
+def test_the_batch_is_summed_in_parts(monkeypatch):
+    monkeypatch.setattr(triton_launch, "PROGRAMS_WANTED", 6)
+    compare(torch.float32, (7, 2, 20, 32, 12, 2))
+
+
+def test_strided_inputs_give_the_same_bits_and_the_output_layers_want():
+    call = make_call(2, 3, 21, 32, 8, 3).to(torch.float32)
+    upstream = torch.randn(2, 3, 21, 32, generator=torch.Generator().manual_seed(2))
+    expected = kernels(call, upstream)
+    # timm's layout, views of one projection's output; and one whose rows are not contiguous.
+    fused = torch.stack([x.detach().transpose(1, 2) for x in call[:3]], dim=2).permute(2, 0, 3, 1, 4)
+    columns = [x.detach().mT.contiguous().mT for x in call[:3]]
+    for views in (fused.unbind(), columns):
+        strided = call._replace(**{n: v.requires_grad_() for n, v in zip(call._fields[:3], views, strict=True)})
+        assert not strided.query.is_contiguous()
+        assert_close(kernels(strided, upstream.mT.contiguous().mT), expected, 0.0)
+    assert fourier_karat_attention(*call, implementation="triton").transpose(1, 2).is_contiguous()
+
+
+def test_the_same_bits_twice():
+    call = make_call(5, 2, 40, 32, 12, 5).to(torch.float32)
+    upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(3))
+    for first, second in zip(kernels(call, upstream), kernels(call, upstream), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_scores_wider_than_a_tile():
+    call = make_call(1, 1, 150, 16, 4, 2).to(torch.float32)
+    learned = fourier_karat_scores(*call, implementation="triton")
+    expected = fourier_karat_scores(*call.to(torch.float64), implementation="reference")
+    assert relative_error(learned, expected) < 2e-6
+
+
+@pytest.mark.parametrize("inputs", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_keeps_scores_and_harmonics_in_float32(inputs):
+    call = make_call(2, 2, 20, 32, 12, 11, logits=8.0).to(torch.float32)
+    arguments = [x.detach().to(inputs).requires_grad_() for x in call[:3]] + list(call[3:])
+    expected = fourier_karat_attention(*(x.double() for x in arguments), implementation="reference")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = fourier_karat_attention(*arguments, implementation="triton")
+        output.float().square().sum().backward()
+    assert output.dtype == torch.bfloat16
+    # Scores rounded to bfloat16 would be off by order one at the eleventh harmonic.
+    assert relative_error(output, expected) < 5e-3
+    assert [x.grad.dtype for x in arguments] == [x.dtype for x in arguments]
+
+
+def test_mixed_dtypes_compute_in_float32():
+    call = make_call(1, 2, 20, 32, 4, 2)
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.bfloat16, torch.float32, torch.float16)
+    mixed = [x.detach().to(dtype).requires_grad_() for x, dtype in zip(call, dtypes, strict=True)]
+    output = fourier_karat_attention(*mixed, implementation="triton")
+    expected = fourier_karat_attention(*(x.detach().double() for x in mixed), implementation="reference")
+    assert output.dtype == torch.float32
+    assert relative_error(output, expected) < 2e-6
+    output.sum().backward()
+    assert tuple(x.grad.dtype for x in mixed) == dtypes
+
+
+def test_an_empty_batch_gives_zero_parameter_gradients():
+    call = make_call(0, 2, 5, 16, 2, 3).to(torch.float32)
+    assert all((g == 0).all() for g in kernels(call, torch.empty(call.value.shape))[4:])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_no_bit(reentrant):
+    call = make_call(1, 2, 20, 16, 4, 2).to(torch.float32)
+    upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(4))
+    expected = kernels(call, upstream)
+    run = lambda *x: fourier_karat_attention(*x, implementation="triton")  # noqa: E731
+    checkpoint(run, *call, use_reentrant=reentrant).backward(upstream)
+    assert all(torch.equal(x.grad, e) for x, e in zip(call, expected[1:], strict=True))
+
+
+def test_compiles_into_one_graph():
+    call = make_call(2, 2, 9, 16, 4, 3).to(torch.float32)
+    upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(5))
+    compiled = torch.compile(fourier_karat_attention, backend="aot_eager", fullgraph=True)
+    assert_close(kernels(call, upstream, attend=compiled), kernels(call, upstream), 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [12, 17])
+def test_registered_operations_are_well_behaved(rank, dtype):
+    call = make_call(2, 2, 6, 16, rank, 2).to(dtype)
+    torch.library.opcheck(torch.ops.karat_scale.triton_forward.default, tuple(call))
+    detached = tuple(x.detach() for x in call)
+    output, hidden = torch.ops.karat_scale.triton_forward(*detached)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.karat_scale.triton_backward.default, (output, hidden, *detached), test_utils=tests)
+
+
+@triton.jit
+def evaluate(x, sin, cos, FAST: tl.constexpr):
+    at = tl.arange(0, 4096)
+    s, c = sine_cosine(tl.load(x + at), FAST)
+    tl.store(sin + at, s)
+    tl.store(cos + at, c)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_sine_and_cosine_over_many_turns(fast):
+    x = torch.linspace(-1000, 1000, 4096)
+    sin, cos = torch.empty_like(x), torch.empty_like(x)
+    evaluate[(1,)](x, sin, cos, FAST=fast)
+    tolerance = 1e-4 if fast else 1.5e-7
+    assert (sin - x.double().sin()).abs().max() < tolerance
+    assert (cos - x.double().cos()).abs().max() < tolerance
+
+
+def test_attend_takes_what_the_public_function_takes():
+    call = make_call(1, 1, 5, 16, 2, 1).to(torch.float32)
+    direct = attend(*call, "zero", None, None)
+    assert torch.equal(direct, fourier_karat_attention(*call, implementation="triton"))
+    assert torch.equal(direct, fourier_karat_attention(*call))
+
+
+REFUSED = {"base": "silu", "bias": torch.zeros(5, 5), "mask": torch.ones(5, 5, dtype=torch.bool)}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_auto_leaves_to_others_what_the_kernels_refuse(name):
+    call = make_call(1, 1, 5, 16, 2, 1).to(torch.float32)
+    options = {name: REFUSED[name]}
+    with pytest.raises(ValueError, match="implementation = 'triton' cannot take this call: it has base"):
+        fourier_karat_attention(*call, implementation="triton", **options)
+    expected = fourier_karat_attention(*call, implementation="reference", **options)
+    assert relative_error(fourier_karat_attention(*call, **options), expected) < 2e-6
+
+
+@pytest.mark.parametrize(("width", "grid"), list(itertools.product([129], [17])))
+def test_limits_are_named(width, grid):
+    wide, fine = (make_call(1, 1, 3, *x).to(torch.float32) for x in ((width, 2, 1), (16, 2, grid)))
+    with pytest.raises(ValueError, match="at most 128 wide and query's are 129"):
+        fourier_karat_attention(*wide, implementation="triton")
+    with pytest.raises(ValueError, match="at most 16 and cos_coef's is 17"):
+        fourier_karat_attention(*fine, implementation="triton")
+    with pytest.raises(ValueError, match="float64"):
+        fourier_karat_attention(*make_call(1, 1, 3, 16, 2, 1), implementation="triton")
