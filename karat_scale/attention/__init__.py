@@ -1,6 +1,20 @@
 """Kolmogorov-Arnold attention: the learnable operator that stands where softmax stood. Needs torch alone."""
 
+from karat_scale.attention.bases import BASES, ElementwiseBasis, FeatureBasis, Wavelet, make_basis
+from karat_scale.attention.forms import karat_attention, karat_scores
 from karat_scale.attention.functional import fourier_karat_attention, fourier_karat_scores
-from karat_scale.attention.operator import FourierKaratOperator
+from karat_scale.attention.operator import FourierKaratOperator, KaratOperator
 
-__all__ = ["FourierKaratOperator", "fourier_karat_attention", "fourier_karat_scores"]
+__all__ = [
+    "BASES",
+    "ElementwiseBasis",
+    "FeatureBasis",
+    "FourierKaratOperator",
+    "KaratOperator",
+    "Wavelet",
+    "fourier_karat_attention",
+    "fourier_karat_scores",
+    "karat_attention",
+    "karat_scores",
+    "make_basis",
+]

@@ -1,6 +1,7 @@
-"""What a call of Fourier-KArAt attention must look like; each complaint names argument, shape and expectation."""
+"""What a call of KArAt attention must look like; each complaint names argument, shape and expectation."""
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,36 +19,52 @@ def check_call(
     bias: Tensor | None,
     mask: Tensor | None,
 ) -> None:
-    """Raises ValueError for shapes, dtypes or devices the operator cannot take."""
-    _check_float("query", query, "[B, h, N, d]")
-    if query.dim() != 4 or 0 in query.shape[1:]:
-        raise _wrong_shape("query", query, "[B, h, N, d] with h, N and d of at least 1")
-    _, heads, tokens, _ = query.shape
-    _check_like("key", key, "query", query)
-    if value is not None:
-        _check_like("value", value, "query", query)
-
+    """Raises ValueError for shapes, dtypes or devices the modular Fourier operator cannot take."""
+    heads, tokens = check_tokens(query, key, value)
     _check_float("cos_coef", cos_coef, "[h, r, N, G]")
     shape = cos_coef.shape
     if cos_coef.dim() != 4 or 0 in shape or (shape[0], shape[2]) != (heads, tokens):
         expected = f"[h, r, N, G] = [{heads}, r, {tokens}, G] with r and G of at least 1"
         raise _wrong_shape("cos_coef", cos_coef, expected)
     _check_like("sin_coef", sin_coef, "cos_coef", cos_coef)
-    _check_float("proj", proj, "[h, N, r]")
-    if proj.shape != (heads, tokens, shape[1]):
-        raise _wrong_shape("proj", proj, f"[h, N, r] = [{heads}, {tokens}, {shape[1]}]")
+    check_shape("proj", proj, "[h, N, r]", (heads, tokens, shape[1]))
+    check_scores("bias", bias, query)
+    check_scores("mask", mask, query)
+    check_devices(query, key=key, value=value, cos_coef=cos_coef, sin_coef=sin_coef, proj=proj, bias=bias, mask=mask)
 
-    scores = (query.shape[0], heads, tokens, tokens)
-    if bias is not None:
-        _check_float("bias", bias, "broadcastable to [B, h, N, N]; a boolean tensor belongs in mask")
-        _check_broadcasts("bias", bias, scores)
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise _wrong_shape("mask", mask, "torch.bool, true where a pair takes part; scores are added by bias")
-        _check_broadcasts("mask", mask, scores)
 
-    named = {"key": key, "value": value, "cos_coef": cos_coef, "sin_coef": sin_coef, "proj": proj}
-    for name, tensor in {**named, "bias": bias, "mask": mask}.items():
+def check_tokens(query: Tensor, key: Tensor, value: Tensor | None) -> tuple[int, int]:
+    """h and N of query, key and value; raises ValueError where these do not fit each other."""
+    _check_float("query", query, "[B, h, N, d]")
+    if query.dim() != 4 or 0 in query.shape[1:]:
+        raise _wrong_shape("query", query, "[B, h, N, d] with h, N and d of at least 1")
+    _check_like("key", key, "query", query)
+    if value is not None:
+        _check_like("value", value, "query", query)
+    return query.shape[1], query.shape[2]
+
+
+def check_shape(name: str, tensor: Any, layout: str, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless `tensor` is a floating tensor of `shape`, which `layout` names."""
+    _check_float(name, tensor, layout)
+    if tensor.shape != shape:
+        raise _wrong_shape(name, tensor, f"{layout} = {list(shape)}")
+
+
+def check_scores(name: str, tensor: Tensor | None, query: Tensor) -> None:
+    """Raises ValueError unless a bias, or a mask, fits scores of `query`."""
+    if tensor is None:
+        return
+    if name == "bias":
+        _check_float(name, tensor, "broadcastable to [B, h, N, N]; a boolean tensor belongs in mask")
+    elif not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:
+        raise _wrong_shape(name, tensor, "torch.bool, true where a pair takes part; scores are added by bias")
+    _check_broadcasts(name, tensor, (*query.shape[:3], query.shape[2]))
+
+
+def check_devices(query: Tensor, **tensors: Tensor | None) -> None:
+    """Raises ValueError unless all are where query is."""
+    for name, tensor in tensors.items():
         if tensor is not None and tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}: expected query's device, {query.device}")
 
@@ -58,7 +75,7 @@ def check_choice(argument: str, value: object, choices: Collection[str]) -> None
         raise ValueError(f"{argument} = {value!r}: expected one of {', '.join(choices)}")
 
 
-def _check_float(name: str, tensor: Tensor, layout: str) -> None:
+def _check_float(name: str, tensor: Any, layout: str) -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATING:
         raise _wrong_shape(name, tensor, f"float16, bfloat16, float32 or float64, {layout}")
 

@@ -1,29 +1,149 @@
-"""The module that owns what KArAt learns: the coefficients of every unit and the projector W of every head."""
+"""The modules that own what KArAt learns: the parameters of every unit, and the projector W of every head."""
 
 import torch
 from torch import Tensor, nn
 
-from karat_scale.attention.bases import BASE_ACTIVATIONS, INITIALISATIONS, initialise_fourier
+from karat_scale.attention.bases import (
+    BASE_ACTIVATIONS,
+    INITIALISATIONS,
+    Basis,
+    Fourier,
+    initialise_projector,
+    key_of,
+    make_basis,
+)
 from karat_scale.attention.checks import check_choice
-from karat_scale.attention.functional import IMPLEMENTATIONS, fourier_karat_attention, fourier_karat_scores
+from karat_scale.attention.forms import (
+    FORMS,
+    SECOND,
+    check_implementation,
+    has_projector,
+    karat_attention,
+    karat_scores,
+    parameter_shapes,
+)
 
 
-class FourierKaratOperator(nn.Module):
-    """Fourier-KArAt attention for a fixed number of tokens; (2 G + 1) r N parameters a head.
+class KaratOperator(nn.Module):
+    """KArAt attention of any basis and form for a fixed number of tokens.
 
     One operator to a block is the paper's blockwise mode; one operator given to all blocks is its universal mode.
+    Parameters bear the basis's names (the second operator's begin with `second_`), and W is `proj`.
 
     Args:
         num_tokens: N, class token included.
         num_heads: h.
-        rank: r, the width of H.
-        grid: G, the number of harmonics.
+        basis: a basis, or the name of one with its default settings.
+        rank: r, the width of H; of no effect where the form is of full rank.
+        form: "modular", "project_first", "two_operators" or "full_rank" (see `karat_attention`).
         base: base activation b(x): "zero", "identity", "silu" or "gelu".
-        init: "paper" or "variance_preserving" (see `initialise_fourier`).
-        implementation: as in `fourier_karat_attention`.
+        init: "paper" or "variance_preserving" (see the basis's `initialise`, and `initialise_projector`).
+        simplex: projects each row of S onto the probability simplex.
+        implementation: as in `karat_attention`.
         device, dtype: of the parameters.
 
     Raises ValueError when a count is not a positive integer or a name is unknown.
+    """
+
+    def __init__(
+        self,
+        num_tokens: int,
+        num_heads: int,
+        basis: Basis | str = "fourier",
+        rank: int = 12,
+        *,
+        form: str = "modular",
+        base: str = "zero",
+        init: str = "variance_preserving",
+        simplex: bool = False,
+        implementation: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_counts(num_tokens=num_tokens, num_heads=num_heads, rank=rank)
+        check_choice("form", form, FORMS)
+        check_choice("base", base, BASE_ACTIVATIONS)
+        check_choice("init", init, INITIALISATIONS)
+        self.basis = make_basis(basis) if isinstance(basis, str) else basis
+        check_implementation(implementation, self.basis, form, simplex)
+        key_of(self.basis)  # a compiled forward may not be the first to name it
+        self.num_tokens, self.num_heads, self.rank, self.form = num_tokens, num_heads, rank, form
+        self.base, self.init, self.simplex, self.implementation = base, init, simplex, implementation
+        self._names = tuple(parameter_shapes(self.basis, form, num_heads, num_tokens, rank))
+        for name, shape in parameter_shapes(self.basis, form, num_heads, num_tokens, rank).items():
+            setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.proj: nn.Parameter | None = None
+        if has_projector(form):
+            self.proj = nn.Parameter(torch.empty((num_heads, num_tokens, rank), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the parameters anew by the scheme `init`."""
+        if self.proj is not None:
+            initialise_projector(self.proj, self.init)
+        parameters = self.basis_parameters()
+        first = {name: x for name, x in parameters.items() if not name.startswith(SECOND)}
+        second = {name.removeprefix(SECOND): x for name, x in parameters.items() if name.startswith(SECOND)}
+        self.basis.initialise(first, self.init)
+        if second:
+            self.basis.initialise(second, self.init)
+
+    def basis_parameters(self) -> dict[str, Tensor]:
+        """The basis's parameters by name: all but W."""
+        return {name: getattr(self, name) for name in self._names}
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """O [B, h, N, d] of query, key and value [B, h, N, d]; see `karat_attention`."""
+        return karat_attention(
+            query,
+            key,
+            value,
+            self.basis,
+            self.basis_parameters(),
+            self.proj,
+            form=self.form,
+            base=self.base,
+            bias=bias,
+            mask=mask,
+            simplex=self.simplex,
+            implementation=self.implementation,
+        )
+
+    def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """The learned attention S [B, h, N, N]; see `karat_scores`."""
+        return karat_scores(
+            query,
+            key,
+            None,
+            self.basis,
+            self.basis_parameters(),
+            self.proj,
+            form=self.form,
+            base=self.base,
+            bias=bias,
+            mask=mask,
+            simplex=self.simplex,
+            implementation=self.implementation,
+        )
+
+    def extra_repr(self) -> str:
+        """The settings, in the constructor's names."""
+        return (
+            f"num_tokens={self.num_tokens}, num_heads={self.num_heads}, basis={self.basis}, rank={self.rank}, "
+            f"form={self.form!r}, base={self.base!r}, init={self.init!r}, simplex={self.simplex}, "
+            f"implementation={self.implementation!r}"
+        )
+
+
+class FourierKaratOperator(KaratOperator):
+    """The modular Fourier operator, the paper's choice; (2 G + 1) r N parameters a head.
+
+    Args:
+        grid: G, the number of harmonics; the others are those of `KaratOperator`.
     """
 
     def __init__(
@@ -39,56 +159,18 @@ class FourierKaratOperator(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        counts = {"num_tokens": num_tokens, "num_heads": num_heads, "rank": rank, "grid": grid}
-        for name, count in counts.items():
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ValueError(f"{name} = {count!r}: expected an integer of at least 1")
-        check_choice("base", base, BASE_ACTIVATIONS)
-        check_choice("init", init, INITIALISATIONS)
-        check_choice("implementation", implementation, ("auto", *IMPLEMENTATIONS))
-        self.num_tokens, self.num_heads, self.rank, self.grid = num_tokens, num_heads, rank, grid
-        self.base, self.init, self.implementation = base, init, implementation
-        coefficients = (num_heads, rank, num_tokens, grid)
-        self.cos_coef = nn.Parameter(torch.empty(coefficients, device=device, dtype=dtype))
-        self.sin_coef = nn.Parameter(torch.empty(coefficients, device=device, dtype=dtype))
-        self.proj = nn.Parameter(torch.empty((num_heads, num_tokens, rank), device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws the parameters anew by the scheme `init`."""
-        initialise_fourier(self.cos_coef, self.sin_coef, self.proj, self.init)
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        """O [B, h, N, d] of query, key and value [B, h, N, d]; see `fourier_karat_attention`."""
-        return fourier_karat_attention(
-            query,
-            key,
-            value,
-            self.cos_coef,
-            self.sin_coef,
-            self.proj,
-            base=self.base,
-            bias=bias,
-            mask=mask,
-            implementation=self.implementation,
-        )
-
-    def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """The learned attention S [B, h, N, N]; see `fourier_karat_scores`."""
-        return fourier_karat_scores(
-            query,
-            key,
-            None,
-            self.cos_coef,
-            self.sin_coef,
-            self.proj,
-            base=self.base,
-            bias=bias,
-            mask=mask,
-            implementation=self.implementation,
+        _check_counts(grid=grid)
+        self.grid = grid
+        super().__init__(
+            num_tokens,
+            num_heads,
+            Fourier(grid),
+            rank,
+            base=base,
+            init=init,
+            implementation=implementation,
+            device=device,
+            dtype=dtype,
         )
 
     def extra_repr(self) -> str:
@@ -97,3 +179,9 @@ class FourierKaratOperator(nn.Module):
             f"num_tokens={self.num_tokens}, num_heads={self.num_heads}, rank={self.rank}, grid={self.grid}, "
             f"base={self.base!r}, init={self.init!r}, implementation={self.implementation!r}"
         )
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{name} = {count!r}: expected an integer of at least 1")

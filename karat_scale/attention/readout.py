@@ -1,13 +1,15 @@
-"""O = (H W^T * keep) V for one head, and its derivative.
+"""O = S V with S = H W^T for one head, and its derivative.
 
-Without a mask O = H (W^T V), and the r x dv matrix W^T V stands for all keys. A mask cuts single entries of
-S = H W^T, so then rows of S are formed, one tile at a time.
+Plainly, O = H (W^T V), and the r x dv matrix W^T V stands for all keys. Whatever acts on single entries or rows of
+S (a mask, the simplex) or has no W (a form of full rank) needs rows of S, formed one tile at a time.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from karat_scale.attention.tiles import Tiling, pick_broadcast
+from karat_scale.attention import simplex
 
 
 def read_out(hidden: Tensor, value: Tensor, proj: Tensor) -> Tensor:
@@ -24,30 +26,37 @@ def pull_back(hidden: Tensor, value: Tensor, proj: Tensor, grad_output: Tensor) 
     return grad_hidden, grad_value, torch.bmm(value, grad_narrow.mT).sum(0)
 
 
-def read_out_masked(hidden: Tensor, value: Tensor, proj: Tensor, mask: Tensor, head: int, tiling: Tiling) -> Tensor:
-    """`read_out` under a mask broadcastable to [B, h, N, N]."""
-    output = torch.empty_like(value)
-    for batch, rows in tiling.tiles():
-        keep = pick_broadcast(mask, head, batch, rows)
-        learned = (hidden[batch, rows] @ proj.mT).mul_(keep)
-        output[batch, rows] = torch.bmm(learned, value[batch])
-    return output
+class Rows(NamedTuple):
+    """How rows of S follow from those of H: S = project(H W^T * keep), where each step may be absent."""
 
+    proj: Tensor | None
+    keep: Tensor | None
+    on_simplex: bool
 
-def pull_back_masked(
-    hidden: Tensor, value: Tensor, proj: Tensor, mask: Tensor, head: int, tiling: Tiling, grad_output: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`pull_back` under a mask broadcastable to [B, h, N, N]."""
-    grad_hidden, grad_value, grad_proj = torch.empty_like(hidden), torch.zeros_like(value), torch.zeros_like(proj)
-    for batch, rows in tiling.tiles():
-        keep = pick_broadcast(mask, head, batch, rows)
-        h, grad_o = hidden[batch, rows], grad_output[batch, rows]
-        learned = (h @ proj.mT).mul_(keep)
-        grad_learned = torch.bmm(grad_o, value[batch].mT).mul_(keep)
-        grad_hidden[batch, rows] = grad_learned @ proj
-        grad_value[batch] += torch.bmm(learned.mT, grad_o)
-        grad_proj += torch.bmm(grad_learned.mT, h).sum(0)
-    return grad_hidden, grad_value, grad_proj
+    def learned(self, hidden: Tensor) -> Tensor:
+        """S [b, rows, N] of H [b, rows, r]; may be H itself."""
+        rows = hidden if self.proj is None else hidden @ self.proj.mT
+        if self.on_simplex:
+            return simplex.project(rows, self.keep)
+        return rows if self.keep is None else rows * self.keep
+
+    def pull_back(self, learned: Tensor, grad_learned: Tensor) -> Tensor:
+        """The gradient of H W^T, given S and its gradient."""
+        if self.on_simplex:
+            return simplex.pull_back(learned, grad_learned)
+        return grad_learned if self.keep is None else grad_learned * self.keep
+
+    def pull_back_tile(
+        self, hidden: Tensor, value: Tensor, grad_output: Tensor, grad_value: Tensor, grad_proj: Tensor | None
+    ) -> Tensor:
+        """The gradient of a tile's H; adds to those of V [b, N, dv] and W [N, r]."""
+        learned = self.learned(hidden)
+        grad_rows = self.pull_back(learned, torch.bmm(grad_output, value.mT))
+        grad_value.baddbmm_(learned.mT, grad_output)
+        if self.proj is None or grad_proj is None:
+            return grad_rows
+        grad_proj += torch.bmm(grad_rows.mT, hidden).sum(0)
+        return grad_rows @ self.proj
 
 
 def _per_item(matrix: Tensor, value: Tensor) -> Tensor:

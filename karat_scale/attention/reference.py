@@ -1,9 +1,10 @@
-"""The equations of the modular Fourier operator, materialised: the oracle of every other implementation."""
+"""The equations of the operators, materialised: the oracle of every other implementation."""
 
 import torch
 from torch import Tensor
 
-from karat_scale.attention.bases import BASE_ACTIVATIONS
+from karat_scale.attention import simplex
+from karat_scale.attention.bases import BASE_ACTIVATIONS, Basis, ElementwiseBasis, FeatureBasis
 from karat_scale.attention.precision import compute_dtype, full_precision
 
 
@@ -56,3 +57,48 @@ def scores(
         if activation is not None:
             hidden = hidden + (activation.value(raw) * keep).sum(-1, keepdim=True)
         return (hidden @ proj.mT) * keep
+
+
+def attend_units(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coef: Tensor,
+    proj: Tensor | None,
+    basis: Basis,
+    base: str,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    on_simplex: bool = False,
+) -> Tensor:
+    """O = S V of any basis, with the arguments of `streaming.attend_units`; derivatives are autograd's.
+
+    Holds every phi_pq(A[k, q]) at once. float32 or, with any float64 input, float64.
+    """
+    dtype = compute_dtype(query, key, value, coef, proj, bias)
+    query, key, value, coef = (x.to(dtype) for x in (query, key, value, coef))
+    with full_precision(query.device):
+        raw = query @ key.mT / query.shape[-1] ** 0.5
+        if bias is not None:
+            raw = raw + bias.to(dtype)
+        if mask is not None:
+            raw = raw.masked_fill(~mask, 0)
+        keep = torch.ones_like(raw) if mask is None else mask.to(dtype).expand_as(raw)
+        rows = _units(raw, keep, coef, basis)
+        activation = BASE_ACTIVATIONS[base]
+        if activation is not None:
+            rows = rows + (activation.value(raw) * keep).sum(-1, keepdim=True)
+        if proj is not None:
+            rows = rows @ proj.to(dtype).mT
+        if on_simplex:
+            return simplex.project(rows, mask) @ value
+        return (rows if mask is None else rows * keep) @ value
+
+
+def _units(raw: Tensor, keep: Tensor, coef: Tensor, basis: Basis) -> Tensor:
+    """H [B, h, N, p] of scores [B, h, N, q], without the base activation."""
+    if isinstance(basis, FeatureBasis):
+        return torch.einsum("fbhkq,bhkq,hfpq->bhkp", torch.stack(list(basis.value(raw))), keep, coef)
+    assert isinstance(basis, ElementwiseBasis)
+    theta = coef.unsqueeze(2).unbind(1)
+    return (basis.value(raw.unsqueeze(3), *theta) * keep.unsqueeze(3)).sum(-1)

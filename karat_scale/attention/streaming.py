@@ -1,8 +1,8 @@
-"""Memory-lean KArAt attention in plain PyTorch, for any device and any feature basis.
+"""Memory-lean KArAt attention in plain PyTorch, for any device, basis and form.
 
-O = S V = H (W^T V), so the N x N matrix S need never exist; H = sum_f f(A) C_f^T is summed tile by tile, and the
+O = Phi(A) V' for V' = W^T V, so the N x N matrix S need never exist; H = Phi(A) is summed tile by tile, and the
 backward pass recomputes scores and features. Beside inputs and outputs only H is kept, and the features of one
-tile. A mask cuts entries of S, so with one S = H W^T is formed, by query rows.
+tile. What needs rows of S (a mask, the simplex, a form of full rank) forms them tile by tile.
 
 Forward and backward are registered with torch.library: torch.compile takes each as one opaque operation, and
 autograd knows the second as the derivative of the first.
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from karat_scale.attention import readout
-from karat_scale.attention.bases import BASE_ACTIVATIONS, FourierBasis
+from karat_scale.attention.bases import BASE_ACTIVATIONS, Basis, FeatureBasis, Fourier, basis_of, key_of
 from karat_scale.attention.precision import compute_dtype, full_precision
 from karat_scale.attention.tiles import Workspace, pick_broadcast
 
@@ -34,14 +34,48 @@ def attend(
     bias: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
-    """O [B, h, N, dv] in the value's dtype; differentiable once in everything but the mask."""
+    """O [B, h, N, dv] in the value's dtype, of the modular Fourier form; differentiable once in all but the mask."""
     dtype = compute_dtype(query, key, value, cos_coef, sin_coef, proj, bias)
-    padding = -proj.shape[-1] % RANK_MULTIPLE
-    coef = FourierBasis.pack(cos_coef.to(dtype), sin_coef.to(dtype))
-    coef = functional.pad(coef, (0, 0, 0, padding)).contiguous()
-    proj = functional.pad(proj.to(dtype), (0, padding))
+    coef = Fourier.pack(_ANY_FOURIER, {"cos_coef": cos_coef.to(dtype), "sin_coef": sin_coef.to(dtype)})
+    return attend_units(query, key, value, coef, proj, _ANY_FOURIER, base, bias, mask)
+
+
+def attend_units(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coef: Tensor,
+    proj: Tensor | None,
+    basis: Basis,
+    base: str,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    on_simplex: bool = False,
+) -> Tensor:
+    """O = S V [B, h, N, dv] in the value's dtype, where S = H W^T, or H itself where there is no W.
+
+    Differentiable once in all but the mask.
+
+    Args:
+        query, key, value: [B, h, N, d], [B, h, M, d] and [B, h, P, dv].
+        coef: the packed coefficients, [h, K, r, M]; without `proj`, r = P.
+        proj: W [h, P, r].
+        basis, base: phi_pq(x) less b(x), and b(x) by name.
+        bias: joins the scores; broadcastable to [B, h, N, M].
+        mask: boolean, broadcastable to [B, h, N, M] where M = P; cuts scores and S alike.
+        on_simplex: projects each row of S onto the simplex.
+    """
+    dtype = compute_dtype(query, key, value, coef, proj, bias)
+    coef = coef.to(dtype)
+    if proj is not None:
+        padding = -proj.shape[-1] % RANK_MULTIPLE if isinstance(basis, FeatureBasis) else 0
+        coef, proj = functional.pad(coef, (0, 0, 0, padding)), functional.pad(proj.to(dtype), (0, padding))
     forward = torch.ops.karat_scale.streaming_forward
-    return forward(query, key, value, coef, proj, _as_4d(bias), _as_4d(mask), "fourier", base)[0]
+    biases = _as_4d(bias), _as_4d(mask)
+    return forward(query, key, value, coef.contiguous(), proj, *biases, key_of(basis), base, on_simplex)[0]
+
+
+_ANY_FOURIER = Fourier()
 
 
 def _as_4d(tensor: Tensor | None) -> Tensor | None:
@@ -53,25 +87,31 @@ def _streaming_forward(
     key: Tensor,
     value: Tensor,
     coef: Tensor,
-    proj: Tensor,
+    proj: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
     basis: str,
     base: str,
+    on_simplex: bool,
 ) -> tuple[Tensor, Tensor]:
-    """O [B, h, N, dv] and H [h, B, N, r]."""
-    output, hidden = _fake_forward(query, key, value, coef)
+    """O [B, h, N, dv], and H [h, B, N, r] where there is a W (else it is as large as S, and computed anew)."""
+    output, hidden = _fake_forward(query, key, value, coef, proj)
+    activation = BASE_ACTIVATIONS[base]
     with full_precision(query.device):
-        work = Workspace(query, coef, bias, mask, basis)
+        work = Workspace(query, coef, bias, mask, basis_of(basis))
         for head in range(query.shape[1]):
             q, k, v = (x[:, head].to(coef.dtype) for x in (query, key, value))
+            w = None if proj is None else proj[head]
+            by_rows = w is None or mask is not None or on_simplex
             for batch, rows in work.tiling.tiles():
-                tile, _ = work.load(q, k, head, batch, rows)
-                tile.sum_units(coef[head], BASE_ACTIVATIONS[base], out=hidden[head, batch, rows])
-            if mask is None:
-                output[:, head] = readout.read_out(hidden[head], v, proj[head])
-            else:
-                output[:, head] = readout.read_out_masked(hidden[head], v, proj[head], mask, head, work.tiling)
+                tile, keep = work.load(q, k, head, batch, rows)
+                units = _room_for_units(q[batch, rows], coef) if w is None else hidden[head, batch, rows]
+                tile.sum_units(coef[head], activation, out=units)
+                if by_rows:
+                    learned = readout.Rows(w, keep, on_simplex).learned(units)
+                    output[batch, head, rows] = torch.bmm(learned, v[batch])
+            if w is not None and not by_rows:
+                output[:, head] = readout.read_out(hidden[head], v, w)
     return output, hidden
 
 
@@ -82,34 +122,49 @@ def _streaming_backward(
     key: Tensor,
     value: Tensor,
     coef: Tensor,
-    proj: Tensor,
+    proj: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
     basis: str,
     base: str,
+    on_simplex: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of query, key, value, coef and proj, and of bias (empty unless `needs_bias`)."""
+    """The gradients of query, key, value, coef, proj (empty without one), and bias (empty unless `needs_bias`)."""
     grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
-    grad_coef, grad_proj = torch.zeros_like(coef), torch.empty_like(proj)
+    grad_coef = torch.zeros_like(coef)
+    grad_proj = coef.new_zeros(0 if proj is None else proj.shape)
     grad_bias = coef.new_zeros(bias.shape if needs_bias and bias is not None else 0)
+    activation = BASE_ACTIVATIONS[base]
     with full_precision(query.device):
-        work = Workspace(query, coef, bias, mask, basis)
+        work = Workspace(query, coef, bias, mask, basis_of(basis))
         for head in range(query.shape[1]):
             q, k, v, grad_o = (x[:, head].to(coef.dtype) for x in (query, key, value, grad_output))
-            given = (hidden[head], v, proj[head])
-            grad_hidden, grad_value[:, head], grad_proj[head] = (
-                readout.pull_back(*given, grad_o)
-                if mask is None
-                else readout.pull_back_masked(*given, mask, head, work.tiling, grad_o)
-            )
+            w = None if proj is None else proj[head]
+            by_rows = w is None or mask is not None or on_simplex
+            if w is not None and not by_rows:
+                parts = readout.pull_back(hidden[head], v, w, grad_o)
+                grad_hidden, grad_value[:, head], grad_proj[head] = parts
             grad_q = _room_like(grad_query[:, head], coef.dtype)
             grad_k = _room_like(grad_key[:, head], coef.dtype).zero_()
+            grad_v = _room_like(grad_value[:, head], coef.dtype)
+            if by_rows:
+                grad_v.zero_()
             for batch, rows in work.tiling.tiles():
                 tile, keep = work.load(q, k, head, batch, rows)
-                upstream = grad_hidden[batch, rows]
-                tile.add_grad_coef(upstream, grad_coef[head])
-                grad_scores = tile.pull_back(upstream, coef[head], BASE_ACTIVATIONS[base], keep)
+                if by_rows:
+                    if w is None:
+                        units = _room_for_units(q[batch, rows], coef)
+                        tile.sum_units(coef[head], activation, out=units)
+                    else:
+                        units = hidden[head, batch, rows]
+                    grad_w = None if w is None else grad_proj[head]
+                    upstream = readout.Rows(w, keep, on_simplex).pull_back_tile(
+                        units, v[batch], grad_o[batch, rows], grad_v[batch], grad_w
+                    )
+                else:
+                    upstream = grad_hidden[batch, rows]
+                grad_scores = tile.pull_back(upstream, coef[head], grad_coef[head], activation)
                 if needs_bias:
                     part = pick_broadcast(grad_bias, head, batch, rows)
                     part += grad_scores.sum_to_size(part.shape)
@@ -117,9 +172,15 @@ def _streaming_backward(
                 grad_k[batch].baddbmm_(grad_scores.mT, q[batch, rows])
             torch.mul(grad_q, work.scale, out=grad_query[:, head])
             torch.mul(grad_k, work.scale, out=grad_key[:, head])
+            if by_rows:
+                grad_value[:, head] = grad_v
     if bias is not None:
         grad_bias = grad_bias.to(bias.dtype)
     return grad_query, grad_key, grad_value, grad_coef, grad_proj, grad_bias
+
+
+def _room_for_units(query: Tensor, coef: Tensor) -> Tensor:
+    return coef.new_empty(*query.shape[:-1], coef.shape[2])
 
 
 def _room_like(target: Tensor, dtype: torch.dtype) -> Tensor:
@@ -127,35 +188,38 @@ def _room_like(target: Tensor, dtype: torch.dtype) -> Tensor:
     return target if target.dtype == dtype else torch.empty_like(target, dtype=dtype)
 
 
-def _empty_output(value: Tensor) -> Tensor:
+def _empty_output(query: Tensor, value: Tensor) -> Tensor:
     """[B, h, N, dv] stored token by token, as the layers that merge the heads want it."""
-    batch, heads, tokens, width = value.shape
+    batch, heads, tokens, _ = query.shape
+    width = value.shape[3]
     return value.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], *inputs[:7])
-    ctx.basis, ctx.base = inputs[7:]
+    ctx.settings = inputs[7:]
 
 
 def _differentiate(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_output is None:
-        return (None,) * 9
+        return (None,) * 10
     needs_bias = ctx.needs_input_grad[5]
     backward = torch.ops.karat_scale.streaming_backward
-    grads = backward(grad_output, *ctx.saved_tensors, ctx.basis, ctx.base, needs_bias)
-    return *grads[:5], grads[5] if needs_bias else None, None, None, None
+    saved = ctx.saved_tensors
+    *grads, grad_proj, grad_bias = backward(grad_output, *saved, *ctx.settings, needs_bias)
+    has_proj = saved[5] is not None
+    return *grads, grad_proj if has_proj else None, grad_bias if needs_bias else None, None, None, None, None
 
 
 _library = torch.library.Library("karat_scale", "FRAGMENT")
 _library.define(
-    "streaming_forward(Tensor query, Tensor key, Tensor value, Tensor coef, Tensor proj, Tensor? bias, "
-    "Tensor? mask, str basis, str base) -> (Tensor, Tensor)"
+    "streaming_forward(Tensor query, Tensor key, Tensor value, Tensor coef, Tensor? proj, Tensor? bias, "
+    "Tensor? mask, str basis, str base, bool on_simplex) -> (Tensor, Tensor)"
 )
 _library.define(
     "streaming_backward(Tensor grad_output, Tensor hidden, Tensor query, Tensor key, Tensor value, Tensor coef, "
-    "Tensor proj, Tensor? bias, Tensor? mask, str basis, str base, bool needs_bias) "
+    "Tensor? proj, Tensor? bias, Tensor? mask, str basis, str base, bool on_simplex, bool needs_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.impl("streaming_forward", _streaming_forward, "CompositeExplicitAutograd")
@@ -163,9 +227,12 @@ _library.impl("streaming_backward", _streaming_backward, "CompositeExplicitAutog
 
 
 @torch.library.register_fake("karat_scale::streaming_forward", lib=_library)
-def _fake_forward(query: Tensor, key: Tensor, value: Tensor, coef: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(
+    query: Tensor, key: Tensor, value: Tensor, coef: Tensor, proj: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, _width = query.shape
-    return _empty_output(value), coef.new_empty(heads, batch, tokens, coef.shape[2])
+    hidden = coef.new_empty(0) if proj is None else coef.new_empty(heads, batch, tokens, coef.shape[2])
+    return _empty_output(query, value), hidden
 
 
 @torch.library.register_fake("karat_scale::streaming_backward", lib=_library)
@@ -174,8 +241,9 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     proj, bias, *_, needs_bias = rest
     grad_bias = torch.empty_like(bias) if needs_bias else coef.new_empty(0)
-    q, k, v, c, w = (torch.empty_like(x) for x in (query, key, value, coef, proj))
-    return q, k, v, c, w, grad_bias
+    grad_proj = coef.new_empty(0) if proj is None else torch.empty_like(proj)
+    q, k, v, c = (torch.empty_like(x) for x in (query, key, value, coef))
+    return q, k, v, c, grad_proj, grad_bias
 
 
 torch.library.register_autograd(

@@ -1,18 +1,19 @@
-"""Cuts the score matrices of a head into tiles, and computes a tile's scores and features in bounded memory.
+"""Cuts the score matrices of a head into tiles, and computes a tile's scores and units in bounded memory.
 
-A tile is a slice of the batch and of the query rows of one head: scores [b, rows, N], features [F, b, rows, N],
-so that each feature is one contiguous matrix.
+A tile is a slice of the batch and of the query rows of one head: scores [b, rows, M] over M keys. M is N but where
+the scores of a form are no matrix of token pairs.
 """
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from karat_scale.attention.bases import FEATURE_BASES, BaseActivation, FeatureBasis
+from karat_scale.attention.bases import BaseActivation, Basis, ElementwiseBasis, FeatureBasis
 
 # Matrix products over fewer rows than this are slow, so very long sequences take more room instead.
 MIN_ROWS = 32
@@ -34,16 +35,16 @@ def workspace_budget(device: torch.device) -> int:
     return 2**18 * torch.get_num_threads() if device.type == "cpu" else 2**24
 
 
-def plan_tiles(batch: int, tokens: int, features: int, budget: int) -> Tiling:
+def plan_tiles(batch: int, queries: int, keys: int, features: int, budget: int) -> Tiling:
     """As many whole score matrices as fit, else some rows of one.
 
-    A matrix has tokens x tokens x features elements in its features, of which a tile holds at most `budget` (or
+    A matrix has queries x keys x features elements in its features, of which a tile holds at most `budget` (or
     MIN_ROWS rows).
     """
-    matrices = budget // (tokens * tokens * features)
+    matrices = budget // (queries * keys * features)
     if matrices > 0:
-        return Tiling(split(batch, matrices), [slice(0, tokens)])
-    return Tiling(split(batch, 1), split(tokens, max(MIN_ROWS, budget // (tokens * features))))
+        return Tiling(split(batch, matrices), [slice(0, queries)])
+    return Tiling(split(batch, 1), split(queries, max(MIN_ROWS, budget // (keys * features))))
 
 
 def split(total: int, largest: int) -> list[slice]:
@@ -53,74 +54,133 @@ def split(total: int, largest: int) -> list[slice]:
 
 
 def pick_broadcast(tensor: Tensor, head: int, batch: slice, rows: slice) -> Tensor:
-    """A tile's part of a tensor broadcastable to [B, h, N, N]; it broadcasts to [b, rows, N]."""
+    """A tile's part of a tensor broadcastable to [B, h, N, N]; it broadcasts to [b, rows, M]."""
     by_head = tensor[:, head if tensor.shape[1] > 1 else 0]
     return by_head[batch if by_head.shape[0] > 1 else slice(None), rows if by_head.shape[1] > 1 else slice(None)]
 
 
-class Tile:
-    """One tile at a time, in arrays and views that all tiles of its shape [b, rows, N] share."""
+class Tile(ABC):
+    """One tile at a time, in arrays that all tiles of its shape [b, rows, M] share."""
 
-    def __init__(self, shape: tuple[int, ...], basis: FeatureBasis, room: Tensor) -> None:
+    def __init__(self, shape: tuple[int, ...], room: Tensor) -> None:
         self._scores = room.new_empty(shape)
-        self._values = room[: basis.num_features * math.prod(shape)].view(-1, *shape)
-        self._flat_values = self._values.flatten(1, 2)
-        self._features = basis.bind(self._scores, self._values)
+        self._keep: Tensor | None = None
 
     def load(self, query: Tensor, key: Tensor, scale: float, bias: Tensor | None, keep: Tensor | None) -> None:
-        """Computes the scores and their features; both are zero where `keep` is false."""
+        """Computes the scores, which are zero where `keep` is false."""
         self._scores.baddbmm_(query, key.mT, beta=0, alpha=scale)
         if bias is not None:
             self._scores += bias
         if keep is not None:
             self._scores.masked_fill_(~keep, 0)
+        self._keep = keep
+
+    def sum_units(self, coef: Tensor, activation: BaseActivation | None, out: Tensor) -> None:
+        """Writes H [b, rows, r], given the head's coefficients [K, r, M]."""
+        self._sum_learned(coef, out)
+        if activation is not None:
+            out += activation.value(self._scores).sum(-1, keepdim=True)
+
+    def pull_back(
+        self, grad_hidden: Tensor, coef: Tensor, grad_coef: Tensor, activation: BaseActivation | None
+    ) -> Tensor:
+        """The gradient of the scores, in an array the next tile overwrites; adds to that of coef [K, r, M]."""
+        grad_scores = self._pull_back_learned(grad_hidden, coef, grad_coef)
+        if activation is not None:
+            grad_scores += activation.derivative(self._scores) * grad_hidden.sum(-1, keepdim=True)
+        return grad_scores if self._keep is None else grad_scores.mul_(self._keep)
+
+    @abstractmethod
+    def _sum_learned(self, coef: Tensor, out: Tensor) -> None:
+        """`sum_units` without the base activation."""
+
+    @abstractmethod
+    def _pull_back_learned(self, grad_hidden: Tensor, coef: Tensor, grad_coef: Tensor) -> Tensor:
+        """`pull_back` without base activation and mask."""
+
+
+class FeatureTile(Tile):
+    """Units as sums of matrix products of features [F, b, rows, M], each of which is one contiguous matrix."""
+
+    def __init__(self, shape: tuple[int, ...], basis: FeatureBasis, num_features: int, room: Tensor) -> None:
+        super().__init__(shape, room)
+        self._values = room[: num_features * math.prod(shape)].view(-1, *shape)
+        self._flat_values = self._values.flatten(1, 2)
+        self._features = basis.bind(self._scores, self._values)
+
+    def load(self, query: Tensor, key: Tensor, scale: float, bias: Tensor | None, keep: Tensor | None) -> None:
+        """Computes features as well; they too are zero where `keep` is false."""
+        super().load(query, key, scale, bias, keep)
         self._features.evaluate()
         if keep is not None:
             self._values.mul_(keep)
 
-    def sum_units(self, coef: Tensor, activation: BaseActivation | None, out: Tensor) -> None:
-        """Writes H [b, rows, r], given the head's coefficients [F, r, N]."""
+    def _sum_learned(self, coef: Tensor, out: Tensor) -> None:
         by_feature = torch.bmm(self._flat_values, coef.mT)
         torch.sum(by_feature.view(-1, *out.shape), 0, out=out)
-        if activation is not None:
-            out += activation.value(self._scores).sum(-1, keepdim=True)
 
-    def add_grad_coef(self, grad_hidden: Tensor, grad_coef: Tensor) -> None:
-        """Adds the tile's share to the gradient of the head's coefficients [F, r, N]."""
-        by_unit = grad_hidden.flatten(0, 1).t()
-        grad_coef.baddbmm_(by_unit.expand(len(grad_coef), -1, -1), self._flat_values)
+    def _pull_back_learned(self, grad_hidden: Tensor, coef: Tensor, grad_coef: Tensor) -> Tensor:
+        flat = grad_hidden.flatten(0, 1)
+        grad_coef.baddbmm_(flat.t().expand(len(grad_coef), -1, -1), self._flat_values)
+        return self._features.pull_back(flat, coef)
 
-    def pull_back(
-        self, grad_hidden: Tensor, coef: Tensor, activation: BaseActivation | None, keep: Tensor | None
-    ) -> Tensor:
-        """The gradient of the scores, in an array the next tile overwrites."""
-        grad_scores = self._features.pull_back(grad_hidden.flatten(0, 1), coef)
-        if activation is not None:
-            grad_scores += activation.derivative(self._scores) * grad_hidden.sum(-1, keepdim=True)
-        return grad_scores if keep is None else grad_scores.mul_(keep)
+
+class ElementwiseTile(Tile):
+    """Units evaluated one after the other, each on all scores of the tile while these are in cache."""
+
+    def __init__(self, shape: tuple[int, ...], basis: ElementwiseBasis, room: Tensor) -> None:
+        super().__init__(shape, room)
+        self._basis = basis
+
+    def _sum_learned(self, coef: Tensor, out: Tensor) -> None:
+        for unit in range(coef.shape[1]):
+            values = self._basis.value(self._scores, *coef[:, unit].unbind())
+            torch.sum(values if self._keep is None else values * self._keep, -1, out=out[..., unit])
+
+    def _pull_back_learned(self, grad_hidden: Tensor, coef: Tensor, grad_coef: Tensor) -> Tensor:
+        grad_scores = torch.zeros_like(self._scores)
+        flat_scores, flat_grad = self._scores.flatten(0, 1), grad_scores.flatten(0, 1)
+        for unit in range(coef.shape[1]):
+            upstream = grad_hidden[..., unit, None]
+            if self._keep is not None:
+                upstream = upstream * self._keep
+            by_scores, by_coef = self._basis.pull_back(flat_scores, upstream.flatten(0, 1), coef[:, unit])
+            flat_grad += by_scores
+            grad_coef[:, unit] += by_coef
+        return grad_scores
 
 
 class Workspace:
     """The plan of a call's tiles and the memory they share."""
 
-    def __init__(self, query: Tensor, coef: Tensor, bias: Tensor | None, mask: Tensor | None, basis: str) -> None:
-        batch, _, tokens, width = query.shape
-        num_features = coef.shape[1]
+    def __init__(self, query: Tensor, coef: Tensor, bias: Tensor | None, mask: Tensor | None, basis: Basis) -> None:
+        batch, _, queries, width = query.shape
+        keys = coef.shape[3]
+        # An elementwise basis holds a few arrays of a tile's shape while it works.
+        self._num_features = coef.shape[1] if isinstance(basis, FeatureBasis) else 4
         self.scale = width**-0.5
-        self.tiling = plan_tiles(batch, tokens, num_features, workspace_budget(query.device))
-        self._bias, self._mask = bias, mask
-        self._basis = FEATURE_BASES[basis](num_features)
+        self.tiling = plan_tiles(batch, queries, keys, self._num_features, workspace_budget(query.device))
+        self._bias, self._mask, self._basis = bias, mask, basis
         pairs = [(b.stop - b.start) * (r.stop - r.start) for b, r in self.tiling.tiles()]
-        self._room = coef.new_empty(num_features * max(pairs, default=0) * tokens)
+        is_feature = isinstance(basis, FeatureBasis)
+        self._room = coef.new_empty(self._num_features * max(pairs, default=0) * keys if is_feature else 0)
         self._tiles: dict[tuple[int, ...], Tile] = {}
 
     def load(self, query: Tensor, key: Tensor, head: int, batch: slice, rows: slice) -> tuple[Tile, Tensor | None]:
         """The tile at (batch, rows) of a head's query and key [B, N, d], and its part of the mask."""
         query, key = query[batch, rows], key[batch]
-        shape = (*query.shape[:2], key.shape[1])
-        if shape not in self._tiles:
-            self._tiles[shape] = Tile(shape, self._basis, self._room)
+        tile = self._tile((*query.shape[:2], key.shape[1]))
         bias = None if self._bias is None else pick_broadcast(self._bias, head, batch, rows)
         keep = None if self._mask is None else pick_broadcast(self._mask, head, batch, rows)
-        self._tiles[shape].load(query, key, self.scale, bias, keep)
-        return self._tiles[shape], keep
+        tile.load(query, key, self.scale, bias, keep)
+        return tile, keep
+
+    def _tile(self, shape: tuple[int, ...]) -> Tile:
+        if shape not in self._tiles:
+            if isinstance(self._basis, FeatureBasis):
+                self._tiles[shape] = FeatureTile(shape, self._basis, self._num_features, self._room)
+            elif isinstance(self._basis, ElementwiseBasis):
+                self._tiles[shape] = ElementwiseTile(shape, self._basis, self._room)
+            else:
+                raise TypeError(f"{self._basis}: neither a FeatureBasis nor an ElementwiseBasis")
+        return self._tiles[shape]

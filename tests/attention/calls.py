@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from karat_scale.attention import fourier_karat_attention
 
@@ -75,3 +77,17 @@ def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance
     for name, a, e in zip(NAMES, actual, expected, strict=False):
         assert a.shape == e.shape, name
         assert relative_error(a, e) <= tolerance, f"{name}: {relative_error(a, e):.2e} > {tolerance:.2e}"
+
+
+class LargestTensor(TorchDispatchMode):
+    """The largest storage any operation made, in elements."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                made = leaf.untyped_storage().nbytes() // leaf.element_size()
+                self.elements = max(self.elements, made)
+        return result

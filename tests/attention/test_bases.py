@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from karat_scale.attention.bases import BASE_ACTIVATIONS, FourierBasis, initialise_fourier
+from karat_scale.attention.bases import BASE_ACTIVATIONS, Fourier
 
 
 @pytest.mark.parametrize("grid", [1, 2, 3, 4, 7, 16])
@@ -13,8 +13,8 @@ def test_fourier_features_and_their_derivative(grid):
     cos_coef, sin_coef = torch.randn(2, 1, 2, 5, grid, generator=generator, dtype=torch.float64)
     grad_hidden = torch.randn(2, 3, 2, generator=generator, dtype=torch.float64)
     values = torch.empty(2 * grid, *scores.shape, dtype=torch.float64)
-    coef = FourierBasis.pack(cos_coef, sin_coef)[0]
-    features = FourierBasis(2 * grid).bind(scores, values)
+    coef = Fourier(grid).pack({"cos_coef": cos_coef, "sin_coef": sin_coef})[0]
+    features = Fourier(grid).bind(scores, values)
     features.evaluate()
     hidden = torch.einsum("fbkq,fpq->bkp", values, coef)
 
@@ -37,6 +37,6 @@ def test_base_activations_vanish_at_zero_and_know_their_derivative(name):
 
 
 def test_an_unknown_start_is_refused():
-    coefficients = torch.empty(1, 2, 3, 1)
+    parameters = {name: torch.empty(shape) for name, shape in Fourier(1).shapes(1, 2, 3).items()}
     with pytest.raises(ValueError, match="init = 'xavier': expected one of paper, variance_preserving"):
-        initialise_fourier(coefficients, coefficients, torch.empty(1, 3, 2), "xavier")
+        Fourier(1).initialise(parameters, "xavier")

@@ -4,12 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from karat_scale.attention import fourier_karat_attention, streaming, tiles
-from tests.attention.calls import assert_close, make_call, output_and_gradients
+from tests.attention.calls import LargestTensor, assert_close, make_call, output_and_gradients
 
 BASES = ("zero", "identity", "silu", "gelu")
 BIAS_SHAPES = ((7,), (7, 1), (2, 1, 7), (3, 1, 1, 7), (1, 2, 7, 1), (3, 2, 7, 7), (1, 1, 1, 1))
@@ -177,27 +175,13 @@ def test_an_empty_batch_gives_zero_parameter_gradients():
         assert (gradient == 0).all()
 
 
-class LargestTensor(TorchDispatchMode):
-    """The largest storage any operation made, in elements."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                made = leaf.untyped_storage().nbytes() // leaf.element_size()
-                self.elements = max(self.elements, made)
-        return result
-
-
 @pytest.mark.parametrize("masked", [False, True])
 def test_no_tensor_of_all_pairs_and_harmonics(masked):
     batch, heads, tokens, width, rank, grid = 2, 2, 700, 16, 16, 3
     call = make_call(batch, heads, tokens, width, rank, grid).to(torch.float32)
     coef = torch.zeros(heads, 2 * grid, rank, tokens)
     mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool) if masked else None
-    arguments = (*(x.detach() for x in call[:3]), coef, call.proj.detach(), None, mask, "fourier", "zero")
+    arguments = (*(x.detach() for x in call[:3]), coef, call.proj.detach(), None, mask, "fourier", "zero", False)
     # The kernels themselves: a dispatch mode sees a registered operation as one.
     with LargestTensor() as largest:
         output, hidden = streaming._streaming_forward(*arguments)
@@ -261,5 +245,5 @@ def test_registered_operation_is_well_behaved(needs_bias):
     call = make_call(2, 2, 6, 4, 16, 2).to(torch.float32)
     coef = torch.randn(2, 4, 16, 6, generator=torch.Generator().manual_seed(9)).requires_grad_()
     bias = torch.zeros(1, 1, 6, 6, requires_grad=needs_bias)
-    arguments = (*call[:3], coef, call.proj, bias, None, "fourier", "silu")
+    arguments = (*call[:3], coef, call.proj, bias, None, "fourier", "silu", False)
     torch.library.opcheck(torch.ops.karat_scale.streaming_forward.default, arguments)

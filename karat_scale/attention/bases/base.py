@@ -1,0 +1,144 @@
+"""What a basis is: the functions phi_pq(x) of a learnable unit, as value, derivative and initialisation.
+
+There are two kinds. A `FeatureBasis` is linear in the coefficients: phi_pq(x) = sum_f C_pqf f(x) over features that
+all units share, so H = sum_f f(A) C_f^T is a sum of matrix products. An `ElementwiseBasis` has parameters inside
+the function, so every pair of scores and units costs an evaluation. A basis of one's own subclasses either.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+INITIALISATIONS = ("paper", "variance_preserving")
+Shape = tuple[int, ...]
+
+
+class Basis(ABC):
+    """One kind of function phi_pq; its settings decide the parameters' shapes.
+
+    An instance never changes, and its attributes are its settings (a frozen dataclass is best).
+    """
+
+    @property
+    def key(self) -> str:
+        """What an operation that takes only tensors and strings knows the basis by."""
+        kind = type(self)
+        settings = ", ".join([f"{name}={setting}" for name, setting in vars(self).items()])
+        return f"{kind.__module__}.{kind.__qualname__}({settings})"
+
+    @abstractmethod
+    def shapes(self, heads: int, units: int, keys: int) -> dict[str, Shape]:
+        """Names and shapes of the parameters of [h, p, q] functions."""
+
+    @abstractmethod
+    def initialise(self, parameters: Mapping[str, Tensor], scheme: str) -> None:
+        """Draws the parameters in place by "paper" or "variance_preserving"."""
+
+    def pack(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """What `value` and `derivative` are given, [h, K, p, q], by differentiable operations.
+
+        The default joins the parameters, in the order of `shapes`; those of shape [h, p, q] become K = 1.
+        """
+        return torch.cat([x.unsqueeze(1) if x.dim() == 3 else x for x in parameters.values()], 1)
+
+
+class BoundFeatures(Protocol):
+    """A feature basis tied to the arrays of a tile: scores [b, rows, N] and values [F, b, rows, N]."""
+
+    def evaluate(self) -> None:
+        """Writes f(scores) into values[f] for every feature f."""
+
+    def pull_back(self, grad_hidden: Tensor, coef: Tensor) -> Tensor:
+        """The gradient of the scores, sum_f (dH C_f) f'(scores), given evaluated values.
+
+        `grad_hidden` is dH [b rows, r] and `coef` is C [F, r, N]. The next call overwrites the result.
+        """
+
+
+class FeatureBasis(Basis):
+    """phi_pq(x) = sum_f C_pqf f(x). Its one parameter is `coef` [h, F, p, q], unless `shapes` and `pack` say else."""
+
+    @property
+    @abstractmethod
+    def num_features(self) -> int:
+        """F."""
+
+    @abstractmethod
+    def value(self, x: Tensor) -> Sequence[Tensor]:
+        """Every f(x), each of x's shape."""
+
+    @abstractmethod
+    def derivative(self, x: Tensor) -> Sequence[Tensor]:
+        """Every f'(x), each of x's shape."""
+
+    def shapes(self, heads: int, units: int, keys: int) -> dict[str, Shape]:
+        """See `Basis`."""
+        return {"coef": (heads, self.num_features, units, keys)}
+
+    def initialise(self, parameters: Mapping[str, Tensor], scheme: str) -> None:
+        """N(0, 1), or N(0, 1 / (q F)) so that H has variance near 1 where features have."""
+        coef = parameters["coef"]
+        nn.init.normal_(coef, std=1.0 if is_paper(scheme) else (coef.shape[1] * coef.shape[3]) ** -0.5)
+
+    def bind(self, scores: Tensor, values: Tensor) -> BoundFeatures:
+        """Ties the basis to contiguous arrays that are used again for many tiles."""
+        return _PlainFeatures(self, scores, values)
+
+
+class ElementwiseBasis(Basis):
+    """phi_pq(x) with parameters inside; `theta` is what `pack` gives, unbound to K tensors that broadcast with x."""
+
+    @abstractmethod
+    def value(self, x: Tensor, *theta: Tensor) -> Tensor:
+        """phi(x)."""
+
+    @abstractmethod
+    def derivative(self, x: Tensor, *theta: Tensor) -> Sequence[Tensor]:
+        """The derivatives by x and by each of theta, each of x's shape."""
+
+    def pull_back(self, x: Tensor, upstream: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of x [rows, q] and theta [K, q], given that of phi, which broadcasts to x's shape.
+
+        Made of `derivative`; a basis whose derivatives share work may do better.
+        """
+        by_x, *by_theta = self.derivative(x, *theta)
+        return by_x * upstream, torch.stack([(by * upstream).sum(0) for by in by_theta])
+
+
+class _PlainFeatures:
+    """`BoundFeatures` made of a basis's own value and derivative."""
+
+    def __init__(self, basis: FeatureBasis, scores: Tensor, values: Tensor) -> None:
+        self._basis, self._scores, self._values = basis, scores, values
+
+    def evaluate(self) -> None:
+        for target, value in zip(self._values, self._basis.value(self._scores), strict=True):
+            target.copy_(value)
+
+    def pull_back(self, grad_hidden: Tensor, coef: Tensor) -> Tensor:
+        total = torch.zeros_like(self._scores)
+        for slope, unit in zip(self._basis.derivative(self._scores), coef, strict=True):
+            total.addcmul_((grad_hidden @ unit).view_as(total), slope)
+        return total
+
+
+def is_paper(scheme: str) -> bool:
+    """Whether the scheme is the paper's; raises ValueError where it is neither that nor our own."""
+    if scheme not in INITIALISATIONS:
+        raise ValueError(f"init = {scheme!r}: expected one of {', '.join(INITIALISATIONS)}")
+    return scheme == "paper"
+
+
+@torch.no_grad()
+def initialise_projector(proj: Tensor, scheme: str) -> None:
+    """W [h, N, r], whose start the paper leaves open.
+
+    "paper": truncated normal of std 0.02; "variance_preserving": N(0, 1 / (r N)), so that O has the values' variance.
+    """
+    if is_paper(scheme):
+        nn.init.trunc_normal_(proj, std=0.02)
+    else:
+        nn.init.normal_(proj, std=(proj.shape[1] * proj.shape[2]) ** -0.5)

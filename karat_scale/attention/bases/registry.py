@@ -1,0 +1,78 @@
+"""Bases by name, and those of others by their place: `package.module:Class`."""
+
+import importlib
+import inspect
+from typing import Any
+
+from karat_scale.attention.bases.base import Basis, ElementwiseBasis, FeatureBasis
+from karat_scale.attention.bases.fourier import Fourier
+from karat_scale.attention.bases.polynomials import BSpline, Chebyshev
+from karat_scale.attention.bases.rational import Rational
+from karat_scale.attention.bases.wavelets import DerivativeOfGaussian, MexicanHat, Meyer, Morlet, Shannon
+
+BASES: dict[str, type[Basis]] = {
+    "fourier": Fourier,
+    "bspline": BSpline,
+    "chebyshev": Chebyshev,
+    "rational": Rational,
+    "mexican_hat": MexicanHat,
+    "morlet": Morlet,
+    "dog": DerivativeOfGaussian,
+    "meyer": Meyer,
+    "shannon": Shannon,
+}
+
+# Registered operations take strings, not objects.
+_KNOWN: dict[str, Basis] = {"fourier": Fourier()}
+
+
+def basis_class(name: str) -> type[Basis]:
+    """The class of that name in `BASES`, or the one at `package.module:Class`.
+
+    Raises ValueError when there is none, or when it is no basis that can be built.
+    """
+    if name in BASES:
+        return BASES[name]
+    module_name, colon, class_name = name.partition(":")
+    if not (colon and module_name and class_name):
+        raise ValueError(f"basis = {name!r}: expected one of {', '.join(BASES)}, or package.module:Class")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except AttributeError:
+        raise ValueError(f"basis = {name!r}: module {module_name} has no {class_name}") from None
+    except Exception as error:  # a module of others may raise anything
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"basis = {name!r}: {module_name} cannot be imported: {reason}") from error
+    if not (inspect.isclass(found) and issubclass(found, (FeatureBasis, ElementwiseBasis))):
+        raise ValueError(f"basis = {name!r}: expected a subclass of FeatureBasis or ElementwiseBasis")
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(found.__abstractmethods__))
+        raise ValueError(f"basis = {name!r}: the class lacks {missing}")
+    return found
+
+
+def make_basis(name: str, **settings: Any) -> Basis:
+    """A basis by name with those of the settings that its constructor takes.
+
+    Raises ValueError as `basis_class` does, and when the constructor refuses the settings.
+    """
+    found = basis_class(name)
+    taken = inspect.signature(found).parameters
+    try:
+        basis = found(**{key: value for key, value in settings.items() if key in taken})
+    except TypeError as error:
+        raise ValueError(f"basis = {name!r}: cannot be built from {', '.join(settings)}: {error}") from error
+    key_of(basis)
+    return basis
+
+
+def key_of(basis: Basis) -> str:
+    """The basis's name for registered operations, under which `basis_of` finds it."""
+    key = basis.key
+    _KNOWN.setdefault(key, basis)
+    return key
+
+
+def basis_of(key: str) -> Basis:
+    """The basis that `key_of` named."""
+    return _KNOWN[key]

@@ -1,0 +1,174 @@
+"""Wavelets w psi((x - tau) / s) with a weight, a translation and a scale of each function's own."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from karat_scale.attention.bases.base import ElementwiseBasis, Shape, is_paper
+
+# |s| is taken as at least this, so that no wavelet becomes a spike between scores.
+SMALLEST_SCALE = 0.05
+
+
+class Wavelet(ElementwiseBasis):
+    """A subclass gives the mother wavelet psi and its derivative.
+
+    Parameters `weight` w, `translation` tau and `scale` s, each [h, p, q].
+    """
+
+    @abstractmethod
+    def mother(self, t: Tensor) -> Tensor:
+        """psi(t)."""
+
+    @abstractmethod
+    def mother_and_slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """psi(t) and psi'(t), in memory of their own."""
+
+    def shapes(self, heads: int, units: int, keys: int) -> dict[str, Shape]:
+        """See `Basis`."""
+        return dict.fromkeys(("weight", "translation", "scale"), (heads, units, keys))
+
+    def initialise(self, parameters: Mapping[str, Tensor], scheme: str) -> None:
+        """w ~ N(0, 1), or N(0, 1 / q) against a variance that grows with the keys; tau = 0 and s = 1."""
+        weight = parameters["weight"]
+        nn.init.normal_(weight, std=1.0 if is_paper(scheme) else weight.shape[2] ** -0.5)
+        nn.init.zeros_(parameters["translation"])
+        nn.init.ones_(parameters["scale"])
+
+    def pack(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """w, tau and 1 / s, [h, 3, p, q]."""
+        scale = parameters["scale"]
+        rate = torch.where(scale < 0, -1.0, 1.0) / scale.abs().clamp_min(SMALLEST_SCALE)
+        return torch.stack((parameters["weight"], parameters["translation"], rate), 1)
+
+    def value(self, x: Tensor, *theta: Tensor) -> Tensor:
+        """w psi((x - tau) rate)."""
+        weight, translation, rate = theta
+        return self.mother((x - translation) * rate) * weight
+
+    def derivative(self, x: Tensor, *theta: Tensor) -> Sequence[Tensor]:
+        """By x, w, tau and rate = 1 / s."""
+        weight, translation, rate = theta
+        shifted = x - translation
+        mother, slope = self.mother_and_slope(shifted * rate)
+        by_x = slope * (weight * rate)
+        return by_x, mother, -by_x, slope * shifted * weight
+
+    def pull_back(self, x: Tensor, upstream: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """As `derivative`, with w and rate applied after the sum over rows."""
+        weight, translation, rate = theta
+        shifted = x - translation
+        mother, slope = self.mother_and_slope(shifted * rate)
+        by_weight, by_argument = mother.mul_(upstream).sum(0), slope.mul_(upstream).sum(0)
+        by_rate = shifted.mul_(slope).sum(0).mul_(weight)
+        factor = weight * rate
+        return slope.mul_(factor), torch.stack((by_weight, by_argument.mul_(factor).neg_(), by_rate))
+
+
+@dataclass(frozen=True)
+class MexicanHat(Wavelet):
+    """psi(t) = c (t^2 - 1) exp(-t^2 / 2), where c = 2 / (pi^(1/4) sqrt(3))."""
+
+    def mother(self, t: Tensor) -> Tensor:
+        """psi(t)."""
+        square = t * t
+        return (square - 1) * _bell(square) * _HAT
+
+    def mother_and_slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """psi'(t) = c t (3 - t^2) exp(-t^2 / 2)."""
+        square = t * t
+        bell = _bell(square).mul_(_HAT)
+        return (square - 1).mul_(bell), square.neg_().add_(3).mul_(t).mul_(bell)
+
+
+@dataclass(frozen=True)
+class Morlet(Wavelet):
+    """psi(t) = cos(omega_0 t) exp(-t^2 / 2)."""
+
+    omega: float = 5.0
+
+    def mother(self, t: Tensor) -> Tensor:
+        """psi(t)."""
+        return _bell(t * t) * (t * self.omega).cos()
+
+    def mother_and_slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """psi'(t) = -(omega_0 sin(omega_0 t) + t cos(omega_0 t)) exp(-t^2 / 2)."""
+        bell, phase = _bell(t * t), t * self.omega
+        wave = phase.cos().mul_(bell)
+        return wave, phase.sin_().mul_(bell).mul_(-self.omega).addcmul_(wave, t, value=-1)
+
+
+@dataclass(frozen=True)
+class DerivativeOfGaussian(Wavelet):
+    """psi(t) = t exp(-t^2 / 2)."""
+
+    def mother(self, t: Tensor) -> Tensor:
+        """psi(t)."""
+        return _bell(t * t) * t
+
+    def mother_and_slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """psi'(t) = (1 - t^2) exp(-t^2 / 2)."""
+        square = t * t
+        bell = _bell(square)
+        return bell * t, square.neg_().add_(1).mul_(bell)
+
+
+@dataclass(frozen=True)
+class Meyer(Wavelet):
+    """psi(t) = sin(pi y) m(y), where y = |t|.
+
+    m is 1 up to y = 1/2, 0 from y = 1, and cos(pi / 2 nu(2 y - 1)) between, where
+    nu(z) = z^4 (35 - 84 z + 70 z^2 - 20 z^3).
+    """
+
+    def mother(self, t: Tensor) -> Tensor:
+        """psi(t)."""
+        y = t.abs()
+        return _meyer_angle((2 * y - 1).clamp(0, 1)).cos().clamp(min=0) * (math.pi * y).sin()
+
+    def mother_and_slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """psi'(t) = sign(t) (pi cos(pi y) m(y) + sin(pi y) m'(y)), where nu'(z) = 140 z^3 (1 - z)^3."""
+        y = t.abs()
+        z = y.mul(2).sub_(1).clamp_(0, 1)
+        angle, phase = _meyer_angle(z), y.mul_(math.pi)
+        wave, window = phase.sin(), angle.cos().clamp_(min=0)
+        slope = phase.cos_().mul_(window).mul_(math.pi)
+        edge = z.mul_(1 - z).pow_(3).mul_(-140 * math.pi).mul_(angle.sin_())
+        return window.mul_(wave), slope.addcmul_(edge, wave).mul_(t.sign())
+
+
+@dataclass(frozen=True)
+class Shannon(Wavelet):
+    """psi(t) = sin(t) / t, times a symmetric Hamming window over the keys."""
+
+    def pack(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """As `Wavelet`, with the window inside w."""
+        weight = parameters["weight"]
+        window = torch.hamming_window(weight.shape[2], periodic=False, dtype=weight.dtype, device=weight.device)
+        return super().pack({**parameters, "weight": weight * window})
+
+    def mother(self, t: Tensor) -> Tensor:
+        """psi(t)."""
+        return torch.sinc(t / math.pi)
+
+    def mother_and_slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """psi'(t) = (cos(t) - psi(t)) / t, or near 0, where that cancels, its series."""
+        wave, square = torch.sinc(t / math.pi), t * t
+        series = t * (square * (square * (square * (square / 88 - 1) / 54 + 1) / 28 - 1) / 10 + 1) / -3
+        return wave, torch.where(square < 0.5, series, (t.cos() - wave) / t)
+
+
+_HAT = 2 / (math.pi**0.25 * math.sqrt(3))
+
+
+def _bell(square: Tensor) -> Tensor:
+    return (square * -0.5).exp_()
+
+
+def _meyer_angle(z: Tensor) -> Tensor:
+    """pi / 2 nu(z)."""
+    return math.pi / 2 * z.pow(4) * (((70 - 20 * z) * z - 84) * z + 35)
