@@ -53,6 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
     attention.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default: %(default)s)")
     attention.add_argument("--json", metavar="FILE")
     attention.set_defaults(run=_bench_attention)
+
+    gpu = benches.add_parser("gpu", help="check the kernels on this card and measure them; run it first on a new one")
+    gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    gpu.add_argument("--quick", action="store_true", help="small sizes, to try the command")
+    gpu.add_argument("--json", metavar="FILE")
+    gpu.set_defaults(run=_bench_gpu)
     return parser
 
 
@@ -112,3 +118,9 @@ def _bench_attention(options: argparse.Namespace) -> int:
         basis=options.basis,
     )
     return bench_attention(case, options.rounds, options.threads, options.json)
+
+
+def _bench_gpu(options: argparse.Namespace) -> int:
+    from karat_scale.bench.gpu import bench_gpu
+
+    return bench_gpu(options.device, options.json, options.quick)

@@ -7,14 +7,12 @@ holds the N x N matrix as the literature's code does. Contenders run in turn; ra
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
@@ -52,15 +50,30 @@ def bench_attention(case: Case, rounds: int, threads: int, json_file: str | None
     """
     if case.device == "cpu":
         torch.set_num_threads(threads)
-    names = [SDPA, SOFTMAX, *(name for name in IMPLEMENTATIONS if _can_run(name, case))]
-    if len(names) == 2:
-        raise UserError(f"no implementation runs {case}")
+    rows = attention_rows(case, rounds, list(IMPLEMENTATIONS), threads)
+    result = {**asdict(case), "device_name": _device_name(case.device), "threads": threads, "rows": rows}
+    _print(result)
+    if json_file:
+        write_atomically(Path(json_file), json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def attention_rows(case: Case, rounds: int, names: Sequence[str], threads: int = 1) -> list[dict[str, Any]]:
+    """A row of figures for SDPA, explicit softmax, and each of the named implementations that can run the case.
+
+    Raises:
+        UserError: none of them can.
+    """
+    runnable = [name for name in names if _can_run(name, case)]
+    if not runnable:
+        raise UserError(f"none of {', '.join(names)} can run {case}")
+    contenders = [SDPA, SOFTMAX, *runnable]
     # Process time is deaf to neighbours, but adds up over threads.
     clock = time.process_time if case.device == "cpu" and threads == 1 else time.perf_counter
-    forward = interleaved_seconds({name: _forward(name, case) for name in names}, rounds, clock)
-    both = interleaved_seconds({name: _forward_backward(name, case) for name in names}, rounds, clock)
-    memory = {name: peak_memory_of(_forward_backward_once, (name, case), case.device) for name in names}
-    rows = [
+    forward = interleaved_seconds({name: _forward(name, case) for name in contenders}, rounds, clock)
+    both = interleaved_seconds({name: _forward_backward(name, case) for name in contenders}, rounds, clock)
+    memory = {name: peak_memory_of(_forward_backward_once, (name, case), case.device) for name in contenders}
+    return [
         {
             "implementation": name,
             "forward_ms": round(1e3 * statistics.median(forward[name]), 3),
@@ -72,13 +85,8 @@ def bench_attention(case: Case, rounds: int, threads: int, json_file: str | None
             "ratio_forward_to_softmax": round(median_ratio(forward, name, SOFTMAX), 3),
             "ratio_forward_backward_to_softmax": round(median_ratio(both, name, SOFTMAX), 3),
         }
-        for name in names
+        for name in contenders
     ]
-    result = {**asdict(case), "device_name": _device_name(case.device), "threads": threads, "rows": rows}
-    _print(result)
-    if json_file:
-        write_atomically(Path(json_file), json.dumps(result, indent=2) + "\n")
-    return 0
 
 
 def make_inputs(case: Case) -> tuple[Tensor, ...]:
@@ -161,6 +169,9 @@ def _device_name(device: str) -> str:
 
 
 def _print(result: dict[str, Any]) -> None:
+    from rich.console import Console  # here, so that `bench.gpu` runs with torch and triton alone
+    from rich.table import Table
+
     title = f"ViT-{result['model'].capitalize()} batch {result['batch']}, N = {result['tokens']}, "
     title += f"grid {result['grid']}, rank {result['rank']}, {result['dtype']} on {result['device_name']}"
     table = Table(title=title)
