@@ -135,9 +135,12 @@ class Checkpoints:
             name = self.store.commit(directory, content)
             if is_best:
                 self.store.point("best", name)
-            self.store.retain(self._recipe.checkpoint.keep_last)
         except OSError as error:
             return describe(error)
+        try:
+            self.store.retain(self._recipe.checkpoint.keep_last)
+        except OSError as error:  # the new checkpoint is good all the same
+            self._reporter.warn(f"an old checkpoint could not be removed: {describe(error)}")
         return None
 
     def _choose(self, state_of: str) -> tuple[Path, str] | RunDirectoryError | None:
