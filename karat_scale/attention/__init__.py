@@ -3,6 +3,7 @@
 from karat_scale.attention.bases import BASES, ElementwiseBasis, FeatureBasis, Wavelet, make_basis
 from karat_scale.attention.forms import karat_attention, karat_scores
 from karat_scale.attention.functional import fourier_karat_attention, fourier_karat_scores
+from karat_scale.attention.hybrid import HybridHeads
 from karat_scale.attention.operator import FourierKaratOperator, KaratOperator
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "ElementwiseBasis",
     "FeatureBasis",
     "FourierKaratOperator",
+    "HybridHeads",
     "KaratOperator",
     "Wavelet",
     "fourier_karat_attention",

@@ -10,7 +10,7 @@ from timm.layers import Attention
 from timm.models import VisionTransformer
 from torch import nn
 
-from karat_scale.attention import FourierKaratOperator
+from karat_scale.attention import FourierKaratOperator, HybridHeads, KaratOperator, make_basis
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
@@ -66,23 +66,43 @@ def attention_class(attention: AttentionConfig, num_tokens: int) -> type[Attenti
 
     Blockwise (B): each block owns an operator. Universal (U): all blocks hold the same one, so its
     parameters are counted and stepped once (paper, the modular operator).
+
+    Raises:
+        RecipeError: the basis cannot be built.
     """
     if attention.kind == "softmax":
         return Attention
+    _check_basis(attention)
 
     def make_operator(num_heads: int) -> nn.Module:
-        return FourierKaratOperator(
-            num_tokens,
-            num_heads,
-            rank=attention.rank,
-            grid=attention.grid,
-            base=attention.base,
-            init=attention.init,
-            implementation=attention.implementation,
-        )
+        softmax_heads = attention.softmax_heads
+        if softmax_heads >= num_heads:
+            raise ValueError(f"attention.softmax_heads = {softmax_heads} leaves none of {num_heads} heads to KArAt")
+        operator = _make_operator(attention, num_tokens, num_heads - softmax_heads)
+        return HybridHeads(operator, softmax_heads) if softmax_heads else operator
 
     make = functools.cache(make_operator) if attention.mode == "universal" else make_operator
     return type("KaratAttention", (KaratAttention,), {"make_operator": staticmethod(make)})
+
+
+def _check_basis(attention: AttentionConfig) -> None:
+    try:
+        make_basis(attention.basis, **_basis_settings(attention))
+    except ValueError as error:
+        raise RecipeError(f"attention.{error}") from error
+
+
+def _basis_settings(attention: AttentionConfig) -> dict[str, Any]:
+    return {name: getattr(attention, name) for name in ("grid", "degree", "range", "orders")}
+
+
+def _make_operator(attention: AttentionConfig, num_tokens: int, num_heads: int) -> KaratOperator:
+    sizes: dict[str, Any] = {"num_tokens": num_tokens, "num_heads": num_heads, "rank": attention.rank}
+    named: dict[str, Any] = {"base": attention.base, "init": attention.init, "implementation": attention.implementation}
+    if attention.basis == "fourier" and attention.form == "modular" and not attention.simplex:
+        return FourierKaratOperator(**sizes, **named, grid=attention.grid)
+    basis = make_basis(attention.basis, **_basis_settings(attention))
+    return KaratOperator(**sizes, **named, basis=basis, form=attention.form, simplex=attention.simplex)
 
 
 def create_vit(model: ModelConfig, attention: AttentionConfig) -> VisionTransformer:

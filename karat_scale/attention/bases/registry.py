@@ -40,6 +40,8 @@ def basis_class(name: str) -> type[Basis]:
         found = getattr(importlib.import_module(module_name), class_name)
     except AttributeError:
         raise ValueError(f"basis = {name!r}: module {module_name} has no {class_name}") from None
+    except ModuleNotFoundError as error:
+        raise ValueError(f"basis = {name!r}: {error}; put its directory on PYTHONPATH") from error
     except Exception as error:  # a module of others may raise anything
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"basis = {name!r}: {module_name} cannot be imported: {reason}") from error

@@ -1,0 +1,144 @@
+"""A ViT of every basis and form takes a training step, and what a recipe cannot mean is one line."""
+
+import sys
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from karat_scale.attention import BASES, KaratOperator
+from karat_scale.errors import RecipeError
+from karat_scale.models import create_model
+from karat_scale.models.factory import no_weight_decay_names
+from karat_scale.recipe import BASIS_NAMES, AttentionConfig, ModelConfig
+
+MINI = ModelConfig(name="vit_mini_patch4_28", image_size=16, patch_size=4, num_classes=10, depth=2)
+
+TRIANGLE = """
+from dataclasses import dataclass
+from karat_scale.attention import FeatureBasis
+
+@dataclass(frozen=True)
+class Triangles(FeatureBasis):
+    grid: int
+    num_features = property(lambda self: self.grid)
+
+    def value(self, x):
+        return [(1 - (x - i).abs()).clamp(min=0) for i in range(self.grid)]
+
+    def derivative(self, x):
+        return [((x - i).abs() < 1) * (i - x).sign() for i in range(self.grid)]
+
+class Half(FeatureBasis):
+    num_features = 1
+    def value(self, x):
+        return [x / 2]
+
+class Not:
+    pass
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    (tmp_path / "shapes_of_mine.py").write_text(TRIANGLE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "shapes_of_mine"
+    sys.modules.pop("shapes_of_mine", None)
+
+
+def losses_of_two_steps(**settings) -> list[float]:
+    torch.manual_seed(0)
+    model = create_model(MINI, AttentionConfig(kind="karat", rank=3, **settings))
+    images, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 10
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    losses = []
+    for _ in range(2):
+        loss = torch.nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("basis", BASIS_NAMES)
+def test_every_basis_learns(basis):
+    first, second = losses_of_two_steps(basis=basis)
+    assert second < first
+
+
+@pytest.mark.parametrize("form", ["project_first", "two_operators", "full_rank"])
+@pytest.mark.parametrize("basis", ["fourier", "dog"])
+def test_every_form_learns(form, basis):
+    first, second = losses_of_two_steps(basis=basis, form=form)
+    assert second < first
+
+
+def test_simplex_and_hybrid_heads_learn():
+    for settings in ({"simplex": True}, {"softmax_heads": 1}, {"softmax_heads": 1, "mode": "universal"}):
+        first, second = losses_of_two_steps(**settings)
+        assert second < first
+
+
+def test_a_basis_of_ones_own_learns(own_module):
+    first, second = losses_of_two_steps(basis=f"{own_module}:Triangles", grid=2)
+    assert second < first
+
+
+@pytest.mark.parametrize(
+    ("place", "part"),
+    [
+        ("{}:Half", "the class lacks derivative"),
+        ("{}:Not", "expected a subclass of FeatureBasis or ElementwiseBasis"),
+        ("{}:Nothing", "has no Nothing"),
+        ("no_such_module_of_mine:Half", "No module named 'no_such_module_of_mine'; put its directory on PYTHONPATH"),
+    ],
+)
+def test_a_basis_that_cannot_be_had_is_one_line(own_module, place, part):
+    basis = place.format(own_module)
+    with pytest.raises(RecipeError, match=f"^attention.basis = '{basis}': .*{part}"):
+        create_model(MINI, AttentionConfig(kind="karat", basis=basis))
+
+
+def test_settings_reach_the_basis():
+    config = AttentionConfig(kind="karat", basis="bspline", grid=5, degree=2, range=4.0)
+    operator = create_model(MINI, config).blocks[0].attn.operator
+    assert isinstance(operator, KaratOperator)
+    assert (operator.basis.grid, operator.basis.degree, operator.basis.range) == (5, 2, 4.0)
+    assert operator.coef.shape == (2, 7, 12, 17)
+
+
+def test_operators_of_any_kind_go_without_weight_decay():
+    model = create_model(MINI, AttentionConfig(kind="karat", basis="dog", softmax_heads=1))
+    exempt = no_weight_decay_names(model, False)
+    assert {f"blocks.0.attn.operator.operator.{n}" for n in ("weight", "translation", "scale", "proj")} <= exempt
+
+
+def test_the_recipes_names_are_the_packages():
+    assert tuple(BASES) == BASIS_NAMES
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"basis": "furier"}, "should be one of fourier, "),
+        ({"basis": "pack age:Class"}, "package.module:Class"),
+        ({"basis": "dog", "implementation": "cpu"}, "modular Fourier operator only"),
+        ({"simplex": True, "implementation": "triton"}, "modular Fourier operator only"),
+        ({"orders": (0, 4)}, "orders"),
+        ({"degree": 0}, "degree"),
+        ({"range": 0}, "range"),
+        ({"form": "modulr"}, "form"),
+        ({"softmax_heads": -1}, "softmax_heads"),
+    ],
+)
+def test_what_a_recipe_cannot_mean(settings, part):
+    with pytest.raises(ValidationError, match=part):
+        AttentionConfig(kind="karat", **settings)
+
+
+def test_softmax_on_every_head_is_refused():
+    with pytest.raises(RecipeError, match=r"attention.softmax_heads = 2 leaves none of 2 heads to KArAt"):
+        create_model(MINI, AttentionConfig(kind="karat", softmax_heads=2))
