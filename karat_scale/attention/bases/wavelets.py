@@ -153,15 +153,23 @@ class Shannon(Wavelet):
 
     def mother(self, t: Tensor) -> Tensor:
         """psi(t)."""
-        return torch.sinc(t / math.pi)
+        y = t.abs().clamp(min=_TINY)
+        return y.sin() / y
 
     def mother_and_slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """psi'(t) = (cos(t) - psi(t)) / t, or near 0, where that cancels, its series."""
-        wave, square = torch.sinc(t / math.pi), t * t
-        series = t * (square * (square * (square * (square / 88 - 1) / 54 + 1) / 28 - 1) / 10 + 1) / -3
-        return wave, torch.where(square < 0.5, series, (t.cos() - wave) / t)
+        y, square = t.abs().clamp_(min=_TINY), t * t
+        wave = y.sin().div_(y)
+        direct = y.cos().sub_(wave).div_(y)
+        series = (square / 88).sub_(1).mul_(square / 54).add_(1).mul_(square / 28).sub_(1).mul_(square / 10).add_(1)
+        series.mul_(y).div_(-3)
+        # A blend in place of `where`, which is slow: 1 below t^2 = 0.5, 0 above.
+        near = (0.5 - square).mul_(1e30).clamp_(0, 1)
+        return wave, direct.lerp_(series, near).mul_(t.sign())
 
 
+# So small that sin(y) / y is 1.
+_TINY = 1e-20
 _HAT = 2 / (math.pi**0.25 * math.sqrt(3))
 
 
@@ -171,4 +179,5 @@ def _bell(square: Tensor) -> Tensor:
 
 def _meyer_angle(z: Tensor) -> Tensor:
     """pi / 2 nu(z)."""
-    return math.pi / 2 * z.pow(4) * (((70 - 20 * z) * z - 84) * z + 35)
+    square = z * z  # pow(4) is slow
+    return square * square * (((70 - 20 * z) * z - 84) * z + 35) * (math.pi / 2)
