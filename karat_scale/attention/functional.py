@@ -9,19 +9,20 @@ from torch import Tensor
 from karat_scale.attention import reference, streaming
 from karat_scale.attention.bases import BASE_ACTIVATIONS
 from karat_scale.attention.checks import check_call, check_choice
-from karat_scale.attention.kernels import triton_fourier
+from karat_scale.attention.kernels import cpu, triton_fourier
 from karat_scale.attention.precision import output_dtype
 
 # Each takes (query, key, value, cos_coef, sin_coef, proj, base, bias, mask) of any float dtypes, after the checks.
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "reference": reference.attend,
     "streaming": streaming.attend,
+    "cpu": cpu.attend,
     "triton": triton_fourier.attend,
 }
 # Given the same arguments: why an implementation cannot take them, or None. Others take any.
-REFUSALS: dict[str, Callable[..., str | None]] = {"triton": triton_fourier.refusal}
+REFUSALS: dict[str, Callable[..., str | None]] = {"cpu": cpu.refusal, "triton": triton_fourier.refusal}
 # What "auto" tries, the fastest first.
-AUTOMATIC = ("triton", "streaming")
+AUTOMATIC = ("triton", "cpu", "streaming")
 
 
 def fourier_karat_attention(
@@ -50,8 +51,8 @@ def fourier_karat_attention(
         bias: added to the scores; broadcastable to [B, h, N, N].
         mask: boolean, broadcastable to [B, h, N, N], true where a query-key pair takes part (as in
             `scaled_dot_product_attention`). Another pair (k, q) adds nothing to H[k, :] and has S[k, q] = 0.
-        implementation: "reference" (materialises everything), "streaming", "triton" (NVIDIA GPUs), or "auto", which
-            takes the fastest that can run.
+        implementation: "reference" (materialises everything), "streaming", "cpu" (a kernel compiled at first use),
+            "triton" (NVIDIA GPUs), or "auto", which takes the fastest that can run.
 
     Returns:
         O, [B, h, N, d], in the value's dtype or, under autocast, in autocast's. Scores, features and sums are

@@ -35,7 +35,7 @@ def test_scores_need_no_value_and_have_gradients():
 
 
 def test_auto_is_an_implementation_by_name():
-    call = make_call(1, 2, 6, 4, 3, 2).to(torch.float32)
+    call = make_call(1, 2, 6, 4, 3, 2)
     assert torch.equal(fourier_karat_attention(*call), fourier_karat_attention(*call, implementation="streaming"))
 
 

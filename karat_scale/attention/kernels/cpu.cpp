@@ -31,6 +31,7 @@ constexpr long MAX_VECTORS = 3;                // of a register block; BLOCK x M
 constexpr long TILE = MAX_VECTORS * LANES;     // columns of a tile
 constexpr long KEY_ROWS = 16, QUERY_ROWS = 32; // rows of a tile, forward and backward
 constexpr long UNIT = 16, ROW_UNIT = 8;        // tokens as columns and as rows are padded to multiples of these
+constexpr long SCORE_PART = 32;                // of the width, summed at once
 constexpr long MAX_GRID = 64;
 constexpr long SUMMANDS = 32;                  // parts the gradient of a head's parameters is summed from, over heads
 
@@ -127,6 +128,16 @@ INLINE void multiply_wide(Left left, const float* right, long right_step, float*
     else if (count == 2) multiply<ADD, 2>(left, r, right_step, o, out_row, rows, depth);
     else multiply<ADD, 1>(left, r, right_step, o, out_row, rows, depth);
   }
+}
+
+// A tile's scores, in parts of the width: their rounding error is multiplied by every harmonic.
+template <long VECTORS>
+INLINE void fill_scores(const float* rows, long row_step, const float* columns, long column_step, float* out,
+                        long count, long width) {
+  multiply<false, VECTORS>({rows, row_step, 1}, columns, column_step, out, TILE, count, std::min(width, SCORE_PART));
+  for (long e = SCORE_PART; e < width; e += SCORE_PART)
+    multiply<true, VECTORS>({rows + e, row_step, 1}, columns + e * column_step, column_step, out, TILE, count,
+                            std::min(width - e, SCORE_PART));
 }
 
 // For the small products of a head, where code size matters more than speed.
@@ -318,18 +329,52 @@ class Arena {
   long used_ = 0;
 };
 
+// Memory that a thread keeps from call to call: fresh pages from the system cost more than zeroing old ones.
 class Memory {
  public:
-  explicit Memory(long floats) : data_(static_cast<float*>(std::aligned_alloc(64, round_up(std::max(floats, 1L), 16) * 4))) {
-    if (data_) std::memset(data_, 0, floats * 4);
-  }
   ~Memory() { std::free(data_); }
-  Memory(const Memory&) = delete;
-  float* get() const { return data_; }
+
+  // `floats` zeros, or null where memory ran out. They are the caller's until the next call.
+  float* zeros(long floats) {
+    if (floats > size_) {
+      release();
+      data_ = static_cast<float*>(std::aligned_alloc(64, round_up(floats, 16) * 4));
+      if (!data_) return nullptr;
+      size_ = floats;
+    }
+    std::memset(data_, 0, floats * 4);
+    return data_;
+  }
+
+  void release_if_large() {
+    if (size_ > KEPT) release();
+  }
 
  private:
-  float* data_;
+  static constexpr long KEPT = 1 << 23; // 32 MiB
+  float* data_ = nullptr;
+  long size_ = 0;
+
+  void release() {
+    std::free(data_);
+    data_ = nullptr;
+    size_ = 0;
+  }
 };
+
+thread_local Memory memory;
+
+// Calls body(the number of vectors, as a type; the first column) for tiles of nearly equal width over all tokens.
+template <typename Body>
+void for_tiles(const Shape& s, Body body) {
+  const long tiles = (s.vectors + MAX_VECTORS - 1) / MAX_VECTORS;
+  for (long tile = 0; tile < tiles; tile++) {
+    const long first = s.vectors * tile / tiles, count = s.vectors * (tile + 1) / tiles - first;
+    if (count == 3) body(std::integral_constant<long, 3>{}, first * LANES);
+    else if (count == 2) body(std::integral_constant<long, 2>{}, first * LANES);
+    else body(std::integral_constant<long, 1>{}, first * LANES);
+  }
+}
 
 template <typename T>
 T* item(const Strided& x, long b, long h) {
@@ -374,8 +419,8 @@ void forward_tile(const Shape& s, const float* key, const float* query, const fl
                   float* features) {
   for (long first = 0; first < s.rows; first += KEY_ROWS) {
     const long keys = std::min(KEY_ROWS, s.rows - first), depth = s.features() * keys;
-    const Left key_rows{key + first * s.width_step, s.width_step, 1};
-    multiply<false, VECTORS>(key_rows, query, s.token_step, features, TILE, keys, s.width);
+    const float* key_rows = key + first * s.width_step;
+    fill_scores<VECTORS>(key_rows, s.width_step, query, s.token_step, features, keys, s.width);
     fill_harmonics<VECTORS>(features, keys, s.grid);
     const Left units{coef + first * s.features() * s.units, 1, s.units};
     multiply<true, VECTORS>(units, features, TILE, hidden, s.token_step, s.units, depth);
@@ -395,15 +440,9 @@ void forward_item(const Call& c, const Shape& s, const ForwardScratch& w, const 
   transpose(w.rows, s.width_step, w.query_columns, s.token_step, s.vectors * LANES, s.width_step);
   read_rows(item<T>(c.key, b, h), c.key.token, w.key, s.width_step, s.tokens, s.width, 1.0f);
   clear(w.hidden_columns, s.units * s.token_step);
-  for (long v = 0; v < s.vectors; v += MAX_VECTORS) {
-    const float* query = w.query_columns + v * LANES;
-    float* hidden = w.hidden_columns + v * LANES;
-    switch (std::min(MAX_VECTORS, s.vectors - v)) {
-      case 3: forward_tile<3>(s, w.key, query, coef, hidden, w.features); break;
-      case 2: forward_tile<2>(s, w.key, query, coef, hidden, w.features); break;
-      default: forward_tile<1>(s, w.key, query, coef, hidden, w.features);
-    }
-  }
+  for_tiles(s, [&](auto vectors, long column) {
+    forward_tile<vectors>(s, w.key, w.query_columns + column, coef, w.hidden_columns + column, w.features);
+  });
   // O = H U.
   clear(w.out, s.rows * s.width_step);
   multiply_small({w.hidden_columns, 1, s.token_step}, w.narrow, s.width_step, w.out, s.width_step, s.rows,
@@ -420,24 +459,26 @@ int forward(const Call& c) {
   Arena needed;
   ForwardScratch(s, needed);
   const long coefficients = round_up(s.rows * s.features() * s.units, 16), projector = s.rows * s.unit_step;
-  const Memory packed(s.heads * (coefficients + projector)), scratch(c.threads * needed.used());
-  if (!packed.get() || !scratch.get()) return 1;
-  float* projectors = packed.get() + s.heads * coefficients;
+  float* packed = memory.zeros(s.heads * (coefficients + projector) + c.threads * needed.used());
+  if (!packed) return 1;
+  float* projectors = packed + s.heads * coefficients;
+  float* scratch = projectors + s.heads * projector;
 #pragma omp parallel num_threads(c.threads)
   {
 #pragma omp for schedule(static)
     for (long h = 0; h < s.heads; h++) {
-      pack_for_forward(c, s, h, packed.get() + h * coefficients);
+      pack_for_forward(c, s, h, packed + h * coefficients);
       pack_projector(c, s, h, projectors + h * projector);
     }
-    Arena arena(scratch.get() + omp_get_thread_num() * needed.used());
+    Arena arena(scratch + omp_get_thread_num() * needed.used());
     const ForwardScratch mine(s, arena);
 #pragma omp for schedule(static)
     for (long t = 0; t < s.heads * s.batch; t++) {
       const long h = t / s.batch, b = t % s.batch;
-      forward_item<T>(c, s, mine, packed.get() + h * coefficients, projectors + h * projector, b, h);
+      forward_item<T>(c, s, mine, packed + h * coefficients, projectors + h * projector, b, h);
     }
   }
+  memory.release_if_large();
   return 0;
 }
 
@@ -504,7 +545,7 @@ void backward_tile(const Shape& s, const BackwardScratch& w, const float* slopes
     const long rows = std::min(QUERY_ROWS, s.rows - first);
     const float* query = w.query + first * s.width_step;
     const float* grad_hidden = w.grad_hidden + first * s.unit_step;
-    multiply<false, VECTORS>({query, s.width_step, 1}, key_columns, s.token_step, w.features, TILE, rows, s.width);
+    fill_scores<VECTORS>(query, s.width_step, key_columns, s.token_step, w.features, rows, s.width);
     fill_harmonics<VECTORS>(w.features, rows, s.grid);
     fill_grad_scores<VECTORS>(s, grad_hidden, slopes + column, w.features, w.grad_scores, rows);
     for (long f = 0; f < s.features(); f++)
@@ -555,13 +596,7 @@ void backward_item(const Call& c, const Shape& s, const BackwardScratch& w, cons
   transpose(w.key, s.width_step, w.key_columns, s.token_step, s.vectors * LANES, s.width_step);
   clear(w.grad_query, s.rows * s.width_step);
   clear(w.grad_key, s.vectors * LANES * s.width_step);
-  for (long v = 0; v < s.vectors; v += MAX_VECTORS) {
-    switch (std::min(MAX_VECTORS, s.vectors - v)) {
-      case 3: backward_tile<3>(s, w, slopes, grad_coef, v * LANES); break;
-      case 2: backward_tile<2>(s, w, slopes, grad_coef, v * LANES); break;
-      default: backward_tile<1>(s, w, slopes, grad_coef, v * LANES);
-    }
-  }
+  for_tiles(s, [&](auto vectors, long column) { backward_tile<vectors>(s, w, slopes, grad_coef, column); });
   // The query was read with the scale in it, so only dQ still lacks it.
   for (long i = 0; i < s.rows * s.width_step; i += LANES)
     store(w.grad_query + i, load(w.grad_query + i) * s.scale);
@@ -569,22 +604,18 @@ void backward_item(const Call& c, const Shape& s, const BackwardScratch& w, cons
   write_rows(w.grad_key, s.width_step, item<T>(c.grad_key, b, h), c.grad_key.token, s.tokens, s.width);
 }
 
-// The parameters' gradients of one unit, summed over the parts in their order.
-void sum_parts(const Call& c, const Shape& s, const float* grad_coef, const float* grad_projector, long parts, long h,
+// The parameters' gradients of one unit, summed over the parts in their order; the first part takes the sums.
+void sum_parts(const Call& c, const Shape& s, float* grad_coef, const float* grad_projector, long parts, long h,
                long p) {
   const long coefficients = s.coefficients(), projector = s.rows * s.unit_step;
+  for (long f = 0; f < s.features(); f++) {
+    float* sum = grad_coef + h * parts * coefficients + (f * s.units + p) * s.token_step;
+    for (long part = 1; part < parts; part++)
+      for (long q = 0; q < s.tokens; q++) sum[q] += sum[part * coefficients + q];
+    float* out = f < s.grid ? c.grad_cosines : c.grad_sines;
+    for (long q = 0; q < s.tokens; q++) out[s.coefficient(h, p, q, f % s.grid)] = sum[q];
+  }
   for (long q = 0; q < s.tokens; q++) {
-    for (long m = 0; m < s.grid; m++) {
-      const long to = s.coefficient(h, p, q, m);
-      float cosine = 0, sine = 0;
-      for (long part = 0; part < parts; part++) {
-        const float* from = grad_coef + (h * parts + part) * coefficients + p * s.token_step + q;
-        cosine += from[m * s.units * s.token_step];
-        sine += from[(s.grid + m) * s.units * s.token_step];
-      }
-      c.grad_cosines[to] = cosine;
-      c.grad_sines[to] = sine;
-    }
     float sum = 0;
     for (long part = 0; part < parts; part++) sum += grad_projector[(h * parts + part) * projector + q * s.unit_step + p];
     c.grad_projector[(h * s.tokens + q) * s.rank + p] = sum;
@@ -598,31 +629,33 @@ int backward(const Call& c) {
   BackwardScratch(s, needed);
   const long parts = std::min(s.batch, (SUMMANDS + s.heads - 1) / s.heads);
   const long coefficients = s.coefficients(), projector = s.rows * s.unit_step;
-  const Memory packed(s.heads * (coefficients + projector)), scratch(c.threads * needed.used());
-  const Memory grads(s.heads * parts * (coefficients + projector));
-  if (!packed.get() || !scratch.get() || !grads.get()) return 1;
-  float* projectors = packed.get() + s.heads * coefficients;
-  float* grad_projectors = grads.get() + s.heads * parts * coefficients;
+  float* packed = memory.zeros(s.heads * (1 + parts) * (coefficients + projector) + c.threads * needed.used());
+  if (!packed) return 1;
+  float* projectors = packed + s.heads * coefficients;
+  float* grads = projectors + s.heads * projector;
+  float* grad_projectors = grads + s.heads * parts * coefficients;
+  float* scratch = grad_projectors + s.heads * parts * projector;
 #pragma omp parallel num_threads(c.threads)
   {
 #pragma omp for schedule(static)
     for (long h = 0; h < s.heads; h++) {
-      pack_for_backward(c, s, h, packed.get() + h * coefficients);
+      pack_for_backward(c, s, h, packed + h * coefficients);
       pack_projector(c, s, h, projectors + h * projector);
     }
-    Arena arena(scratch.get() + omp_get_thread_num() * needed.used());
+    Arena arena(scratch + omp_get_thread_num() * needed.used());
     const BackwardScratch mine(s, arena);
 #pragma omp for schedule(static)
     for (long t = 0; t < s.heads * parts; t++) {
       const long h = t / parts, part = t % parts;
       for (long b = s.batch * part / parts; b < s.batch * (part + 1) / parts; b++)
-        backward_item<T>(c, s, mine, packed.get() + h * coefficients, projectors + h * projector,
-                         grads.get() + t * coefficients, grad_projectors + t * projector, b, h);
+        backward_item<T>(c, s, mine, packed + h * coefficients, projectors + h * projector,
+                         grads + t * coefficients, grad_projectors + t * projector, b, h);
     }
 #pragma omp for schedule(static)
     for (long t = 0; t < s.heads * s.rank; t++)
-      sum_parts(c, s, grads.get(), grad_projectors, parts, t / s.rank, t % s.rank);
+      sum_parts(c, s, grads, grad_projectors, parts, t / s.rank, t % s.rank);
   }
+  memory.release_if_large();
   return 0;
 }
 

@@ -46,13 +46,16 @@ def refusal(
     return _machine_refusal()
 
 
-@torch.compiler.assume_constant_result
 def _machine_refusal() -> str | None:
     try:
         cpu_build.load()
     except cpu_build.LoadError as error:
         return str(error)
     return None
+
+
+# What torch.compiler.assume_constant_result does, without the second that importing the compiler takes.
+_machine_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attend(

@@ -4,18 +4,18 @@ The cache is keyed by all that the result depends on, so nodes of different kind
 library is built under a file lock into a temporary name and renamed, so ranks that start together build it once.
 """
 
+import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ INSTRUCTION_SETS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
 }
 BUILD_SECONDS = 300
+DIGEST_BYTES = 32
 
 
 class LoadError(Exception):
@@ -60,8 +61,7 @@ def _load_or_reason(requested: str) -> ctypes.CDLL | str:
     if isa not in available:
         return f"KARAT_CPU_ISA = {requested!r}: this CPU offers {', '.join(available)}"
     try:
-        library = _built(isa)
-        return ctypes.CDLL(str(library))
+        return _load(isa)
     except (LoadError, OSError) as error:
         reason = f"its kernel cannot be built or loaded: {error}"
         warnings.warn(f'implementation "cpu" of KArAt attention is not available: {reason}', stacklevel=2)
@@ -69,15 +69,15 @@ def _load_or_reason(requested: str) -> ctypes.CDLL | str:
 
 
 def _available_instruction_sets() -> tuple[str, ...]:
-    if os.uname().sysname != "Linux" or os.uname().machine != "x86_64":
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         return ()
     # PyTorch's own detection; it obeys ATEN_CPU_CAPABILITY.
     capability = torch.backends.cpu.get_cpu_capability()
     return {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(capability, ())
 
 
-def _built(isa: str) -> Path:
-    """The library's path; builds it first where no process has."""
+def _load(isa: str) -> ctypes.CDLL:
+    """The library from the cache; builds it first where no process has, and again where it is damaged."""
     compiler = _find_compiler()
     flags = (*FLAGS, *INSTRUCTION_SETS[isa])
     version = _run([compiler, "--version"])
@@ -85,12 +85,12 @@ def _built(isa: str) -> Path:
     key = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:20]
     directory = _cache_directory()
     library = directory / f"cpu-{isa}-{key}.so"
-    if not library.exists():
+    if not _is_whole(library):
         directory.mkdir(parents=True, exist_ok=True)
         with _locked(directory / f"{library.name}.lock"):
-            if not library.exists():
+            if not _is_whole(library):
                 _build(compiler, flags, library)
-    return library
+    return ctypes.CDLL(str(library))
 
 
 def _cache_directory() -> Path:
@@ -106,23 +106,31 @@ def _find_compiler() -> str:
     raise LoadError(f"no C++ compiler ({', '.join(candidates)}) is on PATH; install g++")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    import fcntl  # Not on every system, and this module is imported on all.
+
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _build(compiler: str, flags: tuple[str, ...], library: Path) -> None:
-    handle, name = tempfile.mkstemp(suffix=".tmp", prefix=library.stem, dir=library.parent)
-    temporary = Path(name)
-    try:
-        _run([compiler, *flags, str(SOURCE), "-o", name])
-        os.fsync(handle)
-        temporary.replace(library)
-    finally:
-        os.close(handle)
-        temporary.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="building-", dir=library.parent) as name:
+        built = Path(name) / library.name
+        _run([compiler, *flags, str(SOURCE), "-o", str(built)])
+        digest = hashlib.sha256(built.read_bytes()).digest()
+        with built.open("ab") as file:
+            file.write(digest)
+            file.flush()
+            os.fsync(file.fileno())
+        built.replace(library)
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the library is there and ends in its own digest: loading a torn one would kill the process."""
+    content = library.read_bytes() if library.is_file() else b""
+    return len(content) > DIGEST_BYTES and hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
 
 
 def _run(command: list[str]) -> str:

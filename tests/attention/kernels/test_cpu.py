@@ -1,0 +1,290 @@
+"""The CPU kernel against the float64 oracle, with each instruction set this machine has."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from karat_scale.attention import FourierKaratOperator, fourier_karat_attention, fourier_karat_scores
+from karat_scale.attention.kernels import cpu_build
+from tests.attention.calls import assert_close, make_call, output_and_gradients
+
+available = cpu_build._available_instruction_sets()
+pytestmark = pytest.mark.skipif(not available, reason="no AVX2 on this machine")
+
+
+@pytest.fixture(autouse=True, params=cpu_build.INSTRUCTION_SETS)
+def isa(request, monkeypatch):
+    if request.param not in available:
+        pytest.skip(f"this CPU has no {request.param}")
+    monkeypatch.setenv("KARAT_CPU_ISA", request.param)
+    return request.param
+
+
+def fast(call, upstream, **options):
+    return output_and_gradients(call, upstream, implementation="cpu", **options)
+
+
+def oracle(call, upstream, **options):
+    return output_and_gradients(call.to(torch.float64), upstream.double(), implementation="reference", **options)
+
+
+def normal(shape, seed, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    isa=st.sampled_from(available or ("none",)),
+    batch=st.integers(1, 4),
+    heads=st.integers(1, 3),
+    tokens=st.integers(40, 110),
+    width=st.sampled_from((4, 20, 32, 48, 64, 80, 96, 128)),
+    rank=st.integers(4, 32),
+    grid=st.integers(1, 16),
+    logits=st.sampled_from((0.1, 1.0, 15.0)),
+    seed=st.integers(0, 2**16),
+)
+def test_float32_matches_the_oracle(isa, batch, heads, tokens, width, rank, grid, logits, seed):
+    call = make_call(batch, heads, tokens, width, rank, grid, logits=logits, seed=seed).to(torch.float32)
+    upstream = normal(call.value.shape, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KARAT_CPU_ISA", isa)
+        actual = fast(call, upstream)
+    assert_close(actual, oracle(call, upstream), max(2e-6, 5e-8 * grid * call.largest_score))
+
+
+@pytest.mark.parametrize(("tokens", "rank", "grid"), [(197, 12, 3), (256, 1, 1), (50, 32, 5), (33, 2, 17), (16, 3, 64)])
+def test_other_shapes(tokens, rank, grid):
+    call = make_call(2, 2, tokens, 64, rank, grid).to(torch.float32)
+    upstream = normal(call.value.shape, 1)
+    assert_close(fast(call, upstream), oracle(call, upstream), max(2e-6, 5e-8 * grid * call.largest_score))
+
+
+@pytest.mark.parametrize("tokens", range(1, 20))
+def test_a_handful_of_tokens(tokens):
+    call = make_call(2, 2, tokens, 5, 3, 3, logits=0.1, seed=tokens).to(torch.float32)
+    upstream = normal(call.value.shape, tokens)
+    # Over so few numbers a sum may cancel, and a relative bound with it.
+    assert_close(fast(call, upstream), oracle(call, upstream), 2e-5)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    dtype=st.sampled_from((torch.bfloat16, torch.float16)),
+    batch=st.integers(1, 3),
+    tokens=st.integers(8, 48),
+    width=st.sampled_from((20, 32, 64)),
+    grid=st.integers(1, 11),
+    seed=st.integers(0, 2**16),
+)
+def test_sixteen_bits_match_the_oracle(dtype, batch, tokens, width, grid, seed):
+    call = make_call(batch, 2, tokens, width, 12, grid, seed=seed).to(dtype)
+    upstream = normal(call.value.shape, seed, dtype)
+    actual = fast(call, upstream)
+    assert all(x.dtype == dtype for x in actual)
+    assert_close(actual, oracle(call, upstream), 5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_rounded_as_pytorch_rounds_them(dtype):
+    call = make_call(1, 2, 37, 20, 4, 2).to(dtype)
+    wide = [x.detach().float() for x in call]
+    expected = fourier_karat_attention(*wide, implementation="cpu").to(dtype)
+    assert torch.equal(fourier_karat_attention(*call, implementation="cpu"), expected)
+
+
+@pytest.mark.parametrize("grid", [1, 8, 16])
+def test_scores_up_to_sixty_keep_their_phase(grid):
+    call = make_call(1, 2, 50, 64, 12, grid)
+    call = call._replace(query=call.query.detach() * (60 / call.largest_score)).to(torch.float32)
+    upstream = normal(call.value.shape, 1)
+    assert_close(fast(call, upstream), oracle(call, upstream), 5e-8 * grid * 60)
+
+
+def test_huge_scores_stay_bounded_and_nan_stays_nan():
+    call = make_call(1, 1, 20, 8, 4, 3).to(torch.float32)
+    query = call.query.detach().clone()
+    query[0, 0, 3] *= 1e12
+    query[0, 0, 5] = float("nan")
+    output = fourier_karat_attention(query, *call[1:], implementation="cpu")[0, 0]
+    rest = torch.cat((output[:5], output[6:]))
+    assert rest.isfinite().all()
+    assert rest.abs().max() < 100
+    assert output[5].isnan().all()
+
+
+def test_strided_inputs_give_the_same_bits_and_the_layout_that_layers_want():
+    call = make_call(2, 3, 10, 24, 4, 3).to(torch.float32)
+    upstream = normal(call.value.shape, 4)
+    # timm's layout: q, k and v are views of one projection's output.
+    fused = torch.stack([x.detach().transpose(1, 2) for x in call[:3]], dim=2).permute(2, 0, 3, 1, 4)
+    query, key, value = (x.requires_grad_() for x in fused.unbind())
+    # Last strides other than 1.
+    value = value.detach().mT.contiguous().mT.requires_grad_()
+    strided = call._replace(query=query, key=key, value=value)
+    assert not query.is_contiguous()
+    expected = fast(call, upstream)
+    assert_close(fast(strided, upstream.mT.contiguous().mT), expected, 0.0)
+    assert_close(fast(call, torch.ones(()).expand(call.value.shape)), fast(call, torch.ones(call.value.shape)), 0.0)
+    assert fourier_karat_attention(*strided, implementation="cpu").transpose(1, 2).is_contiguous()
+
+
+def test_the_same_bits_for_any_number_of_threads():
+    call = make_call(7, 3, 30, 16, 12, 3).to(torch.float32)
+    upstream = normal(call.value.shape, 6)
+    expected = fast(call, upstream)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            assert all(torch.equal(a, b) for a, b in zip(fast(call, upstream), expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_empty_batch_gives_zero_parameter_gradients():
+    call = make_call(0, 2, 5, 4, 2, 3).to(torch.float32)
+    for gradient in fast(call, torch.empty(call.value.shape))[4:]:
+        assert (gradient == 0).all()
+
+
+def test_inputs_without_gradient_are_left_alone():
+    frozen = [x.detach() for x in make_call(1, 1, 6, 4, 2, 1).to(torch.float32)]
+    assert not fourier_karat_attention(*frozen, implementation="cpu").requires_grad
+    frozen[3].requires_grad_()
+    fourier_karat_attention(*frozen, implementation="cpu").sum().backward()
+    assert frozen[3].grad is not None
+    assert frozen[0].grad is None
+
+
+def test_autocast_keeps_scores_and_harmonics_in_float32():
+    call = make_call(2, 2, 20, 32, 12, 11, logits=8.0).to(torch.float32)
+    inputs = call._replace(**{name: getattr(call, name).detach().bfloat16() for name in ("query", "key", "value")})
+    expected = fourier_karat_attention(*(x.double() for x in inputs), implementation="reference")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = fourier_karat_attention(*inputs, implementation="cpu")
+        output.float().square().sum().backward()
+    assert output.dtype == torch.bfloat16
+    assert_close([output], [expected], 4e-3)
+    assert call.cos_coef.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_no_bit(reentrant):
+    call = make_call(2, 2, 12, 8, 4, 3).to(torch.float32)
+    upstream = normal(call.value.shape, 7)
+    plain = fast(call, upstream)
+    for leaf in call:
+        leaf.grad = None
+    output = checkpoint(lambda *x: fourier_karat_attention(*x, implementation="cpu"), *call, use_reentrant=reentrant)
+    output.backward(upstream)
+    again = [output.detach(), *(leaf.grad for leaf in call)]
+    assert all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "auto"])
+def test_compiles_into_one_graph(implementation):
+    call = make_call(2, 2, 9, 8, 4, 3).to(torch.float32)
+    upstream = normal(call.value.shape, 8)
+    torch.compiler.reset()
+    compiled = torch.compile(fourier_karat_attention, backend="aot_eager", fullgraph=True)
+    actual = output_and_gradients(call, upstream, attend=compiled, implementation=implementation)
+    assert_close(actual, fast(call, upstream), 1e-6)
+
+
+def test_registered_operation_is_well_behaved():
+    call = make_call(2, 2, 6, 4, 5, 2).to(torch.float32)
+    torch.library.opcheck(torch.ops.karat_scale.cpu_forward.default, tuple(call))
+
+
+def test_auto_takes_the_kernel_where_it_can_and_streaming_elsewhere():
+    call = make_call(1, 2, 21, 16, 4, 2).to(torch.float32)
+    by_name = {name: fourier_karat_attention(*call, implementation=name) for name in ("cpu", "streaming")}
+    assert not torch.equal(by_name["cpu"], by_name["streaming"])
+    assert torch.equal(fourier_karat_attention(*call), by_name["cpu"])
+    wide = make_call(1, 2, 21, 16, 33, 2).to(torch.float32)
+    expected = fourier_karat_attention(*wide, implementation="streaming")
+    assert torch.equal(fourier_karat_attention(*wide), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"base": "gelu"}, "base = 'gelu'"),
+        ({"bias": torch.zeros(6, 6)}, "no bias"),
+        ({"mask": torch.ones(6, 6, dtype=torch.bool)}, "no mask"),
+    ],
+)
+def test_what_it_cannot_take_is_refused_by_name_and_streams_under_auto(options, reason):
+    call = make_call(1, 2, 6, 4, 3, 2).to(torch.float32)
+    with pytest.raises(ValueError, match=f"implementation = 'cpu' cannot take this call: .*{reason}"):
+        fourier_karat_attention(*call, implementation="cpu", **options)
+    expected = fourier_karat_attention(*call, implementation="streaming", **options)
+    assert torch.equal(fourier_karat_attention(*call, **options), expected)
+
+
+def test_float64_and_mixed_dtypes_are_refused():
+    call = make_call(1, 2, 6, 4, 3, 2)
+    with pytest.raises(ValueError, match='takes no float64; use implementation = "streaming"'):
+        fourier_karat_attention(*call, implementation="cpu")
+    call = call.to(torch.float32)
+    with pytest.raises(ValueError, match="query, key and value differ in dtype"):
+        fourier_karat_attention(call.query.bfloat16(), *call[1:], implementation="cpu")
+    with pytest.raises(ValueError, match="r = 33"):
+        fourier_karat_attention(*make_call(1, 1, 6, 4, 33, 2).to(torch.float32), implementation="cpu")
+
+
+def test_scores_come_from_the_kernel_only_where_tokens_and_width_agree():
+    call = make_call(1, 2, 8, 8, 3, 2).to(torch.float32)
+    learned = fourier_karat_scores(*call, implementation="cpu")
+    assert_close([learned @ call.value], [fourier_karat_attention(*call, implementation="cpu")], 1e-6)
+    call = make_call(1, 2, 8, 4, 3, 2).to(torch.float32)
+    with pytest.raises(ValueError, match=r"value has shape \[1, 2, 8, 8\]"):
+        fourier_karat_scores(*call, implementation="cpu")
+    assert fourier_karat_scores(*call).shape == (1, 2, 8, 8)
+
+
+def test_a_model_learns():
+    torch.manual_seed(0)
+    operator = FourierKaratOperator(9, 2, rank=4, grid=2, implementation="cpu")
+    query, key, value, target = (torch.randn(4, 2, 9, 8) for _ in range(4))
+    optimizer = torch.optim.Adam(operator.parameters(), lr=0.05)
+    losses = []
+    for _ in range(30):
+        loss = nn.functional.mse_loss(operator(query, key, value), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+DDP = """
+import sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from karat_scale.attention import FourierKaratOperator
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+torch.manual_seed(0)
+operator = FourierKaratOperator(9, 2, rank=4, grid=2, implementation="cpu")
+inputs = torch.randn(3, 4, 2, 9, 8)
+operator(*inputs).square().sum().backward()
+expected = [p.grad.clone() for p in operator.parameters()]
+operator.zero_grad()
+parallel = DistributedDataParallel(operator)
+parallel(*inputs[:, 2 * rank : 2 * rank + 2]).square().sum().backward()
+for p, whole in zip(operator.parameters(), expected):
+    torch.testing.assert_close(2 * p.grad, whole)
+"""
+
+
+@pytest.mark.multiprocess
+def test_data_parallel_gradients_are_the_whole_batchs(tmp_path):
+    ranks = [subprocess.Popen([sys.executable, "-c", DDP, str(i), str(tmp_path / "store")]) for i in range(2)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
