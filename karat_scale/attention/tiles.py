@@ -133,9 +133,13 @@ class ElementwiseTile(Tile):
         self._basis = basis
 
     def _sum_learned(self, coef: Tensor, out: Tensor) -> None:
+        flat_scores, flat_out = self._scores.flatten(0, 1), out.view(-1, out.shape[-1])
         for unit in range(coef.shape[1]):
-            values = self._basis.value(self._scores, *coef[:, unit].unbind())
-            torch.sum(values if self._keep is None else values * self._keep, -1, out=out[..., unit])
+            if self._keep is None:
+                flat_out[:, unit] = self._basis.sum_over_keys(flat_scores, coef[:, unit])
+            else:
+                values = self._basis.value(self._scores, *coef[:, unit].unbind())
+                torch.sum(values * self._keep, -1, out=out[..., unit])
 
     def _pull_back_learned(self, grad_hidden: Tensor, coef: Tensor, grad_coef: Tensor) -> Tensor:
         grad_scores = torch.zeros_like(self._scores)

@@ -99,10 +99,14 @@ class ElementwiseBasis(Basis):
     def derivative(self, x: Tensor, *theta: Tensor) -> Sequence[Tensor]:
         """The derivatives by x and by each of theta, each of x's shape."""
 
+    def sum_over_keys(self, x: Tensor, theta: Tensor) -> Tensor:
+        """sum_q phi_q(x[:, q]) [rows] of x [rows, q] and theta [K, q]."""
+        return self.value(x, *theta).sum(-1)
+
     def pull_back(self, x: Tensor, upstream: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of x [rows, q] and theta [K, q], given that of phi, which broadcasts to x's shape.
 
-        Made of `derivative`; a basis whose derivatives share work may do better.
+        Like `sum_over_keys` made of the above; a basis whose parts share work may do better.
         """
         by_x, *by_theta = self.derivative(x, *theta)
         return by_x * upstream, torch.stack([(by * upstream).sum(0) for by in by_theta])

@@ -1,7 +1,7 @@
 """Piecewise and orthogonal polynomials as shared features: B-splines and Chebyshev."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +31,12 @@ class BSpline(FeatureBasis):
 
     def value(self, x: Tensor) -> Sequence[Tensor]:
         """silu(x), then B_i(x)."""
-        return [functional.silu(x), *(_bell(u, self.degree) for u in self._positions(x))]
+        return [functional.silu(x), *(_bell(u, self.degree) for u in self._offsets(x))]
 
     def derivative(self, x: Tensor) -> Sequence[Tensor]:
         """The derivatives of `value`."""
         step = 2 * self.range / self.grid
-        return [silu_derivative(x), *(_bell_slope(u, self.degree) / step for u in self._positions(x))]
+        return [silu_derivative(x), *(_bell_slope(u, self.degree) / step for u in self._offsets(x))]
 
     def shapes(self, heads: int, units: int, keys: int) -> dict[str, Shape]:
         """See `Basis`."""
@@ -54,10 +54,12 @@ class BSpline(FeatureBasis):
         weight = parameters["weight"].unsqueeze(1)
         return torch.cat((weight, weight * parameters["coef"]), 1)
 
-    def _positions(self, x: Tensor) -> list[Tensor]:
-        """x in steps from the first knot of each spline."""
-        from_first_knot = (x + self.range) * (self.grid / (2 * self.range)) + self.degree
-        return [from_first_knot - i for i in range(self.num_features - 1)]
+    def _offsets(self, x: Tensor) -> Iterator[Tensor]:
+        """x in steps from the centre of each spline."""
+        steps = self.grid / (2 * self.range)
+        scaled = x * steps
+        for i in range(self.grid + self.degree):
+            yield scaled + (self.range * steps + (self.degree - 1) / 2 - i)
 
 
 @dataclass(frozen=True)
@@ -92,22 +94,28 @@ def _recur(u: Tensor, first: Tensor, second: Tensor, count: int) -> list[Tensor]
 
 
 def _bell(u: Tensor, degree: int) -> Tensor:
-    """The cardinal B-spline on the knots 0, 1, ..., degree + 1, by truncated powers of its lower half."""
-    return _truncated_powers(torch.minimum(u, degree + 1 - u), degree, degree)
+    """The cardinal B-spline about 0, by truncated powers of its lower half."""
+    return _truncated_powers((degree + 1) / 2 - u.abs(), degree, degree)
 
 
 def _bell_slope(u: Tensor, degree: int) -> Tensor:
-    mirrored = degree + 1 - u
-    half = torch.minimum(u, mirrored)
-    return torch.sign(mirrored - u) * _truncated_powers(half, degree, degree - 1)
+    return _truncated_powers((degree + 1) / 2 - u.abs(), degree, degree - 1) * torch.sign(u).neg_()
 
 
 def _truncated_powers(v: Tensor, degree: int, power: int) -> Tensor:
     """sum_j (-1)^j C(degree + 1, j) max(v - j, 0)^power / power!, for v up to (degree + 1) / 2."""
-    total = torch.zeros_like(v)
-    for j in range((degree + 1) // 2 + (degree + 1) % 2):
+    total = _truncated_power(v, power) * (1 / math.factorial(power))
+    for j in range(1, degree // 2 + 1):
         factor = (-1) ** j * math.comb(degree + 1, j) / math.factorial(power)
-        above = v - j
-        term = (above > 0).to(v.dtype) if power == 0 else above.clamp(min=0).pow(power)
-        total.add_(term, alpha=factor)
+        total.add_(_truncated_power(v - j, power), alpha=factor)
     return total
+
+
+def _truncated_power(v: Tensor, power: int) -> Tensor:
+    if power == 0:
+        return (v > 0).to(v.dtype)
+    above = v.clamp(min=0)
+    product = above
+    for _ in range(power - 1):  # pow is slow
+        product = product * above
+    return product

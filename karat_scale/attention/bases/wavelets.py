@@ -58,13 +58,17 @@ class Wavelet(ElementwiseBasis):
         by_x = slope * (weight * rate)
         return by_x, mother, -by_x, slope * shifted * weight
 
-    def pull_back(self, x: Tensor, upstream: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """As `derivative`, with w and rate applied after the sum over rows."""
+    def sum_over_keys(self, x: Tensor, theta: Tensor) -> Tensor:
+        """As a matrix product with w."""
         weight, translation, rate = theta
-        shifted = x - translation
-        mother, slope = self.mother_and_slope(shifted * rate)
+        return self.mother(torch.addcmul(-translation * rate, x, rate)) @ weight
+
+    def pull_back(self, x: Tensor, upstream: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """As `derivative`, with w, tau and rate applied after the sums over rows."""
+        weight, translation, rate = theta
+        mother, slope = self.mother_and_slope(torch.addcmul(-translation * rate, x, rate))
         by_weight, by_argument = mother.mul_(upstream).sum(0), slope.mul_(upstream).sum(0)
-        by_rate = shifted.mul_(slope).sum(0).mul_(weight)
+        by_rate = torch.mul(x, slope, out=mother).sum(0).sub_(translation * by_argument).mul_(weight)
         factor = weight * rate
         return slope.mul_(factor), torch.stack((by_weight, by_argument.mul_(factor).neg_(), by_rate))
 
