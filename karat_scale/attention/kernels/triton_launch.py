@@ -1,8 +1,8 @@
 """Packs a call's tensors as the Triton kernels want them, chooses tiles and launches.
 
-Tiles are 64 rows for the side a program owns (16 for each of 4 warps; wider ones leave warps with doubled work) by
-32 for the side it walks along: with these no kernel spills registers, which tests check by compiling for each
-architecture. float32 has no tensor cores to fill, so its tiles are smaller.
+A program owns 64 rows, 16 for each of its 4 warps (more warps would double elementwise work), and walks along the
+other side in tiles so narrow that nothing spills out of the registers: tests compile the kernels for each
+architecture and count. float32 products have no tensor core to fill; there tiles are smaller.
 """
 
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from torch import Tensor
 from karat_scale.attention.kernels.triton_backward import grad_coef_kernel, grad_side_kernel
 from karat_scale.attention.kernels.triton_forward import forward_kernel
 
+Constants = dict[str, Any]
 # Rows to which coefficients are padded: a multiple of every tile.
 TOKEN_MULTIPLE = 64
 # Harmonics whose coefficients' gradients one program can hold in registers.
@@ -25,26 +26,66 @@ PROGRAMS_WANTED = 1024
 
 
 class Tiles(NamedTuple):
-    """Compile-time settings that all kernels of a call share."""
+    """Rows of the side a program owns and of the side it walks along, and how the kernel is compiled."""
 
     own: int
     walked: int
-    warps: int
-    stages: int
-
-    @property
-    def options(self) -> dict[str, int]:
-        """As Triton's launchers take them."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
+    options: dict[str, int]
 
 
-def choose_tiles(dtype: torch.dtype) -> Tiles:
-    """The tiles for a dtype of matrix products."""
-    return Tiles(32, 32, 4, 1) if dtype == torch.float32 else Tiles(64, 32, 4, 2)
+def choose_tiles(width: int, rank: int, grid: int, dtype: torch.dtype, capability: int) -> Tiles:
+    """The tiles for heads of `width`, products in `dtype` and a device's major compute capability."""
+    # With a limit of its own ptxas does not spill a register or two to raise occupancy.
+    spacious = {"maxnreg": 255}
+    if dtype == torch.float32:
+        return Tiles(32, 16, {"num_warps": 8, "num_stages": 1, **spacious})
+    if capability >= 9:
+        return Tiles(64, 32, {"num_warps": 4, "num_stages": 2})
+    walked = 32 if width <= 64 and rank <= 16 and grid <= 5 else 16
+    return Tiles(64, walked, {"num_warps": 4, "num_stages": 2, **spacious})
 
 
-def constants(width: int, rank: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The compile-time arguments of every kernel."""
+def forward_constants(
+    width: int, value_width: int, rank: int, grid: int, dtype: torch.dtype, tiles: Tiles
+) -> Constants:
+    """The compile-time arguments of `forward_kernel`."""
+    return {
+        **_constants(width, rank, dtype),
+        "GRID": grid,
+        "VALUE_WIDTH": value_width,
+        "BLOCK_VALUE": block(value_width),
+        "BLOCK_QUERY": tiles.own,
+        "BLOCK_KEY": tiles.walked,
+    }
+
+
+def grad_side_constants(
+    width: int, rank: int, grid: int, dtype: torch.dtype, tiles: Tiles, *, own_is_query: bool
+) -> Constants:
+    """The compile-time arguments of `grad_side_kernel`."""
+    return {
+        **_constants(width, rank, dtype),
+        "OWN_IS_QUERY": own_is_query,
+        "GRID": grid,
+        "UNROLL": grid if grid <= LARGEST_UNROLLED else 1,
+        "BLOCK_OWN": tiles.own,
+        "BLOCK_OTHER": tiles.walked,
+    }
+
+
+def grad_coef_constants(width: int, rank: int, grid: int, dtype: torch.dtype, tiles: Tiles) -> Constants:
+    """The compile-time arguments of `grad_coef_kernel`: harmonics in groups of near-equal size."""
+    groups = triton.cdiv(grid, COEF_GROUP)
+    return {
+        **_constants(width, rank, dtype),
+        "GROUP": triton.cdiv(grid, groups),
+        "GROUPS": groups,
+        "BLOCK_QUERY": tiles.walked,
+        "BLOCK_KEY": tiles.own,
+    }
+
+
+def _constants(width: int, rank: int, dtype: torch.dtype) -> Constants:
     return {
         "RANK": block(rank),
         "WIDTH": width,
@@ -52,6 +93,11 @@ def constants(width: int, rank: int, dtype: torch.dtype) -> dict[str, Any]:
         "FAST": dtype != torch.float32,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
+
+
+def _tiles_for(query: Tensor, rank: int, grid: int) -> Tiles:
+    capability = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
+    return choose_tiles(query.shape[-1], rank, grid, query.dtype, capability)
 
 
 def block(size: int) -> int:
@@ -68,7 +114,7 @@ def forward(
     """
     batch, heads, tokens, width = query.shape
     rank, grid = cos_coef.shape[1], cos_coef.shape[3]
-    tiles = choose_tiles(query.dtype)
+    tiles = _tiles_for(query, rank, grid)
     coef = pack(cos_coef, sin_coef, query.dtype)
     padded_proj = query.new_zeros(heads, coef.shape[2], coef.shape[3])
     padded_proj[:, :tokens, :rank] = proj
@@ -90,12 +136,7 @@ def forward(
             *key.stride()[:3],
             *value.stride()[:3],
             *output.stride()[:3],
-            GRID=grid,
-            VALUE_WIDTH=value.shape[3],
-            BLOCK_VALUE=block(value.shape[3]),
-            BLOCK_QUERY=tiles.own,
-            BLOCK_KEY=tiles.walked,
-            **constants(width, rank, query.dtype),
+            **forward_constants(width, value.shape[3], rank, grid, query.dtype, tiles),
             **tiles.options,
         )
     return hidden
@@ -127,8 +168,7 @@ def _grad_side(
     own: Tensor, other: Tensor, slopes: Tensor, grad_hidden: Tensor, units: torch.Size, *, own_is_query: bool
 ) -> Tensor:
     batch, heads, tokens, width = own.shape
-    grid = units[3]
-    tiles = choose_tiles(own.dtype)
+    tiles = _tiles_for(own, units[1], units[3])
     grad_own = torch.empty_like(own)
     with torch.cuda.device_of(own):
         grad_side_kernel[(triton.cdiv(tokens, tiles.own) * batch * heads,)](
@@ -144,12 +184,7 @@ def _grad_side(
             *own.stride()[:3],
             *other.stride()[:3],
             *grad_own.stride()[:3],
-            OWN_IS_QUERY=own_is_query,
-            GRID=grid,
-            UNROLL=grid if grid <= LARGEST_UNROLLED else 1,
-            BLOCK_OWN=tiles.own,
-            BLOCK_OTHER=tiles.walked,
-            **constants(width, units[1], own.dtype),
+            **grad_side_constants(width, units[1], units[3], own.dtype, tiles, own_is_query=own_is_query),
             **tiles.options,
         )
     return grad_own
@@ -165,9 +200,9 @@ def grad_coef(
     """
     batch, heads, tokens, width = query.shape
     _, rank, _, grid = cos_coef.shape
-    tiles = choose_tiles(query.dtype)
-    groups = triton.cdiv(grid, COEF_GROUP)
-    group = triton.cdiv(grid, groups)
+    tiles = _tiles_for(query, rank, grid)
+    constants = grad_coef_constants(width, rank, grid, query.dtype, tiles)
+    groups, group = constants["GROUPS"], constants["GROUP"]
     programs_per_part = triton.cdiv(tokens, tiles.own) * groups * heads
     batches_per_part = triton.cdiv(batch, triton.cdiv(PROGRAMS_WANTED, programs_per_part))
     parts = triton.cdiv(batch, batches_per_part)
@@ -189,11 +224,7 @@ def grad_coef(
             width**-0.5,
             *query.stride()[:3],
             *key.stride()[:3],
-            GROUP=group,
-            GROUPS=groups,
-            BLOCK_QUERY=tiles.walked,
-            BLOCK_KEY=tiles.own,
-            **constants(width, rank, query.dtype),
+            **constants,
             **tiles.options,
         )
     total = partial.sum(0)[:, :grid, :, :tokens, :rank]
