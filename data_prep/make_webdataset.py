@@ -2,184 +2,116 @@
 
     python data_prep/make_webdataset.py --src DIR --out DIR
 
-The source is an ImageFolder (with or without train/ and val/ or test/) or a directory of IDX files such as
-MNIST's. Samples are shuffled over the shards by a seed; the bytes of image files are kept as they are. The
-same source and options give the same shards. Run on a finished output, it checks every byte and makes again
-what is damaged.
+The source is one of
+
+    an ImageFolder, with or without train/ and val/ or test/, as a directory or as one uncompressed tar
+    ImageNet's official tars, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar with the validation labels
+    (sources/val_labels.py lists the forms they may have); they are read in place, nothing is unpacked
+    IDX files such as MNIST's
+
+Samples are shuffled over the shards by a seed; the bytes of image files are kept, unless --resize re-encodes them.
+The same source and options give the same shards. A run that was killed goes on with the shard it was at. Run on a
+finished output, it checks every byte and makes again what is damaged. Odd files are listed in dataset.json with what
+was done about them (--on-odd).
 """
 
-import multiprocessing
+import argparse
 import re
-import signal
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from console import add_source_options, make_parser, positive, progress, run
-from sources import Source, UnreadableSampleError, open_splits
+from preparing import DEFAULT_QUALITY, Preparation
+from shard_job import (
+    DEFAULT_SHARD_SAMPLES,
+    Job,
+    MadeShard,
+    finished_shards,
+    forget_notes,
+    make_shards,
+    remove_leftovers,
+    spread,
+)
+from sources import LabelFiles, Source, open_splits
+from sources.val_labels import NAME_FILES, find_file, read_synset_names
 
 from karat_scale import __version__
-from karat_scale.data.order import epoch_order
 from karat_scale.data.shard_format import (
     DATASET_FILE,
     DatasetRecord,
-    ShardRecord,
     SkippedRecord,
     SplitRecord,
     read_dataset_record,
     write_dataset_record,
 )
-from karat_scale.data.shard_writer import EncodedSample, shard_name, write_shard
 from karat_scale.data.shards import check_file
 from karat_scale.errors import DataError
 
-DEFAULT_SHARD_SAMPLES = 5000
+LISTED = 5
 
 
-@dataclass(frozen=True)
-class Job:
-    """One split to make: which samples go into which shard, and the settings that decide it."""
-
-    split: str
-    source: Source
-    out: Path
-    shards: list[npt.NDArray[np.int64]]
-    made: dict[str, str | int | None]
-
-
-@dataclass(frozen=True)
-class MadeShard:
-    """A shard that was written, and what was left out of it."""
-
-    number: int
-    record: ShardRecord
-    skipped: list[SkippedRecord]
-
-
-def plan_job(
-    split: str,
-    source: Source,
-    src: Path,
-    out: Path,
-    seed: int,
-    shard_samples: int | None,
-    shard_bytes: int | None,
-) -> Job:
-    """Spread the samples over shards of about equal size, in an order drawn from the seed."""
-    order = epoch_order(seed, 0, len(source))
-    if shard_bytes is not None:
-        ends = np.cumsum(source.sizes[order])
-        count = max(1, round(int(ends[-1]) / shard_bytes))
-        cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count)
-        shards = [shard for shard in np.split(order, cuts) if len(shard)]
-    else:
-        shard_samples = shard_samples or DEFAULT_SHARD_SAMPLES
-        shards = np.array_split(order, -(-len(source) // shard_samples))
-    made: dict[str, str | int | None] = {
+def plan_job(split: str, source: Source, options: argparse.Namespace) -> Job:
+    """The job of one split, as the command line asks for it."""
+    shards = spread(source, options.seed, options.subset, options.shard_samples, options.shard_bytes)
+    by_count = options.shard_samples or DEFAULT_SHARD_SAMPLES
+    made: dict[str, Any] = {
         "tool": "data_prep/make_webdataset.py",
         "version": __version__,
-        "source": src.resolve().name,
+        "source": options.src.resolve().name,
         "source_sha256": source.fingerprint(),
-        "seed": seed,
-        "shard_samples": shard_samples,
-        "shard_bytes": shard_bytes,
+        "seed": options.seed,
+        "shard_samples": None if options.shard_bytes else by_count,
+        "shard_bytes": options.shard_bytes,
+        "subset": options.subset,
+        "resize": options.resize,
+        "quality": (options.quality or DEFAULT_QUALITY) if options.resize else None,
+        "check": options.check,
+        "on_odd": options.on_odd,
     }
-    return Job(split, source, out, shards, made)
-
-
-def make_shard(job: Job, number: int) -> MadeShard:
-    """Write one shard of a job."""
-    skipped: list[SkippedRecord] = []
-
-    def samples() -> Iterator[EncodedSample]:
-        for index in job.shards[number].tolist():
-            try:
-                yield job.source.read(index)
-            except UnreadableSampleError as error:
-                skipped.append(SkippedRecord(path=job.source.name(index), reason=str(error)))
-
-    record = write_shard(job.out, shard_name(job.split, number), samples())
-    return MadeShard(number, record, skipped)
-
-
-_job: Job | None = None
-
-
-def _start_worker(job: Job) -> None:
-    global _job
-    _job = job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _make_in_worker(number: int) -> MadeShard:
-    assert _job is not None
-    return make_shard(_job, number)
-
-
-def make_shards(job: Job, numbers: list[int], workers: int) -> Generator[MadeShard, None, None]:
-    """Write these shards of a job, in parallel; yields them as they are done. Raises DataError if a process dies."""
-    if min(workers, len(numbers)) <= 1:
-        yield from (make_shard(job, number) for number in numbers)
-        return
-    pool = ProcessPoolExecutor(min(workers, len(numbers)), multiprocessing.get_context("fork"), _start_worker, (job,))
-    try:
-        for future in as_completed([pool.submit(_make_in_worker, number) for number in numbers]):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise DataError("a worker process died; use fewer --workers if memory is short") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    preparation = Preparation(options.check, options.on_odd, options.resize, options.quality or DEFAULT_QUALITY)
+    return Job(split, source, options.out, shards, preparation, made)
 
 
 def make_split(job: Job, workers: int) -> SplitRecord:
-    """Write all shards of a split; returns its record. Raises DataError when no image is usable."""
-    _remove_leftovers(job)
-    done: list[MadeShard] = []
-    with (
-        progress(f"{job.split}: writing", len(job.source), "images") as advance,
-        closing(make_shards(job, list(range(len(job.shards))), workers)) as shards,
-    ):
-        for shard in shards:
-            done.append(shard)
-            advance(len(job.shards[shard.number]))
-    done.sort(key=lambda shard: shard.number)
+    """Write the shards of a split that are not there yet; returns its record. Raises DataError if no image is left."""
+    with progress(f"{job.split}: writing", job.samples, "images") as advance:
+        done = finished_shards(job, advance)
+        remove_leftovers(job, done)
+        if done:
+            print(f"{job.split}: {len(done)} of {len(job.shards)} shards were finished before; going on")
+        missing = sorted(set(range(len(job.shards))) - {shard.number for shard in done})
+        with closing(make_shards(job, missing, workers)) as shards:
+            for shard in shards:
+                done.append(shard)
+                advance(len(job.shards[shard.number]))
+    return _split_record(job, sorted(done, key=lambda shard: shard.number))
+
+
+def _split_record(job: Job, done: list[MadeShard]) -> SplitRecord:
     records = [shard.record for shard in done]
     skipped = [SkippedRecord(path=path, reason=reason) for path, reason in job.source.skipped]
     skipped += [item for shard in done for item in shard.skipped]
-    if sum(record.samples for record in records) == 0:
+    samples = sum(record.samples for record in records)
+    if samples == 0:
         raise DataError(f"no image of split {job.split} is usable; first: {skipped[0].path}: {skipped[0].reason}")
+    per_class = [sum(shard.labels.get(label, 0) for shard in done) for label in range(len(job.source.classes))]
     return SplitRecord(
-        samples=sum(record.samples for record in records),
+        samples=samples,
         bytes=sum(record.bytes for record in records),
         shards=records,
         made=job.made,
         skipped=sorted(skipped, key=lambda item: item.path),
+        odd=sorted((item for shard in done for item in shard.odd), key=lambda item: item.path),
+        grey=sum(shard.grey for shard in done),
+        per_class=per_class,
     )
-
-
-def _remove_leftovers(job: Job) -> None:
-    """Remove what an unfinished run left, so that no reader takes its shards for ours.
-
-    A shard's index is there before its tar, so a tar alone is not ours: DataError.
-    """
-    ours = re.compile(rf"\.?{job.split}-\d{{6}}\.(tar|index\.npz)(\..+)?")
-    found = [path for path in sorted(job.out.iterdir()) if ours.fullmatch(path.name)]
-    for path in found:
-        if path.suffix == ".tar" and not path.with_suffix(".index.npz").exists():
-            raise DataError(f"{path} is in the way and was not made by this script; use another --out")
-    for path in found:
-        path.unlink()
 
 
 def check_split(job: Job, found: SplitRecord, workers: int) -> None:
     """Check a finished split byte for byte and make damaged shards again. Raises DataError for other settings."""
-    for key, value in job.made.items():
-        if key not in ("version", "source") and found.made.get(key) != value:
+    for key, value in job.made_with().items():
+        if found.made.get(key) != value:
             raise DataError(
                 f"{job.out} holds split {job.split} made with {key} = {found.made.get(key)}, now {value}; "
                 f"use another --out, or delete {job.out / DATASET_FILE} to make it anew"
@@ -204,23 +136,22 @@ def check_split(job: Job, found: SplitRecord, workers: int) -> None:
 
 
 def report(split: str, record: SplitRecord) -> None:
-    """Say what was made and what was skipped."""
+    """Say what was made, and what was skipped or odd."""
     print(
         f"{split}: {record.samples} samples in {len(record.shards)} shards, {record.bytes / 1e6:,.1f} MB, "
-        f"{len(record.skipped)} skipped"
+        f"{len(record.skipped)} skipped, {len(record.odd)} odd"
     )
-    _list_skipped((item.path, item.reason) for item in record.skipped[:5])
-    if len(record.skipped) > 5:
+    lines = [f"skipped {item.path}: {item.reason}" for item in record.skipped]
+    lines += [f"{item.done} {item.path}: {item.what}" for item in record.odd if item.done != "skipped"]
+    for line in lines[:LISTED]:
+        print(f"  {line}")
+    if len(lines) > LISTED:
         print(f"  ... all are listed in {DATASET_FILE}")
 
 
-def _list_skipped(items: Iterable[tuple[str, str]]) -> None:
-    for path, reason in items:
-        print(f"  skipped {path}: {reason}")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = make_parser("Turn an ImageFolder or IDX files into indexed WebDataset shards.")
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line. Raises DataError for options that do not go together."""
+    parser = make_parser("Turn an ImageFolder, ImageNet's official tars or IDX files into indexed WebDataset shards.")
     add_source_options(parser)
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
@@ -228,33 +159,66 @@ def main(arguments: list[str] | None = None) -> None:
     )
     size.add_argument("--shard-bytes", type=positive, metavar="N", help="image bytes a shard, about")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order in the shards (default 0)")
+    parser.add_argument("--subset", type=positive, metavar="N", help="only N images of each class, by the seed")
+    parser.add_argument("--resize", type=positive, metavar="S", help="re-encode with a short side of at most S pixels")
+    parser.add_argument(
+        "--quality", type=positive, metavar="Q", help=f"JPEG quality with --resize (default {DEFAULT_QUALITY})"
+    )
+    parser.add_argument(
+        "--check", choices=("header", "decode"), default="header", help="look at headers, or decode every image"
+    )
+    parser.add_argument(
+        "--on-odd",
+        choices=("convert", "keep", "skip", "stop"),
+        default="keep",
+        help="CMYK, misnamed, EXIF-rotated, corrupt EXIF, truncated: what to do (default keep)",
+    )
+    parser.add_argument("--val-labels", type=Path, metavar="FILE", help="ImageNet's validation labels")
+    parser.add_argument("--synsets", type=Path, metavar="FILE", help="`number wnid` lines for the devkit's numbers")
+    parser.add_argument("--names", type=Path, metavar="FILE", help="`wnid name` lines: what people call the classes")
     options = parser.parse_args(arguments)
     if options.split is not None and not re.fullmatch(r"\w+", options.split):
         raise DataError(f"--split {options.split!r} is no name; use letters, digits and _")
+    if options.quality is not None and (options.resize is None or options.quality > 100):
+        raise DataError(f"--quality {options.quality} needs --resize and is at most 100")
+    return options
 
+
+def class_names(options: argparse.Namespace, classes: list[str]) -> list[str]:
+    """Human names of the classes, from --names or a known file beside the images; empty if there is none."""
+    path = options.names or find_file(options.src, NAME_FILES)
+    if path is None:
+        return []
+    names = read_synset_names(path)
+    return [names.get(name, name) for name in classes]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
     out: Path = options.out
     dataset = read_dataset_record(out) if (out / DATASET_FILE).exists() else None
-    sources = open_splits(options.src, options.split, dataset.classes if dataset else None)
-    jobs = [
-        plan_job(split, source, options.src, out, options.seed, options.shard_samples, options.shard_bytes)
-        for split, source in sources.items()
-    ]
+    files = LabelFiles(options.val_labels, options.synsets)
+    sources = open_splits(options.src, options.split, dataset.classes if dataset else None, files)
+    jobs = [plan_job(split, source, options) for split, source in sources.items()]
     if options.dry_run:
         for job in jobs:
+            size = sum(int(job.source.sizes[shard].sum()) for shard in job.shards)
             print(
-                f"{job.split}: {len(job.source)} images of {len(job.source.classes)} classes, about "
-                f"{job.source.sizes.sum() / 1e6:,.1f} MB, would go into {len(job.shards)} shards in {out}"
+                f"{job.split}: {job.samples} images of {len(job.source.classes)} classes, about "
+                f"{size / 1e6:,.1f} MB, would go into {len(job.shards)} shards in {out}"
             )
         return
     out.mkdir(parents=True, exist_ok=True)
-    dataset = dataset or DatasetRecord(classes=jobs[0].source.classes)
+    classes = jobs[0].source.classes
+    dataset = dataset or DatasetRecord(classes=classes, names=class_names(options, classes))
     for job in jobs:
         if job.split in dataset.splits:
             check_split(job, dataset.splits[job.split], options.workers)
-            continue
-        dataset.splits[job.split] = make_split(job, options.workers)
-        write_dataset_record(out, dataset)
-        report(job.split, dataset.splits[job.split])
+        else:
+            dataset.splits[job.split] = make_split(job, options.workers)
+            write_dataset_record(out, dataset)
+            report(job.split, dataset.splits[job.split])
+        forget_notes(job)
 
 
 if __name__ == "__main__":

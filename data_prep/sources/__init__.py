@@ -8,22 +8,29 @@ from karat_scale.errors import DataError
 from sources.base import Source, UnreadableSampleError
 from sources.idx import IdxSource, idx_classes, idx_splits
 from sources.imagefolder import ImageFolderSource, class_folders, split_folders
+from sources.imagenet import LabelFiles, has_imagenet_tars, imagenet_splits
+from sources.tars import folder_tar_splits
 
-__all__ = ["Source", "UnreadableSampleError", "open_splits"]
+__all__ = ["LabelFiles", "Source", "UnreadableSampleError", "open_splits"]
+
+Openers = dict[str, Callable[[list[str]], Source]]
 
 # What other data sets call the split that recipes call val.
 VAL_NAMES = ("val", "valid", "validation", "test", "t10k")
 
 
-def open_splits(src: Path, split: str | None, known_classes: list[str] | None) -> dict[str, Source]:
-    """The wanted splits of `src` by their output names.
+def open_splits(
+    src: Path, split: str | None, known_classes: list[str] | None, files: LabelFiles | None = None
+) -> dict[str, Source]:
+    """The wanted splits of `src`, a directory or a tar of an ImageFolder, by their output names.
 
     split: one output name, or None for all. known_classes: the classes that earlier splits were labelled
-    with. A source without split folders is one split, called `split` or train. Raises DataError.
+    with. files: where ImageNet's validation labels are, if not beside the tars. A source without split folders
+    is one split, called `split` or train. Raises DataError.
     """
-    if not src.is_dir():
-        raise DataError(f"--src {src} is not a directory")
-    found, own_classes = _find(src, split)
+    if not src.is_dir() and not src.is_file():
+        raise DataError(f"--src {src} is not a directory or a tar")
+    found, own_classes = _find(src, split, files or LabelFiles(), known_classes)
     chosen = _choose(src, found, split)
     classes = own_classes if known_classes is None else known_classes
     if known_classes is not None and not set(own_classes) <= set(known_classes):
@@ -32,7 +39,15 @@ def open_splits(src: Path, split: str | None, known_classes: list[str] | None) -
     return {name: found[origin](classes) for name, origin in chosen.items()}
 
 
-def _find(src: Path, split: str | None) -> tuple[dict[str, Callable[[list[str]], Source]], list[str]]:
+def _find(
+    src: Path, split: str | None, files: LabelFiles, known_classes: list[str] | None
+) -> tuple[Openers, list[str]]:
+    if src.is_file():
+        in_tar, names = folder_tar_splits(src)
+        return {name or split or "train": opener for name, opener in in_tar.items()}, names
+    if has_imagenet_tars(src):
+        official, names = imagenet_splits(src, split, files, known_classes)
+        return dict(official), names
     idx = idx_splits(src)
     if idx:
         return {name: partial(IdxSource, path) for name, path in idx.items()}, idx_classes(src)

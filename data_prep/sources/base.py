@@ -1,17 +1,13 @@
 """What a source of images offers to the scripts that write shards, betons or indexes."""
 
-import io
+import hashlib
+import os
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from karat_scale.data.decode import undecodable_reason
-from karat_scale.data.shard_writer import EncodedSample
-
-# The second image in these files is no second sample.
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg"}
+from sources.keys import unique_keys
 
 
 class UnreadableSampleError(Exception):
@@ -27,27 +23,50 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     @property
+    def labels(self) -> npt.NDArray[np.int32]:
+        """The class number of each sample."""
+
+    @property
     def sizes(self) -> npt.NDArray[np.int64]:
         """Bytes of each sample, or about that."""
 
     def name(self, index: int) -> str:
         """Where sample `index` is in the source, for reports."""
 
-    def read(self, index: int) -> EncodedSample:
-        """Sample `index`. Raises UnreadableSampleError."""
+    def key(self, index: int) -> str:
+        """The name of sample `index` in a shard, without ending."""
+
+    def read(self, index: int) -> bytes:
+        """The encoded image. Raises UnreadableSampleError."""
 
     def fingerprint(self) -> str:
         """A hash that changes when the source does."""
 
 
-def image_extension(data: bytes) -> str:
-    """The ending for an image by its content: jpg, png, ... Raises UnreadableSampleError for a broken header."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if min(image.size) < 1 or image.format is None:
-                raise UnreadableSampleError("the image has no pixels")
-            return EXTENSIONS.get(image.format, image.format.lower())
-    except UnreadableSampleError:
-        raise
-    except Exception as error:  # damaged files make Pillow raise nearly anything
-        raise UnreadableSampleError(undecodable_reason(error)) from error
+class ListedSource:
+    """What sources of image files with paths have in common: the same files give the same shards from any of them."""
+
+    def __init__(self, classes: list[str], paths: list[str], labels: list[int]) -> None:
+        self.classes = classes
+        self.labels: npt.NDArray[np.int32] = np.array(labels, dtype=np.int32)
+        self._paths = paths
+        self._keys = unique_keys(paths)
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def name(self, index: int) -> str:
+        return self._paths[index]
+
+    def key(self, index: int) -> str:
+        return self._keys[index]
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for path, size, label in zip(self._paths, self.sizes, self.labels, strict=True):
+            digest.update(os.fsencode(path) + f"\0{size}\0{label}\n".encode())
+        return digest.hexdigest()

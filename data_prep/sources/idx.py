@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from karat_scale.data.shard_writer import EncodedSample
 from karat_scale.errors import DataError
 
 JPEG_QUALITY = 95
@@ -72,18 +71,18 @@ class IdxSource:
         self.classes = classes
         self.skipped: list[tuple[str, str]] = []
         self._images = read_idx(images)
-        self._labels = read_idx(_labels_of(images))
+        self.labels: npt.NDArray[np.int32] = read_idx(_labels_of(images)).astype(np.int32)
         self._file = images.name
-        if self._images.ndim != 3 or self._labels.ndim != 1 or len(self._images) != len(self._labels):
+        if self._images.ndim != 3 or self.labels.ndim != 1 or len(self._images) != len(self.labels):
             raise DataError(
-                f"{images} holds {self._images.shape} values, its labels {self._labels.shape}; fetch both again"
+                f"{images} holds {self._images.shape} values, its labels {self.labels.shape}; fetch both again"
             )
         if len(self._images) == 0:
             raise DataError(f"{images} holds no images")
-        wrong = np.flatnonzero(self._labels >= len(classes))
+        wrong = np.flatnonzero(self.labels >= len(classes))
         if len(wrong):
             raise DataError(
-                f"{_labels_of(images)}: sample {wrong[0]} has label {self._labels[wrong[0]]}, but there are "
+                f"{_labels_of(images)}: sample {wrong[0]} has label {self.labels[wrong[0]]}, but there are "
                 f"{len(classes)} classes; correct {CLASSES_FILE} or the labels"
             )
 
@@ -98,10 +97,13 @@ class IdxSource:
     def name(self, index: int) -> str:
         return f"{self._file}[{index}]"
 
-    def read(self, index: int) -> EncodedSample:
+    def key(self, index: int) -> str:
+        return f"{index:06d}"
+
+    def read(self, index: int) -> bytes:
         buffer = io.BytesIO()
         Image.fromarray(self._images[index]).save(buffer, "JPEG", quality=JPEG_QUALITY)
-        return EncodedSample(f"{index:06d}", "jpg", buffer.getvalue(), int(self._labels[index]))
+        return buffer.getvalue()
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self._images.tobytes() + self._labels.tobytes()).hexdigest()
+        return hashlib.sha256(self._images.tobytes() + self.labels.astype(np.uint8).tobytes()).hexdigest()

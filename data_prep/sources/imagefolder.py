@@ -1,6 +1,5 @@
 """An ImageFolder as a source: one folder per class, original bytes kept."""
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -8,12 +7,16 @@ import numpy as np
 import numpy.typing as npt
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from karat_scale.data.shard_writer import EncodedSample
 from karat_scale.errors import DataError
-from sources.base import UnreadableSampleError, image_extension
+from sources.base import ListedSource, UnreadableSampleError
 
 SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test")
-MAX_KEY_BYTES = 90  # a tar name holds 100
+NO_IMAGE_NAME = "the name has no image ending"
+
+
+def is_image_name(file: str) -> bool:
+    """Whether a file's name says that it is an image, as ImageFolder sees it; hidden files are none."""
+    return file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")
 
 
 def split_folders(src: Path) -> dict[str, Path]:
@@ -33,17 +36,17 @@ def class_folders(folder: Path) -> list[str]:
     return names
 
 
-class ImageFolderSource:
+class ImageFolderSource(ListedSource):
     """`folder`/<class>/.../<image>, sorted by class and path. See Source.
 
     Raises DataError for a class that `classes` does not list.
     """
 
     def __init__(self, folder: Path, classes: list[str]) -> None:
-        self.classes = classes
         self.skipped: list[tuple[str, str]] = []
         self._folder = folder
-        self._paths: list[str] = []
+        self._sizes: npt.NDArray[np.int64] | None = None
+        paths: list[str] = []
         labels: list[int] = []
         numbers = {name: label for label, name in enumerate(classes)}
         for name in class_folders(folder):
@@ -53,13 +56,11 @@ class ImageFolderSource:
                     f"{classes[0]} ... {classes[-1]} ({len(classes)}); use another --out"
                 )
             found = self._images_under(name)
-            self._paths += found
+            paths += found
             labels += [numbers[name]] * len(found)
-        if not self._paths:
+        if not paths:
             raise DataError(f"{folder} has no images in its class folders")
-        self._labels = np.array(labels, dtype=np.int32)
-        self._keys = _unique_keys(self._paths)
-        self._sizes: npt.NDArray[np.int64] | None = None
+        super().__init__(classes, paths, labels)
 
     def _images_under(self, name: str) -> list[str]:
         found = []
@@ -67,14 +68,11 @@ class ImageFolderSource:
             folders.sort()
             for file in sorted(files):
                 path = os.path.relpath(os.path.join(directory, file), self._folder)  # noqa: PTH118
-                if file.lower().endswith(IMG_EXTENSIONS) and file[0] != ".":
+                if is_image_name(file):
                     found.append(path)
                 else:
-                    self.skipped.append((path, "the name has no image ending"))
+                    self.skipped.append((path, NO_IMAGE_NAME))
         return sorted(found)
-
-    def __len__(self) -> int:
-        return len(self._paths)
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
@@ -83,36 +81,8 @@ class ImageFolderSource:
             self._sizes = np.array(sizes, dtype=np.int64)
         return self._sizes
 
-    def name(self, index: int) -> str:
-        return self._paths[index]
-
-    def read(self, index: int) -> EncodedSample:
+    def read(self, index: int) -> bytes:
         try:
-            data = (self._folder / self._paths[index]).read_bytes()
+            return (self._folder / self._paths[index]).read_bytes()
         except OSError as error:
             raise UnreadableSampleError(error.strerror or str(error)) from error
-        if not data:
-            raise UnreadableSampleError("the file is empty")
-        return EncodedSample(self._keys[index], image_extension(data), data, int(self._labels[index]))
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for path, size, label in zip(self._paths, self.sizes, self._labels, strict=True):
-            digest.update(os.fsencode(path) + f"\0{size}\0{label}\n".encode())
-        return digest.hexdigest()
-
-
-def _unique_keys(paths: list[str]) -> list[str]:
-    """A key per path: the path with no dot in its last part, short enough for a tar, never the same twice."""
-    keys: list[str] = []
-    taken: set[str] = set()
-    for path in paths:
-        text = os.fsencode(path).decode(errors="replace")
-        folder, _, file = text.rpartition("/")
-        stem = file.rpartition(".")[0].replace(".", "_")
-        key = f"{folder}/{stem}" if folder else stem
-        if key in taken or len(key.encode()) > MAX_KEY_BYTES:
-            key = hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
-        taken.add(key)
-        keys.append(key)
-    return keys

@@ -14,10 +14,15 @@ class UndecodableImageError(Exception):
     """The bytes are no whole image; the message is the reason."""
 
 
-def decode_rgb(data: bytes) -> Image.Image:
-    """A loaded RGB image of any format, mode or bit depth Pillow reads. Raises UndecodableImageError."""
+def decode_rgb(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
+    """A loaded RGB image of any format, mode or bit depth Pillow reads. Raises UndecodableImageError.
+
+    at_least: a (width, height) that is enough, so that a JPEG may be scaled by 1/2, 1/4 or 1/8 while it is decoded.
+    """
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if at_least is not None:
+                image.draft(None, at_least)
             return _to_rgb(image)
     except MemoryError:
         raise

@@ -50,8 +50,16 @@ class SkippedRecord(BaseModel):
     reason: str
 
 
+class OddRecord(BaseModel):
+    """A source image that decoders disagree about, and what was done with it."""
+
+    path: str
+    what: str
+    done: Literal["kept", "converted", "skipped"]
+
+
 class SplitRecord(BaseModel):
-    """One split: `made` says from what and with which settings."""
+    """One split: `made` says from what and with which settings; `per_class` counts the samples of each class."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -60,6 +68,9 @@ class SplitRecord(BaseModel):
     shards: list[ShardRecord]
     made: dict[str, Any] = {}
     skipped: list[SkippedRecord] = []
+    odd: list[OddRecord] = []
+    grey: int = 0
+    per_class: list[int] = []
 
 
 class DatasetRecord(BaseModel):
@@ -70,6 +81,8 @@ class DatasetRecord(BaseModel):
     format: Literal["karat-shards"] = "karat-shards"
     version: Literal[1] = 1
     classes: list[str]
+    # What people call the classes, in the same order; empty where nobody said.
+    names: list[str] = []
     splits: dict[str, SplitRecord] = {}
 
 

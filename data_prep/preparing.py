@@ -1,0 +1,113 @@
+"""From a source's image file to what goes into a shard: checks, the policy for odd files, and re-encoding."""
+
+import io
+from dataclasses import dataclass
+from typing import Literal
+
+from odd_images import ImageFacts, decoding_failure, inspect_image, without_exif
+from PIL import Image
+from sources import UnreadableSampleError
+
+from karat_scale.data.decode import UndecodableImageError, decode_rgb
+from karat_scale.errors import DataError
+
+Check = Literal["header", "decode"]
+OnOdd = Literal["convert", "keep", "skip", "stop"]
+DEFAULT_QUALITY = 90
+# Odd files are few, so their pixels may cost some bytes.
+CONVERT_QUALITY = 95
+# A JPEG scaled while decoding stays this many times larger than its result, so that the rest is resized well.
+DRAFT_MARGIN = 2
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image as it goes into a shard. `odd` is empty for an ordinary one, else `done` is what was done with it."""
+
+    data: bytes
+    extension: str
+    grey: bool
+    odd: str = ""
+    done: Literal["kept", "converted"] = "kept"
+
+
+class OddImageSkippedError(UnreadableSampleError):
+    """An odd image that the policy leaves out; the message is what is odd."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How images are treated.
+
+    check: look at headers alone, or decode everything. on_odd: what to do with images that are CMYK, in another
+    format than their name says, rotated by EXIF, with corrupt EXIF, junk in the header, or truncated. `convert` makes
+    RGB JPEGs, and drops an EXIF block without touching the pixels, so that every decoder sees what torchvision's
+    ImageFolder sees; what cannot be decoded is skipped. `keep` keeps the bytes, `skip` leaves the image out,
+    `stop` ends the run. resize, quality: re-encode every image as RGB JPEG with at most this short side in pixels.
+    """
+
+    check: Check = "header"
+    on_odd: OnOdd = "keep"
+    resize: int | None = None
+    quality: int = DEFAULT_QUALITY
+
+    def prepare(self, data: bytes, name: str) -> Prepared:
+        """The image to store. Raises UnreadableSampleError to leave it out, DataError to stop."""
+        try:
+            facts = inspect_image(data, name)
+        except UnreadableSampleError as error:
+            if self.on_odd == "stop":
+                raise DataError(f"{name}: {error}; remove it, or choose another --on-odd than stop") from error
+            raise
+        failure = facts.undecodable
+        if not failure and self.check == "decode" and self.resize is None:
+            failure = decoding_failure(data)
+        if not failure and self.resize is not None:
+            try:
+                pixels = resized_jpeg(data, self.resize, self.quality)
+            except UndecodableImageError as error:
+                failure = str(error)
+        odd = "; ".join([*facts.odd, *facts.exif_odd, *([failure] if failure else [])])
+        if odd and self.on_odd in ("stop", "skip"):
+            self._refuse(name, odd)
+        if self.resize is not None:
+            if failure:
+                raise OddImageSkippedError(odd)
+            return Prepared(pixels, "jpg", facts.grey, odd, "converted")
+        if odd and self.on_odd == "convert":
+            return _convert(data, facts, failure, odd)
+        return Prepared(data, facts.extension, facts.grey, odd)
+
+    def _refuse(self, name: str, odd: str) -> None:
+        if self.on_odd == "stop":
+            raise DataError(f"{name}: {odd}; choose --on-odd convert, keep or skip")
+        raise OddImageSkippedError(odd)
+
+
+def _convert(data: bytes, facts: ImageFacts, failure: str, odd: str) -> Prepared:
+    if failure:
+        raise OddImageSkippedError(odd)
+    if not facts.odd:
+        return Prepared(without_exif(data), facts.extension, facts.grey, odd, "converted")
+    try:
+        image = decode_rgb(data)
+    except UndecodableImageError as error:
+        raise OddImageSkippedError(f"{odd}; {error}") from error
+    return Prepared(_jpeg(image, CONVERT_QUALITY), "jpg", facts.grey, odd, "converted")
+
+
+def resized_jpeg(data: bytes, short_side: int, quality: int) -> bytes:
+    """The image as RGB JPEG with this short side, or its own where that is less. Raises UndecodableImageError."""
+    enough = DRAFT_MARGIN * short_side
+    image = decode_rgb(data, at_least=(enough, enough))
+    scale = short_side / min(image.size)
+    if scale < 1:
+        width, height = (max(short_side, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return _jpeg(image, quality)
+
+
+def _jpeg(image: Image.Image, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()

@@ -1,0 +1,92 @@
+"""ImageNet's official tars as sources, read in place.
+
+ILSVRC2012_img_train.tar    one tar per class: n01440764.tar, ...
+ILSVRC2012_img_val.tar      ILSVRC2012_val_00000001.JPEG, ...; the labels come from a file beside it (val_labels.py)
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from karat_scale.errors import DataError
+from sources.imagefolder import is_image_name
+from sources.tars import Member, TarSource, scan_tar
+from sources.val_labels import LABEL_FILES, find_file, read_val_labels
+
+TRAIN_TAR = "ILSVRC2012_img_train.tar"
+VAL_TAR = "ILSVRC2012_img_val.tar"
+
+
+@dataclass(frozen=True)
+class LabelFiles:
+    """Where the user says that labels are: val_labels and synsets as val_labels.py has them."""
+
+    val_labels: Path | None = None
+    synsets: Path | None = None
+
+
+def has_imagenet_tars(src: Path) -> bool:
+    """Whether an official tar is in `src`."""
+    return (src / TRAIN_TAR).is_file() or (src / VAL_TAR).is_file()
+
+
+def imagenet_splits(
+    src: Path, split: str | None, files: LabelFiles, known_classes: list[str] | None
+) -> tuple[dict[str, Callable[[list[str]], TarSource]], list[str]]:
+    """The splits whose tars are in `src`, and their classes: the sorted wnids. Raises DataError."""
+    found: dict[str, Callable[[list[str]], TarSource]] = {}
+    wnids: set[str] = set()
+    if (src / TRAIN_TAR).is_file():
+        inner = [member for member in scan_tar(src / TRAIN_TAR) if member.name.endswith(".tar")]
+        if not inner:
+            raise DataError(f"{src / TRAIN_TAR} holds no tars of classes; it is not the official one")
+        wnids |= {_wnid(member) for member in inner}
+        found["train"] = partial(_open_train, src / TRAIN_TAR, inner)
+    if (src / VAL_TAR).is_file() and split != "train":
+        members = list(scan_tar(src / VAL_TAR))
+        labels = _val_labels(src, members, files, sorted(wnids) or known_classes)
+        wnids |= set(labels.values())
+        found["val"] = partial(_open_val, src / VAL_TAR, members, labels)
+    return found, sorted(wnids)
+
+
+def _wnid(member: Member) -> str:
+    return member.name.rpartition("/")[2].removesuffix(".tar")
+
+
+def _stem(member: Member) -> str:
+    return _file(member).rpartition(".")[0]
+
+
+def _file(member: Member) -> str:
+    return member.name.rpartition("/")[2]
+
+
+def _open_train(path: Path, inner: list[Member], classes: list[str]) -> TarSource:
+    def members() -> Iterator[tuple[str, str, Member]]:
+        for tar in inner:
+            for member in scan_tar(path, within=tar):
+                yield _wnid(tar), f"{_wnid(tar)}/{member.name}", member
+
+    return TarSource(path, classes, members())
+
+
+def _open_val(path: Path, members: list[Member], labels: dict[str, str], classes: list[str]) -> TarSource:
+    def placed() -> Iterator[tuple[str, str, Member]]:
+        for member in members:
+            wnid = labels.get(_stem(member), "")
+            yield wnid, f"{wnid}/{_file(member)}" if wnid else member.name, member
+
+    return TarSource(path, classes, placed())
+
+
+def _val_labels(src: Path, members: list[Member], files: LabelFiles, wnids: list[str] | None) -> dict[str, str]:
+    path = files.val_labels or find_file(src, LABEL_FILES)
+    if path is None:
+        raise DataError(
+            f"{src / VAL_TAR} has no labels beside it; put LOC_val_solution.csv there or give --val-labels FILE, "
+            f"or make only --split train"
+        )
+    stems = [_stem(member) for member in members if is_image_name(_file(member))]
+    return read_val_labels(path, stems, wnids, files.synsets)

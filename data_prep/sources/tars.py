@@ -1,0 +1,116 @@
+"""Images inside an uncompressed tar, read where they lie: headers are scanned once, nothing is unpacked."""
+
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from karat_scale.data.shard_writer import TAR_BLOCK
+from karat_scale.errors import DataError
+from sources.base import ListedSource, UnreadableSampleError
+from sources.imagefolder import NO_IMAGE_NAME, SPLIT_FOLDERS, is_image_name
+
+
+@dataclass(frozen=True)
+class Member:
+    """A regular file in a tar: its bytes are `size` from `offset` of the tar's own file."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def scan_tar(path: Path, within: Member | None = None) -> Iterator[Member]:
+    """The regular files of a tar, or of the tar that is member `within` of it. Raises DataError if damaged."""
+    what = f"{path}: {within.name}" if within else f"{path}"
+    try:
+        with path.open("rb") as file:
+            end = within.offset + within.size if within else path.stat().st_size
+            file.seek(within.offset if within else 0)
+            # Offsets count from the start of the outer file, since that is what tarfile is handed.
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                while (info := archive.next()) is not None and info.offset < end:
+                    archive.members.clear()  # type: ignore[attr-defined]
+                    if info.offset_data + (info.size if info.isreg() else 0) > end:
+                        raise DataError(f"{what} is cut short at {info.name!r}; fetch it again")
+                    if info.isreg() and not info.issparse():
+                        yield Member(info.name, info.offset_data, info.size)
+                # A tar ends with blocks of zeros; one that was cut between two members does not.
+                file.seek(archive.offset)
+                if file.read(max(0, min(TAR_BLOCK, end - archive.offset))) != bytes(TAR_BLOCK):
+                    raise DataError(f"{what} is cut short: it has no end mark; fetch it again")
+    except tarfile.TarError as error:
+        packed = path.suffix in (".gz", ".tgz", ".xz", ".bz2", ".zst")
+        mend = "unpack its compression first" if packed else "fetch it again"
+        raise DataError(f"{what} is no whole tar ({error}); {mend}") from error
+
+
+class TarSource(ListedSource):
+    """Image members of one tar as a source. See Source.
+
+    members: (class name, path for reports and keys, member). They are put in the order that an ImageFolder of the
+    same images has, so both give the same shards.
+    """
+
+    def __init__(self, archive: Path, classes: list[str], members: Iterator[tuple[str, str, Member]]) -> None:
+        self.skipped: list[tuple[str, str]] = []
+        self._archive = archive
+        self._file: int | None = None
+        numbers = {name: label for label, name in enumerate(classes)}
+        found: list[tuple[str, str, Member]] = []
+        for name, path, member in members:
+            if not is_image_name(path.rpartition("/")[2]):
+                self.skipped.append((path, NO_IMAGE_NAME))
+                continue
+            if name not in numbers:
+                raise DataError(f"{archive}: {member.name} is of class {name!r}, which the shards do not have")
+            found.append((name, path, member))
+        if not found:
+            raise DataError(f"{archive} has no images")
+        found.sort(key=lambda item: item[:2])
+        self._offsets = np.array([member.offset for _, _, member in found], dtype=np.int64)
+        self._sizes = np.array([member.size for _, _, member in found], dtype=np.int64)
+        super().__init__(classes, [path for _, path, _ in found], [numbers[name] for name, _, _ in found])
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        return self._sizes
+
+    def read(self, index: int) -> bytes:
+        if self._file is None:
+            self._file = os.open(self._archive, os.O_RDONLY | os.O_CLOEXEC)
+        size = int(self._sizes[index])
+        try:
+            data = os.pread(self._file, size, int(self._offsets[index]))
+        except OSError as error:
+            raise UnreadableSampleError(error.strerror or str(error)) from error
+        if len(data) != size:
+            raise DataError(f"{self._archive} has become shorter; it ends in {self.name(index)}")
+        return data
+
+    def __del__(self) -> None:
+        if getattr(self, "_file", None) is not None:
+            os.close(self._file)  # type: ignore[arg-type]
+
+
+def folder_tar_splits(path: Path) -> tuple[dict[str, Callable[[list[str]], Any]], list[str]]:
+    """Splits and classes of a tar of an ImageFolder: [<anything>/][train/|val/]<class>/<image>."""
+    by_split: dict[str, list[tuple[str, str, Member]]] = {}
+    for member in scan_tar(path):
+        parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
+        if len(parts) < 2:
+            raise DataError(f"{path}: {member.name} is in no class folder; expected <class>/<image>")
+        at = next((i for i, part in enumerate(parts[:-2]) if part in SPLIT_FOLDERS), None)
+        split, inner = ("", parts) if at is None else (parts[at], parts[at + 1 :])
+        by_split.setdefault(split, []).append((inner[0], "/".join(inner), member))
+    classes = sorted({item[0] for items in by_split.values() for item in items})
+
+    def opener(items: list[tuple[str, str, Member]]) -> Callable[[list[str]], TarSource]:
+        return lambda names: TarSource(path, names, iter(items))
+
+    return {split: opener(items) for split, items in by_split.items()}, classes

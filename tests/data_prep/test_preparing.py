@@ -1,0 +1,159 @@
+import tarfile
+
+import numpy as np
+import pytest
+from make_webdataset import main
+from odd_images import inspect_image, scan_jpeg, without_exif
+from PIL import Image
+from preparing import OddImageSkippedError, Preparation, resized_jpeg
+from sources import UnreadableSampleError
+
+from karat_scale.data.decode import decode_rgb
+from karat_scale.data.shard_format import read_dataset_record
+from karat_scale.data.shards import ShardSplit
+from karat_scale.errors import DataError
+from tests.data_prep.images import jpeg, sample_file, tar_bytes, write
+
+EXIF = Image.Exif()
+EXIF[0x0112] = 6
+ROTATED = jpeg(1, exif=EXIF.tobytes())
+CORRUPT = jpeg(1, exif=b"Exif\0\0" + b"\xff" * 40)
+CMYK = jpeg(2, 192, 160, mode="CMYK")
+PNG = jpeg(3, 192, 160, kind="PNG")
+TRUNCATED = jpeg(4, 64, 64, quality=95)[:-60]
+ODD = {
+    "EXIF orientation 6": ROTATED,
+    "corrupt EXIF": CORRUPT,
+    "CMYK": CMYK,
+    "PNG named JPEG": PNG,
+    "image file is truncated": TRUNCATED,
+}
+
+
+def pixels(data):
+    return np.asarray(decode_rgb(data))
+
+
+@pytest.mark.parametrize(("what", "data"), ODD.items())
+def test_policies(what, data):
+    kept = Preparation(on_odd="keep").prepare(data, "a.JPEG")
+    assert (kept.data, kept.done) == (data, "kept")
+    assert kept.odd.startswith(what)
+    with pytest.raises(OddImageSkippedError, match=what):
+        Preparation(on_odd="skip").prepare(data, "a.JPEG")
+    with pytest.raises(DataError, match=f"a.JPEG: {what}.*; choose --on-odd convert, keep or skip"):
+        Preparation(on_odd="stop").prepare(data, "a.JPEG")
+
+
+@pytest.mark.parametrize("what", ["EXIF orientation 6", "corrupt EXIF", "CMYK", "PNG named JPEG"])
+def test_conversion_gives_ordinary_jpegs_of_the_same_pixels(what):
+    done = Preparation(on_odd="convert").prepare(ODD[what], "a.JPEG")
+    assert (done.done, done.extension) == ("converted", "jpg")
+    again = Preparation(on_odd="stop", check="decode").prepare(done.data, "a.JPEG")
+    assert again.data == done.data
+    difference = np.abs(pixels(done.data).astype(int) - pixels(ODD[what])).mean()
+    assert difference == 0 if "EXIF" in what else difference < 3
+
+
+def test_truncated_images_cannot_be_converted_or_resized():
+    for preparation in (Preparation(on_odd="convert"), Preparation(resize=16)):
+        with pytest.raises(OddImageSkippedError, match="truncated"):
+            preparation.prepare(TRUNCATED, "a.JPEG")
+
+
+def test_ordinary_images_pass_every_policy():
+    for data, name in ((jpeg(1), "a.JPEG"), (jpeg(1, kind="PNG"), "a.png"), (jpeg(1, progressive=True), "a.jpg")):
+        for policy in ("convert", "keep", "skip", "stop"):
+            done = Preparation("decode", policy).prepare(data, name)
+            assert (done.data, done.odd) == (data, "")
+    assert Preparation().prepare(jpeg(1, mode="L"), "a.jpg").grey
+
+
+def test_no_image_at_all_is_left_out_or_stops():
+    for data in (b"", b"text", b"\xff\xd8\xff", jpeg(1)[:40]):
+        with pytest.raises(UnreadableSampleError):
+            Preparation().prepare(data, "a.JPEG")
+        with pytest.raises(DataError, match="choose another --on-odd than stop"):
+            Preparation(on_odd="stop").prepare(data, "a.JPEG")
+
+
+def test_damage_behind_the_header_is_found_by_decoding():
+    data = bytearray(jpeg(7))
+    at = data.index(b"\xff\xc4")  # a Huffman table with more codes than there can be
+    data[at + 5 : at + 21] = b"\xff" * 16
+    assert not Preparation("header").prepare(bytes(data), "a.JPEG").odd
+    assert Preparation("decode").prepare(bytes(data), "a.JPEG").odd
+
+
+def test_a_decompression_bomb_is_refused():
+    data = bytearray(jpeg(1))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = b"\xff\xff\xff\xff"
+    with pytest.raises(UnreadableSampleError, match=r"65535 x 65535 pixels are over the limit"):
+        inspect_image(bytes(data), "a.jpg")
+
+
+def test_scan_agrees_with_pillow():
+    for width, height, mode in ((24, 20, "RGB"), (300, 7, "L"), (8, 9, "CMYK")):
+        header = scan_jpeg(jpeg(1, width, height, mode=mode))
+        assert (header.width, header.height, header.components) == (width, height, len(mode))
+    assert without_exif(jpeg(1)) == jpeg(1)
+    assert scan_jpeg(jpeg(1, kind="PNG")) is None
+
+
+@pytest.mark.parametrize(("size", "expected"), [((400, 300), (85, 64)), ((64, 64), (64, 64)), ((30, 50), (30, 50))])
+def test_resizing_bounds_the_short_side(size, expected):
+    data = jpeg(5, *size, quality=95)
+    done = Preparation(resize=64, quality=90).prepare(data, "a.jpg")
+    assert (done.extension, done.odd) == ("jpg", "")
+    result = decode_rgb(done.data)
+    assert result.size == expected
+    exact = decode_rgb(data).resize(expected, Image.Resampling.BICUBIC)
+    assert np.abs(np.asarray(result).astype(int) - np.asarray(exact)).mean() < 3
+
+
+def test_quality_decides_the_size():
+    data = jpeg(6, 200, 200)
+    assert len(resized_jpeg(data, 100, 50)) < len(resized_jpeg(data, 100, 95))
+
+
+EXPECTED_ODD = {
+    "hopper_bad_exif.jpg": "corrupt EXIF",
+    "invalid-exif.jpg": "corrupt EXIF",
+    "junk_jpeg_header.jpg": "junk in the header",
+    "pil_sample_cmyk.jpg": "CMYK",
+    "png_disguised.JPEG": "PNG named JPEG",
+    "truncated_app14.jpg": "junk in the header",
+    "truncated_jpeg.jpg": "truncated",
+    "ultrahdr.jpg": "truncated",
+    **{f"hopper_orientation_{number}.jpg": f"EXIF orientation {number}" for number in range(2, 9)},
+}
+
+
+@pytest.mark.parametrize("policy", ["keep", "convert", "skip"])
+def test_the_odd_collection(tmp_path, policy):
+    with tarfile.open(sample_file("odd_jpegs.tar")) as tar:
+        files = {info.name: tar.extractfile(info).read() for info in tar if info.isfile()}
+    (tmp_path / "odd.tar").write_bytes(tar_bytes(files))
+    main(["--src", str(tmp_path / "odd.tar"), "--out", str(tmp_path / "out"), "--on-odd", policy])
+    record = read_dataset_record(tmp_path / "out").splits["train"]
+    found = {item.path.removeprefix("odd/"): item for item in record.odd}
+    assert found.keys() == EXPECTED_ODD.keys()
+    assert all(EXPECTED_ODD[name] in item.what for name, item in found.items())
+    hopeless = {"truncated_jpeg.jpg", "ultrahdr.jpg"}
+    done = {"keep": "kept", "convert": "converted", "skip": "skipped"}[policy]
+    for name, item in found.items():
+        assert item.done == ("skipped" if policy == "convert" and name in hopeless else done)
+    left = {"keep": 21, "convert": 19, "skip": 21 - len(EXPECTED_ODD)}[policy]
+    assert (record.samples, len(record.skipped), record.grey) == (left, 21 - left, 3 if policy != "skip" else 2)
+    shards = ShardSplit(tmp_path / "out", "train", 1)
+    if policy != "keep":
+        assert all(decode_rgb(shards.read(number)).mode == "RGB" for number in range(len(shards)))
+
+
+def test_stop_names_the_file_and_writes_no_data_set(tmp_path):
+    write(tmp_path / "src/ant/a.jpg", jpeg(1))
+    write(tmp_path / "src/ant/b.jpg", CMYK)
+    with pytest.raises(DataError, match=r"ant/b.jpg: CMYK"):
+        main(["--src", str(tmp_path / "src"), "--out", str(tmp_path / "out"), "--on-odd", "stop"])
+    assert not list((tmp_path / "out").iterdir())
