@@ -205,13 +205,14 @@ INLINE void fill_harmonics(float* features, long rows, long grid) {
 
 // -------------------------------------------------------------------------------------------- packing and layout
 
-// Row `j` of the mask that exchanges the off-diagonal S x S blocks of two rows (see `transpose`).
+// Lanes of a, then of b, by constant indices.
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (int __attribute__((vector_size(4 * LANES)))){__VA_ARGS__})
 #endif
 
+// Exchanges the off-diagonal S x S blocks of two rows of a matrix.
 template <int S, int... J>
 INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, J...>) {
   const Vec low = SHUFFLE(a, b, ((J & S) ? int(LANES) + J - S : J)...);
@@ -465,14 +466,14 @@ int forward(const Call& c) {
   float* scratch = projectors + s.heads * projector;
 #pragma omp parallel num_threads(c.threads)
   {
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (long h = 0; h < s.heads; h++) {
       pack_for_forward(c, s, h, packed + h * coefficients);
       pack_projector(c, s, h, projectors + h * projector);
     }
     Arena arena(scratch + omp_get_thread_num() * needed.used());
     const ForwardScratch mine(s, arena);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (long t = 0; t < s.heads * s.batch; t++) {
       const long h = t / s.batch, b = t % s.batch;
       forward_item<T>(c, s, mine, packed + h * coefficients, projectors + h * projector, b, h);
@@ -637,21 +638,21 @@ int backward(const Call& c) {
   float* scratch = grad_projectors + s.heads * parts * projector;
 #pragma omp parallel num_threads(c.threads)
   {
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (long h = 0; h < s.heads; h++) {
       pack_for_backward(c, s, h, packed + h * coefficients);
       pack_projector(c, s, h, projectors + h * projector);
     }
     Arena arena(scratch + omp_get_thread_num() * needed.used());
     const BackwardScratch mine(s, arena);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (long t = 0; t < s.heads * parts; t++) {
       const long h = t / parts, part = t % parts;
       for (long b = s.batch * part / parts; b < s.batch * (part + 1) / parts; b++)
         backward_item<T>(c, s, mine, packed + h * coefficients, projectors + h * projector,
                          grads + t * coefficients, grad_projectors + t * projector, b, h);
     }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (long t = 0; t < s.heads * s.rank; t++)
       sum_parts(c, s, grads, grad_projectors, parts, t / s.rank, t % s.rank);
   }

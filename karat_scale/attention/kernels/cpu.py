@@ -33,8 +33,6 @@ def refusal(
         return f"the tensors are on {query.device}"
     if any(x.dtype not in DTYPES for x in (query, key, value, cos_coef, sin_coef, proj)):
         return 'it computes in float32 and takes no float64; use implementation = "streaming"'
-    if not query.dtype == key.dtype == value.dtype:
-        return f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}"
     if value.shape != query.shape:
         return f"value has shape {list(value.shape)}, not query's"
     if base != "zero":
@@ -69,7 +67,12 @@ def attend(
     bias: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
-    """O [B, h, N, d] in the value's dtype; differentiable once in all six tensors. Takes what `refusal` lets pass."""
+    """O [B, h, N, d], for what `refusal` lets pass; differentiable once in all six tensors.
+
+    Its dtype is the one that query, key and value promote to.
+    """
+    common = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+    query, key, value = (x.to(common) for x in (query, key, value))
     parameters = (x.to(torch.float32).contiguous() for x in (cos_coef, sin_coef, proj))
     output, _ = torch.ops.karat_scale.cpu_forward(query, key, value, *parameters)
     return output

@@ -229,15 +229,22 @@ def test_what_it_cannot_take_is_refused_by_name_and_streams_under_auto(options, 
     assert torch.equal(fourier_karat_attention(*call, **options), expected)
 
 
-def test_float64_and_mixed_dtypes_are_refused():
+def test_float64_and_high_ranks_are_refused():
     call = make_call(1, 2, 6, 4, 3, 2)
     with pytest.raises(ValueError, match='takes no float64; use implementation = "streaming"'):
         fourier_karat_attention(*call, implementation="cpu")
-    call = call.to(torch.float32)
-    with pytest.raises(ValueError, match="query, key and value differ in dtype"):
-        fourier_karat_attention(call.query.bfloat16(), *call[1:], implementation="cpu")
     with pytest.raises(ValueError, match="r = 33"):
         fourier_karat_attention(*make_call(1, 1, 6, 4, 33, 2).to(torch.float32), implementation="cpu")
+
+
+def test_dtypes_may_differ():
+    # Under autocast a normalised query and key are float32 where the value is bfloat16.
+    call = make_call(2, 2, 12, 8, 4, 3).to(torch.float32)
+    mixed = call._replace(value=call.value.detach().bfloat16().requires_grad_())
+    upstream = normal(call.value.shape, 9, torch.bfloat16)
+    actual = fast(mixed, upstream)
+    assert [x.dtype for x in actual[:4]] == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
+    assert_close(actual, oracle(mixed, upstream), 5e-3)
 
 
 def test_scores_come_from_the_kernel_only_where_tokens_and_width_agree():
