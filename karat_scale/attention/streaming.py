@@ -105,8 +105,8 @@ def _streaming_forward(
             by_rows = w is None or mask is not None or on_simplex
             for batch, rows in work.tiling.tiles():
                 tile, keep = work.load(q, k, head, batch, rows)
-                units = _room_for_units(q[batch, rows], coef) if w is None else hidden[head, batch, rows]
-                tile.sum_units(coef[head], activation, out=units)
+                kept = None if w is None else hidden[head, batch, rows]
+                units = tile.sum_units(coef[head], activation, out=kept)
                 if by_rows:
                     learned = readout.Rows(w, keep, on_simplex).learned(units)
                     output[batch, head, rows] = torch.bmm(learned, v[batch])
@@ -153,14 +153,9 @@ def _streaming_backward(
             for batch, rows in work.tiling.tiles():
                 tile, keep = work.load(q, k, head, batch, rows)
                 if by_rows:
-                    if w is None:
-                        units = _room_for_units(q[batch, rows], coef)
-                        tile.sum_units(coef[head], activation, out=units)
-                    else:
-                        units = hidden[head, batch, rows]
-                    grad_w = None if w is None else grad_proj[head]
+                    units = tile.sum_units(coef[head], activation) if w is None else hidden[head, batch, rows]
                     upstream = readout.Rows(w, keep, on_simplex).pull_back_tile(
-                        units, v[batch], grad_o[batch, rows], grad_v[batch], grad_w
+                        units, v[batch], grad_o[batch, rows], grad_v[batch], None if w is None else grad_proj[head]
                     )
                 else:
                     upstream = grad_hidden[batch, rows]
@@ -177,10 +172,6 @@ def _streaming_backward(
     if bias is not None:
         grad_bias = grad_bias.to(bias.dtype)
     return grad_query, grad_key, grad_value, grad_coef, grad_proj, grad_bias
-
-
-def _room_for_units(query: Tensor, coef: Tensor) -> Tensor:
-    return coef.new_empty(*query.shape[:-1], coef.shape[2])
 
 
 def _room_like(target: Tensor, dtype: torch.dtype) -> Tensor:

@@ -75,11 +75,14 @@ class Tile(ABC):
             self._scores.masked_fill_(~keep, 0)
         self._keep = keep
 
-    def sum_units(self, coef: Tensor, activation: BaseActivation | None, out: Tensor) -> None:
-        """Writes H [b, rows, r], given the head's coefficients [K, r, M]."""
+    def sum_units(self, coef: Tensor, activation: BaseActivation | None, out: Tensor | None = None) -> Tensor:
+        """H [b, rows, r], in `out` where it is given, of the head's coefficients [K, r, M]."""
+        if out is None:
+            out = self._scores.new_empty(*self._scores.shape[:2], coef.shape[1])
         self._sum_learned(coef, out)
         if activation is not None:
             out += activation.value(self._scores).sum(-1, keepdim=True)
+        return out
 
     def pull_back(
         self, grad_hidden: Tensor, coef: Tensor, grad_coef: Tensor, activation: BaseActivation | None
