@@ -34,9 +34,11 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
 
 
-def make_parser(description: str) -> OneLineParser:
-    """A parser with the options every script has."""
+def make_parser(description: str, writes: bool = True) -> OneLineParser:
+    """A parser with the options every script has, or every script that writes."""
     parser = OneLineParser(description=description, allow_abbrev=False)
+    if not writes:
+        return parser
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write to")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing")
     return parser
@@ -46,6 +48,15 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     """The options of scripts that convert a source."""
     parser.add_argument("--src", type=Path, required=True, metavar="DIR", help="where the images are")
     parser.add_argument("--split", metavar="NAME", help="the one split to make (default: all there are)")
+    parser.add_argument(
+        "--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)"
+    )
+
+
+def add_shard_options(parser: argparse.ArgumentParser) -> None:
+    """The options of scripts that read finished shards."""
+    parser.add_argument("--src", type=Path, required=True, metavar="DIR", help="a directory of shards")
+    parser.add_argument("--split", metavar="NAME", help="the one split to take (default: all)")
     parser.add_argument(
         "--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)"
     )

@@ -105,6 +105,15 @@ def read_dataset_record(directory: Path) -> DatasetRecord:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
+def chosen_splits(directory: Path, record: DatasetRecord, split: str | None) -> dict[str, SplitRecord]:
+    """One split of a data set by name, or all. Raises DataError where it is not there or there is none."""
+    chosen = {name: found for name, found in record.splits.items() if split in (None, name)}
+    if not chosen:
+        there = ", ".join(record.splits) or "none"
+        raise DataError(f"{directory} has no split {split!r}; the splits there: {there}")
+    return chosen
+
+
 def write_dataset_record(directory: Path, record: DatasetRecord) -> None:
     """Write dataset.json whole or not at all."""
     text = json.dumps(record.model_dump(), indent=1, ensure_ascii=False) + "\n"

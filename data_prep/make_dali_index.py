@@ -1,0 +1,58 @@
+"""Write the index files that DALI's webdataset reader wants (`index_paths`), for pipelines of your own.
+
+    python data_prep/make_dali_index.py --src DIR --out DIR
+
+One text file per shard, train-000000.idx, in the format v1.2 of DALI's wds2idx: a line `v1.2 <samples>`, then a line
+per sample with `<ending> <offset> <bytes> <name>` of each of its members.
+"""
+
+import tarfile
+from pathlib import Path
+
+from console import add_shard_options, make_parser, progress, run
+
+from karat_scale.data.shard_format import ShardRecord, chosen_splits, read_dataset_record
+from karat_scale.data.shards import check_file
+from karat_scale.errors import DataError
+from karat_scale.files import write_atomically
+
+VERSION = "v1.2"
+
+
+def dali_index(tar_path: Path) -> str:
+    """The index of a shard. Raises DataError where a name has a blank, which the format cannot hold."""
+    samples: dict[str, list[str]] = {}
+    with tarfile.open(tar_path, "r:") as tar:
+        for member in tar:
+            if not member.isfile():
+                continue
+            if any(letter.isspace() for letter in member.name):
+                raise DataError(f"{tar_path}: the name {member.name!r} has a blank; make the shards again")
+            folder, slash, file = member.name.rpartition("/")
+            stem, _, ending = file.partition(".")
+            part = f"{ending} {member.offset_data} {member.size} {member.name}"
+            samples.setdefault(folder + slash + stem, []).append(part)
+    return "\n".join([f"{VERSION} {len(samples)}", *(" ".join(parts) for parts in samples.values())]) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser("Write index files for DALI's webdataset reader.")
+    add_shard_options(parser)
+    options = parser.parse_args(arguments)
+    splits = chosen_splits(options.src, read_dataset_record(options.src), options.split)
+    shards: list[ShardRecord] = [shard for split in splits.values() for shard in split.shards]
+    if options.dry_run:
+        print(f"would write {len(shards)} index files to {options.out}")
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    with progress("indexing", len(shards), "shards") as advance:
+        for shard in shards:
+            check_file(options.src, shard, by_hash=False)
+            path = options.out / Path(shard.name).with_suffix(".idx").name
+            write_atomically(path, dali_index(options.src / shard.name))
+            advance(1)
+    print(f"{len(shards)} index files are in {options.out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,147 @@
+"""Check shards from end to end: files and hashes, labels, counts, and that every image decodes.
+
+    python data_prep/verify.py --src DIR [--imagenet]
+
+Prints every problem it finds; where there is one, it exits with 2 and one line that has the first and their number.
+"""
+
+import multiprocessing
+import tarfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from console import add_shard_options, make_parser, progress, run
+
+from karat_scale.data.decode import UndecodableImageError, decode_rgb
+from karat_scale.data.shard_format import (
+    INDEX_FIELDS,
+    ShardRecord,
+    SplitRecord,
+    chosen_splits,
+    read_dataset_record,
+    read_index_field,
+)
+from karat_scale.data.shards import check_file
+from karat_scale.errors import DataError
+
+# ImageNet-1K as published: images, and the fewest and most of one class.
+IMAGENET_CLASSES = 1000
+IMAGENET = {"train": (1_281_167, 732, 1300), "val": (50_000, 50, 50)}
+
+
+def verify_shard(directory: Path, classes: int, shard: ShardRecord) -> tuple[list[str], list[int]]:
+    """The problems of one shard, and its number of samples of each class."""
+    path = directory / shard.name
+    problems = []
+    for record in (shard.index, shard):
+        try:
+            check_file(directory, record, by_hash=True)
+        except DataError as error:
+            problems.append(str(error).split("; ")[0])
+    if problems:
+        return problems, []
+    data = (directory / shard.index.name).read_bytes()
+    columns = {name: read_index_field(data, name) for name in INDEX_FIELDS}
+    keys = [key.decode() for key in read_index_field(data, "key")]
+    labels = columns["label"]
+    if len(keys) != shard.samples:
+        problems.append(f"{path} has {len(keys)} samples, dataset.json says {shard.samples}")
+    for number in np.flatnonzero((labels < 0) | (labels >= classes)):
+        problems.append(f"{path}: sample {keys[number]} has label {labels[number]} of {classes} classes")
+    expected = list(zip(keys, *(columns[name].tolist() for name in INDEX_FIELDS), strict=True))
+    problems += [f"{path}: {problem}" for problem in _sample_problems(path, expected)]
+    inside = labels[(labels >= 0) & (labels < classes)]
+    return problems, np.bincount(inside, minlength=classes).tolist()
+
+
+def _sample_problems(path: Path, expected: list[tuple[str, int, int, int, int]]) -> Iterator[str]:
+    """Compare a tar's members with its index, and decode the images."""
+    with tarfile.open(path, "r:") as tar:
+        members = [member for member in tar if member.isfile()]
+        if len(members) != 2 * len(expected):
+            yield f"the tar has {len(members)} members for {len(expected)} samples"
+            return
+        for (key, offset, size, label, crc), cls, image in zip(expected, members[::2], members[1::2], strict=True):
+            text, content = tar.extractfile(cls), tar.extractfile(image)
+            assert text is not None
+            assert content is not None
+            if cls.name != f"{key}.cls" or image.name.rpartition(".")[0] != key:
+                yield f"sample {key} is {image.name} in the tar"
+            if text.read().strip() != str(label).encode():
+                yield f"sample {key} has another label in the tar than in the index"
+            data = content.read()
+            if (image.offset_data, image.size, zlib.crc32(data)) != (offset, size, crc):
+                yield f"sample {key} is not where or what the index says"
+            try:
+                decode_rgb(data)
+            except UndecodableImageError as error:
+                yield f"sample {key} cannot be decoded: {error}"
+
+
+def count_problems(name: str, split: SplitRecord, per_class: list[int], imagenet: bool) -> list[str]:
+    """What is wrong with a split's counts, against dataset.json and against ImageNet's where it should be that."""
+    total = sum(per_class)
+    problems = []
+    if total != split.samples:
+        problems.append(f"split {name} has {total} samples, dataset.json says {split.samples}")
+    for label, (found, listed) in enumerate(zip(per_class, split.per_class, strict=False)):
+        if found != listed:
+            problems.append(f"split {name} has {found} samples of class {label}, dataset.json says {listed}")
+    if imagenet and name in IMAGENET:
+        samples, fewest, most = IMAGENET[name]
+        if total != samples:
+            problems.append(f"split {name} has {total} samples, ImageNet has {samples}")
+        for label, found in enumerate(per_class):
+            if not fewest <= found <= most:
+                problems.append(f"split {name} has {found} samples of class {label}, ImageNet {fewest} to {most}")
+    return problems
+
+
+def verify_split(directory: Path, name: str, split: SplitRecord, classes: int, workers: int) -> tuple[list[str], list]:
+    """The problems of a split's shards, and its samples per class; shards are read in parallel."""
+    problems: list[str] = []
+    per_class = np.zeros(classes, dtype=np.int64)
+    check = partial(verify_shard, directory, classes)
+    with (
+        progress(f"{name}: verifying", split.samples, "images") as advance,
+        ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool,
+    ):
+        for shard, (found, counts) in zip(split.shards, pool.map(check, split.shards), strict=True):
+            problems += found
+            if counts:
+                per_class += counts
+            advance(shard.samples)
+    return problems, per_class.tolist()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser("Check shards: hashes, labels, counts, and that every image decodes.", writes=False)
+    add_shard_options(parser)
+    parser.add_argument("--imagenet", action="store_true", help="expect ImageNet-1K's classes and counts")
+    options = parser.parse_args(arguments)
+    record = read_dataset_record(options.src)
+    splits = chosen_splits(options.src, record, options.split)
+    problems = []
+    if options.imagenet and len(record.classes) != IMAGENET_CLASSES:
+        problems.append(f"dataset.json lists {len(record.classes)} classes, ImageNet has {IMAGENET_CLASSES}")
+    for name, split in splits.items():
+        found, per_class = verify_split(options.src, name, split, len(record.classes), options.workers)
+        problems += found
+        # Counts of shards that could not be read would be said twice.
+        problems += [] if found else count_problems(name, split, per_class, options.imagenet)
+    for problem in problems:
+        print(f"problem: {problem}")
+    if problems:
+        raise DataError(f"{problems[0]} (problems in all: {len(problems)})")
+    for name, split in splits.items():
+        print(
+            f"{name}: {split.samples} samples of {len(record.classes)} classes in {len(split.shards)} shards are right"
+        )
+
+
+if __name__ == "__main__":
+    run(main)
