@@ -4,8 +4,10 @@ The forward pass is one kernel. Beside inputs and outputs it keeps H alone; the 
 harmonics. Nothing of N x N is ever stored. Triton itself is imported at the first call.
 """
 
+import importlib.metadata
 import importlib.util
 import os
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,10 +19,26 @@ from karat_scale.attention.precision import full_precision
 LARGEST_RANK = 32
 LARGEST_WIDTH = 128
 LARGEST_GRID = 16
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton's own switch: kernels run on the CPU, element by element, to check their values.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _OLDEST_CAPABILITY = (8, 0)
+# The first whose loops carry tuples.
+_OLDEST_TRITON = (3, 3)
+
+
+def _missing_triton() -> str | None:
+    """What is wrong with the installed Triton, asked without importing it."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    for distribution in ("triton", "pytorch-triton"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(distribution)
+            if tuple(map(int, version.split(".")[:2])) < _OLDEST_TRITON:
+                return f"it needs triton {'.'.join(map(str, _OLDEST_TRITON))} or newer and finds {version}"
+    return None
+
+
+_MISSING_TRITON = _missing_triton()
 
 
 def refusal(
@@ -36,8 +54,8 @@ def refusal(
 ) -> str | None:
     """Why `attend` cannot take these arguments, or None."""
     device = query.device
-    if not _HAS_TRITON:
-        return "the package triton is not installed"
+    if _MISSING_TRITON is not None:
+        return _MISSING_TRITON
     if not _INTERPRETED and (device.type != "cuda" or torch.version.hip is not None):
         return f"it needs tensors on an NVIDIA GPU and these are on {device.type}"
     if not _INTERPRETED and torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY:

@@ -1,5 +1,6 @@
 """The Triton implementation, where it can run and where it cannot."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from karat_scale.attention import fourier_karat_attention
+from karat_scale.attention.kernels import triton_fourier
 from tests.attention.calls import make_call, relative_error
 
 INTERPRETED = Path(__file__).with_name("interpreted_triton.py")
@@ -46,3 +48,13 @@ except ValueError as error:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("the package triton is not installed")
+
+
+@pytest.mark.parametrize(
+    ("version", "answer"), [("3.2.0", "needs triton 3.3 or newer and finds 3.2.0"), ("3.10.1", None)]
+)
+def test_an_old_triton_is_named(version, answer, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+    found = triton_fourier._missing_triton()
+    assert (found is None) if answer is None else (answer in found)
