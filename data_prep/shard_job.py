@@ -154,7 +154,8 @@ def remove_leftovers(job: Job, kept: list[MadeShard]) -> None:
 
     A shard's index is there before its tar, so a tar alone is not ours: DataError.
     """
-    ours = re.compile(rf"\.?(?P<name>{job.split}-\d{{6}})\.(tar|index\.npz|made\.json)(\..+)?")
+    # A hidden file's temporary name has two dots.
+    ours = re.compile(rf"\.{{0,2}}{job.split}-\d{{6}}\.(tar|index\.npz|made\.json)(\..+)?")
     safe = {shard_name(job.split, shard.number) for shard in kept}
     whole = {f"{name}{end}" for name in safe for end in (".tar", ".index.npz")} | {
         f".{name}.made.json" for name in safe

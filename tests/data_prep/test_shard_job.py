@@ -87,6 +87,8 @@ def test_a_finished_shard_that_was_damaged_since_is_made_again(folders, tmp_path
     data[2000] ^= 1
     (out / "train-000001.tar").write_bytes(data)
     (out / ".train-000002.made.json").write_text("{")
+    for name in (".train-000001.tar.a1b2", ".train-000003.index.npz.a1b2", "..train-000003.made.json.a1b2"):
+        (out / name).write_text("what a kill leaves")
     capsys.readouterr()
     make(folders, out, "--shard-samples", "20")
     assert "1 of 6 shards were finished before" in capsys.readouterr().out
