@@ -4,34 +4,12 @@ A recipe is data. It is validated whole, here, before anything is built; `recipe
 Defaults are the paper's training recipe (arXiv 2503.10632, which follows DeiT).
 """
 
-import types
-import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=1)]
-Triple = tuple[float, float, float]
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are refused, and nothing changes after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_bool_for_number(cls, value: Any, info: Any) -> Any:
-        # pydantic reads `true` as 1, which hides a mistake.
-        annotation = cls.model_fields[info.field_name].annotation
-        is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-        choices = typing.get_args(annotation) if is_union else (annotation,)
-        if isinstance(value, bool) and (int in choices or float in choices) and bool not in choices:
-            raise ValueError("should be a number, not true or false")
-        return value
+from karat_scale.recipe_attention import AttentionConfig
+from karat_scale.recipe_base import Count, Fraction, NonNegative, Positive, Section, Triple
 
 
 class RunConfig(Section):
@@ -67,51 +45,6 @@ class ModelConfig(Section):
         if self.embed_dim and self.num_heads and self.embed_dim % self.num_heads:
             raise ValueError(
                 f"model.embed_dim = {self.embed_dim} is not a multiple of model.num_heads = {self.num_heads}"
-            )
-        return self
-
-
-# The names of `karat_scale.attention.BASES`; a recipe is read without importing torch.
-BASIS_NAMES = ("fourier", "bspline", "chebyshev", "rational", "mexican_hat", "morlet", "dog", "meyer", "shannon")
-
-
-class AttentionConfig(Section):
-    """Softmax, or a KArAt operator of the paper: by default the modular one, S = Phi(A) W^T, in its Fourier basis.
-
-    `basis` is a name or `package.module:Class`, built with those of grid, degree, range and orders that its
-    constructor takes: G; the spline's degree k and range [-I, I]; (m, n) of the rational function.
-    """
-
-    kind: Literal["softmax", "karat"] = "softmax"
-    basis: str = "fourier"
-    form: Literal["modular", "project_first", "two_operators", "full_rank"] = "modular"
-    mode: Literal["blockwise", "universal"] = "blockwise"
-    softmax_heads: Annotated[int, Field(ge=0)] = 0
-    simplex: bool = False
-    grid: Annotated[int, Field(ge=1, le=16)] = 3
-    degree: Annotated[int, Field(ge=1, le=5)] = 3
-    range: Positive = 3.0
-    orders: tuple[Annotated[int, Field(ge=1, le=8)], Annotated[int, Field(ge=1, le=8)]] = (5, 4)
-    rank: Count = 12
-    base: Literal["zero", "identity", "silu", "gelu"] = "zero"
-    init: Literal["paper", "variance_preserving"] = "variance_preserving"
-    implementation: Literal["auto", "reference", "streaming", "cpu", "triton"] = "auto"
-
-    @field_validator("basis")
-    @classmethod
-    def _is_a_name_or_a_place(cls, value: str) -> str:
-        module, colon, name = value.partition(":")
-        if value in BASIS_NAMES or (colon and name.isidentifier() and all(map(str.isidentifier, module.split(".")))):
-            return value
-        raise ValueError(f"should be one of {', '.join(BASIS_NAMES)}, or package.module:Class")
-
-    @model_validator(mode="after")
-    def _implementation_has_the_operator(self) -> "AttentionConfig":
-        plain = self.basis == "fourier" and self.form == "modular" and not self.simplex
-        if not plain and self.implementation not in ("auto", "reference", "streaming"):
-            raise ValueError(
-                f"attention.implementation = {self.implementation} has the modular Fourier operator only, without "
-                "simplex; use auto"
             )
         return self
 

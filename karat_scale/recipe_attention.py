@@ -1,0 +1,51 @@
+"""The `attention` section of a recipe."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from karat_scale.recipe_base import Count, Positive, Section
+
+# The names of `karat_scale.attention.BASES`; a recipe is read without importing torch.
+BASIS_NAMES = ("fourier", "bspline", "chebyshev", "rational", "mexican_hat", "morlet", "dog", "meyer", "shannon")
+
+
+class AttentionConfig(Section):
+    """Softmax, or a KArAt operator of the paper: by default the modular one, S = Phi(A) W^T, in its Fourier basis.
+
+    `basis` is a name or `package.module:Class`, built with those of grid, degree, range and orders that its
+    constructor takes: G; the spline's degree k and range [-I, I]; (m, n) of the rational function.
+    """
+
+    kind: Literal["softmax", "karat"] = "softmax"
+    basis: str = "fourier"
+    form: Literal["modular", "project_first", "two_operators", "full_rank"] = "modular"
+    mode: Literal["blockwise", "universal"] = "blockwise"
+    softmax_heads: Annotated[int, Field(ge=0)] = 0
+    simplex: bool = False
+    grid: Annotated[int, Field(ge=1, le=16)] = 3
+    degree: Annotated[int, Field(ge=1, le=5)] = 3
+    range: Positive = 3.0
+    orders: tuple[Annotated[int, Field(ge=1, le=8)], Annotated[int, Field(ge=1, le=8)]] = (5, 4)
+    rank: Count = 12
+    base: Literal["zero", "identity", "silu", "gelu"] = "zero"
+    init: Literal["paper", "variance_preserving"] = "variance_preserving"
+    implementation: Literal["auto", "reference", "streaming", "cpu", "triton"] = "auto"
+
+    @field_validator("basis")
+    @classmethod
+    def _is_a_name_or_a_place(cls, value: str) -> str:
+        module, colon, name = value.partition(":")
+        if value in BASIS_NAMES or (colon and name.isidentifier() and all(map(str.isidentifier, module.split(".")))):
+            return value
+        raise ValueError(f"should be one of {', '.join(BASIS_NAMES)}, or package.module:Class")
+
+    @model_validator(mode="after")
+    def _implementation_has_the_operator(self) -> "AttentionConfig":
+        plain = self.basis == "fourier" and self.form == "modular" and not self.simplex
+        if not plain and self.implementation not in ("auto", "reference", "streaming"):
+            raise ValueError(
+                f"attention.implementation = {self.implementation} has the modular Fourier operator only, without "
+                "simplex; use auto"
+            )
+        return self

@@ -1,0 +1,30 @@
+"""What every section of a recipe shares: strictness, and the kinds of numbers."""
+
+import types
+import typing
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Triple = tuple[float, float, float]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, and nothing changes after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool_for_number(cls, value: Any, info: Any) -> Any:
+        # pydantic reads `true` as 1, which hides a mistake.
+        annotation = cls.model_fields[info.field_name].annotation
+        is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        choices = typing.get_args(annotation) if is_union else (annotation,)
+        if isinstance(value, bool) and (int in choices or float in choices) and bool not in choices:
+            raise ValueError("should be a number, not true or false")
+        return value
