@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +21,7 @@ RUNS = Path("runs")
 RECIPE = "fashion_mnist_demo"
 # (row title, run directory, overrides)
 CONTENDERS = (
-    ("Fourier-KArAt G3B", RUNS / "demo_karat", ()),
+    ("KArAt G3B", RUNS / "demo_karat", ()),
     ("softmax", RUNS / "demo_softmax", ("attention.kind=softmax",)),
 )
 
@@ -61,8 +62,10 @@ def _summary(run: Path) -> dict[str, Any] | None:
 
 
 def _print_table(console: Console) -> None:
-    table = Table(title="Fashion-MNIST, 10,000 test images, one epoch")
-    for column in ("attention", "top-1 %", "top-5 %", "images/s", "peak memory MB", "parameters", "run"):
+    # Narrow enough for a terminal of 80 columns.
+    title = "Fashion-MNIST, 10,000 test images, one epoch"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in ("attention", "top-1 %", "top-5 %", "images/s", "peak MB", "params", "run"):
         table.add_column(column, justify="left" if column in ("attention", "run") else "right")
     for title, run, _ in CONTENDERS:
         summary = _summary(run) or {}
@@ -72,7 +75,7 @@ def _print_table(console: Console) -> None:
             f"{summary['last_top5']:.2f}",
             f"{summary['images_per_second']:.0f}",
             f"{summary['peak_memory_mb']:.0f}",
-            f"{summary['parameters']:,}",
+            f"{summary['parameters'] / 1e6:.2f} M",
             str(run),
         )
     console.print(table)
@@ -84,7 +87,7 @@ def _print_table(console: Console) -> None:
         "stopped half-way": "run `make demo` again; it goes on from the last checkpoint",
     }
     for what, how in hints.items():
-        console.print(f"{what + ':':18}{how}", highlight=False)
+        console.print(f"{what + ':':18}{how}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
