@@ -6,15 +6,17 @@ threads. Forward and backward are registered with torch.library: torch.compile t
 """
 
 import ctypes
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from karat_scale.attention.kernels import cpu_build
+from karat_scale.attention.kernels import build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_RANK, MAX_GRID = 32, 64
+SOURCE = Path(__file__).with_name("cpu.cpp")
 
 
 def refusal(
@@ -44,10 +46,14 @@ def refusal(
     return _machine_refusal()
 
 
+def _kernel() -> ctypes.CDLL:
+    return build.load(SOURCE, 'implementation "cpu" of KArAt attention')
+
+
 def _machine_refusal() -> str | None:
     try:
-        cpu_build.load()
-    except cpu_build.LoadError as error:
+        _kernel()
+    except build.LoadError as error:
         return str(error)
     return None
 
@@ -110,7 +116,7 @@ def _run(function: str, cosines: Tensor, **tensors: Tensor) -> None:
     call = _Call(*sizes, cosines=cosines.data_ptr())
     for name, tensor in tensors.items():
         setattr(call, name, _Strided.of(tensor) if name in _HEADS else tensor.data_ptr())
-    if getattr(cpu_build.load(), function)(ctypes.byref(call)):
+    if getattr(_kernel(), function)(ctypes.byref(call)):
         raise MemoryError("out of memory in KArAt attention")
 
 

@@ -11,14 +11,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from karat_scale.attention import FourierKaratOperator, fourier_karat_attention, fourier_karat_scores
-from karat_scale.attention.kernels import cpu_build
+from karat_scale.attention.kernels import build
 from tests.attention.calls import assert_close, make_call, output_and_gradients
 
-available = cpu_build._available_instruction_sets()
+available = build._available_instruction_sets()
 pytestmark = pytest.mark.skipif(not available, reason="no AVX2 on this machine")
 
 
-@pytest.fixture(autouse=True, params=cpu_build.INSTRUCTION_SETS)
+@pytest.fixture(autouse=True, params=build.INSTRUCTION_SETS)
 def isa(request, monkeypatch):
     if request.param not in available:
         pytest.skip(f"this CPU has no {request.param}")
@@ -288,6 +288,9 @@ parallel = DistributedDataParallel(operator)
 parallel(*inputs[:, 2 * rank : 2 * rank + 2]).square().sum().backward()
 for p, whole in zip(operator.parameters(), expected):
     torch.testing.assert_close(2 * p.grad, whole)
+dist.barrier()
+del parallel
+dist.destroy_process_group()  # without it gloo's threads may abort a process that exits
 """
 
 

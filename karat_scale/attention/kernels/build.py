@@ -1,4 +1,4 @@
-"""Compiles cpu.cpp at first use and keeps the result for every later process.
+"""Compiles a C++ source at first use and keeps the library for every later process.
 
 The cache is keyed by all that the result depends on, so nodes of different kinds can share a home directory; a
 library is built under a file lock into a temporary name and renamed, so ranks that start together build it once.
@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast")
 # What each instruction set needs beyond plain x86-64, in the order of preference.
@@ -36,14 +35,19 @@ class LoadError(Exception):
     """The kernel cannot run on this machine; the message says why and what would mend it."""
 
 
-def load() -> ctypes.CDLL:
-    """The compiled kernel, for the instruction set named by KARAT_CPU_ISA or else the best this CPU has.
+def load(source: Path, what: str, link: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The compiled source, for the instruction set named by KARAT_CPU_ISA or else the best this CPU has.
+
+    Args:
+        source: one C++ file that includes no other of ours.
+        what: what is not available when the build fails, for the warning.
+        link: the compiler's arguments for libraries, such as -ljpeg.
 
     Kept under KARAT_CACHE_DIR, by default ~/.cache/karat_scale. Raises LoadError; a failed attempt is not repeated
-    in this process, and the first to fail for want of a working compiler or cache warns.
+    in this process, and the first to fail for want of a working compiler, library or cache warns.
     """
     with _one_at_a_time:
-        found = _load_or_reason(os.environ.get("KARAT_CPU_ISA", ""))
+        found = _load_or_reason(source, what, link, os.environ.get("KARAT_CPU_ISA", ""))
     if isinstance(found, str):
         raise LoadError(found)
     return found
@@ -53,7 +57,7 @@ _one_at_a_time = threading.Lock()
 
 
 @functools.cache
-def _load_or_reason(requested: str) -> ctypes.CDLL | str:
+def _load_or_reason(source: Path, what: str, link: tuple[str, ...], requested: str) -> ctypes.CDLL | str:
     available = _available_instruction_sets()
     if not available:
         return "it needs an x86-64 CPU with AVX2 or AVX-512 and Linux"
@@ -61,10 +65,10 @@ def _load_or_reason(requested: str) -> ctypes.CDLL | str:
     if isa not in available:
         return f"KARAT_CPU_ISA = {requested!r}: this CPU offers {', '.join(available)}"
     try:
-        return _load(isa)
+        return _load(source, isa, link)
     except (LoadError, OSError) as error:
         reason = f"its kernel cannot be built or loaded: {error}"
-        warnings.warn(f'implementation "cpu" of KArAt attention is not available: {reason}', stacklevel=2)
+        warnings.warn(f"{what} is not available: {reason}", stacklevel=2)
         return reason
 
 
@@ -76,20 +80,20 @@ def _available_instruction_sets() -> tuple[str, ...]:
     return {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(capability, ())
 
 
-def _load(isa: str) -> ctypes.CDLL:
+def _load(source: Path, isa: str, link: tuple[str, ...]) -> ctypes.CDLL:
     """The library from the cache; builds it first where no process has, and again where it is damaged."""
     compiler = _find_compiler()
     flags = (*FLAGS, *INSTRUCTION_SETS[isa])
     version = _run([compiler, "--version"])
-    ingredients = (SOURCE.read_text(), version, torch.__version__, *flags)
+    ingredients = (source.read_text(), version, torch.__version__, *flags, *link)
     key = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:20]
     directory = _cache_directory()
-    library = directory / f"cpu-{isa}-{key}.so"
+    library = directory / f"{source.stem}-{isa}-{key}.so"
     if not _is_whole(library):
         directory.mkdir(parents=True, exist_ok=True)
         with _locked(directory / f"{library.name}.lock"):
             if not _is_whole(library):
-                _build(compiler, flags, library)
+                _build([compiler, *flags, str(source), *link], library)
     return ctypes.CDLL(str(library))
 
 
@@ -115,10 +119,10 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _build(compiler: str, flags: tuple[str, ...], library: Path) -> None:
+def _build(command: list[str], library: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="building-", dir=library.parent) as name:
         built = Path(name) / library.name
-        _run([compiler, *flags, str(SOURCE), "-o", str(built)])
+        _run([*command, "-o", str(built)])
         digest = hashlib.sha256(built.read_bytes()).digest()
         with built.open("ab") as file:
             file.write(digest)

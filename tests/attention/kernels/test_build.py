@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from karat_scale.attention.kernels import cpu_build
+from karat_scale.attention.kernels import build
 
-pytestmark = pytest.mark.skipif(not cpu_build._available_instruction_sets(), reason="no AVX2 on this machine")
+pytestmark = pytest.mark.skipif(not build._available_instruction_sets(), reason="no AVX2 on this machine")
 
 PROGRAM = """
 import warnings, torch
 from karat_scale.attention import fourier_karat_attention
-from karat_scale.attention.kernels import cpu_build
+from karat_scale.attention.kernels import build
 generator = torch.Generator().manual_seed(0)
 normal = lambda *shape: torch.randn(shape, generator=generator)
 heads, coefficients = (1, 2, 9, 8), (2, 4, 9, 3)
@@ -63,7 +63,7 @@ def test_racing_processes_build_once_and_later_ones_not_at_all(tmp_path, countin
 
 @pytest.mark.slow
 def test_each_instruction_set_and_compiler_has_a_library_of_its_own(tmp_path):
-    available = cpu_build._available_instruction_sets()
+    available = build._available_instruction_sets()
     for isa in available:
         run(ATTEND, tmp_path, KARAT_CPU_ISA=isa)
     libraries = {path.name for path in tmp_path.glob("*.so")}
