@@ -50,23 +50,37 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """The shards, and how they become batches."""
+    """The images, and how they become batches.
 
-    backend: Literal["webdataset", "synthetic"] = "webdataset"
+    `decoder` is that of the folder and webdataset backends; auto takes the fastest that runs. `timeout` is how many
+    seconds a batch may take before the run ends with an error that says what was waited for. `block_samples` and
+    `window_blocks` belong to `order: block`.
+    """
+
+    backend: Literal["folder", "webdataset", "ffcv", "dali", "synthetic"] = "webdataset"
     path: str = ""
     train_split: str = "train"
     val_split: str = "val"
-    order: Literal["full"] = "full"
+    order: Literal["full", "block"] = "full"
+    block_samples: Count = 256
+    window_blocks: Count = 32
+    decoder: Literal["auto", "native", "torchvision", "pillow"] = "auto"
+    max_pixels: Count = 80_000_000
     workers: Annotated[int, Field(ge=0)] = 2
     prefetch: Count = 4
+    timeout: Positive = 300.0
     on_bad_sample: Literal["skip", "stop"] = "stop"
     verify: Literal["size", "hash"] = "size"
     synthetic_samples: Count = 1024
 
     @model_validator(mode="after")
     def _backend_has_a_source(self) -> "DataConfig":
-        if self.backend == "webdataset" and not self.path:
-            raise ValueError("data.path is empty; set it to a directory made by data_prep/make_webdataset.py")
+        if self.backend != "synthetic" and not self.path:
+            made_by = {
+                "folder": "a directory of train/<class>/<image> and val/<class>/<image>",
+                "ffcv": "a directory made by data_prep/make_ffcv.py",
+            }.get(self.backend, "a directory made by data_prep/make_webdataset.py")
+            raise ValueError(f"data.path is empty; set it to {made_by}")
         return self
 
 
@@ -78,6 +92,7 @@ class AugmentConfig(Section):
     hflip: Fraction = 0.5
     color_jitter: NonNegative = 0.4
     randaugment: str = "rand-m15-n2-mstd1.0-inc1"
+    erasing: Fraction = 0.0
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     mixup: NonNegative = 0.8
     cutmix: NonNegative = 1.0

@@ -5,22 +5,32 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from karat_scale.data.augment import EvalTransform, TrainTransform
 from karat_scale.data.batch import BadSample, Batch
-from karat_scale.data.decode import UndecodableImageError, decode_rgb
+from karat_scale.data.decode import UndecodableImageError
+from karat_scale.data.decoders import ChooseView, Decoder
+from karat_scale.data.draw import Draw
 from karat_scale.data.order import sample_seed
 from karat_scale.data.plan import PADDING, BatchSlice
+from karat_scale.data.view import View
+from karat_scale.data.workers import Whereabouts
 from karat_scale.errors import DataError
 
 MAX_REPLACEMENTS = 100
+Pixels = npt.NDArray[np.uint8]
 
 
 class ImageSource(Protocol):
     """Encoded images by sample id."""
 
-    labels: npt.NDArray[np.int32]
+    @property
+    def labels(self) -> npt.NDArray[np.int32]:
+        """The label of each sample."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the labels."""
 
     def __len__(self) -> int: ...
 
@@ -30,6 +40,9 @@ class ImageSource(Protocol):
     def locate(self, sample_id: int) -> tuple[str, str]:
         """The sample's key (or path) and the shard that holds it, for messages."""
 
+    def file_of(self, sample_id: int) -> str:
+        """The path of the file that holds the sample, without touching the disk."""
+
     def close(self) -> None:
         """Give back open files."""
 
@@ -37,18 +50,23 @@ class ImageSource(Protocol):
 class Assembler:
     """Makes a Batch of a BatchSlice; `assembler[slice]` so that a DataLoader can call it as a dataset."""
 
-    def __init__(self, source: ImageSource, image_size: int, on_bad_sample: Literal["skip", "stop"]) -> None:
+    def __init__(
+        self, source: ImageSource, image_size: int, on_bad_sample: Literal["skip", "stop"], decoder: Decoder
+    ) -> None:
         self._source = source
         self._image_size = image_size
         self._stop = on_bad_sample == "stop"
+        self._decoder = decoder
+        self._whereabouts = Whereabouts()
 
-    def _empty(self, part: BatchSlice) -> tuple[torch.Tensor, npt.NDArray[np.uint8]]:
+    def _empty(self, part: BatchSlice) -> tuple[torch.Tensor, Pixels]:
         images = torch.zeros(len(part.sample_ids), 3, self._image_size, self._image_size, dtype=torch.uint8)
         return images, images.numpy()
 
-    def _decode(self, sample_id: int) -> Image.Image | BadSample:
+    def _decode(self, sample_id: int, choose: ChooseView) -> Pixels | BadSample:
+        self._whereabouts.tell(sample_id)
         try:
-            return decode_rgb(self._source.read(sample_id))
+            return self._decoder.read(self._source.read(sample_id), choose)
         except UndecodableImageError as error:
             bad = BadSample(sample_id, *self._source.locate(sample_id), str(error))
             if self._stop:
@@ -56,6 +74,12 @@ class Assembler:
                     f"{bad}; set data.on_bad_sample=skip, or remove the image and make the shards again"
                 ) from error
             return bad
+
+    def whereabouts(self, workers: int) -> str:
+        """What each worker was last at, for the message of a loader that waits in vain."""
+        at = [(worker, self._whereabouts.of(worker)) for worker in range(workers)]
+        told = [f"worker {worker} at sample {i} in {self._source.file_of(i)}" for worker, i in at if i is not None]
+        return ", ".join(told) or "no worker had begun"
 
 
 class TrainAssembler(Assembler):
@@ -70,10 +94,11 @@ class TrainAssembler(Assembler):
         source: ImageSource,
         image_size: int,
         on_bad_sample: Literal["skip", "stop"],
+        decoder: Decoder,
         transform: TrainTransform,
         seed: int,
     ) -> None:
-        super().__init__(source, image_size, on_bad_sample)
+        super().__init__(source, image_size, on_bad_sample, decoder)
         self._transform = transform
         self._seed = seed
 
@@ -81,10 +106,12 @@ class TrainAssembler(Assembler):
         images, pixels = self._empty(part)
         ids = part.sample_ids.copy()
         bad: list[BadSample] = []
+        draws: list[Draw] = []
         for row, sample_id in enumerate(part.sample_ids.tolist()):
-            used, image = self._first_readable(sample_id, bad)
-            pixels[row] = self._transform(image, sample_seed(self._seed, part.epoch, used))
+            used, draw, view = self._first_readable(part.epoch, sample_id, bad)
+            pixels[row] = self._transform.finish(view, draw)
             ids[row] = used
+            draws.append(draw)
         labels = self._source.labels[ids].astype(np.int64)
         return Batch(
             images=images,
@@ -92,17 +119,24 @@ class TrainAssembler(Assembler):
             sample_ids=torch.from_numpy(ids),
             valid=torch.ones(len(ids), dtype=torch.bool),
             bad=tuple(bad),
+            draws=tuple(draws),
             epoch=part.epoch,
             batch=part.batch,
         )
 
-    def _first_readable(self, sample_id: int, bad: list[BadSample]) -> tuple[int, Image.Image]:
+    def _first_readable(self, epoch: int, sample_id: int, bad: list[BadSample]) -> tuple[int, Draw, Pixels]:
+        draws: list[Draw] = []
+
+        def choose(width: int, height: int) -> View:
+            draws.append(self._transform.draw(sample_seed(self._seed, epoch, used), width, height))
+            return self._transform.view(draws[-1])
+
         for candidate in range(sample_id, sample_id + min(MAX_REPLACEMENTS, len(self._source))):
             used = candidate % len(self._source)
-            image = self._decode(used)
-            if isinstance(image, Image.Image):
-                return used, image
-            bad.append(image)
+            pixels = self._decode(used, choose)
+            if not isinstance(pixels, BadSample):
+                return used, draws[-1], pixels
+            bad.append(pixels)
         raise DataError(f"{bad[-1]}; no sample near it can be decoded either, so make the shards again")
 
 
@@ -114,9 +148,10 @@ class EvalAssembler(Assembler):
         source: ImageSource,
         image_size: int,
         on_bad_sample: Literal["skip", "stop"],
+        decoder: Decoder,
         transform: EvalTransform,
     ) -> None:
-        super().__init__(source, image_size, on_bad_sample)
+        super().__init__(source, image_size, on_bad_sample, decoder)
         self._transform = transform
 
     def __getitem__(self, part: BatchSlice) -> Batch:
@@ -127,12 +162,12 @@ class EvalAssembler(Assembler):
         for row in np.flatnonzero(valid).tolist():
             sample_id = int(part.sample_ids[row])
             labels[row] = self._source.labels[sample_id]
-            image = self._decode(sample_id)
-            if isinstance(image, BadSample):
+            view = self._decode(sample_id, self._transform.view)
+            if isinstance(view, BadSample):
                 valid[row] = False
-                bad.append(image)
+                bad.append(view)
             else:
-                pixels[row] = self._transform(image)
+                pixels[row] = view.transpose(2, 0, 1)
         return Batch(
             images=images,
             labels=torch.from_numpy(labels),

@@ -1,4 +1,4 @@
-"""Training and evaluation transforms: RGB image to uint8 [3, H, W].
+"""Training and evaluation transforms: what is drawn for a sample, which view of the image, what is done to it.
 
 A training transform first draws what it will do, then does it. The record of draws is what two backends must
 agree on. Every draw comes from the sample's own seed, through `random.Random`, whose stream Python keeps
@@ -7,49 +7,29 @@ stable.
 
 import math
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
-from timm.data.auto_augment import AugmentOp, rand_augment_transform
+from PIL import Image
 from torchvision.transforms import functional
 
-from karat_scale.errors import RecipeError
+from karat_scale.data.draw import Draw
+from karat_scale.data.randaugment import RandAugment
+from karat_scale.data.view import View, centre_view, crop_view
 from karat_scale.recipe import AugmentConfig
 
-RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-INTERPOLATION = {
-    "bilinear": functional.InterpolationMode.BILINEAR,
-    "bicubic": functional.InterpolationMode.BICUBIC,
-}
 JITTERS = {
     "brightness": functional.adjust_brightness,
     "contrast": functional.adjust_contrast,
     "saturation": functional.adjust_saturation,
 }
-
-
-@dataclass(frozen=True)
-class Draw:
-    """What one sample's augmentation does.
-
-    box: left, top, width, height in source pixels. ops: RandAugment operations by name; each then decides by
-    `op_seed` whether and how strongly it acts. jitter: (name, factor) in the order applied.
-    """
-
-    box: tuple[int, int, int, int]
-    flip: bool
-    ops: tuple[str, ...]
-    op_seed: int
-    jitter: tuple[tuple[str, float], ...]
+CROP_TRIES = 10
+# Random erasing, arXiv 1708.04896 with timm's settings: share of the area, and height over width.
+ERASE_AREA, ERASE_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 
 class TrainTransform:
-    """Random resized crop, flip, RandAugment, colour jitter, in timm's order.
+    """Random resized crop, flip, RandAugment, colour jitter, erasing, in timm's order.
 
     Both RandAugment and jitter act when both are set, as the recipe says; timm itself lets RandAugment
     silence the jitter. Raises RecipeError for a RandAugment string timm cannot read.
@@ -57,36 +37,11 @@ class TrainTransform:
 
     def __init__(self, augment: AugmentConfig, image_size: int) -> None:
         self._augment = augment
-        self._size = (image_size, image_size)
-        self._resample = RESAMPLE[augment.interpolation]
+        self._size = image_size
         self._fixed_crop = augment.scale == (1.0, 1.0) and augment.ratio == (1.0, 1.0)
-        self._log_ratio = (math.log(augment.ratio[0]), math.log(augment.ratio[1]))
-        self._num_ops = 0
-        self._ops: dict[str, AugmentOp] = {}
-        self._op_weights: list[float] | None = None
-        if augment.randaugment:
-            self._read_randaugment(image_size)
-
-    def _read_randaugment(self, image_size: int) -> None:
-        augment = self._augment
-        hparams = {
-            "translate_const": int(image_size * 0.45),
-            "img_mean": tuple(min(255, round(255 * value)) for value in augment.mean),
-            "interpolation": self._resample,
-        }
-        try:
-            policy = rand_augment_transform(augment.randaugment, hparams)
-        except (AssertionError, ValueError, KeyError) as error:
-            raise RecipeError(
-                f"augment.randaugment = {augment.randaugment!r} is not a policy timm reads; "
-                "use one such as rand-m9-mstd0.5-inc1, or an empty string"
-            ) from error
-        for op in policy.ops:
-            if op.name.startswith("Posterize"):
-                op.aug_fn = _posterize
-        self._num_ops = policy.num_layers
-        self._ops = {op.name: op for op in policy.ops}
-        self._op_weights = None if policy.choice_weights is None else list(policy.choice_weights)
+        self._randaugment = RandAugment(augment, image_size) if augment.randaugment else None
+        self._mean = 255 * np.array(augment.mean, dtype=np.float32)
+        self._std = 255 * np.array(augment.std, dtype=np.float32)
 
     def draw(self, seed: int, width: int, height: int) -> Draw:
         """What happens to a sample of this seed and these source dimensions in pixels."""
@@ -94,97 +49,83 @@ class TrainTransform:
         augment = self._augment
         box = self._draw_box(rng, width, height)
         flip = augment.hflip > 0 and rng.random() < augment.hflip
-        ops: tuple[str, ...] = ()
-        op_seed = 0
-        if self._ops:
-            op_seed = rng.getrandbits(64)
-            ops = self._draw_ops(rng)
+        ops = self._randaugment.draw(rng) if self._randaugment else ()
         jitter: list[tuple[str, float]] = []
         if augment.color_jitter > 0:
             low, high = max(0.0, 1 - augment.color_jitter), 1 + augment.color_jitter
             jitter = [(name, low + (high - low) * rng.random()) for name in JITTERS]
             ranks = [rng.random() for _ in jitter]
             jitter = [jitter[i] for i in sorted(range(len(jitter)), key=ranks.__getitem__)]
-        return Draw(box, flip, ops, op_seed, tuple(jitter))
+        erase = self._draw_erase(rng) if augment.erasing > 0 and rng.random() < augment.erasing else None
+        return Draw(box, flip, ops, tuple(jitter), erase)
 
     def _draw_box(self, rng: random.Random, width: int, height: int) -> tuple[int, int, int, int]:
         # The method of the Inception paper as torchvision has it: ten tries, then the largest centred crop.
-        low, high = self._augment.scale
+        augment = self._augment
         if not self._fixed_crop:
-            for _ in range(10):
-                area = width * height * (low + (high - low) * rng.random())
-                ratio = math.exp(self._log_ratio[0] + (self._log_ratio[1] - self._log_ratio[0]) * rng.random())
-                w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            for _ in range(CROP_TRIES):
+                w, h = _draw_sides(rng, width * height, augment.scale, augment.ratio)
                 if 0 < w <= width and 0 < h <= height:
                     return int(rng.random() * (width - w + 1)), int(rng.random() * (height - h + 1)), w, h
-        ratio = min(max(width / height, self._augment.ratio[0]), self._augment.ratio[1])
+        ratio = min(max(width / height, augment.ratio[0]), augment.ratio[1])
         w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
         return (width - w) // 2, (height - h) // 2, w, h
 
-    def _draw_ops(self, rng: random.Random) -> tuple[str, ...]:
-        # timm's own choice uses numpy's global generator; a weighted choice never takes an operation twice.
-        names = list(self._ops)
-        if self._op_weights is None:
-            return tuple(names[int(rng.random() * len(names))] for _ in range(self._num_ops))
-        keys = [rng.random() ** (1 / w) if w > 0 else -1.0 for w in self._op_weights]
-        best = sorted(range(len(names)), key=keys.__getitem__, reverse=True)[: self._num_ops]
-        return tuple(names[i] for i in best)
+    def _draw_erase(self, rng: random.Random) -> tuple[int, int, int, int, int] | None:
+        size = self._size
+        for _ in range(CROP_TRIES):
+            w, h = _draw_sides(rng, size * size, ERASE_AREA, ERASE_RATIO)
+            if 0 < w < size and 0 < h < size:
+                left, top = int(rng.random() * (size - w + 1)), int(rng.random() * (size - h + 1))
+                return left, top, w, h, rng.getrandbits(32)
+        return None
 
-    def apply(self, image: Image.Image, draw: Draw) -> npt.NDArray[np.uint8]:
-        """Do what was drawn to an RGB image; returns uint8 [3, size, size]."""
-        left, top, width, height = draw.box
-        if (width, height) != image.size:
-            image = image.crop((left, top, left + width, top + height))
-        if image.size != self._size:
-            image = image.resize(self._size, self._resample)
+    def view(self, draw: Draw) -> View:
+        """The part of the image that the draw asks for."""
+        return crop_view(draw.box, self._size)
+
+    def finish(self, pixels: npt.NDArray[np.uint8], draw: Draw) -> npt.NDArray[np.uint8]:
+        """Do the rest of the draw to the view, uint8 [size, size, 3], left as it is; returns uint8 [3, size, size]."""
         if draw.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if draw.ops:
-            with seeded_global_random(draw.op_seed):
-                for name in draw.ops:
-                    image = self._ops[name](image)
-        for name, factor in draw.jitter:
-            image = JITTERS[name](image, factor)
-        return to_channels_first(image)
+            pixels = pixels[:, ::-1]
+        if draw.ops or draw.jitter:
+            image = Image.fromarray(np.ascontiguousarray(pixels))
+            for operation in draw.ops:
+                assert self._randaugment is not None
+                image = self._randaugment.apply(image, operation)
+            for name, factor in draw.jitter:
+                image = JITTERS[name](image, factor)
+            pixels = np.asarray(image)
+        if draw.erase is not None:
+            pixels = self._erased(pixels, draw.erase)
+        return pixels.transpose(2, 0, 1)
 
-    def __call__(self, image: Image.Image, seed: int) -> npt.NDArray[np.uint8]:
-        return self.apply(image, self.draw(seed, *image.size))
+    def _erased(self, pixels: npt.NDArray[np.uint8], erase: tuple[int, int, int, int, int]) -> npt.NDArray[np.uint8]:
+        left, top, width, height, seed = erase
+        # RandomState is the numpy generator whose stream is frozen for good.
+        noise = np.random.RandomState(seed).standard_normal((height, width, 3)).astype(np.float32)
+        erased = pixels.copy()
+        erased[top : top + height, left : left + width] = np.clip(noise * self._std + self._mean, 0, 255)
+        return erased
 
 
 class EvalTransform:
-    """Resize the short side to image_size / eval_crop, then crop the centre; uint8 [3, size, size]."""
+    """Resize the short side to image_size / eval_crop, then crop the centre."""
 
     def __init__(self, augment: AugmentConfig, image_size: int) -> None:
         self._size = image_size
         self._short_side = math.floor(image_size / augment.eval_crop)
-        self._interpolation = INTERPOLATION[augment.interpolation]
 
-    def __call__(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        if min(image.size) != self._short_side:
-            image = functional.resize(image, self._short_side, self._interpolation)
-        if image.size != (self._size, self._size):
-            image = functional.center_crop(image, [self._size, self._size])
-        return to_channels_first(image)
+    def view(self, width: int, height: int) -> View:
+        """The part of an image of these dimensions that is evaluated."""
+        return centre_view(width, height, self._short_side, self._size)
 
 
-def to_channels_first(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """An RGB image as a view, uint8 [3, height, width]."""
-    return np.asarray(image).transpose(2, 0, 1)
-
-
-def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
-    # At full magnitude timm keeps no bits. Pillow 13 refuses that; before, the image came out black.
-    if bits_to_keep < 1:
-        return Image.new(image.mode, image.size)
-    return ImageOps.posterize(image, bits_to_keep)
-
-
-@contextmanager
-def seeded_global_random(seed: int) -> Iterator[None]:
-    """Python's global generator under `seed`, put back afterwards: timm's operations draw from it."""
-    state = random.getstate()
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(state)
+def _draw_sides(
+    rng: random.Random, area: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int]:
+    """Width and height of a box: a share of the area within `scale`, width over height within `ratio`."""
+    share = area * (scale[0] + (scale[1] - scale[0]) * rng.random())
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = math.exp(low + (high - low) * rng.random())
+    return round(math.sqrt(share * aspect)), round(math.sqrt(share / aspect))

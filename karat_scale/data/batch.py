@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from karat_scale.data.draw import Draw
+
 
 @dataclass(frozen=True)
 class BadSample:
@@ -24,8 +26,8 @@ class Batch:
 
     images: uint8 [b, 3, H, W]. labels: int64 [b]; 0 in padding. sample_ids: int64 [b]; where training
     replaced an unreadable sample, the id of the one that took its place. valid: bool [b]; False for padding
-    and for unreadable samples of an evaluation. bad: the unreadable samples met. epoch and batch: the slice's
-    own.
+    and for unreadable samples of an evaluation. bad: the unreadable samples met. draws: what augmentation did to each
+    sample of a training batch. epoch and batch: the slice's own.
     """
 
     images: torch.Tensor
@@ -33,6 +35,7 @@ class Batch:
     sample_ids: torch.Tensor
     valid: torch.Tensor
     bad: tuple[BadSample, ...] = ()
+    draws: tuple[Draw, ...] = ()
     epoch: int = 0
     batch: int = 0
 

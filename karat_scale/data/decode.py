@@ -5,6 +5,8 @@ is scaled to 8 bits in place of clipped.
 """
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -14,20 +16,27 @@ class UndecodableImageError(Exception):
     """The bytes are no whole image; the message is the reason."""
 
 
+@contextmanager
+def opened(data: bytes) -> Iterator[Image.Image]:
+    """An image whose header is read. Whatever Pillow raises inside becomes UndecodableImageError."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            yield image
+    except (MemoryError, UndecodableImageError):
+        raise
+    except Exception as error:  # damaged files make Pillow raise nearly anything
+        raise UndecodableImageError(undecodable_reason(error)) from error
+
+
 def decode_rgb(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
     """A loaded RGB image of any format, mode or bit depth Pillow reads. Raises UndecodableImageError.
 
     at_least: a (width, height) that is enough, so that a JPEG may be scaled by 1/2, 1/4 or 1/8 while it is decoded.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if at_least is not None:
-                image.draft(None, at_least)
-            return _to_rgb(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged files make Pillow raise nearly anything
-        raise UndecodableImageError(undecodable_reason(error)) from error
+    with opened(data) as image:
+        if at_least is not None:
+            image.draft(None, at_least)
+        return to_rgb(image)
 
 
 def undecodable_reason(error: Exception) -> str:
@@ -38,7 +47,8 @@ def undecodable_reason(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The whole of an opened image as RGB; raises what Pillow raises."""
     if image.mode == "RGB":
         image.load()
         return image.copy() if image.readonly else image

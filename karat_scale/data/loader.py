@@ -20,22 +20,29 @@ class MakesBatches(Protocol):
 
     def __getitem__(self, part: BatchSlice) -> Batch: ...
 
+    def whereabouts(self, workers: int) -> str:
+        """What each worker was last at."""
+
 
 class OrderedLoader(Iterator[Batch]):
     """Iterates over the batches of `slices`, in their order, whatever the number of workers.
 
     One slice is one work item; each worker has at most `prefetch` of them under way, so memory is bounded.
     Workers start at once and serve until the slices end or `close`. With 0 workers everything happens in this
-    process. A UserError raised in a worker is raised here as it is; a worker that dies is a DataError.
+    process. A UserError raised in a worker is raised here as it is; a worker that dies is a DataError, and so are
+    workers that bring no batch for `timeout` seconds.
     """
 
-    def __init__(self, make: MakesBatches, slices: Iterable[BatchSlice], workers: int, prefetch: int) -> None:
+    def __init__(
+        self, make: MakesBatches, slices: Iterable[BatchSlice], workers: int, prefetch: int, timeout: float
+    ) -> None:
         loader = DataLoader(
             _Guarded(make),
             batch_size=None,
             sampler=slices,
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
+            timeout=timeout if workers else 0,
             collate_fn=_unchanged,
             worker_init_fn=prepare_worker,
             pin_memory=torch.cuda.is_available(),
@@ -43,7 +50,7 @@ class OrderedLoader(Iterator[Batch]):
             generator=torch.Generator(),
             multiprocessing_context="fork" if workers else None,
         )
-        self._workers = workers
+        self._make, self._workers, self._timeout = make, workers, timeout
         with _child_signal_kept():
             self._results: Iterator[Batch | UserError] | None = iter(loader)
 
@@ -61,6 +68,11 @@ class OrderedLoader(Iterator[Batch]):
                 raise DataError(
                     f"a data worker died ({str(error) or type(error).__name__}); if memory or /dev/shm is short, "
                     "lower data.workers or data.prefetch"
+                ) from error
+            if self._workers and "timed out" in str(error):
+                raise DataError(
+                    f"no batch came for data.timeout = {self._timeout:g} s: {self._make.whereabouts(self._workers)}; "
+                    "does that file system still answer? Raise data.timeout if it is only slow"
                 ) from error
             raise
         if isinstance(result, UserError):

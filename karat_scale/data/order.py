@@ -16,16 +16,41 @@ def _digest(purpose: bytes, size: int, *values: int) -> bytes:
     return blake2b(struct.pack(f"<{len(values)}q", *values), digest_size=size, person=purpose).digest()
 
 
-def epoch_order(seed: int, epoch: int, num_samples: int, policy: str = "full") -> npt.NDArray[np.int64]:
+BLOCK_SAMPLES, WINDOW_BLOCKS = 256, 32
+
+
+def epoch_order(
+    seed: int,
+    epoch: int,
+    num_samples: int,
+    policy: str = "full",
+    block_samples: int = BLOCK_SAMPLES,
+    window_blocks: int = WINDOW_BLOCKS,
+) -> npt.NDArray[np.int64]:
     """The samples of one epoch in training order: int64 [num_samples], a permutation of 0 .. num_samples - 1.
 
-    `full` ranks the samples by independent 64-bit random numbers. Raises ValueError for another policy.
+    `full` ranks the samples by independent 64-bit random numbers. `block` is for disks that hate seeks: it permutes
+    blocks of consecutive samples, then shuffles within windows of that many blocks. Raises ValueError for another
+    policy.
     """
-    if policy != "full":
-        raise ValueError(f"unknown order policy {policy!r}; use 'full'")
-    key = np.frombuffer(_digest(b"order", 16, seed, epoch), dtype="<u8")
-    ranks = np.random.Philox(key=key).random_raw(num_samples)
-    return np.argsort(ranks, kind="stable").astype(np.int64, copy=False)
+    if policy == "full":
+        return _permutation(_digest(b"order", 16, seed, epoch), num_samples)
+    if policy != "block":
+        raise ValueError(f"unknown order policy {policy!r}; use 'full' or 'block'")
+    blocks = _permutation(_digest(b"blocks", 16, seed, epoch), -(-num_samples // block_samples))
+    ids = (blocks[:, None] * block_samples + np.arange(block_samples)).ravel()
+    ids = ids[ids < num_samples]
+    window = np.arange(num_samples) // (block_samples * window_blocks)
+    ranks = _ranks(_digest(b"windows", 16, seed, epoch), num_samples)
+    return ids[np.lexsort((ranks, window))]
+
+
+def _permutation(key: bytes, length: int) -> npt.NDArray[np.int64]:
+    return np.argsort(_ranks(key, length), kind="stable").astype(np.int64, copy=False)
+
+
+def _ranks(key: bytes, length: int) -> npt.NDArray[np.uint64]:
+    return np.random.Philox(key=np.frombuffer(key, dtype="<u8")).random_raw(length)
 
 
 def sample_seed(seed: int, epoch: int, sample_id: int) -> int:

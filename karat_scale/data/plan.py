@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from karat_scale.data.order import epoch_order
+from karat_scale.data.order import BLOCK_SAMPLES, WINDOW_BLOCKS, epoch_order
 from karat_scale.errors import DataError, RecipeError
 
 PADDING = -1
@@ -67,6 +67,8 @@ class TrainPlan:
     rank: int
     world_size: int
     order: str = "full"
+    block_samples: int = BLOCK_SAMPLES
+    window_blocks: int = WINDOW_BLOCKS
 
     def __post_init__(self) -> None:
         choose_micro_batch(self.global_batch, self.world_size, self.micro_batch, even=False)
@@ -92,7 +94,8 @@ class TrainPlan:
         for step in range(start_step, stop_step):
             epoch, batch = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
-                order = epoch_order(self.seed, epoch, self.num_samples, self.order)
+                policy = self.order, self.block_samples, self.window_blocks
+                order = epoch_order(self.seed, epoch, self.num_samples, *policy)
                 order_epoch = epoch
             first = batch * self.global_batch + self.rank * part
             for start in range(first, first + part, self.micro_batch):

@@ -107,6 +107,10 @@ class ShardSplit:
         keys = read_index_field((self.directory / shard.index.name).read_bytes(), "key")
         return keys[sample_id - self._starts[number]].decode(), shard.name
 
+    def file_of(self, sample_id: int) -> str:
+        """The path of the shard that holds a sample."""
+        return str(self.directory / self._shards[self._shard_of(sample_id)].name)
+
     def _shard_of(self, sample_id: int) -> int:
         return int(np.searchsorted(self._starts, sample_id, side="right")) - 1
 

@@ -1,12 +1,16 @@
 """What a data worker process must be: deaf to the signals the trainer handles, gone when the trainer is."""
 
+import mmap
 import os
 import signal
 import threading
 
+import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 POLL_SECONDS = 1.0
+MAX_WORKERS = 1024
 
 
 def prepare_worker(worker_id: int) -> None:
@@ -30,3 +34,24 @@ def _leave_with(parent: int) -> None:
         if received is not None and received.si_pid == parent:
             break
     os._exit(0)
+
+
+class Whereabouts:
+    """What sample each worker is at, in memory that forked workers share with the trainer.
+
+    A worker that hangs on a file system cannot be asked, but its last note can be read.
+    """
+
+    def __init__(self) -> None:
+        self._samples = np.frombuffer(mmap.mmap(-1, 8 * MAX_WORKERS), dtype=np.int64)
+
+    def tell(self, sample_id: int) -> None:
+        """The calling worker is at this sample now."""
+        worker = get_worker_info()
+        # Counted from one: the memory starts as zeros.
+        self._samples[worker.id if worker else 0] = sample_id + 1
+
+    def of(self, worker: int) -> int | None:
+        """The sample that a worker told of last."""
+        sample = int(self._samples[worker])
+        return sample - 1 if sample else None

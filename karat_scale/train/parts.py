@@ -60,6 +60,8 @@ def build_parts(
         rank=world.rank,
         world_size=world.size,
         order=recipe.data.order,
+        block_samples=recipe.data.block_samples,
+        window_blocks=recipe.data.window_blocks,
     )
     schedule = build_schedule(recipe, plan.steps_per_epoch)
     torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank and world

@@ -1,7 +1,6 @@
 """Where batches come from: one interface, one module per backend."""
 
 from karat_scale.data.backends.base import Backend
-from karat_scale.errors import RecipeError
 from karat_scale.recipe import AugmentConfig, DataConfig
 
 __all__ = ["Backend", "open_backend"]
@@ -10,12 +9,14 @@ __all__ = ["Backend", "open_backend"]
 def open_backend(data: DataConfig, augment: AugmentConfig, image_size: int, num_classes: int, seed: int) -> Backend:
     """Open the backend that `data.backend` names and check its data. Raises DataError or RecipeError."""
     # A backend's library is imported only where it is used.
-    if data.backend == "webdataset":
-        from karat_scale.data.backends.webdataset import WebDatasetBackend
-
-        return WebDatasetBackend(data, augment, image_size, num_classes, seed)
     if data.backend == "synthetic":
         from karat_scale.data.backends.synthetic import SyntheticBackend
 
         return SyntheticBackend(data, image_size, num_classes, seed)
-    raise RecipeError(f"data.backend = {data.backend!r} is unknown; use webdataset or synthetic")
+    if data.backend == "folder":
+        from karat_scale.data.backends.folder import open_folder
+
+        return open_folder(data, augment, image_size, num_classes, seed)
+    from karat_scale.data.backends.webdataset import open_webdataset
+
+    return open_webdataset(data, augment, image_size, num_classes, seed)
