@@ -115,12 +115,12 @@ def test_an_unreadable_randaugment_string_is_refused():
 @pytest.mark.parametrize("crop", [0.875, 0.9, 1.0])
 def test_evaluation_is_resize_and_centre_crop(size, crop):
     # Smooth, for Pillow chooses by the sizes which axis it resizes first, and clips in between.
-    source = image(5, 5).resize(size, Image.Resampling.BICUBIC)
+    source = image(5, 5).point(lambda value: 64 + value // 2).resize(size, Image.Resampling.BICUBIC)
     expected = Compose([Resize(int(28 / crop), InterpolationMode.BICUBIC), CenterCrop(28)])(source)
     view = EvalTransform(AugmentConfig(eval_crop=crop), 28).view(*size)
     difference = np.asarray(resized(source, view, Image.Resampling.BICUBIC)).astype(int) - np.asarray(expected)
     assert abs(difference).max() <= 2
-    assert abs(difference).mean() < 0.1
+    assert abs(difference).mean() < 0.2
 
 
 def test_erasing_fills_a_box_of_the_drawn_size_with_noise_around_the_mean():
