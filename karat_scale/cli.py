@@ -31,6 +31,13 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", metavar="FILE", help="write the result there too")
     evaluate.set_defaults(run=_eval)
 
+    doctor = commands.add_parser("doctor", help="what this machine has, and what bounds a recipe on it")
+    doctor.add_argument("recipe", metavar="RECIPE", nargs="?", help="a shipped recipe's name or a YAML file")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.workers=4")
+    doctor.add_argument("--seconds", type=float, default=20.0, help="of the timed run (default: %(default)s)")
+    doctor.add_argument("--json", metavar="FILE", help="write all figures there too")
+    doctor.set_defaults(run=_doctor)
+
     bench = commands.add_parser("bench", help="measure against what you would use instead")
     benches = bench.add_subparsers(dest="bench", required=True, metavar="BENCH")
     step = benches.add_parser("step", help="our loop against a bare PyTorch loop, KArAt against softmax")
@@ -96,6 +103,12 @@ def _eval(options: argparse.Namespace) -> int:
     from karat_scale.train.eval_run import evaluate_run
 
     return evaluate_run(options.run_dir, options.overrides, options.checkpoint, options.weights, options.json)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from karat_scale.doctor.run import doctor
+
+    return doctor(options.recipe, options.overrides, options.seconds, options.json)
 
 
 def _bench_step(options: argparse.Namespace) -> int:

@@ -1,0 +1,1 @@
+"""What this machine has for training, and which part of it bounds a recipe: `karat doctor`."""

@@ -1,0 +1,54 @@
+"""What control groups leave to this process, in versions 1 and 2 and in containers."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+# Version 1 writes "no limit" as the largest multiple of a page.
+UNLIMITED = 1 << 60
+
+
+def cpu_quota(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float | None:
+    """The CPUs' worth of time that the tightest group allows, or None where none limits it."""
+    quotas: list[float] = []
+    for directory in _directories(root, membership, "cpu"):
+        words = (_text(directory / "cpu.max") or "").split()
+        if not words:
+            quota, period = _text(directory / "cpu.cfs_quota_us"), _text(directory / "cpu.cfs_period_us")
+            words = [quota, period] if quota and period else []
+        if len(words) == 2 and words[0] not in ("max", "-1"):
+            quotas.append(int(words[0]) / int(words[1]))
+    return min(quotas, default=None)
+
+
+def memory_limit(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None:
+    """The bytes that the tightest group allows, or None where none limits it."""
+    limits: list[float] = []
+    for directory in _directories(root, membership, "memory"):
+        text = _text(directory / "memory.max") or _text(directory / "memory.limit_in_bytes")
+        limits.append(int(text) if text and text != "max" else math.inf)
+    tightest = min(limits, default=math.inf)
+    return int(tightest) if tightest < UNLIMITED else None
+
+
+def _directories(root: Path, membership: Path, controller: str) -> Iterator[Path]:
+    """The groups of this process for a controller and those above it. A container may show its own as the root."""
+    for line in (_text(membership) or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top = root
+        elif controller in controllers.split(","):
+            top = next((p for p in (root / controllers, root / controller) if p.is_dir()), root / controller)
+        else:
+            continue
+        group = Path(path.lstrip("/"))
+        yield from (top / part for part in (group, *group.parents))
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None

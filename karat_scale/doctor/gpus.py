@@ -1,0 +1,81 @@
+"""The GPUs and the software that drives them."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from karat_scale.doctor.finding import Finding, found
+
+GIB = 2**30
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+SMI_SECONDS = 20
+# The Triton kernels and bf16 want Ampere.
+OLDEST_CAPABILITY = (8, 0)
+
+
+def examine_gpus() -> Iterator[Finding]:
+    """Driver, CUDA, NCCL, and each GPU with its memory and compute capability."""
+    import torch
+
+    driver = driver_version()
+    yield found("driver", driver or "no NVIDIA driver", version=driver)
+    yield found("CUDA of torch", torch.version.cuda or "none: a CPU build of torch", version=torch.version.cuda)
+    if not torch.cuda.is_available():
+        yield _no_gpu(driver, torch.version.cuda)
+        return
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    yield found("NCCL", nccl, version=nccl)
+    for number in range(torch.cuda.device_count()):
+        yield _examine_gpu(number)
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's version, by the kernel module or by nvidia-smi."""
+    if DRIVER_FILE.is_file():
+        version = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", DRIVER_FILE.read_text())
+        if version:
+            return version[1]
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS)
+    lines = done.stdout.split()
+    return lines[0] if done.returncode == 0 and lines else None
+
+
+def _no_gpu(driver: str | None, cuda: str | None) -> Finding:
+    if driver and cuda is None:
+        mend = "install torch for CUDA as https://pytorch.org/get-started says"
+        return found("GPU", "there is a driver, but this torch is for CPUs only", mend, wrong=True, count=0)
+    if driver:
+        mend = "look at nvidia-smi, CUDA_VISIBLE_DEVICES, and whether the driver is new enough for this CUDA"
+        return found("GPU", "there is a driver, but torch sees no GPU", mend, wrong=True, count=0)
+    return found("GPU", "none; training runs on the CPU", count=0)
+
+
+def _examine_gpu(number: int) -> Finding:
+    import torch
+
+    properties = torch.cuda.get_device_properties(number)
+    capability = (properties.major, properties.minor)
+    free, total = torch.cuda.mem_get_info(number)
+    text = (
+        f"{properties.name}, {total / GIB:.0f} GiB ({free / GIB:.0f} free), "
+        f"compute capability {properties.major}.{properties.minor}"
+    )
+    figures: dict[str, Any] = {
+        "model": properties.name,
+        "total_bytes": total,
+        "free_bytes": free,
+        "capability": capability,
+    }
+    name = f"GPU {number}"
+    if capability < OLDEST_CAPABILITY:
+        mend = "below 8.0 there are no Triton kernels and bf16 is slow; use train.precision=fp32"
+        return found(name, text, mend, **figures)
+    if free < 0.9 * total:
+        return found(name, text, "another process holds a part of its memory; see nvidia-smi", **figures)
+    return found(name, text, **figures)

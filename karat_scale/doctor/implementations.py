@@ -1,0 +1,63 @@
+"""Which implementations of KArAt attention run on this machine: each attends over a few tokens."""
+
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from karat_scale.doctor.finding import Finding, found
+
+BATCH, HEADS, TOKENS, WIDTH, RANK, GRID = 1, 1, 16, 16, 4, 2
+
+
+def examine_attention() -> Iterator[Finding]:
+    """One finding per implementation: it runs, or why it does not."""
+    import torch
+
+    from karat_scale.attention.functional import AUTOMATIC, IMPLEMENTATIONS
+
+    cuda = torch.cuda.is_available()
+    runs = []
+    for name in IMPLEMENTATIONS:
+        device = "cuda" if cuda and name != "cpu" else "cpu"
+        begun = time.perf_counter()
+        refusal = _refusal(name, device)
+        seconds = time.perf_counter() - begun
+        if refusal is None:
+            runs.append(name)
+            yield found(f"attention {name}", f"runs on {device}", runs=True, device=device, seconds=round(seconds, 3))
+        else:
+            mend = "" if name == "triton" and not cuda else "auto takes another one; asked for by name it is refused"
+            yield Finding(
+                f"attention {name}",
+                "note",
+                f"cannot run: {refusal}",
+                mend,
+                {"runs": False, "device": device, "seconds": round(seconds, 3)},
+            )
+    chosen = next(name for name in AUTOMATIC if name in runs and (name != "cpu" or not cuda))
+    yield found("attention auto", f"takes {chosen}", chosen=chosen)
+
+
+def _refusal(implementation: str, device: str) -> str | None:
+    """Why the implementation cannot attend, or None where it just did, gradient included."""
+    import torch
+
+    from karat_scale.attention import fourier_karat_attention
+
+    def random(*shape: int) -> Any:
+        return torch.randn(*shape, device=device, requires_grad=True)
+
+    query, key, value = (random(BATCH, HEADS, TOKENS, WIDTH) for _ in range(3))
+    cos_coef, sin_coef = (random(HEADS, RANK, TOKENS, GRID) for _ in range(2))
+    proj = random(HEADS, TOKENS, RANK)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a failed build warns and then says the same as an error
+            output = fourier_karat_attention(query, key, value, cos_coef, sin_coef, proj, implementation=implementation)
+            output.sum().backward()
+    except ValueError as error:
+        return str(error).partition("cannot take this call: ")[2] or str(error)
+    except Exception as error:  # a kernel that does not compile or launch
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None

@@ -1,0 +1,184 @@
+"""How the doctor speaks: tables and a bar on a terminal, plain lines elsewhere, and JSON."""
+
+import json
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+from karat_scale import __version__
+from karat_scale.doctor.finding import Finding
+from karat_scale.errors import UserError
+from karat_scale.files import write_atomically
+
+COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
+
+
+class Voice(Protocol):
+    """A place to speak to; the kinds differ in looks only."""
+
+    def findings(self, title: str, findings: Iterable[Finding]) -> None:
+        """Show the findings of one part."""
+
+    def table(self, title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+        """Show figures; the first column is text, the others are numbers."""
+
+    def say(self, text: str) -> None:
+        """Show a sentence."""
+
+    def busy(self, text: str) -> AbstractContextManager[Any]:
+        """Say what is under way while it is."""
+
+
+class Silent:
+    """For ranks other than 0."""
+
+    def findings(self, title: str, findings: Iterable[Finding]) -> None:
+        """Say nothing."""
+
+    def table(self, title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+        """Say nothing."""
+
+    def say(self, text: str) -> None:
+        """Say nothing."""
+
+    def busy(self, text: str) -> AbstractContextManager[Any]:
+        """Say nothing."""
+        return nullcontext()
+
+
+class Plain:
+    """One line per finding. Needs no library, so that it works when all of them are missing."""
+
+    def findings(self, title: str, findings: Iterable[Finding]) -> None:
+        """Lines below a title."""
+        self.say(f"\n{title}")
+        for finding in findings:
+            mend = f" -> {finding.mend}" if finding.mend else ""
+            self.say(f"  {finding.level:<8} {finding.name}: {finding.value}{mend}")
+
+    def table(self, title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+        """Columns of equal width below a title."""
+        lines = [header, *rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        self.say(f"\n{title}")
+        for first, *others in lines:
+            numbers = "".join(f"  {text:>{width}}" for text, width in zip(others, widths[1:], strict=True))
+            self.say(f"  {first:<{widths[0]}}{numbers}".rstrip())
+
+    def say(self, text: str) -> None:
+        """Print."""
+        print(text, flush=True)
+
+    def busy(self, text: str) -> AbstractContextManager[Any]:
+        """Print what begins."""
+        self.say(f"  {text} ...")
+        return nullcontext()
+
+
+class Terminal:
+    """rich's tables, and its spinner while something is under way."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(highlight=False)
+
+    def findings(self, title: str, findings: Iterable[Finding]) -> None:
+        """A table of three columns."""
+        from rich.markup import escape
+
+        table = self._table(title, ("", "", ""), show_header=False)
+        for finding in findings:
+            colour = COLOURS[finding.level]
+            mend = f"\n[dim]{escape(finding.mend)}[/dim]" if finding.mend else ""
+            table.add_row(f"[{colour}]{finding.level}[/{colour}]", finding.name, escape(finding.value) + mend)
+        self._console.print(table)
+
+    def table(self, title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+        """A table with numbers on the right."""
+        table = self._table(title, header)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            table.add_row(*row)
+        self._console.print(table)
+
+    @staticmethod
+    def _table(title: str, header: tuple[str, ...], show_header: bool = True) -> Any:
+        from rich import box
+        from rich.table import Table
+
+        table = Table(*header, title=title, title_justify="left", title_style="bold", box=box.SIMPLE)
+        table.show_header = show_header
+        return table
+
+    def say(self, text: str) -> None:
+        """Print."""
+        self._console.print(text, markup=False)
+
+    def busy(self, text: str) -> AbstractContextManager[Any]:
+        """A spinner beside the text."""
+        return self._console.status(text)
+
+
+def choose_voice(is_main: bool = True) -> Voice:
+    """Tables where standard output is a terminal and rich is there; nothing on ranks other than 0."""
+    if not is_main:
+        return Silent()
+    if sys.stdout.isatty():
+        try:
+            return Terminal()
+        except ImportError:
+            pass
+    return Plain()
+
+
+class Report:
+    """Collects what was found, tells it at once, and knows how it ends."""
+
+    def __init__(self, voice: Voice) -> None:
+        self.voice = voice
+        self.figures: dict[str, Any] = {}
+        self._sections: dict[str, list[Finding]] = {}
+
+    def add(self, key: str, title: str, findings: list[Finding]) -> None:
+        """Take in and tell the findings of one part."""
+        self._sections.setdefault(key, []).extend(findings)
+        self.voice.findings(title, findings)
+
+    @property
+    def problems(self) -> list[Finding]:
+        """Whatever keeps training from working."""
+        return [finding for section in self._sections.values() for finding in section if finding.level == "problem"]
+
+    @property
+    def exit_code(self) -> int:
+        """0 without a problem, 1 with one."""
+        return 1 if self.problems else 0
+
+    def conclude(self) -> None:
+        """The last line."""
+        notes = sum(finding.level == "note" for section in self._sections.values() for finding in section)
+        problems = len(self.problems)
+        names = f" ({', '.join(finding.name for finding in self.problems)})" if problems else ""
+        self.voice.say(f"\n{_count(problems, 'problem')}{names}, {_count(notes, 'note')}")
+
+    def write(self, path: Path) -> None:
+        """All of it as JSON. Raises UserError where the file cannot be written."""
+        content = {
+            "version": __version__,
+            "exit": self.exit_code,
+            "problems": [finding.name for finding in self.problems],
+            **{key: [finding.to_json() for finding in section] for key, section in self._sections.items()},
+            **self.figures,
+        }
+        try:
+            write_atomically(path, json.dumps(content, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--json {path}: {error.strerror}; name a file in a directory that is there") from None
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

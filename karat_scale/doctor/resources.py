@@ -1,0 +1,146 @@
+"""Cores, memory, limits and directories that this process may use."""
+
+import math
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from karat_scale.doctor import cgroup
+from karat_scale.doctor.finding import Finding, found
+
+GIB = 2**30
+SHM = Path("/dev/shm")
+SMALL_SHM = GIB
+# Shards held open, tensors on their way from workers, sockets of the ranks.
+FEW_FILES = 1024
+CACHE_ROOM = 64 * 2**20
+
+
+def usable_cores() -> int:
+    """Cores that may run this process: affinity (which SLURM and taskset set), cut by a control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cgroup.cpu_quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def usable_memory() -> int:
+    """Bytes of RAM that this process may use at most."""
+    import psutil  # here, so that its absence is a finding and no crash
+
+    total = int(psutil.virtual_memory().total)
+    return min(total, cgroup.memory_limit() or total)
+
+
+def cache_memory() -> int:
+    """Bytes that may hold data now: free memory, and what the page cache holds already."""
+    import psutil
+
+    return min(int(psutil.virtual_memory().available), usable_memory())
+
+
+def examine_resources() -> Iterator[Finding]:
+    """Cores, RAM, /dev/shm, limits, the cache of compiled kernels."""
+    yield _examine_cores()
+    yield _examine_memory()
+    yield _examine_shm()
+    yield from _examine_limits()
+    yield examine_cache(cache_directory())
+
+
+def _examine_cores() -> Finding:
+    total, usable, quota = os.cpu_count() or 1, usable_cores(), cgroup.cpu_quota()
+    pieces = [f"{usable} of {total} usable"]
+    if quota is not None:
+        pieces.append(f"a control group allows {quota:g}")
+    allocation = {key: os.environ[key] for key in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE") if key in os.environ}
+    pieces += [f"{key}={value}" for key, value in allocation.items()]
+    mend = ""
+    asked = allocation.get("SLURM_CPUS_PER_TASK", "")
+    if asked.isdigit() and int(asked) > usable:
+        mend = "the step has fewer cores than the job: start it with srun --cpus-per-task=$SLURM_CPUS_PER_TASK"
+    elif usable < total and "OMP_NUM_THREADS" not in os.environ and quota is not None:
+        mend = f"a quota is not seen by math libraries: set OMP_NUM_THREADS={usable} when training on the CPU"
+    return found("cores", ", ".join(pieces), mend, usable=usable, total=total, quota=quota, slurm=allocation)
+
+
+def _examine_memory() -> Finding:
+    import psutil
+
+    memory, usable = psutil.virtual_memory(), usable_memory()
+    text = f"{usable / GIB:.1f} GiB usable, {cache_memory() / GIB:.1f} GiB available"
+    if usable < memory.total:
+        text += f" (the machine has {memory.total / GIB:.1f}; a control group limits it)"
+    figures: dict[str, Any] = {
+        "usable_bytes": usable,
+        "available_bytes": cache_memory(),
+        "total_bytes": int(memory.total),
+    }
+    mend = "less than 2 GiB: another process may be using it" if cache_memory() < 2 * GIB else ""
+    return found("RAM", text, mend, **figures)
+
+
+def _examine_shm() -> Finding:
+    if not SHM.is_dir():
+        return found("/dev/shm", "not there", "data workers need it: mount a tmpfs, or data.workers=0", wrong=True)
+    size, free = shm_room()
+    text = f"{size / GIB:.2f} GiB, {free / GIB:.2f} free"
+    mend = ""
+    if free < SMALL_SHM:
+        mend = "workers hand over batches through it: docker run --shm-size=8g (or --ipc=host), or fewer data.workers"
+    return found("/dev/shm", text, mend, total_bytes=size, free_bytes=free)
+
+
+def shm_room() -> tuple[int, int]:
+    """(size, free bytes) of /dev/shm."""
+    disk = os.statvfs(SHM)
+    return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
+
+
+def _examine_limits() -> Iterator[Finding]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    mend = ""
+    if soft < FEW_FILES:
+        mend = f"few: ulimit -n {hard if 0 < hard < 65536 else 65536}"
+    yield found("open files", f"{_limit(soft)} (ulimit -n; up to {_limit(hard)})", mend, soft=soft, hard=hard)
+    space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if space != resource.RLIM_INFINITY:
+        mend = "CUDA and memory maps need far more addresses than memory: ulimit -v unlimited"
+        yield found("address space", f"{space / GIB:.1f} GiB (ulimit -v)", mend, soft=space)
+
+
+def _limit(value: int) -> str:
+    return "unlimited" if value == resource.RLIM_INFINITY else str(value)
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept."""
+    chosen = os.environ.get("KARAT_CACHE_DIR")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "karat_scale"
+
+
+def examine_cache(directory: Path) -> Finding:
+    """Whether compiled kernels can be kept there."""
+    stands = nearest_existing(directory)
+    mend = "compiled kernels cannot be kept: set KARAT_CACHE_DIR to a directory that can be written"
+    if not stands.is_dir() or not os.access(stands, os.W_OK | os.X_OK):
+        return found("cache", f"{directory} cannot be written", mend, path=str(directory), writable=False)
+    free = disk_free(stands)
+    if free < CACHE_ROOM:
+        return found(
+            "cache", f"{directory}: only {free / 2**20:.0f} MiB free", mend, path=str(directory), writable=True
+        )
+    return found("cache", f"{directory} can be written", path=str(directory), writable=True)
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself or the first directory above it that is there."""
+    path = path.expanduser().absolute()
+    return next(part for part in (path, *path.parents) if part.exists())
+
+
+def disk_free(path: Path) -> int:
+    """Bytes that a user may still write there."""
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize

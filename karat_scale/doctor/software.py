@@ -1,0 +1,133 @@
+"""Versions of what training stands on, the optional parts, and how to install what is missing."""
+
+import importlib
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+
+from karat_scale.doctor.finding import Finding, found
+
+DISTRIBUTION = "karat-scale"
+OLDEST_PYTHON = (3, 10)
+LIBRARIES = (
+    *("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy", "pillow"),
+    *("pydantic", "pyyaml", "psutil", "rich", "tensorboard"),
+)
+FFCV_PACKAGES = "libopencv-dev libturbojpeg0-dev pkg-config g++"
+JPEG_PROGRAM = "#include <cstddef>\n#include <cstdio>\n#include <jpeglib.h>\n"
+COMPILE_SECONDS = 60
+
+
+def examine_python() -> Iterator[Finding]:
+    """The interpreter."""
+    text = f"{platform.python_version()} ({sys.executable})"
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        yield found("python", text, "use Python 3.10 or newer", wrong=True)
+    else:
+        yield found("python", text)
+
+
+def examine_libraries() -> Iterator[Finding]:
+    """The required libraries and triton, against the versions that the package asks for."""
+    wanted = wanted_versions()
+    for name in LIBRARIES:
+        yield examine_library(name, wanted.get(name, ""))
+    yield _examine_triton()
+
+
+def wanted_versions() -> dict[str, str]:
+    """The version range of each required distribution, as the installed package tells it; empty in a bare clone."""
+    from packaging.requirements import Requirement
+
+    try:
+        needs = [Requirement(text) for text in requires(DISTRIBUTION) or ()]
+    except PackageNotFoundError:
+        return {}
+    return {need.name: str(need.specifier) for need in needs if need.marker is None}
+
+
+def examine_library(name: str, wanted: str) -> Finding:
+    """One required distribution: is it there, and within the range `wanted` such as ">=2.6,<3"?"""
+    from packaging.specifiers import SpecifierSet
+
+    install = f"pip install '{name}{wanted}'"
+    installed = installed_version(name)
+    if installed is None:
+        return found(name, "not installed", install, wrong=True, version=None)
+    if not SpecifierSet(wanted).contains(installed, prereleases=True):
+        return found(name, f"{installed}, but {wanted} is needed", install, wrong=True, version=installed)
+    return found(name, installed, version=installed)
+
+
+def installed_version(name: str) -> str | None:
+    """The version of a distribution, or None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _examine_triton() -> Finding:
+    installed = installed_version("triton")
+    if installed is None:
+        return found(
+            "triton", "not installed", "only the GPU kernels need it: pip install 'triton>=3.3,<4'", version=None
+        )
+    return found("triton", installed, version=installed)
+
+
+def examine_extras() -> Iterator[Finding]:
+    """The optional backends, and what the two native kernels need to be compiled."""
+    yield _examine_extra(
+        "ffcv",
+        "ffcv",
+        "ffcv",
+        f"for data.backend=ffcv: apt-get install {FFCV_PACKAGES}, then pip install 'karat-scale[ffcv]'",
+    )
+    yield _examine_extra(
+        "dali", "nvidia.dali", dali_distribution(), "for data.backend=dali: pip install 'karat-scale[dali]'"
+    )
+    yield _examine_compiler()
+
+
+def dali_distribution() -> str:
+    """DALI's distribution is named after a CUDA version; the installed one, or the default."""
+    names = [f"nvidia-dali-cuda{number}" for number in (130, 120, 110)]
+    return next((name for name in names if installed_version(name)), names[0])
+
+
+def _examine_extra(name: str, module: str, distribution: str, install: str) -> Finding:
+    label = f"extra {name}"
+    if not _is_there(module):
+        return found(label, "not installed", install, present=False)
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a missing system library shows as whatever the module makes of it
+        reason = f"installed, but cannot be imported: {type(error).__name__}: {error}"
+        return found(label, " ".join(reason.split()), install, present=False)
+    return found(label, installed_version(distribution) or "installed", present=True)
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent package is not there
+        return False
+
+
+def _examine_compiler() -> Finding:
+    name, what = "native kernels", "the CPU attention kernel and the native JPEG decoder"
+    install = f"for {what}: apt-get install g++ libjpeg-dev"
+    compiler = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+    if compiler is None:
+        return found(name, "no C++ compiler on PATH", install, compiler=None, jpeg_headers=False)
+    check = [compiler, "-x", "c++", "-fsyntax-only", "-"]
+    done = subprocess.run(check, input=JPEG_PROGRAM, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+    if done.returncode:
+        value = f"{compiler}, but the headers of libjpeg are missing"
+        return found(name, value, install, compiler=compiler, jpeg_headers=False)
+    return found(name, f"{compiler}, headers of libjpeg", compiler=compiler, jpeg_headers=True)

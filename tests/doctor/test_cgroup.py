@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+
+from karat_scale.doctor.cgroup import cpu_quota, memory_limit
+
+
+def write(root: Path, **files: str) -> None:
+    for name, text in files.items():
+        path = root / name.replace("__", "/").replace("DOT", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+
+
+@pytest.fixture
+def membership(tmp_path: Path) -> Path:
+    return tmp_path / "membership"
+
+
+def test_the_tightest_group_of_version_2_counts(tmp_path: Path, membership: Path) -> None:
+    membership.write_text("0::/job/step\n")
+    write(tmp_path, job__cpuDOTmax="150000 100000", job__step__cpuDOTmax="max 100000")
+    write(tmp_path, job__memoryDOTmax="max", job__step__memoryDOTmax="1048576")
+    assert cpu_quota(tmp_path, membership) == 1.5
+    assert memory_limit(tmp_path, membership) == 1 << 20
+
+
+def test_version_1_has_a_directory_per_controller(tmp_path: Path, membership: Path) -> None:
+    membership.write_text("4:memory:/job\n1:cpu,cpuacct:/\n0::/\n")
+    write(tmp_path, cpu__cpuDOTcfs_quota_us="50000", cpu__cpuDOTcfs_period_us="100000")
+    write(tmp_path, memory__memoryDOTlimit_in_bytes=str(2**63 - 4096), memory__job__memoryDOTlimit_in_bytes="4096")
+    assert cpu_quota(tmp_path, membership) == 0.5
+    assert memory_limit(tmp_path, membership) == 4096
+
+
+def test_no_limit_is_none(tmp_path: Path, membership: Path) -> None:
+    assert (cpu_quota(tmp_path, membership), memory_limit(tmp_path, membership)) == (None, None)
+    membership.write_text("3:cpu:/\n4:memory:/\n")
+    write(tmp_path, cpu__cpuDOTcfs_quota_us="-1", cpu__cpuDOTcfs_period_us="100000")
+    write(tmp_path, memory__memoryDOTlimit_in_bytes=str(2**63 - 4096))
+    assert (cpu_quota(tmp_path, membership), memory_limit(tmp_path, membership)) == (None, None)
