@@ -171,7 +171,7 @@ def _attend(
     with full_precision(query.device):
         coef = basis.pack({name: x for name, x in wide.items() if not name.startswith(SECOND)})
         if form in ("modular", "full_rank"):
-            return attend(query, key, value, coef, proj, basis, base, bias, mask, simplex)
+            return attend(query, key, value, coef, proj, basis, base, bias, mask, mask, simplex)
         if form == "project_first":
             assert proj is not None
             projector = proj.to(dtype)
@@ -179,13 +179,13 @@ def _attend(
             if bias is not None:
                 tokens = query.shape[2]
                 bias = bias.to(dtype).expand(*bias.shape[:-2], tokens, tokens) @ projector
-            return attend(query, pseudo_keys, value, coef, None, basis, base, bias, None, simplex)
+            return attend(query, pseudo_keys, value, coef, None, basis, base, bias, None, None, simplex)
         hidden = _hidden(attend, query, key, coef, basis, base, bias)
         second = basis.pack({name.removeprefix(SECOND): x for name, x in wide.items() if name.startswith(SECOND)})
         # As scores of sqrt(r) H against the rows of the identity.
         rank = hidden.shape[-1]
         units = _identity(hidden, rank)
-        return attend(hidden * rank**0.5, units, value, second, None, basis, base, None, None, simplex)
+        return attend(hidden * rank**0.5, units, value, second, None, basis, base, None, None, None, simplex)
 
 
 def _hidden(

@@ -69,6 +69,7 @@ def attend_units(
     base: str,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    cut: Tensor | None = None,
     on_simplex: bool = False,
 ) -> Tensor:
     """O = S V of any basis, with the arguments of `streaming.attend_units`; derivatives are autograd's.
@@ -91,8 +92,8 @@ def attend_units(
         if proj is not None:
             rows = rows @ proj.to(dtype).mT
         if on_simplex:
-            return simplex.project(rows, mask) @ value
-        return (rows if mask is None else rows * keep) @ value
+            return simplex.project(rows, cut) @ value
+        return (rows if cut is None else rows * cut) @ value
 
 
 def _units(raw: Tensor, keep: Tensor, coef: Tensor, basis: Basis) -> Tensor:

@@ -1,22 +1,22 @@
 """Memory-lean KArAt attention in plain PyTorch, for any device, basis and form.
 
-O = Phi(A) V' for V' = W^T V, so the N x N matrix S need never exist; H = Phi(A) is summed tile by tile, and the
-backward pass recomputes scores and features. Beside inputs and outputs only H is kept, and the features of one
-tile. What needs rows of S (a mask, the simplex, a form of full rank) forms them tile by tile.
+Scores and features are computed tile by tile, and again in the backward pass. Beside inputs and outputs only H is
+kept, and the features of one tile; the N x N matrix S never exists (see `routes`).
 
 Forward and backward are registered with torch.library: torch.compile takes each as one opaque operation, and
 autograd knows the second as the derivative of the first.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from karat_scale.attention import readout
 from karat_scale.attention.bases import BASE_ACTIVATIONS, Basis, FeatureBasis, Fourier, basis_of, key_of
 from karat_scale.attention.precision import compute_dtype, full_precision
+from karat_scale.attention.routes import Head, HeadGradients, choose_route
 from karat_scale.attention.tiles import Workspace, pick_broadcast
 
 # BLAS multiplies by a matrix of 16 columns about as fast as by one of 12.
@@ -37,7 +37,7 @@ def attend(
     """O [B, h, N, dv] in the value's dtype, of the modular Fourier form; differentiable once in all but the mask."""
     dtype = compute_dtype(query, key, value, cos_coef, sin_coef, proj, bias)
     coef = Fourier.pack(_ANY_FOURIER, {"cos_coef": cos_coef.to(dtype), "sin_coef": sin_coef.to(dtype)})
-    return attend_units(query, key, value, coef, proj, _ANY_FOURIER, base, bias, mask)
+    return attend_units(query, key, value, coef, proj, _ANY_FOURIER, base, bias, mask, mask)
 
 
 def attend_units(
@@ -50,11 +50,12 @@ def attend_units(
     base: str,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    cut: Tensor | None = None,
     on_simplex: bool = False,
 ) -> Tensor:
     """O = S V [B, h, N, dv] in the value's dtype, where S = H W^T, or H itself where there is no W.
 
-    Differentiable once in all but the mask.
+    Differentiable once in all but the masks.
 
     Args:
         query, key, value: [B, h, N, d], [B, h, M, d] and [B, h, P, dv].
@@ -62,7 +63,8 @@ def attend_units(
         proj: W [h, P, r].
         basis, base: phi_pq(x) less b(x), and b(x) by name.
         bias: joins the scores; broadcastable to [B, h, N, M].
-        mask: boolean, broadcastable to [B, h, N, M] where M = P; cuts scores and S alike.
+        mask: boolean, broadcastable to [B, h, N, M]; a false pair adds nothing to H.
+        cut: boolean, broadcastable to [B, h, N, P]; where false, S is 0.
         on_simplex: projects each row of S onto the simplex.
     """
     dtype = compute_dtype(query, key, value, coef, proj, bias)
@@ -71,8 +73,8 @@ def attend_units(
         padding = -proj.shape[-1] % RANK_MULTIPLE if isinstance(basis, FeatureBasis) else 0
         coef, proj = functional.pad(coef, (0, 0, 0, padding)), functional.pad(proj.to(dtype), (0, padding))
     forward = torch.ops.karat_scale.streaming_forward
-    biases = _as_4d(bias), _as_4d(mask)
-    return forward(query, key, value, coef.contiguous(), proj, *biases, key_of(basis), base, on_simplex)[0]
+    on_scores = _as_4d(bias), _as_4d(mask), _as_4d(cut)
+    return forward(query, key, value, coef.contiguous(), proj, *on_scores, key_of(basis), base, on_simplex)[0]
 
 
 _ANY_FOURIER = Fourier()
@@ -90,28 +92,23 @@ def _streaming_forward(
     proj: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
+    cut: Tensor | None,
     basis: str,
     base: str,
     on_simplex: bool,
 ) -> tuple[Tensor, Tensor]:
     """O [B, h, N, dv], and H [h, B, N, r] where there is a W (else it is as large as S, and computed anew)."""
     output, hidden = _fake_forward(query, key, value, coef, proj)
-    activation = BASE_ACTIVATIONS[base]
     with full_precision(query.device):
         work = Workspace(query, coef, bias, mask, basis_of(basis))
-        for head in range(query.shape[1]):
-            q, k, v = (x[:, head].to(coef.dtype) for x in (query, key, value))
-            w = None if proj is None else proj[head]
-            by_rows = w is None or mask is not None or on_simplex
+        heads = _heads(value, coef, proj, hidden, base, on_simplex)
+        for number, head in enumerate(heads):
+            q, k = (x[:, number].to(coef.dtype) for x in (query, key))
+            route = choose_route(head, work, cut is not None)
             for batch, rows in work.tiling.tiles():
-                tile, keep = work.load(q, k, head, batch, rows)
-                kept = None if w is None else hidden[head, batch, rows]
-                units = tile.sum_units(coef[head], activation, out=kept)
-                if by_rows:
-                    learned = readout.Rows(w, keep, on_simplex).learned(units)
-                    output[batch, head, rows] = torch.bmm(learned, v[batch])
-            if w is not None and not by_rows:
-                output[:, head] = readout.read_out(hidden[head], v, w)
+                tile = work.load(q, k, number, batch, rows)
+                route.read(tile, pick_broadcast(cut, number, batch, rows), batch, rows, output[:, number])
+            route.finish_reading(output[:, number])
     return output, hidden
 
 
@@ -125,6 +122,7 @@ def _streaming_backward(
     proj: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
+    cut: Tensor | None,
     basis: str,
     base: str,
     on_simplex: bool,
@@ -135,43 +133,41 @@ def _streaming_backward(
     grad_coef = torch.zeros_like(coef)
     grad_proj = coef.new_zeros(0 if proj is None else proj.shape)
     grad_bias = coef.new_zeros(bias.shape if needs_bias and bias is not None else 0)
-    activation = BASE_ACTIVATIONS[base]
     with full_precision(query.device):
         work = Workspace(query, coef, bias, mask, basis_of(basis))
-        for head in range(query.shape[1]):
-            q, k, v, grad_o = (x[:, head].to(coef.dtype) for x in (query, key, value, grad_output))
-            w = None if proj is None else proj[head]
-            by_rows = w is None or mask is not None or on_simplex
-            if w is not None and not by_rows:
-                parts = readout.pull_back(hidden[head], v, w, grad_o)
-                grad_hidden, grad_value[:, head], grad_proj[head] = parts
-            grad_q = _room_like(grad_query[:, head], coef.dtype)
-            grad_k = _room_like(grad_key[:, head], coef.dtype).zero_()
-            grad_v = _room_like(grad_value[:, head], coef.dtype)
-            if by_rows:
-                grad_v.zero_()
+        heads = _heads(value, coef, proj, hidden, base, on_simplex)
+        for number, head in enumerate(heads):
+            q, k, grad_o = (x[:, number].to(coef.dtype) for x in (query, key, grad_output))
+            grad_q, grad_k, grad_v = (
+                _room_like(x[:, number], coef.dtype).zero_() for x in (grad_query, grad_key, grad_value)
+            )
+            grads = HeadGradients(grad_o, grad_v, grad_coef[number], grad_proj if proj is None else grad_proj[number])
+            route = choose_route(head, work, cut is not None)
+            route.start_pull_back(grads)
             for batch, rows in work.tiling.tiles():
-                tile, keep = work.load(q, k, head, batch, rows)
-                if by_rows:
-                    units = tile.sum_units(coef[head], activation) if w is None else hidden[head, batch, rows]
-                    upstream = readout.Rows(w, keep, on_simplex).pull_back_tile(
-                        units, v[batch], grad_o[batch, rows], grad_v[batch], None if w is None else grad_proj[head]
-                    )
-                else:
-                    upstream = grad_hidden[batch, rows]
-                grad_scores = tile.pull_back(upstream, coef[head], grad_coef[head], activation)
+                tile = work.load(q, k, number, batch, rows)
+                grad_scores = route.pull_back(tile, pick_broadcast(cut, number, batch, rows), batch, rows, grads)
                 if needs_bias:
-                    part = pick_broadcast(grad_bias, head, batch, rows)
+                    part = pick_broadcast(grad_bias, number, batch, rows)
                     part += grad_scores.sum_to_size(part.shape)
                 torch.bmm(grad_scores, k[batch], out=grad_q[batch, rows])
                 grad_k[batch].baddbmm_(grad_scores.mT, q[batch, rows])
-            torch.mul(grad_q, work.scale, out=grad_query[:, head])
-            torch.mul(grad_k, work.scale, out=grad_key[:, head])
-            if by_rows:
-                grad_value[:, head] = grad_v
+            route.finish_pull_back(grads)
+            torch.mul(grad_q, work.scale, out=grad_query[:, number])
+            torch.mul(grad_k, work.scale, out=grad_key[:, number])
+            grad_value[:, number] = grad_v
     if bias is not None:
         grad_bias = grad_bias.to(bias.dtype)
     return grad_query, grad_key, grad_value, grad_coef, grad_proj, grad_bias
+
+
+def _heads(
+    value: Tensor, coef: Tensor, proj: Tensor | None, hidden: Tensor, base: str, on_simplex: bool
+) -> Iterator[Head]:
+    activation = BASE_ACTIVATIONS[base]
+    for number in range(value.shape[1]):
+        kept, w = (hidden, None) if proj is None else (hidden[number], proj[number])
+        yield Head(value[:, number].to(coef.dtype), coef[number], w, kept, activation, on_simplex)
 
 
 def _room_like(target: Tensor, dtype: torch.dtype) -> Tensor:
@@ -188,29 +184,29 @@ def _empty_output(query: Tensor, value: Tensor) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], *inputs[:7])
-    ctx.settings = inputs[7:]
+    ctx.save_for_backward(output[1], *inputs[:8])
+    ctx.settings = inputs[8:]
 
 
 def _differentiate(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_output is None:
-        return (None,) * 10
+        return (None,) * 11
     needs_bias = ctx.needs_input_grad[5]
     backward = torch.ops.karat_scale.streaming_backward
     saved = ctx.saved_tensors
     *grads, grad_proj, grad_bias = backward(grad_output, *saved, *ctx.settings, needs_bias)
     has_proj = saved[5] is not None
-    return *grads, grad_proj if has_proj else None, grad_bias if needs_bias else None, None, None, None, None
+    return *grads, grad_proj if has_proj else None, grad_bias if needs_bias else None, *(None,) * 5
 
 
 _library = torch.library.Library("karat_scale", "FRAGMENT")
 _library.define(
     "streaming_forward(Tensor query, Tensor key, Tensor value, Tensor coef, Tensor? proj, Tensor? bias, "
-    "Tensor? mask, str basis, str base, bool on_simplex) -> (Tensor, Tensor)"
+    "Tensor? mask, Tensor? cut, str basis, str base, bool on_simplex) -> (Tensor, Tensor)"
 )
 _library.define(
     "streaming_backward(Tensor grad_output, Tensor hidden, Tensor query, Tensor key, Tensor value, Tensor coef, "
-    "Tensor? proj, Tensor? bias, Tensor? mask, str basis, str base, bool on_simplex, bool needs_bias) "
+    "Tensor? proj, Tensor? bias, Tensor? mask, Tensor? cut, str basis, str base, bool on_simplex, bool needs_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.impl("streaming_forward", _streaming_forward, "CompositeExplicitAutograd")

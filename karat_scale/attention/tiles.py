@@ -8,7 +8,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,11 @@ class Tiling(NamedTuple):
     def tiles(self) -> Iterator[tuple[slice, slice]]:
         """Every pair of a batch slice and a row slice, always in the same order."""
         return itertools.product(self.batches, self.rows)
+
+    @property
+    def one_item(self) -> bool:
+        """Whether no tile holds two items of the batch."""
+        return all(batch.stop - batch.start == 1 for batch in self.batches)
 
 
 def workspace_budget(device: torch.device) -> int:
@@ -53,8 +58,14 @@ def split(total: int, largest: int) -> list[slice]:
     return [slice(i * total // parts, (i + 1) * total // parts) for i in range(parts)]
 
 
-def pick_broadcast(tensor: Tensor, head: int, batch: slice, rows: slice) -> Tensor:
-    """A tile's part of a tensor broadcastable to [B, h, N, N]; it broadcasts to [b, rows, M]."""
+@overload
+def pick_broadcast(tensor: Tensor, head: int, batch: slice, rows: slice) -> Tensor: ...
+@overload
+def pick_broadcast(tensor: None, head: int, batch: slice, rows: slice) -> None: ...
+def pick_broadcast(tensor: Tensor | None, head: int, batch: slice, rows: slice) -> Tensor | None:
+    """A tile's part of a tensor, if any, broadcastable to [B, h, N, M]; it broadcasts to [b, rows, M]."""
+    if tensor is None:
+        return None
     by_head = tensor[:, head if tensor.shape[1] > 1 else 0]
     return by_head[batch if by_head.shape[0] > 1 else slice(None), rows if by_head.shape[1] > 1 else slice(None)]
 
@@ -164,23 +175,22 @@ class Workspace:
         batch, _, queries, width = query.shape
         keys = coef.shape[3]
         # An elementwise basis holds a few arrays of a tile's shape while it works.
-        self._num_features = coef.shape[1] if isinstance(basis, FeatureBasis) else 4
+        self.has_features = isinstance(basis, FeatureBasis)
+        self._num_features = coef.shape[1] if self.has_features else 4
         self.scale = width**-0.5
         self.tiling = plan_tiles(batch, queries, keys, self._num_features, workspace_budget(query.device))
         self._bias, self._mask, self._basis = bias, mask, basis
         pairs = [(b.stop - b.start) * (r.stop - r.start) for b, r in self.tiling.tiles()]
-        is_feature = isinstance(basis, FeatureBasis)
-        self._room = coef.new_empty(self._num_features * max(pairs, default=0) * keys if is_feature else 0)
+        self._room = coef.new_empty(self._num_features * max(pairs, default=0) * keys if self.has_features else 0)
         self._tiles: dict[tuple[int, ...], Tile] = {}
 
-    def load(self, query: Tensor, key: Tensor, head: int, batch: slice, rows: slice) -> tuple[Tile, Tensor | None]:
-        """The tile at (batch, rows) of a head's query and key [B, N, d], and its part of the mask."""
+    def load(self, query: Tensor, key: Tensor, head: int, batch: slice, rows: slice) -> Tile:
+        """The tile at (batch, rows) of a head's query [B, N, d] and key [B, M, d]."""
         query, key = query[batch, rows], key[batch]
         tile = self._tile((*query.shape[:2], key.shape[1]))
-        bias = None if self._bias is None else pick_broadcast(self._bias, head, batch, rows)
-        keep = None if self._mask is None else pick_broadcast(self._mask, head, batch, rows)
+        bias, keep = (pick_broadcast(x, head, batch, rows) for x in (self._bias, self._mask))
         tile.load(query, key, self.scale, bias, keep)
-        return tile, keep
+        return tile
 
     def _tile(self, shape: tuple[int, ...]) -> Tile:
         if shape not in self._tiles:

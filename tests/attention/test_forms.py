@@ -153,7 +153,7 @@ def test_no_tensor_of_all_pairs_and_functions(name, form):
     query, key, value, *rest = (x.detach().float() for x in case.tensors)
     proj = rest.pop() if form == "modular" else None
     coef = case.basis.pack(dict(zip(case.names, rest, strict=True)))
-    arguments = (query, key, value, coef, proj, None, None, streaming.key_of(case.basis), "zero", False)
+    arguments = (query, key, value, coef, proj, None, None, None, streaming.key_of(case.basis), "zero", False)
     with LargestTensor() as largest:
         output, hidden = streaming._streaming_forward(*arguments)
         streaming._streaming_backward(torch.ones_like(output), hidden, *arguments, False)

@@ -181,7 +181,7 @@ def test_no_tensor_of_all_pairs_and_harmonics(masked):
     call = make_call(batch, heads, tokens, width, rank, grid).to(torch.float32)
     coef = torch.zeros(heads, 2 * grid, rank, tokens)
     mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool) if masked else None
-    arguments = (*(x.detach() for x in call[:3]), coef, call.proj.detach(), None, mask, "fourier", "zero", False)
+    arguments = (*(x.detach() for x in call[:3]), coef, call.proj.detach(), None, mask, mask, "fourier", "zero", False)
     # The kernels themselves: a dispatch mode sees a registered operation as one.
     with LargestTensor() as largest:
         output, hidden = streaming._streaming_forward(*arguments)
@@ -245,5 +245,5 @@ def test_registered_operation_is_well_behaved(needs_bias):
     call = make_call(2, 2, 6, 4, 16, 2).to(torch.float32)
     coef = torch.randn(2, 4, 16, 6, generator=torch.Generator().manual_seed(9)).requires_grad_()
     bias = torch.zeros(1, 1, 6, 6, requires_grad=needs_bias)
-    arguments = (*call[:3], coef, call.proj, bias, None, "fourier", "silu", False)
+    arguments = (*call[:3], coef, call.proj, bias, None, None, "fourier", "silu", False)
     torch.library.opcheck(torch.ops.karat_scale.streaming_forward.default, arguments)
