@@ -39,7 +39,7 @@ def load(source: Path, what: str, link: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The compiled source, for the instruction set named by KARAT_CPU_ISA or else the best this CPU has.
 
     Args:
-        source: one C++ file that includes no other of ours.
+        source: a C++ file; what it includes of ours are headers (*.h) in its own folder.
         what: what is not available when the build fails, for the warning.
         link: the compiler's arguments for libraries, such as -ljpeg.
 
@@ -85,7 +85,8 @@ def _load(source: Path, isa: str, link: tuple[str, ...]) -> ctypes.CDLL:
     compiler = _find_compiler()
     flags = (*FLAGS, *INSTRUCTION_SETS[isa])
     version = _run([compiler, "--version"])
-    ingredients = (source.read_text(), version, torch.__version__, *flags, *link)
+    ours = (path.read_text() for path in (source, *sorted(source.parent.glob("*.h"))))
+    ingredients = (*ours, version, torch.__version__, *flags, *link)
     key = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:20]
     directory = _cache_directory()
     library = directory / f"{source.stem}-{isa}-{key}.so"

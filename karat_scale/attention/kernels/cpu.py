@@ -16,7 +16,7 @@ from karat_scale.attention.kernels import build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_RANK, MAX_GRID = 32, 64
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCE = Path(__file__).parent / "cpu" / "attention.cpp"
 
 
 def refusal(
@@ -85,7 +85,7 @@ def attend(
 
 
 class _Strided(ctypes.Structure):
-    """`Strided` of cpu.cpp: a [B, h, N, d] tensor whose last stride is 1."""
+    """`Strided` of cpu/call.h: a [B, h, N, d] tensor whose last stride is 1."""
 
     _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "token"))]
 
@@ -100,7 +100,7 @@ _PARAMETERS = ("cosines", "sines", "projector", "hidden", "grad_cosines", "grad_
 
 
 class _Call(ctypes.Structure):
-    """`Call` of cpu.cpp."""
+    """`Call` of cpu/call.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in _SIZES),

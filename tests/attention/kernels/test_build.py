@@ -40,7 +40,7 @@ def counting_compiler(tmp_path):
     """A compiler that writes a line for each build, and the file it writes to."""
     log, script = tmp_path / "builds", tmp_path / "compiler"
     log.touch()
-    script.write_text(f'#!/bin/sh\ncase "$*" in *cpu.cpp*) echo built >> {log}; sleep 1;; esac\nexec c++ "$@"\n')
+    script.write_text(f'#!/bin/sh\ncase "$*" in *attention.cpp*) echo built >> {log}; sleep 1;; esac\nexec c++ "$@"\n')
     script.chmod(0o755)
     return str(script), log
 
@@ -100,11 +100,11 @@ def test_a_failed_build_is_told_and_not_retried(tmp_path):
     log, script = tmp_path / "builds", tmp_path / "compiler"
     script.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && exit 0\n'
-        f'echo built >> {log}\necho "cpu.cpp:1: error: no such luck" >&2\nexit 1\n'
+        f'echo built >> {log}\necho "attention.cpp:1: error: no such luck" >&2\nexit 1\n'
     )
     script.chmod(0o755)
     out, _ = run(AUTO, tmp_path / "cache", CXX=str(script))
-    assert "failed with cpu.cpp:1: error: no such luck" in out
+    assert "failed with attention.cpp:1: error: no such luck" in out
     assert log.read_text().count("built") == 1
     assert not list((tmp_path / "cache").glob("building-*"))
     assert not list((tmp_path / "cache").glob("*.so"))
@@ -134,3 +134,17 @@ def test_an_instruction_set_the_cpu_lacks_is_refused(tmp_path):
     )
     assert out.split("\n")[0] == "0"
     assert "KARAT_CPU_ISA = 'mmx': this CPU offers " in out
+
+
+@pytest.mark.slow
+def test_a_changed_header_is_built_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("KARAT_CACHE_DIR", str(tmp_path / "cache"))
+    answers = []
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "answer.h").write_text(f"constexpr int ANSWER = {number};\n")
+        source = folder / "source.cpp"
+        source.write_text('#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n')
+        answers.append(build.load(source, "the answer").answer())
+    assert answers == [1, 2]

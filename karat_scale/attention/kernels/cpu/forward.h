@@ -1,0 +1,99 @@
+// Forward in float32: H = sum_f f(A) C_f^T and O = H (W^T V), a tile of keys by queries at a time.
+//
+// Tiles of query columns (A transposed) give H^T without a wasted lane at any rank; a tile's features live in the L1
+// cache.
+
+#pragma once
+
+#include <algorithm>
+
+#include "harmonics.h"
+#include "shape.h"
+
+namespace {
+
+constexpr long KEY_ROWS = 16; // of a tile
+
+// C of a head in blocks of KEY_ROWS keys, each [feature][key][unit]: the order in which a tile's features come.
+void pack_for_forward(const Call& c, const Shape& s, long h, float* out) {
+  for (long first = 0; first < s.rows; first += KEY_ROWS) {
+    const long keys = std::min(KEY_ROWS, s.rows - first);
+    float* block = out + first * s.features() * s.units;
+    for (long p = 0; p < s.rank; p++)
+      for (long q = 0; q < std::min(keys, s.tokens - first); q++)
+        for (long m = 0; m < s.grid; m++) {
+          block[(m * keys + q) * s.units + p] = c.cosines[s.coefficient(h, p, first + q, m)];
+          block[((s.grid + m) * keys + q) * s.units + p] = c.sines[s.coefficient(h, p, first + q, m)];
+        }
+  }
+}
+
+struct ForwardScratch {
+  float *rows, *key, *query_columns, *hidden_columns, *narrow, *features, *out;
+
+  ForwardScratch(const Shape& s, Arena& arena)
+      : rows(arena.take(s.token_step * s.width_step)), key(arena.take(s.token_step * s.width_step)),
+        query_columns(arena.take(s.width_step * s.token_step)), hidden_columns(arena.take(s.units * s.token_step)),
+        narrow(arena.take(s.units * s.width_step)), features(arena.take(s.features() * KEY_ROWS * TILE)), out(rows) {}
+};
+
+// H^T += sum_f C_f f(A^T), for VECTORS vectors of queries.
+template <long VECTORS>
+void forward_tile(const Shape& s, const float* key, const float* query, const float* coef, float* hidden,
+                  float* features) {
+  for (long first = 0; first < s.rows; first += KEY_ROWS) {
+    const long keys = std::min(KEY_ROWS, s.rows - first), depth = s.features() * keys;
+    const float* key_rows = key + first * s.width_step;
+    fill_scores<VECTORS>(key_rows, s.width_step, query, s.token_step, features, keys, s.width);
+    fill_harmonics<VECTORS>(features, keys, s.grid);
+    const Left units{coef + first * s.features() * s.units, 1, s.units};
+    multiply<true, VECTORS>(units, features, TILE, hidden, s.token_step, s.units, depth);
+  }
+}
+
+template <typename T>
+void forward_item(const Call& c, const Shape& s, const ForwardScratch& w, const float* coef, const float* projector,
+                  long b, long h) {
+  // U = W^T V.
+  read_rows(item<T>(c.value, b, h), c.value.token, w.rows, s.width_step, s.tokens, s.width, 1.0f);
+  clear(w.narrow, s.units * s.width_step);
+  multiply_small({projector, 1, s.unit_step}, w.rows, s.width_step, w.narrow, s.width_step, s.units, s.width_step,
+                 s.tokens);
+
+  read_rows(item<T>(c.query, b, h), c.query.token, w.rows, s.width_step, s.tokens, s.width, s.scale);
+  transpose(w.rows, s.width_step, w.query_columns, s.token_step, s.vectors * LANES, s.width_step);
+  read_rows(item<T>(c.key, b, h), c.key.token, w.key, s.width_step, s.tokens, s.width, 1.0f);
+  clear(w.hidden_columns, s.units * s.token_step);
+  for_tiles(s, [&](auto vectors, long column) {
+    forward_tile<vectors>(s, w.key, w.query_columns + column, coef, w.hidden_columns + column, w.features);
+  });
+  // O = H U.
+  clear(w.out, s.rows * s.width_step);
+  multiply_small({w.hidden_columns, 1, s.token_step}, w.narrow, s.width_step, w.out, s.width_step, s.rows,
+                 s.width_step, s.rank);
+  write_rows(w.out, s.width_step, item<T>(c.output, b, h), c.output.token, s.tokens, s.width);
+  float* hidden = c.hidden + (b * s.heads + h) * s.tokens * s.rank;
+  for (long n = 0; n < s.tokens; n++)
+    for (long p = 0; p < s.rank; p++) hidden[n * s.rank + p] = w.hidden_columns[p * s.token_step + n];
+}
+
+template <typename T>
+struct Forward {
+  using Shape = ::Shape;
+  using Scratch = ForwardScratch;
+
+  static long coefficients(const Shape& s) { return s.rows * s.features() * s.units; }
+  static long projector(const Shape& s) { return s.rows * s.unit_step; }
+
+  static void pack(const Call& c, const Shape& s, long h, float* coef, float* projector) {
+    pack_for_forward(c, s, h, coef);
+    pack_projector(c, s, h, projector);
+  }
+
+  static void run(const Call& c, const Shape& s, const Scratch& w, const float* coef, const float* projector, long b,
+                  long h) {
+    forward_item<T>(c, s, w, coef, projector, b, h);
+  }
+};
+
+} // namespace
