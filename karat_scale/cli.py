@@ -61,6 +61,15 @@ def build_parser() -> argparse.ArgumentParser:
     attention.add_argument("--json", metavar="FILE")
     attention.set_defaults(run=_bench_attention)
 
+    order = benches.add_parser("order", help="how well the order policies shuffle, and how they read a disk")
+    order.add_argument("--samples", type=int, default=1_281_167, help="of an epoch (default: %(default)s)")
+    order.add_argument("--batch", type=int, default=1024, help="global batch (default: %(default)s)")
+    order.add_argument("--block", type=int, default=256, help="samples a block (default: %(default)s)")
+    order.add_argument("--window", type=int, default=32, help="blocks a window (default: %(default)s)")
+    order.add_argument("--path", metavar="DIR", help="shards to read with a cold cache")
+    order.add_argument("--json", metavar="FILE")
+    order.set_defaults(run=_bench_order)
+
     gpu = benches.add_parser("gpu", help="check the kernels on this card and measure them; run it first on a new one")
     gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     gpu.add_argument("--quick", action="store_true", help="small sizes, to try the command")
@@ -131,6 +140,13 @@ def _bench_attention(options: argparse.Namespace) -> int:
         basis=options.basis,
     )
     return bench_attention(case, options.rounds, options.threads, options.json)
+
+
+def _bench_order(options: argparse.Namespace) -> int:
+    from karat_scale.bench.order import OrderCase, bench_order
+
+    case = OrderCase(options.samples, options.batch, options.block, options.window)
+    return bench_order(case, options.path, options.json)
 
 
 def _bench_gpu(options: argparse.Namespace) -> int:

@@ -82,8 +82,10 @@ class OrderedLoader(Iterator[Batch]):
 
     def close(self) -> None:
         """Stop the workers."""
-        # The DataLoader's iterator ends its workers when it is collected.
-        self._results = None
+        results, self._results = self._results, None
+        # The DataLoader's iterator ends its workers when it is collected, but an exception's traceback may hold it.
+        if hasattr(results, "_shutdown_workers"):
+            results._shutdown_workers()
 
 
 def _tells_of_a_dead_worker(error: Exception) -> bool:

@@ -3,8 +3,9 @@
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+import psutil
 import torch
 
 
@@ -75,3 +76,13 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def resident_memory_mb() -> float:
+    """What this process and its data workers hold in RAM now, in MB. Pages that they share count for each."""
+    process = psutil.Process()
+    total = process.memory_info().rss
+    for child in process.children(recursive=True):
+        with suppress(psutil.Error):  # it may end while we ask
+            total += child.memory_info().rss
+    return total / 1e6

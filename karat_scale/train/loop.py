@@ -14,7 +14,7 @@ from timm.loss import SoftTargetCrossEntropy
 
 from karat_scale.data.batch import BadSample, Batch
 from karat_scale.train.evaluate import EvalResult, evaluate
-from karat_scale.train.interval import Interval, peak_memory_mb
+from karat_scale.train.interval import Interval, peak_memory_mb, resident_memory_mb
 from karat_scale.train.parts import Parts
 from karat_scale.train.signals import StoppedError
 from karat_scale.train.state import TrainState
@@ -123,6 +123,7 @@ class Loop:
             "images_per_second": rate,
             "bad_samples": state.bad_samples,
             "skipped_steps": state.skipped_steps,
+            "resident_memory_mb": round(resident_memory_mb(), 1),
         }
         parts.reporter.train(state.step, self.total_steps, figures)
 

@@ -17,8 +17,31 @@ def test_an_order_is_a_permutation_and_a_pure_function(seed, epoch, samples):
     assert np.array_equal(order, epoch_order(seed, epoch, samples))
 
 
+@given(seeds, st.integers(0, 1000), st.integers(0, 500), st.integers(1, 60), st.integers(1, 9))
+def test_a_block_order_is_a_permutation_that_keeps_to_few_blocks_at_a_time(seed, epoch, samples, block, window):
+    order = epoch_order(seed, epoch, samples, "block", block, window)
+    assert order.dtype == np.int64
+    assert sorted(order.tolist()) == list(range(samples))
+    assert np.array_equal(order, epoch_order(seed, epoch, samples, "block", block, window))
+    for start in range(0, samples, block * window):
+        touched = np.unique(order[start : start + block * window] // block)
+        # The short last block may push a window's edge into the next block.
+        assert len(touched) <= window + 1
+
+
+def test_a_block_order_moves_blocks_and_mixes_within_windows():
+    first, second = (epoch_order(0, epoch, 2560, "block", 16, 10) for epoch in (0, 1))
+    assert not np.array_equal(first, second)
+    windows = first.reshape(16, 160)
+    assert len({tuple(np.unique(window // 16)) for window in windows}) == 16
+    # Neighbours on the disk are spread over their window: a run of two is a chance of 1 in 159.
+    assert np.mean(np.diff(first) == 1) < 0.03
+    assert abs(np.corrcoef(first, np.arange(2560))[0, 1]) < 0.3
+
+
 def test_orders_are_pinned():
     assert epoch_order(0, 0, 10).tolist() == [1, 4, 5, 9, 2, 3, 7, 0, 8, 6]
+    assert epoch_order(0, 0, 10, "block", 3, 2).tolist() == [4, 1, 9, 3, 2, 0, 7, 6, 8, 5]
     assert sample_seed(1, 2, 3) == 8829882195302039915
     assert batch_seed(1, 2, 3) == 5931935650869668317
 

@@ -12,6 +12,7 @@ def open_webdataset(
     data: DataConfig, augment: AugmentConfig, image_size: int, num_classes: int, seed: int
 ) -> ImageBackend:
     """The `webdataset` backend. Raises DataError when the shards are not right."""
-    train = ShardSplit(data.path, data.train_split, num_classes, data.verify)
+    readahead = data.block_samples if data.order == "block" else 0
+    train = ShardSplit(data.path, data.train_split, num_classes, data.verify, readahead)
     val = ShardSplit(data.path, data.val_split, num_classes, data.verify)
     return ImageBackend(train, val, data, augment, image_size, seed)

@@ -1,0 +1,45 @@
+"""Nothing grows over ten epochs."""
+
+import gc
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from karat_scale.data.backends import open_backend
+from karat_scale.data.plan import TrainPlan
+from karat_scale.recipe import AugmentConfig
+
+EPOCHS, SETTLED = 10, 3
+
+
+def resident_mb() -> float:
+    """Memory of this process and its workers that is no file's: pages of libraries come and go with other programs."""
+    gc.collect()
+    process = psutil.Process()
+    lines = [
+        line.split()
+        for each in [process, *process.children(recursive=True)]
+        for line in Path(f"/proc/{each.pid}/status").read_text().splitlines()
+    ]
+    return sum(int(line[1]) for line in lines if line[0] in ("RssAnon:", "RssShmem:")) / 1e3
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "auto"])
+@pytest.mark.parametrize("backend", ["folder", "webdataset"])
+def test_ten_epochs_take_no_more_memory_than_three(image_folder, shards, data_config, backend, decoder):
+    directory = image_folder if backend == "folder" else shards
+    opened = open_backend(
+        data_config(directory, backend=backend, decoder=decoder, workers=1), AugmentConfig(), 64, 4, 0
+    )
+    plan = TrainPlan(0, opened.num_train, 16, 16, 0, 1)
+    after: list[float] = []
+    for number, batch in enumerate(opened.train_batches(plan.slices(0, EPOCHS * plan.steps_per_epoch)), start=1):
+        assert batch.images.dtype == torch.uint8
+        if number % plan.steps_per_epoch == 0:
+            after.append(resident_mb())
+    opened.close()
+    assert len(after) == EPOCHS
+    # An epoch of decoded images is 0.8 MB: 5.5 MB more than at the third epoch if they stayed.
+    assert after[-1] - after[SETTLED - 1] < 2.5, after
