@@ -1,13 +1,36 @@
 """Encoded images to pixels: one interface, one module per library."""
 
 from karat_scale.data.decoders.base import ChooseView, Decoder
+from karat_scale.errors import RecipeError
 from karat_scale.recipe import DataConfig
 
 __all__ = ["ChooseView", "Decoder", "make_decoder"]
 
+# What `data.decoder = auto` tries in turn; the last one always runs.
+FASTEST_FIRST = ("torchvision", "pillow")
+
 
 def make_decoder(data: DataConfig, interpolation: str) -> Decoder:
-    """The decoder that `data.decoder` names."""
+    """The decoder that `data.decoder` names, or for auto the fastest that runs here.
+
+    Call it before workers are forked. Raises RecipeError where the named one cannot run.
+    """
+    if data.decoder != "auto":
+        return _make(data.decoder, interpolation, data.max_pixels)
+    for name in FASTEST_FIRST[:-1]:
+        try:
+            return _make(name, interpolation, data.max_pixels)
+        except RecipeError:
+            continue
+    return _make(FASTEST_FIRST[-1], interpolation, data.max_pixels)
+
+
+def _make(name: str, interpolation: str, max_pixels: int) -> Decoder:
+    # A decoder's library is imported only where it is used.
+    if name == "torchvision":
+        from karat_scale.data.decoders.torchvision import TorchvisionDecoder
+
+        return TorchvisionDecoder(interpolation, max_pixels)
     from karat_scale.data.decoders.pillow import PillowDecoder
 
-    return PillowDecoder(interpolation, data.max_pixels)
+    return PillowDecoder(interpolation, max_pixels)

@@ -1,0 +1,44 @@
+import io
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from karat_scale.data.decoders import Decoder, make_decoder
+from karat_scale.recipe import DataConfig
+
+EncodeJpeg = Callable[..., bytes]
+
+
+def encode_photo(width: int, height: int, seed: int = 0, mode: str = "RGB", **options: object) -> bytes:
+    """A JPEG of coarse shapes under fine noise, different for every seed."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
+    noisy = np.clip(pixels + rng.integers(-12, 13, pixels.shape), 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noisy).convert(mode).save(buffer, "JPEG", **{"quality": 90, **options})
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def encode_jpeg() -> EncodeJpeg:
+    return encode_photo
+
+
+@pytest.fixture(scope="session")
+def decoder_of() -> Callable[..., Decoder]:
+    def make(name: str, interpolation: str = "bicubic", max_pixels: int = 80_000_000) -> Decoder:
+        return make_decoder(DataConfig(path="-", decoder=name, max_pixels=max_pixels), interpolation)
+
+    return make
+
+
+@pytest.fixture
+def odd_images(sample_data) -> Iterator[tuple[str, bytes]]:
+    """The awkward files by name."""
+    import tarfile
+
+    with tarfile.open(sample_data / "odd_jpegs.tar") as tar:
+        return [(member.name, tar.extractfile(member).read()) for member in tar if member.isfile()]

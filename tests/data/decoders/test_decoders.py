@@ -1,0 +1,168 @@
+"""What every decoder must do alike, Pillow being the reference."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from karat_scale.data.decode import UndecodableImageError
+from karat_scale.data.decoders import make_decoder
+from karat_scale.data.view import View, centre_view, crop_view
+from karat_scale.recipe import DataConfig
+
+FAST = ["torchvision"]
+LIMIT = 80_000_000
+
+
+def whole(width, height):
+    return crop_view((0, 0, width, height), 24)
+
+
+def outcome(decoder, data, choose=whole):
+    try:
+        return decoder.read(data, choose)
+    except UndecodableImageError as error:
+        return str(error)
+
+
+def difference(one, other):
+    assert one.shape == other.shape
+    assert one.dtype == other.dtype == np.uint8
+    return np.abs(one.astype(int) - other.astype(int))
+
+
+def encode(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@st.composite
+def photos(draw):
+    """A JPEG's dimensions and how it is encoded."""
+    width, height = draw(st.integers(1, 150)), draw(st.integers(1, 150))
+    options = {
+        "mode": draw(st.sampled_from(["RGB", "RGB", "L"])),
+        "subsampling": draw(st.sampled_from(["4:4:4", "4:2:2", "4:2:0"])),
+        "progressive": draw(st.booleans()),
+        "restart_marker_blocks": draw(st.sampled_from([0, 1, 3])),
+        "seed": draw(st.integers(0, 9)),
+    }
+    return width, height, options
+
+
+@st.composite
+def crops(draw, width, height):
+    left, top = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
+    box = left, top, draw(st.integers(1, width - left)), draw(st.integers(1, height - top))
+    return crop_view(box, draw(st.integers(1, 60)))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("name", FAST)
+@settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_crops_are_those_of_pillow(encode_jpeg, decoder_of, name, interpolation, data):
+    width, height, options = data.draw(photos())
+    encoded = encode_jpeg(width, height, **options)
+    view = data.draw(crops(width, height))
+    ours, reference = (decoder_of(which, interpolation).read(encoded, lambda *_: view) for which in (name, "pillow"))
+    apart = difference(ours, reference)
+    assert apart.mean() <= 0.5
+    assert apart.max() <= 4
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("name", FAST)
+@settings(max_examples=60, deadline=None)
+@given(photo=photos(), size=st.integers(1, 60), crop=st.floats(0.3, 1.0))
+def test_evaluation_views_are_those_of_pillow(encode_jpeg, decoder_of, name, interpolation, photo, size, crop):
+    width, height, options = photo
+    encoded = encode_jpeg(width, height, **options)
+    asked = []
+
+    def choose(found_width, found_height):
+        asked.append((found_width, found_height))
+        return centre_view(found_width, found_height, int(size / crop), size)
+
+    ours, reference = (decoder_of(which, interpolation).read(encoded, choose) for which in (name, "pillow"))
+    apart = difference(ours, reference)
+    assert set(asked) == {(width, height)}
+    assert apart.mean() <= 0.5
+    assert apart.max() <= 4
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_an_unscaled_view_is_the_image(encode_jpeg, decoder_of, name):
+    encoded = encode_jpeg(50, 40)
+    view = View((3, 5, 43, 35), (3, 5, 43, 35), (40, 30))
+    ours, reference = (decoder_of(which).read(encoded, lambda *_: view) for which in (name, "pillow"))
+    assert difference(ours, reference).max() <= 2
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_odd_files_are_read_or_refused_as_pillow_does(odd_images, decoder_of, name):
+    decoder, pillow = decoder_of(name), decoder_of("pillow")
+    for file, data in odd_images:
+        ours, reference = outcome(decoder, data), outcome(pillow, data)
+        if isinstance(reference, str):
+            assert ours == reference, file
+        else:
+            assert difference(ours, reference).mean() <= 1, file
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("LA", "PNG"), ("I;16", "PNG"), ("RGB", "WEBP")]
+)
+def test_other_formats_are_exactly_those_of_pillow(decoder_of, name, mode, kind):
+    ramp = np.arange(40 * 30).reshape(30, 40)
+    image = Image.fromarray((ramp * 50).astype(np.uint16)) if mode == "I;16" else Image.fromarray(ramp.astype(np.uint8))
+    data = encode(image if mode == "I;16" else image.convert(mode), kind)
+    assert np.array_equal(decoder_of(name).read(data, whole), decoder_of("pillow").read(data, whole))
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_truncated_files_are_refused_with_pillows_reason(encode_jpeg, decoder_of, name):
+    encoded = encode_jpeg(100, 80)
+    decoder, pillow = decoder_of(name), decoder_of("pillow")
+    for end in range(0, len(encoded) - 50, 97):
+        assert outcome(decoder, encoded[:end]) == outcome(pillow, encoded[:end])
+
+
+def bomb(width, height):
+    """A small PNG of many pixels."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("name", ["pillow", *FAST])
+def test_bombs_are_refused_before_they_are_decoded(encode_jpeg, decoder_of, name):
+    jpeg = encode_jpeg(64, 64)
+    frame = jpeg.index(b"\xff\xc0") + 5
+
+    def enlarged(width, height):
+        return jpeg[:frame] + struct.pack(">HH", height, width) + jpeg[frame + 4 :]
+
+    for data in (enlarged(9000, 9200), bomb(9000, 9200)):
+        told = outcome(decoder_of(name), data)
+        assert told == "it has 9000 x 9200 pixels, more than data.max_pixels = 80000000"
+    for data in (enlarged(65000, 65000), bomb(60_000, 60_000)):
+        assert isinstance(outcome(decoder_of(name), data), str)
+    assert "64 x 64" in outcome(decoder_of(name, max_pixels=64 * 64 - 1), jpeg)
+    assert not isinstance(outcome(decoder_of(name, max_pixels=64 * 64), jpeg), str)
+
+
+def test_the_recipe_names_the_decoder():
+    for name in ("pillow", *FAST):
+        assert make_decoder(DataConfig(path="-", decoder=name), "bilinear").name == name
+    assert make_decoder(DataConfig(path="-"), "bilinear").name == FAST[-1]
