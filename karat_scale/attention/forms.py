@@ -1,22 +1,19 @@
 """KArAt attention of any basis and form, as functions of tensors.
 
 All forms are one operation, O = Phi(A) V' on scores A of queries against keys, which `streaming` and `reference`
-have. Modular: V' = W^T V. Full rank: V' = V. Projecting first: keys W K, of which there are r. Two operators: the
-first one's H are the second one's scores.
+have. Modular: V' = W^T V. Full rank: V' = V. Projecting first: keys W^T K, of which there are r, or with a mask the
+rows of A W, tile by tile, as scores. Two operators: the first one's H are the second one's scores.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from karat_scale.attention import checks, functional, reference, streaming
-from karat_scale.attention.bases import BASE_ACTIVATIONS, Basis, Fourier, make_basis
+from karat_scale.attention.bases import BASE_ACTIVATIONS, Basis, Fourier, Linear, key_of, make_basis
+from karat_scale.attention.form_parameters import FORMS, SECOND, check_names, check_parameters
 from karat_scale.attention.precision import compute_dtype, full_precision, output_dtype
-
-FORMS = ("modular", "project_first", "two_operators", "full_rank")
-# Before the names of the second operator's parameters.
-SECOND = "second_"
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "reference": reference.attend_units,
@@ -55,7 +52,8 @@ def karat_attention(
         proj: W [h, N, r], for the first two forms.
         base: b(x): "zero", "identity", "silu" or "gelu".
         bias: added to the scores; broadcastable to [B, h, N, N].
-        mask: boolean, broadcastable to [B, h, N, N], as in `fourier_karat_attention`; for "modular" and "full_rank".
+        mask: boolean, broadcastable to [B, h, N, N], true where a pair takes part. For another pair (k, q), A[k, q]
+            adds nothing to Phi(A)[k, :] or to (A W)[k, :], and S[k, q] = 0.
         simplex: projects each row of S onto the probability simplex.
         implementation: "reference", "streaming" or "auto"; others have the modular Fourier form only.
 
@@ -70,12 +68,12 @@ def karat_attention(
     checks.check_choice("base", base, BASE_ACTIVATIONS)
     check_implementation(implementation, basis, form, simplex)
     if has_kernels(basis, form, simplex) and proj is not None:
-        _check_names(parameters, ("cos_coef", "sin_coef"))
+        check_names(parameters, ("cos_coef", "sin_coef"))
         coefficients = parameters["cos_coef"], parameters["sin_coef"]
         return functional.fourier_karat_attention(
             query, key, value, *coefficients, proj, base=base, bias=bias, mask=mask, implementation=implementation
         )
-    _check_parameters(query, key, value, basis, parameters, proj, form, bias, mask)
+    check_parameters(query, key, value, basis, parameters, proj, form, bias, mask)
     attend = _IMPLEMENTATIONS["streaming" if implementation == "auto" else implementation]
     output = _attend(attend, query, key, value, basis, parameters, proj, form, base, bias, mask, simplex)
     return output.to(output_dtype(value))
@@ -105,35 +103,18 @@ def karat_scores(
     checks.check_choice("base", base, BASE_ACTIVATIONS)
     check_implementation(implementation, basis, form, simplex)
     if has_kernels(basis, form, simplex) and proj is not None:
-        _check_names(parameters, ("cos_coef", "sin_coef"))
+        check_names(parameters, ("cos_coef", "sin_coef"))
         coefficients = parameters["cos_coef"], parameters["sin_coef"]
         return functional.fourier_karat_scores(
             query, key, value, *coefficients, proj, base=base, bias=bias, mask=mask, implementation=implementation
         )
-    _check_parameters(query, key, value, basis, parameters, proj, form, bias, mask)
+    check_parameters(query, key, value, basis, parameters, proj, form, bias, mask)
     attend = _IMPLEMENTATIONS.get(implementation, streaming.attend_units)
     batch, heads, tokens, _ = query.shape
     # S = S I.
     identity = torch.eye(tokens, dtype=query.dtype, device=query.device).expand(batch, heads, -1, -1)
     learned = _attend(attend, query, key, identity, basis, parameters, proj, form, base, bias, mask, simplex)
     return learned.to(output_dtype(query))
-
-
-def parameter_shapes(basis: Basis, form: str, heads: int, tokens: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the basis's parameters; W, where the form has one, is `proj` [h, N, r]."""
-    if form == "full_rank":
-        return basis.shapes(heads, tokens, tokens)
-    if form == "project_first":
-        return basis.shapes(heads, tokens, rank)
-    shapes = basis.shapes(heads, rank, tokens)
-    if form == "two_operators":
-        shapes |= {SECOND + name: shape for name, shape in basis.shapes(heads, tokens, rank).items()}
-    return shapes
-
-
-def has_projector(form: str) -> bool:
-    """Whether the form has a W."""
-    return form in ("modular", "project_first")
 
 
 def has_kernels(basis: Basis, form: str, simplex: bool) -> bool:
@@ -172,20 +153,24 @@ def _attend(
         coef = basis.pack({name: x for name, x in wide.items() if not name.startswith(SECOND)})
         if form in ("modular", "full_rank"):
             return attend(query, key, value, coef, proj, basis, base, bias, mask, mask, simplex)
-        if form == "project_first":
+        if form == "project_first" and mask is None:
             assert proj is not None
             projector = proj.to(dtype)
-            pseudo_keys = projector.mT @ key.to(dtype)
             if bias is not None:
                 tokens = query.shape[2]
                 bias = bias.to(dtype).expand(*bias.shape[:-2], tokens, tokens) @ projector
+            pseudo_keys = projector.mT @ key.to(dtype)
             return attend(query, pseudo_keys, value, coef, None, basis, base, bias, None, None, simplex)
-        hidden = _hidden(attend, query, key, coef, basis, base, bias)
-        second = basis.pack({name.removeprefix(SECOND): x for name, x in wide.items() if name.startswith(SECOND)})
+        if form == "project_first":
+            assert proj is not None
+            hidden = _hidden(attend, query, key, proj.to(dtype).mT.unsqueeze(1), _LINEAR, "zero", bias, mask)
+        else:
+            hidden = _hidden(attend, query, key, coef, basis, base, bias, mask)
+            coef = basis.pack({name.removeprefix(SECOND): x for name, x in wide.items() if name.startswith(SECOND)})
         # As scores of sqrt(r) H against the rows of the identity.
         rank = hidden.shape[-1]
         units = _identity(hidden, rank)
-        return attend(hidden * rank**0.5, units, value, second, None, basis, base, None, None, None, simplex)
+        return attend(hidden * rank**0.5, units, value, coef, None, basis, base, None, None, mask, simplex)
 
 
 def _hidden(
@@ -196,61 +181,19 @@ def _hidden(
     basis: Basis,
     base: str,
     bias: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     """H [B, h, N, r]: attention with the identity as W and as values."""
     rank = coef.shape[2]
     values = torch.eye(rank, dtype=coef.dtype, device=coef.device).expand(*query.shape[:2], -1, -1)
     proj = torch.eye(rank, dtype=coef.dtype, device=coef.device).expand(query.shape[1], -1, -1)
-    return attend(query, key, values, coef, proj, basis, base, bias, None)
+    return attend(query, key, values, coef, proj, basis, base, bias, mask)
+
+
+# By which a masked W A is an H.
+_LINEAR = Linear()
+key_of(_LINEAR)  # a compiled call may not be the first to name it
 
 
 def _identity(like: Tensor, size: int) -> Tensor:
     return torch.eye(size, dtype=like.dtype, device=like.device).expand(*like.shape[:2], -1, -1)
-
-
-def _check_parameters(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    basis: Basis,
-    parameters: Mapping[str, Tensor],
-    proj: Tensor | None,
-    form: str,
-    bias: Tensor | None,
-    mask: Tensor | None,
-) -> None:
-    heads, tokens = checks.check_tokens(query, key, value)
-    rank = 1
-    if has_projector(form):
-        if not isinstance(proj, Tensor) or proj.dim() != 3:
-            found = list(proj.shape) if isinstance(proj, Tensor) else proj
-            raise ValueError(f"proj has shape {found}: expected [h, N, r] = [{heads}, {tokens}, r]")
-        rank = proj.shape[2]
-        checks.check_shape("proj", proj, "[h, N, r]", (heads, tokens, max(rank, 1)))
-    elif proj is not None:
-        raise ValueError(f"proj has shape {list(proj.shape)}: expected None, for form = {form!r} has no W")
-    if form == "two_operators":
-        rank = _first_rank(basis, parameters, heads, tokens)
-    expected = parameter_shapes(basis, form, heads, tokens, rank)
-    _check_names(parameters, expected)
-    for name, shape in expected.items():
-        checks.check_shape(name, parameters[name], "the basis's", shape)
-    checks.check_scores("bias", bias, query)
-    checks.check_scores("mask", mask, query)
-    if mask is not None and form not in ("modular", "full_rank"):
-        raise ValueError(f"mask has shape {list(mask.shape)}: expected None, for form = {form!r} mixes the keys")
-    checks.check_devices(query, key=key, value=value, proj=proj, bias=bias, mask=mask, **parameters)
-
-
-def _check_names(parameters: Mapping[str, Tensor], expected: Collection[str]) -> None:
-    if set(parameters) != set(expected):
-        raise ValueError(f"parameters are named {', '.join(parameters)}: expected {', '.join(expected)}")
-
-
-def _first_rank(basis: Basis, parameters: Mapping[str, Tensor], heads: int, tokens: int) -> int:
-    """r, read off the first parameter."""
-    name, shape = next(iter(basis.shapes(heads, -1, tokens).items()))
-    found = parameters.get(name)
-    if isinstance(found, Tensor) and found.dim() == len(shape):
-        return max(found.shape[shape.index(-1)], 1)
-    return 1

@@ -13,15 +13,8 @@ from karat_scale.attention.bases import (
     make_basis,
 )
 from karat_scale.attention.checks import check_choice
-from karat_scale.attention.forms import (
-    FORMS,
-    SECOND,
-    check_implementation,
-    has_projector,
-    karat_attention,
-    karat_scores,
-    parameter_shapes,
-)
+from karat_scale.attention.form_parameters import FORMS, SECOND, has_projector, parameter_shapes
+from karat_scale.attention.forms import check_implementation, karat_attention, karat_scores
 
 
 class KaratOperator(nn.Module):

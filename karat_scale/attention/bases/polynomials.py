@@ -86,6 +86,24 @@ class Chebyshev(FeatureBasis):
         return [n * slope * second_kind[n - 1] for n in range(1, self.grid + 1)]
 
 
+@dataclass(frozen=True)
+class Linear(FeatureBasis):
+    """phi(x) = c x: the part of the forms that learns no function."""
+
+    @property
+    def num_features(self) -> int:
+        """One."""
+        return 1
+
+    def value(self, x: Tensor) -> Sequence[Tensor]:
+        """x."""
+        return [x]
+
+    def derivative(self, x: Tensor) -> Sequence[Tensor]:
+        """1."""
+        return [torch.ones_like(x)]
+
+
 def _recur(u: Tensor, first: Tensor, second: Tensor, count: int) -> list[Tensor]:
     terms = [first, second]
     for _ in range(count - 2):
