@@ -84,7 +84,7 @@ class OrderedLoader(Iterator[Batch]):
         """Stop the workers."""
         results, self._results = self._results, None
         # The DataLoader's iterator ends its workers when it is collected, but an exception's traceback may hold it.
-        if hasattr(results, "_shutdown_workers"):
+        if results is not None and hasattr(results, "_shutdown_workers"):
             results._shutdown_workers()
 
 

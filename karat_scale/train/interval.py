@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 import psutil
 import torch
 
+from karat_scale.data.digest import BITS
+
 
 class Interval:
     """Sums and a stopwatch. The stopwatch starts after this process's first step, which pays for warm-up."""
@@ -17,6 +19,7 @@ class Interval:
         self.steps = 0
         self.grad_norm: float | None = None
         self._bad = 0
+        self._digest = 0
         self._timed_steps = 0
         self._seconds = 0.0
         self._since: float | None = None
@@ -29,6 +32,15 @@ class Interval:
     def add_bad(self, count: int) -> None:
         """Count samples that could not be read."""
         self._bad += count
+
+    def add_digest(self, digest: int) -> None:
+        """Add a batch's `batch_digest`."""
+        self._digest = (self._digest + digest) % 2**BITS
+
+    def take_digest(self) -> int:
+        """The sum of the batches' digests since it was last taken."""
+        taken, self._digest = self._digest, 0
+        return taken
 
     def finish_step(self, grad_norm: float | None) -> None:
         """Count a step."""

@@ -13,6 +13,7 @@ import torch
 from timm.loss import SoftTargetCrossEntropy
 
 from karat_scale.data.batch import BadSample, Batch
+from karat_scale.data.digest import BITS, batch_digest
 from karat_scale.train.evaluate import EvalResult, evaluate
 from karat_scale.train.interval import Interval, peak_memory_mb, resident_memory_mb
 from karat_scale.train.parts import Parts
@@ -86,6 +87,7 @@ class Loop:
         norm: float | None = None
         for cpu_batch in micro_batches:
             self._note_bad(cpu_batch.bad)
+            self._interval.add_digest(batch_digest(cpu_batch))
             batch = cpu_batch.to(parts.world.device)
             images = parts.normalize(batch.images)
             images, targets = parts.mixer.mix(images, batch.labels, batch.epoch, batch.batch)
@@ -123,6 +125,7 @@ class Loop:
             "images_per_second": rate,
             "bad_samples": state.bad_samples,
             "skipped_steps": state.skipped_steps,
+            "data_digest": state.data_digest,
             "resident_memory_mb": round(resident_memory_mb(), 1),
         }
         parts.reporter.train(state.step, self.total_steps, figures)
@@ -132,6 +135,8 @@ class Loop:
         world, state = self.parts.world, self.state
         bad, steps, seconds = self._interval.take_counts()
         samples = steps * self.parts.recipe.train.global_batch
+        digest = torch.tensor(self._interval.take_digest(), dtype=torch.float64)
+        state.data_digest = (state.data_digest + int(world.sum(digest))) % 2**BITS
         state.bad_samples += int(world.sum(torch.tensor(bad)))
         state.timed_samples += samples
         state.timed_seconds += seconds

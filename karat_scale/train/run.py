@@ -117,6 +117,7 @@ class _Outcome:
             "seconds_to_first_step": self.state.seconds_to_first_step,
             "peak_memory_mb": self.state.peak_memory_mb,
             "parameters": self.parameters,
+            "data_digest": self.state.data_digest,
             "bad_samples": self.state.bad_samples,
             "skipped_steps": self.state.skipped_steps,
             "restarts": self.state.restarts,

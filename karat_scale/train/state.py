@@ -16,6 +16,7 @@ class TrainState:
     best_step: int | None = None
     last_top1: float | None = None
     last_top5: float | None = None
+    data_digest: int = 0
     bad_samples: int = 0
     skipped_steps: int = 0
     timed_samples: int = 0

@@ -107,6 +107,7 @@ def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(
     (resume,) = events(cut, "resume")
     assert 3 <= resume["step"] < STEPS
     assert losses(cut) == losses(whole)
+    assert summary(cut)["data_digest"] == summary(whole)["data_digest"] != 0
     assert equal(final_tensors(cut), final_tensors(whole))
     assert summary(cut)["restarts"] == 1
 
