@@ -7,7 +7,7 @@ from karat_scale.recipe import DataConfig
 __all__ = ["ChooseView", "Decoder", "make_decoder"]
 
 # What `data.decoder = auto` tries in turn; the last one always runs.
-FASTEST_FIRST = ("torchvision", "pillow")
+FASTEST_FIRST = ("native", "torchvision", "pillow")
 
 
 def make_decoder(data: DataConfig, interpolation: str) -> Decoder:
@@ -27,6 +27,10 @@ def make_decoder(data: DataConfig, interpolation: str) -> Decoder:
 
 def _make(name: str, interpolation: str, max_pixels: int) -> Decoder:
     # A decoder's library is imported only where it is used.
+    if name == "native":
+        from karat_scale.data.decoders.native import NativeDecoder
+
+        return NativeDecoder(interpolation, max_pixels)
     if name == "torchvision":
         from karat_scale.data.decoders.torchvision import TorchvisionDecoder
 

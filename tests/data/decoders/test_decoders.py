@@ -15,7 +15,7 @@ from karat_scale.data.decoders import make_decoder
 from karat_scale.data.view import View, centre_view, crop_view
 from karat_scale.recipe import DataConfig
 
-FAST = ["torchvision"]
+FAST = ["native", "torchvision"]
 LIMIT = 80_000_000
 
 
@@ -165,4 +165,4 @@ def test_bombs_are_refused_before_they_are_decoded(encode_jpeg, decoder_of, name
 def test_the_recipe_names_the_decoder():
     for name in ("pillow", *FAST):
         assert make_decoder(DataConfig(path="-", decoder=name), "bilinear").name == name
-    assert make_decoder(DataConfig(path="-"), "bilinear").name == FAST[-1]
+    assert make_decoder(DataConfig(path="-"), "bilinear").name == FAST[0]

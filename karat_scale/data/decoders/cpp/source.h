@@ -1,0 +1,120 @@
+// A JPEG through libjpeg: its dimensions, then the rows of a part of it. What is doubtful is refused, not guessed.
+
+#pragma once
+
+#include <csetjmp>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+
+#include <jpeglib.h>
+
+namespace {
+
+// True when nothing but entropy-coded data and restart markers stands between `data` and an end-of-image marker.
+// Then the rows that are not decoded hold nothing that would make another decoder refuse the file.
+inline bool ends_well(const uint8_t* data, size_t size) {
+  const uint8_t* const end = data + size;
+  while (const void* found = std::memchr(data, 0xFF, size_t(end - data))) {
+    data = static_cast<const uint8_t*>(found) + 1;
+    if (data == end) return false;
+    if (*data == 0xD9) return true;
+    const bool coded = *data == 0x00 || *data == 0xFF || (*data >= 0xD0 && *data <= 0xD7);
+    if (!coded) return false;
+  }
+  return false;
+}
+
+// Not copied and not moved: libjpeg keeps pointers into it.
+class JpegSource {
+ public:
+  JpegSource() = default;
+  JpegSource(const JpegSource&) = delete;
+  JpegSource& operator=(const JpegSource&) = delete;
+  ~JpegSource() { close(); }
+
+  // Reads the header. The data must stay until `close`. False for what is not an ordinary grey or colour JPEG.
+  bool open(const uint8_t* data, size_t size) {
+    close();
+    jpeg.err = jpeg_std_error(&errors);
+    errors.error_exit = fail;
+    errors.emit_message = count;
+    errors.output_message = say_nothing;
+    jpeg.client_data = this;
+    if (setjmp(on_error)) return refuse();
+    jpeg_create_decompress(&jpeg);
+    is_open = true;
+    jpeg_mem_src(&jpeg, const_cast<uint8_t*>(data), size);
+    jpeg_read_header(&jpeg, TRUE);
+    const J_COLOR_SPACE space = jpeg.jpeg_color_space;
+    if (space != JCS_GRAYSCALE && space != JCS_YCbCr && space != JCS_RGB) return refuse();
+    if (!jpeg_has_multiple_scans(&jpeg) && !ends_well(jpeg.src->next_input_byte, jpeg.src->bytes_in_buffer)) {
+      return refuse();
+    }
+    return errors.num_warnings == 0 || refuse();
+  }
+
+  int width() const { return int(jpeg.image_width); }
+  int height() const { return int(jpeg.image_height); }
+
+  // Begins to decode columns left .. right from row `top` on, of the image scaled by eighths / 8 in its DCT. Sets
+  // `left` to the first column that comes and `columns` to their number.
+  bool start(int eighths, int* left, int right, int top, int* columns) {
+    if (setjmp(on_error)) return refuse();
+    jpeg.out_color_space = JCS_EXT_RGBX;
+    jpeg.scale_num = unsigned(eighths);
+    jpeg.scale_denom = 8;
+    jpeg_start_decompress(&jpeg);
+    // Upsampled colour looks at its neighbours, so columns at the edge of what is decoded differ a little.
+    const int full = int(jpeg.output_width);
+    JDIMENSION first = JDIMENSION(*left > MARGIN ? *left - MARGIN : 0);
+    JDIMENSION count = JDIMENSION(right + MARGIN < full ? right + MARGIN : full) - first;
+    jpeg_crop_scanline(&jpeg, &first, &count);
+    *left = int(first);
+    *columns = int(count);
+    if (top > 0 && jpeg_skip_scanlines(&jpeg, JDIMENSION(top)) != JDIMENSION(top)) return refuse();
+    return true;
+  }
+
+  // Decodes `count` rows, RGBX, `stride` bytes apart.
+  bool read(uint8_t* to, size_t stride, int count) {
+    if (setjmp(on_error)) return refuse();
+    for (int row = 0; row < count;) {
+      JSAMPROW rows[MOST_ROWS];
+      const int wanted = count - row < MOST_ROWS ? count - row : MOST_ROWS;
+      for (int i = 0; i < wanted; i++) rows[i] = to + stride * size_t(row + i);
+      const int got = int(jpeg_read_scanlines(&jpeg, rows, JDIMENSION(wanted)));
+      if (got == 0) return refuse();
+      row += got;
+    }
+    return true;
+  }
+
+  // Lets go of the data. False when libjpeg had a doubt about any of it.
+  bool close() {
+    if (!is_open) return false;
+    is_open = false;
+    jpeg_destroy_decompress(&jpeg);
+    return errors.num_warnings == 0;
+  }
+
+ private:
+  static constexpr int MARGIN = 2, MOST_ROWS = 8;
+
+  jpeg_decompress_struct jpeg;
+  jpeg_error_mgr errors;
+  std::jmp_buf on_error;
+  bool is_open = false;
+
+  bool refuse() {
+    close();
+    return false;
+  }
+
+  static void fail(j_common_ptr info) { std::longjmp(static_cast<JpegSource*>(info->client_data)->on_error, 1); }
+  static void count(j_common_ptr info, int level) { info->err->num_warnings += level < 0; }
+  static void say_nothing(j_common_ptr) {}
+};
+
+} // namespace

@@ -1,0 +1,96 @@
+"""Decoding of the wanted part of a JPEG alone, and resizing in the same call: C++ on libjpeg, built at first use."""
+
+import ctypes
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from karat_scale.attention.kernels import build
+from karat_scale.data.decoders.base import ChooseView, check_pixels
+from karat_scale.data.decoders.pillow import PillowDecoder
+from karat_scale.errors import RecipeError
+
+SOURCE = Path(__file__).parent / "cpp" / "native.cpp"
+# Without contraction, so that the resize's weights are the same bits whatever the instruction set.
+COMPILER_ARGUMENTS = ("-ljpeg", "-ffp-contract=off")
+INTERPOLATIONS = {"bilinear": 0, "bicubic": 1}
+
+
+class NativeDecoder:
+    """Reads grey and colour JPEGs; hands all else, and whatever libjpeg doubts, to Pillow. See Decoder.
+
+    With `scaled` a large region is shrunk in the DCT first: faster, and up to a few grey levels from Pillow's pixels.
+    The interpreter's lock is free during the work. Raises RecipeError where it cannot be built.
+    """
+
+    name = "native"
+
+    def __init__(self, interpolation: str, max_pixels: int, scaled: bool = False) -> None:
+        try:
+            self._library = _declared(build.load(SOURCE, "the native JPEG decoder", COMPILER_ARGUMENTS))
+        except build.LoadError as error:
+            raise RecipeError(
+                f"data.decoder = native cannot run: {error}; `apt-get install g++ libjpeg-dev`, or set data.decoder=auto"
+            ) from error
+        self._interpolation = INTERPOLATIONS[interpolation]
+        self._scaled = scaled
+        self._max_pixels = max_pixels
+        self._pillow = PillowDecoder(interpolation, max_pixels)
+        self._of_this_thread = threading.local()
+
+    def read(self, data: bytes, choose: ChooseView) -> npt.NDArray[np.uint8]:
+        handle = self._handle()
+        width, height = ctypes.c_int32(), ctypes.c_int32()
+        if not self._library.karat_decoder_open(handle, data, len(data), ctypes.byref(width), ctypes.byref(height)):
+            return self._pillow.read(data, choose)
+        check_pixels(width.value, height.value, self._max_pixels)
+        view = choose(width.value, height.value)
+        # Planes, since that is how a batch wants them; handed out as rows of pixels.
+        planes = np.empty((3, view.size[1], view.size[0]), dtype=np.uint8)
+        asked = _View(*view.region, *view.box, *view.size, self._interpolation, self._scaled)
+        if not self._library.karat_decoder_read(handle, ctypes.byref(asked), planes.ctypes.data):
+            return self._pillow.read(data, choose)
+        return planes.transpose(1, 2, 0)
+
+    def _handle(self) -> int:
+        """The calling thread's decoder and scratch memory, made at its first image."""
+        local = self._of_this_thread
+        if not hasattr(local, "handle"):
+            local.handle = _Handle(self._library)
+        pointer: int = local.handle.pointer
+        return pointer
+
+
+class _View(ctypes.Structure):
+    """As native.cpp has it."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("left", "top", "right", "bottom")),
+        *((name, ctypes.c_double) for name in ("box_left", "box_top", "box_right", "box_bottom")),
+        *((name, ctypes.c_int32) for name in ("width", "height", "interpolation", "scaled")),
+    )
+
+
+class _Handle:
+    """A decoder of the library, freed with this object."""
+
+    def __init__(self, library: Any) -> None:
+        self.pointer = library.karat_decoder_new()
+        if not self.pointer:
+            raise MemoryError
+        weakref.finalize(self, library.karat_decoder_free, self.pointer)
+
+
+def _declared(library: Any) -> Any:
+    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    library.karat_decoder_new.restype, library.karat_decoder_new.argtypes = pointer, ()
+    library.karat_decoder_free.restype, library.karat_decoder_free.argtypes = None, (pointer,)
+    library.karat_decoder_open.restype = integer
+    library.karat_decoder_open.argtypes = pointer, ctypes.c_char_p, ctypes.c_size_t, pointer, pointer
+    library.karat_decoder_read.restype = integer
+    library.karat_decoder_read.argtypes = pointer, pointer, pointer
+    return library
