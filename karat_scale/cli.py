@@ -53,7 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
     attention.add_argument("--grid", type=int, default=3)
     attention.add_argument("--rank", type=int, default=12)
     attention.add_argument("--tokens", type=int, default=197)
-    attention.add_argument("--basis", choices=("fourier",), default="fourier")
+    attention.add_argument("--basis", default="fourier", help="a name, or package.module:Class (default: %(default)s)")
+    forms = ("modular", "project_first", "two_operators", "full_rank")
+    attention.add_argument("--form", choices=forms, default="modular")
+    names = ("reference", "streaming", "cpu", "triton")
+    attention.add_argument("--only", nargs="+", choices=names, default=names, help="these implementations alone")
+    attention.add_argument("--curve", nargs="+", type=int, metavar="N", help="the growth of time and memory over N")
     attention.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
     attention.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     attention.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
@@ -128,6 +133,7 @@ def _bench_step(options: argparse.Namespace) -> int:
 
 def _bench_attention(options: argparse.Namespace) -> int:
     from karat_scale.bench.attention import Case, bench_attention
+    from karat_scale.bench.curve import bench_curve
 
     case = Case(
         model=options.model,
@@ -138,8 +144,11 @@ def _bench_attention(options: argparse.Namespace) -> int:
         device=options.device,
         tokens=options.tokens,
         basis=options.basis,
+        form=options.form,
     )
-    return bench_attention(case, options.rounds, options.threads, options.json)
+    if options.curve:
+        return bench_curve(case, options.curve, options.rounds, options.threads, options.json)
+    return bench_attention(case, options.rounds, options.threads, options.json, options.only)
 
 
 def _bench_order(options: argparse.Namespace) -> int:

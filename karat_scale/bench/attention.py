@@ -1,4 +1,4 @@
-"""`karat bench attention`: time and memory of each implementation against softmax attention.
+"""`karat bench attention`: time and memory of each implementation of an operator against softmax attention.
 
 The peers are `scaled_dot_product_attention` (SDPA), which a user has without us, and softmax written out, which
 holds the N x N matrix as the literature's code does. Contenders run in turn; ratios are medians over rounds.
@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from karat_scale.attention.functional import IMPLEMENTATIONS, fourier_karat_attention
+from karat_scale.attention import KaratOperator, make_basis
 from karat_scale.bench.interleave import interleaved_seconds, median_ratio
 from karat_scale.bench.peak_memory import peak_memory_of
 from karat_scale.errors import UserError
@@ -40,22 +40,37 @@ class Case:
     device: str
     tokens: int = TOKENS
     basis: str = "fourier"
+    form: str = "modular"
 
 
-def bench_attention(case: Case, rounds: int, threads: int, json_file: str | None) -> int:
-    """Measure, print a table, and write `json_file`; returns 0.
+class Contender(NamedTuple):
+    """Attention as a function of query, key and value, and its parameters."""
+
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    parameters: tuple[Tensor, ...] = ()
+
+
+def bench_attention(case: Case, rounds: int, threads: int, json_file: str | None, names: Sequence[str]) -> int:
+    """Measure the named implementations; print a table, and write `json_file`; returns 0.
 
     Raises:
         UserError: no implementation can run the case.
     """
     if case.device == "cpu":
         torch.set_num_threads(threads)
-    rows = attention_rows(case, rounds, list(IMPLEMENTATIONS), threads)
-    result = {**asdict(case), "device_name": _device_name(case.device), "threads": threads, "rows": rows}
+    rows = attention_rows(case, rounds, names, threads)
+    result = {**asdict(case), "device_name": device_name(case.device), "threads": threads, "rows": rows}
     _print(result)
-    if json_file:
-        write_atomically(Path(json_file), json.dumps(result, indent=2) + "\n")
+    write_json(json_file, result)
     return 0
+
+
+def check_case(case: Case) -> None:
+    """Raises UserError for a basis there is not, or that the grid does not suit."""
+    try:
+        make_basis(case.basis, grid=case.grid)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
 
 
 def attention_rows(case: Case, rounds: int, names: Sequence[str], threads: int = 1) -> list[dict[str, Any]]:
@@ -64,15 +79,15 @@ def attention_rows(case: Case, rounds: int, names: Sequence[str], threads: int =
     Raises:
         UserError: none of them can.
     """
+    check_case(case)
     runnable = [name for name in names if _can_run(name, case)]
     if not runnable:
         raise UserError(f"none of {', '.join(names)} can run {case}")
     contenders = [SDPA, SOFTMAX, *runnable]
-    # Process time is deaf to neighbours, but adds up over threads.
-    clock = time.process_time if case.device == "cpu" and threads == 1 else time.perf_counter
+    clock = clock_for(case.device, threads)
     forward = interleaved_seconds({name: _forward(name, case) for name in contenders}, rounds, clock)
-    both = interleaved_seconds({name: _forward_backward(name, case) for name in contenders}, rounds, clock)
-    memory = {name: peak_memory_of(_forward_backward_once, (name, case), case.device) for name in contenders}
+    both = interleaved_seconds({name: forward_backward(name, case) for name in contenders}, rounds, clock)
+    memory = {name: peak_memory_of(forward_backward_once, (name, case), case.device) for name in contenders}
     return [
         {
             "implementation": name,
@@ -90,34 +105,33 @@ def attention_rows(case: Case, rounds: int, names: Sequence[str], threads: int =
 
 
 def make_inputs(case: Case) -> tuple[Tensor, ...]:
-    """Query, key, value [B, h, N, d], then cos and sin coefficients [h, r, N, G] and W [h, N, r]; all need gradients.
-
-    Query and key are such that scores have a standard deviation of about one; coefficients and W start as the
-    variance-preserving scheme has them (float32, as parameters are).
-    """
+    """Query, key and value [B, h, N, d] that need gradients; scores have a standard deviation of about one."""
     generator = torch.Generator().manual_seed(0)
-    heads, tokens = HEADS[case.model], case.tokens
-
-    def normal(*shape: int, std: float = 1.0) -> Tensor:
-        return std * torch.randn(*shape, generator=generator)
-
-    tensors = [normal(case.batch, heads, tokens, HEAD_WIDTH).to(DTYPES[case.dtype]) for _ in range(3)]
-    coefficient_std = (tokens * case.grid) ** -0.5
-    tensors += [normal(heads, case.rank, tokens, case.grid, std=coefficient_std) for _ in range(2)]
-    tensors += [normal(heads, tokens, case.rank, std=(case.rank * tokens) ** -0.5)]
+    shape = case.batch, HEADS[case.model], case.tokens, HEAD_WIDTH
+    tensors = [torch.randn(shape, generator=generator).to(DTYPES[case.dtype]) for _ in range(3)]
     return tuple(tensor.to(case.device).requires_grad_() for tensor in tensors)
 
 
-def attention_of(name: str) -> Callable[..., Tensor]:
-    """A contender as a function of what `make_inputs` gives."""
+def make_contender(name: str, case: Case) -> Contender:
+    """SDPA, softmax, or an implementation of the case's operator, whose parameters start variance-preserving.
+
+    Raises:
+        ValueError: the implementation does not have the operator.
+    """
     if name == SDPA:
-        return lambda query, key, value, *_: functional.scaled_dot_product_attention(query, key, value)
+        return Contender(functional.scaled_dot_product_attention)
     if name == SOFTMAX:
-        return _explicit_softmax
-    return lambda *inputs: fourier_karat_attention(*inputs, implementation=name)
+        return Contender(_explicit_softmax)
+    basis = make_basis(case.basis, grid=case.grid)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        operator = KaratOperator(
+            case.tokens, HEADS[case.model], basis, case.rank, form=case.form, implementation=name
+        ).to(case.device)
+    return Contender(operator, tuple(operator.parameters()))
 
 
-def _explicit_softmax(query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> Tensor:
+def _explicit_softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     return torch.softmax(scores, -1) @ value
 
@@ -125,38 +139,54 @@ def _explicit_softmax(query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> 
 def _can_run(name: str, case: Case) -> bool:
     small = Case(**{**asdict(case), "batch": 1})
     try:
-        attention_of(name)(*make_inputs(small))
+        make_contender(name, case).attend(*make_inputs(small))
     except ValueError:
         return False
     return True
 
 
 def _forward(name: str, case: Case) -> Callable[[], None]:
-    attend, inputs = attention_of(name), make_inputs(case)
+    contender, inputs = make_contender(name, case), make_inputs(case)
 
     def run() -> None:
         with torch.no_grad():
-            attend(*inputs)
+            contender.attend(*inputs)
         _wait_for(case.device)
 
     return run
 
 
-def _forward_backward(name: str, case: Case) -> Callable[[], None]:
-    attend, inputs = attention_of(name), make_inputs(case)
-    wanted = inputs[:3] if name in (SDPA, SOFTMAX) else inputs
+def forward_backward(name: str, case: Case) -> Callable[[], None]:
+    """A call and the gradients of all that learns."""
+    contender, inputs = make_contender(name, case), make_inputs(case)
     grad_output = torch.ones_like(inputs[2])
 
     def run() -> None:
-        torch.autograd.grad(attend(*inputs), wanted, grad_output)
+        torch.autograd.grad(contender.attend(*inputs), (*inputs, *contender.parameters), grad_output)
         _wait_for(case.device)
 
     return run
 
 
-def _forward_backward_once(name: str, case: Case, warm_up: bool) -> Callable[[], None]:
+def forward_backward_once(name: str, case: Case, warm_up: bool) -> Callable[[], None]:
     """For the memory measurement: the case itself, or a small one that loads and builds all that it needs."""
-    return _forward_backward(name, Case(**{**asdict(case), "batch": 1, "tokens": 16}) if warm_up else case)
+    return forward_backward(name, Case(**{**asdict(case), "batch": 1, "tokens": 16}) if warm_up else case)
+
+
+def clock_for(device: str, threads: int) -> Callable[[], float]:
+    """Process time where it serves: it is deaf to neighbours, but adds up over threads."""
+    return time.process_time if device == "cpu" and threads == 1 else time.perf_counter
+
+
+def write_json(json_file: str | None, result: dict[str, Any]) -> None:
+    """The file, where one is asked for."""
+    if json_file:
+        write_atomically(Path(json_file), json.dumps(result, indent=2) + "\n")
+
+
+def device_name(device: str) -> str:
+    """The card's name, or the CPU's vector instructions."""
+    return torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
 
 
 def _wait_for(device: str) -> None:
@@ -164,16 +194,13 @@ def _wait_for(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
-
-
 def _print(result: dict[str, Any]) -> None:
     from rich.console import Console  # here, so that `bench.gpu` runs with torch and triton alone
     from rich.table import Table
 
     title = f"ViT-{result['model'].capitalize()} batch {result['batch']}, N = {result['tokens']}, "
-    title += f"grid {result['grid']}, rank {result['rank']}, {result['dtype']} on {result['device_name']}"
+    title += f"{result['basis']} {result['form']}, grid {result['grid']}, rank {result['rank']}, "
+    title += f"{result['dtype']} on {result['device_name']}"
     table = Table(title=title)
     for column in ("implementation", "ms", "to SDPA", "to softmax", "MB", "to SDPA"):
         table.add_column(column, justify="left" if column == "implementation" else "right")

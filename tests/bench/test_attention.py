@@ -1,10 +1,16 @@
 import json
+import math
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from karat_scale.bench.attention import Case, attention_of, make_inputs
+from karat_scale.attention import BASES
+from karat_scale.bench.attention import Case, attention_rows, make_contender, make_inputs
+from karat_scale.bench.curve import growth
+from karat_scale.cli import main
 from tests.conftest import karat
 
 ROW = {
@@ -35,9 +41,42 @@ def test_bench_attention_prints_ratios_and_writes_json(tmp_path: Path) -> None:
     assert "streaming" in done.stdout
 
 
-def test_contenders_compute_what_they_are_called() -> None:
-    inputs = make_inputs(Case("tiny", 1, 3, 12, "fp32", "cpu", tokens=20))
-    torch.testing.assert_close(attention_of("sdpa")(*inputs), attention_of("softmax")(*inputs), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        attention_of("streaming")(*inputs), attention_of("reference")(*inputs), rtol=1e-4, atol=1e-5
-    )
+def case_of(**changes: Any) -> Case:
+    return Case(**{**asdict(Case("tiny", 1, 3, 12, "fp32", "cpu", tokens=20)), **changes})
+
+
+def output(name: str, case: Case) -> torch.Tensor:
+    return make_contender(name, case).attend(*make_inputs(case))
+
+
+@pytest.mark.parametrize("form", ["modular", "full_rank"])
+@pytest.mark.parametrize("basis", BASES)
+def test_contenders_compute_what_they_are_called(basis: str, form: str) -> None:
+    case = case_of(basis=basis, form=form)
+    torch.testing.assert_close(output("sdpa", case), output("softmax", case), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output("streaming", case), output("reference", case), rtol=1e-3, atol=1e-4)
+
+
+def test_only_what_has_the_operator_is_measured() -> None:
+    names = [row["implementation"] for row in attention_rows(case_of(basis="dog"), 1, ["streaming", "triton", "cpu"])]
+    assert names == ["sdpa", "softmax", "streaming"]
+
+
+def test_an_unknown_basis_is_a_users_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "attention", "--basis", "dogs"]) == 2
+    assert "--basis = 'dogs': expected one of fourier, " in capsys.readouterr().err
+
+
+def test_growth_is_the_exponent_of_a_power_law() -> None:
+    assert growth([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert math.isnan(growth([5], [1.0]))
+
+
+@pytest.mark.slow
+def test_a_curve_measures_every_length(tmp_path: Path) -> None:
+    out = tmp_path / "curve.json"
+    done = karat("bench", "attention", "--curve", "64", "128", "--batch", "1", "--rounds", "1", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert [row["tokens"] for row in result["rows"]] == [64, 128]
+    assert "time grows as N^" in done.stdout

@@ -1,0 +1,81 @@
+"""`karat bench attention --curve N...`: how time and memory grow with the number of tokens."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from karat_scale.bench.attention import (
+    SDPA,
+    Case,
+    check_case,
+    clock_for,
+    device_name,
+    forward_backward,
+    forward_backward_once,
+    write_json,
+)
+from karat_scale.bench.interleave import interleaved_seconds, median_ratio
+from karat_scale.bench.peak_memory import peak_memory_of
+
+AUTO = "auto"
+
+
+def bench_curve(case: Case, tokens: Sequence[int], rounds: int, threads: int, json_file: str | None) -> int:
+    """Measure forward and backward at each N, print the curve with its exponents, and write `json_file`; returns 0."""
+    check_case(case)
+    if case.device == "cpu":
+        torch.set_num_threads(threads)
+    points = [curve_point(replace(case, tokens=n), rounds, threads) for n in tokens]
+    exponents = {
+        "time": growth(tokens, [point["forward_backward_ms"] for point in points]),
+        "memory": growth(tokens, [point["peak_mb"] for point in points]),
+    }
+    result = {**asdict(case), "tokens": list(tokens), "device_name": device_name(case.device), "threads": threads}
+    result |= {"rows": points, "exponents": exponents}
+    _print(result)
+    write_json(json_file, result)
+    return 0
+
+
+def curve_point(case: Case, rounds: int, threads: int) -> dict[str, Any]:
+    """Time and peak memory of the operator at the case's N, and their ratios to SDPA's."""
+    contenders = (SDPA, AUTO)
+    both = interleaved_seconds(
+        {name: forward_backward(name, case) for name in contenders}, rounds, clock_for(case.device, threads)
+    )
+    memory = {name: peak_memory_of(forward_backward_once, (name, case), case.device) for name in contenders}
+    return {
+        "tokens": case.tokens,
+        "forward_backward_ms": round(1e3 * statistics.median(both[AUTO]), 3),
+        "peak_mb": round(memory[AUTO], 2),
+        "ratio_forward_backward": round(median_ratio(both, AUTO, SDPA), 3),
+        "ratio_memory": round(memory[AUTO] / memory[SDPA], 3),
+    }
+
+
+def growth(sizes: Sequence[float], figures: Sequence[float]) -> float:
+    """The k of figure ~ size^k, by least squares of the logarithms; NaN for a single size."""
+    if len(set(sizes)) < 2:
+        return math.nan
+    slope, _ = statistics.linear_regression([math.log(x) for x in sizes], [math.log(y) for y in figures])
+    return round(slope, 3)
+
+
+def _print(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"ViT-{result['model'].capitalize()} batch {result['batch']}, {result['basis']} {result['form']}, "
+    title += f"grid {result['grid']}, {result['dtype']}, forward and backward on {result['device_name']}"
+    table = Table(title=title)
+    for column in ("N", "ms", "to SDPA", "MB", "to SDPA"):
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        time = (f"{row['forward_backward_ms']:.1f}", f"{row['ratio_forward_backward']:.2f}")
+        table.add_row(f"{row['tokens']}", *time, f"{row['peak_mb']:.1f}", f"{row['ratio_memory']:.2f}")
+    Console().print(table)
+    print(f"time grows as N^{result['exponents']['time']}, memory as N^{result['exponents']['memory']}")
