@@ -34,7 +34,8 @@ class NativeDecoder:
             self._library = _declared(build.load(SOURCE, "the native JPEG decoder", COMPILER_ARGUMENTS))
         except build.LoadError as error:
             raise RecipeError(
-                f"data.decoder = native cannot run: {error}; `apt-get install g++ libjpeg-dev`, or set data.decoder=auto"
+                f"data.decoder = native cannot run: {error}; run `apt-get install g++ libjpeg-dev`, "
+                "or set data.decoder=auto"
             ) from error
         self._interpolation = INTERPOLATIONS[interpolation]
         self._scaled = scaled

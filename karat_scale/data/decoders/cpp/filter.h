@@ -4,14 +4,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
 namespace {
-
-constexpr int PRECISION = 14;
-constexpr int ONE = 1 << PRECISION;
-constexpr int HALF = ONE / 2;
 
 enum class Interpolation { bilinear = 0, bicubic = 1 };
 
@@ -26,57 +23,69 @@ inline double height(Interpolation kind, double x) {
   return (((x - 5.0) * x + 8.0) * x - 4.0) * a;
 }
 
-// Output i is the sum over t < taps of weights[i * taps + t] times input first[i] + t. Weights sum to ONE.
+// Output i is the sum over t < taps of weights[i * taps + t] times input first[i] + t, over 2^precision.
 struct Filter {
-  int taps = 0;
+  int taps = 0, precision = 0;
   std::vector<int> first;
   std::vector<int16_t> weights;
 
-  int last(int i) const { return first[i] + taps; } // one past the input that is read, if with weight 0
-
-  // Resizes inputs low .. high of `length` to `outputs`. Taps come in multiples of `group`, starts in multiples of
-  // `align`; outputs beyond the last repeat it, up to a multiple of `block`.
+  // Resizes inputs low .. high of `length` to `outputs`. Taps come in multiples of `group` and begin at multiples of
+  // `align`; the last output is repeated up to a multiple of `block`.
   void plan(Interpolation kind, double low, double high, int length, int outputs, int group, int align, int block) {
     const double step = (high - low) / outputs, stretch = std::max(step, 1.0), support = reach(kind) * stretch;
     const int rounded = (outputs + block - 1) / block * block;
-    first.resize(rounded);
-    stops.resize(outputs);
+    first.resize(size_t(rounded));
+    begins.resize(size_t(outputs));
+    ends.resize(size_t(outputs));
     taps = 0;
     for (int i = 0; i < outputs; i++) {
       const double centre = low + (i + 0.5) * step;
-      const int begin = std::min(std::max(0, int(centre - support + 0.5)), length - 1);
-      stops[i] = std::max(begin + 1, std::min(length, int(centre + support + 0.5)));
-      first[i] = begin / align * align;
-      starts.resize(outputs);
-      starts[i] = begin;
-      taps = std::max(taps, stops[i] - first[i]);
+      begins[i] = std::min(std::max(0, int(centre - support + 0.5)), length - 1);
+      ends[i] = std::max(begins[i] + 1, std::min(length, int(centre + support + 0.5)));
+      first[i] = begins[i] / align * align;
+      taps = std::max(taps, ends[i] - first[i]);
     }
     taps = (taps + group - 1) / group * group;
-    weights.assign(size_t(rounded) * taps, 0);
-    for (int i = 0; i < outputs; i++) weigh(kind, low + (i + 0.5) * step, stretch, i);
-    for (int i = outputs; i < rounded; i++) {
-      first[i] = first[outputs - 1];
-      std::copy_n(&weights[size_t(outputs - 1) * taps], taps, &weights[size_t(i) * taps]);
+    exact.assign(size_t(outputs) * size_t(taps), 0.0);
+    for (int i = 0; i < outputs; i++) {
+      const double centre = low + (i + 0.5) * step;
+      const int count = ends[i] - begins[i];
+      double* to = &exact[size_t(i) * size_t(taps) + size_t(begins[i] - first[i])];
+      double sum = 0.0;
+      for (int t = 0; t < count; t++) sum += to[t] = height(kind, (begins[i] + t - centre + 0.5) / stretch);
+      for (int t = 0; t < count; t++) to[t] /= sum;
     }
+    quantise(outputs, rounded);
   }
 
  private:
-  std::vector<int> starts, stops;
-  std::vector<double> heights;
+  // Sums of 8-bit pixels times weights stay below 2^31, and weights below 2^15.
+  static constexpr int MOST_BITS = 21;
+  static constexpr double MOST_WEIGHT = 32000.0;
 
-  void weigh(Interpolation kind, double centre, double stretch, int i) {
-    const int begin = starts[i], count = stops[i] - begin;
-    heights.resize(count);
-    double sum = 0.0;
-    for (int t = 0; t < count; t++) sum += heights[t] = height(kind, (begin + t - centre + 0.5) / stretch);
-    int16_t* to = &weights[size_t(i) * taps] + (begin - first[i]);
-    int rest = ONE, largest = 0;
-    for (int t = 0; t < count; t++) {
-      to[t] = int16_t(std::lrint(heights[t] / sum * ONE));
-      rest -= to[t];
-      if (to[t] > to[largest]) largest = t;
+  std::vector<int> begins, ends;
+  std::vector<double> exact;
+
+  void quantise(int outputs, int rounded) {
+    const double largest = *std::max_element(exact.begin(), exact.end());
+    for (precision = MOST_BITS; std::ldexp(largest, precision) > MOST_WEIGHT;) precision--;
+    const double one = std::ldexp(1.0, precision);
+    weights.resize(size_t(rounded) * size_t(taps));
+    for (int i = 0; i < outputs; i++) {
+      const double* from = &exact[size_t(i) * size_t(taps)];
+      int16_t* to = &weights[size_t(i) * size_t(taps)];
+      int rest = int(one), peak = 0;
+      for (int t = 0; t < taps; t++) {
+        to[t] = int16_t(std::lrint(from[t] * one));
+        rest -= to[t];
+        if (to[t] > to[peak]) peak = t;
+      }
+      to[peak] = int16_t(to[peak] + rest); // so that a flat colour stays what it is
     }
-    to[largest] = int16_t(to[largest] + rest); // so that a flat colour stays what it is
+    for (int i = outputs; i < rounded; i++) {
+      first[i] = first[outputs - 1];
+      std::copy_n(&weights[size_t(outputs - 1) * size_t(taps)], taps, &weights[size_t(i) * size_t(taps)]);
+    }
   }
 };
 

@@ -41,7 +41,7 @@ class Decoder {
     y_filter.plan(kind, view.box_top * scale - top, view.box_bottom * scale - top, rows, view.height, DOWN_TAPS,
                   DOWN_TAPS, 1);
     // The rows of the region that the filter looks at; from an even one, since rows go in pairs.
-    const int skipped = y_filter.first[0], last = std::min(rows, y_filter.last(view.height - 1));
+    const int skipped = y_filter.first[0], last = std::min(rows, y_filter.first[view.height - 1] + y_filter.taps);
     int decoded_left = left, decoded_columns = 0;
     if (!source.start(eighths, &decoded_left, left + columns, top + skipped, &decoded_columns)) return false;
     return shrink_across(view.width, decoded_columns, left - decoded_left, skipped, last) && source.close() &&
@@ -92,19 +92,18 @@ class Decoder {
   }
 
   bool shrink_down(const View& view, int first, uint8_t* out) const {
-    const int plane = plane_bytes(view.width), taps = y_filter.taps;
+    const int plane = plane_bytes(view.width);
     const size_t stride = 3 * size_t(plane);
     for (int channel = 0; channel < 3; channel++) {
       for (int y = 0; y < view.height; y++, out += view.width) {
         const uint8_t* from =
             pairs.data() + stride * size_t((y_filter.first[y] - first) / 2) + size_t(channel) * size_t(plane);
-        const int16_t* weights = &y_filter.weights[size_t(y) * size_t(taps)];
         for (int x = 0; x < view.width; x += DOWN_BLOCK) {
           if (x + DOWN_BLOCK <= view.width) {
-            down(from + 2 * x, stride, weights, taps, out + x);
+            down(from + 2 * x, stride, y_filter, y, out + x);
           } else {
             uint8_t rest[DOWN_BLOCK];
-            down(from + 2 * x, stride, weights, taps, rest);
+            down(from + 2 * x, stride, y_filter, y, rest);
             std::copy_n(rest, view.width - x, out + x);
           }
         }

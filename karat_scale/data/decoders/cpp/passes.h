@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -42,12 +44,14 @@ inline __m256i four_weights(const int16_t* w) { // W0 W1 W0 W1 .. | W2 W3 W2 W3 
 
 inline void across(const uint8_t* upper, const uint8_t* lower, const Filter& filter, int width, uint8_t* pair) {
   const int plane = plane_bytes(width), taps = filter.taps;
+  const __m256i half = _mm256_set1_epi32(1 << (filter.precision - 1));
+  const __m128i shift = _mm_cvtsi32_si128(filter.precision);
   const __m256i by_plane = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   for (int x = 0; x < width; x += ACROSS_BLOCK) {
     __m256i sums[ACROSS_BLOCK];
     for (int i = 0; i < ACROSS_BLOCK; i++) {
-      const int16_t* w = &filter.weights[size_t(x + i) * taps];
+      const int16_t* w = &filter.weights[size_t(x + i) * size_t(taps)];
       const size_t from = size_t(filter.first[x + i]) * PIXEL;
       __m256i u = _mm256_setzero_si256(), l = u;
       for (int t = 0; t < taps; t += ACROSS_TAPS) {
@@ -56,7 +60,7 @@ inline void across(const uint8_t* upper, const uint8_t* lower, const Filter& fil
         l = _mm256_add_epi32(l, _mm256_madd_epi16(four_pixels(lower + from + t * PIXEL), four));
       }
       const __m256i even = _mm256_permute2x128_si256(u, l, 0x20), odd = _mm256_permute2x128_si256(u, l, 0x31);
-      sums[i] = _mm256_srai_epi32(_mm256_add_epi32(_mm256_add_epi32(even, odd), _mm256_set1_epi32(HALF)), PRECISION);
+      sums[i] = _mm256_sra_epi32(_mm256_add_epi32(_mm256_add_epi32(even, odd), half), shift);
     }
     const __m256i left = _mm256_packs_epi32(sums[0], sums[1]), right = _mm256_packs_epi32(sums[2], sums[3]);
     const __m256i planes = _mm256_shuffle_epi8(_mm256_packus_epi16(left, right), by_plane);
@@ -68,10 +72,12 @@ inline void across(const uint8_t* upper, const uint8_t* lower, const Filter& fil
   }
 }
 
-// 32 outputs of one plane.
-inline void down(const uint8_t* pairs, size_t stride, const int16_t* weights, int taps, uint8_t* to) {
+// 32 outputs of one plane, in row y of the output.
+inline void down(const uint8_t* pairs, size_t stride, const Filter& filter, int y, uint8_t* to) {
+  const int taps = filter.taps;
+  const int16_t* weights = &filter.weights[size_t(y) * size_t(taps)];
   __m256i sums[4];
-  for (__m256i& sum : sums) sum = _mm256_set1_epi32(HALF);
+  for (__m256i& sum : sums) sum = _mm256_set1_epi32(1 << (filter.precision - 1));
   for (int t = 0; t < taps; t += DOWN_TAPS, pairs += stride) {
     int32_t two;
     std::memcpy(&two, weights + t, 4);
@@ -80,7 +86,7 @@ inline void down(const uint8_t* pairs, size_t stride, const int16_t* weights, in
       sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(_mm256_cvtepu8_epi16(bytes), _mm256_set1_epi32(two)));
     }
   }
-  for (__m256i& sum : sums) sum = _mm256_srai_epi32(sum, PRECISION);
+  for (__m256i& sum : sums) sum = _mm256_sra_epi32(sum, _mm_cvtsi32_si128(filter.precision));
   const __m256i packed =
       _mm256_packus_epi16(_mm256_packs_epi32(sums[0], sums[1]), _mm256_packs_epi32(sums[2], sums[3]));
   const __m256i in_order = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
@@ -89,12 +95,14 @@ inline void down(const uint8_t* pairs, size_t stride, const int16_t* weights, in
 
 #else
 
-inline uint8_t to_byte(int32_t sum) { return uint8_t(std::min(255, std::max(0, (sum + HALF) >> PRECISION))); }
+inline uint8_t to_byte(int32_t sum, int precision) {
+  return uint8_t(std::min(255, std::max(0, (sum + (1 << (precision - 1))) >> precision)));
+}
 
 inline void across(const uint8_t* upper, const uint8_t* lower, const Filter& filter, int width, uint8_t* pair) {
   const int plane = plane_bytes(width), taps = filter.taps;
   for (int x = 0; x < width; x++) {
-    const int16_t* w = &filter.weights[size_t(x) * taps];
+    const int16_t* w = &filter.weights[size_t(x) * size_t(taps)];
     const size_t from = size_t(filter.first[x]) * PIXEL;
     int32_t sums[2][PIXEL] = {};
     for (int t = 0; t < taps; t++) {
@@ -104,19 +112,21 @@ inline void across(const uint8_t* upper, const uint8_t* lower, const Filter& fil
       }
     }
     for (int c = 0; c < 3; c++) {
-      pair[c * plane + 2 * x] = to_byte(sums[0][c]);
-      pair[c * plane + 2 * x + 1] = to_byte(sums[1][c]);
+      pair[c * plane + 2 * x] = to_byte(sums[0][c], filter.precision);
+      pair[c * plane + 2 * x + 1] = to_byte(sums[1][c], filter.precision);
     }
   }
 }
 
-inline void down(const uint8_t* pairs, size_t stride, const int16_t* weights, int taps, uint8_t* to) {
+inline void down(const uint8_t* pairs, size_t stride, const Filter& filter, int y, uint8_t* to) {
+  const int taps = filter.taps;
+  const int16_t* weights = &filter.weights[size_t(y) * size_t(taps)];
   int32_t sums[DOWN_BLOCK] = {};
   for (int t = 0; t < taps; t += DOWN_TAPS, pairs += stride) {
     const int32_t upper = weights[t], lower = weights[t + 1];
     for (int i = 0; i < DOWN_BLOCK; i++) sums[i] += upper * pairs[2 * i] + lower * pairs[2 * i + 1];
   }
-  for (int i = 0; i < DOWN_BLOCK; i++) to[i] = to_byte(sums[i]);
+  for (int i = 0; i < DOWN_BLOCK; i++) to[i] = to_byte(sums[i], filter.precision);
 }
 
 #endif

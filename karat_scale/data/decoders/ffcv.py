@@ -1,0 +1,121 @@
+"""Decoding and resizing as FFCV does, by its compiled library, and nothing else of FFCV.
+
+FFCV's Loader cannot be seeded, hands out views of a ring buffer, shows damaged JPEGs as black pixels, changes torch's
+thread count, compiles for seconds, and hangs or dies in several ways. Its decoder is one C function, called here
+directly; the order, the draws, the processes and the errors are those of the other backends.
+"""
+
+import ctypes
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from karat_scale.data.decoders.base import ChooseView, check_pixels
+from karat_scale.data.decoders.jpeg_header import Frame, read_frame
+from karat_scale.data.decoders.pillow import RESAMPLE, PillowDecoder
+from karat_scale.data.view import View
+from karat_scale.errors import RecipeError
+
+DEBIAN_PACKAGES = "libopencv-dev libturbojpeg0-dev pkg-config g++"
+MEND = f"apt-get install {DEBIAN_PACKAGES}, then pip install 'karat-scale[ffcv]'"
+GREY, COLOUR = 1, 3
+# A buffer for larger images is not kept.
+KEPT_BYTES = 32 << 20
+PPM_FIELDS = 4
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def require_ffcv() -> None:
+    """Raise RecipeError, with what to install, where FFCV or what it needs is not there."""
+    try:
+        import cv2  # noqa: F401
+        import ffcv.libffcv  # noqa: F401
+    except (ImportError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecipeError(f"FFCV is not there ({reason}); {MEND}") from error
+
+
+class FfcvDecoder:
+    """Reads grey and colour JPEGs by FFCV's library and PPM, which is how raw pixels come; hands all else to Pillow.
+
+    Training crops are resized by OpenCV: INTER_AREA, FFCV's only method, where both sides shrink, else linear or
+    cubic as the recipe says, since INTER_AREA repeats pixels there. A view with fractional edges, as evaluation
+    takes it, is resized by Pillow. A JPEG that FFCV's library finds fault with is read by Pillow, which says what is
+    readable. See Decoder. Raises RecipeError where FFCV is not installed.
+    """
+
+    name = "ffcv"
+
+    def __init__(self, interpolation: str, max_pixels: int) -> None:
+        require_ffcv()
+        import cv2
+
+        # OpenCV would start a thread per core in every worker.
+        cv2.setNumThreads(0)
+        self._resize, self._area = cv2.resize, cv2.INTER_AREA
+        self._enlarge = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}[interpolation]
+        self._resample = RESAMPLE[interpolation]
+        self._max_pixels = max_pixels
+        self._pillow = PillowDecoder(interpolation, max_pixels)
+        self._decode = JpegDecoder()
+
+    def read(self, data: bytes, choose: ChooseView) -> Pixels:
+        pixels = self._pixels(data)
+        if pixels is None:
+            return self._pillow.read(data, choose)
+        view = choose(pixels.shape[1], pixels.shape[0])
+        left, top, right, bottom = view.region
+        return self._resized(pixels[top:bottom, left:right], view)
+
+    def _pixels(self, data: bytes) -> Pixels | None:
+        """The whole image, in a buffer that the next call may fill again; None where Pillow must look."""
+        if data[:2] == b"P6":
+            width, height = ppm_size(data)
+            check_pixels(width, height, self._max_pixels)
+            return np.frombuffer(data, np.uint8, offset=len(data) - 3 * width * height).reshape(height, width, 3)
+        frame = read_frame(data)
+        if frame is None or frame.components not in (GREY, COLOUR):
+            return None
+        check_pixels(frame.width, frame.height, self._max_pixels)
+        return self._decode(data, frame)
+
+    def _resized(self, pixels: Pixels, view: View) -> Pixels:
+        height, width = pixels.shape[:2]
+        if view.box != view.region:
+            image = Image.fromarray(np.ascontiguousarray(pixels))
+            return np.asarray(image.resize(view.size, self._resample, box=view.box_in_region))
+        if (width, height) == view.size:
+            return pixels.copy()
+        shrinks = width >= view.size[0] and height >= view.size[1]
+        result: Pixels = self._resize(pixels, view.size, interpolation=self._area if shrinks else self._enlarge)
+        return result
+
+
+class JpegDecoder:
+    """FFCV's `imdecode` on a buffer that is filled again by every call. It has FFCV's fast, less exact DCT."""
+
+    def __init__(self) -> None:
+        from ffcv.libffcv import ctypes_imdecode
+
+        self._imdecode = ctypes_imdecode
+        self._buffer = np.empty(0, dtype=np.uint8)
+
+    def __call__(self, data: bytes, frame: Frame) -> Pixels | None:
+        """RGB, uint8 [height, width, 3]; None where the library finds any fault with the data."""
+        width, height = frame.width, frame.height
+        size = 3 * width * height
+        buffer = self._buffer if size <= len(self._buffer) else np.empty(size, dtype=np.uint8)
+        if len(self._buffer) < size <= KEPT_BYTES:
+            self._buffer = buffer
+        target = buffer.ctypes.data_as(ctypes.c_void_p)
+        # No crop, no offset, full scale, no flip.
+        fault = self._imdecode(data, len(data), height, width, target, height, width, 0, 0, 1, 1, False, False)
+        return None if fault else buffer[:size].reshape(height, width, 3)
+
+
+def ppm_size(data: bytes) -> tuple[int, int]:
+    """Width and height of a binary PPM image with 8 bits a sample and no comments."""
+    _, width, height, _ = data[:64].split(maxsplit=PPM_FIELDS)[:PPM_FIELDS]
+    return int(width), int(height)
