@@ -163,7 +163,10 @@ def test_bombs_are_refused_before_they_are_decoded(encode_jpeg, decoder_of, name
     assert not isinstance(outcome(decoder_of(name, max_pixels=64 * 64), jpeg), str)
 
 
-def test_the_recipe_names_the_decoder():
-    for name in ("pillow", *FAST):
-        assert make_decoder(DataConfig(path="-", decoder=name), "bilinear").name == name
-    assert make_decoder(DataConfig(path="-"), "bilinear").name == FAST[0]
+@pytest.mark.parametrize("name", ["pillow", *FAST])
+def test_the_recipe_names_the_decoder(decoder_of, name):
+    assert decoder_of(name, "bilinear").name == name
+
+
+def test_auto_takes_the_fastest(native_runs):
+    assert make_decoder(DataConfig(path="-"), "bilinear").name == "native"

@@ -1,0 +1,159 @@
+import os
+import random
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import psutil
+import pytest
+
+from karat_scale.attention.kernels import build
+from karat_scale.data.decode import UndecodableImageError
+from karat_scale.data.decoders import make_decoder
+from karat_scale.data.decoders.native import NativeDecoder
+from karat_scale.data.view import View, crop_view
+from karat_scale.errors import RecipeError
+from karat_scale.recipe import DataConfig
+
+pytestmark = pytest.mark.usefixtures("native_runs")
+VIEWS = [
+    crop_view((0, 0, 150, 110), 40),
+    crop_view((17, 9, 101, 77), 64),
+    crop_view((140, 100, 10, 10), 33),
+    crop_view((63, 31, 1, 1), 5),
+    View((3, 2, 140, 100), (4.3, 2.6, 138.9, 99.1), (47, 31)),
+]
+
+
+def pixels_of(decoder, encode_jpeg):
+    """The views of a few photos, as one row of bytes."""
+    return b"".join(
+        decoder.read(encode_jpeg(150, 110, seed, progressive=seed == 2), lambda *_, view=view: view).tobytes()
+        for seed in range(3)
+        for view in VIEWS
+    )
+
+
+def in_a_process(code, **environment):
+    """What a fresh interpreter prints with this environment."""
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_every_instruction_set_gives_the_same_pixels(encode_jpeg, interpolation, monkeypatch):
+    expected = pixels_of(NativeDecoder(interpolation, 10**6), encode_jpeg)
+    for name in build._available_instruction_sets():
+        monkeypatch.setenv("KARAT_CPU_ISA", name)
+        assert pixels_of(NativeDecoder(interpolation, 10**6), encode_jpeg) == expected, name
+
+
+def test_threads_that_share_a_decoder_do_not_meet(encode_jpeg):
+    decoder = NativeDecoder("bicubic", 10**6)
+    expected = pixels_of(decoder, encode_jpeg)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: pixels_of(decoder, encode_jpeg), range(12)))
+    assert set(found) == {expected}
+
+
+def test_a_decoder_serves_a_forked_process(encode_jpeg):
+    decoder = NativeDecoder("bicubic", 10**6)
+    expected = pixels_of(decoder, encode_jpeg)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if pixels_of(decoder, encode_jpeg) == expected else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_scaling_in_the_dct_is_off_unless_asked_for_and_stays_close(encode_jpeg):
+    photo = encode_jpeg(400, 300)
+    view = crop_view((8, 16, 380, 280), 60)
+    exact, scaled = (NativeDecoder("bilinear", 10**6, on).read(photo, lambda *_: view) for on in (False, True))
+    apart = np.abs(exact.astype(int) - scaled.astype(int))
+    assert 0 < apart.mean() < 3
+
+
+def damaged(rng, photos):
+    """A photo with bytes changed, cut off or put in."""
+    data = bytearray(rng.choice(photos))
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        data[rng.randrange(len(data))] = rng.choice([rng.randrange(256), 0xFF, 0x00, 0xD9, 0xDA])
+    if rng.random() < 0.3:
+        del data[rng.randrange(len(data)) :]
+    if rng.random() < 0.1:
+        at = rng.randrange(len(data) + 1)
+        data[at:at] = rng.randbytes(rng.randrange(40))
+    return bytes(data)
+
+
+def test_damaged_files_neither_crash_nor_lose_what_pillow_reads(encode_jpeg):
+    rng = random.Random(0)
+    kinds = [{}, {"progressive": True}, {"restart_marker_blocks": 1}, {"subsampling": "4:4:4"}, {"mode": "L"}]
+    photos = [encode_jpeg(90, 70, seed, **options) for seed, options in enumerate(kinds)]
+    native, pillow = NativeDecoder("bilinear", 10**7), make_decoder(DataConfig(path="-", decoder="pillow"), "bilinear")
+    readable = {True: 0, False: 0}
+    only_native = 0
+
+    def choose(width, height):
+        return crop_view((width // 3, height // 3, max(1, width // 3), max(1, height // 3)), 20)
+
+    def read(decoder, data):
+        try:
+            return decoder.read(data, choose) is not None
+        except UndecodableImageError:
+            return False
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about EXIF
+        for _ in range(1500):
+            data = damaged(rng, photos)
+            expected, found = read(pillow, data), read(native, data)
+            readable[expected] += 1
+            only_native += found and not expected
+            assert found or not expected
+    assert min(readable.values()) > 100
+    # Pillow's own reading of headers is stricter than libjpeg's; nothing else may set them apart.
+    assert only_native <= 15
+
+
+def test_memory_does_not_grow(encode_jpeg):
+    decoder = NativeDecoder("bicubic", 10**6)
+    photos = [encode_jpeg(160, 120, seed, progressive=seed == 1) for seed in range(3)]
+    photos.append(photos[0][:-300])
+    view = crop_view((5, 5, 140, 100), 96)
+
+    def work(times):
+        for number in range(times):
+            try:
+                decoder.read(photos[number % 4], lambda *_: view)
+            except UndecodableImageError:
+                assert number % 4 == 3
+        return psutil.Process().memory_info().rss
+
+    before = work(600)
+    assert work(3000) - before < 4 << 20
+
+
+def test_asked_for_by_name_it_must_run(monkeypatch):
+    monkeypatch.setenv("KARAT_CPU_ISA", "none such")
+    with pytest.raises(RecipeError, match=r"data\.decoder = native cannot run: .*apt-get install g\+\+ libjpeg-dev"):
+        make_decoder(DataConfig(path="-", decoder="native"), "bicubic")
+    assert make_decoder(DataConfig(path="-"), "bicubic").name == "torchvision"
+
+
+def test_without_a_compiler_auto_takes_the_next_with_one_notice(tmp_path):
+    code = (
+        "import warnings\n"
+        "from karat_scale.data.decoders import make_decoder\n"
+        "from karat_scale.recipe import DataConfig\n"
+        "with warnings.catch_warnings(record=True) as told:\n"
+        "    warnings.simplefilter('always')\n"
+        "    names = [make_decoder(DataConfig(path='-'), 'bicubic').name for _ in range(2)]\n"
+        "print(*names, *(w.message for w in told if 'decoder' in str(w.message)), sep='; ')\n"
+    )
+    told = in_a_process(code, CXX="no-such-compiler", KARAT_CACHE_DIR=str(tmp_path))
+    assert told.startswith("torchvision; torchvision; the native JPEG decoder is not available: ")
+    assert told.count("not available") == 1
