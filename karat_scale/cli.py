@@ -75,6 +75,18 @@ def build_parser() -> argparse.ArgumentParser:
     order.add_argument("--json", metavar="FILE")
     order.set_defaults(run=_bench_order)
 
+    data = benches.add_parser("data", help="each backend and decoder against whole decodes and others' loaders")
+    data.add_argument("--path", metavar="DIR", help="a directory of shards (default: photo-like images made here)")
+    data.add_argument("--tar", metavar="FILE", help="a tar of JPEGs")
+    data.add_argument("--ffcv", metavar="DIR", help="made by data_prep/make_ffcv.py, to measure that backend")
+    data.add_argument("--backend", metavar="NAME", action="append", help="may be repeated (default: all)")
+    data.add_argument("--augment", choices=("crop", "paper"), default="crop")
+    data.add_argument("--workers", type=int, default=1, help="0 for none (default: %(default)s)")
+    data.add_argument("--images", type=int, default=512, help="(default: %(default)s)")
+    data.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
+    data.add_argument("--json", metavar="FILE")
+    data.set_defaults(run=_bench_data)
+
     gpu = benches.add_parser("gpu", help="check the kernels on this card and measure them; run it first on a new one")
     gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     gpu.add_argument("--quick", action="store_true", help="small sizes, to try the command")
@@ -156,6 +168,22 @@ def _bench_order(options: argparse.Namespace) -> int:
 
     case = OrderCase(options.samples, options.batch, options.block, options.window)
     return bench_order(case, options.path, options.json)
+
+
+def _bench_data(options: argparse.Namespace) -> int:
+    from karat_scale.bench.data import Plan, bench_data
+
+    plan = Plan(
+        shards=options.path,
+        tar=options.tar,
+        ffcv=options.ffcv,
+        backends=options.backend,
+        augment=options.augment,
+        workers=options.workers,
+        images=options.images,
+        rounds=options.rounds,
+    )
+    return bench_data(plan, options.json)
 
 
 def _bench_gpu(options: argparse.Namespace) -> int:

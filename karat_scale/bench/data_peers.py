@@ -1,0 +1,102 @@
+"""What `karat bench data` compares with: whole decodes by libjpeg-turbo, and the loaders a user has without us.
+
+Each function gives a contender that goes once over the images.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import InterpolationMode, v2
+
+from karat_scale.recipe import AugmentConfig
+
+Contender = Callable[[], object]
+
+
+def decode_whole_by_simplejpeg(encoded: tuple[bytes, ...]) -> Contender | None:
+    """None where it is not installed."""
+    if find_spec("simplejpeg") is None:
+        return None
+    decode = import_module("simplejpeg").decode_jpeg
+    return lambda: _each(lambda data: decode(data, strict=False), encoded)
+
+
+def decode_whole_by_torchvision(encoded: tuple[bytes, ...]) -> Contender:
+    return lambda: _each(_decode, encoded)
+
+
+def _each(decode: Callable[[bytes], object], encoded: tuple[bytes, ...]) -> None:
+    for data in encoded:
+        decode(data)
+
+
+def image_folder(folder: Path, augment: AugmentConfig, size: int, batch: int, workers: int) -> Contender:
+    """ImageFolder by Pillow to float32 batches, with torchvision's transforms, or timm's for RandAugment."""
+    if augment.randaugment:
+        from timm.data import create_transform
+
+        transform = create_transform(
+            size,
+            is_training=True,
+            scale=augment.scale,
+            ratio=augment.ratio,
+            hflip=augment.hflip,
+            color_jitter=augment.color_jitter,
+            auto_augment=augment.randaugment,
+            interpolation=augment.interpolation,
+            mean=augment.mean,
+            std=augment.std,
+        )
+    else:
+        transform = v2.Compose(
+            [
+                *_crop_and_flip(augment, size),
+                v2.PILToTensor(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(augment.mean, augment.std),
+            ]
+        )
+    return _loads(ImageFolder(str(folder / "train"), transform), batch, workers)
+
+
+def torchvision_uint8(
+    encoded: tuple[bytes, ...], augment: AugmentConfig, size: int, batch: int, workers: int
+) -> Contender:
+    """torchvision's decoder and its uint8 transforms."""
+    return _loads(_Decoded(encoded, v2.Compose(_crop_and_flip(augment, size))), batch, workers)
+
+
+class _Decoded(Dataset[torch.Tensor]):
+    def __init__(self, encoded: tuple[bytes, ...], transform: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._encoded, self._transform = encoded, transform
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self._transform(_decode(self._encoded[index]))
+
+
+def _decode(data: bytes) -> torch.Tensor:
+    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+
+
+def _crop_and_flip(augment: AugmentConfig, size: int) -> list[v2.Transform]:
+    interpolation = InterpolationMode(augment.interpolation)
+    crop = v2.RandomResizedCrop(size, augment.scale, augment.ratio, interpolation=interpolation, antialias=True)
+    return [crop, v2.RandomHorizontalFlip(augment.hflip)]
+
+
+def _loads(dataset: Dataset[torch.Tensor], batch: int, workers: int) -> Contender:
+    def run() -> None:
+        torch.manual_seed(0)
+        for _ in DataLoader(dataset, batch, shuffle=True, num_workers=workers, drop_last=True):
+            pass
+
+    return run
