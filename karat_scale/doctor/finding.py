@@ -33,6 +33,11 @@ def found(name: str, value: str, mend: str = "", *, wrong: bool = False, **figur
     return Finding(name, "problem" if wrong else "note" if mend else "ok", value, mend, figures)
 
 
+def plural(number: int, noun: str) -> str:
+    """A count with its noun."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def examine(name: str, examination: Callable[[], Iterable[Finding]]) -> list[Finding]:
     """The findings, or a problem in their place: a doctor must not fall ill of what it examines.
 

@@ -1,5 +1,6 @@
 """All that is examined without a recipe."""
 
+from karat_scale.doctor.decoders import examine_decoders
 from karat_scale.doctor.finding import Finding, examine
 from karat_scale.doctor.gpus import examine_gpus
 from karat_scale.doctor.implementations import examine_attention
@@ -13,6 +14,7 @@ def examine_machine() -> list[Finding]:
         "python": examine_python,
         "libraries": examine_libraries,
         "extras": examine_extras,
+        "decoders": examine_decoders,
         "attention": examine_attention,
         "GPU": examine_gpus,
         "resources": examine_resources,

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from karat_scale import __version__
-from karat_scale.doctor.finding import Finding
+from karat_scale.doctor.finding import Finding, plural
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
 
 COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
+
+
+Row = tuple[str, str, str]
 
 
 class Voice(Protocol):
@@ -21,8 +24,8 @@ class Voice(Protocol):
     def findings(self, title: str, findings: Iterable[Finding]) -> None:
         """Show the findings of one part."""
 
-    def table(self, title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-        """Show figures; the first column is text, the others are numbers."""
+    def table(self, title: str, header: Row, rows: Iterable[Row]) -> None:
+        """Show figures: a name, a number, and more about it."""
 
     def say(self, text: str) -> None:
         """Show a sentence."""
@@ -37,7 +40,7 @@ class Silent:
     def findings(self, title: str, findings: Iterable[Finding]) -> None:
         """Say nothing."""
 
-    def table(self, title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    def table(self, title: str, header: Row, rows: Iterable[Row]) -> None:
         """Say nothing."""
 
     def say(self, text: str) -> None:
@@ -58,14 +61,13 @@ class Plain:
             mend = f" -> {finding.mend}" if finding.mend else ""
             self.say(f"  {finding.level:<8} {finding.name}: {finding.value}{mend}")
 
-    def table(self, title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-        """Columns of equal width below a title."""
+    def table(self, title: str, header: Row, rows: Iterable[Row]) -> None:
+        """Columns below a title."""
         lines = [header, *rows]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        widths = [max(len(line[column]) for line in lines) for column in range(2)]
         self.say(f"\n{title}")
-        for first, *others in lines:
-            numbers = "".join(f"  {text:>{width}}" for text, width in zip(others, widths[1:], strict=True))
-            self.say(f"  {first:<{widths[0]}}{numbers}".rstrip())
+        for name, number, more in lines:
+            self.say(f"  {name:<{widths[0]}}  {number:>{widths[1]}}  {more}".rstrip())
 
     def say(self, text: str) -> None:
         """Print."""
@@ -96,17 +98,16 @@ class Terminal:
             table.add_row(f"[{colour}]{finding.level}[/{colour}]", finding.name, escape(finding.value) + mend)
         self._console.print(table)
 
-    def table(self, title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-        """A table with numbers on the right."""
+    def table(self, title: str, header: Row, rows: Iterable[Row]) -> None:
+        """A table with the numbers on the right."""
         table = self._table(title, header)
-        for column in table.columns[1:]:
-            column.justify = "right"
+        table.columns[1].justify = "right"
         for row in rows:
             table.add_row(*row)
         self._console.print(table)
 
     @staticmethod
-    def _table(title: str, header: tuple[str, ...], show_header: bool = True) -> Any:
+    def _table(title: str, header: Row, show_header: bool = True) -> Any:
         from rich import box
         from rich.table import Table
 
@@ -163,7 +164,7 @@ class Report:
         notes = sum(finding.level == "note" for section in self._sections.values() for finding in section)
         problems = len(self.problems)
         names = f" ({', '.join(finding.name for finding in self.problems)})" if problems else ""
-        self.voice.say(f"\n{_count(problems, 'problem')}{names}, {_count(notes, 'note')}")
+        self.voice.say(f"\n{plural(problems, 'problem')}{names}, {plural(notes, 'note')}")
 
     def write(self, path: Path) -> None:
         """All of it as JSON. Raises UserError where the file cannot be written."""
@@ -178,7 +179,3 @@ class Report:
             write_atomically(path, json.dumps(content, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--json {path}: {error.strerror}; name a file in a directory that is there") from None
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,8 +1,10 @@
 """`karat doctor`: examine the machine, then with a recipe time what its training is made of."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from karat_scale.doctor.finding import Finding
 from karat_scale.doctor.machine import examine_machine
 from karat_scale.doctor.report import Report, choose_voice
 from karat_scale.errors import UserError
@@ -11,6 +13,9 @@ from karat_scale.errors import UserError
 def doctor(recipe: str | None, overrides: Sequence[str], seconds: float, json_file: str | None) -> int:
     """Report on this machine, and on the recipe if one is named; returns 0 or, where there is a problem, 1.
 
+    `seconds` is about how long a recipe's parts are timed. Under torchrun or srun every rank takes part and rank 0
+    speaks, of its own node.
+
     Raises:
         UserError: the recipe is wrong, or the JSON file cannot be written.
     """
@@ -18,13 +23,38 @@ def doctor(recipe: str | None, overrides: Sequence[str], seconds: float, json_fi
         raise UserError(f"--json {json_file}: no such directory; name a file in a directory that is there")
     if recipe is not None and "=" in recipe:
         raise UserError(f"{recipe!r} is an override; name the recipe before it: karat doctor RECIPE {recipe}")
-    if recipe is not None:
-        from karat_scale.recipe_io import load_recipe  # a machine alone is examined without pydantic
-
-        load_recipe(recipe, overrides)
-    report = Report(choose_voice())
-    report.add("machine", "machine", examine_machine())
+    if seconds <= 0:
+        raise UserError(f"--seconds {seconds:g}: should be more than 0")
+    is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    report = Report(choose_voice(is_main))
+    try:
+        if recipe is None:
+            _machine(report, is_main)
+        else:
+            _with_recipe(recipe, overrides, seconds, report, is_main)
+    except KeyboardInterrupt:
+        report.voice.say("\ninterrupted")
+        return 1
     report.conclude()
-    if json_file:
+    if json_file and is_main:
         report.write(Path(json_file))
     return report.exit_code
+
+
+def _machine(report: Report, is_main: bool) -> None:
+    if is_main:
+        report.add("machine", "machine", examine_machine())
+
+
+def _with_recipe(recipe: str, overrides: Sequence[str], seconds: float, report: Report, is_main: bool) -> None:
+    try:  # a machine alone is examined without any of these
+        from karat_scale.recipe_io import load_recipe
+
+        loaded = load_recipe(recipe, overrides)
+        from karat_scale.doctor.checkup import check_up
+    except ImportError as error:
+        _machine(report, is_main)
+        reason = f"cannot be examined while a library is missing: {error}"
+        report.add("recipe", f"recipe {recipe}", [Finding("recipe", "problem", reason)])
+        return
+    check_up(loaded, seconds, report, lambda: _machine(report, is_main))

@@ -1,0 +1,159 @@
+"""The recipe's part of the report: does it fit, what bounds it, what to change first."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+
+from karat_scale.data.backends import Backend, open_backend
+from karat_scale.data.plan import choose_micro_batch
+from karat_scale.doctor import fit
+from karat_scale.doctor.finding import Finding, examine, found, plural
+from karat_scale.doctor.fit import Subject
+from karat_scale.doctor.report import Report, Row
+from karat_scale.doctor.timed_run import Figures, setting_of, time_recipe
+from karat_scale.doctor.verdict import Verdict, judge
+from karat_scale.models import create_model, parameter_count
+from karat_scale.recipe import Recipe
+from karat_scale.train import distributed
+from karat_scale.train.distributed import World
+from karat_scale.train.ds_config import load_ds_config
+
+MB = 1e6
+# The loop is this much slower than its slower side where the two hinder each other.
+HINDERED = 0.8
+
+
+def check_up(recipe: Recipe, seconds: float, report: Report, before: Callable[[], None]) -> None:
+    """Examine and time a recipe; `before` is called once the recipe is known to be right.
+
+    Raises:
+        UserError: the recipe is wrong or does not fit the world.
+    """
+    world = distributed.start(recipe.run.device)
+    try:
+        micro_batch = choose_micro_batch(
+            recipe.train.global_batch, world.size, recipe.train.micro_batch, even=recipe.augment.mixes
+        )
+        load_ds_config(recipe, world.size, micro_batch)
+        model = create_model(recipe.model, recipe.attention)
+        subject = Subject(recipe, world, micro_batch, parameter_count(model))
+        before()
+        _examine(subject, report, partial(time_recipe, subject, model, seconds=seconds, voice=report.voice))
+    finally:
+        distributed.stop()
+
+
+def _examine(subject: Subject, report: Report, measure: Callable[[int], Figures]) -> None:
+    backend: Backend | None = None
+
+    def data() -> Iterable[Finding]:
+        nonlocal backend
+        backend = _open(subject.recipe)
+        yield from fit.examine_data(subject, backend)
+        yield from fit.examine_batches(subject, backend)
+
+    findings = _examined(subject.world, "data", data)
+    for name, examination in {"workers": fit.examine_workers, "run.dir": fit.examine_run_directory}.items():
+        findings += examine(name, partial(examination, subject))
+    report.add("recipe", f"recipe {subject.recipe.run.name}", findings)
+    if backend is None or any(finding.name == "data" and finding.level == "problem" for finding in findings):
+        return
+    num_train = backend.num_train
+    backend.close()
+
+    def timed() -> Iterable[Finding]:
+        figures = measure(num_train)
+        return _tell(subject, figures, report)
+
+    report.add("verdict", "what bounds training", _examined(subject.world, "timed run", timed))
+
+
+def _open(recipe: Recipe) -> Backend:
+    # A hash of all shards would take the whole time there is.
+    data = recipe.data.model_copy(update={"verify": "size"})
+    return open_backend(data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, recipe.run.seed)
+
+
+def _examined(world: World, name: str, examination: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """As `examine`; but one rank alone must not go on where the others wait for it, so with several it raises."""
+    if world.size > 1:
+        return list(examination())
+
+    def with_mend() -> Iterable[Finding]:
+        try:
+            return list(examination())
+        except torch.OutOfMemoryError:
+            mend = "lower train.micro_batch, or set train.precision=bf16 with deepspeed.config=zero1"
+            return [found(name, "the micro batch does not fit the GPU's memory", mend, wrong=True)]
+
+    return examine(name, with_mend)
+
+
+def _tell(subject: Subject, figures: Figures, report: Report) -> list[Finding]:
+    """Show the stages; returns the verdict and what goes with it."""
+    setting = setting_of(subject, figures, _decoder_name(subject.recipe))
+    verdict = judge(figures.rates, setting)
+    report.figures.update(figures.to_json())
+    report.figures["bound"] = verdict.bound
+    report.figures["advice"] = verdict.advice
+    report.figures["data_images_per_second"] = round(verdict.data_rate, 2)
+    report.figures["device_images_per_second"] = round(verdict.device_rate, 2)
+    report.voice.table(
+        "images a second that each stage sustains alone", ("stage", "img/s", ""), _rows(subject, figures)
+    )
+    return [
+        found("bound", f"{verdict.bound}: {verdict.reason}", verdict.advice),
+        *_remarks(figures, verdict),
+    ]
+
+
+def _rows(subject: Subject, figures: Figures) -> list[Row]:
+    data, recipe = figures.data, subject.recipe
+    workers = f"in {plural(figures.workers, 'worker')}" if figures.workers else "in the trainer"
+    details = {
+        "decode": f"{workers}; {data.decode_one_core:,.0f} on one core",
+        "augmentation": f"{workers}; {100 * (1 - data.decode_share):.0f} % of the data path",
+        "transfer": f"normalised and mixed, {1000 * figures.transfer_seconds:.1f} ms for {figures.micro_batch} images",
+        "model": f"forward + backward, {1000 * figures.model_seconds:,.0f} ms for {figures.micro_batch} images",
+        "optimizer": f"{1000 * figures.optimizer_seconds:.1f} ms a step of {recipe.train.global_batch} images",
+    }
+    if figures.storage is not None:
+        storage = figures.storage
+        details["storage"] = (
+            f"{storage.random / MB:,.0f} MB/s at random, {storage.sequential / MB:,.0f} in sequence, {storage.state}; "
+            f"{storage.random_again / MB:,.0f} again"
+        )
+    if figures.communication is not None:
+        exchange = figures.communication
+        details["communication"] = f"all-reduce of {exchange.bytes / MB:,.0f} MB in {1000 * exchange.seconds:,.1f} ms"
+    rows = [(stage, f"{rate:,.0f}", details[stage]) for stage, rate in figures.rates.items()]
+    loop = figures.loop
+    waits = f"{100 * loop.waiting_share:.0f} % of the time waits for data"
+    batches = f"{plural(loop.steps, 'step')} of {figures.global_batch}; {waits}"
+    return [*rows, ("the real loop", f"{loop.images_per_second:,.0f}", batches)]
+
+
+def _remarks(figures: Figures, verdict: Verdict) -> Iterable[Finding]:
+    loop = figures.loop
+    if loop.unreadable:
+        yield found("samples", f"{loop.unreadable} could not be decoded", "data_prep/verify.py lists them")
+    wanted = figures.recipe.train.global_batch
+    if figures.global_batch != wanted:
+        yield found("timed batch", f"{figures.global_batch} in place of {wanted}, to keep to the time; see --seconds")
+    slower = min(verdict.data_rate, verdict.device_rate)
+    if figures.workers and figures.global_batch == wanted and loop.images_per_second < HINDERED * slower:
+        text = f"the loop makes {loop.images_per_second:,.0f} img/s where its slower side alone makes {slower:,.0f}"
+        yield found("together", text, "data workers and the trainer hinder each other: they share cores or memory")
+    storage = figures.rates.get("storage")
+    if storage is not None and storage < slower and verdict.bound != "storage":
+        text = f"the first epoch reads {storage:,.0f} img/s from the disk, less than the {slower:,.0f} of what follows"
+        yield found("first epoch", text, "copy the data to a local disk: data_prep/stage.py")
+
+
+def _decoder_name(recipe: Recipe) -> str:
+    if recipe.data.backend not in ("folder", "webdataset"):
+        return ""
+    from karat_scale.data.decoders import make_decoder
+
+    return make_decoder(recipe.data, recipe.augment.interpolation).name

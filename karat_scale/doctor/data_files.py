@@ -1,0 +1,83 @@
+"""The files behind a recipe's data: which, how large, and how large an image is in them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from karat_scale.data.folder import FolderSplit
+from karat_scale.data.order import epoch_order
+from karat_scale.data.shard_format import read_dataset_record
+from karat_scale.data.shards import ShardSplit
+from karat_scale.errors import DataError
+from karat_scale.recipe import DataConfig, Recipe
+
+SAMPLED_FILES = 64
+SAMPLED_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """paths: some files that hold training images. total_bytes: of both splits. image_bytes: of a training image."""
+
+    paths: tuple[Path, ...]
+    total_bytes: int
+    image_bytes: float
+
+
+def sampled_ids(num_train: int, seed: int) -> npt.NDArray[np.int64]:
+    """Some training samples at random, int64 [at most SAMPLED_IMAGES]."""
+    return epoch_order(seed, 0, num_train)[:SAMPLED_IMAGES]
+
+
+def find_data_files(recipe: Recipe, num_train: int) -> DataFiles | None:
+    """The files of the recipe's data, or None where there are none; reads no image. Raises DataError."""
+    data = recipe.data
+    if data.backend == "synthetic":
+        return None
+    if data.backend == "ffcv":
+        return _betons(data, num_train)
+    split = _open_split(recipe)
+    try:
+        paths = _distinct(split.file_of(int(i)) for i in sampled_ids(num_train, recipe.run.seed))
+        if isinstance(split, FolderSplit):
+            size = sum(path.stat().st_size for path in paths) / len(paths)
+            val = FolderSplit(data.path, data.val_split, recipe.model.num_classes, split.classes)
+            return DataFiles(paths, round(size * (num_train + len(val))), size)
+    finally:
+        split.close()
+    splits = read_dataset_record(Path(data.path).expanduser()).splits
+    bytes_of = {name: sum(shard.bytes for shard in split.shards) for name, split in splits.items()}
+    total = sum(bytes_of[name] for name in {data.train_split, data.val_split})
+    return DataFiles(paths, total, bytes_of[data.train_split] / num_train)
+
+
+def read_into_page_cache(recipe: Recipe, ids: npt.NDArray[np.int64]) -> None:
+    """Read these training images, so that timing their decoding does not time the disk. Raises DataError."""
+    if recipe.data.backend not in ("synthetic", "ffcv"):
+        split = _open_split(recipe)
+        try:
+            for sample_id in ids:
+                split.read(int(sample_id))
+        finally:
+            split.close()
+
+
+def _open_split(recipe: Recipe) -> ShardSplit | FolderSplit:
+    kind = FolderSplit if recipe.data.backend == "folder" else ShardSplit
+    return kind(recipe.data.path, recipe.data.train_split, recipe.model.num_classes)
+
+
+def _betons(data: DataConfig, num_train: int) -> DataFiles:
+    directory = Path(data.path).expanduser()
+    train = [path for path in directory.glob("*.beton") if path.name.startswith(data.train_split)]
+    if not train:
+        raise DataError(f"{directory} has no {data.train_split}*.beton; make it with data_prep/make_ffcv.py")
+    total = sum(path.stat().st_size for path in directory.glob("*.beton"))
+    return DataFiles(tuple(train), total, sum(path.stat().st_size for path in train) / num_train)
+
+
+def _distinct(paths: Iterable[str]) -> tuple[Path, ...]:
+    return tuple(map(Path, dict.fromkeys(paths)))[:SAMPLED_FILES]

@@ -1,0 +1,80 @@
+"""How many images a second the recipe's data path makes, by itself and in parts."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from karat_scale.data.backends import open_backend
+from karat_scale.data.plan import BatchSlice
+from karat_scale.recipe import AugmentConfig, Recipe
+from karat_scale.train.distributed import World
+
+LARGEST_BATCH = 16
+# These run without worker processes too; the libraries behind the others always have threads of their own.
+IN_PROCESS = ("folder", "webdataset", "synthetic")
+
+
+@dataclass(frozen=True)
+class DataSpeed:
+    """Images a second of one rank, the slowest. Bytes come from the page cache.
+
+    one_core: reading, decoding and the recipe's augmentation on one core. decode_one_core: the same without
+    RandAugment and colour jitter. workers: with the recipe's workers.
+    """
+
+    one_core: float
+    decode_one_core: float
+    workers: float
+
+    @property
+    def decode_share(self) -> float:
+        """The part of the work that is not augmentation."""
+        return min(1.0, self.one_core / self.decode_one_core)
+
+
+def measure_data(recipe: Recipe, ids: np.ndarray, batch: int, seconds: float, world: World) -> DataSpeed:
+    """Time the backend for about `seconds`. Raises DataError."""
+    bare = recipe.augment.model_copy(update={"randaugment": "", "color_jitter": 0.0})
+    in_process = 0 if recipe.data.backend in IN_PROCESS else 1
+    batch = min(batch, LARGEST_BATCH)
+    augments = recipe.data.backend != "synthetic" and bare != recipe.augment
+    share = seconds / (2 + augments)
+    one_core = _slowest_rate(recipe, recipe.augment, in_process, ids, batch, share, world)
+    decode = _slowest_rate(recipe, bare, in_process, ids, batch, share, world) if augments else one_core
+    with_workers = one_core
+    if recipe.data.workers != in_process and recipe.data.backend != "synthetic":
+        with_workers = _slowest_rate(recipe, recipe.augment, recipe.data.workers, ids, batch, share, world)
+    return DataSpeed(one_core, decode, with_workers)
+
+
+def _slowest_rate(
+    recipe: Recipe, augment: AugmentConfig, workers: int, ids: np.ndarray, batch: int, seconds: float, world: World
+) -> float:
+    """Images a second once all workers have begun; all ranks measure at the same time."""
+    data = recipe.data.model_copy(update={"workers": workers, "verify": "size"})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    backend = open_backend(data, augment, recipe.model.image_size, recipe.model.num_classes, recipe.run.seed)
+    try:
+        batches = backend.train_batches(_endless_slices(ids, batch))
+        for _ in range(max(1, workers)):
+            next(batches)
+        world.any(False)
+        images, begun = 0, time.perf_counter()
+        while images == 0 or time.perf_counter() - begun < seconds:
+            images += len(next(batches).labels)
+        rate = images / (time.perf_counter() - begun)
+    finally:
+        backend.close()
+        torch.set_num_threads(threads)
+    return min(world.gather(rate))
+
+
+def _endless_slices(ids: np.ndarray, batch: int) -> Iterator[BatchSlice]:
+    for number in itertools.count():
+        places = np.arange(number * batch, (number + 1) * batch) % len(ids)
+        yield BatchSlice(0, number, ids[places].astype(np.int64))

@@ -1,0 +1,45 @@
+"""Which image decoders run on this machine: each reads a JPEG."""
+
+import io
+import warnings
+from collections.abc import Iterator
+
+from karat_scale.doctor.finding import Finding, found
+
+SIDE = 32
+
+
+def examine_decoders() -> Iterator[Finding]:
+    """One finding per decoder of the folder and webdataset backends: it runs, or why it does not."""
+    from karat_scale.data.decoders import FASTEST_FIRST
+
+    runs = []
+    for name in FASTEST_FIRST:
+        refusal = _refusal(name)
+        if refusal is None:
+            runs.append(name)
+            yield found(f"decoder {name}", "runs", runs=True)
+        else:
+            yield found(f"decoder {name}", "cannot run", refusal, runs=False)
+    if runs:
+        yield found("decoder auto", f"takes {runs[0]}", chosen=runs[0])
+
+
+def _refusal(name: str) -> str | None:
+    """Why the decoder cannot read a JPEG, or None where it just did."""
+    from PIL import Image
+
+    from karat_scale.data.decoders import make_decoder
+    from karat_scale.data.view import crop_view
+    from karat_scale.recipe import DataConfig
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (SIDE, SIDE)).save(buffer, "JPEG")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a failed build warns and then says the same as an error
+            decoder = make_decoder(DataConfig.model_validate({"path": "-", "decoder": name}), "bicubic")
+        decoder.read(buffer.getvalue(), lambda width, height: crop_view((0, 0, width, height), SIDE // 2))
+    except Exception as error:  # whatever a broken library raises
+        return " ".join(str(error).split()).removeprefix(f"data.decoder = {name} cannot run: ")
+    return None

@@ -1,0 +1,118 @@
+"""What the device's part of a step costs, stage by stage: transfer, model, optimizer, communication."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.loss import SoftTargetCrossEntropy
+from timm.models import VisionTransformer
+
+from karat_scale.data.batch import Batch
+from karat_scale.data.mixing import Mixer
+from karat_scale.data.normalize import Normalize
+from karat_scale.doctor.clock import repeated, timed
+from karat_scale.models import parameter_count
+from karat_scale.recipe import Recipe
+from karat_scale.train.distributed import World
+from karat_scale.train.parts import Parts
+
+
+def dtype_of(recipe: Recipe) -> torch.dtype:
+    """What the model computes in."""
+    return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+
+
+def random_batch(recipe: Recipe, size: int) -> Batch:
+    """A batch of noise, in page-locked memory where there is a GPU, as the loader hands it over."""
+    side = recipe.model.image_size
+    batch = Batch(
+        images=torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8),
+        labels=torch.randint(0, recipe.model.num_classes, (size,)),
+        sample_ids=torch.arange(size),
+        valid=torch.ones(size, dtype=torch.bool),
+    )
+    return batch.pin_memory() if torch.cuda.is_available() else batch
+
+
+class Preparation:
+    """From a batch in RAM to what the model takes: transfer, normalise, mix."""
+
+    def __init__(self, recipe: Recipe, world: World) -> None:
+        self._normalize = Normalize(recipe.augment.mean, recipe.augment.std)
+        self._mixer = Mixer(recipe.augment, recipe.model.num_classes, recipe.run.seed)
+        self._device = world.device
+
+    def __call__(self, cpu_batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = cpu_batch.to(self._device)
+        return self._mixer.mix(self._normalize(batch.images), batch.labels, batch.epoch, batch.batch)
+
+
+def transfer_seconds(recipe: Recipe, micro_batch: int, seconds: float, world: World) -> float:
+    """Seconds to bring one micro batch to the device, normalised and mixed."""
+    prepare, batch = Preparation(recipe, world), random_batch(recipe, micro_batch)
+    return repeated(lambda: timed(lambda: prepare(batch), world.device), seconds, world)
+
+
+class BareModel:
+    """Forward and backward without DeepSpeed: what the model alone costs."""
+
+    def __init__(self, model: VisionTransformer, recipe: Recipe, world: World) -> None:
+        self._model = model.to(world.device, dtype_of(recipe)).train()
+        self._recipe, self._world = recipe, world
+        self._prepare = Preparation(recipe, world)
+        self._objective = SoftTargetCrossEntropy()
+
+    def leave_device(self) -> None:
+        """Give the device's memory back."""
+        self._model.to("cpu")
+
+    def seconds(self, micro_batch: int, seconds: float) -> float:
+        """Seconds of one forward and backward over a micro batch, measured for about `seconds`."""
+        images, targets = self._prepare(random_batch(self._recipe, micro_batch))
+        images = images.to(dtype_of(self._recipe))
+
+        def pass_through() -> None:
+            self._objective(self._model(images).float(), targets).backward()
+            self._model.zero_grad(set_to_none=True)
+
+        return repeated(lambda: timed(pass_through, self._world.device), seconds, self._world)
+
+
+def optimizer_seconds(parts: Parts, micro_batch: int, seconds: float) -> float:
+    """Seconds of the engine's step, with clipping and the EMA, after the gradients are there."""
+    images, targets = Preparation(parts.recipe, parts.world)(random_batch(parts.recipe, micro_batch))
+    objective, steps = SoftTargetCrossEntropy(), 0
+
+    def finish() -> None:
+        nonlocal steps
+        steps += 1
+        parts.engine.step()
+        if parts.ema is not None:
+            parts.ema.update(steps)
+
+    def step() -> float:
+        for _ in range(parts.plan.accumulation - 1):
+            parts.engine.backward(objective(parts.engine.forward(images), targets))
+            parts.engine.step()
+        parts.engine.backward(objective(parts.engine.forward(images), targets))
+        return timed(finish, parts.world.device)
+
+    return repeated(step, seconds, parts.world)
+
+
+@dataclass(frozen=True)
+class Communication:
+    """The all-reduce of all gradients at once: seconds, and bytes that each rank gives."""
+
+    seconds: float
+    bytes: int
+
+
+def communication(model: Any, recipe: Recipe, seconds: float, world: World) -> Communication | None:
+    """Time an all-reduce as large as the gradients, or None where there is one rank."""
+    if world.size == 1:
+        return None
+    gradients = torch.zeros(parameter_count(model), dtype=dtype_of(recipe), device=world.device)
+    one = repeated(lambda: timed(lambda: dist.all_reduce(gradients), world.device), seconds, world)
+    return Communication(one, gradients.numel() * gradients.element_size())

@@ -1,0 +1,163 @@
+"""Whether a recipe fits its data, its run directory and this machine, before anything is timed."""
+
+import os
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from karat_scale.data.backends import Backend
+from karat_scale.data.plan import TrainPlan, choose_micro_batch
+from karat_scale.doctor import resources
+from karat_scale.doctor.data_files import DataFiles, find_data_files
+from karat_scale.doctor.finding import Finding, found, plural
+from karat_scale.errors import RecipeError
+from karat_scale.recipe import Recipe
+from karat_scale.recipe_io import differing_keys
+from karat_scale.train.distributed import World
+from karat_scale.train.run_directory import RunDirectory
+
+GIB = 2**30
+# fp32 weights, their EMA and the two moments of AdamW.
+CHECKPOINT_BYTES_PER_PARAMETER = 16
+# Files that a rank has open beside its batches: shards, libraries, sockets.
+OPEN_FILES_OF_A_RANK = 512
+TENSORS_PER_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is examined: the recipe, this rank's world, its micro batch, and the model's trainable scalars."""
+
+    recipe: Recipe
+    world: World
+    micro_batch: int
+    parameters: int
+
+    @property
+    def local_ranks(self) -> int:
+        """Ranks on this node."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or self.world.size)
+
+    @property
+    def cores_of_a_rank(self) -> int:
+        """Cores that this rank may use; srun gives each task its own, torchrun lets all share them."""
+        shared = 1 if "SLURM_STEP_NUM_TASKS" in os.environ else self.local_ranks
+        return max(1, resources.usable_cores() // shared)
+
+
+def examine_data(subject: Subject, backend: Backend) -> Iterator[Finding]:
+    """The data the backend opened, and whether it will stay in memory."""
+    recipe = subject.recipe
+    source = recipe.data.path or "made in memory"
+    text = f"{backend.num_train:,} training and {backend.num_val:,} validation images, {backend.num_classes} classes"
+    yield found(
+        "data",
+        f"{recipe.data.backend}, {source}: {text}",
+        train=backend.num_train,
+        val=backend.num_val,
+        classes=backend.num_classes,
+    )
+    files = find_data_files(recipe, backend.num_train)
+    if files is not None:
+        yield _page_cache(files)
+
+
+def stays_cached(files: DataFiles | None) -> bool:
+    """Whether the memory available now holds all the data."""
+    return files is None or files.total_bytes < resources.cache_memory()
+
+
+def _page_cache(files: DataFiles) -> Finding:
+    room = resources.cache_memory()
+    text = f"{_gib(files.total_bytes)} of data, {_gib(room)} of memory available"
+    figures: dict[str, Any] = {"data_bytes": files.total_bytes, "image_bytes": round(files.image_bytes)}
+    if stays_cached(files):
+        return found("page cache", f"{text}: read from the disk in the first epoch only", "", stays=True, **figures)
+    mend = "every epoch reads the disk: its speed below matters, and data_prep/stage.py copies to a local one"
+    return found("page cache", text, mend, stays=False, **figures)
+
+
+def examine_batches(subject: Subject, backend: Backend) -> Iterator[Finding]:
+    """How the global batch is cut, and over which other worlds it could be. Raises UserError where it cannot."""
+    recipe, world, micro = subject.recipe, subject.world, subject.micro_batch
+    plan = TrainPlan(
+        recipe.run.seed, backend.num_train, recipe.train.global_batch, micro, world.rank, world.size, recipe.data.order
+    )
+    fits = [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if _divides(recipe, size)]
+    text = (
+        f"{plan.global_batch} = {plural(world.size, 'rank')} x {plan.accumulation} x {micro}, "
+        f"{plan.steps_per_epoch:,} steps an epoch; divides over {', '.join(map(str, fits))} ranks"
+    )
+    yield found("global batch", text, accumulation=plan.accumulation, micro_batch=micro, world_sizes=fits)
+    gpus = torch.cuda.device_count() if world.device.type == "cuda" else 0
+    if world.size == 1 and gpus > 1:
+        start = f"torchrun --nproc-per-node={gpus} -m karat_scale doctor ... times them all"
+        yield found("ranks", f"1 of {gpus} GPUs is used", start)
+
+
+def _divides(recipe: Recipe, size: int) -> bool:
+    try:
+        choose_micro_batch(recipe.train.global_batch, size, recipe.train.micro_batch, recipe.augment.mixes)
+    except RecipeError:
+        return False
+    return True
+
+
+def examine_workers(subject: Subject) -> Iterator[Finding]:
+    """Data workers against cores, /dev/shm and open files."""
+    data, ranks = subject.recipe.data, subject.local_ranks
+    if data.backend == "synthetic" or data.workers == 0:
+        return
+    cores = subject.cores_of_a_rank
+    text = f"{data.workers} for {plural(cores, 'core')} of a rank"
+    busy = data.workers + (subject.world.device.type == "cuda")
+    mend = f"more workers than cores take turns: data.workers={max(1, cores - 1)}" if busy > max(2, cores) else ""
+    yield found("workers", text, mend, workers=data.workers, cores=cores)
+    side = subject.recipe.model.image_size
+    under_way = data.workers * data.prefetch
+    needed = ranks * under_way * subject.micro_batch * 3 * side * side
+    if resources.SHM.is_dir():
+        _, free = resources.shm_room()
+        mend = f"docker run --shm-size={2 * needed // GIB + 1}g, or a smaller data.prefetch" if needed > free else ""
+        text = f"batches under way take up to {_gib(needed)} of {_gib(free)} free"
+        yield found("/dev/shm for batches", text, mend, wrong=needed > free, needed_bytes=needed)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = OPEN_FILES_OF_A_RANK + TENSORS_PER_BATCH * under_way
+    if soft != resource.RLIM_INFINITY and files > soft:
+        text = f"{soft}, and {data.workers} workers with data.prefetch = {data.prefetch} may open {files}"
+        yield found("open files for batches", text, f"ulimit -n {2 * files}", wrong=True, needed=files)
+
+
+def examine_run_directory(subject: Subject) -> Iterator[Finding]:
+    """Whether the run may go there, and whether its checkpoints have room."""
+    recipe = subject.recipe
+    directory = RunDirectory(recipe.run.dir)
+    stands = resources.nearest_existing(directory.path)
+    if not stands.is_dir() or not os.access(stands, os.W_OK | os.X_OK):
+        yield found("run.dir", f"{directory.path} cannot be written", "choose another run.dir", wrong=True)
+        return
+    yield _occupied(recipe, directory)
+    kept = recipe.checkpoint.keep_last + recipe.checkpoint.keep_best + 1
+    one = CHECKPOINT_BYTES_PER_PARAMETER * subject.parameters
+    free = resources.disk_free(stands)
+    text = f"{kept} checkpoints of {_gib(one)} (one of them while it is written), {_gib(free)} free"
+    short = kept * one > free
+    mend = "free space, choose another run.dir, or lower checkpoint.keep_last" if short else ""
+    yield found("room for checkpoints", text, mend, wrong=short, checkpoint_bytes=one, kept=kept, free_bytes=free)
+
+
+def _occupied(recipe: Recipe, directory: RunDirectory) -> Finding:
+    if not directory.recipe_file.is_file():
+        return found("run.dir", f"{directory.path} can be written")
+    keys = differing_keys(directory.recipe(), recipe)
+    if keys:
+        text = f"{directory.path} belongs to a run with another {', '.join(keys[:6])}"
+        return found("run.dir", text, "choose another run.dir", wrong=True, differing=keys)
+    return found("run.dir", f"{directory.path} has this run: karat train goes on with it")
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"

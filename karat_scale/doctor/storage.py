@@ -1,0 +1,142 @@
+"""How fast the data's disk gives real bytes, in sequence and at random, past the page cache."""
+
+import contextlib
+import os
+import random
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+PAGE = 4096
+CHUNK = 4 << 20
+SEQUENTIAL_BYTES = 128 << 20
+RANDOM_READS = 512
+SEED = 0
+# The kernel keeps pages in blocks of up to this size, aligned to it, and gives up whole blocks only.
+FOLIO = 2 << 20
+
+Span = tuple[int, int, int]  # descriptor, offset, length
+
+
+@dataclass(frozen=True)
+class StorageSpeed:
+    """Bytes a second from a data path.
+
+    state: "cold" where the kernel gave the pages up before the read, "warm" where they were in memory all the same (a
+    RAM disk), "unknown" where the file system does not tell. cached_share: of the random reads' first pages, how many
+    lay in the page cache before; None where it is not told. readers: threads that read at random at once.
+    """
+
+    sequential: float
+    random: float
+    random_again: float
+    state: Literal["cold", "warm", "unknown"]
+    cached_share: float | None
+    readers: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def measure_storage(paths: Sequence[Path], block: int, readers: int, seconds: float) -> StorageSpeed:
+    """Read the files at random in blocks of `block` bytes, then again, then in sequence; about `seconds` in all.
+
+    The pages to be read are given up first, for this is what the first epoch meets. Raises OSError.
+    """
+    with _opened(paths) as descriptors:
+        spans = _random_spans(descriptors, block)
+        cached_share = _cached_share(spans)
+        _give_up(spans)
+        state = _state(spans)
+        at_random, read = _random_speed(spans, readers, seconds / 3)
+        again, _ = _random_speed(read, readers, seconds / 3)
+        sequence = _sequential_spans(descriptors)
+        _give_up(sequence)
+        sequential, _ = _random_speed(sequence, 1, seconds / 3)
+    return StorageSpeed(sequential, at_random, again, state, cached_share, readers)
+
+
+@contextlib.contextmanager
+def _opened(paths: Sequence[Path]) -> Iterator[list[int]]:
+    with contextlib.ExitStack() as stack:
+        descriptors = []
+        for path in paths:
+            descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            stack.callback(os.close, descriptors[-1])
+        yield descriptors
+
+
+def _random_spans(descriptors: list[int], block: int) -> list[Span]:
+    """Blocks that begin on a page, at random places of files chosen by their size."""
+    sizes = [os.fstat(descriptor).st_size for descriptor in descriptors]
+    rng = random.Random(SEED)
+    spans = []
+    for number in rng.choices(range(len(sizes)), weights=sizes, k=RANDOM_READS):
+        pages = max(1, (sizes[number] - block) // PAGE)
+        spans.append((descriptors[number], rng.randrange(pages) * PAGE, block))
+    return spans
+
+
+def _sequential_spans(descriptors: list[int]) -> list[Span]:
+    spans: list[Span] = []
+    for descriptor in descriptors:
+        size = os.fstat(descriptor).st_size
+        for offset in range(0, size, CHUNK):
+            if len(spans) * CHUNK >= SEQUENTIAL_BYTES:
+                return spans
+            spans.append((descriptor, offset, CHUNK))
+    return spans
+
+
+def _give_up(spans: list[Span]) -> None:
+    for descriptor, offset, length in spans:
+        first = offset // FOLIO * FOLIO
+        last = -(-(offset + length) // FOLIO) * FOLIO
+        os.posix_fadvise(descriptor, first, last - first, os.POSIX_FADV_DONTNEED)
+
+
+def _cached_share(spans: list[Span]) -> float | None:
+    answers = [_is_cached(descriptor, offset) for descriptor, offset, _ in spans]
+    known = [answer for answer in answers if answer is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _state(spans: list[Span]) -> Literal["cold", "warm", "unknown"]:
+    share = _cached_share(spans)
+    if share is None:
+        return "unknown"
+    return "warm" if share > 0.5 else "cold"
+
+
+def _is_cached(descriptor: int, offset: int) -> bool | None:
+    """Whether a page is in memory: a read that may not wait succeeds only then. None where that is not supported."""
+    try:
+        os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _random_speed(spans: list[Span], readers: int, seconds: float) -> tuple[float, list[Span]]:
+    """Bytes a second of reading the spans for at most `seconds`, and the spans that were read."""
+    begun = time.perf_counter()
+
+    def read(share: list[Span]) -> tuple[int, list[Span]]:
+        done, total = [], 0
+        for descriptor, offset, length in share:
+            total += len(os.pread(descriptor, length, offset))
+            done.append((descriptor, offset, length))
+            if time.perf_counter() - begun > seconds:
+                break
+        return total, done
+
+    with ThreadPoolExecutor(readers) as pool:
+        results = list(pool.map(read, [spans[number::readers] for number in range(readers)]))
+    elapsed = time.perf_counter() - begun
+    return sum(total for total, _ in results) / elapsed, [span for _, done in results for span in done]

@@ -1,0 +1,182 @@
+"""A short run of everything a training step is made of, each alone and then all together."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from timm.models import VisionTransformer
+
+from karat_scale.doctor.budget import affordable
+from karat_scale.doctor.data_files import DataFiles, find_data_files, read_into_page_cache, sampled_ids
+from karat_scale.doctor.data_speed import DataSpeed, measure_data
+from karat_scale.doctor.device_speed import BareModel, Communication, communication, optimizer_seconds, transfer_seconds
+from karat_scale.doctor.fit import Subject, stays_cached
+from karat_scale.doctor.loop_speed import LoopSpeed, measure_loop
+from karat_scale.doctor.report import Voice
+from karat_scale.doctor.storage import StorageSpeed, measure_storage
+from karat_scale.doctor.verdict import Setting, Stage
+from karat_scale.recipe import Recipe
+from karat_scale.train.parts import Parts, build_parts
+from karat_scale.train.progress import PlainDisplay, Reporter
+from karat_scale.train.run_directory import RunDirectory
+from karat_scale.train.signals import StopSignals
+
+# Of the seconds there are.
+SHARES = {"storage": 0.1, "data": 0.35, "model": 0.15, "transfer": 0.05, "communication": 0.05, "optimizer": 0.1}
+LOOP_SHARE = 0.2
+FIRST_LOOK = 16
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the run measured. micro_batch and global_batch: those it used, smaller than the recipe's where a step would
+    have taken too long. Seconds are of one micro batch, or of one step for the optimizer and communication.
+    """
+
+    recipe: Recipe
+    world_size: int
+    micro_batch: int
+    global_batch: int
+    files: DataFiles | None
+    storage: StorageSpeed | None
+    data: DataSpeed
+    transfer_seconds: float
+    model_seconds: float
+    optimizer_seconds: float
+    communication: Communication | None
+    loop: LoopSpeed
+
+    @property
+    def workers(self) -> int:
+        """Data workers. The synthetic backend makes its batches in the trainer's own process."""
+        return 0 if self.recipe.data.backend == "synthetic" else self.recipe.data.workers
+
+    @property
+    def rates(self) -> dict[Stage, float]:
+        """Images a second that each stage sustains alone, over all ranks, with the recipe's own global batch."""
+        ranks, data = self.world_size, self.data
+        wanted = self.recipe.train.global_batch
+        rates: dict[Stage, float] = {}
+        if self.storage is not None and self.files is not None:
+            rates["storage"] = ranks * self.storage.random / self.files.image_bytes
+        rates["decode"] = ranks * data.workers / data.decode_share
+        if data.decode_share < 1:
+            rates["augmentation"] = ranks * data.workers / (1 - data.decode_share)
+        rates["transfer"] = ranks * self.micro_batch / self.transfer_seconds
+        rates["model"] = ranks * self.micro_batch / self.model_seconds
+        rates["optimizer"] = wanted / self.optimizer_seconds
+        if self.communication is not None:
+            rates["communication"] = wanted / self.communication.seconds
+        return rates
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "stages": {stage: {"images_per_second": round(rate, 2)} for stage, rate in self.rates.items()},
+            "storage": self.storage.to_json() if self.storage else None,
+            "data_path": {**asdict(self.data), "decode_share": self.data.decode_share},
+            "device": {
+                "transfer_seconds": self.transfer_seconds,
+                "model_seconds": self.model_seconds,
+                "optimizer_seconds": self.optimizer_seconds,
+                "communication": asdict(self.communication) if self.communication else None,
+            },
+            "loop": {**asdict(self.loop), "micro_batch": self.micro_batch, "global_batch": self.global_batch},
+        }
+
+
+def time_recipe(subject: Subject, model: VisionTransformer, num_train: int, seconds: float, voice: Voice) -> Figures:
+    """Measure for about `seconds`. Writes below a temporary directory only and leaves no process. Raises DataError."""
+    recipe, world = subject.recipe, subject.world
+    budget = {name: share * seconds for name, share in SHARES.items()}
+    files = find_data_files(recipe, num_train)
+    storage = None
+    if files is not None:
+        with voice.busy("timing the disk"):
+            readers = max(1, recipe.data.workers)
+            storage = measure_storage(files.paths, round(files.image_bytes), readers, budget["storage"])
+    with voice.busy("timing decoding and augmentation"):
+        ids = sampled_ids(num_train, recipe.run.seed)
+        read_into_page_cache(recipe, ids)
+        data = measure_data(recipe, ids, subject.micro_batch, budget["data"], world)
+    with voice.busy("timing the model"):
+        bare = BareModel(model, recipe, world)
+        look = min(FIRST_LOOK, subject.micro_batch)
+        image_seconds = bare.seconds(look, 0.0) / look
+        global_batch, micro_batch = affordable(
+            recipe.train.global_batch, subject.micro_batch, world.size, image_seconds, seconds
+        )
+        model_seconds = bare.seconds(micro_batch, budget["model"])
+        transfer = transfer_seconds(recipe, micro_batch, budget["transfer"], world)
+        exchange = communication(model, recipe, budget["communication"], world)
+        bare.leave_device()
+    train = recipe.train.model_copy(update={"global_batch": global_batch, "micro_batch": micro_batch})
+    timed = recipe.model_copy(update={"train": train})
+    with voice.busy("timing the whole loop"):
+        optimizer, loop = _with_parts(subject, timed, lambda parts: _in_engine(parts, micro_batch, budget, seconds))
+    return Figures(
+        recipe=recipe,
+        world_size=world.size,
+        micro_batch=micro_batch,
+        global_batch=global_batch,
+        files=files,
+        storage=storage,
+        data=data,
+        transfer_seconds=transfer,
+        model_seconds=model_seconds,
+        optimizer_seconds=optimizer,
+        communication=exchange,
+        loop=loop,
+    )
+
+
+def _in_engine(parts: Parts, micro_batch: int, budget: dict[str, float], seconds: float) -> tuple[float, LoopSpeed]:
+    optimizer = optimizer_seconds(parts, micro_batch, budget["optimizer"])
+    return optimizer, measure_loop(parts, LOOP_SHARE * seconds)
+
+
+class _Unseen(PlainDisplay):
+    """The loop's own lines are not the doctor's."""
+
+    def line(self, text: str) -> None:
+        """Say nothing."""
+
+    def train(self, done: int, total: int, text: str) -> None:
+        """Say nothing."""
+
+
+def _with_parts(
+    subject: Subject, recipe: Recipe, measure: Callable[[Parts], tuple[float, LoopSpeed]]
+) -> tuple[float, LoopSpeed]:
+    """Build the trainer's own parts over a run directory that goes away again."""
+    with tempfile.TemporaryDirectory(prefix="karat-doctor-") as scratch:
+        directory = RunDirectory(Path(scratch) / "run")
+        # With few batches under way, for a short run must not live on those made before it began.
+        data = recipe.data.model_copy(update={"prefetch": 1, "verify": "size"})
+        reporter = Reporter(_Unseen(), None)
+        parts = build_parts(recipe.model_copy(update={"data": data}), subject.world, directory, StopSignals(), reporter)
+        try:
+            return measure(parts)
+        finally:
+            parts.backend.close()
+
+
+def setting_of(subject: Subject, figures: Figures, decoder: str) -> Setting:
+    """What the verdict needs to know beside the rates."""
+    recipe = subject.recipe
+    return Setting(
+        workers=figures.workers,
+        worker_rate=figures.data.one_core,
+        cores=subject.cores_of_a_rank,
+        world_size=subject.world.size,
+        backend=recipe.data.backend,
+        decoder=decoder,
+        device=subject.world.device.type,
+        precision=recipe.train.precision,
+        implementation=recipe.attention.implementation,
+        global_batch=recipe.train.global_batch,
+        accumulation=recipe.train.global_batch // (subject.world.size * subject.micro_batch),
+        stays_cached=stays_cached(figures.files),
+    )

@@ -1,0 +1,149 @@
+"""Which stage bounds training, and the first thing to change."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Stage = Literal["storage", "decode", "augmentation", "transfer", "model", "optimizer", "communication"]
+DATA_STAGES: tuple[Stage, ...] = ("storage", "decode", "augmentation")
+DEVICE_STAGES: tuple[Stage, ...] = ("transfer", "model", "optimizer", "communication")
+# A data path this much faster than the device keeps it fed in spite of uneven batches.
+HEADROOM = 1.1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the advice depends on.
+
+    workers: `data.workers`. worker_rate: images a second of one worker process on a core of its own. cores: that one
+    rank may use. stays_cached: whether all data stays in the page cache after the first epoch.
+    """
+
+    workers: int
+    worker_rate: float
+    cores: int
+    world_size: int
+    backend: str
+    decoder: str
+    device: str
+    precision: str
+    implementation: str
+    global_batch: int
+    accumulation: int
+    stays_cached: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """bound: the stage that training waits for. data_rate and device_rate: images a second of the two sides."""
+
+    bound: Stage
+    data_rate: float
+    device_rate: float
+    reason: str
+    advice: str
+
+
+def judge(rates: Mapping[Stage, float], setting: Setting) -> Verdict:
+    """Decide from the images a second that each stage sustains alone, over all ranks.
+
+    Reading runs beside decoding, and both beside the device when there are workers; decoding and augmentation take
+    turns on a worker, and so do the device's stages. Without workers all of them take turns.
+    """
+    cost = {stage: 1 / rate for stage, rate in rates.items() if rate > 0}
+    # What stays in the page cache is read from the disk in the first epoch only.
+    storage = 0.0 if setting.stays_cached else cost.get("storage", 0.0)
+    workers = cost.get("decode", 0.0) + cost.get("augmentation", 0.0)
+    device = sum(cost.get(stage, 0.0) for stage in DEVICE_STAGES)
+    data = max(storage, workers) if setting.workers else storage + workers
+    data_rate, device_rate = _rate(data), _rate(device)
+    counted: dict[Stage, float] = {**cost, "storage": storage}
+    if setting.workers == 0:
+        candidates: tuple[Stage, ...] = (*DATA_STAGES, *DEVICE_STAGES)
+    elif data <= device:
+        candidates = DEVICE_STAGES
+    else:
+        candidates = ("storage",) if storage >= workers else ("decode", "augmentation")
+    bound = max(candidates, key=lambda stage: counted.get(stage, 0.0))
+    reason = _reason(bound, data_rate, device_rate, setting)
+    return Verdict(bound, data_rate, device_rate, reason, _advice(bound, data_rate, device_rate, setting))
+
+
+def _rate(seconds_per_image: float) -> float:
+    return 1 / seconds_per_image if seconds_per_image else math.inf
+
+
+def _reason(bound: Stage, data_rate: float, device_rate: float, setting: Setting) -> str:
+    device = f"the device's part takes {device_rate:,.0f} img/s"
+    if setting.backend == "synthetic":
+        return f"{device}, images are made at {data_rate:,.0f} img/s in the same process"
+    if setting.workers == 0:
+        return f"data.workers = 0, so {data_rate:,.0f} img/s of data and {device_rate:,.0f} of the device take turns"
+    if bound == "storage":
+        return f"the disk gives {data_rate:,.0f} img/s, {device}"
+    if bound in DATA_STAGES:
+        return f"{_sustain(setting)} {data_rate:,.0f} img/s, {device}"
+    return f"{device}, the data path gives {data_rate:,.0f}"
+
+
+def _sustain(setting: Setting) -> str:
+    each = " on each rank" if setting.world_size > 1 else ""
+    return f"1 worker{each} sustains" if setting.workers == 1 else f"{setting.workers} workers{each} sustain"
+
+
+def _advice(bound: Stage, data_rate: float, device_rate: float, setting: Setting) -> str:
+    if bound == "storage":
+        return (
+            "copy the data to a local disk (data_prep/stage.py), or set data.order=block to read in sequence, "
+            "or make smaller files (data_prep/make_webdataset.py --resize)"
+        )
+    if setting.backend == "synthetic" and bound in DATA_STAGES:
+        return "synthetic images are for measuring the rest: nothing real waits here"
+    if bound in ("decode", "augmentation"):
+        return _advise_workers(bound, device_rate, setting)
+    if bound == "model":
+        return _advise_model(setting)
+    if bound == "transfer":
+        return "see whether another process uses the bus (nvidia-smi dmon -s t); more images per second do not fit it"
+    if bound == "optimizer":
+        return (
+            f"a step is paid once per global batch of {setting.global_batch}: raise train.global_batch, "
+            "or share the step between ranks with deepspeed.config=zero1"
+        )
+    return (
+        "gradients are exchanged once per global batch: raise train.global_batch, and see by NCCL_DEBUG=INFO whether "
+        "NCCL uses the fast network"
+    )
+
+
+def _advise_workers(bound: Stage, device_rate: float, setting: Setting) -> str:
+    wanted = math.ceil(HEADROOM * device_rate / setting.world_size / setting.worker_rate)
+    spare = setting.cores - 1 if setting.device == "cuda" else setting.cores
+    reachable = min(wanted, spare)
+    pieces = []
+    if reachable > setting.workers:
+        enough = "" if reachable == wanted else f" (all cores; {wanted} would be needed)"
+        pieces.append(f"raise data.workers to {reachable}{enough}")
+    if bound == "decode" and setting.decoder not in ("native", ""):
+        pieces.append("use data.decoder=native (apt-get install g++ libjpeg-dev)")
+    if bound == "decode":
+        pieces.append("re-encode the images smaller (data_prep/make_webdataset.py --resize 256)")
+    if bound == "augmentation":
+        pieces.append("lighten augment.randaugment, or set augment.color_jitter=0")
+    return ", or ".join(pieces[:3]) or "give the job more cores"
+
+
+def _advise_model(setting: Setting) -> str:
+    pieces = []
+    if setting.implementation != "auto":
+        pieces.append(f"set attention.implementation=auto in place of {setting.implementation}")
+    if setting.device == "cpu":
+        pieces.append("train on a GPU, for on a CPU only a smaller model or image helps")
+    else:
+        if setting.precision == "fp32":
+            pieces.append("set train.precision=bf16 with deepspeed.config=zero1")
+        if setting.accumulation > 1:
+            pieces.append("raise train.micro_batch as far as memory goes")
+        pieces.append(f"add GPUs, over which the global batch of {setting.global_batch} is cut")
+    return ", or ".join(pieces)

@@ -1,0 +1,127 @@
+"""`karat doctor RECIPE` from outside, on recipes whose bottleneck is plain."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import karat, karat_environment
+
+Doctor = Callable[..., tuple["subprocess.CompletedProcess[str]", dict[str, Any]]]
+LARGE = 1500
+
+
+@pytest.fixture
+def doctor(tmp_path: Path) -> Doctor:
+    def run(recipe: Path, *overrides: str, processes: int = 1, seconds: float = 1.5) -> tuple[Any, dict[str, Any]]:
+        file = tmp_path / "doctor.json"
+        options = (f"--seconds={seconds}", f"--json={file}")
+        done = karat("doctor", str(recipe), *overrides, *options, processes=processes)
+        return done, json.loads(file.read_text()) if file.is_file() else {}
+
+    return run
+
+
+@pytest.fixture
+def large_images(tmp_path: Path) -> Path:
+    """An ImageFolder whose images take far longer to decode than a tiny model to train on."""
+    root, noise = tmp_path / "large", np.random.default_rng(0).integers(0, 256, (LARGE, LARGE, 3), dtype=np.uint8)
+    for split in ("train", "val"):
+        for label in range(2):
+            (root / split / f"class{label}").mkdir(parents=True)
+            for number in range(8 if split == "train" else 1):
+                Image.fromarray(noise).save(root / split / f"class{label}" / f"{number}.jpg", quality=80)
+    return root
+
+
+def test_heavy_decoding_bounds_a_tiny_model(doctor: Doctor, recipe_file: Path, large_images: Path) -> None:
+    folder = ("data.backend=folder", f"data.path={large_images}", "data.workers=0", "data.decoder=pillow")
+    done, report = doctor(recipe_file, *folder, "model.depth=1", "augment.randaugment=''", "augment.color_jitter=0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert report["bound"] == "decode"
+    assert "data.workers" in report["advice"]
+    assert report["loop"]["waiting_share"] > 0.5
+    assert "take turns" in done.stdout
+
+
+def test_synthetic_images_leave_the_model_to_bound(doctor: Doctor, recipe_file: Path, tmp_path: Path) -> None:
+    model = ("model.embed_dim=128", "model.depth=4", "train.global_batch=32")
+    done, report = doctor(recipe_file, "data.backend=synthetic", *model)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert report["bound"] == "model"
+    assert report["loop"]["waiting_share"] < 0.5
+    assert report["storage"] is None
+    assert "storage" not in report["stages"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_shards_give_every_figure(doctor: Doctor, recipe_file: Path, tmp_path: Path) -> None:
+    done, report = doctor(recipe_file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    keys = {"version", "exit", "problems", "machine", "recipe", "verdict", "bound", "advice", "stages", "storage"}
+    keys |= {"data_path", "device", "loop", "data_images_per_second", "device_images_per_second"}
+    assert keys <= report.keys()
+    assert set(report["stages"]) == {"storage", "decode", "augmentation", "transfer", "model", "optimizer"}
+    assert all(stage["images_per_second"] > 0 for stage in report["stages"].values())
+    assert report["bound"] in report["stages"]
+    assert report["storage"]["random"] > 0
+    assert report["loop"]["steps"] >= 2
+    assert report["exit"] == 0
+    assert f"bound: {report['bound']}: " in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_left_behind(recipe_file: Path, tmp_path: Path) -> None:
+    code = (
+        "import psutil; from karat_scale.doctor.run import doctor\n"
+        f"code = doctor({str(recipe_file)!r}, ['data.workers=2'], 0.5, None)\n"
+        "print('left:', code, psutil.Process().children(recursive=True))"
+    )
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    environment = {**karat_environment(), "TMPDIR": str(scratch)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[-1] == "left: 0 []", done.stdout + done.stderr
+    assert not list(scratch.glob("karat-doctor*"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.multiprocess
+def test_two_ranks_time_their_communication(doctor: Doctor, recipe_file: Path) -> None:
+    done, report = doctor(recipe_file, "data.backend=synthetic", "deepspeed.config=zero1", processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert report["stages"]["communication"]["images_per_second"] > 0
+    assert report["device"]["communication"]["bytes"] > 0
+    assert done.stdout.count("what bounds training") == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("attention.grdi=3", "attention.grid"),
+        ("model.name=vit_tinny_patch16_224", "vit_tiny_patch16_224"),
+        ("deepspeed.config=zero9", "zero9"),
+        ("augment.randaugment=rand-q9", "randaugment"),
+    ],
+)
+def test_a_bad_recipe_is_one_line(doctor: Doctor, recipe_file: Path, override: str, part: str) -> None:
+    done, _ = doctor(recipe_file, override)
+    assert done.returncode == 2, done.stdout
+    assert len(done.stderr.splitlines()) == 1
+    assert part in done.stderr
+
+
+def test_missing_data_is_a_problem_among_others(doctor: Doctor, recipe_file: Path, tmp_path: Path) -> None:
+    done, report = doctor(recipe_file, f"data.path={tmp_path / 'nowhere'}")
+    assert done.returncode == report["exit"] == 1
+    assert report["problems"] == ["data"]
+    assert "nowhere" in done.stdout
+    assert "room for checkpoints" in done.stdout
+    assert done.stderr == ""

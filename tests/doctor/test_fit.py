@@ -1,0 +1,86 @@
+"""Recipes against the machine, examined in place."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from karat_scale.data.backends import open_backend
+from karat_scale.doctor import fit
+from karat_scale.doctor.data_files import find_data_files
+from karat_scale.doctor.finding import Finding
+from karat_scale.doctor.fit import Subject
+from karat_scale.recipe_io import dump_recipe, load_recipe
+from karat_scale.train.distributed import World
+
+MakeSubject = Callable[..., Subject]
+
+
+@pytest.fixture
+def subject(recipe_file: Path) -> MakeSubject:
+    def make(*overrides: str) -> Subject:
+        return Subject(load_recipe(recipe_file, overrides), World(0, 1, 0, torch.device("cpu")), 8, 50_000)
+
+    return make
+
+
+def by_name(findings: object) -> dict[str, Finding]:
+    return {finding.name: finding for finding in findings}
+
+
+def test_the_data_is_measured_against_memory(subject: MakeSubject, shards: Path) -> None:
+    one = subject()
+    backend = open_backend(one.recipe.data, one.recipe.augment, 16, 4, 0)
+    findings = by_name([*fit.examine_data(one, backend), *fit.examine_batches(one, backend)])
+    assert (findings["data"].figures["train"], findings["data"].figures["val"]) == (64, 28)
+    on_disk = sum(path.stat().st_size for path in shards.glob("*.tar"))
+    assert findings["page cache"].figures["data_bytes"] == on_disk
+    assert findings["page cache"].figures["stays"]
+    assert findings["global batch"].figures["world_sizes"] == [1, 2, 4]  # 8 samples mixed in pairs
+
+
+def test_each_backend_with_files_finds_them(subject: MakeSubject, image_folder: Path) -> None:
+    files = find_data_files(subject("data.backend=folder", f"data.path={image_folder}").recipe, 64)
+    assert files is not None
+    train = [path.stat().st_size for path in image_folder.glob("train/*/*.jpg")]
+    assert files.image_bytes == pytest.approx(sum(train) / len(train))
+    assert all(path.is_file() for path in files.paths)
+    assert find_data_files(subject("data.backend=synthetic").recipe, 64) is None
+
+
+def test_batches_that_shared_memory_cannot_hold_are_a_problem(subject: MakeSubject) -> None:
+    few = by_name(fit.examine_workers(subject()))
+    assert few["/dev/shm for batches"].level == "ok"
+    many = by_name(fit.examine_workers(subject("data.workers=64", "data.prefetch=100000000")))
+    assert many["/dev/shm for batches"].level == "problem"
+    assert "--shm-size" in many["/dev/shm for batches"].mend
+    assert many["open files for batches"].level == "problem"
+    assert many["workers"].level == "note"
+    assert not list(fit.examine_workers(subject("data.workers=0")))
+
+
+def test_checkpoints_that_the_disk_cannot_hold_are_a_problem(subject: MakeSubject, tmp_path: Path) -> None:
+    small = by_name(fit.examine_run_directory(subject()))
+    assert small["room for checkpoints"].level == "ok"
+    assert small["room for checkpoints"].figures["checkpoint_bytes"] == 16 * 50_000
+    huge = dataclasses.replace(subject(), parameters=10**15)
+    assert by_name(fit.examine_run_directory(huge))["room for checkpoints"].level == "problem"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_that_another_recipe_has_is_a_problem(subject: MakeSubject, tmp_path: Path) -> None:
+    one = subject()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(dump_recipe(one.recipe))
+    assert by_name(fit.examine_run_directory(one))["run.dir"].level == "ok"
+    other = by_name(fit.examine_run_directory(subject("optim.lr=0.5")))["run.dir"]
+    assert other.level == "problem"
+    assert "optim.lr" in other.value
+
+
+def test_a_run_directory_below_a_file_is_a_problem(subject: MakeSubject, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (finding,) = fit.examine_run_directory(subject(f"run.dir={tmp_path / 'file' / 'run'}"))
+    assert finding.level == "problem"
