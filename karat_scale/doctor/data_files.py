@@ -72,11 +72,12 @@ def _open_split(recipe: Recipe) -> ShardSplit | FolderSplit:
 
 def _betons(data: DataConfig, num_train: int) -> DataFiles:
     directory = Path(data.path).expanduser()
-    train = [path for path in directory.glob("*.beton") if path.name.startswith(data.train_split)]
-    if not train:
-        raise DataError(f"{directory} has no {data.train_split}*.beton; make it with data_prep/make_ffcv.py")
-    total = sum(path.stat().st_size for path in directory.glob("*.beton"))
-    return DataFiles(tuple(train), total, sum(path.stat().st_size for path in train) / num_train)
+    train, val = (directory / f"{split}.beton" for split in (data.train_split, data.val_split))
+    for path in (train, val):
+        if not path.is_file():
+            raise DataError(f"{path} is missing; make it with data_prep/make_ffcv.py")
+    size = train.stat().st_size
+    return DataFiles((train,), size + val.stat().st_size, size / num_train)
 
 
 def _distinct(paths: Iterable[str]) -> tuple[Path, ...]:

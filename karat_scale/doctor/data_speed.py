@@ -14,8 +14,8 @@ from karat_scale.recipe import AugmentConfig, Recipe
 from karat_scale.train.distributed import World
 
 LARGEST_BATCH = 16
-# These run without worker processes too; the libraries behind the others always have threads of their own.
-IN_PROCESS = ("folder", "webdataset", "synthetic")
+# These run without worker processes too; DALI always has threads of its own.
+IN_PROCESS = ("folder", "webdataset", "ffcv", "synthetic")
 
 
 @dataclass(frozen=True)

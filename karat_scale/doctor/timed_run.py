@@ -60,7 +60,9 @@ class Figures:
         wanted = self.recipe.train.global_batch
         rates: dict[Stage, float] = {}
         if self.storage is not None and self.files is not None:
-            rates["storage"] = ranks * self.storage.random / self.files.image_bytes
+            in_blocks = self.recipe.data.order == "block"
+            speed = self.storage.sequential if in_blocks else self.storage.random
+            rates["storage"] = ranks * speed / self.files.image_bytes
         rates["decode"] = ranks * data.workers / data.decode_share
         if data.decode_share < 1:
             rates["augmentation"] = ranks * data.workers / (1 - data.decode_share)
@@ -173,6 +175,7 @@ def setting_of(subject: Subject, figures: Figures, decoder: str) -> Setting:
         world_size=subject.world.size,
         backend=recipe.data.backend,
         decoder=decoder,
+        order=recipe.data.order,
         device=subject.world.device.type,
         precision=recipe.train.precision,
         implementation=recipe.attention.implementation,

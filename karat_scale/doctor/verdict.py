@@ -26,6 +26,7 @@ class Setting:
     world_size: int
     backend: str
     decoder: str
+    order: str
     device: str
     precision: str
     implementation: str
@@ -94,9 +95,10 @@ def _sustain(setting: Setting) -> str:
 
 def _advice(bound: Stage, data_rate: float, device_rate: float, setting: Setting) -> str:
     if bound == "storage":
+        block = "" if setting.order == "block" else "set data.order=block to read in sequence, or "
         return (
-            "copy the data to a local disk (data_prep/stage.py), or set data.order=block to read in sequence, "
-            "or make smaller files (data_prep/make_webdataset.py --resize)"
+            f"copy the data to a local disk (data_prep/stage.py), or {block}"
+            "make smaller files (data_prep/make_webdataset.py --resize 256)"
         )
     if setting.backend == "synthetic" and bound in DATA_STAGES:
         return "synthetic images are for measuring the rest: nothing real waits here"

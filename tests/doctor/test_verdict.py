@@ -13,6 +13,7 @@ SETTING = Setting(
     world_size=1,
     backend="webdataset",
     decoder="torchvision",
+    order="full",
     device="cuda",
     precision="bf16",
     implementation="auto",
@@ -71,6 +72,8 @@ def test_workers_take_the_augmentation_in_turn_with_the_decoding() -> None:
 def test_a_disk_that_is_read_once_does_not_bound() -> None:
     rates = {**FAST, "storage": 100, "model": 500}
     assert judge(rates, SETTING).bound == "storage"
+    assert "data.order=block" in judge(rates, SETTING).advice
+    assert "data.order=block" not in judge(rates, setting(order="block")).advice
     assert judge(rates, setting(stays_cached=True)).bound == "model"
 
 
