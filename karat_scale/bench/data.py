@@ -24,7 +24,11 @@ from rich.table import Table
 from karat_scale.bench import data_peers as peers
 from karat_scale.bench.interleave import interleaved_seconds, median_ratio
 from karat_scale.bench.sample_images import CLASSES, SampleImages, prepare_images
+from karat_scale.data.assemble import TrainAssembler
+from karat_scale.data.augment import TrainTransform
 from karat_scale.data.backends import Backend, open_backend
+from karat_scale.data.decoders.native import NativeDecoder
+from karat_scale.data.loader import OrderedLoader
 from karat_scale.data.plan import TrainPlan
 from karat_scale.data.shards import ShardSplit
 from karat_scale.errors import UserError
@@ -41,6 +45,7 @@ AUGMENTS = {
     "crop": AugmentConfig(ratio=(3 / 4, 4 / 3), color_jitter=0, randaugment="", interpolation="bilinear"),
     "paper": AugmentConfig(),
 }
+NATIVE = "karat webdataset, native"
 TWO_WORKERS, ONE_WORKER = "2 workers", "1 worker"
 
 
@@ -154,6 +159,8 @@ class _Bench:
                     reason = str(error)
                 if reason:
                     missing[name] = reason
+        if NATIVE in found:
+            found[f"{NATIVE} with DCT scaling"] = self._scaled_epoch()
         return found, missing
 
     def epoch(self, backend: str, decoder: str, workers: int) -> Callable[[], object]:
@@ -174,6 +181,21 @@ class _Bench:
 
         def run() -> None:
             for _ in opened.train_batches(plan.slices(0, plan.steps_per_epoch)):
+                pass
+
+        return run
+
+    def _scaled_epoch(self) -> Callable[[], object]:
+        """As the webdataset backend, with a decoder that no recipe asks for, since its pixels differ more."""
+        source = ShardSplit(self._images.shards, "train", CLASSES)
+        config = DataConfig(path=str(self._images.shards))
+        decoder = NativeDecoder(self._augment.interpolation, config.max_pixels, scaled=True)
+        make = TrainAssembler(source, SIZE, "skip", decoder, TrainTransform(self._augment, SIZE), 0)
+        plan = TrainPlan(0, len(source), self._batch, self._batch, 0, 1)
+
+        def run() -> None:
+            slices = plan.slices(0, plan.steps_per_epoch)
+            for _ in OrderedLoader(make, slices, self._workers, config.prefetch, config.timeout):
                 pass
 
         return run
@@ -217,7 +239,7 @@ def _scaling(bench: _Bench, rounds: int) -> dict[str, float]:
 def _print(result: dict[str, Any]) -> None:
     what = "random resized crop and flip" if result["augment"] == "crop" else "the paper's augmentation"
     title = f"{result['images']} images of {result['mean_kb']:.0f} KB ({Path(result['source']).name}), {what}, "
-    table = Table(title=title + f"{result['workers']} workers")
+    table = Table(title=title + f"workers: {result['workers']}")
     for column in ("contender", "images/s and core", "over whole decode"):
         table.add_column(column, justify="left" if column == "contender" else "right")
     for row in result["rows"]:
