@@ -10,9 +10,10 @@ from karat_scale.attention.bases.base import (
     initialise_projector,
 )
 from karat_scale.attention.bases.fourier import Fourier
-from karat_scale.attention.bases.polynomials import BSpline, Chebyshev, Linear
+from karat_scale.attention.bases.polynomials import Chebyshev, Linear
 from karat_scale.attention.bases.rational import Rational
 from karat_scale.attention.bases.registry import BASES, basis_class, basis_of, key_of, make_basis
+from karat_scale.attention.bases.splines import BSpline
 from karat_scale.attention.bases.wavelets import DerivativeOfGaussian, MexicanHat, Meyer, Morlet, Shannon, Wavelet
 
 __all__ = [

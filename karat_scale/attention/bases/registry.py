@@ -6,8 +6,9 @@ from typing import Any
 
 from karat_scale.attention.bases.base import Basis, ElementwiseBasis, FeatureBasis
 from karat_scale.attention.bases.fourier import Fourier
-from karat_scale.attention.bases.polynomials import BSpline, Chebyshev
+from karat_scale.attention.bases.polynomials import Chebyshev
 from karat_scale.attention.bases.rational import Rational
+from karat_scale.attention.bases.splines import BSpline
 from karat_scale.attention.bases.wavelets import DerivativeOfGaussian, MexicanHat, Meyer, Morlet, Shannon
 
 BASES: dict[str, type[Basis]] = {
