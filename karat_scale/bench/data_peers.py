@@ -17,6 +17,8 @@ from torchvision.transforms import InterpolationMode, v2
 from karat_scale.recipe import AugmentConfig
 
 Contender = Callable[[], object]
+# Of torchvision's 31 levels.
+RANDAUGMENT_MAGNITUDE = 15
 
 
 def decode_whole_by_simplejpeg(encoded: tuple[bytes, ...]) -> Contender | None:
@@ -37,31 +39,16 @@ def _each(decode: Callable[[bytes], object], encoded: tuple[bytes, ...]) -> None
 
 
 def image_folder(folder: Path, augment: AugmentConfig, size: int, batch: int, workers: int) -> Contender:
-    """ImageFolder by Pillow to float32 batches, with torchvision's transforms, or timm's for RandAugment."""
-    if augment.randaugment:
-        from timm.data import create_transform
-
-        transform = create_transform(
-            size,
-            is_training=True,
-            scale=augment.scale,
-            ratio=augment.ratio,
-            hflip=augment.hflip,
-            color_jitter=augment.color_jitter,
-            auto_augment=augment.randaugment,
-            interpolation=augment.interpolation,
-            mean=augment.mean,
-            std=augment.std,
-        )
-    else:
-        transform = v2.Compose(
-            [
-                *_crop_and_flip(augment, size),
-                v2.PILToTensor(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(augment.mean, augment.std),
-            ]
-        )
+    """ImageFolder by Pillow to float32 batches, with torchvision's transforms."""
+    transform = v2.Compose(
+        [
+            *_crop_and_flip(augment, size),
+            *_colours(augment),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(augment.mean, augment.std),
+        ]
+    )
     return _loads(ImageFolder(str(folder / "train"), transform), batch, workers)
 
 
@@ -91,6 +78,16 @@ def _crop_and_flip(augment: AugmentConfig, size: int) -> list[v2.Transform]:
     interpolation = InterpolationMode(augment.interpolation)
     crop = v2.RandomResizedCrop(size, augment.scale, augment.ratio, interpolation=interpolation, antialias=True)
     return [crop, v2.RandomHorizontalFlip(augment.hflip)]
+
+
+def _colours(augment: AugmentConfig) -> list[v2.Transform]:
+    """Two operations of RandAugment at about the recipe's strength, then its jitter."""
+    colours: list[v2.Transform] = []
+    if augment.randaugment:
+        colours.append(v2.RandAugment(2, RANDAUGMENT_MAGNITUDE, interpolation=InterpolationMode(augment.interpolation)))
+    if augment.color_jitter:
+        colours.append(v2.ColorJitter(*3 * [augment.color_jitter]))
+    return colours
 
 
 def _loads(dataset: Dataset[torch.Tensor], batch: int, workers: int) -> Contender:
