@@ -180,6 +180,11 @@ _job: Job | None = None
 def _start_worker(job: Job) -> None:
     global _job
     _job = job
+    become_worker()
+
+
+def become_worker() -> None:
+    """Make the calling process deaf to Ctrl-C, which the main process answers, and end it with the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Where the main process is killed, its workers must not write on.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

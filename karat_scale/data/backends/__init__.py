@@ -17,6 +17,14 @@ def open_backend(data: DataConfig, augment: AugmentConfig, image_size: int, num_
         from karat_scale.data.backends.folder import open_folder
 
         return open_folder(data, augment, image_size, num_classes, seed)
+    if data.backend == "ffcv":
+        from karat_scale.data.backends.ffcv import open_ffcv
+
+        return open_ffcv(data, augment, image_size, num_classes, seed)
+    if data.backend == "dali":
+        from karat_scale.data.backends.dali import open_dali
+
+        return open_dali(data, augment, image_size, num_classes, seed)
     from karat_scale.data.backends.webdataset import open_webdataset
 
     return open_webdataset(data, augment, image_size, num_classes, seed)

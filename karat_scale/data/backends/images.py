@@ -6,14 +6,17 @@ from collections.abc import Iterable, Iterator
 from karat_scale.data.assemble import EvalAssembler, ImageSource, TrainAssembler
 from karat_scale.data.augment import EvalTransform, TrainTransform
 from karat_scale.data.batch import Batch
-from karat_scale.data.decoders import make_decoder
+from karat_scale.data.decoders import Decoder, make_decoder
 from karat_scale.data.loader import MakesBatches, OrderedLoader
 from karat_scale.data.plan import BatchSlice
 from karat_scale.recipe import AugmentConfig, DataConfig
 
 
 class ImageBackend:
-    """The `folder` and `webdataset` backends: two sources of encoded images, one per split. See Backend."""
+    """The `folder`, `webdataset` and `ffcv` backends: two sources of encoded images, one per split. See Backend.
+
+    decoder: in place of the one that `data.decoder` names.
+    """
 
     def __init__(
         self,
@@ -23,9 +26,10 @@ class ImageBackend:
         augment: AugmentConfig,
         image_size: int,
         seed: int,
+        decoder: Decoder | None = None,
     ) -> None:
         self._train, self._val, self._data = train, val, data
-        decoder = make_decoder(data, augment.interpolation)
+        decoder = decoder or make_decoder(data, augment.interpolation)
         self._make_train = TrainAssembler(
             train, image_size, data.on_bad_sample, decoder, TrainTransform(augment, image_size), seed
         )

@@ -5,7 +5,7 @@ thread count, compiles for seconds, and hangs or dies in several ways. Its decod
 directly; the order, the draws, the processes and the errors are those of the other backends.
 """
 
-import ctypes
+import re
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,8 @@ MEND = f"apt-get install {DEBIAN_PACKAGES}, then pip install 'karat-scale[ffcv]'
 GREY, COLOUR = 1, 3
 # A buffer for larger images is not kept.
 KEPT_BYTES = 32 << 20
-PPM_FIELDS = 4
+# The header that karat_scale.data.beton puts before raw pixels.
+PPM_HEADER = re.compile(rb"P6 (\d+) (\d+) 255\n")
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -71,10 +72,11 @@ class FfcvDecoder:
 
     def _pixels(self, data: bytes) -> Pixels | None:
         """The whole image, in a buffer that the next call may fill again; None where Pillow must look."""
-        if data[:2] == b"P6":
-            width, height = ppm_size(data)
+        if header := PPM_HEADER.match(data):
+            width, height = int(header[1]), int(header[2])
             check_pixels(width, height, self._max_pixels)
-            return np.frombuffer(data, np.uint8, offset=len(data) - 3 * width * height).reshape(height, width, 3)
+            whole = len(data) == header.end() + 3 * width * height
+            return np.frombuffer(data, np.uint8, offset=header.end()).reshape(height, width, 3) if whole else None
         frame = read_frame(data)
         if frame is None or frame.components not in (GREY, COLOUR):
             return None
@@ -89,8 +91,8 @@ class FfcvDecoder:
         if (width, height) == view.size:
             return pixels.copy()
         shrinks = width >= view.size[0] and height >= view.size[1]
-        result: Pixels = self._resize(pixels, view.size, interpolation=self._area if shrinks else self._enlarge)
-        return result
+        method = self._area if shrinks else self._enlarge
+        return np.asarray(self._resize(pixels, view.size, interpolation=method), dtype=np.uint8)
 
 
 class JpegDecoder:
@@ -109,13 +111,6 @@ class JpegDecoder:
         buffer = self._buffer if size <= len(self._buffer) else np.empty(size, dtype=np.uint8)
         if len(self._buffer) < size <= KEPT_BYTES:
             self._buffer = buffer
-        target = buffer.ctypes.data_as(ctypes.c_void_p)
-        # No crop, no offset, full scale, no flip.
-        fault = self._imdecode(data, len(data), height, width, target, height, width, 0, 0, 1, 1, False, False)
+        whole = (height, width, 0, 0, 1, 1, False, False)  # no crop, no offset, full scale, no flip
+        fault = self._imdecode(data, len(data), height, width, buffer.ctypes.data, *whole)
         return None if fault else buffer[:size].reshape(height, width, 3)
-
-
-def ppm_size(data: bytes) -> tuple[int, int]:
-    """Width and height of a binary PPM image with 8 bits a sample and no comments."""
-    _, width, height, _ = data[:64].split(maxsplit=PPM_FIELDS)[:PPM_FIELDS]
-    return int(width), int(height)

@@ -1,0 +1,112 @@
+"""From an image file to what a beton holds of it, so that every reader sees the pixels the shards would give.
+
+A JPEG that FFCV's decoder reads is stored byte for byte. An image it cannot read (PNG, CMYK, ...) is stored as raw RGB
+pixels. What nothing reads is stored as it is, and every reader of this project then treats it as a bad sample.
+"""
+
+import io
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from karat_scale.data.beton_writer import MAX_SIDE, StoredImage
+from karat_scale.data.decode import UndecodableImageError, decode_rgb
+from karat_scale.data.decoders.ffcv import COLOUR, GREY, JpegDecoder
+from karat_scale.data.decoders.jpeg_header import Frame, read_frame
+from karat_scale.errors import DataError
+
+WriteMode = Literal["jpg", "raw", "proportion", "smart"]
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How images are stored.
+
+    mode: `jpg`; `raw`, decoded; `proportion`, a share `jpeg_share` of the samples, drawn by `seed`, as JPEG and the
+    rest raw; `smart`, as JPEG if the pixels take more than `raw_below` bytes. max_resolution: the longer side is made
+    at most this many pixels. quality: of the JPEGs that are encoded anew, the resized ones. page: the bytes a stored
+    image may have; larger raw ones become JPEGs.
+    """
+
+    mode: WriteMode
+    max_resolution: int | None
+    quality: int
+    jpeg_share: float
+    raw_below: int
+    seed: int
+    page: int
+
+
+class Packer:
+    """Packs images, in one process."""
+
+    def __init__(self, packing: Packing) -> None:
+        self._packing = packing
+        self._decode = JpegDecoder()
+
+    def pack(self, data: bytes, index: int, name: str) -> tuple[StoredImage, str]:
+        """What to store of an image, and why it is undecodable, if it is.
+
+        Raises DataError where FFCV's format cannot hold it.
+        """
+        frame = read_frame(data)
+        if not self._is_plain_jpeg(data, frame):
+            frame = None
+        if frame and self._keeps_size(frame.width, frame.height) and self._as_jpeg(index, frame.width, frame.height):
+            return self._checked(StoredImage("jpg", frame.width, frame.height, data), name), ""
+        try:
+            image = decode_rgb(data)
+        except UndecodableImageError as error:
+            return self._checked(StoredImage("jpg", 1, 1, data), name), str(error)
+        resized = not self._keeps_size(*image.size)
+        if resized:
+            image = self._resized(image)
+        if max(image.size) > MAX_SIDE:
+            raise DataError(f"{name}: {image.width} x {image.height} pixels do not fit FFCV's format; {self._mend}")
+        # Only pixels that were JPEG or are changed anyway may be encoded with a loss.
+        small = 3 * image.width * image.height <= self._packing.page
+        if small and not (resized and self._as_jpeg(index, *image.size)):
+            return StoredImage("raw", *image.size, image.tobytes()), ""
+        encoded = data if frame and not resized else self._encoded(image)
+        return self._checked(StoredImage("jpg", *image.size, encoded), name), ""
+
+    def _is_plain_jpeg(self, data: bytes, frame: Frame | None) -> bool:
+        return frame is not None and frame.components in (GREY, COLOUR) and self._decode(data, frame) is not None
+
+    def _keeps_size(self, width: int, height: int) -> bool:
+        limit = self._packing.max_resolution
+        return limit is None or max(width, height) <= limit
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        limit = self._packing.max_resolution or max(image.size)
+        width, height = (max(1, round(side * limit / max(image.size))) for side in image.size)
+        return image.resize((width, height), Image.Resampling.BICUBIC)
+
+    def _as_jpeg(self, index: int, width: int, height: int) -> bool:
+        packing = self._packing
+        if packing.mode == "smart":
+            return 3 * width * height > packing.raw_below
+        if packing.mode == "proportion":
+            return random.Random(f"{packing.seed} {index}").random() < packing.jpeg_share
+        return packing.mode == "jpg"
+
+    def _encoded(self, image: Image.Image) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=self._packing.quality)
+        return buffer.getvalue()
+
+    def _checked(self, image: StoredImage, name: str) -> StoredImage:
+        if len(image.data) > self._packing.page:
+            raise DataError(
+                f"{name}: {len(image.data)} bytes are more than a page of {self._packing.page}; {self._mend}"
+            )
+        return image
+
+    @property
+    def _mend(self) -> str:
+        return "give --max-resolution, or remove it"

@@ -1,0 +1,206 @@
+"""Turn images into FFCV's betons, for data.backend=ffcv and for FFCV's own Loader.
+
+    python data_prep/make_ffcv.py --src DIR --out DIR
+
+The source is a directory of shards made by make_webdataset.py, or anything that script reads. Each split becomes one
+beton with a JSON file and an index beside it (karat_scale/data/beton.py). Sample ids are those of the shards that the
+same options make. JPEGs are kept byte for byte, unless --write-mode or --max-resolution says otherwise.
+
+The same source and options give the same bytes. Run on a finished output, it checks every byte and makes again what is
+damaged. A run that was killed leaves only a hidden file; the next one begins that beton anew and says so. Needs FFCV:
+pip install 'karat-scale[ffcv]'.
+"""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from beton_job import BetonJob, unfinished_path, write_beton
+from beton_packing import Packing
+from console import add_source_options, make_parser, positive, progress, run
+from make_webdataset import class_names
+from preparing import Preparation
+from shard_job import spread
+from sources import LabelFiles, Source, open_splits
+from sources.shards import has_shards, open_shards
+
+from karat_scale import __version__
+from karat_scale.data.beton import BetonRecord, check_file, read_record, record_path
+from karat_scale.data.beton_writer import page_bytes
+from karat_scale.data.decoders.ffcv import require_ffcv
+from karat_scale.errors import DataError
+
+LISTED = 5
+# FFCV's own defaults.
+QUALITY, JPEG_SHARE = 90, 0.5
+
+
+def plan_job(split: str, source: Source, names: list[str], options: argparse.Namespace) -> BetonJob:
+    """The job of one split, as the command line asks for it."""
+    from_shards = has_shards(options.src)
+    if from_shards:
+        order = np.arange(len(source))
+    else:
+        order = np.concatenate(spread(source, options.seed, options.subset, None, None))
+    made: dict[str, Any] = {
+        "tool": "data_prep/make_ffcv.py",
+        "version": __version__,
+        "source": options.src.resolve().name,
+        "source_sha256": source.fingerprint(),
+        "from_shards": from_shards,
+        "seed": options.seed,
+        "subset": options.subset,
+        "write_mode": options.write_mode,
+        "max_resolution": options.max_resolution,
+        "quality": options.quality,
+        "compress_probability": options.compress_probability,
+        "smart_threshold": options.smart_threshold,
+        "check": options.check,
+        "on_odd": options.on_odd,
+    }
+    packing = Packing(
+        options.write_mode,
+        options.max_resolution,
+        options.quality,
+        JPEG_SHARE if options.compress_probability is None else options.compress_probability,
+        options.smart_threshold or 0,
+        options.seed,
+        page_bytes(int(source.sizes.max())),
+    )
+    preparation = None if from_shards else Preparation(options.check, options.on_odd)
+    return BetonJob(split, source, options.out, order, preparation, packing, names, made)
+
+
+def make_split(job: BetonJob, workers: int) -> BetonRecord:
+    """Write the beton of a split. Raises DataError where a file that is not ours is in the way."""
+    if job.path.exists() and not record_path(job.path).exists():
+        raise DataError(f"{job.path} is in the way and was not finished by this script; delete it or use another --out")
+    if unfinished_path(job).exists():
+        print(f"{job.split}: an earlier run did not finish; beginning anew")
+    with progress(f"{job.split}: writing", len(job.order), "images") as advance:
+        return write_beton(job, workers, advance)
+
+
+def check_split(job: BetonJob, found: BetonRecord, workers: int) -> None:
+    """Check a finished beton byte for byte; make it again if it is damaged. Raises DataError for other settings."""
+    for key, value in job.made_with().items():
+        if found.made.get(key) != value:
+            raise DataError(
+                f"{job.path} was made with {key} = {found.made.get(key)}, now {value}; use another --out, or delete "
+                f"{record_path(job.path)} and {job.path} to make it anew"
+            )
+    try:
+        check_file(job.out, found, by_hash=True)
+        check_file(job.out, found.index, by_hash=True)
+    except DataError as error:
+        print(f"{error.args[0].split(';')[0]}; making it again")
+        with progress(f"{job.split}: writing", len(job.order), "images") as advance:
+            again = write_beton(job, workers, advance)
+        if again.sha256 != found.sha256:
+            print(f"{job.split}: it came out otherwise than before; its record is new too")
+    print(f"{job.split}: {found.samples} samples in {job.path.name} are there and right")
+
+
+def report(job: BetonJob, record: BetonRecord) -> None:
+    """Say what was made, and what was skipped or odd."""
+    modes = ", ".join(f"{count} {mode}" for mode, count in record.modes.items())
+    print(
+        f"{job.split}: {record.samples} samples ({modes}) in {record.name}, {record.bytes / 1e6:,.1f} MB, "
+        f"{len(record.skipped)} skipped, {len(record.odd)} odd"
+    )
+    lines = [f"skipped {item.path}: {item.reason}" for item in record.skipped]
+    lines += [f"{item.done} {item.path}: {item.what}" for item in record.odd if item.done != "skipped"]
+    for line in lines[:LISTED]:
+        print(f"  {line}")
+    if len(lines) > LISTED:
+        print(f"  ... all are listed in {record_path(job.path).name}")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line. Raises DataError for options that do not go together."""
+    parser = make_parser("Turn shards, an ImageFolder, ImageNet's official tars or IDX files into FFCV's betons.")
+    add_source_options(parser)
+    parser.add_argument(
+        "--write-mode",
+        choices=("jpg", "raw", "proportion", "smart"),
+        default="jpg",
+        help="JPEG, raw pixels, a share as JPEG (--compress-probability), or large ones (--smart-threshold)",
+    )
+    parser.add_argument(
+        "--max-resolution", type=positive, metavar="S", help="resize: the longer side in pixels at most"
+    )
+    parser.add_argument(
+        "--quality", type=positive, default=QUALITY, metavar="Q", help=f"of resized JPEGs (default {QUALITY})"
+    )
+    parser.add_argument(
+        "--compress-probability", type=float, metavar="P", help=f"share of JPEGs in proportion (default {JPEG_SHARE})"
+    )
+    parser.add_argument("--smart-threshold", type=positive, metavar="BYTES", help="smart: JPEG if the pixels take more")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order, as of the shards (default 0)")
+    parser.add_argument("--subset", type=positive, metavar="N", help="only N images of each class, by the seed")
+    parser.add_argument(
+        "--check", choices=("header", "decode"), default="header", help="what counts as odd; as make_webdataset.py"
+    )
+    parser.add_argument(
+        "--on-odd", choices=("convert", "keep", "skip", "stop"), default="keep", help="as make_webdataset.py"
+    )
+    parser.add_argument("--val-labels", type=Path, metavar="FILE", help="ImageNet's validation labels")
+    parser.add_argument("--synsets", type=Path, metavar="FILE", help="`number wnid` lines for the devkit's numbers")
+    parser.add_argument("--names", type=Path, metavar="FILE", help="`wnid name` lines: what people call the classes")
+    options = parser.parse_args(arguments)
+    _check(options)
+    return options
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.split is not None and not re.fullmatch(r"\w+", options.split):
+        raise DataError(f"--split {options.split!r} is no name; use letters, digits and _")
+    if options.quality > 100:
+        raise DataError(f"--quality {options.quality} is more than 100")
+    for mode, name in (("smart", "smart_threshold"), ("proportion", "compress_probability")):
+        if getattr(options, name) is not None and options.write_mode != mode:
+            raise DataError(f"--{name.replace('_', '-')} needs --write-mode {mode}")
+    # FFCV itself would store everything raw then.
+    if options.write_mode == "smart" and options.smart_threshold is None:
+        raise DataError("--write-mode smart needs --smart-threshold BYTES, such as 150528 for 224 x 224 pixels")
+    if options.compress_probability is not None and not 0 <= options.compress_probability <= 1:
+        raise DataError(f"--compress-probability {options.compress_probability} is not between 0 and 1")
+    if has_shards(options.src):
+        for name in ("subset", "val_labels", "synsets", "names"):
+            if getattr(options, name) is not None:
+                raise DataError(f"--{name.replace('_', '-')} does not go with shards, which have it settled")
+
+
+def open_source(options: argparse.Namespace) -> tuple[dict[str, Source], list[str]]:
+    """The wanted splits, and the classes' human names. Raises DataError."""
+    if has_shards(options.src):
+        shards, names = open_shards(options.src, options.split)
+        return dict(shards), names
+    there = sorted(options.out.glob("*.beton.json"))
+    classes = read_record(there[0].with_suffix("")).classes if there else None
+    sources = open_splits(options.src, options.split, classes, LabelFiles(options.val_labels, options.synsets))
+    return sources, class_names(options, next(iter(sources.values())).classes)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    require_ffcv()
+    sources, names = open_source(options)
+    jobs = [plan_job(split, source, names, options) for split, source in sources.items()]
+    for job in jobs:
+        if options.dry_run:
+            size = int(job.source.sizes[job.order].sum())
+            print(
+                f"{job.split}: {len(job.order)} images of {len(job.source.classes)} classes, {size / 1e6:,.1f} MB as "
+                f"they are, would go into {job.path}"
+            )
+        elif record_path(job.path).exists():
+            check_split(job, read_record(job.path), options.workers)
+        else:
+            report(job, make_split(job, options.workers))
+
+
+if __name__ == "__main__":
+    run(main)

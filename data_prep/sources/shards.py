@@ -1,0 +1,61 @@
+"""Finished shards as a source: samples in the shards' own order, with the shards' keys and labels."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from karat_scale.data.shard_format import (
+    DATASET_FILE,
+    DatasetRecord,
+    chosen_splits,
+    read_dataset_record,
+    read_index_field,
+)
+from karat_scale.data.shards import ShardSplit
+
+
+class ShardSource:
+    """One split of a directory of shards. See Source. Raises DataError where the shards are not right."""
+
+    def __init__(self, directory: Path, split: str, record: DatasetRecord) -> None:
+        self.classes = record.classes
+        self.skipped: list[tuple[str, str]] = []
+        self._split = ShardSplit(directory, split, len(record.classes))
+        self.labels = self._split.labels
+        indexes = [(directory / shard.index.name).read_bytes() for shard in record.splits[split].shards]
+        self._keys = np.concatenate([read_index_field(index, "key") for index in indexes])
+        self._sizes = np.concatenate([read_index_field(index, "size") for index in indexes])
+        self._hashes = [shard.sha256 for shard in record.splits[split].shards]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        return self._sizes
+
+    def name(self, index: int) -> str:
+        return self.key(index)
+
+    def key(self, index: int) -> str:
+        return bytes(self._keys[index]).decode()
+
+    def read(self, index: int) -> bytes:
+        return self._split.read(index)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("\n".join(self._hashes).encode()).hexdigest()
+
+
+def has_shards(src: Path) -> bool:
+    """Whether this is a directory of finished shards."""
+    return (src / DATASET_FILE).is_file()
+
+
+def open_shards(src: Path, split: str | None) -> tuple[dict[str, ShardSource], list[str]]:
+    """The wanted splits of a directory of shards, and its classes' human names. Raises DataError."""
+    record = read_dataset_record(src)
+    chosen = chosen_splits(src, record, split)
+    return {name: ShardSource(src, name, record) for name, found in chosen.items() if found.samples}, record.names
