@@ -1,0 +1,250 @@
+"""Batches from the shards of the `webdataset` backend, decoded by DALI.
+
+DALI's readers keep no exact order, its random crops draw from a stream of their own, and its epochs vary in length. So
+it is fed from outside: our order, our bytes, our crops. It decodes; the rest is the code of the other backends, except
+on a GPU where nothing but a flip follows the crop: there it resizes and flips too, and the batches are on the GPU.
+"""
+
+import copy
+import weakref
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from karat_scale.data.ahead import RunAhead
+from karat_scale.data.assemble import EvalAssembler, ImageSource, TrainAssembler
+from karat_scale.data.augment import EvalTransform, TrainTransform
+from karat_scale.data.batch import Batch
+from karat_scale.data.dali_pipeline import DaliDecoder, Request, require_dali
+from karat_scale.data.decoders.torchvision import TorchvisionDecoder
+from karat_scale.data.draw import Draw
+from karat_scale.data.order import sample_seed
+from karat_scale.data.plan import PADDING, BatchSlice
+from karat_scale.data.resize import resize_region
+from karat_scale.data.row_reader import Row, RowReader
+from karat_scale.data.shards import ShardSplit
+from karat_scale.data.view import View
+from karat_scale.recipe import AugmentConfig, DataConfig
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def open_dali(data: DataConfig, augment: AugmentConfig, image_size: int, num_classes: int, seed: int) -> "DaliBackend":
+    """The `dali` backend. Raises RecipeError without DALI and DataError when the shards are not right."""
+    require_dali()
+    readahead = data.block_samples if data.order == "block" else 0
+    train = ShardSplit(data.path, data.train_split, num_classes, data.verify, readahead)
+    val = ShardSplit(data.path, data.val_split, num_classes, data.verify)
+    return DaliBackend(train, val, data, augment, image_size, seed)
+
+
+def _small_jpeg() -> Pixels:
+    encoded = BytesIO()
+    Image.new("RGB", (8, 8)).save(encoded, "JPEG")
+    return np.frombuffer(encoded.getvalue(), dtype=np.uint8)
+
+
+# What DALI is given where it has nothing to decode: each batch goes through it, so that they keep their order.
+BLANK, BLANK_VIEW = _small_jpeg(), View((0, 0, 1, 1), (0, 0, 1, 1), (1, 1))
+
+
+class Pass(Protocol):
+    """What training and evaluation do differently."""
+
+    def choose(self, epoch: int, sample_id: int, width: int, height: int) -> tuple[View, Draw | None]:
+        """What is looked at, and what was drawn."""
+
+    def finish(self, pixels: Pixels, draw: Draw | None) -> Pixels:
+        """The view, uint8 [size, size, 3], as it goes into the batch, uint8 [3, size, size]."""
+
+    def assembler(self, source: ImageSource) -> TrainAssembler | EvalAssembler:
+        """What makes a batch that DALI cannot make: it finds the bad sample, and replaces, reports or refuses it."""
+
+
+@dataclass(frozen=True)
+class TrainPass:
+    """See Pass."""
+
+    transform: TrainTransform
+    seed: int
+    image_size: int
+    data: DataConfig
+    decoder: TorchvisionDecoder
+
+    def choose(self, epoch: int, sample_id: int, width: int, height: int) -> tuple[View, Draw]:
+        draw = self.transform.draw(sample_seed(self.seed, epoch, sample_id), width, height)
+        return self.transform.view(draw), draw
+
+    def finish(self, pixels: Pixels, draw: Draw | None) -> Pixels:
+        assert draw is not None
+        return self.transform.finish(pixels, draw)
+
+    def assembler(self, source: ImageSource) -> TrainAssembler:
+        return TrainAssembler(source, self.image_size, self.data.on_bad_sample, self.decoder, self.transform, self.seed)
+
+
+@dataclass(frozen=True)
+class EvalPass:
+    """See Pass."""
+
+    transform: EvalTransform
+    image_size: int
+    data: DataConfig
+    decoder: TorchvisionDecoder
+
+    def choose(self, epoch: int, sample_id: int, width: int, height: int) -> tuple[View, None]:
+        return self.transform.view(width, height), None
+
+    def finish(self, pixels: Pixels, draw: Draw | None) -> Pixels:
+        return pixels.transpose(2, 0, 1)
+
+    def assembler(self, source: ImageSource) -> EvalAssembler:
+        return EvalAssembler(source, self.image_size, self.data.on_bad_sample, self.decoder, self.transform)
+
+
+class DaliBackend:
+    """See Backend. `data.workers` is the threads DALI decodes on, and again those that resize and augment."""
+
+    def __init__(
+        self,
+        train: ShardSplit,
+        val: ShardSplit,
+        data: DataConfig,
+        augment: AugmentConfig,
+        image_size: int,
+        seed: int,
+    ) -> None:
+        self._train, self._val, self._data = train, val, data
+        self._interpolation, self._image_size = augment.interpolation, image_size
+        # Its pixels are those of DALI and resize_region, so a batch is the same whichever makes it.
+        self._decoder = TorchvisionDecoder(augment.interpolation, data.max_pixels)
+        self._train_pass = TrainPass(TrainTransform(augment, image_size), seed, image_size, data, self._decoder)
+        self._eval_pass = EvalPass(EvalTransform(augment, image_size), image_size, data, self._decoder)
+        self._only_flips = not (augment.randaugment or augment.color_jitter or augment.erasing)
+        self._threads = max(1, data.workers)
+        # The GPU that the process has taken up, if it has: a run on the CPU of a machine with GPUs leaves them alone.
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="karat-augment")
+        self._iterators: weakref.WeakSet[RunAhead] = weakref.WeakSet()
+
+    @property
+    def num_train(self) -> int:
+        return len(self._train)
+
+    @property
+    def num_val(self) -> int:
+        return len(self._val)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self._train.classes
+
+    def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
+        return self._run_ahead(slices, self._train, self._train_pass, self._only_flips)
+
+    def eval_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
+        return self._run_ahead(slices, self._val, self._eval_pass, True)
+
+    def _run_ahead(self, slices: Iterable[BatchSlice], split: ShardSplit, way: Pass, only_flips: bool) -> RunAhead:
+        # A source of its own for each iterator, since each has a thread.
+        source = copy.copy(split)
+        reader = RowReader(source, self._decoder, way.choose, self._data.max_pixels, self._threads)
+        size = self._image_size if only_flips and self._gpu is not None else None
+        dali = DaliDecoder(self._threads, self._interpolation, self._gpu, size)
+        batches = self._batches(slices, reader, dali, way, source)
+        iterator = RunAhead(batches, self._data.prefetch, self._data.timeout, reader.whereabouts)
+        self._iterators.add(iterator)
+        return iterator
+
+    def _batches(
+        self, slices: Iterable[BatchSlice], reader: RowReader, dali: DaliDecoder, way: Pass, source: ShardSplit
+    ) -> Generator[Batch, None, None]:
+        assembler = way.assembler(source)
+        under_way: deque[tuple[BatchSlice, list[Row | None] | None]] = deque()
+
+        def requests() -> Iterator[Request]:
+            for part in slices:
+                rows = reader.read(part)
+                under_way.append((part, rows))
+                yield _request(rows or [None] * len(part.sample_ids))
+
+        try:
+            for decoded in dali.decoded(requests()):
+                part, rows = under_way.popleft()
+                if rows is None or decoded is None:
+                    yield assembler[part]
+                else:
+                    yield self._batch(part, rows, self._images(rows, decoded, way), source)
+        finally:
+            reader.close()
+            source.close()
+
+    def _images(self, rows: list[Row | None], decoded: torch.Tensor | list[Pixels], way: Pass) -> torch.Tensor:
+        if isinstance(decoded, torch.Tensor):
+            return _patched(decoded, rows, way)
+        images = torch.zeros(len(rows), 3, self._image_size, self._image_size, dtype=torch.uint8)
+        pixels = images.numpy()
+
+        def one(number: int) -> None:
+            row = rows[number]
+            if row is not None:
+                view = (
+                    resize_region(decoded[number], row.view, self._interpolation) if row.pixels is None else row.pixels
+                )
+                pixels[number] = way.finish(view, row.draw)
+
+        for _ in self._pool.map(one, range(len(rows))):
+            pass
+        return images
+
+    def _batch(self, part: BatchSlice, rows: list[Row | None], images: torch.Tensor, source: ShardSplit) -> Batch:
+        valid = part.sample_ids != PADDING
+        labels = np.where(valid, source.labels[part.sample_ids], 0).astype(np.int64)
+        batch = Batch(
+            images=images,
+            labels=torch.from_numpy(labels),
+            sample_ids=torch.from_numpy(part.sample_ids.copy()),
+            valid=torch.from_numpy(valid),
+            draws=tuple(row.draw for row in rows if row is not None and row.draw is not None),
+            epoch=part.epoch,
+            batch=part.batch,
+        )
+        return batch if self._gpu is None or images.is_cuda else batch.pin_memory()
+
+    def close(self) -> None:
+        for iterator in list(self._iterators):
+            iterator.close()
+        self._pool.shutdown(cancel_futures=True)
+        self._train.close()
+        self._val.close()
+
+
+def _request(rows: list[Row | None]) -> Request:
+    blank = BLANK, BLANK_VIEW, False
+    asked = [
+        blank if row is None or row.data is None else (row.data, row.view, row.draw is not None and row.draw.flip)
+        for row in rows
+    ]
+    return Request(*(list(column) for column in zip(*asked, strict=True)))
+
+
+def _patched(images: torch.Tensor, rows: list[Row | None], way: Pass) -> torch.Tensor:
+    """DALI's finished images with those of the rows that it was not asked for."""
+    for number, row in enumerate(rows):
+        if row is None:
+            images[number] = 0
+        elif row.pixels is not None:
+            images[number] = torch.from_numpy(np.ascontiguousarray(way.finish(row.pixels, row.draw)))
+    return images

@@ -1,0 +1,177 @@
+"""Whole batches of JPEGs through DALI, in the order they are given, past those that DALI cannot decode.
+
+Worked round here: a JPEG that cannot be decoded invalidates DALI's pipeline, and what was under way in it is lost;
+EXIF orientation is applied unless it is switched off; outputs are views of DALI's memory.
+"""
+
+import importlib
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from karat_scale.data.view import View
+from karat_scale.errors import DataError, RecipeError
+
+# Batches that DALI works on at a time: one is decoded while the next is read.
+QUEUE_DEPTH = 2
+INTERPOLATIONS = {"bilinear": "INTERP_LINEAR", "bicubic": "INTERP_CUBIC"}
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def require_dali() -> None:
+    """Raise RecipeError, with what to install, where DALI is not there."""
+    try:
+        importlib.import_module("nvidia.dali")
+    except (ImportError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecipeError(
+            f"data.backend = dali needs DALI, which is not there ({reason}); pip install 'karat-scale[dali]'"
+        ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """JPEGs and the view of each that is wanted, mirrored where `flips` says so."""
+
+    data: list[npt.NDArray[np.uint8]]
+    views: list[View]
+    flips: list[bool]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+@dataclass(frozen=True)
+class DaliDecoder:
+    """Decodes on `threads` threads of the CPU, or with nvJPEG where `device_id` is a GPU's number.
+
+    With `size` DALI resizes and mirrors too, where it decodes. Without it the regions of the views come back as they
+    are, for a resize that equals the other backends'.
+    """
+
+    threads: int
+    interpolation: str
+    device_id: int | None = None
+    size: int | None = None
+
+    def decoded(self, requests: Iterable[Request]) -> Generator["torch.Tensor | list[Pixels] | None", None, None]:
+        """For each request, in order: uint8 [b, 3, size, size] where there is a size, on the GPU where there is one;
+        else the regions, uint8 [h, w, 3] each; None where DALI cannot decode one of the images.
+
+        The regions are DALI's memory, and lent until the next is asked for. Raises DataError where DALI does not start.
+        """
+        upcoming = iter(requests)
+        waiting: deque[Request] = deque()
+        while True:
+            first = waiting.popleft() if waiting else next(upcoming, None)
+            if first is None:
+                return
+            waiting.appendleft(first)
+            yield from self._until_failure(waiting, upcoming)
+
+    def _until_failure(
+        self, waiting: deque[Request], upcoming: Iterator[Request]
+    ) -> Generator["torch.Tensor | list[Pixels] | None", None, None]:
+        """One pipeline's life: until the requests end, one is larger than the first, or a batch fails.
+
+        What was fed and not decoded is put back into `waiting`.
+        """
+        largest = len(waiting[0])
+        under_way: deque[Request] = deque()
+        errors: list[Exception] = []
+
+        def feed() -> Iterator[tuple[Any, ...]]:
+            try:
+                while (request := waiting.popleft() if waiting else next(upcoming, None)) is not None:
+                    if len(request) > largest:
+                        waiting.appendleft(request)
+                        return
+                    under_way.append(request)
+                    yield self._inputs(request)
+            except Exception as error:  # DALI would report it before the batches that precede it
+                errors.append(error)
+
+        pipeline = self._build(feed(), largest)
+        while True:
+            try:
+                (output,) = pipeline.run()
+                result = self._result(output)
+            except StopIteration:
+                break
+            except (RuntimeError, IndexError):
+                under_way.popleft()
+                waiting.extendleft(reversed(under_way))
+                del pipeline
+                yield None
+                return
+            under_way.popleft()
+            yield result
+        if errors:
+            raise errors[0]
+
+    def _inputs(self, request: Request) -> tuple[Any, ...]:
+        regions = np.array([view.region for view in request.views], dtype=np.int32)
+        inputs = request.data, regions[:, :2].copy(), regions[:, 2:] - regions[:, :2]
+        if self.size is None:
+            return inputs
+        boxes = np.array([view.box_in_region for view in request.views], dtype=np.float32)
+        top_left, bottom_right = boxes[:, 1::-1].copy(), boxes[:, :1:-1].copy()
+        return *inputs, top_left, bottom_right, np.array(request.flips, dtype=np.int32)
+
+    def _build(self, source: Iterator[tuple[Any, ...]], batch: int) -> Any:
+        # Not an import statement, since DALI is an extra.
+        dali, fn = importlib.import_module("nvidia.dali"), importlib.import_module("nvidia.dali.fn")
+        types = importlib.import_module("nvidia.dali.types")
+        inputs = [(types.UINT8, 1), (types.INT32, 1), (types.INT32, 1)]
+        if self.size is not None:
+            inputs += [(types.FLOAT, 1), (types.FLOAT, 1), (types.INT32, 0)]
+        pipeline = dali.Pipeline(batch, self.threads, self.device_id, prefetch_queue_depth=QUEUE_DEPTH)
+        with pipeline:
+            data, starts, shapes, *rest = fn.external_source(
+                source=source,
+                num_outputs=len(inputs),
+                dtype=[kind for kind, _ in inputs],
+                ndim=[dimensions for _, dimensions in inputs],
+                no_copy=True,  # the requests under way keep their bytes
+            )
+            images = fn.decoders.image_slice(
+                data,
+                starts,
+                shapes,
+                device="cpu" if self.device_id is None else "mixed",
+                adjust_orientation=False,
+                jpeg_fancy_upsampling=True,
+            )
+            if self.size is not None:
+                top_left, bottom_right, flips = rest
+                images = fn.resize(
+                    images,
+                    size=[self.size, self.size],
+                    interp_type=getattr(types, INTERPOLATIONS[self.interpolation]),
+                    roi_start=top_left,
+                    roi_end=bottom_right,
+                )
+                images = fn.crop_mirror_normalize(images, mirror=flips, dtype=types.UINT8, output_layout="CHW")
+            pipeline.set_outputs(images)
+        try:
+            pipeline.build()
+        except RuntimeError as error:
+            raise DataError(
+                f"DALI does not start: {str(error).splitlines()[0]}; use data.backend=webdataset"
+            ) from error
+        return pipeline
+
+    def _result(self, output: Any) -> "torch.Tensor | list[Pixels]":
+        if self.size is None:
+            regions = output if self.device_id is None else output.as_cpu()
+            return [np.asarray(regions[row]) for row in range(len(regions))]
+        images = torch.from_dlpack(output.as_tensor()).clone()
+        if images.is_cuda:
+            torch.cuda.current_stream(images.device).synchronize()  # before DALI has its memory back
+        return images

@@ -1,0 +1,108 @@
+"""The encoded images of a batch, read by threads, with what is to be done to each."""
+
+import copy
+import resource
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
+
+import numpy as np
+import numpy.typing as npt
+
+from karat_scale.data.assemble import ImageSource
+from karat_scale.data.decode import UndecodableImageError
+from karat_scale.data.decoders.base import Decoder, check_pixels
+from karat_scale.data.decoders.jpeg_header import read_frame
+from karat_scale.data.draw import Draw
+from karat_scale.data.plan import PADDING, BatchSlice
+from karat_scale.data.shards import MAX_OPEN_SHARDS
+from karat_scale.data.view import View
+from karat_scale.errors import DataError
+
+GREY, COLOUR = 1, 3
+END_OF_IMAGE = b"\xff\xd9"
+
+# (epoch, sample id, width, height) to what is looked at, and what was drawn where anything was.
+Choose = Callable[[int, int, int, int], tuple[View, Draw | None]]
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One sample of a batch: the JPEG whose `view` is to be decoded, or its `pixels` where that is done already."""
+
+    view: View
+    draw: Draw | None
+    data: npt.NDArray[np.uint8] | None = None
+    pixels: npt.NDArray[np.uint8] | None = None
+
+
+class RowReader:
+    """Reads the rows of a slice in up to `threads` threads, so that a slow file system is asked for many at a time.
+
+    An ordinary JPEG that ends as one should is left to a library that decodes batches; anything else is decoded here,
+    by `decoder`, and so is a cut JPEG whose wanted part is whole: all backends must call the same samples bad.
+    """
+
+    def __init__(self, source: ImageSource, decoder: Decoder, choose: Choose, max_pixels: int, threads: int) -> None:
+        self._source, self._decoder, self._choose, self._max_pixels = source, decoder, choose, max_pixels
+        self._own = threading.local()
+        self._at: dict[int, int] = {}
+        threads = min(threads, _readers_with_files())
+        # Its threads are daemons: one that waits for a dead file system does not keep the process.
+        self._pool = ThreadPool(threads) if threads > 1 else None
+
+    def read(self, part: BatchSlice) -> list[Row | None] | None:
+        """The rows of a slice, None for padding; None in place of all where one cannot be read or decoded."""
+        ids = part.sample_ids.tolist()
+
+        def row(sample_id: int) -> Row | None:
+            return None if sample_id == PADDING else self._row(part.epoch, sample_id)
+
+        try:
+            return self._pool.map(row, ids) if self._pool else [row(sample_id) for sample_id in ids]
+        except (UndecodableImageError, DataError):
+            return None
+
+    def _row(self, epoch: int, sample_id: int) -> Row:
+        # What a source has open is no other thread's business.
+        if not hasattr(self._own, "source"):
+            self._own.source = copy.copy(self._source)
+        thread = threading.get_ident()
+        self._at[thread] = sample_id
+        try:
+            data = self._own.source.read(sample_id)
+        finally:
+            del self._at[thread]
+        frame = read_frame(data)
+        if frame is None or frame.components not in (GREY, COLOUR) or not data.endswith(END_OF_IMAGE):
+            return self._decoded(epoch, sample_id, data)
+        check_pixels(frame.width, frame.height, self._max_pixels)
+        view, draw = self._choose(epoch, sample_id, frame.width, frame.height)
+        return Row(view, draw, data=np.frombuffer(data, dtype=np.uint8))
+
+    def _decoded(self, epoch: int, sample_id: int, data: bytes) -> Row:
+        chosen: list[tuple[View, Draw | None]] = []
+
+        def choose(width: int, height: int) -> View:
+            chosen.append(self._choose(epoch, sample_id, width, height))
+            return chosen[-1][0]
+
+        pixels = self._decoder.read(data, choose)
+        return Row(*chosen[-1], pixels=pixels)
+
+    def whereabouts(self) -> str:
+        """What is being read just now, for the message of a loader that waits in vain."""
+        at = sorted(self._at.copy().values())
+        return ", ".join(f"reading sample {i} in {self._source.file_of(i)}" for i in at)
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool:
+            self._pool.terminate()
+
+
+def _readers_with_files() -> int:
+    """How many readers may each keep as many shards open as a source does."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, limit // MAX_OPEN_SHARDS - 1)
