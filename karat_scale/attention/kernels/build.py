@@ -20,11 +20,13 @@ from pathlib import Path
 
 import torch
 
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c")
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast")
 # What each instruction set needs beyond plain x86-64, in the order of preference.
 INSTRUCTION_SETS = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+    "amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "avx512": AVX512,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
 }
 BUILD_SECONDS = 300
@@ -61,15 +63,16 @@ def _load_or_reason(source: Path, what: str, link: tuple[str, ...], requested: s
     available = _available_instruction_sets()
     if not available:
         return "it needs an x86-64 CPU with AVX2 or AVX-512 and Linux"
-    isa = requested or available[0]
-    if isa not in available:
+    if requested and requested not in available:
         return f"KARAT_CPU_ISA = {requested!r}: this CPU offers {', '.join(available)}"
-    try:
-        return _load(source, isa, link)
-    except (LoadError, OSError) as error:
-        reason = f"its kernel cannot be built or loaded: {error}"
-        warnings.warn(f"{what} is not available: {reason}", stacklevel=2)
-        return reason
+    for isa in (requested,) if requested else available:
+        # An old compiler may know the second best only.
+        try:
+            return _load(source, isa, link)
+        except (LoadError, OSError) as error:
+            reason = f"its kernel cannot be built or loaded: {error}"
+    warnings.warn(f"{what} is not available: {reason}", stacklevel=2)
+    return reason
 
 
 def _available_instruction_sets() -> tuple[str, ...]:
@@ -77,7 +80,18 @@ def _available_instruction_sets() -> tuple[str, ...]:
         return ()
     # PyTorch's own detection; it obeys ATEN_CPU_CAPABILITY.
     capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512" and _may_use_amx():
+        return ("amx", "avx512", "avx2")
     return {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(capability, ())
+
+
+def _may_use_amx() -> bool:
+    """Whether the CPU has bfloat16 tiles, and Linux lets this process use them, which it must be asked once."""
+    flags = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split()
+    if not {"amx_bf16", "amx_tile", "avx512_bf16"}.issubset(flags):
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 def _load(source: Path, isa: str, link: tuple[str, ...]) -> ctypes.CDLL:

@@ -38,6 +38,12 @@ def normal(shape, seed, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def as_one_projection(call):
+    """Query, key and value as timm's layers hold them: views of one projection's output."""
+    fused = torch.stack([x.detach().transpose(1, 2) for x in call[:3]], dim=2).permute(2, 0, 3, 1, 4)
+    return [x.requires_grad_() for x in fused.unbind()]
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     isa=st.sampled_from(available or ("none",)),
@@ -91,8 +97,45 @@ def test_sixteen_bits_match_the_oracle(dtype, batch, tokens, width, grid, seed):
     assert_close(actual, oracle(call, upstream), 5e-3)
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    isa=st.sampled_from(available or ("none",)),
+    batch=st.integers(1, 4),
+    heads=st.integers(1, 3),
+    tokens=st.integers(32, 150),
+    width=st.sampled_from((4, 20, 32, 48, 64, 80, 96, 128)),
+    rank=st.integers(4, 32),
+    grid=st.integers(1, 16),
+    logits=st.sampled_from((0.1, 1.0, 15.0)),
+    fused=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_bfloat16_matches_the_oracle(isa, batch, heads, tokens, width, rank, grid, logits, fused, seed):
+    call = make_call(batch, heads, tokens, width, rank, grid, logits=logits, seed=seed).to(torch.bfloat16)
+    upstream = normal(call.value.shape, seed, torch.bfloat16)
+    if fused:
+        query, key, value = as_one_projection(call)
+        call = call._replace(query=query, key=key, value=value)
+        upstream = upstream.transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KARAT_CPU_ISA", isa)
+        actual = fast(call, upstream)
+    assert_close(actual, oracle(call, upstream), 5e-3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rank", "grid"), [(197, 12, 3), (256, 4, 1), (129, 32, 5), (33, 8, 17), (32, 5, 64)]
+)
+def test_other_shapes_in_bfloat16(tokens, rank, grid):
+    call = make_call(2, 2, tokens, 64, rank, grid).to(torch.bfloat16)
+    upstream = normal(call.value.shape, 1, torch.bfloat16)
+    assert_close(fast(call, upstream), oracle(call, upstream), 5e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_are_rounded_as_pytorch_rounds_them(dtype):
+def test_sixteen_bits_are_rounded_as_pytorch_rounds_them(dtype, isa):
+    if (dtype, isa) == (torch.bfloat16, "amx"):
+        pytest.skip("its products round their operands")
     call = make_call(1, 2, 37, 20, 4, 2).to(dtype)
     wide = [x.detach().float() for x in call]
     expected = fourier_karat_attention(*wide, implementation="cpu").to(dtype)
@@ -105,39 +148,56 @@ def test_scores_up_to_sixty_keep_their_phase(grid):
     call = call._replace(query=call.query.detach() * (60 / call.largest_score)).to(torch.float32)
     upstream = normal(call.value.shape, 1)
     assert_close(fast(call, upstream), oracle(call, upstream), 5e-8 * grid * 60)
+    call, upstream = call.to(torch.bfloat16), upstream.bfloat16()
+    assert_close(fast(call, upstream), oracle(call, upstream), 5e-3)
 
 
-def test_huge_scores_stay_bounded_and_nan_stays_nan():
-    call = make_call(1, 1, 20, 8, 4, 3).to(torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_huge_scores_stay_bounded_and_nan_stays_nan(dtype):
+    call = make_call(1, 1, 40, 8, 4, 3).to(dtype)
     query = call.query.detach().clone()
     query[0, 0, 3] *= 1e12
     query[0, 0, 5] = float("nan")
     output = fourier_karat_attention(query, *call[1:], implementation="cpu")[0, 0]
+    assert fourier_karat_attention(*call, implementation="cpu").isfinite().all()  # no NaN is left in the scratch
     rest = torch.cat((output[:5], output[6:]))
     assert rest.isfinite().all()
     assert rest.abs().max() < 100
     assert output[5].isnan().all()
 
 
-def test_strided_inputs_give_the_same_bits_and_the_layout_that_layers_want():
-    call = make_call(2, 3, 10, 24, 4, 3).to(torch.float32)
-    upstream = normal(call.value.shape, 4)
-    # timm's layout: q, k and v are views of one projection's output.
-    fused = torch.stack([x.detach().transpose(1, 2) for x in call[:3]], dim=2).permute(2, 0, 3, 1, 4)
-    query, key, value = (x.requires_grad_() for x in fused.unbind())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [33, 49, 150])
+def test_nan_in_one_item_leaves_the_others_alone(dtype, tokens):
+    call = make_call(3, 1, tokens, 20, 5, 3).to(dtype)
+    query = call.query.detach().clone()
+    query[0, 0, -1] = float("nan")
+    results = fast(call._replace(query=query.requires_grad_()), normal(call.value.shape, 2, dtype))
+    expected = fast(call, normal(call.value.shape, 2, dtype))
+    for actual, clean in zip(results[:4], expected, strict=False):
+        assert torch.equal(actual[1:], clean[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strided_inputs_give_the_same_bits_and_the_layout_that_layers_want(dtype):
+    call = make_call(2, 3, 35, 24, 4, 3).to(dtype)
+    upstream = normal(call.value.shape, 4, dtype)
+    query, key, value = as_one_projection(call)
     # Last strides other than 1.
     value = value.detach().mT.contiguous().mT.requires_grad_()
     strided = call._replace(query=query, key=key, value=value)
     assert not query.is_contiguous()
     expected = fast(call, upstream)
     assert_close(fast(strided, upstream.mT.contiguous().mT), expected, 0.0)
-    assert_close(fast(call, torch.ones(()).expand(call.value.shape)), fast(call, torch.ones(call.value.shape)), 0.0)
+    ones = torch.ones(call.value.shape, dtype=dtype)
+    assert_close(fast(call, ones[:1, :1, :1, :1].expand(ones.shape)), fast(call, ones), 0.0)
     assert fourier_karat_attention(*strided, implementation="cpu").transpose(1, 2).is_contiguous()
 
 
-def test_the_same_bits_for_any_number_of_threads():
-    call = make_call(7, 3, 30, 16, 12, 3).to(torch.float32)
-    upstream = normal(call.value.shape, 6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_for_any_number_of_threads(dtype):
+    call = make_call(7, 3, 45, 16, 12, 3).to(dtype)
+    upstream = normal(call.value.shape, 6, dtype)
     expected = fast(call, upstream)
     before = torch.get_num_threads()
     try:

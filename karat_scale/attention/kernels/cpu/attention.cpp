@@ -1,21 +1,48 @@
 // Fourier-KArAt attention for x86-64 CPUs: H = sum_f f(A) C_f^T and O = H (W^T V).
 //
-// Inputs are float32, bfloat16 or float16; scores, features and sums are float32. Results do not depend on the number
+// Inputs are float32, bfloat16 or float16; scores, harmonics and sums are float32. With AMX the operands of bfloat16's
+// products are rounded to it (pair_*.h); all else is multiplied in float32. Results do not depend on the number
 // of threads. Beside inputs and outputs only H is kept: backward computes scores and features again.
 
 #include "backward.h"
 #include "forward.h"
 #include "run.h"
 
+#if defined(__AMX_BF16__)
+#include "pair_backward.h"
+#include "pair_forward.h"
+#endif
+
+namespace {
+
+// Over a handful of tokens roundings do not average out, and speed does not matter.
+constexpr long FEWEST_PAIRED_TOKENS = 32;
+
+int forward_bfloat16(const Call& c) {
+#if defined(__AMX_BF16__)
+  if (c.tokens >= FEWEST_PAIRED_TOKENS) return run_forward<PairForward>(c);
+#endif
+  return run_forward<Forward<bfloat16>>(c);
+}
+
+int backward_bfloat16(const Call& c) {
+#if defined(__AMX_BF16__)
+  if (c.tokens >= FEWEST_PAIRED_TOKENS) return run_backward<PairBackward>(c);
+#endif
+  return run_backward<Backward<bfloat16>>(c);
+}
+
+} // namespace
+
 // 0, or 1 where memory ran out. dtype: 0 float32, 1 bfloat16, 2 float16.
 extern "C" int karat_forward(const Call* c) {
   return c->dtype == 0   ? run_forward<Forward<float>>(*c)
-         : c->dtype == 1 ? run_forward<Forward<bfloat16>>(*c)
+         : c->dtype == 1 ? forward_bfloat16(*c)
                          : run_forward<Forward<float16>>(*c);
 }
 
 extern "C" int karat_backward(const Call* c) {
   return c->dtype == 0   ? run_backward<Backward<float>>(*c)
-         : c->dtype == 1 ? run_backward<Backward<bfloat16>>(*c)
+         : c->dtype == 1 ? backward_bfloat16(*c)
                          : run_backward<Backward<float16>>(*c);
 }

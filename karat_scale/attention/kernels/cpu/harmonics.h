@@ -27,8 +27,18 @@ INLINE void sine_and_cosine(Vec x, Vec& sine, Vec& cosine) {
   cosine = (Vec)((Bits)c ^ sign);
 }
 
-// Turns the scores in features[0] into cos(m x), m = 1..G, then sin(m x), each [rows][TILE], by shallow angle addition:
-// exp(i m x) = exp(i (a - b) x) + 2i sin(b x) exp(i a x) with a + b = m and a - b of 0 or 1. GRID = 0: any G.
+// From the first harmonic to the `count`-th by angle addition of logarithmic depth:
+// exp(i m x) = exp(i (a - b) x) + 2i sin(b x) exp(i a x) with a + b = m and a - b of 0 or 1.
+INLINE void add_angles(Vec* cosine, Vec* sine, long count) {
+  UNROLL for (long m = 2; m <= count; m++) {
+    const long b = m / 2, a = m - b;
+    const Vec twice = sine[b] + sine[b];
+    cosine[m] = cosine[a - b] - twice * sine[a];
+    sine[m] = sine[a - b] + twice * cosine[a];
+  }
+}
+
+// Turns the scores in features[0] into cos(m x), m = 1..G, then sin(m x), each [rows][TILE]. GRID = 0: any G.
 template <long VECTORS, long GRID>
 INLINE void fill_harmonics(float* features, long rows, long grid) {
   const long count = GRID ? GRID : grid, size = rows * TILE;
@@ -38,12 +48,7 @@ INLINE void fill_harmonics(float* features, long rows, long grid) {
     cosine[0] = broadcast(1);
     sine[0] = Vec{};
     sine_and_cosine(load(at), sine[1], cosine[1]);
-    UNROLL for (long m = 2; m <= count; m++) {
-      const long b = m / 2, a = m - b;
-      const Vec twice = sine[b] + sine[b];
-      cosine[m] = cosine[a - b] - twice * sine[a];
-      sine[m] = sine[a - b] + twice * cosine[a];
-    }
+    add_angles(cosine, sine, count);
     UNROLL for (long m = 1; m <= count; m++) {
       store(at + (m - 1) * size, cosine[m]);
       store(at + (count + m - 1) * size, sine[m]);
@@ -51,16 +56,22 @@ INLINE void fill_harmonics(float* features, long rows, long grid) {
   }
 }
 
+// Calls body(G as a type, or 0 for a large one): with G known the harmonics stay in registers.
+template <typename Body>
+INLINE void for_grid(long grid, Body body) {
+  switch (grid) {
+    case 1: return body(std::integral_constant<long, 1>{});
+    case 2: return body(std::integral_constant<long, 2>{});
+    case 3: return body(std::integral_constant<long, 3>{});
+    case 4: return body(std::integral_constant<long, 4>{});
+    case 5: return body(std::integral_constant<long, 5>{});
+    default: return body(std::integral_constant<long, 0>{});
+  }
+}
+
 template <long VECTORS>
 INLINE void fill_harmonics(float* features, long rows, long grid) {
-  switch (grid) {
-    case 1: return fill_harmonics<VECTORS, 1>(features, rows, grid);
-    case 2: return fill_harmonics<VECTORS, 2>(features, rows, grid);
-    case 3: return fill_harmonics<VECTORS, 3>(features, rows, grid);
-    case 4: return fill_harmonics<VECTORS, 4>(features, rows, grid);
-    case 5: return fill_harmonics<VECTORS, 5>(features, rows, grid);
-    default: return fill_harmonics<VECTORS, 0>(features, rows, grid);
-  }
+  for_grid(grid, [&](auto known) { fill_harmonics<VECTORS, known>(features, rows, grid); });
 }
 
 } // namespace

@@ -1,0 +1,253 @@
+// Backward for bfloat16: products of pairs; scores, harmonics and sums in float32. Features, slopes and dA are rounded
+// as operands of products; H, U, W and their gradients are taken in two parts.
+//
+// Everything is had transposed, keys by queries, for a chunk of queries after the other: the features are then the
+// left operand of the gradient of C as they come, dA that of dK, and its pairs of rows the right one of dQ transposed.
+
+#pragma once
+
+#include <algorithm>
+
+#include "pair_harmonics.h"
+#include "pair_products.h"
+
+namespace {
+
+constexpr long KEYS = 16;             // of a tile
+constexpr long CHUNK = 128;           // queries, at most
+constexpr long GROUP = 128;           // keys whose dA is kept for one product
+constexpr long CHUNK_STEP = CHUNK + 16; // keeps columns from sharing cache sets
+constexpr long FEATURE_ROW = CHUNK_STEP / 2;
+
+struct PairBackwardScratch {
+  Pair *query_columns, *query_pairs, *key, *key_pairs, *key_columns, *value, *value_pairs;
+  Pair *grad_output, *grad_output_pairs, *hidden, *hidden_pairs, *hidden_columns;
+  Pair *grad_hidden, *grad_hidden_pairs, *grad_hidden_columns, *narrow, *narrow_pairs, *narrow_columns;
+  Pair *features, *grad_scores, *grad_score_pairs;
+  float *sums, *narrow_sums, *grad_query, *grad_key, *scores, *slopes;
+  Tiles tiles;
+
+  PairBackwardScratch(const PairShape& s, Arena& arena) {
+    const long wide = s.token_step * s.width_step / 2, units = s.token_step * s.unit_step;
+    const long small = 2 * DEPTH * s.width_step / 2; // high and low parts
+    key = value = take_pairs(arena, wide);
+    key_pairs = value_pairs = take_pairs(arena, wide);
+    key_columns = take_pairs(arena, wide);
+    grad_output = take_pairs(arena, wide);
+    query_columns = take_pairs(arena, wide);
+    query_pairs = grad_output_pairs = take_pairs(arena, wide);
+    hidden = take_pairs(arena, 2 * s.token_step * PAIRS);
+    hidden_pairs = take_pairs(arena, units);
+    hidden_columns = take_pairs(arena, units);
+    grad_hidden = take_pairs(arena, s.token_step * DEPTH);
+    grad_hidden_pairs = take_pairs(arena, units);
+    grad_hidden_columns = take_pairs(arena, units);
+    narrow = take_pairs(arena, small);
+    narrow_pairs = take_pairs(arena, small);
+    narrow_columns = take_pairs(arena, small);
+    narrow_sums = arena.take(DEPTH * s.width_step);
+    sums = grad_key = arena.take(s.token_step * std::max(s.width_step, s.unit_step));
+    grad_query = arena.take(s.width_step * CHUNK_STEP);
+    features = take_pairs(arena, s.features() * KEYS * FEATURE_ROW);
+    grad_scores = take_pairs(arena, KEYS * FEATURE_ROW);
+    grad_score_pairs = take_pairs(arena, GROUP / 2 * CHUNK_STEP);
+    scores = arena.take(KEYS * DEPTH);
+    slopes = arena.take(s.features() * KEYS * DEPTH);
+  }
+};
+
+// The slopes of a head as rows of pairs [feature][token][unit_step], for the high and the low parts of dH, times the
+// scale that dA is to be multiplied by: phi' = sum_m (m b_m) cos(m x) - (m a_m) sin(m x).
+void pack_pairs_for_backward(const Call& c, const PairShape& s, long h, Pair* out) {
+  bfloat16* at = &out->first;
+  for (long p = 0; p < s.rank; p++)
+    for (long q = 0; q < s.tokens; q++)
+      for (long m = 0; m < s.grid; m++) {
+        const long from = s.coefficient(h, p, q, m);
+        const float times = (m + 1) * s.scale;
+        bfloat16* cosine = at + (m * s.token_step + q) * 2 * s.unit_step + p;
+        bfloat16* sine = cosine + s.grid * s.token_step * 2 * s.unit_step;
+        cosine[0] = cosine[s.unit_step] = rounded(times * c.sines[from]);
+        sine[0] = sine[s.unit_step] = rounded(-times * c.cosines[from]);
+      }
+}
+
+// U or dU, in `narrow_sums`, in two parts as rows of pairs, pairs of rows and columns.
+void split_narrow(const PairShape& s, const PairBackwardScratch& w) {
+  const long width_pairs = s.width_step / 2;
+  split_rows(w.narrow_sums, s.width_step, w.narrow, width_pairs, DEPTH * width_pairs, s.unit_step, s.width_step);
+  pair_rows(w.narrow, width_pairs, w.narrow_pairs, s.width_step, 2 * DEPTH, s.width_step);
+  transpose(w.narrow, width_pairs, w.narrow_columns, 2 * DEPTH, 2 * DEPTH, width_pairs);
+}
+
+// dH, dV and the item's share of dW, from O = H U and U = W^T V. W comes as rows of pairs, then those of W^T.
+void pull_back_pairs(const Call& c, const PairShape& s, const PairBackwardScratch& w, const Pair* projector,
+                     float* grad_projector, long b, long h) {
+  const long width_pairs = s.width_step / 2, token_pairs = s.token_step / 2;
+  const long width_tiles = s.width_step / 16, token_tiles = s.token_step / 16, unit_tiles = s.unit_step / 16;
+  const long projector_low = s.token_step * PAIRS, narrow_low = PAIRS * s.width_step;
+  const Pair* projector_columns = projector + 2 * projector_low;
+  read_pairs(item<bfloat16>(c.value, b, h), c.value.token, w.value, width_pairs, s.tokens, s.width);
+  pair_rows(w.value, width_pairs, w.value_pairs, s.width_step, s.token_step, s.width_step);
+  read_pairs(item<bfloat16>(c.output, b, h), c.output.token, w.grad_output, width_pairs, s.tokens, s.width);
+  pair_rows(w.grad_output, width_pairs, w.grad_output_pairs, s.width_step, s.token_step, s.width_step);
+
+  // U = W^T V, dH = dO U^T.
+  multiply_parts<false>(Operand::left(projector_columns, token_pairs), s.unit_step * token_pairs,
+                        Operand::right(w.value_pairs, s.width_step), 0, Result::rows(w.narrow_sums, s.width_step),
+                        unit_tiles, width_tiles, s.token_step / DEPTH);
+  split_narrow(s, w);
+  multiply_parts<false>(Operand::left(w.grad_output, width_pairs), 0, Operand::right(w.narrow_columns, 2 * DEPTH),
+                        DEPTH, Result::rows(w.sums, s.unit_step), token_tiles, unit_tiles, s.width_step / DEPTH);
+  split_rows(w.sums, s.unit_step, w.grad_hidden, PAIRS, s.token_step * PAIRS, s.token_step, s.unit_step);
+  pair_rows(w.grad_hidden, PAIRS, w.grad_hidden_pairs, s.unit_step, 2 * s.token_step, s.unit_step);
+  split_units(w.sums, w.grad_hidden, s.token_step, s.unit_step);
+  transpose(w.grad_hidden, s.unit_step, w.grad_hidden_columns, s.token_step, s.token_step, s.unit_step);
+
+  // dU = H^T dO, dW += V dU^T, dV = W dU.
+  clear(w.sums, s.token_step * s.unit_step);
+  read_rows(c.hidden + (b * s.heads + h) * s.tokens * s.rank, s.rank, w.sums, s.unit_step, s.tokens, s.rank, 1.0f);
+  split_rows(w.sums, s.unit_step, w.hidden, PAIRS, s.token_step * PAIRS, s.token_step, s.unit_step);
+  pair_rows(w.hidden, PAIRS, w.hidden_pairs, s.unit_step, 2 * s.token_step, s.unit_step);
+  transpose(w.hidden_pairs, s.unit_step, w.hidden_columns, s.token_step, s.token_step, s.unit_step);
+  multiply_parts<false>(Operand::left(w.hidden_columns, s.token_step), token_pairs,
+                        Operand::right(w.grad_output_pairs, s.width_step), 0,
+                        Result::rows(w.narrow_sums, s.width_step), unit_tiles, width_tiles, s.token_step / DEPTH);
+  split_narrow(s, w);
+  multiply_parts<true>(Operand::left(w.value, width_pairs), 0, Operand::right(w.narrow_columns, 2 * DEPTH), DEPTH,
+                       Result::rows(grad_projector, s.unit_step), token_tiles, unit_tiles, s.width_step / DEPTH);
+  multiply_parts<false>(Operand::left(projector, PAIRS), projector_low, Operand::right(w.narrow_pairs, s.width_step),
+                        narrow_low, Result::rows(w.sums, s.width_step), token_tiles, width_tiles, 1);
+  write_rounded(w.sums, s.width_step, item<bfloat16>(c.grad_value, b, h), c.grad_value.token, s.tokens, s.width);
+}
+
+// From scores [keys][32] and their slopes [feature][KEYS][32] to features and dA = sum_f (D_f^T dH) f(A), rows of pairs
+// of queries, and to dA as pairs of keys. Beyond WHOLE columns, of which 16 are queries, all is zero.
+template <bool WHOLE, long GRID>
+void fill_pair_gradients(const float* scores, const float* slopes, Pair* features, Pair* grad_scores, Pair* grad_pairs,
+                         float half_turn, long keys, long grid) {
+  const long count = GRID ? GRID : grid;
+  constexpr long SLOPES = KEYS * DEPTH, FEATURE = KEYS * FEATURE_ROW;
+  __m512i upper = {};
+  for (long i = 0; i < keys; i++) {
+    const float* from = scores + i * DEPTH;
+    const Harmonics<GRID> first(load(from) * half_turn, grid), second(load(from + WHOLE * LANES) * half_turn, grid);
+    Vec grad[2] = {};
+    UNROLL for (long m = 1; m <= count; m++) {
+      Pair* at = features + (m - 1) * FEATURE + i * FEATURE_ROW;
+      store(at, round_to_pairs(first.cosine[m], second.cosine[m]));
+      store(at + count * FEATURE, round_to_pairs(first.sine[m], second.sine[m]));
+      const float *cosine = slopes + (m - 1) * SLOPES + i * DEPTH, *sine = cosine + count * SLOPES;
+      grad[0] += load(cosine) * first.cosine[m];
+      grad[0] += load(sine) * first.sine[m];
+      grad[1] += load(cosine + LANES) * second.cosine[m];
+      grad[1] += load(sine + LANES) * second.sine[m];
+    }
+    const __m512i row = round_to_pairs(grad[0], grad[1]);
+    store(grad_scores + i * FEATURE_ROW, row);
+    if (i % 2) pair_up(upper, row, grad_pairs + i / 2 * CHUNK_STEP);
+    upper = row;
+  }
+  if (keys % 2) pair_up(upper, __m512i{}, grad_pairs + keys / 2 * CHUNK_STEP);
+}
+
+// Adds to dK and dC what KEYS keys and a chunk of queries bring, and puts their dA into the group of pairs of keys.
+void backward_keys(const PairShape& s, const PairBackwardScratch& w, const Pair* slopes, float* grad_coef, long key,
+                   long query, long queries, Pair* grad_pairs) {
+  const long width_pairs = s.width_step / 2, keys = std::min(KEYS, s.tokens - key);
+  const float half_turn = 0x1.45f306p-2f * s.scale; // scores in units of pi
+  for (long q = 0; q < queries; q += DEPTH) {
+    multiply<false>(Operand::left(w.key + key * width_pairs, width_pairs),
+                    Operand::right(w.query_columns + query + q, s.token_step), Result::rows(w.scores, DEPTH), 1, 2,
+                    s.width_step / DEPTH);
+    multiply<false>({slopes + key * s.unit_step, s.unit_step, s.token_step * s.unit_step, PAIRS},
+                    Operand::right(w.grad_hidden_columns + query + q, s.token_step),
+                    Result{w.slopes, DEPTH, KEYS * DEPTH}, s.features(), 2, s.unit_step / PAIRS);
+    for_grid(s.grid, [&](auto grid) {
+      const auto fill = queries - q > 16 ? fill_pair_gradients<true, grid> : fill_pair_gradients<false, grid>;
+      fill(w.scores, w.slopes, w.features + q / 2, w.grad_scores + q / 2, grad_pairs + q, half_turn, keys, s.grid);
+    });
+  }
+  const long depth = (queries + DEPTH - 1) / DEPTH;
+  multiply_parts<true>({w.features, FEATURE_ROW, KEYS * FEATURE_ROW, PAIRS}, 0,
+                       Operand::right(w.grad_hidden_pairs + query / 2 * s.unit_step, s.unit_step),
+                       s.token_step / 2 * s.unit_step,
+                       Result{grad_coef + key * s.unit_step, s.unit_step, s.token_step * s.unit_step}, s.features(),
+                       s.unit_step / 16, depth);
+  multiply<true>(Operand::left(w.grad_scores, FEATURE_ROW),
+                 Operand::right(w.query_pairs + query / 2 * s.width_step, s.width_step),
+                 Result::rows(w.grad_key + key * s.width_step, s.width_step), 1, s.width_step / 16, depth);
+}
+
+struct PairBackward {
+  using Shape = PairShape;
+  using Scratch = PairBackwardScratch;
+
+  static long coefficients(const Shape& s) { return s.features() * s.token_step * s.unit_step; }
+  static long projector(const Shape& s) { return s.token_step * (2 * PAIRS + s.unit_step); }
+  static long grad_feature(const Shape& s) { return s.token_step * s.unit_step; }
+  static long grad_projector(const Shape& s) { return s.token_step * s.unit_step; }
+  static long grad_coefficient(const Shape& s, long p, long q) { return q * s.unit_step + p; }
+
+  static void pack(const Call& c, const Shape& s, long h, float* slopes, float* projector) {
+    pack_pairs_for_backward(c, s, h, reinterpret_cast<Pair*>(slopes));
+    pack_projector_rows(c, s, h, reinterpret_cast<Pair*>(projector));
+    pack_projector_columns(c, s, h, reinterpret_cast<Pair*>(projector) + 2 * s.token_step * PAIRS);
+  }
+
+  static void run(const Call& c, const Shape& s, const Scratch& w, const float* slopes, const float* projector,
+                  float* grad_coef, float* grad_projector, long b, long h) {
+    pull_back_pairs(c, s, w, reinterpret_cast<const Pair*>(projector), grad_projector, b, h);
+    const long width_pairs = s.width_step / 2, token_pairs = s.token_step / 2;
+    read_pairs(item<bfloat16>(c.query, b, h), c.query.token, w.grad_output, width_pairs, s.tokens, s.width);
+    transpose(w.grad_output, width_pairs, w.query_columns, s.token_step, s.token_step, width_pairs);
+    pair_rows(w.grad_output, width_pairs, w.query_pairs, s.width_step, s.token_step, s.width_step);
+    read_pairs(item<bfloat16>(c.key, b, h), c.key.token, w.key, width_pairs, s.tokens, s.width);
+    pair_rows(w.key, width_pairs, w.key_pairs, s.width_step, s.token_step, s.width_step);
+    transpose(w.key_pairs, s.width_step, w.key_columns, token_pairs, token_pairs, s.width_step);
+    clear(w.grad_key, s.token_step * s.width_step);
+
+    const long blocks = s.token_step / DEPTH, chunks = (blocks * DEPTH + CHUNK - 1) / CHUNK;
+    for (long chunk = 0; chunk < chunks; chunk++) {
+      const long first = blocks * chunk / chunks * DEPTH, end = blocks * (chunk + 1) / chunks * DEPTH;
+      const long queries = std::min(end, s.tokens) - first;
+      clear(w.grad_query, s.width_step * CHUNK_STEP);
+      for (long key = 0; key < s.tokens; key += GROUP) {
+        const long keys = std::min(GROUP, s.tokens - key), depth = (keys + DEPTH - 1) / DEPTH;
+        for (long k = 0; k < keys; k += KEYS)
+          backward_keys(s, w, reinterpret_cast<const Pair*>(slopes), grad_coef, key + k, first, queries,
+                        w.grad_score_pairs + k / 2 * CHUNK_STEP);
+        for (long pair = (keys + 1) / 2; pair < depth * PAIRS; pair++)
+          std::memset(w.grad_score_pairs + pair * CHUNK_STEP, 0, CHUNK * sizeof(Pair));
+        multiply<true>(Operand::left(w.key_columns + key / 2, token_pairs),
+                       Operand::right(w.grad_score_pairs, CHUNK_STEP), Result::rows(w.grad_query, CHUNK_STEP),
+                       s.width_step / 16, (queries + 15) / 16, depth);
+      }
+      write_query_gradient(c, s, w, first, queries, b, h);
+    }
+    write_rounded(w.grad_key, s.width_step, item<bfloat16>(c.grad_key, b, h), c.grad_key.token, s.tokens, s.width);
+  }
+
+ private:
+  // W of a head as rows of pairs [N][unit / 2]: all high parts, then all low parts.
+  static void pack_projector_rows(const Call& c, const Shape& s, long h, Pair* out) {
+    bfloat16 *high = &out->first, *low = high + s.token_step * DEPTH;
+    for (long q = 0; q < s.tokens; q++)
+      for (long p = 0; p < s.rank; p++) {
+        const float x = c.projector[(h * s.tokens + q) * s.rank + p];
+        high[q * DEPTH + p] = rounded(x);
+        low[q * DEPTH + p] = rounded(x - widened(high[q * DEPTH + p]));
+      }
+  }
+
+  static void write_query_gradient(const Call& c, const Shape& s, const Scratch& w, long first, long queries, long b,
+                                   long h) {
+    for (long q = 0; q < queries; q += 16) {
+      transpose(w.grad_query + q, CHUNK_STEP, w.narrow_sums, s.width_step, s.width_step, 16);
+      write_rounded(w.narrow_sums, s.width_step, item<bfloat16>(c.grad_query, b, h) + (first + q) * c.grad_query.token,
+                    c.grad_query.token, std::min(16l, queries - q), s.width);
+    }
+  }
+};
+
+} // namespace

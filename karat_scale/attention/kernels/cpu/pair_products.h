@@ -1,0 +1,108 @@
+// Products of matrices of bfloat16 pairs, summed in float32, by AMX tiles.
+
+#pragma once
+
+#include "pairs.h"
+
+namespace {
+
+// Row i of tile t at depth block k is the vector at data + t * tile + k * block + i * row; a tile has 16 rows.
+struct Operand {
+  const Pair* data;
+  long row, tile, block;
+
+  static Operand left(const Pair* data, long row) { return {data, row, 16 * row, PAIRS}; }
+  static Operand right(const Pair* data, long row) { return {data, row, PAIRS, 16 * row}; }
+  Operand moved(long pairs) const { return {data + pairs, row, tile, block}; }
+  const Pair* at(long t, long k) const { return data + t * tile + k * block; }
+};
+
+// Where 16 x 16 sums go: row i of tile (t, u) is at data + t * tile + u * 16 + i * row.
+struct Result {
+  float* data;
+  long row, tile;
+
+  static Result rows(float* data, long row) { return {data, row, 16 * row}; }
+};
+
+// The tile registers of a thread, all 16 rows of 64 bytes, from construction to destruction.
+class Tiles {
+ public:
+  Tiles() {
+    struct alignas(64) { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {};
+    shape.palette = 1;
+    for (int t = 0; t < 8; t++) shape.bytes[t] = 64, shape.rows[t] = 16;
+    asm volatile("ldtilecfg %0" ::"m"(shape));
+  }
+  Tiles(const Tiles&) = delete;
+  ~Tiles() { asm volatile("tilerelease"); }
+};
+
+// The compilers' own functions take only literal register numbers, and GCC's do not order loads after stores.
+template <int T>
+INLINE void zero_tile() { asm volatile("tilezero %%tmm%c0" ::"i"(T)); }
+template <int T>
+INLINE void load_tile(const void* data, long stride) {
+  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(T), "r"(data), "r"(stride * 4) : "memory");
+}
+template <int T>
+INLINE void store_tile(void* data, long stride) {
+  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(T), "r"(data), "r"(stride * 4) : "memory");
+}
+template <int SUM, int LEFT, int RIGHT>
+INLINE void multiply_tiles() { asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(LEFT), "i"(RIGHT)); }
+
+// ROWS x COLUMNS tiles of sums, each 1 or 2: registers 0..3 hold sums, 4 and 5 left tiles, 6 and 7 right ones.
+template <bool ADD, int ROWS, int COLUMNS>
+INLINE void multiply_block(Operand left, Operand right, Result out, long depth) {
+  constexpr bool lower = ROWS == 2, further = COLUMNS == 2;
+  float *upper_out = out.data, *lower_out = out.data + out.tile;
+  if constexpr (ADD) {
+    load_tile<0>(upper_out, out.row);
+    if constexpr (further) load_tile<1>(upper_out + 16, out.row);
+    if constexpr (lower) load_tile<2>(lower_out, out.row);
+    if constexpr (lower && further) load_tile<3>(lower_out + 16, out.row);
+  } else {
+    zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+  }
+  for (long k = 0; k < depth; k++) {
+    load_tile<4>(left.at(0, k), left.row);
+    load_tile<6>(right.at(0, k), right.row);
+    multiply_tiles<0, 4, 6>();
+    if constexpr (further) load_tile<7>(right.at(1, k), right.row), multiply_tiles<1, 4, 7>();
+    if constexpr (lower) load_tile<5>(left.at(1, k), left.row), multiply_tiles<2, 5, 6>();
+    if constexpr (lower && further) multiply_tiles<3, 5, 7>();
+  }
+  store_tile<0>(upper_out, out.row);
+  if constexpr (further) store_tile<1>(upper_out + 16, out.row);
+  if constexpr (lower) store_tile<2>(lower_out, out.row);
+  if constexpr (lower && further) store_tile<3>(lower_out + 16, out.row);
+}
+
+// out (+)= left right, for `rows` x `columns` tiles and `depth` blocks of 16 pairs.
+template <bool ADD>
+INLINE void multiply(Operand left, Operand right, Result out, long rows, long columns, long depth) {
+  for (long u = 0; u < columns; u += 2)
+    for (long t = 0; t < rows; t += 2) {
+      const Operand l{left.at(t, 0), left.row, left.tile, left.block};
+      const Operand r{right.at(u, 0), right.row, right.tile, right.block};
+      const Result o{out.data + t * out.tile + u * 16, out.row, out.tile};
+      const bool lower = t + 1 < rows, further = u + 1 < columns;
+      if (lower && further) multiply_block<ADD, 2, 2>(l, r, o, depth);
+      else if (lower) multiply_block<ADD, 2, 1>(l, r, o, depth);
+      else if (further) multiply_block<ADD, 1, 2>(l, r, o, depth);
+      else multiply_block<ADD, 1, 1>(l, r, o, depth);
+    }
+}
+
+// The same for operands in two parts: the low ones lie that many pairs after the high ones, or at 0 where there are
+// none. The product of low parts is beyond a float's last bits.
+template <bool ADD>
+void multiply_parts(Operand left, long left_low, Operand right, long right_low, Result out, long rows, long columns,
+                    long depth) {
+  multiply<ADD>(left, right, out, rows, columns, depth);
+  if (left_low) multiply<true>(left.moved(left_low), right, out, rows, columns, depth);
+  if (right_low) multiply<true>(left, right.moved(right_low), out, rows, columns, depth);
+}
+
+} // namespace
