@@ -41,8 +41,9 @@ def cache_memory() -> int:
 
 
 def examine_resources() -> Iterator[Finding]:
-    """Cores, RAM, /dev/shm, limits, the cache of compiled kernels."""
+    """Cores, load, RAM, /dev/shm, limits, the cache of compiled kernels."""
     yield _examine_cores()
+    yield _examine_load()
     yield _examine_memory()
     yield _examine_shm()
     yield from _examine_limits()
@@ -63,6 +64,12 @@ def _examine_cores() -> Finding:
     elif usable < total and "OMP_NUM_THREADS" not in os.environ and quota is not None:
         mend = f"a quota is not seen by math libraries: set OMP_NUM_THREADS={usable} when training on the CPU"
     return found("cores", ", ".join(pieces), mend, usable=usable, total=total, quota=quota, slurm=allocation)
+
+
+def _examine_load() -> Finding:
+    load, cores = os.getloadavg()[0], usable_cores()
+    mend = "other processes are at work, and timings suffer: try again when they have ended" if load >= cores else ""
+    return found("load", f"{load:.1f} in the last minute", mend, minute=load)
 
 
 def _examine_memory() -> Finding:

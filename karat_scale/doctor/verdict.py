@@ -10,6 +10,8 @@ DATA_STAGES: tuple[Stage, ...] = ("storage", "decode", "augmentation")
 DEVICE_STAGES: tuple[Stage, ...] = ("transfer", "model", "optimizer", "communication")
 # A data path this much faster than the device keeps it fed in spite of uneven batches.
 HEADROOM = 1.1
+# Without workers: data that takes this share of the time is worth a worker.
+WORTH_A_WORKER = 0.15
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,11 @@ def judge(rates: Mapping[Stage, float], setting: Setting) -> Verdict:
         candidates = ("storage",) if storage >= workers else ("decode", "augmentation")
     bound = max(candidates, key=lambda stage: counted.get(stage, 0.0))
     reason = _reason(bound, data_rate, device_rate, setting)
-    return Verdict(bound, data_rate, device_rate, reason, _advice(bound, data_rate, device_rate, setting))
+    advice = _advice(bound, device_rate, setting)
+    turns = setting.workers == 0 and setting.backend != "synthetic"
+    if turns and bound in DEVICE_STAGES and data > WORTH_A_WORKER * (data + device):
+        advice = f"{_more_workers(device_rate, setting)}, so that they no longer take turns; then {advice}"
+    return Verdict(bound, data_rate, device_rate, reason, advice)
 
 
 def _rate(seconds_per_image: float) -> float:
@@ -76,16 +82,16 @@ def _rate(seconds_per_image: float) -> float:
 
 
 def _reason(bound: Stage, data_rate: float, device_rate: float, setting: Setting) -> str:
-    device = f"the device's part takes {device_rate:,.0f} img/s"
+    trainer = f"the trainer takes {device_rate:,.0f} img/s"
     if setting.backend == "synthetic":
-        return f"{device}, images are made at {data_rate:,.0f} img/s in the same process"
+        return f"{trainer}, images are made at {data_rate:,.0f} img/s in the same process"
     if setting.workers == 0:
-        return f"data.workers = 0, so {data_rate:,.0f} img/s of data and {device_rate:,.0f} of the device take turns"
+        return f"data.workers = 0, so {data_rate:,.0f} img/s of data and {device_rate:,.0f} of the trainer take turns"
     if bound == "storage":
-        return f"the disk gives {data_rate:,.0f} img/s, {device}"
+        return f"the disk gives {data_rate:,.0f} img/s, {trainer}"
     if bound in DATA_STAGES:
-        return f"{_sustain(setting)} {data_rate:,.0f} img/s, {device}"
-    return f"{device}, the data path gives {data_rate:,.0f}"
+        return f"{_sustain(setting)} {data_rate:,.0f} img/s, {trainer}"
+    return f"{trainer}, the data path gives {data_rate:,.0f}"
 
 
 def _sustain(setting: Setting) -> str:
@@ -93,7 +99,7 @@ def _sustain(setting: Setting) -> str:
     return f"1 worker{each} sustains" if setting.workers == 1 else f"{setting.workers} workers{each} sustain"
 
 
-def _advice(bound: Stage, data_rate: float, device_rate: float, setting: Setting) -> str:
+def _advice(bound: Stage, device_rate: float, setting: Setting) -> str:
     if bound == "storage":
         block = "" if setting.order == "block" else "set data.order=block to read in sequence, or "
         return (
@@ -106,8 +112,10 @@ def _advice(bound: Stage, data_rate: float, device_rate: float, setting: Setting
         return _advise_workers(bound, device_rate, setting)
     if bound == "model":
         return _advise_model(setting)
+    if bound == "transfer" and setting.device == "cpu":
+        return "on a CPU this is normalising and mixing: a smaller model.image_size, or augment.mix_prob=0"
     if bound == "transfer":
-        return "see whether another process uses the bus (nvidia-smi dmon -s t); more images per second do not fit it"
+        return "see whether another process uses the bus (nvidia-smi dmon -s t)"
     if bound == "optimizer":
         return (
             f"a step is paid once per global batch of {setting.global_batch}: raise train.global_batch, "
@@ -120,20 +128,25 @@ def _advice(bound: Stage, data_rate: float, device_rate: float, setting: Setting
 
 
 def _advise_workers(bound: Stage, device_rate: float, setting: Setting) -> str:
-    wanted = math.ceil(HEADROOM * device_rate / setting.world_size / setting.worker_rate)
-    spare = setting.cores - 1 if setting.device == "cuda" else setting.cores
-    reachable = min(wanted, spare)
-    pieces = []
-    if reachable > setting.workers:
-        enough = "" if reachable == wanted else f" (all cores; {wanted} would be needed)"
-        pieces.append(f"raise data.workers to {reachable}{enough}")
+    pieces = [_more_workers(device_rate, setting)]
     if bound == "decode" and setting.decoder not in ("native", ""):
         pieces.append("use data.decoder=native (apt-get install g++ libjpeg-dev)")
     if bound == "decode":
         pieces.append("re-encode the images smaller (data_prep/make_webdataset.py --resize 256)")
     if bound == "augmentation":
         pieces.append("lighten augment.randaugment, or set augment.color_jitter=0")
-    return ", or ".join(pieces[:3]) or "give the job more cores"
+    return ", or ".join(filter(None, pieces)) or "give the job more cores"
+
+
+def _more_workers(device_rate: float, setting: Setting) -> str:
+    """As many as keep the device fed, up to the cores; empty where there are as many already."""
+    wanted = math.ceil(HEADROOM * device_rate / setting.world_size / setting.worker_rate)
+    spare = setting.cores - 1 if setting.device == "cuda" else setting.cores
+    reachable = min(wanted, max(1, spare))
+    if reachable <= setting.workers:
+        return ""
+    enough = "" if reachable == wanted else f" (all cores; {wanted} would be needed)"
+    return f"raise data.workers to {reachable}{enough}"
 
 
 def _advise_model(setting: Setting) -> str:

@@ -82,6 +82,9 @@ def test_without_workers_everything_takes_turns() -> None:
     assert verdict.bound == "model"
     assert (verdict.data_rate, verdict.device_rate) == (pytest.approx(200), pytest.approx(290))
     assert "take turns" in verdict.reason
+    assert verdict.advice.startswith("raise data.workers to 4, so that they no longer take turns; then ")
+    assert "data.workers" not in judge({"decode": 9000, "model": 290}, setting(workers=0)).advice
+    assert "data.workers" not in judge({"decode": 300, "model": 290}, setting(workers=0, backend="synthetic")).advice
 
 
 def test_the_advice_for_a_model_depends_on_what_is_not_used_yet() -> None:
