@@ -47,6 +47,7 @@ class RowReader:
     def __init__(self, source: ImageSource, decoder: Decoder, choose: Choose, max_pixels: int, threads: int) -> None:
         self._source, self._decoder, self._choose, self._max_pixels = source, decoder, choose, max_pixels
         self._own = threading.local()
+        self._sources: list[ImageSource] = []
         self._at: dict[int, int] = {}
         threads = min(threads, _readers_with_files())
         # Its threads are daemons: one that waits for a dead file system does not keep the process.
@@ -68,6 +69,7 @@ class RowReader:
         # What a source has open is no other thread's business.
         if not hasattr(self._own, "source"):
             self._own.source = copy.copy(self._source)
+            self._sources.append(self._own.source)
         thread = threading.get_ident()
         self._at[thread] = sample_id
         try:
@@ -97,9 +99,11 @@ class RowReader:
         return ", ".join(f"reading sample {i} in {self._source.file_of(i)}" for i in at)
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads and give back their files."""
         if self._pool:
             self._pool.terminate()
+        for source in self._sources:
+            source.close()
 
 
 def _readers_with_files() -> int:

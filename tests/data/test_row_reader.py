@@ -1,0 +1,68 @@
+import numpy as np
+import psutil
+import pytest
+
+from karat_scale.data.decoders.pillow import PillowDecoder
+from karat_scale.data.plan import PADDING, BatchSlice
+from karat_scale.data.row_reader import RowReader
+from karat_scale.data.shard_writer import EncodedSample
+from karat_scale.data.shards import ShardSplit
+from karat_scale.data.view import crop_view
+from tests.data.conftest import encode, photo
+
+
+def read(directory, ids, threads=1, max_pixels=10**6):
+    split = ShardSplit(directory, "train", 3)
+    decoder = PillowDecoder("bicubic", max_pixels)
+    seen = []
+
+    def choose(epoch, sample_id, width, height):
+        seen.append((epoch, sample_id, width, height))
+        return crop_view((0, 0, width, height // 2), 8), None
+
+    reader = RowReader(split, decoder, choose, max_pixels, threads)
+    rows = reader.read(BatchSlice(3, 0, np.array(ids)))
+    reader.close()
+    return split, rows, sorted(seen)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_jpegs_come_as_bytes_in_order_with_their_views(make_shards, threads):
+    ids = [7, 0, PADDING, 39, 7]
+    split, rows, seen = read(make_shards(), ids, threads)
+    assert rows[2] is None
+    for row, sample_id in zip(rows, ids, strict=True):
+        if row is not None:
+            assert row.data.tobytes() == split.read(sample_id)
+            assert row.pixels is None
+    assert seen == sorted((3, i, 20 + i % 9, 18 + i % 7) for i in (7, 0, 39, 7))
+
+
+def test_what_is_no_plain_jpeg_is_decoded_at_once(make_shards):
+    png, trailing = encode(photo(1), "PNG"), encode(photo(2), quality=95) + b"\0"
+    samples = [EncodedSample("png", "jpg", png, 0), EncodedSample("trailing", "jpg", trailing, 1)]
+    _, rows, _ = read(make_shards(train=samples), [0, 1])
+    assert all(row.data is None and row.pixels.shape == (8, 8, 3) for row in rows)
+
+
+def test_a_jpeg_that_is_cut_below_the_wanted_part_is_bad_all_the_same(make_shards, make_sample):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    samples = [make_sample(0), EncodedSample("cut", "jpg", encode(noise)[:-100], 1)]
+    directory = make_shards(train=samples)
+    assert read(directory, [0])[1] is not None
+    assert read(directory, [0, 1])[1] is None
+
+
+def test_too_many_pixels_are_refused_from_the_header(make_shards, make_sample):
+    directory = make_shards(train=[make_sample(0)])
+    assert read(directory, [0], max_pixels=20 * 18)[1] is not None
+    assert read(directory, [0], max_pixels=20 * 18 - 1)[1] is None
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_files_are_closed_with_the_reader(make_shards, threads):
+    directory = make_shards()
+    before = psutil.Process().num_fds()
+    for _ in range(5):
+        read(directory, range(40), threads)
+    assert psutil.Process().num_fds() <= before + 1
