@@ -1,0 +1,310 @@
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from karat_scale.data.backends import open_backend
+from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
+from karat_scale.errors import DataError
+from karat_scale.recipe import AugmentConfig
+from tests.conftest import events, karat, summary
+from tests.data.backends.test_webdataset import SIZE, broken, children, contents, wait_until
+from tests.data.betons import make_betons, need_ffcv
+from tests.train.test_resume import STEPS, kill_all, losses, start, wait_for_checkpoint
+
+CROP_AND_FLIP = AugmentConfig(color_jitter=0, randaugment="")
+
+
+@pytest.fixture
+def betons(make_shards, data_config):
+    """Betons of the shards of these samples, and a function that makes a recipe's data section for them."""
+    need_ffcv()
+
+    def make(train=None, val=None, options=()):
+        directory = make_betons(make_shards(train, val), *options)
+        return directory, lambda **fields: data_config(directory, backend="ffcv", **fields)
+
+    return make
+
+
+def test_samples_draws_and_pixels_are_those_of_the_shards(betons, data_config):
+    directory, config = betons()
+    shards = data_config(directory.parent / "shards", decoder="pillow")
+    seen = []
+    for data in (shards, config(decoder="pillow"), config()):
+        backend = open_backend(data, AugmentConfig(), SIZE, 3, 5)
+        plan = TrainPlan(5, backend.num_train, 12, 6, 0, 1)
+        train = list(backend.train_batches(plan.slices(1, 7)))
+        val = list(backend.eval_batches(EvalPlan(backend.num_val, 4, 0, 1).slices()))
+        seen.append((backend.classes, train, val))
+    reference, same_decoder, own_decoder = seen
+    for other in (same_decoder, own_decoder):
+        assert other[0] == reference[0]
+        for ours, theirs in zip(other[1] + other[2], reference[1] + reference[2], strict=True):
+            assert (ours.epoch, ours.batch, ours.draws) == (theirs.epoch, theirs.batch, theirs.draws)
+            assert ours.sample_ids.tolist() == theirs.sample_ids.tolist()
+            assert ours.labels.tolist() == theirs.labels.tolist()
+            assert ours.valid.tolist() == theirs.valid.tolist()
+    assert contents(same_decoder[1] + same_decoder[2]) == contents(reference[1] + reference[2])
+
+
+def differences(ours, theirs) -> np.ndarray:
+    """The mean difference of each image."""
+    return np.concatenate(
+        [(a.images.int() - b.images.int()).abs().float().mean((1, 2, 3)) for a, b in zip(ours, theirs, strict=True)]
+    )
+
+
+def test_pixels_of_photos_are_within_the_stated_tolerance_of_pillow(sample_data, tmp_path, data_config):
+    """docs/data.md states it: on average 2 of 255 for crops and 1.5 for evaluation."""
+    need_ffcv()
+    import tarfile
+
+    with tarfile.open(sample_data / "imagenet_sample_1000.tar") as tar:
+        for _ in range(40):
+            member = tar.next()
+            for split in ("train", "val"):
+                path = tmp_path / "photos" / split / member.name
+                path.parent.mkdir(parents=True)
+                path.write_bytes(tar.extractfile(member).read())
+    directory = make_betons(tmp_path / "photos")
+    seen = []
+    for decoder in ("auto", "pillow"):
+        backend = open_backend(data_config(directory, backend="ffcv", decoder=decoder), CROP_AND_FLIP, 224, 40, 0)
+        train = list(backend.train_batches(TrainPlan(0, 40, 40, 40, 0, 1).slices(0, 1)))
+        seen.append((train, list(backend.eval_batches(EvalPlan(40, 40, 0, 1).slices()))))
+    for part, mean, worst in ((0, 2.0, 6.0), (1, 1.5, 3.0)):
+        found = differences(seen[0][part], seen[1][part])
+        assert 0 < found.mean() < mean
+        assert found.max() < worst
+
+
+def test_batches_are_the_same_for_any_number_of_workers(betons):
+    _, config = betons()
+    seen = []
+    # FFCV's Loader raises for more workers than cores.
+    for workers in (0, 1, (os.cpu_count() or 1) + 1):
+        backend = open_backend(config(workers=workers), AugmentConfig(), SIZE, 3, 5)
+        plan = TrainPlan(5, backend.num_train, 12, 6, 0, 1)
+        train = contents(backend.train_batches(plan.slices(1, 7)))
+        val = contents(backend.eval_batches(EvalPlan(backend.num_val, 4, 0, 1).slices()))
+        seen.append((train, val))
+        backend.close()
+    assert len(seen[0][0]) == 12
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_ranks_and_resumes_give_the_same_samples(betons):
+    _, config = betons()
+    backend = open_backend(config(), AugmentConfig(), SIZE, 3, 5)
+    whole = list(backend.train_batches(TrainPlan(5, 40, 12, 12, 0, 1).slices(0, 5)))
+    ranks = [list(backend.train_batches(TrainPlan(5, 40, 12, 3, rank, 2).slices(2, 5))) for rank in (0, 1)]
+    for step in range(2, 5):
+        parts = [batch for rank in ranks for batch in rank[2 * (step - 2) : 2 * (step - 2) + 2]]
+        assert torch.equal(torch.cat([part.images for part in parts]), whole[step].images)
+        assert torch.equal(torch.cat([part.sample_ids for part in parts]), whole[step].sample_ids)
+        assert tuple(draw for part in parts for draw in part.draws) == whole[step].draws
+
+
+def test_batches_stay_as_they_are_while_others_are_made(betons):
+    """FFCV's own are views of a ring buffer."""
+    _, config = betons()
+    backend = open_backend(config(), CROP_AND_FLIP, SIZE, 3, 0)
+    batches, copies = [], []
+    for batch in backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 20)):
+        batches.append(batch)
+        copies.append(batch.images.clone())
+    assert all(torch.equal(batch.images, copy) for batch, copy in zip(batches, copies, strict=True))
+    assert len({batch.images.data_ptr() for batch in batches}) == 20
+    assert (batches[0].images.shape, batches[0].images.dtype) == ((8, 3, SIZE, SIZE), torch.uint8)
+
+
+def test_block_order_reads_ahead_and_gives_the_same_images(betons):
+    _, config = betons()
+    ids = [BatchSlice(0, 0, np.arange(40))]
+    full, block = (
+        list(open_backend(config(**fields), CROP_AND_FLIP, SIZE, 3, 0).train_batches(ids))
+        for fields in ({}, {"order": "block", "block_samples": 7})
+    )
+    assert contents(full) == contents(block)
+
+
+def test_evaluation_counts_each_image_once_on_three_ranks(betons):
+    _, config = betons()
+    backend = open_backend(config(), CROP_AND_FLIP, SIZE, 3, 0)
+    ids = []
+    for rank in range(3):
+        for batch in backend.eval_batches(EvalPlan(11, 3, rank, 3).slices()):
+            ids += batch.sample_ids[batch.valid].tolist()
+            assert not batch.images[~batch.valid].any()
+            assert not batch.labels[~batch.valid].any()
+    assert sorted(ids) == list(range(11))
+
+
+def test_the_trainer_process_stays_as_it_is(betons):
+    """FFCV's Loader changes torch's threads and draws from global generators; two of them crash."""
+    _, config = betons()
+
+    def state():
+        threads = torch.get_num_threads(), threading.active_count()
+        return threads, random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    before = state()
+    backends = [open_backend(config(workers=0), AugmentConfig(), SIZE, 3, 0) for _ in range(2)]
+    readers = [backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 5)) for backend in backends]
+    for one, two in zip(*readers, strict=True):
+        assert torch.equal(one.images, two.images)
+    for backend in backends:
+        backend.close()
+    assert state() == before
+
+
+def test_a_bad_sample_stops_with_its_name(betons, make_sample):
+    """FFCV shows it as black pixels."""
+    samples = [make_sample(i) for i in range(10)]
+    samples[4] = broken(4)
+    _, config = betons(train=samples)
+    backend = open_backend(config(workers=1), CROP_AND_FLIP, SIZE, 3, 0)
+    with pytest.raises(DataError, match=r"^sample broken-4 in train.beton cannot be decoded: .*truncated"):
+        list(backend.train_batches(TrainPlan(0, 10, 10, 5, 0, 1).slices(0, 1)))
+
+
+@pytest.mark.parametrize("mode", ["jpg", "raw"])
+def test_skipping_takes_the_next_sample_that_decodes(betons, make_sample, mode):
+    samples = [make_sample(i) for i in range(10)]
+    samples[4], samples[9] = broken(4), broken(9)
+    _, config = betons(train=samples, val=samples[:6], options=("--write-mode", mode))
+    backend = open_backend(config(on_bad_sample="skip"), CROP_AND_FLIP, SIZE, 3, 0)
+    (batch,) = backend.train_batches([BatchSlice(0, 0, np.arange(10))])
+    assert batch.sample_ids.tolist() == [0, 1, 2, 3, 5, 5, 6, 7, 8, 0]
+    assert torch.equal(batch.images[4], batch.images[5])
+    assert [(bad.sample_id, bad.key, bad.shard) for bad in batch.bad] == [
+        (4, "broken-4", "train.beton"),
+        (9, "broken-9", "train.beton"),
+    ]
+    (batch,) = backend.eval_batches([BatchSlice(0, 0, np.arange(6))])
+    assert batch.valid.tolist() == [True, True, True, True, False, True]
+
+
+def change_a_byte(path: Path, split_file: str) -> None:
+    """Change a byte in the middle of sample 3."""
+    with np.load(path / f"{split_file}.index.npz") as index:
+        at = int(index["offset"][3] + index["size"][3] // 2)
+    data = bytearray((path / split_file).read_bytes())
+    data[at] ^= 1
+    (path / split_file).write_bytes(data)
+
+
+def test_a_changed_beton_is_found_by_its_hash_and_when_read(betons):
+    directory, config = betons()
+    change_a_byte(directory, "train.beton")
+    with pytest.raises(DataError, match=r"train.beton has changed since it was written: its SHA-256 differs; copy"):
+        open_backend(config(verify="hash"), CROP_AND_FLIP, SIZE, 3, 0)
+    backend = open_backend(config(on_bad_sample="skip"), CROP_AND_FLIP, SIZE, 3, 0)
+    with pytest.raises(DataError, match=r"train.beton has changed since it was written: sample \d+ differs"):
+        list(backend.train_batches([BatchSlice(0, 0, np.arange(8))]))
+
+
+def test_betons_that_are_not_right_are_refused_when_opened(betons):
+    directory, config = betons()
+
+    def refuses(match: str, classes: int = 3) -> None:
+        with pytest.raises(DataError, match=match) as caught:
+            open_backend(config(), CROP_AND_FLIP, SIZE, classes, 0)
+        assert "\n" not in str(caught.value)
+
+    refuses(r"train.beton has 3 classes, but model.num_classes = 2; set model.num_classes=3", classes=2)
+    whole = (directory / "train.beton").read_bytes()
+    (directory / "train.beton").write_bytes(whole[:-9])
+    refuses("train.beton is cut short")
+    (directory / "train.beton").unlink()
+    refuses("train.beton is missing; copy it again or make it again")
+    (directory / "train.beton").write_bytes(whole)
+    index = directory / "train.beton.index.npz"
+    index.write_bytes(index.read_bytes()[:-1] + b"x")
+    refuses("index.npz has changed since it was written")
+    (directory / "train.beton.json").write_text("{")
+    refuses("train.beton.json is damaged or of another version")
+    shutil.rmtree(directory)
+    refuses(r"train.beton.json cannot be read: No such file .*; make the beton with data_prep/make_ffcv.py")
+
+
+def test_a_file_system_that_stalls_is_an_error_in_time(betons):
+    directory, config = betons()
+    backend = open_backend(config(workers=1, timeout=2), CROP_AND_FLIP, SIZE, 3, 0)
+    path = directory / "train.beton"
+    path.unlink()
+    os.mkfifo(path)  # opening it waits, as a dead server's file does
+    batches = backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 2))
+    with pytest.raises(DataError) as caught:
+        next(batches)
+    assert "no batch came for data.timeout = 2 s: worker 0 at sample" in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_closing_ends_the_workers_and_the_iterators(betons):
+    _, config = betons()
+    before = children()
+    backend = open_backend(config(workers=2), CROP_AND_FLIP, SIZE, 3, 0)
+    batches = backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 1000))
+    next(batches)
+    assert len(children()) == len(before) + 2
+    backend.close()
+    wait_until(lambda: children() == before)
+    assert next(batches, None) is None
+
+
+WITHOUT_FFCV = "import sys; sys.modules['ffcv'] = None; from karat_scale.cli import entry_point; entry_point()"
+
+
+def test_without_ffcv_one_line_says_what_to_install(recipe_file):
+    command = [sys.executable, "-c", WITHOUT_FFCV, "train", str(recipe_file), "data.backend=ffcv"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2, done.stdout + done.stderr
+    said = " ".join(done.stderr.split())
+    assert "FFCV is not there" in said
+    assert "apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++" in said
+    assert "pip install 'karat-scale[ffcv]'" in said
+    assert "Traceback" not in done.stderr
+
+
+def test_another_decoder_reads_betons_without_ffcv(betons):
+    directory, _ = betons()
+    code = (
+        "import sys; sys.modules['ffcv'] = None\n"
+        "from karat_scale.data.backends import open_backend\n"
+        "from karat_scale.data.plan import EvalPlan\n"
+        "from karat_scale.recipe import AugmentConfig, DataConfig\n"
+        f"data = DataConfig(backend='ffcv', path={str(directory)!r}, decoder='pillow', workers=0)\n"
+        "backend = open_backend(data, AugmentConfig(), 16, 3, 0)\n"
+        "print(sum(int(batch.valid.sum()) for batch in backend.eval_batches(EvalPlan(11, 4, 0, 1).slices())))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.stdout, done.returncode) == ("11\n", 0), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_training_from_betons_resumes_in_the_middle_of_an_epoch(recipe_file, shards):
+    directory = make_betons(shards)
+    fixed = ("data.backend=ffcv", f"data.path={directory}", "checkpoint.every_steps=1")
+    whole, cut = recipe_file.parent / "whole", recipe_file.parent / "cut"
+    done = karat("train", str(recipe_file), f"run.dir={whole}", *fixed)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    killed = start(recipe_file, cut, *fixed)
+    wait_for_checkpoint(cut, 3, killed)
+    kill_all(killed)
+    resumed = karat("train", str(recipe_file), f"run.dir={cut}", *fixed)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    (resume,) = events(cut, "resume")
+    assert 3 <= resume["step"] < STEPS
+    assert losses(cut) == losses(whole)
+    assert summary(cut)["data_digest"] == summary(whole)["data_digest"] != 0

@@ -1,0 +1,27 @@
+"""Betons for tests, made by the project's script; a skipped test where FFCV is not installed."""
+
+from pathlib import Path
+
+import pytest
+
+import tests.data_prep.conftest  # noqa: F401  puts data_prep on the path
+from karat_scale.data.decoders.ffcv import require_ffcv
+from karat_scale.errors import RecipeError
+
+
+def need_ffcv() -> None:
+    """Skip the test, with the reason, where FFCV is not installed."""
+    try:
+        require_ffcv()
+    except RecipeError as error:
+        pytest.skip(str(error))
+
+
+def make_betons(src: Path, *options: str) -> Path:
+    """The betons of a source, in a directory beside it."""
+    need_ffcv()
+    from make_ffcv import main
+
+    out = src.parent / f"{src.name}-betons"
+    main(["--src", str(src), "--out", str(out), "--workers", "1", *options])
+    return out
