@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What the extra `ffcv` and the compiled kernels and decoder are built with, on Debian.
+PACKAGES := libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config g++
+EXTRAS := ffcv dali
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint clean packages extras
 
 # One marker file per set of extras, older than pyproject.toml when that changes.
 $(VENV)/.installed: pyproject.toml
@@ -17,6 +20,27 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
+# Root installs what is missing. Anyone else is told, and the tests that need it are skipped with the reason.
+packages:
+	@headers=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h; \
+	missing=$$(for name in $(PACKAGES); do \
+		dpkg-query -W -f '$${db:Status-Status}\n' $$name 2>/dev/null | grep -qx installed || echo $$name; done; \
+		test -f $$headers || echo python3-dev); \
+	missing=$$(echo $$missing); \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y -qq --no-install-recommends $$missing >/dev/null && exit 0; fi; \
+	echo "note: these Debian packages are missing, so some tests are skipped: $$missing"; \
+	echo "note: as root: apt-get install --no-install-recommends $$missing"
+
+extras: packages $(VENV)/.installed-dev
+	@for extra in $(EXTRAS); do \
+		if [ $(VENV)/.installed-$$extra -nt pyproject.toml ]; then continue; fi; \
+		echo "$(BIN)/python -m pip install '.[$$extra]'"; \
+		if $(BIN)/python -m pip install --quiet --editable ".[$$extra]"; then touch $(VENV)/.installed-$$extra; \
+		else echo "note: the extra $$extra does not install, so its tests are skipped"; fi; done
+
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
@@ -25,7 +49,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+test: lint extras
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 clean:
