@@ -102,6 +102,7 @@ class RowReader:
         """End the threads and give back their files."""
         if self._pool:
             self._pool.terminate()
+            self._pool = None
         for source in self._sources:
             source.close()
 
