@@ -12,8 +12,7 @@ constexpr long MAX_GRID = 64;
 // of the last place of 1. Beyond 2^20 a float's spacing leaves no phase to keep; the clamp keeps such scores bounded.
 INLINE void sine_and_cosine(Vec x, Vec& sine, Vec& cosine) {
   constexpr float LIMIT = 1 << 20, ROUNDING = 0x1.8p23f;
-  x = x > LIMIT ? broadcast(LIMIT) : x;
-  x = x < -LIMIT ? broadcast(-LIMIT) : x;
+  x = clamp(x, LIMIT);
   const Vec shifted = x * 0x1.45f306p-2f + ROUNDING; // x / pi, rounded; its last bit is the parity
   const Vec turns = shifted - ROUNDING;
   Vec r = x - turns * 0x1.921fb6p+1f;

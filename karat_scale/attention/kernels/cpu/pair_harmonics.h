@@ -11,8 +11,7 @@ namespace {
 // as far from theirs. Such scores as keep no phase in a float are clamped; NaN stays NaN.
 INLINE void half_turns(Vec x, Vec& sine, Vec& cosine) {
   constexpr float LIMIT = 1 << 20, ROUNDING = 0x1.8p23f;
-  x = (Vec)_mm512_min_ps(_mm512_set1_ps(LIMIT), (__m512)x);
-  x = (Vec)_mm512_max_ps(_mm512_set1_ps(-LIMIT), (__m512)x);
+  x = clamp(x, LIMIT);
   const Vec shifted = x + ROUNDING; // its last bit is the parity of the half turns
   const Vec r = x - (shifted - ROUNDING);
   const Vec z = r * r;

@@ -41,10 +41,17 @@ INLINE void store(bfloat16* p, Vec v) {
   store_bits(p, __builtin_convertvector(v == v ? rounded : (Bits{} + 0x7fc0), HalfBits));
 }
 
+// To [-limit, limit]; NaN stays NaN. Compilers make a comparison and a blend of each ?:.
 #if defined(__AVX512F__)
+INLINE Vec clamp(Vec x, float limit) {
+  return (Vec)_mm512_max_ps(_mm512_set1_ps(-limit), _mm512_min_ps(_mm512_set1_ps(limit), (__m512)x));
+}
 INLINE Vec load(const float16* p) { return (Vec)_mm512_cvtph_ps((__m256i)load_bits(p)); }
 INLINE void store(float16* p, Vec v) { store_bits(p, (HalfBits)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT)); }
 #else
+INLINE Vec clamp(Vec x, float limit) {
+  return (Vec)_mm256_max_ps(_mm256_set1_ps(-limit), _mm256_min_ps(_mm256_set1_ps(limit), (__m256)x));
+}
 INLINE Vec load(const float16* p) { return (Vec)_mm256_cvtph_ps((__m128i)load_bits(p)); }
 INLINE void store(float16* p, Vec v) { store_bits(p, (HalfBits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT)); }
 #endif
