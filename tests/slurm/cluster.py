@@ -1,0 +1,263 @@
+"""A real SLURM on this machine: munged, slurmctld and a few slurmd, as children of the calling process.
+
+Node names are addresses of the loopback interface, 127.0.0.1, 127.0.0.2, ..., so that ranks find each other by them
+without a name service. All files lie below one directory with a short path, since sockets live there.
+"""
+
+import contextlib
+import ctypes
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+from tests.slurm.packages import find
+
+PR_SET_PDEATHSIG = 1
+CPUS, GPUS = 64, 4
+PORTS = 300
+# A requeued job waits until its old credentials are void: two minutes by default.
+CREDENTIAL_SECONDS = 5  # the least that SLURM takes
+
+CONFIGURATION = """
+ClusterName=small
+SlurmctldHost={host}({address})
+SlurmctldPort={port}
+SrunPortRange={first_srun_port}-{last_srun_port}
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={root}/run/munge,cred_expire={credential_seconds}
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool/%n
+SlurmctldPidFile={root}/run/slurmctld.pid
+SlurmdPidFile={root}/run/%n.pid
+SlurmctldLogFile={root}/log/slurmctld
+SlurmdLogFile={root}/log/%n
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
+SlurmdParameters=config_overrides
+JobRequeue=1
+ReturnToService=2
+SlurmdTimeout=10
+MessageTimeout=10
+KillWait=5
+MinJobAge=3600
+FirstJobId={first_job}
+GresTypes={gres_types}
+{node_lines}PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Poll until `condition` holds; AssertionError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not in {seconds:g} s"
+        time.sleep(0.1)
+
+
+class Cluster:
+    """A SLURM cluster of `nodes` nodes. Use it as a context manager: nothing is left behind."""
+
+    def __init__(self, nodes: int = 2) -> None:
+        self.nodes = [f"127.0.0.{number}" for number in range(1, nodes + 1)]
+        self.root = Path(tempfile.mkdtemp(prefix="ks", dir="/tmp"))
+        self.configuration = self.root / "etc" / "slurm.conf"
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What SLURM's commands need to find this cluster. Settings of a job around us are left out."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "RANK", "MASTER_"))}
+        return {**kept, "SLURM_CONF": str(self.configuration)}
+
+    def __enter__(self) -> "Cluster":
+        try:
+            self._configure()
+            self._start_munge()
+            self._start("slurmctld", "slurmctld", "-D", "-c")
+            for node in self.nodes:
+                self.start_node(node)
+            self.wait_idle(30)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(subprocess.SubprocessError, OSError):
+            self.command("scancel", "--quiet", "--signal=KILL", "--full", f"--user={os.environ.get('USER', 'root')}")
+        for daemon in reversed(list(self._daemons.values())):  # munged last
+            daemon.terminate()
+            try:
+                daemon.wait(5)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        for process in self._processes():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def command(self, *arguments: str, check: bool = True, **options: object) -> str:
+        """Run one of SLURM's commands; returns what it printed."""
+        done = subprocess.run(
+            arguments, env=self.environment, capture_output=True, text=True, timeout=30, check=False, **options
+        )
+        if check and done.returncode:
+            raise AssertionError(f"{' '.join(arguments)}: {done.stderr or done.stdout}\n{self.logs()}")
+        return done.stdout + done.stderr
+
+    def logs(self) -> str:
+        """The end of the daemons' logs."""
+        ends = [
+            f"{path.name}: {line}" for path in self.root.glob("log/*") for line in path.read_text().splitlines()[-8:]
+        ]
+        return "\n".join(ends)
+
+    def start_node(self, node: str) -> None:
+        """Bring a node up."""
+        (self.root / "spool" / node).mkdir(parents=True, exist_ok=True)
+        self._start(node, "slurmd", "-D", "-N", node, "-c")
+
+    def kill_node(self, node: str) -> None:
+        """Cut a node's power: its daemon, its steps and their tasks are gone at once."""
+        self._daemons[node].kill()
+        self._daemons[node].wait()
+        for process in self._processes(node):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+    def wait_idle(self, seconds: float = 60) -> None:
+        """Wait until every node is up and has no job."""
+
+        def all_idle() -> bool:
+            shown = self.command("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False)
+            return sorted(shown.split()) == sorted(self.nodes)
+
+        wait_until(all_idle, seconds, "all nodes idle")
+
+    def _configure(self) -> None:
+        for name in ("etc", "log", "run", "state", "dev", "munge"):
+            (self.root / name).mkdir(mode=0o700 if name == "munge" else 0o755)
+        self.root.chmod(0o755)
+        host = socket.gethostname().partition(".")[0]
+        address = socket.gethostbyname(host)
+        port = _free_ports()
+        gpus = self._make_gpus()
+        node_lines = "".join(
+            f"NodeName={node} NodeHostname={host} NodeAddr={address} Port={port + number} CPUs={CPUS} "
+            f"RealMemory=1000000 State=UNKNOWN{f' Gres=gpu:{gpus}' if gpus else ''}\n"
+            for number, node in enumerate(self.nodes, start=1)
+        )
+        text = CONFIGURATION.format(
+            node_lines=node_lines,
+            host=host,
+            address=address,
+            port=port,
+            first_srun_port=port + 20,
+            last_srun_port=port + PORTS - 1,
+            root=self.root,
+            nodes=",".join(self.nodes),
+            credential_seconds=CREDENTIAL_SECONDS,
+            # Two clusters on one machine must not give a rendezvous the same port.
+            first_job=random.SystemRandom().randrange(1000, 1_000_000),
+            gres_types="gpu" if gpus else "",
+        )
+        self.configuration.write_text(text)
+        (self.root / "etc" / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+
+    def _make_gpus(self) -> int:
+        """slurmd takes for a GPU what is a character device: a second /dev/null. Returns how many there are."""
+        devices = self.root / "dev" / "nvidia"
+        try:
+            for number in range(GPUS):
+                os.mknod(f"{devices}{number}", 0o666 | 0o020000, os.makedev(1, 3))
+        except PermissionError:
+            return 0
+        lines = f"AutoDetect=off\nName=gpu File={devices}[0-{GPUS - 1}]\n"
+        (self.root / "etc" / "gres.conf").write_text(lines)
+        return GPUS
+
+    def _start_munge(self) -> None:
+        key = self.root / "munge" / "key"
+        key.write_bytes(random.SystemRandom().randbytes(128))
+        key.chmod(0o600)
+        socket_file = self.root / "run" / "munge"
+        here = self.root / "munge"
+        files = [f"--{name}-file={here / name}" for name in ("key", "pid", "log", "seed")]
+        # --force: /tmp is everyone's, which munged does not like.
+        self._start(
+            "munged", "munged", "--foreground", "--force", "--origin=127.0.0.1", f"--socket={socket_file}", *files
+        )
+        wait_until(socket_file.exists, 10, "munged's socket")
+
+    def _start(self, name: str, *command: str) -> None:
+        program = find(command[0])
+        assert program is not None
+        log = (self.root / "log" / f"{name}.out").open("ab")
+        environment = self.environment
+        if name in self.nodes:
+            environment["SLURMD_NODENAME"] = name
+        with log:
+            self._daemons[name] = subprocess.Popen(
+                [program, *command[1:]],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 - the test process has one thread here
+                start_new_session=True,
+            )
+
+    def _processes(self, node: str | None = None) -> Iterator[psutil.Process]:
+        """What runs on a node: steps hold its log open (they wipe their environment), tasks know its name."""
+        ours = [node] if node else self.nodes
+        logs = {str(self.root / "log" / name) for name in ours}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                environment = process.environ()
+                is_task = environment.get("SLURM_CONF") == str(self.configuration)
+                if (is_task and environment.get("SLURMD_NODENAME") in ours) or logs & _open_files(process.pid):
+                    yield process
+
+
+def _open_files(pid: int) -> set[str]:
+    return {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _free_ports() -> int:
+    """The first of PORTS ports below those that the kernel hands out, of which SLURM's daemons can have theirs."""
+    for _ in range(100):
+        first = random.SystemRandom().randrange(11_000, 19_000, PORTS)
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + 10):
+                    stack.enter_context(socket.socket()).bind(("", port))
+            except OSError:
+                continue
+            return first
+    raise AssertionError("no free ports for SLURM's daemons")

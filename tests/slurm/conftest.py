@@ -1,0 +1,30 @@
+"""Everything here runs on a real SLURM and is marked slow, but for a fixed share that stays below 90 seconds."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+from tests.slurm.packages import SLURM, missing_reason
+
+HERE = Path(__file__).parent
+SHARE = {
+    "test_two_nodes_run_a_step_and_know_each_other",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents and item.name.partition("[")[0] not in SHARE:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes, up once for all tests."""
+    reason = missing_reason(SLURM)
+    if reason:
+        pytest.skip(reason)
+    with Cluster(nodes=2) as running:
+        yield running
