@@ -22,6 +22,8 @@ from karat_scale.train.ds_config import load_ds_config
 MB = 1e6
 # The loop is this much slower than its slower side where the two hinder each other.
 HINDERED = 0.8
+# Two sides this near each other bound training together.
+CLOSE = 1.25
 
 
 def check_up(recipe: Recipe, seconds: float, report: Report, before: Callable[[], None]) -> None:
@@ -141,10 +143,17 @@ def _remarks(figures: Figures, verdict: Verdict) -> Iterable[Finding]:
     wanted = figures.recipe.train.global_batch
     if figures.global_batch != wanted:
         yield found("timed batch", f"{figures.global_batch} in place of {wanted}, to keep to the time; see --seconds")
-    slower = min(verdict.data_rate, verdict.device_rate)
+    slower, faster = sorted((verdict.data_rate, verdict.device_rate))
+    if figures.workers and faster < CLOSE * slower:
+        text = f"data makes {verdict.data_rate:,.0f} img/s and the trainer takes {verdict.device_rate:,.0f}"
+        yield found("close", text, "changing one alone gains little: change both; --seconds measures for longer")
     if figures.workers and figures.global_batch == wanted and loop.images_per_second < HINDERED * slower:
         text = f"the loop makes {loop.images_per_second:,.0f} img/s where its slower side alone makes {slower:,.0f}"
-        yield found("together", text, "data workers and the trainer hinder each other: they share cores or memory")
+        yield found(
+            "together",
+            text,
+            "data workers, the trainer and other processes hinder each other: they share cores and memory",
+        )
     storage = figures.rates.get("storage")
     if storage is not None and storage < slower and verdict.bound != "storage":
         text = f"the first epoch reads {storage:,.0f} img/s from the disk, less than the {slower:,.0f} of what follows"
