@@ -20,6 +20,7 @@ SHIPPED = {
     "fashion_mnist_demo",
     "cifar10_vit_tiny",
     "cifar10_vit_tiny_g3b",
+    "cifar10_vit_tiny_full_rank",
     *(f"imagenet_vit_{size}" for size in ("tiny", "small", "base")),
     *(f"imagenet_vit_{size}_g3{mode}" for size in ("tiny", "small") for mode in "bu"),
     "imagenet_vit_base_g1b",
