@@ -30,6 +30,18 @@ def encode_jpeg() -> EncodeJpeg:
 
 
 @pytest.fixture(scope="session")
+def encode_flat() -> EncodeJpeg:
+    """A JPEG of one grey, 119."""
+
+    def encode(width: int, height: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.new("L", (width, height), 119).save(buffer, "JPEG", quality=100)
+        return buffer.getvalue()
+
+    return encode
+
+
+@pytest.fixture(scope="session")
 def native_runs() -> None:
     try:
         make_decoder(DataConfig(path="-", decoder="native"), "bicubic")

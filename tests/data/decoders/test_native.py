@@ -51,6 +51,18 @@ def test_every_instruction_set_gives_the_same_pixels(encode_jpeg, interpolation,
         assert pixels_of(NativeDecoder(interpolation, 10**6), encode_jpeg) == expected, name
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_flat_colour_stays_what_it_is(encode_flat, interpolation):
+    decoder = NativeDecoder(interpolation, 10**8)
+    for width, height, view in [
+        (40, 30, crop_view((3, 5, 31, 20), 57)),
+        (40, 30, View((2, 1, 39, 29), (3.7, 2.2, 37.1, 26.3), (21, 13))),
+        # A filter of thousands of weights, each next to nothing.
+        (20_000, 9, crop_view((0, 0, 20_000, 9), 3)),
+    ]:
+        assert np.unique(decoder.read(encode_flat(width, height), lambda *_, view=view: view)).tolist() == [119]
+
+
 def test_threads_that_share_a_decoder_do_not_meet(encode_jpeg):
     decoder = NativeDecoder("bicubic", 10**6)
     expected = pixels_of(decoder, encode_jpeg)

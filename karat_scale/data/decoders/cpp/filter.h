@@ -74,13 +74,14 @@ struct Filter {
     for (int i = 0; i < outputs; i++) {
       const double* from = &exact[size_t(i) * size_t(taps)];
       int16_t* to = &weights[size_t(i) * size_t(taps)];
-      int rest = int(one), peak = 0;
+      // Rounded sums rather than summed rounds, so that weights add up to one and a flat colour stays what it is.
+      double sum = 0.0;
+      int before = 0;
       for (int t = 0; t < taps; t++) {
-        to[t] = int16_t(std::lrint(from[t] * one));
-        rest -= to[t];
-        if (to[t] > to[peak]) peak = t;
+        const int now = int(std::lrint(sum += from[t] * one));
+        to[t] = int16_t(now - before);
+        before = now;
       }
-      to[peak] = int16_t(to[peak] + rest); // so that a flat colour stays what it is
     }
     for (int i = outputs; i < rounded; i++) {
       first[i] = first[outputs - 1];

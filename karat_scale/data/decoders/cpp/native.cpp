@@ -54,6 +54,10 @@ class Decoder {
   Filter x_filter, y_filter;
   std::vector<uint8_t> strip, pairs;
 
+  static void grow(std::vector<uint8_t>& memory, size_t size) {
+    if (memory.size() < size) memory.resize(size);
+  }
+
   bool is_inside(const View& view) const {
     return 0 <= view.left && view.left < view.right && view.right <= source.width() &&
            0 <= view.top && view.top < view.bottom && view.bottom <= source.height() &&
@@ -77,8 +81,8 @@ class Decoder {
     const size_t stride = size_t(columns) * PIXEL, pair_bytes = 3 * size_t(plane_bytes(width));
     const int pair_rows = (last - first + 1) / 2;
     // A filter reads whole groups of taps, so a little beyond the row's end, with weight 0.
-    strip.resize(stride * STRIP + size_t(x_filter.taps) * PIXEL);
-    pairs.resize(pair_bytes * size_t(pair_rows + y_filter.taps / 2));
+    grow(strip, stride * STRIP + size_t(x_filter.taps) * PIXEL);
+    grow(pairs, pair_bytes * size_t(pair_rows + y_filter.taps / 2));
     for (int row = first; row < last; row += STRIP) {
       const int count = std::min(STRIP, last - row);
       if (!source.read(strip.data(), stride, count)) return false;
