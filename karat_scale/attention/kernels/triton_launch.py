@@ -2,7 +2,8 @@
 
 A program owns 64 rows, 16 for each of its 4 warps (more warps would double elementwise work), and walks along the
 other side in tiles so narrow that nothing spills out of the registers: tests compile the kernels for each
-architecture and count. float32 products have no tensor core to fill; there tiles are smaller.
+architecture and count. Where that is not enough it owns 32. float32 products have no tensor core to fill; there
+tiles are smaller.
 """
 
 from typing import Any, NamedTuple
@@ -41,8 +42,10 @@ def choose_tiles(width: int, rank: int, grid: int, dtype: torch.dtype, capabilit
         return Tiles(32, 16, {"num_warps": 8, "num_stages": 1, **spacious})
     if capability >= 9:
         return Tiles(64, 32, {"num_warps": 4, "num_stages": 2})
-    walked = 32 if width <= 64 and rank <= 16 and grid <= 5 else 16
-    return Tiles(64, walked, {"num_warps": 4, "num_stages": 2, **spacious})
+    walked = 32 if width <= 64 and rank <= 16 and grid <= 4 else 16
+    # The 128 columns that wide heads take leave no room for many harmonics of 64 rows.
+    own = 32 if width > 64 and grid > 4 else 64
+    return Tiles(own, walked, {"num_warps": 4, "num_stages": 2, **spacious})
 
 
 def forward_constants(
