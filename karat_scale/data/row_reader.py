@@ -21,7 +21,8 @@ from karat_scale.data.view import View
 from karat_scale.errors import DataError
 
 GREY, COLOUR = 1, 3
-END_OF_IMAGE = b"\xff\xd9"
+# The second bytes of markers: 0 stands for a plain 0xff, those of restarts differ in their last three bits.
+START_OF_SCAN, END_OF_IMAGE, STUFFED, RESTART, FILL = 0xDA, 0xD9, 0x00, 0xD0, 0xFF
 
 # (epoch, sample id, width, height) to what is looked at, and what was drawn where anything was.
 Choose = Callable[[int, int, int, int], tuple[View, Draw | None]]
@@ -41,7 +42,8 @@ class RowReader:
     """Reads the rows of a slice in up to `threads` threads, so that a slow file system is asked for many at a time.
 
     An ordinary JPEG that ends as one should is left to a library that decodes batches; anything else is decoded here,
-    by `decoder`, and so is a cut JPEG whose wanted part is whole: all backends must call the same samples bad.
+    by `decoder`, and so is a damaged JPEG though its wanted part may be whole: all backends must call the same samples
+    bad.
     """
 
     def __init__(self, source: ImageSource, decoder: Decoder, choose: Choose, max_pixels: int, threads: int) -> None:
@@ -76,12 +78,12 @@ class RowReader:
             data = self._own.source.read(sample_id)
         finally:
             del self._at[thread]
-        frame = read_frame(data)
-        if frame is None or frame.components not in (GREY, COLOUR) or not data.endswith(END_OF_IMAGE):
+        frame, encoded = read_frame(data), np.frombuffer(data, dtype=np.uint8)
+        if frame is None or frame.components not in (GREY, COLOUR) or not _ends_as_it_should(encoded):
             return self._decoded(epoch, sample_id, data)
         check_pixels(frame.width, frame.height, self._max_pixels)
         view, draw = self._choose(epoch, sample_id, frame.width, frame.height)
-        return Row(view, draw, data=np.frombuffer(data, dtype=np.uint8))
+        return Row(view, draw, data=encoded)
 
     def _decoded(self, epoch: int, sample_id: int, data: bytes) -> Row:
         chosen: list[tuple[View, Draw | None]] = []
@@ -105,6 +107,14 @@ class RowReader:
             self._pool = None
         for source in self._sources:
             source.close()
+
+
+def _ends_as_it_should(data: npt.NDArray[np.uint8]) -> bool:
+    """Whether the JPEG's last scan runs to the end of the image and of the data, with no other marker in it."""
+    codes = data[np.flatnonzero(data[:-1] == 0xFF) + 1]
+    markers = codes[(codes != STUFFED) & (codes != FILL) & (codes & 0xF8 != RESTART)]
+    ends: list[int] = [*markers[-2:].tolist(), *data[-2:].tolist()]
+    return ends == [START_OF_SCAN, END_OF_IMAGE, 0xFF, END_OF_IMAGE]
 
 
 def _readers_with_files() -> int:

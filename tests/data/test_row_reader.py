@@ -53,6 +53,16 @@ def test_a_jpeg_that_is_cut_below_the_wanted_part_is_bad_all_the_same(make_shard
     assert read(directory, [0, 1])[1] is None
 
 
+def test_a_jpeg_with_a_marker_in_its_scan_is_decoded_at_once(make_shards):
+    data = encode(photo(1), quality=95)
+    middle = data.rindex(b"\xff\xda") + (len(data) - data.rindex(b"\xff\xda")) // 2
+    odd = data[:middle] + b"\xff\xd9" + data[middle + 2 :]
+    samples = [EncodedSample("whole", "jpg", data, 0), EncodedSample("odd", "jpg", odd, 1)]
+    whole, odd = read(make_shards(train=samples), [0, 1])[1]
+    assert whole.pixels is None
+    assert odd.pixels is not None
+
+
 def test_too_many_pixels_are_refused_from_the_header(make_shards, make_sample):
     directory = make_shards(train=[make_sample(0)])
     assert read(directory, [0], max_pixels=20 * 18)[1] is not None

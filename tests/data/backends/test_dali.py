@@ -243,6 +243,32 @@ def hollow(number: int) -> EncodedSample:
     return EncodedSample(f"hollow-{number}", "jpg", data[:start] + b"\0\2" + data[start + 2 :], number % 3)
 
 
+def damaged(number: int) -> EncodedSample:
+    """A JPEG with bytes changed, cut out or zeroed, anywhere."""
+    rng = np.random.default_rng(number)
+    data = bytearray(encode(noise(number), quality=90))
+    at = int(rng.integers(2, len(data) - 300))
+    if number % 3 == 0:
+        del data[at : at + 200]
+    elif number % 3 == 1:
+        data[at : at + 200] = bytes(200)
+    else:
+        for place in rng.integers(2, len(data) - 2, 4).tolist():
+            data[place] = int(rng.integers(200, 256))
+    return EncodedSample(f"damaged-{number}", "jpg", bytes(data), 0)
+
+
+def test_damage_is_judged_as_elsewhere_and_looks_the_same(make_shards, dali, webdataset):
+    samples = [damaged(number) for number in range(60)]
+    directory = make_shards(train=samples, val=samples)
+    slices = [BatchSlice(0, number, np.array([number])) for number in range(60)]
+    one, two = dali(directory, on_bad_sample="skip"), webdataset(directory, on_bad_sample="skip")
+    train = contents(one.train_batches(slices))
+    assert train == contents(two.train_batches(slices))
+    assert 0 < sum(len(batch[-1]) > 0 for batch in train) < 60
+    assert contents(one.eval_batches(slices)) == contents(two.eval_batches(slices))
+
+
 @pytest.mark.parametrize("spoil", [broken, hollow])
 def test_skipping_takes_the_next_sample_that_decodes(make_shards, make_sample, dali, webdataset, spoil):
     samples = [make_sample(i) for i in range(10)]
