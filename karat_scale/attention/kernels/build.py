@@ -87,7 +87,10 @@ def _available_instruction_sets() -> tuple[str, ...]:
 
 def _may_use_amx() -> bool:
     """Whether the CPU has bfloat16 tiles, and Linux lets this process use them, which it must be asked once."""
-    flags = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split()
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
+        return False
+    flags = cpuinfo.read_text().partition("\nflags")[2].partition("\n")[0].split()
     if not {"amx_bf16", "amx_tile", "avx512_bf16"}.issubset(flags):
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18

@@ -1,6 +1,7 @@
 """The modular Fourier operator as one compiled kernel for x86-64 CPUs, at about the price of softmax attention.
 
-Scores, features and sums are float32 whatever the inputs. Beside inputs and outputs only H is kept, and the
+Scores, harmonics and sums are float32 whatever the inputs; where the CPU has AMX, the operands of bfloat16's products
+are rounded to bfloat16, and multiplied by its tiles. Beside inputs and outputs only H is kept, and the
 features of one tile per thread; backward recomputes scores and features. Results do not depend on the number of
 threads. Forward and backward are registered with torch.library: torch.compile takes each as one opaque operation.
 """

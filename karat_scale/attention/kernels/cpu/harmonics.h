@@ -55,7 +55,7 @@ INLINE void fill_harmonics(float* features, long rows, long grid) {
   }
 }
 
-// Calls body(G as a type, or 0 for a large one): with G known the harmonics stay in registers.
+// Calls body(G as a type, or 0 for one not foreseen): with G known the harmonics stay in registers.
 template <typename Body>
 INLINE void for_grid(long grid, Body body) {
   switch (grid) {
@@ -64,6 +64,9 @@ INLINE void for_grid(long grid, Body body) {
     case 3: return body(std::integral_constant<long, 3>{});
     case 4: return body(std::integral_constant<long, 4>{});
     case 5: return body(std::integral_constant<long, 5>{});
+    case 7: return body(std::integral_constant<long, 7>{});
+    case 9: return body(std::integral_constant<long, 9>{});
+    case 11: return body(std::integral_constant<long, 11>{});
     default: return body(std::integral_constant<long, 0>{});
   }
 }
