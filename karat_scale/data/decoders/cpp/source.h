@@ -66,6 +66,7 @@ class JpegSource {
     jpeg.scale_num = unsigned(eighths);
     jpeg.scale_denom = 8;
     jpeg_start_decompress(&jpeg);
+    if (!is_complete()) return refuse();
     // Upsampled colour looks at its neighbours, so columns at the edge of what is decoded differ a little.
     const int full = int(jpeg.output_width);
     JDIMENSION first = JDIMENSION(*left > MARGIN ? *left - MARGIN : 0);
@@ -106,6 +107,17 @@ class JpegSource {
   jpeg_error_mgr errors;
   std::jmp_buf on_error;
   bool is_open = false;
+
+  // False for a progressive JPEG that lacks scans: libjpeg smooths it, each version in its own way.
+  bool is_complete() const {
+    if (!jpeg.progressive_mode) return true;
+    for (int component = 0; component < jpeg.num_components; component++) {
+      for (int bits : jpeg.coef_bits[component]) {
+        if (bits != 0) return false; // bits still to come, or -1 for none at all
+      }
+    }
+    return true;
+  }
 
   bool refuse() {
     close();
