@@ -225,7 +225,7 @@ class Cluster:
                 stdout=log,
                 stderr=log,
                 cwd="/",
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - the test process has one thread here
+                preexec_fn=_die_with_parent,
                 start_new_session=True,
             )
 
@@ -242,7 +242,7 @@ class Cluster:
 
 
 def _open_files(pid: int) -> set[str]:
-    return {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    return {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()}
 
 
 def _die_with_parent() -> None:

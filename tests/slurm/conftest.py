@@ -11,6 +11,7 @@ from tests.slurm.packages import SLURM, missing_reason
 HERE = Path(__file__).parent
 SHARE = {
     "test_two_nodes_run_a_step_and_know_each_other",
+    "test_two_nodes_train_what_one_process_trains",
 }
 
 

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Go on from a finished run's checkpoint with another recipe or other data: a shorter schedule, a lower rate.
+#
+#   FROM=runs/base RECIPE=my.yaml sbatch --dependency=afterok:TRAINING_JOB slurm/finetune.sh [key=value ...]
+#
+# The model must be the checkpoint's. Interrupted, it goes on from its own checkpoints.
+
+#SBATCH --job-name=finetune
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=4
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=8
+#SBATCH --time=12:00:00
+#SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR2@120
+
+# sbatch runs a copy of this file; SLURM knows where the clone is that it came from.
+SCRIPT=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///p;q}')
+KARAT_HOME=${KARAT_HOME:-$(dirname "$(dirname "${SCRIPT:-$(realpath "$0")}")")}
+
+FROM=${FROM:-}                    # the directory of the run to begin with
+CHECKPOINT=${CHECKPOINT:-best}    # its file that names a checkpoint, best or latest, or the name itself
+RECIPE=${RECIPE:-$FROM/recipe.yaml}
+SHARDS=${SHARDS:-$KARAT_HOME/data/imagenet}
+RUN=${RUN:-$FROM-finetune}
+VENV=${VENV:-}           # a virtual environment, or
+CONDA_ENV=${CONDA_ENV:-} # a conda environment; neither: the python on PATH
+MODULES=${MODULES:-}     # modules to load before, such as "cuda/12.6"
+CONTAINER=${CONTAINER:-} # a prefix, such as "apptainer exec --nv karat.sif"
+STAGE=${STAGE:-}         # a disk of the node to copy the shards to, such as /local/scratch
+
+# shellcheck source-path=SCRIPTDIR source=launch.sh
+source "$KARAT_HOME/slurm/launch.sh" || exit 2
+enter_environment
+[[ -n $FROM ]] || refuse "FROM is not set; give the directory of a run: FROM=DIR sbatch $0"
+[[ -d $FROM/checkpoints ]] || refuse "FROM = $FROM is not a run's directory: it has no checkpoints"
+NAME=$(cat "$FROM/checkpoints/$CHECKPOINT" 2>/dev/null || echo "$CHECKPOINT")
+BEGIN=("data.path=$SHARDS" "run.dir=$RUN" "resume.from=$FROM/checkpoints/$NAME")
+check_recipe train "$RECIPE" "${BEGIN[@]}" "$@"
+count_restart
+stage_shards "$SHARDS"
+launch train "$RECIPE" "${BEGIN[@]}" "$@"

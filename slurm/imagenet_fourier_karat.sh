@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Train a ViT with Fourier-KArAt on ImageNet until it is done, through preemption, time limits and lost nodes.
+#
+#   SHARDS=/scratch/imagenet sbatch --account=A --partition=P slurm/imagenet_fourier_karat.sh [key=value ...]
+#
+# key=value are overrides of the recipe, such as model.name=vit_small_patch16_224. Options of sbatch on the command line
+# win over the #SBATCH lines, and variables that are set when you call it over the defaults below. To train longer, or to
+# go on after a failure, submit the same line again: the run goes on from its last checkpoint.
+
+#SBATCH --job-name=fourier_karat
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=4
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR2@120
+# Two lines many sites want; take one # away:
+##SBATCH --account=
+##SBATCH --partition=
+
+# sbatch runs a copy of this file; SLURM knows where the clone is that it came from.
+SCRIPT=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///p;q}')
+KARAT_HOME=${KARAT_HOME:-$(dirname "$(dirname "${SCRIPT:-$(realpath "$0")}")")}
+
+RECIPE=${RECIPE:-imagenet_vit_tiny_g3b}    # `ls karat_scale/recipes`, or a YAML file
+SHARDS=${SHARDS:-$KARAT_HOME/data/imagenet} # made by slurm/prepare_imagenet.sh
+RUN=${RUN:-$KARAT_HOME/runs/$(basename "$RECIPE" .yaml)}
+VENV=${VENV:-}           # a virtual environment, or
+CONDA_ENV=${CONDA_ENV:-} # a conda environment; neither: the python on PATH
+MODULES=${MODULES:-}     # modules to load before, such as "cuda/12.6"
+CONTAINER=${CONTAINER:-} # a prefix, such as "apptainer exec --nv karat.sif"
+STAGE=${STAGE:-}         # a disk of the node to copy the shards to, such as /local/scratch
+
+# shellcheck source-path=SCRIPTDIR source=launch.sh
+source "$KARAT_HOME/slurm/launch.sh" || exit 2
+enter_environment
+check_recipe train "$RECIPE" "data.path=$SHARDS" "run.dir=$RUN" "$@"
+count_restart
+stage_shards "$SHARDS"
+launch train "$RECIPE" "data.path=$SHARDS" "run.dir=$RUN" "$@"

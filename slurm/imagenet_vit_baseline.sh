@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Train the softmax ViT that a KArAt run is compared with: the same data, schedule and seed, another attention.
+#
+#   SHARDS=/scratch/imagenet sbatch --account=A --partition=P slurm/imagenet_vit_baseline.sh [key=value ...]
+#
+# What can be set, and how it goes on after an interruption, is as in imagenet_fourier_karat.sh.
+
+#SBATCH --job-name=vit_baseline
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=4
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR2@120
+
+# sbatch runs a copy of this file; SLURM knows where the clone is that it came from.
+SCRIPT=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///p;q}')
+KARAT_HOME=${KARAT_HOME:-$(dirname "$(dirname "${SCRIPT:-$(realpath "$0")}")")}
+
+RECIPE=${RECIPE:-imagenet_vit_tiny}
+SHARDS=${SHARDS:-$KARAT_HOME/data/imagenet}
+RUN=${RUN:-$KARAT_HOME/runs/$(basename "$RECIPE" .yaml)}
+VENV=${VENV:-}           # a virtual environment, or
+CONDA_ENV=${CONDA_ENV:-} # a conda environment; neither: the python on PATH
+MODULES=${MODULES:-}     # modules to load before, such as "cuda/12.6"
+CONTAINER=${CONTAINER:-} # a prefix, such as "apptainer exec --nv karat.sif"
+STAGE=${STAGE:-}         # a disk of the node to copy the shards to, such as /local/scratch
+
+# shellcheck source-path=SCRIPTDIR source=launch.sh
+source "$KARAT_HOME/slurm/launch.sh" || exit 2
+enter_environment
+check_recipe train "$RECIPE" "data.path=$SHARDS" "run.dir=$RUN" "$@"
+count_restart
+stage_shards "$SHARDS"
+launch train "$RECIPE" "data.path=$SHARDS" "run.dir=$RUN" "$@"

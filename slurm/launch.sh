@@ -1,0 +1,180 @@
+#!/usr/bin/env bash
+# What the scripts here share; they source it. In this order a script calls
+#
+#   enter_environment        modules, venv or conda; refuses when karat_scale is not there
+#   check_recipe ARGUMENTS   refuses a recipe that is wrong before any GPU waits for it
+#   count_restart            refuses to start again after restarts that saved nothing new
+#   stage_shards DIR         copies shards to the nodes' own disks, if STAGE names one
+#   launch ARGUMENTS         `karat ARGUMENTS`, one rank per GPU (per node without GPUs); ends the job
+#   run_alone COMMAND...     one process that goes on where it was; requeues the job on a signal
+#
+# Exit codes: 0 done; 2 a mistake to mend; 1 anything else. Saved on a signal is 75: the job is requeued.
+set -uo pipefail
+
+# Restarts in a row that may end without a new checkpoint.
+: "${IDLE_RESTARTS:=3}"
+# Seconds in which a rank must get on, or the job ends and says which one did not. 0: never.
+: "${STALL_SECONDS:=900}"
+
+refuse() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+say() {
+  echo "$(date +%H:%M:%S) job ${SLURM_JOB_ID}: $*"
+}
+
+enter_environment() {
+  [[ -n ${SLURM_JOB_ID:-} ]] || refuse "this is a batch script: run it by sbatch"
+  local name
+  for name in ${MODULES:-}; do
+    module load "$name" || refuse "MODULES = $MODULES: \`module load $name\` failed"
+  done
+  # Their scripts read variables that may be unset.
+  set +u
+  if [[ -n ${VENV:-} ]]; then
+    [[ -f $VENV/bin/activate ]] || refuse "VENV = $VENV: no bin/activate there"
+    # shellcheck source=/dev/null
+    source "$VENV/bin/activate"
+  elif [[ -n ${CONDA_ENV:-} ]]; then
+    eval "$(conda shell.bash hook)"
+    conda activate "$CONDA_ENV" || refuse "CONDA_ENV = $CONDA_ENV: cannot activate it"
+  fi
+  set -u
+  read -ra PYTHON <<<"${CONTAINER:-} python"
+  KARAT=("${PYTHON[@]}" -m karat_scale)
+  export PYTHONPATH=$KARAT_HOME${PYTHONPATH:+:$PYTHONPATH}
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  "${KARAT[@]}" --version >/dev/null ||
+    refuse "\`${KARAT[*]}\` does not run on $(hostname); set VENV, CONDA_ENV, MODULES or CONTAINER"
+}
+
+check_recipe() {
+  "${KARAT[@]}" "$@" --print >/dev/null || exit 2
+}
+
+# A run directory has one state file of ours: the newest checkpoint at the last start, and how often it was the same.
+count_restart() {
+  local latest seen=- idle=0
+  latest=$(cat "$RUN/checkpoints/latest" 2>/dev/null || echo none)
+  if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ -f $RUN/restarts ]]; then
+    read -r seen idle <"$RUN/restarts"
+  fi
+  if [[ $seen == "$latest" ]]; then idle=$((idle + 1)); else idle=0; fi
+  if ((idle > IDLE_RESTARTS)); then
+    echo "error: $idle restarts without a new checkpoint (the newest is $latest): stopped, not requeued;" \
+      "read $RUN/logs, give more --time or an earlier --signal" >&2
+    exit 1
+  fi
+  { mkdir -p "$RUN" && echo "$latest $idle" >"$RUN/restarts"; } || refuse "RUN = $RUN cannot be written"
+}
+
+# Once per node, checked by hash, kept for the next start. Where there is no room, rank.sh reads the shared shards.
+stage_shards() {
+  export KARAT_SHARDS=$1 KARAT_STAGED=
+  [[ -n ${STAGE:-} && -f $1/dataset.json ]] || return 0
+  KARAT_STAGED=$STAGE/karat-$(id -un)/$(basename "$1")-$(sha256sum <"$1/dataset.json" | cut -c 1-12)
+  say "staging $1 to $KARAT_STAGED on each node"
+  # One job of several on a node copies, the others wait for it.
+  # shellcheck disable=SC2016 # the task's shell is to expand these
+  srun --label --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c '
+    mkdir -p "$KARAT_STAGED" && exec flock "$KARAT_STAGED.lock" "$@" --out "$KARAT_STAGED"
+  ' stage "${PYTHON[@]}" "$KARAT_HOME/data_prep/stage.py" --src "$1" 2>&1 ||
+    say "not every node has room or right for a copy; those read $1"
+}
+
+launch() {
+  local per_node=${SLURM_NTASKS_PER_NODE:-1} gpus=${SLURM_GPUS_ON_NODE:-0} cpus=${SLURM_CPUS_PER_TASK:-1}
+  [[ $gpus == 0 || $gpus == "$per_node" ]] ||
+    refuse "$gpus GPUs but $per_node tasks a node; set --ntasks-per-node to --gpus-per-node"
+  local ranks=$((SLURM_JOB_NUM_NODES * per_node))
+  LOGS=$RUN/logs/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+  mkdir -p "$LOGS" || refuse "RUN = $RUN cannot be written"
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # below the ports that kernels hand out
+  export MASTER_ADDR MASTER_PORT KARAT_STALL_SECONDS=$STALL_SECONDS
+
+  say "start $((${SLURM_RESTART_COUNT:-0} + 1)): $ranks ranks on $SLURM_JOB_NODELIST, logs in $LOGS"
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$ranks" --ntasks-per-node="$per_node" --cpus-per-task="$cpus" \
+    --kill-on-bad-exit=1 --unbuffered bash "$KARAT_HOME/slurm/rank.sh" "$LOGS" "${KARAT[@]}" "$@" &
+  STEP=$!
+  trap 'ask_to_save' USR2 TERM
+  until wait "$STEP" || ! kill -0 "$STEP" 2>/dev/null; do :; done # a signal ends `wait`, not the step
+  finish "$ranks"
+}
+
+run_alone() {
+  local code
+  "$@" &
+  STEP=$!
+  trap 'kill -TERM "$STEP"; requeue "told to stop"' USR2 TERM
+  wait "$STEP"
+  code=$?
+  trap - USR2 TERM
+  ((code == 0)) || exit "$code"
+}
+
+# Repeated, since ranks that are still starting do not listen yet. srun passes it on to them.
+ask_to_save() {
+  trap '' USR2 TERM
+  say "told to stop; the ranks are to save"
+  while kill -USR2 "$STEP" 2>/dev/null; do sleep 3; done &
+}
+
+# What became of the step is in the ranks' exit files: srun's own code is that of a rank which it killed itself.
+finish() {
+  local ranks=$1 codes ended first
+  codes=$(cut -d ' ' -f 1 "$LOGS"/rank-*.exit 2>/dev/null)
+  ended=$(grep -c . <<<"$codes")
+  # The first to die, by the clock, names the cause; the others lost their peer.
+  first=$(sort -k 3,3n "$LOGS"/rank-*.exit 2>/dev/null | awk '$1 != 0 && $1 != 75' | head -n 1)
+  if [[ $first == "2 "* ]]; then
+    report_failure "$first"
+  elif [[ -n $first || $ended -lt $ranks ]]; then
+    lost_nodes && requeue "a node is lost"
+    report_failure "$first"
+  elif grep -qx 75 <<<"$codes"; then
+    requeue "saved $(cat "$RUN/checkpoints/latest" 2>/dev/null || echo nothing)"
+  fi
+  say "done"
+  exit 0
+}
+
+lost_nodes() {
+  ! timeout 60 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+    true 2>/dev/null
+}
+
+requeue() {
+  local state
+  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null)
+  if [[ $state != RUNNING ]]; then # cancelled, or SLURM is requeueing it
+    say "$1; not requeued, the job is ${state:-unknown}"
+    exit 75
+  fi
+  say "$1; requeued"
+  trap - USR2 TERM
+  # The site may requeue by exit code (RequeueExit) where this is not allowed.
+  scontrol requeue "$SLURM_JOB_ID" && sleep 60
+  exit 75
+}
+
+report_failure() {
+  local code node died rank log
+  read -r code node died rank <<<"$1"
+  if [[ -z ${code:-} ]]; then
+    echo "error: the ranks were ended from outside; SLURM's own lines above say why; logs: $LOGS" >&2
+    exit 1
+  fi
+  log=$LOGS/rank-$(printf %05d "$rank").log
+  if ((code > 128)); then
+    echo "error: rank $rank on $node was killed by signal $((code - 128)) ($(kill -l "$code")) at" \
+      "$(date -d "@$died" +%T); KILL is most often a lack of memory; log: $log" >&2
+    exit 1
+  fi
+  ((code == 2)) || { echo "the end of $log:" && tail -n 25 "$log"; }
+  echo "rank $rank on $node failed first, exit code $code: $(grep -v '^[[:space:]]*$' "$log" | tail -n 1)" >&2
+  ((code == 2)) && exit 2
+  exit 1
+}

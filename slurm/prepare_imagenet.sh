@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Turn ImageNet into shards on CPU nodes: a job array, one split per element. Stopped, it goes on where it was.
+#
+#   IMAGES=/data/ILSVRC sbatch --account=A --partition=cpu slurm/prepare_imagenet.sh [options of make_webdataset.py ...]
+#
+# IMAGES has the official tars, or train/<class>/* and val/<class>/*. Run on finished shards, it checks every byte.
+
+#SBATCH --job-name=prepare_imagenet
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=16
+#SBATCH --time=08:00:00
+#SBATCH --array=0-1
+#SBATCH --output=%x-%A_%a.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR2@60
+
+# sbatch runs a copy of this file; SLURM knows where the clone is that it came from.
+SCRIPT=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///p;q}')
+KARAT_HOME=${KARAT_HOME:-$(dirname "$(dirname "${SCRIPT:-$(realpath "$0")}")")}
+
+IMAGES=${IMAGES:-}
+SHARDS=${SHARDS:-$KARAT_HOME/data/imagenet}
+SPLITS=${SPLITS:-train val} # one for each element of the array
+VENV=${VENV:-}              # a virtual environment, or
+CONDA_ENV=${CONDA_ENV:-}    # a conda environment; neither: the python on PATH
+MODULES=${MODULES:-}        # modules to load before
+CONTAINER=${CONTAINER:-}    # a prefix, such as "apptainer exec karat.sif"
+
+# shellcheck source-path=SCRIPTDIR source=launch.sh
+source "$KARAT_HOME/slurm/launch.sh" || exit 2
+enter_environment
+[[ -n $IMAGES ]] || refuse "IMAGES is not set; give the directory of ImageNet's tars or folders: IMAGES=DIR sbatch $0"
+[[ -e $IMAGES ]] || refuse "IMAGES = $IMAGES: no such directory"
+read -ra splits <<<"$SPLITS"
+index=${SLURM_ARRAY_TASK_ID:-0}
+((index < ${#splits[@]})) || refuse "array index $index, but there are ${#splits[@]} splits; use --array=0-$((${#splits[@]} - 1))"
+split=${splits[index]}
+
+make_shards() { # DIR OPTIONS...
+  run_alone "${PYTHON[@]}" "$KARAT_HOME/data_prep/make_webdataset.py" --src "$IMAGES" --split "$split" --out "$@" \
+    --workers "${SLURM_CPUS_PER_TASK:-1}"
+}
+
+mkdir -p "$SHARDS" || refuse "SHARDS = $SHARDS cannot be written"
+if grep -qs "^ *\"$split\": {" "$SHARDS/dataset.json"; then
+  make_shards "$SHARDS" "$@"
+else
+  # Apart, since two tasks must not write one dataset.json.
+  [[ -f $SHARDS/.making-$split/dataset.json ]] || make_shards "$SHARDS/.making-$split" "$@"
+  run_alone flock "$SHARDS/.lock" \
+    "${PYTHON[@]}" "$KARAT_HOME/data_prep/join_splits.py" --src "$SHARDS/.making-$split" --out "$SHARDS"
+fi

@@ -1,0 +1,98 @@
+"""The shipped scripts as a user submits them, and what became of the job."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.conftest import ROOT
+from tests.slurm.cluster import Cluster, wait_until
+
+ON_CPU = ("--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1")
+END_SECONDS = 240
+
+
+def submission(
+    cluster: Cluster,
+    script: str,
+    options: tuple[str, ...],
+    arguments: tuple[str, ...],
+    settings: Mapping[str, str],
+    cwd: Path,
+) -> subprocess.CompletedProcess[str]:
+    """`SETTINGS sbatch OPTIONS slurm/SCRIPT ARGUMENTS` from directory `cwd`."""
+    environment = {**cluster.environment, **settings}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    environment.pop("PYTHONPATH", None)
+    command = ["sbatch", *options, str(ROOT / "slurm" / script), *arguments]
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted job."""
+
+    cluster: Cluster
+    id: str
+    output: Path
+
+    @property
+    def log(self) -> str:
+        """What the job has printed so far, over all its starts."""
+        return self.output.read_text() if self.output.is_file() else ""
+
+    def field(self, name: str) -> str:
+        """A field of `scontrol show job`."""
+        shown = self.cluster.command("scontrol", "show", "job", self.id)
+        found = re.search(rf"\b{name}=(\S*)", shown)
+        assert found is not None, shown
+        return found[1]
+
+    @property
+    def ended(self) -> bool:
+        return self.field("JobState") in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+    @property
+    def starts(self) -> int:
+        return int(self.field("Restarts")) + 1
+
+    def wait(self, seconds: float = END_SECONDS) -> str:
+        """Wait for the end; returns "STATE code"."""
+        try:
+            wait_until(lambda: self.ended, seconds, f"job {self.id} at its end")
+        except AssertionError as error:
+            shown = self.cluster.command("scontrol", "show", "job", self.id)
+            raise AssertionError(f"{error}\n{shown}\n{self.log}\n{self.cluster.logs()}") from None
+        return f"{self.field('JobState')} {self.field('ExitCode').partition(':')[0]}"
+
+    def signal_batch(self) -> None:
+        """USR2 to the batch script, as SLURM sends it before preemption or the time limit."""
+        self.cluster.command("scancel", "--batch", "--signal=USR2", self.id)
+
+
+def submit(
+    cluster: Cluster, script: str, *arguments: str, options: tuple[str, ...] = (), cwd: Path, **settings: str | Path
+) -> Job:
+    """Submit a shipped script for CPU nodes."""
+    output = cwd / "job.out"
+    done = submission(
+        cluster,
+        script,
+        (*ON_CPU, f"--output={output}", "--parsable", *options),
+        arguments,
+        {name: str(value) for name, value in settings.items()},
+        cwd,
+    )
+    assert done.returncode == 0, done.stderr
+    return Job(cluster, done.stdout.strip(), output)
