@@ -161,9 +161,14 @@ class TrainConfig(Section):
 
 
 class DeepSpeedConfig(Section):
-    """The DeepSpeed file: a name in `ds_configs/` or the path of your own."""
+    """The DeepSpeed file: a name in `ds_configs/` or the path of your own.
+
+    `cpu_adam` steps what is offloaded to the CPU: torch's AdamW, or DeepSpeed's, which is compiled for minutes at its
+    first use; auto takes DeepSpeed's beside a GPU and torch's elsewhere.
+    """
 
     config: str = "zero0"
+    cpu_adam: Literal["auto", "torch", "deepspeed"] = "auto"
 
 
 class CheckpointConfig(Section):
@@ -235,11 +240,6 @@ class Recipe(Section):
             raise ValueError(
                 f"schedule.warmup_epochs = {self.schedule.warmup_epochs:g} is longer than train.epochs = "
                 f"{self.train.epochs}; shorten the warm-up"
-            )
-        if self.train.precision == "bf16" and self.deepspeed.config == "zero0":
-            raise ValueError(
-                "train.precision = bf16 with deepspeed.config = zero0: DeepSpeed steps wrongly there; "
-                "use deepspeed.config=zero1"
             )
         if self.train.eval_weights == "ema" and self.train.ema_decay == 0:
             raise ValueError("train.eval_weights = ema, but train.ema_decay = 0 keeps none; use auto or raw")

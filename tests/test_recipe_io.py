@@ -60,7 +60,6 @@ def message(path: Path | str, *overrides: str) -> str:
         ("train.global_batch=127", ["train.global_batch = 127", "odd", "augment.mix_prob=0"]),
         ("train.micro_batch=6", ["train.global_batch = 128", "train.micro_batch = 6"]),
         ("train.epochs=3", ["schedule.warmup_epochs = 5", "train.epochs = 3"]),
-        ("train.precision=bf16", ["train.precision = bf16", "deepspeed.config=zero1"]),
         ("checkpoint.keep_last=1", ["checkpoint.keep_last = 1", "2"]),
         ("data.path=", ["data.path"]),
         ("optim=3", ["optim = 3", "weight_decay"]),

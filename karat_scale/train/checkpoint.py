@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from karat_scale.errors import RunDirectoryError
@@ -16,17 +17,14 @@ from karat_scale.recipe import Recipe
 from karat_scale.recipe_io import dump_recipe
 from karat_scale.train.checkpoint_store import CheckpointStore, checkpoint_name
 from karat_scale.train.distributed import World
-from karat_scale.train.ds_internals import use_storage
+from karat_scale.train.ds_internals import shard_layout, use_storage
 from karat_scale.train.ema import Ema
 from karat_scale.train.engine import Engine
 from karat_scale.train.progress import Reporter
+from karat_scale.train.restore import restore
+from karat_scale.train.saved_state import FORMAT, read_state, saved_layout, sidecar_name
 from karat_scale.train.state import TrainState
 from karat_scale.train.tensor_storage import DurableStorage, as_os_error, load_tensors, save_tensors
-
-
-def sidecar_name(rank: int) -> str:
-    """The file that holds what only this rank knows: its random generators and its EMA shard."""
-    return f"rank-{rank:05d}.pt"
 
 
 class Checkpoints:
@@ -72,7 +70,7 @@ class Checkpoints:
         """Load the newest intact checkpoint, or the one in directory `state_of`. None when there is none.
 
         Raises:
-            RunDirectoryError: no checkpoint is intact, or it was written by another world size.
+            RunDirectoryError: no checkpoint is intact, or it is of another model, global batch or version.
         """
         found = self._world.broadcast(self._choose(state_of) if self._world.is_main else None)
         if isinstance(found, RunDirectoryError):
@@ -81,13 +79,13 @@ class Checkpoints:
             return None
         root, name = found
         saved = CheckpointStore(root).state(name)
-        self._refuse_another_world(name, saved)
+        self._refuse_another_batch(name, saved)
+        ranks = [self._world.rank] if self._has_my_layout(root / name, saved) else None
         try:
-            self._engine.deepspeed.load_checkpoint(str(root), tag=name)
-        except RuntimeError as error:  # torch's report of parameters that do not fit
-            reason = str(error).splitlines()[-1].strip()
-            raise RunDirectoryError(f"checkpoint {root / name} holds another model: {reason}") from error
-        self._read_sidecar(root / name / sidecar_name(self._world.rank))
+            restore(self._engine, self._ema, read_state(root / name, saved, ranks))
+        except RunDirectoryError as error:
+            raise RunDirectoryError(f"checkpoint {root / name}: {error}") from error
+        self._restore_generators(root / name, saved)
         state = TrainState.from_json(saved)
         state.restarts += 1
         state.seconds_to_first_step = None  # each start has its own
@@ -106,10 +104,14 @@ class Checkpoints:
         self._engine.deepspeed.save_checkpoint(str(self.store.root), tag=directory.name, save_latest=False)
         if self._storage.error is not None:
             return describe(self._storage.error)
+        # At stage 0 all ranks hold the same, and rank 0 keeps it.
+        owns = self._engine.stage > 0 or self._world.is_main
         sidecar = {
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if self._world.device.type == "cuda" else None,
-            "ema": self._ema.shards if self._ema else None,
+            "shapes": self._engine.shapes if owns else None,
+            "layout": self._layout() if owns else None,
+            "ema": self._ema.shards if self._ema and owns else None,
         }
         try:
             save_tensors(sidecar, directory / sidecar_name(self._world.rank))
@@ -124,7 +126,7 @@ class Checkpoints:
         if not self._world.is_main:
             return None
         content = {
-            "format": 1,
+            "format": FORMAT,
             **state.to_json(),
             "world_size": self._world.size,
             "zero_stage": self._engine.stage,
@@ -164,7 +166,7 @@ class Checkpoints:
             )
         return None
 
-    def _refuse_another_world(self, name: str, saved: dict[str, Any]) -> None:
+    def _refuse_another_batch(self, name: str, saved: dict[str, Any]) -> None:
         global_batch = self._recipe.train.global_batch
         if saved["samples"] != saved["step"] * global_batch:
             written = saved["samples"] // max(saved["step"], 1)
@@ -172,25 +174,29 @@ class Checkpoints:
                 f"checkpoint {name} was written with train.global_batch = {written}, this run has "
                 f"{global_batch}; use train.global_batch={written}"
             )
-        here = {"world_size": self._world.size, "zero_stage": self._engine.stage}
-        if saved["zero_stage"] == here["zero_stage"] == 0:
-            return  # every rank holds the whole state
-        for key, value in here.items():
-            if saved[key] != value:
-                raise RunDirectoryError(
-                    f"checkpoint {name} was written with {key} = {saved[key]}, this run has {value}; "
-                    f"start it with {key} = {saved[key]}"
-                )
 
-    def _read_sidecar(self, path: Path) -> None:
-        if not path.is_file():  # a stage 0 checkpoint of a smaller world: this rank is new
-            path = path.with_name(sidecar_name(0))
+    def _layout(self) -> list[list[tuple[Any, ...]]]:
+        return [[tuple(fragment) for fragment in fragments] for fragments in shard_layout(self._engine.deepspeed)]
+
+    def _has_my_layout(self, checkpoint: Path, saved: dict[str, Any]) -> bool:
+        """Whether each rank finds all it needs in the files of its own number."""
+        differs = saved["world_size"] != self._world.size or saved["zero_stage"] != self._engine.stage
+        if not differs and saved["zero_stage"] > 0:
+            sidecar = load_tensors(checkpoint / sidecar_name(self._world.rank), mmap=True)
+            differs = saved_layout(sidecar) != shard_layout(self._engine.deepspeed)
+        return not self._world.any(differs)
+
+    def _restore_generators(self, checkpoint: Path, saved: dict[str, Any]) -> None:
+        """A rank goes on with the generators of its number; where there are none, they start from the step."""
+        path = checkpoint / sidecar_name(self._world.rank)
+        if not path.is_file():
+            key = (self._recipe.run.seed, saved["step"], self._world.rank)
+            torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+            return
         sidecar = load_tensors(path)
         torch.set_rng_state(sidecar["rng"])
         if sidecar["cuda_rng"] is not None and self._world.device.type == "cuda":
             torch.cuda.set_rng_state(sidecar["cuda_rng"])
-        if self._ema is not None and sidecar["ema"] is not None:
-            self._ema.load(sidecar["ema"])
 
 
 def describe(error: OSError) -> str:

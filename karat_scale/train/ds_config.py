@@ -1,13 +1,15 @@
 """DeepSpeed's configuration file, with its "auto" fields filled from the recipe."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import Recipe
+from karat_scale.train.ds_keys import check_keys
 
-SUPPORTED_STAGES = (0, 1)
+_NEVER = 10**9
 
 
 def config_directory() -> Path:
@@ -18,37 +20,45 @@ def config_directory() -> Path:
 
 
 def load_ds_config(recipe: Recipe, world_size: int, micro_batch: int) -> dict[str, Any]:
-    """The configuration DeepSpeed gets: the file the recipe names, every "auto" replaced.
+    """The configuration DeepSpeed gets: the file the recipe names, every "auto" and missing number filled.
 
     Raises:
-        RecipeError: no such file, not JSON, an "auto" we cannot fill, or a ZeRO stage we do not train.
+        RecipeError: no such file, not JSON, an "auto" we cannot fill, a wrong or unknown key, or a number that
+            contradicts the recipe.
     """
     path = _find(recipe.deepspeed.config)
+    source = f"deepspeed.config = {path}"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"deepspeed.config = {path}: not valid JSON: {error}") from None
+        raise RecipeError(f"{source}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
-        raise RecipeError(f"deepspeed.config = {path}: should be a JSON object")
-    _fill_auto(config, _auto_values(recipe, world_size, micro_batch), str(path))
+        raise RecipeError(f"{source}: should be a JSON object")
+    values = _auto_values(recipe, world_size, micro_batch)
+    _fill_auto(config, values, source)
+    check_keys(config, source)
     stage = zero_stage(config)
-    if stage not in SUPPORTED_STAGES:
-        supported = ", ".join(map(str, SUPPORTED_STAGES))
-        raise RecipeError(f"deepspeed.config = {path}: ZeRO stage {stage} is not supported; use {supported}")
-    if stage == 0 and recipe.train.precision == "bf16":
-        raise RecipeError(
-            f"deepspeed.config = {path}: ZeRO stage 0 in bf16 steps wrongly in DeepSpeed; "
-            "use deepspeed.config=zero1 or train.precision=fp32"
-        )
+    if stage == 0 or recipe.train.precision == "fp32":
+        values["data_types.grad_accum_dtype"] = "fp32"
+    _settle(config, values, source)
     if stage == 0:
-        # DeepSpeed clips at stage 0 without telling the norm and steps on NaN; the engine does both.
+        # In bf16 DeepSpeed makes a step of its own at the start, so the engine uses autocast; it clips without
+        # telling the norm and steps on NaN, so the engine does that too.
+        config["bf16"]["enabled"] = False
         config["gradient_clipping"] = 0.0
     return config
 
 
-def zero_stage(config: dict[str, Any]) -> int:
+def zero_stage(config: Mapping[str, Any]) -> int:
     """The ZeRO stage a configuration asks for; DeepSpeed's default is 0."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def offloads_optimizer(config: Mapping[str, Any]) -> bool:
+    """Whether the optimizer's states and steps are on the CPU."""
+    zero = config.get("zero_optimization", {})
+    device = (zero.get("offload_optimizer") or {}).get("device", "none")
+    return bool(device != "none" or zero.get("cpu_offload"))
 
 
 def _find(name: str) -> Path:
@@ -78,5 +88,18 @@ def _fill_auto(node: dict[str, Any], values: dict[str, Any], source: str, prefix
         elif value == "auto":
             if name not in values:
                 known = ", ".join(values)
-                raise RecipeError(f'deepspeed.config = {source}: {name} = "auto" has no source; only {known}')
+                raise RecipeError(f'{source}: {name} = "auto" has no source; only {known}')
             node[key] = values[name]
+
+
+def _settle(config: dict[str, Any], values: dict[str, Any], source: str) -> None:
+    """Fill what the file leaves out; refuse what it sets to something else than the recipe."""
+    for name, value in values.items():
+        node = config
+        *parents, leaf = name.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        if node.setdefault(leaf, value) != value:
+            raise RecipeError(f'{source}: {name} = {node[leaf]!r}, but the recipe makes it {value!r}; set it to "auto"')
+    config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    config.setdefault("steps_per_print", _NEVER)

@@ -1,9 +1,14 @@
 """Every private corner of DeepSpeed that we touch, in one place; a test fails when a release moves one."""
 
+import contextlib
 import logging
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from karat_scale.train.shards import Fragment, Layout
 
 
 def quieten_and_skip_builds() -> None:
@@ -14,22 +19,120 @@ def quieten_and_skip_builds() -> None:
     # The shared-memory all-reduce is compiled for a minute at first use, and gloo does without it.
     __compatible_ops__["deepspeed_shm_comm"] = False
     logger.setLevel(logging.WARNING)
+    # Stage 3 still calls what torch.distributed has renamed; each rank would say so at each new place.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+@contextlib.contextmanager
+def quiet_initialization() -> Iterator[None]:
+    """Keep DeepSpeed's bf16 optimizer from printing the machine's memory, a garbage collection each time."""
+    from deepspeed.runtime import bf16_optimizer
+
+    report = bf16_optimizer.see_memory_usage
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        bf16_optimizer.see_memory_usage = report
 
 
 def master_weights(engine: Any) -> list[torch.Tensor]:
-    """The fp32 tensors that this rank's optimizer steps, in a fixed order.
+    """The fp32 tensors that this rank's optimizer steps, in the order of its states.
 
-    Stage 0: the trainable parameters themselves. Stage 1: one flat shard per parameter group.
+    Stage 0: the trainable parameters. Stages 1 and 2: one flat shard per parameter group. Stage 3: one per sub-group.
     """
-    if engine.zero_optimization_stage() == 0:
-        return [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
-    return list(engine.optimizer.single_partition_of_fp32_groups)
+    optimizer = engine.optimizer
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if stage == 3:
+        return list(optimizer.fp32_partitioned_groups_flat)
+    if hasattr(optimizer, "fp32_groups_flat_partition"):  # stage 1 in bf16 has an optimizer of its own
+        return list(optimizer.fp32_groups_flat_partition)
+    return list(optimizer.single_partition_of_fp32_groups)
+
+
+def shard_layout(engine: Any) -> Layout:
+    """What lies where in each of `master_weights(engine)`."""
+    optimizer = engine.optimizer
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return [[Fragment(names[p], 0, 0, p.numel())] for p in master_weights(engine)]
+    if stage == 3:
+        return [_stage_3_fragments(group, names, engine.global_rank) for group in optimizer.fp16_groups]
+    groups = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
+    return [
+        [
+            Fragment(names[p], m.lp_fragment_address.start, m.hp_fragment_address.start, m.lp_fragment_address.numel)
+            for p in group
+            if (m := p._hp_mapping) is not None
+        ]
+        for group in groups
+    ]
+
+
+def _stage_3_fragments(group: list[Any], names: dict[Any, str], rank: int) -> list[Fragment]:
+    """A sub-group is the rank's equal part of each parameter, one after the other; the last rank's may be padded."""
+    fragments, offset = [], 0
+    for parameter in group:
+        size = parameter.partition_numel()
+        start = rank * size
+        length = min(size, parameter.ds_numel - start)
+        if length > 0:
+            fragments.append(Fragment(names[parameter], start, offset, length))
+        offset += size
+    return fragments
+
+
+def load_optimizer_states(engine: Any, states: list[dict[str, Any]]) -> None:
+    """Set the optimizer's states of each of `master_weights(engine)`."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    base = engine.basic_optimizer
+    if stage == 3:  # between steps the groups are kept empty
+        optimizer._set_fp32_optimizer_param_groups()
+    groups = base.state_dict()["param_groups"]
+    base.load_state_dict({"state": dict(enumerate(states)), "param_groups": groups})
+    if isinstance(base, torch.optim.AdamW):
+        for group in base.param_groups:
+            for parameter in group["params"]:
+                state = base.state[parameter]
+                if "step" in state:  # a number in the file, a tensor in torch's optimizer
+                    device = parameter.device if group["fused"] else "cpu"
+                    state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device=device)
+    else:
+        for state in base.state.values():
+            state.update({key: int(state[key]) for key in ("step",) if key in state})
+    if stage == 3:
+        optimizer._clear_fp32_optimizer_param_groups()
+    elif stage > 0:
+        optimizer._link_all_hp_params()
 
 
 def refresh_module(engine: Any) -> None:
-    """Make the module's parameters follow the master weights again. Collective at stage 1."""
-    if engine.zero_optimization_stage() > 0:
-        engine.optimizer.update_lp_params()
+    """Make the module's parameters follow the master weights again. Collective from stage 1 on."""
+    optimizer = engine.optimizer
+    stage = engine.zero_optimization_stage()
+    if stage in (1, 2):
+        optimizer.update_lp_params()
+    elif stage == 3:
+        optimizer._partition_all_parameters()
+        for number in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        persistent = optimizer.persistent_parameters  # small ones, whole on each rank at all times
+        if persistent:
+            persistent[0].all_gather(persistent)
+
+
+def forget_gradients(engine: Any) -> None:
+    """After a skipped step: clear the sums that DeepSpeed 0.19 keeps at stages 1 and 2 with offload.
+
+    Left there, one NaN would make every later step a skipped one.
+    """
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() in (1, 2) and hasattr(optimizer, "averaged_gradients"):
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
 
 
 def use_storage(engine: Any, storage: Any) -> None:

@@ -35,12 +35,6 @@ class Ema:
         weight = 1.0 - ema_decay(step, self._decay, self._warmup)
         torch._foreach_lerp_(self.shards, master_weights(self._engine), weight)
 
-    @torch.no_grad()
-    def load(self, shards: list[torch.Tensor]) -> None:
-        """Take the averages of a checkpoint of the same model, stage and world size."""
-        for mine, saved in zip(self.shards, shards, strict=True):
-            mine.copy_(saved)
-
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
         """Let the module hold the averages inside the block, and its own weights again after it. Collective."""

@@ -1,4 +1,8 @@
-"""The DeepSpeed engine, and what it leaves to its caller at ZeRO stage 0."""
+"""The DeepSpeed engine, and what it leaves to its caller at ZeRO stage 0.
+
+The model is built whole and partitioned by `deepspeed.initialize`: under `deepspeed.zero.Init` timm's initialisation
+would be passed over in silence.
+"""
 
 import math
 from typing import Any
@@ -7,28 +11,37 @@ import torch
 from timm.models import VisionTransformer
 from torch import nn
 
-from karat_scale.models import no_weight_decay_names
+from karat_scale.models import no_weight_decay_names, parameter_count
 from karat_scale.recipe import OptimConfig, Recipe
 from karat_scale.train.distributed import World
-from karat_scale.train.ds_config import load_ds_config, zero_stage
-from karat_scale.train.ds_internals import quieten_and_skip_builds
+from karat_scale.train.ds_config import load_ds_config, offloads_optimizer, zero_stage
+from karat_scale.train.ds_internals import (
+    forget_gradients,
+    master_weights,
+    quiet_initialization,
+    quieten_and_skip_builds,
+    shard_layout,
+)
+from karat_scale.train.shards import zero_padding
 
 
-def build_optimizer(model: VisionTransformer, optim: OptimConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW in two groups, with and without weight decay; fused on CUDA."""
+def build_optimizer(
+    model: VisionTransformer, optim: OptimConfig, device: torch.device, cpu_adam: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW in two groups, with and without weight decay; fused on CUDA, DeepSpeed's for CPUs with `cpu_adam`."""
     exempt = no_weight_decay_names(model, optim.karat_weight_decay)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in trainable if name not in exempt], "weight_decay": optim.weight_decay},
         {"params": [p for name, p in trainable if name in exempt], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=optim.lr,
-        betas=optim.betas,
-        eps=optim.eps,
-        fused=device.type == "cuda",
-    )
+    groups = [group for group in groups if group["params"]]
+    if cpu_adam:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        built: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        return built
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=device.type == "cuda")
 
 
 class Engine:
@@ -39,20 +52,33 @@ class Engine:
         quieten_and_skip_builds()
         import deepspeed
 
-        model = model.to(world.device)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(model, recipe.optim, world.device),
-            config=config,
-        )
         self.stage = zero_stage(config)
+        # At stage 3 the partitioned module's parameters look empty.
+        self.parameters = parameter_count(model)
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        choice = recipe.deepspeed.cpu_adam
+        cpu_adam = offloads_optimizer(config) and (
+            choice == "deepspeed" or (choice == "auto" and world.device.type == "cuda")
+        )
+        config["zero_force_ds_cpu_optimizer"] = cpu_adam
+        model = model.to(world.device)
+        with quiet_initialization():
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=build_optimizer(model, recipe.optim, world.device, cpu_adam),
+                config=config,
+            )
+        if self.stage > 0:
+            for fragments, master in zip(shard_layout(self.deepspeed), master_weights(self.deepspeed), strict=True):
+                zero_padding(fragments, master)
+        self._device_type = world.device.type
         self._skipped_steps = 0
         self._clip = recipe.optim.clip_grad
-        self._dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+        self._is_bf16 = recipe.train.precision == "bf16"
 
     @property
     def module(self) -> nn.Module:
-        """The model as it trains: bf16 parameters where the recipe says bf16."""
+        """The model as it trains: in bf16 its parameters are bf16 from stage 1 on, at stage 3 each rank's own part."""
         return self.deepspeed.module
 
     def set_lr(self, lr: float) -> None:
@@ -62,7 +88,14 @@ class Engine:
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits float32 [b, classes] for normalised images [b, 3, H, W]."""
-        return self.deepspeed(images.to(self._dtype)).float()
+        if not self._is_bf16:
+            logits: torch.Tensor = self.deepspeed(images)
+        elif self.stage == 0:  # fp32 weights under autocast
+            with torch.autocast(self._device_type, dtype=torch.bfloat16):
+                logits = self.deepspeed(images)
+        else:
+            logits = self.deepspeed(images.to(torch.bfloat16))
+        return logits.float()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients of a micro batch's mean loss; the last of a step reduces them over ranks."""
@@ -80,6 +113,8 @@ class Engine:
         self.deepspeed.step()
         if self.stage > 0 and self.deepspeed.was_step_applied():
             norm = float(self.deepspeed.get_global_grad_norm())
+        elif self.stage > 0:
+            forget_gradients(self.deepspeed)
         self._skipped_steps += not math.isfinite(norm)
         return norm
 

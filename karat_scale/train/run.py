@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from karat_scale.errors import UserError
-from karat_scale.models import parameter_count
 from karat_scale.recipe import Recipe
 from karat_scale.train import distributed
 from karat_scale.train.distributed import World
@@ -55,7 +54,7 @@ def _train(recipe: Recipe, world: World, directory: RunDirectory, signals: StopS
     parts: Parts | None = None
     try:
         parts = build_parts(recipe, world, directory, signals, reporter)
-        outcome.parameters = parameter_count(parts.engine.module)
+        outcome.parameters = parts.engine.parameters
         state = parts.checkpoints.load(_branch_point(recipe, directory)) or outcome.state
         outcome.state, outcome.begun = state, True
         if world.is_main:

@@ -18,10 +18,13 @@ def save_tensors(value: Any, path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def load_tensors(path: Path, map_location: Any = "cpu") -> Any:
-    """Read what `save_tensors` wrote. A file that would run code is refused with torch's UnpicklingError."""
+def load_tensors(path: Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
+    """Read what `save_tensors` wrote, with `mmap` each tensor when it is used.
+
+    A file that would run code is refused with torch's UnpicklingError.
+    """
     with torch.serialization.safe_globals(checkpoint_globals()):
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
 
 
 class DurableStorage(CheckpointEngine):

@@ -1,6 +1,6 @@
 """Whole fp32 weights out of a checkpoint, raw or averaged, whatever number of ranks wrote it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from karat_scale.errors import RunDirectoryError
-from karat_scale.train.checkpoint import sidecar_name
-from karat_scale.train.tensor_storage import load_tensors
+from karat_scale.train.restore import check_shapes
+from karat_scale.train.saved_state import read_state
+from karat_scale.train.shards import Fragment
 
-_MODEL_FILE = "mp_rank_00_model_states.pt"
 
-
+@torch.no_grad()
 def load_weights(model: nn.Module, checkpoint: Path, saved: Mapping[str, Any], ema: bool) -> None:
     """Copy a checkpoint's weights into `model`, in place, in the model's dtype.
 
@@ -28,40 +28,15 @@ def load_weights(model: nn.Module, checkpoint: Path, saved: Mapping[str, Any], e
     """
     if ema and not saved["has_ema"]:
         raise RunDirectoryError(f"{checkpoint}: has no EMA weights; use --weights raw")
-    states = load_tensors(checkpoint / _MODEL_FILE)
-    parameters = dict(model.named_parameters())
+    state = read_state(checkpoint, saved)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
-        model.load_state_dict(states["module"])  # buffers, and all there is at stage 0
-        with torch.no_grad():
-            for name, value in _masters(checkpoint, saved, states, ema, list(parameters)):
-                parameters[name].copy_(value)
-    except (RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise RunDirectoryError(f"checkpoint {checkpoint} holds another model: {reason}") from error
-
-
-def _masters(
-    checkpoint: Path, saved: Mapping[str, Any], states: Mapping[str, Any], ema: bool, names: list[str]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    if saved["zero_stage"] == 0:
-        if ema:
-            yield from zip(names, load_tensors(checkpoint / sidecar_name(0))["ema"], strict=True)
-        return
-    ranks = [_shards(checkpoint, rank, ema) for rank in range(saved["world_size"])]
-    for shards, shapes in zip(zip(*ranks, strict=True), states["param_shapes"], strict=True):
-        flat = torch.cat([shard.flatten() for shard in shards])
-        offset = 0
-        for name, shape in shapes.items():
-            yield name, flat[offset : offset + shape.numel()].view(shape)
-            offset += shape.numel()
-
-
-def _shards(checkpoint: Path, rank: int, ema: bool) -> list[torch.Tensor]:
-    """One rank's flat fp32 shard of each parameter group."""
-    if ema:
-        shards: list[torch.Tensor] = load_tensors(checkpoint / sidecar_name(rank))["ema"]
-        return shards
-    # DeepSpeed puts "bf16_" before the name in bf16.
-    (path,) = checkpoint.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-    masters: list[torch.Tensor] = load_tensors(path)["optimizer_state_dict"]["single_partition_of_fp32_groups"]
-    return masters
+        check_shapes({name: tuple(parameter.shape) for name, parameter in trainable.items()}, state.shapes)
+        pieces = state.ema if ema and state.ema is not None else state.masters
+        for name, parameter in trainable.items():
+            pieces.fill([Fragment(name, 0, 0, parameter.numel())], parameter)
+    except (RunDirectoryError, KeyError) as error:
+        raise RunDirectoryError(f"checkpoint {checkpoint}: {error.args[0]}") from error
+    for name, buffer in model.named_buffers():
+        if name in state.buffers:
+            buffer.copy_(state.buffers[name])

@@ -14,6 +14,8 @@ from karat_scale.train.distributed import World
 from karat_scale.train.engine import Engine
 from tests.conftest import SMALL
 
+CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_offload_params")
+
 
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:
@@ -58,5 +60,21 @@ def train_once(engine: Engine, seed: int, lr: float = 1e-2) -> float | None:
 
 
 def weights(engine: Engine) -> list[torch.Tensor]:
-    """Copies of the module's parameters."""
-    return [parameter.detach().clone() for parameter in engine.module.parameters()]
+    """Copies of the module's parameters, whole at every stage."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(list(engine.module.parameters()), enabled=engine.stage == 3):
+        return [parameter.detach().clone() for parameter in engine.module.parameters()]
+
+
+def equal(left: object, right: object) -> bool:
+    """Bit for bit, through nested containers."""
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and torch.equal(left, right)
+    if isinstance(left, dict):
+        return isinstance(right, dict) and left.keys() == right.keys() and all(equal(left[k], right[k]) for k in left)
+    if isinstance(left, list | tuple):
+        return isinstance(right, list | tuple) and len(left) == len(right) and all(map(equal, left, right))
+    if hasattr(left, "__dict__"):  # DeepSpeed's loss scaler and fragment addresses
+        return type(left) is type(right) and equal(vars(left), vars(right))
+    return left == right

@@ -3,9 +3,17 @@
 import pytest
 import torch
 
-from karat_scale.train.ds_internals import checkpoint_globals, master_weights, refresh_module, use_storage
+from karat_scale.train.ds_internals import (
+    checkpoint_globals,
+    load_optimizer_states,
+    master_weights,
+    refresh_module,
+    shard_layout,
+    use_storage,
+)
+from karat_scale.train.shards import Fragment, Pieces
 from karat_scale.train.tensor_storage import DurableStorage
-from tests.train.conftest import train_once, weights
+from tests.train.conftest import CONFIGS, train_once, weights
 
 
 def test_the_shared_memory_build_is_switched_off(small_recipe, make_engine) -> None:
@@ -15,9 +23,12 @@ def test_the_shared_memory_build_is_switched_off(small_recipe, make_engine) -> N
     assert __compatible_ops__["deepspeed_shm_comm"] is False
 
 
-@pytest.mark.parametrize("config", ["zero0", "zero1"])
-def test_masters_hold_every_weight_and_the_module_follows_them(small_recipe, make_engine, config: str) -> None:
-    engine = make_engine(small_recipe(f"deepspeed.config={config}"))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_masters_hold_every_weight_and_the_module_follows_them(
+    small_recipe, make_engine, config: str, precision: str
+) -> None:
+    engine = make_engine(small_recipe(f"deepspeed.config={config}", f"train.precision={precision}"))
     train_once(engine, 0)
     masters = master_weights(engine.deepspeed)
     assert all(master.dtype == torch.float32 for master in masters)
@@ -27,6 +38,43 @@ def test_masters_hold_every_weight_and_the_module_follows_them(small_recipe, mak
             master.data.fill_(0.5)
     refresh_module(engine.deepspeed)
     assert all(bool((tensor == 0.5).all()) for tensor in weights(engine))
+
+
+def test_an_engine_is_built_without_a_word(small_recipe, make_engine, capfd: pytest.CaptureFixture[str]) -> None:
+    make_engine(small_recipe("deepspeed.config=zero1", "train.precision=bf16"))
+    make_engine(small_recipe("deepspeed.config=zero3", "train.precision=bf16"))
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_layout_covers_each_weight_once(small_recipe, make_engine, config: str) -> None:
+    engine = make_engine(small_recipe(f"deepspeed.config={config}"))
+    layout = shard_layout(engine.deepspeed)
+    pieces = Pieces()
+    for fragments, master in zip(layout, master_weights(engine.deepspeed), strict=True):
+        pieces.add(fragments, master)
+    assert sorted(f.name for fragments in layout for f in fragments) == sorted(engine.shapes)
+    for (name, shape), weight in zip(engine.shapes.items(), weights(engine), strict=True):
+        whole = torch.empty(shape)
+        pieces.fill([Fragment(name, 0, 0, whole.numel())], whole)
+        assert torch.equal(whole, weight)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_optimizer_states_go_in_as_they_came_out(small_recipe, make_engine, config: str) -> None:
+    engine = make_engine(small_recipe(f"deepspeed.config={config}"))
+    train_once(engine, 0)
+    states = [{"step": 7.0, "exp_avg": m.detach() + 1, "exp_avg_sq": m.detach() ** 2} for m in _masters(engine)]
+    load_optimizer_states(engine.deepspeed, states)
+    base = engine.deepspeed.basic_optimizer
+    for master, state in zip(_masters(engine), states, strict=True):
+        assert torch.equal(base.state[master]["exp_avg_sq"], state["exp_avg_sq"])
+    train_once(engine, 1)
+    assert [float(base.state[master]["step"]) for master in _masters(engine)] == [8.0] * len(states)
+
+
+def _masters(engine) -> list[torch.Tensor]:
+    return master_weights(engine.deepspeed)
 
 
 def test_storage_takes_the_place_of_deepspeeds_own(small_recipe, make_engine) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from karat_scale.train.checkpoint_store import CheckpointStore
 from karat_scale.train.tensor_storage import load_tensors
 from tests.conftest import events, karat, karat_command, karat_environment, summary
+from tests.train.conftest import equal
 
 STEPS = 16  # 2 epochs of 64 samples in batches of 8
 EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.keep_last=2")
@@ -66,19 +66,6 @@ def final_tensors(run: Path) -> dict[str, object]:
     """All tensor files of the last checkpoint: weights, optimizer, EMA and random generators."""
     last = run / "checkpoints" / f"step-{STEPS:08d}"
     return {path.name: load_tensors(path) for path in sorted(last.glob("*.pt"))}
-
-
-def equal(left: object, right: object) -> bool:
-    """Bit for bit, through nested containers."""
-    if isinstance(left, torch.Tensor):
-        return isinstance(right, torch.Tensor) and torch.equal(left, right)
-    if isinstance(left, dict):
-        return isinstance(right, dict) and left.keys() == right.keys() and all(equal(left[k], right[k]) for k in left)
-    if isinstance(left, list | tuple):
-        return isinstance(right, list | tuple) and len(left) == len(right) and all(map(equal, left, right))
-    if hasattr(left, "__dict__"):  # DeepSpeed's loss scaler and fragment addresses
-        return type(left) is type(right) and equal(vars(left), vars(right))
-    return left == right
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -1,0 +1,200 @@
+"""Which keys a DeepSpeed file may have here. DeepSpeed passes over an unknown top-level key in silence."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from karat_scale.errors import RecipeError
+
+# Known to DeepSpeed, and either the recipe's own business or nothing that this trainer does.
+REFUSED = {
+    "optimizer": "the recipe's optim section makes the optimizer",
+    "scheduler": "the recipe's schedule section sets the learning rate",
+    "checkpoint": "the recipe's checkpoint section says when to save",
+    "fp16": "train.precision is fp32 or bf16",
+    "torch_autocast": "train.precision is fp32 or bf16",
+    "bfloat16": 'the section is now called "bf16"',
+    "managed_gradient_accumulation": "the loop accumulates by train.micro_batch",
+    "gradient_allreduce_op": "losses are means over the global batch",
+    "dataloader_drop_last": "the recipe's data section loads the data",
+    "data_efficiency": "the recipe's data section orders the data",
+    "curriculum_learning": "the recipe's data section orders the data",
+    "autotuning": "train.micro_batch sets the micro batch",
+    "weight_quantization": "weights are not quantised here",
+    "aio": "nothing is offloaded to NVMe here",
+    "hybrid_engine": "it is for text generation",
+    "pipeline": "there is no pipeline parallelism here",
+    "tensor_parallel": "there is no tensor parallelism here",
+    "expert_parallel": "there is no expert parallelism here",
+    "use_data_before_expert_parallelism": "there is no expert parallelism here",
+    "sequence_parallel_size": "there is no sequence parallelism here",
+    "seq_parallel_communication_data_type": "there is no sequence parallelism here",
+    "datastates_ckpt": "the recipe's checkpoint section says when to save",
+    "vocabulary_size": "images have none",
+}
+ACCEPTED = frozenset(
+    {
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "steps_per_print",
+        "dump_state",
+        "disable_python_gc",
+        "disable_allgather",
+        "communication_data_type",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "bf16",
+        "data_types",
+        "activation_checkpointing",
+        "comms_logger",
+        "tensorboard",
+        "wandb",
+        "csv_monitor",
+        "comet",
+        "flops_profiler",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "log_level",
+        "compile",
+        "timers",
+    }
+)
+# (section, key, value that is refused or None for any, why)
+_REFUSED_VALUES = (
+    ("bf16", "check_grad_overflow", False, "steps on NaN gradients"),
+    ("bf16", "bf16_master_weights_and_grads", True, "master weights are fp32 here"),
+    ("bf16", "bf16_optimizer_states", True, "optimizer states are fp32 here"),
+    ("zero_optimization", "elastic_checkpoint", True, "checkpoints resume at any world size without it"),
+    ("zero_optimization", "legacy_stage1", True, "DeepSpeed has dropped it"),
+    ("zero_optimization", "compute_grad_norm", False, "the norm is clipped by and reported"),
+    ("zero_optimization", "zenflow", None, "it is not supported"),
+    ("offload_optimizer", "super_offload", True, "it is not supported"),
+    ("offload_optimizer", "device", "nvme", 'it is not supported; use "cpu"'),
+    ("offload_param", "device", "nvme", 'it is not supported; use "cpu"'),
+)
+
+
+def check_keys(config: Mapping[str, Any], source: str) -> None:
+    """Refuse what DeepSpeed would ignore, reject late or do wrongly.
+
+    Args:
+        config: a DeepSpeed configuration without "auto".
+        source: begins the error.
+
+    Raises:
+        RecipeError: an unknown key, a value of the wrong type, or something this trainer cannot go along with.
+    """
+    for key in config:
+        if key in REFUSED:
+            raise RecipeError(f"{source}: {key}: {REFUSED[key]}; remove it")
+        if key not in ACCEPTED:
+            raise RecipeError(f"{source}: {key}: unknown key{_near(key, ACCEPTED)}")
+    for name, model in _models().items():
+        if name in config:
+            _check_section(name, config[name], model, source)
+    for name, keys in _plain_sections().items():
+        for key in _object(name, config.get(name, {}), source):
+            if key not in keys:
+                raise RecipeError(f"{source}: {name}.{key}: unknown key{_near(key, keys)}")
+    _check_values(config, source)
+
+
+def _check_section(name: str, section: Any, model: type[BaseModel], source: str) -> None:
+    try:
+        model.model_validate(dict(_object(name, section, source)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in (name, *first["loc"]))
+        if first["type"] == "extra_forbidden":
+            hint = _near(str(first["loc"][-1]), _field_names(model))
+            raise RecipeError(f"{source}: {key}: unknown key{hint}") from None
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        given = "" if isinstance(first["input"], Mapping) else f" = {first['input']!r}"
+        raise RecipeError(f"{source}: {key}{given}: {message}") from None
+
+
+def _check_values(config: Mapping[str, Any], source: str) -> None:
+    zero = config.get("zero_optimization", {})
+    places = {
+        "bf16": ("bf16", config.get("bf16", {})),
+        "zero_optimization": ("zero_optimization", zero),
+        "offload_optimizer": ("zero_optimization.offload_optimizer", zero.get("offload_optimizer") or {}),
+        "offload_param": ("zero_optimization.offload_param", zero.get("offload_param") or {}),
+    }
+    for place, key, refused, why in _REFUSED_VALUES:
+        path, section = places[place]
+        if key in section and (section[key] == refused or (refused is None and section[key] is not None)):
+            raise RecipeError(f"{source}: {path}.{key} = {section[key]!r}: {why}; remove it")
+    if places["offload_optimizer"][1].get("ratio", 1.0) != 1.0:
+        raise RecipeError(f"{source}: zero_optimization.offload_optimizer.ratio: only 1.0 is supported; remove it")
+    for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        if places[name][1].get("device", "none") != "none" and int(zero.get("stage", 0)) < least:
+            raise RecipeError(f"{source}: zero_optimization.{name} needs ZeRO stage {least} or higher")
+
+
+def _object(name: str, section: Any, source: str) -> Mapping[str, Any]:
+    if not isinstance(section, Mapping):
+        raise RecipeError(f"{source}: {name} = {section!r}: should be an object")
+    return section
+
+
+def _models() -> dict[str, type[BaseModel]]:
+    """DeepSpeed's own schemas of sections, where it has one."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.compile.config import CompileConfig
+    from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "bf16": DeepSpeedBF16Config,
+        "comms_logger": CommsLoggerConfig,
+        "compile": CompileConfig,
+        "tensorboard": TensorBoardConfig,
+        "csv_monitor": CSVConfig,
+        "wandb": WandbConfig,
+        "comet": CometConfig,
+    }
+
+
+def _plain_sections() -> dict[str, frozenset[str]]:
+    """Sections that DeepSpeed reads key by key, so that it never sees a wrong one."""
+    from deepspeed.profiling import constants as profiling
+    from deepspeed.runtime import constants
+    from deepspeed.runtime.activation_checkpointing.config import ACT_CHKPT_DEFAULT
+
+    data_types = ("GRAD_ACCUM_DTYPE", "PARAM_DTYPE", "BUFFER_DTYPE", "KEEP_IN_FP32_MODULES")
+    profiler = (
+        value
+        for name, value in vars(profiling).items()
+        if name.startswith("FLOPS_PROFILER_") and not name.endswith(("_DEFAULT", "_FORMAT"))
+    )
+    return {
+        "activation_checkpointing": frozenset(ACT_CHKPT_DEFAULT),
+        "data_types": frozenset(getattr(constants, name) for name in data_types),
+        "flops_profiler": frozenset(profiler),
+    }
+
+
+def _field_names(model: type[BaseModel]) -> set[str]:
+    """Every key of a schema and of the schemas inside it."""
+    names: set[str] = set()
+    for name, field in model.model_fields.items():
+        names.add(field.alias or name)
+        for inner in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                names |= _field_names(inner)
+    return names
+
+
+def _near(key: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else "; DeepSpeed has no such key"

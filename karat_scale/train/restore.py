@@ -1,0 +1,70 @@
+"""A saved state into an engine, of any world size and ZeRO stage."""
+
+from typing import Any
+
+import torch
+
+from karat_scale.errors import RunDirectoryError
+from karat_scale.train.ds_internals import load_optimizer_states, master_weights, refresh_module, shard_layout
+from karat_scale.train.ema import Ema
+from karat_scale.train.engine import Engine
+from karat_scale.train.saved_state import SavedState
+from karat_scale.train.shards import Fragment
+
+
+def restore(engine: Engine, ema: Ema | None, saved: SavedState) -> None:
+    """Give an engine the weights, optimizer states and averages of a checkpoint. Collective from stage 1 on.
+
+    An average that the checkpoint does not have begins at the weights.
+
+    Raises:
+        RunDirectoryError: the checkpoint is of another model or optimizer.
+    """
+    check_shapes(engine.shapes, saved.shapes)
+    layout, masters = shard_layout(engine.deepspeed), master_weights(engine.deepspeed)
+    states = []
+    try:
+        for fragments, master in zip(layout, masters, strict=True):
+            saved.masters.fill(fragments, master.data)
+            states.append(_optimizer_state(fragments, master, saved))
+        if ema is not None:
+            for fragments, shard in zip(layout, ema.shards, strict=True):
+                (saved.ema or saved.masters).fill(fragments, shard)
+    except KeyError as error:
+        raise RunDirectoryError(f"it holds another model: {error.args[0]}") from error
+    load_optimizer_states(engine.deepspeed, states)
+    refresh_module(engine.deepspeed)
+    for name, buffer in engine.module.named_buffers():
+        if name in saved.buffers:
+            buffer.copy_(saved.buffers[name])
+    for counter, value in saved.counters.items():
+        setattr(engine.deepspeed, counter, value)
+
+
+def check_shapes(here: dict[str, tuple[int, ...]], there: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a checkpoint whose parameters are not this model's.
+
+    Raises:
+        RunDirectoryError: names the first parameter that differs.
+    """
+    for name in [*here, *there]:
+        if here.get(name) != (tuple(there[name]) if name in there else None):
+            sizes = [f"[{', '.join(map(str, s[name]))}]" if name in s else "not" for s in (there, here)]
+            raise RunDirectoryError(f"it holds another model: {name} is {sizes[0]} there and {sizes[1]} here")
+
+
+def _optimizer_state(fragments: list[Fragment], master: torch.Tensor, saved: SavedState) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    for key, pieces in saved.elementwise.items():
+        state[key] = torch.empty_like(master, requires_grad=False)
+        pieces.fill(fragments, state[key])
+    for key, by_name in saved.scalars.items():
+        # A shard that is all padding has no parameter to ask.
+        values = {by_name[f.name] for f in fragments} or set(by_name.values())
+        if len(values) > 1:
+            raise RunDirectoryError(
+                f"its parameters differ in the optimizer's {key} ({', '.join(map(str, sorted(values)))}), which one "
+                "shard cannot keep apart; resume with the world size and ZeRO stage that wrote it"
+            )
+        state[key] = values.pop()
+    return state
