@@ -44,8 +44,8 @@ class RunAhead(Iterator[Batch]):
             self._room.release()
             self._end.detach()
             raise DataError(
-                f"no batch came for data.timeout = {self._timeout:g} s: {self._whereabouts()}; "
-                "does that file system still answer? Raise data.timeout if it is only slow"
+                f"no batch came for data.timeout = {self._timeout:g} s: {self._whereabouts()} "
+                "(raise data.timeout if it is only slow)"
             ) from None
         if isinstance(made, Batch):
             self._room.release()

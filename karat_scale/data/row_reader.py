@@ -98,7 +98,10 @@ class RowReader:
     def whereabouts(self) -> str:
         """What is being read just now, for the message of a loader that waits in vain."""
         at = sorted(self._at.copy().values())
-        return ", ".join(f"reading sample {i} in {self._source.file_of(i)}" for i in at)
+        if not at:
+            return "all files were read, and pixels were worked on"
+        places = ", ".join(f"sample {i} in {self._source.file_of(i)}" for i in at)
+        return f"reading {places}; does that file system still answer?"
 
     def close(self) -> None:
         """End the threads and give back their files."""

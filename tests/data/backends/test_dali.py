@@ -3,7 +3,6 @@ import io
 import os
 import random
 import tarfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +14,9 @@ import torch
 from PIL import Image
 
 from karat_scale.data.backends import open_backend
-from karat_scale.data.dali_pipeline import QUEUE_DEPTH
+from karat_scale.data.dali_pipeline import QUEUE_DEPTH, DaliDecoder
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
+from karat_scale.data.row_reader import RowReader
 from karat_scale.data.shard_writer import EncodedSample
 from karat_scale.errors import DataError
 from karat_scale.recipe import AugmentConfig
@@ -294,6 +294,27 @@ def test_a_bomb_is_refused_by_its_header(make_shards, make_sample, dali, cheap_a
         next(backend.train_batches([BatchSlice(0, 0, np.arange(3))]))
 
 
+def test_batches_that_dali_finishes_hold_the_same_samples(make_shards, dali, webdataset, cheap_augment):
+    # As on a GPU, but on the CPU: DALI resizes and flips, and rows that it was not given are put in.
+    samples = list(odd_samples())
+    directory = make_shards(train=samples, val=samples)
+    backend, other = dali(directory, cheap_augment), webdataset(directory, cheap_augment)
+    slices = [BatchSlice(2, 0, np.array([*range(len(samples)), -1]))]
+    for way, split, expected in (
+        (backend._train_pass, backend._train, other.train_batches([BatchSlice(2, 0, slices[0].sample_ids[:-1])])),
+        (backend._eval_pass, backend._val, other.eval_batches(slices)),
+    ):
+        reader = RowReader(split, backend._decoder, way.choose, 10**6, 1)
+        finishing = DaliDecoder(1, cheap_augment.interpolation, size=SIZE)
+        (one,), (two,) = backend._batches(slices, reader, finishing, way, split), expected
+        assert one.draws == two.draws
+        assert not one.images[-1].any()
+        difference = (one.images[: len(two.images)].int() - two.images).abs().float().mean(dim=(1, 2, 3))
+        assert difference.max() < 0.5
+        by_pillow = [i for i, sample in enumerate(samples) if sample.key in ("png", "cmyk", "palette", "alpha")]
+        assert not difference[by_pillow].any()
+
+
 def test_a_changed_shard_is_an_error_even_when_skipping(make_shards, dali, cheap_augment):
     directory = make_shards()
     backend = dali(directory, cheap_augment, on_bad_sample="skip")
@@ -303,10 +324,6 @@ def test_a_changed_shard_is_an_error_even_when_skipping(make_shards, dali, cheap
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"train-000003.tar has changed since its index"):
         list(backend.train_batches(TrainPlan(0, 40, 40, 20, 0, 1).slices(0, 1)))
-
-
-def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("karat")]
 
 
 def tasks() -> int:
