@@ -29,6 +29,8 @@ INSTRUCTION_SETS = {
     "avx512": AVX512,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
 }
+# What every CPU runs, for sources that are written for it too.
+PLAIN = "plain"
 BUILD_SECONDS = 300
 DIGEST_BYTES = 32
 
@@ -37,19 +39,20 @@ class LoadError(Exception):
     """The kernel cannot run on this machine; the message says why and what would mend it."""
 
 
-def load(source: Path, what: str, link: tuple[str, ...] = ()) -> ctypes.CDLL:
+def load(source: Path, what: str, link: tuple[str, ...] = (), portable: bool = False) -> ctypes.CDLL:
     """The compiled source, for the instruction set named by KARAT_CPU_ISA or else the best this CPU has.
 
     Args:
         source: a C++ file; what it includes of ours are headers (*.h) in its own folder.
         what: what is not available when the build fails, for the warning.
         link: the compiler's arguments for libraries, such as -ljpeg.
+        portable: whether the source does without these instruction sets, which is named "plain".
 
     Kept under KARAT_CACHE_DIR, by default ~/.cache/karat_scale. Raises LoadError; a failed attempt is not repeated
     in this process, and the first to fail for want of a working compiler, library or cache warns.
     """
     with _one_at_a_time:
-        found = _load_or_reason(source, what, link, os.environ.get("KARAT_CPU_ISA", ""))
+        found = _load_or_reason(source, what, link, portable, os.environ.get("KARAT_CPU_ISA", ""))
     if isinstance(found, str):
         raise LoadError(found)
     return found
@@ -59,8 +62,10 @@ _one_at_a_time = threading.Lock()
 
 
 @functools.cache
-def _load_or_reason(source: Path, what: str, link: tuple[str, ...], requested: str) -> ctypes.CDLL | str:
-    available = _available_instruction_sets()
+def _load_or_reason(
+    source: Path, what: str, link: tuple[str, ...], portable: bool, requested: str
+) -> ctypes.CDLL | str:
+    available = (*_available_instruction_sets(), *((PLAIN,) if portable else ()))
     if not available:
         return "it needs an x86-64 CPU with AVX2 or AVX-512 and Linux"
     if requested and requested not in available:
@@ -100,7 +105,7 @@ def _may_use_amx() -> bool:
 def _load(source: Path, isa: str, link: tuple[str, ...]) -> ctypes.CDLL:
     """The library from the cache; builds it first where no process has, and again where it is damaged."""
     compiler = _find_compiler()
-    flags = (*FLAGS, *INSTRUCTION_SETS[isa])
+    flags = (*FLAGS, *INSTRUCTION_SETS.get(isa, ()))
     version = _run([compiler, "--version"])
     ours = (path.read_text() for path in (source, *sorted(source.parent.glob("*.h"))))
     ingredients = (*ours, version, torch.__version__, *flags, *link)
@@ -159,8 +164,10 @@ def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=True)
     except subprocess.CalledProcessError as error:
-        said = (error.stderr or error.stdout).strip().splitlines()
-        raise LoadError(f"{command[0]} failed with {said[0] if said else f'code {error.returncode}'}") from error
+        said = (error.stderr or error.stdout).strip().splitlines() or [f"code {error.returncode}"]
+        # A header's errors come after lines that say who includes it.
+        reason = next((line for line in said if "error" in line), said[0])
+        raise LoadError(f"{command[0]} failed with {reason}") from error
     except subprocess.TimeoutExpired as error:
         raise LoadError(f"{command[0]} took more than {BUILD_SECONDS} s") from error
     return done.stdout

@@ -9,52 +9,9 @@
 #include <algorithm>
 
 #include "pair_harmonics.h"
-#include "pair_products.h"
+#include "pair_output.h"
 
 namespace {
-
-constexpr long KEYS = 16;             // of a tile
-constexpr long CHUNK = 128;           // queries, at most
-constexpr long GROUP = 128;           // keys whose dA is kept for one product
-constexpr long CHUNK_STEP = CHUNK + 16; // keeps columns from sharing cache sets
-constexpr long FEATURE_ROW = CHUNK_STEP / 2;
-
-struct PairBackwardScratch {
-  Pair *query_columns, *query_pairs, *key, *key_pairs, *key_columns, *value, *value_pairs;
-  Pair *grad_output, *grad_output_pairs, *hidden, *hidden_pairs, *hidden_columns;
-  Pair *grad_hidden, *grad_hidden_pairs, *grad_hidden_columns, *narrow, *narrow_pairs, *narrow_columns;
-  Pair *features, *grad_scores, *grad_score_pairs;
-  float *sums, *narrow_sums, *grad_query, *grad_key, *scores, *slopes;
-  Tiles tiles;
-
-  PairBackwardScratch(const PairShape& s, Arena& arena) {
-    const long wide = s.token_step * s.width_step / 2, units = s.token_step * s.unit_step;
-    const long small = 2 * DEPTH * s.width_step / 2; // high and low parts
-    key = value = take_pairs(arena, wide);
-    key_pairs = value_pairs = take_pairs(arena, wide);
-    key_columns = take_pairs(arena, wide);
-    grad_output = take_pairs(arena, wide);
-    query_columns = take_pairs(arena, wide);
-    query_pairs = grad_output_pairs = take_pairs(arena, wide);
-    hidden = take_pairs(arena, 2 * s.token_step * PAIRS);
-    hidden_pairs = take_pairs(arena, units);
-    hidden_columns = take_pairs(arena, units);
-    grad_hidden = take_pairs(arena, s.token_step * DEPTH);
-    grad_hidden_pairs = take_pairs(arena, units);
-    grad_hidden_columns = take_pairs(arena, units);
-    narrow = take_pairs(arena, small);
-    narrow_pairs = take_pairs(arena, small);
-    narrow_columns = take_pairs(arena, small);
-    narrow_sums = arena.take(DEPTH * s.width_step);
-    sums = grad_key = arena.take(s.token_step * std::max(s.width_step, s.unit_step));
-    grad_query = arena.take(s.width_step * CHUNK_STEP);
-    features = take_pairs(arena, s.features() * KEYS * FEATURE_ROW);
-    grad_scores = take_pairs(arena, KEYS * FEATURE_ROW);
-    grad_score_pairs = take_pairs(arena, GROUP / 2 * CHUNK_STEP);
-    scores = arena.take(KEYS * DEPTH);
-    slopes = arena.take(s.features() * KEYS * DEPTH);
-  }
-};
 
 // The slopes of a head as rows of pairs [feature][token][unit_step], for the high and the low parts of dH, times the
 // scale that dA is to be multiplied by: phi' = sum_m (m b_m) cos(m x) - (m a_m) sin(m x).
@@ -72,57 +29,9 @@ void pack_pairs_for_backward(const Call& c, const PairShape& s, long h, Pair* ou
       }
 }
 
-// U or dU, in `narrow_sums`, in two parts as rows of pairs, pairs of rows and columns.
-void split_narrow(const PairShape& s, const PairBackwardScratch& w) {
-  const long width_pairs = s.width_step / 2;
-  split_rows(w.narrow_sums, s.width_step, w.narrow, width_pairs, DEPTH * width_pairs, s.unit_step, s.width_step);
-  pair_rows(w.narrow, width_pairs, w.narrow_pairs, s.width_step, 2 * DEPTH, s.width_step);
-  transpose(w.narrow, width_pairs, w.narrow_columns, 2 * DEPTH, 2 * DEPTH, width_pairs);
-}
-
-// dH, dV and the item's share of dW, from O = H U and U = W^T V. W comes as rows of pairs, then those of W^T.
-void pull_back_pairs(const Call& c, const PairShape& s, const PairBackwardScratch& w, const Pair* projector,
-                     float* grad_projector, long b, long h) {
-  const long width_pairs = s.width_step / 2, token_pairs = s.token_step / 2;
-  const long width_tiles = s.width_step / 16, token_tiles = s.token_step / 16, unit_tiles = s.unit_step / 16;
-  const long projector_low = s.token_step * PAIRS, narrow_low = PAIRS * s.width_step;
-  const Pair* projector_columns = projector + 2 * projector_low;
-  read_pairs(item<bfloat16>(c.value, b, h), c.value.token, w.value, width_pairs, s.tokens, s.width);
-  pair_rows(w.value, width_pairs, w.value_pairs, s.width_step, s.token_step, s.width_step);
-  read_pairs(item<bfloat16>(c.output, b, h), c.output.token, w.grad_output, width_pairs, s.tokens, s.width);
-  pair_rows(w.grad_output, width_pairs, w.grad_output_pairs, s.width_step, s.token_step, s.width_step);
-
-  // U = W^T V, dH = dO U^T.
-  multiply_parts<false>(Operand::left(projector_columns, token_pairs), s.unit_step * token_pairs,
-                        Operand::right(w.value_pairs, s.width_step), 0, Result::rows(w.narrow_sums, s.width_step),
-                        unit_tiles, width_tiles, s.token_step / DEPTH);
-  split_narrow(s, w);
-  multiply_parts<false>(Operand::left(w.grad_output, width_pairs), 0, Operand::right(w.narrow_columns, 2 * DEPTH),
-                        DEPTH, Result::rows(w.sums, s.unit_step), token_tiles, unit_tiles, s.width_step / DEPTH);
-  split_rows(w.sums, s.unit_step, w.grad_hidden, PAIRS, s.token_step * PAIRS, s.token_step, s.unit_step);
-  pair_rows(w.grad_hidden, PAIRS, w.grad_hidden_pairs, s.unit_step, 2 * s.token_step, s.unit_step);
-  split_units(w.sums, w.grad_hidden, s.token_step, s.unit_step);
-  transpose(w.grad_hidden, s.unit_step, w.grad_hidden_columns, s.token_step, s.token_step, s.unit_step);
-
-  // dU = H^T dO, dW += V dU^T, dV = W dU.
-  clear(w.sums, s.token_step * s.unit_step);
-  read_rows(c.hidden + (b * s.heads + h) * s.tokens * s.rank, s.rank, w.sums, s.unit_step, s.tokens, s.rank, 1.0f);
-  split_rows(w.sums, s.unit_step, w.hidden, PAIRS, s.token_step * PAIRS, s.token_step, s.unit_step);
-  pair_rows(w.hidden, PAIRS, w.hidden_pairs, s.unit_step, 2 * s.token_step, s.unit_step);
-  transpose(w.hidden_pairs, s.unit_step, w.hidden_columns, s.token_step, s.token_step, s.unit_step);
-  multiply_parts<false>(Operand::left(w.hidden_columns, s.token_step), token_pairs,
-                        Operand::right(w.grad_output_pairs, s.width_step), 0,
-                        Result::rows(w.narrow_sums, s.width_step), unit_tiles, width_tiles, s.token_step / DEPTH);
-  split_narrow(s, w);
-  multiply_parts<true>(Operand::left(w.value, width_pairs), 0, Operand::right(w.narrow_columns, 2 * DEPTH), DEPTH,
-                       Result::rows(grad_projector, s.unit_step), token_tiles, unit_tiles, s.width_step / DEPTH);
-  multiply_parts<false>(Operand::left(projector, PAIRS), projector_low, Operand::right(w.narrow_pairs, s.width_step),
-                        narrow_low, Result::rows(w.sums, s.width_step), token_tiles, width_tiles, 1);
-  write_rounded(w.sums, s.width_step, item<bfloat16>(c.grad_value, b, h), c.grad_value.token, s.tokens, s.width);
-}
-
 // From scores [keys][32] and their slopes [feature][KEYS][32] to features and dA = sum_f (D_f^T dH) f(A), rows of pairs
-// of queries, and to dA as pairs of keys. Beyond WHOLE columns, of which 16 are queries, all is zero.
+// of queries, and to dA as pairs of keys. Beyond WHOLE columns, of which 16 are queries, the features of the first 16
+// stand again: dH and with it the slopes are zero.
 template <bool WHOLE, long GRID>
 void fill_pair_gradients(const float* scores, const float* slopes, Pair* features, Pair* grad_scores, Pair* grad_pairs,
                          float half_turn, long keys, long grid) {
@@ -191,8 +100,8 @@ struct PairBackward {
 
   static void pack(const Call& c, const Shape& s, long h, float* slopes, float* projector) {
     pack_pairs_for_backward(c, s, h, reinterpret_cast<Pair*>(slopes));
-    pack_projector_rows(c, s, h, reinterpret_cast<Pair*>(projector));
-    pack_projector_columns(c, s, h, reinterpret_cast<Pair*>(projector) + 2 * s.token_step * PAIRS);
+    split_projector(c, s, h, reinterpret_cast<Pair*>(projector), DEPTH, 1, s.token_step * DEPTH);
+    split_projector_columns(c, s, h, reinterpret_cast<Pair*>(projector) + 2 * s.token_step * PAIRS);
   }
 
   static void run(const Call& c, const Shape& s, const Scratch& w, const float* slopes, const float* projector,
@@ -229,17 +138,6 @@ struct PairBackward {
   }
 
  private:
-  // W of a head as rows of pairs [N][unit / 2]: all high parts, then all low parts.
-  static void pack_projector_rows(const Call& c, const Shape& s, long h, Pair* out) {
-    bfloat16 *high = &out->first, *low = high + s.token_step * DEPTH;
-    for (long q = 0; q < s.tokens; q++)
-      for (long p = 0; p < s.rank; p++) {
-        const float x = c.projector[(h * s.tokens + q) * s.rank + p];
-        high[q * DEPTH + p] = rounded(x);
-        low[q * DEPTH + p] = rounded(x - widened(high[q * DEPTH + p]));
-      }
-  }
-
   static void write_query_gradient(const Call& c, const Shape& s, const Scratch& w, long first, long queries, long b,
                                    long h) {
     for (long q = 0; q < queries; q += 16) {

@@ -1,5 +1,5 @@
-// Forward for bfloat16: products of pairs; scores, harmonics and sums in float32. Features and coefficients are rounded,
-// while H, U and W are taken in two parts: their products are small, and their rounding would be felt most.
+// Forward for bfloat16: products of pairs; scores, harmonics and sums in float32. Features and coefficients are
+// rounded; H, U and W are taken in two parts, as their products are small and their rounding would be felt most.
 
 #pragma once
 
@@ -96,7 +96,7 @@ struct PairForward {
 
   static void pack(const Call& c, const Shape& s, long h, float* coef, float* projector) {
     pack_pairs_for_forward(c, s, h, reinterpret_cast<Pair*>(coef));
-    pack_projector_columns(c, s, h, reinterpret_cast<Pair*>(projector));
+    split_projector_columns(c, s, h, reinterpret_cast<Pair*>(projector));
   }
 
   static void run(const Call& c, const Shape& s, const Scratch& w, const float* coef, const float* projector, long b,

@@ -50,7 +50,9 @@ INLINE void store_tile(void* data, long stride) {
   asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(T), "r"(data), "r"(stride * 4) : "memory");
 }
 template <int SUM, int LEFT, int RIGHT>
-INLINE void multiply_tiles() { asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(LEFT), "i"(RIGHT)); }
+INLINE void multiply_tiles() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(LEFT), "i"(RIGHT));
+}
 
 // ROWS x COLUMNS tiles of sums, each 1 or 2: registers 0..3 hold sums, 4 and 5 left tiles, 6 and 7 right ones.
 template <bool ADD, int ROWS, int COLUMNS>
@@ -96,7 +98,7 @@ INLINE void multiply(Operand left, Operand right, Result out, long rows, long co
 }
 
 // The same for operands in two parts: the low ones lie that many pairs after the high ones, or at 0 where there are
-// none. The product of low parts is beyond a float's last bits.
+// none. The product of two low parts is too small to count.
 template <bool ADD>
 void multiply_parts(Operand left, long left_low, Operand right, long right_low, Result out, long rows, long columns,
                     long depth) {

@@ -52,7 +52,7 @@ void read_pairs(const bfloat16* in, long in_row, Pair* out, long out_row, long t
     }
 }
 
-// What bfloat16 holds of a float, and the rest: together they have 16 bits.
+// What bfloat16 holds of a float, and the rest: rounded to bfloat16 in turn, the two have 16 bits between them.
 INLINE Vec high_part(Vec v) { return (Vec)((Bits)v & 0xffff0000); }
 INLINE Vec low_part(Vec v) { return v - high_part(v); }
 
@@ -61,7 +61,8 @@ INLINE Vec low_part(Vec v) { return v - high_part(v); }
 void split_rows(const float* in, long in_row, Pair* out, long out_row, long low, long rows, long width) {
   for (long n = 0; n < rows; n++)
     for (long e = 0; e < width; e += DEPTH) {
-      const Vec first = load(in + n * in_row + e), second = width - e > LANES ? load(in + n * in_row + e + LANES) : Vec{};
+      const float* from = in + n * in_row + e;
+      const Vec first = load(from), second = width - e > LANES ? load(from + LANES) : Vec{};
       Pair* to = out + n * out_row + e / 2;
       store(to, round_to_pairs(high_part(first), high_part(second)));
       store(to + low, round_to_pairs(low_part(first), low_part(second)));
@@ -104,22 +105,27 @@ void write_rounded(const float* in, long in_row, bfloat16* out, long out_row, lo
 struct PairShape : Sizes {
   long token_step; // N, padded
   long width_step; // d, padded
-  long unit_step;  // r, padded as columns; as depth it is always DEPTH
+  long unit_step;  // r, padded as columns; twice as many are the depth of two parts
 
   explicit PairShape(const Call& c)
       : Sizes(c), token_step(round_up(tokens, DEPTH)), width_step(round_up(width, DEPTH)),
         unit_step(round_up(rank, LANES)) {}
 };
 
-// W of a head as rows of pairs of W^T, [unit][N / 2]: all high parts, then all low parts.
-void pack_projector_columns(const Call& c, const PairShape& s, long h, Pair* out) {
-  bfloat16 *high = &out->first, *low = high + s.unit_step * s.token_step;
-  for (long q = 0; q < s.tokens; q++)
+// W of a head in two parts, token n and unit p at n * token + p * unit of `out`, the low ones `low` elements further.
+void split_projector(const Call& c, const PairShape& s, long h, Pair* out, long token, long unit, long low) {
+  for (long n = 0; n < s.tokens; n++)
     for (long p = 0; p < s.rank; p++) {
-      const float x = c.projector[(h * s.tokens + q) * s.rank + p];
-      high[p * s.token_step + q] = rounded(x);
-      low[p * s.token_step + q] = rounded(x - widened(high[p * s.token_step + q]));
+      const float x = c.projector[(h * s.tokens + n) * s.rank + p];
+      bfloat16* at = &out->first + n * token + p * unit;
+      at[0] = rounded(x);
+      at[low] = rounded(x - widened(at[0]));
     }
+}
+
+// The same as rows of pairs of W^T, [unit][N / 2], the high parts and then the low ones.
+void split_projector_columns(const Call& c, const PairShape& s, long h, Pair* out) {
+  split_projector(c, s, h, out, 1, s.token_step, s.unit_step * s.token_step);
 }
 
 } // namespace
