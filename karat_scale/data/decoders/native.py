@@ -31,12 +31,13 @@ class NativeDecoder:
 
     def __init__(self, interpolation: str, max_pixels: int, scaled: bool = False) -> None:
         try:
-            self._library = _declared(build.load(SOURCE, "the native JPEG decoder", COMPILER_ARGUMENTS))
+            library = build.load(SOURCE, "the native JPEG decoder", COMPILER_ARGUMENTS, portable=True)
         except build.LoadError as error:
             raise RecipeError(
                 f"data.decoder = native cannot run: {error}; run `apt-get install g++ libjpeg-dev`, "
                 "or set data.decoder=auto"
             ) from error
+        self._library = _declared(library)
         self._interpolation = INTERPOLATIONS[interpolation]
         self._scaled = scaled
         self._max_pixels = max_pixels
