@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -30,6 +31,14 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
     evaluate.add_argument("--json", metavar="FILE", help="write the result there too")
     evaluate.set_defaults(run=_eval)
+
+    export = commands.add_parser("export", help="a checkpoint's whole fp32 weights as one file")
+    export.add_argument("run_dir", metavar="RUN", help="the run's directory")
+    export.add_argument("--format", choices=("safetensors",), default="safetensors")
+    export.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
+    export.add_argument("--weights", choices=("raw", "ema", "both"), default="both")
+    export.add_argument("--out", metavar="PATH", help="a .safetensors file or a directory (default: the run's)")
+    export.set_defaults(run=_export)
 
     doctor = commands.add_parser("doctor", help="what this machine has, and what bounds a recipe on it")
     doctor.add_argument("recipe", metavar="RECIPE", nargs="?", help="a shipped recipe's name or a YAML file")
@@ -110,7 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def entry_point() -> None:
     """The console script."""
-    sys.exit(main())
+    code = main()
+    # A launcher may repeat its signal; it must not kill an interpreter that is on its way out with its own code.
+    for repeated in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(repeated, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -129,6 +142,12 @@ def _eval(options: argparse.Namespace) -> int:
     from karat_scale.train.eval_run import evaluate_run
 
     return evaluate_run(options.run_dir, options.overrides, options.checkpoint, options.weights, options.json)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from karat_scale.train.export import export_run
+
+    return export_run(options.run_dir, options.checkpoint, options.weights, options.out)
 
 
 def _doctor(options: argparse.Namespace) -> int:
