@@ -1,0 +1,62 @@
+"""The attention matrices of a model, block by block, while it runs: scores before the operator and weights after it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from karat_scale.attention import HybridHeads, KaratOperator
+
+Visit = Callable[[int, Tensor, Tensor], None]
+"""Given the block's index, A [B, h, N, N] before the operator, and S (or softmax(A)) [B, h, N, N] after it."""
+
+
+@contextmanager
+def watched(model: VisionTransformer, visit: Visit) -> Iterator[None]:
+    """Calls `visit` for each block of each forward pass inside the `with`, in order; nothing is kept.
+
+    Both are float32. A has the scale 1 / sqrt(d), after the norms of query and key where the model has them.
+    """
+    hooks = [block.attn.register_forward_pre_hook(_hook(number, visit)) for number, block in enumerate(_blocks(model))]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def operators(model: VisionTransformer) -> list[KaratOperator | None]:
+    """Each block's learned operator; None where the block has softmax. In universal mode all are one object."""
+    return [operator_of(block.attn) for block in _blocks(model)]
+
+
+def operator_of(attention: nn.Module) -> KaratOperator | None:
+    """The learned operator of an attention layer, also beside softmax heads."""
+    operator = getattr(attention, "operator", None)
+    return operator.operator if isinstance(operator, HybridHeads) else operator
+
+
+def _blocks(model: Any) -> Any:
+    return model.blocks
+
+
+def _hook(number: int, visit: Visit) -> Callable[[Any, tuple[Tensor, ...]], None]:
+    @torch.no_grad()
+    def before(attention: Any, inputs: tuple[Tensor, ...]) -> None:
+        query, key = _query_and_key(attention, inputs[0])
+        raw = query @ key.mT / query.shape[-1] ** 0.5
+        operator = getattr(attention, "operator", None)
+        learned = raw.softmax(-1) if operator is None else operator.scores(query, key)
+        visit(number, raw, learned)
+
+    return before
+
+
+def _query_and_key(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, h, N, d] each, as the layer itself makes them."""
+    batch, tokens, _ = x.shape
+    qkv = attention.qkv(x).reshape(batch, tokens, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
+    return attention.q_norm(qkv[0]), attention.k_norm(qkv[1])

@@ -1,0 +1,159 @@
+"""Attention maps of the class token, the regions of the dominant head, and attention rollout (paper, section 5.4)."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from karat_scale.analysis.attention_matrices import watched
+from karat_scale.analysis.figures import new_figure, show_map
+from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
+from karat_scale.analysis.trained_run import TrainedRun
+from karat_scale.errors import RunDirectoryError
+
+MAX_HEADS = 12
+REGION_SHARE = 0.6
+Map = npt.NDArray[np.float64]
+
+
+@dataclass
+class ClassTokenMaps:
+    """Rows of the class token of one block, and the rollout over all blocks, for each image.
+
+    raw, learned: [images, h, patches]; rollout: [images, patches].
+    """
+
+    block: int
+    prefix: int
+    raw: list[Tensor] = field(default_factory=list)
+    learned: list[Tensor] = field(default_factory=list)
+    rollout: list[Tensor] = field(default_factory=list)
+    _joint: Tensor | None = None
+
+    def add(self, number: int, raw: Tensor, learned: Tensor) -> None:
+        """Take in A and S [B, h, N, N] of the next block."""
+        if number == self.block:
+            self.raw.append(raw[:, :, 0, self.prefix :].cpu())
+            self.learned.append(learned[:, :, 0, self.prefix :].cpu())
+        step = rollout_step(learned)
+        self._joint = step if number == 0 or self._joint is None else step @ self._joint
+
+    def end_of_batch(self) -> None:
+        """The rollout is over all blocks only now."""
+        assert self._joint is not None
+        self.rollout.append(self._joint[:, 0, self.prefix :].cpu())
+        self._joint = None
+
+
+def rollout_step(learned: Tensor) -> Tensor:
+    """One block's factor of attention rollout (Abnar and Zuidema, 2020), [B, N, N] with rows that sum to one.
+
+    Heads are averaged, negatives cut, as learned weights may be below zero, and the residual path counts half.
+    """
+    mean = learned.clamp(min=0).mean(1)
+    mean = mean / mean.sum(-1, keepdim=True).clamp(min=1e-12)
+    joint = mean + torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+    return joint / joint.sum(-1, keepdim=True)
+
+
+def dominant_head(learned: Tensor) -> int:
+    """The head whose weights of the patches [h, patches] have the largest positive sum."""
+    return int(learned.clamp(min=0).sum(-1).argmax())
+
+
+def region(weights: Tensor, share: float = REGION_SHARE) -> Tensor:
+    """The fewest patches that hold `share` of the positive weight, as a mask [patches]."""
+    positive = weights.clamp(min=0)
+    order = positive.argsort(descending=True)
+    before = positive[order].cumsum(0) - positive[order]
+    mask = torch.zeros_like(positive, dtype=torch.bool)
+    mask[order] = (before < share * positive.sum()) & (positive[order] > 0)
+    return mask
+
+
+@torch.no_grad()
+def analyze_maps(run: TrainedRun, settings: Settings) -> Result:
+    """Maps of `settings.block` for the images of `settings.image_ids`.
+
+    Raises:
+        UserError: there is no such block or image, or the model has no class token.
+    """
+    model, images = run.model(), run.images(4, settings.image_ids)
+    depth = len(model.blocks)
+    if not -depth <= settings.block < depth:
+        raise RunDirectoryError(f"{run.path}: --block {settings.block}: it has blocks 0 to {depth - 1}")
+    if model.cls_token is None:
+        raise RunDirectoryError(f"{run.path}: {run.recipe.model.name} has no class token, so no attention maps of it")
+    maps = ClassTokenMaps(settings.block % depth, model.num_prefix_tokens)
+    pictures, labels, ids = [], [], []
+    for batch in images.raw(settings.batch):
+        pictures.append(batch.images)
+        labels += batch.labels.tolist()
+        ids += batch.sample_ids.tolist()
+    with watched(model, maps.add):
+        for batch_images, _ in images.batches(settings.batch, run.device):
+            model(batch_images)
+            maps.end_of_batch()
+            settings.progress("maps", sum(map(len, maps.rollout)), len(images))
+    raw, learned, rollout = (torch.cat(parts) for parts in (maps.raw, maps.learned, maps.rollout))
+    result = Result()
+    result.arrays = {
+        "raw": raw.numpy(),
+        "learned": learned.numpy(),
+        "rollout": rollout.numpy(),
+        "sample_ids": np.array(ids),
+    }
+    grid = model.patch_embed.grid_size
+    what = "S" if run.is_karat else "softmax"
+    rows = []
+    for index, picture in enumerate(torch.cat(pictures)):
+        name = images.classes[labels[index]]
+        head = dominant_head(learned[index])
+        negative = float((learned[index] < 0).double().mean())
+        rows.append([ids[index], name, head, 100 * negative, float(learned[index].sum(-1).mean())])
+        figure = _draw(picture, raw[index], learned[index], rollout[index], head, grid, what)
+        caption = (
+            f"Image {ids[index]} ({name}), block {maps.block}. Top: scores A of the class token, negatives cut. Below: "
+            f"{what}, negatives cut. Left: the image, the region that holds {REGION_SHARE:.0%} of the dominant head's "
+            f"weight (head {head}), and the rollout over all blocks."
+        )
+        result.figures[f"image_{ids[index]}"] = figure, caption
+    result.numbers = {
+        "block": maps.block,
+        "images": [
+            {"id": row[0], "class": row[1], "dominant_head": row[2], "negative_percent": row[3]} for row in rows
+        ],
+    }
+    columns = ["image", "class", "dominant head", "weights below zero, %", "sum over patches, mean of heads"]
+    result.tables.append(Table(f"Class token of block {maps.block}", columns, rows))
+    note_bad_images(result, run, images.bad)
+    return result
+
+
+def _draw(
+    picture: Tensor, raw: Tensor, learned: Tensor, rollout: Tensor, head: int, grid: tuple[int, int], what: str
+) -> Figure:
+    heads = min(len(raw), MAX_HEADS)
+    figure = new_figure(1.35 * (heads + 2), 3)
+    axes = figure.subplots(2, heads + 2, squeeze=False)
+    pixels = picture.permute(1, 2, 0).numpy()
+    show_map(axes[0, 0], pixels, "image")
+    mask = _enlarged(region(learned[head]).double().view(grid), pixels.shape[:2])
+    show_map(axes[1, 0], (pixels * (0.25 + 0.75 * mask[..., None])).astype(np.uint8), f"head {head}'s region")
+    show_map(axes[0, 1], rollout.view(grid).numpy(), "rollout")
+    show_map(axes[1, 1], pixels)
+    overlay = _enlarged(rollout.view(grid).double(), pixels.shape[:2])
+    show_map(axes[1, 1], overlay, "rollout", alpha=0.55, cmap="magma")
+    for number in range(heads):
+        mark = " *" if number == head else ""
+        show_map(axes[0, number + 2], raw[number].clamp(min=0).view(grid).numpy(), f"A, head {number}{mark}")
+        show_map(axes[1, number + 2], learned[number].clamp(min=0).view(grid).numpy(), f"{what}, head {number}{mark}")
+    return figure
+
+
+def _enlarged(values: Tensor, size: tuple[int, ...]) -> Map:
+    """A map of patches [rows, columns] in the image's own pixels."""
+    return torch.nn.functional.interpolate(values[None, None], size=size[:2], mode="nearest")[0, 0].numpy()

@@ -1,0 +1,142 @@
+"""Spectral behaviour: singular values of the attention matrices before and after the operator (paper, section 5.5)."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from karat_scale.analysis.attention_matrices import watched
+from karat_scale.analysis.figures import new_figure
+from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
+from karat_scale.analysis.trained_run import TrainedRun
+
+STAGES = ("before", "after")
+Array = npt.NDArray[np.float64]
+FLOOR = 1e-12
+SIGNIFICANT = 1e-2
+
+
+class Spectrum:
+    """Running minimum, mean and maximum over heads and images; no matrix is kept.
+
+    `low`, `high` and `mean` are [L, 2, N]: log10 of the singular values, largest first, by block and before / after.
+    """
+
+    def __init__(self, blocks: int, tokens: int) -> None:
+        self.low = np.full((blocks, 2, tokens), np.inf)
+        self.high = np.full((blocks, 2, tokens), -np.inf)
+        self._sum = np.zeros((blocks, 2, tokens))
+        self._ranks = np.zeros((blocks, 2, 3))
+        self._count = np.zeros((blocks, 1, 1))
+
+    def add(self, block: int, raw: Tensor, learned: Tensor) -> None:
+        """Take in A and S [B, h, N, N] of one block."""
+        for stage, matrices in enumerate((raw, learned)):
+            values = torch.linalg.svdvals(matrices.flatten(0, 1).float())
+            logs = values.clamp(min=FLOOR).log10().double().cpu().numpy()
+            self.low[block, stage] = np.minimum(self.low[block, stage], logs.min(0))
+            self.high[block, stage] = np.maximum(self.high[block, stage], logs.max(0))
+            self._sum[block, stage] += logs.sum(0)
+            ranks = torch.stack((effective_rank(values), stable_rank(values), significant_rank(values)), 1)
+            self._ranks[block, stage] += ranks.double().sum(0).cpu().numpy()
+        self._count[block] += len(values)
+
+    @property
+    def mean(self) -> Array:
+        """The mean log10 of each singular value."""
+        return self._sum / self._count
+
+    @property
+    def ranks(self) -> Array:
+        """[L, 2, 3]: the mean effective, stable and significant rank."""
+        return self._ranks / self._count
+
+
+def effective_rank(values: Tensor) -> Tensor:
+    """exp of the entropy of the singular values' shares (Roy and Vetterli, 2007); values [..., N] to [...]."""
+    shares = values / values.sum(-1, keepdim=True).clamp(min=FLOOR)
+    return torch.special.entr(shares).sum(-1).exp()
+
+
+def stable_rank(values: Tensor) -> Tensor:
+    """Sum of squares over the largest square; values [..., N] to [...]."""
+    squares = values.square()
+    return squares.sum(-1) / squares.amax(-1).clamp(min=FLOOR**2)
+
+
+def significant_rank(values: Tensor) -> Tensor:
+    """How many singular values are above 1 % of the largest; values [..., N] to [...]."""
+    return (values > SIGNIFICANT * values.amax(-1, keepdim=True)).sum(-1)
+
+
+@torch.no_grad()
+def analyze_spectrum(run: TrainedRun, settings: Settings) -> Result:
+    """Singular values of A and S (or softmax) over heads and images, for every block.
+
+    Raises:
+        UserError: the run has no checkpoint, or its data cannot be read.
+    """
+    model, images = run.model(), run.images(settings.images)
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    spectrum = Spectrum(len(model.blocks), tokens)
+    done = 0
+    with watched(model, spectrum.add):
+        for batch, _ in images.batches(settings.batch, run.device):
+            model(batch)
+            done += len(batch)
+            settings.progress("spectrum", done, len(images))
+    result = Result()
+    names = ("effective_rank", "stable_rank", "significant_rank")
+    result.numbers = {
+        "images": done,
+        "blocks": [
+            {stage: dict(zip(names, ranks[s].tolist(), strict=True)) for s, stage in enumerate(STAGES)}
+            for ranks in spectrum.ranks
+        ],
+    }
+    result.arrays = {"log10_min": spectrum.low, "log10_mean": spectrum.mean, "log10_max": spectrum.high}
+    what = "S" if run.is_karat else "softmax"
+    result.figures["last_block"] = (
+        _draw_block(spectrum, len(model.blocks) - 1, what),
+        "Singular values of the last block's attention matrices, over all heads and images: mean, and from the least "
+        "to the greatest.",
+    )
+    result.figures["ranks"] = (
+        _draw_ranks(spectrum, what),
+        "Mean rank of each block's matrices, before and after the operator.",
+    )
+    rows = [
+        [block, *(float(x) for pair in zip(*spectrum.ranks[block].tolist(), strict=True) for x in pair)]
+        for block in range(len(model.blocks))
+    ]
+    columns = ["block", *(f"{name.split('_')[0]} rank, {of}" for name in names for of in ("A", what))]
+    result.tables.append(Table("Ranks of the attention matrices", columns, rows))
+    note_bad_images(result, run, images.bad)
+    return result
+
+
+def _draw_block(spectrum: Spectrum, block: int, what: str) -> Figure:
+    figure = new_figure(6, 3.6)
+    axes = figure.subplots()
+    index = np.arange(1, spectrum.low.shape[-1] + 1)
+    for stage, name in enumerate((f"before: A, block {block}", f"after: {what}, block {block}")):
+        (line,) = axes.plot(index, spectrum.mean[block, stage], label=name)
+        low, high = spectrum.low[block, stage], spectrum.high[block, stage]
+        axes.fill_between(index, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+    axes.set(xlabel="index of the singular value", ylabel="log10 of the singular value")
+    axes.legend()
+    return figure
+
+
+def _draw_ranks(spectrum: Spectrum, what: str) -> Figure:
+    figure = new_figure(9, 3.2)
+    blocks = np.arange(len(spectrum.ranks))
+    for number, (axes, name) in enumerate(
+        zip(figure.subplots(1, 3), ("effective", "stable", "significant"), strict=True)
+    ):
+        for stage, label in enumerate(("before: A", f"after: {what}")):
+            axes.plot(blocks, spectrum.ranks[:, stage, number], marker="o", label=label)
+        axes.set(xlabel="block", title=f"{name} rank", xticks=blocks, ylim=(0, None))
+        axes.legend()
+    return figure

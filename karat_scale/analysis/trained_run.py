@@ -1,0 +1,134 @@
+"""A run directory as an analysis reads it: recipe, checkpoints in order, and the model at any of them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from timm.models import VisionTransformer
+
+from karat_scale.analysis.validation_images import ValidationImages
+from karat_scale.errors import RunDirectoryError
+from karat_scale.models import create_model
+from karat_scale.recipe import AttentionConfig, Recipe
+from karat_scale.recipe_io import load_recipe
+from karat_scale.train.checkpoint_store import CheckpointStore
+from karat_scale.train.weights import load_weights
+
+WEIGHTS = ("auto", "raw", "ema")
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """One run, softmax or KArAt. Nothing in its directory is changed.
+
+    Args:
+        path: the run's directory.
+        recipe: its recipe, with `data.path` replaced where the data has moved.
+        weights: "raw", "ema", or "auto": what `karat eval` would take.
+        checkpoint: "best", "latest" or a name; the model that is looked at. "best" falls back on "latest".
+    """
+
+    path: Path
+    recipe: Recipe
+    weights: str = "auto"
+    checkpoint: str = "best"
+
+    @cached_property
+    def store(self) -> CheckpointStore:
+        """The run's checkpoints."""
+        return CheckpointStore(self.path / "checkpoints")
+
+    @property
+    def label(self) -> str:
+        """The directory's name."""
+        return self.path.resolve().name
+
+    @cached_property
+    def chosen(self) -> str:
+        """The name of the checkpoint that is looked at. Raises RunDirectoryError when there is none."""
+        wanted = self.checkpoint
+        name = self.store.pointed(wanted) if wanted in ("best", "latest") else wanted
+        if wanted == "best" and name is None:
+            name = self.store.pointed("latest")
+        if name is None or not (self.store.root / name).is_dir():
+            there = ", ".join(self.store.names()) or "none"
+            raise RunDirectoryError(f"{self.store.root}: no checkpoint {wanted!r}; there are: {there}")
+        return name
+
+    @cached_property
+    def in_order(self) -> list[str]:
+        """The names of all checkpoints, oldest first. Raises RunDirectoryError when there is none."""
+        names = sorted(self.store.names())
+        if not names:
+            raise RunDirectoryError(f"{self.store.root}: no checkpoint; train the run first")
+        return names
+
+    def step(self, name: str) -> int:
+        """Finished steps at a checkpoint."""
+        return int(self.store.state(name)["step"])
+
+    def model(
+        self, name: str | None = None, weights: str | None = None, implementation: str = "auto"
+    ) -> VisionTransformer:
+        """The model at a checkpoint (the chosen one when None), float32, on `device`, in evaluation mode.
+
+        Args:
+            weights: in place of the run's choice.
+            implementation: of KArAt's operator, whichever it was trained with.
+
+        Raises:
+            RunDirectoryError: no such checkpoint, or it is damaged, of another model, or without averages.
+        """
+        model = create_model(self.recipe.model, self._attention(implementation))
+        self.load(model, name or self.chosen, weights)
+        return model.to(self.device).eval()
+
+    def load(self, model: VisionTransformer, name: str, weights: str | None = None) -> None:
+        """Give a model of this run the weights of a checkpoint, in place."""
+        directory = self.store.root / name
+        damage = self.store.damage(name)
+        if damage:
+            raise RunDirectoryError(f"checkpoint {directory} is damaged: {damage}; choose another")
+        saved = self.store.state(name)
+        load_weights(model, directory, saved, self._wants_ema(saved["has_ema"], weights or self.weights))
+
+    @property
+    def device(self) -> torch.device:
+        """A GPU where the recipe allows one and there is one."""
+        use_cuda = self.recipe.run.device != "cpu" and torch.cuda.is_available()
+        return torch.device("cuda" if use_cuda else "cpu")
+
+    @property
+    def is_karat(self) -> bool:
+        """Whether any head is learned."""
+        return self.recipe.attention.kind == "karat"
+
+    def images(self, count: int, ids: tuple[int, ...] | None = None) -> ValidationImages:
+        """`count` validation images spread over the split, or those of `ids`; raises DataError when there are none."""
+        return ValidationImages(self.recipe, count, ids)
+
+    def _attention(self, implementation: str) -> AttentionConfig:
+        return self.recipe.attention.model_copy(update={"implementation": implementation})
+
+    def _wants_ema(self, has_ema: bool, weights: str) -> bool:
+        wanted = self.recipe.train.eval_weights if weights == "auto" else weights
+        return has_ema if wanted == "auto" else wanted == "ema"
+
+
+def open_run(path: str | Path, data: str | None = None, weights: str = "auto", checkpoint: str = "best") -> TrainedRun:
+    """A run by its directory.
+
+    Args:
+        data: where the recipe's data is now, if not at `data.path`.
+
+    Raises:
+        RunDirectoryError: this is not a run directory.
+        RecipeError: its recipe cannot be read.
+    """
+    path = Path(path)
+    recipe_file = path / "recipe.yaml"
+    if not recipe_file.is_file():
+        raise RunDirectoryError(f"{path}: not a run directory (it has no recipe.yaml)")
+    recipe = load_recipe(recipe_file, [] if data is None else [f"data.path={data}"])
+    return TrainedRun(path, recipe, weights, checkpoint)

@@ -1,0 +1,43 @@
+"""Two short real runs, one of each kind, on the shared shards."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from karat_scale.analysis.trained_run import TrainedRun, open_run
+from tests.conftest import SMALL, karat
+
+KEEP_ALL = ("checkpoint.every_steps=4", "checkpoint.every_minutes=null", "checkpoint.keep_last=50")
+
+
+@pytest.fixture(scope="session")
+def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a run of 16 steps with a checkpoint each 4, by kind of attention; trained at first use."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def run(kind: str) -> Path:
+        directory = root / kind
+        if not directory.is_dir():
+            recipe = root / f"{kind}.yaml"
+            recipe.write_text(f"data: {{path: {shards}}}\nschedule: {{warmup_epochs: 0.5}}\n")
+            done = karat("train", str(recipe), *SMALL, *KEEP_ALL, f"attention.kind={kind}", f"run.dir={directory}")
+            assert done.returncode == 0, done.stderr
+        return directory
+
+    return run
+
+
+@pytest.fixture(params=["karat", "softmax"])
+def any_run(request: pytest.FixtureRequest, trained: Callable[[str], Path]) -> TrainedRun:
+    return open_run(trained(request.param))
+
+
+@pytest.fixture
+def karat_run(trained: Callable[[str], Path]) -> TrainedRun:
+    return open_run(trained("karat"))
+
+
+@pytest.fixture
+def softmax_run(trained: Callable[[str], Path]) -> TrainedRun:
+    return open_run(trained("softmax"))

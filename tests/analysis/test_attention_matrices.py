@@ -1,0 +1,47 @@
+import torch
+
+from karat_scale.analysis.attention_matrices import operators, watched
+from karat_scale.models import create_model
+from karat_scale.recipe import AttentionConfig, ModelConfig
+
+SIZE = ModelConfig(
+    name="vit_mini_patch4_28", image_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4, num_classes=5
+)
+
+
+def _watch(attention: AttentionConfig) -> None:
+    """S V, projected, must be what the block's attention gives."""
+    torch.manual_seed(0)
+    model = create_model(SIZE, attention).eval()
+    seen, outputs = [], []
+    for block in model.blocks:
+        block.attn.register_forward_hook(lambda module, inputs, out: outputs.append((module, inputs[0], out)))
+    with watched(model, lambda number, raw, learned: seen.append((number, raw, learned))), torch.no_grad():
+        model(torch.randn(2, 3, 16, 16))
+    assert [number for number, _, _ in seen] == [0, 1, 2]
+    for (_, raw, learned), (module, x, out) in zip(seen, outputs, strict=True):
+        assert raw.shape == learned.shape == (2, 4, 17, 17)
+        value = module.qkv(x).reshape(2, 17, 3, 4, 8).permute(2, 0, 3, 1, 4)[2]
+        again = module.proj((learned @ value).transpose(1, 2).reshape(2, 17, 32))
+        torch.testing.assert_close(again, out, rtol=1e-4, atol=1e-5)
+
+
+def test_softmax_blockwise_universal_and_hybrid_heads_give_the_matrices_they_use() -> None:
+    _watch(AttentionConfig(kind="softmax"))
+    _watch(AttentionConfig(kind="karat"))
+    _watch(AttentionConfig(kind="karat", mode="universal", basis="bspline", form="full_rank"))
+    _watch(AttentionConfig(kind="karat", softmax_heads=1))
+
+
+def test_nothing_is_watched_afterwards() -> None:
+    model = create_model(SIZE, AttentionConfig(kind="karat"))
+    with watched(model, lambda *_: None):
+        pass
+    assert not any(block.attn._forward_pre_hooks for block in model.blocks)
+
+
+def test_operators_by_block() -> None:
+    universal = operators(create_model(SIZE, AttentionConfig(kind="karat", mode="universal", softmax_heads=2)))
+    assert len({id(operator) for operator in universal}) == 1
+    assert universal[0].num_heads == 2
+    assert operators(create_model(SIZE, AttentionConfig())) == [None] * 3

@@ -1,0 +1,65 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from karat_scale.analysis.trained_run import TrainedRun, open_run
+from karat_scale.errors import DataError, RunDirectoryError
+
+
+def test_checkpoints_come_in_order_with_their_steps(any_run: TrainedRun) -> None:
+    assert [any_run.step(name) for name in any_run.in_order] == [4, 8, 12, 16]
+    assert any_run.chosen in any_run.in_order
+
+
+def test_raw_and_averaged_weights_differ_and_auto_takes_the_averages(karat_run: TrainedRun) -> None:
+    first = {kind: karat_run.model(weights=kind).state_dict()["head.weight"] for kind in ("raw", "ema", "auto")}
+    assert torch.equal(first["ema"], first["auto"])
+    assert not torch.equal(first["ema"], first["raw"])
+
+
+def test_the_model_scores_what_the_run_recorded(any_run: TrainedRun) -> None:
+    """Loss over the whole split, against the run's own last evaluation."""
+    name = any_run.in_order[-1]
+    images = any_run.images(10**6)
+    model = any_run.model(name, weights="ema")
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+            for x, y in images.batches(5, any_run.device)
+        ]
+    events = [json.loads(line) for line in (any_run.path / "metrics.jsonl").read_text().splitlines()]
+    recorded = [event["loss"] for event in events if event["event"] == "eval"][-1]
+    assert torch.cat(losses).mean().item() == pytest.approx(recorded, rel=1e-4)
+
+
+def test_chosen_images_are_the_same_in_any_batch_size(karat_run: TrainedRun) -> None:
+    images = karat_run.images(7)
+    assert len(set(images.ids)) == 7
+    together = torch.cat([batch.images for batch in images.raw(7)])
+    apart = torch.cat([batch.images for batch in images.raw(3)])
+    assert torch.equal(together, apart)
+
+
+def test_images_outside_the_split_are_named(karat_run: TrainedRun) -> None:
+    with pytest.raises(DataError, match="image 1000: the validation split has images 0 to 27"):
+        karat_run.images(1, (3, 1000))
+
+
+def test_no_run_no_checkpoint_and_a_damaged_one(karat_run: TrainedRun, tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match="not a run directory"):
+        open_run(tmp_path)
+    copy = tmp_path / "run"
+    shutil.copytree(karat_run.path, copy)
+    with pytest.raises(RunDirectoryError, match="no checkpoint 'step-9'; there are: step-00000016"):
+        open_run(copy, checkpoint="step-9").model()
+    (copy / "checkpoints" / karat_run.in_order[0] / "state.json").write_text("{}")
+    with pytest.raises(RunDirectoryError, match=r"is damaged: state\.json"):
+        open_run(copy).model(karat_run.in_order[0])
+
+
+def test_missing_data_is_one_line(karat_run: TrainedRun, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        open_run(karat_run.path, data=str(tmp_path / "nowhere")).images(3)
