@@ -1,9 +1,10 @@
 """The modular Fourier operator as one compiled kernel for x86-64 CPUs, at about the price of softmax attention.
 
-Scores, harmonics and sums are float32 whatever the inputs; where the CPU has AMX, the operands of bfloat16's products
-are rounded to bfloat16, and multiplied by its tiles. Beside inputs and outputs only H is kept, and the
-features of one tile per thread; backward recomputes scores and features. Results do not depend on the number of
-threads. Forward and backward are registered with torch.library: torch.compile takes each as one opaque operation.
+Scores, harmonics and sums are float32 whatever the inputs. Where the CPU has AMX and the inputs are bfloat16 (N >= 32,
+r >= 4), its tiles multiply, and features and coefficients are rounded to bfloat16 for them. Beside inputs and outputs
+only H is kept, and the features of one tile per thread; backward recomputes scores and features. Results do not depend
+on the number of threads. Forward and backward are registered with torch.library: torch.compile takes each as one
+opaque operation.
 """
 
 import ctypes

@@ -15,22 +15,25 @@
 
 namespace {
 
-// Over a handful of tokens roundings do not average out, and speed does not matter.
-constexpr long FEWEST_PAIRED_TOKENS = 32;
+#if defined(__AMX_BF16__)
+
+// Over a handful of tokens or units the roundings of features do not average out against sums that happen to cancel.
+bool takes_pairs(const Call& c) { return c.tokens >= 32 && c.rank >= 4; }
 
 int forward_bfloat16(const Call& c) {
-#if defined(__AMX_BF16__)
-  if (c.tokens >= FEWEST_PAIRED_TOKENS) return run_forward<PairForward>(c);
-#endif
-  return run_forward<Forward<bfloat16>>(c);
+  return takes_pairs(c) ? run_forward<PairForward>(c) : run_forward<Forward<bfloat16>>(c);
 }
 
 int backward_bfloat16(const Call& c) {
-#if defined(__AMX_BF16__)
-  if (c.tokens >= FEWEST_PAIRED_TOKENS) return run_backward<PairBackward>(c);
-#endif
-  return run_backward<Backward<bfloat16>>(c);
+  return takes_pairs(c) ? run_backward<PairBackward>(c) : run_backward<Backward<bfloat16>>(c);
 }
+
+#else
+
+int forward_bfloat16(const Call& c) { return run_forward<Forward<bfloat16>>(c); }
+int backward_bfloat16(const Call& c) { return run_backward<Backward<bfloat16>>(c); }
+
+#endif
 
 } // namespace
 
