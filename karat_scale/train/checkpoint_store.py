@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from karat_scale.errors import RunDirectoryError
 from karat_scale.files import file_sha256, flush_to_disk, write_atomically
 
 MANIFEST = "manifest.json"
@@ -80,6 +81,23 @@ class CheckpointStore:
     def damage(self, name: str) -> str | None:
         """What is wrong with a checkpoint's files, in a few words; None if each one is as it was written."""
         return next(self._damages(self.root / name), None)
+
+    def find_intact(self, wanted: str) -> str:
+        """The name of the checkpoint `wanted`: best, latest or a name; `best` falls back on `latest`.
+
+        Raises:
+            RunDirectoryError: it is not there, or damaged.
+        """
+        name = self.pointed(wanted) if wanted in ("best", "latest") else wanted
+        if wanted == "best" and name is None:
+            name = self.pointed("latest")
+        if name is None or not (self.root / name).is_dir():
+            there = ", ".join(self.names()) or "none"
+            raise RunDirectoryError(f"{self.root}: no checkpoint {wanted!r}; there are: {there}")
+        damage = self.damage(name)
+        if damage:
+            raise RunDirectoryError(f"checkpoint {self.root / name} is damaged: {damage}; choose another")
+        return name
 
     def retain(self, keep_last: int) -> None:
         """Remove all but the newest `keep_last` checkpoints and those that `latest` and `best` name."""

@@ -10,13 +10,11 @@ import torch
 from karat_scale.data.backends import open_backend
 from karat_scale.data.batch import BadSample
 from karat_scale.data.normalize import Normalize
-from karat_scale.errors import RunDirectoryError
 from karat_scale.files import write_atomically
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe_io import load_recipe
 from karat_scale.train import distributed
-from karat_scale.train.checkpoint_store import CheckpointStore
 from karat_scale.train.distributed import World
 from karat_scale.train.evaluate import EvalResult, evaluate
 from karat_scale.train.progress import Reporter, choose_display
@@ -35,7 +33,7 @@ def evaluate_run(run_dir: str, overrides: Sequence[str], checkpoint: str, weight
     recipe = load_recipe(directory.recipe_file, overrides)
     world = distributed.start(recipe.run.device)
     try:
-        name = _find_checkpoint(directory.store, checkpoint)
+        name = directory.store.find_intact(checkpoint)
         saved = directory.store.state(name)
         wanted = recipe.train.eval_weights if weights == "auto" else weights
         use_ema = saved["has_ema"] if wanted == "auto" else wanted == "ema"
@@ -47,22 +45,10 @@ def evaluate_run(run_dir: str, overrides: Sequence[str], checkpoint: str, weight
     return 0
 
 
-def _find_checkpoint(store: CheckpointStore, wanted: str) -> str:
-    """The name of an intact checkpoint; `best` falls back on `latest`."""
-    name = store.pointed(wanted) if wanted in ("best", "latest") else wanted
-    if wanted == "best" and name is None:
-        name = store.pointed("latest")
-    if name is None or not (store.root / name).is_dir():
-        there = ", ".join(store.names()) or "none"
-        raise RunDirectoryError(f"{store.root}: no checkpoint {wanted!r}; there are: {there}")
-    damage = store.damage(name)
-    if damage:
-        raise RunDirectoryError(f"checkpoint {store.root / name} is damaged: {damage}; choose another")
-    return name
-
-
 def _evaluate(recipe: Recipe, world: World, checkpoint: Path, saved: dict[str, Any], use_ema: bool) -> EvalResult:
-    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    # As in training: stage 0 keeps fp32 weights in bf16 and casts as it goes.
+    is_bf16, casts = recipe.train.precision == "bf16", saved["zero_stage"] == 0
+    dtype = torch.bfloat16 if is_bf16 and not casts else torch.float32
     model = create_model(recipe.model, recipe.attention)
     load_weights(model, checkpoint, saved, use_ema)
     model.to(world.device, dtype).eval()
@@ -76,9 +62,14 @@ def _evaluate(recipe: Recipe, world: World, checkpoint: Path, saved: dict[str, A
             reporter.bad_sample(sample)
         reporter.display.evaluate(done, total)
 
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=is_bf16 and casts):
+            logits: torch.Tensor = model(images.to(dtype))
+        return logits
+
     try:
         return evaluate(
-            lambda images: model(images.to(dtype)),
+            forward,
             backend,
             Normalize(recipe.augment.mean, recipe.augment.std),
             recipe.train.eval_batch,

@@ -225,9 +225,27 @@ def test_a_branch_starts_from_another_runs_checkpoint(recipe_file: Path, tmp_pat
 
 
 @pytest.mark.multiprocess
-def test_another_world_size_is_refused_clearly_where_shards_differ(recipe_file: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    karat("train", str(recipe_file), f"run.dir={run}", "deepspeed.config=zero1", "train.max_steps=2", processes=2)
-    done = karat("train", str(recipe_file), f"run.dir={run}", "deepspeed.config=zero1", "train.max_steps=4")
-    assert done.returncode == 2
-    assert "world_size = 2" in done.stderr
+def test_the_same_command_goes_on_at_another_world_size_and_stage(recipe_file: Path, tmp_path: Path) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    one_epoch = ("train.epochs=1", "train.eval_every_epochs=1")
+    first = karat(
+        "train",
+        str(recipe_file),
+        f"run.dir={run}",
+        *one_epoch,
+        "deepspeed.config=zero1",
+        "train.max_steps=4",
+        processes=2,
+    )
+    assert first.returncode == 0, first.stdout + first.stderr
+    second = karat("train", str(recipe_file), f"run.dir={run}", *one_epoch, "deepspeed.config=zero3")
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert events(run, "resume")[0]["step"] == 4
+    karat("train", str(recipe_file), f"run.dir={whole}", *one_epoch)
+    assert losses(run).keys() == losses(whole).keys() == set(range(1, 9))
+    assert list(losses(run).values()) == pytest.approx(list(losses(whole).values()), rel=1e-5)
+    assert summary(run)["data_digest"] == summary(whole)["data_digest"]
+    # What was written at stage 3 is evaluated like any other.
+    evaluated = karat("eval", str(run), "--checkpoint", "latest")
+    assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
+    assert f"top-1 {events(run, 'eval')[-1]['top1']:.2f} %" in evaluated.stdout
