@@ -24,11 +24,9 @@ from rich.table import Table
 from karat_scale.bench import data_peers as peers
 from karat_scale.bench.interleave import interleaved_seconds, median_ratio
 from karat_scale.bench.sample_images import CLASSES, SampleImages, prepare_images
-from karat_scale.data.assemble import TrainAssembler
-from karat_scale.data.augment import TrainTransform
 from karat_scale.data.backends import Backend, open_backend
+from karat_scale.data.backends.images import ImageBackend
 from karat_scale.data.decoders.native import NativeDecoder
-from karat_scale.data.loader import OrderedLoader
 from karat_scale.data.plan import TrainPlan
 from karat_scale.data.shards import ShardSplit
 from karat_scale.errors import UserError
@@ -176,26 +174,20 @@ class _Bench:
                 "synthetic_samples": len(self._images.encoded),
             }
         )
-        opened: Backend = open_backend(config, self._augment, SIZE, CLASSES, 0)
-        plan = TrainPlan(0, min(opened.num_train, len(self._images.encoded)), self._batch, self._batch, 0, 1)
-
-        def run() -> None:
-            for _ in opened.train_batches(plan.slices(0, plan.steps_per_epoch)):
-                pass
-
-        return run
+        return self._epoch_of(open_backend(config, self._augment, SIZE, CLASSES, 0))
 
     def _scaled_epoch(self) -> Callable[[], object]:
         """As the webdataset backend, with a decoder that no recipe asks for, since its pixels differ more."""
-        source = ShardSplit(self._images.shards, "train", CLASSES)
-        config = DataConfig(path=str(self._images.shards))
+        split = ShardSplit(self._images.shards, "train", CLASSES)
+        config = DataConfig(path=str(self._images.shards), workers=self._workers)
         decoder = NativeDecoder(self._augment.interpolation, config.max_pixels, scaled=True)
-        make = TrainAssembler(source, SIZE, "skip", decoder, TrainTransform(self._augment, SIZE), 0)
-        plan = TrainPlan(0, len(source), self._batch, self._batch, 0, 1)
+        return self._epoch_of(ImageBackend(split, split, config, self._augment, SIZE, 0, decoder))
+
+    def _epoch_of(self, backend: Backend) -> Callable[[], object]:
+        plan = TrainPlan(0, min(backend.num_train, len(self._images.encoded)), self._batch, self._batch, 0, 1)
 
         def run() -> None:
-            slices = plan.slices(0, plan.steps_per_epoch)
-            for _ in OrderedLoader(make, slices, self._workers, config.prefetch, config.timeout):
+            for _ in backend.train_batches(plan.slices(0, plan.steps_per_epoch)):
                 pass
 
         return run
