@@ -100,7 +100,7 @@ def _streaming_forward(
     """O [B, h, N, dv], and H [h, B, N, r] where there is a W (else it is as large as S, and computed anew)."""
     output, hidden = _fake_forward(query, key, value, coef, proj)
     with full_precision(query.device):
-        work = Workspace(query, coef, bias, mask, basis_of(basis))
+        work = Workspace(query, coef, bias, mask, basis_of(basis), value.shape[2] if proj is None else 0)
         heads = _heads(value, coef, proj, hidden, base, on_simplex)
         for number, head in enumerate(heads):
             q, k = (x[:, number].to(coef.dtype) for x in (query, key))
@@ -134,7 +134,7 @@ def _streaming_backward(
     grad_proj = coef.new_zeros(0 if proj is None else proj.shape)
     grad_bias = coef.new_zeros(bias.shape if needs_bias and bias is not None else 0)
     with full_precision(query.device):
-        work = Workspace(query, coef, bias, mask, basis_of(basis))
+        work = Workspace(query, coef, bias, mask, basis_of(basis), value.shape[2] if proj is None else 0)
         heads = _heads(value, coef, proj, hidden, base, on_simplex)
         for number, head in enumerate(heads):
             q, k, grad_o = (x[:, number].to(coef.dtype) for x in (query, key, grad_output))

@@ -40,16 +40,15 @@ def workspace_budget(device: torch.device) -> int:
     return 2**18 * torch.get_num_threads() if device.type == "cpu" else 2**24
 
 
-def plan_tiles(batch: int, queries: int, keys: int, features: int, budget: int) -> Tiling:
+def plan_tiles(batch: int, queries: int, row: int, budget: int) -> Tiling:
     """As many whole score matrices as fit, else some rows of one.
 
-    A matrix has queries x keys x features elements in its features, of which a tile holds at most `budget` (or
-    MIN_ROWS rows).
+    `row` is what a tile holds for each row, in elements; a tile holds at most `budget` (or MIN_ROWS rows).
     """
-    matrices = budget // (queries * keys * features)
+    matrices = budget // (queries * row)
     if matrices > 0:
         return Tiling(split(batch, matrices), [slice(0, queries)])
-    return Tiling(split(batch, 1), split(queries, max(MIN_ROWS, budget // (keys * features))))
+    return Tiling(split(batch, 1), split(queries, max(MIN_ROWS, budget // row)))
 
 
 def split(total: int, largest: int) -> list[slice]:
@@ -169,16 +168,23 @@ class ElementwiseTile(Tile):
 
 
 class Workspace:
-    """The plan of a call's tiles and the memory they share."""
+    """The plan of a call's tiles and the memory they share.
 
-    def __init__(self, query: Tensor, coef: Tensor, bias: Tensor | None, mask: Tensor | None, basis: Basis) -> None:
+    `learned` is the length of the rows of S, where these may be formed.
+    """
+
+    def __init__(
+        self, query: Tensor, coef: Tensor, bias: Tensor | None, mask: Tensor | None, basis: Basis, learned: int = 0
+    ) -> None:
         batch, _, queries, width = query.shape
         keys = coef.shape[3]
         # An elementwise basis holds a few arrays of a tile's shape while it works.
         self.has_features = isinstance(basis, FeatureBasis)
         self._num_features = coef.shape[1] if self.has_features else 4
         self.scale = width**-0.5
-        self.tiling = plan_tiles(batch, queries, keys, self._num_features, workspace_budget(query.device))
+        # S and its gradient are two rows.
+        row = max(self._num_features * keys, 2 * learned)
+        self.tiling = plan_tiles(batch, queries, row, workspace_budget(query.device))
         self._bias, self._mask, self._basis = bias, mask, basis
         pairs = [(b.stop - b.start) * (r.stop - r.start) for b, r in self.tiling.tiles()]
         self._room = coef.new_empty(self._num_features * max(pairs, default=0) * keys if self.has_features else 0)
