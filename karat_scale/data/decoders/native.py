@@ -1,17 +1,21 @@
 """Decoding of the wanted part of a JPEG alone, and resizing in the same call: C++ on libjpeg, built at first use."""
 
 import ctypes
+import io
 import threading
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from karat_scale.attention.kernels import build
 from karat_scale.data.decoders.base import ChooseView, check_pixels
 from karat_scale.data.decoders.pillow import PillowDecoder
+from karat_scale.data.view import crop_view
 from karat_scale.errors import RecipeError
 
 SOURCE = Path(__file__).parent / "cpp" / "native.cpp"
@@ -43,19 +47,29 @@ class NativeDecoder:
         self._max_pixels = max_pixels
         self._pillow = PillowDecoder(interpolation, max_pixels)
         self._of_this_thread = threading.local()
+        if self._decoded(_small_jpeg(), lambda *_: crop_view((0, 0, 1, 1), 1)) is None:
+            # Pillow would do all the work, correct and slow.
+            reason = "it reads no JPEG: the libjpeg that is loaded is another than its header was for"
+            warnings.warn(f"the native JPEG decoder is not available: {reason}", stacklevel=2)
+            raise RecipeError(f"data.decoder = native cannot run: {reason}; set data.decoder=auto")
 
     def read(self, data: bytes, choose: ChooseView) -> npt.NDArray[np.uint8]:
+        pixels = self._decoded(data, choose)
+        return self._pillow.read(data, choose) if pixels is None else pixels
+
+    def _decoded(self, data: bytes, choose: ChooseView) -> npt.NDArray[np.uint8] | None:
+        """The view; None where Pillow must look."""
         handle = self._handle()
         width, height = ctypes.c_int32(), ctypes.c_int32()
         if not self._library.karat_decoder_open(handle, data, len(data), ctypes.byref(width), ctypes.byref(height)):
-            return self._pillow.read(data, choose)
+            return None
         check_pixels(width.value, height.value, self._max_pixels)
         view = choose(width.value, height.value)
         # Planes, since that is how a batch wants them; handed out as rows of pixels.
         planes = np.empty((3, view.size[1], view.size[0]), dtype=np.uint8)
         asked = _View(*view.region, *view.box, *view.size, self._interpolation, self._scaled)
         if not self._library.karat_decoder_read(handle, ctypes.byref(asked), planes.ctypes.data):
-            return self._pillow.read(data, choose)
+            return None
         return planes.transpose(1, 2, 0)
 
     def _handle(self) -> int:
@@ -65,6 +79,12 @@ class NativeDecoder:
             local.handle = _Handle(self._library)
         pointer: int = local.handle.pointer
         return pointer
+
+
+def _small_jpeg() -> bytes:
+    encoded = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(encoded, "JPEG")
+    return encoded.getvalue()
 
 
 class _View(ctypes.Structure):
