@@ -1,0 +1,170 @@
+"""The learned functions phi_pq where they are used, their energy per frequency, and how far they are from softmax."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor
+
+from karat_scale.analysis.attention_matrices import operators, watched
+from karat_scale.analysis.figures import new_figure, show_map
+from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
+from karat_scale.analysis.softmax_fit import Distance, SoftmaxFit, can_fit
+from karat_scale.analysis.trained_run import TrainedRun
+from karat_scale.analysis.units import ScoreHistogram, energy_per_frequency, unit_curves
+from karat_scale.attention import KaratOperator
+from karat_scale.errors import RunDirectoryError
+
+POINTS = 200
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+SHOWN_UNITS = 4
+FIT_BYTES = 1 << 30
+Heads = dict[tuple[int, int], Distance]
+
+
+def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
+    """Curves of every head of every block over the scores that occur.
+
+    Raises:
+        RunDirectoryError: the run has softmax attention, or no checkpoint.
+        DataError: its data cannot be read.
+    """
+    if not run.is_karat:
+        raise RunDirectoryError(f"{run.path}: attention.kind = softmax learns no functions; give a karat run")
+    model = run.model()
+    learned = [operator for operator in operators(model) if operator is not None]
+    images = run.images(settings.images)
+    histogram = ScoreHistogram(len(learned), learned[0].num_heads)
+    with watched(model, lambda block, raw, _: histogram.add(block, _arguments(learned[block], raw))):
+        _pass(model, run, settings, "scores")
+    result = Result()
+    _add_curves(result, learned, histogram)
+    _add_energy(result, learned)
+    _add_distances(result, model, learned, run, settings)
+    note_bad_images(result, run, images.bad)
+    return result
+
+
+def _arguments(operator: KaratOperator, raw: Tensor) -> Tensor:
+    """What the functions are given: scores of the learned heads or, where W comes first, A W."""
+    scores = raw[:, raw.shape[1] - operator.num_heads :]
+    return scores @ operator.proj if operator.form == "project_first" and operator.proj is not None else scores
+
+
+@torch.no_grad()
+def _pass(model: VisionTransformer, run: TrainedRun, settings: Settings, what: str) -> None:
+    images, done = run.images(settings.images), 0
+    for batch, _ in images.batches(settings.batch, run.device):
+        model(batch)
+        done += len(batch)
+        settings.progress(what, done, len(images))
+
+
+def _add_curves(result: Result, learned: Sequence[KaratOperator], histogram: ScoreHistogram) -> None:
+    for block, operator in enumerate(learned):
+        heads = operator.num_heads
+        figure = new_figure(max(2.2 * heads, 3.2), 2.6)
+        for head, axes in enumerate(figure.subplots(1, heads, squeeze=False)[0]):
+            low, high = histogram.span(block, head)
+            x = torch.linspace(low, high, POINTS, dtype=torch.float64, device=next(operator.parameters()).device)
+            curves = unit_curves(operator, head, x).flatten(1).cpu()
+            bands = curves.quantile(torch.tensor(QUANTILES, dtype=curves.dtype), dim=1).numpy()
+            lively = curves.var(0).topk(min(SHOWN_UNITS, curves.shape[1])).indices
+            _draw_curves(axes, x.cpu().numpy(), bands, curves[:, lively].numpy())
+            _draw_histogram(axes, histogram, block, head, (low, high))
+            axes.set(title=f"head {head}", xlabel="score", xlim=(low, high))
+            result.arrays[f"block{block}_head{head}_x"] = x.cpu().numpy()
+            result.arrays[f"block{block}_head{head}_quantiles"] = bands
+        result.figures[f"functions_block_{block}"] = (
+            figure,
+            f"Block {block}: phi over the scores that occur (grey: how often). Blue: median, quartiles and 5 to 95 % "
+            f"over all (p, q). Thin lines: the {SHOWN_UNITS} functions that vary most.",
+        )
+    result.arrays["score_counts"] = histogram.counts
+    result.arrays["score_edges"] = histogram.edges
+
+
+def _draw_curves(axes: Any, x: Any, bands: Any, lively: Any) -> None:
+    axes.fill_between(x, bands[0], bands[4], alpha=0.2, linewidth=0, color="C0")
+    axes.fill_between(x, bands[1], bands[3], alpha=0.35, linewidth=0, color="C0")
+    axes.plot(x, bands[2], color="C0")
+    axes.plot(x, lively, color="C1", linewidth=0.7, alpha=0.8)
+
+
+def _draw_histogram(axes: Any, histogram: ScoreHistogram, block: int, head: int, span: tuple[float, float]) -> None:
+    behind = axes.twinx()
+    middles = (histogram.edges[1:] + histogram.edges[:-1]) / 2
+    inside = (middles >= span[0]) & (middles <= span[1])
+    behind.fill_between(middles[inside], histogram.counts[block, head][inside], color="0.85", linewidth=0, step="mid")
+    behind.set(yticks=[], ylim=(0, None))
+    axes.set_zorder(behind.get_zorder() + 1)
+    axes.patch.set_visible(False)
+
+
+def _add_energy(result: Result, learned: Sequence[KaratOperator]) -> None:
+    shares = [energy_per_frequency(operator) for operator in learned]
+    if any(share is None for share in shares):
+        result.notes.append("energy per frequency: only the Fourier basis has frequencies")
+        return
+    energy = np.stack([share for share in shares if share is not None])
+    blocks, heads, grid = energy.shape
+    result.arrays["energy_share"] = energy
+    result.numbers["energy_share"] = energy.tolist()
+    figure = new_figure(1.2 + 0.6 * grid, max(1.6, 0.22 * blocks * heads + 0.8))
+    axes = figure.subplots()
+    image = show_map(axes, energy.reshape(-1, grid), vmin=0, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(grid), [str(m) for m in range(1, grid + 1)])
+    axes.set_yticks(range(blocks * heads), [f"{b}.{h}" for b in range(blocks) for h in range(heads)], fontsize=7)
+    axes.set(xlabel="frequency m", ylabel="block.head")
+    figure.colorbar(image, label="share of energy")
+    caption = "Share of a head's squared coefficients in each frequency; at the start of training all are 1 / G."
+    result.figures["energy"] = figure, caption
+    columns = ["block", "head", *(f"m = {m}, %" for m in range(1, grid + 1))]
+    rows = [[b, h, *(100 * energy[b, h]).tolist()] for b in range(blocks) for h in range(heads)]
+    result.tables.append(Table("Energy per frequency", columns, rows))
+
+
+def _add_distances(
+    result: Result, model: VisionTransformer, learned: Sequence[KaratOperator], run: TrainedRun, settings: Settings
+) -> None:
+    if not can_fit(learned[0]):
+        result.notes.append("distance from softmax: only for modular or full-rank operators of few features, base zero")
+        return
+    distances: Heads = {}
+    everyone = [(block, head) for block, operator in enumerate(learned) for head in range(operator.num_heads)]
+    at_once = max(1, FIT_BYTES // SoftmaxFit.bytes_of(learned[0]))
+    for start in range(0, len(everyone), at_once):
+        fits = {(b, h): SoftmaxFit(learned[b], h) for b, h in everyone[start : start + at_once]}
+
+        def visit(block: int, raw: Tensor, _: Tensor, fits: dict[tuple[int, int], SoftmaxFit] = fits) -> None:
+            for (of_block, head), fit in fits.items():
+                if of_block == block:
+                    fit.add(_arguments(learned[block], raw)[:, head].flatten(0, 1))
+
+        with watched(model, visit):
+            _pass(model, run, settings, "distance from softmax")
+        distances |= {place: fit.distance() for place, fit in fits.items()}
+    _show_distances(result, distances)
+
+
+def _show_distances(result: Result, distances: Heads) -> None:
+    rows = [[b, h, d.to_fit, d.to_softmax, d.fit_error] for (b, h), d in distances.items()]
+    columns = ["block", "head", "S to best fit", "S to softmax", "error of the fit"]
+    result.tables.append(
+        Table("Distance from the best fit of softmax (0 the same, 1 nothing in common)", columns, rows)
+    )
+    result.numbers["softmax"] = [
+        dict(zip(("block", "head", "to_fit", "to_softmax", "fit_error"), r, strict=True)) for r in rows
+    ]
+    figure = new_figure(max(4.0, 0.3 * len(rows) + 1), 2.8)
+    axes = figure.subplots()
+    where = np.arange(len(rows))
+    axes.bar(where - 0.2, [row[2] for row in rows], 0.4, label="learned S to the best fit of softmax")
+    axes.bar(where + 0.2, [row[4] for row in rows], 0.4, label="the best fit's own error")
+    axes.set_xticks(where, [f"{row[0]}.{row[1]}" for row in rows], fontsize=7)
+    axes.set(xlabel="block.head", ylim=(0, 1.3))
+    axes.legend()
+    caption = "How far each head is from the best that its basis, grid and rank can do to be softmax (1: unrelated)."
+    result.figures["distance"] = figure, caption
