@@ -15,7 +15,7 @@ import os
 import zlib
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -122,6 +122,7 @@ class BetonSplit:
     Opening checks the file's size, or with verify="hash" its SHA-256. `read` compares a JPEG with its checksum; raw
     pixels are read as a PPM image and rely on verify="hash", for a checksum would cost a third of their reading.
     readahead: samples of a block that the system is asked to read as a whole when one of them is read; 0 for none.
+    lends: raw pixels are read into one buffer, which the next read fills again; for a decoder that keeps no bytes.
     Raises DataError, one line, for what is missing, cut short, changed or out of range.
     """
 
@@ -132,6 +133,7 @@ class BetonSplit:
         num_classes: int,
         verify: Literal["size", "hash"] = "size",
         readahead: int = 0,
+        lends: bool = False,
     ) -> None:
         self.path = beton_path(Path(directory).expanduser(), split)
         record = read_record(self.path)
@@ -149,6 +151,7 @@ class BetonSplit:
         self._readahead = readahead
         self._asked: OrderedDict[int, None] = OrderedDict()
         self._file: int | None = None
+        self._lends, self._buffer = lends, bytearray()
 
     def _read_index(self, record: BetonRecord) -> dict[str, Column]:
         path = index_path(self.path)
@@ -178,14 +181,28 @@ class BetonSplit:
                 self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             if self._readahead:
                 self._ask_for_block(self._file, sample_id // self._readahead)
-            data = os.pread(self._file, size, offset)
+            raw = self._modes[sample_id] == RAW
+            data = self._read_ppm(self._file, sample_id) if raw else os.pread(self._file, size, offset)
         except OSError as error:
             raise DataError(f"{self.path} cannot be read: {error.strerror}; {MEND}") from error
-        raw = self._modes[sample_id] == RAW
-        if len(data) != size or (not raw and zlib.crc32(data) != self._crcs[sample_id]):
-            what = "is cut short" if len(data) != size else "has changed since it was written"
-            raise DataError(f"{self.path} {what}: sample {self.locate(sample_id)[0]} differs; {MEND}")
-        return b"P6 %d %d 255\n%b" % (self._widths[sample_id], self._heights[sample_id], data) if raw else data
+        if not raw and (len(data) != size or zlib.crc32(data) != self._crcs[sample_id]):
+            raise self._changed(sample_id, "is cut short" if len(data) != size else "has changed since it was written")
+        return data
+
+    def _read_ppm(self, file: int, sample_id: int) -> bytes:
+        size, offset = int(self._sizes[sample_id]), int(self._offsets[sample_id])
+        header = b"P6 %d %d 255\n" % (self._widths[sample_id], self._heights[sample_id])
+        end = len(header) + size
+        if len(self._buffer) < end:
+            self._buffer = bytearray(end)
+        lent = memoryview(self._buffer)[:end]
+        lent[: len(header)] = header
+        if os.preadv(file, [lent[len(header) :]], offset) != size:
+            raise self._changed(sample_id, "is cut short")
+        return cast(bytes, lent) if self._lends else bytes(lent)
+
+    def _changed(self, sample_id: int, what: str) -> DataError:
+        return DataError(f"{self.path} {what}: sample {self.locate(sample_id)[0]} differs; {MEND}")
 
     def _ask_for_block(self, file: int, block: int) -> None:
         """Have the system read a block of samples, once."""

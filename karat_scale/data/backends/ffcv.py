@@ -15,8 +15,9 @@ def open_ffcv(data: DataConfig, augment: AugmentConfig, image_size: int, num_cla
     """
     decoder = FfcvDecoder(augment.interpolation, data.max_pixels) if data.decoder == "auto" else None
     readahead = data.block_samples if data.order == "block" else 0
-    train = BetonSplit(data.path, data.train_split, num_classes, data.verify, readahead)
-    val = BetonSplit(data.path, data.val_split, num_classes, data.verify)
+    lends = decoder is not None
+    train = BetonSplit(data.path, data.train_split, num_classes, data.verify, readahead, lends)
+    val = BetonSplit(data.path, data.val_split, num_classes, data.verify, lends=lends)
     if train.classes != val.classes:
         raise DataError(f"{train.path} and {val.path} have other classes; make both from one source")
     return ImageBackend(train, val, data, augment, image_size, seed, decoder)

@@ -1,4 +1,4 @@
-"""Decoding and resizing as FFCV does, by its compiled library, and nothing else of FFCV.
+"""Decoding by FFCV's compiled library, and by nothing else of FFCV.
 
 FFCV's Loader cannot be seeded, hands out views of a ring buffer, shows damaged JPEGs as black pixels, changes torch's
 thread count, compiles for seconds, and hangs or dies in several ways. Its decoder is one C function, called here
@@ -9,12 +9,11 @@ import re
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from karat_scale.data.decoders.base import ChooseView, check_pixels
 from karat_scale.data.decoders.jpeg_header import Frame, read_frame
-from karat_scale.data.decoders.pillow import RESAMPLE, PillowDecoder
-from karat_scale.data.view import View
+from karat_scale.data.decoders.pillow import PillowDecoder
+from karat_scale.data.resize import resize_region
 from karat_scale.errors import RecipeError
 
 DEBIAN_PACKAGES = "libopencv-dev libturbojpeg0-dev pkg-config g++"
@@ -31,7 +30,6 @@ Pixels = npt.NDArray[np.uint8]
 def require_ffcv() -> None:
     """Raise RecipeError, with what to install, where FFCV or what it needs is not there."""
     try:
-        import cv2  # noqa: F401
         import ffcv.libffcv  # noqa: F401
     except (ImportError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -41,23 +39,16 @@ def require_ffcv() -> None:
 class FfcvDecoder:
     """Reads grey and colour JPEGs by FFCV's library and PPM, which is how raw pixels come; hands all else to Pillow.
 
-    Training crops are resized by OpenCV: INTER_AREA, FFCV's only method, where both sides shrink, else linear or
-    cubic as the recipe says, since INTER_AREA repeats pixels there. A view with fractional edges, as evaluation
-    takes it, is resized by Pillow. A JPEG that FFCV's library finds fault with is read by Pillow, which says what is
-    readable. See Decoder. Raises RecipeError where FFCV is not installed.
+    The resize is that of the other decoders, antialiased as the recipe says: OpenCV's INTER_AREA, FFCV's only method,
+    is slower, and repeats pixels where a crop grows. A JPEG that FFCV's library finds fault with is read by Pillow,
+    which says what is readable. See Decoder. Raises RecipeError where FFCV is not installed.
     """
 
     name = "ffcv"
 
     def __init__(self, interpolation: str, max_pixels: int) -> None:
         require_ffcv()
-        import cv2
-
-        # OpenCV would start a thread per core in every worker.
-        cv2.setNumThreads(0)
-        self._resize, self._area = cv2.resize, cv2.INTER_AREA
-        self._enlarge = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}[interpolation]
-        self._resample = RESAMPLE[interpolation]
+        self._interpolation = interpolation
         self._max_pixels = max_pixels
         self._pillow = PillowDecoder(interpolation, max_pixels)
         self._decode = JpegDecoder()
@@ -68,7 +59,7 @@ class FfcvDecoder:
             return self._pillow.read(data, choose)
         view = choose(pixels.shape[1], pixels.shape[0])
         left, top, right, bottom = view.region
-        return self._resized(pixels[top:bottom, left:right], view)
+        return resize_region(pixels[top:bottom, left:right], view, self._interpolation)
 
     def _pixels(self, data: bytes) -> Pixels | None:
         """The whole image, in a buffer that the next call may fill again; None where Pillow must look."""
@@ -82,17 +73,6 @@ class FfcvDecoder:
             return None
         check_pixels(frame.width, frame.height, self._max_pixels)
         return self._decode(data, frame)
-
-    def _resized(self, pixels: Pixels, view: View) -> Pixels:
-        height, width = pixels.shape[:2]
-        if view.box != view.region:
-            image = Image.fromarray(np.ascontiguousarray(pixels))
-            return np.asarray(image.resize(view.size, self._resample, box=view.box_in_region))
-        if (width, height) == view.size:
-            return pixels.copy()
-        shrinks = width >= view.size[0] and height >= view.size[1]
-        method = self._area if shrinks else self._enlarge
-        return np.asarray(self._resize(pixels, view.size, interpolation=method), dtype=np.uint8)
 
 
 class JpegDecoder:
