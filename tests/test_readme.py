@@ -42,13 +42,15 @@ def find(start: str) -> str:
 
 def test_every_command_is_run_here_or_by_the_ci_script() -> None:
     ours = ("python data_prep/", "torchrun", "karat eval", "karat train")
-    elsewhere = ("make demo", "make test", "pip install .")  # .ci/run, and test_packaging
+    # By .ci/run, test_packaging and the Makefile.
+    elsewhere = ("make demo", "make test", "pip install .", "pip install '.[dali]'", "pip install '.[ffcv]'")
     assert COMMANDS
     for command in COMMANDS:
         assert command in elsewhere or command.startswith(ours), command
     ci = (ROOT / ".ci" / "run").read_text()
     assert "make test" in ci
     assert "make demo" in ci
+    assert "EXTRAS := ffcv dali" in (ROOT / "Makefile").read_text()
 
 
 @pytest.mark.slow
