@@ -10,6 +10,7 @@ from karat_scale import __version__
 from karat_scale.errors import UserError
 
 EXIT_USAGE = 2
+ANALYSES = ("spectrum", "maps", "functions", "distributions", "landscape")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,6 +40,39 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--weights", choices=("raw", "ema", "both"), default="both")
     export.add_argument("--out", metavar="PATH", help="a .safetensors file or a directory (default: the run's)")
     export.set_defaults(run=_export)
+
+    submit = commands.add_parser("submit", help="write a recipe's sbatch script, show it, and submit it")
+    submit.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    submit.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.path=DIR")
+    for option in ("account", "partition", "time"):
+        submit.add_argument(f"--{option}", help="as sbatch has it")
+    for option in ("nodes", "gpus-per-node", "cpus-per-task"):
+        submit.add_argument(f"--{option}", type=int, help="as sbatch has it")
+    for setting in ("venv", "conda-env", "modules", "container", "stage"):
+        submit.add_argument(f"--{setting}", help="see the top of slurm/imagenet_fourier_karat.sh")
+    submit.add_argument("--yes", action="store_true", help="submit without asking")
+    submit.set_defaults(run=_submit)
+
+    status = commands.add_parser("status", help="where a run stands, from its files")
+    status.add_argument("run_dir", metavar="RUN", help="the run's directory")
+    status.add_argument("--once", action="store_true", help="do not follow the run")
+    status.set_defaults(run=_status)
+
+    analyze = commands.add_parser("analyze", help="what the attention of runs learned: figures, numbers, a report")
+    analyze.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory; two are set side by side")
+    analyze.add_argument("--only", nargs="+", choices=ANALYSES, default=ANALYSES, help="these analyses alone")
+    analyze.add_argument("--out", metavar="DIR", help="(default: `analysis` in the first run's directory)")
+    analyze.add_argument("--data", metavar="DIR", help="in place of the runs' data.path")
+    analyze.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
+    analyze.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
+    analyze.add_argument("--images", type=int, default=64, help="for spectrum and functions (default: %(default)s)")
+    analyze.add_argument("--image", type=int, nargs="+", metavar="N", help="images of the maps (default: four)")
+    analyze.add_argument("--block", type=int, default=-1, help="of the maps; -1 is the last (default: %(default)s)")
+    analyze.add_argument("--grid", type=int, default=15, help="landscape points a side (default: %(default)s)")
+    analyze.add_argument("--samples", type=int, default=256, help="images a landscape point (default: %(default)s)")
+    analyze.add_argument("--batch", type=int, default=8, help="images at a time (default: %(default)s)")
+    analyze.add_argument("--seed", type=int, default=0, help="of random directions and probes (default: %(default)s)")
+    analyze.set_defaults(run=_analyze)
 
     doctor = commands.add_parser("doctor", help="what this machine has, and what bounds a recipe on it")
     doctor.add_argument("recipe", metavar="RECIPE", nargs="?", help="a shipped recipe's name or a YAML file")
@@ -148,6 +182,31 @@ def _export(options: argparse.Namespace) -> int:
     from karat_scale.train.export import export_run
 
     return export_run(options.run_dir, options.checkpoint, options.weights, options.out)
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from karat_scale.cluster.submit import submit
+
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    sbatch = ("account", "partition", "nodes", "gpus_per_node", "cpus_per_task", "time")
+    chosen = {name.replace("_", "-"): given[name] for name in sbatch if name in given}
+    if "gpus_per_node" in given:  # one task for each; one on a node without GPUs
+        chosen["ntasks-per-node"] = str(max(given["gpus_per_node"], 1))
+    settings = ("venv", "conda_env", "modules", "container", "stage")
+    variables = {name.upper(): given[name] for name in settings if name in given}
+    return submit(options.recipe, options.overrides, chosen, variables, options.yes)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from karat_scale.cluster.status import show_status
+
+    return show_status(options.run_dir, options.once)
+
+
+def _analyze(options: argparse.Namespace) -> int:
+    from karat_scale.analysis.command import analyze_paths
+
+    return analyze_paths(options)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -25,6 +25,9 @@ say() {
   echo "$(date +%H:%M:%S) job ${SLURM_JOB_ID}: $*"
 }
 
+# Until ranks run there is nothing to save.
+trap 'requeue "told to stop before the start"' USR2 TERM
+
 enter_environment() {
   [[ -n ${SLURM_JOB_ID:-} ]] || refuse "this is a batch script: run it by sbatch"
   local name
@@ -44,7 +47,8 @@ enter_environment() {
   set -u
   read -ra PYTHON <<<"${CONTAINER:-} python"
   KARAT=("${PYTHON[@]}" -m karat_scale)
-  export PYTHONPATH=$KARAT_HOME${PYTHONPATH:+:$PYTHONPATH}
+  # In a clone; where the package is installed, it is found without.
+  [[ -d $KARAT_HOME/karat_scale ]] && export PYTHONPATH=$KARAT_HOME${PYTHONPATH:+:$PYTHONPATH}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   "${KARAT[@]}" --version >/dev/null ||
     refuse "\`${KARAT[*]}\` does not run on $(hostname); set VENV, CONDA_ENV, MODULES or CONTAINER"
@@ -74,14 +78,15 @@ count_restart() {
 stage_shards() {
   export KARAT_SHARDS=$1 KARAT_STAGED=
   [[ -n ${STAGE:-} && -f $1/dataset.json ]] || return 0
+  [[ -f $KARAT_HOME/data_prep/stage.py ]] || refuse "STAGE needs data_prep/stage.py of a clone; set KARAT_HOME to one"
   KARAT_STAGED=$STAGE/karat-$(id -un)/$(basename "$1")-$(sha256sum <"$1/dataset.json" | cut -c 1-12)
   say "staging $1 to $KARAT_STAGED on each node"
   # One job of several on a node copies, the others wait for it.
   # shellcheck disable=SC2016 # the task's shell is to expand these
   srun --label --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c '
     mkdir -p "$KARAT_STAGED" && exec flock "$KARAT_STAGED.lock" "$@" --out "$KARAT_STAGED"
-  ' stage "${PYTHON[@]}" "$KARAT_HOME/data_prep/stage.py" --src "$1" 2>&1 ||
-    say "not every node has room or right for a copy; those read $1"
+  ' stage "${PYTHON[@]}" "$KARAT_HOME/data_prep/stage.py" --src "$1" 2>&1 & # in the background: a signal may end it
+  wait $! || say "not every node has room or right for a copy; those read $1"
 }
 
 launch() {
@@ -99,7 +104,11 @@ launch() {
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$ranks" --ntasks-per-node="$per_node" --cpus-per-task="$cpus" \
     --kill-on-bad-exit=1 --unbuffered bash "$KARAT_HOME/slurm/rank.sh" "$LOGS" "${KARAT[@]}" "$@" &
   STEP=$!
-  trap 'ask_to_save' USR2 TERM
+  trap ask_to_save USR2 TERM
+  if ((STALL_SECONDS > 0)) && [[ $1 == train ]]; then
+    watch "$ranks" &
+    WATCH=$!
+  fi
   until wait "$STEP" || ! kill -0 "$STEP" 2>/dev/null; do :; done # a signal ends `wait`, not the step
   finish "$ranks"
 }
@@ -125,6 +134,11 @@ ask_to_save() {
 # What became of the step is in the ranks' exit files: srun's own code is that of a rank which it killed itself.
 finish() {
   local ranks=$1 codes ended first
+  [[ -z ${WATCH:-} ]] || kill "$WATCH" 2>/dev/null
+  if [[ -s $LOGS/verdict ]]; then
+    cat "$LOGS/verdict" >&2
+    exit 1
+  fi
   codes=$(cut -d ' ' -f 1 "$LOGS"/rank-*.exit 2>/dev/null)
   ended=$(grep -c . <<<"$codes")
   # The first to die, by the clock, names the cause; the others lost their peer.
@@ -139,6 +153,16 @@ finish() {
   fi
   say "done"
   exit 0
+}
+
+# Ends the step when a rank hangs. The verdict is the job's last line.
+watch() {
+  local watcher
+  "${PYTHON[@]}" -m karat_scale.cluster.watch "$RUN" --ranks "$1" --stall "$STALL_SECONDS" >"$LOGS/verdict" &
+  watcher=$!
+  trap 'kill "$watcher"; exit' TERM
+  wait "$watcher"
+  [[ $? == 3 ]] && kill -TERM "$STEP"
 }
 
 lost_nodes() {

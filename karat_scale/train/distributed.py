@@ -103,7 +103,8 @@ def start(device: str) -> World:
         torch.cuda.set_device(here)
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed insists on it
     _join(rank, size, "nccl" if use_cuda else "gloo")
-    control = dist.new_group(backend="gloo") if use_cuda and size > 1 else None
+    with_control = use_cuda and size > 1
+    control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if with_control else None
     return World(rank, size, local_rank, here, control)
 
 

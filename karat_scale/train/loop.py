@@ -70,6 +70,7 @@ class Loop:
             self._evaluate_if_due()
             batches = self.parts.backend.train_batches(plan.slices(state.step, self.total_steps))
             while state.step < self.total_steps:
+                self.parts.reporter.beat("waiting for data", state.step + 1)
                 self.step([next(batches) for _ in range(plan.accumulation)])
                 self._evaluate_if_due()
                 self.save_or_stop()
@@ -91,8 +92,11 @@ class Loop:
             batch = cpu_batch.to(parts.world.device)
             images = parts.normalize(batch.images)
             images, targets = parts.mixer.mix(images, batch.labels, batch.epoch, batch.batch)
+            parts.reporter.beat("forward")
             loss = self._objective(parts.engine.forward(images), targets)
+            parts.reporter.beat("backward")
             parts.engine.backward(loss)
+            parts.reporter.beat("optimizer")
             norm = parts.engine.step()
             self._interval.add_loss(loss / len(micro_batches))
         state.step += 1
@@ -119,6 +123,7 @@ class Loop:
         figures = {
             "epoch": (state.step - 1) // parts.plan.steps_per_epoch,
             "samples": state.samples,
+            "total_steps": self.total_steps,
             "loss": mean_loss,
             "lr": lr,
             "grad_norm": self._interval.grad_norm,
@@ -160,6 +165,7 @@ class Loop:
                 self._save(is_best=True)
 
     def _during_evaluation(self, done: int, total: int, bad: tuple[BadSample, ...]) -> None:
+        self.parts.reporter.beat("evaluating")
         for sample in bad:
             self.parts.reporter.bad_sample(sample)
         self.parts.reporter.display.evaluate(done, total)
@@ -185,6 +191,7 @@ class Loop:
         """Save unless this step is saved already; whether it is."""
         if self._saved_step == self.state.step:
             return True
+        self.parts.reporter.beat("saving")
         with self._interval.paused():
             self._fold_interval()
             saved = self.parts.checkpoints.save(self.state, is_best)

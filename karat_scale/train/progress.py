@@ -15,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from karat_scale.cluster.heartbeat import Heartbeat
 from karat_scale.data.batch import BadSample
 from karat_scale.train.metrics import MetricsLog
 from karat_scale.train.state import TrainState
@@ -126,10 +127,18 @@ def choose_display(is_main: bool, title: str) -> Display:
 class Reporter:
     """Tells the person and the log the same things. `log` is None on ranks other than 0."""
 
-    def __init__(self, display: Display, log: MetricsLog | None, rank: int = 0) -> None:
+    def __init__(
+        self, display: Display, log: MetricsLog | None, rank: int = 0, heartbeat: Heartbeat | None = None
+    ) -> None:
         self.display = display
         self._log = log
         self._rank = rank
+        self._heartbeat = heartbeat
+
+    def beat(self, doing: str, step: int = 0) -> None:
+        """This rank got on: it begins with `doing` now, for whoever watches for hangs."""
+        if self._heartbeat is not None:
+            self._heartbeat.beat(doing, step)
 
     def info(self, text: str) -> None:
         """A line for the person."""
@@ -179,6 +188,8 @@ class Reporter:
     def close(self) -> None:
         """Restore the terminal and close the files."""
         self.display.close()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
         if self._log is not None:
             self._log.close()
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from karat_scale.cluster.heartbeat import Heartbeat
 from karat_scale.errors import UserError
 from karat_scale.recipe import Recipe
 from karat_scale.train import distributed
@@ -129,7 +130,8 @@ def _open_reporter(recipe: Recipe, world: World, directory: RunDirectory) -> Rep
     log = None
     if world.is_main:
         log = MetricsLog(directory.metrics_file, directory.tensorboard if recipe.log.tensorboard else None)
-    return Reporter(choose_display(world.is_main, recipe.run.name), log, world.rank)
+    heartbeat = Heartbeat(directory.path, world.rank).start()
+    return Reporter(choose_display(world.is_main, recipe.run.name), log, world.rank, heartbeat)
 
 
 def _branch_point(recipe: Recipe, directory: RunDirectory) -> str:

@@ -52,16 +52,22 @@ class Job:
         """What the job has printed so far, over all its starts."""
         return self.output.read_text() if self.output.is_file() else ""
 
-    def field(self, name: str) -> str:
-        """A field of `scontrol show job`."""
+    def fields(self, name: str) -> list[str]:
+        """A field of `scontrol show job`, for each task of an array."""
         shown = self.cluster.command("scontrol", "show", "job", self.id)
-        found = re.search(rf"\b{name}=(\S*)", shown)
-        assert found is not None, shown
-        return found[1]
+        found = re.findall(rf"\b{name}=(\S*)", shown)
+        assert found, shown
+        return found
+
+    def field(self, name: str) -> str:
+        """A field of `scontrol show job`; one value for all tasks of an array."""
+        values = sorted(set(self.fields(name)))
+        return " ".join(values)
 
     @property
     def ended(self) -> bool:
-        return self.field("JobState") in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        return all(state in final for state in self.fields("JobState"))
 
     @property
     def starts(self) -> int:

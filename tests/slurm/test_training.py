@@ -1,8 +1,10 @@
 """slurm/imagenet_fourier_karat.sh on a real SLURM: interrupted in any way, a run ends in the same weights."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ STEPS = 16  # 2 epochs of 64 samples in batches of 8
 SCRIPT = "imagenet_fourier_karat.sh"
 RECIPE = "attention: {kind: karat}\nschedule: {warmup_epochs: 0.5}\ndata: {path: set by the script}\n"
 # Evaluation in batches of one and a save after each step: signals find them under way.
-OVERRIDES = (*SMALL, "model.proj_drop=0.1", "train.eval_batch=1", "checkpoint.every_steps=1")
+OVERRIDES = (*SMALL, "train.eval_batch=1", "checkpoint.every_steps=1")
 
 Train = Callable[..., Job]
 
@@ -52,9 +54,9 @@ def run_of(job: Job) -> Path:
     return job.output.parent / "run"
 
 
-def last_checkpoint(run: Path) -> dict[str, object]:
+def last_checkpoint(run: Path, step: int = STEPS) -> dict[str, object]:
     """All tensor files of a run's last checkpoint."""
-    last = run / "checkpoints" / f"step-{STEPS:08d}"
+    last = run / "checkpoints" / f"step-{step:08d}"
     return {path.name: load_tensors(path) for path in sorted(last.glob("*.pt"))}
 
 
@@ -80,18 +82,32 @@ def wait_for(job: Job, kind: str, step: int) -> None:
     wait_until(reported, 120, f"event {kind} of step {step}")
 
 
-def assert_ends_like(job: Job, whole: Path) -> None:
+def process_of(job: Job, rank: int) -> psutil.Process:
+    """The trainer of a rank: a child of its wrapper."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            environment = process.environ()
+            if (environment.get("SLURM_JOB_ID"), environment.get("SLURM_PROCID")) == (job.id, str(rank)):
+                parent = process.parent()
+                if "karat_scale" in process.cmdline() and parent is not None and parent.name() == "bash":
+                    return process
+    raise AssertionError(f"job {job.id} has no rank {rank}:\n{job.log}")
+
+
+def assert_ends_like(job: Job, whole: Path, step: int = STEPS) -> None:
     """The job comes to its end, and the run equals the uninterrupted one bit for bit."""
     assert job.wait() == "COMPLETED 0", job.log
     assert events(run_of(job), "resume"), job.log
-    assert equal(last_checkpoint(run_of(job)), last_checkpoint(whole))
+    assert equal(last_checkpoint(run_of(job), step), last_checkpoint(whole, step))
     assert summary(run_of(job))["data_digest"] == summary(whole)["data_digest"] != 0
 
 
 def test_two_nodes_train_what_one_process_trains(train: Train, uninterrupted: Path) -> None:
-    job = train("model.proj_drop=0", options=("--nodes=2",), RUN="run")
+    job = train(options=("--nodes=2",))
     assert job.wait() == "COMPLETED 0", job.log
     assert summary(run_of(job))["world_size"] == 2
+    alone, together = weights(uninterrupted), weights(run_of(job))
+    assert (alone - together).norm() / alone.norm() < 1e-5
     assert summary(run_of(job))["data_digest"] == summary(uninterrupted)["data_digest"]
 
 
@@ -109,3 +125,69 @@ def test_preempted_by_signal_it_saves_comes_back_and_ends_alike(
     assert_ends_like(job, uninterrupted)
     assert job.starts == 2
     assert "requeued" in job.log
+
+
+def test_a_time_limit_saves_and_the_job_comes_back(train: Train, recipe: Path, shards: Path, tmp_path: Path) -> None:
+    # A minute is the shortest limit, and SLURM looks at it each half minute: a run long enough to be caught.
+    long = ("train.epochs=40", "checkpoint.every_steps=64")
+    whole = tmp_path / "whole"
+    done = karat("train", str(recipe), *OVERRIDES, *long, f"data.path={shards}", f"run.dir={whole}")
+    assert done.returncode == 0, done.stderr
+    job = train(*long, options=("--time=1", "--signal=B:USR2@55"))
+    assert_ends_like(job, whole, step=320)
+    assert job.starts >= 2
+
+
+def test_a_killed_node_brings_the_job_back(train: Train, uninterrupted: Path, cluster: Cluster) -> None:
+    job = train(options=("--nodes=2",))
+    wait_for(job, "checkpoint", 3)
+    cluster.kill_node(cluster.nodes[1])
+    try:
+        wait_until(lambda: job.starts > 1 or job.ended, 120, "the job is requeued")
+    finally:
+        cluster.start_node(cluster.nodes[1])
+    assert job.wait() == "COMPLETED 0", job.log
+    assert events(run_of(job), "resume"), job.log
+    alone, together = weights(uninterrupted), weights(run_of(job))
+    assert (alone - together).norm() / alone.norm() < 1e-5
+
+
+def test_a_cancelled_job_does_not_come_back(train: Train, cluster: Cluster) -> None:
+    job = train()
+    wait_for(job, "train", 2)
+    cluster.command("scancel", job.id)
+    assert job.wait().startswith("CANCELLED")
+    cluster.wait_idle()
+    assert job.field("JobState") == "CANCELLED"
+
+
+def test_restarts_that_save_nothing_new_end_the_job(train: Train) -> None:
+    # One step an epoch, and each start is told to stop as it begins: no evaluation ever comes to its end.
+    job = train("train.global_batch=64", "train.epochs=4", IDLE_RESTARTS="1")
+    for start in (1, 2, 3):
+        wait_until(lambda start=start: f"start {start}:" in job.log, 90, f"start {start}")
+        job.signal_batch()
+    assert job.wait() == "FAILED 1", job.log
+    assert "2 restarts without a new checkpoint" in job.log.splitlines()[-1]
+    assert job.starts == 4
+
+
+def test_the_first_rank_to_fail_has_the_last_word(train: Train) -> None:
+    job = train(options=("--nodes=2",))
+    wait_for(job, "train", 2)
+    process_of(job, rank=1).kill()
+    assert job.wait() == "FAILED 1", job.log
+    assert "rank 1 on 127.0.0.2 was killed by signal 9 (KILL)" in job.log.splitlines()[-1]
+
+
+def test_a_rank_that_hangs_is_named_and_ends_the_job(train: Train) -> None:
+    job = train("train.epochs=200", options=("--nodes=2",), STALL_SECONDS="20")
+    wait_for(job, "train", 2)
+    process_of(job, rank=1).suspend()
+    assert job.wait() == "FAILED 1", job.log
+    last = job.log.splitlines()[-1]
+    assert last.startswith("error: rank 1 on 127.0.0.2 (process "), job.log
+    assert "stopped or gone, no stacks" in last
+    # The rank that waited shows where it did.
+    assert "Timeout (0:00:20)!" in job.log
+    assert 'train/loop.py", line' in job.log

@@ -1,0 +1,114 @@
+"""Each rank's sign of life: a small file that says what it is at, rewritten while the process lives.
+
+RUN/heartbeats/rank-00003.json      {"rank": 3, "host": "node2", "beats": 812, "doing": "backward", "step": 203, ...}
+
+`beats` counts the places in the program that a rank has passed. Ranks train in step, so where all stand still, the one
+with the fewest beats is the one that the others wait for. The standard library alone: this knows nothing of training.
+"""
+
+import faulthandler
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+WRITE_SECONDS = 2.0
+# Moving the alarm costs a thread: not at each of a fast step's beats.
+_ARM_SECONDS = 1.0
+_STANDARD_ERROR = 2
+
+
+@dataclass
+class Sign:
+    """What a heartbeat file says."""
+
+    rank: int
+    host: str
+    pid: int
+    start: str
+    beats: int = 0
+    doing: str = "starting"
+    step: int = 0
+    written: float = 0.0
+
+
+def heartbeat_file(directory: Path, rank: int) -> Path:
+    """Where a rank of the run in `directory` writes."""
+    return directory / "heartbeats" / f"rank-{rank:05d}.json"
+
+
+def this_start(environ: Mapping[str, str] = os.environ) -> str:
+    """The job and its restart that this process belongs to; empty outside SLURM."""
+    job = environ.get("SLURM_JOB_ID", "")
+    return f"{job}-{environ.get('SLURM_RESTART_COUNT', '0')}" if job else ""
+
+
+class Heartbeat:
+    """Writes this rank's file, and dumps all Python stacks to standard error when no beat comes for `stall` seconds.
+
+    `stall` is KARAT_STALL_SECONDS of the environment; 0 or unset means that nothing is dumped.
+    """
+
+    def __init__(self, directory: Path, rank: int) -> None:
+        self._file = heartbeat_file(directory, rank)
+        host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        self._sign = Sign(rank, host, os.getpid(), this_start())
+        self._stall = float(os.environ.get("KARAT_STALL_SECONDS") or 0)
+        self._armed = 0.0
+        self._ended = threading.Event()
+        self._writer = threading.Thread(target=self._write_until_ended, name="heartbeat", daemon=True)
+
+    def start(self) -> "Heartbeat":
+        """Write the first sign and go on writing."""
+        self.beat("starting")
+        self._writer.start()
+        return self
+
+    def beat(self, doing: str, step: int = 0) -> None:
+        """This rank got on: it begins with `doing` now."""
+        self._sign.beats += 1
+        self._sign.doing = doing
+        self._sign.step = step or self._sign.step
+        now = time.monotonic()
+        if self._stall and now - self._armed >= _ARM_SECONDS:
+            self._armed = now
+            faulthandler.dump_traceback_later(self._stall, file=_STANDARD_ERROR)
+
+    def stop(self) -> None:
+        """The last sign; no alarm after it."""
+        if self._stall:
+            faulthandler.cancel_dump_traceback_later()
+        self._ended.set()
+        self._writer.join()
+
+    def _write_until_ended(self) -> None:
+        while True:
+            self._write()
+            if self._ended.wait(WRITE_SECONDS):
+                self._write()
+                return
+
+    def _write(self) -> None:
+        self._sign.written = round(time.time(), 3)
+        temporary = self._file.with_suffix(".tmp")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(asdict(self._sign)), encoding="utf-8")
+            temporary.replace(self._file)
+        except OSError:
+            return  # a full disk shows where it matters, at the next checkpoint
+
+
+def read_signs(directory: Path) -> list[Sign]:
+    """The signs of a run's ranks, in rank order; files that are unreadable now are left out."""
+    signs = []
+    for path in sorted((directory / "heartbeats").glob("rank-*.json")):
+        try:
+            signs.append(Sign(**json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError):
+            continue
+    return signs

@@ -1,0 +1,125 @@
+"""Where a run stands, read from its files alone: no server, any machine that sees the directory."""
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from karat_scale.cluster.heartbeat import Sign, read_signs
+from karat_scale.errors import RunDirectoryError
+
+SQUEUE_SECONDS = 5
+
+
+@dataclass
+class Standing:
+    """What is known now. None, or an empty list, where the run has not written it yet."""
+
+    name: str
+    job: str | None = None
+    job_state: str | None = None
+    step: int = 0
+    total_steps: int | None = None
+    epoch: int | None = None
+    losses: list[float] = field(default_factory=list)
+    last_top1: float | None = None
+    best_top1: float | None = None
+    images_per_second: float | None = None
+    seconds_left: float | None = None
+    peak_memory_mb: float | None = None
+    restarts: int = 0
+    checkpoint: str | None = None
+    checkpoint_age: float | None = None
+    signs: list[Sign] = field(default_factory=list)
+    ended: str | None = None
+
+
+def read_standing(run: Path, now: float | None = None) -> Standing:
+    """Read the run's files at time `now` (seconds since the epoch).
+
+    Raises:
+        RunDirectoryError: `run` holds neither a run nor the logs of one that is about to start.
+    """
+    if not any((run / name).exists() for name in ("recipe.yaml", "metrics.jsonl", "logs")):
+        raise RunDirectoryError(f"{run}: not a run's directory (it has no recipe.yaml)")
+    standing = Standing(run.name if run.name != "run" else run.resolve().parent.name)
+    for event in _events(run / "metrics.jsonl"):
+        _take_in(standing, event)
+    _read_checkpoints(standing, run / "checkpoints", time.time() if now is None else now)
+    standing.signs = read_signs(run)
+    standing.job = _newest_job(run / "logs")
+    standing.job_state = job_state(standing.job) if standing.job else None
+    return standing
+
+
+def _events(path: Path) -> Iterator[dict[str, Any]]:
+    """The events; a line that is being written, or that a crash cut off, is passed over."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict):
+                yield event
+
+
+def _take_in(standing: Standing, event: dict[str, Any]) -> None:
+    kind = event.get("event")
+    if kind == "train":
+        standing.step, standing.ended = event["step"], None
+        standing.epoch = event.get("epoch")
+        standing.total_steps = event.get("total_steps")
+        if event.get("loss") is not None:
+            standing.losses.append(event["loss"])
+        rate = event.get("images_per_second")
+        if rate:
+            standing.images_per_second = rate
+            batch = event["samples"] / event["step"]
+            if standing.total_steps:
+                standing.seconds_left = (standing.total_steps - event["step"]) * batch / rate
+    elif kind == "eval":
+        standing.last_top1 = event["top1"]
+        standing.best_top1 = max(event["top1"], standing.best_top1 or 0.0)
+    elif kind == "resume":
+        standing.restarts, standing.step, standing.ended = event["restarts"], event["step"], None
+    elif kind == "end":
+        standing.ended = f"{event.get('reason')} (exit {event.get('exit')})"
+        if event.get("exit") == 0:
+            standing.seconds_left = 0.0
+
+
+def _read_checkpoints(standing: Standing, root: Path, now: float) -> None:
+    try:
+        name = (root / "latest").read_text(encoding="utf-8").strip()
+        manifest = (root / name / "manifest.json").stat()
+        state = json.loads((root / name / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    standing.checkpoint, standing.checkpoint_age = name, max(now - manifest.st_mtime, 0.0)
+    standing.peak_memory_mb = state.get("peak_memory_mb") or None
+
+
+def _newest_job(logs: Path) -> str | None:
+    """The launch wrapper names a directory JOB-RESTART for each start."""
+    starts = [path for path in logs.glob("*-*") if path.is_dir()] if logs.is_dir() else []
+    newest = max(starts, key=lambda path: path.stat().st_mtime, default=None)
+    return newest.name.rpartition("-")[0] if newest else None
+
+
+def job_state(job: str) -> str | None:
+    """What squeue says of a job, such as RUNNING; None where it does not know the job, or is not here."""
+    if shutil.which("squeue") is None:
+        return None
+    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return next(iter(done.stdout.split()), None) if done.returncode == 0 else None

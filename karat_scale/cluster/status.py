@@ -1,0 +1,119 @@
+"""`karat status`: a run at a glance, live on a terminal, once elsewhere."""
+
+import time
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from karat_scale.cluster.standing import Standing, read_standing
+
+REFRESH_SECONDS = 2.0
+_BARS = "▁▂▃▄▅▆▇█"
+_WIDTH = 48
+
+
+def show_status(run: str, once: bool = False) -> int:
+    """Show where the run in directory `run` stands; on a terminal until it ends or Ctrl-C. Returns the exit code.
+
+    Raises:
+        RunDirectoryError: not a run.
+    """
+    console, path = Console(), Path(run)
+    standing = read_standing(path)
+    if once or not console.is_terminal or standing.ended:
+        console.print(render(standing))
+        return 0
+    with Live(render(standing), console=console, auto_refresh=False) as live:
+        try:
+            while not standing.ended:
+                time.sleep(REFRESH_SECONDS)
+                standing = read_standing(path)
+                live.update(render(standing), refresh=True)
+        except KeyboardInterrupt:
+            pass
+    return 0
+
+
+def sparkline(values: list[float], width: int = _WIDTH) -> str:
+    """The values as bars, each the mean of an equal share of them; the lowest is the lowest bar."""
+    if not values:
+        return ""
+    width = min(width, len(values))
+    shares = [values[len(values) * i // width : len(values) * (i + 1) // width] for i in range(width)]
+    means = [sum(share) / len(share) for share in shares]
+    low, high = min(means), max(means)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((mean - low) * scale)] for mean in means)
+
+
+def duration(seconds: float) -> str:
+    """Two units are enough: "3 d 4 h", "12 min 5 s"."""
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    left = int(seconds)
+    parts: list[str] = []
+    for unit, size in units:
+        count, left = divmod(left, size)
+        if count or (unit == "s" and not parts):
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2])
+
+
+def render(standing: Standing) -> Group:
+    """The view; a figure that is not known yet is left out."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    for label, value in _rows(standing):
+        table.add_row(label, value)
+    bar = ProgressBar(total=standing.total_steps or 1, completed=standing.step, width=_WIDTH)
+    title = Text(standing.name, style="bold")
+    return Group(title, bar, table) if standing.total_steps else Group(title, table)
+
+
+def _rows(standing: Standing) -> list[tuple[str, str]]:
+    state = standing.job_state or (standing.ended and "ended") or ("unknown to squeue" if standing.job else None)
+    steps = f"{standing.step:,}" + (f" of {standing.total_steps:,}" if standing.total_steps else "")
+    rows = [
+        ("job", f"{standing.job} {state}" if standing.job else state),
+        ("outcome", standing.ended),
+        ("step", steps + (f", epoch {standing.epoch}" if standing.epoch is not None else "")),
+        ("loss", f"{standing.losses[-1]:.4f}  {sparkline(standing.losses)}" if standing.losses else None),
+        ("top-1", _top1(standing)),
+        ("images/s", f"{standing.images_per_second:,.0f}" if standing.images_per_second else None),
+        ("peak memory", f"{standing.peak_memory_mb:,.0f} MB" if standing.peak_memory_mb else None),
+        ("restarts", str(standing.restarts)),
+        ("time left", _left(standing)),
+        (
+            "checkpoint",
+            f"{standing.checkpoint}, {duration(standing.checkpoint_age or 0)} old"
+            if standing.checkpoint
+            else "none yet",
+        ),
+        ("ranks", _ranks(standing)),
+    ]
+    return [(label, value) for label, value in rows if value]
+
+
+def _top1(standing: Standing) -> str | None:
+    if standing.last_top1 is None:
+        return None
+    return f"{standing.last_top1:.2f} %, best {standing.best_top1:.2f} %"
+
+
+def _left(standing: Standing) -> str | None:
+    if standing.ended or standing.seconds_left is None:
+        return None
+    return f"about {duration(standing.seconds_left)}"
+
+
+def _ranks(standing: Standing) -> str | None:
+    """How many there are, and the one that the others wait for."""
+    if not standing.signs or standing.ended:
+        return None
+    last = min(standing.signs, key=lambda sign: sign.beats)
+    hosts = len({sign.host for sign in standing.signs})
+    return f"{len(standing.signs)} on {hosts} nodes; rank {last.rank} on {last.host} is at {last.doing!r}"

@@ -1,0 +1,99 @@
+"""`karat submit`: the sbatch script of a recipe with everything filled in, shown, and submitted when confirmed."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from karat_scale.errors import UserError
+from karat_scale.files import write_atomically
+from karat_scale.recipe_io import load_recipe, shipped_recipes
+
+SCRIPT = "imagenet_fourier_karat.sh"
+
+
+def slurm_home() -> Path:
+    """The directory that holds `slurm/`: the package of an installed wheel, or the top of a clone."""
+    package = Path(__file__).resolve().parent.parent
+    return package if (package / "slurm").is_dir() else package.parent
+
+
+def submit(
+    recipe: str, overrides: Sequence[str], options: Mapping[str, str], settings: Mapping[str, str], yes: bool
+) -> int:
+    """Write RUN/submit.sh, show it, and submit it with `yes` or when the person at the terminal agrees.
+
+    Args:
+        recipe: a shipped recipe's name or the path of a YAML file.
+        overrides: `key=value` of the recipe.
+        options: of sbatch, by their long names.
+        settings: variables at the top of the script, such as VENV.
+
+    Raises:
+        UserError: the recipe is wrong, or sbatch refuses or is not here.
+    """
+    resolved = load_recipe(recipe, overrides)
+    run = Path(resolved.run.dir).absolute()
+    named = recipe if recipe in shipped_recipes() else str(Path(recipe).resolve())
+    own = ("run.dir=", "data.path=")
+    kept = [override for override in overrides if not override.startswith(own)]
+    filled = {
+        "KARAT_HOME": str(slurm_home()),
+        "RECIPE": named,
+        "SHARDS": str(Path(resolved.data.path).absolute()),
+        "RUN": str(run),
+        **settings,
+    }
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        script = run / "submit.sh"
+        template = (slurm_home() / "slurm" / SCRIPT).read_text(encoding="utf-8")
+        output = {"job-name": resolved.run.name, "output": str(run / "%x-%j.out")}
+        write_atomically(script, fill(template, {**output, **options}, filled, kept))
+    except OSError as error:
+        raise UserError(f"run.dir = {run}: {error.strerror}; choose another run.dir") from None
+    print(script.read_text(encoding="utf-8"))
+    if not (yes or _agrees()):
+        print(f"not submitted; when you want to: sbatch {script}")
+        return 0
+    print(f"job {_sbatch(script)} is submitted; see it with: karat status {run}")
+    return 0
+
+
+def fill(template: str, options: Mapping[str, str], settings: Mapping[str, str], overrides: Sequence[str]) -> str:
+    """A shipped script with its #SBATCH lines, settings and overrides replaced."""
+    lines = []
+    left = dict(options)
+    for line in template.splitlines():
+        option = re.match(r"##?SBATCH --([a-z-]+)=", line)
+        setting = re.match(r"([A-Z_]+)=\$\{\1:-.*?\}(\s+#.*)?$", line)
+        if option and option[1] in left:
+            lines.append(f"#SBATCH --{option[1]}={left.pop(option[1])}")
+        elif setting and setting[1] in settings:
+            lines.append(f"{setting[1]}={shlex.quote(settings[setting[1]])}")
+        elif re.match(r"KARAT_HOME=", line) and "KARAT_HOME" in settings:
+            lines.append(f"KARAT_HOME={shlex.quote(settings['KARAT_HOME'])}")
+        else:
+            lines.append(line.replace('"$@"', " ".join(map(shlex.quote, overrides))).rstrip())
+    last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
+    lines[last + 1 : last + 1] = [f"#SBATCH --{name}={value}" for name, value in left.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _agrees() -> bool:
+    if not sys.stdin.isatty():
+        return False
+    return input("submit this? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _sbatch(script: Path) -> str:
+    try:
+        done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+    except OSError:
+        raise UserError(f"there is no sbatch on this machine; on the cluster: sbatch {script}") from None
+    if done.returncode:
+        lines = [line.removeprefix("sbatch: error: ") for line in done.stderr.splitlines() if "error" in line]
+        raise UserError(f"sbatch refuses {script}: {'; '.join(lines) or done.stderr}")
+    return done.stdout.strip().partition(";")[0]

@@ -1,0 +1,91 @@
+"""Ends with a named rank when a job hangs: the launch wrapper runs this beside the ranks.
+
+    python -m karat_scale.cluster.watch RUN --ranks N --stall SECONDS
+
+Exit code 3: a rank stood still for that long; the line on standard output says which one and where. Clocks of other
+nodes do not matter: what counts is when this process last saw a file change.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from karat_scale.cluster.heartbeat import WRITE_SECONDS, Sign, read_signs, this_start
+
+EXIT_STALLED = 3
+# A rank dumps its stacks at `stall`; the verdict comes a little later, so that they are in its log by then.
+GRACE_SECONDS = 3 * WRITE_SECONDS
+# Without a new file for that long a process is stopped or gone, whatever its ranks wait for.
+_SILENT_SECONDS = 5 * WRITE_SECONDS
+
+
+@dataclass
+class Seen:
+    """A rank's newest sign, and when this process saw it get on and write."""
+
+    sign: Sign
+    got_on: float
+    wrote: float
+
+
+class Watch:
+    """Remembers when each rank got on; `verdict` names the one that the others wait for."""
+
+    def __init__(self, ranks: int, stall: float, now: float) -> None:
+        self._ranks = ranks
+        self._stall = stall
+        self._begun = now
+        self._seen: dict[int, Seen] = {}
+
+    def look(self, signs: list[Sign], now: float) -> str | None:
+        """Take in the ranks' signs at time `now` (seconds, of one clock); a verdict, or None while all get on."""
+        for sign in signs:
+            seen = self._seen.get(sign.rank)
+            if seen is None or sign.beats != seen.sign.beats:
+                self._seen[sign.rank] = Seen(sign, now, now)
+            elif sign.written != seen.sign.written:
+                seen.sign, seen.wrote = sign, now
+        return self._verdict(now)
+
+    def _verdict(self, now: float) -> str | None:
+        absent = [rank for rank in range(self._ranks) if rank not in self._seen]
+        if absent:
+            if now - self._begun <= self._stall:
+                return None
+            return f"rank {absent[0]} gave no sign of life in {self._stall:g} s"
+        if all(now - seen.got_on <= self._stall for seen in self._seen.values()):
+            return None
+        silent = [seen for seen in self._seen.values() if now - seen.wrote > _SILENT_SECONDS]
+        worst = min(silent or self._seen.values(), key=lambda seen: (seen.sign.beats, seen.got_on))
+        sign, seconds = worst.sign, now - worst.got_on
+        how = "stopped or gone, no stacks" if worst in silent else "its stacks are in its log"
+        others = sum(seen.sign.beats > sign.beats for seen in self._seen.values())
+        waiting = f"; {others} of {self._ranks} ranks wait for it" if others else ""
+        return (
+            f"rank {sign.rank} on {sign.host} (process {sign.pid}) stands still for {seconds:.0f} s at "
+            f"{sign.doing!r} of step {sign.step} ({how}){waiting}"
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Watch until the verdict, or until killed."""
+    parser = argparse.ArgumentParser(description="End with a named rank when a job hangs.")
+    parser.add_argument("run", type=Path, help="the run's directory")
+    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--stall", type=float, required=True, metavar="SECONDS")
+    options = parser.parse_args(arguments)
+    watch = Watch(options.ranks, options.stall + GRACE_SECONDS, time.monotonic())
+    start = this_start()
+    while True:
+        ours = [sign for sign in read_signs(options.run) if sign.start == start]
+        verdict = watch.look(ours, time.monotonic())
+        if verdict:
+            print(f"error: {verdict}", flush=True)
+            return EXIT_STALLED
+        time.sleep(WRITE_SECONDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

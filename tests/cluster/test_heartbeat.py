@@ -1,0 +1,50 @@
+"""A rank's sign of life, in real processes."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from karat_scale.cluster.heartbeat import Heartbeat, read_signs
+from tests.conftest import karat_environment
+
+
+def test_the_last_sign_says_where_the_rank_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    heartbeat = Heartbeat(tmp_path, 3).start()
+    heartbeat.beat("forward", 41)
+    heartbeat.beat("backward", 41)
+    heartbeat.stop()
+    (sign,) = read_signs(tmp_path)
+    assert (sign.rank, sign.host, sign.beats, sign.doing, sign.step) == (3, "node7", 3, "backward", 41)
+    assert sign.start == "12-0"
+
+
+def test_a_torn_file_is_passed_over(tmp_path: Path) -> None:
+    Heartbeat(tmp_path, 0).start().stop()
+    (tmp_path / "heartbeats" / "rank-00001.json").write_text('{"rank": 1')
+    assert [sign.rank for sign in read_signs(tmp_path)] == [0]
+
+
+def test_a_rank_that_stalls_shows_its_stack(tmp_path: Path) -> None:
+    program = textwrap.dedent(
+        f"""
+        import time
+        from pathlib import Path
+        from karat_scale.cluster.heartbeat import Heartbeat
+
+        def sleep_in_a_collective():
+            time.sleep(2)
+
+        heartbeat = Heartbeat(Path({str(tmp_path)!r}), 0).start()
+        sleep_in_a_collective()
+        heartbeat.stop()
+        """
+    )
+    environment = {**karat_environment(), "KARAT_STALL_SECONDS": "0.5"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert "Timeout" in done.stderr
+    assert "in sleep_in_a_collective" in done.stderr

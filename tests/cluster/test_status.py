@@ -1,0 +1,68 @@
+"""What `karat status` shows of a run's files."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from karat_scale.cluster.standing import read_standing
+from karat_scale.cluster.status import duration, sparkline
+from tests.conftest import SMALL, karat
+
+
+def test_a_finished_run_is_shown_from_its_files(recipe_file: Path, tmp_path: Path) -> None:
+    done = karat("train", str(recipe_file), *SMALL, "train.epochs=1")
+    assert done.returncode == 0, done.stderr
+    shown = karat("status", str(tmp_path / "run"))
+    assert shown.returncode == 0, shown.stderr
+    assert "finished (exit 0)" in shown.stdout
+    assert "8 of 8, epoch 0" in shown.stdout
+    assert "step-00000008, " in shown.stdout
+    assert "best" in shown.stdout
+
+
+def test_no_run_is_one_line(tmp_path: Path) -> None:
+    shown = karat("status", str(tmp_path))
+    assert shown.returncode == 2
+    assert shown.stderr == f"error: {tmp_path}: not a run's directory (it has no recipe.yaml)\n"
+
+
+def write_events(run: Path, *events: dict[str, object], tail: str = "") -> None:
+    run.mkdir(exist_ok=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + tail)
+
+
+def test_time_left_and_restarts_come_from_the_last_events(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train = {"event": "train", "samples": 1000, "total_steps": 40, "epoch": 0, "loss": 2.0, "images_per_second": 50.0}
+    write_events(
+        run, {**train, "step": 10}, {"event": "end", "step": 10, "exit": 75, "reason": "stopped by SIGUSR2"},
+        {"event": "resume", "step": 10, "restarts": 1}, tail='{"event": "tra',
+    )  # fmt: skip
+    standing = read_standing(run)
+    assert (standing.step, standing.restarts, standing.ended) == (10, 1, None)
+    assert standing.seconds_left == 60.0
+    assert standing.checkpoint is None
+
+
+def test_the_job_is_that_of_the_newest_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    for age, start in enumerate(("812-1", "812-0", "77-0")):
+        (tmp_path / "logs" / start).mkdir(parents=True)
+        os.utime(tmp_path / "logs" / start, (1000 - age, 1000 - age))
+    standing = read_standing(tmp_path)
+    assert (standing.job, standing.job_state) == ("812", None)
+
+
+def test_a_sparkline_falls_with_its_values() -> None:
+    assert sparkline([8, 7, 6, 5, 4, 3, 2, 1]) == "█▇▆▅▄▃▂▁"
+    assert sparkline([1.0] * 100, width=4) == "▁▁▁▁"
+    assert sparkline([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (59.9, "59 s"), (125, "2 min 5 s"), (90_000, "1 d 1 h"), (3600, "1 h")]
+)
+def test_durations_have_two_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,0 +1,43 @@
+"""`karat submit` writes a script that sbatch takes as it is."""
+
+import subprocess
+from pathlib import Path
+
+from karat_scale.cluster.submit import SCRIPT, fill, slurm_home
+from tests.conftest import karat
+
+
+def test_the_script_has_everything_filled_in(tmp_path: Path) -> None:
+    run = tmp_path / "my run"
+    shown = karat(
+        "submit", "imagenet_vit_tiny_g3b", "optim.lr=1e-3", f"run.dir={run}", f"data.path={tmp_path}",
+        "--nodes=2", "--gpus-per-node=8", "--account=physics", "--venv=/opt/karat",
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    script = run / "submit.sh"
+    text = script.read_text()
+    assert text in shown.stdout
+    assert f"not submitted; when you want to: sbatch {script}" in shown.stdout
+    lines = text.splitlines()
+    for line in ("--nodes=2", "--gpus-per-node=8", "--ntasks-per-node=8", "--account=physics"):
+        assert f"#SBATCH {line}" in lines
+    assert "VENV=/opt/karat" in lines
+    assert f"RUN='{run}'" in lines
+    assert "RECIPE=imagenet_vit_tiny_g3b" in lines
+    assert '"$@"' not in text
+    assert text.count("optim.lr=1e-3") == 2
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+
+
+def test_an_option_the_script_does_not_have_is_added_to_the_others() -> None:
+    template = (slurm_home() / "slurm" / SCRIPT).read_text()
+    lines = fill(template, {"qos": "debug"}, {}, []).splitlines()
+    sbatch = [line for line in lines if line.startswith("#SBATCH")]
+    assert sbatch[-1] == "#SBATCH --qos=debug"
+
+
+def test_a_bad_recipe_writes_nothing(tmp_path: Path) -> None:
+    shown = karat("submit", "imagenet_vit_tiny_g3b", "optim.lrr=1", f"run.dir={tmp_path / 'run'}")
+    assert shown.returncode == 2
+    assert "optim.lrr: unknown key" in shown.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,126 @@
+"""Jobs that depend on each other, and the sweep: from images to an evaluated model."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from karat_scale.data.shard_format import read_dataset_record
+from tests.conftest import SMALL, summary
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import submit
+
+RECIPE = "attention: {kind: karat}\nschedule: {warmup_epochs: 0}\ndata: {path: set by the script}\n"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def directory(parent: Path, name: str) -> Path:
+    path = parent / name
+    path.mkdir()
+    return path
+
+
+def test_prepare_train_finetune_evaluate_follow_each_other(
+    cluster: Cluster, image_folder: Path, recipe: Path, tmp_path: Path
+) -> None:
+    shards, base, tuned = tmp_path / "shards", tmp_path / "base", tmp_path / "tuned"
+
+    def after(job_id: str) -> tuple[str, ...]:
+        return (f"--dependency=afterok:{job_id}", "--kill-on-invalid-dep=yes")
+
+    prepare = submit(
+        cluster, "prepare_imagenet.sh", "--shard-samples", "20", cwd=directory(tmp_path, "1"), IMAGES=image_folder,
+        SHARDS=shards,
+    )  # fmt: skip
+    train = submit(
+        cluster, "imagenet_fourier_karat.sh", *SMALL, options=after(prepare.id), cwd=directory(tmp_path, "2"),
+        RECIPE=recipe, SHARDS=shards, RUN=base,
+    )  # fmt: skip
+    finetune = submit(
+        cluster, "finetune.sh", "train.epochs=3", "optim.lr=1e-4", "resume.allow=[optim,train.epochs]",
+        options=after(train.id), cwd=directory(tmp_path, "3"), FROM=base, SHARDS=shards, RUN=tuned,
+    )  # fmt: skip
+    evaluate = submit(
+        cluster, "evaluate.sh", options=after(finetune.id), cwd=directory(tmp_path, "4"), RUN=tuned, CHECKPOINT="latest"
+    )
+    assert evaluate.wait() == "COMPLETED 0", "\n".join(job.log for job in (prepare, train, finetune, evaluate))
+    assert {name: split.samples for name, split in read_dataset_record(shards).splits.items()} == {
+        "train": 64,
+        "val": 28,
+    }
+    assert summary(base)["steps"] == 16
+    assert summary(tuned)["steps"] == 24
+    result = json.loads((tuned / "eval-latest.json").read_text())
+    assert result["images"] == 28
+    assert result["checkpoint"] == "step-00000024"
+
+
+def test_a_sweep_trains_each_point_in_a_directory_of_its_own(
+    cluster: Cluster, shards: Path, recipe: Path, tmp_path: Path
+) -> None:
+    job = submit(
+        cluster, "sweep_grid.sh", *SMALL, "train.epochs=1", options=("--array=0-3",), cwd=tmp_path, RECIPE=recipe,
+        SHARDS=shards, RUNS=tmp_path / "sweep", GRIDS="1 2", RANKS="4", MODES="blockwise universal",
+    )  # fmt: skip
+    assert job.wait() == "COMPLETED 0", job.log
+    runs = {path.name: summary(path)["exit"] for path in (tmp_path / "sweep").iterdir()}
+    assert runs == {f"g{grid}_r4_{mode}": 0 for grid in (1, 2) for mode in ("blockwise", "universal")}
+
+
+def jpeg(rng: np.random.Generator) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def make_official_tars(root: Path, classes: int) -> None:
+    """ILSVRC2012's two tars: one tar per class inside the first, flat images inside the second, and their labels."""
+    rng = np.random.default_rng(0)
+    wnids = [f"n{number:08d}" for number in range(classes)]
+    with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as outer:
+        for wnid in wnids:
+            buffer = io.BytesIO()
+            with tarfile.open(fileobj=buffer, mode="w") as inner:
+                add(inner, f"{wnid}_1.JPEG", jpeg(rng))
+            add(outer, f"{wnid}.tar", buffer.getvalue())
+    labels = wnids[:8]
+    with tarfile.open(root / "ILSVRC2012_img_val.tar", "w") as outer:
+        for number in range(1, len(labels) + 1):
+            add(outer, f"ILSVRC2012_val_{number:08d}.JPEG", jpeg(rng))
+    rows = [f"ILSVRC2012_val_{number:08d}.JPEG {wnid}\n" for number, wnid in enumerate(labels, start=1)]
+    (root / "val_labels.txt").write_text("".join(rows))
+
+
+def test_imagenet_from_its_tars_trains_at_224_pixels(cluster: Cluster, tmp_path: Path) -> None:
+    images = directory(tmp_path, "images")
+    make_official_tars(images, classes=1000)
+    shards, run = tmp_path / "shards", tmp_path / "run"
+    prepare = submit(cluster, "prepare_imagenet.sh", cwd=directory(tmp_path, "1"), IMAGES=images, SHARDS=shards)
+    overrides = (
+        "model.embed_dim=48", "model.depth=2", "model.num_heads=2", "train.global_batch=8", "train.max_steps=4",
+        "data.workers=1", "train.precision=fp32", "deepspeed.config=zero0", "log.tensorboard=false",
+    )  # fmt: skip
+    train = submit(
+        cluster, "imagenet_fourier_karat.sh", *overrides, options=("--nodes=2", f"--dependency=afterok:{prepare.id}"),
+        cwd=directory(tmp_path, "2"), SHARDS=shards, RUN=run, RECIPE="imagenet_vit_tiny_g3b",
+    )  # fmt: skip
+    assert train.wait() == "COMPLETED 0", prepare.log + train.log
+    assert summary(run)["steps"] == 4
+    assert summary(run)["world_size"] == 2
+    assert summary(run)["last_top1"] is not None

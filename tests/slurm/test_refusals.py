@@ -1,0 +1,82 @@
+"""What cannot work ends at once, with one line that says why, and is not requeued."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, SMALL
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import submission, submit
+from tests.slurm.packages import SHELLCHECK, missing_reason
+
+SCRIPT = "imagenet_fourier_karat.sh"
+RECIPE = (*SMALL, "schedule.warmup_epochs=0")
+JOBS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh") if "#SBATCH" in path.read_text())
+
+
+def test_every_script_passes_shellcheck() -> None:
+    reason = missing_reason(SHELLCHECK)
+    if reason:
+        pytest.skip(reason)
+    scripts = sorted(str(path.name) for path in (ROOT / "slurm").glob("*.sh"))
+    done = subprocess.run(
+        ["shellcheck", "--external-sources", *scripts], cwd=ROOT / "slurm", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", JOBS)
+def test_slurm_accepts_every_script_as_it_stands(cluster: Cluster, script: str, tmp_path: Path) -> None:
+    done = submission(cluster, script, ("--test-only",), (), {}, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "to start at" in done.stderr
+
+
+def test_a_bad_partition_is_refused_at_submission(cluster: Cluster, tmp_path: Path) -> None:
+    done = submission(cluster, SCRIPT, ("--partition=nowhere",), (), {}, tmp_path)
+    assert done.returncode == 1
+    assert "invalid partition specified: nowhere" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "line"),
+    [
+        ({"RECIPE": "imagenet_vit_tinny"}, (), "did you mean imagenet_vit_tiny?"),
+        ({}, ("optim.lrr=1",), "optim.lrr: unknown key; did you mean optim.lr?"),
+        ({"VENV": "/nowhere"}, (), "VENV = /nowhere: no bin/activate there"),
+    ],
+    ids=["recipe", "override", "environment"],
+)
+def test_a_mistake_in_the_settings_is_one_line(
+    cluster: Cluster, tmp_path: Path, settings: dict[str, str], arguments: tuple[str, ...], line: str
+) -> None:
+    job = submit(cluster, SCRIPT, *arguments, cwd=tmp_path, RUN=tmp_path / "run", **settings)
+    assert job.wait() == "FAILED 2", job.log
+    (shown,) = job.log.splitlines()
+    assert shown.startswith("error: ")
+    assert line in shown
+    assert job.starts == 1
+
+
+def test_missing_data_is_named_last_and_not_retried(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, SCRIPT, *RECIPE, cwd=tmp_path, RUN=tmp_path / "run", SHARDS="/nowhere")
+    assert job.wait() == "FAILED 2", job.log
+    assert "error: data.path = /nowhere is not a directory" in job.log.splitlines()[-1]
+    assert "Traceback" not in job.log
+    assert job.starts == 1
+
+
+def test_gpus_without_a_task_each_are_refused(cluster: Cluster, tmp_path: Path) -> None:
+    if "Gres=gpu" not in cluster.configuration.read_text():
+        pytest.skip("making devices is not permitted here, so the cluster has no GPUs")
+    options = ("--gpus-per-node=2",)
+    job = submit(cluster, SCRIPT, *RECIPE, options=options, cwd=tmp_path, RUN=tmp_path / "run", SHARDS="/nowhere")
+    assert job.wait() == "FAILED 2", job.log
+    assert job.log.splitlines()[-1].startswith("error: 2 GPUs but 1 tasks a node; set --ntasks-per-node")
+
+
+def test_outside_a_job_the_script_says_how_to_run_it() -> None:
+    done = subprocess.run(["bash", f"slurm/{SCRIPT}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: this is a batch script: run it by sbatch\n"
