@@ -1,10 +1,12 @@
 """From the ids of a batch to the batch: read, decode, transform, collect; for any source of images."""
 
+import math
 from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.utils.data import get_worker_info
 
 from karat_scale.data.augment import EvalTransform, TrainTransform
 from karat_scale.data.batch import BadSample, Batch
@@ -60,7 +62,13 @@ class Assembler:
         self._whereabouts = Whereabouts()
 
     def _empty(self, part: BatchSlice) -> tuple[torch.Tensor, Pixels]:
-        images = torch.zeros(len(part.sample_ids), 3, self._image_size, self._image_size, dtype=torch.uint8)
+        shape = (len(part.sample_ids), 3, self._image_size, self._image_size)
+        if get_worker_info() is None:
+            images = torch.empty(shape, dtype=torch.uint8)
+        else:
+            # Memory that the trainer sees too, so that the batch is not copied on its way there.
+            shared = torch.UntypedStorage._new_shared(math.prod(shape))
+            images = torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
         return images, images.numpy()
 
     def _decode(self, sample_id: int, choose: ChooseView) -> Pixels | BadSample:
@@ -168,6 +176,7 @@ class EvalAssembler(Assembler):
                 bad.append(view)
             else:
                 pixels[row] = view.transpose(2, 0, 1)
+        pixels[~valid] = 0
         return Batch(
             images=images,
             labels=torch.from_numpy(labels),
