@@ -78,20 +78,23 @@ class TrainedRun:
             implementation: of KArAt's operator, whichever it was trained with.
 
         Raises:
-            RunDirectoryError: no such checkpoint, or it is damaged, of another model, or without averages.
+            RunDirectoryError: no such checkpoint, or it is damaged, of another model, without averages or not finite.
         """
         model = create_model(self.recipe.model, self._attention(implementation))
         self.load(model, name or self.chosen, weights)
         return model.to(self.device).eval()
 
     def load(self, model: VisionTransformer, name: str, weights: str | None = None) -> None:
-        """Give a model of this run the weights of a checkpoint, in place."""
+        """Give a model of this run the weights of a checkpoint, in place; raises as `model` does."""
         directory = self.store.root / name
         damage = self.store.damage(name)
         if damage:
             raise RunDirectoryError(f"checkpoint {directory} is damaged: {damage}; choose another")
         saved = self.store.state(name)
         load_weights(model, directory, saved, self._wants_ema(saved["has_ema"], weights or self.weights))
+        bad = next((n for n, parameter in model.named_parameters() if not parameter.isfinite().all()), None)
+        if bad is not None:
+            raise RunDirectoryError(f"checkpoint {directory}: {bad} is not finite, the run diverged; choose another")
 
     @property
     def device(self) -> torch.device:

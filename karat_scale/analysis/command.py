@@ -1,0 +1,117 @@
+"""`karat analyze`: every analysis of every run, and the report; what cannot be made is one line."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from karat_scale.analysis.distributions import analyze_distributions
+from karat_scale.analysis.functions import analyze_functions
+from karat_scale.analysis.landscape import analyze_landscape
+from karat_scale.analysis.maps import analyze_maps
+from karat_scale.analysis.output import Written, safe_name, write_result
+from karat_scale.analysis.progress import ProgressDisplay, Show
+from karat_scale.analysis.report import Problem, RunSummary, write_report
+from karat_scale.analysis.result import Result, Settings
+from karat_scale.analysis.spectrum import analyze_spectrum
+from karat_scale.analysis.trained_run import TrainedRun, open_run
+from karat_scale.errors import RecipeError, RunDirectoryError, UserError
+from karat_scale.models.factory import parameter_count
+
+Analysis = Callable[[TrainedRun, Settings, Path], Result]
+
+ANALYSES: dict[str, Analysis] = {
+    "spectrum": lambda run, settings, out: analyze_spectrum(run, settings),
+    "maps": lambda run, settings, out: analyze_maps(run, settings),
+    "functions": lambda run, settings, out: analyze_functions(run, settings),
+    "distributions": lambda run, settings, out: analyze_distributions(run, settings),
+    "landscape": analyze_landscape,
+}
+
+
+def analyze_paths(options: Namespace) -> int:
+    """The command line's options, checked, to `analyze`.
+
+    Raises:
+        UserError: no such run, or a count that cannot be.
+    """
+    for name, least in (("images", 1), ("grid", 2), ("samples", 1), ("batch", 1), ("seed", 0)):
+        if getattr(options, name) < least:
+            raise RecipeError(f"--{name} {getattr(options, name)}: expected at least {least}")
+    runs = [open_run(path, options.data, options.weights, options.checkpoint) for path in options.runs]
+    settings = Settings(
+        images=options.images,
+        image_ids=tuple(options.image) if options.image else None,
+        block=options.block,
+        batch=options.batch,
+        grid=options.grid,
+        samples=options.samples,
+        hessian_samples=min(options.samples, Settings.hessian_samples),
+        seed=options.seed,
+    )
+    return analyze(runs, options.only, settings, Path(options.out) if options.out else runs[0].path / "analysis")
+
+
+def analyze(runs: Sequence[TrainedRun], names: Sequence[str], settings: Settings, out: Path) -> int:
+    """Make the analyses `names` of each run and write OUT/report.html; returns the exit code.
+
+    OUT/<analysis>/<run>/ holds figures and numbers. 0 when anything was made, else 2.
+
+    Raises:
+        UserError: OUT cannot be written.
+    """
+    labels = unique_labels(runs)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(f"--out {out}: {error.strerror}; choose another directory") from None
+    written: dict[str, dict[str, Written]] = {}
+    problems: list[Problem] = []
+    with ProgressDisplay() as show:
+        for name in names:
+            for run, label in zip(runs, labels, strict=True):
+                told = _told(settings, show, label)
+                try:
+                    directory = out / name / safe_name(label)
+                    directory.mkdir(parents=True, exist_ok=True)
+                    result = ANALYSES[name](run, told, directory)
+                    written.setdefault(name, {})[label] = write_result(result, directory)
+                except (UserError, OSError) as error:
+                    problems.append(Problem(name, label, " ".join(str(error).split())))
+                    print(f"error: {name} of {label}: {problems[-1].message}", file=sys.stderr)
+                else:
+                    for note in result.notes:
+                        print(f"note: {name} of {label}: {note}", file=sys.stderr)
+    summaries = [_summary(run, label) for run, label in zip(runs, labels, strict=True)]
+    write_report(out / "report.html", summaries, written, problems)
+    print(f"report: {out / 'report.html'}")
+    return 0 if written else 2
+
+
+def unique_labels(runs: Sequence[TrainedRun]) -> list[str]:
+    """The runs' directory names, with numbers where two are equal."""
+    labels: list[str] = []
+    for run in runs:
+        same = [label for label in labels if label == run.label or label.startswith(f"{run.label} (")]
+        labels.append(f"{run.label} ({len(same) + 1})" if same else run.label)
+    return labels
+
+
+def _summary(run: TrainedRun, label: str) -> RunSummary:
+    attention, model = run.recipe.attention, run.recipe.model
+    kind: str = attention.kind
+    if run.is_karat:
+        kind += f", {attention.basis}, {attention.form}, {attention.mode}, grid {attention.grid}, rank {attention.rank}"
+    facts = {"directory": str(run.path), "attention": kind}
+    facts["model"] = f"{model.name}, {model.image_size} px, patch {model.patch_size}"
+    try:
+        facts["parameters"] = f"{parameter_count(run.model()):,}"
+        facts["checkpoint"] = f"{run.chosen} of {len(run.in_order)}"
+    except UserError as error:
+        facts["checkpoint"] = str(error)
+    return RunSummary(label, facts)
+
+
+def _told(settings: Settings, show: Show, label: str) -> Settings:
+    return replace(settings, progress=lambda what, done, total: show(f"{label}: {what}", done, total))

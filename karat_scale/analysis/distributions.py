@@ -1,0 +1,155 @@
+"""Weight distributions at the first, middle and last checkpoint, and tail indexes (paper, section 5.3)."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+from scipy.stats import kurtosis
+from timm.models import VisionTransformer
+
+from karat_scale.analysis.attention_matrices import operators
+from karat_scale.analysis.figures import new_figure
+from karat_scale.analysis.result import Result, Settings, Table
+from karat_scale.analysis.trained_run import TrainedRun
+
+TAIL = 0.01
+BINS = 201
+SHOWN_BLOCKS = 4
+Values = npt.NDArray[np.float32]
+Groups = dict[tuple[str, int, int], Values]
+
+
+def hill_index(values: npt.NDArray[Any], tail: float = TAIL) -> float:
+    """The tail index alpha of |values| by Hill's estimator on the largest `tail` of them.
+
+    P(|w| > x) falls as x^-alpha: the smaller alpha, the heavier the tail. nan where there are fewer than 5 in it.
+    """
+    sizes = np.sort(np.abs(values.astype(np.float64)).ravel())
+    count = int(tail * len(sizes))
+    if count < 5 or sizes[-count - 1] <= 0:
+        return float("nan")
+    mean = float(np.log(sizes[-count:] / sizes[-count - 1]).mean())
+    return 1 / mean if mean > 0 else float("inf")
+
+
+def describe(values: npt.NDArray[Any]) -> dict[str, float | None]:
+    """Mean, standard deviation, excess kurtosis (0 for a Gaussian) and tail index; None for what is undefined."""
+    wide = values.astype(np.float64).ravel()
+    figures = {
+        "mean": float(wide.mean()),
+        "std": float(wide.std()),
+        "kurtosis": float(kurtosis(wide)) if wide.std() > 0 else float("nan"),
+        "tail_index": hill_index(wide),
+    }
+    return {name: value if np.isfinite(value) else None for name, value in figures.items()}
+
+
+def moments(names: list[str]) -> list[str]:
+    """First, middle and last of the checkpoints there are."""
+    return list(dict.fromkeys((names[0], names[len(names) // 2], names[-1])))
+
+
+def analyze_distributions(run: TrainedRun, settings: Settings) -> Result:
+    """Histograms of the raw weights of the whole model and, by block and head, of coefficients and W.
+
+    Raises:
+        RunDirectoryError: the run has no checkpoint, or a damaged one.
+    """
+    result, names = Result(), moments(run.in_order)
+    if len(names) < 3:
+        result.notes.append(f"{run.label}: only {len(names)} checkpoint(s), so not all of start, middle and end")
+    whole: dict[int, Values] = {}
+    groups: dict[int, Groups] = {}
+    model = run.model(names[0], weights="raw")
+    for done, name in enumerate(names, start=1):
+        run.load(model, name, "raw")
+        step = run.step(name)
+        parameters = [p.detach().flatten().float().cpu() for p in model.parameters()]
+        whole[step], groups[step] = torch.cat(parameters).numpy(), by_head(model)
+        settings.progress("distributions", done, len(names))
+    result.numbers = {
+        "model": [{"step": step, **describe(values)} for step, values in whole.items()],
+        "heads": [
+            {"step": step, "what": what, "block": block, "head": head, **describe(values)}
+            for step, parts in groups.items()
+            for (what, block, head), values in parts.items()
+        ],
+    }
+    _add_tables(result)
+    result.figures["model"] = _draw_whole(whole, result), "All weights of the model, on a logarithmic scale."
+    if run.is_karat:
+        result.figures["heads"] = (
+            _draw_heads(groups[max(groups)]),
+            f"Coefficients and W of each head at step {max(groups)}; one line a head.",
+        )
+    return result
+
+
+def by_head(model: VisionTransformer) -> Groups:
+    """The operators' parameters by (name, block, head); a universal operator counts as block 0."""
+    parts: Groups = {}
+    seen: set[int] = set()
+    for block, operator in enumerate(operators(model)):
+        if operator is None or id(operator) in seen:
+            continue
+        seen.add(id(operator))
+        named = {**operator.basis_parameters(), **({} if operator.proj is None else {"W": operator.proj})}
+        for name, parameter in named.items():
+            for head, values in enumerate(parameter.detach().float().cpu()):
+                parts[name, block, head] = values.numpy().copy()
+    return parts
+
+
+def _add_tables(result: Result) -> None:
+    columns = ["step", "mean", "std", "excess kurtosis", "tail index"]
+    figures = ("mean", "std", "kurtosis", "tail_index")
+    rows = [[row["step"], *(row[name] for name in figures)] for row in result.numbers["model"]]
+    result.tables.append(Table("All weights", columns, rows))
+    if result.numbers["heads"]:
+        places = ("what", "block", "head")
+        rows = [
+            [*(row[name] for name in places), row["step"], *(row[name] for name in figures)]
+            for row in result.numbers["heads"]
+        ]
+        result.tables.append(Table("Coefficients and W by head", [*places, *columns], rows))
+
+
+def _draw_whole(whole: dict[int, Values], result: Result) -> Figure:
+    figure = new_figure(6, 3.4)
+    axes = figure.subplots()
+    # The few weights far out would squeeze all the rest.
+    reach = max(
+        float(np.quantile(np.abs(values[:: max(len(values) // 10**6, 1)]), 0.9999)) for values in whole.values()
+    )
+    edges = np.linspace(-reach, reach, BINS + 1)
+    for step, values in whole.items():
+        counts = np.histogram(values, edges)[0]
+        axes.stairs(np.maximum(counts, 0.5), edges, label=f"step {step}")
+        result.arrays[f"model_step{step}"] = counts
+    result.arrays["model_edges"] = edges
+    axes.set(yscale="log", xlabel="weight", ylabel="number")
+    axes.legend()
+    return figure
+
+
+def _reach(values: Values) -> float:
+    """The size that one weight in ten thousand exceeds, from a million of them."""
+    return float(np.quantile(np.abs(values[:: max(len(values) // 10**6, 1)]), 0.9999))
+
+
+def _draw_heads(groups: Groups) -> Figure:
+    blocks = sorted({block for _, block, _ in groups})
+    shown = [blocks[i] for i in np.unique(np.linspace(0, len(blocks) - 1, min(SHOWN_BLOCKS, len(blocks))).astype(int))]
+    names = list(dict.fromkeys(name for name, _, _ in groups))
+    figure = new_figure(2.6 * len(shown) + 0.6, 1.9 * len(names))
+    for row, name in zip(figure.subplots(len(names), len(shown), squeeze=False), names, strict=True):
+        for axes, block in zip(row, shown, strict=True):
+            for (what, of_block, head), values in groups.items():
+                if (what, of_block) == (name, block):
+                    density, edges = np.histogram(values, 60, density=True)
+                    axes.stairs(density, edges, label=f"head {head}")
+            axes.set(title=f"{name}, block {block}", yticks=[])
+        row[0].legend()
+    return figure

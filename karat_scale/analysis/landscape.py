@@ -1,0 +1,166 @@
+"""The loss landscape, the optimizer's path over it, and sharpness (paper, sections 5.1 and 5.2)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+from timm.models import VisionTransformer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from karat_scale.analysis.curvature import Hessian
+from karat_scale.analysis.figures import new_figure
+from karat_scale.analysis.loss_grid import filter_normalised, loss_grid
+from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
+from karat_scale.analysis.trained_run import TrainedRun
+from karat_scale.analysis.trajectory import Plane, plane_of_run
+from karat_scale.errors import RunDirectoryError
+
+MARGIN = 0.25
+POWER_STEPS = 20
+PROBES = 8
+Array = npt.NDArray[np.float64]
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def analyze_landscape(run: TrainedRun, settings: Settings, out: Path) -> Result:
+    """Losses around the last checkpoint's raw weights, in the plane of the path and in a random one; sharpness.
+
+    Args:
+        out: where unfinished grids are kept.
+
+    Raises:
+        UserError: the run has no checkpoint, or its data cannot be read. Too few checkpoints for the path are a note.
+    """
+    last = run.in_order[-1]
+    images = run.images(settings.samples)
+    batches = list(images.batches(max(settings.batch, 32), run.device))
+    result = Result()
+    note_bad_images(result, run, images.bad)
+    model = run.model(last, weights="raw")
+    identity = f"{last} {images.ids}"
+    result.numbers["checkpoint"], result.numbers["images"] = last, sum(len(y) for _, y in batches)
+    try:
+        plane = plane_of_run(run)
+    except RunDirectoryError as error:
+        result.notes.append(str(error))
+    else:
+        first, second = (_axis(plane.coordinates[:, i], settings.grid) for i in range(2))
+        losses = _grid(model, batches, plane.directions, first, second, out, "path", identity, settings)
+        _add_path(result, run, plane, (first, second, losses))
+    around = np.linspace(-1, 1, settings.grid)
+    directions = filter_normalised(model, settings.seed)
+    losses = _grid(model, batches, directions, around, around, out, "random", identity, settings)
+    _add_surface(result, "random", (around, around, losses), "two random filter-normalised directions")
+    _add_sharpness(result, run, last, settings)
+    return result
+
+
+def mean_loss(model: VisionTransformer, batches: Batches) -> float:
+    """Mean cross-entropy over the batches."""
+    with torch.no_grad():
+        total = sum(float(cross_entropy(model(x), y, reduction="sum")) for x, y in batches)
+    return total / sum(len(y) for _, y in batches)
+
+
+def _axis(coordinates: Array, points: int) -> Array:
+    """The path's extent with a margin on both sides."""
+    low, high = float(coordinates.min()), float(coordinates.max())
+    margin = MARGIN * max(high - low, 1e-6)
+    return np.linspace(low - margin, high + margin, points)
+
+
+def _grid(
+    model: VisionTransformer,
+    batches: Batches,
+    directions: npt.NDArray[np.float32],
+    first: Array,
+    second: Array,
+    out: Path,
+    name: str,
+    identity: str,
+    settings: Settings,
+) -> Array:
+    return loss_grid(
+        model,
+        lambda: mean_loss(model, batches),
+        directions,
+        first,
+        second,
+        out / f".landscape-{name}.partial.npz",
+        identity,
+        lambda done, total: settings.progress(f"landscape, {name}", done, total),
+    )
+
+
+def _add_path(result: Result, run: TrainedRun, plane: Plane, grid: tuple[Array, Array, Array]) -> None:
+    steps = [run.step(name) for name in plane.names]
+    shares = (100 * plane.explained).tolist()
+    result.numbers["path"] = {
+        "steps": steps,
+        "coordinates": plane.coordinates.tolist(),
+        "explained_percent": shares,
+        "plane_explains_percent": sum(shares),
+    }
+    result.arrays["path"] = plane.coordinates
+    _add_surface(result, "path", grid, "the plane of the path's two main components")
+    figure = new_figure(5.4, 4.2)
+    axes = figure.subplots()
+    filled = axes.contourf(*grid[:2], np.log10(grid[2]), levels=20, cmap="viridis")
+    figure.colorbar(filled, label="log10 of the loss")
+    axes.plot(*plane.coordinates.T, "o-", color="white", markersize=3, linewidth=1)
+    axes.plot(*plane.coordinates[0], "s", color="C4", label=f"step {steps[0]}")
+    axes.plot(*plane.coordinates[-1], "*", color="C1", markersize=11, label=f"step {steps[-1]}")
+    axes.set(xlabel=f"component 1 ({shares[0]:.0f} % of variance)", ylabel=f"component 2 ({shares[1]:.0f} %)")
+    axes.legend(labelcolor="white")
+    caption = f"The optimizer's path over the held-out loss; the plane explains {sum(shares):.1f} % of its variance."
+    result.figures["optimizer_path"] = figure, caption
+
+
+def _add_surface(result: Result, name: str, grid: tuple[Array, Array, Array], where: str) -> None:
+    first, second, losses = grid
+    result.arrays |= {f"{name}_first": first, f"{name}_second": second, f"{name}_loss": losses}
+    result.numbers[f"{name}_loss"] = {"least": float(np.nanmin(losses)), "greatest": float(np.nanmax(losses))}
+    result.figures[f"{name}_surface"] = _draw_surface(first, second, losses), f"Held-out loss over {where}."
+
+
+def _draw_surface(first: Array, second: Array, losses: Array) -> Figure:
+    figure = new_figure(9, 4)
+    grid = figure.add_gridspec(1, 2, width_ratios=(1.2, 1))
+    surface = figure.add_subplot(grid[0, 0], projection="3d")
+    x, y = np.meshgrid(first, second)
+    z = np.log10(losses)
+    surface.plot_surface(x, y, z, cmap="viridis", linewidth=0, antialiased=True)
+    surface.set(xlabel="direction 1", ylabel="direction 2", zlabel="log10 of the loss")
+    flat = figure.add_subplot(grid[0, 1])
+    lines = flat.contour(first, second, z, levels=15, cmap="viridis")
+    flat.clabel(lines, fontsize=6)
+    flat.plot(0, 0, "*", color="C1", markersize=10)
+    flat.set(xlabel="direction 1", ylabel="direction 2")
+    return figure
+
+
+def _add_sharpness(result: Result, run: TrainedRun, last: str, settings: Settings) -> None:
+    model = run.model(last, weights="raw", implementation="reference")
+    images = run.images(settings.hessian_samples)
+    batches = list(images.batches(settings.batch, run.device))
+    count = sum(len(y) for _, y in batches)
+    products = 0
+
+    def losses() -> Iterator[Tensor]:
+        nonlocal products
+        products += 1
+        settings.progress("sharpness", products, POWER_STEPS * settings.eigenvalues + PROBES)
+        for x, y in batches:
+            yield cross_entropy(model(x), y, reduction="sum") / count
+
+    hessian = Hessian(list(model.parameters()), losses)
+    values = hessian.top_eigenvalues(settings.eigenvalues, POWER_STEPS, settings.seed)
+    trace, error = hessian.trace(PROBES, settings.seed)
+    result.numbers["hessian"] = {"images": count, "top_eigenvalues": values, "trace": trace, "trace_error": error}
+    rows: list[list[object]] = [[f"eigenvalue {i}", value] for i, value in enumerate(values, start=1)]
+    rows += [["trace", trace], ["standard error of the trace", error]]
+    result.tables.append(Table(f"Sharpness: Hessian of the held-out loss on {count} images", ["figure", "value"], rows))

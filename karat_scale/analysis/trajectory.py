@@ -1,0 +1,84 @@
+"""The way of the weights through training: PCA of their changes over the checkpoints (paper, sections 5.1 and 5.2)."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from karat_scale.analysis.trained_run import TrainedRun
+from karat_scale.errors import RunDirectoryError
+
+CHUNK = 1 << 20
+NEEDED = 3
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Two orthonormal directions through a point of weight space.
+
+    names: the checkpoints, oldest first; the last is the origin. coordinates: [n, 2], theirs in the plane.
+    explained: [2], the share of the changes' variance along each. directions: [2, P], float32.
+    """
+
+    names: list[str]
+    coordinates: npt.NDArray[np.float64]
+    explained: npt.NDArray[np.float64]
+    directions: npt.NDArray[np.float32]
+
+
+def flatten(model: nn.Module) -> Tensor:
+    """All trainable weights as one vector [P], float32, on the CPU."""
+    parts = [p.detach().flatten().float().cpu() for p in model.parameters() if p.requires_grad]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def unflatten_into(model: nn.Module, vector: Tensor) -> None:
+    """The inverse of `flatten`, in place."""
+    start = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.copy_(vector[start : start + parameter.numel()].view_as(parameter))
+            start += parameter.numel()
+
+
+def principal_plane(changes: npt.NDArray[np.float32], names: list[str]) -> Plane:
+    """PCA of changes [n, P] from the last checkpoint, not centred, so that the plane holds the origin.
+
+    Only the n x n matrix of inner products is decomposed, and P is gone through in pieces.
+    """
+    gram = np.zeros((len(changes), len(changes)))
+    for start in range(0, changes.shape[1], CHUNK):
+        piece = changes[:, start : start + CHUNK].astype(np.float64)
+        gram += piece @ piece.T
+    values, vectors = np.linalg.eigh(gram)
+    values, vectors = values[::-1][:2].clip(min=1e-30), vectors[:, ::-1][:, :2]
+    directions = np.empty((2, changes.shape[1]), dtype=np.float32)
+    for start in range(0, changes.shape[1], CHUNK):
+        piece = changes[:, start : start + CHUNK].astype(np.float64)
+        directions[:, start : start + CHUNK] = (vectors / np.sqrt(values)).T @ piece
+    coordinates = vectors * np.sqrt(values)
+    return Plane(names, coordinates, values / max(float(np.trace(gram)), 1e-30), directions)
+
+
+def plane_of_run(run: TrainedRun) -> Plane:
+    """The plane of a run's raw weights. Raises RunDirectoryError when there are too few checkpoints."""
+    names = run.in_order
+    if len(names) < NEEDED:
+        raise RunDirectoryError(
+            f"{run.path}: {len(names)} checkpoint(s), but PCA of the path needs {NEEDED}; train with a larger "
+            "checkpoint.keep_last and checkpoint.every_steps"
+        )
+    model = run.model(names[-1], weights="raw")
+    last = flatten(model).numpy()
+    # On disk: a model's weights times the checkpoints may not fit in memory.
+    with tempfile.TemporaryDirectory(prefix="karat-analysis-") as directory:
+        changes = np.memmap(Path(directory) / "changes", dtype=np.float32, mode="w+", shape=(len(names), len(last)))
+        for row, name in enumerate(names):
+            run.load(model, name, "raw")
+            changes[row] = flatten(model).numpy() - last
+        return principal_plane(changes, names)

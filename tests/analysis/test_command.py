@@ -1,0 +1,89 @@
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from karat_scale.analysis.command import ANALYSES, unique_labels
+from karat_scale.analysis.trained_run import TrainedRun
+from karat_scale.cli import ANALYSES as NAMES
+from karat_scale.cli import main
+
+QUICK = ("--images", "4", "--grid", "3", "--samples", "8", "--image", "0", "5")
+
+
+def test_the_parser_names_the_analyses_there_are() -> None:
+    assert tuple(ANALYSES) == NAMES
+
+
+def test_two_runs_side_by_side(
+    karat_run: TrainedRun, softmax_run: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["analyze", str(karat_run.path), str(softmax_run.path), *QUICK, "--out", str(out)]) == 0
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "functions of softmax" in errors[0]
+    for name in NAMES:
+        for label in ("karat", "softmax"):
+            if (name, label) != ("functions", "softmax"):
+                assert json.loads((out / name / label / "numbers.json").read_text()), (name, label)
+                assert (out / name / label / "arrays.npz").stat().st_size
+    page = (out / "report.html").read_text()
+    figures = {path.relative_to(out) for path in out.rglob("*.png")}
+    assert len(figures) == page.count("data-figure=")
+    assert {path.with_suffix(".svg") for path in figures} == {p.relative_to(out) for p in out.rglob("*.svg")}
+
+
+def test_missing_images_leave_what_needs_none(
+    karat_run: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, nowhere = str(tmp_path / "out"), str(tmp_path / "nowhere")
+    arguments = ["analyze", str(karat_run.path), *QUICK, "--out", out, "--data", nowhere]
+    assert main([*arguments, "--only", "spectrum", "distributions"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert nowhere in lines[0]
+    assert main([*arguments, "--only", "maps"]) == 2
+
+
+def test_bad_usage_is_one_line(karat_run: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["analyze", str(tmp_path)]) == 2
+    assert main(["analyze", str(karat_run.path), "--grid", "1"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "not a run directory" in lines[0]
+    assert lines[1] == "error: --grid 1: expected at least 2"
+
+
+def test_runs_of_one_name_are_told_apart(karat_run: TrainedRun) -> None:
+    assert unique_labels([karat_run, karat_run]) == ["karat", "karat (2)"]
+
+
+@pytest.mark.slow
+def test_the_report_in_a_browser(karat_run: TrainedRun, tmp_path: Path) -> None:
+    """No console message, and every figure loads with its size."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium here")
+    assert main(["analyze", str(karat_run.path), *QUICK, "--out", str(tmp_path), "--only", "spectrum", "maps"]) == 0
+    report = tmp_path / "report.html"
+    probe = (
+        "<script>addEventListener('load', () => { const all = [...document.querySelectorAll('figure img')];"
+        "document.querySelectorAll('th')[1].click();"
+        "const loaded = all.filter((image) => image.complete && image.naturalWidth > 100);"
+        "document.title = `${loaded.length} of ${all.length}`; });</script>"
+    )
+    page = tmp_path / "probe.html"
+    page.write_text(report.read_text().replace("</body>", f"{probe}</body>"))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
+    done = subprocess.run(
+        [*command, "--virtual-time-budget=5000", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "CONSOLE" not in done.stderr
+    assert "<title>4 of 4</title>" in done.stdout
+    assert 'aria-sort="ascending"' in done.stdout

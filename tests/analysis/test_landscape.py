@@ -1,0 +1,32 @@
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+
+from karat_scale.analysis.landscape import analyze_landscape
+from karat_scale.analysis.result import Settings
+from karat_scale.analysis.trained_run import TrainedRun
+
+QUICK = Settings(grid=3, samples=8, hessian_samples=4, eigenvalues=1)
+
+
+def test_of_a_real_run(any_run: TrainedRun, tmp_path: Path) -> None:
+    result = analyze_landscape(any_run, QUICK, tmp_path)
+    assert set(result.figures) == {"path_surface", "optimizer_path", "random_surface"}
+    # The middle of the random plane is the last checkpoint itself.
+    middle = result.arrays["random_loss"][1, 1]
+    assert middle == pytest.approx(result.numbers["random_loss"]["least"], rel=0.5)
+    assert result.numbers["path"]["steps"] == [4, 8, 12, 16]
+    # After so few steps the direction of largest curvature may bend downwards.
+    assert abs(result.numbers["hessian"]["top_eigenvalues"][0]) > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_few_checkpoints_leave_the_other_figures(karat_run: TrainedRun, tmp_path: Path) -> None:
+    shutil.copytree(karat_run.path, tmp_path / "run")
+    for name in karat_run.in_order[:-1]:
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / name)
+    result = analyze_landscape(dataclasses.replace(karat_run, path=tmp_path / "run"), QUICK, tmp_path)
+    assert set(result.figures) == {"random_surface"}
+    assert "PCA of the path needs 3" in result.notes[0]

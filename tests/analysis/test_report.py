@@ -1,0 +1,61 @@
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from karat_scale.analysis.figures import new_figure
+from karat_scale.analysis.output import write_result
+from karat_scale.analysis.report import Problem, RunSummary, write_report
+from karat_scale.analysis.result import Result, Table
+
+NASTY = "<script>alert('x')</script>&\"'"
+
+
+class Resources(HTMLParser):
+    """What the page would fetch, and its elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.figures: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "srcset", "data", "action"):
+                self.links.append(value or "")
+            if name == "data-figure":
+                self.figures.append(value or "")
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> str:
+    figure = new_figure(2, 2)
+    figure.subplots().plot([1, 2])
+    result = Result(numbers={"x": float("nan")}, notes=[NASTY])
+    result.figures[NASTY] = figure, NASTY
+    result.tables.append(Table(NASTY, ["class", NASTY], [[NASTY, 1.23456], ["b", None]]))
+    written = write_result(result, tmp_path / "spectrum")
+    runs = [RunSummary(NASTY, {"directory": NASTY}), RunSummary("other", {})]
+    path = tmp_path / "report.html"
+    write_report(path, runs, {"spectrum": {NASTY: written}}, [Problem("maps", "other", NASTY)])
+    return path.read_text()
+
+
+def test_text_is_escaped_and_nothing_is_fetched(page: str) -> None:
+    parsed = Resources()
+    parsed.feed(page)
+    assert "<script>alert" not in page
+    assert parsed.tags.count("script") == 1
+    assert all(link.startswith(("data:", "#")) for link in parsed.links)
+    assert parsed.figures == [f"spectrum/{NASTY}/{NASTY}"]
+    assert "1.235" in page
+    assert "not made for this run" in page
+
+
+def test_files_beside_the_report(page: str, tmp_path: Path) -> None:
+    names = sorted(path.name for path in (tmp_path / "spectrum").iterdir())
+    assert names[:2] == ["_script_alert_x_script_.png", "_script_alert_x_script_.svg"]
+    assert names[2:] == ["arrays.npz", "numbers.json"]
+    assert '"x": null' in (tmp_path / "spectrum" / "numbers.json").read_text()
