@@ -70,9 +70,10 @@ def test_bf16_steps_are_those_of_fp32_masters(small_recipe, make_engine, config:
     assert norms == pytest.approx(_mixed_precision_norms(recipe, 0.5), rel=5e-2 if config == "zero0" else 5e-3)
 
 
-def test_bf16_gradients_add_up_in_fp32(small_recipe, world, make_engine) -> None:
+@pytest.mark.parametrize("config", CONFIGS[1:])
+def test_bf16_gradients_add_up_in_fp32(small_recipe, world, make_engine, config: str) -> None:
     """Many micro batches, one of them large: in bf16 the small ones would be lost in the sum."""
-    bf16 = ("deepspeed.config=zero2", "train.precision=bf16", "optim.clip_grad=0")
+    bf16 = (f"deepspeed.config={config}", "train.precision=bf16", "optim.clip_grad=0")
     recipe = small_recipe(*bf16, "train.global_batch=64")
     torch.manual_seed(0)
     engine = Engine(create_model(recipe.model, recipe.attention), recipe, world, 1)
