@@ -15,6 +15,7 @@ set -uo pipefail
 : "${IDLE_RESTARTS:=3}"
 # Seconds in which a rank must get on, or the job ends and says which one did not. 0: never.
 : "${STALL_SECONDS:=900}"
+# HOST_SUFFIX: what makes a node's name the name of its fast interface, such as i on JUWELS.
 
 refuse() {
   echo "error: $*" >&2
@@ -96,7 +97,7 @@ launch() {
   local ranks=$((SLURM_JOB_NUM_NODES * per_node))
   LOGS=$RUN/logs/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
   mkdir -p "$LOGS" || refuse "RUN = $RUN cannot be written"
-  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)${HOST_SUFFIX:-}
   MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # below the ports that kernels hand out
   export MASTER_ADDR MASTER_PORT KARAT_STALL_SECONDS=$STALL_SECONDS
 
