@@ -6,7 +6,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
-from scipy.stats import kurtosis
 from timm.models import VisionTransformer
 
 from karat_scale.analysis.attention_matrices import operators
@@ -15,6 +14,7 @@ from karat_scale.analysis.result import Result, Settings, Table
 from karat_scale.analysis.trained_run import TrainedRun
 
 TAIL = 0.01
+CHUNK = 1 << 20
 BINS = 201
 SHOWN_BLOCKS = 4
 Values = npt.NDArray[np.float32]
@@ -26,22 +26,32 @@ def hill_index(values: npt.NDArray[Any], tail: float = TAIL) -> float:
 
     P(|w| > x) falls as x^-alpha: the smaller alpha, the heavier the tail. nan where there are fewer than 5 in it.
     """
-    sizes = np.sort(np.abs(values.astype(np.float64)).ravel())
+    sizes = np.abs(values).ravel()
     count = int(tail * len(sizes))
-    if count < 5 or sizes[-count - 1] <= 0:
+    if count < 5:
         return float("nan")
-    mean = float(np.log(sizes[-count:] / sizes[-count - 1]).mean())
+    sizes.partition(len(sizes) - count - 1)
+    largest, threshold = sizes[len(sizes) - count :].astype(np.float64), float(sizes[len(sizes) - count - 1])
+    if threshold <= 0:
+        return float("nan")
+    mean = float(np.log(largest / threshold).mean())
     return 1 / mean if mean > 0 else float("inf")
 
 
 def describe(values: npt.NDArray[Any]) -> dict[str, float | None]:
     """Mean, standard deviation, excess kurtosis (0 for a Gaussian) and tail index; None for what is undefined."""
-    wide = values.astype(np.float64).ravel()
+    flat = values.ravel()
+    mean = float(flat.mean(dtype=np.float64))
+    second = fourth = 0.0
+    for start in range(0, len(flat), CHUNK):  # float64 copies of a whole model would not fit beside it
+        squares = (flat[start : start + CHUNK].astype(np.float64) - mean) ** 2
+        second += float(squares.sum()) / len(flat)
+        fourth += float((squares**2).sum()) / len(flat)
     figures = {
-        "mean": float(wide.mean()),
-        "std": float(wide.std()),
-        "kurtosis": float(kurtosis(wide)) if wide.std() > 0 else float("nan"),
-        "tail_index": hill_index(wide),
+        "mean": mean,
+        "std": second**0.5,
+        "kurtosis": fourth / second**2 - 3 if second > 0 else float("nan"),
+        "tail_index": hill_index(flat),
     }
     return {name: value if np.isfinite(value) else None for name, value in figures.items()}
 
