@@ -129,7 +129,7 @@ run_alone() {
 ask_to_save() {
   trap '' USR2 TERM
   say "told to stop; the ranks are to save"
-  while kill -USR2 "$STEP" 2>/dev/null; do sleep 3; done &
+  while kill -USR2 "$STEP" 2>/dev/null; do sleep 2; done &
 }
 
 # What became of the step is in the ranks' exit files: srun's own code is that of a rank which it killed itself.

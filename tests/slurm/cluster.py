@@ -8,17 +8,17 @@ import contextlib
 import ctypes
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
-
+from tests.conftest import ROOT
+from tests.slurm.janitor import kill_processes
 from tests.slurm.packages import find
 
 PR_SET_PDEATHSIG = 1
@@ -82,6 +82,9 @@ class Cluster:
         self.root = Path(tempfile.mkdtemp(prefix="ks", dir="/tmp"))
         self.configuration = self.root / "etc" / "slurm.conf"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        # Our end of its pipe closes when we do, however we end.
+        command = [sys.executable, "-m", "tests.slurm.janitor", str(self.root), *self.nodes]
+        self._janitor = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -112,10 +115,7 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        for process in self._processes():
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        shutil.rmtree(self.root, ignore_errors=True)
+        self._janitor.communicate(timeout=30)
 
     def command(self, *arguments: str, check: bool = True, **options: object) -> str:
         """Run one of SLURM's commands; returns what it printed."""
@@ -142,9 +142,7 @@ class Cluster:
         """Cut a node's power: its daemon, its steps and their tasks are gone at once."""
         self._daemons[node].kill()
         self._daemons[node].wait()
-        for process in self._processes(node):
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+        kill_processes(self.root, [node])
 
     def wait_idle(self, seconds: float = 60) -> None:
         """Wait until every node is up and has no job."""
@@ -228,21 +226,6 @@ class Cluster:
                 preexec_fn=_die_with_parent,
                 start_new_session=True,
             )
-
-    def _processes(self, node: str | None = None) -> Iterator[psutil.Process]:
-        """What runs on a node: steps hold its log open (they wipe their environment), tasks know its name."""
-        ours = [node] if node else self.nodes
-        logs = {str(self.root / "log" / name) for name in ours}
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                environment = process.environ()
-                is_task = environment.get("SLURM_CONF") == str(self.configuration)
-                if (is_task and environment.get("SLURMD_NODENAME") in ours) or logs & _open_files(process.pid):
-                    yield process
-
-
-def _open_files(pid: int) -> set[str]:
-    return {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()}
 
 
 def _die_with_parent() -> None:
