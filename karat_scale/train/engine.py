@@ -16,13 +16,14 @@ from karat_scale.recipe import OptimConfig, Recipe
 from karat_scale.train.distributed import World
 from karat_scale.train.ds_config import load_ds_config, offloads_optimizer, zero_stage
 from karat_scale.train.ds_internals import (
+    cpu_adam_can_be_built,
     forget_gradients,
     master_weights,
     quiet_initialization,
     quieten_and_skip_builds,
     shard_layout,
 )
-from karat_scale.train.shards import zero_padding
+from karat_scale.train.shards import Fragment, Pieces
 
 
 def build_optimizer(
@@ -44,6 +45,19 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=device.type == "cuda")
 
 
+def _takes_cpu_adam(choice: str, device: torch.device) -> bool:
+    if choice == "auto":
+        return device.type == "cuda" and cpu_adam_can_be_built()
+    return choice == "deepspeed"
+
+
+def _copy_of_weights(model: nn.Module) -> Pieces:
+    pieces = Pieces()
+    for name, parameter in model.named_parameters():
+        pieces.add([Fragment(name, 0, 0, parameter.numel())], parameter.detach().to("cpu", torch.float32, copy=True))
+    return pieces
+
+
 class Engine:
     """Forward, backward and step of one model on one rank."""
 
@@ -56,11 +70,9 @@ class Engine:
         # At stage 3 the partitioned module's parameters look empty.
         self.parameters = parameter_count(model)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-        choice = recipe.deepspeed.cpu_adam
-        cpu_adam = offloads_optimizer(config) and (
-            choice == "deepspeed" or (choice == "auto" and world.device.type == "cuda")
-        )
+        cpu_adam = offloads_optimizer(config) and _takes_cpu_adam(recipe.deepspeed.cpu_adam, world.device)
         config["zero_force_ds_cpu_optimizer"] = cpu_adam
+        initial = _copy_of_weights(model)
         model = model.to(world.device)
         with quiet_initialization():
             self.deepspeed, *_ = deepspeed.initialize(
@@ -68,9 +80,9 @@ class Engine:
                 optimizer=build_optimizer(model, recipe.optim, world.device, cpu_adam),
                 config=config,
             )
-        if self.stage > 0:
+        if self.stage > 0:  # in bf16 DeepSpeed's masters begin at what bf16 has left of the weights
             for fragments, master in zip(shard_layout(self.deepspeed), master_weights(self.deepspeed), strict=True):
-                zero_padding(fragments, master)
+                initial.fill(fragments, master)
         self._device_type = world.device.type
         self._skipped_steps = 0
         self._clip = recipe.optim.clip_grad

@@ -5,6 +5,7 @@ import torch
 
 from karat_scale.train.ds_internals import (
     checkpoint_globals,
+    cpu_adam_can_be_built,
     load_optimizer_states,
     master_weights,
     refresh_module,
@@ -75,6 +76,10 @@ def test_optimizer_states_go_in_as_they_came_out(small_recipe, make_engine, conf
 
 def _masters(engine) -> list[torch.Tensor]:
     return master_weights(engine.deepspeed)
+
+
+def test_deepspeed_says_whether_its_cpu_adam_can_be_built() -> None:
+    assert cpu_adam_can_be_built() in (True, False)
 
 
 def test_storage_takes_the_place_of_deepspeeds_own(small_recipe, make_engine) -> None:

@@ -37,9 +37,10 @@ def _mixed_precision_norms(recipe, clip: float) -> list[float]:
     """Gradient norms of plain mixed precision: a bf16 model, fp32 masters, gradients taken to fp32."""
     torch.manual_seed(0)
     model = create_model(recipe.model, recipe.attention)
-    optimizer = build_optimizer(model.to(torch.bfloat16), recipe.optim, torch.device("cpu"))
+    optimizer = build_optimizer(model, recipe.optim, torch.device("cpu"))
     low = [p for group in optimizer.param_groups for p in group["params"]]
-    masters = [torch.nn.Parameter(p.detach().float()) for p in low]
+    masters = [torch.nn.Parameter(p.detach().clone()) for p in low]
+    model.to(torch.bfloat16)
     remaining = iter(masters)
     for group in optimizer.param_groups:
         group["params"] = [next(remaining) for _ in group["params"]]
@@ -114,6 +115,9 @@ def test_the_initial_weights_are_the_models_own(small_recipe, make_engine, confi
     plain = create_model(recipe.model, recipe.attention)
     engine = make_engine(recipe)
     assert all(map(torch.equal, weights(engine), plain.parameters()))
+    in_bf16 = make_engine(small_recipe(f"deepspeed.config={config}", f"attention.mode={mode}", "train.precision=bf16"))
+    pairs = zip(master_weights(engine.deepspeed), master_weights(in_bf16.deepspeed), strict=True)
+    assert all(torch.equal(ours[: theirs.numel()], theirs[: ours.numel()]) for ours, theirs in pairs)
     names = [name for name, _ in engine.module.named_parameters()]
     qkv = weights(engine)[names.index("blocks.0.attn.qkv.weight")]
     assert float(qkv.std()) == pytest.approx(0.02, rel=0.1)  # timm's truncated normal
