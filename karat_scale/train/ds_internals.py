@@ -36,6 +36,18 @@ def quiet_initialization() -> Iterator[None]:
         bf16_optimizer.see_memory_usage = report
 
 
+def use_torchs_own_linear() -> None:
+    """Undo what an earlier stage 3 engine of this process did to `torch.nn.functional.linear`; a new one does it again.
+
+    DeepSpeed's rounds differently in bf16, so an engine's results would depend on which were built before it.
+    """
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+
+    own = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
+    if own is not None:
+        torch.nn.functional.linear = own
+
+
 def cpu_adam_can_be_built() -> bool:
     """Whether this machine has what DeepSpeed's AdamW for CPUs is compiled with."""
     from deepspeed.ops.op_builder import CPUAdamBuilder

@@ -22,6 +22,7 @@ from karat_scale.train.ds_internals import (
     quiet_initialization,
     quieten_and_skip_builds,
     shard_layout,
+    use_torchs_own_linear,
 )
 from karat_scale.train.shards import Fragment, Pieces
 
@@ -72,6 +73,7 @@ class Engine:
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
         cpu_adam = offloads_optimizer(config) and _takes_cpu_adam(recipe.deepspeed.cpu_adam, world.device)
         config["zero_force_ds_cpu_optimizer"] = cpu_adam
+        use_torchs_own_linear()
         initial = _copy_of_weights(model)
         model = model.to(world.device)
         with quiet_initialization():

@@ -78,6 +78,16 @@ def _masters(engine) -> list[torch.Tensor]:
     return master_weights(engine.deepspeed)
 
 
+def test_an_engine_does_not_depend_on_those_built_before(small_recipe, make_engine) -> None:
+    """A stage 3 engine replaces torch.nn.functional.linear for the rest of the process."""
+    make_engine(small_recipe())
+    own = torch.nn.functional.linear
+    make_engine(small_recipe("deepspeed.config=zero3"))
+    assert torch.nn.functional.linear is not own
+    make_engine(small_recipe("deepspeed.config=zero1"))
+    assert torch.nn.functional.linear is own
+
+
 def test_deepspeed_says_whether_its_cpu_adam_can_be_built() -> None:
     assert cpu_adam_can_be_built() in (True, False)
 
