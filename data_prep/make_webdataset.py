@@ -23,6 +23,7 @@ from typing import Any
 
 from console import add_source_options, make_parser, positive, progress, run
 from preparing import DEFAULT_QUALITY, Preparation
+from resizing import choose_encoder
 from shard_job import (
     DEFAULT_SHARD_SAMPLES,
     Job,
@@ -55,6 +56,8 @@ def plan_job(split: str, source: Source, options: argparse.Namespace) -> Job:
     """The job of one split, as the command line asks for it."""
     shards = spread(source, options.seed, options.subset, options.shard_samples, options.shard_bytes)
     by_count = options.shard_samples or DEFAULT_SHARD_SAMPLES
+    quality = options.quality or DEFAULT_QUALITY
+    encoder = choose_encoder(options.encoder) if options.resize else "pillow"
     made: dict[str, Any] = {
         "tool": "data_prep/make_webdataset.py",
         "version": __version__,
@@ -65,11 +68,12 @@ def plan_job(split: str, source: Source, options: argparse.Namespace) -> Job:
         "shard_bytes": options.shard_bytes,
         "subset": options.subset,
         "resize": options.resize,
-        "quality": (options.quality or DEFAULT_QUALITY) if options.resize else None,
+        "quality": quality if options.resize else None,
+        "encoder": encoder if options.resize else None,
         "check": options.check,
         "on_odd": options.on_odd,
     }
-    preparation = Preparation(options.check, options.on_odd, options.resize, options.quality or DEFAULT_QUALITY)
+    preparation = Preparation(options.check, options.on_odd, options.resize, quality, encoder)
     return Job(split, source, options.out, shards, preparation, made)
 
 
@@ -163,6 +167,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resize", type=positive, metavar="S", help="re-encode with a short side of at most S pixels")
     parser.add_argument(
         "--quality", type=positive, metavar="Q", help=f"JPEG quality with --resize (default {DEFAULT_QUALITY})"
+    )
+    parser.add_argument(
+        "--encoder",
+        choices=("auto", "native", "pillow"),
+        default="auto",
+        help="with --resize: in C++ or by Pillow; auto takes native where it can be built (default auto)",
     )
     parser.add_argument(
         "--check", choices=("header", "decode"), default="header", help="look at headers, or decode every image"

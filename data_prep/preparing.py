@@ -1,11 +1,10 @@
 """From a source's image file to what goes into a shard: checks, the policy for odd files, and re-encoding."""
 
-import io
 from dataclasses import dataclass
 from typing import Literal
 
 from odd_images import ImageFacts, decoding_failure, inspect_image, without_exif
-from PIL import Image
+from resizing import Encoder, resized_jpeg, to_jpeg
 from sources import UnreadableSampleError
 
 from karat_scale.data.decode import UndecodableImageError, decode_rgb
@@ -16,8 +15,6 @@ OnOdd = Literal["convert", "keep", "skip", "stop"]
 DEFAULT_QUALITY = 90
 # Odd files are few, so their pixels may cost some bytes.
 CONVERT_QUALITY = 95
-# A JPEG scaled while decoding stays this many times larger than its result, so that the rest is resized well.
-DRAFT_MARGIN = 2
 
 
 @dataclass(frozen=True)
@@ -44,12 +41,14 @@ class Preparation:
     RGB JPEGs, and drops an EXIF block without touching the pixels, so that every decoder sees what torchvision's
     ImageFolder sees; what cannot be decoded is skipped. `keep` keeps the bytes, `skip` leaves the image out,
     `stop` ends the run. resize, quality: re-encode every image as RGB JPEG with at most this short side in pixels.
+    encoder: by what.
     """
 
     check: Check = "header"
     on_odd: OnOdd = "keep"
     resize: int | None = None
     quality: int = DEFAULT_QUALITY
+    encoder: Encoder = "pillow"
 
     def prepare(self, data: bytes, name: str) -> Prepared:
         """The image to store. Raises UnreadableSampleError to leave it out, DataError to stop."""
@@ -64,7 +63,7 @@ class Preparation:
             failure = decoding_failure(data)
         if not failure and self.resize is not None:
             try:
-                pixels = resized_jpeg(data, self.resize, self.quality)
+                pixels = resized_jpeg(data, self.resize, self.quality, self.encoder)
             except UndecodableImageError as error:
                 failure = str(error)
         odd = "; ".join([*facts.odd, *facts.exif_odd, *([failure] if failure else [])])
@@ -93,21 +92,4 @@ def _convert(data: bytes, facts: ImageFacts, failure: str, odd: str) -> Prepared
         image = decode_rgb(data)
     except UndecodableImageError as error:
         raise OddImageSkippedError(f"{odd}; {error}") from error
-    return Prepared(_jpeg(image, CONVERT_QUALITY), "jpg", facts.grey, odd, "converted")
-
-
-def resized_jpeg(data: bytes, short_side: int, quality: int) -> bytes:
-    """The image as RGB JPEG with this short side, or its own where that is less. Raises UndecodableImageError."""
-    enough = DRAFT_MARGIN * short_side
-    image = decode_rgb(data, at_least=(enough, enough))
-    scale = short_side / min(image.size)
-    if scale < 1:
-        width, height = (max(short_side, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return _jpeg(image, quality)
-
-
-def _jpeg(image: Image.Image, quality: int) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
+    return Prepared(to_jpeg(image, CONVERT_QUALITY), "jpg", facts.grey, odd, "converted")

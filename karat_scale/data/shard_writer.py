@@ -1,4 +1,7 @@
-"""Writing shards: one tar and its index at a time, by webdataset's own writer.
+"""Writing shards: one tar and its index at a time, as webdataset's own writer makes them, byte for byte.
+
+That writer streams through buffers of a few kilobytes and copies an image a dozen times on the way; here the headers
+come from tarfile and the images go to the file as they are.
 
 The same samples give the same bytes. Every file is complete under its name or not there; the caller writes
 dataset.json last.
@@ -6,6 +9,7 @@ dataset.json last.
 
 import hashlib
 import os
+import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterable
@@ -13,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from webdataset.writer import TarWriter
-
 from karat_scale.data.shard_format import FileRecord, ShardRecord, index_bytes
 from karat_scale.files import commit_file, write_atomically
 
-TAR_BLOCK = 512
+TAR_BLOCK = tarfile.BLOCKSIZE
+# Who owns the members, and what may be done with them, by webdataset's habit.
+OWNER, MODE = "bigdata", 0o444
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,13 @@ def write_shard(directory: Path, name: str, samples: Iterable[EncodedSample]) ->
     try:
         with os.fdopen(handle, "wb") as file:
             stream = _HashingStream(file)
-            with TarWriter(stream, encoder=False, mtime=0) as tar:
-                for sample in samples:
-                    # Two calls, since one would sort the members by ending.
-                    tar.write({"__key__": sample.key, "cls": str(sample.label).encode()})
-                    tar.write({"__key__": sample.key, sample.extension: sample.data})
-                    padded = -(-len(sample.data) // TAR_BLOCK) * TAR_BLOCK
-                    offset = tar.tarstream.offset - padded
-                    rows.append((offset, len(sample.data), sample.label, zlib.crc32(sample.data)))
-                    keys.append(sample.key)
+            for sample in samples:
+                _add_member(stream, f"{sample.key}.cls", str(sample.label).encode())
+                offset = _add_member(stream, f"{sample.key}.{sample.extension}", sample.data)
+                rows.append((offset, len(sample.data), sample.label, zlib.crc32(sample.data)))
+                keys.append(sample.key)
+            stream.write(bytes(2 * TAR_BLOCK))
+            stream.write(bytes(-stream.bytes % tarfile.RECORDSIZE))
         index = index_bytes(rows, keys)
         index_name = f"{name}.index.npz"
         # Index first: a tar under its final name always has one.
@@ -69,6 +71,17 @@ def write_shard(directory: Path, name: str, samples: Iterable[EncodedSample]) ->
         samples=len(rows),
         index=FileRecord(name=index_name, bytes=len(index), sha256=hashlib.sha256(index).hexdigest()),
     )
+
+
+def _add_member(stream: "_HashingStream", name: str, data: bytes) -> int:
+    """Append a file to a tar; returns where its bytes begin."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.uname, member.gname = len(data), MODE, OWNER, OWNER
+    stream.write(member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
+    offset = stream.bytes
+    stream.write(data)
+    stream.write(bytes(-len(data) % TAR_BLOCK))
+    return offset
 
 
 class _HashingStream:

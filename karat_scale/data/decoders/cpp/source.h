@@ -1,4 +1,5 @@
-// A JPEG through libjpeg: its dimensions, then the rows of a part of it. What is doubtful is refused, not guessed.
+// A JPEG through libjpeg: its dimensions, then the rows of a part of it, or its planes as they are stored. What is
+// doubtful is refused, not guessed.
 
 #pragma once
 
@@ -25,6 +26,13 @@ inline bool ends_well(const uint8_t* data, size_t size) {
   }
   return false;
 }
+
+// A colour component as it is stored. `width` and `height` are how far the image reaches over it, in its own pixels;
+// `columns` and `rows` are whole pixels, the last of which may lie half outside; decoding writes to `room_..` of them.
+struct StoredPlane {
+  double width, height;
+  int columns, rows, room_columns, room_rows;
+};
 
 // Not copied and not moved: libjpeg keeps pointers into it.
 class JpegSource {
@@ -92,6 +100,48 @@ class JpegSource {
     return true;
   }
 
+  // Begins to decode whole planes, scaled by eighths / 8 in the DCT. False for RGB, which has no luma.
+  bool start_planes(int eighths) {
+    if (jpeg.jpeg_color_space == JCS_RGB) return refuse();
+    if (setjmp(on_error)) return refuse();
+    jpeg.out_color_space = jpeg.jpeg_color_space;
+    jpeg.raw_data_out = TRUE;
+    jpeg.scale_num = unsigned(eighths);
+    jpeg.scale_denom = 8;
+    jpeg_start_decompress(&jpeg);
+    return is_complete() || refuse();
+  }
+
+  int planes() const { return jpeg.num_components; }
+
+  // Plane `number` once it is started.
+  StoredPlane plane(int number) const {
+    const jpeg_component_info& component = jpeg.comp_info[number];
+    const double across = double(component.h_samp_factor) * dct_width(component) / (jpeg.max_h_samp_factor * DCTSIZE);
+    const double down = double(component.v_samp_factor) * dct_height(component) / (jpeg.max_v_samp_factor * DCTSIZE);
+    return {across * width(), down * height(), int(component.downsampled_width), int(component.downsampled_height),
+            int(component.width_in_blocks) * dct_width(component),
+            int(jpeg.total_iMCU_rows) * component.v_samp_factor * dct_height(component)};
+  }
+
+  // Decodes every plane to `to`, the rows `strides` bytes apart; each has room for its `room_columns` and `room_rows`.
+  bool read_planes(uint8_t* const* to, const size_t* strides) {
+    if (setjmp(on_error)) return refuse();
+    JSAMPROW rows[MAX_COMPONENTS][MAX_SAMP_FACTOR * DCTSIZE];
+    JSAMPARRAY planes_of_rows[MAX_COMPONENTS];
+    for (JDIMENSION group = 0; group < jpeg.total_iMCU_rows; group++) {
+      for (int number = 0; number < jpeg.num_components; number++) {
+        const jpeg_component_info& component = jpeg.comp_info[number];
+        const int count = component.v_samp_factor * dct_height(component);
+        for (int i = 0; i < count; i++) rows[number][i] = to[number] + strides[number] * (size_t(group) * count + i);
+        planes_of_rows[number] = rows[number];
+      }
+      const int lines = jpeg.max_v_samp_factor * smallest_dct_height();
+      if (jpeg_read_raw_data(&jpeg, planes_of_rows, JDIMENSION(lines)) == 0) return refuse();
+    }
+    return true;
+  }
+
   // Lets go of the data. False when libjpeg had a doubt about any of it.
   bool close() {
     if (!is_open) return false;
@@ -107,6 +157,16 @@ class JpegSource {
   jpeg_error_mgr errors;
   std::jmp_buf on_error;
   bool is_open = false;
+
+#if JPEG_LIB_VERSION >= 70
+  static int dct_width(const jpeg_component_info& component) { return component.DCT_h_scaled_size; }
+  static int dct_height(const jpeg_component_info& component) { return component.DCT_v_scaled_size; }
+  int smallest_dct_height() const { return jpeg.min_DCT_v_scaled_size; }
+#else
+  static int dct_width(const jpeg_component_info& component) { return component.DCT_scaled_size; }
+  static int dct_height(const jpeg_component_info& component) { return component.DCT_scaled_size; }
+  int smallest_dct_height() const { return jpeg.min_DCT_scaled_size; }
+#endif
 
   // False for a progressive JPEG that lacks scans: libjpeg smooths it, each version in its own way.
   bool is_complete() const {

@@ -1,0 +1,87 @@
+"""JPEGs to smaller JPEGs in one native call: C++ on libjpeg, built at first use."""
+
+import ctypes
+import io
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from karat_scale.attention.kernels import build
+
+SOURCE = Path(__file__).parent / "cpp" / "recode.cpp"
+# Without contraction, so that the resize's weights are the same bits whatever the instruction set.
+COMPILER_ARGUMENTS = ("-ljpeg", "-ffp-contract=off")
+# Parts of the size at which libjpeg decodes by a smaller DCT.
+SHRINKS = (8, 4, 2, 1)
+
+
+def result_size(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """Width and height with the short side made at most this many pixels, in proportion."""
+    scale = short_side / min(width, height)
+    if scale >= 1:
+        return width, height
+    return max(short_side, round(width * scale)), max(short_side, round(height * scale))
+
+
+class NativeRecoder:
+    """Re-encodes grey and YCbCr JPEGs without leaving their colour planes, as Pillow's encoder would with 4:2:0.
+
+    The bytes do not depend on the instruction set. Several threads may share it. Raises build.LoadError where it cannot
+    be built.
+    """
+
+    def __init__(self) -> None:
+        self._library = _declared(build.load(SOURCE, "the native JPEG encoder", COMPILER_ARGUMENTS, portable=True))
+        self._of_this_thread = threading.local()
+        encoded = io.BytesIO()
+        Image.new("RGB", (1, 1)).save(encoded, "JPEG")
+        if self.shrink(encoded.getvalue(), 1, 90, 1) is None:
+            raise build.LoadError("it reads no JPEG: the libjpeg that is loaded is another than its header was for")
+
+    def shrink(self, data: bytes, short_side: int, quality: int, margin: int) -> bytes | None:
+        """A JPEG of at most this short side in pixels; None for what is doubtful or another library's to read.
+
+        The DCT may scale a large image while it stays `margin` times larger than the result.
+        """
+        handle = self._handle()
+        width, height = ctypes.c_int32(), ctypes.c_int32()
+        if not self._library.karat_recoder_open(handle, data, len(data), ctypes.byref(width), ctypes.byref(height)):
+            return None
+        enough = margin * short_side
+        shrink = next((part for part in SHRINKS if min(width.value, height.value) >= part * enough), 1)
+        size = result_size(width.value, height.value, short_side)
+        found = ctypes.c_void_p()
+        length = self._library.karat_recoder_shrink(handle, 8 // shrink, *size, quality, ctypes.byref(found))
+        return ctypes.string_at(found, length) if length else None
+
+    def _handle(self) -> int:
+        """The calling thread's recoder and scratch memory, made at its first image."""
+        local = self._of_this_thread
+        if not hasattr(local, "handle"):
+            local.handle = _Handle(self._library)
+        pointer: int = local.handle.pointer
+        return pointer
+
+
+class _Handle:
+    """A recoder of the library, freed with this object."""
+
+    def __init__(self, library: Any) -> None:
+        self.pointer = library.karat_recoder_new()
+        if not self.pointer:
+            raise MemoryError
+        weakref.finalize(self, library.karat_recoder_free, self.pointer)
+
+
+def _declared(library: Any) -> Any:
+    pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+    library.karat_recoder_new.restype, library.karat_recoder_new.argtypes = pointer, ()
+    library.karat_recoder_free.restype, library.karat_recoder_free.argtypes = None, (pointer,)
+    library.karat_recoder_open.restype = integer
+    library.karat_recoder_open.argtypes = pointer, ctypes.c_char_p, size, pointer, pointer
+    library.karat_recoder_shrink.restype = size
+    library.karat_recoder_shrink.argtypes = pointer, integer, integer, integer, integer, pointer
+    return library
