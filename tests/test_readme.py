@@ -44,9 +44,16 @@ def test_every_command_is_run_here_or_by_the_ci_script() -> None:
     ours = ("python data_prep/", "torchrun", "karat eval", "karat train")
     # By .ci/run, test_packaging and the Makefile.
     elsewhere = ("make demo", "make test", "pip install .", "pip install '.[dali]'", "pip install '.[ffcv]'")
+    # tests/slurm submits these scripts to a SLURM of its own.
+    submitted = "".join(path.read_text() for path in (ROOT / "tests" / "slurm").glob("test_*.py"))
     assert COMMANDS
     for command in COMMANDS:
-        assert command in elsewhere or command.startswith(ours), command
+        script = re.search(r" sbatch .*slurm/(\w+\.sh)$", command)
+        if script:
+            assert (ROOT / "slurm" / script[1]).is_file(), command
+            assert f'"{script[1]}"' in submitted, command
+        else:
+            assert command in elsewhere or command.startswith(ours), command
     ci = (ROOT / ".ci" / "run").read_text()
     assert "make test" in ci
     assert "make demo" in ci

@@ -12,6 +12,11 @@ HERE = Path(__file__).parent
 SHARE = {
     "test_two_nodes_run_a_step_and_know_each_other",
     "test_two_nodes_train_what_one_process_trains",
+    "test_every_script_passes_shellcheck",
+    "test_slurm_accepts_every_script_as_it_stands",
+    "test_a_bad_partition_is_refused_at_submission",
+    "test_a_mistake_in_the_settings_is_one_line",
+    "test_outside_a_job_the_script_says_how_to_run_it",
 }
 
 
