@@ -130,6 +130,16 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--json", metavar="FILE")
     data.set_defaults(run=_bench_data)
 
+    prepare = benches.add_parser("prepare", help="data_prep/make_webdataset.py against decoding, encoding and copying")
+    prepare.add_argument("--tar", metavar="FILE", help="a tar of JPEGs (default: photo-like images made here)")
+    prepare.add_argument("--resize", type=int, default=256, help="short side in pixels (default: %(default)s)")
+    prepare.add_argument("--quality", type=int, default=90, help="(default: %(default)s)")
+    prepare.add_argument("--encoder", choices=("auto", "native", "pillow"), default="auto")
+    prepare.add_argument("--images", type=int, default=1000, help="(default: %(default)s)")
+    prepare.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
+    prepare.add_argument("--json", metavar="FILE")
+    prepare.set_defaults(run=_bench_prepare)
+
     gpu = benches.add_parser("gpu", help="check the kernels on this card and measure them; run it first on a new one")
     gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     gpu.add_argument("--quick", action="store_true", help="small sizes, to try the command")
@@ -262,6 +272,20 @@ def _bench_data(options: argparse.Namespace) -> int:
         rounds=options.rounds,
     )
     return bench_data(plan, options.json)
+
+
+def _bench_prepare(options: argparse.Namespace) -> int:
+    from karat_scale.bench.prepare import PreparePlan, bench_prepare
+
+    plan = PreparePlan(
+        tar=options.tar,
+        resize=options.resize,
+        quality=options.quality,
+        encoder=options.encoder,
+        images=options.images,
+        rounds=options.rounds,
+    )
+    return bench_prepare(plan, options.json)
 
 
 def _bench_gpu(options: argparse.Namespace) -> int:

@@ -8,15 +8,18 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from torchvision.transforms import InterpolationMode, v2
 
 from karat_scale.recipe import AugmentConfig
 
 Contender = Callable[[], object]
+Pixels = npt.NDArray[np.uint8]
 # Of torchvision's 31 levels.
 RANDAUGMENT_MAGNITUDE = 15
 
@@ -31,6 +34,32 @@ def decode_whole_by_simplejpeg(encoded: tuple[bytes, ...]) -> Contender | None:
 
 def decode_whole_by_torchvision(encoded: tuple[bytes, ...]) -> Contender:
     return lambda: _each(_decode, encoded)
+
+
+def recode_by_simplejpeg(encoded: tuple[bytes, ...], results: list[Pixels], quality: int) -> Contender | None:
+    """Whole decodes, and encodes of other pixels, [height, width, 3]; None where it is not installed."""
+    decode = decode_whole_by_simplejpeg(encoded)
+    if decode is None:
+        return None
+    encode = import_module("simplejpeg").encode_jpeg
+
+    def run() -> None:
+        decode()
+        for pixels in results:
+            encode(pixels, quality=quality, colorspace="RGB", colorsubsampling="420")
+
+    return run
+
+
+def recode_by_torchvision(encoded: tuple[bytes, ...], results: list[Pixels], quality: int) -> Contender:
+    """As recode_by_simplejpeg."""
+
+    def run() -> None:
+        _each(_decode, encoded)
+        for pixels in results:
+            encode_jpeg(torch.from_numpy(pixels).permute(2, 0, 1), quality=quality)
+
+    return run
 
 
 def _each(decode: Callable[[bytes], object], encoded: tuple[bytes, ...]) -> None:
