@@ -185,6 +185,12 @@ requeue() {
   exit 75
 }
 
+# Libraries may have their say after the exception.
+last_error() {
+  grep -E '^(\[rank [0-9]+\] )?(error:|[A-Za-z_.]+(Error|Exception|Exit)(:|$))' "$1" | tail -n 1 | grep . ||
+    grep -v '^[[:space:]]*$' "$1" | tail -n 1
+}
+
 report_failure() {
   local code node died rank log
   read -r code node died rank <<<"$1"
@@ -199,7 +205,7 @@ report_failure() {
     exit 1
   fi
   ((code == 2)) || { echo "the end of $log:" && tail -n 25 "$log"; }
-  echo "rank $rank on $node failed first, exit code $code: $(grep -v '^[[:space:]]*$' "$log" | tail -n 1)" >&2
+  echo "rank $rank on $node failed first, exit code $code: $(last_error "$log")" >&2
   ((code == 2)) && exit 2
   exit 1
 }

@@ -50,7 +50,7 @@ def read_standing(run: Path, now: float | None = None) -> Standing:
     for event in _events(run / "metrics.jsonl"):
         _take_in(standing, event)
     _read_checkpoints(standing, run / "checkpoints", time.time() if now is None else now)
-    standing.signs = read_signs(run)
+    standing.signs = _of_newest_start(read_signs(run))
     standing.job = _newest_job(run / "logs")
     standing.job_state = job_state(standing.job) if standing.job else None
     return standing
@@ -104,6 +104,12 @@ def _read_checkpoints(standing: Standing, root: Path, now: float) -> None:
         return
     standing.checkpoint, standing.checkpoint_age = name, max(now - manifest.st_mtime, 0.0)
     standing.peak_memory_mb = state.get("peak_memory_mb") or None
+
+
+def _of_newest_start(signs: list[Sign]) -> list[Sign]:
+    """An earlier start may have had more ranks."""
+    newest = max(signs, key=lambda sign: sign.written, default=None)
+    return [sign for sign in signs if newest and sign.start == newest.start]
 
 
 def _newest_job(logs: Path) -> str | None:

@@ -2,10 +2,12 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from karat_scale.cluster.heartbeat import Sign
 from karat_scale.cluster.standing import read_standing
 from karat_scale.cluster.status import duration, sparkline
 from tests.conftest import SMALL, karat
@@ -53,6 +55,15 @@ def test_the_job_is_that_of_the_newest_start(tmp_path: Path, monkeypatch: pytest
         os.utime(tmp_path / "logs" / start, (1000 - age, 1000 - age))
     standing = read_standing(tmp_path)
     assert (standing.job, standing.job_state) == ("812", None)
+
+
+def test_ranks_of_an_earlier_start_are_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "heartbeats").mkdir()
+    for rank, (start, written) in enumerate([("9-1", 20.0), ("9-1", 21.0), ("9-0", 10.0)]):
+        sign = Sign(rank, f"node{rank}", 1, start, written=written)
+        (tmp_path / "heartbeats" / f"rank-{rank:05d}.json").write_text(json.dumps(asdict(sign)))
+    assert [sign.rank for sign in read_standing(tmp_path).signs] == [0, 1]
 
 
 def test_a_sparkline_falls_with_its_values() -> None:
