@@ -199,7 +199,7 @@ def _submit(options: argparse.Namespace) -> int:
 
     given = {name: value for name, value in vars(options).items() if value is not None}
     sbatch = ("account", "partition", "nodes", "gpus_per_node", "cpus_per_task", "time")
-    chosen = {name.replace("_", "-"): given[name] for name in sbatch if name in given}
+    chosen = {name.replace("_", "-"): str(given[name]) for name in sbatch if name in given}
     if "gpus_per_node" in given:  # one task for each; one on a node without GPUs
         chosen["ntasks-per-node"] = str(max(given["gpus_per_node"], 1))
     settings = ("venv", "conda_env", "modules", "container", "stage")

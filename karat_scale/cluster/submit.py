@@ -70,7 +70,7 @@ def fill(template: str, options: Mapping[str, str], settings: Mapping[str, str],
         option = re.match(r"##?SBATCH --([a-z-]+)=", line)
         setting = re.match(r"([A-Z_]+)=\$\{\1:-.*?\}(\s+#.*)?$", line)
         if option and option[1] in left:
-            lines.append(f"#SBATCH --{option[1]}={left.pop(option[1])}")
+            lines.append(_directive(option[1], left.pop(option[1])))
         elif setting and setting[1] in settings:
             lines.append(f"{setting[1]}={shlex.quote(settings[setting[1]])}")
         elif re.match(r"KARAT_HOME=", line) and "KARAT_HOME" in settings:
@@ -78,8 +78,13 @@ def fill(template: str, options: Mapping[str, str], settings: Mapping[str, str],
         else:
             lines.append(line.replace('"$@"', " ".join(map(shlex.quote, overrides))).rstrip())
     last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
-    lines[last + 1 : last + 1] = [f"#SBATCH --{name}={value}" for name, value in left.items()]
+    lines[last + 1 : last + 1] = [_directive(name, value) for name, value in left.items()]
     return "\n".join(lines) + "\n"
+
+
+def _directive(name: str, value: str) -> str:
+    """sbatch cuts a line at blanks, unless they stand in double quotes."""
+    return f'#SBATCH --{name}="{value}"' if " " in value else f"#SBATCH --{name}={value}"
 
 
 def _agrees() -> bool:

@@ -1,6 +1,7 @@
 """slurm/imagenet_fourier_karat.sh on a real SLURM: interrupted in any way, a run ends in the same weights."""
 
 import contextlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,3 +192,13 @@ def test_a_rank_that_hangs_is_named_and_ends_the_job(train: Train) -> None:
     # The rank that waited shows where it did.
     assert "Timeout (0:00:20)!" in job.log
     assert 'train/loop.py", line' in job.log
+
+
+def test_a_signal_before_the_ranks_run_brings_the_job_back(train: Train, uninterrupted: Path) -> None:
+    job = train()
+    wait_until(lambda: job.field("JobState") == "RUNNING", 30, "the job runs")
+    time.sleep(0.5)  # the batch script loads its environment
+    job.signal_batch()
+    assert job.wait() == "COMPLETED 0", job.log
+    assert job.starts == 2
+    assert equal(last_checkpoint(run_of(job)), last_checkpoint(uninterrupted))

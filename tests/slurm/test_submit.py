@@ -1,0 +1,48 @@
+"""`karat submit` and `karat status` beside a real SLURM."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import SMALL, karat_environment, summary
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import Job
+
+RECIPE = "attention: {kind: karat}\nschedule: {warmup_epochs: 0}\ndata: {path: given below}\n"
+
+
+def karat(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**karat_environment(), **cluster.environment}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    command = [sys.executable, "-m", "karat_scale", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_submitted_recipe_trains_and_its_status_names_the_job(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+    recipe, run = tmp_path / "small.yaml", tmp_path / "the run"
+    recipe.write_text(RECIPE)
+    overrides = (*SMALL, f"data.path={shards}", f"run.dir={run}")
+    options = ("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10", "--yes")
+    done = karat(cluster, "submit", str(recipe), *overrides, *options)
+    assert done.returncode == 0, done.stderr
+    submitted = re.search(r"^job (\d+) is submitted", done.stdout, flags=re.MULTILINE)
+    assert submitted is not None, done.stdout
+    job = Job(cluster, submitted[1], run / f"small-{submitted[1]}.out")
+    assert job.wait() == "COMPLETED 0", job.log
+    assert summary(run)["world_size"] == 2
+
+    shown = karat(cluster, "status", str(run)).stdout
+    assert "16 of 16" in shown
+    assert "finished (exit 0)" in shown
+    assert job.id in shown
+
+
+def test_what_sbatch_refuses_is_one_line(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(RECIPE)
+    overrides = (*SMALL, f"data.path={shards}", f"run.dir={tmp_path / 'run'}")
+    done = karat(cluster, "submit", str(recipe), *overrides, "--partition=nowhere", "--yes")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "invalid partition specified: nowhere" in line
