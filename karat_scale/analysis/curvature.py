@@ -1,6 +1,7 @@
 """Sharpness as numbers: the top eigenvalues of the loss's Hessian, and its trace, from Hessian-vector products."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Vectors = list[Tensor]
 TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class Eigenvalue:
+    """`converged`: whether the iteration settled before its last step."""
+
+    value: float
+    converged: bool
 
 
 class Hessian:
@@ -36,26 +45,27 @@ class Hessian:
                 torch._foreach_add_(total, list(parts))
         return total
 
-    def top_eigenvalues(self, count: int, steps: int, seed: int) -> list[float]:
-        """The `count` eigenvalues largest in size, with their signs, by power iteration and deflation.
+    def top_eigenvalues(self, count: int, steps: int, seed: int) -> list[Eigenvalue]:
+        """The `count` eigenvalues largest in size, signed, by power iteration and deflation, the largest first.
 
         Each stops at a relative change below 1 %, or after `steps` products.
         """
         generator = torch.Generator().manual_seed(seed)
         found: list[Vectors] = []
-        values: list[float] = []
+        values: list[Eigenvalue] = []
         for _ in range(count):
             vector = _unit(self._draw(generator, torch.randn), found)
-            value = 0.0
+            value, settled = 0.0, False
             for _step in range(steps):
                 product = self.times(vector)
                 before, value = value, _inner(product, vector)
                 vector = _unit(product, found)
-                if abs(value - before) <= TOLERANCE * abs(value):
+                settled = abs(value - before) <= TOLERANCE * abs(value)
+                if settled:
                     break
             found.append(vector)
-            values.append(value)
-        return values
+            values.append(Eigenvalue(value, settled))
+        return sorted(values, key=lambda found: -abs(found.value))
 
     def trace(self, probes: int, seed: int) -> tuple[float, float]:
         """Hutchinson's estimate with Rademacher probes, and its standard error."""

@@ -76,8 +76,7 @@ def analyze_distributions(run: TrainedRun, settings: Settings) -> Result:
     for done, name in enumerate(names, start=1):
         run.load(model, name, "raw")
         step = run.step(name)
-        parameters = [p.detach().flatten().float().cpu() for p in model.parameters()]
-        whole[step], groups[step] = torch.cat(parameters).numpy(), by_head(model)
+        whole[step], groups[step] = all_weights(model), by_head(model)
         settings.progress("distributions", done, len(names))
     result.numbers = {
         "model": [{"step": step, **describe(values)} for step, values in whole.items()],
@@ -88,13 +87,22 @@ def analyze_distributions(run: TrainedRun, settings: Settings) -> Result:
         ],
     }
     _add_tables(result)
-    result.figures["model"] = _draw_whole(whole, result), "All weights of the model, on a logarithmic scale."
+    result.figures["model"] = (
+        _draw_whole(whole, result),
+        "All weights of the model but biases and norms, on a logarithmic scale.",
+    )
     if run.is_karat:
         result.figures["heads"] = (
             _draw_heads(groups[max(groups)]),
             f"Coefficients and W of each head at step {max(groups)}; one line a head.",
         )
     return result
+
+
+def all_weights(model: VisionTransformer) -> Values:
+    """Every trainable number but biases and norms, whose scales of about 1 would make up the tail."""
+    matrices = [p.detach().flatten().float().cpu() for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    return torch.cat(matrices).numpy()
 
 
 def by_head(model: VisionTransformer) -> Groups:
@@ -116,7 +124,7 @@ def _add_tables(result: Result) -> None:
     columns = ["step", "mean", "std", "excess kurtosis", "tail index"]
     figures = ("mean", "std", "kurtosis", "tail_index")
     rows = [[row["step"], *(row[name] for name in figures)] for row in result.numbers["model"]]
-    result.tables.append(Table("All weights", columns, rows))
+    result.tables.append(Table("All weights but biases and norms", columns, rows))
     if result.numbers["heads"]:
         places = ("what", "block", "head")
         rows = [
@@ -139,7 +147,7 @@ def _draw_whole(whole: dict[int, Values], result: Result) -> Figure:
         axes.stairs(np.maximum(counts, 0.5), edges, label=f"step {step}")
         result.arrays[f"model_step{step}"] = counts
     result.arrays["model_edges"] = edges
-    axes.set(yscale="log", xlabel="weight", ylabel="number")
+    axes.set(yscale="log", ylim=(0.8, None), xlabel="weight", ylabel="number")
     axes.legend()
     return figure
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +21,11 @@ from karat_scale.analysis.trajectory import Plane, plane_of_run
 from karat_scale.errors import RunDirectoryError
 
 MARGIN = 0.25
-POWER_STEPS = 20
+POWER_STEPS = 40
 PROBES = 8
+# What the graph of a Hessian-vector product holds, in N x N matrices a head and block; measured up to G = 3.
+GRAPH_MATRICES = 80
+GRAPH_BYTES = 1 << 30
 Array = npt.NDArray[np.float64]
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -143,10 +147,18 @@ def _draw_surface(first: Array, second: Array, losses: Array) -> Figure:
     return figure
 
 
+def _images_of_a_graph(model: VisionTransformer) -> int:
+    """How many images' graphs fit in GRAPH_BYTES; at least one."""
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    blocks: Any = model.blocks
+    heads = sum(block.attn.num_heads for block in blocks)
+    return max(1, GRAPH_BYTES // (4 * GRAPH_MATRICES * heads * tokens**2))
+
+
 def _add_sharpness(result: Result, run: TrainedRun, last: str, settings: Settings) -> None:
     model = run.model(last, weights="raw", implementation="reference")
     images = run.images(settings.hessian_samples)
-    batches = list(images.batches(settings.batch, run.device))
+    batches = list(images.batches(min(settings.batch, _images_of_a_graph(model)), run.device))
     count = sum(len(y) for _, y in batches)
     products = 0
 
@@ -160,7 +172,16 @@ def _add_sharpness(result: Result, run: TrainedRun, last: str, settings: Setting
     hessian = Hessian(list(model.parameters()), losses)
     values = hessian.top_eigenvalues(settings.eigenvalues, POWER_STEPS, settings.seed)
     trace, error = hessian.trace(PROBES, settings.seed)
-    result.numbers["hessian"] = {"images": count, "top_eigenvalues": values, "trace": trace, "trace_error": error}
-    rows: list[list[object]] = [[f"eigenvalue {i}", value] for i, value in enumerate(values, start=1)]
+    result.numbers["hessian"] = {
+        "images": count,
+        "top_eigenvalues": [found.value for found in values],
+        "converged": [found.converged for found in values],
+        "trace": trace,
+        "trace_error": error,
+    }
+    rows: list[list[object]] = [
+        [f"eigenvalue {i}{'' if found.converged else ', not settled'}", found.value]
+        for i, found in enumerate(values, start=1)
+    ]
     rows += [["trace", trace], ["standard error of the trace", error]]
     result.tables.append(Table(f"Sharpness: Hessian of the held-out loss on {count} images", ["figure", "value"], rows))

@@ -17,6 +17,7 @@ def test_the_parser_names_the_analyses_there_are() -> None:
     assert tuple(ANALYSES) == NAMES
 
 
+@pytest.mark.slow
 def test_two_runs_side_by_side(
     karat_run: TrainedRun, softmax_run: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,10 @@ def test_eigenvalues_and_trace_of_a_quadratic_bowl() -> None:
         yield both @ matrix @ both / 4
 
     hessian = Hessian([x, y], losses)
-    assert hessian.top_eigenvalues(3, 200, 0) == pytest.approx([50, -20, 7], rel=2e-2)
+    found = hessian.top_eigenvalues(3, 200, 0)
+    assert [one.value for one in found] == pytest.approx([50, -20, 7], rel=2e-2)
+    assert all(one.converged for one in found)
+    assert not hessian.top_eigenvalues(1, 2, 0)[0].converged
     trace, error = hessian.trace(400, 0)
     assert trace == pytest.approx(values.sum().item(), abs=4 * error)
     assert error < 5
