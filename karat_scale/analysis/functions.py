@@ -14,6 +14,7 @@ from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
 from karat_scale.analysis.softmax_fit import Distance, SoftmaxFit, can_fit
 from karat_scale.analysis.trained_run import TrainedRun
 from karat_scale.analysis.units import ScoreHistogram, energy_per_frequency, unit_curves
+from karat_scale.analysis.validation_images import ValidationImages
 from karat_scale.attention import KaratOperator
 from karat_scale.errors import RunDirectoryError
 
@@ -38,11 +39,11 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
     images = run.images(settings.images)
     histogram = ScoreHistogram(len(learned), learned[0].num_heads)
     with watched(model, lambda block, raw, _: histogram.add(block, _arguments(learned[block], raw))):
-        _pass(model, run, settings, "scores")
+        _pass(model, run, images, settings, "scores")
     result = Result()
     _add_curves(result, learned, histogram)
     _add_energy(result, learned)
-    _add_distances(result, model, learned, run, settings)
+    _add_distances(result, model, learned, run, images, settings)
     note_bad_images(result, run, images.bad)
     return result
 
@@ -54,8 +55,8 @@ def _arguments(operator: KaratOperator, raw: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _pass(model: VisionTransformer, run: TrainedRun, settings: Settings, what: str) -> None:
-    images, done = run.images(settings.images), 0
+def _pass(model: VisionTransformer, run: TrainedRun, images: ValidationImages, settings: Settings, what: str) -> None:
+    done = 0
     for batch, _ in images.batches(settings.batch, run.device):
         model(batch)
         done += len(batch)
@@ -127,7 +128,12 @@ def _add_energy(result: Result, learned: Sequence[KaratOperator]) -> None:
 
 
 def _add_distances(
-    result: Result, model: VisionTransformer, learned: Sequence[KaratOperator], run: TrainedRun, settings: Settings
+    result: Result,
+    model: VisionTransformer,
+    learned: Sequence[KaratOperator],
+    run: TrainedRun,
+    images: ValidationImages,
+    settings: Settings,
 ) -> None:
     if not can_fit(learned[0]):
         result.notes.append("distance from softmax: only for modular or full-rank operators of few features, base zero")
@@ -144,7 +150,7 @@ def _add_distances(
                     fit.add(_arguments(learned[block], raw)[:, head].flatten(0, 1))
 
         with watched(model, visit):
-            _pass(model, run, settings, "distance from softmax")
+            _pass(model, run, images, settings, "distance from softmax")
         distances |= {place: fit.distance() for place, fit in fits.items()}
     _show_distances(result, distances)
 

@@ -1,6 +1,8 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from karat_scale.analysis.functions import analyze_functions
 from karat_scale.analysis.result import Settings
@@ -28,3 +30,21 @@ def test_weights_are_those_of_the_chosen_checkpoint(karat_run: TrainedRun) -> No
     first = dataclasses.replace(karat_run, checkpoint=karat_run.in_order[0])
     energies = [analyze_functions(run, Settings(images=1)).arrays["energy_share"] for run in (first, karat_run)]
     assert (energies[0] != energies[1]).any()
+
+
+def test_images_that_cannot_be_read_are_counted(karat_run: TrainedRun, tmp_path: Path) -> None:
+    """The run's images as a folder, one of them damaged."""
+    for split in ("train", "val"):
+        for label in range(4):
+            directory = tmp_path / split / f"class{label}"
+            directory.mkdir(parents=True)
+            for number in range(2):
+                Image.new("RGB", (20, 20), (40 * label, number, 0)).save(directory / f"{number}.png")
+    (tmp_path / "val" / "class1" / "0.png").write_bytes(b"damaged")
+    data = karat_run.recipe.data.model_copy(
+        update={"backend": "folder", "path": str(tmp_path), "on_bad_sample": "skip"}
+    )
+    run = dataclasses.replace(karat_run, recipe=karat_run.recipe.model_copy(update={"data": data}))
+    result = analyze_functions(run, Settings(images=8, batch=3))
+    assert result.notes == ["karat: 1 of the chosen images cannot be read and are left out"]
+    assert result.arrays["score_counts"].sum() == 2 * 2 * 7 * 17 * 17

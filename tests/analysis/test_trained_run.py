@@ -63,3 +63,12 @@ def test_no_run_no_checkpoint_and_a_damaged_one(karat_run: TrainedRun, tmp_path:
 def test_missing_data_is_one_line(karat_run: TrainedRun, tmp_path: Path) -> None:
     with pytest.raises(DataError):
         open_run(karat_run.path, data=str(tmp_path / "nowhere")).images(3)
+
+
+def test_a_checkpoint_of_another_model(karat_run: TrainedRun, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(karat_run.path, copy)
+    recipe = copy / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("depth: 2", "depth: 3"))
+    with pytest.raises(RunDirectoryError, match="holds another model: "):
+        open_run(copy).model()
