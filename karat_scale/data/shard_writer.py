@@ -75,13 +75,34 @@ def write_shard(directory: Path, name: str, samples: Iterable[EncodedSample]) ->
 
 def _add_member(stream: "_HashingStream", name: str, data: bytes) -> int:
     """Append a file to a tar; returns where its bytes begin."""
-    member = tarfile.TarInfo(name)
-    member.size, member.mode, member.uname, member.gname = len(data), MODE, OWNER, OWNER
-    stream.write(member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
+    stream.write(_header(name, len(data)))
     offset = stream.bytes
     stream.write(data)
     stream.write(bytes(-len(data) % TAR_BLOCK))
     return offset
+
+
+def _tarfile_header(name: str, size: int) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.uname, member.gname = size, MODE, OWNER, OWNER
+    return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+def _header(name: str, size: int) -> bytes:
+    """What tarfile makes, but filled into a form where the name is plain: tarfile takes as long as a small image."""
+    if len(name) > tarfile.LENGTH_NAME or not name.isascii() or size > LARGEST_IN_FORM:
+        return _tarfile_header(name, size)
+    in_header = name.encode()
+    total = FORM_SUM + sum(in_header) + sum(b"%011o" % size)
+    header = in_header.ljust(tarfile.LENGTH_NAME, b"\0") + FORM_OWNER + b"%011o" % size
+    return header + FORM_TIME + b"%06o\0" % total + FORM_REST
+
+
+LARGEST_IN_FORM = 8**11 - 1
+# A header without name, size and checksum, cut where these belong; the checksum counts itself as blanks.
+_FORM = _tarfile_header("", 0)
+FORM_OWNER, FORM_TIME, FORM_REST = _FORM[100:124], _FORM[135:148], _FORM[155:]
+FORM_SUM = sum(_FORM[:148]) + 8 * ord(" ") + sum(_FORM[156:]) - sum(b"%011o" % 0)
 
 
 class _HashingStream:

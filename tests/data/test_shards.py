@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import shutil
@@ -202,3 +203,15 @@ def test_hundreds_of_shards(tmp_path):
     split = ShardSplit(tmp_path, "train", 2)
     assert len(split) == 780
     assert {split.read(number) for number in range(780)} == {b"x"}
+
+
+def test_headers_are_those_of_webdatasets_own_writer(tmp_path):
+    names = ["a", "n01/x" * 19, "é/b", "n01/" + "y" * 120]
+    samples = [EncodedSample(name, "jpg", bytes(997 * i), i) for i, name in enumerate(names)]
+    write_shard(tmp_path, "train-000000", samples)
+    expected = io.BytesIO()
+    with wds.TarWriter(expected, encoder=False, mtime=0) as tar:
+        for sample in samples:
+            tar.write({"__key__": sample.key, "cls": str(sample.label).encode()})
+            tar.write({"__key__": sample.key, sample.extension: sample.data})
+    assert (tmp_path / "train-000000.tar").read_bytes() == expected.getvalue()

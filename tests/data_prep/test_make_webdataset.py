@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from make_webdataset import main
 from PIL import Image
+from resizing import choose_encoder
 
 from karat_scale.data.shard_format import read_dataset_record
 from karat_scale.data.shards import ShardSplit
@@ -93,6 +94,24 @@ def test_other_settings_or_another_source_are_refused(folder, tmp_path):
     save(folder[0] / "train/ant/new.jpg", 99)
     with pytest.raises(DataError, match="made with source_sha256"):
         make(folder[0], out)
+
+
+def test_another_encoder_is_refused(folder, tmp_path):
+    out, options = tmp_path / "out", ("--resize", "8", "--split", "val")
+    make(folder[0], out, *options, "--encoder", "pillow")
+    assert read_dataset_record(out).splits["val"].made["encoder"] == "pillow"
+    make(folder[0], out, *options, "--encoder", "pillow")
+    if choose_encoder("auto") == "native":
+        with pytest.raises(DataError, match=r"made with encoder = pillow, now native; use another --out"):
+            make(folder[0], out, *options)
+
+
+def test_without_a_compiler_pillow_encodes_and_native_is_an_error(tmp_path):
+    code = "from resizing import choose_encoder as c; print(c('auto')); c('native')"
+    environment = {"PATH": "/nowhere", "PYTHONPATH": f"{SCRIPTS}:{SCRIPTS.parent}", "KARAT_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "pillow"
+    assert "--encoder native cannot run" in done.stderr
 
 
 def test_a_second_split_joins_the_first(folder, tmp_path):

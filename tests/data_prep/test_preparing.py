@@ -5,7 +5,8 @@ import pytest
 from make_webdataset import main
 from odd_images import inspect_image, scan_jpeg, without_exif
 from PIL import Image
-from preparing import OddImageSkippedError, Preparation, resized_jpeg
+from preparing import OddImageSkippedError, Preparation
+from resizing import choose_encoder, resized_jpeg
 from sources import UnreadableSampleError
 
 from karat_scale.data.decode import decode_rgb
@@ -28,6 +29,9 @@ ODD = {
     "PNG named JPEG": PNG,
     "image file is truncated": TRUNCATED,
 }
+
+
+AUTO = Preparation(resize=16, encoder=choose_encoder("auto"))
 
 
 def pixels(data):
@@ -56,7 +60,7 @@ def test_conversion_gives_ordinary_jpegs_of_the_same_pixels(what):
 
 
 def test_truncated_images_cannot_be_converted_or_resized():
-    for preparation in (Preparation(on_odd="convert"), Preparation(resize=16)):
+    for preparation in (Preparation(on_odd="convert"), Preparation(resize=16), AUTO):
         with pytest.raises(OddImageSkippedError, match="truncated"):
             preparation.prepare(TRUNCATED, "a.JPEG")
 
@@ -101,10 +105,11 @@ def test_scan_agrees_with_pillow():
     assert scan_jpeg(jpeg(1, kind="PNG")) is None
 
 
+@pytest.mark.parametrize("encoder", ["auto", "pillow"])
 @pytest.mark.parametrize(("size", "expected"), [((400, 300), (85, 64)), ((64, 64), (64, 64)), ((30, 50), (30, 50))])
-def test_resizing_bounds_the_short_side(size, expected):
+def test_resizing_bounds_the_short_side(size, expected, encoder):
     data = jpeg(5, *size, quality=95)
-    done = Preparation(resize=64, quality=90).prepare(data, "a.jpg")
+    done = Preparation(resize=64, quality=90, encoder=choose_encoder(encoder)).prepare(data, "a.jpg")
     assert (done.extension, done.odd) == ("jpg", "")
     result = decode_rgb(done.data)
     assert result.size == expected

@@ -73,6 +73,30 @@ inline void across(const uint8_t* upper, const uint8_t* lower, const Filter& fil
 }
 
 // 32 outputs of one plane, in row y of the output.
+#if defined(__AVX512BW__)
+
+inline void down(const uint8_t* pairs, size_t stride, const Filter& filter, int y, uint8_t* to) {
+  const int taps = filter.taps;
+  const int16_t* weights = &filter.weights[size_t(y) * size_t(taps)];
+  __m512i sums[2];
+  for (__m512i& sum : sums) sum = _mm512_set1_epi32(1 << (filter.precision - 1));
+  for (int t = 0; t < taps; t += DOWN_TAPS, pairs += stride) {
+    int32_t two;
+    std::memcpy(&two, weights + t, 4);
+    for (int i = 0; i < 2; i++) {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs + 32 * i));
+      sums[i] = _mm512_add_epi32(sums[i], _mm512_madd_epi16(_mm512_cvtepu8_epi16(bytes), _mm512_set1_epi32(two)));
+    }
+  }
+  for (int i = 0; i < 2; i++) {
+    const __m512i sum = _mm512_sra_epi32(sums[i], _mm_cvtsi32_si128(filter.precision));
+    const __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(sum, _mm512_setzero_si512()));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 * i), bytes);
+  }
+}
+
+#else
+
 inline void down(const uint8_t* pairs, size_t stride, const Filter& filter, int y, uint8_t* to) {
   const int taps = filter.taps;
   const int16_t* weights = &filter.weights[size_t(y) * size_t(taps)];
@@ -92,6 +116,8 @@ inline void down(const uint8_t* pairs, size_t stride, const Filter& filter, int 
   const __m256i in_order = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), in_order);
 }
+
+#endif
 
 #else
 

@@ -40,6 +40,21 @@ struct Plane {
   }
 };
 
+// Means of 2 x 2 pixels; what is beyond an odd number of columns or rows is as the last one.
+inline void halve(Plane& in, int columns, int rows, Plane& out) {
+  const int half_columns = (columns + 1) / 2, half_rows = (rows + 1) / 2;
+  out.fit(half_columns, half_rows);
+  for (int y = 0; y < half_rows; y++) {
+    uint8_t* upper = in.row(2 * y);
+    uint8_t* lower = 2 * y + 1 < rows ? in.row(2 * y + 1) : upper;
+    if (columns % 2) upper[columns] = upper[columns - 1], lower[columns] = lower[columns - 1];
+    uint8_t* to = out.row(y);
+    for (int x = 0; x < half_columns; x++) {
+      to[x] = uint8_t((upper[2 * x] + upper[2 * x + 1] + lower[2 * x] + lower[2 * x + 1] + 2) >> 2);
+    }
+  }
+}
+
 constexpr int TURNED = 8; // rows and columns of a block that is transposed at a time
 
 #if defined(__SSE2__)

@@ -27,7 +27,7 @@ class Recoder {
 
  private:
   StoredPlane stored[COMPONENTS];
-  Plane decoded[COMPONENTS], resized[COMPONENTS];
+  Plane decoded[COMPONENTS], resized[COMPONENTS], halved;
   PlaneResizer luma, chroma;
   int count = 0;
 
@@ -50,9 +50,16 @@ class Recoder {
       const int part = i == 0 ? 1 : 2, columns = (width + part - 1) / part, rows = (height + part - 1) / part;
       const int all_columns = rounded_up(columns, DCTSIZE), all_rows = rounded_up(rows, DCTSIZE);
       if (i < count) {
-        const StoredPlane& from = stored[i];
-        (i == 0 ? luma : chroma).resize(decoded[i], from.width, from.height, from.columns, from.rows,
-                                        double(width) / part, double(height) / part, columns, rows, resized[i]);
+        StoredPlane& from = stored[i];
+        const double out_width = double(width) / part, out_height = double(height) / part;
+        // Pillow resizes colour in full and has it halved by libjpeg; here it is halved first, which is less to resize.
+        const bool in_full = part > 1 && from.width >= part * out_width && from.height >= part * out_height;
+        if (in_full) {
+          halve(decoded[i], from.columns, from.rows, halved);
+          from.width /= 2, from.height /= 2, from.columns = (from.columns + 1) / 2, from.rows = (from.rows + 1) / 2;
+        }
+        (i == 0 ? luma : chroma).resize(in_full ? halved : decoded[i], from.width, from.height, from.columns, from.rows,
+                                        out_width, out_height, columns, rows, resized[i]);
         resized[i].extend(columns, rows, all_columns, all_rows);
       } else {
         resized[i].fit(all_columns, all_rows);
@@ -80,7 +87,7 @@ void karat_recoder_free(void* recoder) { delete static_cast<Recoder*>(recoder); 
 // Reads the header; 1, with width and height set, or 0 when the data are for another library.
 int karat_recoder_open(void* recoder, const uint8_t* data, size_t size, int32_t* width, int32_t* height) {
   JpegSource& source = static_cast<Recoder*>(recoder)->source;
-  if (!source.open(data, size)) return 0;
+  if (!source.open(data, size, true)) return 0;
   *width = source.width();
   *height = source.height();
   return 1;

@@ -43,7 +43,8 @@ class JpegSource {
   ~JpegSource() { close(); }
 
   // Reads the header. The data must stay until `close`. False for what is not an ordinary grey or colour JPEG.
-  bool open(const uint8_t* data, size_t size) {
+  // Where all rows will be decoded, libjpeg itself finds what stands between them.
+  bool open(const uint8_t* data, size_t size, bool all_rows = false) {
     close();
     jpeg.err = jpeg_std_error(&errors);
     errors.error_exit = fail;
@@ -57,9 +58,8 @@ class JpegSource {
     jpeg_read_header(&jpeg, TRUE);
     const J_COLOR_SPACE space = jpeg.jpeg_color_space;
     if (space != JCS_GRAYSCALE && space != JCS_YCbCr && space != JCS_RGB) return refuse();
-    if (!jpeg_has_multiple_scans(&jpeg) && !ends_well(jpeg.src->next_input_byte, jpeg.src->bytes_in_buffer)) {
-      return refuse();
-    }
+    const bool may_be_skipped = !all_rows && !jpeg_has_multiple_scans(&jpeg);
+    if (may_be_skipped && !ends_well(jpeg.src->next_input_byte, jpeg.src->bytes_in_buffer)) return refuse();
     return errors.num_warnings == 0 || refuse();
   }
 
