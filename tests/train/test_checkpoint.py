@@ -88,6 +88,22 @@ def test_a_loaded_state_trains_on_to_the_same_bits(
     assert equal(*files)
 
 
+@pytest.mark.slow  # compiles for minutes where it is not in the cache
+def test_deepspeeds_cpu_adam_resumes_and_hands_over_to_torchs(small_recipe, make_checkpoints, tmp_path: Path) -> None:
+    recipe = small_recipe("deepspeed.config=zero3_offload", "deepspeed.cpu_adam=deepspeed")
+    first, second = (make_checkpoints(recipe, tmp_path / "c") for _ in range(2))
+    _train(first, 1, 2)
+    first.save(TrainState(step=2, samples=16))
+    torchs = make_checkpoints(small_recipe("deepspeed.config=zero1"), tmp_path / "c")
+    for other in (second, torchs):
+        other.load()
+    norms = [train_once(checkpoints.engine, 3) for checkpoints in (first, second, torchs)]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
+    for other in (second, torchs):
+        for ours, theirs in zip(weights(other.engine), weights(first.engine), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_checkpoint_from_before_the_first_step_resumes(
     small_recipe, make_checkpoints, tmp_path: Path, config: str
