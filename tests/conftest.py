@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image
 os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
+SLOW_SHARE = 4
 CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS, SIZE = 4, 16, 7, 20
 
 # A model and schedule that train in a second; a test's own overrides come after these.
@@ -140,3 +142,33 @@ def train_recipe(recipe_file: Path) -> Callable[..., subprocess.CompletedProcess
         return karat("train", str(recipe_file), *overrides, processes=processes)
 
     return run
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--slow`: which of the tests marked slow run beside all others."""
+    parser.addoption(
+        "--slow",
+        choices=("none", "share", "all"),
+        default="share",
+        help="slow tests to run: none, a fixed share (one in four, but for those marked night), or all",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after conftests that mark tests slow
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the slow tests that were not asked for. One that is named by `file::test` runs."""
+    chosen = config.getoption("--slow")
+    if chosen == "all" or any("::" in argument for argument in config.args):
+        return
+
+    def runs(item: pytest.Item) -> bool:
+        if item.get_closest_marker("night"):
+            return False
+        if not item.get_closest_marker("slow"):
+            return True
+        return chosen == "share" and zlib.crc32(item.nodeid.encode()) % SLOW_SHARE == 0
+
+    left_out = [item for item in items if not runs(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if runs(item)]

@@ -74,7 +74,7 @@ def test_one_and_two_ranks_and_all_stages_take_over_from_each_other(world: World
     _check(world, tmp_path, processes=2, pairs=SAMPLE, last=6)
 
 
-@pytest.mark.slow
+@pytest.mark.night
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("before", CONFIGS)
