@@ -9,11 +9,9 @@ A sample's id is its place in the beton. It is the id the same sample has in sha
 settings.
 """
 
-import hashlib
 import io
 import os
 import zlib
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ConfigDict, Field, ValidationError
 
+from karat_scale.data import checks
+from karat_scale.data.readahead import Readahead
 from karat_scale.data.shard_format import FileRecord, OddRecord, ShardRecord, SkippedRecord, read_index_field
 from karat_scale.errors import DataError
-from karat_scale.files import file_sha256
 
-# Blocks asked for and not yet asked for again: more than a window holds.
-REMEMBERED_BLOCKS = 1024
 MEND = "copy it again or make it again with data_prep/make_ffcv.py"
+WORDING = checks.Wording("its record", MEND)
 # As FFCV numbers the ways in which it stores an image.
 MODES = {"jpg": 0, "raw": 1}
 RAW = MODES["raw"]
@@ -104,16 +102,7 @@ def index_bytes(columns: dict[str, Column], keys: list[str]) -> bytes:
 
 def check_file(directory: Path, record: FileRecord, by_hash: bool) -> None:
     """Compare a file with its record by size or by SHA-256. Raises DataError."""
-    path = directory / record.name
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path} is missing; {MEND}") from error
-    if size != record.bytes:
-        how = "is cut short" if size < record.bytes else "has changed since it was written"
-        raise DataError(f"{path} {how}: {size} bytes, its record says {record.bytes}; {MEND}")
-    if by_hash and file_sha256(path) != record.sha256:
-        raise DataError(f"{path} has changed since it was written: its SHA-256 differs; {MEND}")
+    checks.check_file(directory / record.name, record, by_hash, WORDING)
 
 
 class BetonSplit:
@@ -138,27 +127,19 @@ class BetonSplit:
         self.path = beton_path(Path(directory).expanduser(), split)
         record = read_record(self.path)
         self.classes = tuple(record.classes)
-        if len(self.classes) > num_classes:
-            raise DataError(
-                f"{self.path} has {len(self.classes)} classes, but model.num_classes = {num_classes}; "
-                f"set model.num_classes={len(self.classes)}"
-            )
+        checks.check_class_count(self.path, len(self.classes), num_classes)
         check_file(self.path.parent, record, by_hash=verify == "hash")
         columns = self._read_index(record)
         self.labels: npt.NDArray[np.int32] = columns["label"]
         self._offsets, self._sizes, self._crcs = columns["offset"], columns["size"], columns["crc32"]
         self._modes, self._widths, self._heights = columns["mode"], columns["width"], columns["height"]
-        self._readahead = readahead
-        self._asked: OrderedDict[int, None] = OrderedDict()
+        self._readahead = Readahead(readahead, self._offsets, self._sizes)
         self._file: int | None = None
         self._lends, self._buffer = lends, bytearray()
 
     def _read_index(self, record: BetonRecord) -> dict[str, Column]:
         path = index_path(self.path)
-        check_file(path.parent, record.index, by_hash=False)
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != record.index.sha256:
-            raise DataError(f"{path} has changed since it was written; {MEND}")
+        data = checks.read_checked(path, record.index, WORDING)
         columns = {name: read_index_field(data, name) for name in COLUMNS}
         wrong = np.flatnonzero((columns["label"] < 0) | (columns["label"] >= len(self.classes)))
         if len(wrong):
@@ -179,8 +160,7 @@ class BetonSplit:
         try:
             if self._file is None:
                 self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            if self._readahead:
-                self._ask_for_block(self._file, sample_id // self._readahead)
+            self._readahead.ask(self._file, sample_id, 0, len(self))
             raw = self._modes[sample_id] == RAW
             data = self._read_ppm(self._file, sample_id) if raw else os.pread(self._file, size, offset)
         except OSError as error:
@@ -203,19 +183,6 @@ class BetonSplit:
 
     def _changed(self, sample_id: int, what: str) -> DataError:
         return DataError(f"{self.path} {what}: sample {self.locate(sample_id)[0]} differs; {MEND}")
-
-    def _ask_for_block(self, file: int, block: int) -> None:
-        """Have the system read a block of samples, once."""
-        if block in self._asked:
-            return
-        self._asked[block] = None
-        if len(self._asked) > REMEMBERED_BLOCKS:
-            self._asked.popitem(last=False)
-        first = block * self._readahead
-        last = min(first + self._readahead, len(self)) - 1
-        start, end = int(self._offsets[first]), int(self._offsets[last] + self._sizes[last])
-        if hasattr(os, "posix_fadvise"):  # not everywhere, and only advice
-            os.posix_fadvise(file, start, end - start, os.POSIX_FADV_WILLNEED)
 
     def locate(self, sample_id: int) -> tuple[str, str]:
         """The key of a sample and the name of the beton, for messages."""

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+from karat_scale.data.checks import check_class_count
 from karat_scale.data.order import epoch_order
 from karat_scale.errors import DataError
 
@@ -25,11 +26,7 @@ class FolderSplit:
         self._folder = Path(root).expanduser() / split
         found = _class_folders(self._folder)
         self.classes = classes or tuple(found)
-        if len(self.classes) > num_classes:
-            raise DataError(
-                f"{self._folder} has {len(self.classes)} classes, but model.num_classes = {num_classes}; "
-                f"set model.num_classes={len(self.classes)}"
-            )
+        check_class_count(self._folder, len(self.classes), num_classes)
         if unknown := sorted(set(found) - set(self.classes)):
             raise DataError(f"{self._folder / unknown[0]} is a class that the training split does not have; {MEND}")
         numbers = {name: label for label, name in enumerate(self.classes) if name in found}

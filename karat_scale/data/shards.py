@@ -1,6 +1,5 @@
 """Random access into the shards of one split, checked against what dataset.json and the indexes say."""
 
-import hashlib
 import os
 import zlib
 from collections import OrderedDict
@@ -9,7 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from karat_scale.data import checks
+from karat_scale.data.readahead import Readahead
 from karat_scale.data.shard_format import (
+    DATASET_FILE,
     INDEX_FIELDS,
     DatasetRecord,
     FileRecord,
@@ -18,12 +20,11 @@ from karat_scale.data.shard_format import (
     read_index_field,
 )
 from karat_scale.errors import DataError
-from karat_scale.files import file_sha256
 
 MAX_OPEN_SHARDS = 256
-# Blocks asked for and not yet asked for again: more than a window holds.
-REMEMBERED_BLOCKS = 1024
 MEND = "copy the shards again or make them again with data_prep/make_webdataset.py"
+
+WORDING = checks.Wording(DATASET_FILE, MEND, f"is missing, though {DATASET_FILE} lists it")
 
 
 class ShardSplit:
@@ -48,11 +49,7 @@ class ShardSplit:
         record = read_dataset_record(self.directory)
         self.classes = tuple(record.classes)
         self._shards = self._split_record(record, split)
-        if len(self.classes) > num_classes:
-            raise DataError(
-                f"{self.directory} has {len(self.classes)} classes, but model.num_classes = {num_classes}; "
-                f"set model.num_classes={len(self.classes)}"
-            )
+        checks.check_class_count(self.directory, len(self.classes), num_classes)
         columns: dict[str, list[Any]] = {name: [] for name in INDEX_FIELDS}
         for shard in self._shards:
             check_file(self.directory, shard, by_hash=verify == "hash")
@@ -64,8 +61,7 @@ class ShardSplit:
         self._crcs = np.concatenate([*columns["crc32"], np.empty(0, np.uint32)])
         self._starts = np.cumsum([0, *(shard.samples for shard in self._shards)])
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._readahead = readahead
-        self._asked: OrderedDict[tuple[int, int], None] = OrderedDict()
+        self._readahead = Readahead(readahead, self._offsets, self._sizes)
 
     def _split_record(self, record: DatasetRecord, split: str) -> list[ShardRecord]:
         if split not in record.splits or record.splits[split].samples == 0:
@@ -74,14 +70,8 @@ class ShardSplit:
         return record.splits[split].shards
 
     def _read_index(self, shard: ShardRecord) -> dict[str, Any]:
-        check_file(self.directory, shard.index, by_hash=False)
         path = self.directory / shard.index.name
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}; {MEND}") from error
-        if hashlib.sha256(data).hexdigest() != shard.index.sha256:
-            raise DataError(f"{path} has changed since it was written; {MEND}")
+        data = checks.read_checked(path, shard.index, WORDING)
         index = {name: read_index_field(data, name) for name in INDEX_FIELDS}
         wrong = np.flatnonzero((index["label"] < 0) | (index["label"] >= len(self.classes)))
         if len(wrong):
@@ -103,9 +93,9 @@ class ShardSplit:
         path = self.directory / self._shards[number].name
         size = int(self._sizes[sample_id])
         try:
-            if self._readahead:
-                self._ask_for_block(sample_id, number, path)
-            data = os.pread(self._file(number, path), size, int(self._offsets[sample_id]))
+            file = self._file(number, path)
+            self._readahead.ask(file, sample_id, int(self._starts[number]), int(self._starts[number + 1]))
+            data = os.pread(file, size, int(self._offsets[sample_id]))
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}; {MEND}") from error
         if len(data) != size or zlib.crc32(data) != self._crcs[sample_id]:
@@ -113,20 +103,6 @@ class ShardSplit:
             what = "is cut short" if len(data) != size else "has changed since its index was written"
             raise DataError(f"{path} {what}: sample {key} differs; {MEND}")
         return data
-
-    def _ask_for_block(self, sample_id: int, number: int, path: Path) -> None:
-        """Have the system read the part of the sample's block that lies in its shard, once."""
-        block = sample_id // self._readahead
-        if (block, number) in self._asked:
-            return
-        self._asked[block, number] = None
-        if len(self._asked) > REMEMBERED_BLOCKS:
-            self._asked.popitem(last=False)
-        first = max(block * self._readahead, int(self._starts[number]))
-        last = min((block + 1) * self._readahead, int(self._starts[number + 1])) - 1
-        start, end = int(self._offsets[first]), int(self._offsets[last] + self._sizes[last])
-        if hasattr(os, "posix_fadvise"):  # not everywhere, and only advice
-            os.posix_fadvise(self._file(number, path), start, end - start, os.POSIX_FADV_WILLNEED)
 
     def locate(self, sample_id: int) -> tuple[str, str]:
         """The key of a sample and the name of its shard, for messages."""
@@ -163,13 +139,4 @@ class ShardSplit:
 
 def check_file(directory: Path, record: FileRecord, by_hash: bool) -> None:
     """Compare a file with its record by size or by SHA-256. Raises DataError."""
-    path = directory / record.name
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path} is missing, though dataset.json lists it; {MEND}") from error
-    if size != record.bytes:
-        how = "is cut short" if size < record.bytes else "has changed since it was written"
-        raise DataError(f"{path} {how}: {size} bytes, dataset.json says {record.bytes}; {MEND}")
-    if by_hash and file_sha256(path) != record.sha256:
-        raise DataError(f"{path} has changed since it was written: its SHA-256 differs; {MEND}")
+    checks.check_file(directory / record.name, record, by_hash, WORDING)

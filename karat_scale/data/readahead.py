@@ -1,0 +1,38 @@
+"""Reading ahead whole blocks of samples, for an order that keeps to few blocks at a time."""
+
+import os
+from collections import OrderedDict
+
+import numpy as np
+import numpy.typing as npt
+
+# Blocks asked for and not yet asked for again: more than a window holds.
+REMEMBERED_BLOCKS = 1024
+
+
+class Readahead:
+    """Asks the system to read blocks of `block_samples` samples, each once. 0 asks for nothing.
+
+    offsets, sizes: int64 [samples], where each sample lies in its file, in bytes.
+    """
+
+    def __init__(self, block_samples: int, offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> None:
+        self._block_samples, self._offsets, self._sizes = block_samples, offsets, sizes
+        self._asked: OrderedDict[int, None] = OrderedDict()
+
+    def ask(self, file: int, sample_id: int, start: int, stop: int) -> None:
+        """Ask for the part of a sample's block that the open `file` holds, whose samples are start .. stop - 1."""
+        if not self._block_samples:
+            return
+        block = sample_id // self._block_samples
+        # Blocks and files both follow each other, so the first sample names the part.
+        first = max(block * self._block_samples, start)
+        if first in self._asked:
+            return
+        self._asked[first] = None
+        if len(self._asked) > REMEMBERED_BLOCKS:
+            self._asked.popitem(last=False)
+        last = min((block + 1) * self._block_samples, stop) - 1
+        begin, end = int(self._offsets[first]), int(self._offsets[last] + self._sizes[last])
+        if hasattr(os, "posix_fadvise"):  # not everywhere, and only advice
+            os.posix_fadvise(file, begin, end - begin, os.POSIX_FADV_WILLNEED)
