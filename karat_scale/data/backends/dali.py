@@ -6,7 +6,6 @@ on a GPU where nothing but a flip follows the crop: there it resizes and flips t
 """
 
 import copy
-import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from PIL import Image
 from karat_scale.data.ahead import RunAhead
 from karat_scale.data.assemble import EvalAssembler, ImageSource, TrainAssembler
 from karat_scale.data.augment import EvalTransform, TrainTransform
+from karat_scale.data.backends.splits import SplitBackend
 from karat_scale.data.batch import Batch
 from karat_scale.data.dali_pipeline import DaliDecoder, Request, require_dali
 from karat_scale.data.decoders.torchvision import TorchvisionDecoder
@@ -110,19 +110,20 @@ class EvalPass:
         return EvalAssembler(source, self.image_size, self.data.on_bad_sample, self.decoder, self.transform)
 
 
-class DaliBackend:
+class DaliBackend(SplitBackend):
     """See Backend. `data.workers` is the threads DALI decodes on, and again those that resize and augment."""
 
     def __init__(
         self,
-        train: ShardSplit,
-        val: ShardSplit,
+        train: ImageSource,
+        val: ImageSource,
         data: DataConfig,
         augment: AugmentConfig,
         image_size: int,
         seed: int,
     ) -> None:
-        self._train, self._val, self._data = train, val, data
+        super().__init__(train, val)
+        self._data = data
         self._interpolation, self._image_size = augment.interpolation, image_size
         # Its pixels are those of DALI and resize_region, so a batch is the same whichever makes it.
         self._decoder = TorchvisionDecoder(augment.interpolation, data.max_pixels)
@@ -133,23 +134,6 @@ class DaliBackend:
         # The GPU that the process has taken up, if it has: a run on the CPU of a machine with GPUs leaves them alone.
         self._gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="karat-augment")
-        self._iterators: weakref.WeakSet[RunAhead] = weakref.WeakSet()
-
-    @property
-    def num_train(self) -> int:
-        return len(self._train)
-
-    @property
-    def num_val(self) -> int:
-        return len(self._val)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self._train.classes
 
     def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
         return self._run_ahead(slices, self._train, self._train_pass, self._only_flips)
@@ -157,19 +141,17 @@ class DaliBackend:
     def eval_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
         return self._run_ahead(slices, self._val, self._eval_pass, True)
 
-    def _run_ahead(self, slices: Iterable[BatchSlice], split: ShardSplit, way: Pass, only_flips: bool) -> RunAhead:
+    def _run_ahead(self, slices: Iterable[BatchSlice], split: ImageSource, way: Pass, only_flips: bool) -> RunAhead:
         # A source of its own for each iterator, since each has a thread.
         source = copy.copy(split)
         reader = RowReader(source, self._decoder, way.choose, self._data.max_pixels, self._threads)
         size = self._image_size if only_flips and self._gpu is not None else None
         dali = DaliDecoder(self._threads, self._interpolation, self._gpu, size)
         batches = self._batches(slices, reader, dali, way, source)
-        iterator = RunAhead(batches, self._data.prefetch, self._data.timeout, reader.whereabouts)
-        self._iterators.add(iterator)
-        return iterator
+        return self._handing_out(RunAhead(batches, self._data.prefetch, self._data.timeout, reader.whereabouts))
 
     def _batches(
-        self, slices: Iterable[BatchSlice], reader: RowReader, dali: DaliDecoder, way: Pass, source: ShardSplit
+        self, slices: Iterable[BatchSlice], reader: RowReader, dali: DaliDecoder, way: Pass, source: ImageSource
     ) -> Generator[Batch, None, None]:
         assembler = way.assembler(source)
         under_way: deque[tuple[BatchSlice, list[Row | None] | None]] = deque()
@@ -209,7 +191,7 @@ class DaliBackend:
             pass
         return images
 
-    def _batch(self, part: BatchSlice, rows: list[Row | None], images: torch.Tensor, source: ShardSplit) -> Batch:
+    def _batch(self, part: BatchSlice, rows: list[Row | None], images: torch.Tensor, source: ImageSource) -> Batch:
         valid = part.sample_ids != PADDING
         labels = np.where(valid, source.labels[part.sample_ids], 0).astype(np.int64)
         batch = Batch(
@@ -224,11 +206,8 @@ class DaliBackend:
         return batch if self._gpu is None or images.is_cuda else batch.pin_memory()
 
     def close(self) -> None:
-        for iterator in list(self._iterators):
-            iterator.close()
+        super().close()
         self._pool.shutdown(cancel_futures=True)
-        self._train.close()
-        self._val.close()
 
 
 def _request(rows: list[Row | None]) -> Request:

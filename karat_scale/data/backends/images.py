@@ -1,10 +1,10 @@
 """Batches from encoded images in files, decoded and augmented by torch's DataLoader workers."""
 
-import weakref
 from collections.abc import Iterable, Iterator
 
 from karat_scale.data.assemble import EvalAssembler, ImageSource, TrainAssembler
 from karat_scale.data.augment import EvalTransform, TrainTransform
+from karat_scale.data.backends.splits import SplitBackend
 from karat_scale.data.batch import Batch
 from karat_scale.data.decoders import Decoder, make_decoder
 from karat_scale.data.loader import MakesBatches, OrderedLoader
@@ -12,7 +12,7 @@ from karat_scale.data.plan import BatchSlice
 from karat_scale.recipe import AugmentConfig, DataConfig
 
 
-class ImageBackend:
+class ImageBackend(SplitBackend):
     """The `folder`, `webdataset` and `ffcv` backends: two sources of encoded images, one per split. See Backend.
 
     decoder: in place of the one that `data.decoder` names.
@@ -28,29 +28,13 @@ class ImageBackend:
         seed: int,
         decoder: Decoder | None = None,
     ) -> None:
-        self._train, self._val, self._data = train, val, data
+        super().__init__(train, val)
+        self._data = data
         decoder = decoder or make_decoder(data, augment.interpolation)
         self._make_train = TrainAssembler(
             train, image_size, data.on_bad_sample, decoder, TrainTransform(augment, image_size), seed
         )
         self._make_val = EvalAssembler(val, image_size, data.on_bad_sample, decoder, EvalTransform(augment, image_size))
-        self._loaders: weakref.WeakSet[OrderedLoader] = weakref.WeakSet()
-
-    @property
-    def num_train(self) -> int:
-        return len(self._train)
-
-    @property
-    def num_val(self) -> int:
-        return len(self._val)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self._train.classes
 
     def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
         return self._load(self._make_train, slices)
@@ -60,11 +44,4 @@ class ImageBackend:
 
     def _load(self, make: MakesBatches, slices: Iterable[BatchSlice]) -> OrderedLoader:
         loader = OrderedLoader(make, slices, self._data.workers, self._data.prefetch, self._data.timeout)
-        self._loaders.add(loader)
-        return loader
-
-    def close(self) -> None:
-        for loader in list(self._loaders):
-            loader.close()
-        self._train.close()
-        self._val.close()
+        return self._handing_out(loader)
