@@ -15,7 +15,7 @@ from PIL import Image
 
 from karat_scale.data.beton_writer import MAX_SIDE, StoredImage
 from karat_scale.data.decode import UndecodableImageError, decode_rgb
-from karat_scale.data.decoders.ffcv import COLOUR, GREY, JpegDecoder
+from karat_scale.data.decoders.ffcv import JpegDecoder
 from karat_scale.data.decoders.jpeg_header import Frame, read_frame
 from karat_scale.errors import DataError
 
@@ -76,7 +76,7 @@ class Packer:
         return self._checked(StoredImage("jpg", *image.size, encoded), name), ""
 
     def _is_plain_jpeg(self, data: bytes, frame: Frame | None) -> bool:
-        return frame is not None and frame.components in (GREY, COLOUR) and self._decode(data, frame) is not None
+        return frame is not None and frame.is_grey_or_colour and self._decode(data, frame) is not None
 
     def _keeps_size(self, width: int, height: int) -> bool:
         limit = self._packing.max_resolution

@@ -76,7 +76,7 @@ def photo_like(seed: int) -> bytes:
 
 def _is_ordinary(data: bytes) -> bool:
     frame = read_frame(data)
-    if frame is None or frame.components not in (1, 3):
+    if frame is None or not frame.is_grey_or_colour:
         return False
     try:
         decode_rgb(data)

@@ -20,7 +20,6 @@ from karat_scale.data.shards import MAX_OPEN_SHARDS
 from karat_scale.data.view import View
 from karat_scale.errors import DataError
 
-GREY, COLOUR = 1, 3
 # The second bytes of markers: 0 stands for a plain 0xff, those of restarts differ in their last three bits.
 START_OF_SCAN, END_OF_IMAGE, STUFFED, RESTART, FILL = 0xDA, 0xD9, 0x00, 0xD0, 0xFF
 
@@ -79,7 +78,7 @@ class RowReader:
         finally:
             del self._at[thread]
         frame, encoded = read_frame(data), np.frombuffer(data, dtype=np.uint8)
-        if frame is None or frame.components not in (GREY, COLOUR) or not _ends_as_it_should(encoded):
+        if frame is None or not frame.is_grey_or_colour or not _ends_as_it_should(encoded):
             return self._decoded(epoch, sample_id, data)
         check_pixels(frame.width, frame.height, self._max_pixels)
         view, draw = self._choose(epoch, sample_id, frame.width, frame.height)

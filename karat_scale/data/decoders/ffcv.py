@@ -18,7 +18,6 @@ from karat_scale.errors import RecipeError
 
 DEBIAN_PACKAGES = "libopencv-dev libturbojpeg0-dev pkg-config g++"
 MEND = f"apt-get install {DEBIAN_PACKAGES}, then pip install 'karat-scale[ffcv]'"
-GREY, COLOUR = 1, 3
 # A buffer for larger images is not kept.
 KEPT_BYTES = 32 << 20
 # The header that karat_scale.data.beton puts before raw pixels.
@@ -69,7 +68,7 @@ class FfcvDecoder:
             whole = len(data) == header.end() + 3 * width * height
             return np.frombuffer(data, np.uint8, offset=header.end()).reshape(height, width, 3) if whole else None
         frame = read_frame(data)
-        if frame is None or frame.components not in (GREY, COLOUR):
+        if frame is None or not frame.is_grey_or_colour:
             return None
         check_pixels(frame.width, frame.height, self._max_pixels)
         return self._decode(data, frame)

@@ -19,6 +19,11 @@ class Frame:
     height: int
     components: int
 
+    @property
+    def is_grey_or_colour(self) -> bool:
+        """Whether every JPEG decoder reads it alike: one component or three, so neither CMYK nor YCCK."""
+        return self.components in (1, 3)
+
 
 def read_frame(data: bytes) -> Frame | None:
     """The frame of a JPEG with 8 bits a sample; None for other data and for junk between segments."""

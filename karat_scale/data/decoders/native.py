@@ -2,9 +2,7 @@
 
 import ctypes
 import io
-import threading
 import warnings
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from PIL import Image
 
 from karat_scale.attention.kernels import build
 from karat_scale.data.decoders.base import ChooseView, check_pixels
+from karat_scale.data.decoders.native_handle import PerThread
 from karat_scale.data.decoders.pillow import PillowDecoder
 from karat_scale.data.view import crop_view
 from karat_scale.errors import RecipeError
@@ -46,7 +45,7 @@ class NativeDecoder:
         self._scaled = scaled
         self._max_pixels = max_pixels
         self._pillow = PillowDecoder(interpolation, max_pixels)
-        self._of_this_thread = threading.local()
+        self._decoders = PerThread(self._library.karat_decoder_new, self._library.karat_decoder_free)
         if self._decoded(_small_jpeg(), lambda *_: crop_view((0, 0, 1, 1), 1)) is None:
             # Pillow would do all the work, correct and slow.
             reason = "it reads no JPEG: the libjpeg that is loaded is another than its header was for"
@@ -59,7 +58,7 @@ class NativeDecoder:
 
     def _decoded(self, data: bytes, choose: ChooseView) -> npt.NDArray[np.uint8] | None:
         """The view; None where Pillow must look."""
-        handle = self._handle()
+        handle = self._decoders.handle()
         width, height = ctypes.c_int32(), ctypes.c_int32()
         if not self._library.karat_decoder_open(handle, data, len(data), ctypes.byref(width), ctypes.byref(height)):
             return None
@@ -71,14 +70,6 @@ class NativeDecoder:
         if not self._library.karat_decoder_read(handle, ctypes.byref(asked), planes.ctypes.data):
             return None
         return planes.transpose(1, 2, 0)
-
-    def _handle(self) -> int:
-        """The calling thread's decoder and scratch memory, made at its first image."""
-        local = self._of_this_thread
-        if not hasattr(local, "handle"):
-            local.handle = _Handle(self._library)
-        pointer: int = local.handle.pointer
-        return pointer
 
 
 def _small_jpeg() -> bytes:
@@ -95,16 +86,6 @@ class _View(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("box_left", "box_top", "box_right", "box_bottom")),
         *((name, ctypes.c_int32) for name in ("width", "height", "interpolation", "scaled")),
     )
-
-
-class _Handle:
-    """A decoder of the library, freed with this object."""
-
-    def __init__(self, library: Any) -> None:
-        self.pointer = library.karat_decoder_new()
-        if not self.pointer:
-            raise MemoryError
-        weakref.finalize(self, library.karat_decoder_free, self.pointer)
 
 
 def _declared(library: Any) -> Any:

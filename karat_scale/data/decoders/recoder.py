@@ -2,14 +2,13 @@
 
 import ctypes
 import io
-import threading
-import weakref
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from karat_scale.attention.kernels import build
+from karat_scale.data.decoders.native_handle import PerThread
 
 SOURCE = Path(__file__).parent / "cpp" / "recode.cpp"
 # Without contraction, so that the resize's weights are the same bits whatever the instruction set.
@@ -35,7 +34,7 @@ class NativeRecoder:
 
     def __init__(self) -> None:
         self._library = _declared(build.load(SOURCE, "the native JPEG encoder", COMPILER_ARGUMENTS, portable=True))
-        self._of_this_thread = threading.local()
+        self._recoders = PerThread(self._library.karat_recoder_new, self._library.karat_recoder_free)
         encoded = io.BytesIO()
         Image.new("RGB", (1, 1)).save(encoded, "JPEG")
         if self.shrink(encoded.getvalue(), 1, 90, 1) is None:
@@ -46,7 +45,7 @@ class NativeRecoder:
 
         The DCT may scale a large image while it stays `margin` times larger than the result.
         """
-        handle = self._handle()
+        handle = self._recoders.handle()
         width, height = ctypes.c_int32(), ctypes.c_int32()
         if not self._library.karat_recoder_open(handle, data, len(data), ctypes.byref(width), ctypes.byref(height)):
             return None
@@ -56,24 +55,6 @@ class NativeRecoder:
         found = ctypes.c_void_p()
         length = self._library.karat_recoder_shrink(handle, 8 // shrink, *size, quality, ctypes.byref(found))
         return ctypes.string_at(found, length) if length else None
-
-    def _handle(self) -> int:
-        """The calling thread's recoder and scratch memory, made at its first image."""
-        local = self._of_this_thread
-        if not hasattr(local, "handle"):
-            local.handle = _Handle(self._library)
-        pointer: int = local.handle.pointer
-        return pointer
-
-
-class _Handle:
-    """A recoder of the library, freed with this object."""
-
-    def __init__(self, library: Any) -> None:
-        self.pointer = library.karat_recoder_new()
-        if not self.pointer:
-            raise MemoryError
-        weakref.finalize(self, library.karat_recoder_free, self.pointer)
 
 
 def _declared(library: Any) -> Any:

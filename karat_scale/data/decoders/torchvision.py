@@ -3,16 +3,12 @@
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
-from torch.nn import functional
 
 from karat_scale.data.decoders.base import ChooseView, check_pixels
 from karat_scale.data.decoders.jpeg_header import read_frame
-from karat_scale.data.decoders.pillow import RESAMPLE, PillowDecoder, resized
-from karat_scale.data.view import View
+from karat_scale.data.decoders.pillow import PillowDecoder
+from karat_scale.data.resize import resize_region
 from karat_scale.errors import RecipeError
-
-GREY, COLOUR = 1, 3
 
 
 class TorchvisionDecoder:
@@ -40,7 +36,7 @@ class TorchvisionDecoder:
 
     def read(self, data: bytes, choose: ChooseView) -> npt.NDArray[np.uint8]:
         frame = read_frame(data)
-        if frame is None or frame.components not in (GREY, COLOUR):
+        if frame is None or not frame.is_grey_or_colour:
             return self._pillow.read(data, choose)
         check_pixels(frame.width, frame.height, self._max_pixels)
         try:
@@ -49,16 +45,7 @@ class TorchvisionDecoder:
             return self._pillow.read(data, choose)
         if pixels.shape != (3, frame.height, frame.width):
             return self._pillow.read(data, choose)
-        return self._resized(pixels, choose(frame.width, frame.height))
-
-    def _resized(self, pixels: torch.Tensor, view: View) -> npt.NDArray[np.uint8]:
-        if view.box != view.region:
-            # torch resizes whole pixels only.
-            image = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
-            return np.asarray(resized(image, view, RESAMPLE[self._interpolation]))
+        view = choose(frame.width, frame.height)
         left, top, right, bottom = view.region
-        width, height = view.size
-        cropped = pixels[None, :, top:bottom, left:right]
-        small = functional.interpolate(cropped, (height, width), mode=self._interpolation, antialias=True)
-        result: npt.NDArray[np.uint8] = small[0].permute(1, 2, 0).numpy()
-        return result
+        region = pixels[:, top:bottom, left:right].permute(1, 2, 0).numpy()
+        return resize_region(region, view, self._interpolation)
