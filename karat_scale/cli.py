@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from karat_scale import __version__
+from karat_scale.bench.commands import add_benches
 from karat_scale.errors import UserError
 
 EXIT_USAGE = 2
@@ -82,69 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     bench = commands.add_parser("bench", help="measure against what you would use instead")
-    benches = bench.add_subparsers(dest="bench", required=True, metavar="BENCH")
-    step = benches.add_parser("step", help="our loop against a bare PyTorch loop, KArAt against softmax")
-    step.add_argument("--model", default="vit_tiny_patch16_224")
-    step.add_argument("--batch", type=int, default=8)
-    step.add_argument("--steps", type=int, default=5, help="steps a round (default: %(default)s)")
-    step.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
-    step.add_argument("--json", metavar="FILE")
-    step.set_defaults(run=_bench_step)
-    attention = benches.add_parser("attention", help="each implementation against SDPA, in time and memory")
-    attention.add_argument("--model", choices=("tiny", "small", "base"), default="tiny")
-    attention.add_argument("--batch", type=int, default=32)
-    attention.add_argument("--grid", type=int, default=3)
-    attention.add_argument("--rank", type=int, default=12)
-    attention.add_argument("--tokens", type=int, default=197)
-    attention.add_argument("--basis", default="fourier", help="a name, or package.module:Class (default: %(default)s)")
-    forms = ("modular", "project_first", "two_operators", "full_rank")
-    attention.add_argument("--form", choices=forms, default="modular")
-    names = ("reference", "streaming", "cpu", "triton")
-    attention.add_argument("--only", nargs="+", choices=names, default=names, help="these implementations alone")
-    attention.add_argument("--curve", nargs="+", type=int, metavar="N", help="the growth of time and memory over N")
-    attention.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
-    attention.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    attention.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    attention.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default: %(default)s)")
-    attention.add_argument("--json", metavar="FILE")
-    attention.set_defaults(run=_bench_attention)
-
-    order = benches.add_parser("order", help="how well the order policies shuffle, and how they read a disk")
-    order.add_argument("--samples", type=int, default=1_281_167, help="of an epoch (default: %(default)s)")
-    order.add_argument("--batch", type=int, default=1024, help="global batch (default: %(default)s)")
-    order.add_argument("--block", type=int, default=256, help="samples a block (default: %(default)s)")
-    order.add_argument("--window", type=int, default=32, help="blocks a window (default: %(default)s)")
-    order.add_argument("--path", metavar="DIR", help="shards to read with a cold cache")
-    order.add_argument("--json", metavar="FILE")
-    order.set_defaults(run=_bench_order)
-
-    data = benches.add_parser("data", help="each backend and decoder against whole decodes and others' loaders")
-    data.add_argument("--path", metavar="DIR", help="a directory of shards (default: photo-like images made here)")
-    data.add_argument("--tar", metavar="FILE", help="a tar of JPEGs")
-    data.add_argument("--ffcv", metavar="DIR", help="made by data_prep/make_ffcv.py, to measure that backend")
-    data.add_argument("--backend", metavar="NAME", action="append", help="may be repeated (default: all)")
-    data.add_argument("--augment", choices=("crop", "paper"), default="crop")
-    data.add_argument("--workers", type=int, default=1, help="0 for none (default: %(default)s)")
-    data.add_argument("--images", type=int, default=512, help="(default: %(default)s)")
-    data.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
-    data.add_argument("--json", metavar="FILE")
-    data.set_defaults(run=_bench_data)
-
-    prepare = benches.add_parser("prepare", help="data_prep/make_webdataset.py against decoding, encoding and copying")
-    prepare.add_argument("--tar", metavar="FILE", help="a tar of JPEGs (default: photo-like images made here)")
-    prepare.add_argument("--resize", type=int, default=256, help="short side in pixels (default: %(default)s)")
-    prepare.add_argument("--quality", type=int, default=90, help="(default: %(default)s)")
-    prepare.add_argument("--encoder", choices=("auto", "native", "pillow"), default="auto")
-    prepare.add_argument("--images", type=int, default=1000, help="(default: %(default)s)")
-    prepare.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
-    prepare.add_argument("--json", metavar="FILE")
-    prepare.set_defaults(run=_bench_prepare)
-
-    gpu = benches.add_parser("gpu", help="check the kernels on this card and measure them; run it first on a new one")
-    gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    gpu.add_argument("--quick", action="store_true", help="small sizes, to try the command")
-    gpu.add_argument("--json", metavar="FILE")
-    gpu.set_defaults(run=_bench_gpu)
+    add_benches(bench.add_subparsers(dest="bench", required=True, metavar="BENCH"))
     return parser
 
 
@@ -223,72 +162,3 @@ def _doctor(options: argparse.Namespace) -> int:
     from karat_scale.doctor.run import doctor
 
     return doctor(options.recipe, options.overrides, options.seconds, options.json)
-
-
-def _bench_step(options: argparse.Namespace) -> int:
-    from karat_scale.bench.step import bench_step
-
-    return bench_step(options.model, options.batch, options.steps, options.rounds, options.json)
-
-
-def _bench_attention(options: argparse.Namespace) -> int:
-    from karat_scale.bench.attention import Case, bench_attention
-    from karat_scale.bench.curve import bench_curve
-
-    case = Case(
-        model=options.model,
-        batch=options.batch,
-        grid=options.grid,
-        rank=options.rank,
-        dtype=options.dtype,
-        device=options.device,
-        tokens=options.tokens,
-        basis=options.basis,
-        form=options.form,
-    )
-    if options.curve:
-        return bench_curve(case, options.curve, options.rounds, options.threads, options.json)
-    return bench_attention(case, options.rounds, options.threads, options.json, options.only)
-
-
-def _bench_order(options: argparse.Namespace) -> int:
-    from karat_scale.bench.order import OrderCase, bench_order
-
-    case = OrderCase(options.samples, options.batch, options.block, options.window)
-    return bench_order(case, options.path, options.json)
-
-
-def _bench_data(options: argparse.Namespace) -> int:
-    from karat_scale.bench.data import Plan, bench_data
-
-    plan = Plan(
-        shards=options.path,
-        tar=options.tar,
-        ffcv=options.ffcv,
-        backends=options.backend,
-        augment=options.augment,
-        workers=options.workers,
-        images=options.images,
-        rounds=options.rounds,
-    )
-    return bench_data(plan, options.json)
-
-
-def _bench_prepare(options: argparse.Namespace) -> int:
-    from karat_scale.bench.prepare import PreparePlan, bench_prepare
-
-    plan = PreparePlan(
-        tar=options.tar,
-        resize=options.resize,
-        quality=options.quality,
-        encoder=options.encoder,
-        images=options.images,
-        rounds=options.rounds,
-    )
-    return bench_prepare(plan, options.json)
-
-
-def _bench_gpu(options: argparse.Namespace) -> int:
-    from karat_scale.bench.gpu import bench_gpu
-
-    return bench_gpu(options.device, options.json, options.quick)
