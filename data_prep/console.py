@@ -2,9 +2,10 @@
 
 import argparse
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -22,9 +23,11 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from karat_scale.errors import UserError
+from karat_scale.data.shard_format import OddRecord, SkippedRecord
+from karat_scale.errors import DataError, UserError
 
 PLAIN_LINE_SECONDS = 10.0
+LISTED = 5
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -51,6 +54,40 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)"
     )
+
+
+def add_choice_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say which images of a source are taken, in which order, and what is done about odd ones."""
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order in the output (default 0)")
+    parser.add_argument("--subset", type=positive, metavar="N", help="only N images of each class, by the seed")
+    parser.add_argument(
+        "--check", choices=("header", "decode"), default="header", help="look at headers, or decode every image"
+    )
+    parser.add_argument(
+        "--on-odd",
+        choices=("convert", "keep", "skip", "stop"),
+        default="keep",
+        help="CMYK, misnamed, EXIF-rotated, corrupt EXIF, truncated: what to do (default keep)",
+    )
+    parser.add_argument("--val-labels", type=Path, metavar="FILE", help="ImageNet's validation labels")
+    parser.add_argument("--synsets", type=Path, metavar="FILE", help="`number wnid` lines for the devkit's numbers")
+    parser.add_argument("--names", type=Path, metavar="FILE", help="`wnid name` lines: what people call the classes")
+
+
+def check_split_name(split: str | None) -> None:
+    """Refuse a split that is no plain name. Raises DataError."""
+    if split is not None and not re.fullmatch(r"\w+", split):
+        raise DataError(f"--split {split!r} is no name; use letters, digits and _")
+
+
+def list_troubles(skipped: Sequence[SkippedRecord], odd: Sequence[OddRecord], listed_in: str) -> None:
+    """Print the first images that were skipped or are odd, and where all of them are listed."""
+    lines = [f"skipped {item.path}: {item.reason}" for item in skipped]
+    lines += [f"{item.done} {item.path}: {item.what}" for item in odd if item.done != "skipped"]
+    for line in lines[:LISTED]:
+        print(f"  {line}")
+    if len(lines) > LISTED:
+        print(f"  ... all are listed in {listed_in}")
 
 
 def add_shard_options(parser: argparse.ArgumentParser) -> None:

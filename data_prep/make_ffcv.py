@@ -12,14 +12,21 @@ pip install 'karat-scale[ffcv]'.
 """
 
 import argparse
-import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from beton_job import BetonJob, unfinished_path, write_beton
 from beton_packing import Packing
-from console import add_source_options, make_parser, positive, progress, run
+from console import (
+    add_choice_options,
+    add_source_options,
+    check_split_name,
+    list_troubles,
+    make_parser,
+    positive,
+    progress,
+    run,
+)
 from make_webdataset import class_names
 from preparing import Preparation
 from shard_job import spread
@@ -32,7 +39,6 @@ from karat_scale.data.beton_writer import page_bytes
 from karat_scale.data.decoders.ffcv import require_ffcv
 from karat_scale.errors import DataError
 
-LISTED = 5
 # FFCV's own defaults.
 QUALITY, JPEG_SHARE = 90, 0.5
 
@@ -110,18 +116,14 @@ def report(job: BetonJob, record: BetonRecord) -> None:
         f"{job.split}: {record.samples} samples ({modes}) in {record.name}, {record.bytes / 1e6:,.1f} MB, "
         f"{len(record.skipped)} skipped, {len(record.odd)} odd"
     )
-    lines = [f"skipped {item.path}: {item.reason}" for item in record.skipped]
-    lines += [f"{item.done} {item.path}: {item.what}" for item in record.odd if item.done != "skipped"]
-    for line in lines[:LISTED]:
-        print(f"  {line}")
-    if len(lines) > LISTED:
-        print(f"  ... all are listed in {record_path(job.path).name}")
+    list_troubles(record.skipped, record.odd, record_path(job.path).name)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line. Raises DataError for options that do not go together."""
     parser = make_parser("Turn shards, an ImageFolder, ImageNet's official tars or IDX files into FFCV's betons.")
     add_source_options(parser)
+    add_choice_options(parser)
     parser.add_argument(
         "--write-mode",
         choices=("jpg", "raw", "proportion", "smart"),
@@ -138,25 +140,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--compress-probability", type=float, metavar="P", help=f"share of JPEGs in proportion (default {JPEG_SHARE})"
     )
     parser.add_argument("--smart-threshold", type=positive, metavar="BYTES", help="smart: JPEG if the pixels take more")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the order, as of the shards (default 0)")
-    parser.add_argument("--subset", type=positive, metavar="N", help="only N images of each class, by the seed")
-    parser.add_argument(
-        "--check", choices=("header", "decode"), default="header", help="what counts as odd; as make_webdataset.py"
-    )
-    parser.add_argument(
-        "--on-odd", choices=("convert", "keep", "skip", "stop"), default="keep", help="as make_webdataset.py"
-    )
-    parser.add_argument("--val-labels", type=Path, metavar="FILE", help="ImageNet's validation labels")
-    parser.add_argument("--synsets", type=Path, metavar="FILE", help="`number wnid` lines for the devkit's numbers")
-    parser.add_argument("--names", type=Path, metavar="FILE", help="`wnid name` lines: what people call the classes")
     options = parser.parse_args(arguments)
     _check(options)
     return options
 
 
 def _check(options: argparse.Namespace) -> None:
-    if options.split is not None and not re.fullmatch(r"\w+", options.split):
-        raise DataError(f"--split {options.split!r} is no name; use letters, digits and _")
+    check_split_name(options.split)
     if options.quality > 100:
         raise DataError(f"--quality {options.quality} is more than 100")
     for mode, name in (("smart", "smart_threshold"), ("proportion", "compress_probability")):

@@ -16,12 +16,20 @@ was done about them (--on-odd).
 """
 
 import argparse
-import re
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from console import add_source_options, make_parser, positive, progress, run
+from console import (
+    add_choice_options,
+    add_source_options,
+    check_split_name,
+    list_troubles,
+    make_parser,
+    positive,
+    progress,
+    run,
+)
 from preparing import DEFAULT_QUALITY, Preparation
 from resizing import choose_encoder
 from shard_job import (
@@ -48,8 +56,6 @@ from karat_scale.data.shard_format import (
 )
 from karat_scale.data.shards import check_file
 from karat_scale.errors import DataError
-
-LISTED = 5
 
 
 def plan_job(split: str, source: Source, options: argparse.Namespace) -> Job:
@@ -145,25 +151,19 @@ def report(split: str, record: SplitRecord) -> None:
         f"{split}: {record.samples} samples in {len(record.shards)} shards, {record.bytes / 1e6:,.1f} MB, "
         f"{len(record.skipped)} skipped, {len(record.odd)} odd"
     )
-    lines = [f"skipped {item.path}: {item.reason}" for item in record.skipped]
-    lines += [f"{item.done} {item.path}: {item.what}" for item in record.odd if item.done != "skipped"]
-    for line in lines[:LISTED]:
-        print(f"  {line}")
-    if len(lines) > LISTED:
-        print(f"  ... all are listed in {DATASET_FILE}")
+    list_troubles(record.skipped, record.odd, DATASET_FILE)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line. Raises DataError for options that do not go together."""
     parser = make_parser("Turn an ImageFolder, ImageNet's official tars or IDX files into indexed WebDataset shards.")
     add_source_options(parser)
+    add_choice_options(parser)
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--shard-samples", type=positive, metavar="N", help=f"samples a shard (default {DEFAULT_SHARD_SAMPLES})"
     )
     size.add_argument("--shard-bytes", type=positive, metavar="N", help="image bytes a shard, about")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the order in the shards (default 0)")
-    parser.add_argument("--subset", type=positive, metavar="N", help="only N images of each class, by the seed")
     parser.add_argument("--resize", type=positive, metavar="S", help="re-encode with a short side of at most S pixels")
     parser.add_argument(
         "--quality", type=positive, metavar="Q", help=f"JPEG quality with --resize (default {DEFAULT_QUALITY})"
@@ -174,21 +174,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default="auto",
         help="with --resize: in C++ or by Pillow; auto takes native where it can be built (default auto)",
     )
-    parser.add_argument(
-        "--check", choices=("header", "decode"), default="header", help="look at headers, or decode every image"
-    )
-    parser.add_argument(
-        "--on-odd",
-        choices=("convert", "keep", "skip", "stop"),
-        default="keep",
-        help="CMYK, misnamed, EXIF-rotated, corrupt EXIF, truncated: what to do (default keep)",
-    )
-    parser.add_argument("--val-labels", type=Path, metavar="FILE", help="ImageNet's validation labels")
-    parser.add_argument("--synsets", type=Path, metavar="FILE", help="`number wnid` lines for the devkit's numbers")
-    parser.add_argument("--names", type=Path, metavar="FILE", help="`wnid name` lines: what people call the classes")
     options = parser.parse_args(arguments)
-    if options.split is not None and not re.fullmatch(r"\w+", options.split):
-        raise DataError(f"--split {options.split!r} is no name; use letters, digits and _")
+    check_split_name(options.split)
     if options.quality is not None and (options.resize is None or options.quality > 100):
         raise DataError(f"--quality {options.quality} needs --resize and is at most 100")
     return options
