@@ -13,7 +13,7 @@ from karat_scale.train.tensor_storage import load_tensors
 from tests.conftest import SMALL, events, karat, summary
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.jobs import END_SECONDS, Job, submit
-from tests.train.test_resume import equal
+from tests.train.conftest import equal
 
 STEPS = 16  # 2 epochs of 64 samples in batches of 8
 SCRIPT = "imagenet_fourier_karat.sh"

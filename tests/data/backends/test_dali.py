@@ -21,8 +21,10 @@ from karat_scale.data.shard_writer import EncodedSample
 from karat_scale.errors import DataError
 from karat_scale.recipe import AugmentConfig
 from tests.conftest import events, karat, summary
+from tests.data.backends.helpers import contents
 from tests.data.conftest import encode, photo
-from tests.train.test_resume import STEPS, equal, final_tensors, kill_all, losses, start, wait_for_checkpoint
+from tests.train.conftest import equal
+from tests.train.runs import STEPS, final_tensors, kill_all, losses, start, wait_for_checkpoint
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install 'karat-scale[dali]'")
 
@@ -53,22 +55,6 @@ def webdataset(data_config):
         return open_backend(config, augment or AugmentConfig(), size, 3, seed)
 
     return make
-
-
-def contents(batches) -> list:
-    return [
-        (
-            b.epoch,
-            b.batch,
-            b.images.numpy().tobytes(),
-            b.labels.tolist(),
-            b.sample_ids.tolist(),
-            b.valid.tolist(),
-            b.draws,
-            b.bad,
-        )
-        for b in batches
-    ]
 
 
 def noise(number: int, size: int = 64) -> np.ndarray:

@@ -15,7 +15,7 @@ from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
 from karat_scale.errors import DataError
 from karat_scale.recipe import AugmentConfig
 from tests.conftest import events, karat, summary
-from tests.data.backends.test_webdataset import SIZE, broken, children, contents, wait_until
+from tests.data.backends.helpers import SIZE, broken, children, contents, wait_until
 from tests.data.betons import make_betons, need_ffcv
 
 CROP_AND_FLIP = AugmentConfig(color_jitter=0, randaugment="")
@@ -292,7 +292,7 @@ def test_another_decoder_reads_betons_without_ffcv(betons):
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_training_from_betons_resumes_in_the_middle_of_an_epoch(recipe_file, shards):
-    from tests.train.test_resume import STEPS, kill_all, losses, start, wait_for_checkpoint
+    from tests.train.runs import STEPS, kill_all, losses, start, wait_for_checkpoint
 
     directory = make_betons(shards)
     fixed = ("data.backend=ffcv", f"data.path={directory}", "checkpoint.every_steps=1")

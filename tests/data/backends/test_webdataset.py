@@ -1,4 +1,3 @@
-import io
 import os
 import random
 import signal
@@ -11,37 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from karat_scale.data.backends import open_backend
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
 from karat_scale.data.shard_writer import EncodedSample
 from karat_scale.errors import DataError
 from karat_scale.recipe import AugmentConfig
-
-SIZE = 16
-
-
-def broken(number: int) -> EncodedSample:
-    noise = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, "JPEG")
-    return EncodedSample(f"broken-{number}", "jpg", buffer.getvalue()[:-400], number % 3)
-
-
-def contents(batches):
-    return [
-        (
-            b.epoch,
-            b.batch,
-            b.images.numpy().tobytes(),
-            b.labels.tolist(),
-            b.sample_ids.tolist(),
-            b.valid.tolist(),
-            b.bad,
-        )
-        for b in batches
-    ]
+from tests.data.backends.helpers import SIZE, broken, children, contents, wait_until
 
 
 def test_batches_are_the_same_for_any_number_of_workers(make_shards, data_config):
@@ -167,18 +142,6 @@ def test_a_changed_shard_is_an_error_even_when_skipping(make_shards, data_config
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"train-000003.tar has changed since its index"):
         list(backend.train_batches(TrainPlan(0, 40, 40, 20, 0, 1).slices(0, 1)))
-
-
-def children() -> list[int]:
-    me = os.getpid()
-    return [int(pid) for pid in Path(f"/proc/self/task/{me}/children").read_text().split()]
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_closing_ends_the_workers_and_the_iterators(make_shards, data_config, cheap_augment):
