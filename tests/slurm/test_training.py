@@ -1,6 +1,7 @@
 """slurm/imagenet_fourier_karat.sh on a real SLURM: interrupted in any way, a run ends in the same weights."""
 
 import contextlib
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,13 @@ import pytest
 import torch
 
 from karat_scale.train.tensor_storage import load_tensors
-from tests.conftest import SMALL, events, karat, summary
+from tests.conftest import SMALL, events, karat, karat_command, karat_environment, summary
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.jobs import END_SECONDS, Job, submit
 from tests.train.conftest import equal
 
 STEPS = 16  # 2 epochs of 64 samples in batches of 8
+LIMIT_OUTLASTED = 90  # seconds
 SCRIPT = "imagenet_fourier_karat.sh"
 RECIPE = "attention: {kind: karat}\nschedule: {warmup_epochs: 0.5}\ndata: {path: set by the script}\n"
 # Evaluation in batches of one and a save after each step: signals find them under way.
@@ -129,14 +131,18 @@ def test_preempted_by_signal_it_saves_comes_back_and_ends_alike(
 
 
 @pytest.mark.timeout(1200)
-def test_a_time_limit_saves_and_the_job_comes_back(train: Train, recipe: Path, shards: Path, tmp_path: Path) -> None:
-    # A minute is the shortest limit, and SLURM looks at it each half minute: a run long enough to be caught.
-    long = ("train.epochs=40", "checkpoint.every_steps=64")
+def test_a_time_limit_saves_and_the_job_comes_back(
+    train: Train, recipe: Path, shards: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    # A minute is the shortest limit, and SLURM looks at it each half minute: as many epochs as last longer here.
+    epochs = round(LIMIT_OUTLASTED * summary(uninterrupted)["images_per_second"] / 64)
+    long = (f"train.epochs={epochs}", "train.eval_every_epochs=50", "checkpoint.every_steps=64")
     whole = tmp_path / "whole"
-    done = karat("train", str(recipe), *OVERRIDES, *long, f"data.path={shards}", f"run.dir={whole}")
+    arguments = ("train", str(recipe), *OVERRIDES, *long, f"data.path={shards}", f"run.dir={whole}")
+    done = subprocess.run(karat_command(arguments), env=karat_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     job = train(*long, options=("--time=1", "--signal=B:USR2@55"))
-    assert_ends_like(job, whole, step=320, seconds=700)
+    assert_ends_like(job, whole, step=8 * epochs, seconds=700)
     assert job.starts >= 2
 
 
