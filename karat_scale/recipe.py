@@ -52,9 +52,9 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The images, and how they become batches.
 
-    `decoder` is that of the folder and webdataset backends; auto takes the fastest that runs. `timeout` is how many
-    seconds a batch may take before the run ends with an error that says what was waited for. `block_samples` and
-    `window_blocks` belong to `order: block`.
+    `decoder` is that of the folder and webdataset backends, where auto takes the fastest that runs, and of ffcv,
+    where auto is FFCV's own. `timeout` is how many seconds a batch may take before the run ends with an error that
+    says what was waited for. `block_samples` and `window_blocks` belong to `order: block`.
     """
 
     backend: Literal["folder", "webdataset", "ffcv", "dali", "synthetic"] = "webdataset"

@@ -152,11 +152,6 @@ def _draw_whole(whole: dict[int, Values], result: Result) -> Figure:
     return figure
 
 
-def _reach(values: Values) -> float:
-    """The size that one weight in ten thousand exceeds, from a million of them."""
-    return float(np.quantile(np.abs(values[:: max(len(values) // 10**6, 1)]), 0.9999))
-
-
 def _draw_heads(groups: Groups) -> Figure:
     blocks = sorted({block for _, block, _ in groups})
     shown = [blocks[i] for i in np.unique(np.linspace(0, len(blocks) - 1, min(SHOWN_BLOCKS, len(blocks))).astype(int))]

@@ -15,8 +15,6 @@ from karat_scale.recipe_io import load_recipe
 from karat_scale.train.checkpoint_store import CheckpointStore
 from karat_scale.train.weights import load_weights
 
-WEIGHTS = ("auto", "raw", "ema")
-
 
 @dataclass(frozen=True)
 class TrainedRun:
