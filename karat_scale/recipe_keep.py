@@ -1,0 +1,39 @@
+"""The sections of a recipe that say what a run keeps, goes on from and reports: `checkpoint`, `resume` and `log`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, field_validator
+
+from karat_scale.recipe_base import Count, Positive, Section
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep. A last checkpoint is always written at the end."""
+
+    every_steps: Count | None = None
+    every_minutes: Positive | None = 15.0
+    # One kept checkpoint leaves nothing to fall back on when it turns out damaged.
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    keep_best: bool = True
+
+
+class ResumeConfig(Section):
+    """How to go on from an earlier run: `from` is a checkpoint directory, `allow` names keys that may differ."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    mode: Literal["auto", "never"] = "auto"
+    from_: str = Field("", alias="from")
+    allow: tuple[str, ...] = ()
+
+    @field_validator("allow", mode="before")
+    @classmethod
+    def _one_key_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class LogConfig(Section):
+    """What to report, and how often."""
+
+    every_steps: Count = 50
+    tensorboard: bool = True

@@ -1,0 +1,53 @@
+"""The sections of a recipe that say how weights change: `optim`, `schedule`, `train` and `deepspeed`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from karat_scale.recipe_base import Count, NonNegative, Positive, Section
+
+
+class OptimConfig(Section):
+    """AdamW. The peak learning rate is lr * train.global_batch / lr_batch."""
+
+    lr: Positive = 5e-4
+    lr_batch: Count | None = 512
+    weight_decay: NonNegative = 0.05
+    karat_weight_decay: bool = False
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Positive = 1e-6
+    clip_grad: NonNegative = 1.0
+
+
+class ScheduleConfig(Section):
+    """Linear warm-up, then cosine to `min_lr`, per step. Rates are absolute, as in the paper."""
+
+    warmup_epochs: NonNegative = 5.0
+    warmup_lr: NonNegative = 1e-6
+    min_lr: NonNegative = 1e-5
+
+
+class TrainConfig(Section):
+    """How long and in what pieces. `micro_batch` null means the largest that the world allows."""
+
+    epochs: Count = 100
+    max_steps: Count | None = None
+    global_batch: Count = 128
+    micro_batch: Count | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99992
+    ema_warmup: bool = True
+    eval_every_epochs: Count = 1
+    eval_batch: Count = 128
+    eval_weights: Literal["auto", "raw", "ema"] = "auto"
+
+
+class DeepSpeedConfig(Section):
+    """The DeepSpeed file: a name in `ds_configs/` or the path of your own.
+
+    `cpu_adam` steps what is offloaded to the CPU: torch's AdamW, or DeepSpeed's, which is compiled for minutes at its
+    first use; auto takes DeepSpeed's beside a GPU and torch's elsewhere.
+    """
+
+    config: str = "zero0"
+    cpu_adam: Literal["auto", "torch", "deepspeed"] = "auto"
