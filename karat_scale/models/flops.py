@@ -1,0 +1,107 @@
+"""Floating-point operations of a model: what its equations need, whatever implementation computes them.
+
+A multiply-add is two operations. As is usual for MFU, matrix products count and elementwise work (norms, softmax, base
+activations, the simplex) does not, nor does anything computed a second time. A learnable function with K coefficients
+counts as K multiply-adds an evaluation, so that KArAt's sums over keys count like the matrix products they are.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from karat_scale.attention import KaratOperator
+from karat_scale.attention.bases import Basis, FeatureBasis
+from karat_scale.models.factory import create_model
+from karat_scale.recipe import AttentionConfig, ModelConfig
+
+
+class Flops(NamedTuple):
+    """Operations for one image."""
+
+    forward: int
+    training: int
+    """Forward and backward, without recomputation: three times forward, less the gradient of the pixels."""
+
+
+def flops_per_image(model: ModelConfig, attention: AttentionConfig) -> Flops:
+    """Count a model's operations. Nothing is allocated: the model is built and run on torch's meta device.
+
+    Raises:
+        RecipeError: the model cannot be built.
+    """
+    with torch.device("meta"):
+        network: nn.Module = create_model(model, attention)
+        _let_operators_pass(network)
+        image = torch.empty(1, 3, model.image_size, model.image_size)
+        # SDPA's fused backward passes would count the scores that they compute a second time.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            logits = network(image)
+            forward = counter.get_total_flops()
+            logits.sum().backward()
+    learned = sum(module.flops for module in network.modules() if isinstance(module, _PassedOperator))
+    return Flops(forward + learned, counter.get_total_flops() + 3 * learned)
+
+
+def operator_flops(operator: KaratOperator, tokens: int, width: int) -> int:
+    """Forward operations of an operator on one image.
+
+    Modular, a head: 2 N^2 d for the scores, 2 K N^2 r for H, 4 N r d for O = H (W^T V); in the Fourier basis K = 2 G.
+
+    Args:
+        operator: with h heads and rank r.
+        tokens: N.
+        width: d, of a head.
+    """
+    n, d, r = tokens, width, operator.rank
+    function = 2 * coefficients_of(operator.basis)
+    scores = values = 2 * n * n * d
+    if operator.form == "modular":
+        # With the simplex the rows of S = H W^T are needed.
+        output = 2 * n * n * r + values if operator.simplex else 4 * n * r * d
+        head = scores + function * n * n * r + output
+    elif operator.form == "project_first":
+        head = 4 * n * r * d + function * n * n * r + values
+    elif operator.form == "two_operators":
+        head = scores + 2 * function * n * n * r + values
+    else:
+        rows = function * n**3 + values
+        # Without a W, O = sum_f f(A) (C_f^T V) may be less than forming S.
+        spread = 2 * function * n * n * d
+        can_spread = isinstance(operator.basis, FeatureBasis) and not operator.simplex
+        head = scores + (min(rows, spread) if can_spread else rows)
+    return head * operator.num_heads
+
+
+def coefficients_of(basis: Basis) -> int:
+    """K: multiply-adds an evaluation of one learnable function."""
+    if isinstance(basis, FeatureBasis):
+        return basis.num_features
+    return sum(torch.Size(shape).numel() for shape in basis.shapes(1, 1, 1).values())
+
+
+class _PassedOperator(nn.Module):
+    """Stands where an operator was: counts it, and lets all three gradients through."""
+
+    def __init__(self, operator: KaratOperator) -> None:
+        super().__init__()
+        self._counted = operator
+        self.num_heads = operator.num_heads
+        self.flops = 0
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Something of O's shape."""
+        batch, _heads, tokens, width = query.shape
+        self.flops += batch * operator_flops(self._counted, tokens, width)
+        return query + key + value
+
+
+def _let_operators_pass(network: nn.Module) -> None:
+    """Each operator once, also one that all blocks share."""
+    passed: dict[nn.Module, _PassedOperator] = {}
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, KaratOperator):
+                setattr(module, name, passed.setdefault(child, _PassedOperator(child)))
