@@ -13,6 +13,7 @@ from karat_scale.recipe_attention import AttentionConfig
 from karat_scale.recipe_base import Count, Fraction, Section
 from karat_scale.recipe_data import AugmentConfig, DataConfig
 from karat_scale.recipe_keep import CheckpointConfig, LogConfig, ResumeConfig
+from karat_scale.recipe_recompute import RecomputeConfig
 from karat_scale.recipe_train import DeepSpeedConfig, OptimConfig, ScheduleConfig, TrainConfig
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "Recipe",
+    "RecomputeConfig",
     "ResumeConfig",
     "RunConfig",
     "ScheduleConfig",

@@ -29,6 +29,7 @@ FREE_KEYS = (
     "train.micro_batch",
     "train.eval_batch",
     "train.max_steps",
+    "train.recompute",
     "deepspeed",
     "checkpoint",
     "resume",

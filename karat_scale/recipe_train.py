@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from karat_scale.recipe_base import Count, NonNegative, Positive, Section
+from karat_scale.recipe_recompute import RecomputeConfig
 
 
 class OptimConfig(Section):
@@ -40,6 +41,7 @@ class TrainConfig(Section):
     eval_every_epochs: Count = 1
     eval_batch: Count = 128
     eval_weights: Literal["auto", "raw", "ema"] = "auto"
+    recompute: RecomputeConfig = RecomputeConfig()
 
 
 class DeepSpeedConfig(Section):

@@ -60,6 +60,15 @@ def message(path: Path | str, *overrides: str) -> str:
         ("train.global_batch=127", ["train.global_batch = 127", "odd", "augment.mix_prob=0"]),
         ("train.micro_batch=6", ["train.global_batch = 128", "train.micro_batch = 6"]),
         ("train.epochs=3", ["schedule.warmup_epochs = 5", "train.epochs = 3"]),
+        ("train.recompute.polcy=all", ["train.recompute.polcy", "did you mean train.recompute.policy?"]),
+        ("recompute=all", ["recompute: unknown key", "did you mean train.recompute?"]),
+        ("train.recompute=all", ["train.recompute = 'all'", "the keys are policy, every"]),
+        ("train.recompute.policy=al", ["train.recompute.policy = 'al'", "'attention'", "(default: none)"]),
+        ("train.recompute.every=0", ["train.recompute.every = 0", "1", "(default: 2)"]),
+        ("train.recompute.policy=budget", ["train.recompute.policy = budget", "needs train.recompute.budget_gb"]),
+        ("train.recompute.budget_gb=2", ["train.recompute.budget_gb = 2", "policy = none", "use policy budget"]),
+        ("train.recompute.cpu=true", ["train.recompute.cpu = true", "train.recompute.method=deepspeed"]),
+        ("train.recompute.partition=true", ["train.recompute.partition", "train.recompute.method=deepspeed"]),
         ("checkpoint.keep_last=1", ["checkpoint.keep_last = 1", "2"]),
         ("data.path=", ["data.path"]),
         ("optim=3", ["optim = 3", "weight_decay"]),
@@ -137,7 +146,8 @@ def test_imagenet_recipes_have_the_papers_settings() -> None:
 
 
 def test_dump_and_load_are_inverse(recipe: Path, tmp_path: Path) -> None:
-    first = load_recipe(recipe, ["resume.from=there", "resume.allow=optim.lr", "augment.scale=[0.5, 1]"])
+    nested = ["train.recompute.policy=budget", "train.recompute.budget_gb=1.5"]
+    first = load_recipe(recipe, ["resume.from=there", "resume.allow=optim.lr", "augment.scale=[0.5, 1]", *nested])
     again = tmp_path / "again.yaml"
     again.write_text(dump_recipe(first))
     assert load_recipe(again) == first
@@ -149,7 +159,9 @@ def test_every_leaf_is_a_schema_key(recipe: Path) -> None:
 
 def test_differing_keys_leaves_out_what_cannot_matter_and_what_is_allowed(recipe: Path) -> None:
     old = load_recipe(recipe)
-    free = load_recipe(recipe, ["data.workers=7", "log.every_steps=1", "run.dir=elsewhere"])
+    free = load_recipe(
+        recipe, ["data.workers=7", "log.every_steps=1", "run.dir=elsewhere", "train.recompute.policy=all"]
+    )
     assert differing_keys(old, free) == []
     other = load_recipe(recipe, ["optim.lr=1", "model.depth=3"])
     assert differing_keys(old, other) == ["model.depth", "optim.lr"]

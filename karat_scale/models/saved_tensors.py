@@ -1,0 +1,148 @@
+"""How many bytes autograd keeps of a forward pass for the backward pass.
+
+Each storage counts once and whole, however many operations save a part of it. Parameters, buffers and the given inputs
+live anyway and do not count. Works on any device, the meta device included.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+
+@dataclass(frozen=True)
+class BlockBytes:
+    """What a block's forward pass leaves for its backward pass.
+
+    Attributes:
+        input: bytes of the tokens handed to the block.
+        saved: bytes kept in all, the input included.
+        attention: of `saved`, what the attention keeps beside its own input; 0 in a block without `attn`.
+    """
+
+    input: int
+    saved: int
+    attention: int
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """What a model's forward pass leaves for its backward pass: block by block, and outside the blocks."""
+
+    outside: int
+    blocks: tuple[BlockBytes, ...]
+
+
+def saved_bytes(module: nn.Module, *inputs: Any) -> int:
+    """Bytes that autograd keeps of `module(*inputs)`.
+
+    What `torch.utils.checkpoint` keeps is seen, tensors held outside autograd are not. Random generators are left as
+    they were; the module's mode and autocast are the caller's.
+    """
+    ledger = _Ledger(module, inputs)
+    with ledger.watching(inputs):
+        module(*inputs)
+    return ledger.top.bytes
+
+
+def activation_bytes(model: VisionTransformer, images: Tensor) -> ActivationBytes:
+    """`saved_bytes` of `model(images)` by part, for a model that recomputes nothing.
+
+    Needs the memory of one block's activations, not of all: what is counted is let go block by block.
+    """
+    ledger = _Ledger(model, (images,))
+    blocks: list[BlockBytes] = []
+    with contextlib.ExitStack() as stack:
+        for block in model.blocks:
+            stack.enter_context(_counting(block, ledger, blocks))
+        stack.enter_context(ledger.watching((images,)))
+        model(images)
+    return ActivationBytes(ledger.top.bytes, tuple(blocks))
+
+
+class _Part:
+    """A part of a model, and the storages that it was the first to save; they live on, so that none counts twice."""
+
+    def __init__(self) -> None:
+        self.bytes = self.input = self.attention = 0
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+
+class _Ledger:
+    """Counts storages as they are saved, on behalf of the innermost part that is running."""
+
+    def __init__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._parts = [_Part()]  # what lives anyway, then the whole module, then what runs within it
+        for tensor in (*module.parameters(), *module.buffers(), *inputs):
+            if isinstance(tensor, Tensor):
+                self.note(tensor)
+        self.enter()
+
+    @property
+    def top(self) -> _Part:
+        return self._parts[-1]
+
+    def enter(self) -> None:
+        self._parts.append(_Part())
+
+    def leave(self) -> _Part:
+        return self._parts.pop()
+
+    def note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()  # the same object each time, while the storage lives
+        if not any(id(storage) in part.storages for part in self._parts):
+            self.top.storages[id(storage)] = storage
+            self.top.bytes += storage.nbytes()
+
+    @contextlib.contextmanager
+    def watching(self, inputs: tuple[Any, ...]) -> Iterator[None]:
+        cards = {x.device for x in inputs if isinstance(x, Tensor) and x.device.type == "cuda"}
+        with (
+            torch.random.fork_rng(devices=list(cards)),
+            torch.enable_grad(),
+            saved_tensors_hooks(self.note, _no_backward),
+        ):
+            yield
+
+
+def _no_backward(_: None) -> Tensor:
+    raise RuntimeError("a forward pass whose saved tensors were only counted has no backward pass")
+
+
+@contextlib.contextmanager
+def _counting(block: nn.Module, ledger: _Ledger, blocks: list[BlockBytes]) -> Iterator[None]:
+    """Append to `blocks` what `block` saves when it runs."""
+
+    def enter_block(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        ledger.enter()
+        ledger.note(inputs[0])
+        ledger.top.input = ledger.top.bytes
+
+    def leave_block(*_: Any) -> None:
+        part = ledger.leave()
+        blocks.append(BlockBytes(part.input, part.bytes, part.attention))
+
+    def enter_attention(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        ledger.note(inputs[0])  # the block's: it is kept even where the attention is recomputed
+        ledger.enter()
+
+    def leave_attention(*_: Any) -> None:
+        part = ledger.leave()
+        ledger.top.bytes += part.bytes
+        ledger.top.attention += part.bytes
+        ledger.top.storages.update(part.storages)
+
+    handles = [block.register_forward_pre_hook(enter_block), block.register_forward_hook(leave_block)]
+    if (attention := getattr(block, "attn", None)) is not None:
+        handles.append(attention.register_forward_pre_hook(enter_attention))
+        handles.append(attention.register_forward_hook(leave_attention))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
