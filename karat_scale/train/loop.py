@@ -120,6 +120,8 @@ class Loop:
         loss, steps = self._interval.take_loss()
         mean_loss = float(parts.world.sum(loss)) / (steps * parts.world.size)
         rate = self._fold_interval()
+        with self._interval.paused():  # the first report counts FLOPs
+            efficiency = parts.efficiency.figures(rate)
         figures = {
             "epoch": (state.step - 1) // parts.plan.steps_per_epoch,
             "samples": state.samples,
@@ -128,6 +130,7 @@ class Loop:
             "lr": lr,
             "grad_norm": self._interval.grad_norm,
             "images_per_second": rate,
+            **efficiency,
             "bad_samples": state.bad_samples,
             "skipped_steps": state.skipped_steps,
             "data_digest": state.data_digest,

@@ -8,7 +8,7 @@ from typing import Any
 
 # TensorBoard shows these; the rest of an event is context.
 _SCALARS = {
-    "train": ("loss", "lr", "grad_norm", "images_per_second"),
+    "train": ("loss", "lr", "grad_norm", "images_per_second", "tflops", "mfu"),
     "eval": ("loss", "top1", "top5"),
 }
 

@@ -12,6 +12,7 @@ from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.train.checkpoint import Checkpoints
 from karat_scale.train.distributed import World
+from karat_scale.train.efficiency import Efficiency, device_peak
 from karat_scale.train.ema import Ema
 from karat_scale.train.engine import Engine
 from karat_scale.train.progress import Reporter
@@ -33,6 +34,7 @@ class Parts:
     schedule: CosineSchedule
     mixer: Mixer
     normalize: Normalize
+    efficiency: Efficiency
     checkpoints: Checkpoints
     reporter: Reporter
     signals: StopSignals
@@ -79,6 +81,7 @@ def build_parts(
         schedule=schedule,
         mixer=Mixer(recipe.augment, recipe.model.num_classes, recipe.run.seed),
         normalize=Normalize(recipe.augment.mean, recipe.augment.std),
+        efficiency=Efficiency(recipe, world.size, device_peak(world.device, recipe.train.precision)),
         checkpoints=Checkpoints(directory.store, engine, ema, world, recipe, reporter),
         reporter=reporter,
         signals=signals,

@@ -160,6 +160,7 @@ class Reporter:
         rate = figures["images_per_second"]
         text = f"epoch {figures['epoch']} loss {figures['loss']:.4f} lr {figures['lr']:.2e}"
         text += f" {rate:,.0f} img/s" if rate else ""
+        text += f" MFU {figures['mfu']:.1%}" if figures.get("mfu") else ""
         self.display.train(step, total, text)
         self._write("train", step, **figures)
 

@@ -23,6 +23,11 @@ def test_a_pipe_gets_plain_lines(capsys) -> None:
     assert all(part in lines[3] for part in ("warning", "n01/x", "train-000001.tar", "truncated"))
 
 
+def test_a_plain_line_has_the_mfu_where_it_is_known(capsys) -> None:
+    Reporter(choose_display(True, "run"), None).train(5, 10, {**FIGURES, "tflops": 412.0, "mfu": 0.4164})
+    assert capsys.readouterr().out.endswith("321 img/s MFU 41.6%\n")
+
+
 def test_a_terminal_gets_a_live_bar_with_lines_above_it() -> None:
     screen = io.StringIO()
     display = TerminalDisplay(Console(file=screen, force_terminal=True, width=120), "run")
