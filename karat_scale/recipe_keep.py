@@ -33,7 +33,15 @@ class ResumeConfig(Section):
 
 
 class LogConfig(Section):
-    """What to report, and how often."""
+    """What to report, and how often. `profile_steps` [first, last] are traced into the run's `profile/`."""
 
     every_steps: Count = 50
     tensorboard: bool = True
+    profile_steps: tuple[Count, Count] | None = None
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _first_is_not_after_last(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and value[0] > value[1]:
+            raise ValueError("should be [first step, last step]; swap the two")
+        return value

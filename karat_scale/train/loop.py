@@ -70,8 +70,9 @@ class Loop:
             self._evaluate_if_due()
             batches = self.parts.backend.train_batches(plan.slices(state.step, self.total_steps))
             while state.step < self.total_steps:
-                self.parts.reporter.beat("waiting for data", state.step + 1)
-                self.step([next(batches) for _ in range(plan.accumulation)])
+                with self.parts.profiler.step(state.step + 1):
+                    self.parts.reporter.beat("waiting for data", state.step + 1)
+                    self.step([next(batches) for _ in range(plan.accumulation)])
                 self._evaluate_if_due()
                 self.save_or_stop()
         except StoppedError as stopped:

@@ -15,6 +15,7 @@ from karat_scale.train.distributed import World
 from karat_scale.train.efficiency import Efficiency, device_peak
 from karat_scale.train.ema import Ema
 from karat_scale.train.engine import Engine
+from karat_scale.train.profiler import StepProfiler
 from karat_scale.train.progress import Reporter
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.schedule import CosineSchedule, build_schedule
@@ -35,6 +36,7 @@ class Parts:
     mixer: Mixer
     normalize: Normalize
     efficiency: Efficiency
+    profiler: StepProfiler
     checkpoints: Checkpoints
     reporter: Reporter
     signals: StopSignals
@@ -82,6 +84,7 @@ def build_parts(
         mixer=Mixer(recipe.augment, recipe.model.num_classes, recipe.run.seed),
         normalize=Normalize(recipe.augment.mean, recipe.augment.std),
         efficiency=Efficiency(recipe, world.size, device_peak(world.device, recipe.train.precision)),
+        profiler=StepProfiler(recipe.log.profile_steps, directory.profile, world, reporter),
         checkpoints=Checkpoints(directory.store, engine, ema, world, recipe, reporter),
         reporter=reporter,
         signals=signals,

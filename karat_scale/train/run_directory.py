@@ -4,6 +4,7 @@ recipe.yaml      the resolved recipe; its presence means the run has begun
 metrics.jsonl    one event a line
 summary.json     the outcome
 tensorboard/     event files
+profile/         see profiler
 checkpoints/     see checkpoint_store
 """
 
@@ -33,6 +34,7 @@ class RunDirectory:
         self.metrics_file = self.path / "metrics.jsonl"
         self.summary_file = self.path / "summary.json"
         self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile"
         self.store = CheckpointStore(self.path / "checkpoints")
         self._lock: IO[str] | None = None
 
