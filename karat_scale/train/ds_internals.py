@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -166,3 +166,29 @@ def checkpoint_globals() -> list[Any]:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     return [LossScaler, ZeroStageEnum, fragment_address]
+
+
+def deepspeed_checkpoint(partition: bool, cpu: bool) -> Callable[..., Any]:
+    """DeepSpeed's non-reentrant activation checkpoint, set up for this process.
+
+    Its reentrant one adds up the gradients of a parameter that blocks share in another order, and ZeRO meets each part.
+    """
+    quieten_and_skip_builds()
+    import deepspeed
+
+    deepspeed.init_distributed(dist_init_required=False)
+    deepspeed.checkpointing.configure(None, partition_activations=partition, checkpoint_in_cpu=cpu)
+
+    def checkpoint(function: Callable[..., Any], *tensors: torch.Tensor) -> Any:
+        device = tensors[0].device.type
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+        def as_now(*inputs: torch.Tensor) -> Any:
+            with torch.autocast(device, dtype, enabled):  # DeepSpeed would recompute without it
+                return function(*inputs)
+
+        # It empties the tensors that it is given; others may still need them.
+        own = (tensor.view_as(tensor) for tensor in tensors)
+        return deepspeed.checkpointing.non_reentrant_checkpoint(as_now, *own)
+
+    return checkpoint

@@ -17,6 +17,7 @@ from karat_scale.train.ema import Ema
 from karat_scale.train.engine import Engine
 from karat_scale.train.profiler import StepProfiler
 from karat_scale.train.progress import Reporter
+from karat_scale.train.recompute import apply_recompute
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.schedule import CosineSchedule, build_schedule
 from karat_scale.train.signals import StopSignals
@@ -71,6 +72,8 @@ def build_parts(
     torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank and world
     model = create_model(recipe.model, recipe.attention)
     torch.manual_seed(recipe.run.seed + 1 + world.rank)  # but dropout of its own on each
+    if recomputed := apply_recompute(model, recipe, world, micro_batch):
+        reporter.info(recomputed)
     engine = Engine(model, recipe, world, micro_batch)
     ema = Ema(engine.deepspeed, recipe.train) if recipe.train.ema_decay else None
     return Parts(

@@ -5,7 +5,9 @@ One launch runs many jobs, because starting processes is what takes the time.
 
 import hashlib
 import json
+import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ from karat_scale.train.distributed import World
 from karat_scale.train.ema import Ema
 from karat_scale.train.engine import Engine
 from karat_scale.train.progress import PlainDisplay, Reporter
+from karat_scale.train.recompute import apply_recompute
 from karat_scale.train.state import TrainState
-from tests.conftest import SMALL
+from tests.conftest import ROOT, SMALL, free_port, karat_environment
 from tests.train.conftest import weights
 
 GLOBAL_BATCH = 8
@@ -39,6 +42,7 @@ class Job:
     save: str = ""
     save_at: int = 0
     precision: str = "fp32"
+    overrides: Sequence[str] = ()
 
 
 def run_job(job: Job, world: World, scratch: Path) -> dict[str, Any]:
@@ -48,10 +52,14 @@ def run_job(job: Job, world: World, scratch: Path) -> dict[str, Any]:
         base.write_text("data: {backend: synthetic, synthetic_samples: 32}\nattention: {kind: karat}\n")
     world.broadcast(None)
     own = (f"run.dir={scratch / 'run'}", f"deepspeed.config={job.config}", f"train.precision={job.precision}")
-    recipe = load_recipe(base, [*SMALL, "schedule.warmup_epochs=0", f"train.global_batch={GLOBAL_BATCH}", *own])
+    recipe = load_recipe(
+        base, [*SMALL, "schedule.warmup_epochs=0", f"train.global_batch={GLOBAL_BATCH}", *own, *job.overrides]
+    )
     torch.manual_seed(0)
     model = create_model(recipe.model, recipe.attention)
+    torch.manual_seed(1 + world.rank)
     micro_batch = GLOBAL_BATCH // world.size
+    apply_recompute(model, recipe, world, micro_batch)
     engine = Engine(model, recipe, world, micro_batch)
     ema = Ema(engine.deepspeed, recipe.train)
     root = Path(job.load or job.save or scratch / "none")
@@ -99,9 +107,17 @@ def main(jobs_file: str, out_file: str) -> None:
     distributed.stop()
 
 
-def dump_jobs(jobs: list[Job], path: Path) -> None:
-    """Write the file that `main` reads."""
-    path.write_text(json.dumps([asdict(job) for job in jobs]))
+def launch_jobs(jobs: list[Job], processes: int, directory: Path) -> list[dict[str, Any]]:
+    """The outcomes of jobs on several ranks of one launch, with files in a new directory."""
+    directory.mkdir()
+    (directory / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={free_port()}"]
+    files = [str(directory / "jobs.json"), str(directory / "out.json")]
+    command = [sys.executable, *launcher, "-m", "tests.train.stage_jobs", *files]
+    done = subprocess.run(command, cwd=ROOT, env=karat_environment(), capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcomes: list[dict[str, Any]] = json.loads((directory / "out.json").read_text())
+    return outcomes
 
 
 if __name__ == "__main__":

@@ -1,16 +1,12 @@
 """A run goes on at another world size and ZeRO stage as if nothing had happened."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from karat_scale.train.distributed import World
-from tests.conftest import ROOT, free_port, karat_environment
 from tests.train.conftest import CONFIGS
-from tests.train.stage_jobs import Job, dump_jobs, run_job
+from tests.train.stage_jobs import Job, launch_jobs, run_job
 
 SAVED = 3
 SAMPLE = [
@@ -21,18 +17,6 @@ SAMPLE = [
     ("zero3_offload_params", "zero1"),
     ("zero3_offload", "zero0"),
 ]
-
-
-def _launch(jobs: list[Job], processes: int, directory: Path) -> list[dict]:
-    """Run jobs on several ranks of one launch."""
-    directory.mkdir()
-    dump_jobs(jobs, directory / "jobs.json")
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={free_port()}"]
-    files = [str(directory / "jobs.json"), str(directory / "out.json")]
-    command = [sys.executable, *launcher, "-m", "tests.train.stage_jobs", *files]
-    done = subprocess.run(command, cwd=ROOT, env=karat_environment(), capture_output=True, text=True, timeout=550)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((directory / "out.json").read_text())
 
 
 def _check(world: World, tmp_path: Path, processes: int, pairs: list[tuple[str, str]], last: int) -> None:
@@ -49,7 +33,7 @@ def _check(world: World, tmp_path: Path, processes: int, pairs: list[tuple[str, 
     scratch = tmp_path / "alone"
     scratch.mkdir()
     alone = dict(zip(configs, (run_job(job, world, scratch) for job in whole(1)), strict=True))
-    answers = _launch([*whole(processes), *resumed(processes), *resumed(1)], processes, tmp_path / "together")
+    answers = launch_jobs([*whole(processes), *resumed(processes), *resumed(1)], processes, tmp_path / "together")
     together = dict(zip(configs, answers, strict=False))
     same, spread = answers[len(configs) :][: len(pairs)], answers[len(configs) + len(pairs) :]
     gathered = [run_job(job, world, scratch) for job in resumed(processes)]
@@ -89,7 +73,7 @@ def test_two_ranks_resume_to_the_same_bits_at_every_stage(world: World, tmp_path
     places = {config: str(tmp_path / config) for config in CONFIGS}
     whole = [Job(c, 1, 6, save=places[c], save_at=SAVED, precision=precision) for c in CONFIGS]
     resumed = [Job(c, SAVED + 1, 6, load=places[c], precision=precision) for c in CONFIGS]
-    answers = _launch([*whole, *resumed], 2, tmp_path / "together")
+    answers = launch_jobs([*whole, *resumed], 2, tmp_path / "together")
     for one, two in zip(answers[: len(CONFIGS)], answers[len(CONFIGS) :], strict=True):
         assert (one["raw"], one["ema"]) == (two["raw"], two["ema"])
         assert all(one["losses"][step] == loss for step, loss in two["losses"].items())

@@ -1,0 +1,75 @@
+"""Activation checkpointing: parts of a ViT whose activations are computed again in the backward pass.
+
+A part that recomputes keeps its input alone. Names of parameters and state dicts do not change, nor do results: random
+generators and autocast are as they were when a part first ran.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from karat_scale.errors import RecipeError
+from karat_scale.recipe import RecomputeConfig
+
+# What is recomputed of a block.
+Choice = Literal["nothing", "attention", "block"]
+# Calls the function with the tensors, keeps the tensors alone, and calls it again when backward needs the rest.
+Checkpoint = Callable[..., Any]
+
+
+def choices_by_rule(config: RecomputeConfig, depth: int) -> tuple[Choice, ...]:
+    """What each of `depth` blocks recomputes under every policy but `budget` (see `recompute_budget`)."""
+    if config.policy == "every":
+        return tuple("block" if number % config.every == 0 else "nothing" for number in range(1, depth + 1))
+    by_policy: dict[str, Choice] = {"none": "nothing", "attention": "attention", "all": "block"}
+    return (by_policy[config.policy],) * depth
+
+
+def recompute(model: VisionTransformer, choices: Sequence[Choice], by: Checkpoint | None = None) -> None:
+    """Let each block recompute what its choice says, by `by` (default: `torch_checkpoint`). Once for a model.
+
+    Raises:
+        RecipeError: a choice is "attention", and the block has none that can be told from the rest.
+    """
+    for number, (block, choice) in enumerate(zip(model.blocks, choices, strict=True)):
+        part = getattr(block, "attn", None) if choice == "attention" else block
+        if not isinstance(part, nn.Module):
+            raise RecipeError(
+                f"train.recompute.policy = attention: block {number} of the model, a {type(block).__name__}, has no "
+                "attention of its own; use policy all or every"
+            )
+        if choice != "nothing":
+            _let_recompute(part, by or torch_checkpoint)
+
+
+def torch_checkpoint(function: Callable[..., Any], *tensors: Tensor) -> Any:
+    """torch's non-reentrant checkpoint, which recomputes up to the last tensor that backward needs."""
+    return checkpoint(function, *tensors, use_reentrant=False)
+
+
+def torch_checkpoint_to_the_end(function: Callable[..., Any], *tensors: Tensor) -> Any:
+    """torch's non-reentrant checkpoint, which recomputes all, so that hooks after a module's forward run too."""
+    with set_checkpoint_early_stop(False):
+        return torch_checkpoint(function, *tensors)
+
+
+class _Recomputing:
+    """Before a module's own class among its bases: its forward pass, through a checkpoint."""
+
+    checkpoint: Checkpoint
+
+    def forward(self, *tensors: Tensor, **settings: Any) -> Any:
+        """The module's own result."""
+        forward = functools.partial(super().forward, **settings)  # type: ignore[misc]
+        return self.checkpoint(forward, *tensors) if torch.is_grad_enabled() else forward(*tensors)
+
+
+def _let_recompute(module: nn.Module, by: Checkpoint) -> None:
+    # A new class, as torch's parametrizations do it: unlike a new attribute it is right for a copy of the module too.
+    own = type(module)
+    module.__class__ = type(own.__name__, (_Recomputing, own), {"checkpoint": staticmethod(by)})

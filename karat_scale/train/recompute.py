@@ -1,0 +1,87 @@
+"""The recipe's activation checkpointing, applied to the model that an engine is about to take."""
+
+import contextlib
+import copy
+from collections.abc import Sequence
+
+import torch
+from timm.models import VisionTransformer
+
+from karat_scale.errors import RecipeError
+from karat_scale.models.recompute import (
+    Checkpoint,
+    Choice,
+    choices_by_rule,
+    recompute,
+    torch_checkpoint,
+    torch_checkpoint_to_the_end,
+)
+from karat_scale.models.recompute_budget import cheapest_choices, least_budget, peak_saved_bytes, recompute_cost
+from karat_scale.models.saved_tensors import ActivationBytes, activation_bytes
+from karat_scale.recipe import Recipe
+from karat_scale.train.distributed import World
+from karat_scale.train.ds_config import load_ds_config, zero_stage
+from karat_scale.train.ds_internals import deepspeed_checkpoint
+
+
+def apply_recompute(model: VisionTransformer, recipe: Recipe, world: World, micro_batch: int) -> str:
+    """Let `model` recompute what the recipe's `train.recompute` says; returns what that is, in words, or "".
+
+    Raises:
+        RecipeError: the budget is below what any choice needs, or the policy does not suit the model or the device.
+    """
+    config = recipe.train.recompute
+    if config.policy == "none":
+        return ""
+    stage = zero_stage(load_ds_config(recipe, world.size, micro_batch))
+    by = _checkpoint(recipe, world, stage)
+    if config.budget_gb is None:
+        choices = choices_by_rule(config, len(model.blocks))
+        words = _in_words(choices)
+    else:
+        activations = _measure(model, recipe, world, stage, micro_batch)
+        choices = _within(activations, config.budget_gb, model)
+        words = f"{_in_words(choices)}; saved activations peak at {peak_saved_bytes(activations, choices) / 1e9:.3g} GB"
+    recompute(model, choices, by)
+    return words
+
+
+def _checkpoint(recipe: Recipe, world: World, stage: int) -> Checkpoint:
+    config = recipe.train.recompute
+    if config.method == "torch":
+        # Stage 3 gives back a module's weights in a hook after its forward pass.
+        return torch_checkpoint_to_the_end if stage == 3 else torch_checkpoint
+    if config.cpu and not config.partition and world.device.type == "cpu":
+        raise RecipeError(
+            "train.recompute.cpu = true: the run is on the CPU, and what DeepSpeed moves from there to there is lost; "
+            "remove it or add train.recompute.partition=true"
+        )
+    return deepspeed_checkpoint(config.partition, config.cpu)
+
+
+def _measure(model: VisionTransformer, recipe: Recipe, world: World, stage: int, micro_batch: int) -> ActivationBytes:
+    """What a copy of the model keeps of one micro batch, in the precision it trains in."""
+    in_bf16 = recipe.train.precision == "bf16"
+    dtype = torch.bfloat16 if in_bf16 and stage > 0 else torch.float32
+    autocast = in_bf16 and stage == 0
+    measured = copy.deepcopy(model).to(world.device, dtype)
+    size = recipe.model.image_size
+    images = torch.zeros(micro_batch, 3, size, size, device=world.device, dtype=dtype)
+    with torch.autocast(world.device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
+        return activation_bytes(measured, images)
+
+
+def _within(activations: ActivationBytes, budget_gb: float, model: VisionTransformer) -> tuple[Choice, ...]:
+    choices = cheapest_choices(activations, recompute_cost(model), int(budget_gb * 1e9))
+    if choices is None:
+        least = least_budget(activations) / 1e9
+        raise RecipeError(
+            f"train.recompute.budget_gb = {budget_gb:g}: with every block recomputed it takes {least:.4g}; raise it to "
+            "that, or lower train.micro_batch"
+        )
+    return choices
+
+
+def _in_words(choices: Sequence[Choice]) -> str:
+    blocks, attentions = choices.count("block"), choices.count("attention")
+    return f"recomputes {blocks} of {len(choices)} blocks, and the attention of {attentions} more"

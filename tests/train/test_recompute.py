@@ -1,0 +1,109 @@
+"""Recomputing under DeepSpeed: by its checkpoint or torch's, at each stage and on two ranks, results are bit-equal."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from karat_scale.errors import RecipeError
+from karat_scale.models import create_model
+from karat_scale.recipe import Recipe
+from karat_scale.train.ds_config import config_directory
+from karat_scale.train.engine import Engine
+from karat_scale.train.recompute import apply_recompute
+from tests.train.conftest import equal, train_once, weights
+from tests.train.stage_jobs import Job, launch_jobs
+
+DROPS = ("model.depth=3", "model.drop_path=0.3", "model.proj_drop=0.2")
+METHODS = {
+    "torch": ("train.recompute.method=torch",),
+    "deepspeed": ("train.recompute.method=deepspeed",),
+    "partitioned": ("train.recompute.method=deepspeed", "train.recompute.partition=true"),
+    "in memory of the CPU": (
+        "train.recompute.method=deepspeed",
+        "train.recompute.partition=true",
+        "train.recompute.cpu=true",
+    ),
+}
+POLICIES = {
+    "attention": ("train.recompute.policy=attention",),
+    "every": ("train.recompute.policy=every",),
+    "all": ("train.recompute.policy=all",),
+    "budget": ("train.recompute.policy=budget", "train.recompute.budget_gb=0.0007"),
+}
+
+
+def train_with(recipe: Recipe, world) -> tuple[str, list[object]]:
+    """What is recomputed; gradient norms of three steps, final weights and the random state."""
+    torch.manual_seed(0)
+    model = create_model(recipe.model, recipe.attention)
+    torch.manual_seed(1)
+    words = apply_recompute(model, recipe, world, recipe.train.global_batch)
+    engine = Engine(model, recipe, world, recipe.train.global_batch)
+    norms = [train_once(engine, seed) for seed in range(3)]
+    return words, [norms, weights(engine), torch.get_rng_state()]
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("config", "precision", "mode"),
+    [
+        ("zero0", "fp32", "blockwise"),
+        ("zero0", "bf16", "universal"),
+        pytest.param("zero1", "bf16", "blockwise", marks=slow),
+        pytest.param("zero2", "fp32", "universal", marks=slow),
+        pytest.param("zero2", "bf16", "universal", marks=slow),
+        pytest.param("zero3", "fp32", "universal", marks=slow),
+        pytest.param("zero3", "bf16", "blockwise", marks=slow),
+        pytest.param("zero3_offload", "bf16", "universal", marks=slow),
+    ],
+)
+def test_training_is_bit_equal(small_recipe, world, config: str, precision: str, mode: str) -> None:
+    fixed = (*DROPS, f"deepspeed.config={config}", f"train.precision={precision}", f"attention.mode={mode}")
+    words, plain = train_with(small_recipe(*fixed), world)
+    assert words == ""
+    for method, policy in itertools.product(METHODS.values(), POLICIES.values()):
+        words, outcome = train_with(small_recipe(*fixed, *method, *policy), world)
+        assert equal(outcome, plain), (method, policy)
+        assert words.startswith("recomputes ")
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_ranks_with_partitioned_weights_train_bit_equal(tmp_path: Path) -> None:
+    shipped = json.loads((config_directory() / "zero3.json").read_text())
+    shipped["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else the model is too small to partition
+    (tmp_path / "partitioned.json").write_text(json.dumps(shipped))
+    config = str(tmp_path / "partitioned.json")
+    kinds = [(), *((*METHODS[m], *POLICIES[p]) for m, p in [("torch", "all"), ("torch", "attention")])]
+    kinds += [(*METHODS["deepspeed"], *POLICIES["every"]), (*METHODS["torch"], *POLICIES["budget"])]
+    jobs = [
+        Job(config, last=3, precision=precision, overrides=(*DROPS, f"attention.mode={mode}", *kind))
+        for precision, mode in (("fp32", "blockwise"), ("bf16", "universal"))
+        for kind in kinds
+    ]
+    outcomes = launch_jobs(jobs, 2, tmp_path / "jobs")
+    for first in range(0, len(outcomes), len(kinds)):
+        assert outcomes[first : first + len(kinds)] == [outcomes[first]] * len(kinds)
+
+
+def test_a_budget_that_nothing_fits_is_one_line_with_the_least(small_recipe, world) -> None:
+    tight = (*DROPS, "train.recompute.policy=budget")
+    recipe = small_recipe(*tight, "train.recompute.budget_gb=0.0001")
+    model = create_model(recipe.model, recipe.attention)
+    with pytest.raises(
+        RecipeError, match=r"budget_gb = 0\.0001: with every block recomputed it takes (\S+); "
+    ) as caught:
+        apply_recompute(model, recipe, world, 8)
+    least = float(str(caught.value).partition("takes ")[2].partition(";")[0])
+    apply_recompute(model, small_recipe(*tight, f"train.recompute.budget_gb={1.001 * least}"), world, 8)
+
+
+def test_moving_from_the_cpu_to_the_cpu_is_refused(small_recipe, world) -> None:
+    recipe = small_recipe("train.recompute.policy=all", *METHODS["deepspeed"], "train.recompute.cpu=true")
+    with pytest.raises(RecipeError, match=r"train\.recompute\.cpu = true: the run is on the CPU"):
+        apply_recompute(create_model(recipe.model, recipe.attention), recipe, world, 8)
