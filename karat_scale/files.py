@@ -3,9 +3,48 @@
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO, NamedTuple
 
 _BLOCK = 1 << 20
+
+
+class Fingerprint(NamedTuple):
+    """What tells whether a file is as it was written."""
+
+    bytes: int
+    sha256: str
+
+
+class FingerprintedFile:
+    """A binary file that takes its fingerprint while it is written, front to back.
+
+    `on_bytes` hears the size of each piece that the file system has taken.
+    """
+
+    def __init__(self, file: IO[bytes], on_bytes: Callable[[int], None] | None = None) -> None:
+        self._file = file
+        self._on_bytes = on_bytes
+        self._bytes = 0
+        self._digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        """Append all of `data`."""
+        self._digest.update(data)
+        written = self._file.write(data)
+        self._bytes += written
+        if self._on_bytes is not None:
+            self._on_bytes(written)
+        return written
+
+    def flush(self) -> None:
+        """Hand over to the operating system what is buffered."""
+        self._file.flush()
+
+    def fingerprint(self) -> Fingerprint:
+        """Of all that was written so far."""
+        return Fingerprint(self._bytes, self._digest.hexdigest())
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -38,10 +77,12 @@ def flush_to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, as hex."""
+def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """The SHA-256 of a file, as hex. `on_bytes` hears the size of each piece that is done."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
+            if on_bytes is not None:
+                on_bytes(len(block))
     return digest.hexdigest()

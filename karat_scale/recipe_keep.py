@@ -8,13 +8,17 @@ from karat_scale.recipe_base import Count, Positive, Section
 
 
 class CheckpointConfig(Section):
-    """When to save and what to keep. A last checkpoint is always written at the end."""
+    """When to save and what to keep. A last checkpoint is always written at the end.
+
+    `asynchronous`: training stands still for a copy to host memory alone, and goes on while the copy is written.
+    """
 
     every_steps: Count | None = None
     every_minutes: Positive | None = 15.0
     # One kept checkpoint leaves nothing to fall back on when it turns out damaged.
     keep_last: Annotated[int, Field(ge=2)] = 2
     keep_best: bool = True
+    asynchronous: bool = True
 
 
 class ResumeConfig(Section):

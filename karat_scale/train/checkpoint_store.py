@@ -10,17 +10,24 @@ checkpoints/
 """
 
 import json
+import os
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from karat_scale.errors import RunDirectoryError
-from karat_scale.files import file_sha256, flush_to_disk, write_atomically
+from karat_scale.files import Fingerprint, file_sha256, flush_to_disk, write_atomically
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _UNFINISHED = ".saving-"
+_REPLACED = f"{_UNFINISHED}replaced-"
+_HASHING_THREADS = 8
+Progress = Callable[[int, int], None]
+"""Hears how many bytes are done, and of how many."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -41,19 +48,26 @@ class CheckpointStore:
         path.mkdir(parents=True)
         return path
 
-    def commit(self, unfinished: Path, state: dict[str, Any]) -> str:
-        """Give a written checkpoint its manifest and its name, and point `latest` at it."""
+    def commit(self, unfinished: Path, state: dict[str, Any], files: Mapping[str, Fingerprint]) -> str:
+        """Give a written checkpoint its manifest and its name, and point `latest` at it.
+
+        Args:
+            files: the fingerprints of its files, by name, from those who wrote them.
+
+        Raises:
+            OSError: a file is not there as it was written, or the disk does not take the rest.
+        """
+        for file, written in files.items():
+            size = (unfinished / file).stat().st_size
+            if size != written.bytes:
+                raise OSError(f"{file} has {size} bytes, but {written.bytes} were written")
         write_atomically(unfinished / STATE, json.dumps(state, indent=2) + "\n")
-        files = {
-            path.relative_to(unfinished).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            for path in sorted(unfinished.rglob("*"))
-            if path.is_file()
-        }
-        write_atomically(unfinished / MANIFEST, json.dumps({"format": 1, "files": files}, indent=2) + "\n")
+        own = {STATE: Fingerprint((unfinished / STATE).stat().st_size, file_sha256(unfinished / STATE))}
+        write_atomically(unfinished / MANIFEST, _manifest_text({**files, **own}))
         name = unfinished.name.removeprefix(_UNFINISHED)
         final = self.root / name
         if final.exists():  # the same step again, say after a damaged save: the new one takes its place
-            shutil.rmtree(final)
+            final.rename(self.root / f"{_REPLACED}{name}")
         unfinished.rename(final)
         flush_to_disk(self.root)
         self.point("latest", name)
@@ -65,9 +79,11 @@ class CheckpointStore:
 
     def pointed(self, pointer: str) -> str | None:
         """The name in `latest` or `best`, if the file is there and names an existing checkpoint."""
-        path = self.root / pointer
-        name = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
-        return name if name and (self.root / name).is_dir() else None
+        try:
+            name = (self.root / pointer).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+        return name if name in self.names() else None
 
     def names(self) -> list[str]:
         """Names of the checkpoints here, newest first, complete or damaged."""
@@ -78,9 +94,35 @@ class CheckpointStore:
         state: dict[str, Any] = json.loads((self.root / name / STATE).read_text(encoding="utf-8"))
         return state
 
-    def damage(self, name: str) -> str | None:
-        """What is wrong with a checkpoint's files, in a few words; None if each one is as it was written."""
-        return next(self._damages(self.root / name), None)
+    def newest_bytes(self) -> int:
+        """The size of the newest checkpoint, by its manifest; 0 when there is none, or one without optimizer states."""
+        name = self.pointed("latest")
+        if name is None or name == checkpoint_name(0):
+            return 0
+        try:
+            return sum(file.bytes for file in _read_manifest(self.root / name).values())
+        except (OSError, ValueError):
+            return 0
+
+    def damage(self, name: str, progress: Progress | None = None) -> str | None:
+        """What is wrong with a checkpoint's files, in a few words; None if each one is as it was written.
+
+        Files are hashed side by side.
+        """
+        path = self.root / name
+        try:
+            files = _read_manifest(path)
+        except FileNotFoundError:
+            return f"{MANIFEST} is missing"
+        except (OSError, ValueError):
+            return f"{MANIFEST} is not readable"
+        total = sum(file.bytes for file in files.values())
+        count = _counter(total, progress)
+        with ThreadPoolExecutor(min(_HASHING_THREADS, os.cpu_count() or 1)) as threads:
+            found = list(threads.map(lambda name: _damage(path / name, files[name], count), files))
+        if progress is not None:
+            progress(total, total)  # damaged or not
+        return next((damage for damage in found if damage is not None), None)
 
     def find_intact(self, wanted: str) -> str:
         """The name of the checkpoint `wanted`: best, latest or a name; `best` falls back on `latest`.
@@ -111,22 +153,52 @@ class CheckpointStore:
         for path in self.root.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    @staticmethod
-    def _damages(path: Path) -> Iterator[str]:
-        try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            files = [(name, int(file["bytes"]), str(file["sha256"])) for name, file in manifest["files"].items()]
-        except FileNotFoundError:
-            yield f"{MANIFEST} is missing"
-            return
-        except (ValueError, KeyError, TypeError, AttributeError):
-            yield f"{MANIFEST} is not readable"
-            return
-        for name, size, sha256 in files:
-            file = path / name
-            if not file.is_file():
-                yield f"{name} is missing"
-            elif file.stat().st_size != size:
-                yield f"{name} has {file.stat().st_size} bytes, not {size}"
-            elif file_sha256(file) != sha256:
-                yield f"{name} has changed since it was written"
+
+def _manifest_text(files: Mapping[str, Fingerprint]) -> str:
+    listed = {name: files[name]._asdict() for name in sorted(files)}
+    return json.dumps({"format": 1, "files": listed}, indent=2) + "\n"
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, Fingerprint]:
+    """The files that a manifest lists.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not, byte for byte, what was written.
+    """
+    text = (checkpoint / MANIFEST).read_bytes().decode()
+    try:
+        files = {name: Fingerprint(**file) for name, file in json.loads(text)["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError from error
+    if STATE not in files or text != _manifest_text(files):
+        raise ValueError
+    return files
+
+
+def _damage(path: Path, written: Fingerprint, count: Callable[[int], None]) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != written.bytes:
+            return f"{path.name} has {size} bytes, not {written.bytes}"
+        if file_sha256(path, count) != written.sha256:
+            return f"{path.name} has changed since it was written"
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
+    return None
+
+
+def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
+    """Adds up the sizes that threads report."""
+    lock, done = threading.Lock(), 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        if progress is not None:
+            with lock:
+                done += size
+                progress(done, total)
+
+    return count

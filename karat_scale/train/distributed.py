@@ -40,11 +40,15 @@ class World:
 
     def max(self, value: int) -> int:
         """The largest `value` of all ranks."""
+        return self.maxima(value)[0]
+
+    def maxima(self, *values: int) -> list[int]:
+        """The largest of all ranks for each of the values, in one collective."""
         if self.size == 1:
-            return value
-        tensor = torch.tensor([value], dtype=torch.int64)
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
-        return int(tensor)
+        return tensor.tolist()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of a small tensor, returned on the CPU in float64."""

@@ -155,8 +155,21 @@ def forget_gradients(engine: Any) -> None:
 
 
 def use_storage(engine: Any, storage: Any) -> None:
-    """Let `storage` write and read DeepSpeed's checkpoint files."""
+    """Let `storage` write and read DeepSpeed's checkpoint files.
+
+    DeepSpeed copies its converter scripts beside them itself, on one rank, in the middle of a collective save: where
+    the disk does not take them the storage must know, and nothing be raised.
+    """
     engine.checkpoint_engine = storage
+    copy_scripts = engine._copy_recovery_script
+
+    def copy_or_note(save_path: str) -> None:
+        try:
+            copy_scripts(save_path)
+        except OSError as error:
+            storage.error = storage.error or error
+
+    engine._copy_recovery_script = copy_or_note
 
 
 def checkpoint_globals() -> list[Any]:

@@ -56,7 +56,6 @@ class Loop:
         self.total_steps = min(planned, recipe.train.max_steps or planned)
         self._objective = SoftTargetCrossEntropy()
         self._interval = Interval(parts.world.device)
-        self._saved_step = state.step if state.restarts else -1
         self._saved_at = time.monotonic()
 
     def run(self) -> None:
@@ -76,9 +75,9 @@ class Loop:
                 self._evaluate_if_due()
                 self.save_or_stop()
         except StoppedError as stopped:
-            stopped.saved = self._save()
+            stopped.saved = self._save(wait=True)
             raise
-        if not self._save():
+        if not self._save(wait=True):
             raise OSError("the last checkpoint could not be saved")
 
     def step(self, micro_batches: list[Batch]) -> None:
@@ -164,7 +163,6 @@ class Loop:
             is_best = state.record(result.top1, result.top5)
             figures = {"samples": state.samples, **result.to_json(), "weights": weights}
             parts.reporter.evaluated(state.step, figures)
-            self._saved_step = -1  # what was saved at this step, if anything, knows nothing of this result
             if is_best and parts.recipe.checkpoint.keep_best:
                 self._save(is_best=True)
 
@@ -177,7 +175,10 @@ class Loop:
             raise StoppedError
 
     def save_or_stop(self) -> None:
-        """Rank 0's clock says when to save, any rank's signal says stop; one small collective agrees on both."""
+        """Rank 0's clock says when to save, any rank's signal says stop, and all must have written what is being saved.
+
+        One small collective agrees on all of it.
+        """
         parts, checkpoint = self.parts, self.parts.recipe.checkpoint
         wish = _STOP if parts.signals.received else 0
         if checkpoint.every_steps and self.state.step % checkpoint.every_steps == 0:
@@ -185,21 +186,19 @@ class Loop:
         minutes = (time.monotonic() - self._saved_at) / 60
         if parts.world.is_main and checkpoint.every_minutes and minutes >= checkpoint.every_minutes:
             wish = max(wish, _SAVE)
-        agreed = parts.world.max(wish)
+        saver = parts.checkpoints.saver
+        agreed, busy = parts.world.maxima(wish, saver.is_busy)
+        if saver.is_under_way and not busy:
+            saver.advance()
         if agreed == _STOP and self.state.step < self.total_steps:
             raise StoppedError
         if agreed == _SAVE:
             self._save()
 
-    def _save(self, is_best: bool = False) -> bool:
-        """Save unless this step is saved already; whether it is."""
-        if self._saved_step == self.state.step:
-            return True
+    def _save(self, is_best: bool = False, wait: bool = False) -> bool:
+        """Save this state unless that is done; whether it is, or without `wait` will be unless a rank fails."""
         self.parts.reporter.beat("saving")
         with self._interval.paused():
             self._fold_interval()
-            saved = self.parts.checkpoints.save(self.state, is_best)
             self._saved_at = time.monotonic()  # a failed save is tried again an interval later, not each step
-            if saved:
-                self._saved_step = self.state.step
-            return saved
+            return self.parts.checkpoints.save(self.state, is_best, wait)

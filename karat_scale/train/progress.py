@@ -20,6 +20,9 @@ from karat_scale.data.batch import BadSample
 from karat_scale.train.metrics import MetricsLog
 from karat_scale.train.state import TrainState
 
+# A check of fewer bytes is over before a person has read that it goes on.
+_LARGE = 10**8
+
 
 class Display(Protocol):
     """A place to show progress; the two kinds differ in looks only."""
@@ -36,12 +39,15 @@ class Display(Protocol):
     def evaluate(self, done: int, total: int) -> None:
         """Show where an evaluation stands."""
 
+    def verify(self, done: int, total: int) -> None:
+        """Show how many bytes of a checkpoint are verified. Any thread may call it."""
+
     def close(self) -> None:
         """Leave the terminal as it was."""
 
 
 class TerminalDisplay:
-    """rich's live bars: training, and below it an evaluation while there is one."""
+    """rich's live bars: training, and below it an evaluation or a check of files while there is one."""
 
     def __init__(self, console: Console, title: str) -> None:
         self._progress = Progress(
@@ -56,7 +62,7 @@ class TerminalDisplay:
             speed_estimate_period=120,
         )
         self._train = self._progress.add_task(title, total=None, text="")
-        self._evaluation: TaskID | None = None
+        self._passing: dict[str, TaskID] = {}
         self._progress.start()
 
     def line(self, text: str) -> None:
@@ -73,12 +79,19 @@ class TerminalDisplay:
 
     def evaluate(self, done: int, total: int) -> None:
         """Move the evaluation bar; it goes when it is full."""
-        if self._evaluation is None:
-            self._evaluation = self._progress.add_task("evaluate", total=total, text="")
-        self._progress.update(self._evaluation, completed=done, total=total)
+        self._move("evaluate", done, total)
+
+    def verify(self, done: int, total: int) -> None:
+        """Move the bar of the check, in MB; it goes when it is full."""
+        if total >= _LARGE:
+            self._move("verify, MB", done // 10**6, total // 10**6)
+
+    def _move(self, name: str, done: int, total: int) -> None:
+        if name not in self._passing:
+            self._passing[name] = self._progress.add_task(name, total=total, text="")
+        self._progress.update(self._passing[name], completed=done, total=total)
         if done >= total:
-            self._progress.remove_task(self._evaluation)
-            self._evaluation = None
+            self._progress.remove_task(self._passing.pop(name))
 
     def close(self) -> None:
         """Stop the bars where they stand."""
@@ -101,6 +114,9 @@ class PlainDisplay:
 
     def evaluate(self, done: int, total: int) -> None:
         """An evaluation prints its result only."""
+
+    def verify(self, done: int, total: int) -> None:
+        """A checkpoint that is as it was is not worth a line."""
 
     def close(self) -> None:
         """Nothing to restore."""
@@ -172,10 +188,11 @@ class Reporter:
         )
         self._write("eval", step, **figures)
 
-    def checkpoint(self, state: TrainState, name: str, seconds: float) -> None:
-        """A checkpoint is complete."""
-        self.info(f"saved {name} in {seconds:.1f} s")
-        self._write("checkpoint", state.step, samples=state.samples, name=name, seconds=round(seconds, 3))
+    def checkpoint(self, state: TrainState, name: str, seconds: float, stall: float) -> None:
+        """A checkpoint is complete; training stood still for `stall` of its seconds."""
+        self.info(f"saved {name} in {seconds:.1f} s, of which training stood still for {stall:.1f} s")
+        figures = {"seconds": round(seconds, 3), "stall_seconds": round(stall, 3)}
+        self._write("checkpoint", state.step, samples=state.samples, name=name, **figures)
 
     def resumed(self, state: TrainState, name: str) -> None:
         """Training goes on from a checkpoint."""

@@ -1,5 +1,6 @@
 """A process group and small DeepSpeed engines inside the test process."""
 
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,8 +11,12 @@ from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe_io import load_recipe
 from karat_scale.train import distributed
+from karat_scale.train.checkpoint import Checkpoints
+from karat_scale.train.checkpoint_store import CheckpointStore
 from karat_scale.train.distributed import World
+from karat_scale.train.ema import Ema
 from karat_scale.train.engine import Engine
+from karat_scale.train.progress import PlainDisplay, Reporter
 from tests.conftest import SMALL
 
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_offload_params")
@@ -47,6 +52,40 @@ def make_engine(world: World) -> Callable[[Recipe], Engine]:
         return Engine(model, recipe, world, recipe.train.global_batch)
 
     return make
+
+
+@pytest.fixture
+def make_checkpoints(world: World, make_engine: Callable[[Recipe], Engine]) -> Callable[..., Checkpoints]:
+    """Checkpoints of a new engine in a directory; they have `engine` and `ema`, too."""
+
+    def make(recipe: Recipe, root: Path) -> Checkpoints:
+        engine = make_engine(recipe)
+        ema = Ema(engine.deepspeed, recipe.train) if recipe.train.ema_decay else None
+        reporter = Reporter(PlainDisplay(), None)
+        checkpoints = Checkpoints(CheckpointStore(root), engine, ema, world, recipe, reporter)
+        checkpoints.engine, checkpoints.ema = engine, ema  # type: ignore[attr-defined]
+        return checkpoints
+
+    return make
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB: enough for some small checkpoints."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)], capture_output=True)
+    if done.returncode:
+        pytest.skip("mounting a size-limited tmpfs needs root")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+def train_steps(checkpoints: Checkpoints, *steps: int) -> None:
+    """Steps of the engine and its average behind `checkpoints`."""
+    for step in steps:
+        train_once(checkpoints.engine, step)  # type: ignore[attr-defined]
+        checkpoints.ema.update(step)  # type: ignore[attr-defined]
 
 
 def train_once(engine: Engine, seed: int, lr: float = 1e-2) -> float | None:

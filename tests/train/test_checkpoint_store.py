@@ -1,8 +1,10 @@
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
+from karat_scale.files import Fingerprint
 from karat_scale.train.checkpoint_store import MANIFEST, STATE, CheckpointStore, checkpoint_name
 
 
@@ -13,8 +15,10 @@ def store(tmp_path: Path) -> CheckpointStore:
 
 def save(store: CheckpointStore, step: int) -> str:
     directory = store.begin(step)
-    (directory / "weights.pt").write_bytes(bytes(range(256)) * 10)
-    return store.commit(directory, {"step": step})
+    weights = bytes(range(256)) * 10
+    (directory / "weights.pt").write_bytes(weights)
+    written = Fingerprint(len(weights), hashlib.sha256(weights).hexdigest())
+    return store.commit(directory, {"step": step}, {"weights.pt": written})
 
 
 def test_a_committed_checkpoint_is_complete_and_latest(store: CheckpointStore) -> None:
