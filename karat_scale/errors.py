@@ -13,5 +13,9 @@ class DataError(UserError):
     """The data the recipe names is missing, damaged or does not fit the recipe."""
 
 
+class DivergedError(UserError):
+    """Training left the finite numbers, and the recipe says to end there."""
+
+
 class RunDirectoryError(UserError):
     """The run directory or a checkpoint in it does not fit what was asked."""

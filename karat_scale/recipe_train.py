@@ -29,7 +29,11 @@ class ScheduleConfig(Section):
 
 
 class TrainConfig(Section):
-    """How long and in what pieces. `micro_batch` null means the largest that the world allows."""
+    """How long and in what pieces. `micro_batch` null means the largest that the world allows.
+
+    No step is ever taken on a loss or gradients that are not finite. `on_nonfinite` says what then: skip the step,
+    until `max_skipped_steps` were skipped in a row, or stop.
+    """
 
     epochs: Count = 100
     max_steps: Count | None = None
@@ -42,6 +46,8 @@ class TrainConfig(Section):
     eval_batch: Count = 128
     eval_weights: Literal["auto", "raw", "ema"] = "auto"
     recompute: RecomputeConfig = RecomputeConfig()
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    max_skipped_steps: Count = 20
 
 
 class DeepSpeedConfig(Section):

@@ -112,13 +112,16 @@ class Engine:
         return logits.float()
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients of a micro batch's mean loss; the last of a step reduces them over ranks."""
-        self.deepspeed.backward(loss)
+        """Accumulate gradients of a micro batch's mean loss; the last of a step reduces them over ranks.
+
+        A loss that is not finite makes them NaN, on all ranks once they are reduced, also where they would be finite.
+        """
+        self.deepspeed.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
 
     def step(self) -> float | None:
         """Finish a micro batch. At the end of an accumulation: clip, step, and return the gradient norm.
 
-        A step whose gradients are not finite is skipped and counted.
+        A step whose gradients are not finite is skipped and counted, and its norm is not finite: the same on all ranks.
         """
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()

@@ -4,6 +4,7 @@ Training is a function of the state: `run` may stop after any step and go on fro
 weights come out the same.
 """
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from timm.loss import SoftTargetCrossEntropy
 
 from karat_scale.data.batch import BadSample, Batch
 from karat_scale.data.digest import BITS, batch_digest
+from karat_scale.errors import DivergedError
 from karat_scale.train.evaluate import EvalResult, evaluate
 from karat_scale.train.interval import Interval, peak_memory_mb, resident_memory_mb
 from karat_scale.train.parts import Parts
@@ -62,6 +64,7 @@ class Loop:
         """Train to the end, evaluate and save.
 
         Raises:
+            DivergedError: the loss or the gradients are not finite, and the recipe says to end there.
             StoppedError: a signal asked to stop; the state is saved, or `saved` of the error says it is not.
         """
         plan, state = self.parts.plan, self.state
@@ -101,8 +104,12 @@ class Loop:
             self._interval.add_loss(loss / len(micro_batches))
         state.step += 1
         state.samples += parts.recipe.train.global_batch
-        if parts.ema is not None:
-            parts.ema.update(state.step)
+        if norm is None or not math.isfinite(norm):
+            self._note_skipped()
+        else:
+            state.skipped_in_row = 0
+            if parts.ema is not None:
+                parts.ema.update(state.step)
         self._interval.finish_step(norm)
         if state.seconds_to_first_step is None:
             state.seconds_to_first_step = round(time.time() - psutil.Process().create_time(), 2)
@@ -114,6 +121,25 @@ class Loop:
         self._interval.add_bad(len(bad))
         for sample in bad:
             self.parts.reporter.bad_sample(sample)
+
+    def _note_skipped(self) -> None:
+        """The engine skipped this step, on all ranks: go on, or end as the recipe says.
+
+        Raises:
+            DivergedError: the recipe says to stop at the first, or this is the last one in a row that it allows.
+        """
+        state, train = self.state, self.parts.recipe.train
+        state.skipped_in_row += 1
+        stop = train.on_nonfinite == "stop"
+        what = f"step {state.step} has a loss or gradients that are not finite"
+        if not stop and state.skipped_in_row < train.max_skipped_steps:
+            if self.parts.world.is_main:
+                self.parts.reporter.warn(f"{what}; skipped")
+            return
+        self.parts.checkpoints.saver.finish()
+        rule = "train.on_nonfinite = stop" if stop else f"the last of train.max_skipped_steps = {state.skipped_in_row}"
+        last = self.parts.checkpoints.store.pointed("latest") or "none"
+        raise DivergedError(f"{what}, {rule}; the last checkpoint is {last}; lower optim.lr or look into the data")
 
     def _report(self, lr: float) -> None:
         parts, state = self.parts, self.state

@@ -19,6 +19,7 @@ class TrainState:
     data_digest: int = 0
     bad_samples: int = 0
     skipped_steps: int = 0
+    skipped_in_row: int = 0
     timed_samples: int = 0
     timed_seconds: float = 0.0
     peak_memory_mb: float = 0.0

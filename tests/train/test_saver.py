@@ -99,6 +99,7 @@ def test_space_is_asked_for_before_anything_is_written(
     assert not checkpoints.save(TrainState(step=1, samples=8))  # counted from the model
     assert re.search(r"step-00000001 not saved: it needs 0\.\d MB and .* has 0\.3 MB free", capsys.readouterr().out)
     (small_disk / "filler").unlink()
+    train_steps(checkpoints, 1, 2)
     assert checkpoints.save(TrainState(step=2, samples=16))
     (small_disk / "filler").write_bytes(bytes(_free(small_disk) - 300_000))
     assert not checkpoints.save(TrainState(step=3, samples=24))  # known from the last one
