@@ -43,7 +43,11 @@ class DataConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Training augmentation, label smoothing, and the evaluation crop."""
+    """Training augmentation, label smoothing, and the evaluation crop.
+
+    `run_on` says who does RandAugment, jitter and erasing: the data workers by Pillow, or the training device, batch by
+    batch, from the same draws. Crop and flip are the workers', mixup and cutmix the device's.
+    """
 
     scale: tuple[Fraction, Fraction] = (0.08, 1.0)
     ratio: tuple[Positive, Positive] = (0.67, 1.5)
@@ -51,6 +55,7 @@ class AugmentConfig(Section):
     color_jitter: NonNegative = 0.4
     randaugment: str = "rand-m15-n2-mstd1.0-inc1"
     erasing: Fraction = 0.0
+    run_on: Literal["workers", "device"] = "workers"
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     mixup: NonNegative = 0.8
     cutmix: NonNegative = 1.0
@@ -65,6 +70,11 @@ class AugmentConfig(Section):
     def mixes(self) -> bool:
         """Whether mixup or cutmix may touch a batch."""
         return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+    @property
+    def workers_only_flip(self) -> bool:
+        """Whether workers do nothing to a crop but flip it."""
+        return self.run_on == "device" or not (self.randaugment or self.color_jitter or self.erasing)
 
     @field_validator("randaugment")
     @classmethod

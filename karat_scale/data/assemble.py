@@ -1,12 +1,11 @@
 """From the ids of a batch to the batch: read, decode, transform, collect; for any source of images."""
 
-import math
+from abc import ABC, abstractmethod
 from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import get_worker_info
 
 from karat_scale.data.augment import EvalTransform, TrainTransform
 from karat_scale.data.batch import BadSample, Batch
@@ -49,8 +48,8 @@ class ImageSource(Protocol):
         """Give back open files."""
 
 
-class Assembler:
-    """Makes a Batch of a BatchSlice; `assembler[slice]` so that a DataLoader can call it as a dataset."""
+class Assembler(ABC):
+    """Makes a Batch of a BatchSlice, in memory of its own or in what it is given."""
 
     def __init__(
         self, source: ImageSource, image_size: int, on_bad_sample: Literal["skip", "stop"], decoder: Decoder
@@ -61,15 +60,16 @@ class Assembler:
         self._decoder = decoder
         self._whereabouts = Whereabouts()
 
-    def _empty(self, part: BatchSlice) -> tuple[torch.Tensor, Pixels]:
-        shape = (len(part.sample_ids), 3, self._image_size, self._image_size)
-        if get_worker_info() is None:
-            images = torch.empty(shape, dtype=torch.uint8)
-        else:
-            # Memory that the trainer sees too, so that the batch is not copied on its way there.
-            shared = torch.UntypedStorage._new_shared(math.prod(shape))
-            images = torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
-        return images, images.numpy()
+    def shape(self, part: BatchSlice) -> tuple[int, ...]:
+        """That of the slice's images."""
+        return len(part.sample_ids), 3, self._image_size, self._image_size
+
+    def __getitem__(self, part: BatchSlice) -> Batch:
+        return self.fill(part, torch.empty(self.shape(part), dtype=torch.uint8))
+
+    @abstractmethod
+    def fill(self, part: BatchSlice, images: torch.Tensor) -> Batch:
+        """The batch, its pixels written to `images`."""
 
     def _decode(self, sample_id: int, choose: ChooseView) -> Pixels | BadSample:
         self._whereabouts.tell(sample_id)
@@ -110,8 +110,8 @@ class TrainAssembler(Assembler):
         self._transform = transform
         self._seed = seed
 
-    def __getitem__(self, part: BatchSlice) -> Batch:
-        images, pixels = self._empty(part)
+    def fill(self, part: BatchSlice, images: torch.Tensor) -> Batch:
+        pixels = images.numpy()
         ids = part.sample_ids.copy()
         bad: list[BadSample] = []
         draws: list[Draw] = []
@@ -162,8 +162,8 @@ class EvalAssembler(Assembler):
         super().__init__(source, image_size, on_bad_sample, decoder)
         self._transform = transform
 
-    def __getitem__(self, part: BatchSlice) -> Batch:
-        images, pixels = self._empty(part)
+    def fill(self, part: BatchSlice, images: torch.Tensor) -> Batch:
+        pixels = images.numpy()
         labels = np.zeros(len(part.sample_ids), dtype=np.int64)
         valid = part.sample_ids != PADDING
         bad: list[BadSample] = []

@@ -38,6 +38,7 @@ class TrainTransform:
     def __init__(self, augment: AugmentConfig, image_size: int) -> None:
         self._augment = augment
         self._size = image_size
+        self._only_flips = augment.workers_only_flip
         self._fixed_crop = augment.scale == (1.0, 1.0) and augment.ratio == (1.0, 1.0)
         self._randaugment = RandAugment(augment, image_size) if augment.randaugment else None
         self._mean = 255 * np.array(augment.mean, dtype=np.float32)
@@ -85,9 +86,14 @@ class TrainTransform:
         return crop_view(draw.box, self._size)
 
     def finish(self, pixels: npt.NDArray[np.uint8], draw: Draw) -> npt.NDArray[np.uint8]:
-        """Do the rest of the draw to the view, uint8 [size, size, 3], left as it is; returns uint8 [3, size, size]."""
+        """Do to the view, uint8 [size, size, 3], what workers do of the draw; returns uint8 [3, size, size].
+
+        The view is left as it is.
+        """
         if draw.flip:
             pixels = pixels[:, ::-1]
+        if self._only_flips:
+            return pixels.transpose(2, 0, 1)
         if draw.ops or draw.jitter:
             image = Image.fromarray(np.ascontiguousarray(pixels))
             for operation in draw.ops:

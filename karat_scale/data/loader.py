@@ -1,7 +1,9 @@
 """Batches in plan order from parallel worker processes."""
 
+import itertools
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -11,14 +13,24 @@ from torch.utils.data import DataLoader, Dataset
 
 from karat_scale.data.batch import Batch
 from karat_scale.data.plan import BatchSlice
+from karat_scale.data.slots import ImageSlots, Sent, Shape
 from karat_scale.data.workers import prepare_worker
 from karat_scale.errors import DataError, UserError
+
+# How often a wait for a batch looks whether the workers still live.
+POLL_SECONDS = 2.0
+# What DataLoader says when that time is over.
+TIMED_OUT = "DataLoader timed out"
 
 
 class MakesBatches(Protocol):
     """Something that turns a slice into its batch."""
 
-    def __getitem__(self, part: BatchSlice) -> Batch: ...
+    def shape(self, part: BatchSlice) -> Shape:
+        """That of the images, [b, 3, H, W]."""
+
+    def fill(self, part: BatchSlice, images: torch.Tensor) -> Batch:
+        """The batch, its pixels written to `images`, uint8 of that shape."""
 
     def whereabouts(self, workers: int) -> str:
         """What each worker was last at."""
@@ -27,7 +39,8 @@ class MakesBatches(Protocol):
 class OrderedLoader(Iterator[Batch]):
     """Iterates over the batches of `slices`, in their order, whatever the number of workers.
 
-    One slice is one work item; each worker has at most `prefetch` of them under way, so memory is bounded.
+    One slice is one work item, no larger than the first; each worker has at most `prefetch` of them under way, so
+    memory is bounded.
     Workers start at once and serve until the slices end or `close`. With 0 workers everything happens in this
     process. A UserError raised in a worker is raised here as it is; a worker that dies is a DataError, and so are
     workers that bring no batch for `timeout` seconds.
@@ -36,13 +49,16 @@ class OrderedLoader(Iterator[Batch]):
     def __init__(
         self, make: MakesBatches, slices: Iterable[BatchSlice], workers: int, prefetch: int, timeout: float
     ) -> None:
+        parts = iter(slices)
+        first = list(itertools.islice(parts, 1))
+        slots = ImageSlots(workers, prefetch, make.shape(first[0])) if workers and first else None
         loader = DataLoader(
-            _Guarded(make),
+            _Guarded(make, slots),
             batch_size=None,
-            sampler=slices,
+            sampler=itertools.chain(first, parts),
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
-            timeout=timeout if workers else 0,
+            timeout=min(POLL_SECONDS, timeout) if workers else 0,
             collate_fn=_unchanged,
             worker_init_fn=prepare_worker,
             pin_memory=torch.cuda.is_available(),
@@ -58,7 +74,7 @@ class OrderedLoader(Iterator[Batch]):
         if self._results is None:
             raise StopIteration
         try:
-            result = next(self._results)
+            result = self._wait(self._results)
         except StopIteration:
             self.close()
             raise
@@ -66,10 +82,10 @@ class OrderedLoader(Iterator[Batch]):
             self.close()
             if self._workers and _tells_of_a_dead_worker(error):
                 raise DataError(
-                    f"a data worker died ({str(error) or type(error).__name__}); if memory or /dev/shm is short, "
+                    f"a data worker died ({str(error) or type(error).__name__}); if memory is short, "
                     "lower data.workers or data.prefetch"
                 ) from error
-            if self._workers and "timed out" in str(error):
+            if self._workers and TIMED_OUT in str(error):
                 raise DataError(
                     f"no batch came for data.timeout = {self._timeout:g} s: {self._make.whereabouts(self._workers)}; "
                     "does that file system still answer? Raise data.timeout if it is only slow"
@@ -79,6 +95,15 @@ class OrderedLoader(Iterator[Batch]):
             self.close()
             raise result
         return result
+
+    def _wait(self, results: "Iterator[Batch | UserError]") -> Batch | UserError:
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                return next(results)
+            except RuntimeError as error:
+                if TIMED_OUT not in str(error) or time.monotonic() >= deadline:
+                    raise
 
     def close(self) -> None:
         """Stop the workers."""
@@ -91,7 +116,7 @@ class OrderedLoader(Iterator[Batch]):
 def _tells_of_a_dead_worker(error: Exception) -> bool:
     if "Caught" in str(error):  # raised by a worker that lives
         return False
-    # A batch's memory is fetched from its worker, so a dead one may first show as a broken connection.
+    # It may die amid what it sends.
     return isinstance(error, (OSError, EOFError)) or "exited unexpectedly" in str(error)
 
 
@@ -107,15 +132,18 @@ def _child_signal_kept() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
-class _Guarded(Dataset["Batch | UserError"]):
+class _Guarded(Dataset["Batch | Sent | UserError"]):
     """Hands a UserError over as a value: DataLoader would wrap a raised one in a traceback."""
 
-    def __init__(self, make: MakesBatches) -> None:
-        self._make = make
+    def __init__(self, make: MakesBatches, slots: ImageSlots | None) -> None:
+        self._make, self._slots = make, slots
 
-    def __getitem__(self, part: BatchSlice) -> Batch | UserError:
+    def __getitem__(self, part: BatchSlice) -> Batch | Sent | UserError:
+        shape = self._make.shape(part)
         try:
-            return self._make[part]
+            if self._slots is None:
+                return self._make.fill(part, torch.empty(shape, dtype=torch.uint8))
+            return self._slots.send(self._make.fill(part, self._slots.next(shape)))
         except UserError as error:
             return error.with_traceback(None)
 

@@ -21,7 +21,7 @@ class RandAugment:
     """
 
     def __init__(self, augment: AugmentConfig, image_size: int) -> None:
-        hparams = {
+        hparams: dict[str, Any] = {
             "translate_const": int(image_size * 0.45),
             "img_mean": tuple(min(255, round(255 * value)) for value in augment.mean),
             "interpolation": RESAMPLE[augment.interpolation],
@@ -36,9 +36,15 @@ class RandAugment:
         for op in policy.ops:
             if op.name.startswith("Posterize"):
                 op.aug_fn = _posterize
+        self.fill: tuple[int, ...] = hparams["img_mean"]
         self._count = policy.num_layers
         self._ops: dict[str, AugmentOp] = {op.name: op for op in policy.ops}
         self._weights = None if policy.choice_weights is None else list(policy.choice_weights)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """timm's names of the operations that may be drawn."""
+        return tuple(self._ops)
 
     def draw(self, rng: random.Random) -> tuple[Operation, ...]:
         """The operations that one image gets, in order, with their strengths."""

@@ -8,7 +8,9 @@ import torch.distributed as dist
 from timm.loss import SoftTargetCrossEntropy
 from timm.models import VisionTransformer
 
+from karat_scale.data.augment import TrainTransform
 from karat_scale.data.batch import Batch
+from karat_scale.data.device_augment import DeviceAugment
 from karat_scale.data.mixing import Mixer
 from karat_scale.data.normalize import Normalize
 from karat_scale.doctor.clock import repeated, timed
@@ -26,30 +28,34 @@ def dtype_of(recipe: Recipe) -> torch.dtype:
 def random_batch(recipe: Recipe, size: int) -> Batch:
     """A batch of noise, in page-locked memory where there is a GPU, as the loader hands it over."""
     side = recipe.model.image_size
+    transform = TrainTransform(recipe.augment, side)
     batch = Batch(
         images=torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8),
         labels=torch.randint(0, recipe.model.num_classes, (size,)),
         sample_ids=torch.arange(size),
         valid=torch.ones(size, dtype=torch.bool),
+        draws=tuple(transform.draw(seed, side, side) for seed in range(size)),
     )
     return batch.pin_memory() if torch.cuda.is_available() else batch
 
 
 class Preparation:
-    """From a batch in RAM to what the model takes: transfer, normalise, mix."""
+    """From a batch in RAM to what the model takes: transfer, augment, normalise, mix."""
 
     def __init__(self, recipe: Recipe, world: World) -> None:
+        self._augment = DeviceAugment(recipe.augment, recipe.model.image_size)
         self._normalize = Normalize(recipe.augment.mean, recipe.augment.std)
         self._mixer = Mixer(recipe.augment, recipe.model.num_classes, recipe.run.seed)
         self._device = world.device
 
     def __call__(self, cpu_batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         batch = cpu_batch.to(self._device)
-        return self._mixer.mix(self._normalize(batch.images), batch.labels, batch.epoch, batch.batch)
+        images = self._normalize(self._augment(batch.images, batch.draws))
+        return self._mixer.mix(images, batch.labels, batch.epoch, batch.batch)
 
 
 def transfer_seconds(recipe: Recipe, micro_batch: int, seconds: float, world: World) -> float:
-    """Seconds to bring one micro batch to the device, normalised and mixed."""
+    """Seconds to bring one micro batch to the device, augmented there if asked for, normalised and mixed."""
     prepare, batch = Preparation(recipe, world), random_batch(recipe, micro_batch)
     return repeated(lambda: timed(lambda: prepare(batch), world.device), seconds, world)
 

@@ -1,7 +1,6 @@
 """Whether a recipe fits its data, its run directory and this machine, before anything is timed."""
 
 import os
-import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +21,6 @@ from karat_scale.train.run_directory import RunDirectory
 GIB = 2**30
 # fp32 weights, their EMA and the two moments of AdamW.
 CHECKPOINT_BYTES_PER_PARAMETER = 16
-# Files that a rank has open beside its batches: shards, libraries, sockets.
-OPEN_FILES_OF_A_RANK = 512
-TENSORS_PER_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,7 @@ def _divides(recipe: Recipe, size: int) -> bool:
 
 
 def examine_workers(subject: Subject) -> Iterator[Finding]:
-    """Data workers against cores, /dev/shm and open files."""
+    """Data workers against cores and memory."""
     data, ranks = subject.recipe.data, subject.local_ranks
     if data.backend == "synthetic" or data.workers == 0:
         return
@@ -119,16 +115,10 @@ def examine_workers(subject: Subject) -> Iterator[Finding]:
     side = subject.recipe.model.image_size
     under_way = data.workers * data.prefetch
     needed = ranks * under_way * subject.micro_batch * 3 * side * side
-    if resources.SHM.is_dir():
-        _, free = resources.shm_room()
-        mend = f"docker run --shm-size={2 * needed // GIB + 1}g, or a smaller data.prefetch" if needed > free else ""
-        text = f"batches under way take up to {_gib(needed)} of {_gib(free)} free"
-        yield found("/dev/shm for batches", text, mend, wrong=needed > free, needed_bytes=needed)
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = OPEN_FILES_OF_A_RANK + TENSORS_PER_BATCH * under_way
-    if soft != resource.RLIM_INFINITY and files > soft:
-        text = f"{soft}, and {data.workers} workers with data.prefetch = {data.prefetch} may open {files}"
-        yield found("open files for batches", text, f"ulimit -n {2 * files}", wrong=True, needed=files)
+    free = resources.cache_memory()
+    mend = "set a smaller data.prefetch or fewer data.workers" if needed > free else ""
+    text = f"batches under way take up to {_gib(needed)} of {_gib(free)} available"
+    yield found("memory for batches", text, mend, wrong=needed > free, needed_bytes=needed)
 
 
 def examine_run_directory(subject: Subject) -> Iterator[Finding]:

@@ -90,12 +90,12 @@ def _examine_memory() -> Finding:
 
 def _examine_shm() -> Finding:
     if not SHM.is_dir():
-        return found("/dev/shm", "not there", "data workers need it: mount a tmpfs, or data.workers=0", wrong=True)
+        return found("/dev/shm", "not there", "data workers and NCCL need it: mount a tmpfs", wrong=True)
     size, free = shm_room()
     text = f"{size / GIB:.2f} GiB, {free / GIB:.2f} free"
     mend = ""
     if free < SMALL_SHM:
-        mend = "workers hand over batches through it: docker run --shm-size=8g (or --ipc=host), or fewer data.workers"
+        mend = "NCCL works in it: docker run --shm-size=8g (or --ipc=host)"
     return found("/dev/shm", text, mend, total_bytes=size, free_bytes=free)
 
 

@@ -93,7 +93,7 @@ class Loop:
             self._note_bad(cpu_batch.bad)
             self._interval.add_digest(batch_digest(cpu_batch))
             batch = cpu_batch.to(parts.world.device)
-            images = parts.normalize(batch.images)
+            images = parts.normalize(parts.augment(batch.images, batch.draws))
             images, targets = parts.mixer.mix(images, batch.labels, batch.epoch, batch.batch)
             parts.reporter.beat("forward")
             loss = self._objective(parts.engine.forward(images), targets)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from karat_scale.data.backends import Backend, open_backend
+from karat_scale.data.device_augment import DeviceAugment
 from karat_scale.data.mixing import Mixer
 from karat_scale.data.normalize import Normalize
 from karat_scale.data.plan import TrainPlan, choose_micro_batch
@@ -34,6 +35,7 @@ class Parts:
     engine: Engine
     ema: Ema | None
     schedule: CosineSchedule
+    augment: DeviceAugment
     mixer: Mixer
     normalize: Normalize
     efficiency: Efficiency
@@ -84,6 +86,7 @@ def build_parts(
         engine=engine,
         ema=ema,
         schedule=schedule,
+        augment=DeviceAugment(recipe.augment, recipe.model.image_size),
         mixer=Mixer(recipe.augment, recipe.model.num_classes, recipe.run.seed),
         normalize=Normalize(recipe.augment.mean, recipe.augment.std),
         efficiency=Efficiency(recipe, world.size, device_peak(world.device, recipe.train.precision)),

@@ -50,13 +50,12 @@ def test_each_backend_with_files_finds_them(subject: MakeSubject, image_folder: 
     assert find_data_files(subject("data.backend=synthetic").recipe, 64) is None
 
 
-def test_batches_that_shared_memory_cannot_hold_are_a_problem(subject: MakeSubject) -> None:
+def test_batches_that_memory_cannot_hold_are_a_problem(subject: MakeSubject) -> None:
     few = by_name(fit.examine_workers(subject()))
-    assert few["/dev/shm for batches"].level == "ok"
+    assert few["memory for batches"].level == "ok"
     many = by_name(fit.examine_workers(subject("data.workers=64", "data.prefetch=100000000")))
-    assert many["/dev/shm for batches"].level == "problem"
-    assert "--shm-size" in many["/dev/shm for batches"].mend
-    assert many["open files for batches"].level == "problem"
+    assert many["memory for batches"].level == "problem"
+    assert "data.prefetch" in many["memory for batches"].mend
     assert many["workers"].level == "note"
     assert not list(fit.examine_workers(subject("data.workers=0")))
 

@@ -129,7 +129,7 @@ class DaliBackend(SplitBackend):
         self._decoder = TorchvisionDecoder(augment.interpolation, data.max_pixels)
         self._train_pass = TrainPass(TrainTransform(augment, image_size), seed, image_size, data, self._decoder)
         self._eval_pass = EvalPass(EvalTransform(augment, image_size), image_size, data, self._decoder)
-        self._only_flips = not (augment.randaugment or augment.color_jitter or augment.erasing)
+        self._only_flips = augment.workers_only_flip
         self._threads = max(1, data.workers)
         # The GPU that the process has taken up, if it has: a run on the CPU of a machine with GPUs leaves them alone.
         self._gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
