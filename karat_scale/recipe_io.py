@@ -28,6 +28,7 @@ FREE_KEYS = (
     "data.verify",
     "train.micro_batch",
     "train.eval_batch",
+    "train.eval_every_epochs",
     "train.max_steps",
     "train.recompute",
     "deepspeed",
@@ -80,9 +81,13 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def validate_recipe(tree: Mapping[str, Any], source: str) -> Recipe:
     """Turn a mapping into a Recipe, or raise RecipeError with one line that begins with `source`."""
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise RecipeError(f"{source}: {_one_line(error)}") from None
+    unknown = [key for key in recipe.resume.allow if key not in schema_keys()]
+    if unknown:
+        raise RecipeError(f"{source}: resume.allow = {unknown[0]}: no such key{_nearest(unknown[0])}")
+    return recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -96,14 +101,17 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
     return dict(_leaves(recipe.model_dump(mode="json", by_alias=True)))
 
 
-def differing_keys(old: Recipe, new: Recipe) -> list[str]:
-    """Dotted keys whose values differ and matter for what is learned, less those `new` allows to differ."""
+def differing_keys(old: Recipe, new: Recipe, allowed: Sequence[str] = ()) -> list[str]:
+    """Dotted keys whose values differ and matter for what is learned, less those that are `allowed` to differ.
+
+    A section's name stands for all its keys.
+    """
     before, after = flatten(old), flatten(new)
-    allowed = (*FREE_KEYS, *new.resume.allow)
+    free = (*FREE_KEYS, *allowed)
     return [
         key
         for key in after
-        if before.get(key) != after[key] and not any(key == a or key.startswith(f"{a}.") for a in allowed)
+        if before.get(key) != after[key] and not any(key == a or key.startswith(f"{a}.") for a in free)
     ]
 
 

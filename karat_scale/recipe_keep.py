@@ -22,7 +22,11 @@ class CheckpointConfig(Section):
 
 
 class ResumeConfig(Section):
-    """How to go on from an earlier run: `from` is a checkpoint directory, `allow` names keys that may differ."""
+    """How to go on from an earlier run.
+
+    `from` is the run directory or the checkpoint a new run branches from, at its first start only. `allow` names keys
+    or sections in which the recipe may differ from that of the run here.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 

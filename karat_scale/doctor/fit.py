@@ -142,7 +142,7 @@ def examine_run_directory(subject: Subject) -> Iterator[Finding]:
 def _occupied(recipe: Recipe, directory: RunDirectory) -> Finding:
     if not directory.recipe_file.is_file():
         return found("run.dir", f"{directory.path} can be written")
-    keys = differing_keys(directory.recipe(), recipe)
+    keys = differing_keys(directory.recipe(), recipe, recipe.resume.allow)
     if keys:
         text = f"{directory.path} belongs to a run with another {', '.join(keys[:6])}"
         return found("run.dir", text, "choose another run.dir", wrong=True, differing=keys)

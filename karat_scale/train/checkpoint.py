@@ -88,22 +88,30 @@ class Checkpoints:
         return state
 
     def _choose(self, state_of: str) -> tuple[Path, str] | RunDirectoryError | None:
-        if state_of:
-            path = Path(state_of)
-            damage = CheckpointStore(path.parent).damage(path.name, self._reporter.display.verify)
-            if damage:
-                return RunDirectoryError(f"resume.from = {state_of}: {damage}; name a complete checkpoint")
-            return path.parent, path.name
-        names = self.store.names()
-        latest = self.store.pointed("latest")
+        if not state_of:
+            return self._newest_intact(self.store)
+        path = Path(state_of)
+        if (path / "checkpoints").is_dir():
+            found = self._newest_intact(CheckpointStore(path / "checkpoints"))
+            return found or RunDirectoryError(f"resume.from = {state_of}: this run has no checkpoints yet")
+        damage = CheckpointStore(path.parent).damage(path.name, self._reporter.display.verify)
+        if damage:
+            return RunDirectoryError(
+                f"resume.from = {state_of}: {damage}; name a complete checkpoint or a run's directory"
+            )
+        return path.parent, path.name
+
+    def _newest_intact(self, store: CheckpointStore) -> tuple[Path, str] | RunDirectoryError | None:
+        names = store.names()
+        latest = store.pointed("latest")
         for name in sorted(names, key=lambda n: n != latest):
-            damage = self.store.damage(name, self._reporter.display.verify)
+            damage = store.damage(name, self._reporter.display.verify)
             if damage is None:
-                return self.store.root, name
+                return store.root, name
             self._reporter.warn(f"checkpoint {name} is damaged: {damage}; trying the one before")
         if names:
             return RunDirectoryError(
-                f"{self.store.root}: none of {len(names)} checkpoints is intact; "
+                f"{store.root}: none of {len(names)} checkpoints is intact; "
                 "remove the directory to start anew, or restore one from a copy"
             )
         return None

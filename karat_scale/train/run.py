@@ -28,34 +28,36 @@ def train(recipe: Recipe) -> int:
     signals = StopSignals().install()
     world = distributed.start(recipe.run.device)
     try:
-        directory = _open_directory(recipe, world)
-        return _train(recipe, world, directory, signals)
+        directory, changes = _open_directory(recipe, world)
+        return _train(recipe, world, directory, changes, signals)
     finally:
         distributed.stop()
 
 
-def _open_directory(recipe: Recipe, world: World) -> RunDirectory:
-    """Rank 0 claims the run directory; all ranks hear of its refusal."""
+def _open_directory(recipe: Recipe, world: World) -> tuple[RunDirectory, str]:
+    """Rank 0 claims the run directory; all ranks hear of its refusal, or of what the recipe changes on purpose."""
     directory = RunDirectory(recipe.run.dir)
-    refusal: UserError | None = None
+    answer: UserError | str = ""
     if world.is_main:
         try:
-            directory.open(recipe)
+            answer = directory.open(recipe)
         except UserError as error:
-            refusal = error
-    refusal = world.broadcast(refusal)
-    if refusal is not None:
-        raise refusal
-    return directory
+            answer = error
+    answer = world.broadcast(answer)
+    if isinstance(answer, UserError):
+        raise answer
+    return directory, answer
 
 
-def _train(recipe: Recipe, world: World, directory: RunDirectory, signals: StopSignals) -> int:
+def _train(recipe: Recipe, world: World, directory: RunDirectory, changes: str, signals: StopSignals) -> int:
     reporter = _open_reporter(recipe, world, directory)
     outcome = _Outcome(recipe, world)
     parts: Parts | None = None
     try:
         parts = build_parts(recipe, world, directory, signals, reporter)
         outcome.parameters = parts.engine.parameters
+        if changes:
+            reporter.info(f"the recipe has changed on purpose: {changes}")
         state = parts.checkpoints.load(_branch_point(recipe, directory)) or outcome.state
         outcome.state, outcome.begun = state, True
         if world.is_main:

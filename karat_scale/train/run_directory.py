@@ -19,7 +19,7 @@ from karat_scale.errors import RunDirectoryError
 from karat_scale.files import write_atomically
 from karat_scale.recipe import Recipe
 from karat_scale.recipe_io import differing_keys, dump_recipe, flatten, load_recipe
-from karat_scale.train.checkpoint_store import CheckpointStore
+from karat_scale.train.checkpoint_store import CheckpointStore, checkpoint_name
 
 # The data cursor counts global batches, so another size would train on other samples.
 NEVER_ALLOWED = ("train.global_batch",)
@@ -38,8 +38,11 @@ class RunDirectory:
         self.store = CheckpointStore(self.path / "checkpoints")
         self._lock: IO[str] | None = None
 
-    def open(self, recipe: Recipe) -> None:
+    def open(self, recipe: Recipe) -> str:
         """Claim the directory for `recipe`, creating it if need be.
+
+        Returns:
+            What the recipe changes on purpose in the run that is here, as text; mostly nothing.
 
         Raises:
             RunDirectoryError: it holds another recipe's run, is in use, cannot be written, or has
@@ -55,8 +58,10 @@ class RunDirectory:
                 f"run.dir = {self.path} has checkpoints and resume.mode = never; "
                 "choose another run.dir or use resume.mode=auto"
             )
-        if self.recipe_file.is_file():
-            self._refuse_another_recipe(recipe)
+        if recipe.resume.mode == "never" or not self.recipe_file.is_file():
+            return ""
+        self._refuse_another_recipe(recipe)
+        return self.changes(recipe)
 
     def begin(self, recipe: Recipe) -> None:
         """Record the recipe: from here on the directory is this run's."""
@@ -100,15 +105,34 @@ class RunDirectory:
         lock.flush()
         self._lock = lock  # held until the process ends
 
+    def changes(self, recipe: Recipe) -> str:
+        """What shapes a run's result and differs from the recipe recorded here: keys with both values."""
+        old = self.recipe()
+        return _describe(old, recipe, differing_keys(old, recipe))
+
     def _refuse_another_recipe(self, recipe: Recipe) -> None:
         old = self.recipe()
+        keys = differing_keys(old, recipe, recipe.resume.allow)
+        if keys == ["train.epochs"] and recipe.train.epochs > old.train.epochs and self._is_finished(old):
+            return  # asking for more of a finished run cannot be a mistake
         before, after = flatten(old), flatten(recipe)
-        keys = differing_keys(old, recipe)
-        keys += [key for key in NEVER_ALLOWED if key not in keys and before[key] != after[key]]
+        fixed = [key for key in NEVER_ALLOWED if before[key] != after[key]]
+        keys += [key for key in fixed if key not in keys]
         if keys:
-            listed = ", ".join(f"{key} ({before.get(key)} -> {after[key]})" for key in keys[:6])
-            more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
+            mends = [f"use {key}={before[key]}" for key in fixed] or [f"add resume.allow=[{','.join(keys)}]"]
             raise RunDirectoryError(
-                f"run.dir = {self.path} belongs to another recipe: {listed}{more}; choose another run.dir"
-                + ("" if set(keys) & set(NEVER_ALLOWED) else f", or resume.allow=[{', '.join(keys)}]")
+                f"run.dir = {self.path} belongs to another recipe: {_describe(old, recipe, keys)}; "
+                f"{' and '.join(mends)}, or choose another run.dir"
             )
+
+    def _is_finished(self, recipe: Recipe) -> bool:
+        """Whether the newest checkpoint is the end of the run that `recipe` says."""
+        summary = self.summary() or {}
+        ended = summary.get("exit") == 0 and recipe.train.max_steps is None
+        return ended and self.store.pointed("latest") == checkpoint_name(summary["steps"])
+
+
+def _describe(old: Recipe, new: Recipe, keys: list[str]) -> str:
+    before, after = flatten(old), flatten(new)
+    listed = ", ".join(f"{key} ({before.get(key)} -> {after[key]})" for key in keys[:6])
+    return listed + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from karat_scale.recipe_io import load_recipe
 from karat_scale.train.checkpoint_store import CheckpointStore
+from karat_scale.train.schedule import build_schedule
 from tests.conftest import events, karat, summary
 from tests.train.conftest import equal
 from tests.train.runs import STEPS, final_tensors, kill_all, losses, start, wait_for_checkpoint, wait_for_step
@@ -165,6 +167,25 @@ def test_a_branch_starts_from_another_runs_checkpoint(recipe_file: Path, tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((source / "state.json").read_text())["step"] == events(branch, "resume")[0]["step"] == 8
     assert summary(branch)["steps"] == STEPS
+    again = karat("train", str(recipe_file), f"run.dir={branch}", f"resume.from={trunk}", "optim.lr=1e-4")
+    assert events(branch, "resume")[1]["step"] == STEPS, again.stdout  # its own checkpoint, not the trunk's
+
+
+def test_a_finished_run_is_extended_on_the_longer_runs_schedule(recipe_file: Path, tmp_path: Path) -> None:
+    run, branch = tmp_path / "run", tmp_path / "branch"
+    karat("train", str(recipe_file), f"run.dir={run}", "train.epochs=1")
+    longer = karat("train", str(recipe_file), f"run.dir={run}", "train.epochs=3")
+    assert longer.returncode == 0, longer.stdout + longer.stderr
+    assert "changed on purpose: train.epochs (1 -> 3)" in longer.stdout
+    recipe = load_recipe(run / "recipe.yaml")
+    assert recipe.train.epochs == 3
+    schedule = build_schedule(recipe, 8)
+    rates = {event["step"]: event["lr"] for event in events(run, "train")}
+    assert {step: rates[step] for step in range(9, 25)} == {step: schedule.lr(step - 1) for step in range(9, 25)}
+    assert [event["step"] for event in events(run, "eval")] == [8, 16, 24]
+    # A branch may be named by its trunk's directory, and goes on from the newest checkpoint.
+    branched = karat("train", str(recipe_file), f"run.dir={branch}", f"resume.from={run}", "train.epochs=4")
+    assert events(branch, "resume")[0]["step"] == 24, branched.stdout + branched.stderr
 
 
 @pytest.mark.multiprocess

@@ -37,6 +37,42 @@ def test_keys_that_do_not_matter_may_change(small_recipe, tmp_path: Path) -> Non
     directory.open(small_recipe("data.workers=0", "log.every_steps=3", "train.micro_batch=2"))
 
 
+def test_the_mend_of_a_differing_key_is_named(small_recipe, tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    directory.begin(small_recipe())
+    with pytest.raises(RunDirectoryError, match=r"optim.lr \(0.0005 -> 1.0\); add resume.allow=\[optim.lr\]"):
+        RunDirectory(directory.path).open(small_recipe("optim.lr=1"))
+    with pytest.raises(RunDirectoryError, match=r"global_batch \(8 -> 16\); use train.global_batch=8, or choose"):
+        RunDirectory(directory.path).open(small_recipe("train.global_batch=16", "resume.allow=train.global_batch"))
+    changes = RunDirectory(directory.path).open(small_recipe("optim.lr=1", "resume.allow=optim.lr"))
+    assert changes == "optim.lr (0.0005 -> 1.0)"
+
+
+def test_a_run_that_never_saved_may_start_anew(small_recipe, tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    directory.begin(small_recipe())
+    assert directory.open(small_recipe("optim.lr=1", "resume.mode=never")) == ""
+
+
+def test_only_a_finished_run_is_extended_without_leave(small_recipe, tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    directory.begin(small_recipe())
+    (directory.store.root / "step-00000008").mkdir(parents=True)
+    directory.store.point("latest", "step-00000008")
+    longer = small_recipe("train.epochs=3")
+    for summary in ({"exit": 75, "steps": 8}, {"exit": 0, "steps": 7}):
+        directory.write_summary(summary)
+        with pytest.raises(RunDirectoryError, match=r"train.epochs \(2 -> 3\)"):
+            RunDirectory(directory.path).open(longer)
+    directory.write_summary({"exit": 0, "steps": 8})
+    with pytest.raises(RunDirectoryError, match=r"train.epochs \(2 -> 1\)"):
+        RunDirectory(directory.path).open(small_recipe("train.epochs=1"))
+    assert RunDirectory(directory.path).open(longer) == "train.epochs (2 -> 3)"
+
+
 def test_many_differing_keys_are_counted(small_recipe, tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
