@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import socket
+import weakref
 from pathlib import Path
 from typing import IO, Any
 
@@ -104,6 +105,9 @@ class RunDirectory:
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
         self._lock = lock  # held until the process ends
+        # Data workers outlive a killed trainer by a second; with the lock, they would refuse its next start.
+        mine = weakref.ref(lock)
+        os.register_at_fork(after_in_child=lambda: _close(mine()))
 
     def changes(self, recipe: Recipe) -> str:
         """What shapes a run's result and differs from the recipe recorded here: keys with both values."""
@@ -130,6 +134,11 @@ class RunDirectory:
         summary = self.summary() or {}
         ended = summary.get("exit") == 0 and recipe.train.max_steps is None
         return ended and self.store.pointed("latest") == checkpoint_name(summary["steps"])
+
+
+def _close(file: IO[str] | None) -> None:
+    if file is not None:
+        file.close()
 
 
 def _describe(old: Recipe, new: Recipe, keys: list[str]) -> str:

@@ -1,3 +1,5 @@
+import multiprocessing
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,18 @@ def test_two_cannot_hold_one_directory(small_recipe, tmp_path: Path) -> None:
     first.open(small_recipe())
     with pytest.raises(RunDirectoryError, match="in use by process"):
         second.open(small_recipe())
+
+
+def test_a_process_that_outlives_the_run_does_not_hold_its_directory(small_recipe, tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.open(small_recipe())
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+    del directory  # as by a kill
+    RunDirectory(tmp_path / "run").open(small_recipe())
+    assert worker.is_alive()
+    worker.kill()
+    worker.join()
 
 
 def test_a_place_that_cannot_be_written_is_one_line(small_recipe, tmp_path: Path) -> None:
