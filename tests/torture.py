@@ -9,6 +9,7 @@ until there were enough kills. Exit code 1: a difference, a hang, or a start tha
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -22,22 +23,23 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # the same sums in the same order
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rich.console import Console  # noqa: E402
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401
-import karat_scale.data.backends.webdataset  # noqa: E402, F401
-import karat_scale.train.run  # noqa: E402, F401
-from karat_scale.recipe_io import dump_recipe, load_recipe  # noqa: E402
-from karat_scale.train.ds_internals import quieten_and_skip_builds  # noqa: E402
-from karat_scale.train.tensor_storage import load_tensors  # noqa: E402
-from tests.conftest import SMALL, make_image_folder, run_script  # noqa: E402
-from tests.train.conftest import equal  # noqa: E402
-from tests.train.forked_ranks import ForkedRanks  # noqa: E402
+import karat_scale.data.backends.webdataset
+import karat_scale.train.run  # noqa: F401
+from karat_scale.recipe_io import dump_recipe, load_recipe
+from karat_scale.train.ds_internals import quieten_and_skip_builds
+from karat_scale.train.tensor_storage import load_tensors
+from tests.conftest import SMALL, make_image_folder, run_script
+from tests.train.conftest import equal
+from tests.train.forked_ranks import ForkedRanks
 
 FINISHES_WITHIN = 300.0
 SURVIVORS_END_WITHIN = 30.0
 POLL = 0.001
+INTO_A_SAVE = 0.05
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Outcome:
     kills: int = 0
     kills_of: dict[str, int] = field(default_factory=lambda: {"one": 0, "all": 0})
     kills_while_saving: int = 0
-    kills_before_the_first_step: int = 0
+    kills_before_a_checkpoint: int = 0
     starts: int = 0
     rounds: int = 0
     seconds: float = 0.0
@@ -94,41 +96,35 @@ class Campaign:
 
     def _kill(self, ranks: ForkedRanks, run: Path) -> bool:
         """Kill at a random moment; False when the run finished before."""
-        checkpoints = run / "checkpoints"
-        moment = time.monotonic() + self._random.random() * self._seconds / 2
-        while time.monotonic() < moment and len(ranks.running()) == self._outcome.ranks:
+        begun, checkpoints = time.time(), run / "checkpoints"
+        moment = begun + self._random.random() * self._seconds / 2
+        while time.time() < moment and ranks.all_run():
             time.sleep(POLL)
         if self._random.random() < 0.5:
-            while len(ranks.running()) == self._outcome.ranks and not saving(checkpoints):
+            while ranks.all_run() and not saving(checkpoints, begun):
                 time.sleep(POLL)
-            time.sleep(self._random.random() * self._seconds_of_a_save(run))
-        alive = ranks.running()
-        if len(alive) < self._outcome.ranks:
+            time.sleep(self._random.random() * INTO_A_SAVE)
+        if not ranks.all_run():
             return False
         whom = self._random.choice(("one", "all")) if self._outcome.ranks > 1 else "all"
-        ranks.kill([self._random.choice(alive)] if whom == "one" else alive)
+        ranks.kill([self._random.choice(ranks.ranks)] if whom == "one" else ranks.ranks)
         if not ranks.wait(SURVIVORS_END_WITHIN):
-            self._problem(f"{run}: ranks hung after another was killed")
+            self._problem(f"{run}: ranks hung after another was killed; {run.name}.log says where")
         self._outcome.kills += 1
         self._outcome.kills_of[whom] += 1
-        self._outcome.kills_while_saving += saving(checkpoints)
-        self._outcome.kills_before_the_first_step += not (checkpoints / "latest").exists()
+        self._outcome.kills_while_saving += saving(checkpoints, begun)
+        self._outcome.kills_before_a_checkpoint += not (checkpoints / "latest").exists()
         return True
-
-    def _seconds_of_a_save(self, run: Path) -> float:
-        """As the run's log has them, the longest of late."""
-        log = run / "metrics.jsonl"
-        lines = log.read_text().splitlines()[-20:] if log.is_file() else []
-        saves = [json.loads(line) for line in lines if '"checkpoint"' in line and line.endswith("}")]
-        return max((event["seconds"] for event in saves), default=0.05)
 
     def _problem(self, text: str) -> None:
         self._outcome.problems.append(text)
 
 
-def saving(checkpoints: Path) -> bool:
-    """Whether a save is under way, or was cut off."""
-    return any(checkpoints.glob(".saving-*"))
+def saving(checkpoints: Path, since: float) -> bool:
+    """Whether a save that began after `since` is under way, or was cut off."""
+    with contextlib.suppress(FileNotFoundError):  # it got its name meanwhile
+        return any(path.stat().st_mtime > since for path in checkpoints.glob(".saving-*"))
+    return False
 
 
 def last_tensors(run: Path) -> dict[str, object]:

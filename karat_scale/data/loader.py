@@ -1,11 +1,13 @@
 """Batches in plan order from parallel worker processes."""
 
 import itertools
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -60,7 +62,7 @@ class OrderedLoader(Iterator[Batch]):
             prefetch_factor=prefetch if workers else None,
             timeout=min(POLL_SECONDS, timeout) if workers else 0,
             collate_fn=_unchanged,
-            worker_init_fn=prepare_worker,
+            worker_init_fn=partial(prepare_worker, os.getpid()),
             pin_memory=torch.cuda.is_available(),
             # Without a generator of its own the loader draws from the global one.
             generator=torch.Generator(),

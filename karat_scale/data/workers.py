@@ -13,8 +13,8 @@ POLL_SECONDS = 1.0
 MAX_WORKERS = 1024
 
 
-def prepare_worker(worker_id: int) -> None:
-    """Set up the calling process as a data worker; for DataLoader's worker_init_fn.
+def prepare_worker(parent: int, worker_id: int) -> None:
+    """Set up the calling process as a data worker of process `parent`; for DataLoader's worker_init_fn.
 
     A signal to the whole process group (Ctrl-C, SLURM) must not end the workers, since the trainer still
     needs its batches until it has written a checkpoint, and a worker's death would interrupt it anywhere. So
@@ -25,7 +25,9 @@ def prepare_worker(worker_id: int) -> None:
         signal.signal(ignored, signal.SIG_IGN)
     # Blocked here, so that the watching thread alone receives it and can ask who sent it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    # The parent is told, not asked for: killed before this line, it would be taken for the one that adopts orphans,
+    # and its connections would stay open in a worker that never leaves.
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
 
 def _leave_with(parent: int) -> None:

@@ -1,5 +1,6 @@
 """Ranks of a training run as forks of a process that has imported everything: real processes, started in moments."""
 
+import faulthandler
 import os
 import signal
 import time
@@ -32,6 +33,10 @@ class ForkedRanks:
                     self.codes[pid] = os.waitstatus_to_exitcode(status)
         return [pid for pid in self.ranks if pid not in self.codes]
 
+    def all_run(self) -> bool:
+        """Whether no rank has ended."""
+        return len(self.running()) == len(self.ranks)
+
     def kill(self, pids: Sequence[int]) -> None:
         """SIGKILL."""
         for pid in pids:
@@ -43,6 +48,9 @@ class ForkedRanks:
         while self.running() and time.monotonic() < deadline:
             time.sleep(0.005)
         left = self.running()
+        for pid in left:
+            os.kill(pid, signal.SIGUSR1)  # where it hangs, into the log
+            time.sleep(0.5)
         self.kill(left)
         while self.running():
             time.sleep(0.005)
@@ -59,6 +67,7 @@ def _be_a_rank(arguments: Sequence[str], rank: int, count: int, port: str, log: 
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)
         os.dup2(out, 2)
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
         if count > 1:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
