@@ -49,8 +49,8 @@ class ForkedRanks:
             time.sleep(0.005)
         left = self.running()
         for pid in left:
-            os.kill(pid, signal.SIGUSR1)  # where it hangs, into the log
-            time.sleep(0.5)
+            os.kill(pid, signal.SIGUSR1)  # says in the log where it hangs
+        time.sleep(0.1 if left else 0.0)
         self.kill(left)
         while self.running():
             time.sleep(0.005)

@@ -7,7 +7,7 @@ the function, so every pair of scores and units costs an evaluation. A basis of 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ class Basis(ABC):
 
     An instance never changes, and its attributes are its settings (a frozen dataclass is best).
     """
+
+    amplitudes: ClassVar[tuple[str, ...]] = ()
+    """The parameters that multiply phi: all of them times s is phi times s. Without, N cannot be changed."""
 
     @property
     def key(self) -> str:
@@ -60,6 +63,8 @@ class BoundFeatures(Protocol):
 
 class FeatureBasis(Basis):
     """phi_pq(x) = sum_f C_pqf f(x). Its one parameter is `coef` [h, F, p, q], unless `shapes` and `pack` say else."""
+
+    amplitudes = ("coef",)
 
     @property
     @abstractmethod

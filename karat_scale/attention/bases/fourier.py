@@ -17,6 +17,8 @@ class Fourier(FeatureBasis):
     Parameters `cos_coef` and `sin_coef` [h, p, q, G]; the features are all cosines, then all sines.
     """
 
+    amplitudes = ("cos_coef", "sin_coef")
+
     grid: int = 3
 
     # Its features follow from the shape of the coefficients, so every G shares one name.

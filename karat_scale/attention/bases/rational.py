@@ -16,6 +16,8 @@ class Rational(ElementwiseBasis):
     Parameters `numerator` a [h, m + 1, p, q] and `denominator` b [h, n, p, q].
     """
 
+    amplitudes = ("numerator",)
+
     orders: tuple[int, int] = (5, 4)
 
     def shapes(self, heads: int, units: int, keys: int) -> dict[str, Shape]:

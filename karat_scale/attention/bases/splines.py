@@ -21,6 +21,8 @@ class BSpline(FeatureBasis):
     c [h, G + k, p, q].
     """
 
+    amplitudes = ("weight",)
+
     grid: int = 3
     degree: int = 3
     range: float = 3.0

@@ -20,6 +20,8 @@ class Wavelet(ElementwiseBasis):
     Parameters `weight` w, `translation` tau and `scale` s, each [h, p, q].
     """
 
+    amplitudes = ("weight",)
+
     @abstractmethod
     def mother(self, t: Tensor) -> Tensor:
         """psi(t)."""
