@@ -72,11 +72,16 @@ class ModelConfig(Section):
 
 
 class Recipe(Section):
-    """A whole run, as data."""
+    """A whole run, as data.
+
+    `init_from` gives the weights that a new run begins with: a run's directory, a checkpoint in one, a file of `karat
+    export` or timm, or `timm:NAME`. Everything else begins anew.
+    """
 
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     attention: AttentionConfig = AttentionConfig()
+    init_from: str = ""
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models import VisionTransformer
 
 from karat_scale.data.backends import open_backend
 from karat_scale.data.batch import BadSample
 from karat_scale.data.normalize import Normalize
 from karat_scale.files import write_atomically
 from karat_scale.models import create_model
+from karat_scale.models.init_from import take_weights
 from karat_scale.recipe import Recipe
 from karat_scale.recipe_io import load_recipe
 from karat_scale.train import distributed
@@ -29,7 +31,7 @@ def evaluate_run(run_dir: str, overrides: Sequence[str], checkpoint: str, weight
         UserError: no such run or checkpoint, a damaged one, or data that does not fit.
     """
     directory = RunDirectory(run_dir)
-    directory.recipe()
+    trained = directory.recipe()
     recipe = load_recipe(directory.recipe_file, overrides)
     world = distributed.start(recipe.run.device)
     try:
@@ -37,7 +39,8 @@ def evaluate_run(run_dir: str, overrides: Sequence[str], checkpoint: str, weight
         saved = directory.store.state(name)
         wanted = recipe.train.eval_weights if weights == "auto" else weights
         use_ema = saved["has_ema"] if wanted == "auto" else wanted == "ema"
-        result = _evaluate(recipe, world, directory.store.root / name, saved, use_ema)
+        model = _model(recipe, trained.model.image_size, directory.store.root / name, saved, use_ema)
+        result = _evaluate(recipe, world, model, casts=saved["zero_stage"] == 0)
         if world.is_main:
             _report(directory.path, name, "ema" if use_ema else "raw", result, json_file)
     finally:
@@ -45,12 +48,23 @@ def evaluate_run(run_dir: str, overrides: Sequence[str], checkpoint: str, weight
     return 0
 
 
-def _evaluate(recipe: Recipe, world: World, checkpoint: Path, saved: dict[str, Any], use_ema: bool) -> EvalResult:
-    # As in training: stage 0 keeps fp32 weights in bf16 and casts as it goes.
-    is_bf16, casts = recipe.train.precision == "bf16", saved["zero_stage"] == 0
-    dtype = torch.bfloat16 if is_bf16 and not casts else torch.float32
-    model = create_model(recipe.model, recipe.attention)
+def _model(
+    recipe: Recipe, image_size: int, checkpoint: Path, saved: dict[str, Any], use_ema: bool
+) -> VisionTransformer:
+    """The checkpoint's model; interpolated where the recipe has another image size than it was trained at."""
+    model = create_model(recipe.model.model_copy(update={"image_size": image_size}), recipe.attention)
     load_weights(model, checkpoint, saved, use_ema)
+    if recipe.model.image_size == image_size:
+        return model
+    resized = create_model(recipe.model, recipe.attention)
+    take_weights(resized, model.state_dict(), new_head=False)
+    return resized
+
+
+def _evaluate(recipe: Recipe, world: World, model: VisionTransformer, casts: bool) -> EvalResult:
+    # As in training: stage 0 keeps fp32 weights in bf16 and casts as it goes.
+    is_bf16 = recipe.train.precision == "bf16"
+    dtype = torch.bfloat16 if is_bf16 and not casts else torch.float32
     model.to(world.device, dtype).eval()
     backend = open_backend(
         recipe.data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, recipe.run.seed

@@ -16,6 +16,7 @@ from karat_scale.train.distributed import World
 from karat_scale.train.efficiency import Efficiency, device_peak
 from karat_scale.train.ema import Ema
 from karat_scale.train.engine import Engine
+from karat_scale.train.initial_weights import initialise
 from karat_scale.train.profiler import StepProfiler
 from karat_scale.train.progress import Reporter
 from karat_scale.train.recompute import apply_recompute
@@ -73,6 +74,8 @@ def build_parts(
     schedule = build_schedule(recipe, plan.steps_per_epoch)
     torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank and world
     model = create_model(recipe.model, recipe.attention)
+    if recipe.init_from and not recipe.resume.from_ and not directory.store.names():
+        reporter.info(initialise(model, recipe.init_from, world))
     torch.manual_seed(recipe.run.seed + 1 + world.rank)  # but dropout of its own on each
     if recomputed := apply_recompute(model, recipe, world, micro_batch):
         reporter.info(recomputed)

@@ -71,7 +71,7 @@ class StoppingLoop(Loop):
         super().save_or_stop()
 
 
-def _train(recipe: Recipe, world: World, stop: tuple[int, str] | None = None) -> dict[str, object]:
+def train_to_the_end(recipe: Recipe, world: World, stop: tuple[int, str] | None = None) -> dict[str, object]:
     """Train, or go on, in the recipe's directory; returns all that its last checkpoint holds."""
     directory = RunDirectory(recipe.run.dir)
     directory.store.root.mkdir(parents=True, exist_ok=True)
@@ -99,11 +99,11 @@ def test_resume_is_bit_equal(
 ) -> None:
     # Dropout needs each rank's generator to go on where it stood.
     own = (f"deepspeed.config={config}", f"train.precision={precision}", "model.proj_drop=0.1", "data.workers=0")
-    whole = _train(small_recipe(*own, f"run.dir={tmp_path / 'whole'}"), world)
+    whole = train_to_the_end(small_recipe(*own, f"run.dir={tmp_path / 'whole'}"), world)
     cut = small_recipe(*own, f"run.dir={tmp_path / 'cut'}")
-    stopped = _train(cut, world, POINTS[point])
+    stopped = train_to_the_end(cut, world, POINTS[point])
     assert stopped["step"] == POINTS[point][0]
     assert (stopped["evaluated_step"] == stopped["step"]) == (point == "epoch boundary")
-    resumed = _train(cut, world)
+    resumed = train_to_the_end(cut, world)
     assert resumed["step"] == 2 * STEPS_PER_EPOCH
     assert equal(resumed, whole)

@@ -64,7 +64,7 @@ class BoundFeatures(Protocol):
 class FeatureBasis(Basis):
     """phi_pq(x) = sum_f C_pqf f(x). Its one parameter is `coef` [h, F, p, q], unless `shapes` and `pack` say else."""
 
-    amplitudes = ("coef",)
+    amplitudes: ClassVar[tuple[str, ...]] = ("coef",)
 
     @property
     @abstractmethod

@@ -1,0 +1,124 @@
+"""Learned attention for another number of tokens.
+
+KArAt's parameters are tied to token positions. Every axis of tokens is one over which attention sums: H[k, p] =
+sum_q phi_pq(A[k, q]) over keys, O = sum_j S[k, j] V[j] over values, whose weights are W[j, p] or, without a W,
+phi_jp. Over P patches such a sum is P times the mean of a function on the image, of which the patches are samples. So
+on another grid of P' patches the same function is sampled anew, bicubically, and what it multiplies is scaled by
+P / P': the sums, and with them the variance of H and O, stay as they were, as far as images are smooth on the scale
+of a patch. Class and register tokens are one term each, and stay as they are.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from karat_scale.attention import KaratOperator
+from karat_scale.attention.form_parameters import SECOND, parameter_shapes
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """N = prefix + height width tokens: class and register tokens, then the patches row by row."""
+
+    prefix: int
+    height: int
+    width: int
+
+    @property
+    def patches(self) -> int:
+        """P."""
+        return self.height * self.width
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.prefix + self.patches
+
+
+def square_grid(tokens: int, prefix: int) -> TokenGrid:
+    """The grid of N tokens, of a square image.
+
+    Raises ValueError when the patches are no square.
+    """
+    side = math.isqrt(max(tokens - prefix, 0))
+    if side < 1 or side * side != tokens - prefix:
+        raise ValueError(f"{tokens} tokens are not {prefix} and a square of patches")
+    return TokenGrid(prefix, side, side)
+
+
+def tokens_of(operator: KaratOperator, tensors: Mapping[str, Tensor]) -> int:
+    """N of an operator's tensors by name, where `operator` is one like it but for N.
+
+    Raises ValueError when they are of another operator.
+    """
+    for name, axes in _token_axes(operator).items():
+        tensor = tensors.get(name)
+        if axes and tensor is not None and tensor.dim() > axes[0]:
+            tokens = tensor.shape[axes[0]]
+            _check(operator, tensors, tokens)
+            return tokens
+    raise ValueError(f"expected {', '.join(_token_axes(operator))}, not {', '.join(tensors)}")
+
+
+def resize_operator(
+    operator: KaratOperator, tensors: Mapping[str, Tensor], old: TokenGrid, new: TokenGrid
+) -> dict[str, Tensor]:
+    """An operator's tensors by name for another grid; the same tensors where the grid is the same.
+
+    Args:
+        operator: of either size; its basis, form, heads and rank are looked at.
+        tensors: W [h, N, r] as `proj`, and the basis's parameters, by name.
+        old, new: the grid they are for, and the one they shall be for.
+
+    Raises ValueError when the tensors are of another operator, or the basis does not say what multiplies phi.
+    """
+    _check(operator, tensors, old.tokens)
+    if old == new:
+        return dict(tensors)
+    amplitudes = {"proj", *operator.basis.amplitudes}
+    if len(amplitudes) == 1:
+        raise ValueError(f"the basis {type(operator.basis).__name__} has no `amplitudes`, so N cannot change")
+    resized = {}
+    for name, axes in _token_axes(operator).items():
+        tensor = tensors[name]
+        for axis in axes:
+            scale = old.patches / new.patches if name.removeprefix(SECOND) in amplitudes else 1.0
+            tensor = resize_tokens(tensor, axis, old, new, scale)
+        resized[name] = tensor
+    return resized
+
+
+def resize_tokens(tensor: Tensor, axis: int, old: TokenGrid, new: TokenGrid, scale: float = 1.0) -> Tensor:
+    """A tensor whose `axis` is one of tokens for another grid: patches bicubic and scaled, the others as they are."""
+    prefix, patches = tensor.movedim(axis, -1).split([old.prefix, old.patches], -1)
+    plane = patches.reshape(-1, 1, old.height, old.width).to(torch.promote_types(tensor.dtype, torch.float32))
+    plane = functional.interpolate(plane, (new.height, new.width), mode="bicubic", antialias=True) * scale
+    patches = plane.to(tensor.dtype).view(*prefix.shape[:-1], new.patches)
+    return torch.cat((prefix, patches), -1).movedim(-1, axis).contiguous()
+
+
+def _shapes(operator: KaratOperator, tokens: int) -> dict[str, tuple[int, ...]]:
+    shapes = parameter_shapes(operator.basis, operator.form, operator.num_heads, tokens, operator.rank)
+    return shapes if operator.proj is None else {**shapes, "proj": (operator.num_heads, tokens, operator.rank)}
+
+
+def _token_axes(operator: KaratOperator) -> dict[str, list[int]]:
+    """The axes of each parameter whose size follows N."""
+    one, other = _shapes(operator, operator.num_tokens), _shapes(operator, operator.num_tokens + 1)
+    return {
+        name: [axis for axis, sizes in enumerate(zip(shape, other[name], strict=True)) if sizes[0] != sizes[1]]
+        for name, shape in one.items()
+    }
+
+
+def _check(operator: KaratOperator, tensors: Mapping[str, Tensor], tokens: int) -> None:
+    expected = _shapes(operator, tokens)
+    if set(tensors) != set(expected):
+        raise ValueError(f"expected {', '.join(expected)}, not {', '.join(tensors)}")
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{name} is {list(tensors[name].shape)} there, {list(shape)} expected")

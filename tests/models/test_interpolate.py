@@ -1,0 +1,129 @@
+"""An operator on another grid does what it did, as far as images are smooth."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from karat_scale.attention import KaratOperator
+from karat_scale.attention.bases import BASES, make_basis
+from karat_scale.attention.form_parameters import FORMS, SECOND
+from karat_scale.models.interpolate import TokenGrid, resize_operator, resize_tokens, square_grid, tokens_of
+
+HEADS, DIM, RANK = 2, 4, 3
+
+
+def operator(grid: TokenGrid, basis: str = "fourier", form: str = "modular") -> KaratOperator:
+    torch.manual_seed(0)
+    return KaratOperator(grid.tokens, HEADS, make_basis(basis, grid=3), RANK, form=form, implementation="streaming")
+
+
+def smooth(shape: tuple[int, ...], axis: int, grid: TokenGrid, seed: int) -> Tensor:
+    """A few slow waves over the image at each place of `shape`, whose `axis` is of tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [size for number, size in enumerate(shape) if number != axis]
+    weight, phase = torch.randn(*sizes, 2, generator=generator), 6 * torch.rand(*sizes, 2, 1, 1, generator=generator)
+    y, x = torch.meshgrid(*((torch.arange(n) + 0.5) / n for n in (grid.height, grid.width)), indexing="ij")
+    waves = torch.cos(phase + math.pi * torch.stack((x, y))).flatten(-2)
+    patches = (weight.unsqueeze(-1) * waves).sum(-2)
+    prefix = torch.randn(*sizes, grid.prefix, generator=generator)
+    return torch.cat((prefix, patches), -1).movedim(-1, axis)
+
+
+def smooth_parameters(module: KaratOperator, grid: TokenGrid) -> dict[str, Tensor]:
+    """Smooth in the first axis of tokens; where there are two, equal along the second but for the prefix."""
+    tensors = {}
+    for seed, (name, tensor) in enumerate(module.state_dict().items()):
+        axes = [axis for axis, size in enumerate(tensor.shape) if size == grid.tokens]
+        tensors[name] = smooth(tuple(tensor.shape), axes[-1], grid, seed)
+        for axis in axes[:-1]:
+            one = tensors[name].narrow(axis, grid.prefix, 1)
+            tensors[name] = torch.cat((tensors[name].narrow(axis, 0, grid.prefix), *[one] * grid.patches), axis)
+        amplitude = name == "proj" or name.removeprefix(SECOND) in module.basis.amplitudes
+        # Sums over N are near 1, and no wavelet's scale nor denominator passes 0.
+        tensors[name] = tensors[name] / grid.tokens ** len(axes) if amplitude else 1 + 0.2 * tensors[name]
+    return tensors
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("basis", sorted(BASES))
+def test_the_class_token_sees_the_same_through_more_patches(basis: str, form: str) -> None:
+    old, new = TokenGrid(1, 8, 8), TokenGrid(1, 12, 12)
+    before, after = operator(old, basis, form), operator(new, basis, form)
+    tensors = smooth_parameters(before, old)
+    before.load_state_dict(tensors)
+    after.load_state_dict(resize_operator(after, tensors, old, new))
+
+    def attend(module: KaratOperator, grid: TokenGrid) -> Tensor:
+        query, key, value = (smooth((8, HEADS, grid.tokens, DIM), 2, grid, seed) for seed in (7, 8, 9))
+        return module(query / 2, key, value)[:, :, 0]  # the same query at each size
+
+    with torch.no_grad():
+        left, right = attend(before, old), attend(after, new)
+    assert (left - right).norm() / left.norm() < 0.03
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_grid_gives_the_same_tensors(form: str) -> None:
+    grid = TokenGrid(2, 3, 3)
+    module = operator(grid, form=form)
+    resized = resize_operator(module, module.state_dict(), grid, grid)
+    assert all(torch.equal(resized[name], x) for name, x in module.state_dict().items())
+
+
+@given(
+    prefix=st.integers(0, 3),
+    old=st.integers(2, 9),
+    new=st.integers(1, 12),
+    axis=st.integers(0, 2),
+    value=st.floats(-4, 4),
+)
+@settings(deadline=None, max_examples=30)
+def test_a_sum_over_equal_patches_stays_and_the_prefix_is_untouched(
+    prefix: int, old: int, new: int, axis: int, value: float
+) -> None:
+    before, after = TokenGrid(prefix, old, old), TokenGrid(prefix, new, new)
+    tensor = torch.full((2, 3, 4), value, dtype=torch.float64)
+    tensor = tensor.narrow(axis, 0, 1).repeat_interleave(before.tokens, axis)
+    tensor.narrow(axis, 0, prefix).copy_(torch.randn_like(tensor.narrow(axis, 0, prefix)))
+    resized = resize_tokens(tensor, axis, before, after, before.patches / after.patches)
+    assert torch.equal(resized.narrow(axis, 0, prefix), tensor.narrow(axis, 0, prefix))
+    assert resized.shape[axis] == after.tokens
+    torch.testing.assert_close(resized.sum(axis), tensor.sum(axis))
+
+
+def test_rows_stay_rows() -> None:
+    old, new = TokenGrid(0, 4, 2), TokenGrid(0, 8, 2)
+    ramp = torch.arange(4.0).repeat_interleave(2).unsqueeze(0)
+    resized = resize_tokens(ramp, 1, old, new).view(8, 2)
+    assert torch.equal(resized[:, 0], resized[:, 1])
+    assert (resized[1:, 0] > resized[:-1, 0]).all()
+
+
+def test_a_fresh_operator_keeps_its_variance_on_smooth_images() -> None:
+    old, new = TokenGrid(0, 8, 8), TokenGrid(0, 16, 16)
+    before, after = operator(old), operator(new)
+    after.load_state_dict(resize_operator(after, before.state_dict(), old, new))
+
+    def variance(module: KaratOperator, grid: TokenGrid) -> float:
+        query, key, value = (smooth((32, HEADS, grid.tokens, DIM), 2, grid, seed) for seed in (1, 2, 3))
+        return float(module(query, key, value).var())
+
+    with torch.no_grad():
+        assert variance(after, new) == pytest.approx(variance(before, old), rel=0.1)
+
+
+def test_other_operators_are_refused_by_name() -> None:
+    grid = TokenGrid(1, 2, 2)
+    module = operator(grid)
+    tensors = dict(module.state_dict())
+    assert tokens_of(module, tensors) == 5
+    with pytest.raises(ValueError, match=r"expected cos_coef, sin_coef, proj, not cos_coef, sin_coef"):
+        resize_operator(module, {k: x for k, x in tensors.items() if k != "proj"}, grid, grid)
+    with pytest.raises(ValueError, match=r"cos_coef is \[2, 3, 5, 2\] there, \[2, 3, 5, 3\] expected"):
+        tokens_of(module, {**tensors, "cos_coef": tensors["cos_coef"][..., :2]})
+    with pytest.raises(ValueError, match="7 tokens are not 1 and a square"):
+        square_grid(7, 1)
