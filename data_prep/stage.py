@@ -16,7 +16,13 @@ from pathlib import Path
 
 from console import add_shard_options, make_parser, progress, run
 
-from karat_scale.data.shard_format import FileRecord, chosen_splits, read_dataset_record, write_dataset_record
+from karat_scale.data.shard_format import (
+    DATASET_FILE,
+    FileRecord,
+    chosen_splits,
+    read_dataset_record,
+    write_dataset_record,
+)
 from karat_scale.data.shards import check_file
 from karat_scale.errors import DataError
 from karat_scale.files import commit_file
@@ -87,6 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
             advance(1)
     for leftover in (path for file in missing for path in out.glob(f".{file.name}.*")):
         leftover.unlink(missing_ok=True)
+    if missing:  # until all are here, nobody is to take this directory for a whole copy
+        (out / DATASET_FILE).unlink(missing_ok=True)
     needed = sum(file.bytes for file in missing)
     check_space(src, out, needed)
     with progress("copying", needed, "bytes") as advance, ThreadPoolExecutor(options.workers) as pool:

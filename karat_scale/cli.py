@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     submit = commands.add_parser("submit", help="write a recipe's sbatch script, show it, and submit it")
     submit.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     submit.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.path=DIR")
-    for option in ("account", "partition", "time"):
+    for option in ("account", "partition", "qos", "constraint", "time"):
         submit.add_argument(f"--{option}", help="as sbatch has it")
     for option in ("nodes", "gpus-per-node", "cpus-per-task"):
         submit.add_argument(f"--{option}", type=int, help="as sbatch has it")
@@ -137,7 +137,7 @@ def _submit(options: argparse.Namespace) -> int:
     from karat_scale.cluster.submit import submit
 
     given = {name: value for name, value in vars(options).items() if value is not None}
-    sbatch = ("account", "partition", "nodes", "gpus_per_node", "cpus_per_task", "time")
+    sbatch = ("account", "partition", "qos", "constraint", "nodes", "gpus_per_node", "cpus_per_task", "time")
     chosen = {name.replace("_", "-"): str(given[name]) for name in sbatch if name in given}
     if "gpus_per_node" in given:  # one task for each; one on a node without GPUs
         chosen["ntasks-per-node"] = str(max(given["gpus_per_node"], 1))

@@ -1,5 +1,8 @@
 """The errors a user can mend. Each is one clear line and ends a command with exit code 2."""
 
+# Of a run that saved on a signal, "run me again": sysexits' EX_TEMPFAIL.
+EXIT_STOPPED = 75
+
 
 class UserError(Exception):
     """Something the user asked for cannot be done as asked; the message says what and how to mend it."""

@@ -97,7 +97,9 @@ launch() {
   local ranks=$((SLURM_JOB_NUM_NODES * per_node))
   LOGS=$RUN/logs/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
   mkdir -p "$LOGS" || refuse "RUN = $RUN cannot be written"
-  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)${HOST_SUFFIX:-}
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null | head -n 1)
+  # A batch script runs on the first node, so without scontrol that is this one.
+  MASTER_ADDR=${MASTER_ADDR:-${SLURMD_NODENAME:-$(hostname)}}${HOST_SUFFIX:-}
   MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # below the ports that kernels hand out
   export MASTER_ADDR MASTER_PORT KARAT_STALL_SECONDS=$STALL_SECONDS
 

@@ -6,7 +6,7 @@ from typing import Any
 
 def add_benches(benches: Any) -> None:
     """Add each bench to the subparsers of `karat bench`."""
-    for add in (_add_step, _add_attention, _add_order, _add_data, _add_prepare, _add_gpu):
+    for add in (_add_step, _add_attention, _add_order, _add_data, _add_prepare, _add_resume, _add_gpu):
         add(benches)
 
 
@@ -139,6 +139,23 @@ def _prepare(options: argparse.Namespace) -> int:
         rounds=options.rounds,
     )
     return bench_prepare(plan, options.json)
+
+
+def _add_resume(benches: Any) -> None:
+    parser = benches.add_parser("resume", help="what an interruption costs: signal to saved, start to first step")
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", default="imagenet_vit_base_g1b")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as deepspeed.config=zero3")
+    parser.add_argument("--ranks", type=int, default=1, help="processes (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=2, help="images a rank (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE")
+    parser.set_defaults(run=_resume)
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from karat_scale.bench.resume import bench_resume
+
+    return bench_resume(options.recipe, options.overrides, options.ranks, options.batch, options.rounds, options.json)
 
 
 def _add_gpu(benches: Any) -> None:

@@ -24,7 +24,7 @@ _STANDARD_ERROR = 2
 
 @dataclass
 class Sign:
-    """What a heartbeat file says."""
+    """What a heartbeat file says. `own_seconds`: a step's share in which the rank waits for no other."""
 
     rank: int
     host: str
@@ -34,6 +34,8 @@ class Sign:
     doing: str = "starting"
     step: int = 0
     written: float = 0.0
+    device: str = ""
+    own_seconds: float = 0.0
 
 
 def heartbeat_file(directory: Path, rank: int) -> Path:
@@ -53,10 +55,10 @@ class Heartbeat:
     `stall` is KARAT_STALL_SECONDS of the environment; 0 or unset means that nothing is dumped.
     """
 
-    def __init__(self, directory: Path, rank: int) -> None:
+    def __init__(self, directory: Path, rank: int, device: str = "") -> None:
         self._file = heartbeat_file(directory, rank)
         host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-        self._sign = Sign(rank, host, os.getpid(), this_start())
+        self._sign = Sign(rank, host, os.getpid(), this_start(), device=device)
         self._stall = float(os.environ.get("KARAT_STALL_SECONDS") or 0)
         self._armed = 0.0
         self._ended = threading.Event()
@@ -77,6 +79,10 @@ class Heartbeat:
         if self._stall and now - self._armed >= _ARM_SECONDS:
             self._armed = now
             faulthandler.dump_traceback_later(self._stall, file=_STANDARD_ERROR)
+
+    def pace(self, own_seconds: float) -> None:
+        """What a step takes this rank of its own, in seconds."""
+        self._sign.own_seconds = round(own_seconds, 6)
 
     def stop(self) -> None:
         """The last sign; no alarm after it."""

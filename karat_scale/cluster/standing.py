@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from karat_scale.cluster.heartbeat import Sign, read_signs
-from karat_scale.errors import RunDirectoryError
+from karat_scale.errors import EXIT_STOPPED, RunDirectoryError
 
 SQUEUE_SECONDS = 5
+_FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
 @dataclass
@@ -35,7 +36,15 @@ class Standing:
     checkpoint: str | None = None
     checkpoint_age: float | None = None
     signs: list[Sign] = field(default_factory=list)
+    silent_seconds: float | None = None
     ended: str | None = None
+    exit_code: int | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is to come. A job that saved on a signal comes back, unless SLURM has closed it."""
+        comes_back = self.exit_code == EXIT_STOPPED and self.job is not None and self.job_state not in _FINAL_STATES
+        return self.ended is not None and not comes_back
 
 
 def read_standing(run: Path, now: float | None = None) -> Standing:
@@ -47,17 +56,20 @@ def read_standing(run: Path, now: float | None = None) -> Standing:
     if not any((run / name).exists() for name in ("recipe.yaml", "metrics.jsonl", "logs")):
         raise RunDirectoryError(f"{run}: not a run's directory (it has no recipe.yaml)")
     standing = Standing(run.name if run.name != "run" else run.resolve().parent.name)
-    for event in _events(run / "metrics.jsonl"):
+    now = time.time() if now is None else now
+    for event in read_events(run / "metrics.jsonl"):
         _take_in(standing, event)
-    _read_checkpoints(standing, run / "checkpoints", time.time() if now is None else now)
+    _read_checkpoints(standing, run / "checkpoints", now)
     standing.signs = _of_newest_start(read_signs(run))
+    if standing.signs:
+        standing.silent_seconds = max(now - max(sign.written for sign in standing.signs), 0.0)
     standing.job = _newest_job(run / "logs")
     standing.job_state = job_state(standing.job) if standing.job else None
     return standing
 
 
-def _events(path: Path) -> Iterator[dict[str, Any]]:
-    """The events; a line that is being written, or that a crash cut off, is passed over."""
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a run's `metrics.jsonl`; a line that is being written, or that a crash cut off, is passed over."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as lines:
@@ -76,6 +88,7 @@ def _take_in(standing: Standing, event: dict[str, Any]) -> None:
         standing.step, standing.ended = event["step"], None
         standing.epoch = event.get("epoch")
         standing.total_steps = event.get("total_steps")
+        standing.peak_memory_mb = event.get("peak_memory_mb") or standing.peak_memory_mb
         if event.get("loss") is not None:
             standing.losses.append(event["loss"])
         rate = event.get("images_per_second")
@@ -90,8 +103,9 @@ def _take_in(standing: Standing, event: dict[str, Any]) -> None:
     elif kind == "resume":
         standing.restarts, standing.step, standing.ended = event["restarts"], event["step"], None
     elif kind == "end":
-        standing.ended = f"{event.get('reason')} (exit {event.get('exit')})"
-        if event.get("exit") == 0:
+        standing.exit_code = event.get("exit")
+        standing.ended = f"{event.get('reason')} (exit {standing.exit_code})"
+        if standing.exit_code == 0:
             standing.seconds_left = 0.0
 
 
@@ -103,7 +117,7 @@ def _read_checkpoints(standing: Standing, root: Path, now: float) -> None:
     except (OSError, ValueError):
         return
     standing.checkpoint, standing.checkpoint_age = name, max(now - manifest.st_mtime, 0.0)
-    standing.peak_memory_mb = state.get("peak_memory_mb") or None
+    standing.peak_memory_mb = standing.peak_memory_mb or state.get("peak_memory_mb") or None
 
 
 def _of_newest_start(signs: list[Sign]) -> list[Sign]:

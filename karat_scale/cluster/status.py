@@ -9,9 +9,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from karat_scale.cluster.pace import slow_ranks
 from karat_scale.cluster.standing import Standing, read_standing
 
 REFRESH_SECONDS = 2.0
+# Signs of life are written every two seconds.
+_SILENT_SECONDS = 30.0
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 48
 
@@ -24,12 +27,12 @@ def show_status(run: str, once: bool = False) -> int:
     """
     console, path = Console(), Path(run)
     standing = read_standing(path)
-    if once or not console.is_terminal or standing.ended:
+    if once or not console.is_terminal or standing.is_over:
         console.print(render(standing))
         return 0
     with Live(render(standing), console=console, auto_refresh=False) as live:
         try:
-            while not standing.ended:
+            while not standing.is_over:
                 time.sleep(REFRESH_SECONDS)
                 standing = read_standing(path)
                 live.update(render(standing), refresh=True)
@@ -84,7 +87,7 @@ def _rows(standing: Standing) -> list[tuple[str, str]]:
         ("loss", f"{standing.losses[-1]:.4f}  {sparkline(standing.losses)}" if standing.losses else None),
         ("top-1", _top1(standing)),
         ("images/s", f"{standing.images_per_second:,.0f}" if standing.images_per_second else None),
-        ("peak memory", f"{standing.peak_memory_mb:,.0f} MB" if standing.peak_memory_mb else None),
+        (_memory_kind(standing), f"peak {standing.peak_memory_mb:,.0f} MB" if standing.peak_memory_mb else None),
         ("restarts", str(standing.restarts)),
         ("time left", _left(standing)),
         (
@@ -94,6 +97,7 @@ def _rows(standing: Standing) -> list[tuple[str, str]]:
             else "none yet",
         ),
         ("ranks", _ranks(standing)),
+        *(("slow", line) for line in ([] if standing.ended else slow_ranks(standing.signs))),
     ]
     return [(label, value) for label, value in rows if value]
 
@@ -102,6 +106,11 @@ def _top1(standing: Standing) -> str | None:
     if standing.last_top1 is None:
         return None
     return f"{standing.last_top1:.2f} %, best {standing.best_top1:.2f} %"
+
+
+def _memory_kind(standing: Standing) -> str:
+    on_gpu = any(sign.device and not sign.device.startswith("CPU") for sign in standing.signs)
+    return "GPU memory" if on_gpu else "memory"
 
 
 def _left(standing: Standing) -> str | None:
@@ -116,4 +125,7 @@ def _ranks(standing: Standing) -> str | None:
         return None
     last = min(standing.signs, key=lambda sign: sign.beats)
     hosts = len({sign.host for sign in standing.signs})
-    return f"{len(standing.signs)} on {hosts} nodes; rank {last.rank} on {last.host} is at {last.doing!r}"
+    line = f"{len(standing.signs)} on {hosts} nodes; rank {last.rank} on {last.host} is at {last.doing!r}"
+    if standing.silent_seconds is not None and standing.silent_seconds > _SILENT_SECONDS:
+        line += f"; no sign of life for {duration(standing.silent_seconds)}"
+    return line

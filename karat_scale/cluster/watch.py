@@ -3,7 +3,8 @@
     python -m karat_scale.cluster.watch RUN --ranks N --stall SECONDS
 
 Exit code 3: a rank stood still for that long; the line on standard output says which one and where. Clocks of other
-nodes do not matter: what counts is when this process last saw a file change.
+nodes do not matter: what counts is when this process last saw a file change. A rank that is only slow gets a line on
+standard error.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from karat_scale.cluster.heartbeat import WRITE_SECONDS, Sign, read_signs, this_start
+from karat_scale.cluster.pace import Stragglers
 
 EXIT_STALLED = 3
 # A rank dumps its stacks at `stall`; the verdict comes a little later, so that they are in its log by then.
@@ -77,10 +79,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stall", type=float, required=True, metavar="SECONDS")
     options = parser.parse_args(arguments)
     watch = Watch(options.ranks, options.stall + GRACE_SECONDS, time.monotonic())
-    start = this_start()
+    stragglers, start = Stragglers(), this_start()
     while True:
         ours = [sign for sign in read_signs(options.run) if sign.start == start]
         verdict = watch.look(ours, time.monotonic())
+        for line in stragglers.look(ours):
+            print(f"{time.strftime('%H:%M:%S')} slow: {line}", file=sys.stderr, flush=True)
         if verdict:
             print(f"error: {verdict}", flush=True)
             return EXIT_STALLED

@@ -18,6 +18,7 @@ from karat_scale.data.digest import BITS, batch_digest
 from karat_scale.errors import DivergedError
 from karat_scale.train.evaluate import EvalResult, evaluate
 from karat_scale.train.interval import Interval, peak_memory_mb, resident_memory_mb
+from karat_scale.train.own_time import OwnTime
 from karat_scale.train.parts import Parts
 from karat_scale.train.signals import StoppedError
 from karat_scale.train.state import TrainState
@@ -58,6 +59,7 @@ class Loop:
         self.total_steps = min(planned, recipe.train.max_steps or planned)
         self._objective = SoftTargetCrossEntropy()
         self._interval = Interval(parts.world.device)
+        self._own_time = OwnTime(parts.world.device)
         self._saved_at = time.monotonic()
 
     def run(self) -> None:
@@ -74,7 +76,9 @@ class Loop:
             while state.step < self.total_steps:
                 with self.parts.profiler.step(state.step + 1):
                     self.parts.reporter.beat("waiting for data", state.step + 1)
-                    self.step([next(batches) for _ in range(plan.accumulation)])
+                    with self._own_time.data():
+                        micro_batches = [next(batches) for _ in range(plan.accumulation)]
+                    self.step(micro_batches)
                 self._evaluate_if_due()
                 self.save_or_stop()
         except StoppedError as stopped:
@@ -96,7 +100,8 @@ class Loop:
             images = parts.normalize(parts.augment(batch.images, batch.draws))
             images, targets = parts.mixer.mix(images, batch.labels, batch.epoch, batch.batch)
             parts.reporter.beat("forward")
-            loss = self._objective(parts.engine.forward(images), targets)
+            with self._own_time.forward():
+                loss = self._objective(parts.engine.forward(images), targets)
             parts.reporter.beat("backward")
             parts.engine.backward(loss)
             parts.reporter.beat("optimizer")
@@ -145,6 +150,7 @@ class Loop:
         parts, state = self.parts, self.state
         loss, steps = self._interval.take_loss()
         mean_loss = float(parts.world.sum(loss)) / (steps * parts.world.size)
+        parts.reporter.pace(self._own_time.take() / steps)
         rate = self._fold_interval()
         with self._interval.paused():  # the first report counts FLOPs
             efficiency = parts.efficiency.figures(rate)
@@ -160,6 +166,7 @@ class Loop:
             "bad_samples": state.bad_samples,
             "skipped_steps": state.skipped_steps,
             "data_digest": state.data_digest,
+            "peak_memory_mb": state.peak_memory_mb,
             "resident_memory_mb": round(resident_memory_mb(), 1),
         }
         parts.reporter.train(state.step, self.total_steps, figures)

@@ -156,6 +156,11 @@ class Reporter:
         if self._heartbeat is not None:
             self._heartbeat.beat(doing, step)
 
+    def pace(self, own_seconds: float) -> None:
+        """What a step takes this rank of its own, for whoever watches for slow ones."""
+        if self._heartbeat is not None:
+            self._heartbeat.pace(own_seconds)
+
     def info(self, text: str) -> None:
         """A line for the person."""
         self.display.line(text)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from karat_scale.cluster.heartbeat import Heartbeat
-from karat_scale.errors import UserError
+from karat_scale.errors import EXIT_STOPPED, UserError
 from karat_scale.recipe import Recipe
 from karat_scale.train import distributed
 from karat_scale.train.distributed import World
@@ -15,7 +15,7 @@ from karat_scale.train.metrics import MetricsLog
 from karat_scale.train.parts import Parts, build_parts
 from karat_scale.train.progress import Reporter, choose_display
 from karat_scale.train.run_directory import RunDirectory
-from karat_scale.train.signals import EXIT_STOPPED, StoppedError, StopSignals
+from karat_scale.train.signals import StoppedError, StopSignals
 from karat_scale.train.state import TrainState
 
 
@@ -132,7 +132,7 @@ def _open_reporter(recipe: Recipe, world: World, directory: RunDirectory) -> Rep
     log = None
     if world.is_main:
         log = MetricsLog(directory.metrics_file, directory.tensorboard if recipe.log.tensorboard else None)
-    heartbeat = Heartbeat(directory.path, world.rank).start()
+    heartbeat = Heartbeat(directory.path, world.rank, _device_name(world)).start()
     return Reporter(choose_display(world.is_main, recipe.run.name), log, world.rank, heartbeat)
 
 

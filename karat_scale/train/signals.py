@@ -1,14 +1,15 @@
 """Signals that ask for a checkpoint: SIGTERM, SIGINT and SIGUSR2 set a flag that the loop reads.
 
-SIGUSR1 is left alone: NCCL may use it.
+SIGUSR1 is left alone: NCCL may use it. srun sends a signal to a rank's whole process group, where SIGUSR2 would kill
+the compiler that the rank waits for. So it is blocked, which children inherit, and a thread waits for it.
 """
 
 import os
 import signal
+import threading
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-EXIT_STOPPED = 75  # "run me again": sysexits' EX_TEMPFAIL
 
 
 class StopSignals:
@@ -21,7 +22,13 @@ class StopSignals:
         """Catch the stop signals from here on, in this process."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+        threading.Thread(target=self._wait_for_usr2, name="signals", daemon=True).start()
         return self
+
+    def _wait_for_usr2(self) -> None:
+        while True:
+            self._remember(signal.sigwait({signal.SIGUSR2}), None)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:

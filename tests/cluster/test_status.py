@@ -1,15 +1,18 @@
 """What `karat status` shows of a run's files."""
 
+import io
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from karat_scale.cluster.heartbeat import Sign
-from karat_scale.cluster.standing import read_standing
-from karat_scale.cluster.status import duration, sparkline
+from karat_scale.cluster.standing import Standing, read_standing
+from karat_scale.cluster.status import duration, render, sparkline
+from tests.cluster.terminal import on_a_terminal
 from tests.conftest import SMALL, karat
 
 
@@ -32,7 +35,8 @@ def test_no_run_is_one_line(tmp_path: Path) -> None:
 
 def write_events(run: Path, *events: dict[str, object], tail: str = "") -> None:
     run.mkdir(exist_ok=True)
-    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + tail)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(event) + "\n" for event in events) + tail)
 
 
 def test_time_left_and_restarts_come_from_the_last_events(tmp_path: Path) -> None:
@@ -64,6 +68,53 @@ def test_ranks_of_an_earlier_start_are_not_shown(tmp_path: Path) -> None:
         sign = Sign(rank, f"node{rank}", 1, start, written=written)
         (tmp_path / "heartbeats" / f"rank-{rank:05d}.json").write_text(json.dumps(asdict(sign)))
     assert [sign.rank for sign in read_standing(tmp_path).signs] == [0, 1]
+
+
+def test_a_run_that_saved_on_a_signal_is_over_only_without_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    run = tmp_path / "run"
+    write_events(run, {"event": "end", "step": 10, "exit": 75, "reason": "stopped by SIGUSR2"})
+    assert read_standing(run).is_over
+    (run / "logs" / "812-0").mkdir(parents=True)
+    assert not read_standing(run).is_over
+    assert replace(read_standing(run), job_state="CANCELLED").is_over
+    assert replace(read_standing(run), exit_code=1).is_over
+
+
+def test_memory_slow_ranks_and_silence_are_shown(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train = {"event": "train", "samples": 10, "total_steps": 40, "step": 1, "epoch": 0, "loss": 2.0}
+    write_events(run, {**train, "images_per_second": None, "peak_memory_mb": 40_321})
+    (run / "heartbeats").mkdir()
+    for rank, own_seconds in enumerate((0.1, 0.4)):
+        sign = Sign(rank, f"node{rank}", 1, "", written=100.0, device="NVIDIA H100", own_seconds=own_seconds)
+        (run / "heartbeats" / f"rank-{rank:05d}.json").write_text(json.dumps(asdict(sign)))
+    shown = shown_text(read_standing(run, now=400.0))
+    assert "GPU memory  peak 40,321 MB" in shown
+    assert "slow        rank 1 on node1 takes 0.4 s of its own a step" in shown
+    assert "no sign of life for 5 min" in shown
+    assert "no sign of life" not in shown_text(read_standing(run, now=101.0))
+
+
+def shown_text(standing: Standing) -> str:
+    console = Console(width=200, file=io.StringIO())
+    console.print(render(standing))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_on_a_terminal_it_follows_the_run_to_its_end(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train = {"event": "train", "samples": 10, "total_steps": 40, "epoch": 0, "images_per_second": 5.0}
+    write_events(run, {**train, "step": 1, "loss": 2.0})
+    with on_a_terminal("status", str(run)) as terminal:
+        terminal.wait_for("1 of 40")
+        write_events(run, {**train, "step": 2, "loss": 1.5})
+        terminal.wait_for("2 of 40")
+        write_events(run, {"event": "end", "step": 2, "exit": 0, "reason": "finished"})
+        terminal.wait_for("finished (exit 0)")
+        assert terminal.process.wait(10) == 0
 
 
 def test_a_sparkline_falls_with_its_values() -> None:

@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 from karat_scale.cluster.submit import SCRIPT, fill, slurm_home
+from tests.cluster.terminal import on_a_terminal
 from tests.conftest import karat
 
 
@@ -27,6 +28,17 @@ def test_the_script_has_everything_filled_in(tmp_path: Path) -> None:
     assert '"$@"' not in text
     assert text.count("optim.lr=1e-3") == 2
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+
+
+def test_on_a_terminal_it_asks_and_a_no_submits_nothing(tmp_path: Path) -> None:
+    options = (f"run.dir={tmp_path / 'run'}", f"data.path={tmp_path}", "--qos=debug", "--constraint=gpu")
+    with on_a_terminal("submit", "imagenet_vit_tiny_g3b", *options) as terminal:
+        terminal.wait_for("submit this? [y/N]")
+        assert "#SBATCH --qos=debug" in terminal.shown
+        assert "#SBATCH --constraint=gpu" in terminal.shown
+        terminal.type("n\n")
+        terminal.wait_for("not submitted; when you want to: sbatch")
+        assert terminal.process.wait(10) == 0
 
 
 def test_an_option_the_script_does_not_have_is_added_to_the_others() -> None:

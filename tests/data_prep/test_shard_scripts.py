@@ -136,6 +136,16 @@ def test_damage_at_the_source_is_not_staged(shards, tmp_path):
     assert not (tmp_path / "local/train-000001.tar").exists()
 
 
+def test_a_copy_that_lost_files_is_not_taken_for_whole_while_they_cannot_be_copied(shards, tmp_path):
+    local = tmp_path / "local"
+    stage.main(["--src", str(shards), "--out", str(local)])
+    (local / "train-000001.tar").unlink()
+    flip(shards / "train-000001.tar", 2000)
+    with pytest.raises(DataError):
+        stage.main(["--src", str(shards), "--out", str(local)])
+    assert not (local / "dataset.json").exists()
+
+
 def test_a_full_disk_names_the_way_out(shards, tmp_path):
     free = shutil.disk_usage(tmp_path).free
     with pytest.raises(DataError, match=r"GB free; train from data.path=.* instead"):

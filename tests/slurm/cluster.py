@@ -6,6 +6,7 @@ without a name service. All files lie below one directory with a short path, sin
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import random
 import signal
@@ -23,7 +24,7 @@ from tests.slurm.packages import find
 
 PR_SET_PDEATHSIG = 1
 CPUS, GPUS = 64, 4
-PORTS = 300
+FIRST_PORT, PORTS, PLACES = 11_000, 300, 26
 # A requeued job waits until its old credentials are void: two minutes by default.
 CREDENTIAL_SECONDS = 5  # the least that SLURM takes
 
@@ -62,7 +63,10 @@ KillWait=5
 MinJobAge=3600
 FirstJobId={first_job}
 GresTypes={gres_types}
-{node_lines}PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+{node_lines}PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE State=UP GraceTime=60
+PartitionName=urgent Nodes={nodes} MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 
@@ -81,6 +85,7 @@ class Cluster:
         self.nodes = [f"127.0.0.{number}" for number in range(1, nodes + 1)]
         self.root = Path(tempfile.mkdtemp(prefix="ks", dir="/tmp"))
         self.configuration = self.root / "etc" / "slurm.conf"
+        self._place, self._lock = _claim_place()
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         # Our end of its pipe closes when we do, however we end.
         command = [sys.executable, "-m", "tests.slurm.janitor", str(self.root), *self.nodes]
@@ -116,6 +121,7 @@ class Cluster:
                 daemon.kill()
                 daemon.wait()
         self._janitor.communicate(timeout=30)
+        os.close(self._lock)
 
     def command(self, *arguments: str, check: bool = True, **options: object) -> str:
         """Run one of SLURM's commands; returns what it printed."""
@@ -149,7 +155,7 @@ class Cluster:
 
         def all_idle() -> bool:
             shown = self.command("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False)
-            return sorted(shown.split()) == sorted(self.nodes)
+            return sorted(set(shown.split())) == sorted(self.nodes)  # listed once for each partition
 
         wait_until(all_idle, seconds, "all nodes idle")
 
@@ -159,7 +165,7 @@ class Cluster:
         self.root.chmod(0o755)
         host = socket.gethostname().partition(".")[0]
         address = socket.gethostbyname(host)
-        port = _free_ports()
+        port = FIRST_PORT + self._place * PORTS
         gpus = self._make_gpus()
         node_lines = "".join(
             f"NodeName={node} NodeHostname={host} NodeAddr={address} Port={port + number} CPUs={CPUS} "
@@ -176,8 +182,8 @@ class Cluster:
             root=self.root,
             nodes=",".join(self.nodes),
             credential_seconds=CREDENTIAL_SECONDS,
-            # Two clusters on one machine must not give a rendezvous the same port.
-            first_job=random.SystemRandom().randrange(1000, 1_000_000),
+            # A rendezvous' port is made of the job's last four digits: another cluster's are others.
+            first_job=random.SystemRandom().randrange(1, 100) * 10_000 + self._place * (10_000 // PLACES),
             gres_types="gpu" if gpus else "",
         )
         self.configuration.write_text(text)
@@ -201,11 +207,9 @@ class Cluster:
         key.chmod(0o600)
         socket_file = self.root / "run" / "munge"
         here = self.root / "munge"
-        files = [f"--{name}-file={here / name}" for name in ("key", "pid", "log", "seed")]
-        # --force: /tmp is everyone's, which munged does not like.
-        self._start(
-            "munged", "munged", "--foreground", "--force", "--origin=127.0.0.1", f"--socket={socket_file}", *files
-        )
+        options = [f"--{name}-file={here / name}" for name in ("key", "pid", "log", "seed")]
+        options += ["--force", "--origin=127.0.0.1", f"--socket={socket_file}"]  # /tmp is everyone's: munged is wary
+        self._start("munged", "munged", "--foreground", *options)
         wait_until(socket_file.exists, 10, "munged's socket")
 
     def _start(self, name: str, *command: str) -> None:
@@ -232,15 +236,15 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _free_ports() -> int:
-    """The first of PORTS ports below those that the kernel hands out, of which SLURM's daemons can have theirs."""
-    for _ in range(100):
-        first = random.SystemRandom().randrange(11_000, 19_000, PORTS)
-        with contextlib.ExitStack() as stack:
-            try:
-                for port in range(first, first + 10):
-                    stack.enter_context(socket.socket()).bind(("", port))
-            except OSError:
-                continue
-            return first
+def _claim_place() -> tuple[int, int]:
+    """A number that no other cluster on this machine has, for its ports; and the lock that says so."""
+    for place in random.SystemRandom().sample(range(PLACES), PLACES):
+        name = f"{tempfile.gettempdir()}/karat-slurm-{os.geteuid()}-{place}.lock"
+        lock = os.open(name, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as ports:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for port in range(10):
+                ports.enter_context(socket.socket()).bind(("", FIRST_PORT + place * PORTS + port))
+            return place, lock
+        os.close(lock)
     raise AssertionError("no free ports for SLURM's daemons")

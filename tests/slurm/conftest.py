@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import Job, submit
 from tests.slurm.packages import SLURM, missing_reason
+from tests.slurm.training import OVERRIDES, RECIPE, SCRIPT, Train, train_alone
 
 HERE = Path(__file__).parent
 SHARE = {
@@ -34,3 +36,37 @@ def cluster() -> Iterator[Cluster]:
         pytest.skip(reason)
     with Cluster(nodes=2) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(recipe: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that all others must equal, in one process and without SLURM."""
+    return train_alone(recipe, shards, tmp_path_factory.mktemp("uninterrupted") / "run")
+
+
+@pytest.fixture(scope="session")
+def on_two_nodes(cluster: Cluster, recipe: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same by a job of two nodes that nobody disturbs."""
+    cwd = tmp_path_factory.mktemp("two")
+    settings = {"RECIPE": recipe, "SHARDS": shards, "RUN": cwd / "run"}
+    job = submit(cluster, SCRIPT, *OVERRIDES, options=("--nodes=2",), cwd=cwd, **settings)
+    assert job.wait() == "COMPLETED 0", job.log
+    return cwd / "run"
+
+
+@pytest.fixture
+def train(cluster: Cluster, recipe: Path, shards: Path, tmp_path: Path) -> Train:
+    """Submit the training script with the small recipe; the run is tmp_path/run."""
+
+    def start(*overrides: str, options: tuple[str, ...] = (), **settings: str | Path) -> Job:
+        chosen = {"RECIPE": recipe, "SHARDS": shards, "RUN": tmp_path / "run", **settings}
+        return submit(cluster, SCRIPT, *OVERRIDES, *overrides, options=options, cwd=tmp_path, **chosen)
+
+    return start

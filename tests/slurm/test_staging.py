@@ -1,15 +1,20 @@
 """Shards on the nodes' own disks: copied once, found again, and done without where there is no room."""
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from tests.conftest import SMALL, summary
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job, submit
+from tests.slurm.training import Train, assert_ends_like, wait_for
 
 RECIPE = "attention: {kind: karat}\nschedule: {warmup_epochs: 0}\ndata: {path: set by the script}\n"
 
 
-def train(cluster: Cluster, shards: Path, directory: Path, run: Path, stage: Path) -> Job:
+def train_staged(cluster: Cluster, shards: Path, directory: Path, run: Path, stage: Path) -> Job:
     directory.mkdir()
     recipe = directory / "small.yaml"
     recipe.write_text(RECIPE)
@@ -23,18 +28,47 @@ def train(cluster: Cluster, shards: Path, directory: Path, run: Path, stage: Pat
 
 def test_shards_are_staged_once_and_read_from_there(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
     stage = tmp_path / "disk"
-    first = train(cluster, shards, tmp_path / "1", tmp_path / "run1", stage)
+    first = train_staged(cluster, shards, tmp_path / "1", tmp_path / "run1", stage)
     assert "12 were copied" in first.log, first.log
     (copy,) = (path for path in stage.glob("karat-*/*") if path.is_dir())
     assert f"path: {copy}" in (tmp_path / "run1" / "recipe.yaml").read_text()
 
-    second = train(cluster, shards, tmp_path / "2", tmp_path / "run2", stage)
+    second = train_staged(cluster, shards, tmp_path / "2", tmp_path / "run2", stage)
     assert "0 were copied" in second.log, second.log
     assert summary(tmp_path / "run1")["data_digest"] == summary(tmp_path / "run2")["data_digest"]
 
 
+def test_a_requeued_job_finds_its_copy(train: Train, uninterrupted: Path, tmp_path: Path) -> None:
+    job = train(STAGE=tmp_path / "disk")
+    wait_for(job, "train", 3)
+    job.signal_batch()
+    assert_ends_like(job, uninterrupted)
+    assert job.log.index("12 were copied") < job.log.index("requeued") < job.log.index("0 were copied")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MB, less than what staging leaves free."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_where_space_is_short_the_shared_shards_are_read(
+    cluster: Cluster, shards: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    job = train_staged(cluster, shards, tmp_path / "1", tmp_path / "run", small_disk)
+    assert "0.02 GB free" in job.log
+    assert f"those read {shards}" in job.log
+    assert f"path: {shards}" in (tmp_path / "run" / "recipe.yaml").read_text()
+
+
 def test_without_a_disk_the_shared_shards_are_read(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
     (tmp_path / "full").write_text("a file, so no directory can be made below it")
-    job = train(cluster, shards, tmp_path / "1", tmp_path / "run", tmp_path / "full")
+    job = train_staged(cluster, shards, tmp_path / "1", tmp_path / "run", tmp_path / "full")
     assert f"those read {shards}" in job.log
     assert f"path: {shards}" in (tmp_path / "run" / "recipe.yaml").read_text()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.cluster.terminal import on_a_terminal
 from tests.conftest import SMALL, karat_environment, summary
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job
@@ -12,10 +13,15 @@ from tests.slurm.jobs import Job
 RECIPE = "attention: {kind: karat}\nschedule: {warmup_epochs: 0}\ndata: {path: given below}\n"
 
 
-def karat(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
+def environment_of(cluster: Cluster) -> dict[str, str]:
     environment = {**karat_environment(), **cluster.environment}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    return environment
+
+
+def karat(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "karat_scale", *arguments]
+    environment = environment_of(cluster)
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -23,11 +29,13 @@ def test_a_submitted_recipe_trains_and_its_status_names_the_job(cluster: Cluster
     recipe, run = tmp_path / "small.yaml", tmp_path / "the run"
     recipe.write_text(RECIPE)
     overrides = (*SMALL, f"data.path={shards}", f"run.dir={run}")
-    options = ("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10", "--yes")
-    done = karat(cluster, "submit", str(recipe), *overrides, *options)
-    assert done.returncode == 0, done.stderr
-    submitted = re.search(r"^job (\d+) is submitted", done.stdout, flags=re.MULTILINE)
-    assert submitted is not None, done.stdout
+    options = ("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10")
+    with on_a_terminal("submit", str(recipe), *overrides, *options, environment=environment_of(cluster)) as terminal:
+        terminal.wait_for("submit this? [y/N]")
+        terminal.type("y\n")
+        terminal.wait_for("see it with: karat status")
+    submitted = re.search(r"job (\d+) is submitted", terminal.shown)
+    assert submitted is not None, terminal.shown
     job = Job(cluster, submitted[1], run / f"small-{submitted[1]}.out")
     assert job.wait() == "COMPLETED 0", job.log
     assert summary(run)["world_size"] == 2

@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -33,3 +34,25 @@ def test_a_signal_is_remembered_and_a_second_ctrl_c_quits_at_once(number: signal
         assert process.poll() is None
         process.kill()
         process.wait()
+
+
+COMPILE = """
+import os, signal, subprocess, sys
+from karat_scale.train.signals import StopSignals
+signals = StopSignals().install()
+compiler = subprocess.Popen([sys.executable, "-c", "import time; print('at work', flush=True); time.sleep(1)"])
+print("ready", flush=True)
+code = compiler.wait()
+print(code, signals.received.name, flush=True)
+"""
+
+
+def test_usr2_to_the_group_is_remembered_and_spares_a_compiler() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMPILE], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert {process.stdout.readline(), process.stdout.readline()} == {"ready\n", "at work\n"}
+    os.killpg(process.pid, signal.SIGUSR2)
+    assert process.stdout.readline() == "0 SIGUSR2\n"
+    assert process.wait(timeout=5) == 0

@@ -162,7 +162,10 @@ def _is_whole(library: Path) -> bool:
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=True)
+        # In a session of its own: a signal that asks the trainer's process group to stop must not kill the compiler.
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=True, start_new_session=True
+        )
     except subprocess.CalledProcessError as error:
         said = (error.stderr or error.stdout).strip().splitlines() or [f"code {error.returncode}"]
         # A header's errors come after lines that say who includes it.

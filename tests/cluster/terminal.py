@@ -1,0 +1,62 @@
+"""`karat` on a terminal, as a person sees it and types to it."""
+
+import os
+import pty
+import re
+import select
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tests.conftest import karat_command, karat_environment
+
+SECONDS = 30
+_ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@dataclass
+class Terminal:
+    """A process on a terminal, and all that it has shown."""
+
+    process: "subprocess.Popen[bytes]"
+    keyboard: int
+    shown: str = ""
+
+    def wait_for(self, text: str) -> None:
+        """Read what the process shows until `text` is there; colours and movements of the cursor are left out."""
+        deadline = time.monotonic() + SECONDS
+        while text not in self.shown:
+            assert time.monotonic() < deadline, f"no {text!r} in: {self.shown}"
+            if select.select([self.keyboard], [], [], 0.1)[0]:
+                self.shown += self._read()
+
+    def type(self, text: str) -> None:
+        os.write(self.keyboard, text.encode())
+
+    def _read(self) -> str:
+        try:
+            return _ESCAPES.sub(b"", os.read(self.keyboard, 1 << 16)).decode(errors="replace")
+        except OSError:  # the process has ended, and with it its side of the terminal
+            return ""
+
+
+@contextmanager
+def on_a_terminal(*arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[Terminal]:
+    """Start `karat ARGUMENTS` on a terminal of its own."""
+    keyboard, screen = pty.openpty()
+    process = subprocess.Popen(
+        karat_command(arguments),
+        env={**(environment or karat_environment()), "TERM": "xterm", "COLUMNS": "200", "LINES": "50"},
+        stdin=screen,
+        stdout=screen,
+        stderr=screen,
+    )
+    os.close(screen)
+    try:
+        yield Terminal(process, keyboard)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(keyboard)

@@ -1,0 +1,95 @@
+"""A job that cannot go on ends, and its last line says why and where."""
+
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import psutil
+
+from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.training import Train, process_of, run_of, wait_for
+
+
+def test_restarts_that_save_nothing_new_end_the_job(train: Train, cluster: Cluster) -> None:
+    # Ranks that run when SLURM requeues a job have KillWait to save; this model takes longer to build.
+    job = train("model.embed_dim=768", "model.depth=24", IDLE_RESTARTS="1")
+    for start in (1, 2):
+        wait_until(lambda start=start: f"start {start}:" in job.log, 90, f"start {start}")
+        cluster.command("scontrol", "requeue", job.id)
+    assert job.wait() == "FAILED 1", job.log
+    assert "2 restarts without a new checkpoint (the newest is none)" in job.log.splitlines()[-1]
+    assert job.starts == 3
+
+
+def test_the_first_rank_to_fail_has_the_last_word(train: Train) -> None:
+    job = train(options=("--nodes=2",))
+    wait_for(job, "train", 2)
+    process_of(job, rank=1).kill()
+    assert job.wait() == "FAILED 1", job.log
+    assert "rank 1 on 127.0.0.2 was killed by signal 9 (KILL)" in job.log.splitlines()[-1]
+
+
+def test_an_exception_has_the_last_word(train: Train) -> None:
+    job = train("checkpoint.every_steps=null")
+    wait_for(job, "train", 2)
+    checkpoints = run_of(job) / "checkpoints"
+    shutil.rmtree(checkpoints)
+    checkpoints.write_text("a file, so nothing can be saved")
+    assert job.wait() == "FAILED 1", job.log
+    last = "rank 0 on 127.0.0.1 failed first, exit code 1: OSError: the last checkpoint could not be saved"
+    assert job.log.splitlines()[-1] == last
+    assert job.starts == 1
+
+
+def test_a_rank_that_hangs_is_named_and_ends_the_job(train: Train) -> None:
+    job = train("train.epochs=200", options=("--nodes=2",), STALL_SECONDS="20")
+    wait_for(job, "train", 2)
+    process_of(job, rank=1).suspend()
+    assert job.wait() == "FAILED 1", job.log
+    last = job.log.splitlines()[-1]
+    assert last.startswith("error: rank 1 on 127.0.0.2 (process "), job.log
+    assert "stopped or gone, no stacks" in last
+    # The rank that waited shows where it did.
+    assert "Timeout (0:00:20)!" in job.log
+    assert 'train/loop.py", line' in job.log
+
+
+def test_a_rank_that_hangs_in_a_read_is_named_with_its_stacks(train: Train, image_folder: Path, tmp_path: Path) -> None:
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    stuck = images / "train" / "class1" / "000.jpg"
+    stuck.unlink()
+    os.mkfifo(stuck)  # who reads it waits for a writer, as for a file system that does not answer
+    job = train("data.backend=folder", "data.workers=0", options=("--nodes=2",), SHARDS=images, STALL_SECONDS="15")
+    assert job.wait() == "FAILED 1", job.log
+    found = re.match(r"error: rank (\d) on 127.0.0.. .* stands still for", job.log.splitlines()[-1])
+    assert found, job.log
+    assert "(its stacks are in its log); 1 of 2 ranks wait for it" in job.log.splitlines()[-1]
+    (log,) = run_of(job).glob(f"logs/*/rank-0000{found[1]}.log")
+    assert 'data/folder.py", line' in log.read_text()
+
+
+def test_a_rank_that_is_slow_is_named_while_the_job_goes_on(train: Train) -> None:
+    wide = ("model.embed_dim=256", "model.depth=6", "checkpoint.every_steps=null", "train.epochs=40")
+    job = train(*wide, "train.eval_every_epochs=40", options=("--nodes=2",))
+    wait_for(job, "train", 2)
+    ended = threading.Event()
+    hindrance = threading.Thread(target=hold_up, args=(process_of(job, rank=1), ended))
+    hindrance.start()
+    try:
+        wait_until(lambda: "slow: " in job.log or job.ended, 60, "the slow rank is named")
+    finally:
+        ended.set()
+        hindrance.join()
+    job.cluster.command("scancel", job.id)
+    assert re.search(r"slow: rank 1 on 127.0.0.2 takes .* times the others", job.log), job.log
+    assert "slow: rank 0" not in job.log
+
+
+def hold_up(process: psutil.Process, ended: threading.Event) -> None:
+    """Let a process run for a third of the time."""
+    while not ended.wait(0.03):
+        process.suspend()
+        ended.wait(0.06)
+        process.resume()

@@ -1,0 +1,45 @@
+"""More nodes, fewer nodes, and a node that is gone: the run stays the same."""
+
+from pathlib import Path
+
+from tests.conftest import events, summary
+from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.training import (
+    Train,
+    assert_ends_like,
+    relative_distance,
+    run_of,
+    wait_for,
+)
+
+
+def test_two_nodes_train_what_one_process_trains(on_two_nodes: Path, uninterrupted: Path) -> None:
+    assert summary(on_two_nodes)["world_size"] == 2
+    assert relative_distance(on_two_nodes, uninterrupted) < 1e-5
+    assert summary(on_two_nodes)["data_digest"] == summary(uninterrupted)["data_digest"]
+
+
+def test_a_killed_node_brings_the_job_back(train: Train, on_two_nodes: Path, cluster: Cluster) -> None:
+    job = train(options=("--nodes=2",))
+    wait_for(job, "checkpoint", 3)
+    cluster.kill_node(cluster.nodes[1])
+    try:
+        wait_until(lambda: job.starts > 1 or job.ended, 120, "the job is requeued")
+    finally:
+        cluster.start_node(cluster.nodes[1])
+    assert_ends_like(job, on_two_nodes)
+
+
+def test_it_goes_on_with_the_nodes_that_are_left(train: Train, uninterrupted: Path, cluster: Cluster) -> None:
+    job = train(options=("--nodes=1-2",))
+    wait_for(job, "checkpoint", 3)
+    cluster.kill_node(cluster.nodes[1])
+    try:
+        assert job.wait() == "COMPLETED 0", job.log
+    finally:
+        cluster.start_node(cluster.nodes[1])
+        cluster.wait_idle()
+    assert "2 ranks on" in job.log
+    assert events(run_of(job), "resume"), job.log
+    assert summary(run_of(job))["world_size"] == 1
+    assert relative_distance(run_of(job), uninterrupted) < 1e-5

@@ -1,0 +1,131 @@
+"""Told to stop at any moment, a job saves, comes back, and ends in the weights of one that nobody disturbed."""
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from karat_scale.cluster.heartbeat import read_signs
+from tests.conftest import events, summary
+from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.training import (
+    Train,
+    assert_ends_like,
+    equal,
+    last_checkpoint,
+    run_of,
+    train_alone,
+    wait_for,
+)
+
+LIMIT_OUTLASTED = 90  # seconds
+LONG = ("train.epochs=12", "train.eval_every_epochs=12")
+SLURM_COMMANDS = ("sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun")
+
+
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [("train", 1), ("train", 5), ("train", 8), ("checkpoint", 3)],
+    ids=["first step", "training", "evaluation", "saving"],
+)
+def test_preempted_by_signal_it_saves_comes_back_and_ends_alike(
+    train: Train, uninterrupted: Path, kind: str, step: int
+) -> None:
+    job = train()
+    wait_for(job, kind, step)
+    job.signal_batch()
+    assert_ends_like(job, uninterrupted)
+    assert job.starts == 2
+    assert "requeued" in job.log
+
+
+def test_told_before_its_first_step_it_takes_one_and_saves(train: Train, uninterrupted: Path) -> None:
+    job = train()
+    wait_until(lambda: bool(read_signs(run_of(job))), 60, "a rank is starting")
+    job.signal_batch()
+    assert_ends_like(job, uninterrupted)
+    assert events(run_of(job), "resume")[0]["step"] == 1
+
+
+@pytest.mark.night
+def test_told_while_it_compiles_it_loses_no_compiler(train: Train, uninterrupted: Path, tmp_path: Path) -> None:
+    job = train(KARAT_CACHE_DIR=tmp_path / "cache")
+    wait_until(lambda: compiles(job.id), 60, "a rank compiles")
+    job.signal_batch()
+    assert_ends_like(job, uninterrupted)
+    assert "warning" not in job.log
+    assert job.starts == 2
+
+
+def compiles(job_id: str) -> bool:
+    """Whether a C++ compiler is at work in the job."""
+    for process in psutil.process_iter(["name", "environ"]):
+        environment = process.info["environ"] or {}
+        if process.info["name"] == "cc1plus" and environment.get("SLURM_JOB_ID") == job_id:
+            return True
+    return False
+
+
+def test_a_job_of_higher_priority_preempts_it(
+    train: Train, recipe: Path, shards: Path, cluster: Cluster, tmp_path: Path
+) -> None:
+    whole = train_alone(recipe, shards, tmp_path / "whole", *LONG)
+    job = train(*LONG)
+    wait_for(job, "train", 2)
+    urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    cluster.command("sbatch", *urgent)
+    assert_ends_like(job, whole, step=12 * 8)
+    assert events(run_of(job), "end")[0]["exit"] == 75, job.log
+    assert job.starts == 2
+
+
+@pytest.mark.timeout(1200)
+def test_a_time_limit_saves_and_the_job_comes_back(
+    train: Train, recipe: Path, shards: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    # A minute is the shortest limit, and SLURM looks at it each half minute: as many epochs as last longer here.
+    epochs = round(LIMIT_OUTLASTED * summary(uninterrupted)["images_per_second"] / 64)
+    long = (f"train.epochs={epochs}", "train.eval_every_epochs=50", "checkpoint.every_steps=64")
+    whole = train_alone(recipe, shards, tmp_path / "whole", *long)
+    job = train(*long, options=("--time=1", "--signal=B:USR2@55"))
+    assert_ends_like(job, whole, step=8 * epochs, seconds=700)
+    assert job.starts >= 2
+
+
+def test_a_signal_before_the_ranks_run_brings_the_job_back(train: Train, uninterrupted: Path) -> None:
+    job = train()
+    wait_until(lambda: job.field("JobState") == "RUNNING", 30, "the job runs")
+    time.sleep(0.5)  # the batch script loads its environment
+    job.signal_batch()
+    assert job.wait() == "COMPLETED 0", job.log
+    assert job.starts == 2
+    assert equal(last_checkpoint(run_of(job)), last_checkpoint(uninterrupted))
+
+
+def test_ranks_that_see_no_scontrol_are_requeued_by_the_batch_step(
+    train: Train, uninterrupted: Path, tmp_path: Path
+) -> None:
+    # What a container without SLURM is to the ranks: all programs but SLURM's.
+    (tmp_path / "bin").mkdir()
+    for program in Path("/usr/bin").iterdir():
+        if program.name not in SLURM_COMMANDS:
+            (tmp_path / "bin" / program.name).symlink_to(program)
+    path = f"{Path(sys.executable).parent}:{tmp_path / 'bin'}"
+    assert shutil.which("scontrol", path=path) is None
+    job = train(CONTAINER=f"env PATH={path}")
+    wait_for(job, "train", 3)
+    job.signal_batch()
+    assert_ends_like(job, uninterrupted)
+    assert job.starts == 2
+
+
+def test_a_cancelled_job_does_not_come_back(train: Train, cluster: Cluster) -> None:
+    job = train()
+    wait_for(job, "train", 2)
+    cluster.command("scancel", job.id)
+    assert job.wait().startswith("CANCELLED")
+    cluster.wait_idle()
+    assert job.field("JobState") == "CANCELLED"

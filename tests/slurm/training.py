@@ -1,0 +1,87 @@
+"""A small training run as a job: how to wait for a moment of it, and what to compare in the end."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+from karat_scale.train.tensor_storage import load_tensors
+from tests.conftest import SMALL, events, karat, summary
+from tests.slurm.cluster import wait_until
+from tests.slurm.jobs import END_SECONDS, Job
+from tests.train.conftest import equal
+
+STEPS = 16  # 2 epochs of 64 samples in batches of 8
+SCRIPT = "imagenet_fourier_karat.sh"
+RECIPE = "attention: {kind: karat}\nschedule: {warmup_epochs: 0.5}\ndata: {path: set by the script}\n"
+# Evaluation in batches of one and a save after each step: signals find them under way.
+OVERRIDES = (*SMALL, "train.eval_batch=1", "checkpoint.every_steps=1")
+
+Train = Callable[..., Job]
+
+
+def train_alone(recipe: Path, shards: Path, run: Path, *overrides: str) -> Path:
+    """Train to the end in one process, without SLURM; returns the run."""
+    done = karat("train", str(recipe), *OVERRIDES, *overrides, f"data.path={shards}", f"run.dir={run}")
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def run_of(job: Job) -> Path:
+    return job.output.parent / "run"
+
+
+def last_checkpoint(run: Path, step: int = STEPS) -> dict[str, object]:
+    """All tensor files of a run's last checkpoint."""
+    last = run / "checkpoints" / f"step-{step:08d}"
+    return {path.name: load_tensors(path) for path in sorted(last.glob("*.pt"))}
+
+
+def weights(run: Path) -> torch.Tensor:
+    """All weights after the last step, as one vector."""
+    (states,) = [states for name, states in last_checkpoint(run).items() if name.startswith("mp_rank_00")]
+    module = states["module"]  # type: ignore[index]
+    return torch.cat([module[key].double().flatten() for key in sorted(module)])
+
+
+def relative_distance(run: Path, reference: Path) -> float:
+    """The L2 norm of the difference of all last weights, over that of the reference's."""
+    expected = weights(reference)
+    return float((weights(run) - expected).norm() / expected.norm())
+
+
+def has_event(job: Job, kind: str, step: int) -> bool:
+    file = run_of(job) / "metrics.jsonl"
+    return file.is_file() and any(event["step"] >= step for event in events(run_of(job), kind))
+
+
+def wait_for(job: Job, kind: str, step: int) -> None:
+    """Until the run has reported an event of that step or a later one."""
+
+    def reported() -> bool:
+        assert not job.ended, job.log
+        return has_event(job, kind, step)
+
+    wait_until(reported, 120, f"event {kind} of step {step}")
+
+
+def process_of(job: Job, rank: int) -> psutil.Process:
+    """The trainer of a rank: a child of its wrapper."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            environment = process.environ()
+            if (environment.get("SLURM_JOB_ID"), environment.get("SLURM_PROCID")) == (job.id, str(rank)):
+                parent = process.parent()
+                if "karat_scale" in process.cmdline() and parent is not None and parent.name() == "bash":
+                    return process
+    raise AssertionError(f"job {job.id} has no rank {rank}:\n{job.log}")
+
+
+def assert_ends_like(job: Job, whole: Path, step: int = STEPS, seconds: float = END_SECONDS) -> None:
+    """The job comes to its end, and the run equals the uninterrupted one bit for bit."""
+    assert job.wait(seconds) == "COMPLETED 0", job.log
+    assert events(run_of(job), "resume"), job.log
+    assert equal(last_checkpoint(run_of(job), step), last_checkpoint(whole, step))
+    assert summary(run_of(job))["data_digest"] == summary(whole)["data_digest"] != 0
