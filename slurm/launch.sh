@@ -187,10 +187,11 @@ requeue() {
   exit 75
 }
 
-# Libraries may have their say after the exception.
+# Libraries may have their say after the exception. PyTorch, like karat, puts the rank before its lines.
 last_error() {
-  grep -E '^(\[rank [0-9]+\] )?(error:|[A-Za-z_.]+(Error|Exception|Exit)(:|$))' "$1" | tail -n 1 | grep . ||
-    grep -v '^[[:space:]]*$' "$1" | tail -n 1
+  local lines
+  lines=$(sed -E 's/^\[rank ?[0-9]+\]:? //' "$1" | grep -v '^[[:space:]]*$')
+  grep -E '^(error:|[A-Za-z_.]+(Error|Exception|Exit)(:|$))' <<<"$lines" | tail -n 1 | grep . || tail -n 1 <<<"$lines"
 }
 
 report_failure() {

@@ -74,6 +74,7 @@ class Run:
         finally:
             for rank in ranks:
                 rank.kill()
+                rank.wait()
         if codes != {EXIT_STOPPED}:
             raise UserError(f"a rank ended with code {max(codes)}: {_last_line(log)}")
         resumed = self._find("resume", begun)
