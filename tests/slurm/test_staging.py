@@ -43,7 +43,7 @@ def test_a_requeued_job_finds_its_copy(train: Train, uninterrupted: Path, tmp_pa
     wait_for(job, "train", 3)
     job.signal_batch()
     assert_ends_like(job, uninterrupted)
-    assert job.log.index("12 were copied") < job.log.index("requeued") < job.log.index("0 were copied")
+    assert job.log.index("12 were copied") < job.log.index("; requeued") < job.log.index("0 were copied")
 
 
 @pytest.fixture
