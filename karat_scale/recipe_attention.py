@@ -15,6 +15,9 @@ class AttentionConfig(Section):
 
     `basis` is a name or `package.module:Class`, built with those of grid, degree, range and orders that its
     constructor takes: G; the spline's degree k and range [-I, I]; (m, n) of the rational function.
+
+    `transfer_from` is the directory of a trained run: its attention matrices drive this model, which has no query and
+    key of its own and learns only what is done with the values (the paper's attention transfer). Needs kind: softmax.
     """
 
     kind: Literal["softmax", "karat"] = "softmax"
@@ -31,6 +34,7 @@ class AttentionConfig(Section):
     base: Literal["zero", "identity", "silu", "gelu"] = "zero"
     init: Literal["paper", "variance_preserving"] = "variance_preserving"
     implementation: Literal["auto", "reference", "streaming", "cpu", "triton"] = "auto"
+    transfer_from: str = ""
 
     @field_validator("basis")
     @classmethod
@@ -47,5 +51,14 @@ class AttentionConfig(Section):
             raise ValueError(
                 f"attention.implementation = {self.implementation} has the modular Fourier operator only, without "
                 "simplex; use auto"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_a_plain_model_takes_matrices(self) -> "AttentionConfig":
+        if self.transfer_from and self.kind != "softmax":
+            raise ValueError(
+                f"attention.kind = {self.kind} learns its own matrices, but attention.transfer_from = "
+                f"{self.transfer_from} brings another model's; use attention.kind=softmax or leave transfer_from out"
             )
         return self

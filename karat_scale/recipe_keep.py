@@ -41,10 +41,14 @@ class ResumeConfig(Section):
 
 
 class LogConfig(Section):
-    """What to report, and how often. `profile_steps` [first, last] are traced into the run's `profile/`."""
+    """What to report, and how often. `profile_steps` [first, last] are traced into the run's `profile/`.
+
+    TensorBoard also gets histograms of each head's coefficients and projector.
+    """
 
     every_steps: Count = 50
     tensorboard: bool = True
+    histogram_every_steps: Count | None = 1000
     profile_steps: tuple[Count, Count] | None = None
 
     @field_validator("profile_steps")

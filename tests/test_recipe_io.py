@@ -21,6 +21,7 @@ SHIPPED = {
     "cifar10_vit_tiny",
     "cifar10_vit_tiny_g3b",
     "cifar10_vit_tiny_full_rank",
+    "cifar10_vit_tiny_transfer",
     *(f"imagenet_vit_{size}" for size in ("tiny", "small", "base")),
     *(f"imagenet_vit_{size}_g3{mode}" for size in ("tiny", "small") for mode in "bu"),
     "imagenet_vit_base_g1b",

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from timm.models import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
-from karat_scale.attention import HybridHeads, KaratOperator
+from karat_scale.models.transfer import TransferredAttention
 
 Visit = Callable[[int, Tensor, Tensor], None]
 """Given the block's index, A [B, h, N, N] before the operator, and S (or softmax(A)) [B, h, N, N] after it."""
@@ -20,7 +20,8 @@ def watched(model: VisionTransformer, visit: Visit) -> Iterator[None]:
 
     Both are float32. A has the scale 1 / sqrt(d), after the norms of query and key where the model has them.
     """
-    hooks = [block.attn.register_forward_pre_hook(_hook(number, visit)) for number, block in enumerate(_blocks(model))]
+    blocks: Any = model.blocks
+    hooks = [block.attn.register_forward_pre_hook(_hook(number, visit)) for number, block in enumerate(blocks)]
     try:
         yield
     finally:
@@ -28,35 +29,22 @@ def watched(model: VisionTransformer, visit: Visit) -> Iterator[None]:
             hook.remove()
 
 
-def operators(model: VisionTransformer) -> list[KaratOperator | None]:
-    """Each block's learned operator; None where the block has softmax. In universal mode all are one object."""
-    return [operator_of(block.attn) for block in _blocks(model)]
-
-
-def operator_of(attention: nn.Module) -> KaratOperator | None:
-    """The learned operator of an attention layer, also beside softmax heads."""
-    operator = getattr(attention, "operator", None)
-    return operator.operator if isinstance(operator, HybridHeads) else operator
-
-
-def _blocks(model: Any) -> Any:
-    return model.blocks
-
-
 def _hook(number: int, visit: Visit) -> Callable[[Any, tuple[Tensor, ...]], None]:
     @torch.no_grad()
     def before(attention: Any, inputs: tuple[Tensor, ...]) -> None:
-        query, key = _query_and_key(attention, inputs[0])
+        query, key, operator = _source(attention, inputs[0])
         raw = query @ key.mT / query.shape[-1] ** 0.5
-        operator = getattr(attention, "operator", None)
         learned = raw.softmax(-1) if operator is None else operator.scores(query, key)
         visit(number, raw, learned)
 
     return before
 
 
-def _query_and_key(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, h, N, d] each, as the layer itself makes them."""
+def _source(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Any]:
+    """Query and key [B, h, N, d] as the layer itself has them, and its operator; None for softmax."""
+    if isinstance(attention, TransferredAttention):
+        assert attention.teacher is not None
+        return *attention.teacher.query_and_key(attention.block), attention.teacher.operator(attention.block)
     batch, tokens, _ = x.shape
     qkv = attention.qkv(x).reshape(batch, tokens, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
-    return attention.q_norm(qkv[0]), attention.k_norm(qkv[1])
+    return attention.q_norm(qkv[0]), attention.k_norm(qkv[1]), getattr(attention, "operator", None)

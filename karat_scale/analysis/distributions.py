@@ -8,10 +8,10 @@ import torch
 from matplotlib.figure import Figure
 from timm.models import VisionTransformer
 
-from karat_scale.analysis.attention_matrices import operators
 from karat_scale.analysis.figures import new_figure
 from karat_scale.analysis.result import Result, Settings, Table
 from karat_scale.analysis.trained_run import TrainedRun
+from karat_scale.models.operators import head_parameters
 
 TAIL = 0.01
 CHUNK = 1 << 20
@@ -107,17 +107,11 @@ def all_weights(model: VisionTransformer) -> Values:
 
 def by_head(model: VisionTransformer) -> Groups:
     """The operators' parameters by (name, block, head); a universal operator counts as block 0."""
-    parts: Groups = {}
-    seen: set[int] = set()
-    for block, operator in enumerate(operators(model)):
-        if operator is None or id(operator) in seen:
-            continue
-        seen.add(id(operator))
-        named = {**operator.basis_parameters(), **({} if operator.proj is None else {"W": operator.proj})}
-        for name, parameter in named.items():
-            for head, values in enumerate(parameter.detach().float().cpu()):
-                parts[name, block, head] = values.numpy().copy()
-    return parts
+    return {
+        (name, block, head): values.numpy().copy()
+        for name, block, parameter in head_parameters(model)
+        for head, values in enumerate(parameter.detach().float().cpu())
+    }
 
 
 def _add_tables(result: Result) -> None:

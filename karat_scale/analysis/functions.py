@@ -8,7 +8,7 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor
 
-from karat_scale.analysis.attention_matrices import operators, watched
+from karat_scale.analysis.attention_matrices import watched
 from karat_scale.analysis.figures import new_figure, show_map
 from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
 from karat_scale.analysis.softmax_fit import Distance, SoftmaxFit, can_fit
@@ -17,6 +17,7 @@ from karat_scale.analysis.units import ScoreHistogram, energy_per_frequency, uni
 from karat_scale.analysis.validation_images import ValidationImages
 from karat_scale.attention import KaratOperator
 from karat_scale.errors import RunDirectoryError
+from karat_scale.models.operators import operators
 
 POINTS = 200
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -9,11 +9,11 @@ from timm.models import VisionTransformer
 
 from karat_scale.analysis.validation_images import ValidationImages
 from karat_scale.errors import RunDirectoryError
-from karat_scale.models import create_model
 from karat_scale.recipe import AttentionConfig, Recipe
 from karat_scale.recipe_io import load_recipe
 from karat_scale.train.checkpoint_store import CheckpointStore
-from karat_scale.train.weights import load_weights
+from karat_scale.train.teacher import build_model
+from karat_scale.train.weights import load_weights, wants_ema
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class TrainedRun:
         Raises:
             RunDirectoryError: no such checkpoint, or it is damaged, of another model, without averages or not finite.
         """
-        model = create_model(self.recipe.model, self._attention(implementation))
+        recipe = self.recipe.model_copy(update={"attention": self._attention(implementation)})
+        model = build_model(recipe, self.path)
         self.load(model, name or self.chosen, weights)
         return model.to(self.device).eval()
 
@@ -89,7 +90,7 @@ class TrainedRun:
         if damage:
             raise RunDirectoryError(f"checkpoint {directory} is damaged: {damage}; choose another")
         saved = self.store.state(name)
-        load_weights(model, directory, saved, self._wants_ema(saved["has_ema"], weights or self.weights))
+        load_weights(model, directory, saved, wants_ema(weights or self.weights, self.recipe, saved))
         bad = next((n for n, parameter in model.named_parameters() if not parameter.isfinite().all()), None)
         if bad is not None:
             raise RunDirectoryError(f"checkpoint {directory}: {bad} is not finite, the run diverged; choose another")
@@ -111,10 +112,6 @@ class TrainedRun:
 
     def _attention(self, implementation: str) -> AttentionConfig:
         return self.recipe.attention.model_copy(update={"implementation": implementation})
-
-    def _wants_ema(self, has_ema: bool, weights: str) -> bool:
-        wanted = self.recipe.train.eval_weights if weights == "auto" else weights
-        return has_ema if wanted == "auto" else wanted == "ema"
 
 
 def open_run(path: str | Path, data: str | None = None, weights: str = "auto", checkpoint: str = "best") -> TrainedRun:

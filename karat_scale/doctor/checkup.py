@@ -1,7 +1,9 @@
 """The recipe's part of the report: does it fit, what bounds it, what to change first."""
 
+import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -13,11 +15,12 @@ from karat_scale.doctor.fit import Subject
 from karat_scale.doctor.report import Report, Row
 from karat_scale.doctor.timed_run import Figures, setting_of, time_recipe
 from karat_scale.doctor.verdict import Verdict, judge
-from karat_scale.models import create_model, parameter_count
+from karat_scale.models import parameter_count
 from karat_scale.recipe import Recipe
 from karat_scale.train import distributed
 from karat_scale.train.distributed import World
 from karat_scale.train.ds_config import load_ds_config
+from karat_scale.train.teacher import build_model, keep_teacher
 
 MB = 1e6
 # The loop is this much slower than its slower side where the two hinder each other.
@@ -38,7 +41,9 @@ def check_up(recipe: Recipe, seconds: float, report: Report, before: Callable[[]
             recipe.train.global_batch, world.size, recipe.train.micro_batch, even=recipe.augment.mixes
         )
         load_ds_config(recipe, world.size, micro_batch)
-        model = create_model(recipe.model, recipe.attention)
+        with tempfile.TemporaryDirectory(prefix="karat-doctor-") as scratch:
+            keep_teacher(recipe, Path(scratch))
+            model = build_model(recipe, Path(scratch))
         subject = Subject(recipe, world, micro_batch, parameter_count(model))
         before()
         _examine(subject, report, partial(time_recipe, subject, model, seconds=seconds, voice=report.voice))

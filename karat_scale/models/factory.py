@@ -7,12 +7,15 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from karat_scale.errors import RecipeError
-from karat_scale.models.vit import OWN_SIZES, create_vit
+from karat_scale.models.transfer import TransferredAttention
+from karat_scale.models.vit import OWN_SIZES, build_vit, create_vit
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 
 def create_model(model: ModelConfig, attention: AttentionConfig) -> VisionTransformer:
     """Build the timm model a recipe names, with softmax or KArAt attention.
+
+    One with `attention.transfer_from` has its own parameters and computes after `give_teacher`.
 
     Raises:
         RecipeError: the name is unknown to timm, is not a plain ViT, or cannot take the sizes asked for.
@@ -23,6 +26,8 @@ def create_model(model: ModelConfig, attention: AttentionConfig) -> VisionTransf
         close = difflib.get_close_matches(base_name, names, n=1)
         hint = f"; did you mean {close[0]}?" if close else "; `timm.list_models('vit_*')` lists the valid ones"
         raise RecipeError(f"model.name = {model.name!r}: no such vision transformer in timm{hint}")
+    if attention.transfer_from:
+        return build_vit(model, TransferredAttention)
     return create_vit(model, attention)
 
 

@@ -55,10 +55,16 @@ class KaratAttention(Attention):
             bias=None if is_mask else attn_mask,
             mask=attn_mask if is_mask else None,
         )
-        out = self.norm(out.transpose(1, 2).reshape(batch, tokens, self.attn_dim))
-        if self.gate is not None:
-            out = out * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(out))
+        return join_heads(self, x, out)
+
+
+def join_heads(attention: Attention, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Tokens [B, N, D] of the heads' outputs [B, h, N, d] as timm's attention layer of input x makes them."""
+    out = attention.norm(out.transpose(1, 2).reshape(*x.shape[:2], attention.attn_dim))
+    if attention.gate is not None:
+        out = out * attention.gate(x).sigmoid()
+    tokens: torch.Tensor = attention.proj_drop(attention.proj(out))
+    return tokens
 
 
 def attention_class(attention: AttentionConfig, num_tokens: int) -> type[Attention]:
@@ -111,13 +117,26 @@ def create_vit(model: ModelConfig, attention: AttentionConfig) -> VisionTransfor
     Raises:
         RecipeError: timm cannot build the model at these sizes.
     """
+    if attention.kind == "softmax":
+        return build_vit(model, Attention)
+    with torch.device("meta"):
+        tokens = num_tokens(build_vit(model, Attention))
+    return build_vit(model, attention_class(attention, tokens))
+
+
+def num_tokens(model: VisionTransformer) -> int:
+    """N: patches, class token and registers."""
+    return int(model.patch_embed.num_patches + model.num_prefix_tokens)
+
+
+def build_vit(model: ModelConfig, attn_layer: type[Attention]) -> VisionTransformer:
+    """A timm ViT of the recipe's size with layers of class `attn_layer`.
+
+    Raises:
+        RecipeError: timm cannot build the model at these sizes.
+    """
     try:
-        if attention.kind == "softmax":
-            return _build(model, Attention)
-        with torch.device("meta"):
-            host = _build(model, Attention)
-        num_tokens = host.patch_embed.num_patches + host.num_prefix_tokens
-        return _build(model, attention_class(attention, num_tokens))
+        return _build(model, attn_layer)
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(f"model.name = {model.name!r} cannot be built as asked: {reason}") from error

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from karat_scale.errors import RunDirectoryError
+from karat_scale.models.transfer import teacher_of
 from karat_scale.recipe import Recipe
 from karat_scale.recipe_io import dump_recipe
 from karat_scale.train.checkpoint_store import CheckpointStore
@@ -20,7 +21,7 @@ from karat_scale.train.ds_internals import shard_layout
 from karat_scale.train.ema import Ema
 from karat_scale.train.engine import Engine
 from karat_scale.train.progress import Reporter
-from karat_scale.train.restore import restore
+from karat_scale.train.restore import check_teacher, restore
 from karat_scale.train.saved_state import FORMAT, SavedState, read_state, saved_layout, sidecar_name
 from karat_scale.train.saver import Saver
 from karat_scale.train.state import TrainState
@@ -49,12 +50,14 @@ class Checkpoints:
 
     def save(self, state: TrainState, is_best: bool = False, wait: bool = True) -> bool:
         """Write a checkpoint of `state`, as `Saver.save` says. False when any rank failed: nothing has changed then."""
+        teacher = teacher_of(self._engine.module)
         content = {
             "format": FORMAT,
             **state.to_json(),
             "world_size": self._world.size,
             "zero_stage": self._engine.stage,
             "has_ema": self._ema is not None,
+            "teacher": teacher.digest if teacher else None,
             "recipe_sha256": hashlib.sha256(dump_recipe(self._recipe).encode()).hexdigest(),
         }
         return self.saver.save(state, content, is_best, wait)
@@ -75,6 +78,7 @@ class Checkpoints:
         self._refuse_another_batch(name, saved)
         ranks = [self._world.rank] if self._has_my_layout(root / name, saved) else None
         try:
+            check_teacher(self._engine.module, saved)
             restore(self._engine, self._ema, self._read(root / name, saved, ranks))
         except RunDirectoryError as error:
             raise RunDirectoryError(f"checkpoint {root / name}: {error}") from error

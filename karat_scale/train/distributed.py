@@ -5,7 +5,7 @@ One process alone, `torchrun`, and `srun` with one task per device all end in th
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -64,6 +64,18 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def on_main(self, action: Callable[[], None]) -> None:
+        """Rank 0 acts; what it refuses is raised on every rank."""
+        refusal: UserError | None = None
+        if self.is_main:
+            try:
+                action()
+            except UserError as error:
+                refusal = error
+        refusal = self.broadcast(refusal)
+        if refusal is not None:
+            raise refusal
 
     def gather(self, value: T) -> list[T]:
         """Each rank's picklable `value`, in rank order, on every rank."""

@@ -143,6 +143,15 @@ def refresh_module(engine: Any) -> None:
             persistent[0].all_gather(persistent)
 
 
+@contextlib.contextmanager
+def whole_parameters(engine: Any, parameters: list[Any]) -> Iterator[None]:
+    """Let parameters of the module be whole inside the block, to be read. Collective at stage 3."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3):
+        yield
+
+
 def forget_gradients(engine: Any) -> None:
     """After a skipped step: clear the sums that DeepSpeed 0.19 keeps at stages 1 and 2 with offload.
 

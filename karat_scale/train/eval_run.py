@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.models import VisionTransformer
@@ -12,7 +11,6 @@ from karat_scale.data.backends import open_backend
 from karat_scale.data.batch import BadSample
 from karat_scale.data.normalize import Normalize
 from karat_scale.files import write_atomically
-from karat_scale.models import create_model
 from karat_scale.models.init_from import take_weights
 from karat_scale.recipe import Recipe
 from karat_scale.recipe_io import load_recipe
@@ -21,7 +19,8 @@ from karat_scale.train.distributed import World
 from karat_scale.train.evaluate import EvalResult, evaluate
 from karat_scale.train.progress import Reporter, choose_display
 from karat_scale.train.run_directory import RunDirectory
-from karat_scale.train.weights import load_weights
+from karat_scale.train.teacher import build_model
+from karat_scale.train.weights import load_weights, wants_ema
 
 
 def evaluate_run(run_dir: str, overrides: Sequence[str], checkpoint: str, weights: str, json_file: str | None) -> int:
@@ -37,9 +36,8 @@ def evaluate_run(run_dir: str, overrides: Sequence[str], checkpoint: str, weight
     try:
         name = directory.store.find_intact(checkpoint)
         saved = directory.store.state(name)
-        wanted = recipe.train.eval_weights if weights == "auto" else weights
-        use_ema = saved["has_ema"] if wanted == "auto" else wanted == "ema"
-        model = _model(recipe, trained.model.image_size, directory.store.root / name, saved, use_ema)
+        use_ema = wants_ema(weights, recipe, saved)
+        model = _model(recipe, trained.model.image_size, directory, name, use_ema)
         result = _evaluate(recipe, world, model, casts=saved["zero_stage"] == 0)
         if world.is_main:
             _report(directory.path, name, "ema" if use_ema else "raw", result, json_file)
@@ -48,15 +46,14 @@ def evaluate_run(run_dir: str, overrides: Sequence[str], checkpoint: str, weight
     return 0
 
 
-def _model(
-    recipe: Recipe, image_size: int, checkpoint: Path, saved: dict[str, Any], use_ema: bool
-) -> VisionTransformer:
-    """The checkpoint's model; interpolated where the recipe has another image size than it was trained at."""
-    model = create_model(recipe.model.model_copy(update={"image_size": image_size}), recipe.attention)
-    load_weights(model, checkpoint, saved, use_ema)
+def _model(recipe: Recipe, image_size: int, directory: RunDirectory, name: str, use_ema: bool) -> VisionTransformer:
+    """A checkpoint's model; interpolated where the recipe has another image size than it was trained at."""
+    as_trained = recipe.model.model_copy(update={"image_size": image_size})
+    model = build_model(recipe.model_copy(update={"model": as_trained}), directory.path)
+    load_weights(model, directory.store.root / name, directory.store.state(name), use_ema)
     if recipe.model.image_size == image_size:
         return model
-    resized = create_model(recipe.model, recipe.attention)
+    resized = build_model(recipe, directory.path)
     take_weights(resized, model.state_dict(), new_head=False)
     return resized
 

@@ -3,18 +3,20 @@
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from timm.models import VisionTransformer
 from torch import nn
 
 from karat_scale import __version__
 from karat_scale.errors import RunDirectoryError
 from karat_scale.files import commit_file
 from karat_scale.models import create_model
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import AttentionConfig, ModelConfig, Recipe
 from karat_scale.recipe_io import load_recipe
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.weights import load_weights
@@ -40,11 +42,45 @@ def export_run(run_dir: str, checkpoint: str, weights: str, out: str | None) -> 
     kinds: Sequence[str] = [weights] if weights != "both" else ["raw", "ema"] if saved["has_ema"] else ["raw"]
     for kind in kinds:
         path = _target(out, directory.path, name, kind, alone=len(kinds) == 1)
-        model = create_model(recipe.model, recipe.attention)
-        load_weights(model, directory.store.root / name, saved, ema=kind == "ema")
-        _write(model, path, _metadata(recipe, name, saved["step"], kind))
+        write_weights(directory, recipe, name, kind, path)
         print(f"{path}: {kind} weights of {name}, {path.stat().st_size / 1e6:.1f} MB")
     return 0
+
+
+def write_weights(directory: RunDirectory, recipe: Recipe, name: str, kind: str, path: Path) -> None:
+    """Write one kind of weights, "raw" or "ema", of a run's intact checkpoint `name`.
+
+    Raises:
+        UserError: the checkpoint has no EMA or holds another model, or `path` cannot be written.
+    """
+    model = create_model(recipe.model, recipe.attention)
+    saved = directory.store.state(name)
+    load_weights(model, directory.store.root / name, saved, ema=kind == "ema")
+    _write(model, path, _metadata(recipe, saved, name, kind))
+
+
+def read_exported(path: Path, implementation: str = "auto") -> VisionTransformer:
+    """The model in a file of `karat export`, float32 on the CPU.
+
+    Args:
+        implementation: of KArAt's operator, whichever the model was trained with.
+
+    Raises:
+        RunDirectoryError: the file is missing or damaged, or holds something else.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        attention = AttentionConfig(**{**json.loads(about["attention"]), "implementation": implementation})
+        model = create_model(ModelConfig(**json.loads(about["model"])), attention)
+        model.load_state_dict(tensors)
+    except FileNotFoundError:
+        raise RunDirectoryError(f"{path} is missing; put it back, the model cannot compute without it") from None
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunDirectoryError(f"{path}: not a whole file of karat export: {reason}") from None
+    return model
 
 
 def _target(out: str | None, run: Path, name: str, kind: str, alone: bool) -> Path:
@@ -73,14 +109,15 @@ def _write(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
         raise RunDirectoryError(f"{path}: {reason}; choose another --out") from None
 
 
-def _metadata(recipe: Recipe, name: str, step: int, kind: str) -> dict[str, str]:
+def _metadata(recipe: Recipe, saved: Mapping[str, Any], name: str, kind: str) -> dict[str, str]:
     """What `karat_scale.models.create_model` needs to build the model again, as strings."""
     return {
         "format": "pt",
         "karat_scale": __version__,
         "checkpoint": name,
-        "step": str(step),
+        "step": str(saved["step"]),
         "weights": kind,
         "model": json.dumps(recipe.model.model_dump(mode="json")),
         "attention": json.dumps(recipe.attention.model_dump(mode="json")),
+        **({"teacher": saved["teacher"]} if saved.get("teacher") else {}),
     }

@@ -121,6 +121,9 @@ class Loop:
         parts.reporter.display.advance(state.step, self.total_steps)
         if state.step % parts.recipe.log.every_steps == 0 or state.step == self.total_steps:
             self._report(lr)
+        if parts.histograms.due(state.step):
+            with self._interval.paused():
+                parts.histograms.write(state.step)
 
     def _note_bad(self, bad: tuple[BadSample, ...]) -> None:
         self._interval.add_bad(len(bad))

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 # TensorBoard shows these; the rest of an event is context.
 _SCALARS = {
     "train": ("loss", "lr", "grad_norm", "images_per_second", "tflops", "mfu"),
@@ -34,6 +36,11 @@ class MetricsLog:
             for name in _SCALARS.get(event, ()):
                 if figures.get(name) is not None:
                     self._board.add_scalar(f"{event}/{name}", figures[name], step)
+
+    def histogram(self, name: str, values: torch.Tensor, step: int) -> None:
+        """A distribution, for TensorBoard alone."""
+        if self._board is not None:
+            self._board.add_histogram(name, values.float().cpu(), step)
 
     def close(self) -> None:
         """Flush and close both."""

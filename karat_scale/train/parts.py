@@ -9,13 +9,13 @@ from karat_scale.data.device_augment import DeviceAugment
 from karat_scale.data.mixing import Mixer
 from karat_scale.data.normalize import Normalize
 from karat_scale.data.plan import TrainPlan, choose_micro_batch
-from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.train.checkpoint import Checkpoints
 from karat_scale.train.distributed import World
 from karat_scale.train.efficiency import Efficiency, device_peak
 from karat_scale.train.ema import Ema
 from karat_scale.train.engine import Engine
+from karat_scale.train.histograms import HeadHistograms
 from karat_scale.train.initial_weights import initialise
 from karat_scale.train.profiler import StepProfiler
 from karat_scale.train.progress import Reporter
@@ -23,6 +23,7 @@ from karat_scale.train.recompute import apply_recompute
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.schedule import CosineSchedule, build_schedule
 from karat_scale.train.signals import StopSignals
+from karat_scale.train.teacher import build_model, keep_teacher
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Parts:
     efficiency: Efficiency
     profiler: StepProfiler
     checkpoints: Checkpoints
+    histograms: HeadHistograms
     reporter: Reporter
     signals: StopSignals
 
@@ -72,8 +74,9 @@ def build_parts(
         window_blocks=recipe.data.window_blocks,
     )
     schedule = build_schedule(recipe, plan.steps_per_epoch)
+    world.on_main(lambda: keep_teacher(recipe, directory.path))
     torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank and world
-    model = create_model(recipe.model, recipe.attention)
+    model = build_model(recipe, directory.path)
     if recipe.init_from and not recipe.resume.from_ and not directory.store.names():
         reporter.info(initialise(model, recipe.init_from, world))
     torch.manual_seed(recipe.run.seed + 1 + world.rank)  # but dropout of its own on each
@@ -95,6 +98,7 @@ def build_parts(
         efficiency=Efficiency(recipe, world.size, device_peak(world.device, recipe.train.precision)),
         profiler=StepProfiler(recipe.log.profile_steps, directory.profile, world, reporter),
         checkpoints=Checkpoints(directory.store, engine, ema, world, recipe, reporter),
+        histograms=HeadHistograms(engine, recipe.log, reporter),
         reporter=reporter,
         signals=signals,
     )

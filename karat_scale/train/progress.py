@@ -4,6 +4,7 @@ import sys
 import time
 from typing import Any, Protocol
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -192,6 +193,11 @@ class Reporter:
             f"loss {figures['loss']:.4f} ({figures['images']:,} images, {figures['weights']} weights)"
         )
         self._write("eval", step, **figures)
+
+    def histogram(self, name: str, values: torch.Tensor, step: int) -> None:
+        """The distribution of some weights."""
+        if self._log is not None:
+            self._log.histogram(name, values, step)
 
     def checkpoint(self, state: TrainState, name: str, seconds: float, stall: float) -> None:
         """A checkpoint is complete; training stood still for `stall` of its seconds."""

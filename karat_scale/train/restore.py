@@ -1,10 +1,13 @@
 """A saved state into an engine, of any world size and ZeRO stage."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from karat_scale.errors import RunDirectoryError
+from karat_scale.models.transfer import teacher_of
 from karat_scale.train.ds_internals import load_optimizer_states, master_weights, refresh_module, shard_layout
 from karat_scale.train.ema import Ema
 from karat_scale.train.engine import Engine
@@ -51,6 +54,21 @@ def check_shapes(here: dict[str, tuple[int, ...]], there: dict[str, tuple[int, .
         if here.get(name) != (tuple(there[name]) if name in there else None):
             sizes = [f"[{', '.join(map(str, s[name]))}]" if name in s else "not" for s in (there, here)]
             raise RunDirectoryError(f"it holds another model: {name} is {sizes[0]} there and {sizes[1]} here")
+
+
+def check_teacher(model: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of a student whose teacher is not this model's; a model without one has none to compare.
+
+    Raises:
+        RunDirectoryError: says which teacher is where.
+    """
+    teacher, theirs = teacher_of(model), saved.get("teacher")
+    if teacher is not None and theirs != teacher.digest:
+        there = f"the teacher with digest {theirs[:12]}" if theirs else "no teacher"
+        raise RunDirectoryError(
+            f"it was trained with {there}, and the run's teacher.safetensors has digest {teacher.digest[:12]}; "
+            "put the right file there"
+        )
 
 
 def _optimizer_state(fragments: list[Fragment], master: torch.Tensor, saved: SavedState) -> dict[str, Any]:

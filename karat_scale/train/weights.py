@@ -8,9 +8,16 @@ import torch
 from torch import nn
 
 from karat_scale.errors import RunDirectoryError
-from karat_scale.train.restore import check_shapes
+from karat_scale.recipe import Recipe
+from karat_scale.train.restore import check_shapes, check_teacher
 from karat_scale.train.saved_state import read_state
 from karat_scale.train.shards import Fragment
+
+
+def wants_ema(weights: str, recipe: Recipe, saved: Mapping[str, Any]) -> bool:
+    """Whether "raw", "ema" or "auto" (what the recipe evaluates) means the averages in a checkpoint."""
+    wanted = recipe.train.eval_weights if weights == "auto" else weights
+    return bool(saved["has_ema"]) if wanted == "auto" else wanted == "ema"
 
 
 @torch.no_grad()
@@ -24,13 +31,14 @@ def load_weights(model: nn.Module, checkpoint: Path, saved: Mapping[str, Any], e
         ema: take the averaged weights, else the raw ones.
 
     Raises:
-        RunDirectoryError: there are no averages in it, or it holds another model.
+        RunDirectoryError: there are no averages in it, it holds another model, or has another teacher.
     """
     if ema and not saved["has_ema"]:
         raise RunDirectoryError(f"{checkpoint}: has no EMA weights; use --weights raw")
     state = read_state(checkpoint, saved)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
+        check_teacher(model, saved)
         check_shapes({name: tuple(parameter.shape) for name, parameter in trainable.items()}, state.shapes)
         pieces = state.ema if ema and state.ema is not None else state.masters
         for name, parameter in trainable.items():

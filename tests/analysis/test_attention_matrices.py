@@ -1,6 +1,6 @@
 import torch
 
-from karat_scale.analysis.attention_matrices import operators, watched
+from karat_scale.analysis.attention_matrices import watched
 from karat_scale.models import create_model
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
@@ -38,10 +38,3 @@ def test_nothing_is_watched_afterwards() -> None:
     with watched(model, lambda *_: None):
         pass
     assert not any(block.attn._forward_pre_hooks for block in model.blocks)
-
-
-def test_operators_by_block() -> None:
-    universal = operators(create_model(SIZE, AttentionConfig(kind="karat", mode="universal", softmax_heads=2)))
-    assert len({id(operator) for operator in universal}) == 1
-    assert universal[0].num_heads == 2
-    assert operators(create_model(SIZE, AttentionConfig())) == [None] * 3

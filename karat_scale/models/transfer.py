@@ -1,0 +1,142 @@
+"""Attention transfer: the attention matrices of a trained model drive another, which learns what to do with the values.
+
+O = S_teacher V_student, block by block and head by head, on the same images (arXiv 2503.10632, "Attention transfer").
+S is not formed: the teacher's operator is given its own query and key and the student's value, O = H (W^T V).
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.layers import Attention
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from karat_scale.errors import RecipeError
+from karat_scale.models.vit import join_heads, num_tokens
+
+
+class Teacher:
+    """A trained model, softmax or KArAt, frozen: it sees each batch first, and its query and key of each block stay.
+
+    No module, so that a student holds it without owning it: whoever trains, casts, shards or saves the student's
+    parameters does not meet the teacher's.
+    """
+
+    def __init__(self, model: VisionTransformer) -> None:
+        self.model: Any = model.eval().requires_grad_(False)
+        self.digest = weights_digest(model)
+        """Tells one teacher from another, whatever it is cast to."""
+        self._queries: dict[int, Tensor] = {}
+        self._keys: dict[int, Tensor] = {}
+        blocks: Any = model.blocks
+        for number, block in enumerate(blocks):
+            block.attn.q_norm.register_forward_hook(_keep_in(self._queries, number))
+            block.attn.k_norm.register_forward_hook(_keep_in(self._keys, number))
+
+    @torch.no_grad()
+    def look(self, images: Tensor) -> None:
+        """Take in normalised images [B, 3, H, W]; the teacher follows their device and dtype."""
+        self.model.to(images.device, images.dtype).forward_features(images)
+
+    def query_and_key(self, block: int) -> tuple[Tensor, Tensor]:
+        """Those of the last batch, [B, h, N, d] each, after timm's norms of them."""
+        return self._queries[block], self._keys[block]
+
+    def operator(self, block: int) -> nn.Module | None:
+        """The block's learned operator; None where it has softmax."""
+        operator: nn.Module | None = getattr(self.model.blocks[block].attn, "operator", None)
+        return operator
+
+    def attend(self, block: int, value: Tensor) -> Tensor:
+        """O = S V [B, h, N, d] of a student's value [B, h, N, d]; the gradient reaches the value alone."""
+        query, key = (x.to(value.dtype) for x in self.query_and_key(block))
+        operator = self.operator(block)
+        if operator is None:
+            return functional.scaled_dot_product_attention(query, key, value)
+        output: Tensor = operator(query, key, value)
+        return output
+
+
+class TransferredAttention(Attention):
+    """timm's attention layer with neither query nor key: another model's matrices take the values to the output.
+
+    `give_teacher` sets `teacher` and the layer's own number, `block`.
+    """
+
+    teacher: Teacher | None = None
+    block = -1
+
+    def __init__(self, dim: int, **kwargs: Any) -> None:
+        super().__init__(dim, **kwargs)
+        if self.attn_drop.p:
+            raise ValueError("attn_drop has no meaning with transferred attention: the matrix is never formed")
+        self.value = nn.Linear(dim, self.attn_dim, bias=self.qkv.bias is not None)
+        del self.qkv, self.q_norm, self.k_norm
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Tokens [B, N, D] to tokens [B, N, D]."""
+        if attn_mask is not None or is_causal:
+            raise ValueError("transferred attention takes no mask: its matrices are those of the teacher")
+        if self.teacher is None:
+            raise RuntimeError("a model with attention.transfer_from computes nothing before `give_teacher`")
+        value = self.value(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return join_heads(self, x, self.teacher.attend(self.block, value))
+
+
+def give_teacher(student: VisionTransformer, teacher: Teacher, source: str) -> None:
+    """Let a teacher's matrices drive a model whose layers are TransferredAttention.
+
+    Args:
+        source: where the teacher came from, for what is said of it.
+
+    Raises:
+        RecipeError: its matrices are not of the student's shape.
+    """
+    for what, theirs, ours in zip(_SHAPE, _shape(teacher.model), _shape(student), strict=True):
+        if theirs != ours:
+            raise RecipeError(
+                f"attention.transfer_from = {source}: its {what} is {theirs}, this model's is {ours}; "
+                "they must be the same"
+            )
+    blocks: Any = student.blocks
+    for number, block in enumerate(blocks):
+        block.attn.teacher, block.attn.block = teacher, number
+    student.patch_embed.register_forward_pre_hook(lambda _, inputs: teacher.look(inputs[0]))
+    setattr(student, _TEACHER, teacher)
+
+
+def teacher_of(model: nn.Module) -> Teacher | None:
+    """The teacher of a student; None for any other model."""
+    teacher: Teacher | None = getattr(model, _TEACHER, None)
+    return teacher
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's weights by name, as float32: the same wherever and however they are kept."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+_TEACHER = "_karat_teacher"
+_SHAPE = ("image size", "number of tokens", "depth", "number of heads", "head width")
+
+
+def _shape(model: Any) -> tuple[Any, ...]:
+    attention = model.blocks[0].attn
+    size = "x".join(map(str, model.patch_embed.img_size))
+    return size, num_tokens(model), len(model.blocks), attention.num_heads, attention.head_dim
+
+
+def _keep_in(kept: dict[int, Tensor], number: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+    return functools.partial(_keep, kept, number)
+
+
+def _keep(kept: dict[int, Tensor], number: int, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+    kept[number] = output

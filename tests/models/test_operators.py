@@ -1,0 +1,24 @@
+from karat_scale.models import create_model
+from karat_scale.models.operators import head_parameters, operators
+from karat_scale.recipe import AttentionConfig
+from tests.analysis.test_attention_matrices import SIZE
+
+
+def test_operators_by_block() -> None:
+    universal = operators(create_model(SIZE, AttentionConfig(kind="karat", mode="universal", softmax_heads=2)))
+    assert len({id(operator) for operator in universal}) == 1
+    assert universal[0].num_heads == 2
+    assert operators(create_model(SIZE, AttentionConfig())) == [None] * 3
+
+
+def test_parameters_by_name_and_block() -> None:
+    """Of what is shared once, and of softmax nothing."""
+    blockwise = create_model(SIZE, AttentionConfig(kind="karat", softmax_heads=1))
+    found = list(head_parameters(blockwise))
+    assert [(name, block) for name, block, _ in found] == [
+        (name, block) for block in range(3) for name in ("cos_coef", "sin_coef", "W")
+    ]
+    assert all(len(parameter) == 3 for _, _, parameter in found)
+    universal = create_model(SIZE, AttentionConfig(kind="karat", mode="universal", form="full_rank"))
+    assert [(name, block) for name, block, _ in head_parameters(universal)] == [("cos_coef", 0), ("sin_coef", 0)]
+    assert not list(head_parameters(create_model(SIZE, AttentionConfig())))

@@ -1,0 +1,116 @@
+"""A student's outputs and gradients against the plain formula, and what it owns."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from karat_scale.errors import RecipeError
+from karat_scale.models import create_model, parameter_count
+from karat_scale.models.transfer import Teacher, TransferredAttention, give_teacher, teacher_of
+from karat_scale.recipe import AttentionConfig, ModelConfig
+
+SIZE = ModelConfig(
+    name="vit_mini_patch4_28", image_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=5
+)
+STUDENT = AttentionConfig(transfer_from="runs/teacher")
+TEACHERS = {
+    "softmax": AttentionConfig(),
+    "fourier": AttentionConfig(kind="karat", rank=3),
+    "universal": AttentionConfig(kind="karat", mode="universal", rank=3),
+    "hybrid": AttentionConfig(kind="karat", softmax_heads=1, rank=3),
+    "spline": AttentionConfig(kind="karat", basis="bspline", form="full_rank"),
+}
+
+
+def pair(attention: AttentionConfig, dtype: torch.dtype = torch.float64):
+    torch.manual_seed(0)
+    teacher = Teacher(create_model(SIZE, attention))
+    student = create_model(SIZE, STUDENT)
+    give_teacher(student, teacher, "runs/teacher")
+    return student.to(dtype), teacher
+
+
+def split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return qkv.reshape(*qkv.shape[:2], 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def plain(student, teacher, images: Tensor) -> Tensor:
+    """The student's logits with every S of the teacher written out, and both models gone through step by step."""
+    x, y = (model._pos_embed(model.patch_embed(images)) for model in (student, teacher.model))
+    for block, guide in zip(student.blocks, teacher.model.blocks, strict=True):
+        query, key, value = split(guide.attn.qkv(guide.norm1(y)))
+        operator = getattr(guide.attn, "operator", None)
+        raw = query @ key.mT / 8**0.5
+        learned = raw.softmax(-1) if operator is None else operator.scores(query, key)
+        y = y + guide.attn.proj((learned @ value).transpose(1, 2).flatten(2))
+        y = y + guide.mlp(guide.norm2(y))
+        own = block.attn.value(block.norm1(x)).unflatten(-1, (4, 8)).transpose(1, 2)
+        x = x + block.attn.proj((learned.detach() @ own).transpose(1, 2).flatten(2))
+        x = x + block.mlp(block.norm2(x))
+    return student.head(student.norm(x)[:, 0])
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_student_is_driven_by_the_teachers_matrices(name: str) -> None:
+    student, teacher = pair(TEACHERS[name])
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    expected = plain(student, teacher, images)
+    torch.testing.assert_close(student(images), expected, rtol=1e-9, atol=1e-9)
+    loss = torch.linspace(-1, 1, 15, dtype=torch.float64).view(3, 5)
+    parameters = list(student.parameters())
+    wanted = torch.autograd.grad((expected * loss).sum(), parameters)
+    for got, want in zip(torch.autograd.grad((student(images) * loss).sum(), parameters), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
+    assert all(parameter.grad is None for parameter in teacher.model.parameters())
+
+
+def test_a_student_owns_neither_query_nor_key_nor_its_teacher() -> None:
+    student, teacher = pair(TEACHERS["fourier"], torch.float32)
+    names = dict(student.named_parameters())
+    assert parameter_count(create_model(SIZE, AttentionConfig())) - parameter_count(student) == 2 * 2 * (32 * 32 + 32)
+    assert names["blocks.1.attn.value.weight"].shape == (32, 32)
+    assert not any("qkv" in name or "operator" in name or "teacher" in name for name in student.state_dict())
+    assert names["blocks.0.attn.value.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+    assert teacher_of(student) is teacher
+    assert teacher_of(teacher.model) is None
+
+
+def test_training_mode_does_not_reach_the_teacher() -> None:
+    """Its matrices are those of evaluation, whatever drops out of the student."""
+    student, teacher = pair(TEACHERS["softmax"], torch.float32)
+    student.train()
+    assert not teacher.model.training
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+
+
+def test_a_teacher_follows_the_images_dtype_and_keeps_its_digest() -> None:
+    student, teacher = pair(TEACHERS["fourier"], torch.float32)
+    digest = teacher.digest
+    assert student.bfloat16()(torch.randn(2, 3, 16, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert teacher.digest == digest
+    torch.manual_seed(0)
+    assert Teacher(create_model(SIZE, TEACHERS["fourier"])).digest == digest
+    assert Teacher(create_model(SIZE, TEACHERS["fourier"])).digest != digest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": 3}, "its depth is 3, this model's is 2"),
+        ({"num_heads": 2}, "its number of heads is 2, this model's is 4"),
+        ({"embed_dim": 64}, "its head width is 16, this model's is 8"),
+        ({"image_size": 32}, "its image size is 32x32, this model's is 16x16"),
+        ({"patch_size": 8}, "its number of tokens is 5, this model's is 17"),
+    ],
+)
+def test_matrices_of_another_shape_are_refused(change: dict[str, int], message: str) -> None:
+    teacher = Teacher(create_model(SIZE.model_copy(update=change), AttentionConfig()))
+    with pytest.raises(RecipeError, match=f"attention.transfer_from = runs/x: {message}"):
+        give_teacher(create_model(SIZE, STUDENT), teacher, "runs/x")
+
+
+def test_a_student_without_a_teacher_says_so() -> None:
+    student = create_model(SIZE, STUDENT)
+    assert isinstance(student.blocks[0].attn, TransferredAttention)
+    with pytest.raises(RuntimeError, match="before `give_teacher`"):
+        student(torch.randn(1, 3, 16, 16))
