@@ -1,8 +1,10 @@
 """`karat analyze`: every analysis of every run, and the report; what cannot be made is one line."""
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from karat_scale.analysis.spectrum import analyze_spectrum
 from karat_scale.analysis.trained_run import TrainedRun, open_run
 from karat_scale.errors import RecipeError, RunDirectoryError, UserError
 from karat_scale.models.factory import parameter_count
+from karat_scale.train import distributed
 
 Analysis = Callable[[TrainedRun, Settings, Path], Result]
 
@@ -28,10 +31,11 @@ ANALYSES: dict[str, Analysis] = {
     "distributions": lambda run, settings, out: analyze_distributions(run, settings),
     "landscape": analyze_landscape,
 }
+SHARED = "landscape"
 
 
 def analyze_paths(options: Namespace) -> int:
-    """The command line's options, checked, to `analyze`.
+    """The command line's options, checked, to `analyze`; under torchrun the ranks share the landscape.
 
     Raises:
         UserError: no such run, or a count that cannot be.
@@ -50,13 +54,21 @@ def analyze_paths(options: Namespace) -> int:
         hessian_samples=min(options.samples, Settings.hessian_samples),
         seed=options.seed,
     )
-    return analyze(runs, options.only, settings, Path(options.out) if options.out else runs[0].path / "analysis")
+    out = Path(options.out) if options.out else runs[0].path / "analysis"
+    if distributed.launch_environment(os.environ)[1] == 1:
+        return analyze(runs, options.only, settings, out)
+    world = distributed.start("auto")
+    try:
+        return analyze(runs, options.only, replace(settings, world=world), out)
+    finally:
+        distributed.stop()
 
 
 def analyze(runs: Sequence[TrainedRun], names: Sequence[str], settings: Settings, out: Path) -> int:
     """Make the analyses `names` of each run and write OUT/report.html; returns the exit code.
 
-    OUT/<analysis>/<run>/ holds figures and numbers. 0 when anything was made, else 2.
+    OUT/<analysis>/<run>/ holds figures and numbers. 0 when anything was made, else 2. What the ranks share comes
+    first, so that they need not wait for rank 0, which makes all the rest.
 
     Raises:
         UserError: OUT cannot be written.
@@ -66,6 +78,10 @@ def analyze(runs: Sequence[TrainedRun], names: Sequence[str], settings: Settings
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunDirectoryError(f"--out {out}: {error.strerror}; choose another directory") from None
+    if settings.world.size > 1:
+        names = [name for name in names if name == SHARED] + [name for name in names if name != SHARED]
+    if not settings.world.is_main:
+        return _assist(runs, labels, settings, out) if SHARED in names else 0
     written: dict[str, dict[str, Written]] = {}
     problems: list[Problem] = []
     with ProgressDisplay() as show:
@@ -87,6 +103,16 @@ def analyze(runs: Sequence[TrainedRun], names: Sequence[str], settings: Settings
     write_report(out / "report.html", summaries, written, problems)
     print(f"report: {out / 'report.html'}")
     return 0 if written else 2
+
+
+def _assist(runs: Sequence[TrainedRun], labels: Sequence[str], settings: Settings, out: Path) -> int:
+    """Compute this rank's share; rank 0 says what cannot be made."""
+    for run, label in zip(runs, labels, strict=True):
+        directory = out / SHARED / safe_name(label)
+        with suppress(UserError, OSError):
+            directory.mkdir(parents=True, exist_ok=True)
+            ANALYSES[SHARED](run, settings, directory)
+    return 0
 
 
 def unique_labels(runs: Sequence[TrainedRun]) -> list[str]:

@@ -18,6 +18,7 @@ from karat_scale.analysis.loss_grid import filter_normalised, loss_grid
 from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
 from karat_scale.analysis.trained_run import TrainedRun
 from karat_scale.analysis.trajectory import Plane, plane_of_run
+from karat_scale.analysis.validation_images import ImagesInMemory
 from karat_scale.errors import RunDirectoryError
 
 MARGIN = 0.25
@@ -27,11 +28,12 @@ PROBES = 8
 GRAPH_MATRICES = 80
 GRAPH_BYTES = 1 << 30
 Array = npt.NDArray[np.float64]
-Batches = list[tuple[Tensor, Tensor]]
 
 
 def analyze_landscape(run: TrainedRun, settings: Settings, out: Path) -> Result:
     """Losses around the last checkpoint's raw weights, in the plane of the path and in a random one; sharpness.
+
+    Collective: the ranks share the points of the grids. Rank 0's result alone has the sharpness.
 
     Args:
         out: where unfinished grids are kept.
@@ -39,35 +41,43 @@ def analyze_landscape(run: TrainedRun, settings: Settings, out: Path) -> Result:
     Raises:
         UserError: the run has no checkpoint, or its data cannot be read. Too few checkpoints for the path are a note.
     """
-    last = run.in_order[-1]
-    images = run.images(settings.samples)
-    batches = list(images.batches(max(settings.batch, 32), run.device))
     result = Result()
-    note_bad_images(result, run, images.bad)
-    model = run.model(last, weights="raw")
+    with settings.world.together():
+        last = run.in_order[-1]
+        images = run.images(settings.samples)
+        held_out = images.in_memory(max(settings.batch, 32), run.device)
+        note_bad_images(result, run, images.bad)
+        model = run.model(last, weights="raw")
+        plane = _plane(run, result)
     identity = f"{last} {images.ids}"
-    result.numbers["checkpoint"], result.numbers["images"] = last, sum(len(y) for _, y in batches)
-    try:
-        plane = plane_of_run(run)
-    except RunDirectoryError as error:
-        result.notes.append(str(error))
-    else:
+    result.numbers["checkpoint"], result.numbers["images"] = last, len(held_out)
+    if plane is not None:
         first, second = (_axis(plane.coordinates[:, i], settings.grid) for i in range(2))
-        losses = _grid(model, batches, plane.directions, first, second, out, "path", identity, settings)
+        losses = _grid(model, held_out, plane.directions, first, second, out, "path", identity, settings)
         _add_path(result, run, plane, (first, second, losses))
+        del plane  # two directions are twice the model
     around = np.linspace(-1, 1, settings.grid)
     directions = filter_normalised(model, settings.seed)
-    losses = _grid(model, batches, directions, around, around, out, "random", identity, settings)
+    losses = _grid(model, held_out, directions, around, around, out, "random", identity, settings)
     _add_surface(result, "random", (around, around, losses), "two random filter-normalised directions")
-    _add_sharpness(result, run, last, settings)
+    del directions, model
+    if settings.world.is_main:
+        _add_sharpness(result, run, last, settings)
     return result
 
 
-def mean_loss(model: VisionTransformer, batches: Batches) -> float:
-    """Mean cross-entropy over the batches."""
+def mean_loss(model: VisionTransformer, images: ImagesInMemory) -> float:
+    """Mean cross-entropy over the images."""
     with torch.no_grad():
-        total = sum(float(cross_entropy(model(x), y, reduction="sum")) for x, y in batches)
-    return total / sum(len(y) for _, y in batches)
+        return sum(float(cross_entropy(model(x), y, reduction="sum")) for x, y in images) / len(images)
+
+
+def _plane(run: TrainedRun, result: Result) -> Plane | None:
+    try:
+        return plane_of_run(run)
+    except RunDirectoryError as error:
+        result.notes.append(str(error))
+        return None
 
 
 def _axis(coordinates: Array, points: int) -> Array:
@@ -79,7 +89,7 @@ def _axis(coordinates: Array, points: int) -> Array:
 
 def _grid(
     model: VisionTransformer,
-    batches: Batches,
+    images: ImagesInMemory,
     directions: npt.NDArray[np.float32],
     first: Array,
     second: Array,
@@ -90,13 +100,14 @@ def _grid(
 ) -> Array:
     return loss_grid(
         model,
-        lambda: mean_loss(model, batches),
+        lambda: mean_loss(model, images),
         directions,
         first,
         second,
-        out / f".landscape-{name}.partial.npz",
+        out / f".landscape-{name}",
         identity,
         lambda done, total: settings.progress(f"landscape, {name}", done, total),
+        settings.world,
     )
 
 
@@ -157,23 +168,22 @@ def _images_of_a_graph(model: VisionTransformer) -> int:
 
 def _add_sharpness(result: Result, run: TrainedRun, last: str, settings: Settings) -> None:
     model = run.model(last, weights="raw", implementation="reference")
-    images = run.images(settings.hessian_samples)
-    batches = list(images.batches(min(settings.batch, _images_of_a_graph(model)), run.device))
-    count = sum(len(y) for _, y in batches)
+    batch = min(settings.batch, _images_of_a_graph(model))
+    images = run.images(settings.hessian_samples).in_memory(batch, run.device)
     products = 0
 
     def losses() -> Iterator[Tensor]:
         nonlocal products
         products += 1
         settings.progress("sharpness", products, POWER_STEPS * settings.eigenvalues + PROBES)
-        for x, y in batches:
-            yield cross_entropy(model(x), y, reduction="sum") / count
+        for x, y in images:
+            yield cross_entropy(model(x), y, reduction="sum") / len(images)
 
     hessian = Hessian(list(model.parameters()), losses)
     values = hessian.top_eigenvalues(settings.eigenvalues, POWER_STEPS, settings.seed)
     trace, error = hessian.trace(PROBES, settings.seed)
     result.numbers["hessian"] = {
-        "images": count,
+        "images": len(images),
         "top_eigenvalues": [found.value for found in values],
         "converged": [found.converged for found in values],
         "trace": trace,
@@ -184,4 +194,5 @@ def _add_sharpness(result: Result, run: TrainedRun, last: str, settings: Setting
         for i, found in enumerate(values, start=1)
     ]
     rows += [["trace", trace], ["standard error of the trace", error]]
-    result.tables.append(Table(f"Sharpness: Hessian of the held-out loss on {count} images", ["figure", "value"], rows))
+    title = f"Sharpness: Hessian of the held-out loss on {len(images)} images"
+    result.tables.append(Table(title, ["figure", "value"], rows))

@@ -1,20 +1,32 @@
-"""Losses on a grid of points in a plane of weight space, kept after every row so that a killed command goes on."""
+"""Losses on a grid of points in a plane of weight space, shared by ranks and written down as they are found."""
 
 import hashlib
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from karat_scale.analysis.trajectory import flatten, unflatten_into
+from karat_scale.analysis.trajectory import flatten, trainable
 from karat_scale.files import write_atomically
+from karat_scale.train.distributed import ALONE, World
 
 Array = npt.NDArray[np.float64]
 Directions = npt.NDArray[np.float32]
+
+
+@dataclass
+class _Known:
+    """The losses [len(second), len(first)] found so far, and which they are; of the inputs that `key` tells."""
+
+    key: str
+    losses: Array
+    done: npt.NDArray[np.bool_]
 
 
 def loss_grid(
@@ -26,33 +38,45 @@ def loss_grid(
     partial: Path,
     identity: str,
     progress: Callable[[int, int], None],
+    world: World = ALONE,
 ) -> Array:
-    """loss() at weights + a d1 + b d2 for a in `first` and b in `second`: [len(second), len(first)].
+    """loss() at weights + a d1 + b d2 for a in `first` and b in `second`: [len(second), len(first)]. Collective.
+
+    The ranks share the points. Each writes down what it has after every row's worth of them, and a command that was
+    stopped goes on from there, on any number of ranks.
 
     Args:
         model: whose weights are the origin; they are as before afterwards.
         loss: of the model as it stands.
         directions: d1 and d2, [2, P].
-        partial: a file of the rows done, removed at the end. One of other inputs is not used.
+        partial: the files of points done begin with this path, and go at the end. Those of other inputs are not used.
         identity: what else the losses depend on, such as checkpoint and images.
     """
     origin = flatten(model)
-    key = _fingerprint(identity, origin.numpy(), directions, first, second)
-    losses = _done(partial, key, (len(second), len(first)))
-    one, two = torch.from_numpy(directions)
-    try:
-        for row in np.flatnonzero(np.isnan(losses).any(1)):
-            for column, a in enumerate(first):
-                unflatten_into(model, _point(origin, one, float(a), two, float(second[row])))
-                losses[row, column] = loss()
-                progress(int(row) * len(first) + column + 1, losses.size)
-            content = io.BytesIO()
-            np.savez(content, key=key, losses=losses)
-            write_atomically(partial, content.getvalue())
-    finally:
-        unflatten_into(model, origin)
-    partial.unlink(missing_ok=True)
-    return losses
+    known: Any = None
+    with world.together():
+        if world.is_main:
+            key = _fingerprint(identity, origin.numpy(), directions, first, second)
+            known = _read(partial, _Known(key, *_nothing((len(second), len(first)))))
+    known = world.broadcast(known)
+    mine = np.flatnonzero(~known.done)[world.rank :: world.size]
+    with world.together():
+        try:
+            for number, point in enumerate(mine, start=1):
+                row, column = divmod(int(point), len(first))
+                _move(model, origin, directions, float(first[column]), float(second[row]))
+                known.losses[row, column], known.done[row, column] = loss(), True
+                progress(number, len(mine))
+                if number % len(first) == 0:
+                    _write(partial, world.rank, known)
+        finally:
+            _move(model, origin, directions, 0.0, 0.0)
+    for points, values in world.gather((mine, known.losses.flat[mine])):
+        known.losses.flat[points] = values
+    if world.is_main:
+        for path in _files(partial):
+            path.unlink()
+    return np.asarray(known.losses)
 
 
 def filter_normalised(model: nn.Module, seed: int) -> Directions:
@@ -62,14 +86,14 @@ def filter_normalised(model: nn.Module, seed: int) -> Directions:
     norms do not move.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for _ in range(2):
-        parts = []
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
+    directions = np.empty((2, len(flatten(model))), dtype=np.float32)
+    for direction in torch.from_numpy(directions):
+        start = 0
+        for name, parameter in trainable(model):
             weights = parameter.detach().float().cpu()
-            noise = torch.randn(weights.shape, generator=generator)
+            noise = direction[start : start + weights.numel()].view_as(weights)
+            torch.randn(weights.shape, generator=generator, out=noise)
+            start += weights.numel()
             if weights.dim() < 2:
                 noise.zero_()
             else:
@@ -77,13 +101,18 @@ def filter_normalised(model: nn.Module, seed: int) -> Directions:
                 over = tuple(range(min(kept, weights.dim() - 1), weights.dim()))
                 size = noise.square().sum(over, keepdim=True).sqrt().clamp(min=1e-12)
                 noise *= weights.square().sum(over, keepdim=True).sqrt() / size
-            parts.append(noise.flatten())
-        rows.append(torch.cat(parts))
-    return torch.stack(rows).numpy()
+    return directions
 
 
-def _point(origin: Tensor, one: Tensor, a: float, two: Tensor, b: float) -> Tensor:
-    return origin.add(one, alpha=a).add_(two, alpha=b)
+@torch.no_grad()
+def _move(model: nn.Module, origin: Tensor, directions: Directions, a: float, b: float) -> None:
+    """Set the weights to origin + a d1 + b d2, a parameter at a time."""
+    start = 0
+    for _, parameter in trainable(model):
+        part = slice(start, start + parameter.numel())
+        one, two = torch.from_numpy(directions[:, part])
+        parameter.copy_((origin[part] + a * one + b * two).view_as(parameter))
+        start = part.stop
 
 
 def _fingerprint(identity: str, *arrays: npt.NDArray[np.floating]) -> str:
@@ -93,11 +122,25 @@ def _fingerprint(identity: str, *arrays: npt.NDArray[np.floating]) -> str:
     return digest.hexdigest()
 
 
-def _done(partial: Path, key: str, shape: tuple[int, int]) -> Array:
-    """The rows that an earlier command finished; nan elsewhere."""
-    if partial.is_file():
-        with np.load(partial) as content:
-            if str(content["key"]) == key:
-                losses: Array = content["losses"]
-                return losses
-    return np.full(shape, np.nan)
+def _nothing(shape: tuple[int, int]) -> tuple[Array, npt.NDArray[np.bool_]]:
+    return np.full(shape, np.nan), np.zeros(shape, dtype=bool)
+
+
+def _files(partial: Path) -> list[Path]:
+    return sorted(partial.parent.glob(f"{partial.name}-*.npz"))
+
+
+def _read(partial: Path, known: _Known) -> _Known:
+    """Take in what the ranks of an earlier command wrote down."""
+    for path in _files(partial):
+        with np.load(path) as content:
+            if str(content["key"]) == known.key:
+                known.losses[content["done"]] = content["losses"][content["done"]]
+                known.done |= content["done"]
+    return known
+
+
+def _write(partial: Path, rank: int, known: _Known) -> None:
+    content = io.BytesIO()
+    np.savez(content, key=known.key, losses=known.losses, done=known.done)
+    write_atomically(partial.with_name(f"{partial.name}-{rank}.npz"), content.getvalue())

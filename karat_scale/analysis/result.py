@@ -8,6 +8,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from karat_scale.analysis.trained_run import TrainedRun
+from karat_scale.train.distributed import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Settings:
     hessian_samples: int = 64
     eigenvalues: int = 3
     seed: int = 0
+    world: World = ALONE
+    """The ranks that share the points of the landscape."""
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
     """Called with what goes on, steps done and steps in all."""
 

@@ -1,6 +1,7 @@
 """The way of the weights through training: PCA of their changes over the checkpoints (paper, sections 5.1 and 5.2)."""
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,33 +31,39 @@ class Plane:
     directions: npt.NDArray[np.float32]
 
 
+def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that make up a point of weight space, in the order of its coordinates."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
 def flatten(model: nn.Module) -> Tensor:
     """All trainable weights as one vector [P], float32, on the CPU."""
-    parts = [p.detach().flatten().float().cpu() for p in model.parameters() if p.requires_grad]
-    return torch.cat(parts)
+    return torch.cat([parameter.detach().flatten().float().cpu() for _, parameter in trainable(model)])
 
 
-@torch.no_grad()
-def unflatten_into(model: nn.Module, vector: Tensor) -> None:
-    """The inverse of `flatten`, in place."""
-    start = 0
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.copy_(vector[start : start + parameter.numel()].view_as(parameter))
-            start += parameter.numel()
+class _OnDisk:
+    """Float32 [n, P] in a file; mapped anew for each piece, as the pages of one map would add up in memory."""
+
+    def __init__(self, path: Path, shape: tuple[int, int]) -> None:
+        self._path, self.shape = path, shape
+
+    def __getitem__(self, where: tuple[slice, slice]) -> npt.NDArray[np.float32]:
+        return np.array(np.memmap(self._path, dtype=np.float32, mode="r", shape=self.shape)[where])
 
 
-def principal_plane(changes: npt.NDArray[np.float32], names: list[str]) -> Plane:
+def principal_plane(changes: "npt.NDArray[np.float32] | _OnDisk", names: list[str]) -> Plane:
     """PCA of changes [n, P] from the last checkpoint, not centred, so that the plane holds the origin.
 
     Only the n x n matrix of inner products is decomposed, and P is gone through in pieces.
     """
-    gram = np.zeros((len(changes), len(changes)))
+    gram = np.zeros((changes.shape[0], changes.shape[0]))
     for start in range(0, changes.shape[1], CHUNK):
         piece = changes[:, start : start + CHUNK].astype(np.float64)
         gram += piece @ piece.T
     values, vectors = np.linalg.eigh(gram)
     values, vectors = values[::-1][:2].clip(min=1e-30), vectors[:, ::-1][:, :2]
+    # Signs that do not depend on the machine: all ranks must mean the same plane.
+    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), [0, 1]])
     directions = np.empty((2, changes.shape[1]), dtype=np.float32)
     for start in range(0, changes.shape[1], CHUNK):
         piece = changes[:, start : start + CHUNK].astype(np.float64)
@@ -77,8 +84,9 @@ def plane_of_run(run: TrainedRun) -> Plane:
     last = flatten(model).numpy()
     # On disk: a model's weights times the checkpoints may not fit in memory.
     with tempfile.TemporaryDirectory(prefix="karat-analysis-") as directory:
-        changes = np.memmap(Path(directory) / "changes", dtype=np.float32, mode="w+", shape=(len(names), len(last)))
-        for row, name in enumerate(names):
-            run.load(model, name, "raw")
-            changes[row] = flatten(model).numpy() - last
-        return principal_plane(changes, names)
+        path = Path(directory) / "changes"
+        with path.open("wb") as file:
+            for name in names:
+                run.load(model, name, "raw")
+                file.write((flatten(model).numpy() - last).data)
+        return principal_plane(_OnDisk(path, (len(names), len(last))), names)

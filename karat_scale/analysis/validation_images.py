@@ -69,9 +69,27 @@ class ValidationImages:
         for batch in self.raw(batch_size):
             yield self._normalize(batch.images.to(device)), batch.labels.to(device)
 
+    def in_memory(self, batch_size: int, device: torch.device) -> "ImagesInMemory":
+        """What `batches` gives, to be gone through many times: decoded once and kept as bytes."""
+        return ImagesInMemory(list(self.raw(batch_size)), self._normalize, device)
+
     def _open(self) -> Backend:
         model, run = self._recipe.model, self._recipe.run
         return open_backend(self._data, self._recipe.augment, model.image_size, model.num_classes, run.seed)
+
+
+class ImagesInMemory:
+    """Normalised float32 images [b, 3, H, W] and labels [b], made of the kept bytes anew in each pass."""
+
+    def __init__(self, kept: list[Batch], normalize: Normalize, device: torch.device) -> None:
+        self._kept, self._normalize, self._device = kept, normalize, device
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in self._kept:
+            yield self._normalize(batch.images.to(self._device)), batch.labels.to(self._device)
+
+    def __len__(self) -> int:
+        return sum(len(batch.labels) for batch in self._kept)
 
 
 def _padded(ids: tuple[int, ...], size: int) -> npt.NDArray[np.int64]:

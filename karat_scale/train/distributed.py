@@ -5,7 +5,8 @@ One process alone, `torchrun`, and `srun` with one task per device all end in th
 
 import os
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -67,15 +68,21 @@ class World:
 
     def on_main(self, action: Callable[[], None]) -> None:
         """Rank 0 acts; what it refuses is raised on every rank."""
-        refusal: UserError | None = None
-        if self.is_main:
-            try:
+        with self.together():
+            if self.is_main:
                 action()
-            except UserError as error:
-                refusal = error
-        refusal = self.broadcast(refusal)
-        if refusal is not None:
-            raise refusal
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What one rank meets inside, a UserError or an OSError, is raised on every rank at the end of the block."""
+        mine: Exception | None = None
+        try:
+            yield
+        except (UserError, OSError) as error:
+            mine = error
+        met = next((error for error in self.gather(mine) if error is not None), None)
+        if met is not None:
+            raise met
 
     def gather(self, value: T) -> list[T]:
         """Each rank's picklable `value`, in rank order, on every rank."""
@@ -84,6 +91,10 @@ class World:
         box: list[Any] = [None] * self.size
         dist.all_gather_object(box, value, group=self.control)
         return box
+
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+"""A process that has joined nothing."""
 
 
 def launch_environment(environ: Mapping[str, str]) -> tuple[int, int, int]:

@@ -3,12 +3,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from karat_scale.analysis.command import ANALYSES, unique_labels
 from karat_scale.analysis.trained_run import TrainedRun
 from karat_scale.cli import ANALYSES as NAMES
 from karat_scale.cli import main
+from tests.conftest import karat
 
 QUICK = ("--images", "4", "--grid", "3", "--samples", "8", "--image", "0", "5")
 
@@ -35,6 +37,24 @@ def test_two_runs_side_by_side(
     figures = {path.relative_to(out) for path in out.rglob("*.png")}
     assert len(figures) == page.count("data-figure=")
     assert {path.with_suffix(".svg") for path in figures} == {p.relative_to(out) for p in out.rglob("*.svg")}
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_ranks_share_the_landscape(karat_run: TrainedRun, tmp_path: Path) -> None:
+    arguments = ["analyze", str(karat_run.path), *QUICK, "--only", "spectrum", "landscape"]
+    assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    done = karat(*arguments, "--out", str(tmp_path / "two"), processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = (np.load(tmp_path / name / "landscape" / "karat" / "arrays.npz") for name in ("one", "two"))
+    for name in one.files:
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-5, atol=1e-6)
+    files = {path.relative_to(tmp_path / "two").as_posix() for path in (tmp_path / "two").rglob("*.*")}
+    assert {"report.html", "spectrum/karat/last_block.png", "landscape/karat/optimizer_path.png"} <= files
+    assert not any("/.landscape" in name for name in files)
+    refused = karat(*arguments, "--out", str(tmp_path / "none"), "--data", str(tmp_path / "nowhere"), processes=2)
+    assert refused.returncode != 0
+    assert len([line for line in refused.stderr.splitlines() if line.startswith("error: landscape of karat")]) == 1
 
 
 def test_missing_images_leave_what_needs_none(

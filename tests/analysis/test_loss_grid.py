@@ -39,7 +39,7 @@ def compute(bowl: Bowl, partial: Path, identity: str = "bowl", stop_after: int |
 
 def test_a_quadratic_bowl(tmp_path: Path) -> None:
     bowl = Bowl()
-    losses = compute(bowl, tmp_path / "partial.npz")
+    losses = compute(bowl, tmp_path / "partial")
     np.testing.assert_allclose(losses, 3 * FIRST**2 + SECOND[:, None] ** 2 / 2 + 1, rtol=1e-6)
     assert not bowl.point.any()
     assert not list(tmp_path.iterdir())
@@ -48,18 +48,49 @@ def test_a_quadratic_bowl(tmp_path: Path) -> None:
 def test_a_stopped_grid_goes_on_at_the_row_it_was_at(tmp_path: Path) -> None:
     bowl = Bowl()
     with pytest.raises(KeyboardInterrupt):
-        compute(bowl, tmp_path / "partial.npz", stop_after=7)
+        compute(bowl, tmp_path / "partial", stop_after=7)
     assert not bowl.point.any()
     again = Bowl()
-    np.testing.assert_array_equal(compute(again, tmp_path / "partial.npz"), compute(Bowl(), tmp_path / "other.npz"))
+    np.testing.assert_array_equal(compute(again, tmp_path / "partial"), compute(Bowl(), tmp_path / "other"))
+    assert again.calls == 10
+
+
+def test_what_several_ranks_wrote_down_is_used_by_one(tmp_path: Path) -> None:
+    partial = tmp_path / "partial"
+    with pytest.raises(KeyboardInterrupt):
+        compute(Bowl(), partial, stop_after=10)
+    with np.load(tmp_path / "partial-0.npz") as content:
+        known = dict(content)
+    assert known["done"].sum() == 10
+    for rank in (0, 3):
+        mine = known["done"].copy()
+        mine.flat[rank::2] = False
+        losses = np.where(mine, known["losses"], np.nan)
+        np.savez(tmp_path / f"partial-{rank}.npz", key=known["key"], losses=losses, done=mine)
+    again = Bowl()
+    np.testing.assert_array_equal(compute(again, partial), compute(Bowl(), tmp_path / "other"))
+    assert again.calls == 5
+    assert not list(tmp_path.iterdir())
+
+
+def test_points_that_are_not_a_number_are_not_computed_again(tmp_path: Path) -> None:
+    class Cliff(Bowl):
+        def loss(self) -> float:
+            super().loss()
+            return float("nan")
+
+    with pytest.raises(KeyboardInterrupt):
+        compute(Cliff(), tmp_path / "partial", stop_after=7)
+    again = Cliff()
+    assert np.isnan(compute(again, tmp_path / "partial")).all()
     assert again.calls == 10
 
 
 def test_another_models_partial_grid_is_not_used(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        compute(Bowl(), tmp_path / "partial.npz", stop_after=7)
+        compute(Bowl(), tmp_path / "partial", stop_after=7)
     bowl = Bowl()
-    compute(bowl, tmp_path / "partial.npz", identity="another checkpoint")
+    compute(bowl, tmp_path / "partial", identity="another checkpoint")
     assert bowl.calls == 15
 
 
