@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What the extra `ffcv` and the compiled kernels and decoder are built with, on Debian.
-PACKAGES := libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config g++
+# What the extra `ffcv` and the compiled kernels and decoder are built with, and what opens the report, on Debian.
+PACKAGES := libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config g++ chromium chromium-driver
 EXTRAS := ffcv dali
 
 .PHONY: install demo test lint clean packages extras

@@ -1,12 +1,20 @@
 """Two short real runs, one of each kind, on the shared shards."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from karat_scale.analysis.trained_run import TrainedRun, open_run
+from tests.analysis.browser import Browser, open_browser
 from tests.conftest import SMALL, karat
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with open_browser(tmp_path_factory.mktemp("chromium")) as opened:
+        yield opened
+
 
 KEEP_ALL = ("checkpoint.every_steps=4", "checkpoint.every_minutes=null", "checkpoint.keep_last=50")
 

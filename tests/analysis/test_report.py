@@ -29,18 +29,23 @@ class Resources(HTMLParser):
                 self.figures.append(value or "")
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> str:
+def make_page(tmp_path: Path) -> Path:
+    """A report of one figure and one table, with names that are markup."""
     figure = new_figure(2, 2)
     figure.subplots().plot([1, 2])
     result = Result(numbers={"x": float("nan")}, notes=[NASTY])
     result.figures[NASTY] = figure, NASTY
-    result.tables.append(Table(NASTY, ["class", NASTY], [[NASTY, 1.23456], ["b", None]]))
+    result.tables.append(Table(NASTY, ["class", NASTY], [[NASTY, 1.23456], ["b", None], ["c", -30]]))
     written = write_result(result, tmp_path / "spectrum")
     runs = [RunSummary(NASTY, {"directory": NASTY}), RunSummary("other", {})]
     path = tmp_path / "report.html"
     write_report(path, runs, {"spectrum": {NASTY: written}}, [Problem("maps", "other", NASTY)])
-    return path.read_text()
+    return path
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> str:
+    return make_page(tmp_path).read_text()
 
 
 def test_text_is_escaped_and_nothing_is_fetched(page: str) -> None:

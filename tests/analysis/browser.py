@@ -1,0 +1,81 @@
+"""A report as a reader sees it: headless Chromium, driven by Selenium."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+QUIET = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-sync",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--window-size=1300,1000",
+)
+
+
+class Browser:
+    """One page at a time."""
+
+    def __init__(self, driver) -> None:
+        self._driver = driver
+
+    def open(self, page: Path) -> None:
+        """Load a file."""
+        self._driver.get(page.as_uri())
+
+    def run(self, script: str, *arguments: object):
+        """What a script returns."""
+        return self._driver.execute_script(script, *arguments)
+
+    def click(self, selector: str, number: int = 0) -> None:
+        """Click where a person would, on the element in sight."""
+        element = self._driver.find_elements("css selector", selector)[number]
+        self.run("arguments[0].scrollIntoView({block: 'center'})", element)
+        element.click()
+
+    def shown(self, selector: str) -> bool:
+        """Whether the first such element can be seen."""
+        return self._driver.find_element("css selector", selector).is_displayed()
+
+    def prefer(self, scheme: str) -> None:
+        """As the reader's system does, "dark" or "light"."""
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        self._driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+
+    def screenshot(self, path: Path) -> None:
+        """The whole page, not only what is in the window."""
+        height = self.run("return document.documentElement.scrollHeight")
+        self._driver.set_window_size(1300, min(height, 12_000))
+        self._driver.save_screenshot(str(path))
+        self._driver.set_window_size(1300, 1000)
+
+    def messages(self) -> list[str]:
+        """What the console has shown since it was last asked."""
+        return [entry["message"] for entry in self._driver.get_log("browser")]
+
+
+@contextmanager
+def open_browser(profile: Path) -> Iterator[Browser]:
+    """A fresh browser; the test is skipped where Debian's packages are not installed."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("needs chromium and chromium-driver: as root, apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for argument in (*QUIET, f"--user-data-dir={profile}"):
+        options.add_argument(argument)
+    started = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    try:
+        yield Browser(started)
+    finally:
+        started.quit()

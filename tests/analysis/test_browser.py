@@ -1,0 +1,73 @@
+"""The report's own behaviour in Chromium, on a page whose names try to break out of it."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.analysis.browser import Browser
+from tests.analysis.test_report import NASTY, make_page
+
+
+@pytest.fixture
+def page(tmp_path: Path, browser: Browser) -> Browser:
+    browser.prefer("light")
+    browser.open(make_page(tmp_path))
+    return browser
+
+
+def column(browser: Browser, number: int) -> list[str]:
+    return browser.run(f"return [...document.querySelectorAll('tbody tr')].map(r => r.cells[{number}].textContent)")
+
+
+def back(browser: Browser) -> str:
+    return browser.run("return getComputedStyle(document.body).backgroundColor")
+
+
+def test_hostile_names_are_shown_as_they_are_and_nothing_complains(page: Browser) -> None:
+    assert page.messages() == []
+    assert page.run("return document.querySelector('h3').textContent") == NASTY
+    assert column(page, 0) == [NASTY, "b", "c"]
+    assert page.run("return document.scripts.length") == 1
+    assert page.run("return performance.getEntriesByType('resource').filter(r => !r.name.startsWith('data:'))") == []
+
+
+def test_every_figure_is_drawn(page: Browser) -> None:
+    sizes = page.run("return [...document.querySelectorAll('figure img')].map(i => i.complete && i.naturalWidth)")
+    assert len(sizes) == 1
+    assert sizes[0] > 100
+
+
+def test_a_table_is_sorted_by_the_column_that_is_clicked(page: Browser) -> None:
+    assert column(page, 1) == ["1.235", "-", "-30"]
+    page.click("th", 1)
+    assert column(page, 1) == ["-30", "1.235", "-"]
+    page.click("th", 1)
+    assert column(page, 1) == ["1.235", "-30", "-"]
+    page.click("th", 0)
+    assert column(page, 0) == [NASTY, "b", "c"]
+    assert page.run("return [...document.querySelectorAll('th')].map(h => h.ariaSort)") == ["ascending", None]
+    assert page.messages() == []
+
+
+def test_a_figure_opens_enlarges_and_closes(page: Browser) -> None:
+    assert not page.shown("#zoom")
+    page.click("figure img")
+    assert page.shown("#zoom")
+    fitted = page.run("return document.querySelector('#zoom img').clientWidth")
+    assert page.run("return document.querySelector('figure img').clientWidth") < fitted <= 1300
+    page.click("#zoom img")
+    assert page.run("return document.querySelector('#zoom img').clientWidth") > fitted
+    page.run("document.getElementById('zoom').click()")
+    assert not page.shown("#zoom")
+    assert page.messages() == []
+
+
+def test_dark_and_light_as_the_system_says_and_as_the_button_says(page: Browser) -> None:
+    light = back(page)
+    page.prefer("dark")
+    dark = back(page)
+    assert dark != light
+    page.click("#theme")
+    assert back(page) == light
+    page.click("#theme")
+    assert back(page) == dark
