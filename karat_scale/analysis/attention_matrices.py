@@ -8,7 +8,7 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor
 
-from karat_scale.models.transfer import TransferredAttention
+from karat_scale.models.transfer import Teacher, TransferredAttention
 
 Visit = Callable[[int, Tensor, Tensor], None]
 """Given the block's index, A [B, h, N, N] before the operator, and S (or softmax(A)) [B, h, N, N] after it."""
@@ -43,7 +43,7 @@ def _hook(number: int, visit: Visit) -> Callable[[Any, tuple[Tensor, ...]], None
 def _source(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Any]:
     """Query and key [B, h, N, d] as the layer itself has them, and its operator; None for softmax."""
     if isinstance(attention, TransferredAttention):
-        assert attention.teacher is not None
+        assert isinstance(attention.teacher, Teacher)
         return *attention.teacher.query_and_key(attention.block), attention.teacher.operator(attention.block)
     batch, tokens, _ = x.shape
     qkv = attention.qkv(x).reshape(batch, tokens, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)

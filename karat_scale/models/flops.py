@@ -2,7 +2,8 @@
 
 A multiply-add is two operations. As is usual for MFU, matrix products count and elementwise work (norms, softmax, base
 activations, the simplex) does not, nor does anything computed a second time. A learnable function with K coefficients
-counts as K multiply-adds an evaluation, so that KArAt's sums over keys count like the matrix products they are.
+counts as K multiply-adds an evaluation, so that KArAt's sums over keys count like the matrix products they are. Where
+attention is transferred, S V counts and the teacher's own pass does not.
 """
 
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from karat_scale.attention import KaratOperator
 from karat_scale.attention.bases import Basis, FeatureBasis
 from karat_scale.models.factory import create_model
+from karat_scale.models.transfer import TransferredAttention
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 
@@ -35,6 +37,7 @@ def flops_per_image(model: ModelConfig, attention: AttentionConfig) -> Flops:
     with torch.device("meta"):
         network: nn.Module = create_model(model, attention)
         _let_operators_pass(network)
+        _let_matrices_come_from_nowhere(network)
         image = torch.empty(1, 3, model.image_size, model.image_size)
         # SDPA's fused backward passes would count the scores that they compute a second time.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -105,3 +108,17 @@ def _let_operators_pass(network: nn.Module) -> None:
         for name, child in list(module.named_children()):
             if isinstance(child, KaratOperator):
                 setattr(module, name, passed.setdefault(child, _PassedOperator(child)))
+
+
+class _AnyMatrices:
+    """Stands where a student's teacher would: gives it S without computing it."""
+
+    def attend(self, _: int, value: Tensor) -> Tensor:
+        """S V of value [B, h, N, d]."""
+        return value.new_empty(*value.shape[:3], value.shape[2]) @ value
+
+
+def _let_matrices_come_from_nowhere(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, TransferredAttention):
+            module.teacher = _AnyMatrices()

@@ -7,7 +7,7 @@ S is not formed: the teacher's operator is given its own query and key and the s
 import functools
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from timm.layers import Attention
@@ -17,6 +17,13 @@ from torch.nn import functional
 
 from karat_scale.errors import RecipeError
 from karat_scale.models.vit import join_heads, num_tokens
+
+
+class Matrices(Protocol):
+    """Whatever brings the attention matrices S of each block."""
+
+    def attend(self, block: int, value: Tensor) -> Tensor:
+        """O = S V [B, h, N, d] of value [B, h, N, d]."""
 
 
 class Teacher:
@@ -67,7 +74,7 @@ class TransferredAttention(Attention):
     `give_teacher` sets `teacher` and the layer's own number, `block`.
     """
 
-    teacher: Teacher | None = None
+    teacher: Matrices | None = None
     block = -1
 
     def __init__(self, dim: int, **kwargs: Any) -> None:
@@ -105,7 +112,8 @@ def give_teacher(student: VisionTransformer, teacher: Teacher, source: str) -> N
     blocks: Any = student.blocks
     for number, block in enumerate(blocks):
         block.attn.teacher, block.attn.block = teacher, number
-    student.patch_embed.register_forward_pre_hook(lambda _, inputs: teacher.look(inputs[0]))
+    # A partial, unlike a closure, means a copied model's own copy of the teacher.
+    student.patch_embed.register_forward_pre_hook(functools.partial(_look, teacher))
     setattr(student, _TEACHER, teacher)
 
 
@@ -132,6 +140,10 @@ def _shape(model: Any) -> tuple[Any, ...]:
     attention = model.blocks[0].attn
     size = "x".join(map(str, model.patch_embed.img_size))
     return size, num_tokens(model), len(model.blocks), attention.num_heads, attention.head_dim
+
+
+def _look(teacher: Teacher, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    teacher.look(inputs[0])
 
 
 def _keep_in(kept: dict[int, Tensor], number: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:

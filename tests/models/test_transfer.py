@@ -1,11 +1,15 @@
 """A student's outputs and gradients against the plain formula, and what it owns."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
 from karat_scale.errors import RecipeError
 from karat_scale.models import create_model, parameter_count
+from karat_scale.models.flops import flops_per_image
+from karat_scale.models.recompute import recompute
 from karat_scale.models.transfer import Teacher, TransferredAttention, give_teacher, teacher_of
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
@@ -73,6 +77,34 @@ def test_a_student_owns_neither_query_nor_key_nor_its_teacher() -> None:
     assert names["blocks.0.attn.value.weight"].std().item() == pytest.approx(0.02, rel=0.1)
     assert teacher_of(student) is teacher
     assert teacher_of(teacher.model) is None
+
+
+def test_a_copy_has_a_copy_of_the_teacher() -> None:
+    student, _ = pair(TEACHERS["fourier"])
+    copied = copy.deepcopy(student)
+    other, images = torch.randn(2, 2, 3, 16, 16, dtype=torch.float64)
+    expected = student(images)
+    student(other)
+    torch.testing.assert_close(copied(images), expected)
+
+
+def test_blocks_may_be_recomputed() -> None:
+    """The same gradients whatever is computed twice."""
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    for choices in (("attention", "attention"), ("block", "nothing")):
+        plain_student, _ = pair(TEACHERS["fourier"])
+        student, _ = pair(TEACHERS["fourier"])
+        recompute(student, choices)
+        for model in (plain_student, student):
+            model(images).square().sum().backward()
+        for own, other in zip(student.parameters(), plain_student.parameters(), strict=True):
+            torch.testing.assert_close(own.grad, other.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_the_products_of_a_student_are_counted() -> None:
+    """Against softmax it has neither query and key, 2 N D^2 each, nor scores, 2 N^2 D, in each block."""
+    student, softmax = (flops_per_image(SIZE, attention).forward for attention in (STUDENT, TEACHERS["softmax"]))
+    assert softmax - student == 2 * (2 * 2 * 17 * 32**2 + 2 * 17**2 * 32)
 
 
 def test_training_mode_does_not_reach_the_teacher() -> None:
