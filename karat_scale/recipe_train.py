@@ -1,15 +1,18 @@
 """The sections of a recipe that say how weights change: `optim`, `schedule`, `train` and `deepspeed`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from karat_scale.recipe_base import Count, NonNegative, Positive, Section
 from karat_scale.recipe_recompute import RecomputeConfig
 
 
 class OptimConfig(Section):
-    """AdamW. The peak learning rate is lr * train.global_batch / lr_batch."""
+    """AdamW. The peak learning rate is lr * train.global_batch / lr_batch.
+
+    With `layer_decay` d the rate of the layer n layers below the head is multiplied by d^n.
+    """
 
     lr: Positive = 5e-4
     lr_batch: Count | None = 512
@@ -18,6 +21,7 @@ class OptimConfig(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Positive = 1e-6
     clip_grad: NonNegative = 1.0
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
 
 
 class ScheduleConfig(Section):
@@ -32,7 +36,8 @@ class TrainConfig(Section):
     """How long and in what pieces. `micro_batch` null means the largest that the world allows.
 
     No step is ever taken on a loss or gradients that are not finite. `on_nonfinite` says what then: skip the step,
-    until `max_skipped_steps` were skipped in a row, or stop.
+    until `max_skipped_steps` were skipped in a row, or stop. `freeze` lists patterns of names of parameters that do not
+    learn, such as `blocks.0.*`.
     """
 
     epochs: Count = 100
@@ -45,9 +50,15 @@ class TrainConfig(Section):
     eval_every_epochs: Count = 1
     eval_batch: Count = 128
     eval_weights: Literal["auto", "raw", "ema"] = "auto"
+    freeze: tuple[str, ...] = ()
     recompute: RecomputeConfig = RecomputeConfig()
     on_nonfinite: Literal["skip", "stop"] = "skip"
     max_skipped_steps: Count = 20
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _one_pattern_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
 
 class DeepSpeedConfig(Section):

@@ -152,6 +152,19 @@ def whole_parameters(engine: Any, parameters: list[Any]) -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
+def set_frozen(engine: Any, values: dict[str, torch.Tensor]) -> None:
+    """Copy whole fp32 values into the module's parameters that have no gradient. Collective at stage 3."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    parameters = {name: p for name, p in engine.module.named_parameters() if name in values}
+    is_stage_3 = engine.zero_optimization_stage() == 3
+    with GatheredParameters(list(parameters.values()), modifier_rank=0, enabled=is_stage_3 and bool(parameters)):
+        if not is_stage_3 or engine.global_rank == 0:
+            for name, parameter in parameters.items():
+                parameter.copy_(values[name])
+
+
 def forget_gradients(engine: Any) -> None:
     """After a skipped step: clear the sums that DeepSpeed 0.19 keeps at stages 1 and 2 with offload.
 

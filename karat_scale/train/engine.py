@@ -11,7 +11,7 @@ import torch
 from timm.models import VisionTransformer
 from torch import nn
 
-from karat_scale.models import no_weight_decay_names, parameter_count
+from karat_scale.models import parameter_count
 from karat_scale.recipe import OptimConfig, Recipe
 from karat_scale.train.distributed import World
 from karat_scale.train.ds_config import load_ds_config, offloads_optimizer, zero_stage
@@ -24,20 +24,15 @@ from karat_scale.train.ds_internals import (
     shard_layout,
     use_torchs_own_linear,
 )
+from karat_scale.train.parameter_groups import parameter_groups
 from karat_scale.train.shards import Fragment, Pieces
 
 
 def build_optimizer(
     model: VisionTransformer, optim: OptimConfig, device: torch.device, cpu_adam: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW in two groups, with and without weight decay; fused on CUDA, DeepSpeed's for CPUs with `cpu_adam`."""
-    exempt = no_weight_decay_names(model, optim.karat_weight_decay)
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in trainable if name not in exempt], "weight_decay": optim.weight_decay},
-        {"params": [p for name, p in trainable if name in exempt], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    """AdamW over `parameter_groups`; fused on CUDA, DeepSpeed's for CPUs with `cpu_adam`."""
+    groups = parameter_groups(model, optim)
     if cpu_adam:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -71,6 +66,12 @@ class Engine:
         # At stage 3 the partitioned module's parameters look empty.
         self.parameters = parameter_count(model)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        # What does not learn, as it was before a lower precision or partitioning.
+        self.frozen = {
+            name: p.detach().to("cpu", torch.float32, copy=True)
+            for name, p in model.named_parameters()
+            if not p.requires_grad
+        }
         cpu_adam = offloads_optimizer(config) and _takes_cpu_adam(recipe.deepspeed.cpu_adam, world.device)
         config["zero_force_ds_cpu_optimizer"] = cpu_adam
         use_torchs_own_linear()
@@ -96,9 +97,9 @@ class Engine:
         return self.deepspeed.module
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of the next step, for every parameter group."""
+        """The learning rate of the next step, which each parameter group scales."""
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits float32 [b, classes] for normalised images [b, 3, H, W]."""

@@ -9,6 +9,7 @@ from karat_scale.data.device_augment import DeviceAugment
 from karat_scale.data.mixing import Mixer
 from karat_scale.data.normalize import Normalize
 from karat_scale.data.plan import TrainPlan, choose_micro_batch
+from karat_scale.models.freeze import freeze
 from karat_scale.recipe import Recipe
 from karat_scale.train.checkpoint import Checkpoints
 from karat_scale.train.distributed import World
@@ -79,6 +80,8 @@ def build_parts(
     model = build_model(recipe, directory.path)
     if recipe.init_from and not recipe.resume.from_ and not directory.store.names():
         reporter.info(initialise(model, recipe.init_from, world))
+    if recipe.train.freeze:
+        reporter.info(freeze(model, recipe.train.freeze))
     torch.manual_seed(recipe.run.seed + 1 + world.rank)  # but dropout of its own on each
     if recomputed := apply_recompute(model, recipe, world, micro_batch):
         reporter.info(recomputed)

@@ -8,7 +8,13 @@ from torch import nn
 
 from karat_scale.errors import RunDirectoryError
 from karat_scale.models.transfer import teacher_of
-from karat_scale.train.ds_internals import load_optimizer_states, master_weights, refresh_module, shard_layout
+from karat_scale.train.ds_internals import (
+    load_optimizer_states,
+    master_weights,
+    refresh_module,
+    set_frozen,
+    shard_layout,
+)
 from karat_scale.train.ema import Ema
 from karat_scale.train.engine import Engine
 from karat_scale.train.saved_state import SavedState
@@ -23,13 +29,16 @@ def restore(engine: Engine, ema: Ema | None, saved: SavedState) -> None:
     Raises:
         RunDirectoryError: the checkpoint is of another model or optimizer.
     """
-    check_shapes(engine.shapes, saved.shapes)
+    check_shapes({**engine.shapes, **{name: tuple(x.shape) for name, x in engine.frozen.items()}}, saved.shapes)
+    _check_frozen(engine, saved)
     layout, masters = shard_layout(engine.deepspeed), master_weights(engine.deepspeed)
     states = []
     try:
         for fragments, master in zip(layout, masters, strict=True):
             saved.masters.fill(fragments, master.data)
             states.append(_optimizer_state(fragments, master, saved))
+        for name, frozen in engine.frozen.items():
+            saved.masters.fill([Fragment(name, 0, 0, frozen.numel())], frozen)
         if ema is not None:
             for fragments, shard in zip(layout, ema.shards, strict=True):
                 (saved.ema or saved.masters).fill(fragments, shard)
@@ -37,6 +46,7 @@ def restore(engine: Engine, ema: Ema | None, saved: SavedState) -> None:
         raise RunDirectoryError(f"it holds another model: {error.args[0]}") from error
     load_optimizer_states(engine.deepspeed, states)
     refresh_module(engine.deepspeed)
+    set_frozen(engine.deepspeed, engine.frozen)
     for name, buffer in engine.module.named_buffers():
         if name in saved.buffers:
             buffer.copy_(saved.buffers[name])
@@ -69,6 +79,12 @@ def check_teacher(model: nn.Module, saved: Mapping[str, Any]) -> None:
             f"it was trained with {there}, and the run's teacher.safetensors has digest {teacher.digest[:12]}; "
             "put the right file there"
         )
+
+
+def _check_frozen(engine: Engine, saved: SavedState) -> None:
+    for name in sorted(saved.frozen ^ engine.frozen.keys()):
+        where = "there and not here" if name in saved.frozen else "here and not there"
+        raise RunDirectoryError(f"{name} is frozen {where} (train.freeze); use its list, or init_from to begin with it")
 
 
 def _optimizer_state(fragments: list[Fragment], master: torch.Tensor, saved: SavedState) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from karat_scale.recipe import Recipe
 from karat_scale.recipe_io import differing_keys, dump_recipe, flatten, load_recipe
 from karat_scale.train.checkpoint_store import CheckpointStore, checkpoint_name
 
-# The data cursor counts global batches, so another size would train on other samples.
-NEVER_ALLOWED = ("train.global_batch",)
+# The data cursor counts global batches, so another size would train on other samples. What was frozen has no optimizer
+# state that it could go on with.
+NEVER_ALLOWED = ("train.global_batch", "train.freeze")
 
 
 class RunDirectory:

@@ -19,12 +19,15 @@ class SavedState:
     """Masters, optimizer states and averages, read as they are needed from memory-mapped files."""
 
     shapes: dict[str, tuple[int, ...]]
+    """Of all parameters, frozen ones too."""
     masters: Pieces = field(default_factory=Pieces)
     elementwise: dict[str, Pieces] = field(default_factory=dict)
     """Optimizer states of the parameter's size, such as exp_avg and exp_avg_sq."""
     scalars: dict[str, dict[str, float]] = field(default_factory=dict)
     """Optimizer states that are one number, such as step: by key, then by parameter name."""
     ema: Pieces | None = None
+    frozen: frozenset[str] = frozenset()
+    """Parameters that do not learn: in `masters` and `ema` like the others, but without optimizer states."""
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=dict)
     """DeepSpeed's own counts of steps and samples."""
@@ -60,18 +63,24 @@ def read_state(checkpoint: Path, saved: Mapping[str, Any], ranks: Iterable[int] 
     model_file = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
     model = load_tensors(checkpoint / model_file, mmap=True)
     first = load_tensors(checkpoint / sidecar_name(0), mmap=True)
-    state = SavedState(shapes=first["shapes"])
+    frozen: dict[str, torch.Tensor] = first.get("frozen") or {}
+    shapes = {**first["shapes"], **{name: tuple(value.shape) for name, value in frozen.items()}}
+    state = SavedState(shapes=shapes, frozen=frozenset(frozen))
     state.buffers = {name: value for name, value in model["module"].items() if name not in state.shapes}
     state.counters = {key: model[key] for key in ("global_steps", "global_samples", "skipped_steps")}
     if stage == 0:  # every rank had the whole of it
         layout = saved_layout(first)
         masters = [model["module"][fragments[0].name] for fragments in layout]
         _add_rank(state, layout, masters, model["optimizer"]["state"], first["ema"])
-        return state
+        ranks = ()
     for rank in range(saved["world_size"]) if ranks is None else ranks:
         sidecar = load_tensors(checkpoint / sidecar_name(rank), mmap=True)
         masters, states = _read_optimizer_file(checkpoint, rank, stage)
         _add_rank(state, saved_layout(sidecar), masters, states, sidecar["ema"])
+    for name, value in frozen.items():
+        for pieces in (state.masters, state.ema):
+            if pieces is not None:
+                pieces.add([Fragment(name, 0, 0, value.numel())], value)
     return state
 
 

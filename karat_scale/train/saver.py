@@ -236,6 +236,7 @@ class Saver:
             "shapes": self._engine.shapes if owns else None,
             "layout": self._layout() if owns else None,
             "ema": self._ema.shards if self._ema and owns else None,
+            "frozen": self._engine.frozen if self._world.is_main else None,
         }
         self._storage.save(sidecar, str(directory / sidecar_name(self._world.rank)))
         return describe(self._storage.error) if self._storage.error is not None else None

@@ -1,0 +1,43 @@
+"""A model's trainable parameters in groups of one weight decay and one share of the learning rate."""
+
+from collections.abc import Collection
+from typing import Any
+
+from timm.models import VisionTransformer, group_parameters
+
+from karat_scale.models import no_weight_decay_names
+from karat_scale.recipe import OptimConfig
+
+
+def parameter_groups(model: VisionTransformer, optim: OptimConfig, apart: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Optimizer groups: `params`, `weight_decay`, and `lr_scale`, by which the schedule's rate is multiplied.
+
+    With `optim.layer_decay` d the layer that is n layers below the head has the scale d^n. An operator learns at the
+    rate of its block, and one that blocks share at that of the last.
+
+    Args:
+        apart: names of parameters to leave out.
+    """
+    exempt = no_weight_decay_names(model, optim.karat_weight_decay)
+    scales = layer_scales(model, optim.layer_decay)
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name not in apart:
+            decays = name not in exempt
+            new = {"params": [], "weight_decay": optim.weight_decay if decays else 0.0, "lr_scale": scales[name]}
+            groups.setdefault((scales[name], decays), new)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, reverse=True)]
+
+
+def layer_scales(model: VisionTransformer, decay: float) -> dict[str, float]:
+    """What each parameter's rate is multiplied by; layers are timm's: the stem, each block, and the head."""
+    if decay == 1.0:
+        return {name: 1.0 for name, _ in model.named_parameters()}
+    layers: dict[str, int] = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    of_block = {name.split(".")[1]: layer for name, layer in layers.items() if name.startswith("blocks.")}
+    last_names = {parameter: name for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for name, parameter in model.named_parameters():
+        if last_names[parameter] != name:
+            layers[name] = of_block[last_names[parameter].split(".")[1]]
+    top = max(layers.values())
+    return {name: decay ** (top - layer) for name, layer in layers.items()}
