@@ -12,6 +12,7 @@ from karat_scale.train import distributed
 from karat_scale.train.distributed import World
 from karat_scale.train.loop import Loop
 from karat_scale.train.metrics import MetricsLog
+from karat_scale.train.out_of_memory import explain_out_of_memory
 from karat_scale.train.parts import Parts, build_parts
 from karat_scale.train.progress import Reporter, choose_display
 from karat_scale.train.run_directory import RunDirectory
@@ -54,17 +55,18 @@ def _train(recipe: Recipe, world: World, directory: RunDirectory, changes: str, 
     outcome = _Outcome(recipe, world)
     parts: Parts | None = None
     try:
-        parts = build_parts(recipe, world, directory, signals, reporter)
-        outcome.parameters = parts.engine.parameters
-        if changes:
-            reporter.info(f"the recipe has changed on purpose: {changes}")
-        state = parts.checkpoints.load(_branch_point(recipe, directory)) or outcome.state
-        outcome.state, outcome.begun = state, True
-        if world.is_main:
-            directory.begin(recipe)
-        loop = Loop(parts, state)
-        reporter.info(_headline(parts, outcome.parameters, loop.total_steps))
-        loop.run()
+        with explain_out_of_memory(recipe, world.size):
+            parts = build_parts(recipe, world, directory, signals, reporter)
+            outcome.parameters = parts.engine.parameters
+            if changes:
+                reporter.info(f"the recipe has changed on purpose: {changes}")
+            state = parts.checkpoints.load(_branch_point(recipe, directory)) or outcome.state
+            outcome.state, outcome.begun = state, True
+            if world.is_main:
+                directory.begin(recipe)
+            loop = Loop(parts, state)
+            reporter.info(_headline(parts, outcome.parameters, loop.total_steps))
+            loop.run()
         outcome.code, outcome.reason = 0, "finished"
     except StoppedError as stopped:
         name = signals.received.name if signals.received else "a signal on another rank"
