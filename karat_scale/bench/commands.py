@@ -6,7 +6,9 @@ from typing import Any
 
 def add_benches(benches: Any) -> None:
     """Add each bench to the subparsers of `karat bench`."""
-    for add in (_add_step, _add_attention, _add_order, _add_data, _add_prepare, _add_resume, _add_gpu):
+    of_training = (_add_step, _add_attention, _add_recompute, _add_resume, _add_gpu)
+    of_data = (_add_order, _add_data, _add_prepare)
+    for add in (*of_training, *of_data):
         add(benches)
 
 
@@ -156,6 +158,29 @@ def _resume(options: argparse.Namespace) -> int:
     from karat_scale.bench.resume import bench_resume
 
     return bench_resume(options.recipe, options.overrides, options.ranks, options.batch, options.rounds, options.json)
+
+
+def _add_recompute(benches: Any) -> None:
+    parser = benches.add_parser("recompute", help="memory saved and time paid by each policy of train.recompute")
+    parser.add_argument("--model", default="vit_tiny_patch16_224")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--grid", type=int, default=3)
+    names = ("softmax", "reference", "streaming", "cpu", "triton")
+    parser.add_argument("--only", nargs="+", choices=names, default=names[:4], help="these attentions alone")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE")
+    parser.set_defaults(run=_recompute)
+
+
+def _recompute(options: argparse.Namespace) -> int:
+    from karat_scale.bench.recompute import Case, bench_recompute
+
+    case = Case(options.model, options.batch, options.grid, options.dtype, options.device, options.image_size)
+    return bench_recompute(case, options.rounds, options.threads, options.json, options.only)
 
 
 def _add_gpu(benches: Any) -> None:

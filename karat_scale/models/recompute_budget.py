@@ -10,6 +10,7 @@ from karat_scale.attention import KaratOperator
 from karat_scale.models.flops import operator_flops
 from karat_scale.models.recompute import Choice
 from karat_scale.models.saved_tensors import ActivationBytes, BlockBytes
+from karat_scale.models.vit import num_tokens
 
 
 class RecomputeCost(NamedTuple):
@@ -72,7 +73,7 @@ def least_budget(activations: ActivationBytes) -> int:
 
 def recompute_cost(model: VisionTransformer) -> RecomputeCost:
     """The cost of one of the model's blocks, which are alike: matrix products and the attention's operator."""
-    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    tokens = num_tokens(model)
     attention = getattr(model.blocks[0], "attn", None)
     operator = 0 if attention is None else _operator_flops(attention, tokens)
     linear = 0 if attention is None else _linear_flops(attention, tokens)

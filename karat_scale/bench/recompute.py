@@ -1,0 +1,147 @@
+"""`karat bench recompute`: what each policy of activation checkpointing saves in memory and costs in time.
+
+Forward and backward of a whole ViT at 224 px, for softmax and for each implementation of Fourier-KArAt. Policies run in
+turn; ratios to the policy `none` are medians over rounds. Peaks are measured in processes of their own.
+"""
+
+import contextlib
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from timm.models import VisionTransformer
+
+from karat_scale.bench.attention import clock_for, device_name, write_json
+from karat_scale.bench.interleave import interleaved_seconds, median_ratio
+from karat_scale.bench.peak_memory import peak_memory_of
+from karat_scale.models import create_model
+from karat_scale.models.recompute import Choice, choices_by_rule, recompute
+from karat_scale.models.recompute_budget import cheapest_choices, least_budget, peak_saved_bytes, recompute_cost
+from karat_scale.models.saved_tensors import activation_bytes, saved_bytes
+from karat_scale.recipe import AttentionConfig, ModelConfig, RecomputeConfig
+
+HALF = "budget of half"
+POLICIES = ("none", "attention", "every", "all", HALF)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured."""
+
+    model: str
+    batch: int
+    grid: int
+    dtype: str
+    device: str
+    image_size: int = 224
+
+
+def bench_recompute(case: Case, rounds: int, threads: int, json_file: str | None, names: Sequence[str]) -> int:
+    """Measure every policy with the named attentions; print a table, and write `json_file`; returns 0."""
+    if case.device == "cpu":
+        torch.set_num_threads(threads)
+    rows = [row for name in names for row in _rows(name, case, rounds, threads)]
+    result = {**asdict(case), "device_name": device_name(case.device), "threads": threads, "rows": rows}
+    _print(result)
+    write_json(json_file, result)
+    return 0
+
+
+def _rows(attention: str, case: Case, rounds: int, threads: int) -> list[dict[str, Any]]:
+    clock = clock_for(case.device, threads)
+    runs = {policy: forward_backward(attention, policy, case) for policy in POLICIES}
+    seconds = interleaved_seconds(runs, rounds, clock)
+    saved = {policy: _saved_mb(attention, policy, case) for policy in POLICIES}
+    peak = {
+        policy: peak_memory_of(forward_backward_once, (attention, policy, case), case.device) for policy in POLICIES
+    }
+    return [
+        {
+            "attention": attention,
+            "policy": policy,
+            "forward_backward_ms": round(1e3 * statistics.median(seconds[policy]), 2),
+            "saved_mb": round(saved[policy], 2),
+            "peak_mb": round(peak[policy], 2),
+            "ratio_time": round(median_ratio(seconds, policy, "none"), 3),
+            "ratio_saved": round(saved[policy] / saved["none"], 4),
+            "ratio_peak": round(peak[policy] / peak["none"], 3),
+        }
+        for policy in POLICIES
+    ]
+
+
+def forward_backward(attention: str, policy: str, case: Case) -> Callable[[], None]:
+    """A forward and backward pass of a batch, with the policy at work."""
+    model, images = _model(attention, policy, case), _images(case)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def run() -> None:
+        with _autocast(case):
+            logits = model(images)
+        logits.float().sum().backward()
+        if case.device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def forward_backward_once(attention: str, policy: str, case: Case, warm_up: bool) -> Callable[[], None]:
+    """For the memory measurement: the case itself, or a small one that loads and builds all that it needs."""
+    small = Case(**{**asdict(case), "batch": 1, "image_size": 32})
+    return forward_backward(attention, policy, small if warm_up else case)
+
+
+def _saved_mb(attention: str, policy: str, case: Case) -> float:
+    with _autocast(case):
+        return saved_bytes(_model(attention, policy, case), _images(case)) / 1e6
+
+
+def _model(attention: str, policy: str, case: Case) -> VisionTransformer:
+    settings = AttentionConfig(kind="softmax")
+    if attention != "softmax":
+        settings = AttentionConfig.model_validate({"kind": "karat", "grid": case.grid, "implementation": attention})
+    model = create_model(ModelConfig(name=case.model, image_size=case.image_size), settings).to(case.device)
+    recompute(model, _choices(model, policy, case))
+    return model
+
+
+def _choices(model: VisionTransformer, policy: str, case: Case) -> Sequence[Choice]:
+    """Of the recipe's policies, or the budget's under half of what `none` needs, or the least it can be."""
+    depth = len(model.blocks)
+    if policy != HALF:
+        return choices_by_rule(RecomputeConfig.model_validate({"policy": policy}), depth)
+    with _autocast(case):
+        activations = activation_bytes(model, _images(case))
+    budget = max(peak_saved_bytes(activations, ["nothing"] * depth) // 2, least_budget(activations))
+    choices = cheapest_choices(activations, recompute_cost(model), budget)
+    assert choices is not None
+    return choices
+
+
+def _images(case: Case) -> torch.Tensor:
+    return torch.zeros(case.batch, 3, case.image_size, case.image_size, device=case.device)
+
+
+def _autocast(case: Case) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(case.device, torch.bfloat16, enabled=case.dtype == "bf16")
+
+
+def _print(result: dict[str, Any]) -> None:
+    title = f"{result['model']} at {result['image_size']} px, batch {result['batch']}, grid {result['grid']}, "
+    table = Table(title=title + f"{result['dtype']} on {result['device_name']}, {result['threads']} threads")
+    for column in ("attention", "policy", "ms", "to none", "saved MB", "to none", "peak MB", "to none"):
+        table.add_column(column, justify="left" if column in ("attention", "policy") else "right")
+    for row in result["rows"]:
+        time, saved = (row["forward_backward_ms"], row["ratio_time"]), (row["saved_mb"], row["ratio_saved"])
+        table.add_row(
+            row["attention"] if row["policy"] == "none" else "",
+            row["policy"],
+            *(f"{figure:.2f}" for figure in (*time, *saved, row["peak_mb"], row["ratio_peak"])),
+            end_section=row["policy"] == POLICIES[-1],
+        )
+    Console().print(table)
