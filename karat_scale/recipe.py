@@ -109,6 +109,11 @@ class Recipe(Section):
                 f"train.global_batch = {self.train.global_batch} is not a multiple of train.micro_batch = "
                 f"{self.train.micro_batch}"
             )
+        if self.init_from and self.resume.from_:
+            raise ValueError(
+                f"init_from = {self.init_from} and resume.from = {self.resume.from_} both say what to begin with; "
+                "unset one of them, such as init_from="
+            )
         if self.schedule.warmup_epochs > self.train.epochs:
             raise ValueError(
                 f"schedule.warmup_epochs = {self.schedule.warmup_epochs:g} is longer than train.epochs = "

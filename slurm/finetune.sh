@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Go on from a finished run's checkpoint with another recipe or other data: a shorter schedule, a lower rate.
+# Begin a new run with a run's weights: other data, other classes, another image size, a lower rate.
 #
 #   FROM=runs/base RECIPE=my.yaml sbatch --dependency=afterok:TRAINING_JOB slurm/finetune.sh [key=value ...]
 #
-# The model must be the checkpoint's. Interrupted, it goes on from its own checkpoints.
+# Optimizer and schedule begin anew (docs/finetuning.md). Interrupted, it goes on from its own checkpoints.
 
 #SBATCH --job-name=finetune
 #SBATCH --nodes=1
@@ -37,7 +37,7 @@ enter_environment
 [[ -n $FROM ]] || refuse "FROM is not set; give the directory of a run: FROM=DIR sbatch $0"
 [[ -d $FROM/checkpoints ]] || refuse "FROM = $FROM is not a run's directory: it has no checkpoints"
 NAME=$(cat "$FROM/checkpoints/$CHECKPOINT" 2>/dev/null || echo "$CHECKPOINT")
-BEGIN=("data.path=$SHARDS" "run.dir=$RUN" "resume.from=$FROM/checkpoints/$NAME")
+BEGIN=("data.path=$SHARDS" "run.dir=$RUN" "resume.from=" "init_from=$FROM/checkpoints/$NAME")
 check_recipe train "$RECIPE" "${BEGIN[@]}" "$@"
 count_restart
 stage_shards "$SHARDS"

@@ -102,6 +102,11 @@ def test_a_broken_file_is_one_line(recipe: Path, body: str, part: str) -> None:
     assert part in message(recipe)
 
 
+def test_a_run_begins_with_one_thing(recipe: Path) -> None:
+    text = message(recipe, "init_from=a", "resume.from=b")
+    assert "init_from = a and resume.from = b both say what to begin with; unset one" in text
+
+
 def test_a_binary_file_is_refused(recipe: Path) -> None:
     recipe.write_bytes(b"\x89PNG\xff\xfe\x00")
     assert "YAML" in message(recipe)

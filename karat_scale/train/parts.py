@@ -78,7 +78,7 @@ def build_parts(
     world.on_main(lambda: keep_teacher(recipe, directory.path))
     torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank and world
     model = build_model(recipe, directory.path)
-    if recipe.init_from and not recipe.resume.from_ and not directory.store.names():
+    if recipe.init_from and not directory.store.names():
         reporter.info(initialise(model, recipe.init_from, world))
     if recipe.train.freeze:
         reporter.info(freeze(model, recipe.train.freeze))

@@ -47,7 +47,7 @@ def test_prepare_train_finetune_evaluate_follow_each_other(
         RECIPE=recipe, SHARDS=shards, RUN=base,
     )  # fmt: skip
     finetune = submit(
-        cluster, "finetune.sh", "train.epochs=3", "optim.lr=1e-4", "resume.allow=[optim,train.epochs]",
+        cluster, "finetune.sh", "train.epochs=3", "optim.lr=1e-4", "train.freeze=patch_embed.*",
         options=after(train.id), cwd=directory(tmp_path, "3"), FROM=base, SHARDS=shards, RUN=tuned,
     )  # fmt: skip
     evaluate = submit(

@@ -1,6 +1,6 @@
 """Wherever a run is stopped, at every stage, it ends in the bits of one that was not.
 
-A sample runs by default, the whole matrix by `pytest -m slow tests/train/test_save_points.py`.
+A sample runs by default, the whole matrix by `pytest --slow=all tests/train/test_save_points.py`.
 """
 
 import signal

@@ -58,6 +58,38 @@ def test_one_and_two_ranks_and_all_stages_take_over_from_each_other(world: World
     _check(world, tmp_path, processes=2, pairs=SAMPLE, last=6)
 
 
+def _exchange(tmp_path: Path, pairs: list[tuple[str, str]], last: int) -> None:
+    """2 ranks to 4 and 4 to 2, for each pair of configurations."""
+    configs = list(dict.fromkeys(before for before, _ in pairs))
+    places = {n: {config: str(tmp_path / f"{n}-{config}") for config in configs} for n in (2, 4)}
+    whole = {}
+    for n in (2, 4):
+        jobs = [Job(c, 1, last, save=places[n][c], save_at=SAVED) for c in configs]
+        whole[n] = dict(zip(configs, launch_jobs(jobs, n, tmp_path / f"whole-{n}"), strict=True))
+    for before, after in ((2, 4), (4, 2)):
+        jobs = [Job(b, SAVED + 1, last, load=places[before][a]) for a, b in pairs]
+        answers = launch_jobs(jobs, after, tmp_path / f"{before}-to-{after}")
+        for (config, _), answer in zip(pairs, answers, strict=True):
+            expected = whole[before][config]
+            losses = [expected["losses"][step] for step in answer["losses"]]
+            assert len(losses) == last - SAVED
+            assert list(answer["losses"].values()) == pytest.approx(losses, rel=1e-5)
+            assert answer["ema_norm"] == pytest.approx(expected["ema_norm"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_and_four_ranks_take_over_from_each_other(tmp_path: Path) -> None:
+    _exchange(tmp_path, SAMPLE, last=6)
+
+
+@pytest.mark.night
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("before", CONFIGS)
+def test_two_and_four_ranks_and_every_pair_of_stages_over_fifty_steps(tmp_path: Path, before: str) -> None:
+    _exchange(tmp_path, [(before, after) for after in CONFIGS], last=SAVED + 50)
+
+
 @pytest.mark.night
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("processes", [2, 4])
