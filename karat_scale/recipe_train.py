@@ -2,18 +2,22 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from karat_scale.recipe_base import Count, NonNegative, Positive, Section
 from karat_scale.recipe_recompute import RecomputeConfig
 
 
 class OptimConfig(Section):
-    """AdamW. The peak learning rate is lr * train.global_batch / lr_batch.
+    """AdamW, or Muon. The peak learning rate is lr * train.global_batch / lr_batch.
 
     With `layer_decay` d the rate of the layer n layers below the head is multiplied by d^n.
+
+    `name: muon`, at ZeRO stage 0, orthogonalises the updates of the linear layers' weights inside blocks; all else,
+    what KArAt learns included, is AdamW's. Both go by the same learning rate and weight decay.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: Positive = 5e-4
     lr_batch: Count | None = 512
     weight_decay: NonNegative = 0.05
@@ -38,13 +42,16 @@ class TrainConfig(Section):
     No step is ever taken on a loss or gradients that are not finite. `on_nonfinite` says what then: skip the step,
     until `max_skipped_steps` were skipped in a row, or stop. `freeze` lists patterns of names of parameters that do not
     learn, such as `blocks.0.*`.
+
+    `precision: fp16`, with a loss scale, is for GPUs from ZeRO stage 1 on. `compile` is torch.compile.
     """
 
     epochs: Count = 100
     max_steps: Count | None = None
     global_batch: Count = 128
     micro_batch: Count | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99992
     ema_warmup: bool = True
     eval_every_epochs: Count = 1
@@ -59,6 +66,23 @@ class TrainConfig(Section):
     @classmethod
     def _one_pattern_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _compiles(self) -> "TrainConfig":
+        if self.compile and self.recompute.policy != "none" and self.recompute.method == "deepspeed":
+            raise ValueError(
+                "train.compile = true cannot trace DeepSpeed's checkpoint; use train.recompute.method=torch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _overflows_are_skipped(self) -> "TrainConfig":
+        if self.precision == "fp16" and self.on_nonfinite == "stop":
+            raise ValueError(
+                "train.on_nonfinite = stop would end at the first overflow of train.precision = fp16, which finds its "
+                "loss scale by overflows; use skip"
+            )
+        return self
 
 
 class DeepSpeedConfig(Section):

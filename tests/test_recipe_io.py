@@ -70,6 +70,7 @@ def message(path: Path | str, *overrides: str) -> str:
         ("train.recompute.budget_gb=2", ["train.recompute.budget_gb = 2", "policy = none", "use policy budget"]),
         ("train.recompute.cpu=true", ["train.recompute.cpu = true", "train.recompute.method=deepspeed"]),
         ("train.recompute.partition=true", ["train.recompute.partition", "train.recompute.method=deepspeed"]),
+        ("optim.name=lion", ["optim.name = 'lion'", "'adamw' or 'muon'"]),
         ("log.profile_steps=[5, 3]", ["log.profile_steps", "swap the two"]),
         ("checkpoint.keep_last=1", ["checkpoint.keep_last = 1", "2"]),
         ("data.path=", ["data.path"]),

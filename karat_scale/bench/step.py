@@ -29,8 +29,8 @@ from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe_io import validate_recipe
 from karat_scale.train import distributed
-from karat_scale.train.engine import build_optimizer
 from karat_scale.train.loop import Loop
+from karat_scale.train.optimizer import build_optimizer
 from karat_scale.train.parts import build_parts
 from karat_scale.train.progress import Reporter, SilentDisplay
 from karat_scale.train.run_directory import RunDirectory

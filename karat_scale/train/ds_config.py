@@ -38,6 +38,7 @@ def load_ds_config(recipe: Recipe, world_size: int, micro_batch: int) -> dict[st
     _fill_auto(config, values, source)
     check_keys(config, source)
     stage = zero_stage(config)
+    _check_stage(recipe, stage, source)
     if stage == 0 or recipe.train.precision == "fp32":
         values["data_types.grad_accum_dtype"] = "fp32"
     _settle(config, values, source)
@@ -77,7 +78,19 @@ def _auto_values(recipe: Recipe, world_size: int, micro_batch: int) -> dict[str,
         "gradient_accumulation_steps": recipe.train.global_batch // (world_size * micro_batch),
         "gradient_clipping": recipe.optim.clip_grad,
         "bf16.enabled": recipe.train.precision == "bf16",
+        "fp16.enabled": recipe.train.precision == "fp16",
     }
+
+
+def _check_stage(recipe: Recipe, stage: int, source: str) -> None:
+    """Refuse what the recipe asks for and this ZeRO stage cannot do."""
+    if recipe.train.precision == "fp16" and stage == 0:
+        raise RecipeError(f"{source}: train.precision = fp16 needs ZeRO stage 1 or higher; use deepspeed.config=zero1")
+    if recipe.optim.name == "muon" and stage > 0:
+        raise RecipeError(
+            f"{source}: optim.name = muon needs whole matrices, which ZeRO stage {stage} cuts up; use "
+            "deepspeed.config=zero0"
+        )
 
 
 def _fill_auto(node: dict[str, Any], values: dict[str, Any], source: str, prefix: str = "") -> None:

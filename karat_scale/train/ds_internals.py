@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from karat_scale.train.optimizer import MuonWithAdamW
 from karat_scale.train.shards import Fragment, Layout
 
 
@@ -112,11 +113,11 @@ def load_optimizer_states(engine: Any, states: list[dict[str, Any]]) -> None:
         optimizer._set_fp32_optimizer_param_groups()
     groups = base.state_dict()["param_groups"]
     base.load_state_dict({"state": dict(enumerate(states)), "param_groups": groups})
-    if isinstance(base, torch.optim.AdamW):
+    if isinstance(base, (torch.optim.AdamW, MuonWithAdamW)):
         for group in base.param_groups:
             for parameter in group["params"]:
                 state = base.state[parameter]
-                if "step" in state:  # a number in the file, a tensor in torch's optimizer
+                if "step" in state:  # a number in the file, a tensor in torch's AdamW
                     device = parameter.device if group["fused"] else "cpu"
                     state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device=device)
     else:
@@ -176,6 +177,26 @@ def forget_gradients(engine: Any) -> None:
             optimizer.averaged_gradients[group] = None
 
 
+def loss_scale(engine: Any) -> float:
+    """What fp16 losses are multiplied by now."""
+    return float(engine.optimizer.loss_scaler.cur_scale)
+
+
+def keep_least_loss_scale(engine: Any) -> None:
+    """Let overflows at the least loss scale be skipped like others, and not raise: the recipe says when to give up."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is not None and scaler.dynamic:
+        scaler.raise_error_at_min_scale = False
+
+
+def load_loss_scaler(engine: Any, saved: Any) -> None:
+    """Let a dynamic loss scale go on from that of a checkpoint, where both are dynamic."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is not None and scaler.dynamic and getattr(saved, "dynamic", False):
+        for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"):
+            setattr(scaler, name, getattr(saved, name))
+
+
 def use_storage(engine: Any, storage: Any) -> None:
     """Let `storage` write and read DeepSpeed's checkpoint files.
 
@@ -196,11 +217,11 @@ def use_storage(engine: Any, storage: Any) -> None:
 
 def checkpoint_globals() -> list[Any]:
     """The classes of DeepSpeed's own that its checkpoint files hold; all else in them is plain data."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [LossScaler, ZeroStageEnum, fragment_address]
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 def deepspeed_checkpoint(partition: bool, cpu: bool) -> Callable[..., Any]:

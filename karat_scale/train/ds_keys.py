@@ -13,8 +13,7 @@ REFUSED = {
     "optimizer": "the recipe's optim section makes the optimizer",
     "scheduler": "the recipe's schedule section sets the learning rate",
     "checkpoint": "the recipe's checkpoint section says when to save",
-    "fp16": "train.precision is fp32 or bf16",
-    "torch_autocast": "train.precision is fp32 or bf16",
+    "torch_autocast": "train.precision sets the precision",
     "bfloat16": 'the section is now called "bf16"',
     "managed_gradient_accumulation": "the loop accumulates by train.micro_batch",
     "gradient_allreduce_op": "losses are means over the global batch",
@@ -51,6 +50,7 @@ ACCEPTED = frozenset(
         "zero_allow_untested_optimizer",
         "zero_force_ds_cpu_optimizer",
         "bf16",
+        "fp16",
         "data_types",
         "activation_checkpointing",
         "comms_logger",
@@ -71,6 +71,9 @@ _REFUSED_VALUES = (
     ("bf16", "check_grad_overflow", False, "steps on NaN gradients"),
     ("bf16", "bf16_master_weights_and_grads", True, "master weights are fp32 here"),
     ("bf16", "bf16_optimizer_states", True, "optimizer states are fp32 here"),
+    ("compile", "deepcompile", True, "train.compile = true is torch.compile"),
+    ("fp16", "auto_cast", True, "inputs are cast here"),
+    ("fp16", "fp16_master_weights_and_grads", True, "master weights are fp32 here"),
     ("zero_optimization", "elastic_checkpoint", True, "checkpoints resume at any world size without it"),
     ("zero_optimization", "legacy_stage1", True, "DeepSpeed has dropped it"),
     ("zero_optimization", "compute_grad_norm", False, "the norm is clipped by and reported"),
@@ -123,7 +126,9 @@ def _check_section(name: str, section: Any, model: type[BaseModel], source: str)
 def _check_values(config: Mapping[str, Any], source: str) -> None:
     zero = config.get("zero_optimization", {})
     places = {
+        "compile": ("compile", config.get("compile", {})),
         "bf16": ("bf16", config.get("bf16", {})),
+        "fp16": ("fp16", config.get("fp16", {})),
         "zero_optimization": ("zero_optimization", zero),
         "offload_optimizer": ("zero_optimization.offload_optimizer", zero.get("offload_optimizer") or {}),
         "offload_param": ("zero_optimization.offload_param", zero.get("offload_param") or {}),
@@ -150,12 +155,13 @@ def _models() -> dict[str, type[BaseModel]]:
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.compile.config import CompileConfig
     from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     return {
         "zero_optimization": DeepSpeedZeroConfig,
         "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
         "comms_logger": CommsLoggerConfig,
         "compile": CompileConfig,
         "tensorboard": TensorBoardConfig,

@@ -11,34 +11,33 @@ import torch
 from timm.models import VisionTransformer
 from torch import nn
 
+from karat_scale.errors import RecipeError
 from karat_scale.models import parameter_count
-from karat_scale.recipe import OptimConfig, Recipe
+from karat_scale.recipe import Recipe
 from karat_scale.train.distributed import World
 from karat_scale.train.ds_config import load_ds_config, offloads_optimizer, zero_stage
 from karat_scale.train.ds_internals import (
     cpu_adam_can_be_built,
     forget_gradients,
+    keep_least_loss_scale,
+    loss_scale,
     master_weights,
     quiet_initialization,
     quieten_and_skip_builds,
     shard_layout,
     use_torchs_own_linear,
 )
-from karat_scale.train.parameter_groups import parameter_groups
+from karat_scale.train.optimizer import MuonWithAdamW, build_optimizer
 from karat_scale.train.shards import Fragment, Pieces
 
+# What a module's parameters and inputs are from ZeRO stage 1 on.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-def build_optimizer(
-    model: VisionTransformer, optim: OptimConfig, device: torch.device, cpu_adam: bool = False
-) -> torch.optim.Optimizer:
-    """AdamW over `parameter_groups`; fused on CUDA, DeepSpeed's for CPUs with `cpu_adam`."""
-    groups = parameter_groups(model, optim)
-    if cpu_adam:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        built: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
-        return built
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=device.type == "cuda")
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raises RecipeError for fp16 on a CPU, which has few instructions for it."""
+    if precision == "fp16" and device.type == "cpu":
+        raise RecipeError("train.precision = fp16 needs a GPU; on a CPU use fp32 or bf16")
 
 
 def _takes_cpu_adam(choice: str, device: torch.device) -> bool:
@@ -55,9 +54,14 @@ def _copy_of_weights(model: nn.Module) -> Pieces:
 
 
 class Engine:
-    """Forward, backward and step of one model on one rank."""
+    """Forward, backward and step of one model on one rank.
+
+    Raises:
+        RecipeError: the device or the DeepSpeed file cannot do what the recipe asks for.
+    """
 
     def __init__(self, model: VisionTransformer, recipe: Recipe, world: World, micro_batch: int) -> None:
+        check_precision(recipe.train.precision, world.device)
         config = load_ds_config(recipe, world.size, micro_batch)
         quieten_and_skip_builds()
         import deepspeed
@@ -83,17 +87,21 @@ class Engine:
                 optimizer=build_optimizer(model, recipe.optim, world.device, cpu_adam),
                 config=config,
             )
-        if self.stage > 0:  # in bf16 DeepSpeed's masters begin at what bf16 has left of the weights
+        if self.stage > 0:  # DeepSpeed's masters begin at what 16 bits have left of the weights
             for fragments, master in zip(shard_layout(self.deepspeed), master_weights(self.deepspeed), strict=True):
                 initial.fill(fragments, master)
         self._device_type = world.device.type
+        self.has_muon = isinstance(self.deepspeed.basic_optimizer, MuonWithAdamW)
         self._skipped_steps = 0
         self._clip = recipe.optim.clip_grad
-        self._is_bf16 = recipe.train.precision == "bf16"
+        self._dtype = DTYPES[recipe.train.precision]
+        keep_least_loss_scale(self.deepspeed)
+        if recipe.train.compile:
+            self.deepspeed.compile()
 
     @property
     def module(self) -> nn.Module:
-        """The model as it trains: in bf16 its parameters are bf16 from stage 1 on, at stage 3 each rank's own part."""
+        """The model as it trains: its parameters are of 16 bits from stage 1 on, at stage 3 each rank's own part."""
         return self.deepspeed.module
 
     def set_lr(self, lr: float) -> None:
@@ -103,13 +111,11 @@ class Engine:
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits float32 [b, classes] for normalised images [b, 3, H, W]."""
-        if not self._is_bf16:
-            logits: torch.Tensor = self.deepspeed(images)
-        elif self.stage == 0:  # fp32 weights under autocast
-            with torch.autocast(self._device_type, dtype=torch.bfloat16):
+        if self.stage > 0 or self._dtype == torch.float32:
+            logits: torch.Tensor = self.deepspeed(images.to(self._dtype))
+        else:  # fp32 weights under autocast
+            with torch.autocast(self._device_type, dtype=self._dtype):
                 logits = self.deepspeed(images)
-        else:
-            logits = self.deepspeed(images.to(torch.bfloat16))
         return logits.float()
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -135,6 +141,11 @@ class Engine:
             forget_gradients(self.deepspeed)
         self._skipped_steps += not math.isfinite(norm)
         return norm
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What losses are multiplied by in fp16 before the backward pass; None in another precision."""
+        return loss_scale(self.deepspeed) if self._dtype == torch.float16 else None
 
     def take_skipped_steps(self) -> int:
         """Steps skipped since they were last taken."""

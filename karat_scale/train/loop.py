@@ -164,6 +164,7 @@ class Loop:
             "loss": mean_loss,
             "lr": lr,
             "grad_norm": self._interval.grad_norm,
+            **({"loss_scale": scale} if (scale := parts.engine.loss_scale) is not None else {}),
             "images_per_second": rate,
             **efficiency,
             "bad_samples": state.bad_samples,

@@ -10,7 +10,7 @@ import torch
 
 # TensorBoard shows these; the rest of an event is context.
 _SCALARS = {
-    "train": ("loss", "lr", "grad_norm", "images_per_second", "tflops", "mfu"),
+    "train": ("loss", "lr", "grad_norm", "loss_scale", "images_per_second", "tflops", "mfu"),
     "eval": ("loss", "top1", "top5"),
 }
 

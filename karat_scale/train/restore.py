@@ -9,6 +9,7 @@ from torch import nn
 from karat_scale.errors import RunDirectoryError
 from karat_scale.models.transfer import teacher_of
 from karat_scale.train.ds_internals import (
+    load_loss_scaler,
     load_optimizer_states,
     master_weights,
     refresh_module,
@@ -31,6 +32,9 @@ def restore(engine: Engine, ema: Ema | None, saved: SavedState) -> None:
     """
     check_shapes({**engine.shapes, **{name: tuple(x.shape) for name, x in engine.frozen.items()}}, saved.shapes)
     _check_frozen(engine, saved)
+    if engine.has_muon != ("momentum_buffer" in saved.elementwise) and saved.elementwise:
+        there = "AdamW" if engine.has_muon else "Muon"
+        raise RunDirectoryError(f"it holds the states of {there}; set optim.name={there.lower()} or start another run")
     layout, masters = shard_layout(engine.deepspeed), master_weights(engine.deepspeed)
     states = []
     try:
@@ -45,6 +49,7 @@ def restore(engine: Engine, ema: Ema | None, saved: SavedState) -> None:
     except KeyError as error:
         raise RunDirectoryError(f"it holds another model: {error.args[0]}") from error
     load_optimizer_states(engine.deepspeed, states)
+    load_loss_scaler(engine.deepspeed, saved.loss_scaler)
     refresh_module(engine.deepspeed)
     set_frozen(engine.deepspeed, engine.frozen)
     for name, buffer in engine.module.named_buffers():
@@ -90,11 +95,16 @@ def _check_frozen(engine: Engine, saved: SavedState) -> None:
 def _optimizer_state(fragments: list[Fragment], master: torch.Tensor, saved: SavedState) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for key, pieces in saved.elementwise.items():
+        if fragments and not any(fragment.name in pieces for fragment in fragments):
+            continue  # Muon's parameters and AdamW's have different states
         state[key] = torch.empty_like(master, requires_grad=False)
         pieces.fill(fragments, state[key])
     for key, by_name in saved.scalars.items():
         # A shard that is all padding has no parameter to ask.
-        values = {by_name[f.name] for f in fragments} or set(by_name.values())
+        values = {by_name[f.name] for f in fragments if f.name in by_name}
+        if fragments and not values:
+            continue
+        values = values or set(by_name.values())
         if len(values) > 1:
             raise RunDirectoryError(
                 f"its parameters differ in the optimizer's {key} ({', '.join(map(str, sorted(values)))}), which one "

@@ -31,6 +31,8 @@ class SavedState:
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=dict)
     """DeepSpeed's own counts of steps and samples."""
+    loss_scaler: Any = None
+    """DeepSpeed's, the same on all ranks; of meaning in fp16."""
 
 
 def sidecar_name(rank: int) -> str:
@@ -75,7 +77,7 @@ def read_state(checkpoint: Path, saved: Mapping[str, Any], ranks: Iterable[int] 
         ranks = ()
     for rank in range(saved["world_size"]) if ranks is None else ranks:
         sidecar = load_tensors(checkpoint / sidecar_name(rank), mmap=True)
-        masters, states = _read_optimizer_file(checkpoint, rank, stage)
+        masters, states, state.loss_scaler = _read_optimizer_file(checkpoint, rank, stage)
         _add_rank(state, saved_layout(sidecar), masters, states, sidecar["ema"])
     for name, value in frozen.items():
         for pieces in (state.masters, state.ema):
@@ -86,14 +88,15 @@ def read_state(checkpoint: Path, saved: Mapping[str, Any], ranks: Iterable[int] 
 
 def _read_optimizer_file(
     checkpoint: Path, rank: int, stage: int
-) -> tuple[list[torch.Tensor], Mapping[int, Mapping[str, Any]]]:
-    """A rank's master tensors and the optimizer's states of each."""
+) -> tuple[list[torch.Tensor], Mapping[int, Mapping[str, Any]], Any]:
+    """A rank's master tensors, the optimizer's states of each, and the loss scaler."""
     # DeepSpeed puts "bf16_" before the name in bf16.
     (path,) = checkpoint.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
     content = load_tensors(path, mmap=True)["optimizer_state_dict"]
+    scaler = content.get("loss_scaler")
     if stage == 3:
-        return content["fp32_flat_groups"], content["optimizer_state_dict"]["state"]
-    return content["single_partition_of_fp32_groups"], content["base_optimizer_state"]["state"]
+        return content["fp32_flat_groups"], content["optimizer_state_dict"]["state"], scaler
+    return content["single_partition_of_fp32_groups"], content["base_optimizer_state"]["state"], scaler
 
 
 def _add_rank(

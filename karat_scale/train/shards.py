@@ -30,6 +30,9 @@ class Pieces:
     def __init__(self) -> None:
         self._parts: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._parts
+
     def add(self, fragments: Sequence[Fragment], master: torch.Tensor) -> None:
         """Take in the parts that lie in one master tensor, or in another tensor of its shape; nothing is copied."""
         flat = master.detach().reshape(-1)

@@ -101,4 +101,9 @@ def test_storage_takes_the_place_of_deepspeeds_own(small_recipe, make_engine) ->
 
 
 def test_the_classes_in_checkpoints_exist() -> None:
-    assert [cls.__name__ for cls in checkpoint_globals()] == ["LossScaler", "ZeroStageEnum", "fragment_address"]
+    assert [cls.__name__ for cls in checkpoint_globals()] == [
+        "DynamicLossScaler",
+        "LossScaler",
+        "ZeroStageEnum",
+        "fragment_address",
+    ]

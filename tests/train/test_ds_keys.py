@@ -36,7 +36,9 @@ from karat_scale.train.ds_keys import ACCEPTED, REFUSED, check_keys
         ({"activation_checkpointing": {"cpu_checkpoint": True}}, "did you mean cpu_checkpointing?"),
         ({"flops_profiler": {"enable": True}}, "did you mean enabled?"),
         ({"optimizer": {"type": "AdamW"}}, "optimizer: the recipe's optim section makes the optimizer; remove it"),
-        ({"fp16": {"enabled": False}}, "fp16: train.precision is fp32 or bf16"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast: train.precision sets the precision"),
+        ({"fp16": {"loss_scale": -1}}, "fp16.loss_scale = -1: fp16.loss_scale must be >= 0"),
+        ({"compile": {"deepcompile": True}}, "compile.deepcompile = True: train.compile = true"),
     ],
 )
 def test_what_is_wrong_is_one_line_that_begins_with_the_source(config, part: str) -> None:

@@ -5,7 +5,8 @@ import torch
 
 from karat_scale.models import create_model, no_weight_decay_names
 from karat_scale.train.ds_internals import master_weights
-from karat_scale.train.engine import Engine, build_optimizer
+from karat_scale.train.engine import Engine
+from karat_scale.train.optimizer import build_optimizer
 from tests.train.conftest import CONFIGS, train_once, weights
 
 
