@@ -27,6 +27,7 @@ FREE_KEYS = (
     "data.prefetch",
     "data.verify",
     "train.micro_batch",
+    "train.compile",
     "train.eval_batch",
     "train.eval_every_epochs",
     "train.max_steps",

@@ -6,7 +6,7 @@ from typing import Any
 
 def add_benches(benches: Any) -> None:
     """Add each bench to the subparsers of `karat bench`."""
-    of_training = (_add_step, _add_attention, _add_recompute, _add_resume, _add_gpu)
+    of_training = (_add_step, _add_stages, _add_attention, _add_recompute, _add_resume, _add_gpu)
     of_data = (_add_order, _add_data, _add_prepare)
     for add in (*of_training, *of_data):
         add(benches)
@@ -26,6 +26,34 @@ def _step(options: argparse.Namespace) -> int:
     from karat_scale.bench.step import bench_step
 
     return bench_step(options.model, options.batch, options.steps, options.rounds, options.json)
+
+
+def _add_stages(benches: Any) -> None:
+    parser = benches.add_parser("stages", help="a step at each ZeRO stage against DistributedDataParallel")
+    parser.add_argument("--model", default="vit_tiny_patch16_224")
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16, help="of a rank (default: %(default)s)")
+    parser.add_argument("--attention", choices=("softmax", "karat"), default="softmax")
+    parser.add_argument("--ranks", type=int, default=2, help="processes on this machine (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="steps a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE")
+    parser.set_defaults(run=_stages)
+
+
+def _stages(options: argparse.Namespace) -> int:
+    from karat_scale.bench.stages import StagesCase, bench_stages
+
+    case = StagesCase(
+        model=options.model,
+        image_size=options.image_size,
+        batch=options.batch,
+        attention=options.attention,
+        ranks=options.ranks,
+        steps=options.steps,
+        rounds=options.rounds,
+    )
+    return bench_stages(case, options.json)
 
 
 def _add_attention(benches: Any) -> None:

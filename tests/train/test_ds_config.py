@@ -2,8 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from karat_scale.errors import RecipeError
+from karat_scale.models import create_model
+from karat_scale.recipe import AttentionConfig, ModelConfig
 from karat_scale.train.ds_config import config_directory, load_ds_config, offloads_optimizer, zero_stage
 from tests.train.conftest import CONFIGS
 
@@ -55,4 +58,17 @@ def test_what_deepspeed_could_not_use_is_one_line(small_recipe, tmp_path: Path, 
 
 
 def test_the_shipped_files_are_found() -> None:
-    assert {path.stem for path in config_directory().glob("*.json")} == set(CONFIGS)
+    assert {path.stem for path in config_directory().glob("*.json")} == {*CONFIGS, "zero3_large"}
+
+
+@pytest.mark.parametrize(("name", "patch"), [("vit_large_patch16_224", 16), ("vit_giant_patch14_clip_224", 14)])
+def test_zero3_large_partitions_matrices_and_keeps_what_karat_learns_whole(small_recipe, name: str, patch: int) -> None:
+    config = load_ds_config(small_recipe("deepspeed.config=zero3_large"), 2, 2)
+    threshold = config["zero_optimization"]["stage3_param_persistence_threshold"]
+    with torch.device("meta"):
+        model = create_model(
+            ModelConfig(name=name, patch_size=patch, image_size=224), AttentionConfig(kind="karat", grid=3)
+        )
+    for parameter_name, parameter in model.blocks.named_parameters():
+        is_matrix = parameter.ndim == 2
+        assert (parameter.numel() > threshold) == is_matrix, parameter_name

@@ -1,8 +1,12 @@
 """DeepSpeed's private corners are where we look for them: a new release that moves one fails here first."""
 
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
 
+from karat_scale.train import ds_internals
 from karat_scale.train.ds_internals import (
     checkpoint_globals,
     cpu_adam_can_be_built,
@@ -15,6 +19,28 @@ from karat_scale.train.ds_internals import (
 from karat_scale.train.shards import Fragment, Pieces
 from karat_scale.train.tensor_storage import DurableStorage
 from tests.train.conftest import CONFIGS, train_once, weights
+
+
+def test_each_private_corner_has_a_test() -> None:
+    """Here, or in the file named, at every stage it has to do with."""
+    elsewhere = {
+        "quieten_and_skip_builds": "test_the_shared_memory_build_is_switched_off",
+        "quiet_initialization": "test_an_engine_is_built_without_a_word",
+        "use_torchs_own_linear": "test_an_engine_does_not_depend_on_those_built_before",
+        "forget_gradients": "test_a_step_with_nan_gradients_is_skipped_and_counted",
+        "loss_scale": "test_overflows_are_skipped_lower_the_scale_and_resume_with_it",
+        "load_loss_scaler": "test_overflows_are_skipped_lower_the_scale_and_resume_with_it",
+        "keep_least_loss_scale": "test_overflows_at_the_least_scale_are_skipped_too",
+    }
+    functions = {
+        name
+        for name, value in vars(ds_internals).items()
+        if inspect.isfunction(value) and value.__module__ == ds_internals.__name__ and not name.startswith("_")
+    }
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    called = {name for name in functions - elsewhere.keys() if f"{name}(" in tests}
+    assert functions == called | elsewhere.keys()
+    assert all(f"def {test}" in tests for test in elsewhere.values())
 
 
 def test_the_shared_memory_build_is_switched_off(small_recipe, make_engine) -> None:

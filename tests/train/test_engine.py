@@ -10,7 +10,7 @@ from karat_scale.train.optimizer import build_optimizer
 from tests.train.conftest import CONFIGS, train_once, weights
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", [*CONFIGS, "zero3_large"])
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_steps_equal_plain_pytorch(small_recipe, make_engine, config: str, clip: float) -> None:
     recipe = small_recipe(f"deepspeed.config={config}", f"optim.clip_grad={clip}")
