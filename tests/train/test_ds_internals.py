@@ -22,12 +22,15 @@ from tests.train.conftest import CONFIGS, train_once, weights
 
 
 def test_each_private_corner_has_a_test() -> None:
-    """Here, or in the file named, at every stage it has to do with."""
+    """Called here, or by what the named test runs at each stage."""
     elsewhere = {
         "quieten_and_skip_builds": "test_the_shared_memory_build_is_switched_off",
         "quiet_initialization": "test_an_engine_is_built_without_a_word",
         "use_torchs_own_linear": "test_an_engine_does_not_depend_on_those_built_before",
         "forget_gradients": "test_a_step_with_nan_gradients_is_skipped_and_counted",
+        "deepspeed_checkpoint": "test_training_is_bit_equal",
+        "set_frozen": "test_frozen_weights_stay_and_come_back",
+        "whole_parameters": "test_each_head_at_each_stage",
         "loss_scale": "test_overflows_are_skipped_lower_the_scale_and_resume_with_it",
         "load_loss_scaler": "test_overflows_are_skipped_lower_the_scale_and_resume_with_it",
         "keep_least_loss_scale": "test_overflows_at_the_least_scale_are_skipped_too",
