@@ -43,6 +43,7 @@ class Hessian:
                 assert isinstance(inner, Tensor)
                 parts = torch.autograd.grad(inner, self._parameters, materialize_grads=True)
                 torch._foreach_add_(total, list(parts))
+                del loss, grads, inner, parts  # each of the model's size, beside the next part's graph
         return total
 
     def top_eigenvalues(self, count: int, steps: int, seed: int) -> list[Eigenvalue]:
@@ -87,8 +88,8 @@ def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 
 
 def _unit(vector: Vectors, away_from: Sequence[Vectors]) -> Vectors:
-    """Of length one, and orthogonal to those found."""
+    """In place, of length one and orthogonal to those found."""
     for other in away_from:
-        torch._foreach_sub_(vector, torch._foreach_mul(other, _inner(vector, other)))
-    size = max(_inner(vector, vector) ** 0.5, 1e-30)
-    return list(torch._foreach_div(vector, size))
+        torch._foreach_add_(vector, other, alpha=-_inner(vector, other))
+    torch._foreach_div_(vector, max(_inner(vector, vector) ** 0.5, 1e-30))
+    return vector
