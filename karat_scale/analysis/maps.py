@@ -1,6 +1,7 @@
 """Attention maps of the class token, the regions of the dominant head, and attention rollout (paper, section 5.4)."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -114,7 +115,7 @@ def analyze_maps(run: TrainedRun, settings: Settings) -> Result:
         head = dominant_head(learned[index])
         negative = float((learned[index] < 0).double().mean())
         rows.append([ids[index], name, head, 100 * negative, float(learned[index].sum(-1).mean())])
-        figure = _draw(picture, raw[index], learned[index], rollout[index], head, grid, what)
+        figure = partial(_draw, picture, raw[index], learned[index], rollout[index], head, grid, what)
         caption = (
             f"Image {ids[index]} ({name}), block {maps.block}. Top: scores A of the class token, negatives cut. Below: "
             f"{what}, negatives cut. Left: the image, the region that holds {REGION_SHARE:.0%} of the dominant head's "

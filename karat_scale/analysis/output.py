@@ -41,6 +41,7 @@ def write_result(result: Result, directory: Path) -> Written:
     directory.mkdir(parents=True, exist_ok=True)
     figures = []
     for name, (figure, caption) in result.figures.items():
+        figure = figure if isinstance(figure, Figure) else figure()
         png = _render(figure, "png")
         path = directory / f"{safe_name(name)}.png"
         write_atomically(path, png)

@@ -49,13 +49,14 @@ class Table:
 class Result:
     """One analysis of one run.
 
-    numbers: JSON's kinds of values. arrays: what the figures are drawn from, for npz. figures: by file name, each
-    with a caption. notes: what a reader must know of this run, such as images that could not be read.
+    numbers: JSON's kinds of values. arrays: what the figures are drawn from, for npz. figures: by file name, each with
+    a caption; one that is a function is drawn when it is written, as very many at once would not fit in memory. notes:
+    what a reader must know of this run, such as images that could not be read.
     """
 
     numbers: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
-    figures: dict[str, tuple[Figure, str]] = field(default_factory=dict)
+    figures: dict[str, tuple[Figure | Callable[[], Figure], str]] = field(default_factory=dict)
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

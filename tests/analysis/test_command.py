@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,21 @@ def test_missing_images_leave_what_needs_none(
     assert len(lines) == 1
     assert nowhere in lines[0]
     assert main([*arguments, "--only", "maps"]) == 2
+
+
+def test_a_checkpoint_of_another_model_leaves_the_other_run(
+    karat_run: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(karat_run.path, other)
+    recipe = other / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("depth: 2", "depth: 3"))
+    out, names = tmp_path / "out", ("maps", "distributions")
+    assert main(["analyze", str(other), str(karat_run.path), *QUICK, "--out", str(out), "--only", *names]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert [line.split(":")[1] for line in lines] == [f" {name} of other" for name in names]
+    assert all("holds another model: blocks.2" in line for line in lines)
+    assert {path.parent.name for path in out.rglob("numbers.json")} == {"karat"}
 
 
 def test_bad_usage_is_one_line(karat_run: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
