@@ -12,8 +12,11 @@ from karat_scale.errors import RunDirectoryError
 from karat_scale.recipe import AttentionConfig, Recipe
 from karat_scale.recipe_io import load_recipe
 from karat_scale.train.checkpoint_store import CheckpointStore
+from karat_scale.train.export import load_exported
 from karat_scale.train.teacher import build_model
 from karat_scale.train.weights import load_weights, wants_ema
+
+SNAPSHOT = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,24 @@ class TrainedRun:
 
     @cached_property
     def in_order(self) -> list[str]:
-        """The names of all checkpoints, oldest first. Raises RunDirectoryError when there is none."""
-        names = sorted(self.store.names())
-        if not names:
+        """The names of all checkpoints and snapshots, oldest first, one a step: where there are both, the checkpoint.
+
+        Raises RunDirectoryError when there is none.
+        """
+        snapshots = {path.stem: path.name for path in self.snapshots.glob(f"step-*{SNAPSHOT}")}
+        by_step = {**snapshots, **{name: name for name in self.store.names()}}
+        if not by_step:
             raise RunDirectoryError(f"{self.store.root}: no checkpoint; train the run first")
-        return names
+        return [by_step[step] for step in sorted(by_step)]
+
+    @property
+    def snapshots(self) -> Path:
+        """Where the weights alone are kept through training (`checkpoint.snapshots`), if at all."""
+        return self.path / "snapshots"
 
     def step(self, name: str) -> int:
-        """Finished steps at a checkpoint."""
-        return int(self.store.state(name)["step"])
+        """Finished steps at a checkpoint or snapshot."""
+        return int(name.removesuffix(SNAPSHOT).removeprefix("step-"))
 
     def model(
         self, name: str | None = None, weights: str | None = None, implementation: str = "auto"
@@ -84,13 +96,17 @@ class TrainedRun:
         return model.to(self.device).eval()
 
     def load(self, model: VisionTransformer, name: str, weights: str | None = None) -> None:
-        """Give a model of this run the weights of a checkpoint, in place; raises as `model` does."""
-        directory = self.store.root / name
-        damage = self.store.damage(name)
-        if damage:
-            raise RunDirectoryError(f"checkpoint {directory} is damaged: {damage}; choose another")
-        saved = self.store.state(name)
-        load_weights(model, directory, saved, wants_ema(weights or self.weights, self.recipe, saved))
+        """Give a model of this run the weights of a checkpoint, or the raw ones of a snapshot; raises as `model`."""
+        if name.endswith(SNAPSHOT):
+            directory = self.snapshots / name
+            load_exported(model, directory)
+        else:
+            directory = self.store.root / name
+            damage = self.store.damage(name)
+            if damage:
+                raise RunDirectoryError(f"checkpoint {directory} is damaged: {damage}; choose another")
+            saved = self.store.state(name)
+            load_weights(model, directory, saved, wants_ema(weights or self.weights, self.recipe, saved))
         bad = next((n for n, parameter in model.named_parameters() if not parameter.isfinite().all()), None)
         if bad is not None:
             raise RunDirectoryError(f"checkpoint {directory}: {bad} is not finite, the run diverged; choose another")

@@ -3,12 +3,13 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models import VisionTransformer
 from torch import nn
 
@@ -68,19 +69,32 @@ def read_exported(path: Path, implementation: str = "auto") -> VisionTransformer
     Raises:
         RunDirectoryError: the file is missing or damaged, or holds something else.
     """
-    try:
+    with _one_line(path):
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         attention = AttentionConfig(**{**json.loads(about["attention"]), "implementation": implementation})
         model = create_model(ModelConfig(**json.loads(about["model"])), attention)
-        model.load_state_dict(tensors)
-    except FileNotFoundError:
-        raise RunDirectoryError(f"{path} is missing; put it back, the model cannot compute without it") from None
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunDirectoryError(f"{path}: not a whole file of karat export: {reason}") from None
+    load_exported(model, path)
     return model
+
+
+def load_exported(model: nn.Module, path: Path) -> None:
+    """Give a model the weights in a file of `karat export`, in place; raises as `read_exported` does."""
+    with _one_line(path):
+        model.load_state_dict(load_file(path))
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise RunDirectoryError(f"{path} is missing; put it back, nothing can be computed without it") from None
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise RunDirectoryError(
+            f"{path}: not the weights of this model as karat export writes them: {reason}"
+        ) from None
 
 
 def _target(out: str | None, run: Path, name: str, kind: str, alone: bool) -> Path:
