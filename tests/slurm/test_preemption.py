@@ -81,6 +81,7 @@ def test_a_job_of_higher_priority_preempts_it(
     assert events(run_of(job), "end")[0]["exit"] == 75, job.log
 
 
+@pytest.mark.night
 @pytest.mark.timeout(1200)
 def test_a_time_limit_saves_and_the_job_comes_back(
     train: Train, recipe: Path, shards: Path, uninterrupted: Path, tmp_path: Path
