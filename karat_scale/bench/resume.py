@@ -6,6 +6,7 @@ tells it to stop again. Times are read from the run's own events.
 
 import json
 import os
+import resource
 import signal
 import socket
 import statistics
@@ -33,13 +34,17 @@ LIMIT_SECONDS = 600
 
 @dataclass(frozen=True)
 class Start:
-    """One start of the run and its end, in seconds. `save` is that part of `signal_to_saved` in which it saved."""
+    """One start of the run and its end, in seconds.
+
+    `save` is that part of `signal_to_saved` in which it saved; `processor` what all ranks used from start to end.
+    """
 
     to_resumed: float | None
     to_first_step: float
     signal_to_saved: float
     save: float
     saved_to_ended: float
+    processor: float
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Run:
             UserError: a rank ended too early, or with another exit code than that of a save.
         """
         log = self.directory.parent / "log"
-        begun = time.time()
+        used, begun = _processor_seconds(), time.time()
         with log.open("ab") as output:
             ranks = [
                 subprocess.Popen(self.command, stdout=output, stderr=output, env=environment)
@@ -84,6 +89,7 @@ class Run:
             signal_to_saved=saved["time"] - told,
             save=saved["seconds"],
             saved_to_ended=ended - saved["time"],
+            processor=_processor_seconds() - used,
         )
 
     def _environments(self) -> list[dict[str, str]]:
@@ -159,6 +165,12 @@ def _medians(starts: Sequence[Start]) -> dict[str, float | None]:
     return {name: None if None in values else round(statistics.median(values), 2) for name, values in columns.items()}
 
 
+def _processor_seconds() -> float:
+    """Of all processes that have ended below this one."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def _last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
@@ -175,6 +187,7 @@ def _print(result: dict[str, Any]) -> None:
         "signal to saved": "signal_to_saved",
         "  of it the save": "save",
         "saved to ended": "saved_to_ended",
+        "processor time, start to end": "processor",
     }
     for label, name in rows.items():
         values = (result[kind][name] for kind in ("fresh", "resumed"))

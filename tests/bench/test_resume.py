@@ -30,6 +30,7 @@ def test_bench_resume_times_two_starts_and_their_ends(tmp_path: Path) -> None:
     for start in (result["fresh"], result["resumed"]):
         assert 0 < start["save"] < start["signal_to_saved"]
         assert start["saved_to_ended"] > 0
+        assert start["processor"] > 0
     assert result["checkpoint_mb"] > 0
     assert "a resumed start takes" in done.stdout
 
