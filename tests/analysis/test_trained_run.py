@@ -73,7 +73,7 @@ def test_snapshots_stand_beside_checkpoints(karat_run: TrainedRun, tmp_path: Pat
     for name in karat_run.in_order[:2]:
         shutil.rmtree(copy / "checkpoints" / name)
     run = open_run(copy)
-    first, second, third, last = run.in_order
+    first, second, third, _ = run.in_order
     assert (first, third) == ("step-00000004.safetensors", "step-00000012")
     assert [run.step(name) for name in run.in_order] == [4, 8, 12, 16]
     for name, of_checkpoint in zip((first, second), karat_run.in_order, strict=False):
