@@ -68,7 +68,9 @@ class Campaign:
         self._recipe, self._directory, self._outcome = recipe, directory, outcome
         self._random = random.Random(outcome.seed)
         begun = time.monotonic()
-        self._start(directory / "whole").wait(FINISHES_WITHIN)
+        ranks = self._start(directory / "whole")
+        if not ranks.wait(FINISHES_WITHIN) or any(ranks.codes.values()):
+            raise SystemExit(f"the undisturbed run failed; see {directory / 'whole.log'}")
         self._seconds = time.monotonic() - begun  # of an undisturbed run
         self._expected = last_tensors(directory / "whole")
 
