@@ -20,6 +20,12 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
+    def _nothing_is_an_empty_text(cls, value: Any, info: Any) -> Any:
+        # `key=` on the command line, which is null in YAML.
+        return "" if value is None and cls.model_fields[info.field_name].annotation is str else value
+
+    @field_validator("*", mode="before")
+    @classmethod
     def _refuse_bool_for_number(cls, value: Any, info: Any) -> Any:
         # pydantic reads `true` as 1, which hides a mistake.
         annotation = cls.model_fields[info.field_name].annotation

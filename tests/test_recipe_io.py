@@ -108,6 +108,10 @@ def test_a_run_begins_with_one_thing(recipe: Path) -> None:
     assert "init_from = a and resume.from = b both say what to begin with; unset one" in text
 
 
+def test_nothing_unsets_a_text(recipe: Path) -> None:
+    assert load_recipe(recipe, ["init_from=runs/base", "init_from=", "resume.from="]).init_from == ""
+
+
 def test_a_binary_file_is_refused(recipe: Path) -> None:
     recipe.write_bytes(b"\x89PNG\xff\xfe\x00")
     assert "YAML" in message(recipe)
