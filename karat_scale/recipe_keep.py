@@ -11,6 +11,7 @@ class CheckpointConfig(Section):
     """When to save and what to keep. A last checkpoint is always written at the end.
 
     `asynchronous`: training stands still for a copy to host memory alone, and goes on while the copy is written.
+    `snapshots`: keep the weights alone at the start and at the end of each of that many equal parts of training.
     """
 
     every_steps: Count | None = None
@@ -19,6 +20,7 @@ class CheckpointConfig(Section):
     keep_last: Annotated[int, Field(ge=2)] = 2
     keep_best: bool = True
     asynchronous: bool = True
+    snapshots: Annotated[int, Field(ge=0)] = 0
 
 
 class ResumeConfig(Section):

@@ -68,6 +68,15 @@ class TrainConfig(Section):
         return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
+    def _skips_overflows(self) -> "TrainConfig":
+        if self.precision == "fp16" and self.on_nonfinite == "stop":
+            raise ValueError(
+                "train.on_nonfinite = stop with train.precision = fp16 would end at the first overflow of the loss "
+                "scale; use skip, which train.max_skipped_steps bounds"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _compiles(self) -> "TrainConfig":
         if self.compile and self.recompute.policy != "none" and self.recompute.method == "deepspeed":
             raise ValueError(

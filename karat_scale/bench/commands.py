@@ -6,7 +6,7 @@ from typing import Any
 
 def add_benches(benches: Any) -> None:
     """Add each bench to the subparsers of `karat bench`."""
-    of_training = (_add_step, _add_stages, _add_attention, _add_recompute, _add_resume, _add_gpu)
+    of_training = (_add_step, _add_stages, _add_attention, _add_recompute, _add_resume, _add_save, _add_gpu)
     of_data = (_add_order, _add_data, _add_prepare)
     for add in (*of_training, *of_data):
         add(benches)
@@ -209,6 +209,24 @@ def _recompute(options: argparse.Namespace) -> int:
 
     case = Case(options.model, options.batch, options.grid, options.dtype, options.device, options.image_size)
     return bench_recompute(case, options.rounds, options.threads, options.json, options.only)
+
+
+def _add_save(benches: Any) -> None:
+    parser = benches.add_parser("save", help="how long training stands still for a checkpoint, and a resume takes")
+    parser.add_argument("--model", default="vit_base_patch16_224")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--config", default="zero0", help="deepspeed.config (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--path", metavar="DIR", help="where to save (default: the temporary directory)")
+    parser.add_argument("--json", metavar="FILE")
+    parser.set_defaults(run=_save)
+
+
+def _save(options: argparse.Namespace) -> int:
+    from karat_scale.bench.save import SavePlan, bench_save
+
+    plan = SavePlan(options.model, options.batch, options.config, options.rounds, options.path)
+    return bench_save(plan, options.json)
 
 
 def _add_gpu(benches: Any) -> None:

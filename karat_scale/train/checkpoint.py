@@ -22,7 +22,7 @@ from karat_scale.train.ema import Ema
 from karat_scale.train.engine import Engine
 from karat_scale.train.progress import Reporter
 from karat_scale.train.restore import check_teacher, restore
-from karat_scale.train.saved_state import FORMAT, SavedState, read_state, saved_layout, sidecar_name
+from karat_scale.train.saved_state import FORMAT, read_state, saved_layout, sidecar_name
 from karat_scale.train.saver import Saver
 from karat_scale.train.state import TrainState
 from karat_scale.train.tensor_storage import load_tensors
@@ -76,10 +76,12 @@ class Checkpoints:
         root, name = found
         saved = CheckpointStore(root).state(name)
         self._refuse_another_batch(name, saved)
-        ranks = [self._world.rank] if self._has_my_layout(root / name, saved) else None
         try:
             check_teacher(self._engine.module, saved)
-            restore(self._engine, self._ema, self._read(root / name, saved, ranks))
+            ranks = [self._world.rank] if self._has_my_layout(root / name, saved) else None
+            with self._world.together():  # none must wait in `restore` for one that refuses its files
+                content = read_state(root / name, saved, ranks)
+            restore(self._engine, self._ema, content)
         except RunDirectoryError as error:
             raise RunDirectoryError(f"checkpoint {root / name}: {error}") from error
         self._restore_generators(root / name, saved)
@@ -120,18 +122,6 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, checkpoint: Path, saved: dict[str, Any], ranks: list[int] | None) -> SavedState:
-        """Open this rank's files; what one rank cannot open, all refuse: none must wait for it while it gives up."""
-        refusal: RunDirectoryError | None = None
-        try:
-            state = read_state(checkpoint, saved, ranks)
-        except RunDirectoryError as error:
-            refusal = error
-        for problem in self._world.gather(refusal):
-            if problem is not None:
-                raise problem
-        return state
-
     def _refuse_another_batch(self, name: str, saved: dict[str, Any]) -> None:
         global_batch = self._recipe.train.global_batch
         if saved["samples"] != saved["step"] * global_batch:
@@ -144,9 +134,10 @@ class Checkpoints:
     def _has_my_layout(self, checkpoint: Path, saved: dict[str, Any]) -> bool:
         """Whether each rank finds all it needs in the files of its own number."""
         differs = saved["world_size"] != self._world.size or saved["zero_stage"] != self._engine.stage
-        if not differs and saved["zero_stage"] > 0:
-            sidecar = load_tensors(checkpoint / sidecar_name(self._world.rank), mmap=True)
-            differs = saved_layout(sidecar) != shard_layout(self._engine.deepspeed)
+        with self._world.together():
+            if not differs and saved["zero_stage"] > 0:
+                sidecar = load_tensors(checkpoint / sidecar_name(self._world.rank), mmap=True)
+                differs = saved_layout(sidecar) != shard_layout(self._engine.deepspeed)
         return not self._world.any(differs)
 
     def _restore_generators(self, checkpoint: Path, saved: dict[str, Any]) -> None:

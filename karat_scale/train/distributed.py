@@ -58,6 +58,11 @@ class World:
             dist.all_reduce(total, group=self.control)
         return total
 
+    def add_up_on_main(self, tensor: torch.Tensor) -> None:
+        """Let rank 0's tensor, on this world's device, become the sum of all ranks'; the others' are used up."""
+        if self.size > 1:
+            dist.reduce(tensor, dst=0)
+
     def broadcast(self, value: T) -> T:
         """Rank 0's picklable `value`, on every rank."""
         if self.size == 1:

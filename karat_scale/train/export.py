@@ -1,26 +1,22 @@
 """`karat export`: a checkpoint's whole fp32 weights in one safetensors file, for timm and anything else."""
 
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.models import VisionTransformer
 from torch import nn
 
-from karat_scale import __version__
 from karat_scale.errors import RunDirectoryError
-from karat_scale.files import commit_file
 from karat_scale.models import create_model
 from karat_scale.recipe import AttentionConfig, ModelConfig, Recipe
 from karat_scale.recipe_io import load_recipe
 from karat_scale.train.run_directory import RunDirectory
-from karat_scale.train.weights import load_weights
+from karat_scale.train.tensor_storage import save_safetensors
+from karat_scale.train.weights import describe_weights, load_weights
 
 
 def export_run(run_dir: str, checkpoint: str, weights: str, out: str | None) -> int:
@@ -57,7 +53,7 @@ def write_weights(directory: RunDirectory, recipe: Recipe, name: str, kind: str,
     model = create_model(recipe.model, recipe.attention)
     saved = directory.store.state(name)
     load_weights(model, directory.store.root / name, saved, ema=kind == "ema")
-    _write(model, path, _metadata(recipe, saved, name, kind))
+    _write(model, path, describe_weights(recipe, saved, name, kind))
 
 
 def read_exported(path: Path, implementation: str = "auto") -> VisionTransformer:
@@ -110,28 +106,6 @@ def _write(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     tensors = {key: value.detach().contiguous().clone() for key, value in model.state_dict().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata)
-            commit_file(Path(temporary), path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunDirectoryError(f"{path}: {reason}; choose another --out") from None
-
-
-def _metadata(recipe: Recipe, saved: Mapping[str, Any], name: str, kind: str) -> dict[str, str]:
-    """What `karat_scale.models.create_model` needs to build the model again, as strings."""
-    return {
-        "format": "pt",
-        "karat_scale": __version__,
-        "checkpoint": name,
-        "step": str(saved["step"]),
-        "weights": kind,
-        "model": json.dumps(recipe.model.model_dump(mode="json")),
-        "attention": json.dumps(recipe.attention.model_dump(mode="json")),
-        **({"teacher": saved["teacher"]} if saved.get("teacher") else {}),
-    }
+        save_safetensors(tensors, path, metadata)
+    except OSError as error:
+        raise RunDirectoryError(f"{path}: {error.strerror or error}; choose another --out") from None

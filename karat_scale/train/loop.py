@@ -21,6 +21,7 @@ from karat_scale.train.interval import Interval, peak_memory_mb, resident_memory
 from karat_scale.train.own_time import OwnTime
 from karat_scale.train.parts import Parts
 from karat_scale.train.signals import StoppedError
+from karat_scale.train.snapshots import snapshot_steps
 from karat_scale.train.state import TrainState
 
 _SAVE, _STOP = 1, 2
@@ -57,6 +58,7 @@ class Loop:
         recipe, plan = parts.recipe, parts.plan
         planned = recipe.train.epochs * plan.steps_per_epoch
         self.total_steps = min(planned, recipe.train.max_steps or planned)
+        self._snapshot_steps = snapshot_steps(self.total_steps, recipe.checkpoint.snapshots)
         self._objective = SoftTargetCrossEntropy()
         self._interval = Interval(parts.world.device)
         self._own_time = OwnTime(parts.world.device)
@@ -71,6 +73,7 @@ class Loop:
         """
         plan, state = self.parts.plan, self.state
         try:
+            self._snapshot_if_due()
             self._evaluate_if_due()
             batches = self.parts.backend.train_batches(plan.slices(state.step, self.total_steps))
             while state.step < self.total_steps:
@@ -79,6 +82,7 @@ class Loop:
                     with self._own_time.data():
                         micro_batches = [next(batches) for _ in range(plan.accumulation)]
                     self.step(micro_batches)
+                self._snapshot_if_due()
                 self._evaluate_if_due()
                 self.save_or_stop()
         except StoppedError as stopped:
@@ -210,6 +214,12 @@ class Loop:
         self.parts.reporter.display.evaluate(done, total)
         if self.parts.world.any(self.parts.signals.received is not None):
             raise StoppedError
+
+    def _snapshot_if_due(self) -> None:
+        if self.state.step in self._snapshot_steps:
+            self.parts.reporter.beat("snapshot")
+            with self._interval.paused():
+                self.parts.snapshots.take(self.state.step)
 
     def save_or_stop(self) -> None:
         """Rank 0's clock says when to save, any rank's signal says stop, and all must have written what is being saved.

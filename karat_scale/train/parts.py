@@ -24,6 +24,7 @@ from karat_scale.train.recompute import apply_recompute
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.schedule import CosineSchedule, build_schedule
 from karat_scale.train.signals import StopSignals
+from karat_scale.train.snapshots import Snapshots
 from karat_scale.train.teacher import build_model, keep_teacher
 
 
@@ -44,6 +45,7 @@ class Parts:
     efficiency: Efficiency
     profiler: StepProfiler
     checkpoints: Checkpoints
+    snapshots: Snapshots
     histograms: HeadHistograms
     reporter: Reporter
     signals: StopSignals
@@ -102,6 +104,7 @@ def build_parts(
         profiler=StepProfiler(recipe.log.profile_steps, directory.profile, world, reporter),
         checkpoints=Checkpoints(directory.store, engine, ema, world, recipe, reporter),
         histograms=HeadHistograms(engine, recipe.log, reporter),
+        snapshots=Snapshots(directory.snapshots, engine, world, recipe, reporter),
         reporter=reporter,
         signals=signals,
     )

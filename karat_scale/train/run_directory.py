@@ -6,6 +6,7 @@ summary.json     the outcome
 tensorboard/     event files
 profile/         see profiler
 checkpoints/     see checkpoint_store
+snapshots/       see snapshots
 """
 
 import fcntl
@@ -37,6 +38,7 @@ class RunDirectory:
         self.summary_file = self.path / "summary.json"
         self.tensorboard = self.path / "tensorboard"
         self.profile = self.path / "profile"
+        self.snapshots = self.path / "snapshots"
         self.store = CheckpointStore(self.path / "checkpoints")
         self._lock: IO[str] | None = None
 

@@ -25,7 +25,7 @@ from karat_scale.train.engine import Engine
 from karat_scale.train.progress import Reporter
 from karat_scale.train.saved_state import sidecar_name
 from karat_scale.train.state import TrainState
-from karat_scale.train.tensor_storage import DurableStorage
+from karat_scale.train.tensor_storage import DurableStorage, describe
 
 T = TypeVar("T")
 _BEAT_SECONDS = 1.0
@@ -274,9 +274,3 @@ def _identity(state: TrainState) -> tuple[int, int]:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
-
-
-def describe(error: OSError) -> str:
-    """An OSError in words a user can act on."""
-    where = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror or error}{where}"

@@ -39,6 +39,11 @@ class Pieces:
         for name, param_start, master_start, length in fragments:
             self._parts[name].append((param_start, flat[master_start : master_start + length]))
 
+    def copy_into(self, name: str, flat: torch.Tensor) -> None:
+        """Copy the parts there are of a parameter to their places in its flattened tensor."""
+        for start, part in self._parts.get(name, ()):
+            flat[start : start + part.numel()].copy_(part)
+
     def fill(self, fragments: Sequence[Fragment], master: torch.Tensor) -> None:
         """Copy the elements of `fragments` into a master tensor, whatever parts they come from; zero its padding.
 

@@ -3,15 +3,18 @@
 import copy
 import os
 import pickle
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from karat_scale.errors import RunDirectoryError
-from karat_scale.files import Fingerprint, FingerprintedFile
+from karat_scale.files import Fingerprint, FingerprintedFile, commit_file
 from karat_scale.train.ds_internals import checkpoint_globals
 
 
@@ -30,6 +33,23 @@ def save_tensors(value: Any, path: Path, on_bytes: Callable[[int], None] | None 
         file.flush()
         os.fsync(file.fileno())
     return fingerprinted.fingerprint()
+
+
+def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write whole tensors to one file that appears whole or not at all. No two may share memory.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata)
+        commit_file(Path(temporary), path)
+    except SafetensorError as error:
+        raise as_os_error(error) from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def load_tensors(path: Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
@@ -127,6 +147,12 @@ class DurableStorage(CheckpointEngine):
     def commit(self, info: CheckpointCommitInfo) -> bool:
         """DeepSpeed has handed over its files; ours follow, so there is nothing to commit yet."""
         return True
+
+
+def describe(error: OSError) -> str:
+    """An OSError in words a user can act on."""
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}"
 
 
 def as_os_error(error: Exception) -> OSError:

@@ -1,5 +1,6 @@
 """Whole fp32 weights out of a checkpoint, raw or averaged, whatever number of ranks wrote it."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from karat_scale import __version__
 from karat_scale.errors import RunDirectoryError
 from karat_scale.recipe import Recipe
 from karat_scale.train.restore import check_shapes, check_teacher
@@ -48,3 +50,17 @@ def load_weights(model: nn.Module, checkpoint: Path, saved: Mapping[str, Any], e
     for name, buffer in model.named_buffers():
         if name in state.buffers:
             buffer.copy_(state.buffers[name])
+
+
+def describe_weights(recipe: Recipe, saved: Mapping[str, Any], name: str, kind: str) -> dict[str, str]:
+    """What `karat_scale.models.create_model` needs to build the model again, as strings."""
+    return {
+        "format": "pt",
+        "karat_scale": __version__,
+        "checkpoint": name,
+        "step": str(saved["step"]),
+        "weights": kind,
+        "model": json.dumps(recipe.model.model_dump(mode="json")),
+        "attention": json.dumps(recipe.attention.model_dump(mode="json")),
+        **({"teacher": saved["teacher"]} if saved.get("teacher") else {}),
+    }

@@ -6,6 +6,7 @@ import pytest
 
 from karat_scale.files import Fingerprint
 from karat_scale.train.checkpoint_store import MANIFEST, STATE, CheckpointStore, checkpoint_name
+from tests.train.harm import HARMS, POINTERS, point
 
 
 @pytest.fixture
@@ -42,22 +43,42 @@ def test_an_unfinished_save_is_no_checkpoint_and_goes_with_the_next(store: Check
     assert not torn.exists()
 
 
-@pytest.mark.parametrize("victim", ["weights.pt", STATE])
-@pytest.mark.parametrize("harm", ["truncate", "zero", "flip", "delete"])
+@pytest.mark.parametrize("victim", ["weights.pt", STATE, MANIFEST])
+@pytest.mark.parametrize("harm", HARMS)
 def test_every_kind_of_damage_is_named(store: CheckpointStore, victim: str, harm: str) -> None:
     name = save(store, 1)
-    path = store.root / name / victim
-    data = bytearray(path.read_bytes())
-    if harm == "truncate":
-        path.write_bytes(data[:-1])
-    elif harm == "zero":
-        path.write_bytes(bytes(len(data)))
-    elif harm == "flip":
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
-    else:
-        path.unlink()
-    assert victim in (store.damage(name) or "")
+    HARMS[harm](store.root / name / victim)
+    damage = store.damage(name) or ""
+    assert victim in damage or (victim == MANIFEST and damage)  # a flipped hash speaks of another file
+
+
+def test_no_bit_of_a_checkpoint_flips_unnoticed(store: CheckpointStore) -> None:
+    name = save(store, 1)
+    for path in (store.root / name).iterdir():
+        whole = path.read_bytes()
+        for bit in range(8 * len(whole)) if path.name != "weights.pt" else (0, 5 * len(whole), 8 * len(whole) - 1):
+            data = bytearray(whole)
+            data[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(data)
+            assert store.damage(name) is not None, (path.name, bit)
+        path.write_bytes(whole)
+    assert store.damage(name) is None
+
+
+def test_progress_counts_every_byte(store: CheckpointStore) -> None:
+    name = save(store, 1)
+    seen: list[tuple[int, int]] = []
+    assert store.damage(name, lambda done, total: seen.append((done, total))) is None
+    assert seen[-1][0] == seen[-1][1] == store.newest_bytes()
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_a_file_that_is_not_as_its_writer_says_is_not_committed(store: CheckpointStore) -> None:
+    directory = store.begin(1)
+    (directory / "weights.pt").write_bytes(b"short")
+    with pytest.raises(OSError, match=r"weights\.pt has 5 bytes, but 6 were written"):
+        store.commit(directory, {}, {"weights.pt": Fingerprint(6, "")})
+    assert store.names() == []
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"files": 3}'])
@@ -68,11 +89,10 @@ def test_a_missing_or_broken_manifest_is_damage(store: CheckpointStore, content:
     assert MANIFEST in (store.damage(name) or "")
 
 
-@pytest.mark.parametrize("content", [None, "", "step-00000099\n", "../elsewhere"])
-def test_a_pointer_to_nothing_points_at_nothing(store: CheckpointStore, content: str | None) -> None:
+@pytest.mark.parametrize("what", POINTERS)
+def test_a_pointer_to_nothing_points_at_nothing(store: CheckpointStore, what: str) -> None:
     save(store, 1)
-    latest = store.root / "latest"
-    latest.unlink() if content is None else latest.write_text(content)
+    point(store.root / "latest", POINTERS[what])
     assert store.pointed("latest") is None
 
 

@@ -14,12 +14,12 @@ def test_a_pipe_gets_plain_lines(capsys) -> None:
     reporter = Reporter(PlainDisplay(), None)
     reporter.train(5, 10, FIGURES)
     reporter.evaluated(5, RESULT)
-    reporter.checkpoint(TrainState(step=5), "step-00000005", 0.5)
+    reporter.checkpoint(TrainState(step=5), "step-00000005", 0.5, 0.1)
     reporter.bad_sample(BadSample(3, "n01/x", "train-000001.tar", "truncated"))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("step 5/10 epoch 0 loss 1.2500 lr 1.00e-03 321 img/s")
     assert "top-1 12.35 %" in lines[1] or "top-1 12.34 %" in lines[1]
-    assert lines[2].endswith("saved step-00000005 in 0.5 s")
+    assert lines[2].endswith("saved step-00000005 in 0.5 s, of which training stood still for 0.1 s")
     assert all(part in lines[3] for part in ("warning", "n01/x", "train-000001.tar", "truncated"))
 
 
@@ -35,11 +35,14 @@ def test_a_terminal_gets_a_live_bar_with_lines_above_it() -> None:
     reporter.train(5, 10, FIGURES)
     display.evaluate(1, 2)
     display.evaluate(2, 2)
+    display.verify(10, 20)  # too small to be shown
+    display.verify(10**8, 2 * 10**8)
     reporter.info("text with [brackets]")
     reporter.close()
     shown = screen.getvalue()
     assert "text with [brackets]" in shown
     assert "5/10" in shown
+    assert "100/200" in shown
     assert "left" in shown
 
 
