@@ -60,6 +60,21 @@ def refusal(
         return f"it needs tensors on an NVIDIA GPU and these are on {device.type}"
     if not _INTERPRETED and torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY:
         return "it needs compute capability 8.0 (Ampere) or newer"
+    return call_refusal(query, key, value, cos_coef, sin_coef, proj, base, bias, mask)
+
+
+def call_refusal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos_coef: Tensor,
+    sin_coef: Tensor,
+    proj: Tensor,
+    base: str,
+    bias: Tensor | None,
+    mask: Tensor | None,
+) -> str | None:
+    """Why `attend` cannot take these arguments on any machine, or None."""
     if torch.float64 in (query.dtype, key.dtype, value.dtype, cos_coef.dtype, sin_coef.dtype, proj.dtype):
         return "it computes in float32 and an argument is float64"
     if base != "zero" or bias is not None or mask is not None:

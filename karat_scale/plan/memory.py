@@ -1,0 +1,104 @@
+"""A rank's memory at the worst moment of a step, by parts."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from karat_scale.plan.footprint import Footprint
+from karat_scale.plan.tracing import OUTSIDE
+from karat_scale.plan.zero import Kept
+
+PARTS = (
+    "parameters",
+    "masters",
+    "optimizer",
+    "EMA",
+    "gradients",
+    "buckets",
+    "gathered weights",
+    "activations",
+    "workspace",
+    "images",
+)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The worst moment: "start", "backward", "reduce" or "step"; bytes by part (see PARTS), and activations by block.
+
+    `blocks` holds block -1 for what lies outside blocks. Only the moment's own bytes are there: at a step there are
+    no activations.
+    """
+
+    moment: str
+    parts: dict[str, int]
+    blocks: dict[int, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes of live tensors."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """b images of a micro batch: `held` bytes that are there all through a step, `inside` that operations take."""
+
+    images: int
+    held: int
+    inside: int
+
+
+def peak(state: Kept, footprint: Footprint, batch: Batch) -> Peak:
+    """The worst of the moments."""
+    moments = (
+        _start(state),
+        _backward(state, footprint, batch),
+        _step("reduce", state, state.reducing, batch),
+        _step("step", state, state.stepping, batch),
+    )
+    return max(moments, key=lambda moment: moment.total)
+
+
+def _start(state: Kept) -> Peak:
+    return Peak("start", {"parameters": state.starting}, {})
+
+
+def _step(name: str, state: Kept, temporary: int, batch: Batch) -> Peak:
+    parts = {**_steady(state), "gradients": state.final_gradients, "workspace": temporary, "images": batch.held}
+    return Peak(name, parts, {})
+
+
+def _steady(state: Kept) -> dict[str, int]:
+    return {
+        "parameters": state.weights,
+        "masters": state.masters,
+        "optimizer": state.moments,
+        "EMA": state.ema,
+    }
+
+
+def _backward(state: Kept, footprint: Footprint, batch: Batch) -> Peak:
+    """Forward, too: its own worst moment is its end, where backward begins."""
+    live = footprint.live(batch.images)
+    made = footprint.gradients_made
+    gradients = made if state.keeps_gradients else footprint.gradient_in_hand + state.partition * (made > 0) * (
+        made > state.flush_after
+    )
+    share_left = 1 - made / max(made[-1], 1)
+    in_backward = np.arange(footprint.events) >= footprint.forward
+    gathered = state.gathered * share_left
+    bucket = state.bucket * in_backward
+    event = int(np.argmax(live + gradients + gathered + bucket))
+    saved = footprint.saved_by_part(batch.images, event)
+    activations = sum(saved.values())
+    parts = {
+        **_steady(state),
+        "gradients": state.held_gradients + round(gradients[event]),
+        "buckets": round(bucket[event]),
+        "gathered weights": round(gathered[event]),
+        "activations": activations,
+        "workspace": round(live[event]) - activations + batch.inside,
+        "images": batch.held,
+    }
+    return Peak("backward", parts, {part: size for part, size in saved.items() if size or part != OUTSIDE})

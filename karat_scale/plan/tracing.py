@@ -1,0 +1,166 @@
+"""Every allocation of a forward and backward pass, without doing it: the model runs on fake tensors.
+
+Fake tensors have shapes, dtypes and storages but no memory (`torch._subclasses.fake_tensor`), so a trace takes about a
+second for any model and batch, and what a GPU would run is traced on a machine that has none. Memory that an operation
+takes and gives back within itself is not seen; `workspace` counts it.
+"""
+
+import gc
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+OUTSIDE = -1
+"""The part of a model that is no block: patch embedding, last norm, head, loss."""
+
+
+@dataclass
+class Allocation:
+    """A storage of `bytes`, born as event number `born` and let go as number `died`, or never.
+
+    `part` is the block whose forward pass made it, or OUTSIDE. `gradient`: it is what a parameter keeps as its gradient.
+    """
+
+    bytes: int
+    part: int
+    born: int
+    died: int | None = None
+    gradient: bool = False
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One micro batch: `events` births and deaths, of which the first `forward` are the forward pass and the loss."""
+
+    allocations: tuple[Allocation, ...]
+    forward: int
+    events: int
+
+
+def fake_copy(model: VisionTransformer, dtype: torch.dtype | None = None) -> FakeTensorMode:
+    """Give `model` parameters and buffers that are fake, in `dtype` if given; returns the mode they live in."""
+    mode = FakeTensorMode()
+    made: dict[Tensor, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if parameter not in made:
+                    made[parameter] = nn.Parameter(_fake(mode, parameter, dtype), parameter.requires_grad)
+                module._parameters[name] = made[parameter]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = _fake(mode, buffer, dtype)
+    return mode
+
+
+def _fake(mode: FakeTensorMode, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    with mode:
+        return torch.empty(tensor.shape, dtype=dtype if dtype and tensor.is_floating_point() else tensor.dtype)
+
+
+def trace_step(model: VisionTransformer, mode: FakeTensorMode, batch: int, size: int, autocast: bool) -> Trace:
+    """Forward, soft-target cross-entropy and backward of `batch` images [3, size, size] on a `fake_copy`.
+
+    Images and targets are there before and do not count. Parameters have no gradients before.
+    """
+    parameters = list(model.parameters())
+    with _no_collection(), mode:
+        images = torch.empty(batch, 3, size, size, dtype=parameters[0].dtype)
+        targets = torch.empty(batch, model.num_classes)
+        tracker = _Tracker([*parameters, *model.buffers(), images, targets])
+        hooks = [hook for number, block in enumerate(model.blocks) for hook in tracker.follow(number, block)]
+        with tracker, torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            logits = model(images)
+        with tracker:
+            loss = torch.sum(-targets * torch.log_softmax(logits.float(), dim=-1), dim=-1).mean()
+            del logits
+            forward = tracker.events
+            loss.backward()
+        trace = tracker.trace(forward, [p.grad for p in parameters if p.grad is not None])
+    for hook in hooks:
+        hook.remove()
+    for parameter in parameters:
+        parameter.grad = None
+    return trace
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the collector from letting go of tensors at moments of its own."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+class _Tracker(TorchDispatchMode):
+    """Notes each new storage that an operation returns, and when it is let go."""
+
+    def __init__(self, there: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.events = 0
+        self._allocations: list[Allocation] = []
+        self._living: dict[int, Allocation | None] = {_key(tensor): None for tensor in there}
+        self._part = OUTSIDE
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._note(tensor)
+        return result
+
+    def follow(self, number: int, block: nn.Module) -> list[Any]:
+        """Hooks that know which block runs."""
+
+        def begin(*_: Any) -> None:
+            self._part = number
+
+        def end(*_: Any) -> None:
+            self._part = OUTSIDE
+
+        return [block.register_forward_pre_hook(begin), block.register_forward_hook(end)]
+
+    def trace(self, forward: int, gradients: Iterable[Tensor]) -> Trace:
+        """What was noted so far; later deaths are not."""
+        for gradient in gradients:
+            allocation = self._living[_key(gradient)]
+            assert allocation is not None
+            allocation.gradient = True
+        noted, self._allocations = self._allocations, []
+        self._living = {}
+        return Trace(tuple(noted), forward, self.events)
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._living:
+            return
+        allocation = Allocation(storage.nbytes(), self._part, self.events)
+        self.events += 1
+        self._living[key] = allocation
+        self._allocations.append(allocation)
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        allocation = self._living.pop(key, None)
+        if allocation is not None:
+            allocation.died = self.events
+            self.events += 1
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
