@@ -42,6 +42,19 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--out", metavar="PATH", help="a .safetensors file or a directory (default: the run's)")
     export.set_defaults(run=_export)
 
+    plan = commands.add_parser("plan", help="before you submit: memory, stage, micro batch, time, and mistakes")
+    plan.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.precision=bf16")
+    plan.add_argument("--gpus", type=int, default=1, help="ranks in all (default: %(default)s)")
+    plan.add_argument("--gpu", metavar="NAME", help="such as h100-80 (default: this machine's RAM)")
+    plan.add_argument("--memory", type=float, metavar="GB", help="of a GPU that has no name here, or of a rank's RAM")
+    plan.add_argument("--gpus-per-node", type=int, default=8, help="(default: %(default)s)")
+    plan.add_argument("--step-time", type=float, metavar="S", help="measured seconds of one micro batch on one GPU")
+    plan.add_argument("--curve", action="store_true", help="predicted throughput from 1 to 1,024 GPUs")
+    plan.add_argument("--dry-run", action="store_true", help="only build and check model, data and batches")
+    plan.add_argument("--json", metavar="FILE", help="write all figures there too")
+    plan.set_defaults(run=_plan)
+
     submit = commands.add_parser("submit", help="write a recipe's sbatch script, show it, and submit it")
     submit.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     submit.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.path=DIR")
@@ -131,6 +144,22 @@ def _export(options: argparse.Namespace) -> int:
     from karat_scale.train.export import export_run
 
     return export_run(options.run_dir, options.checkpoint, options.weights, options.out)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from karat_scale.plan.command import Request, plan_recipe
+
+    request = Request(
+        gpus=options.gpus,
+        gpus_per_node=options.gpus_per_node,
+        gpu=options.gpu,
+        memory=options.memory,
+        step_time=options.step_time,
+        with_curve=options.curve,
+        only_dry_run=options.dry_run,
+        json_file=options.json,
+    )
+    return plan_recipe(options.recipe, options.overrides, request)
 
 
 def _submit(options: argparse.Namespace) -> int:

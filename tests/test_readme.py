@@ -41,7 +41,7 @@ def find(start: str) -> str:
 
 
 def test_every_command_is_run_here_or_by_the_ci_script() -> None:
-    ours = ("python data_prep/", "torchrun", "karat eval", "karat train")
+    ours = ("python data_prep/", "torchrun", "karat eval", "karat train", "karat plan")
     # By .ci/run, test_packaging and the Makefile.
     elsewhere = ("make demo", "make test", "pip install .", "pip install '.[dali]'", "pip install '.[ffcv]'")
     # tests/slurm submits these scripts to a SLURM of its own.
@@ -83,6 +83,12 @@ def test_overrides_by_example(tmp_path: Path) -> None:
     done = run(find("karat train"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "grid: 5" in done.stdout
+
+
+def test_a_plan_by_example(tmp_path: Path) -> None:
+    done = run(find("karat plan"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "recommended: deepspeed.config=zero0 train.micro_batch=" in done.stdout
 
 
 def test_every_shipped_recipe_is_in_the_table() -> None:

@@ -4,12 +4,19 @@ torch's profiler reports each allocation of its CPU allocator, which all tensors
 included. Not seen: what C++ libraries allocate for themselves (oneDNN's scratch, our CPU kernel's tiles).
 """
 
+import functools
 import multiprocessing
 import os
 import socket
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from karat_scale.recipe import Recipe
+
+COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "broadcast", "reduce")
+# gloo's thread lets go of a collective's tensors a moment after it has answered.
+SECONDS_TO_LET_GO = 0.003
 
 
 def live_tensor_peak(recipe: Recipe, world: int, steps: int = 2) -> int:
@@ -30,15 +37,49 @@ def _measure(recipe: Recipe, rank: int, world: int, port: int, steps: int) -> in
     from torch.profiler import ProfilerActivity, profile
 
     torch.set_num_threads(1)
+    _outwait_gloo()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         _train(recipe, steps)
-    events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return _peak(profiler.profiler.kineto_results.experimental_event_tree())
+
+
+def _peak(tree: Iterable[Any]) -> int:
+    """The most bytes alive at once, of allocations by address."""
+    changes = sorted(_allocations(tree, False), key=lambda change: change[0])
+    alive: dict[int, int] = {}
     live = peak = 0
-    for _, change in changes:
-        live += change
+    for _, address, size in changes:
+        live -= alive.pop(address, 0)  # also what another thread let go unseen, now that its address is used again
+        if size > 0:
+            alive[address] = size
+            live += size
         peak = max(peak, live)
     return peak
+
+
+def _allocations(events: Iterable[Any], in_collective: bool) -> Iterator[tuple[int, int, int]]:
+    """(time, address, bytes or less than 0) of all but what gloo copies for itself, and frees on its own thread."""
+    for event in events:
+        if event.name == "[memory]" and not in_collective:
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
+        yield from _allocations(event.children, in_collective or event.name.startswith("c10d::"))
+
+
+def _outwait_gloo() -> None:
+    """Wait after each collective: the profiler does not see what is freed on gloo's own thread."""
+    import torch.distributed as dist
+
+    def waiting(collective: Any) -> Any:
+        @functools.wraps(collective)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            answer = collective(*args, **kwargs)
+            time.sleep(SECONDS_TO_LET_GO)
+            return answer
+
+        return run
+
+    for name in COLLECTIVES:
+        setattr(dist, name, waiting(getattr(dist, name)))
 
 
 def _train(recipe: Recipe, steps: int) -> None:

@@ -89,17 +89,23 @@ class TrainPlan:
 
     def slices(self, start_step: int, stop_step: int) -> Iterator[BatchSlice]:
         """The micro batches of steps start_step .. stop_step - 1, counted from the start of training."""
-        part = self.accumulation * self.micro_batch
         order_epoch, order = -1, np.empty(0, dtype=np.int64)
         for step in range(start_step, stop_step):
             epoch, batch = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
-                policy = self.order, self.block_samples, self.window_blocks
-                order = epoch_order(self.seed, epoch, self.num_samples, *policy)
-                order_epoch = epoch
-            first = batch * self.global_batch + self.rank * part
-            for start in range(first, first + part, self.micro_batch):
-                yield BatchSlice(epoch, batch, order[start : start + self.micro_batch].copy())
+                order, order_epoch = self.epoch_order(epoch), epoch
+            yield from self.cut(order, epoch, batch)
+
+    def epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """The samples of an epoch, int64 [num_samples], the same on every rank."""
+        return epoch_order(self.seed, epoch, self.num_samples, self.order, self.block_samples, self.window_blocks)
+
+    def cut(self, order: npt.NDArray[np.int64], epoch: int, batch: int) -> Iterator[BatchSlice]:
+        """This rank's micro batches of one global batch of an epoch in that order."""
+        part = self.accumulation * self.micro_batch
+        first = batch * self.global_batch + self.rank * part
+        for start in range(first, first + part, self.micro_batch):
+            yield BatchSlice(epoch, batch, order[start : start + self.micro_batch].copy())
 
 
 @dataclass(frozen=True)

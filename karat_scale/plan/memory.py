@@ -82,11 +82,13 @@ def _backward(state: Kept, footprint: Footprint, batch: Batch) -> Peak:
     """Forward, too: its own worst moment is its end, where backward begins."""
     live = footprint.live(batch.images)
     made = footprint.gradients_made
-    gradients = made if state.keeps_gradients else footprint.gradient_in_hand + state.partition * (made > 0) * (
-        made > state.flush_after
+    gradients = (
+        made
+        if state.keeps_gradients
+        else footprint.gradient_in_hand + state.partition * (made > 0) * (made > state.flush_after)
     )
     share_left = 1 - made / max(made[-1], 1)
-    in_backward = np.arange(footprint.events) >= footprint.forward
+    in_backward = np.arange(len(live)) >= footprint.forward
     gathered = state.gathered * share_left
     bucket = state.bucket * in_backward
     event = int(np.argmax(live + gradients + gathered + bucket))

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+from timm.models import VisionTransformer
 
 from karat_scale.attention.functional import REFUSALS
 from karat_scale.attention.kernels import triton_fourier
@@ -26,7 +27,7 @@ class Subject:
 
     def __init__(self, recipe: Recipe, on_gpu: bool) -> None:
         self.recipe, self.on_gpu = recipe, on_gpu
-        self.sizes = ParameterSizes.of(create_model(recipe.model, recipe.attention), recipe)
+        self.sizes = ParameterSizes.of(self._build(), recipe)
         self._footprints: dict[bool, Footprint] = {}
 
     def footprint(self, stage: int) -> Footprint:
@@ -40,8 +41,12 @@ class Subject:
             self._footprints[autocast] = self._trace(torch.bfloat16 if is_bf16 and not autocast else None, autocast)
         return self._footprints[autocast]
 
+    def _build(self) -> VisionTransformer:
+        with torch.device("meta"):  # spares drawing the initial weights
+            return create_model(self.recipe.model, self.recipe.attention)
+
     def _trace(self, dtype: torch.dtype | None, autocast: bool) -> Footprint:
-        model = create_model(self.recipe.model, self.recipe.attention)
+        model = self._build()
         mode = fake_copy(model, dtype)
         size = self.recipe.model.image_size
         try:

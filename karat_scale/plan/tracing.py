@@ -25,9 +25,10 @@ OUTSIDE = -1
 
 @dataclass
 class Allocation:
-    """A storage of `bytes`, born as event number `born` and let go as number `died`, or never.
+    """A storage of `bytes`, the `born`-th to be made, which is let go before the `died`-th is, or never.
 
-    `part` is the block whose forward pass made it, or OUTSIDE. `gradient`: it is what a parameter keeps as its gradient.
+    Time is counted in births: several that die between two of them do so in no order, as when autocast lets go of
+    its casts. `part` is the block whose forward pass made it, or OUTSIDE. `gradient`: a parameter keeps it.
     """
 
     bytes: int
@@ -39,11 +40,10 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Trace:
-    """One micro batch: `events` births and deaths, of which the first `forward` are the forward pass and the loss."""
+    """The allocations of one micro batch; the first `forward` are the forward pass's and the loss's."""
 
     allocations: tuple[Allocation, ...]
     forward: int
-    events: int
 
 
 def fake_copy(model: VisionTransformer, dtype: torch.dtype | None = None) -> FakeTensorMode:
@@ -83,7 +83,7 @@ def trace_step(model: VisionTransformer, mode: FakeTensorMode, batch: int, size:
         with tracker:
             loss = torch.sum(-targets * torch.log_softmax(logits.float(), dim=-1), dim=-1).mean()
             del logits
-            forward = tracker.events
+            forward = tracker.births
             loss.backward()
         trace = tracker.trace(forward, [p.grad for p in parameters if p.grad is not None])
     for hook in hooks:
@@ -111,7 +111,6 @@ class _Tracker(TorchDispatchMode):
 
     def __init__(self, there: Iterable[Tensor]) -> None:
         super().__init__()
-        self.events = 0
         self._allocations: list[Allocation] = []
         self._living: dict[int, Allocation | None] = {_key(tensor): None for tensor in there}
         self._part = OUTSIDE
@@ -122,6 +121,11 @@ class _Tracker(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._note(tensor)
         return result
+
+    @property
+    def births(self) -> int:
+        """Allocations so far."""
+        return len(self._allocations)
 
     def follow(self, number: int, block: nn.Module) -> list[Any]:
         """Hooks that know which block runs."""
@@ -140,17 +144,15 @@ class _Tracker(TorchDispatchMode):
             allocation = self._living[_key(gradient)]
             assert allocation is not None
             allocation.gradient = True
-        noted, self._allocations = self._allocations, []
         self._living = {}
-        return Trace(tuple(noted), forward, self.events)
+        return Trace(tuple(self._allocations), forward)
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._living:
             return
-        allocation = Allocation(storage.nbytes(), self._part, self.events)
-        self.events += 1
+        allocation = Allocation(storage.nbytes(), self._part, self.births)
         self._living[key] = allocation
         self._allocations.append(allocation)
         weakref.finalize(storage, self._drop, key)
@@ -158,8 +160,7 @@ class _Tracker(TorchDispatchMode):
     def _drop(self, key: int) -> None:
         allocation = self._living.pop(key, None)
         if allocation is not None:
-            allocation.died = self.events
-            self.events += 1
+            allocation.died = self.births
 
 
 def _key(tensor: Tensor) -> int:

@@ -140,8 +140,7 @@ class _Case:
 
 
 def _stage_0(case: _Case) -> Kept:
-    """fp32 weights, also under autocast; gradients are all-reduced after backward in one flat copy."""
-    flat = min(case.whole, FP32 * ALL_REDUCE) if case.world > 1 else 0
+    """fp32 weights, also under autocast; gradients are all-reduced after backward in a flat copy, on one rank too."""
     return Kept(
         weights=case.whole,
         masters=0,
@@ -154,7 +153,7 @@ def _stage_0(case: _Case) -> Kept:
         partition=0,
         flush_after=0,
         final_gradients=case.whole,
-        reducing=flat,
+        reducing=min(case.whole, FP32 * ALL_REDUCE),
         stepping=case.adam(FP32 * max(case.sizes.each), ADAM_TEMPORARIES + 1),
         starting=case.whole * (1 if case.on_gpu else 2),
         host=0,

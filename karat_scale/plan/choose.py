@@ -1,0 +1,144 @@
+"""The lowest ZeRO stage that fits, with its largest micro batch: both higher stages and small batches cost time."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from karat_scale.data.plan import choose_micro_batch
+from karat_scale.plan.memory import Batch, Peak, peak
+from karat_scale.plan.subject import Subject
+from karat_scale.plan.workspace import attention_workspace
+from karat_scale.plan.zero import kept
+from karat_scale.recipe import Recipe
+from karat_scale.train.ds_config import load_ds_config, zero_stage
+
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+# On a GPU: CUDA's context, cuBLAS's and NCCL's buffers. On a CPU: Python with torch, timm and DeepSpeed, as measured.
+GPU_OVERHEAD, CPU_OVERHEAD = 1_000_000_000, 600_000_000
+# What the allocator holds beyond live tensors.
+FRAGMENTATION = 0.06
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to train a recipe, and what it needs on a rank.
+
+    config: of DeepSpeed, by name or path. peak: live tensors at the worst moment. margin: bytes for all else.
+    host: bytes of the peak's that offload moves to the CPU. available: of the GPU, or of this rank's share of the RAM.
+    """
+
+    config: str
+    stage: int
+    micro_batch: int
+    accumulation: int
+    peak: Peak
+    margin: int
+    host: int
+    available: int
+
+    @property
+    def needed(self) -> int:
+        """Bytes on the GPU, or in RAM."""
+        return self.peak.total + self.margin - self.host
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.available
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a rank gets: `memory` bytes, on a GPU or of a node's RAM; `world` ranks in all."""
+
+    world: int
+    memory: int
+    on_gpu: bool
+
+
+def choose(recipe: Recipe, gpus: int, gpu_memory_bytes: int, configs: Sequence[str] = STAGES) -> Choice:
+    """The recommended way to train `recipe` on `gpus` GPUs of `gpu_memory_bytes` each.
+
+    `train.micro_batch` of the recipe is kept if it is set. Where nothing fits, the way that needs least; its `fits` is
+    false.
+
+    Args:
+        recipe: what to train.
+        gpus: ranks in all.
+        gpu_memory_bytes: of one GPU.
+        configs: DeepSpeed configurations to choose from, the best first.
+
+    Raises:
+        RecipeError: the global batch does not divide over the GPUs, or the model cannot be built.
+    """
+    subject, machine = Subject(recipe, on_gpu=True), Machine(gpus, gpu_memory_bytes, True)
+    return recommended(best(subject, machine, config) for config in configs)
+
+
+def recommended(candidates: Iterable[Choice]) -> Choice:
+    """The first that fits, else the one that needs least."""
+    considered = []
+    for choice in candidates:
+        if choice.fits:
+            return choice
+        considered.append(choice)
+    return min(considered, key=lambda choice: choice.needed)
+
+
+def best(subject: Subject, machine: Machine, config: str) -> Choice:
+    """Under one DeepSpeed configuration the largest micro batch that fits, else the smallest there is."""
+    smallest: Choice | None = None
+    for micro_batch in micro_batches(subject.recipe, machine.world):
+        smallest = consider(subject, machine, config, micro_batch)
+        if smallest.fits:
+            break
+    assert smallest is not None
+    return smallest
+
+
+def micro_batches(recipe: Recipe, world: int) -> Iterator[int]:
+    """The micro batches that the recipe allows on `world` ranks, the largest first; just its own where it names one.
+
+    Raises RecipeError where there is none.
+    """
+    even = recipe.augment.mixes
+    largest = choose_micro_batch(recipe.train.global_batch, world, recipe.train.micro_batch, even)
+    if recipe.train.micro_batch:
+        yield largest
+        return
+    yield from (m for m in range(largest, 0, -1) if largest % m == 0 and not (even and m % 2))
+
+
+def consider(subject: Subject, machine: Machine, config: str, micro_batch: int) -> Choice:
+    """What training needs under one configuration with one micro batch."""
+    recipe = subject.recipe.model_copy(
+        update={"deepspeed": subject.recipe.deepspeed.model_copy(update={"config": config})}
+    )
+    filled = load_ds_config(recipe, machine.world, micro_batch)
+    stage = zero_stage(filled)
+    accumulation = recipe.train.global_batch // machine.world // micro_batch
+    state = kept(subject.sizes, filled, recipe, machine.world, accumulation, machine.on_gpu)
+    worst = peak(state, subject.footprint(stage), _batch(subject, micro_batch, accumulation, stage))
+    overhead = GPU_OVERHEAD if machine.on_gpu else CPU_OVERHEAD + _loader(recipe, micro_batch)
+    return Choice(
+        config=config,
+        stage=stage,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        peak=worst,
+        margin=overhead + round(FRAGMENTATION * worst.total),
+        host=min(state.host, worst.total),
+        available=machine.memory,
+    )
+
+
+def _batch(subject: Subject, images: int, accumulation: int, stage: int) -> Batch:
+    """uint8 images of a whole step on the CPU, of a micro batch on a GPU; then float32, and bf16 for a bf16 model."""
+    recipe = subject.recipe
+    pixels = images * 3 * recipe.model.image_size**2
+    raw = pixels * (1 if subject.on_gpu else accumulation)
+    rounded = 2 * pixels if recipe.train.precision == "bf16" and stage > 0 else 0
+    return Batch(images, raw + 4 * pixels + rounded, attention_workspace(recipe, images, subject.on_gpu))
+
+
+def _loader(recipe: Recipe, micro_batch: int) -> int:
+    """Bytes of the batches that workers have made ahead, in /dev/shm."""
+    return recipe.data.workers * recipe.data.prefetch * micro_batch * 3 * recipe.model.image_size**2

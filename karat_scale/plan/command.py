@@ -1,0 +1,137 @@
+"""`karat plan`: will it fit, on which stage, how long will it take, and what is wrong with it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from karat_scale.errors import UserError
+from karat_scale.files import write_atomically
+from karat_scale.hardware import GPUS, Gpu, find_gpu
+from karat_scale.plan.choose import STAGES, Choice, Machine, consider, micro_batches, recommended
+from karat_scale.plan.communication import traffic
+from karat_scale.plan.curve import Node, curve
+from karat_scale.plan.dry_run import dry_run
+from karat_scale.plan.links import links_of
+from karat_scale.plan.report import Plan, count_samples, show
+from karat_scale.plan.subject import Subject
+from karat_scale.plan.time import ImageTime, estimate, measured
+from karat_scale.recipe import Recipe
+from karat_scale.recipe_io import load_recipe
+from karat_scale.train.ds_config import load_ds_config
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for: `gpu` a key of the table, `memory` GB of a rank, `step_time` seconds."""
+
+    gpus: int = 1
+    gpus_per_node: int = 8
+    gpu: str | None = None
+    memory: float | None = None
+    step_time: float | None = None
+    with_curve: bool = False
+    only_dry_run: bool = False
+    json_file: str | None = None
+
+
+def plan_recipe(source: str, overrides: Sequence[str], request: Request) -> int:
+    """Plan a recipe and print the plan, or only check it; returns 0, or 1 where nothing fits.
+
+    Raises:
+        UserError: the recipe is wrong, does not fit its data or the world, or a GPU is unknown.
+    """
+    recipe = load_recipe(source, overrides)
+    if request.gpus < 1 or request.gpus_per_node < 1:
+        raise UserError("--gpus and --gpus-per-node should be at least 1")
+    if request.only_dry_run:
+        for line in dry_run(recipe, request.gpus):
+            print(line, flush=True)
+        return 0
+    plan = make_plan(recipe, request)
+    show(plan)
+    if request.json_file:
+        try:
+            write_atomically(Path(request.json_file), json.dumps(plan.to_json(), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"--json {request.json_file}: {error.strerror}; name a file in a directory that is there"
+            ) from None
+    return 0 if plan.choice.fits else 1
+
+
+def make_plan(recipe: Recipe, request: Request) -> Plan:
+    """The whole plan, nothing printed. Raises UserError as `plan_recipe`."""
+    gpu = known_gpu(request.gpu) if request.gpu else None
+    machine = _machine(recipe, request, gpu)
+    if request.with_curve and gpu is None and request.step_time is None and measured(recipe, None) is None:
+        raise UserError("--curve needs --gpu with a name that the table has, or --step-time")
+    subject = Subject(recipe, machine.on_gpu)
+    configs = [recipe.deepspeed.config] if recipe.deepspeed.config not in STAGES else list(STAGES)
+    sizes = list(micro_batches(recipe, machine.world))
+    grid = {config: [consider(subject, machine, config, size) for size in sizes] for config in configs}
+    choice = recommended(_preferred(choices) for choices in grid.values())
+    node = Node(
+        min(request.gpus_per_node, request.gpus) if not request.with_curve else request.gpus_per_node,
+        links_of(gpu.key if gpu else ""),
+    )
+    named = recipe.model_copy(update={"deepspeed": recipe.deepspeed.model_copy(update={"config": choice.config})})
+    config = load_ds_config(named, machine.world, choice.micro_batch)
+    image_time = _image_time(recipe, request, gpu, subject, choice)
+    points = []
+    if request.with_curve and image_time is not None:
+        points = curve(recipe, subject.sizes.total, config, choice.micro_batch, image_time.seconds, node)
+    samples, samples_from = count_samples(recipe)
+    return Plan(
+        recipe=recipe,
+        parameters=subject.sizes.total,
+        machine=machine,
+        gpu=gpu,
+        node=node,
+        grid=grid,
+        choice=choice,
+        load=traffic(subject.sizes.total, config, choice.accumulation, recipe.train.precision == "bf16"),
+        image_time=image_time,
+        samples=samples,
+        samples_from=samples_from,
+        curve=points,
+    )
+
+
+def known_gpu(name: str) -> Gpu:
+    """The GPU of that name. Raises UserError, which lists the names, for another."""
+    gpu = find_gpu(name)
+    if gpu is None:
+        raise UserError(f"--gpu {name}: not in the table ({', '.join(gpu.key for gpu in GPUS)}); use --memory GB")
+    return gpu
+
+
+def _machine(recipe: Recipe, request: Request, gpu: Gpu | None) -> Machine:
+    if gpu is not None and recipe.train.precision not in gpu.peaks:
+        raise UserError(f"train.precision = {recipe.train.precision}: {gpu.key} has no such matrix units; use fp32")
+    on_gpu = recipe.run.device != "cpu" and (gpu is not None or request.memory is not None)
+    if request.memory is not None:
+        memory = int(request.memory * 1e9)
+    elif on_gpu and gpu is not None:
+        memory = gpu.memory_bytes
+    else:
+        memory = psutil.virtual_memory().total // request.gpus
+    return Machine(request.gpus, memory, on_gpu)
+
+
+def _preferred(choices: Sequence[Choice]) -> Choice:
+    """The largest micro batch that fits, else the smallest there is."""
+    return next((choice for choice in choices if choice.fits), choices[-1])
+
+
+def _image_time(
+    recipe: Recipe, request: Request, gpu: Gpu | None, subject: Subject, choice: Choice
+) -> ImageTime | None:
+    if request.step_time is not None:
+        return ImageTime(request.step_time / choice.micro_batch, f"from --step-time, of {choice.micro_batch} images")
+    found = measured(recipe, gpu)
+    if found is None and gpu is not None:
+        return estimate(recipe, gpu, subject.footprint(choice.stage))
+    return found

@@ -1,0 +1,70 @@
+"""Throughput from 1 to 1,024 GPUs, on paper: docs/scaling.md explains the model and what it misses."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from karat_scale.data.plan import choose_micro_batch
+from karat_scale.errors import RecipeError
+from karat_scale.plan.communication import seconds, step_seconds, traffic
+from karat_scale.plan.links import Links
+from karat_scale.recipe import Recipe
+
+GPUS = tuple(2**power for power in range(11))
+
+
+@dataclass(frozen=True)
+class Node:
+    """How many GPUs a node has, and how they talk."""
+
+    gpus: int
+    links: Links
+
+
+@dataclass(frozen=True)
+class Point:
+    """A number of GPUs, and images a second: each GPU with the same micro batch, and with the recipe's global batch.
+
+    efficiency: of `growing`, over as many times one GPU. fixed: None where the global batch does not divide.
+    """
+
+    gpus: int
+    growing: float
+    efficiency: float
+    fixed: float | None
+
+
+def curve(
+    recipe: Recipe, parameters: int, config: Mapping[str, Any], micro_batch: int, image_seconds: float, node: Node
+) -> list[Point]:
+    """A point for each of GPUS.
+
+    Args:
+        parameters: of the model.
+        config: DeepSpeed's, filled.
+        micro_batch: images a GPU takes at once.
+        image_seconds: that one GPU computes on an image, forward and backward.
+    """
+    is_bf16 = recipe.train.precision == "bf16"
+
+    def rate(gpus: int, images: int, accumulation: int) -> float:
+        load = traffic(parameters, config, accumulation, is_bf16)
+        talk = seconds(load, gpus, node.gpus, node.links)
+        return gpus * images * accumulation / step_seconds(images * accumulation * image_seconds, load, talk)
+
+    def fixed(gpus: int) -> float | None:
+        try:
+            part = choose_micro_batch(recipe.train.global_batch, gpus, None, recipe.augment.mixes)
+        except RecipeError:
+            return None
+        even = recipe.augment.mixes
+        sizes = (m for m in range(1, min(part, micro_batch) + 1) if part % m == 0 and not (even and m % 2))
+        images = max(sizes, default=part)
+        return rate(gpus, images, part // images)
+
+    one = rate(1, micro_batch, 1)
+    points = []
+    for gpus in GPUS:
+        growing = rate(gpus, micro_batch, 1)
+        points.append(Point(gpus, growing, growing / (gpus * one), fixed(gpus)))
+    return points

@@ -1,0 +1,188 @@
+"""What a plan says: how each way to train fits, what the recommended one needs, and how long it takes."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from karat_scale.data.backends import open_backend
+from karat_scale.errors import DataError
+from karat_scale.hardware import Gpu
+from karat_scale.plan.choose import Choice, Machine
+from karat_scale.plan.communication import Traffic, seconds, step_seconds
+from karat_scale.plan.curve import Node, Point
+from karat_scale.plan.show import duration, gigabytes, show_table
+from karat_scale.plan.time import ImageTime
+from karat_scale.recipe import Recipe
+
+IMAGENET = 1_281_167
+SHOWN_MICRO_BATCHES = 6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that was found. `grid` holds each configuration's choices by micro batch, `choice` the recommended one."""
+
+    recipe: Recipe
+    parameters: int
+    machine: Machine
+    gpu: Gpu | None
+    node: Node
+    grid: dict[str, list[Choice]]
+    choice: Choice
+    load: Traffic
+    image_time: ImageTime | None
+    samples: int
+    samples_from: str
+    curve: list[Point]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.samples // self.recipe.train.global_batch
+
+    @property
+    def talk(self) -> float:
+        """Seconds of a step's collectives."""
+        return seconds(self.load, self.machine.world, self.node.gpus, self.node.links)
+
+    @property
+    def step(self) -> float | None:
+        """Seconds of a step."""
+        if self.image_time is None:
+            return None
+        images = self.choice.micro_batch * self.choice.accumulation
+        return step_seconds(images * self.image_time.seconds, self.load, self.talk)
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure, in bytes and seconds."""
+        return {
+            "recipe": self.recipe.run.name,
+            "parameters": self.parameters,
+            "machine": asdict(self.machine),
+            "gpu": self.gpu.key if self.gpu else None,
+            "fits": self.choice.fits,
+            "choice": _to_json(self.choice),
+            "candidates": [_to_json(choice) for choices in self.grid.values() for choice in choices],
+            "communication": {**asdict(self.load), "sent_bytes": self.load.sent(self.machine.world)},
+            "seconds": {
+                "image": self.image_time.seconds if self.image_time else None,
+                "from": self.image_time.source if self.image_time else None,
+                "communication": self.talk,
+                "step": self.step,
+                "epoch": self.step and self.step * self.steps_per_epoch,
+                "training": self.step and self.step * self.steps_per_epoch * self.recipe.train.epochs,
+            },
+            "samples": self.samples,
+            "curve": [asdict(point) for point in self.curve],
+        }
+
+
+def _to_json(choice: Choice) -> dict[str, Any]:
+    return {**asdict(choice), "needed": choice.needed, "fits": choice.fits}
+
+
+def count_samples(recipe: Recipe) -> tuple[int, str]:
+    """Training images, and where the number comes from; ImageNet-1K's where the recipe's data is not here."""
+    try:
+        backend = open_backend(
+            recipe.data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, recipe.run.seed
+        )
+    except DataError:
+        return IMAGENET, "ImageNet-1K's, since the recipe's data is not here"
+    try:
+        return backend.num_train, "of the recipe's data"
+    finally:
+        backend.close()
+
+
+def show(plan: Plan) -> None:
+    """Print the plan's tables, at most a hundred columns wide."""
+    _show_grid(plan)
+    print(f"\n{line(plan.choice)}")
+    _show_parts(plan.choice)
+    _show_blocks(plan.choice)
+    _show_time(plan)
+    if plan.curve:
+        _show_curve(plan)
+
+
+def line(choice: Choice) -> str:
+    """The recommendation in a line."""
+    how = f"deepspeed.config={choice.config} train.micro_batch={choice.micro_batch}"
+    needs = f"{gigabytes(choice.needed)} of {gigabytes(choice.available)}"
+    if choice.fits:
+        return f"recommended: {how} ({choice.accumulation} a step): {needs}"
+    return f"nothing fits; {how} needs least: {needs}"
+
+
+def _show_grid(plan: Plan) -> None:
+    shown = _shown(plan)
+    sizes = [choice.micro_batch for choice in next(iter(plan.grid.values()))[shown]]
+    rows = [
+        [config, *(f"{choice.needed / 1e9:.2f}{'' if choice.fits else ' -'}" for choice in choices[shown])]
+        for config, choices in plan.grid.items()
+    ]
+    kind = plan.gpu.key if plan.gpu else ("GPU" if plan.machine.on_gpu else "CPU")
+    world, memory = plan.machine.world, gigabytes(plan.machine.memory)
+    title = f"GB needed by a rank of {world}, on {kind} with {memory}, by micro batch (- does not fit)"
+    show_table(title, ["", *map(str, sizes)], rows)
+
+
+def _shown(plan: Plan) -> slice:
+    """Some micro batches: from one above the largest that fits anywhere, if there are so many."""
+    count = len(next(iter(plan.grid.values())))
+    fitting = [number for choices in plan.grid.values() for number, choice in enumerate(choices) if choice.fits]
+    first = max(0, min(min(fitting, default=count) - 1, count - SHOWN_MICRO_BATCHES))
+    return slice(first, first + SHOWN_MICRO_BATCHES)
+
+
+def _show_parts(choice: Choice) -> None:
+    parts = [(name, size) for name, size in choice.peak.parts.items() if size]
+    parts.append(("context, loader, fragmentation", choice.margin))
+    if choice.host:
+        parts.append(("of it in the CPU's memory", -choice.host))
+    rows = [[name, gigabytes(size) if size > 0 else f"-{gigabytes(-size)}"] for name, size in parts]
+    show_table(f"at its worst moment ({choice.peak.moment})", ["part", "a rank"], rows)
+
+
+def _show_blocks(choice: Choice) -> None:
+    rows = [["outside blocks" if block < 0 else f"block {block}", gigabytes(size)] for block, size in _runs(choice)]
+    if rows:
+        show_table("activations at that moment", ["", "each"], rows)
+
+
+def _runs(choice: Choice) -> list[tuple[int, int]]:
+    """Blocks and their bytes; of several alike the first alone."""
+    kept: list[tuple[int, int]] = []
+    for block, size in choice.peak.blocks.items():
+        if not kept or kept[-1][1] != size:
+            kept.append((block, size))
+    return kept
+
+
+def _show_time(plan: Plan) -> None:
+    sent = gigabytes(plan.load.sent(plan.machine.world))
+    hidden = "beside the backward pass" if plan.load.hidden else "after the backward pass"
+    print(f"\ncommunication: each rank sends {sent} a step, {duration(plan.talk)} {hidden}")
+    if plan.step is None or plan.image_time is None:
+        print("time: unknown; give --step-time, or --gpu with a name that the table has")
+        return
+    rate = plan.recipe.train.global_batch / plan.step
+    epoch = plan.step * plan.steps_per_epoch
+    epochs = plan.recipe.train.epochs
+    print(f"time: {duration(plan.step)} a step, {rate:,.0f} images a second ({plan.image_time.source});")
+    print(f"  {duration(epoch)} an epoch of {plan.samples:,} images ({plan.samples_from});")
+    print(f"  {duration(epoch * epochs)} for {epochs} epochs, evaluations apart")
+
+
+def _show_curve(plan: Plan) -> None:
+    rows = [
+        [
+            f"{point.gpus:,}",
+            f"{point.growing:,.0f}",
+            f"{100 * point.efficiency:.1f} %",
+            "-" if point.fixed is None else f"{point.fixed:,.0f}",
+        ]
+        for point in plan.curve
+    ]
+    micro, batch = plan.choice.micro_batch, plan.recipe.train.global_batch
+    title = f"predicted images a second, {plan.node.gpus} GPUs a node"
+    show_table(title, ["GPUs", f"{micro} a GPU", "efficiency", f"global batch {batch}"], rows)

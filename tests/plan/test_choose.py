@@ -1,0 +1,73 @@
+"""Which stage and micro batch a plan recommends, and what it counts."""
+
+from collections.abc import Callable
+
+import pytest
+
+from karat_scale.errors import RecipeError
+from karat_scale.plan.choose import STAGES, Machine, best, choose, consider
+from karat_scale.plan.subject import Subject
+from karat_scale.recipe import Recipe
+
+Load = Callable[..., Recipe]
+PLENTY = 10**12
+
+
+def test_with_plenty_of_memory_the_lowest_stage_takes_the_whole_part(small_recipe: Load) -> None:
+    choice = choose(small_recipe(), 2, PLENTY)
+    assert (choice.config, choice.micro_batch, choice.accumulation) == ("zero0", 4, 1)
+    assert choice.fits
+
+
+def test_a_micro_batch_of_the_recipe_is_kept(small_recipe: Load) -> None:
+    assert choose(small_recipe("train.micro_batch=2"), 2, PLENTY).micro_batch == 2
+
+
+def test_less_memory_takes_a_smaller_micro_batch_before_a_higher_stage(small_recipe: Load) -> None:
+    recipe = small_recipe("train.global_batch=512")
+    subject = Subject(recipe, on_gpu=True)
+    needed = {m: consider(subject, Machine(2, 0, True), "zero0", m).needed for m in (256, 32)}
+    choice = choose(recipe, 2, (needed[256] + needed[32]) // 2)
+    assert choice.config == "zero0"
+    assert 32 <= choice.micro_batch < 256
+
+
+def test_where_no_micro_batch_fits_the_next_stage_is_taken(small_recipe: Load) -> None:
+    recipe = small_recipe("model.embed_dim=512", "model.depth=4", "train.micro_batch=2", "train.precision=bf16")
+    subject = Subject(recipe, on_gpu=True)
+    needed = [best(subject, Machine(4, 0, True), config).needed for config in STAGES]
+    assert needed[0] > needed[1] > needed[2]
+    assert choose(recipe, 4, needed[2]).config == "zero2"
+
+
+def test_what_fits_nowhere_says_so_and_names_what_needs_least(small_recipe: Load) -> None:
+    choice = choose(small_recipe(), 2, 1000)
+    assert not choice.fits
+    assert choice.needed > 1000
+
+
+def test_a_global_batch_that_does_not_divide_is_refused(small_recipe: Load) -> None:
+    with pytest.raises(RecipeError, match="does not divide over 3 ranks"):
+        choose(small_recipe(), 3, PLENTY)
+
+
+def test_parts_add_up_and_shards_shrink_with_the_world(small_recipe: Load) -> None:
+    subject = Subject(small_recipe("train.global_batch=64", "train.micro_batch=2"), on_gpu=False)
+    alone, four = (consider(subject, Machine(world, PLENTY, False), "zero2", 2) for world in (1, 4))
+    for choice in (alone, four):
+        assert choice.needed == sum(choice.peak.parts.values()) + choice.margin
+    assert four.peak.parts["optimizer"] == pytest.approx(alone.peak.parts["optimizer"] / 4, rel=1e-3)
+
+
+def test_triton_is_planned_without_a_gpu(small_recipe: Load) -> None:
+    by_implementation = {
+        name: Subject(small_recipe(f"attention.implementation={name}"), on_gpu=True).footprint(0)
+        for name in ("auto", "triton", "streaming")
+    }
+    assert (by_implementation["auto"].live(8) == by_implementation["triton"].live(8)).all()
+    assert by_implementation["streaming"].live(8).max() != by_implementation["triton"].live(8).max()
+
+
+def test_an_implementation_that_a_gpu_lacks_is_one_line(small_recipe: Load) -> None:
+    with pytest.raises(RecipeError, match=r"attention.implementation = 'cpu'.*on a GPU"):
+        Subject(small_recipe("attention.implementation=cpu"), on_gpu=True).footprint(0)
