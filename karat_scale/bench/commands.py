@@ -8,7 +8,7 @@ def add_benches(benches: Any) -> None:
     """Add each bench to the subparsers of `karat bench`."""
     of_training = (_add_step, _add_stages, _add_attention, _add_recompute, _add_resume, _add_save, _add_gpu)
     of_data = (_add_order, _add_data, _add_prepare)
-    for add in (*of_training, *of_data):
+    for add in (*of_training, *of_data, _add_plan):
         add(benches)
 
 
@@ -243,3 +243,15 @@ def _gpu(options: argparse.Namespace) -> int:
     from karat_scale.bench.gpu import bench_gpu
 
     return bench_gpu(options.device, options.json, options.quick)
+
+
+def _add_plan(benches: Any) -> None:
+    parser = benches.add_parser("plan", help="the memory that `karat plan` counts against that of real steps")
+    parser.add_argument("--json", metavar="FILE")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from karat_scale.bench.plan import bench_plan
+
+    return bench_plan(options.json)

@@ -22,12 +22,14 @@ FRAGMENTATION = 0.06
 class Choice:
     """One way to train a recipe, and what it needs on a rank.
 
-    config: of DeepSpeed, by name or path. peak: live tensors at the worst moment. margin: bytes for all else.
-    host: bytes of the peak's that offload moves to the CPU. available: of the GPU, or of this rank's share of the RAM.
+    config: of DeepSpeed, by name or path. recompute: the policy of `train.recompute`. peak: live tensors at the worst
+    moment. margin: bytes for all else. host: bytes of the peak's that offload moves to the CPU. available: of the GPU,
+    or of this rank's share of the RAM.
     """
 
     config: str
     stage: int
+    recompute: str
     micro_batch: int
     accumulation: int
     peak: Peak
@@ -57,8 +59,8 @@ class Machine:
 def choose(recipe: Recipe, gpus: int, gpu_memory_bytes: int, configs: Sequence[str] = STAGES) -> Choice:
     """The recommended way to train `recipe` on `gpus` GPUs of `gpu_memory_bytes` each.
 
-    `train.micro_batch` of the recipe is kept if it is set. Where nothing fits, the way that needs least; its `fits` is
-    false.
+    `train.micro_batch` of the recipe is kept if it is set, and so is a policy of recomputation; where nothing fits
+    without one, one is tried. Where nothing fits at all, the way that needs least; its `fits` is false.
 
     Args:
         recipe: what to train.
@@ -69,8 +71,26 @@ def choose(recipe: Recipe, gpus: int, gpu_memory_bytes: int, configs: Sequence[s
     Raises:
         RecipeError: the global batch does not divide over the GPUs, or the model cannot be built.
     """
-    subject, machine = Subject(recipe, on_gpu=True), Machine(gpus, gpu_memory_bytes, True)
-    return recommended(best(subject, machine, config) for config in configs)
+    return choose_on(recipe, Machine(gpus, gpu_memory_bytes, True), configs)
+
+
+def choose_on(recipe: Recipe, machine: Machine, configs: Sequence[str] = STAGES) -> Choice:
+    """`choose` on any machine."""
+    return recommended(
+        best(subject, machine, config)
+        for variant in variants(recipe)
+        for subject in (Subject(variant, machine.on_gpu),)
+        for config in configs
+    )
+
+
+def variants(recipe: Recipe) -> Iterator[Recipe]:
+    """The recipe as it is, and if it recomputes nothing, with what makes it smaller, the cheapest first."""
+    yield recipe
+    if recipe.train.recompute.policy == "none":
+        for policy in ("attention", "all"):
+            recompute = recipe.train.recompute.model_copy(update={"policy": policy})
+            yield recipe.model_copy(update={"train": recipe.train.model_copy(update={"recompute": recompute})})
 
 
 def recommended(candidates: Iterable[Choice]) -> Choice:
@@ -116,11 +136,12 @@ def consider(subject: Subject, machine: Machine, config: str, micro_batch: int) 
     stage = zero_stage(filled)
     accumulation = recipe.train.global_batch // machine.world // micro_batch
     state = kept(subject.sizes, filled, recipe, machine.world, accumulation, machine.on_gpu)
-    worst = peak(state, subject.footprint(stage), _batch(subject, micro_batch, accumulation, stage))
+    worst = peak(state, subject.footprint(stage, micro_batch), _batch(subject, micro_batch, accumulation, stage))
     overhead = GPU_OVERHEAD if machine.on_gpu else CPU_OVERHEAD + _loader(recipe, micro_batch)
     return Choice(
         config=config,
         stage=stage,
+        recompute=recipe.train.recompute.policy,
         micro_batch=micro_batch,
         accumulation=accumulation,
         peak=worst,

@@ -10,7 +10,7 @@ import psutil
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
 from karat_scale.hardware import GPUS, Gpu, find_gpu
-from karat_scale.plan.choose import STAGES, Choice, Machine, consider, micro_batches, recommended
+from karat_scale.plan.choose import STAGES, Choice, Machine, choose_on, consider, micro_batches, recommended
 from karat_scale.plan.communication import traffic
 from karat_scale.plan.curve import Node, curve
 from karat_scale.plan.dry_run import dry_run
@@ -73,6 +73,8 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
     sizes = list(micro_batches(recipe, machine.world))
     grid = {config: [consider(subject, machine, config, size) for size in sizes] for config in configs}
     choice = recommended(_preferred(choices) for choices in grid.values())
+    if not choice.fits:
+        choice = choose_on(recipe, machine, configs)
     node = Node(
         min(request.gpus_per_node, request.gpus) if not request.with_curve else request.gpus_per_node,
         links_of(gpu.key if gpu else ""),
@@ -133,5 +135,5 @@ def _image_time(
         return ImageTime(request.step_time / choice.micro_batch, f"from --step-time, of {choice.micro_batch} images")
     found = measured(recipe, gpu)
     if found is None and gpu is not None:
-        return estimate(recipe, gpu, subject.footprint(choice.stage))
+        return estimate(recipe, gpu, subject.footprint(choice.stage, choice.micro_batch))
     return found

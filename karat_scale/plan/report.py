@@ -107,6 +107,8 @@ def show(plan: Plan) -> None:
 def line(choice: Choice) -> str:
     """The recommendation in a line."""
     how = f"deepspeed.config={choice.config} train.micro_batch={choice.micro_batch}"
+    if choice.recompute != "none":
+        how += f" train.recompute.policy={choice.recompute}"
     needs = f"{gigabytes(choice.needed)} of {gigabytes(choice.available)}"
     if choice.fits:
         return f"recommended: {how} ({choice.accumulation} a step): {needs}"

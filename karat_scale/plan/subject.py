@@ -5,11 +5,16 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from timm.models import VisionTransformer
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from karat_scale.attention.functional import REFUSALS
 from karat_scale.attention.kernels import triton_fourier
 from karat_scale.errors import RecipeError
 from karat_scale.models import create_model
+from karat_scale.models.freeze import freeze
+from karat_scale.models.recompute import Choice, choices_by_rule, recompute, torch_checkpoint_to_the_end
+from karat_scale.models.recompute_budget import cheapest_choices, least_budget, recompute_cost
+from karat_scale.models.saved_tensors import activation_bytes
 from karat_scale.plan.footprint import Footprint
 from karat_scale.plan.tracing import fake_copy, trace_step
 from karat_scale.plan.zero import ParameterSizes
@@ -26,28 +31,56 @@ class Subject:
     """
 
     def __init__(self, recipe: Recipe, on_gpu: bool) -> None:
+        if recipe.attention.transfer_from:
+            raise RecipeError("attention.transfer_from: a teacher's memory is not known; plan without it, and add it")
         self.recipe, self.on_gpu = recipe, on_gpu
-        self.sizes = ParameterSizes.of(self._build(), recipe)
-        self._footprints: dict[bool, Footprint] = {}
+        model = self._build()
+        self.sizes = ParameterSizes.of(model, recipe.optim)
+        self._depth = len(model.blocks)
+        self._footprints: dict[tuple[bool, tuple[Choice, ...], bool], Footprint] = {}
 
-    def footprint(self, stage: int) -> Footprint:
+    def footprint(self, stage: int, images: int) -> Footprint:
         """What a micro batch allocates at a ZeRO stage: at 0 bf16 is autocast, later the model itself is bf16.
 
-        Raises RecipeError where the model cannot run as the recipe says.
+        `images` counts only for what a budget lets the model recompute. Raises RecipeError where the model cannot run
+        as the recipe says.
         """
         is_bf16 = self.recipe.train.precision == "bf16"
         autocast = is_bf16 and stage == 0
-        if autocast not in self._footprints:
-            self._footprints[autocast] = self._trace(torch.bfloat16 if is_bf16 and not autocast else None, autocast)
-        return self._footprints[autocast]
+        dtype = torch.bfloat16 if is_bf16 and not autocast else None
+        choices = self._choices(dtype, autocast, images)
+        # Stage 3 recomputes a block to its end, beyond the last tensor that backward needs.
+        key = autocast, choices, stage == 3 and any(choice != "nothing" for choice in choices)
+        if key not in self._footprints:
+            self._footprints[key] = self._trace(dtype, *key)
+        return self._footprints[key]
 
     def _build(self) -> VisionTransformer:
         with torch.device("meta"):  # spares drawing the initial weights
-            return create_model(self.recipe.model, self.recipe.attention)
+            model = create_model(self.recipe.model, self.recipe.attention)
+        if self.recipe.train.freeze:
+            freeze(model, self.recipe.train.freeze)
+        return model
 
-    def _trace(self, dtype: torch.dtype | None, autocast: bool) -> Footprint:
+    def _choices(self, dtype: torch.dtype | None, autocast: bool, images: int) -> tuple[Choice, ...]:
+        """What each block recomputes."""
+        config = self.recipe.train.recompute
+        if config.budget_gb is None:
+            return choices_by_rule(config, self._depth)
+        model, size = self._build(), self.recipe.model.image_size
+        with self._mode(fake_copy(model, dtype)), torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            saved = activation_bytes(model, torch.empty(images, 3, size, size, dtype=dtype))
+        budget = max(int(1e9 * config.budget_gb), least_budget(saved))  # below it the run itself refuses
+        choices = cheapest_choices(saved, recompute_cost(model), budget)
+        assert choices is not None
+        return choices
+
+    def _trace(
+        self, dtype: torch.dtype | None, autocast: bool, choices: tuple[Choice, ...], to_the_end: bool
+    ) -> Footprint:
         model = self._build()
         mode = fake_copy(model, dtype)
+        recompute(model, choices, torch_checkpoint_to_the_end if to_the_end else None)
         size = self.recipe.model.image_size
         try:
             with attention_of_a_gpu() if self.on_gpu else nullcontext():
@@ -56,6 +89,11 @@ class Subject:
                 )
         except ValueError as error:
             raise RecipeError(f"attention.implementation = {self.recipe.attention.implementation!r}: {error}") from None
+
+    @contextmanager
+    def _mode(self, mode: FakeTensorMode) -> Iterator[None]:
+        with attention_of_a_gpu() if self.on_gpu else nullcontext(), mode:
+            yield
 
 
 @contextmanager

@@ -10,9 +10,10 @@ from typing import Any
 
 from timm.models import VisionTransformer
 
-from karat_scale.models import no_weight_decay_names, parameter_count
-from karat_scale.recipe import Recipe
+from karat_scale.models import parameter_count
+from karat_scale.recipe import OptimConfig, Recipe
 from karat_scale.train.ds_config import offloads_optimizer, zero_stage
+from karat_scale.train.parameter_groups import parameter_groups
 
 FP32 = 4
 # torch's AdamW on a CPU works on one tensor after the other, with temporaries of its size: two for a flat shard, and
@@ -24,21 +25,23 @@ BUCKET, ALL_REDUCE, MAX_LIVE, PERSISTENT = 500_000_000, 500_000_000, 1_000_000_0
 
 @dataclass(frozen=True)
 class ParameterSizes:
-    """Elements: of all parameters, of each optimizer group, of each parameter."""
+    """Elements: of all that learns, of each optimizer group, of each parameter, and of all that is frozen."""
 
     total: int
     groups: tuple[int, ...]
     each: tuple[int, ...]
+    frozen: int
 
     @classmethod
-    def of(cls, model: VisionTransformer, recipe: Recipe) -> "ParameterSizes":
-        """Of a model's trainable parameters, in the two groups of the engine's optimizer."""
-        exempt = no_weight_decay_names(model, recipe.optim.karat_weight_decay)
-        sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-        spared = sum(size for name, size in sizes.items() if name in exempt)
-        total = parameter_count(model)
-        groups = tuple(size for size in (total - spared, spared) if size)
-        return cls(total, groups, tuple(sizes.values()))
+    def of(cls, model: VisionTransformer, optim: OptimConfig) -> "ParameterSizes":
+        """Of a model, in the groups of the engine's optimizer."""
+        parameters = list(model.parameters())
+        return cls(
+            total=parameter_count(model),
+            groups=tuple(sum(p.numel() for p in group["params"]) for group in parameter_groups(model, optim)),
+            each=tuple(p.numel() for p in parameters if p.requires_grad),
+            frozen=sum(p.numel() for p in parameters if not p.requires_grad),
+        )
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,17 @@ class _Case:
         """fp32 bytes of the larger optimizer group's share."""
         return -(-FP32 * max(self.sizes.groups) // self.world)
 
+    @property
+    def frozen(self) -> int:
+        """Bytes of what does not learn: with the weights, and beside a CPU's in fp32, as the engine's copy."""
+        return self.sizes.frozen * (self.width if self.stage else FP32) + (
+            0 if self.on_gpu else FP32 * self.sizes.frozen
+        )
+
+    @property
+    def stage(self) -> int:
+        return zero_stage(self.config)
+
     def adam(self, tensor_bytes: int, temporaries: int = ADAM_TEMPORARIES) -> int:
         return 0 if self.on_gpu else temporaries * tensor_bytes
 
@@ -142,7 +156,7 @@ class _Case:
 def _stage_0(case: _Case) -> Kept:
     """fp32 weights, also under autocast; gradients are all-reduced after backward in a flat copy, on one rank too."""
     return Kept(
-        weights=case.whole,
+        weights=case.whole + case.frozen,
         masters=0,
         moments=2 * case.whole,
         ema=case.whole_ema,
@@ -164,7 +178,7 @@ def _bf16_stage_1(case: _Case) -> Kept:
     """bf16 weights and gradients, fp32 gradients of all parameters from the start, masters of a share."""
     low = case.width * case.sizes.total
     return Kept(
-        weights=low,
+        weights=low + case.frozen,
         masters=case.shard,
         moments=2 * case.shard,
         ema=case.ema,
@@ -189,14 +203,14 @@ def _stages_1_and_2(case: _Case) -> Kept:
     a second one, until the two are added.
     """
     weights = case.width * case.sizes.total
-    is_2 = zero_stage(case.config) == 2
+    is_2 = case.stage == 2
     held = (case.shard if is_2 else case.whole) if case.accumulates else 0
     adds_in_place = is_2 and case.is_bf16
     unflushed = 0 if is_2 else max(case.whole - case.bucket, 0)
     second = held if is_2 and not case.is_bf16 else 0
     on_host = 3 * case.shard + case.ema + case.shard if case.offloads else 0
     return Kept(
-        weights=weights,
+        weights=weights + case.frozen,
         masters=case.shard,
         moments=2 * case.shard,
         ema=case.ema,
@@ -228,7 +242,7 @@ def _stage_3(case: _Case) -> Kept:
     offload_weights = (case.config["zero_optimization"].get("offload_param") or {}).get("device", "none") != "none"
     on_host = (4 * case.shard + case.ema if case.offloads else 0) + (share if case.on_gpu and offload_weights else 0)
     return Kept(
-        weights=share + (persistent if several else 0),
+        weights=share + case.frozen + (persistent if several else 0),
         masters=case.shard,
         moments=2 * case.shard,
         ema=case.ema,

@@ -61,7 +61,7 @@ def test_parts_add_up_and_shards_shrink_with_the_world(small_recipe: Load) -> No
 
 def test_triton_is_planned_without_a_gpu(small_recipe: Load) -> None:
     by_implementation = {
-        name: Subject(small_recipe(f"attention.implementation={name}"), on_gpu=True).footprint(0)
+        name: Subject(small_recipe(f"attention.implementation={name}"), on_gpu=True).footprint(0, 2)
         for name in ("auto", "triton", "streaming")
     }
     assert (by_implementation["auto"].live(8) == by_implementation["triton"].live(8)).all()
@@ -70,4 +70,21 @@ def test_triton_is_planned_without_a_gpu(small_recipe: Load) -> None:
 
 def test_an_implementation_that_a_gpu_lacks_is_one_line(small_recipe: Load) -> None:
     with pytest.raises(RecipeError, match=r"attention.implementation = 'cpu'.*on a GPU"):
-        Subject(small_recipe("attention.implementation=cpu"), on_gpu=True).footprint(0)
+        Subject(small_recipe("attention.implementation=cpu"), on_gpu=True).footprint(0, 2)
+
+
+def test_recomputation_is_tried_where_nothing_fits_without(small_recipe: Load) -> None:
+    recipe = small_recipe("train.global_batch=2048", "train.micro_batch=1024")
+    needed = choose(recipe, 2, 1000).needed
+    plain = consider(Subject(recipe, on_gpu=True), Machine(2, 0, True), "zero0", 1024).needed
+    assert needed < plain
+    choice = choose(recipe, 2, needed + 10**6)
+    assert (choice.recompute, choice.fits) == ("all", True)
+
+
+def test_frozen_weights_have_neither_gradients_nor_moments(small_recipe: Load) -> None:
+    def optimizer(*overrides: str) -> int:
+        subject = Subject(small_recipe(*overrides), on_gpu=True)
+        return consider(subject, Machine(1, PLENTY, True), "zero1", 2).peak.parts["optimizer"]
+
+    assert optimizer("train.freeze=[blocks.*]") < optimizer() / 2

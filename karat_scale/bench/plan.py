@@ -1,0 +1,96 @@
+"""`karat bench plan`: the plan's memory against the peak of live tensors in real training steps, each in a process."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from karat_scale.bench.live_tensors import live_tensor_peak
+from karat_scale.files import write_atomically
+from karat_scale.plan.choose import Machine, consider, micro_batches
+from karat_scale.plan.show import show_table
+from karat_scale.plan.subject import Subject
+from karat_scale.recipe import Recipe
+from karat_scale.recipe_io import validate_recipe
+
+# Optimizer states are made in the first step, so the second one is the first of its kind.
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe as the dotted keys that differ from the common one, on `world` ranks."""
+
+    world: int
+    config: str
+    keys: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        settings = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.keys.items())
+        return f"{self.config} x {self.world} {settings}"
+
+
+CASES = (
+    Case(1, "zero0", {"attention.kind": "softmax"}),
+    Case(1, "zero0", {"attention.implementation": "reference", "train.global_batch": 8}),
+    Case(1, "zero0", {"attention.implementation": "streaming", "train.precision": "bf16"}),
+    Case(1, "zero0", {"attention.implementation": "reference", "train.recompute.policy": "attention"}),
+    Case(1, "zero1", {"attention.implementation": "cpu", "train.recompute.policy": "all"}),
+    Case(1, "zero1", {"attention.implementation": "streaming", "train.precision": "bf16", "train.micro_batch": 4}),
+    Case(1, "zero2", {"attention.implementation": "cpu", "train.micro_batch": 4, "train.ema_decay": 0.0}),
+    Case(1, "zero2", {"attention.kind": "softmax", "train.precision": "bf16", "train.recompute.policy": "every"}),
+    Case(1, "zero3", {"attention.implementation": "cpu"}),
+    Case(2, "zero0", {"attention.implementation": "cpu", "train.precision": "bf16", "train.ema_decay": 0.0}),
+    Case(2, "zero2", {"attention.implementation": "streaming", "train.precision": "bf16", "train.micro_batch": 4}),
+    Case(2, "zero3", {"attention.implementation": "cpu", "train.micro_batch": 4}),
+)
+
+
+def bench_plan(json_file: str | None) -> int:
+    """Plan and measure every case, print a table, and write `json_file`; returns 1 if an error is above 10 %."""
+    rows = []
+    for case in CASES:
+        rows.append(compare(case))
+        print(f"{case.name}: {100 * rows[-1]['error']:+.1f} %", flush=True)
+    table = [
+        [row["case"], f"{row['planned'] / 1e6:.1f}", f"{row['measured'] / 1e6:.1f}", f"{100 * row['error']:+.1f} %"]
+        for row in rows
+    ]
+    show_table("live tensors at their peak, MB", ["case", "planned", "measured", "error"], table)
+    if json_file:
+        write_atomically(Path(json_file), json.dumps(rows, indent=2) + "\n")
+    return 1 if any(abs(row["error"]) > 0.1 for row in rows) else 0
+
+
+def compare(case: Case) -> dict[str, Any]:
+    """Planned and measured bytes of live tensors, and the plan's relative error."""
+    with tempfile.TemporaryDirectory() as scratch:
+        recipe = _recipe(case, scratch)
+        micro_batch = next(micro_batches(recipe, case.world))
+        planned = consider(Subject(recipe, False), Machine(case.world, 0, False), case.config, micro_batch).peak.total
+        measured = live_tensor_peak(recipe, case.world, STEPS)
+    return {"case": case.name, "planned": planned, "measured": measured, "error": planned / measured - 1}
+
+
+def _recipe(case: Case, scratch: str) -> Recipe:
+    """ViT-Tiny of four blocks at 112 px, batches of 16, with KArAt G3B unless the case says otherwise."""
+    tree: dict[str, Any] = {
+        "run": {"name": "bench-plan", "dir": f"{scratch}/run", "device": "cpu"},
+        "model": {"name": "vit_tiny_patch16_224", "image_size": 112, "depth": 4, "num_classes": 100},
+        "attention": {"kind": "karat"},
+        "data": {"backend": "synthetic", "synthetic_samples": 64},
+        "schedule": {"warmup_epochs": 0},
+        "train": {"global_batch": 16, "ema_decay": 0.99},
+        "deepspeed": {"config": case.config},
+        "checkpoint": {"every_minutes": None},
+        "log": {"every_steps": 1000, "tensorboard": False},
+    }
+    for key, value in case.keys.items():
+        *sections, leaf = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
+    return validate_recipe(tree, "bench plan")
