@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import RecomputeConfig
@@ -48,14 +48,12 @@ def recompute(model: VisionTransformer, choices: Sequence[Choice], by: Checkpoin
 
 
 def torch_checkpoint(function: Callable[..., Any], *tensors: Tensor) -> Any:
-    """torch's non-reentrant checkpoint, which recomputes up to the last tensor that backward needs."""
+    """torch's non-reentrant checkpoint.
+
+    It stops recomputing at the last tensor that backward needs. ZeRO stage 3 relies on that: run to its end, a last
+    layer would give back the weight that its backward pass is about to use.
+    """
     return checkpoint(function, *tensors, use_reentrant=False)
-
-
-def torch_checkpoint_to_the_end(function: Callable[..., Any], *tensors: Tensor) -> Any:
-    """torch's non-reentrant checkpoint, which recomputes all, so that hooks after a module's forward run too."""
-    with set_checkpoint_early_stop(False):
-        return torch_checkpoint(function, *tensors)
 
 
 class _Recomputing:

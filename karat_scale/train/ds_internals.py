@@ -224,6 +224,23 @@ def checkpoint_globals() -> list[Any]:
     return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
+class _RecomputeFirst(torch.autograd.Function):
+    """The identity, at the end of what is recomputed: asking for a saved tensor, its backward pass sets that off.
+
+    Set off by the last layer, it would end with stage 3 taking back the weight that this layer had just been given.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(output.new_empty(0))
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        _ = ctx.saved_tensors
+        return grad
+
+
 def deepspeed_checkpoint(partition: bool, cpu: bool) -> Callable[..., Any]:
     """DeepSpeed's non-reentrant activation checkpoint, set up for this process.
 
@@ -241,7 +258,7 @@ def deepspeed_checkpoint(partition: bool, cpu: bool) -> Callable[..., Any]:
 
         def as_now(*inputs: torch.Tensor) -> Any:
             with torch.autocast(device, dtype, enabled):  # DeepSpeed would recompute without it
-                return function(*inputs)
+                return _RecomputeFirst.apply(function(*inputs))
 
         # It empties the tensors that it is given; others may still need them.
         own = (tensor.view_as(tensor) for tensor in tensors)

@@ -1,6 +1,5 @@
 """The recipe's activation checkpointing, applied to the model that an engine is about to take."""
 
-import contextlib
 import copy
 from collections.abc import Sequence
 
@@ -8,17 +7,10 @@ import torch
 from timm.models import VisionTransformer
 
 from karat_scale.errors import RecipeError
-from karat_scale.models.recompute import (
-    Checkpoint,
-    Choice,
-    choices_by_rule,
-    recompute,
-    torch_checkpoint,
-    torch_checkpoint_to_the_end,
-)
+from karat_scale.models.recompute import Checkpoint, Choice, choices_by_rule, recompute, torch_checkpoint
 from karat_scale.models.recompute_budget import cheapest_choices, least_budget, peak_saved_bytes, recompute_cost
 from karat_scale.models.saved_tensors import ActivationBytes, activation_bytes
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import Recipe, RecomputeConfig
 from karat_scale.train.distributed import World
 from karat_scale.train.ds_config import load_ds_config, zero_stage
 from karat_scale.train.ds_internals import deepspeed_checkpoint
@@ -33,25 +25,22 @@ def apply_recompute(model: VisionTransformer, recipe: Recipe, world: World, micr
     config = recipe.train.recompute
     if config.policy == "none":
         return ""
-    stage = zero_stage(load_ds_config(recipe, world.size, micro_batch))
-    by = _checkpoint(recipe, world, stage)
+    by = _checkpoint(config, world.device)
     if config.budget_gb is None:
         choices = choices_by_rule(config, len(model.blocks))
         words = _in_words(choices)
     else:
-        activations = _measure(model, recipe, world, stage, micro_batch)
+        activations = _measure(model, recipe, world, micro_batch)
         choices = _within(activations, config.budget_gb, model)
         words = f"{_in_words(choices)}; saved activations peak at {peak_saved_bytes(activations, choices) / 1e9:.3g} GB"
     recompute(model, choices, by)
     return words
 
 
-def _checkpoint(recipe: Recipe, world: World, stage: int) -> Checkpoint:
-    config = recipe.train.recompute
+def _checkpoint(config: RecomputeConfig, device: torch.device) -> Checkpoint:
     if config.method == "torch":
-        # Stage 3 gives back a module's weights in a hook after its forward pass.
-        return torch_checkpoint_to_the_end if stage == 3 else torch_checkpoint
-    if config.cpu and not config.partition and world.device.type == "cpu":
+        return torch_checkpoint
+    if config.cpu and not config.partition and device.type == "cpu":
         raise RecipeError(
             "train.recompute.cpu = true: the run is on the CPU, and what DeepSpeed moves from there to there is lost; "
             "remove it or add train.recompute.partition=true"
@@ -59,15 +48,15 @@ def _checkpoint(recipe: Recipe, world: World, stage: int) -> Checkpoint:
     return deepspeed_checkpoint(config.partition, config.cpu)
 
 
-def _measure(model: VisionTransformer, recipe: Recipe, world: World, stage: int, micro_batch: int) -> ActivationBytes:
+def _measure(model: VisionTransformer, recipe: Recipe, world: World, micro_batch: int) -> ActivationBytes:
     """What a copy of the model keeps of one micro batch, in the precision it trains in."""
     in_bf16 = recipe.train.precision == "bf16"
-    dtype = torch.bfloat16 if in_bf16 and stage > 0 else torch.float32
-    autocast = in_bf16 and stage == 0
+    by_autocast = in_bf16 and zero_stage(load_ds_config(recipe, world.size, micro_batch)) == 0
+    dtype = torch.bfloat16 if in_bf16 and not by_autocast else torch.float32
     measured = copy.deepcopy(model).to(world.device, dtype)
     size = recipe.model.image_size
     images = torch.zeros(micro_batch, 3, size, size, device=world.device, dtype=dtype)
-    with torch.autocast(world.device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
+    with torch.autocast(world.device.type, torch.bfloat16, enabled=by_autocast):
         return activation_bytes(measured, images)
 
 
