@@ -12,7 +12,7 @@ from karat_scale.attention.kernels import triton_fourier
 from karat_scale.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.models.freeze import freeze
-from karat_scale.models.recompute import Choice, choices_by_rule, recompute, torch_checkpoint_to_the_end
+from karat_scale.models.recompute import Choice, choices_by_rule, recompute
 from karat_scale.models.recompute_budget import cheapest_choices, least_budget, recompute_cost
 from karat_scale.models.saved_tensors import activation_bytes
 from karat_scale.plan.footprint import Footprint
@@ -37,7 +37,7 @@ class Subject:
         model = self._build()
         self.sizes = ParameterSizes.of(model, recipe.optim)
         self._depth = len(model.blocks)
-        self._footprints: dict[tuple[bool, tuple[Choice, ...], bool], Footprint] = {}
+        self._footprints: dict[tuple[bool, tuple[Choice, ...]], Footprint] = {}
 
     def footprint(self, stage: int, images: int) -> Footprint:
         """What a micro batch allocates at a ZeRO stage: at 0 bf16 is autocast, later the model itself is bf16.
@@ -49,8 +49,7 @@ class Subject:
         autocast = is_bf16 and stage == 0
         dtype = torch.bfloat16 if is_bf16 and not autocast else None
         choices = self._choices(dtype, autocast, images)
-        # Stage 3 recomputes a block to its end, beyond the last tensor that backward needs.
-        key = autocast, choices, stage == 3 and any(choice != "nothing" for choice in choices)
+        key = autocast, choices
         if key not in self._footprints:
             self._footprints[key] = self._trace(dtype, *key)
         return self._footprints[key]
@@ -75,12 +74,10 @@ class Subject:
         assert choices is not None
         return choices
 
-    def _trace(
-        self, dtype: torch.dtype | None, autocast: bool, choices: tuple[Choice, ...], to_the_end: bool
-    ) -> Footprint:
+    def _trace(self, dtype: torch.dtype | None, autocast: bool, choices: tuple[Choice, ...]) -> Footprint:
         model = self._build()
         mode = fake_copy(model, dtype)
-        recompute(model, choices, torch_checkpoint_to_the_end if to_the_end else None)
+        recompute(model, choices)
         size = self.recipe.model.image_size
         try:
             with attention_of_a_gpu() if self.on_gpu else nullcontext():

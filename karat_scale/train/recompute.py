@@ -14,6 +14,7 @@ from karat_scale.recipe import Recipe, RecomputeConfig
 from karat_scale.train.distributed import World
 from karat_scale.train.ds_config import load_ds_config, zero_stage
 from karat_scale.train.ds_internals import deepspeed_checkpoint
+from karat_scale.train.engine import DTYPES
 
 
 def apply_recompute(model: VisionTransformer, recipe: Recipe, world: World, micro_batch: int) -> str:
@@ -50,13 +51,13 @@ def _checkpoint(config: RecomputeConfig, device: torch.device) -> Checkpoint:
 
 def _measure(model: VisionTransformer, recipe: Recipe, world: World, micro_batch: int) -> ActivationBytes:
     """What a copy of the model keeps of one micro batch, in the precision it trains in."""
-    in_bf16 = recipe.train.precision == "bf16"
-    by_autocast = in_bf16 and zero_stage(load_ds_config(recipe, world.size, micro_batch)) == 0
-    dtype = torch.bfloat16 if in_bf16 and not by_autocast else torch.float32
+    precision = DTYPES[recipe.train.precision]
+    by_autocast = precision != torch.float32 and zero_stage(load_ds_config(recipe, world.size, micro_batch)) == 0
+    dtype = torch.float32 if by_autocast else precision
     measured = copy.deepcopy(model).to(world.device, dtype)
     size = recipe.model.image_size
     images = torch.zeros(micro_batch, 3, size, size, device=world.device, dtype=dtype)
-    with torch.autocast(world.device.type, torch.bfloat16, enabled=by_autocast):
+    with torch.autocast(world.device.type, precision, enabled=by_autocast):
         return activation_bytes(measured, images)
 
 
