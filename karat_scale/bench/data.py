@@ -7,13 +7,10 @@ batch.
 
 import json
 import os
-import resource
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from karat_scale.bench import data_peers as peers
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio
+from karat_scale.bench import library_loaders as libraries
+from karat_scale.bench.interleave import interleaved_seconds, median_ratio, processor_seconds
 from karat_scale.bench.sample_images import CLASSES, SampleImages, prepare_images
 from karat_scale.data.backends import Backend, open_backend
 from karat_scale.data.backends.images import ImageBackend
+from karat_scale.data.beton import beton_path, read_record
 from karat_scale.data.decoders.native import NativeDecoder
 from karat_scale.data.plan import TrainPlan
 from karat_scale.data.shards import ShardSplit
@@ -34,10 +33,12 @@ from karat_scale.files import write_atomically
 from karat_scale.recipe import AugmentConfig, DataConfig
 
 BACKENDS = ("webdataset", "folder", "ffcv", "dali", "synthetic")
-# Under each backend's name, the decoders to run it with and the library that it needs.
+# Under each backend's name, the decoders to run it with.
 DECODERS = {"webdataset": ("native", "torchvision", "pillow")}
-LIBRARIES = {"ffcv": "ffcv", "dali": "nvidia.dali"}
 SIZE, BATCH = 224, 64
+# How often a loader goes over the images in one go: training starts its workers once, not for each few hundred images.
+PASSES = 4
+FFCV, DALI = "FFCV's Loader, uint8", "DALI's pipeline, CPU, uint8"
 AUGMENTS = {
     # What every peer has too, as torchvision's reference recipe draws it.
     "crop": AugmentConfig(ratio=(3 / 4, 4 / 3), color_jitter=0, randaugment="", interpolation="bilinear"),
@@ -110,28 +111,24 @@ def bench_data(plan: Plan, json_file: str | None) -> int:
     return 0
 
 
-def processor_seconds() -> float:
-    """Processor time of this process, and of its children that have ended."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
-
-
 class _Bench:
     """The contenders over one set of images."""
 
     def __init__(self, images: SampleImages, augment: AugmentConfig, workers: int, ffcv: str | None) -> None:
         self._images, self._augment, self._workers, self._ffcv = images, augment, workers, ffcv
         self._batch = min(BATCH, len(images.encoded))
+        # Loaders drop the last incomplete batch.
+        whole_batches = len(images.encoded) // self._batch * self._batch
+        self._load = peers.Load(SIZE, self._batch, workers, PASSES * whole_batches)
         self._whole: set[str] = set()
 
     def images_of(self, name: str) -> int:
-        """How many images a contender goes over: loaders drop the last incomplete batch."""
-        count = len(self._images.encoded)
-        return count if name in self._whole else count // self._batch * self._batch
+        """How many images a contender goes over."""
+        return len(self._images.encoded) if name in self._whole else self._load.images
 
     def contenders(self, backends: list[str]) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
         """What can run, by name, the base of all ratios first; and why others cannot."""
-        images, augment, batch, workers = self._images, self._augment, self._batch, self._workers
+        images, augment, load = self._images, self._augment, self._load
         found: dict[str, Callable[[], object]] = {}
         missing: dict[str, str] = {}
         if simple := peers.decode_whole_by_simplejpeg(images.encoded):
@@ -141,28 +138,38 @@ class _Bench:
         found["whole decode, torchvision"] = peers.decode_whole_by_torchvision(images.encoded)
         found["reading bytes alone"] = self._read_bytes
         self._whole = set(found)
-        found["Pillow ImageFolder, float32"] = peers.image_folder(images.folder, augment, SIZE, batch, workers)
+        found["Pillow ImageFolder, float32"] = peers.image_folder(images.folder, augment, load)
         if not augment.randaugment:
-            found["torchvision decode and crop, uint8"] = peers.torchvision_uint8(
-                images.encoded, augment, SIZE, batch, workers
-            )
+            found["torchvision decode and crop, uint8"] = peers.torchvision_uint8(images.encoded, augment, load)
+            found |= self._library_loaders(backends)
         for backend in backends:
             for decoder in DECODERS.get(backend, ("auto",)):
                 name = f"karat {backend}" + ("" if decoder == "auto" else f", {decoder}")
                 reason = self._lacks(backend)
                 try:
                     if not reason:
-                        found[name] = self.epoch(backend, decoder, workers)
+                        found[name] = self.passes(backend, decoder, self._workers)
                 except UserError as error:
                     reason = str(error)
                 if reason:
                     missing[name] = reason
         if NATIVE in found:
-            found[f"{NATIVE} with DCT scaling"] = self._scaled_epoch()
+            found[f"{NATIVE} with DCT scaling"] = self._scaled_passes()
         return found, missing
 
-    def epoch(self, backend: str, decoder: str, workers: int) -> Callable[[], object]:
-        """Goes over one epoch of our backend. Raises UserError where it cannot be opened."""
+    def _library_loaders(self, backends: list[str]) -> dict[str, Callable[[], object]]:
+        """Of those backends that can run."""
+        found: dict[str, Callable[[], object]] = {}
+        if "ffcv" in backends and not self._lacks("ffcv"):
+            beton = beton_path(Path(self._ffcv or ""), "train")
+            samples = min(len(self._images.encoded), read_record(beton).samples)
+            found[FFCV] = libraries.ffcv_loader(beton, samples, self._augment, self._load)
+        if "dali" in backends and not self._lacks("dali"):
+            found[DALI] = libraries.dali_loader(self._images.folder, self._augment, self._load)
+        return found
+
+    def passes(self, backend: str, decoder: str, workers: int) -> Callable[[], object]:
+        """Goes over the images by our backend. Raises UserError where it cannot be opened."""
         path = {"folder": self._images.folder, "ffcv": Path(self._ffcv or "")}.get(backend, self._images.shards)
         config = DataConfig.model_validate(
             {
@@ -174,28 +181,27 @@ class _Bench:
                 "synthetic_samples": len(self._images.encoded),
             }
         )
-        return self._epoch_of(open_backend(config, self._augment, SIZE, CLASSES, 0))
+        return self._passes_of(open_backend(config, self._augment, SIZE, CLASSES, 0))
 
-    def _scaled_epoch(self) -> Callable[[], object]:
+    def _scaled_passes(self) -> Callable[[], object]:
         """As the webdataset backend, with a decoder that no recipe asks for, since its pixels differ more."""
         split = ShardSplit(self._images.shards, "train", CLASSES)
         config = DataConfig(path=str(self._images.shards), workers=self._workers)
         decoder = NativeDecoder(self._augment.interpolation, config.max_pixels, scaled=True)
-        return self._epoch_of(ImageBackend(split, split, config, self._augment, SIZE, 0, decoder))
+        return self._passes_of(ImageBackend(split, split, config, self._augment, SIZE, 0, decoder))
 
-    def _epoch_of(self, backend: Backend) -> Callable[[], object]:
+    def _passes_of(self, backend: Backend) -> Callable[[], object]:
         plan = TrainPlan(0, min(backend.num_train, len(self._images.encoded)), self._batch, self._batch, 0, 1)
 
         def run() -> None:
-            for _ in backend.train_batches(plan.slices(0, plan.steps_per_epoch)):
+            for _ in backend.train_batches(plan.slices(0, PASSES * plan.steps_per_epoch)):
                 pass
 
         return run
 
     def _lacks(self, backend: str) -> str:
-        library = LIBRARIES.get(backend)
-        if library and not _is_installed(library):
-            return f"pip install 'karat-scale[{backend}]'"
+        if lacking := libraries.lacking(backend):
+            return lacking
         if backend == "ffcv" and not self._ffcv:
             return "name a directory made by data_prep/make_ffcv.py with --ffcv"
         return ""
@@ -207,18 +213,11 @@ class _Bench:
         split.close()
 
 
-def _is_installed(library: str) -> bool:
-    try:
-        return find_spec(library) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 def _scaling(bench: _Bench, rounds: int) -> dict[str, float]:
     """Wall time and processor time of one worker over those of two. Wall time needs two idle cores."""
     contenders = {
-        ONE_WORKER: bench.epoch("webdataset", "auto", 1),
-        TWO_WORKERS: bench.epoch("webdataset", "auto", 2),
+        ONE_WORKER: bench.passes("webdataset", "auto", 1),
+        TWO_WORKERS: bench.passes("webdataset", "auto", 2),
     }
     wall = interleaved_seconds(contenders, rounds)
     processor = interleaved_seconds(contenders, rounds, processor_seconds)

@@ -1,9 +1,10 @@
 """What `karat bench data` compares with: whole decodes by libjpeg-turbo, and the loaders a user has without us.
 
-Each function gives a contender that goes once over the images.
+Each function gives a contender that goes over the images: a decoder once, a loader as its Load says.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from torchvision.transforms import InterpolationMode, v2
@@ -22,6 +23,16 @@ Contender = Callable[[], object]
 Pixels = npt.NDArray[np.uint8]
 # Of torchvision's 31 levels.
 RANDAUGMENT_MAGNITUDE = 15
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a loader brings: images of `size` x `size` pixels in whole batches, `images` of them in all."""
+
+    size: int
+    batch: int
+    workers: int
+    images: int
 
 
 def decode_whole_by_simplejpeg(encoded: tuple[bytes, ...]) -> Contender | None:
@@ -67,25 +78,23 @@ def _each(decode: Callable[[bytes], object], encoded: tuple[bytes, ...]) -> None
         decode(data)
 
 
-def image_folder(folder: Path, augment: AugmentConfig, size: int, batch: int, workers: int) -> Contender:
+def image_folder(folder: Path, augment: AugmentConfig, load: Load) -> Contender:
     """ImageFolder by Pillow to float32 batches, with torchvision's transforms."""
     transform = v2.Compose(
         [
-            *_crop_and_flip(augment, size),
+            *_crop_and_flip(augment, load.size),
             *_colours(augment),
             v2.PILToTensor(),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(augment.mean, augment.std),
         ]
     )
-    return _loads(ImageFolder(str(folder / "train"), transform), batch, workers)
+    return _loads(ImageFolder(str(folder / "train"), transform), load)
 
 
-def torchvision_uint8(
-    encoded: tuple[bytes, ...], augment: AugmentConfig, size: int, batch: int, workers: int
-) -> Contender:
+def torchvision_uint8(encoded: tuple[bytes, ...], augment: AugmentConfig, load: Load) -> Contender:
     """torchvision's decoder and its uint8 transforms."""
-    return _loads(_Decoded(encoded, v2.Compose(_crop_and_flip(augment, size))), batch, workers)
+    return _loads(_Decoded(encoded, v2.Compose(_crop_and_flip(augment, load.size))), load)
 
 
 class _Decoded(Dataset[torch.Tensor]):
@@ -119,10 +128,11 @@ def _colours(augment: AugmentConfig) -> list[v2.Transform]:
     return colours
 
 
-def _loads(dataset: Dataset[torch.Tensor], batch: int, workers: int) -> Contender:
+def _loads(dataset: ImageFolder | _Decoded, load: Load) -> Contender:
     def run() -> None:
         torch.manual_seed(0)
-        for _ in DataLoader(dataset, batch, shuffle=True, num_workers=workers, drop_last=True):
+        sampler = RandomSampler(dataset, num_samples=load.images)
+        for _ in DataLoader(dataset, load.batch, sampler=sampler, num_workers=load.workers):
             pass
 
     return run

@@ -1,5 +1,6 @@
 """Timing of several contenders in turn, so that a machine's drift falls on all of them alike."""
 
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -26,3 +27,9 @@ def interleaved_seconds(
 def median_ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
     """The median over rounds of `name`'s seconds over `base`'s in the same round."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+
+
+def processor_seconds() -> float:
+    """Processor time of this process, and of its children that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime

@@ -26,9 +26,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from karat_scale.bench.data import processor_seconds
 from karat_scale.bench.data_peers import recode_by_simplejpeg, recode_by_torchvision
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio
+from karat_scale.bench.interleave import interleaved_seconds, median_ratio, processor_seconds
 from karat_scale.bench.sample_images import CLASSES, prepare_images
 from karat_scale.data.decode import decode_rgb
 from karat_scale.data.decoders.recoder import result_size

@@ -1,4 +1,3 @@
-import io
 import subprocess
 import sys
 import tarfile
@@ -6,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_webdataset import main
 from PIL import Image
 from resizing import choose_encoder
 
@@ -14,6 +12,7 @@ from karat_scale.data.shard_format import read_dataset_record
 from karat_scale.data.shards import ShardSplit
 from karat_scale.errors import DataError
 from tests.data_prep.conftest import SCRIPTS
+from tests.data_prep.making import make_shards
 
 
 def save(path: Path, seed: int) -> bytes:
@@ -36,17 +35,13 @@ def folder(tmp_path):
     return src, files
 
 
-def make(src: Path, out: Path, *options: str) -> None:
-    main(["--src", str(src), "--out", str(out), *options])
-
-
 def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
 def test_an_imagefolder_keeps_its_bytes_labels_and_keys(folder, tmp_path):
     src, files = folder
-    make(src, tmp_path / "out", "--shard-samples", "6", "--workers", "2")
+    make_shards(src, tmp_path / "out", "--shard-samples", "6", "--workers", "2")
     record = read_dataset_record(tmp_path / "out")
     assert record.classes == ["ant", "bee", "cat"]
     assert {name: split.samples for name, split in record.splits.items()} == {"train": 21, "val": 9}
@@ -63,23 +58,23 @@ def test_an_imagefolder_keeps_its_bytes_labels_and_keys(folder, tmp_path):
 
 def test_the_same_source_gives_the_same_bytes_whatever_the_workers(folder, tmp_path):
     for name, workers in (("one", "1"), ("two", "2")):
-        make(folder[0], tmp_path / name, "--shard-samples", "4", "--workers", workers)
+        make_shards(folder[0], tmp_path / name, "--shard-samples", "4", "--workers", workers)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    make(folder[0], tmp_path / "three", "--shard-samples", "4", "--seed", "1")
+    make_shards(folder[0], tmp_path / "three", "--shard-samples", "4", "--seed", "1")
     assert contents(tmp_path / "one")["train-000000.tar"] != contents(tmp_path / "three")["train-000000.tar"]
 
 
 def test_running_again_verifies_and_mends(folder, tmp_path, capsys):
     out = tmp_path / "out"
-    make(folder[0], out, "--shard-samples", "6")
+    make_shards(folder[0], out, "--shard-samples", "6")
     before = contents(out)
     capsys.readouterr()
-    make(folder[0], out, "--shard-samples", "6")
+    make_shards(folder[0], out, "--shard-samples", "6")
     assert "train: 21 samples in 4 shards are there and right" in capsys.readouterr().out
     assert contents(out) == before
     (out / "train-000001.tar").write_bytes(b"damage")
     (out / "val-000000.index.npz").unlink()
-    make(folder[0], out, "--shard-samples", "6")
+    make_shards(folder[0], out, "--shard-samples", "6")
     said = capsys.readouterr().out
     assert "train-000001.tar is cut short" in said
     assert "val-000000.index.npz is missing" in said
@@ -88,22 +83,22 @@ def test_running_again_verifies_and_mends(folder, tmp_path, capsys):
 
 def test_other_settings_or_another_source_are_refused(folder, tmp_path):
     out = tmp_path / "out"
-    make(folder[0], out)
+    make_shards(folder[0], out)
     with pytest.raises(DataError, match=r"made with seed = 0, now 3; use another --out"):
-        make(folder[0], out, "--seed", "3")
+        make_shards(folder[0], out, "--seed", "3")
     save(folder[0] / "train/ant/new.jpg", 99)
     with pytest.raises(DataError, match="made with source_sha256"):
-        make(folder[0], out)
+        make_shards(folder[0], out)
 
 
 def test_another_encoder_is_refused(folder, tmp_path):
     out, options = tmp_path / "out", ("--resize", "8", "--split", "val")
-    make(folder[0], out, *options, "--encoder", "pillow")
+    make_shards(folder[0], out, *options, "--encoder", "pillow")
     assert read_dataset_record(out).splits["val"].made["encoder"] == "pillow"
-    make(folder[0], out, *options, "--encoder", "pillow")
+    make_shards(folder[0], out, *options, "--encoder", "pillow")
     if choose_encoder("auto") == "native":
         with pytest.raises(DataError, match=r"made with encoder = pillow, now native; use another --out"):
-            make(folder[0], out, *options)
+            make_shards(folder[0], out, *options)
 
 
 def test_without_a_compiler_pillow_encodes_and_native_is_an_error(tmp_path):
@@ -116,14 +111,14 @@ def test_without_a_compiler_pillow_encodes_and_native_is_an_error(tmp_path):
 
 def test_a_second_split_joins_the_first(folder, tmp_path):
     out = tmp_path / "out"
-    make(folder[0] / "train", out)
-    make(folder[0], out, "--split", "val")
-    make(folder[0], out, "--split", "test")
+    make_shards(folder[0] / "train", out)
+    make_shards(folder[0], out, "--split", "val")
+    make_shards(folder[0], out, "--split", "test")
     splits = read_dataset_record(out).splits
     assert {name: split.samples for name, split in splits.items()} == {"train": 21, "val": 9, "test": 9}
     save(folder[0] / "val/dog/0.jpg", 1)
     with pytest.raises(DataError, match="has the class 'dog', which the shards in --out do not"):
-        make(folder[0], out, "--split", "val")
+        make_shards(folder[0], out, "--split", "val")
 
 
 def test_unusable_files_are_listed_and_the_rest_is_made(folder, tmp_path, capsys):
@@ -131,7 +126,7 @@ def test_unusable_files_are_listed_and_the_rest_is_made(folder, tmp_path, capsys
     (src / "ant/empty.jpg").touch()
     (src / "bee/text.jpg").write_text("no image")
     (src / "cat/notes.txt").write_text("notes")
-    make(src, tmp_path / "out")
+    make_shards(src, tmp_path / "out")
     record = read_dataset_record(tmp_path / "out").splits["train"]
     assert record.samples == 21
     assert [(item.path, item.reason) for item in record.skipped] == [
@@ -149,7 +144,7 @@ def test_keys_are_unique_short_and_endings_follow_the_content(tmp_path):
     save(src / "a/x.1.png", 2)
     save(src / "a" / f"{'long' * 40}.png", 3)
     (src / "a/named.jpg").write_bytes((src / "a/x.png").read_bytes())
-    make(src, tmp_path / "out")
+    make_shards(src, tmp_path / "out")
     with tarfile.open(tmp_path / "out/train-000000.tar") as tar:
         names = tar.getnames()
     images = [name for name in names if not name.endswith(".cls")]
@@ -160,93 +155,45 @@ def test_keys_are_unique_short_and_endings_follow_the_content(tmp_path):
 
 def test_shards_by_bytes(folder, tmp_path):
     total = sum(len(data) for key, data in folder[1].items() if key.startswith("train"))
-    make(folder[0], tmp_path / "out", "--split", "train", "--shard-bytes", str(total // 3))
+    make_shards(folder[0], tmp_path / "out", "--split", "train", "--shard-bytes", str(total // 3))
     shards = read_dataset_record(tmp_path / "out").splits["train"].shards
     assert len(shards) == 3
     assert all(6 <= shard.samples <= 8 for shard in shards)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_idx_files_become_grey_jpegs(tmp_path, write_idx, packed):
-    src = tmp_path / "src"
-    src.mkdir()
-    images = write_idx(src, "train", 30, packed=packed)
-    write_idx(src, "t10k", 10, packed=packed)
-    make(src, tmp_path / "out")
-    record = read_dataset_record(tmp_path / "out")
-    assert record.classes == [str(i) for i in range(10)]
-    assert {name: split.samples for name, split in record.splits.items()} == {"train": 30, "val": 10}
-    shards = ShardSplit(tmp_path / "out", "train", 10, "hash")
-    for number in range(30):
-        index = int(shards.locate(number)[0])
-        assert shards.labels[number] == index % 10
-        with Image.open(io.BytesIO(shards.read(number))) as image:
-            assert (image.format, image.mode) == ("JPEG", "L")
-            difference = np.asarray(image).astype(int) - images[index]
-        assert np.abs(difference).mean() < 6
-
-
-def test_idx_class_names(tmp_path, write_idx):
-    write_idx(tmp_path, "train", 9, classes=3)
-    (tmp_path / "classes.txt").write_text("one\ntwo\nthree\n")
-    make(tmp_path, tmp_path / "out")
-    assert read_dataset_record(tmp_path / "out").classes == ["one", "two", "three"]
-    (tmp_path / "classes.txt").write_text("one\ntwo\n")
-    with pytest.raises(DataError, match=r"sample 2 has label 2, but there are 2 classes"):
-        make(tmp_path, tmp_path / "other")
-
-
-def test_damaged_idx_files(tmp_path, write_idx):
-    write_idx(tmp_path, "train", 9)
-    images = tmp_path / "train-images-idx3-ubyte.gz"
-    whole = images.read_bytes()
-    images.write_bytes(whole[:-50])
-    with pytest.raises(DataError, match=r"train-images-idx3-ubyte.gz cannot be read.*; fetch it again"):
-        make(tmp_path, tmp_path / "out")
-    images.unlink()
-    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03")
-    with pytest.raises(DataError, match="train-images-idx3-ubyte has 4 bytes, but its header says 16"):
-        make(tmp_path, tmp_path / "out")
-    images.write_bytes(whole)
-    (tmp_path / "train-images-idx3-ubyte").unlink()
-    (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(DataError, match="no labels file beside it"):
-        make(tmp_path, tmp_path / "out")
-
-
 def test_sources_with_nothing_in_them(tmp_path, folder):
     with pytest.raises(DataError, match=r"--src .*/nowhere is not a directory"):
-        make(tmp_path / "nowhere", tmp_path / "out")
+        make_shards(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "bare").mkdir()
     with pytest.raises(DataError, match="has no class folders"):
-        make(tmp_path / "bare", tmp_path / "out")
+        make_shards(tmp_path / "bare", tmp_path / "out")
     (tmp_path / "bare/ant").mkdir()
     with pytest.raises(DataError, match="has no images in its class folders"):
-        make(tmp_path / "bare", tmp_path / "out")
+        make_shards(tmp_path / "bare", tmp_path / "out")
     (tmp_path / "bare/ant/a.jpg").write_text("text")
     with pytest.raises(DataError, match=r"no image of split train is usable; first: ant/a.jpg"):
-        make(tmp_path / "bare", tmp_path / "out")
+        make_shards(tmp_path / "bare", tmp_path / "out")
     with pytest.raises(DataError, match="has no split 'extra'; the splits there: train, test"):
-        make(folder[0], tmp_path / "out", "--split", "extra")
+        make_shards(folder[0], tmp_path / "out", "--split", "extra")
 
 
 def test_leftovers_of_an_unfinished_run_go_and_foreign_shards_stay(folder, tmp_path):
     out = tmp_path / "out"
-    make(folder[0], out, "--split", "train", "--shard-samples", "2")
+    make_shards(folder[0], out, "--split", "train", "--shard-samples", "2")
     (out / "dataset.json").unlink()
     (out / ".train-000000.tar.abc").touch()
-    make(folder[0], out, "--split", "train", "--shard-samples", "11")
+    make_shards(folder[0], out, "--split", "train", "--shard-samples", "11")
     assert sorted(path.name for path in out.glob("*.tar")) == ["train-000000.tar", "train-000001.tar"]
     assert not (out / ".train-000000.tar.abc").exists()
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/train-000000.tar").write_text("precious")
     with pytest.raises(DataError, match="was not made by this script"):
-        make(folder[0], tmp_path / "foreign")
+        make_shards(folder[0], tmp_path / "foreign")
     assert (tmp_path / "foreign/train-000000.tar").read_text() == "precious"
 
 
 def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
-    make(folder[0], tmp_path / "out", "--dry-run")
+    make_shards(folder[0], tmp_path / "out", "--dry-run")
     assert "train: 21 images of 3 classes" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 

@@ -3,14 +3,18 @@
 import io
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from karat_scale.data.shard_writer import EncodedSample
+from karat_scale.recipe import AugmentConfig
+from tests.data.conftest import encode, photo
 
 SIZE = 16
+CROP_AND_FLIP = AugmentConfig(color_jitter=0, randaugment="")
 
 
 def broken(number: int) -> EncodedSample:
@@ -47,3 +51,43 @@ def wait_until(condition) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def noise(number: int, size: int = 64) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def odd_samples() -> Iterator[EncodedSample]:
+    pixels = photo(3, 50, 40)
+    image = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    trailing = encode(pixels, quality=95) + b"\0\0"
+    variants = {
+        "rotated": encode(pixels, quality=95, exif=exif),
+        "grey": encode(np.asarray(image.convert("L")), quality=95),
+        "cmyk": encode_image(image.convert("CMYK"), "JPEG"),
+        "progressive": encode(pixels, progressive=True),
+        "png": encode(pixels, "PNG"),
+        "palette": encode_image(image.convert("P"), "PNG"),
+        "alpha": encode_image(image.convert("RGBA"), "PNG"),
+        "trailing": trailing,
+        "thin": encode(pixels[:1]),
+        "one pixel": encode(pixels[:1, :1]),
+        "subsampled": encode(pixels, subsampling=0),
+    }
+    for name, data in variants.items():
+        yield EncodedSample(name, "jpg", data, 0)
+
+
+def encode_image(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def hollow(number: int) -> EncodedSample:
+    """A JPEG whose ends are in place and whose middle is not: only decoding shows it."""
+    data = encode(noise(number))
+    start = data.index(b"\xff\xda") + 2  # of the scan, whose header is spoilt
+    return EncodedSample(f"hollow-{number}", "jpg", data[:start] + b"\0\2" + data[start + 2 :], number % 3)

@@ -1,10 +1,6 @@
 import os
 import random
-import shutil
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,25 +8,10 @@ import torch
 
 from karat_scale.data.backends import open_backend
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
-from karat_scale.errors import DataError
 from karat_scale.recipe import AugmentConfig
 from tests.conftest import events, karat, summary
-from tests.data.backends.helpers import SIZE, broken, children, contents, wait_until
+from tests.data.backends.helpers import CROP_AND_FLIP, SIZE, children, contents, wait_until
 from tests.data.betons import make_betons, need_ffcv
-
-CROP_AND_FLIP = AugmentConfig(color_jitter=0, randaugment="")
-
-
-@pytest.fixture
-def betons(make_shards, data_config):
-    """Betons of the shards of these samples, and a function that makes a recipe's data section for them."""
-    need_ffcv()
-
-    def make(train=None, val=None, options=()):
-        directory = make_betons(make_shards(train, val), *options)
-        return directory, lambda **fields: data_config(directory, backend="ffcv", **fields)
-
-    return make
 
 
 def test_samples_draws_and_pixels_are_those_of_the_shards(betons, data_config):
@@ -165,89 +146,6 @@ def test_the_trainer_process_stays_as_it_is(betons):
     assert state() == before
 
 
-def test_a_bad_sample_stops_with_its_name(betons, make_sample):
-    """FFCV shows it as black pixels."""
-    samples = [make_sample(i) for i in range(10)]
-    samples[4] = broken(4)
-    _, config = betons(train=samples)
-    backend = open_backend(config(workers=1), CROP_AND_FLIP, SIZE, 3, 0)
-    with pytest.raises(DataError, match=r"^sample broken-4 in train.beton cannot be decoded: .*truncated"):
-        list(backend.train_batches(TrainPlan(0, 10, 10, 5, 0, 1).slices(0, 1)))
-
-
-@pytest.mark.parametrize("mode", ["jpg", "raw"])
-def test_skipping_takes_the_next_sample_that_decodes(betons, make_sample, mode):
-    samples = [make_sample(i) for i in range(10)]
-    samples[4], samples[9] = broken(4), broken(9)
-    _, config = betons(train=samples, val=samples[:6], options=("--write-mode", mode))
-    backend = open_backend(config(on_bad_sample="skip"), CROP_AND_FLIP, SIZE, 3, 0)
-    (batch,) = backend.train_batches([BatchSlice(0, 0, np.arange(10))])
-    assert batch.sample_ids.tolist() == [0, 1, 2, 3, 5, 5, 6, 7, 8, 0]
-    assert torch.equal(batch.images[4], batch.images[5])
-    assert [(bad.sample_id, bad.key, bad.shard) for bad in batch.bad] == [
-        (4, "broken-4", "train.beton"),
-        (9, "broken-9", "train.beton"),
-    ]
-    (batch,) = backend.eval_batches([BatchSlice(0, 0, np.arange(6))])
-    assert batch.valid.tolist() == [True, True, True, True, False, True]
-
-
-def change_a_byte(path: Path, split_file: str) -> None:
-    """Change a byte in the middle of sample 3."""
-    with np.load(path / f"{split_file}.index.npz") as index:
-        at = int(index["offset"][3] + index["size"][3] // 2)
-    data = bytearray((path / split_file).read_bytes())
-    data[at] ^= 1
-    (path / split_file).write_bytes(data)
-
-
-def test_a_changed_beton_is_found_by_its_hash_and_when_read(betons):
-    directory, config = betons()
-    change_a_byte(directory, "train.beton")
-    with pytest.raises(DataError, match=r"train.beton has changed since it was written: its SHA-256 differs; copy"):
-        open_backend(config(verify="hash"), CROP_AND_FLIP, SIZE, 3, 0)
-    backend = open_backend(config(on_bad_sample="skip"), CROP_AND_FLIP, SIZE, 3, 0)
-    with pytest.raises(DataError, match=r"train.beton has changed since it was written: sample \d+ differs"):
-        list(backend.train_batches([BatchSlice(0, 0, np.arange(8))]))
-
-
-def test_betons_that_are_not_right_are_refused_when_opened(betons):
-    directory, config = betons()
-
-    def refuses(match: str, classes: int = 3) -> None:
-        with pytest.raises(DataError, match=match) as caught:
-            open_backend(config(), CROP_AND_FLIP, SIZE, classes, 0)
-        assert "\n" not in str(caught.value)
-
-    refuses(r"train.beton has 3 classes, but model.num_classes = 2; set model.num_classes=3", classes=2)
-    whole = (directory / "train.beton").read_bytes()
-    (directory / "train.beton").write_bytes(whole[:-9])
-    refuses("train.beton is cut short")
-    (directory / "train.beton").unlink()
-    refuses("train.beton is missing; copy it again or make it again")
-    (directory / "train.beton").write_bytes(whole)
-    index = directory / "train.beton.index.npz"
-    index.write_bytes(index.read_bytes()[:-1] + b"x")
-    refuses("index.npz has changed since it was written")
-    (directory / "train.beton.json").write_text("{")
-    refuses("train.beton.json is damaged or of another version")
-    shutil.rmtree(directory)
-    refuses(r"train.beton.json cannot be read: No such file .*; make the beton with data_prep/make_ffcv.py")
-
-
-def test_a_file_system_that_stalls_is_an_error_in_time(betons):
-    directory, config = betons()
-    backend = open_backend(config(workers=1, timeout=2), CROP_AND_FLIP, SIZE, 3, 0)
-    path = directory / "train.beton"
-    path.unlink()
-    os.mkfifo(path)  # opening it waits, as a dead server's file does
-    batches = backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 2))
-    with pytest.raises(DataError) as caught:
-        next(batches)
-    assert "no batch came for data.timeout = 2 s: worker 0 at sample" in str(caught.value)
-    assert str(path) in str(caught.value)
-
-
 def test_closing_ends_the_workers_and_the_iterators(betons):
     _, config = betons()
     before = children()
@@ -258,35 +156,6 @@ def test_closing_ends_the_workers_and_the_iterators(betons):
     backend.close()
     wait_until(lambda: children() == before)
     assert next(batches, None) is None
-
-
-WITHOUT_FFCV = "import sys; sys.modules['ffcv'] = None; from karat_scale.cli import entry_point; entry_point()"
-
-
-def test_without_ffcv_one_line_says_what_to_install(recipe_file):
-    command = [sys.executable, "-c", WITHOUT_FFCV, "train", str(recipe_file), "data.backend=ffcv"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 2, done.stdout + done.stderr
-    said = " ".join(done.stderr.split())
-    assert "FFCV is not there" in said
-    assert "apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++" in said
-    assert "pip install 'karat-scale[ffcv]'" in said
-    assert "Traceback" not in done.stderr
-
-
-def test_another_decoder_reads_betons_without_ffcv(betons):
-    directory, _ = betons()
-    code = (
-        "import sys; sys.modules['ffcv'] = None\n"
-        "from karat_scale.data.backends import open_backend\n"
-        "from karat_scale.data.plan import EvalPlan\n"
-        "from karat_scale.recipe import AugmentConfig, DataConfig\n"
-        f"data = DataConfig(backend='ffcv', path={str(directory)!r}, decoder='pillow', workers=0)\n"
-        "backend = open_backend(data, AugmentConfig(), 16, 3, 0)\n"
-        "print(sum(int(batch.valid.sum()) for batch in backend.eval_batches(EvalPlan(11, 4, 0, 1).slices())))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
-    assert (done.stdout, done.returncode) == ("11\n", 0), done.stderr
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Nothing grows over ten epochs."""
 
 import gc
+import shutil
 from pathlib import Path
 
 import psutil
@@ -10,6 +11,7 @@ import torch
 from karat_scale.data.backends import open_backend
 from karat_scale.data.plan import TrainPlan
 from karat_scale.recipe import AugmentConfig
+from tests.data.betons import make_betons, need_ffcv
 
 EPOCHS, SETTLED = 10, 3
 
@@ -27,9 +29,15 @@ def resident_mb() -> float:
 
 
 @pytest.mark.parametrize("decoder", ["pillow", "auto"])
-@pytest.mark.parametrize("backend", ["folder", "webdataset"])
-def test_ten_epochs_take_no_more_memory_than_three(image_folder, shards, data_config, backend, decoder):
-    directory = image_folder if backend == "folder" else shards
+@pytest.mark.parametrize("backend", ["folder", "webdataset", "ffcv"])
+def test_ten_epochs_take_no_more_memory_than_three(image_folder, shards, tmp_path, data_config, backend, decoder):
+    if backend == "ffcv":
+        need_ffcv()
+        copied = tmp_path / "shards"
+        shutil.copytree(shards, copied)
+        directory = make_betons(copied)
+    else:
+        directory = image_folder if backend == "folder" else shards
     opened = open_backend(
         data_config(directory, backend=backend, decoder=decoder, workers=1), AugmentConfig(), 64, 4, 0
     )

@@ -1,11 +1,4 @@
-import os
 import random
-import signal
-import subprocess
-import sys
-import textwrap
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +9,7 @@ from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
 from karat_scale.data.shard_writer import EncodedSample
 from karat_scale.errors import DataError
 from karat_scale.recipe import AugmentConfig
-from tests.data.backends.helpers import SIZE, broken, children, contents, wait_until
+from tests.data.backends.helpers import SIZE, broken, contents
 
 
 def test_batches_are_the_same_for_any_number_of_workers(make_shards, data_config):
@@ -142,93 +135,6 @@ def test_a_changed_shard_is_an_error_even_when_skipping(make_shards, data_config
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"train-000003.tar has changed since its index"):
         list(backend.train_batches(TrainPlan(0, 40, 40, 20, 0, 1).slices(0, 1)))
-
-
-def test_closing_ends_the_workers_and_the_iterators(make_shards, data_config, cheap_augment):
-    before = children()
-    backend = open_backend(data_config(make_shards(), workers=2), cheap_augment, SIZE, 3, 0)
-    batches = backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 1000))
-    next(batches)
-    assert len(children()) == len(before) + 2
-    backend.close()
-    wait_until(lambda: children() == before)
-    assert next(batches, None) is None
-
-
-def test_a_killed_worker_is_one_clear_error(make_shards, data_config, cheap_augment):
-    before = children()
-    backend = open_backend(data_config(make_shards(), workers=1), cheap_augment, SIZE, 3, 0)
-    batches = backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 10**6))
-    next(batches)
-    (worker,) = set(children()) - set(before)
-    os.kill(worker, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"a data worker died .*lower data.workers"):
-        for _ in batches:
-            pass
-
-
-WORKER_SCRIPT = """
-    import os, signal, sys, time
-    from pathlib import Path
-    from karat_scale.data.backends import open_backend
-    from karat_scale.data.plan import TrainPlan
-    from karat_scale.recipe import AugmentConfig, DataConfig
-
-    os.setpgid(0, 0)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, lambda *_: print("signal", flush=True))
-    config = DataConfig(path=sys.argv[1], workers=2)
-    batches = open_backend(config, AugmentConfig(), 16, 3, 0).train_batches(
-        TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 400)
-    )
-    next(batches)
-    print(*Path(f"/proc/self/task/{os.getpid()}/children").read_text().split(), flush=True)
-    sys.stdin.readline()
-    print(sum(1 for _ in batches), flush=True)
-    sys.stdin.readline()
-"""
-
-
-def start(directory: Path) -> tuple[subprocess.Popen, list[int]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(WORKER_SCRIPT), str(directory)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return process, [int(pid) for pid in process.stdout.readline().split()]
-
-
-def running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.multiprocess
-def test_a_signal_to_the_process_group_leaves_the_workers_working(make_shards):
-    process, workers = start(make_shards())
-    assert len(workers) == 2
-    for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM):
-        os.killpg(process.pid, number)
-        assert process.stdout.readline() == "signal\n"
-    time.sleep(0.3)
-    assert all(running(pid) for pid in workers)
-    process.stdin.write("\n")
-    process.stdin.flush()
-    assert process.stdout.readline() == "399\n"
-    process.communicate("\n", timeout=30)
-    assert process.returncode == 0
-    wait_until(lambda: not any(running(pid) for pid in workers))
-
-
-@pytest.mark.multiprocess
-def test_workers_leave_when_the_parent_is_killed(make_shards):
-    process, workers = start(make_shards())
-    process.kill()
-    process.wait()
-    wait_until(lambda: not any(running(pid) for pid in workers))
 
 
 def test_imagenet_photos_become_batches(sample_data, tmp_path, data_config):
