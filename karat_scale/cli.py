@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         submit.add_argument(f"--{option}", type=int, help="as sbatch has it")
     for setting in ("venv", "conda-env", "modules", "container", "stage"):
         submit.add_argument(f"--{setting}", help="see the top of slurm/imagenet_fourier_karat.sh")
+    submit.add_argument("--gpu", metavar="NAME", help="plan stage and micro batch for it, such as h100-80")
     submit.add_argument("--yes", action="store_true", help="submit without asking")
     submit.set_defaults(run=_submit)
 
@@ -172,7 +173,7 @@ def _submit(options: argparse.Namespace) -> int:
         chosen["ntasks-per-node"] = str(max(given["gpus_per_node"], 1))
     settings = ("venv", "conda_env", "modules", "container", "stage")
     variables = {name.upper(): given[name] for name in settings if name in given}
-    return submit(options.recipe, options.overrides, chosen, variables, options.yes)
+    return submit(options.recipe, options.overrides, chosen, variables, options.yes, options.gpu)
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from karat_scale.cluster.planned import planned_overrides
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
 from karat_scale.recipe_io import load_recipe, shipped_recipes
@@ -21,7 +22,12 @@ def slurm_home() -> Path:
 
 
 def submit(
-    recipe: str, overrides: Sequence[str], options: Mapping[str, str], settings: Mapping[str, str], yes: bool
+    recipe: str,
+    overrides: Sequence[str],
+    options: Mapping[str, str],
+    settings: Mapping[str, str],
+    yes: bool,
+    gpu: str | None = None,
 ) -> int:
     """Write RUN/submit.sh, show it, and submit it with `yes` or when the person at the terminal agrees.
 
@@ -30,6 +36,8 @@ def submit(
         overrides: `key=value` of the recipe.
         options: of sbatch, by their long names.
         settings: variables at the top of the script, such as VENV.
+        yes: do not ask.
+        gpu: the kind of GPU to plan for: stage and micro batch are the plan's, unless `overrides` name them.
 
     Raises:
         UserError: the recipe is wrong, or sbatch refuses or is not here.
@@ -46,10 +54,11 @@ def submit(
         "RUN": str(run),
         **settings,
     }
+    template = (slurm_home() / "slurm" / SCRIPT).read_text(encoding="utf-8")
+    kept += planned_overrides(resolved, overrides, _ranks(template, options), gpu)
     try:
         run.mkdir(parents=True, exist_ok=True)
         script = run / "submit.sh"
-        template = (slurm_home() / "slurm" / SCRIPT).read_text(encoding="utf-8")
         output = {"job-name": resolved.run.name, "output": str(run / "%x-%j.out")}
         write_atomically(script, fill(template, {**output, **options}, filled, kept))
     except OSError as error:
@@ -80,6 +89,13 @@ def fill(template: str, options: Mapping[str, str], settings: Mapping[str, str],
     last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
     lines[last + 1 : last + 1] = [_directive(name, value) for name, value in left.items()]
     return "\n".join(lines) + "\n"
+
+
+def _ranks(template: str, options: Mapping[str, str]) -> int:
+    """Ranks of a job with these options of sbatch; those not given are the script's."""
+    of_script = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\d+)$", template, flags=re.MULTILINE))
+    asked = {**of_script, **options}
+    return int(asked["nodes"]) * int(asked["ntasks-per-node"])
 
 
 def _directive(name: str, value: str) -> str:

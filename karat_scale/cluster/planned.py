@@ -1,0 +1,42 @@
+"""What `karat submit` takes from `karat plan`. Torch is imported only where there is something to plan."""
+
+from collections.abc import Mapping, Sequence
+
+from karat_scale.hardware import find_gpu
+from karat_scale.recipe import Recipe
+
+
+def planned_overrides(recipe: Recipe, overrides: Sequence[str], ranks: int, gpu: str | None) -> list[str]:
+    """Overrides that make `recipe` fit `ranks` GPUs of the kind `gpu`, and a line about them.
+
+    Keys that `overrides` name are left alone. Without a GPU that is known there are none, and the line says so.
+
+    Raises:
+        UserError: the recipe does not divide over the ranks, or its model cannot be built.
+    """
+    known = find_gpu(gpu) if gpu else None
+    if known is None:
+        why = f"--gpu {gpu} is in no table" if gpu else "name the GPU by --gpu, such as h100-80"
+        print(f"not planned: {why}; karat plan --memory GB plans for any\n")
+        return []
+    from karat_scale.plan.choose import STAGES, choose
+    from karat_scale.plan.report import line
+
+    named = {override.partition("=")[0] for override in overrides}
+    own = recipe.deepspeed.config
+    configs = (own,) if "deepspeed.config" in named or own not in STAGES else STAGES
+    choice = choose(recipe, ranks, known.memory_bytes, configs)
+    print(f"{line(choice)}\n")
+    if not choice.fits:
+        return []
+    chosen: Mapping[str, object] = {
+        "deepspeed.config": choice.config,
+        "train.micro_batch": choice.micro_batch,
+        "train.recompute.policy": choice.recompute,
+    }
+    there = {
+        "deepspeed.config": own,
+        "train.micro_batch": recipe.train.micro_batch,
+        "train.recompute.policy": recipe.train.recompute.policy,
+    }
+    return [f"{key}={value}" for key, value in chosen.items() if key not in named and value != there[key]]

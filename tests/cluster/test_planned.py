@@ -1,0 +1,53 @@
+"""`karat submit --gpu` fills in what the plan recommends."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from karat_scale.cli import main
+
+Capture = pytest.CaptureFixture[str]
+SHAPE = ("model.depth=1", "model.image_size=64", "train.global_batch=256", "--nodes=2", "--gpus-per-node=4")
+
+
+def script_of(tmp_path: Path, *arguments: str) -> str:
+    run = tmp_path / "run"
+    places = (f"run.dir={run}", f"data.path={tmp_path}")
+    assert main(["submit", "imagenet_vit_tiny_g3b", *places, *arguments]) == 0
+    return (run / "submit.sh").read_text()
+
+
+def test_stage_and_micro_batch_come_from_the_plan(tmp_path: Path, capsys: Capture) -> None:
+    script = script_of(tmp_path, *SHAPE, "--gpu=a100-40")
+    assert "recommended: deepspeed.config=zero0 train.micro_batch=32" in capsys.readouterr().out
+    assert script.count("train.micro_batch=32") == 2
+    assert script.count("deepspeed.config=zero0") == 2  # the recipe has zero1
+
+
+def test_what_the_user_names_is_left_alone(tmp_path: Path, capsys: Capture) -> None:
+    script = script_of(tmp_path, "train.micro_batch=8", "deepspeed.config=zero2", *SHAPE, "--gpu=a100-40")
+    assert "recommended: deepspeed.config=zero2 train.micro_batch=8" in capsys.readouterr().out
+    assert script.count("train.micro_batch=8") == 2
+    assert script.count("deepspeed.config=zero2") == 2
+
+
+@pytest.mark.parametrize("gpu", [(), ("--gpu=h1000",)])
+def test_without_a_known_gpu_it_says_that_it_did_not_plan(
+    tmp_path: Path, gpu: tuple[str, ...], capsys: Capture
+) -> None:
+    assert "train.micro_batch" not in script_of(tmp_path, *SHAPE, *gpu)
+    assert "not planned: " in capsys.readouterr().out
+
+
+def test_a_world_that_does_not_divide_the_batch_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    arguments = ("submit", "imagenet_vit_tiny_g3b", f"run.dir={tmp_path / 'run'}", "--nodes=3", "--gpu=a100-40")
+    assert main(list(arguments)) == 2
+    assert "does not divide over 12 ranks" in capsys.readouterr().err
+
+
+def test_submitting_without_a_plan_does_not_import_torch() -> None:
+    code = "import sys, karat_scale.cluster.submit; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
