@@ -69,7 +69,9 @@ def analyze_distributions(run: TrainedRun, settings: Settings) -> Result:
     """
     result, names = Result(), moments(run.in_order)
     if len(names) < 3:
-        result.notes.append(f"{run.label}: only {len(names)} checkpoint(s), so not all of start, middle and end")
+        result.notes.append(
+            f"{run.label}: only {len(names)} checkpoint(s) and snapshots, so not all of start, middle and end"
+        )
     whole: dict[int, Values] = {}
     groups: dict[int, Groups] = {}
     model = run.model(names[0], weights="raw")

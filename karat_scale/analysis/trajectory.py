@@ -77,8 +77,8 @@ def plane_of_run(run: TrainedRun) -> Plane:
     names = run.in_order
     if len(names) < NEEDED:
         raise RunDirectoryError(
-            f"{run.path}: {len(names)} checkpoint(s), but PCA of the path needs {NEEDED}; train with a larger "
-            "checkpoint.keep_last and checkpoint.every_steps"
+            f"{run.path}: {len(names)} checkpoint(s) and snapshots, but PCA of the path needs {NEEDED}; "
+            "train with checkpoint.snapshots=10"
         )
     model = run.model(names[-1], weights="raw")
     last = flatten(model).numpy()

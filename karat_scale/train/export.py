@@ -14,6 +14,7 @@ from karat_scale.errors import RunDirectoryError
 from karat_scale.models import create_model
 from karat_scale.recipe import AttentionConfig, ModelConfig, Recipe
 from karat_scale.recipe_io import load_recipe
+from karat_scale.train.restore import check_shapes
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.tensor_storage import save_safetensors
 from karat_scale.train.weights import describe_weights, load_weights
@@ -77,7 +78,13 @@ def read_exported(path: Path, implementation: str = "auto") -> VisionTransformer
 def load_exported(model: nn.Module, path: Path) -> None:
     """Give a model the weights in a file of `karat export`, in place; raises as `read_exported` does."""
     with _one_line(path):
-        model.load_state_dict(load_file(path))
+        weights = load_file(path)
+    here, there = ({name: tuple(x.shape) for name, x in state.items()} for state in (model.state_dict(), weights))
+    try:
+        check_shapes(here, there)
+    except RunDirectoryError as error:
+        raise RunDirectoryError(f"{path}: {error}") from None
+    model.load_state_dict(weights)
 
 
 @contextmanager
@@ -88,9 +95,7 @@ def _one_line(path: Path) -> Iterator[None]:
         raise RunDirectoryError(f"{path} is missing; put it back, nothing can be computed without it") from None
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise RunDirectoryError(
-            f"{path}: not the weights of this model as karat export writes them: {reason}"
-        ) from None
+        raise RunDirectoryError(f"{path}: not a whole file of karat export: {reason}") from None
 
 
 def _target(out: str | None, run: Path, name: str, kind: str, alone: bool) -> Path:

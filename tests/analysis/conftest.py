@@ -16,12 +16,20 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield opened
 
 
-KEEP_ALL = ("checkpoint.every_steps=4", "checkpoint.every_minutes=null", "checkpoint.keep_last=50")
+KEEP_ALL = (
+    "checkpoint.every_steps=4",
+    "checkpoint.every_minutes=null",
+    "checkpoint.keep_last=50",
+    "checkpoint.snapshots=1",
+)
 
 
 @pytest.fixture(scope="session")
 def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The directory of a run of 16 steps with a checkpoint each 4, by kind of attention; trained at first use."""
+    """The directory of a run of 16 steps with a checkpoint each 4, and snapshots of the weights at the start and end.
+
+    By kind of attention; trained at first use.
+    """
     root = tmp_path_factory.mktemp("runs")
 
     def run(kind: str) -> Path:

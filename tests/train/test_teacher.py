@@ -153,8 +153,8 @@ def test_a_run_that_has_not_begun_takes_its_teacher_anew(stopped: Path, tmp_path
 
 def test_a_file_that_is_no_export_is_one_line(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b"{}")
-    with pytest.raises(RunDirectoryError, match="not the weights of this model as karat export writes them"):
+    with pytest.raises(RunDirectoryError, match="not a whole file of karat export"):
         read_exported(tmp_path / FILE)
     save_file({"x": torch.zeros(1)}, tmp_path / FILE)
-    with pytest.raises(RunDirectoryError, match="as karat export writes them: 'attention'"):
+    with pytest.raises(RunDirectoryError, match="not a whole file of karat export: 'attention'"):
         read_exported(tmp_path / FILE)
