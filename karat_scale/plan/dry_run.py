@@ -46,7 +46,8 @@ def dry_run(recipe: Recipe, world: int) -> Iterator[str]:
 def _check_batches(recipe: Recipe, world: int, micro_batch: int, backend: Backend) -> str:
     """The first and the last global batch, cut by every rank."""
     plan = _plan(recipe, world, micro_batch, backend)
-    total = min(recipe.train.epochs * plan.steps_per_epoch, recipe.train.max_steps or recipe.train.epochs * 10**9)
+    planned = recipe.train.epochs * plan.steps_per_epoch
+    total = min(planned, recipe.train.max_steps or planned)
     for step in {0, total - 1}:
         epoch, batch = divmod(step, plan.steps_per_epoch)
         order = plan.epoch_order(epoch)

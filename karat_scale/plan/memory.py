@@ -8,23 +8,10 @@ from karat_scale.plan.footprint import Footprint
 from karat_scale.plan.tracing import OUTSIDE
 from karat_scale.plan.zero import Kept
 
-PARTS = (
-    "parameters",
-    "masters",
-    "optimizer",
-    "EMA",
-    "gradients",
-    "buckets",
-    "gathered weights",
-    "activations",
-    "workspace",
-    "images",
-)
-
 
 @dataclass(frozen=True)
 class Peak:
-    """The worst moment: "start", "backward", "reduce" or "step"; bytes by part (see PARTS), and activations by block.
+    """The worst moment: "start", "backward", "reduce" or "step"; bytes by part, and activations by block.
 
     `blocks` holds block -1 for what lies outside blocks. Only the moment's own bytes are there: at a step there are
     no activations.
