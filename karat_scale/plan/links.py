@@ -18,8 +18,8 @@ class Links:
     between: float
 
 
-# The share of the peak that large collectives of NCCL reach: about 370 of 450 GB/s on an HGX H100 and 235 of 300 on an
-# HGX A100, as published runs of nccl-tests show.
+# The share of the peak that NCCL reaches by rings: its maintainers state 370 of an H100's 450 GB/s (NVIDIA/nccl-tests
+# issue 212). All-reduce through the switches themselves (NVLink SHARP) is faster, about 480, and is not counted on.
 REACHED = 0.8
 # Seconds a step of a ring or a tree takes however little it carries; NCCL's tuning tables (src/graph/tuning.cc) have
 # 3.4 us a step of its simple protocol within a node, and 14 us across a network.
