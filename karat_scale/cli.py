@@ -164,7 +164,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from karat_scale.cluster.submit import submit
+    from karat_scale.submit.sbatch import submit
 
     given = {name: value for name, value in vars(options).items() if value is not None}
     sbatch = ("account", "partition", "qos", "constraint", "nodes", "gpus_per_node", "cpus_per_task", "time")

@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from karat_scale.cluster.submit import SCRIPT, fill, slurm_home
+from karat_scale.submit.sbatch import SCRIPT, fill, slurm_home
 from tests.cluster.terminal import on_a_terminal
 from tests.conftest import karat
 

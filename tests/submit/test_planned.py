@@ -48,6 +48,6 @@ def test_a_world_that_does_not_divide_the_batch_is_refused(tmp_path: Path, capsy
 
 
 def test_submitting_without_a_plan_does_not_import_torch() -> None:
-    code = "import sys, karat_scale.cluster.submit; print('torch' in sys.modules)"
+    code = "import sys, karat_scale.submit.sbatch; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -1,0 +1,1 @@
+"""A recipe as a job: stage and micro batch from its plan, and its sbatch script."""
