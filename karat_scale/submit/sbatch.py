@@ -7,10 +7,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from karat_scale.submit.planned import planned_overrides
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
 from karat_scale.recipe_io import load_recipe, shipped_recipes
+from karat_scale.submit.planned import planned_overrides
 
 SCRIPT = "imagenet_fourier_karat.sh"
 
