@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from karat_scale.plan.choose import Machine, consider
+from karat_scale.plan.subject import Subject
+from karat_scale.recipe_io import load_recipe
 from tests.conftest import SMALL, events, karat_command, karat_environment, summary
 
 MB = 1 << 20
@@ -52,22 +55,30 @@ def test_a_small_model_fits_with_its_attention_recomputed(tmp_path: Path) -> Non
 
 @pytest.mark.night
 def test_vit_base_g1b_trains_twenty_steps_where_it_would_not_fit(tmp_path: Path) -> None:
-    """As docs/memory.md has it."""
+    """As docs/memory.md has it, and `karat plan` predicted both."""
     base = (
-        "imagenet_vit_base_g1b",
         "run.device=cpu",
         "data.backend=synthetic",
         "data.synthetic_samples=8",
+        "data.workers=0",
         "attention.implementation=reference",
         "train.precision=fp32",
-        "train.global_batch=4",
+        "deepspeed.config=zero0",
+        "train.global_batch=8",
+        "train.micro_batch=8",
+        "train.eval_batch=8",
         "train.max_steps=20",
-        "train.eval_every_epochs=10",
+        "train.eval_every_epochs=100",
         "train.ema_decay=0",
         "log.every_steps=1",
     )
-    cap = 2800
-    assert_out_of_memory(train_capped(cap, tmp_path / "none", *base), tmp_path / "none", 4)
-    done = train_capped(cap, tmp_path / "attention", *base, "train.recompute.policy=attention")
+    cap = 3200
+    machine = Machine(world=1, memory=cap * MB, on_gpu=False)
+    for policy, fits in (("none", False), ("attention", True)):
+        recipe = load_recipe("imagenet_vit_base_g1b", [*base, f"train.recompute.policy={policy}"])
+        assert consider(Subject(recipe, on_gpu=False), machine, "zero0", 8).fits == fits
+    assert_out_of_memory(train_capped(cap, tmp_path / "none", "imagenet_vit_base_g1b", *base), tmp_path / "none", 8)
+    run = tmp_path / "attention"
+    done = train_capped(cap, run, "imagenet_vit_base_g1b", *base, "train.recompute.policy=attention")
     assert done.returncode == 0, done.stderr
-    assert [event["step"] for event in events(tmp_path / "attention", "train")] == list(range(1, 21))
+    assert [event["step"] for event in events(run, "train")] == list(range(1, 21))
