@@ -73,6 +73,8 @@ def message(path: Path | str, *overrides: str) -> str:
         ("optim.name=lion", ["optim.name = 'lion'", "'adamw' or 'muon'"]),
         ("log.profile_steps=[5, 3]", ["log.profile_steps", "swap the two"]),
         ("checkpoint.keep_last=1", ["checkpoint.keep_last = 1", "2"]),
+        ("checkpoint.snapshots=-1", ["checkpoint.snapshots = -1", "0"]),
+        ("train.on_nonfinite=ignore", ["train.on_nonfinite = 'ignore'", "'skip' or 'stop'"]),
         ("data.path=", ["data.path"]),
         ("optim=3", ["optim = 3", "weight_decay"]),
         ("optim.lr.peak=3", ["optim.lr"]),
@@ -101,6 +103,12 @@ def test_a_mistake_is_one_line_with_field_value_and_mend(recipe: Path, override:
 def test_a_broken_file_is_one_line(recipe: Path, body: str, part: str) -> None:
     recipe.write_text(body)
     assert part in message(recipe)
+
+
+def test_fp16_overflows_are_no_reason_to_stop(recipe: Path) -> None:
+    said = message(recipe, "train.precision=fp16", "train.on_nonfinite=stop")
+    assert "train.on_nonfinite = stop with train.precision = fp16" in said
+    assert "use skip" in said
 
 
 def test_a_run_begins_with_one_thing(recipe: Path) -> None:

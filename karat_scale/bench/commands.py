@@ -214,6 +214,7 @@ def _recompute(options: argparse.Namespace) -> int:
 def _add_save(benches: Any) -> None:
     parser = benches.add_parser("save", help="how long training stands still for a checkpoint, and a resume takes")
     parser.add_argument("--model", default="vit_base_patch16_224")
+    parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--config", default="zero0", help="deepspeed.config (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
@@ -225,7 +226,8 @@ def _add_save(benches: Any) -> None:
 def _save(options: argparse.Namespace) -> int:
     from karat_scale.bench.save import SavePlan, bench_save
 
-    plan = SavePlan(options.model, options.batch, options.config, options.rounds, options.path)
+    where = (options.config, options.rounds, options.path)
+    plan = SavePlan(options.model, options.image_size, options.batch, *where)
     return bench_save(plan, options.json)
 
 

@@ -37,6 +37,7 @@ class SavePlan:
     """What to save, how often, and where."""
 
     model: str
+    image_size: int
     batch: int
     config: str
     rounds: int
@@ -63,7 +64,7 @@ class _Bench:
     def __init__(self, plan: SavePlan, world: distributed.World, scratch: str) -> None:
         tree = {
             "run": {"name": "bench-save", "dir": f"{scratch}/run"},
-            "model": {"name": plan.model},
+            "model": {"name": plan.model, "image_size": plan.image_size},
             "data": {"backend": "synthetic", "synthetic_samples": 4 * plan.batch, "workers": 0},
             "train": {"global_batch": plan.batch, "epochs": 1000},
             "deepspeed": {"config": plan.config},
