@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from rich.console import Console
@@ -84,22 +83,20 @@ class _Bench:
         complete: list[float] = []
         steps: list[float] = []
         steps_beside: list[float] = []
-        copies: list[float] = []
         for number in range(self._plan.rounds + 1):
             steps.append(self._step())
             seconds[DEEPSPEED].append(self._save_as_deepspeed())
             steps.append(self._step())
             seconds[BLOCKING].append(self._timed(lambda: self._parts.checkpoints.save(self._loop.state)))
             steps.append(self._step())
-            before, begun = psutil.Process().memory_info().rss, time.perf_counter()
+            begun = time.perf_counter()
             seconds[BESIDE].append(self._timed(lambda: self._parts.checkpoints.save(self._loop.state, wait=False)))
-            copies.append(psutil.Process().memory_info().rss - before)
             while self._parts.checkpoints.saver.is_under_way:
                 steps_beside.append(self._step())
                 self._loop.save_or_stop()
             complete.append(time.perf_counter() - begun)
             if number == 0:
-                for uncounted in (*seconds.values(), complete, steps, steps_beside, copies):
+                for uncounted in (*seconds.values(), complete, steps, steps_beside):
                     uncounted.clear()
         store = self._parts.checkpoints.store
         return {
@@ -111,7 +108,6 @@ class _Bench:
             "checkpoint_mb": round(store.newest_bytes() / 1e6, 1),
             "stall_seconds": {name: round(statistics.median(one), 3) for name, one in seconds.items()},
             "seconds_until_complete_beside": round(statistics.median(complete), 3),
-            "host_copy_mb": round(max(copies) / 1e6, 1),
             "step_seconds": round(statistics.median(steps), 3),
             "step_seconds_while_writing": round(statistics.median(steps_beside), 3),
             "resume_seconds": round(statistics.median(self._timed(self._parts.checkpoints.load) for _ in range(3)), 3),
@@ -148,8 +144,7 @@ def _print(result: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"beside training: complete after {result['seconds_until_complete_beside']:.2f} s; its copy takes "
-        f"{result['host_copy_mb']:,.0f} MB of host memory; a step meanwhile takes "
-        f"{result['step_seconds_while_writing']:.2f} s in place of {result['step_seconds']:.2f} s"
+        f"beside training: complete after {result['seconds_until_complete_beside']:.2f} s, at a step's end; a step "
+        f"meanwhile takes {result['step_seconds_while_writing']:.2f} s in place of {result['step_seconds']:.2f} s"
     )
     console.print(f"resume: verified and loaded in {result['resume_seconds']:.2f} s")
