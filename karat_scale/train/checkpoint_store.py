@@ -65,12 +65,13 @@ class CheckpointStore:
         own = {STATE: Fingerprint((unfinished / STATE).stat().st_size, file_sha256(unfinished / STATE))}
         write_atomically(unfinished / MANIFEST, _manifest_text({**files, **own}))
         name = unfinished.name.removeprefix(_UNFINISHED)
-        final = self.root / name
+        final, replaced = self.root / name, self.root / f"{_REPLACED}{name}"
         if final.exists():  # the same step again, say after a damaged save: the new one takes its place
-            final.rename(self.root / f"{_REPLACED}{name}")
+            final.rename(replaced)
         unfinished.rename(final)
         flush_to_disk(self.root)
         self.point("latest", name)
+        shutil.rmtree(replaced, ignore_errors=True)
         return name
 
     def point(self, pointer: str, name: str) -> None:

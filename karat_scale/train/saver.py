@@ -183,7 +183,7 @@ class Saver:
             self._under_way = None
             self._void(save.state.step, problem)
             return False
-        files = {name: print_ for one in everyone for name, print_ in (one.files or {}).items()}
+        files = {name: written for one in everyone for name, written in (one.files or {}).items()}
         save.is_committing = True
         save.task = Task(lambda: self._commit(save, files)) if self._world.is_main else None
         return True
@@ -197,6 +197,7 @@ class Saver:
         self._reporter.checkpoint(save.state, checkpoint_name(save.state.step), seconds, stall)
 
     def _void(self, step: int, problem: str | None) -> None:
+        self._storage.begin(copies=False)  # lets go of what was not written
         if self._world.is_main:
             self._store.discard_unfinished()
             kept = self._store.pointed("latest") or "none"
@@ -246,7 +247,7 @@ class Saver:
 
     def _write(self) -> _Written:
         try:
-            return _Written(files={path.name: print_ for path, print_ in self._storage.write().items()})
+            return _Written(files={path.name: written for path, written in self._storage.write().items()})
         except OSError as error:
             return _Written(describe(error))
 

@@ -110,3 +110,4 @@ def test_saving_a_step_again_replaces_it(store: CheckpointStore) -> None:
     (store.root / name / "weights.pt").write_bytes(b"damaged")
     save(store, 1)
     assert store.damage(name) is None
+    assert not list(store.root.glob(".saving-*"))
