@@ -19,14 +19,14 @@ from tests.data.backends.helpers import SIZE, children, wait_until
 
 
 def test_closing_ends_the_workers_and_the_iterators(make_shards, data_config, cheap_augment):
-    before = set(children())  # some of which another test may have left, and end by themselves
+    before = children()
     backend = open_backend(data_config(make_shards(), workers=2), cheap_augment, SIZE, 3, 0)
     batches = backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 1000))
     next(batches)
-    workers = set(children()) - before
+    workers = children() - before
     assert len(workers) == 2
     backend.close()
-    wait_until(lambda: not workers & set(children()))
+    wait_until(lambda: not workers & children())
     assert next(batches, None) is None
 
 
@@ -35,7 +35,7 @@ def test_a_killed_worker_is_one_clear_error(make_shards, data_config, cheap_augm
     backend = open_backend(data_config(make_shards(), workers=1), cheap_augment, SIZE, 3, 0)
     batches = backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 10**6))
     next(batches)
-    (worker,) = set(children()) - set(before)
+    (worker,) = children() - before
     os.kill(worker, signal.SIGKILL)
     with pytest.raises(DataError, match=r"a data worker died .*lower data.workers"):
         for _ in batches:

@@ -41,9 +41,10 @@ def contents(batches):
     ]
 
 
-def children() -> list[int]:
+def children() -> set[int]:
+    """This process's children, of which another test may have left some that end by themselves."""
     me = os.getpid()
-    return [int(pid) for pid in Path(f"/proc/self/task/{me}/children").read_text().split()]
+    return {int(pid) for pid in Path(f"/proc/self/task/{me}/children").read_text().split()}
 
 
 def wait_until(condition) -> None:
