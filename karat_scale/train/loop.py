@@ -246,6 +246,7 @@ class Loop:
         """Save this state unless that is done; whether it is, or without `wait` will be unless a rank fails."""
         self.parts.reporter.beat("saving")
         with self._interval.paused():
-            self._fold_interval()
+            if not self.parts.checkpoints.saver.holds(self.state):
+                self._fold_interval()
             self._saved_at = time.monotonic()  # a failed save is tried again an interval later, not each step
             return self.parts.checkpoints.save(self.state, is_best, wait)

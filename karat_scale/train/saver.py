@@ -6,17 +6,16 @@ one after that, all ranks hear of it. A checkpoint that one rank could not write
 """
 
 import shutil
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
 from karat_scale.files import Fingerprint
 from karat_scale.recipe import CheckpointConfig
+from karat_scale.train.background import Task
 from karat_scale.train.checkpoint_store import CheckpointStore, checkpoint_name
 from karat_scale.train.distributed import World
 from karat_scale.train.ds_internals import shard_layout, use_storage
@@ -27,36 +26,7 @@ from karat_scale.train.saved_state import sidecar_name
 from karat_scale.train.state import TrainState
 from karat_scale.train.tensor_storage import DurableStorage, describe
 
-T = TypeVar("T")
 _BEAT_SECONDS = 1.0
-
-
-class Task(Generic[T]):
-    """Work in a thread that does not outlive the process."""
-
-    def __init__(self, work: Callable[[], T]) -> None:
-        self._work = work
-        self._value: T
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._value = self._work()
-        except BaseException as error:
-            self._error = error
-
-    def wait(self, seconds: float) -> bool:
-        """Wait for its end; whether it has come."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
-
-    def result(self) -> T:
-        """What the finished work returned; raises what it raised."""
-        if self._error is not None:
-            raise self._error
-        return self._value
 
 
 @dataclass
@@ -116,6 +86,11 @@ class Saver:
         """Whether this rank still works on the save under way."""
         task = self._under_way.task if self._under_way else None
         return task is not None and not task.wait(0)
+
+    def holds(self, state: TrainState) -> bool:
+        """Whether `state` is saved, or being saved; the same on all ranks."""
+        under_way = self._under_way is not None and _identity(self._under_way.state) == _identity(state)
+        return under_way or self._saved == _identity(state)
 
     def note_saved(self, state: TrainState) -> None:
         """`state` is in a checkpoint of this run already."""
