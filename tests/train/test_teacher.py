@@ -70,7 +70,7 @@ def test_a_student_trains_stops_goes_on_and_is_evaluated_without_the_teachers_ru
     teacher.rename(gone)  # the run keeps all it needs
     try:
         assert karat(*student_command(parts)).returncode == 0
-        assert main(["eval", str(parts), "--json", str(tmp_path / "eval.json")]) == 0
+        assert karat("eval", str(parts), "--json", str(tmp_path / "eval.json")).returncode == 0
         assert main(["export", str(parts), "--weights", "raw", "--checkpoint", "latest", "--out", str(tmp_path)]) == 0
     finally:
         gone.rename(teacher)
@@ -106,7 +106,7 @@ def test_every_stage_and_world_gives_the_same_losses(
 
 @pytest.mark.slow
 def test_another_teacher_is_noticed_whoever_reads_the_checkpoint(
-    stopped: Path, student_command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stopped: Path, student_command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(stopped, run)
@@ -114,19 +114,20 @@ def test_another_teacher_is_noticed_whoever_reads_the_checkpoint(
         about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     tensors["blocks.0.attn.operator.proj"][0, 0, 0] += 1
     save_file(tensors, run / FILE, about)
-    refused = karat(*student_command(run))
-    assert (refused.returncode, main(["eval", str(run)])) == (2, 2)
-    for error in (refused.stderr.strip().splitlines()[-1], capsys.readouterr().err.strip()):
+    for refused in (karat(*student_command(run)), karat("eval", str(run))):
+        assert refused.returncode == 2
+        error = refused.stderr.strip().splitlines()[-1]
         assert "it was trained with the teacher with digest" in error
         assert error.startswith("error: checkpoint ")
     (run / FILE).unlink()
-    assert main(["eval", str(run)]) == 2
-    assert f"{run / FILE} is missing" in capsys.readouterr().err
+    evaluated = karat("eval", str(run))
+    assert evaluated.returncode == 2
+    assert f"{run / FILE} is missing" in evaluated.stderr
     assert karat(*student_command(run)).returncode == 0  # from the teacher's run, which is still the same
 
 
 def test_what_cannot_be_transferred_is_one_line(
-    stopped: Path, student_command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stopped: Path, student_command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     cases = {
         "attention.transfer_from=nowhere": "attention.transfer_from = nowhere: nowhere: not a run directory",
@@ -137,8 +138,9 @@ def test_what_cannot_be_transferred_is_one_line(
         "augment.mean=[0.5, 0.5, 0.5]": "it was trained with augment.mean = [0.485, 0.456, 0.406]",
     }
     for override, message in cases.items():
-        assert main(student_command(tmp_path / "run", override)) == 2
-        error = capsys.readouterr().err.strip()
+        refused = karat(*student_command(tmp_path / "run", override))
+        assert refused.returncode == 2
+        error = refused.stderr.strip()
         assert message in error
         assert len(error.splitlines()) == 1
 
