@@ -10,6 +10,8 @@ def add_benches(benches: Any) -> None:
     of_data = (_add_order, _add_data, _add_prepare)
     for add in (*of_training, *of_data, _add_plan):
         add(benches)
+    for parser in benches.choices.values():
+        parser.add_argument("--json", metavar="FILE", help="write the figures there too")
 
 
 def _add_step(benches: Any) -> None:
@@ -18,7 +20,6 @@ def _add_step(benches: Any) -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5, help="steps a round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE")
     parser.set_defaults(run=_step)
 
 
@@ -37,7 +38,6 @@ def _add_stages(benches: Any) -> None:
     parser.add_argument("--ranks", type=int, default=2, help="processes on this machine (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="steps a round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE")
     parser.set_defaults(run=_stages)
 
 
@@ -73,7 +73,6 @@ def _add_attention(benches: Any) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE")
     parser.set_defaults(run=_attention)
 
 
@@ -104,7 +103,6 @@ def _add_order(benches: Any) -> None:
     parser.add_argument("--block", type=int, default=256, help="samples a block (default: %(default)s)")
     parser.add_argument("--window", type=int, default=32, help="blocks a window (default: %(default)s)")
     parser.add_argument("--path", metavar="DIR", help="shards to read with a cold cache")
-    parser.add_argument("--json", metavar="FILE")
     parser.set_defaults(run=_order)
 
 
@@ -125,7 +123,6 @@ def _add_data(benches: Any) -> None:
     parser.add_argument("--workers", type=int, default=1, help="0 for none (default: %(default)s)")
     parser.add_argument("--images", type=int, default=512, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE")
     parser.set_defaults(run=_data)
 
 
@@ -153,7 +150,6 @@ def _add_prepare(benches: Any) -> None:
     parser.add_argument("--encoder", choices=("auto", "native", "pillow"), default="auto")
     parser.add_argument("--images", type=int, default=1000, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE")
     parser.set_defaults(run=_prepare)
 
 
@@ -178,7 +174,6 @@ def _add_resume(benches: Any) -> None:
     parser.add_argument("--ranks", type=int, default=1, help="processes (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=2, help="images a rank (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE")
     parser.set_defaults(run=_resume)
 
 
@@ -200,7 +195,6 @@ def _add_recompute(benches: Any) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE")
     parser.set_defaults(run=_recompute)
 
 
@@ -219,7 +213,6 @@ def _add_save(benches: Any) -> None:
     parser.add_argument("--config", default="zero0", help="deepspeed.config (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
     parser.add_argument("--path", metavar="DIR", help="where to save (default: the temporary directory)")
-    parser.add_argument("--json", metavar="FILE")
     parser.set_defaults(run=_save)
 
 
@@ -237,7 +230,6 @@ def _add_gpu(benches: Any) -> None:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the command")
-    parser.add_argument("--json", metavar="FILE")
     parser.set_defaults(run=_gpu)
 
 
@@ -249,7 +241,6 @@ def _gpu(options: argparse.Namespace) -> int:
 
 def _add_plan(benches: Any) -> None:
     parser = benches.add_parser("plan", help="the memory that `karat plan` counts against that of real steps")
-    parser.add_argument("--json", metavar="FILE")
     parser.set_defaults(run=_plan)
 
 
