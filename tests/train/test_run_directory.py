@@ -1,5 +1,6 @@
 import multiprocessing
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,19 @@ def test_two_cannot_hold_one_directory(small_recipe, tmp_path: Path) -> None:
         second.open(small_recipe())
 
 
+def _outlive(begun: Event) -> None:
+    begun.set()
+    time.sleep(60)
+
+
 def test_a_process_that_outlives_the_run_does_not_hold_its_directory(small_recipe, tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.open(small_recipe())
-    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    context = multiprocessing.get_context("fork")
+    begun = context.Event()
+    worker = context.Process(target=_outlive, args=(begun,))
     worker.start()
+    assert begun.wait(30)  # a fork is not yet at its first line when start() returns
     del directory  # as by a kill
     RunDirectory(tmp_path / "run").open(small_recipe())
     assert worker.is_alive()
