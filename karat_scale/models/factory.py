@@ -1,6 +1,7 @@
 """From the recipe's `model` and `attention` sections to a model."""
 
 import difflib
+from typing import Any
 
 import timm
 from timm.models import VisionTransformer
@@ -12,10 +13,13 @@ from karat_scale.models.vit import OWN_SIZES, build_vit, create_vit
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 
-def create_model(model: ModelConfig, attention: AttentionConfig) -> VisionTransformer:
+def create_model(model: ModelConfig, attention: AttentionConfig, **options: Any) -> VisionTransformer:
     """Build the timm model a recipe names, with softmax or KArAt attention.
 
     One with `attention.transfer_from` has its own parameters and computes after `give_teacher`.
+
+    Args:
+        options: of timm's VisionTransformer, in place of the named model's own, such as `class_token=False`.
 
     Raises:
         RecipeError: the name is unknown to timm, is not a plain ViT, or cannot take the sizes asked for.
@@ -27,8 +31,8 @@ def create_model(model: ModelConfig, attention: AttentionConfig) -> VisionTransf
         hint = f"; did you mean {close[0]}?" if close else "; `timm.list_models('vit_*')` lists the valid ones"
         raise RecipeError(f"model.name = {model.name!r}: no such vision transformer in timm{hint}")
     if attention.transfer_from:
-        return build_vit(model, TransferredAttention)
-    return create_vit(model, attention)
+        return build_vit(model, TransferredAttention, **options)
+    return create_vit(model, attention, **options)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -1,5 +1,6 @@
 """Weights of one model as the beginning of another: other classes, another image size, softmax's for KArAt."""
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -18,7 +19,8 @@ OPERATOR = ".operator."
 def take_weights(model: VisionTransformer, weights: Mapping[str, Tensor], new_head: bool = True) -> str:
     """Copy weights into a model, in place, fitted to its image size and classes.
 
-    Position embeddings, the patch embedding and the attention operators are interpolated. The operators of a KArAt
+    Position embeddings, the patch embedding and the attention operators are interpolated. Where the model has no class
+    token, what belongs to theirs is left out. The operators of a KArAt
     model stay as they are when the weights are a softmax model's, and with `new_head` so does a classifier of another
     number of classes.
 
@@ -34,12 +36,17 @@ def take_weights(model: VisionTransformer, weights: Mapping[str, Tensor], new_he
         RecipeError: the weights are of another model; one line names the first parameter that tells.
     """
     own = model.state_dict()
-    weights = checkpoint_filter_fn(dict(weights), model)
     notes = []
     left = set()
+    loses_class_token = model.cls_token is None and "cls_token" in weights
+    if loses_class_token:
+        weights = _without_class_token(weights)
+        notes.append("without its class token")
+    weights = checkpoint_filter_fn(dict(weights), model)
     if any(OPERATOR in name for name in weights):
-        operators, grid = _operators_for(model, weights)
-        notes += [f"interpolated from {grid.height} x {grid.width} patches"] if grid != _grid_of(model) else []
+        operators, grid = _operators_for(model, weights, loses_class_token)
+        is_resized = (grid.height, grid.width) != model.patch_embed.grid_size
+        notes += [f"interpolated from {grid.height} x {grid.width} patches"] if is_resized else []
         weights = {**weights, **operators}
     elif any(OPERATOR in name for name in own):
         left |= {name for name in own if OPERATOR in name}
@@ -67,7 +74,18 @@ def _grid_of(model: VisionTransformer) -> TokenGrid:
     return TokenGrid(model.num_prefix_tokens, *model.patch_embed.grid_size)
 
 
-def _operators_for(model: VisionTransformer, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], TokenGrid]:
+def _without_class_token(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All but the operators': these are cut where they are fitted to the model's grid."""
+    kept = {name: tensor for name, tensor in weights.items() if name != "cls_token"}
+    positions = kept["pos_embed"].shape[1]
+    if math.isqrt(positions) ** 2 != positions:  # its own is the first
+        kept["pos_embed"] = kept["pos_embed"][:, 1:]
+    return kept
+
+
+def _operators_for(
+    model: VisionTransformer, weights: Mapping[str, Tensor], loses_class_token: bool
+) -> tuple[dict[str, Tensor], TokenGrid]:
     """The operators' tensors for the model's grid, and the grid they came from."""
     resized: dict[str, Tensor] = {}
     taken: dict[int, tuple[str, dict[str, Tensor]]] = {}
@@ -81,7 +99,7 @@ def _operators_for(model: VisionTransformer, weights: Mapping[str, Tensor]) -> t
                 "use attention.mode=blockwise"
             )
         try:
-            old = square_grid(tokens_of(operator, tensors), new.prefix)
+            old = square_grid(tokens_of(operator, tensors), new.prefix + loses_class_token)
             tensors = resize_operator(operator, tensors, old, new)
         except ValueError as error:
             raise RecipeError(f"{prefix}{error}; use the attention section it was trained with") from error

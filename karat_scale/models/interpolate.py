@@ -93,8 +93,14 @@ def resize_operator(
 
 
 def resize_tokens(tensor: Tensor, axis: int, old: TokenGrid, new: TokenGrid, scale: float = 1.0) -> Tensor:
-    """A tensor whose `axis` is one of tokens for another grid: patches bicubic and scaled, the others as they are."""
+    """A tensor whose `axis` is one of tokens for another grid: patches bicubic and scaled, the others as they are.
+
+    Of class and register tokens the new grid may have fewer; the last are dropped.
+    """
     prefix, patches = tensor.movedim(axis, -1).split([old.prefix, old.patches], -1)
+    prefix = prefix[..., : new.prefix]
+    if (old.height, old.width) == (new.height, new.width):
+        return torch.cat((prefix, patches * scale), -1).movedim(-1, axis).contiguous()
     plane = patches.reshape(-1, 1, old.height, old.width).to(torch.promote_types(tensor.dtype, torch.float32))
     plane = functional.interpolate(plane, (new.height, new.width), mode="bicubic", antialias=True) * scale
     patches = plane.to(tensor.dtype).view(*prefix.shape[:-1], new.patches)

@@ -1,7 +1,7 @@
 """Vision transformers of timm with a KArAt operator in place of softmax."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import timm
@@ -111,17 +111,17 @@ def _make_operator(attention: AttentionConfig, num_tokens: int, num_heads: int) 
     return KaratOperator(**sizes, **named, basis=basis, form=attention.form, simplex=attention.simplex)
 
 
-def create_vit(model: ModelConfig, attention: AttentionConfig) -> VisionTransformer:
+def create_vit(model: ModelConfig, attention: AttentionConfig, **options: Any) -> VisionTransformer:
     """A timm ViT of the recipe's size with the recipe's attention, freshly initialised.
 
     Raises:
         RecipeError: timm cannot build the model at these sizes.
     """
     if attention.kind == "softmax":
-        return build_vit(model, Attention)
+        return build_vit(model, Attention, **options)
     with torch.device("meta"):
-        tokens = num_tokens(build_vit(model, Attention))
-    return build_vit(model, attention_class(attention, tokens))
+        tokens = num_tokens(build_vit(model, Attention, **options))
+    return build_vit(model, attention_class(attention, tokens), **options)
 
 
 def num_tokens(model: VisionTransformer) -> int:
@@ -129,32 +129,32 @@ def num_tokens(model: VisionTransformer) -> int:
     return int(model.patch_embed.num_patches + model.num_prefix_tokens)
 
 
-def build_vit(model: ModelConfig, attn_layer: type[Attention]) -> VisionTransformer:
-    """A timm ViT of the recipe's size with layers of class `attn_layer`.
+def build_vit(model: ModelConfig, attn_layer: type[Attention], **options: Any) -> VisionTransformer:
+    """A timm ViT of the recipe's size with layers of class `attn_layer`, and timm's `options`.
 
     Raises:
         RecipeError: timm cannot build the model at these sizes.
     """
     try:
-        return _build(model, attn_layer)
+        return _build(model, attn_layer, options)
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(f"model.name = {model.name!r} cannot be built as asked: {reason}") from error
 
 
-def _build(model: ModelConfig, attn_layer: type[Attention]) -> VisionTransformer:
+def _build(model: ModelConfig, attn_layer: type[Attention], options: Mapping[str, Any]) -> VisionTransformer:
     sizes: dict[str, Any] = dict(OWN_SIZES.get(model.name, {}))
     asked = {"embed_dim": model.embed_dim, "depth": model.depth, "num_heads": model.num_heads}
     sizes.update({key: value for key, value in asked.items() if value is not None})
+    settings = {"num_classes": model.num_classes, **sizes, **options}
     vit: Any = timm.create_model(
         "vit_tiny_patch16_224" if model.name in OWN_SIZES else model.name,
         pretrained=False,
         img_size=model.image_size,
         patch_size=model.patch_size,
-        num_classes=model.num_classes,
         drop_path_rate=model.drop_path,
         proj_drop_rate=model.proj_drop,
         attn_layer=attn_layer,
-        **sizes,
+        **settings,
     )
     return cast(VisionTransformer, vit)

@@ -56,6 +56,22 @@ def test_another_image_size_interpolates_positions_and_operators() -> None:
     torch.testing.assert_close(after.cos_coef[:, :, 1:].sum(2), before.cos_coef[:, :, 1:].sum(2), rtol=0.2, atol=0.2)
 
 
+@pytest.mark.parametrize("image_size", [16, 24])
+def test_a_model_without_class_token_leaves_out_theirs(image_size: int) -> None:
+    source = model(0)
+    torch.manual_seed(1)
+    sizes = {**SMALL, "image_size": image_size, "num_classes": 4}
+    attention = AttentionConfig(kind="karat", grid=2, rank=4)
+    target = create_model(ModelConfig(**sizes), attention, class_token=False, global_pool="")
+    assert take_weights(target, source.state_dict()).startswith("without its class token")
+    before, after = source.blocks[0].attn.operator, target.blocks[0].attn.operator
+    assert after.num_tokens == (image_size // 4) ** 2
+    if image_size == 16:  # the same patches: the same numbers
+        assert torch.equal(after.cos_coef, before.cos_coef[:, :, 1:])
+        assert torch.equal(after.proj, before.proj[:, 1:])
+        assert torch.equal(target.pos_embed, source.pos_embed[:, 1:])
+
+
 @pytest.mark.parametrize(
     "attention",
     [
