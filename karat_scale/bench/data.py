@@ -38,6 +38,8 @@ DECODERS = {"webdataset": ("native", "torchvision", "pillow")}
 SIZE, BATCH = 224, 64
 # How often a loader goes over the images in one go: training starts its workers once, not for each few hundred images.
 PASSES = 4
+# The same where two workers are compared with one: seconds of decoding beside the tenth of a second that a start takes.
+SCALING_PASSES, SCALING_ROUNDS = 20, 2
 FFCV, DALI = "FFCV's Loader, uint8", "DALI's pipeline, CPU, uint8"
 AUGMENTS = {
     # What every peer has too, as torchvision's reference recipe draws it.
@@ -82,7 +84,7 @@ def bench_data(plan: Plan, json_file: str | None) -> int:
         bench = _Bench(images, AUGMENTS[plan.augment], plan.workers, plan.ffcv)
         contenders, missing = bench.contenders(backends)
         seconds = interleaved_seconds(contenders, plan.rounds, processor_seconds)
-        scaling = _scaling(bench, plan.rounds) if "webdataset" in backends else None
+        scaling = _scaling(bench, min(plan.rounds, SCALING_ROUNDS)) if "webdataset" in backends else None
     base = next(iter(contenders))
     used = {name: bench.images_of(name) for name in contenders}
     result = {
@@ -168,8 +170,8 @@ class _Bench:
             found[DALI] = libraries.dali_loader(self._images.folder, self._augment, self._load)
         return found
 
-    def passes(self, backend: str, decoder: str, workers: int) -> Callable[[], object]:
-        """Goes over the images by our backend. Raises UserError where it cannot be opened."""
+    def passes(self, backend: str, decoder: str, workers: int, times: int = PASSES) -> Callable[[], object]:
+        """Goes over the images by our backend, `times` over. Raises UserError where it cannot be opened."""
         path = {"folder": self._images.folder, "ffcv": Path(self._ffcv or "")}.get(backend, self._images.shards)
         config = DataConfig.model_validate(
             {
@@ -181,7 +183,7 @@ class _Bench:
                 "synthetic_samples": len(self._images.encoded),
             }
         )
-        return self._passes_of(open_backend(config, self._augment, SIZE, CLASSES, 0))
+        return self._passes_of(open_backend(config, self._augment, SIZE, CLASSES, 0), times)
 
     def _scaled_passes(self) -> Callable[[], object]:
         """As the webdataset backend, with a decoder that no recipe asks for, since its pixels differ more."""
@@ -190,11 +192,11 @@ class _Bench:
         decoder = NativeDecoder(self._augment.interpolation, config.max_pixels, scaled=True)
         return self._passes_of(ImageBackend(split, split, config, self._augment, SIZE, 0, decoder))
 
-    def _passes_of(self, backend: Backend) -> Callable[[], object]:
+    def _passes_of(self, backend: Backend, times: int = PASSES) -> Callable[[], object]:
         plan = TrainPlan(0, min(backend.num_train, len(self._images.encoded)), self._batch, self._batch, 0, 1)
 
         def run() -> None:
-            for _ in backend.train_batches(plan.slices(0, PASSES * plan.steps_per_epoch)):
+            for _ in backend.train_batches(plan.slices(0, times * plan.steps_per_epoch)):
                 pass
 
         return run
@@ -216,8 +218,8 @@ class _Bench:
 def _scaling(bench: _Bench, rounds: int) -> dict[str, float]:
     """Wall time and processor time of one worker over those of two. Wall time needs two idle cores."""
     contenders = {
-        ONE_WORKER: bench.passes("webdataset", "auto", 1),
-        TWO_WORKERS: bench.passes("webdataset", "auto", 2),
+        ONE_WORKER: bench.passes("webdataset", "auto", 1, SCALING_PASSES),
+        TWO_WORKERS: bench.passes("webdataset", "auto", 2, SCALING_PASSES),
     }
     wall = interleaved_seconds(contenders, rounds)
     processor = interleaved_seconds(contenders, rounds, processor_seconds)
