@@ -26,11 +26,12 @@ from console import (
     positive,
     progress,
     run,
+    source_options,
 )
 from make_webdataset import class_names
 from preparing import Preparation
 from shard_job import spread
-from sources import LabelFiles, Source, open_splits
+from sources import Source, open_splits
 from sources.shards import has_shards, open_shards
 
 from karat_scale import __version__
@@ -65,6 +66,7 @@ def plan_job(split: str, source: Source, names: list[str], options: argparse.Nam
         "smart_threshold": options.smart_threshold,
         "check": options.check,
         "on_odd": options.on_odd,
+        **source.facts,
     }
     packing = Packing(
         options.write_mode,
@@ -121,7 +123,7 @@ def report(job: BetonJob, record: BetonRecord) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line. Raises DataError for options that do not go together."""
-    parser = make_parser("Turn shards, an ImageFolder, ImageNet's official tars or IDX files into FFCV's betons.")
+    parser = make_parser("Turn shards, an ImageFolder, or a data set's official files, into FFCV's betons.")
     add_source_options(parser)
     add_choice_options(parser)
     parser.add_argument(
@@ -158,8 +160,8 @@ def _check(options: argparse.Namespace) -> None:
     if options.compress_probability is not None and not 0 <= options.compress_probability <= 1:
         raise DataError(f"--compress-probability {options.compress_probability} is not between 0 and 1")
     if has_shards(options.src):
-        for name in ("subset", "val_labels", "synsets", "names"):
-            if getattr(options, name) is not None:
+        for name in ("subset", "val_labels", "synsets", "names", "encoding", "any_hash"):
+            if getattr(options, name):
                 raise DataError(f"--{name.replace('_', '-')} does not go with shards, which have it settled")
 
 
@@ -170,7 +172,7 @@ def open_source(options: argparse.Namespace) -> tuple[dict[str, Source], list[st
         return dict(shards), names
     there = sorted(options.out.glob("*.beton.json"))
     classes = read_record(there[0].with_suffix("")).classes if there else None
-    sources = open_splits(options.src, options.split, classes, LabelFiles(options.val_labels, options.synsets))
+    sources = open_splits(options.src, options.split, classes, source_options(options))
     return sources, class_names(options, next(iter(sources.values())).classes)
 
 

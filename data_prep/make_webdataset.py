@@ -7,6 +7,8 @@ The source is one of
     an ImageFolder, with or without train/ and val/ or test/, as a directory or as one uncompressed tar
     ImageNet's official tars, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar with the validation labels
     (sources/val_labels.py lists the forms they may have); they are read in place, nothing is unpacked
+    the official files of CIFAR-10, CIFAR-100, SVHN, STL-10 or Oxford Flowers-102 (sources/ has a module for each),
+    whose published hashes are checked
     IDX files such as MNIST's
 
 Samples are shuffled over the shards by a seed; the bytes of image files are kept, unless --resize re-encodes them.
@@ -29,6 +31,7 @@ from console import (
     positive,
     progress,
     run,
+    source_options,
 )
 from preparing import DEFAULT_QUALITY, Preparation
 from resizing import choose_encoder
@@ -42,7 +45,7 @@ from shard_job import (
     remove_leftovers,
     spread,
 )
-from sources import LabelFiles, Source, open_splits
+from sources import Source, open_splits
 from sources.val_labels import NAME_FILES, find_file, read_synset_names
 
 from karat_scale import __version__
@@ -78,6 +81,7 @@ def plan_job(split: str, source: Source, options: argparse.Namespace) -> Job:
         "encoder": encoder if options.resize else None,
         "check": options.check,
         "on_odd": options.on_odd,
+        **source.facts,
     }
     preparation = Preparation(options.check, options.on_odd, options.resize, quality, encoder)
     return Job(split, source, options.out, shards, preparation, made)
@@ -156,7 +160,7 @@ def report(split: str, record: SplitRecord) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line. Raises DataError for options that do not go together."""
-    parser = make_parser("Turn an ImageFolder, ImageNet's official tars or IDX files into indexed WebDataset shards.")
+    parser = make_parser("Turn an ImageFolder, or a data set's official files, into indexed WebDataset shards.")
     add_source_options(parser)
     add_choice_options(parser)
     size = parser.add_mutually_exclusive_group()
@@ -194,8 +198,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     out: Path = options.out
     dataset = read_dataset_record(out) if (out / DATASET_FILE).exists() else None
-    files = LabelFiles(options.val_labels, options.synsets)
-    sources = open_splits(options.src, options.split, dataset.classes if dataset else None, files)
+    known = dataset.classes if dataset else None
+    sources = open_splits(options.src, options.split, known, source_options(options))
     jobs = [plan_job(split, source, options) for split, source in sources.items()]
     if options.dry_run:
         for job in jobs:

@@ -1,36 +1,40 @@
 """Where images come from: finds what kind of source a directory is, and its splits."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from karat_scale.errors import DataError
-from sources.base import Source, UnreadableSampleError
-from sources.idx import IdxSource, idx_classes, idx_splits
+from sources.base import Openers, Source, UnreadableSampleError
+from sources.cifar import cifar_splits
+from sources.flowers102 import flowers_splits
+from sources.idx import idx_splits
 from sources.imagefolder import ImageFolderSource, class_folders, split_folders
-from sources.imagenet import LabelFiles, has_imagenet_tars, imagenet_splits
+from sources.imagenet import has_imagenet_tars, imagenet_splits
+from sources.options import SourceOptions
+from sources.stl10 import stl10_splits
+from sources.svhn import svhn_splits
 from sources.tars import folder_tar_splits
 
-__all__ = ["LabelFiles", "Source", "UnreadableSampleError", "open_splits"]
+__all__ = ["Source", "SourceOptions", "UnreadableSampleError", "open_splits"]
 
-Openers = dict[str, Callable[[list[str]], Source]]
+# Each looks for the official files of its data set and answers with splits and classes.
+DATA_SETS = (cifar_splits, svhn_splits, stl10_splits, flowers_splits, idx_splits)
 
 # What other data sets call the split that recipes call val.
 VAL_NAMES = ("val", "valid", "validation", "test", "t10k")
 
 
 def open_splits(
-    src: Path, split: str | None, known_classes: list[str] | None, files: LabelFiles | None = None
+    src: Path, split: str | None, known_classes: list[str] | None, options: SourceOptions | None = None
 ) -> dict[str, Source]:
     """The wanted splits of `src`, a directory or a tar of an ImageFolder, by their output names.
 
     split: one output name, or None for all. known_classes: the classes that earlier splits were labelled
-    with. files: where ImageNet's validation labels are, if not beside the tars. A source without split folders
-    is one split, called `split` or train. Raises DataError.
+    with. A source without split folders is one split, called `split` or train. Raises DataError.
     """
     if not src.is_dir() and not src.is_file():
         raise DataError(f"--src {src} is not a directory or a tar")
-    found, own_classes = _find(src, split, files or LabelFiles(), known_classes)
+    found, own_classes = _find(src, split, options or SourceOptions(), known_classes)
     chosen = _choose(src, found, split)
     classes = own_classes if known_classes is None else known_classes
     if known_classes is not None and not set(own_classes) <= set(known_classes):
@@ -40,23 +44,24 @@ def open_splits(
 
 
 def _find(
-    src: Path, split: str | None, files: LabelFiles, known_classes: list[str] | None
+    src: Path, split: str | None, options: SourceOptions, known_classes: list[str] | None
 ) -> tuple[Openers, list[str]]:
     if src.is_file():
         in_tar, names = folder_tar_splits(src)
         return {name or split or "train": opener for name, opener in in_tar.items()}, names
     if has_imagenet_tars(src):
-        official, names = imagenet_splits(src, split, files, known_classes)
+        official, names = imagenet_splits(src, split, options, known_classes)
         return dict(official), names
-    idx = idx_splits(src)
-    if idx:
-        return {name: partial(IdxSource, path) for name, path in idx.items()}, idx_classes(src)
+    for look_for in DATA_SETS:
+        known, names = look_for(src, options)
+        if known:
+            return dict(known), names
     folders = split_folders(src) or {split or "train": src}
     names = sorted({name for folder in folders.values() for name in class_folders(folder)})
     return {name: partial(ImageFolderSource, path) for name, path in folders.items()}, names
 
 
-def _choose(src: Path, found: dict[str, Callable[[list[str]], Source]], split: str | None) -> dict[str, str]:
+def _choose(src: Path, found: Openers, split: str | None) -> dict[str, str]:
     """Output names of splits and the source's own names for them."""
     first_val = next((name for name in VAL_NAMES if name in found), None)
     if split is None:

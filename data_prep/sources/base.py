@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +16,14 @@ class UnreadableSampleError(Exception):
 
 
 class Source(Protocol):
-    """One split of a source, in a fixed order. Samples that can be told to be no image beforehand are in `skipped`."""
+    """One split of a source, in a fixed order. Samples that can be told to be no image beforehand are in `skipped`.
+
+    facts: what dataset.json should say of the source besides.
+    """
 
     classes: list[str]
     skipped: list[tuple[str, str]]
+    facts: dict[str, Any]
 
     def __len__(self) -> int: ...
 
@@ -43,11 +48,16 @@ class Source(Protocol):
         """A hash that changes when the source does."""
 
 
+# Splits by name, each opened with the classes that its labels shall count.
+Openers = dict[str, Callable[[list[str]], Source]]
+
+
 class ListedSource:
     """What sources of image files with paths have in common: the same files give the same shards from any of them."""
 
     def __init__(self, classes: list[str], paths: list[str], labels: list[int]) -> None:
         self.classes = classes
+        self.facts: dict[str, Any] = {}
         self.labels: npt.NDArray[np.int32] = np.array(labels, dtype=np.int32)
         self._paths = paths
         self._keys = unique_keys(paths)

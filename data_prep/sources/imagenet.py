@@ -5,25 +5,17 @@ ILSVRC2012_img_val.tar      ILSVRC2012_val_00000001.JPEG, ...; the labels come f
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from karat_scale.errors import DataError
 from sources.imagefolder import is_image_name
+from sources.options import SourceOptions
 from sources.tars import Member, TarSource, scan_tar
 from sources.val_labels import LABEL_FILES, find_file, read_val_labels
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
-
-
-@dataclass(frozen=True)
-class LabelFiles:
-    """Where the user says that labels are: val_labels and synsets as val_labels.py has them."""
-
-    val_labels: Path | None = None
-    synsets: Path | None = None
 
 
 def has_imagenet_tars(src: Path) -> bool:
@@ -32,7 +24,7 @@ def has_imagenet_tars(src: Path) -> bool:
 
 
 def imagenet_splits(
-    src: Path, split: str | None, files: LabelFiles, known_classes: list[str] | None
+    src: Path, split: str | None, options: SourceOptions, known_classes: list[str] | None
 ) -> tuple[dict[str, Callable[[list[str]], TarSource]], list[str]]:
     """The splits whose tars are in `src`, and their classes: the sorted wnids. Raises DataError."""
     found: dict[str, Callable[[list[str]], TarSource]] = {}
@@ -45,7 +37,7 @@ def imagenet_splits(
         found["train"] = partial(_open_train, src / TRAIN_TAR, inner)
     if (src / VAL_TAR).is_file() and split != "train":
         members = list(scan_tar(src / VAL_TAR))
-        labels = _val_labels(src, members, files, sorted(wnids) or known_classes)
+        labels = _val_labels(src, members, options, sorted(wnids) or known_classes)
         wnids |= set(labels.values())
         found["val"] = partial(_open_val, src / VAL_TAR, members, labels)
     return found, sorted(wnids)
@@ -81,12 +73,12 @@ def _open_val(path: Path, members: list[Member], labels: dict[str, str], classes
     return TarSource(path, classes, placed())
 
 
-def _val_labels(src: Path, members: list[Member], files: LabelFiles, wnids: list[str] | None) -> dict[str, str]:
-    path = files.val_labels or find_file(src, LABEL_FILES)
+def _val_labels(src: Path, members: list[Member], options: SourceOptions, wnids: list[str] | None) -> dict[str, str]:
+    path = options.val_labels or find_file(src, LABEL_FILES)
     if path is None:
         raise DataError(
             f"{src / VAL_TAR} has no labels beside it; put LOC_val_solution.csv there or give --val-labels FILE, "
             f"or make only --split train"
         )
     stems = [_stem(member) for member in members if is_image_name(_file(member))]
-    return read_val_labels(path, stems, wnids, files.synsets)
+    return read_val_labels(path, stems, wnids, options.synsets)

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ class ShardSource:
     def __init__(self, directory: Path, split: str, record: DatasetRecord) -> None:
         self.classes = record.classes
         self.skipped: list[tuple[str, str]] = []
+        self.facts: dict[str, Any] = {}
         self._split = ShardSplit(directory, split, len(record.classes))
         self.labels = self._split.labels
         indexes = [(directory / shard.index.name).read_bytes() for shard in record.splits[split].shards]

@@ -1,0 +1,86 @@
+"""Images that a source holds as raw pixels: encoded one by one, as they are read."""
+
+import hashlib
+import io
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from karat_scale.errors import DataError
+from sources.options import Encoding
+
+JPEG_QUALITY = 95
+_CHUNK = 4096
+
+
+class PixelSource:
+    """Images uint8 [n, H, W] or [n, H, W, 3] with their class numbers. See Source.
+
+    file: what they are from, for reports. own: the source's classes, which the labels number; `classes`, the shards',
+    may have them in another order. facts: what dataset.json should say besides. Raises DataError where images and
+    labels do not fit.
+    """
+
+    def __init__(
+        self,
+        file: str,
+        images: npt.NDArray[np.uint8],
+        labels: npt.NDArray[Any],
+        own: list[str],
+        classes: list[str],
+        encoding: Encoding,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        if images.ndim not in (3, 4) or labels.ndim != 1 or len(images) != len(labels):
+            raise DataError(f"{file} holds {images.shape} values, its labels {labels.shape}; fetch both again")
+        if len(images) == 0:
+            raise DataError(f"{file} holds no images")
+        self.classes = classes
+        self.skipped: list[tuple[str, str]] = []
+        self.facts = {**(facts or {}), "encoding": encoding}
+        self.labels = renumbered(file, labels, own, classes)
+        self._file, self._images, self._encoding = file, images, encoding
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        # Unknown before encoding; the pixels are about the most.
+        return np.full(len(self), self._images[0].size, dtype=np.int64)
+
+    def name(self, index: int) -> str:
+        return f"{self._file}[{index}]"
+
+    def key(self, index: int) -> str:
+        return f"{index:06d}"
+
+    def read(self, index: int) -> bytes:
+        buffer = io.BytesIO()
+        image = Image.fromarray(np.ascontiguousarray(self._images[index]))
+        if self._encoding == "png":
+            image.save(buffer, "PNG")
+        else:
+            image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+        return buffer.getvalue()
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for start in range(0, len(self), _CHUNK):
+            digest.update(self._images[start : start + _CHUNK].tobytes())
+        digest.update(self.labels.astype(np.uint8).tobytes())
+        return digest.hexdigest()
+
+
+def renumbered(file: str, labels: npt.NDArray[Any], own: list[str], classes: list[str]) -> npt.NDArray[np.int32]:
+    """Labels that count `own` as labels that count `classes`. Raises DataError for one that is no class."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(own)))
+    if len(wrong):
+        raise DataError(
+            f"{file}: sample {wrong[0]} has label {labels[wrong[0]]}, but there are {len(own)} classes; "
+            "correct the classes or the labels"
+        )
+    numbers = {name: number for number, name in enumerate(classes)}
+    return np.array([numbers[name] for name in own], dtype=np.int32)[labels]

@@ -1,0 +1,93 @@
+"""The files of a data set as its authors publish them, in their archive or unpacked, checked by the published MD5."""
+
+import hashlib
+import sys
+import tarfile
+import zlib
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from karat_scale.errors import DataError
+
+
+class PublishedFiles:
+    """Some files of one data set in `src`: members of `folder` in `archive`, or plain files in `folder` or `src`.
+
+    md5: the published hash by file name, None where there is none. fetched_by: the data set's name for fetch.py.
+    """
+
+    def __init__(
+        self, src: Path, fetched_by: str, md5: dict[str, str | None], archive: str = "", folder: str = "."
+    ) -> None:
+        self._md5 = md5
+        self._mend = f"fetch it again: python data_prep/fetch.py {fetched_by} --out {src}"
+        self._archive: Path | None = None
+        self._folder: Path | None = None
+        places = [place for place in (src / folder, src) if all((place / name).is_file() for name in md5)]
+        if archive and (src / archive).is_file():
+            self._archive, self._inside = src / archive, folder
+        elif places:
+            self._folder = places[0]
+        elif folder != "." and (src / folder).is_dir():
+            missing = next(name for name in md5 if not (src / folder / name).is_file())
+            raise DataError(f"{src / folder} has no {missing}; {self._mend}")
+
+    @property
+    def are_there(self) -> bool:
+        """Whether the archive or all of the files are in the source."""
+        return self._archive is not None or self._folder is not None
+
+    @cached_property
+    def contents(self) -> dict[str, bytes]:
+        """Each file's bytes, by name. Raises DataError where one is missing or the archive is damaged."""
+        if self._archive is not None:
+            return self._unpacked(self._archive)
+        assert self._folder is not None
+        return {name: (self._folder / name).read_bytes() for name in self._md5}
+
+    def checked(self, any_hash: bool) -> dict[str, bytes]:
+        """The contents, if they have the published hashes or `any_hash` is right. Raises DataError."""
+        if self._others and not any_hash:
+            name = self._others[0]
+            raise DataError(
+                f"{self._where}: {name} has the MD5 {_md5(self.contents[name])}, and the published one is "
+                f"{self._md5[name]}; {self._mend}, or take it as it is by --any-hash"
+            )
+        if self._others:
+            print(f"warning: {self._where}: not as published: {', '.join(self._others)} (--any-hash)", file=sys.stderr)
+        return self.contents
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What dataset.json says of the files: which of them are not the published ones."""
+        return {"not_as_published": self._others}
+
+    @cached_property
+    def _others(self) -> list[str]:
+        return [name for name, md5 in self._md5.items() if md5 and _md5(self.contents[name]) != md5]
+
+    @property
+    def _where(self) -> Path | None:
+        return self._archive or self._folder
+
+    def _unpacked(self, archive: Path) -> dict[str, bytes]:
+        found: dict[str, bytes] = {}
+        wanted = {f"{self._inside}/{name}": name for name in self._md5}
+        try:
+            with tarfile.open(archive, "r|gz") as tar:
+                for member in tar:
+                    name = wanted.get(str(PurePosixPath(member.name)))
+                    file = tar.extractfile(member) if name and member.isreg() else None
+                    if name and file:
+                        found[name] = file.read()
+                    if len(found) == len(wanted):
+                        return found
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            raise DataError(f"{archive} is damaged or cut short ({error}); {self._mend}") from error
+        missing = next(name for name in wanted.values() if name not in found)
+        raise DataError(f"{archive} has no {self._inside}/{missing}; {self._mend}")
+
+
+def _md5(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
