@@ -33,7 +33,7 @@ def main() -> int:
     raw, shards = DATA / "fashion_mnist_raw", DATA / "fashion_mnist"
     try:
         if not (shards / "dataset.json").is_file():
-            _run("data_prep/fetch_fashion_mnist.py", "--out", str(raw))
+            _run("data_prep/fetch.py", "fashion_mnist", "--out", str(raw))
             _run("data_prep/make_webdataset.py", "--src", str(raw), "--out", str(shards))
         for title, run, overrides in CONTENDERS:
             if (_summary(run) or {}).get("exit") == 0:
