@@ -1,4 +1,4 @@
-"""Reading recipes: shipped names, YAML files, dotted overrides, and errors as one line."""
+"""From a recipe file and dotted overrides to a Recipe, and back; errors are one line."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,8 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import Recipe
-
-RECIPES = Path(__file__).parent / "recipes"
+from karat_scale.recipe_files import find_recipe, read_recipe_file
 
 # Keys that cannot change what a run learns, so a resumed run may set them anew.
 FREE_KEYS = (
@@ -41,25 +40,6 @@ FREE_KEYS = (
 )
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys in silence; this loader refuses them."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                problem = f"key {key!r} stands twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes inside the package, by name."""
-    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
-
-
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
@@ -70,8 +50,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: one line that names the field, the value and the mend.
     """
-    path = _find(str(source))
-    tree = _read_yaml(path)
+    path = find_recipe(str(source))
+    tree = read_recipe_file(path)
     for override in overrides:
         _apply_override(tree, override)
     run = tree.setdefault("run", {})
@@ -125,37 +105,6 @@ def schema_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[s
         yield key
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from schema_keys(field.annotation, f"{key}.")
-
-
-def _find(source: str) -> Path:
-    shipped = shipped_recipes()
-    if source in shipped:
-        return shipped[source]
-    path = Path(source)
-    if path.is_file():
-        return path
-    if path.suffix in (".yaml", ".yml") or "/" in source:
-        raise RecipeError(f"recipe {source!r}: no such file")
-    close = difflib.get_close_matches(source, shipped, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"shipped recipes: {', '.join(shipped)}"
-    raise RecipeError(f"recipe {source!r}: neither a file nor a shipped recipe; {hint}")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except yaml.MarkedYAMLError as error:
-        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise RecipeError(f"{path}{where}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not a text file in YAML: {str(error).splitlines()[0]}") from None
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        kind = type(tree).__name__
-        raise RecipeError(f"{path}: should be sections such as `model:` and `data:`, not a {kind}")
-    # `data:` with nothing below it is an empty section.
-    return {key: {} if value is None else value for key, value in tree.items()}
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -7,25 +7,29 @@ import yaml
 
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import Recipe
+from karat_scale.recipe_files import shipped_recipes
 from karat_scale.recipe_io import (
     differing_keys,
     dump_recipe,
     flatten,
     load_recipe,
     schema_keys,
-    shipped_recipes,
 )
 
+VARIANTS = [
+    *(f"vit_{size}{kind}" for size in ("tiny", "small") for kind in ("", "_g3b", "_g3u")),
+    *(f"vit_base{kind}" for kind in ("", "_g1b", "_g1u")),
+]
 SHIPPED = {
     "fashion_mnist_demo",
-    "cifar10_vit_tiny",
-    "cifar10_vit_tiny_g3b",
     "cifar10_vit_tiny_full_rank",
     "cifar10_vit_tiny_transfer",
-    *(f"imagenet_vit_{size}" for size in ("tiny", "small", "base")),
-    *(f"imagenet_vit_{size}_g3{mode}" for size in ("tiny", "small") for mode in "bu"),
-    "imagenet_vit_base_g1b",
-    "imagenet_vit_base_g1u",
+    "cifar100_vit_tiny_transfer",
+    *(
+        f"{data_set}_{variant}"
+        for data_set in ("imagenet", "cifar10", "cifar100", "svhn", "flowers102", "stl10")
+        for variant in VARIANTS
+    ),
 }
 
 
