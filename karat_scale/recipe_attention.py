@@ -16,6 +16,9 @@ class AttentionConfig(Section):
     `basis` is a name or `package.module:Class`, built with those of grid, degree, range and orders that its
     constructor takes: G; the spline's degree k and range [-I, I]; (m, n) of the rational function.
 
+    `init: softmax_like` starts the Fourier operator near softmax. With `residual` S is softmax(A) plus the learned S
+    times a gate of each head, which starts at 0: softmax exactly at first, at the cost of both.
+
     `transfer_from` is the directory of a trained run: its attention matrices drive this model, which has no query and
     key of its own and learns only what is done with the values (the paper's attention transfer). Needs kind: softmax.
     """
@@ -25,6 +28,7 @@ class AttentionConfig(Section):
     form: Literal["modular", "project_first", "two_operators", "full_rank"] = "modular"
     mode: Literal["blockwise", "universal"] = "blockwise"
     softmax_heads: Annotated[int, Field(ge=0)] = 0
+    residual: bool = False
     simplex: bool = False
     grid: Annotated[int, Field(ge=1, le=16)] = 3
     degree: Annotated[int, Field(ge=1, le=5)] = 3
@@ -32,7 +36,7 @@ class AttentionConfig(Section):
     orders: tuple[Annotated[int, Field(ge=1, le=8)], Annotated[int, Field(ge=1, le=8)]] = (5, 4)
     rank: Count = 12
     base: Literal["zero", "identity", "silu", "gelu"] = "zero"
-    init: Literal["paper", "variance_preserving"] = "variance_preserving"
+    init: Literal["paper", "variance_preserving", "softmax_like"] = "variance_preserving"
     implementation: Literal["auto", "reference", "streaming", "cpu", "triton"] = "auto"
     transfer_from: str = ""
 
@@ -51,6 +55,16 @@ class AttentionConfig(Section):
             raise ValueError(
                 f"attention.implementation = {self.implementation} has the modular Fourier operator only, without "
                 "simplex; use auto"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _operator_can_start_like_softmax(self) -> "AttentionConfig":
+        near = self.basis == "fourier" and self.form in ("modular", "full_rank") and self.base == "zero"
+        if self.init == "softmax_like" and not near:
+            raise ValueError(
+                "attention.init = softmax_like needs attention.basis=fourier, attention.form=modular or full_rank and "
+                "attention.base=zero; use variance_preserving"
             )
         return self
 

@@ -22,6 +22,8 @@ VARIANTS = [
 ]
 SHIPPED = {
     "fashion_mnist_demo",
+    "cifar10_vit_mini_32px",
+    "cifar10_vit_mini_32px_g3b",
     "cifar10_vit_tiny_full_rank",
     "cifar10_vit_tiny_transfer",
     "cifar100_vit_tiny_transfer",

@@ -17,7 +17,7 @@ from karat_scale.analysis.units import ScoreHistogram, energy_per_frequency, uni
 from karat_scale.analysis.validation_images import ValidationImages
 from karat_scale.attention import KaratOperator
 from karat_scale.errors import RunDirectoryError
-from karat_scale.models.operators import operators
+from karat_scale.models.operators import gates, operators
 
 POINTS = 200
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -43,6 +43,7 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
         _pass(model, run, images, settings, "scores")
     result = Result()
     _add_curves(result, learned, histogram)
+    _add_gates(result, model)
     _add_energy(result, learned)
     _add_distances(result, model, learned, run, images, settings)
     note_bad_images(result, run, images.bad)
@@ -103,6 +104,15 @@ def _draw_histogram(axes: Any, histogram: ScoreHistogram, block: int, head: int,
     behind.set(yticks=[], ylim=(0, None))
     axes.set_zorder(behind.get_zorder() + 1)
     axes.patch.set_visible(False)
+
+
+def _add_gates(result: Result, model: VisionTransformer) -> None:
+    found = [(block, gate.detach().tolist()) for block, gate in enumerate(gates(model)) if gate is not None]
+    rows = [[block, head, value] for block, values in found for head, value in enumerate(values)]
+    if rows:
+        result.numbers["gates"] = [dict(zip(("block", "head", "gate"), row, strict=True)) for row in rows]
+        title = "Gates: S = softmax + gate x learned, and all figures here are of the learned part"
+        result.tables.append(Table(title, ["block", "head", "gate"], rows))
 
 
 def _add_energy(result: Result, learned: Sequence[KaratOperator]) -> None:

@@ -5,6 +5,7 @@ from karat_scale.attention.forms import karat_attention, karat_scores
 from karat_scale.attention.functional import fourier_karat_attention, fourier_karat_scores
 from karat_scale.attention.hybrid import HybridHeads
 from karat_scale.attention.operator import FourierKaratOperator, KaratOperator
+from karat_scale.attention.residual import ResidualHeads
 
 __all__ = [
     "BASES",
@@ -13,6 +14,7 @@ __all__ = [
     "FourierKaratOperator",
     "HybridHeads",
     "KaratOperator",
+    "ResidualHeads",
     "Wavelet",
     "fourier_karat_attention",
     "fourier_karat_scores",

@@ -15,6 +15,9 @@ from karat_scale.attention.bases import (
 from karat_scale.attention.checks import check_choice
 from karat_scale.attention.form_parameters import FORMS, SECOND, has_projector, parameter_shapes
 from karat_scale.attention.forms import check_implementation, karat_attention, karat_scores
+from karat_scale.attention.softmax_start import start_like_softmax
+
+SOFTMAX_LIKE = "softmax_like"
 
 
 class KaratOperator(nn.Module):
@@ -30,7 +33,8 @@ class KaratOperator(nn.Module):
         rank: r, the width of H; of no effect where the form is of full rank.
         form: "modular", "project_first", "two_operators" or "full_rank" (see `karat_attention`).
         base: base activation b(x): "zero", "identity", "silu" or "gelu".
-        init: "paper" or "variance_preserving" (see the basis's `initialise`, and `initialise_projector`).
+        init: "paper" or "variance_preserving" (see the basis's `initialise`, and `initialise_projector`), or
+            "softmax_like" (see `start_like_softmax`).
         simplex: projects each row of S onto the probability simplex.
         implementation: as in `karat_attention`.
         device, dtype: of the parameters.
@@ -57,9 +61,13 @@ class KaratOperator(nn.Module):
         _check_counts(num_tokens=num_tokens, num_heads=num_heads, rank=rank)
         check_choice("form", form, FORMS)
         check_choice("base", base, BASE_ACTIVATIONS)
-        check_choice("init", init, INITIALISATIONS)
+        check_choice("init", init, (*INITIALISATIONS, SOFTMAX_LIKE))
         self.basis = make_basis(basis) if isinstance(basis, str) else basis
         check_implementation(implementation, self.basis, form, simplex)
+        if init == SOFTMAX_LIKE and not _can_start_like_softmax(self.basis, form, base):
+            raise ValueError(
+                f"init = {init!r} needs the Fourier basis, form = 'modular' or 'full_rank' and base = 'zero'"
+            )
         key_of(self.basis)  # a compiled forward may not be the first to name it
         self.num_tokens, self.num_heads, self.rank, self.form = num_tokens, num_heads, rank, form
         self.base, self.init, self.simplex, self.implementation = base, init, simplex, implementation
@@ -74,6 +82,9 @@ class KaratOperator(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws the parameters anew by the scheme `init`."""
+        if self.init == SOFTMAX_LIKE:
+            start_like_softmax(self.basis_parameters(), self.proj)
+            return
         if self.proj is not None:
             initialise_projector(self.proj, self.init)
         parameters = self.basis_parameters()
@@ -172,6 +183,11 @@ class FourierKaratOperator(KaratOperator):
             f"num_tokens={self.num_tokens}, num_heads={self.num_heads}, rank={self.rank}, grid={self.grid}, "
             f"base={self.base!r}, init={self.init!r}, implementation={self.implementation!r}"
         )
+
+
+def _can_start_like_softmax(basis: Basis, form: str, base: str) -> bool:
+    """Whether `init` may be "softmax_like"."""
+    return isinstance(basis, Fourier) and form in ("modular", "full_rank") and base == "zero"
 
 
 def _check_counts(**counts: int) -> None:

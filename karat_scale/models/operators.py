@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from karat_scale.attention import HybridHeads, KaratOperator
+from karat_scale.attention import HybridHeads, KaratOperator, ResidualHeads
 
 
 def operators(model: nn.Module) -> list[KaratOperator | None]:
@@ -15,9 +15,18 @@ def operators(model: nn.Module) -> list[KaratOperator | None]:
 
 
 def operator_of(attention: nn.Module) -> KaratOperator | None:
-    """The learned operator of an attention layer, also beside softmax heads."""
+    """The learned operator of an attention layer, also beside softmax heads or added to softmax."""
     operator: Any = getattr(attention, "operator", None)
-    return operator.operator if isinstance(operator, HybridHeads) else operator
+    while isinstance(operator, HybridHeads | ResidualHeads):
+        operator = operator.operator
+    return operator
+
+
+def gates(model: nn.Module) -> list[nn.Parameter | None]:
+    """Each block's gates [h] of what is learned beside softmax; None where S is learned alone, or not at all."""
+    blocks: Any = model.blocks
+    found = [[m for m in block.attn.modules() if isinstance(m, ResidualHeads)] for block in blocks]
+    return [residual[0].gate if residual else None for residual in found]
 
 
 def head_parameters(model: nn.Module) -> Iterator[tuple[str, int, nn.Parameter]]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from timm.models import VisionTransformer
 from torch import nn
 
-from karat_scale.attention import KaratOperator
+from karat_scale.attention import KaratOperator, ResidualHeads
 from karat_scale.models.flops import operator_flops
 from karat_scale.models.recompute import Choice
 from karat_scale.models.saved_tensors import ActivationBytes, BlockBytes
@@ -87,6 +87,7 @@ def _linear_flops(module: nn.Module, tokens: int) -> int:
 
 def _operator_flops(attention: Any, tokens: int) -> int:
     learned = [module for module in attention.modules() if isinstance(module, KaratOperator)]
-    softmax_heads = attention.num_heads - sum(operator.num_heads for operator in learned)
+    both = sum(module.num_heads for module in attention.modules() if isinstance(module, ResidualHeads))
+    softmax_heads = attention.num_heads - sum(operator.num_heads for operator in learned) + both
     softmax = 4 * tokens**2 * attention.head_dim * softmax_heads
     return softmax + sum(operator_flops(operator, tokens, attention.head_dim) for operator in learned)

@@ -10,7 +10,7 @@ from timm.layers import Attention
 from timm.models import VisionTransformer
 from torch import nn
 
-from karat_scale.attention import FourierKaratOperator, HybridHeads, KaratOperator, make_basis
+from karat_scale.attention import FourierKaratOperator, HybridHeads, KaratOperator, ResidualHeads, make_basis
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
@@ -85,7 +85,8 @@ def attention_class(attention: AttentionConfig, num_tokens: int) -> type[Attenti
         if softmax_heads >= num_heads:
             raise ValueError(f"attention.softmax_heads = {softmax_heads} leaves none of {num_heads} heads to KArAt")
         operator = _make_operator(attention, num_tokens, num_heads - softmax_heads)
-        return HybridHeads(operator, softmax_heads) if softmax_heads else operator
+        learned = ResidualHeads(operator) if attention.residual else operator
+        return HybridHeads(learned, softmax_heads) if softmax_heads else learned
 
     make = functools.cache(make_operator) if attention.mode == "universal" else make_operator
     return type("KaratAttention", (KaratAttention,), {"make_operator": staticmethod(make)})

@@ -31,6 +31,7 @@ def test_softmax_blockwise_universal_and_hybrid_heads_give_the_matrices_they_use
     _watch(AttentionConfig(kind="karat"))
     _watch(AttentionConfig(kind="karat", mode="universal", basis="bspline", form="full_rank"))
     _watch(AttentionConfig(kind="karat", softmax_heads=1))
+    _watch(AttentionConfig(kind="karat", residual=True))
 
 
 def test_nothing_is_watched_afterwards() -> None:

@@ -115,6 +115,8 @@ def test_operators_of_any_kind_go_without_weight_decay():
     model = create_model(MINI, AttentionConfig(kind="karat", basis="dog", softmax_heads=1))
     exempt = no_weight_decay_names(model, False)
     assert {f"blocks.0.attn.operator.operator.{n}" for n in ("weight", "translation", "scale", "proj")} <= exempt
+    residual = create_model(MINI, AttentionConfig(kind="karat", residual=True))
+    assert "blocks.0.attn.operator.gate" in no_weight_decay_names(residual, True)
 
 
 def test_the_recipes_names_are_the_packages():
@@ -133,6 +135,7 @@ def test_the_recipes_names_are_the_packages():
         ({"range": 0}, "range"),
         ({"form": "modulr"}, "form"),
         ({"softmax_heads": -1}, "softmax_heads"),
+        ({"init": "softmax_like", "basis": "dog"}, "needs attention.basis=fourier"),
     ],
 )
 def test_what_a_recipe_cannot_mean(settings, part):

@@ -35,6 +35,8 @@ def test_hybrid_heads_are_counted_each_by_its_own() -> None:
     karat = flops_per_image(TINY, AttentionConfig(kind="karat"))
     hybrid = flops_per_image(TINY, AttentionConfig(kind="karat", softmax_heads=1))
     assert hybrid.forward * 3 == softmax.forward + 2 * karat.forward
+    residual = flops_per_image(TINY, AttentionConfig(kind="karat", residual=True))
+    assert residual.forward == softmax.forward + karat.forward - OUTSIDE
 
 
 @pytest.mark.parametrize("basis", ["fourier", "bspline", "chebyshev"])

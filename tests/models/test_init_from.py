@@ -47,6 +47,14 @@ def test_softmax_weights_leave_the_operators_at_their_start() -> None:
     assert torch.equal(target.blocks[1].attn.operator.cos_coef, start.blocks[1].attn.operator.cos_coef)
 
 
+@pytest.mark.parametrize("attention", [{}, {"mode": "universal"}, {"softmax_heads": 1}, {"basis": "bspline"}])
+def test_a_residual_model_begins_as_the_softmax_model_whose_weights_it_takes(attention: dict[str, object]) -> None:
+    source, target = model(0, kind="softmax"), model(1, residual=True, **attention)
+    take_weights(target, source.state_dict())
+    images = torch.randn(4, 3, 16, 16)
+    assert torch.equal(target(images), source(images))
+
+
 def test_another_image_size_interpolates_positions_and_operators() -> None:
     source, target = model(0), model(1, image_size=24)
     assert take_weights(target, source.state_dict()) == "interpolated from 4 x 4 patches"
@@ -76,6 +84,8 @@ def test_a_model_without_class_token_leaves_out_theirs(image_size: int) -> None:
     "attention",
     [
         {"softmax_heads": 1},
+        {"residual": True},
+        {"init": "softmax_like", "mode": "universal"},
         {"basis": "bspline"},
         {"basis": "rational", "form": "two_operators"},
         {"form": "full_rank"},

@@ -1,5 +1,6 @@
+from karat_scale.attention import FourierKaratOperator
 from karat_scale.models import create_model
-from karat_scale.models.operators import head_parameters, operators
+from karat_scale.models.operators import gates, head_parameters, operators
 from karat_scale.recipe import AttentionConfig
 from tests.analysis.test_attention_matrices import SIZE
 
@@ -9,6 +10,15 @@ def test_operators_by_block() -> None:
     assert len({id(operator) for operator in universal}) == 1
     assert universal[0].num_heads == 2
     assert operators(create_model(SIZE, AttentionConfig())) == [None] * 3
+    nested = operators(create_model(SIZE, AttentionConfig(kind="karat", residual=True, softmax_heads=2)))
+    assert [type(operator) for operator in nested] == [FourierKaratOperator] * 3
+    assert nested[0].num_heads == 2
+
+
+def test_gates_by_block() -> None:
+    model = create_model(SIZE, AttentionConfig(kind="karat", residual=True, softmax_heads=1))
+    assert [gate.tolist() for gate in gates(model)] == [[0.0] * 3] * 3
+    assert gates(create_model(SIZE, AttentionConfig(kind="karat"))) == [None] * 3
 
 
 def test_parameters_by_name_and_block() -> None:

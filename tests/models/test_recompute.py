@@ -38,6 +38,7 @@ ATTENTIONS = {
     "universal": karat("cpu", mode="universal"),
     "universal reference": karat("reference", mode="universal"),
     "hybrid": karat("streaming", softmax_heads=1),
+    "residual": karat("cpu", residual=True),
 }
 
 

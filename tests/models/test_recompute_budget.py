@@ -79,3 +79,5 @@ def test_costs_are_the_products_of_linear_layers_and_the_operators() -> None:
     softmax = 4 * tokens**2 * width
     assert cost.attention == 2 * tokens * 4 * width**2 + softmax
     assert cost.block == 2 * tokens * 12 * width**2 + softmax
+    learned, both = (recompute_cost(create_model(config, AttentionConfig(kind="karat", residual=x))) for x in (0, 1))
+    assert both.attention == learned.attention + softmax

@@ -22,6 +22,7 @@ TEACHERS = {
     "fourier": AttentionConfig(kind="karat", rank=3),
     "universal": AttentionConfig(kind="karat", mode="universal", rank=3),
     "hybrid": AttentionConfig(kind="karat", softmax_heads=1, rank=3),
+    "residual": AttentionConfig(kind="karat", residual=True, softmax_heads=1, rank=3),
     "spline": AttentionConfig(kind="karat", basis="bspline", form="full_rank"),
 }
 

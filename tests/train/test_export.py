@@ -46,9 +46,9 @@ def make_run(world, make_engine):
     [
         ("deepspeed.config=zero0",),
         ("deepspeed.config=zero2", "train.precision=bf16"),
-        ("deepspeed.config=zero3", "attention.mode=universal"),
+        ("deepspeed.config=zero3", "attention.mode=universal", "attention.residual=true"),
     ],
-    ids=["zero0", "zero2-bf16", "zero3-universal"],
+    ids=["zero0", "zero2-bf16", "zero3-universal-residual"],
 )
 def test_timm_loads_the_weights_raw_and_averaged(small_recipe, make_run, overrides: tuple[str, ...]) -> None:
     run, engine, ema = make_run(small_recipe(*overrides))

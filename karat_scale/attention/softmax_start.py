@@ -1,0 +1,81 @@
+"""A start at which the learned S is near softmax(A): the Fourier operator, modular or of full rank.
+
+At the start of a ViT scores are small, and there
+
+    softmax(A) ~ (1 / N) (1 1^T + exp(A) P),  P = I - 1 1^T / N,
+
+up to the spread of the rows' sums, which is of second order in A. A Fourier series of G harmonics fits exp(x), but for
+a constant that P takes away, and another, of cosines, fits 1. So the full-rank form is softmax up to these fits. The
+modular form has r - 1 units left beside that of the constant: P becomes U U^T, where the columns of U [N, r - 1] are
+orthonormal and sum to zero, unit j is phi_jq(x) = U_qj exp(x), and W_j = U_j / N. Ours, not the paper's.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+# Half the width of the scores fitted: their standard deviation at a ViT's start is about 4e-4 D.
+REACH = 0.5
+POINTS = 201
+
+
+@torch.no_grad()
+def start_like_softmax(parameters: Mapping[str, Tensor], proj: Tensor | None) -> None:
+    """Fill `cos_coef` and `sin_coef` [h, p, N, G], and W [h, N, r] where the form has one, in place.
+
+    Every head starts alike; queries and keys tell heads apart. Raises ValueError when r is larger than N.
+    """
+    cos, sin = parameters["cos_coef"], parameters["sin_coef"]
+    tokens, grid = cos.shape[2:]
+    exp_cos, exp_sin, one = (series.view(1, 1, -1) for series in fourier_fits(grid))
+    if proj is None:
+        centred = (torch.eye(tokens, dtype=torch.float64, device="cpu") - 1 / tokens) / tokens
+        cos.copy_(centred.unsqueeze(-1) * exp_cos + one / tokens**2)
+        sin.copy_(centred.unsqueeze(-1) * exp_sin)
+        return
+    modes = smooth_modes(tokens, proj.shape[2] - 1)
+    weights = modes.mT.unsqueeze(-1)
+    constant = (one / tokens).expand(1, tokens, grid)
+    # A unit's functions and its column of W share their scale evenly, so that neither learns much faster.
+    share = (float(torch.cat((exp_cos, exp_sin)).norm()) * tokens) ** -0.5
+    cos.copy_(torch.cat((constant, share * weights * exp_cos)))
+    sin.copy_(torch.cat((torch.zeros_like(constant), share * weights * exp_sin)))
+    proj.copy_(torch.cat((torch.ones_like(modes[:, :1]), modes / share), 1) / tokens)
+
+
+def fourier_fits(grid: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients [G], float64, by least squares over [-REACH, REACH].
+
+    Cosines and sines of exp(x) less a constant of no matter, and the cosines of 1.
+    """
+    x = torch.linspace(-REACH, REACH, POINTS, dtype=torch.float64, device="cpu").unsqueeze(1)
+    phases = x * torch.arange(1, grid + 1, dtype=torch.float64, device="cpu")
+    features = torch.cat((phases.cos(), phases.sin(), torch.ones_like(x)), 1)
+    # The harmonics of a large G are nearly dependent there; gelsd takes the smallest coefficients.
+    exp = torch.linalg.lstsq(features, x.exp(), driver="gelsd").solution[:, 0]
+    one = torch.linalg.lstsq(phases.cos(), torch.ones_like(x), driver="gelsd").solution[:, 0]
+    return exp[:grid], exp[grid : 2 * grid], one
+
+
+def smooth_modes(tokens: int, count: int) -> Tensor:
+    """U [N, count], float64: orthonormal columns that sum to zero, of the class token and of the lowest frequencies.
+
+    N tokens are taken for the largest square of patches, and class and register tokens before it. Raises ValueError
+    when there are fewer than `count` such columns.
+    """
+    if count >= tokens:
+        raise ValueError(
+            f"rank = {count + 1} is more than N = {tokens} tokens, which init = 'softmax_like' cannot fill"
+        )
+    side = math.isqrt(tokens)
+    prefix = tokens - side * side
+    line = torch.arange(side, dtype=torch.float64, device="cpu")
+    waves = torch.cos(math.pi * torch.outer(line + 0.5, line) / side)  # the cosine transform's, a column each
+    frequency = (line.unsqueeze(1) ** 2 + line**2).flatten()
+    patches = torch.kron(waves, waves)[:, frequency.argsort(stable=True)[1:]]
+    apart = torch.eye(tokens, prefix, dtype=torch.float64, device="cpu")
+    smooth = torch.cat((patches.new_zeros(prefix, patches.shape[1]), patches))
+    columns = torch.cat((smooth.new_ones(tokens, 1), apart[:, :1], smooth, apart[:, 1:]), 1)
+    return torch.linalg.qr(columns[:, : count + 1]).Q[:, 1:]
