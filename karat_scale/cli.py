@@ -11,6 +11,7 @@ from karat_scale.bench.commands import add_benches
 from karat_scale.errors import UserError
 
 EXIT_USAGE = 2
+EXPORT_FORMATS = ("safetensors", "timm", "onnx", "torchscript", "hub-folder")
 ANALYSES = ("spectrum", "maps", "functions", "distributions", "landscape")
 
 
@@ -34,12 +35,12 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", metavar="FILE", help="write the result there too")
     evaluate.set_defaults(run=_eval)
 
-    export = commands.add_parser("export", help="a checkpoint's whole fp32 weights as one file")
+    export = commands.add_parser("export", help="a checkpoint's model for timm, ONNX, TorchScript or a hub")
     export.add_argument("run_dir", metavar="RUN", help="the run's directory")
-    export.add_argument("--format", choices=("safetensors",), default="safetensors")
+    export.add_argument("--format", choices=EXPORT_FORMATS, default="safetensors")
     export.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
     export.add_argument("--weights", choices=("raw", "ema", "both"), default="both")
-    export.add_argument("--out", metavar="PATH", help="a .safetensors file or a directory (default: the run's)")
+    export.add_argument("--out", metavar="PATH", help="a file, a folder or a directory (default: the run's)")
     export.set_defaults(run=_export)
 
     plan = commands.add_parser("plan", help="before you submit: memory, stage, micro batch, time, and mistakes")
@@ -142,9 +143,9 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from karat_scale.train.export import export_run
+    from karat_scale.export.command import export_run
 
-    return export_run(options.run_dir, options.checkpoint, options.weights, options.out)
+    return export_run(options.run_dir, options.format, options.checkpoint, options.weights, options.out)
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,15 @@ def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     out = tmp_path_factory.mktemp("shards")
     run_script("data_prep/make_webdataset.py", "--src", str(image_folder), "--out", str(out), "--shard-samples", "20")
     return out
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[Any]:
+    """This process alone, on the CPU."""
+    from karat_scale.train import distributed
+
+    yield distributed.start("cpu")
+    distributed.stop()
 
 
 def karat_environment() -> dict[str, str]:

@@ -43,7 +43,8 @@ def find(start: str) -> str:
 def test_every_command_is_run_here_or_by_the_ci_script() -> None:
     ours = ("python data_prep/", "torchrun", "karat eval", "karat train", "karat plan")
     # By .ci/run, test_packaging and the Makefile.
-    elsewhere = ("make demo", "make test", "pip install .", "pip install '.[dali]'", "pip install '.[ffcv]'")
+    extras = [f"pip install '.[{name}]'" for name in ("dali", "ffcv", "export")]
+    elsewhere = ("make demo", "make test", "pip install .", *extras)
     # tests/slurm submits these scripts to a SLURM of its own.
     submitted = "".join(path.read_text() for path in (ROOT / "tests" / "slurm").glob("test_*.py"))
     assert COMMANDS
@@ -57,7 +58,7 @@ def test_every_command_is_run_here_or_by_the_ci_script() -> None:
     ci = (ROOT / ".ci" / "run").read_text()
     assert "make test" in ci
     assert "make demo" in ci
-    assert "EXTRAS := ffcv dali" in (ROOT / "Makefile").read_text()
+    assert "EXTRAS := ffcv dali export" in (ROOT / "Makefile").read_text()
 
 
 @pytest.mark.slow

@@ -12,9 +12,9 @@ from karat_scale.errors import RunDirectoryError
 from karat_scale.recipe import AttentionConfig, Recipe
 from karat_scale.recipe_io import load_recipe
 from karat_scale.train.checkpoint_store import CheckpointStore
-from karat_scale.train.export import load_exported
 from karat_scale.train.teacher import build_model
 from karat_scale.train.weights import load_weights, wants_ema
+from karat_scale.train.weights_file import load_exported
 
 SNAPSHOT = ".safetensors"
 

@@ -79,7 +79,7 @@ def _examine_triton() -> Finding:
 
 
 def examine_extras() -> Iterator[Finding]:
-    """The optional backends, and the compiler that the native parts need."""
+    """The optional backends, what ONNX needs, and the compiler that the native parts need."""
     yield _examine_extra(
         "ffcv",
         "ffcv",
@@ -88,6 +88,9 @@ def examine_extras() -> Iterator[Finding]:
     )
     yield _examine_extra(
         "dali", "nvidia.dali", dali_distribution(), "for data.backend=dali: pip install 'karat-scale[dali]'"
+    )
+    yield _examine_extra(
+        "export", "onnxruntime", "onnxruntime", "for karat export --format onnx: pip install 'karat-scale[export]'"
     )
     yield _examine_compiler()
 

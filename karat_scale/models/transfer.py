@@ -47,7 +47,10 @@ class Teacher:
     @torch.no_grad()
     def look(self, images: Tensor) -> None:
         """Take in normalised images [B, 3, H, W]; the teacher follows their device and dtype."""
-        self.model.to(images.device, images.dtype).forward_features(images)
+        weight = next(self.model.parameters())
+        if (weight.device, weight.dtype) != (images.device, images.dtype):  # what traces a model cannot move it
+            self.model.to(images.device, images.dtype)
+        self.model.forward_features(images)
 
     def query_and_key(self, block: int) -> tuple[Tensor, Tensor]:
         """Those of the last batch, [B, h, N, d] each, after timm's norms of them."""

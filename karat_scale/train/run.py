@@ -63,7 +63,7 @@ def _train(recipe: Recipe, world: World, directory: RunDirectory, changes: str, 
             state = parts.checkpoints.load(_branch_point(recipe, directory)) or outcome.state
             outcome.state, outcome.begun = state, True
             if world.is_main:
-                directory.begin(recipe)
+                directory.begin(recipe, parts.backend.classes)
             loop = Loop(parts, state)
             reporter.info(_headline(parts, outcome.parameters, loop.total_steps))
             loop.run()

@@ -1,6 +1,7 @@
 """A run's directory: who may use it, and what lies where.
 
 recipe.yaml      the resolved recipe; its presence means the run has begun
+classes.json     the names of the classes, in the order of the labels
 metrics.jsonl    one event a line
 summary.json     the outcome
 tensorboard/     event files
@@ -14,6 +15,7 @@ import json
 import os
 import socket
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +36,7 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.recipe_file = self.path / "recipe.yaml"
+        self.classes_file = self.path / "classes.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.summary_file = self.path / "summary.json"
         self.tensorboard = self.path / "tensorboard"
@@ -67,9 +70,26 @@ class RunDirectory:
         self._refuse_another_recipe(recipe)
         return self.changes(recipe)
 
-    def begin(self, recipe: Recipe) -> None:
-        """Record the recipe: from here on the directory is this run's."""
+    def begin(self, recipe: Recipe, classes: Sequence[str] = ()) -> None:
+        """Record the names of the classes and the recipe: from here on the directory is this run's."""
+        write_atomically(self.classes_file, json.dumps(list(classes)) + "\n")
         write_atomically(self.recipe_file, dump_recipe(recipe))
+
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes; none of a run that began before they were recorded.
+
+        Raises:
+            RunDirectoryError: the file is damaged.
+        """
+        try:
+            names = json.loads(self.classes_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return ()
+        except ValueError:
+            names = None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise RunDirectoryError(f"{self.classes_file}: not a JSON list of names; put it right or remove it")
+        return tuple(names)
 
     def recipe(self) -> Recipe:
         """The recipe of an existing run.

@@ -12,9 +12,9 @@ from karat_scale.errors import RecipeError, UserError
 from karat_scale.models import create_model
 from karat_scale.models.transfer import Teacher, give_teacher
 from karat_scale.recipe import Recipe
-from karat_scale.train.export import read_exported, write_weights
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.weights import wants_ema
+from karat_scale.train.weights_file import read_exported, write_weights
 
 FILE = "teacher.safetensors"
 

@@ -28,7 +28,6 @@ from karat_scale.train.checkpoint import Checkpoints
 from karat_scale.train.checkpoint_store import MANIFEST, STATE
 from karat_scale.train.distributed import World
 from karat_scale.train.ds_internals import master_weights
-from karat_scale.train.export import load_exported
 from karat_scale.train.parts import Parts, build_parts
 from karat_scale.train.progress import PlainDisplay, Reporter
 from karat_scale.train.run_directory import RunDirectory
@@ -36,6 +35,7 @@ from karat_scale.train.signals import StopSignals
 from karat_scale.train.snapshots import whole_masters
 from karat_scale.train.state import TrainState
 from karat_scale.train.weights import load_weights
+from karat_scale.train.weights_file import load_exported
 from tests.conftest import SMALL
 from tests.train.conftest import CONFIGS
 from tests.train.harm import HARMS, POINTERS, point

@@ -10,7 +10,6 @@ import torch
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe_io import load_recipe
-from karat_scale.train import distributed
 from karat_scale.train.checkpoint import Checkpoints
 from karat_scale.train.checkpoint_store import CheckpointStore
 from karat_scale.train.distributed import World
@@ -20,13 +19,6 @@ from karat_scale.train.progress import PlainDisplay, Reporter
 from tests.conftest import SMALL
 
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_offload_params")
-
-
-@pytest.fixture(scope="session")
-def world() -> Iterator[World]:
-    """This process alone, on the CPU."""
-    yield distributed.start("cpu")
-    distributed.stop()
 
 
 @pytest.fixture

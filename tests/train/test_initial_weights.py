@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from karat_scale.errors import RecipeError, UserError
+from karat_scale.export.command import export_run
 from karat_scale.train.distributed import World
-from karat_scale.train.export import export_run
 from karat_scale.train.initial_weights import initialise, read_weights
 from karat_scale.train.run_directory import RunDirectory
 from tests.conftest import events, karat, summary
@@ -36,7 +36,7 @@ def test_a_run_its_checkpoint_and_its_export_are_the_same_weights(run: Path, tmp
     weights = read_weights(str(run))
     name = (run / "checkpoints" / "best").read_text().strip()
     assert equal_weights(weights, read_weights(str(run / "checkpoints" / name)))
-    export_run(str(run), "best", "ema", str(tmp_path / "out.safetensors"))
+    export_run(str(run), "safetensors", "best", "ema", str(tmp_path / "out.safetensors"))
     assert equal_weights(weights, read_weights(str(tmp_path / "out.safetensors")))
     torch.save({"model": weights}, tmp_path / "out.pth")
     assert equal_weights(weights, read_weights(str(tmp_path / "out.pth")))

@@ -14,8 +14,10 @@ def test_a_new_directory_is_claimed_and_begun(small_recipe, tmp_path: Path) -> N
     directory = RunDirectory(tmp_path / "new" / "run")
     directory.open(recipe)
     assert directory.summary() is None
-    directory.begin(recipe)
+    assert directory.classes() == ()
+    directory.begin(recipe, ("cat", "dog"))
     assert directory.recipe() == recipe
+    assert directory.classes() == ("cat", "dog")
     directory.write_summary({"exit": 0})
     assert directory.summary() == {"exit": 0}
 

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from karat_scale.models import create_model
-from karat_scale.train.export import load_exported
 from karat_scale.train.loop import Loop
 from karat_scale.train.parts import build_parts
 from karat_scale.train.progress import PlainDisplay, Reporter
@@ -10,6 +9,7 @@ from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.signals import StopSignals
 from karat_scale.train.snapshots import snapshot_steps
 from karat_scale.train.state import TrainState
+from karat_scale.train.weights_file import load_exported
 from tests.train.conftest import weights
 
 

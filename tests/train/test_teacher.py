@@ -14,8 +14,8 @@ from karat_scale.cli import main
 from karat_scale.errors import RunDirectoryError
 from karat_scale.models.transfer import Teacher
 from karat_scale.recipe_io import load_recipe
-from karat_scale.train.export import read_exported
 from karat_scale.train.teacher import FILE, keep_teacher
+from karat_scale.train.weights_file import read_exported
 from tests.conftest import SMALL, events, karat, summary
 
 QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null")
@@ -113,6 +113,10 @@ def test_another_teacher_is_noticed_whoever_reads_the_checkpoint(
     with safe_open(run / FILE, "pt") as file:
         about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     tensors["blocks.0.attn.operator.proj"][0, 0, 0] += 1
+    save_file(tensors, run / FILE, about)
+    with pytest.raises(RunDirectoryError, match="its weights are not those that were written"):
+        read_exported(run / FILE)
+    del about["weights_sha256"]
     save_file(tensors, run / FILE, about)
     for refused in (karat(*student_command(run)), karat("eval", str(run))):
         assert refused.returncode == 2

@@ -154,7 +154,10 @@ class Shannon(Wavelet):
     def pack(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """As `Wavelet`, with the window inside w."""
         weight = parameters["weight"]
-        window = torch.hamming_window(weight.shape[2], periodic=False, dtype=weight.dtype, device=weight.device)
+        keys = weight.shape[2]
+        # Written out, for exporters do not know `hamming_window`; from the centre, so that one key has weight 1.
+        places = torch.arange(keys, dtype=weight.dtype, device=weight.device) - (keys - 1) / 2
+        window = 0.54 + 0.46 * (places * (2 * math.pi / max(keys - 1, 1))).cos()
         return super().pack({**parameters, "weight": weight * window})
 
     def mother(self, t: Tensor) -> Tensor:

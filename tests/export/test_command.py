@@ -1,5 +1,6 @@
 """A checkpoint of any stage becomes one file that timm loads."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -11,34 +12,7 @@ from timm.models import load_checkpoint
 from karat_scale.cli import main
 from karat_scale.models import create_model
 from karat_scale.recipe import AttentionConfig, ModelConfig
-from karat_scale.recipe_io import dump_recipe
-from karat_scale.train.checkpoint import Checkpoints
-from karat_scale.train.ema import Ema
-from karat_scale.train.progress import PlainDisplay, Reporter
-from karat_scale.train.run_directory import RunDirectory
-from karat_scale.train.state import TrainState
-from tests.train.conftest import train_once, weights
-
-
-@pytest.fixture
-def make_run(world, make_engine):
-    """A run directory with one checkpoint, as training leaves it, and the parts it came from."""
-
-    def make(recipe, keep_ema: bool = True):
-        directory = RunDirectory(recipe.run.dir)
-        directory.store.root.mkdir(parents=True)
-        directory.recipe_file.write_text(dump_recipe(recipe))
-        engine = make_engine(recipe)
-        ema = Ema(engine.deepspeed, recipe.train)
-        for step in (1, 2, 3):
-            train_once(engine, step)
-            ema.update(step)
-        reporter = Reporter(PlainDisplay(), None)
-        checkpoints = Checkpoints(directory.store, engine, ema if keep_ema else None, world, recipe, reporter)
-        assert checkpoints.save(TrainState(step=3, samples=24))
-        return directory.path, engine, ema
-
-    return make
+from tests.train.conftest import weights
 
 
 @pytest.mark.parametrize(
@@ -84,7 +58,16 @@ def test_what_cannot_be_exported_is_one_line(small_recipe, make_run, tmp_path: P
     assert main(["export", str(run), "--checkpoint", "step-00000009"]) == 2
     assert main(["export", str(tmp_path / "nowhere")]) == 2
     assert main(["export", str(run), "--out", "/proc/nowhere"]) == 2
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "notes.txt").write_text("mine")
+    assert main(["export", str(run), "--format", "timm", "--weights", "raw", "--out", str(full)]) == 2
+    (run / "classes.json").write_text("[1")
+    assert main(["export", str(run), "--format", "torchscript"]) == 2
     errors = capsys.readouterr().err
+    assert f"{full} is there already; remove it or choose another --out" in errors
+    assert (full / "notes.txt").read_text() == "mine"
+    assert "classes.json: not a JSON list of names" in errors
     assert "no checkpoint 'step-00000009'" in errors
     assert "not a run directory" in errors
     assert "/proc/nowhere" in errors
@@ -95,3 +78,14 @@ def test_two_kinds_do_not_go_into_one_file(small_recipe, make_run, tmp_path: Pat
     run, *_ = make_run(small_recipe())
     assert main(["export", str(run), "--out", str(tmp_path / "one.safetensors")]) == 2
     assert "add --weights raw or ema" in capsys.readouterr().err
+
+
+def test_a_run_whose_classes_were_not_recorded(small_recipe, make_run, monkeypatch, capsys) -> None:
+    run, *_ = make_run(small_recipe(), keep_ema=False)
+    (run / "classes.json").unlink()
+    assert main(["export", str(run), "--format", "timm"]) == 0
+    config = json.loads((run / "step-00000003-raw" / "config.json").read_text())
+    assert "label_names" not in config["pretrained_cfg"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["export", str(run), "--format", "onnx"]) == 2
+    assert "needs onnx, onnxscript, onnxruntime; pip install 'karat-scale[export]'" in capsys.readouterr().err

@@ -1,0 +1,77 @@
+"""The README.md of a model in a hub: what it is, how it was trained, how it is loaded and checked."""
+
+import json
+from collections.abc import Mapping
+
+from torch import nn
+
+from karat_scale.models import parameter_count
+
+_CARD = """---
+library_name: timm
+pipeline_tag: image-classification
+tags:
+- image-classification
+- timm
+- karat_scale
+---
+# {title}
+
+A {name} with {attention}, {parameters:,} parameters, for images of {size} px and {classes} classes. Trained by
+karat_scale {version}; these are the {kind} weights after step {step}.
+
+| | |
+|---|---|
+{rows}
+
+## Use
+
+```python
+import karat_scale.timm_models  # pip install karat-scale
+import timm
+
+model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()  # in a hub: "hf-hub:OWNER/NAME"
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+logits = model(transform(image).unsqueeze(0))  # image: a PIL image, RGB
+```
+
+`model.pretrained_cfg["label_names"]` has the names of the classes, where they are known. `recipe.yaml` is the whole
+recipe. `sha256sum -c SHA256SUMS` tells whether every file is as it was written.
+"""
+
+
+def model_card(facts: Mapping[str, str], model: nn.Module, title: str) -> str:
+    """The card, from the facts alone."""
+    config, attention, preprocessing = (json.loads(facts[key]) for key in ("model", "attention", "preprocessing"))
+    rows = {
+        "Resize, short side": f"{int(preprocessing['input_size'][-1] / preprocessing['crop_pct'])} px, "
+        f"{preprocessing['interpolation']}",
+        "Centre crop": f"{preprocessing['input_size'][-1]} px",
+        "Mean, standard deviation": f"{preprocessing['mean']}, {preprocessing['std']}, of RGB in [0, 1]",
+        "Top-1, top-5 on its validation split": f"{float(facts['top1']):.2f} %, {float(facts['top5']):.2f} %"
+        if "top1" in facts
+        else "not evaluated at this step",
+        "Recipe, SHA-256": facts["recipe_sha256"],
+        "Weights, SHA-256": facts["weights_sha256"],
+    }
+    return _CARD.format(
+        title=title,
+        name=config["name"],
+        attention=_attention(attention),
+        parameters=parameter_count(model),
+        size=config["image_size"],
+        classes=config["num_classes"],
+        version=facts["karat_scale"],
+        kind="averaged (EMA)" if facts["weights"] == "ema" else "raw",
+        step=f"{int(facts['step']):,}",
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+    )
+
+
+def _attention(attention: Mapping[str, object]) -> str:
+    if attention["kind"] == "softmax":
+        return "softmax attention"
+    form, basis, mode = (str(attention[key]).replace("_", " ") for key in ("form", "basis", "mode"))
+    return (
+        f"Kolmogorov-Arnold attention ([arXiv 2503.10632](https://arxiv.org/abs/2503.10632): {form}, {basis}, {mode})"
+    )

@@ -1,0 +1,78 @@
+"""ONNX: one file that onnxruntime and others run without Python."""
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from karat_scale.errors import UserError
+from karat_scale.export.likeness import check_likeness, example_images
+from karat_scale.export.source import Source
+from karat_scale.files import write_atomically
+
+_NEEDS = ("onnx", "onnxscript", "onnxruntime")
+
+
+def write_onnx(source: Source, path: Path) -> str:
+    """Write float32 `images` [batch, 3, S, S], normalised, to `logits` [batch, classes] for any batch.
+
+    The facts are its `metadata_props`. Returns a note on what was checked by onnxruntime.
+
+    Raises:
+        UserError: a package is missing, or the model does not answer as it should.
+        OSError: `path` cannot be written.
+    """
+    _check_packages()
+    model = source.traceable_model()
+    size = source.recipe.model.image_size
+    try:
+        proto = _convert(model, example_images(size, 2))
+    except Exception as error:  # of torch.export, onnxscript and onnx
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise UserError(f"the model cannot be written as ONNX: {reason}; use --format torchscript") from error
+    for key, value in source.facts.items():
+        proto.metadata_props.add(key=key, value=value)
+    content = proto.SerializeToString()
+    difference = check_likeness(model, onnx_session(content), size)
+    write_atomically(path, content)
+    return f"logits within {difference:.1e} in onnxruntime, opset {proto.opset_import[0].version}"
+
+
+def onnx_session(model: bytes | str) -> Callable[[Tensor], Tensor]:
+    """An ONNX model, its bytes or its path, as a function of images; by onnxruntime on the CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+    return run
+
+
+def _convert(model: nn.Module, images: Tensor) -> Any:
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model,
+            (images,),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=["images"],
+            output_names=["logits"],
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto
+
+
+def _check_packages() -> None:
+    missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--format onnx needs {', '.join(missing)}; pip install 'karat-scale[export]'")

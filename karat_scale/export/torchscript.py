@@ -1,0 +1,35 @@
+"""TorchScript: a traced model that `torch.jit.load` runs without this package or timm."""
+
+import io
+import json
+import warnings
+from pathlib import Path
+
+import torch
+
+from karat_scale.export.likeness import check_likeness, example_images
+from karat_scale.export.source import Source
+from karat_scale.files import write_atomically
+
+FACTS = "karat_scale.json"
+"""The extra file inside, which `torch.jit.load(path, _extra_files={FACTS: ""})` fills."""
+
+
+def write_torchscript(source: Source, path: Path) -> str:
+    """Trace the model over normalised images [B, 3, S, S] of any B; returns a note on what was checked.
+
+    Raises:
+        UserError: the model does not answer as it should.
+        OSError: `path` cannot be written.
+    """
+    model = source.traceable_model()
+    size = source.recipe.model.image_size
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of checks on shapes, which are fixed but for the batch; and of its own age
+        traced = torch.jit.trace(model, example_images(size, 2), check_trace=False)
+    buffer = io.BytesIO()
+    torch.jit.save(traced, buffer, _extra_files={FACTS: json.dumps(source.facts)})
+    buffer.seek(0)
+    difference = check_likeness(model, torch.jit.load(buffer), size)
+    write_atomically(path, buffer.getvalue())
+    return f"logits within {difference:.1e}"

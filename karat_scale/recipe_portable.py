@@ -1,0 +1,28 @@
+"""A recipe as it may leave the machine it ran on: without directories that exist, or say something, only there."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from karat_scale.recipe import Recipe
+
+
+def portable_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML. Of a path from the root, from home, or through `..`, the last name is left."""
+    tree = _portable(recipe.model_dump(mode="json", by_alias=True))
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110)
+
+
+def text_digest(text: str) -> str:
+    """SHA-256, as hex."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _portable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _portable(part) for key, part in value.items()}
+    if isinstance(value, str) and (value.startswith(("/", "~")) or ".." in Path(value).parts):
+        return Path(value).name
+    return value

@@ -1,0 +1,130 @@
+"""What is exported and loaded again gives the logits of the trained model, and says what it is."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+
+import karat_scale.timm_models  # noqa: F401
+from karat_scale.cli import main
+from karat_scale.export.source import Source
+from karat_scale.recipe_portable import text_digest
+from karat_scale.train.run_directory import RunDirectory
+from tests.export.conftest import CLASSES
+
+IMAGES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+MODELS = {
+    "softmax": ("attention.kind=softmax",),
+    "fourier": (),
+    "universal": ("attention.mode=universal", "attention.softmax_heads=1"),
+    "simplex": ("attention.simplex=true", "attention.base=gelu"),
+    "shannon": ("attention.basis=shannon",),
+    "bspline": ("attention.basis=bspline", "attention.form=full_rank"),
+    "two_operators": ("attention.form=two_operators", "attention.basis=rational"),
+    "project_first": ("attention.form=project_first", "attention.basis=chebyshev"),
+}
+
+
+@pytest.fixture
+def exported(small_recipe, make_run, tmp_path: Path):
+    """Export a run in a format; the file or folder, the run, and the logits of its averaged weights."""
+
+    def export(name: str, path: str, *overrides: str):
+        run, *_ = make_run(small_recipe(*overrides))
+        out = tmp_path / path
+        assert main(["export", str(run), "--format", name, "--weights", "ema", "--out", str(out)]) == 0
+        recipe = RunDirectory(run).recipe()
+        source = Source(RunDirectory(run), recipe, "step-00000003", "ema")
+        with torch.no_grad():
+            return out, source, source.model(IMAGES), source.traceable_model()(IMAGES)
+
+    return export
+
+
+def check_facts(facts: dict[str, str], source: Source) -> None:
+    assert facts == source.facts
+    assert json.loads(facts["classes"]) == list(CLASSES)
+    assert facts["recipe_sha256"] == text_digest(facts["recipe"])
+    assert (facts["weights"], facts["step"], facts["top1"]) == ("ema", "3", "62.5")
+    assert json.loads(facts["preprocessing"])["crop_pct"] == source.recipe.augment.eval_crop
+    assert str(source.run.path.parent) not in json.dumps(facts)  # of this machine
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_timm_loads_a_folder(exported, model: str) -> None:
+    folder, source, expected, _ = exported("hub-folder", "out/owls", *MODELS[model])
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(IMAGES), expected)
+    shared = source.recipe.attention.mode == "universal"
+    operators = {id(block.attn.operator) for block in loaded.blocks} if model != "softmax" else ()
+    assert len(operators) == {"softmax": 0, "universal": 1}.get(model, 2)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        check_facts(file.metadata(), source)
+        assert any("blocks.1.attn.operator" in key for key in file.keys()) != (shared or not operators)  # noqa: SIM118
+    config = json.loads((folder / "config.json").read_text())
+    check_facts(config["karat_scale"], source)
+    assert loaded.pretrained_cfg["label_names"] == list(CLASSES)
+    data = timm.data.resolve_model_data_config(loaded)
+    assert (list(data["input_size"]), data["crop_pct"]) == ([3, 16, 16], source.recipe.augment.eval_crop)
+    assert (folder / "recipe.yaml").read_text() == source.facts["recipe"]
+    sums = dict(line.split()[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
+    assert sums.keys() == {path.name for path in folder.iterdir()} - {"SHA256SUMS"}
+    assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == sums[name] for name in sums)
+    card = (folder / "README.md").read_text()
+    assert "62.50 %" in card
+    assert source.facts["weights_sha256"] in card
+
+
+def test_timm_adapts_a_folder(exported) -> None:
+    folder, source, *_ = exported("timm", "out", "attention.mode=universal")
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+    name = f"local-dir:{folder}"
+    larger = timm.create_model(name, pretrained=True, img_size=24, num_classes=7).eval()
+    assert larger(torch.zeros(1, 3, 24, 24)).shape == (1, 7)
+    assert torch.equal(larger.norm.weight, source.model.norm.weight)
+    features = timm.create_model(name, pretrained=True, features_only=True, out_indices=(0, 1))
+    assert [x.shape[-1] for x in features(IMAGES)] == [4, 4]
+    assert timm.create_model(name, pretrained=True, num_classes=0)(IMAGES).shape == (5, 32)
+    with pytest.raises(ValueError, match="square RGB images and no window_size"):
+        timm.create_model(name, window_size=7)
+    with pytest.raises(ValueError, match="local-dir:FOLDER"):
+        timm.create_model("karat")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_torchscript_needs_nothing_of_ours(exported, model: str, tmp_path: Path) -> None:
+    file, source, _, expected = exported("torchscript", "owls.pt", *MODELS[model])
+    extra = {"karat_scale.json": ""}
+    loaded = torch.jit.load(file, _extra_files=extra)
+    assert torch.equal(loaded(IMAGES), expected)
+    check_facts(json.loads(extra["karat_scale.json"]), source)
+    if model == "universal":
+        code = f"import sys, torch; print(torch.jit.load({str(file)!r})(torch.zeros(1, 3, 16, 16)).shape)\n"
+        code += "assert not {'timm', 'karat_scale'} & set(sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert "[1, 4]" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "model", [name if name == "universal" else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
+def test_onnxruntime_gives_the_logits(exported, model: str, capsys) -> None:
+    onnx = pytest.importorskip("onnx", reason="needs the extra `export`")
+    from karat_scale.export.onnx_file import onnx_session
+
+    file, source, expected, _ = exported("onnx", "owls.onnx", *MODELS[model])
+    assert "logits within" in capsys.readouterr().out
+    assert (onnx_session(str(file))(IMAGES) - expected).abs().max() < 1e-4
+    proto = onnx.load(file)
+    check_facts({entry.key: entry.value for entry in proto.metadata_props}, source)
+    onnx.checker.check_model(proto, full_check=True)
+    scalars = sum(torch.Size(tensor.dims).numel() for tensor in proto.graph.initializer)
+    own = {id(p): p.numel() for p in source.model.parameters()}
+    assert scalars < 1.1 * sum(own.values()) + 1000  # what blocks share is there once
