@@ -11,12 +11,13 @@ from karat_scale.data.augment import TrainTransform
 from karat_scale.data.backends import open_backend
 from karat_scale.data.device_augment import DeviceAugment
 from karat_scale.data.device_ops import BATCHED, MATRICES
-from karat_scale.data.digest import batch_digest
+from karat_scale.data.digest import BITS, batch_digest
 from karat_scale.data.draw import Draw
 from karat_scale.data.plan import TrainPlan
 from karat_scale.data.randaugment import RandAugment
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import AugmentConfig
+from tests.data.betons import make_betons
 from tests.data.conftest import photo
 
 SIDE, IMAGES = 32, 40
@@ -95,17 +96,26 @@ def test_what_only_pillow_does_is_refused():
         DeviceAugment(augment, SIDE)
 
 
-@pytest.mark.parametrize("backend", ["folder", "webdataset"])
-def test_backends_leave_it_to_the_device(make_shards, image_folder, data_config, backend):
+@pytest.mark.parametrize("backend", ["folder", "webdataset", "ffcv", "dali"])
+def test_every_backend_leaves_it_to_the_device_on_any_number_of_ranks(make_shards, image_folder, data_config, backend):
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install 'karat-scale[dali]'")
     directory = image_folder if backend == "folder" else make_shards()
-    seen = []
-    for augment in (WORKERS, DEVICE):
-        opened = open_backend(data_config(directory, backend=backend, decoder="pillow"), augment, SIDE, 4, 5)
-        (batch,) = opened.train_batches(TrainPlan(5, opened.num_train, 16, 16, 0, 1).slices(0, 1))
-        seen.append((batch, DeviceAugment(augment, SIDE)(batch.images, batch.draws)))
-    (workers, reference), (device, ours) = seen
+    config = data_config(make_betons(directory) if backend == "ffcv" else directory, backend=backend)
+
+    def batches(augment: AugmentConfig, rank: int = 0, world: int = 1):
+        opened = open_backend(config, augment, SIDE, 4, 5)
+        (batch,) = opened.train_batches(TrainPlan(5, opened.num_train, 16, 16 // world, rank, world).slices(0, 1))
+        opened.close()
+        return batch, DeviceAugment(augment, SIDE)(batch.images, batch.draws)
+
+    (workers, reference), (device, ours) = batches(WORKERS), batches(DEVICE)
     assert device.draws == workers.draws
     assert batch_digest(device) == batch_digest(workers)
     assert not torch.equal(device.images, workers.images)
     found = (ours.int() - reference.int()).abs().float().mean((1, 2, 3))
     assert found.mean() < 0.05
+    ranks = [batches(DEVICE, rank, 2) for rank in (0, 1)]
+    assert torch.equal(torch.cat([images for _, images in ranks]), ours)
+    assert torch.equal(torch.cat([batch.labels for batch, _ in ranks]), device.labels)
+    assert sum(batch_digest(batch) for batch, _ in ranks) % 2**BITS == batch_digest(device)

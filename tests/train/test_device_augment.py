@@ -9,9 +9,10 @@ from tests.train.runs import losses
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_it_is_the_same_data_and_stops_and_resumes_as_any_run(recipe_file):
-    def train(name: str, *overrides: str):
+    def train(name: str, *overrides: str, processes: int = 1):
         run = recipe_file.parent / name
-        done = karat("train", str(recipe_file), f"run.dir={run}", "augment.erasing=0.5", *overrides)
+        options = (f"run.dir={run}", "augment.erasing=0.5", *overrides)
+        done = karat("train", str(recipe_file), *options, processes=processes)
         assert done.returncode == 0, done.stdout + done.stderr
         return run
 
@@ -22,3 +23,6 @@ def test_it_is_the_same_data_and_stops_and_resumes_as_any_run(recipe_file):
     train("cut", "augment.run_on=device", "train.max_steps=3")
     cut = train("cut", "augment.run_on=device", "resume.allow=[train.max_steps]")
     assert losses(cut) == losses(device)
+    ranks = train("ranks", "augment.run_on=device", processes=2)
+    assert summary(ranks)["data_digest"] == summary(device)["data_digest"]
+    assert losses(ranks) == pytest.approx(losses(device), rel=1e-5)

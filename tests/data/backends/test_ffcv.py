@@ -159,6 +159,20 @@ def test_closing_ends_the_workers_and_the_iterators(betons):
     assert next(batches, None) is None
 
 
+def test_nothing_is_compiled_and_no_reader_of_ffcv_is_started(betons, monkeypatch):
+    """FFCV's pipelines compile for 8 to 24 s before the first batch, and some hang while they do."""
+    from ffcv.loader import Loader
+    from numba.core.event import install_recorder
+
+    monkeypatch.setattr(Loader, "__init__", None)  # which hangs
+    _, config = betons()
+    with install_recorder("numba:compile") as compiled:
+        for decoder in ("auto", "pillow"):
+            backend = open_backend(config(decoder=decoder), AugmentConfig(), SIZE, 3, 0)
+            assert len(list(backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 2)))) == 2
+    assert not compiled.buffer
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_training_from_betons_resumes_in_the_middle_of_an_epoch(recipe_file, shards):

@@ -1,4 +1,6 @@
+import os
 import random
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
 from karat_scale.data.shard_writer import EncodedSample
 from karat_scale.errors import DataError
 from karat_scale.recipe import AugmentConfig
-from tests.data.backends.helpers import SIZE, broken, contents
+from tests.data.backends.helpers import SIZE, broken, children, contents, wait_until
 
 
 def test_batches_are_the_same_for_any_number_of_workers(make_shards, data_config):
@@ -108,6 +110,15 @@ def test_skipping_takes_the_next_sample_that_decodes(make_shards, make_sample, d
     assert batch.bad[1].shard == "train-000001.tar"
 
 
+def test_skipping_waits_for_nothing(make_shards, make_sample, data_config, cheap_augment, monkeypatch):
+    """webdataset's own handler sleeps half a second at each bad sample."""
+    monkeypatch.setattr(time, "sleep", None)
+    samples = [make_sample(i) if i % 2 else broken(i) for i in range(10)]
+    backend = open_backend(data_config(make_shards(samples), on_bad_sample="skip"), cheap_augment, SIZE, 3, 0)
+    (batch,) = backend.train_batches([BatchSlice(0, 0, np.arange(10))])
+    assert [bad.sample_id for bad in batch.bad] == [0, 2, 4, 6, 8]
+
+
 def test_skipping_in_evaluation_leaves_the_sample_out(make_shards, make_sample, data_config, cheap_augment):
     samples = [make_sample(i) for i in range(5)]
     samples[2] = broken(2)
@@ -135,6 +146,25 @@ def test_a_changed_shard_is_an_error_even_when_skipping(make_shards, data_config
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"train-000003.tar has changed since its index"):
         list(backend.train_batches(TrainPlan(0, 40, 40, 20, 0, 1).slices(0, 1)))
+
+
+def test_a_file_system_that_stalls_is_an_error_that_names_the_shard(make_shards, data_config, cheap_augment):
+    directory = make_shards()
+    before = children()
+    backend = open_backend(data_config(directory, workers=2, timeout=1), cheap_augment, SIZE, 3, 0)
+    path = directory / "train-000002.tar"
+    path.unlink()
+    os.mkfifo(path)  # opening it waits, as a dead server's file does
+    batches = backend.train_batches(BatchSlice(0, t, np.arange(8 * t, 8 * t + 8)) for t in range(5))
+    assert [next(batches).batch, next(batches).batch] == [0, 1]
+    begun = time.monotonic()
+    with pytest.raises(DataError) as caught:
+        next(batches)
+    assert time.monotonic() - begun < 20
+    assert str(caught.value).startswith("no batch came for data.timeout = 1 s: worker 0 at sample 16 in " + str(path))
+    assert next(batches, None) is None
+    backend.close()
+    wait_until(lambda: not children() - before)
 
 
 def test_imagenet_photos_become_batches(sample_data, tmp_path, data_config):
