@@ -1,6 +1,9 @@
 """Checks that shards, betons and folders share: files against their records, classes against the model."""
 
 import hashlib
+import os
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +19,26 @@ class Wording:
     said_by: str
     mend: str
     missing: str = "is missing"
+
+
+def must_answer(path: Path, timeout: float) -> None:
+    """Wait until a path can be opened, or is found missing. Raises DataError after `timeout` seconds.
+
+    A dead server's file system holds whoever asks it and lets no signal through, so a thread does the asking.
+    """
+
+    def ask() -> None:
+        with suppress(OSError):
+            os.close(os.open(path, os.O_RDONLY))
+
+    asking = threading.Thread(target=ask, name="karat-ask", daemon=True)
+    asking.start()
+    asking.join(timeout)
+    if asking.is_alive():
+        raise DataError(
+            f"data.path = {path} did not answer for data.timeout = {timeout:g} s; is its file system there? Raise "
+            "data.timeout if it is only slow"
+        )
 
 
 def check_class_count(place: Path, classes: int, num_classes: int) -> None:

@@ -1,6 +1,4 @@
 import io
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -9,27 +7,9 @@ from PIL import Image
 from karat_scale.data.dali_pipeline import DaliDecoder, Request
 from karat_scale.data.decoders.pillow import RESAMPLE, resized
 from karat_scale.data.view import View, centre_view, crop_view
-from tests.conftest import karat_environment
 from tests.data.conftest import encode, photo
 
 SIZE = 16
-WITHOUT_DALI = """
-import sys
-from karat_scale.cli import main
-import karat_scale.data.backends.dali
-assert not any(name.startswith("nvidia") for name in sys.modules)
-sys.modules["nvidia.dali"] = None  # as Python has it where the import fails
-sys.exit(main(["train", sys.argv[1], "data.backend=dali"]))
-"""
-
-
-def test_without_dali_the_error_says_what_to_install(recipe_file):
-    command = [sys.executable, "-c", WITHOUT_DALI, str(recipe_file)]
-    done = subprocess.run(command, env=karat_environment(), capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 2, done.stderr
-    assert "data.backend = dali needs DALI" in done.stderr.splitlines()[-1]
-    assert done.stderr.rstrip().endswith("pip install 'karat-scale[dali]'")
-    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture

@@ -207,17 +207,6 @@ def test_dataset_record_round_trip(make_shards):
     assert record.splits["train"].bytes == sum(path.stat().st_size for path in directory.glob("train-*.tar"))
 
 
-def test_hundreds_of_shards(tmp_path):
-    tiny = EncodedSample("0", "jpg", b"x", 0)
-    shards = [write_shard(tmp_path, f"train-{number:06d}", [tiny] * 3) for number in range(260)]
-    record = DatasetRecord(classes=["a", "b"])
-    record.splits["train"] = SplitRecord(samples=780, bytes=sum(shard.bytes for shard in shards), shards=shards)
-    write_dataset_record(tmp_path, record)
-    split = ShardSplit(tmp_path, "train", 2)
-    assert len(split) == 780
-    assert {split.read(number) for number in range(780)} == {b"x"}
-
-
 def test_headers_are_those_of_webdatasets_own_writer(tmp_path):
     names = ["a", "n01/x" * 19, "é/b", "n01/" + "y" * 120]
     samples = [EncodedSample(name, "jpg", bytes(997 * i), i) for i, name in enumerate(names)]

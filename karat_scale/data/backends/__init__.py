@@ -1,6 +1,9 @@
 """Where batches come from: one interface, one module per backend."""
 
+from pathlib import Path
+
 from karat_scale.data.backends.base import Backend
+from karat_scale.data.checks import must_answer
 from karat_scale.recipe import AugmentConfig, DataConfig
 
 __all__ = ["Backend", "open_backend"]
@@ -13,6 +16,7 @@ def open_backend(data: DataConfig, augment: AugmentConfig, image_size: int, num_
         from karat_scale.data.backends.synthetic import SyntheticBackend
 
         return SyntheticBackend(data, image_size, num_classes, seed)
+    must_answer(Path(data.path).expanduser(), data.timeout)
     if data.backend == "folder":
         from karat_scale.data.backends.folder import open_folder
 

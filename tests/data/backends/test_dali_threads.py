@@ -13,20 +13,13 @@ from karat_scale.data.dali_pipeline import QUEUE_DEPTH
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
 from karat_scale.errors import DataError
 from tests.conftest import events, karat, summary
-from tests.data.backends.helpers import hollow
+from tests.data.backends.helpers import hollow, wait_until
 from tests.train.conftest import equal
 from tests.train.runs import STEPS, final_tensors, kill_all, losses, start, wait_for_checkpoint
 
 
 def tasks() -> int:
     return psutil.Process().num_threads()
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_no_more_batches_are_made_than_asked_for(make_shards, dali):
@@ -97,6 +90,7 @@ def test_ten_epochs_take_no_more_memory_than_three(make_shards, make_sample, dal
     assert after[-1] - after[2] < 2.5, after
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(recipe_file: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"

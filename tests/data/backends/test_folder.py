@@ -34,17 +34,18 @@ def test_folder_and_shards_train_alike(image_folder, shards, data_config, order)
     assert all(len(batch.draws) == 6 for batch in from_folder[:12])
 
 
+@pytest.mark.usefixtures("stuck_workers_end_soon")
 def test_a_file_system_that_stalls_is_an_error_that_names_the_file(tmp_path, data_config):
     for split in ("train", "val"):
         (tmp_path / split / "ant").mkdir(parents=True)
         os.mkfifo(tmp_path / split / "ant" / "stuck.jpg")  # opening it waits, as a dead server's file does
     before = set(psutil.Process().children())
-    config = data_config(tmp_path, backend="folder", workers=1, timeout=2)
+    config = data_config(tmp_path, backend="folder", workers=1, timeout=1)
     backend = open_backend(config, AugmentConfig(), 16, 2, 0)
     begun = time.monotonic()
     with pytest.raises(DataError) as caught:
         next(backend.train_batches(TrainPlan(0, 1, 1, 1, 0, 1).slices(0, 1)))
     assert time.monotonic() - begun < 30
     path = tmp_path / "train" / "ant" / "stuck.jpg"
-    assert f"no batch came for data.timeout = 2 s: worker 0 at sample 0 in {path};" in str(caught.value)
+    assert f"no batch came for data.timeout = 1 s: worker 0 at sample 0 in {path};" in str(caught.value)
     assert not [p for p in psutil.Process().children() if p not in before and p.status() != psutil.STATUS_ZOMBIE]

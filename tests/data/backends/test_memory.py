@@ -28,8 +28,14 @@ def resident_mb() -> float:
     return sum(int(line[1]) for line in lines if line[0] in ("RssAnon:", "RssShmem:")) / 1e3
 
 
-@pytest.mark.parametrize("decoder", ["pillow", "auto"])
-@pytest.mark.parametrize("backend", ["folder", "webdataset", "ffcv"])
+# Each backend and each decoder once, and all of them together where the slow tests run.
+SAMPLED = [("folder", "pillow"), ("webdataset", "auto"), ("ffcv", "auto")]
+REST = [("folder", "auto"), ("webdataset", "pillow"), ("ffcv", "pillow")]
+
+
+@pytest.mark.parametrize(
+    ("backend", "decoder"), [*SAMPLED, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in REST)]
+)
 def test_ten_epochs_take_no_more_memory_than_three(image_folder, shards, tmp_path, data_config, backend, decoder):
     if backend == "ffcv":
         need_ffcv()
