@@ -54,6 +54,7 @@ def test_a_small_model_fits_with_its_attention_recomputed(tmp_path: Path) -> Non
 
 
 @pytest.mark.night
+@pytest.mark.timeout(3600)
 def test_vit_base_g1b_trains_twenty_steps_where_it_would_not_fit(tmp_path: Path) -> None:
     """As docs/memory.md has it, and `karat plan` predicted both."""
     base = (

@@ -84,6 +84,7 @@ def test_two_and_four_ranks_take_over_from_each_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.night
+@pytest.mark.timeout(3600)
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("before", CONFIGS)
 def test_two_and_four_ranks_and_every_pair_of_stages_over_fifty_steps(tmp_path: Path, before: str) -> None:
@@ -91,6 +92,7 @@ def test_two_and_four_ranks_and_every_pair_of_stages_over_fifty_steps(tmp_path: 
 
 
 @pytest.mark.night
+@pytest.mark.timeout(3600)
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("before", CONFIGS)
