@@ -131,7 +131,7 @@ def _add_energy(result: Result, learned: Sequence[KaratOperator]) -> None:
     axes.set_yticks(range(blocks * heads), [f"{b}.{h}" for b in range(blocks) for h in range(heads)], fontsize=7)
     axes.set(xlabel="frequency m", ylabel="block.head")
     figure.colorbar(image, label="share of energy")
-    caption = "Share of a head's squared coefficients in each frequency; at the start of training all are 1 / G."
+    caption = "Share of a head's squared coefficients in each frequency; at a random start all are 1 / G."
     result.figures["energy"] = figure, caption
     columns = ["block", "head", *(f"m = {m}, %" for m in range(1, grid + 1))]
     rows = [[b, h, *(100 * energy[b, h]).tolist()] for b in range(blocks) for h in range(heads)]
