@@ -44,11 +44,13 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    """A timm vision transformer. `embed_dim`, `depth` and `num_heads` override the named model's own."""
+    """A timm vision transformer (docs/models.md has which). `patch_size`, `embed_dim`, `depth` and `num_heads` override
+    the named model's own, where it has one of each.
+    """
 
     name: str = "vit_tiny_patch16_224"
     image_size: Count = 224
-    patch_size: Count = 16
+    patch_size: Count | None = None
     num_classes: Annotated[int, Field(ge=2)] = 1000
     embed_dim: Count | None = None
     depth: Count | None = None
@@ -58,7 +60,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _patches_tile_the_image(self) -> "ModelConfig":
-        if self.image_size % self.patch_size:
+        if self.patch_size and self.image_size % self.patch_size:
             nearest = max(self.image_size // self.patch_size, 1) * self.patch_size
             raise ValueError(
                 f"model.image_size = {self.image_size} is not a multiple of model.patch_size = "

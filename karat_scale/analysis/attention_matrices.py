@@ -5,23 +5,33 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from timm.models import VisionTransformer
-from torch import Tensor
+from timm.layers import Attention
+from timm.models.convit import GPSA, MHSA
+from timm.models.swin_transformer import WindowAttention
+from torch import Tensor, nn
 
+from karat_scale.models import convit, swin
+from karat_scale.models.layers import attention_layers
 from karat_scale.models.transfer import Teacher, TransferredAttention
 
 Visit = Callable[[int, Tensor, Tensor], None]
-"""Given the block's index, A [B, h, N, N] before the operator, and S (or softmax(A)) [B, h, N, N] after it."""
+"""Given the block's index, A [B, h, N, N] before the operator, and S (or softmax(A)) [B, h, N, N] after it.
+
+In a Swin each window is an item of the batch, A holds the position bias, and masked pairs are 0 in both.
+"""
+Matrices = tuple[Tensor, Tensor]
 
 
 @contextmanager
-def watched(model: VisionTransformer, visit: Visit) -> Iterator[None]:
+def watched(model: nn.Module, visit: Visit) -> Iterator[None]:
     """Calls `visit` for each block of each forward pass inside the `with`, in order; nothing is kept.
 
     Both are float32. A has the scale 1 / sqrt(d), after the norms of query and key where the model has them.
     """
-    blocks: Any = model.blocks
-    hooks = [block.attn.register_forward_pre_hook(_hook(number, visit)) for number, block in enumerate(blocks)]
+    hooks = [
+        layer.attention.register_forward_pre_hook(_hook(number, visit), with_kwargs=True)
+        for number, layer in enumerate(attention_layers(model))
+    ]
     try:
         yield
     finally:
@@ -29,22 +39,59 @@ def watched(model: VisionTransformer, visit: Visit) -> Iterator[None]:
             hook.remove()
 
 
-def _hook(number: int, visit: Visit) -> Callable[[Any, tuple[Tensor, ...]], None]:
+def _hook(number: int, visit: Visit) -> Callable[[Any, tuple[Tensor, ...], dict[str, Any]], None]:
     @torch.no_grad()
-    def before(attention: Any, inputs: tuple[Tensor, ...]) -> None:
-        query, key, operator = _source(attention, inputs[0])
-        raw = query @ key.mT / query.shape[-1] ** 0.5
-        learned = raw.softmax(-1) if operator is None else operator.scores(query, key)
-        visit(number, raw, learned)
+    def before(attention: Any, inputs: tuple[Tensor, ...], settings: dict[str, Any]) -> None:
+        matrices = next(read for kind, read in _READERS.items() if isinstance(attention, kind))
+        visit(number, *matrices(attention, *inputs, **settings))
 
     return before
 
 
-def _source(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Any]:
-    """Query and key [B, h, N, d] as the layer itself has them, and its operator; None for softmax."""
-    if isinstance(attention, TransferredAttention):
-        assert isinstance(attention.teacher, Teacher)
-        return *attention.teacher.query_and_key(attention.block), attention.teacher.operator(attention.block)
-    batch, tokens, _ = x.shape
-    qkv = attention.qkv(x).reshape(batch, tokens, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
-    return attention.q_norm(qkv[0]), attention.k_norm(qkv[1]), getattr(attention, "operator", None)
+def _of_transferred(attention: Any, _: Tensor) -> Matrices:
+    assert isinstance(attention.teacher, Teacher)
+    query, key = attention.teacher.query_and_key(attention.block)
+    return _of_pair(query, key, attention.teacher.operator(attention.block))
+
+
+def _of_plain(attention: Any, x: Tensor) -> Matrices:
+    qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4)
+    return _of_pair(attention.q_norm(qkv[0]), attention.k_norm(qkv[1]), getattr(attention, "operator", None))
+
+
+def _of_mhsa(attention: Any, x: Tensor) -> Matrices:
+    query, key, _ = convit.query_key_value(attention, x)
+    return _of_pair(query, key, getattr(attention, "operator", None))
+
+
+def _of_gated(attention: Any, x: Tensor) -> Matrices:
+    """A of the patches' contents alone; its softmax is then mixed with that of positions."""
+    query, key = attention.qk(x).unflatten(-1, (2, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return query @ key.mT * attention.scale, attention.get_attention(x)
+
+
+def _of_window(attention: Any, x: Tensor, mask: Tensor | None = None) -> Matrices:
+    query, key, _, bias, keep = swin.parts_of(attention, x, mask)
+    raw = query @ key.mT / query.shape[-1] ** 0.5 + bias
+    operator = getattr(attention, "operator", None)
+    if operator is not None:
+        learned = operator.scores(query, key, bias=bias, mask=keep)
+    else:
+        learned = (raw if keep is None else raw.masked_fill(~keep, -torch.inf)).softmax(-1)
+    return raw if keep is None else raw.masked_fill(~keep, 0), learned
+
+
+def _of_pair(query: Tensor, key: Tensor, operator: Any) -> Matrices:
+    """Of query and key [B, h, N, d] as the layer itself has them, and its operator; None for softmax."""
+    raw = query @ key.mT / query.shape[-1] ** 0.5
+    return raw, raw.softmax(-1) if operator is None else operator.scores(query, key)
+
+
+# By class, the more special first.
+_READERS: dict[type[nn.Module], Callable[..., Matrices]] = {
+    TransferredAttention: _of_transferred,
+    Attention: _of_plain,
+    MHSA: _of_mhsa,
+    GPSA: _of_gated,
+    WindowAttention: _of_window,
+}

@@ -1,6 +1,5 @@
 """The learned functions phi_pq where they are used, their energy per frequency, and how far they are from softmax."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from karat_scale.analysis.units import ScoreHistogram, energy_per_frequency, uni
 from karat_scale.analysis.validation_images import ValidationImages
 from karat_scale.attention import KaratOperator
 from karat_scale.errors import RunDirectoryError
+from karat_scale.models.factory import layer_sizes
 from karat_scale.models.operators import gates, operators
 
 POINTS = 200
@@ -24,6 +24,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SHOWN_UNITS = 4
 FIT_BYTES = 1 << 30
 Heads = dict[tuple[int, int], Distance]
+Learned = dict[int, KaratOperator]
 
 
 def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
@@ -36,18 +37,32 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
     if not run.is_karat:
         raise RunDirectoryError(f"{run.path}: attention.kind = softmax learns no functions; give a karat run")
     model = run.model()
-    learned = [operator for operator in operators(model) if operator is not None]
+    all_layers = operators(model)
+    learned = {block: operator for block, operator in enumerate(all_layers) if operator is not None}
     images = run.images(settings.images)
-    histogram = ScoreHistogram(len(learned), learned[0].num_heads)
-    with watched(model, lambda block, raw, _: histogram.add(block, _arguments(learned[block], raw))):
+    histogram = ScoreHistogram(len(all_layers), max(operator.num_heads for operator in learned.values()))
+
+    def visit(block: int, raw: Tensor, _: Tensor) -> None:
+        if block in learned:
+            histogram.add(block, _arguments(learned[block], raw))
+
+    with watched(model, visit):
         _pass(model, run, images, settings, "scores")
     result = Result()
     _add_curves(result, learned, histogram)
     _add_gates(result, model)
     _add_energy(result, learned)
-    _add_distances(result, model, learned, run, images, settings)
+    if any(size.biased for size in layer_sizes(run.recipe.model)):
+        result.notes.append("distance from softmax: only where every pair of tokens takes part, not in shifted windows")
+    else:
+        _add_distances(result, model, learned, run, images, settings)
     note_bad_images(result, run, images.bad)
     return result
+
+
+def _places(learned: Learned) -> list[tuple[int, int]]:
+    """(block, head) of every learned head."""
+    return [(block, head) for block, operator in learned.items() for head in range(operator.num_heads)]
 
 
 def _arguments(operator: KaratOperator, raw: Tensor) -> Tensor:
@@ -65,8 +80,8 @@ def _pass(model: VisionTransformer, run: TrainedRun, images: ValidationImages, s
         settings.progress(what, done, len(images))
 
 
-def _add_curves(result: Result, learned: Sequence[KaratOperator], histogram: ScoreHistogram) -> None:
-    for block, operator in enumerate(learned):
+def _add_curves(result: Result, learned: Learned, histogram: ScoreHistogram) -> None:
+    for block, operator in learned.items():
         heads = operator.num_heads
         figure = new_figure(max(2.2 * heads, 3.2), 2.6)
         for head, axes in enumerate(figure.subplots(1, heads, squeeze=False)[0]):
@@ -106,7 +121,7 @@ def _draw_histogram(axes: Any, histogram: ScoreHistogram, block: int, head: int,
     axes.patch.set_visible(False)
 
 
-def _add_gates(result: Result, model: VisionTransformer) -> None:
+def _add_gates(result: Result, model: nn.Module) -> None:
     found = [(block, gate.detach().tolist()) for block, gate in enumerate(gates(model)) if gate is not None]
     rows = [[block, head, value] for block, values in found for head, value in enumerate(values)]
     if rows:
@@ -115,43 +130,47 @@ def _add_gates(result: Result, model: VisionTransformer) -> None:
         result.tables.append(Table(title, ["block", "head", "gate"], rows))
 
 
-def _add_energy(result: Result, learned: Sequence[KaratOperator]) -> None:
-    shares = [energy_per_frequency(operator) for operator in learned]
-    if any(share is None for share in shares):
+def _add_energy(result: Result, learned: Learned) -> None:
+    shares = [energy_per_frequency(operator) for operator in learned.values()]
+    energy = [share for share in shares if share is not None]
+    if len(energy) < len(shares):
         result.notes.append("energy per frequency: only the Fourier basis has frequencies")
         return
-    energy = np.stack([share for share in shares if share is not None])
-    blocks, heads, grid = energy.shape
-    result.arrays["energy_share"] = energy
-    result.numbers["energy_share"] = energy.tolist()
-    figure = new_figure(1.2 + 0.6 * grid, max(1.6, 0.22 * blocks * heads + 0.8))
+    rows_of_heads = np.concatenate(energy)
+    places, grid = _places(learned), rows_of_heads.shape[1]
+    result.arrays["energy_share"] = np.full((len(energy), max(map(len, energy)), grid), np.nan)  # where heads are fewer
+    for number, share in enumerate(energy):
+        result.arrays["energy_share"][number, : len(share)] = share
+    result.numbers["energy_share"] = [share.tolist() for share in energy]
+    figure = new_figure(1.2 + 0.6 * grid, max(1.6, 0.22 * len(places) + 0.8))
     axes = figure.subplots()
-    image = show_map(axes, energy.reshape(-1, grid), vmin=0, aspect="auto", cmap="viridis")
+    image = show_map(axes, rows_of_heads, vmin=0, aspect="auto", cmap="viridis")
     axes.set_xticks(range(grid), [str(m) for m in range(1, grid + 1)])
-    axes.set_yticks(range(blocks * heads), [f"{b}.{h}" for b in range(blocks) for h in range(heads)], fontsize=7)
+    axes.set_yticks(range(len(places)), [f"{b}.{h}" for b, h in places], fontsize=7)
     axes.set(xlabel="frequency m", ylabel="block.head")
     figure.colorbar(image, label="share of energy")
     caption = "Share of a head's squared coefficients in each frequency; at a random start all are 1 / G."
     result.figures["energy"] = figure, caption
     columns = ["block", "head", *(f"m = {m}, %" for m in range(1, grid + 1))]
-    rows = [[b, h, *(100 * energy[b, h]).tolist()] for b in range(blocks) for h in range(heads)]
+    rows = [[b, h, *(100 * shares).tolist()] for (b, h), shares in zip(places, rows_of_heads, strict=True)]
     result.tables.append(Table("Energy per frequency", columns, rows))
 
 
 def _add_distances(
     result: Result,
     model: VisionTransformer,
-    learned: Sequence[KaratOperator],
+    learned: Learned,
     run: TrainedRun,
     images: ValidationImages,
     settings: Settings,
 ) -> None:
-    if not can_fit(learned[0]):
+    first = next(iter(learned.values()))
+    if not can_fit(first):
         result.notes.append("distance from softmax: only for modular or full-rank operators of few features, base zero")
         return
     distances: Heads = {}
-    everyone = [(block, head) for block, operator in enumerate(learned) for head in range(operator.num_heads)]
-    at_once = max(1, FIT_BYTES // SoftmaxFit.bytes_of(learned[0]))
+    everyone = _places(learned)
+    at_once = max(1, FIT_BYTES // SoftmaxFit.bytes_of(first))
     for start in range(0, len(everyone), at_once):
         fits = {(b, h): SoftmaxFit(learned[b], h) for b, h in everyone[start : start + at_once]}
 

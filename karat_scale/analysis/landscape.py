@@ -20,6 +20,7 @@ from karat_scale.analysis.trained_run import TrainedRun
 from karat_scale.analysis.trajectory import Plane, plane_of_run
 from karat_scale.analysis.validation_images import ImagesInMemory
 from karat_scale.errors import RunDirectoryError
+from karat_scale.models.factory import layer_sizes
 
 MARGIN = 0.25
 POWER_STEPS = 40
@@ -158,17 +159,15 @@ def _draw_surface(first: Array, second: Array, losses: Array) -> Figure:
     return figure
 
 
-def _images_of_a_graph(model: VisionTransformer) -> int:
+def _images_of_a_graph(run: TrainedRun) -> int:
     """How many images' graphs fit in GRAPH_BYTES; at least one."""
-    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-    blocks: Any = model.blocks
-    heads = sum(block.attn.num_heads for block in blocks)
-    return max(1, GRAPH_BYTES // (4 * GRAPH_MATRICES * heads * tokens**2))
+    scores = sum(size.heads * size.scores for size in layer_sizes(run.recipe.model))
+    return max(1, GRAPH_BYTES // (4 * GRAPH_MATRICES * scores))
 
 
 def _add_sharpness(result: Result, run: TrainedRun, last: str, settings: Settings) -> None:
     model = run.model(last, weights="raw", implementation="reference")
-    batch = min(settings.batch, _images_of_a_graph(model))
+    batch = min(settings.batch, _images_of_a_graph(run))
     images = run.images(settings.hessian_samples).in_memory(batch, run.device)
     products = 0
 

@@ -14,6 +14,7 @@ from karat_scale.analysis.figures import new_figure, show_map
 from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
 from karat_scale.analysis.trained_run import TrainedRun
 from karat_scale.errors import RunDirectoryError
+from karat_scale.models.factory import layer_sizes
 
 MAX_HEADS = 12
 REGION_SHARE = 0.6
@@ -40,7 +41,10 @@ class ClassTokenMaps:
             self.raw.append(raw[:, :, 0, self.prefix :].cpu())
             self.learned.append(learned[:, :, 0, self.prefix :].cpu())
         step = rollout_step(learned)
-        self._joint = step if number == 0 or self._joint is None else step @ self._joint
+        if number == 0 or self._joint is None:
+            self._joint = step
+        else:
+            self._joint = step @ _with_prefix(self._joint, step.shape[-1])
 
     def end_of_batch(self) -> None:
         """The rollout is over all blocks only now."""
@@ -58,6 +62,14 @@ def rollout_step(learned: Tensor) -> Tensor:
     mean = mean / mean.sum(-1, keepdim=True).clamp(min=1e-12)
     joint = mean + torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
     return joint / joint.sum(-1, keepdim=True)
+
+
+def _with_prefix(joint: Tensor, tokens: int) -> Tensor:
+    """The factor [B, M, M] of blocks in which only the last M of N tokens were: the others saw themselves alone."""
+    missing = tokens - joint.shape[-1]
+    wider = torch.eye(tokens, dtype=joint.dtype, device=joint.device).repeat(len(joint), 1, 1)
+    wider[:, missing:, missing:] = joint
+    return wider
 
 
 def dominant_head(learned: Tensor) -> int:
@@ -83,12 +95,20 @@ def analyze_maps(run: TrainedRun, settings: Settings) -> Result:
         UserError: there is no such block or image, or the model has no class token.
     """
     model, images = run.model(), run.images(4, settings.image_ids)
-    depth = len(model.blocks)
+    name, sizes = run.recipe.model.name, layer_sizes(run.recipe.model)
+    depth = len(sizes)
     if not -depth <= settings.block < depth:
         raise RunDirectoryError(f"{run.path}: --block {settings.block}: it has blocks 0 to {depth - 1}")
-    if model.cls_token is None:
-        raise RunDirectoryError(f"{run.path}: {run.recipe.model.name} has no class token, so no attention maps of it")
-    maps = ClassTokenMaps(settings.block % depth, model.num_prefix_tokens)
+    if getattr(model, "cls_token", None) is None or not hasattr(model, "num_prefix_tokens"):
+        raise RunDirectoryError(f"{run.path}: {name} has no class token beside one grid of patches, so no maps of it")
+    block, prefix, grid = settings.block % depth, model.num_prefix_tokens, model.patch_embed.grid_size
+    with_token = [number for number, size in enumerate(sizes) if size.tokens == prefix + grid[0] * grid[1]]
+    if block not in with_token:
+        first = with_token[0]
+        raise RunDirectoryError(
+            f"{run.path}: --block {block}: the class token of {name} joins the patches in block {first}; name a later one"
+        )
+    maps = ClassTokenMaps(block, prefix)
     pictures, labels, ids = [], [], []
     for batch in images.raw(settings.batch):
         pictures.append(batch.images)
@@ -107,7 +127,6 @@ def analyze_maps(run: TrainedRun, settings: Settings) -> Result:
         "rollout": rollout.numpy(),
         "sample_ids": np.array(ids),
     }
-    grid = model.patch_embed.grid_size
     what = "S" if run.is_karat else "softmax"
     rows = []
     for index, picture in enumerate(torch.cat(pictures)):

@@ -10,6 +10,7 @@ from karat_scale.analysis.attention_matrices import watched
 from karat_scale.analysis.figures import new_figure
 from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
 from karat_scale.analysis.trained_run import TrainedRun
+from karat_scale.models.factory import layer_sizes
 
 STAGES = ("before", "after")
 Array = npt.NDArray[np.float64]
@@ -21,11 +22,12 @@ class Spectrum:
     """Running minimum, mean and maximum over heads and images; no matrix is kept.
 
     `low`, `high` and `mean` are [L, 2, N]: log10 of the singular values, largest first, by block and before / after.
+    N is the largest of all blocks; nan where a block has fewer.
     """
 
     def __init__(self, blocks: int, tokens: int) -> None:
-        self.low = np.full((blocks, 2, tokens), np.inf)
-        self.high = np.full((blocks, 2, tokens), -np.inf)
+        self.low = np.full((blocks, 2, tokens), np.nan)
+        self.high = np.full((blocks, 2, tokens), np.nan)
         self._sum = np.zeros((blocks, 2, tokens))
         self._ranks = np.zeros((blocks, 2, 3))
         self._count = np.zeros((blocks, 1, 1))
@@ -35,9 +37,10 @@ class Spectrum:
         for stage, matrices in enumerate((raw, learned)):
             values = torch.linalg.svdvals(matrices.flatten(0, 1).float())
             logs = values.clamp(min=FLOOR).log10().double().cpu().numpy()
-            self.low[block, stage] = np.minimum(self.low[block, stage], logs.min(0))
-            self.high[block, stage] = np.maximum(self.high[block, stage], logs.max(0))
-            self._sum[block, stage] += logs.sum(0)
+            own = block, stage, slice(logs.shape[1])
+            self.low[own] = np.fmin(self.low[own], logs.min(0))
+            self.high[own] = np.fmax(self.high[own], logs.max(0))
+            self._sum[own] += logs.sum(0)
             ranks = torch.stack((effective_rank(values), stable_rank(values), significant_rank(values)), 1)
             self._ranks[block, stage] += ranks.double().sum(0).cpu().numpy()
         self._count[block] += len(values)
@@ -45,7 +48,7 @@ class Spectrum:
     @property
     def mean(self) -> Array:
         """The mean log10 of each singular value."""
-        return self._sum / self._count
+        return np.where(np.isnan(self.low), np.nan, self._sum / self._count)
 
     @property
     def ranks(self) -> Array:
@@ -78,8 +81,8 @@ def analyze_spectrum(run: TrainedRun, settings: Settings) -> Result:
         UserError: the run has no checkpoint, or its data cannot be read.
     """
     model, images = run.model(), run.images(settings.images)
-    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-    spectrum = Spectrum(len(model.blocks), tokens)
+    sizes = layer_sizes(run.recipe.model)
+    spectrum = Spectrum(len(sizes), max(size.tokens for size in sizes))
     done = 0
     with watched(model, spectrum.add):
         for batch, _ in images.batches(settings.batch, run.device):
@@ -98,7 +101,7 @@ def analyze_spectrum(run: TrainedRun, settings: Settings) -> Result:
     result.arrays = {"log10_min": spectrum.low, "log10_mean": spectrum.mean, "log10_max": spectrum.high}
     what = "S" if run.is_karat else "softmax"
     result.figures["last_block"] = (
-        _draw_block(spectrum, len(model.blocks) - 1, what),
+        _draw_block(spectrum, len(sizes) - 1, what),
         "Singular values of the last block's attention matrices, over all heads and images: mean, and from the least "
         "to the greatest.",
     )
@@ -108,7 +111,7 @@ def analyze_spectrum(run: TrainedRun, settings: Settings) -> Result:
     )
     rows = [
         [block, *(float(x) for pair in zip(*spectrum.ranks[block].tolist(), strict=True) for x in pair)]
-        for block in range(len(model.blocks))
+        for block in range(len(sizes))
     ]
     columns = ["block", *(f"{name.split('_')[0]} rank, {of}" for name in names for of in ("A", what))]
     result.tables.append(Table("Ranks of the attention matrices", columns, rows))

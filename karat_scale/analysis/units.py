@@ -39,7 +39,10 @@ def energy_per_frequency(operator: KaratOperator) -> npt.NDArray[np.float64] | N
 
 
 class ScoreHistogram:
-    """How often each score occurs, by block and head; scores beyond +-64 count in the outermost bins."""
+    """How often each score occurs, by block and head; scores beyond +-64 count in the outermost bins.
+
+    Scores of exactly 0 do not count: those of masked pairs are.
+    """
 
     edges = np.linspace(-LIMIT, LIMIT, BINS + 1)
 
@@ -49,7 +52,7 @@ class ScoreHistogram:
     def add(self, block: int, scores: Tensor) -> None:
         """Take in [B, h, rows, columns]."""
         for head, values in enumerate(scores.transpose(0, 1).flatten(1).float().cpu()):
-            counted = torch.histc(values.clamp(-LIMIT, LIMIT), BINS, -LIMIT, LIMIT)
+            counted = torch.histc(values[values != 0].clamp(-LIMIT, LIMIT), BINS, -LIMIT, LIMIT)
             self.counts[block, head] += counted.to(torch.int64).numpy()
 
     def span(self, block: int, head: int, share: float = 0.998) -> tuple[float, float]:

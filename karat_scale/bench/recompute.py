@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from timm.models import VisionTransformer
+from torch import nn
 
 from karat_scale.bench.attention import clock_for, device_name, write_json
 from karat_scale.bench.interleave import interleaved_seconds, median_ratio
 from karat_scale.bench.peak_memory import peak_memory_of
 from karat_scale.models import create_model
+from karat_scale.models.flops import BlockFlops, flops_by_block
 from karat_scale.models.recompute import Choice, choices_by_rule, recompute
-from karat_scale.models.recompute_budget import cheapest_choices, least_budget, peak_saved_bytes, recompute_cost
+from karat_scale.models.recompute_budget import cheapest_choices, least_budget, peak_saved_bytes
 from karat_scale.models.saved_tensors import activation_bytes, saved_bytes
 from karat_scale.recipe import AttentionConfig, ModelConfig, RecomputeConfig
 
@@ -101,24 +102,25 @@ def _saved_mb(attention: str, policy: str, case: Case) -> float:
         return saved_bytes(_model(attention, policy, case), _images(case)) / 1e6
 
 
-def _model(attention: str, policy: str, case: Case) -> VisionTransformer:
+def _model(attention: str, policy: str, case: Case) -> nn.Module:
     settings = AttentionConfig(kind="softmax")
     if attention != "softmax":
         settings = AttentionConfig.model_validate({"kind": "karat", "grid": case.grid, "implementation": attention})
-    model = create_model(ModelConfig(name=case.model, image_size=case.image_size), settings).to(case.device)
-    recompute(model, _choices(model, policy, case))
+    config = ModelConfig(name=case.model, image_size=case.image_size)
+    model = create_model(config, settings).to(case.device)
+    recompute(model, _choices(model, flops_by_block(config, settings), policy, case))
     return model
 
 
-def _choices(model: VisionTransformer, policy: str, case: Case) -> Sequence[Choice]:
+def _choices(model: nn.Module, flops: Sequence[BlockFlops], policy: str, case: Case) -> Sequence[Choice]:
     """Of the recipe's policies, or the budget's under half of what `none` needs, or the least it can be."""
-    depth = len(model.blocks)
+    depth = len(flops)
     if policy != HALF:
         return choices_by_rule(RecomputeConfig.model_validate({"policy": policy}), depth)
     with _autocast(case):
         activations = activation_bytes(model, _images(case))
     budget = max(peak_saved_bytes(activations, ["nothing"] * depth) // 2, least_budget(activations))
-    choices = cheapest_choices(activations, recompute_cost(model), budget)
+    choices = cheapest_choices(activations, flops, budget)
     assert choices is not None
     return choices
 

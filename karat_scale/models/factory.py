@@ -4,35 +4,78 @@ import difflib
 from typing import Any
 
 import timm
-from timm.models import VisionTransformer
 from torch import nn
 
 from karat_scale.errors import RecipeError
+from karat_scale.models import swin, vit
+from karat_scale.models.convit import CONVIT
+from karat_scale.models.host import Host
+from karat_scale.models.layers import LayerSize
+from karat_scale.models.other import OTHER
+from karat_scale.models.swin import SWIN
 from karat_scale.models.transfer import TransferredAttention
-from karat_scale.models.vit import OWN_SIZES, build_vit, create_vit
+from karat_scale.models.vit import VIT, build_vit
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
+# By timm's modules.
+HOSTS = {
+    "vision_transformer": VIT,
+    "vision_transformer_hybrid": VIT,
+    "deit": VIT,
+    "convit": CONVIT,
+    "swin_transformer": SWIN,
+}
+# Names of our own, and the models of timm's that they are sizes of.
+OWN = {**dict.fromkeys(vit.OWN_SIZES, vit.BASE), **dict.fromkeys(swin.OWN_SIZES, swin.BASE)}
 
-def create_model(model: ModelConfig, attention: AttentionConfig, **options: Any) -> VisionTransformer:
+def create_model(model: ModelConfig, attention: AttentionConfig, **options: Any) -> nn.Module:
     """Build the timm model a recipe names, with softmax or KArAt attention.
 
     One with `attention.transfer_from` has its own parameters and computes after `give_teacher`.
 
     Args:
-        options: of timm's VisionTransformer, in place of the named model's own, such as `class_token=False`.
+        options: of timm's model, in place of the named model's own, such as `class_token=False`.
 
     Raises:
-        RecipeError: the name is unknown to timm, is not a plain ViT, or cannot take the sizes asked for.
+        RecipeError: the name is unknown to timm, its attention is none that is known, or it cannot take the sizes or
+            the kind of attention asked for.
     """
-    names = [*OWN_SIZES, *timm.list_models("vit_*")]
-    base_name = model.name.partition(".")[0]
-    if base_name not in names:
-        close = difflib.get_close_matches(base_name, names, n=1)
-        hint = f"; did you mean {close[0]}?" if close else "; `timm.list_models('vit_*')` lists the valid ones"
-        raise RecipeError(f"model.name = {model.name!r}: no such vision transformer in timm{hint}")
+    host = host_of_name(model.name)
     if attention.transfer_from:
+        check_transfers(model.name)
         return build_vit(model, TransferredAttention, **options)
-    return create_vit(model, attention, **options)
+    if attention.kind == "softmax":
+        return host.softmax(model, **options)
+    return host.learn(model, attention, host.sizes(model, **options), **options)
+
+
+def host_of_name(name: str) -> Host:
+    """The host that builds the model of a name. Raises RecipeError for one that timm does not have."""
+    base = OWN.get(name, name.partition(".")[0])
+    if not timm.is_model(base):
+        names = [*OWN, *timm.list_models()]
+        close = difflib.get_close_matches(base, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else "`timm.list_models('vit_*')` lists some of them"
+        raise RecipeError(f"model.name = {name!r}: timm has no such model; {hint}")
+    return _host_of_module(timm.model_entrypoint(base).__module__)
+
+
+def host_of(network: nn.Module) -> Host:
+    """The host of a model that was built."""
+    return _host_of_module(type(network).__module__)
+
+
+def layer_sizes(model: ModelConfig) -> tuple[LayerSize, ...]:
+    """The sizes of the attention layers of a recipe's model, in order. Raises RecipeError as `create_model`."""
+    return host_of_name(model.name).sizes(model)
+
+
+def check_transfers(name: str) -> None:
+    """Raises RecipeError unless the model of a name can give and take attention matrices."""
+    if host_of_name(name) is not VIT:
+        raise RecipeError(
+            f"model.name = {name!r}: attention is transferred between plain ViTs alone; use a vit_* or deit*"
+        )
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -40,10 +83,14 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def no_weight_decay_names(model: VisionTransformer, decay_karat: bool) -> set[str]:
+def no_weight_decay_names(model: nn.Module, decay_karat: bool) -> set[str]:
     """Parameters that get no weight decay: what timm exempts, biases and norms, and KArAt's own unless asked."""
-    exempt = set(model.no_weight_decay())
+    exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     for name, parameter in model.named_parameters():
         if parameter.ndim <= 1 or (".operator." in name and not decay_karat):
             exempt.add(name)
     return exempt
+
+
+def _host_of_module(module: str) -> Host:
+    return HOSTS.get(module.rpartition(".")[2], OTHER)

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from karat_scale.attention import KaratOperator
 from karat_scale.attention.bases import Basis, FeatureBasis
 from karat_scale.models.factory import create_model
+from karat_scale.models.layers import attention_layers
 from karat_scale.models.transfer import TransferredAttention
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
@@ -35,21 +36,34 @@ def flops_per_image(model: ModelConfig, attention: AttentionConfig) -> Flops:
         RecipeError: the model cannot be built.
     """
     with torch.device("meta"):
-        network: nn.Module = create_model(model, attention)
-        _let_operators_pass(network)
-        _let_matrices_come_from_nowhere(network)
+        counted = _Counted(create_model(model, attention))
         image = torch.empty(1, 3, model.image_size, model.image_size)
         # SDPA's fused backward passes would count the scores that they compute a second time.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            logits = network(image)
+            logits = counted.network(image)
             forward = counter.get_total_flops()
             logits.sum().backward()
-    learned = sum(module.flops for module in network.modules() if isinstance(module, _PassedOperator))
-    return Flops(forward + learned, counter.get_total_flops() + 3 * learned)
+    return Flops(forward + counted.learned, counter.get_total_flops() + 3 * counted.learned)
 
 
-def operator_flops(operator: KaratOperator, tokens: int, width: int) -> int:
-    """Forward operations of an operator on one image.
+class BlockFlops(NamedTuple):
+    """Operations of a block's forward pass for one image: of its attention, and of all of it."""
+
+    attention: int
+    block: int
+
+
+def flops_by_block(model: ModelConfig, attention: AttentionConfig) -> tuple[BlockFlops, ...]:
+    """The forward part of `flops_per_image` that each block does; raises as it does."""
+    with torch.device("meta"), torch.no_grad():
+        counted = _Counted(create_model(model, attention))
+        image = torch.empty(1, 3, model.image_size, model.image_size)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            return counted.by_block(image, counter)
+
+
+def operator_flops(operator: KaratOperator, tokens: int, width: int, masked: bool = False) -> int:
+    """Forward operations of an operator on one set of tokens.
 
     Modular, a head: 2 N^2 d for the scores, 2 K N^2 r for H, 4 N r d for O = H (W^T V); in the Fourier basis K = 2 G.
 
@@ -57,13 +71,14 @@ def operator_flops(operator: KaratOperator, tokens: int, width: int) -> int:
         operator: with h heads and rank r.
         tokens: N.
         width: d, of a head.
+        masked: whether pairs are left out, for which S is needed.
     """
     n, d, r = tokens, width, operator.rank
     function = 2 * coefficients_of(operator.basis)
     scores = values = 2 * n * n * d
     if operator.form == "modular":
-        # With the simplex the rows of S = H W^T are needed.
-        output = 2 * n * n * r + values if operator.simplex else 4 * n * r * d
+        # With a mask or the simplex the rows of S = H W^T are needed.
+        output = 2 * n * n * r + values if operator.simplex or masked else 4 * n * r * d
         head = scores + function * n * n * r + output
     elif operator.form == "project_first":
         head = 4 * n * r * d + function * n * n * r + values
@@ -73,7 +88,7 @@ def operator_flops(operator: KaratOperator, tokens: int, width: int) -> int:
         rows = function * n**3 + values
         # Without a W, O = sum_f f(A) (C_f^T V) may be less than forming S.
         spread = 2 * function * n * n * d
-        can_spread = isinstance(operator.basis, FeatureBasis) and not operator.simplex
+        can_spread = isinstance(operator.basis, FeatureBasis) and not (operator.simplex or masked)
         head = scores + (min(rows, spread) if can_spread else rows)
     return head * operator.num_heads
 
@@ -85,6 +100,35 @@ def coefficients_of(basis: Basis) -> int:
     return sum(torch.Size(shape).numel() for shape in basis.shapes(1, 1, 1).values())
 
 
+class _Counted:
+    """A model on the meta device whose operators are counted in place of being computed."""
+
+    def __init__(self, network: nn.Module) -> None:
+        _let_operators_pass(network)
+        _let_matrices_come_from_nowhere(network)
+        self.network = network
+
+    @property
+    def learned(self) -> int:
+        """Operations of the operators so far."""
+        return sum(module.flops for module in self.network.modules() if isinstance(module, _PassedOperator))
+
+    def by_block(self, image: Tensor, counter: FlopCounterMode) -> tuple[BlockFlops, ...]:
+        """Run the image through, inside the counter."""
+        so_far: list[int] = []
+
+        def note(*_: Any) -> None:
+            so_far.append(counter.get_total_flops() + self.learned)
+
+        layers = attention_layers(self.network)
+        for part in (part for layer in layers for part in (layer.block, layer.attention)):
+            part.register_forward_pre_hook(note)
+            part.register_forward_hook(note)
+        self.network(image)
+        begins, enters, leaves, ends = (so_far[place::4] for place in range(4))
+        return tuple(BlockFlops(d - b, e - a) for a, b, d, e in zip(begins, enters, leaves, ends, strict=True))
+
+
 class _PassedOperator(nn.Module):
     """Stands where an operator was: counts it, and lets all three gradients through."""
 
@@ -94,10 +138,12 @@ class _PassedOperator(nn.Module):
         self.num_heads = operator.num_heads
         self.flops = 0
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Something of O's shape."""
         batch, _heads, tokens, width = query.shape
-        self.flops += batch * operator_flops(self._counted, tokens, width)
+        self.flops += batch * operator_flops(self._counted, tokens, width, masked=mask is not None)
         return query + key + value
 
 

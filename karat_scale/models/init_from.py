@@ -2,21 +2,21 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
-from timm.models import VisionTransformer
-from timm.models.vision_transformer import checkpoint_filter_fn
-from torch import Tensor
+from torch import Tensor, nn
 
 from karat_scale.attention import KaratOperator
 from karat_scale.errors import RecipeError
+from karat_scale.models.factory import host_of
 from karat_scale.models.interpolate import TokenGrid, resize_operator, square_grid, tokens_of
 
 OPERATOR = ".operator."
 
 
 @torch.no_grad()
-def take_weights(model: VisionTransformer, weights: Mapping[str, Tensor], new_head: bool = True) -> str:
+def take_weights(model: nn.Module, weights: Mapping[str, Tensor], new_head: bool = True) -> str:
     """Copy weights into a model, in place, fitted to its image size and classes.
 
     Position embeddings, the patch embedding and the attention operators are interpolated. Where the model has no class
@@ -38,21 +38,22 @@ def take_weights(model: VisionTransformer, weights: Mapping[str, Tensor], new_he
     own = model.state_dict()
     notes = []
     left = set()
-    loses_class_token = model.cls_token is None and "cls_token" in weights
+    loses_class_token = "cls_token" in weights and getattr(model, "cls_token", weights) is None
     if loses_class_token:
         weights = _without_class_token(weights)
         notes.append("without its class token")
-    weights = checkpoint_filter_fn(dict(weights), model)
+    weights = host_of(model).fit(weights, model)
     if any(OPERATOR in name for name in weights):
-        operators, grid = _operators_for(model, weights, loses_class_token)
-        is_resized = (grid.height, grid.width) != model.patch_embed.grid_size
-        notes += [f"interpolated from {grid.height} x {grid.width} patches"] if is_resized else []
+        operators, grids = _operators_for(model, weights, loses_class_token)
+        notes += [f"interpolated from {grid.height} x {grid.width} patches" for grid in grids]
         weights = {**weights, **operators}
     elif any(OPERATOR in name for name in own):
         left |= {name for name in own if OPERATOR in name}
         notes.append("the attention operators are left at their start, for the weights have none")
-    head = {name for name in own if name.startswith("head.")}
-    classes = [len(w["head.bias"]) if "head.bias" in w else 0 for w in (weights, own)]
+    heads = _classifiers(model)
+    head = {name for name in own if name.startswith(tuple(f"{head}." for head in heads))}
+    bias = f"{heads[0]}.bias"
+    classes = [len(w[bias]) if bias in w else 0 for w in (weights, own)]
     if new_head and classes[0] != classes[1]:
         left |= head
         weights = {name: tensor for name, tensor in weights.items() if name not in head}
@@ -63,15 +64,17 @@ def take_weights(model: VisionTransformer, weights: Mapping[str, Tensor], new_he
     return "; ".join(notes)
 
 
-def _operators(model: VisionTransformer) -> Iterator[tuple[str, KaratOperator]]:
+def _classifiers(model: Any) -> tuple[str, ...]:
+    """timm's names of the layers that give logits; more than one in a distilled model."""
+    names = model.pretrained_cfg["classifier"]
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _operators(model: nn.Module) -> Iterator[tuple[str, KaratOperator]]:
     """Every block's operator with its parameters' prefix; one that blocks share comes once for each."""
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, KaratOperator):
             yield f"{name}.", module
-
-
-def _grid_of(model: VisionTransformer) -> TokenGrid:
-    return TokenGrid(model.num_prefix_tokens, *model.patch_embed.grid_size)
 
 
 def _without_class_token(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -84,12 +87,13 @@ def _without_class_token(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _operators_for(
-    model: VisionTransformer, weights: Mapping[str, Tensor], loses_class_token: bool
-) -> tuple[dict[str, Tensor], TokenGrid]:
-    """The operators' tensors for the model's grid, and the grid they came from."""
+    model: nn.Module, weights: Mapping[str, Tensor], loses_class_token: bool
+) -> tuple[dict[str, Tensor], list[TokenGrid]]:
+    """The operators' tensors for the model's grids, and the other grids that some came from."""
     resized: dict[str, Tensor] = {}
     taken: dict[int, tuple[str, dict[str, Tensor]]] = {}
-    new = old = _grid_of(model)
+    others: list[TokenGrid] = []
+    prefix_tokens = getattr(model, "num_prefix_tokens", 0)
     for prefix, operator in _operators(model):
         tensors = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
         first, shared = taken.setdefault(id(operator), (prefix, tensors))
@@ -99,12 +103,15 @@ def _operators_for(
                 "use attention.mode=blockwise"
             )
         try:
-            old = square_grid(tokens_of(operator, tensors), new.prefix + loses_class_token)
+            new = square_grid(operator.num_tokens, prefix_tokens)
+            old = square_grid(tokens_of(operator, tensors), prefix_tokens + loses_class_token)
             tensors = resize_operator(operator, tensors, old, new)
         except ValueError as error:
             raise RecipeError(f"{prefix}{error}; use the attention section it was trained with") from error
         resized |= {prefix + name: x for name, x in tensors.items()}
-    return resized, old
+        is_resized = (old.height, old.width) != (new.height, new.width)
+        others += [old] if is_resized and old not in others else []
+    return resized, others
 
 
 def _check(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

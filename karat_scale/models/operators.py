@@ -6,12 +6,12 @@ from typing import Any
 from torch import nn
 
 from karat_scale.attention import HybridHeads, KaratOperator, ResidualHeads
+from karat_scale.models.layers import attention_layers
 
 
 def operators(model: nn.Module) -> list[KaratOperator | None]:
-    """Each block's learned operator; None where the block has softmax. In universal mode all are one object."""
-    blocks: Any = model.blocks
-    return [operator_of(block.attn) for block in blocks]
+    """Each attention layer's learned operator; None where it has softmax. In universal mode all are one object."""
+    return [operator_of(layer.attention) for layer in attention_layers(model)]
 
 
 def operator_of(attention: nn.Module) -> KaratOperator | None:
@@ -23,9 +23,9 @@ def operator_of(attention: nn.Module) -> KaratOperator | None:
 
 
 def gates(model: nn.Module) -> list[nn.Parameter | None]:
-    """Each block's gates [h] of what is learned beside softmax; None where S is learned alone, or not at all."""
-    blocks: Any = model.blocks
-    found = [[m for m in block.attn.modules() if isinstance(m, ResidualHeads)] for block in blocks]
+    """Each layer's gates [h] of what is learned beside softmax; None where S is learned alone, or not at all."""
+    layers = attention_layers(model)
+    found = [[m for m in layer.attention.modules() if isinstance(m, ResidualHeads)] for layer in layers]
     return [residual[0].gate if residual else None for residual in found]
 
 

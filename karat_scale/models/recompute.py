@@ -1,4 +1,4 @@
-"""Activation checkpointing: parts of a ViT whose activations are computed again in the backward pass.
+"""Activation checkpointing: parts of a model whose activations are computed again in the backward pass.
 
 A part that recomputes keeps its input alone. Names of parameters and state dicts do not change, nor do results: random
 generators and autocast are as they were when a part first ran.
@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from karat_scale.errors import RecipeError
+from karat_scale.models.layers import attention_layers
 from karat_scale.recipe import RecomputeConfig
 
 # What is recomputed of a block.
@@ -30,21 +29,11 @@ def choices_by_rule(config: RecomputeConfig, depth: int) -> tuple[Choice, ...]:
     return (by_policy[config.policy],) * depth
 
 
-def recompute(model: VisionTransformer, choices: Sequence[Choice], by: Checkpoint | None = None) -> None:
-    """Let each block recompute what its choice says, by `by` (default: `torch_checkpoint`). Once for a model.
-
-    Raises:
-        RecipeError: a choice is "attention", and the block has none that can be told from the rest.
-    """
-    for number, (block, choice) in enumerate(zip(model.blocks, choices, strict=True)):
-        part = getattr(block, "attn", None) if choice == "attention" else block
-        if not isinstance(part, nn.Module):
-            raise RecipeError(
-                f"train.recompute.policy = attention: block {number} of the model, a {type(block).__name__}, has no "
-                "attention of its own; use policy all or every"
-            )
+def recompute(model: nn.Module, choices: Sequence[Choice], by: Checkpoint | None = None) -> None:
+    """Let each block recompute what its choice says, by `by` (default: `torch_checkpoint`). Once for a model."""
+    for layer, choice in zip(attention_layers(model), choices, strict=True):
         if choice != "nothing":
-            _let_recompute(part, by or torch_checkpoint)
+            _let_recompute(layer.attention if choice == "attention" else layer.block, by or torch_checkpoint)
 
 
 def torch_checkpoint(function: Callable[..., Any], *tensors: Tensor) -> Any:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+
+from karat_scale.models.layers import AttentionLayer, attention_layers
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def saved_bytes(module: nn.Module, *inputs: Any) -> int:
     return ledger.top.bytes
 
 
-def activation_bytes(model: VisionTransformer, images: Tensor) -> ActivationBytes:
+def activation_bytes(model: nn.Module, images: Tensor) -> ActivationBytes:
     """`saved_bytes` of `model(images)` by part, for a model that recomputes nothing.
 
     Needs the memory of one block's activations, not of all: what is counted is let go block by block.
@@ -58,8 +59,8 @@ def activation_bytes(model: VisionTransformer, images: Tensor) -> ActivationByte
     ledger = _Ledger(model, (images,))
     blocks: list[BlockBytes] = []
     with contextlib.ExitStack() as stack:
-        for block in model.blocks:
-            stack.enter_context(_counting(block, ledger, blocks))
+        for layer in attention_layers(model):
+            stack.enter_context(_counting(layer, ledger, blocks))
         stack.enter_context(ledger.watching((images,)))
         model(images)
     return ActivationBytes(ledger.top.bytes, tuple(blocks))
@@ -115,8 +116,8 @@ def _no_backward(_: None) -> Tensor:
 
 
 @contextlib.contextmanager
-def _counting(block: nn.Module, ledger: _Ledger, blocks: list[BlockBytes]) -> Iterator[None]:
-    """Append to `blocks` what `block` saves when it runs."""
+def _counting(layer: AttentionLayer, ledger: _Ledger, blocks: list[BlockBytes]) -> Iterator[None]:
+    """Append to `blocks` what the layer's block saves when it runs."""
 
     def enter_block(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         ledger.enter()
@@ -137,10 +138,12 @@ def _counting(block: nn.Module, ledger: _Ledger, blocks: list[BlockBytes]) -> It
         ledger.top.attention += part.bytes
         ledger.top.storages.update(part.storages)
 
-    handles = [block.register_forward_pre_hook(enter_block), block.register_forward_hook(leave_block)]
-    if (attention := getattr(block, "attn", None)) is not None:
-        handles.append(attention.register_forward_pre_hook(enter_attention))
-        handles.append(attention.register_forward_hook(leave_attention))
+    handles = [
+        layer.block.register_forward_pre_hook(enter_block),
+        layer.block.register_forward_hook(leave_block),
+        layer.attention.register_forward_pre_hook(enter_attention),
+        layer.attention.register_forward_hook(leave_attention),
+    ]
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from karat_scale.errors import RecipeError
+from karat_scale.models.layers import attention_layers
 from karat_scale.models.vit import join_heads, num_tokens
 
 
@@ -39,10 +40,10 @@ class Teacher:
         """Tells one teacher from another, whatever it is cast to."""
         self._queries: dict[int, Tensor] = {}
         self._keys: dict[int, Tensor] = {}
-        blocks: Any = model.blocks
-        for number, block in enumerate(blocks):
-            block.attn.q_norm.register_forward_hook(_keep_in(self._queries, number))
-            block.attn.k_norm.register_forward_hook(_keep_in(self._keys, number))
+        self._attentions = [layer.attention for layer in attention_layers(model)]
+        for number, attention in enumerate(self._attentions):
+            attention.q_norm.register_forward_hook(_keep_in(self._queries, number))
+            attention.k_norm.register_forward_hook(_keep_in(self._keys, number))
 
     @torch.no_grad()
     def look(self, images: Tensor) -> None:
@@ -58,7 +59,7 @@ class Teacher:
 
     def operator(self, block: int) -> nn.Module | None:
         """The block's learned operator; None where it has softmax."""
-        operator: nn.Module | None = getattr(self.model.blocks[block].attn, "operator", None)
+        operator: nn.Module | None = getattr(self._attentions[block], "operator", None)
         return operator
 
     def attend(self, block: int, value: Tensor) -> Tensor:
@@ -112,9 +113,8 @@ def give_teacher(student: VisionTransformer, teacher: Teacher, source: str) -> N
                 f"attention.transfer_from = {source}: its {what} is {theirs}, this model's is {ours}; "
                 "they must be the same"
             )
-    blocks: Any = student.blocks
-    for number, block in enumerate(blocks):
-        block.attn.teacher, block.attn.block = teacher, number
+    for number, layer in enumerate(attention_layers(student)):
+        layer.attention.teacher, layer.attention.block = teacher, number
     # A partial, unlike a closure, means a copied model's own copy of the teacher.
     student.patch_embed.register_forward_pre_hook(functools.partial(_look, teacher))
     setattr(student, _TEACHER, teacher)
@@ -140,9 +140,10 @@ _SHAPE = ("image size", "number of tokens", "depth", "number of heads", "head wi
 
 
 def _shape(model: Any) -> tuple[Any, ...]:
-    attention = model.blocks[0].attn
+    layers = attention_layers(model)
+    attention = layers[0].attention
     size = "x".join(map(str, model.patch_embed.img_size))
-    return size, num_tokens(model), len(model.blocks), attention.num_heads, attention.head_dim
+    return size, num_tokens(model), len(layers), attention.num_heads, attention.head_dim
 
 
 def _look(teacher: Teacher, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -2,21 +2,24 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
-import timm
 import torch
 from timm.layers import Attention
 from timm.models import VisionTransformer
-from torch import nn
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
 
 from karat_scale.attention import FourierKaratOperator, HybridHeads, KaratOperator, ResidualHeads, make_basis
 from karat_scale.errors import RecipeError
+from karat_scale.models.host import Host, build_timm
+from karat_scale.models.layers import LayerSize
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
-# Sizes of our own, by name: what they change in timm's ViT-Tiny. Image and patch size are the recipe's.
+# Sizes of our own, by name: what they change in timm's ViT-Tiny.
+BASE = "vit_tiny_patch16_224"
 OWN_SIZES: dict[str, dict[str, int]] = {
-    "vit_mini_patch4_28": {"embed_dim": 128, "depth": 4, "num_heads": 2},
+    "vit_mini_patch4_28": {"patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 2},
 }
 
 
@@ -70,17 +73,27 @@ def join_heads(attention: Attention, x: torch.Tensor, out: torch.Tensor) -> torc
 def attention_class(attention: AttentionConfig, num_tokens: int) -> type[Attention]:
     """The class timm builds for each block, for `num_tokens` = N.
 
-    Blockwise (B): each block owns an operator. Universal (U): all blocks hold the same one, so its
-    parameters are counted and stepped once (paper, the modular operator).
-
     Raises:
         RecipeError: the basis cannot be built.
     """
     if attention.kind == "softmax":
         return Attention
+    make = functools.partial(operator_maker(attention), num_tokens)
+    return type("KaratAttention", (KaratAttention,), {"make_operator": staticmethod(make)})
+
+
+def operator_maker(attention: AttentionConfig) -> Callable[[int, int], nn.Module]:
+    """What makes the operator of a layer with N tokens and h heads, given as (N, h).
+
+    Blockwise (B): a new one each time. Universal (U): all layers of the same N and h hold the same one, so its
+    parameters are counted and stepped once (paper, the modular operator).
+
+    Raises:
+        RecipeError: the basis cannot be built.
+    """
     _check_basis(attention)
 
-    def make_operator(num_heads: int) -> nn.Module:
+    def make(num_tokens: int, num_heads: int) -> nn.Module:
         softmax_heads = attention.softmax_heads
         if softmax_heads >= num_heads:
             raise ValueError(f"attention.softmax_heads = {softmax_heads} leaves none of {num_heads} heads to KArAt")
@@ -88,8 +101,7 @@ def attention_class(attention: AttentionConfig, num_tokens: int) -> type[Attenti
         learned = ResidualHeads(operator) if attention.residual else operator
         return HybridHeads(learned, softmax_heads) if softmax_heads else learned
 
-    make = functools.cache(make_operator) if attention.mode == "universal" else make_operator
-    return type("KaratAttention", (KaratAttention,), {"make_operator": staticmethod(make)})
+    return functools.cache(make) if attention.mode == "universal" else make
 
 
 def _check_basis(attention: AttentionConfig) -> None:
@@ -112,50 +124,42 @@ def _make_operator(attention: AttentionConfig, num_tokens: int, num_heads: int) 
     return KaratOperator(**sizes, **named, basis=basis, form=attention.form, simplex=attention.simplex)
 
 
-def create_vit(model: ModelConfig, attention: AttentionConfig, **options: Any) -> VisionTransformer:
-    """A timm ViT of the recipe's size with the recipe's attention, freshly initialised.
-
-    Raises:
-        RecipeError: timm cannot build the model at these sizes.
-    """
-    if attention.kind == "softmax":
-        return build_vit(model, Attention, **options)
-    with torch.device("meta"):
-        tokens = num_tokens(build_vit(model, Attention, **options))
-    return build_vit(model, attention_class(attention, tokens), **options)
-
-
 def num_tokens(model: VisionTransformer) -> int:
     """N: patches, class token and registers."""
     return int(model.patch_embed.num_patches + model.num_prefix_tokens)
 
 
-def build_vit(model: ModelConfig, attn_layer: type[Attention], **options: Any) -> VisionTransformer:
-    """A timm ViT of the recipe's size with layers of class `attn_layer`, and timm's `options`.
+def build_vit(model: ModelConfig, attn_layer: type[Attention] | None = None, **options: Any) -> nn.Module:
+    """A timm ViT of the recipe's size, with layers of class `attn_layer` where it is given, and timm's `options`.
 
     Raises:
         RecipeError: timm cannot build the model at these sizes.
     """
-    try:
-        return _build(model, attn_layer, options)
-    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RecipeError(f"model.name = {model.name!r} cannot be built as asked: {reason}") from error
-
-
-def _build(model: ModelConfig, attn_layer: type[Attention], options: Mapping[str, Any]) -> VisionTransformer:
-    sizes: dict[str, Any] = dict(OWN_SIZES.get(model.name, {}))
-    asked = {"embed_dim": model.embed_dim, "depth": model.depth, "num_heads": model.num_heads}
-    sizes.update({key: value for key, value in asked.items() if value is not None})
-    settings = {"num_classes": model.num_classes, **sizes, **options}
-    vit: Any = timm.create_model(
-        "vit_tiny_patch16_224" if model.name in OWN_SIZES else model.name,
-        pretrained=False,
+    own = OWN_SIZES.get(model.name, {})
+    asked = {name: getattr(model, name) for name in ("patch_size", "embed_dim", "depth", "num_heads")}
+    sizes = {name: value for name, value in asked.items() if value is not None}
+    settings: dict[str, Any] = {**own, **sizes, **options}
+    if attn_layer is not None:
+        settings["attn_layer"] = attn_layer
+    return build_timm(
+        model,
+        BASE if own else model.name,
         img_size=model.image_size,
-        patch_size=model.patch_size,
         drop_path_rate=model.drop_path,
         proj_drop_rate=model.proj_drop,
-        attn_layer=attn_layer,
         **settings,
     )
-    return cast(VisionTransformer, vit)
+
+
+def _learn(
+    model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSize, ...], **options: Any
+) -> nn.Module:
+    return build_vit(model, attention_class(attention, sizes[0].tokens), **options)
+
+
+def _fit(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    fitted: dict[str, Tensor] = checkpoint_filter_fn(dict(weights), model, adapt_layer_scale=True)
+    return fitted
+
+
+VIT = Host(build_vit, _learn, _fit)

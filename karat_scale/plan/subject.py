@@ -11,9 +11,11 @@ from karat_scale.attention.functional import REFUSALS
 from karat_scale.attention.kernels import triton_fourier
 from karat_scale.errors import RecipeError
 from karat_scale.models import create_model
+from karat_scale.models.flops import flops_by_block
 from karat_scale.models.freeze import freeze
+from karat_scale.models.layers import blocks_of
 from karat_scale.models.recompute import Choice, choices_by_rule, recompute
-from karat_scale.models.recompute_budget import cheapest_choices, least_budget, recompute_cost
+from karat_scale.models.recompute_budget import cheapest_choices, least_budget
 from karat_scale.models.saved_tensors import activation_bytes
 from karat_scale.plan.footprint import Footprint
 from karat_scale.plan.tracing import fake_copy, trace_step
@@ -36,7 +38,7 @@ class Subject:
         self.recipe, self.on_gpu = recipe, on_gpu
         model = self._build()
         self.sizes = ParameterSizes.of(model, recipe.optim)
-        self._depth = len(model.blocks)
+        self._depth = len(blocks_of(model))
         self._footprints: dict[tuple[bool, tuple[Choice, ...]], Footprint] = {}
 
     def footprint(self, stage: int, images: int) -> Footprint:
@@ -70,7 +72,7 @@ class Subject:
         with self._mode(fake_copy(model, dtype)), torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
             saved = activation_bytes(model, torch.empty(images, 3, size, size, dtype=dtype))
         budget = max(int(1e9 * config.budget_gb), least_budget(saved))  # below it the run itself refuses
-        choices = cheapest_choices(saved, recompute_cost(model), budget)
+        choices = cheapest_choices(saved, flops_by_block(self.recipe.model, self.recipe.attention), budget)
         assert choices is not None
         return choices
 

@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from karat_scale.models.layers import blocks_of
+
 OUTSIDE = -1
 """The part of a model that is no block: patch embedding, last norm, head, loss."""
 
@@ -77,7 +79,7 @@ def trace_step(model: VisionTransformer, mode: FakeTensorMode, batch: int, size:
         images = torch.empty(batch, 3, size, size, dtype=parameters[0].dtype)
         targets = torch.empty(batch, model.num_classes)
         tracker = _Tracker([*parameters, *model.buffers(), images, targets])
-        hooks = [hook for number, block in enumerate(model.blocks) for hook in tracker.follow(number, block)]
+        hooks = [hook for number, block in enumerate(blocks_of(model)) for hook in tracker.follow(number, block)]
         with tracker, torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
             logits = model(images)
         with tracker:

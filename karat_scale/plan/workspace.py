@@ -3,6 +3,7 @@
 import torch
 
 from karat_scale.attention.tiles import workspace_budget
+from karat_scale.models.factory import layer_sizes
 from karat_scale.recipe import Recipe
 
 # Beside a tile's features, its scores and their gradients, and products of them that live for a moment.
@@ -14,16 +15,17 @@ def attention_workspace(recipe: Recipe, images: int, on_gpu: bool) -> int:
     """Bytes of the tiles of the `streaming` implementation; 0 for the others.
 
     The Triton kernels keep tiles in registers, the CPU kernel some hundred KB a thread outside torch's allocator. Where
-    the recipe leaves the choice, a GPU takes Triton for the modular Fourier form without a base, else `streaming`.
+    the recipe leaves the choice, a GPU takes Triton for the modular Fourier form without base or bias, else `streaming`.
     """
     attention = recipe.attention
     if attention.kind == "softmax" or attention.implementation not in ("auto", "streaming"):
         return 0
+    sizes = layer_sizes(recipe.model)
     has_kernel = attention.basis == "fourier" and attention.form == "modular" and not attention.simplex
-    if attention.implementation == "auto" and has_kernel and attention.base == "zero":
+    has_kernel &= attention.base == "zero" and not any(size.biased for size in sizes)
+    if attention.implementation == "auto" and has_kernel:
         return 0
-    tokens = (recipe.model.image_size // recipe.model.patch_size) ** 2 + 1
     budget = workspace_budget(torch.device("cuda" if on_gpu else "cpu"))
     features = max(1, 2 * attention.grid)
-    tile = min(budget // features, images * tokens * tokens)
+    tile = min(budget // features, images * max(size.scores for size in sizes))
     return FP32 * tile * (features + ARRAYS_OF_A_TILE)

@@ -7,6 +7,7 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from karat_scale.errors import RecipeError
+from karat_scale.models.layers import blocks_of
 from karat_scale.recipe import OptimConfig
 from karat_scale.train.parameter_groups import parameter_groups
 
@@ -45,10 +46,11 @@ def hidden_matrices(model: nn.Module) -> set[str]:
     The patch embedding and the head are AdamW's, as Muon's authors advise. So is what KArAt learns: its coefficients
     are many small functions and its W a stack for heads, none of them a matrix that maps one activation to the next.
     """
+    inside = {module for block in blocks_of(model) for module in block.modules()}
     return {
         f"{name}.weight"
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "blocks." in name
+        if isinstance(module, nn.Linear) and module in inside
     }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from timm.models import VisionTransformer, group_parameters
 
+from karat_scale.errors import RecipeError
 from karat_scale.models import no_weight_decay_names
 from karat_scale.recipe import OptimConfig
 
@@ -30,14 +31,22 @@ def parameter_groups(model: VisionTransformer, optim: OptimConfig, apart: Collec
 
 
 def layer_scales(model: VisionTransformer, decay: float) -> dict[str, float]:
-    """What each parameter's rate is multiplied by; layers are timm's: the stem, each block, and the head."""
+    """What each parameter's rate is multiplied by; layers are timm's: the stem, each block, and the head.
+
+    Raises:
+        RecipeError: timm does not say what the model's layers are.
+    """
     if decay == 1.0:
         return {name: 1.0 for name, _ in model.named_parameters()}
+    if not hasattr(model, "group_matcher"):
+        raise RecipeError(
+            f"optim.layer_decay = {decay:g}: timm names no layers of a {type(model).__name__}; use optim.layer_decay=1"
+        )
     layers: dict[str, int] = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
-    of_block = {name.split(".")[1]: layer for name, layer in layers.items() if name.startswith("blocks.")}
     last_names = {parameter: name for name, parameter in model.named_parameters(remove_duplicate=False)}
     for name, parameter in model.named_parameters():
-        if last_names[parameter] != name:
-            layers[name] = of_block[last_names[parameter].split(".")[1]]
+        if (last := last_names[parameter]) != name:  # beside it are parameters that its attention layer alone has
+            of_layer = last.partition("operator.")[0]
+            layers[name] = next(layer for other, layer in layers.items() if other.startswith(of_layer))
     top = max(layers.values())
     return {name: decay ** (top - layer) for name, layer in layers.items()}

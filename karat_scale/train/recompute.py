@@ -7,8 +7,10 @@ import torch
 from timm.models import VisionTransformer
 
 from karat_scale.errors import RecipeError
+from karat_scale.models.flops import flops_by_block
+from karat_scale.models.layers import blocks_of
 from karat_scale.models.recompute import Checkpoint, Choice, choices_by_rule, recompute, torch_checkpoint
-from karat_scale.models.recompute_budget import cheapest_choices, least_budget, peak_saved_bytes, recompute_cost
+from karat_scale.models.recompute_budget import cheapest_choices, least_budget, peak_saved_bytes
 from karat_scale.models.saved_tensors import ActivationBytes, activation_bytes
 from karat_scale.recipe import Recipe, RecomputeConfig
 from karat_scale.train.distributed import World
@@ -28,11 +30,11 @@ def apply_recompute(model: VisionTransformer, recipe: Recipe, world: World, micr
         return ""
     by = _checkpoint(config, world.device)
     if config.budget_gb is None:
-        choices = choices_by_rule(config, len(model.blocks))
+        choices = choices_by_rule(config, len(blocks_of(model)))
         words = _in_words(choices)
     else:
         activations = _measure(model, recipe, world, micro_batch)
-        choices = _within(activations, config.budget_gb, model)
+        choices = _within(activations, config.budget_gb, recipe)
         words = f"{_in_words(choices)}; saved activations peak at {peak_saved_bytes(activations, choices) / 1e9:.3g} GB"
     recompute(model, choices, by)
     return words
@@ -61,8 +63,8 @@ def _measure(model: VisionTransformer, recipe: Recipe, world: World, micro_batch
         return activation_bytes(measured, images)
 
 
-def _within(activations: ActivationBytes, budget_gb: float, model: VisionTransformer) -> tuple[Choice, ...]:
-    choices = cheapest_choices(activations, recompute_cost(model), int(budget_gb * 1e9))
+def _within(activations: ActivationBytes, budget_gb: float, recipe: Recipe) -> tuple[Choice, ...]:
+    choices = cheapest_choices(activations, flops_by_block(recipe.model, recipe.attention), int(budget_gb * 1e9))
     if choices is None:
         least = least_budget(activations) / 1e9
         raise RecipeError(

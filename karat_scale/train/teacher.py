@@ -10,6 +10,7 @@ from timm.models import VisionTransformer
 
 from karat_scale.errors import RecipeError, UserError
 from karat_scale.models import create_model
+from karat_scale.models.factory import check_transfers
 from karat_scale.models.transfer import Teacher, give_teacher
 from karat_scale.recipe import Recipe
 from karat_scale.train.run_directory import RunDirectory
@@ -57,6 +58,7 @@ def build_model(recipe: Recipe, run: Path) -> VisionTransformer:
 
 
 def _check_fits(theirs: Recipe, ours: Recipe) -> None:
+    check_transfers(theirs.model.name)
     if theirs.attention.transfer_from:
         raise RecipeError(f"it has its matrices from {theirs.attention.transfer_from}; name that run")
     for key in ("mean", "std"):

@@ -1,0 +1,96 @@
+"""ConViT: its last blocks, plain self-attention, become KArAt; the gated positional ones before them stay (paper, 4).
+
+The class token joins the patches after the gated blocks, so the two kinds see P and P + 1 tokens.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models.convit import GPSA, MHSA
+from torch import Tensor, nn
+
+from karat_scale.errors import RecipeError
+from karat_scale.models.host import Host, build_timm
+from karat_scale.models.layers import LayerSize, attention_layers
+from karat_scale.models.learn import learn
+from karat_scale.recipe import AttentionConfig, ModelConfig
+
+# timm's models have 12 blocks, of which 10 are gated.
+PLAIN_BLOCKS = 2
+
+
+class KaratMHSA(MHSA):
+    """ConViT's plain attention layer with softmax(A) V replaced by a learnable operator on the rows of A."""
+
+    operator: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [B, N, D] to tokens [B, N, D]."""
+        query, key, value = query_key_value(self, x)
+        out: Tensor = self.operator(query, key, value)
+        tokens: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
+        return tokens
+
+
+def query_key_value(attention: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """Query, key and value [B, h, N, d] of an MHSA layer for tokens [B, N, D]."""
+    qkv: Tensor = attention.qkv(x)
+    return qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _build(model: ModelConfig, **options: Any) -> nn.Module:
+    sizes: dict[str, Any] = {} if model.patch_size is None else {"patch_size": model.patch_size}
+    if model.depth is not None:
+        if model.depth <= PLAIN_BLOCKS:
+            raise RecipeError(
+                f"model.depth = {model.depth} leaves {model.name} no gated block before its {PLAIN_BLOCKS} plain ones; "
+                f"use at least {PLAIN_BLOCKS + 1}"
+            )
+        sizes |= {"depth": model.depth, "local_up_to_layer": model.depth - PLAIN_BLOCKS}
+    if model.num_heads is not None:
+        sizes["num_heads"] = model.num_heads
+    if model.embed_dim is not None:
+        heads = model.num_heads or _own_heads(model.name)
+        if model.embed_dim % heads:
+            raise RecipeError(f"model.embed_dim = {model.embed_dim} is not a multiple of the {heads} heads")
+        sizes["embed_dim"] = model.embed_dim // heads  # timm's is that of a head
+    network = build_timm(
+        model,
+        model.name,
+        img_size=model.image_size,
+        drop_path_rate=model.drop_path,
+        proj_drop_rate=model.proj_drop,
+        **sizes,
+        **options,
+    )
+    for layer in attention_layers(network):
+        if isinstance(layer.attention, GPSA):  # else made in the first forward pass, whichever mode that runs in
+            layer.attention.rel_indices = layer.attention.get_rel_indices(network.num_patches)
+    return network
+
+
+def _own_heads(name: str) -> int:
+    with torch.device("meta"):
+        return int(timm.create_model(name).blocks[0].attn.num_heads)
+
+
+def _learn(
+    model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSize, ...], **options: Any
+) -> nn.Module:
+    return learn(_build(model, **options), model, attention, sizes, {MHSA: KaratMHSA})
+
+
+def _fit(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    fitted = dict(weights)
+    if "pos_embed" in fitted:  # of the patches alone
+        network: Any = model
+        fitted["pos_embed"] = resample_abs_pos_embed(
+            fitted["pos_embed"], new_size=network.patch_embed.grid_size, num_prefix_tokens=0
+        )
+    return fitted
+
+
+CONVIT = Host(_build, _learn, _fit)

@@ -1,0 +1,69 @@
+"""The attention layers of a model, whatever its architecture, in the order in which an image passes them."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import Attention
+from timm.models.convit import GPSA, MHSA
+from timm.models.swin_transformer import WindowAttention
+from torch import Tensor, nn
+
+# Every class of attention that this project knows, by timm's own name for it.
+KNOWN: tuple[type[nn.Module], ...] = (Attention, GPSA, MHSA, WindowAttention)
+
+
+class AttentionLayer(NamedTuple):
+    """An attention layer, its path in the model, and the block whose `attn` it is."""
+
+    name: str
+    block: nn.Module
+    attention: Any
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """What an attention layer sees of one image: `sets` sets of N `tokens`, by h `heads` each.
+
+    A window is a set; elsewhere there is one. `biased`: a bias joins the scores.
+    """
+
+    sets: int
+    tokens: int
+    heads: int
+    biased: bool
+
+    @property
+    def scores(self) -> int:
+        """Entries of one head's score matrices."""
+        return self.sets * self.tokens**2
+
+
+def attention_layers(model: nn.Module) -> list[AttentionLayer]:
+    """All attention layers, learned or not, in order."""
+    blocks = ((name, block, getattr(block, "attn", None)) for name, block in model.named_modules())
+    return [AttentionLayer(f"{name}.attn", block, attn) for name, block, attn in blocks if isinstance(attn, KNOWN)]
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The block of each attention layer, in order."""
+    return [layer.block for layer in attention_layers(model)]
+
+
+@torch.no_grad()
+def measure_layers(model: nn.Module, image_size: int) -> tuple[LayerSize, ...]:
+    """The size of each attention layer, from a forward pass of one image; the model is on the meta device."""
+    shapes: list[torch.Size] = []
+
+    def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        shapes.append(inputs[0].shape)
+
+    layers = attention_layers(model)
+    hooks = [layer.attention.register_forward_pre_hook(note) for layer in layers]
+    model(torch.empty(1, 3, image_size, image_size, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return tuple(
+        LayerSize(shape[0], shape[1], layer.attention.num_heads, isinstance(layer.attention, WindowAttention))
+        for layer, shape in zip(layers, shapes, strict=True)
+    )

@@ -1,0 +1,46 @@
+"""Turning layers of a built model into KArAt, where timm gives its constructor no class to build them from."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from karat_scale.errors import RecipeError
+from karat_scale.models.layers import LayerSize, attention_layers
+from karat_scale.models.vit import operator_maker
+from karat_scale.recipe import AttentionConfig, ModelConfig
+
+
+def learn(
+    network: nn.Module,
+    model: ModelConfig,
+    attention: AttentionConfig,
+    sizes: tuple[LayerSize, ...],
+    classes: Mapping[type[nn.Module], type[nn.Module]],
+) -> nn.Module:
+    """Give an `operator` to each attention layer whose class `classes` names, and make it of the class named there.
+
+    Other layers stay as they are, and so do all parameters. `sizes` are those of all the model's layers.
+
+    Raises:
+        RecipeError: a layer has too few heads, or layers that would share an operator are of different sizes.
+    """
+    found = zip(attention_layers(network), sizes, strict=True)
+    turned = [(layer.attention, size) for layer, size in found if type(layer.attention) in classes]
+    shapes = {(size.tokens, size.heads) for _, size in turned}
+    if attention.mode == "universal" and len(shapes) > 1:
+        raise RecipeError(
+            f"attention.mode = universal: the layers of {model.name} differ in tokens or heads and cannot share "
+            "functions; use attention.mode=blockwise"
+        )
+    fewest = min(heads for _, heads in shapes)
+    if attention.softmax_heads >= fewest:
+        raise RecipeError(
+            f"attention.softmax_heads = {attention.softmax_heads} leaves no head to KArAt in a layer of {model.name} "
+            f"with {fewest}; use less"
+        )
+    make = operator_maker(attention)
+    for layer, size in turned:
+        # A new class, as torch's parametrizations do it: names and weights stay timm's.
+        layer.__class__ = classes[type(layer)]
+        layer.operator = make(size.tokens, size.heads)
+    return network
