@@ -63,7 +63,7 @@ def message(path: Path | str, *overrides: str) -> str:
         ("augment.mean=[1, 2]", ["augment.mean", "too few"]),
         ("augment.scale=[1.0, 0.5]", ["augment.scale", "descends"]),
         ("augment.randaugment=auto", ["augment.randaugment", "rand-m9-mstd0.5-inc1"]),
-        ("model.image_size=30", ["model.image_size = 30", "model.patch_size = 16", "use 16"]),
+        ("model.patch_size=15", ["model.image_size = 224", "model.patch_size = 15", "use 210"]),
         ("train.global_batch=127", ["train.global_batch = 127", "odd", "augment.mix_prob=0"]),
         ("train.micro_batch=6", ["train.global_batch = 128", "train.micro_batch = 6"]),
         ("train.epochs=3", ["schedule.warmup_epochs = 5", "train.epochs = 3"]),

@@ -43,34 +43,34 @@ def _hook(number: int, visit: Visit) -> Callable[[Any, tuple[Tensor, ...], dict[
     @torch.no_grad()
     def before(attention: Any, inputs: tuple[Tensor, ...], settings: dict[str, Any]) -> None:
         matrices = next(read for kind, read in _READERS.items() if isinstance(attention, kind))
-        visit(number, *matrices(attention, *inputs, **settings))
+        visit(number, *matrices(attention, inputs[0], settings.get("mask")))
 
     return before
 
 
-def _of_transferred(attention: Any, _: Tensor) -> Matrices:
+def _of_transferred(attention: Any, *_: Any) -> Matrices:
     assert isinstance(attention.teacher, Teacher)
     query, key = attention.teacher.query_and_key(attention.block)
     return _of_pair(query, key, attention.teacher.operator(attention.block))
 
 
-def _of_plain(attention: Any, x: Tensor) -> Matrices:
+def _of_plain(attention: Any, x: Tensor, _: None) -> Matrices:
     qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4)
     return _of_pair(attention.q_norm(qkv[0]), attention.k_norm(qkv[1]), getattr(attention, "operator", None))
 
 
-def _of_mhsa(attention: Any, x: Tensor) -> Matrices:
+def _of_mhsa(attention: Any, x: Tensor, _: None) -> Matrices:
     query, key, _ = convit.query_key_value(attention, x)
     return _of_pair(query, key, getattr(attention, "operator", None))
 
 
-def _of_gated(attention: Any, x: Tensor) -> Matrices:
+def _of_gated(attention: Any, x: Tensor, _: None) -> Matrices:
     """A of the patches' contents alone; its softmax is then mixed with that of positions."""
     query, key = attention.qk(x).unflatten(-1, (2, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return query @ key.mT * attention.scale, attention.get_attention(x)
 
 
-def _of_window(attention: Any, x: Tensor, mask: Tensor | None = None) -> Matrices:
+def _of_window(attention: Any, x: Tensor, mask: Tensor | None) -> Matrices:
     query, key, _, bias, keep = swin.parts_of(attention, x, mask)
     raw = query @ key.mT / query.shape[-1] ** 0.5 + bias
     operator = getattr(attention, "operator", None)
@@ -87,7 +87,7 @@ def _of_pair(query: Tensor, key: Tensor, operator: Any) -> Matrices:
     return raw, raw.softmax(-1) if operator is None else operator.scores(query, key)
 
 
-# By class, the more special first.
+# By class, the more special first; each is given the layer, its tokens and a Swin's mask.
 _READERS: dict[type[nn.Module], Callable[..., Matrices]] = {
     TransferredAttention: _of_transferred,
     Attention: _of_plain,

@@ -130,7 +130,8 @@ def _summary(run: TrainedRun, label: str) -> RunSummary:
     if run.is_karat:
         kind += f", {attention.basis}, {attention.form}, {attention.mode}, grid {attention.grid}, rank {attention.rank}"
     facts = {"directory": str(run.path), "attention": kind}
-    facts["model"] = f"{model.name}, {model.image_size} px" + (f", patch {model.patch_size}" if model.patch_size else "")
+    patch = f", patch {model.patch_size}" if model.patch_size else ""
+    facts["model"] = f"{model.name}, {model.image_size} px{patch}"
     try:
         facts["parameters"] = f"{parameter_count(run.model()):,}"
         facts["checkpoint"] = f"{run.chosen} of {len(run.in_order)}"

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
-from timm.models import VisionTransformer
+from torch import nn
 
 from karat_scale.analysis.figures import new_figure
 from karat_scale.analysis.result import Result, Settings, Table
@@ -101,13 +101,13 @@ def analyze_distributions(run: TrainedRun, settings: Settings) -> Result:
     return result
 
 
-def all_weights(model: VisionTransformer) -> Values:
+def all_weights(model: nn.Module) -> Values:
     """Every trainable number but biases and norms, whose scales of about 1 would make up the tail."""
     matrices = [p.detach().flatten().float().cpu() for p in model.parameters() if p.requires_grad and p.dim() > 1]
     return torch.cat(matrices).numpy()
 
 
-def by_head(model: VisionTransformer) -> Groups:
+def by_head(model: nn.Module) -> Groups:
     """The operators' parameters by (name, block, head); a universal operator counts as block 0."""
     return {
         (name, block, head): values.numpy().copy()

@@ -4,8 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.models import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from karat_scale.analysis.attention_matrices import watched
 from karat_scale.analysis.figures import new_figure, show_map
@@ -72,7 +71,7 @@ def _arguments(operator: KaratOperator, raw: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _pass(model: VisionTransformer, run: TrainedRun, images: ValidationImages, settings: Settings, what: str) -> None:
+def _pass(model: nn.Module, run: TrainedRun, images: ValidationImages, settings: Settings, what: str) -> None:
     done = 0
     for batch, _ in images.batches(settings.batch, run.device):
         model(batch)
@@ -158,7 +157,7 @@ def _add_energy(result: Result, learned: Learned) -> None:
 
 def _add_distances(
     result: Result,
-    model: VisionTransformer,
+    model: nn.Module,
     learned: Learned,
     run: TrainedRun,
     images: ValidationImages,

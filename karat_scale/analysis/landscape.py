@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
-from timm.models import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from karat_scale.analysis.curvature import Hessian
@@ -67,7 +65,7 @@ def analyze_landscape(run: TrainedRun, settings: Settings, out: Path) -> Result:
     return result
 
 
-def mean_loss(model: VisionTransformer, images: ImagesInMemory) -> float:
+def mean_loss(model: nn.Module, images: ImagesInMemory) -> float:
     """Mean cross-entropy over the images."""
     with torch.no_grad():
         return sum(float(cross_entropy(model(x), y, reduction="sum")) for x, y in images) / len(images)
@@ -89,7 +87,7 @@ def _axis(coordinates: Array, points: int) -> Array:
 
 
 def _grid(
-    model: VisionTransformer,
+    model: nn.Module,
     images: ImagesInMemory,
     directions: npt.NDArray[np.float32],
     first: Array,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -94,19 +95,20 @@ def analyze_maps(run: TrainedRun, settings: Settings) -> Result:
     Raises:
         UserError: there is no such block or image, or the model has no class token.
     """
-    model, images = run.model(), run.images(4, settings.image_ids)
-    name, sizes = run.recipe.model.name, layer_sizes(run.recipe.model)
+    model: Any = run.model()
+    images = run.images(4, settings.image_ids)
+    host, sizes = run.recipe.model.name, layer_sizes(run.recipe.model)
     depth = len(sizes)
     if not -depth <= settings.block < depth:
         raise RunDirectoryError(f"{run.path}: --block {settings.block}: it has blocks 0 to {depth - 1}")
     if getattr(model, "cls_token", None) is None or not hasattr(model, "num_prefix_tokens"):
-        raise RunDirectoryError(f"{run.path}: {name} has no class token beside one grid of patches, so no maps of it")
+        raise RunDirectoryError(f"{run.path}: {host} has no class token beside one grid of patches, so no maps of it")
     block, prefix, grid = settings.block % depth, model.num_prefix_tokens, model.patch_embed.grid_size
     with_token = [number for number, size in enumerate(sizes) if size.tokens == prefix + grid[0] * grid[1]]
     if block not in with_token:
         first = with_token[0]
         raise RunDirectoryError(
-            f"{run.path}: --block {block}: the class token of {name} joins the patches in block {first}; name a later one"
+            f"{run.path}: --block {block}: the class token of {host} joins in block {first}; name a later one"
         )
     maps = ClassTokenMaps(block, prefix)
     pictures, labels, ids = [], [], []

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from timm.models import VisionTransformer
+from torch import nn
 
 from karat_scale.analysis.validation_images import ValidationImages
 from karat_scale.errors import RunDirectoryError
@@ -78,9 +78,7 @@ class TrainedRun:
         """Finished steps at a checkpoint or snapshot."""
         return int(name.removesuffix(SNAPSHOT).removeprefix("step-"))
 
-    def model(
-        self, name: str | None = None, weights: str | None = None, implementation: str = "auto"
-    ) -> VisionTransformer:
+    def model(self, name: str | None = None, weights: str | None = None, implementation: str = "auto") -> nn.Module:
         """The model at a checkpoint (the chosen one when None), float32, on `device`, in evaluation mode.
 
         Args:
@@ -95,7 +93,7 @@ class TrainedRun:
         self.load(model, name or self.chosen, weights)
         return model.to(self.device).eval()
 
-    def load(self, model: VisionTransformer, name: str, weights: str | None = None) -> None:
+    def load(self, model: nn.Module, name: str, weights: str | None = None) -> None:
         """Give a model of this run the weights of a checkpoint, or the raw ones of a snapshot; raises as `model`."""
         if name.endswith(SNAPSHOT):
             directory = self.snapshots / name

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from timm.loss import SoftTargetCrossEntropy
-from timm.models import VisionTransformer
+from torch import nn
 
 from karat_scale.data.augment import TrainTransform
 from karat_scale.data.batch import Batch
@@ -63,7 +63,7 @@ def transfer_seconds(recipe: Recipe, micro_batch: int, seconds: float, world: Wo
 class BareModel:
     """Forward and backward without DeepSpeed: what the model alone costs."""
 
-    def __init__(self, model: VisionTransformer, recipe: Recipe, world: World) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, world: World) -> None:
         self._model = model.to(world.device, dtype_of(recipe)).train()
         self._recipe, self._world = recipe, world
         self._prepare = Preparation(recipe, world)

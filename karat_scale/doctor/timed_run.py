@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from timm.models import VisionTransformer
+from torch import nn
 
 from karat_scale.doctor.budget import affordable
 from karat_scale.doctor.data_files import DataFiles, find_data_files, read_into_page_cache, sampled_ids
@@ -89,7 +89,7 @@ class Figures:
         }
 
 
-def time_recipe(subject: Subject, model: VisionTransformer, num_train: int, seconds: float, voice: Voice) -> Figures:
+def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: float, voice: Voice) -> Figures:
     """Measure for about `seconds`. Writes below a temporary directory only and leaves no process. Raises DataError."""
     recipe, world = subject.recipe, subject.world
     budget = {name: share * seconds for name, share in SHARES.items()}

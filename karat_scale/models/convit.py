@@ -57,7 +57,7 @@ def _build(model: ModelConfig, **options: Any) -> nn.Module:
         if model.embed_dim % heads:
             raise RecipeError(f"model.embed_dim = {model.embed_dim} is not a multiple of the {heads} heads")
         sizes["embed_dim"] = model.embed_dim // heads  # timm's is that of a head
-    network = build_timm(
+    network: Any = build_timm(
         model,
         model.name,
         img_size=model.image_size,
@@ -68,27 +68,28 @@ def _build(model: ModelConfig, **options: Any) -> nn.Module:
     )
     for layer in attention_layers(network):
         if isinstance(layer.attention, GPSA):  # else made in the first forward pass, whichever mode that runs in
-            layer.attention.rel_indices = layer.attention.get_rel_indices(network.num_patches)
-    return network
+            index = layer.attention.get_rel_indices(network.num_patches)
+            del layer.attention.rel_indices  # a plain attribute in older versions, which would not move to a GPU
+            layer.attention.register_buffer("rel_indices", index, persistent=False)
+    built: nn.Module = network
+    return built
 
 
 def _own_heads(name: str) -> int:
     with torch.device("meta"):
-        return int(timm.create_model(name).blocks[0].attn.num_heads)
+        network: Any = timm.create_model(name)
+    return int(network.blocks[0].attn.num_heads)
 
 
-def _learn(
-    model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSize, ...], **options: Any
-) -> nn.Module:
+def _learn(model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSize, ...], **options: Any) -> nn.Module:
     return learn(_build(model, **options), model, attention, sizes, {MHSA: KaratMHSA})
 
 
-def _fit(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def _fit(weights: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     fitted = dict(weights)
     if "pos_embed" in fitted:  # of the patches alone
-        network: Any = model
         fitted["pos_embed"] = resample_abs_pos_embed(
-            fitted["pos_embed"], new_size=network.patch_embed.grid_size, num_prefix_tokens=0
+            fitted["pos_embed"], new_size=model.patch_embed.grid_size, num_prefix_tokens=0
         )
     return fitted
 

@@ -28,6 +28,7 @@ HOSTS = {
 # Names of our own, and the models of timm's that they are sizes of.
 OWN = {**dict.fromkeys(vit.OWN_SIZES, vit.BASE), **dict.fromkeys(swin.OWN_SIZES, swin.BASE)}
 
+
 def create_model(model: ModelConfig, attention: AttentionConfig, **options: Any) -> nn.Module:
     """Build the timm model a recipe names, with softmax or KArAt attention.
 
@@ -85,7 +86,8 @@ def parameter_count(model: nn.Module) -> int:
 
 def no_weight_decay_names(model: nn.Module, decay_karat: bool) -> set[str]:
     """Parameters that get no weight decay: what timm exempts, biases and norms, and KArAt's own unless asked."""
-    exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    theirs: Any = getattr(model, "no_weight_decay", set)
+    exempt = set(theirs())
     for name, parameter in model.named_parameters():
         if parameter.ndim <= 1 or (".operator." in name and not decay_karat):
             exempt.add(name)

@@ -1,4 +1,4 @@
-"""Any other model of timm's whose one kind of attention is timm's own, such as PiT or MobileViT, at timm's own sizes."""
+"""Any other model of timm's whose attention is timm's own, such as PiT or MobileViT, at timm's own sizes."""
 
 import inspect
 from collections.abc import Mapping
@@ -31,9 +31,7 @@ def _build(model: ModelConfig, **options: Any) -> nn.Module:
     return build_timm(model, model.name, **settings, **options)
 
 
-def _learn(
-    model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSize, ...], **options: Any
-) -> nn.Module:
+def _learn(model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSize, ...], **options: Any) -> nn.Module:
     return learn(_build(model, **options), model, attention, sizes, {Attention: KaratAttention})
 
 

@@ -1,8 +1,8 @@
 """Swin: window attention becomes KArAt in every block; a window is a set of N tokens of its own (paper, 4).
 
 Scores keep the relative position bias. In a shifted window that holds patches from two sides of the image these do not
-see each other: a masked pair (k, q) adds nothing to H[k, :] and has S[k, q] = 0. Where a stage's grid is smaller than the
-window, the window shrinks to it, so N is each block's own.
+see each other: a masked pair (k, q) adds nothing to H[k, :] and has S[k, q] = 0. Where a stage's grid is smaller than
+the window, the window shrinks to it, so N is each block's own.
 """
 
 from collections.abc import Mapping
@@ -72,9 +72,7 @@ def _build(model: ModelConfig, **options: Any) -> nn.Module:
     )
 
 
-def _learn(
-    model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSize, ...], **options: Any
-) -> nn.Module:
+def _learn(model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSize, ...], **options: Any) -> nn.Module:
     return learn(_build(model, **options), model, attention, sizes, {WindowAttention: KaratWindowAttention})
 
 

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import torch
 from timm.layers import Attention
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -34,7 +33,7 @@ class Teacher:
     parameters does not meet the teacher's.
     """
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model: Any = model.eval().requires_grad_(False)
         self.digest = weights_digest(model)
         """Tells one teacher from another, whatever it is cast to."""
@@ -98,7 +97,7 @@ class TransferredAttention(Attention):
         return join_heads(self, x, self.teacher.attend(self.block, value))
 
 
-def give_teacher(student: VisionTransformer, teacher: Teacher, source: str) -> None:
+def give_teacher(student: Any, teacher: Teacher, source: str) -> None:
     """Let a teacher's matrices drive a model whose layers are TransferredAttention.
 
     Args:

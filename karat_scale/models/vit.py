@@ -151,13 +151,11 @@ def build_vit(model: ModelConfig, attn_layer: type[Attention] | None = None, **o
     )
 
 
-def _learn(
-    model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSize, ...], **options: Any
-) -> nn.Module:
+def _learn(model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSize, ...], **options: Any) -> nn.Module:
     return build_vit(model, attention_class(attention, sizes[0].tokens), **options)
 
 
-def _fit(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def _fit(weights: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     fitted: dict[str, Tensor] = checkpoint_filter_fn(dict(weights), model, adapt_layer_scale=True)
     return fitted
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from timm.models import VisionTransformer
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from karat_scale.attention.functional import REFUSALS
@@ -56,7 +56,7 @@ class Subject:
             self._footprints[key] = self._trace(dtype, *key)
         return self._footprints[key]
 
-    def _build(self) -> VisionTransformer:
+    def _build(self) -> nn.Module:
         with torch.device("meta"):  # spares drawing the initial weights
             model = create_model(self.recipe.model, self.recipe.attention)
         if self.recipe.train.freeze:

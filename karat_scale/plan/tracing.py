@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,7 +47,7 @@ class Trace:
     forward: int
 
 
-def fake_copy(model: VisionTransformer, dtype: torch.dtype | None = None) -> FakeTensorMode:
+def fake_copy(model: nn.Module, dtype: torch.dtype | None = None) -> FakeTensorMode:
     """Give `model` parameters and buffers that are fake, in `dtype` if given; returns the mode they live in."""
     mode = FakeTensorMode()
     made: dict[Tensor, nn.Parameter] = {}
@@ -69,7 +68,7 @@ def _fake(mode: FakeTensorMode, tensor: Tensor, dtype: torch.dtype | None) -> Te
         return torch.empty(tensor.shape, dtype=dtype if dtype and tensor.is_floating_point() else tensor.dtype)
 
 
-def trace_step(model: VisionTransformer, mode: FakeTensorMode, batch: int, size: int, autocast: bool) -> Trace:
+def trace_step(model: Any, mode: FakeTensorMode, batch: int, size: int, autocast: bool) -> Trace:
     """Forward, soft-target cross-entropy and backward of `batch` images [3, size, size] on a `fake_copy`.
 
     Images and targets are there before and do not count. Parameters have no gradients before.

@@ -15,7 +15,8 @@ def attention_workspace(recipe: Recipe, images: int, on_gpu: bool) -> int:
     """Bytes of the tiles of the `streaming` implementation; 0 for the others.
 
     The Triton kernels keep tiles in registers, the CPU kernel some hundred KB a thread outside torch's allocator. Where
-    the recipe leaves the choice, a GPU takes Triton for the modular Fourier form without base or bias, else `streaming`.
+    the recipe leaves the choice, a GPU takes Triton for the modular Fourier form without base and bias, else
+    `streaming`.
     """
     attention = recipe.attention
     if attention.kind == "softmax" or attention.implementation not in ("auto", "streaming"):

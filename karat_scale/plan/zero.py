@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from timm.models import VisionTransformer
+from torch import nn
 
 from karat_scale.models import parameter_count
 from karat_scale.recipe import OptimConfig, Recipe
@@ -33,7 +33,7 @@ class ParameterSizes:
     frozen: int
 
     @classmethod
-    def of(cls, model: VisionTransformer, optim: OptimConfig) -> "ParameterSizes":
+    def of(cls, model: nn.Module, optim: OptimConfig) -> "ParameterSizes":
         """Of a model, in the groups of the engine's optimizer."""
         parameters = list(model.parameters())
         return cls(

@@ -8,7 +8,6 @@ import math
 from typing import Any
 
 import torch
-from timm.models import VisionTransformer
 from torch import nn
 
 from karat_scale.errors import RecipeError
@@ -60,7 +59,7 @@ class Engine:
         RecipeError: the device or the DeepSpeed file cannot do what the recipe asks for.
     """
 
-    def __init__(self, model: VisionTransformer, recipe: Recipe, world: World, micro_batch: int) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, world: World, micro_batch: int) -> None:
         check_precision(recipe.train.precision, world.device)
         config = load_ds_config(recipe, world.size, micro_batch)
         quieten_and_skip_builds()

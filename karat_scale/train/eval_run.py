@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from timm.models import VisionTransformer
+from torch import nn
 
 from karat_scale.data.backends import open_backend
 from karat_scale.data.batch import BadSample
@@ -46,7 +46,7 @@ def evaluate_run(run_dir: str, overrides: Sequence[str], checkpoint: str, weight
     return 0
 
 
-def _model(recipe: Recipe, image_size: int, directory: RunDirectory, name: str, use_ema: bool) -> VisionTransformer:
+def _model(recipe: Recipe, image_size: int, directory: RunDirectory, name: str, use_ema: bool) -> nn.Module:
     """A checkpoint's model; interpolated where the recipe has another image size than it was trained at."""
     as_trained = recipe.model.model_copy(update={"image_size": image_size})
     model = build_model(recipe.model_copy(update={"model": as_trained}), directory.path)
@@ -58,7 +58,7 @@ def _model(recipe: Recipe, image_size: int, directory: RunDirectory, name: str, 
     return resized
 
 
-def _evaluate(recipe: Recipe, world: World, model: VisionTransformer, casts: bool) -> EvalResult:
+def _evaluate(recipe: Recipe, world: World, model: nn.Module, casts: bool) -> EvalResult:
     # As in training: stage 0 keeps fp32 weights in bf16 and casts as it goes.
     is_bf16 = recipe.train.precision == "bf16"
     dtype = torch.bfloat16 if is_bf16 and not casts else torch.float32

@@ -4,8 +4,8 @@ import difflib
 from pathlib import Path
 
 import timm
-from timm.models import VisionTransformer, load_state_dict
-from torch import Tensor
+from timm.models import load_state_dict
+from torch import Tensor, nn
 
 from karat_scale.errors import RecipeError, UserError
 from karat_scale.models import create_model
@@ -17,7 +17,7 @@ from karat_scale.train.weights import load_weights
 TIMM = "timm:"
 
 
-def initialise(model: VisionTransformer, source: str, world: World) -> str:
+def initialise(model: nn.Module, source: str, world: World) -> str:
     """Give a freshly built model the weights of `source` on every rank; returns a line about it. Collective.
 
     Raises:
@@ -80,9 +80,8 @@ def _weights_of_file(path: Path) -> dict[str, Tensor]:
 
 
 def _weights_of_timm(name: str) -> dict[str, Tensor]:
-    known = timm.list_pretrained("vit*")
     if not timm.is_model_pretrained(name):
-        close = difflib.get_close_matches(name, known, n=1)
+        close = difflib.get_close_matches(name, timm.list_pretrained(), n=1)
         hint = f"did you mean {TIMM}{close[0]}?" if close else "`timm.list_pretrained('vit*')` lists them"
         raise RecipeError(f"timm has no weights of that name; {hint}")
     try:

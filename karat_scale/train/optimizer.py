@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from timm.models import VisionTransformer
 from torch import nn
 
 from karat_scale.errors import RecipeError
@@ -13,7 +12,7 @@ from karat_scale.train.parameter_groups import parameter_groups
 
 
 def build_optimizer(
-    model: VisionTransformer, optim: OptimConfig, device: torch.device, cpu_adam: bool = False
+    model: nn.Module, optim: OptimConfig, device: torch.device, cpu_adam: bool = False
 ) -> torch.optim.Optimizer:
     """AdamW over `parameter_groups`; fused on CUDA, DeepSpeed's for CPUs with `cpu_adam`.
 
@@ -48,9 +47,7 @@ def hidden_matrices(model: nn.Module) -> set[str]:
     """
     inside = {module for block in blocks_of(model) for module in block.modules()}
     return {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module in inside
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear) and module in inside
     }
 
 

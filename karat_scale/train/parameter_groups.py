@@ -3,14 +3,15 @@
 from collections.abc import Collection
 from typing import Any
 
-from timm.models import VisionTransformer, group_parameters
+from timm.models import group_parameters
+from torch import nn
 
 from karat_scale.errors import RecipeError
 from karat_scale.models import no_weight_decay_names
 from karat_scale.recipe import OptimConfig
 
 
-def parameter_groups(model: VisionTransformer, optim: OptimConfig, apart: Collection[str] = ()) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, optim: OptimConfig, apart: Collection[str] = ()) -> list[dict[str, Any]]:
     """Optimizer groups: `params`, `weight_decay`, and `lr_scale`, by which the schedule's rate is multiplied.
 
     With `optim.layer_decay` d the layer that is n layers below the head has the scale d^n. An operator learns at the
@@ -30,7 +31,7 @@ def parameter_groups(model: VisionTransformer, optim: OptimConfig, apart: Collec
     return [groups[key] for key in sorted(groups, reverse=True)]
 
 
-def layer_scales(model: VisionTransformer, decay: float) -> dict[str, float]:
+def layer_scales(model: Any, decay: float) -> dict[str, float]:
     """What each parameter's rate is multiplied by; layers are timm's: the stem, each block, and the head.
 
     Raises:

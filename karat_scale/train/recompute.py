@@ -4,7 +4,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from timm.models import VisionTransformer
+from torch import nn
 
 from karat_scale.errors import RecipeError
 from karat_scale.models.flops import flops_by_block
@@ -19,7 +19,7 @@ from karat_scale.train.ds_internals import deepspeed_checkpoint
 from karat_scale.train.engine import DTYPES
 
 
-def apply_recompute(model: VisionTransformer, recipe: Recipe, world: World, micro_batch: int) -> str:
+def apply_recompute(model: nn.Module, recipe: Recipe, world: World, micro_batch: int) -> str:
     """Let `model` recompute what the recipe's `train.recompute` says; returns what that is, in words, or "".
 
     Raises:
@@ -51,7 +51,7 @@ def _checkpoint(config: RecomputeConfig, device: torch.device) -> Checkpoint:
     return deepspeed_checkpoint(config.partition, config.cpu)
 
 
-def _measure(model: VisionTransformer, recipe: Recipe, world: World, micro_batch: int) -> ActivationBytes:
+def _measure(model: nn.Module, recipe: Recipe, world: World, micro_batch: int) -> ActivationBytes:
     """What a copy of the model keeps of one micro batch, in the precision it trains in."""
     precision = DTYPES[recipe.train.precision]
     by_autocast = precision != torch.float32 and zero_stage(load_ds_config(recipe, world.size, micro_batch)) == 0

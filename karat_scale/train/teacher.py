@@ -6,7 +6,7 @@ names its teacher by the weights' digest, and goes on with no other.
 
 from pathlib import Path
 
-from timm.models import VisionTransformer
+from torch import nn
 
 from karat_scale.errors import RecipeError, UserError
 from karat_scale.models import create_model
@@ -43,7 +43,7 @@ def keep_teacher(recipe: Recipe, run: Path) -> None:
         raise RecipeError(f"attention.transfer_from = {source}: {error}") from error
 
 
-def build_model(recipe: Recipe, run: Path) -> VisionTransformer:
+def build_model(recipe: Recipe, run: Path) -> nn.Module:
     """The recipe's model, freshly initialised, with the teacher that the run keeps, if it needs one.
 
     Raises:

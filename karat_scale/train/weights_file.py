@@ -7,7 +7,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from timm.models import VisionTransformer
 from torch import nn
 
 from karat_scale.errors import RunDirectoryError
@@ -48,7 +47,7 @@ def write_model(model: nn.Module, path: Path, facts: dict[str, str]) -> None:
         raise RunDirectoryError(f"{path}: {error.strerror or error}; choose another --out") from None
 
 
-def read_exported(path: Path, implementation: str = "auto") -> VisionTransformer:
+def read_exported(path: Path, implementation: str = "auto") -> nn.Module:
     """The model in a file of `karat export`, float32 on the CPU.
 
     Args:

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 
-from karat_scale.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.models.recompute import Choice, choices_by_rule, recompute
 from karat_scale.models.recompute_budget import kept_bytes
@@ -127,10 +126,3 @@ def test_evaluation_recomputes_nothing() -> None:
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(model(images), build(karat()).eval()(images))
-
-
-def test_a_block_without_an_attention_of_its_own_is_refused() -> None:
-    model = create_model(ModelConfig(name="vit_base_patch16_plus_clip_240", depth=1, image_size=32), SOFTMAX)
-    del model.blocks[0].attn
-    with pytest.raises(RecipeError, match="block 0 of the model, a Block, has no attention of its own; use policy all"):
-        recompute(model, ["attention"])

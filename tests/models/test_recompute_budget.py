@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from karat_scale.models import create_model
+from karat_scale.models.flops import BlockFlops, flops_by_block
 from karat_scale.models.recompute import Choice
 from karat_scale.models.recompute_budget import (
-    RecomputeCost,
     cheapest_choices,
     kept_bytes,
     least_budget,
@@ -28,24 +28,31 @@ def blocks(draw) -> BlockBytes:
     return BlockBytes(tokens, tokens + attention + rest, attention)
 
 
-costs = st.builds(
-    lambda attention, rest: RecomputeCost(attention, attention + rest), st.integers(1, 9), st.integers(0, 9)
+costs = st.lists(
+    st.builds(lambda attention, rest: BlockFlops(attention, attention + rest), st.integers(1, 9), st.integers(0, 9)),
+    min_size=5,
+    max_size=5,
 )
 models = st.builds(ActivationBytes, st.integers(0, 20), st.lists(blocks(), min_size=1, max_size=5).map(tuple))
 
 
 @given(models, costs, st.integers(0, 320))
 def test_the_choice_fits_and_no_cheaper_one_does(
-    activations: ActivationBytes, cost: RecomputeCost, budget: int
+    activations: ActivationBytes, flops: list[BlockFlops], budget: int
 ) -> None:
+    flops = flops[: len(activations.blocks)]
+
+    def cost(choices: tuple[Choice, ...]) -> int:
+        return sum(map(recompute_cost, flops, choices))
+
     every = list(itertools.product(CHOICES, repeat=len(activations.blocks)))
     fitting = [choices for choices in every if peak_saved_bytes(activations, choices) <= budget]
-    chosen = cheapest_choices(activations, cost, budget)
+    chosen = cheapest_choices(activations, flops, budget)
     assert (chosen is None) == (not fitting)
     assert (chosen is None) == (budget < least_budget(activations))
     if chosen is not None:
         assert chosen in fitting
-        assert cost.of(chosen) == min(map(cost.of, fitting))
+        assert cost(chosen) == min(map(cost, fitting))
 
 
 @given(models)
@@ -62,22 +69,12 @@ def test_the_peak_is_the_largest_of_all_moments(activations: ActivationBytes) ->
 def test_attention_that_holds_the_most_is_recomputed_first() -> None:
     """The naive attention holds nearly all that a block keeps, at less than a block's cost."""
     config = ModelConfig(name="vit_mini_patch4_28", image_size=64, patch_size=4, embed_dim=32, depth=4, num_classes=4)
-    model = create_model(config, AttentionConfig(kind="karat", implementation="reference"))
-    activations, cost = activation_bytes(model, torch.zeros(1, 3, 64, 64)), recompute_cost(model)
-    assert 0 < cost.attention < cost.block
+    attention = AttentionConfig(kind="karat", implementation="reference")
+    activations = activation_bytes(create_model(config, attention), torch.zeros(1, 3, 64, 64))
+    flops = flops_by_block(config, attention)
+    assert all(0 < block.attention < block.block for block in flops)
     nothing = peak_saved_bytes(activations, ["nothing"] * 4)
-    assert cheapest_choices(activations, cost, nothing) == ("nothing",) * 4
-    chosen = cheapest_choices(activations, cost, nothing - 1)
+    assert cheapest_choices(activations, flops, nothing) == ("nothing",) * 4
+    chosen = cheapest_choices(activations, flops, nothing - 1)
     assert chosen is not None
     assert (chosen.count("attention"), chosen.count("nothing")) == (1, 3)
-
-
-def test_costs_are_the_products_of_linear_layers_and_the_operators() -> None:
-    config = ModelConfig(name="vit_mini_patch4_28", image_size=16, patch_size=4, embed_dim=32, depth=1, num_classes=4)
-    cost = recompute_cost(create_model(config, AttentionConfig(kind="softmax")))
-    tokens, width = 17, 32
-    softmax = 4 * tokens**2 * width
-    assert cost.attention == 2 * tokens * 4 * width**2 + softmax
-    assert cost.block == 2 * tokens * 12 * width**2 + softmax
-    learned, both = (recompute_cost(create_model(config, AttentionConfig(kind="karat", residual=x))) for x in (0, 1))
-    assert both.attention == learned.attention + softmax

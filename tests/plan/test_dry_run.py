@@ -37,7 +37,7 @@ def test_a_right_recipe_is_right_on_four_ranks(recipe: Recipe) -> None:
         ("model", {"num_classes": 2}, 1, "set model.num_classes=4"),
         ("deepspeed", {"config": "zero7"}, 1, "neither a file nor a shipped configuration"),
         ("data", {"train_split": "test"}, 1, "no samples of split 'test'"),
-        ("model", {"name": "vit_tinny"}, 1, "no such vision transformer"),
+        ("model", {"name": "vit_tinny"}, 1, "timm has no such model"),
     ],
 )
 def test_mistakes_are_found(recipe: Recipe, section: str, fields: dict[str, object], world: int, message: str) -> None:

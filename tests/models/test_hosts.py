@@ -1,0 +1,94 @@
+"""What any host answers, whatever its architecture."""
+
+import pytest
+import torch
+from timm.layers import Attention
+
+from karat_scale.errors import RecipeError
+from karat_scale.models import create_model
+from karat_scale.models.factory import layer_sizes
+from karat_scale.models.flops import flops_by_block, flops_per_image
+from karat_scale.models.layers import attention_layers, blocks_of
+from karat_scale.models.operators import operators
+from karat_scale.recipe import AttentionConfig, ModelConfig
+
+KARAT = AttentionConfig(kind="karat")
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "tokens"),
+    [
+        ("deit_tiny_patch16_224", 224, [197] * 12),
+        ("deit_tiny_distilled_patch16_224", 64, [18] * 12),
+        ("deit3_small_patch16_224", 224, [197] * 12),
+        ("vit_base_patch16_reg4_gap_256", 64, [20] * 12),  # registers, no class token
+        ("vit_base_patch16_gap_224", 64, [16] * 12),
+        ("vit_base_patch16_siglip_224", 64, [16] * 12),
+        ("vit_small_patch16_18x2_224", 32, [5] * 36),
+        ("pit_ti_224", 64, [50] * 2 + [17] * 6 + [5] * 4),
+        ("mobilevit_xs", 128, [64] * 2 + [16] * 4 + [4] * 3),
+        ("convit_small", 64, [16] * 10 + [17] * 2),
+    ],
+)
+def test_every_layer_has_functions_for_its_own_number_of_tokens(name: str, image_size: int, tokens: list[int]) -> None:
+    config = ModelConfig(name=name, image_size=image_size, num_classes=7)
+    assert [size.tokens for size in layer_sizes(config)] == tokens
+    with torch.device("meta"):
+        model = create_model(config, KARAT)
+        assert model(torch.empty(2, 3, image_size, image_size)).shape == (2, 7)
+    learned = [operator for operator in operators(model) if operator is not None]
+    assert [operator.num_tokens for operator in learned] == tokens[-len(learned) :]
+    assert len(blocks_of(model)) == len(tokens)
+    assert all(type(layer.attention) is not Attention for layer in attention_layers(model))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "part"),
+    [
+        ({"name": "resnet18"}, "the attention of a ResNet is none that KArAt can take the place of"),
+        ({"name": "eva02_tiny_patch14_224"}, "its attention, eva.EvaAttention, is none"),
+        ({"name": "xcit_nano_12_p16_224"}, "is none that KArAt can take the place of"),
+        ({"name": "beit_base_patch16_224"}, "its attention, beit.Attention, is none"),
+        ({"name": "swinv2_tiny_window8_256"}, "its attention, swin_transformer_v2.WindowAttention, is none"),
+        ({"name": "vit_dwee_patch16_reg1_gap_256"}, "DiffAttention, is none"),
+        ({"name": "vit_base_patch16_xp_224"}, "is none that KArAt can take the place of"),
+        ({"name": "crossvit_9_240"}, "is none that KArAt can take the place of"),
+        ({"name": "naflexvit_base_patch16_gap"}, "takes images of any size, but KArAt needs a fixed number of tokens"),
+        ({"name": "vit_intern300m_patch14_448"}, "takes images of any size"),
+        ({"name": "convit_tinny"}, "timm has no such model; did you mean convit_tiny?"),
+        ({"name": "pit_ti_224", "depth": 3}, "model.depth = 3 cannot hold for pit_ti_224"),
+        ({"name": "mobilevit_xs", "proj_drop": 0.1}, "model.proj_drop = 0.1 cannot hold for mobilevit_xs"),
+        ({"name": "vit_tiny_patch16_224", "image_size": 100}, "model.image_size = 100 is not a multiple of the patch"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["softmax", "karat"])
+def test_what_is_no_host_is_one_line(sizes: dict[str, object], part: str, kind: str) -> None:
+    with torch.device("meta"), pytest.raises(RecipeError) as caught:
+        create_model(ModelConfig(**sizes), AttentionConfig(kind=kind))
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_functions_are_shared_only_between_layers_of_one_size() -> None:
+    universal = AttentionConfig(kind="karat", mode="universal")
+    with pytest.raises(RecipeError, match="the layers of pit_ti_224 differ in tokens or heads"):
+        create_model(ModelConfig(name="pit_ti_224", image_size=64), universal)
+
+
+@pytest.mark.parametrize("name", ["convit_tiny", "swin_tiny_patch4_window7_224"])
+def test_operations_are_counted_by_the_papers_algebra(name: str) -> None:
+    """Layer by layer; in shifted windows, whose pairs are masked, S is formed."""
+    config, d, r, grid = ModelConfig(name=name), 48 if "convit" in name else 32, 12, 3
+    softmax, karat = (flops_per_image(config, attention) for attention in (AttentionConfig(), KARAT))
+    more = 0
+    for number, size in enumerate(layer_sizes(config)):
+        if "convit" in name and number < 10:
+            continue
+        n, is_shifted = size.tokens, "swin" in name and number % 2 == 1 and number < 10
+        output = 2 * n * n * (r + d) if is_shifted else 4 * n * r * d
+        more += size.sets * size.heads * (4 * n * n * grid * r + output - 2 * n * n * d)
+    assert karat.forward - softmax.forward == more
+    blocks = flops_by_block(config, KARAT)
+    assert len(blocks) == 12
+    assert all(0 < block.attention < block.block for block in blocks)
+    assert sum(block.block for block in blocks) < karat.forward
