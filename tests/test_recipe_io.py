@@ -32,6 +32,8 @@ SHIPPED = {
         for data_set in ("imagenet", "cifar10", "cifar100", "svhn", "flowers102", "stl10")
         for variant in VARIANTS
     ),
+    *(f"{data}_convit_tiny{kind}" for data in ("cifar10", "imagenet") for kind in ("", "_g3b", "_g3u")),
+    *(f"{data}_swin_tiny{kind}" for data in ("cifar10", "imagenet") for kind in ("", "_g3b")),
 }
 
 

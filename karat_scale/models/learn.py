@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from karat_scale.errors import RecipeError
+from karat_scale.models.host import cannot_be_built
 from karat_scale.models.layers import LayerSize, attention_layers
 from karat_scale.models.vit import operator_maker
 from karat_scale.recipe import AttentionConfig, ModelConfig
@@ -42,5 +43,8 @@ def learn(
     for layer, size in turned:
         # A new class, as torch's parametrizations do it: names and weights stay timm's.
         layer.__class__ = classes[type(layer)]
-        layer.operator = make(size.tokens, size.heads)
+        try:
+            layer.operator = make(size.tokens, size.heads)
+        except ValueError as error:
+            raise cannot_be_built(model, error) from error
     return network

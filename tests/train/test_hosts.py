@@ -17,6 +17,7 @@ SWIN = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("host", "more"),
