@@ -60,7 +60,7 @@ def _of_plain(attention: Any, x: Tensor, _: None) -> Matrices:
 
 
 def _of_mhsa(attention: Any, x: Tensor, _: None) -> Matrices:
-    query, key, _ = convit.query_key_value(attention, x)
+    query, key = convit.query_key_value(attention, x)[:2]
     return _of_pair(query, key, getattr(attention, "operator", None))
 
 

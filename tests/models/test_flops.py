@@ -74,3 +74,5 @@ def test_a_blocks_part_is_its_linear_layers_and_its_attention() -> None:
     tokens, width = 17, 32
     softmax = 4 * tokens**2 * width
     assert first == second == (2 * tokens * 4 * width**2 + softmax, 2 * tokens * 12 * width**2 + softmax)
+    learned, both = (flops_by_block(SMALL, AttentionConfig(kind="karat", residual=x))[0] for x in (False, True))
+    assert both.attention == learned.attention + softmax
