@@ -51,7 +51,7 @@ def take_weights(model: nn.Module, weights: Mapping[str, Tensor], new_head: bool
         left |= {name for name in own if OPERATOR in name}
         notes.append("the attention operators are left at their start, for the weights have none")
     heads = _classifiers(model)
-    head = {name for name in own if name.startswith(tuple(f"{head}." for head in heads))}
+    head = {name for name in {**own, **weights} if name.startswith(tuple(f"{head}." for head in heads))}
     bias = f"{heads[0]}.bias"
     classes = [len(w[bias]) if bias in w else 0 for w in (weights, own)]
     if new_head and classes[0] != classes[1]:
@@ -64,10 +64,11 @@ def take_weights(model: nn.Module, weights: Mapping[str, Tensor], new_head: bool
     return "; ".join(notes)
 
 
-def _classifiers(model: Any) -> tuple[str, ...]:
-    """timm's names of the layers that give logits; more than one in a distilled model."""
-    names = model.pretrained_cfg["classifier"]
-    return (names,) if isinstance(names, str) else tuple(names)
+def _classifiers(model: Any) -> list[str]:
+    """The names of the layers that give logits; a distilled model has two."""
+    found = model.get_classifier()
+    layers = found if isinstance(found, tuple) else (found,)
+    return [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
 
 
 def _operators(model: nn.Module) -> Iterator[tuple[str, KaratOperator]]:
