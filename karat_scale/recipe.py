@@ -116,7 +116,7 @@ class Recipe(Section):
                 f"init_from = {self.init_from} and resume.from = {self.resume.from_} both say what to begin with; "
                 "unset one of them, such as init_from="
             )
-        if self.schedule.warmup_epochs > self.train.epochs:
+        if self.schedule.warmup_steps is None and self.schedule.warmup_epochs > self.train.epochs:
             raise ValueError(
                 f"schedule.warmup_epochs = {self.schedule.warmup_epochs:g} is longer than train.epochs = "
                 f"{self.train.epochs}; shorten the warm-up"

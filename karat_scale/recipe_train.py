@@ -29,9 +29,15 @@ class OptimConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Linear warm-up, then cosine to `min_lr`, per step. Rates are absolute, as in the paper."""
+    """Linear warm-up, then cosine to `min_lr`, per step. Rates are absolute, as in the paper.
+
+    `warmup_steps` goes before `warmup_epochs` where it is given. The cosine begins with training, so that the warm-up
+    hides its first part (DeiT), or with `cosine_after_warmup` at the peak (big_vision).
+    """
 
     warmup_epochs: NonNegative = 5.0
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    cosine_after_warmup: bool = False
     warmup_lr: NonNegative = 1e-6
     min_lr: NonNegative = 1e-5
 
