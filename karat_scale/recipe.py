@@ -46,6 +46,10 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """A timm vision transformer (docs/models.md has which). `patch_size`, `embed_dim`, `depth` and `num_heads` override
     the named model's own, where it has one of each.
+
+    So do, in a plain ViT, `pool`: the head sees the class token, or the average of all patches after the last norm,
+    without a class token; `pos_embed: sincos2d`, which does not learn; and `weight_init: jax`, that of JAX's ViTs, with
+    Xavier's matrices and a head of zeros.
     """
 
     name: str = "vit_tiny_patch16_224"
@@ -55,6 +59,9 @@ class ModelConfig(Section):
     embed_dim: Count | None = None
     depth: Count | None = None
     num_heads: Count | None = None
+    pool: Literal["token", "avg"] | None = None
+    pos_embed: Literal["sincos2d"] | None = None
+    weight_init: Literal["jax"] | None = None
     drop_path: Fraction = 0.0
     proj_drop: Fraction = 0.0
 

@@ -27,6 +27,8 @@ SHIPPED = {
     "cifar10_vit_tiny_full_rank",
     "cifar10_vit_tiny_transfer",
     "cifar100_vit_tiny_transfer",
+    "imagenet_vit_small_bv",
+    "imagenet_vit_small_bv_g3b",
     *(
         f"{data_set}_{variant}"
         for data_set in ("imagenet", "cifar10", "cifar100", "svhn", "flowers102", "stl10")

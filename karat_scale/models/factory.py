@@ -9,7 +9,7 @@ from torch import nn
 from karat_scale.errors import RecipeError
 from karat_scale.models import swin, vit
 from karat_scale.models.convit import CONVIT
-from karat_scale.models.host import Host
+from karat_scale.models.host import Host, refuse_fields
 from karat_scale.models.layers import LayerSize
 from karat_scale.models.other import OTHER
 from karat_scale.models.swin import SWIN
@@ -42,6 +42,8 @@ def create_model(model: ModelConfig, attention: AttentionConfig, **options: Any)
             the kind of attention asked for.
     """
     host = host_of_name(model.name)
+    if host is not VIT:
+        refuse_fields(model, "pool", "pos_embed", "weight_init", why="which is no plain ViT")
     if attention.transfer_from:
         check_transfers(model.name)
         return build_vit(model, TransferredAttention, **options)

@@ -75,8 +75,8 @@ def cannot_be_built(model: ModelConfig, error: Exception) -> RecipeError:
     return RecipeError(f"model.name = {model.name!r} cannot be built as asked: {reason}")
 
 
-def refuse_sizes(model: ModelConfig, *fields: str, why: str) -> None:
-    """Raises RecipeError where the recipe gives a size that this host's models have of their own."""
+def refuse_fields(model: ModelConfig, *fields: str, why: str) -> None:
+    """Raises RecipeError where the recipe gives what this host's models have of their own."""
     for field in fields:
         value = getattr(model, field)
         if value is not None:

@@ -10,7 +10,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from karat_scale.errors import RecipeError
-from karat_scale.models.host import Host, build_timm, refuse_sizes
+from karat_scale.models.host import Host, build_timm, refuse_fields
 from karat_scale.models.layers import LayerSize
 from karat_scale.models.learn import learn
 from karat_scale.models.vit import KaratAttention
@@ -18,7 +18,7 @@ from karat_scale.recipe import AttentionConfig, ModelConfig
 
 
 def _build(model: ModelConfig, **options: Any) -> nn.Module:
-    refuse_sizes(model, "patch_size", "embed_dim", "depth", "num_heads", why="which is built at timm's own sizes")
+    refuse_fields(model, "patch_size", "embed_dim", "depth", "num_heads", why="which is built at timm's own sizes")
     with torch.device("meta"):
         taken = inspect.signature(type(timm.create_model(model.name))).parameters
     settings: dict[str, Any] = {"img_size": model.image_size} if "img_size" in taken else {}

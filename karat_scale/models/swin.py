@@ -11,7 +11,7 @@ from typing import Any
 from timm.models.swin_transformer import WindowAttention, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from karat_scale.models.host import Host, build_timm, refuse_sizes
+from karat_scale.models.host import Host, build_timm, refuse_fields
 from karat_scale.models.layers import LayerSize
 from karat_scale.models.learn import learn
 from karat_scale.recipe import AttentionConfig, ModelConfig
@@ -60,7 +60,7 @@ def parts_of(
 
 def _build(model: ModelConfig, **options: Any) -> nn.Module:
     own = OWN_SIZES.get(model.name, {})
-    refuse_sizes(model, "patch_size", "embed_dim", "depth", "num_heads", why="whose stages have sizes of their own")
+    refuse_fields(model, "patch_size", "embed_dim", "depth", "num_heads", why="whose stages have sizes of their own")
     return build_timm(
         model,
         BASE if own else model.name,

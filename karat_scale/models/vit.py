@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from karat_scale.attention import FourierKaratOperator, HybridHeads, KaratOperator, ResidualHeads, make_basis
 from karat_scale.errors import RecipeError
-from karat_scale.models.host import Host, build_timm
+from karat_scale.models.host import Host, build_timm, cannot_be_built
 from karat_scale.models.layers import LayerSize
+from karat_scale.models.positions import sincos_2d
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 # Sizes of our own, by name: what they change in timm's ViT-Tiny.
@@ -138,10 +139,10 @@ def build_vit(model: ModelConfig, attn_layer: type[Attention] | None = None, **o
     own = OWN_SIZES.get(model.name, {})
     asked = {name: getattr(model, name) for name in ("patch_size", "embed_dim", "depth", "num_heads")}
     sizes = {name: value for name, value in asked.items() if value is not None}
-    settings: dict[str, Any] = {**own, **sizes, **options}
+    settings: dict[str, Any] = {**own, **sizes, **_plain_options(model), **options}
     if attn_layer is not None:
         settings["attn_layer"] = attn_layer
-    return build_timm(
+    network = build_timm(
         model,
         BASE if own else model.name,
         img_size=model.image_size,
@@ -149,6 +150,37 @@ def build_vit(model: ModelConfig, attn_layer: type[Attention] | None = None, **o
         proj_drop_rate=model.proj_drop,
         **settings,
     )
+    try:
+        _start(network, model)
+    except ValueError as error:
+        raise cannot_be_built(model, error) from error
+    return network
+
+
+def _plain_options(model: ModelConfig) -> dict[str, Any]:
+    """timm's options for what the head sees and for the first weights."""
+    options: dict[str, Any] = {} if model.weight_init is None else {"weight_init": model.weight_init}
+    if model.pool is not None:
+        # The average of normed patches, as in arXiv 2205.01580; timm's own choice is to norm their average.
+        options |= {"global_pool": model.pool, "class_token": model.pool == "token", "fc_norm": False}
+    return options
+
+
+@torch.no_grad()
+def _start(network: Any, model: ModelConfig) -> None:
+    """Do to a new model what timm's options cannot say. Raises ValueError where it has no place for it."""
+    if model.weight_init == "jax":
+        for module in network.modules():
+            if isinstance(module, Attention):  # three matrices to JAX, one to timm
+                for matrix in module.qkv.weight.chunk(3):
+                    nn.init.xavier_uniform_(matrix)
+    if model.pos_embed == "sincos2d":
+        if getattr(network, "pos_embed", None) is None:
+            raise ValueError("it has no position embedding for pos_embed = sincos2d")
+        height, width = network.patch_embed.grid_size
+        grid = sincos_2d(height, width, network.embed_dim)
+        prefix = grid.new_zeros(network.pos_embed.shape[1] - len(grid), network.embed_dim)
+        network.pos_embed.copy_(torch.cat([prefix, grid])[None]).requires_grad_(False)
 
 
 def _learn(model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSize, ...], **options: Any) -> nn.Module:

@@ -39,12 +39,12 @@ def load_weights(model: nn.Module, checkpoint: Path, saved: Mapping[str, Any], e
     if ema and not saved["has_ema"]:
         raise RunDirectoryError(f"{checkpoint}: has no EMA weights; use --weights raw")
     state = read_state(checkpoint, saved)
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = dict(model.named_parameters())
     try:
         check_teacher(model, saved)
-        check_shapes({name: tuple(parameter.shape) for name, parameter in trainable.items()}, state.shapes)
+        check_shapes({name: tuple(parameter.shape) for name, parameter in parameters.items()}, state.shapes)
         pieces = state.ema if ema and state.ema is not None else state.masters
-        for name, parameter in trainable.items():
+        for name, parameter in parameters.items():
             pieces.fill([Fragment(name, 0, 0, parameter.numel())], parameter)
     except (RunDirectoryError, KeyError) as error:
         raise RunDirectoryError(f"checkpoint {checkpoint}: {error.args[0]}") from error

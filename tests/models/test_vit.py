@@ -1,0 +1,83 @@
+"""What a recipe changes in a plain ViT of timm's besides its attention."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from karat_scale.errors import RecipeError
+from karat_scale.models import create_model
+from karat_scale.models.factory import no_weight_decay_names, parameter_count
+from karat_scale.models.positions import sincos_2d
+from karat_scale.recipe import AttentionConfig, ModelConfig
+
+SIZES = {"image_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
+PLAIN = {"pool": "avg", "pos_embed": "sincos2d", "weight_init": "jax"}
+KARAT = AttentionConfig(kind="karat", rank=3, grid=2)
+
+
+def build(attention: AttentionConfig = KARAT, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    return create_model(ModelConfig(**{**SIZES, **settings}), attention)
+
+
+def test_the_head_sees_the_average_of_normed_patches() -> None:
+    model = build(**PLAIN)
+    assert model.cls_token is None
+    assert model.blocks[0].attn.operator.num_tokens == 16
+    torch.nn.init.normal_(model.head.weight)
+    model.norm.weight.data.uniform_()
+    images = torch.randn(3, 3, 32, 32)
+    tokens = model.blocks(model.patch_embed(images) + sincos_2d(4, 4, 64))
+    expected = model.head(model.norm(tokens).mean(1))
+    torch.testing.assert_close(model(images), expected)
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_computed_positions_do_not_learn(pool: str) -> None:
+    model = build(**{**PLAIN, "pool": pool})
+    positions = model.pos_embed.detach().clone()
+    prefix = int(pool == "token")
+    torch.testing.assert_close(positions[0, prefix:], sincos_2d(4, 4, 64))
+    assert not positions[0, :prefix].any()
+    learned = build(**{**PLAIN, "pool": pool, "pos_embed": None})
+    assert parameter_count(learned) - parameter_count(model) == positions.numel()
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert model.pos_embed.grad is None
+    assert "pos_embed" in no_weight_decay_names(model, decay_karat=False)
+
+
+@pytest.mark.parametrize("attention", [AttentionConfig(), KARAT])
+def test_jaxs_start_is_xaviers_and_a_head_of_zeros(attention: AttentionConfig) -> None:
+    model = build(attention, **PLAIN, embed_dim=256)
+    assert not model(torch.randn(2, 3, 32, 32)).any()
+    block = model.blocks[1]
+    for matrix in (*block.attn.qkv.weight.chunk(3), block.attn.proj.weight, block.mlp.fc1.weight):
+        bound = (6 / sum(matrix.shape)) ** 0.5
+        assert 0.99 * bound < matrix.abs().max() <= bound
+        assert matrix.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+    assert block.mlp.fc1.bias.std().item() == pytest.approx(1e-6, rel=0.2)
+    assert not block.attn.qkv.bias.any()
+    patches = model.patch_embed.proj.weight
+    assert patches.std().item() == pytest.approx((3 * 8 * 8) ** -0.5, rel=0.03)
+
+
+def test_what_is_not_asked_for_is_timms_own() -> None:
+    model = build(AttentionConfig())
+    assert model.cls_token is not None
+    assert model.pos_embed.requires_grad
+    assert model.global_pool == "token"
+    assert model.blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_a_width_without_positions_is_one_line() -> None:
+    with pytest.raises(RecipeError, match=r"cannot be built as asked: pos_embed = sincos2d needs a width of 8, 12"):
+        build(pos_embed="sincos2d", embed_dim=6)
+
+
+@pytest.mark.parametrize("field", ["pool=avg", "pos_embed=sincos2d", "weight_init=jax"])
+def test_other_models_have_a_head_and_positions_of_their_own(field: str) -> None:
+    name, value = field.split("=")
+    model = ModelConfig(name="swin_tiny_patch4_window7_224", **{name: value})
+    with pytest.raises(RecipeError, match=rf"model.{name} = {value} cannot hold for swin_\w+, which is no plain ViT"):
+        create_model(model, AttentionConfig())

@@ -1,0 +1,88 @@
+"""The shipped recipe of arXiv 2205.01580 against the formulas of its configuration, big_vision's vit_s16_i1k.py."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from karat_scale.data.randaugment import RandAugment
+from karat_scale.models import create_model
+from karat_scale.recipe_io import differing_keys, load_recipe
+from karat_scale.train.optimizer import build_optimizer
+from karat_scale.train.schedule import build_schedule
+from tests.conftest import SMALL, events, karat
+
+NAME = "imagenet_vit_small_bv"
+IMAGES, BATCH = 1_281_167, 1024
+
+
+def test_the_schedule_and_the_decay() -> None:
+    recipe = load_recipe(NAME)
+    schedule = build_schedule(recipe, IMAGES // BATCH)
+    assert (schedule.warmup_steps, schedule.total_steps) == (10_000, 112_590)
+    assert [schedule.lr(step) for step in (0, 5_000, 10_000, 112_590)] == [0.0, 5e-4, 1e-3, 0.0]
+    assert schedule.lr((10_000 + 112_590) // 2) == pytest.approx(5e-4)
+    # One step of AdamW takes the rate times the decay off a matrix: 1e-4 at the peak; nothing off vectors.
+    weight, bias = torch.nn.Linear(4, 4, bias=False), torch.nn.LayerNorm(4)
+    before = weight.weight.detach().clone()
+    model = torch.nn.Sequential(weight, bias)
+    model.no_weight_decay = set  # type: ignore[assignment]
+    optimizer = build_optimizer(model, recipe.optim, torch.device("cpu"))  # type: ignore[arg-type]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(weight.weight.detach(), before * (1 - 1e-4), rtol=1e-6, atol=0)
+    assert torch.equal(bias.weight.detach(), torch.ones(4))
+
+
+def test_randaugment_does_both_its_operations_at_magnitude_10() -> None:
+    recipe = load_recipe(NAME)
+    policy = RandAugment(recipe.augment, 224)
+    drawn = [operation for seed in range(400) for operation in policy.draw(random.Random(seed))]
+    assert len(drawn) == 2 * 400  # timm's default would leave out every second one
+    strengths: dict[str, set[float]] = {}
+    for name, arguments in drawn:
+        strengths.setdefault(name, set()).update(round(abs(value), 6) for value in arguments)
+    assert strengths == {
+        **{name: set() for name in ("AutoContrast", "Equalize", "Invert")},
+        **{name: {1.9} for name in ("Color", "Contrast", "Brightness", "Sharpness")},
+        **{name: {0.3} for name in ("ShearX", "ShearY")},
+        **{name: {0.45} for name in ("TranslateXRel", "TranslateYRel")},  # of 224 pixels; 100 pixels there
+        **{"Rotate": {30.0}, "Posterize": {4}, "Solarize": {256}, "SolarizeAdd": {110}},
+    }
+    assert policy.fill == (128, 128, 128)
+
+
+def test_the_rest_is_the_configurations() -> None:
+    recipe = load_recipe(NAME)
+    augment = recipe.augment
+    assert (augment.scale, augment.ratio, augment.hflip, augment.color_jitter) == ((0.05, 1), (0.75, 1.33), 0.5, 0)
+    assert (augment.mixup, augment.cutmix, augment.mix_prob, augment.label_smoothing) == (0.2, 0, 1, 0)
+    assert (augment.mean, augment.std, 224 / augment.eval_crop) == ((0.5,) * 3, (0.5,) * 3, 256)
+    assert (recipe.train.epochs, recipe.train.global_batch, recipe.train.ema_decay) == (90, BATCH, 0)
+    assert (recipe.optim.clip_grad, recipe.optim.betas, recipe.optim.eps) == (1, (0.9, 0.999), 1e-8)
+    twin = load_recipe(f"{NAME}_g3b")
+    assert differing_keys(recipe, twin) == ["attention.kind"]
+
+
+def test_the_model_is_timms_vit_small_without_a_class_token() -> None:
+    recipe = load_recipe(NAME)
+    with torch.device("meta"):
+        model = create_model(recipe.model, recipe.attention)
+        twin = create_model(recipe.model, load_recipe(f"{NAME}_g3b").attention)
+    assert sum(p.numel() for p in model.parameters()) == 22_050_664 - 2 * 384
+    assert twin.blocks[0].attn.operator.num_tokens == 196
+
+
+@pytest.mark.slow
+def test_it_trains_resumes_and_evaluates(shards: Path, tmp_path: Path) -> None:
+    small = [*SMALL, "schedule.warmup_steps=3", "train.precision=fp32", "train.ema_decay=0"]
+    paths = [f"data.path={shards}", f"run.dir={tmp_path / 'run'}"]
+    for steps in (4, 8):
+        done = karat("train", f"{NAME}_g3b", *small, *paths, f"train.max_steps={steps}")
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert [event["step"] for event in events(tmp_path / "run", "resume")] == [4]
+    done = karat("eval", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert "on 28 images" in done.stdout
