@@ -5,13 +5,15 @@ Defaults are the paper's training recipe (arXiv 2503.10632, which follows DeiT).
 their own, `recipe_*.py`.
 """
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from karat_scale.recipe_attention import AttentionConfig
 from karat_scale.recipe_base import Count, Fraction, Section
 from karat_scale.recipe_data import AugmentConfig, DataConfig
+from karat_scale.recipe_files import RECIPES
 from karat_scale.recipe_keep import CheckpointConfig, LogConfig, ResumeConfig
 from karat_scale.recipe_recompute import RecomputeConfig
 from karat_scale.recipe_train import DeepSpeedConfig, OptimConfig, ScheduleConfig, TrainConfig
@@ -29,6 +31,7 @@ __all__ = [
     "RecomputeConfig",
     "ResumeConfig",
     "RunConfig",
+    "RunRecipe",
     "ScheduleConfig",
     "TrainConfig",
 ]
@@ -80,17 +83,37 @@ class ModelConfig(Section):
         return self
 
 
-class Recipe(Section):
-    """A whole run, as data.
+class RunRecipe(Section):
+    """What the recipes of all kinds of runs say.
 
     `init_from` gives the weights that a new run begins with: a run's directory, a checkpoint in one, a file of `karat
     export` or timm, or `timm:NAME`. Everything else begins anew.
     """
 
+    shipped: ClassVar[Path]
+    """The directory of the recipes that come with the package."""
+
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     attention: AttentionConfig = AttentionConfig()
     init_from: str = ""
+    resume: ResumeConfig = ResumeConfig()
+
+    @model_validator(mode="after")
+    def _begins_with_one_thing(self) -> "RunRecipe":
+        if self.init_from and self.resume.from_:
+            raise ValueError(
+                f"init_from = {self.init_from} and resume.from = {self.resume.from_} both say what to begin with; "
+                "unset one of them, such as init_from="
+            )
+        return self
+
+
+class Recipe(RunRecipe):
+    """A whole run of `karat train`, as data."""
+
+    shipped = RECIPES
+
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
@@ -98,7 +121,6 @@ class Recipe(Section):
     train: TrainConfig = TrainConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    resume: ResumeConfig = ResumeConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
@@ -117,11 +139,6 @@ class Recipe(Section):
             raise ValueError(
                 f"train.global_batch = {self.train.global_batch} is not a multiple of train.micro_batch = "
                 f"{self.train.micro_batch}"
-            )
-        if self.init_from and self.resume.from_:
-            raise ValueError(
-                f"init_from = {self.init_from} and resume.from = {self.resume.from_} both say what to begin with; "
-                "unset one of them, such as init_from="
             )
         if self.schedule.warmup_steps is None and self.schedule.warmup_epochs > self.train.epochs:
             raise ValueError(

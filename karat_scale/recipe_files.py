@@ -31,14 +31,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes inside the package, by name."""
-    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+def shipped_recipes(folder: Path = RECIPES) -> dict[str, Path]:
+    """The recipes inside the package, by name; those of another kind have a folder of their own."""
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def find_recipe(source: str) -> Path:
-    """The file of a shipped recipe's name or a path. Raises RecipeError."""
-    shipped = shipped_recipes()
+def find_recipe(source: str, folder: Path = RECIPES) -> Path:
+    """The file of the name of a recipe shipped in `folder`, or of a path. Raises RecipeError."""
+    shipped = shipped_recipes(folder)
     if source in shipped:
         return shipped[source]
     path = Path(source)
@@ -51,8 +51,8 @@ def find_recipe(source: str) -> Path:
     raise RecipeError(f"recipe {source!r}: neither a file nor a shipped recipe; {hint}")
 
 
-def read_recipe_file(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """What a file says, with all that it extends. Raises RecipeError: one line with the path."""
+def read_recipe_file(path: Path, folder: Path = RECIPES, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What a file says, with all that it extends, in `folder` or beside it. Raises RecipeError with one line."""
     if path.resolve() in extended_by:
         circle = " -> ".join(file.stem for file in (*extended_by, path))
         raise RecipeError(f"{path}: extends goes in a circle: {circle}")
@@ -63,13 +63,14 @@ def read_recipe_file(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str
         raise RecipeError(f"{path}: extends = {names!r}: should be a recipe's name or a list of names")
     tree: dict[str, Any] = {}
     for name in names:
-        _lay_over(tree, read_recipe_file(_find_extended(path, name), (*extended_by, path.resolve())))
+        extended = _find_extended(path, name, folder)
+        _lay_over(tree, read_recipe_file(extended, folder, (*extended_by, path.resolve())))
     _lay_over(tree, own)
     return tree
 
 
-def _find_extended(path: Path, name: str) -> Path:
-    shipped = {str(file.relative_to(RECIPES).with_suffix("")): file for file in sorted(RECIPES.rglob("*.yaml"))}
+def _find_extended(path: Path, name: str, folder: Path) -> Path:
+    shipped = {str(file.relative_to(folder).with_suffix("")): file for file in sorted(folder.rglob("*.yaml"))}
     if name in shipped:
         return shipped[name]
     if (path.parent / name).is_file():

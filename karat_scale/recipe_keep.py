@@ -7,18 +7,23 @@ from pydantic import ConfigDict, Field, field_validator
 from karat_scale.recipe_base import Count, Positive, Section
 
 
-class CheckpointConfig(Section):
-    """When to save and what to keep. A last checkpoint is always written at the end.
-
-    `asynchronous`: training stands still for a copy to host memory alone, and goes on while the copy is written.
-    `snapshots`: keep the weights alone at the start and at the end of each of that many equal parts of training.
-    """
+class SaveConfig(Section):
+    """When to save and what to keep. A last checkpoint is always written at the end."""
 
     every_steps: Count | None = None
     every_minutes: Positive | None = 15.0
     # One kept checkpoint leaves nothing to fall back on when it turns out damaged.
     keep_last: Annotated[int, Field(ge=2)] = 2
     keep_best: bool = True
+
+
+class CheckpointConfig(SaveConfig):
+    """When to save and what to keep. A last checkpoint is always written at the end.
+
+    `asynchronous`: training stands still for a copy to host memory alone, and goes on while the copy is written.
+    `snapshots`: keep the weights alone at the start and at the end of each of that many equal parts of training.
+    """
+
     asynchronous: bool = True
     snapshots: Annotated[int, Field(ge=0)] = 0
 
@@ -42,14 +47,19 @@ class ResumeConfig(Section):
         return [value] if isinstance(value, str) else value
 
 
-class LogConfig(Section):
+class ReportConfig(Section):
+    """What to report, and how often."""
+
+    every_steps: Count = 50
+    tensorboard: bool = True
+
+
+class LogConfig(ReportConfig):
     """What to report, and how often. `profile_steps` [first, last] are traced into the run's `profile/`.
 
     TensorBoard also gets histograms of each head's coefficients and projector.
     """
 
-    every_steps: Count = 50
-    tensorboard: bool = True
     histogram_every_steps: Count | None = 1000
     profile_steps: tuple[Count, Count] | None = None
 

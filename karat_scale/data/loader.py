@@ -1,14 +1,14 @@
-"""Batches in plan order from parallel worker processes."""
+"""Batches, or other results, in plan order from parallel worker processes."""
 
 import itertools
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -23,6 +23,7 @@ from karat_scale.errors import DataError, UserError
 POLL_SECONDS = 2.0
 # What DataLoader says when that time is over.
 TIMED_OUT = "DataLoader timed out"
+T = TypeVar("T")
 
 
 class MakesBatches(Protocol):
@@ -38,26 +39,28 @@ class MakesBatches(Protocol):
         """What each worker was last at."""
 
 
-class OrderedLoader(Iterator[Batch]):
-    """Iterates over the batches of `slices`, in their order, whatever the number of workers.
+class OrderedResults(Iterator[T], Generic[T]):
+    """Iterates over `work(part)` of each of `slices`, in their order, whatever the number of workers.
 
-    One slice is one work item, no larger than the first; each worker has at most `prefetch` of them under way, so
-    memory is bounded.
+    One slice is one work item; each worker has at most `prefetch` of them under way, so memory is bounded.
     Workers start at once and serve until the slices end or `close`. With 0 workers everything happens in this
     process. A UserError raised in a worker is raised here as it is; a worker that dies is a DataError, and so are
-    workers that bring no batch for `timeout` seconds.
+    workers that bring nothing for `timeout` seconds: `whereabouts(workers)` says what each was last at.
     """
 
     def __init__(
-        self, make: MakesBatches, slices: Iterable[BatchSlice], workers: int, prefetch: int, timeout: float
+        self,
+        work: Callable[[BatchSlice], Any],
+        slices: Iterable[BatchSlice],
+        workers: int,
+        prefetch: int,
+        timeout: float,
+        whereabouts: Callable[[int], str],
     ) -> None:
-        parts = iter(slices)
-        first = list(itertools.islice(parts, 1))
-        slots = ImageSlots(workers, prefetch, make.shape(first[0])) if workers and first else None
         loader = DataLoader(
-            _Guarded(make, slots),
+            _Guarded(work),
             batch_size=None,
-            sampler=itertools.chain(first, parts),
+            sampler=slices,
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             timeout=min(POLL_SECONDS, timeout) if workers else 0,
@@ -68,11 +71,11 @@ class OrderedLoader(Iterator[Batch]):
             generator=torch.Generator(),
             multiprocessing_context="fork" if workers else None,
         )
-        self._make, self._workers, self._timeout = make, workers, timeout
+        self._whereabouts, self._workers, self._timeout = whereabouts, workers, timeout
         with _child_signal_kept():
-            self._results: Iterator[Batch | UserError] | None = iter(loader)
+            self._results: Iterator[T | UserError] | None = iter(loader)
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> T:
         if self._results is None:
             raise StopIteration
         try:
@@ -89,7 +92,7 @@ class OrderedLoader(Iterator[Batch]):
                 ) from error
             if self._workers and TIMED_OUT in str(error):
                 raise DataError(
-                    f"no batch came for data.timeout = {self._timeout:g} s: {self._make.whereabouts(self._workers)}; "
+                    f"no batch came for data.timeout = {self._timeout:g} s: {self._whereabouts(self._workers)}; "
                     "does that file system still answer? Raise data.timeout if it is only slow"
                 ) from error
             raise
@@ -98,7 +101,7 @@ class OrderedLoader(Iterator[Batch]):
             raise result
         return result
 
-    def _wait(self, results: "Iterator[Batch | UserError]") -> Batch | UserError:
+    def _wait(self, results: "Iterator[T | UserError]") -> T | UserError:
         deadline = time.monotonic() + self._timeout
         while True:
             try:
@@ -113,6 +116,26 @@ class OrderedLoader(Iterator[Batch]):
         # The DataLoader's iterator ends its workers when it is collected, but an exception's traceback may hold it.
         if results is not None and hasattr(results, "_shutdown_workers"):
             results._shutdown_workers()
+
+
+class OrderedLoader(OrderedResults[Batch]):
+    """The batches of `slices`, none of which is larger than the first. See OrderedResults."""
+
+    def __init__(
+        self, make: MakesBatches, slices: Iterable[BatchSlice], workers: int, prefetch: int, timeout: float
+    ) -> None:
+        parts = iter(slices)
+        first = list(itertools.islice(parts, 1))
+        slots = ImageSlots(workers, prefetch, make.shape(first[0])) if workers and first else None
+        work = partial(_fill, make, slots)
+        super().__init__(work, itertools.chain(first, parts), workers, prefetch, timeout, make.whereabouts)
+
+
+def _fill(make: MakesBatches, slots: ImageSlots | None, part: BatchSlice) -> Batch | Sent:
+    shape = make.shape(part)
+    if slots is None:
+        return make.fill(part, torch.empty(shape, dtype=torch.uint8))
+    return slots.send(make.fill(part, slots.next(shape)))
 
 
 def _tells_of_a_dead_worker(error: Exception) -> bool:
@@ -134,18 +157,15 @@ def _child_signal_kept() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
-class _Guarded(Dataset["Batch | Sent | UserError"]):
+class _Guarded(Dataset[Any]):
     """Hands a UserError over as a value: DataLoader would wrap a raised one in a traceback."""
 
-    def __init__(self, make: MakesBatches, slots: ImageSlots | None) -> None:
-        self._make, self._slots = make, slots
+    def __init__(self, work: Callable[[BatchSlice], Any]) -> None:
+        self._work = work
 
-    def __getitem__(self, part: BatchSlice) -> Batch | Sent | UserError:
-        shape = self._make.shape(part)
+    def __getitem__(self, part: BatchSlice) -> Any:
         try:
-            if self._slots is None:
-                return self._make.fill(part, torch.empty(shape, dtype=torch.uint8))
-            return self._slots.send(self._make.fill(part, self._slots.next(shape)))
+            return self._work(part)
         except UserError as error:
             return error.with_traceback(None)
 

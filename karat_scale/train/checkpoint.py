@@ -8,9 +8,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from karat_scale.errors import RunDirectoryError
 from karat_scale.models.transfer import teacher_of
 from karat_scale.recipe import Recipe
@@ -20,6 +17,8 @@ from karat_scale.train.distributed import World
 from karat_scale.train.ds_internals import shard_layout
 from karat_scale.train.ema import Ema
 from karat_scale.train.engine import Engine
+from karat_scale.train.generators import restore_generators, seed_generators
+from karat_scale.train.intact import agree_on_checkpoint, refuse_another_batch
 from karat_scale.train.progress import Reporter
 from karat_scale.train.restore import check_teacher, restore
 from karat_scale.train.saved_state import FORMAT, read_state, saved_layout, sidecar_name
@@ -68,14 +67,12 @@ class Checkpoints:
         Raises:
             RunDirectoryError: no checkpoint is intact, or it is of another model, global batch or version.
         """
-        found = self._world.broadcast(self._choose(state_of) if self._world.is_main else None)
-        if isinstance(found, RunDirectoryError):
-            raise found
+        found = agree_on_checkpoint(self.store, state_of, self._world, self._reporter)
         if found is None:
             return None
         root, name = found
         saved = CheckpointStore(root).state(name)
-        self._refuse_another_batch(name, saved)
+        refuse_another_batch(name, saved["samples"], saved["step"], self._recipe.train.global_batch)
         try:
             check_teacher(self._engine.module, saved)
             ranks = [self._world.rank] if self._has_my_layout(root / name, saved) else None
@@ -93,44 +90,6 @@ class Checkpoints:
         self._reporter.resumed(state, name)
         return state
 
-    def _choose(self, state_of: str) -> tuple[Path, str] | RunDirectoryError | None:
-        if not state_of:
-            return self._newest_intact(self.store)
-        path = Path(state_of)
-        if (path / "checkpoints").is_dir():
-            found = self._newest_intact(CheckpointStore(path / "checkpoints"))
-            return found or RunDirectoryError(f"resume.from = {state_of}: this run has no checkpoints yet")
-        damage = CheckpointStore(path.parent).damage(path.name, self._reporter.display.verify)
-        if damage:
-            return RunDirectoryError(
-                f"resume.from = {state_of}: {damage}; name a complete checkpoint or a run's directory"
-            )
-        return path.parent, path.name
-
-    def _newest_intact(self, store: CheckpointStore) -> tuple[Path, str] | RunDirectoryError | None:
-        names = store.names()
-        latest = store.pointed("latest")
-        for name in sorted(names, key=lambda n: n != latest):
-            damage = store.damage(name, self._reporter.display.verify)
-            if damage is None:
-                return store.root, name
-            self._reporter.warn(f"checkpoint {name} is damaged: {damage}; trying the one before")
-        if names:
-            return RunDirectoryError(
-                f"{store.root}: none of {len(names)} checkpoints is intact; "
-                "remove the directory to start anew, or restore one from a copy"
-            )
-        return None
-
-    def _refuse_another_batch(self, name: str, saved: dict[str, Any]) -> None:
-        global_batch = self._recipe.train.global_batch
-        if saved["samples"] != saved["step"] * global_batch:
-            written = saved["samples"] // max(saved["step"], 1)
-            raise RunDirectoryError(
-                f"checkpoint {name} was written with train.global_batch = {written}, this run has "
-                f"{global_batch}; use train.global_batch={written}"
-            )
-
     def _has_my_layout(self, checkpoint: Path, saved: dict[str, Any]) -> bool:
         """Whether each rank finds all it needs in the files of its own number."""
         differs = saved["world_size"] != self._world.size or saved["zero_stage"] != self._engine.stage
@@ -143,11 +102,7 @@ class Checkpoints:
     def _restore_generators(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         """A rank goes on with the generators of its number; where there are none, they start from the step."""
         path = checkpoint / sidecar_name(self._world.rank)
-        if not path.is_file():
-            key = (self._recipe.run.seed, saved["step"], self._world.rank)
-            torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
-            return
-        sidecar = load_tensors(path)
-        torch.set_rng_state(sidecar["rng"])
-        if sidecar["cuda_rng"] is not None and self._world.device.type == "cuda":
-            torch.cuda.set_rng_state(sidecar["cuda_rng"])
+        if path.is_file():
+            restore_generators(load_tensors(path), self._world.device)
+        else:
+            seed_generators(self._recipe.run.seed, saved["step"], self._world.rank)

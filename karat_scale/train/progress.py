@@ -19,7 +19,7 @@ from rich.progress import (
 from karat_scale.cluster.heartbeat import Heartbeat
 from karat_scale.data.batch import BadSample
 from karat_scale.train.metrics import MetricsLog
-from karat_scale.train.state import TrainState
+from karat_scale.train.state import RunState
 
 # A check of fewer bytes is over before a person has read that it goes on.
 _LARGE = 10**8
@@ -199,18 +199,18 @@ class Reporter:
         if self._log is not None:
             self._log.histogram(name, values, step)
 
-    def checkpoint(self, state: TrainState, name: str, seconds: float, stall: float) -> None:
+    def checkpoint(self, state: RunState, name: str, seconds: float, stall: float) -> None:
         """A checkpoint is complete; training stood still for `stall` of its seconds."""
         self.info(f"saved {name} in {seconds:.1f} s, of which training stood still for {stall:.1f} s")
         figures = {"seconds": round(seconds, 3), "stall_seconds": round(stall, 3)}
         self._write("checkpoint", state.step, samples=state.samples, name=name, **figures)
 
-    def resumed(self, state: TrainState, name: str) -> None:
+    def resumed(self, state: RunState, name: str) -> None:
         """Training goes on from a checkpoint."""
         self.info(f"resumed from {name}: step {state.step}, {state.samples:,} samples seen")
         self._write("resume", state.step, samples=state.samples, name=name, restarts=state.restarts)
 
-    def end(self, state: TrainState, exit_code: int, reason: str) -> None:
+    def end(self, state: RunState, exit_code: int, reason: str) -> None:
         """The last event of this process."""
         self._write("end", state.step, samples=state.samples, exit=exit_code, reason=reason)
 

@@ -17,17 +17,18 @@ import socket
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar, overload
 
 from karat_scale.errors import RunDirectoryError
 from karat_scale.files import write_atomically
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe_io import differing_keys, dump_recipe, flatten, load_recipe
 from karat_scale.train.checkpoint_store import CheckpointStore, checkpoint_name
 
 # The data cursor counts global batches, so another size would train on other samples. What was frozen has no optimizer
 # state that it could go on with.
 NEVER_ALLOWED = ("train.global_batch", "train.freeze")
+R = TypeVar("R", bound=RunRecipe)
 
 
 class RunDirectory:
@@ -45,7 +46,7 @@ class RunDirectory:
         self.store = CheckpointStore(self.path / "checkpoints")
         self._lock: IO[str] | None = None
 
-    def open(self, recipe: Recipe) -> str:
+    def open(self, recipe: RunRecipe) -> str:
         """Claim the directory for `recipe`, creating it if need be.
 
         Returns:
@@ -70,7 +71,7 @@ class RunDirectory:
         self._refuse_another_recipe(recipe)
         return self.changes(recipe)
 
-    def begin(self, recipe: Recipe, classes: Sequence[str] = ()) -> None:
+    def begin(self, recipe: RunRecipe, classes: Sequence[str] = ()) -> None:
         """Record the names of the classes and the recipe: from here on the directory is this run's."""
         write_atomically(self.classes_file, json.dumps(list(classes)) + "\n")
         write_atomically(self.recipe_file, dump_recipe(recipe))
@@ -91,15 +92,22 @@ class RunDirectory:
             raise RunDirectoryError(f"{self.classes_file}: not a JSON list of names; put it right or remove it")
         return tuple(names)
 
-    def recipe(self) -> Recipe:
-        """The recipe of an existing run.
+    @overload
+    def recipe(self) -> Recipe: ...
+
+    @overload
+    def recipe(self, schema: type[R]) -> R: ...
+
+    def recipe(self, schema: type[RunRecipe] = Recipe) -> RunRecipe:
+        """The recipe of an existing run, of the kind `schema`.
 
         Raises:
             RunDirectoryError: this is not a run directory.
+            RecipeError: it is another kind of run's.
         """
         if not self.recipe_file.is_file():
             raise RunDirectoryError(f"{self.path}: not a run directory (it has no recipe.yaml)")
-        return load_recipe(self.recipe_file)
+        return load_recipe(self.recipe_file, (), schema)
 
     def summary(self) -> dict[str, Any] | None:
         """`summary.json`, if the run has written one."""
@@ -132,18 +140,19 @@ class RunDirectory:
         mine = weakref.ref(lock)
         os.register_at_fork(after_in_child=lambda: _close(mine()))
 
-    def changes(self, recipe: Recipe) -> str:
+    def changes(self, recipe: RunRecipe) -> str:
         """What shapes a run's result and differs from the recipe recorded here: keys with both values."""
-        old = self.recipe()
+        old = self.recipe(type(recipe))
         return _describe(old, recipe, differing_keys(old, recipe))
 
-    def _refuse_another_recipe(self, recipe: Recipe) -> None:
-        old = self.recipe()
+    def _refuse_another_recipe(self, recipe: RunRecipe) -> None:
+        old = self.recipe(type(recipe))
         keys = differing_keys(old, recipe, recipe.resume.allow)
-        if keys == ["train.epochs"] and recipe.train.epochs > old.train.epochs and self._is_finished(old):
-            return  # asking for more of a finished run cannot be a mistake
         before, after = flatten(old), flatten(recipe)
-        fixed = [key for key in NEVER_ALLOWED if before[key] != after[key]]
+        is_longer = keys == ["train.epochs"] and after["train.epochs"] > before["train.epochs"]
+        if is_longer and self._is_finished(before):
+            return  # asking for more of a finished run cannot be a mistake
+        fixed = [key for key in NEVER_ALLOWED if before.get(key) != after.get(key)]
         keys += [key for key in fixed if key not in keys]
         if keys:
             mends = [f"use {key}={before[key]}" for key in fixed] or [f"add resume.allow=[{','.join(keys)}]"]
@@ -152,10 +161,10 @@ class RunDirectory:
                 f"{' and '.join(mends)}, or choose another run.dir"
             )
 
-    def _is_finished(self, recipe: Recipe) -> bool:
-        """Whether the newest checkpoint is the end of the run that `recipe` says."""
+    def _is_finished(self, recipe: dict[str, Any]) -> bool:
+        """Whether the newest checkpoint is the end of the run that `recipe`, by dotted key, says."""
         summary = self.summary() or {}
-        ended = summary.get("exit") == 0 and recipe.train.max_steps is None
+        ended = summary.get("exit") == 0 and recipe["train.max_steps"] is None
         return ended and self.store.pointed("latest") == checkpoint_name(summary["steps"])
 
 
@@ -164,7 +173,7 @@ def _close(file: IO[str] | None) -> None:
         file.close()
 
 
-def _describe(old: Recipe, new: Recipe, keys: list[str]) -> str:
+def _describe(old: RunRecipe, new: RunRecipe, keys: list[str]) -> str:
     before, after = flatten(old), flatten(new)
     listed = ", ".join(f"{key} ({before.get(key)} -> {after[key]})" for key in keys[:6])
     return listed + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")

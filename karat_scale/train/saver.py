@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from karat_scale.files import Fingerprint
 from karat_scale.recipe import CheckpointConfig
 from karat_scale.train.background import Task
@@ -21,6 +19,7 @@ from karat_scale.train.distributed import World
 from karat_scale.train.ds_internals import shard_layout, use_storage
 from karat_scale.train.ema import Ema
 from karat_scale.train.engine import Engine
+from karat_scale.train.generators import generator_states
 from karat_scale.train.progress import Reporter
 from karat_scale.train.saved_state import sidecar_name
 from karat_scale.train.state import TrainState
@@ -207,8 +206,7 @@ class Saver:
         # At stage 0 all ranks hold the same, and rank 0 keeps it.
         owns = self._engine.stage > 0 or self._world.is_main
         sidecar = {
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if self._world.device.type == "cuda" else None,
+            **generator_states(self._world.device),
             "shapes": self._engine.shapes if owns else None,
             "layout": self._layout() if owns else None,
             "ema": self._ema.shards if self._ema and owns else None,

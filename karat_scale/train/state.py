@@ -1,23 +1,19 @@
 """Where training stands: what a checkpoint must remember besides tensors."""
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
+
+S = TypeVar("S", bound="RunState")
 
 
 @dataclass
-class TrainState:
-    """The cursor is `step`, finished global batches; `samples` follows from it and the global batch."""
+class RunState:
+    """Of any kind of run. The cursor is `step`, finished global batches; `samples` follows from it and their size."""
 
     step: int = 0
     samples: int = 0
     evaluated_step: int = -1
-    best_top1: float | None = None
-    best_top5: float | None = None
     best_step: int | None = None
-    last_top1: float | None = None
-    last_top5: float | None = None
-    data_digest: int = 0
-    bad_samples: int = 0
     skipped_steps: int = 0
     skipped_in_row: int = 0
     timed_samples: int = 0
@@ -31,6 +27,28 @@ class TrainState:
         """Training images a second over all restarts, without evaluation, saving and each start's first step."""
         return self.timed_samples / self.timed_seconds if self.timed_seconds else None
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `state.json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls: type[S], data: dict[str, Any]) -> S:
+        """Read `state.json`, passing over keys that are not the state's."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in data.items() if key in known})
+
+
+@dataclass
+class TrainState(RunState):
+    """Of a run that trains a classifier."""
+
+    best_top1: float | None = None
+    best_top5: float | None = None
+    last_top1: float | None = None
+    last_top5: float | None = None
+    data_digest: int = 0
+    bad_samples: int = 0
+
     def record(self, top1: float, top5: float) -> bool:
         """Take in an evaluation at this step; whether it is the best so far."""
         self.evaluated_step = self.step
@@ -39,13 +57,3 @@ class TrainState:
         if is_best:
             self.best_top1, self.best_top5, self.best_step = top1, top5, self.step
         return is_best
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for `state.json`."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "TrainState":
-        """Read `state.json`, passing over keys that are not the state's."""
-        known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in data.items() if key in known})
