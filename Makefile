@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # What the extra `ffcv` and the compiled kernels and decoder are built with, and what opens the report, on Debian.
 PACKAGES := libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config g++ chromium chromium-driver
-EXTRAS := ffcv dali export
+EXTRAS := ffcv dali export detection
 
 .PHONY: install demo test lint clean packages extras
 

@@ -35,6 +35,15 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", metavar="FILE", help="write the result there too")
     evaluate.set_defaults(run=_eval)
 
+    detect = commands.add_parser("detect", help="train Mask R-CNN on a ViT, or evaluate it, on a set in COCO's format")
+    detect.add_argument("recipe", metavar="RECIPE", help="a detection recipe's name or a YAML file; RUN with --eval")
+    detect.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.path=DIR")
+    detect.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
+    detect.add_argument("--eval", action="store_true", help="COCO's averages of the checkpoint of a run, RUN")
+    detect.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
+    detect.add_argument("--json", metavar="FILE", help="write the result of --eval there too")
+    detect.set_defaults(run=_detect)
+
     export = commands.add_parser("export", help="a checkpoint's model for timm, ONNX, TorchScript or a hub")
     export.add_argument("run_dir", metavar="RUN", help="the run's directory")
     export.add_argument("--format", choices=EXPORT_FORMATS, default="safetensors")
@@ -140,6 +149,23 @@ def _eval(options: argparse.Namespace) -> int:
     from karat_scale.train.eval_run import evaluate_run
 
     return evaluate_run(options.run_dir, options.overrides, options.checkpoint, options.weights, options.json)
+
+
+def _detect(options: argparse.Namespace) -> int:
+    from karat_scale.detection.recipe import DetectionRecipe
+    from karat_scale.recipe_io import dump_recipe, load_recipe
+
+    if options.eval:
+        from karat_scale.detection.run import evaluate_detector
+
+        return evaluate_detector(options.recipe, options.overrides, options.checkpoint, options.json)
+    recipe = load_recipe(options.recipe, options.overrides, DetectionRecipe)
+    if options.print:
+        print(dump_recipe(recipe), end="")
+        return 0
+    from karat_scale.detection.run import train_detector
+
+    return train_detector(recipe)
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -58,7 +58,7 @@ def test_every_command_is_run_here_or_by_the_ci_script() -> None:
     ci = (ROOT / ".ci" / "run").read_text()
     assert "make test" in ci
     assert "make demo" in ci
-    assert "EXTRAS := ffcv dali export" in (ROOT / "Makefile").read_text()
+    assert "EXTRAS := ffcv dali export detection" in (ROOT / "Makefile").read_text()
 
 
 @pytest.mark.slow

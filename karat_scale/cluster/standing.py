@@ -97,7 +97,7 @@ def _take_in(standing: Standing, event: dict[str, Any]) -> None:
             batch = event["samples"] / event["step"]
             if standing.total_steps:
                 standing.seconds_left = (standing.total_steps - event["step"]) * batch / rate
-    elif kind == "eval":
+    elif kind == "eval" and "top1" in event:
         standing.last_top1 = event["top1"]
         standing.best_top1 = max(event["top1"], standing.best_top1 or 0.0)
     elif kind == "resume":

@@ -1,6 +1,7 @@
 """`init_from`: the weights a new run begins with, from a run, a file, or timm."""
 
 import difflib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import timm
@@ -15,17 +16,21 @@ from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.weights import load_weights
 
 TIMM = "timm:"
+Take = Callable[[nn.Module, Mapping[str, Tensor]], str]
 
 
-def initialise(model: nn.Module, source: str, world: World) -> str:
+def initialise(model: nn.Module, source: str, world: World, take: Take = take_weights) -> str:
     """Give a freshly built model the weights of `source` on every rank; returns a line about it. Collective.
+
+    Args:
+        take: copies weights into the model and returns what was not simply copied.
 
     Raises:
         UserError: they cannot be had, or are of another model; on all ranks alike.
     """
     line, problem = "", None
     try:
-        notes = take_weights(model, read_weights(source))
+        notes = take(model, read_weights(source))
         line = f"begins with the weights of {source}" + (f"; {notes}" if notes else "")
     except UserError as error:
         problem = str(error).removeprefix(f"{source}: ")

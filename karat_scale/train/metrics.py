@@ -11,7 +11,7 @@ import torch
 # TensorBoard shows these; the rest of an event is context.
 _SCALARS = {
     "train": ("loss", "lr", "grad_norm", "loss_scale", "images_per_second", "tflops", "mfu"),
-    "eval": ("loss", "top1", "top5"),
+    "eval": ("loss", "top1", "top5", "box_ap", "mask_ap"),
 }
 
 

@@ -1,7 +1,7 @@
 """Running out of memory, on the CPU or a GPU, as one line that says what to change."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -13,21 +13,29 @@ from karat_scale.recipe import Recipe
 _SIGNS = ("can't allocate memory", "out of memory", "std::bad_alloc")
 
 
-@contextlib.contextmanager
-def explain_out_of_memory(recipe: Recipe, world_size: int) -> Iterator[None]:
+def explain_out_of_memory(recipe: Recipe, world_size: int) -> contextlib.AbstractContextManager[None]:
     """Turn an allocation that fails within into a UserError; other exceptions pass."""
+
+    def mend() -> str:
+        train = recipe.train
+        micro_batch = choose_micro_batch(train.global_batch, world_size, train.micro_batch, even=recipe.augment.mixes)
+        return (
+            f"lower train.micro_batch (now {micro_batch}), recompute more by train.recompute.policy (now "
+            f"{train.recompute.policy}), or partition more by deepspeed.config (now {recipe.deepspeed.config})"
+        )
+
+    return one_line_out_of_memory(mend)
+
+
+@contextlib.contextmanager
+def one_line_out_of_memory(mend: Callable[[], str]) -> Iterator[None]:
+    """Turn an allocation that fails within into a UserError that ends with `mend()`; other exceptions pass."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        train = recipe.train
-        micro_batch = choose_micro_batch(train.global_batch, world_size, train.micro_batch, even=recipe.augment.mixes)
-        raise UserError(
-            f"out of memory: {_what_failed(error)}; lower train.micro_batch (now {micro_batch}), recompute more by "
-            f"train.recompute.policy (now {train.recompute.policy}), or partition more by deepspeed.config (now "
-            f"{recipe.deepspeed.config})"
-        ) from error
+        raise UserError(f"out of memory: {_what_failed(error)}; {mend()}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,0 +1,1 @@
+"""Mask R-CNN on a KArAt or softmax ViT: recipes, COCO data, training and mAP."""

@@ -1,0 +1,102 @@
+"""A plain ViT, with KArAt or softmax, as a detector's backbone (ViTDet, arXiv 2203.16527).
+
+KArAt's N is fixed, so tokens attend within windows of the size that the operators are made for. At 224 px the 14 x 14
+patches are one window: N = 196 and no class token. In a larger image some blocks see all of it, by softmax.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from karat_scale.detection.pyramid import SimpleFeaturePyramid
+from karat_scale.detection.recipe import DetectionRecipe
+from karat_scale.models import create_model
+from karat_scale.models.init_from import take_weights
+from karat_scale.recipe import AttentionConfig
+
+# No class token, whose place in a map there is none; the pyramid has norms of its own.
+_OPTIONS = {"class_token": False, "global_pool": "", "num_classes": 0, "final_norm": False}
+_ABOVE_BLOCKS = ("head.", "norm.", "fc_norm.")
+
+
+def build_vit(recipe: DetectionRecipe) -> VisionTransformer:
+    """The backbone's ViT for one window, freshly initialised.
+
+    Raises:
+        RecipeError: timm cannot build it at these sizes.
+    """
+    return create_model(recipe.window_model, recipe.attention, **_OPTIONS)
+
+
+def take_backbone_weights(vit: VisionTransformer, weights: Mapping[str, Tensor]) -> str:
+    """Copy a classifier's weights into the backbone's ViT, in place; returns what was not simply copied.
+
+    Its class token and what lies above the blocks are left out.
+
+    Raises:
+        RecipeError: the weights are of another model.
+    """
+    return take_weights(vit, {name: x for name, x in weights.items() if not name.startswith(_ABOVE_BLOCKS)})
+
+
+class ViTBackbone(nn.Module):
+    """Images [B, 3, S, S] to the maps of a pyramid.
+
+    Args:
+        vit: of `build_vit`; its attention stays that of one window, its positions are interpolated to the image.
+    """
+
+    def __init__(self, vit: VisionTransformer, recipe: DetectionRecipe) -> None:
+        super().__init__()
+        self.window = recipe.detector.window
+        self.side = recipe.model.image_size // recipe.model.patch_size
+        self.global_blocks: frozenset[int] = frozenset()
+        if self.side > self.window:
+            self.global_blocks = _evenly_spread(recipe.detector.global_blocks, len(vit.blocks))
+            _let_attend_by_softmax(vit, recipe, self.global_blocks)
+            vit.set_input_size((recipe.model.image_size, recipe.model.image_size))
+        self.vit = vit
+        self.pyramid = SimpleFeaturePyramid(vit.embed_dim, recipe.detector.channels)
+        self.out_channels = recipe.detector.channels
+
+    def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
+        """Maps by name, as torchvision's detectors take them."""
+        tokens = self.vit.norm_pre(self.vit.patch_embed(images) + self.vit.pos_embed)
+        for number, block in enumerate(self.vit.blocks):
+            if self.side == self.window or number in self.global_blocks:
+                tokens = block(tokens)
+            else:
+                tokens = join_windows(block(split_windows(tokens, self.window)), self.side, self.window)
+        return self.pyramid(tokens.transpose(1, 2).unflatten(2, (self.side, self.side)))
+
+
+def split_windows(tokens: Tensor, window: int) -> Tensor:
+    """Tokens [B, P^2, D] of a square map to those of its windows, [B (P / window)^2, window^2, D]."""
+    batch, count, width = tokens.shape
+    rows = round(count**0.5) // window
+    grid = tokens.view(batch, rows, window, rows, window, width).transpose(2, 3)
+    return grid.reshape(batch * rows * rows, window * window, width)
+
+
+def join_windows(tokens: Tensor, side: int, window: int) -> Tensor:
+    """What `split_windows` split, of a map of `side` = P rows."""
+    rows = side // window
+    grid = tokens.view(-1, rows, rows, window, window, tokens.shape[-1]).transpose(2, 3)
+    return grid.reshape(-1, side * side, tokens.shape[-1])
+
+
+def _evenly_spread(count: int, depth: int) -> frozenset[int]:
+    """The last block of each of `count` equal parts, as in ViTDet."""
+    return frozenset((part + 1) * depth // count - 1 for part in range(count))
+
+
+def _let_attend_by_softmax(vit: VisionTransformer, recipe: DetectionRecipe, blocks: frozenset[int]) -> None:
+    """Give these blocks attention without a fixed N, with the query, key and value they have."""
+    if recipe.attention.kind == "softmax" or not blocks:
+        return
+    plain = create_model(recipe.window_model, AttentionConfig(), **_OPTIONS)
+    for number in blocks:
+        plain.blocks[number].load_state_dict(vit.blocks[number].state_dict(), strict=False)
+        vit.blocks[number] = plain.blocks[number]

@@ -1,0 +1,198 @@
+"""Training a detector: global batches in order, evaluation, saving, and stopping when asked.
+
+Like `train/loop.py`, a function of the state: a run may stop after any step and go on from its checkpoint, and on a CPU
+the weights come out the same, bit for bit.
+"""
+
+import math
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from karat_scale.detection.batches import DetectionBatch, TrainMaker, load_batches
+from karat_scale.detection.evaluate import evaluate
+from karat_scale.detection.parts import DetectionParts
+from karat_scale.detection.state import DetectionState
+from karat_scale.errors import DivergedError
+from karat_scale.train.interval import Interval, peak_memory_mb
+from karat_scale.train.signals import StoppedError
+
+_SAVE, _STOP = 1, 2
+
+
+class DetectionLoop:
+    """Trains `parts` from `state` to the recipe's end."""
+
+    def __init__(self, parts: DetectionParts, state: DetectionState) -> None:
+        self.parts = parts
+        self.state = state
+        planned = parts.recipe.train.epochs * parts.plan.steps_per_epoch
+        self.total_steps = min(planned, parts.recipe.train.max_steps or planned)
+        self._interval = Interval(parts.world.device)
+        self._losses: dict[str, torch.Tensor] = {}
+        self._saved_at = time.monotonic()
+
+    def run(self) -> None:
+        """Train to the end, evaluate and save.
+
+        Raises:
+            DivergedError: the last step in a row that may be skipped was.
+            StoppedError: a signal asked to stop; the state is saved, or `saved` of the error says it is not.
+        """
+        parts, state = self.parts, self.state
+        parts.model.train()
+        slices = parts.plan.slices(state.step, self.total_steps)
+        batches = load_batches(TrainMaker(parts.train, parts.recipe), slices, parts.recipe.data)
+        try:
+            self._evaluate_if_due()
+            while state.step < self.total_steps:
+                parts.reporter.beat("waiting for data", state.step + 1)
+                self.step([next(batches) for _ in range(parts.plan.accumulation)])
+                self._evaluate_if_due()
+                self._save_or_stop()
+        except StoppedError as stopped:
+            stopped.saved = self._save()
+            raise
+        finally:
+            batches.close()
+        if not self._save():
+            raise OSError("the last checkpoint could not be saved")
+
+    def step(self, micro_batches: list[DetectionBatch]) -> None:
+        """Train on this rank's part of one global batch."""
+        parts, state = self.parts, self.state
+        lr = parts.schedule.lr(state.step)
+        for group in parts.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        for number, batch in enumerate(micro_batches, start=1):
+            self._add_gradients(batch, len(micro_batches), is_last=number == len(micro_batches))
+        parts.reporter.beat("optimizer")
+        norm = float(nn.utils.clip_grad_norm_(parts.model.parameters(), parts.recipe.optim.clip_grad or math.inf))
+        if math.isfinite(norm):
+            parts.optimizer.step()
+        parts.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.samples += parts.recipe.train.global_batch
+        self._count_skipped(norm)
+        self._interval.finish_step(norm)
+        if state.seconds_to_first_step is None:
+            state.seconds_to_first_step = round(time.time() - psutil.Process().create_time(), 2)
+        parts.reporter.display.advance(state.step, self.total_steps)
+        if state.step % parts.recipe.log.every_steps == 0 or state.step == self.total_steps:
+            self._report(lr)
+
+    def _add_gradients(self, batch: DetectionBatch, count: int, is_last: bool) -> None:
+        parts = self.parts
+        images, targets = batch.to(parts.world.device)
+        waits = isinstance(parts.replica, DistributedDataParallel) and not is_last
+        with parts.replica.no_sync() if waits else nullcontext():  # type: ignore[operator]
+            parts.reporter.beat("forward")
+            is_bf16 = parts.recipe.train.precision == "bf16"
+            with torch.autocast(parts.world.device.type, torch.bfloat16, enabled=is_bf16):
+                losses: dict[str, torch.Tensor] = parts.replica(images, targets)
+            loss = torch.stack([loss.float() for loss in losses.values()]).sum() / count
+            parts.reporter.beat("backward")
+            # A loss that is not finite makes the gradients NaN on all ranks, also where they would be finite.
+            (loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)).backward()
+        self._interval.add_loss(loss)
+        for name, value in losses.items():
+            share = value.detach().float() / count
+            self._losses[name] = self._losses[name] + share if name in self._losses else share
+
+    def _count_skipped(self, norm: float) -> None:
+        """Raises DivergedError at the last of the steps that may be skipped in a row."""
+        state = self.state
+        if math.isfinite(norm):
+            state.skipped_in_row = 0
+            return
+        state.skipped_steps += 1
+        state.skipped_in_row += 1
+        what = f"step {state.step} has a loss or gradients that are not finite"
+        if state.skipped_in_row >= self.parts.recipe.train.max_skipped_steps:
+            last = self.parts.checkpoints.store.pointed("latest") or "none"
+            raise DivergedError(
+                f"{what}, the last of train.max_skipped_steps = {state.skipped_in_row}; the last checkpoint is {last}; "
+                "lower optim.lr or look into the data"
+            )
+        if self.parts.world.is_main:
+            self.parts.reporter.warn(f"{what}; skipped")
+
+    def _report(self, lr: float) -> None:
+        parts, state = self.parts, self.state
+        loss, steps = self._interval.take_loss()
+        sums = {"loss": loss, **self._losses}
+        means = parts.world.sum(torch.stack(list(sums.values()))) / (steps * parts.world.size)
+        self._losses.clear()
+        rate = self._fold_interval()
+        figures: dict[str, Any] = {
+            "epoch": (state.step - 1) // parts.plan.steps_per_epoch,
+            "samples": state.samples,
+            "total_steps": self.total_steps,
+            **dict(zip(sums, means.tolist(), strict=True)),
+            "lr": lr,
+            "grad_norm": self._interval.grad_norm,
+            "images_per_second": rate,
+            "skipped_steps": state.skipped_steps,
+            "peak_memory_mb": state.peak_memory_mb,
+        }
+        parts.reporter.train(state.step, self.total_steps, figures)
+
+    def _fold_interval(self) -> float | None:
+        """Add what the interval timed to the state, on all ranks; returns images a second in it."""
+        state, world = self.state, self.parts.world
+        _, steps, seconds = self._interval.take_counts()
+        samples = steps * self.parts.recipe.train.global_batch
+        state.timed_samples += samples
+        state.timed_seconds += seconds
+        state.peak_memory_mb = max(state.peak_memory_mb, world.max(int(peak_memory_mb(world.device))))
+        return samples / seconds if samples else None
+
+    def _evaluate_if_due(self) -> None:
+        parts, state = self.parts, self.state
+        every = parts.recipe.train.eval_every_epochs * parts.plan.steps_per_epoch
+        due = state.step > 0 and (state.step % every == 0 or state.step == self.total_steps)
+        if not due or state.evaluated_step == state.step:
+            return
+        with self._interval.paused():
+            parts.model.eval()
+            try:
+                scores = evaluate(parts.model, parts.val, parts.recipe, parts.world, self._during_evaluation)
+            finally:
+                parts.model.train()
+            is_best = state.record(scores)
+            parts.reporter.scored(state.step, str(scores), {"samples": state.samples, **scores.to_json()})
+        if is_best and parts.recipe.checkpoint.keep_best:
+            self._save(is_best=True)
+
+    def _during_evaluation(self, done: int, total: int) -> None:
+        self.parts.reporter.beat("evaluating")
+        self.parts.reporter.display.evaluate(done, total)
+        if self.parts.world.any(self.parts.signals.received is not None):
+            raise StoppedError
+
+    def _save_or_stop(self) -> None:
+        """Rank 0's clock says when to save, any rank's signal says stop; one small collective agrees on both."""
+        parts, checkpoint = self.parts, self.parts.recipe.checkpoint
+        wish = _STOP if parts.signals.received else 0
+        if checkpoint.every_steps and self.state.step % checkpoint.every_steps == 0:
+            wish = max(wish, _SAVE)
+        minutes = (time.monotonic() - self._saved_at) / 60
+        if parts.world.is_main and checkpoint.every_minutes and minutes >= checkpoint.every_minutes:
+            wish = max(wish, _SAVE)
+        agreed = parts.world.max(wish)
+        if agreed == _STOP and self.state.step < self.total_steps:
+            raise StoppedError
+        if agreed == _SAVE:
+            self._save()
+
+    def _save(self, is_best: bool = False) -> bool:
+        self.parts.reporter.beat("saving")
+        with self._interval.paused():
+            self._fold_interval()
+            self._saved_at = time.monotonic()  # a failed save is tried again an interval later, not each step
+            return self.parts.checkpoints.save(self.state, is_best)

@@ -1,0 +1,45 @@
+"""The simple feature pyramid of ViTDet (Li et al., arXiv 2203.16527): every level is made of the last map alone."""
+
+from collections import OrderedDict
+
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+LEVELS = ("0", "1", "2", "3", "pool")
+"""Strides of 1/4, 1/2, 1, 2 and 4 patches: 4, 8, 16, 32 and 64 px for patches of 16 px."""
+
+
+class SimpleFeaturePyramid(nn.Module):
+    """A ViT's map [B, D, H, W] to maps [B, channels, ...] of four times, twice, once, half and a quarter its sides.
+
+    Larger maps come from transposed convolutions, smaller ones from pooling; each is followed by a 1 x 1 and a 3 x 3
+    convolution with layer norms. The last, for proposals only, is the fourth subsampled.
+    """
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        quarter = nn.Sequential(
+            nn.ConvTranspose2d(width, width // 2, kernel_size=2, stride=2),
+            LayerNorm2d(width // 2),
+            nn.GELU(),
+            nn.ConvTranspose2d(width // 2, width // 4, kernel_size=2, stride=2),
+        )
+        half = nn.ConvTranspose2d(width, width // 2, kernel_size=2, stride=2)
+        scales = ((quarter, width // 4), (half, width // 2), (nn.Identity(), width), (nn.MaxPool2d(2), width))
+        self.levels = nn.ModuleList(nn.Sequential(scale, *_convolutions(inner, channels)) for scale, inner in scales)
+        self.last = LastLevelMaxPool()
+
+    def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":
+        """The maps by torchvision's names, finest first."""
+        maps, names = self.last([level(x) for level in self.levels], [x], list(LEVELS[:-1]))
+        return OrderedDict(zip(names, maps, strict=True))
+
+
+def _convolutions(width: int, channels: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(width, channels, kernel_size=1, bias=False),
+        LayerNorm2d(channels),
+        nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False),
+        LayerNorm2d(channels),
+    ]
