@@ -1,0 +1,114 @@
+"""`karat detect` from outside, on objects cut out of photographs."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from karat_scale.cli import main
+from karat_scale.detection.checkpoint import read_training
+from karat_scale.train.checkpoint_store import CheckpointStore
+from tests.conftest import events, karat, karat_command, karat_environment, summary
+from tests.detection.cut_outs import make_set
+
+
+def newest(run: Path) -> tuple[dict, dict]:
+    store = CheckpointStore(run / "checkpoints")
+    name = store.find_intact("latest")
+    return store.state(name), read_training(store.root / name, store.state(name))
+
+
+def same(left: object, right: object) -> bool:
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+@pytest.mark.multiprocess
+def test_a_stopped_run_goes_on_to_the_bits_of_one_that_was_not(small_file: Path, tmp_path: Path, capsys) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    done = karat("detect", str(small_file), f"run.dir={whole}")
+    assert done.returncode == 0, done.stderr
+    losses = [event["loss"] for event in events(whole, "train")]
+    assert len(losses) == 24
+    assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
+
+    command = karat_command(["detect", str(small_file), f"run.dir={stopped}"])
+    process = subprocess.Popen(command, env=karat_environment(), stdout=subprocess.PIPE, text=True)
+    while not (stopped / "metrics.jsonl").is_file() or len(events(stopped, "train")) < 7:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75, process.stdout.read()
+    at = newest(stopped)[0]["step"]
+    assert 7 <= at < 24
+    done = karat("detect", str(small_file), f"run.dir={stopped}")
+    assert done.returncode == 0, done.stderr
+    assert [event["step"] for event in events(stopped, "resume")] == [at]
+    assert [event["loss"] for event in events(stopped, "train")] == losses
+    assert same(newest(whole)[1], newest(stopped)[1])
+
+    (scores,), ended = events(stopped, "eval"), summary(stopped)
+    assert (ended["exit"], ended["restarts"], ended["last_mask_ap"]) == (0, 1, scores["mask_ap"])
+    assert scores == {**events(whole, "eval")[0], "time": scores["time"]}
+    out = tmp_path / "scores.json"
+    assert main(["detect", "--eval", str(stopped), "train.eval_batch=3", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["mask_ap"] == pytest.approx(scores["mask_ap"], abs=0.05)
+    assert "12 images" in capsys.readouterr().out
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(small_file: Path, tmp_path: Path, capsys) -> None:
+    def refused(*arguments: str) -> str:
+        assert main(["detect", *arguments]) == 2
+        text = capsys.readouterr().err
+        assert text.count("\n") == 1
+        return text
+
+    assert "did you mean coco_mask_rcnn_vit_base?" in refused("coco_mask_rcnn_vit_bse")
+    assert "not a run directory" in refused("--eval", str(tmp_path / "nothing"))
+    assert (
+        "train.json has 3 categories, but model.num_classes = 80; set model.num_classes=3"
+        in karat("detect", str(small_file), "model.num_classes=80", f"run.dir={tmp_path / 'run'}").stderr
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_ranks_hold_the_same_weights_and_score_each_image_once(small_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ("train.max_steps=3", "train.micro_batch=2", "init_from=", "train.precision=bf16")
+    done = karat("detect", str(small_file), f"run.dir={run}", *options, processes=2)
+    assert done.returncode == 0, done.stderr
+    (scores,) = events(run, "eval")
+    assert scores["images"] == 12
+    assert {path.name for path in (run / "checkpoints/step-00000003").iterdir()} >= {
+        "rank-00000.pt",
+        "rank-00001.pt",
+        "training.pt",
+    }
+    # Another world goes on from it.
+    done = karat("detect", str(small_file), f"run.dir={run}", *options[1:], "train.max_steps=5")
+    assert done.returncode == 0, done.stderr
+    assert events(run, "resume")[0]["step"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["karat", "softmax"])
+def test_it_learns_to_find_objects_in_images_it_has_not_seen(kind: str, small_file: Path, tmp_path: Path) -> None:
+    data = make_set(tmp_path / "set", {"train": 64, "val": 24}, seed=1)
+    run = tmp_path / "run"
+    options = (f"attention.kind={kind}", f"data.path={data}", "train.epochs=30", "log.every_steps=10")
+    done = karat("detect", str(small_file), f"run.dir={run}", *options)
+    assert done.returncode == 0, done.stderr
+    (scores,) = events(run, "eval")
+    # One box drawn at random around one of three categories has an AP below 1.
+    assert scores["box_ap50"] > 50
+    assert scores["mask_ap50"] > 50
