@@ -6,18 +6,22 @@ patches are one window: N = 196 and no class token. In a larger image some block
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import cast
 
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from karat_scale.detection.pyramid import SimpleFeaturePyramid
 from karat_scale.detection.recipe import DetectionRecipe
+from karat_scale.errors import RecipeError
 from karat_scale.models import create_model
+from karat_scale.models.factory import host_of_name
 from karat_scale.models.init_from import take_weights
+from karat_scale.models.vit import VIT
 from karat_scale.recipe import AttentionConfig
 
-# No class token, whose place in a map there is none; the pyramid has norms of its own.
-_OPTIONS = {"class_token": False, "global_pool": "", "num_classes": 0, "final_norm": False}
+# No class token or registers, whose place in a map there is none; the pyramid has norms of its own.
+_OPTIONS = {"class_token": False, "reg_tokens": 0, "global_pool": "", "num_classes": 0, "final_norm": False}
 _ABOVE_BLOCKS = ("head.", "norm.", "fc_norm.")
 
 
@@ -25,12 +29,21 @@ def build_vit(recipe: DetectionRecipe) -> VisionTransformer:
     """The backbone's ViT for one window, freshly initialised.
 
     Raises:
-        RecipeError: timm cannot build it at these sizes.
+        RecipeError: it is no plain ViT, or timm cannot build it at these sizes.
     """
-    return create_model(recipe.window_model, recipe.attention, **_OPTIONS)
+    return _create(recipe, recipe.attention)
 
 
-def take_backbone_weights(vit: VisionTransformer, weights: Mapping[str, Tensor]) -> str:
+def _create(recipe: DetectionRecipe, attention: AttentionConfig) -> VisionTransformer:
+    if host_of_name(recipe.model.name) is not VIT:
+        raise RecipeError(
+            f"model.name = {recipe.model.name} is no plain ViT, whose tokens are a map; use one such as "
+            "vit_base_patch16_224"
+        )
+    return cast(VisionTransformer, create_model(recipe.window_model, attention, **_OPTIONS))
+
+
+def take_backbone_weights(vit: nn.Module, weights: Mapping[str, Tensor]) -> str:
     """Copy a classifier's weights into the backbone's ViT, in place; returns what was not simply copied.
 
     Its class token and what lies above the blocks are left out.
@@ -51,7 +64,7 @@ class ViTBackbone(nn.Module):
     def __init__(self, vit: VisionTransformer, recipe: DetectionRecipe) -> None:
         super().__init__()
         self.window = recipe.detector.window
-        self.side = recipe.model.image_size // recipe.model.patch_size
+        self.side = recipe.model.image_size // recipe.patch_size
         self.global_blocks: frozenset[int] = frozenset()
         if self.side > self.window:
             self.global_blocks = _evenly_spread(recipe.detector.global_blocks, len(vit.blocks))
@@ -96,7 +109,7 @@ def _let_attend_by_softmax(vit: VisionTransformer, recipe: DetectionRecipe, bloc
     """Give these blocks attention without a fixed N, with the query, key and value they have."""
     if recipe.attention.kind == "softmax" or not blocks:
         return
-    plain = create_model(recipe.window_model, AttentionConfig(), **_OPTIONS)
+    plain = _create(recipe, AttentionConfig())
     for number in blocks:
         plain.blocks[number].load_state_dict(vit.blocks[number].state_dict(), strict=False)
         vit.blocks[number] = plain.blocks[number]

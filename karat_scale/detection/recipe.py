@@ -124,18 +124,31 @@ class DetectionRecipe(RunRecipe):
     log: ReportConfig = ReportConfig()
 
     @property
+    def patch_size(self) -> int:
+        """Pixels a patch, which a detector's recipe says."""
+        return self.model.patch_size or 0
+
+    @property
     def window_model(self) -> ModelConfig:
         """The backbone on one window, for which attention is built."""
-        return self.model.model_copy(update={"image_size": self.detector.window * self.model.patch_size})
+        return self.model.model_copy(update={"image_size": self.detector.window * self.patch_size})
+
+    @model_validator(mode="after")
+    def _model_is_a_backbone(self) -> "DetectionRecipe":
+        if self.model.patch_size is None:
+            raise ValueError("model.patch_size is unset, and windows are counted in patches; set it, as to 16")
+        if self.model.pool is not None:
+            raise ValueError(f"model.pool = {self.model.pool} has no meaning in detection; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _windows_tile_the_image(self) -> "DetectionRecipe":
-        window = self.detector.window * self.model.patch_size
+        window = self.detector.window * self.patch_size
         if self.model.image_size % window:
             nearest = max(round(self.model.image_size / window), 1) * window
             raise ValueError(
                 f"model.image_size = {self.model.image_size} is not a multiple of the attention window, {window} px: "
-                f"detector.window = {self.detector.window} patches of {self.model.patch_size} px, for N is fixed; "
+                f"detector.window = {self.detector.window} patches of {self.patch_size} px, for N is fixed; "
                 f"use {nearest}"
             )
         return self

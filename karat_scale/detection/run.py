@@ -49,7 +49,7 @@ def train_detector(recipe: DetectionRecipe) -> int:
             state = parts.checkpoints.load(branch_point(recipe, directory)) or outcome.state
             outcome.state, outcome.begun = state, True
             if world.is_main:
-                directory.begin(recipe)
+                directory.begin(recipe, parts.train.classes)
             loop = DetectionLoop(parts, state)
             reporter.info(_headline(parts, outcome.parameters, loop.total_steps))
             loop.run()

@@ -79,7 +79,7 @@ def _examine_triton() -> Finding:
 
 
 def examine_extras() -> Iterator[Finding]:
-    """The optional backends, what ONNX needs, and the compiler that the native parts need."""
+    """The optional libraries, and the compiler that the native parts need."""
     yield _examine_extra(
         "ffcv",
         "ffcv",
@@ -91,6 +91,9 @@ def examine_extras() -> Iterator[Finding]:
     )
     yield _examine_extra(
         "export", "onnxruntime", "onnxruntime", "for karat export --format onnx: pip install 'karat-scale[export]'"
+    )
+    yield _examine_extra(
+        "detection", "pycocotools", "pycocotools", "for karat detect: pip install 'karat-scale[detection]'"
     )
     yield _examine_compiler()
 

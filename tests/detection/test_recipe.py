@@ -26,6 +26,8 @@ def test_the_shipped_recipes_differ_in_attention_alone() -> None:
         ("augment.scale=[2, 1]", r"augment.scale.*descends; swap the two"),
         ("augment.mixup=0.8", r"augment.mixup: unknown key"),
         ("detector.windows=14", r"did you mean detector.window\?"),
+        ("model.patch_size=null", r"model.patch_size is unset"),
+        ("model.pool=avg", r"model.pool = avg has no meaning in detection"),
         ("attention.transfer_from=runs/a", r"attention.transfer_from = runs/a has no meaning in detection"),
         ("train.micro_batch=7", r"train.global_batch = 64 is not a multiple of train.micro_batch = 7"),
         ("resume.from=runs/a", r"init_from = timm.* and resume.from = runs/a both say"),

@@ -48,6 +48,7 @@ def test_a_missing_extra_is_a_note_with_the_command_that_installs_it(machine: di
     for extra, parts in {
         "ffcv": ("libopencv-dev libturbojpeg0-dev pkg-config g++", "pip install 'karat-scale[ffcv]'"),
         "dali": ("pip install 'karat-scale[dali]'",),
+        "detection": ("pip install 'karat-scale[detection]'",),
     }.items():
         finding = machine[f"extra {extra}"]
         if finding.figures["present"]:
