@@ -43,7 +43,7 @@ def find(start: str) -> str:
 def test_every_command_is_run_here_or_by_the_ci_script() -> None:
     ours = ("python data_prep/", "torchrun", "karat eval", "karat train", "karat plan")
     # By .ci/run, test_packaging and the Makefile.
-    extras = [f"pip install '.[{name}]'" for name in ("dali", "ffcv", "export")]
+    extras = [f"pip install '.[{name}]'" for name in ("dali", "ffcv", "export", "detection")]
     elsewhere = ("make demo", "make test", "pip install .", *extras)
     # tests/slurm submits these scripts to a SLURM of its own.
     submitted = "".join(path.read_text() for path in (ROOT / "tests" / "slurm").glob("test_*.py"))

@@ -77,9 +77,8 @@ def test_bad_files_are_one_line_that_names_them(own: dict, tmp_path: Path) -> No
         CocoSplit(str(tmp_path), ".", "none.json", True)
     broken = [{**own["annotations"][0], "segmentation": [[1.0]]}]
     assert "annotation 1 has no category or segmentation" in refused({**own, "annotations": broken})
-    assert "a.jpg is 40 x 30, but a.json says 41 x 30" in refused(
-        {**own, "images": [{**own["images"][0], "width": 41}]}, 0
-    )
+    wider = {**own, "images": [{**own["images"][0], "width": 41}]}
+    assert "a.jpg is 40 x 30, but a.json says 41 x 30" in refused(wider)
     shutil.copy(tmp_path / "a.jpg", tmp_path / "whole.jpg")
     (tmp_path / "a.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:200])
     assert "a.jpg cannot be decoded" in refused(own)
