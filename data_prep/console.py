@@ -22,7 +22,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
-from sources.options import SourceOptions
 
 from karat_scale.data.shard_format import OddRecord, SkippedRecord
 from karat_scale.errors import DataError, UserError
@@ -81,11 +80,6 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val-labels", type=Path, metavar="FILE", help="ImageNet's validation labels")
     parser.add_argument("--synsets", type=Path, metavar="FILE", help="`number wnid` lines for the devkit's numbers")
     parser.add_argument("--names", type=Path, metavar="FILE", help="`wnid name` lines: what people call the classes")
-
-
-def source_options(options: argparse.Namespace) -> SourceOptions:
-    """What the command line says about how the source is read."""
-    return SourceOptions(options.val_labels, options.synsets, options.encoding, options.any_hash)
 
 
 def check_split_name(split: str | None) -> None:

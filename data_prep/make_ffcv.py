@@ -26,12 +26,11 @@ from console import (
     positive,
     progress,
     run,
-    source_options,
 )
 from make_webdataset import class_names
 from preparing import Preparation
 from shard_job import spread
-from sources import Source, open_splits
+from sources import Source, SourceOptions, open_splits
 from sources.shards import has_shards, open_shards
 
 from karat_scale import __version__
@@ -172,7 +171,7 @@ def open_source(options: argparse.Namespace) -> tuple[dict[str, Source], list[st
         return dict(shards), names
     there = sorted(options.out.glob("*.beton.json"))
     classes = read_record(there[0].with_suffix("")).classes if there else None
-    sources = open_splits(options.src, options.split, classes, source_options(options))
+    sources = open_splits(options.src, options.split, classes, SourceOptions.of(options))
     return sources, class_names(options, next(iter(sources.values())).classes)
 
 

@@ -31,7 +31,6 @@ from console import (
     positive,
     progress,
     run,
-    source_options,
 )
 from preparing import DEFAULT_QUALITY, Preparation
 from resizing import choose_encoder
@@ -45,7 +44,7 @@ from shard_job import (
     remove_leftovers,
     spread,
 )
-from sources import Source, open_splits
+from sources import Source, SourceOptions, open_splits
 from sources.val_labels import NAME_FILES, find_file, read_synset_names
 
 from karat_scale import __version__
@@ -199,7 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
     out: Path = options.out
     dataset = read_dataset_record(out) if (out / DATASET_FILE).exists() else None
     known = dataset.classes if dataset else None
-    sources = open_splits(options.src, options.split, known, source_options(options))
+    sources = open_splits(options.src, options.split, known, SourceOptions.of(options))
     jobs = [plan_job(split, source, options) for split, source in sources.items()]
     if options.dry_run:
         for job in jobs:

@@ -90,15 +90,6 @@ class TrainConfig(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _overflows_are_skipped(self) -> "TrainConfig":
-        if self.precision == "fp16" and self.on_nonfinite == "stop":
-            raise ValueError(
-                "train.on_nonfinite = stop would end at the first overflow of train.precision = fp16, which finds its "
-                "loss scale by overflows; use skip"
-            )
-        return self
-
 
 class DeepSpeedConfig(Section):
     """The DeepSpeed file: a name in `ds_configs/` or the path of your own.

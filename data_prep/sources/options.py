@@ -1,5 +1,6 @@
 """What the command line says about how a source is read."""
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,3 +21,8 @@ class SourceOptions:
     synsets: Path | None = None
     encoding: Encoding | None = None
     any_hash: bool = False
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "SourceOptions":
+        """Those of a script's command line."""
+        return cls(options.val_labels, options.synsets, options.encoding, options.any_hash)

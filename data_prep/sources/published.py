@@ -4,11 +4,16 @@ import hashlib
 import sys
 import tarfile
 import zlib
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
+
+from console import progress
 
 from karat_scale.errors import DataError
+
+_MB = 1_000_000
 
 
 class PublishedFiles:
@@ -72,21 +77,44 @@ class PublishedFiles:
         return self._archive or self._folder
 
     def _unpacked(self, archive: Path) -> dict[str, bytes]:
-        found: dict[str, bytes] = {}
         wanted = {f"{self._inside}/{name}": name for name in self._md5}
+        size = archive.stat().st_size
         try:
-            with tarfile.open(archive, "r|gz") as tar:
-                for member in tar:
-                    name = wanted.get(str(PurePosixPath(member.name)))
-                    file = tar.extractfile(member) if name and member.isreg() else None
-                    if name and file:
-                        found[name] = file.read()
-                    if len(found) == len(wanted):
-                        return found
+            with archive.open("rb") as file, progress(f"reading {archive.name}", -(-size // _MB), "MB") as advance:
+                found = _read_members(_CountedReads(file, advance), wanted)
+                advance(-(-size // _MB) - file.tell() // _MB)
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise DataError(f"{archive} is damaged or cut short ({error}); {self._mend}") from error
-        missing = next(name for name in wanted.values() if name not in found)
-        raise DataError(f"{archive} has no {self._inside}/{missing}; {self._mend}")
+        if missing := [name for name in self._md5 if name not in found]:
+            raise DataError(f"{archive} has no {self._inside}/{missing[0]}; {self._mend}")
+        return found
+
+
+class _CountedReads:
+    """A file that tells how many MB were read of it."""
+
+    def __init__(self, file: IO[bytes], advance: Callable[[int], None]) -> None:
+        self._file, self._advance = file, advance
+
+    def read(self, size: int) -> bytes:
+        before = self._file.tell() // _MB
+        data = self._file.read(size)
+        self._advance(self._file.tell() // _MB - before)
+        return data
+
+
+def _read_members(packed: _CountedReads, wanted: dict[str, str]) -> dict[str, bytes]:
+    """The members of a gzipped tar whose paths are keys of `wanted`, by its values; reads no further than it must."""
+    found: dict[str, bytes] = {}
+    with tarfile.open(fileobj=packed, mode="r|gz") as tar:  # type: ignore[call-overload]
+        for member in tar:
+            name = wanted.get(str(PurePosixPath(member.name)))
+            file = tar.extractfile(member) if name and member.isreg() else None
+            if name and file:
+                found[name] = file.read()
+            if len(found) == len(wanted):
+                break
+    return found
 
 
 def _md5(data: bytes) -> str:
