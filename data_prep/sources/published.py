@@ -29,14 +29,17 @@ class PublishedFiles:
         self._mend = f"fetch it again: python data_prep/fetch.py {fetched_by} --out {src}"
         self._archive: Path | None = None
         self._folder: Path | None = None
-        places = [place for place in (src / folder, src) if all((place / name).is_file() for name in md5)]
         if archive and (src / archive).is_file():
             self._archive, self._inside = src / archive, folder
-        elif places:
-            self._folder = places[0]
-        elif folder != "." and (src / folder).is_dir():
-            missing = next(name for name in md5 if not (src / folder / name).is_file())
-            raise DataError(f"{src / folder} has no {missing}; {self._mend}")
+            return
+        for place in (src / folder, src):
+            missing = [name for name in md5 if not (place / name).is_file()]
+            if not missing:
+                self._folder = place
+                return
+            # In `src` itself, names such as train and meta may be anyone's.
+            if len(missing) < len(md5) and (place != src or not archive):
+                raise DataError(f"{place} has no {missing[0]}; {self._mend}")
 
     @property
     def are_there(self) -> bool:

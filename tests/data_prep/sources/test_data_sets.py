@@ -18,7 +18,7 @@ from karat_scale.data.shard_format import read_dataset_record
 from karat_scale.data.shards import ShardSplit
 from karat_scale.errors import DataError
 from tests.data_prep import official
-from tests.data_prep.images import tar_bytes
+from tests.data_prep.images import jpeg, tar_bytes, write
 from tests.data_prep.making import beton_samples, make_betons, make_shards
 
 ANY = SourceOptions(any_hash=True)
@@ -163,6 +163,18 @@ def test_a_missing_file_is_named(tmp_path):
     official.write_files(tmp_path / "b", "stl10_binary.tar.gz", "stl10_binary", {"train_X.bin": b""})
     with pytest.raises(DataError, match=r"stl10_binary.tar.gz has no stl10_binary/class_names.txt; fetch it again"):
         open_splits(tmp_path / "b", None, None, ANY)
+
+    official.write_flowers(tmp_path / "c")
+    (tmp_path / "c/setid.mat").unlink()
+    with pytest.raises(DataError, match=r"c has no setid.mat; fetch it again: python data_prep/fetch.py flowers102"):
+        open_splits(tmp_path / "c", None, None, ANY)
+
+
+def test_plain_names_that_cifar_has_too_are_no_cifar(tmp_path):
+    write(tmp_path / "train/cat/1.jpg", jpeg(1))
+    write(tmp_path / "test/cat/2.jpg", jpeg(2))
+    write(tmp_path / "meta", b"about these cats")
+    assert list(open_splits(tmp_path, None, None)) == ["train", "val"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"junk" * 100, "half"])
