@@ -52,6 +52,11 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--out", metavar="PATH", help="a file, a folder or a directory (default: the run's)")
     export.set_defaults(run=_export)
 
+    ledger = commands.add_parser("ledger", help="take finished runs into docs/ledger and docs/reproduction.md")
+    ledger.add_argument("runs", metavar="RUN", nargs="*", help="a run's directory (default: write the page anew)")
+    ledger.add_argument("--docs", metavar="DIR", default="docs", help="of a clone (default: %(default)s)")
+    ledger.set_defaults(run=_ledger)
+
     plan = commands.add_parser("plan", help="before you submit: memory, stage, micro batch, time, and mistakes")
     plan.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.precision=bf16")
@@ -172,6 +177,12 @@ def _export(options: argparse.Namespace) -> int:
     from karat_scale.export.command import export_run
 
     return export_run(options.run_dir, options.format, options.checkpoint, options.weights, options.out)
+
+
+def _ledger(options: argparse.Namespace) -> int:
+    from karat_scale.ledger.command import keep_ledger
+
+    return keep_ledger(options.runs, options.docs)
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -1,12 +1,14 @@
-"""What known GPUs can do at best: memory, bandwidth, and dense matrix products a second.
+"""The processor's name, and what known GPUs can do at best: memory, bandwidth, and dense matrix products a second.
 
 Peaks and bandwidths are those of NVIDIA's data sheets and architecture white papers, which are named beside each row,
 without sparsity (some sheets print the sparse figure alone, which is twice this). Memory is about what CUDA reports, as
 published out-of-memory messages show it: less than on the sheet.
 """
 
+import platform
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
@@ -25,6 +27,15 @@ class Gpu:
     bandwidth: float
     """Of its memory, in bytes a second."""
     peaks: dict[str, float]
+
+
+def processor_name() -> str:
+    """This machine's processor, as the kernel names it; its architecture where the kernel does not."""
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def find_gpu(name: str) -> Gpu | None:

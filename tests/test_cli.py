@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from karat_scale import __version__
@@ -95,6 +96,9 @@ def test_training_writes_the_run_directory_users_rely_on(train_recipe: Train, tm
     assert figures["last_top5"] == events(run, "eval")[-1]["top5"] == 100.0
     assert figures["images_per_second"] > 0
     assert figures["peak_memory_mb"] > 100
+    assert (figures["train_images"], figures["seed"]) == (64, 0)
+    assert figures["versions"]["torch"] == torch.__version__
+    assert figures["processor"]
     assert list((run / "tensorboard").glob("events*"))
     checkpoints = run / "checkpoints"
     assert (checkpoints / "latest").read_text().strip() == "step-00000016"

@@ -3,9 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, Generic, TypeVar
 
+from karat_scale import __version__
 from karat_scale.errors import EXIT_STOPPED, UserError
+from karat_scale.hardware import processor_name
 from karat_scale.train.distributed import World
 from karat_scale.train.progress import Reporter
 from karat_scale.train.run_directory import RunDirectory
@@ -13,6 +16,7 @@ from karat_scale.train.signals import StoppedError, StopSignals
 from karat_scale.train.start import device_name
 from karat_scale.train.state import RunState
 
+_LIBRARIES = ("torch", "timm", "deepspeed")
 S = TypeVar("S", bound=RunState)
 
 
@@ -57,6 +61,8 @@ class Outcome(Generic[S]):
             "restarts": self.state.restarts,
             "world_size": self.world.size,
             "device": device_name(self.world),
+            "processor": processor_name(),
+            "versions": {"karat_scale": __version__, **{name: version(name) for name in _LIBRARIES}},
         }
 
 

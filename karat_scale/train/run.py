@@ -1,5 +1,6 @@
 """One training run from a recipe to an exit code: build the parts, run the loop, say how it ended."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from karat_scale.recipe import Recipe
@@ -32,12 +33,12 @@ def train(recipe: Recipe) -> int:
 
 def _train(recipe: Recipe, world: World, directory: RunDirectory, changes: str, signals: StopSignals) -> int:
     reporter = open_reporter(recipe.run.name, world, directory, recipe.log.tensorboard)
-    outcome = _Outcome(recipe.run.name, world, TrainState())
+    outcome = _Outcome(recipe.run.name, world, TrainState(), seed=recipe.run.seed)
     parts: Parts | None = None
     try:
         with concluded(outcome, directory, signals, reporter), explain_out_of_memory(recipe, world.size):
             parts = build_parts(recipe, world, directory, signals, reporter)
-            outcome.parameters = parts.engine.parameters
+            outcome.parameters, outcome.train_images = parts.engine.parameters, parts.backend.num_train
             if changes:
                 reporter.info(f"the recipe has changed on purpose: {changes}")
             state = parts.checkpoints.load(branch_point(recipe, directory)) or outcome.state
@@ -53,7 +54,11 @@ def _train(recipe: Recipe, world: World, directory: RunDirectory, changes: str, 
     return outcome.code
 
 
+@dataclass
 class _Outcome(Outcome[TrainState]):
+    seed: int = 0
+    train_images: int = 0
+
     def scores(self) -> dict[str, Any]:
         """Accuracies, in percent."""
         return {
@@ -66,7 +71,12 @@ class _Outcome(Outcome[TrainState]):
 
     def counts(self) -> dict[str, Any]:
         """Of samples."""
-        return {"data_digest": self.state.data_digest, "bad_samples": self.state.bad_samples}
+        return {
+            "train_images": self.train_images,
+            "seed": self.seed,
+            "data_digest": self.state.data_digest,
+            "bad_samples": self.state.bad_samples,
+        }
 
 
 def _headline(parts: Parts, parameters: int, total_steps: int) -> str:

@@ -1,0 +1,1 @@
+"""`karat ledger`: the paper's rows, our runs beside them, and the page that shows both."""

@@ -1,0 +1,37 @@
+"""`karat ledger`: take runs in, and write the page anew."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from karat_scale.errors import UserError
+from karat_scale.files import write_atomically
+from karat_scale.ledger.page import PAGE, render_page
+from karat_scale.ledger.record import Record, read_records, take_record
+
+
+def keep_ledger(runs: Sequence[str], docs: str) -> int:
+    """Add runs to `docs`/ledger and write `docs`/reproduction.md; without runs, the page alone. Returns the exit code.
+
+    Raises:
+        UserError: a run cannot be taken in, or is there already, or a record is not as it was written; nothing is
+            written then.
+    """
+    folder = Path(docs) / "ledger"
+    if not folder.is_dir():
+        raise UserError(f"--docs {docs}: has no folder `ledger`; run this in a clone, or name its docs")
+    records = {record.name: record for record in read_records(folder)}
+    added: list[Record] = []
+    for run in runs:
+        record = take_record(run)
+        if record.name in records:
+            same = "" if records[record.name] == record else ", with another outcome; remove that file to replace it"
+            raise UserError(f"{run}: is in the ledger already, as {folder / record.name}.json{same}")
+        records[record.name] = record
+        added.append(record)
+    page = render_page([records[name] for name in sorted(records)])
+    for record in added:
+        write_atomically(folder / f"{record.name}.json", record.to_text())
+        print(f"{folder / record.name}.json: {record.summary['last_top1']:.2f} % top-1 in {record.epochs:.4g} epochs")
+    write_atomically(Path(docs) / PAGE, page)
+    print(f"{Path(docs) / PAGE}: {len(records)} runs")
+    return 0

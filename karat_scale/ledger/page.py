@@ -1,0 +1,113 @@
+"""docs/reproduction.md, from the paper's rows and the records: it has no other source."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from karat_scale.ledger.match import command_of_record, command_of_row, is_short, repeats
+from karat_scale.ledger.paper import PaperRow, PaperTable, paper_tables
+from karat_scale.ledger.record import Record
+from karat_scale.recipe_files import shipped_recipes
+
+_TOP = """# Reproduction
+
+Every row of the tables of [arXiv 2503.10632](https://arxiv.org/abs/2503.10632), and beside it our run where there is
+one. `karat ledger RUN` writes this page from the paper's figures (`karat_scale/ledger/paper.yaml`) and the runs' own
+summaries (`docs/ledger/`). Nothing in it is written by hand: a test compares it with both.
+
+Accuracies are top-1 / top-5 in percent after the last epoch, not the best of all epochs. A row marked *short* saw fewer
+images than the paper's model: it is no reproduction, and its figure is not to be compared with the paper's. The column
+of the recipe has the start of its SHA-256; the link leads to the run's summary, whole recipe, hardware and versions.
+DIR is the directory of the data. Under torchrun the same commands use more GPUs.
+"""
+_HEAD = ("model", "parameters", "paper", "ours", "budget", "hardware", "seed", "recipe", "command")
+_OTHER = """## Other runs
+
+Runs of recipes that repeat none of the paper's rows.
+"""
+PAGE = "reproduction.md"
+_NOT_YET = "not yet run"
+
+
+def render_page(records: Sequence[Record]) -> str:
+    """The whole page."""
+    used: set[str] = set()
+    parts = [_TOP]
+    for table in paper_tables():
+        parts.append(_render_table(table, records, used))
+    others = [record for record in records if record.name not in used]
+    if others:
+        parts.append(_OTHER)
+        parts.append(_table(_HEAD, (_other_row(record) for record in others)))
+    return "\n".join(parts)
+
+
+def _render_table(table: PaperTable, records: Sequence[Record], used: set[str]) -> str:
+    rows = []
+    for row in table.rows:
+        found = [record for record in records if repeats(record, row, table)]
+        used.update(record.name for record in found)
+        rows += [_ours(table, row, record) for record in found] or [_not_yet(table, row)]
+    note = f"\n{table.note}\n" if table.note else ""
+    head = list(_HEAD)
+    if table.measure == "memory":
+        head[2] = "paper; GFLOPs of the activation / in all"
+    return f"## {table.title}\n{note}\n{_table(head, rows)}"
+
+
+def _not_yet(table: PaperTable, row: PaperRow) -> tuple[str, ...]:
+    command = f"`{command_of_row(row)}`" if row.recipe in shipped_recipes() else ""
+    return row.model, _parameters(row), _paper(table, row), _NOT_YET, "", "", "", "", command
+
+
+def _ours(table: PaperTable, row: PaperRow, record: Record) -> tuple[str, ...]:
+    short = is_short(record, row, table) and table.measure == "accuracy"
+    figure = f"{'*short:* ' if short else ''}[{_figure(table, record)}](ledger/{record.name}.json)"
+    return row.model, _parameters(row, record), _paper(table, row), figure, *_circumstances(record)
+
+
+def _other_row(record: Record) -> tuple[str, ...]:
+    figure = f"[{record.summary['last_top1']:.2f} / {record.summary['last_top5']:.2f}](ledger/{record.name}.json)"
+    return record.resolved.run.name, _millions(record), "", figure, *_circumstances(record)
+
+
+def _circumstances(record: Record) -> tuple[str, ...]:
+    summary = record.summary
+    budget = f"{record.epochs:.4g} x {record.epoch_images:,} images"
+    if rate := summary.get("images_per_second"):
+        budget += f", {summary['samples'] / rate / 3600:.2g} h of training"
+    ranks = f"{summary['world_size']} x " if summary["world_size"] > 1 else ""
+    hardware = ranks + _device(summary)
+    seed = str(record.resolved.run.seed)
+    return budget, hardware, seed, f"`{record.recipe_sha256[:12]}`", f"`{command_of_record(record)}`"
+
+
+def _device(summary: Mapping[str, Any]) -> str:
+    device = str(summary["device"])
+    return device.replace("CPU", summary.get("processor", "CPU"), 1) if device.startswith("CPU") else device
+
+
+def _figure(table: PaperTable, record: Record) -> str:
+    if table.measure == "memory":
+        return f"{record.summary['peak_memory_mb'] / 1000:.2f} GB"
+    return f"{record.summary['last_top1']:.2f} / {record.summary['last_top5']:.2f}"
+
+
+def _paper(table: PaperTable, row: PaperRow) -> str:
+    if table.measure == "memory":
+        return f"{row.memory:g} GB" + (f"; {row.gflops[0]:g} / {row.gflops[1]:g}" if row.gflops else "")
+    return " / ".join(f"{figure:.2f}" for figure in (row.top1, row.top5) if figure is not None)
+
+
+def _parameters(row: PaperRow, record: Record | None = None) -> str:
+    paper = f"{row.parameters:.2f} M" if row.parameters else ""
+    return f"{paper}{', ' if paper else ''}ours {_millions(record)}" if record else paper
+
+
+def _millions(record: Record) -> str:
+    return f"{record.summary['parameters'] / 1e6:.2f} M"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

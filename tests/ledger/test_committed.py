@@ -1,0 +1,39 @@
+"""The committed page says what the paper's rows and the committed summaries say, and nothing else."""
+
+import re
+
+from karat_scale.ledger.match import reference_recipe
+from karat_scale.ledger.page import PAGE, render_page
+from karat_scale.ledger.paper import paper_tables
+from karat_scale.ledger.record import read_records
+from tests.conftest import ROOT
+
+DOCS = ROOT / "docs"
+
+
+def test_no_row_is_written_by_hand() -> None:
+    records = read_records(DOCS / "ledger")  # refuses what was changed since it was written
+    page = (DOCS / PAGE).read_text()
+    assert page == render_page(records), "`karat ledger` writes the page anew"
+    for record in records:
+        figure = f"[{record.summary['last_top1']:.2f} / {record.summary['last_top5']:.2f}](ledger/{record.name}.json)"
+        (row,) = (line for line in page.splitlines() if figure in line)
+        assert f"`{record.recipe_sha256[:12]}`" in row
+        assert not re.search(r"(?<![\w.:/])[/~]\w", record.to_text()), "a path of one machine"
+
+
+def test_every_row_of_the_paper_is_there_and_can_be_run() -> None:
+    tables = {table.title: table.rows for table in paper_tables()}
+    counts = [len(rows) for rows in tables.values()]
+    assert counts == [14, 14, 9, 9, 9, 9, 4, 6, 6, 1, 1, 10]
+    page = (DOCS / PAGE).read_text()
+    for title, rows in tables.items():
+        assert f"## {title}\n" in page
+        for row in rows:
+            assert row.top1 or row.memory
+            assert reference_recipe(row).model
+            assert f"| {row.model} |" in page
+    figures = {(title, row.model): (row.top1, row.top5) for title, rows in tables.items() for row in rows}
+    assert figures["ImageNet-1K", "ViT-Tiny + G3B"] == (59.11, 82.01)
+    assert figures["CIFAR-100", "ViT-Small + G3U"] == (53.86, 81.45)
+    assert figures["Fine-tuning on SVHN", "ViT-Base + G1B"] == (96.83, None)
