@@ -77,7 +77,8 @@ def _fit(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     own = model.state_dict(keep_vars=True)
     first = {id(own[name]): name for name in own if name in weights}
     whole = {**weights, **{name: weights[first[id(x)]] for name, x in own.items() if id(x) in first}}
-    head = f"{model.pretrained_cfg['classifier']}."
+    classifiers = model.pretrained_cfg["classifier"]
+    head = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
     fitting = (whole[name].shape == x.shape for name, x in own.items() if name in whole and not name.startswith(head))
     if all(fitting):
         return whole

@@ -11,8 +11,15 @@ import pytest
 from karat_scale.recipe_files import shipped_recipes
 from tests.conftest import ROOT, SMALL, events, free_port, karat_environment
 
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """The README's code in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.strip().splitlines()]
 
 
 def run(command: str, cwd: Path, *more: str) -> "subprocess.CompletedProcess[str]":
@@ -41,7 +48,7 @@ def find(start: str) -> str:
 
 
 def test_every_command_is_run_here_or_by_the_ci_script() -> None:
-    ours = ("python data_prep/", "torchrun", "karat eval", "karat train", "karat plan")
+    ours = ("python data_prep/", "torchrun", "karat eval", "karat train", "karat plan", "karat export")
     # By .ci/run, test_packaging and the Makefile.
     extras = [f"pip install '.[{name}]'" for name in ("dali", "ffcv", "export", "detection")]
     elsewhere = ("make demo", "make test", "pip install .", *extras)
@@ -61,12 +68,16 @@ def test_every_command_is_run_here_or_by_the_ci_script() -> None:
     assert "EXTRAS := ffcv dali export detection" in (ROOT / "Makefile").read_text()
 
 
+def link_the_clone(here: Path) -> None:
+    for name in ("data_prep", "karat_scale", "ds_configs"):
+        (here / name).symlink_to(ROOT / name)
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_imagenet_in_three_steps(image_folder: Path, tmp_path: Path) -> None:
-    for name in ("data_prep", "karat_scale", "ds_configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    prepare = find("python data_prep/make_webdataset.py").replace("/path/to/imagenet", str(image_folder))
+    link_the_clone(tmp_path)
+    prepare = find("python data_prep/make_webdataset.py --src /").replace("/path/to/imagenet", str(image_folder))
     (tmp_path / "data").mkdir()
     done = run(prepare, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -75,13 +86,33 @@ def test_imagenet_in_three_steps(image_folder: Path, tmp_path: Path) -> None:
         done = run(find("torchrun"), tmp_path, *small, f"train.max_steps={steps}")
         assert done.returncode == 0, done.stdout + done.stderr
     assert [event["step"] for event in events(tmp_path / "runs/tiny_g3b", "resume")] == [8]
-    done = run(find("karat eval"), tmp_path)
+    done = run(find("karat eval runs/tiny"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "on 28 images" in done.stdout
 
 
+@pytest.mark.slow
+def test_train_your_own(image_folder: Path, tmp_path: Path) -> None:
+    link_the_clone(tmp_path)
+    (tmp_path / "photos").symlink_to(image_folder)
+    (tmp_path / "data").mkdir()
+    (recipe,) = blocks("yaml")
+    (tmp_path / "photos.yaml").write_text(recipe)
+    small = [*SMALL, "schedule.warmup_epochs=0", "train.precision=fp32"]
+    for start in ("python data_prep/make_webdataset.py --src photos", "karat train photos", "karat eval runs/photos"):
+        done = run(find(start), tmp_path, *(small if "train" in start else ()))
+        assert done.returncode == 0, done.stdout + done.stderr
+    done = run(find("karat export"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    (loading,) = blocks("python")
+    loading = loading.replace("photos/val/owl/1.jpg", "photos/val/class3/000.jpg")
+    command = [sys.executable, "-c", loading]
+    done = subprocess.run(command, cwd=tmp_path, env=karat_environment(), capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() in {f"class{number}" for number in range(4)}, done.stderr
+
+
 def test_overrides_by_example(tmp_path: Path) -> None:
-    done = run(find("karat train"), tmp_path)
+    done = run(find("karat train imagenet"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "grid: 5" in done.stdout
 

@@ -4,7 +4,6 @@ import functools
 import json
 from typing import Any
 
-from karat_scale.errors import RecipeError
 from karat_scale.ledger.paper import PaperRow, PaperTable
 from karat_scale.ledger.record import Record
 from karat_scale.recipe import Recipe
@@ -12,7 +11,7 @@ from karat_scale.recipe_files import shipped_recipes
 from karat_scale.recipe_io import differing_keys, flatten, load_recipe
 
 # A run that differs in these alone repeats a row, at another budget, which the page states.
-BUDGET = ("run.seed", "train.epochs", "schedule.warmup_epochs", "train.precision")
+BUDGET = ("run.seed", "train.epochs", "schedule.warmup_epochs", "schedule.warmup_steps", "train.precision")
 # Other runs that this one stems from: where they lie does not matter, only whether there is one.
 LINEAGE = ("init_from", "attention.transfer_from")
 
@@ -43,12 +42,11 @@ def command_of_row(row: PaperRow) -> str:
 
 
 def command_of_record(record: Record) -> str:
-    """What repeats a run: the shipped recipe that it bears the name of, and what it changed in it."""
+    """What repeats a run: the shipped recipe that it bears the name of, and what it changed in it; else nothing."""
     name = record.resolved.run.name
-    try:
-        reference = load_recipe(name)
-    except RecipeError:
-        return "karat train RECIPE, the file's own"
+    if name not in shipped_recipes():
+        return ""
+    reference = load_recipe(name)
     before, after = flatten(reference), flatten(record.resolved)
     keys = differing_keys(reference, record.resolved)
     keys += ["train.max_steps"] if before["train.max_steps"] != after["train.max_steps"] else []

@@ -78,7 +78,8 @@ def _circumstances(record: Record) -> tuple[str, ...]:
     ranks = f"{summary['world_size']} x " if summary["world_size"] > 1 else ""
     hardware = ranks + _device(summary)
     seed = str(record.resolved.run.seed)
-    return budget, hardware, seed, f"`{record.recipe_sha256[:12]}`", f"`{command_of_record(record)}`"
+    command = f"`{command_of_record(record)}`".replace("``", "a recipe of its own")
+    return budget, hardware, seed, f"`{record.recipe_sha256[:12]}`", command
 
 
 def _device(summary: Mapping[str, Any]) -> str:

@@ -53,8 +53,8 @@ def parts_of(
     """
     qkv: Tensor = attention.qkv(x)
     query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    # timm adds the mask, 0 or -100, to scores that go into softmax.
-    keep = None if mask is None else (mask == 0).repeat(len(x) // len(mask), 1, 1).unsqueeze(1)
+    # timm adds the mask, 0 or -100, to scores that go into softmax. `len` would fix the batch where a model is traced.
+    keep = None if mask is None else (mask == 0).repeat(x.shape[0] // mask.shape[0], 1, 1).unsqueeze(1)
     return query, key, value, attention._get_rel_pos_bias(), keep
 
 

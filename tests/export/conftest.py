@@ -26,7 +26,7 @@ def make_run(world, make_engine):
         engine = make_engine(recipe)
         ema = Ema(engine.deepspeed, recipe.train)
         for step in (1, 2, 3):
-            train_once(engine, step)
+            train_once(engine, step, size=recipe.model.image_size)
             ema.update(step)
         reporter = Reporter(PlainDisplay(), None)
         checkpoints = Checkpoints(directory.store, engine, ema if keep_ema else None, world, recipe, reporter)

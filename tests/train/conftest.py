@@ -80,10 +80,10 @@ def train_steps(checkpoints: Checkpoints, *steps: int) -> None:
         checkpoints.ema.update(step)  # type: ignore[attr-defined]
 
 
-def train_once(engine: Engine, seed: int, lr: float = 1e-2) -> float | None:
+def train_once(engine: Engine, seed: int, lr: float = 1e-2, size: int = 16) -> float | None:
     """One step on random images; returns the gradient norm."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(8, 3, 16, 16, generator=generator)
+    images = torch.randn(8, 3, size, size, generator=generator)
     labels = torch.randint(0, 4, (8,), generator=generator)
     engine.set_lr(lr)
     engine.backward(torch.nn.functional.cross_entropy(engine.forward(images), labels))
