@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -36,6 +37,11 @@ MODELS = {
     "two_operators": ("attention.form=two_operators", "attention.basis=rational"),
     "project_first": ("attention.form=project_first", "attention.basis=chebyshev"),
 }
+
+
+def mostly_slow(*quick: str) -> list[Any]:
+    """All models, of which these are no slow tests."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 
 
 @pytest.fixture
@@ -117,7 +123,7 @@ def test_timm_adapts_a_folder(exported) -> None:
         timm.create_model("karat")
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", mostly_slow("universal", "swin", "simplex"))
 def test_torchscript_needs_nothing_of_ours(exported, model: str, tmp_path: Path) -> None:
     file, source, _, expected = exported("torchscript", "owls.pt", *MODELS[model])
     extra = {"karat_scale.json": ""}
@@ -131,9 +137,7 @@ def test_torchscript_needs_nothing_of_ours(exported, model: str, tmp_path: Path)
         assert "[1, 4]" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize(
-    "model", [name if name == "universal" else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
-)
+@pytest.mark.parametrize("model", mostly_slow("universal"))
 def test_onnxruntime_gives_the_logits(exported, model: str, capsys) -> None:
     onnx = pytest.importorskip("onnx", reason="needs the extra `export`")
     from karat_scale.export.onnx_file import onnx_session
