@@ -52,6 +52,13 @@ def _copy_of_weights(model: nn.Module) -> Pieces:
     return pieces
 
 
+def _cast_buffers(module: nn.Module, dtype: torch.dtype) -> None:
+    """As `module.to(dtype)` does: DeepSpeed casts parameters alone, and masks and positions meet them."""
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.to(dtype)
+
+
 class Engine:
     """Forward, backward and step of one model on one rank.
 
@@ -89,6 +96,7 @@ class Engine:
         if self.stage > 0:  # DeepSpeed's masters begin at what 16 bits have left of the weights
             for fragments, master in zip(shard_layout(self.deepspeed), master_weights(self.deepspeed), strict=True):
                 initial.fill(fragments, master)
+            _cast_buffers(self.deepspeed.module, DTYPES[recipe.train.precision])
         self._device_type = world.device.type
         self.has_muon = isinstance(self.deepspeed.basic_optimizer, MuonWithAdamW)
         self._skipped_steps = 0

@@ -1,10 +1,14 @@
 """Hosts that are no plain ViT, trained as a user starts them."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from karat_scale.recipe import Recipe
+from karat_scale.train.engine import Engine
 from tests.conftest import karat, summary
 from tests.train.conftest import equal
 from tests.train.runs import STEPS, final_tensors, losses
@@ -41,3 +45,24 @@ def test_a_run_that_lost_its_end_resumes_to_the_same_bits(
     assert summary(cut)["restarts"] == 1
     assert losses(cut) == losses(whole)
     assert equal(final_tensors(cut), final_tensors(whole))
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("kind", "config"), [("softmax", "zero1"), *(("karat", f"zero{stage}") for stage in range(4))])
+@pytest.mark.parametrize("host", [CONVIT, SWIN], ids=["convit", "swin"])
+def test_a_step_in_bf16_with_the_positions_and_masks_that_are_buffers(
+    small_recipe: Callable[..., Recipe],
+    make_engine: Callable[[Recipe], Engine],
+    host: tuple[str, ...],
+    kind: str,
+    config: str,
+) -> None:
+    """DeepSpeed's own cast leaves buffers in float32."""
+    settings = (f"attention.kind={kind}", f"deepspeed.config={config}", "train.precision=bf16")
+    recipe = small_recipe(*host, *settings)
+    engine = make_engine(recipe)
+    logits = engine.forward(torch.randn(8, 3, recipe.model.image_size, recipe.model.image_size))
+    engine.backward(torch.nn.functional.cross_entropy(logits, torch.arange(8) % 4))
+    norm = engine.step()
+    assert norm is not None
+    assert norm > 0
