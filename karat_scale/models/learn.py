@@ -23,10 +23,16 @@ def learn(
     Other layers stay as they are, and so do all parameters. `sizes` are those of all the model's layers.
 
     Raises:
-        RecipeError: a layer has too few heads, or layers that would share an operator are of different sizes.
+        RecipeError: a layer has too few heads, layers that would share an operator are of different sizes, or the
+            implementation asked for cannot take a layer's bias.
     """
     found = zip(attention_layers(network), sizes, strict=True)
     turned = [(layer.attention, size) for layer, size in found if type(layer.attention) in classes]
+    if attention.implementation in ("cpu", "triton") and any(size.biased for _, size in turned):
+        raise RecipeError(
+            f"attention.implementation = {attention.implementation} has no position bias, which joins the scores of "
+            f"{model.name}; use auto or streaming"
+        )
     shapes = {(size.tokens, size.heads) for _, size in turned}
     if attention.mode == "universal" and len(shapes) > 1:
         raise RecipeError(
