@@ -3,6 +3,9 @@
 import contextlib
 import io
 import json
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,16 @@ from karat_scale.errors import DataError, RecipeError
 MEND = "correct data.path or the names below it"
 
 
+@dataclass(frozen=True)
+class ImageRecord:
+    """What the annotations say of one image; of objects those that can be learned, as (id, category, segmentation)."""
+
+    file_name: str
+    width: int
+    height: int
+    objects: tuple[tuple[int, int, Any], ...]
+
+
 class CocoSplit:
     """Images with their objects. Samples are numbered 0 .. len - 1.
 
@@ -23,34 +36,36 @@ class CocoSplit:
         root: the set's directory.
         images: the images' directory below it.
         annotations: the JSON file below it.
-        only_with_objects: leave out images without an object that can be learned: one that is no crowd and has an area.
+        for_training: leave out images without an object that can be learned: one that is no crowd and has an area. Else
+            pycocotools' index stays at hand as `index`.
 
     Raises:
         DataError: a file is missing, is not what it should be, or nothing is left.
         RecipeError: pycocotools is not installed.
     """
 
-    def __init__(self, root: str, images: str, annotations: str, only_with_objects: bool) -> None:
+    def __init__(self, root: str, images: str, annotations: str, for_training: bool) -> None:
         self.file = Path(root).expanduser() / annotations
         self._images = Path(root).expanduser() / images
-        self.index = _read(self.file)
-        categories = sorted(self.index.cats)
+        index = _read(self.file)
+        categories = sorted(index.cats)
         self._labels = {category: label for label, category in enumerate(categories, start=1)}
-        self.classes = tuple(str(self.index.cats[category].get("name", category)) for category in categories)
+        self.classes = tuple(str(index.cats[category].get("name", category)) for category in categories)
         """Names in the order of the labels 1, 2, ...: that of the category ids."""
         self.category_ids = tuple(categories)
-        self.image_ids = [
-            image for image in sorted(self.index.imgs) if not only_with_objects or any(self._learnable(image))
-        ]
+        records = {image: self._record(index, image) for image in sorted(index.imgs)}
+        self.image_ids = [image for image, record in records.items() if record.objects or not for_training]
         if not self.image_ids:
-            raise DataError(f"{self.file} has no image{' with objects' if only_with_objects else ''}; {MEND}")
+            raise DataError(f"{self.file} has no image{' with objects' if for_training else ''}; {MEND}")
+        self._records = _Packed([records[image] for image in self.image_ids])
+        self.index: Any = None if for_training else index
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def file_of(self, sample: int) -> Path:
         """The image's file."""
-        return self._images / str(self.index.imgs[self.image_ids[sample]]["file_name"])
+        return self._images / self._records[sample].file_name
 
     def read(self, sample: int) -> Image.Image:
         """The image in RGB.
@@ -58,17 +73,17 @@ class CocoSplit:
         Raises:
             DataError: it is missing, cannot be decoded, or is of another size than the annotations say.
         """
-        path, about = self.file_of(sample), self.index.imgs[self.image_ids[sample]]
+        path, record = self.file_of(sample), self._records[sample]
         try:
             image = decode_rgb(path.read_bytes())
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}; {MEND}") from error
         except UndecodableImageError as error:
             raise DataError(f"{path} cannot be decoded: {error}; put a whole copy there") from error
-        if image.size != (about["width"], about["height"]):
+        if image.size != (record.width, record.height):
             raise DataError(
-                f"{path} is {image.width} x {image.height}, but {self.file.name} says {about['width']} x "
-                f"{about['height']}; put the image there that was annotated"
+                f"{path} is {image.width} x {image.height}, but {self.file.name} says {record.width} x "
+                f"{record.height}; put the image there that was annotated"
             )
         return image
 
@@ -76,28 +91,46 @@ class CocoSplit:
         """Labels [n] from 1, and masks [n, H, W] of 0 and 1 at the image's size, of the objects that can be learned.
 
         Raises:
-            DataError: an annotation has no segmentation that pycocotools can read.
+            DataError: an annotation has no category or segmentation that can be read.
         """
-        image = self.image_ids[sample]
-        about = self.index.imgs[image]
-        labels, masks = [], [np.zeros((0, about["height"], about["width"]), np.uint8)]
-        for annotation in self._learnable(image):
+        record = self._records[sample]
+        labels, masks = [], [np.zeros((0, record.height, record.width), np.uint8)]
+        for number, category, segmentation in record.objects:
             try:
-                masks.append(self.index.annToMask(annotation)[None])
-                labels.append(self._labels[annotation["category_id"]])
+                labels.append(self._labels[category])
+                masks.append(_mask(segmentation, record)[None])
             except Exception as error:  # pycocotools asserts, indexes and casts
                 raise DataError(
-                    f"{self.file}: annotation {annotation.get('id')} has no category or segmentation that can be read: "
+                    f"{self.file}: annotation {number} has no category or segmentation that can be read: "
                     f"{type(error).__name__}: {error}; correct it"
                 ) from error
         return np.array(labels, np.int64), np.concatenate(masks)
 
-    def _learnable(self, image: int) -> list[dict[str, Any]]:
-        return [
-            annotation
-            for annotation in self.index.imgToAnns.get(image, ())
+    def _record(self, index: Any, image: int) -> ImageRecord:
+        about = index.imgs[image]
+        learnable = [
+            (annotation.get("id"), annotation.get("category_id"), annotation.get("segmentation"))
+            for annotation in index.imgToAnns.get(image, ())
             if not annotation.get("iscrowd") and annotation.get("area", 1) > 0
         ]
+        try:
+            return ImageRecord(about["file_name"], about["width"], about["height"], tuple(learnable))
+        except KeyError as error:
+            raise DataError(f"{self.file}: image {image} has no {error.args[0]}; {MEND}") from error
+
+
+class _Packed:
+    """Records as one array of bytes: of a million objects, each worker would copy those it touches."""
+
+    def __init__(self, records: Sequence[ImageRecord]) -> None:
+        packed = [pickle.dumps(record) for record in records]
+        self._ends = np.cumsum([len(record) for record in packed])
+        self._bytes = np.frombuffer(b"".join(packed), np.uint8)
+
+    def __getitem__(self, number: int) -> ImageRecord:
+        start = self._ends[number - 1] if number else 0
+        record: ImageRecord = pickle.loads(self._bytes[start : self._ends[number]].data)
+        return record
 
 
 def check_classes(split: CocoSplit, num_classes: int) -> None:
@@ -117,6 +150,22 @@ def require_pycocotools() -> None:
         raise RecipeError(
             f"karat detect needs pycocotools ({error}); install the extra: pip install 'karat-scale[detection]'"
         ) from error
+
+
+def _mask(segmentation: Any, record: ImageRecord) -> npt.NDArray[np.uint8]:
+    """Polygons, or run lengths, compressed or not, as a mask [H, W]."""
+    from pycocotools import mask as coco_mask
+
+    if isinstance(segmentation, list):
+        runs = coco_mask.merge(coco_mask.frPyObjects(segmentation, record.height, record.width))
+    elif isinstance(segmentation["counts"], list):
+        runs = coco_mask.frPyObjects(segmentation, record.height, record.width)
+    else:
+        runs = segmentation
+    mask: npt.NDArray[np.uint8] = coco_mask.decode(runs)
+    if mask.shape != (record.height, record.width):
+        raise ValueError(f"its mask is {mask.shape[1]} x {mask.shape[0]}")
+    return mask
 
 
 def _read(file: Path) -> Any:

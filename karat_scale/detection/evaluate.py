@@ -94,7 +94,7 @@ def describe(batch: DetectionBatch, predictions: list[dict[str, Tensor]], split:
 
 
 def score(split: CocoSplit, results: list[dict[str, Any]]) -> DetectionScores:
-    """COCO's averages of results over all images of a split; 0 where nothing was found."""
+    """COCO's averages of results over all images of a split that is not for training; 0 where nothing was found."""
     from pycocotools.cocoeval import COCOeval
 
     figures: dict[str, float] = {}
@@ -103,7 +103,8 @@ def score(split: CocoSplit, results: list[dict[str, Any]]) -> DetectionScores:
         if results:
             with contextlib.redirect_stdout(io.StringIO()):
                 # `loadRes` writes to the dictionaries it is given.
-                evaluation = COCOeval(split.index, split.index.loadRes([dict(result) for result in results]), kind)
+                found = split.index.loadRes([dict(result) for result in results])
+                evaluation = COCOeval(split.index, found, kind)
                 evaluation.params.imgIds = split.image_ids
                 evaluation.evaluate()
                 evaluation.accumulate()

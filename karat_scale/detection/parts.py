@@ -91,6 +91,6 @@ def open_split(recipe: DetectionRecipe, name: str) -> CocoSplit:
     """
     data = recipe.data
     names = (data.train_images, data.train_annotations) if name == "train" else (data.val_images, data.val_annotations)
-    split = CocoSplit(data.path, *names, only_with_objects=name == "train")
+    split = CocoSplit(data.path, *names, for_training=name == "train")
     check_classes(split, recipe.model.num_classes)
     return split

@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 import sys
@@ -29,9 +30,9 @@ def own(tmp_path: Path) -> dict:
     }
 
 
-def opened(root: Path, content: object, only_with_objects: bool = True) -> CocoSplit:
+def opened(root: Path, content: object, for_training: bool = True) -> CocoSplit:
     (root / "a.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    return CocoSplit(str(root), ".", "a.json", only_with_objects)
+    return CocoSplit(str(root), ".", "a.json", for_training)
 
 
 def test_labels_follow_category_ids_and_what_cannot_be_learned_is_left_out(own: dict, tmp_path: Path) -> None:
@@ -43,11 +44,21 @@ def test_labels_follow_category_ids_and_what_cannot_be_learned_is_left_out(own: 
     assert masks.shape == (1, 30, 40)
     assert masks[0, 10:20, 10:20].all()
     assert masks.sum() == 100
-    assert len(opened(tmp_path, own, only_with_objects=False)) == 2
+    assert len(opened(tmp_path, own, for_training=False)) == 2
+
+
+def test_polygons_and_run_lengths_are_one_mask(own: dict, tmp_path: Path) -> None:
+    polygon = own["annotations"][0]
+    _, masks = opened(tmp_path, own).objects(0)
+    columns = masks[0].T.ravel().tolist()
+    changes = [0, *(i for i in range(1, 1200) if columns[i] != columns[i - 1]), 1200]
+    runs = {"size": [30, 40], "counts": [b - a for a, b in itertools.pairwise(changes)]}
+    _, same = opened(tmp_path, {**own, "annotations": [{**polygon, "segmentation": runs}]}).objects(0)
+    assert np.array_equal(same, masks)
 
 
 def test_masks_of_the_made_set_are_exact(coco_set: Path) -> None:
-    split = CocoSplit(str(coco_set), "train", "train.json", True)
+    split = CocoSplit(str(coco_set), "train", "train.json", False)
     for sample in range(5):
         image, (labels, masks) = split.read(sample), split.objects(sample)
         assert masks.shape == (len(labels), image.height, image.width)
@@ -77,6 +88,10 @@ def test_bad_files_are_one_line_that_names_them(own: dict, tmp_path: Path) -> No
         CocoSplit(str(tmp_path), ".", "none.json", True)
     broken = [{**own["annotations"][0], "segmentation": [[1.0]]}]
     assert "annotation 1 has no category or segmentation" in refused({**own, "annotations": broken})
+    wrong = {**broken[0], "segmentation": {"size": [3, 4], "counts": [2, 10]}}
+    assert "annotation 1 has no category or segmentation" in refused({**own, "annotations": [wrong]})
+    nameless = {"id": 0, "width": 40, "height": 30}
+    assert "image 0 has no file_name" in refused({**own, "images": [nameless]})
     wider = {**own, "images": [{**own["images"][0], "width": 41}]}
     assert "a.jpg is 40 x 30, but a.json says 41 x 30" in refused(wider)
     shutil.copy(tmp_path / "a.jpg", tmp_path / "whole.jpg")
