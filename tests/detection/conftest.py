@@ -29,7 +29,7 @@ SMALL = {
     "augment": {"scale": [0.8, 1.25]},
     "optim": {"lr": 1e-3, "lr_batch": None},
     "schedule": {"warmup_steps": 5},
-    "train": {"epochs": 4, "global_batch": 8, "eval_every_epochs": 100},
+    "train": {"epochs": 2, "global_batch": 4, "eval_every_epochs": 100},
     "log": {"every_steps": 1, "tensorboard": False},
 }
 

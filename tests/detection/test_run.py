@@ -101,7 +101,7 @@ def test_two_ranks_score_each_image_once_and_one_goes_on_from_them(small_file: P
 def test_it_learns_to_find_objects_in_images_it_has_not_seen(kind: str, small_file: Path, tmp_path: Path) -> None:
     data = make_set(tmp_path / "set", {"train": 64, "val": 24}, seed=1)
     run = tmp_path / "run"
-    options = (f"attention.kind={kind}", f"data.path={data}", "train.epochs=30", "log.every_steps=10")
+    options = (f"attention.kind={kind}", f"data.path={data}", "train.global_batch=8", "train.epochs=40")
     done = karat("detect", str(small_file), f"run.dir={run}", *options)
     assert done.returncode == 0, done.stderr
     (scores,) = events(run, "eval")
