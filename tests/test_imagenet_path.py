@@ -32,6 +32,13 @@ SMALL_MODEL = (
     "log.tensorboard=false",
 )
 BACKENDS = ("webdataset", "folder", "ffcv", "dali")
+# Each backend once and each world twice; all of them where the slow tests run.
+SAMPLED = {("webdataset", 2), ("folder", 1), ("ffcv", 2), ("dali", 1)}
+CELLS = [
+    pytest.param(backend, processes, marks=() if (backend, processes) in SAMPLED else pytest.mark.slow)
+    for backend in BACKENDS
+    for processes in (1, 2)
+]
 LIBRARY = {"ffcv": "ffcv", "dali": "nvidia.dali"}
 
 
@@ -141,8 +148,7 @@ def test_the_shards_are_verified(imagenet: Imagenet) -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "processes"), CELLS)
 def test_every_backend_and_world_trains_on_the_same_samples(imagenet: Imagenet, backend: str, processes: int) -> None:
     if backend in LIBRARY and importlib.util.find_spec(LIBRARY[backend].partition(".")[0]) is None:
         pytest.skip(f"pip install 'karat-scale[{backend}]'")

@@ -61,22 +61,10 @@ def test_synthetic_images_leave_the_model_to_bound(doctor: Doctor, recipe_file: 
     assert not (tmp_path / "run").exists()
 
 
-def test_shards_give_every_figure_and_nothing_is_left_behind(recipe_file: Path, tmp_path: Path) -> None:
-    file, scratch = tmp_path / "doctor.json", tmp_path / "scratch"
-    scratch.mkdir()
-    code = (
-        "import psutil; from karat_scale.cli import main\n"
-        f"code = main(['doctor', {str(recipe_file)!r}, 'data.workers=2', '--seconds=1.5', '--json={file}'])\n"
-        "print('left:', code, psutil.Process().children(recursive=True))"
-    )
-    environment = {**karat_environment(), "TMPDIR": str(scratch)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.stdout.splitlines()[-1] == "left: 0 []", done.stdout + done.stderr
+def test_shards_give_every_figure(doctor: Doctor, recipe_file: Path, tmp_path: Path) -> None:
+    done, report = doctor(recipe_file)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
-    assert not list(scratch.glob("karat-doctor*"))
-    assert not (tmp_path / "run").exists()
-
-    report = json.loads(file.read_text())
     keys = {"version", "exit", "problems", "machine", "recipe", "verdict", "bound", "advice", "stages", "storage"}
     keys |= {"data_path", "device", "loop", "data_images_per_second", "device_images_per_second"}
     assert keys <= report.keys()
@@ -87,6 +75,22 @@ def test_shards_give_every_figure_and_nothing_is_left_behind(recipe_file: Path, 
     assert report["loop"]["steps"] >= 2
     assert report["exit"] == 0
     assert f"bound: {report['bound']}: " in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_left_behind(recipe_file: Path, tmp_path: Path) -> None:
+    code = (
+        "import psutil; from karat_scale.doctor.run import doctor\n"
+        f"code = doctor({str(recipe_file)!r}, ['data.workers=2'], 0.5, None)\n"
+        "print('left:', code, psutil.Process().children(recursive=True))"
+    )
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    environment = {**karat_environment(), "TMPDIR": str(scratch)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[-1] == "left: 0 []", done.stdout + done.stderr
+    assert not list(scratch.glob("karat-doctor*"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.multiprocess
@@ -98,33 +102,26 @@ def test_two_ranks_time_their_communication(doctor: Doctor, recipe_file: Path) -
     assert done.stdout.count("what bounds training") == 1
 
 
-IN_ONE_PROCESS = """
-import sys
-from karat_scale.cli import main
-for override in sys.argv[2:]:
-    print("exit", main(["doctor", sys.argv[1], override]), "---", flush=True)
-    print("---", file=sys.stderr, flush=True)
-"""
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("attention.grdi=3", "attention.grid"),
+        ("model.name=vit_tinny_patch16_224", "vit_tiny_patch16_224"),
+        ("deepspeed.config=zero9", "zero9"),
+        ("augment.randaugment=rand-q9", "randaugment"),
+    ],
+)
+def test_a_bad_recipe_is_one_line(doctor: Doctor, recipe_file: Path, override: str, part: str) -> None:
+    done, _ = doctor(recipe_file, override)
+    assert done.returncode == 2, done.stdout
+    assert len(done.stderr.splitlines()) == 1
+    assert part in done.stderr
 
 
-def test_a_bad_recipe_is_one_line_and_missing_data_a_problem_among_others(recipe_file: Path, tmp_path: Path) -> None:
-    bad = {
-        "attention.grdi=3": "attention.grid",
-        "model.name=vit_tinny_patch16_224": "vit_tiny_patch16_224",
-        "deepspeed.config=zero9": "zero9",
-        "augment.randaugment=rand-q9": "randaugment",
-    }
-    missing = f"data.path={tmp_path / 'nowhere'}"
-    command = [sys.executable, "-c", IN_ONE_PROCESS, str(recipe_file), *bad, missing]
-    done = subprocess.run(command, capture_output=True, text=True, env=karat_environment())
-    assert done.returncode == 0, done.stdout + done.stderr
-    *refusals, said = done.stdout.split("---")[:-1]
-    for part, out, err in zip(bad.values(), refusals, done.stderr.split("---"), strict=False):
-        assert out.strip().endswith("exit 2"), done.stdout
-        assert len(err.strip().splitlines()) == 1
-        assert part in err
-    assert said.strip().endswith("exit 1")
-    assert "nowhere" in said
-    assert "room for checkpoints" in said
-    assert "1 problem (data)" in said
-    assert not done.stderr.split("---")[len(bad)].strip()
+def test_missing_data_is_a_problem_among_others(doctor: Doctor, recipe_file: Path, tmp_path: Path) -> None:
+    done, report = doctor(recipe_file, f"data.path={tmp_path / 'nowhere'}")
+    assert done.returncode == report["exit"] == 1
+    assert report["problems"] == ["data"]
+    assert "nowhere" in done.stdout
+    assert "room for checkpoints" in done.stdout
+    assert done.stderr == ""
