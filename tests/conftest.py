@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.warm import run_karat
+from tests.warm import run_module
 
 # Before torch is imported. Threads of several test processes on few cores spend their time waiting for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -112,16 +112,8 @@ def karat_command(arguments: Sequence[str], processes: int = 1) -> list[str]:
 
 def karat(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
     """Run `karat` to its end."""
-    if processes == 1:
-        return run_karat(arguments, karat_environment(), timeout=300)
-    return subprocess.run(
-        karat_command(arguments, processes),
-        env=karat_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    _, _, module, *rest = karat_command(arguments, processes)
+    return run_module(module, rest, karat_environment(), timeout=300)
 
 
 @pytest.fixture

@@ -1,42 +1,48 @@
-"""`karat` in a process forked from one that has imported what it needs: imports are most of a small run's time."""
+"""`python -m MODULE` in a process forked from one that has imported what `karat` needs.
+
+Imports are most of a small run's time. The process that others are forked from begins anew, does nothing but import,
+and has one thread.
+"""
 
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# The process that they are forked from begins anew, runs nothing but these imports, and has one thread.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["karat_scale.train.run", "karat_scale.train.eval_run"])
+PROCESSES.set_forkserver_preload(
+    ["karat_scale.train.run", "karat_scale.train.eval_run", "torch.distributed.launcher.api"]
+)
 
 
-def run_karat(
-    arguments: Sequence[str], environment: Mapping[str, str], timeout: float
+def run_module(
+    module: str, arguments: Sequence[str], environment: Mapping[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    """`karat ARGUMENTS` to its end, in a process of its own. Raises TimeoutError, and ends it, after `timeout` s."""
+    """Run to its end. Raises TimeoutError, and ends it, after `timeout` seconds."""
     with tempfile.TemporaryDirectory() as scratch:
         out, err = Path(scratch, "out"), Path(scratch, "err")
-        told = (tuple(arguments), dict(environment), str(Path.cwd()), str(out), str(err))
-        process = PROCESSES.Process(target=_karat, args=told)
+        told = (module, tuple(arguments), dict(environment), str(Path.cwd()), str(out), str(err))
+        process = PROCESSES.Process(target=_run, args=told)
         process.start()
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
             process.join()
-            raise TimeoutError(f"karat {' '.join(arguments)}: {out.read_text()}{err.read_text()}")
-        return subprocess.CompletedProcess(["karat", *arguments], process.exitcode, out.read_text(), err.read_text())
+            raise TimeoutError(f"{module} {' '.join(arguments)}: {out.read_text()}{err.read_text()}")
+        return subprocess.CompletedProcess([module, *arguments], process.exitcode, out.read_text(), err.read_text())
 
 
-def _karat(arguments: Sequence[str], environment: Mapping[str, str], directory: str, out: str, err: str) -> None:
+def _run(
+    module: str, arguments: Sequence[str], environment: Mapping[str, str], directory: str, out: str, err: str
+) -> None:
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = ["karat", *arguments]
-    from karat_scale.cli import entry_point
-
-    entry_point()
+    sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
