@@ -30,7 +30,7 @@ def write_timm_folder(source: Source, path: Path) -> str:
 
 def write_hub_folder(source: Source, path: Path) -> str:
     """The same with the recipe, a model card and every file's SHA-256; raises as `write_timm_folder`."""
-    card = model_card(source.facts, source.model, path.name)
+    card = model_card(source.facts, source.model, source.recipe.run.name)
     return _write(
         path, {**_timm_files(source), RECIPE: source.facts["recipe"].encode(), CARD: card.encode()}, sums=True
     )

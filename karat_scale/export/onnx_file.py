@@ -32,12 +32,12 @@ def write_onnx(source: Source, path: Path) -> str:
     size = source.recipe.model.image_size
     try:
         proto = _convert(model, example_images(size, 2))
-    except Exception as error:  # of torch.export, onnxscript and onnx
+        for key, value in source.facts.items():
+            proto.metadata_props.add(key=key, value=value)
+        content = proto.SerializeToString()
+    except Exception as error:  # of torch.export, onnxscript, onnx and, beyond 2 GB, protobuf
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(f"the model cannot be written as ONNX: {reason}; use --format torchscript") from error
-    for key, value in source.facts.items():
-        proto.metadata_props.add(key=key, value=value)
-    content = proto.SerializeToString()
     difference = check_likeness(model, onnx_session(content), size)
     write_atomically(path, content)
     return f"logits within {difference:.1e} in onnxruntime, opset {proto.opset_import[0].version}"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from karat_scale.errors import UserError
 from karat_scale.export.likeness import check_likeness, example_images
 from karat_scale.export.source import Source
 from karat_scale.files import write_atomically
@@ -19,14 +20,18 @@ def write_torchscript(source: Source, path: Path) -> str:
     """Trace the model over normalised images [B, 3, S, S] of any B; returns a note on what was checked.
 
     Raises:
-        UserError: the model does not answer as it should.
+        UserError: the model cannot be traced, or does not answer as it should.
         OSError: `path` cannot be written.
     """
     model = source.traceable_model()
     size = source.recipe.model.image_size
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of checks on shapes, which are fixed but for the batch; and of its own age
-        traced = torch.jit.trace(model, example_images(size, 2), check_trace=False)
+        try:
+            traced = torch.jit.trace(model, example_images(size, 2), check_trace=False)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise UserError(f"the model cannot be traced: {reason}; use --format safetensors") from error
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer, _extra_files={FACTS: json.dumps(source.facts)})
     buffer.seek(0)
