@@ -31,7 +31,7 @@ def check_likeness(model: nn.Module, exported: Callable[[Tensor], Tensor], image
             try:
                 got = exported(images)
             except Exception as error:  # of whatever runs it
-                reason = str(error).strip().splitlines()[-1]
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
                 raise RunDirectoryError(f"the exported model fails on a batch of {batch}: {reason}; {_MEND}") from error
         difference = float((got - expected).abs().max())
         if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):

@@ -28,15 +28,15 @@ def write_onnx(source: Source, path: Path) -> str:
         OSError: `path` cannot be written.
     """
     _check_packages()
-    model = source.traceable_model()
+    model, facts = source.traceable_model(), source.facts
     size = source.recipe.model.image_size
     try:
         proto = _convert(model, example_images(size, 2))
-        for key, value in source.facts.items():
+        for key, value in facts.items():
             proto.metadata_props.add(key=key, value=value)
         content = proto.SerializeToString()
     except Exception as error:  # of torch.export, onnxscript, onnx and, beyond 2 GB, protobuf
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"the model cannot be written as ONNX: {reason}; use --format torchscript") from error
     difference = check_likeness(model, onnx_session(content), size)
     write_atomically(path, content)

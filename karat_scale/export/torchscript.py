@@ -30,7 +30,7 @@ def write_torchscript(source: Source, path: Path) -> str:
         try:
             traced = torch.jit.trace(model, example_images(size, 2), check_trace=False)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise UserError(f"the model cannot be traced: {reason}; use --format safetensors") from error
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer, _extra_files={FACTS: json.dumps(source.facts)})
