@@ -86,7 +86,8 @@ def _weights_of_file(path: Path) -> dict[str, Tensor]:
 
 def _weights_of_timm(name: str) -> dict[str, Tensor]:
     if not timm.is_model_pretrained(name):
-        close = difflib.get_close_matches(name, timm.list_pretrained(), n=1)
+        known = dict.fromkeys(found.partition(".")[0] for found in timm.list_pretrained())
+        close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {TIMM}{close[0]}?" if close else "`timm.list_pretrained('vit*')` lists them"
         raise RecipeError(f"timm has no weights of that name; {hint}")
     try:
