@@ -28,10 +28,13 @@ def run_module(
         told = (module, tuple(arguments), dict(environment), str(Path.cwd()), str(out), str(err))
         process = PROCESSES.Process(target=_run, args=told)
         process.start()
-        process.join(timeout)
-        if process.exitcode is None:
+        try:
+            process.join(timeout)
+            in_time = process.exitcode is not None
+        finally:  # the test's own time may be over, too
             process.kill()
             process.join()
+        if not in_time:
             raise TimeoutError(f"{module} {' '.join(arguments)}: {out.read_text()}{err.read_text()}")
         return subprocess.CompletedProcess([module, *arguments], process.exitcode, out.read_text(), err.read_text())
 
