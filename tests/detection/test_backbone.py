@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from timm.layers import Attention
@@ -7,6 +9,8 @@ from karat_scale.detection.backbone import ViTBackbone, build_vit, join_windows,
 from karat_scale.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.recipe import AttentionConfig
+from karat_scale.train.distributed import ALONE
+from karat_scale.train.initial_weights import initialise
 
 KARAT = AttentionConfig(kind="karat", grid=2, rank=4)
 
@@ -84,3 +88,18 @@ def test_weights_of_another_width_are_refused(small) -> None:
     wide = create_model(small(model={"embed_dim": 96}).window_model, KARAT)
     with pytest.raises(RecipeError, match=r"96.* there and .*64.* here"):
         take_backbone_weights(build_vit(small()), wide.state_dict())
+
+
+def test_init_from_a_file_gives_the_backbone_its_weights(small, tmp_path: Path) -> None:
+    classifier = create_model(small().window_model, AttentionConfig())
+    torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
+    vit = build_vit(small())
+    line = initialise(vit, str(tmp_path / "classifier.pth"), ALONE, take_backbone_weights)
+    assert "without its class token; the attention operators are left at their start" in line
+    assert torch.equal(vit.blocks[0].attn.qkv.weight, classifier.blocks[0].attn.qkv.weight)
+
+
+@pytest.mark.parametrize("name", ["convit_tiny", "swin_tiny_patch4_window7_224"])
+def test_only_a_plain_vit_is_a_map(small, name: str) -> None:
+    with pytest.raises(RecipeError, match=f"model.name = {name} is no plain ViT"):
+        build_vit(small(model={"name": name}))
