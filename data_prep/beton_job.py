@@ -16,9 +16,9 @@ from preparing import OddImageSkippedError, Preparation, Prepared
 from shard_job import FREE_SETTINGS, become_worker
 from sources import Source, UnreadableSampleError
 
-from karat_scale.data.beton import BetonRecord, beton_path, index_bytes, index_path, record_path
-from karat_scale.data.beton_writer import BetonWriter, StoredImage
-from karat_scale.data.shard_format import FileRecord, OddRecord, SkippedRecord
+from karat_scale.data.formats.beton import BetonRecord, beton_path, index_bytes, index_path, record_path
+from karat_scale.data.formats.beton_writer import BetonWriter, StoredImage
+from karat_scale.data.formats.shard_format import FileRecord, OddRecord, SkippedRecord
 from karat_scale.errors import DataError
 from karat_scale.files import commit_file, file_sha256, write_atomically
 

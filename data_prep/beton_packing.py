@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from karat_scale.data.beton_writer import MAX_SIDE, StoredImage
 from karat_scale.data.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.decoders.ffcv import JpegDecoder
 from karat_scale.data.decoders.jpeg_header import Frame, read_frame
+from karat_scale.data.formats.beton_writer import MAX_SIDE, StoredImage
 from karat_scale.errors import DataError
 
 WriteMode = Literal["jpg", "raw", "proportion", "smart"]

@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from karat_scale.data.shard_format import OddRecord, SkippedRecord
+from karat_scale.data.formats.shard_format import OddRecord, SkippedRecord
 from karat_scale.errors import DataError, UserError
 
 PLAIN_LINE_SECONDS = 10.0

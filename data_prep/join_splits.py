@@ -10,7 +10,7 @@ from pathlib import Path
 
 from console import make_parser, run
 
-from karat_scale.data.shard_format import DATASET_FILE, read_dataset_record, write_dataset_record
+from karat_scale.data.formats.shard_format import DATASET_FILE, read_dataset_record, write_dataset_record
 from karat_scale.errors import DataError
 from karat_scale.files import flush_to_disk
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from console import add_shard_options, make_parser, progress, run
 
-from karat_scale.data.shard_format import ShardRecord, chosen_splits, read_dataset_record
-from karat_scale.data.shards import check_file
+from karat_scale.data.formats.shard_format import ShardRecord, chosen_splits, read_dataset_record
+from karat_scale.data.formats.shards import check_file
 from karat_scale.errors import DataError
 from karat_scale.files import write_atomically
 

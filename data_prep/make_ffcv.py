@@ -3,8 +3,8 @@
     python data_prep/make_ffcv.py --src DIR --out DIR
 
 The source is a directory of shards made by make_webdataset.py, or anything that script reads. Each split becomes one
-beton with a JSON file and an index beside it (karat_scale/data/beton.py). Sample ids are those of the shards that the
-same options make. JPEGs are kept byte for byte, unless --write-mode or --max-resolution says otherwise.
+beton with a JSON file and an index beside it (karat_scale/data/formats/beton.py). Sample ids are those of the shards
+that the same options make. JPEGs are kept byte for byte, unless --write-mode or --max-resolution says otherwise.
 
 The same source and options give the same bytes. Run on a finished output, it checks every byte and makes again what is
 damaged. A run that was killed leaves only a hidden file; the next one begins that beton anew and says so. Needs FFCV:
@@ -34,9 +34,9 @@ from sources import Source, SourceOptions, open_splits
 from sources.shards import has_shards, open_shards
 
 from karat_scale import __version__
-from karat_scale.data.beton import BetonRecord, check_file, read_record, record_path
-from karat_scale.data.beton_writer import page_bytes
 from karat_scale.data.decoders.ffcv import require_ffcv
+from karat_scale.data.formats.beton import BetonRecord, check_file, read_record, record_path
+from karat_scale.data.formats.beton_writer import page_bytes
 from karat_scale.errors import DataError
 
 # FFCV's own defaults.

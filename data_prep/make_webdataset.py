@@ -48,7 +48,7 @@ from sources import Source, SourceOptions, open_splits
 from sources.val_labels import NAME_FILES, find_file, read_synset_names
 
 from karat_scale import __version__
-from karat_scale.data.shard_format import (
+from karat_scale.data.formats.shard_format import (
     DATASET_FILE,
     DatasetRecord,
     SkippedRecord,
@@ -56,7 +56,7 @@ from karat_scale.data.shard_format import (
     read_dataset_record,
     write_dataset_record,
 )
-from karat_scale.data.shards import check_file
+from karat_scale.data.formats.shards import check_file
 from karat_scale.errors import DataError
 
 

@@ -22,10 +22,10 @@ from preparing import OddImageSkippedError, Preparation
 from pydantic import BaseModel, ValidationError
 from sources import Source, UnreadableSampleError
 
+from karat_scale.data.formats.shard_format import OddRecord, ShardRecord, SkippedRecord
+from karat_scale.data.formats.shard_writer import EncodedSample, shard_name, write_shard
+from karat_scale.data.formats.shards import check_file
 from karat_scale.data.order import epoch_order
-from karat_scale.data.shard_format import OddRecord, ShardRecord, SkippedRecord
-from karat_scale.data.shard_writer import EncodedSample, shard_name, write_shard
-from karat_scale.data.shards import check_file
 from karat_scale.errors import DataError
 from karat_scale.files import write_atomically
 

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from console import add_shard_options, make_parser, progress, run
 
-from karat_scale.data.shard_format import (
+from karat_scale.data.formats.shard_format import (
     DATASET_FILE,
     FileRecord,
     chosen_splits,
     read_dataset_record,
     write_dataset_record,
 )
-from karat_scale.data.shards import check_file
+from karat_scale.data.formats.shards import check_file
 from karat_scale.errors import DataError
 from karat_scale.files import commit_file
 

@@ -17,7 +17,7 @@ import numpy as np
 from console import add_shard_options, make_parser, progress, run
 
 from karat_scale.data.decode import UndecodableImageError, decode_rgb
-from karat_scale.data.shard_format import (
+from karat_scale.data.formats.shard_format import (
     INDEX_FIELDS,
     ShardRecord,
     SplitRecord,
@@ -25,7 +25,7 @@ from karat_scale.data.shard_format import (
     read_dataset_record,
     read_index_field,
 )
-from karat_scale.data.shards import check_file
+from karat_scale.data.formats.shards import check_file
 from karat_scale.errors import DataError
 
 # ImageNet-1K as published: images, and the fewest and most of one class.

@@ -139,7 +139,7 @@ def entry_point() -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from karat_scale.recipe_io import dump_recipe, load_recipe
+    from karat_scale.recipe.loading import dump_recipe, load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.print:
@@ -158,7 +158,7 @@ def _eval(options: argparse.Namespace) -> int:
 
 def _detect(options: argparse.Namespace) -> int:
     from karat_scale.detection.recipe import DetectionRecipe
-    from karat_scale.recipe_io import dump_recipe, load_recipe
+    from karat_scale.recipe.loading import dump_recipe, load_recipe
 
     if options.eval:
         from karat_scale.detection.run import evaluate_detector

@@ -119,7 +119,7 @@ def karat(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[st
 @pytest.fixture
 def recipe_file(tmp_path: Path, shards: Path) -> Path:
     """A small KArAt recipe over the shards, with its run below tmp_path."""
-    from karat_scale.recipe_io import dump_recipe, load_recipe
+    from karat_scale.recipe.loading import dump_recipe, load_recipe
 
     base = tmp_path / "small.yaml"
     base.write_text(f"data: {{path: {shards}}}\nattention: {{kind: karat}}\nschedule: {{warmup_epochs: 0.5}}\n")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from karat_scale.data.randaugment import RandAugment
+from karat_scale.data.augmentation.randaugment import RandAugment
 from karat_scale.models import create_model
-from karat_scale.recipe_io import differing_keys, load_recipe
+from karat_scale.recipe.loading import differing_keys, load_recipe
 from karat_scale.train.optimizer import build_optimizer
 from karat_scale.train.schedule import build_schedule
 from tests.conftest import SMALL, events, karat

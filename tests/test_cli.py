@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from karat_scale import __version__
-from karat_scale.recipe_io import load_recipe
+from karat_scale.recipe.loading import load_recipe
 from tests.conftest import events, karat, summary
 
 Train = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.recipe_files import shipped_recipes
+from karat_scale.recipe.files import shipped_recipes
 from tests.conftest import ROOT, SMALL, events, free_port, karat_environment
 
 README = (ROOT / "README.md").read_text()

@@ -29,9 +29,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import karat_scale.data.backends.webdataset
 import karat_scale.train.run  # noqa: F401
-from karat_scale.recipe_io import dump_recipe, load_recipe
-from karat_scale.train.ds_internals import quieten_and_skip_builds
-from karat_scale.train.tensor_storage import load_tensors
+from karat_scale.recipe.loading import dump_recipe, load_recipe
+from karat_scale.train.checkpoint.tensor_storage import load_tensors
+from karat_scale.train.deepspeed.internals import quieten_and_skip_builds
 from tests.conftest import SMALL, make_image_folder, run_script
 from tests.train.conftest import equal
 from tests.train.forked_ranks import ForkedRanks

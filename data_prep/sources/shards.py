@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from karat_scale.data.shard_format import (
+from karat_scale.data.formats.shard_format import (
     DATASET_FILE,
     DatasetRecord,
     chosen_splits,
     read_dataset_record,
     read_index_field,
 )
-from karat_scale.data.shards import ShardSplit
+from karat_scale.data.formats.shards import ShardSplit
 
 
 class ShardSource:

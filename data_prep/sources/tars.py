@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from karat_scale.data.shard_writer import TAR_BLOCK
+from karat_scale.data.formats.shard_writer import TAR_BLOCK
 from karat_scale.errors import DataError
 from sources.base import ListedSource, UnreadableSampleError
 from sources.imagefolder import NO_IMAGE_NAME, SPLIT_FOLDERS, is_image_name

@@ -10,11 +10,11 @@ from torch import nn
 from karat_scale.analysis.validation_images import ValidationImages
 from karat_scale.errors import RunDirectoryError
 from karat_scale.recipe import AttentionConfig, Recipe
-from karat_scale.recipe_io import load_recipe
-from karat_scale.train.checkpoint_store import CheckpointStore
+from karat_scale.recipe.loading import load_recipe
+from karat_scale.train.checkpoint.store import CheckpointStore
+from karat_scale.train.checkpoint.weights import load_weights, wants_ema
+from karat_scale.train.checkpoint.weights_file import load_exported
 from karat_scale.train.teacher import build_model
-from karat_scale.train.weights import load_weights, wants_ema
-from karat_scale.train.weights_file import load_exported
 
 SNAPSHOT = ".safetensors"
 

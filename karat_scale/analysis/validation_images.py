@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.backends import Backend, open_backend
 from karat_scale.data.batch import Batch
-from karat_scale.data.normalize import Normalize
 from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.errors import DataError
 from karat_scale.recipe import Recipe

@@ -24,10 +24,10 @@ from karat_scale.bench.interleave import interleaved_seconds, median_ratio, proc
 from karat_scale.bench.sample_images import CLASSES, SampleImages, prepare_images
 from karat_scale.data.backends import Backend, open_backend
 from karat_scale.data.backends.images import ImageBackend
-from karat_scale.data.beton import beton_path, read_record
 from karat_scale.data.decoders.native import NativeDecoder
+from karat_scale.data.formats.beton import beton_path, read_record
+from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.plan import TrainPlan
-from karat_scale.data.shards import ShardSplit
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
 from karat_scale.recipe import AugmentConfig, DataConfig

@@ -86,7 +86,7 @@ def _train(recipe: Recipe, steps: int) -> None:
     from karat_scale.train import distributed
     from karat_scale.train.loop import Loop
     from karat_scale.train.parts import build_parts
-    from karat_scale.train.progress import Reporter, SilentDisplay
+    from karat_scale.train.reporting.progress import Reporter, SilentDisplay
     from karat_scale.train.run_directory import RunDirectory
     from karat_scale.train.signals import StopSignals
     from karat_scale.train.state import TrainState

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.order import BLOCK_SAMPLES, WINDOW_BLOCKS, epoch_order
-from karat_scale.data.shards import ShardSplit
 from karat_scale.files import write_atomically
 
 POLICIES = ("full", "block")

@@ -12,7 +12,7 @@ from karat_scale.plan.choose import Machine, consider, micro_batches
 from karat_scale.plan.show import show_table
 from karat_scale.plan.subject import Subject
 from karat_scale.recipe import Recipe
-from karat_scale.recipe_io import validate_recipe
+from karat_scale.recipe.loading import validate_recipe
 
 # Optimizer states are made in the first step, so the second one is the first of its kind.
 STEPS = 2

@@ -25,7 +25,7 @@ from rich.table import Table
 from karat_scale.cluster.standing import read_events
 from karat_scale.errors import EXIT_STOPPED, UserError
 from karat_scale.files import write_atomically
-from karat_scale.recipe_io import load_recipe
+from karat_scale.recipe.loading import load_recipe
 from karat_scale.train.run_directory import RunDirectory
 
 POLL_SECONDS = 0.05

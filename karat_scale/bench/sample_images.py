@@ -12,9 +12,9 @@ from PIL import Image
 
 from karat_scale.data.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.decoders.jpeg_header import read_frame
-from karat_scale.data.shard_format import DatasetRecord, SplitRecord, write_dataset_record
-from karat_scale.data.shard_writer import EncodedSample, shard_name, write_shard
-from karat_scale.data.shards import ShardSplit
+from karat_scale.data.formats.shard_format import DatasetRecord, SplitRecord, write_dataset_record
+from karat_scale.data.formats.shard_writer import EncodedSample, shard_name, write_shard
+from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import DataError
 
 CLASSES, PER_SHARD = 10, 100

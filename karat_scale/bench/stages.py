@@ -27,10 +27,10 @@ from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
-from karat_scale.recipe_io import validate_recipe
+from karat_scale.recipe.loading import validate_recipe
 from karat_scale.train import distributed
+from karat_scale.train.deepspeed.engine import Engine
 from karat_scale.train.distributed import World
-from karat_scale.train.engine import Engine
 from karat_scale.train.optimizer import build_optimizer
 
 DDP = "DistributedDataParallel"

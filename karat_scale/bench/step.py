@@ -20,19 +20,19 @@ from rich.table import Table
 from timm.loss import SoftTargetCrossEntropy
 
 from karat_scale.bench.interleave import interleaved_seconds, median_ratio
+from karat_scale.data.augmentation.mixing import Mixer
+from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.batch import Batch
-from karat_scale.data.mixing import Mixer
-from karat_scale.data.normalize import Normalize
 from karat_scale.data.plan import TrainPlan
 from karat_scale.files import write_atomically
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
-from karat_scale.recipe_io import validate_recipe
+from karat_scale.recipe.loading import validate_recipe
 from karat_scale.train import distributed
 from karat_scale.train.loop import Loop
 from karat_scale.train.optimizer import build_optimizer
 from karat_scale.train.parts import build_parts
-from karat_scale.train.progress import Reporter, SilentDisplay
+from karat_scale.train.reporting.progress import Reporter, SilentDisplay
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.schedule import build_schedule
 from karat_scale.train.signals import StopSignals

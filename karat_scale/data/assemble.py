@@ -7,11 +7,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from karat_scale.data.augment import EvalTransform, TrainTransform
+from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
+from karat_scale.data.augmentation.draw import Draw
 from karat_scale.data.batch import BadSample, Batch
 from karat_scale.data.decode import UndecodableImageError
 from karat_scale.data.decoders import ChooseView, Decoder
-from karat_scale.data.draw import Draw
 from karat_scale.data.order import sample_seed
 from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.data.view import View

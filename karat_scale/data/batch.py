@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from karat_scale.data.draw import Draw
+from karat_scale.data.augmentation.draw import Draw
 
 
 @dataclass(frozen=True)

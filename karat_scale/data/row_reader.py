@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from karat_scale.data.assemble import ImageSource
+from karat_scale.data.augmentation.draw import Draw
 from karat_scale.data.decode import UndecodableImageError
 from karat_scale.data.decoders.base import Decoder, check_pixels
 from karat_scale.data.decoders.jpeg_header import read_frame
-from karat_scale.data.draw import Draw
+from karat_scale.data.formats.shards import MAX_OPEN_SHARDS
 from karat_scale.data.plan import PADDING, BatchSlice
-from karat_scale.data.shards import MAX_OPEN_SHARDS
 from karat_scale.data.view import View
 from karat_scale.errors import DataError
 

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import get_worker_info
 
+from karat_scale.data.augmentation.draw import Draw
 from karat_scale.data.batch import BadSample, Batch
-from karat_scale.data.draw import Draw
 from karat_scale.errors import DataError
 
 Shape = tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Saving and loading a detector's training on all ranks together, in the files of `train/checkpoint_store.py`.
+"""Saving and loading a detector's training on all ranks together, in the files of `train/checkpoint/store.py`.
 
 training.pt     weights and AdamW's state, the same on all ranks, written by rank 0
 rank-00000.pt   a rank's random generators
@@ -16,15 +16,15 @@ from karat_scale.detection.recipe import DetectionRecipe
 from karat_scale.detection.state import DetectionState
 from karat_scale.errors import RunDirectoryError
 from karat_scale.files import Fingerprint
-from karat_scale.recipe_io import dump_recipe
-from karat_scale.train.checkpoint_store import CheckpointStore, checkpoint_name
+from karat_scale.recipe.loading import dump_recipe
+from karat_scale.train.checkpoint.generators import generator_states, restore_generators, seed_generators
+from karat_scale.train.checkpoint.intact import agree_on_checkpoint, refuse_another_batch
+from karat_scale.train.checkpoint.restore import check_shapes
+from karat_scale.train.checkpoint.saved_state import sidecar_name
+from karat_scale.train.checkpoint.store import CheckpointStore, checkpoint_name
+from karat_scale.train.checkpoint.tensor_storage import describe, load_tensors, save_tensors
 from karat_scale.train.distributed import World
-from karat_scale.train.generators import generator_states, restore_generators, seed_generators
-from karat_scale.train.intact import agree_on_checkpoint, refuse_another_batch
-from karat_scale.train.progress import Reporter
-from karat_scale.train.restore import check_shapes
-from karat_scale.train.saved_state import sidecar_name
-from karat_scale.train.tensor_storage import describe, load_tensors, save_tensors
+from karat_scale.train.reporting.progress import Reporter
 
 FORMAT, KIND = 1, "detection"
 _TRAINING = "training.pt"

@@ -19,7 +19,7 @@ from karat_scale.detection.evaluate import evaluate
 from karat_scale.detection.parts import DetectionParts
 from karat_scale.detection.state import DetectionState
 from karat_scale.errors import DivergedError
-from karat_scale.train.interval import Interval, peak_memory_mb
+from karat_scale.train.reporting.interval import Interval, peak_memory_mb
 from karat_scale.train.signals import StoppedError
 
 _SAVE, _STOP = 1, 2

@@ -16,7 +16,7 @@ from karat_scale.detection.optimizer import StepSchedule, build_optimizer, build
 from karat_scale.detection.recipe import DetectionRecipe
 from karat_scale.train.distributed import World
 from karat_scale.train.initial_weights import initialise
-from karat_scale.train.progress import Reporter
+from karat_scale.train.reporting.progress import Reporter
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.signals import StopSignals
 

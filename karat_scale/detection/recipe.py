@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from karat_scale.recipe import ModelConfig, OptimConfig, RunRecipe
-from karat_scale.recipe_base import Count, Fraction, NonNegative, Positive, Section
-from karat_scale.recipe_keep import ReportConfig, SaveConfig
+from karat_scale.recipe.base import Count, Fraction, NonNegative, Positive, Section
+from karat_scale.recipe.keep import ReportConfig, SaveConfig
 
 
 class CocoConfig(Section):

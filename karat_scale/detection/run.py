@@ -16,11 +16,11 @@ from karat_scale.detection.recipe import DetectionRecipe
 from karat_scale.detection.state import DetectionState
 from karat_scale.files import write_atomically
 from karat_scale.models import parameter_count
-from karat_scale.recipe_io import load_recipe
+from karat_scale.recipe.loading import load_recipe
 from karat_scale.train import distributed
 from karat_scale.train.out_of_memory import one_line_out_of_memory
 from karat_scale.train.outcome import Outcome, concluded
-from karat_scale.train.progress import choose_display
+from karat_scale.train.reporting.progress import choose_display
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.signals import StopSignals
 from karat_scale.train.start import branch_point, device_name, open_directory, open_reporter

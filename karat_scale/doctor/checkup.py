@@ -18,8 +18,8 @@ from karat_scale.doctor.verdict import Verdict, judge
 from karat_scale.models import parameter_count
 from karat_scale.recipe import Recipe
 from karat_scale.train import distributed
+from karat_scale.train.deepspeed.config import load_ds_config
 from karat_scale.train.distributed import World
-from karat_scale.train.ds_config import load_ds_config
 from karat_scale.train.teacher import build_model, keep_teacher
 
 MB = 1e6

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from karat_scale.data.folder import FolderSplit
+from karat_scale.data.formats.folder import FolderSplit
+from karat_scale.data.formats.shard_format import read_dataset_record
+from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.order import epoch_order
-from karat_scale.data.shard_format import read_dataset_record
-from karat_scale.data.shards import ShardSplit
 from karat_scale.errors import DataError
 from karat_scale.recipe import DataConfig, Recipe
 

@@ -8,11 +8,11 @@ import torch.distributed as dist
 from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 
-from karat_scale.data.augment import TrainTransform
+from karat_scale.data.augmentation.augment import TrainTransform
+from karat_scale.data.augmentation.device_augment import DeviceAugment
+from karat_scale.data.augmentation.mixing import Mixer
+from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.batch import Batch
-from karat_scale.data.device_augment import DeviceAugment
-from karat_scale.data.mixing import Mixer
-from karat_scale.data.normalize import Normalize
 from karat_scale.doctor.clock import repeated, timed
 from karat_scale.models import parameter_count
 from karat_scale.recipe import Recipe

@@ -14,7 +14,7 @@ from karat_scale.doctor.data_files import DataFiles, find_data_files
 from karat_scale.doctor.finding import Finding, found, plural
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import Recipe
-from karat_scale.recipe_io import differing_keys
+from karat_scale.recipe.loading import differing_keys
 from karat_scale.train.distributed import World
 from karat_scale.train.run_directory import RunDirectory
 

@@ -48,7 +48,7 @@ def _machine(report: Report, is_main: bool) -> None:
 
 def _with_recipe(recipe: str, overrides: Sequence[str], seconds: float, report: Report, is_main: bool) -> None:
     try:  # a machine alone is examined without any of these
-        from karat_scale.recipe_io import load_recipe
+        from karat_scale.recipe.loading import load_recipe
 
         loaded = load_recipe(recipe, overrides)
         from karat_scale.doctor.checkup import check_up

@@ -19,7 +19,7 @@ from karat_scale.doctor.storage import StorageSpeed, measure_storage
 from karat_scale.doctor.verdict import Setting, Stage
 from karat_scale.recipe import Recipe
 from karat_scale.train.parts import Parts, build_parts
-from karat_scale.train.progress import PlainDisplay, Reporter
+from karat_scale.train.reporting.progress import PlainDisplay, Reporter
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.signals import StopSignals
 

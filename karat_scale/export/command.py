@@ -9,9 +9,9 @@ from karat_scale.export.folders import write_hub_folder, write_timm_folder
 from karat_scale.export.onnx_file import write_onnx
 from karat_scale.export.source import Source
 from karat_scale.export.torchscript import write_torchscript
-from karat_scale.recipe_io import load_recipe
+from karat_scale.recipe.loading import load_recipe
+from karat_scale.train.checkpoint.weights_file import write_weights
 from karat_scale.train.run_directory import RunDirectory
-from karat_scale.train.weights_file import write_weights
 
 
 class Format(NamedTuple):

@@ -10,9 +10,9 @@ from karat_scale.errors import RunDirectoryError
 from karat_scale.models import create_model
 from karat_scale.models.transfer import teacher_of, weights_digest
 from karat_scale.recipe import Recipe
+from karat_scale.train.checkpoint.weights import describe_weights, load_weights
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.teacher import build_model
-from karat_scale.train.weights import describe_weights, load_weights
 
 TRACEABLE = "reference"
 """The implementation of KArAt's operator that is plain tensor operations, all of which a tracer sees."""

@@ -7,8 +7,8 @@ from typing import Any
 from karat_scale.ledger.paper import PaperRow, PaperTable
 from karat_scale.ledger.record import Record
 from karat_scale.recipe import Recipe
-from karat_scale.recipe_files import shipped_recipes
-from karat_scale.recipe_io import differing_keys, flatten, load_recipe
+from karat_scale.recipe.files import shipped_recipes
+from karat_scale.recipe.loading import differing_keys, flatten, load_recipe
 
 # A run that differs in these alone repeats a row, at another budget, which the page states.
 BUDGET = ("run.seed", "train.epochs", "schedule.warmup_epochs", "schedule.warmup_steps", "train.precision")

@@ -6,7 +6,7 @@ from typing import Any
 from karat_scale.ledger.match import command_of_record, command_of_row, is_short, repeats
 from karat_scale.ledger.paper import PaperRow, PaperTable, paper_tables
 from karat_scale.ledger.record import Record
-from karat_scale.recipe_files import shipped_recipes
+from karat_scale.recipe.files import shipped_recipes
 
 _TOP = """# Reproduction
 

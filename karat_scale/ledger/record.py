@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from karat_scale.errors import RecipeError, RunDirectoryError, UserError
 from karat_scale.recipe import Recipe
-from karat_scale.recipe_io import validate_recipe
-from karat_scale.recipe_portable import portable_recipe, text_digest
+from karat_scale.recipe.loading import validate_recipe
+from karat_scale.recipe.portable import portable_recipe, text_digest
 from karat_scale.train.run_directory import RunDirectory
 
 

@@ -9,7 +9,7 @@ from karat_scale.plan.subject import Subject
 from karat_scale.plan.workspace import attention_workspace
 from karat_scale.plan.zero import kept
 from karat_scale.recipe import Recipe
-from karat_scale.train.ds_config import load_ds_config, zero_stage
+from karat_scale.train.deepspeed.config import load_ds_config, zero_stage
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 # On a GPU: CUDA's context, cuBLAS's and NCCL's buffers. On a CPU: Python with torch, timm and DeepSpeed, which were

@@ -19,8 +19,8 @@ from karat_scale.plan.report import Plan, count_samples, show
 from karat_scale.plan.subject import Subject
 from karat_scale.plan.time import ImageTime, estimate, measured
 from karat_scale.recipe import Recipe
-from karat_scale.recipe_io import load_recipe
-from karat_scale.train.ds_config import load_ds_config
+from karat_scale.recipe.loading import load_recipe
+from karat_scale.train.deepspeed.config import load_ds_config
 
 
 @dataclass(frozen=True)

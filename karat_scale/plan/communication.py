@@ -12,7 +12,7 @@ from typing import Any
 
 from karat_scale.plan.links import LATENCY_BETWEEN, LATENCY_WITHIN, REACHED, Links
 from karat_scale.plan.zero import ALL_REDUCE, BUCKET, FP32
-from karat_scale.train.ds_config import zero_stage
+from karat_scale.train.deepspeed.config import zero_stage
 
 
 @dataclass(frozen=True)

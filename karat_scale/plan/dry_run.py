@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.backends import Backend, open_backend
-from karat_scale.data.normalize import Normalize
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan, choose_micro_batch
 from karat_scale.errors import DataError, RecipeError
 from karat_scale.models import create_model, parameter_count
 from karat_scale.recipe import Recipe
-from karat_scale.train.ds_config import load_ds_config, zero_stage
+from karat_scale.train.deepspeed.config import load_ds_config, zero_stage
 
 PROBED = 2  # images, a pair for mixup
 

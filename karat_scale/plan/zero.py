@@ -12,7 +12,7 @@ from torch import nn
 
 from karat_scale.models import parameter_count
 from karat_scale.recipe import OptimConfig, Recipe
-from karat_scale.train.ds_config import offloads_optimizer, zero_stage
+from karat_scale.train.deepspeed.config import offloads_optimizer, zero_stage
 from karat_scale.train.parameter_groups import parameter_groups
 
 FP32 = 4

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
-from karat_scale.recipe_files import shipped_recipes
-from karat_scale.recipe_io import load_recipe
+from karat_scale.recipe.files import shipped_recipes
+from karat_scale.recipe.loading import load_recipe
 from karat_scale.submit.planned import planned_overrides
 
 SCRIPT = "imagenet_fourier_karat.sh"

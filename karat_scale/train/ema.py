@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from karat_scale.recipe import TrainConfig
-from karat_scale.train.ds_internals import master_weights, refresh_module
+from karat_scale.train.deepspeed.internals import master_weights, refresh_module
 
 
 def ema_decay(step: int, decay: float, warmup: bool) -> float:

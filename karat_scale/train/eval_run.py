@@ -7,20 +7,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.backends import open_backend
 from karat_scale.data.batch import BadSample
-from karat_scale.data.normalize import Normalize
 from karat_scale.files import write_atomically
 from karat_scale.models.init_from import take_weights
 from karat_scale.recipe import Recipe
-from karat_scale.recipe_io import load_recipe
+from karat_scale.recipe.loading import load_recipe
 from karat_scale.train import distributed
+from karat_scale.train.checkpoint.weights import load_weights, wants_ema
 from karat_scale.train.distributed import World
 from karat_scale.train.evaluate import EvalResult, evaluate
-from karat_scale.train.progress import Reporter, choose_display
+from karat_scale.train.reporting.progress import Reporter, choose_display
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.teacher import build_model
-from karat_scale.train.weights import load_weights, wants_ema
 
 
 def evaluate_run(run_dir: str, overrides: Sequence[str], checkpoint: str, weights: str, json_file: str | None) -> int:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.backends.base import Backend
-from karat_scale.data.normalize import Normalize
 from karat_scale.data.plan import EvalPlan
 from karat_scale.errors import DataError
 from karat_scale.train.distributed import World

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from karat_scale.errors import RecipeError, UserError
 from karat_scale.models import create_model
 from karat_scale.models.init_from import take_weights
+from karat_scale.train.checkpoint.weights import load_weights
 from karat_scale.train.distributed import World
 from karat_scale.train.run_directory import RunDirectory
-from karat_scale.train.weights import load_weights
 
 TIMM = "timm:"
 Take = Callable[[nn.Module, Mapping[str, Tensor]], str]

@@ -16,12 +16,12 @@ from timm.loss import SoftTargetCrossEntropy
 from karat_scale.data.batch import BadSample, Batch
 from karat_scale.data.digest import BITS, batch_digest
 from karat_scale.errors import DivergedError
+from karat_scale.train.checkpoint.snapshots import snapshot_steps
 from karat_scale.train.evaluate import EvalResult, evaluate
-from karat_scale.train.interval import Interval, peak_memory_mb, resident_memory_mb
-from karat_scale.train.own_time import OwnTime
 from karat_scale.train.parts import Parts
+from karat_scale.train.reporting.interval import Interval, peak_memory_mb, resident_memory_mb
+from karat_scale.train.reporting.own_time import OwnTime
 from karat_scale.train.signals import StoppedError
-from karat_scale.train.snapshots import snapshot_steps
 from karat_scale.train.state import TrainState
 
 _SAVE, _STOP = 1, 2

@@ -10,7 +10,7 @@ from karat_scale import __version__
 from karat_scale.errors import EXIT_STOPPED, UserError
 from karat_scale.hardware import processor_name
 from karat_scale.train.distributed import World
-from karat_scale.train.progress import Reporter
+from karat_scale.train.reporting.progress import Reporter
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.signals import StoppedError, StopSignals
 from karat_scale.train.start import device_name

@@ -4,27 +4,27 @@ from dataclasses import dataclass
 
 import torch
 
+from karat_scale.data.augmentation.device_augment import DeviceAugment
+from karat_scale.data.augmentation.mixing import Mixer
+from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.backends import Backend, open_backend
-from karat_scale.data.device_augment import DeviceAugment
-from karat_scale.data.mixing import Mixer
-from karat_scale.data.normalize import Normalize
 from karat_scale.data.plan import TrainPlan, choose_micro_batch
 from karat_scale.models.freeze import freeze
 from karat_scale.recipe import Recipe
-from karat_scale.train.checkpoint import Checkpoints
+from karat_scale.train.checkpoint.checkpoints import Checkpoints
+from karat_scale.train.checkpoint.snapshots import Snapshots
+from karat_scale.train.deepspeed.engine import Engine
 from karat_scale.train.distributed import World
-from karat_scale.train.efficiency import Efficiency, device_peak
 from karat_scale.train.ema import Ema
-from karat_scale.train.engine import Engine
-from karat_scale.train.histograms import HeadHistograms
 from karat_scale.train.initial_weights import initialise
-from karat_scale.train.profiler import StepProfiler
-from karat_scale.train.progress import Reporter
 from karat_scale.train.recompute import apply_recompute
+from karat_scale.train.reporting.efficiency import Efficiency, device_peak
+from karat_scale.train.reporting.histograms import HeadHistograms
+from karat_scale.train.reporting.profiler import StepProfiler
+from karat_scale.train.reporting.progress import Reporter
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.schedule import CosineSchedule, build_schedule
 from karat_scale.train.signals import StopSignals
-from karat_scale.train.snapshots import Snapshots
 from karat_scale.train.teacher import build_model, keep_teacher
 
 

@@ -13,10 +13,10 @@ from karat_scale.models.recompute import Checkpoint, Choice, choices_by_rule, re
 from karat_scale.models.recompute_budget import cheapest_choices, least_budget, peak_saved_bytes
 from karat_scale.models.saved_tensors import ActivationBytes, activation_bytes
 from karat_scale.recipe import Recipe, RecomputeConfig
+from karat_scale.train.deepspeed.config import load_ds_config, zero_stage
+from karat_scale.train.deepspeed.engine import DTYPES
+from karat_scale.train.deepspeed.internals import deepspeed_checkpoint
 from karat_scale.train.distributed import World
-from karat_scale.train.ds_config import load_ds_config, zero_stage
-from karat_scale.train.ds_internals import deepspeed_checkpoint
-from karat_scale.train.engine import DTYPES
 
 
 def apply_recompute(model: nn.Module, recipe: Recipe, world: World, micro_batch: int) -> str:

@@ -6,7 +6,7 @@ metrics.jsonl    one event a line
 summary.json     the outcome
 tensorboard/     event files
 profile/         see profiler
-checkpoints/     see checkpoint_store
+checkpoints/     see checkpoint/store.py
 snapshots/       see snapshots
 """
 
@@ -22,8 +22,8 @@ from typing import IO, Any, TypeVar, overload
 from karat_scale.errors import RunDirectoryError
 from karat_scale.files import write_atomically
 from karat_scale.recipe import Recipe, RunRecipe
-from karat_scale.recipe_io import differing_keys, dump_recipe, flatten, load_recipe
-from karat_scale.train.checkpoint_store import CheckpointStore, checkpoint_name
+from karat_scale.recipe.loading import differing_keys, dump_recipe, flatten, load_recipe
+from karat_scale.train.checkpoint.store import CheckpointStore, checkpoint_name
 
 # The data cursor counts global batches, so another size would train on other samples. What was frozen has no optimizer
 # state that it could go on with.

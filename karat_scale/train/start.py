@@ -6,8 +6,8 @@ from karat_scale.cluster.heartbeat import Heartbeat
 from karat_scale.errors import UserError
 from karat_scale.recipe import RunRecipe
 from karat_scale.train.distributed import World
-from karat_scale.train.metrics import MetricsLog
-from karat_scale.train.progress import Reporter, choose_display
+from karat_scale.train.reporting.metrics import MetricsLog
+from karat_scale.train.reporting.progress import Reporter, choose_display
 from karat_scale.train.run_directory import RunDirectory
 
 

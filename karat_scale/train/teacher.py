@@ -13,9 +13,9 @@ from karat_scale.models import create_model
 from karat_scale.models.factory import check_transfers
 from karat_scale.models.transfer import Teacher, give_teacher
 from karat_scale.recipe import Recipe
+from karat_scale.train.checkpoint.weights import wants_ema
+from karat_scale.train.checkpoint.weights_file import read_exported, write_weights
 from karat_scale.train.run_directory import RunDirectory
-from karat_scale.train.weights import wants_ema
-from karat_scale.train.weights_file import read_exported, write_weights
 
 FILE = "teacher.safetensors"
 

@@ -2,9 +2,9 @@ from dataclasses import replace
 
 import torch
 
+from karat_scale.data.augmentation.draw import Draw
 from karat_scale.data.batch import Batch
 from karat_scale.data.digest import batch_digest
-from karat_scale.data.draw import Draw
 
 
 def batch(ids, epoch=0, number=0, flips=None):

@@ -3,10 +3,10 @@ import psutil
 import pytest
 
 from karat_scale.data.decoders.pillow import PillowDecoder
+from karat_scale.data.formats.shard_writer import EncodedSample
+from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.data.row_reader import RowReader
-from karat_scale.data.shard_writer import EncodedSample
-from karat_scale.data.shards import ShardSplit
 from karat_scale.data.view import crop_view
 from tests.data.conftest import encode, photo
 

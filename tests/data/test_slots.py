@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from karat_scale.data.augmentation.draw import Draw
 from karat_scale.data.batch import Batch
-from karat_scale.data.draw import Draw
 from karat_scale.data.loader import OrderedLoader
 from karat_scale.data.plan import BatchSlice
 from karat_scale.data.slots import ImageSlots

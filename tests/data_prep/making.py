@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import tests.data_prep.conftest  # noqa: F401  puts data_prep on the path
-from karat_scale.data.beton import BetonSplit
+from karat_scale.data.formats.beton import BetonSplit
 
 
 def make_shards(src: Path, out: Path, *options: str) -> None:

@@ -11,7 +11,7 @@ from downloading import RemoteFile, download
 from make_webdataset import main as make_webdataset
 from torchvision.datasets import FashionMNIST
 
-from karat_scale.data.shard_format import read_dataset_record
+from karat_scale.data.formats.shard_format import read_dataset_record
 from karat_scale.errors import DataError
 
 NAMES = [name for name, _ in FashionMNIST.resources]

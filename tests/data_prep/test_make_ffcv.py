@@ -4,8 +4,8 @@ import sys
 import numpy as np
 import pytest
 
-from karat_scale.data.beton import BetonSplit, read_record
-from karat_scale.data.shards import ShardSplit
+from karat_scale.data.formats.beton import BetonSplit, read_record
+from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import DataError
 from tests.data.betons import need_ffcv
 from tests.data_prep.conftest import SCRIPTS

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from karat_scale.data.beton import read_record
+from karat_scale.data.formats.beton import read_record
 from karat_scale.errors import DataError
 from tests.data.betons import need_ffcv
 from tests.data_prep.images import WNIDS, jpeg, sample_file, write, write_folders

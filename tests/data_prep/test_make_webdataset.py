@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from resizing import choose_encoder
 
-from karat_scale.data.shard_format import read_dataset_record
-from karat_scale.data.shards import ShardSplit
+from karat_scale.data.formats.shard_format import read_dataset_record
+from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import DataError
 from tests.data_prep.conftest import SCRIPTS
 from tests.data_prep.making import make_shards

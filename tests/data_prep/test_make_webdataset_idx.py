@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from karat_scale.data.shard_format import read_dataset_record
-from karat_scale.data.shards import ShardSplit
+from karat_scale.data.formats.shard_format import read_dataset_record
+from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import DataError
 from tests.data_prep.making import make_shards
 

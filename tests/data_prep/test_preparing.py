@@ -10,8 +10,8 @@ from resizing import choose_encoder, resized_jpeg
 from sources import UnreadableSampleError
 
 from karat_scale.data.decode import decode_rgb
-from karat_scale.data.shard_format import read_dataset_record
-from karat_scale.data.shards import ShardSplit
+from karat_scale.data.formats.shard_format import read_dataset_record
+from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import DataError
 from tests.data_prep.images import jpeg, sample_file, tar_bytes, write
 

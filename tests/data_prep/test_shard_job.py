@@ -8,8 +8,8 @@ import time
 import pytest
 from make_webdataset import main
 
-from karat_scale.data.shard_format import read_dataset_record
-from karat_scale.data.shards import ShardSplit
+from karat_scale.data.formats.shard_format import read_dataset_record
+from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import DataError
 from tests.data_prep.conftest import SCRIPTS
 from tests.data_prep.images import contents, write_folders

@@ -10,9 +10,9 @@ import pytest
 import stage
 import verify
 
-from karat_scale.data.shard_format import SplitRecord, read_dataset_record, write_dataset_record
-from karat_scale.data.shard_writer import EncodedSample, write_shard
-from karat_scale.data.shards import ShardSplit
+from karat_scale.data.formats.shard_format import SplitRecord, read_dataset_record, write_dataset_record
+from karat_scale.data.formats.shard_writer import EncodedSample, write_shard
+from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import DataError
 from karat_scale.files import file_sha256
 from tests.conftest import run_script

@@ -9,7 +9,7 @@ import yaml
 pytest.importorskip("pycocotools", reason="the extra `detection` is not installed")
 
 from karat_scale.detection.recipe import DetectionRecipe
-from karat_scale.recipe_io import validate_recipe
+from karat_scale.recipe.loading import validate_recipe
 from tests.detection.cut_outs import LAYOUT, make_set
 
 MINI = {"name": "vit_mini_patch4_28", "image_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}

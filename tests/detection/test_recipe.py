@@ -2,8 +2,8 @@ import pytest
 
 from karat_scale.detection.recipe import DetectionRecipe
 from karat_scale.errors import RecipeError
-from karat_scale.recipe_files import shipped_recipes
-from karat_scale.recipe_io import flatten, load_recipe
+from karat_scale.recipe.files import shipped_recipes
+from karat_scale.recipe.loading import flatten, load_recipe
 
 BASE = "coco_mask_rcnn_vit_base"
 

@@ -11,7 +11,7 @@ import torch
 
 from karat_scale.cli import main
 from karat_scale.detection.checkpoint import read_training
-from karat_scale.train.checkpoint_store import CheckpointStore
+from karat_scale.train.checkpoint.store import CheckpointStore
 from tests.conftest import events, karat, karat_command, karat_environment, summary
 from tests.detection.cut_outs import make_set
 

@@ -3,9 +3,9 @@
 import pytest
 
 from karat_scale.recipe import Recipe
-from karat_scale.train.checkpoint import Checkpoints
+from karat_scale.train.checkpoint.checkpoints import Checkpoints
 from karat_scale.train.ema import Ema
-from karat_scale.train.progress import PlainDisplay, Reporter
+from karat_scale.train.reporting.progress import PlainDisplay, Reporter
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.state import TrainState
 from tests.train.conftest import make_engine, small_recipe, train_once

@@ -15,7 +15,7 @@ from safetensors import safe_open
 import karat_scale.timm_models  # noqa: F401
 from karat_scale.cli import main
 from karat_scale.export.source import Source
-from karat_scale.recipe_portable import text_digest
+from karat_scale.recipe.portable import text_digest
 from karat_scale.train.run_directory import RunDirectory
 from tests.export.conftest import CLASSES
 

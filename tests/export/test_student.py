@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from karat_scale.cli import main
+from karat_scale.train.checkpoint.weights import load_weights
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.teacher import build_model
-from karat_scale.train.weights import load_weights
 from tests.conftest import SMALL, karat
 
 QUICK = ("train.max_steps=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null", "data.backend=synthetic")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from karat_scale.cli import main
-from karat_scale.recipe_io import dump_recipe, load_recipe
+from karat_scale.recipe.loading import dump_recipe, load_recipe
 from tests.conftest import SMALL, karat, summary
 
 QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null", "run.seed=3")

@@ -11,7 +11,7 @@ from karat_scale.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.models.factory import no_weight_decay_names
 from karat_scale.recipe import AttentionConfig, ModelConfig
-from karat_scale.recipe_attention import BASIS_NAMES
+from karat_scale.recipe.attention import BASIS_NAMES
 
 MINI = ModelConfig(name="vit_mini_patch4_28", image_size=16, patch_size=4, num_classes=10, depth=2)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.recipe import Recipe
-from karat_scale.recipe_io import load_recipe
+from karat_scale.recipe.loading import load_recipe
 from tests.conftest import SMALL
 
 

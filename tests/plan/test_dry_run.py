@@ -8,7 +8,7 @@ from karat_scale.cli import main
 from karat_scale.errors import UserError
 from karat_scale.plan.dry_run import dry_run
 from karat_scale.recipe import Recipe
-from karat_scale.recipe_io import load_recipe
+from karat_scale.recipe.loading import load_recipe
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from karat_scale.plan.communication import seconds, step_seconds, traffic
 from karat_scale.plan.links import links_of
 from karat_scale.plan.subject import Subject
 from karat_scale.plan.time import estimate
-from karat_scale.recipe_io import load_recipe
+from karat_scale.recipe.loading import load_recipe
 
 NODES = (1, 2, 4, 8, 16)
 # NeMo's ViT-g/14: images a second on so many nodes of 8, with 64 images a GPU.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from karat_scale.data.shard_format import read_dataset_record
+from karat_scale.data.formats.shard_format import read_dataset_record
 from tests.conftest import SMALL, summary
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import submit

@@ -67,7 +67,7 @@ def test_a_rank_that_hangs_in_a_read_is_named_with_its_stacks(train: Train, imag
     assert found, job.log
     assert "(its stacks are in its log); 1 of 2 ranks wait for it" in job.log.splitlines()[-1]
     (log,) = run_of(job).glob(f"logs/*/rank-0000{found[1]}.log")
-    assert 'data/folder.py", line' in log.read_text()
+    assert 'data/formats/folder.py", line' in log.read_text()
 
 
 def test_a_rank_that_is_slow_is_named_while_the_job_goes_on(train: Train) -> None:

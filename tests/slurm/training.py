@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from karat_scale.train.tensor_storage import load_tensors
+from karat_scale.train.checkpoint.tensor_storage import load_tensors
 from tests.conftest import SMALL, events, karat, summary
 from tests.slurm.cluster import wait_until
 from tests.slurm.jobs import END_SECONDS, Job

@@ -22,20 +22,20 @@ from karat_scale.errors import RunDirectoryError
 from karat_scale.files import Fingerprint, file_sha256
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
-from karat_scale.recipe_io import load_recipe
+from karat_scale.recipe.loading import load_recipe
 from karat_scale.train import distributed
-from karat_scale.train.checkpoint import Checkpoints
-from karat_scale.train.checkpoint_store import MANIFEST, STATE
+from karat_scale.train.checkpoint.checkpoints import Checkpoints
+from karat_scale.train.checkpoint.snapshots import whole_masters
+from karat_scale.train.checkpoint.store import MANIFEST, STATE
+from karat_scale.train.checkpoint.weights import load_weights
+from karat_scale.train.checkpoint.weights_file import load_exported
+from karat_scale.train.deepspeed.internals import master_weights
 from karat_scale.train.distributed import World
-from karat_scale.train.ds_internals import master_weights
 from karat_scale.train.parts import Parts, build_parts
-from karat_scale.train.progress import PlainDisplay, Reporter
+from karat_scale.train.reporting.progress import PlainDisplay, Reporter
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.signals import StopSignals
-from karat_scale.train.snapshots import whole_masters
 from karat_scale.train.state import TrainState
-from karat_scale.train.weights import load_weights
-from karat_scale.train.weights_file import load_exported
 from tests.conftest import SMALL
 from tests.train.conftest import CONFIGS
 from tests.train.harm import HARMS, POINTERS, point
@@ -88,7 +88,7 @@ def damage(world: World, scratch: Path) -> dict[str, Any]:
 
     newest = root / "step-00000002"
     files = sorted(path.name for path in newest.iterdir())
-    for file, harm in zip(files, itertools.cycle(HARMS), strict=False):  # test_checkpoint_store has each harm to each
+    for file, harm in zip(files, itertools.cycle(HARMS), strict=False):  # test_store has each harm to each
         look(f"{file} {harm}", lambda file=file, harm=harm: HARMS[harm](newest / file))  # type: ignore[misc]
     for what, content in POINTERS.items():
         look(f"latest {what}", lambda content=content: point(root / "latest", content))  # type: ignore[misc]

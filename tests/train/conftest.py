@@ -9,13 +9,13 @@ import torch
 
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
-from karat_scale.recipe_io import load_recipe
-from karat_scale.train.checkpoint import Checkpoints
-from karat_scale.train.checkpoint_store import CheckpointStore
+from karat_scale.recipe.loading import load_recipe
+from karat_scale.train.checkpoint.checkpoints import Checkpoints
+from karat_scale.train.checkpoint.store import CheckpointStore
+from karat_scale.train.deepspeed.engine import Engine
 from karat_scale.train.distributed import World
 from karat_scale.train.ema import Ema
-from karat_scale.train.engine import Engine
-from karat_scale.train.progress import PlainDisplay, Reporter
+from karat_scale.train.reporting.progress import PlainDisplay, Reporter
 from tests.conftest import SMALL
 
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_offload_params")

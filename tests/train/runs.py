@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psutil
 
-from karat_scale.train.checkpoint_store import CheckpointStore
-from karat_scale.train.tensor_storage import load_tensors
+from karat_scale.train.checkpoint.store import CheckpointStore
+from karat_scale.train.checkpoint.tensor_storage import load_tensors
 from tests.conftest import events, karat_command, karat_environment
 
 STEPS = 16  # 2 epochs of 64 samples in batches of 8

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 
 from karat_scale.models import create_model
-from karat_scale.recipe_io import load_recipe
+from karat_scale.recipe.loading import load_recipe
 from karat_scale.train import distributed
-from karat_scale.train.checkpoint import Checkpoints
-from karat_scale.train.checkpoint_store import CheckpointStore
+from karat_scale.train.checkpoint.checkpoints import Checkpoints
+from karat_scale.train.checkpoint.store import CheckpointStore
+from karat_scale.train.deepspeed.engine import Engine
 from karat_scale.train.distributed import World
 from karat_scale.train.ema import Ema
-from karat_scale.train.engine import Engine
-from karat_scale.train.progress import PlainDisplay, Reporter
 from karat_scale.train.recompute import apply_recompute
+from karat_scale.train.reporting.progress import PlainDisplay, Reporter
 from karat_scale.train.state import TrainState
 from tests.conftest import ROOT, SMALL, free_port, karat_environment
 from tests.train.conftest import weights

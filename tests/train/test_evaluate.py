@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.backends import open_backend
-from karat_scale.data.normalize import Normalize
 from karat_scale.train.distributed import World
 from karat_scale.train.evaluate import evaluate
 from tests.conftest import CLASSES

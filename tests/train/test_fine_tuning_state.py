@@ -9,14 +9,14 @@ from karat_scale.errors import RunDirectoryError
 from karat_scale.models import create_model
 from karat_scale.models.freeze import freeze
 from karat_scale.recipe import Recipe
-from karat_scale.train.checkpoint import Checkpoints
-from karat_scale.train.checkpoint_store import CheckpointStore
+from karat_scale.train.checkpoint.checkpoints import Checkpoints
+from karat_scale.train.checkpoint.store import CheckpointStore
+from karat_scale.train.checkpoint.weights import load_weights
+from karat_scale.train.deepspeed.engine import Engine
 from karat_scale.train.distributed import World
 from karat_scale.train.ema import Ema
-from karat_scale.train.engine import Engine
-from karat_scale.train.progress import PlainDisplay, Reporter
+from karat_scale.train.reporting.progress import PlainDisplay, Reporter
 from karat_scale.train.state import TrainState
-from karat_scale.train.weights import load_weights
 from tests.train.conftest import CONFIGS, train_once, weights
 
 TUNED = ("optim.layer_decay=0.5", "train.freeze=[patch_embed.*, blocks.0.attn.operator.*]", "optim.weight_decay=0")

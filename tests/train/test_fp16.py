@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from karat_scale.errors import RecipeError
-from karat_scale.train import engine as engine_module
-from karat_scale.train.ds_config import load_ds_config
-from karat_scale.train.ds_internals import master_weights
+from karat_scale.train.deepspeed import engine as engine_module
+from karat_scale.train.deepspeed.config import load_ds_config
+from karat_scale.train.deepspeed.internals import master_weights
 from karat_scale.train.state import TrainState
 from tests.train.conftest import CONFIGS, equal, train_once, train_steps, weights
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from karat_scale.recipe import Recipe
-from karat_scale.train.engine import Engine
+from karat_scale.train.deepspeed.engine import Engine
 from tests.conftest import karat, summary
 from tests.train.conftest import equal
 from tests.train.runs import STEPS, final_tensors, losses

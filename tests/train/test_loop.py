@@ -10,11 +10,11 @@ import torch
 
 from karat_scale.errors import DivergedError
 from karat_scale.recipe import Recipe
+from karat_scale.train.deepspeed.internals import master_weights
 from karat_scale.train.distributed import World
-from karat_scale.train.ds_internals import master_weights
 from karat_scale.train.loop import Loop
 from karat_scale.train.parts import Parts, build_parts
-from karat_scale.train.progress import PlainDisplay, Reporter
+from karat_scale.train.reporting.progress import PlainDisplay, Reporter
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.signals import StopSignals
 from karat_scale.train.state import TrainState

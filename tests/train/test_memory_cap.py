@@ -8,7 +8,7 @@ import pytest
 
 from karat_scale.plan.choose import Machine, consider
 from karat_scale.plan.subject import Subject
-from karat_scale.recipe_io import load_recipe
+from karat_scale.recipe.loading import load_recipe
 from tests.conftest import SMALL, events, karat_command, karat_environment, summary
 
 MB = 1 << 20

@@ -4,11 +4,11 @@ import torch
 from karat_scale.errors import RecipeError, RunDirectoryError
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
-from karat_scale.train.checkpoint import Checkpoints
-from karat_scale.train.checkpoint_store import CheckpointStore
+from karat_scale.train.checkpoint.checkpoints import Checkpoints
+from karat_scale.train.checkpoint.store import CheckpointStore
 from karat_scale.train.ema import Ema
 from karat_scale.train.optimizer import build_optimizer, hidden_matrices
-from karat_scale.train.progress import PlainDisplay, Reporter
+from karat_scale.train.reporting.progress import PlainDisplay, Reporter
 from karat_scale.train.state import TrainState
 from tests.train.conftest import equal, train_once, weights
 

@@ -10,8 +10,8 @@ import torch
 from karat_scale.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
-from karat_scale.train.ds_config import config_directory
-from karat_scale.train.engine import Engine
+from karat_scale.train.deepspeed.config import config_directory
+from karat_scale.train.deepspeed.engine import Engine
 from karat_scale.train.recompute import apply_recompute
 from tests.train.conftest import equal, train_once, weights
 from tests.train.stage_jobs import Job, launch_jobs

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.recipe_io import load_recipe
-from karat_scale.train.checkpoint_store import CheckpointStore
+from karat_scale.recipe.loading import load_recipe
+from karat_scale.train.checkpoint.store import CheckpointStore
 from karat_scale.train.schedule import build_schedule
 from tests.conftest import events, karat, summary
 from tests.train.conftest import equal

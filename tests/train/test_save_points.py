@@ -10,14 +10,14 @@ import pytest
 
 from karat_scale.data.batch import Batch
 from karat_scale.recipe import Recipe
+from karat_scale.train.checkpoint.tensor_storage import load_tensors
 from karat_scale.train.distributed import World
 from karat_scale.train.loop import Loop
 from karat_scale.train.parts import build_parts
-from karat_scale.train.progress import PlainDisplay, Reporter
+from karat_scale.train.reporting.progress import PlainDisplay, Reporter
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.signals import StoppedError, StopSignals
 from karat_scale.train.state import TrainState
-from karat_scale.train.tensor_storage import load_tensors
 from tests.train.conftest import CONFIGS, equal
 
 STEPS_PER_EPOCH = 4  # 32 samples in batches of 8; two epochs

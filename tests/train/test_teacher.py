@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from karat_scale.cli import main
 from karat_scale.errors import RunDirectoryError
 from karat_scale.models.transfer import Teacher
-from karat_scale.recipe_io import load_recipe
+from karat_scale.recipe.loading import load_recipe
+from karat_scale.train.checkpoint.weights_file import read_exported
 from karat_scale.train.teacher import FILE, keep_teacher
-from karat_scale.train.weights_file import read_exported
 from tests.conftest import SMALL, events, karat, summary
 
 QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null")

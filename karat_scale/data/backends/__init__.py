@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from karat_scale.data.backends.base import Backend
-from karat_scale.data.checks import must_answer
+from karat_scale.data.formats.checks import must_answer
 from karat_scale.recipe import AugmentConfig, DataConfig
 
 __all__ = ["Backend", "open_backend"]

@@ -20,17 +20,17 @@ from PIL import Image
 
 from karat_scale.data.ahead import RunAhead
 from karat_scale.data.assemble import EvalAssembler, ImageSource, TrainAssembler
-from karat_scale.data.augment import EvalTransform, TrainTransform
+from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
+from karat_scale.data.augmentation.draw import Draw
+from karat_scale.data.backends.dali_pipeline import DaliDecoder, Request, require_dali
 from karat_scale.data.backends.splits import SplitBackend
 from karat_scale.data.batch import Batch
-from karat_scale.data.dali_pipeline import DaliDecoder, Request, require_dali
+from karat_scale.data.decoders.resize import resize_region
 from karat_scale.data.decoders.torchvision import TorchvisionDecoder
-from karat_scale.data.draw import Draw
+from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.order import sample_seed
 from karat_scale.data.plan import PADDING, BatchSlice
-from karat_scale.data.resize import resize_region
 from karat_scale.data.row_reader import Row, RowReader
-from karat_scale.data.shards import ShardSplit
 from karat_scale.data.view import View
 from karat_scale.recipe import AugmentConfig, DataConfig
 

@@ -1,8 +1,8 @@
 """Batches from FFCV's betons, made by data_prep/make_ffcv.py."""
 
 from karat_scale.data.backends.images import ImageBackend
-from karat_scale.data.beton import BetonSplit
 from karat_scale.data.decoders.ffcv import FfcvDecoder
+from karat_scale.data.formats.beton import BetonSplit
 from karat_scale.errors import DataError
 from karat_scale.recipe import AugmentConfig, DataConfig
 

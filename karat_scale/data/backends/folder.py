@@ -1,7 +1,7 @@
 """Batches from an ImageFolder, without any preparation: train/<class>/<image> and val/<class>/<image>."""
 
 from karat_scale.data.backends.images import ImageBackend
-from karat_scale.data.folder import FolderSplit
+from karat_scale.data.formats.folder import FolderSplit
 from karat_scale.recipe import AugmentConfig, DataConfig
 
 

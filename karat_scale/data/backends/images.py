@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from karat_scale.data.assemble import EvalAssembler, ImageSource, TrainAssembler
-from karat_scale.data.augment import EvalTransform, TrainTransform
+from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
 from karat_scale.data.backends.splits import SplitBackend
 from karat_scale.data.batch import Batch
 from karat_scale.data.decoders import Decoder, make_decoder

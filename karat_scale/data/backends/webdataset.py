@@ -4,7 +4,7 @@ webdataset's own reader streams shards and cannot keep an exact order, so its fo
 """
 
 from karat_scale.data.backends.images import ImageBackend
-from karat_scale.data.shards import ShardSplit
+from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.recipe import AugmentConfig, DataConfig
 
 

@@ -13,14 +13,14 @@ import numpy.typing as npt
 from karat_scale.data.decoders.base import ChooseView, check_pixels
 from karat_scale.data.decoders.jpeg_header import Frame, read_frame
 from karat_scale.data.decoders.pillow import PillowDecoder
-from karat_scale.data.resize import resize_region
+from karat_scale.data.decoders.resize import resize_region
 from karat_scale.errors import RecipeError
 
 DEBIAN_PACKAGES = "libopencv-dev libturbojpeg0-dev pkg-config g++"
 MEND = f"apt-get install {DEBIAN_PACKAGES}, then pip install 'karat-scale[ffcv]'"
 # A buffer for larger images is not kept.
 KEPT_BYTES = 32 << 20
-# The header that karat_scale.data.beton puts before raw pixels.
+# The header that karat_scale.data.formats.beton puts before raw pixels.
 PPM_HEADER = re.compile(rb"P6 (\d+) (\d+) 255\n")
 
 Pixels = npt.NDArray[np.uint8]

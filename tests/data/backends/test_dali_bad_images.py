@@ -5,8 +5,8 @@ import tarfile
 import numpy as np
 import pytest
 
+from karat_scale.data.formats.shard_writer import EncodedSample
 from karat_scale.data.plan import BatchSlice, TrainPlan
-from karat_scale.data.shard_writer import EncodedSample
 from karat_scale.errors import DataError
 from tests.data.backends.helpers import broken, contents, hollow, noise, odd_samples
 from tests.data.conftest import encode

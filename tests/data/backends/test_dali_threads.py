@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
-from karat_scale.data.dali_pipeline import QUEUE_DEPTH
+from karat_scale.data.backends.dali_pipeline import QUEUE_DEPTH
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
 from karat_scale.errors import DataError
 from tests.conftest import events, karat, summary

@@ -14,8 +14,8 @@ from PIL import Image
 from sources import SourceOptions, open_splits
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN
 
-from karat_scale.data.shard_format import read_dataset_record
-from karat_scale.data.shards import ShardSplit
+from karat_scale.data.formats.shard_format import read_dataset_record
+from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import DataError
 from tests.data_prep import official
 from tests.data_prep.images import jpeg, tar_bytes, write

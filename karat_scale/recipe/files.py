@@ -1,0 +1,107 @@
+"""Recipe files: where they are, what they say, and what they take from other files.
+
+`extends: NAME`, or a list of names, takes all that those recipes say. What a file says itself goes before that, and of
+two in a list the later. NAME is a shipped recipe or part, such as `parts/cifar10`, or a path seen from the file.
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from karat_scale.errors import RecipeError
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+EXTENDS = "extends"
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys in silence; this loader refuses them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                problem = f"key {key!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def shipped_recipes(folder: Path = RECIPES) -> dict[str, Path]:
+    """The recipes inside the package, by name; those of another kind have a folder of their own."""
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(source: str, folder: Path = RECIPES) -> Path:
+    """The file of the name of a recipe shipped in `folder`, or of a path. Raises RecipeError."""
+    shipped = shipped_recipes(folder)
+    if source in shipped:
+        return shipped[source]
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml") or "/" in source:
+        raise RecipeError(f"recipe {source!r}: no such file")
+    close = difflib.get_close_matches(source, shipped, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"shipped recipes: {', '.join(shipped)}"
+    raise RecipeError(f"recipe {source!r}: neither a file nor a shipped recipe; {hint}")
+
+
+def read_recipe_file(path: Path, folder: Path = RECIPES, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What a file says, with all that it extends, in `folder` or beside it. Raises RecipeError with one line."""
+    if path.resolve() in extended_by:
+        circle = " -> ".join(file.stem for file in (*extended_by, path))
+        raise RecipeError(f"{path}: extends goes in a circle: {circle}")
+    own = _read_yaml(path)
+    names = own.pop(EXTENDS, [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RecipeError(f"{path}: extends = {names!r}: should be a recipe's name or a list of names")
+    tree: dict[str, Any] = {}
+    for name in names:
+        extended = _find_extended(path, name, folder)
+        _lay_over(tree, read_recipe_file(extended, folder, (*extended_by, path.resolve())))
+    _lay_over(tree, own)
+    return tree
+
+
+def _find_extended(path: Path, name: str, folder: Path) -> Path:
+    shipped = {str(file.relative_to(folder).with_suffix("")): file for file in sorted(folder.rglob("*.yaml"))}
+    if name in shipped:
+        return shipped[name]
+    if (path.parent / name).is_file():
+        return path.parent / name
+    close = difflib.get_close_matches(name, shipped, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise RecipeError(f"{path}: extends = {name!r}: neither a shipped recipe nor a file beside this one{hint}")
+
+
+def _lay_over(tree: dict[str, Any], upper: Mapping[str, Any]) -> None:
+    """Put a file's keys over another's, section by section; lists and values are replaced whole."""
+    for key, value in upper.items():
+        below = tree.get(key)
+        if isinstance(below, dict) and isinstance(value, dict):
+            _lay_over(below, value)
+        else:
+            tree[key] = value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except yaml.MarkedYAMLError as error:
+        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"{path}{where}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not a text file in YAML: {str(error).splitlines()[0]}") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        kind = type(tree).__name__
+        raise RecipeError(f"{path}: should be sections such as `model:` and `data:`, not a {kind}")
+    # `data:` with nothing below it is an empty section.
+    return {key: {} if value is None else value for key, value in tree.items()}

@@ -1,0 +1,199 @@
+"""From a recipe file and dotted overrides to a Recipe, and back; errors are one line."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from karat_scale.errors import RecipeError
+from karat_scale.recipe import Recipe, RunRecipe
+from karat_scale.recipe.files import find_recipe, read_recipe_file
+
+R = TypeVar("R", bound=RunRecipe)
+Schema = type[RunRecipe]
+
+# Keys that cannot change what a run learns, so a resumed run may set them anew.
+FREE_KEYS = (
+    "run.name",
+    "run.dir",
+    "run.device",
+    "attention.implementation",
+    "data.backend",
+    "data.path",
+    "data.decoder",
+    "data.timeout",
+    "data.workers",
+    "data.prefetch",
+    "data.verify",
+    "train.micro_batch",
+    "train.compile",
+    "train.eval_batch",
+    "train.eval_every_epochs",
+    "train.max_skipped_steps",
+    "train.max_steps",
+    "train.on_nonfinite",
+    "train.recompute",
+    "deepspeed",
+    "checkpoint",
+    "resume",
+    "log",
+)
+
+
+@overload
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe: ...
+
+
+@overload
+def load_recipe(source: str | Path, overrides: Sequence[str], schema: type[R]) -> R: ...
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = (), schema: Schema = Recipe) -> Any:
+    """Read and validate a recipe.
+
+    Args:
+        source: a shipped recipe's name or the path of a YAML file.
+        overrides: `key=value` strings; keys are dotted paths, values are YAML.
+        schema: the kind of recipe.
+
+    Raises:
+        RecipeError: one line that names the field, the value and the mend.
+    """
+    path = find_recipe(str(source), schema.shipped)
+    tree = read_recipe_file(path, schema.shipped)
+    for override in overrides:
+        _apply_override(tree, override, schema)
+    run = tree.setdefault("run", {})
+    if isinstance(run, dict):
+        run["name"] = run.get("name") or path.stem
+        run["dir"] = run.get("dir") or f"runs/{run['name']}"
+    return validate_recipe(tree, str(source), schema)
+
+
+@overload
+def validate_recipe(tree: Mapping[str, Any], source: str) -> Recipe: ...
+
+
+@overload
+def validate_recipe(tree: Mapping[str, Any], source: str, schema: type[R]) -> R: ...
+
+
+def validate_recipe(tree: Mapping[str, Any], source: str, schema: Schema = Recipe) -> Any:
+    """Turn a mapping into a recipe, or raise RecipeError with one line that begins with `source`."""
+    try:
+        recipe = schema.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(f"{source}: {_one_line(error, schema)}") from None
+    unknown = [key for key in recipe.resume.allow if key not in schema_keys(schema)]
+    if unknown:
+        raise RecipeError(f"{source}: resume.allow = {unknown[0]}: no such key{_nearest(unknown[0], schema)}")
+    return recipe
+
+
+def dump_recipe(recipe: RunRecipe) -> str:
+    """The resolved recipe as YAML, in schema order."""
+    tree = recipe.model_dump(mode="json", by_alias=True)
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110)
+
+
+def flatten(recipe: RunRecipe) -> dict[str, Any]:
+    """Every leaf of a recipe by dotted key."""
+    return dict(_leaves(recipe.model_dump(mode="json", by_alias=True)))
+
+
+def differing_keys(old: RunRecipe, new: RunRecipe, allowed: Sequence[str] = ()) -> list[str]:
+    """Dotted keys whose values differ and matter for what is learned, less those that are `allowed` to differ.
+
+    A section's name stands for all its keys.
+    """
+    before, after = flatten(old), flatten(new)
+    free = (*FREE_KEYS, *allowed)
+    return [
+        key
+        for key in after
+        if before.get(key) != after[key] and not any(key == a or key.startswith(f"{a}.") for a in free)
+    ]
+
+
+def schema_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every valid dotted key: sections and leaves."""
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{field.alias or name}"
+        yield key
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from schema_keys(field.annotation, f"{key}.")
+
+
+def _apply_override(tree: dict[str, Any], override: str, schema: Schema) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r}: should be key=value, such as optim.lr=1e-3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML; quote it") from None
+    node = tree
+    *parents, leaf = key.split(".")
+    for name in parents:
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"override {override!r}: {name} is not a section{_nearest(key, schema)}")
+        node = child
+    node[leaf] = value
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _one_line(error: ValidationError, schema: Schema) -> str:
+    errors = error.errors()
+    first = _describe(errors[0], schema)
+    return first if len(errors) == 1 else f"{first} (and {len(errors) - 1} more)"
+
+
+def _describe(error: Any, schema: Schema) -> str:
+    key = ".".join(str(part) for part in error["loc"] if not str(part).startswith("function-"))
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_nearest(key, schema)}"
+    if error["type"] == "missing":
+        if isinstance(error["loc"][-1], int):
+            return f"{key.rpartition('.')[0]} = {error['input']!r}: too few values"
+        return f"{key}: missing; every recipe needs it"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error" and not isinstance(error["input"], (str, int, float, bool, list)):
+        return message  # a check across fields names its own fields
+    message = message.removeprefix("Input ")
+    return f"{key} = {error['input']!r}: {message}{_default_of(key, schema)}"
+
+
+def _nearest(key: str, schema: Schema) -> str:
+    keys = list(schema_keys(schema))
+    leaf = key.rpartition(".")[2]
+    same_leaf = [k for k in keys if k.rpartition(".")[2] == leaf]
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.7) or same_leaf[:1]
+    close = close or difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _default_of(key: str, schema: Schema) -> str:
+    model: Any = schema
+    *sections, leaf = key.split(".")
+    for name in sections:
+        field = getattr(model, "model_fields", {}).get(name)
+        if field is None:
+            return ""
+        model = field.annotation
+    field = getattr(model, "model_fields", {}).get(leaf)
+    if field is None or field.is_required() or field.default in (None, ""):
+        return ""
+    if isinstance(field.default, BaseModel):
+        return f": the keys are {', '.join(type(field.default).model_fields)}"
+    return f" (default: {field.default})"

@@ -1,0 +1,118 @@
+"""DeepSpeed's configuration file, with its "auto" fields filled from the recipe."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from karat_scale.errors import RecipeError
+from karat_scale.recipe import Recipe
+from karat_scale.train.deepspeed.keys import check_keys
+
+_NEVER = 10**9
+
+
+def config_directory() -> Path:
+    """Where the shipped files lie: inside an installed wheel, or at the top of a clone."""
+    package = Path(__file__).resolve().parents[2]
+    installed = package / "ds_configs"
+    return installed if installed.is_dir() else package.parent / "ds_configs"
+
+
+def load_ds_config(recipe: Recipe, world_size: int, micro_batch: int) -> dict[str, Any]:
+    """The configuration DeepSpeed gets: the file the recipe names, every "auto" and missing number filled.
+
+    Raises:
+        RecipeError: no such file, not JSON, an "auto" we cannot fill, a wrong or unknown key, or a number that
+            contradicts the recipe.
+    """
+    path = _find(recipe.deepspeed.config)
+    source = f"deepspeed.config = {path}"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{source}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise RecipeError(f"{source}: should be a JSON object")
+    values = _auto_values(recipe, world_size, micro_batch)
+    _fill_auto(config, values, source)
+    check_keys(config, source)
+    stage = zero_stage(config)
+    _check_stage(recipe, stage, source)
+    if stage == 0 or recipe.train.precision == "fp32":
+        values["data_types.grad_accum_dtype"] = "fp32"
+    _settle(config, values, source)
+    if stage == 0:
+        # In bf16 DeepSpeed makes a step of its own at the start, so the engine uses autocast; it clips without
+        # telling the norm and steps on NaN, so the engine does that too.
+        config["bf16"]["enabled"] = False
+        config["gradient_clipping"] = 0.0
+    return config
+
+
+def zero_stage(config: Mapping[str, Any]) -> int:
+    """The ZeRO stage a configuration asks for; DeepSpeed's default is 0."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def offloads_optimizer(config: Mapping[str, Any]) -> bool:
+    """Whether the optimizer's states and steps are on the CPU."""
+    zero = config.get("zero_optimization", {})
+    device = (zero.get("offload_optimizer") or {}).get("device", "none")
+    return bool(device != "none" or zero.get("cpu_offload"))
+
+
+def _find(name: str) -> Path:
+    directory = config_directory()
+    for candidate in (directory / f"{name}.json", Path(name)):
+        if candidate.is_file():
+            return candidate
+    shipped = ", ".join(sorted(path.stem for path in directory.glob("*.json")))
+    raise RecipeError(f"deepspeed.config = {name!r}: neither a file nor a shipped configuration ({shipped})")
+
+
+def _auto_values(recipe: Recipe, world_size: int, micro_batch: int) -> dict[str, Any]:
+    return {
+        "train_batch_size": recipe.train.global_batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": recipe.train.global_batch // (world_size * micro_batch),
+        "gradient_clipping": recipe.optim.clip_grad,
+        "bf16.enabled": recipe.train.precision == "bf16",
+        "fp16.enabled": recipe.train.precision == "fp16",
+    }
+
+
+def _check_stage(recipe: Recipe, stage: int, source: str) -> None:
+    """Refuse what the recipe asks for and this ZeRO stage cannot do."""
+    if recipe.train.precision == "fp16" and stage == 0:
+        raise RecipeError(f"{source}: train.precision = fp16 needs ZeRO stage 1 or higher; use deepspeed.config=zero1")
+    if recipe.optim.name == "muon" and stage > 0:
+        raise RecipeError(
+            f"{source}: optim.name = muon needs whole matrices, which ZeRO stage {stage} cuts up; use "
+            "deepspeed.config=zero0"
+        )
+
+
+def _fill_auto(node: dict[str, Any], values: dict[str, Any], source: str, prefix: str = "") -> None:
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            _fill_auto(value, values, source, f"{name}.")
+        elif value == "auto":
+            if name not in values:
+                known = ", ".join(values)
+                raise RecipeError(f'{source}: {name} = "auto" has no source; only {known}')
+            node[key] = values[name]
+
+
+def _settle(config: dict[str, Any], values: dict[str, Any], source: str) -> None:
+    """Fill what the file leaves out; refuse what it sets to something else than the recipe."""
+    for name, value in values.items():
+        node = config
+        *parents, leaf = name.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        if node.setdefault(leaf, value) != value:
+            raise RecipeError(f'{source}: {name} = {node[leaf]!r}, but the recipe makes it {value!r}; set it to "auto"')
+    config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    config.setdefault("steps_per_print", _NEVER)

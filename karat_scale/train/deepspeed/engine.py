@@ -1,0 +1,168 @@
+"""The DeepSpeed engine, and what it leaves to its caller at ZeRO stage 0.
+
+The model is built whole and partitioned by `deepspeed.initialize`: under `deepspeed.zero.Init` timm's initialisation
+would be passed over in silence.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from karat_scale.errors import RecipeError
+from karat_scale.models import parameter_count
+from karat_scale.recipe import Recipe
+from karat_scale.train.deepspeed.config import load_ds_config, offloads_optimizer, zero_stage
+from karat_scale.train.deepspeed.internals import (
+    cpu_adam_can_be_built,
+    forget_gradients,
+    keep_least_loss_scale,
+    loss_scale,
+    master_weights,
+    quiet_initialization,
+    quieten_and_skip_builds,
+    shard_layout,
+    use_torchs_own_linear,
+)
+from karat_scale.train.deepspeed.shards import Fragment, Pieces
+from karat_scale.train.distributed import World
+from karat_scale.train.optimizer import MuonWithAdamW, build_optimizer
+
+# What a module's parameters and inputs are from ZeRO stage 1 on.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raises RecipeError for fp16 on a CPU, which has few instructions for it."""
+    if precision == "fp16" and device.type == "cpu":
+        raise RecipeError("train.precision = fp16 needs a GPU; on a CPU use fp32 or bf16")
+
+
+def _takes_cpu_adam(choice: str, device: torch.device) -> bool:
+    if choice == "auto":
+        return device.type == "cuda" and cpu_adam_can_be_built()
+    return choice == "deepspeed"
+
+
+def _copy_of_weights(model: nn.Module) -> Pieces:
+    pieces = Pieces()
+    for name, parameter in model.named_parameters():
+        pieces.add([Fragment(name, 0, 0, parameter.numel())], parameter.detach().to("cpu", torch.float32, copy=True))
+    return pieces
+
+
+def _cast_buffers(module: nn.Module, dtype: torch.dtype) -> None:
+    """As `module.to(dtype)` does: DeepSpeed casts parameters alone, and masks and positions meet them."""
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.to(dtype)
+
+
+class Engine:
+    """Forward, backward and step of one model on one rank.
+
+    Raises:
+        RecipeError: the device or the DeepSpeed file cannot do what the recipe asks for.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, world: World, micro_batch: int) -> None:
+        check_precision(recipe.train.precision, world.device)
+        config = load_ds_config(recipe, world.size, micro_batch)
+        quieten_and_skip_builds()
+        import deepspeed
+
+        self.stage = zero_stage(config)
+        # At stage 3 the partitioned module's parameters look empty.
+        self.parameters = parameter_count(model)
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        # What does not learn, as it was before a lower precision or partitioning.
+        self.frozen = {
+            name: p.detach().to("cpu", torch.float32, copy=True)
+            for name, p in model.named_parameters()
+            if not p.requires_grad
+        }
+        cpu_adam = offloads_optimizer(config) and _takes_cpu_adam(recipe.deepspeed.cpu_adam, world.device)
+        config["zero_force_ds_cpu_optimizer"] = cpu_adam
+        use_torchs_own_linear()
+        initial = _copy_of_weights(model)
+        model = model.to(world.device)
+        with quiet_initialization():
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=build_optimizer(model, recipe.optim, world.device, cpu_adam),
+                config=config,
+            )
+        if self.stage > 0:  # DeepSpeed's masters begin at what 16 bits have left of the weights
+            for fragments, master in zip(shard_layout(self.deepspeed), master_weights(self.deepspeed), strict=True):
+                initial.fill(fragments, master)
+            _cast_buffers(self.deepspeed.module, DTYPES[recipe.train.precision])
+        self._device_type = world.device.type
+        self.has_muon = isinstance(self.deepspeed.basic_optimizer, MuonWithAdamW)
+        self._skipped_steps = 0
+        self._clip = recipe.optim.clip_grad
+        self._dtype = DTYPES[recipe.train.precision]
+        keep_least_loss_scale(self.deepspeed)
+        if recipe.train.compile:
+            self.deepspeed.compile()
+
+    @property
+    def module(self) -> nn.Module:
+        """The model as it trains: its parameters are of 16 bits from stage 1 on, at stage 3 each rank's own part."""
+        return self.deepspeed.module
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the next step, which each parameter group scales."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [b, classes] for normalised images [b, 3, H, W]."""
+        if self.stage > 0 or self._dtype == torch.float32:
+            logits: torch.Tensor = self.deepspeed(images.to(self._dtype))
+        else:  # fp32 weights under autocast
+            with torch.autocast(self._device_type, dtype=self._dtype):
+                logits = self.deepspeed(images)
+        return logits.float()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients of a micro batch's mean loss; the last of a step reduces them over ranks.
+
+        A loss that is not finite makes them NaN, on all ranks once they are reduced, also where they would be finite.
+        """
+        self.deepspeed.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
+
+    def step(self) -> float | None:
+        """Finish a micro batch. At the end of an accumulation: clip, step, and return the gradient norm.
+
+        A step whose gradients are not finite is skipped and counted, and its norm is not finite: the same on all ranks.
+        """
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()
+            return None
+        norm = self._clip_at_stage_0() if self.stage == 0 else math.nan
+        self.deepspeed.step()
+        if self.stage > 0 and self.deepspeed.was_step_applied():
+            norm = float(self.deepspeed.get_global_grad_norm())
+        elif self.stage > 0:
+            forget_gradients(self.deepspeed)
+        self._skipped_steps += not math.isfinite(norm)
+        return norm
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What losses are multiplied by in fp16 before the backward pass; None in another precision."""
+        return loss_scale(self.deepspeed) if self._dtype == torch.float16 else None
+
+    def take_skipped_steps(self) -> int:
+        """Steps skipped since they were last taken."""
+        taken, self._skipped_steps = self._skipped_steps, 0
+        return taken
+
+    def _clip_at_stage_0(self) -> float:
+        parameters: list[Any] = [p for p in self.module.parameters() if p.grad is not None]
+        norm = float(nn.utils.clip_grad_norm_(parameters, self._clip or math.inf))
+        if not math.isfinite(norm):
+            for parameter in parameters:
+                parameter.grad = None  # the optimizer passes over parameters without a gradient
+        return norm

@@ -1,0 +1,1 @@
+"""What a run says of itself: lines and bars, figures, histograms, traces."""

@@ -1,0 +1,147 @@
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, Resize
+from torchvision.transforms.functional import InterpolationMode
+
+from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
+from karat_scale.data.decoders.pillow import resized
+from karat_scale.errors import RecipeError
+from karat_scale.recipe import AugmentConfig
+
+
+def image(width: int = 40, height: int = 30) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def pixels_of(transform, source, draw):
+    """The transform on a whole image."""
+    view = resized(source, transform.view(draw), Image.Resampling.BICUBIC)
+    return transform.finish(np.asarray(view), draw)
+
+
+def augmented(transform, source, seed):
+    return pixels_of(transform, source, transform.draw(seed, *source.size))
+
+
+OFF = AugmentConfig(scale=(1, 1), ratio=(1, 1), hflip=0, color_jitter=0, randaugment="")
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(1, 500), st.integers(1, 500))
+def test_a_drawn_box_lies_in_the_image(seed, width, height):
+    left, top, w, h = TrainTransform(AugmentConfig(), 32).draw(seed, width, height).box
+    assert 0 <= left <= left + w <= width
+    assert 0 <= top <= top + h <= height
+    assert w > 0
+    assert h > 0
+
+
+def test_draws_have_the_asked_distribution():
+    transform = TrainTransform(AugmentConfig(scale=(0.3, 0.6), ratio=(0.67, 1.5), hflip=0.25), 32)
+    draws = [transform.draw(seed, 200, 200) for seed in range(4000)]
+    areas = np.array([draw.box[2] * draw.box[3] / 40000 for draw in draws])
+    ratios = np.array([draw.box[2] / draw.box[3] for draw in draws])
+    assert 0.29 < areas.min() < 0.31
+    assert 0.59 < areas.max() < 0.61
+    assert abs(areas.mean() - 0.45) < 0.01
+    assert abs(np.log(ratios).mean()) < 0.02
+    assert ratios.min() > 0.65
+    assert ratios.max() < 1.53
+    assert abs(np.mean([draw.flip for draw in draws]) - 0.25) < 0.03
+    factors = np.array([[factor for _, factor in draw.jitter] for draw in draws])
+    assert factors.min() > 0.6
+    assert factors.max() < 1.4
+    assert len({tuple(name for name, _ in draw.jitter) for draw in draws}) == 6
+    assert len({name for draw in draws for name, _ in draw.ops}) == 15
+
+
+def test_draws_are_pinned():
+    draw = TrainTransform(AugmentConfig(), 224).draw(1234, 500, 375)
+    assert (draw.box, draw.flip) == ((328, 156, 151, 108), False)
+    assert [name for name, _ in draw.ops] == ["Rotate"]  # "ShearX" was drawn too, and left out by its probability
+
+
+def test_what_is_drawn_is_done():
+    transform = TrainTransform(AugmentConfig(color_jitter=0, randaugment="", hflip=1), 16)
+    draw = transform.draw(3, 40, 30)
+    left, top, w, h = draw.box
+    expected = image().crop((left, top, left + w, top + h)).resize((16, 16), Image.Resampling.BICUBIC)
+    expected = np.asarray(expected)[:, ::-1].transpose(2, 0, 1)
+    assert np.array_equal(pixels_of(transform, image(), draw), expected)
+
+
+def test_the_same_seed_gives_the_same_pixels_and_global_generators_stay():
+    transform = TrainTransform(AugmentConfig(), 24)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    results = [augmented(transform, image(), seed) for seed in range(30)]
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert before == after
+    random.seed(99)
+    again = [augmented(transform, image(), seed) for seed in range(30)]
+    assert all(np.array_equal(one, two) for one, two in zip(results, again, strict=True))
+    # A posterised image may come out black, more than once.
+    assert len({result.tobytes() for result in results}) >= 28
+    assert {(result.shape, result.dtype.name) for result in results} == {((3, 24, 24), "uint8")}
+
+
+@pytest.mark.parametrize("policy", ["rand-m15-n2-mstd1.0-inc1", "rand-m9-mstd0.5-inc1", "rand-m10-tweights-n2"])
+def test_every_randaugment_operation_runs_at_any_magnitude(policy):
+    transform = TrainTransform(AugmentConfig(randaugment=policy, color_jitter=0), 16)
+    assert {augmented(transform, image(), seed).shape for seed in range(300)} == {(3, 16, 16)}
+
+
+def test_what_is_off_is_a_plain_resize():
+    transform = TrainTransform(OFF, 20)
+    assert transform.draw(5, 28, 28).box == (0, 0, 28, 28)
+    expected = np.asarray(image(28, 28).resize((20, 20), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert np.array_equal(augmented(transform, image(28, 28), 5), expected)
+    assert np.array_equal(
+        augmented(TrainTransform(OFF, 28), image(28, 28), 5), np.asarray(image(28, 28)).transpose(2, 0, 1)
+    )
+
+
+def test_an_unreadable_randaugment_string_is_refused():
+    with pytest.raises(RecipeError, match=r"augment.randaugment = 'rand-x9'"):
+        TrainTransform(AugmentConfig(randaugment="rand-x9"), 32)
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 40), (28, 28), (7, 90)])
+@pytest.mark.parametrize("crop", [0.875, 0.9, 1.0])
+def test_evaluation_is_resize_and_centre_crop(size, crop):
+    # Smooth, for Pillow chooses by the sizes which axis it resizes first, and clips in between.
+    source = image(5, 5).point(lambda value: 64 + value // 2).resize(size, Image.Resampling.BICUBIC)
+    expected = Compose([Resize(int(28 / crop), InterpolationMode.BICUBIC), CenterCrop(28)])(source)
+    view = EvalTransform(AugmentConfig(eval_crop=crop), 28).view(*size)
+    difference = np.asarray(resized(source, view, Image.Resampling.BICUBIC)).astype(int) - np.asarray(expected)
+    assert abs(difference).max() <= 2
+    assert abs(difference).mean() < 0.2
+
+
+def test_erasing_fills_a_box_of_the_drawn_size_with_noise_around_the_mean():
+    transform = TrainTransform(AugmentConfig(scale=(1, 1), color_jitter=0, randaugment="", erasing=1.0), 64)
+    blank = np.zeros((64, 64, 3), dtype=np.uint8)
+    shares = []
+    for seed in range(200):
+        draw = transform.draw(seed, 80, 80)
+        left, top, width, height, _ = draw.erase
+        result = transform.finish(blank, draw)
+        inside = result[:, top : top + height, left : left + width]
+        assert inside.mean() > 60
+        assert result.sum() == inside.sum()
+        assert np.array_equal(result, transform.finish(blank, draw))
+        shares.append(width * height / 64**2)
+    assert 0.01 < min(shares) < max(shares) < 0.36
+    assert abs(np.mean(shares) - (0.02 + 1 / 3) / 2) < 0.03
+    assert not blank.any()
+
+
+def test_erasing_leaves_the_other_draws_as_they_were():
+    plain, erasing = (TrainTransform(AugmentConfig(erasing=p), 32).draw(7, 90, 80) for p in (0, 1))
+    assert erasing.erase is not None
+    assert replace(erasing, erase=None) == plain

@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from timm.data.mixup import mixup_target
+
+from karat_scale.data.augmentation.mixing import Mixer
+from karat_scale.recipe import AugmentConfig
+
+CLASSES = 5
+torch.manual_seed(0)
+IMAGES = torch.randn(16, 3, 12, 10)
+LABELS = torch.randint(0, CLASSES, (16,))
+BOTH = AugmentConfig()
+
+
+def pairs_exchanged(rows: torch.Tensor) -> torch.Tensor:
+    return rows[[i ^ 1 for i in range(len(rows))]]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 50), st.integers(0, 500), st.integers(0, 8), st.integers(0, 8))
+def test_an_even_slice_mixes_as_inside_the_whole(seed, epoch, batch, first, last):
+    rows = slice(2 * min(first, last), 2 * max(first, last))
+    mixer = Mixer(BOTH, CLASSES, seed)
+    images, targets = mixer.mix(IMAGES, LABELS, epoch, batch)
+    part_images, part_targets = mixer.mix(IMAGES[rows], LABELS[rows], epoch, batch)
+    assert torch.equal(images[rows], part_images)
+    assert torch.equal(targets[rows], part_targets)
+
+
+def test_mixup_is_the_formula():
+    mixer = Mixer(AugmentConfig(mixup=0.8, cutmix=0), CLASSES, 1)
+    before = IMAGES.clone()
+    images, targets = mixer.mix(IMAGES, LABELS, 2, 3)
+    params = mixer.params(2, 3, 12, 10)
+    assert params.kind == "mixup"
+    torch.testing.assert_close(images, params.lam * IMAGES + (1 - params.lam) * pairs_exchanged(IMAGES))
+    # timm pairs the first row with the last: for two rows the pairing is ours.
+    for i in range(0, 16, 2):
+        expected = mixup_target(LABELS[i : i + 2], CLASSES, params.lam, 0.1)
+        torch.testing.assert_close(targets[i : i + 2], expected)
+    assert torch.equal(before, IMAGES)
+
+
+def test_cutmix_pastes_the_box_and_weighs_by_its_area():
+    mixer = Mixer(AugmentConfig(mixup=0, cutmix=1.0), CLASSES, 1)
+    boxes = 0
+    for batch in range(50):
+        params = mixer.params(0, batch, 12, 10)
+        images, targets = mixer.mix(IMAGES, LABELS, 0, batch)
+        top, bottom, left, right = params.box
+        inside = torch.zeros(12, 10, dtype=torch.bool)
+        inside[top:bottom, left:right] = True
+        assert torch.equal(images, torch.where(inside, pairs_exchanged(IMAGES), IMAGES))
+        assert params.lam == pytest.approx(1 - inside.sum().item() / 120)
+        torch.testing.assert_close(targets.sum(1), torch.ones(16))
+        boxes += bool(inside.any())
+    assert boxes > 30
+
+
+def test_kinds_come_with_the_asked_probabilities():
+    kinds = [
+        Mixer(AugmentConfig(mix_prob=0.8, mix_switch_prob=0.25), CLASSES, 0).params(0, batch, 8, 8).kind
+        for batch in range(3000)
+    ]
+    for kind, share in (("none", 0.2), ("cutmix", 0.2), ("mixup", 0.6)):
+        assert abs(kinds.count(kind) / 3000 - share) < 0.04
+
+
+def test_without_mixing_targets_are_smoothed_one_hot():
+    mixer = Mixer(AugmentConfig(mixup=0, cutmix=0, label_smoothing=0.1), CLASSES, 0)
+    images, targets = mixer.mix(IMAGES[:3], LABELS[:3], 0, 0)
+    assert torch.equal(images, IMAGES[:3])
+    assert targets.dtype == torch.float32
+    torch.testing.assert_close(targets, torch.nn.functional.one_hot(LABELS[:3], CLASSES) * 0.9 + 0.02)
+
+
+def test_params_depend_on_epoch_and_batch_and_leave_the_global_generator():
+    mixer = Mixer(AugmentConfig(mixup=0), CLASSES, 0)
+    before = np.random.get_state()[1].tolist()
+    params = {mixer.params(epoch, batch, 32, 32) for epoch in range(5) for batch in range(5)}
+    assert len(params) == 25
+    assert np.random.get_state()[1].tolist() == before
+
+
+def test_an_odd_batch_cannot_mix():
+    with pytest.raises(ValueError, match="odd batch of 3"):
+        Mixer(BOTH, CLASSES, 0).mix(IMAGES[:3], LABELS[:3], 0, 0)

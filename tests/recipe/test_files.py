@@ -1,0 +1,86 @@
+"""What a recipe file takes from others by `extends`."""
+
+from pathlib import Path
+
+import pytest
+
+from karat_scale.errors import RecipeError
+from karat_scale.recipe.files import RECIPES, shipped_recipes
+from karat_scale.recipe.loading import dump_recipe, flatten, load_recipe
+from tests.conftest import ROOT, karat
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_own_keys_go_before_and_of_two_in_a_list_the_later(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", "data: {path: a}\noptim: {lr: 1.0, eps: 1.0, betas: [0.1, 0.2]}\ntrain: {epochs: 7}\n")
+    write(tmp_path / "more/b.yaml", "extends: c.yaml\noptim: {lr: 2.0, eps: 2.0}\n")
+    write(tmp_path / "more/c.yaml", "optim: {betas: [0.3, 0.4]}\nrun: {seed: 5}\n")
+    own = write(tmp_path / "own.yaml", "extends: [a.yaml, more/b.yaml]\noptim: {lr: 3.0}\n")
+    recipe = load_recipe(own, ["train.epochs=9"])
+    assert (recipe.optim.lr, recipe.optim.eps, recipe.optim.betas) == (3.0, 2.0, (0.3, 0.4))
+    assert (recipe.data.path, recipe.run.seed, recipe.train.epochs, recipe.run.name) == ("a", 5, 9, "own")
+
+
+def test_a_recipe_is_whole_once_it_is_read(tmp_path: Path) -> None:
+    own = write(tmp_path / "own.yaml", "extends: [imagenet_vit_small_g3b, parts/cifar10]\n")
+    recipe = load_recipe(own, ["run.name=cifar10_vit_small_g3b", "run.dir=runs/cifar10_vit_small_g3b"])
+    assert recipe == load_recipe("cifar10_vit_small_g3b")
+    assert load_recipe(write(tmp_path / "whole.yaml", dump_recipe(recipe))) == recipe
+    printed = karat("train", str(own), "--print").stdout
+    assert "extends" not in printed
+    assert "num_classes: 10" in printed
+    assert "name: vit_small_patch16_224" in printed
+
+
+@pytest.mark.parametrize(
+    ("body", "parts"),
+    [
+        ("extends: imagenet_vit_tny\n", ["extends = 'imagenet_vit_tny'", "did you mean imagenet_vit_tiny?"]),
+        ("extends: [parts/cifar1]\n", ["extends = 'parts/cifar1'", "did you mean parts/cifar10?"]),
+        ("extends: 3\n", ["extends = 3", "a recipe's name or a list of names"]),
+        ("extends: [[x]]\n", ["extends = [['x']]", "a list of names"]),
+        ("extends: other.yaml\n", ["extends goes in a circle: own -> other -> own"]),
+        ("extends: own.yaml\n", ["extends goes in a circle: own -> own"]),
+        ("extends: broken.yaml\n", ["broken.yaml", "not valid YAML"]),
+        ("extends: imagenet_vit_tiny\nmodel: {nme: x}\n", ["model.nme", "did you mean model.name?"]),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path: Path, body: str, parts: list[str]) -> None:
+    own = write(tmp_path / "own.yaml", body)
+    write(tmp_path / "other.yaml", "extends: own.yaml\n")
+    write(tmp_path / "broken.yaml", "data: [\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(own)
+    assert "\n" not in str(caught.value)
+    for part in ["own.yaml" if "broken" not in body else "", *parts]:
+        assert part in str(caught.value)
+
+
+def test_parts_are_no_recipes_and_are_all_used() -> None:
+    texts = "".join(path.read_text() for path in RECIPES.rglob("*.yaml"))
+    for part in sorted((RECIPES / "parts").glob("*.yaml")):
+        assert part.stem not in shipped_recipes()
+        assert f"parts/{part.stem}" in texts
+
+
+@pytest.mark.parametrize("data_set", ["svhn", "flowers102", "stl10"])
+def test_fine_tuning_differs_from_training_where_its_parts_say(data_set: str) -> None:
+    trained, tuned = load_recipe("imagenet_vit_base_g1u"), load_recipe(f"{data_set}_vit_base_g1u")
+    before, after = flatten(trained), flatten(tuned)
+    changed = {key for key in after if before[key] != after[key]} - {"run.name", "run.dir", "augment.hflip"}
+    assert changed == {
+        *("init_from", "data.path", "model.num_classes", "augment.randaugment", "optim.lr"),
+        *("train.epochs", "train.global_batch", "train.ema_decay", "train.eval_every_epochs"),
+    }
+    assert tuned.init_from == trained.run.dir
+
+
+def test_shipped_files_are_read_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("cifar100_vit_base_g1b").model.num_classes == 100
+    assert load_recipe(ROOT / "karat_scale/recipes/cifar100_vit_base.yaml").train.global_batch == 32

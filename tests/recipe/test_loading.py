@@ -1,0 +1,211 @@
+"""Recipes: what is accepted, and that each mistake is one line naming field, value and mend."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from karat_scale.errors import RecipeError
+from karat_scale.recipe import Recipe
+from karat_scale.recipe.files import shipped_recipes
+from karat_scale.recipe.loading import (
+    differing_keys,
+    dump_recipe,
+    flatten,
+    load_recipe,
+    schema_keys,
+)
+
+VARIANTS = [
+    *(f"vit_{size}{kind}" for size in ("tiny", "small") for kind in ("", "_g3b", "_g3u")),
+    *(f"vit_base{kind}" for kind in ("", "_g1b", "_g1u")),
+]
+SHIPPED = {
+    "fashion_mnist_demo",
+    "cifar10_vit_mini_32px",
+    "cifar10_vit_mini_32px_g3b",
+    "cifar10_vit_tiny_full_rank",
+    "cifar10_vit_tiny_transfer",
+    "cifar100_vit_tiny_transfer",
+    "imagenet_vit_small_bv",
+    "imagenet_vit_small_bv_g3b",
+    *(
+        f"{data_set}_{variant}"
+        for data_set in ("imagenet", "cifar10", "cifar100", "svhn", "flowers102", "stl10")
+        for variant in VARIANTS
+    ),
+    *(f"{data}_convit_tiny{kind}" for data in ("cifar10", "imagenet") for kind in ("", "_g3b", "_g3u")),
+    *(f"{data}_swin_tiny{kind}" for data in ("cifar10", "imagenet") for kind in ("", "_g3b")),
+}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: {path: somewhere}\n")
+    return path
+
+
+def message(path: Path | str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("attention.grdi=3", ["attention.grdi", "did you mean attention.grid?"]),
+        ("lr=3", ["lr: unknown key", "did you mean optim.lr?"]),
+        ("modl.name=x", ["modl", "did you mean model"]),
+        ("optim.lr=fast", ["optim.lr = 'fast'", "number", "0.0005"]),
+        ("optim.lr=-1", ["optim.lr = -1", "greater than 0"]),
+        ("attention.grid=true", ["attention.grid = True", "not true or false"]),
+        ("attention.grid=99", ["attention.grid = 99", "16"]),
+        ("attention.kind=soft", ["attention.kind = 'soft'", "'softmax' or 'karat'"]),
+        ("augment.mean=[1, 2]", ["augment.mean", "too few"]),
+        ("augment.scale=[1.0, 0.5]", ["augment.scale", "descends"]),
+        ("augment.randaugment=auto", ["augment.randaugment", "rand-m9-mstd0.5-inc1"]),
+        ("model.patch_size=15", ["model.image_size = 224", "model.patch_size = 15", "use 210"]),
+        ("train.global_batch=127", ["train.global_batch = 127", "odd", "augment.mix_prob=0"]),
+        ("train.micro_batch=6", ["train.global_batch = 128", "train.micro_batch = 6"]),
+        ("train.epochs=3", ["schedule.warmup_epochs = 5", "train.epochs = 3"]),
+        ("train.recompute.polcy=all", ["train.recompute.polcy", "did you mean train.recompute.policy?"]),
+        ("recompute=all", ["recompute: unknown key", "did you mean train.recompute?"]),
+        ("train.recompute=all", ["train.recompute = 'all'", "the keys are policy, every"]),
+        ("train.recompute.policy=al", ["train.recompute.policy = 'al'", "'attention'", "(default: none)"]),
+        ("train.recompute.every=0", ["train.recompute.every = 0", "1", "(default: 2)"]),
+        ("train.recompute.policy=budget", ["train.recompute.policy = budget", "needs train.recompute.budget_gb"]),
+        ("train.recompute.budget_gb=2", ["train.recompute.budget_gb = 2", "policy = none", "use policy budget"]),
+        ("train.recompute.cpu=true", ["train.recompute.cpu = true", "train.recompute.method=deepspeed"]),
+        ("train.recompute.partition=true", ["train.recompute.partition", "train.recompute.method=deepspeed"]),
+        ("optim.name=lion", ["optim.name = 'lion'", "'adamw' or 'muon'"]),
+        ("log.profile_steps=[5, 3]", ["log.profile_steps", "swap the two"]),
+        ("checkpoint.keep_last=1", ["checkpoint.keep_last = 1", "2"]),
+        ("checkpoint.snapshots=-1", ["checkpoint.snapshots = -1", "0"]),
+        ("train.on_nonfinite=ignore", ["train.on_nonfinite = 'ignore'", "'skip' or 'stop'"]),
+        ("data.path=", ["data.path"]),
+        ("optim=3", ["optim = 3", "weight_decay"]),
+        ("optim.lr.peak=3", ["optim.lr"]),
+        ("resume.allow=optim.rl", ["resume.allow = optim.rl", "did you mean optim.lr?"]),
+        ("nonsense", ["nonsense", "key=value"]),
+        ("a=[", ["a=[", "YAML"]),
+    ],
+)
+def test_a_mistake_is_one_line_with_field_value_and_mend(recipe: Path, override: str, parts: list[str]) -> None:
+    text = message(recipe, override)
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        ("data: {path: a}\ndata: {path: b}\n", "line 2: not valid YAML: key 'data' stands twice"),
+        ("- 1\n", "should be sections"),
+        ("data:\n  path: [\n", "not valid YAML"),
+        ("", "data: missing"),
+        ("data:\n", "data.path is empty"),
+        ("data: 3\n", "data = 3"),
+    ],
+)
+def test_a_broken_file_is_one_line(recipe: Path, body: str, part: str) -> None:
+    recipe.write_text(body)
+    assert part in message(recipe)
+
+
+def test_fp16_overflows_are_no_reason_to_stop(recipe: Path) -> None:
+    said = message(recipe, "train.precision=fp16", "train.on_nonfinite=stop")
+    assert "train.on_nonfinite = stop with train.precision = fp16" in said
+    assert "use skip" in said
+
+
+def test_a_run_begins_with_one_thing(recipe: Path) -> None:
+    text = message(recipe, "init_from=a", "resume.from=b")
+    assert "init_from = a and resume.from = b both say what to begin with; unset one" in text
+
+
+def test_nothing_unsets_a_text(recipe: Path) -> None:
+    assert load_recipe(recipe, ["init_from=runs/base", "init_from=", "resume.from="]).init_from == ""
+
+
+def test_a_binary_file_is_refused(recipe: Path) -> None:
+    recipe.write_bytes(b"\x89PNG\xff\xfe\x00")
+    assert "YAML" in message(recipe)
+
+
+def test_an_unknown_name_gets_the_nearest_shipped_recipe() -> None:
+    assert "did you mean imagenet_vit_tiny_g3b?" in message("imagenet_vit_tny_g3b")
+    assert "no such file" in message("nowhere/recipe.yaml")
+
+
+def test_numbers_yaml_reads_as_text_are_numbers(recipe: Path) -> None:
+    assert load_recipe(recipe, ["optim.lr=5e-4"]).optim.lr == 5e-4
+
+
+def test_shipped_recipes_are_all_there_and_valid() -> None:
+    assert set(shipped_recipes()) == SHIPPED
+    for name in SHIPPED:
+        recipe = load_recipe(name)
+        assert recipe.run.name == name
+        assert recipe.run.dir == f"runs/{name}"
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_a_shipped_recipe_begins_with_what_it_trains_and_costs(name: str) -> None:
+    header = [line for line in shipped_recipes()[name].read_text().splitlines() if line.startswith("#")]
+    text = " ".join(header)
+    assert "karat train" in text or "make demo" in text
+    assert "esult" in text  # the result it gave, or that it has not run yet
+
+
+def test_imagenet_recipes_have_the_papers_settings() -> None:
+    recipe = load_recipe("imagenet_vit_tiny_g3b")
+    assert (recipe.train.epochs, recipe.train.global_batch, recipe.train.ema_decay) == (100, 128, 0.99992)
+    assert (recipe.optim.lr, recipe.optim.lr_batch, recipe.optim.weight_decay) == (5e-4, 512, 0.05)
+    assert (recipe.optim.eps, recipe.optim.betas, recipe.optim.clip_grad) == (1e-6, (0.9, 0.999), 1.0)
+    assert (recipe.schedule.warmup_epochs, recipe.schedule.warmup_lr, recipe.schedule.min_lr) == (5, 1e-6, 1e-5)
+    augment = recipe.augment
+    assert (augment.scale, augment.ratio, augment.hflip, augment.color_jitter) == ((0.08, 1), (0.67, 1.5), 0.5, 0.4)
+    assert augment.randaugment == "rand-m15-n2-mstd1.0-inc1"
+    assert (augment.mixup, augment.cutmix, augment.mix_switch_prob, augment.label_smoothing) == (0.8, 1.0, 0.5, 0.1)
+    assert augment.eval_crop == 0.9
+    attention = recipe.attention
+    assert (attention.kind, attention.grid, attention.rank, attention.base) == ("karat", 3, 12, "zero")
+    assert load_recipe("cifar10_vit_tiny_g3b").train.global_batch == 32
+
+
+def test_dump_and_load_are_inverse(recipe: Path, tmp_path: Path) -> None:
+    nested = ["train.recompute.policy=budget", "train.recompute.budget_gb=1.5"]
+    first = load_recipe(recipe, ["resume.from=there", "resume.allow=optim.lr", "augment.scale=[0.5, 1]", *nested])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_recipe(first))
+    assert load_recipe(again) == first
+
+
+def test_every_leaf_is_a_schema_key(recipe: Path) -> None:
+    assert set(flatten(load_recipe(recipe))) < set(schema_keys())
+
+
+def test_differing_keys_leaves_out_what_cannot_matter_and_what_is_allowed(recipe: Path) -> None:
+    old = load_recipe(recipe)
+    free = load_recipe(
+        recipe, ["data.workers=7", "log.every_steps=1", "run.dir=elsewhere", "train.recompute.policy=all"]
+    )
+    assert differing_keys(old, free) == []
+    other = load_recipe(recipe, ["optim.lr=1", "model.depth=3"])
+    assert differing_keys(old, other) == ["model.depth", "optim.lr"]
+    assert differing_keys(old, other, ["optim"]) == ["model.depth"]
+
+
+def test_a_recipe_cannot_change_after_validation(recipe: Path) -> None:
+    loaded = load_recipe(recipe)
+    with pytest.raises(ValueError, match="frozen"):
+        loaded.train.epochs = 3  # type: ignore[misc]
+
+
+def test_the_schema_has_the_sections_users_know() -> None:
+    assert list(Recipe.model_fields) == yaml.safe_load(
+        "[run, model, attention, init_from, resume, data, augment, optim, schedule, train, deepspeed, checkpoint, log]"
+    )
