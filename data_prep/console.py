@@ -23,18 +23,12 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from karat_scale.arguments import OneLineParser, count
 from karat_scale.data.formats.shard_format import OddRecord, SkippedRecord
 from karat_scale.errors import DataError, UserError
 
 PLAIN_LINE_SECONDS = 10.0
 LISTED = 5
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Reports wrong usage on one line, with exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
 
 
 def make_parser(description: str, writes: bool = True) -> OneLineParser:
@@ -52,14 +46,14 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--src", type=Path, required=True, metavar="DIR", help="where the images are")
     parser.add_argument("--split", metavar="NAME", help="the one split to make (default: all there are)")
     parser.add_argument(
-        "--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)"
+        "--workers", type=count, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)"
     )
 
 
 def add_choice_options(parser: argparse.ArgumentParser) -> None:
     """The options that say which images of a source are taken, in which order, and what is done about odd ones."""
     parser.add_argument("--seed", type=int, default=0, help="seed of the order in the output (default 0)")
-    parser.add_argument("--subset", type=positive, metavar="N", help="only N images of each class, by the seed")
+    parser.add_argument("--subset", type=count, metavar="N", help="only N images of each class, by the seed")
     parser.add_argument(
         "--check", choices=("header", "decode"), default="header", help="look at headers, or decode every image"
     )
@@ -103,15 +97,8 @@ def add_shard_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--src", type=Path, required=True, metavar="DIR", help="a directory of shards")
     parser.add_argument("--split", metavar="NAME", help="the one split to take (default: all)")
     parser.add_argument(
-        "--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)"
+        "--workers", type=count, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)"
     )
-
-
-def positive(text: str) -> int:
-    """An argument that is a count. Raises argparse.ArgumentTypeError."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
 
 
 def run(main: Callable[[], None]) -> NoReturn:

@@ -23,7 +23,6 @@ from console import (
     check_split_name,
     list_troubles,
     make_parser,
-    positive,
     progress,
     run,
 )
@@ -34,6 +33,7 @@ from sources import Source, SourceOptions, open_splits
 from sources.shards import has_shards, open_shards
 
 from karat_scale import __version__
+from karat_scale.arguments import count
 from karat_scale.data.decoders.ffcv import require_ffcv
 from karat_scale.data.formats.beton import BetonRecord, check_file, read_record, record_path
 from karat_scale.data.formats.beton_writer import page_bytes
@@ -131,16 +131,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default="jpg",
         help="JPEG, raw pixels, a share as JPEG (--compress-probability), or large ones (--smart-threshold)",
     )
+    parser.add_argument("--max-resolution", type=count, metavar="S", help="resize: the longer side in pixels at most")
     parser.add_argument(
-        "--max-resolution", type=positive, metavar="S", help="resize: the longer side in pixels at most"
-    )
-    parser.add_argument(
-        "--quality", type=positive, default=QUALITY, metavar="Q", help=f"of resized JPEGs (default {QUALITY})"
+        "--quality", type=count, default=QUALITY, metavar="Q", help=f"of resized JPEGs (default {QUALITY})"
     )
     parser.add_argument(
         "--compress-probability", type=float, metavar="P", help=f"share of JPEGs in proportion (default {JPEG_SHARE})"
     )
-    parser.add_argument("--smart-threshold", type=positive, metavar="BYTES", help="smart: JPEG if the pixels take more")
+    parser.add_argument("--smart-threshold", type=count, metavar="BYTES", help="smart: JPEG if the pixels take more")
     options = parser.parse_args(arguments)
     _check(options)
     return options

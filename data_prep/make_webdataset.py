@@ -28,7 +28,6 @@ from console import (
     check_split_name,
     list_troubles,
     make_parser,
-    positive,
     progress,
     run,
 )
@@ -48,6 +47,7 @@ from sources import Source, SourceOptions, open_splits
 from sources.val_labels import NAME_FILES, find_file, read_synset_names
 
 from karat_scale import __version__
+from karat_scale.arguments import count
 from karat_scale.data.formats.shard_format import (
     DATASET_FILE,
     DatasetRecord,
@@ -164,12 +164,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_choice_options(parser)
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
-        "--shard-samples", type=positive, metavar="N", help=f"samples a shard (default {DEFAULT_SHARD_SAMPLES})"
+        "--shard-samples", type=count, metavar="N", help=f"samples a shard (default {DEFAULT_SHARD_SAMPLES})"
     )
-    size.add_argument("--shard-bytes", type=positive, metavar="N", help="image bytes a shard, about")
-    parser.add_argument("--resize", type=positive, metavar="S", help="re-encode with a short side of at most S pixels")
+    size.add_argument("--shard-bytes", type=count, metavar="N", help="image bytes a shard, about")
+    parser.add_argument("--resize", type=count, metavar="S", help="re-encode with a short side of at most S pixels")
     parser.add_argument(
-        "--quality", type=positive, metavar="Q", help=f"JPEG quality with --resize (default {DEFAULT_QUALITY})"
+        "--quality", type=count, metavar="Q", help=f"JPEG quality with --resize (default {DEFAULT_QUALITY})"
     )
     parser.add_argument(
         "--encoder",

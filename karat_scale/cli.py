@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from karat_scale import __version__
+from karat_scale.arguments import OneLineParser, count, new_file, positive, whole
 from karat_scale.bench.commands import add_benches
 from karat_scale.errors import UserError
 
@@ -17,31 +18,31 @@ ANALYSES = ("spectrum", "maps", "functions", "distributions", "landscape")
 
 def build_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    parser = argparse.ArgumentParser(prog="karat", description="Train Kolmogorov-Arnold Attention ViTs.")
+    parser = OneLineParser(prog="karat", description="Train Kolmogorov-Arnold Attention ViTs.")
     parser.add_argument("--version", action="version", version=f"karat_scale {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a recipe, or go on where its run stopped")
     train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-3")
+    train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as optim.lr=1e-3")
     train.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("eval", help="evaluate a run's checkpoint on the validation split")
     evaluate.add_argument("run_dir", metavar="RUN", help="the run's directory")
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.path=DIR")
+    evaluate.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
     evaluate.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
     evaluate.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
-    evaluate.add_argument("--json", metavar="FILE", help="write the result there too")
+    evaluate.add_argument("--json", type=new_file, metavar="FILE", help="write the result there too")
     evaluate.set_defaults(run=_eval)
 
     detect = commands.add_parser("detect", help="train Mask R-CNN on a ViT, or evaluate it, on a set in COCO's format")
     detect.add_argument("recipe", metavar="RECIPE", help="a detection recipe's name or a YAML file; RUN with --eval")
-    detect.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.path=DIR")
+    detect.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
     detect.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
     detect.add_argument("--eval", action="store_true", help="COCO's averages of the checkpoint of a run, RUN")
     detect.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
-    detect.add_argument("--json", metavar="FILE", help="write the result of --eval there too")
+    detect.add_argument("--json", type=new_file, metavar="FILE", help="write the result of --eval there too")
     detect.set_defaults(run=_detect)
 
     export = commands.add_parser("export", help="a checkpoint's model for timm, ONNX, TorchScript or a hub")
@@ -59,24 +60,24 @@ def build_parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="before you submit: memory, stage, micro batch, time, and mistakes")
     plan.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.precision=bf16")
-    plan.add_argument("--gpus", type=int, default=1, help="ranks in all (default: %(default)s)")
+    plan.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as train.precision=bf16")
+    plan.add_argument("--gpus", type=count, default=1, help="ranks in all (default: %(default)s)")
     plan.add_argument("--gpu", metavar="NAME", help="such as h100-80 (default: this machine's RAM)")
-    plan.add_argument("--memory", type=float, metavar="GB", help="of a GPU that has no name here, or of a rank's RAM")
-    plan.add_argument("--gpus-per-node", type=int, default=8, help="(default: %(default)s)")
-    plan.add_argument("--step-time", type=float, metavar="S", help="measured seconds of one micro batch on one GPU")
+    plan.add_argument("--memory", type=positive, metavar="GB", help="of a GPU without a name here, or of a rank's RAM")
+    plan.add_argument("--gpus-per-node", type=count, default=8, help="(default: %(default)s)")
+    plan.add_argument("--step-time", type=positive, metavar="S", help="measured seconds of one micro batch on one GPU")
     plan.add_argument("--curve", action="store_true", help="predicted throughput from 1 to 1,024 GPUs")
     plan.add_argument("--dry-run", action="store_true", help="only build and check model, data and batches")
-    plan.add_argument("--json", metavar="FILE", help="write all figures there too")
+    plan.add_argument("--json", type=new_file, metavar="FILE", help="write all figures there too")
     plan.set_defaults(run=_plan)
 
     submit = commands.add_parser("submit", help="write a recipe's sbatch script, show it, and submit it")
     submit.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
-    submit.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.path=DIR")
+    submit.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
     for option in ("account", "partition", "qos", "constraint", "time"):
         submit.add_argument(f"--{option}", help="as sbatch has it")
-    for option in ("nodes", "gpus-per-node", "cpus-per-task"):
-        submit.add_argument(f"--{option}", type=int, help="as sbatch has it")
+    for option, least in (("nodes", 1), ("gpus-per-node", 0), ("cpus-per-task", 1)):
+        submit.add_argument(f"--{option}", type=whole(least), help="as sbatch has it")
     for setting in ("venv", "conda-env", "modules", "container", "stage"):
         submit.add_argument(f"--{setting}", help="see the top of slurm/imagenet_fourier_karat.sh")
     submit.add_argument("--gpu", metavar="NAME", help="plan stage and micro batch for it, such as h100-80")
@@ -95,20 +96,20 @@ def build_parser() -> argparse.ArgumentParser:
     analyze.add_argument("--data", metavar="DIR", help="in place of the runs' data.path")
     analyze.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
     analyze.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
-    analyze.add_argument("--images", type=int, default=64, help="for spectrum and functions (default: %(default)s)")
+    analyze.add_argument("--images", type=count, default=64, help="for spectrum and functions (default: %(default)s)")
     analyze.add_argument("--image", type=int, nargs="+", metavar="N", help="images of the maps (default: four)")
     analyze.add_argument("--block", type=int, default=-1, help="of the maps; -1 is the last (default: %(default)s)")
-    analyze.add_argument("--grid", type=int, default=15, help="landscape points a side (default: %(default)s)")
-    analyze.add_argument("--samples", type=int, default=256, help="images a landscape point (default: %(default)s)")
-    analyze.add_argument("--batch", type=int, default=8, help="images at a time (default: %(default)s)")
-    analyze.add_argument("--seed", type=int, default=0, help="of random directions and probes (default: %(default)s)")
+    analyze.add_argument("--grid", type=whole(2), default=15, help="landscape points a side (default: %(default)s)")
+    analyze.add_argument("--samples", type=count, default=256, help="images a landscape point (default: %(default)s)")
+    analyze.add_argument("--batch", type=count, default=8, help="images at a time (default: %(default)s)")
+    analyze.add_argument("--seed", type=whole(0), default=0, help="of directions and probes (default: %(default)s)")
     analyze.set_defaults(run=_analyze)
 
     doctor = commands.add_parser("doctor", help="what this machine has, and what bounds a recipe on it")
     doctor.add_argument("recipe", metavar="RECIPE", nargs="?", help="a shipped recipe's name or a YAML file")
-    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.workers=4")
-    doctor.add_argument("--seconds", type=float, default=20.0, help="of the timed run (default: %(default)s)")
-    doctor.add_argument("--json", metavar="FILE", help="write all figures there too")
+    doctor.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.workers=4")
+    doctor.add_argument("--seconds", type=positive, default=20.0, help="of the timed run (default: %(default)s)")
+    doctor.add_argument("--json", type=new_file, metavar="FILE", help="write all figures there too")
     doctor.set_defaults(run=_doctor)
 
     bench = commands.add_parser("bench", help="measure against what you would use instead")

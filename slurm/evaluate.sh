@@ -31,4 +31,4 @@ source "$KARAT_HOME/slurm/launch.sh" || exit 2
 enter_environment
 [[ -n $RUN ]] || refuse "RUN is not set; give the directory of a run: RUN=DIR sbatch $0"
 [[ -f $RUN/recipe.yaml ]] || refuse "RUN = $RUN is not a run's directory: it has no recipe.yaml"
-launch eval "$RUN" --checkpoint "$CHECKPOINT" --json "$RUN/eval-$CHECKPOINT.json" ${SHARDS:+"data.path=$SHARDS"} "$@"
+launch eval "$RUN" ${SHARDS:+"data.path=$SHARDS"} "$@" --checkpoint "$CHECKPOINT" --json "$RUN/eval-$CHECKPOINT.json"

@@ -18,7 +18,7 @@ from karat_scale.analysis.report import Problem, RunSummary, write_report
 from karat_scale.analysis.result import Result, Settings
 from karat_scale.analysis.spectrum import analyze_spectrum
 from karat_scale.analysis.trained_run import TrainedRun, open_run
-from karat_scale.errors import RecipeError, RunDirectoryError, UserError
+from karat_scale.errors import RunDirectoryError, UserError
 from karat_scale.models.factory import parameter_count
 from karat_scale.train import distributed
 
@@ -35,14 +35,11 @@ SHARED = "landscape"
 
 
 def analyze_paths(options: Namespace) -> int:
-    """The command line's options, checked, to `analyze`; under torchrun the ranks share the landscape.
+    """The command line's options to `analyze`; under torchrun the ranks share the landscape.
 
     Raises:
-        UserError: no such run, or a count that cannot be.
+        UserError: no such run.
     """
-    for name, least in (("images", 1), ("grid", 2), ("samples", 1), ("batch", 1), ("seed", 0)):
-        if getattr(options, name) < least:
-            raise RecipeError(f"--{name} {getattr(options, name)}: expected at least {least}")
     runs = [open_run(path, options.data, options.weights, options.checkpoint) for path in options.runs]
     settings = Settings(
         images=options.images,

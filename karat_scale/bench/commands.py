@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from karat_scale.arguments import count, new_file, whole
+
 
 def add_benches(benches: Any) -> None:
     """Add each bench to the subparsers of `karat bench`."""
@@ -11,15 +13,15 @@ def add_benches(benches: Any) -> None:
     for add in (*of_training, *of_data, _add_plan):
         add(benches)
     for parser in benches.choices.values():
-        parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+        parser.add_argument("--json", type=new_file, metavar="FILE", help="write the figures there too")
 
 
 def _add_step(benches: Any) -> None:
     parser = benches.add_parser("step", help="our loop against a bare PyTorch loop, KArAt against softmax")
     parser.add_argument("--model", default="vit_tiny_patch16_224")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=5, help="steps a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--batch", type=count, default=8)
+    parser.add_argument("--steps", type=count, default=5, help="steps a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=7, help="interleaved rounds (default: %(default)s)")
     parser.set_defaults(run=_step)
 
 
@@ -32,12 +34,12 @@ def _step(options: argparse.Namespace) -> int:
 def _add_stages(benches: Any) -> None:
     parser = benches.add_parser("stages", help="a step at each ZeRO stage against DistributedDataParallel")
     parser.add_argument("--model", default="vit_tiny_patch16_224")
-    parser.add_argument("--image-size", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=16, help="of a rank (default: %(default)s)")
+    parser.add_argument("--image-size", type=count, default=64)
+    parser.add_argument("--batch", type=count, default=16, help="of a rank (default: %(default)s)")
     parser.add_argument("--attention", choices=("softmax", "karat"), default="softmax")
-    parser.add_argument("--ranks", type=int, default=2, help="processes on this machine (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3, help="steps a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--ranks", type=count, default=2, help="processes on this machine (default: %(default)s)")
+    parser.add_argument("--steps", type=count, default=3, help="steps a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=9, help="interleaved rounds (default: %(default)s)")
     parser.set_defaults(run=_stages)
 
 
@@ -59,20 +61,20 @@ def _stages(options: argparse.Namespace) -> int:
 def _add_attention(benches: Any) -> None:
     parser = benches.add_parser("attention", help="each implementation against SDPA, in time and memory")
     parser.add_argument("--model", choices=("tiny", "small", "base"), default="tiny")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--grid", type=int, default=3)
-    parser.add_argument("--rank", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=197)
+    parser.add_argument("--batch", type=count, default=32)
+    parser.add_argument("--grid", type=count, default=3)
+    parser.add_argument("--rank", type=count, default=12)
+    parser.add_argument("--tokens", type=count, default=197)
     parser.add_argument("--basis", default="fourier", help="a name, or package.module:Class (default: %(default)s)")
     forms = ("modular", "project_first", "two_operators", "full_rank")
     parser.add_argument("--form", choices=forms, default="modular")
     names = ("reference", "streaming", "cpu", "triton")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="these implementations alone")
-    parser.add_argument("--curve", nargs="+", type=int, metavar="N", help="the growth of time and memory over N")
+    parser.add_argument("--curve", nargs="+", type=count, metavar="N", help="the growth of time and memory over N")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--threads", type=count, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=9, help="interleaved rounds (default: %(default)s)")
     parser.set_defaults(run=_attention)
 
 
@@ -98,10 +100,10 @@ def _attention(options: argparse.Namespace) -> int:
 
 def _add_order(benches: Any) -> None:
     parser = benches.add_parser("order", help="how well the order policies shuffle, and how they read a disk")
-    parser.add_argument("--samples", type=int, default=1_281_167, help="of an epoch (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=1024, help="global batch (default: %(default)s)")
-    parser.add_argument("--block", type=int, default=256, help="samples a block (default: %(default)s)")
-    parser.add_argument("--window", type=int, default=32, help="blocks a window (default: %(default)s)")
+    parser.add_argument("--samples", type=count, default=1_281_167, help="of an epoch (default: %(default)s)")
+    parser.add_argument("--batch", type=count, default=1024, help="global batch (default: %(default)s)")
+    parser.add_argument("--block", type=count, default=256, help="samples a block (default: %(default)s)")
+    parser.add_argument("--window", type=count, default=32, help="blocks a window (default: %(default)s)")
     parser.add_argument("--path", metavar="DIR", help="shards to read with a cold cache")
     parser.set_defaults(run=_order)
 
@@ -120,9 +122,9 @@ def _add_data(benches: Any) -> None:
     parser.add_argument("--ffcv", metavar="DIR", help="made by data_prep/make_ffcv.py, to measure that backend")
     parser.add_argument("--backend", metavar="NAME", action="append", help="may be repeated (default: all)")
     parser.add_argument("--augment", choices=("crop", "paper"), default="crop")
-    parser.add_argument("--workers", type=int, default=1, help="0 for none (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=512, help="(default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--workers", type=whole(0), default=1, help="0 for none (default: %(default)s)")
+    parser.add_argument("--images", type=count, default=512, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=7, help="interleaved rounds (default: %(default)s)")
     parser.set_defaults(run=_data)
 
 
@@ -145,11 +147,11 @@ def _data(options: argparse.Namespace) -> int:
 def _add_prepare(benches: Any) -> None:
     parser = benches.add_parser("prepare", help="data_prep/make_webdataset.py against decoding, encoding and copying")
     parser.add_argument("--tar", metavar="FILE", help="a tar of JPEGs (default: photo-like images made here)")
-    parser.add_argument("--resize", type=int, default=256, help="short side in pixels (default: %(default)s)")
-    parser.add_argument("--quality", type=int, default=90, help="(default: %(default)s)")
+    parser.add_argument("--resize", type=count, default=256, help="short side in pixels (default: %(default)s)")
+    parser.add_argument("--quality", type=count, default=90, help="(default: %(default)s)")
     parser.add_argument("--encoder", choices=("auto", "native", "pillow"), default="auto")
-    parser.add_argument("--images", type=int, default=1000, help="(default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--images", type=count, default=1000, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=5, help="interleaved rounds (default: %(default)s)")
     parser.set_defaults(run=_prepare)
 
 
@@ -170,10 +172,10 @@ def _prepare(options: argparse.Namespace) -> int:
 def _add_resume(benches: Any) -> None:
     parser = benches.add_parser("resume", help="what an interruption costs: signal to saved, start to first step")
     parser.add_argument("recipe", metavar="RECIPE", nargs="?", default="imagenet_vit_base_g1b")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as deepspeed.config=zero3")
-    parser.add_argument("--ranks", type=int, default=1, help="processes (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=2, help="images a rank (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as deepspeed.config=zero3")
+    parser.add_argument("--ranks", type=count, default=1, help="processes (default: %(default)s)")
+    parser.add_argument("--batch", type=count, default=2, help="images a rank (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=3, help="(default: %(default)s)")
     parser.set_defaults(run=_resume)
 
 
@@ -186,15 +188,15 @@ def _resume(options: argparse.Namespace) -> int:
 def _add_recompute(benches: Any) -> None:
     parser = benches.add_parser("recompute", help="memory saved and time paid by each policy of train.recompute")
     parser.add_argument("--model", default="vit_tiny_patch16_224")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--grid", type=int, default=3)
+    parser.add_argument("--image-size", type=count, default=224)
+    parser.add_argument("--batch", type=count, default=4)
+    parser.add_argument("--grid", type=count, default=3)
     names = ("softmax", "reference", "streaming", "cpu", "triton")
     parser.add_argument("--only", nargs="+", choices=names, default=names[:4], help="these attentions alone")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--threads", type=count, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=5, help="interleaved rounds (default: %(default)s)")
     parser.set_defaults(run=_recompute)
 
 
@@ -208,10 +210,10 @@ def _recompute(options: argparse.Namespace) -> int:
 def _add_save(benches: Any) -> None:
     parser = benches.add_parser("save", help="how long training stands still for a checkpoint, and a resume takes")
     parser.add_argument("--model", default="vit_base_patch16_224")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--image-size", type=count, default=224)
+    parser.add_argument("--batch", type=count, default=2)
     parser.add_argument("--config", default="zero0", help="deepspeed.config (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=5, help="interleaved rounds (default: %(default)s)")
     parser.add_argument("--path", metavar="DIR", help="where to save (default: the temporary directory)")
     parser.set_defaults(run=_save)
 

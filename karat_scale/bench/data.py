@@ -76,8 +76,6 @@ def bench_data(plan: Plan, json_file: str | None) -> int:
     for name in backends:
         if name not in BACKENDS:
             raise UserError(f"--backend {name}: no such backend; choose from {', '.join(BACKENDS)}")
-    if plan.images < 1 or plan.rounds < 1:
-        raise UserError(f"--images {plan.images} --rounds {plan.rounds}: both must be at least 1")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="karat-bench-") as scratch:
         images = prepare_images(Path(scratch), plan.images, plan.shards, plan.tar)

@@ -84,12 +84,10 @@ def test_a_checkpoint_of_another_model_leaves_the_other_run(
     assert {path.parent.name for path in out.rglob("numbers.json")} == {"karat"}
 
 
-def test_bad_usage_is_one_line(karat_run: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["analyze", str(tmp_path)]) == 2
-    assert main(["analyze", str(karat_run.path), "--grid", "1"]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert "not a run directory" in lines[0]
-    assert lines[1] == "error: --grid 1: expected at least 2"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not a run directory" in line
 
 
 def test_runs_of_one_name_are_told_apart(karat_run: TrainedRun) -> None:

@@ -50,9 +50,12 @@ def test_prepare_train_finetune_evaluate_follow_each_other(
         cluster, "finetune.sh", "train.epochs=3", "optim.lr=1e-4", "train.freeze=patch_embed.*",
         options=after(train.id), cwd=directory(tmp_path, "3"), FROM=base, SHARDS=shards, RUN=tuned,
     )  # fmt: skip
+    moved = tmp_path / "moved"
+    moved.symlink_to(shards)
     evaluate = submit(
-        cluster, "evaluate.sh", options=after(finetune.id), cwd=directory(tmp_path, "4"), RUN=tuned, CHECKPOINT="latest"
-    )
+        cluster, "evaluate.sh", "train.eval_batch=4", options=after(finetune.id), cwd=directory(tmp_path, "4"),
+        RUN=tuned, CHECKPOINT="latest", SHARDS=moved,
+    )  # fmt: skip
     assert evaluate.wait() == "COMPLETED 0", "\n".join(job.log for job in (prepare, train, finetune, evaluate))
     assert {name: split.samples for name, split in read_dataset_record(shards).splits.items()} == {
         "train": 64,

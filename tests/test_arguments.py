@@ -1,0 +1,114 @@
+"""What every command line of ours takes and refuses."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from karat_scale.arguments import OneLineParser
+from karat_scale.cli import build_parser
+
+Capture = pytest.CaptureFixture[str]
+COMMANDS = ("train", "eval", "detect", "plan", "submit", "doctor")
+OPTION = {
+    "train": ["--print"],
+    "eval": ["--checkpoint", "latest"],
+    "detect": ["--print"],
+    "plan": ["--gpus", "4"],
+    "submit": ["--nodes", "2"],
+    "doctor": ["--seconds", "3"],
+}
+
+
+def refusal(capsys: Capture, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args(arguments)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_overrides_stand_before_after_and_between_options(command: str) -> None:
+    option = OPTION[command]
+    for line in (["r", "a=1", *option, "b=2"], ["r", *option, "a=1", "b=2"], [*option, "r", "a=1", "b=2"]):
+        read = build_parser().parse_args([command, *line])
+        assert read.overrides == ["a=1", "b=2"]
+    assert build_parser().parse_args([command, "r", *option]).overrides == []
+
+
+def test_overrides_of_a_bench_stand_after_options() -> None:
+    read = build_parser().parse_args(["bench", "resume", "r", "--rounds", "2", "a=1"])
+    assert (read.recipe, read.rounds, read.overrides) == ("r", 2, ["a=1"])
+
+
+def test_an_option_between_overrides_keeps_its_value() -> None:
+    read = build_parser().parse_args(["plan", "r", "a=1", "--json=x.json", "b=2", "--curve", "c=3"])
+    assert (read.json, read.curve, read.overrides) == ("x.json", True, ["a=1", "b=2", "c=3"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "no 'trian'; did you mean train?"),
+        (["xyz"], "choose from train, eval"),
+        (["bench", "stpe"], "no 'stpe'; did you mean step?"),
+        (["eval", "r", "--weights", "rw"], "--weights: there is no 'rw'; did you mean raw?"),
+        (["train"], "required: RECIPE (karat train"),
+        (["eval", "r", "--foo", "a=1"], "no option --foo (karat eval"),
+        (["eval", "r", "--checkpoint", "latest", "extra"], "'extra' is one too many; overrides are key=value"),
+        (["analyze", "r", "--out", "o", "a=1"], "'a=1' is one too many (karat analyze"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], message: str, capsys: Capture) -> None:
+    assert message in refusal(capsys, *arguments)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-3", "much"])
+@pytest.mark.parametrize("option", ["plan r --memory", "plan r --step-time", "doctor --seconds"])
+def test_a_measure_is_finite_and_above_zero(option: str, value: str, capsys: Capture) -> None:
+    line = refusal(capsys, *option.split(), value)
+    assert f"{option.split()[-1]}: {value!r} is not a number above 0" in line
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "plan r --gpus", "plan r --gpus-per-node", "submit r --nodes", "submit r --cpus-per-task", "analyze r --images",
+        "analyze r --samples", "analyze r --batch", "bench step --rounds", "bench attention --curve",
+    ],
+)  # fmt: skip
+def test_a_count_is_one_or_more(option: str, value: str, capsys: Capture) -> None:
+    assert f"{option.split()[-1]}: {value!r} is not a whole number of at least 1" in refusal(
+        capsys, *option.split(), value
+    )
+
+
+def test_what_may_be_zero_and_what_must_be_two(capsys: Capture) -> None:
+    assert build_parser().parse_args(["submit", "r", "--gpus-per-node=0"]).gpus_per_node == 0
+    assert build_parser().parse_args(["bench", "data", "--workers=0"]).workers == 0
+    assert "at least 0" in refusal(capsys, "submit", "r", "--gpus-per-node=-4")
+    assert "at least 2" in refusal(capsys, "analyze", "r", "--grid=1")
+
+
+@pytest.mark.parametrize("command", [["plan", "r"], ["eval", "r"], ["detect", "r"], ["doctor"], ["bench", "step"]])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    command: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    nowhere = tmp_path / "nowhere" / "x.json"
+    assert f"--json: '{nowhere}': no such directory" in refusal(capsys, *command, "--json", str(nowhere))
+    assert "is a directory" in refusal(capsys, *command, "--json", str(tmp_path))
+    if os.getuid():
+        tmp_path.chmod(0o500)
+        assert "no right" in refusal(capsys, *command, "--json", str(tmp_path / "x.json"))
+        tmp_path.chmod(0o700)
+    assert build_parser().parse_args([*command, "--json", str(tmp_path / "x.json")]).json
+
+
+def test_a_parser_without_overrides_takes_none(capsys: Capture) -> None:
+    parser = OneLineParser(prog="script")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["a=1"])
+    assert capsys.readouterr().err == "error: 'a=1' is one too many (script --help lists the options)\n"
