@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from karat_scale.models import create_model
 from karat_scale.models.init_from import take_weights
+from karat_scale.models.init_operators import spread_operator
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 _FEATURES = {"out_indices": 3, "feature_cls": "getter"}
@@ -74,9 +75,8 @@ def _build(
 
 def _fit(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Weights under every name the model has for them, interpolated where its images are of another size."""
-    own = model.state_dict(keep_vars=True)
-    first = {id(own[name]): name for name in own if name in weights}
-    whole = {**weights, **{name: weights[first[id(x)]] for name, x in own.items() if id(x) in first}}
+    own = model.state_dict()
+    whole = spread_operator(model, weights)
     classifiers = model.pretrained_cfg["classifier"]
     head = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
     fitting = (whole[name].shape == x.shape for name, x in own.items() if name in whole and not name.startswith(head))

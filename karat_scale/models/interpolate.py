@@ -9,7 +9,7 @@ of a patch. Class and register tokens are one term each, and stay as they are.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,19 +65,26 @@ def tokens_of(operator: KaratOperator, tensors: Mapping[str, Tensor]) -> int:
 
 
 def resize_operator(
-    operator: KaratOperator, tensors: Mapping[str, Tensor], old: TokenGrid, new: TokenGrid
+    operator: KaratOperator,
+    tensors: Mapping[str, Tensor],
+    old: TokenGrid,
+    new: TokenGrid,
+    places: Sequence[int | None] | None = None,
 ) -> dict[str, Tensor]:
     """An operator's tensors by name for another grid; the same tensors where the grid is the same.
 
     Args:
-        operator: of either size; its basis, form, heads and rank are looked at.
+        operator: of the new size; it gives what a class or register token that is not in the old grid begins with.
         tensors: W [h, N, r] as `proj`, and the basis's parameters, by name.
         old, new: the grid they are for, and the one they shall be for.
+        places: where each class and register token of the new grid stands in the old one, None where it does not; the
+            first ones, as many as there are, unless given.
 
     Raises ValueError when the tensors are of another operator, or the basis does not say what multiplies phi.
     """
     _check(operator, tensors, old.tokens)
-    if old == new:
+    places = range(new.prefix) if places is None else places
+    if old == new and list(places) == list(range(new.prefix)):
         return dict(tensors)
     amplitudes = {"proj", *operator.basis.amplitudes}
     if len(amplitudes) == 1:
@@ -87,24 +94,42 @@ def resize_operator(
         tensor = tensors[name]
         for axis in axes:
             scale = old.patches / new.patches if name.removeprefix(SECOND) in amplitudes else 1.0
-            tensor = resize_tokens(tensor, axis, old, new, scale)
-        resized[name] = tensor
+            tensor = resize_tokens(tensor, axis, old, new, scale, places)
+        resized[name] = _with_new_tokens(getattr(operator, name), tensor, axes, places)
     return resized
 
 
-def resize_tokens(tensor: Tensor, axis: int, old: TokenGrid, new: TokenGrid, scale: float = 1.0) -> Tensor:
+def resize_tokens(
+    tensor: Tensor,
+    axis: int,
+    old: TokenGrid,
+    new: TokenGrid,
+    scale: float = 1.0,
+    places: Sequence[int | None] | None = None,
+) -> Tensor:
     """A tensor whose `axis` is one of tokens for another grid: patches bicubic and scaled, the others as they are.
 
-    Of class and register tokens the new grid may have fewer; the last are dropped.
+    `places` says which of the old grid's class and register tokens the new ones are, None being zero; else they are the
+    first.
     """
     prefix, patches = tensor.movedim(axis, -1).split([old.prefix, old.patches], -1)
-    prefix = prefix[..., : new.prefix]
+    places = range(new.prefix) if places is None else places
+    prefix = functional.pad(prefix, (1, 0))[..., [0 if place is None else place + 1 for place in places]]
     if (old.height, old.width) == (new.height, new.width):
         return torch.cat((prefix, patches * scale), -1).movedim(-1, axis).contiguous()
     plane = patches.reshape(-1, 1, old.height, old.width).to(torch.promote_types(tensor.dtype, torch.float32))
     plane = functional.interpolate(plane, (new.height, new.width), mode="bicubic", antialias=True) * scale
     patches = plane.to(tensor.dtype).view(*prefix.shape[:-1], new.patches)
     return torch.cat((prefix, patches), -1).movedim(-1, axis).contiguous()
+
+
+def _with_new_tokens(own: Tensor, tensor: Tensor, axes: Sequence[int], places: Sequence[int | None]) -> Tensor:
+    """`tensor`, but `own` wherever one of its axes of tokens is at a token that has no place in the old grid."""
+    new = torch.tensor([number for number, place in enumerate(places) if place is None], dtype=torch.long)
+    is_new = torch.zeros(tensor.shape, dtype=torch.bool)
+    for axis in axes:
+        is_new.index_fill_(axis, new, True)
+    return torch.where(is_new, own.to(tensor.dtype), tensor)
 
 
 def _shapes(operator: KaratOperator, tokens: int) -> dict[str, tuple[int, ...]]:

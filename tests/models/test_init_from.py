@@ -11,9 +11,11 @@ from karat_scale.recipe import AttentionConfig, ModelConfig
 SMALL = {"name": "vit_mini_patch4_28", "image_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
-def model(seed: int, image_size: int = 16, num_classes: int = 4, **attention: object) -> VisionTransformer:
+def model(
+    seed: int, image_size: int = 16, num_classes: int = 4, sizes: dict[str, object] | None = None, **attention: object
+) -> VisionTransformer:
     torch.manual_seed(seed)
-    sizes = {**SMALL, "image_size": image_size, "num_classes": num_classes}
+    sizes = {**SMALL, "image_size": image_size, "num_classes": num_classes, **(sizes or {})}
     settings = {"kind": "karat", "grid": 2, "rank": 4, **attention}
     return create_model(ModelConfig(**sizes), AttentionConfig(**settings))
 
@@ -112,8 +114,8 @@ def test_one_operator_for_all_blocks_may_become_one_for_each_but_not_back() -> N
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"grid": 3}, r"blocks.0.attn.operator.cos_coef is \[2, 4, 17, 3\] there, \[2, 4, 17, 2\] expected"),
-        ({"basis": "bspline"}, "expected cos_coef, sin_coef, proj, not weight, coef, proj"),
+        ({"grid": 3}, r"blocks.0.attn.operator: cos_coef is \[2, 4, 17, 3\] there, \[2, 4, 17, 2\] expected"),
+        ({"basis": "bspline"}, "blocks.0.attn.operator: expected cos_coef, sin_coef, proj, not weight, coef, proj"),
     ],
 )
 def test_weights_of_another_operator_are_refused(other: dict[str, object], message: str) -> None:
@@ -130,3 +132,123 @@ def test_missing_and_unexpected_weights_are_named_and_counted() -> None:
         take_weights(model(1), fewer)
     with pytest.raises(RecipeError, match=r"have .*operator.* and .* more, which the model lacks"):
         take_weights(model(1, kind="softmax"), weights)
+
+
+@pytest.mark.parametrize("form", ["modular", "full_rank"])
+@pytest.mark.parametrize("image_size", [16, 24])
+def test_a_class_token_that_the_weights_lack_is_new(image_size: int, form: str) -> None:
+    source, target = model(0, sizes={"pool": "avg"}, form=form), model(1, image_size=image_size, form=form)
+    start = model(1, image_size=image_size, form=form)
+    notes = take_weights(target, source.state_dict())
+    assert notes.startswith("with a new class token")
+    assert torch.equal(target.cls_token, start.cls_token)
+    assert torch.equal(target.pos_embed[:, 0], start.pos_embed[:, 0])
+    before, after, fresh = (x.blocks[0].attn.operator.cos_coef for x in (source, target, start))
+    assert torch.equal(after[:, :, 0], fresh[:, :, 0])
+    patches = after[:, :, 1:] if form == "modular" else after[:, 1:, 1:]
+    if form == "full_rank":
+        assert torch.equal(after[:, 0], fresh[:, 0])
+    if image_size == 16:
+        assert torch.equal(target.pos_embed[:, 1:], source.pos_embed)
+        assert torch.equal(patches, before)
+
+
+def deit(distilled: bool, attention: AttentionConfig) -> VisionTransformer:
+    torch.manual_seed(int(distilled))
+    name = "deit_tiny_distilled_patch16_224" if distilled else "deit_tiny_patch16_224"
+    return create_model(ModelConfig(**{**SMALL, "name": name, "num_classes": 4}), attention)
+
+
+@pytest.mark.parametrize("attention", [AttentionConfig(), AttentionConfig(kind="karat", grid=2, rank=4)])
+def test_a_distillation_token_and_its_head_come_and_go(attention: AttentionConfig) -> None:
+    plain, distilled, start = deit(False, attention), deit(True, attention), deit(True, attention)
+    assert take_weights(distilled, plain.state_dict()) == "with a new distillation token"
+    assert torch.equal(distilled.head_dist.weight, start.head_dist.weight)
+    assert torch.equal(distilled.pos_embed[:, 1], start.pos_embed[:, 1])
+    again = deit(False, attention)
+    torch.nn.init.zeros_(again.pos_embed)
+    assert take_weights(again, distilled.state_dict()) == "without its distillation token"
+    assert all(torch.equal(x, plain.state_dict()[name]) for name, x in again.state_dict().items())
+
+
+def test_positions_of_prefix_tokens_may_be_in_the_tokens_themselves() -> None:
+    """Some models embed the patches alone; what reaches the first block is the same."""
+
+    def registers(**options: object) -> VisionTransformer:
+        torch.manual_seed(0)
+        built = create_model(ModelConfig(**SMALL), AttentionConfig(), reg_tokens=2, **options).eval()
+        for token in (built.cls_token, built.reg_token):
+            torch.nn.init.normal_(token)
+        return built
+
+    images = torch.randn(2, 3, 16, 16)
+    for source, target in (({}, {"no_embed_class": True}), ({"no_embed_class": True}, {})):
+        left, right = registers(**source), registers(**target)
+        assert take_weights(right, left.state_dict()) == ""
+        torch.testing.assert_close(left(images), right(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged", "message"),
+    [
+        ("pos_embed", torch.zeros(1, 15, 32), "pos_embed has 15 positions there: not 1 prefix tokens and a square"),
+        ("pos_embed", torch.zeros(3), r"pos_embed is \[3\] there and \[1, 17, 32\] here"),
+        ("pos_embed", torch.zeros(1, 26, 16), "pos_embed has a width of 16 there and 32 here"),
+        ("cls_token", torch.zeros(32), r"cls_token is \[32\] there and \[1, 1, 32\] here"),
+        ("patch_embed.proj.weight", torch.zeros(()), r"patch_embed.proj.weight is \[\] there"),
+        ("patch_embed.proj.weight", torch.zeros(32, 5), "cannot be fitted to a VisionTransformer: shape"),
+        ("head.bias", torch.zeros(()), r"head.bias is \[\] there and \[4\] here"),
+    ],
+)
+def test_a_damaged_tensor_is_named(name: str, damaged: torch.Tensor, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        take_weights(model(1), {**model(0).state_dict(), name: damaged})
+    assert "\n" not in str(caught.value)
+
+
+SWIN = {"name": "swin_mini_patch2_window4_32", "image_size": 32, "num_classes": 4}
+CONVIT = {**SMALL, "name": "convit_tiny", "num_classes": 4}
+KARAT = AttentionConfig(kind="karat", grid=2, rank=4)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "message"),
+    [
+        ({**SMALL, "depth": 2}, {**SMALL, "depth": 3}, "are of 2 blocks, the model has 3; use model.depth=2"),
+        ({**SMALL, "depth": 2}, {**SMALL, "depth": 1}, "are of 2 blocks, the model has 1; use model.depth=2"),
+        ({**CONVIT, "depth": 4}, {**CONVIT, "depth": 5}, "are of 4 blocks, the model has 5; use model.depth=4"),
+        (SWIN, SMALL, "have no operator for blocks.0.attn and 1 more, .* use the model.name"),
+        (SMALL, SWIN, "have no operator for layers.0.blocks.0.attn and 3 more, .* use the model.name"),
+        ({**CONVIT, "depth": 4}, {**SMALL, "depth": 4}, "have no operator for blocks.0.attn and 1 more"),
+    ],
+)
+def test_operators_of_other_blocks_are_refused(there: dict[str, object], here: dict[str, object], message: str) -> None:
+    weights = create_model(ModelConfig(**there), KARAT).state_dict()
+    with pytest.raises(RecipeError, match=message):
+        take_weights(create_model(ModelConfig(**here), KARAT), weights)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "field"),
+    [
+        ({}, {"residual": True}, "attention.residual=false"),
+        ({"residual": True}, {}, "attention.residual=true"),
+        ({}, {"softmax_heads": 1}, "attention.softmax_heads=0"),
+        ({"softmax_heads": 1}, {}, "attention.softmax_heads=1"),
+        ({"softmax_heads": 1, "residual": True}, {"residual": True}, "attention.softmax_heads=1"),
+    ],
+)
+def test_softmax_beside_an_operator_is_told_by_its_field(
+    there: dict[str, object], here: dict[str, object], field: str
+) -> None:
+    with pytest.raises(RecipeError, match=f"blocks.0.attn.operator was trained with {field}, which is not so here"):
+        take_weights(model(1, **here), model(0, **there).state_dict())
+
+
+@pytest.mark.parametrize("mode", ["universal", "blockwise"])
+@pytest.mark.parametrize("attention", [{}, {"residual": True}])
+def test_an_operator_stored_once_is_every_layers(mode: str, attention: dict[str, object]) -> None:
+    source, target = model(0, mode="universal", **attention), model(1, mode=mode, **attention)
+    once = {name: x for name, x in source.state_dict().items() if "blocks.1.attn.operator" not in name}
+    assert take_weights(target, once) == ""
+    assert same(target, source)

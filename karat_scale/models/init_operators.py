@@ -1,0 +1,118 @@
+"""The learned operators of a model from those in other weights: for another grid, or other prefix tokens."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from karat_scale.attention import KaratOperator
+from karat_scale.errors import RecipeError
+from karat_scale.models.interpolate import TokenGrid, resize_operator, square_grid, tokens_of
+from karat_scale.models.layers import attention_layers
+from karat_scale.models.prefix_tokens import places_of, prefix_tokens
+
+OPERATOR = ".operator."
+
+
+def spread_operator(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with an operator in each layer of a model that has one, where they hold one for all.
+
+    A folder of `karat export` holds what layers share once.
+    """
+    there, here = _layers(weights), _layers(model.state_dict())
+    if len(there) != 1 or not there <= here:
+        return dict(weights)
+    stored = f"{min(there)}{OPERATOR}"
+    shared = {name.removeprefix(stored): x for name, x in weights.items() if name.startswith(stored)}
+    return {**weights, **{f"{layer}{OPERATOR}{name}": x for layer in here for name, x in shared.items()}}
+
+
+def operators_for(
+    model: nn.Module, weights: Mapping[str, Tensor], there: Sequence[str]
+) -> tuple[dict[str, Tensor], list[TokenGrid]]:
+    """The operators' tensors for a model's grids and prefix tokens, and the other grids that some came from.
+
+    Args:
+        model: its operators give what prefix tokens that only it has begin with.
+        weights: some have an operator.
+        there: their prefix tokens, as `prefix_tokens` names them.
+
+    Raises:
+        RecipeError: they are operators of other layers or of another kind.
+    """
+    own = model.state_dict()
+    _check_layers(_layers(weights), _layers(own))
+    _check_kinds(model, weights)
+    here = prefix_tokens(own)
+    places = places_of(here, there)
+    resized: dict[str, Tensor] = {}
+    taken: dict[int, tuple[str, dict[str, Tensor]]] = {}
+    others: list[TokenGrid] = []
+    for prefix, operator in _operators(model):
+        tensors = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+        first, shared = taken.setdefault(id(operator), (prefix, tensors))
+        if any(not torch.equal(shared[name], x) for name, x in tensors.items() if name in shared):
+            raise RecipeError(
+                f"{first} and {prefix} differ there and are one here (attention.mode = universal); "
+                "use attention.mode=blockwise"
+            )
+        try:
+            new = square_grid(operator.num_tokens, len(here))
+            old = square_grid(tokens_of(operator, tensors), len(there))
+            tensors = resize_operator(operator, tensors, old, new, places)
+        except ValueError as error:
+            raise RecipeError(
+                f"{prefix.removesuffix('.')}: {error}; use the attention section it was trained with"
+            ) from error
+        resized |= {prefix + name: x for name, x in tensors.items()}
+        is_resized = (old.height, old.width) != (new.height, new.width)
+        others += [old] if is_resized and old not in others else []
+    return resized, others
+
+
+def _operators(model: nn.Module) -> Iterator[tuple[str, KaratOperator]]:
+    """Every block's operator with its parameters' prefix; one that blocks share comes once for each."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, KaratOperator):
+            yield f"{name}.", module
+
+
+def _layers(state: Mapping[str, Tensor]) -> set[str]:
+    """The attention layers with an operator."""
+    return {name.partition(OPERATOR)[0] for name in state if OPERATOR in name}
+
+
+def _check_layers(there: set[str], here: set[str]) -> None:
+    for layers, what, model in ((here - there, "no operator", "has one"), (there - here, "an operator", "has none")):
+        if layers:
+            more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+            raise RecipeError(
+                f"the weights have {what} for {min(layers)}{more}, where the model {model}; "
+                "use the model.name and model.depth they were trained with"
+            )
+
+
+def _check_kinds(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Softmax beside an operator, or heads of its own, show in its parameters' names."""
+    own = model.state_dict()
+    for layer in attention_layers(model):
+        prefix = f"{layer.name}{OPERATOR}"
+        there, here = ([name for name in state if name.startswith(prefix)] for state in (weights, own))
+        if not here:
+            continue
+        (residual_there, hybrid_there), (residual_here, _) = _kind(there, prefix), _kind(here, prefix)
+        if residual_there != residual_here:
+            field = f"attention.residual={str(residual_there).lower()}"
+        elif _kind(there, prefix) != _kind(here, prefix):
+            learned = weights[there[0]].shape[:1].numel()  # all have one axis of heads, the first
+            field = f"attention.softmax_heads={layer.attention.num_heads - learned if hybrid_there else 0}"
+        else:
+            continue
+        raise RecipeError(f"{prefix.removesuffix('.')} was trained with {field}, which is not so here; use that")
+
+
+def _kind(names: Sequence[str], prefix: str) -> tuple[bool, bool]:
+    """Whether softmax is added, and whether some heads have softmax alone."""
+    rests = [name.removeprefix(prefix) for name in names]
+    residual = any(rest.rpartition(".")[2] == "gate" for rest in rests)
+    return residual, max(rest.count("operator.") for rest in rests) > residual

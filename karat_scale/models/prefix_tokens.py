@@ -1,0 +1,102 @@
+"""Class, distillation and register tokens, which stand before the patches, in the weights of one model and of another.
+
+A token is a vector and mostly a position, and both are added before the first block. So where only one of two models
+has positions for such tokens, the sum is kept.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from karat_scale.errors import RecipeError
+
+# timm's parameters [1, n, D], in the order in which it puts them before the patches, and what they are called here.
+_TOKENS = {"cls_token": "class token", "dist_token": "distillation token", "reg_token": "register tokens"}
+# The distillation token has a classifier of its own.
+_HEAD_DIST = "head_dist."
+
+
+def prefix_tokens(state: Mapping[str, Tensor]) -> list[str]:
+    """Every prefix token of a state dict, by its parameter and its number there, such as `reg_token.3`."""
+    return [f"{name}.{number}" for name in _TOKENS if name in state for number in range(state[name].shape[1])]
+
+
+def places_of(tokens: Sequence[str], there: Sequence[str]) -> list[int | None]:
+    """Where each of `tokens` stands in `there`; None where it does not."""
+    return [there.index(token) if token in there else None for token in tokens]
+
+
+def fit_prefix(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """A state dict whose prefix tokens are those of a model, and their positions too; the operators are left alone.
+
+    Tokens that only the model has keep its values; those that only the weights have are left out.
+
+    Args:
+        model: one whose positions are [1, tokens, D]; any other keeps the weights as they are.
+        weights: by timm's names.
+
+    Returns:
+        The weights, and what was left out or is new.
+
+    Raises:
+        RecipeError: the positions are those of no square of patches, or of another width.
+    """
+    own = model.state_dict()
+    there, here = prefix_tokens(weights), prefix_tokens(own)
+    positions = own.get("pos_embed")
+    is_converted_by_timm = "register_tokens" in weights  # DINOv2's names
+    if positions is None or positions.dim() != 3 or "pos_embed" not in weights or is_converted_by_timm:
+        return dict(weights), []
+    if there == here and weights["pos_embed"].shape == positions.shape:
+        return dict(weights), []
+    for name in ("pos_embed", *_TOKENS):
+        if name in weights and weights[name].shape[2] != positions.shape[2]:
+            width = f"a width of {weights[name].shape[2]} there and {positions.shape[2]} here"
+            raise RecipeError(f"{name} has {width}; use the model section it was trained with")
+    embedded_there, embedded_here = (_embedded(state, len(tokens)) for state, tokens in ((weights, there), (own, here)))
+    vectors: dict[str, list[Tensor]] = {}
+    prefix = []
+    for place, token in enumerate(here):
+        is_taken = token in there
+        state, embedded = (weights, embedded_there) if is_taken else (own, embedded_here)
+        name, number = token.split(".")
+        vector = state[name][:, int(number), None]
+        at = there.index(token) if is_taken else place
+        position = state["pos_embed"][:, at, None] if embedded else torch.zeros_like(vector)
+        vectors.setdefault(name, []).append(vector if embedded_here else vector + position)
+        prefix += [position] if embedded_here else []
+    patches = weights["pos_embed"][:, embedded_there:]
+    fitted = {name: x for name, x in weights.items() if name not in _TOKENS}
+    fitted |= {name: torch.cat(parts, 1) for name, parts in vectors.items()}
+    fitted["pos_embed"] = torch.cat((*prefix, patches), 1)
+    return _with_heads_of(own, fitted), _notes(there, here)
+
+
+def _embedded(state: Mapping[str, Tensor], tokens: int) -> int:
+    """How many prefix tokens have a position: all, or as with timm's `no_embed_class` none."""
+    positions = state["pos_embed"].shape[1]
+    for count in (tokens, 0):
+        if positions > count and math.isqrt(positions - count) ** 2 == positions - count:
+            return count
+    raise RecipeError(
+        f"pos_embed has {positions} positions there: not {tokens} prefix tokens and a square of patches; use the model "
+        "it was trained with"
+    )
+
+
+def _with_heads_of(own: Mapping[str, Tensor], fitted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The distillation token's classifier where the model has one."""
+    kept = {name: x for name, x in fitted.items() if not name.startswith(_HEAD_DIST) or name in own}
+    new = {name: x for name, x in own.items() if name.startswith(_HEAD_DIST) and name not in fitted}
+    return {**kept, **new}
+
+
+def _notes(there: Sequence[str], here: Sequence[str]) -> list[str]:
+    left_out, new = (_named(tokens) for tokens in (set(there) - set(here), set(here) - set(there)))
+    return [f"without its {name}" for name in left_out] + [f"with a new {name}" for name in new]
+
+
+def _named(tokens: set[str]) -> list[str]:
+    return [text for name, text in _TOKENS.items() if any(token.startswith(name) for token in tokens)]
