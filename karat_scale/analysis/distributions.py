@@ -11,6 +11,7 @@ from torch import nn
 from karat_scale.analysis.figures import new_figure
 from karat_scale.analysis.result import Result, Settings, Table
 from karat_scale.analysis.trained_run import TrainedRun
+from karat_scale.errors import RunDirectoryError
 from karat_scale.models.operators import head_parameters
 
 TAIL = 0.01
@@ -64,22 +65,19 @@ def moments(names: list[str]) -> list[str]:
 def analyze_distributions(run: TrainedRun, settings: Settings) -> Result:
     """Histograms of the raw weights of the whole model and, by block and head, of coefficients and W.
 
+    What is damaged is noted and left out.
+
     Raises:
-        RunDirectoryError: the run has no checkpoint, or a damaged one.
+        RunDirectoryError: the run has no checkpoint, or only damaged ones.
     """
-    result, names = Result(), moments(run.in_order)
-    if len(names) < 3:
+    result = Result()
+    weights = _at_moments(run, result, settings)
+    if len(weights) < 3:
         result.notes.append(
-            f"{run.label}: only {len(names)} checkpoint(s) and snapshots, so not all of start, middle and end"
+            f"{run.label}: only {len(weights)} checkpoint(s) and snapshots, so not all of start, middle and end"
         )
-    whole: dict[int, Values] = {}
-    groups: dict[int, Groups] = {}
-    model = run.model(names[0], weights="raw")
-    for done, name in enumerate(names, start=1):
-        run.load(model, name, "raw")
-        step = run.step(name)
-        whole[step], groups[step] = all_weights(model), by_head(model)
-        settings.progress("distributions", done, len(names))
+    whole = {step: values for step, (values, _) in weights.items()}
+    groups = {step: parts for step, (_, parts) in weights.items()}
     result.numbers = {
         "model": [{"step": step, **describe(values)} for step, values in whole.items()],
         "heads": [
@@ -99,6 +97,25 @@ def analyze_distributions(run: TrainedRun, settings: Settings) -> Result:
             f"Coefficients and W of each head at step {max(groups)}; one line a head.",
         )
     return result
+
+
+def _at_moments(run: TrainedRun, result: Result, settings: Settings) -> dict[int, tuple[Values, Groups]]:
+    """The weights at the moments of what can be loaded, by step; the rest is noted."""
+    model, names = run.new_model(), run.in_order
+    found: dict[str, tuple[Values, Groups]] = {}
+    while missing := [name for name in moments(names) if name not in found]:
+        name = missing[0]
+        try:
+            run.load(model, name, "raw")
+        except RunDirectoryError as error:
+            names = [other for other in names if other != name]
+            if not names:
+                raise
+            result.notes.append(f"left out: {error}")
+        else:
+            found[name] = all_weights(model), by_head(model)
+            settings.progress("distributions", len(moments(names)) - len(missing) + 1, len(moments(names)))
+    return {run.step(name): found[name] for name in moments(names)}
 
 
 def all_weights(model: nn.Module) -> Values:

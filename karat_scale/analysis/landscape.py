@@ -73,7 +73,7 @@ def mean_loss(model: nn.Module, images: ImagesInMemory) -> float:
 
 def _plane(run: TrainedRun, result: Result) -> Plane | None:
     try:
-        return plane_of_run(run)
+        return plane_of_run(run, result.notes)
     except RunDirectoryError as error:
         result.notes.append(str(error))
         return None

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from karat_scale.analysis.validation_images import ValidationImages
-from karat_scale.errors import RunDirectoryError
+from karat_scale.errors import RunDirectoryError, UserError
+from karat_scale.files import file_sha256
 from karat_scale.recipe import AttentionConfig, Recipe
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.train.checkpoint.store import CheckpointStore
+from karat_scale.train.checkpoint.store import MANIFEST, CheckpointStore
 from karat_scale.train.checkpoint.weights import load_weights, wants_ema
 from karat_scale.train.checkpoint.weights_file import load_exported
 from karat_scale.train.teacher import build_model
@@ -69,6 +70,16 @@ class TrainedRun:
             raise RunDirectoryError(f"{self.store.root}: no checkpoint; train the run first")
         return [by_step[step] for step in sorted(by_step)]
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when an analysis of this run would look at other weights."""
+        try:
+            chosen = file_sha256(self.store.root / self.chosen / MANIFEST)
+            newest = self.in_order[-1]
+        except (UserError, OSError):
+            chosen = newest = ""
+        return f"{self.path.resolve()} {newest} {chosen} {self.weights}"
+
     @property
     def snapshots(self) -> Path:
         """Where the weights alone are kept through training (`checkpoint.snapshots`), if at all."""
@@ -88,10 +99,14 @@ class TrainedRun:
         Raises:
             RunDirectoryError: no such checkpoint, or it is damaged, of another model, without averages or not finite.
         """
-        recipe = self.recipe.model_copy(update={"attention": self._attention(implementation)})
-        model = build_model(recipe, self.path)
+        model = self.new_model(implementation)
         self.load(model, name or self.chosen, weights)
-        return model.to(self.device).eval()
+        return model
+
+    def new_model(self, implementation: str = "auto") -> nn.Module:
+        """A model as `model` gives it, but for its weights, which `load` gives it."""
+        recipe = self.recipe.model_copy(update={"attention": self._attention(implementation)})
+        return build_model(recipe, self.path).to(self.device).eval()
 
     def load(self, model: nn.Module, name: str, weights: str | None = None) -> None:
         """Give a model of this run the weights of a checkpoint, or the raw ones of a snapshot; raises as `model`."""

@@ -72,21 +72,30 @@ def principal_plane(changes: "npt.NDArray[np.float32] | _OnDisk", names: list[st
     return Plane(names, coordinates, values / max(float(np.trace(gram)), 1e-30), directions)
 
 
-def plane_of_run(run: TrainedRun) -> Plane:
-    """The plane of a run's raw weights. Raises RunDirectoryError when there are too few checkpoints."""
-    names = run.in_order
-    if len(names) < NEEDED:
-        raise RunDirectoryError(
-            f"{run.path}: {len(names)} checkpoint(s) and snapshots, but PCA of the path needs {NEEDED}; "
-            "train with checkpoint.snapshots=10"
-        )
-    model = run.model(names[-1], weights="raw")
+def plane_of_run(run: TrainedRun, notes: list[str]) -> Plane:
+    """The plane of a run's raw weights. Raises RunDirectoryError when there are too few checkpoints.
+
+    Args:
+        notes: told of each that is damaged and left out.
+    """
+    names = []
+    model = run.model(run.in_order[-1], weights="raw")
     last = flatten(model).numpy()
     # On disk: a model's weights times the checkpoints may not fit in memory.
     with tempfile.TemporaryDirectory(prefix="karat-analysis-") as directory:
         path = Path(directory) / "changes"
         with path.open("wb") as file:
-            for name in names:
-                run.load(model, name, "raw")
+            for name in run.in_order:
+                try:
+                    run.load(model, name, "raw")
+                except RunDirectoryError as error:
+                    notes.append(f"left out: {error}")
+                    continue
                 file.write((flatten(model).numpy() - last).data)
+                names.append(name)
+        if len(names) < NEEDED:
+            raise RunDirectoryError(
+                f"{run.path}: {len(names)} checkpoint(s) and snapshots, but PCA of the path needs {NEEDED}; "
+                "train with checkpoint.snapshots=10"
+            )
         return principal_plane(_OnDisk(path, (len(names), len(last))), names)

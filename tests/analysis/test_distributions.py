@@ -1,9 +1,14 @@
+import dataclasses
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from karat_scale.analysis.distributions import analyze_distributions, describe, hill_index, moments
 from karat_scale.analysis.result import Settings
 from karat_scale.analysis.trained_run import TrainedRun
+from karat_scale.errors import RunDirectoryError
 
 
 @pytest.mark.parametrize("alpha", [1.5, 3.0])
@@ -40,3 +45,26 @@ def test_of_real_runs(any_run: TrainedRun) -> None:
     assert sorted(heads) == sorted((name, block, head) for name in names for block in (0, 1) for head in (0, 1))
     total = sum(p.numel() for p in any_run.model().parameters() if p.dim() > 1)
     assert 0.99 * total < result.arrays["model_step16"].sum() <= total
+
+
+def test_what_is_damaged_is_named_and_the_next_one_taken(karat_run: TrainedRun, tmp_path: Path) -> None:
+    shutil.copytree(karat_run.path, tmp_path / "run")
+    run = dataclasses.replace(karat_run, path=tmp_path / "run")
+    first, middle = run.in_order[0], run.in_order[3]
+    (run.snapshots / first).write_bytes(b"torn")
+    (run.store.root / middle / "state.json").write_text("{}")
+    result = analyze_distributions(run, Settings())
+    assert [row["step"] for row in result.numbers["model"]] == [4, 8, 16]
+    assert len(result.notes) == 2
+    assert f"{first}: not a whole file" in result.notes[0]
+    assert f"{middle} is damaged" in result.notes[1]
+
+
+def test_only_damaged_ones_are_an_error(karat_run: TrainedRun, tmp_path: Path) -> None:
+    shutil.copytree(karat_run.path, tmp_path / "run")
+    run = dataclasses.replace(karat_run, path=tmp_path / "run")
+    (run.snapshots / run.in_order[0]).write_bytes(b"torn")
+    for name in run.store.names():
+        (run.store.root / name / "state.json").write_text("{}")
+    with pytest.raises(RunDirectoryError, match="is damaged"):
+        analyze_distributions(run, Settings())

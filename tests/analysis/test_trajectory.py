@@ -22,7 +22,7 @@ def test_a_path_in_a_plane_is_found_with_its_coordinates(monkeypatch: pytest.Mon
 
 
 def test_the_last_checkpoint_of_a_run_is_the_origin(karat_run: TrainedRun) -> None:
-    plane = plane_of_run(karat_run)
+    plane = plane_of_run(karat_run, [])
     np.testing.assert_allclose(plane.coordinates[-1], 0, atol=1e-6)
     assert 0.5 < plane.explained.sum() <= 1 + 1e-9
     assert plane.explained[0] >= plane.explained[1] >= 0
@@ -33,4 +33,15 @@ def test_too_few_checkpoints(karat_run: TrainedRun, tmp_path: Path) -> None:
     for name in karat_run.in_order[1:-1]:
         shutil.rmtree(tmp_path / "run" / "checkpoints" / name)
     with pytest.raises(RunDirectoryError, match=r"2 checkpoint\(s\) and snapshots, but PCA of the path needs 3"):
-        plane_of_run(dataclasses.replace(karat_run, path=tmp_path / "run"))
+        plane_of_run(dataclasses.replace(karat_run, path=tmp_path / "run"), [])
+
+
+def test_a_damaged_checkpoint_is_named_and_left_out(karat_run: TrainedRun, tmp_path: Path) -> None:
+    shutil.copytree(karat_run.path, tmp_path / "run")
+    (tmp_path / "run" / "snapshots" / karat_run.in_order[0]).write_bytes(b"torn")
+    notes: list[str] = []
+    plane = plane_of_run(dataclasses.replace(karat_run, path=tmp_path / "run"), notes)
+    assert plane.names == karat_run.in_order[1:]
+    assert len(plane.coordinates) == 4
+    assert len(notes) == 1
+    assert f"{karat_run.in_order[0]}: not a whole file of karat export" in notes[0]

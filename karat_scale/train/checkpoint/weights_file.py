@@ -91,4 +91,4 @@ def _one_line(path: Path) -> Iterator[None]:
         raise RunDirectoryError(f"{path} is missing; put it back, nothing can be computed without it") from None
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise RunDirectoryError(f"{path}: not a whole file of karat export: {reason}") from None
+        raise RunDirectoryError(f"{path}: not a whole file of karat export: {reason}; put a whole copy back") from None
