@@ -3,7 +3,7 @@
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from karat_scale.analysis.distributions import analyze_distributions
 from karat_scale.analysis.functions import analyze_functions
 from karat_scale.analysis.landscape import analyze_landscape
 from karat_scale.analysis.maps import analyze_maps
-from karat_scale.analysis.output import Written, safe_name, write_result
+from karat_scale.analysis.output import Written, read_written, safe_name, write_result
 from karat_scale.analysis.progress import ProgressDisplay, Show
 from karat_scale.analysis.report import Problem, RunSummary, write_report
 from karat_scale.analysis.result import Result, Settings
@@ -64,8 +64,9 @@ def analyze_paths(options: Namespace) -> int:
 def analyze(runs: Sequence[TrainedRun], names: Sequence[str], settings: Settings, out: Path) -> int:
     """Make the analyses `names` of each run and write OUT/report.html; returns the exit code.
 
-    OUT/<analysis>/<run>/ holds figures and numbers. 0 when anything was made, else 2. What the ranks share comes
-    first, so that they need not wait for rank 0, which makes all the rest.
+    OUT/<analysis>/<run>/ holds figures and numbers; the report also shows what an earlier command left there of the
+    same models. 0 when anything was made, else 2, and no report is written. What the ranks share comes first, so that
+    they need not wait for rank 0, which makes all the rest.
 
     Raises:
         UserError: OUT cannot be written.
@@ -89,17 +90,34 @@ def analyze(runs: Sequence[TrainedRun], names: Sequence[str], settings: Settings
                     directory = out / name / safe_name(label)
                     directory.mkdir(parents=True, exist_ok=True)
                     result = ANALYSES[name](run, told, directory)
-                    written.setdefault(name, {})[label] = write_result(result, directory)
+                    written.setdefault(name, {})[label] = write_result(result, directory, run.fingerprint)
                 except (UserError, OSError) as error:
                     problems.append(Problem(name, label, " ".join(str(error).split())))
                     print(f"error: {name} of {label}: {problems[-1].message}", file=sys.stderr)
                 else:
                     for note in result.notes:
                         print(f"note: {name} of {label}: {note}", file=sys.stderr)
+    report = out / "report.html"
+    if not written:
+        print(f"error: nothing was made, so {report} is left as it was", file=sys.stderr)
+        return 2
     summaries = [_summary(run, label) for run, label in zip(runs, labels, strict=True)]
-    write_report(out / "report.html", summaries, written, problems)
-    print(f"report: {out / 'report.html'}")
-    return 0 if written else 2
+    write_report(report, summaries, _with_earlier(written, runs, labels, out), problems)
+    print(f"report: {report}")
+    return 0
+
+
+def _with_earlier(
+    written: Mapping[str, Mapping[str, Written]], runs: Sequence[TrainedRun], labels: Sequence[str], out: Path
+) -> dict[str, dict[str, Written]]:
+    """What was made now, and what an earlier command made of the same models, in the order of ANALYSES."""
+    shown: dict[str, dict[str, Written]] = {}
+    for name in ANALYSES:
+        for run, label in zip(runs, labels, strict=True):
+            made = written.get(name, {}).get(label) or read_written(out / name / safe_name(label), run.fingerprint)
+            if made:
+                shown.setdefault(name, {})[label] = made
+    return shown
 
 
 def _assist(runs: Sequence[TrainedRun], labels: Sequence[str], settings: Settings, out: Path) -> int:

@@ -1,10 +1,14 @@
-"""An analysis's files: figures as PNG and SVG, numbers as JSON, arrays as npz; each whole or not there."""
+"""An analysis's files: figures as PNG and SVG, numbers as JSON, arrays as npz; each whole or not there.
+
+`shown.json` has what a report says besides, so that a later one can show the same again.
+"""
 
 import io
 import json
 import math
 import re
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from karat_scale.analysis.result import Result, Table
 from karat_scale.files import write_atomically
 
 DPI = 130
+SHOWN = "shown.json"
 
 
 @dataclass(frozen=True)
@@ -29,16 +34,22 @@ class WrittenFigure:
 
 @dataclass(frozen=True)
 class Written:
-    """One analysis of one run, on disk."""
+    """One analysis of one run, on disk; `earlier` if not this command made it."""
 
     figures: list[WrittenFigure]
     tables: list[Table]
     notes: list[str]
+    earlier: bool = False
 
 
-def write_result(result: Result, directory: Path) -> Written:
-    """Write everything into `directory`, which is made: NAME.png, NAME.svg, numbers.json, arrays.npz."""
+def write_result(result: Result, directory: Path, fingerprint: str) -> Written:
+    """Write everything into `directory`, which is made: NAME.png, NAME.svg, numbers.json, arrays.npz, shown.json.
+
+    Args:
+        fingerprint: of the run that was looked at; `read_written` wants the same.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / SHOWN).unlink(missing_ok=True)  # until all that it speaks of is there
     figures = []
     for name, (figure, caption) in result.figures.items():
         figure = figure if isinstance(figure, Figure) else figure()
@@ -52,7 +63,28 @@ def write_result(result: Result, directory: Path) -> Written:
     content = io.BytesIO()
     np.savez_compressed(content, **result.arrays)  # type: ignore[arg-type]
     write_atomically(directory / "arrays.npz", content.getvalue())
+    shown = {
+        "fingerprint": fingerprint,
+        "figures": [[figure.name, figure.caption] for figure in figures],
+        "tables": [asdict(table) for table in result.tables],
+        "notes": result.notes,
+    }
+    write_atomically(directory / SHOWN, json.dumps(_plain(shown)) + "\n")
     return Written(figures, result.tables, result.notes)
+
+
+def read_written(directory: Path, fingerprint: str) -> Written | None:
+    """What `write_result` left in `directory`; None where that is nothing, not whole or of another fingerprint."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        shown = json.loads((directory / SHOWN).read_bytes())
+        if shown["fingerprint"] == fingerprint:
+            paths = [directory / f"{safe_name(name)}.png" for name, _ in shown["figures"]]
+            figures = [
+                WrittenFigure(name, caption, path.read_bytes(), path)
+                for (name, caption), path in zip(shown["figures"], paths, strict=True)
+            ]
+            return Written(figures, [Table(**table) for table in shown["tables"]], shown["notes"], earlier=True)
+    return None
 
 
 def safe_name(text: str) -> str:

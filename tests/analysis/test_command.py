@@ -69,6 +69,32 @@ def test_missing_images_leave_what_needs_none(
     assert main([*arguments, "--only", "maps"]) == 2
 
 
+def test_a_later_command_keeps_what_an_earlier_one_made(
+    karat_run: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["analyze", str(karat_run.path), *QUICK, "--out", str(tmp_path)]
+    assert main([*arguments, "--only", "maps"]) == 0
+    before = (tmp_path / "report.html").read_text()
+    assert 'data-figure="maps/' in before
+    assert "earlier command" not in before
+    assert main([*arguments, "--only", "maps", "--data", str(tmp_path / "nowhere")]) == 2
+    assert (tmp_path / "report.html").read_text() == before
+    assert "nothing was made, so" in capsys.readouterr().err.splitlines()[-1]
+    assert main([*arguments, "--only", "distributions"]) == 0
+    after = (tmp_path / "report.html").read_text()
+    assert before.count('data-figure="maps/') == after.count('data-figure="maps/')
+    assert 'data-figure="distributions/' in after
+    assert after.count("made by an earlier command") == 1
+    assert main([*arguments, "--only", "distributions", "--weights", "raw"]) == 0
+    assert 'data-figure="maps/' not in (tmp_path / "report.html").read_text()
+
+
+def test_nothing_made_writes_no_report(karat_run: TrainedRun, tmp_path: Path) -> None:
+    arguments = ["analyze", str(karat_run.path), *QUICK, "--out", str(tmp_path), "--data", str(tmp_path / "nowhere")]
+    assert main([*arguments, "--only", "maps"]) == 2
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_a_checkpoint_of_another_model_leaves_the_other_run(
     karat_run: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

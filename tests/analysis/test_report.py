@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.analysis.figures import new_figure
-from karat_scale.analysis.output import write_result
+from karat_scale.analysis.output import read_written, write_result
 from karat_scale.analysis.report import Problem, RunSummary, write_report
 from karat_scale.analysis.result import Result, Table
 
@@ -36,7 +36,7 @@ def make_page(tmp_path: Path) -> Path:
     result = Result(numbers={"x": float("nan")}, notes=[NASTY])
     result.figures[NASTY] = figure, NASTY
     result.tables.append(Table(NASTY, ["class", NASTY], [[NASTY, 1.23456], ["b", None], ["c", -30]]))
-    written = write_result(result, tmp_path / "spectrum")
+    written = write_result(result, tmp_path / "spectrum", "run")
     runs = [RunSummary(NASTY, {"directory": NASTY}), RunSummary("other", {})]
     path = tmp_path / "report.html"
     write_report(path, runs, {"spectrum": {NASTY: written}}, [Problem("maps", "other", NASTY)])
@@ -62,5 +62,19 @@ def test_text_is_escaped_and_nothing_is_fetched(page: str) -> None:
 def test_files_beside_the_report(page: str, tmp_path: Path) -> None:
     names = sorted(path.name for path in (tmp_path / "spectrum").iterdir())
     assert names[:2] == ["_script_alert_x_script_.png", "_script_alert_x_script_.svg"]
-    assert names[2:] == ["arrays.npz", "numbers.json"]
+    assert names[2:] == ["arrays.npz", "numbers.json", "shown.json"]
     assert '"x": null' in (tmp_path / "spectrum" / "numbers.json").read_text()
+
+
+def test_what_was_written_can_be_shown_again(page: str, tmp_path: Path) -> None:
+    again = read_written(tmp_path / "spectrum", "run")
+    assert again is not None
+    assert again.earlier
+    report = tmp_path / "again.html"
+    write_report(report, [RunSummary(NASTY, {})], {"spectrum": {NASTY: again}}, [])
+    for part in ("data:image/png;base64,iVBOR", "1.235", ">-30<", ">-<", "made by an earlier command"):
+        assert part in report.read_text(), part
+    assert read_written(tmp_path / "spectrum", "another") is None
+    assert read_written(tmp_path / "maps", "run") is None
+    next((tmp_path / "spectrum").glob("*.png")).unlink()
+    assert read_written(tmp_path / "spectrum", "run") is None
