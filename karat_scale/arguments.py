@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -86,3 +87,18 @@ def new_file(text: str) -> str:
     if not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text!r}: no right to write in that directory; name a file elsewhere")
     return text
+
+
+def time_limit(text: str) -> str:
+    """A time as sbatch takes it: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises argparse.ArgumentTypeError."""
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}|infinite|unlimited", text, re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time of sbatch's: minutes, H:M:S, D-H or D-H:M:S")
+    return text
+
+
+def virtual_environment(text: str) -> str:
+    """The absolute path of a virtual environment, which nodes are to see as well. Raises argparse.ArgumentTypeError."""
+    path = Path(text).absolute()
+    if not (path / "bin" / "activate").is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is no virtual environment: it has no bin/activate")
+    return str(path)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from karat_scale import __version__
-from karat_scale.arguments import OneLineParser, count, new_file, positive, whole
+from karat_scale.arguments import OneLineParser, count, new_file, positive, time_limit, virtual_environment, whole
 from karat_scale.bench.commands import add_benches
 from karat_scale.errors import UserError
 
@@ -74,11 +74,13 @@ def build_parser() -> argparse.ArgumentParser:
     submit = commands.add_parser("submit", help="write a recipe's sbatch script, show it, and submit it")
     submit.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     submit.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
-    for option in ("account", "partition", "qos", "constraint", "time"):
+    for option in ("account", "partition", "qos", "constraint"):
         submit.add_argument(f"--{option}", help="as sbatch has it")
+    submit.add_argument("--time", type=time_limit, help="as sbatch has it, such as 12:00:00 or 1-12")
     for option, least in (("nodes", 1), ("gpus-per-node", 0), ("cpus-per-task", 1)):
         submit.add_argument(f"--{option}", type=whole(least), help="as sbatch has it")
-    for setting in ("venv", "conda-env", "modules", "container", "stage"):
+    submit.add_argument("--venv", type=virtual_environment, help="see the top of slurm/imagenet_fourier_karat.sh")
+    for setting in ("conda-env", "modules", "container", "stage"):
         submit.add_argument(f"--{setting}", help="see the top of slurm/imagenet_fourier_karat.sh")
     submit.add_argument("--gpu", metavar="NAME", help="plan stage and micro batch for it, such as h100-80")
     submit.add_argument("--yes", action="store_true", help="submit without asking")
@@ -144,6 +146,9 @@ def _train(options: argparse.Namespace) -> int:
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.print:
+        from karat_scale.train.deepspeed.config import check_ds_config
+
+        check_ds_config(recipe)
         print(dump_recipe(recipe), end="")
         return 0
     from karat_scale.train.run import train

@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from karat_scale.errors import UserError
+
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
@@ -47,6 +49,15 @@ def find_gpu(name: str) -> Gpu | None:
         if name == gpu.key or re.search(rf"\b{re.escape(gpu.cuda_name)}$", name):
             return gpu
     return None
+
+
+def known_gpu(name: str) -> Gpu:
+    """The GPU of that name. Raises UserError, which lists the names, for another."""
+    gpu = find_gpu(name)
+    if gpu is None:
+        keys = ", ".join(gpu.key for gpu in GPUS)
+        raise UserError(f"--gpu {name}: not in the table ({keys}); for any other, karat plan RECIPE --memory GB")
+    return gpu
 
 
 def _gpu(key: str, cuda_name: str, gib: float, gb_s: float, *teraflops: float | None) -> Gpu:

@@ -108,6 +108,26 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
     assert build_parser().parse_args([*command, "--json", str(tmp_path / "x.json")]).json
 
 
+@pytest.mark.parametrize("time", ["90", "90:00", "12:00:00", "1-12", "1-12:30", "1-12:30:00", "UNLIMITED"])
+def test_a_time_limit_is_any_that_sbatch_takes(time: str) -> None:
+    assert build_parser().parse_args(["submit", "r", "--time", time]).time == time
+
+
+@pytest.mark.parametrize("time", ["abc", "1h", "1-", "-5", "1:2:3:4", "1.5", ""])
+def test_another_time_limit_is_refused(time: str, capsys: Capture) -> None:
+    assert f"--time: {time!r} is no time of sbatch's" in refusal(capsys, "submit", "r", f"--time={time}")
+
+
+def test_a_virtual_environment_is_there_and_named_from_the_root(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "--venv: 'own' is no virtual environment" in refusal(capsys, "submit", "r", "--venv=own")
+    (tmp_path / "own" / "bin").mkdir(parents=True)
+    (tmp_path / "own" / "bin" / "activate").touch()
+    assert build_parser().parse_args(["submit", "r", "--venv=own"]).venv == str(tmp_path / "own")
+
+
 def test_a_parser_without_overrides_takes_none(capsys: Capture) -> None:
     parser = OneLineParser(prog="script")
     with pytest.raises(SystemExit):

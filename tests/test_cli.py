@@ -11,7 +11,7 @@ import yaml
 
 from karat_scale import __version__
 from karat_scale.recipe.loading import load_recipe
-from tests.conftest import events, karat, summary
+from tests.conftest import events, karat, karat_command, karat_environment, summary
 
 Train = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -31,6 +31,16 @@ def test_print_shows_the_resolved_recipe_and_trains_nothing(recipe_file: Path, t
     assert done.returncode == 0
     assert yaml.safe_load(done.stdout)["optim"]["lr"] == 0.25
     assert not (tmp_path / "run").exists()
+
+
+def test_print_refuses_a_deepspeed_file_that_is_wrong(recipe_file: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.json"
+    own.write_text('{"gradient_cliping": 1.0}')
+    refused(karat("train", str(recipe_file), f"deepspeed.config={own}", "--print"), "did you mean gradient_clipping?")
+    own.write_text('{"zero_optimization": {"stage": 1}}')
+    command = karat_command(["train", str(recipe_file), f"deepspeed.config={own}", "--print"])
+    shown = subprocess.run(command, env=karat_environment(), capture_output=True, text=True, check=True)
+    assert yaml.safe_load(shown.stdout)["deepspeed"]["config"] == str(own)
 
 
 def test_version_and_help() -> None:

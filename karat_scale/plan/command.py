@@ -9,7 +9,7 @@ import psutil
 
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
-from karat_scale.hardware import GPUS, Gpu, find_gpu
+from karat_scale.hardware import Gpu, known_gpu
 from karat_scale.plan.choose import STAGES, Choice, Machine, choose_on, consider, micro_batches, recommended
 from karat_scale.plan.communication import traffic
 from karat_scale.plan.curve import Node, curve
@@ -93,14 +93,6 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
         samples_from=samples_from,
         curve=points,
     )
-
-
-def known_gpu(name: str) -> Gpu:
-    """The GPU of that name. Raises UserError, which lists the names, for another."""
-    gpu = find_gpu(name)
-    if gpu is None:
-        raise UserError(f"--gpu {name}: not in the table ({', '.join(gpu.key for gpu in GPUS)}); use --memory GB")
-    return gpu
 
 
 def _machine(recipe: Recipe, request: Request, gpu: Gpu | None) -> Machine:

@@ -2,30 +2,29 @@
 
 from collections.abc import Mapping, Sequence
 
-from karat_scale.hardware import find_gpu
+from karat_scale.hardware import known_gpu
 from karat_scale.recipe import Recipe
 
 
 def planned_overrides(recipe: Recipe, overrides: Sequence[str], ranks: int, gpu: str | None) -> list[str]:
     """Overrides that make `recipe` fit `ranks` GPUs of the kind `gpu`, and a line about them.
 
-    Keys that `overrides` name are left alone. Without a GPU that is known there are none, and the line says so.
+    Keys that `overrides` name are left alone. Without the name of a GPU there are none, and the line says so.
 
     Raises:
-        UserError: the recipe does not divide over the ranks, or its model cannot be built.
+        UserError: the GPU is in no table, the recipe does not divide over the ranks, or its model cannot be built.
     """
-    known = find_gpu(gpu) if gpu else None
-    if known is None:
-        why = f"--gpu {gpu} is in no table" if gpu else "name the GPU by --gpu, such as h100-80"
-        print(f"not planned: {why}; karat plan --memory GB plans for any\n")
+    if gpu is None:
+        print("not planned: name the GPU by --gpu, such as h100-80; karat plan --memory GB plans for any\n")
         return []
+    memory = known_gpu(gpu).memory_bytes
     from karat_scale.plan.choose import STAGES, choose
     from karat_scale.plan.report import line
 
     named = {override.partition("=")[0] for override in overrides}
     own = recipe.deepspeed.config
     configs = (own,) if "deepspeed.config" in named or own not in STAGES else STAGES
-    choice = choose(recipe, ranks, known.memory_bytes, configs)
+    choice = choose(recipe, ranks, memory, configs)
     print(f"{line(choice)}\n")
     if not choice.fits:
         return []

@@ -12,6 +12,7 @@ from karat_scale.files import write_atomically
 from karat_scale.recipe.files import shipped_recipes
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.submit.planned import planned_overrides
+from karat_scale.train.deepspeed.config import check_ds_config
 
 SCRIPT = "imagenet_fourier_karat.sh"
 
@@ -44,6 +45,7 @@ def submit(
         UserError: the recipe is wrong, or sbatch refuses or is not here.
     """
     resolved = load_recipe(recipe, overrides)
+    check_ds_config(resolved)
     run = Path(resolved.run.dir).absolute()
     named = recipe if recipe in shipped_recipes() else str(Path(recipe).resolve())
     own = ("run.dir=", "data.path=")

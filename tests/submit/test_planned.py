@@ -33,12 +33,17 @@ def test_what_the_user_names_is_left_alone(tmp_path: Path, capsys: Capture) -> N
     assert script.count("deepspeed.config=zero2") == 2
 
 
-@pytest.mark.parametrize("gpu", [(), ("--gpu=h1000",)])
-def test_without_a_known_gpu_it_says_that_it_did_not_plan(
-    tmp_path: Path, gpu: tuple[str, ...], capsys: Capture
-) -> None:
-    assert "train.micro_batch" not in script_of(tmp_path, *SHAPE, *gpu)
+def test_without_a_gpu_it_says_that_it_did_not_plan(tmp_path: Path, capsys: Capture) -> None:
+    assert "train.micro_batch" not in script_of(tmp_path, *SHAPE)
     assert "not planned: " in capsys.readouterr().out
+
+
+def test_an_unknown_gpu_is_refused_before_anything_is_written(tmp_path: Path, capsys: Capture) -> None:
+    run = tmp_path / "run"
+    assert main(["submit", "imagenet_vit_tiny_g3b", f"run.dir={run}", *SHAPE, "--gpu=h1000"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--gpu h1000: not in the table" in line
+    assert not run.exists()
 
 
 def test_a_world_that_does_not_divide_the_batch_is_refused(tmp_path: Path, capsys: Capture) -> None:

@@ -9,10 +9,12 @@ from tests.conftest import karat
 
 
 def test_the_script_has_everything_filled_in(tmp_path: Path) -> None:
-    run = tmp_path / "my run"
+    run, venv = tmp_path / "my run", tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "activate").touch()
     shown = karat(
         "submit", "imagenet_vit_tiny_g3b", "optim.lr=1e-3", f"run.dir={run}", f"data.path={tmp_path}",
-        "--nodes=2", "--gpus-per-node=8", "--account=physics", "--venv=/opt/karat",
+        "--nodes=2", "--gpus-per-node=8", "--account=physics", f"--venv={venv}",
     )  # fmt: skip
     assert shown.returncode == 0, shown.stderr
     script = run / "submit.sh"
@@ -22,7 +24,7 @@ def test_the_script_has_everything_filled_in(tmp_path: Path) -> None:
     lines = text.splitlines()
     for line in ("--nodes=2", "--gpus-per-node=8", "--ntasks-per-node=8", "--account=physics"):
         assert f"#SBATCH {line}" in lines
-    assert "VENV=/opt/karat" in lines
+    assert f"VENV={venv}" in lines
     assert f"RUN='{run}'" in lines
     assert "RECIPE=imagenet_vit_tiny_g3b" in lines
     assert '"$@"' not in text
@@ -53,3 +55,13 @@ def test_a_bad_recipe_writes_nothing(tmp_path: Path) -> None:
     assert shown.returncode == 2
     assert "optim.lrr: unknown key" in shown.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_deepspeed_file_that_is_wrong_writes_nothing(tmp_path: Path) -> None:
+    own, run = tmp_path / "own.json", tmp_path / "run"
+    own.write_text('{"gradient_cliping": 1.0}')
+    shown = karat("submit", "imagenet_vit_tiny_g3b", f"deepspeed.config={own}", f"run.dir={run}")
+    assert shown.returncode == 2
+    (line,) = shown.stderr.splitlines()
+    assert "gradient_cliping: unknown key; did you mean gradient_clipping?" in line
+    assert not run.exists()

@@ -1,6 +1,7 @@
 """DeepSpeed's configuration file, with its "auto" fields filled from the recipe."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,28 +27,31 @@ def load_ds_config(recipe: Recipe, world_size: int, micro_batch: int) -> dict[st
         RecipeError: no such file, not JSON, an "auto" we cannot fill, a wrong or unknown key, or a number that
             contradicts the recipe.
     """
-    path = _find(recipe.deepspeed.config)
-    source = f"deepspeed.config = {path}"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{source}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise RecipeError(f"{source}: should be a JSON object")
-    values = _auto_values(recipe, world_size, micro_batch)
-    _fill_auto(config, values, source)
-    check_keys(config, source)
-    stage = zero_stage(config)
-    _check_stage(recipe, stage, source)
-    if stage == 0 or recipe.train.precision == "fp32":
-        values["data_types.grad_accum_dtype"] = "fp32"
+    values = {**_recipe_values(recipe), **_batch_values(recipe, world_size, micro_batch)}
+    config, source = _read(recipe, values, with_keys=True)
     _settle(config, values, source)
-    if stage == 0:
+    if zero_stage(config) == 0:
         # In bf16 DeepSpeed makes a step of its own at the start, so the engine uses autocast; it clips without
         # telling the norm and steps on NaN, so the engine does that too.
         config["bf16"]["enabled"] = False
         config["gradient_clipping"] = 0.0
     return config
+
+
+def check_ds_config(recipe: Recipe) -> None:
+    """Refuse a file that no world can train with. Raises RecipeError as `load_ds_config`.
+
+    The keys of a shipped file are not looked at: for those DeepSpeed would be imported, which takes seconds.
+    """
+    values = _recipe_values(recipe)
+    any_batch = _batch_values(recipe, world_size=1, micro_batch=1)
+    own = config_directory() != _find(recipe.deepspeed.config).parent
+    logging.disable(logging.WARNING)  # DeepSpeed talks on standard output when it is imported
+    try:
+        config, source = _read(recipe, {**values, **any_batch}, with_keys=own)
+    finally:
+        logging.disable(logging.NOTSET)
+    _settle(config, values, source)
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:
@@ -71,14 +75,41 @@ def _find(name: str) -> Path:
     raise RecipeError(f"deepspeed.config = {name!r}: neither a file nor a shipped configuration ({shipped})")
 
 
-def _auto_values(recipe: Recipe, world_size: int, micro_batch: int) -> dict[str, Any]:
+def _read(recipe: Recipe, values: dict[str, Any], with_keys: bool) -> tuple[dict[str, Any], str]:
+    """The file's content with every "auto" filled from `values`, and what an error of it begins with."""
+    path = _find(recipe.deepspeed.config)
+    source = f"deepspeed.config = {path}"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{source}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise RecipeError(f"{source}: should be a JSON object")
+    _fill_auto(config, values, source)
+    if with_keys:
+        check_keys(config, source)
+    stage = zero_stage(config)
+    _check_stage(recipe, stage, source)
+    if stage == 0 or recipe.train.precision == "fp32":
+        values["data_types.grad_accum_dtype"] = "fp32"
+    return config, source
+
+
+def _recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe alone says."""
     return {
         "train_batch_size": recipe.train.global_batch,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": recipe.train.global_batch // (world_size * micro_batch),
         "gradient_clipping": recipe.optim.clip_grad,
         "bf16.enabled": recipe.train.precision == "bf16",
         "fp16.enabled": recipe.train.precision == "fp16",
+    }
+
+
+def _batch_values(recipe: Recipe, world_size: int, micro_batch: int) -> dict[str, Any]:
+    """What hangs on the number of ranks."""
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": recipe.train.global_batch // (world_size * micro_batch),
     }
 
 

@@ -1,10 +1,12 @@
 """Which keys a DeepSpeed file may have here. DeepSpeed passes over an unknown top-level key in silence."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from karat_scale.errors import RecipeError
 
@@ -118,9 +120,16 @@ def _check_section(name: str, section: Any, model: type[BaseModel], source: str)
         if first["type"] == "extra_forbidden":
             hint = _near(str(first["loc"][-1]), _field_names(model))
             raise RecipeError(f"{source}: {key}: unknown key{hint}") from None
-        message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
         given = "" if isinstance(first["input"], Mapping) else f" = {first['input']!r}"
-        raise RecipeError(f"{source}: {key}{given}: {message}") from None
+        raise RecipeError(f"{source}: {key}{given}: {_what_it_should_be(first)}") from None
+
+
+def _what_it_should_be(error: ErrorDetails) -> str:
+    if error["type"] == "enum":  # its aliases are in the list too
+        choices = dict.fromkeys(re.split(", | or ", error["ctx"]["expected"]))
+        return f"should be one of {', '.join(choices)}"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return message.removeprefix("Input ")
 
 
 def _check_values(config: Mapping[str, Any], source: str) -> None:

@@ -7,7 +7,13 @@ import torch
 from karat_scale.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.recipe import AttentionConfig, ModelConfig
-from karat_scale.train.deepspeed.config import config_directory, load_ds_config, offloads_optimizer, zero_stage
+from karat_scale.train.deepspeed.config import (
+    check_ds_config,
+    config_directory,
+    load_ds_config,
+    offloads_optimizer,
+    zero_stage,
+)
 from tests.train.conftest import CONFIGS
 
 
@@ -42,7 +48,7 @@ def test_a_users_own_file_works(small_recipe, tmp_path: Path) -> None:
     [
         ("{", "not valid JSON"),
         ("[]", "should be a JSON object"),
-        ('{"zero_optimization": {"stage": 4}}', "zero_optimization.stage = 4: Input should be 0, 1, 2"),
+        ('{"zero_optimization": {"stage": 4}}', "zero_optimization.stage = 4: should be one of 0, 1, 2, 3"),
         ('{"train_batch_size": 16}', "train_batch_size = 16, but the recipe makes it 8"),
         ('{"gradient_clipping": 5.0}', 'gradient_clipping = 5.0, but the recipe makes it 1.0; set it to "auto"'),
         ('{"bf16": {"enabled": true}}', "bf16.enabled = True, but the recipe makes it False"),
@@ -55,6 +61,34 @@ def test_what_deepspeed_could_not_use_is_one_line(small_recipe, tmp_path: Path, 
     with pytest.raises(RecipeError, match=r"deepspeed\.config") as caught:
         load_ds_config(small_recipe(f"deepspeed.config={own}"), 1, 8)
     assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ('{"gradient_cliping": 1.0}', "did you mean gradient_clipping?"),
+        ('{"zero_optimization": {"stage": 7}}', "zero_optimization.stage = 7: should be one of 0, 1, 2, 3"),
+        ('{"train_batch_size": 16}', "train_batch_size = 16, but the recipe makes it 8"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_a_file_is_refused_before_the_number_of_ranks_is_known(
+    small_recipe, tmp_path: Path, content: str, part: str
+) -> None:
+    own = tmp_path / "own.json"
+    own.write_text(content)
+    with pytest.raises(RecipeError, match=r"deepspeed\.config") as caught:
+        check_ds_config(small_recipe(f"deepspeed.config={own}"))
+    assert part in str(caught.value)
+
+
+def test_a_file_for_one_number_of_ranks_is_not_refused_before_that_is_known(small_recipe, tmp_path: Path) -> None:
+    own = tmp_path / "own.json"
+    own.write_text('{"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": "auto"}')
+    check_ds_config(small_recipe(f"deepspeed.config={own}"))
+    check_ds_config(small_recipe("deepspeed.config=zero2"))
+    with pytest.raises(RecipeError, match=r"deepspeed\.config=zero1"):
+        check_ds_config(small_recipe("train.precision=fp16", "deepspeed.config=zero0"))
 
 
 def test_the_shipped_files_are_found() -> None:
