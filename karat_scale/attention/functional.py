@@ -1,26 +1,25 @@
 """Fourier-KArAt attention as functions of tensors: checks the call and chooses an implementation."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from karat_scale.attention import reference, streaming
 from karat_scale.attention.bases import BASE_ACTIVATIONS
+from karat_scale.attention.call import FourierCall
 from karat_scale.attention.checks import check_call, check_choice
 from karat_scale.attention.kernels import cpu, triton_fourier
 from karat_scale.attention.precision import output_dtype
 
-# Each takes (query, key, value, cos_coef, sin_coef, proj, base, bias, mask) of any float dtypes, after the checks.
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+IMPLEMENTATIONS: dict[str, Callable[[FourierCall], Tensor]] = {
     "reference": reference.attend,
     "streaming": streaming.attend,
     "cpu": cpu.attend,
     "triton": triton_fourier.attend,
 }
-# Given the same arguments: why an implementation cannot take them, or None. Others take any.
-REFUSALS: dict[str, Callable[..., str | None]] = {"cpu": cpu.refusal, "triton": triton_fourier.refusal}
+# Why an implementation cannot take a call, or None. Others take any.
+REFUSALS: dict[str, Callable[[FourierCall], str | None]] = {"cpu": cpu.refusal, "triton": triton_fourier.refusal}
 # What "auto" tries, the fastest first.
 AUTOMATIC = ("triton", "cpu", "streaming")
 
@@ -64,9 +63,8 @@ def fourier_karat_attention(
     """
     check_call(query, key, value, cos_coef, sin_coef, proj, bias, mask)
     check_choice("base", base, BASE_ACTIVATIONS)
-    arguments = (query, key, value, cos_coef, sin_coef, proj, base, bias, mask)
-    output = _choose(implementation, arguments)(*arguments)
-    return output.to(output_dtype(value))
+    call = FourierCall(query, key, value, cos_coef, sin_coef, proj, base, bias, mask)
+    return _choose(implementation, call)(call).to(output_dtype(value))
 
 
 def fourier_karat_scores(
@@ -93,18 +91,18 @@ def fourier_karat_scores(
     batch, heads, tokens, _ = query.shape
     # S = S I: the identity as value gives S by whichever implementation attends.
     identity = torch.eye(tokens, dtype=query.dtype, device=query.device).expand(batch, heads, -1, -1)
-    arguments = (query, key, identity, cos_coef, sin_coef, proj, base, bias, mask)
-    return _choose(implementation, arguments)(*arguments).to(output_dtype(query))
+    call = FourierCall(query, key, identity, cos_coef, sin_coef, proj, base, bias, mask)
+    return _choose(implementation, call)(call).to(output_dtype(query))
 
 
-def _choose(implementation: str, arguments: tuple[Any, ...]) -> Callable[..., Tensor]:
+def _choose(implementation: str, call: FourierCall) -> Callable[[FourierCall], Tensor]:
     check_choice("implementation", implementation, ("auto", *IMPLEMENTATIONS))
     if implementation == "auto":
-        implementation = next(name for name in AUTOMATIC if _refusal(name, arguments) is None)
-    elif (why := _refusal(implementation, arguments)) is not None:
+        implementation = next(name for name in AUTOMATIC if _refusal(name, call) is None)
+    elif (why := _refusal(implementation, call)) is not None:
         raise ValueError(f"implementation = {implementation!r} cannot take this call: {why}")
     return IMPLEMENTATIONS[implementation]
 
 
-def _refusal(implementation: str, arguments: tuple[Any, ...]) -> str | None:
-    return REFUSALS[implementation](*arguments) if implementation in REFUSALS else None
+def _refusal(implementation: str, call: FourierCall) -> str | None:
+    return REFUSALS[implementation](call) if implementation in REFUSALS else None

@@ -5,41 +5,24 @@ from torch import Tensor
 
 from karat_scale.attention import simplex
 from karat_scale.attention.bases import BASE_ACTIVATIONS, Basis, ElementwiseBasis, FeatureBasis
+from karat_scale.attention.call import FourierCall
 from karat_scale.attention.precision import compute_dtype, full_precision
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos_coef: Tensor,
-    sin_coef: Tensor,
-    proj: Tensor,
-    base: str,
-    bias: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
+def attend(call: FourierCall) -> Tensor:
     """O = S V [B, h, N, dv], in float32 or, with any float64 input, in float64."""
-    learned = scores(query, key, cos_coef, sin_coef, proj, base, bias, mask)
-    with full_precision(query.device):
-        dtype = torch.promote_types(learned.dtype, value.dtype)
-        return learned.to(dtype) @ value.to(dtype)
+    learned = scores(call)
+    with full_precision(call.query.device):
+        dtype = torch.promote_types(learned.dtype, call.value.dtype)
+        return learned.to(dtype) @ call.value.to(dtype)
 
 
-def scores(
-    query: Tensor,
-    key: Tensor,
-    cos_coef: Tensor,
-    sin_coef: Tensor,
-    proj: Tensor,
-    base: str,
-    bias: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
+def scores(call: FourierCall) -> Tensor:
     """S = H W^T [B, h, N, N] with H[k, p] = sum_q phi_pq(A[k, q]) (arXiv 2503.10632, section 4).
 
-    Holds the B h N N G features at once. float32 or, with any float64 input, float64.
+    Holds the B h N N G features at once. float32 or, with any float64 input but the value, float64.
     """
+    query, key, _, cos_coef, sin_coef, proj, base, bias, mask = call
     dtype = compute_dtype(query, key, cos_coef, sin_coef, proj, bias)
     query, key, cos_coef, sin_coef, proj = (x.to(dtype) for x in (query, key, cos_coef, sin_coef, proj))
     with full_precision(query.device):

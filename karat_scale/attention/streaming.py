@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from karat_scale.attention.bases import BASE_ACTIVATIONS, Basis, FeatureBasis, Fourier, basis_of, key_of
+from karat_scale.attention.call import FourierCall
 from karat_scale.attention.precision import compute_dtype, full_precision
 from karat_scale.attention.routes import Head, HeadGradients, choose_route
 from karat_scale.attention.tiles import Workspace, pick_broadcast
@@ -23,18 +24,9 @@ from karat_scale.attention.tiles import Workspace, pick_broadcast
 RANK_MULTIPLE = 16
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos_coef: Tensor,
-    sin_coef: Tensor,
-    proj: Tensor,
-    base: str,
-    bias: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
+def attend(call: FourierCall) -> Tensor:
     """O [B, h, N, dv] in the value's dtype, of the modular Fourier form; differentiable once in all but the mask."""
+    query, key, value, cos_coef, sin_coef, proj, base, bias, mask = call
     dtype = compute_dtype(query, key, value, cos_coef, sin_coef, proj, bias)
     coef = Fourier.pack(_ANY_FOURIER, {"cos_coef": cos_coef.to(dtype), "sin_coef": sin_coef.to(dtype)})
     return attend_units(query, key, value, coef, proj, _ANY_FOURIER, base, bias, mask, mask)

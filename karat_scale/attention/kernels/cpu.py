@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from karat_scale.attention.call import FourierCall
 from karat_scale.attention.kernels import build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -21,18 +22,9 @@ MAX_RANK, MAX_GRID = 32, 64
 SOURCE = Path(__file__).parent / "cpu" / "attention.cpp"
 
 
-def refusal(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos_coef: Tensor,
-    sin_coef: Tensor,
-    proj: Tensor,
-    base: str,
-    bias: Tensor | None,
-    mask: Tensor | None,
-) -> str | None:
+def refusal(call: FourierCall) -> str | None:
     """Why this implementation cannot take the call, or None where it can. Builds the kernel at first use."""
+    query, key, value, cos_coef, sin_coef, proj, base, bias, mask = call
     if query.device.type != "cpu":
         return f"the tensors are on {query.device}"
     if any(x.dtype not in DTYPES for x in (query, key, value, cos_coef, sin_coef, proj)):
@@ -64,21 +56,12 @@ def _machine_refusal() -> str | None:
 _machine_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos_coef: Tensor,
-    sin_coef: Tensor,
-    proj: Tensor,
-    base: str,
-    bias: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
+def attend(call: FourierCall) -> Tensor:
     """O [B, h, N, d], for what `refusal` lets pass; differentiable once in all six tensors.
 
     Its dtype is the one that query, key and value promote to.
     """
+    query, key, value, cos_coef, sin_coef, proj, *_ = call
     common = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
     query, key, value = (x.to(common) for x in (query, key, value))
     parameters = (x.to(torch.float32).contiguous() for x in (cos_coef, sin_coef, proj))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from karat_scale.attention.call import FourierCall
 from karat_scale.attention.precision import full_precision
 
 # What one program holds in registers; `attend` cuts longer ranks and wider values into such pieces.
@@ -41,40 +42,21 @@ def _missing_triton() -> str | None:
 _MISSING_TRITON = _missing_triton()
 
 
-def refusal(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos_coef: Tensor,
-    sin_coef: Tensor,
-    proj: Tensor,
-    base: str,
-    bias: Tensor | None,
-    mask: Tensor | None,
-) -> str | None:
-    """Why `attend` cannot take these arguments, or None."""
-    device = query.device
+def refusal(call: FourierCall) -> str | None:
+    """Why `attend` cannot take the call, or None."""
+    device = call.query.device
     if _MISSING_TRITON is not None:
         return _MISSING_TRITON
     if not _INTERPRETED and (device.type != "cuda" or torch.version.hip is not None):
         return f"it needs tensors on an NVIDIA GPU and these are on {device.type}"
     if not _INTERPRETED and torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY:
         return "it needs compute capability 8.0 (Ampere) or newer"
-    return call_refusal(query, key, value, cos_coef, sin_coef, proj, base, bias, mask)
+    return call_refusal(call)
 
 
-def call_refusal(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos_coef: Tensor,
-    sin_coef: Tensor,
-    proj: Tensor,
-    base: str,
-    bias: Tensor | None,
-    mask: Tensor | None,
-) -> str | None:
-    """Why `attend` cannot take these arguments on any machine, or None."""
+def call_refusal(call: FourierCall) -> str | None:
+    """Why `attend` cannot take the call on any machine, or None."""
+    query, key, value, cos_coef, sin_coef, proj, base, bias, mask = call
     if torch.float64 in (query.dtype, key.dtype, value.dtype, cos_coef.dtype, sin_coef.dtype, proj.dtype):
         return "it computes in float32 and an argument is float64"
     if base != "zero" or bias is not None or mask is not None:
@@ -86,22 +68,13 @@ def call_refusal(
     return None
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos_coef: Tensor,
-    sin_coef: Tensor,
-    proj: Tensor,
-    base: str,
-    bias: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
+def attend(call: FourierCall) -> Tensor:
     """O [B, h, N, dv] in the value's dtype; differentiable once. `refusal` must have said None.
 
     Products are those of 16-bit tensor cores where query, key and value are of one 16-bit dtype, else float32's.
     Scores, harmonics and sums are float32 in either case.
     """
+    query, key, value, cos_coef, sin_coef, proj, *_ = call
     operation = torch.ops.karat_scale.triton_forward
     pieces = []
     for columns in value.split(LARGEST_WIDTH, -1):

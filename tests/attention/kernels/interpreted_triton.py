@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from karat_scale.attention import fourier_karat_attention, fourier_karat_scores
+from karat_scale.attention.call import FourierCall
 from karat_scale.attention.kernels import triton_launch
 from karat_scale.attention.kernels.triton_features import sine_cosine
 from karat_scale.attention.kernels.triton_fourier import attend
@@ -202,7 +203,7 @@ def test_sine_and_cosine_over_many_turns(fast):
 
 def test_attend_takes_what_the_public_function_takes():
     call = make_call(1, 1, 5, 16, 2, 1).to(torch.float32)
-    direct = attend(*call, "zero", None, None)
+    direct = attend(FourierCall(*call, "zero", None, None))
     assert torch.equal(direct, fourier_karat_attention(*call, implementation="triton"))
     assert torch.equal(direct, fourier_karat_attention(*call))
 

@@ -1,0 +1,19 @@
+"""What every implementation of the modular Fourier operator is given."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class FourierCall(NamedTuple):
+    """The arguments of `fourier_karat_attention`, checked, of any float dtypes and strides."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cos_coef: Tensor
+    sin_coef: Tensor
+    proj: Tensor
+    base: str
+    bias: Tensor | None
+    mask: Tensor | None
