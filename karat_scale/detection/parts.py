@@ -59,7 +59,7 @@ def build_parts(
     torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank and world
     vit = build_vit(recipe)
     if recipe.init_from and not directory.store.names():
-        reporter.info(initialise(vit, recipe.init_from, world, take_backbone_weights))
+        reporter.info(initialise(vit, recipe, world, take_backbone_weights))
     model = build_detector(vit, recipe).to(world.device)
     torch.manual_seed(recipe.run.seed + 1 + world.rank)  # but sampling of its own on each
     replica: nn.Module = model

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from karat_scale.errors import RecipeError
 from karat_scale.models.factory import host_of
 from karat_scale.models.init_operators import OPERATOR, operators_for, spread_operator
+from karat_scale.models.positions import is_sincos_2d
 from karat_scale.models.prefix_tokens import fit_prefix, prefix_tokens
 
 _MEND = "use the model and attention sections it was trained with"
 _PATCHES = "patch_embed.proj.weight"
+_POSITIONS = "pos_embed"
 
 
 @torch.no_grad()
@@ -27,7 +29,8 @@ def take_weights(model: nn.Module, weights: Mapping[str, Tensor], new_head: bool
     Args:
         model: freshly initialised, not partitioned.
         weights: a state dict of timm's or ours, by parameter name.
-        new_head: whether the classes may differ.
+        new_head: whether the classes may differ, and positions that are computed here be learned ones there; else the
+            weights are of this model at another image size.
 
     Returns:
         What was interpolated and what was left as it was, for a log line.
@@ -38,11 +41,16 @@ def take_weights(model: nn.Module, weights: Mapping[str, Tensor], new_head: bool
     own = model.state_dict()
     left = set()
     _check_axes(weights, own)
+    _check_values(weights, own)
     there = prefix_tokens(weights)
+    keeps_positions = new_head and _has_fixed_positions(model) and not _are_fixed(weights)
     weights, notes = fit_prefix(model, weights)
     notes += _patch_note(weights, own)
     weights = _fit(model, weights)
     _check_depth(weights, own)
+    if keeps_positions:
+        weights = {**weights, _POSITIONS: own[_POSITIONS]}
+        notes.append("its position embedding is left out, for the model's is fixed (model.pos_embed)")
     if any(OPERATOR in name for name in own):
         if any(OPERATOR in name for name in weights):
             weights = spread_operator(model, weights)
@@ -94,6 +102,23 @@ def _check_axes(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Non
         axes = weights[name].dim() if name in weights else tensor.dim()
         if axes != tensor.dim() and not (name == _PATCHES and axes == 2):
             raise _other_shape(name, weights[name], tensor)
+
+
+def _check_values(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        if name in own and own[name].is_floating_point() and not tensor.is_floating_point():
+            raise RecipeError(f"{name} is of {tensor.dtype} there, not of floating-point numbers; use other weights")
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise RecipeError(f"{name} has numbers there that are not finite; use other weights")
+
+
+def _has_fixed_positions(model: Any) -> bool:
+    positions = getattr(model, _POSITIONS, None)
+    return isinstance(positions, nn.Parameter) and not positions.requires_grad
+
+
+def _are_fixed(weights: Mapping[str, Tensor]) -> bool:
+    return _POSITIONS in weights and is_sincos_2d(weights[_POSITIONS])
 
 
 def _check_depth(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

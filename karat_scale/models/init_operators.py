@@ -62,7 +62,7 @@ def operators_for(
             tensors = resize_operator(operator, tensors, old, new, places)
         except ValueError as error:
             raise RecipeError(
-                f"{prefix.removesuffix('.')}: {error}; use the attention section it was trained with"
+                f"{prefix.removesuffix('.')}: {error}; use the model and attention sections it was trained with"
             ) from error
         resized |= {prefix + name: x for name, x in tensors.items()}
         is_resized = (old.height, old.width) != (new.height, new.width)

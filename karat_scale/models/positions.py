@@ -1,5 +1,7 @@
 """Position embeddings that are computed, not learned."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,3 +23,12 @@ def sincos_2d(height: int, width: int, dim: int, temperature: float = 10_000.0) 
     columns = torch.arange(width, dtype=torch.float64, device="cpu").repeat(height)
     x, y = torch.outer(columns, frequencies), torch.outer(rows, frequencies)
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()
+
+
+def is_sincos_2d(positions: Tensor) -> bool:
+    """Whether the positions [1, N, D] of a square of patches, the last ones, are these, be it in bfloat16."""
+    side, dim = math.isqrt(positions.shape[1]), positions.shape[2]
+    if dim % 4 or dim < 8:
+        return False
+    patches = positions[0, -side * side :].float()
+    return torch.allclose(patches, sincos_2d(side, side, dim).to(patches.device), atol=1e-2)

@@ -46,7 +46,7 @@ def submit(
     """
     resolved = load_recipe(recipe, overrides)
     check_ds_config(resolved)
-    run = Path(resolved.run.dir).absolute()
+    run = Path(resolved.run.dir).expanduser().absolute()
     named = recipe if recipe in shipped_recipes() else str(Path(recipe).resolve())
     own = ("run.dir=", "data.path=")
     kept = [override for override in overrides if not override.startswith(own)]

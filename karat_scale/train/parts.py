@@ -81,7 +81,7 @@ def build_parts(
     torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank and world
     model = build_model(recipe, directory.path)
     if recipe.init_from and not directory.store.names():
-        reporter.info(initialise(model, recipe.init_from, world))
+        reporter.info(initialise(model, recipe, world))
     if recipe.train.freeze:
         reporter.info(freeze(model, recipe.train.freeze))
     torch.manual_seed(recipe.run.seed + 1 + world.rank)  # but dropout of its own on each

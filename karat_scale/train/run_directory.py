@@ -35,7 +35,7 @@ class RunDirectory:
     """Paths of one run, and the rules for starting or resuming in it."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.recipe_file = self.path / "recipe.yaml"
         self.classes_file = self.path / "classes.json"
         self.metrics_file = self.path / "metrics.jsonl"

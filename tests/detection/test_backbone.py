@@ -94,7 +94,8 @@ def test_init_from_a_file_gives_the_backbone_its_weights(small, tmp_path: Path) 
     classifier = create_model(small().window_model, AttentionConfig())
     torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
     vit = build_vit(small())
-    line = initialise(vit, str(tmp_path / "classifier.pth"), ALONE, take_backbone_weights)
+    recipe = small().model_copy(update={"init_from": str(tmp_path / "classifier.pth")})
+    line = initialise(vit, recipe, ALONE, take_backbone_weights)
     assert "without its class token; the attention operators are left at their start" in line
     assert torch.equal(vit.blocks[0].attn.qkv.weight, classifier.blocks[0].attn.qkv.weight)
 

@@ -206,6 +206,42 @@ def test_a_damaged_tensor_is_named(name: str, damaged: torch.Tensor, message: st
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "damaged", "message"),
+    [
+        ("blocks.1.mlp.fc1.bias", torch.full((128,), torch.nan), "blocks.1.mlp.fc1.bias has numbers .* not finite"),
+        (
+            "blocks.1.attn.operator.proj",
+            torch.full((2, 17, 4), torch.inf),
+            "proj has numbers there that are not finite",
+        ),
+        ("pos_embed", torch.zeros(1, 26, 32, dtype=torch.int32), "pos_embed is of torch.int32 there"),
+        ("norm.weight", torch.ones(32, dtype=torch.bool), "norm.weight is of torch.bool there"),
+    ],
+)
+def test_what_are_no_finite_numbers_is_refused(name: str, damaged: torch.Tensor, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        take_weights(model(1), {**model(0).state_dict(), name: damaged})
+
+
+@pytest.mark.parametrize("image_size", [16, 24])
+def test_positions_that_are_computed_stay(image_size: int) -> None:
+    fixed = {"pos_embed": "sincos2d"}
+    learned, target = model(0), model(1, image_size=image_size, sizes=fixed)
+    start = target.pos_embed.clone()
+    assert "position embedding is left out, for the model's is fixed" in take_weights(target, learned.state_dict())
+    assert torch.equal(target.pos_embed, start)
+    assert torch.equal(target.blocks[0].mlp.fc1.weight, learned.blocks[0].mlp.fc1.weight)
+    source = model(0, sizes=fixed)  # computed there too: the same image at another size
+    assert "left out" not in take_weights(target, source.state_dict())
+    assert torch.equal(target.pos_embed, resample_abs_pos_embed(source.pos_embed, [image_size // 4] * 2))
+
+
+def test_a_resampled_patch_embedding_is_told() -> None:
+    source, target = model(0), model(1, image_size=32, sizes={"patch_size": 8})
+    assert take_weights(target, source.state_dict()) == "the patch embedding is resampled from 4 x 4 pixels"
+
+
 SWIN = {"name": "swin_mini_patch2_window4_32", "image_size": 32, "num_classes": 4}
 CONVIT = {**SMALL, "name": "convit_tiny", "num_classes": 4}
 KARAT = AttentionConfig(kind="karat", grid=2, rank=4)

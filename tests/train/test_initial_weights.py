@@ -11,9 +11,12 @@ from safetensors.torch import save_file
 
 from karat_scale.errors import RecipeError, UserError
 from karat_scale.export.command import export_run
+from karat_scale.models import create_model
+from karat_scale.recipe import RunRecipe
 from karat_scale.train.distributed import World
-from karat_scale.train.initial_weights import initialise, read_weights
+from karat_scale.train.initial_weights import initialise
 from karat_scale.train.run_directory import RunDirectory
+from karat_scale.train.weights_source import read_weights
 from tests.conftest import events, karat, summary
 from tests.train.test_save_points import train_to_the_end
 
@@ -32,14 +35,56 @@ def run(small_recipe, world: World) -> Path:
     return Path(recipe.run.dir)
 
 
-def test_a_run_its_checkpoint_and_its_export_are_the_same_weights(run: Path, tmp_path: Path) -> None:
-    weights = read_weights(str(run))
+def test_a_run_its_checkpoint_and_its_export_are_the_same_weights(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, origin = read_weights(str(run))
     name = (run / "checkpoints" / "best").read_text().strip()
-    assert equal_weights(weights, read_weights(str(run / "checkpoints" / name)))
-    export_run(str(run), "safetensors", "best", "ema", str(tmp_path / "out.safetensors"))
-    assert equal_weights(weights, read_weights(str(tmp_path / "out.safetensors")))
+    assert equal_weights(weights, read_weights(str(run / "checkpoints" / name)).tensors)
+    assert read_weights(str(run / "checkpoints" / "best")).origin == origin
+    for form, out in (("safetensors", "out.safetensors"), ("timm", "timm"), ("hub-folder", "hub")):
+        export_run(str(run), form, "best", "ema", str(tmp_path / out))
+        exported = read_weights(str(tmp_path / out))
+        assert equal_weights(weights, exported.tensors)
+        assert exported.origin == origin
     torch.save({"model": weights}, tmp_path / "out.pth")
-    assert equal_weights(weights, read_weights(str(tmp_path / "out.pth")))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert equal_weights(weights, read_weights("~/out.pth").tensors)
+    assert read_weights("~/out.pth").origin is None
+
+
+def test_a_folder_of_a_universal_model_gives_every_block_its_operator(
+    small_recipe, world: World, tmp_path: Path
+) -> None:
+    recipe = small_recipe("data.workers=0", "attention.mode=universal", "train.epochs=1")
+    train_to_the_end(recipe, world)
+    RunDirectory(recipe.run.dir).begin(recipe)
+    export_run(recipe.run.dir, "hub-folder", "best", "ema", str(tmp_path / "hub"))
+    for source in (recipe.run.dir, tmp_path / "hub", tmp_path / "hub" / "model.safetensors"):
+        model = create_model(recipe.model, recipe.attention)
+        given = recipe.model_copy(update={"init_from": str(source)})
+        assert initialise(model, given, world) == f"begins with the weights of {source}"
+        assert equal_weights(model.state_dict(), read_weights(recipe.run.dir).tensors)
+
+
+def test_what_weights_do_not_tell_is_compared(run: Path, world: World) -> None:
+    recipe = RunDirectory(run).recipe().model_copy(update={"init_from": str(run)})
+
+    def begin(model: dict[str, object], attention: dict[str, object]) -> str:
+        other = recipe.model_copy(
+            update={
+                "model": recipe.model.model_copy(update=model),
+                "attention": recipe.attention.model_copy(update=attention),
+            }
+        )
+        return initialise(create_model(other.model, other.attention), other, world)
+
+    with pytest.raises(RecipeError, match=r"with 2 heads in a layer, the model has 4; use model.num_heads=2"):
+        begin({"num_heads": 4}, {"kind": "softmax"})
+    line = begin({}, {"base": "silu", "simplex": True})
+    assert line.endswith(
+        f"{run}; attention.simplex = false there and true here; attention.base = zero there and silu here"
+    )
 
 
 class Harmful:
@@ -47,21 +92,33 @@ class Harmful:
         return print, ("this ran",)
 
 
-def test_what_is_not_weights_is_one_line(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_weights_is_one_line(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.safetensors").write_text("hello")
+    (tmp_path / "recipe.yaml").write_text("model: {depth: 2}")
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
+    (tmp_path / "empty.pth").touch()
     torch.save({"model": {"a": torch.ones(1)}, "epoch": Harmful()}, tmp_path / "harmful.pth")
     torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "list.pth").read_bytes()[:200])
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "program.pt")
     for source, message in (
         (tmp_path / "nothing", "neither a run's directory"),
-        (tmp_path / "text.safetensors", "not a file of weights that is safe to read"),
-        (tmp_path / "harmful.pth", "not a file of weights that is safe to read"),
-        (tmp_path / "list.pth", "not a file of weights|no state dict"),
+        (tmp_path / "text.safetensors", "not a file of weights that is safe to read: .*header"),
+        (tmp_path / "recipe.yaml", "not a file of weights; expected .safetensors, or .pth"),
+        (tmp_path / "model.onnx", "not a file of weights; expected .safetensors, or .pth"),
+        (tmp_path / "empty.pth", "not a file of weights; expected .safetensors, or .pth"),
+        (tmp_path / "harmful.pth", "not a file of weights that is safe to read: it holds more than tensors"),
+        (tmp_path / "list.pth", "no state dict: expected tensors by parameter name"),
+        (tmp_path / "cut.pth", "not a file of weights that is safe to read: .*zip"),
+        (tmp_path / "program.pt", "a TorchScript program, .*; use the run, or --format safetensors of it"),
         ("timm:vit_tiny_patch16_225", "did you mean timm:vit_tiny_patch16_224"),
     ):
+        capfd.readouterr()
         with pytest.raises(UserError, match=f"init_from = .*{message}") as caught:
-            initialise(timm.create_model("test_vit"), str(source), world)
+            initialise(timm.create_model("test_vit"), RunRecipe(init_from=str(source)), world)
         assert "\n" not in str(caught.value)
-    assert "this ran" not in capsys.readouterr().out
+        assert "weights_only" not in str(caught.value)
+        assert capfd.readouterr() == ("", "")
 
 
 def test_timms_weights_come_from_its_cache_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +136,23 @@ def test_timms_weights_come_from_its_cache_without_a_network(tmp_path: Path, mon
     (home / "refs" / "main").write_text("0123")
     save_file(model.state_dict(), snapshot / "model.safetensors")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    assert equal_weights(read_weights(f"timm:{NAME}"), model.state_dict())
+    assert equal_weights(read_weights(f"timm:{NAME}").tensors, model.state_dict())
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub.utils import _http
+
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+    _http.close_session()
+    with pytest.raises(RecipeError, match="cannot be fetched: ") as caught:
+        read_weights(f"timm:{NAME}")
+    _http.close_session()
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_run_trained_at_one_size_is_evaluated_and_tuned_at_another(recipe_file: Path, tmp_path: Path) -> None:
