@@ -22,6 +22,11 @@ def test_a_new_directory_is_claimed_and_begun(small_recipe, tmp_path: Path) -> N
     assert directory.summary() == {"exit": 0}
 
 
+def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunDirectory("~/run").path == tmp_path / "run"
+
+
 def test_two_cannot_hold_one_directory(small_recipe, tmp_path: Path) -> None:
     first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
     first.open(small_recipe())
