@@ -1,6 +1,5 @@
 """From the recipe's `model` and `attention` sections to a model."""
 
-import difflib
 from typing import Any
 
 import timm
@@ -15,6 +14,7 @@ from karat_scale.models.other import OTHER
 from karat_scale.models.swin import SWIN
 from karat_scale.models.transfer import TransferredAttention
 from karat_scale.models.vit import VIT, build_vit
+from karat_scale.nearest import nearest
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 # By timm's modules.
@@ -56,8 +56,7 @@ def host_of_name(name: str) -> Host:
     """The host that builds the model of a name. Raises RecipeError for one that timm does not have."""
     base = OWN.get(name, name.partition(".")[0])
     if not timm.is_model(base):
-        names = [*OWN, *timm.list_models()]
-        close = difflib.get_close_matches(base, names, n=1)
+        close = nearest(base, [*OWN, *timm.list_models()])
         hint = f"did you mean {close[0]}?" if close else "`timm.list_models('vit_*')` lists some of them"
         raise RecipeError(f"model.name = {name!r}: timm has no such model; {hint}")
     return _host_of_module(timm.model_entrypoint(base).__module__)

@@ -12,8 +12,11 @@ from typing import Any
 import yaml
 
 from karat_scale.errors import RecipeError
+from karat_scale.nearest import nearest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+# Where recipes of each kind lie, and the command that trains them.
+COMMANDS = {RECIPES: "train", RECIPES.parent / "detection" / "recipes": "detect"}
 EXTENDS = "extends"
 
 
@@ -44,11 +47,24 @@ def find_recipe(source: str, folder: Path = RECIPES) -> Path:
     path = Path(source)
     if path.is_file():
         return path
+    raise RecipeError(f"recipe {source!r}: {_why_missing(source, folder)}")
+
+
+def _why_missing(source: str, folder: Path) -> str:
+    path = Path(source)
+    if path.is_dir():
+        own = path / "recipe.yaml"
+        return f"a run's directory; name its {own}" if own.is_file() else "a directory; name a YAML file in it"
     if path.suffix in (".yaml", ".yml") or "/" in source:
-        raise RecipeError(f"recipe {source!r}: no such file")
-    close = difflib.get_close_matches(source, shipped, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"shipped recipes: {', '.join(shipped)}"
-    raise RecipeError(f"recipe {source!r}: neither a file nor a shipped recipe; {hint}")
+        return "no such file"
+    for other, command in COMMANDS.items():
+        if source in shipped_recipes(other):
+            return f"not of this command; it is trained by: karat {command} {source}"
+    shipped = shipped_recipes(folder)
+    if near := nearest(source, shipped, likeness=0.8):
+        return f"neither a file nor a shipped recipe; did you mean {near[0]}?"
+    few = difflib.get_close_matches(source, shipped, n=3, cutoff=0.0)
+    return f"neither a file nor a shipped recipe; some are {', '.join(few)}; all: ls {folder}"
 
 
 def read_recipe_file(path: Path, folder: Path = RECIPES, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:

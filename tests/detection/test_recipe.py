@@ -39,6 +39,11 @@ def test_a_mistake_is_one_line_with_its_mend(override: str, message: str) -> Non
     assert "\n" not in str(caught.value)
 
 
+def test_a_classifiers_recipe_names_its_command() -> None:
+    with pytest.raises(RecipeError, match="it is trained by: karat train imagenet_vit_tiny"):
+        load_recipe("imagenet_vit_tiny", [], DetectionRecipe)
+
+
 def test_a_larger_image_is_whole_windows() -> None:
     recipe = load_recipe(BASE, ["model.image_size=448"], DetectionRecipe)
     assert recipe.window_model.image_size == 224

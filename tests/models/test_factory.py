@@ -94,6 +94,7 @@ def test_overrides_of_width_depth_and_heads() -> None:
     [
         (ModelConfig(name="resnet50"), "resnet50"),
         (ModelConfig(name="vit_tinny_patch16_224"), "did you mean vit_tiny_patch16_224?"),
+        (ModelConfig(name="vit_tinny"), "did you mean vit_tiny_patch16_224?"),
         (ModelConfig(name="vit_tiny_patch16_224", num_heads=5), "cannot be built"),
     ],
 )

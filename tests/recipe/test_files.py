@@ -84,3 +84,37 @@ def test_shipped_files_are_read_by_name_from_anywhere(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert load_recipe("cifar100_vit_base_g1b").model.num_classes == 100
     assert load_recipe(ROOT / "karat_scale/recipes/cifar100_vit_base.yaml").train.global_batch == 32
+
+
+@pytest.mark.parametrize(
+    ("source", "part"),
+    [
+        ("imagenet_vit", "did you mean imagenet_vit_base?"),
+        ("imagnet_vit_tiny_g3b", "did you mean imagenet_vit_tiny_g3b?"),
+        ("zzz", "; some are "),
+        ("coco_mask_rcnn_vit_base", "not of this command; it is trained by: karat detect coco_mask_rcnn_vit_base"),
+    ],
+)
+def test_a_name_that_is_no_recipe_is_one_short_line(source: str, part: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(source)
+    text = str(caught.value)
+    assert part in text
+    assert len(text) < 250 + len(str(RECIPES))
+
+
+def test_the_names_of_all_recipes_are_where_the_line_says() -> None:
+    with pytest.raises(RecipeError, match="all: ls ") as caught:
+        load_recipe("zzz")
+    listed = Path(str(caught.value).partition("all: ls ")[2])
+    assert {path.stem for path in listed.glob("*.yaml")} == set(shipped_recipes())
+
+
+def test_a_directory_is_told_from_a_file_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="a directory; name a YAML file in it"):
+        load_recipe(tmp_path)
+    write(tmp_path / "recipe.yaml", "data: {path: a}\n")
+    with pytest.raises(RecipeError, match=f"a run's directory; name its {tmp_path / 'recipe.yaml'}"):
+        load_recipe(tmp_path)
+    with pytest.raises(RecipeError, match="no such file"):
+        load_recipe(tmp_path / "other.yaml")
