@@ -140,6 +140,18 @@ def summary(run: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB: enough for some small checkpoints."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)], capture_output=True)
+    if done.returncode:
+        pytest.skip("mounting a size-limited tmpfs needs root")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+@pytest.fixture
 def train_recipe(recipe_file: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`karat train` of the small recipe with overrides."""
 

@@ -49,24 +49,24 @@ class DetectionCheckpoints:
         self._recipe = recipe
         self._reporter = reporter
         self._saved: tuple[int, int] | None = None
+        self.problem = ""
+        """Why the last save that came to nothing did; the same on all ranks."""
 
     def save(self, state: DetectionState, is_best: bool = False) -> bool:
         """Write a checkpoint of `state` unless that is done; False when a rank failed: nothing has changed then."""
         if self._saved == (state.step, state.evaluated_step):
             return True
         begun = time.monotonic()
-        problem: str | None = None
         try:
             with self._world.together():
                 self._write(state, is_best)
         except OSError as error:
-            problem = describe(error)
-        if problem is not None:
+            self.problem = describe(error)
             kept = self.store.pointed("latest") or "none"
             if self._world.is_main:
                 self.store.discard_unfinished()
                 self._reporter.warn(
-                    f"checkpoint {checkpoint_name(state.step)} not saved: {problem}; the last good one is {kept}"
+                    f"checkpoint {checkpoint_name(state.step)} not saved: {self.problem}; the last good one is {kept}"
                 )
             return False
         self._saved = (state.step, state.evaluated_step)

@@ -43,6 +43,7 @@ class DetectionLoop:
         Raises:
             DivergedError: the last step in a row that may be skipped was.
             StoppedError: a signal asked to stop; the state is saved, or `saved` of the error says it is not.
+            RunDirectoryError: the last checkpoint could not be saved, or the disk does not take the metrics.
         """
         parts, state = self.parts, self.state
         parts.model.train()
@@ -61,7 +62,7 @@ class DetectionLoop:
         finally:
             batches.close()
         if not self._save():
-            raise OSError("the last checkpoint could not be saved")
+            raise parts.checkpoints.store.last_not_saved(parts.checkpoints.problem)
 
     def step(self, micro_batches: list[DetectionBatch]) -> None:
         """Train on this rank's part of one global batch."""

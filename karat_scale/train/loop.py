@@ -70,6 +70,7 @@ class Loop:
         Raises:
             DivergedError: the loss or the gradients are not finite, and the recipe says to end there.
             StoppedError: a signal asked to stop; the state is saved, or `saved` of the error says it is not.
+            RunDirectoryError: the last checkpoint could not be saved, or the disk does not take the metrics.
         """
         plan, state = self.parts.plan, self.state
         try:
@@ -89,7 +90,7 @@ class Loop:
             stopped.saved = self._save(wait=True)
             raise
         if not self._save(wait=True):
-            raise OSError("the last checkpoint could not be saved")
+            raise self.parts.checkpoints.store.last_not_saved(self.parts.checkpoints.saver.problem)
 
     def step(self, micro_batches: list[Batch]) -> None:
         """Train on this rank's part of one global batch."""

@@ -1,7 +1,7 @@
 """How a run ends: its exit code, the last event, and `summary.json`."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Generic, TypeVar
@@ -84,7 +84,12 @@ def concluded(outcome: Outcome[S], directory: RunDirectory, signals: StopSignals
         outcome.reason = f"{type(error).__name__}: {error}"
         raise
     finally:
-        reporter.end(outcome.state, outcome.code, outcome.reason)
-        reporter.close()
+        _record(outcome, directory, reporter)
+
+
+def _record(outcome: Outcome[S], directory: RunDirectory, reporter: Reporter) -> None:
+    with ExitStack() as last:  # calls all, the last first, whatever the disk says to one of them
         if outcome.world.is_main:
-            directory.write_summary(outcome.summary(directory.summary()))
+            last.callback(lambda: directory.write_summary(outcome.summary(directory.summary())))
+        last.callback(reporter.close)
+        last.callback(reporter.end, outcome.state, outcome.code, outcome.reason)

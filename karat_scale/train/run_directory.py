@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar, overload
 
-from karat_scale.errors import RunDirectoryError
+from karat_scale.errors import RunDirectoryError, not_written
 from karat_scale.files import write_atomically
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.loading import differing_keys, dump_recipe, flatten, load_recipe
@@ -72,9 +72,12 @@ class RunDirectory:
         return self.changes(recipe)
 
     def begin(self, recipe: RunRecipe, classes: Sequence[str] = ()) -> None:
-        """Record the names of the classes and the recipe: from here on the directory is this run's."""
-        write_atomically(self.classes_file, json.dumps(list(classes)) + "\n")
-        write_atomically(self.recipe_file, dump_recipe(recipe))
+        """Record the names of the classes and the recipe: from here on the directory is this run's.
+
+        Raises RunDirectoryError when the disk does not take them.
+        """
+        _write(self.classes_file, json.dumps(list(classes)) + "\n")
+        _write(self.recipe_file, dump_recipe(recipe))
 
     def classes(self) -> tuple[str, ...]:
         """The names of the classes; none of a run that began before they were recorded.
@@ -117,8 +120,8 @@ class RunDirectory:
         return summary
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Replace `summary.json`."""
-        write_atomically(self.summary_file, json.dumps(summary, indent=2) + "\n")
+        """Replace `summary.json`. Raises RunDirectoryError when the disk does not take it."""
+        _write(self.summary_file, json.dumps(summary, indent=2) + "\n")
 
     def _claim(self) -> None:
         lock = (self.path / ".lock").open("a+", encoding="utf-8")
@@ -166,6 +169,13 @@ class RunDirectory:
         summary = self.summary() or {}
         ended = summary.get("exit") == 0 and recipe["train.max_steps"] is None
         return ended and self.store.pointed("latest") == checkpoint_name(summary["steps"])
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise not_written(path, error) from error
 
 
 def _close(file: IO[str] | None) -> None:

@@ -1,6 +1,7 @@
 """`karat detect` from outside, on objects cut out of photographs."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -74,6 +75,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, capsys) -> None:
 
     assert "did you mean coco_mask_rcnn_vit_base?" in refused("coco_mask_rcnn_vit_bse")
     assert "not a run directory" in refused("--eval", str(tmp_path / "nothing"))
+
+
+def test_a_disk_too_full_for_the_last_checkpoint_is_one_line(small_file: Path, small_disk: Path) -> None:
+    run = small_disk / "run"
+    (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
+    done = karat("detect", str(small_file), f"run.dir={run}", "train.max_steps=1", "checkpoint.keep_best=false")
+    assert done.returncode == 2
+    (line,) = (line for line in done.stderr.splitlines() if "error" in line)
+    assert line.startswith(f"error: run.dir = {run}: the last checkpoint could not be saved: No space left on device")
+    assert summary(run)["exit"] == 2
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """A process group and small DeepSpeed engines inside the test process."""
 
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,18 +58,6 @@ def make_checkpoints(world: World, make_engine: Callable[[Recipe], Engine]) -> C
         return checkpoints
 
     return make
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB: enough for some small checkpoints."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)], capture_output=True)
-    if done.returncode:
-        pytest.skip("mounting a size-limited tmpfs needs root")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
 
 
 def train_steps(checkpoints: Checkpoints, *steps: int) -> None:

@@ -74,6 +74,8 @@ class Saver:
         use_storage(engine.deepspeed, self._storage)
         self._under_way: _Save | None = None
         self._saved: tuple[int, int] | None = None
+        self.problem = ""
+        """Why the last save that came to nothing did; the same on all ranks."""
 
     @property
     def is_under_way(self) -> bool:
@@ -171,6 +173,7 @@ class Saver:
         self._reporter.checkpoint(save.state, checkpoint_name(save.state.step), seconds, stall)
 
     def _void(self, step: int, problem: str | None) -> None:
+        self.problem = problem or ""
         self._storage.begin(copies=False)  # lets go of what was not written
         if self._world.is_main:
             self._store.discard_unfinished()

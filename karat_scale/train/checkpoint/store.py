@@ -86,6 +86,14 @@ class CheckpointStore:
             return None
         return name if name in self.names() else None
 
+    def last_not_saved(self, problem: str) -> RunDirectoryError:
+        """Training ended but for its last checkpoint, as an error to raise."""
+        kept = self.pointed("latest")
+        return RunDirectoryError(
+            f"run.dir = {self.root.parent}: the last checkpoint could not be saved: {problem}; mend that and run the "
+            f"same command, which {f'goes on from {kept}' if kept else 'begins anew'}"
+        )
+
     def names(self) -> list[str]:
         """Names of the checkpoints here, newest first, complete or damaged."""
         return sorted((path.name for path in self.root.glob("step-*") if path.is_dir()), reverse=True)

@@ -3,10 +3,13 @@
 import json
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from karat_scale.errors import not_written
 
 # TensorBoard shows these; the rest of an event is context.
 _SCALARS = {
@@ -27,11 +30,17 @@ class MetricsLog:
             self._board = SummaryWriter(str(tensorboard))
 
     def write(self, event: str, step: int, **figures: Any) -> None:
-        """One event. A figure that is not finite is written as null: JSON has no NaN."""
+        """One event. A figure that is not finite is written as null: JSON has no NaN.
+
+        Raises RunDirectoryError when the disk does not take it.
+        """
         record = {"event": event, "step": step, "time": round(time.time(), 3), **figures}
         record = {key: _finite_or_none(value) for key, value in record.items()}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise not_written(self._file.name, error) from error
         if self._board is not None:
             for name in _SCALARS.get(event, ()):
                 if figures.get(name) is not None:
@@ -44,7 +53,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close both."""
-        self._file.close()
+        with suppress(OSError):  # what the disk did not take was told when it was written
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
