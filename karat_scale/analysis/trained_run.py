@@ -15,6 +15,7 @@ from karat_scale.recipe.loading import load_recipe
 from karat_scale.train.checkpoint.store import MANIFEST, CheckpointStore
 from karat_scale.train.checkpoint.weights import load_weights, wants_ema
 from karat_scale.train.checkpoint.weights_file import load_exported
+from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.teacher import build_model
 
 SNAPSHOT = ".safetensors"
@@ -150,12 +151,11 @@ def open_run(path: str | Path, data: str | None = None, weights: str = "auto", c
         data: where the recipe's data is now, if not at `data.path`.
 
     Raises:
-        RunDirectoryError: this is not a run directory.
+        RunDirectoryError: this is not a run directory, or a detector's.
         RecipeError: its recipe cannot be read.
     """
     path = Path(path)
-    recipe_file = path / "recipe.yaml"
-    if not recipe_file.is_file():
-        raise RunDirectoryError(f"{path}: not a run directory (it has no recipe.yaml)")
-    recipe = load_recipe(recipe_file, [] if data is None else [f"data.path={data}"])
+    directory = RunDirectory(path)
+    directory.recipe()  # refuses another kind of run
+    recipe = load_recipe(directory.recipe_file, [] if data is None else [f"data.path={data}"])
     return TrainedRun(path, recipe, weights, checkpoint)

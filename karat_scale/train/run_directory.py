@@ -22,6 +22,7 @@ from typing import IO, Any, TypeVar, overload
 from karat_scale.errors import RunDirectoryError, not_written
 from karat_scale.files import write_atomically
 from karat_scale.recipe import Recipe, RunRecipe
+from karat_scale.recipe.files import COMMANDS, read_recipe_file
 from karat_scale.recipe.loading import differing_keys, dump_recipe, flatten, load_recipe
 from karat_scale.train.checkpoint.store import CheckpointStore, checkpoint_name
 
@@ -105,11 +106,16 @@ class RunDirectory:
         """The recipe of an existing run, of the kind `schema`.
 
         Raises:
-            RunDirectoryError: this is not a run directory.
-            RecipeError: it is another kind of run's.
+            RunDirectoryError: this is not a run directory, or another kind of run's.
+            RecipeError: the recipe is damaged.
         """
         if not self.recipe_file.is_file():
             raise RunDirectoryError(f"{self.path}: not a run directory (it has no recipe.yaml)")
+        command = "detect" if "detector" in read_recipe_file(self.recipe_file) else "train"
+        wanted = COMMANDS[schema.shipped]
+        if command != wanted:
+            reader = {"detect": "karat detect --eval", "train": "karat eval"}[command]
+            raise RunDirectoryError(f"{self.path}: a run of karat {command}, not of karat {wanted}; {reader} reads it")
         return load_recipe(self.recipe_file, (), schema)
 
     def summary(self) -> dict[str, Any] | None:

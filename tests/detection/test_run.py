@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,13 @@ import torch
 
 from karat_scale.cli import main
 from karat_scale.detection.checkpoint import read_training
+from karat_scale.detection.recipe import DetectionRecipe
+from karat_scale.errors import RunDirectoryError
+from karat_scale.recipe.loading import load_recipe
 from karat_scale.train.checkpoint.store import CheckpointStore
-from tests.conftest import events, karat, karat_command, karat_environment, summary
+from karat_scale.train.run_directory import RunDirectory
+from karat_scale.train.weights_source import read_weights
+from tests.conftest import ROOT, events, karat, karat_command, karat_environment, summary
 from tests.detection.cut_outs import make_set
 
 
@@ -85,6 +91,25 @@ def test_a_disk_too_full_for_the_last_checkpoint_is_one_line(small_file: Path, s
     (line,) = (line for line in done.stderr.splitlines() if "error" in line)
     assert line.startswith(f"error: run.dir = {run}: the last checkpoint could not be saved: No space left on device")
     assert summary(run)["exit"] == 2
+
+
+def test_a_run_of_another_kind_is_called_so(
+    small: Callable[..., DetectionRecipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    detector, classifier = tmp_path / "detector", tmp_path / "classifier"
+    detector.mkdir()
+    classifier.mkdir()
+    RunDirectory(detector).begin(small(), ("a", "b", "c"))
+    RunDirectory(classifier).begin(load_recipe("cifar10_vit_tiny", ["data.path=images"]))
+    for command in (["export"], ["eval"], ["analyze"], ["ledger", "--docs", str(ROOT / "docs")]):
+        assert main([command[0], str(detector), *command[1:]]) == 2
+        error = f"{detector}: a run of karat detect, not of karat train; karat detect --eval reads it\n"
+        assert capsys.readouterr().err.removeprefix("error: ") == error
+    with pytest.raises(RunDirectoryError, match="a run of karat detect, not of karat train"):
+        read_weights(str(detector))
+    assert main(["detect", "--eval", str(classifier)]) == 2
+    error = f"{classifier}: a run of karat train, not of karat detect; karat eval reads it\n"
+    assert capsys.readouterr().err.removeprefix("error: ") == error
 
 
 @pytest.mark.slow
