@@ -121,10 +121,9 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def _read_summary(directory: RunDirectory) -> dict[str, Any]:
-    try:
-        summary = directory.summary()
-    except ValueError:
-        raise RunDirectoryError(f"{directory.summary_file}: damaged, it is not JSON") from None
+    if directory.is_summary_damaged:
+        raise RunDirectoryError(f"{directory.summary_file}: damaged, it is not JSON")
+    summary = directory.summary()
     if summary is None:
         raise RunDirectoryError(f"{directory.path}: has no summary.json, so it has not finished; finish it first")
     return summary

@@ -68,7 +68,12 @@ class Outcome(Generic[S]):
 
 @contextmanager
 def concluded(outcome: Outcome[S], directory: RunDirectory, signals: StopSignals, reporter: Reporter) -> Iterator[None]:
-    """Around a run: `outcome` learns how it ended, and so do the log, the person and `summary.json`."""
+    """Around a run: `outcome` learns how it ended, and so do the log, the person and `summary.json`.
+
+    Those of a finished run stay as they are when a start in its directory fails before it has begun.
+    """
+    if outcome.world.is_main and directory.is_summary_damaged:
+        reporter.warn(f"{directory.summary_file} is damaged; it will be written anew")
     try:
         yield
         outcome.code, outcome.reason = 0, "finished"
@@ -88,8 +93,11 @@ def concluded(outcome: Outcome[S], directory: RunDirectory, signals: StopSignals
 
 
 def _record(outcome: Outcome[S], directory: RunDirectory, reporter: Reporter) -> None:
+    previous = directory.summary() if outcome.world.is_main else None
+    is_told = outcome.begun or previous is None or previous.get("exit") != 0
     with ExitStack() as last:  # calls all, the last first, whatever the disk says to one of them
-        if outcome.world.is_main:
-            last.callback(lambda: directory.write_summary(outcome.summary(directory.summary())))
+        if outcome.world.is_main and is_told:
+            last.callback(lambda: directory.write_summary(outcome.summary(previous)))
         last.callback(reporter.close)
-        last.callback(reporter.end, outcome.state, outcome.code, outcome.reason)
+        if is_told:
+            last.callback(reporter.end, outcome.state, outcome.code, outcome.reason)

@@ -119,11 +119,17 @@ class RunDirectory:
         return load_recipe(self.recipe_file, (), schema)
 
     def summary(self) -> dict[str, Any] | None:
-        """`summary.json`, if the run has written one."""
-        if not self.summary_file.is_file():
+        """`summary.json`, if the run has written one that is whole."""
+        try:
+            summary = json.loads(self.summary_file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
             return None
-        summary: dict[str, Any] = json.loads(self.summary_file.read_text(encoding="utf-8"))
-        return summary
+        return summary if isinstance(summary, dict) else None
+
+    @property
+    def is_summary_damaged(self) -> bool:
+        """Whether there is a `summary.json` that says nothing."""
+        return self.summary_file.is_file() and self.summary() is None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replace `summary.json`. Raises RunDirectoryError when the disk does not take it."""
@@ -174,7 +180,7 @@ class RunDirectory:
         """Whether the newest checkpoint is the end of the run that `recipe`, by dotted key, says."""
         summary = self.summary() or {}
         ended = summary.get("exit") == 0 and recipe["train.max_steps"] is None
-        return ended and self.store.pointed("latest") == checkpoint_name(summary["steps"])
+        return ended and self.store.pointed("latest") == checkpoint_name(summary.get("steps", -1))
 
 
 def _write(path: Path, text: str) -> None:

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from tests.conftest import summary
+from tests.conftest import events, karat, summary
 
 
 def _fill(disk: Path, but: int) -> None:
@@ -28,3 +28,30 @@ def test_a_disk_that_takes_not_even_the_figures_is_one_line(train_recipe, small_
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "No space left on device" in line
+
+
+def test_a_start_that_fails_leaves_the_outcome_of_a_finished_run(train_recipe, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train_recipe("train.epochs=1").returncode == 0
+    finished, ends = summary(run), events(run, "end")
+    assert train_recipe("train.epochs=1", "data.path=nowhere").returncode == 2
+    assert summary(run) == finished
+    assert events(run, "end") == ends
+    assert "finished (exit 0)" in karat("status", str(run), "--once").stdout
+    assert train_recipe("train.epochs=2").returncode == 0  # extended without leave
+
+
+def test_a_start_that_fails_is_told_of_a_run_that_is_not_finished(train_recipe, tmp_path: Path) -> None:
+    assert train_recipe("data.path=nowhere").returncode == 2
+    assert summary(tmp_path / "run")["exit"] == 2
+    assert train_recipe("data.path=elsewhere").returncode == 2
+    assert "elsewhere" in summary(tmp_path / "run")["reason"]
+
+
+def test_a_damaged_summary_is_told_and_written_anew(train_recipe, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/summary.json").write_text("")
+    done = train_recipe("train.max_steps=1")
+    assert done.returncode == 0
+    assert done.stdout.count("summary.json is damaged; it will be written anew") == 1
+    assert summary(tmp_path / "run")["exit"] == 0

@@ -103,6 +103,15 @@ def test_only_a_finished_run_is_extended_without_leave(small_recipe, tmp_path: P
     assert RunDirectory(directory.path).open(longer) == "train.epochs (2 -> 3)"
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
+def test_a_damaged_summary_is_none(tmp_path: Path, text: str) -> None:
+    directory = RunDirectory(tmp_path)
+    assert not directory.is_summary_damaged
+    directory.summary_file.write_text(text)
+    assert directory.summary() is None
+    assert directory.is_summary_damaged
+
+
 def test_many_differing_keys_are_counted(small_recipe, tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
