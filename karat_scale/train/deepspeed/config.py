@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ def load_ds_config(recipe: Recipe, world_size: int, micro_batch: int) -> dict[st
     """The configuration DeepSpeed gets: the file the recipe names, every "auto" and missing number filled.
 
     Raises:
-        RecipeError: no such file, not JSON, an "auto" we cannot fill, a wrong or unknown key, or a number that
-            contradicts the recipe.
+        RecipeError: no such file, not JSON, an "auto" we cannot fill, a wrong or unknown key, a key that stands twice,
+            or a number that contradicts the recipe.
     """
     values = {**_recipe_values(recipe), **_batch_values(recipe, world_size, micro_batch)}
     config, source = _read(recipe, values, with_keys=True)
@@ -80,9 +81,11 @@ def _read(recipe: Recipe, values: dict[str, Any], with_keys: bool) -> tuple[dict
     path = _find(recipe.deepspeed.config)
     source = f"deepspeed.config = {path}"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once_each)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{source}: not valid JSON: {error}") from None
+    except _TwiceError as error:
+        raise RecipeError(f"{source}: {error} stands twice; remove one of them") from None
     if not isinstance(config, dict):
         raise RecipeError(f"{source}: should be a JSON object")
     _fill_auto(config, values, source)
@@ -93,6 +96,19 @@ def _read(recipe: Recipe, values: dict[str, Any], with_keys: bool) -> tuple[dict
     if stage == 0 or recipe.train.precision == "fp32":
         values["data_types.grad_accum_dtype"] = "fp32"
     return config, source
+
+
+class _TwiceError(Exception):
+    """A key that stands twice in one object."""
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """As `dict`, which would keep the last of several values in silence."""
+    counts = Counter(key for key, _ in pairs)
+    for key, count in counts.items():
+        if count > 1:
+            raise _TwiceError(key)
+    return dict(pairs)
 
 
 def _recipe_values(recipe: Recipe) -> dict[str, Any]:

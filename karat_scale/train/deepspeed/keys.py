@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 from pydantic_core import ErrorDetails
 
 from karat_scale.errors import RecipeError
@@ -35,22 +35,9 @@ REFUSED = {
     "datastates_ckpt": "the recipe's checkpoint section says when to save",
     "vocabulary_size": "images have none",
 }
-ACCEPTED = frozenset(
+SECTIONS = frozenset(
     {
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "steps_per_print",
-        "dump_state",
-        "disable_python_gc",
-        "disable_allgather",
-        "communication_data_type",
-        "prescale_gradients",
-        "gradient_predivide_factor",
         "zero_optimization",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
         "bf16",
         "fp16",
         "data_types",
@@ -61,13 +48,35 @@ ACCEPTED = frozenset(
         "csv_monitor",
         "comet",
         "flops_profiler",
-        "wall_clock_breakdown",
-        "memory_breakdown",
-        "log_level",
         "compile",
         "timers",
     }
 )
+
+
+class PlainKeys(BaseModel):
+    """The keys beside the sections. DeepSpeed reads them without a look at their types: "false" would be true."""
+
+    model_config = ConfigDict(strict=True)
+    train_batch_size: PositiveInt | None = None
+    train_micro_batch_size_per_gpu: PositiveInt | None = None
+    gradient_accumulation_steps: PositiveInt | None = None
+    gradient_clipping: NonNegativeFloat | None = None
+    steps_per_print: PositiveInt | None = None
+    dump_state: bool = False
+    disable_python_gc: bool = False
+    disable_allgather: bool = False
+    communication_data_type: str | None = None
+    prescale_gradients: bool = False
+    gradient_predivide_factor: PositiveFloat = 1.0
+    zero_allow_untested_optimizer: bool = True
+    zero_force_ds_cpu_optimizer: bool = True
+    wall_clock_breakdown: bool = False
+    memory_breakdown: bool = False
+    log_level: str | None = None
+
+
+ACCEPTED = SECTIONS | frozenset(PlainKeys.model_fields)
 # (section, key, value that is refused or None for any, why)
 _REFUSED_VALUES = (
     ("bf16", "check_grad_overflow", False, "steps on NaN gradients"),
@@ -101,22 +110,25 @@ def check_keys(config: Mapping[str, Any], source: str) -> None:
             raise RecipeError(f"{source}: {key}: {REFUSED[key]}; remove it")
         if key not in ACCEPTED:
             raise RecipeError(f"{source}: {key}: unknown key{_near(key, ACCEPTED)}")
+    _check_section((), config, PlainKeys, source)
     for name, model in _models().items():
         if name in config:
-            _check_section(name, config[name], model, source)
+            _check_section((name,), _object(name, config[name], source), model, source)
     for name, keys in _plain_sections().items():
         for key in _object(name, config.get(name, {}), source):
             if key not in keys:
                 raise RecipeError(f"{source}: {name}.{key}: unknown key{_near(key, keys)}")
+    _check_data_types(config.get("data_types", {}), source)
     _check_values(config, source)
+    _check_parsed(config, source)
 
 
-def _check_section(name: str, section: Any, model: type[BaseModel], source: str) -> None:
+def _check_section(place: tuple[str, ...], section: Mapping[str, Any], model: type[BaseModel], source: str) -> None:
     try:
-        model.model_validate(dict(_object(name, section, source)))
+        model.model_validate(dict(section))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in (name, *first["loc"]))
+        key = ".".join(str(part) for part in (*place, *first["loc"]))
         if first["type"] == "extra_forbidden":
             hint = _near(str(first["loc"][-1]), _field_names(model))
             raise RecipeError(f"{source}: {key}: unknown key{hint}") from None
@@ -151,6 +163,40 @@ def _check_values(config: Mapping[str, Any], source: str) -> None:
     for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
         if places[name][1].get("device", "none") != "none" and int(zero.get("stage", 0)) < least:
             raise RecipeError(f"{source}: zero_optimization.{name} needs ZeRO stage {least} or higher")
+
+
+def _check_data_types(section: Mapping[str, Any], source: str) -> None:
+    from deepspeed.runtime.config import DtypeEnum
+
+    for key in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
+        value = section.get(key)
+        try:
+            DtypeEnum(value or "fp32")
+        except ValueError:
+            raise RecipeError(f'{source}: data_types.{key} = {value!r}: should be "fp32", "bf16" or "fp16"') from None
+
+
+def _check_parsed(config: Mapping[str, Any], source: str) -> None:
+    """Refuse what DeepSpeed's own parsing stumbles over, and name the key without which it would not."""
+    message = _failure_of_parsing(config)
+    if message is None:
+        return
+    key = next((key for key in config if _failure_of_parsing({k: config[k] for k in config if k != key}) is None), None)
+    place = "" if key is None else f"{key} = {config[key]!r}: "
+    raise RecipeError(f"{source}: {place}DeepSpeed cannot read it: {message}")
+
+
+def _failure_of_parsing(config: Mapping[str, Any]) -> str | None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    batches = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    plain = {key: value for key, value in config.items() if key not in batches}
+    try:
+        # Batches that go with any world size: this process may plan for another one.
+        DeepSpeedConfig({**plain, batches[1]: 1})
+    except Exception as error:  # it raises nearly anything
+        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return None
 
 
 def _object(name: str, section: Any, source: str) -> Mapping[str, Any]:
