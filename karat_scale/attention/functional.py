@@ -98,11 +98,12 @@ def fourier_karat_scores(
 def _choose(implementation: str, call: FourierCall) -> Callable[[FourierCall], Tensor]:
     check_choice("implementation", implementation, ("auto", *IMPLEMENTATIONS))
     if implementation == "auto":
-        implementation = next(name for name in AUTOMATIC if _refusal(name, call) is None)
-    elif (why := _refusal(implementation, call)) is not None:
+        implementation = next(name for name in AUTOMATIC if refusal(name, call) is None)
+    elif (why := refusal(implementation, call)) is not None:
         raise ValueError(f"implementation = {implementation!r} cannot take this call: {why}")
     return IMPLEMENTATIONS[implementation]
 
 
-def _refusal(implementation: str, call: FourierCall) -> str | None:
+def refusal(implementation: str, call: FourierCall) -> str | None:
+    """Why an implementation, or "auto", cannot take a call, or None. Looks at shapes, dtypes and the device alone."""
     return REFUSALS[implementation](call) if implementation in REFUSALS else None

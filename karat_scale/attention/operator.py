@@ -1,8 +1,11 @@
 """The modules that own what KArAt learns: the parameters of every unit, and the projector W of every head."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
+from karat_scale.attention import functional
 from karat_scale.attention.bases import (
     BASE_ACTIVATIONS,
     INITIALISATIONS,
@@ -12,9 +15,10 @@ from karat_scale.attention.bases import (
     key_of,
     make_basis,
 )
+from karat_scale.attention.call import FourierCall
 from karat_scale.attention.checks import check_choice
 from karat_scale.attention.form_parameters import FORMS, SECOND, has_projector, parameter_shapes
-from karat_scale.attention.forms import check_implementation, karat_attention, karat_scores
+from karat_scale.attention.forms import check_implementation, has_kernels, karat_attention, karat_scores
 from karat_scale.attention.softmax_start import start_like_softmax
 
 SOFTMAX_LIKE = "softmax_like"
@@ -133,6 +137,16 @@ class KaratOperator(nn.Module):
             simplex=self.simplex,
             implementation=self.implementation,
         )
+
+    def refusal(self, width: int, device: torch.device) -> str | None:
+        """Why the implementation asked for cannot attend on a device, with heads `width` wide; None where it can."""
+        if not has_kernels(self.basis, self.form, self.simplex):
+            return None
+        head = torch.empty((1, self.num_heads, self.num_tokens, width), device=device)
+        learned = (cast(Tensor, x) for x in (self.cos_coef, self.sin_coef, self.proj))
+        cosines, sines, proj = (torch.empty(x.shape, device=device) for x in learned)
+        call = FourierCall(head, head, head, cosines, sines, proj, self.base, None, None)
+        return functional.refusal(self.implementation, call)
 
     def extra_repr(self) -> str:
         """The settings, in the constructor's names."""

@@ -14,6 +14,7 @@ from karat_scale.detection.coco import CocoSplit, check_classes
 from karat_scale.detection.mask_rcnn import build_detector
 from karat_scale.detection.optimizer import StepSchedule, build_optimizer, build_schedule
 from karat_scale.detection.recipe import DetectionRecipe
+from karat_scale.models.operators import check_implementation
 from karat_scale.train.distributed import World
 from karat_scale.train.initial_weights import initialise
 from karat_scale.train.reporting.progress import Reporter
@@ -58,6 +59,7 @@ def build_parts(
     )
     torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank and world
     vit = build_vit(recipe)
+    check_implementation(vit, world.device)
     if recipe.init_from and not directory.store.names():
         reporter.info(initialise(vit, recipe, world, take_backbone_weights))
     model = build_detector(vit, recipe).to(world.device)

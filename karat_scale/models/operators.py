@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from karat_scale.attention import HybridHeads, KaratOperator, ResidualHeads
+from karat_scale.errors import RecipeError
 from karat_scale.models.layers import attention_layers
 
 
@@ -20,6 +22,21 @@ def operator_of(attention: nn.Module) -> KaratOperator | None:
     while isinstance(operator, HybridHeads | ResidualHeads):
         operator = operator.operator
     return operator
+
+
+def check_implementation(model: nn.Module, device: torch.device) -> None:
+    """Raises RecipeError where the implementation of attention that a recipe names cannot run on a device."""
+    for layer in attention_layers(model):
+        operator = operator_of(layer.attention)
+        if operator is None:
+            continue
+        width = round(layer.attention.scale**-2)  # d: timm scales scores by d^-1/2
+        why = operator.refusal(width, device)
+        if why is not None:
+            raise RecipeError(
+                f"attention.implementation = {operator.implementation} cannot run here: {why}; "
+                "use attention.implementation=auto"
+            )
 
 
 def gates(model: nn.Module) -> list[nn.Parameter | None]:

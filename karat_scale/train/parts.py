@@ -10,6 +10,7 @@ from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.backends import Backend, open_backend
 from karat_scale.data.plan import TrainPlan, choose_micro_batch
 from karat_scale.models.freeze import freeze
+from karat_scale.models.operators import check_implementation
 from karat_scale.recipe import Recipe
 from karat_scale.train.checkpoint.checkpoints import Checkpoints
 from karat_scale.train.checkpoint.snapshots import Snapshots
@@ -80,6 +81,7 @@ def build_parts(
     world.on_main(lambda: keep_teacher(recipe, directory.path))
     torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank and world
     model = build_model(recipe, directory.path)
+    check_implementation(model, world.device)
     if recipe.init_from and not directory.store.names():
         reporter.info(initialise(model, recipe, world))
     if recipe.train.freeze:

@@ -1,6 +1,10 @@
+import pytest
+import torch
+
 from karat_scale.attention import FourierKaratOperator
+from karat_scale.errors import RecipeError
 from karat_scale.models import create_model
-from karat_scale.models.operators import gates, head_parameters, operators
+from karat_scale.models.operators import check_implementation, gates, head_parameters, operators
 from karat_scale.recipe import AttentionConfig
 from tests.analysis.test_attention_matrices import SIZE
 
@@ -32,3 +36,18 @@ def test_parameters_by_name_and_block() -> None:
     universal = create_model(SIZE, AttentionConfig(kind="karat", mode="universal", form="full_rank"))
     assert [(name, block) for name, block, _ in head_parameters(universal)] == [("cos_coef", 0), ("sin_coef", 0)]
     assert not list(head_parameters(create_model(SIZE, AttentionConfig())))
+
+
+@pytest.mark.parametrize("nested", [{}, {"residual": True, "softmax_heads": 1}])
+def test_an_implementation_that_cannot_run_is_refused_with_its_reason(nested: dict[str, object]) -> None:
+    cpu = torch.device("cpu")
+    for name in ("auto", "reference", "streaming"):
+        check_implementation(create_model(SIZE, AttentionConfig(kind="karat", implementation=name, **nested)), cpu)
+    triton = create_model(SIZE, AttentionConfig(kind="karat", implementation="triton", base="silu", **nested))
+    with pytest.raises(RecipeError, match=r"implementation = triton cannot run here: .*; use .*implementation=auto"):
+        check_implementation(triton, cpu)
+    other = create_model(SIZE, AttentionConfig(kind="karat", implementation="cpu", base="silu"))
+    with pytest.raises(RecipeError, match="it has no base activation"):
+        check_implementation(other, cpu)
+    check_implementation(create_model(SIZE, AttentionConfig(kind="karat", basis="bspline")), cpu)
+    check_implementation(create_model(SIZE, AttentionConfig()), cpu)

@@ -55,3 +55,10 @@ def test_a_damaged_summary_is_told_and_written_anew(train_recipe, tmp_path: Path
     assert done.returncode == 0
     assert done.stdout.count("summary.json is damaged; it will be written anew") == 1
     assert summary(tmp_path / "run")["exit"] == 0
+
+
+def test_an_implementation_that_cannot_run_is_refused_before_the_first_step(train_recipe) -> None:
+    done = train_recipe("attention.implementation=triton", "attention.base=silu", "train.max_steps=1")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: attention.implementation = triton cannot run here: ")
