@@ -29,6 +29,15 @@ from karat_scale.train.checkpoint.store import CheckpointStore, checkpoint_name
 # The data cursor counts global batches, so another size would train on other samples. What was frozen has no optimizer
 # state that it could go on with.
 NEVER_ALLOWED = ("train.global_batch", "train.freeze")
+# With another value a checkpoint's tensors have other names or shapes. Of the first, init_from makes weights fit.
+_FITTED = ("model.image_size", "model.num_classes", "model.patch_size")
+_SHAPING = (
+    *_FITTED,
+    *(f"model.{key}" for key in ("name", "embed_dim", "depth", "num_heads", "pool", "pos_embed")),
+    *(f"attention.{key}" for key in ("basis", "form", "mode", "softmax_heads", "residual", "grid", "degree", "orders")),
+    *("attention.kind", "attention.rank", "attention.transfer_from"),
+    *("detector.window", "detector.channels", "detector.box_features"),
+)
 R = TypeVar("R", bound=RunRecipe)
 
 
@@ -170,11 +179,20 @@ class RunDirectory:
         fixed = [key for key in NEVER_ALLOWED if before.get(key) != after.get(key)]
         keys += [key for key in fixed if key not in keys]
         if keys:
-            mends = [f"use {key}={before[key]}" for key in fixed] or [f"add resume.allow=[{','.join(keys)}]"]
             raise RunDirectoryError(
                 f"run.dir = {self.path} belongs to another recipe: {_describe(old, recipe, keys)}; "
-                f"{' and '.join(mends)}, or choose another run.dir"
+                f"{self._mend(keys, fixed, before)}"
             )
+
+    def _mend(self, keys: list[str], fixed: list[str], before: dict[str, Any]) -> str:
+        """What to do about differing keys, of which `fixed` may never differ."""
+        shaping = [key for key in keys if key in _SHAPING]
+        if shaping:
+            fits = all(key in _FITTED for key in shaping)
+            weights = f", with init_from={self.path} to begin with its weights" if fits else ""
+            return f"another model cannot go on from its checkpoints: choose another run.dir{weights}"
+        mends = [f"use {key}={before[key]}" for key in fixed] or [f"add resume.allow=[{','.join(keys)}]"]
+        return f"{' and '.join(mends)}, or choose another run.dir"
 
     def _is_finished(self, recipe: dict[str, Any]) -> bool:
         """Whether the newest checkpoint is the end of the run that `recipe`, by dotted key, says."""

@@ -79,6 +79,17 @@ def test_the_mend_of_a_differing_key_is_named(small_recipe, tmp_path: Path) -> N
     assert changes == "optim.lr (0.0005 -> 1.0)"
 
 
+@pytest.mark.parametrize("change", ["attention.rank=3", "model.depth=3", "attention.basis=bspline"])
+def test_no_leave_is_advised_for_another_model(small_recipe, tmp_path: Path, change: str) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    directory.begin(small_recipe())
+    with pytest.raises(RunDirectoryError, match=r"another model cannot .*: choose another run.dir$"):
+        RunDirectory(directory.path).open(small_recipe(change, "optim.lr=1"))
+    with pytest.raises(RunDirectoryError, match=r"choose another run.dir, with init_from=.*/run to begin"):
+        RunDirectory(directory.path).open(small_recipe("model.num_classes=5"))
+
+
 def test_a_run_that_never_saved_may_start_anew(small_recipe, tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
