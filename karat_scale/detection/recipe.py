@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from karat_scale.recipe import ModelConfig, OptimConfig, RunRecipe
 from karat_scale.recipe.base import Count, Fraction, NonNegative, Positive, Section
 from karat_scale.recipe.keep import ReportConfig, SaveConfig
+from karat_scale.recipe.train import Rate
 
 
 class CocoConfig(Section):
@@ -76,7 +77,7 @@ class AdamWConfig(OptimConfig):
     """
 
     name: Literal["adamw"] = "adamw"
-    lr: Positive = 1e-4
+    lr: Rate = 1e-4
     lr_batch: Count | None = 64
     weight_decay: NonNegative = 0.1
     eps: Positive = 1e-8

@@ -14,9 +14,9 @@ Triple = tuple[float, float, float]
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are refused, and nothing changes after validation."""
+    """A part of a recipe: unknown keys are refused, numbers are finite, and nothing changes after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -126,6 +126,15 @@ class Recipe(RunRecipe):
                 f"schedule.warmup_epochs = {self.schedule.warmup_epochs:g} is longer than train.epochs = "
                 f"{self.train.epochs}; shorten the warm-up"
             )
+        # A batch far below lr_batch scales the peak below the defaults, so that what was asked for counts, too.
+        scale = self.train.global_batch / self.optim.lr_batch if self.optim.lr_batch else 1.0
+        highest = self.optim.lr * max(scale, 1.0)
+        for name, rate in (("warmup_lr", self.schedule.warmup_lr), ("min_lr", self.schedule.min_lr)):
+            if rate > highest:
+                raise ValueError(
+                    f"schedule.{name} = {rate:g} is above the peak that optim.lr = {self.optim.lr:g} gives, "
+                    f"{self.optim.lr * scale:g}; lower it, such as schedule.{name}=0"
+                )
         if self.train.eval_weights == "ema" and self.train.ema_decay == 0:
             raise ValueError("train.eval_weights = ema, but train.ema_decay = 0 keeps none; use auto or raw")
         return self

@@ -7,6 +7,9 @@ from pydantic import Field, field_validator, model_validator
 from karat_scale.recipe.base import Count, NonNegative, Positive, Section
 from karat_scale.recipe.recompute import RecomputeConfig
 
+# None in use is as large; beyond it stand typing errors.
+Rate = Annotated[float, Field(gt=0.0, le=1e3)]
+
 
 class OptimConfig(Section):
     """AdamW, or Muon. The peak learning rate is lr * train.global_batch / lr_batch.
@@ -18,7 +21,7 @@ class OptimConfig(Section):
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    lr: Positive = 5e-4
+    lr: Rate = 5e-4
     lr_batch: Count | None = 512
     weight_decay: NonNegative = 0.05
     karat_weight_decay: bool = False
