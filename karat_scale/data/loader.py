@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from karat_scale.data.batch import Batch
 from karat_scale.data.plan import BatchSlice
 from karat_scale.data.slots import ImageSlots, Sent, Shape
-from karat_scale.data.workers import prepare_worker
+from karat_scale.data.workers import check_worker_count, prepare_worker
 from karat_scale.errors import DataError, UserError
 
 # How often a wait for a batch looks whether the workers still live.
@@ -45,7 +45,8 @@ class OrderedResults(Iterator[T], Generic[T]):
     One slice is one work item; each worker has at most `prefetch` of them under way, so memory is bounded.
     Workers start at once and serve until the slices end or `close`. With 0 workers everything happens in this
     process. A UserError raised in a worker is raised here as it is; a worker that dies is a DataError, and so are
-    workers that bring nothing for `timeout` seconds: `whereabouts(workers)` says what each was last at.
+    workers that bring nothing for `timeout` seconds: `whereabouts(workers)` says what each was last at. Far more
+    workers than cores are a RecipeError.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class OrderedResults(Iterator[T], Generic[T]):
         timeout: float,
         whereabouts: Callable[[int], str],
     ) -> None:
+        check_worker_count(workers)
         loader = DataLoader(
             _Guarded(work),
             batch_size=None,

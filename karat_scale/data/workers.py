@@ -9,8 +9,23 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from karat_scale.errors import RecipeError
+
 POLL_SECONDS = 1.0
 MAX_WORKERS = 1024
+# More wait for each other, and each takes memory. The rest leaves room for file systems that are slow to answer.
+_WORKERS_PER_CORE, _MORE_WORKERS = 4, 32
+
+
+def check_worker_count(workers: int) -> None:
+    """Raises RecipeError for far more workers than the cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = min(_WORKERS_PER_CORE * cores + _MORE_WORKERS, MAX_WORKERS)
+    if workers > most:
+        raise RecipeError(
+            f"data.workers = {workers} are processes of each rank, which may use {cores} cores here; use about "
+            f"{cores}, at most {most}"
+        )
 
 
 def prepare_worker(parent: int, worker_id: int) -> None:

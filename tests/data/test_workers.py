@@ -14,7 +14,7 @@ import pytest
 from karat_scale.data.backends import open_backend
 from karat_scale.data.plan import TrainPlan
 from karat_scale.data.workers import prepare_worker
-from karat_scale.errors import DataError
+from karat_scale.errors import DataError, RecipeError
 from tests.data.backends.helpers import SIZE, children, wait_until
 
 
@@ -40,6 +40,14 @@ def test_a_killed_worker_is_one_clear_error(make_shards, data_config, cheap_augm
     with pytest.raises(DataError, match=r"a data worker died .*lower data.workers"):
         for _ in batches:
             pass
+
+
+def test_far_more_workers_than_cores_are_refused_before_one_is_forked(make_shards, data_config, cheap_augment):
+    before = children()
+    backend = open_backend(data_config(make_shards(), workers=5000), cheap_augment, SIZE, 3, 0)
+    with pytest.raises(RecipeError, match=r"data.workers = 5000 are processes of each rank, .* at most \d+$"):
+        backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 10))
+    assert children() == before
 
 
 WORKER_SCRIPT = """
