@@ -9,6 +9,7 @@ import torch
 
 from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.backends import Backend, open_backend
+from karat_scale.data.formats.checks import unused_classes
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan, choose_micro_batch
 from karat_scale.errors import DataError, RecipeError
 from karat_scale.models import create_model, parameter_count
@@ -36,7 +37,9 @@ def dry_run(recipe: Recipe, world: int) -> Iterator[str]:
         open_backend(data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, recipe.run.seed)
     ) as backend:
         yield f"data: {backend.num_train:,} training and {backend.num_val:,} validation images"
-        yield f"classes: {backend.num_classes} in the data, {recipe.model.num_classes} in the model"
+        notice = unused_classes(backend.num_classes, recipe.model.num_classes)
+        counts = f"{backend.num_classes} in the data, {recipe.model.num_classes} in the model"
+        yield f"classes: {notice or counts}"
         yield _check_batches(recipe, world, micro_batch, backend)
         images = _read(recipe, backend)
     yield f"images: {PROBED} read, 3 x {recipe.model.image_size} x {recipe.model.image_size}"

@@ -8,6 +8,7 @@ from karat_scale.data.augmentation.device_augment import DeviceAugment
 from karat_scale.data.augmentation.mixing import Mixer
 from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.backends import Backend, open_backend
+from karat_scale.data.formats.checks import unused_classes
 from karat_scale.data.plan import TrainPlan, choose_micro_batch
 from karat_scale.models.freeze import freeze
 from karat_scale.models.operators import check_implementation
@@ -63,6 +64,8 @@ def build_parts(
     backend = open_backend(
         recipe.data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, recipe.run.seed
     )
+    if notice := unused_classes(backend.num_classes, recipe.model.num_classes):
+        reporter.info(f"notice: {notice}")
     micro_batch = choose_micro_batch(
         recipe.train.global_batch, world.size, recipe.train.micro_batch, even=recipe.augment.mixes
     )

@@ -27,6 +27,11 @@ def test_a_right_recipe_is_right_on_four_ranks(recipe: Recipe) -> None:
     assert "4 logits" in lines[-1]
 
 
+def test_classes_that_are_never_seen_are_told(recipe: Recipe) -> None:
+    lines = list(dry_run(changed(recipe, "model", num_classes=5), 1))
+    assert "classes: the data has 4 classes, but model.num_classes = 5" in "\n".join(lines)
+
+
 @pytest.mark.parametrize(
     ("section", "fields", "world", "message"),
     [

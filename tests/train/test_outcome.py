@@ -48,11 +48,12 @@ def test_a_start_that_fails_is_told_of_a_run_that_is_not_finished(train_recipe, 
     assert "elsewhere" in summary(tmp_path / "run")["reason"]
 
 
-def test_a_damaged_summary_is_told_and_written_anew(train_recipe, tmp_path: Path) -> None:
+def test_notices_are_told_once_and_a_damaged_summary_is_written_anew(train_recipe, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/summary.json").write_text("")
-    done = train_recipe("train.max_steps=1")
+    done = train_recipe("train.max_steps=1", "model.num_classes=5")
     assert done.returncode == 0
+    assert done.stdout.count("notice: the data has 4 classes, but model.num_classes = 5") == 1
     assert done.stdout.count("summary.json is damaged; it will be written anew") == 1
     assert summary(tmp_path / "run")["exit"] == 0
 

@@ -49,6 +49,16 @@ def check_class_count(place: Path, classes: int, num_classes: int) -> None:
         )
 
 
+def unused_classes(classes: int, num_classes: int) -> str:
+    """A notice of classes that the model has and the data has not; empty where there are none."""
+    if classes >= num_classes:
+        return ""
+    return (
+        f"the data has {classes} classes, but model.num_classes = {num_classes}: the others are never seen; "
+        f"set model.num_classes={classes} unless that is meant"
+    )
+
+
 def check_file(path: Path, record: FileRecord, by_hash: bool, wording: Wording) -> None:
     """Compare a file with its record by size or by SHA-256. Raises DataError."""
     try:

@@ -4,6 +4,7 @@ import threading
 import pytest
 
 from karat_scale.data.backends import open_backend
+from karat_scale.data.formats.checks import unused_classes
 from karat_scale.errors import DataError
 from karat_scale.recipe import AugmentConfig
 
@@ -24,3 +25,8 @@ def test_a_path_that_does_not_answer_is_an_error_in_time(tmp_path, data_config, 
 def test_a_path_that_is_missing_is_told_at_once(tmp_path, data_config):
     with pytest.raises(DataError, match=r"nowhere is not a directory"):
         open_backend(data_config(tmp_path / "nowhere", timeout=300), AugmentConfig(), 16, 3, 0)
+
+
+def test_classes_that_are_never_seen_are_told():
+    assert unused_classes(4, 4) == ""
+    assert "the data has 4 classes, but model.num_classes = 5" in unused_classes(4, 5)
