@@ -11,6 +11,7 @@ A new head (`num_classes=`), another image size (`img_size=`) and `features_only
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
@@ -19,7 +20,8 @@ from karat_scale.models.init_from import take_weights
 from karat_scale.models.init_operators import spread_operator
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
-_FEATURES = {"out_indices": 3, "feature_cls": "getter"}
+_FEATURE_MAPS = 3
+"""How many `features_only` gives unless `out_indices` says which, where the model has as many."""
 
 
 @register_model
@@ -42,13 +44,17 @@ def karat(
     """
     if model is None:
         raise ValueError("karat needs model={...} and attention={...}, or a folder of karat export: local-dir:FOLDER")
+    sections = (dict(model), dict(attention or {}))
+    features: dict[str, Any] = {"feature_cls": "getter"}
+    if kwargs.get("features_only") and "out_indices" not in kwargs:
+        features["out_indices"] = min(_FEATURE_MAPS, _levels(sections))
     return build_model_with_cfg(
         _build,
         "karat",
         pretrained,
         pretrained_filter_fn=_fit,
-        feature_cfg=dict(_FEATURES),
-        sections=(dict(model), dict(attention or {})),
+        feature_cfg=features,
+        sections=sections,
         **kwargs,
     )
 
@@ -71,6 +77,13 @@ def _build(
     if num_classes not in (None, built.num_classes):
         built.reset_classifier(num_classes)
     return built
+
+
+def _levels(sections: tuple[dict[str, Any], dict[str, Any]]) -> int:
+    """How many feature maps a model has: of its blocks or its stages."""
+    with torch.device("meta"):
+        built: Any = create_model(ModelConfig(**sections[0]), AttentionConfig(**sections[1]))
+    return len(built.feature_info)
 
 
 def _fit(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:

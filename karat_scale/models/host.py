@@ -10,6 +10,7 @@ import timm
 import torch
 from timm.layers import PatchEmbed
 from timm.models.naflexvit import NaFlexVit
+from timm.models.pit import ConvEmbedding
 from torch import Tensor, nn
 
 from karat_scale.errors import RecipeError
@@ -108,10 +109,23 @@ def _check_attention(network: nn.Module, model: ModelConfig) -> None:
 def _check_patches(network: Any, model: ModelConfig) -> None:
     """Pixels beyond the last whole patch would be dropped in silence."""
     embed = getattr(network, "patch_embed", None)
+    if isinstance(embed, ConvEmbedding):
+        _check_overlapping(embed.conv, model)
     if isinstance(embed, PatchEmbed) and model.image_size % embed.patch_size[0]:
         side = embed.patch_size[0]
         nearest = max(model.image_size // side, 1) * side
         raise RecipeError(
             f"model.image_size = {model.image_size} is not a multiple of the patch size of {model.name}, {side}; "
             f"use {nearest}"
+        )
+
+
+def _check_overlapping(conv: nn.Conv2d, model: ModelConfig) -> None:
+    """The same of PiT, whose patches overlap."""
+    (side, *_), (step, *_) = conv.kernel_size, conv.stride
+    rest = (model.image_size - side) % step
+    if rest:
+        raise RecipeError(
+            f"model.image_size = {model.image_size} is no whole number of {model.name}'s patches, {side} pixels wide, "
+            f"{step} apart; use {model.image_size - rest}"
         )

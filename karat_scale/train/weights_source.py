@@ -11,6 +11,7 @@ from pickle import UnpicklingError
 from typing import NamedTuple
 
 import timm
+from huggingface_hub.utils import LocalEntryNotFoundError
 from safetensors import safe_open
 from timm.models import load_state_dict
 from torch import Tensor
@@ -132,8 +133,10 @@ def _weights_of_timm(name: str) -> dict[str, Tensor]:
         with _quiet_hub():
             weights: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # the hub and what carries it have many
+        is_away = isinstance(error, LocalEntryNotFoundError)
+        reason = "neither the Hugging Face hub nor its cache has them at hand" if is_away else _first_line(error)
         mend = "fetch them where there is a network (HF_HOME names the cache) or name a file"
-        raise RecipeError(f"cannot be fetched: {_first_line(error)}; {mend}") from error
+        raise RecipeError(f"cannot be fetched: {reason}; {mend}") from error
     return weights
 
 

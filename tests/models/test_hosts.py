@@ -55,6 +55,10 @@ def test_every_layer_has_functions_for_its_own_number_of_tokens(name: str, image
         ({"name": "convit_tinny"}, "timm has no such model; did you mean convit_tiny?"),
         ({"name": "pit_ti_224", "depth": 3}, "model.depth = 3 cannot hold for pit_ti_224"),
         ({"name": "mobilevit_xs", "proj_drop": 0.1}, "model.proj_drop = 0.1 cannot hold for mobilevit_xs"),
+        (
+            {"name": "pit_ti_224", "image_size": 100},
+            "of pit_ti_224's patches, 16 pixels wide, 8 apart; use 96",
+        ),
         ({"name": "vit_tiny_patch16_224", "image_size": 100}, "model.image_size = 100 is not a multiple of the patch"),
     ],
 )
