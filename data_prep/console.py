@@ -1,6 +1,7 @@
 """The style the scripts share: their arguments, their progress display and how they end."""
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -82,6 +83,14 @@ def check_split_name(split: str | None) -> None:
         raise DataError(f"--split {split!r} is no name; use letters, digits and _")
 
 
+def check_files(options: argparse.Namespace, *names: str) -> None:
+    """Refuse an option that names a file which is not there. Raises DataError."""
+    for name in names:
+        path = getattr(options, name)
+        if path is not None and not path.is_file():
+            raise DataError(f"--{name.replace('_', '-')} {path}: there is no such file")
+
+
 def list_troubles(skipped: Sequence[SkippedRecord], odd: Sequence[OddRecord], listed_in: str) -> None:
     """Print the first images that were skipped or are odd, and where all of them are listed."""
     lines = [f"skipped {item.path}: {item.reason}" for item in skipped]
@@ -108,10 +117,17 @@ def run(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         sys.exit(_fail(str(error), 2))
     except OSError as error:
-        sys.exit(_fail(f"{error.filename or 'the system'}: {error.strerror or error}", 2))
+        sys.exit(_fail(_described(error), 2))
     except KeyboardInterrupt:
         sys.exit(_fail("stopped; run the same command again to go on", 130))
     sys.exit(0)
+
+
+def _described(error: OSError) -> str:
+    reason = error.strerror or error
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or '--out'}: {reason}; free space there and run the same command again"
+    return f"{error.filename or 'the system'}: {reason}"
 
 
 def _fail(message: str, code: int) -> int:

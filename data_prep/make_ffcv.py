@@ -20,6 +20,7 @@ from beton_packing import Packing
 from console import (
     add_choice_options,
     add_source_options,
+    check_files,
     check_split_name,
     list_troubles,
     make_parser,
@@ -146,6 +147,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _check(options: argparse.Namespace) -> None:
     check_split_name(options.split)
+    check_files(options, "val_labels", "synsets", "names")
     if options.quality > 100:
         raise DataError(f"--quality {options.quality} is more than 100")
     for mode, name in (("smart", "smart_threshold"), ("proportion", "compress_probability")):

@@ -25,6 +25,7 @@ from typing import Any
 from console import (
     add_choice_options,
     add_source_options,
+    check_files,
     check_split_name,
     list_troubles,
     make_parser,
@@ -179,8 +180,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     check_split_name(options.split)
+    check_files(options, "val_labels", "synsets", "names")
     if options.quality is not None and (options.resize is None or options.quality > 100):
         raise DataError(f"--quality {options.quality} needs --resize and is at most 100")
+    if options.encoder != "auto" and options.resize is None:
+        raise DataError(f"--encoder {options.encoder} needs --resize; otherwise no image is encoded by it")
     return options
 
 

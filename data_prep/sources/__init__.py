@@ -1,5 +1,6 @@
 """Where images come from: finds what kind of source a directory is, and its splits."""
 
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +18,14 @@ from sources.tars import folder_tar_splits
 
 __all__ = ["Source", "SourceOptions", "UnreadableSampleError", "open_splits"]
 
-# Each looks for the official files of its data set and answers with splits and classes.
-DATA_SETS = (cifar_splits, svhn_splits, stl10_splits, flowers_splits, idx_splits)
+# Each looks for the official files of its data set and answers with splits and classes; and the options it heeds.
+DATA_SETS = {
+    cifar_splits: {"encoding", "any_hash"},
+    svhn_splits: {"encoding", "any_hash"},
+    stl10_splits: {"encoding", "any_hash"},
+    flowers_splits: {"any_hash"},
+    idx_splits: {"encoding"},
+}
 
 # What other data sets call the split that recipes call val.
 VAL_NAMES = ("val", "valid", "validation", "test", "t10k")
@@ -47,18 +54,29 @@ def _find(
     src: Path, split: str | None, options: SourceOptions, known_classes: list[str] | None
 ) -> tuple[Openers, list[str]]:
     if src.is_file():
+        _refuse_unheeded(src, options, "images in a tar", set())
         in_tar, names = folder_tar_splits(src)
         return {name or split or "train": opener for name, opener in in_tar.items()}, names
     if has_imagenet_tars(src):
+        _refuse_unheeded(src, options, "ImageNet's tars", {"val_labels", "synsets"})
         official, names = imagenet_splits(src, split, options, known_classes)
         return dict(official), names
-    for look_for in DATA_SETS:
+    for look_for, heeded in DATA_SETS.items():
         known, names = look_for(src, options)
         if known:
+            _refuse_unheeded(src, options, "a data set's official files", heeded)
             return dict(known), names
+    _refuse_unheeded(src, options, "folders of image files", set())
     folders = split_folders(src) or {split or "train": src}
     names = sorted({name for folder in folders.values() for name in class_folders(folder)})
     return {name: partial(ImageFolderSource, path) for name, path in folders.items()}, names
+
+
+def _refuse_unheeded(src: Path, options: SourceOptions, kind: str, heeded: set[str]) -> None:
+    """Raises DataError for an option that this kind of source would pass over in silence."""
+    for field in fields(options):
+        if getattr(options, field.name) and field.name not in heeded:
+            raise DataError(f"--{field.name.replace('_', '-')} has no meaning for {kind}, as in {src}; leave it out")
 
 
 def _choose(src: Path, found: Openers, split: str | None) -> dict[str, str]:

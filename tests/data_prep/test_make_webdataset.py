@@ -1,10 +1,13 @@
+import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
+import console
 import numpy as np
 import pytest
+from make_webdataset import main
 from PIL import Image
 from resizing import choose_encoder
 
@@ -195,6 +198,40 @@ def test_leftovers_of_an_unfinished_run_go_and_foreign_shards_stay(folder, tmp_p
 def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
     make_shards(folder[0], tmp_path / "out", "--dry-run")
     assert "train: 21 images of 3 classes" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_full_disk_names_the_file_and_the_mend(folder, small_disk, capsys, workers):
+    filler, out = small_disk / "filler", small_disk / "out"
+    options = ["--src", str(folder[0]), "--out", str(out), "--shard-samples", "11", "--workers", workers]
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 12_000))
+    with pytest.raises(SystemExit) as ended:
+        console.run(lambda: main(options))
+    assert ended.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {out}/train-00000")
+    assert line.endswith(": No space left on device; free space there and run the same command again")
+    filler.unlink()
+    main(options)
+    assert read_dataset_record(out).splits["train"].samples == 21
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--synsets", "nofile"), r"--synsets nofile: there is no such file"),
+        (("--val-labels", "nofile"), r"--val-labels nofile: there is no such file"),
+        (("--names", "nofile", "--dry-run"), r"--names nofile: there is no such file"),
+        (("--val-labels", __file__), r"--val-labels has no meaning for folders of image files, as in .*; leave it out"),
+        (("--encoding", "jpeg"), r"--encoding has no meaning for folders of image files"),
+        (("--any-hash",), r"--any-hash has no meaning for folders of image files"),
+        (("--encoder", "pillow"), r"--encoder pillow needs --resize"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(folder, tmp_path, options, message):
+    with pytest.raises(DataError, match=message):
+        make_shards(folder[0], tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from karat_scale.data.formats.shard_format import FileRecord, ShardRecord, index_bytes
-from karat_scale.files import commit_file, write_atomically
+from karat_scale.files import commit_file, naming, write_atomically
 
 TAR_BLOCK = tarfile.BLOCKSIZE
 # Who owns the members, and what may be done with them, by webdataset's habit.
@@ -47,7 +47,7 @@ def write_shard(directory: Path, name: str, samples: Iterable[EncodedSample]) ->
     path = directory / f"{name}.tar"
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=directory)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with naming(path), os.fdopen(handle, "wb") as file:
             stream = _HashingStream(file)
             for sample in samples:
                 _add_member(stream, f"{sample.key}.cls", str(sample.label).encode())
