@@ -1,8 +1,9 @@
 """`karat bench prepare`: what data_prep/make_webdataset.py costs over the least that its work could cost.
 
 With --resize, over a whole decode of each image and an encode of one of the result's size by libjpeg-turbo alone, with
-no resize, check, hash or tar. Without, over copying the members of a tar by tarfile. Processor time, in turn, one
-process; a ratio is the plain work's time over ours.
+no resize, check, hash or tar. Without, over copying the members of a tar by tarfile. With --check decode, over a whole
+decode of each image by the same decoder. Processor time, in turn, one process; a ratio is the plain work's time over
+ours.
 """
 
 import contextlib
@@ -37,6 +38,7 @@ from karat_scale.files import write_atomically
 SCRIPTS = Path(__file__).resolve().parents[2] / "data_prep"
 COPY = "copy of tar members"
 OURS, OURS_COPY = "make_webdataset --resize", "make_webdataset, bytes kept"
+DECODE, OURS_CHECK = "whole decode, Pillow", "make_webdataset --check decode"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,14 @@ def bench_prepare(plan: PreparePlan, json_file: str | None) -> int:
         bases = {"decode + encode, torchvision": recode_by_torchvision(images.encoded, results, plan.quality)}
         if simple := recode_by_simplejpeg(images.encoded, results, plan.quality):
             bases["decode + encode, simplejpeg"] = simple
-        contenders = {**bases, OURS: made(*resize), COPY: lambda: _copy(source), OURS_COPY: made()}
+        contenders = {
+            **bases,
+            OURS: made(*resize),
+            COPY: lambda: _copy(source),
+            OURS_COPY: made(),
+            DECODE: lambda: _decode(images.encoded),
+            OURS_CHECK: made("--check", "decode"),
+        }
         seconds = interleaved_seconds(contenders, plan.rounds, processor_seconds)
     base = min(bases, key=lambda found: statistics.median(seconds[found]))
     count = len(images.encoded)
@@ -89,6 +98,7 @@ def bench_prepare(plan: PreparePlan, json_file: str | None) -> int:
         },
         "resize_ratio": round(1 / median_ratio(seconds, OURS, base), 3),
         "copy_ratio": round(1 / median_ratio(seconds, OURS_COPY, COPY), 3),
+        "check_ratio": round(1 / median_ratio(seconds, OURS_CHECK, DECODE), 3),
     }
     _print(result)
     if json_file:
@@ -124,6 +134,11 @@ def _make(make_webdataset: Callable[[list[str]], None], source: Path, *options: 
         make_webdataset(["--src", str(source), "--out", str(out), "--workers", "1", *options])
 
 
+def _decode(encoded: tuple[bytes, ...]) -> None:
+    for data in encoded:
+        decode_rgb(data)
+
+
 def _copy(source: Path) -> None:
     with _output(source) as out, tarfile.open(source) as old, tarfile.open(out / "copy.tar", "w") as new:
         for member in old:
@@ -153,3 +168,4 @@ def _print(result: dict[str, Any]) -> None:
     console.print(table)
     console.print(f"--resize {result['resize']}: {result['resize_ratio']:.2f} of {result['base']}", markup=False)
     console.print(f"bytes kept: {result['copy_ratio']:.2f} of {COPY}")
+    console.print(f"--check decode: {result['check_ratio']:.2f} of {DECODE}", markup=False)

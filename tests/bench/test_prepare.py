@@ -5,14 +5,20 @@ import pytest
 from karat_scale.cli import main
 
 
-def test_both_ratios_are_measured(tmp_path):
+def test_the_ratios_are_measured(tmp_path):
     file = tmp_path / "figures.json"
     command = ["bench", "prepare", "--images", "4", "--rounds", "1", "--resize", "64", "--json", str(file)]
     assert main(command) == 0
     result = json.loads(file.read_text())
     assert (result["images"], result["resize"]) == (4, 64)
-    assert min(result["resize_ratio"], result["copy_ratio"]) > 0
-    assert {result["base"], "make_webdataset --resize", "copy of tar members"} <= set(result["milliseconds_an_image"])
+    assert min(result["resize_ratio"], result["copy_ratio"], result["check_ratio"]) > 0
+    measured = {
+        "make_webdataset --resize",
+        "copy of tar members",
+        "whole decode, Pillow",
+        "make_webdataset --check decode",
+    }
+    assert {result["base"], *measured} <= set(result["milliseconds_an_image"])
 
 
 @pytest.mark.parametrize("option", [["--quality", "101"], ["--tar", "nowhere.tar"]])
