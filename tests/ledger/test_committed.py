@@ -37,3 +37,19 @@ def test_every_row_of_the_paper_is_there_and_can_be_run() -> None:
     assert figures["ImageNet-1K", "ViT-Tiny + G3B"] == (59.11, 82.01)
     assert figures["CIFAR-100", "ViT-Small + G3U"] == (53.86, 81.45)
     assert figures["Fine-tuning on SVHN", "ViT-Base + G1B"] == (96.83, None)
+
+
+def test_the_starts_that_the_docs_compare_are_committed_runs() -> None:
+    runs: dict[str, dict[int, float]] = {}
+    for record in read_records(DOCS / "ledger"):
+        recipe = record.resolved
+        if recipe.run.name.startswith("cifar10_vit_mini_32px") and recipe.model.depth == 6:
+            start = "`residual=true`" if recipe.attention.residual else f"`init={recipe.attention.init}`"
+            start = "softmax attention" if recipe.attention.kind == "softmax" else start
+            runs.setdefault(start, {})[recipe.run.seed] = record.summary["last_top1"]
+    assert len(runs) == 5
+    page = (DOCS / "attention.md").read_text()
+    for start, by_seed in runs.items():
+        figures = [by_seed[seed] for seed in (0, 1, 2)]
+        cells = (start, *(f"{figure:.2f}" for figure in (*figures, sum(figures) / len(figures))))
+        assert f"| {' | '.join(cells)} |\n" in page
