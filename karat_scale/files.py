@@ -1,12 +1,13 @@
 """Files that are whole under their name or not there at all, and their hashes."""
 
 import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 _BLOCK = 1 << 20
 
@@ -98,3 +99,14 @@ def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> st
             if on_bytes is not None:
                 on_bytes(len(block))
     return digest.hexdigest()
+
+
+def json_sha256(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of plain data, as hex, whatever the order and layout of its JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data with its own SHA-256 as `sha256`, which tells whether anyone has changed it since."""
+    unsealed = {key: value for key, value in content.items() if key != "sha256"}
+    return {**unsealed, "sha256": json_sha256(unsealed)}

@@ -1,10 +1,13 @@
-"""One number that says which samples were trained on, and how each was augmented.
+"""Digests of data: of what was trained on, and of a data set's classes.
 
-It is a sum over samples, so it is the same for any world size, micro batch, number of workers and backend, and for a
-run that was stopped and went on. Two runs with the same digest saw the same data.
+The first is one number that says which samples were trained on, and how each was augmented. It is a sum over samples,
+so it is the same for any world size, micro batch, number of workers and backend, and for a run that was stopped and
+went on. Two runs with the same digest saw the same data.
 """
 
-from hashlib import blake2b
+import json
+from collections.abc import Iterable
+from hashlib import blake2b, sha256
 
 from karat_scale.data.batch import Batch
 
@@ -19,3 +22,8 @@ def batch_digest(batch: Batch) -> int:
         text = repr((batch.epoch, batch.batch, sample_id, label, draw))
         total += int.from_bytes(blake2b(text.encode(), digest_size=BITS // 8).digest(), "little")
     return total % 2**BITS
+
+
+def classes_digest(names: Iterable[str]) -> str:
+    """SHA-256, as hex, of the names of classes, in whatever order they are numbered."""
+    return sha256(json.dumps(sorted(names)).encode()).hexdigest()

@@ -2,9 +2,10 @@
 
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
-from karat_scale.ledger.paper import PaperRow, PaperTable
+from karat_scale.ledger.paper import DataSet, PaperRow, PaperTable
 from karat_scale.ledger.record import Record
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.files import shipped_recipes
@@ -12,28 +13,52 @@ from karat_scale.recipe.loading import differing_keys, flatten, load_recipe
 
 # A run that differs in these alone repeats a row, at another budget, which the page states.
 BUDGET = ("run.seed", "train.epochs", "schedule.warmup_epochs", "schedule.warmup_steps", "train.precision")
-# Other runs that this one stems from: where they lie does not matter, only whether there is one.
+# Other runs that this one stems from: what matters is not where they lie, but what they are called.
 LINEAGE = ("init_from", "attention.transfer_from")
 
 
 def repeats(record: Record, row: PaperRow, table: PaperTable) -> bool:
-    """Whether a run is of this row; memory is a GPU's, and noise instead of images repeats nothing."""
+    """Whether a run is of this row: by its recipe, on its data set or a part of it, from the same runs.
+
+    Memory is a GPU's, noise instead of images repeats nothing, and a run that does not name its classes may be of
+    anything.
+    """
     if row.recipe not in shipped_recipes() or record.resolved.data.backend == "synthetic":
         return False
-    if table.measure == "memory" and str(record.summary["device"]).startswith("CPU"):
+    if table.measure == "memory" and record.figures.device.startswith("CPU"):
+        return False
+    if not _is_of(record, table.data):
         return False
     reference = reference_recipe(row)
     ours, theirs = flatten(record.resolved), flatten(reference)
     if any(bool(ours[key]) != bool(theirs[key]) for key in LINEAGE):
         return False
+    if any(_ancestor(record, key) != Path(theirs[key]).name for key in LINEAGE):
+        return False
     return not differing_keys(reference, record.resolved, (*BUDGET, *LINEAGE))
 
 
-def is_short(record: Record, row: PaperRow, table: PaperTable) -> bool:
-    """Whether a run saw fewer images than its row's recipe has it see."""
+def budget_mark(record: Record, row: PaperRow, table: PaperTable) -> str:
+    """`short` where a run saw fewer images than its row's recipe has it see, `long` where it trained for longer."""
     reference = reference_recipe(row)
-    whole = table.images // reference.train.global_batch * reference.train.global_batch
-    return record.epoch_images < whole or record.epochs < reference.train.epochs - 1e-6
+    whole = table.data.images // reference.train.global_batch * reference.train.global_batch
+    is_part = record.epoch_images < whole or record.eval_images < table.data.val_images
+    if is_part or record.epochs < reference.train.epochs - 1e-6:
+        return "short"
+    return "long" if record.epochs > reference.train.epochs + 1e-6 else ""
+
+
+def _is_of(record: Record, data: DataSet) -> bool:
+    figures = record.figures
+    if (figures.classes, figures.classes_sha256) != (data.classes, data.classes_sha256):
+        return False
+    images = figures.train_images or record.epoch_images
+    return images <= data.images and record.eval_images <= data.val_images
+
+
+def _ancestor(record: Record, key: str) -> str:
+    """What the run is called that `key` of the recipe names, if the weights said so."""
+    return record.figures.lineage.get(key, {}).get("name", "")
 
 
 def command_of_row(row: PaperRow) -> str:

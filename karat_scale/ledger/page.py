@@ -1,9 +1,8 @@
 """docs/reproduction.md, from the paper's rows and the records: it has no other source."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from karat_scale.ledger.match import command_of_record, command_of_row, is_short, repeats
+from karat_scale.ledger.match import budget_mark, command_of_record, command_of_row, repeats
 from karat_scale.ledger.paper import PaperRow, PaperTable, paper_tables
 from karat_scale.ledger.record import Record
 from karat_scale.recipe.files import shipped_recipes
@@ -15,7 +14,7 @@ one. `karat ledger RUN` writes this page from the paper's figures (`karat_scale/
 summaries (`docs/ledger/`). Nothing in it is written by hand: a test compares it with both.
 
 Accuracies are top-1 / top-5 in percent after the last epoch, not the best of all epochs. A row marked *short* saw fewer
-images than the paper's model: it is no reproduction, and its figure is not to be compared with the paper's. The column
+images than the paper's model, one marked *long* more: its figure is not to be compared with the paper's. The column
 of the recipe has the start of its SHA-256; the link leads to the run's summary, whole recipe, hardware and versions.
 DIR is the directory of the data. Under torchrun the same commands use more GPUs.
 """
@@ -60,37 +59,32 @@ def _not_yet(table: PaperTable, row: PaperRow) -> tuple[str, ...]:
 
 
 def _ours(table: PaperTable, row: PaperRow, record: Record) -> tuple[str, ...]:
-    short = is_short(record, row, table) and table.measure == "accuracy"
-    figure = f"{'*short:* ' if short else ''}[{_figure(table, record)}](ledger/{record.name}.json)"
+    mark = budget_mark(record, row, table) if table.measure == "accuracy" else ""
+    figure = f"{f'*{mark}:* ' if mark else ''}[{_figure(table, record)}](ledger/{record.name}.json)"
     return row.model, _parameters(row, record), _paper(table, row), figure, *_circumstances(record)
 
 
 def _other_row(record: Record) -> tuple[str, ...]:
-    figure = f"[{record.summary['last_top1']:.2f} / {record.summary['last_top5']:.2f}](ledger/{record.name}.json)"
+    figure = f"[{record.figures.last_top1:.2f} / {record.figures.last_top5:.2f}](ledger/{record.name}.json)"
     return record.resolved.run.name, _millions(record), "", figure, *_circumstances(record)
 
 
 def _circumstances(record: Record) -> tuple[str, ...]:
-    summary = record.summary
+    figures = record.figures
     budget = f"{record.epochs:.4g} x {record.epoch_images:,} images"
-    if rate := summary.get("images_per_second"):
-        budget += f", {summary['samples'] / rate / 3600:.2g} h of training"
-    ranks = f"{summary['world_size']} x " if summary["world_size"] > 1 else ""
-    hardware = ranks + _device(summary)
+    if rate := figures.images_per_second:
+        budget += f", {figures.samples / rate / 3600:.2g} h of training"
+    ranks = f"{figures.world_size} x " if figures.world_size > 1 else ""
+    hardware = ranks + figures.device.replace("CPU", figures.processor, 1 if figures.device.startswith("CPU") else 0)
     seed = str(record.resolved.run.seed)
     command = f"`{command_of_record(record)}`".replace("``", "a recipe of its own")
     return budget, hardware, seed, f"`{record.recipe_sha256[:12]}`", command
 
 
-def _device(summary: Mapping[str, Any]) -> str:
-    device = str(summary["device"])
-    return device.replace("CPU", summary.get("processor", "CPU"), 1) if device.startswith("CPU") else device
-
-
 def _figure(table: PaperTable, record: Record) -> str:
     if table.measure == "memory":
-        return f"{record.summary['peak_memory_mb'] / 1000:.2f} GB"
-    return f"{record.summary['last_top1']:.2f} / {record.summary['last_top5']:.2f}"
+        return f"{record.figures.peak_memory_mb / 1000:.2f} GB"
+    return f"{record.figures.last_top1:.2f} / {record.figures.last_top5:.2f}"
 
 
 def _paper(table: PaperTable, row: PaperRow) -> str:
@@ -105,7 +99,7 @@ def _parameters(row: PaperRow, record: Record | None = None) -> str:
 
 
 def _millions(record: Record) -> str:
-    return f"{record.summary['parameters'] / 1e6:.2f} M"
+    return f"{record.figures.parameters / 1e6:.2f} M"
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -1,12 +1,23 @@
-"""The rows of the paper's tables, from `paper.yaml`."""
+"""The rows of the paper's tables, from `paper.yaml`, and the data sets they are on, from `data_sets.yaml`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-_FILE = Path(__file__).with_name("paper.yaml")
+_FOLDER = Path(__file__).parent
+
+
+class DataSet(BaseModel):
+    """What tells a data set: images of its two splits, the number of its classes, and the digest of their names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    images: int
+    val_images: int
+    classes: int
+    classes_sha256: str
 
 
 class PaperRow(BaseModel):
@@ -26,18 +37,27 @@ class PaperRow(BaseModel):
 
 
 class PaperTable(BaseModel):
-    """Rows on one data set, with the size of its training split."""
+    """Rows on one data set."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
     note: str = ""
     measure: Literal["accuracy", "memory"] = "accuracy"
-    images: int
+    data: DataSet
     rows: tuple[PaperRow, ...]
 
 
 def paper_tables() -> tuple[PaperTable, ...]:
     """All tables, in the paper's order."""
-    tree = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
-    return tuple(PaperTable.model_validate(table) for table in tree)
+    known = data_sets()
+    return tuple(PaperTable.model_validate({**table, "data": known[table["data"]]}) for table in _read("paper.yaml"))
+
+
+def data_sets() -> dict[str, DataSet]:
+    """What tells the data sets of the tables, by the names that `paper.yaml` calls them."""
+    return {name: DataSet.model_validate(about) for name, about in _read("data_sets.yaml").items()}
+
+
+def _read(name: str) -> Any:
+    return yaml.safe_load((_FOLDER / name).read_text(encoding="utf-8"))

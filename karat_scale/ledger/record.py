@@ -1,7 +1,6 @@
 """One finished run as the ledger keeps it: docs/ledger/<id>.json, written from the run's own files alone."""
 
 import json
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from karat_scale.errors import RecipeError, RunDirectoryError, UserError
+from karat_scale.errors import RunDirectoryError, UserError
+from karat_scale.files import sealed
+from karat_scale.ledger.agreement import Events, check_agreement, read_events, read_summary
+from karat_scale.ledger.figures import SummaryFigures
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
 from karat_scale.recipe.portable import portable_recipe, text_digest
@@ -42,6 +44,11 @@ class Record(BaseModel):
         """The recipe, with the defaults of today for keys that it did not have."""
         return validate_recipe(yaml.safe_load(self.recipe), "the recipe")
 
+    @cached_property
+    def figures(self) -> SummaryFigures:
+        """What the ledger needs of the summary."""
+        return SummaryFigures.of(self.summary, "the summary")
+
     @property
     def name(self) -> str:
         """Of its file, without the suffix: one for a recipe with its seed."""
@@ -50,12 +57,11 @@ class Record(BaseModel):
     @property
     def epochs(self) -> float:
         """Passes over the training images."""
-        return int(self.summary["samples"]) / self.epoch_images
+        return self.figures.samples / self.epoch_images
 
     def to_text(self) -> str:
         """The file: the fields, and the SHA-256 of their JSON, which tells whether anyone has changed them since."""
-        content = self.model_dump()
-        return json.dumps({**content, "sha256": _digest(content)}, indent=2) + "\n"
+        return json.dumps(sealed(self.model_dump()), indent=2) + "\n"
 
 
 def take_record(run: str) -> Record:
@@ -66,30 +72,18 @@ def take_record(run: str) -> Record:
     """
     directory = RunDirectory(run)
     recipe = directory.recipe()
-    summary = _read_summary(directory)
-    if summary.get("exit") != 0:
-        raise RunDirectoryError(
-            f"{run}: has not finished ({summary.get('reason', 'no reason given')}); finish it first"
-        )
-    events = list(_read_events(directory.metrics_file))
-    evaluations = [event for event in events if event["event"] == "eval"]
-    if not evaluations:
-        raise RunDirectoryError(f"{run}: was never evaluated, so there is no figure for the ledger")
-    last = evaluations[-1]
-    for ours, theirs in (("last_top1", "top1"), ("last_top5", "top5"), ("samples", "samples")):
-        if summary.get(ours) != last[theirs]:
-            raise RunDirectoryError(
-                f"{run}: summary.json has {ours} = {summary.get(ours)}, and the last evaluation in metrics.jsonl "
-                f"{theirs} = {last[theirs]}; put back the files that the run wrote"
-            )
+    summary = read_summary(directory)
+    figures, events = SummaryFigures.of(summary, str(directory.summary_file)), read_events(directory)
+    check_agreement(directory, recipe, summary, figures, events)
+    last = events.evaluations[-1]
     text = portable_recipe(recipe)
     return Record(
         summary=summary,
         recipe=text,
         recipe_sha256=text_digest(text),
-        epoch_images=_epoch_images(recipe, summary, events),
-        eval_images=last["images"],
-        eval_weights=last["weights"],
+        epoch_images=_epoch_images(recipe, figures, events),
+        eval_images=last.images,
+        eval_weights=last.weights,
     )
 
 
@@ -105,50 +99,21 @@ def read_records(folder: Path) -> list[Record]:
 def _read_record(path: Path) -> Record:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        digest = content.pop("sha256", None)
-        record = Record.model_validate(content)
-        name = record.name
-    except (ValueError, AttributeError, ValidationError, RecipeError, yaml.YAMLError) as error:
+        record = Record.model_validate({key: value for key, value in content.items() if key != "sha256"})
+        name, _ = record.name, record.figures
+    except (ValueError, AttributeError, ValidationError, UserError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a record of karat ledger: {reason}; put it back or remove it") from None
-    if digest != _digest(content) or record.recipe_sha256 != text_digest(record.recipe) or name != path.stem:
+    if content != sealed(content) or record.recipe_sha256 != text_digest(record.recipe) or name != path.stem:
         raise UserError(f"{path}: was changed since karat ledger wrote it; put it back or remove it")
     return record
 
 
-def _digest(content: dict[str, Any]) -> str:
-    return text_digest(json.dumps(content, sort_keys=True))
-
-
-def _read_summary(directory: RunDirectory) -> dict[str, Any]:
-    if directory.is_summary_damaged:
-        raise RunDirectoryError(f"{directory.summary_file}: damaged, it is not JSON")
-    summary = directory.summary()
-    if summary is None:
-        raise RunDirectoryError(f"{directory.path}: has no summary.json, so it has not finished; finish it first")
-    return summary
-
-
-def _read_events(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise RunDirectoryError(f"{path} is missing; the ledger compares the summary with it") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            event = json.loads(line)
-            event["event"]
-        except (ValueError, TypeError, KeyError):
-            raise RunDirectoryError(f"{path}, line {number}: damaged, it is no event") from None
-        yield event
-
-
-def _epoch_images(recipe: Recipe, summary: dict[str, Any], events: list[dict[str, Any]]) -> int:
+def _epoch_images(recipe: Recipe, figures: SummaryFigures, events: Events) -> int:
     batch = recipe.train.global_batch
-    if "train_images" in summary:
-        return int(summary["train_images"]) // batch * batch
+    if figures.train_images is not None:
+        return figures.train_images // batch * batch
     # Of a run from before `train_images`: its steps tell, where nothing cut them short.
-    totals = [event["total_steps"] for event in events if event["event"] == "train"]
-    if not totals or recipe.train.max_steps:
+    if not events.training or recipe.train.max_steps:
         raise RunDirectoryError("nothing in this run tells how many images its epochs have; run it anew")
-    return int(totals[-1]) // recipe.train.epochs * batch
+    return events.training[-1].total_steps // recipe.train.epochs * batch

@@ -8,7 +8,7 @@ their own beside this one.
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from karat_scale.recipe.attention import AttentionConfig
 from karat_scale.recipe.base import Count, Fraction, Section
@@ -25,6 +25,13 @@ class RunConfig(Section):
     dir: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_file_and_a_cell(cls, value: str) -> str:
+        if not value.isprintable() or set(value) & set("/|"):
+            raise ValueError("names files and stands in tables; leave out /, | and control characters")
+        return value
 
 
 class ModelConfig(Section):

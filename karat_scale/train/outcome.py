@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from karat_scale import __version__
 from karat_scale.errors import EXIT_STOPPED, UserError
+from karat_scale.files import sealed
 from karat_scale.hardware import processor_name
 from karat_scale.train.distributed import World
 from karat_scale.train.reporting.progress import Reporter
@@ -97,7 +98,7 @@ def _record(outcome: Outcome[S], directory: RunDirectory, reporter: Reporter) ->
     is_told = outcome.begun or previous is None or previous.get("exit") != 0
     with ExitStack() as last:  # calls all, the last first, whatever the disk says to one of them
         if outcome.world.is_main and is_told:
-            last.callback(lambda: directory.write_summary(outcome.summary(previous)))
+            last.callback(lambda: directory.write_summary(sealed(outcome.summary(previous))))
         last.callback(reporter.close)
         if is_told:
             last.callback(reporter.end, outcome.state, outcome.code, outcome.reason)

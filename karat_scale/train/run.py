@@ -1,11 +1,15 @@
 """One training run from a recipe to an exit code: build the parts, run the loop, say how it ended."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from karat_scale.data.digest import classes_digest
 from karat_scale.recipe import Recipe
+from karat_scale.recipe.loading import dump_recipe
+from karat_scale.recipe.portable import text_digest
 from karat_scale.train import distributed
 from karat_scale.train.distributed import World
+from karat_scale.train.lineage import Lineage, lineage, run_behind
 from karat_scale.train.loop import Loop
 from karat_scale.train.out_of_memory import explain_out_of_memory
 from karat_scale.train.outcome import Outcome, concluded
@@ -33,7 +37,7 @@ def train(recipe: Recipe) -> int:
 
 def _train(recipe: Recipe, world: World, directory: RunDirectory, changes: str, signals: StopSignals) -> int:
     reporter = open_reporter(recipe.run.name, world, directory, recipe.log.tensorboard)
-    outcome = _Outcome(recipe.run.name, world, TrainState(), seed=recipe.run.seed)
+    outcome = _Outcome(recipe.run.name, world, TrainState(), recipe=recipe)
     parts: Parts | None = None
     try:
         with concluded(outcome, directory, signals, reporter), explain_out_of_memory(recipe, world.size):
@@ -41,7 +45,11 @@ def _train(recipe: Recipe, world: World, directory: RunDirectory, changes: str, 
             outcome.parameters, outcome.train_images = parts.engine.parameters, parts.backend.num_train
             if changes:
                 reporter.info(f"the recipe has changed on purpose: {changes}")
-            state = parts.checkpoints.load(branch_point(recipe, directory)) or outcome.state
+            state = parts.checkpoints.load(branch_point(recipe, directory))
+            if state is None:
+                state = TrainState(begun_with=run_behind(recipe.init_from))
+            outcome.classes = parts.backend.classes
+            outcome.lineage = lineage(recipe, directory.path, state)
             outcome.state, outcome.begun = state, True
             if world.is_main:
                 directory.begin(recipe, parts.backend.classes)
@@ -56,8 +64,10 @@ def _train(recipe: Recipe, world: World, directory: RunDirectory, changes: str, 
 
 @dataclass
 class _Outcome(Outcome[TrainState]):
-    seed: int = 0
+    recipe: Recipe = field(kw_only=True)
     train_images: int = 0
+    classes: tuple[str, ...] = ()
+    lineage: Lineage = field(default_factory=dict)
 
     def scores(self) -> dict[str, Any]:
         """Accuracies, in percent."""
@@ -70,10 +80,14 @@ class _Outcome(Outcome[TrainState]):
         }
 
     def counts(self) -> dict[str, Any]:
-        """Of samples."""
+        """Of samples, and what the run is of."""
         return {
             "train_images": self.train_images,
-            "seed": self.seed,
+            "classes": len(self.classes),
+            "classes_sha256": classes_digest(self.classes),
+            "lineage": self.lineage,
+            "recipe_sha256": text_digest(dump_recipe(self.recipe)),
+            "seed": self.recipe.run.seed,
             "data_digest": self.state.data_digest,
             "bad_samples": self.state.bad_samples,
         }

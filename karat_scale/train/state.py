@@ -1,6 +1,6 @@
 """Where training stands: what a checkpoint must remember besides tensors."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 S = TypeVar("S", bound="RunState")
@@ -34,7 +34,7 @@ class RunState:
     @classmethod
     def from_json(cls: type[S], data: dict[str, Any]) -> S:
         """Read `state.json`, passing over keys that are not the state's."""
-        known = {field.name for field in fields(cls)}
+        known = {known.name for known in fields(cls)}
         return cls(**{key: value for key, value in data.items() if key in known})
 
 
@@ -48,6 +48,8 @@ class TrainState(RunState):
     last_top5: float | None = None
     data_digest: int = 0
     bad_samples: int = 0
+    begun_with: dict[str, str] = field(default_factory=dict)
+    """The run that `init_from` took the weights of, as `lineage` says: later starts may not find it."""
 
     def record(self, top1: float, top5: float) -> bool:
         """Take in an evaluation at this step; whether it is the best so far."""

@@ -2,15 +2,23 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from timm.data import ImageNetInfo
 
 from karat_scale.cli import main
+from karat_scale.data.digest import classes_digest
+from karat_scale.files import sealed
+from karat_scale.ledger.paper import DataSet, data_sets
 from karat_scale.recipe.loading import dump_recipe, load_recipe
-from tests.conftest import SMALL, karat, summary
+from karat_scale.recipe.portable import text_digest
+from tests.conftest import ROOT, SMALL, events, karat, summary
+
+DATA_SETS: dict[str, DataSet] = data_sets()
 
 QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null", "run.seed=3")
 
@@ -33,6 +41,10 @@ def run(trained: Path, tmp_path: Path) -> Path:
     copy.mkdir()
     for name in ("recipe.yaml", "metrics.jsonl", "summary.json"):
         shutil.copy(trained / name, copy)
+    name = (trained / "checkpoints" / "latest").read_text().strip()
+    (copy / "checkpoints" / name).mkdir(parents=True)
+    for file in ("latest", f"{name}/state.json"):
+        shutil.copy(trained / "checkpoints" / file, copy / "checkpoints" / file)
     return copy
 
 
@@ -48,9 +60,28 @@ def ledger(docs: Path) -> Callable[..., int]:
 
 
 def change(run: Path, **fields: Any) -> None:
-    """Set fields of a summary, or with None remove them."""
+    """Set fields of a summary, or with None remove them; as the run would have written it."""
     changed = {**summary(run), **fields}
-    (run / "summary.json").write_text(json.dumps({key: x for key, x in changed.items() if x is not None}))
+    kept = {key: x for key, x in changed.items() if x is not None}
+    (run / "summary.json").write_text(json.dumps(sealed(kept)))
+
+
+def pretend(run: Path, name: str, data: str, images: int, *overrides: str, **fields: Any) -> None:
+    """Make of a run one of a shipped recipe over so many images of a data set, in all its files."""
+    recipe = load_recipe(name, [f"run.dir={run}", "data.path=/somewhere", *overrides])
+    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    steps = images // recipe.train.global_batch * recipe.train.epochs
+    samples = steps * recipe.train.global_batch
+    known = DATA_SETS[data]
+    lines = events(run)
+    for event in lines:
+        event |= {"samples": samples, "step": steps, "total_steps": steps}
+        event |= {"images": known.val_images} if event["event"] == "eval" else {}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in lines))
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    of_recipe = {"name": recipe.run.name, "seed": recipe.run.seed, "recipe_sha256": text_digest(dump_recipe(recipe))}
+    of_data = {"train_images": images, "classes": known.classes, "classes_sha256": known.classes_sha256}
+    change(run, **{**of_recipe, **of_data, "steps": steps, "samples": samples, **fields})
 
 
 def rows(docs: Path, cell: str) -> list[str]:
@@ -78,35 +109,103 @@ def test_another_recipes_run_is_told_from_the_papers(run: Path, docs: Path, ledg
     assert (docs / "reproduction.md").read_text() == before
 
 
-def test_a_run_of_the_papers_recipe_is_its_row_and_called_short(
+def test_a_run_of_the_papers_recipe_is_its_row_and_its_budget_is_marked(
     run: Path, docs: Path, ledger: Callable[..., int]
 ) -> None:
-    batch = ("train.global_batch=8", "data.path=/somewhere/cifar10", "train.epochs=1", "schedule.warmup_epochs=0")
-    recipe = load_recipe("cifar10_vit_tiny_g3b", [*batch, "run.seed=3", f"run.dir={run}"])
-    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    short = ("train.epochs=1", "schedule.warmup_epochs=0", "run.seed=3")
+    pretend(run, "cifar10_vit_tiny_g3b", "cifar10", 20_000, *short, "train.global_batch=8")
     assert ledger(run) == 0
     assert "not yet run" in rows(docs, "ViT-Tiny + G3B")[1]  # batches of 8 are not the paper's
-    recipe = load_recipe("cifar10_vit_tiny_g3b", [*batch[1:], "run.seed=3", f"run.dir={run}"])
-    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    pretend(run, "cifar10_vit_tiny_g3b", "cifar10", 20_000, *short)
     assert ledger(run) == 0
     row = rows(docs, "ViT-Tiny + G3B")[1]
     assert "| 76.69 / 98.57 | *short:* [" in row
     assert "train.epochs=1" in row
     assert "*short:*" in rows(docs, "ViT-Tiny + G3B, zero")[0]
     assert "not yet run" in rows(docs, "ViT-Tiny + G3B, gelu")[0]
-    change(run, samples=100 * 49_984, train_images=50_000)
-    metrics = (run / "metrics.jsonl").read_text()
-    (run / "metrics.jsonl").write_text(metrics.replace('"samples": 64,', f'"samples": {100 * 49_984},'))
-    recipe = load_recipe("cifar10_vit_tiny_g3b", ["data.path=/somewhere", "run.seed=4", f"run.dir={run}"])
-    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    for epochs, seed, mark in ((100, 4, ""), (300, 5, "*long:* ")):
+        pretend(run, "cifar10_vit_tiny_g3b", "cifar10", 50_000, f"train.epochs={epochs}", f"run.seed={seed}")
+        assert ledger(run) == 0
+        (row,) = (row for row in rows(docs, "ViT-Tiny + G3B") if f"| {seed} |" in row)
+        assert f"| 76.69 / 98.57 | {mark}[" in row
+
+
+def test_a_run_on_other_data_is_no_row_of_the_papers(run: Path, docs: Path, ledger: Callable[..., int]) -> None:
+    cases = [
+        ("svhn", 50_000, {}),  # ten classes, too
+        ("cifar10", 50_000, {"classes_sha256": None, "classes": None}),  # as runs once were
+        ("cifar10", 73_257, {}),
+    ]
+    for seed, (data, images, fields) in enumerate(cases):
+        pretend(run, "cifar10_vit_tiny", data, images, f"run.seed={seed}", **fields)
+        assert ledger(run) == 0
+        assert all("not yet run" in row for row in rows(docs, "ViT-Tiny"))
+        assert len(rows(docs, "cifar10_vit_tiny")) == seed + 1
+
+
+def test_a_row_wants_weights_of_the_run_that_it_names(run: Path, docs: Path, ledger: Callable[..., int]) -> None:
+    tuned = ("svhn_vit_tiny", "svhn", 73_257, "init_from=elsewhere/imagenet_vit_tiny")
+    transferred = ("cifar10_vit_tiny_transfer", "cifar10", 50_000, "attention.transfer_from=runs/mine")
+    for (recipe, data, images, source), key, ancestor in (
+        (tuned, "init_from", "imagenet_vit_tiny"),
+        (transferred, "attention.transfer_from", "cifar10_vit_tiny_g3b"),
+    ):
+        for seed, lineage in enumerate(({}, {key: {"name": "mine"}}, {key: {"name": ancestor}})):
+            pretend(run, recipe, data, images, source, f"run.seed={seed}", lineage=lineage)
+            assert ledger(run) == 0
+        page = (docs / "reproduction.md").read_text()
+        listed, others = page.split("## Other runs")
+        assert [f"{recipe}-seed{seed}-" in listed for seed in range(3)] == [False, False, True]
+        assert [f"{recipe}-seed{seed}-" in others for seed in range(3)] == [True, True, False]
+
+
+def test_the_data_sets_are_told_by_the_classes_that_data_prep_names() -> None:
+    sys.path.insert(0, str(ROOT / "data_prep"))
+    try:
+        from sources.svhn import DIGITS
+    finally:
+        sys.path.remove(str(ROOT / "data_prep"))
+    wnids = ImageNetInfo("imagenet-1k").label_names()
+    cifar10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    for data, names in (("svhn", DIGITS), ("imagenet", wnids), ("cifar10", cifar10)):
+        known = DATA_SETS[data]
+        assert (known.classes, known.classes_sha256) == (len(names), classes_digest(names))
+
+
+@pytest.mark.parametrize("kept", ["a sealed summary", "a summary of old"])
+def test_an_edit_of_one_file_is_noticed(
+    run: Path, docs: Path, ledger: Callable[..., int], capsys: pytest.CaptureFixture[str], kept: str
+) -> None:
+    sealed_since = {"device": "H100", "parameters": 9, "classes": 9}
+    of_old = {"images_per_second": 9.5, "train_images": 32, "world_size": 2, "seed": 9, "steps": 9, "data_digest": 9}
+    of_old |= {"best_top1": 9.5, "peak_memory_mb": 9, "name": "other"}
+    if kept == "a summary of old":
+        new = ("sha256", "recipe_sha256", "classes", "classes_sha256", "lineage")
+        (run / "summary.json").write_text(json.dumps({k: x for k, x in summary(run).items() if k not in new}))
+    edits = of_old if kept == "a summary of old" else {**of_old, **sealed_since}
+    for field, value in edits.items():
+        text = (run / "summary.json").read_text()
+        (run / "summary.json").write_text(json.dumps({**json.loads(text), field: value}))
+        assert ledger(run) == 2, field
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1
+        assert "put back the files that the run wrote" in error
+        (run / "summary.json").write_text(text)
+    recipe = (run / "recipe.yaml").read_text()
+    for old, new in (("seed: 3", "seed: 4"), ("epochs: 1", "epochs: 2"), ("lr: 0.0005", "lr: 0.001")):
+        assert old in recipe
+        (run / "recipe.yaml").write_text(recipe.replace(old, new, 1))
+        assert ledger(run) == 2, new
+        assert "put back the files that the run wrote" in capsys.readouterr().err
+    (run / "recipe.yaml").write_text(recipe)
     assert ledger(run) == 0
-    assert any("short" not in row and "| 4 |" in row for row in rows(docs, "ViT-Tiny + G3B"))
 
 
 def test_a_run_from_before_the_summary_had_its_images_is_taken_in(
     run: Path, docs: Path, ledger: Callable[..., int]
 ) -> None:
-    change(run, train_images=None, processor=None, versions=None, seed=None)
+    new = ("classes", "classes_sha256", "lineage", "recipe_sha256")
+    change(run, train_images=None, processor=None, versions=None, seed=None, **dict.fromkeys(new))
     assert ledger(run) == 0
     (row,) = rows(docs, "owls")
     assert "1 x 64 images" in row
@@ -130,11 +229,22 @@ def test_what_cannot_be_taken_in_is_one_line(run: Path, docs: Path, ledger: Call
     (run / "summary.json").unlink()
     refused("has no summary.json, so it has not finished")
     (run / "summary.json").write_text(good["summary.json"][:40])
-    refused("summary.json: damaged, it is not JSON")
+    refused("summary.json: damaged, it is no JSON object")
     change(run, last_top1=99.9)
-    refused("summary.json has last_top1 = 99.9, and the last evaluation in metrics.jsonl top1 = ")
+    refused("summary.json has last_top1 = 99.9, and the last evaluation in metrics.jsonl ")
     (run / "metrics.jsonl").write_text(good["metrics.jsonl"] + '{"event": "tra')
     refused("metrics.jsonl, line ")
+    (run / "metrics.jsonl").write_bytes(b"\xff" + good["metrics.jsonl"].encode())
+    refused("metrics.jsonl: damaged, it is not UTF-8")
+    (run / "metrics.jsonl").write_text(good["metrics.jsonl"].replace('"top1"', '"top"'))
+    refused(": damaged: top1: Field required")
+    (run / "summary.json").write_text("[]")
+    refused("summary.json: damaged, it is no JSON object")
+    for field, value in (("train_images", 0), ("parameters", None), ("last_top1", "9.5"), ("device", 3)):
+        (run / "summary.json").write_text(json.dumps({**json.loads(good["summary.json"]), field: value}))
+        refused(f"summary.json: damaged: {field} = '{value}'")
+    change(run, device=None)
+    refused("summary.json: damaged: device: Field required")
     (run / "metrics.jsonl").unlink()
     refused("metrics.jsonl is missing")
     (run / "metrics.jsonl").write_text("")

@@ -56,6 +56,9 @@ def message(path: Path | str, *overrides: str) -> str:
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
+        ("run.name=a/b", ["run.name = 'a/b'", "leave out /, | and control characters"]),
+        ("run.name='x | y'", ["run.name = 'x | y'", "leave out /"]),
+        ('run.name="a\\nb"', ["run.name = 'a\\nb'", "leave out /"]),
         ("attention.grdi=3", ["attention.grdi", "did you mean attention.grid?"]),
         ("lr=3", ["lr: unknown key", "did you mean optim.lr?"]),
         ("modl.name=x", ["modl", "did you mean model"]),
