@@ -59,6 +59,9 @@ class ViTBackbone(nn.Module):
 
     Args:
         vit: of `build_vit`; its attention stays that of one window, its positions are interpolated to the image.
+
+    Raises:
+        RecipeError: more blocks are to see the whole of a larger image than the model has, or than KArAt may lose.
     """
 
     def __init__(self, vit: VisionTransformer, recipe: DetectionRecipe) -> None:
@@ -67,6 +70,7 @@ class ViTBackbone(nn.Module):
         self.side = recipe.model.image_size // recipe.patch_size
         self.global_blocks: frozenset[int] = frozenset()
         if self.side > self.window:
+            _check_global_blocks(recipe, len(vit.blocks))
             self.global_blocks = _evenly_spread(recipe.detector.global_blocks, len(vit.blocks))
             _let_attend_by_softmax(vit, recipe, self.global_blocks)
             vit.set_input_size((recipe.model.image_size, recipe.model.image_size))
@@ -98,6 +102,17 @@ def join_windows(tokens: Tensor, side: int, window: int) -> Tensor:
     rows = side // window
     grid = tokens.view(-1, rows, rows, window, window, tokens.shape[-1]).transpose(2, 3)
     return grid.reshape(-1, side * side, tokens.shape[-1])
+
+
+def _check_global_blocks(recipe: DetectionRecipe, depth: int) -> None:
+    """Raises RecipeError for more blocks than there are, and where none would be left to KArAt."""
+    count, learned = recipe.detector.global_blocks, recipe.attention.kind == "karat"
+    most = depth - 1 if learned else depth
+    if count > most:
+        why = ", and these attend by softmax: none would learn its attention" if learned else ""
+        raise RecipeError(
+            f"detector.global_blocks = {count}, but the model has {depth} blocks{why}; use {most} at most"
+        )
 
 
 def _evenly_spread(count: int, depth: int) -> frozenset[int]:

@@ -17,6 +17,7 @@ from karat_scale.data.decode import UndecodableImageError, decode_rgb
 from karat_scale.errors import DataError, RecipeError
 
 MEND = "correct data.path or the names below it"
+_IMAGE_FIELDS = {"file_name": (str, "a name"), "width": (int, "pixels"), "height": (int, "pixels")}
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,22 @@ class CocoSplit:
         learnable = [
             (annotation.get("id"), annotation.get("category_id"), annotation.get("segmentation"))
             for annotation in index.imgToAnns.get(image, ())
-            if not annotation.get("iscrowd") and annotation.get("area", 1) > 0
+            if not annotation.get("iscrowd") and self._area(annotation) > 0
         ]
-        try:
-            return ImageRecord(about["file_name"], about["width"], about["height"], tuple(learnable))
-        except KeyError as error:
-            raise DataError(f"{self.file}: image {image} has no {error.args[0]}; {MEND}") from error
+        for key, (kind, what) in _IMAGE_FIELDS.items():
+            if key not in about:
+                raise DataError(f"{self.file}: image {image} has no {key}; {MEND}")
+            if not isinstance(about[key], kind) or isinstance(about[key], bool):
+                raise DataError(f"{self.file}: image {image} has {key} = {about[key]!r}, not {what}; correct it")
+        return ImageRecord(about["file_name"], about["width"], about["height"], tuple(learnable))
+
+    def _area(self, annotation: Any) -> float:
+        area = annotation.get("area", 1.0)
+        if not isinstance(area, int | float):
+            raise DataError(
+                f"{self.file}: annotation {annotation.get('id')} has area = {area!r}, not a number; correct it"
+            )
+        return area
 
 
 class _Packed:

@@ -27,6 +27,27 @@ def test_windows_are_squares_of_the_map() -> None:
     assert torch.equal(join_windows(windows, 6, 3), tokens)
 
 
+@pytest.mark.parametrize(
+    ("kind", "global_blocks", "message"),
+    [
+        ("karat", 5, "detector.global_blocks = 5, but the model has 2 blocks, .* use 1 at most"),
+        ("karat", 2, "none would learn its attention; use 1 at most"),
+        ("softmax", 5, "the model has 2 blocks; use 2 at most"),
+    ],
+)
+def test_more_global_blocks_than_there_are_to_give_are_refused(
+    small, kind: str, global_blocks: int, message: str
+) -> None:
+    recipe = small(model={"image_size": 128}, detector={"global_blocks": global_blocks}, attention={"kind": kind})
+    with pytest.raises(RecipeError, match=message):
+        ViTBackbone(build_vit(recipe), recipe)
+
+
+def test_softmax_may_see_the_whole_image_in_every_block(small) -> None:
+    recipe = small(model={"image_size": 128}, detector={"global_blocks": 2}, attention={"kind": "softmax"})
+    assert ViTBackbone(build_vit(recipe), recipe).global_blocks == {0, 1}
+
+
 @pytest.mark.parametrize("global_blocks", [0, 1])
 def test_n_is_that_of_a_window_whatever_the_image(small, global_blocks: int) -> None:
     torch.manual_seed(0)

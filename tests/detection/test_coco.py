@@ -92,6 +92,12 @@ def test_bad_files_are_one_line_that_names_them(own: dict, tmp_path: Path) -> No
     assert "annotation 1 has no category or segmentation" in refused({**own, "annotations": [wrong]})
     nameless = {"id": 0, "width": 40, "height": 30}
     assert "image 0 has no file_name" in refused({**own, "images": [nameless]})
+    for key, value, what in (("file_name", 3, "a name"), ("width", "40", "pixels"), ("height", None, "pixels")):
+        untyped = {**own["images"][0], key: value}
+        assert f"image 0 has {key} = {value!r}, not {what}" in refused({**own, "images": [untyped]})
+    for area in (None, "big"):
+        sized = [{**own["annotations"][0], "area": area}]
+        assert f"annotation 1 has area = {area!r}, not a number" in refused({**own, "annotations": sized})
     wider = {**own, "images": [{**own["images"][0], "width": 41}]}
     assert "a.jpg is 40 x 30, but a.json says 41 x 30" in refused(wider)
     shutil.copy(tmp_path / "a.jpg", tmp_path / "whole.jpg")
