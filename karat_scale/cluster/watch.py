@@ -57,8 +57,8 @@ class Watch:
             if now - self._begun <= self._stall:
                 return None
             return f"rank {absent[0]} gave no sign of life in {self._stall:g} s"
-        if all(now - seen.got_on <= self._stall for seen in self._seen.values()):
-            return None
+        if any(now - seen.got_on <= self._stall for seen in self._seen.values()):
+            return None  # such as one that writes to a slow disk: the others wait for it and stand still
         silent = [seen for seen in self._seen.values() if now - seen.wrote > _SILENT_SECONDS]
         worst = min(silent or self._seen.values(), key=lambda seen: (seen.sign.beats, seen.got_on))
         sign, seconds = worst.sign, now - worst.got_on

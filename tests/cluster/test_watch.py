@@ -28,6 +28,13 @@ def test_the_rank_with_the_fewest_beats_is_named_with_its_host() -> None:
     assert "2 of 3 ranks wait for it" in verdict
 
 
+def test_ranks_that_wait_for_one_that_gets_on_are_no_hang() -> None:
+    watch = Watch(2, STALL, 0.0)  # rank 0 writes its share of a checkpoint to a slow disk, and the other has none
+    assert all(watch.look(signs(10 + t, 5, written=t), float(t)) is None for t in range(1000))
+    verdict = next(v for t in range(1000, 2000) if (v := watch.look(signs(1010, 1011, written=t), float(t))))
+    assert verdict.startswith("rank 0 on node0")
+
+
 def test_a_process_that_writes_no_more_is_named_before_one_that_waits() -> None:
     watch = Watch(2, STALL, 0.0)
     for t in range(80):
