@@ -69,6 +69,7 @@ class RunDirectory:
         try:
             self.store.root.mkdir(parents=True, exist_ok=True)
             self._claim()
+            self.store.put_back()
         except OSError as error:
             raise RunDirectoryError(f"run.dir = {self.path}: {error.strerror}; choose another run.dir") from None
         if recipe.resume.mode == "never" and self.store.names():

@@ -157,8 +157,16 @@ class CheckpointStore:
             if name not in kept:
                 shutil.rmtree(self.root / name)
 
+    def put_back(self) -> None:
+        """Give a checkpoint its name again that a kill caught while the next of its step was to take its place."""
+        for path in self.root.glob(f"{_REPLACED}*"):
+            final = self.root / path.name.removeprefix(_REPLACED)
+            if not final.exists():
+                path.rename(final)
+
     def discard_unfinished(self) -> None:
         """Remove what saves that never finished left behind."""
+        self.put_back()
         for path in self.root.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -43,6 +43,30 @@ def test_an_unfinished_save_is_no_checkpoint_and_goes_with_the_next(store: Check
     assert not torn.exists()
 
 
+def test_a_checkpoint_about_to_be_replaced_is_put_back_after_a_kill(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = save(store, 1)
+    rename = Path.rename
+
+    def cut(path: Path, target: Path) -> Path:
+        if target == store.root / name:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", cut)
+    with pytest.raises(KeyboardInterrupt):
+        save(store, 1)
+    monkeypatch.undo()
+    assert store.names() == []
+    store.put_back()
+    assert store.names() == [name]
+    assert store.pointed("latest") == name
+    assert store.damage(name) is None
+    save(store, 1)
+    assert [path.name for path in store.root.iterdir() if path.is_dir()] == [name]
+
+
 @pytest.mark.parametrize("victim", ["weights.pt", STATE, MANIFEST])
 @pytest.mark.parametrize("harm", HARMS)
 def test_every_kind_of_damage_is_named(store: CheckpointStore, victim: str, harm: str) -> None:
