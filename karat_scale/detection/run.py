@@ -22,6 +22,7 @@ from karat_scale.train.out_of_memory import one_line_out_of_memory
 from karat_scale.train.outcome import Outcome, concluded
 from karat_scale.train.reporting.progress import choose_display
 from karat_scale.train.run_directory import RunDirectory
+from karat_scale.train.same_data import keep_data
 from karat_scale.train.signals import StopSignals
 from karat_scale.train.start import branch_point, device_name, open_directory, open_reporter
 
@@ -46,7 +47,11 @@ def train_detector(recipe: DetectionRecipe) -> int:
             outcome.parameters = parameter_count(parts.model)
             if changes:
                 reporter.info(f"the recipe has changed on purpose: {changes}")
-            state = parts.checkpoints.load(branch_point(recipe, directory)) or outcome.state
+            branch = branch_point(recipe, directory)
+            state = parts.checkpoints.load(branch) or outcome.state
+            other = keep_data(state, len(parts.train), parts.train.classes, recipe, is_branch=bool(branch))
+            if other:
+                reporter.info(f"it goes on with other data: {other}")
             outcome.state, outcome.begun = state, True
             if world.is_main:
                 directory.begin(recipe, parts.train.classes)

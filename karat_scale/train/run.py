@@ -15,6 +15,7 @@ from karat_scale.train.out_of_memory import explain_out_of_memory
 from karat_scale.train.outcome import Outcome, concluded
 from karat_scale.train.parts import Parts, build_parts
 from karat_scale.train.run_directory import RunDirectory
+from karat_scale.train.same_data import keep_data
 from karat_scale.train.signals import StopSignals
 from karat_scale.train.start import branch_point, device_name, open_directory, open_reporter
 from karat_scale.train.state import TrainState
@@ -45,9 +46,13 @@ def _train(recipe: Recipe, world: World, directory: RunDirectory, changes: str, 
             outcome.parameters, outcome.train_images = parts.engine.parameters, parts.backend.num_train
             if changes:
                 reporter.info(f"the recipe has changed on purpose: {changes}")
-            state = parts.checkpoints.load(branch_point(recipe, directory))
+            branch = branch_point(recipe, directory)
+            state = parts.checkpoints.load(branch)
             if state is None:
                 state = TrainState(begun_with=run_behind(recipe.init_from))
+            other = keep_data(state, parts.backend.num_train, parts.backend.classes, recipe, is_branch=bool(branch))
+            if other:
+                reporter.info(f"it goes on with other data: {other}")
             outcome.classes = parts.backend.classes
             outcome.lineage = lineage(recipe, directory.path, state)
             outcome.state, outcome.begun = state, True

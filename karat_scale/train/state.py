@@ -21,6 +21,10 @@ class RunState:
     peak_memory_mb: float = 0.0
     restarts: int = 0
     seconds_to_first_step: float | None = None
+    train_images: int = 0
+    """Of the data it trains on; 0 where nobody said."""
+    classes_sha256: str = ""
+    """Of the names of their classes, in the order of the labels."""
 
     @property
     def images_per_second(self) -> float | None:
