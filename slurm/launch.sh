@@ -17,13 +17,17 @@ set -uo pipefail
 : "${STALL_SECONDS:=900}"
 # HOST_SUFFIX: what makes a node's name the name of its fast interface, such as i on JUWELS.
 
+# What SLURM knows this job by. One element of an array has the array's own id, by which SLURM takes all of them.
+JOB=${SLURM_JOB_ID:-}
+[[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+
 refuse() {
   echo "error: $*" >&2
   exit 2
 }
 
 say() {
-  echo "$(date +%H:%M:%S) job ${SLURM_JOB_ID}: $*"
+  echo "$(date +%H:%M:%S) job $JOB: $*"
 }
 
 # Until ranks run there is nothing to save.
@@ -95,7 +99,7 @@ launch() {
   [[ $gpus == 0 || $gpus == "$per_node" ]] ||
     refuse "$gpus GPUs but $per_node tasks a node; set --ntasks-per-node to --gpus-per-node"
   local ranks=$((SLURM_JOB_NUM_NODES * per_node))
-  LOGS=$RUN/logs/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+  LOGS=$RUN/logs/$JOB-${SLURM_RESTART_COUNT:-0}
   mkdir -p "$LOGS" || refuse "RUN = $RUN cannot be written"
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null | head -n 1)
   # A batch script runs on the first node, so without scontrol that is this one.
@@ -175,7 +179,7 @@ lost_nodes() {
 
 requeue() {
   local state
-  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null)
+  state=$(squeue --noheader --jobs="$JOB" --format=%T 2>/dev/null)
   if [[ $state != RUNNING ]]; then # cancelled, or SLURM is requeueing it
     say "$1; not requeued, the job is ${state:-unknown}"
     exit 75
@@ -183,7 +187,7 @@ requeue() {
   say "$1; requeued"
   trap - USR2 TERM
   # The site may requeue by exit code (RequeueExit) where this is not allowed.
-  scontrol requeue "$SLURM_JOB_ID" && sleep 60
+  scontrol requeue "$JOB" && sleep 60
   exit 75
 }
 

@@ -127,7 +127,7 @@ def _of_newest_start(signs: list[Sign]) -> list[Sign]:
 
 
 def _newest_job(logs: Path) -> str | None:
-    """The launch wrapper names a directory JOB-RESTART for each start."""
+    """The launch wrapper names a directory JOB-RESTART for each start; of an array, JOB is ARRAY_ELEMENT."""
     starts = [path for path in logs.glob("*-*") if path.is_dir()] if logs.is_dir() else []
     newest = max(starts, key=lambda path: path.stat().st_mtime, default=None)
     return newest.name.rpartition("-")[0] if newest else None

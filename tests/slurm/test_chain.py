@@ -3,15 +3,17 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from karat_scale.cluster.standing import read_standing
 from karat_scale.data.formats.shard_format import read_dataset_record
-from tests.conftest import SMALL, summary
-from tests.slurm.cluster import Cluster
+from tests.conftest import SMALL, events, summary
+from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.jobs import submit
 
 RECIPE = "attention: {kind: karat}\nschedule: {warmup_epochs: 0}\ndata: {path: set by the script}\n"
@@ -78,6 +80,32 @@ def test_a_sweep_trains_each_point_in_a_directory_of_its_own(
     assert job.wait() == "COMPLETED 0", job.log
     runs = {path.name: summary(path)["exit"] for path in (tmp_path / "sweep").iterdir()}
     assert runs == {f"g{grid}_r4_{mode}": 0 for grid in (1, 2) for mode in ("blockwise", "universal")}
+
+
+def test_each_element_of_an_array_comes_back_by_itself(
+    cluster: Cluster, shards: Path, recipe: Path, tmp_path: Path
+) -> None:
+    job = submit(
+        cluster, "sweep_grid.sh", *SMALL, "train.epochs=40", "train.eval_every_epochs=40", options=("--array=0-1",),
+        cwd=tmp_path, RECIPE=recipe, SHARDS=shards, RUNS=tmp_path / "sweep", GRIDS="1 2", RANKS="4", MODES="blockwise",
+    )  # fmt: skip
+    runs = [tmp_path / "sweep" / f"g{grid}_r4_blockwise" for grid in (1, 2)]
+    undisturbed = dict(enumerate(runs))
+
+    def disturb() -> bool:
+        for element, run in tuple(undisturbed.items()):
+            if (run / "metrics.jsonl").is_file() and events(run, "train"):
+                replace(job, id=f"{job.id}_{element}").signal_batch()
+                del undisturbed[element]
+        return not undisturbed
+
+    wait_until(disturb, 120, "both elements train")
+    assert job.wait() == "COMPLETED 0", job.log
+    assert job.fields("Restarts") == ["1", "1"]
+    for element, run in enumerate(runs):
+        assert [event["restarts"] for event in events(run, "resume")] == [1]
+        assert summary(run)["steps"] == 40 * 8
+        assert read_standing(run).job == f"{job.id}_{element}"
 
 
 def jpeg(rng: np.random.Generator) -> bytes:
