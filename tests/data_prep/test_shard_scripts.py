@@ -120,12 +120,53 @@ def test_staging_copies_and_goes_on(shards, tmp_path, capsys):
     assert (local / "train-000000.tar").stat().st_mtime_ns == kept
 
 
+def stage_split(shards, local, split):
+    stage.main(["--src", str(shards), "--out", str(local), "--split", split])
+
+
+def test_splits_staged_one_after_another_are_one_data_set(shards, tmp_path, capsys):
+    local = tmp_path / "local"
+    stage_split(shards, local, "train")
+    assert "Stage val too before you train from it" in capsys.readouterr().out
+    stage_split(shards, local, "val")
+    assert f"Train with data.path={local}" in capsys.readouterr().out
+    assert contents(local) == contents(shards)
+
+
+def test_a_split_that_cannot_be_staged_leaves_the_others_listed(shards, tmp_path):
+    local = tmp_path / "local"
+    stage_split(shards, local, "train")
+    stage_split(shards, local, "val")
+    for directory in (local, shards):
+        flip(directory / "val-000000.tar", 2000)
+    with pytest.raises(DataError, match="val-000000.tar has changed"):
+        stage_split(shards, local, "val")
+    assert list(read_dataset_record(local).splits) == ["train"]
+
+
+@pytest.mark.parametrize("change", ["damage", "other classes", "other shards"])
+def test_a_staged_split_that_is_not_right_is_listed_no_more(shards, tmp_path, capsys, change):
+    local = tmp_path / "local"
+    stage_split(shards, local, "train")
+    record = read_dataset_record(shards)
+    if change == "damage":
+        flip(local / "train-000001.tar", 2000)
+    elif change == "other classes":
+        record.classes[0] = "another"
+    else:
+        record.splits["train"].shards.reverse()
+    write_dataset_record(shards, record)
+    stage_split(shards, local, "val")
+    assert list(read_dataset_record(local).splits) == ["val"]
+    assert "Stage train too before you train from it" in capsys.readouterr().out
+
+
 def test_staging_one_split(shards, tmp_path):
-    stage.main(["--src", str(shards), "--out", str(tmp_path / "local"), "--split", "val"])
+    stage_split(shards, tmp_path / "local", "val")
     assert len(ShardSplit(tmp_path / "local", "val", 3, "hash")) == 9
     assert list(read_dataset_record(tmp_path / "local").splits) == ["val"]
     with pytest.raises(DataError, match="has no split 'test'; the splits there: train, val"):
-        stage.main(["--src", str(shards), "--out", str(tmp_path / "other"), "--split", "test"])
+        stage_split(shards, tmp_path / "other", "test")
 
 
 def test_damage_at_the_source_is_not_staged(shards, tmp_path):
@@ -148,7 +189,7 @@ def test_a_copy_that_lost_files_is_not_taken_for_whole_while_they_cannot_be_copi
 
 def test_a_full_disk_names_the_way_out(shards, tmp_path):
     free = shutil.disk_usage(tmp_path).free
-    with pytest.raises(DataError, match=r"GB free; train from data.path=.* instead"):
+    with pytest.raises(DataError, match=r"GB free; train from data.path=.* instead$"):
         stage.check_space(shards, tmp_path, free)
     stage.check_space(shards, tmp_path, 1)
 
