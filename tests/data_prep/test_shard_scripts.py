@@ -139,7 +139,7 @@ def test_a_split_that_cannot_be_staged_leaves_the_others_listed(shards, tmp_path
     stage_split(shards, local, "val")
     for directory in (local, shards):
         flip(directory / "val-000000.tar", 2000)
-    with pytest.raises(DataError, match="val-000000.tar has changed"):
+    with pytest.raises(DataError, match=r"val-000000.tar has changed"):
         stage_split(shards, local, "val")
     assert list(read_dataset_record(local).splits) == ["train"]
 
