@@ -16,8 +16,8 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR2@120
 
-# sbatch runs a copy of this file; SLURM knows where the clone is that it came from.
-SCRIPT=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///p;q}')
+# sbatch runs a copy of this file; SLURM knows where the clone is that it came from (22.05 adds the arguments).
+SCRIPT=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/;p;q}')
 KARAT_HOME=${KARAT_HOME:-$(dirname "$(dirname "${SCRIPT:-$(realpath "$0")}")")}
 
 RECIPE=${RECIPE:-imagenet_vit_tiny}

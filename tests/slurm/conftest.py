@@ -18,6 +18,7 @@ SHARE = {
     "test_slurm_accepts_every_script_as_it_stands",
     "test_a_bad_partition_is_refused_at_submission",
     "test_a_mistake_in_the_settings_is_one_line",
+    "test_a_copy_of_a_script_finds_its_clone",
     "test_a_job_and_an_element_of_an_array_requeue_themselves",
     "test_outside_a_job_the_script_says_how_to_run_it",
 }

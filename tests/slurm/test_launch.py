@@ -1,17 +1,40 @@
 """Functions of slurm/launch.sh by themselves, beside commands of SLURM that say what they were asked."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.slurm.jobs import SCRIPTS
 
 
 def stub(directory: Path, name: str, script: str) -> None:
     (directory / name).write_text(f"#!/bin/sh\n{script}\n")
     (directory / name).chmod(0o755)
+
+
+@pytest.mark.parametrize("arguments", ["", " init_from=runs/base.sh/x data.workers=2"], ids=["23.02", "22.05"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_copy_of_a_script_finds_its_clone(script: str, arguments: str, tmp_path: Path) -> None:
+    clone, spool, commands = (tmp_path / name for name in ("a clone", "spool", "bin"))
+    for directory in (clone, spool, commands):
+        directory.mkdir()
+    shutil.copytree(ROOT / "slurm", clone / "slurm")
+    # As scontrol prints it; from 23.02 on without the arguments.
+    stub(
+        commands, "scontrol", f"echo 'JobId=812 JobName=x\n   Command={clone}/slurm/{script}{arguments}\n   WorkDir=/'"
+    )
+    shutil.copy(ROOT / "slurm" / script, spool / "slurm_script")
+    kept = {key: value for key, value in os.environ.items() if key != "KARAT_HOME"}
+    environment = {**kept, "PATH": f"{commands}:{kept['PATH']}", "SLURM_JOB_ID": "812", "VENV": "/nowhere"}
+    done = subprocess.run(
+        ["bash", spool / "slurm_script"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    # It is launch.sh that says so.
+    assert (done.returncode, done.stderr) == (2, "error: VENV = /nowhere: no bin/activate there\n")
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,11 @@ import pytest
 
 from tests.conftest import ROOT, SMALL
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import submission, submit
+from tests.slurm.jobs import SCRIPTS, submission, submit
 from tests.slurm.packages import SHELLCHECK, missing_reason
 
 SCRIPT = "imagenet_fourier_karat.sh"
 RECIPE = (*SMALL, "schedule.warmup_epochs=0")
-JOBS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh") if "#SBATCH" in path.read_text())
 
 
 def test_every_script_passes_shellcheck() -> None:
@@ -26,7 +25,7 @@ def test_every_script_passes_shellcheck() -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", JOBS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_slurm_accepts_every_script_as_it_stands(cluster: Cluster, script: str, tmp_path: Path) -> None:
     done = submission(cluster, script, ("--test-only",), (), {}, tmp_path)
     assert done.returncode == 0, done.stderr
