@@ -1,5 +1,6 @@
 """Where images come from: finds what kind of source a directory is, and its splits."""
 
+from collections.abc import Collection
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from sources.base import Openers, Source, UnreadableSampleError
 from sources.cifar import cifar_splits
 from sources.flowers102 import flowers_splits
 from sources.idx import idx_splits
-from sources.imagefolder import ImageFolderSource, class_folders, split_folders
+from sources.imagefolder import ImageFolderSource, class_folders, flat_folders, split_folders
 from sources.imagenet import has_imagenet_tars, imagenet_splits
 from sources.options import SourceOptions
 from sources.stl10 import stl10_splits
@@ -67,7 +68,11 @@ def _find(
             _refuse_unheeded(src, options, "a data set's official files", heeded)
             return dict(known), names
     _refuse_unheeded(src, options, "folders of image files", set())
-    folders = split_folders(src) or {split or "train": src}
+    folders = split_folders(src)
+    if folders:
+        _refuse_flat(src, folders, split)
+    else:
+        folders = {split or "train": src}
     names = sorted({name for folder in folders.values() for name in class_folders(folder)})
     return {name: partial(ImageFolderSource, path) for name, path in folders.items()}, names
 
@@ -79,7 +84,18 @@ def _refuse_unheeded(src: Path, options: SourceOptions, kind: str, heeded: set[s
             raise DataError(f"--{field.name.replace('_', '-')} has no meaning for {kind}, as in {src}; leave it out")
 
 
-def _choose(src: Path, found: Openers, split: str | None) -> dict[str, str]:
+def _refuse_flat(src: Path, folders: dict[str, Path], split: str | None) -> None:
+    """Raises DataError where a wanted split has images but no class folders, as Kaggle's ImageNet has its val."""
+    flat = flat_folders(src)
+    for name in _choose(src, [*folders, *flat], split).values():
+        if name in flat:
+            raise DataError(
+                f"{flat[name]} has images but no class folders; sort them into classes, "
+                f"or make only --split {next(iter(folders))}"
+            )
+
+
+def _choose(src: Path, found: Collection[str], split: str | None) -> dict[str, str]:
     """Output names of splits and the source's own names for them."""
     first_val = next((name for name in VAL_NAMES if name in found), None)
     if split is None:

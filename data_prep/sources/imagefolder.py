@@ -21,11 +21,22 @@ def is_image_name(file: str) -> bool:
 
 def split_folders(src: Path) -> dict[str, Path]:
     """The folders of `src` that are splits with class folders in them; empty if `src` holds the classes itself."""
+    return {name: src / name for name in SPLIT_FOLDERS if (src / name).is_dir() and _has_folders(src / name)}
+
+
+def flat_folders(src: Path) -> dict[str, Path]:
+    """The folders of `src` with a split's name that hold images and no class folders."""
     return {
         name: src / name
         for name in SPLIT_FOLDERS
-        if (src / name).is_dir() and any(entry.is_dir() for entry in (src / name).iterdir())
+        if (src / name).is_dir()
+        and not _has_folders(src / name)
+        and any(is_image_name(entry.name) for entry in (src / name).iterdir())
     }
+
+
+def _has_folders(folder: Path) -> bool:
+    return any(entry.is_dir() and entry.name[0] != "." for entry in folder.iterdir())
 
 
 def class_folders(folder: Path) -> list[str]:

@@ -1,0 +1,44 @@
+"""Which folders of an ImageFolder are splits."""
+
+import shutil
+
+import pytest
+
+from karat_scale.data.formats.shard_format import read_dataset_record
+from karat_scale.errors import DataError
+from tests.data_prep.images import WNIDS, jpeg, write, write_folders
+from tests.data_prep.making import make_shards
+
+
+@pytest.fixture
+def kaggle(tmp_path):
+    """As Kaggle has ImageNet: train/<class>/*.JPEG, val/*.JPEG, test/*.JPEG."""
+    write_folders(tmp_path / "kag", per_class=1)
+    for split in ("val", "test"):
+        shutil.rmtree(tmp_path / "kag" / split, ignore_errors=True)
+        write(tmp_path / "kag" / split / "ILSVRC2012_00000001.JPEG", jpeg(1))
+    return tmp_path / "kag"
+
+
+@pytest.mark.parametrize("options", [(), ("--split", "val")])
+def test_a_split_without_class_folders_is_not_left_out_in_silence(kaggle, tmp_path, options):
+    message = r"kag/val has images but no class folders; sort them into classes, or make only --split train$"
+    with pytest.raises(DataError, match=message):
+        make_shards(kaggle, tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_is_no_hindrance_where_another_is_wanted(kaggle, tmp_path):
+    make_shards(kaggle, tmp_path / "train", "--split", "train", "--workers", "1")
+    assert list(read_dataset_record(tmp_path / "train").splits) == ["train"]
+    shutil.rmtree(kaggle / "val")
+    write(kaggle / "val" / WNIDS[0] / "0.JPEG", jpeg(2))
+    make_shards(kaggle, tmp_path / "all", "--workers", "1")  # test/ stays flat: its labels nobody has
+    assert list(read_dataset_record(tmp_path / "all").splits) == ["train", "val"]
+
+
+def test_a_class_may_have_the_name_of_a_split(tmp_path):
+    for number, name in enumerate(("bus", "train")):
+        write(tmp_path / "src" / name / "0.jpg", jpeg(number))
+    make_shards(tmp_path / "src", tmp_path / "out", "--workers", "1")
+    assert read_dataset_record(tmp_path / "out").classes == ["bus", "train"]
