@@ -27,10 +27,11 @@ def live_tensor_peak(recipe: Recipe, world: int, steps: int = 2) -> int:
         port = int(probe.getsockname()[1])
     arguments = [(recipe, rank, world, port, steps) for rank in range(world)]
     with context.Pool(world, maxtasksperchild=1) as pool:
-        return max(pool.starmap(_measure, arguments, chunksize=1))
+        return max(pool.starmap(measure, arguments, chunksize=1))
 
 
-def _measure(recipe: Recipe, rank: int, world: int, port: int, steps: int) -> int:
+def measure(recipe: Recipe, rank: int, world: int, port: int, steps: int) -> int:
+    """`live_tensor_peak` of one rank, in a process of its own."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import torch

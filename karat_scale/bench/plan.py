@@ -67,14 +67,14 @@ def bench_plan(json_file: str | None) -> int:
 def compare(case: Case) -> dict[str, Any]:
     """Planned and measured bytes of live tensors, and the plan's relative error."""
     with tempfile.TemporaryDirectory() as scratch:
-        recipe = _recipe(case, scratch)
+        recipe = recipe_of(case, scratch)
         micro_batch = next(micro_batches(recipe, case.world))
         planned = consider(Subject(recipe, False), Machine(case.world, 0, False), case.config, micro_batch).peak.total
         measured = live_tensor_peak(recipe, case.world, STEPS)
     return {"case": case.name, "planned": planned, "measured": measured, "error": planned / measured - 1}
 
 
-def _recipe(case: Case, scratch: str) -> Recipe:
+def recipe_of(case: Case, scratch: str) -> Recipe:
     """ViT-Tiny of four blocks at 112 px, batches of 16, with KArAt G3B unless the case says otherwise."""
     tree: dict[str, Any] = {
         "run": {"name": "bench-plan", "dir": f"{scratch}/run", "device": "cpu"},

@@ -4,12 +4,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from karat_scale.data.plan import choose_micro_batch
+from karat_scale.errors import RecipeError
 from karat_scale.plan.memory import Batch, Peak, peak
 from karat_scale.plan.subject import Subject
 from karat_scale.plan.workspace import attention_workspace
 from karat_scale.plan.zero import kept
 from karat_scale.recipe import Recipe
-from karat_scale.train.deepspeed.config import load_ds_config, zero_stage
+from karat_scale.train.deepspeed.config import load_ds_config, stage_refusal, zero_stage
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 # On a GPU: CUDA's context, cuBLAS's and NCCL's buffers. On a CPU: Python with torch, timm and DeepSpeed, which were
@@ -70,19 +71,39 @@ def choose(recipe: Recipe, gpus: int, gpu_memory_bytes: int, configs: Sequence[s
         configs: DeepSpeed configurations to choose from, the best first.
 
     Raises:
-        RecipeError: the global batch does not divide over the GPUs, or the model cannot be built.
+        RecipeError: the global batch does not divide over the GPUs, the model cannot be built, or no configuration can
+            train it.
     """
     return choose_on(recipe, Machine(gpus, gpu_memory_bytes, True), configs)
 
 
 def choose_on(recipe: Recipe, machine: Machine, configs: Sequence[str] = STAGES) -> Choice:
     """`choose` on any machine."""
+    configs = usable(recipe, configs)
     return recommended(
         best(subject, machine, config)
         for variant in variants(recipe)
         for subject in (Subject(variant, machine.on_gpu),)
         for config in configs
     )
+
+
+def usable(recipe: Recipe, configs: Sequence[str]) -> list[str]:
+    """Those of `configs` that the recipe can train under; a single one is not judged here, but refused when it is read.
+
+    Raises RecipeError if there is none.
+    """
+    refused = refused_stages(recipe)
+    left = [config for config in configs if config not in refused or len(configs) == 1]
+    if not left:
+        raise RecipeError(f"no ZeRO stage can train this: {refused['zero0']}, and {refused['zero1']}; change one")
+    return left
+
+
+def refused_stages(recipe: Recipe) -> dict[str, str]:
+    """Those of STAGES that cannot train the recipe, and why."""
+    refusals = {config: stage_refusal(recipe, stage) for stage, config in enumerate(STAGES)}
+    return {config: refusal for config, refusal in refusals.items() if refusal}
 
 
 def variants(recipe: Recipe) -> Iterator[Recipe]:
@@ -153,11 +174,11 @@ def consider(subject: Subject, machine: Machine, config: str, micro_batch: int) 
 
 
 def _batch(subject: Subject, images: int, accumulation: int, stage: int) -> Batch:
-    """uint8 images of a whole step on the CPU, of a micro batch on a GPU; then float32, and bf16 for a bf16 model."""
+    """uint8 images of a whole step on the CPU, of a micro batch on a GPU, then float32, then a 16-bit model's own."""
     recipe = subject.recipe
     pixels = images * 3 * recipe.model.image_size**2
     raw = pixels * (1 if subject.on_gpu else accumulation)
-    rounded = 2 * pixels if recipe.train.precision == "bf16" and stage > 0 else 0
+    rounded = 2 * pixels if recipe.train.is_16_bit and stage > 0 else 0
     return Batch(images, raw + 4 * pixels + rounded, attention_workspace(recipe, images, subject.on_gpu))
 
 

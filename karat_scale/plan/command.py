@@ -10,7 +10,17 @@ import psutil
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
 from karat_scale.hardware import Gpu, known_gpu
-from karat_scale.plan.choose import STAGES, Choice, Machine, choose_on, consider, micro_batches, recommended
+from karat_scale.plan.choose import (
+    STAGES,
+    Choice,
+    Machine,
+    choose_on,
+    consider,
+    micro_batches,
+    recommended,
+    refused_stages,
+    usable,
+)
 from karat_scale.plan.communication import traffic
 from karat_scale.plan.curve import Node, curve
 from karat_scale.plan.dry_run import dry_run
@@ -62,7 +72,8 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
     if request.with_curve and gpu is None and request.step_time is None and measured(recipe, None) is None:
         raise UserError("--curve needs --gpu with a name that the table has, or --step-time")
     subject = Subject(recipe, machine.on_gpu)
-    configs = [recipe.deepspeed.config] if recipe.deepspeed.config not in STAGES else list(STAGES)
+    own = recipe.deepspeed.config
+    configs = usable(recipe, STAGES if own in STAGES else [own])
     sizes = list(micro_batches(recipe, machine.world))
     grid = {config: [consider(subject, machine, config, size) for size in sizes] for config in configs}
     choice = recommended(_preferred(choices) for choices in grid.values())
@@ -86,8 +97,9 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
         gpu=gpu,
         node=node,
         grid=grid,
+        refused={} if own not in STAGES else refused_stages(recipe),
         choice=choice,
-        load=traffic(subject.sizes.total, config, choice.accumulation, recipe.train.precision == "bf16"),
+        load=traffic(subject.sizes.total, config, choice.accumulation, recipe.train.precision),
         image_time=image_time,
         samples=samples,
         samples_from=samples_from,
@@ -105,6 +117,8 @@ def _machine(recipe: Recipe, request: Request, gpu: Gpu | None) -> Machine:
         memory = gpu.memory_bytes
     else:
         memory = psutil.virtual_memory().total // request.gpus
+    if recipe.train.precision == "fp16" and not on_gpu:
+        raise UserError("train.precision = fp16 needs a GPU; name it by --gpu, or give its memory by --memory")
     return Machine(request.gpus, memory, on_gpu)
 
 

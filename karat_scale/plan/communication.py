@@ -34,7 +34,7 @@ class Traffic:
         return (2 * self.all_reduced + self.gathered + self.scattered) * (world - 1) / world
 
 
-def traffic(parameters: int, config: Mapping[str, Any], accumulation: int, is_bf16: bool) -> Traffic:
+def traffic(parameters: int, config: Mapping[str, Any], accumulation: int, precision: str) -> Traffic:
     """What DeepSpeed 0.19 sends in a step of `accumulation` micro batches, under a filled config.
 
     Stage 0 all-reduces fp32 gradients once a step, stage 1 once a step in the dtype of the weights. Stage 2 all-reduces
@@ -42,7 +42,7 @@ def traffic(parameters: int, config: Mapping[str, Any], accumulation: int, is_bf
     weights once for each micro batch. Stages 1 and 2 gather the stepped weights once.
     """
     stage, zero = zero_stage(config), config["zero_optimization"]
-    low = (2 if is_bf16 else FP32) * parameters
+    low = (FP32 if precision == "fp32" else 2) * parameters
     overlaps = zero.get("overlap_comm")
     hidden = bool(overlaps) or (overlaps is None and stage == 3)
     bucket = int(zero.get("reduce_bucket_size", BUCKET))
@@ -50,7 +50,7 @@ def traffic(parameters: int, config: Mapping[str, Any], accumulation: int, is_bf
         return Traffic(FP32 * parameters, 0, 0, math.ceil(parameters / ALL_REDUCE), False)
     calls = math.ceil(parameters / bucket)
     if stage == 1:
-        return Traffic(low, low, 0, calls + 1, hidden and not is_bf16)
+        return Traffic(low, low, 0, calls + 1, hidden and precision != "bf16")
     if stage == 2:
         return Traffic(accumulation * low, low, 0, accumulation * calls + 1, hidden)
     return Traffic(0, accumulation * low, accumulation * low, 2 * accumulation * calls, hidden)

@@ -45,10 +45,9 @@ def curve(
         micro_batch: images a GPU takes at once.
         image_seconds: that one GPU computes on an image, forward and backward.
     """
-    is_bf16 = recipe.train.precision == "bf16"
 
     def rate(gpus: int, images: int, accumulation: int) -> float:
-        load = traffic(parameters, config, accumulation, is_bf16)
+        load = traffic(parameters, config, accumulation, recipe.train.precision)
         talk = seconds(load, gpus, node.gpus, node.links)
         return gpus * images * accumulation / step_seconds(images * accumulation * image_seconds, load, talk)
 

@@ -69,11 +69,9 @@ def _backward(state: Kept, footprint: Footprint, batch: Batch) -> Peak:
     """Forward, too: its own worst moment is its end, where backward begins."""
     live = footprint.live(batch.images)
     made = footprint.gradients_made
-    gradients = (
-        made
-        if state.keeps_gradients
-        else footprint.gradient_in_hand + state.partition * (made > 0) * (made > state.flush_after)
-    )
+    gradients = state.keeps_gradients * made + state.partition * (made > 0) * (made > state.flush_after)
+    if state.keeps_gradients != 1:
+        gradients = gradients + footprint.gradient_in_hand
     share_left = 1 - made / max(made[-1], 1)
     in_backward = np.arange(len(live)) >= footprint.forward
     gathered = state.gathered * share_left

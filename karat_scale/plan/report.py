@@ -19,7 +19,10 @@ SHOWN_MICRO_BATCHES = 6
 
 @dataclass(frozen=True)
 class Plan:
-    """All that was found. `grid` holds each configuration's choices by micro batch, `choice` the recommended one."""
+    """All that was found. `grid` holds each configuration's choices by micro batch, `choice` the recommended one.
+
+    refused: configurations that cannot train the recipe, and why.
+    """
 
     recipe: Recipe
     parameters: int
@@ -27,6 +30,7 @@ class Plan:
     gpu: Gpu | None
     node: Node
     grid: dict[str, list[Choice]]
+    refused: dict[str, str]
     choice: Choice
     load: Traffic
     image_time: ImageTime | None
@@ -60,6 +64,7 @@ class Plan:
             "gpu": self.gpu.key if self.gpu else None,
             "fits": self.choice.fits,
             "choice": _to_json(self.choice),
+            "refused": self.refused,
             "candidates": [_to_json(choice) for choices in self.grid.values() for choice in choices],
             "communication": {**asdict(self.load), "sent_bytes": self.load.sent(self.machine.world)},
             "seconds": {
@@ -126,6 +131,8 @@ def _show_grid(plan: Plan) -> None:
     world, memory = plan.machine.world, gigabytes(plan.machine.memory)
     title = f"GB needed by a rank of {world}, on {kind} with {memory}, by micro batch (- does not fit)"
     show_table(title, ["", *map(str, sizes)], rows)
+    for config, refusal in plan.refused.items():
+        print(f"  {config} passed over: {refusal}")
 
 
 def _shown(plan: Plan) -> slice:

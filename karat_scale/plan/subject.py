@@ -18,9 +18,10 @@ from karat_scale.models.recompute import Choice, choices_by_rule, recompute
 from karat_scale.models.recompute_budget import cheapest_choices, least_budget
 from karat_scale.models.saved_tensors import activation_bytes
 from karat_scale.plan.footprint import Footprint
+from karat_scale.plan.sizes import ParameterSizes
 from karat_scale.plan.tracing import fake_copy, trace_step
-from karat_scale.plan.zero import ParameterSizes
 from karat_scale.recipe import Recipe
+from karat_scale.train.deepspeed.engine import DTYPES
 
 # Two sizes that mixup's pairs allow.
 TRACED_BATCHES = (2, 4)
@@ -42,14 +43,14 @@ class Subject:
         self._footprints: dict[tuple[bool, tuple[Choice, ...]], Footprint] = {}
 
     def footprint(self, stage: int, images: int) -> Footprint:
-        """What a micro batch allocates at a ZeRO stage: at 0 bf16 is autocast, later the model itself is bf16.
+        """What a micro batch allocates at a ZeRO stage: at 0 bf16 is autocast, later the model itself has 16 bits.
 
         `images` counts only for what a budget lets the model recompute. Raises RecipeError where the model cannot run
         as the recipe says.
         """
-        is_bf16 = self.recipe.train.precision == "bf16"
-        autocast = is_bf16 and stage == 0
-        dtype = torch.bfloat16 if is_bf16 and not autocast else None
+        is_16_bit = self.recipe.train.is_16_bit
+        autocast = is_16_bit and stage == 0
+        dtype = DTYPES[self.recipe.train.precision] if is_16_bit and not autocast else None
         choices = self._choices(dtype, autocast, images)
         key = autocast, choices
         if key not in self._footprints:

@@ -1,56 +1,35 @@
 """What DeepSpeed and this project's engine keep on a rank, stage by stage, read from their code and measured.
 
 P is the model's parameters, W the ranks. Sizes are bytes. DeepSpeed 0.19: `runtime/zero/stage_1_and_2.py`, `stage3.py`
-and `runtime/bf16_optimizer.py`, which is stage 1 in bf16.
+and `runtime/bf16_optimizer.py`, which is stage 1 in bf16; stage 1 in fp16 is the first file's.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
-from karat_scale.models import parameter_count
-from karat_scale.recipe import OptimConfig, Recipe
+from karat_scale.plan.sizes import ParameterSizes
+from karat_scale.recipe import Recipe
 from karat_scale.train.deepspeed.config import offloads_optimizer, zero_stage
-from karat_scale.train.parameter_groups import parameter_groups
 
 FP32 = 4
 # torch's AdamW on a CPU works on one tensor after the other, with temporaries of its size: two for a flat shard, and
 # at stage 0 a third, of the clipping. The fused one of CUDA and DeepSpeed's for CPUs have none.
 ADAM_TEMPORARIES = 2
+# torch's Muon, on one matrix after the other: an update in fp32, and three in bf16 while it is made orthogonal.
+MUON_TEMPORARY_BYTES = 10
 # DeepSpeed's defaults, in elements.
 BUCKET, ALL_REDUCE, MAX_LIVE, PERSISTENT = 500_000_000, 500_000_000, 1_000_000_000, 100_000
-
-
-@dataclass(frozen=True)
-class ParameterSizes:
-    """Elements: of all that learns, of each optimizer group, of each parameter, and of all that is frozen."""
-
-    total: int
-    groups: tuple[int, ...]
-    each: tuple[int, ...]
-    frozen: int
-
-    @classmethod
-    def of(cls, model: nn.Module, optim: OptimConfig) -> "ParameterSizes":
-        """Of a model, in the groups of the engine's optimizer."""
-        parameters = list(model.parameters())
-        return cls(
-            total=parameter_count(model),
-            groups=tuple(sum(p.numel() for p in group["params"]) for group in parameter_groups(model, optim)),
-            each=tuple(p.numel() for p in parameters if p.requires_grad),
-            frozen=sum(p.numel() for p in parameters if not p.requires_grad),
-        )
 
 
 @dataclass(frozen=True)
 class Kept:
     """What a rank holds, in bytes.
 
-    weights: what the forward pass reads; masters: fp32 weights beside them. moments: of AdamW. ema: fp32.
+    weights: what the forward pass reads; masters: fp32 weights beside them. moments: of the optimizer. ema: fp32.
     held_gradients: alive before a backward pass begins, in the worst micro batch of a step.
-    keeps_gradients: each parameter's gradient stays where backward made it; else it is copied away at once.
+    keeps_gradients: how many times the bytes of each gradient that backward makes stay: 1 where it stays itself, 2
+    where it is widened to fp32, 0 where it is copied away at once.
     bucket: DeepSpeed's buffers while gradients come. gathered: stage 3's whole weights between forward and backward.
     partition: allocated for gradients when `flush_after` bytes of them have come.
     final_gradients: alive when the step begins. reducing: more than that, at its most, between backward and step.
@@ -63,7 +42,7 @@ class Kept:
     moments: int
     ema: int
     held_gradients: int
-    keeps_gradients: bool
+    keeps_gradients: int
     bucket: int
     gathered: int
     partition: int
@@ -86,9 +65,9 @@ def kept(
     """What a rank of `world` keeps under a filled DeepSpeed `config`, with `accumulation` micro batches a step."""
     stage = zero_stage(config)
     ema = FP32 * sizes.total if recipe.train.ema_decay else 0
-    case = _Case(sizes, config, world, accumulation > 1, on_gpu, recipe.train.precision == "bf16", ema)
-    by_stage = {0: _stage_0, 1: _bf16_stage_1 if case.is_bf16 else _stages_1_and_2, 2: _stages_1_and_2, 3: _stage_3}
-    return by_stage[stage](case)
+    case = _Case(sizes, config, world, accumulation > 1, on_gpu, recipe.train.is_16_bit, ema)
+    stage_1 = _bf16_stage_1 if recipe.train.precision == "bf16" else _stages_1_and_2
+    return {0: _stage_0, 1: stage_1, 2: _stages_1_and_2, 3: _stage_3}[stage](case)
 
 
 @dataclass(frozen=True)
@@ -98,7 +77,7 @@ class _Case:
     world: int
     accumulates: bool
     on_gpu: bool
-    is_bf16: bool
+    is_16_bit: bool
     whole_ema: int
 
     @property
@@ -118,7 +97,7 @@ class _Case:
     @property
     def width(self) -> int:
         """Bytes of a parameter in the forward pass, from stage 1 on."""
-        return 2 if self.is_bf16 else FP32
+        return 2 if self.is_16_bit else FP32
 
     @property
     def largest_group(self) -> int:
@@ -146,7 +125,8 @@ class _Case:
     @property
     def bucket(self) -> int:
         overlaps = self.config["zero_optimization"].get("overlap_comm")
-        return (2 if overlaps else 1) * self.width * self.zero("reduce_bucket_size", BUCKET)
+        width = FP32 if self.stage == 1 else self.width
+        return (2 if overlaps else 1) * width * self.zero("reduce_bucket_size", BUCKET)
 
     @property
     def offloads(self) -> bool:
@@ -158,17 +138,20 @@ def _stage_0(case: _Case) -> Kept:
     return Kept(
         weights=case.whole + case.frozen,
         masters=0,
-        moments=2 * case.whole,
+        moments=2 * case.whole - FP32 * sum(case.sizes.matrices),
         ema=case.whole_ema,
         held_gradients=case.whole if case.accumulates else 0,
-        keeps_gradients=not case.accumulates,
+        keeps_gradients=0 if case.accumulates else 1,
         bucket=0,
         gathered=0,
         partition=0,
         flush_after=0,
         final_gradients=case.whole,
         reducing=min(case.whole, FP32 * ALL_REDUCE),
-        stepping=case.adam(FP32 * max(case.sizes.each), ADAM_TEMPORARIES + 1),
+        stepping=max(
+            case.adam(FP32 * max(case.sizes.each), ADAM_TEMPORARIES + 1),
+            MUON_TEMPORARY_BYTES * max(case.sizes.matrices, default=0),
+        ),
         starting=case.whole * (1 if case.on_gpu else 2),
         host=0,
     )
@@ -183,7 +166,7 @@ def _bf16_stage_1(case: _Case) -> Kept:
         moments=2 * case.shard,
         ema=case.ema,
         held_gradients=case.whole + (low if case.accumulates else 0),
-        keeps_gradients=not case.accumulates,
+        keeps_gradients=0 if case.accumulates else 1,
         bucket=0,
         gathered=0,
         partition=0,
@@ -199,15 +182,16 @@ def _bf16_stage_1(case: _Case) -> Kept:
 def _stages_1_and_2(case: _Case) -> Kept:
     """Flat weights, fp32 masters of a share beside them, and a bucket through which gradients go.
 
-    Stage 1 (fp32) keeps all gradients until the step. Stage 2 keeps a share; in fp32 that of a later micro batch is
-    a second one, until the two are added.
+    Stage 1 (fp32, fp16) keeps all gradients in fp32 until the step; fp16's are cast back to be sent. Stage 2 keeps a
+    share; in fp32 that of a later micro batch is a second one, until the two are added.
     """
     weights = case.width * case.sizes.total
     is_2 = case.stage == 2
     held = (case.shard if is_2 else case.whole) if case.accumulates else 0
-    adds_in_place = is_2 and case.is_bf16
-    unflushed = 0 if is_2 else max(case.whole - case.bucket, 0)
-    second = held if is_2 and not case.is_bf16 else 0
+    widened = case.is_16_bit and not is_2
+    unflushed = 0 if is_2 else case.whole if widened else max(case.whole - case.bucket, 0)
+    second = held if is_2 and not case.is_16_bit else 0
+    cast = min(weights, case.bucket // 2) if widened else 0
     on_host = 3 * case.shard + case.ema + case.shard if case.offloads else 0
     return Kept(
         weights=weights + case.frozen,
@@ -215,14 +199,14 @@ def _stages_1_and_2(case: _Case) -> Kept:
         moments=2 * case.shard,
         ema=case.ema,
         held_gradients=held,
-        keeps_gradients=not is_2 and not case.accumulates,
+        keeps_gradients=0 if is_2 or case.accumulates else FP32 // case.width,
         bucket=case.bucket,
         gathered=0,
-        partition=case.shard if is_2 and not (adds_in_place and case.accumulates) else 0,
+        partition=case.shard if is_2 and not (case.is_16_bit and case.accumulates) else 0,
         flush_after=case.bucket,
         final_gradients=case.shard,
-        reducing=case.bucket + unflushed + second,
-        stepping=case.adam(case.largest_group) + (0 if adds_in_place else case.largest_group),
+        reducing=case.bucket + unflushed + second + cast,
+        stepping=case.adam(case.largest_group) + (0 if case.is_16_bit else case.largest_group),
         starting=weights + 2 * case.shard + (weights if case.on_gpu else case.whole),
         host=on_host,
     )
@@ -247,7 +231,7 @@ def _stage_3(case: _Case) -> Kept:
         moments=2 * case.shard,
         ema=case.ema,
         held_gradients=case.shard + case.bucket,
-        keeps_gradients=False,
+        keeps_gradients=0,
         bucket=0,
         gathered=max(case.width * live - persistent, 0) if several else 0,
         partition=0,

@@ -71,6 +71,11 @@ class TrainConfig(Section):
     on_nonfinite: Literal["skip", "stop"] = "skip"
     max_skipped_steps: Count = 20
 
+    @property
+    def is_16_bit(self) -> bool:
+        """Whether the forward pass computes in bf16 or fp16."""
+        return self.precision != "fp32"
+
     @field_validator("freeze", mode="before")
     @classmethod
     def _one_pattern_is_a_list(cls, value: Any) -> Any:

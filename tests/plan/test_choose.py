@@ -51,6 +51,44 @@ def test_a_global_batch_that_does_not_divide_is_refused(small_recipe: Load) -> N
         choose(small_recipe(), 3, PLENTY)
 
 
+@pytest.mark.parametrize(("key", "config"), [("train.precision=fp16", "zero1"), ("optim.name=muon", "zero0")])
+def test_a_stage_that_the_recipe_cannot_use_is_passed_over(small_recipe: Load, key: str, config: str) -> None:
+    choice = choose(small_recipe(key, "deepspeed.config=zero2"), 2, PLENTY)
+    assert (choice.config, choice.fits) == (config, True)
+
+
+def test_what_no_stage_can_train_is_one_line(small_recipe: Load) -> None:
+    with pytest.raises(RecipeError, match=r"fp16 needs ZeRO stage 1 or higher, and optim.name = muon needs whole"):
+        choose(small_recipe("train.precision=fp16", "optim.name=muon"), 2, PLENTY)
+
+
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_fp16_is_counted_as_bf16_where_deepspeed_treats_them_alike(small_recipe: Load, config: str) -> None:
+    half, brain = (
+        consider(Subject(small_recipe(f"train.precision={p}"), True), Machine(2, PLENTY, True), config, 4).peak
+        for p in ("fp16", "bf16")
+    )
+    assert half == brain
+
+
+def test_stage_1_widens_the_gradients_of_fp16(small_recipe: Load) -> None:
+    recipe = small_recipe("train.precision=fp16", "model.embed_dim=512", "train.global_batch=2")
+    subject = Subject(recipe, True)
+    worst = consider(subject, Machine(1, PLENTY, True), "zero1", 2).peak
+    weights, bucket = 4 * subject.sizes.total, 4 * 5_000_000
+    assert worst.moment == "reduce"
+    assert worst.parts["parameters"] == weights // 2
+    assert worst.parts["gradients"] + worst.parts["workspace"] == pytest.approx(2 * weights + 1.5 * bucket, rel=0.01)
+
+
+def test_muon_keeps_one_moment_of_a_matrix(small_recipe: Load) -> None:
+    subject = Subject(small_recipe("optim.name=muon"), True)
+    matrices = sum(subject.sizes.matrices)
+    assert 0 < matrices < subject.sizes.total
+    optimizer = consider(subject, Machine(1, PLENTY, True), "zero0", 8).peak.parts["optimizer"]
+    assert optimizer == 8 * subject.sizes.total - 4 * matrices
+
+
 def test_parts_add_up_and_shards_shrink_with_the_world(small_recipe: Load) -> None:
     subject = Subject(small_recipe("train.global_batch=64", "train.micro_batch=2"), on_gpu=False)
     alone, four = (consider(subject, Machine(world, PLENTY, False), "zero2", 2) for world in (1, 4))

@@ -30,6 +30,16 @@ def test_a_plan_for_gpus_names_stage_and_micro_batch(tmp_path: Path, capsys: Cap
     assert found["curve"][0]["efficiency"] == 1
 
 
+def test_stages_that_the_recipe_cannot_use_are_told(tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "plan.json"
+    fp16 = ("train.precision=fp16", "deepspeed.config=zero2")
+    assert plan(*fp16, "--gpus", "8", "--gpu", "v100-32", "--json", str(file)) == 0
+    printed = capsys.readouterr().out
+    assert "zero0 passed over: train.precision = fp16 needs ZeRO stage 1 or higher" in printed
+    assert "recommended: deepspeed.config=zero1" in printed
+    assert list(json.loads(file.read_text())["refused"]) == ["zero0"]
+
+
 def test_too_little_memory_is_told_and_is_no_success(capsys: Capture) -> None:
     assert plan("--memory", "0.5") == 1
     assert "nothing fits" in capsys.readouterr().out
@@ -50,6 +60,7 @@ def test_a_measured_step_takes_the_place_of_the_estimate(tmp_path: Path) -> None
         (("--gpu", "h1000"), "h100-80"),
         (("--gpu", "v100-32"), "no such matrix units"),
         (("--curve",), "--step-time"),
+        (("train.precision=fp16",), "needs a GPU; name it by --gpu"),
         (("--gpus", "3"), "does not divide over 3 ranks"),
     ],
 )

@@ -11,7 +11,7 @@ LINKS = Links(within=100e9, between=10e9)
 def test_what_each_stage_sends() -> None:
     def sent(stage: int, accumulation: int = 2) -> float:
         config = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 400}}
-        return traffic(1000, config, accumulation, is_bf16=True).sent(4)
+        return traffic(1000, config, accumulation, "bf16").sent(4)
 
     assert sent(0) == 2 * 4000 * 3 / 4
     assert sent(1) == (2 * 2000 + 2000) * 3 / 4

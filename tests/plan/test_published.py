@@ -18,7 +18,7 @@ VIT_G = 1_012_600_000
 @pytest.mark.parametrize("gpu", NEMO)
 def test_scaling_is_within_an_eighth_of_nemos(gpu: str) -> None:
     config = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 5_000_000}}
-    load, links = traffic(VIT_G, config, 1, is_bf16=True), links_of(gpu)
+    load, links = traffic(VIT_G, config, 1, "bf16"), links_of(gpu)
     compute = 8 * 64 / NEMO[gpu][0] - seconds(load, 8, 8, links)
     for nodes, published in zip(NODES, NEMO[gpu], strict=True):
         predicted = nodes * 8 * 64 / step_seconds(compute, load, seconds(load, 8 * nodes, 8, links))

@@ -33,6 +33,11 @@ def test_what_the_user_names_is_left_alone(tmp_path: Path, capsys: Capture) -> N
     assert script.count("deepspeed.config=zero2") == 2
 
 
+def test_a_stage_that_the_recipe_cannot_use_is_passed_over(tmp_path: Path, capsys: Capture) -> None:
+    assert script_of(tmp_path, "train.precision=fp16", *SHAPE, "--gpu=v100-32").count("train.micro_batch=32") == 2
+    assert "recommended: deepspeed.config=zero1" in capsys.readouterr().out
+
+
 def test_without_a_gpu_it_says_that_it_did_not_plan(tmp_path: Path, capsys: Capture) -> None:
     assert "train.micro_batch" not in script_of(tmp_path, *SHAPE)
     assert "not planned: " in capsys.readouterr().out

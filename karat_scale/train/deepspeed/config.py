@@ -60,6 +60,15 @@ def zero_stage(config: Mapping[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
+def stage_refusal(recipe: Recipe, stage: int) -> str | None:
+    """What the recipe asks for and this ZeRO stage cannot do."""
+    if recipe.train.precision == "fp16" and stage == 0:
+        return "train.precision = fp16 needs ZeRO stage 1 or higher"
+    if recipe.optim.name == "muon" and stage > 0:
+        return f"optim.name = muon needs whole matrices, which ZeRO stage {stage} cuts up"
+    return None
+
+
 def offloads_optimizer(config: Mapping[str, Any]) -> bool:
     """Whether the optimizer's states and steps are on the CPU."""
     zero = config.get("zero_optimization", {})
@@ -92,7 +101,8 @@ def _read(recipe: Recipe, values: dict[str, Any], with_keys: bool) -> tuple[dict
     if with_keys:
         check_keys(config, source)
     stage = zero_stage(config)
-    _check_stage(recipe, stage, source)
+    if refusal := stage_refusal(recipe, stage):
+        raise RecipeError(f"{source}: {refusal}; use deepspeed.config={'zero1' if stage == 0 else 'zero0'}")
     if stage == 0 or recipe.train.precision == "fp32":
         values["data_types.grad_accum_dtype"] = "fp32"
     return config, source
@@ -127,17 +137,6 @@ def _batch_values(recipe: Recipe, world_size: int, micro_batch: int) -> dict[str
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": recipe.train.global_batch // (world_size * micro_batch),
     }
-
-
-def _check_stage(recipe: Recipe, stage: int, source: str) -> None:
-    """Refuse what the recipe asks for and this ZeRO stage cannot do."""
-    if recipe.train.precision == "fp16" and stage == 0:
-        raise RecipeError(f"{source}: train.precision = fp16 needs ZeRO stage 1 or higher; use deepspeed.config=zero1")
-    if recipe.optim.name == "muon" and stage > 0:
-        raise RecipeError(
-            f"{source}: optim.name = muon needs whole matrices, which ZeRO stage {stage} cuts up; use "
-            "deepspeed.config=zero0"
-        )
 
 
 def _fill_auto(node: dict[str, Any], values: dict[str, Any], source: str, prefix: str = "") -> None:
