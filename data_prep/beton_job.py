@@ -24,6 +24,8 @@ from karat_scale.files import commit_file, file_sha256, write_atomically
 
 CHUNK = 8
 CHUNKS_AHEAD = 4
+# Settings of the preparation; without one they decide nothing, whatever an older record says of them.
+PREPARING = ("check", "on_odd")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class BetonJob:
 
     def made_with(self) -> dict[str, Any]:
         """The settings that decide the beton's bytes."""
-        return {key: value for key, value in self.made.items() if key not in FREE_SETTINGS}
+        free = FREE_SETTINGS if self.preparation else (*FREE_SETTINGS, *PREPARING)
+        return {key: value for key, value in self.made.items() if key not in free}
 
 
 @dataclass

@@ -51,6 +51,7 @@ def plan_job(split: str, source: Source, names: list[str], options: argparse.Nam
         order = np.arange(len(source))
     else:
         order = np.concatenate(spread(source, options.seed, options.subset, None, None))
+    preparation = None if from_shards else Preparation(options.check, options.on_odd)
     made: dict[str, Any] = {
         "tool": "data_prep/make_ffcv.py",
         "version": __version__,
@@ -64,8 +65,8 @@ def plan_job(split: str, source: Source, names: list[str], options: argparse.Nam
         "quality": options.quality,
         "compress_probability": options.compress_probability,
         "smart_threshold": options.smart_threshold,
-        "check": options.check,
-        "on_odd": options.on_odd,
+        "check": preparation and options.check,
+        "on_odd": preparation and options.on_odd,
         **source.facts,
     }
     packing = Packing(
@@ -77,7 +78,6 @@ def plan_job(split: str, source: Source, names: list[str], options: argparse.Nam
         options.seed,
         page_bytes(int(source.sizes.max())),
     )
-    preparation = None if from_shards else Preparation(options.check, options.on_odd)
     return BetonJob(split, source, options.out, order, preparation, packing, names, made)
 
 
@@ -142,6 +142,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--smart-threshold", type=count, metavar="BYTES", help="smart: JPEG if the pixels take more")
     options = parser.parse_args(arguments)
     _check(options)
+    if has_shards(options.src):
+        _check_with_shards(options, parser)
     return options
 
 
@@ -158,10 +160,16 @@ def _check(options: argparse.Namespace) -> None:
         raise DataError("--write-mode smart needs --smart-threshold BYTES, such as 150528 for 224 x 224 pixels")
     if options.compress_probability is not None and not 0 <= options.compress_probability <= 1:
         raise DataError(f"--compress-probability {options.compress_probability} is not between 0 and 1")
-    if has_shards(options.src):
-        for name in ("subset", "val_labels", "synsets", "names", "encoding", "any_hash"):
-            if getattr(options, name):
-                raise DataError(f"--{name.replace('_', '-')} does not go with shards, which have it settled")
+
+
+def _check_with_shards(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raises DataError for an option about what was decided when the shards were made."""
+    settled = ["subset", "check", "on_odd", "val_labels", "synsets", "names", "encoding", "any_hash"]
+    if options.write_mode != "proportion":  # which draws by the seed, too
+        settled.append("seed")
+    for name in settled:
+        if getattr(options, name) != parser.get_default(name):
+            raise DataError(f"--{name.replace('_', '-')} does not go with shards, which have it settled")
 
 
 def open_source(options: argparse.Namespace) -> tuple[dict[str, Source], list[str]]:

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -155,10 +156,29 @@ def test_options_that_do_not_go_together(folder, tmp_path, options, match):
         make_betons(folder, tmp_path / "out", *options)
 
 
-def test_options_that_do_not_go_with_shards(folder, tmp_path):
+def test_options_that_would_do_nothing_with_shards_are_refused(folder, tmp_path):
+    shards, out = tmp_path / "shards", tmp_path / "out"
+    make_shards(folder, shards, "--workers", "1")
+    for option in (("--subset", "2"), ("--check", "decode"), ("--on-odd", "convert"), ("--seed", "3")):
+        with pytest.raises(DataError, match=f"^{option[0]} does not go with shards, which have it settled$"):
+            make_betons(shards, out, *option)
+    assert not out.exists()
+    make_betons(shards, out, "--seed", "3", "--write-mode", "proportion")
+    assert read_record(out / "train.beton").made["seed"] == 3
+
+
+def test_a_beton_of_shards_does_not_say_that_its_images_were_checked(folder, tmp_path, capsys):
+    out = tmp_path / "out"
     make_shards(folder, tmp_path / "shards", "--workers", "1")
-    with pytest.raises(DataError, match="--subset does not go with shards"):
-        make_betons(tmp_path / "shards", tmp_path / "out", "--subset", "2")
+    make_betons(tmp_path / "shards", out)
+    made = read_record(out / "train.beton").made
+    assert (made["check"], made["on_odd"]) == (None, None)
+    # Records that still say so are no hindrance to checking what they stand for.
+    record = json.loads((out / "train.beton.json").read_text())
+    record["made"] |= {"check": "header", "on_odd": "keep"}
+    (out / "train.beton.json").write_text(json.dumps(record))
+    make_betons(tmp_path / "shards", out)
+    assert "train: 18 samples in train.beton are there and right" in capsys.readouterr().out
 
 
 KILLED = """
