@@ -79,7 +79,8 @@ count_restart() {
   { mkdir -p "$RUN" && echo "$latest $idle" >"$RUN/restarts"; } || refuse "RUN = $RUN cannot be written"
 }
 
-# Once per node, checked by hash, kept for the next start. Where there is no room, rank.sh reads the shared shards.
+# Once per node, checked by hash, kept for the next start. A rank reads the copy if it is whole, else the shared shards:
+# see karat_scale/data/staged.py.
 stage_shards() {
   export KARAT_SHARDS=$1 KARAT_STAGED=
   [[ -n ${STAGE:-} && -f $1/dataset.json ]] || return 0

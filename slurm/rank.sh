@@ -14,15 +14,6 @@ log=$logs/rank-$rank.log
 # A signal that comes before the trainer listens would kill it. Ignored, it is lost, but launch.sh repeats it.
 trap '' USR2 TERM
 
-# Where this node has a checked copy of the shards, read that.
-if [[ -n ${KARAT_STAGED:-} && -f $KARAT_STAGED/dataset.json ]]; then
-  for argument; do
-    shift
-    [[ $argument == "data.path=$KARAT_SHARDS" ]] && argument=data.path=$KARAT_STAGED
-    set -- "$@" "$argument"
-  done
-fi
-
 if [[ $SLURM_PROCID == 0 ]]; then
   "$@" 2>&1 | tee -a "$log"
   code=${PIPESTATUS[0]}

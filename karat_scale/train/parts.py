@@ -10,6 +10,7 @@ from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.backends import Backend, open_backend
 from karat_scale.data.formats.checks import unused_classes
 from karat_scale.data.plan import TrainPlan, choose_micro_batch
+from karat_scale.data.staged import staged_copy
 from karat_scale.models.freeze import freeze
 from karat_scale.models.operators import check_implementation
 from karat_scale.recipe import Recipe
@@ -64,6 +65,8 @@ def build_parts(
     backend = open_backend(
         recipe.data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, recipe.run.seed
     )
+    if copy := staged_copy(recipe.data.path):
+        reporter.info(f"the images are read from {copy}, this node's copy")
     if notice := unused_classes(backend.num_classes, recipe.model.num_classes):
         reporter.info(f"notice: {notice}")
     micro_batch = choose_micro_batch(

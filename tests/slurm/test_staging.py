@@ -1,11 +1,13 @@
 """Shards on the nodes' own disks: copied once, found again, and done without where there is no room."""
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from karat_scale.train.run_directory import RunDirectory
 from tests.conftest import SMALL, summary
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job, submit
@@ -27,13 +29,17 @@ def train_staged(cluster: Cluster, shards: Path, directory: Path, run: Path, sta
 
 
 def test_shards_are_staged_once_and_read_from_there(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
-    stage = tmp_path / "disk"
-    first = train_staged(cluster, shards, tmp_path / "1", tmp_path / "run1", stage)
+    stage, shared = tmp_path / "disk", tmp_path / "shared"
+    shutil.copytree(shards, shared)
+    first = train_staged(cluster, shared, tmp_path / "1", tmp_path / "run1", stage)
     assert "12 were copied" in first.log, first.log
     (copy,) = (path for path in stage.glob("karat-*/*") if path.is_dir())
-    assert f"path: {copy}" in (tmp_path / "run1" / "recipe.yaml").read_text()
+    assert f"the images are read from {copy}" in first.log
+    assert RunDirectory(tmp_path / "run1").recipe().data.path == str(shared)
 
-    second = train_staged(cluster, shards, tmp_path / "2", tmp_path / "run2", stage)
+    for tar in shared.glob("*.tar"):
+        tar.unlink()  # so that only the copy can be what is read
+    second = train_staged(cluster, shared, tmp_path / "2", tmp_path / "run2", stage)
     assert "0 were copied" in second.log, second.log
     assert summary(tmp_path / "run1")["data_digest"] == summary(tmp_path / "run2")["data_digest"]
 
@@ -64,11 +70,13 @@ def test_where_space_is_short_the_shared_shards_are_read(
     job = train_staged(cluster, shards, tmp_path / "1", tmp_path / "run", small_disk)
     assert "0.02 GB free" in job.log
     assert f"those read {shards}" in job.log
-    assert f"path: {shards}" in (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "the images are read from" not in job.log
+    assert RunDirectory(tmp_path / "run").recipe().data.path == str(shards)
 
 
 def test_without_a_disk_the_shared_shards_are_read(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
     (tmp_path / "full").write_text("a file, so no directory can be made below it")
     job = train_staged(cluster, shards, tmp_path / "1", tmp_path / "run", tmp_path / "full")
     assert f"those read {shards}" in job.log
-    assert f"path: {shards}" in (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "the images are read from" not in job.log
+    assert RunDirectory(tmp_path / "run").recipe().data.path == str(shards)

@@ -4,18 +4,24 @@ from pathlib import Path
 
 from karat_scale.data.backends.base import Backend
 from karat_scale.data.formats.checks import must_answer
+from karat_scale.data.staged import staged_copy
 from karat_scale.recipe import AugmentConfig, DataConfig
 
 __all__ = ["Backend", "open_backend"]
 
 
 def open_backend(data: DataConfig, augment: AugmentConfig, image_size: int, num_classes: int, seed: int) -> Backend:
-    """Open the backend that `data.backend` names and check its data. Raises DataError or RecipeError."""
+    """Open the backend that `data.backend` names, on this node's copy of the data if it has one, and check the data.
+
+    Raises DataError or RecipeError.
+    """
     # A backend's library is imported only where it is used.
     if data.backend == "synthetic":
         from karat_scale.data.backends.synthetic import SyntheticBackend
 
         return SyntheticBackend(data, image_size, num_classes, seed)
+    if copy := staged_copy(data.path):
+        data = data.model_copy(update={"path": copy})
     must_answer(Path(data.path).expanduser(), data.timeout)
     if data.backend == "folder":
         from karat_scale.data.backends.folder import open_folder
