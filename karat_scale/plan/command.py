@@ -25,9 +25,10 @@ from karat_scale.plan.communication import traffic
 from karat_scale.plan.curve import Node, curve
 from karat_scale.plan.dry_run import dry_run
 from karat_scale.plan.links import links_of
+from karat_scale.plan.measured import Measured, find_measured
 from karat_scale.plan.report import Plan, count_samples, show
 from karat_scale.plan.subject import Subject
-from karat_scale.plan.time import ImageTime, estimate, measured
+from karat_scale.plan.time import ImageTime, estimate
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.train.deepspeed.config import load_ds_config
@@ -69,7 +70,8 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
     """The whole plan, nothing printed. Raises UserError as `plan_recipe`."""
     gpu = known_gpu(request.gpu) if request.gpu else None
     machine = _machine(recipe, request, gpu)
-    if request.with_curve and gpu is None and request.step_time is None and measured(recipe, None) is None:
+    has_time = gpu is not None or request.step_time is not None or isinstance(find_measured(recipe, None), Measured)
+    if request.with_curve and not has_time:
         raise UserError("--curve needs --gpu with a name that the table has, or --step-time")
     subject = Subject(recipe, machine.on_gpu)
     own = recipe.deepspeed.config
@@ -83,9 +85,13 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
         min(request.gpus_per_node, request.gpus) if not request.with_curve else request.gpus_per_node,
         links_of(gpu.key if gpu else ""),
     )
-    named = recipe.model_copy(update={"deepspeed": recipe.deepspeed.model_copy(update={"config": choice.config})})
-    config = load_ds_config(named, machine.world, choice.micro_batch)
-    image_time = _image_time(recipe, request, gpu, subject, choice)
+    chosen = _as_chosen(recipe, choice)
+    config = load_ds_config(chosen, machine.world, choice.micro_batch)
+    found = None if request.step_time is not None else find_measured(chosen, gpu)
+    if isinstance(found, Measured):
+        image_time: ImageTime | None = found.image_time(subject.sizes.total, Node(request.gpus_per_node, node.links))
+    else:
+        image_time = _image_time(recipe, request, gpu, subject, choice)
     points = []
     if request.with_curve and image_time is not None:
         points = curve(recipe, subject.sizes.total, config, choice.micro_batch, image_time.seconds, node)
@@ -101,6 +107,7 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
         choice=choice,
         load=traffic(subject.sizes.total, config, choice.accumulation, recipe.train.precision),
         image_time=image_time,
+        not_measured=found if isinstance(found, str) else "",
         samples=samples,
         samples_from=samples_from,
         curve=points,
@@ -127,12 +134,21 @@ def _preferred(choices: Sequence[Choice]) -> Choice:
     return next((choice for choice in choices if choice.fits), choices[-1])
 
 
+def _as_chosen(recipe: Recipe, choice: Choice) -> Recipe:
+    recompute = recipe.train.recompute.model_copy(update={"policy": choice.recompute})
+    return recipe.model_copy(
+        update={
+            "deepspeed": recipe.deepspeed.model_copy(update={"config": choice.config}),
+            "train": recipe.train.model_copy(update={"recompute": recompute}),
+        }
+    )
+
+
 def _image_time(
     recipe: Recipe, request: Request, gpu: Gpu | None, subject: Subject, choice: Choice
 ) -> ImageTime | None:
     if request.step_time is not None:
         return ImageTime(request.step_time / choice.micro_batch, f"from --step-time, of {choice.micro_batch} images")
-    found = measured(recipe, gpu)
-    if found is None and gpu is not None:
-        return estimate(recipe, gpu, subject.footprint(choice.stage, choice.micro_batch))
-    return found
+    if gpu is None:
+        return None
+    return estimate(recipe, gpu, subject.footprint(choice.stage, choice.micro_batch))

@@ -79,3 +79,10 @@ def step_seconds(compute: float, load: Traffic, talk: float) -> float:
         talk: `seconds` of it.
     """
     return compute + (max(0.0, talk - 2 / 3 * compute) if load.hidden else talk)
+
+
+def compute_seconds(step: float, load: Traffic, talk: float) -> float:
+    """The computation in a step of so many seconds: `step_seconds` undone, and not below 0."""
+    if load.hidden and talk <= 2 / 3 * step:
+        return step
+    return max(0.0, 3 * (step - talk) if load.hidden else step - talk)

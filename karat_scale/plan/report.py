@@ -21,7 +21,7 @@ SHOWN_MICRO_BATCHES = 6
 class Plan:
     """All that was found. `grid` holds each configuration's choices by micro batch, `choice` the recommended one.
 
-    refused: configurations that cannot train the recipe, and why.
+    refused: configurations that cannot train the recipe, and why. not_measured: why a run's log was of no use, or "".
     """
 
     recipe: Recipe
@@ -34,6 +34,7 @@ class Plan:
     choice: Choice
     load: Traffic
     image_time: ImageTime | None
+    not_measured: str
     samples: int
     samples_from: str
     curve: list[Point]
@@ -171,6 +172,8 @@ def _show_time(plan: Plan) -> None:
     sent = gigabytes(plan.load.sent(plan.machine.world))
     hidden = "beside the backward pass" if plan.load.hidden else "after the backward pass"
     print(f"\ncommunication: each rank sends {sent} a step, {duration(plan.talk)} {hidden}")
+    if plan.not_measured:
+        print(plan.not_measured)
     if plan.step is None or plan.image_time is None:
         print("time: unknown; give --step-time, or --gpu with a name that the table has")
         return
