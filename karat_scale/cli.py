@@ -50,7 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--format", choices=EXPORT_FORMATS, default="safetensors")
     export.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
     export.add_argument("--weights", choices=("raw", "ema", "both"), default="both")
-    export.add_argument("--out", metavar="PATH", help="a file, a folder or a directory (default: the run's)")
+    export.add_argument(
+        "--out", metavar="PATH", help="a file with the format's suffix, or a directory (default: the run's)"
+    )
     export.set_defaults(run=_export)
 
     ledger = commands.add_parser("ledger", help="take finished runs into docs/ledger and docs/reproduction.md")

@@ -43,7 +43,8 @@ def export_run(run_dir: str, format_name: str, checkpoint: str, weights: str, ou
         format_name: one of `FORMATS`.
         checkpoint: best, latest, or a name.
         weights: raw, ema, or both; a run that has no EMA gives raw alone when both are asked for.
-        out: for one kind of weights the file or the folder to write; else a directory; the run's own when None.
+        out: for one kind of weights the file, with its format's suffix, or the folder to write; else a directory, which
+            has no suffix, is there already, or ends with a slash; the run's own when None.
 
     Raises:
         UserError: no such run or checkpoint, a damaged one, no EMA in it, or nowhere to write.
@@ -69,9 +70,13 @@ def export_run(run_dir: str, format_name: str, checkpoint: str, weights: str, ou
 def _target(out: str | None, run: Path, name: str, form: Format, alone: bool) -> Path:
     if out is None:
         return run / f"{name}{form.suffix}"
-    names_it = Path(out).suffix == form.suffix if form.suffix else alone
+    suffix = Path(out).suffix
+    names_it = suffix == form.suffix if form.suffix else alone
     if names_it and not alone:
         raise RunDirectoryError(f"--out {out} is one file for two kinds of weights; add --weights raw or ema")
+    if alone and not names_it and suffix and not out.endswith("/") and not Path(out).is_dir():
+        meant = Path(out).with_suffix(form.suffix)
+        raise RunDirectoryError(f"--out {out} is no {form.suffix} file; use {meant}, or {out}/ for a directory")
     return Path(out) if names_it else Path(out) / f"{name}{form.suffix}"
 
 

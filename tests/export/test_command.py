@@ -80,6 +80,25 @@ def test_two_kinds_do_not_go_into_one_file(small_recipe, make_run, tmp_path: Pat
     assert "add --weights raw or ema" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("form", "out", "meant"), [("torchscript", "model.pth", "model.pt"), ("safetensors", "v1.bin", "v1.safetensors")]
+)
+def test_a_file_of_another_suffix_is_no_directory(make_run, small_recipe, tmp_path, capsys, form, out, meant) -> None:
+    run, *_ = make_run(small_recipe(), keep_ema=False)
+    path = tmp_path / out
+    arguments = ["export", str(run), "--format", form, "--out"]
+    assert main([*arguments, str(path)]) == 2
+    assert f"use {tmp_path / meant}, or {path}/ for a directory" in capsys.readouterr().err
+    assert not path.exists()
+    for directory in (f"{path}/", str(path), str(tmp_path / "models")):  # the second is there by then
+        assert main([*arguments, directory]) == 0
+        (file,) = Path(directory).iterdir()
+        assert file.name == f"step-00000003-raw{Path(meant).suffix}"
+        file.unlink()
+    assert main([*arguments, str(tmp_path / meant)]) == 0
+    assert (tmp_path / meant).is_file()
+
+
 def test_a_run_whose_classes_were_not_recorded(small_recipe, make_run, monkeypatch, capsys) -> None:
     run, *_ = make_run(small_recipe(), keep_ema=False)
     (run / "classes.json").unlink()
