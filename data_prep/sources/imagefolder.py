@@ -48,7 +48,7 @@ def class_folders(folder: Path) -> list[str]:
 
 
 class ImageFolderSource(ListedSource):
-    """`folder`/<class>/.../<image>, sorted by class and path. See Source.
+    """`folder`/<class>/.../<image>, sorted by class and the path's bytes. See Source.
 
     Raises DataError for a class that `classes` does not list.
     """
@@ -83,7 +83,8 @@ class ImageFolderSource(ListedSource):
                     found.append(path)
                 else:
                     self.skipped.append((path, NO_IMAGE_NAME))
-        return sorted(found)
+        # As FolderSplit has them: names that are no UTF-8 are otherwise sorted as text.
+        return sorted(found, key=os.fsencode)
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:

@@ -72,7 +72,7 @@ class TarSource(ListedSource):
             found.append((name, path, member))
         if not found:
             raise DataError(f"{archive} has no images")
-        found.sort(key=lambda item: item[:2])
+        found.sort(key=lambda item: (item[0], os.fsencode(item[1])))
         self._offsets = np.array([member.offset for _, _, member in found], dtype=np.int64)
         self._sizes = np.array([member.size for _, _, member in found], dtype=np.int64)
         super().__init__(classes, [path for _, path, _ in found], [numbers[name] for name, _, _ in found])

@@ -1,10 +1,14 @@
-"""Which folders of an ImageFolder are splits."""
+"""Which folders of an ImageFolder are splits, and the order of its images."""
 
+import os
 import shutil
+import tarfile
 
 import pytest
 
+from karat_scale.data.formats.folder import FolderSplit
 from karat_scale.data.formats.shard_format import read_dataset_record
+from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import DataError
 from tests.data_prep.images import WNIDS, jpeg, write, write_folders
 from tests.data_prep.making import make_shards
@@ -42,3 +46,17 @@ def test_a_class_may_have_the_name_of_a_split(tmp_path):
         write(tmp_path / "src" / name / "0.jpg", jpeg(number))
     make_shards(tmp_path / "src", tmp_path / "out", "--workers", "1")
     assert read_dataset_record(tmp_path / "out").classes == ["bus", "train"]
+
+
+def test_names_that_are_no_utf8_have_the_same_place_in_folder_tar_and_shards(tmp_path):
+    src = tmp_path / "src"
+    names = (b"\xff\xfe.jpg", "\uff41.jpg".encode(), "😀.jpg".encode(), b"a.jpg", b"sub/\xff.jpg")
+    for number, name in enumerate(names):
+        write(src / "train" / "ant" / os.fsdecode(name), jpeg(number))
+    with tarfile.open(tmp_path / "src.tar", "w") as tar:
+        tar.add(src / "train", "train")
+    make_shards(src, tmp_path / "shards", "--workers", "1")
+    make_shards(tmp_path / "src.tar", tmp_path / "of_tar", "--workers", "1")
+    folder = FolderSplit(src, "train", 1)
+    for shards in (ShardSplit(tmp_path / out, "train", 1) for out in ("shards", "of_tar")):
+        assert [shards.read(i) for i in range(5)] == [folder.read(i) for i in range(5)]
