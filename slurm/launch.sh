@@ -99,17 +99,25 @@ launch() {
   local per_node=${SLURM_NTASKS_PER_NODE:-1} gpus=${SLURM_GPUS_ON_NODE:-0} cpus=${SLURM_CPUS_PER_TASK:-1}
   [[ $gpus == 0 || $gpus == "$per_node" ]] ||
     refuse "$gpus GPUs but $per_node tasks a node; set --ntasks-per-node to --gpus-per-node"
-  local ranks=$((SLURM_JOB_NUM_NODES * per_node))
+  local nodes=$SLURM_JOB_NUM_NODES ranks first
+  if [[ $1 == train ]] && ((nodes > 1)); then
+    nodes=$("${PYTHON[@]}" -m karat_scale.submit.nodes "$nodes" "$per_node" "${@:2}") || exit 2
+    ((nodes == SLURM_JOB_NUM_NODES)) ||
+      say "takes $nodes of $SLURM_JOB_NUM_NODES nodes, over whose ranks the global batch divides; the rest stay idle"
+  fi
+  ranks=$((nodes * per_node))
   LOGS=$RUN/logs/$JOB-${SLURM_RESTART_COUNT:-0}
   mkdir -p "$LOGS" || refuse "RUN = $RUN cannot be written"
-  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null | head -n 1)
+  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null | head -n 1)
   # A batch script runs on the first node, so without scontrol that is this one.
-  MASTER_ADDR=${MASTER_ADDR:-${SLURMD_NODENAME:-$(hostname)}}${HOST_SUFFIX:-}
+  first=${first:-${SLURMD_NODENAME:-$(hostname)}}
+  MASTER_ADDR=$first${HOST_SUFFIX:-}
   MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # below the ports that kernels hand out
   export MASTER_ADDR MASTER_PORT KARAT_STALL_SECONDS=$STALL_SECONDS
 
   say "start $((${SLURM_RESTART_COUNT:-0} + 1)): $ranks ranks on $SLURM_JOB_NODELIST, logs in $LOGS"
-  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$ranks" --ntasks-per-node="$per_node" --cpus-per-task="$cpus" \
+  # The first node and, since that is fewer than --nodes, others as needed.
+  srun --nodes="$nodes" --nodelist="$first" --ntasks="$ranks" --ntasks-per-node="$per_node" --cpus-per-task="$cpus" \
     --kill-on-bad-exit=1 --unbuffered bash "$KARAT_HOME/slurm/rank.sh" "$LOGS" "${KARAT[@]}" "$@" &
   STEP=$!
   trap ask_to_save USR2 TERM

@@ -43,3 +43,12 @@ def test_it_goes_on_with_the_nodes_that_are_left(train: Train, uninterrupted: Pa
     assert events(run_of(job), "resume"), job.log
     assert summary(run_of(job))["world_size"] == 1
     assert relative_distance(run_of(job), uninterrupted) < 1e-5
+
+
+def test_nodes_that_the_batch_does_not_divide_over_stay_idle(train: Train) -> None:
+    # Each rank of two would have 3 images of 6, and mixup mixes pairs.
+    job = train("train.global_batch=6", "train.max_steps=2", options=("--nodes=2",))
+    assert job.wait() == "COMPLETED 0", job.log
+    assert "takes 1 of 2 nodes" in job.log
+    assert "1 ranks on" in job.log
+    assert summary(run_of(job))["world_size"] == 1

@@ -1,0 +1,29 @@
+"""How many of a job's nodes can train a recipe: slurm/launch.sh asks when the ranks are to start.
+
+python -m karat_scale.submit.nodes NODES RANKS_PER_NODE RECIPE [key=value ...]
+"""
+
+import sys
+from contextlib import suppress
+
+from karat_scale.data.plan import choose_micro_batch
+from karat_scale.errors import RecipeError
+from karat_scale.recipe import Recipe
+from karat_scale.recipe.loading import load_recipe
+
+
+def most_nodes(recipe: Recipe, nodes: int, ranks_per_node: int) -> int:
+    """The largest number of nodes, up to `nodes`, over whose ranks the global batch divides.
+
+    `nodes` itself where there is none: the trainer says what is wrong with the batch.
+    """
+    for count in range(nodes, 0, -1):
+        with suppress(RecipeError):
+            ranks = count * ranks_per_node
+            choose_micro_batch(recipe.train.global_batch, ranks, recipe.train.micro_batch, even=recipe.augment.mixes)
+            return count
+    return nodes
+
+
+if __name__ == "__main__":
+    print(most_nodes(load_recipe(sys.argv[3], sys.argv[4:]), int(sys.argv[1]), int(sys.argv[2])))
