@@ -40,11 +40,20 @@ def _has_folders(folder: Path) -> bool:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Class names, sorted. Raises DataError where two would be one on another system, or none is there."""
+    """Class names, sorted. Raises DataError where none is there, or one is no UTF-8."""
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
     if not names:
         raise DataError(f"{folder} has no class folders; expected {folder.name}/<class>/<image>")
+    require_utf8(names, folder)
     return names
+
+
+def require_utf8(classes: list[str], where: Path) -> None:
+    """Raises DataError for a class whose name cannot be written as text."""
+    for name in classes:
+        shown = os.fsencode(name).decode(errors="backslashreplace")
+        if shown != name:
+            raise DataError(f"{where}: the name of class {shown} is no UTF-8; rename it")
 
 
 class ImageFolderSource(ListedSource):

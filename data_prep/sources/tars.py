@@ -13,7 +13,7 @@ import numpy.typing as npt
 from karat_scale.data.formats.shard_writer import TAR_BLOCK
 from karat_scale.errors import DataError
 from sources.base import ListedSource, UnreadableSampleError
-from sources.imagefolder import NO_IMAGE_NAME, SPLIT_FOLDERS, is_image_name
+from sources.imagefolder import NO_IMAGE_NAME, SPLIT_FOLDERS, is_image_name, require_utf8
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,14 @@ def folder_tar_splits(path: Path) -> tuple[dict[str, Callable[[list[str]], Any]]
         at = next((i for i, part in enumerate(parts[:-2]) if part in SPLIT_FOLDERS), None)
         split, inner = ("", parts) if at is None else (parts[at], parts[at + 1 :])
         by_split.setdefault(split, []).append((inner[0], "/".join(inner), member))
+    flat = [member for _, _, member in by_split.get("", []) if is_image_name(member.name.rpartition("/")[2])]
+    if flat and len(by_split) > 1:
+        raise DataError(
+            f"{path}: {flat[0].name} is in no class folder of a split, as other images are; sort such images into "
+            "<split>/<class>/<image>, or leave them out"
+        )
     classes = sorted({item[0] for items in by_split.values() for item in items})
+    require_utf8(classes, path)
 
     def opener(items: list[tuple[str, str, Member]]) -> Callable[[list[str]], TarSource]:
         return lambda names: TarSource(path, names, iter(items))

@@ -11,12 +11,13 @@ A sample's id is its position in the split: shard after shard, in the order of d
 
 import io
 import json
+import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from karat_scale.errors import DataError
 from karat_scale.files import write_atomically
@@ -24,6 +25,8 @@ from karat_scale.files import write_atomically
 DATASET_FILE = "dataset.json"
 # A name from dataset.json must not lead out of its directory.
 FileName = Field(pattern=r"^[\w-][\w.-]*$")
+# A file's name may be any bytes; a report is text, with those that are no UTF-8 as \xNN.
+ReportedPath = Annotated[str, BeforeValidator(lambda path: os.fsencode(path).decode(errors="backslashreplace"))]
 
 
 class FileRecord(BaseModel):
@@ -46,14 +49,14 @@ class ShardRecord(FileRecord):
 class SkippedRecord(BaseModel):
     """A source image that went into no shard."""
 
-    path: str
+    path: ReportedPath
     reason: str
 
 
 class OddRecord(BaseModel):
     """A source image that decoders disagree about, and what was done with it."""
 
-    path: str
+    path: ReportedPath
     what: str
     done: Literal["kept", "converted", "skipped"]
 

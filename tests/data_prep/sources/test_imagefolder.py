@@ -60,3 +60,28 @@ def test_names_that_are_no_utf8_have_the_same_place_in_folder_tar_and_shards(tmp
     folder = FolderSplit(src, "train", 1)
     for shards in (ShardSplit(tmp_path / out, "train", 1) for out in ("shards", "of_tar")):
         assert [shards.read(i) for i in range(5)] == [folder.read(i) for i in range(5)]
+
+
+def test_a_name_that_is_no_utf8_is_reported_as_text(tmp_path):
+    src, out = tmp_path / "src", tmp_path / "out"
+    write(src / "ant" / "0.jpg", jpeg(0))
+    write(src / "ant" / os.fsdecode(b"\xff.txt"), b"no image")
+    write(src / "ant" / os.fsdecode(b"\xfe.jpg"), b"no image either")
+    make_shards(src, out, "--workers", "1")
+    skipped = read_dataset_record(out).splits["train"].skipped
+    assert sorted(record.path for record in skipped) == [r"ant/\xfe.jpg", r"ant/\xff.txt"]
+
+    write(src / os.fsdecode(b"\xfd") / "0.jpg", jpeg(1))
+    with tarfile.open(tmp_path / "src.tar", "w") as tar:
+        tar.add(src, "train")
+    for source in (src, tmp_path / "src.tar"):
+        with pytest.raises(DataError, match=r"the name of class \\xfd is no UTF-8; rename it"):
+            make_shards(source, tmp_path / "other")
+
+
+def test_images_of_a_tar_beside_its_splits_are_no_class(kaggle, tmp_path):
+    shutil.rmtree(kaggle / "test")
+    with tarfile.open(tmp_path / "kag.tar", "w") as tar:
+        tar.add(kaggle, ".")
+    with pytest.raises(DataError, match=r"kag\.tar: \./val/ILSVRC2012_00000001\.JPEG is in no class folder of a split"):
+        make_shards(tmp_path / "kag.tar", tmp_path / "out")
