@@ -1,23 +1,18 @@
 """Sharpness as numbers: the top eigenvalues of the loss's Hessian, and its trace, from Hessian-vector products."""
 
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from karat_scale.analysis.eigenvalues import ROWS, Eigenvalue, Vector, largest_eigenvalues
+from karat_scale.errors import RunDirectoryError
+
 Vectors = list[Tensor]
-TOLERANCE = 1e-2
-
-
-@dataclass(frozen=True)
-class Eigenvalue:
-    """`converged`: whether the iteration settled before its last step."""
-
-    value: float
-    converged: bool
 
 
 class Hessian:
@@ -46,27 +41,27 @@ class Hessian:
                 del loss, grads, inner, parts  # each of the model's size, beside the next part's graph
         return total
 
-    def top_eigenvalues(self, count: int, steps: int, seed: int) -> list[Eigenvalue]:
-        """The `count` eigenvalues largest in size, signed, by power iteration and deflation, the largest first.
+    def top_eigenvalues(self, count: int, products: int, seed: int) -> list[Eigenvalue]:
+        """The `count` eigenvalues largest in size, signed, the largest first, from at most so many products.
 
-        Each stops at a relative change below 1 %, or after `steps` products.
+        Raises:
+            RunDirectoryError: the disk has no room for the vectors that `largest_eigenvalues` keeps.
         """
-        generator = torch.Generator().manual_seed(seed)
-        found: list[Vectors] = []
-        values: list[Eigenvalue] = []
-        for _ in range(count):
-            vector = _unit(self._draw(generator, torch.randn), found)
-            value, settled = 0.0, False
-            for _step in range(steps):
-                product = self.times(vector)
-                before, value = value, _inner(product, vector)
-                vector = _unit(product, found)
-                settled = abs(value - before) <= TOLERANCE * abs(value)
-                if settled:
-                    break
-            found.append(vector)
-            values.append(Eigenvalue(value, settled))
-        return sorted(values, key=lambda found: -abs(found.value))
+        sizes = [p.numel() for p in self._parameters]
+
+        def times(vector: Vector) -> Vector:
+            parts = zip(torch.from_numpy(vector).split(sizes), self._parameters, strict=True)
+            product = self.times([part.view_as(p).to(p) for part, p in parts])
+            return torch.cat([part.flatten().float().cpu() for part in product]).numpy()
+
+        try:
+            with tempfile.TemporaryDirectory(prefix="karat-analysis-") as directory:
+                return largest_eigenvalues(times, sum(sizes), count, products, seed, Path(directory) / "basis")
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{tempfile.gettempdir()}: {error.strerror}: the Hessian's eigenvalues need "
+                f"{4e-9 * ROWS * count * sum(sizes):.1f} GB there; set TMPDIR to a directory that has them"
+            ) from None
 
     def trace(self, probes: int, seed: int) -> tuple[float, float]:
         """Hutchinson's estimate with Rademacher probes, and its standard error."""
@@ -85,11 +80,3 @@ class Hessian:
 
 def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     return float(sum((a * b).sum(dtype=torch.float64) for a, b in zip(left, right, strict=True)))
-
-
-def _unit(vector: Vectors, away_from: Sequence[Vectors]) -> Vectors:
-    """In place, of length one and orthogonal to those found."""
-    for other in away_from:
-        torch._foreach_add_(vector, other, alpha=-_inner(vector, other))
-    torch._foreach_div_(vector, max(_inner(vector, vector) ** 0.5, 1e-30))
-    return vector

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from karat_scale.analysis.curvature import Hessian
+from karat_scale.analysis.eigenvalues import Eigenvalue
 from karat_scale.analysis.figures import new_figure
 from karat_scale.analysis.loss_grid import filter_normalised, loss_grid
 from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
@@ -21,7 +22,7 @@ from karat_scale.errors import RunDirectoryError
 from karat_scale.models.factory import layer_sizes
 
 MARGIN = 0.25
-POWER_STEPS = 40
+PRODUCTS = 40
 PROBES = 8
 # What the graph of a Hessian-vector product holds, in N x N matrices a head and block; measured up to G = 3.
 GRAPH_MATRICES = 80
@@ -172,12 +173,16 @@ def _add_sharpness(result: Result, run: TrainedRun, last: str, settings: Setting
     def losses() -> Iterator[Tensor]:
         nonlocal products
         products += 1
-        settings.progress("sharpness", products, POWER_STEPS * settings.eigenvalues + PROBES)
+        settings.progress("sharpness", products, PRODUCTS * settings.eigenvalues + PROBES)
         for x, y in images:
             yield cross_entropy(model(x), y, reduction="sum") / len(images)
 
     hessian = Hessian(list(model.parameters()), losses)
-    values = hessian.top_eigenvalues(settings.eigenvalues, POWER_STEPS, settings.seed)
+    values: list[Eigenvalue] = []
+    try:
+        values = hessian.top_eigenvalues(settings.eigenvalues, PRODUCTS * settings.eigenvalues, settings.seed)
+    except RunDirectoryError as refused:
+        result.notes.append(str(refused))
     trace, error = hessian.trace(PROBES, settings.seed)
     result.numbers["hessian"] = {
         "images": len(images),

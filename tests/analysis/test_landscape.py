@@ -1,4 +1,5 @@
 import dataclasses
+import resource
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from karat_scale.analysis.landscape import analyze_landscape
 from karat_scale.analysis.result import Settings
 from karat_scale.analysis.trained_run import TrainedRun
+from karat_scale.models.factory import parameter_count
 
 QUICK = Settings(grid=3, samples=8, hessian_samples=4, eigenvalues=1)
 
@@ -31,3 +33,17 @@ def test_too_few_checkpoints_leave_the_other_figures(karat_run: TrainedRun, tmp_
     result = analyze_landscape(dataclasses.replace(karat_run, path=tmp_path / "run"), QUICK, tmp_path)
     assert set(result.figures) == {"random_surface"}
     assert "PCA of the path needs 3" in result.notes[0]
+
+
+def test_a_disk_without_room_for_the_eigenvalues_leaves_the_rest(karat_run: TrainedRun, tmp_path: Path) -> None:
+    models, (soft, hard) = 4 * parameter_count(karat_run.model()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10 * models, hard))  # the path's five fit, the Hessian's 15 do not
+    try:
+        result = analyze_landscape(karat_run, dataclasses.replace(QUICK, eigenvalues=3), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (note,) = result.notes
+    assert "too large: the Hessian's eigenvalues need" in note
+    assert "set TMPDIR" in note
+    assert [row[0] for row in result.tables[-1].rows] == ["trace", "standard error of the trace"]
+    assert set(result.figures) == {"path_surface", "optimizer_path", "random_surface"}
