@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from karat_scale.errors import UserError
+from karat_scale.train.devices import card, gpu_index, refuse_shared
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -120,24 +121,24 @@ def start(device: str) -> World:
     """Join the process group. `device` is auto, cpu or cuda.
 
     Raises:
-        UserError: CUDA was asked for and there is none, or the rendezvous address is unknown.
+        UserError: CUDA was asked for and there is none for each rank, or the rendezvous address is unknown.
     """
     rank, size, local_rank = launch_environment(os.environ)
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda and not torch.cuda.is_available():
         raise UserError("run.device = cuda, but torch sees no CUDA device; use run.device=auto or cpu")
-    if use_cuda and local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; start one task per GPU"
-        )
-    here = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    here = torch.device("cuda", gpu_index(local_rank, torch.cuda.device_count())) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(here)
-    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed insists on it
+    # DeepSpeed insists on it, and takes the GPU of that number.
+    os.environ["LOCAL_RANK"] = str(here.index if use_cuda else local_rank)
     _join(rank, size, "nccl" if use_cuda else "gloo")
     with_control = use_cuda and size > 1
     control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if with_control else None
-    return World(rank, size, local_rank, here, control)
+    world = World(rank, size, local_rank, here, control)
+    if with_control:
+        _have_a_gpu_each(world)
+    return world
 
 
 def stop() -> None:
@@ -153,15 +154,25 @@ def _join(rank: int, size: int, backend: str) -> None:
         # No port, no host name: nothing that another job on this machine could collide with.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
-    address = os.environ.get("MASTER_ADDR") or _first_slurm_host()
-    port = os.environ.get("MASTER_PORT") or str(10000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 50000)
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://{address}:{port}" if "MASTER_ADDR" not in os.environ else "env://",
-        rank=rank,
-        world_size=size,
-        timeout=COLLECTIVE_TIMEOUT,
-    )
+    os.environ["MASTER_ADDR"] = os.environ.get("MASTER_ADDR") or _first_slurm_host()
+    os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT") or default_port(os.environ)
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+
+
+def default_port(environ: Mapping[str, str]) -> str:
+    """The rendezvous' port where nobody named one: by SLURM's job, so that two jobs on a node seldom meet."""
+    return str(10000 + int(environ.get("SLURM_JOB_ID", "0")) % 50000)
+
+
+def _have_a_gpu_each(world: World) -> None:
+    mine = card(world.device)
+    if torch.cuda.device_count() == 1:
+        print(f"[rank {world.rank}] takes the one GPU that it is shown: {mine}", flush=True)
+    try:
+        refuse_shared(world.gather(mine))
+    except UserError:
+        stop()
+        raise
 
 
 def _first_slurm_host() -> str:

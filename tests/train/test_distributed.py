@@ -1,6 +1,10 @@
+import subprocess
+import sys
+
 import pytest
 
-from karat_scale.train.distributed import World, launch_environment
+from karat_scale.train.distributed import World, default_port, launch_environment
+from tests.conftest import free_port, karat_environment
 
 
 @pytest.mark.parametrize(
@@ -25,3 +29,24 @@ def test_one_process_agrees_with_itself(world: World) -> None:
     assert world.max(7) == 7
     assert world.broadcast("text") == "text"
     assert world.gather(3) == [3]
+
+
+def test_an_address_without_a_port_is_enough_to_meet() -> None:
+    # As srun without the launch wrapper, the port is that of the job: of one whose port is free.
+    job = next(str(port - 10000) for port in iter(free_port, None) if 10000 <= port < 60000)
+    assert int(default_port({"SLURM_JOB_ID": job})) == int(job) + 10000
+    given = {"MASTER_ADDR": "127.0.0.1", "SLURM_JOB_ID": job, "WORLD_SIZE": "2"}
+    script = "from karat_scale.train import distributed as d; print(d.start('cpu').gather('here')); d.stop()"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**karat_environment(), **given, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        shown, complaint = rank.communicate(timeout=120)
+        assert shown == "['here', 'here']\n", complaint

@@ -1,0 +1,39 @@
+"""Which GPU is a rank's own, where the launcher shows it all of its node's or one alone."""
+
+import socket
+from collections.abc import Sequence
+
+import torch
+
+from karat_scale.errors import UserError
+
+
+def gpu_index(local_rank: int, shown: int) -> int:
+    """The number of this rank's GPU among the `shown` ones.
+
+    Of one alone it is 0: srun's --gpu-bind and --gpus-per-task show each task its own, or all ranks the same, which
+    `refuse_shared` can tell.
+
+    Raises:
+        UserError: there are several GPUs, and fewer than ranks.
+    """
+    if shown == 1:
+        return 0
+    if local_rank >= shown:
+        raise UserError(f"local rank {local_rank} has no GPU: this node shows {shown}; start one task per GPU")
+    return local_rank
+
+
+def card(device: torch.device) -> str:
+    """The node and the GPU behind a device of this process, as no other GPU is called."""
+    properties = torch.cuda.get_device_properties(device)
+    marks = (getattr(properties, name, "") for name in ("uuid", "pci_bus_id"))  # no build of torch tells less than one
+    return " ".join([socket.gethostname(), properties.name, *map(str, marks)])
+
+
+def refuse_shared(cards: Sequence[str]) -> None:
+    """Raises UserError where two ranks have the same GPU; `cards` has each rank's `card`."""
+    for rank, name in enumerate(cards):
+        first = cards.index(name)
+        if first < rank:
+            raise UserError(f"ranks {first} and {rank} have one GPU, {name}; start one task per GPU")
