@@ -104,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     analyze.add_argument("--image", type=int, nargs="+", metavar="N", help="images of the maps (default: four)")
     analyze.add_argument("--block", type=int, default=-1, help="of the maps; -1 is the last (default: %(default)s)")
     analyze.add_argument("--grid", type=whole(2), default=15, help="landscape points a side (default: %(default)s)")
+    analyze.add_argument("--range", type=positive, default=1.0, help="of the landscape, times this (default: 1)")
     analyze.add_argument("--samples", type=count, default=256, help="images a landscape point (default: %(default)s)")
     analyze.add_argument("--batch", type=count, default=8, help="images at a time (default: %(default)s)")
     analyze.add_argument("--seed", type=whole(0), default=0, help="of directions and probes (default: %(default)s)")

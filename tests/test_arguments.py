@@ -66,7 +66,7 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str, capsys: Captu
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "0", "-3", "much"])
-@pytest.mark.parametrize("option", ["plan r --memory", "plan r --step-time", "doctor --seconds"])
+@pytest.mark.parametrize("option", ["plan r --memory", "plan r --step-time", "analyze r --range", "doctor --seconds"])
 def test_a_measure_is_finite_and_above_zero(option: str, value: str, capsys: Capture) -> None:
     line = refusal(capsys, *option.split(), value)
     assert f"{option.split()[-1]}: {value!r} is not a number above 0" in line

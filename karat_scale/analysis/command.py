@@ -47,6 +47,7 @@ def analyze_paths(options: Namespace) -> int:
         block=options.block,
         batch=options.batch,
         grid=options.grid,
+        range=options.range,
         samples=options.samples,
         hessian_samples=min(options.samples, Settings.hessian_samples),
         seed=options.seed,

@@ -52,11 +52,11 @@ def analyze_landscape(run: TrainedRun, settings: Settings, out: Path) -> Result:
     identity = f"{last} {images.ids}"
     result.numbers["checkpoint"], result.numbers["images"] = last, len(held_out)
     if plane is not None:
-        first, second = (_axis(plane.coordinates[:, i], settings.grid) for i in range(2))
+        first, second = (_axis(plane.coordinates[:, i], settings) for i in range(2))
         losses = _grid(model, held_out, plane.directions, first, second, out, "path", identity, settings)
         _add_path(result, run, plane, (first, second, losses))
         del plane  # two directions are twice the model
-    around = np.linspace(-1, 1, settings.grid)
+    around = np.linspace(-settings.range, settings.range, settings.grid)
     directions = filter_normalised(model, settings.seed)
     losses = _grid(model, held_out, directions, around, around, out, "random", identity, settings)
     _add_surface(result, "random", (around, around, losses), "two random filter-normalised directions")
@@ -80,11 +80,11 @@ def _plane(run: TrainedRun, result: Result) -> Plane | None:
         return None
 
 
-def _axis(coordinates: Array, points: int) -> Array:
+def _axis(coordinates: Array, settings: Settings) -> Array:
     """The path's extent with a margin on both sides."""
     low, high = float(coordinates.min()), float(coordinates.max())
-    margin = MARGIN * max(high - low, 1e-6)
-    return np.linspace(low - margin, high + margin, points)
+    margin = settings.range * MARGIN * max(high - low, 1e-6)
+    return np.linspace(low - margin, high + margin, settings.grid)
 
 
 def _grid(

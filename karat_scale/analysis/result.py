@@ -25,6 +25,8 @@ class Settings:
     """Images at a time, which bounds memory."""
     grid: int = 15
     """Points a side of the loss landscape."""
+    range: float = 1.0
+    """The landscape's extent: the random grid is +- this, in norms of the model's filters; scales the path's margin."""
     samples: int = 256
     """For each loss of the landscape."""
     hessian_samples: int = 64

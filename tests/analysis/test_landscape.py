@@ -3,6 +3,7 @@ import resource
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from karat_scale.analysis.landscape import analyze_landscape
@@ -22,6 +23,34 @@ def test_of_a_real_run(any_run: TrainedRun, tmp_path: Path) -> None:
     assert result.numbers["path"]["steps"] == [0, 4, 8, 12, 16]
     # After so few steps the direction of largest curvature may bend downwards.
     assert abs(result.numbers["hessian"]["top_eigenvalues"][0]) > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_axes_follow_the_range(karat_run: TrainedRun, tmp_path: Path) -> None:
+    usual, wide = (
+        analyze_landscape(karat_run, dataclasses.replace(QUICK, range=reach), tmp_path).arrays for reach in (1, 3)
+    )
+    np.testing.assert_allclose(usual["random_first"], [-1, 0, 1])
+    for axis in ("random_first", "random_second"):
+        np.testing.assert_allclose(wide[axis], 3 * usual[axis])
+    for i, axis in enumerate(("path_first", "path_second")):
+        low, high = usual["path"][:, i].min(), usual["path"][:, i].max()
+        np.testing.assert_allclose(usual[axis][[0, -1]], [low - (high - low) / 4, high + (high - low) / 4])
+        np.testing.assert_allclose(wide[axis][[0, -1]], [low - (high - low) * 3 / 4, high + (high - low) * 3 / 4])
+
+
+def test_a_stopped_grid_of_another_range_is_not_gone_on_with(karat_run: TrainedRun, tmp_path: Path) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "landscape, random" and done == 7:
+            raise KeyboardInterrupt
+
+    narrow = dataclasses.replace(QUICK, range=0.5)
+    with pytest.raises(KeyboardInterrupt):
+        analyze_landscape(karat_run, dataclasses.replace(narrow, progress=stop, range=1.0), tmp_path)
+    assert list(tmp_path.glob(".landscape-random*"))
+    resumed = analyze_landscape(karat_run, narrow, tmp_path).arrays
+    whole = analyze_landscape(karat_run, narrow, tmp_path).arrays
+    np.testing.assert_array_equal(resumed["random_loss"], whole["random_loss"])
     assert not list(tmp_path.iterdir())
 
 
