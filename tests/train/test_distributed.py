@@ -31,6 +31,7 @@ def test_one_process_agrees_with_itself(world: World) -> None:
     assert world.gather(3) == [3]
 
 
+@pytest.mark.multiprocess
 def test_an_address_without_a_port_is_enough_to_meet() -> None:
     # As srun without the launch wrapper, the port is that of the job: of one whose port is free.
     job = next(str(port - 10000) for port in iter(free_port, None) if 10000 <= port < 60000)
