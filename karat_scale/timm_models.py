@@ -45,6 +45,8 @@ def karat(
     if model is None:
         raise ValueError("karat needs model={...} and attention={...}, or a folder of karat export: local-dir:FOLDER")
     sections = (dict(model), dict(attention or {}))
+    if "num_classes" in model:  # else timm asks for the 1,000 of its default configuration
+        kwargs.setdefault("num_classes", model["num_classes"])
     features: dict[str, Any] = {"feature_cls": "getter"}
     if kwargs.get("features_only") and "out_indices" not in kwargs:
         features["out_indices"] = min(_FEATURE_MAPS, _levels(sections))

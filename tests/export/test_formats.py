@@ -123,6 +123,17 @@ def test_timm_adapts_a_folder(exported) -> None:
         timm.create_model("karat")
 
 
+@pytest.mark.parametrize("model", ["universal", "convit", "swin"])
+def test_timm_loads_a_file_into_the_model_of_its_sections(exported, model: str) -> None:
+    path, source, expected, _ = exported("safetensors", "owls.safetensors", *MODELS[model])
+    with safe_open(path, "pt") as file:
+        sections = {name: json.loads(file.metadata()[name]) for name in ("model", "attention")}
+    loaded = timm.create_model("karat", **sections).eval()
+    timm.models.load_checkpoint(loaded, str(path))
+    with torch.no_grad():
+        assert torch.equal(loaded(images(source)), expected)
+
+
 @pytest.mark.parametrize("model", mostly_slow("universal", "swin", "simplex"))
 def test_torchscript_needs_nothing_of_ours(exported, model: str, tmp_path: Path) -> None:
     file, source, _, expected = exported("torchscript", "owls.pt", *MODELS[model])
