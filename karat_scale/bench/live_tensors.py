@@ -1,4 +1,4 @@
-"""The peak of live tensors of a few real training steps, each rank in a process of its own.
+"""The peak of live tensors of a few real training steps and of an evaluation, each rank in a process of its own.
 
 torch's profiler reports each allocation of its CPU allocator, which all tensors go through, those inside operations
 included. Not seen: what C++ libraries allocate for themselves (oneDNN's scratch, our CPU kernel's tiles).
@@ -19,18 +19,21 @@ COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", 
 SECONDS_TO_LET_GO = 0.003
 
 
-def live_tensor_peak(recipe: Recipe, world: int, steps: int = 2) -> int:
-    """Bytes of live tensors at their peak on the rank with the most, from the model's birth to the last step."""
+def live_tensor_peak(recipe: Recipe, world: int, steps: int = 2, evaluates: bool = False) -> int:
+    """Bytes of live tensors at their peak on the rank with the most, from the model's birth to the last step.
+
+    With `evaluates` an evaluation follows.
+    """
     context = multiprocessing.get_context("spawn")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    arguments = [(recipe, rank, world, port, steps) for rank in range(world)]
+    arguments = [(recipe, rank, world, port, steps, evaluates) for rank in range(world)]
     with context.Pool(world, maxtasksperchild=1) as pool:
         return max(pool.starmap(measure, arguments, chunksize=1))
 
 
-def measure(recipe: Recipe, rank: int, world: int, port: int, steps: int) -> int:
+def measure(recipe: Recipe, rank: int, world: int, port: int, steps: int, evaluates: bool = False) -> int:
     """`live_tensor_peak` of one rank, in a process of its own."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -40,7 +43,7 @@ def measure(recipe: Recipe, rank: int, world: int, port: int, steps: int) -> int
     torch.set_num_threads(1)
     _outwait_gloo()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        _train(recipe, steps)
+        _train(recipe, steps, evaluates)
     return _peak(profiler.profiler.kineto_results.experimental_event_tree())
 
 
@@ -83,9 +86,9 @@ def _outwait_gloo() -> None:
         setattr(dist, name, waiting(getattr(dist, name)))
 
 
-def _train(recipe: Recipe, steps: int) -> None:
+def _train(recipe: Recipe, steps: int, evaluates: bool) -> None:
     from karat_scale.train import distributed
-    from karat_scale.train.loop import Loop
+    from karat_scale.train.loop import Loop, evaluate_in_training
     from karat_scale.train.parts import build_parts
     from karat_scale.train.reporting.progress import Reporter, SilentDisplay
     from karat_scale.train.run_directory import RunDirectory
@@ -100,5 +103,7 @@ def _train(recipe: Recipe, steps: int) -> None:
         batches = parts.backend.train_batches(parts.plan.slices(0, steps))
         for _ in range(steps):
             loop.step([next(batches) for _ in range(parts.plan.accumulation)])
+        if evaluates:
+            evaluate_in_training(parts, lambda *_: None)
     finally:
         distributed.stop()

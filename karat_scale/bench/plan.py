@@ -16,15 +16,23 @@ from karat_scale.recipe.loading import validate_recipe
 
 # Optimizer states are made in the first step, so the second one is the first of its kind.
 STEPS = 2
+# Bytes that anything fits in.
+PLENTY = 10**12
+# A micro batch that is small beside an evaluation's.
+EVALUATES = {"train.global_batch": 4, "train.eval_batch": 64}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe as the dotted keys that differ from the common one, on `world` ranks."""
+    """A recipe as the dotted keys that differ from the common one, on `world` ranks.
+
+    evaluates: after the steps too, and the recipe's `train.eval_batch` is planned for.
+    """
 
     world: int
     config: str
     keys: dict[str, Any]
+    evaluates: bool = False
 
     @property
     def name(self) -> str:
@@ -45,6 +53,10 @@ CASES = (
     Case(2, "zero0", {"attention.implementation": "cpu", "train.precision": "bf16", "train.ema_decay": 0.0}),
     Case(2, "zero2", {"attention.implementation": "streaming", "train.precision": "bf16", "train.micro_batch": 4}),
     Case(2, "zero3", {"attention.implementation": "cpu", "train.micro_batch": 4}),
+    Case(1, "zero0", {"attention.kind": "softmax", **EVALUATES}, evaluates=True),
+    Case(1, "zero0", {"attention.implementation": "reference", "train.precision": "bf16", **EVALUATES}, evaluates=True),
+    Case(1, "zero1", {"attention.kind": "softmax", "train.precision": "bf16", **EVALUATES}, evaluates=True),
+    Case(2, "zero3", {"attention.kind": "softmax", **EVALUATES}, evaluates=True),
 )
 
 
@@ -69,8 +81,9 @@ def compare(case: Case) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         recipe = recipe_of(case, scratch)
         micro_batch = next(micro_batches(recipe, case.world))
-        planned = consider(Subject(recipe, False), Machine(case.world, 0, False), case.config, micro_batch).peak.total
-        measured = live_tensor_peak(recipe, case.world, STEPS)
+        machine = Machine(case.world, PLENTY if case.evaluates else 0, False)
+        planned = consider(Subject(recipe, False), machine, case.config, micro_batch).peak.total
+        measured = live_tensor_peak(recipe, case.world, STEPS, case.evaluates)
     return {"case": case.name, "planned": planned, "measured": measured, "error": planned / measured - 1}
 
 

@@ -1,11 +1,11 @@
 """The lowest ZeRO stage that fits, with its largest micro batch: both higher stages and small batches cost time."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from karat_scale.data.plan import choose_micro_batch
 from karat_scale.errors import RecipeError
-from karat_scale.plan.memory import Batch, Peak, peak
+from karat_scale.plan.memory import Batch, Peak, evaluation, peak
 from karat_scale.plan.subject import Subject
 from karat_scale.plan.workspace import attention_workspace
 from karat_scale.plan.zero import kept
@@ -24,9 +24,10 @@ FRAGMENTATION = 0.06
 class Choice:
     """One way to train a recipe, and what it needs on a rank.
 
-    config: of DeepSpeed, by name or path. recompute: the policy of `train.recompute`. peak: live tensors at the worst
-    moment. margin: bytes for all else. host: bytes of the peak's that offload moves to the CPU. available: of the GPU,
-    or of this rank's share of the RAM.
+    config: of DeepSpeed, by name or path. recompute: the policy of `train.recompute`. eval_batch: the recipe's, or a
+    smaller one where that is too large beside training. peak: live tensors at the worst moment. margin: bytes for all
+    else. host: bytes of the peak's that offload moves to the CPU. available: of the GPU, or of this rank's share of
+    the RAM.
     """
 
     config: str
@@ -34,6 +35,7 @@ class Choice:
     recompute: str
     micro_batch: int
     accumulation: int
+    eval_batch: int
     peak: Peak
     margin: int
     host: int
@@ -150,7 +152,10 @@ def micro_batches(recipe: Recipe, world: int) -> Iterator[int]:
 
 
 def consider(subject: Subject, machine: Machine, config: str, micro_batch: int) -> Choice:
-    """What training needs under one configuration with one micro batch."""
+    """What training needs under one configuration with one micro batch.
+
+    Evaluations take the recipe's batch, or halve it until they fit, or need no more than training does.
+    """
     recipe = subject.recipe.model_copy(
         update={"deepspeed": subject.recipe.deepspeed.model_copy(update={"config": config})}
     )
@@ -158,19 +163,37 @@ def consider(subject: Subject, machine: Machine, config: str, micro_batch: int) 
     stage = zero_stage(filled)
     accumulation = recipe.train.global_batch // machine.world // micro_batch
     state = kept(subject.sizes, filled, recipe, machine.world, accumulation, machine.on_gpu)
-    worst = peak(state, subject.footprint(stage, micro_batch), _batch(subject, micro_batch, accumulation, stage))
-    overhead = GPU_OVERHEAD if machine.on_gpu else CPU_OVERHEAD + _loader(recipe, micro_batch)
-    return Choice(
-        config=config,
-        stage=stage,
-        recompute=recipe.train.recompute.policy,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-        peak=worst,
-        margin=overhead + round(FRAGMENTATION * worst.total),
-        host=min(state.host, worst.total),
-        available=machine.memory,
-    )
+    loaded = _loader(recipe, micro_batch)
+
+    def choice(worst: Peak, eval_batch: int, loaded: int) -> Choice:
+        overhead = GPU_OVERHEAD if machine.on_gpu else CPU_OVERHEAD + loaded
+        return Choice(
+            config=config,
+            stage=stage,
+            recompute=recipe.train.recompute.policy,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            eval_batch=eval_batch,
+            peak=worst,
+            margin=overhead + round(FRAGMENTATION * worst.total),
+            host=min(state.host, worst.total),
+            available=machine.memory,
+        )
+
+    step = _batch(subject, micro_batch, accumulation, stage)
+    training = choice(peak(state, subject.footprint(stage, micro_batch), step), recipe.train.eval_batch, loaded)
+    for images in _halved(recipe.train.eval_batch):
+        rest = evaluation(state, subject.evaluation(stage), _batch(subject, images, 1, stage))
+        evaluating = choice(rest, images, loaded + _loader(recipe, images))
+        if evaluating.needed <= max(machine.memory, training.needed):
+            break
+    return max(replace(training, eval_batch=images), evaluating, key=lambda choice: choice.needed)
+
+
+def _halved(batch: int) -> Iterator[int]:
+    while batch:
+        yield batch
+        batch //= 2
 
 
 def _batch(subject: Subject, images: int, accumulation: int, stage: int) -> Batch:

@@ -1,4 +1,4 @@
-"""A rank's memory at the worst moment of a step, by parts."""
+"""A rank's memory at the worst moment of training or of an evaluation, by parts."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from karat_scale.plan.zero import Kept
 
 @dataclass(frozen=True)
 class Peak:
-    """The worst moment: "start", "backward", "reduce" or "step"; bytes by part, and activations by block.
+    """The worst moment: "start", "backward", "reduce", "step" or "evaluate"; bytes by part, and activations by block.
 
     `blocks` holds block -1 for what lies outside blocks. Only the moment's own bytes are there: at a step there are
     no activations.
@@ -29,7 +29,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Batch:
-    """b images of a micro batch: `held` bytes that are there all through a step, `inside` that operations take."""
+    """b images that pass at once: `held` bytes are there all through it, `inside` are what operations take."""
 
     images: int
     held: int
@@ -37,7 +37,7 @@ class Batch:
 
 
 def peak(state: Kept, footprint: Footprint, batch: Batch) -> Peak:
-    """The worst of the moments."""
+    """The worst of the moments of training."""
     moments = (
         _start(state),
         _backward(state, footprint, batch),
@@ -45,6 +45,22 @@ def peak(state: Kept, footprint: Footprint, batch: Batch) -> Peak:
         _step("step", state, state.stepping, batch),
     )
     return max(moments, key=lambda moment: moment.total)
+
+
+def evaluation(state: Kept, footprint: Footprint, batch: Batch) -> Peak:
+    """The worst moment of an evaluation: a forward pass that saves nothing, beside all that rests between steps."""
+    live = footprint.live(batch.images)
+    event = int(np.argmax(live))
+    made = footprint.saved_by_part(batch.images, event)
+    parts = {
+        **_steady(state),
+        "gradients": state.resting,
+        "gathered weights": state.fetched,
+        "activations": sum(made.values()),
+        "workspace": batch.inside,
+        "images": batch.held,
+    }
+    return Peak("evaluate", parts, {part: size for part, size in made.items() if size})
 
 
 def _start(state: Kept) -> Peak:

@@ -102,7 +102,7 @@ def count_samples(recipe: Recipe) -> tuple[int, str]:
 def show(plan: Plan) -> None:
     """Print the plan's tables, at most a hundred columns wide."""
     _show_grid(plan)
-    print(f"\n{line(plan.choice)}")
+    print(f"\n{line(plan.choice, plan.recipe)}")
     _show_parts(plan.choice)
     _show_blocks(plan.choice)
     _show_time(plan)
@@ -110,12 +110,17 @@ def show(plan: Plan) -> None:
         _show_curve(plan)
 
 
-def line(choice: Choice) -> str:
-    """The recommendation in a line."""
+def line(choice: Choice, recipe: Recipe) -> str:
+    """The recommendation in a line, and in another what evaluations need changed."""
     how = f"deepspeed.config={choice.config} train.micro_batch={choice.micro_batch}"
     if choice.recompute != "none":
         how += f" train.recompute.policy={choice.recompute}"
     needs = f"{gigabytes(choice.needed)} of {gigabytes(choice.available)}"
+    if choice.fits and choice.eval_batch < recipe.train.eval_batch:
+        how += f" train.eval_batch={choice.eval_batch}"
+        asked = recipe.train.eval_batch
+        note = f"an evaluation with train.eval_batch = {asked} does not fit; {choice.eval_batch} does"
+        return f"recommended: {how} ({choice.accumulation} a step): {needs}\n{note}"
     if choice.fits:
         return f"recommended: {how} ({choice.accumulation} a step): {needs}"
     return f"nothing fits; {how} needs least: {needs}"

@@ -19,7 +19,7 @@ from karat_scale.models.recompute_budget import cheapest_choices, least_budget
 from karat_scale.models.saved_tensors import activation_bytes
 from karat_scale.plan.footprint import Footprint
 from karat_scale.plan.sizes import ParameterSizes
-from karat_scale.plan.tracing import fake_copy, trace_step
+from karat_scale.plan.tracing import fake_copy, trace_evaluation, trace_step
 from karat_scale.recipe import Recipe
 from karat_scale.train.deepspeed.engine import DTYPES
 
@@ -40,7 +40,7 @@ class Subject:
         model = self._build()
         self.sizes = ParameterSizes.of(model, recipe.optim)
         self._depth = len(blocks_of(model))
-        self._footprints: dict[tuple[bool, tuple[Choice, ...]], Footprint] = {}
+        self._footprints: dict[tuple[bool, tuple[Choice, ...] | None], Footprint] = {}
 
     def footprint(self, stage: int, images: int) -> Footprint:
         """What a micro batch allocates at a ZeRO stage: at 0 bf16 is autocast, later the model itself has 16 bits.
@@ -48,14 +48,26 @@ class Subject:
         `images` counts only for what a budget lets the model recompute. Raises RecipeError where the model cannot run
         as the recipe says.
         """
-        is_16_bit = self.recipe.train.is_16_bit
-        autocast = is_16_bit and stage == 0
-        dtype = DTYPES[self.recipe.train.precision] if is_16_bit and not autocast else None
+        dtype, autocast = self._precision(stage)
         choices = self._choices(dtype, autocast, images)
         key = autocast, choices
         if key not in self._footprints:
             self._footprints[key] = self._trace(dtype, *key)
         return self._footprints[key]
+
+    def evaluation(self, stage: int) -> Footprint:
+        """As `footprint`, of a batch of an evaluation, which recomputes nothing."""
+        dtype, autocast = self._precision(stage)
+        key = autocast, None
+        if key not in self._footprints:
+            self._footprints[key] = self._trace(dtype, *key)
+        return self._footprints[key]
+
+    def _precision(self, stage: int) -> tuple[torch.dtype | None, bool]:
+        """What the model is cast to, if it is, and whether autocast casts."""
+        is_16_bit = self.recipe.train.is_16_bit
+        casts = is_16_bit and stage > 0
+        return (DTYPES[self.recipe.train.precision] if casts else None), is_16_bit and not casts
 
     def _build(self) -> nn.Module:
         with torch.device("meta"):  # spares drawing the initial weights
@@ -77,16 +89,17 @@ class Subject:
         assert choices is not None
         return choices
 
-    def _trace(self, dtype: torch.dtype | None, autocast: bool, choices: tuple[Choice, ...]) -> Footprint:
+    def _trace(self, dtype: torch.dtype | None, autocast: bool, choices: tuple[Choice, ...] | None) -> Footprint:
+        """Of a training step that recomputes `choices`, or for None of an evaluation."""
         model = self._build()
         mode = fake_copy(model, dtype)
-        recompute(model, choices)
+        trace = trace_evaluation if choices is None else trace_step
+        if choices is not None:
+            recompute(model, choices)
         size = self.recipe.model.image_size
         try:
             with attention_of_a_gpu() if self.on_gpu else nullcontext():
-                return Footprint.through(
-                    {batch: trace_step(model, mode, batch, size, autocast) for batch in TRACED_BATCHES}
-                )
+                return Footprint.through({batch: trace(model, mode, batch, size, autocast) for batch in TRACED_BATCHES})
         except ValueError as error:
             raise RecipeError(f"attention.implementation = {self.recipe.attention.implementation!r}: {error}") from None
 

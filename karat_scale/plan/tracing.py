@@ -94,6 +94,20 @@ def trace_step(model: Any, mode: FakeTensorMode, batch: int, size: int, autocast
     return trace
 
 
+def trace_evaluation(model: Any, mode: FakeTensorMode, batch: int, size: int, autocast: bool) -> Trace:
+    """The forward pass of an evaluation of `batch` images [3, size, size] on a `fake_copy`; it saves nothing."""
+    parameters = list(model.parameters())
+    model.eval()
+    with _no_collection(), torch.no_grad(), mode:
+        images = torch.empty(batch, 3, size, size, dtype=parameters[0].dtype)
+        tracker = _Tracker([*parameters, *model.buffers(), images])
+        with tracker, torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            logits = model(images)
+        with tracker:
+            logits = logits.float()
+        return tracker.trace(tracker.births, ())
+
+
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """Keep the collector from letting go of tensors at moments of its own."""

@@ -19,7 +19,7 @@ ADAM_TEMPORARIES = 2
 # torch's Muon, on one matrix after the other: an update in fp32, and three in bf16 while it is made orthogonal.
 MUON_TEMPORARY_BYTES = 10
 # DeepSpeed's defaults, in elements.
-BUCKET, ALL_REDUCE, MAX_LIVE, PERSISTENT = 500_000_000, 500_000_000, 1_000_000_000, 100_000
+BUCKET, ALL_REDUCE, MAX_LIVE, PERSISTENT, PREFETCH = 500_000_000, 500_000_000, 1_000_000_000, 100_000, 50_000_000
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,10 @@ class Kept:
     keeps_gradients: how many times the bytes of each gradient that backward makes stay: 1 where it stays itself, 2
     where it is widened to fp32, 0 where it is copied away at once.
     bucket: DeepSpeed's buffers while gradients come. gathered: stage 3's whole weights between forward and backward.
+    fetched: stage 3's weights that an evaluation has fetched ahead, in one buffer and each by itself.
     partition: allocated for gradients when `flush_after` bytes of them have come.
     final_gradients: alive when the step begins. reducing: more than that, at its most, between backward and step.
+    resting: gradients and their buffers that are kept when no step is under way.
     stepping: temporaries of the step. starting: all that is alive at the worst moment of `deepspeed.initialize`.
     host: of it all, what offload moves to the CPU's memory beside a GPU.
     """
@@ -45,9 +47,11 @@ class Kept:
     keeps_gradients: int
     bucket: int
     gathered: int
+    fetched: int
     partition: int
     flush_after: int
     final_gradients: int
+    resting: int
     reducing: int
     stepping: int
     starting: int
@@ -144,9 +148,11 @@ def _stage_0(case: _Case) -> Kept:
         keeps_gradients=0 if case.accumulates else 1,
         bucket=0,
         gathered=0,
+        fetched=0,
         partition=0,
         flush_after=0,
         final_gradients=case.whole,
+        resting=0,
         reducing=min(case.whole, FP32 * ALL_REDUCE),
         stepping=max(
             case.adam(FP32 * max(case.sizes.each), ADAM_TEMPORARIES + 1),
@@ -169,9 +175,11 @@ def _bf16_stage_1(case: _Case) -> Kept:
         keeps_gradients=0 if case.accumulates else 1,
         bucket=0,
         gathered=0,
+        fetched=0,
         partition=0,
         flush_after=0,
         final_gradients=case.whole + low + (low if case.world > 1 else 0),
+        resting=case.whole,
         reducing=0,
         stepping=case.adam(case.largest_group),
         starting=case.whole + low + case.shard + (0 if case.on_gpu else case.whole),
@@ -202,9 +210,11 @@ def _stages_1_and_2(case: _Case) -> Kept:
         keeps_gradients=0 if is_2 or case.accumulates else FP32 // case.width,
         bucket=case.bucket,
         gathered=0,
+        fetched=0,
         partition=case.shard if is_2 and not (case.is_16_bit and case.accumulates) else 0,
         flush_after=case.bucket,
         final_gradients=case.shard,
+        resting=0,
         reducing=case.bucket + unflushed + second + cast,
         stepping=case.adam(case.largest_group) + (0 if case.is_16_bit else case.largest_group),
         starting=weights + 2 * case.shard + (weights if case.on_gpu else case.whole),
@@ -223,6 +233,8 @@ def _stage_3(case: _Case) -> Kept:
     threshold = case.zero("stage3_param_persistence_threshold", PERSISTENT)
     persistent = case.width * sum(size for size in case.sizes.each if size <= threshold)
     several = case.world > 1
+    gathered = max(case.width * live - persistent, 0) if several else 0
+    ahead = case.zero("stage3_prefetch_bucket_size", PREFETCH)
     offload_weights = (case.config["zero_optimization"].get("offload_param") or {}).get("device", "none") != "none"
     on_host = (4 * case.shard + case.ema if case.offloads else 0) + (share if case.on_gpu and offload_weights else 0)
     return Kept(
@@ -233,10 +245,12 @@ def _stage_3(case: _Case) -> Kept:
         held_gradients=case.shard + case.bucket,
         keeps_gradients=0,
         bucket=0,
-        gathered=max(case.width * live - persistent, 0) if several else 0,
+        gathered=gathered,
+        fetched=2 * min(case.width * max(ahead, *case.sizes.each), gathered),
         partition=0,
         flush_after=0,
         final_gradients=case.shard + case.bucket,
+        resting=case.shard + case.bucket,
         reducing=0,
         stepping=case.adam(case.largest_group) + case.largest_group,
         starting=case.whole + share + 2 * case.shard + case.bucket + (0 if case.on_gpu else case.whole),

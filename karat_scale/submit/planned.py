@@ -25,17 +25,19 @@ def planned_overrides(recipe: Recipe, overrides: Sequence[str], ranks: int, gpu:
     own = recipe.deepspeed.config
     configs = (own,) if "deepspeed.config" in named or own not in STAGES else STAGES
     choice = choose(recipe, ranks, memory, configs)
-    print(f"{line(choice)}\n")
+    print(f"{line(choice, recipe)}\n")
     if not choice.fits:
         return []
     chosen: Mapping[str, object] = {
         "deepspeed.config": choice.config,
         "train.micro_batch": choice.micro_batch,
         "train.recompute.policy": choice.recompute,
+        "train.eval_batch": choice.eval_batch,
     }
     there = {
         "deepspeed.config": own,
         "train.micro_batch": recipe.train.micro_batch,
         "train.recompute.policy": recipe.train.recompute.policy,
+        "train.eval_batch": recipe.train.eval_batch,
     }
     return [f"{key}={value}" for key, value in chosen.items() if key not in named and value != there[key]]

@@ -12,6 +12,7 @@ from karat_scale.data.backends.base import Backend
 from karat_scale.data.plan import EvalPlan
 from karat_scale.errors import DataError
 from karat_scale.train.distributed import World
+from karat_scale.train.out_of_memory import one_line_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,15 @@ def evaluate(
 
     Raises:
         DataError: no sample of the split can be read.
+        UserError: memory ran out.
     """
     plan = EvalPlan(backend.num_val, batch_size, world.rank, world.size)
     totals = torch.zeros(5, dtype=torch.float64, device=world.device)
     for done, cpu_batch in enumerate(backend.eval_batches(plan.slices()), start=1):
-        batch = cpu_batch.to(world.device)
-        logits = forward(normalize(batch.images)).float()
-        totals += _count(logits, batch.labels, batch.valid, len(batch.bad))
+        with one_line_out_of_memory(lambda: f"lower train.eval_batch (now {batch_size})"):
+            batch = cpu_batch.to(world.device)
+            logits = forward(normalize(batch.images)).float()
+            totals += _count(logits, batch.labels, batch.valid, len(batch.bad))
         on_batch(done, plan.num_batches, cpu_batch.bad)
     top1, top5, loss, images, bad = world.sum(totals).tolist()
     if not images:

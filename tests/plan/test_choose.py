@@ -6,6 +6,7 @@ import pytest
 
 from karat_scale.errors import RecipeError
 from karat_scale.plan.choose import STAGES, Machine, best, choose, consider
+from karat_scale.plan.report import line
 from karat_scale.plan.subject import Subject
 from karat_scale.recipe import Recipe
 
@@ -95,6 +96,25 @@ def test_parts_add_up_and_shards_shrink_with_the_world(small_recipe: Load) -> No
     for choice in (alone, four):
         assert choice.needed == sum(choice.peak.parts.values()) + choice.margin
     assert four.peak.parts["optimizer"] == pytest.approx(alone.peak.parts["optimizer"] / 4, rel=1e-3)
+
+
+def test_an_evaluation_that_does_not_fit_gets_a_smaller_batch_and_training_stays(small_recipe: Load) -> None:
+    recipe = small_recipe("train.eval_batch=1024")
+    subject = Subject(recipe, on_gpu=True)
+    whole = consider(subject, Machine(1, PLENTY, True), "zero0", 8)
+    assert (whole.peak.moment, whole.eval_batch) == ("evaluate", 1024)
+    choice = choose(recipe, 1, whole.needed - 1)
+    assert (choice.config, choice.micro_batch, choice.eval_batch, choice.fits) == ("zero0", 8, 512, True)
+    assert "train.micro_batch=8 train.eval_batch=512 (1 a step)" in line(choice, recipe)
+    assert "an evaluation with train.eval_batch = 1024 does not fit; 512 does" in line(choice, recipe)
+
+
+def test_what_rests_between_steps_is_beside_an_evaluation(small_recipe: Load) -> None:
+    subject = Subject(small_recipe("train.eval_batch=4096", "train.precision=bf16"), on_gpu=True)
+    moments = [consider(subject, Machine(4, PLENTY, True), config, 2).peak for config in STAGES]
+    assert {moment.moment for moment in moments} == {"evaluate"}
+    shard = -(-4 * subject.sizes.total // 4)
+    assert [moment.parts["gradients"] for moment in moments] == [0, 4 * subject.sizes.total, 0, shard + 2 * 5_000_000]
 
 
 def test_triton_is_planned_without_a_gpu(small_recipe: Load) -> None:

@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from karat_scale.models import create_model
 from karat_scale.plan.footprint import Footprint
+from karat_scale.plan.subject import Subject
 from karat_scale.plan.tracing import Trace, fake_copy, trace_step
 from karat_scale.recipe import Recipe
 
@@ -47,6 +48,20 @@ def test_a_trace_is_what_the_pass_allocates(small_recipe: Load, implementation: 
     forward, peak = really_allocated(recipe, 8)
     assert sum(footprint.saved_by_part(8, footprint.forward - 1).values()) == pytest.approx(forward, rel=0.01)
     assert (footprint.live(8) + footprint.gradients_made).max() == pytest.approx(peak, rel=0.02)
+
+
+def test_a_trace_of_an_evaluation_is_what_it_allocates(small_recipe: Load) -> None:
+    recipe = small_recipe("attention.implementation=reference", "train.recompute.policy=all")
+    footprint = Subject(recipe, on_gpu=False).evaluation(0)
+    model, images = create_model(recipe.model, recipe.attention).eval(), torch.randn(8, 3, SIZE, SIZE)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model(images)
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    live = peak = 0
+    for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        live += change
+        peak = max(peak, live)
+    assert footprint.live(8).max() == pytest.approx(peak, rel=0.02)
 
 
 @pytest.mark.parametrize("bf16", ["no", "autocast", "model"])

@@ -1,5 +1,6 @@
 """`karat submit --gpu` fills in what the plan recommends."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,10 @@ Capture = pytest.CaptureFixture[str]
 SHAPE = ("model.depth=1", "model.image_size=64", "train.global_batch=256", "--nodes=2", "--gpus-per-node=4")
 
 
-def script_of(tmp_path: Path, *arguments: str) -> str:
+def script_of(tmp_path: Path, *arguments: str, recipe: str = "imagenet_vit_tiny_g3b") -> str:
     run = tmp_path / "run"
     places = (f"run.dir={run}", f"data.path={tmp_path}")
-    assert main(["submit", "imagenet_vit_tiny_g3b", *places, *arguments]) == 0
+    assert main(["submit", recipe, *places, *arguments]) == 0
     return (run / "submit.sh").read_text()
 
 
@@ -36,6 +37,14 @@ def test_what_the_user_names_is_left_alone(tmp_path: Path, capsys: Capture) -> N
 def test_a_stage_that_the_recipe_cannot_use_is_passed_over(tmp_path: Path, capsys: Capture) -> None:
     assert script_of(tmp_path, "train.precision=fp16", *SHAPE, "--gpu=v100-32").count("train.micro_batch=32") == 2
     assert "recommended: deepspeed.config=zero1" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_would_not_fit_gets_a_smaller_batch(tmp_path: Path, capsys: Capture) -> None:
+    recipe = tmp_path / "large.yaml"
+    recipe.write_text("extends: imagenet_vit_tiny_g3b\ntrain: {eval_batch: 1024000}\n")
+    script = script_of(tmp_path, *SHAPE, "--gpu=a100-40", recipe=str(recipe))
+    (batch,) = set(re.findall(r"train\.eval_batch=(\d+)", script))
+    assert f"train.eval_batch = 1024000 does not fit; {batch} does" in capsys.readouterr().out
 
 
 def test_without_a_gpu_it_says_that_it_did_not_plan(tmp_path: Path, capsys: Capture) -> None:

@@ -3,6 +3,7 @@ import torch
 
 from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.backends import open_backend
+from karat_scale.errors import UserError
 from karat_scale.train.distributed import World
 from karat_scale.train.evaluate import evaluate
 from tests.conftest import CLASSES
@@ -47,3 +48,11 @@ def test_top5_and_loss_are_the_textbooks(small_recipe, world: World) -> None:
     assert result.top1 == pytest.approx(100 * (ranks == 0).double().mean().item())
     assert result.top5 == pytest.approx(100 * (ranks < 5).double().mean().item())
     assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
+
+
+def test_running_out_of_memory_names_the_batch_of_the_evaluation(small_recipe, world: World) -> None:
+    recipe = small_recipe()
+    backend = open_backend(recipe.data, recipe.augment, 16, CLASSES, 0)
+    normalize = Normalize(recipe.augment.mean, recipe.augment.std)
+    with pytest.raises(UserError, match=r"out of memory: .*; lower train\.eval_batch \(now 16\)$"):
+        evaluate(lambda images: torch.empty(1 << 50), backend, normalize, 16, world, lambda *_: None)
