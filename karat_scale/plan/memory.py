@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from karat_scale.plan.footprint import Footprint
+from karat_scale.plan.kept import Kept
 from karat_scale.plan.tracing import OUTSIDE
-from karat_scale.plan.zero import Kept
 
 
 @dataclass(frozen=True)
