@@ -31,15 +31,30 @@ def test_the_first_rank_to_fail_has_the_last_word(train: Train) -> None:
     assert "rank 1 on 127.0.0.2 was killed by signal 9 (KILL)" in job.log.splitlines()[-1]
 
 
-def test_an_exception_has_the_last_word(train: Train) -> None:
+def test_an_exception_has_the_last_word(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "own_basis.py").write_text(
+        "from karat_scale.attention.bases.polynomials import Chebyshev\n\n\n"
+        "class Broken(Chebyshev):\n"
+        "    def value(self, x):\n"
+        "        raise ZeroDivisionError('a mistake in a basis')\n"
+    )
+    job = train("attention.basis=own_basis:Broken", PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    assert job.wait() == "FAILED 1", job.log
+    last = "rank 0 on 127.0.0.1 failed first, exit code 1: ZeroDivisionError: a mistake in a basis"
+    assert job.log.splitlines()[-1] == last
+    assert job.starts == 1
+
+
+def test_a_last_checkpoint_that_cannot_be_saved_ends_the_job(train: Train) -> None:
     job = train("checkpoint.every_steps=null")
     wait_for(job, "train", 2)
     checkpoints = run_of(job) / "checkpoints"
     shutil.rmtree(checkpoints)
     checkpoints.write_text("a file, so nothing can be saved")
-    assert job.wait() == "FAILED 1", job.log
-    last = "rank 0 on 127.0.0.1 failed first, exit code 1: OSError: the last checkpoint could not be saved"
-    assert job.log.splitlines()[-1] == last
+    assert job.wait() == "FAILED 2", job.log
+    last = job.log.splitlines()[-1]
+    assert last.startswith("rank 0 on 127.0.0.1 failed first, exit code 2: error: run.dir = "), last
+    assert "the last checkpoint could not be saved" in last
     assert job.starts == 1
 
 
