@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import yaml
-from safetensors import safe_open
 
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.portable import portable_recipe, text_digest
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.state import TrainState
 from karat_scale.train.teacher import FILE
-from karat_scale.train.weights_source import TIMM
+from karat_scale.train.weights_source import TIMM, export_metadata, locate
 
 Lineage = dict[str, dict[str, str]]
 
@@ -28,24 +27,18 @@ def run_behind(source: str) -> dict[str, str]:
     Args:
         source: as of `read_weights`.
     """
-    path = Path(source).expanduser()
     if not source or source.startswith(TIMM):
         return {}
-    if path.parent.name == "checkpoints" and (path.is_dir() or path.name in ("best", "latest")):
-        path = path.parent.parent
-    exported = path / "model.safetensors" if path.is_dir() and (path / "config.json").is_file() else path
-    if exported.is_file():
-        return _run_of_file(exported)
+    path, checkpoint = locate(source)
+    if not checkpoint:
+        return _run_of_file(path)
     recipe = RunDirectory(path).recipe()
     return {"name": recipe.run.name, "recipe_sha256": text_digest(portable_recipe(recipe))}
 
 
 def _run_of_file(path: Path) -> dict[str, str]:
-    if path.suffix != ".safetensors":
-        return {}
-    with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
-    if not {"karat_scale", "recipe", "recipe_sha256"} <= about.keys():
+    about = export_metadata(path)
+    if not {"recipe", "recipe_sha256"} <= about.keys():
         return {}
     name = yaml.safe_load(about["recipe"])["run"]["name"]
     return {"name": name, "recipe_sha256": about["recipe_sha256"]}

@@ -53,16 +53,26 @@ def read_weights(source: str) -> SourceWeights:
     """
     if source.startswith(TIMM):
         return SourceWeights(_weights_of_timm(source.removeprefix(TIMM)))
+    path, checkpoint = locate(source)
+    return _weights_of_run(path, checkpoint) if checkpoint else _weights_of_file(path)
+
+
+def locate(source: str) -> tuple[Path, str]:
+    """A run's directory and which checkpoint of it, or a file and "", of a source that is no timm:NAME.
+
+    Raises:
+        RecipeError: there is no such thing.
+    """
     path = Path(source).expanduser()
     exported = path / "model.safetensors"
     if exported.is_file() and (path / "config.json").is_file():  # as a hub has it, perhaps with a recipe
-        return _weights_of_file(exported)
+        return exported, ""
     if (path / "recipe.yaml").is_file():
-        return _weights_of_run(path, "best")
+        return path, "best"
     if path.parent.name == "checkpoints" and (path.is_dir() or path.name in ("best", "latest")):
-        return _weights_of_run(path.parent.parent, path.name)
+        return path.parent.parent, path.name
     if path.is_file():
-        return _weights_of_file(path)
+        return path, ""
     raise RecipeError("neither a run's directory, nor a checkpoint in one, nor a file, nor timm:NAME")
 
 
@@ -108,11 +118,8 @@ def _check_kind(path: Path) -> None:
 
 def _origin_of_file(path: Path) -> Origin | None:
     """The recipe's sections that `karat export` keeps beside the weights."""
-    if path.suffix != ".safetensors":
-        return None
-    with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
-    if "karat_scale" not in about:
+    about = export_metadata(path)
+    if not about:
         return None
     try:
         return Origin(
@@ -121,6 +128,15 @@ def _origin_of_file(path: Path) -> Origin | None:
         )
     except (KeyError, TypeError, ValueError):
         return None  # another version's; the weights tell what they are
+
+
+def export_metadata(path: Path) -> dict[str, str]:
+    """What `karat export` says of a file's weights in it; nothing where another program wrote it."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        about: dict[str, str] = file.metadata() or {}
+    return about if "karat_scale" in about else {}
 
 
 def _weights_of_timm(name: str) -> dict[str, Tensor]:
