@@ -4,7 +4,6 @@ training.pt     weights and AdamW's state, the same on all ranks, written by ran
 rank-00000.pt   a rank's random generators
 """
 
-import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from karat_scale.detection.state import DetectionState
 from karat_scale.errors import RunDirectoryError
 from karat_scale.files import Fingerprint
 from karat_scale.recipe.loading import dump_recipe
+from karat_scale.recipe.portable import text_digest
 from karat_scale.train.checkpoint.generators import generator_states, restore_generators, seed_generators
 from karat_scale.train.checkpoint.intact import agree_on_checkpoint, refuse_another_batch
 from karat_scale.train.checkpoint.restore import check_shapes
@@ -107,7 +107,7 @@ class DetectionCheckpoints:
             "kind": KIND,
             **state.to_json(),
             "world_size": self._world.size,
-            "recipe_sha256": hashlib.sha256(dump_recipe(self._recipe).encode()).hexdigest(),
+            "recipe_sha256": text_digest(dump_recipe(self._recipe)),
         }
 
     def load(self, state_of: str = "") -> DetectionState | None:

@@ -1,13 +1,12 @@
 """How long one GPU computes on an image, by what a run has logged: of the same recipe, where speed is concerned."""
 
-import contextlib
-import json
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from karat_scale.cluster.standing import read_events
 from karat_scale.data.plan import choose_micro_batch
 from karat_scale.errors import UserError
 from karat_scale.hardware import Gpu, find_gpu
@@ -109,11 +108,5 @@ def _differing(old: Recipe, new: Recipe) -> str:
 
 
 def _rates(metrics: Path) -> list[float]:
-    if not metrics.is_file():
-        return []
-    rates = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # the last line of a run that goes on may not be whole
-            event = json.loads(line)
-            rates.append(event.get("images_per_second") if event.get("event") == "train" else None)
+    rates = (event.get("images_per_second") for event in read_events(metrics) if event.get("event") == "train")
     return [float(rate) for rate in rates if rate]

@@ -4,7 +4,6 @@ Every outcome is agreed: a checkpoint that one rank could not write exists for n
 the same one.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from karat_scale.errors import RunDirectoryError
 from karat_scale.models.transfer import teacher_of
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import dump_recipe
+from karat_scale.recipe.portable import text_digest
 from karat_scale.train.checkpoint.generators import restore_generators, seed_generators
 from karat_scale.train.checkpoint.intact import agree_on_checkpoint, refuse_another_batch
 from karat_scale.train.checkpoint.restore import check_teacher, restore
@@ -57,7 +57,7 @@ class Checkpoints:
             "zero_stage": self._engine.stage,
             "has_ema": self._ema is not None,
             "teacher": teacher.digest if teacher else None,
-            "recipe_sha256": hashlib.sha256(dump_recipe(self._recipe).encode()).hexdigest(),
+            "recipe_sha256": text_digest(dump_recipe(self._recipe)),
         }
         return self.saver.save(state, content, is_best, wait)
 
