@@ -51,6 +51,12 @@ def choose_micro_batch(global_batch: int, world_size: int, wanted: int | None, e
     return micro
 
 
+def total_steps(steps_per_epoch: int, epochs: int, max_steps: int | None) -> int:
+    """The global batches of a whole run: those of its epochs, or `max_steps` where these are fewer."""
+    planned = epochs * steps_per_epoch
+    return min(planned, max_steps or planned)
+
+
 @dataclass(frozen=True)
 class TrainPlan:
     """The training batches of one rank. The last incomplete global batch of an epoch is dropped.

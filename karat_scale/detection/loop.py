@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from karat_scale.data.plan import total_steps
 from karat_scale.detection.batches import DetectionBatch, TrainMaker, load_batches
 from karat_scale.detection.evaluate import evaluate
 from karat_scale.detection.parts import DetectionParts
@@ -31,8 +32,8 @@ class DetectionLoop:
     def __init__(self, parts: DetectionParts, state: DetectionState) -> None:
         self.parts = parts
         self.state = state
-        planned = parts.recipe.train.epochs * parts.plan.steps_per_epoch
-        self.total_steps = min(planned, parts.recipe.train.max_steps or planned)
+        train = parts.recipe.train
+        self.total_steps = total_steps(parts.plan.steps_per_epoch, train.epochs, train.max_steps)
         self._interval = Interval(parts.world.device)
         self._losses: dict[str, torch.Tensor] = {}
         self._saved_at = time.monotonic()

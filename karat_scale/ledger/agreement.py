@@ -1,12 +1,12 @@
 """Whether a run's own files say the same: one that someone has edited since does not go into the ledger."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from karat_scale.data.plan import total_steps
 from karat_scale.errors import RunDirectoryError
-from karat_scale.files import sealed
+from karat_scale.files import file_sha256, sealed
 from karat_scale.ledger.figures import EvalEvent, SummaryFigures, TrainEvent
 from karat_scale.recipe import Recipe
 from karat_scale.train.run_directory import RunDirectory
@@ -73,7 +73,7 @@ def check_agreement(
     of_recipe = {"name": recipe.run.name, "seed": recipe.run.seed, **steps}
     _same(directory, "recipe.yaml", summary, {key: value for key, value in of_recipe.items() if key in summary})
     written = figures.recipe_sha256 or state.get("recipe_sha256")
-    if written not in (None, hashlib.sha256(directory.recipe_file.read_bytes()).hexdigest()):
+    if written not in (None, file_sha256(directory.recipe_file)):
         raise RunDirectoryError(f"{directory.recipe_file}: is not the one that the run was trained by; {_MEND}")
     if figures.sha256 is not None and summary != sealed(summary):
         raise RunDirectoryError(f"{directory.summary_file}: was changed since the run wrote it; {_MEND}")
@@ -89,8 +89,8 @@ def _same(directory: RunDirectory, where: str, summary: Mapping[str, Any], there
 
 def _steps(recipe: Recipe, figures: SummaryFigures) -> int:
     """How many a run by this recipe takes."""
-    planned = (figures.train_images or 0) // recipe.train.global_batch * recipe.train.epochs
-    return min(planned, recipe.train.max_steps or planned)
+    steps_per_epoch = (figures.train_images or 0) // recipe.train.global_batch
+    return total_steps(steps_per_epoch, recipe.train.epochs, recipe.train.max_steps)
 
 
 def _state(directory: RunDirectory) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.backends import Backend, open_backend
 from karat_scale.data.formats.checks import unused_classes
-from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan, choose_micro_batch
+from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan, choose_micro_batch, total_steps
 from karat_scale.errors import DataError, RecipeError
 from karat_scale.models import create_model, parameter_count
 from karat_scale.recipe import Recipe
@@ -49,8 +49,7 @@ def dry_run(recipe: Recipe, world: int) -> Iterator[str]:
 def _check_batches(recipe: Recipe, world: int, micro_batch: int, backend: Backend) -> str:
     """The first and the last global batch, cut by every rank."""
     plan = _plan(recipe, world, micro_batch, backend)
-    planned = recipe.train.epochs * plan.steps_per_epoch
-    total = min(planned, recipe.train.max_steps or planned)
+    total = total_steps(plan.steps_per_epoch, recipe.train.epochs, recipe.train.max_steps)
     for step in {0, total - 1}:
         epoch, batch = divmod(step, plan.steps_per_epoch)
         order = plan.epoch_order(epoch)

@@ -15,6 +15,7 @@ from timm.loss import SoftTargetCrossEntropy
 
 from karat_scale.data.batch import BadSample, Batch
 from karat_scale.data.digest import BITS, batch_digest
+from karat_scale.data.plan import total_steps
 from karat_scale.errors import DivergedError
 from karat_scale.train.checkpoint.snapshots import snapshot_steps
 from karat_scale.train.evaluate import EvalResult, evaluate
@@ -56,8 +57,7 @@ class Loop:
         self.parts = parts
         self.state = state
         recipe, plan = parts.recipe, parts.plan
-        planned = recipe.train.epochs * plan.steps_per_epoch
-        self.total_steps = min(planned, recipe.train.max_steps or planned)
+        self.total_steps = total_steps(plan.steps_per_epoch, recipe.train.epochs, recipe.train.max_steps)
         self._snapshot_steps = snapshot_steps(self.total_steps, recipe.checkpoint.snapshots)
         self._objective = SoftTargetCrossEntropy()
         self._interval = Interval(parts.world.device)
