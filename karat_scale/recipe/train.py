@@ -52,15 +52,19 @@ class TrainConfig(Section):
     until `max_skipped_steps` were skipped in a row, or stop. `freeze` lists patterns of names of parameters that do not
     learn, such as `blocks.0.*`.
 
-    `precision: fp16`, with a loss scale, is for GPUs from ZeRO stage 1 on. `compile` is torch.compile.
+    `precision: bf16` keeps fp32 weights and computes under autocast, at every ZeRO stage. `bf16_weights` holds the
+    weights in 16 bits from stage 1 on, beside fp32 master weights, for models that need the memory. `fp16`, with a loss
+    scale, is for GPUs from stage 1 on. `tf32` lets fp32 matrix products round their inputs to TF32 (10 bits of mantissa)
+    on GPUs that have it. `compile` is torch.compile's mode; `true` means "default".
     """
 
     epochs: Count = 100
     max_steps: Count | None = None
     global_batch: Count = 128
     micro_batch: Count | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    compile: bool = False
+    precision: Literal["fp32", "bf16", "bf16_weights", "fp16"] = "fp32"
+    tf32: bool = True
+    compile: Literal[False, "default", "reduce-overhead", "max-autotune"] = False
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99992
     ema_warmup: bool = True
     eval_every_epochs: Count = 1
@@ -75,6 +79,11 @@ class TrainConfig(Section):
     def is_16_bit(self) -> bool:
         """Whether the forward pass computes in bf16 or fp16."""
         return self.precision != "fp32"
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _true_is_the_default_mode(cls, value: Any) -> Any:
+        return "default" if value is True else value
 
     @field_validator("freeze", mode="before")
     @classmethod
@@ -94,7 +103,7 @@ class TrainConfig(Section):
     def _compiles(self) -> "TrainConfig":
         if self.compile and self.recompute.policy != "none" and self.recompute.method == "deepspeed":
             raise ValueError(
-                "train.compile = true cannot trace DeepSpeed's checkpoint; use train.recompute.method=torch"
+                f"train.compile = {self.compile} cannot trace DeepSpeed's checkpoint; use train.recompute.method=torch"
             )
         return self
 
