@@ -87,10 +87,9 @@ class DetectionCheckpoints:
         everyone = self._world.gather(files)
         if self._world.is_main:
             written = {name: fingerprint for part in everyone for name, fingerprint in part.items()}
-            name = self.store.commit(directory, self._content(state), written)
-            if is_best:
-                self.store.point("best", name)
-            self.store.retain(self._recipe.checkpoint.keep_last)
+            self.store.commit(directory, self._content(state), written, is_best)
+            for problem in self.store.retain(self._recipe.checkpoint.keep_last):
+                self._reporter.warn(problem)
 
     def _begin(self, step: int) -> str:
         """The new checkpoint's directory, on rank 0; nothing elsewhere. What rank 0 meets is raised on all."""

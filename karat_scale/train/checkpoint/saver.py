@@ -187,7 +187,7 @@ class Saver:
         try:
             self._store.root.mkdir(parents=True, exist_ok=True)
             self._store.discard_unfinished()
-            self._store.retain(self._config.keep_last)  # a recipe may keep fewer than before
+            self._store.retain(self._config.keep_last)  # the recipe may keep fewer than before
             needed = self._store.newest_bytes() or self._counted_bytes()
             free = shutil.disk_usage(self._store.root).free
             if free < needed:
@@ -229,16 +229,10 @@ class Saver:
 
     def _commit(self, save: _Save, files: dict[str, Fingerprint]) -> _Written:
         try:
-            name = self._store.commit(save.directory, save.content, files)
-            if save.is_best:
-                self._store.point("best", name)
+            self._store.commit(save.directory, save.content, files, save.is_best)
         except OSError as error:
             return _Written(describe(error))
-        try:
-            self._store.retain(self._config.keep_last)
-        except OSError as error:  # the new checkpoint is good all the same
-            return _Written(warning=f"an old checkpoint could not be removed: {describe(error)}")
-        return _Written()
+        return _Written(warning="; ".join(self._store.retain(self._config.keep_last)) or None)
 
     def _first(self, problem: str | None) -> str | None:
         return next((p for p in self._world.gather(problem) if p is not None), None)

@@ -48,11 +48,14 @@ class CheckpointStore:
         path.mkdir(parents=True)
         return path
 
-    def commit(self, unfinished: Path, state: dict[str, Any], files: Mapping[str, Fingerprint]) -> str:
-        """Give a written checkpoint its manifest and its name, and point `latest` at it.
+    def commit(
+        self, unfinished: Path, state: dict[str, Any], files: Mapping[str, Fingerprint], is_best: bool = False
+    ) -> str:
+        """Give a written checkpoint its manifest and its name, and point `latest` at it, and `best` if it is.
 
         Args:
             files: the fingerprints of its files, by name, from those who wrote them.
+            is_best: it is better than the one that `best` names.
 
         Raises:
             OSError: a file is not there as it was written, or the disk does not take the rest.
@@ -70,6 +73,8 @@ class CheckpointStore:
             final.rename(replaced)
         unfinished.rename(final)
         flush_to_disk(self.root)
+        if is_best:  # before `latest`: a run resumed from `latest` does not evaluate it again, so `best` would be lost
+            self.point("best", name)
         self.point("latest", name)
         shutil.rmtree(replaced, ignore_errors=True)
         return name
@@ -150,12 +155,23 @@ class CheckpointStore:
             raise RunDirectoryError(f"checkpoint {self.root / name} is damaged: {damage}; choose another")
         return name
 
-    def retain(self, keep_last: int) -> None:
-        """Remove all but the newest `keep_last` checkpoints and those that `latest` and `best` name."""
+    def retain(self, keep_last: int) -> list[str]:
+        """Remove all but the newest `keep_last` checkpoints and those that `latest` and `best` name.
+
+        Returns one line for each that cannot be removed: an old checkpoint must never prevent a new one.
+        """
         kept = {*self.names()[:keep_last], self.pointed("latest"), self.pointed("best")}
+        problems = []
         for name in self.names():
-            if name not in kept:
+            if name in kept:
+                continue
+            try:
                 shutil.rmtree(self.root / name)
+            except OSError as error:
+                problems.append(
+                    f"old checkpoint {name} cannot be removed: {error.strerror or error}; remove it by hand"
+                )
+        return problems
 
     def put_back(self) -> None:
         """Give a checkpoint its name again that a kill caught while the next of its step was to take its place."""

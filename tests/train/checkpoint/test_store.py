@@ -129,6 +129,38 @@ def test_retention_keeps_the_newest_and_the_best(store: CheckpointStore) -> None
     assert store.names() == [checkpoint_name(step) for step in (5, 4, 2)]
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_line_and_stays(store: CheckpointStore, tmp_path: Path) -> None:
+    for step in range(1, 4):
+        save(store, step)
+    elsewhere = tmp_path / "another disk"
+    (store.root / checkpoint_name(1)).rename(elsewhere)
+    (store.root / checkpoint_name(1)).symlink_to(elsewhere, target_is_directory=True)
+    (problem,) = store.retain(keep_last=1)
+    assert problem.startswith(f"old checkpoint {checkpoint_name(1)} cannot be removed: ")
+    assert store.names() == [checkpoint_name(3), checkpoint_name(1)]
+    assert store.retain(keep_last=1) == [problem]
+
+
+def test_a_kill_before_latest_moves_leaves_best_at_the_new_checkpoint(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(store, 1)
+    point = store.point
+
+    def killed(pointer: str, name: str) -> None:
+        if pointer == "latest":
+            raise KeyboardInterrupt
+        point(pointer, name)
+
+    monkeypatch.setattr(store, "point", killed)
+    directory = store.begin(2)
+    with pytest.raises(KeyboardInterrupt):
+        store.commit(directory, {"step": 2}, {}, is_best=True)
+    assert (store.pointed("latest"), store.pointed("best")) == (checkpoint_name(1), checkpoint_name(2))
+    store.retain(keep_last=1)
+    assert checkpoint_name(2) in store.names()
+
+
 def test_saving_a_step_again_replaces_it(store: CheckpointStore) -> None:
     name = save(store, 1)
     (store.root / name / "weights.pt").write_bytes(b"damaged")
