@@ -11,6 +11,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
@@ -33,6 +34,8 @@ INSTRUCTION_SETS = {
 PLAIN = "plain"
 BUILD_SECONDS = 300
 DIGEST_BYTES = 32
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_TRUSTED_OWNERS = (0, os.getuid()) if hasattr(os, "getuid") else ()
 
 
 class LoadError(Exception):
@@ -112,10 +115,11 @@ def _load(source: Path, isa: str, link: tuple[str, ...]) -> ctypes.CDLL:
     key = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:20]
     directory = _cache_directory()
     library = directory / f"{source.stem}-{isa}-{key}.so"
-    if not _is_whole(library):
-        directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _keep_others_out(directory)
+    if not _is_ours(library):
         with _locked(directory / f"{library.name}.lock"):
-            if not _is_whole(library):
+            if not _is_ours(library):
                 _build([compiler, *flags, str(source), *link], library)
     return ctypes.CDLL(str(library))
 
@@ -137,9 +141,37 @@ def _find_compiler() -> str:
 def _locked(path: Path) -> Iterator[None]:
     import fcntl  # Not on every system, and this module is imported on all.
 
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    # Neither follows a link nor waits for the reader of a pipe, and truncates nothing.
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise LoadError(f"{path} is not a regular file; remove it")
+        fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(handle)
+
+
+def _keep_others_out(directory: Path) -> None:
+    """Make the cache writable for this user only: loading a library that others put there would run their code.
+
+    Raises LoadError where the directory belongs to another user.
+    """
+    status = directory.stat()
+    if status.st_uid not in _TRUSTED_OWNERS:
+        raise LoadError(f"its cache {directory} belongs to another user; set KARAT_CACHE_DIR to a directory of yours")
+    if status.st_uid == os.getuid() and status.st_mode & _OTHERS_WRITE:
+        directory.chmod(stat.S_IMODE(status.st_mode) & ~_OTHERS_WRITE)
+
+
+def _is_ours(library: Path) -> bool:
+    """True where the library is this user's or root's, nobody else can write to it, and it is whole."""
+    try:
+        status = library.lstat()
+    except FileNotFoundError:
+        return False
+    is_private = stat.S_ISREG(status.st_mode) and not status.st_mode & _OTHERS_WRITE
+    return is_private and status.st_uid in _TRUSTED_OWNERS and _is_whole(library)
 
 
 def _build(command: list[str], library: Path) -> None:
@@ -151,6 +183,7 @@ def _build(command: list[str], library: Path) -> None:
             file.write(digest)
             file.flush()
             os.fsync(file.fileno())
+        built.chmod(0o700)
         built.replace(library)
 
 

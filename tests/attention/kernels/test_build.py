@@ -143,6 +143,66 @@ def test_a_damaged_library_is_built_again(tmp_path):
         assert library.read_bytes()[-32:] == content[-32:]
 
 
+def small_source(folder):
+    source = folder / "source.cpp"
+    source.write_text('extern "C" int answer() { return 1; }\n')
+    return source
+
+
+def test_nobody_else_may_write_to_the_cache_or_a_library(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(0o777)
+    monkeypatch.setenv("KARAT_CACHE_DIR", str(cache))
+    source = small_source(tmp_path)
+    isa = build._available_instruction_sets()[0]
+    assert build._load(source, isa, ()).answer() == 1
+    assert cache.stat().st_mode & 0o777 == 0o755
+    (library,) = cache.glob("*.so")
+    assert library.stat().st_mode & 0o777 == 0o700
+    library.chmod(0o777)
+    built = library.stat().st_ino
+    build._load(source, isa, ())
+    assert library.stat().st_ino != built
+    assert library.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
+@pytest.mark.parametrize("what", ["directory", "library"])
+def test_what_another_user_owns_is_not_loaded(tmp_path, monkeypatch, what):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("KARAT_CACHE_DIR", str(cache))
+    monkeypatch.setattr(build, "_TRUSTED_OWNERS", (os.getuid(),))
+    source = small_source(tmp_path)
+    isa = build._available_instruction_sets()[0]
+    build._load(source, isa, ())
+    (library,) = cache.glob("*.so")
+    os.chown(cache if what == "directory" else library, 12345, 12345)
+    if what == "directory":
+        with pytest.raises(build.LoadError, match="belongs to another user; set KARAT_CACHE_DIR"):
+            build._load(source, isa, ())
+    else:
+        build._load(source, isa, ())
+        assert library.stat().st_uid == 0
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_lock_that_is_not_a_file_is_named_and_harms_nothing(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("KARAT_CACHE_DIR", str(tmp_path / "cache"))
+    source, precious = small_source(tmp_path), tmp_path / "precious"
+    precious.write_text("mine")
+    isa = build._available_instruction_sets()[0]
+    build._load(source, isa, ())
+    (lock,) = (tmp_path / "cache").glob("*.lock")
+    (library,) = (tmp_path / "cache").glob("*.so")
+    library.unlink()
+    lock.unlink()
+    lock.symlink_to(precious) if kind == "link" else os.mkfifo(lock)
+    with pytest.raises((build.LoadError, OSError), match=str(lock)):
+        build._load(source, isa, ())
+    assert precious.read_text() == "mine"
+
+
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     blocked = tmp_path / "file"
     blocked.touch()
