@@ -50,8 +50,16 @@ class FingerprintedFile:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file under a temporary name, flush it to the disk, then give it its name. Text is UTF-8."""
+    """Write a file under a temporary name, flush it to the disk, then give it its name. Text is UTF-8.
+
+    A link's target is replaced, not the link. A device, a pipe or a socket is written to as it is.
+    """
     data = content.encode() if isinstance(content, str) else content
+    if _is_special(path):
+        with path.open("wb") as stream:
+            stream.write(data)
+        return
+    path = Path(os.path.realpath(path))
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with naming(path):
@@ -61,6 +69,12 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _is_special(path: Path) -> bool:
+    """True for what a rename must not replace: devices, pipes, and a standard stream by its name in /dev."""
+    is_other = path.exists() and not path.is_file() and not path.is_dir()
+    return is_other or path.absolute().parts[:2] in (("/", "dev"), ("/", "proc")) and path.exists()
 
 
 @contextmanager
