@@ -1,13 +1,12 @@
 """What is unusual about an image file, found from its header: the things that make decoders disagree or stop."""
 
-import io
 import warnings
 from dataclasses import dataclass
 
 from PIL import Image
 from sources.base import UnreadableSampleError
 
-from karat_scale.data.decode import UndecodableImageError, decode_rgb, undecodable_reason
+from karat_scale.data.decode import UndecodableImageError, decode_rgb, open_image, undecodable_reason
 
 # As Pillow's own limit against decompression bombs.
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
@@ -111,7 +110,7 @@ def decoding_failure(data: bytes) -> str:
 
 def _inspect_by_pillow(data: bytes, name: str) -> ImageFacts:
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+        with warnings.catch_warnings(), open_image(data) as image:
             warnings.simplefilter("ignore")
             size, kind, mode = image.size, image.format, image.mode
     except Exception as error:  # damaged files make Pillow raise nearly anything
@@ -132,7 +131,7 @@ def _exif_oddities(data: bytes, segment: tuple[int, int]) -> tuple[str, ...]:
     if data[segment[0] + 10 : segment[0] + 14] not in (b"II*\0", b"MM\0*"):
         return ("corrupt EXIF",)
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+        with warnings.catch_warnings(), open_image(data) as image:
             warnings.simplefilter("error")
             exif = image.getexif()
             list(exif.items())

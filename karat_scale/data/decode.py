@@ -4,6 +4,7 @@ As in torchvision's ImageFolder, EXIF orientation is ignored and alpha is droppe
 is scaled to 8 bits in place of clipped.
 """
 
+import functools
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,15 +13,31 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 
+# Pillow knows more, and starts Ghostscript for an EPS file, whatever its name.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "AVIF", "JPEG2000")
+
+
 class UndecodableImageError(Exception):
     """The bytes are no whole image; the message is the reason."""
+
+
+def open_image(data: bytes) -> Image.Image:
+    """An image of one of `FORMATS`, its header read. Raises what Pillow raises."""
+    return Image.open(io.BytesIO(data), formats=_available_formats())
+
+
+@functools.cache
+def _available_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @contextmanager
 def opened(data: bytes) -> Iterator[Image.Image]:
     """An image whose header is read. Whatever Pillow raises inside becomes UndecodableImageError."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             yield image
     except (MemoryError, UndecodableImageError):
         raise
@@ -42,7 +59,7 @@ def decode_rgb(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Im
 def undecodable_reason(error: Exception) -> str:
     """Why Pillow refused an image, on one line."""
     if isinstance(error, UnidentifiedImageError):
-        return "not an image that Pillow knows"
+        return "not an image of a format that is read"
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

@@ -1,10 +1,11 @@
 import io
+import os
 import tarfile
 import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torchvision.datasets.folder import pil_loader
 
 from karat_scale.data.decode import UndecodableImageError, decode_rgb
@@ -29,6 +30,19 @@ def test_every_mode_becomes_rgb_as_imagefolder_reads_it(tmp_path, mode, kind):
     image = decode_rgb(data)
     assert image.mode == "RGB"
     assert np.array_equal(np.asarray(image), np.asarray(pil_loader(tmp_path / "image")))
+
+
+def test_a_postscript_file_starts_no_interpreter(tmp_path, monkeypatch):
+    """Pillow would run Ghostscript on it."""
+    interpreter = tmp_path / "gs"
+    interpreter.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    interpreter.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    data = encode(Image.fromarray(RAMP).convert("RGB"), "EPS")
+    with pytest.raises(UndecodableImageError, match="not an image of a format that is read"):
+        decode_rgb(data)
+    assert not (tmp_path / "started").exists()
 
 
 def test_sixteen_bits_are_scaled_not_clipped():
