@@ -74,7 +74,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 def _is_special(path: Path) -> bool:
     """True for what a rename must not replace: devices, pipes, and a standard stream by its name in /dev."""
     is_other = path.exists() and not path.is_file() and not path.is_dir()
-    return is_other or path.absolute().parts[:2] in (("/", "dev"), ("/", "proc")) and path.exists()
+    return is_other or (path.absolute().parts[:2] in (("/", "dev"), ("/", "proc")) and path.exists())
 
 
 @contextmanager
