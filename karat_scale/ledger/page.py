@@ -1,4 +1,4 @@
-"""docs/reproduction.md, from the paper's rows and the records: it has no other source."""
+"""Render docs/reproduction.md from the paper's tables and the records. The page has no other source."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,26 +9,27 @@ from karat_scale.recipe.files import shipped_recipes
 
 _TOP = """# Reproduction
 
-Every row of the tables of [arXiv 2503.10632](https://arxiv.org/abs/2503.10632), and beside it our run where there is
-one. `karat ledger RUN` writes this page from the paper's figures (`karat_scale/ledger/paper.yaml`) and the runs' own
-summaries (`docs/ledger/`). Nothing in it is written by hand: a test compares it with both.
+This page lists every row of the tables of [arXiv 2503.10632](https://arxiv.org/abs/2503.10632). Where we have a run of
+the same recipe, it is in the column `ours`. `karat ledger RUN` generates this page from the paper's figures
+(`karat_scale/ledger/paper.yaml`) and the runs' own summaries (`docs/ledger/`). Do not edit it: a test compares it with
+both.
 
-Accuracies are top-1 / top-5 in percent after the last epoch, not the best of all epochs. A row marked *short* saw fewer
-images than the paper's model, one marked *long* more: its figure is not to be compared with the paper's. The column
-of the recipe has the start of its SHA-256; the link leads to the run's summary, whole recipe, hardware and versions.
-DIR is the directory of the data. Under torchrun the same commands use more GPUs.
+Accuracies are top-1 / top-5 in percent after the last epoch, not the best of all epochs. A row marked *short* was trained
+on fewer images than the paper's model, and a row marked *long* on more; do not compare such a figure with the paper's. The
+column `recipe` has the first digits of the recipe's SHA-256. Each figure links to the run's summary, whole recipe,
+hardware and versions. DIR is the directory of the data. With torchrun, the same commands use more GPUs.
 """
 _HEAD = ("model", "parameters", "paper", "ours", "budget", "hardware", "seed", "recipe", "command")
 _OTHER = """## Other runs
 
-Runs of recipes that repeat none of the paper's rows.
+These runs do not repeat a row of the paper.
 """
 PAGE = "reproduction.md"
 _NOT_YET = "not yet run"
 
 
 def render_page(records: Sequence[Record]) -> str:
-    """The whole page."""
+    """Return the whole page as Markdown."""
     used: set[str] = set()
     parts = [_TOP]
     for table in paper_tables():
@@ -49,7 +50,7 @@ def _render_table(table: PaperTable, records: Sequence[Record], used: set[str]) 
     note = f"\n{table.note}\n" if table.note else ""
     head = list(_HEAD)
     if table.measure == "memory":
-        head[2] = "paper; GFLOPs of the activation / in all"
+        head[2] = "paper; GFLOPs of the activation / in total"
     return f"## {table.title}\n{note}\n{_table(head, rows)}"
 
 
@@ -77,7 +78,7 @@ def _circumstances(record: Record) -> tuple[str, ...]:
     ranks = f"{figures.world_size} x " if figures.world_size > 1 else ""
     hardware = ranks + figures.device.replace("CPU", figures.processor, 1 if figures.device.startswith("CPU") else 0)
     seed = str(record.resolved.run.seed)
-    command = f"`{command_of_record(record)}`".replace("``", "a recipe of its own")
+    command = f"`{command_of_record(record)}`".replace("``", "a recipe that is not shipped")
     return budget, hardware, seed, f"`{record.recipe_sha256[:12]}`", command
 
 
