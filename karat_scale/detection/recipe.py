@@ -1,8 +1,8 @@
-"""What a recipe of `karat detect` may say.
+"""The schema of a recipe of `karat detect`.
 
-Defaults are ViTDet's for a plain ViT-B on COCO (Li et al., arXiv 2203.16527): AdamW, 1e-4 at batch 64, weight decay
-0.1, layer-wise decay 0.7, 100 epochs of large-scale jitter, the rate divided by ten at 88.9 and 96.3 % of them. Anchors
-are a quarter of those for its 1,024 px.
+The defaults are ViTDet's for a plain ViT-B on COCO (Li et al., arXiv 2203.16527): AdamW, 1e-4 at batch 64, weight decay
+0.1, layer-wise decay 0.7, and 100 epochs of large-scale jitter. The rate is divided by ten after 88.9 and 96.3 % of
+training. The anchors are a quarter of those that ViTDet uses at 1,024 px.
 """
 
 from pathlib import Path
@@ -17,129 +17,163 @@ from karat_scale.recipe.train import Rate
 
 
 class CocoConfig(Section):
-    """Images and annotations in COCO's format and layout. All names are below `path`.
-
-    `timeout` is how many seconds a batch may take before the run ends with an error that says what was waited for.
-    """
+    """Images and annotations in COCO's format and layout."""
 
     path: Annotated[str, Field(min_length=1)]
+    """The directory of the data set."""
     train_images: str = "train2017"
+    """Directory of the training images, below `path`."""
     train_annotations: str = "annotations/instances_train2017.json"
+    """Annotations of the training images, below `path`."""
     val_images: str = "val2017"
+    """Directory of the validation images, below `path`."""
     val_annotations: str = "annotations/instances_val2017.json"
+    """Annotations of the validation images, below `path`."""
     workers: Annotated[int, Field(ge=0)] = 4
+    """Data workers of each rank. 0 reads in the trainer itself."""
     prefetch: Count = 2
+    """Batches that each worker holds ready."""
     timeout: Positive = 300.0
+    """Seconds a batch may take. After that, the run ends with an error that names what it waited for."""
 
 
 class JitterConfig(Section):
     """Large-scale jitter: an image is resized to `scale` times what fits the input, cropped or padded, and flipped."""
 
     scale: tuple[Positive, Positive] = (0.1, 2.0)
+    """Least and greatest size, as a factor of the size that fits the input."""
     hflip: Fraction = 0.5
+    """Probability of a horizontal flip."""
 
     @field_validator("scale")
     @classmethod
     def _ascends(cls, value: tuple[float, float]) -> tuple[float, float]:
         if value[0] > value[1]:
-            raise ValueError("descends; swap the two")
+            raise ValueError("is not in ascending order; swap the two")
         return value
 
 
 class DetectorConfig(Section):
-    """Attention windows, pyramid, heads, and what is kept of the detections.
+    """Attention windows, pyramid, heads, and the detections to keep.
 
-    Tokens attend within windows of `window` x `window` patches, so that N is the same for every image size. An image of
-    one window is seen whole. In a larger one `global_blocks` blocks, evenly spread, see all of it by softmax.
-
-    `channels` are those of the pyramid and of the heads' convolutions, `box_features` the width of the box head's
-    linear layer, `anchor_sizes` pixels of the input at the five levels. `anchors` and `rois` are sampled an image for
-    the losses; `proposals` go on from the first stage, of as many a level, in training twice as many.
+    Tokens attend within windows of `window` x `window` patches, so N is the same at every image size.
     """
 
     window: Count = 14
+    """Side of the attention windows in patches. N is window^2 at every image size."""
     global_blocks: Annotated[int, Field(ge=0)] = 4
+    """In images larger than one window, this many blocks, evenly spaced, attend to the whole image by softmax."""
     channels: Count = 256
+    """Channels of the pyramid and of the heads' convolutions."""
     box_features: Count = 1024
+    """Width of the linear layer in the box head."""
     anchor_sizes: tuple[Count, Count, Count, Count, Count] = (8, 16, 32, 64, 128)
+    """Anchor sizes in input pixels, one for each of the five levels."""
     anchors: Count = 256
+    """Anchors sampled per image for the loss of the region proposal network."""
     rois: Count = 512
+    """Regions of interest sampled per image for the losses of the heads."""
     proposals: Count = 1000
+    """Proposals that the first stage keeps, chosen from as many per level. Twice as many in training."""
     min_score: Fraction = 0.05
+    """Detections with a lower score are dropped."""
     detections: Count = 100
+    """Most detections per image."""
 
 
 class AdamWConfig(OptimConfig):
-    """AdamW. The peak learning rate is lr * train.global_batch / lr_batch.
-
-    With `layer_decay` d the rate of the block n blocks below the pyramid is multiplied by d^n. `clip_grad` 0 clips
-    nothing.
-    """
+    """AdamW with layer-wise learning rates."""
 
     name: Literal["adamw"] = "adamw"
+    """The optimizer."""
     lr: Rate = 1e-4
+    """Peak learning rate for a global batch of `lr_batch`."""
     lr_batch: Count | None = 64
+    """The peak learning rate is lr * train.global_batch / lr_batch. Null does not scale it."""
     weight_decay: NonNegative = 0.1
+    """Weight decay of the weights that have any; norms and biases do not."""
     eps: Positive = 1e-8
+    """AdamW's epsilon."""
     clip_grad: NonNegative = 0.0
+    """Greatest norm of all gradients together. 0 does not clip."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
+    """The learning rate of the block that is n blocks below the pyramid is multiplied by layer_decay^n."""
 
 
 class StepScheduleConfig(Section):
-    """Linear warm-up from `warmup_factor` of the rate; at each share `drops` of training it falls by `drop_factor`."""
+    """A linear warm-up, then a rate that falls in steps."""
 
     warmup_steps: Annotated[int, Field(ge=0)] = 250
+    """Length of the warm-up in steps."""
     warmup_factor: Fraction = 0.001
+    """The warm-up starts at this share of the learning rate."""
     drops: tuple[Fraction, ...] = (0.889, 0.963)
+    """The shares of training after which the learning rate falls."""
     drop_factor: Fraction = 0.1
+    """The learning rate is multiplied by this at each drop."""
 
 
 class DetectionTrainConfig(Section):
-    """How long and in what pieces. `micro_batch` null means the largest that the world allows.
-
-    No step is ever taken on a loss or gradients that are not finite; `max_skipped_steps` of them in a row end the run.
-    """
+    """Length of training, batch sizes, precision and evaluation."""
 
     epochs: Count = 100
+    """Number of epochs."""
     max_steps: Count | None = None
+    """Stop after this many steps. The schedule still uses `epochs`."""
     global_batch: Count = 64
+    """Images in one optimizer step, over all ranks."""
     micro_batch: Count | None = None
+    """Images in one forward pass of a rank. Null means the largest that the number of ranks allows."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` keeps fp32 weights and computes under autocast."""
     eval_every_epochs: Count = 5
+    """Evaluate every this many epochs."""
     eval_batch: Count = 8
+    """Images in one forward pass of evaluation."""
     max_skipped_steps: Count = 20
+    """Stop the run after this many steps in a row whose loss or gradients are not finite. Such steps are skipped."""
 
 
 class DetectionRecipe(RunRecipe):
-    """A whole run of `karat detect`, as data. `model` is the backbone; its `num_classes` are the categories."""
+    """The recipe of a run of `karat detect`. `model` is the backbone, and its `num_classes` are the categories."""
 
     shipped = Path(__file__).parent / "recipes"
 
     data: CocoConfig
+    """Images and annotations in COCO's format."""
     augment: JitterConfig = JitterConfig()
+    """Large-scale jitter."""
     detector: DetectorConfig = DetectorConfig()
+    """Windows, pyramid, heads, and the detections to keep."""
     optim: AdamWConfig = AdamWConfig()
+    """The optimizer."""
     schedule: StepScheduleConfig = StepScheduleConfig()
+    """The learning rate schedule."""
     train: DetectionTrainConfig = DetectionTrainConfig()
+    """Length, batch sizes, precision and evaluation."""
     checkpoint: SaveConfig = SaveConfig()
+    """When to save, and what to keep."""
     log: ReportConfig = ReportConfig()
+    """What to report, and how often."""
 
     @property
     def patch_size(self) -> int:
-        """Pixels a patch, which a detector's recipe says."""
+        """Side of a patch in pixels. A detection recipe must set it."""
         return self.model.patch_size or 0
 
     @property
     def window_model(self) -> ModelConfig:
-        """The backbone on one window, for which attention is built."""
+        """The backbone on one window, for which the attention is built."""
         return self.model.model_copy(update={"image_size": self.detector.window * self.patch_size})
 
     @model_validator(mode="after")
     def _model_is_a_backbone(self) -> "DetectionRecipe":
         if self.model.patch_size is None:
-            raise ValueError("model.patch_size is unset, and windows are counted in patches; set it, as to 16")
+            raise ValueError(
+                "model.patch_size is unset, but windows are counted in patches; set it, such as model.patch_size=16"
+            )
         if self.model.pool is not None:
-            raise ValueError(f"model.pool = {self.model.pool} has no meaning in detection; leave it out")
+            raise ValueError(f"model.pool = {self.model.pool} has no meaning in detection; remove it")
         return self
 
     @model_validator(mode="after")
@@ -149,7 +183,7 @@ class DetectionRecipe(RunRecipe):
             nearest = max(round(self.model.image_size / window), 1) * window
             raise ValueError(
                 f"model.image_size = {self.model.image_size} is not a multiple of the attention window, {window} px: "
-                f"detector.window = {self.detector.window} patches of {self.patch_size} px, for N is fixed; "
+                f"detector.window = {self.detector.window} patches of {self.patch_size} px, since N is fixed; "
                 f"use {nearest}"
             )
         return self
@@ -158,7 +192,7 @@ class DetectionRecipe(RunRecipe):
     def _parts_fit_together(self) -> "DetectionRecipe":
         if self.attention.transfer_from:
             raise ValueError(
-                f"attention.transfer_from = {self.attention.transfer_from} has no meaning in detection; leave it out"
+                f"attention.transfer_from = {self.attention.transfer_from} has no meaning in detection; remove it"
             )
         if self.train.micro_batch and self.train.global_batch % self.train.micro_batch:
             raise ValueError(

@@ -14,10 +14,10 @@ the same recipe, it is in the column `ours`. `karat ledger RUN` generates this p
 (`karat_scale/ledger/paper.yaml`) and the runs' own summaries (`docs/ledger/`). Do not edit it: a test compares it with
 both.
 
-Accuracies are top-1 / top-5 in percent after the last epoch, not the best of all epochs. A row marked *short* was trained
-on fewer images than the paper's model, and a row marked *long* on more; do not compare such a figure with the paper's. The
-column `recipe` has the first digits of the recipe's SHA-256. Each figure links to the run's summary, whole recipe,
-hardware and versions. DIR is the directory of the data. With torchrun, the same commands use more GPUs.
+Accuracies are top-1 / top-5 in percent after the last epoch, not the best of all epochs. A row marked *short* was
+trained on fewer images than the paper's model, and a row marked *long* on more; do not compare such a figure with the
+paper's. The column `recipe` has the first digits of the recipe's SHA-256. Each figure links to the run's summary, whole
+recipe, hardware and versions. DIR is the directory of the data. With torchrun, the same commands use more GPUs.
 """
 _HEAD = ("model", "parameters", "paper", "ours", "budget", "hardware", "seed", "recipe", "command")
 _OTHER = """## Other runs

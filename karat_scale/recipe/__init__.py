@@ -1,4 +1,4 @@
-"""What a recipe may say, and how one is read: one YAML file, checked whole before anything is built."""
+"""The schema of a recipe, and how a recipe is read. It is checked as a whole before anything is built."""
 
 from karat_scale.recipe.attention import AttentionConfig
 from karat_scale.recipe.data import AugmentConfig, DataConfig

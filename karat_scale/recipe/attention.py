@@ -11,34 +11,46 @@ BASIS_NAMES = ("fourier", "bspline", "chebyshev", "rational", "mexican_hat", "mo
 
 
 class AttentionConfig(Section):
-    """Softmax, or a KArAt operator of the paper: by default the modular one, S = Phi(A) W^T, in its Fourier basis.
+    """Softmax, or a KArAt operator. The default operator is the paper's: S = Phi(A) W^T with Fourier series.
 
-    `basis` is a name or `package.module:Class`, built with those of grid, degree, range and orders that its
-    constructor takes: G; the spline's degree k and range [-I, I]; (m, n) of the rational function.
-
-    `init: softmax_like` starts the Fourier operator near softmax. With `residual` S is softmax(A) plus the learned S
-    times a gate of each head, which starts at 0: softmax exactly at first, at the cost of both.
-
-    `transfer_from` is the directory of a trained run: its attention matrices drive this model, which has no query and
-    key of its own and learns only what is done with the values (the paper's attention transfer). Needs kind: softmax.
+    A basis uses those of `grid`, `degree`, `range` and `orders` that its constructor takes.
     """
 
     kind: Literal["softmax", "karat"] = "softmax"
+    """Softmax, or a KArAt operator."""
     basis: str = "fourier"
+    """The basis of the functions phi: a name, or `package.module:Class` for your own."""
     form: Literal["modular", "project_first", "two_operators", "full_rank"] = "modular"
+    """`modular` is the paper's S = Phi(A) W^T; docs/attention.md has the other forms."""
     mode: Literal["blockwise", "universal"] = "blockwise"
+    """`blockwise`: each block has its own functions. `universal`: all blocks share them."""
     softmax_heads: Annotated[int, Field(ge=0)] = 0
+    """The first heads of each block that use softmax instead of KArAt."""
     residual: bool = False
+    """S is softmax(A) plus the learned S times a gate of each head. The gate starts at 0, so the model starts as
+    softmax. It costs the time and memory of both."""
     simplex: bool = False
+    """Project each row of S onto the probability simplex."""
     grid: Annotated[int, Field(ge=1, le=16)] = 3
+    """G: the harmonics of a Fourier series, or the grid size of another basis."""
     degree: Annotated[int, Field(ge=1, le=5)] = 3
+    """Degree k of a B-spline or polynomial."""
     range: Positive = 3.0
+    """I: a B-spline has its knots in [-I, I]."""
     orders: tuple[Annotated[int, Field(ge=1, le=8)], Annotated[int, Field(ge=1, le=8)]] = (5, 4)
+    """Orders (m, n) of the numerator and denominator of a rational function."""
     rank: Count = 12
+    """Rank r of the operator."""
     base: Literal["zero", "identity", "silu", "gelu"] = "zero"
+    """The base activation b(x), which is added to each function."""
     init: Literal["paper", "variance_preserving", "softmax_like"] = "variance_preserving"
+    """Initial coefficients. `softmax_like` starts the Fourier operator near softmax."""
     implementation: Literal["auto", "reference", "streaming", "cpu", "triton"] = "auto"
+    """How the operator is computed. `auto` uses the fastest that supports the operator, the device and the
+    precision."""
     transfer_from: str = ""
+    """The directory of a trained run whose attention matrices this model uses (the paper's attention transfer). The
+    model then has no query and key, and learns only what to do with the values. Needs `kind: softmax`."""
 
     @field_validator("basis")
     @classmethod
@@ -53,7 +65,7 @@ class AttentionConfig(Section):
         plain = self.basis == "fourier" and self.form == "modular" and not self.simplex
         if not plain and self.implementation not in ("auto", "reference", "streaming"):
             raise ValueError(
-                f"attention.implementation = {self.implementation} has the modular Fourier operator only, without "
+                f"attention.implementation = {self.implementation} supports only the modular Fourier operator without "
                 "simplex; use auto"
             )
         return self
@@ -72,7 +84,7 @@ class AttentionConfig(Section):
     def _only_a_plain_model_takes_matrices(self) -> "AttentionConfig":
         if self.transfer_from and self.kind != "softmax":
             raise ValueError(
-                f"attention.kind = {self.kind} learns its own matrices, but attention.transfer_from = "
-                f"{self.transfer_from} brings another model's; use attention.kind=softmax or leave transfer_from out"
+                f"attention.kind = {self.kind} computes its own matrices, but attention.transfer_from = "
+                f"{self.transfer_from} uses another model's; use attention.kind=softmax or remove transfer_from"
             )
         return self

@@ -1,4 +1,4 @@
-"""What every section of a recipe shares: strictness, and the kinds of numbers."""
+"""The base class of recipe sections, and the kinds of numbers in them."""
 
 import types
 import typing
@@ -14,9 +14,18 @@ Triple = tuple[float, float, float]
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are refused, numbers are finite, and nothing changes after validation."""
+    """A part of a recipe. It refuses unknown keys and numbers that are not finite, and it is immutable.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    The docstring below a field is its description in the documentation.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
     @field_validator("*", mode="before")
     @classmethod

@@ -8,28 +8,41 @@ from karat_scale.recipe.base import Count, Fraction, NonNegative, Positive, Sect
 
 
 class DataConfig(Section):
-    """The images, and how they become batches.
-
-    `decoder` is that of the folder and webdataset backends, where auto takes the fastest that runs, and of ffcv,
-    where auto is FFCV's own. `timeout` is how many seconds a batch may take before the run ends with an error that
-    says what was waited for. `block_samples` and `window_blocks` belong to `order: block`.
-    """
+    """The images, and how they become batches."""
 
     backend: Literal["folder", "webdataset", "ffcv", "dali", "synthetic"] = "webdataset"
+    """The source of batches. docs/data.md compares them."""
     path: str = ""
+    """The directory of the data set."""
     train_split: str = "train"
+    """The split to train on."""
     val_split: str = "val"
+    """The split to evaluate on."""
     order: Literal["full", "block"] = "full"
+    """`full` permutes all samples. `block` permutes blocks of samples, for disks with slow seeks."""
     block_samples: Count = 256
+    """Consecutive samples in a block, for `order: block`."""
     window_blocks: Count = 32
+    """Blocks in the window in which samples are shuffled, for `order: block`."""
     decoder: Literal["auto", "native", "torchvision", "pillow"] = "auto"
+    """The decoder of the folder, webdataset and ffcv backends. `auto` uses the fastest that runs; with ffcv it is
+    FFCV's own."""
     max_pixels: Count = 80_000_000
+    """An image with more pixels is refused before it is decoded."""
     workers: Annotated[int, Field(ge=0)] = 2
+    """Data workers of each rank. 0 reads in the trainer itself."""
     prefetch: Count = 4
+    """Batches that each worker holds ready."""
     timeout: Positive = 300.0
+    """Seconds a batch may take. After that, the run ends with an error that names what it waited for."""
     on_bad_sample: Literal["skip", "stop"] = "stop"
+    """`stop` ends the run at an image that cannot be read. `skip` uses the next image instead, and counts the bad
+    one."""
     verify: Literal["size", "hash"] = "size"
+    """What to compare with the data set's record when the data is opened: the `size` of each file, or also its
+    `hash`."""
     synthetic_samples: Count = 1024
+    """Number of training images of the synthetic backend."""
 
     @model_validator(mode="after")
     def _backend_has_a_source(self) -> "DataConfig":
@@ -43,37 +56,51 @@ class DataConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Training augmentation, label smoothing, and the evaluation crop.
-
-    `run_on` says who does RandAugment, jitter and erasing: the data workers by Pillow, or the training device, batch by
-    batch, from the same draws. Crop and flip are the workers', mixup and cutmix the device's.
-    """
+    """Training augmentation, label smoothing, and the evaluation crop."""
 
     scale: tuple[Fraction, Fraction] = (0.08, 1.0)
+    """Least and greatest area of a random resized crop, as a share of the image."""
     ratio: tuple[Positive, Positive] = (0.67, 1.5)
+    """Least and greatest aspect ratio of a random resized crop."""
     hflip: Fraction = 0.5
+    """Probability of a horizontal flip."""
     color_jitter: NonNegative = 0.4
+    """Strength of the random change of brightness, contrast and colour. 0 turns it off."""
     randaugment: str = "rand-m15-n2-mstd1.0-inc1"
+    """timm's RandAugment string. Empty turns it off."""
     erasing: Fraction = 0.0
+    """Probability of random erasing."""
     run_on: Literal["workers", "device"] = "workers"
+    """Where RandAugment, jitter and erasing run, with the same random draws: in the data workers (Pillow), or on
+    the training device, batch by batch. Crop and flip always run in the workers, mixup and cutmix always on the
+    device."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    """Interpolation of the resize."""
     mixup: NonNegative = 0.8
+    """Alpha of mixup's Beta distribution. 0 turns mixup off."""
     cutmix: NonNegative = 1.0
+    """Alpha of cutmix's Beta distribution. 0 turns cutmix off."""
     mix_prob: Fraction = 1.0
+    """Probability that a global batch is mixed."""
     mix_switch_prob: Fraction = 0.5
+    """Probability of cutmix, if both mixup and cutmix are on."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Share of the label that is spread evenly over all classes."""
     eval_crop: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    """Side of the evaluation crop as a share of the resized short side."""
     mean: Triple = (0.485, 0.456, 0.406)
+    """Mean of the RGB channels, subtracted from pixels in 0 to 1."""
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    """Standard deviation of the RGB channels, by which they are divided."""
 
     @property
     def mixes(self) -> bool:
-        """Whether mixup or cutmix may touch a batch."""
+        """True if mixup or cutmix can change a batch."""
         return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
     @property
     def workers_only_flip(self) -> bool:
-        """Whether workers do nothing to a crop but flip it."""
+        """True if the workers only crop and flip."""
         return self.run_on == "device" or not (self.randaugment or self.color_jitter or self.erasing)
 
     @field_validator("randaugment")
@@ -87,7 +114,7 @@ class AugmentConfig(Section):
     def _ranges_ascend(self) -> "AugmentConfig":
         for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
             if low > high:
-                raise ValueError(f"augment.{name} = [{low}, {high}] descends; swap the two")
+                raise ValueError(f"augment.{name} = [{low}, {high}] is not in ascending order; swap the two")
         if self.scale[1] == 0:
-            raise ValueError("augment.scale = [0, 0] crops nothing; use [0.08, 1.0]")
+            raise ValueError("augment.scale = [0, 0] makes empty crops; use [0.08, 1.0]")
         return self

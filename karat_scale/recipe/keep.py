@@ -1,4 +1,4 @@
-"""The sections of a recipe that say what a run keeps, goes on from and reports: `checkpoint`, `resume` and `log`."""
+"""The sections `checkpoint`, `resume` and `log`: what a run saves, resumes from and reports."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,38 +8,39 @@ from karat_scale.recipe.base import Count, Positive, Section
 
 
 class SaveConfig(Section):
-    """When to save and what to keep. A last checkpoint is always written at the end."""
+    """When to save, and what to keep. A checkpoint is always written at the end."""
 
     every_steps: Count | None = None
+    """Save every this many steps. Null does not save by steps."""
     every_minutes: Positive | None = 15.0
-    # One kept checkpoint leaves nothing to fall back on when it turns out damaged.
+    """Save every this many minutes. Null does not save by time."""
     keep_last: Annotated[int, Field(ge=2)] = 2
+    """How many of the last checkpoints to keep. At least 2, so that there is another one if the last is damaged."""
     keep_best: bool = True
+    """Also keep the checkpoint with the best evaluation."""
 
 
 class CheckpointConfig(SaveConfig):
-    """When to save and what to keep. A last checkpoint is always written at the end.
-
-    `asynchronous`: training stands still for a copy to host memory alone, and goes on while the copy is written.
-    `snapshots`: keep the weights alone at the start and at the end of each of that many equal parts of training.
-    """
+    """When to save, and what to keep. A checkpoint is always written at the end."""
 
     asynchronous: bool = True
+    """Training pauses only for a copy to host memory, and continues while the copy is written."""
     snapshots: Annotated[int, Field(ge=0)] = 0
+    """Keep the weights, without optimizer states, at the start and at the end of each of this many equal parts of
+    training."""
 
 
 class ResumeConfig(Section):
-    """How to go on from an earlier run.
+    """How to resume, or branch from, an earlier run."""
 
-    `from` is the run directory or the checkpoint a new run branches from, at its first start only. `allow` names keys
-    or sections in which the recipe may differ from that of the run here.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     mode: Literal["auto", "never"] = "auto"
+    """`auto` resumes from the last intact checkpoint of the run. `never` starts from the beginning."""
     from_: str = Field("", alias="from")
+    """The run directory or the checkpoint that a new run branches from. It is used only at the first start."""
     allow: tuple[str, ...] = ()
+    """Keys or sections in which the recipe may differ from the recipe in the run directory."""
 
     @field_validator("allow", mode="before")
     @classmethod
@@ -51,17 +52,18 @@ class ReportConfig(Section):
     """What to report, and how often."""
 
     every_steps: Count = 50
+    """Print and record the metrics every this many steps."""
     tensorboard: bool = True
+    """Also write the metrics for TensorBoard."""
 
 
 class LogConfig(ReportConfig):
-    """What to report, and how often. `profile_steps` [first, last] are traced into the run's `profile/`.
-
-    TensorBoard also gets histograms of each head's coefficients and projector.
-    """
+    """What to report, and how often."""
 
     histogram_every_steps: Count | None = 1000
+    """How often TensorBoard gets histograms of each head's coefficients and projector. Null turns them off."""
     profile_steps: tuple[Count, Count] | None = None
+    """The first and the last step to trace into the run's `profile/`. Null traces nothing."""
 
     @field_validator("profile_steps")
     @classmethod

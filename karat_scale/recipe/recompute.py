@@ -8,20 +8,21 @@ from karat_scale.recipe.base import Count, Positive, Section
 
 
 class RecomputeConfig(Section):
-    """Which activations are computed again in the backward pass in place of being kept.
-
-    `attention` and `all` recompute that of each block, `every` each n-th block whole. `budget` takes the fewest
-    recomputations that hold saved activations to `budget_gb` (1e9 bytes, of one micro batch on one rank). `method` is
-    torch's non-reentrant checkpoint or DeepSpeed's; only the latter splits what it keeps over model-parallel ranks
-    (`partition`) or keeps it on the CPU (`cpu`).
-    """
+    """The activations that are recomputed in the backward pass instead of being kept."""
 
     policy: Literal["none", "attention", "every", "all", "budget"] = "none"
+    """What to recompute: nothing, the `attention` of each block, `every` n-th block, `all` blocks, or as little as
+    fits into a `budget`."""
     every: Count = 2
+    """n of `policy: every`."""
     budget_gb: Positive | None = None
+    """Most memory for saved activations, for `policy: budget`. In GB (1e9 bytes), of one micro batch on one rank."""
     method: Literal["torch", "deepspeed"] = "torch"
+    """torch's non-reentrant checkpoint, or DeepSpeed's."""
     partition: bool = False
+    """Split saved activations over model-parallel ranks. Needs `method: deepspeed`."""
     cpu: bool = False
+    """Keep saved activations on the CPU. Needs `method: deepspeed`."""
 
     @model_validator(mode="after")
     def _keys_suit_policy_and_method(self) -> "RecomputeConfig":
@@ -38,6 +39,6 @@ class RecomputeConfig(Section):
         for name in ("partition", "cpu"):
             if self.method == "torch" and getattr(self, name):
                 raise ValueError(
-                    f"train.recompute.{name} = true is DeepSpeed's alone; set train.recompute.method=deepspeed"
+                    f"train.recompute.{name} = true needs DeepSpeed's checkpoint; set train.recompute.method=deepspeed"
                 )
         return self

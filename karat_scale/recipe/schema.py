@@ -1,8 +1,8 @@
-"""What a recipe may say: every section, field, default and impossible combination.
+"""The schema of a recipe: every section, field and default, and the combinations that are refused.
 
-A recipe is data. It is validated whole, here, before anything is built; `loading` reads and writes it.
-Defaults are the paper's training recipe (arXiv 2503.10632, which follows DeiT). The larger sections have modules of
-their own beside this one.
+A recipe is data. This module validates it as a whole before anything is built; `loading` reads and writes it.
+The defaults are the paper's training recipe (arXiv 2503.10632, which follows DeiT). The larger sections have their own
+modules beside this one.
 """
 
 from pathlib import Path
@@ -19,42 +19,57 @@ from karat_scale.recipe.train import DeepSpeedConfig, OptimConfig, ScheduleConfi
 
 
 class RunConfig(Section):
-    """Where a run lives and what makes it repeatable."""
+    """Name, directory, seed and device of a run."""
 
     name: str = ""
+    """The name of the run. The default is the name of the recipe."""
     dir: str = ""
+    """The run directory, which holds everything that the run writes. The default is `runs/NAME`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """The seed of initial weights, data order, augmentation and mixing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """The device to train on. `auto` uses CUDA if there is a GPU."""
 
     @field_validator("name")
     @classmethod
     def _names_a_file_and_a_cell(cls, value: str) -> str:
         if not value.isprintable() or set(value) & set("/|"):
-            raise ValueError("names files and stands in tables; leave out /, | and control characters")
+            raise ValueError("is used in file names and tables; remove /, | and control characters")
         return value
 
 
 class ModelConfig(Section):
-    """A timm vision transformer (docs/models.md has which). `patch_size`, `embed_dim`, `depth` and `num_heads` override
-    the named model's own, where it has one of each.
+    """A timm vision transformer.
 
-    So do, in a plain ViT, `pool`: the head sees the class token, or the average of all patches after the last norm,
-    without a class token; `pos_embed: sincos2d`, which does not learn; and `weight_init: jax`, that of JAX's ViTs, with
-    Xavier's matrices and a head of zeros.
+    `patch_size`, `embed_dim`, `depth` and `num_heads` override the named model's own, if it has a single one of each.
+    `pool`, `pos_embed` and `weight_init` exist in plain ViTs only.
     """
 
     name: str = "vit_tiny_patch16_224"
+    """The name of a timm model, or of one of our small models. docs/models.md lists them."""
     image_size: Count = 224
+    """Side of the square input in pixels."""
     patch_size: Count | None = None
+    """Side of a patch in pixels. Null keeps the model's own."""
     num_classes: Annotated[int, Field(ge=2)] = 1000
+    """Number of classes."""
     embed_dim: Count | None = None
+    """Width of the model, all heads together. Null keeps the model's own."""
     depth: Count | None = None
+    """Number of blocks. Null keeps the model's own."""
     num_heads: Count | None = None
+    """Number of attention heads in each block. Null keeps the model's own."""
     pool: Literal["token", "avg"] | None = None
+    """Input of the head of a plain ViT: the class `token`, or the average (`avg`) of all patches after the last
+    norm, in a model without a class token. Null keeps the model's own."""
     pos_embed: Literal["sincos2d"] | None = None
+    """`sincos2d` uses a fixed position embedding in a plain ViT. Null keeps the model's own, which is learned."""
     weight_init: Literal["jax"] | None = None
+    """`jax` initialises a plain ViT like JAX's ViTs: Xavier's matrices, and a head of zeros. Null keeps timm's."""
     drop_path: Fraction = 0.0
+    """Highest probability of dropping a residual branch (stochastic depth)."""
     proj_drop: Fraction = 0.0
+    """Dropout probability after the projections."""
 
     @model_validator(mode="after")
     def _patches_tile_the_image(self) -> "ModelConfig":
@@ -72,44 +87,54 @@ class ModelConfig(Section):
 
 
 class RunRecipe(Section):
-    """What the recipes of all kinds of runs say.
-
-    `init_from` gives the weights that a new run begins with: a run's directory, a checkpoint in one, a file of `karat
-    export` or timm, or `timm:NAME`. Everything else begins anew.
-    """
+    """The sections that the recipes of `karat train` and `karat detect` share."""
 
     shipped: ClassVar[Path]
-    """The directory of the recipes that come with the package."""
+    """The directory of the recipes that are shipped with the package."""
 
     run: RunConfig = RunConfig()
+    """Name, directory, seed and device."""
     model: ModelConfig = ModelConfig()
+    """The vision transformer."""
     attention: AttentionConfig = AttentionConfig()
+    """Softmax or KArAt."""
     init_from: str = ""
+    """The source of a new run's first weights: a run directory, a checkpoint in one, a file of `karat export` or of
+    timm, or `timm:NAME`. Everything else starts from the beginning."""
     resume: ResumeConfig = ResumeConfig()
+    """How to resume, or branch from, an earlier run."""
 
     @model_validator(mode="after")
-    def _begins_with_one_thing(self) -> "RunRecipe":
+    def _has_one_start(self) -> "RunRecipe":
         if self.init_from and self.resume.from_:
             raise ValueError(
-                f"init_from = {self.init_from} and resume.from = {self.resume.from_} both say what to begin with; "
+                f"init_from = {self.init_from} and resume.from = {self.resume.from_} both set the start of the run; "
                 "unset one of them, such as init_from="
             )
         return self
 
 
 class Recipe(RunRecipe):
-    """A whole run of `karat train`, as data."""
+    """The recipe of a run of `karat train`."""
 
     shipped = RECIPES
 
     data: DataConfig
+    """The images and how they become batches."""
     augment: AugmentConfig = AugmentConfig()
+    """Augmentation, label smoothing and the evaluation crop."""
     optim: OptimConfig = OptimConfig()
+    """The optimizer."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate schedule."""
     train: TrainConfig = TrainConfig()
+    """Length, batch sizes, precision, EMA and evaluation."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    """The DeepSpeed file."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When to save, and what to keep."""
     log: LogConfig = LogConfig()
+    """What to report, and how often."""
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "Recipe":
@@ -133,7 +158,7 @@ class Recipe(RunRecipe):
                 f"schedule.warmup_epochs = {self.schedule.warmup_epochs:g} is longer than train.epochs = "
                 f"{self.train.epochs}; shorten the warm-up"
             )
-        # A batch far below lr_batch scales the peak below the defaults, so that what was asked for counts, too.
+        # A batch far below lr_batch scales the peak below these defaults. So compare with the unscaled lr, too.
         scale = self.train.global_batch / self.optim.lr_batch if self.optim.lr_batch else 1.0
         highest = self.optim.lr * max(scale, 1.0)
         for name, rate in (("warmup_lr", self.schedule.warmup_lr), ("min_lr", self.schedule.min_lr)):
@@ -143,5 +168,5 @@ class Recipe(RunRecipe):
                     f"{self.optim.lr * scale:g}; lower it, such as schedule.{name}=0"
                 )
         if self.train.eval_weights == "ema" and self.train.ema_decay == 0:
-            raise ValueError("train.eval_weights = ema, but train.ema_decay = 0 keeps none; use auto or raw")
+            raise ValueError("train.eval_weights = ema, but with train.ema_decay = 0 there is no EMA; use auto or raw")
         return self

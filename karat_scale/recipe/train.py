@@ -1,4 +1,4 @@
-"""The sections of a recipe that say how weights change: `optim`, `schedule`, `train` and `deepspeed`."""
+"""The sections `optim`, `schedule`, `train` and `deepspeed`: how the weights are trained."""
 
 from typing import Annotated, Any, Literal
 
@@ -7,77 +7,97 @@ from pydantic import Field, field_validator, model_validator
 from karat_scale.recipe.base import Count, NonNegative, Positive, Section
 from karat_scale.recipe.recompute import RecomputeConfig
 
-# None in use is as large; beyond it stand typing errors.
+# No useful rate is larger; beyond it are typing errors.
 Rate = Annotated[float, Field(gt=0.0, le=1e3)]
 
 
 class OptimConfig(Section):
-    """AdamW, or Muon. The peak learning rate is lr * train.global_batch / lr_batch.
+    """AdamW, or Muon.
 
-    With `layer_decay` d the rate of the layer n layers below the head is multiplied by d^n.
-
-    `name: muon`, at ZeRO stage 0, orthogonalises the updates of the linear layers' weights inside blocks; all else,
-    what KArAt learns included, is AdamW's. Both go by the same learning rate and weight decay.
+    Muon orthogonalises the updates of the weights of linear layers inside blocks. AdamW updates all other parameters,
+    including KArAt's. Both use the same learning rate and weight decay.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
+    """`adamw`, or `muon` at ZeRO stage 0."""
     lr: Rate = 5e-4
+    """Peak learning rate for a global batch of `lr_batch`."""
     lr_batch: Count | None = 512
+    """The peak learning rate is lr * train.global_batch / lr_batch. Null does not scale it."""
     weight_decay: NonNegative = 0.05
+    """Weight decay of the weights that have any; norms and biases do not."""
     karat_weight_decay: bool = False
+    """Apply weight decay to KArAt's parameters too."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's beta 1 and beta 2."""
     eps: Positive = 1e-6
+    """AdamW's epsilon."""
     clip_grad: NonNegative = 1.0
+    """Greatest norm of all gradients together. 0 does not clip."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """The learning rate of the layer that is n layers below the head is multiplied by layer_decay^n."""
 
 
 class ScheduleConfig(Section):
-    """Linear warm-up, then cosine to `min_lr`, per step. Rates are absolute, as in the paper.
-
-    `warmup_steps` goes before `warmup_epochs` where it is given. The cosine begins with training, so that the warm-up
-    hides its first part (DeiT), or with `cosine_after_warmup` at the peak (big_vision).
-    """
+    """A linear warm-up, then a cosine to `min_lr`, per step. The rates are absolute, as in the paper."""
 
     warmup_epochs: NonNegative = 5.0
+    """Length of the warm-up in epochs."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Length of the warm-up in steps. If set, it overrides `warmup_epochs`."""
     cosine_after_warmup: bool = False
+    """Start the cosine at the peak (big_vision). By default it starts with training, so the warm-up replaces its
+    first part (DeiT)."""
     warmup_lr: NonNegative = 1e-6
+    """Learning rate at the start of the warm-up."""
     min_lr: NonNegative = 1e-5
+    """Learning rate at the end of training."""
 
 
 class TrainConfig(Section):
-    """How long and in what pieces. `micro_batch` null means the largest that the world allows.
+    """Length of training, batch sizes, precision, EMA and evaluation.
 
-    No step is ever taken on a loss or gradients that are not finite. `on_nonfinite` says what then: skip the step,
-    until `max_skipped_steps` were skipped in a row, or stop. `freeze` lists patterns of names of parameters that do not
-    learn, such as `blocks.0.*`.
-
-    `precision: bf16` keeps fp32 weights and computes under autocast, at every ZeRO stage. `bf16_weights` holds the
-    weights in 16 bits from stage 1 on, beside fp32 master weights, for models that need the memory. `fp16`, with a loss
-    scale, is for GPUs from stage 1 on. `tf32` lets fp32 matrix products round their inputs to TF32 (10 bits of mantissa)
-    on GPUs that have it. `compile` is torch.compile's mode; `true` means "default".
+    A step whose loss or gradients are not finite is never taken.
     """
 
     epochs: Count = 100
+    """Number of epochs."""
     max_steps: Count | None = None
+    """Stop after this many steps. The schedule still uses `epochs`."""
     global_batch: Count = 128
+    """Images in one optimizer step, over all ranks."""
     micro_batch: Count | None = None
+    """Images in one forward pass of a rank. Null means the largest that the number of ranks allows."""
     precision: Literal["fp32", "bf16", "bf16_weights", "fp16"] = "fp32"
+    """`bf16` keeps fp32 weights and computes under autocast, at every ZeRO stage. `bf16_weights` holds the weights
+    in 16 bits from stage 1 on, with fp32 master weights, for models that need the memory. `fp16`, with a loss
+    scale, is for GPUs from stage 1 on."""
     tf32: bool = True
+    """Allow fp32 matrix products to round their inputs to TF32 (10 bits of mantissa) on GPUs that have it."""
     compile: Literal[False, "default", "reduce-overhead", "max-autotune"] = False
+    """The mode of torch.compile; `true` means `default`."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99992
+    """Decay of the exponential moving average (EMA) of the weights. 0 turns it off."""
     ema_warmup: bool = True
+    """Use a smaller EMA decay at first: at most 1 - step^(-2/3)."""
     eval_every_epochs: Count = 1
+    """Evaluate every this many epochs."""
     eval_batch: Count = 128
+    """Images in one forward pass of evaluation."""
     eval_weights: Literal["auto", "raw", "ema"] = "auto"
+    """The weights to evaluate. `auto` means the EMA if there is one."""
     freeze: tuple[str, ...] = ()
+    """Patterns of the names of parameters that do not learn, such as `blocks.0.*`."""
     recompute: RecomputeConfig = RecomputeConfig()
+    """Activation checkpointing."""
     on_nonfinite: Literal["skip", "stop"] = "skip"
+    """Whether to skip a step whose loss or gradients are not finite, or to stop the run."""
     max_skipped_steps: Count = 20
+    """Stop the run after this many skipped steps in a row."""
 
     @property
     def is_16_bit(self) -> bool:
-        """Whether the forward pass computes in bf16 or fp16."""
+        """True if the forward pass computes in bf16 or fp16."""
         return self.precision != "fp32"
 
     @field_validator("compile", mode="before")
@@ -94,8 +114,8 @@ class TrainConfig(Section):
     def _skips_overflows(self) -> "TrainConfig":
         if self.precision == "fp16" and self.on_nonfinite == "stop":
             raise ValueError(
-                "train.on_nonfinite = stop with train.precision = fp16 would end at the first overflow of the loss "
-                "scale; use skip, which train.max_skipped_steps bounds"
+                "train.on_nonfinite = stop with train.precision = fp16 would end the run at the first overflow of the "
+                "loss scale; use skip, which train.max_skipped_steps limits"
             )
         return self
 
@@ -109,11 +129,10 @@ class TrainConfig(Section):
 
 
 class DeepSpeedConfig(Section):
-    """The DeepSpeed file: a name in `ds_configs/` or the path of your own.
-
-    `cpu_adam` steps what is offloaded to the CPU: torch's AdamW, or DeepSpeed's, which is compiled for minutes at its
-    first use; auto takes DeepSpeed's beside a GPU and torch's elsewhere.
-    """
+    """The DeepSpeed file, and the optimizer for offloaded parameters."""
 
     config: str = "zero0"
+    """The name of a file in `ds_configs/`, or the path of your own."""
     cpu_adam: Literal["auto", "torch", "deepspeed"] = "auto"
+    """The optimizer for what is offloaded to the CPU: torch's AdamW, or DeepSpeed's, which takes minutes to compile
+    on first use. `auto` uses DeepSpeed's on a machine with a GPU, and torch's elsewhere."""

@@ -23,17 +23,17 @@ def test_the_shipped_recipes_differ_in_attention_alone() -> None:
         ("model.image_size=320", r"320 is not a multiple of the attention window, 224 px: .* use 224"),
         ("optim.name=muon", r"optim.name = 'muon': should be 'adamw'"),
         ("detector.anchor_sizes=[8, 16]", r"detector.anchor_sizes = \[8, 16\]: too few values"),
-        ("augment.scale=[2, 1]", r"augment.scale.*descends; swap the two"),
+        ("augment.scale=[2, 1]", r"augment.scale.*is not in ascending order; swap the two"),
         ("augment.mixup=0.8", r"augment.mixup: unknown key"),
         ("detector.windows=14", r"did you mean detector.window\?"),
         ("model.patch_size=null", r"model.patch_size is unset"),
         ("model.pool=avg", r"model.pool = avg has no meaning in detection"),
         ("attention.transfer_from=runs/a", r"attention.transfer_from = runs/a has no meaning in detection"),
         ("train.micro_batch=7", r"train.global_batch = 64 is not a multiple of train.micro_batch = 7"),
-        ("resume.from=runs/a", r"init_from = timm.* and resume.from = runs/a both say"),
+        ("resume.from=runs/a", r"init_from = timm.* and resume.from = runs/a both set"),
     ],
 )
-def test_a_mistake_is_one_line_with_its_mend(override: str, message: str) -> None:
+def test_a_mistake_is_one_line_with_its_fix(override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
         load_recipe(BASE, [override], DetectionRecipe)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Recipes: what is accepted, and that each mistake is one line naming field, value and mend."""
+"""Recipes: what is accepted, and that each mistake is one line that names the field, the value and the fix."""
 
 from pathlib import Path
 
@@ -56,9 +56,9 @@ def message(path: Path | str, *overrides: str) -> str:
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("run.name=a/b", ["run.name = 'a/b'", "leave out /, | and control characters"]),
-        ("run.name='x | y'", ["run.name = 'x | y'", "leave out /"]),
-        ('run.name="a\\nb"', ["run.name = 'a\\nb'", "leave out /"]),
+        ("run.name=a/b", ["run.name = 'a/b'", "remove /, | and control characters"]),
+        ("run.name='x | y'", ["run.name = 'x | y'", "remove /"]),
+        ('run.name="a\\nb"', ["run.name = 'a\\nb'", "remove /"]),
         ("attention.grdi=3", ["attention.grdi", "did you mean attention.grid?"]),
         ("lr=3", ["lr: unknown key", "did you mean optim.lr?"]),
         ("modl.name=x", ["modl", "did you mean model"]),
@@ -75,7 +75,7 @@ def message(path: Path | str, *overrides: str) -> str:
         ("attention.grid=99", ["attention.grid = 99", "16"]),
         ("attention.kind=soft", ["attention.kind = 'soft'", "'softmax' or 'karat'"]),
         ("augment.mean=[1, 2]", ["augment.mean", "too few"]),
-        ("augment.scale=[1.0, 0.5]", ["augment.scale", "descends"]),
+        ("augment.scale=[1.0, 0.5]", ["augment.scale", "ascending"]),
         ("augment.randaugment=auto", ["augment.randaugment", "rand-m9-mstd0.5-inc1"]),
         ("model.patch_size=15", ["model.image_size = 224", "model.patch_size = 15", "use 210"]),
         ("train.global_batch=127", ["train.global_batch = 127", "odd", "augment.mix_prob=0"]),
@@ -103,7 +103,7 @@ def message(path: Path | str, *overrides: str) -> str:
         ("a=[", ["a=[", "YAML"]),
     ],
 )
-def test_a_mistake_is_one_line_with_field_value_and_mend(recipe: Path, override: str, parts: list[str]) -> None:
+def test_a_mistake_is_one_line_with_field_value_and_fix(recipe: Path, override: str, parts: list[str]) -> None:
     text = message(recipe, override)
     for part in parts:
         assert part in text
@@ -133,7 +133,7 @@ def test_fp16_overflows_are_no_reason_to_stop(recipe: Path) -> None:
 
 def test_a_run_begins_with_one_thing(recipe: Path) -> None:
     text = message(recipe, "init_from=a", "resume.from=b")
-    assert "init_from = a and resume.from = b both say what to begin with; unset one" in text
+    assert "init_from = a and resume.from = b both set the start of the run; unset one" in text
 
 
 def test_nothing_unsets_a_text(recipe: Path) -> None:

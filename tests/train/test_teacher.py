@@ -136,7 +136,7 @@ def test_what_cannot_be_transferred_is_one_line(
     cases = {
         "attention.transfer_from=nowhere": "attention.transfer_from = nowhere: nowhere: not a run directory",
         f"attention.transfer_from={stopped}": "it has its matrices from",
-        "attention.kind=karat": "use attention.kind=softmax or leave transfer_from out",
+        "attention.kind=karat": "use attention.kind=softmax or remove transfer_from",
         "model.depth=3": "its depth is 2, this model's is 3; they must be the same",
         "model.image_size=20": "its image size is 16x16, this model's is 20x20",
         "augment.mean=[0.5, 0.5, 0.5]": "it was trained with augment.mean = [0.485, 0.456, 0.406]",
