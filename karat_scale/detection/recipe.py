@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from karat_scale.recipe import ModelConfig, OptimConfig, RunRecipe
-from karat_scale.recipe.base import Count, Fraction, NonNegative, Positive, Section
+from karat_scale.recipe.base import Count, Effect, Fraction, NonNegative, Positive, Section
 from karat_scale.recipe.keep import ReportConfig, SaveConfig
 from karat_scale.recipe.train import Rate
 
@@ -19,7 +19,7 @@ from karat_scale.recipe.train import Rate
 class CocoConfig(Section):
     """Images and annotations in COCO's format and layout."""
 
-    path: Annotated[str, Field(min_length=1)]
+    path: Annotated[str, Field(min_length=1), Effect.NOTHING]
     """The directory of the data set."""
     train_images: str = "train2017"
     """Directory of the training images, below `path`."""
@@ -29,11 +29,11 @@ class CocoConfig(Section):
     """Directory of the validation images, below `path`."""
     val_annotations: str = "annotations/instances_val2017.json"
     """Annotations of the validation images, below `path`."""
-    workers: Annotated[int, Field(ge=0)] = 4
+    workers: Annotated[int, Field(ge=0), Effect.SPEED] = 4
     """Data workers of each rank. 0 reads in the trainer itself."""
-    prefetch: Count = 2
+    prefetch: Annotated[Count, Effect.SPEED] = 2
     """Batches that each worker holds ready."""
-    timeout: Positive = 300.0
+    timeout: Annotated[Positive, Effect.NOTHING] = 300.0
     """Seconds a batch may take. After that, the run ends with an error that names what it waited for."""
 
 
@@ -59,13 +59,13 @@ class DetectorConfig(Section):
     Tokens attend within windows of `window` x `window` patches, so N is the same at every image size.
     """
 
-    window: Count = 14
+    window: Annotated[Count, Effect.SHAPES] = 14
     """Side of the attention windows in patches. N is window^2 at every image size."""
     global_blocks: Annotated[int, Field(ge=0)] = 4
     """In images larger than one window, this many blocks, evenly spaced, attend to the whole image by softmax."""
-    channels: Count = 256
+    channels: Annotated[Count, Effect.SHAPES] = 256
     """Channels of the pyramid and of the heads' convolutions."""
-    box_features: Count = 1024
+    box_features: Annotated[Count, Effect.SHAPES] = 1024
     """Width of the linear layer in the box head."""
     anchor_sizes: tuple[Count, Count, Count, Count, Count] = (8, 16, 32, 64, 128)
     """Anchor sizes in input pixels, one for each of the five levels."""
@@ -118,19 +118,19 @@ class DetectionTrainConfig(Section):
 
     epochs: Count = 100
     """Number of epochs."""
-    max_steps: Count | None = None
+    max_steps: Annotated[Count | None, Effect.NOTHING] = None
     """Stop after this many steps. The schedule still uses `epochs`."""
     global_batch: Count = 64
     """Images in one optimizer step, over all ranks."""
-    micro_batch: Count | None = None
+    micro_batch: Annotated[Count | None, Effect.ROUNDING] = None
     """Images in one forward pass of a rank. Null means the largest that the number of ranks allows."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` keeps fp32 weights and computes under autocast."""
-    eval_every_epochs: Count = 5
+    eval_every_epochs: Annotated[Count, Effect.NOTHING] = 5
     """Evaluate every this many epochs."""
-    eval_batch: Count = 8
+    eval_batch: Annotated[Count, Effect.SPEED] = 8
     """Images in one forward pass of evaluation."""
-    max_skipped_steps: Count = 20
+    max_skipped_steps: Annotated[Count, Effect.NOTHING] = 20
     """Stop the run after this many steps in a row whose loss or gradients are not finite. Such steps are skipped."""
 
 
@@ -151,9 +151,9 @@ class DetectionRecipe(RunRecipe):
     """The learning rate schedule."""
     train: DetectionTrainConfig = DetectionTrainConfig()
     """Length, batch sizes, precision and evaluation."""
-    checkpoint: SaveConfig = SaveConfig()
+    checkpoint: Annotated[SaveConfig, Effect.NOTHING] = SaveConfig()
     """When to save, and what to keep."""
-    log: ReportConfig = ReportConfig()
+    log: Annotated[ReportConfig, Effect.NOTHING] = ReportConfig()
     """What to report, and how often."""
 
     @property

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from karat_scale.recipe.base import Count, Positive, Section
+from karat_scale.recipe.base import Count, Effect, Positive, Section
 
 # The names of `karat_scale.attention.BASES`; a recipe is read without importing torch.
 BASIS_NAMES = ("fourier", "bspline", "chebyshev", "rational", "mexican_hat", "morlet", "dog", "meyer", "shannon")
@@ -16,39 +16,42 @@ class AttentionConfig(Section):
     A basis uses those of `grid`, `degree`, `range` and `orders` that its constructor takes.
     """
 
-    kind: Literal["softmax", "karat"] = "softmax"
+    kind: Annotated[Literal["softmax", "karat"], Effect.SHAPES] = "softmax"
     """Softmax, or a KArAt operator."""
-    basis: str = "fourier"
+    basis: Annotated[str, Effect.SHAPES] = "fourier"
     """The basis of the functions phi: a name, or `package.module:Class` for your own."""
-    form: Literal["modular", "project_first", "two_operators", "full_rank"] = "modular"
+    form: Annotated[Literal["modular", "project_first", "two_operators", "full_rank"], Effect.SHAPES] = "modular"
     """`modular` is the paper's S = Phi(A) W^T; docs/attention.md has the other forms."""
-    mode: Literal["blockwise", "universal"] = "blockwise"
+    mode: Annotated[Literal["blockwise", "universal"], Effect.SHAPES] = "blockwise"
     """`blockwise`: each block has its own functions. `universal`: all blocks share them."""
-    softmax_heads: Annotated[int, Field(ge=0)] = 0
+    softmax_heads: Annotated[int, Field(ge=0), Effect.SHAPES] = 0
     """The first heads of each block that use softmax instead of KArAt."""
-    residual: bool = False
+    residual: Annotated[bool, Effect.SHAPES] = False
     """S is softmax(A) plus the learned S times a gate of each head. The gate starts at 0, so the model starts as
     softmax. It costs the time and memory of both."""
     simplex: bool = False
     """Project each row of S onto the probability simplex."""
-    grid: Annotated[int, Field(ge=1, le=16)] = 3
+    grid: Annotated[int, Field(ge=1, le=16), Effect.SHAPES] = 3
     """G: the harmonics of a Fourier series, or the grid size of another basis."""
-    degree: Annotated[int, Field(ge=1, le=5)] = 3
+    degree: Annotated[int, Field(ge=1, le=5), Effect.SHAPES] = 3
     """Degree k of a B-spline or polynomial."""
     range: Positive = 3.0
     """I: a B-spline has its knots in [-I, I]."""
-    orders: tuple[Annotated[int, Field(ge=1, le=8)], Annotated[int, Field(ge=1, le=8)]] = (5, 4)
+    orders: Annotated[tuple[Annotated[int, Field(ge=1, le=8)], Annotated[int, Field(ge=1, le=8)]], Effect.SHAPES] = (
+        5,
+        4,
+    )
     """Orders (m, n) of the numerator and denominator of a rational function."""
-    rank: Count = 12
+    rank: Annotated[Count, Effect.SHAPES] = 12
     """Rank r of the operator."""
     base: Literal["zero", "identity", "silu", "gelu"] = "zero"
     """The base activation b(x), which is added to each function."""
     init: Literal["paper", "variance_preserving", "softmax_like"] = "variance_preserving"
     """Initial coefficients. `softmax_like` starts the Fourier operator near softmax."""
-    implementation: Literal["auto", "reference", "streaming", "cpu", "triton"] = "auto"
+    implementation: Annotated[Literal["auto", "reference", "streaming", "cpu", "triton"], Effect.ROUNDING] = "auto"
     """How the operator is computed. `auto` uses the fastest that supports the operator, the device and the
     precision."""
-    transfer_from: str = ""
+    transfer_from: Annotated[str, Effect.SHAPES] = ""
     """The directory of a trained run whose attention matrices this model uses (the paper's attention transfer). The
     model then has no query and key, and learns only what to do with the values. Needs `kind: softmax`."""
 

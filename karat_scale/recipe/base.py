@@ -1,10 +1,25 @@
-"""The base class of recipe sections, and the kinds of numbers in them."""
+"""The base class of recipe sections, the kinds of numbers in them, and what a key may change."""
 
 import types
 import typing
+from enum import Enum
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class Effect(Enum):
+    """What another value of a key may change in a run. It stands in the annotation of each key.
+
+    A key without one may change the model that is learned, such as `optim.lr`. A section's effect holds for its keys.
+    """
+
+    NOTHING = "nothing that is learned"
+    SPEED = "speed or memory"
+    ROUNDING = "rounding or pixels"
+    MODEL = "the model that is learned"
+    SHAPES = "the names or shapes of the model's tensors"
+
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]

@@ -4,15 +4,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from karat_scale.recipe.base import Count, Fraction, NonNegative, Positive, Section, Triple
+from karat_scale.recipe.base import Count, Effect, Fraction, NonNegative, Positive, Section, Triple
 
 
 class DataConfig(Section):
     """The images, and how they become batches."""
 
-    backend: Literal["folder", "webdataset", "ffcv", "dali", "synthetic"] = "webdataset"
+    backend: Annotated[Literal["folder", "webdataset", "ffcv", "dali", "synthetic"], Effect.ROUNDING] = "webdataset"
     """The source of batches. docs/data.md compares them."""
-    path: str = ""
+    path: Annotated[str, Effect.NOTHING] = ""
     """The directory of the data set."""
     train_split: str = "train"
     """The split to train on."""
@@ -24,21 +24,21 @@ class DataConfig(Section):
     """Consecutive samples in a block, for `order: block`."""
     window_blocks: Count = 32
     """Blocks in the window in which samples are shuffled, for `order: block`."""
-    decoder: Literal["auto", "native", "torchvision", "pillow"] = "auto"
+    decoder: Annotated[Literal["auto", "native", "torchvision", "pillow"], Effect.ROUNDING] = "auto"
     """The decoder of the folder, webdataset and ffcv backends. `auto` uses the fastest that runs; with ffcv it is
     FFCV's own."""
     max_pixels: Count = 80_000_000
     """An image with more pixels is refused before it is decoded."""
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Annotated[int, Field(ge=0), Effect.SPEED] = 2
     """Data workers of each rank. 0 reads in the trainer itself."""
-    prefetch: Count = 4
+    prefetch: Annotated[Count, Effect.SPEED] = 4
     """Batches that each worker holds ready."""
-    timeout: Positive = 300.0
+    timeout: Annotated[Positive, Effect.NOTHING] = 300.0
     """Seconds a batch may take. After that, the run ends with an error that names what it waited for."""
     on_bad_sample: Literal["skip", "stop"] = "stop"
     """`stop` ends the run at an image that cannot be read. `skip` uses the next image instead, and counts the bad
     one."""
-    verify: Literal["size", "hash"] = "size"
+    verify: Annotated[Literal["size", "hash"], Effect.NOTHING] = "size"
     """What to compare with the data set's record when the data is opened: the `size` of each file, or also its
     `hash`."""
     synthetic_samples: Count = 1024

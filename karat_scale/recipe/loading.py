@@ -10,37 +10,11 @@ from pydantic import BaseModel, ValidationError
 
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import Recipe, RunRecipe
+from karat_scale.recipe.base import Effect
 from karat_scale.recipe.files import find_recipe, read_recipe_file
 
 R = TypeVar("R", bound=RunRecipe)
 Schema = type[RunRecipe]
-
-# Keys that cannot change what a run learns, so a resumed run may set them anew.
-FREE_KEYS = (
-    "run.name",
-    "run.dir",
-    "run.device",
-    "attention.implementation",
-    "data.backend",
-    "data.path",
-    "data.decoder",
-    "data.timeout",
-    "data.workers",
-    "data.prefetch",
-    "data.verify",
-    "train.micro_batch",
-    "train.compile",
-    "train.eval_batch",
-    "train.eval_every_epochs",
-    "train.max_skipped_steps",
-    "train.max_steps",
-    "train.on_nonfinite",
-    "train.recompute",
-    "deepspeed",
-    "checkpoint",
-    "resume",
-    "log",
-)
 
 
 @overload
@@ -109,13 +83,33 @@ def differing_keys(old: RunRecipe, new: RunRecipe, allowed: Sequence[str] = ()) 
 
     A section's name stands for all its keys.
     """
-    before, after = flatten(old), flatten(new)
-    free = (*FREE_KEYS, *allowed)
-    return [
-        key
-        for key in after
-        if before.get(key) != after[key] and not any(key == a or key.startswith(f"{a}.") for a in free)
-    ]
+    changed = _changed(old, new, Effect.MODEL, Effect.SHAPES)
+    return [key for key in changed if not any(key == a or key.startswith(f"{a}.") for a in allowed)]
+
+
+def rounding_keys(old: RunRecipe, new: RunRecipe) -> list[str]:
+    """Dotted keys whose values differ and may change rounding or pixels, but not the model that is meant."""
+    return _changed(old, new, Effect.ROUNDING)
+
+
+def effects(schema: Schema = Recipe) -> dict[str, Effect]:
+    """What each leaf of a recipe may change, by dotted key."""
+    return dict(_effects(schema, "", Effect.MODEL))
+
+
+def _effects(model: type[BaseModel], prefix: str, inherited: Effect) -> Iterator[tuple[str, Effect]]:
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{field.alias or name}"
+        effect = next((mark for mark in field.metadata if isinstance(mark, Effect)), inherited)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _effects(field.annotation, f"{key}.", effect)
+        else:
+            yield key, effect
+
+
+def _changed(old: RunRecipe, new: RunRecipe, *kinds: Effect) -> list[str]:
+    before, after, known = flatten(old), flatten(new), effects(type(new))
+    return [key for key in after if before.get(key) != after[key] and known[key] in kinds]
 
 
 def schema_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from karat_scale.recipe.attention import AttentionConfig
-from karat_scale.recipe.base import Count, Fraction, Section
+from karat_scale.recipe.base import Count, Effect, Fraction, Section
 from karat_scale.recipe.data import AugmentConfig, DataConfig
 from karat_scale.recipe.files import RECIPES
 from karat_scale.recipe.keep import CheckpointConfig, LogConfig, ResumeConfig
@@ -21,13 +21,13 @@ from karat_scale.recipe.train import DeepSpeedConfig, OptimConfig, ScheduleConfi
 class RunConfig(Section):
     """Name, directory, seed and device of a run."""
 
-    name: str = ""
+    name: Annotated[str, Effect.NOTHING] = ""
     """The name of the run. The default is the name of the recipe."""
-    dir: str = ""
+    dir: Annotated[str, Effect.NOTHING] = ""
     """The run directory, which holds everything that the run writes. The default is `runs/NAME`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """The seed of initial weights, data order, augmentation and mixing."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], Effect.ROUNDING] = "auto"
     """The device to train on. `auto` uses CUDA if there is a GPU."""
 
     @field_validator("name")
@@ -45,24 +45,24 @@ class ModelConfig(Section):
     `pool`, `pos_embed` and `weight_init` exist in plain ViTs only.
     """
 
-    name: str = "vit_tiny_patch16_224"
+    name: Annotated[str, Effect.SHAPES] = "vit_tiny_patch16_224"
     """The name of a timm model, or of one of our small models. docs/models.md lists them."""
-    image_size: Count = 224
+    image_size: Annotated[Count, Effect.SHAPES] = 224
     """Side of the square input in pixels."""
-    patch_size: Count | None = None
+    patch_size: Annotated[Count | None, Effect.SHAPES] = None
     """Side of a patch in pixels. Null keeps the model's own."""
-    num_classes: Annotated[int, Field(ge=2)] = 1000
+    num_classes: Annotated[int, Field(ge=2), Effect.SHAPES] = 1000
     """Number of classes."""
-    embed_dim: Count | None = None
+    embed_dim: Annotated[Count | None, Effect.SHAPES] = None
     """Width of the model, all heads together. Null keeps the model's own."""
-    depth: Count | None = None
+    depth: Annotated[Count | None, Effect.SHAPES] = None
     """Number of blocks. Null keeps the model's own."""
-    num_heads: Count | None = None
+    num_heads: Annotated[Count | None, Effect.SHAPES] = None
     """Number of attention heads in each block. Null keeps the model's own."""
-    pool: Literal["token", "avg"] | None = None
+    pool: Annotated[Literal["token", "avg"] | None, Effect.SHAPES] = None
     """Input of the head of a plain ViT: the class `token`, or the average (`avg`) of all patches after the last
     norm, in a model without a class token. Null keeps the model's own."""
-    pos_embed: Literal["sincos2d"] | None = None
+    pos_embed: Annotated[Literal["sincos2d"] | None, Effect.SHAPES] = None
     """`sincos2d` uses a fixed position embedding in a plain ViT. Null keeps the model's own, which is learned."""
     weight_init: Literal["jax"] | None = None
     """`jax` initialises a plain ViT like JAX's ViTs: Xavier's matrices, and a head of zeros. Null keeps timm's."""
@@ -101,7 +101,7 @@ class RunRecipe(Section):
     init_from: str = ""
     """The source of a new run's first weights: a run directory, a checkpoint in one, a file of `karat export` or of
     timm, or `timm:NAME`. Everything else starts from the beginning."""
-    resume: ResumeConfig = ResumeConfig()
+    resume: Annotated[ResumeConfig, Effect.NOTHING] = ResumeConfig()
     """How to resume, or branch from, an earlier run."""
 
     @model_validator(mode="after")
@@ -129,11 +129,11 @@ class Recipe(RunRecipe):
     """The learning rate schedule."""
     train: TrainConfig = TrainConfig()
     """Length, batch sizes, precision, EMA and evaluation."""
-    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    deepspeed: Annotated[DeepSpeedConfig, Effect.ROUNDING] = DeepSpeedConfig()
     """The DeepSpeed file."""
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: Annotated[CheckpointConfig, Effect.NOTHING] = CheckpointConfig()
     """When to save, and what to keep."""
-    log: LogConfig = LogConfig()
+    log: Annotated[LogConfig, Effect.NOTHING] = LogConfig()
     """What to report, and how often."""
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from karat_scale.recipe.base import Count, NonNegative, Positive, Section
+from karat_scale.recipe.base import Count, Effect, NonNegative, Positive, Section
 from karat_scale.recipe.recompute import RecomputeConfig
 
 # No useful rate is larger; beyond it are typing errors.
@@ -62,37 +62,37 @@ class TrainConfig(Section):
 
     epochs: Count = 100
     """Number of epochs."""
-    max_steps: Count | None = None
+    max_steps: Annotated[Count | None, Effect.NOTHING] = None
     """Stop after this many steps. The schedule still uses `epochs`."""
     global_batch: Count = 128
     """Images in one optimizer step, over all ranks."""
-    micro_batch: Count | None = None
+    micro_batch: Annotated[Count | None, Effect.ROUNDING] = None
     """Images in one forward pass of a rank. Null means the largest that the number of ranks allows."""
     precision: Literal["fp32", "bf16", "bf16_weights", "fp16"] = "fp32"
     """`bf16` keeps fp32 weights and computes under autocast, at every ZeRO stage. `bf16_weights` holds the weights
     in 16 bits from stage 1 on, with fp32 master weights, for models that need the memory. `fp16`, with a loss
     scale, is for GPUs from stage 1 on."""
-    tf32: bool = True
+    tf32: Annotated[bool, Effect.ROUNDING] = True
     """Allow fp32 matrix products to round their inputs to TF32 (10 bits of mantissa) on GPUs that have it."""
-    compile: Literal[False, "default", "reduce-overhead", "max-autotune"] = False
+    compile: Annotated[Literal[False, "default", "reduce-overhead", "max-autotune"], Effect.ROUNDING] = False
     """The mode of torch.compile; `true` means `default`."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99992
     """Decay of the exponential moving average (EMA) of the weights. 0 turns it off."""
     ema_warmup: bool = True
     """Use a smaller EMA decay at first: at most 1 - step^(-2/3)."""
-    eval_every_epochs: Count = 1
+    eval_every_epochs: Annotated[Count, Effect.NOTHING] = 1
     """Evaluate every this many epochs."""
-    eval_batch: Count = 128
+    eval_batch: Annotated[Count, Effect.SPEED] = 128
     """Images in one forward pass of evaluation."""
     eval_weights: Literal["auto", "raw", "ema"] = "auto"
     """The weights to evaluate. `auto` means the EMA if there is one."""
     freeze: tuple[str, ...] = ()
     """Patterns of the names of parameters that do not learn, such as `blocks.0.*`."""
-    recompute: RecomputeConfig = RecomputeConfig()
+    recompute: Annotated[RecomputeConfig, Effect.SPEED] = RecomputeConfig()
     """Activation checkpointing."""
-    on_nonfinite: Literal["skip", "stop"] = "skip"
+    on_nonfinite: Annotated[Literal["skip", "stop"], Effect.NOTHING] = "skip"
     """Whether to skip a step whose loss or gradients are not finite, or to stop the run."""
-    max_skipped_steps: Count = 20
+    max_skipped_steps: Annotated[Count, Effect.NOTHING] = 20
     """Stop the run after this many skipped steps in a row."""
 
     @property

@@ -22,22 +22,16 @@ from typing import IO, Any, TypeVar, overload
 from karat_scale.errors import RunDirectoryError, not_written
 from karat_scale.files import write_atomically
 from karat_scale.recipe import Recipe, RunRecipe
+from karat_scale.recipe.base import Effect
 from karat_scale.recipe.files import COMMANDS, read_recipe_file
-from karat_scale.recipe.loading import differing_keys, dump_recipe, flatten, load_recipe
+from karat_scale.recipe.loading import differing_keys, dump_recipe, effects, flatten, load_recipe, rounding_keys
 from karat_scale.train.checkpoint.store import CheckpointStore, checkpoint_name
 
 # The data cursor counts global batches, so another size would train on other samples. What was frozen has no optimizer
 # state that it could go on with.
 NEVER_ALLOWED = ("train.global_batch", "train.freeze")
-# With another value a checkpoint's tensors have other names or shapes. Of the first, init_from makes weights fit.
+# Of the keys that change the shapes of tensors, those for which init_from makes weights fit.
 _FITTED = ("model.image_size", "model.num_classes", "model.patch_size")
-_SHAPING = (
-    *_FITTED,
-    *(f"model.{key}" for key in ("name", "embed_dim", "depth", "num_heads", "pool", "pos_embed")),
-    *(f"attention.{key}" for key in ("basis", "form", "mode", "softmax_heads", "residual", "grid", "degree", "orders")),
-    *("attention.kind", "attention.rank", "attention.transfer_from"),
-    *("detector.window", "detector.channels", "detector.box_features"),
-)
 R = TypeVar("R", bound=RunRecipe)
 
 
@@ -166,9 +160,9 @@ class RunDirectory:
         os.register_at_fork(after_in_child=lambda: _close(mine()))
 
     def changes(self, recipe: RunRecipe) -> str:
-        """What shapes a run's result and differs from the recipe recorded here: keys with both values."""
+        """The keys that differ from the recipe recorded here and may change the result, with both values."""
         old = self.recipe(type(recipe))
-        return _describe(old, recipe, differing_keys(old, recipe))
+        return _describe(old, recipe, [*differing_keys(old, recipe), *rounding_keys(old, recipe)])
 
     def _refuse_another_recipe(self, recipe: RunRecipe) -> None:
         old = self.recipe(type(recipe))
@@ -182,18 +176,8 @@ class RunDirectory:
         if keys:
             raise RunDirectoryError(
                 f"run.dir = {self.path} belongs to another recipe: {_describe(old, recipe, keys)}; "
-                f"{self._mend(keys, fixed, before)}"
+                f"{_advice(self.path, keys, fixed, before, effects(type(recipe)))}"
             )
-
-    def _mend(self, keys: list[str], fixed: list[str], before: dict[str, Any]) -> str:
-        """What to do about differing keys, of which `fixed` may never differ."""
-        shaping = [key for key in keys if key in _SHAPING]
-        if shaping:
-            fits = all(key in _FITTED for key in shaping)
-            weights = f", with init_from={self.path} to begin with its weights" if fits else ""
-            return f"another model cannot go on from its checkpoints: choose another run.dir{weights}"
-        mends = [f"use {key}={before[key]}" for key in fixed] or [f"add resume.allow=[{','.join(keys)}]"]
-        return f"{' and '.join(mends)}, or choose another run.dir"
 
     def _is_finished(self, recipe: dict[str, Any]) -> bool:
         """Whether the newest checkpoint is the end of the run that `recipe`, by dotted key, says."""
@@ -212,6 +196,17 @@ def _write(path: Path, text: str) -> None:
 def _close(file: IO[str] | None) -> None:
     if file is not None:
         file.close()
+
+
+def _advice(path: Path, keys: list[str], fixed: list[str], before: dict[str, Any], known: dict[str, Effect]) -> str:
+    """What to do about differing keys, of which `fixed` may never differ."""
+    shaping = [key for key in keys if known[key] is Effect.SHAPES]
+    if shaping:
+        fits = all(key in _FITTED for key in shaping)
+        weights = f", with init_from={path} to start from its weights" if fits else ""
+        return f"another model cannot resume from its checkpoints: choose another run.dir{weights}"
+    advice = [f"use {key}={before[key]}" for key in fixed] or [f"add resume.allow=[{','.join(keys)}]"]
+    return f"{' and '.join(advice)}, or choose another run.dir"
 
 
 def _describe(old: RunRecipe, new: RunRecipe, keys: list[str]) -> str:

@@ -7,12 +7,15 @@ import yaml
 
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import Recipe
+from karat_scale.recipe.base import Effect
 from karat_scale.recipe.files import shipped_recipes
 from karat_scale.recipe.loading import (
     differing_keys,
     dump_recipe,
+    effects,
     flatten,
     load_recipe,
+    rounding_keys,
     schema_keys,
 )
 
@@ -207,6 +210,22 @@ def test_differing_keys_leaves_out_what_cannot_matter_and_what_is_allowed(recipe
     other = load_recipe(recipe, ["optim.lr=1", "model.depth=3"])
     assert differing_keys(old, other) == ["model.depth", "optim.lr"]
     assert differing_keys(old, other, ["optim"]) == ["model.depth"]
+
+
+def test_keys_that_change_rounding_may_differ_and_are_named(recipe: Path) -> None:
+    old = load_recipe(recipe)
+    new = load_recipe(recipe, ["data.decoder=pillow", "deepspeed.config=zero1", "train.compile=true", "data.workers=7"])
+    assert differing_keys(old, new) == []
+    assert rounding_keys(old, new) == ["data.decoder", "train.compile", "deepspeed.config"]
+
+
+def test_every_key_says_what_it_may_change(recipe: Path) -> None:
+    known = effects()
+    assert set(known) == set(flatten(load_recipe(recipe)))
+    assert known["optim.lr"] is Effect.MODEL
+    assert known["attention.rank"] is Effect.SHAPES
+    assert known["data.backend"] is known["deepspeed.cpu_adam"] is Effect.ROUNDING
+    assert known["resume.from"] is known["log.every_steps"] is Effect.NOTHING
 
 
 def test_a_recipe_cannot_change_after_validation(recipe: Path) -> None:

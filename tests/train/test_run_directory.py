@@ -86,7 +86,7 @@ def test_no_leave_is_advised_for_another_model(small_recipe, tmp_path: Path, cha
     directory.begin(small_recipe())
     with pytest.raises(RunDirectoryError, match=r"another model cannot .*: choose another run.dir$"):
         RunDirectory(directory.path).open(small_recipe(change, "optim.lr=1"))
-    with pytest.raises(RunDirectoryError, match=r"choose another run.dir, with init_from=.*/run to begin"):
+    with pytest.raises(RunDirectoryError, match=r"choose another run.dir, with init_from=.*/run to start"):
         RunDirectory(directory.path).open(small_recipe("model.num_classes=5"))
 
 
