@@ -10,6 +10,8 @@ from karat_scale import __version__
 from karat_scale.arguments import OneLineParser, count, new_file, positive, time_limit, virtual_environment, whole
 from karat_scale.bench.commands import add_benches
 from karat_scale.errors import UserError
+from karat_scale.prepare import SCRIPTS
+from karat_scale.prepare import prepare as run_script
 
 EXIT_USAGE = 2
 EXPORT_FORMATS = ("safetensors", "timm", "onnx", "torchscript", "hub-folder")
@@ -21,6 +23,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="karat", description="Train Kolmogorov-Arnold Attention ViTs.")
     parser.add_argument("--version", action="version", version=f"karat_scale {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    prepare = commands.add_parser("prepare", help="make, check and copy data sets with the scripts of data_prep")
+    prepare.add_argument("script", choices=SCRIPTS, help="the script; `karat prepare SCRIPT --help` lists its options")
+    prepare.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own options")
+    prepare.set_defaults(run=lambda options: run_script(options.script, options.arguments))
 
     train = commands.add_parser("train", help="train a recipe, or go on where its run stopped")
     train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SMALL
+from tests.conftest import ROOT, SMALL, make_image_folder
 
 
 @pytest.mark.slow
@@ -43,3 +43,14 @@ def test_a_wheel_trains_outside_the_clone(tmp_path: Path) -> None:
     )
     assert str(home) in where.stdout
     assert (tmp_path / "run" / "summary.json").is_file()
+    images = make_image_folder(tmp_path / "images", {"train": 4, "val": 2})
+    options = ["--src", str(images), "--out", str(tmp_path / "shards")]
+    made = subprocess.run(
+        [karat[0], "prepare", "webdataset", *options], cwd=tmp_path, env=environment, check=False, timeout=300
+    )
+    assert made.returncode == 0
+    assert (tmp_path / "shards" / "dataset.json").is_file()
+    checked = subprocess.run(
+        [karat[0], "prepare", "verify", "--src", str(tmp_path / "shards")], env=environment, check=False
+    )
+    assert checked.returncode == 0

@@ -34,8 +34,9 @@ from karat_scale.data.decode import decode_rgb
 from karat_scale.data.decoders.recoder import result_size
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
+from karat_scale.shipped import shipped_directory
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "data_prep"
+SCRIPTS = shipped_directory("data_prep")
 COPY = "copy of tar members"
 OURS, OURS_COPY = "make_webdataset --resize", "make_webdataset, bytes kept"
 DECODE, OURS_CHECK = "whole decode, Pillow", "make_webdataset --check decode"
@@ -107,9 +108,7 @@ def bench_prepare(plan: PreparePlan, json_file: str | None) -> int:
 
 
 def _script() -> Callable[[list[str]], None]:
-    """The script's main function. Raises UserError where the scripts are not beside the package."""
-    if not (SCRIPTS / "make_webdataset.py").is_file():
-        raise UserError(f"{SCRIPTS} is not there; run this in a checkout of the project")
+    """The script's main function."""
     if str(SCRIPTS) not in sys.path:
         sys.path.insert(0, str(SCRIPTS))
     found: Callable[[list[str]], None] = importlib.import_module("make_webdataset").main

@@ -11,6 +11,7 @@ from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
 from karat_scale.recipe.files import shipped_recipes
 from karat_scale.recipe.loading import load_recipe
+from karat_scale.shipped import shipped_directory
 from karat_scale.submit.planned import planned_overrides
 from karat_scale.train.deepspeed.config import check_ds_config
 
@@ -18,9 +19,8 @@ SCRIPT = "imagenet_fourier_karat.sh"
 
 
 def slurm_home() -> Path:
-    """The directory that holds `slurm/`: the package of an installed wheel, or the top of a clone."""
-    package = Path(__file__).resolve().parent.parent
-    return package if (package / "slurm").is_dir() else package.parent
+    """The directory that holds `slurm/`."""
+    return shipped_directory("slurm").parent
 
 
 def submit(

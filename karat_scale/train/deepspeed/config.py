@@ -9,6 +9,7 @@ from typing import Any
 
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import Recipe
+from karat_scale.shipped import shipped_directory
 from karat_scale.train.deepspeed.keys import check_keys
 
 _NEVER = 10**9
@@ -16,9 +17,7 @@ _NEVER = 10**9
 
 def config_directory() -> Path:
     """Where the shipped files lie: inside an installed wheel, or at the top of a clone."""
-    package = Path(__file__).resolve().parents[2]
-    installed = package / "ds_configs"
-    return installed if installed.is_dir() else package.parent / "ds_configs"
+    return shipped_directory("ds_configs")
 
 
 def load_ds_config(recipe: Recipe, world_size: int, micro_batch: int) -> dict[str, Any]:
