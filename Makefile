@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PACKAGES := libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config g++ chromium chromium-driver
 EXTRAS := ffcv dali export detection
 
-.PHONY: install demo test lint clean packages extras
+.PHONY: install demo docs test lint clean packages extras
 
 # One marker file per set of extras, older than pyproject.toml when that changes.
 $(VENV)/.installed: pyproject.toml
@@ -43,6 +43,14 @@ extras: packages $(VENV)/.installed-dev
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+# The site is in build/site. mkdocs-material announces mkdocs 2 at each build unless the variable is set.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,0 +1,169 @@
+"""Generates the pages of the documentation site that have another source. A hook of mkdocs; see mkdocs.yml.
+
+| page                  | source                                       |
+|-----------------------|----------------------------------------------|
+| index.md              | README.md                                    |
+| changelog.md          | CHANGELOG.md                                 |
+| recipe*.md            | the schemas of the recipes                   |
+| commands/<command>.md | the parser of `karat`                        |
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from pydantic import BaseModel
+
+from karat_scale.cli import build_parser
+from karat_scale.detection.recipe import DetectionRecipe
+from karat_scale.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put the commands into the navigation."""
+    for entry in config.nav or []:
+        if "Commands" in entry:
+            entry["Commands"] = [{f"karat {name}": f"commands/{name}.md"} for name in _commands()]
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages."""
+    for path, text in generated_pages().items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replace a link to a file outside docs/ by its text: the site does not have that file."""
+    return re.sub(r"\[([^\]]+)\]\(\.\./[^)]+\)", r"`\1`", markdown)
+
+
+def generated_pages() -> dict[str, str]:
+    """Return the Markdown of each generated page by its path."""
+    pages = {
+        "index.md": start_page((ROOT / "README.md").read_text(encoding="utf-8")),
+        "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+        "recipe.md": recipe_page(Recipe, "Recipe keys", "karat train"),
+        "recipe_detection.md": recipe_page(DetectionRecipe, "Detection recipe keys", "karat detect"),
+    }
+    return pages | {f"commands/{name}.md": command_page(parser, text) for name, (parser, text) in _commands().items()}
+
+
+def start_page(readme: str) -> str:
+    """Return the README with its links as they are relative to docs/."""
+    return re.sub(r"\]\((?!https?:)(?:docs/)?", lambda link: "](" if link[0].endswith("docs/") else "](../", readme)
+
+
+def recipe_page(schema: type[BaseModel], title: str, command: str) -> str:
+    """Return a table for each section of a recipe: every key with its type, default and meaning."""
+    whole = schema.model_json_schema(by_alias=True)
+    introduction = (
+        f"---\nhide: [toc]\n---\n\n# {title}\n\n"
+        f"These are all keys of a recipe of `{command}`. A key that is not required has a default. "
+        "An unknown key, a value of another type and a value out of range are refused with one line.\n"
+    )
+    return "\n".join([introduction, *_section(whole, whole, "")])
+
+
+def _section(whole: Mapping[str, Any], section: Mapping[str, Any], name: str) -> Iterator[str]:
+    """Yield the Markdown of a section: its docstring, the table of its keys, and then its own sections."""
+    keys = {f"{name}.{key}" if name else key: value for key, value in section["properties"].items()}
+    sections = {key: value for key, value in keys.items() if "$ref" in value}
+    if name:
+        yield f"## {name}\n\n{_prose(section['description'])}\n"
+    rows = [_row(whole, key, value, section) for key, value in keys.items() if key not in sections]
+    if rows:
+        yield "| key | type | default | meaning |\n|---|---|---|---|\n" + "".join(rows)
+    for key, value in sections.items():
+        yield from _section(whole, whole["$defs"][value["$ref"].rpartition("/")[2]], key)
+
+
+def _row(whole: Mapping[str, Any], key: str, value: Mapping[str, Any], section: Mapping[str, Any]) -> str:
+    required = key.rpartition(".")[2] in section.get("required", ())
+    default = "required" if required else f"`{json.dumps(value['default'])}`"
+    meaning = " ".join(_prose(value["description"]).split())
+    return f"| `{key}`{{ #{key} }} | {_type(value)} | {default} | {meaning} |\n"
+
+
+def _type(value: Mapping[str, Any]) -> str:
+    """Return a type of JSON Schema in words."""
+    if "anyOf" in value:
+        return " or ".join(map(_type, value["anyOf"]))
+    if "const" in value or "enum" in value:
+        choices = value.get("enum", [value.get("const")])
+        return ", ".join(f"`{choice}`" if isinstance(choice, str) else f"`{json.dumps(choice)}`" for choice in choices)
+    if value["type"] == "array":
+        parts = value.get("prefixItems")
+        return f"[{', '.join(map(_type, parts))}]" if parts else f"list of {_type(value['items'])}"
+    bounds = [f"{sign} {value[bound]:,.10g}" for bound, sign in _BOUNDS.items() if bound in value]
+    return " ".join([value["type"], ", ".join(bounds)]).strip()
+
+
+def _prose(text: str) -> str:
+    """Return a docstring in which the pages of docs/ are links."""
+    return re.sub(r"docs/(\w+)\.md", r"[\1](\1.md)", text)
+
+
+def command_page(parser: argparse.ArgumentParser, text: str) -> str:
+    """Return the usage and the options of a command, and of the commands below it."""
+    page = f"# {parser.prog}\n\n{_sentence(text)}\n\n{_arguments(parser)}"
+    for below, about in _subcommands(parser).values():
+        page += f"\n## {below.prog}\n\n{_sentence(about)}\n\n{_arguments(below)}"
+    return page
+
+
+def _arguments(parser: argparse.ArgumentParser) -> str:
+    actions = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+    named = [action for action in actions if action.option_strings]
+    usage = " ".join([parser.prog, *(["[options]"] if named else []), *(_place(a) for a in actions if a not in named)])
+    rows = "".join(f"| {_name(action)} | {_meaning(parser, action)} |\n" for action in actions if action.help or named)
+    table = f"\n| argument | meaning |\n|---|---|\n{rows}" if rows else ""
+    return f"```\n{usage}\n```\n{table}"
+
+
+def _place(action: argparse.Action) -> str:
+    name = str(action.metavar or action.dest)
+    return {"*": f"[{name} ...]", "+": f"{name} [{name} ...]", "?": f"[{name}]"}.get(str(action.nargs), name)
+
+
+def _name(action: argparse.Action) -> str:
+    if not action.option_strings:
+        return f"`{action.metavar or action.dest}`"
+    takes_value = action.nargs != 0
+    value = action.metavar or ("" if action.choices else action.dest.upper())
+    return f"`{', '.join(action.option_strings)}{f' {value}' if takes_value and value else ''}`"
+
+
+def _meaning(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
+    text = (action.help or "") % {**vars(action), "prog": parser.prog}
+    if action.choices and not isinstance(action, argparse._SubParsersAction):
+        text = f"{text}{'; ' if text else ''}one of {', '.join(f'`{choice}`' for choice in action.choices)}"
+    if action.default not in (None, [], False, argparse.SUPPRESS) and "default:" not in text:
+        default = " ".join(action.default) if isinstance(action.default, tuple) else action.default
+        text = f"{text} (default: {default})"
+    return text.strip().replace("|", r"\|")
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _commands() -> dict[str, tuple[argparse.ArgumentParser, str]]:
+    return _subcommands(build_parser())
+
+
+def _subcommands(parser: argparse.ArgumentParser) -> dict[str, tuple[argparse.ArgumentParser, str]]:
+    """Return the parser and the help of each command below a parser. argparse has no public way to list them."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return {about.dest: (action.choices[about.dest], about.help or "") for about in action._choices_actions}
+    return {}

@@ -1,0 +1,73 @@
+"""The documentation site builds without a warning, and a browser shows its generated pages."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from karat_scale.cli import build_parser
+from karat_scale.detection.recipe import DetectionRecipe
+from karat_scale.recipe import Recipe
+from karat_scale.recipe.loading import schema_keys
+from tests.analysis.browser import Browser, open_browser
+from tests.conftest import ROOT
+
+TEXTS = "return [...document.querySelectorAll(arguments[0])].map(element => element.textContent.trim())"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("material", reason="needs the extra docs")
+    out = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with open_browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+def described_keys(schema: type) -> set[str]:
+    """The keys of a recipe that hold a value."""
+    keys = set(schema_keys(schema))
+    return {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
+
+
+@pytest.mark.slow
+def test_the_site_shows_every_key_and_every_command(site: Path, browser: Browser) -> None:
+    for page, schema in (("recipe", Recipe), ("recipe_detection", DetectionRecipe)):
+        browser.open(site / f"{page}.html")
+        cells = browser.run(TEXTS, "td")
+        rows = [cells[start : start + 4] for start in range(0, len(cells), 4)]
+        assert {row[0] for row in rows} == described_keys(schema)
+        assert all(all(row) for row in rows), [row for row in rows if not all(row)]
+    (action,) = [action for action in build_parser()._actions if action.dest == "command"]
+    for command in action.choices:
+        browser.open(site / "commands" / f"{command}.html")
+        assert browser.run(TEXTS, "h1")[0].startswith(f"karat {command}")
+    browser.open(site / "api" / "attention.html")
+    assert any("fourier_karat_attention" in heading for heading in browser.run(TEXTS, "h2"))
+
+
+@pytest.mark.slow
+def test_the_start_page_leads_to_the_guides(site: Path, browser: Browser) -> None:
+    browser.open(site / "index.html")
+    assert browser.run("return document.querySelector('img[src=\"demo.svg\"]').naturalWidth > 0")
+    browser.click(".md-content a[href='data.html']")
+    assert browser.run(TEXTS, "h1")[0].startswith("The data path")
+    assert browser.messages() == []
