@@ -67,7 +67,7 @@ class Packer:
         if resized:
             image = self._resized(image)
         if max(image.size) > MAX_SIDE:
-            raise DataError(f"{name}: {image.width} x {image.height} pixels do not fit FFCV's format; {self._mend}")
+            raise DataError(f"{name}: {image.width} x {image.height} pixels do not fit FFCV's format; {self._fix}")
         # Only pixels that were JPEG or are changed anyway may be encoded with a loss.
         small = 3 * image.width * image.height <= self._packing.page
         if small and not (resized and self._as_jpeg(index, *image.size)):
@@ -103,10 +103,10 @@ class Packer:
     def _checked(self, image: StoredImage, name: str) -> StoredImage:
         if len(image.data) > self._packing.page:
             raise DataError(
-                f"{name}: {len(image.data)} bytes are more than a page of {self._packing.page}; {self._mend}"
+                f"{name}: {len(image.data)} bytes are more than a page of {self._packing.page}; {self._fix}"
             )
         return image
 
     @property
-    def _mend(self) -> str:
+    def _fix(self) -> str:
         return "give --max-resolution, or remove it"

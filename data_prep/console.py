@@ -111,7 +111,7 @@ def add_shard_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a script: exit 0, or 2 with one line on stderr for what the user can mend, 130 for Ctrl-C."""
+    """Run a script: exit 0, or 2 with one line on stderr for what the user can fix, 130 for Ctrl-C."""
     try:
         main()
     except UserError as error:

@@ -24,8 +24,8 @@ def choose_encoder(asked: Literal["auto", "native", "pillow"]) -> Encoder:
         native_recoder()
     except LoadError as error:
         if asked == "native":
-            mend = "run `apt-get install g++ libjpeg-dev`, or give --encoder pillow"
-            raise DataError(f"--encoder native cannot run: {error}; {mend}") from error
+            fix = "run `apt-get install g++ libjpeg-dev`, or give --encoder pillow"
+            raise DataError(f"--encoder native cannot run: {error}; {fix}") from error
         return "pillow"
     return "native"
 

@@ -1,4 +1,4 @@
-"""The rules of our command lines: overrides may stand anywhere, a mistake is one line, numbers are checked as read."""
+"""Argument parsing that all our commands share: one-line errors, numbers with bounds, overrides between options."""
 
 import argparse
 import difflib
@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A mistake is one line and exit code 2; of a command that has `overrides`, they may stand between its options."""
+    """A parser whose errors are one line with exit code 2. A command's `overrides` may be between its options."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """argparse's, which leaves over the positionals behind an option (some versions all); here none is left."""
+        """Parse like argparse. Some versions leave positionals after an option unparsed; here they become overrides."""
         options, left = super().parse_known_args(args, namespace)
         takes_overrides = hasattr(options, "overrides")
         strange = [text for text in left if text.startswith("-") or "=" not in text or not takes_overrides]
@@ -25,27 +25,27 @@ class OneLineParser(argparse.ArgumentParser):
         return options, []
 
     def error(self, message: str) -> NoReturn:
-        """End with `message` on standard error."""
+        """Print `message` to standard error and exit."""
         self.exit(2, f"error: {' '.join(message.split())} ({self.prog} --help lists the options)\n")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """argparse's check of `choices`, with the nearest of them."""
+        """Check `choices` like argparse, and suggest the nearest one."""
         if action.choices is not None and value not in action.choices:
             names = [str(choice) for choice in action.choices]
             close = difflib.get_close_matches(str(value), names, n=1)
             hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)}"
-            raise argparse.ArgumentError(action, f"there is no {value!r}; {hint}")
+            raise argparse.ArgumentError(action, f"unknown value {value!r}; {hint}")
 
 
 def _why_strange(strange: Sequence[str], takes_overrides: bool) -> str:
     first = next((text for text in strange if text.startswith("-")), strange[0])
     if first.startswith("-"):
-        return f"there is no option {first.partition('=')[0]}"
-    return f"{first!r} is one too many" + ("; overrides are key=value" if takes_overrides else "")
+        return f"unknown option {first.partition('=')[0]}"
+    return f"unexpected argument {first!r}" + ("; overrides are key=value" if takes_overrides else "")
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """The type of an argument that is a whole number of at least `least`."""
+    """Return the type of an argument that is an integer of at least `least`."""
 
     def read(text: str) -> int:
         try:
@@ -53,7 +53,7 @@ def whole(least: int) -> Callable[[str], int]:
         except ValueError:
             number = least - 1
         if number < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
         return number
 
     return read
@@ -63,7 +63,7 @@ count = whole(1)
 
 
 def positive(text: str) -> float:
-    """An argument that is a finite number above 0. Raises argparse.ArgumentTypeError."""
+    """Parse a finite number above 0. Raises argparse.ArgumentTypeError."""
     try:
         number = float(text)
     except ValueError:
@@ -74,31 +74,31 @@ def positive(text: str) -> float:
 
 
 def new_file(text: str) -> str:
-    """The path of a file that can be written, checked before the work whose result it is to hold.
+    """Return the path of a file after checking that it can be written, so that a long run does not fail at its end.
 
     Raises:
-        argparse.ArgumentTypeError: its directory is not there or not ours to write.
+        argparse.ArgumentTypeError: its directory does not exist or is not writable.
     """
     path = Path(text).absolute()
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a directory; name a file in it")
     if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r}: no such directory; name a file in a directory that is there")
+        raise argparse.ArgumentTypeError(f"{text!r}: its directory does not exist; create it or name another file")
     if not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text!r}: no right to write in that directory; name a file elsewhere")
+        raise argparse.ArgumentTypeError(f"{text!r}: its directory is not writable; name a file elsewhere")
     return text
 
 
 def time_limit(text: str) -> str:
-    """A time as sbatch takes it: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises argparse.ArgumentTypeError."""
+    """Check a time limit of sbatch: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises argparse.ArgumentTypeError."""
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}|infinite|unlimited", text, re.IGNORECASE):
-        raise argparse.ArgumentTypeError(f"{text!r} is no time of sbatch's: minutes, H:M:S, D-H or D-H:M:S")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time limit of sbatch; use minutes, H:M:S, D-H or D-H:M:S")
     return text
 
 
 def virtual_environment(text: str) -> str:
-    """The absolute path of a virtual environment, which nodes are to see as well. Raises argparse.ArgumentTypeError."""
+    """Return the absolute path of a virtual environment. Raises argparse.ArgumentTypeError if it is not one."""
     path = Path(text).absolute()
     if not (path / "bin" / "activate").is_file():
-        raise argparse.ArgumentTypeError(f"{text!r} is no virtual environment: it has no bin/activate")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a virtual environment: bin/activate is missing")
     return str(path)

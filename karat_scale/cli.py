@@ -1,4 +1,4 @@
-"""`karat`: the one entry point. Commands import what they need when they run, so `--help` is quick."""
+"""The command line `karat`. Commands import what they need when they run, so `--help` is quick."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ ANALYSES = ("spectrum", "maps", "functions", "distributions", "landscape")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The commands and their options."""
+    """Return the parser with all commands and their options."""
     parser = OneLineParser(prog="karat", description="Train Kolmogorov-Arnold Attention ViTs.")
     parser.add_argument("--version", action="version", version=f"karat_scale {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     prepare.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own options")
     prepare.set_defaults(run=lambda options: run_script(options.script, options.arguments))
 
-    train = commands.add_parser("train", help="train a recipe, or go on where its run stopped")
+    train = commands.add_parser("train", help="train a recipe, or resume its run")
     train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as optim.lr=1e-3")
     train.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
@@ -40,19 +40,19 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
     evaluate.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
     evaluate.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
-    evaluate.add_argument("--json", type=new_file, metavar="FILE", help="write the result there too")
+    evaluate.add_argument("--json", type=new_file, metavar="FILE", help="also write the result to this file")
     evaluate.set_defaults(run=_eval)
 
-    detect = commands.add_parser("detect", help="train Mask R-CNN on a ViT, or evaluate it, on a set in COCO's format")
-    detect.add_argument("recipe", metavar="RECIPE", help="a detection recipe's name or a YAML file; RUN with --eval")
+    detect = commands.add_parser("detect", help="train or evaluate Mask R-CNN on a ViT, with data in COCO's format")
+    detect.add_argument("recipe", metavar="RECIPE", help="a detection recipe's name or a YAML file; with --eval, a run")
     detect.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
     detect.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
-    detect.add_argument("--eval", action="store_true", help="COCO's averages of the checkpoint of a run, RUN")
+    detect.add_argument("--eval", action="store_true", help="evaluate a checkpoint of a run by COCO's mAP")
     detect.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
-    detect.add_argument("--json", type=new_file, metavar="FILE", help="write the result of --eval there too")
+    detect.add_argument("--json", type=new_file, metavar="FILE", help="also write the result of --eval to this file")
     detect.set_defaults(run=_detect)
 
-    export = commands.add_parser("export", help="a checkpoint's model for timm, ONNX, TorchScript or a hub")
+    export = commands.add_parser("export", help="write a run's model for timm, ONNX, TorchScript or a model hub")
     export.add_argument("run_dir", metavar="RUN", help="the run's directory")
     export.add_argument("--format", choices=EXPORT_FORMATS, default="safetensors")
     export.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
@@ -62,75 +62,80 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(run=_export)
 
-    ledger = commands.add_parser("ledger", help="take finished runs into docs/ledger and docs/reproduction.md")
-    ledger.add_argument("runs", metavar="RUN", nargs="*", help="a run's directory (default: write the page anew)")
-    ledger.add_argument("--docs", metavar="DIR", default="docs", help="of a clone (default: %(default)s)")
+    ledger = commands.add_parser("ledger", help="add finished runs to docs/ledger and docs/reproduction.md")
+    ledger.add_argument("runs", metavar="RUN", nargs="*", help="a run's directory (default: only rewrite the page)")
+    ledger.add_argument("--docs", metavar="DIR", default="docs", help="a clone's docs folder (default: %(default)s)")
     ledger.set_defaults(run=_ledger)
 
-    plan = commands.add_parser("plan", help="before you submit: memory, stage, micro batch, time, and mistakes")
+    plan = commands.add_parser("plan", help="estimate memory, ZeRO stage, micro batch and time, and find mistakes")
     plan.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     plan.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as train.precision=bf16")
-    plan.add_argument("--gpus", type=count, default=1, help="ranks in all (default: %(default)s)")
-    plan.add_argument("--gpu", metavar="NAME", help="such as h100-80 (default: this machine's RAM)")
-    plan.add_argument("--memory", type=positive, metavar="GB", help="of a GPU without a name here, or of a rank's RAM")
+    plan.add_argument("--gpus", type=count, default=1, help="total number of ranks (default: %(default)s)")
+    plan.add_argument("--gpu", metavar="NAME", help="the GPU, such as h100-80 (default: this machine's RAM)")
+    plan.add_argument("--memory", type=positive, metavar="GB", help="memory of an unknown GPU, or of a rank's RAM")
     plan.add_argument("--gpus-per-node", type=count, default=8, help="(default: %(default)s)")
     plan.add_argument("--step-time", type=positive, metavar="S", help="measured seconds of one micro batch on one GPU")
-    plan.add_argument("--curve", action="store_true", help="predicted throughput from 1 to 1,024 GPUs")
+    plan.add_argument("--curve", action="store_true", help="show the predicted throughput from 1 to 1,024 GPUs")
     plan.add_argument("--dry-run", action="store_true", help="only build and check model, data and batches")
-    plan.add_argument("--json", type=new_file, metavar="FILE", help="write all figures there too")
+    plan.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
     plan.set_defaults(run=_plan)
 
     submit = commands.add_parser("submit", help="write a recipe's sbatch script, show it, and submit it")
     submit.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     submit.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
     for option in ("account", "partition", "qos", "constraint"):
-        submit.add_argument(f"--{option}", help="as sbatch has it")
-    submit.add_argument("--time", type=time_limit, help="as sbatch has it, such as 12:00:00 or 1-12")
+        submit.add_argument(f"--{option}", help=f"the option --{option} of sbatch")
+    submit.add_argument("--time", type=time_limit, help="the option --time of sbatch, such as 12:00:00 or 1-12")
     for option, least in (("nodes", 1), ("gpus-per-node", 0), ("cpus-per-task", 1)):
-        submit.add_argument(f"--{option}", type=whole(least), help="as sbatch has it")
-    submit.add_argument("--venv", type=virtual_environment, help="see the top of slurm/imagenet_fourier_karat.sh")
+        submit.add_argument(f"--{option}", type=whole(least), help=f"the option --{option} of sbatch")
+    submit.add_argument("--venv", type=virtual_environment, metavar="DIR", help="a virtual environment for the nodes")
     for setting in ("conda-env", "modules", "container", "stage"):
-        submit.add_argument(f"--{setting}", help="see the top of slurm/imagenet_fourier_karat.sh")
-    submit.add_argument("--gpu", metavar="NAME", help="plan stage and micro batch for it, such as h100-80")
+        variable = setting.upper().replace("-", "_")
+        submit.add_argument(f"--{setting}", help=f"{variable} of slurm/imagenet_fourier_karat.sh")
+    submit.add_argument("--gpu", metavar="NAME", help="plan ZeRO stage and micro batch for this GPU, such as h100-80")
     submit.add_argument("--yes", action="store_true", help="submit without asking")
     submit.set_defaults(run=_submit)
 
-    status = commands.add_parser("status", help="where a run stands, from its files")
+    status = commands.add_parser("status", help="show a run's progress, from its files")
     status.add_argument("run_dir", metavar="RUN", help="the run's directory")
     status.add_argument("--once", action="store_true", help="do not follow the run")
     status.set_defaults(run=_status)
 
-    analyze = commands.add_parser("analyze", help="what the attention of runs learned: figures, numbers, a report")
-    analyze.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory; two are set side by side")
-    analyze.add_argument("--only", nargs="+", choices=ANALYSES, default=ANALYSES, help="these analyses alone")
-    analyze.add_argument("--out", metavar="DIR", help="(default: `analysis` in the first run's directory)")
-    analyze.add_argument("--data", metavar="DIR", help="in place of the runs' data.path")
+    analyze = commands.add_parser("analyze", help="analyse what attention learned: figures, numbers, a report")
+    analyze.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory; two runs are shown side by side")
+    analyze.add_argument("--only", nargs="+", choices=ANALYSES, default=ANALYSES, help="run only these analyses")
+    analyze.add_argument("--out", metavar="DIR", help="output (default: `analysis` in the first run's directory)")
+    analyze.add_argument("--data", metavar="DIR", help="the data, instead of the runs' data.path")
     analyze.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
     analyze.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
-    analyze.add_argument("--images", type=count, default=64, help="for spectrum and functions (default: %(default)s)")
-    analyze.add_argument("--image", type=int, nargs="+", metavar="N", help="images of the maps (default: four)")
-    analyze.add_argument("--block", type=int, default=-1, help="of the maps; -1 is the last (default: %(default)s)")
-    analyze.add_argument("--grid", type=whole(2), default=15, help="landscape points a side (default: %(default)s)")
-    analyze.add_argument("--range", type=positive, default=1.0, help="of the landscape, times this (default: 1)")
-    analyze.add_argument("--samples", type=count, default=256, help="images a landscape point (default: %(default)s)")
-    analyze.add_argument("--batch", type=count, default=8, help="images at a time (default: %(default)s)")
-    analyze.add_argument("--seed", type=whole(0), default=0, help="of directions and probes (default: %(default)s)")
+    analyze.add_argument("--images", type=count, default=64, help="for spectrum, functions (default: %(default)s)")
+    analyze.add_argument("--image", type=int, nargs="+", metavar="N", help="images for the maps (default: four)")
+    analyze.add_argument(
+        "--block", type=int, default=-1, help="block of the maps; -1 is the last (default: %(default)s)"
+    )
+    analyze.add_argument("--grid", type=whole(2), default=15, help="landscape points per side (default: %(default)s)")
+    analyze.add_argument("--range", type=positive, default=1.0, help="factor on the landscape's extent (default: 1)")
+    analyze.add_argument("--samples", type=count, default=256, help="images per point (default: %(default)s)")
+    analyze.add_argument("--batch", type=count, default=8, help="images per batch (default: %(default)s)")
+    analyze.add_argument(
+        "--seed", type=whole(0), default=0, help="seed of directions and probes (default: %(default)s)"
+    )
     analyze.set_defaults(run=_analyze)
 
-    doctor = commands.add_parser("doctor", help="what this machine has, and what bounds a recipe on it")
+    doctor = commands.add_parser("doctor", help="check this machine, and find what limits a recipe's speed on it")
     doctor.add_argument("recipe", metavar="RECIPE", nargs="?", help="a shipped recipe's name or a YAML file")
     doctor.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.workers=4")
-    doctor.add_argument("--seconds", type=positive, default=20.0, help="of the timed run (default: %(default)s)")
-    doctor.add_argument("--json", type=new_file, metavar="FILE", help="write all figures there too")
+    doctor.add_argument("--seconds", type=positive, default=20.0, help="length of the timed run (default: %(default)s)")
+    doctor.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
     doctor.set_defaults(run=_doctor)
 
-    bench = commands.add_parser("bench", help="measure against what you would use instead")
+    bench = commands.add_parser("bench", help="measure against the usual alternatives")
     add_benches(bench.add_subparsers(dest="bench", required=True, metavar="BENCH"))
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code. A user's mistake is one line on standard error and code 2."""
+    """Run a command and return its exit code. A user's mistake is one line on standard error, and exit code 2."""
     options = build_parser().parse_args(arguments)
     try:
         code: int = options.run(options)
@@ -143,9 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def entry_point() -> None:
-    """The console script."""
+    """Run the console script."""
     code = main()
-    # A launcher may repeat its signal; it must not kill an interpreter that is on its way out with its own code.
+    # A launcher may repeat its signal. It must not kill an interpreter that is exiting with its own code.
     for repeated in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(repeated, signal.SIG_IGN)
     sys.exit(code)
@@ -223,7 +228,7 @@ def _submit(options: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(options).items() if value is not None}
     sbatch = ("account", "partition", "qos", "constraint", "nodes", "gpus_per_node", "cpus_per_task", "time")
     chosen = {name.replace("_", "-"): str(given[name]) for name in sbatch if name in given}
-    if "gpus_per_node" in given:  # one task for each; one on a node without GPUs
+    if "gpus_per_node" in given:  # one task for each GPU; one on a node without GPUs
         chosen["ntasks-per-node"] = str(max(given["gpus_per_node"], 1))
     settings = ("venv", "conda_env", "modules", "container", "stage")
     variables = {name.upper(): given[name] for name in settings if name in given}

@@ -1,4 +1,4 @@
-"""Files that are whole under their name or not there at all, and their hashes."""
+"""Atomic file writes, and hashes of files."""
 
 import hashlib
 import json
@@ -13,16 +13,16 @@ _BLOCK = 1 << 20
 
 
 class Fingerprint(NamedTuple):
-    """What tells whether a file is as it was written."""
+    """The size and hash of a file."""
 
     bytes: int
     sha256: str
 
 
 class FingerprintedFile:
-    """A binary file that takes its fingerprint while it is written, front to back.
+    """A binary file that computes its fingerprint while it is written from front to back.
 
-    `on_bytes` hears the size of each piece that the file system has taken.
+    `on_bytes` is called with the size of each piece that has been written.
     """
 
     def __init__(self, file: IO[bytes], on_bytes: Callable[[int], None] | None = None) -> None:
@@ -41,16 +41,16 @@ class FingerprintedFile:
         return written
 
     def flush(self) -> None:
-        """Hand over to the operating system what is buffered."""
+        """Flush the buffer to the operating system."""
         self._file.flush()
 
     def fingerprint(self) -> Fingerprint:
-        """Of all that was written so far."""
+        """The fingerprint of everything written so far."""
         return Fingerprint(self._bytes, self._digest.hexdigest())
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file under a temporary name, flush it to the disk, then give it its name. Text is UTF-8.
+    """Write a file under a temporary name, flush it to disk, and rename it. Text is written as UTF-8.
 
     A link's target is replaced, not the link. A device, a pipe or a socket is written to as it is.
     """
@@ -79,7 +79,7 @@ def _is_special(path: Path) -> bool:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give an OSError that names no file, as those of a full disk do, this one."""
+    """Add this file name to an OSError without one, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -88,7 +88,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def commit_file(temporary: Path, path: Path) -> None:
-    """Make a written temporary file durable and rename it to `path`."""
+    """Flush a written temporary file to disk and rename it to `path`."""
     temporary.chmod(0o644)
     flush_to_disk(temporary)
     temporary.replace(path)
@@ -96,7 +96,7 @@ def commit_file(temporary: Path, path: Path) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or a directory's list of names, is on the disk."""
+    """Flush a file, or the entries of a directory, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -105,7 +105,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """The SHA-256 of a file, as hex. `on_bytes` hears the size of each piece that is done."""
+    """Return the SHA-256 of a file as hex. `on_bytes` is called with the size of each piece that has been read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -116,11 +116,11 @@ def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> st
 
 
 def json_sha256(content: Mapping[str, Any]) -> str:
-    """The SHA-256 of plain data, as hex, whatever the order and layout of its JSON."""
+    """Return the SHA-256 of plain data as hex. It does not depend on the order or layout of the JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain data with its own SHA-256 as `sha256`, which tells whether anyone has changed it since."""
+    """Return plain data together with its SHA-256 as `sha256`, so that a later change can be detected."""
     unsealed = {key: value for key, value in content.items() if key != "sha256"}
     return {**unsealed, "sha256": json_sha256(unsealed)}

@@ -1,13 +1,13 @@
-"""The name that was meant by one that is not there."""
+"""Suggest the nearest known name for an unknown one."""
 
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
 
 def nearest(name: str, names: Iterable[str], count: int = 1, likeness: float = 0.6) -> list[str]:
-    """At most `count` of `names`, the most alike first, whose beginning is at least so much like `name`.
+    """Return at most `count` of `names`, the most similar first, whose beginning is similar enough to `name`.
 
-    Only then the whole counts: people leave off the long ends of model names, and seldom mistype the start.
+    The beginning is compared first: people omit the long endings of model names, and seldom mistype the start.
     """
 
     def score(other: str) -> tuple[float, float]:

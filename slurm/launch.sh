@@ -8,7 +8,7 @@
 #   launch ARGUMENTS         `karat ARGUMENTS`, one rank per GPU (per node without GPUs); ends the job
 #   run_alone COMMAND...     one process that goes on where it was; requeues the job on a signal
 #
-# Exit codes: 0 done; 2 a mistake to mend; 1 anything else. Saved on a signal is 75: the job is requeued.
+# Exit codes: 0 done; 2 a mistake to fix; 1 anything else. Saved on a signal is 75: the job is requeued.
 set -uo pipefail
 
 # Restarts in a row that may end without a new checkpoint.

@@ -34,18 +34,18 @@ def idx_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str]]:
 
 def read_idx(path: Path) -> npt.NDArray[np.uint8]:
     """The array of an IDX file of bytes, plain or gzipped. Raises DataError where it is damaged."""
-    mend = "fetch it again"
+    fix = "fetch it again"
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}; {mend}") from error
+        raise DataError(f"{path} cannot be read: {error}; {fix}") from error
     if len(data) < 4 or data[:3] != b"\0\0\x08":
-        raise DataError(f"{path} is not an IDX file of bytes; {mend}")
+        raise DataError(f"{path} is not an IDX file of bytes; {fix}")
     dimensions = data[3]
     shape = np.frombuffer(data[4 : 4 + 4 * dimensions].ljust(4 * dimensions, b"\0"), dtype=">u4").astype(int)
     expected = 4 + 4 * dimensions + int(shape.prod())
     if len(data) != expected:
-        raise DataError(f"{path} has {len(data)} bytes, but its header says {expected}; {mend}")
+        raise DataError(f"{path} has {len(data)} bytes, but its header says {expected}; {fix}")
     return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 

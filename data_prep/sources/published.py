@@ -26,7 +26,7 @@ class PublishedFiles:
         self, src: Path, fetched_by: str, md5: dict[str, str | None], archive: str = "", folder: str = "."
     ) -> None:
         self._md5 = md5
-        self._mend = f"fetch it again: python data_prep/fetch.py {fetched_by} --out {src}"
+        self._fix = f"fetch it again: python data_prep/fetch.py {fetched_by} --out {src}"
         self._archive: Path | None = None
         self._folder: Path | None = None
         if archive and (src / archive).is_file():
@@ -39,7 +39,7 @@ class PublishedFiles:
                 return
             # In `src` itself, names such as train and meta may be anyone's.
             if len(missing) < len(md5) and (place != src or not archive):
-                raise DataError(f"{place} has no {missing[0]}; {self._mend}")
+                raise DataError(f"{place} has no {missing[0]}; {self._fix}")
 
     @property
     def are_there(self) -> bool:
@@ -60,7 +60,7 @@ class PublishedFiles:
             name = self._others[0]
             raise DataError(
                 f"{self._where}: {name} has the MD5 {_md5(self.contents[name])}, and the published one is "
-                f"{self._md5[name]}; {self._mend}, or take it as it is by --any-hash"
+                f"{self._md5[name]}; {self._fix}, or take it as it is by --any-hash"
             )
         if self._others:
             print(f"warning: {self._where}: not as published: {', '.join(self._others)} (--any-hash)", file=sys.stderr)
@@ -87,9 +87,9 @@ class PublishedFiles:
                 found = _read_members(_CountedReads(file, advance), wanted)
                 advance(-(-size // _MB) - file.tell() // _MB)
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            raise DataError(f"{archive} is damaged or cut short ({error}); {self._mend}") from error
+            raise DataError(f"{archive} is damaged or cut short ({error}); {self._fix}") from error
         if missing := [name for name in self._md5 if name not in found]:
-            raise DataError(f"{archive} has no {self._inside}/{missing[0]}; {self._mend}")
+            raise DataError(f"{archive} has no {self._inside}/{missing[0]}; {self._fix}")
         return found
 
 

@@ -46,8 +46,8 @@ def scan_tar(path: Path, within: Member | None = None) -> Iterator[Member]:
                     raise DataError(f"{what} is cut short: it has no end mark; fetch it again")
     except tarfile.TarError as error:
         packed = path.suffix in (".gz", ".tgz", ".xz", ".bz2", ".zst")
-        mend = "unpack its compression first" if packed else "fetch it again"
-        raise DataError(f"{what} is no whole tar ({error}); {mend}") from error
+        fix = "unpack its compression first" if packed else "fetch it again"
+        raise DataError(f"{what} is no whole tar ({error}); {fix}") from error
 
 
 class TarSource(ListedSource):

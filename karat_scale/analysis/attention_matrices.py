@@ -15,18 +15,18 @@ from karat_scale.models.layers import attention_layers
 from karat_scale.models.transfer import Teacher, TransferredAttention
 
 Visit = Callable[[int, Tensor, Tensor], None]
-"""Given the block's index, A [B, h, N, N] before the operator, and S (or softmax(A)) [B, h, N, N] after it.
+"""A function that receives the block's index, A [B, h, N, N] before the operator, and S (or softmax(A)) after it.
 
-In a Swin each window is an item of the batch, A holds the position bias, and masked pairs are 0 in both.
+In a Swin, each window is an item of the batch, A includes the position bias, and masked pairs are 0 in both.
 """
 Matrices = tuple[Tensor, Tensor]
 
 
 @contextmanager
 def watched(model: nn.Module, visit: Visit) -> Iterator[None]:
-    """Calls `visit` for each block of each forward pass inside the `with`, in order; nothing is kept.
+    """Call `visit` for each block of each forward pass inside the `with`, in order; nothing is kept.
 
-    Both are float32. A has the scale 1 / sqrt(d), after the norms of query and key where the model has them.
+    Both are float32. A includes the scale 1 / sqrt(d), and the norms of query and key if the model has them.
     """
     hooks = [
         layer.attention.register_forward_pre_hook(_hook(number, visit), with_kwargs=True)
@@ -65,7 +65,7 @@ def _of_mhsa(attention: Any, x: Tensor, _: None) -> Matrices:
 
 
 def _of_gated(attention: Any, x: Tensor, _: None) -> Matrices:
-    """A of the patches' contents alone; its softmax is then mixed with that of positions."""
+    """Return A of the patches' contents only; the layer mixes its softmax with that of the positions."""
     query, key = attention.qk(x).unflatten(-1, (2, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return query @ key.mT * attention.scale, attention.get_attention(x)
 
@@ -82,12 +82,12 @@ def _of_window(attention: Any, x: Tensor, mask: Tensor | None) -> Matrices:
 
 
 def _of_pair(query: Tensor, key: Tensor, operator: Any) -> Matrices:
-    """Of query and key [B, h, N, d] as the layer itself has them, and its operator; None for softmax."""
+    """Return query and key [B, h, N, d] of the layer, and its operator, or None for softmax."""
     raw = query @ key.mT / query.shape[-1] ** 0.5
     return raw, raw.softmax(-1) if operator is None else operator.scores(query, key)
 
 
-# By class, the more special first; each is given the layer, its tokens and a Swin's mask.
+# By class, the most specific first. Each function receives the layer, its tokens and a Swin's mask.
 _READERS: dict[type[nn.Module], Callable[..., Matrices]] = {
     TransferredAttention: _of_transferred,
     Attention: _of_plain,

@@ -1,4 +1,4 @@
-"""`karat analyze`: every analysis of every run, and the report; what cannot be made is one line."""
+"""`karat analyze`: run every analysis on every run, and write the report. A failed analysis is one line."""
 
 import os
 import sys
@@ -35,10 +35,10 @@ SHARED = "landscape"
 
 
 def analyze_paths(options: Namespace) -> int:
-    """The command line's options to `analyze`; under torchrun the ranks share the landscape.
+    """Call `analyze` with the options of the command line. Under torchrun, the ranks share the landscape.
 
     Raises:
-        UserError: no such run.
+        UserError: the run does not exist.
     """
     runs = [open_run(path, options.data, options.weights, options.checkpoint) for path in options.runs]
     settings = Settings(
@@ -63,11 +63,11 @@ def analyze_paths(options: Namespace) -> int:
 
 
 def analyze(runs: Sequence[TrainedRun], names: Sequence[str], settings: Settings, out: Path) -> int:
-    """Make the analyses `names` of each run and write OUT/report.html; returns the exit code.
+    """Run the analyses `names` on each run and write OUT/report.html; return the exit code.
 
-    OUT/<analysis>/<run>/ holds figures and numbers; the report also shows what an earlier command left there of the
-    same models. 0 when anything was made, else 2, and no report is written. What the ranks share comes first, so that
-    they need not wait for rank 0, which makes all the rest.
+    OUT/<analysis>/<run>/ holds figures and numbers. The report also shows what an earlier command wrote there for the
+    same models. The exit code is 0 if any analysis ran; else it is 2 and no report is written. Work that ranks share
+    comes first, so that they need not wait for rank 0, which does the rest.
 
     Raises:
         UserError: OUT cannot be written.
@@ -100,7 +100,7 @@ def analyze(runs: Sequence[TrainedRun], names: Sequence[str], settings: Settings
                         print(f"note: {name} of {label}: {note}", file=sys.stderr)
     report = out / "report.html"
     if not written:
-        print(f"error: nothing was made, so {report} is left as it was", file=sys.stderr)
+        print(f"error: no analysis was possible, so {report} was not written", file=sys.stderr)
         return 2
     summaries = [_summary(run, label) for run, label in zip(runs, labels, strict=True)]
     write_report(report, summaries, _with_earlier(written, runs, labels, out), problems)
@@ -111,7 +111,7 @@ def analyze(runs: Sequence[TrainedRun], names: Sequence[str], settings: Settings
 def _with_earlier(
     written: Mapping[str, Mapping[str, Written]], runs: Sequence[TrainedRun], labels: Sequence[str], out: Path
 ) -> dict[str, dict[str, Written]]:
-    """What was made now, and what an earlier command made of the same models, in the order of ANALYSES."""
+    """Return the new results, and earlier ones of the same models, in the order of ANALYSES."""
     shown: dict[str, dict[str, Written]] = {}
     for name in ANALYSES:
         for run, label in zip(runs, labels, strict=True):
@@ -122,7 +122,7 @@ def _with_earlier(
 
 
 def _assist(runs: Sequence[TrainedRun], labels: Sequence[str], settings: Settings, out: Path) -> int:
-    """Compute this rank's share; rank 0 says what cannot be made."""
+    """Compute this rank's share. Rank 0 reports what is not possible."""
     for run, label in zip(runs, labels, strict=True):
         directory = out / SHARED / safe_name(label)
         with suppress(UserError, OSError):
@@ -132,7 +132,7 @@ def _assist(runs: Sequence[TrainedRun], labels: Sequence[str], settings: Setting
 
 
 def unique_labels(runs: Sequence[TrainedRun]) -> list[str]:
-    """The runs' directory names, with numbers where two are equal."""
+    """Return the names of the run directories, with numbers added to equal names."""
     labels: list[str] = []
     for run in runs:
         same = [label for label in labels if label == run.label or label.startswith(f"{run.label} (")]

@@ -1,4 +1,4 @@
-"""Sharpness as numbers: the top eigenvalues of the loss's Hessian, and its trace, from Hessian-vector products."""
+"""Sharpness: the top eigenvalues of the loss's Hessian, and its trace, from Hessian-vector products."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ Vectors = list[Tensor]
 
 
 class Hessian:
-    """The Hessian of a mean of losses, as products with vectors; nothing of its size is held.
+    """The Hessian of a mean of losses, as products with vectors. The matrix itself is never stored.
 
     Args:
-        parameters: by which the loss is differentiated.
-        losses: called anew for each product; gives parts whose sum is the loss, so that one part's graph at a time is
-            in memory. The graph must be differentiable twice (the operator's "reference").
+        parameters: the parameters of the derivative.
+        losses: called for each product. It yields parts whose sum is the loss, so that one part's graph at a time is in
+            memory. The graph must be differentiable twice (the operator's "reference").
     """
 
     def __init__(self, parameters: Sequence[Tensor], losses: Callable[[], Any]) -> None:
@@ -29,23 +29,28 @@ class Hessian:
         self._losses = losses
 
     def times(self, vectors: Sequence[Tensor]) -> Vectors:
-        """H v, in parts of the parameters' shapes."""
+        """Return H v, in parts with the parameters' shapes."""
         total = [torch.zeros_like(v) for v in vectors]
-        with sdpa_kernel(SDPBackend.MATH):  # the fused ones have no second derivative
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
             for loss in self._losses():
                 grads = torch.autograd.grad(loss, self._parameters, create_graph=True, materialize_grads=True)
                 inner = sum((g * v).sum() for g, v in zip(grads, vectors, strict=True))
                 assert isinstance(inner, Tensor)
                 parts = torch.autograd.grad(inner, self._parameters, materialize_grads=True)
                 torch._foreach_add_(total, list(parts))
-                del loss, grads, inner, parts  # each of the model's size, beside the next part's graph
+                del (
+                    loss,
+                    grads,
+                    inner,
+                    parts,
+                )  # as large as the model, beside the next part's graph
         return total
 
     def top_eigenvalues(self, count: int, products: int, seed: int) -> list[Eigenvalue]:
-        """The `count` eigenvalues largest in size, signed, the largest first, from at most so many products.
+        """Return the `count` eigenvalues largest in size, with sign, largest first, from at most `products` products.
 
         Raises:
-            RunDirectoryError: the disk has no room for the vectors that `largest_eigenvalues` keeps.
+            RunDirectoryError: the disk has no space for the vectors that `largest_eigenvalues` keeps.
         """
         sizes = [p.numel() for p in self._parameters]
 
@@ -60,11 +65,11 @@ class Hessian:
         except OSError as error:
             raise RunDirectoryError(
                 f"{tempfile.gettempdir()}: {error.strerror}: the Hessian's eigenvalues need "
-                f"{4e-9 * ROWS * count * sum(sizes):.1f} GB there; set TMPDIR to a directory that has them"
+                f"{4e-9 * ROWS * count * sum(sizes):.1f} GB there; set TMPDIR to a directory with that much space"
             ) from None
 
     def trace(self, probes: int, seed: int) -> tuple[float, float]:
-        """Hutchinson's estimate with Rademacher probes, and its standard error."""
+        """Return Hutchinson's estimate of the trace with Rademacher probes, and its standard error."""
         generator = torch.Generator().manual_seed(seed)
         samples = []
         for _ in range(probes):

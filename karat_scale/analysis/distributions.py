@@ -25,7 +25,7 @@ Groups = dict[tuple[str, int, int], Values]
 def hill_index(values: npt.NDArray[Any], tail: float = TAIL) -> float:
     """The tail index alpha of |values| by Hill's estimator on the largest `tail` of them.
 
-    P(|w| > x) falls as x^-alpha: the smaller alpha, the heavier the tail. nan where there are fewer than 5 in it.
+    P(|w| > x) falls as x^-alpha: a smaller alpha is a heavier tail. nan if fewer than 5 values are in the tail.
     """
     sizes = np.abs(values).ravel()
     count = int(tail * len(sizes))
@@ -40,11 +40,11 @@ def hill_index(values: npt.NDArray[Any], tail: float = TAIL) -> float:
 
 
 def describe(values: npt.NDArray[Any]) -> dict[str, float | None]:
-    """Mean, standard deviation, excess kurtosis (0 for a Gaussian) and tail index; None for what is undefined."""
+    """Return mean, standard deviation, excess kurtosis (0 for a Gaussian) and tail index; None if undefined."""
     flat = values.ravel()
     mean = float(flat.mean(dtype=np.float64))
     second = fourth = 0.0
-    for start in range(0, len(flat), CHUNK):  # float64 copies of a whole model would not fit beside it
+    for start in range(0, len(flat), CHUNK):  # a float64 copy of the whole model would not fit beside it
         squares = (flat[start : start + CHUNK].astype(np.float64) - mean) ** 2
         second += float(squares.sum()) / len(flat)
         fourth += float((squares**2).sum()) / len(flat)
@@ -58,14 +58,14 @@ def describe(values: npt.NDArray[Any]) -> dict[str, float | None]:
 
 
 def moments(names: list[str]) -> list[str]:
-    """First, middle and last of the checkpoints there are."""
+    """Return the first, middle and last of the available checkpoints."""
     return list(dict.fromkeys((names[0], names[len(names) // 2], names[-1])))
 
 
 def analyze_distributions(run: TrainedRun, settings: Settings) -> Result:
-    """Histograms of the raw weights of the whole model and, by block and head, of coefficients and W.
+    """Plot histograms of the raw weights of the whole model and, per block and head, of coefficients and W.
 
-    What is damaged is noted and left out.
+    A damaged checkpoint is noted and left out.
 
     Raises:
         RunDirectoryError: the run has no checkpoint, or only damaged ones.
@@ -74,7 +74,7 @@ def analyze_distributions(run: TrainedRun, settings: Settings) -> Result:
     weights = _at_moments(run, result, settings)
     if len(weights) < 3:
         result.notes.append(
-            f"{run.label}: only {len(weights)} checkpoint(s) and snapshots, so not all of start, middle and end"
+            f"{run.label}: only {len(weights)} checkpoints and snapshots, so start, middle or end is missing"
         )
     whole = {step: values for step, (values, _) in weights.items()}
     groups = {step: parts for step, (_, parts) in weights.items()}
@@ -89,18 +89,18 @@ def analyze_distributions(run: TrainedRun, settings: Settings) -> Result:
     _add_tables(result)
     result.figures["model"] = (
         _draw_whole(whole, result),
-        "All weights of the model but biases and norms, on a logarithmic scale.",
+        "All weights of the model except biases and norms, on a logarithmic scale.",
     )
     if run.is_karat:
         result.figures["heads"] = (
             _draw_heads(groups[max(groups)]),
-            f"Coefficients and W of each head at step {max(groups)}; one line a head.",
+            f"Coefficients and W of each head at step {max(groups)}; one line per head.",
         )
     return result
 
 
 def _at_moments(run: TrainedRun, result: Result, settings: Settings) -> dict[int, tuple[Values, Groups]]:
-    """The weights at the moments of what can be loaded, by step; the rest is noted."""
+    """Return the weights, by step, of the checkpoints that load; the others are noted."""
     model, names = run.new_model(), run.in_order
     found: dict[str, tuple[Values, Groups]] = {}
     while missing := [name for name in moments(names) if name not in found]:
@@ -119,13 +119,13 @@ def _at_moments(run: TrainedRun, result: Result, settings: Settings) -> dict[int
 
 
 def all_weights(model: nn.Module) -> Values:
-    """Every trainable number but biases and norms, whose scales of about 1 would make up the tail."""
+    """Return every trainable number except biases and norms, whose values of about 1 would dominate the tail."""
     matrices = [p.detach().flatten().float().cpu() for p in model.parameters() if p.requires_grad and p.dim() > 1]
     return torch.cat(matrices).numpy()
 
 
 def by_head(model: nn.Module) -> Groups:
-    """The operators' parameters by (name, block, head); a universal operator counts as block 0."""
+    """Return the operators' parameters by (name, block, head); a universal operator counts as block 0."""
     return {
         (name, block, head): values.numpy().copy()
         for name, block, parameter in head_parameters(model)
@@ -137,7 +137,7 @@ def _add_tables(result: Result) -> None:
     columns = ["step", "mean", "std", "excess kurtosis", "tail index"]
     figures = ("mean", "std", "kurtosis", "tail_index")
     rows = [[row["step"], *(row[name] for name in figures)] for row in result.numbers["model"]]
-    result.tables.append(Table("All weights but biases and norms", columns, rows))
+    result.tables.append(Table("All weights except biases and norms", columns, rows))
     if result.numbers["heads"]:
         places = ("what", "block", "head")
         rows = [
@@ -150,7 +150,7 @@ def _add_tables(result: Result) -> None:
 def _draw_whole(whole: dict[int, Values], result: Result) -> Figure:
     figure = new_figure(6, 3.4)
     axes = figure.subplots()
-    # The few weights far out would squeeze all the rest.
+    # The few weights far outside would compress all others.
     reach = max(
         float(np.quantile(np.abs(values[:: max(len(values) // 10**6, 1)]), 0.9999)) for values in whole.values()
     )

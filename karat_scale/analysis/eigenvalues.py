@@ -1,4 +1,4 @@
-"""The eigenvalues of a symmetric operator that are largest in size, from its products with vectors: block Lanczos."""
+"""The eigenvalues of a symmetric operator that are largest in size, from products with vectors: block Lanczos."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ import numpy.typing as npt
 TOLERANCE = 1e-3
 ROUNDING = 1e-6
 KEPT, ROWS = 2, 5
-"""Of the basis, in times the eigenvalues that are asked for: what a restart leaves of it, and what it holds at most."""
+"""Size of the basis, as a multiple of the number of eigenvalues: after a restart, and at most."""
 CHUNK = 1 << 18
 Vector = npt.NDArray[np.float32]
 Array = npt.NDArray[np.float64]
@@ -19,7 +19,7 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Eigenvalue:
-    """`converged`: whether ||H v - value v|| came down to TOLERANCE |value| for its unit vector v."""
+    """`converged`: True if ||H v - value v|| is at most TOLERANCE |value| for its unit vector v."""
 
     value: float
     converged: bool
@@ -28,25 +28,25 @@ class Eigenvalue:
 def largest_eigenvalues(
     times: Callable[[Vector], Vector], length: int, count: int, products: int, seed: int, file: Path
 ) -> list[Eigenvalue]:
-    """The `count` eigenvalues largest in size, signed, the largest first; all there are if they are fewer.
+    """Return the `count` eigenvalues largest in size, with sign, largest first; all of them if there are fewer.
 
-    A Krylov space that begins with as many random vectors as are asked for, so that equal ones are all found. Its basis
-    is orthogonalised in full; when it is as large as it may be, the best of its eigenvectors begin the next.
+    The Krylov space starts with `count` random vectors, so that equal eigenvalues are all found. Its basis is fully
+    orthogonalised. When it reaches its greatest size, the method restarts with the best of its eigenvectors.
 
     Args:
-        times: H v of a v [length].
-        products: how many at most, from `count` on; those that are not settled by then say so.
-        file: where the basis is kept, ROWS * count vectors; in memory it would be as many models.
+        times: returns H v for v [length].
+        products: most products, at least `count`; an eigenvalue that has not converged by then is marked.
+        file: the file for the basis, ROWS * count vectors; in memory it would take as much as many models.
 
     Raises:
-        OSError: no room for the basis.
+        OSError: there is no space for the basis.
     """
     count = min(count, length)
     basis = _Basis(file, ROWS * count, length)
     generator = np.random.default_rng(seed)
     for _ in range(count):
         basis.append(generator.standard_normal(length, dtype=np.float32))
-    projected = np.zeros((ROWS * count, ROWS * count))  # H in the basis, of which `done` vectors are multiplied
+    projected = np.zeros((ROWS * count, ROWS * count))  # H in the basis; its first `done` vectors are multiplied
     done, found = 0, [Eigenvalue(float("nan"), False)] * count
     for _ in range(products):
         column = basis.append(times(basis.row(done)), np.abs(projected).max())
@@ -83,33 +83,33 @@ class _Basis:
 
     def __init__(self, path: Path, rows: int, length: int) -> None:
         self._path, self._shape, self.filled = path, (rows, length), 0
-        with path.open("wb") as file:  # all of it now: a mapped file that finds no room later kills the process
+        with path.open("wb") as file:  # allocate now: a mapped file that finds no space later kills the process
             os.posix_fallocate(file.fileno(), 0, 4 * rows * length)
 
     def _pieces(self) -> Iterator[tuple[slice, Vector]]:
-        """All rows, a piece at a time; mapped anew for each, as the pages of one map would add up in memory."""
+        """Yield all rows, in pieces. Each is a new mapping, since the pages of one would add up in memory."""
         for start in range(0, self._shape[1], CHUNK):
             piece = slice(start, start + CHUNK)
             yield piece, np.memmap(self._path, np.float32, "r+", shape=self._shape)[:, piece]
 
     def row(self, number: int) -> Vector:
-        """A copy of one vector."""
+        """Return a copy of one vector."""
         row = np.empty(self._shape[1], np.float32)
         for piece, rows in self._pieces():
             row[piece] = rows[number]
         return row
 
     def append(self, vector: Vector, scale: float = 0.0) -> Array:
-        """Take in what is not in the span yet, if it is more than rounding of numbers as large as `scale`.
+        """Add the part of a vector that is not in the span yet, if it exceeds rounding of numbers as large as `scale`.
 
         Args:
-            vector: is used up.
+            vector: is overwritten.
 
         Returns:
-            The vector's coordinates in the basis as it then is.
+            The vector's coordinates in the extended basis.
         """
         along = np.zeros(self.filled)
-        for _ in range(2):  # once leaves rounding's share of what was taken away
+        for _ in range(2):  # once leaves the rounding errors of the part that was subtracted
             change, square = np.zeros(self.filled), 0.0
             for piece, rows in self._pieces():
                 change += rows[: self.filled].astype(np.float64) @ vector[piece]
@@ -125,7 +125,7 @@ class _Basis:
         return np.append(along, square**0.5)
 
     def restart(self, mixing: Array) -> None:
-        """Put combinations [used, kept] of the first `used` vectors in their place; those after them come next."""
+        """Replace the first `used` vectors by combinations [used, kept] of them; the vectors after them follow."""
         used, kept = mixing.shape
         rest = self.filled - used
         for _, rows in self._pieces():

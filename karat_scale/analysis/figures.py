@@ -1,4 +1,4 @@
-"""How figures look. They are drawn without a window and without pyplot's global state."""
+"""The style of the figures. They are drawn without a window and without pyplot's global state."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy.typing as npt
 from cycler import cycler
 from matplotlib.figure import Figure
 
-# Told apart by readers who see few colours (Okabe and Ito).
+# Distinct also for colour-blind readers (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 STYLE: Any = {
@@ -27,13 +27,13 @@ STYLE: Any = {
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of this size in inches."""
+    """Return an empty figure of this size in inches."""
     matplotlib.rcParams.update(STYLE)
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def show_map(axes: Any, values: npt.NDArray[Any], title: str = "", **options: Any) -> Any:
-    """A matrix as an image without ticks."""
+    """Draw a matrix as an image without ticks."""
     image = axes.imshow(np.asarray(values), **options)
     axes.set(xticks=[], yticks=[], title=title)
     axes.grid(False)

@@ -1,4 +1,4 @@
-"""The learned functions phi_pq where they are used, their energy per frequency, and how far they are from softmax."""
+"""The learned functions phi_pq over the scores that occur, their energy per frequency, and distance from softmax."""
 
 from typing import Any
 
@@ -27,14 +27,14 @@ Learned = dict[int, KaratOperator]
 
 
 def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
-    """Curves of every head of every block over the scores that occur.
+    """Plot curves of every head of every block over the scores that occur.
 
     Raises:
         RunDirectoryError: the run has softmax attention, or no checkpoint.
         DataError: its data cannot be read.
     """
     if not run.is_karat:
-        raise RunDirectoryError(f"{run.path}: attention.kind = softmax learns no functions; give a karat run")
+        raise RunDirectoryError(f"{run.path}: attention.kind = softmax has no learned functions; use a run with karat")
     model = run.model()
     all_layers = operators(model)
     learned = {block: operator for block, operator in enumerate(all_layers) if operator is not None}
@@ -52,7 +52,7 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
     _add_gates(result, model)
     _add_energy(result, learned)
     if any(size.biased for size in layer_sizes(run.recipe.model)):
-        result.notes.append("distance from softmax: only where every pair of tokens takes part, not in shifted windows")
+        result.notes.append("distance from softmax: not available for shifted windows, where some pairs are masked")
     else:
         _add_distances(result, model, learned, run, images, settings)
     note_bad_images(result, run, images.bad)
@@ -60,12 +60,12 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
 
 
 def _places(learned: Learned) -> list[tuple[int, int]]:
-    """(block, head) of every learned head."""
+    """Return (block, head) of every learned head."""
     return [(block, head) for block, operator in learned.items() for head in range(operator.num_heads)]
 
 
 def _arguments(operator: KaratOperator, raw: Tensor) -> Tensor:
-    """What the functions are given: scores of the learned heads or, where W comes first, A W."""
+    """Return the inputs of the functions: scores of the learned heads or, if W comes first, A W."""
     scores = raw[:, raw.shape[1] - operator.num_heads :]
     return scores @ operator.proj if operator.form == "project_first" and operator.proj is not None else scores
 
@@ -125,7 +125,7 @@ def _add_gates(result: Result, model: nn.Module) -> None:
     rows = [[block, head, value] for block, values in found for head, value in enumerate(values)]
     if rows:
         result.numbers["gates"] = [dict(zip(("block", "head", "gate"), row, strict=True)) for row in rows]
-        title = "Gates: S = softmax + gate x learned, and all figures here are of the learned part"
+        title = "Gates: S = softmax + gate x learned, and all figures here show the learned part"
         result.tables.append(Table(title, ["block", "head", "gate"], rows))
 
 
@@ -137,7 +137,7 @@ def _add_energy(result: Result, learned: Learned) -> None:
         return
     rows_of_heads = np.concatenate(energy)
     places, grid = _places(learned), rows_of_heads.shape[1]
-    result.arrays["energy_share"] = np.full((len(energy), max(map(len, energy)), grid), np.nan)  # where heads are fewer
+    result.arrays["energy_share"] = np.full((len(energy), max(map(len, energy)), grid), np.nan)  # nan: fewer heads
     for number, share in enumerate(energy):
         result.arrays["energy_share"][number, : len(share)] = share
     result.numbers["energy_share"] = [share.tolist() for share in energy]
@@ -148,7 +148,7 @@ def _add_energy(result: Result, learned: Learned) -> None:
     axes.set_yticks(range(len(places)), [f"{b}.{h}" for b, h in places], fontsize=7)
     axes.set(xlabel="frequency m", ylabel="block.head")
     figure.colorbar(image, label="share of energy")
-    caption = "Share of a head's squared coefficients in each frequency; at a random start all are 1 / G."
+    caption = "Share of each frequency in a head's squared coefficients; at a random start all are 1 / G."
     result.figures["energy"] = figure, caption
     columns = ["block", "head", *(f"m = {m}, %" for m in range(1, grid + 1))]
     rows = [[b, h, *(100 * shares).tolist()] for (b, h), shares in zip(places, rows_of_heads, strict=True)]
@@ -165,7 +165,7 @@ def _add_distances(
 ) -> None:
     first = next(iter(learned.values()))
     if not can_fit(first):
-        result.notes.append("distance from softmax: only for modular or full-rank operators of few features, base zero")
+        result.notes.append("distance from softmax: only for base zero and modular or full-rank form with few features")
         return
     distances: Heads = {}
     everyone = _places(learned)
@@ -201,5 +201,5 @@ def _show_distances(result: Result, distances: Heads) -> None:
     axes.set_xticks(where, [f"{row[0]}.{row[1]}" for row in rows], fontsize=7)
     axes.set(xlabel="block.head", ylim=(0, 1.3))
     axes.legend()
-    caption = "How far each head is from the best that its basis, grid and rank can do to be softmax (1: unrelated)."
+    caption = "Distance of each head from the best fit of softmax with its basis, grid and rank (1: unrelated)."
     result.figures["distance"] = figure, caption

@@ -24,19 +24,19 @@ from karat_scale.models.factory import layer_sizes
 MARGIN = 0.25
 PRODUCTS = 40
 PROBES = 8
-# What the graph of a Hessian-vector product holds, in N x N matrices a head and block; measured up to G = 3.
+# Memory of the graph of a Hessian-vector product, in N x N matrices per head and block; measured up to G = 3.
 GRAPH_MATRICES = 80
 GRAPH_BYTES = 1 << 30
 Array = npt.NDArray[np.float64]
 
 
 def analyze_landscape(run: TrainedRun, settings: Settings, out: Path) -> Result:
-    """Losses around the last checkpoint's raw weights, in the plane of the path and in a random one; sharpness.
+    """Compute losses around the last checkpoint's raw weights, in the plane of the path and a random one; sharpness.
 
-    Collective: the ranks share the points of the grids. Rank 0's result alone has the sharpness.
+    Collective: the ranks share the points of the grids. Only rank 0's result has the sharpness.
 
     Args:
-        out: where unfinished grids are kept.
+        out: the directory of unfinished grids.
 
     Raises:
         UserError: the run has no checkpoint, or its data cannot be read. Too few checkpoints for the path are a note.
@@ -55,7 +55,7 @@ def analyze_landscape(run: TrainedRun, settings: Settings, out: Path) -> Result:
         first, second = (_axis(plane.coordinates[:, i], settings) for i in range(2))
         losses = _grid(model, held_out, plane.directions, first, second, out, "path", identity, settings)
         _add_path(result, run, plane, (first, second, losses))
-        del plane  # two directions are twice the model
+        del plane  # two directions take twice the memory of the model
     around = np.linspace(-settings.range, settings.range, settings.grid)
     directions = filter_normalised(model, settings.seed)
     losses = _grid(model, held_out, directions, around, around, out, "random", identity, settings)
@@ -67,7 +67,7 @@ def analyze_landscape(run: TrainedRun, settings: Settings, out: Path) -> Result:
 
 
 def mean_loss(model: nn.Module, images: ImagesInMemory) -> float:
-    """Mean cross-entropy over the images."""
+    """Return the mean cross-entropy over the images."""
     with torch.no_grad():
         return sum(float(cross_entropy(model(x), y, reduction="sum")) for x, y in images) / len(images)
 
@@ -81,7 +81,7 @@ def _plane(run: TrainedRun, result: Result) -> Plane | None:
 
 
 def _axis(coordinates: Array, settings: Settings) -> Array:
-    """The path's extent with a margin on both sides."""
+    """Return the path's extent with a margin on both sides."""
     low, high = float(coordinates.min()), float(coordinates.max())
     margin = settings.range * MARGIN * max(high - low, 1e-6)
     return np.linspace(low - margin, high + margin, settings.grid)
@@ -159,7 +159,7 @@ def _draw_surface(first: Array, second: Array, losses: Array) -> Figure:
 
 
 def _images_of_a_graph(run: TrainedRun) -> int:
-    """How many images' graphs fit in GRAPH_BYTES; at least one."""
+    """Return the number of images whose graphs fit in GRAPH_BYTES; at least one."""
     scores = sum(size.heads * size.scores for size in layer_sizes(run.recipe.model))
     return max(1, GRAPH_BYTES // (4 * GRAPH_MATRICES * scores))
 
@@ -192,7 +192,7 @@ def _add_sharpness(result: Result, run: TrainedRun, last: str, settings: Setting
         "trace_error": error,
     }
     rows: list[list[object]] = [
-        [f"eigenvalue {i}{'' if found.converged else ', not settled'}", found.value]
+        [f"eigenvalue {i}{'' if found.converged else ', not converged'}", found.value]
         for i, found in enumerate(values, start=1)
     ]
     rows += [["trace", trace], ["standard error of the trace", error]]

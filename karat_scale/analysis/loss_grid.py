@@ -1,4 +1,4 @@
-"""Losses on a grid of points in a plane of weight space, shared by ranks and written down as they are found."""
+"""Losses on a grid of points in a plane of weight space. Ranks share the points; each result is saved at once."""
 
 import hashlib
 import io
@@ -22,7 +22,7 @@ Directions = npt.NDArray[np.float32]
 
 @dataclass
 class _Known:
-    """The losses [len(second), len(first)] found so far, and which they are; of the inputs that `key` tells."""
+    """The losses [len(second), len(first)] so far, and a mask of those that are done, for the inputs with `key`."""
 
     key: str
     losses: Array
@@ -40,17 +40,17 @@ def loss_grid(
     progress: Callable[[int, int], None],
     world: World = ALONE,
 ) -> Array:
-    """loss() at weights + a d1 + b d2 for a in `first` and b in `second`: [len(second), len(first)]. Collective.
+    """Return loss() at weights + a d1 + b d2 for a in `first`, b in `second`: [len(second), len(first)]. Collective.
 
-    The ranks share the points. Each writes down what it has after every row's worth of them, and a command that was
-    stopped goes on from there, on any number of ranks.
+    The ranks share the points. Each saves its results after every row's worth of points, so a command that was stopped
+    resumes from there, on any number of ranks.
 
     Args:
-        model: whose weights are the origin; they are as before afterwards.
-        loss: of the model as it stands.
+        model: its weights are the origin; they are restored afterwards.
+        loss: the loss of the model with its current weights.
         directions: d1 and d2, [2, P].
-        partial: the files of points done begin with this path, and go at the end. Those of other inputs are not used.
-        identity: what else the losses depend on, such as checkpoint and images.
+        partial: path prefix of files of finished points, removed at the end. Files of other inputs are ignored.
+        identity: everything else that the losses depend on, such as checkpoint and images.
     """
     origin = flatten(model)
     known: Any = None
@@ -80,9 +80,9 @@ def loss_grid(
 
 
 def filter_normalised(model: nn.Module, seed: int) -> Directions:
-    """Two random directions [2, P] whose filters have the norms of the model's own (Li et al., 2018).
+    """Return two random directions [2, P] whose filters have the norms of the model's own (Li et al., 2018).
 
-    A filter is one output's weights; of KArAt's parameters, one function's row (p) or token's row of W. Biases and
+    A filter is the weights of one output; in KArAt's parameters, the row of one function (p) or token in W. Biases
     norms do not move.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -106,7 +106,7 @@ def filter_normalised(model: nn.Module, seed: int) -> Directions:
 
 @torch.no_grad()
 def _move(model: nn.Module, origin: Tensor, directions: Directions, a: float, b: float) -> None:
-    """Set the weights to origin + a d1 + b d2, a parameter at a time."""
+    """Set the weights to origin + a d1 + b d2, one parameter at a time."""
     start = 0
     for _, parameter in trainable(model):
         part = slice(start, start + parameter.numel())
@@ -131,7 +131,7 @@ def _files(partial: Path) -> list[Path]:
 
 
 def _read(partial: Path, known: _Known) -> _Known:
-    """Take in what the ranks of an earlier command wrote down."""
+    """Load what the ranks of an earlier command saved."""
     for path in _files(partial):
         with np.load(path) as content:
             if str(content["key"]) == known.key:

@@ -24,7 +24,7 @@ Map = npt.NDArray[np.float64]
 
 @dataclass
 class ClassTokenMaps:
-    """Rows of the class token of one block, and the rollout over all blocks, for each image.
+    """The class token's rows of one block, and the rollout over all blocks, for each image.
 
     raw, learned: [images, h, patches]; rollout: [images, patches].
     """
@@ -37,7 +37,7 @@ class ClassTokenMaps:
     _joint: Tensor | None = None
 
     def add(self, number: int, raw: Tensor, learned: Tensor) -> None:
-        """Take in A and S [B, h, N, N] of the next block."""
+        """Add A and S [B, h, N, N] of the next block."""
         if number == self.block:
             self.raw.append(raw[:, :, 0, self.prefix :].cpu())
             self.learned.append(learned[:, :, 0, self.prefix :].cpu())
@@ -48,16 +48,16 @@ class ClassTokenMaps:
             self._joint = step @ _with_prefix(self._joint, step.shape[-1])
 
     def end_of_batch(self) -> None:
-        """The rollout is over all blocks only now."""
+        """Return the maps; only now does the rollout cover all blocks."""
         assert self._joint is not None
         self.rollout.append(self._joint[:, 0, self.prefix :].cpu())
         self._joint = None
 
 
 def rollout_step(learned: Tensor) -> Tensor:
-    """One block's factor of attention rollout (Abnar and Zuidema, 2020), [B, N, N] with rows that sum to one.
+    """Return one block's factor of attention rollout (Abnar and Zuidema, 2020), [B, N, N] with rows that sum to one.
 
-    Heads are averaged, negatives cut, as learned weights may be below zero, and the residual path counts half.
+    Heads are averaged, negative weights are set to zero, and the residual path counts half.
     """
     mean = learned.clamp(min=0).mean(1)
     mean = mean / mean.sum(-1, keepdim=True).clamp(min=1e-12)
@@ -66,7 +66,7 @@ def rollout_step(learned: Tensor) -> Tensor:
 
 
 def _with_prefix(joint: Tensor, tokens: int) -> Tensor:
-    """The factor [B, M, M] of blocks in which only the last M of N tokens were: the others saw themselves alone."""
+    """Extend the factor [B, M, M] of a block that has only the last M of N tokens; the others attend to themselves."""
     missing = tokens - joint.shape[-1]
     wider = torch.eye(tokens, dtype=joint.dtype, device=joint.device).repeat(len(joint), 1, 1)
     wider[:, missing:, missing:] = joint
@@ -74,12 +74,12 @@ def _with_prefix(joint: Tensor, tokens: int) -> Tensor:
 
 
 def dominant_head(learned: Tensor) -> int:
-    """The head whose weights of the patches [h, patches] have the largest positive sum."""
+    """Return the head whose weights of the patches [h, patches] have the largest positive sum."""
     return int(learned.clamp(min=0).sum(-1).argmax())
 
 
 def region(weights: Tensor, share: float = REGION_SHARE) -> Tensor:
-    """The fewest patches that hold `share` of the positive weight, as a mask [patches]."""
+    """Return the smallest set of patches that holds `share` of the positive weight, as a mask [patches]."""
     positive = weights.clamp(min=0)
     order = positive.argsort(descending=True)
     before = positive[order].cumsum(0) - positive[order]
@@ -90,10 +90,10 @@ def region(weights: Tensor, share: float = REGION_SHARE) -> Tensor:
 
 @torch.no_grad()
 def analyze_maps(run: TrainedRun, settings: Settings) -> Result:
-    """Maps of `settings.block` for the images of `settings.image_ids`.
+    """Plot maps of `settings.block` for the images of `settings.image_ids`.
 
     Raises:
-        UserError: there is no such block or image, or the model has no class token.
+        UserError: the block or image does not exist, or the model has no class token.
     """
     model: Any = run.model()
     images = run.images(4, settings.image_ids)
@@ -102,13 +102,13 @@ def analyze_maps(run: TrainedRun, settings: Settings) -> Result:
     if not -depth <= settings.block < depth:
         raise RunDirectoryError(f"{run.path}: --block {settings.block}: it has blocks 0 to {depth - 1}")
     if getattr(model, "cls_token", None) is None or not hasattr(model, "num_prefix_tokens"):
-        raise RunDirectoryError(f"{run.path}: {host} has no class token beside one grid of patches, so no maps of it")
+        raise RunDirectoryError(f"{run.path}: {host} has no class token with a single patch grid, so it has no maps")
     block, prefix, grid = settings.block % depth, model.num_prefix_tokens, model.patch_embed.grid_size
     with_token = [number for number, size in enumerate(sizes) if size.tokens == prefix + grid[0] * grid[1]]
     if block not in with_token:
         first = with_token[0]
         raise RunDirectoryError(
-            f"{run.path}: --block {block}: the class token of {host} joins in block {first}; name a later one"
+            f"{run.path}: --block {block}: {host} adds the class token in block {first}; use that or a later one"
         )
     maps = ClassTokenMaps(block, prefix)
     pictures, labels, ids = [], [], []
@@ -138,8 +138,8 @@ def analyze_maps(run: TrainedRun, settings: Settings) -> Result:
         rows.append([ids[index], name, head, 100 * negative, float(learned[index].sum(-1).mean())])
         figure = partial(_draw, picture, raw[index], learned[index], rollout[index], head, grid, what)
         caption = (
-            f"Image {ids[index]} ({name}), block {maps.block}. Top: scores A of the class token, negatives cut. Below: "
-            f"{what}, negatives cut. Left: the image, the region that holds {REGION_SHARE:.0%} of the dominant head's "
+            f"Image {ids[index]} ({name}), block {maps.block}. Top: the scores A of the class token; below: "
+            f"{what}; negatives as 0. Left: the image, the region with {REGION_SHARE:.0%} of the dominant head's "
             f"weight (head {head}), and the rollout over all blocks."
         )
         result.figures[f"image_{ids[index]}"] = figure, caption
@@ -177,5 +177,5 @@ def _draw(
 
 
 def _enlarged(values: Tensor, size: tuple[int, ...]) -> Map:
-    """A map of patches [rows, columns] in the image's own pixels."""
+    """Return a map of patches [rows, columns] in the image's own pixels."""
     return torch.nn.functional.interpolate(values[None, None], size=size[:2], mode="nearest")[0, 0].numpy()

@@ -1,6 +1,6 @@
-"""An analysis's files: figures as PNG and SVG, numbers as JSON, arrays as npz; each whole or not there.
+"""An analysis's files: figures as PNG and SVG, numbers as JSON, arrays as npz. Each is written atomically.
 
-`shown.json` has what a report says besides, so that a later one can show the same again.
+`shown.json` holds the other contents of the report, so that a later report can show them again.
 """
 
 import io
@@ -34,7 +34,7 @@ class WrittenFigure:
 
 @dataclass(frozen=True)
 class Written:
-    """One analysis of one run, on disk; `earlier` if not this command made it."""
+    """One analysis of one run, on disk. `earlier` is True if an earlier command wrote it."""
 
     figures: list[WrittenFigure]
     tables: list[Table]
@@ -43,13 +43,13 @@ class Written:
 
 
 def write_result(result: Result, directory: Path, fingerprint: str) -> Written:
-    """Write everything into `directory`, which is made: NAME.png, NAME.svg, numbers.json, arrays.npz, shown.json.
+    """Write everything into `directory`, which is created: NAME.png, NAME.svg, numbers.json, arrays.npz, shown.json.
 
     Args:
-        fingerprint: of the run that was looked at; `read_written` wants the same.
+        fingerprint: of the analysed run; `read_written` requires the same one.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / SHOWN).unlink(missing_ok=True)  # until all that it speaks of is there
+    (directory / SHOWN).unlink(missing_ok=True)  # until all files that it lists exist
     figures = []
     for name, (figure, caption) in result.figures.items():
         figure = figure if isinstance(figure, Figure) else figure()
@@ -74,7 +74,7 @@ def write_result(result: Result, directory: Path, fingerprint: str) -> Written:
 
 
 def read_written(directory: Path, fingerprint: str) -> Written | None:
-    """What `write_result` left in `directory`; None where that is nothing, not whole or of another fingerprint."""
+    """Read what `write_result` wrote to `directory`. None if it is missing, incomplete or of another fingerprint."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         shown = json.loads((directory / SHOWN).read_bytes())
         if shown["fingerprint"] == fingerprint:
@@ -88,7 +88,7 @@ def read_written(directory: Path, fingerprint: str) -> Written | None:
 
 
 def safe_name(text: str) -> str:
-    """A name that any file system takes."""
+    """Return a name that any file system accepts."""
     return re.sub(r"[^\w.-]+", "_", text).strip(".") or "unnamed"
 
 
@@ -100,7 +100,7 @@ def _render(figure: Figure, kind: str) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no nan and no infinity: None."""
+    """Replace nan and infinity by None, since JSON has neither."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What a person sees while analyses go on."""
+"""Progress of the analyses on the terminal."""
 
 import sys
 from collections.abc import Callable
@@ -10,7 +10,7 @@ Show = Callable[[str, int, int], None]
 
 
 class ProgressDisplay:
-    """A bar with the time left on a terminal; elsewhere a line when a piece of work begins."""
+    """A bar with the time left on a terminal; elsewhere one line at the start of each piece of work."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)

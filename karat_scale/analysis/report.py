@@ -23,7 +23,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What the report says of a run at its top; facts are shown as they are."""
+    """The report's information about a run; facts are shown unchanged."""
 
     label: str
     facts: Mapping[str, str]
@@ -31,7 +31,7 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class Problem:
-    """An analysis that could not be made."""
+    """An analysis that was not possible."""
 
     analysis: str
     label: str
@@ -47,7 +47,7 @@ def write_report(
     """Write the report.
 
     Args:
-        written: by analysis, then by run's label.
+        written: by analysis, then by the run's label.
     """
     environment = Environment(
         loader=PackageLoader("karat_scale.analysis"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -66,7 +66,7 @@ def _data_uri(png: bytes) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A number to four figures; a dash for what is undefined."""
+    """Format a number to four figures; a dash if it is undefined."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

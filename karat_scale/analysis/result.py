@@ -1,4 +1,4 @@
-"""What every analysis returns: figures, their numbers, and tables for the report."""
+"""The result of an analysis: figures, their numbers, and tables for the report."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,34 +13,34 @@ from karat_scale.train.distributed import ALONE, World
 
 @dataclass(frozen=True)
 class Settings:
-    """How much each analysis looks at. Counts are of validation images."""
+    """The size of each analysis. Counts are of validation images."""
 
     images: int = 64
-    """For spectrum, functions."""
+    """Images for spectrum and functions."""
     image_ids: tuple[int, ...] | None = None
     """The images of the attention maps; None spreads four over the split."""
     block: int = -1
     """The block of the attention maps; negative counts from the last."""
     batch: int = 8
-    """Images at a time, which bounds memory."""
+    """Images per batch, which limits memory."""
     grid: int = 15
-    """Points a side of the loss landscape."""
+    """Points per side of the loss landscape."""
     range: float = 1.0
-    """The landscape's extent: the random grid is +- this, in norms of the model's filters; scales the path's margin."""
+    """Extent of the landscape: the random grid is +- this, in filter norms; it scales the path's margin."""
     samples: int = 256
-    """For each loss of the landscape."""
+    """Images for each loss of the landscape."""
     hessian_samples: int = 64
     eigenvalues: int = 3
     seed: int = 0
     world: World = ALONE
     """The ranks that share the points of the landscape."""
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
-    """Called with what goes on, steps done and steps in all."""
+    """Called with the current work, the steps done and the total number of steps."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of numbers and texts, for the report."""
+    """Rows of numbers and texts for the report."""
 
     title: str
     columns: list[str]
@@ -51,9 +51,9 @@ class Table:
 class Result:
     """One analysis of one run.
 
-    numbers: JSON's kinds of values. arrays: what the figures are drawn from, for npz. figures: by file name, each with
-    a caption; one that is a function is drawn when it is written, as very many at once would not fit in memory. notes:
-    what a reader must know of this run, such as images that could not be read.
+    numbers: values of JSON's types. arrays: the data of the figures, for npz. figures: by file name, each with a
+    caption; a figure that is a function is drawn when it is written, since very many would not fit in memory. notes:
+    what the reader must know about this run, such as images that could not be read.
     """
 
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -64,6 +64,6 @@ class Result:
 
 
 def note_bad_images(result: Result, run: TrainedRun, bad: int) -> None:
-    """Say how many of the chosen images are not in the figures."""
+    """Note how many of the chosen images are missing in the figures."""
     if bad:
         result.notes.append(f"{run.label}: {bad} of the chosen images cannot be read and are left out")

@@ -1,8 +1,8 @@
-"""How far a head is from the best fit of softmax by its own kind of operator.
+"""The distance of a head from the best fit of softmax by an operator of the same kind.
 
 On the scores that occur, S is linear in the features f(A[k, q]) of a row: S = X Theta, where a row of X holds all F N
 features and Theta = coefficients x W. The best fit of softmax is the Theta of rank r that is nearest to softmax(A) in
-least squares. All that is asked of it follows from X^T X and X^T softmax(A), so rows are seen once and forgotten.
+least squares. It follows from X^T X and X^T softmax(A), so the rows need not be kept.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ RIDGE = 1e-8
 
 @dataclass(frozen=True)
 class Distance:
-    """`fit_error` is |softmax - fit| / |softmax|, how well the operator could do. `to_fit` and `to_softmax` are
+    """`fit_error` is |softmax - fit| / |softmax|: how well the operator can fit softmax. `to_fit` and `to_softmax` are
     |S - c fit| / |S| and |S - c softmax| / |S| at the best factor c, between 0 (the same) and 1 (nothing in common).
     """
 
@@ -29,7 +29,7 @@ class Distance:
 
 
 def can_fit(operator: KaratOperator) -> bool:
-    """Whether S is linear in features, few enough to solve for."""
+    """True if S is linear in few enough features for a solution."""
     basis = operator.basis
     return (
         isinstance(basis, FeatureBasis)
@@ -55,13 +55,13 @@ class SoftmaxFit:
 
     @staticmethod
     def bytes_of(operator: KaratOperator) -> int:
-        """What one head's sums take."""
+        """Bytes that the sums of one head take."""
         assert isinstance(operator.basis, FeatureBasis)
         size = operator.basis.num_features * operator.num_tokens
         return 8 * size * (size + operator.num_tokens)
 
     def add(self, scores: Tensor) -> None:
-        """Take in rows of A [rows, N]."""
+        """Add rows of A [rows, N]."""
         scores = scores.double()
         features = torch.cat(list(self._basis.value(scores)), 1)
         target = scores.softmax(-1)
@@ -71,7 +71,7 @@ class SoftmaxFit:
 
     @torch.no_grad()
     def best(self) -> Tensor:
-        """Theta [F N, N] of the operator's rank that is nearest to softmax."""
+        """Return Theta [F N, N] of the operator's rank that is nearest to softmax."""
         ridge = RIDGE * self._xx.diagonal().mean() * torch.eye(len(self._xx), dtype=self._xx.dtype).to(self._xx)
         theta = torch.linalg.solve(self._xx + ridge, self._xy)
         if self._operator.proj is None:
@@ -83,13 +83,13 @@ class SoftmaxFit:
 
     @torch.no_grad()
     def learned(self) -> Tensor:
-        """Theta [F N, N] of the head as it is."""
+        """Return Theta [F N, N] of the learned head."""
         coef = self._operator.basis.pack({k: v.double() for k, v in self._operator.basis_parameters().items()})
         theta = coef[self._head].transpose(1, 2).flatten(0, 1)
         return theta if self._operator.proj is None else theta @ self._operator.proj[self._head].double().mT
 
     def distance(self) -> Distance:
-        """The three figures on the rows seen."""
+        """Return the three figures for the rows so far."""
         best, learned = self.best(), self.learned()
         size = float((learned * (self._xx @ learned)).sum())
         fit = float((best * (self._xx @ best)).sum())
@@ -102,7 +102,7 @@ class SoftmaxFit:
 
 
 def _apart(inner: float, first: float, second: float) -> float:
-    """The sine of the angle between two vectors, of their inner product and squared lengths."""
+    """Return the sine of the angle between two vectors from their inner product and squared lengths."""
     if not first or not second:
         return 1.0
     return max(1 - inner**2 / (first * second), 0.0) ** 0.5

@@ -33,7 +33,7 @@ class Spectrum:
         self._count = np.zeros((blocks, 1, 1))
 
     def add(self, block: int, raw: Tensor, learned: Tensor) -> None:
-        """Take in A and S [B, h, N, N] of one block."""
+        """Add A and S [B, h, N, N] of one block."""
         for stage, matrices in enumerate((raw, learned)):
             values = torch.linalg.svdvals(matrices.flatten(0, 1).float())
             logs = values.clamp(min=FLOOR).log10().double().cpu().numpy()
@@ -47,12 +47,12 @@ class Spectrum:
 
     @property
     def mean(self) -> Array:
-        """The mean log10 of each singular value."""
+        """Return the mean log10 of each singular value."""
         return np.where(np.isnan(self.low), np.nan, self._sum / self._count)
 
     @property
     def ranks(self) -> Array:
-        """[L, 2, 3]: the mean effective, stable and significant rank."""
+        """Return [L, 2, 3]: the mean effective, stable and significant rank."""
         return self._ranks / self._count
 
 
@@ -69,13 +69,13 @@ def stable_rank(values: Tensor) -> Tensor:
 
 
 def significant_rank(values: Tensor) -> Tensor:
-    """How many singular values are above 1 % of the largest; values [..., N] to [...]."""
+    """Return the number of singular values above 1 % of the largest; values [..., N] to [...]."""
     return (values > SIGNIFICANT * values.amax(-1, keepdim=True)).sum(-1)
 
 
 @torch.no_grad()
 def analyze_spectrum(run: TrainedRun, settings: Settings) -> Result:
-    """Singular values of A and S (or softmax) over heads and images, for every block.
+    """Compute singular values of A and S (or softmax) over heads and images, for every block.
 
     Raises:
         UserError: the run has no checkpoint, or its data cannot be read.
@@ -102,8 +102,7 @@ def analyze_spectrum(run: TrainedRun, settings: Settings) -> Result:
     what = "S" if run.is_karat else "softmax"
     result.figures["last_block"] = (
         _draw_block(spectrum, len(sizes) - 1, what),
-        "Singular values of the last block's attention matrices, over all heads and images: mean, and from the least "
-        "to the greatest.",
+        "Singular values of the last block's attention matrices, over all heads and images: mean, minimum and maximum.",
     )
     result.figures["ranks"] = (
         _draw_ranks(spectrum, what),

@@ -1,4 +1,4 @@
-"""A run directory as an analysis reads it: recipe, checkpoints in order, and the model at any of them."""
+"""Access to a run directory for the analyses: recipe, checkpoints in order, and the model at any of them."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,13 +23,13 @@ SNAPSHOT = ".safetensors"
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """One run, softmax or KArAt. Nothing in its directory is changed.
+    """One run, softmax or KArAt. Its directory is never changed.
 
     Args:
         path: the run's directory.
-        recipe: its recipe, with `data.path` replaced where the data has moved.
-        weights: "raw", "ema", or "auto": what `karat eval` would take.
-        checkpoint: "best", "latest" or a name; the model that is looked at. "best" falls back on "latest".
+        recipe: its recipe, with `data.path` replaced if the data has moved.
+        weights: "raw", "ema", or "auto", which is the choice of `karat eval`.
+        checkpoint: "best", "latest" or a name, of the model to analyse. Without a best one, "best" means "latest".
     """
 
     path: Path
@@ -49,21 +49,21 @@ class TrainedRun:
 
     @cached_property
     def chosen(self) -> str:
-        """The name of the checkpoint that is looked at. Raises RunDirectoryError when there is none."""
+        """The name of the checkpoint to analyse. Raises RunDirectoryError if there is none."""
         wanted = self.checkpoint
         name = self.store.pointed(wanted) if wanted in ("best", "latest") else wanted
         if wanted == "best" and name is None:
             name = self.store.pointed("latest")
         if name is None or not (self.store.root / name).is_dir():
             there = ", ".join(self.store.names()) or "none"
-            raise RunDirectoryError(f"{self.store.root}: no checkpoint {wanted!r}; there are: {there}")
+            raise RunDirectoryError(f"{self.store.root}: no checkpoint {wanted!r}; available: {there}")
         return name
 
     @cached_property
     def in_order(self) -> list[str]:
-        """The names of all checkpoints and snapshots, oldest first, one a step: where there are both, the checkpoint.
+        """The names of all checkpoints and snapshots, oldest first, one per step; a checkpoint is preferred.
 
-        Raises RunDirectoryError when there is none.
+        Raises RunDirectoryError if there is none.
         """
         snapshots = {path.stem: path.name for path in self.snapshots.glob(f"step-*{SNAPSHOT}")}
         by_step = {**snapshots, **{name: name for name in self.store.names()}}
@@ -73,7 +73,7 @@ class TrainedRun:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when an analysis of this run would look at other weights."""
+        """A text that changes if an analysis of this run would use other weights."""
         try:
             chosen = file_sha256(self.store.root / self.chosen / MANIFEST)
             newest = self.in_order[-1]
@@ -83,34 +83,34 @@ class TrainedRun:
 
     @property
     def snapshots(self) -> Path:
-        """Where the weights alone are kept through training (`checkpoint.snapshots`), if at all."""
+        """The directory of the snapshots (`checkpoint.snapshots`), if the run has any."""
         return self.path / "snapshots"
 
     def step(self, name: str) -> int:
-        """Finished steps at a checkpoint or snapshot."""
+        """Return the number of finished steps at a checkpoint or snapshot."""
         return int(name.removesuffix(SNAPSHOT).removeprefix("step-"))
 
     def model(self, name: str | None = None, weights: str | None = None, implementation: str = "auto") -> nn.Module:
-        """The model at a checkpoint (the chosen one when None), float32, on `device`, in evaluation mode.
+        """Return the model at a checkpoint (default: the chosen one), float32, on `device`, in evaluation mode.
 
         Args:
-            weights: in place of the run's choice.
-            implementation: of KArAt's operator, whichever it was trained with.
+            weights: instead of the run's choice.
+            implementation: of KArAt's operator, instead of the one it was trained with.
 
         Raises:
-            RunDirectoryError: no such checkpoint, or it is damaged, of another model, without averages or not finite.
+            RunDirectoryError: the checkpoint is missing, damaged, of another model, without averages or not finite.
         """
         model = self.new_model(implementation)
         self.load(model, name or self.chosen, weights)
         return model
 
     def new_model(self, implementation: str = "auto") -> nn.Module:
-        """A model as `model` gives it, but for its weights, which `load` gives it."""
+        """Return a model like `model`, but without the weights, which `load` adds."""
         recipe = self.recipe.model_copy(update={"attention": self._attention(implementation)})
         return build_model(recipe, self.path).to(self.device).eval()
 
     def load(self, model: nn.Module, name: str, weights: str | None = None) -> None:
-        """Give a model of this run the weights of a checkpoint, or the raw ones of a snapshot; raises as `model`."""
+        """Load the weights of a checkpoint, or the raw weights of a snapshot. Raises the same errors as `model`."""
         if name.endswith(SNAPSHOT):
             directory = self.snapshots / name
             load_exported(model, directory)
@@ -123,21 +123,21 @@ class TrainedRun:
             load_weights(model, directory, saved, wants_ema(weights or self.weights, self.recipe, saved))
         bad = next((n for n, parameter in model.named_parameters() if not parameter.isfinite().all()), None)
         if bad is not None:
-            raise RunDirectoryError(f"checkpoint {directory}: {bad} is not finite, the run diverged; choose another")
+            raise RunDirectoryError(f"checkpoint {directory}: {bad} is not finite: the run diverged; choose another")
 
     @property
     def device(self) -> torch.device:
-        """A GPU where the recipe allows one and there is one."""
+        """A GPU if the recipe allows it and there is one."""
         use_cuda = self.recipe.run.device != "cpu" and torch.cuda.is_available()
         return torch.device("cuda" if use_cuda else "cpu")
 
     @property
     def is_karat(self) -> bool:
-        """Whether any head is learned."""
+        """True if any head is learned."""
         return self.recipe.attention.kind == "karat"
 
     def images(self, count: int, ids: tuple[int, ...] | None = None) -> ValidationImages:
-        """`count` validation images spread over the split, or those of `ids`; raises DataError when there are none."""
+        """Return `count` validation images spread over the split, or `ids`. Raises DataError if there are none."""
         return ValidationImages(self.recipe, count, ids)
 
     def _attention(self, implementation: str) -> AttentionConfig:
@@ -145,17 +145,17 @@ class TrainedRun:
 
 
 def open_run(path: str | Path, data: str | None = None, weights: str = "auto", checkpoint: str = "best") -> TrainedRun:
-    """A run by its directory.
+    """Open a run by its directory.
 
     Args:
-        data: where the recipe's data is now, if not at `data.path`.
+        data: the directory of the data, if it is no longer at `data.path`.
 
     Raises:
-        RunDirectoryError: this is not a run directory, or a detector's.
+        RunDirectoryError: this is not a run directory, or it is a detector's.
         RecipeError: its recipe cannot be read.
     """
     path = Path(path)
     directory = RunDirectory(path)
-    directory.recipe()  # refuses another kind of run
+    directory.recipe()  # raises for another kind of run
     recipe = load_recipe(directory.recipe_file, [] if data is None else [f"data.path={data}"])
     return TrainedRun(path, recipe, weights, checkpoint)

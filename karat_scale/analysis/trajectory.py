@@ -1,4 +1,4 @@
-"""The way of the weights through training: PCA of their changes over the checkpoints (paper, sections 5.1 and 5.2)."""
+"""The path of the weights through training: PCA of their changes over checkpoints (paper, sections 5.1 and 5.2)."""
 
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ NEEDED = 3
 class Plane:
     """Two orthonormal directions through a point of weight space.
 
-    names: the checkpoints, oldest first; the last is the origin. coordinates: [n, 2], theirs in the plane.
+    names: the checkpoints, oldest first; the last is the origin. coordinates: [n, 2], their positions in the plane.
     explained: [2], the share of the changes' variance along each. directions: [2, P], float32.
     """
 
@@ -37,12 +37,12 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def flatten(model: nn.Module) -> Tensor:
-    """All trainable weights as one vector [P], float32, on the CPU."""
+    """Return all trainable weights as one vector [P], float32, on the CPU."""
     return torch.cat([parameter.detach().flatten().float().cpu() for _, parameter in trainable(model)])
 
 
 class _OnDisk:
-    """Float32 [n, P] in a file; mapped anew for each piece, as the pages of one map would add up in memory."""
+    """Float32 [n, P] in a file. Each piece is a new mapping, since the pages of one mapping would add up in memory."""
 
     def __init__(self, path: Path, shape: tuple[int, int]) -> None:
         self._path, self.shape = path, shape
@@ -52,9 +52,9 @@ class _OnDisk:
 
 
 def principal_plane(changes: "npt.NDArray[np.float32] | _OnDisk", names: list[str]) -> Plane:
-    """PCA of changes [n, P] from the last checkpoint, not centred, so that the plane holds the origin.
+    """Return the PCA of changes [n, P] from the last checkpoint, not centred, so that the plane contains the origin.
 
-    Only the n x n matrix of inner products is decomposed, and P is gone through in pieces.
+    Only the n x n matrix of inner products is decomposed, and P is processed in pieces.
     """
     gram = np.zeros((changes.shape[0], changes.shape[0]))
     for start in range(0, changes.shape[1], CHUNK):
@@ -62,7 +62,7 @@ def principal_plane(changes: "npt.NDArray[np.float32] | _OnDisk", names: list[st
         gram += piece @ piece.T
     values, vectors = np.linalg.eigh(gram)
     values, vectors = values[::-1][:2].clip(min=1e-30), vectors[:, ::-1][:, :2]
-    # Signs that do not depend on the machine: all ranks must mean the same plane.
+    # Signs that do not depend on the machine: all ranks need the same plane.
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), [0, 1]])
     directions = np.empty((2, changes.shape[1]), dtype=np.float32)
     for start in range(0, changes.shape[1], CHUNK):
@@ -73,15 +73,15 @@ def principal_plane(changes: "npt.NDArray[np.float32] | _OnDisk", names: list[st
 
 
 def plane_of_run(run: TrainedRun, notes: list[str]) -> Plane:
-    """The plane of a run's raw weights. Raises RunDirectoryError when there are too few checkpoints.
+    """Return the plane of a run's raw weights. Raises RunDirectoryError if there are too few checkpoints.
 
     Args:
-        notes: told of each that is damaged and left out.
+        notes: receives a line for each damaged checkpoint that is left out.
     """
     names = []
     model = run.model(run.in_order[-1], weights="raw")
     last = flatten(model).numpy()
-    # On disk: a model's weights times the checkpoints may not fit in memory.
+    # On disk, since all checkpoints' weights together may not fit in memory.
     with tempfile.TemporaryDirectory(prefix="karat-analysis-") as directory:
         path = Path(directory) / "changes"
         with path.open("wb") as file:
@@ -95,7 +95,7 @@ def plane_of_run(run: TrainedRun, notes: list[str]) -> Plane:
                 names.append(name)
         if len(names) < NEEDED:
             raise RunDirectoryError(
-                f"{run.path}: {len(names)} checkpoint(s) and snapshots, but PCA of the path needs {NEEDED}; "
+                f"{run.path}: {len(names)} checkpoints and snapshots, but PCA of the path needs {NEEDED}; "
                 "train with checkpoint.snapshots=10"
             )
         return principal_plane(_OnDisk(path, (len(names), len(last))), names)

@@ -14,7 +14,7 @@ Counts = npt.NDArray[np.int64]
 
 @torch.no_grad()
 def unit_curves(operator: KaratOperator, head: int, x: Tensor) -> Tensor:
-    """phi_pq(x) of the first (or only) array of functions, b(x) included: x [n] to [n, p, q], in x's dtype."""
+    """Return phi_pq(x) of the first (or only) set of functions, including b(x): x [n] to [n, p, q], in x's dtype."""
     parameters = {k: v.to(x) for k, v in operator.basis_parameters().items() if not k.startswith("second_")}
     coef = operator.basis.pack(parameters)[head]
     basis = operator.basis
@@ -29,7 +29,7 @@ def unit_curves(operator: KaratOperator, head: int, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def energy_per_frequency(operator: KaratOperator) -> npt.NDArray[np.float64] | None:
-    """Share of sum_pq a_pqm^2 + b_pqm^2 in each harmonic m, [h, G]; None where the basis is not Fourier."""
+    """Return the share of each harmonic m in sum_pq a_pqm^2 + b_pqm^2, [h, G]; None if the basis is not Fourier."""
     if not isinstance(operator.basis, Fourier):
         return None
     parameters = operator.basis_parameters()
@@ -39,9 +39,9 @@ def energy_per_frequency(operator: KaratOperator) -> npt.NDArray[np.float64] | N
 
 
 class ScoreHistogram:
-    """How often each score occurs, by block and head; scores beyond +-64 count in the outermost bins.
+    """A histogram of the scores, per block and head; scores beyond +-64 count in the outermost bins.
 
-    Scores of exactly 0 do not count: those of masked pairs are.
+    Scores of exactly 0 are not counted: those are masked pairs.
     """
 
     edges = np.linspace(-LIMIT, LIMIT, BINS + 1)
@@ -50,13 +50,13 @@ class ScoreHistogram:
         self.counts: Counts = np.zeros((blocks, heads, BINS), dtype=np.int64)
 
     def add(self, block: int, scores: Tensor) -> None:
-        """Take in [B, h, rows, columns]."""
+        """Add scores [B, h, rows, columns]."""
         for head, values in enumerate(scores.transpose(0, 1).flatten(1).float().cpu()):
             counted = torch.histc(values[values != 0].clamp(-LIMIT, LIMIT), BINS, -LIMIT, LIMIT)
             self.counts[block, head] += counted.to(torch.int64).numpy()
 
     def span(self, block: int, head: int, share: float = 0.998) -> tuple[float, float]:
-        """The range that holds the middle `share` of the scores."""
+        """Return the range that holds the middle `share` of the scores."""
         below = self.counts[block, head].cumsum() / max(self.counts[block, head].sum(), 1)
         low = int(np.searchsorted(below, (1 - share) / 2))
         high = int(np.searchsorted(below, 1 - (1 - share) / 2))

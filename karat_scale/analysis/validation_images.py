@@ -15,13 +15,13 @@ from karat_scale.recipe import Recipe
 
 
 class ValidationImages:
-    """The same images in the same order each time, a batch at a time: memory does not grow with their number.
+    """The same images in the same order in each pass, in batches, so that memory does not grow with their number.
 
     `bad` counts the images that could not be read, in the last pass.
     """
 
     def __init__(self, recipe: Recipe, count: int, ids: tuple[int, ...] | None = None) -> None:
-        # Few images need no workers, and analyses of several runs need no more processes.
+        # Few images need no workers, and analyses of several runs should not need more processes.
         self._data = recipe.data.model_copy(update={"workers": 0})
         self._recipe = recipe
         self._normalize = Normalize(recipe.augment.mean, recipe.augment.std)
@@ -44,7 +44,7 @@ class ValidationImages:
         return len(self.ids)
 
     def raw(self, batch_size: int) -> Iterator[Batch]:
-        """Batches of bytes, without the images that could not be read."""
+        """Yield batches of bytes, without the images that could not be read."""
         self.bad = 0
         slices = [
             BatchSlice(0, number, _padded(self.ids[start : start + batch_size], batch_size))
@@ -65,12 +65,12 @@ class ValidationImages:
             backend.close()
 
     def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Normalised float32 images [b, 3, H, W] and labels [b]."""
+        """Yield normalised float32 images [b, 3, H, W] and labels [b]."""
         for batch in self.raw(batch_size):
             yield self._normalize(batch.images.to(device)), batch.labels.to(device)
 
     def in_memory(self, batch_size: int, device: torch.device) -> "ImagesInMemory":
-        """What `batches` gives, to be gone through many times: decoded once and kept as bytes."""
+        """The batches of `batches` for many passes: decoded once and kept as bytes."""
         return ImagesInMemory(list(self.raw(batch_size)), self._normalize, device)
 
     def _open(self) -> Backend:
@@ -79,7 +79,7 @@ class ValidationImages:
 
 
 class ImagesInMemory:
-    """Normalised float32 images [b, 3, H, W] and labels [b], made of the kept bytes anew in each pass."""
+    """Yield normalised float32 images [b, 3, H, W] and labels [b], converted from the bytes in each pass."""
 
     def __init__(self, kept: list[Batch], normalize: Normalize, device: torch.device) -> None:
         self._kept, self._normalize, self._device = kept, normalize, device

@@ -1,1 +1,1 @@
-"""Runs as jobs of a cluster: submit them, see where they stand, and notice when a rank hangs."""
+"""Runs as jobs of a cluster: submit them, show their progress, and detect a rank that hangs."""

@@ -1,9 +1,9 @@
-"""Each rank's sign of life: a small file that says what it is at, rewritten while the process lives.
+"""The heartbeat of each rank: a small file with its current work, rewritten while the process lives.
 
 RUN/heartbeats/rank-00003.json      {"rank": 3, "host": "node2", "beats": 812, "doing": "backward", "step": 203, ...}
 
-`beats` counts the places in the program that a rank has passed. Ranks train in step, so where all stand still, the one
-with the fewest beats is the one that the others wait for. The standard library alone: this knows nothing of training.
+`beats` counts the places in the program that a rank has passed. Ranks train in step. So if no rank makes progress, the
+others wait for the one with the fewest beats. This module needs only the standard library.
 """
 
 import faulthandler
@@ -17,14 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 WRITE_SECONDS = 2.0
-# Moving the alarm costs a thread: not at each of a fast step's beats.
+# Moving the alarm costs a thread, so do not move it at each beat of a fast step.
 _ARM_SECONDS = 1.0
 _STANDARD_ERROR = 2
 
 
 @dataclass
 class Sign:
-    """What a heartbeat file says. `own_seconds`: a step's share in which the rank waits for no other."""
+    """The content of a heartbeat file. `own_seconds`: the part of a step in which the rank waits for no other."""
 
     rank: int
     host: str
@@ -39,20 +39,20 @@ class Sign:
 
 
 def heartbeat_file(directory: Path, rank: int) -> Path:
-    """Where a rank of the run in `directory` writes."""
+    """Return the heartbeat file of a rank of the run in `directory`."""
     return directory / "heartbeats" / f"rank-{rank:05d}.json"
 
 
 def this_start(environ: Mapping[str, str] = os.environ) -> str:
-    """The job and its restart that this process belongs to; empty outside SLURM."""
+    """Return this process's job and its restart; empty outside SLURM."""
     job = environ.get("SLURM_JOB_ID", "")
     return f"{job}-{environ.get('SLURM_RESTART_COUNT', '0')}" if job else ""
 
 
 class Heartbeat:
-    """Writes this rank's file, and dumps all Python stacks to standard error when no beat comes for `stall` seconds.
+    """Writes this rank's file. If no beat comes for `stall` seconds, it dumps all Python stacks to standard error.
 
-    `stall` is KARAT_STALL_SECONDS of the environment; 0 or unset means that nothing is dumped.
+    `stall` is KARAT_STALL_SECONDS of the environment; 0 or unset turns the dump off.
     """
 
     def __init__(self, directory: Path, rank: int, device: str = "") -> None:
@@ -65,13 +65,13 @@ class Heartbeat:
         self._writer = threading.Thread(target=self._write_until_ended, name="heartbeat", daemon=True)
 
     def start(self) -> "Heartbeat":
-        """Write the first sign and go on writing."""
+        """Write the first heartbeat and start the thread that writes the next ones."""
         self.beat("starting")
         self._writer.start()
         return self
 
     def beat(self, doing: str, step: int = 0) -> None:
-        """This rank got on: it begins with `doing` now."""
+        """Record progress: this rank now starts `doing`."""
         self._sign.beats += 1
         self._sign.doing = doing
         self._sign.step = step or self._sign.step
@@ -81,11 +81,11 @@ class Heartbeat:
             faulthandler.dump_traceback_later(self._stall, file=_STANDARD_ERROR)
 
     def pace(self, own_seconds: float) -> None:
-        """What a step takes this rank of its own, in seconds."""
+        """Record the seconds of this rank's own work in a step."""
         self._sign.own_seconds = round(own_seconds, 6)
 
     def stop(self) -> None:
-        """The last sign; no alarm after it."""
+        """Write the last heartbeat; there is no alarm after it."""
         if self._stall:
             faulthandler.cancel_dump_traceback_later()
         self._ended.set()
@@ -106,11 +106,11 @@ class Heartbeat:
             temporary.write_text(json.dumps(asdict(self._sign)), encoding="utf-8")
             temporary.replace(self._file)
         except OSError:
-            return  # a full disk shows where it matters, at the next checkpoint
+            return  # a full disk becomes an error at the next checkpoint
 
 
 def read_signs(directory: Path) -> list[Sign]:
-    """The signs of a run's ranks, in rank order; files that are unreadable now are left out."""
+    """Return the heartbeats of a run's ranks, in rank order, without files that cannot be read now."""
     signs = []
     for path in sorted((directory / "heartbeats").glob("rank-*.json")):
         try:

@@ -1,6 +1,6 @@
-"""Which ranks are slow. Ranks train in step: one that is slow makes all wait, so whole steps last alike on each.
+"""Find slow ranks. Ranks train in step: one slow rank makes all others wait, so whole steps take equally long on each.
 
-What differs is a rank's own time: waiting for its data and its forward pass, in which it waits for no other.
+Only a rank's own time differs: waiting for its data, and its forward pass, in which it waits for no other rank.
 """
 
 import statistics
@@ -8,17 +8,17 @@ from collections.abc import Sequence
 
 from karat_scale.cluster.heartbeat import Sign
 
-# Times the median of the other ranks; and so many seconds a step more, below which it is noise.
+# A factor on the median of the other ranks, and the least extra seconds per step; a smaller excess is noise.
 SLOW, LEAST_SECONDS = 1.5, 0.01
 
 
 def slow_ranks(signs: Sequence[Sign]) -> list[str]:
-    """A line for each rank whose own time a step is far above that of the others."""
+    """Yield a line for each rank whose own time per step is far above that of the others."""
     return [line for sign, line in _judged(signs) if line]
 
 
 class Stragglers:
-    """Tells once of each rank that is slow in two reports in a row: one may be chance."""
+    """Reports each rank once that is slow in two reports in a row, since one may be chance."""
 
     def __init__(self) -> None:
         self._reported: dict[int, float] = {}
@@ -26,7 +26,7 @@ class Stragglers:
         self._told: set[int] = set()
 
     def look(self, signs: Sequence[Sign]) -> list[str]:
-        """Take in the ranks' signs; lines about ranks that have turned out slow."""
+        """Add the ranks' heartbeats; return lines about ranks that are slow now."""
         lines = []
         for sign, line in _judged(signs):
             if self._reported.get(sign.rank) == sign.own_seconds:
@@ -53,6 +53,6 @@ def _line(sign: Sign, others: float) -> str | None:
     if sign.own_seconds < SLOW * others or sign.own_seconds - others < LEAST_SECONDS:
         return None
     return (
-        f"rank {sign.rank} on {sign.host} takes {sign.own_seconds:.3g} s of its own a step (data and forward pass), "
+        f"rank {sign.rank} on {sign.host} takes {sign.own_seconds:.3g} s of its own per step (data and forward pass), "
         f"{sign.own_seconds / others:.1f} times the others"
     )

@@ -1,4 +1,4 @@
-"""Where a run stands, read from its files alone: no server, any machine that sees the directory."""
+"""The state of a run, read only from its files: it works without a server, on any machine that sees the directory."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ _FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OU
 
 @dataclass
 class Standing:
-    """What is known now. None, or an empty list, where the run has not written it yet."""
+    """What is known now. A value that the run has not written yet is None or an empty list."""
 
     name: str
     job: str | None = None
@@ -42,7 +42,7 @@ class Standing:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more is to come. A job that saved on a signal comes back, unless SLURM has closed it."""
+        """True if nothing more will come. A job that saved on a signal comes back, unless SLURM has closed it."""
         comes_back = self.exit_code == EXIT_STOPPED and self.job is not None and self.job_state not in _FINAL_STATES
         return self.ended is not None and not comes_back
 
@@ -51,7 +51,7 @@ def read_standing(run: Path, now: float | None = None) -> Standing:
     """Read the run's files at time `now` (seconds since the epoch).
 
     Raises:
-        RunDirectoryError: `run` holds neither a run nor the logs of one that is about to start.
+        RunDirectoryError: `run` is neither a run nor the logs of a run that is about to start.
     """
     if not any((run / name).exists() for name in ("recipe.yaml", "metrics.jsonl", "logs")):
         raise RunDirectoryError(f"{run}: not a run's directory (it has no recipe.yaml)")
@@ -69,7 +69,7 @@ def read_standing(run: Path, now: float | None = None) -> Standing:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of a run's `metrics.jsonl`; a line that is being written, or that a crash cut off, is passed over."""
+    """Yield the events of a run's `metrics.jsonl`. An incomplete line is skipped."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as lines:
@@ -121,20 +121,20 @@ def _read_checkpoints(standing: Standing, root: Path, now: float) -> None:
 
 
 def _of_newest_start(signs: list[Sign]) -> list[Sign]:
-    """An earlier start may have had more ranks."""
+    """Ignore heartbeats of an earlier start that had more ranks."""
     newest = max(signs, key=lambda sign: sign.written, default=None)
     return [sign for sign in signs if newest and sign.start == newest.start]
 
 
 def _newest_job(logs: Path) -> str | None:
-    """The launch wrapper names a directory JOB-RESTART for each start; of an array, JOB is ARRAY_ELEMENT."""
+    """Return the start's directory: the launch wrapper names it JOB-RESTART; JOB of an array is ARRAY_ELEMENT."""
     starts = [path for path in logs.glob("*-*") if path.is_dir()] if logs.is_dir() else []
     newest = max(starts, key=lambda path: path.stat().st_mtime, default=None)
     return newest.name.rpartition("-")[0] if newest else None
 
 
 def job_state(job: str) -> str | None:
-    """What squeue says of a job, such as RUNNING; None where it does not know the job, or is not here."""
+    """Return squeue's state of a job, such as RUNNING; None if squeue does not know the job or is not installed."""
     if shutil.which("squeue") is None:
         return None
     command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]

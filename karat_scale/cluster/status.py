@@ -13,17 +13,17 @@ from karat_scale.cluster.pace import slow_ranks
 from karat_scale.cluster.standing import Standing, read_standing
 
 REFRESH_SECONDS = 2.0
-# Signs of life are written every two seconds.
+# Heartbeats are written every two seconds.
 _SILENT_SECONDS = 30.0
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 48
 
 
 def show_status(run: str, once: bool = False) -> int:
-    """Show where the run in directory `run` stands; on a terminal until it ends or Ctrl-C. Returns the exit code.
+    """Show the state of the run in directory `run`; on a terminal until it ends or Ctrl-C. Returns the exit code.
 
     Raises:
-        RunDirectoryError: not a run.
+        RunDirectoryError: this is not a run.
     """
     console, path = Console(), Path(run)
     standing = read_standing(path)
@@ -42,7 +42,7 @@ def show_status(run: str, once: bool = False) -> int:
 
 
 def sparkline(values: list[float], width: int = _WIDTH) -> str:
-    """The values as bars, each the mean of an equal share of them; the lowest is the lowest bar."""
+    """Return the values as bars; each bar is the mean of an equal share of them, and the lowest is the lowest bar."""
     if not values:
         return ""
     width = min(width, len(values))
@@ -54,7 +54,7 @@ def sparkline(values: list[float], width: int = _WIDTH) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Two units are enough: "3 d 4 h", "12 min 5 s"."""
+    """Format a duration in at most two units: "3 d 4 h", "12 min 5 s"."""
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
     left = int(seconds)
     parts: list[str] = []
@@ -66,7 +66,7 @@ def duration(seconds: float) -> str:
 
 
 def render(standing: Standing) -> Group:
-    """The view; a figure that is not known yet is left out."""
+    """Return the view. A figure that is not known yet is left out."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column()
@@ -120,7 +120,7 @@ def _left(standing: Standing) -> str | None:
 
 
 def _ranks(standing: Standing) -> str | None:
-    """How many there are, and the one that the others wait for."""
+    """Return the number of ranks, and the rank that the others wait for."""
     if not standing.signs or standing.ended:
         return None
     last = min(standing.signs, key=lambda sign: sign.beats)

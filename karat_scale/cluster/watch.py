@@ -1,10 +1,10 @@
-"""Ends with a named rank when a job hangs: the launch wrapper runs this beside the ranks.
+"""End a job that hangs, and name the rank. The launch wrapper runs this beside the ranks.
 
     python -m karat_scale.cluster.watch RUN --ranks N --stall SECONDS
 
-Exit code 3: a rank stood still for that long; the line on standard output says which one and where. Clocks of other
-nodes do not matter: what counts is when this process last saw a file change. A rank that is only slow gets a line on
-standard error.
+Exit code 3: a rank made no progress for that long; a line on standard output names the rank and its node. Clocks of
+other nodes do not matter: only the time at which this process last saw a file change counts. For a rank that is only
+slow, there is a line on standard error.
 """
 
 import argparse
@@ -17,15 +17,15 @@ from karat_scale.cluster.heartbeat import WRITE_SECONDS, Sign, read_signs, this_
 from karat_scale.cluster.pace import Stragglers
 
 EXIT_STALLED = 3
-# A rank dumps its stacks at `stall`; the verdict comes a little later, so that they are in its log by then.
+# A rank dumps its stacks at `stall`. The verdict comes a little later, so that they are in its log by then.
 GRACE_SECONDS = 3 * WRITE_SECONDS
-# Without a new file for that long a process is stopped or gone, whatever its ranks wait for.
+# A process without a new file for that long is stopped or gone, whatever its ranks wait for.
 _SILENT_SECONDS = 5 * WRITE_SECONDS
 
 
 @dataclass
 class Seen:
-    """A rank's newest sign, and when this process saw it get on and write."""
+    """A rank's newest heartbeat, and when this process saw it make progress and write."""
 
     sign: Sign
     got_on: float
@@ -33,7 +33,7 @@ class Seen:
 
 
 class Watch:
-    """Remembers when each rank got on; `verdict` names the one that the others wait for."""
+    """Remembers when each rank made progress; `verdict` names the rank that the others wait for."""
 
     def __init__(self, ranks: int, stall: float, now: float) -> None:
         self._ranks = ranks
@@ -42,7 +42,7 @@ class Watch:
         self._seen: dict[int, Seen] = {}
 
     def look(self, signs: list[Sign], now: float) -> str | None:
-        """Take in the ranks' signs at time `now` (seconds, of one clock); a verdict, or None while all get on."""
+        """Add the ranks' heartbeats at time `now` in seconds. Return a verdict, or None while all make progress."""
         for sign in signs:
             seen = self._seen.get(sign.rank)
             if seen is None or sign.beats != seen.sign.beats:
@@ -58,7 +58,7 @@ class Watch:
                 return None
             return f"rank {absent[0]} gave no sign of life in {self._stall:g} s"
         if any(now - seen.got_on <= self._stall for seen in self._seen.values()):
-            return None  # such as one that writes to a slow disk: the others wait for it and stand still
+            return None  # such as a rank that writes to a slow disk: the others wait for it
         silent = [seen for seen in self._seen.values() if now - seen.wrote > _SILENT_SECONDS]
         worst = min(silent or self._seen.values(), key=lambda seen: (seen.sign.beats, seen.got_on))
         sign, seconds = worst.sign, now - worst.got_on

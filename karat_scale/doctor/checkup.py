@@ -87,14 +87,14 @@ def _examined(world: World, name: str, examination: Callable[[], Iterable[Findin
     if world.size > 1:
         return list(examination())
 
-    def with_mend() -> Iterable[Finding]:
+    def with_fix() -> Iterable[Finding]:
         try:
             return list(examination())
         except torch.OutOfMemoryError:
-            mend = "lower train.micro_batch, or set train.precision=bf16 with deepspeed.config=zero1"
-            return [found(name, "the micro batch does not fit the GPU's memory", mend, wrong=True)]
+            fix = "lower train.micro_batch, or set train.precision=bf16 with deepspeed.config=zero1"
+            return [found(name, "the micro batch does not fit the GPU's memory", fix, wrong=True)]
 
-    return examine(name, with_mend)
+    return examine(name, with_fix)
 
 
 def _tell(subject: Subject, figures: Figures, report: Report) -> list[Finding]:

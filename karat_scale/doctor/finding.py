@@ -13,24 +13,24 @@ Level = Literal["ok", "note", "problem"]
 class Finding:
     """What was found out about one thing.
 
-    level: "ok", "note" (works, but worth knowing) or "problem" (training fails or goes wrong). mend: what to do about
+    level: "ok", "note" (works, but worth knowing) or "problem" (training fails or goes wrong). fix: what to do about
     it. figures: the same as numbers, for the JSON.
     """
 
     name: str
     level: Level
     value: str
-    mend: str = ""
+    fix: str = ""
     figures: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {"name": self.name, "level": self.level, "value": self.value, "mend": self.mend, **self.figures}
+        return {"name": self.name, "level": self.level, "value": self.value, "mend": self.fix, **self.figures}
 
 
-def found(name: str, value: str, mend: str = "", *, wrong: bool = False, **figures: Any) -> Finding:
-    """A finding whose level follows: a problem where `wrong`, else a note where there is something to mend."""
-    return Finding(name, "problem" if wrong else "note" if mend else "ok", value, mend, figures)
+def found(name: str, value: str, fix: str = "", *, wrong: bool = False, **figures: Any) -> Finding:
+    """A finding whose level follows: a problem where `wrong`, else a note where there is something to fix."""
+    return Finding(name, "problem" if wrong else "note" if fix else "ok", value, fix, figures)
 
 
 def plural(number: int, noun: str) -> str:

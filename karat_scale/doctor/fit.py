@@ -72,8 +72,8 @@ def _page_cache(files: DataFiles) -> Finding:
     figures: dict[str, Any] = {"data_bytes": files.total_bytes, "image_bytes": round(files.image_bytes)}
     if stays_cached(files):
         return found("page cache", f"{text}: read from the disk in the first epoch only", "", stays=True, **figures)
-    mend = "every epoch reads the disk: its speed below matters, and data_prep/stage.py copies to a local one"
-    return found("page cache", text, mend, stays=False, **figures)
+    fix = "every epoch reads the disk: its speed below matters, and data_prep/stage.py copies to a local one"
+    return found("page cache", text, fix, stays=False, **figures)
 
 
 def examine_batches(subject: Subject, backend: Backend) -> Iterator[Finding]:
@@ -110,15 +110,15 @@ def examine_workers(subject: Subject) -> Iterator[Finding]:
     cores = subject.cores_of_a_rank
     text = f"{data.workers} for {plural(cores, 'core')} of a rank"
     busy = data.workers + (subject.world.device.type == "cuda")
-    mend = f"more workers than cores take turns: data.workers={max(1, cores - 1)}" if busy > max(2, cores) else ""
-    yield found("workers", text, mend, workers=data.workers, cores=cores)
+    fix = f"more workers than cores take turns: data.workers={max(1, cores - 1)}" if busy > max(2, cores) else ""
+    yield found("workers", text, fix, workers=data.workers, cores=cores)
     side = subject.recipe.model.image_size
     under_way = data.workers * data.prefetch
     needed = ranks * under_way * subject.micro_batch * 3 * side * side
     free = resources.cache_memory()
-    mend = "set a smaller data.prefetch or fewer data.workers" if needed > free else ""
+    fix = "set a smaller data.prefetch or fewer data.workers" if needed > free else ""
     text = f"batches under way take up to {_gib(needed)} of {_gib(free)} available"
-    yield found("memory for batches", text, mend, wrong=needed > free, needed_bytes=needed)
+    yield found("memory for batches", text, fix, wrong=needed > free, needed_bytes=needed)
 
 
 def examine_run_directory(subject: Subject) -> Iterator[Finding]:
@@ -135,8 +135,8 @@ def examine_run_directory(subject: Subject) -> Iterator[Finding]:
     free = resources.disk_free(stands)
     text = f"{kept} checkpoints of {_gib(one)} (one of them while it is written), {_gib(free)} free"
     short = kept * one > free
-    mend = "free space, choose another run.dir, or lower checkpoint.keep_last" if short else ""
-    yield found("room for checkpoints", text, mend, wrong=short, checkpoint_bytes=one, kept=kept, free_bytes=free)
+    fix = "free space, choose another run.dir, or lower checkpoint.keep_last" if short else ""
+    yield found("room for checkpoints", text, fix, wrong=short, checkpoint_bytes=one, kept=kept, free_bytes=free)
 
 
 def _occupied(recipe: Recipe, directory: RunDirectory) -> Finding:

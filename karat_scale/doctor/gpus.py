@@ -48,11 +48,11 @@ def driver_version() -> str | None:
 
 def _no_gpu(driver: str | None, cuda: str | None) -> Finding:
     if driver and cuda is None:
-        mend = "install torch for CUDA as https://pytorch.org/get-started says"
-        return found("GPU", "there is a driver, but this torch is for CPUs only", mend, wrong=True, count=0)
+        fix = "install torch for CUDA as https://pytorch.org/get-started says"
+        return found("GPU", "there is a driver, but this torch is for CPUs only", fix, wrong=True, count=0)
     if driver:
-        mend = "look at nvidia-smi, CUDA_VISIBLE_DEVICES, and whether the driver is new enough for this CUDA"
-        return found("GPU", "there is a driver, but torch sees no GPU", mend, wrong=True, count=0)
+        fix = "look at nvidia-smi, CUDA_VISIBLE_DEVICES, and whether the driver is new enough for this CUDA"
+        return found("GPU", "there is a driver, but torch sees no GPU", fix, wrong=True, count=0)
     return found("GPU", "none; training runs on the CPU", count=0)
 
 
@@ -74,8 +74,8 @@ def _examine_gpu(number: int) -> Finding:
     }
     name = f"GPU {number}"
     if capability < OLDEST_CAPABILITY:
-        mend = "below 8.0 there are no Triton kernels and bf16 is slow; use train.precision=fp32"
-        return found(name, text, mend, **figures)
+        fix = "below 8.0 there are no Triton kernels and bf16 is slow; use train.precision=fp32"
+        return found(name, text, fix, **figures)
     if free < 0.9 * total:
         return found(name, text, "another process holds a part of its memory; see nvidia-smi", **figures)
     return found(name, text, **figures)

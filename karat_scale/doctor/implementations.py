@@ -27,12 +27,12 @@ def examine_attention() -> Iterator[Finding]:
             runs.append(name)
             yield found(f"attention {name}", f"runs on {device}", runs=True, device=device, seconds=round(seconds, 3))
         else:
-            mend = "" if name == "triton" and not cuda else "auto takes another one; asked for by name it is refused"
+            fix = "" if name == "triton" and not cuda else "auto takes another one; asked for by name it is refused"
             yield Finding(
                 f"attention {name}",
                 "note",
                 f"cannot run: {refusal}",
-                mend,
+                fix,
                 {"runs": False, "device": device, "seconds": round(seconds, 3)},
             )
     chosen = next(name for name in AUTOMATIC if name in runs and (name != "cpu" or not cuda))

@@ -58,8 +58,8 @@ class Plain:
         """Lines below a title."""
         self.say(f"\n{title}")
         for finding in findings:
-            mend = f" -> {finding.mend}" if finding.mend else ""
-            self.say(f"  {finding.level:<8} {finding.name}: {finding.value}{mend}")
+            fix = f" -> {finding.fix}" if finding.fix else ""
+            self.say(f"  {finding.level:<8} {finding.name}: {finding.value}{fix}")
 
     def table(self, title: str, header: Row, rows: Iterable[Row]) -> None:
         """Columns below a title."""
@@ -94,8 +94,8 @@ class Terminal:
         table = self._table(title, ("", "", ""), show_header=False)
         for finding in findings:
             colour = COLOURS[finding.level]
-            mend = f"\n[dim]{escape(finding.mend)}[/dim]" if finding.mend else ""
-            table.add_row(f"[{colour}]{finding.level}[/{colour}]", finding.name, escape(finding.value) + mend)
+            fix = f"\n[dim]{escape(finding.fix)}[/dim]" if finding.fix else ""
+            table.add_row(f"[{colour}]{finding.level}[/{colour}]", finding.name, escape(finding.value) + fix)
         self._console.print(table)
 
     def table(self, title: str, header: Row, rows: Iterable[Row]) -> None:

@@ -57,19 +57,19 @@ def _examine_cores() -> Finding:
         pieces.append(f"a control group allows {quota:g}")
     allocation = {key: os.environ[key] for key in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE") if key in os.environ}
     pieces += [f"{key}={value}" for key, value in allocation.items()]
-    mend = ""
+    fix = ""
     asked = allocation.get("SLURM_CPUS_PER_TASK", "")
     if asked.isdigit() and int(asked) > usable:
-        mend = "the step has fewer cores than the job: start it with srun --cpus-per-task=$SLURM_CPUS_PER_TASK"
+        fix = "the step has fewer cores than the job: start it with srun --cpus-per-task=$SLURM_CPUS_PER_TASK"
     elif usable < total and "OMP_NUM_THREADS" not in os.environ and quota is not None:
-        mend = f"a quota is not seen by math libraries: set OMP_NUM_THREADS={usable} when training on the CPU"
-    return found("cores", ", ".join(pieces), mend, usable=usable, total=total, quota=quota, slurm=allocation)
+        fix = f"a quota is not seen by math libraries: set OMP_NUM_THREADS={usable} when training on the CPU"
+    return found("cores", ", ".join(pieces), fix, usable=usable, total=total, quota=quota, slurm=allocation)
 
 
 def _examine_load() -> Finding:
     load, cores = os.getloadavg()[0], usable_cores()
-    mend = "other processes are at work, and timings suffer: try again when they have ended" if load >= cores else ""
-    return found("load", f"{load:.1f} in the last minute", mend, minute=load)
+    fix = "other processes are at work, and timings suffer: try again when they have ended" if load >= cores else ""
+    return found("load", f"{load:.1f} in the last minute", fix, minute=load)
 
 
 def _examine_memory() -> Finding:
@@ -84,8 +84,8 @@ def _examine_memory() -> Finding:
         "available_bytes": cache_memory(),
         "total_bytes": int(memory.total),
     }
-    mend = "less than 2 GiB: another process may be using it" if cache_memory() < 2 * GIB else ""
-    return found("RAM", text, mend, **figures)
+    fix = "less than 2 GiB: another process may be using it" if cache_memory() < 2 * GIB else ""
+    return found("RAM", text, fix, **figures)
 
 
 def _examine_shm() -> Finding:
@@ -93,10 +93,10 @@ def _examine_shm() -> Finding:
         return found("/dev/shm", "not there", "data workers and NCCL need it: mount a tmpfs", wrong=True)
     size, free = shm_room()
     text = f"{size / GIB:.2f} GiB, {free / GIB:.2f} free"
-    mend = ""
+    fix = ""
     if free < SMALL_SHM:
-        mend = "NCCL works in it: docker run --shm-size=8g (or --ipc=host)"
-    return found("/dev/shm", text, mend, total_bytes=size, free_bytes=free)
+        fix = "NCCL works in it: docker run --shm-size=8g (or --ipc=host)"
+    return found("/dev/shm", text, fix, total_bytes=size, free_bytes=free)
 
 
 def shm_room() -> tuple[int, int]:
@@ -107,14 +107,14 @@ def shm_room() -> tuple[int, int]:
 
 def _examine_limits() -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    mend = ""
+    fix = ""
     if soft < FEW_FILES:
-        mend = f"few: ulimit -n {hard if 0 < hard < 65536 else 65536}"
-    yield found("open files", f"{_limit(soft)} (ulimit -n; up to {_limit(hard)})", mend, soft=soft, hard=hard)
+        fix = f"few: ulimit -n {hard if 0 < hard < 65536 else 65536}"
+    yield found("open files", f"{_limit(soft)} (ulimit -n; up to {_limit(hard)})", fix, soft=soft, hard=hard)
     space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if space != resource.RLIM_INFINITY:
-        mend = "CUDA and memory maps need far more addresses than memory: ulimit -v unlimited"
-        yield found("address space", f"{space / GIB:.1f} GiB (ulimit -v)", mend, soft=space)
+        fix = "CUDA and memory maps need far more addresses than memory: ulimit -v unlimited"
+        yield found("address space", f"{space / GIB:.1f} GiB (ulimit -v)", fix, soft=space)
 
 
 def _limit(value: int) -> str:
@@ -130,14 +130,12 @@ def cache_directory() -> Path:
 def examine_cache(directory: Path) -> Finding:
     """Whether compiled kernels can be kept there."""
     stands = nearest_existing(directory)
-    mend = "compiled kernels cannot be kept: set KARAT_CACHE_DIR to a directory that can be written"
+    fix = "compiled kernels cannot be kept: set KARAT_CACHE_DIR to a directory that can be written"
     if not stands.is_dir() or not os.access(stands, os.W_OK | os.X_OK):
-        return found("cache", f"{directory} cannot be written", mend, path=str(directory), writable=False)
+        return found("cache", f"{directory} cannot be written", fix, path=str(directory), writable=False)
     free = disk_free(stands)
     if free < CACHE_ROOM:
-        return found(
-            "cache", f"{directory}: only {free / 2**20:.0f} MiB free", mend, path=str(directory), writable=True
-        )
+        return found("cache", f"{directory}: only {free / 2**20:.0f} MiB free", fix, path=str(directory), writable=True)
     return found("cache", f"{directory} can be written", path=str(directory), writable=True)
 
 

@@ -126,6 +126,6 @@ def _is_there(module: str) -> bool:
 def _examine_compiler() -> Finding:
     name, compiler = "C++ compiler", next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
-        mend = "the CPU attention kernel and the native JPEG decoder need it: apt-get install g++ libjpeg-dev"
-        return found(name, "none on PATH", mend, path=None)
+        fix = "the CPU attention kernel and the native JPEG decoder need it: apt-get install g++ libjpeg-dev"
+        return found(name, "none on PATH", fix, path=None)
     return found(name, compiler, path=compiler)

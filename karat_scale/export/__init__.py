@@ -1,1 +1,1 @@
-"""`karat export`: a trained model as others read it. One module a format; each holds the same facts of the model."""
+"""`karat export`: write a trained model for other tools. One module per format; each holds the same metadata."""

@@ -1,4 +1,4 @@
-"""`karat export`: which weights, in which format, and where to."""
+"""`karat export`: choose the weights, the format and the output path."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from karat_scale.train.run_directory import RunDirectory
 
 
 class Format(NamedTuple):
-    """How a format is written, and the suffix of its file; a folder has none."""
+    """The function that writes a format, and the suffix of its file; a folder has none."""
 
     write: Callable[[Source, Path], str]
     suffix: str
@@ -36,18 +36,18 @@ FORMATS = {
 
 
 def export_run(run_dir: str, format_name: str, checkpoint: str, weights: str, out: str | None) -> int:
-    """Export and print where; returns the exit code.
+    """Export, and print the path; returns the exit code.
 
     Args:
         run_dir: the run's directory.
         format_name: one of `FORMATS`.
         checkpoint: best, latest, or a name.
-        weights: raw, ema, or both; a run that has no EMA gives raw alone when both are asked for.
-        out: for one kind of weights the file, with its format's suffix, or the folder to write; else a directory, which
-            has no suffix, is there already, or ends with a slash; the run's own when None.
+        weights: raw, ema, or both. For both, a run without EMA exports only raw.
+        out: for one kind of weights, the file with its format's suffix, or the folder; else a directory. A directory
+            has no suffix, exists already, or ends with a slash. The default is the run's own.
 
     Raises:
-        UserError: no such run or checkpoint, a damaged one, no EMA in it, or nowhere to write.
+        UserError: the run or checkpoint is missing or damaged, has no EMA, or the output cannot be written.
     """
     directory = RunDirectory(run_dir)
     directory.recipe()
@@ -76,7 +76,7 @@ def _target(out: str | None, run: Path, name: str, form: Format, alone: bool) ->
         raise RunDirectoryError(f"--out {out} is one file for two kinds of weights; add --weights raw or ema")
     if alone and not names_it and suffix and not out.endswith("/") and not Path(out).is_dir():
         meant = Path(out).with_suffix(form.suffix)
-        raise RunDirectoryError(f"--out {out} is no {form.suffix} file; use {meant}, or {out}/ for a directory")
+        raise RunDirectoryError(f"--out {out} is not a {form.suffix} file; use {meant}, or {out}/ for a directory")
     return Path(out) if names_it else Path(out) / f"{name}{form.suffix}"
 
 

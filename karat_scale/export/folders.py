@@ -1,4 +1,4 @@
-"""Folders that timm loads: the bare one, and one fit for a model hub."""
+"""Folders that timm loads: a minimal one, and one for a model hub."""
 
 import json
 import shutil
@@ -22,14 +22,14 @@ def write_timm_folder(source: Source, path: Path) -> str:
     """Write config.json in timm's form and model.safetensors, for `timm.create_model("local-dir:...")`.
 
     Raises:
-        UserError: the model needs a teacher, or `path` is a folder with something in it.
+        UserError: the model needs a teacher, or `path` is a folder that is not empty.
         OSError: `path` cannot be written.
     """
     return _write(path, _timm_files(source))
 
 
 def write_hub_folder(source: Source, path: Path) -> str:
-    """The same with the recipe, a model card and every file's SHA-256; raises as `write_timm_folder`."""
+    """Write the same with the recipe, a model card and every file's SHA-256. Raises the same as `write_timm_folder`."""
     card = model_card(source.facts, source.model, source.recipe.run.name)
     return _write(
         path, {**_timm_files(source), RECIPE: source.facts["recipe"].encode(), CARD: card.encode()}, sums=True
@@ -45,9 +45,9 @@ def _timm_files(source: Source) -> dict[str, bytes]:
 
 
 def timm_config(source: Source) -> dict[str, Any]:
-    """What timm's `local-dir:` and `hf-hub:` read: the entry point, its arguments, and the pretrained_cfg."""
+    """Return what timm reads for `local-dir:` and `hf-hub:`: the entry point, its arguments, and the pretrained_cfg."""
     facts, model = source.facts, source.model
-    attention = {**json.loads(facts["attention"]), "implementation": "auto"}  # whatever the reader's machine has
+    attention = {**json.loads(facts["attention"]), "implementation": "auto"}  # for the reader's machine
     classes = json.loads(facts.get("classes", "[]"))
     return {
         "architecture": "karat",
@@ -66,14 +66,14 @@ def timm_config(source: Source) -> dict[str, Any]:
 
 
 def _state_once(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state with what blocks share under its first name alone; `karat_scale.timm_models` gives it to all."""
+    """Return the state with shared parameters once; `karat_scale.timm_models` shares them again."""
     names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in names}
 
 
 def _write(path: Path, files: dict[str, bytes], sums: bool = False) -> str:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunDirectoryError(f"{path} is there already; remove it or choose another --out")
+        raise RunDirectoryError(f"{path} exists already; remove it or choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:

@@ -1,4 +1,4 @@
-"""The README.md of a model in a hub: what it is, how it was trained, how it is loaded and checked."""
+"""The README.md of a model in a hub: what it is, how it was trained, how to load and check it."""
 
 import json
 from collections.abc import Mapping
@@ -35,13 +35,13 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 logits = model(transform(image).unsqueeze(0))  # image: a PIL image, RGB
 ```
 
-`model.pretrained_cfg["label_names"]` has the names of the classes, where they are known. `recipe.yaml` is the whole
-recipe. `sha256sum -c SHA256SUMS` tells whether every file is as it was written.
+`model.pretrained_cfg["label_names"]` has the names of the classes, if they are known. `recipe.yaml` is the whole
+recipe. `sha256sum -c SHA256SUMS` checks that no file has changed.
 """
 
 
 def model_card(facts: Mapping[str, str], model: nn.Module, title: str) -> str:
-    """The card, from the facts alone."""
+    """Return the card, made only from the metadata."""
     config, attention, preprocessing = (json.loads(facts[key]) for key in ("model", "attention", "preprocessing"))
     rows = {
         "Resize, short side": f"{int(preprocessing['input_size'][-1] / preprocessing['crop_pct'])} px, "

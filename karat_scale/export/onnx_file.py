@@ -21,10 +21,10 @@ _NEEDS = ("onnx", "onnxscript", "onnxruntime")
 def write_onnx(source: Source, path: Path) -> str:
     """Write float32 `images` [batch, 3, S, S], normalised, to `logits` [batch, classes] for any batch.
 
-    The facts are its `metadata_props`. Returns a note on what was checked by onnxruntime.
+    The metadata is in its `metadata_props`. Returns a note on what was checked with onnxruntime.
 
     Raises:
-        UserError: a package is missing, or the model does not answer as it should.
+        UserError: a package is missing, or the model's logits differ.
         OSError: `path` cannot be written.
     """
     _check_packages()
@@ -35,7 +35,7 @@ def write_onnx(source: Source, path: Path) -> str:
         for key, value in facts.items():
             proto.metadata_props.add(key=key, value=value)
         content = proto.SerializeToString()
-    except Exception as error:  # of torch.export, onnxscript, onnx and, beyond 2 GB, protobuf
+    except Exception as error:  # from torch.export, onnxscript, onnx and, above 2 GB, protobuf
         reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"the model cannot be written as ONNX: {reason}; use --format torchscript") from error
     difference = check_likeness(model, onnx_session(content), size)
@@ -44,7 +44,7 @@ def write_onnx(source: Source, path: Path) -> str:
 
 
 def onnx_session(model: bytes | str) -> Callable[[Tensor], Tensor]:
-    """An ONNX model, its bytes or its path, as a function of images; by onnxruntime on the CPU."""
+    """Return an ONNX model, its bytes or its path, as a function of images that onnxruntime runs on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
@@ -75,4 +75,4 @@ def _convert(model: nn.Module, images: Tensor) -> Any:
 def _check_packages() -> None:
     missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--format onnx needs {', '.join(missing)}; pip install 'karat-scale[export]'")
+        raise UserError(f"--format onnx needs {', '.join(missing)}; in the clone: pip install '.[export]'")

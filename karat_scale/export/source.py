@@ -1,4 +1,4 @@
-"""What is exported: one kind of weights of one checkpoint of a run."""
+"""The source of an export: one kind of weights of one checkpoint of a run."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.teacher import build_model
 
 TRACEABLE = "reference"
-"""The implementation of KArAt's operator that is plain tensor operations, all of which a tracer sees."""
+"""The implementation of KArAt's operator with plain tensor operations, which a tracer can record."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Source:
         checkpoint: its name.
         kind: "raw" or "ema".
 
-    Everything raises UserError where the checkpoint has no such weights or holds another model.
+    Each method raises UserError if the checkpoint has no such weights or holds another model.
     """
 
     run: RunDirectory
@@ -38,27 +38,27 @@ class Source:
 
     @cached_property
     def model(self) -> Any:
-        """The model with its weights, fp32, in evaluation mode; of a student, what is its own."""
+        """Return the model with its weights, fp32, in evaluation mode; of a student, without its teacher."""
         return self._with_weights(create_model(self.recipe.model, self.recipe.attention))
 
     @cached_property
     def facts(self) -> dict[str, str]:
-        """What every format says of the model; see `describe_weights`."""
+        """Return the metadata of the model that every format holds; see `describe_weights`."""
         facts = describe_weights(self.recipe, self._saved, self.checkpoint, self.kind, self.run.classes())
         return {**facts, "weights_sha256": weights_digest(self.model)}
 
     def traceable_model(self) -> nn.Module:
-        """The model of operations that a tracer understands; a student brings its teacher."""
+        """Return the model with operations that a tracer can record; a student includes its teacher."""
         attention = self.recipe.attention.model_copy(update={"implementation": TRACEABLE})
         model = build_model(self.recipe.model_copy(update={"attention": attention}), self.run.path)
         teacher = teacher_of(self._with_weights(model))
         return _WithTeacher(model, teacher.model) if teacher else model
 
     def refuse_student(self) -> None:
-        """Raises RunDirectoryError where the model computes nothing without its teacher."""
+        """Raise RunDirectoryError if the model needs its teacher."""
         if self.recipe.attention.transfer_from:
             raise RunDirectoryError(
-                f"{self.run.path}: its attention matrices are its teacher's, for which this format has no place; "
+                f"{self.run.path}: it uses its teacher's attention matrices, and this format cannot hold a teacher; "
                 "use --format onnx or torchscript"
             )
 
@@ -72,7 +72,7 @@ class Source:
 
 
 class _WithTeacher(nn.Module):
-    """A student that owns its teacher, so that a tracer meets the teacher's weights too."""
+    """A student together with its teacher, so that a tracer records the teacher's weights too."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
         super().__init__()
@@ -80,6 +80,6 @@ class _WithTeacher(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of normalised images."""
+        """Return the logits of normalised images."""
         logits: Tensor = self.student(images)
         return logits

@@ -17,16 +17,16 @@ FACTS = "karat_scale.json"
 
 
 def write_torchscript(source: Source, path: Path) -> str:
-    """Trace the model over normalised images [B, 3, S, S] of any B; returns a note on what was checked.
+    """Trace the model on normalised images [B, 3, S, S] for any B; returns a note on what was checked.
 
     Raises:
-        UserError: the model cannot be traced, or does not answer as it should.
+        UserError: the model cannot be traced, or its logits differ.
         OSError: `path` cannot be written.
     """
     model = source.traceable_model()
     size = source.recipe.model.image_size
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of checks on shapes, which are fixed but for the batch; and of its own age
+        warnings.simplefilter("ignore")  # about checks of shapes, which are fixed except for the batch; and deprecation
         try:
             traced = torch.jit.trace(model, example_images(size, 2), check_trace=False)
         except RuntimeError as error:

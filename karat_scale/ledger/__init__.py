@@ -1,1 +1,1 @@
-"""`karat ledger`: the paper's rows, our runs beside them, and the page that shows both."""
+"""`karat ledger`: compare finished runs with the paper's tables, and write the page that shows both."""

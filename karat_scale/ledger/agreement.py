@@ -1,4 +1,4 @@
-"""Whether a run's own files say the same: one that someone has edited since does not go into the ledger."""
+"""Check that a run's files agree with each other: a run that was edited later does not go into the ledger."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,25 +12,25 @@ from karat_scale.recipe import Recipe
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.state import TrainState
 
-# Fields of summary.json that a checkpoint's state.json has too, there as `step` for `steps`.
+# Fields of summary.json that are also in a checkpoint's state.json, where `steps` is called `step`.
 _OF_STATE = (
     *("samples", "best_top1", "best_top5", "best_step", "last_top1", "last_top5"),
     *("peak_memory_mb", "data_digest", "bad_samples", "skipped_steps", "world_size"),
 )
-_MEND = "put back the files that the run wrote"
+_FIX = "put back the files that the run wrote"
 
 
 class Events(NamedTuple):
-    """Of metrics.jsonl."""
+    """The events in metrics.jsonl that the ledger uses."""
 
     training: tuple[TrainEvent, ...]
     evaluations: tuple[EvalEvent, ...]
 
 
 def read_summary(directory: RunDirectory) -> dict[str, Any]:
-    """The summary of a finished run. Raises RunDirectoryError where there is none."""
+    """Return the summary of a finished run. Raises RunDirectoryError if there is none."""
     if directory.is_summary_damaged:
-        raise RunDirectoryError(f"{directory.summary_file}: damaged, it is no JSON object; {_MEND}")
+        raise RunDirectoryError(f"{directory.summary_file}: damaged, it is not a JSON object; {_FIX}")
     summary = directory.summary()
     if summary is None:
         raise RunDirectoryError(f"{directory.path}: has no summary.json, so it has not finished; finish it first")
@@ -41,7 +41,7 @@ def read_summary(directory: RunDirectory) -> dict[str, Any]:
 
 
 def read_events(directory: RunDirectory) -> Events:
-    """What a run's metrics say. Raises RunDirectoryError where they are damaged, or it was never evaluated."""
+    """Return the events of a run. Raises RunDirectoryError if they are damaged, or if it was never evaluated."""
     training, evaluations = [], []
     for where, event in _lines(directory):
         if event["event"] == "train":
@@ -56,7 +56,7 @@ def read_events(directory: RunDirectory) -> Events:
 def check_agreement(
     directory: RunDirectory, recipe: Recipe, summary: Mapping[str, Any], figures: SummaryFigures, events: Events
 ) -> None:
-    """Raises RunDirectoryError with the first thing that two of a run's files say otherwise, as far as both say it."""
+    """Raise RunDirectoryError for the first value on which two of a run's files disagree."""
     last, where = events.evaluations[-1], "the last evaluation in metrics.jsonl"
     _same(directory, where, summary, {"last_top1": last.top1, "last_top5": last.top5, "samples": last.samples})
     if events.training:
@@ -74,51 +74,51 @@ def check_agreement(
     _same(directory, "recipe.yaml", summary, {key: value for key, value in of_recipe.items() if key in summary})
     written = figures.recipe_sha256 or state.get("recipe_sha256")
     if written not in (None, file_sha256(directory.recipe_file)):
-        raise RunDirectoryError(f"{directory.recipe_file}: is not the one that the run was trained by; {_MEND}")
+        raise RunDirectoryError(f"{directory.recipe_file}: is not the recipe that the run was trained with; {_FIX}")
     if figures.sha256 is not None and summary != sealed(summary):
-        raise RunDirectoryError(f"{directory.summary_file}: was changed since the run wrote it; {_MEND}")
+        raise RunDirectoryError(f"{directory.summary_file}: was changed since the run wrote it; {_FIX}")
 
 
 def _same(directory: RunDirectory, where: str, summary: Mapping[str, Any], there: Mapping[str, Any]) -> None:
     for key, value in there.items():
         if summary.get(key) != value:
             raise RunDirectoryError(
-                f"{directory.path}: summary.json has {key} = {summary.get(key)}, and {where} {value}; {_MEND}"
+                f"{directory.path}: summary.json has {key} = {summary.get(key)}, but {where} has {value}; {_FIX}"
             )
 
 
 def _steps(recipe: Recipe, figures: SummaryFigures) -> int:
-    """How many a run by this recipe takes."""
+    """Return the number of steps of a run with this recipe."""
     steps_per_epoch = (figures.train_images or 0) // recipe.train.global_batch
     return total_steps(steps_per_epoch, recipe.train.epochs, recipe.train.max_steps)
 
 
 def _state(directory: RunDirectory) -> dict[str, Any]:
-    """`state.json` of the last checkpoint; empty where the checkpoints are not there."""
+    """Return `state.json` of the last checkpoint; empty if there are no checkpoints."""
     name = directory.store.pointed("latest")
     try:
         state = directory.store.state(name) if name else {}
     except (OSError, ValueError):
         state = None
     if not isinstance(state, dict):
-        raise RunDirectoryError(f"checkpoint {directory.store.root / str(name)}: its state.json is damaged; {_MEND}")
+        raise RunDirectoryError(f"checkpoint {directory.store.root / str(name)}: its state.json is damaged; {_FIX}")
     return state
 
 
 def _lines(directory: RunDirectory) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each event, and where it stands."""
+    """Yield each event together with its place."""
     path = directory.metrics_file
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise RunDirectoryError(f"{path} is missing; the ledger compares the summary with it") from None
     except UnicodeDecodeError:
-        raise RunDirectoryError(f"{path}: damaged, it is not UTF-8; {_MEND}") from None
+        raise RunDirectoryError(f"{path}: damaged, it is not UTF-8; {_FIX}") from None
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
         try:
             event = json.loads(line)
             event["event"]
         except (ValueError, TypeError, KeyError):
-            raise RunDirectoryError(f"{where}: damaged, it is no event") from None
+            raise RunDirectoryError(f"{where}: damaged, it is not an event; {_FIX}") from None
         yield where, event

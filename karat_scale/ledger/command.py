@@ -1,4 +1,4 @@
-"""`karat ledger`: take runs in, and write the page anew."""
+"""`karat ledger`: add runs, and write the page again."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,21 +10,21 @@ from karat_scale.ledger.record import Record, read_records, take_record
 
 
 def keep_ledger(runs: Sequence[str], docs: str) -> int:
-    """Add runs to `docs`/ledger and write `docs`/reproduction.md; without runs, the page alone. Returns the exit code.
+    """Add runs to `docs`/ledger and write `docs`/reproduction.md; without runs, only the page. Returns the exit code.
 
     Raises:
-        UserError: a run cannot be taken in, or is there already, or a record is not as it was written; nothing is
+        UserError: a run cannot be added or is in the ledger already, or a record was changed. Nothing is written
             written then.
     """
     folder = Path(docs) / "ledger"
     if not folder.is_dir():
-        raise UserError(f"--docs {docs}: has no folder `ledger`; run this in a clone, or name its docs")
+        raise UserError(f"--docs {docs}: has no folder `ledger`; run this in a clone, or name its docs folder")
     records = {record.name: record for record in read_records(folder)}
     added: list[Record] = []
     for run in runs:
         record = take_record(run)
         if record.name in records:
-            same = "" if records[record.name] == record else ", with another outcome; remove that file to replace it"
+            same = "" if records[record.name] == record else ", with another result; remove that file to replace it"
             raise UserError(f"{run}: is in the ledger already, as {folder / record.name}.json{same}")
         records[record.name] = record
         added.append(record)

@@ -1,4 +1,4 @@
-"""What the ledger needs of a run's summary.json and metrics.jsonl: which fields, and of which kind."""
+"""The fields of a run's summary.json and metrics.jsonl that the ledger needs, with their types."""
 
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -14,13 +14,13 @@ M = TypeVar("M", bound="Figures")
 
 
 class Figures(BaseModel):
-    """Some fields of a JSON object; a number is a number, no text of one."""
+    """Some fields of a JSON object. Types are strict: a number in quotes is not a number."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
     @classmethod
     def of(cls: type[M], content: Any, where: str) -> M:
-        """Raises RunDirectoryError with one line that begins with `where` and names the first field that is wrong."""
+        """Validate `content`. Raises RunDirectoryError, which begins with `where` and names the first wrong field."""
         try:
             return cls.model_validate(content)
         except ValidationError as error:
@@ -32,7 +32,7 @@ class Figures(BaseModel):
 
 
 class SummaryFigures(Figures):
-    """Of summary.json. What runs did not always say has a default."""
+    """Fields of summary.json. Fields that older runs did not write have a default."""
 
     name: str
     steps: Count

@@ -1,4 +1,4 @@
-"""Which row of the paper a run repeats, and by which command."""
+"""Match a run with the row of the paper that it repeats, and derive the command."""
 
 import functools
 import json
@@ -11,17 +11,17 @@ from karat_scale.recipe import Recipe
 from karat_scale.recipe.files import shipped_recipes
 from karat_scale.recipe.loading import differing_keys, flatten, load_recipe
 
-# A run that differs in these alone repeats a row, at another budget, which the page states.
+# A run that differs only in these repeats a row, at another budget, which the page states.
 BUDGET = ("run.seed", "train.epochs", "schedule.warmup_epochs", "schedule.warmup_steps", "train.precision")
-# Other runs that this one stems from: what matters is not where they lie, but what they are called.
+# Earlier runs from which this one starts. Their names matter, not their directories.
 LINEAGE = ("init_from", "attention.transfer_from")
 
 
 def repeats(record: Record, row: PaperRow, table: PaperTable) -> bool:
-    """Whether a run is of this row: by its recipe, on its data set or a part of it, from the same runs.
+    """True if a run repeats this row: with its recipe, on its data set or a part of it, from the same earlier runs.
 
-    Memory is a GPU's, noise instead of images repeats nothing, and a run that does not name its classes may be of
-    anything.
+    Memory rows need a GPU. Synthetic images repeat no row. Nor does a run that does not record its classes, since it
+    may be on any data set.
     """
     if row.recipe not in shipped_recipes() or record.resolved.data.backend == "synthetic":
         return False
@@ -39,7 +39,7 @@ def repeats(record: Record, row: PaperRow, table: PaperTable) -> bool:
 
 
 def budget_mark(record: Record, row: PaperRow, table: PaperTable) -> str:
-    """`short` where a run saw fewer images than its row's recipe has it see, `long` where it trained for longer."""
+    """Return `short` if a run was trained on fewer images than its row's recipe, `long` if on more."""
     reference = reference_recipe(row)
     whole = table.data.images // reference.train.global_batch * reference.train.global_batch
     is_part = record.epoch_images < whole or record.eval_images < table.data.val_images
@@ -57,17 +57,17 @@ def _is_of(record: Record, data: DataSet) -> bool:
 
 
 def _ancestor(record: Record, key: str) -> str:
-    """What the run is called that `key` of the recipe names, if the weights said so."""
+    """Return the name of the run in `key` of the recipe, if the weights recorded it."""
     return record.figures.lineage.get(key, {}).get("name", "")
 
 
 def command_of_row(row: PaperRow) -> str:
-    """What repeats a row."""
+    """Return the command that repeats a row."""
     return " ".join(["karat train", row.recipe, *row.overrides, "data.path=DIR"])
 
 
 def command_of_record(record: Record) -> str:
-    """What repeats a run: the shipped recipe that it bears the name of, and what it changed in it; else nothing."""
+    """Return the command that repeats a run: the shipped recipe of the same name and the changed keys; else nothing."""
     name = record.resolved.run.name
     if name not in shipped_recipes():
         return ""
@@ -80,7 +80,7 @@ def command_of_record(record: Record) -> str:
 
 @functools.cache
 def reference_recipe(row: PaperRow) -> Recipe:
-    """The resolved recipe of a row."""
+    """Return the resolved recipe of a row."""
     return load_recipe(row.recipe, row.overrides)
 
 

@@ -1,4 +1,4 @@
-"""The rows of the paper's tables, from `paper.yaml`, and the data sets they are on, from `data_sets.yaml`."""
+"""The rows of the paper's tables, from `paper.yaml`, and their data sets, from `data_sets.yaml`."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,7 @@ _FOLDER = Path(__file__).parent
 
 
 class DataSet(BaseModel):
-    """What tells a data set: images of its two splits, the number of its classes, and the digest of their names."""
+    """The identity of a data set: images of its two splits, number of classes, and the digest of their names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -21,7 +21,7 @@ class DataSet(BaseModel):
 
 
 class PaperRow(BaseModel):
-    """One row: the paper's figures, and what repeats it. Percent, millions, GB, GFLOPs."""
+    """One row: the paper's figures, and the recipe that repeats it. Percent, millions, GB, GFLOPs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -33,7 +33,7 @@ class PaperRow(BaseModel):
     parameters: float | None = None
     memory: float | None = None
     gflops: tuple[float, float] | None = None
-    """Of the attention activation, and in all."""
+    """Of the attention activation, and in total."""
 
 
 class PaperTable(BaseModel):
@@ -49,13 +49,13 @@ class PaperTable(BaseModel):
 
 
 def paper_tables() -> tuple[PaperTable, ...]:
-    """All tables, in the paper's order."""
+    """Return all tables, in the paper's order."""
     known = data_sets()
     return tuple(PaperTable.model_validate({**table, "data": known[table["data"]]}) for table in _read("paper.yaml"))
 
 
 def data_sets() -> dict[str, DataSet]:
-    """What tells the data sets of the tables, by the names that `paper.yaml` calls them."""
+    """Return the data sets of the tables, by their names in `paper.yaml`."""
     return {name: DataSet.model_validate(about) for name, about in _read("data_sets.yaml").items()}
 
 

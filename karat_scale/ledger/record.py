@@ -1,4 +1,4 @@
-"""One finished run as the ledger keeps it: docs/ledger/<id>.json, written from the run's own files alone."""
+"""One finished run in the ledger: docs/ledger/<id>.json, written only from the run's own files."""
 
 import json
 from functools import cached_property
@@ -19,15 +19,15 @@ from karat_scale.train.run_directory import RunDirectory
 
 
 class Record(BaseModel):
-    """A run's summary and resolved recipe, and what its metrics add.
+    """A run's summary, its resolved recipe, and some values from its metrics.
 
     Args:
-        summary: the run's `summary.json`, as it is.
+        summary: the run's `summary.json`, unchanged.
         recipe: the resolved recipe, YAML, without this machine's directories.
         recipe_sha256: of that text.
-        epoch_images: training images an epoch, in whole global batches.
+        epoch_images: training images per epoch, in whole global batches.
         eval_images: images of the last evaluation.
-        eval_weights: "raw" or "ema", which was evaluated.
+        eval_weights: "raw" or "ema", the weights that were evaluated.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,17 +41,17 @@ class Record(BaseModel):
 
     @cached_property
     def resolved(self) -> Recipe:
-        """The recipe, with the defaults of today for keys that it did not have."""
+        """The recipe, with today's defaults for keys that did not exist then."""
         return validate_recipe(yaml.safe_load(self.recipe), "the recipe")
 
     @cached_property
     def figures(self) -> SummaryFigures:
-        """What the ledger needs of the summary."""
+        """The fields of the summary that the ledger needs."""
         return SummaryFigures.of(self.summary, "the summary")
 
     @property
     def name(self) -> str:
-        """Of its file, without the suffix: one for a recipe with its seed."""
+        """The name of its file, without the suffix: the recipe, its seed and digest."""
         return f"{self.resolved.run.name}-seed{self.resolved.run.seed}-{self.recipe_sha256[:8]}"
 
     @property
@@ -60,15 +60,15 @@ class Record(BaseModel):
         return self.figures.samples / self.epoch_images
 
     def to_text(self) -> str:
-        """The file: the fields, and the SHA-256 of their JSON, which tells whether anyone has changed them since."""
+        """Return the file's text: the fields and the SHA-256 of their JSON, by which a later change is detected."""
         return json.dumps(sealed(self.model_dump()), indent=2) + "\n"
 
 
 def take_record(run: str) -> Record:
-    """What the ledger keeps of a run.
+    """Read a run into a record.
 
     Raises:
-        UserError: no run, an unfinished or damaged one, one that was never evaluated, or whose files disagree.
+        UserError: the run is missing, unfinished, damaged or never evaluated, or its files disagree.
     """
     directory = RunDirectory(run)
     recipe = directory.recipe()
@@ -88,10 +88,10 @@ def take_record(run: str) -> Record:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """All records of a folder, by name.
+    """Return all records of a folder, by name.
 
     Raises:
-        UserError: one is damaged, was changed since it was written, or bears another's name.
+        UserError: a record is damaged, was changed since it was written, or has the wrong name.
     """
     return [_read_record(path) for path in sorted(folder.glob("*.json"))]
 
@@ -113,7 +113,7 @@ def _epoch_images(recipe: Recipe, figures: SummaryFigures, events: Events) -> in
     batch = recipe.train.global_batch
     if figures.train_images is not None:
         return figures.train_images // batch * batch
-    # Of a run from before `train_images`: its steps tell, where nothing cut them short.
+    # A run from before `train_images`: use its steps, unless they were limited.
     if not events.training or recipe.train.max_steps:
-        raise RunDirectoryError("nothing in this run tells how many images its epochs have; run it anew")
+        raise RunDirectoryError("this run does not record how many images its epochs have; train it again")
     return events.training[-1].total_steps // recipe.train.epochs * batch

@@ -13,7 +13,7 @@ from karat_scale.models.init_operators import OPERATOR, operators_for, spread_op
 from karat_scale.models.positions import is_sincos_2d
 from karat_scale.models.prefix_tokens import fit_prefix, prefix_tokens
 
-_MEND = "use the model and attention sections it was trained with"
+_FIX = "use the model and attention sections it was trained with"
 _PATCHES = "patch_embed.proj.weight"
 _POSITIONS = "pos_embed"
 
@@ -79,7 +79,7 @@ def _fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return host_of(model).fit(weights, model)
     except Exception as error:  # timm's conversions expect whole weights, and raise what comes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RecipeError(f"the weights cannot be fitted to a {type(model).__name__}: {reason}; {_MEND}") from error
+        raise RecipeError(f"the weights cannot be fitted to a {type(model).__name__}: {reason}; {_FIX}") from error
 
 
 def _classifiers(model: Any) -> list[str]:
@@ -139,11 +139,11 @@ def _check(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Non
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             other = "which the model has" if what == "lack" else "which the model lacks"
-            raise RecipeError(f"the weights {what} {min(names)}{more}, {other}; {_MEND}")
+            raise RecipeError(f"the weights {what} {min(names)}{more}, {other}; {_FIX}")
     for name, tensor in expected.items():
         if weights[name].shape != tensor.shape:
             raise _other_shape(name, weights[name], tensor)
 
 
 def _other_shape(name: str, there: Tensor, here: Tensor) -> RecipeError:
-    return RecipeError(f"{name} is {list(there.shape)} there and {list(here.shape)} here; {_MEND}")
+    return RecipeError(f"{name} is {list(there.shape)} there and {list(here.shape)} here; {_FIX}")

@@ -13,10 +13,10 @@ def check_heads(there: ModelConfig, here: ModelConfig) -> None:
     for theirs, ours in zip(layer_sizes(there), layer_sizes(here), strict=False):
         if theirs.heads != ours.heads:
             same_width = (there.name, there.embed_dim) == (here.name, here.embed_dim)
-            mend = f"model.num_heads={theirs.heads}" if same_width else "the model section they were trained with"
+            fix = f"model.num_heads={theirs.heads}" if same_width else "the model section they were trained with"
             raise RecipeError(
                 f"the weights are of {there.name} with {theirs.heads} heads in a layer, the model has {ours.heads}; "
-                f"use {mend}"
+                f"use {fix}"
             )
 
 

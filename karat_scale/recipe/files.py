@@ -1,7 +1,8 @@
-"""Recipe files: where they are, what they say, and what they take from other files.
+"""Recipe files: where they are, how they are read, and how they extend other files.
 
-`extends: NAME`, or a list of names, takes all that those recipes say. What a file says itself goes before that, and of
-two in a list the later. NAME is a shipped recipe or part, such as `parts/cifar10`, or a path seen from the file.
+`extends: NAME`, or a list of names, includes all keys of those recipes. The file's own keys override them, and a
+later name in a list overrides an earlier one. NAME is a shipped recipe or part, such as `parts/cifar10`, or a path
+relative to the file.
 """
 
 import difflib
@@ -15,32 +16,32 @@ from karat_scale.errors import RecipeError
 from karat_scale.nearest import nearest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-# Where recipes of each kind lie, and the command that trains them.
+# The folder of each kind of recipe, and the command that trains it.
 COMMANDS = {RECIPES: "train", RECIPES.parent / "detection" / "recipes": "detect"}
 EXTENDS = "extends"
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys in silence; this loader refuses them."""
+    """A loader that refuses duplicate keys. PyYAML silently keeps the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                problem = f"key {key!r} stands twice"
+                problem = f"key {key!r} appears twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def shipped_recipes(folder: Path = RECIPES) -> dict[str, Path]:
-    """The recipes inside the package, by name; those of another kind have a folder of their own."""
+    """Return the recipes in the package, by name. Each kind has its own folder."""
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_recipe(source: str, folder: Path = RECIPES) -> Path:
-    """The file of the name of a recipe shipped in `folder`, or of a path. Raises RecipeError."""
+    """Return the file of a recipe that is shipped in `folder`, or given by its path. Raises RecipeError."""
     shipped = shipped_recipes(folder)
     if source in shipped:
         return shipped[source]
@@ -59,7 +60,7 @@ def _why_missing(source: str, folder: Path) -> str:
         return "no such file"
     for other, command in COMMANDS.items():
         if source in shipped_recipes(other):
-            return f"not of this command; it is trained by: karat {command} {source}"
+            return f"not a recipe of this command; train it with: karat {command} {source}"
     shipped = shipped_recipes(folder)
     if near := nearest(source, shipped, likeness=0.8):
         return f"neither a file nor a shipped recipe; did you mean {near[0]}?"
@@ -68,7 +69,7 @@ def _why_missing(source: str, folder: Path) -> str:
 
 
 def read_recipe_file(path: Path, folder: Path = RECIPES, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """What a file says, with all that it extends, in `folder` or beside it. Raises RecipeError with one line."""
+    """Read a file with all that it extends, in `folder` or beside it. Raises RecipeError with one line."""
     if path.resolve() in extended_by:
         circle = " -> ".join(file.stem for file in (*extended_by, path))
         raise RecipeError(f"{path}: extends goes in a circle: {circle}")
@@ -97,7 +98,7 @@ def _find_extended(path: Path, name: str, folder: Path) -> Path:
 
 
 def _lay_over(tree: dict[str, Any], upper: Mapping[str, Any]) -> None:
-    """Put a file's keys over another's, section by section; lists and values are replaced whole."""
+    """Merge a file's keys over another's, section by section. Lists and values are replaced as a whole."""
     for key, value in upper.items():
         below = tree.get(key)
         if isinstance(below, dict) and isinstance(value, dict):
@@ -119,5 +120,5 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         kind = type(tree).__name__
         raise RecipeError(f"{path}: should be sections such as `model:` and `data:`, not a {kind}")
-    # `data:` with nothing below it is an empty section.
+    # `data:` without anything below it is an empty section.
     return {key: {} if value is None else value for key, value in tree.items()}

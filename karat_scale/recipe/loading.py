@@ -1,4 +1,4 @@
-"""From a recipe file and dotted overrides to a Recipe, and back; errors are one line."""
+"""Load a recipe from a file and dotted overrides, and write it back. Errors are one line."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), schema: Schem
         schema: the kind of recipe.
 
     Raises:
-        RecipeError: one line that names the field, the value and the mend.
+        RecipeError: one line that names the field, the value and the fix.
     """
     path = find_recipe(str(source), schema.shipped)
     tree = read_recipe_file(path, schema.shipped)
@@ -56,7 +56,7 @@ def validate_recipe(tree: Mapping[str, Any], source: str, schema: type[R]) -> R:
 
 
 def validate_recipe(tree: Mapping[str, Any], source: str, schema: Schema = Recipe) -> Any:
-    """Turn a mapping into a recipe, or raise RecipeError with one line that begins with `source`."""
+    """Validate a mapping as a recipe. Raises RecipeError with one line that begins with `source`."""
     try:
         recipe = schema.model_validate(tree)
     except ValidationError as error:
@@ -68,18 +68,18 @@ def validate_recipe(tree: Mapping[str, Any], source: str, schema: Schema = Recip
 
 
 def dump_recipe(recipe: RunRecipe) -> str:
-    """The resolved recipe as YAML, in schema order."""
+    """Return the resolved recipe as YAML, in schema order."""
     tree = recipe.model_dump(mode="json", by_alias=True)
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110)
 
 
 def flatten(recipe: RunRecipe) -> dict[str, Any]:
-    """Every leaf of a recipe by dotted key."""
+    """Return every leaf of a recipe by its dotted key."""
     return dict(_leaves(recipe.model_dump(mode="json", by_alias=True)))
 
 
 def differing_keys(old: RunRecipe, new: RunRecipe, allowed: Sequence[str] = ()) -> list[str]:
-    """Dotted keys whose values differ and matter for what is learned, less those that are `allowed` to differ.
+    """Return the dotted keys whose values differ and affect what is learned, except those in `allowed`.
 
     A section's name stands for all its keys.
     """
@@ -113,7 +113,7 @@ def _changed(old: RunRecipe, new: RunRecipe, *kinds: Effect) -> list[str]:
 
 
 def schema_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
-    """Every valid dotted key: sections and leaves."""
+    """Yield every valid dotted key: sections and leaves."""
     for name, field in model.model_fields.items():
         key = f"{prefix}{field.alias or name}"
         yield key
@@ -163,7 +163,7 @@ def _describe(error: Any, schema: Schema) -> str:
         return f"{key}: missing; every recipe needs it"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and not isinstance(error["input"], (str, int, float, bool, list)):
-        return message  # a check across fields names its own fields
+        return message  # a validator of several fields names them itself
     message = message.removeprefix("Input ")
     return f"{key} = {error['input']!r}: {message}{_default_of(key, schema)}"
 

@@ -1,4 +1,4 @@
-"""A recipe as it may leave the machine it ran on: without directories that exist, or say something, only there."""
+"""A recipe without the directories of the machine it ran on."""
 
 import hashlib
 from pathlib import Path
@@ -10,13 +10,13 @@ from karat_scale.recipe import Recipe
 
 
 def portable_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML. Of a path from the root, from home, or through `..`, the last name is left."""
+    """Return the resolved recipe as YAML. Absolute paths, and those with `~` or `..`, are cut to the last name."""
     tree = _portable(recipe.model_dump(mode="json", by_alias=True))
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110)
 
 
 def text_digest(text: str) -> str:
-    """SHA-256, as hex."""
+    """Return the SHA-256 as hex."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -1,1 +1,1 @@
-"""A recipe as a job: stage and micro batch from its plan, and its sbatch script."""
+"""Submit a recipe as a job: ZeRO stage and micro batch from its plan, and its sbatch script."""

@@ -1,4 +1,4 @@
-"""How many of a job's nodes can train a recipe: slurm/launch.sh asks when the ranks are to start.
+"""Compute how many of a job's nodes can train a recipe. slurm/launch.sh asks before it starts the ranks.
 
 python -m karat_scale.submit.nodes NODES RANKS_PER_NODE RECIPE [key=value ...]
 """
@@ -13,9 +13,9 @@ from karat_scale.recipe.loading import load_recipe
 
 
 def most_nodes(recipe: Recipe, nodes: int, ranks_per_node: int) -> int:
-    """The largest number of nodes, up to `nodes`, over whose ranks the global batch divides.
+    """Return the largest number of nodes, up to `nodes`, over whose ranks the global batch divides.
 
-    `nodes` itself where there is none: the trainer says what is wrong with the batch.
+    If there is none, return `nodes`: the trainer then reports the problem with the batch.
     """
     for count in range(nodes, 0, -1):
         with suppress(RecipeError):

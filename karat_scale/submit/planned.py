@@ -1,4 +1,4 @@
-"""What `karat submit` takes from `karat plan`. Torch is imported only where there is something to plan."""
+"""The settings that `karat submit` takes from `karat plan`. torch is imported only if there is something to plan."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,15 +7,15 @@ from karat_scale.recipe import Recipe
 
 
 def planned_overrides(recipe: Recipe, overrides: Sequence[str], ranks: int, gpu: str | None) -> list[str]:
-    """Overrides that make `recipe` fit `ranks` GPUs of the kind `gpu`, and a line about them.
+    """Return overrides that make `recipe` fit `ranks` GPUs of the kind `gpu`, and print a line about them.
 
-    Keys that `overrides` name are left alone. Without the name of a GPU there are none, and the line says so.
+    Keys in `overrides` are not changed. Without the name of a GPU there are no overrides, and the line says so.
 
     Raises:
-        UserError: the GPU is in no table, the recipe does not divide over the ranks, or its model cannot be built.
+        UserError: the GPU is unknown, the recipe does not divide over the ranks, or its model cannot be built.
     """
     if gpu is None:
-        print("not planned: name the GPU by --gpu, such as h100-80; karat plan --memory GB plans for any\n")
+        print("not planned: name the GPU with --gpu, such as h100-80; karat plan --memory GB plans for any GPU\n")
         return []
     memory = known_gpu(gpu).memory_bytes
     from karat_scale.plan.choose import STAGES, choose

@@ -1,4 +1,4 @@
-"""`karat submit`: the sbatch script of a recipe with everything filled in, shown, and submitted when confirmed."""
+"""`karat submit`: fill in a recipe's sbatch script, show it, and submit it after confirmation."""
 
 import re
 import shlex
@@ -31,7 +31,7 @@ def submit(
     yes: bool,
     gpu: str | None = None,
 ) -> int:
-    """Write RUN/submit.sh, show it, and submit it with `yes` or when the person at the terminal agrees.
+    """Write RUN/submit.sh, show it, and submit it if `yes` is set or the user agrees on the terminal.
 
     Args:
         recipe: a shipped recipe's name or the path of a YAML file.
@@ -39,10 +39,10 @@ def submit(
         options: of sbatch, by their long names.
         settings: variables at the top of the script, such as VENV.
         yes: do not ask.
-        gpu: the kind of GPU to plan for: stage and micro batch are the plan's, unless `overrides` name them.
+        gpu: the kind of GPU to plan for. Stage and micro batch are then the plan's, unless `overrides` set them.
 
     Raises:
-        UserError: the recipe is wrong, or sbatch refuses or is not here.
+        UserError: the recipe is wrong, or sbatch refuses it or is not installed here.
     """
     resolved = load_recipe(recipe, overrides)
     check_ds_config(resolved)
@@ -75,7 +75,7 @@ def submit(
 
 
 def fill(template: str, options: Mapping[str, str], settings: Mapping[str, str], overrides: Sequence[str]) -> str:
-    """A shipped script with its #SBATCH lines, settings and overrides replaced."""
+    """Return a shipped script with its #SBATCH lines, settings and overrides replaced."""
     lines = []
     left = dict(options)
     for line in template.splitlines():
@@ -95,14 +95,14 @@ def fill(template: str, options: Mapping[str, str], settings: Mapping[str, str],
 
 
 def _ranks(template: str, options: Mapping[str, str]) -> int:
-    """Ranks of a job with these options of sbatch; those not given are the script's."""
+    """Return the number of ranks of a job with these options of sbatch; the script has the defaults."""
     of_script = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\d+)$", template, flags=re.MULTILINE))
     asked = {**of_script, **options}
     return int(asked["nodes"]) * int(asked["ntasks-per-node"])
 
 
 def _directive(name: str, value: str) -> str:
-    """sbatch cuts a line at blanks, unless they stand in double quotes."""
+    """Quote an option: sbatch splits a line at blanks, except within double quotes."""
     return f'#SBATCH --{name}="{value}"' if " " in value else f"#SBATCH --{name}={value}"
 
 
@@ -116,8 +116,8 @@ def _sbatch(script: Path) -> str:
     try:
         done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
     except OSError:
-        raise UserError(f"there is no sbatch on this machine; on the cluster: sbatch {script}") from None
+        raise UserError(f"sbatch is not installed on this machine; on the cluster, run: sbatch {script}") from None
     if done.returncode:
         lines = [line.removeprefix("sbatch: error: ") for line in done.stderr.splitlines() if "error" in line]
-        raise UserError(f"sbatch refuses {script}: {'; '.join(lines) or done.stderr}")
+        raise UserError(f"sbatch refused {script}: {'; '.join(lines) or done.stderr}")
     return done.stdout.strip().partition(";")[0]

@@ -79,7 +79,7 @@ def test_a_later_command_keeps_what_an_earlier_one_made(
     assert "earlier command" not in before
     assert main([*arguments, "--only", "maps", "--data", str(tmp_path / "nowhere")]) == 2
     assert (tmp_path / "report.html").read_text() == before
-    assert "nothing was made, so" in capsys.readouterr().err.splitlines()[-1]
+    assert "no analysis was possible, so" in capsys.readouterr().err.splitlines()[-1]
     assert main([*arguments, "--only", "distributions"]) == 0
     after = (tmp_path / "report.html").read_text()
     assert before.count('data-figure="maps/') == after.count('data-figure="maps/')

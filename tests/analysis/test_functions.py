@@ -22,7 +22,7 @@ def test_of_a_real_run_whatever_the_batch(karat_run: TrainedRun, monkeypatch: py
 
 
 def test_a_softmax_run_has_no_functions(softmax_run: TrainedRun) -> None:
-    with pytest.raises(RunDirectoryError, match="softmax learns no functions"):
+    with pytest.raises(RunDirectoryError, match="softmax has no learned functions"):
         analyze_functions(softmax_run, Settings())
 
 

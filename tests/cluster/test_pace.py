@@ -11,7 +11,7 @@ def signs(*own_seconds: float) -> list[Sign]:
 
 def test_a_rank_far_above_the_others_is_named_with_its_host() -> None:
     (line,) = slow_ranks(signs(0.2, 0.21, 0.5, 0.19))
-    assert line == "rank 2 on node2 takes 0.5 s of its own a step (data and forward pass), 2.5 times the others"
+    assert line == "rank 2 on node2 takes 0.5 s of its own per step (data and forward pass), 2.5 times the others"
 
 
 def test_of_two_ranks_the_other_is_the_measure() -> None:

@@ -93,7 +93,7 @@ def test_memory_slow_ranks_and_silence_are_shown(tmp_path: Path) -> None:
         (run / "heartbeats" / f"rank-{rank:05d}.json").write_text(json.dumps(asdict(sign)))
     shown = shown_text(read_standing(run, now=400.0))
     assert "GPU memory  peak 40,321 MB" in shown
-    assert "slow        rank 1 on node1 takes 0.4 s of its own a step" in shown
+    assert "slow        rank 1 on node1 takes 0.4 s of its own per step" in shown
     assert "no sign of life for 5 min" in shown
     assert "no sign of life" not in shown_text(read_standing(run, now=101.0))
 

@@ -96,7 +96,7 @@ def test_the_same_source_gives_the_same_bytes_whatever_the_workers(folder, tmp_p
     ]
 
 
-def test_running_again_verifies_and_mends(folder, tmp_path, capsys):
+def test_running_again_verifies_and_fixes(folder, tmp_path, capsys):
     out = tmp_path / "out"
     make_betons(folder, out)
     before = contents(out)

@@ -67,7 +67,7 @@ def test_the_same_source_gives_the_same_bytes_whatever_the_workers(folder, tmp_p
     assert contents(tmp_path / "one")["train-000000.tar"] != contents(tmp_path / "three")["train-000000.tar"]
 
 
-def test_running_again_verifies_and_mends(folder, tmp_path, capsys):
+def test_running_again_verifies_and_fixes(folder, tmp_path, capsys):
     out = tmp_path / "out"
     make_shards(folder[0], out, "--shard-samples", "6")
     before = contents(out)
@@ -202,7 +202,7 @@ def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_full_disk_names_the_file_and_the_mend(folder, small_disk, capsys, workers):
+def test_a_full_disk_names_the_file_and_the_fix(folder, small_disk, capsys, workers):
     filler, out = small_disk / "filler", small_disk / "out"
     options = ["--src", str(folder[0]), "--out", str(out), "--shard-samples", "11", "--workers", workers]
     filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 12_000))

@@ -55,7 +55,7 @@ def test_batches_that_memory_cannot_hold_are_a_problem(subject: MakeSubject) -> 
     assert few["memory for batches"].level == "ok"
     many = by_name(fit.examine_workers(subject("data.workers=64", "data.prefetch=100000000")))
     assert many["memory for batches"].level == "problem"
-    assert "data.prefetch" in many["memory for batches"].mend
+    assert "data.prefetch" in many["memory for batches"].fix
     assert many["workers"].level == "note"
     assert not list(fit.examine_workers(subject("data.workers=0")))
 

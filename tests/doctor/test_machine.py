@@ -40,7 +40,7 @@ def test_each_implementation_either_attends_or_says_why_not(machine: dict[str, F
 def test_each_decoder_either_reads_or_says_why_not(machine: dict[str, Finding]) -> None:
     assert machine["decoder pillow"].figures["runs"]
     assert machine["decoder torchvision"].figures["runs"]
-    assert machine["decoder native"].figures["runs"] or machine["decoder native"].mend
+    assert machine["decoder native"].figures["runs"] or machine["decoder native"].fix
     assert machine[f"decoder {machine['decoder auto'].figures['chosen']}"].figures["runs"]
 
 
@@ -55,19 +55,19 @@ def test_a_missing_extra_is_a_note_with_the_command_that_installs_it(machine: di
             assert finding.level == "ok"
         else:
             assert finding.level == "note"
-            assert all(part in finding.mend for part in parts)
+            assert all(part in finding.fix for part in parts)
 
 
-def test_without_a_compiler_the_mend_names_the_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_the_fix_names_the_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     compiler = list(software.examine_extras())[-1]
     assert compiler.level == "note"
-    assert "g++ libjpeg-dev" in compiler.mend
+    assert "g++ libjpeg-dev" in compiler.fix
 
 
 def test_a_library_that_is_missing_or_of_the_wrong_version_is_a_problem() -> None:
     missing = software.examine_library("karat-no-such-library", ">=1")
-    assert (missing.level, missing.mend) == ("problem", "pip install 'karat-no-such-library>=1'")
+    assert (missing.level, missing.fix) == ("problem", "pip install 'karat-no-such-library>=1'")
     old = software.examine_library("numpy", ">=999")
     assert old.level == "problem"
     assert ">=999" in old.value
@@ -110,7 +110,7 @@ def test_the_cache_must_be_a_directory(tmp_path: Path) -> None:
     assert examine_cache(tmp_path / "not" / "yet").level == "ok"
     assert not (tmp_path / "not").exists()
     (tmp_path / "file").touch()
-    assert "KARAT_CACHE_DIR" in examine_cache(tmp_path / "file" / "cache").mend
+    assert "KARAT_CACHE_DIR" in examine_cache(tmp_path / "file" / "cache").fix
     assert nearest_existing(tmp_path / "a" / "b") == tmp_path
 
 

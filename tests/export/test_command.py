@@ -65,7 +65,7 @@ def test_what_cannot_be_exported_is_one_line(small_recipe, make_run, tmp_path: P
     (run / "classes.json").write_text("[1")
     assert main(["export", str(run), "--format", "torchscript"]) == 2
     errors = capsys.readouterr().err
-    assert f"{full} is there already; remove it or choose another --out" in errors
+    assert f"{full} exists already; remove it or choose another --out" in errors
     assert (full / "notes.txt").read_text() == "mine"
     assert "classes.json: not a JSON list of names" in errors
     assert "no checkpoint 'step-00000009'" in errors
@@ -107,4 +107,4 @@ def test_a_run_whose_classes_were_not_recorded(small_recipe, make_run, monkeypat
     assert "label_names" not in config["pretrained_cfg"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["export", str(run), "--format", "onnx"]) == 2
-    assert "needs onnx, onnxscript, onnxruntime; pip install 'karat-scale[export]'" in capsys.readouterr().err
+    assert "needs onnx, onnxscript, onnxruntime; in the clone: pip install '.[export]'" in capsys.readouterr().err

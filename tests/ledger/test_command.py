@@ -229,7 +229,7 @@ def test_what_cannot_be_taken_in_is_one_line(run: Path, docs: Path, ledger: Call
     (run / "summary.json").unlink()
     refused("has no summary.json, so it has not finished")
     (run / "summary.json").write_text(good["summary.json"][:40])
-    refused("summary.json: damaged, it is no JSON object")
+    refused("summary.json: damaged, it is not a JSON object")
     change(run, last_top1=99.9)
     refused("summary.json has last_top1 = 99.9, and the last evaluation in metrics.jsonl ")
     (run / "metrics.jsonl").write_text(good["metrics.jsonl"] + '{"event": "tra')
@@ -239,7 +239,7 @@ def test_what_cannot_be_taken_in_is_one_line(run: Path, docs: Path, ledger: Call
     (run / "metrics.jsonl").write_text(good["metrics.jsonl"].replace('"top1"', '"top"'))
     refused(": damaged: top1: Field required")
     (run / "summary.json").write_text("[]")
-    refused("summary.json: damaged, it is no JSON object")
+    refused("summary.json: damaged, it is not a JSON object")
     for field, value in (("train_images", 0), ("parameters", None), ("last_top1", "9.5"), ("device", 3)):
         (run / "summary.json").write_text(json.dumps({**json.loads(good["summary.json"]), field: value}))
         refused(f"summary.json: damaged: {field} = '{value}'")

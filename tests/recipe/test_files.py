@@ -92,7 +92,10 @@ def test_shipped_files_are_read_by_name_from_anywhere(tmp_path: Path, monkeypatc
         ("imagenet_vit", "did you mean imagenet_vit_base?"),
         ("imagnet_vit_tiny_g3b", "did you mean imagenet_vit_tiny_g3b?"),
         ("zzz", "; some are "),
-        ("coco_mask_rcnn_vit_base", "not of this command; it is trained by: karat detect coco_mask_rcnn_vit_base"),
+        (
+            "coco_mask_rcnn_vit_base",
+            "not a recipe of this command; train it with: karat detect coco_mask_rcnn_vit_base",
+        ),
     ],
 )
 def test_a_name_that_is_no_recipe_is_one_short_line(source: str, part: str) -> None:

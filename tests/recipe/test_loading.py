@@ -115,7 +115,7 @@ def test_a_mistake_is_one_line_with_field_value_and_fix(recipe: Path, override: 
 @pytest.mark.parametrize(
     ("body", "part"),
     [
-        ("data: {path: a}\ndata: {path: b}\n", "line 2: not valid YAML: key 'data' stands twice"),
+        ("data: {path: a}\ndata: {path: b}\n", "line 2: not valid YAML: key 'data' appears twice"),
         ("- 1\n", "should be sections"),
         ("data:\n  path: [\n", "not valid YAML"),
         ("", "data: missing"),

@@ -19,7 +19,7 @@ RECIPE = ("imagenet_vit_tiny_g3b", "data.path=/shards")
         ((), 3, 2),  # 12 ranks do not divide 128
         ((), 31, 16),  # mixup wants pairs, so 32 nodes would be too many
         (("augment.mixup=0", "augment.cutmix=0"), 33, 32),
-        (("train.global_batch=130",), 3, 3),  # no number of nodes mends that
+        (("train.global_batch=130",), 3, 3),  # no number of nodes fixes that
     ],
 )
 def test_the_largest_number_of_nodes_that_the_batch_divides(overrides: tuple[str, ...], nodes: int, taken: int) -> None:

@@ -81,15 +81,15 @@ def index_path(beton: Path) -> Path:
 def read_record(beton: Path) -> BetonRecord:
     """Read the JSON file beside a beton. Raises DataError where it is missing or damaged."""
     path = record_path(beton)
-    mend = "make the beton with data_prep/make_ffcv.py, or correct data.path"
+    fix = "make the beton with data_prep/make_ffcv.py, or correct data.path"
     try:
         return BetonRecord.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "JSON"
-        raise DataError(f"{path} is damaged or of another version ({where}: {first['msg']}); {mend}") from error
+        raise DataError(f"{path} is damaged or of another version ({where}: {first['msg']}); {fix}") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; {mend}") from error
+        raise DataError(f"{path} cannot be read: {error.strerror}; {fix}") from error
 
 
 def index_bytes(columns: dict[str, Column], keys: list[str]) -> bytes:

@@ -14,10 +14,10 @@ from karat_scale.files import file_sha256
 
 @dataclass(frozen=True)
 class Wording:
-    """How a kind of file is spoken of: where its record stands, what mends it, and how its absence is told."""
+    """How a kind of file is spoken of: where its record stands, what fixes it, and how its absence is told."""
 
     said_by: str
-    mend: str
+    fix: str
     missing: str = "is missing"
 
 
@@ -64,12 +64,12 @@ def check_file(path: Path, record: FileRecord, by_hash: bool, wording: Wording) 
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise DataError(f"{path} {wording.missing}; {wording.mend}") from error
+        raise DataError(f"{path} {wording.missing}; {wording.fix}") from error
     if size != record.bytes:
         how = "is cut short" if size < record.bytes else "has changed since it was written"
-        raise DataError(f"{path} {how}: {size} bytes, {wording.said_by} says {record.bytes}; {wording.mend}")
+        raise DataError(f"{path} {how}: {size} bytes, {wording.said_by} says {record.bytes}; {wording.fix}")
     if by_hash and file_sha256(path) != record.sha256:
-        raise DataError(f"{path} has changed since it was written: its SHA-256 differs; {wording.mend}")
+        raise DataError(f"{path} has changed since it was written: its SHA-256 differs; {wording.fix}")
 
 
 def read_checked(path: Path, record: FileRecord, wording: Wording) -> bytes:
@@ -78,7 +78,7 @@ def read_checked(path: Path, record: FileRecord, wording: Wording) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; {wording.mend}") from error
+        raise DataError(f"{path} cannot be read: {error.strerror}; {wording.fix}") from error
     if hashlib.sha256(data).hexdigest() != record.sha256:
-        raise DataError(f"{path} has changed since it was written; {wording.mend}")
+        raise DataError(f"{path} has changed since it was written; {wording.fix}")
     return data

@@ -91,19 +91,19 @@ class DatasetRecord(BaseModel):
 
 def read_dataset_record(directory: Path) -> DatasetRecord:
     """Read dataset.json. Raises DataError where the directory or the file is missing, empty or damaged."""
-    mend = "make it with data_prep/make_webdataset.py"
+    fix = "make it with data_prep/make_webdataset.py"
     if not directory.is_dir():
-        raise DataError(f"data.path = {directory} is not a directory; {mend} or correct the path")
+        raise DataError(f"data.path = {directory} is not a directory; {fix} or correct the path")
     path = directory / DATASET_FILE
     if not path.is_file():
         found = "is empty" if not any(directory.iterdir()) else f"has no {DATASET_FILE}"
-        raise DataError(f"data.path = {directory} {found}; {mend} or correct the path")
+        raise DataError(f"data.path = {directory} {found}; {fix} or correct the path")
     try:
         return DatasetRecord.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "JSON"
-        raise DataError(f"{path} is damaged or of another version ({where}: {first['msg']}); {mend}") from error
+        raise DataError(f"{path} is damaged or of another version ({where}: {first['msg']}); {fix}") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
