@@ -1,1 +1,1 @@
-"""From shards to an exact sequence of batches: order, plan, reading, decoding, augmentation, mixing."""
+"""Turn shards into an exact sequence of batches: order, plan, reading, decoding, augmentation, mixing."""

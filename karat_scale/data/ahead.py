@@ -1,4 +1,4 @@
-"""Batches made ahead of their reader by a thread, a bounded number of them."""
+"""A thread that makes a limited number of batches ahead of their reader."""
 
 import queue
 import threading
@@ -8,18 +8,18 @@ from collections.abc import Callable, Generator, Iterator
 from karat_scale.data.batch import Batch
 from karat_scale.errors import DataError
 
-# How long closing waits for the batch that is being made.
+# How long `close` waits for the batch in progress.
 CLOSE_SECONDS = 10.0
 
 Made = Batch | BaseException | None
 
 
 class RunAhead(Iterator[Batch]):
-    """Yields what `batches` yields, at most `ahead` of them made before they are asked for.
+    """Yields the items of `batches`, and makes at most `ahead` of them before they are needed.
 
-    The thread starts at once and ends with the batches, with `close`, or when nobody holds this iterator any more.
-    What `batches` raises is raised here, in its turn. Raises DataError when no batch comes for `timeout` seconds;
-    `whereabouts()` says what is waited for.
+    The thread starts at once and ends with the batches, with `close`, or when this iterator is no longer referenced.
+    An exception of `batches` is raised here, at its place in the order. Raises DataError when no batch comes for
+    `timeout` seconds; `whereabouts()` says what it waits for.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class RunAhead(Iterator[Batch]):
         self._made: queue.SimpleQueue[Made] = queue.SimpleQueue()
         self._room, self._stopping = threading.Semaphore(ahead), threading.Event()
         arguments = (batches, self._made, self._room, self._stopping)
-        # A daemon, since a thread that waits for a dead file system cannot be ended.
+        # A daemon, since a thread that waits for a dead file system cannot be stopped.
         thread = threading.Thread(target=_make, args=arguments, name="karat-ahead", daemon=True)
         self._end = weakref.finalize(self, _stop, self._stopping, self._room, thread)
         thread.start()
@@ -54,7 +54,7 @@ class RunAhead(Iterator[Batch]):
         raise StopIteration if made is None else made
 
     def close(self) -> None:
-        """End the thread; there are no more batches."""
+        """Stop the thread; there are no more batches."""
         self._end()
 
 
@@ -71,7 +71,7 @@ def _make(
             if batch is None:
                 break
             made.put(batch)
-            del batch  # or it would outlive its reader
+            del batch  # or it would stay alive longer than its reader
     except BaseException as error:
         last = error
     finally:

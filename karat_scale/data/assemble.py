@@ -1,4 +1,4 @@
-"""From the ids of a batch to the batch: read, decode, transform, collect; for any source of images."""
+"""Make a batch from its ids, with any source of images: read, decode, transform, collect."""
 
 from abc import ABC, abstractmethod
 from typing import Literal, Protocol
@@ -36,20 +36,20 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, sample_id: int) -> bytes:
-        """The image's bytes. Raises DataError where they are not what they were."""
+        """Return the image's bytes. Raises DataError if they have changed."""
 
     def locate(self, sample_id: int) -> tuple[str, str]:
-        """The sample's key (or path) and the shard that holds it, for messages."""
+        """Return the sample's key (or path) and its shard, for messages."""
 
     def file_of(self, sample_id: int) -> str:
-        """The path of the file that holds the sample, without touching the disk."""
+        """Return the path of the file that holds the sample, without reading the disk."""
 
     def close(self) -> None:
-        """Give back open files."""
+        """Close open files."""
 
 
 class Assembler(ABC):
-    """Makes a Batch of a BatchSlice, in memory of its own or in what it is given."""
+    """Makes a Batch from a BatchSlice, in new memory or in given memory."""
 
     def __init__(
         self, source: ImageSource, image_size: int, on_bad_sample: Literal["skip", "stop"], decoder: Decoder
@@ -61,7 +61,7 @@ class Assembler(ABC):
         self._whereabouts = Whereabouts()
 
     def shape(self, part: BatchSlice) -> tuple[int, ...]:
-        """That of the slice's images."""
+        """Return the shape of the slice's images."""
         return len(part.sample_ids), 3, self._image_size, self._image_size
 
     def __getitem__(self, part: BatchSlice) -> Batch:
@@ -69,7 +69,7 @@ class Assembler(ABC):
 
     @abstractmethod
     def fill(self, part: BatchSlice, images: torch.Tensor) -> Batch:
-        """The batch, its pixels written to `images`."""
+        """Return the batch; its pixels are written to `images`."""
 
     def _decode(self, sample_id: int, choose: ChooseView) -> Pixels | BadSample:
         self._whereabouts.tell(sample_id)
@@ -84,17 +84,16 @@ class Assembler(ABC):
             return bad
 
     def whereabouts(self, workers: int) -> str:
-        """What each worker was last at, for the message of a loader that waits in vain."""
+        """Return each worker's last sample, for the message of a loader that gets no batch."""
         at = [(worker, self._whereabouts.of(worker)) for worker in range(workers)]
         told = [f"worker {worker} at sample {i} in {self._source.file_of(i)}" for worker, i in at if i is not None]
-        return ", ".join(told) or "no worker had begun"
+        return ", ".join(told) or "no worker had started"
 
 
 class TrainAssembler(Assembler):
-    """Training batches. An unreadable sample gives its place to the next id that decodes, when the recipe
-    says skip.
+    """Training batches. If the recipe says skip, an unreadable sample is replaced by the next id that decodes.
 
-    The substitute is augmented by its own seed, so it looks as it does in its own place.
+    The replacement is augmented by its own seed, so it looks as it does at its own place.
     """
 
     def __init__(

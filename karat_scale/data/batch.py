@@ -1,4 +1,4 @@
-"""What a backend hands to the trainer."""
+"""The batch that a backend gives to the trainer."""
 
 from dataclasses import dataclass, replace
 
@@ -9,7 +9,7 @@ from karat_scale.data.augmentation.draw import Draw
 
 @dataclass(frozen=True)
 class BadSample:
-    """One sample that could not be decoded, and why."""
+    """A sample that could not be decoded, and the reason."""
 
     sample_id: int
     key: str
@@ -24,9 +24,9 @@ class BadSample:
 class Batch:
     """One micro batch.
 
-    images: uint8 [b, 3, H, W]. labels: int64 [b]; 0 in padding. sample_ids: int64 [b]; where training
-    replaced an unreadable sample, the id of the one that took its place. valid: bool [b]; False for padding
-    and for unreadable samples of an evaluation. bad: the unreadable samples met. draws: what augmentation did to each
+    images: uint8 [b, 3, H, W]. labels: int64 [b]; 0 in padding. sample_ids: int64 [b]; if training
+    replaced an unreadable sample, the id of its replacement. valid: bool [b]; False for padding
+    and for unreadable samples of an evaluation. bad: the unreadable samples. draws: the augmentation of each
     sample of a training batch. epoch and batch: the slice's own.
     """
 
@@ -40,7 +40,7 @@ class Batch:
     batch: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
-        """The same batch on `device`; the copy overlaps with other work where the memory is pinned."""
+        """Return the same batch on `device`; the copy overlaps with other work if the memory is pinned."""
         return replace(
             self,
             images=self.images.to(device, non_blocking=non_blocking),
@@ -50,7 +50,7 @@ class Batch:
         )
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory; the DataLoader calls this."""
+        """Return the same batch in page-locked memory; the DataLoader calls this."""
         return replace(
             self,
             images=self.images.pin_memory(),

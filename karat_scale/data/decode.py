@@ -1,7 +1,7 @@
-"""Encoded bytes to an RGB image, by Pillow.
+"""Decode an image to RGB with Pillow.
 
 As in torchvision's ImageFolder, EXIF orientation is ignored and alpha is dropped. Unlike there, 16-bit grey
-is scaled to 8 bits in place of clipped.
+is scaled to 8 bits instead of clipped.
 """
 
 import functools
@@ -17,7 +17,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "AVIF", "JPEG2000
 
 
 class UndecodableImageError(Exception):
-    """The bytes are no whole image; the message is the reason."""
+    """The bytes are not a complete image; the message is the reason."""
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -34,20 +34,20 @@ def _available_formats() -> tuple[str, ...]:
 
 @contextmanager
 def opened(data: bytes) -> Iterator[Image.Image]:
-    """An image whose header is read. Whatever Pillow raises inside becomes UndecodableImageError."""
+    """Open an image whose header is read. Any error of Pillow inside becomes UndecodableImageError."""
     try:
         with open_image(data) as image:
             yield image
     except (MemoryError, UndecodableImageError):
         raise
-    except Exception as error:  # damaged files make Pillow raise nearly anything
+    except Exception as error:  # damaged files make Pillow raise nearly any error
         raise UndecodableImageError(undecodable_reason(error)) from error
 
 
 def decode_rgb(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
-    """A loaded RGB image of any format, mode or bit depth Pillow reads. Raises UndecodableImageError.
+    """Return a loaded RGB image of any format, mode or bit depth that Pillow reads. Raises UndecodableImageError.
 
-    at_least: a (width, height) that is enough, so that a JPEG may be scaled by 1/2, 1/4 or 1/8 while it is decoded.
+    at_least: a sufficient (width, height), so that a JPEG may be scaled by 1/2, 1/4 or 1/8 while it is decoded.
     """
     with opened(data) as image:
         if at_least is not None:
@@ -56,15 +56,15 @@ def decode_rgb(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Im
 
 
 def undecodable_reason(error: Exception) -> str:
-    """Why Pillow refused an image, on one line."""
+    """Return the reason why Pillow refused an image, on one line."""
     if isinstance(error, UnidentifiedImageError):
-        return "not an image of a format that is read"
+        return "not an image in a supported format"
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The whole of an opened image as RGB; raises what Pillow raises."""
+    """Return the whole of an opened image as RGB; raises Pillow's errors."""
     if image.mode == "RGB":
         image.load()
         return image.copy() if image.readonly else image

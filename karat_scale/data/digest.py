@@ -1,8 +1,8 @@
-"""Digests of data: of what was trained on, and of a data set's classes.
+"""Digests of data: of the training samples, and of a data set's classes.
 
-The first is one number that says which samples were trained on, and how each was augmented. It is a sum over samples,
+The first is one number for the training samples and the augmentation of each. It is a sum over samples,
 so it is the same for any world size, micro batch, number of workers and backend, and for a run that was stopped and
-went on. Two runs with the same digest saw the same data.
+resumed. Two runs with the same digest trained on the same data.
 """
 
 import json
@@ -15,7 +15,7 @@ BITS = 40  # sums over thousands of ranks stay exact in float64
 
 
 def batch_digest(batch: Batch) -> int:
-    """The batch's part of the sum, below 2^40: of each sample its global batch, id, label and draw."""
+    """Return the batch's part of the sum, below 2^40: global batch, id, label and draw of each sample."""
     total = 0
     draws = batch.draws or (None,) * len(batch.labels)
     for sample_id, label, draw in zip(batch.sample_ids.tolist(), batch.labels.tolist(), draws, strict=True):
@@ -25,5 +25,5 @@ def batch_digest(batch: Batch) -> int:
 
 
 def classes_digest(names: Iterable[str]) -> str:
-    """SHA-256, as hex, of the names of classes, in whatever order they are numbered."""
+    """Return the SHA-256, as hex, of the names of classes, in any order."""
     return sha256(json.dumps(sorted(names)).encode()).hexdigest()

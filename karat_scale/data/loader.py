@@ -19,34 +19,34 @@ from karat_scale.data.slots import ImageSlots, Sent, Shape
 from karat_scale.data.workers import check_worker_count, prepare_worker
 from karat_scale.errors import DataError, UserError
 
-# How often a wait for a batch looks whether the workers still live.
+# How often a wait for a batch checks whether the workers are alive.
 POLL_SECONDS = 2.0
-# What DataLoader says when that time is over.
+# DataLoader's message when that time is over.
 TIMED_OUT = "DataLoader timed out"
 T = TypeVar("T")
 
 
 class MakesBatches(Protocol):
-    """Something that turns a slice into its batch."""
+    """An object that turns a slice into its batch."""
 
     def shape(self, part: BatchSlice) -> Shape:
-        """That of the images, [b, 3, H, W]."""
+        """Return the shape of the images, [b, 3, H, W]."""
 
     def fill(self, part: BatchSlice, images: torch.Tensor) -> Batch:
-        """The batch, its pixels written to `images`, uint8 of that shape."""
+        """Return the batch; its pixels are written to `images`, uint8 of that shape."""
 
     def whereabouts(self, workers: int) -> str:
-        """What each worker was last at."""
+        """Return the last sample of each worker."""
 
 
 class OrderedResults(Iterator[T], Generic[T]):
     """Iterates over `work(part)` of each of `slices`, in their order, whatever the number of workers.
 
-    One slice is one work item; each worker has at most `prefetch` of them under way, so memory is bounded.
-    Workers start at once and serve until the slices end or `close`. With 0 workers everything happens in this
-    process. A UserError raised in a worker is raised here as it is; a worker that dies is a DataError, and so are
-    workers that bring nothing for `timeout` seconds: `whereabouts(workers)` says what each was last at. Far more
-    workers than cores are a RecipeError.
+    One slice is one work item. Each worker prepares at most `prefetch` of them ahead, so memory is bounded.
+    Workers start at once and run until the slices end or `close`. With 0 workers everything happens in this
+    process. A UserError in a worker is raised here unchanged. A worker that dies raises DataError, and so do
+    workers that return nothing for `timeout` seconds; `whereabouts(workers)` gives the last sample of each. Far more
+    workers than cores raise RecipeError.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class OrderedResults(Iterator[T], Generic[T]):
             collate_fn=_unchanged,
             worker_init_fn=partial(prepare_worker, os.getpid()),
             pin_memory=torch.cuda.is_available(),
-            # Without a generator of its own the loader draws from the global one.
+            # Without its own generator, the loader would draw from the global one.
             generator=torch.Generator(),
             multiprocessing_context="fork" if workers else None,
         )
@@ -95,7 +95,7 @@ class OrderedResults(Iterator[T], Generic[T]):
             if self._workers and TIMED_OUT in str(error):
                 raise DataError(
                     f"no batch came for data.timeout = {self._timeout:g} s: {self._whereabouts(self._workers)}; "
-                    "does that file system still answer? Raise data.timeout if it is only slow"
+                    "check that file system, or raise data.timeout if it is only slow"
                 ) from error
             raise
         if isinstance(result, UserError):
@@ -115,13 +115,13 @@ class OrderedResults(Iterator[T], Generic[T]):
     def close(self) -> None:
         """Stop the workers."""
         results, self._results = self._results, None
-        # The DataLoader's iterator ends its workers when it is collected, but an exception's traceback may hold it.
+        # The DataLoader's iterator stops its workers when it is freed, but an exception's traceback may keep it alive.
         if results is not None and hasattr(results, "_shutdown_workers"):
             results._shutdown_workers()
 
 
 class OrderedLoader(OrderedResults[Batch]):
-    """The batches of `slices`, none of which is larger than the first. See OrderedResults."""
+    """Return the batches of `slices`, none of which is larger than the first. See OrderedResults."""
 
     def __init__(
         self, make: MakesBatches, slices: Iterable[BatchSlice], workers: int, prefetch: int, timeout: float
@@ -141,17 +141,17 @@ def _fill(make: MakesBatches, slots: ImageSlots | None, part: BatchSlice) -> Bat
 
 
 def _tells_of_a_dead_worker(error: Exception) -> bool:
-    if "Caught" in str(error):  # raised by a worker that lives
+    if "Caught" in str(error):  # raised by a worker that is alive
         return False
-    # It may die amid what it sends.
+    # It may die while it sends.
     return isinstance(error, (OSError, EOFError)) or "exited unexpectedly" in str(error)
 
 
 @contextmanager
 def _child_signal_kept() -> Iterator[None]:
-    """Undo DataLoader's handler of SIGCHLD, which raises wherever the program is, even amid a checkpoint.
+    """Undo DataLoader's handler of SIGCHLD, which raises anywhere in the program, even during a checkpoint.
 
-    Without it a worker's death is noticed by the next wait for a batch.
+    Without it, the next wait for a batch detects a worker's death.
     """
     before = signal.getsignal(signal.SIGCHLD)
     yield
@@ -160,7 +160,7 @@ def _child_signal_kept() -> Iterator[None]:
 
 
 class _Guarded(Dataset[Any]):
-    """Hands a UserError over as a value: DataLoader would wrap a raised one in a traceback."""
+    """Passes a UserError as a value, since DataLoader would wrap a raised one in a traceback."""
 
     def __init__(self, work: Callable[[BatchSlice], Any]) -> None:
         self._work = work

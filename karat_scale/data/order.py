@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 
 def _digest(purpose: bytes, size: int, *values: int) -> bytes:
-    # The purpose keeps the streams of order, samples and batches apart though their numbers are equal.
+    # The purpose keeps the streams of order, samples and batches separate even if their numbers are equal.
     return blake2b(struct.pack(f"<{len(values)}q", *values), digest_size=size, person=purpose).digest()
 
 
@@ -27,9 +27,9 @@ def epoch_order(
     block_samples: int = BLOCK_SAMPLES,
     window_blocks: int = WINDOW_BLOCKS,
 ) -> npt.NDArray[np.int64]:
-    """The samples of one epoch in training order: int64 [num_samples], a permutation of 0 .. num_samples - 1.
+    """Return the samples of one epoch in training order: int64 [num_samples], a permutation of 0 .. num_samples - 1.
 
-    `full` ranks the samples by independent 64-bit random numbers. `block` is for disks that hate seeks: it permutes
+    `full` ranks the samples by independent 64-bit random numbers. `block` is for disks with slow seeks: it permutes
     blocks of consecutive samples, then shuffles within windows of that many blocks. Raises ValueError for another
     policy.
     """
@@ -54,10 +54,10 @@ def _ranks(key: bytes, length: int) -> npt.NDArray[np.uint64]:
 
 
 def sample_seed(seed: int, epoch: int, sample_id: int) -> int:
-    """The 64-bit seed of one sample's augmentation in one epoch."""
+    """Return the 64-bit seed of one sample's augmentation in one epoch."""
     return int.from_bytes(_digest(b"sample", 8, seed, epoch, sample_id), "little")
 
 
 def batch_seed(seed: int, epoch: int, batch: int) -> int:
-    """The 64-bit seed of what one global batch draws as a whole: mixup or cutmix, lambda and box."""
+    """Return the 64-bit seed of the draws of a whole global batch: mixup or cutmix, lambda and box."""
     return int.from_bytes(_digest(b"batch", 8, seed, epoch, batch), "little")

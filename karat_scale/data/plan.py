@@ -1,4 +1,4 @@
-"""Which samples make which batch on which rank, before anything is read."""
+"""The samples of each batch on each rank, planned before anything is read."""
 
 import math
 from collections.abc import Iterator
@@ -27,10 +27,10 @@ class BatchSlice:
 
 
 def choose_micro_batch(global_batch: int, world_size: int, wanted: int | None, even: bool) -> int:
-    """The micro batch of every rank: `wanted` clipped to the rank's part, or the whole part.
+    """Return the micro batch of every rank: `wanted` limited to the rank's part, or the whole part.
 
-    `even` asks for even micro batches, because mixup and cutmix mix neighbours. Raises RecipeError where the
-    global batch cannot be cut so.
+    `even` requires even micro batches, because mixup and cutmix mix neighbours. Raises RecipeError if the
+    global batch cannot be divided so.
     """
     part, rest = divmod(global_batch, world_size)
     unit = 2 * world_size if even else world_size
@@ -52,7 +52,7 @@ def choose_micro_batch(global_batch: int, world_size: int, wanted: int | None, e
 
 
 def total_steps(steps_per_epoch: int, epochs: int, max_steps: int | None) -> int:
-    """The global batches of a whole run: those of its epochs, or `max_steps` where these are fewer."""
+    """Return the number of global batches of a whole run: those of its epochs, or `max_steps` if these are fewer."""
     planned = epochs * steps_per_epoch
     return min(planned, max_steps or planned)
 
@@ -94,7 +94,7 @@ class TrainPlan:
         return self.global_batch // self.world_size // self.micro_batch
 
     def slices(self, start_step: int, stop_step: int) -> Iterator[BatchSlice]:
-        """The micro batches of steps start_step .. stop_step - 1, counted from the start of training."""
+        """Yield the micro batches of steps start_step .. stop_step - 1, counted from the start of training."""
         order_epoch, order = -1, np.empty(0, dtype=np.int64)
         for step in range(start_step, stop_step):
             epoch, batch = divmod(step, self.steps_per_epoch)
@@ -103,11 +103,11 @@ class TrainPlan:
             yield from self.cut(order, epoch, batch)
 
     def epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """The samples of an epoch, int64 [num_samples], the same on every rank."""
+        """Return the samples of an epoch, int64 [num_samples], the same on every rank."""
         return epoch_order(self.seed, epoch, self.num_samples, self.order, self.block_samples, self.window_blocks)
 
     def cut(self, order: npt.NDArray[np.int64], epoch: int, batch: int) -> Iterator[BatchSlice]:
-        """This rank's micro batches of one global batch of an epoch in that order."""
+        """Yield this rank's micro batches of one global batch of an epoch in that order."""
         part = self.accumulation * self.micro_batch
         first = batch * self.global_batch + self.rank * part
         for start in range(first, first + part, self.micro_batch):
@@ -132,7 +132,7 @@ class EvalPlan:
         return math.ceil(self._per_rank / self.batch)
 
     def slices(self) -> Iterator[BatchSlice]:
-        """All batches of this rank, in the split's own order, each of `batch` ids, padded with PADDING."""
+        """Yield all batches of this rank, in the split's own order, each of `batch` ids, padded with PADDING."""
         first = self.rank * self._per_rank
         last = min(first + self._per_rank, self.num_samples)
         for number in range(self.num_batches):

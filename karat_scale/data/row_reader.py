@@ -1,4 +1,4 @@
-"""The encoded images of a batch, read by threads, with what is to be done to each."""
+"""The encoded images of a batch, read by threads, with the operations to apply to each."""
 
 import copy
 import resource
@@ -20,16 +20,16 @@ from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.data.view import View
 from karat_scale.errors import DataError
 
-# The second bytes of markers: 0 stands for a plain 0xff, those of restarts differ in their last three bits.
+# The second bytes of markers: 0 means a plain 0xff, those of restarts differ in their last three bits.
 START_OF_SCAN, END_OF_IMAGE, STUFFED, RESTART, FILL = 0xDA, 0xD9, 0x00, 0xD0, 0xFF
 
-# (epoch, sample id, width, height) to what is looked at, and what was drawn where anything was.
+# From (epoch, sample id, width, height) to the view, and to the draw if there is one.
 Choose = Callable[[int, int, int, int], tuple[View, Draw | None]]
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One sample of a batch: the JPEG whose `view` is to be decoded, or its `pixels` where that is done already."""
+    """One sample of a batch: the JPEG whose `view` is to be decoded, or its `pixels` if they are decoded already."""
 
     view: View
     draw: Draw | None
@@ -38,10 +38,10 @@ class Row:
 
 
 class RowReader:
-    """Reads the rows of a slice in up to `threads` threads, so that a slow file system is asked for many at a time.
+    """Reads the rows of a slice in up to `threads` threads, so that a slow file system gets many requests at a time.
 
-    An ordinary JPEG that ends as one should is left to a library that decodes batches; anything else is decoded here,
-    by `decoder`, and so is a damaged JPEG though its wanted part may be whole: all backends must call the same samples
+    A library decodes batches of ordinary, complete JPEGs. All others are decoded here, by `decoder`. So is a damaged
+    JPEG, even if its wanted part may be intact: all backends must find the same samples
     bad.
     """
 
@@ -51,11 +51,11 @@ class RowReader:
         self._sources: list[ImageSource] = []
         self._at: dict[int, int] = {}
         threads = min(threads, _readers_with_files())
-        # Its threads are daemons: one that waits for a dead file system does not keep the process.
+        # The threads are daemons: one that waits for a dead file system does not keep the process alive.
         self._pool = ThreadPool(threads) if threads > 1 else None
 
     def read(self, part: BatchSlice) -> list[Row | None] | None:
-        """The rows of a slice, None for padding; None in place of all where one cannot be read or decoded."""
+        """Return the rows of a slice, None for padding; None instead of the list if one cannot be read or decoded."""
         ids = part.sample_ids.tolist()
 
         def row(sample_id: int) -> Row | None:
@@ -67,7 +67,7 @@ class RowReader:
             return None
 
     def _row(self, epoch: int, sample_id: int) -> Row:
-        # What a source has open is no other thread's business.
+        # Each thread has its own open files.
         if not hasattr(self._own, "source"):
             self._own.source = copy.copy(self._source)
             self._sources.append(self._own.source)
@@ -95,15 +95,15 @@ class RowReader:
         return Row(*chosen[-1], pixels=pixels)
 
     def whereabouts(self) -> str:
-        """What is being read just now, for the message of a loader that waits in vain."""
+        """Return what is being read now, for the message of a loader that gets no batch."""
         at = sorted(self._at.copy().values())
         if not at:
-            return "all files were read, and pixels were worked on"
+            return "all files were read, and pixels were processed"
         places = ", ".join(f"sample {i} in {self._source.file_of(i)}" for i in at)
-        return f"reading {places}; does that file system still answer?"
+        return f"reading {places}; check that file system"
 
     def close(self) -> None:
-        """End the threads and give back their files."""
+        """Stop the threads and close their files."""
         if self._pool:
             self._pool.terminate()
             self._pool = None
@@ -112,7 +112,7 @@ class RowReader:
 
 
 def _ends_as_it_should(data: npt.NDArray[np.uint8]) -> bool:
-    """Whether the JPEG's last scan runs to the end of the image and of the data, with no other marker in it."""
+    """True if the JPEG's last scan runs to the end of the image and of the data, without another marker in it."""
     codes = data[np.flatnonzero(data[:-1] == 0xFF) + 1]
     markers = codes[(codes != STUFFED) & (codes != FILL) & (codes & 0xF8 != RESTART)]
     ends: list[int] = [*markers[-2:].tolist(), *data[-2:].tolist()]
@@ -120,6 +120,6 @@ def _ends_as_it_should(data: npt.NDArray[np.uint8]) -> bool:
 
 
 def _readers_with_files() -> int:
-    """How many readers may each keep as many shards open as a source does."""
+    """Return how many readers may each keep as many shards open as a source does."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(1, limit // MAX_OPEN_SHARDS - 1)

@@ -1,7 +1,7 @@
-"""Memory in which forked workers leave the images of their batches, filled again and again.
+"""Memory in which forked workers leave the images of their batches, and which is reused.
 
-torch would give each tensor a new file in /dev/shm, whose pages both processes must be given anew; for an image of
-224 px that costs 0.2 ms, as much as a fifth of its decoding, and containers often have little of it.
+torch would give each tensor a new file in /dev/shm, whose pages must be mapped again in both processes. For an image of
+224 px that costs 0.2 ms, up to a fifth of its decoding, and containers often have a small /dev/shm.
 """
 
 import itertools
@@ -24,10 +24,10 @@ Rest = tuple[tuple[BadSample, ...], tuple[Draw, ...], int, int]
 
 
 class ImageSlots:
-    """Room for `count` batches of images, uint8 of `shape`, for each worker. Make it before the workers are forked.
+    """Memory for `count` batches of images, uint8 of `shape`, for each worker. Create it before the workers are forked.
 
-    A worker fills its slots in turn. Their images are copied when a batch is received, so a worker may have as many as
-    `count` batches under way. Raises DataError where there is not so much memory.
+    A worker fills its slots in turn. The images are copied when a batch is received, so a worker may be up to
+    `count` batches ahead. Raises DataError if there is not enough memory.
     """
 
     def __init__(self, workers: int, count: int, shape: Shape) -> None:
@@ -37,7 +37,7 @@ class ImageSlots:
             memory = mmap.mmap(-1, max(1, size))
         except (OSError, OverflowError) as error:
             raise DataError(
-                f"no {size / 2**30:.1f} GiB of memory for the batches under way; lower data.prefetch or data.workers"
+                f"no {size / 2**30:.1f} GiB of memory for prefetched batches; lower data.prefetch or data.workers"
             ) from error
         self._slots = torch.frombuffer(memory, dtype=torch.uint8)
         self._filled = 0
@@ -45,7 +45,7 @@ class ImageSlots:
         _IN_USE[self._key] = self
 
     def next(self, shape: Shape) -> torch.Tensor:
-        """The calling worker's next slot. Raises ValueError for more images than there is room for."""
+        """Return the calling worker's next slot. Raises ValueError for more images than fit."""
         worker = get_worker_info()
         assert worker is not None
         if math.prod(shape) > self._room:
@@ -55,11 +55,11 @@ class ImageSlots:
         return self._at(slot * self._room, shape)
 
     def send(self, batch: Batch) -> "Sent":
-        """A batch whose images lie in a slot, as something that is small when pickled and a Batch thereafter."""
+        """Return a batch with images in a slot, as an object that is small when pickled and becomes a Batch again."""
         return Sent(self._key, int(batch.images.storage_offset()), batch)
 
     def take(self, offset: int, shape: Shape) -> torch.Tensor:
-        """A copy of what lies in a slot, page-locked where there is a GPU."""
+        """Return a copy of a slot, page-locked if there is a GPU."""
         return torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).copy_(
             self._at(offset, shape)
         )
@@ -76,7 +76,7 @@ class Sent:
 
     def __reduce__(self) -> tuple[Any, ...]:
         batch = self._batch
-        # As arrays, since torch would pass each small tensor as a file too.
+        # As arrays, since torch would also pass each small tensor as a file.
         small = batch.labels.numpy(), batch.sample_ids.numpy(), batch.valid.numpy()
         rest = batch.bad, batch.draws, batch.epoch, batch.batch
         return _received, (self._key, self._offset, tuple(batch.images.shape), small, rest)

@@ -1,4 +1,4 @@
-"""A copy of the data on a disk of this node, where the launch wrapper has made one."""
+"""A copy of the data on a local disk of this node, if the launch wrapper has made one."""
 
 import os
 from collections.abc import Mapping
@@ -8,10 +8,10 @@ from karat_scale.data.formats.shard_format import DATASET_FILE
 
 
 def staged_copy(path: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Where this node's copy of the shards at `data.path` is; None where it has none, or none that is whole.
+    """Return this node's copy of the shards at `data.path`; None if there is none, or only an incomplete one.
 
-    `environ` has what was copied in KARAT_SHARDS and where to in KARAT_STAGED. The recipe knows nothing of it: another
-    node, or tomorrow's evaluation, reads the shards at `data.path`.
+    `environ` has the source of the copy in KARAT_SHARDS and its target in KARAT_STAGED. The recipe does not, since
+    another node or a later evaluation reads the shards at `data.path`.
     """
     copy = environ.get("KARAT_STAGED")
     if not copy or environ.get("KARAT_SHARDS") != path:

@@ -1,9 +1,9 @@
-"""Which part of an image is wanted, and at what size: what a decoder is asked for."""
+"""The part of an image that a decoder returns, and its size."""
 
 import math
 from dataclasses import dataclass
 
-# Pixels on either side that a downscaling bicubic filter may reach for, per step of the output.
+# Pixels on either side that a bicubic filter for downscaling may use, per step of the output.
 FILTER_REACH = 2
 
 
@@ -12,7 +12,7 @@ class View:
     """A box of an image, resized.
 
     box: left, top, right, bottom in source pixels, resized to `size` (width, height). region: the whole pixels the
-    filter may use, as integers; for a crop that is resized alone it is the box itself.
+    filter may use, as integers; for a crop that is resized by itself, it is the box.
     """
 
     region: tuple[int, int, int, int]
@@ -21,22 +21,22 @@ class View:
 
     @property
     def box_in_region(self) -> tuple[float, float, float, float]:
-        """The box counted from the region's corner."""
+        """The box relative to the region's corner."""
         left, top = self.region[:2]
         return self.box[0] - left, self.box[1] - top, self.box[2] - left, self.box[3] - top
 
 
 def crop_view(box: tuple[int, int, int, int], size: int) -> View:
-    """A crop (left, top, width, height) resized to size x size, as cropping and then resizing does."""
+    """Return a crop (left, top, width, height) resized to size x size, as cropping and then resizing does."""
     left, top, width, height = box
     edges = (left, top, left + width, top + height)
     return View(edges, edges, (size, size))
 
 
 def centre_view(width: int, height: int, short_side: int, size: int) -> View:
-    """The centre size x size of the image resized to this short side, as torchvision resizes and crops.
+    """Return the centre size x size of the image resized to this short side, as torchvision resizes and crops.
 
-    An image is never smaller than the crop then, since short_side >= size.
+    The resized image is never smaller than the crop, since short_side >= size.
     """
     scaled_width, scaled_height = short_side, short_side
     if width < height:
@@ -49,7 +49,7 @@ def centre_view(width: int, height: int, short_side: int, size: int) -> View:
 
 
 def _centre(length: int, scaled: int, size: int) -> tuple[float, float, int, int]:
-    """Along one axis: the box's ends, and those of the pixels the filter reaches."""
+    """Along one axis: the box's ends, and those of the pixels that the filter uses."""
     step = length / scaled
     start = round((scaled - size) / 2.0)
     low, high = start * step, (start + size) * step

@@ -1,4 +1,4 @@
-"""What a data worker process must be: deaf to the signals the trainer handles, gone when the trainer is."""
+"""Set-up of a data worker process: it ignores the signals that the trainer handles, and ends when the trainer ends."""
 
 import mmap
 import os
@@ -13,17 +13,17 @@ from karat_scale.errors import RecipeError
 
 POLL_SECONDS = 1.0
 MAX_WORKERS = 1024
-# More wait for each other, and each takes memory. The rest leaves room for file systems that are slow to answer.
+# More would wait for each other, and each takes memory. The extra ones are for slow file systems.
 _WORKERS_PER_CORE, _MORE_WORKERS = 4, 32
 
 
 def check_worker_count(workers: int) -> None:
-    """Raises RecipeError for far more workers than the cores that this process may use."""
+    """Raise RecipeError for far more workers than the cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most = min(_WORKERS_PER_CORE * cores + _MORE_WORKERS, MAX_WORKERS)
     if workers > most:
         raise RecipeError(
-            f"data.workers = {workers} are processes of each rank, which may use {cores} cores here; use about "
+            f"data.workers = {workers} processes for each rank, which may use {cores} cores here; use about "
             f"{cores}, at most {most}"
         )
 
@@ -38,10 +38,10 @@ def prepare_worker(parent: int, worker_id: int) -> None:
     torch.set_num_threads(1)
     for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
-    # Blocked here, so that the watching thread alone receives it and can ask who sent it.
+    # Blocked here, so that only the watching thread receives it and can read its sender.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    # The parent is told, not asked for: killed before this line, it would be taken for the one that adopts orphans,
-    # and its connections would stay open in a worker that never leaves.
+    # The parent's id is an argument. If it were read here, a parent that was killed before this line would be mistaken
+    # for the process that adopts orphans, and its connections would stay open in a worker that never ends.
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
 

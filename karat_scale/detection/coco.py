@@ -16,7 +16,7 @@ from PIL import Image
 from karat_scale.data.decode import UndecodableImageError, decode_rgb
 from karat_scale.errors import DataError, RecipeError
 
-MEND = "correct data.path or the names below it"
+FIX = "correct data.path or the names below it"
 _IMAGE_FIELDS = {"file_name": (str, "a name"), "width": (int, "pixels"), "height": (int, "pixels")}
 
 
@@ -57,7 +57,7 @@ class CocoSplit:
         records = {image: self._record(index, image) for image in sorted(index.imgs)}
         self.image_ids = [image for image, record in records.items() if record.objects or not for_training]
         if not self.image_ids:
-            raise DataError(f"{self.file} has no image{' with objects' if for_training else ''}; {MEND}")
+            raise DataError(f"{self.file} has no image{' with objects' if for_training else ''}; {FIX}")
         self._records = _Packed([records[image] for image in self.image_ids])
         self.index: Any = None if for_training else index
 
@@ -78,7 +78,7 @@ class CocoSplit:
         try:
             image = decode_rgb(path.read_bytes())
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}; {MEND}") from error
+            raise DataError(f"{path} cannot be read: {error.strerror}; {FIX}") from error
         except UndecodableImageError as error:
             raise DataError(f"{path} cannot be decoded: {error}; put a whole copy there") from error
         if image.size != (record.width, record.height):
@@ -116,7 +116,7 @@ class CocoSplit:
         ]
         for key, (kind, what) in _IMAGE_FIELDS.items():
             if key not in about:
-                raise DataError(f"{self.file}: image {image} has no {key}; {MEND}")
+                raise DataError(f"{self.file}: image {image} has no {key}; {FIX}")
             if not isinstance(about[key], kind) or isinstance(about[key], bool):
                 raise DataError(f"{self.file}: image {image} has {key} = {about[key]!r}, not {what}; correct it")
         return ImageRecord(about["file_name"], about["width"], about["height"], tuple(learnable))
@@ -188,12 +188,12 @@ def _read(file: Path) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):
             index = COCO(str(file))
     except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}; {MEND}") from error
+        raise DataError(f"{file} cannot be read: {error.strerror}; {FIX}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{file} is not JSON: {error}; put a whole copy there") from error
     except (AssertionError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is not in COCO's format: {type(error).__name__}: {error}; {MEND}") from error
+        raise DataError(f"{file} is not in COCO's format: {type(error).__name__}: {error}; {FIX}") from error
     missing = [key for key in ("images", "annotations", "categories") if not index.dataset.get(key)]
     if missing:
-        raise DataError(f"{file} is not in COCO's format for instances: it has no {missing[0]}; {MEND}")
+        raise DataError(f"{file} is not in COCO's format for instances: it has no {missing[0]}; {FIX}")
     return index

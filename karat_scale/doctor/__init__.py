@@ -1,1 +1,1 @@
-"""What this machine has for training, and which part of it bounds a recipe: `karat doctor`."""
+"""`karat doctor`: check a machine for training, and find the stage that limits a recipe's speed on it."""

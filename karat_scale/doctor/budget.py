@@ -1,16 +1,16 @@
-"""How much of a recipe's step is timed, so that a slow model does not take all day."""
+"""The size of the timed step, so that a slow model does not take too long."""
 
-# A step should take at most this share of the time there is.
+# A step should take at most this share of the available time.
 STEP_SHARE = 1 / 12
 
 
 def affordable(
     global_batch: int, micro_batch: int, world_size: int, image_seconds: float, seconds: float
 ) -> tuple[int, int]:
-    """(global batch, micro batch) that `seconds` can hold several steps of: those given, or smaller ones.
+    """Return (global batch, micro batch) of which several steps fit into `seconds`: the given ones, or smaller ones.
 
-    image_seconds: of forward and backward over one image on one rank. A micro batch stays even where it must shrink,
-    as mixing wants it.
+    image_seconds: of forward and backward over one image on one rank. A micro batch that shrinks stays even, as mixing
+    needs it.
     """
     part, images = global_batch // world_size, int(STEP_SHARE * seconds / image_seconds)
     if images >= part:

@@ -1,4 +1,4 @@
-"""What control groups leave to this process, in versions 1 and 2 and in containers."""
+"""The limits that control groups set for this process, in versions 1 and 2 and in containers."""
 
 import math
 from collections.abc import Iterator
@@ -6,12 +6,12 @@ from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
-# Version 1 writes "no limit" as the largest multiple of a page.
+# Version 1 writes the largest multiple of a page for "no limit".
 UNLIMITED = 1 << 60
 
 
 def cpu_quota(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float | None:
-    """The CPUs' worth of time that the tightest group allows, or None where none limits it."""
+    """Return the CPU time, in cores, that the tightest group allows, or None if no group limits it."""
     quotas: list[float] = []
     for directory in _directories(root, membership, "cpu"):
         words = (_text(directory / "cpu.max") or "").split()
@@ -24,7 +24,7 @@ def cpu_quota(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float | None:
 
 
 def memory_limit(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None:
-    """The bytes that the tightest group allows, or None where none limits it."""
+    """Return the bytes that the tightest group allows, or None if no group limits them."""
     limits: list[float] = []
     for directory in _directories(root, membership, "memory"):
         text = _text(directory / "memory.max") or _text(directory / "memory.limit_in_bytes")
@@ -34,7 +34,7 @@ def memory_limit(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None
 
 
 def _directories(root: Path, membership: Path, controller: str) -> Iterator[Path]:
-    """The groups of this process for a controller and those above it. A container may show its own as the root."""
+    """Yield the groups of this process for a controller, and those above. A container may show its own as the root."""
     for line in (_text(membership) or "").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":

@@ -1,4 +1,4 @@
-"""The recipe's part of the report: does it fit, what bounds it, what to change first."""
+"""The part of the report about the recipe: does it fit, what limits its speed, what to change first."""
 
 import tempfile
 from collections.abc import Callable, Iterable
@@ -23,14 +23,14 @@ from karat_scale.train.distributed import World
 from karat_scale.train.teacher import build_model, keep_teacher
 
 MB = 1e6
-# The loop is this much slower than its slower side where the two hinder each other.
+# If the loop is slower than its slower side by this factor, the two sides hinder each other.
 HINDERED = 0.8
-# Two sides this near each other bound training together.
+# Two sides that are closer than this limit training together.
 CLOSE = 1.25
 
 
 def check_up(recipe: Recipe, seconds: float, report: Report, before: Callable[[], None]) -> None:
-    """Examine and time a recipe; `before` is called once the recipe is known to be right.
+    """Examine and time a recipe. `before` is called once the recipe is known to be valid.
 
     Raises:
         UserError: the recipe is wrong or does not fit the world.
@@ -77,13 +77,13 @@ def _examine(subject: Subject, report: Report, measure: Callable[[int], Figures]
 
 
 def _open(recipe: Recipe) -> Backend:
-    # A hash of all shards would take the whole time there is.
+    # Hashing all shards would take all of the available time.
     data = recipe.data.model_copy(update={"verify": "size"})
     return open_backend(data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, recipe.run.seed)
 
 
 def _examined(world: World, name: str, examination: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """As `examine`; but one rank alone must not go on where the others wait for it, so with several it raises."""
+    """Examine like `examine`; but with several ranks, raise, since one rank must not continue while the others wait."""
     if world.size > 1:
         return list(examination())
 
@@ -98,7 +98,7 @@ def _examined(world: World, name: str, examination: Callable[[], Iterable[Findin
 
 
 def _tell(subject: Subject, figures: Figures, report: Report) -> list[Finding]:
-    """Show the stages; returns the verdict and what goes with it."""
+    """Show the stages; return the verdict and its notes."""
     setting = setting_of(subject, figures, _decoder_name(subject.recipe))
     verdict = judge(figures.rates, setting)
     report.figures.update(figures.to_json())
@@ -106,9 +106,7 @@ def _tell(subject: Subject, figures: Figures, report: Report) -> list[Finding]:
     report.figures["advice"] = verdict.advice
     report.figures["data_images_per_second"] = round(verdict.data_rate, 2)
     report.figures["device_images_per_second"] = round(verdict.device_rate, 2)
-    report.voice.table(
-        "images a second that each stage sustains alone", ("stage", "img/s", ""), _rows(subject, figures)
-    )
+    report.voice.table("images per second of each stage by itself", ("stage", "img/s", ""), _rows(subject, figures))
     return [
         found("bound", f"{verdict.bound}: {verdict.reason}", verdict.advice),
         *_remarks(figures, verdict),
@@ -147,13 +145,13 @@ def _remarks(figures: Figures, verdict: Verdict) -> Iterable[Finding]:
         yield found("samples", f"{loop.unreadable} could not be decoded", "data_prep/verify.py lists them")
     wanted = figures.recipe.train.global_batch
     if figures.global_batch != wanted:
-        yield found("timed batch", f"{figures.global_batch} in place of {wanted}, to keep to the time; see --seconds")
+        yield found("timed batch", f"{figures.global_batch} instead of {wanted}, to save time; see --seconds")
     slower, faster = sorted((verdict.data_rate, verdict.device_rate))
     if figures.workers and faster < CLOSE * slower:
         text = f"data makes {verdict.data_rate:,.0f} img/s and the trainer takes {verdict.device_rate:,.0f}"
-        yield found("close", text, "changing one alone gains little: change both; --seconds measures for longer")
+        yield found("close", text, "to gain much, change both; --seconds measures for longer")
     if figures.workers and figures.global_batch == wanted and loop.images_per_second < HINDERED * slower:
-        text = f"the loop makes {loop.images_per_second:,.0f} img/s where its slower side alone makes {slower:,.0f}"
+        text = f"the loop makes {loop.images_per_second:,.0f} img/s, and its slower side by itself makes {slower:,.0f}"
         yield found(
             "together",
             text,

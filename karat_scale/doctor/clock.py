@@ -1,4 +1,4 @@
-"""Timing of something that is done again and again, on every rank alike."""
+"""Timing of repeated actions, on every rank at the same time."""
 
 import statistics
 import time
@@ -12,13 +12,13 @@ FEWEST = 2
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(action: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, the device's work included."""
+    """Return the seconds of one call, including the device's work."""
     wait_for(device)
     begun = time.perf_counter()
     action()
@@ -27,9 +27,9 @@ def timed(action: Callable[[], object], device: torch.device) -> float:
 
 
 def repeated(action: Callable[[], float], seconds: float, world: World) -> float:
-    """The median of what `action` measures in about `seconds`; on the slowest rank, and as often on each.
+    """Return the median of `action` over about `seconds`; of the slowest rank, with the same count on each.
 
-    The first call pays for warm-up and does not count.
+    The first call is the warm-up and does not count.
     """
     action()
     begun = time.perf_counter()
@@ -40,5 +40,5 @@ def repeated(action: Callable[[], float], seconds: float, world: World) -> float
 
 
 def slowest(value: float, world: World) -> float:
-    """The largest of all ranks' values."""
+    """Return the largest of all ranks' values."""
     return max(world.gather(value))

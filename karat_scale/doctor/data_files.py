@@ -1,4 +1,4 @@
-"""The files behind a recipe's data: which, how large, and how large an image is in them."""
+"""The files of a recipe's data: their number and size, and the size of an image in them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ class DataFiles:
 
 
 def sampled_ids(num_train: int, seed: int) -> npt.NDArray[np.int64]:
-    """Some training samples at random, int64 [at most SAMPLED_IMAGES]."""
+    """Return some random training samples, int64 [at most SAMPLED_IMAGES]."""
     return epoch_order(seed, 0, num_train)[:SAMPLED_IMAGES]
 
 
 def find_data_files(recipe: Recipe, num_train: int) -> DataFiles | None:
-    """The files of the recipe's data, or None where there are none; reads no image. Raises DataError."""
+    """Return the files of the recipe's data, or None if it has none. No image is read. Raises DataError."""
     data = recipe.data
     if data.backend == "synthetic":
         return None
@@ -55,7 +55,7 @@ def find_data_files(recipe: Recipe, num_train: int) -> DataFiles | None:
 
 
 def read_into_page_cache(recipe: Recipe, ids: npt.NDArray[np.int64]) -> None:
-    """Read these training images, so that timing their decoding does not time the disk. Raises DataError."""
+    """Read these training images, so that timing the decoder does not time the disk. Raises DataError."""
     if recipe.data.backend not in ("synthetic", "ffcv"):
         split = _open_split(recipe)
         try:

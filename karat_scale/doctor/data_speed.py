@@ -1,4 +1,4 @@
-"""How many images a second the recipe's data path makes, by itself and in parts."""
+"""The speed of the recipe's data path in images per second, as a whole and in parts."""
 
 import itertools
 import time
@@ -14,13 +14,13 @@ from karat_scale.recipe import AugmentConfig, Recipe
 from karat_scale.train.distributed import World
 
 LARGEST_BATCH = 16
-# These run without worker processes too; DALI always has threads of its own.
+# These work without worker processes; DALI always has its own threads.
 IN_PROCESS = ("folder", "webdataset", "ffcv", "synthetic")
 
 
 @dataclass(frozen=True)
 class DataSpeed:
-    """Images a second of one rank, the slowest. Bytes come from the page cache.
+    """Images per second of one rank, the slowest. Bytes come from the page cache.
 
     one_core: reading, decoding and the recipe's augmentation on one core. decode_one_core: the same without
     RandAugment and colour jitter. workers: with the recipe's workers.
@@ -32,7 +32,7 @@ class DataSpeed:
 
     @property
     def decode_share(self) -> float:
-        """The part of the work that is not augmentation."""
+        """The share of the work that is not augmentation."""
         return min(1.0, self.one_core / self.decode_one_core)
 
 
@@ -54,7 +54,7 @@ def measure_data(recipe: Recipe, ids: np.ndarray, batch: int, seconds: float, wo
 def _slowest_rate(
     recipe: Recipe, augment: AugmentConfig, workers: int, ids: np.ndarray, batch: int, seconds: float, world: World
 ) -> float:
-    """Images a second once all workers have begun; all ranks measure at the same time."""
+    """Return images per second once all workers have started; all ranks measure at the same time."""
     data = recipe.data.model_copy(update={"workers": workers, "verify": "size"})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Which image decoders run on this machine: each reads a JPEG."""
+"""Find the image decoders that run on this machine: each reads a JPEG."""
 
 import io
 import warnings
@@ -10,7 +10,7 @@ SIDE = 32
 
 
 def examine_decoders() -> Iterator[Finding]:
-    """One finding per decoder of the folder and webdataset backends: it runs, or why it does not."""
+    """Yield one finding per decoder of the folder and webdataset backends: it runs, or the reason why not."""
     from karat_scale.data.decoders import FASTEST_FIRST
 
     runs = []
@@ -22,11 +22,11 @@ def examine_decoders() -> Iterator[Finding]:
         else:
             yield found(f"decoder {name}", "cannot run", refusal, runs=False)
     if runs:
-        yield found("decoder auto", f"takes {runs[0]}", chosen=runs[0])
+        yield found("decoder auto", f"uses {runs[0]}", chosen=runs[0])
 
 
 def _refusal(name: str) -> str | None:
-    """Why the decoder cannot read a JPEG, or None where it just did."""
+    """Return the reason why the decoder cannot read a JPEG, or None if it can."""
     from PIL import Image
 
     from karat_scale.data.decoders import make_decoder
@@ -37,9 +37,9 @@ def _refusal(name: str) -> str | None:
     Image.new("RGB", (SIDE, SIDE)).save(buffer, "JPEG")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a failed build warns and then says the same as an error
+            warnings.simplefilter("ignore")  # a failed build warns, and then raises the same as an error
             decoder = make_decoder(DataConfig.model_validate({"path": "-", "decoder": name}), "bicubic")
         decoder.read(buffer.getvalue(), lambda width, height: crop_view((0, 0, width, height), SIDE // 2))
-    except Exception as error:  # whatever a broken library raises
+    except Exception as error:  # any error of a broken library
         return " ".join(str(error).split()).removeprefix(f"data.decoder = {name} cannot run: ")
     return None

@@ -1,4 +1,4 @@
-"""What the device's part of a step costs, stage by stage: transfer, model, optimizer, communication."""
+"""The time of the device's stages of a step: transfer, model, optimizer, communication."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +21,12 @@ from karat_scale.train.parts import Parts
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
-    """What the model computes in."""
+    """Return the data type of the model's computation."""
     return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
 
 
 def random_batch(recipe: Recipe, size: int) -> Batch:
-    """A batch of noise, in page-locked memory where there is a GPU, as the loader hands it over."""
+    """Return a batch of noise, in page-locked memory if there is a GPU, as from the loader."""
     side = recipe.model.image_size
     transform = TrainTransform(recipe.augment, side)
     batch = Batch(
@@ -40,7 +40,7 @@ def random_batch(recipe: Recipe, size: int) -> Batch:
 
 
 class Preparation:
-    """From a batch in RAM to what the model takes: transfer, augment, normalise, mix."""
+    """Convert a batch in RAM to the model's input: transfer, augment, normalise, mix."""
 
     def __init__(self, recipe: Recipe, world: World) -> None:
         self._augment = DeviceAugment(recipe.augment, recipe.model.image_size)
@@ -55,13 +55,13 @@ class Preparation:
 
 
 def transfer_seconds(recipe: Recipe, micro_batch: int, seconds: float, world: World) -> float:
-    """Seconds to bring one micro batch to the device, augmented there if asked for, normalised and mixed."""
+    """Return the seconds to transfer one micro batch and to augment (if asked), normalise and mix it there."""
     prepare, batch = Preparation(recipe, world), random_batch(recipe, micro_batch)
     return repeated(lambda: timed(lambda: prepare(batch), world.device), seconds, world)
 
 
 class BareModel:
-    """Forward and backward without DeepSpeed: what the model alone costs."""
+    """Forward and backward without DeepSpeed: the time of the model by itself."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, world: World) -> None:
         self._model = model.to(world.device, dtype_of(recipe)).train()
@@ -70,11 +70,11 @@ class BareModel:
         self._objective = SoftTargetCrossEntropy()
 
     def leave_device(self) -> None:
-        """Give the device's memory back."""
+        """Free the device's memory."""
         self._model.to("cpu")
 
     def seconds(self, micro_batch: int, seconds: float) -> float:
-        """Seconds of one forward and backward over a micro batch, measured for about `seconds`."""
+        """Return the seconds of one forward and backward over a micro batch, measured for about `seconds`."""
         images, targets = self._prepare(random_batch(self._recipe, micro_batch))
         images = images.to(dtype_of(self._recipe))
 
@@ -86,7 +86,7 @@ class BareModel:
 
 
 def optimizer_seconds(parts: Parts, micro_batch: int, seconds: float) -> float:
-    """Seconds of the engine's step, with clipping and the EMA, after the gradients are there."""
+    """Return the seconds of the engine's step on existing gradients, with clipping and the EMA."""
     images, targets = Preparation(parts.recipe, parts.world)(random_batch(parts.recipe, micro_batch))
     objective, steps = SoftTargetCrossEntropy(), 0
 
@@ -109,14 +109,14 @@ def optimizer_seconds(parts: Parts, micro_batch: int, seconds: float) -> float:
 
 @dataclass(frozen=True)
 class Communication:
-    """The all-reduce of all gradients at once: seconds, and bytes that each rank gives."""
+    """The all-reduce of all gradients at once: seconds, and bytes that each rank sends."""
 
     seconds: float
     bytes: int
 
 
 def communication(model: Any, recipe: Recipe, seconds: float, world: World) -> Communication | None:
-    """Time an all-reduce as large as the gradients, or None where there is one rank."""
+    """Time an all-reduce of the size of the gradients, or return None for a single rank."""
     if world.size == 1:
         return None
     gradients = torch.zeros(parameter_count(model), dtype=dtype_of(recipe), device=world.device)

@@ -1,4 +1,4 @@
-"""One line of the doctor's report, and how an examination that fails becomes one."""
+"""One line of the doctor's report. A check that fails with an error becomes such a line, too."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -11,10 +11,10 @@ Level = Literal["ok", "note", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found out about one thing.
+    """The result of one check.
 
-    level: "ok", "note" (works, but worth knowing) or "problem" (training fails or goes wrong). fix: what to do about
-    it. figures: the same as numbers, for the JSON.
+    level: "ok", "note" (works, but worth knowing) or "problem" (training fails or goes wrong). fix: how to fix
+    it. figures: the same as numbers, for the JSON file.
     """
 
     name: str
@@ -24,24 +24,24 @@ class Finding:
     figures: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain data. The key `mend` has the fix."""
         return {"name": self.name, "level": self.level, "value": self.value, "mend": self.fix, **self.figures}
 
 
 def found(name: str, value: str, fix: str = "", *, wrong: bool = False, **figures: Any) -> Finding:
-    """A finding whose level follows: a problem where `wrong`, else a note where there is something to fix."""
+    """Return a finding with its level: a problem if `wrong`, else a note if there is something to fix."""
     return Finding(name, "problem" if wrong else "note" if fix else "ok", value, fix, figures)
 
 
 def plural(number: int, noun: str) -> str:
-    """A count with its noun."""
+    """Return a count with its noun."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def examine(name: str, examination: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """The findings, or a problem in their place: a doctor must not fall ill of what it examines.
+    """Return the findings, or a problem if the check fails: a broken library must not stop the doctor.
 
-    A recipe that is wrong is the caller's mistake, and passes.
+    A wrong recipe is the caller's mistake, so its error is raised.
     """
     try:
         return list(examination())
@@ -49,6 +49,6 @@ def examine(name: str, examination: Callable[[], Iterable[Finding]]) -> list[Fin
         return [Finding(name, "problem", str(error))]
     except UserError:
         raise
-    except Exception as error:  # whatever a broken library or driver raises
+    except Exception as error:  # any error of a broken library or driver
         reason = " ".join(str(error).split()) or "no reason given"
         return [Finding(name, "problem", f"cannot be examined: {type(error).__name__}: {reason}")]

@@ -1,4 +1,4 @@
-"""Whether a recipe fits its data, its run directory and this machine, before anything is timed."""
+"""Check whether a recipe fits its data, its run directory and this machine, before anything is timed."""
 
 import os
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ CHECKPOINT_BYTES_PER_PARAMETER = 16
 
 @dataclass(frozen=True)
 class Subject:
-    """What is examined: the recipe, this rank's world, its micro batch, and the model's trainable scalars."""
+    """The subject of the checks: the recipe, this rank's world, its micro batch, and the model's trainable scalars."""
 
     recipe: Recipe
     world: World
@@ -34,20 +34,20 @@ class Subject:
 
     @property
     def local_ranks(self) -> int:
-        """Ranks on this node."""
+        """The number of ranks on this node."""
         return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or self.world.size)
 
     @property
     def cores_of_a_rank(self) -> int:
-        """Cores that this rank may use; srun gives each task its own, torchrun lets all share them."""
+        """The cores that this rank may use. srun gives each task its own; under torchrun all share them."""
         shared = 1 if "SLURM_STEP_NUM_TASKS" in os.environ else self.local_ranks
         return max(1, resources.usable_cores() // shared)
 
 
 def examine_data(subject: Subject, backend: Backend) -> Iterator[Finding]:
-    """The data the backend opened, and whether it will stay in memory."""
+    """Report the data that the backend opened, and whether it will stay in memory."""
     recipe = subject.recipe
-    source = recipe.data.path or "made in memory"
+    source = recipe.data.path or "generated in memory"
     text = f"{backend.num_train:,} training and {backend.num_val:,} validation images, {backend.num_classes} classes"
     yield found(
         "data",
@@ -62,7 +62,7 @@ def examine_data(subject: Subject, backend: Backend) -> Iterator[Finding]:
 
 
 def stays_cached(files: DataFiles | None) -> bool:
-    """Whether the memory available now holds all the data."""
+    """Report whether the available memory holds all the data."""
     return files is None or files.total_bytes < resources.cache_memory()
 
 
@@ -71,13 +71,13 @@ def _page_cache(files: DataFiles) -> Finding:
     text = f"{_gib(files.total_bytes)} of data, {_gib(room)} of memory available"
     figures: dict[str, Any] = {"data_bytes": files.total_bytes, "image_bytes": round(files.image_bytes)}
     if stays_cached(files):
-        return found("page cache", f"{text}: read from the disk in the first epoch only", "", stays=True, **figures)
-    fix = "every epoch reads the disk: its speed below matters, and data_prep/stage.py copies to a local one"
+        return found("page cache", f"{text}: read from the disk only in the first epoch", "", stays=True, **figures)
+    fix = "every epoch reads the disk, so its speed matters; data_prep/stage.py copies the data to a local disk"
     return found("page cache", text, fix, stays=False, **figures)
 
 
 def examine_batches(subject: Subject, backend: Backend) -> Iterator[Finding]:
-    """How the global batch is cut, and over which other worlds it could be. Raises UserError where it cannot."""
+    """Report how the global batch is divided, and the world sizes that divide it. Raises UserError if none."""
     recipe, world, micro = subject.recipe, subject.world, subject.micro_batch
     plan = TrainPlan(
         recipe.run.seed, backend.num_train, recipe.train.global_batch, micro, world.rank, world.size, recipe.data.order
@@ -103,26 +103,26 @@ def _divides(recipe: Recipe, size: int) -> bool:
 
 
 def examine_workers(subject: Subject) -> Iterator[Finding]:
-    """Data workers against cores and memory."""
+    """Check the data workers against cores and memory."""
     data, ranks = subject.recipe.data, subject.local_ranks
     if data.backend == "synthetic" or data.workers == 0:
         return
     cores = subject.cores_of_a_rank
     text = f"{data.workers} for {plural(cores, 'core')} of a rank"
     busy = data.workers + (subject.world.device.type == "cuda")
-    fix = f"more workers than cores take turns: data.workers={max(1, cores - 1)}" if busy > max(2, cores) else ""
+    fix = f"more workers than cores: set data.workers={max(1, cores - 1)}" if busy > max(2, cores) else ""
     yield found("workers", text, fix, workers=data.workers, cores=cores)
     side = subject.recipe.model.image_size
     under_way = data.workers * data.prefetch
     needed = ranks * under_way * subject.micro_batch * 3 * side * side
     free = resources.cache_memory()
     fix = "set a smaller data.prefetch or fewer data.workers" if needed > free else ""
-    text = f"batches under way take up to {_gib(needed)} of {_gib(free)} available"
+    text = f"prefetched batches take up to {_gib(needed)} of {_gib(free)} available"
     yield found("memory for batches", text, fix, wrong=needed > free, needed_bytes=needed)
 
 
 def examine_run_directory(subject: Subject) -> Iterator[Finding]:
-    """Whether the run may go there, and whether its checkpoints have room."""
+    """Check that the run directory can be written, and that there is space for checkpoints."""
     recipe = subject.recipe
     directory = RunDirectory(recipe.run.dir)
     stands = resources.nearest_existing(directory.path)
@@ -146,7 +146,7 @@ def _occupied(recipe: Recipe, directory: RunDirectory) -> Finding:
     if keys:
         text = f"{directory.path} belongs to a run with another {', '.join(keys[:6])}"
         return found("run.dir", text, "choose another run.dir", wrong=True, differing=keys)
-    return found("run.dir", f"{directory.path} has this run: karat train goes on with it")
+    return found("run.dir", f"{directory.path} has this run: karat train resumes it")
 
 
 def _gib(size: float) -> str:

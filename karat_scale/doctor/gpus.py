@@ -12,12 +12,12 @@ from karat_scale.doctor.finding import Finding, found
 GIB = 2**30
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 SMI_SECONDS = 20
-# The Triton kernels and bf16 want Ampere.
+# The Triton kernels and bf16 need Ampere.
 OLDEST_CAPABILITY = (8, 0)
 
 
 def examine_gpus() -> Iterator[Finding]:
-    """Driver, CUDA, NCCL, and each GPU with its memory and compute capability."""
+    """Yield driver, CUDA, NCCL, and each GPU with its memory and compute capability."""
     import torch
 
     driver = driver_version()
@@ -33,7 +33,7 @@ def examine_gpus() -> Iterator[Finding]:
 
 
 def driver_version() -> str | None:
-    """The NVIDIA driver's version, by the kernel module or by nvidia-smi."""
+    """Return the NVIDIA driver's version, from the kernel module or nvidia-smi."""
     if DRIVER_FILE.is_file():
         version = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", DRIVER_FILE.read_text())
         if version:
@@ -51,7 +51,7 @@ def _no_gpu(driver: str | None, cuda: str | None) -> Finding:
         fix = "install torch for CUDA as https://pytorch.org/get-started says"
         return found("GPU", "there is a driver, but this torch is for CPUs only", fix, wrong=True, count=0)
     if driver:
-        fix = "look at nvidia-smi, CUDA_VISIBLE_DEVICES, and whether the driver is new enough for this CUDA"
+        fix = "check nvidia-smi, CUDA_VISIBLE_DEVICES, and whether the driver is new enough for this CUDA"
         return found("GPU", "there is a driver, but torch sees no GPU", fix, wrong=True, count=0)
     return found("GPU", "none; training runs on the CPU", count=0)
 
@@ -77,5 +77,5 @@ def _examine_gpu(number: int) -> Finding:
         fix = "below 8.0 there are no Triton kernels and bf16 is slow; use train.precision=fp32"
         return found(name, text, fix, **figures)
     if free < 0.9 * total:
-        return found(name, text, "another process holds a part of its memory; see nvidia-smi", **figures)
+        return found(name, text, "another process uses a part of its memory; see nvidia-smi", **figures)
     return found(name, text, **figures)

@@ -1,4 +1,4 @@
-"""Which implementations of KArAt attention run on this machine: each attends over a few tokens."""
+"""Find the implementations of KArAt attention that run on this machine: each attends over a few tokens."""
 
 import time
 import warnings
@@ -11,7 +11,7 @@ BATCH, HEADS, TOKENS, WIDTH, RANK, GRID = 1, 1, 16, 16, 4, 2
 
 
 def examine_attention() -> Iterator[Finding]:
-    """One finding per implementation: it runs, or why it does not."""
+    """Yield one finding per implementation: it runs, or the reason why not."""
     import torch
 
     from karat_scale.attention.functional import AUTOMATIC, IMPLEMENTATIONS
@@ -27,7 +27,7 @@ def examine_attention() -> Iterator[Finding]:
             runs.append(name)
             yield found(f"attention {name}", f"runs on {device}", runs=True, device=device, seconds=round(seconds, 3))
         else:
-            fix = "" if name == "triton" and not cuda else "auto takes another one; asked for by name it is refused"
+            fix = "" if name == "triton" and not cuda else "auto uses another one; if a recipe names it, it is refused"
             yield Finding(
                 f"attention {name}",
                 "note",
@@ -36,11 +36,11 @@ def examine_attention() -> Iterator[Finding]:
                 {"runs": False, "device": device, "seconds": round(seconds, 3)},
             )
     chosen = next(name for name in AUTOMATIC if name in runs and (name != "cpu" or not cuda))
-    yield found("attention auto", f"takes {chosen}", chosen=chosen)
+    yield found("attention auto", f"uses {chosen}", chosen=chosen)
 
 
 def _refusal(implementation: str, device: str) -> str | None:
-    """Why the implementation cannot attend, or None where it just did, gradient included."""
+    """Return the reason why the implementation cannot attend, or None if it can, including its gradient."""
     import torch
 
     from karat_scale.attention import fourier_karat_attention
@@ -53,7 +53,7 @@ def _refusal(implementation: str, device: str) -> str | None:
     proj = random(HEADS, TOKENS, RANK)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a failed build warns and then says the same as an error
+            warnings.simplefilter("ignore")  # a failed build warns, and then raises the same as an error
             output = fourier_karat_attention(query, key, value, cos_coef, sin_coef, proj, implementation=implementation)
             output.sum().backward()
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The real training loop, end to end, for a while."""
+"""Time the real training loop, end to end."""
 
 import itertools
 import time
@@ -16,8 +16,8 @@ FEWEST_STEPS = 2
 
 @dataclass(frozen=True)
 class LoopSpeed:
-    """images_per_second: over all ranks. waiting_share: of the time, spent on waiting for data, on the slowest rank.
-    steps: that were timed. unreadable: samples of rank 0 that could not be decoded.
+    """images_per_second: over all ranks. waiting_share: the share of time spent waiting for data, on the slowest rank.
+    steps: the number of timed steps. unreadable: samples of rank 0 that could not be decoded.
     """
 
     images_per_second: float

@@ -1,4 +1,4 @@
-"""All that is examined without a recipe."""
+"""All checks without a recipe."""
 
 from karat_scale.doctor.decoders import examine_decoders
 from karat_scale.doctor.finding import Finding, examine
@@ -9,7 +9,7 @@ from karat_scale.doctor.software import examine_extras, examine_libraries, exami
 
 
 def examine_machine() -> list[Finding]:
-    """The findings about software, GPUs and resources. Raises nothing, whatever is missing."""
+    """Yield the findings about software, GPUs and resources. Raises nothing, whatever is missing."""
     examinations = {
         "python": examine_python,
         "libraries": examine_libraries,

@@ -1,4 +1,4 @@
-"""How the doctor speaks: tables and a bar on a terminal, plain lines elsewhere, and JSON."""
+"""The output of the doctor: tables on a terminal, plain lines elsewhere, and JSON."""
 
 import json
 import sys
@@ -19,35 +19,35 @@ Row = tuple[str, str, str]
 
 
 class Voice(Protocol):
-    """A place to speak to; the kinds differ in looks only."""
+    """Prints the report. The subclasses differ only in layout."""
 
     def findings(self, title: str, findings: Iterable[Finding]) -> None:
         """Show the findings of one part."""
 
     def table(self, title: str, header: Row, rows: Iterable[Row]) -> None:
-        """Show figures: a name, a number, and more about it."""
+        """Show figures: a name, a number, and a detail."""
 
     def say(self, text: str) -> None:
         """Show a sentence."""
 
     def busy(self, text: str) -> AbstractContextManager[Any]:
-        """Say what is under way while it is."""
+        """Show the current work until it is done."""
 
 
 class Silent:
-    """For ranks other than 0."""
+    """Prints nothing, for ranks other than 0."""
 
     def findings(self, title: str, findings: Iterable[Finding]) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def table(self, title: str, header: Row, rows: Iterable[Row]) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def say(self, text: str) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def busy(self, text: str) -> AbstractContextManager[Any]:
-        """Say nothing."""
+        """Print nothing."""
         return nullcontext()
 
 
@@ -74,13 +74,13 @@ class Plain:
         print(text, flush=True)
 
     def busy(self, text: str) -> AbstractContextManager[Any]:
-        """Print what begins."""
+        """Print the work that starts."""
         self.say(f"  {text} ...")
         return nullcontext()
 
 
 class Terminal:
-    """rich's tables, and its spinner while something is under way."""
+    """rich's tables, and its spinner during work."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -120,12 +120,12 @@ class Terminal:
         self._console.print(text, markup=False)
 
     def busy(self, text: str) -> AbstractContextManager[Any]:
-        """A spinner beside the text."""
+        """Show a spinner beside the text."""
         return self._console.status(text)
 
 
 def choose_voice(is_main: bool = True) -> Voice:
-    """Tables where standard output is a terminal and rich is there; nothing on ranks other than 0."""
+    """Return tables if standard output is a terminal and rich is installed; nothing on ranks other than 0."""
     if not is_main:
         return Silent()
     if sys.stdout.isatty():
@@ -137,7 +137,7 @@ def choose_voice(is_main: bool = True) -> Voice:
 
 
 class Report:
-    """Collects what was found, tells it at once, and knows how it ends."""
+    """Collects the findings, prints each at once, and knows the exit code."""
 
     def __init__(self, voice: Voice) -> None:
         self.voice = voice
@@ -145,29 +145,29 @@ class Report:
         self._sections: dict[str, list[Finding]] = {}
 
     def add(self, key: str, title: str, findings: list[Finding]) -> None:
-        """Take in and tell the findings of one part."""
+        """Add and print the findings of one part."""
         self._sections.setdefault(key, []).extend(findings)
         self.voice.findings(title, findings)
 
     @property
     def problems(self) -> list[Finding]:
-        """Whatever keeps training from working."""
+        """The findings that keep training from working."""
         return [finding for section in self._sections.values() for finding in section if finding.level == "problem"]
 
     @property
     def exit_code(self) -> int:
-        """0 without a problem, 1 with one."""
+        """0 without a problem, 1 with at least one."""
         return 1 if self.problems else 0
 
     def conclude(self) -> None:
-        """The last line."""
+        """Print the last line."""
         notes = sum(finding.level == "note" for section in self._sections.values() for finding in section)
         problems = len(self.problems)
         names = f" ({', '.join(finding.name for finding in self.problems)})" if problems else ""
         self.voice.say(f"\n{plural(problems, 'problem')}{names}, {plural(notes, 'note')}")
 
     def write(self, path: Path) -> None:
-        """All of it as JSON. Raises UserError where the file cannot be written."""
+        """Write everything as JSON. Raises UserError if the file cannot be written."""
         content = {
             "version": __version__,
             "exit": self.exit_code,
@@ -178,4 +178,4 @@ class Report:
         try:
             write_atomically(path, json.dumps(content, indent=2) + "\n")
         except OSError as error:
-            raise UserError(f"--json {path}: {error.strerror}; name a file in a directory that is there") from None
+            raise UserError(f"--json {path}: {error.strerror}; name a file in an existing directory") from None

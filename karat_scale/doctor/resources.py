@@ -13,35 +13,35 @@ from karat_scale.doctor.finding import Finding, found
 GIB = 2**30
 SHM = Path("/dev/shm")
 SMALL_SHM = GIB
-# Shards held open, tensors on their way from workers, sockets of the ranks.
+# For open shards, tensors sent by workers, and sockets of the ranks.
 FEW_FILES = 1024
 CACHE_ROOM = 64 * 2**20
 
 
 def usable_cores() -> int:
-    """Cores that may run this process: affinity (which SLURM and taskset set), cut by a control group's quota."""
+    """Return the cores that may run this process: affinity (set by SLURM or taskset), and a control group's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cgroup.cpu_quota()
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
 def usable_memory() -> int:
-    """Bytes of RAM that this process may use at most."""
-    import psutil  # here, so that its absence is a finding and no crash
+    """Return the bytes of RAM that this process may use."""
+    import psutil  # here, so that a missing psutil is a finding and not a crash
 
     total = int(psutil.virtual_memory().total)
     return min(total, cgroup.memory_limit() or total)
 
 
 def cache_memory() -> int:
-    """Bytes that may hold data now: free memory, and what the page cache holds already."""
+    """Return the bytes that can hold data now: free memory, and the page cache."""
     import psutil
 
     return min(int(psutil.virtual_memory().available), usable_memory())
 
 
 def examine_resources() -> Iterator[Finding]:
-    """Cores, load, RAM, /dev/shm, limits, the cache of compiled kernels."""
+    """Yield cores, load, RAM, /dev/shm, limits, and the cache of compiled kernels."""
     yield _examine_cores()
     yield _examine_load()
     yield _examine_memory()
@@ -62,13 +62,13 @@ def _examine_cores() -> Finding:
     if asked.isdigit() and int(asked) > usable:
         fix = "the step has fewer cores than the job: start it with srun --cpus-per-task=$SLURM_CPUS_PER_TASK"
     elif usable < total and "OMP_NUM_THREADS" not in os.environ and quota is not None:
-        fix = f"a quota is not seen by math libraries: set OMP_NUM_THREADS={usable} when training on the CPU"
+        fix = f"math libraries do not see a quota: set OMP_NUM_THREADS={usable} when training on the CPU"
     return found("cores", ", ".join(pieces), fix, usable=usable, total=total, quota=quota, slurm=allocation)
 
 
 def _examine_load() -> Finding:
     load, cores = os.getloadavg()[0], usable_cores()
-    fix = "other processes are at work, and timings suffer: try again when they have ended" if load >= cores else ""
+    fix = "other processes are running and distort the timings: try again later" if load >= cores else ""
     return found("load", f"{load:.1f} in the last minute", fix, minute=load)
 
 
@@ -90,17 +90,17 @@ def _examine_memory() -> Finding:
 
 def _examine_shm() -> Finding:
     if not SHM.is_dir():
-        return found("/dev/shm", "not there", "data workers and NCCL need it: mount a tmpfs", wrong=True)
+        return found("/dev/shm", "missing", "data workers and NCCL need it: mount a tmpfs", wrong=True)
     size, free = shm_room()
     text = f"{size / GIB:.2f} GiB, {free / GIB:.2f} free"
     fix = ""
     if free < SMALL_SHM:
-        fix = "NCCL works in it: docker run --shm-size=8g (or --ipc=host)"
+        fix = "NCCL uses it: docker run --shm-size=8g (or --ipc=host)"
     return found("/dev/shm", text, fix, total_bytes=size, free_bytes=free)
 
 
 def shm_room() -> tuple[int, int]:
-    """(size, free bytes) of /dev/shm."""
+    """Return (size, free bytes) of /dev/shm."""
     disk = os.statvfs(SHM)
     return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
 
@@ -113,7 +113,7 @@ def _examine_limits() -> Iterator[Finding]:
     yield found("open files", f"{_limit(soft)} (ulimit -n; up to {_limit(hard)})", fix, soft=soft, hard=hard)
     space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if space != resource.RLIM_INFINITY:
-        fix = "CUDA and memory maps need far more addresses than memory: ulimit -v unlimited"
+        fix = "CUDA and memory maps need many more addresses than memory: ulimit -v unlimited"
         yield found("address space", f"{space / GIB:.1f} GiB (ulimit -v)", fix, soft=space)
 
 
@@ -122,15 +122,15 @@ def _limit(value: int) -> str:
 
 
 def cache_directory() -> Path:
-    """Where compiled kernels are kept."""
+    """Return the directory of compiled kernels."""
     chosen = os.environ.get("KARAT_CACHE_DIR")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "karat_scale"
 
 
 def examine_cache(directory: Path) -> Finding:
-    """Whether compiled kernels can be kept there."""
+    """Check that compiled kernels can be stored there."""
     stands = nearest_existing(directory)
-    fix = "compiled kernels cannot be kept: set KARAT_CACHE_DIR to a directory that can be written"
+    fix = "compiled kernels cannot be stored: set KARAT_CACHE_DIR to a writable directory"
     if not stands.is_dir() or not os.access(stands, os.W_OK | os.X_OK):
         return found("cache", f"{directory} cannot be written", fix, path=str(directory), writable=False)
     free = disk_free(stands)
@@ -140,12 +140,12 @@ def examine_cache(directory: Path) -> Finding:
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path itself or the first directory above it that is there."""
+    """Return the path itself or the first existing directory above it."""
     path = path.expanduser().absolute()
     return next(part for part in (path, *path.parents) if part.exists())
 
 
 def disk_free(path: Path) -> int:
-    """Bytes that a user may still write there."""
+    """Return the bytes that a user may still write there."""
     disk = os.statvfs(path)
     return disk.f_bavail * disk.f_frsize

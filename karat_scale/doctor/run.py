@@ -1,4 +1,4 @@
-"""`karat doctor`: examine the machine, then with a recipe time what its training is made of."""
+"""`karat doctor`: check the machine and, with a recipe, time the stages of its training."""
 
 import os
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from karat_scale.errors import UserError
 
 
 def doctor(recipe: str | None, overrides: Sequence[str], seconds: float, json_file: str | None) -> int:
-    """Report on this machine, and on the recipe if one is named; returns 0 or, where there is a problem, 1.
+    """Report on this machine, and on the recipe if one is given; returns 0, or 1 if there is a problem.
 
-    `seconds` is about how long a recipe's parts are timed. Under torchrun or srun every rank takes part and rank 0
-    speaks, of its own node.
+    `seconds` is about how long the stages of a recipe are timed. Under torchrun or srun, every rank takes part, and
+    rank 0 reports on its own node.
 
     Raises:
         UserError: the recipe is wrong, or the JSON file cannot be written.
@@ -43,7 +43,7 @@ def _machine(report: Report, is_main: bool) -> None:
 
 
 def _with_recipe(recipe: str, overrides: Sequence[str], seconds: float, report: Report, is_main: bool) -> None:
-    try:  # a machine alone is examined without any of these
+    try:  # without a recipe, none of these is needed
         from karat_scale.recipe.loading import load_recipe
 
         loaded = load_recipe(recipe, overrides)

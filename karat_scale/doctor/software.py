@@ -1,4 +1,4 @@
-"""Versions of what training stands on, the optional parts, and how to install what is missing."""
+"""Versions of the libraries, the optional parts, and how to install what is missing."""
 
 import importlib
 import platform
@@ -21,7 +21,7 @@ COMPILERS = ("g++", "c++", "clang++")
 
 
 def examine_python() -> Iterator[Finding]:
-    """The interpreter."""
+    """Yield the finding about the Python interpreter."""
     text = f"{platform.python_version()} ({sys.executable})"
     if sys.version_info[:2] < OLDEST_PYTHON:
         yield found("python", text, "use Python 3.10 or newer", wrong=True)
@@ -30,7 +30,7 @@ def examine_python() -> Iterator[Finding]:
 
 
 def examine_libraries() -> Iterator[Finding]:
-    """The required libraries and triton, against the versions that the package asks for."""
+    """Yield the required libraries and triton, against the versions that the package requires."""
     wanted = wanted_versions()
     for name in LIBRARIES:
         yield examine_library(name, wanted.get(name, ""))
@@ -38,7 +38,7 @@ def examine_libraries() -> Iterator[Finding]:
 
 
 def wanted_versions() -> dict[str, str]:
-    """The version range of each required distribution, as the installed package tells it; empty in a bare clone."""
+    """Return the version range of each required distribution from the installed package; empty in a bare clone."""
     from packaging.requirements import Requirement
 
     try:
@@ -49,7 +49,7 @@ def wanted_versions() -> dict[str, str]:
 
 
 def examine_library(name: str, wanted: str) -> Finding:
-    """One required distribution: is it there, and within the range `wanted` such as ">=2.6,<3"?"""
+    """Return the finding about one required distribution and its range `wanted`, such as ">=2.6,<3"."""
     from packaging.specifiers import SpecifierSet
 
     install = f"pip install '{name}{wanted}'"
@@ -62,7 +62,7 @@ def examine_library(name: str, wanted: str) -> Finding:
 
 
 def installed_version(name: str) -> str | None:
-    """The version of a distribution, or None where it is not installed."""
+    """Return the version of a distribution, or None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -79,27 +79,27 @@ def _examine_triton() -> Finding:
 
 
 def examine_extras() -> Iterator[Finding]:
-    """The optional libraries, and the compiler that the native parts need."""
+    """Yield the optional libraries, and the compiler that the native parts need."""
     yield _examine_extra(
         "ffcv",
         "ffcv",
         "ffcv",
-        f"for data.backend=ffcv: apt-get install {FFCV_PACKAGES}, then pip install 'karat-scale[ffcv]'",
+        f"for data.backend=ffcv: apt-get install {FFCV_PACKAGES}, then in the clone pip install '.[ffcv]'",
     )
     yield _examine_extra(
-        "dali", "nvidia.dali", dali_distribution(), "for data.backend=dali: pip install 'karat-scale[dali]'"
+        "dali", "nvidia.dali", dali_distribution(), "for data.backend=dali, in the clone: pip install '.[dali]'"
     )
     yield _examine_extra(
-        "export", "onnxruntime", "onnxruntime", "for karat export --format onnx: pip install 'karat-scale[export]'"
+        "export", "onnxruntime", "onnxruntime", "for karat export --format onnx, in the clone: pip install '.[export]'"
     )
     yield _examine_extra(
-        "detection", "pycocotools", "pycocotools", "for karat detect: pip install 'karat-scale[detection]'"
+        "detection", "pycocotools", "pycocotools", "for karat detect, in the clone: pip install '.[detection]'"
     )
     yield _examine_compiler()
 
 
 def dali_distribution() -> str:
-    """DALI's distribution is named after a CUDA version; the installed one, or the default."""
+    """Return DALI's distribution, whose name has a CUDA version: the installed one, or the default."""
     names = [f"nvidia-dali-cuda{number}" for number in (130, 120, 110)]
     return next((name for name in names if installed_version(name)), names[0])
 
@@ -110,7 +110,7 @@ def _examine_extra(name: str, module: str, distribution: str, install: str) -> F
         return found(label, "not installed", install, present=False)
     try:
         importlib.import_module(module)
-    except Exception as error:  # a missing system library shows as whatever the module makes of it
+    except Exception as error:  # a missing system library can raise anything
         reason = f"installed, but cannot be imported: {type(error).__name__}: {error}"
         return found(label, " ".join(reason.split()), install, present=False)
     return found(label, installed_version(distribution) or "installed", present=True)
@@ -119,7 +119,7 @@ def _examine_extra(name: str, module: str, distribution: str, install: str) -> F
 def _is_there(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent package is not there
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 

@@ -1,4 +1,4 @@
-"""How fast the data's disk gives real bytes, in sequence and at random, past the page cache."""
+"""The speed of the data's disk, in sequence and at random, without the page cache."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ CHUNK = 4 << 20
 SEQUENTIAL_BYTES = 128 << 20
 RANDOM_READS = 512
 SEED = 0
-# The kernel keeps pages in blocks of up to this size, aligned to it, and gives up whole blocks only.
+# The kernel caches pages in blocks of up to this size, aligned to it, and drops only whole blocks.
 FOLIO = 2 << 20
 
 Span = tuple[int, int, int]  # descriptor, offset, length
@@ -25,9 +25,9 @@ Span = tuple[int, int, int]  # descriptor, offset, length
 class StorageSpeed:
     """Bytes a second from a data path.
 
-    state: "cold" where the kernel gave the pages up before the read, "warm" where they were in memory all the same (a
-    RAM disk), "unknown" where the file system does not tell. cached_share: of the random reads' first pages, how many
-    lay in the page cache before; None where it is not told. readers: threads that read at random at once.
+    state: "cold" if the kernel dropped the pages before the read, "warm" if they were in memory nevertheless (a RAM
+    disk), "unknown" if the file system does not say. cached_share: the share of the random reads' first pages that were
+    in the page cache before; None if unknown. readers: threads that read at random at once.
     """
 
     sequential: float
@@ -43,9 +43,9 @@ class StorageSpeed:
 
 
 def measure_storage(paths: Sequence[Path], block: int, readers: int, seconds: float) -> StorageSpeed:
-    """Read the files at random in blocks of `block` bytes, then again, then in sequence; about `seconds` in all.
+    """Read the files at random in blocks of `block` bytes, then again, then in sequence; about `seconds` in total.
 
-    The pages to be read are given up first, for this is what the first epoch meets. Raises OSError.
+    The pages are dropped from the cache first, as in the first epoch. Raises OSError.
     """
     with _opened(paths) as descriptors:
         spans = _random_spans(descriptors, block)
@@ -71,7 +71,7 @@ def _opened(paths: Sequence[Path]) -> Iterator[list[int]]:
 
 
 def _random_spans(descriptors: list[int], block: int) -> list[Span]:
-    """Blocks that begin on a page, at random places of files chosen by their size."""
+    """Yield blocks that begin on a page, at random places of files chosen by their size."""
     sizes = [os.fstat(descriptor).st_size for descriptor in descriptors]
     rng = random.Random(SEED)
     spans = []
@@ -113,7 +113,7 @@ def _state(spans: list[Span]) -> Literal["cold", "warm", "unknown"]:
 
 
 def _is_cached(descriptor: int, offset: int) -> bool | None:
-    """Whether a page is in memory: a read that may not wait succeeds only then. None where that is not supported."""
+    """True if a page is in memory: only then does a read that may not wait succeed. None if this is not supported."""
     try:
         os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
     except BlockingIOError:
@@ -124,7 +124,7 @@ def _is_cached(descriptor: int, offset: int) -> bool | None:
 
 
 def _random_speed(spans: list[Span], readers: int, seconds: float) -> tuple[float, list[Span]]:
-    """Bytes a second of reading the spans for at most `seconds`, and the spans that were read."""
+    """Return bytes per second of reading the spans for at most `seconds`, and the spans that were read."""
     begun = time.perf_counter()
 
     def read(share: list[Span]) -> tuple[int, list[Span]]:

@@ -1,4 +1,4 @@
-"""A short run of everything a training step is made of, each alone and then all together."""
+"""A short timed run of all stages of a training step, each by itself and then all together."""
 
 import tempfile
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from karat_scale.train.reporting.progress import PlainDisplay, Reporter
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.signals import StopSignals
 
-# Of the seconds there are.
+# Shares of the available seconds.
 SHARES = {"storage": 0.1, "data": 0.35, "model": 0.15, "transfer": 0.05, "communication": 0.05, "optimizer": 0.1}
 LOOP_SHARE = 0.2
 FIRST_LOOK = 16
@@ -31,8 +31,8 @@ FIRST_LOOK = 16
 
 @dataclass(frozen=True)
 class Figures:
-    """What the run measured. micro_batch and global_batch: those it used, smaller than the recipe's where a step would
-    have taken too long. Seconds are of one micro batch, or of one step for the optimizer and communication.
+    """The measurements. micro_batch and global_batch: the timed ones, smaller than the recipe's if a step would have
+    taken too long. Seconds are of one micro batch, or of one step for the optimizer and communication.
     """
 
     recipe: Recipe
@@ -50,12 +50,12 @@ class Figures:
 
     @property
     def workers(self) -> int:
-        """Data workers. The synthetic backend makes its batches in the trainer's own process."""
+        """The number of data workers. The synthetic backend makes its batches in the trainer's process."""
         return 0 if self.recipe.data.backend == "synthetic" else self.recipe.data.workers
 
     @property
     def rates(self) -> dict[Stage, float]:
-        """Images a second that each stage sustains alone, over all ranks, with the recipe's own global batch."""
+        """Images per second of each stage by itself, over all ranks, with the recipe's own global batch."""
         ranks, data = self.world_size, self.data
         wanted = self.recipe.train.global_batch
         rates: dict[Stage, float] = {}
@@ -90,7 +90,7 @@ class Figures:
 
 
 def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: float, voice: Voice) -> Figures:
-    """Measure for about `seconds`. Writes below a temporary directory only and leaves no process. Raises DataError."""
+    """Measure for about `seconds`. Writes only below a temporary directory, and leaves no process. Raises DataError."""
     recipe, world = subject.recipe, subject.world
     budget = {name: share * seconds for name, share in SHARES.items()}
     files = find_data_files(recipe, num_train)
@@ -140,22 +140,22 @@ def _in_engine(parts: Parts, micro_batch: int, budget: dict[str, float], seconds
 
 
 class _Unseen(PlainDisplay):
-    """The loop's own lines are not the doctor's."""
+    """Replaces the loop's own lines, which do not belong in the report."""
 
     def line(self, text: str) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def train(self, done: int, total: int, text: str) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 def _with_parts(
     subject: Subject, recipe: Recipe, measure: Callable[[Parts], tuple[float, LoopSpeed]]
 ) -> tuple[float, LoopSpeed]:
-    """Build the trainer's own parts over a run directory that goes away again."""
+    """Build the trainer's parts in a temporary run directory."""
     with tempfile.TemporaryDirectory(prefix="karat-doctor-") as scratch:
         directory = RunDirectory(Path(scratch) / "run")
-        # With few batches under way, for a short run must not live on those made before it began.
+        # Few prefetched batches: a short run must not profit from those made before it began.
         data = recipe.data.model_copy(update={"prefetch": 1, "verify": "size"})
         reporter = Reporter(_Unseen(), None)
         parts = build_parts(recipe.model_copy(update={"data": data}), subject.world, directory, StopSignals(), reporter)
@@ -166,7 +166,7 @@ def _with_parts(
 
 
 def setting_of(subject: Subject, figures: Figures, decoder: str) -> Setting:
-    """What the verdict needs to know beside the rates."""
+    """Return the facts that the verdict needs in addition to the rates."""
     recipe = subject.recipe
     return Setting(
         workers=figures.workers,

@@ -1,4 +1,4 @@
-"""Which stage bounds training, and the first thing to change."""
+"""Find the stage that limits training, and the first thing to change."""
 
 import math
 from collections.abc import Mapping
@@ -8,15 +8,15 @@ from typing import Literal
 Stage = Literal["storage", "decode", "augmentation", "transfer", "model", "optimizer", "communication"]
 DATA_STAGES: tuple[Stage, ...] = ("storage", "decode", "augmentation")
 DEVICE_STAGES: tuple[Stage, ...] = ("transfer", "model", "optimizer", "communication")
-# A data path this much faster than the device keeps it fed in spite of uneven batches.
+# A data path that is faster than the device by this factor feeds it in spite of uneven batches.
 HEADROOM = 1.1
-# Without workers: data that takes this share of the time is worth a worker.
+# Without workers: if data takes this share of the time, add a worker.
 WORTH_A_WORKER = 0.15
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the advice depends on.
+    """The settings on which the advice depends.
 
     workers: `data.workers`. worker_rate: images a second of one worker process on a core of its own. cores: that one
     rank may use. stays_cached: whether all data stays in the page cache after the first epoch.
@@ -39,7 +39,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Verdict:
-    """bound: the stage that training waits for. data_rate and device_rate: images a second of the two sides."""
+    """bound: the stage for which training waits. data_rate and device_rate: images per second of the two sides."""
 
     bound: Stage
     data_rate: float
@@ -49,13 +49,13 @@ class Verdict:
 
 
 def judge(rates: Mapping[Stage, float], setting: Setting) -> Verdict:
-    """Decide from the images a second that each stage sustains alone, over all ranks.
+    """Decide from the images per second of each stage by itself, over all ranks.
 
-    Reading runs beside decoding, and both beside the device when there are workers; decoding and augmentation take
-    turns on a worker, and so do the device's stages. Without workers all of them take turns.
+    Reading runs at the same time as decoding and, if there are workers, as the device. A worker decodes and augments in
+    turn, and the device's stages run in turn. Without workers, all of them run in turn.
     """
     cost = {stage: 1 / rate for stage, rate in rates.items() if rate > 0}
-    # What stays in the page cache is read from the disk in the first epoch only.
+    # Data that stays in the page cache is read from the disk only in the first epoch.
     storage = 0.0 if setting.stays_cached else cost.get("storage", 0.0)
     workers = cost.get("decode", 0.0) + cost.get("augmentation", 0.0)
     device = sum(cost.get(stage, 0.0) for stage in DEVICE_STAGES)
@@ -107,22 +107,22 @@ def _advice(bound: Stage, device_rate: float, setting: Setting) -> str:
             "make smaller files (data_prep/make_webdataset.py --resize 256)"
         )
     if setting.backend == "synthetic" and bound in DATA_STAGES:
-        return "synthetic images are for measuring the rest: nothing real waits here"
+        return "synthetic images are only for measuring the other stages"
     if bound in ("decode", "augmentation"):
         return _advise_workers(bound, device_rate, setting)
     if bound == "model":
         return _advise_model(setting)
     if bound == "transfer" and setting.device == "cpu":
-        return "on a CPU this is normalising and mixing: a smaller model.image_size, or augment.mix_prob=0"
+        return "on a CPU this is normalising and mixing: use a smaller model.image_size, or augment.mix_prob=0"
     if bound == "transfer":
-        return "see whether another process uses the bus (nvidia-smi dmon -s t)"
+        return "check whether another process uses the bus (nvidia-smi dmon -s t)"
     if bound == "optimizer":
         return (
-            f"a step is paid once per global batch of {setting.global_batch}: raise train.global_batch, "
+            f"a step runs once per global batch of {setting.global_batch}: raise train.global_batch, "
             "or share the step between ranks with deepspeed.config=zero1"
         )
     return (
-        "gradients are exchanged once per global batch: raise train.global_batch, and see by NCCL_DEBUG=INFO whether "
+        "gradients are exchanged once per global batch: raise train.global_batch, and check by NCCL_DEBUG=INFO that "
         "NCCL uses the fast network"
     )
 
@@ -134,12 +134,12 @@ def _advise_workers(bound: Stage, device_rate: float, setting: Setting) -> str:
     if bound == "decode":
         pieces.append("re-encode the images smaller (data_prep/make_webdataset.py --resize 256)")
     if bound == "augmentation":
-        pieces.append("lighten augment.randaugment, or set augment.color_jitter=0")
+        pieces.append("use a weaker augment.randaugment, or set augment.color_jitter=0")
     return ", or ".join(filter(None, pieces)) or "give the job more cores"
 
 
 def _more_workers(device_rate: float, setting: Setting) -> str:
-    """As many as keep the device fed, up to the cores; empty where there are as many already."""
+    """Advise as many workers as feed the device, up to the cores; empty if there are as many already."""
     wanted = math.ceil(HEADROOM * device_rate / setting.world_size / setting.worker_rate)
     spare = setting.cores - 1 if setting.device == "cuda" else setting.cores
     reachable = min(wanted, max(1, spare))
@@ -152,13 +152,13 @@ def _more_workers(device_rate: float, setting: Setting) -> str:
 def _advise_model(setting: Setting) -> str:
     pieces = []
     if setting.implementation != "auto":
-        pieces.append(f"set attention.implementation=auto in place of {setting.implementation}")
+        pieces.append(f"set attention.implementation=auto instead of {setting.implementation}")
     if setting.device == "cpu":
-        pieces.append("train on a GPU, for on a CPU only a smaller model or image helps")
+        pieces.append("train on a GPU; on a CPU, only a smaller model or image helps")
     else:
         if setting.precision == "fp32":
             pieces.append("set train.precision=bf16 with deepspeed.config=zero1")
         if setting.accumulation > 1:
-            pieces.append("raise train.micro_batch as far as memory goes")
-        pieces.append(f"add GPUs, over which the global batch of {setting.global_batch} is cut")
+            pieces.append("raise train.micro_batch as far as memory allows")
+        pieces.append(f"add GPUs, over which the global batch of {setting.global_batch} is divided")
     return ", or ".join(pieces)

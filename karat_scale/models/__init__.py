@@ -1,4 +1,4 @@
-"""timm models with KArAt attention in place of softmax."""
+"""timm models with KArAt attention instead of softmax."""
 
 from karat_scale.models.factory import create_model, no_weight_decay_names, parameter_count
 

@@ -1,4 +1,4 @@
-"""ConViT: its last blocks, plain self-attention, become KArAt; the gated positional ones before them stay (paper, 4).
+"""ConViT: its last blocks, plain self-attention, become KArAt. The gated positional blocks do not change (paper, 4).
 
 The class token joins the patches after the gated blocks, so the two kinds see P and P + 1 tokens.
 """
@@ -28,7 +28,7 @@ class KaratMHSA(MHSA):
     operator: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens [B, N, D] to tokens [B, N, D]."""
+        """Compute attention: tokens [B, N, D] to tokens [B, N, D]."""
         query, key, value = query_key_value(self, x)
         out: Tensor = self.operator(query, key, value)
         tokens: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
@@ -36,7 +36,7 @@ class KaratMHSA(MHSA):
 
 
 def query_key_value(attention: Any, x: Tensor) -> tuple[Tensor, ...]:
-    """Query, key and value [B, h, N, d] of an MHSA layer for tokens [B, N, D]."""
+    """Return query, key and value [B, h, N, d] of an MHSA layer for tokens [B, N, D]."""
     qkv: Tensor = attention.qkv(x)
     return qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -56,7 +56,7 @@ def _build(model: ModelConfig, **options: Any) -> nn.Module:
         heads = model.num_heads or _own_heads(model.name)
         if model.embed_dim % heads:
             raise RecipeError(f"model.embed_dim = {model.embed_dim} is not a multiple of the {heads} heads")
-        sizes["embed_dim"] = model.embed_dim // heads  # timm's is that of a head
+        sizes["embed_dim"] = model.embed_dim // heads  # timm's is the width of a head
     network: Any = build_timm(
         model,
         model.name,
@@ -67,9 +67,9 @@ def _build(model: ModelConfig, **options: Any) -> nn.Module:
         **options,
     )
     for layer in attention_layers(network):
-        if isinstance(layer.attention, GPSA):  # else made in the first forward pass, whichever mode that runs in
+        if isinstance(layer.attention, GPSA):  # else it is made in the first forward pass, in whatever mode that runs
             index = layer.attention.get_rel_indices(network.num_patches)
-            del layer.attention.rel_indices  # a plain attribute in older versions, which would not move to a GPU
+            del layer.attention.rel_indices  # a plain attribute in older versions, so it would not move to a GPU
             layer.attention.register_buffer("rel_indices", index, persistent=False)
     built: nn.Module = network
     return built
@@ -87,7 +87,7 @@ def _learn(model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSiz
 
 def _fit(weights: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     fitted = dict(weights)
-    if "pos_embed" in fitted:  # of the patches alone
+    if "pos_embed" in fitted:  # of the patches only
         fitted["pos_embed"] = resample_abs_pos_embed(
             fitted["pos_embed"], new_size=model.patch_embed.grid_size, num_prefix_tokens=0
         )

@@ -1,4 +1,4 @@
-"""From the recipe's `model` and `attention` sections to a model."""
+"""Build a model from the recipe's `model` and `attention` sections."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from karat_scale.models.vit import VIT, build_vit
 from karat_scale.nearest import nearest
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
-# By timm's modules.
+# By the names of timm's modules.
 HOSTS = {
     "vision_transformer": VIT,
     "vision_transformer_hybrid": VIT,
@@ -25,25 +25,25 @@ HOSTS = {
     "convit": CONVIT,
     "swin_transformer": SWIN,
 }
-# Names of our own, and the models of timm's that they are sizes of.
+# Names of our own small models, and the timm models that they are sizes of.
 OWN = {**dict.fromkeys(vit.OWN_SIZES, vit.BASE), **dict.fromkeys(swin.OWN_SIZES, swin.BASE)}
 
 
 def create_model(model: ModelConfig, attention: AttentionConfig, **options: Any) -> nn.Module:
     """Build the timm model a recipe names, with softmax or KArAt attention.
 
-    One with `attention.transfer_from` has its own parameters and computes after `give_teacher`.
+    A model with `attention.transfer_from` has its own parameters, and computes only after `give_teacher`.
 
     Args:
-        options: of timm's model, in place of the named model's own, such as `class_token=False`.
+        options: of timm's model, instead of the named model's own, such as `class_token=False`.
 
     Raises:
-        RecipeError: the name is unknown to timm, its attention is none that is known, or it cannot take the sizes or
-            the kind of attention asked for.
+        RecipeError: timm does not know the name, the model's attention is not supported, or the model does not support
+            the sizes or the kind of attention in the recipe.
     """
     host = host_of_name(model.name)
     if host is not VIT:
-        refuse_fields(model, "pool", "pos_embed", "weight_init", why="which is no plain ViT")
+        refuse_fields(model, "pool", "pos_embed", "weight_init", why="which is not a plain ViT")
     if attention.transfer_from:
         check_transfers(model.name)
         return build_vit(model, TransferredAttention, **options)
@@ -53,7 +53,7 @@ def create_model(model: ModelConfig, attention: AttentionConfig, **options: Any)
 
 
 def host_of_name(name: str) -> Host:
-    """The host that builds the model of a name. Raises RecipeError for one that timm does not have."""
+    """Return the host that builds the model of a name. Raises RecipeError if timm does not have the model."""
     base = OWN.get(name, name.partition(".")[0])
     if not timm.is_model(base):
         close = nearest(base, [*OWN, *timm.list_models()])
@@ -63,30 +63,30 @@ def host_of_name(name: str) -> Host:
 
 
 def host_of(network: nn.Module) -> Host:
-    """The host of a model that was built."""
+    """Return the host of a model that was built."""
     return _host_of_module(type(network).__module__)
 
 
 def layer_sizes(model: ModelConfig) -> tuple[LayerSize, ...]:
-    """The sizes of the attention layers of a recipe's model, in order. Raises RecipeError as `create_model`."""
+    """Return the sizes of the attention layers of a recipe's model, in order. Raises like `create_model`."""
     return host_of_name(model.name).sizes(model)
 
 
 def check_transfers(name: str) -> None:
-    """Raises RecipeError unless the model of a name can give and take attention matrices."""
+    """Raise RecipeError unless the model of a name supports attention transfer."""
     if host_of_name(name) is not VIT:
         raise RecipeError(
-            f"model.name = {name!r}: attention is transferred between plain ViTs alone; use a vit_* or deit*"
+            f"model.name = {name!r}: attention can be transferred only between plain ViTs; use a vit_* or deit*"
         )
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Trainable scalars; a parameter shared by several modules counts once."""
+    """Return the number of trainable scalars; a parameter shared by several modules counts once."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def no_weight_decay_names(model: nn.Module, decay_karat: bool) -> set[str]:
-    """Parameters that get no weight decay: what timm exempts, biases and norms, and KArAt's own unless asked."""
+    """Return the parameters without weight decay: timm's exceptions, biases, norms, and KArAt's unless requested."""
     theirs: Any = getattr(model, "no_weight_decay", set)
     exempt = set(theirs())
     for name, parameter in model.named_parameters():

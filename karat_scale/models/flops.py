@@ -1,9 +1,9 @@
-"""Floating-point operations of a model: what its equations need, whatever implementation computes them.
+"""Floating-point operations of a model, as its equations require, whatever implementation computes them.
 
 A multiply-add is two operations. As is usual for MFU, matrix products count and elementwise work (norms, softmax, base
 activations, the simplex) does not, nor does anything computed a second time. A learnable function with K coefficients
-counts as K multiply-adds an evaluation, so that KArAt's sums over keys count like the matrix products they are. Where
-attention is transferred, S V counts and the teacher's own pass does not.
+counts as K multiply-adds per evaluation, so that KArAt's sums over keys count like the matrix products they are. With
+attention transfer, S V counts, and the teacher's own pass does not.
 """
 
 from typing import Any, NamedTuple
@@ -22,11 +22,11 @@ from karat_scale.recipe import AttentionConfig, ModelConfig
 
 
 class Flops(NamedTuple):
-    """Operations for one image."""
+    """Return the operations for one image."""
 
     forward: int
     training: int
-    """Forward and backward, without recomputation: three times forward, less the gradient of the pixels."""
+    """Forward and backward, without recomputation: three times forward, minus the gradient of the pixels."""
 
 
 def flops_per_image(model: ModelConfig, attention: AttentionConfig) -> Flops:
@@ -38,7 +38,7 @@ def flops_per_image(model: ModelConfig, attention: AttentionConfig) -> Flops:
     with torch.device("meta"):
         counted = _Counted(create_model(model, attention))
         image = torch.empty(1, 3, model.image_size, model.image_size)
-        # SDPA's fused backward passes would count the scores that they compute a second time.
+        # SDPA's fused backward passes would count the scores twice, since they compute them again.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             logits = counted.network(image)
             forward = counter.get_total_flops()
@@ -47,14 +47,14 @@ def flops_per_image(model: ModelConfig, attention: AttentionConfig) -> Flops:
 
 
 class BlockFlops(NamedTuple):
-    """Operations of a block's forward pass for one image: of its attention, and of all of it."""
+    """Operations of a block's forward pass for one image: of its attention, and of the whole block."""
 
     attention: int
     block: int
 
 
 def flops_by_block(model: ModelConfig, attention: AttentionConfig) -> tuple[BlockFlops, ...]:
-    """The forward part of `flops_per_image` that each block does; raises as it does."""
+    """Return the forward part of `flops_per_image` of each block. Raises the same errors."""
     with torch.device("meta"), torch.no_grad():
         counted = _Counted(create_model(model, attention))
         image = torch.empty(1, 3, model.image_size, model.image_size)
@@ -63,21 +63,21 @@ def flops_by_block(model: ModelConfig, attention: AttentionConfig) -> tuple[Bloc
 
 
 def operator_flops(operator: KaratOperator, tokens: int, width: int, masked: bool = False) -> int:
-    """Forward operations of an operator on one set of tokens.
+    """Return the forward operations of an operator on one set of tokens.
 
-    Modular, a head: 2 N^2 d for the scores, 2 K N^2 r for H, 4 N r d for O = H (W^T V); in the Fourier basis K = 2 G.
+    Modular, per head: 2 N^2 d for the scores, 2 K N^2 r for H, 4 N r d for O = H (W^T V); in the Fourier basis K = 2 G.
 
     Args:
         operator: with h heads and rank r.
         tokens: N.
-        width: d, of a head.
-        masked: whether pairs are left out, for which S is needed.
+        width: d, the width of a head.
+        masked: True if pairs are masked, which requires S.
     """
     n, d, r = tokens, width, operator.rank
     function = 2 * coefficients_of(operator.basis)
     scores = values = 2 * n * n * d
     if operator.form == "modular":
-        # With a mask or the simplex the rows of S = H W^T are needed.
+        # A mask or the simplex needs the rows of S = H W^T.
         output = 2 * n * n * r + values if operator.simplex or masked else 4 * n * r * d
         head = scores + function * n * n * r + output
     elif operator.form == "project_first":
@@ -86,7 +86,7 @@ def operator_flops(operator: KaratOperator, tokens: int, width: int, masked: boo
         head = scores + 2 * function * n * n * r + values
     else:
         rows = function * n**3 + values
-        # Without a W, O = sum_f f(A) (C_f^T V) may be less than forming S.
+        # Without a W, O = sum_f f(A) (C_f^T V) can take fewer operations than forming S.
         spread = 2 * function * n * n * d
         can_spread = isinstance(operator.basis, FeatureBasis) and not (operator.simplex or masked)
         head = scores + (min(rows, spread) if can_spread else rows)
@@ -94,14 +94,14 @@ def operator_flops(operator: KaratOperator, tokens: int, width: int, masked: boo
 
 
 def coefficients_of(basis: Basis) -> int:
-    """K: multiply-adds an evaluation of one learnable function."""
+    """Return K: multiply-adds per evaluation of one learnable function."""
     if isinstance(basis, FeatureBasis):
         return basis.num_features
     return sum(torch.Size(shape).numel() for shape in basis.shapes(1, 1, 1).values())
 
 
 class _Counted:
-    """A model on the meta device whose operators are counted in place of being computed."""
+    """A model on the meta device whose operators are counted instead of computed."""
 
     def __init__(self, network: nn.Module) -> None:
         _let_operators_pass(network)
@@ -114,7 +114,7 @@ class _Counted:
         return sum(module.flops for module in self.network.modules() if isinstance(module, _PassedOperator))
 
     def by_block(self, image: Tensor, counter: FlopCounterMode) -> tuple[BlockFlops, ...]:
-        """Run the image through, inside the counter."""
+        """Run the image through the model, inside the counter."""
         so_far: list[int] = []
 
         def note(*_: Any) -> None:
@@ -130,7 +130,7 @@ class _Counted:
 
 
 class _PassedOperator(nn.Module):
-    """Stands where an operator was: counts it, and lets all three gradients through."""
+    """Replaces an operator: counts it, and passes gradients to all three inputs."""
 
     def __init__(self, operator: KaratOperator) -> None:
         super().__init__()
@@ -141,14 +141,14 @@ class _PassedOperator(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Something of O's shape."""
+        """Return a tensor of O's shape."""
         batch, _heads, tokens, width = query.shape
         self.flops += batch * operator_flops(self._counted, tokens, width, masked=mask is not None)
         return query + key + value
 
 
 def _let_operators_pass(network: nn.Module) -> None:
-    """Each operator once, also one that all blocks share."""
+    """Yield each operator once, even if all blocks share it."""
     passed: dict[nn.Module, _PassedOperator] = {}
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
@@ -157,10 +157,10 @@ def _let_operators_pass(network: nn.Module) -> None:
 
 
 class _AnyMatrices:
-    """Stands where a student's teacher would: gives it S without computing it."""
+    """Replaces a student's teacher: returns S V without computing it."""
 
     def attend(self, _: int, value: Tensor) -> Tensor:
-        """S V of value [B, h, N, d]."""
+        """Return S V for value [B, h, N, d]."""
         return value.new_empty(*value.shape[:3], value.shape[2]) @ value
 
 

@@ -1,4 +1,4 @@
-"""Parameters that do not learn."""
+"""Freeze parameters."""
 
 import fnmatch
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from karat_scale.errors import RecipeError
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> str:
-    """Take the gradient from the parameters whose names match one of the patterns, as in a shell.
+    """Turn off the gradient of the parameters whose names match one of the patterns, as in a shell.
 
-    Returns a line about it. A parameter that blocks share has the name it has in the first of them.
+    Returns a line about it. A parameter that blocks share has its name from the first of them.
 
     Raises:
         RecipeError: a pattern matches no parameter, or nothing is left to train.
@@ -21,12 +21,12 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> str:
         matched = fnmatch.filter(parameters, pattern)
         if not matched:
             raise RecipeError(
-                f"train.freeze = {pattern}: no parameter has such a name; names are like {', '.join([*parameters][:4])}"
+                f"train.freeze = {pattern}: matches no parameter; names are like {', '.join([*parameters][:4])}"
             )
         for name in matched:
             parameters[name].requires_grad_(False)
     frozen = sum(parameter.numel() for parameter in parameters.values() if not parameter.requires_grad)
     total = sum(parameter.numel() for parameter in parameters.values())
     if frozen == total:
-        raise RecipeError(f"train.freeze = [{', '.join(patterns)}] leaves no parameter to train")
+        raise RecipeError(f"train.freeze = [{', '.join(patterns)}] leaves no parameter to train; freeze fewer")
     return f"{frozen:,} of {total:,} parameters are frozen"

@@ -1,4 +1,4 @@
-"""What every family of timm's models, a host of KArAt, answers: how it is built, and what of it becomes KArAt."""
+"""A host: a family of timm models that can use KArAt. It defines how a model is built and which layers become KArAt."""
 
 import functools
 import re
@@ -17,7 +17,7 @@ from karat_scale.errors import RecipeError
 from karat_scale.models.layers import KNOWN, LayerSize, attention_layers, measure_layers
 from karat_scale.recipe import ModelConfig
 
-# Pools patches into the classifier's input, once and after all blocks: no layer between tokens.
+# Pools patches into the classifier's input, once and after all blocks, so it is not between tokens.
 _POOLS = ("AttentionPoolLatent", "AttentionPool2d")
 
 
@@ -26,9 +26,9 @@ class Host:
     """A family of models.
 
     Attributes:
-        build: the model of a recipe's `model` section, and of options of timm's, as timm has it.
-        learn: (model, attention, sizes of all attention layers, options): with KArAt in the layers that take it.
-        fit: a state dict, of this model at another image size or from another library, by the model's own names.
+        build: returns timm's model for a recipe's `model` section and options of timm's.
+        learn: (model, attention, sizes of all attention layers, options): the model with KArAt where it is supported.
+        fit: adapts a state dict of this model at another image size, or from another library, to the model's own names.
     """
 
     build: Callable[..., nn.Module]
@@ -36,10 +36,10 @@ class Host:
     fit: Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]]
 
     def softmax(self, model: ModelConfig, **options: Any) -> nn.Module:
-        """The model as timm has it.
+        """Return timm's own model.
 
         Raises:
-            RecipeError: it cannot be built at these sizes, or its attention is none that is known here.
+            RecipeError: it cannot be built at these sizes, or its attention is not supported.
         """
         network = self.build(model, **options)
         _check_attention(network, model)
@@ -48,7 +48,7 @@ class Host:
 
     @functools.cache  # noqa: B019  # hosts are few and live as long as the program
     def sizes(self, model: ModelConfig, **options: Any) -> tuple[LayerSize, ...]:
-        """The sizes of the model's attention layers; raises as `softmax`."""
+        """Return the sizes of the model's attention layers. Raises like `softmax`."""
         with torch.device("meta"):
             network = self.softmax(model, **options).eval()
             try:
@@ -58,7 +58,7 @@ class Host:
 
 
 def build_timm(model: ModelConfig, name: str, **settings: Any) -> nn.Module:
-    """timm's model `name`, freshly initialised, with the recipe's classes unless `settings` say else.
+    """Return timm's model `name`, freshly initialised, with the recipe's classes unless `settings` override them.
 
     Raises:
         RecipeError: timm cannot build it.
@@ -71,23 +71,23 @@ def build_timm(model: ModelConfig, name: str, **settings: Any) -> nn.Module:
 
 
 def cannot_be_built(model: ModelConfig, error: Exception) -> RecipeError:
-    """One line about what timm, or the model itself, objects to."""
+    """Return one line about an error of timm or of the model."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return RecipeError(f"model.name = {model.name!r} cannot be built as asked: {reason}")
+    return RecipeError(f"model.name = {model.name!r} cannot be built with these sizes: {reason}")
 
 
 def refuse_fields(model: ModelConfig, *fields: str, why: str) -> None:
-    """Raises RecipeError where the recipe gives what this host's models have of their own."""
+    """Raise RecipeError if the recipe sets a key that this host's models do not support."""
     for field in fields:
         value = getattr(model, field)
         if value is not None:
-            raise RecipeError(f"model.{field} = {value} cannot hold for {model.name}, {why}; leave it out")
+            raise RecipeError(f"model.{field} = {value} is not supported by {model.name}, {why}; remove it")
 
 
 def _check_attention(network: nn.Module, model: ModelConfig) -> None:
     if getattr(network, "dynamic_img_size", False) or isinstance(network, NaFlexVit):
         raise RecipeError(
-            f"model.name = {model.name!r} takes images of any size, but KArAt needs a fixed number of tokens; use a "
+            f"model.name = {model.name!r} accepts images of any size, but KArAt needs a fixed number of tokens; use a "
             "model of one size, such as vit_small_patch16_224"
         )
     known = {id(layer.attention) for layer in attention_layers(network)}
@@ -101,13 +101,13 @@ def _check_attention(network: nn.Module, model: ModelConfig) -> None:
     if others or not known:
         what = f"its attention, {min(others)}," if others else f"the attention of a {type(network).__name__}"
         raise RecipeError(
-            f"model.name = {model.name!r}: {what} is none that KArAt can take the place of; use a model with timm's "
+            f"model.name = {model.name!r}: {what} cannot be replaced with KArAt; use a model with timm's "
             "own Attention in each block, a convit_* or a swin_* (docs/models.md)"
         )
 
 
 def _check_patches(network: Any, model: ModelConfig) -> None:
-    """Pixels beyond the last whole patch would be dropped in silence."""
+    """Check that patches tile the image: pixels beyond the last whole patch would be dropped silently."""
     embed = getattr(network, "patch_embed", None)
     if isinstance(embed, ConvEmbedding):
         _check_overlapping(embed.conv, model)
@@ -121,11 +121,11 @@ def _check_patches(network: Any, model: ModelConfig) -> None:
 
 
 def _check_overlapping(conv: nn.Conv2d, model: ModelConfig) -> None:
-    """The same of PiT, whose patches overlap."""
+    """Check the same for PiT, whose patches overlap."""
     (side, *_), (step, *_) = conv.kernel_size, conv.stride
     rest = (model.image_size - side) % step
     if rest:
         raise RecipeError(
-            f"model.image_size = {model.image_size} is no whole number of {model.name}'s patches, {side} pixels wide, "
+            f"model.image_size = {model.image_size} does not fit {model.name}'s patches, {side} pixels wide, "
             f"{step} apart; use {model.image_size - rest}"
         )

@@ -1,4 +1,4 @@
-"""Weights of one model as the beginning of another: other classes, another image size, softmax's for KArAt."""
+"""Start a model from the weights of another: other classes, another image size, softmax weights for KArAt."""
 
 import re
 from collections.abc import Mapping
@@ -20,23 +20,23 @@ _POSITIONS = "pos_embed"
 
 @torch.no_grad()
 def take_weights(model: nn.Module, weights: Mapping[str, Tensor], new_head: bool = True) -> str:
-    """Copy weights into a model, in place, fitted to its image size and classes.
+    """Copy weights into a model, in place, adapted to its image size and classes.
 
     Position embeddings, the patch embedding and the attention operators are interpolated. Prefix tokens that the model
-    has not are left out, those that only it has stay as they are; so do the operators of a KArAt model when the weights
-    are a softmax model's, and with `new_head` a classifier of another number of classes.
+    does not have are left out; those that only the model has keep their values. The operators of a KArAt model keep
+    theirs if the weights are a softmax model's, and with `new_head` so does a classifier of another number of classes.
 
     Args:
         model: freshly initialised, not partitioned.
         weights: a state dict of timm's or ours, by parameter name.
-        new_head: whether the classes may differ, and positions that are computed here be learned ones there; else the
+        new_head: True if the classes may differ, and computed positions may replace learned ones; else the
             weights are of this model at another image size.
 
     Returns:
-        What was interpolated and what was left as it was, for a log line.
+        A log line: what was interpolated, and what keeps its values.
 
     Raises:
-        RecipeError: the weights are of another model; one line names the first parameter that tells.
+        RecipeError: the weights are of another model; one line names the first parameter that differs.
     """
     own = model.state_dict()
     left = set()
@@ -50,7 +50,7 @@ def take_weights(model: nn.Module, weights: Mapping[str, Tensor], new_head: bool
     _check_depth(weights, own)
     if keeps_positions:
         weights = {**weights, _POSITIONS: own[_POSITIONS]}
-        notes.append("its position embedding is left out, for the model's is fixed (model.pos_embed)")
+        notes.append("its position embedding is left out, since the model's is fixed (model.pos_embed)")
     if any(OPERATOR in name for name in own):
         if any(OPERATOR in name for name in weights):
             weights = spread_operator(model, weights)
@@ -59,7 +59,7 @@ def take_weights(model: nn.Module, weights: Mapping[str, Tensor], new_head: bool
             weights = {**weights, **operators}
         else:
             left |= {name for name in own if OPERATOR in name}
-            notes.append("the attention operators are left at their start, for the weights have none")
+            notes.append("the attention operators keep their initial values, since the weights have none")
     heads = _classifiers(model)
     head = {name for name in {**own, **weights} if name.startswith(tuple(f"{head}." for head in heads))}
     bias = f"{heads[0]}.bias"
@@ -67,7 +67,7 @@ def take_weights(model: nn.Module, weights: Mapping[str, Tensor], new_head: bool
     if new_head and classes[0] != classes[1]:
         left |= head
         weights = {name: tensor for name, tensor in weights.items() if name not in head}
-        notes.append(f"the head is new: {classes[0]} classes there, {classes[1]} here")
+        notes.append(f"the head is new: the weights have {classes[0]} classes, the model {classes[1]}")
     _check(weights, {name: tensor for name, tensor in own.items() if name not in left})
     for name, tensor in weights.items():
         own[name].copy_(tensor)
@@ -77,13 +77,13 @@ def take_weights(model: nn.Module, weights: Mapping[str, Tensor], new_head: bool
 def _fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     try:
         return host_of(model).fit(weights, model)
-    except Exception as error:  # timm's conversions expect whole weights, and raise what comes
+    except Exception as error:  # timm's conversions expect complete weights, and can raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RecipeError(f"the weights cannot be fitted to a {type(model).__name__}: {reason}; {_FIX}") from error
+        raise RecipeError(f"the weights cannot be adapted to a {type(model).__name__}: {reason}; {_FIX}") from error
 
 
 def _classifiers(model: Any) -> list[str]:
-    """The names of the layers that give logits; a distilled model has two."""
+    """Return the names of the layers that give logits; a distilled model has two."""
     found = model.get_classifier()
     layers = found if isinstance(found, tuple) else (found,)
     return [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
@@ -97,7 +97,7 @@ def _patch_note(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> lis
 
 
 def _check_axes(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """What is fitted has the axes it is expected to have; timm's old patch embeddings are matrices."""
+    """Check that tensors to adapt have the expected axes; timm's old patch embeddings are matrices."""
     for name, tensor in own.items():
         axes = weights[name].dim() if name in weights else tensor.dim()
         if axes != tensor.dim() and not (name == _PATCHES and axes == 2):
@@ -107,9 +107,9 @@ def _check_axes(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Non
 def _check_values(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     for name, tensor in weights.items():
         if name in own and own[name].is_floating_point() and not tensor.is_floating_point():
-            raise RecipeError(f"{name} is of {tensor.dtype} there, not of floating-point numbers; use other weights")
+            raise RecipeError(f"{name} in the weights is {tensor.dtype}, not floating point; use other weights")
         if tensor.is_floating_point() and not tensor.float().isfinite().all():
-            raise RecipeError(f"{name} has numbers there that are not finite; use other weights")
+            raise RecipeError(f"{name} in the weights has numbers that are not finite; use other weights")
 
 
 def _has_fixed_positions(model: Any) -> bool:
@@ -125,12 +125,12 @@ def _check_depth(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> No
     there, here = _blocks(weights), _blocks(own)
     if there and here and there != here and there == set(range(len(there))):
         raise RecipeError(
-            f"the weights are of {len(there)} blocks, the model has {len(here)}; use model.depth={len(there)}"
+            f"the weights have {len(there)} blocks, the model has {len(here)}; use model.depth={len(there)}"
         )
 
 
 def _blocks(state: Mapping[str, Tensor]) -> set[int]:
-    """The numbers of a ViT's blocks."""
+    """Return the numbers of a ViT's blocks."""
     return {int(found[1]) for found in map(re.compile(r"blocks\.(\d+)\.").match, state) if found}
 
 
@@ -146,4 +146,4 @@ def _check(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Non
 
 
 def _other_shape(name: str, there: Tensor, here: Tensor) -> RecipeError:
-    return RecipeError(f"{name} is {list(there.shape)} there and {list(here.shape)} here; {_FIX}")
+    return RecipeError(f"{name} is {list(there.shape)} in the weights and {list(here.shape)} in the model; {_FIX}")

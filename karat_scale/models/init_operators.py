@@ -1,4 +1,4 @@
-"""The learned operators of a model from those in other weights: for another grid, or other prefix tokens."""
+"""Adapt the learned operators in other weights to a model's grid and prefix tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -15,9 +15,9 @@ OPERATOR = ".operator."
 
 
 def spread_operator(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with an operator in each layer of a model that has one, where they hold one for all.
+    """Return weights with an operator for each layer, if they hold one for all layers.
 
-    A folder of `karat export` holds what layers share once.
+    A folder of `karat export` stores shared operators once.
     """
     there, here = _layers(weights), _layers(model.state_dict())
     if len(there) != 1 or not there <= here:
@@ -30,15 +30,15 @@ def spread_operator(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str
 def operators_for(
     model: nn.Module, weights: Mapping[str, Tensor], there: Sequence[str]
 ) -> tuple[dict[str, Tensor], list[TokenGrid]]:
-    """The operators' tensors for a model's grids and prefix tokens, and the other grids that some came from.
+    """Return the operators' tensors for a model's grids and prefix tokens, and the other grids that they came from.
 
     Args:
-        model: its operators give what prefix tokens that only it has begin with.
-        weights: some have an operator.
-        there: their prefix tokens, as `prefix_tokens` names them.
+        model: its operators give the initial values of prefix tokens that only it has.
+        weights: a state dict with operators.
+        there: the prefix tokens of the weights, as `prefix_tokens` names them.
 
     Raises:
-        RecipeError: they are operators of other layers or of another kind.
+        RecipeError: the operators are of other layers or of another kind.
     """
     own = model.state_dict()
     _check_layers(_layers(weights), _layers(own))
@@ -53,7 +53,7 @@ def operators_for(
         first, shared = taken.setdefault(id(operator), (prefix, tensors))
         if any(not torch.equal(shared[name], x) for name, x in tensors.items() if name in shared):
             raise RecipeError(
-                f"{first} and {prefix} differ there and are one here (attention.mode = universal); "
+                f"{first} and {prefix} differ in the weights, but the model has one (attention.mode = universal); "
                 "use attention.mode=blockwise"
             )
         try:
@@ -71,14 +71,14 @@ def operators_for(
 
 
 def _operators(model: nn.Module) -> Iterator[tuple[str, KaratOperator]]:
-    """Every block's operator with its parameters' prefix; one that blocks share comes once for each."""
+    """Yield every block's operator with its parameters' prefix; a shared operator comes once for each block."""
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, KaratOperator):
             yield f"{name}.", module
 
 
 def _layers(state: Mapping[str, Tensor]) -> set[str]:
-    """The attention layers with an operator."""
+    """Return the attention layers that have an operator."""
     return {name.partition(OPERATOR)[0] for name in state if OPERATOR in name}
 
 
@@ -87,13 +87,13 @@ def _check_layers(there: set[str], here: set[str]) -> None:
         if layers:
             more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
             raise RecipeError(
-                f"the weights have {what} for {min(layers)}{more}, where the model {model}; "
+                f"the weights have {what} for {min(layers)}{more}, but the model {model}; "
                 "use the model.name and model.depth they were trained with"
             )
 
 
 def _check_kinds(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Softmax beside an operator, or heads of its own, show in its parameters' names."""
+    """Check softmax heads and residual attention, which show in the parameters' names."""
     own = model.state_dict()
     for layer in attention_layers(model):
         prefix = f"{layer.name}{OPERATOR}"
@@ -104,15 +104,15 @@ def _check_kinds(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         if residual_there != residual_here:
             field = f"attention.residual={str(residual_there).lower()}"
         elif _kind(there, prefix) != _kind(here, prefix):
-            learned = weights[there[0]].shape[:1].numel()  # all have one axis of heads, the first
+            learned = weights[there[0]].shape[:1].numel()  # the first axis is always that of the heads
             field = f"attention.softmax_heads={layer.attention.num_heads - learned if hybrid_there else 0}"
         else:
             continue
-        raise RecipeError(f"{prefix.removesuffix('.')} was trained with {field}, which is not so here; use that")
+        raise RecipeError(f"{prefix.removesuffix('.')} was trained with {field}, but the recipe differs; use that")
 
 
 def _kind(names: Sequence[str], prefix: str) -> tuple[bool, bool]:
-    """Whether softmax is added, and whether some heads have softmax alone."""
+    """Return whether softmax is added, and whether some heads use only softmax."""
     rests = [name.removeprefix(prefix) for name in names]
     residual = any(rest.rpartition(".")[2] == "gate" for rest in rests)
     return residual, max(rest.count("operator.") for rest in rests) > residual

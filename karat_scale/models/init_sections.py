@@ -1,31 +1,33 @@
-"""What weights cannot tell of their model, and a recipe's sections can: heads, and functions without parameters."""
+"""Differences between models that do not show in weights, only in recipes: heads, and functions without parameters."""
 
 from karat_scale.errors import RecipeError
 from karat_scale.models.factory import layer_sizes
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
-# Of one operator, what may differ where all parameters have the same names and shapes.
+# Keys of an operator that can differ while all parameters have the same names and shapes.
 _OF_OPERATORS = ("basis", "form", "simplex", "base", "range")
 
 
 def check_heads(there: ModelConfig, here: ModelConfig) -> None:
-    """Raises RecipeError where weights of the same widths are of other heads."""
+    """Raise RecipeError if weights of the same widths have another number of heads."""
     for theirs, ours in zip(layer_sizes(there), layer_sizes(here), strict=False):
         if theirs.heads != ours.heads:
             same_width = (there.name, there.embed_dim) == (here.name, here.embed_dim)
             fix = f"model.num_heads={theirs.heads}" if same_width else "the model section they were trained with"
             raise RecipeError(
-                f"the weights are of {there.name} with {theirs.heads} heads in a layer, the model has {ours.heads}; "
+                f"the weights are of {there.name} with {theirs.heads} heads per layer, the model has {ours.heads}; "
                 f"use {fix}"
             )
 
 
 def differences(there: tuple[ModelConfig, AttentionConfig], here: tuple[ModelConfig, AttentionConfig]) -> list[str]:
-    """What the same parameters compute otherwise here, as `attention.base = silu there and zero here`."""
+    """Return the differences in how the same parameters are used: `attention.base = silu in the weights, zero here`."""
     pairs = [("model.name", there[0].name, here[0].name)]
     if there[1].kind == here[1].kind == "karat":
         pairs += [(f"attention.{key}", getattr(there[1], key), getattr(here[1], key)) for key in _OF_OPERATORS]
-    return [f"{key} = {_text(theirs)} there and {_text(ours)} here" for key, theirs, ours in pairs if theirs != ours]
+    return [
+        f"{key} = {_text(theirs)} in the weights, {_text(ours)} here" for key, theirs, ours in pairs if theirs != ours
+    ]
 
 
 def _text(value: object) -> str:

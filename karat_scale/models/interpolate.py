@@ -1,9 +1,9 @@
-"""Learned attention for another number of tokens.
+"""Convert learned attention to another number of tokens.
 
-KArAt's parameters are tied to token positions. Every axis of tokens is one over which attention sums: H[k, p] =
+KArAt's parameters belong to token positions. Attention sums over every axis of tokens: H[k, p] =
 sum_q phi_pq(A[k, q]) over keys, O = sum_j S[k, j] V[j] over values, whose weights are W[j, p] or, without a W,
 phi_jp. Over P patches such a sum is P times the mean of a function on the image, of which the patches are samples. So
-on another grid of P' patches the same function is sampled anew, bicubically, and what it multiplies is scaled by
+on another grid of P' patches the same function is resampled bicubically, and its factors are scaled by
 P / P': the sums, and with them the variance of H and O, stay as they were, as far as images are smooth on the scale
 of a patch. Class and register tokens are one term each, and stay as they are.
 """
@@ -40,9 +40,9 @@ class TokenGrid:
 
 
 def square_grid(tokens: int, prefix: int) -> TokenGrid:
-    """The grid of N tokens, of a square image.
+    """Return the grid of N tokens of a square image.
 
-    Raises ValueError when the patches are no square.
+    Raises ValueError if the patches are not a square.
     """
     side = math.isqrt(max(tokens - prefix, 0))
     if side < 1 or side * side != tokens - prefix:
@@ -51,9 +51,9 @@ def square_grid(tokens: int, prefix: int) -> TokenGrid:
 
 
 def tokens_of(operator: KaratOperator, tensors: Mapping[str, Tensor]) -> int:
-    """N of an operator's tensors by name, where `operator` is one like it but for N.
+    """Return N of an operator's tensors by name. `operator` is the same except for N.
 
-    Raises ValueError when they are of another operator.
+    Raises ValueError if they are of another operator.
     """
     for name, axes in _token_axes(operator).items():
         tensor = tensors.get(name)
@@ -71,16 +71,16 @@ def resize_operator(
     new: TokenGrid,
     places: Sequence[int | None] | None = None,
 ) -> dict[str, Tensor]:
-    """An operator's tensors by name for another grid; the same tensors where the grid is the same.
+    """Convert an operator's tensors by name to another grid. For the same grid, the tensors are returned unchanged.
 
     Args:
-        operator: of the new size; it gives what a class or register token that is not in the old grid begins with.
+        operator: of the new size; it gives the initial values of class or register tokens that the old grid lacks.
         tensors: W [h, N, r] as `proj`, and the basis's parameters, by name.
-        old, new: the grid they are for, and the one they shall be for.
-        places: where each class and register token of the new grid stands in the old one, None where it does not; the
-            first ones, as many as there are, unless given.
+        old, new: the grid of the tensors, and the grid to convert to.
+        places: the position of each class and register token of the new grid in the old one, or None if missing; the
+            default is the first ones.
 
-    Raises ValueError when the tensors are of another operator, or the basis does not say what multiplies phi.
+    Raises ValueError if the tensors are of another operator, or the basis does not say what multiplies phi.
     """
     _check(operator, tensors, old.tokens)
     places = range(new.prefix) if places is None else places

@@ -1,4 +1,4 @@
-"""The attention layers of a model, whatever its architecture, in the order in which an image passes them."""
+"""The attention layers of a model of any architecture, in the order of the forward pass."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from timm.models.convit import GPSA, MHSA
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-# Every class of attention that this project knows, by timm's own name for it.
+# Every class of attention in timm that this project supports.
 KNOWN: tuple[type[nn.Module], ...] = (Attention, GPSA, MHSA, WindowAttention)
 
 
@@ -23,9 +23,9 @@ class AttentionLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerSize:
-    """What an attention layer sees of one image: `sets` sets of N `tokens`, by h `heads` each.
+    """The size of an attention layer for one image: `sets` sets of N `tokens` with h `heads` each.
 
-    A window is a set; elsewhere there is one. `biased`: a bias joins the scores.
+    A window is a set; other models have one set. `biased`: a bias is added to the scores.
     """
 
     sets: int
@@ -35,24 +35,24 @@ class LayerSize:
 
     @property
     def scores(self) -> int:
-        """Entries of one head's score matrices."""
+        """The number of entries of one head's score matrices."""
         return self.sets * self.tokens**2
 
 
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:
-    """All attention layers, learned or not, in order."""
+    """Return all attention layers, learned or not, in order."""
     blocks = ((name, block, getattr(block, "attn", None)) for name, block in model.named_modules())
     return [AttentionLayer(f"{name}.attn", block, attn) for name, block, attn in blocks if isinstance(attn, KNOWN)]
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The block of each attention layer, in order."""
+    """Return the block of each attention layer, in order."""
     return [layer.block for layer in attention_layers(model)]
 
 
 @torch.no_grad()
 def measure_layers(model: nn.Module, image_size: int) -> tuple[LayerSize, ...]:
-    """The size of each attention layer, from a forward pass of one image; the model is on the meta device."""
+    """Return the size of each attention layer, from a forward pass of one image; the model is on the meta device."""
     shapes: list[torch.Size] = []
 
     def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:

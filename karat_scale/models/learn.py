@@ -1,4 +1,4 @@
-"""Turning layers of a built model into KArAt, where timm gives its constructor no class to build them from."""
+"""Convert layers of a built model to KArAt, for models whose constructor in timm takes no attention class."""
 
 from collections.abc import Mapping
 
@@ -18,19 +18,19 @@ def learn(
     sizes: tuple[LayerSize, ...],
     classes: Mapping[type[nn.Module], type[nn.Module]],
 ) -> nn.Module:
-    """Give an `operator` to each attention layer whose class `classes` names, and make it of the class named there.
+    """Give an `operator` to each attention layer whose class is in `classes`, and set its class to the one there.
 
-    Other layers stay as they are, and so do all parameters. `sizes` are those of all the model's layers.
+    Other layers and all parameters do not change. `sizes` are those of all the model's layers.
 
     Raises:
-        RecipeError: a layer has too few heads, layers that would share an operator are of different sizes, or the
-            implementation asked for cannot take a layer's bias.
+        RecipeError: a layer has too few heads, layers that would share an operator differ in size, or the
+            implementation does not support a layer's bias.
     """
     found = zip(attention_layers(network), sizes, strict=True)
     turned = [(layer.attention, size) for layer, size in found if type(layer.attention) in classes]
     if attention.implementation in ("cpu", "triton") and any(size.biased for _, size in turned):
         raise RecipeError(
-            f"attention.implementation = {attention.implementation} has no position bias, which joins the scores of "
+            f"attention.implementation = {attention.implementation} does not support the position bias of "
             f"{model.name}; use auto or streaming"
         )
     shapes = {(size.tokens, size.heads) for _, size in turned}
@@ -42,12 +42,12 @@ def learn(
     fewest = min(heads for _, heads in shapes)
     if attention.softmax_heads >= fewest:
         raise RecipeError(
-            f"attention.softmax_heads = {attention.softmax_heads} leaves no head to KArAt in a layer of {model.name} "
-            f"with {fewest}; use less"
+            f"attention.softmax_heads = {attention.softmax_heads} leaves no head for KArAt in a layer of {model.name} "
+            f"with {fewest} heads; use fewer"
         )
     make = operator_maker(attention)
     for layer, size in turned:
-        # A new class, as torch's parametrizations do it: names and weights stay timm's.
+        # A new class, as in torch's parametrizations: names and weights stay timm's.
         layer.__class__ = classes[type(layer)]
         try:
             layer.operator = make(size.tokens, size.heads)

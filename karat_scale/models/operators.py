@@ -12,12 +12,12 @@ from karat_scale.models.layers import attention_layers
 
 
 def operators(model: nn.Module) -> list[KaratOperator | None]:
-    """Each attention layer's learned operator; None where it has softmax. In universal mode all are one object."""
+    """Return each attention layer's learned operator; None for softmax. In universal mode all are one object."""
     return [operator_of(layer.attention) for layer in attention_layers(model)]
 
 
 def operator_of(attention: nn.Module) -> KaratOperator | None:
-    """The learned operator of an attention layer, also beside softmax heads or added to softmax."""
+    """Return the learned operator of an attention layer, also if it is combined with softmax."""
     operator: Any = getattr(attention, "operator", None)
     while isinstance(operator, HybridHeads | ResidualHeads):
         operator = operator.operator
@@ -25,7 +25,7 @@ def operator_of(attention: nn.Module) -> KaratOperator | None:
 
 
 def check_implementation(model: nn.Module, device: torch.device) -> None:
-    """Raises RecipeError where the implementation of attention that a recipe names cannot run on a device."""
+    """Raise RecipeError if the recipe's implementation of attention cannot run on a device."""
     for layer in attention_layers(model):
         operator = operator_of(layer.attention)
         if operator is None:
@@ -40,16 +40,16 @@ def check_implementation(model: nn.Module, device: torch.device) -> None:
 
 
 def gates(model: nn.Module) -> list[nn.Parameter | None]:
-    """Each layer's gates [h] of what is learned beside softmax; None where S is learned alone, or not at all."""
+    """Return each layer's gates [h] of residual attention; None for other layers."""
     layers = attention_layers(model)
     found = [[m for m in layer.attention.modules() if isinstance(m, ResidualHeads)] for layer in layers]
     return [residual[0].gate if residual else None for residual in found]
 
 
 def head_parameters(model: nn.Module) -> Iterator[tuple[str, int, nn.Parameter]]:
-    """(name, block, parameter [h, ...]) of coefficients, by their basis's names, and of the projector, "W".
+    """Yield (name, block, parameter [h, ...]) of coefficients, by their basis's names, and of the projector, "W".
 
-    A universal operator counts as block 0's.
+    A universal operator counts as that of block 0.
     """
     seen: set[int] = set()
     for block, operator in enumerate(operators(model)):

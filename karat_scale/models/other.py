@@ -1,4 +1,4 @@
-"""Any other model of timm's whose attention is timm's own, such as PiT or MobileViT, at timm's own sizes."""
+"""Other timm models that use timm's own attention, such as PiT or MobileViT, at timm's own sizes."""
 
 import inspect
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ def _build(model: ModelConfig, **options: Any) -> nn.Module:
         if name in taken:
             settings[name] = value
         elif value:
-            raise RecipeError(f"model.{field} = {value:g} cannot hold for {model.name}, which has no {name}; use 0")
+            raise RecipeError(f"model.{field} = {value:g} is not supported by {model.name}, which has no {name}; use 0")
     return build_timm(model, model.name, **settings, **options)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def sincos_2d(height: int, width: int, dim: int, temperature: float = 10_000.0) -> Tensor:
-    """Sines and cosines of a grid's coordinates, float32 [height * width, dim], row by row.
+    """Return sines and cosines of a grid's coordinates, float32 [height * width, dim], row by row.
 
     Of column x and row y: sin(x w_k), cos(x w_k), sin(y w_k), cos(y w_k) with w_k = temperature^(-k / (K - 1)),
     k = 0 .. K - 1, K = dim / 4 (MoCo v3, arXiv 2104.02057; so in arXiv 2205.01580). Raises ValueError unless dim is a
@@ -16,7 +16,7 @@ def sincos_2d(height: int, width: int, dim: int, temperature: float = 10_000.0) 
     if dim % 4 or dim < 8:
         raise ValueError(f"pos_embed = sincos2d needs a width of 8, 12, 16, ..., not {dim}")
     quarter = dim // 4
-    # In float64: a device or a precision of its own must not change them.
+    # In float64, so that they do not depend on device or precision.
     exponent = torch.arange(quarter, dtype=torch.float64, device="cpu") / (quarter - 1)
     frequencies = temperature**-exponent
     rows = torch.arange(height, dtype=torch.float64, device="cpu").repeat_interleave(width)
@@ -26,7 +26,7 @@ def sincos_2d(height: int, width: int, dim: int, temperature: float = 10_000.0) 
 
 
 def is_sincos_2d(positions: Tensor) -> bool:
-    """Whether the positions [1, N, D] of a square of patches, the last ones, are these, be it in bfloat16."""
+    """True if the last positions of [1, N, D], those of a square of patches, are these, also if rounded to bfloat16."""
     side, dim = math.isqrt(positions.shape[1]), positions.shape[2]
     if dim % 4 or dim < 8:
         return False

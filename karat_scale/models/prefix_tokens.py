@@ -1,6 +1,6 @@
-"""Class, distillation and register tokens, which stand before the patches, in the weights of one model and of another.
+"""Convert the class, distillation and register tokens, which come before the patches, between models.
 
-A token is a vector and mostly a position, and both are added before the first block. So where only one of two models
+A token is a vector and usually a position, and both are added before the first block. So if only one of two models
 has positions for such tokens, the sum is kept.
 """
 
@@ -12,36 +12,36 @@ from torch import Tensor, nn
 
 from karat_scale.errors import RecipeError
 
-# timm's parameters [1, n, D], in the order in which it puts them before the patches, and what they are called here.
+# timm's parameters [1, n, D], in timm's order before the patches, and their names in messages.
 _TOKENS = {"cls_token": "class token", "dist_token": "distillation token", "reg_token": "register tokens"}
-# The distillation token has a classifier of its own.
+# The distillation token has its own classifier.
 _HEAD_DIST = "head_dist."
 
 
 def prefix_tokens(state: Mapping[str, Tensor]) -> list[str]:
-    """Every prefix token of a state dict, by its parameter and its number there, such as `reg_token.3`."""
+    """Return every prefix token of a state dict as its parameter and number, such as `reg_token.3`."""
     return [f"{name}.{number}" for name in _TOKENS if name in state for number in range(state[name].shape[1])]
 
 
 def places_of(tokens: Sequence[str], there: Sequence[str]) -> list[int | None]:
-    """Where each of `tokens` stands in `there`; None where it does not."""
+    """Return the position of each of `tokens` in `there`; None if it is not there."""
     return [there.index(token) if token in there else None for token in tokens]
 
 
 def fit_prefix(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """A state dict whose prefix tokens are those of a model, and their positions too; the operators are left alone.
+    """Return a state dict with a model's prefix tokens and their positions; the operators do not change.
 
-    Tokens that only the model has keep its values; those that only the weights have are left out.
+    Tokens that only the model has keep their values; those that only the weights have are left out.
 
     Args:
-        model: one whose positions are [1, tokens, D]; any other keeps the weights as they are.
+        model: one whose positions are [1, tokens, D]; for any other, the weights do not change.
         weights: by timm's names.
 
     Returns:
         The weights, and what was left out or is new.
 
     Raises:
-        RecipeError: the positions are those of no square of patches, or of another width.
+        RecipeError: the positions are not those of a square of patches, or are of another width.
     """
     own = model.state_dict()
     there, here = prefix_tokens(weights), prefix_tokens(own)
@@ -53,7 +53,7 @@ def fit_prefix(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[st
         return dict(weights), []
     for name in ("pos_embed", *_TOKENS):
         if name in weights and weights[name].shape[2] != positions.shape[2]:
-            width = f"a width of {weights[name].shape[2]} there and {positions.shape[2]} here"
+            width = f"a width of {weights[name].shape[2]} in the weights and {positions.shape[2]} in the model"
             raise RecipeError(f"{name} has {width}; use the model section it was trained with")
     embedded_there, embedded_here = (_embedded(state, len(tokens)) for state, tokens in ((weights, there), (own, here)))
     vectors: dict[str, list[Tensor]] = {}
@@ -75,19 +75,19 @@ def fit_prefix(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[st
 
 
 def _embedded(state: Mapping[str, Tensor], tokens: int) -> int:
-    """How many prefix tokens have a position: all, or as with timm's `no_embed_class` none."""
+    """Return the number of prefix tokens with a position: all, or none as with timm's `no_embed_class`."""
     positions = state["pos_embed"].shape[1]
     for count in (tokens, 0):
         if positions > count and math.isqrt(positions - count) ** 2 == positions - count:
             return count
     raise RecipeError(
-        f"pos_embed has {positions} positions there: not {tokens} prefix tokens and a square of patches; use the model "
-        "it was trained with"
+        f"pos_embed in the weights has {positions} positions: not {tokens} prefix tokens and a square of "
+        "patches; use the model it was trained with"
     )
 
 
 def _with_heads_of(own: Mapping[str, Tensor], fitted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The distillation token's classifier where the model has one."""
+    """Yield the distillation token's classifier, if the model has one."""
     kept = {name: x for name, x in fitted.items() if not name.startswith(_HEAD_DIST) or name in own}
     new = {name: x for name, x in own.items() if name.startswith(_HEAD_DIST) and name not in fitted}
     return {**kept, **new}

@@ -1,7 +1,7 @@
-"""Activation checkpointing: parts of a model whose activations are computed again in the backward pass.
+"""Activation checkpointing: parts of a model whose activations are recomputed in the backward pass.
 
-A part that recomputes keeps its input alone. Names of parameters and state dicts do not change, nor do results: random
-generators and autocast are as they were when a part first ran.
+A part that recomputes keeps only its input. Names of parameters and state dicts do not change, nor do results: random
+generators and autocast are restored to their state of the first pass.
 """
 
 import functools
@@ -15,14 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from karat_scale.models.layers import attention_layers
 from karat_scale.recipe import RecomputeConfig
 
-# What is recomputed of a block.
+# The part of a block that is recomputed.
 Choice = Literal["nothing", "attention", "block"]
-# Calls the function with the tensors, keeps the tensors alone, and calls it again when backward needs the rest.
+# Calls the function with the tensors, keeps only the tensors, and calls it again when backward needs the rest.
 Checkpoint = Callable[..., Any]
 
 
 def choices_by_rule(config: RecomputeConfig, depth: int) -> tuple[Choice, ...]:
-    """What each of `depth` blocks recomputes under every policy but `budget` (see `recompute_budget`)."""
+    """Return what each of `depth` blocks recomputes under every policy except `budget` (see `recompute_budget`)."""
     if config.policy == "every":
         return tuple("block" if number % config.every == 0 else "nothing" for number in range(1, depth + 1))
     by_policy: dict[str, Choice] = {"none": "nothing", "attention": "attention", "all": "block"}
@@ -30,7 +30,7 @@ def choices_by_rule(config: RecomputeConfig, depth: int) -> tuple[Choice, ...]:
 
 
 def recompute(model: nn.Module, choices: Sequence[Choice], by: Checkpoint | None = None) -> None:
-    """Let each block recompute what its choice says, by `by` (default: `torch_checkpoint`). Once for a model."""
+    """Make each block recompute its choice, with `by` (default: `torch_checkpoint`). Call it once for a model."""
     for layer, choice in zip(attention_layers(model), choices, strict=True):
         if choice != "nothing":
             _let_recompute(layer.attention if choice == "attention" else layer.block, by or torch_checkpoint)
@@ -39,24 +39,24 @@ def recompute(model: nn.Module, choices: Sequence[Choice], by: Checkpoint | None
 def torch_checkpoint(function: Callable[..., Any], *tensors: Tensor) -> Any:
     """torch's non-reentrant checkpoint.
 
-    It stops recomputing at the last tensor that backward needs. ZeRO stage 3 relies on that: run to its end, a last
-    layer would give back the weight that its backward pass is about to use.
+    It stops recomputing at the last tensor that backward needs. ZeRO stage 3 relies on that: run to the end, the last
+    layer would release the weight that its backward pass needs next.
     """
     return checkpoint(function, *tensors, use_reentrant=False)
 
 
 class _Recomputing:
-    """Before a module's own class among its bases: its forward pass, through a checkpoint."""
+    """A base class that is inserted before a module's own class: runs its forward pass through a checkpoint."""
 
     checkpoint: Checkpoint
 
     def forward(self, *tensors: Tensor, **settings: Any) -> Any:
-        """The module's own result."""
+        """Return the module's own result."""
         forward = functools.partial(super().forward, **settings)  # type: ignore[misc]
         return self.checkpoint(forward, *tensors) if torch.is_grad_enabled() else forward(*tensors)
 
 
 def _let_recompute(module: nn.Module, by: Checkpoint) -> None:
-    # A new class, as torch's parametrizations do it: unlike a new attribute it is right for a copy of the module too.
+    # A new class, as in torch's parametrizations: unlike a new attribute, it is also right for a copy of the module.
     own = type(module)
     module.__class__ = type(own.__name__, (_Recomputing, own), {"checkpoint": staticmethod(by)})

@@ -1,4 +1,4 @@
-"""The cheapest choice of what to recompute that holds saved activations to a budget."""
+"""Find the cheapest recomputation with which saved activations stay within a budget."""
 
 from collections.abc import Sequence
 
@@ -8,22 +8,22 @@ from karat_scale.models.saved_tensors import ActivationBytes, BlockBytes
 
 
 def recompute_cost(block: BlockFlops, choice: Choice) -> int:
-    """Operations that a choice makes a block do again for an image."""
+    """Return the operations per image that a choice makes a block repeat."""
     return {"nothing": 0, "attention": block.attention, "block": block.block}[choice]
 
 
 def kept_bytes(block: BlockBytes, choice: Choice) -> int:
-    """What of a block's activations is kept until its backward pass begins."""
+    """Return the bytes of a block's activations that are kept until its backward pass begins."""
     if choice == "block":
         return block.input
     return block.saved - block.attention * (choice == "attention")
 
 
 def peak_saved_bytes(activations: ActivationBytes, choices: Sequence[Choice]) -> int:
-    """The most saved activations that live at one moment of forward and backward.
+    """Return the most saved activations that exist at one moment of forward and backward.
 
-    In a block's backward pass its own are there again, those of later blocks are gone. For a block that recomputes its
-    attention this is an upper bound: what the rest of it kept has been used by then.
+    During a block's backward pass, its activations exist again, and those of later blocks are gone. For a block that
+    recomputes its attention this is an upper bound: the other activations it kept have been used by then.
     """
     kept = peak = activations.outside
     for block, choice in zip(activations.blocks, choices, strict=True):
@@ -35,7 +35,7 @@ def peak_saved_bytes(activations: ActivationBytes, choices: Sequence[Choice]) ->
 def cheapest_choices(
     activations: ActivationBytes, flops: Sequence[BlockFlops], budget: int
 ) -> tuple[Choice, ...] | None:
-    """Of the choices whose `peak_saved_bytes` fit the budget, those of the least cost; None if none fit."""
+    """Return the cheapest choices whose `peak_saved_bytes` fit the budget; None if none fit."""
     # The useful beginnings, over the blocks so far: none is both costlier and larger than another.
     useful: list[tuple[int, int, tuple[Choice, ...]]] = [(0, activations.outside, ())]
     for block, operations in zip(activations.blocks, flops, strict=True):
@@ -57,5 +57,5 @@ def cheapest_choices(
 
 
 def least_budget(activations: ActivationBytes) -> int:
-    """The smallest budget that any choices fit."""
+    """Return the smallest budget that any choices fit."""
     return peak_saved_bytes(activations, ["block"] * len(activations.blocks))

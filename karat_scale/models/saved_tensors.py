@@ -1,7 +1,7 @@
-"""How many bytes autograd keeps of a forward pass for the backward pass.
+"""Count the bytes that autograd keeps of a forward pass for the backward pass.
 
 Each storage counts once and whole, however many operations save a part of it. Parameters, buffers and the given inputs
-live anyway and do not count. Works on any device, the meta device included.
+exist anyway and do not count. Works on any device, including the meta device.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from karat_scale.models.layers import AttentionLayer, attention_layers
 
 @dataclass(frozen=True)
 class BlockBytes:
-    """What a block's forward pass leaves for its backward pass.
+    """The bytes that a block's forward pass keeps for its backward pass.
 
     Attributes:
-        input: bytes of the tokens handed to the block.
-        saved: bytes kept in all, the input included.
-        attention: of `saved`, what the attention keeps beside its own input; 0 in a block without `attn`.
+        input: bytes of the block's input tokens.
+        saved: all bytes kept, including the input.
+        attention: the part of `saved` that the attention keeps in addition to its input; 0 in a block without `attn`.
     """
 
     input: int
@@ -33,17 +33,17 @@ class BlockBytes:
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """What a model's forward pass leaves for its backward pass: block by block, and outside the blocks."""
+    """The bytes that a model's forward pass keeps for its backward pass: per block, and outside the blocks."""
 
     outside: int
     blocks: tuple[BlockBytes, ...]
 
 
 def saved_bytes(module: nn.Module, *inputs: Any) -> int:
-    """Bytes that autograd keeps of `module(*inputs)`.
+    """Return the bytes that autograd keeps of `module(*inputs)`.
 
-    What `torch.utils.checkpoint` keeps is seen, tensors held outside autograd are not. Random generators are left as
-    they were; the module's mode and autocast are the caller's.
+    Tensors kept by `torch.utils.checkpoint` count; tensors outside autograd do not. Random generators are restored;
+    the module's mode and autocast are the caller's.
     """
     ledger = _Ledger(module, inputs)
     with ledger.watching(inputs):
@@ -54,7 +54,7 @@ def saved_bytes(module: nn.Module, *inputs: Any) -> int:
 def activation_bytes(model: nn.Module, images: Tensor) -> ActivationBytes:
     """`saved_bytes` of `model(images)` by part, for a model that recomputes nothing.
 
-    Needs the memory of one block's activations, not of all: what is counted is let go block by block.
+    Needs only the memory of one block's activations: counted tensors are freed block by block.
     """
     ledger = _Ledger(model, (images,))
     blocks: list[BlockBytes] = []
@@ -67,7 +67,7 @@ def activation_bytes(model: nn.Module, images: Tensor) -> ActivationBytes:
 
 
 class _Part:
-    """A part of a model, and the storages that it was the first to save; they live on, so that none counts twice."""
+    """A part of a model, and the storages that it was the first to save; they stay alive, so that none counts twice."""
 
     def __init__(self) -> None:
         self.bytes = self.input = self.attention = 0
@@ -75,10 +75,10 @@ class _Part:
 
 
 class _Ledger:
-    """Counts storages as they are saved, on behalf of the innermost part that is running."""
+    """Counts storages when they are saved, for the innermost part that is running."""
 
     def __init__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._parts = [_Part()]  # what lives anyway, then the whole module, then what runs within it
+        self._parts = [_Part()]  # storages that exist anyway, then the whole module, then the parts running within it
         for tensor in (*module.parameters(), *module.buffers(), *inputs):
             if isinstance(tensor, Tensor):
                 self.note(tensor)
@@ -95,7 +95,7 @@ class _Ledger:
         return self._parts.pop()
 
     def note(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()  # the same object each time, while the storage lives
+        storage = tensor.untyped_storage()  # the same object each time while the storage is alive
         if not any(id(storage) in part.storages for part in self._parts):
             self.top.storages[id(storage)] = storage
             self.top.bytes += storage.nbytes()
@@ -117,7 +117,7 @@ def _no_backward(_: None) -> Tensor:
 
 @contextlib.contextmanager
 def _counting(layer: AttentionLayer, ledger: _Ledger, blocks: list[BlockBytes]) -> Iterator[None]:
-    """Append to `blocks` what the layer's block saves when it runs."""
+    """Append the bytes that the layer's block saves when it runs to `blocks`."""
 
     def enter_block(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         ledger.enter()
@@ -129,7 +129,7 @@ def _counting(layer: AttentionLayer, ledger: _Ledger, blocks: list[BlockBytes]) 
         blocks.append(BlockBytes(part.input, part.bytes, part.attention))
 
     def enter_attention(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        ledger.note(inputs[0])  # the block's: it is kept even where the attention is recomputed
+        ledger.note(inputs[0])  # the block's input: it is kept even if the attention is recomputed
         ledger.enter()
 
     def leave_attention(*_: Any) -> None:

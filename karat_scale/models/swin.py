@@ -1,8 +1,8 @@
-"""Swin: window attention becomes KArAt in every block; a window is a set of N tokens of its own (paper, 4).
+"""Swin: window attention becomes KArAt in every block; each window is a set of N tokens (paper, 4).
 
-Scores keep the relative position bias. In a shifted window that holds patches from two sides of the image these do not
-see each other: a masked pair (k, q) adds nothing to H[k, :] and has S[k, q] = 0. Where a stage's grid is smaller than
-the window, the window shrinks to it, so N is each block's own.
+Scores include the relative position bias. A shifted window can hold patches from two sides of the image; these do not
+see each other: a masked pair (k, q) adds nothing to H[k, :] and has S[k, q] = 0. If a stage's grid is smaller than
+the window, the window shrinks to it, so N can differ between blocks.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from karat_scale.models.layers import LayerSize
 from karat_scale.models.learn import learn
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
-# Sizes of our own, by name: what they change in timm's Swin-Tiny.
+# Our own small models, by name: their changes to timm's Swin-Tiny.
 BASE = "swin_tiny_patch4_window7_224"
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "swin_mini_patch2_window4_32": {
@@ -35,7 +35,7 @@ class KaratWindowAttention(WindowAttention):
     operator: nn.Module
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens of windows [windows B, N, C] to the same; mask [windows, N, N] is 0 for pairs that take part."""
+        """Compute attention on windows [windows B, N, C]; mask [windows, N, N] is 0 for pairs that take part."""
         query, key, value, bias, keep = parts_of(self, x, mask)
         out: Tensor = self.operator(query, key, value, bias=bias, mask=keep)
         tokens: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
@@ -45,7 +45,7 @@ class KaratWindowAttention(WindowAttention):
 def parts_of(
     attention: Any, x: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """What a window attention layer computes with for tokens [windows B, N, C].
+    """Return the inputs of a window attention layer's computation for tokens [windows B, N, C].
 
     Returns:
         query, key and value [windows B, h, N, d]; the bias [1, h, N, N]; the mask [windows B, 1, N, N], true where a
@@ -53,14 +53,14 @@ def parts_of(
     """
     qkv: Tensor = attention.qkv(x)
     query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    # timm adds the mask, 0 or -100, to scores that go into softmax. `len` would fix the batch where a model is traced.
+    # timm adds the mask, 0 or -100, to softmax's scores. `len` would fix the batch size when a model is traced.
     keep = None if mask is None else (mask == 0).repeat(x.shape[0] // mask.shape[0], 1, 1).unsqueeze(1)
     return query, key, value, attention._get_rel_pos_bias(), keep
 
 
 def _build(model: ModelConfig, **options: Any) -> nn.Module:
     own = OWN_SIZES.get(model.name, {})
-    refuse_fields(model, "patch_size", "embed_dim", "depth", "num_heads", why="whose stages have sizes of their own")
+    refuse_fields(model, "patch_size", "embed_dim", "depth", "num_heads", why="whose stages have their own sizes")
     return build_timm(
         model,
         BASE if own else model.name,

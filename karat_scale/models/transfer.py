@@ -1,7 +1,7 @@
-"""Attention transfer: the attention matrices of a trained model drive another, which learns what to do with the values.
+"""Attention transfer: a model uses the attention matrices of a trained model, and learns what to do with the values.
 
 O = S_teacher V_student, block by block and head by head, on the same images (arXiv 2503.10632, "Attention transfer").
-S is not formed: the teacher's operator is given its own query and key and the student's value, O = H (W^T V).
+S is not formed: the teacher's operator receives its own query and key and the student's value, O = H (W^T V).
 """
 
 import functools
@@ -20,23 +20,23 @@ from karat_scale.models.vit import join_heads, num_tokens
 
 
 class Matrices(Protocol):
-    """Whatever brings the attention matrices S of each block."""
+    """An object that provides the attention matrices S of each block."""
 
     def attend(self, block: int, value: Tensor) -> Tensor:
-        """O = S V [B, h, N, d] of value [B, h, N, d]."""
+        """Return O = S V [B, h, N, d] for value [B, h, N, d]."""
 
 
 class Teacher:
-    """A trained model, softmax or KArAt, frozen: it sees each batch first, and its query and key of each block stay.
+    """A trained, frozen model, softmax or KArAt. It processes each batch first, and keeps each block's query and key.
 
-    No module, so that a student holds it without owning it: whoever trains, casts, shards or saves the student's
-    parameters does not meet the teacher's.
+    It is not a module, so a student holds it without owning it: code that trains, casts, shards or saves the student's
+    parameters does not see the teacher's.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model.eval().requires_grad_(False)
         self.digest = weights_digest(model)
-        """Tells one teacher from another, whatever it is cast to."""
+        """The digest that identifies a teacher, whatever it is cast to."""
         self._queries: dict[int, Tensor] = {}
         self._keys: dict[int, Tensor] = {}
         self._attentions = [layer.attention for layer in attention_layers(model)]
@@ -46,23 +46,23 @@ class Teacher:
 
     @torch.no_grad()
     def look(self, images: Tensor) -> None:
-        """Take in normalised images [B, 3, H, W]; the teacher follows their device and dtype."""
+        """Process normalised images [B, 3, H, W]; the teacher follows their device and dtype."""
         weight = next(self.model.parameters())
-        if (weight.device, weight.dtype) != (images.device, images.dtype):  # what traces a model cannot move it
+        if (weight.device, weight.dtype) != (images.device, images.dtype):  # a tracer cannot move it
             self.model.to(images.device, images.dtype)
         self.model.forward_features(images)
 
     def query_and_key(self, block: int) -> tuple[Tensor, Tensor]:
-        """Those of the last batch, [B, h, N, d] each, after timm's norms of them."""
+        """Return query and key of the last batch, [B, h, N, d] each, after timm's norms of them."""
         return self._queries[block], self._keys[block]
 
     def operator(self, block: int) -> nn.Module | None:
-        """The block's learned operator; None where it has softmax."""
+        """Return the block's learned operator; None for softmax."""
         operator: nn.Module | None = getattr(self._attentions[block], "operator", None)
         return operator
 
     def attend(self, block: int, value: Tensor) -> Tensor:
-        """O = S V [B, h, N, d] of a student's value [B, h, N, d]; the gradient reaches the value alone."""
+        """Return O = S V [B, h, N, d] for a student's value [B, h, N, d]; only the value gets a gradient."""
         query, key = (x.to(value.dtype) for x in self.query_and_key(block))
         operator = self.operator(block)
         if operator is None:
@@ -72,9 +72,9 @@ class Teacher:
 
 
 class TransferredAttention(Attention):
-    """timm's attention layer with neither query nor key: another model's matrices take the values to the output.
+    """timm's attention layer without query and key: another model's matrices map the values to the output.
 
-    `give_teacher` sets `teacher` and the layer's own number, `block`.
+    `give_teacher` sets `teacher` and the number of the layer, `block`.
     """
 
     teacher: Matrices | None = None
@@ -88,7 +88,7 @@ class TransferredAttention(Attention):
         del self.qkv, self.q_norm, self.k_norm
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Tokens [B, N, D] to tokens [B, N, D]."""
+        """Compute attention: tokens [B, N, D] to tokens [B, N, D]."""
         if attn_mask is not None or is_causal:
             raise ValueError("transferred attention takes no mask: its matrices are those of the teacher")
         if self.teacher is None:
@@ -98,13 +98,13 @@ class TransferredAttention(Attention):
 
 
 def give_teacher(student: Any, teacher: Teacher, source: str) -> None:
-    """Let a teacher's matrices drive a model whose layers are TransferredAttention.
+    """Set the teacher of a model whose layers are TransferredAttention.
 
     Args:
-        source: where the teacher came from, for what is said of it.
+        source: where the teacher came from, for error messages.
 
     Raises:
-        RecipeError: its matrices are not of the student's shape.
+        RecipeError: its matrices do not have the student's shape.
     """
     for what, theirs, ours in zip(_SHAPE, _shape(teacher.model), _shape(student), strict=True):
         if theirs != ours:
@@ -114,19 +114,19 @@ def give_teacher(student: Any, teacher: Teacher, source: str) -> None:
             )
     for number, layer in enumerate(attention_layers(student)):
         layer.attention.teacher, layer.attention.block = teacher, number
-    # A partial, unlike a closure, means a copied model's own copy of the teacher.
+    # A partial, unlike a closure, gives a copied model its own copy of the teacher.
     student.patch_embed.register_forward_pre_hook(functools.partial(_look, teacher))
     setattr(student, _TEACHER, teacher)
 
 
 def teacher_of(model: nn.Module) -> Teacher | None:
-    """The teacher of a student; None for any other model."""
+    """Return the teacher of a student; None for any other model."""
     teacher: Teacher | None = getattr(model, _TEACHER, None)
     return teacher
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of a model's weights by name, as float32: the same wherever and however they are kept."""
+    """Return the SHA-256 of a model's weights by name, as float32: the same wherever and however they are stored."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""Vision transformers of timm with a KArAt operator in place of softmax."""
+"""timm's vision transformers with a KArAt operator instead of softmax."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from karat_scale.models.layers import LayerSize
 from karat_scale.models.positions import sincos_2d
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
-# Sizes of our own, by name: what they change in timm's ViT-Tiny.
+# Our own small models, by name: their changes to timm's ViT-Tiny.
 BASE = "vit_tiny_patch16_224"
 OWN_SIZES: dict[str, dict[str, int]] = {
     "vit_mini_patch4_28": {"patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 2},
@@ -27,7 +27,7 @@ OWN_SIZES: dict[str, dict[str, int]] = {
 class KaratAttention(Attention):
     """timm's attention layer with softmax(A) V replaced by a learnable operator on the rows of A.
 
-    `make_operator(num_heads)` is set on a subclass: timm wants a class, and calls it with its own arguments.
+    `make_operator(num_heads)` is set on a subclass, since timm needs a class and calls it with its own arguments.
     """
 
     make_operator: Callable[[int], nn.Module]
@@ -44,7 +44,7 @@ class KaratAttention(Attention):
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        """Tokens [B, N, D] to tokens [B, N, D]; a boolean `attn_mask` keeps, a float one joins the scores."""
+        """Compute attention on tokens [B, N, D]. A boolean `attn_mask` keeps pairs; a float one is added to scores."""
         if is_causal:
             raise ValueError("is_causal is not supported: KArAt is tied to the positions of image tokens")
         batch, tokens, _ = x.shape
@@ -63,7 +63,7 @@ class KaratAttention(Attention):
 
 
 def join_heads(attention: Attention, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Tokens [B, N, D] of the heads' outputs [B, h, N, d] as timm's attention layer of input x makes them."""
+    """Return tokens [B, N, D] from the heads' outputs [B, h, N, d], as timm's attention layer of input x does."""
     out = attention.norm(out.transpose(1, 2).reshape(*x.shape[:2], attention.attn_dim))
     if attention.gate is not None:
         out = out * attention.gate(x).sigmoid()
@@ -72,7 +72,7 @@ def join_heads(attention: Attention, x: torch.Tensor, out: torch.Tensor) -> torc
 
 
 def attention_class(attention: AttentionConfig, num_tokens: int) -> type[Attention]:
-    """The class timm builds for each block, for `num_tokens` = N.
+    """Return the class that timm builds for each block, for `num_tokens` = N.
 
     Raises:
         RecipeError: the basis cannot be built.
@@ -84,9 +84,9 @@ def attention_class(attention: AttentionConfig, num_tokens: int) -> type[Attenti
 
 
 def operator_maker(attention: AttentionConfig) -> Callable[[int, int], nn.Module]:
-    """What makes the operator of a layer with N tokens and h heads, given as (N, h).
+    """Return a function that makes the operator of a layer with N tokens and h heads, given as (N, h).
 
-    Blockwise (B): a new one each time. Universal (U): all layers of the same N and h hold the same one, so its
+    Blockwise (B): a new one each time. Universal (U): all layers of the same N and h share one, so its
     parameters are counted and stepped once (paper, the modular operator).
 
     Raises:
@@ -97,7 +97,7 @@ def operator_maker(attention: AttentionConfig) -> Callable[[int, int], nn.Module
     def make(num_tokens: int, num_heads: int) -> nn.Module:
         softmax_heads = attention.softmax_heads
         if softmax_heads >= num_heads:
-            raise ValueError(f"attention.softmax_heads = {softmax_heads} leaves none of {num_heads} heads to KArAt")
+            raise ValueError(f"attention.softmax_heads = {softmax_heads} leaves none of {num_heads} heads for KArAt")
         operator = _make_operator(attention, num_tokens, num_heads - softmax_heads)
         learned = ResidualHeads(operator) if attention.residual else operator
         return HybridHeads(learned, softmax_heads) if softmax_heads else learned
@@ -131,7 +131,7 @@ def num_tokens(model: VisionTransformer) -> int:
 
 
 def build_vit(model: ModelConfig, attn_layer: type[Attention] | None = None, **options: Any) -> nn.Module:
-    """A timm ViT of the recipe's size, with layers of class `attn_layer` where it is given, and timm's `options`.
+    """Return a timm ViT of the recipe's size, with layers of class `attn_layer` if given, and timm's `options`.
 
     Raises:
         RecipeError: timm cannot build the model at these sizes.
@@ -158,20 +158,20 @@ def build_vit(model: ModelConfig, attn_layer: type[Attention] | None = None, **o
 
 
 def _plain_options(model: ModelConfig) -> dict[str, Any]:
-    """timm's options for what the head sees and for the first weights."""
+    """Return timm's options for the input of the head and the first weights."""
     options: dict[str, Any] = {} if model.weight_init is None else {"weight_init": model.weight_init}
     if model.pool is not None:
-        # The average of normed patches, as in arXiv 2205.01580; timm's own choice is to norm their average.
+        # The average of normed patches, as in arXiv 2205.01580; timm's default is the norm of their average.
         options |= {"global_pool": model.pool, "class_token": model.pool == "token", "fc_norm": False}
     return options
 
 
 @torch.no_grad()
 def _start(network: Any, model: ModelConfig) -> None:
-    """Do to a new model what timm's options cannot say. Raises ValueError where it has no place for it."""
+    """Apply settings without an option in timm to a new model. Raises ValueError if they are not supported."""
     if model.weight_init == "jax":
         for module in network.modules():
-            if isinstance(module, Attention):  # three matrices to JAX, one to timm
+            if isinstance(module, Attention):  # three matrices in JAX, one in timm
                 for matrix in module.qkv.weight.chunk(3):
                     nn.init.xavier_uniform_(matrix)
     if model.pos_embed == "sincos2d":

@@ -40,7 +40,7 @@ def test_a_postscript_file_starts_no_interpreter(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     data = encode(Image.fromarray(RAMP).convert("RGB"), "EPS")
-    with pytest.raises(UndecodableImageError, match="not an image of a format that is read"):
+    with pytest.raises(UndecodableImageError, match="not an image in a supported format"):
         decode_rgb(data)
     assert not (tmp_path / "started").exists()
 

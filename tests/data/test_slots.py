@@ -75,5 +75,5 @@ def test_no_slices_are_no_batches():
 
 
 def test_more_than_there_is_memory_for_is_one_clear_line():
-    with pytest.raises(DataError, match=r"^no .* GiB of memory for the batches under way; lower data.prefetch"):
+    with pytest.raises(DataError, match=r"^no .* GiB of memory for prefetched batches; lower data.prefetch"):
         ImageSlots(64, 10**12, (IMAGES, 3, SIZE, SIZE))

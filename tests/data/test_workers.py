@@ -45,7 +45,7 @@ def test_a_killed_worker_is_one_clear_error(make_shards, data_config, cheap_augm
 def test_far_more_workers_than_cores_are_refused_before_one_is_forked(make_shards, data_config, cheap_augment):
     before = children()
     backend = open_backend(data_config(make_shards(), workers=5000), cheap_augment, SIZE, 3, 0)
-    with pytest.raises(RecipeError, match=r"data.workers = 5000 are processes of each rank, .* at most \d+$"):
+    with pytest.raises(RecipeError, match=r"data.workers = 5000 processes for each rank, .* at most \d+$"):
         backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 10))
     assert children() == before
 

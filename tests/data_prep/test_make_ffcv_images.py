@@ -91,7 +91,7 @@ def test_unusable_files_are_listed_and_truncated_ones_keep_their_place(folder, t
     record = read_record(tmp_path / "keep/train.beton")
     assert [(Path(item.path).name, item.reason) for item in record.skipped] == [
         ("empty.jpg", "the file is empty"),
-        ("text.jpg", "not an image of a format that is read"),
+        ("text.jpg", "not an image in a supported format"),
     ]
     assert [(Path(item.path).name, item.done) for item in record.odd] == [("broken.jpg", "kept")]
     assert record.samples == 19

@@ -134,7 +134,7 @@ def test_unusable_files_are_listed_and_the_rest_is_made(folder, tmp_path, capsys
     assert record.samples == 21
     assert [(item.path, item.reason) for item in record.skipped] == [
         ("ant/empty.jpg", "the file is empty"),
-        ("bee/text.jpg", "not an image of a format that is read"),
+        ("bee/text.jpg", "not an image in a supported format"),
         ("cat/notes.txt", "the name has no image ending"),
     ]
     assert "3 skipped" in capsys.readouterr().out

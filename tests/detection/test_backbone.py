@@ -107,7 +107,7 @@ def test_a_classifiers_weights_lose_class_token_and_head(small, attention: Atten
 
 def test_weights_of_another_width_are_refused(small) -> None:
     wide = create_model(small(model={"embed_dim": 96}).window_model, KARAT)
-    with pytest.raises(RecipeError, match=r"96.* there and .*64.* here"):
+    with pytest.raises(RecipeError, match=r"96.* in the weights and .*64.* in the model"):
         take_backbone_weights(build_vit(small()), wide.state_dict())
 
 
@@ -117,7 +117,7 @@ def test_init_from_a_file_gives_the_backbone_its_weights(small, tmp_path: Path) 
     vit = build_vit(small())
     recipe = small().model_copy(update={"init_from": str(tmp_path / "classifier.pth")})
     line = initialise(vit, recipe, ALONE, take_backbone_weights)
-    assert "without its class token; the attention operators are left at their start" in line
+    assert "without its class token; the attention operators keep their initial values" in line
     assert torch.equal(vit.blocks[0].attn.qkv.weight, classifier.blocks[0].attn.qkv.weight)
 
 

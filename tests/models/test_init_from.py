@@ -35,10 +35,10 @@ def test_the_same_model_takes_the_same_bits(mode: str) -> None:
 def test_another_number_of_classes_gets_a_new_head() -> None:
     source, target = model(0), model(1, num_classes=7)
     head = target.head.weight.clone()
-    assert take_weights(target, source.state_dict()) == "the head is new: 4 classes there, 7 here"
+    assert take_weights(target, source.state_dict()) == "the head is new: the weights have 4 classes, the model 7"
     assert torch.equal(target.head.weight, head)
     assert same(source, target, but="head.")
-    with pytest.raises(RecipeError, match=r"head.weight is \[4, 32\] there and \[7, 32\] here"):
+    with pytest.raises(RecipeError, match=r"head.weight is \[4, 32\] in the weights and \[7, 32\] in the model"):
         take_weights(model(1, num_classes=7), source.state_dict(), new_head=False)
 
 
@@ -191,13 +191,17 @@ def test_positions_of_prefix_tokens_may_be_in_the_tokens_themselves() -> None:
 @pytest.mark.parametrize(
     ("name", "damaged", "message"),
     [
-        ("pos_embed", torch.zeros(1, 15, 32), "pos_embed has 15 positions there: not 1 prefix tokens and a square"),
-        ("pos_embed", torch.zeros(3), r"pos_embed is \[3\] there and \[1, 17, 32\] here"),
-        ("pos_embed", torch.zeros(1, 26, 16), "pos_embed has a width of 16 there and 32 here"),
-        ("cls_token", torch.zeros(32), r"cls_token is \[32\] there and \[1, 1, 32\] here"),
+        (
+            "pos_embed",
+            torch.zeros(1, 15, 32),
+            "pos_embed in the weights has 15 positions: not 1 prefix tokens and a square",
+        ),
+        ("pos_embed", torch.zeros(3), r"pos_embed is \[3\] in the weights and \[1, 17, 32\] in the model"),
+        ("pos_embed", torch.zeros(1, 26, 16), "pos_embed has a width of 16 in the weights and 32 in the model"),
+        ("cls_token", torch.zeros(32), r"cls_token is \[32\] in the weights and \[1, 1, 32\] in the model"),
         ("patch_embed.proj.weight", torch.zeros(()), r"patch_embed.proj.weight is \[\] there"),
-        ("patch_embed.proj.weight", torch.zeros(32, 5), "cannot be fitted to a VisionTransformer: shape"),
-        ("head.bias", torch.zeros(()), r"head.bias is \[\] there and \[4\] here"),
+        ("patch_embed.proj.weight", torch.zeros(32, 5), "cannot be adapted to a VisionTransformer: shape"),
+        ("head.bias", torch.zeros(()), r"head.bias is \[\] in the weights and \[4\] in the model"),
     ],
 )
 def test_a_damaged_tensor_is_named(name: str, damaged: torch.Tensor, message: str) -> None:
@@ -213,7 +217,7 @@ def test_a_damaged_tensor_is_named(name: str, damaged: torch.Tensor, message: st
         (
             "blocks.1.attn.operator.proj",
             torch.full((2, 17, 4), torch.inf),
-            "proj has numbers there that are not finite",
+            "proj in the weights has numbers that are not finite",
         ),
         ("pos_embed", torch.zeros(1, 26, 32, dtype=torch.int32), "pos_embed is of torch.int32 there"),
         ("norm.weight", torch.ones(32, dtype=torch.bool), "norm.weight is of torch.bool there"),
@@ -229,7 +233,7 @@ def test_positions_that_are_computed_stay(image_size: int) -> None:
     fixed = {"pos_embed": "sincos2d"}
     learned, target = model(0), model(1, image_size=image_size, sizes=fixed)
     start = target.pos_embed.clone()
-    assert "position embedding is left out, for the model's is fixed" in take_weights(target, learned.state_dict())
+    assert "position embedding is left out, since the model's is fixed" in take_weights(target, learned.state_dict())
     assert torch.equal(target.pos_embed, start)
     assert torch.equal(target.blocks[0].mlp.fc1.weight, learned.blocks[0].mlp.fc1.weight)
     source = model(0, sizes=fixed)  # computed there too: the same image at another size
@@ -250,9 +254,9 @@ KARAT = AttentionConfig(kind="karat", grid=2, rank=4)
 @pytest.mark.parametrize(
     ("there", "here", "message"),
     [
-        ({**SMALL, "depth": 2}, {**SMALL, "depth": 3}, "are of 2 blocks, the model has 3; use model.depth=2"),
-        ({**SMALL, "depth": 2}, {**SMALL, "depth": 1}, "are of 2 blocks, the model has 1; use model.depth=2"),
-        ({**CONVIT, "depth": 4}, {**CONVIT, "depth": 5}, "are of 4 blocks, the model has 5; use model.depth=4"),
+        ({**SMALL, "depth": 2}, {**SMALL, "depth": 3}, "have 2 blocks, the model has 3; use model.depth=2"),
+        ({**SMALL, "depth": 2}, {**SMALL, "depth": 1}, "have 2 blocks, the model has 1; use model.depth=2"),
+        ({**CONVIT, "depth": 4}, {**CONVIT, "depth": 5}, "have 4 blocks, the model has 5; use model.depth=4"),
         (SWIN, SMALL, "have no operator for blocks.0.attn and 1 more, .* use the model.name"),
         (SMALL, SWIN, "have no operator for layers.0.blocks.0.attn and 3 more, .* use the model.name"),
         ({**CONVIT, "depth": 4}, {**SMALL, "depth": 4}, "have no operator for blocks.0.attn and 1 more"),
@@ -277,7 +281,7 @@ def test_operators_of_other_blocks_are_refused(there: dict[str, object], here: d
 def test_softmax_beside_an_operator_is_told_by_its_field(
     there: dict[str, object], here: dict[str, object], field: str
 ) -> None:
-    with pytest.raises(RecipeError, match=f"blocks.0.attn.operator was trained with {field}, which is not so here"):
+    with pytest.raises(RecipeError, match=f"blocks.0.attn.operator was trained with {field}, but the recipe differs"):
         take_weights(model(1, **here), model(0, **there).state_dict())
 
 

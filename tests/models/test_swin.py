@@ -103,13 +103,13 @@ def test_softmaxs_weights_begin_a_karat_swin() -> None:
 @pytest.mark.parametrize(
     ("sizes", "attention", "part"),
     [
-        ({"patch_size": 16}, {}, "model.patch_size = 16 cannot hold for swin_mini"),
+        ({"patch_size": 16}, {}, "model.patch_size = 16 is not supported by swin_mini"),
         ({"embed_dim": 64}, {}, "model.embed_dim = 64 cannot hold"),
         ({"depth": 2}, {}, "model.depth = 2 cannot hold"),
         ({"num_heads": 2}, {}, "model.num_heads = 2 cannot hold"),
         ({"image_size": 33}, {}, "model.image_size = 33 is not a multiple of the patch size of swin_mini"),
         ({}, {"mode": "universal"}, "attention.mode = universal: the layers of swin_mini"),
-        ({}, {"implementation": "triton"}, "attention.implementation = triton has no position bias"),
+        ({}, {"implementation": "triton"}, "attention.implementation = triton does not support the position bias"),
         ({}, {"init": "softmax_like", "rank": 17}, "rank = 17 is more than N = 16 tokens"),
         ({}, {"softmax_heads": 2}, "attention.softmax_heads = 2 leaves no head to KArAt in a layer"),
         ({}, {"transfer_from": "runs/x", "kind": "softmax"}, "between plain ViTs alone"),

@@ -71,7 +71,9 @@ def test_what_is_not_asked_for_is_timms_own() -> None:
 
 
 def test_a_width_without_positions_is_one_line() -> None:
-    with pytest.raises(RecipeError, match=r"cannot be built as asked: pos_embed = sincos2d needs a width of 8, 12"):
+    with pytest.raises(
+        RecipeError, match=r"cannot be built with these sizes: pos_embed = sincos2d needs a width of 8, 12"
+    ):
         build(pos_embed="sincos2d", embed_dim=6)
 
 
@@ -79,5 +81,7 @@ def test_a_width_without_positions_is_one_line() -> None:
 def test_other_models_have_a_head_and_positions_of_their_own(field: str) -> None:
     name, value = field.split("=")
     model = ModelConfig(name="swin_tiny_patch4_window7_224", **{name: value})
-    with pytest.raises(RecipeError, match=rf"model.{name} = {value} cannot hold for swin_\w+, which is no plain ViT"):
+    with pytest.raises(
+        RecipeError, match=rf"model.{name} = {value} is not supported by swin_\w+, which is not a plain ViT"
+    ):
         create_model(model, AttentionConfig())

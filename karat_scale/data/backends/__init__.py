@@ -1,4 +1,4 @@
-"""Where batches come from: one interface, one module per backend."""
+"""The sources of batches: one interface, one module per backend."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ __all__ = ["Backend", "open_backend"]
 
 
 def open_backend(data: DataConfig, augment: AugmentConfig, image_size: int, num_classes: int, seed: int) -> Backend:
-    """Open the backend that `data.backend` names, on this node's copy of the data if it has one, and check the data.
+    """Open the backend of `data.backend`, on this node's copy of the data if there is one, and check the data.
 
     Raises DataError or RecipeError.
     """
-    # A backend's library is imported only where it is used.
+    # A backend's library is imported only if it is used.
     if data.backend == "synthetic":
         from karat_scale.data.backends.synthetic import SyntheticBackend
 

@@ -1,4 +1,4 @@
-"""What every backend offers the trainer."""
+"""The interface of all backends."""
 
 from collections.abc import Iterable, Iterator
 from typing import Protocol
@@ -8,32 +8,32 @@ from karat_scale.data.plan import BatchSlice
 
 
 class Backend(Protocol):
-    """A source of whole batches. FFCV and DALI decode and augment by batch, so the seam is here.
+    """A source of whole batches. The interface is per batch, since FFCV and DALI decode and augment by batch.
 
-    Batches come in the order of the slices and depend on nothing but slice, recipe and seed.
+    Batches come in the order of the slices, and depend only on slice, recipe and seed.
     """
 
     @property
     def num_train(self) -> int:
-        """Training samples."""
+        """Number of training samples."""
 
     @property
     def num_val(self) -> int:
-        """Evaluation samples."""
+        """Number of evaluation samples."""
 
     @property
     def num_classes(self) -> int:
-        """Classes in the data; the model may have more."""
+        """Number of classes in the data; the model may have more."""
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names in the order of the labels."""
 
     def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
-        """Augmented batches; loading starts at once and runs ahead of the reader."""
+        """Return augmented batches. Loading starts at once and runs ahead of the reader."""
 
     def eval_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
-        """Centre-cropped batches; ids of PADDING give zeros with valid = False."""
+        """Return centre-cropped batches. Ids of PADDING give zeros with valid = False."""
 
     def close(self) -> None:
-        """End workers and give back files. Iterators handed out before yield no more."""
+        """Stop workers and close files. Iterators handed out before yield no more."""

@@ -1,4 +1,4 @@
-"""Batches from encoded images in files, decoded and augmented by torch's DataLoader workers."""
+"""Batches of encoded images from files, decoded and augmented by torch's DataLoader workers."""
 
 from collections.abc import Iterable, Iterator
 
@@ -15,7 +15,7 @@ from karat_scale.recipe import AugmentConfig, DataConfig
 class ImageBackend(SplitBackend):
     """The `folder`, `webdataset` and `ffcv` backends: two sources of encoded images, one per split. See Backend.
 
-    decoder: in place of the one that `data.decoder` names.
+    decoder: instead of the one in `data.decoder`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What backends over two sources of encoded images have in common."""
+"""Common code of backends with two sources of encoded images."""
 
 import weakref
 from typing import Protocol, TypeVar
@@ -7,17 +7,17 @@ from karat_scale.data.assemble import ImageSource
 
 
 class Closable(Protocol):
-    """Batches that are made ahead by someone who must be told to stop."""
+    """Batches that are made ahead, by a thread or process that must be stopped."""
 
     def close(self) -> None:
-        """Make no more."""
+        """Stop making batches."""
 
 
 Batches = TypeVar("Batches", bound=Closable)
 
 
 class SplitBackend:
-    """The counts and names of a training and a validation source, and the end of all batches. See Backend."""
+    """The counts and names of a training and a validation source, and closing of all batches. See Backend."""
 
     def __init__(self, train: ImageSource, val: ImageSource) -> None:
         self._train, self._val = train, val
@@ -40,7 +40,7 @@ class SplitBackend:
         return self._train.classes
 
     def _handing_out(self, batches: Batches) -> Batches:
-        """Remember batches that `close` is to end."""
+        """Remember batches that `close` must stop."""
         self._handed_out.add(batches)
         return batches
 

@@ -1,6 +1,6 @@
-"""Images made from their sample id, with no files: for tests and for measuring everything but the data.
+"""Images generated from their sample id, without files: for tests, and to measure everything except the data.
 
-Each class has a coarse pattern of its own under noise, so a model can learn to tell them apart. The recipe's
+Each class has its own coarse pattern under noise, so a model can learn the classes. The recipe's
 augmentation does not apply.
 """
 
@@ -29,7 +29,7 @@ class SyntheticBackend:
         self._num_classes = num_classes
         self._seed = seed
         self._pixels = 3 * image_size * image_size
-        # An image's noise is a window of one fixed stretch of noise: a copy costs far less than drawing anew.
+        # An image's noise is a window of one fixed stretch of noise: a copy is much cheaper than new noise.
         self._noise = self._draw(key=0, count=NOISE_STARTS + self._pixels) >> 1
         self._cell = np.minimum(np.arange(image_size) * PATTERN_CELLS // image_size, PATTERN_CELLS - 1)
 
@@ -84,4 +84,4 @@ class SyntheticBackend:
         return noise + pattern
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""

@@ -1,4 +1,4 @@
-"""Encoded images to pixels: one interface, one module per library."""
+"""Decoders, from encoded images to pixels: one interface, one module per library."""
 
 from karat_scale.data.decoders.base import ChooseView, Decoder
 from karat_scale.errors import RecipeError
@@ -6,14 +6,14 @@ from karat_scale.recipe import DataConfig
 
 __all__ = ["ChooseView", "Decoder", "make_decoder"]
 
-# What `data.decoder = auto` tries in turn; the last one always runs.
+# The order in which `data.decoder = auto` tries them; the last one always runs.
 FASTEST_FIRST = ("native", "torchvision", "pillow")
 
 
 def make_decoder(data: DataConfig, interpolation: str) -> Decoder:
-    """The decoder that `data.decoder` names, or for auto the fastest that runs here.
+    """Return the decoder of `data.decoder`; for auto, the fastest that runs here.
 
-    Call it before workers are forked. Raises RecipeError where the named one cannot run.
+    Call it before workers are forked. Raises RecipeError if the named decoder cannot run.
     """
     if data.decoder != "auto":
         return _make(data.decoder, interpolation, data.max_pixels)
@@ -26,7 +26,7 @@ def make_decoder(data: DataConfig, interpolation: str) -> Decoder:
 
 
 def _make(name: str, interpolation: str, max_pixels: int) -> Decoder:
-    # A decoder's library is imported only where it is used.
+    # A decoder's library is imported only if it is used.
     if name == "native":
         from karat_scale.data.decoders.native import NativeDecoder
 

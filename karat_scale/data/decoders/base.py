@@ -1,4 +1,4 @@
-"""What every decoder offers: the pixels of a view of an encoded image."""
+"""The interface of all decoders: the pixels of a view of an encoded image."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -13,20 +13,20 @@ ChooseView = Callable[[int, int], View]
 
 
 class Decoder(Protocol):
-    """Turns an encoded image into the pixels of a part of it. Used by one thread at a time."""
+    """Decodes the pixels of a part of an encoded image. Used by one thread at a time."""
 
     @property
     def name(self) -> str:
-        """As `data.decoder` names it."""
+        """Its name in `data.decoder`."""
 
     def read(self, data: bytes, choose: ChooseView) -> npt.NDArray[np.uint8]:
-        """The view that `choose(width, height)` asks for, uint8 [height, width, 3], RGB.
+        """Return the view that `choose(width, height)` asks for, uint8 [height, width, 3], RGB.
 
         Raises UndecodableImageError for damaged bytes and for more pixels than `data.max_pixels`.
         """
 
 
 def check_pixels(width: int, height: int, max_pixels: int) -> None:
-    """Refuse an image that would decode to more than `max_pixels`. Raises UndecodableImageError."""
+    """Refuse an image of more than `max_pixels`. Raises UndecodableImageError."""
     if width * height > max_pixels:
         raise UndecodableImageError(f"it has {width} x {height} pixels, more than data.max_pixels = {max_pixels}")

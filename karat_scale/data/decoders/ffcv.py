@@ -1,7 +1,7 @@
-"""Decoding by FFCV's compiled library, and by nothing else of FFCV.
+"""Decoding with FFCV's compiled library, without the rest of FFCV.
 
-FFCV's Loader cannot be seeded, hands out views of a ring buffer, shows damaged JPEGs as black pixels, changes torch's
-thread count, compiles for seconds, and hangs or dies in several ways. Its decoder is one C function, called here
+FFCV's Loader cannot be seeded, returns views of a ring buffer, shows damaged JPEGs as black pixels, changes torch's
+thread count, compiles for seconds, and can hang or crash in several ways. Its decoder is one C function, called here
 directly; the order, the draws, the processes and the errors are those of the other backends.
 """
 
@@ -17,8 +17,8 @@ from karat_scale.data.decoders.resize import resize_region
 from karat_scale.errors import RecipeError
 
 DEBIAN_PACKAGES = "libopencv-dev libturbojpeg0-dev pkg-config g++"
-MEND = f"apt-get install {DEBIAN_PACKAGES}, then pip install 'karat-scale[ffcv]'"
-# A buffer for larger images is not kept.
+FIX = f"apt-get install {DEBIAN_PACKAGES}, then pip install 'karat-scale[ffcv]'"
+# A buffer for larger images is freed after use.
 KEPT_BYTES = 32 << 20
 # The header that karat_scale.data.formats.beton puts before raw pixels.
 PPM_HEADER = re.compile(rb"P6 (\d+) (\d+) 255\n")
@@ -27,20 +27,20 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def require_ffcv() -> None:
-    """Raise RecipeError, with what to install, where FFCV or what it needs is not there."""
+    """Raise RecipeError, with what to install, if FFCV or a library that it needs is missing."""
     try:
         import ffcv.libffcv  # noqa: F401
     except (ImportError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RecipeError(f"FFCV is not there ({reason}); {MEND}") from error
+        raise RecipeError(f"FFCV cannot be imported ({reason}); {FIX}") from error
 
 
 class FfcvDecoder:
-    """Reads grey and colour JPEGs by FFCV's library and PPM, which is how raw pixels come; hands all else to Pillow.
+    """Reads grey and colour JPEGs with FFCV's library, and PPM, the form of raw pixels; passes all others to Pillow.
 
-    The resize is that of the other decoders, antialiased as the recipe says: OpenCV's INTER_AREA, FFCV's only method,
-    is slower, and repeats pixels where a crop grows. A JPEG that FFCV's library finds fault with is read by Pillow,
-    which says what is readable. See Decoder. Raises RecipeError where FFCV is not installed.
+    The resize is that of the other decoders, antialiased with the recipe's interpolation. OpenCV's INTER_AREA, FFCV's
+    only method, is slower and repeats pixels when a crop is enlarged. If FFCV's library reports a problem with a JPEG,
+    Pillow reads it and decides whether it is readable. See Decoder. Raises RecipeError if FFCV is not installed.
     """
 
     name = "ffcv"
@@ -61,7 +61,7 @@ class FfcvDecoder:
         return resize_region(pixels[top:bottom, left:right], view, self._interpolation)
 
     def _pixels(self, data: bytes) -> Pixels | None:
-        """The whole image, in a buffer that the next call may fill again; None where Pillow must look."""
+        """Return the whole image, in a buffer that the next call may reuse; None if Pillow must read it."""
         if header := PPM_HEADER.match(data):
             width, height = int(header[1]), int(header[2])
             check_pixels(width, height, self._max_pixels)
@@ -75,7 +75,7 @@ class FfcvDecoder:
 
 
 class JpegDecoder:
-    """FFCV's `imdecode` on a buffer that is filled again by every call. It has FFCV's fast, less exact DCT."""
+    """FFCV's `imdecode` on a buffer that every call reuses. It uses FFCV's fast, less exact DCT."""
 
     def __init__(self) -> None:
         from ffcv.libffcv import ctypes_imdecode
@@ -84,7 +84,7 @@ class JpegDecoder:
         self._buffer = np.empty(0, dtype=np.uint8)
 
     def __call__(self, data: bytes, frame: Frame) -> Pixels | None:
-        """RGB, uint8 [height, width, 3]; None where the library finds any fault with the data."""
+        """Return RGB, uint8 [height, width, 3]; None if the library reports any problem with the data."""
         width, height = frame.width, frame.height
         size = 3 * width * height
         buffer = self._buffer if size <= len(self._buffer) else np.empty(size, dtype=np.uint8)

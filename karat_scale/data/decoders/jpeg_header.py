@@ -1,4 +1,4 @@
-"""The dimensions of an ordinary JPEG, from its first few hundred bytes and without a library."""
+"""Read the dimensions of an ordinary JPEG from its first few hundred bytes, without a library."""
 
 import struct
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ class Frame:
 
     @property
     def is_grey_or_colour(self) -> bool:
-        """Whether every JPEG decoder reads it alike: one component or three, so neither CMYK nor YCCK."""
+        """True if every JPEG decoder reads it equally: one component or three, so neither CMYK nor YCCK."""
         return self.components in (1, 3)
 
 
 def read_frame(data: bytes) -> Frame | None:
-    """The frame of a JPEG with 8 bits a sample; None for other data and for junk between segments."""
+    """Return the frame of a JPEG with 8 bits per sample; None for other data and for junk between segments."""
     if not data.startswith(START_OF_IMAGE):
         return None
     at = len(START_OF_IMAGE)

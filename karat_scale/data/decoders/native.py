@@ -1,4 +1,4 @@
-"""Decoding of the wanted part of a JPEG alone, and resizing in the same call: C++ on libjpeg, built at first use."""
+"""Decode only the wanted part of a JPEG, and resize it in the same call: C++ on libjpeg, compiled on first use."""
 
 import ctypes
 import io
@@ -18,16 +18,16 @@ from karat_scale.data.view import crop_view
 from karat_scale.errors import RecipeError
 
 SOURCE = Path(__file__).parent / "cpp" / "native.cpp"
-# Without contraction, so that the resize's weights are the same bits whatever the instruction set.
+# Without contraction, so that the resize's weights have the same bits on any instruction set.
 COMPILER_ARGUMENTS = ("-ljpeg", "-ffp-contract=off")
 INTERPOLATIONS = {"bilinear": 0, "bicubic": 1}
 
 
 class NativeDecoder:
-    """Reads grey and colour JPEGs; hands all else, and whatever libjpeg doubts, to Pillow. See Decoder.
+    """Reads grey and colour JPEGs; passes all others, and JPEGs with a warning of libjpeg, to Pillow. See Decoder.
 
-    With `scaled` a large region is shrunk in the DCT first: faster, and up to a few grey levels from Pillow's pixels.
-    The interpreter's lock is free during the work. Raises RecipeError where it cannot be built.
+    With `scaled`, a large region is first shrunk in the DCT: faster, but up to a few grey levels from Pillow's pixels.
+    The interpreter's lock is released during the work. Raises RecipeError if it cannot be compiled.
     """
 
     name = "native"
@@ -47,8 +47,8 @@ class NativeDecoder:
         self._pillow = PillowDecoder(interpolation, max_pixels)
         self._decoders = PerThread(self._library.karat_decoder_new, self._library.karat_decoder_free)
         if self._decoded(_small_jpeg(), lambda *_: crop_view((0, 0, 1, 1), 1)) is None:
-            # Pillow would do all the work, correct and slow.
-            reason = "it reads no JPEG: the libjpeg that is loaded is another than its header was for"
+            # Pillow would do all the work: correct, but slow.
+            reason = "it reads no JPEG: the loaded libjpeg does not match the header it was compiled with"
             warnings.warn(f"the native JPEG decoder is not available: {reason}", stacklevel=2)
             raise RecipeError(f"data.decoder = native cannot run: {reason}; set data.decoder=auto")
 
@@ -57,14 +57,14 @@ class NativeDecoder:
         return self._pillow.read(data, choose) if pixels is None else pixels
 
     def _decoded(self, data: bytes, choose: ChooseView) -> npt.NDArray[np.uint8] | None:
-        """The view; None where Pillow must look."""
+        """Return the view; None if Pillow must read it."""
         handle = self._decoders.handle()
         width, height = ctypes.c_int32(), ctypes.c_int32()
         if not self._library.karat_decoder_open(handle, data, len(data), ctypes.byref(width), ctypes.byref(height)):
             return None
         check_pixels(width.value, height.value, self._max_pixels)
         view = choose(width.value, height.value)
-        # Planes, since that is how a batch wants them; handed out as rows of pixels.
+        # Planes, since a batch stores them so; returned as rows of pixels.
         planes = np.empty((3, view.size[1], view.size[0]), dtype=np.uint8)
         asked = _View(*view.region, *view.box, *view.size, self._interpolation, self._scaled)
         if not self._library.karat_decoder_read(handle, ctypes.byref(asked), planes.ctypes.data):
@@ -79,7 +79,7 @@ def _small_jpeg() -> bytes:
 
 
 class _View(ctypes.Structure):
-    """As native.cpp has it."""
+    """The struct of native.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("left", "top", "right", "bottom")),

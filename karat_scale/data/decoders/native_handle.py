@@ -1,4 +1,4 @@
-"""One object of a compiled library for each thread that uses it, freed with the thread or with its user."""
+"""One object of a compiled library per thread that uses it, freed with the thread or with its user."""
 
 import threading
 import weakref
@@ -9,14 +9,14 @@ Free = Callable[[int], None]
 
 
 class PerThread:
-    """`handle()` is the calling thread's own object, made by `new` at its first call and freed by `free`."""
+    """`handle()` is the calling thread's own object, which `new` makes at its first call and `free` frees."""
 
     def __init__(self, new: New, free: Free) -> None:
         self._new, self._free = new, free
         self._own = threading.local()
 
     def handle(self) -> int:
-        """The object's address. Raises MemoryError."""
+        """Return the object's address. Raises MemoryError."""
         if not hasattr(self._own, "held"):
             self._own.held = _Held(self._new, self._free)
         pointer: int = self._own.held.pointer

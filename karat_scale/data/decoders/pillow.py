@@ -1,4 +1,4 @@
-"""Decoding and resizing by Pillow: what ImageFolder does, and the pixels others are compared with."""
+"""Decode and resize with Pillow, as ImageFolder does. Its pixels are the reference for the other decoders."""
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ class PillowDecoder:
 
 
 def resized(image: Image.Image, view: View, resample: Image.Resampling) -> Image.Image:
-    """The view of a whole image."""
+    """Return the view of a whole image."""
     if view.region != (0, 0, *image.size):
         image = image.crop(view.region)
     if view.box_in_region == (0, 0, *image.size) and image.size == view.size:

@@ -1,4 +1,4 @@
-"""JPEGs to smaller JPEGs in one native call: C++ on libjpeg, built at first use."""
+"""Shrink a JPEG in one native call: C++ on libjpeg, compiled on first use."""
 
 import ctypes
 import io
@@ -11,14 +11,14 @@ from karat_scale.attention.kernels import build
 from karat_scale.data.decoders.native_handle import PerThread
 
 SOURCE = Path(__file__).parent / "cpp" / "recode.cpp"
-# Without contraction, so that the resize's weights are the same bits whatever the instruction set.
+# Without contraction, so that the resize's weights have the same bits on any instruction set.
 COMPILER_ARGUMENTS = ("-ljpeg", "-ffp-contract=off")
-# Parts of the size at which libjpeg decodes by a smaller DCT.
+# The scales at which libjpeg decodes with a smaller DCT.
 SHRINKS = (8, 4, 2, 1)
 
 
 def result_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """Width and height with the short side made at most this many pixels, in proportion."""
+    """Return width and height with a short side of at most this many pixels, in proportion."""
     scale = short_side / min(width, height)
     if scale >= 1:
         return width, height
@@ -26,10 +26,10 @@ def result_size(width: int, height: int, short_side: int) -> tuple[int, int]:
 
 
 class NativeRecoder:
-    """Re-encodes grey and YCbCr JPEGs without leaving their colour planes, as Pillow's encoder would with 4:2:0.
+    """Re-encodes grey and YCbCr JPEGs without converting their colour planes, as Pillow's encoder does with 4:2:0.
 
-    The bytes do not depend on the instruction set. Several threads may share it. Raises build.LoadError where it cannot
-    be built.
+    The bytes do not depend on the instruction set. Several threads may share it. Raises build.LoadError if it cannot
+    be compiled.
     """
 
     def __init__(self) -> None:
@@ -38,10 +38,10 @@ class NativeRecoder:
         encoded = io.BytesIO()
         Image.new("RGB", (1, 1)).save(encoded, "JPEG")
         if self.shrink(encoded.getvalue(), 1, 90, 1) is None:
-            raise build.LoadError("it reads no JPEG: the libjpeg that is loaded is another than its header was for")
+            raise build.LoadError("it reads no JPEG: the loaded libjpeg does not match the header it was compiled with")
 
     def shrink(self, data: bytes, short_side: int, quality: int, margin: int) -> bytes | None:
-        """A JPEG of at most this short side in pixels; None for what is doubtful or another library's to read.
+        """Return a JPEG of at most this short side in pixels; None if the image is doubtful or not for libjpeg.
 
         The DCT may scale a large image while it stays `margin` times larger than the result.
         """

@@ -1,4 +1,4 @@
-"""The resize of a decoded region, alike for every decoder that hands out whole pixels."""
+"""Resize a decoded region, equally for every decoder that returns whole pixels."""
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +11,9 @@ from karat_scale.data.view import View
 
 
 def resize_region(region: npt.NDArray[np.uint8], view: View, interpolation: str) -> npt.NDArray[np.uint8]:
-    """The view, uint8 [height, width, 3], out of its region, uint8 [h, w, 3]; antialiased.
+    """Return the view, uint8 [height, width, 3], from its region, uint8 [h, w, 3]; antialiased.
 
-    By torch in uint8 for a whole region; by Pillow where the box's ends lie within pixels, which torch cannot do.
+    It uses torch in uint8 for a whole region, and Pillow if the box's ends are within pixels, which torch cannot do.
     """
     width, height = view.size
     if view.box == view.region:

@@ -1,4 +1,4 @@
-"""Decoding by torchvision's libjpeg-turbo and resizing in uint8 by torch: fast, with nothing to install."""
+"""Decode with torchvision's libjpeg-turbo and resize in uint8 with torch: fast, with nothing to install."""
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +12,9 @@ from karat_scale.errors import RecipeError
 
 
 class TorchvisionDecoder:
-    """Reads grey and colour JPEGs; hands all else to Pillow, which says what is readable. See Decoder.
+    """Reads grey and colour JPEGs; passes all others to Pillow, which decides whether they are readable. See Decoder.
 
-    Raises RecipeError where torchvision was built without JPEG.
+    Raises RecipeError if torchvision was built without JPEG.
     """
 
     name = "torchvision"
@@ -26,7 +26,7 @@ class TorchvisionDecoder:
             encode_jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8))
         except (ImportError, OSError, RuntimeError) as error:
             raise RecipeError(
-                "data.decoder = torchvision: this torchvision reads no JPEG; reinstall it with `pip install "
+                "data.decoder = torchvision: this torchvision was built without JPEG; reinstall it with `pip install "
                 "--force-reinstall torchvision`, or set data.decoder=pillow"
             ) from error
         self._decode, self._mode = decode_jpeg, ImageReadMode.RGB

@@ -1,1 +1,1 @@
-"""Where the images lie: tar shards, betons, folders; read at random, written whole, checked against their records."""
+"""The formats of image files: tar shards, betons, folders. Random access, atomic writes, checks against records."""

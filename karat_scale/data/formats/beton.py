@@ -1,11 +1,11 @@
-"""FFCV's files, .beton, with what FFCV does not keep of them: hashes, keys, class names, how they were made.
+"""FFCV's files, .beton, with the facts that FFCV does not store: hashes, keys, class names, settings.
 
     train.beton             FFCV's format, readable by FFCV's own Loader: fields `image` (RGBImageField) and `label`
-    train.beton.json        classes, counts, SHA-256, settings, what was skipped and why
+    train.beton.json        classes, counts, SHA-256, settings, the skipped images with reasons
     train.beton.index.npz   per sample: offset, size, label, crc32, mode, width, height, key
     val.beton, ...
 
-A sample's id is its place in the beton. It is the id the same sample has in shards that were made with the same
+A sample's id is its position in the beton. It is the id of the same sample in shards that were made with the same
 settings.
 """
 
@@ -24,8 +24,8 @@ from karat_scale.data.formats.readahead import Readahead
 from karat_scale.data.formats.shard_format import FileRecord, OddRecord, ShardRecord, SkippedRecord, read_index_field
 from karat_scale.errors import DataError
 
-MEND = "copy it again or make it again with data_prep/make_ffcv.py"
-WORDING = checks.Wording("its record", MEND)
+FIX = "copy it again or make it again with data_prep/make_ffcv.py"
+WORDING = checks.Wording("its record", FIX)
 # As FFCV numbers the ways in which it stores an image.
 MODES = {"jpg": 0, "raw": 1}
 RAW = MODES["raw"]
@@ -42,10 +42,10 @@ Column = npt.NDArray[Any]
 
 
 class BetonRecord(ShardRecord):
-    """The whole of a beton's JSON file.
+    """The content of a beton's JSON file.
 
-    made: from what and with which settings. modes: samples by the way they are stored. odd: images that decoders
-    disagree about, and those that no decoder reads.
+    made: the source and the settings. modes: samples by their storage mode. odd: images on which decoders
+    disagree, and those that no decoder reads.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -64,22 +64,22 @@ class BetonRecord(ShardRecord):
 
 
 def beton_path(directory: Path, split: str) -> Path:
-    """The beton of a split."""
+    """Return the beton of a split."""
     return directory / f"{split}.beton"
 
 
 def record_path(beton: Path) -> Path:
-    """The JSON file beside a beton."""
+    """Return the JSON file beside a beton."""
     return beton.with_name(f"{beton.name}.json")
 
 
 def index_path(beton: Path) -> Path:
-    """The index beside a beton."""
+    """Return the index beside a beton."""
     return beton.with_name(f"{beton.name}.index.npz")
 
 
 def read_record(beton: Path) -> BetonRecord:
-    """Read the JSON file beside a beton. Raises DataError where it is missing or damaged."""
+    """Read the JSON file beside a beton. Raises DataError if it is missing or damaged."""
     path = record_path(beton)
     fix = "make the beton with data_prep/make_ffcv.py, or correct data.path"
     try:
@@ -93,7 +93,7 @@ def read_record(beton: Path) -> BetonRecord:
 
 
 def index_bytes(columns: dict[str, Column], keys: list[str]) -> bytes:
-    """The index file of these columns and keys."""
+    """Return the index file of these columns and keys."""
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {name: columns[name].astype(kind) for name, kind in COLUMNS.items()}
     np.savez(buffer, key=np.array([key.encode() for key in keys], dtype=np.bytes_), **arrays)
@@ -109,10 +109,10 @@ class BetonSplit:
     """The images of one beton; see ImageSource. `labels` is int32 [len].
 
     Opening checks the file's size, or with verify="hash" its SHA-256. `read` compares a JPEG with its checksum; raw
-    pixels are read as a PPM image and rely on verify="hash", for a checksum would cost a third of their reading.
-    readahead: samples of a block that the system is asked to read as a whole when one of them is read; 0 for none.
-    lends: raw pixels are read into one buffer, which the next read fills again; for a decoder that keeps no bytes.
-    Raises DataError, one line, for what is missing, cut short, changed or out of range.
+    pixels are read as a PPM image and rely on verify="hash", since a checksum would cost a third of their reading.
+    readahead: the number of samples in a block that the system reads ahead when one of them is read; 0 for none.
+    lends: raw pixels are read into one buffer, which the next read reuses; for a decoder that keeps no bytes.
+    Raises DataError, one line, if anything is missing, cut short, changed or out of range.
     """
 
     def __init__(
@@ -145,17 +145,17 @@ class BetonSplit:
         if len(wrong):
             raise DataError(
                 f"{self.path}: sample {wrong[0]} has label {columns['label'][wrong[0]]}, but {record_path(self.path)} "
-                f"lists {len(self.classes)} classes; {MEND}"
+                f"lists {len(self.classes)} classes; {FIX}"
             )
         if len(columns["label"]) != record.samples or np.any(columns["offset"] + columns["size"] > record.bytes):
-            raise DataError(f"{path} does not fit {self.path.name}; {MEND}")
+            raise DataError(f"{path} does not fit {self.path.name}; {FIX}")
         return columns
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, sample_id: int) -> bytes:
-        """The encoded image, or raw pixels as a PPM image. Raises DataError naming the beton where it has changed."""
+        """Return the encoded image, or raw pixels as a PPM image. Raises DataError if the beton has changed."""
         size, offset = int(self._sizes[sample_id]), int(self._offsets[sample_id])
         try:
             if self._file is None:
@@ -164,7 +164,7 @@ class BetonSplit:
             raw = self._modes[sample_id] == RAW
             data = self._read_ppm(self._file, sample_id) if raw else os.pread(self._file, size, offset)
         except OSError as error:
-            raise DataError(f"{self.path} cannot be read: {error.strerror}; {MEND}") from error
+            raise DataError(f"{self.path} cannot be read: {error.strerror}; {FIX}") from error
         if not raw and (len(data) != size or zlib.crc32(data) != self._crcs[sample_id]):
             raise self._changed(sample_id, "is cut short" if len(data) != size else "has changed since it was written")
         return data
@@ -182,15 +182,15 @@ class BetonSplit:
         return cast(bytes, lent) if self._lends else bytes(lent)
 
     def _changed(self, sample_id: int, what: str) -> DataError:
-        return DataError(f"{self.path} {what}: sample {self.locate(sample_id)[0]} differs; {MEND}")
+        return DataError(f"{self.path} {what}: sample {self.locate(sample_id)[0]} differs; {FIX}")
 
     def locate(self, sample_id: int) -> tuple[str, str]:
-        """The key of a sample and the name of the beton, for messages."""
+        """Return the key of a sample and the name of the beton, for messages."""
         keys = read_index_field(index_path(self.path).read_bytes(), "key")
         return keys[sample_id].decode(), self.path.name
 
     def file_of(self, sample_id: int) -> str:
-        """The path of the beton."""
+        """Return the path of the beton."""
         return str(self.path)
 
     def close(self) -> None:
@@ -200,5 +200,5 @@ class BetonSplit:
             os.close(file)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A descriptor means nothing in a process that was not forked.
+        # A descriptor has no meaning in a process that was not forked.
         return {**self.__dict__, "_file": None}

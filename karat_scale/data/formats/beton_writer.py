@@ -1,8 +1,8 @@
-"""Writing betons by FFCV's own description of its format, without its processes.
+"""Write betons in FFCV's format, without FFCV's processes.
 
-FFCV's DatasetWriter waits for ever when one of its workers dies or a sample raises, re-encodes JPEGs, and lays the
-samples out as its workers happen to finish. Here one process writes what it is handed, in order, so the same samples
-give the same bytes and an error is an error.
+FFCV's DatasetWriter waits for ever if one of its workers dies or a sample raises an error, re-encodes JPEGs, and writes
+samples in the order in which its workers finish. Here one process writes the samples in order, so the same samples
+give the same bytes, and an error is raised.
 """
 
 import errno
@@ -20,7 +20,7 @@ MAX_SIDE = 2**16 - 1
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image as it goes into a beton: bytes that are a JPEG (`jpg`) or RGB pixels (`raw`), and its dimensions."""
+    """An image in a beton: bytes that are a JPEG (`jpg`) or RGB pixels (`raw`), and its dimensions."""
 
     mode: str
     width: int
@@ -29,14 +29,14 @@ class StoredImage:
 
 
 def page_bytes(largest: int) -> int:
-    """The size of FFCV's pages for samples of at most this many bytes: a power of two, since no sample spans two."""
+    """Return FFCV's page size for samples of at most this many bytes: a power of two; no sample spans two pages."""
     return max(MIN_PAGE_BYTES, 1 << (largest - 1).bit_length())
 
 
 class BetonWriter:
     """Writes a beton to `path`, for at most `capacity` samples of at most `page` bytes each; a context manager.
 
-    After `finish` the file is whole. FFCV's header, field descriptions and tables come from FFCV's code.
+    After `finish` the file is complete. FFCV's header, field descriptions and tables come from FFCV's code.
     """
 
     def __init__(self, path: Path, capacity: int, page: int) -> None:
@@ -53,7 +53,7 @@ class BetonWriter:
         self._rows: list[tuple[int, ...]] = []
 
     def add(self, image: StoredImage, label: int) -> None:
-        """Append a sample. Raises ValueError where it is larger than a page or a side is over MAX_SIDE."""
+        """Append a sample. Raises ValueError if it is larger than a page or a side is over MAX_SIDE."""
         if max(image.width, image.height) > MAX_SIDE:
             raise ValueError(f"{image.width} x {image.height} pixels do not fit FFCV's format")
         self._pages.set_current_sample(len(self._rows))
@@ -63,9 +63,9 @@ class BetonWriter:
         self._rows.append((offset, room.size, label, crc, MODES[image.mode], image.width, image.height))
 
     def finish(self) -> dict[str, Column]:
-        """Write the tables; returns the columns of the index. Raises OSError where the disk is full."""
+        """Write the tables; returns the columns of the index. Raises OSError if the disk is full."""
         self._pages.__exit__(None, None, None)
-        # Pages are written unbuffered, and a write that the disk cuts short is no error to FFCV.
+        # Pages are written unbuffered, and FFCV does not detect an incomplete write.
         if self._rows and self._path.stat().st_size < max(row[0] + row[1] for row in self._rows):
             raise OSError(errno.ENOSPC, "the disk is full", str(self._path))
         table = np.array(self._rows, dtype=np.int64).reshape(-1, len(COLUMNS))

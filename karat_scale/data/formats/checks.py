@@ -1,4 +1,4 @@
-"""Checks that shards, betons and folders share: files against their records, classes against the model."""
+"""Checks for shards, betons and folders: files against their records, classes against the model."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ from karat_scale.files import file_sha256
 
 @dataclass(frozen=True)
 class Wording:
-    """How a kind of file is spoken of: where its record stands, what fixes it, and how its absence is told."""
+    """Words for messages about a kind of file: where its record is, how to fix it, and that it is missing."""
 
     said_by: str
     fix: str
@@ -22,9 +22,9 @@ class Wording:
 
 
 def must_answer(path: Path, timeout: float) -> None:
-    """Wait until a path can be opened, or is found missing. Raises DataError after `timeout` seconds.
+    """Wait until a path can be opened or is found missing. Raises DataError after `timeout` seconds.
 
-    A dead server's file system holds whoever asks it and lets no signal through, so a thread does the asking.
+    A dead server's file system blocks the caller and lets no signal through, so a thread opens the path.
     """
 
     def ask() -> None:
@@ -36,13 +36,13 @@ def must_answer(path: Path, timeout: float) -> None:
     asking.join(timeout)
     if asking.is_alive():
         raise DataError(
-            f"data.path = {path} did not answer for data.timeout = {timeout:g} s; is its file system there? Raise "
+            f"data.path = {path} did not answer for data.timeout = {timeout:g} s; check its file system, or raise "
             "data.timeout if it is only slow"
         )
 
 
 def check_class_count(place: Path, classes: int, num_classes: int) -> None:
-    """Refuse data of more classes than the model has. Raises DataError."""
+    """Refuse data with more classes than the model. Raises DataError."""
     if classes > num_classes:
         raise DataError(
             f"{place} has {classes} classes, but model.num_classes = {num_classes}; set model.num_classes={classes}"
@@ -50,12 +50,12 @@ def check_class_count(place: Path, classes: int, num_classes: int) -> None:
 
 
 def unused_classes(classes: int, num_classes: int) -> str:
-    """A notice of classes that the model has and the data has not; empty where there are none."""
+    """Return a notice if the model has more classes than the data; else an empty text."""
     if classes >= num_classes:
         return ""
     return (
-        f"the data has {classes} classes, but model.num_classes = {num_classes}: the others are never seen; "
-        f"set model.num_classes={classes} unless that is meant"
+        f"the data has {classes} classes, but model.num_classes = {num_classes}: the others do not occur; "
+        f"set model.num_classes={classes} unless that is intended"
     )
 
 
@@ -73,7 +73,7 @@ def check_file(path: Path, record: FileRecord, by_hash: bool, wording: Wording) 
 
 
 def read_checked(path: Path, record: FileRecord, wording: Wording) -> bytes:
-    """The bytes of a small file that is as its record says. Raises DataError."""
+    """Return the bytes of a small file after comparing it with its record. Raises DataError."""
     check_file(path, record, False, wording)
     try:
         data = path.read_bytes()

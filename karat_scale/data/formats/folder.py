@@ -11,14 +11,14 @@ from karat_scale.data.formats.checks import check_class_count
 from karat_scale.data.order import epoch_order
 from karat_scale.errors import DataError
 
-MEND = "correct data.path, or make shards with data_prep/make_webdataset.py and use data.backend=webdataset"
+FIX = "correct data.path, or make shards with data_prep/make_webdataset.py and use data.backend=webdataset"
 
 
 class FolderSplit:
     """`root`/`split`/<class>/.../<image> as sample ids 0 .. len - 1.
 
-    Ids are those that data_prep/make_webdataset.py gives the same images with its default seed, so the folder and its
-    shards train alike. `classes`: the labels' names, where another split has decided them. Raises DataError for a
+    Ids are those that data_prep/make_webdataset.py gives the same images with its default seed, so training on a folder
+    and on its shards is equal. `classes`: the labels' names, if another split has set them. Raises DataError for a
     missing or empty folder, more than `num_classes` classes, and a class that `classes` does not list.
     """
 
@@ -28,7 +28,7 @@ class FolderSplit:
         self.classes = classes or tuple(found)
         check_class_count(self._folder, len(self.classes), num_classes)
         if unknown := sorted(set(found) - set(self.classes)):
-            raise DataError(f"{self._folder / unknown[0]} is a class that the training split does not have; {MEND}")
+            raise DataError(f"{self._folder / unknown[0]} is a class that the training split does not have; {FIX}")
         numbers = {name: label for label, name in enumerate(self.classes) if name in found}
         listed = make_dataset(self._folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
         visible = sorted(
@@ -37,40 +37,40 @@ class FolderSplit:
             if not Path(path).name.startswith(".")
         )
         if not visible:
-            raise DataError(f"{self._folder} has no images in its class folders; {MEND}")
+            raise DataError(f"{self._folder} has no images in its class folders; {FIX}")
         order = epoch_order(0, 0, len(visible))
         self.labels: npt.NDArray[np.int32] = np.array([label for label, _ in visible], dtype=np.int32)[order]
-        # One array of bytes: a list of a million strings would be copied by every worker that touches it.
+        # One array of bytes: every worker that touches a list of a million strings would copy it.
         self._paths = np.array([path for _, path in visible])[order]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, sample_id: int) -> bytes:
-        """The encoded image. Raises DataError naming the file where it cannot be read."""
+        """Return the encoded image. Raises DataError naming the file if it cannot be read."""
         path = self.file_of(sample_id)
         try:
             return Path(path).read_bytes()
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}; {MEND}") from error
+            raise DataError(f"{path} cannot be read: {error.strerror}; {FIX}") from error
 
     def locate(self, sample_id: int) -> tuple[str, str]:
-        """The path of a sample below its folder, and the folder."""
+        """Return the path of a sample below its folder, and the folder."""
         return os.fsdecode(bytes(self._paths[sample_id])), str(self._folder)
 
     def file_of(self, sample_id: int) -> str:
-        """The path of the sample's file."""
+        """Return the path of the sample's file."""
         return str(self._folder / self.locate(sample_id)[0])
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
 
 def _class_folders(folder: Path) -> list[str]:
     try:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
     except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error.strerror}; {MEND}") from error
+        raise DataError(f"{folder} cannot be read: {error.strerror}; {FIX}") from error
     if not names:
-        raise DataError(f"{folder} has no class folders; {MEND}")
+        raise DataError(f"{folder} has no class folders; {FIX}")
     return names

@@ -1,4 +1,4 @@
-"""Reading ahead whole blocks of samples, for an order that keeps to few blocks at a time."""
+"""Read whole blocks of samples ahead, for an order that uses few blocks at a time."""
 
 import os
 from collections import OrderedDict
@@ -6,14 +6,14 @@ from collections import OrderedDict
 import numpy as np
 import numpy.typing as npt
 
-# Blocks asked for and not yet asked for again: more than a window holds.
+# The number of requested blocks to remember: more than a window holds.
 REMEMBERED_BLOCKS = 1024
 
 
 class Readahead:
-    """Asks the system to read blocks of `block_samples` samples, each once. 0 asks for nothing.
+    """Asks the system to read blocks of `block_samples` samples, each once. 0 turns it off.
 
-    offsets, sizes: int64 [samples], where each sample lies in its file, in bytes.
+    offsets, sizes: int64 [samples], the position of each sample in its file, in bytes.
     """
 
     def __init__(self, block_samples: int, offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> None:
@@ -21,11 +21,11 @@ class Readahead:
         self._asked: OrderedDict[int, None] = OrderedDict()
 
     def ask(self, file: int, sample_id: int, start: int, stop: int) -> None:
-        """Ask for the part of a sample's block that the open `file` holds, whose samples are start .. stop - 1."""
+        """Request the part of a sample's block that is in the open `file`, whose samples are start .. stop - 1."""
         if not self._block_samples:
             return
         block = sample_id // self._block_samples
-        # Blocks and files both follow each other, so the first sample names the part.
+        # Blocks and files are both in order, so the first sample identifies the part.
         first = max(block * self._block_samples, start)
         if first in self._asked:
             return
@@ -34,5 +34,5 @@ class Readahead:
             self._asked.popitem(last=False)
         last = min((block + 1) * self._block_samples, stop) - 1
         begin, end = int(self._offsets[first]), int(self._offsets[last] + self._sizes[last])
-        if hasattr(os, "posix_fadvise"):  # not everywhere, and only advice
+        if hasattr(os, "posix_fadvise"):  # not on every system, and only a hint
             os.posix_fadvise(file, begin, end - begin, os.POSIX_FADV_WILLNEED)

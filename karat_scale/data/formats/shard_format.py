@@ -1,6 +1,6 @@
-"""What a directory of shards holds besides the tars.
+"""The files in a directory of shards, besides the tars.
 
-    dataset.json              classes in order; per split: shards, how it was made, what was skipped and why
+    dataset.json              classes in order; per split: shards, settings, the skipped images with reasons
     train-000000.tar          WebDataset tar: <key>.cls, <key>.jpg, <key>.cls, ...
     train-000000.index.npz    per sample of that tar: offset, size, label, crc32, key
     ...
@@ -23,14 +23,14 @@ from karat_scale.errors import DataError
 from karat_scale.files import write_atomically
 
 DATASET_FILE = "dataset.json"
-# A name from dataset.json must not lead out of its directory.
+# A name in dataset.json must not point outside of its directory.
 FileName = Field(pattern=r"^[\w-][\w.-]*$")
-# A file's name may be any bytes; a report is text, with those that are no UTF-8 as \xNN.
+# A file name may be any bytes; in a report, bytes that are not UTF-8 become \xNN.
 ReportedPath = Annotated[str, BeforeValidator(lambda path: os.fsencode(path).decode(errors="backslashreplace"))]
 
 
 class FileRecord(BaseModel):
-    """A file as it was when it was written."""
+    """A file's name, size and hash when it was written."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,14 +47,14 @@ class ShardRecord(FileRecord):
 
 
 class SkippedRecord(BaseModel):
-    """A source image that went into no shard."""
+    """A source image that is in no shard."""
 
     path: ReportedPath
     reason: str
 
 
 class OddRecord(BaseModel):
-    """A source image that decoders disagree about, and what was done with it."""
+    """A source image on which decoders disagree, and what was done with it."""
 
     path: ReportedPath
     what: str
@@ -62,7 +62,7 @@ class OddRecord(BaseModel):
 
 
 class SplitRecord(BaseModel):
-    """One split: `made` says from what and with which settings; `per_class` counts the samples of each class."""
+    """One split. `made`: the source and the settings. `per_class`: the number of samples of each class."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -77,20 +77,20 @@ class SplitRecord(BaseModel):
 
 
 class DatasetRecord(BaseModel):
-    """The whole of dataset.json."""
+    """The content of dataset.json."""
 
     model_config = ConfigDict(extra="forbid")
 
     format: Literal["karat-shards"] = "karat-shards"
     version: Literal[1] = 1
     classes: list[str]
-    # What people call the classes, in the same order; empty where nobody said.
+    # The readable names of the classes, in the same order; empty if unknown.
     names: list[str] = []
     splits: dict[str, SplitRecord] = {}
 
 
 def read_dataset_record(directory: Path) -> DatasetRecord:
-    """Read dataset.json. Raises DataError where the directory or the file is missing, empty or damaged."""
+    """Read dataset.json. Raises DataError if the directory or the file is missing, empty or damaged."""
     fix = "make it with data_prep/make_webdataset.py"
     if not directory.is_dir():
         raise DataError(f"data.path = {directory} is not a directory; {fix} or correct the path")
@@ -109,7 +109,7 @@ def read_dataset_record(directory: Path) -> DatasetRecord:
 
 
 def chosen_splits(directory: Path, record: DatasetRecord, split: str | None) -> dict[str, SplitRecord]:
-    """One split of a data set by name, or all. Raises DataError where it is not there or there is none."""
+    """Return one split of a data set by name, or all. Raises DataError if there is none."""
     chosen = {name: found for name, found in record.splits.items() if split in (None, name)}
     if not chosen:
         there = ", ".join(record.splits) or "none"
@@ -118,7 +118,7 @@ def chosen_splits(directory: Path, record: DatasetRecord, split: str | None) -> 
 
 
 def write_dataset_record(directory: Path, record: DatasetRecord) -> None:
-    """Write dataset.json whole or not at all."""
+    """Write dataset.json atomically."""
     text = json.dumps(record.model_dump(), indent=1, ensure_ascii=False) + "\n"
     write_atomically(directory / DATASET_FILE, text)
 
@@ -127,7 +127,7 @@ INDEX_FIELDS = ("offset", "size", "label", "crc32")
 
 
 def index_bytes(rows: list[tuple[int, int, int, int]], keys: list[str]) -> bytes:
-    """The index file of a shard from rows of (offset, size, label, crc32)."""
+    """Return the index file of a shard from rows of (offset, size, label, crc32)."""
     columns = np.array(rows, dtype=np.int64).reshape(-1, len(INDEX_FIELDS))
     dtypes = (np.int64, np.int64, np.int32, np.uint32)
     arrays: dict[str, Any] = {name: columns[:, i].astype(dtypes[i]) for i, name in enumerate(INDEX_FIELDS)}
@@ -138,6 +138,6 @@ def index_bytes(rows: list[tuple[int, int, int, int]], keys: list[str]) -> bytes
 
 
 def read_index_field(data: bytes, name: str) -> npt.NDArray[Any]:
-    """One column of an index file's bytes."""
+    """Return one column of an index file's bytes."""
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         return np.asarray(archive[name])

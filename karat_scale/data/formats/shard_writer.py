@@ -1,9 +1,9 @@
-"""Writing shards: one tar and its index at a time, as webdataset's own writer makes them, byte for byte.
+"""Write shards, one tar and its index at a time, with the same bytes as webdataset's own writer.
 
-That writer streams through buffers of a few kilobytes and copies an image a dozen times on the way; here the headers
-come from tarfile and the images go to the file as they are.
+That writer streams through buffers of a few kilobytes and copies an image a dozen times. Here the headers
+come from tarfile, and the images go to the file directly.
 
-The same samples give the same bytes. Every file is complete under its name or not there; the caller writes
+The same samples give the same bytes. Every file is written atomically; the caller writes
 dataset.json last.
 """
 
@@ -21,13 +21,13 @@ from karat_scale.data.formats.shard_format import FileRecord, ShardRecord, index
 from karat_scale.files import commit_file, naming, write_atomically
 
 TAR_BLOCK = tarfile.BLOCKSIZE
-# Who owns the members, and what may be done with them, by webdataset's habit.
+# Owner and mode of the members, as webdataset sets them.
 OWNER, MODE = "bigdata", 0o444
 
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """An image file as it goes into a shard. `extension` is jpg, png, ...; `key` has no dot in its name."""
+    """An image file in a shard. `extension` is jpg, png, ...; `key` has no dot in its name."""
 
     key: str
     extension: str
@@ -36,12 +36,12 @@ class EncodedSample:
 
 
 def shard_name(split: str, number: int) -> str:
-    """The name of a shard without its ending."""
+    """Return the name of a shard without its suffix."""
     return f"{split}-{number:06d}"
 
 
 def write_shard(directory: Path, name: str, samples: Iterable[EncodedSample]) -> ShardRecord:
-    """Write `name`.tar and `name`.index.npz into `directory`; returns what dataset.json records of them."""
+    """Write `name`.tar and `name`.index.npz into `directory`; returns their record in dataset.json."""
     rows: list[tuple[int, int, int, int]] = []
     keys: list[str] = []
     path = directory / f"{name}.tar"
@@ -58,7 +58,7 @@ def write_shard(directory: Path, name: str, samples: Iterable[EncodedSample]) ->
             stream.write(bytes(-stream.bytes % tarfile.RECORDSIZE))
         index = index_bytes(rows, keys)
         index_name = f"{name}.index.npz"
-        # Index first: a tar under its final name always has one.
+        # The index is renamed first, so a tar under its final name always has one.
         write_atomically(directory / index_name, index)
         commit_file(Path(temporary), path)
     except BaseException:
@@ -74,7 +74,7 @@ def write_shard(directory: Path, name: str, samples: Iterable[EncodedSample]) ->
 
 
 def _add_member(stream: "_HashingStream", name: str, data: bytes) -> int:
-    """Append a file to a tar; returns where its bytes begin."""
+    """Append a file to a tar; returns the offset of its bytes."""
     stream.write(_header(name, len(data)))
     offset = stream.bytes
     stream.write(data)
@@ -89,7 +89,7 @@ def _tarfile_header(name: str, size: int) -> bytes:
 
 
 def _header(name: str, size: int) -> bytes:
-    """What tarfile makes, but filled into a form where the name is plain: tarfile takes as long as a small image."""
+    """Return the header that tarfile makes, from a template if the name is plain: tarfile is slow for small images."""
     if len(name) > tarfile.LENGTH_NAME or not name.isascii() or size > LARGEST_IN_FORM:
         return _tarfile_header(name, size)
     in_header = name.encode()
@@ -99,14 +99,14 @@ def _header(name: str, size: int) -> bytes:
 
 
 LARGEST_IN_FORM = 8**11 - 1
-# A header without name, size and checksum, cut where these belong; the checksum counts itself as blanks.
+# A header without name, size and checksum, split at these; the checksum counts itself as blanks.
 _FORM = _tarfile_header("", 0)
 FORM_OWNER, FORM_TIME, FORM_REST = _FORM[100:124], _FORM[135:148], _FORM[155:]
 FORM_SUM = sum(_FORM[:148]) + 8 * ord(" ") + sum(_FORM[156:]) - sum(b"%011o" % 0)
 
 
 class _HashingStream:
-    """Passes bytes on to a file, counting and hashing them, so that no shard is read back for its digest."""
+    """Writes bytes to a file, counting and hashing them, so that no shard is read back for its digest."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

@@ -1,4 +1,4 @@
-"""Random access into the shards of one split, checked against what dataset.json and the indexes say."""
+"""Random access into the shards of one split, checked against dataset.json and the indexes."""
 
 import os
 import zlib
@@ -22,19 +22,19 @@ from karat_scale.data.formats.shard_format import (
 from karat_scale.errors import DataError
 
 MAX_OPEN_SHARDS = 256
-MEND = "copy the shards again or make them again with data_prep/make_webdataset.py"
+FIX = "copy the shards again or make them again with data_prep/make_webdataset.py"
 
-WORDING = checks.Wording(DATASET_FILE, MEND, f"is missing, though {DATASET_FILE} lists it")
+WORDING = checks.Wording(DATASET_FILE, FIX, f"is missing, though {DATASET_FILE} lists it")
 
 
 class ShardSplit:
     """The samples of one split: sample ids 0 .. len - 1 over all shards in order.
 
     Opening reads the indexes and checks every shard's size, or with verify="hash" its SHA-256. Raises
-    DataError, one line, for whatever is missing, cut short, changed or out of range. `labels` is int32 [len].
+    DataError, one line, if anything is missing, cut short, changed or out of range. `labels` is int32 [len].
 
-    readahead: samples of a block that the system is asked to read as a whole when one of them is read, for an order
-    that keeps to few blocks at a time; 0 for none.
+    readahead: the number of samples in a block that the system reads ahead when one of them is read, for an order
+    that uses few blocks at a time; 0 for none.
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class ShardSplit:
                 f"dataset.json lists {len(self.classes)} classes; correct them and make the shards again"
             )
         if len(index["label"]) != shard.samples or np.any(index["offset"] + index["size"] > shard.bytes):
-            raise DataError(f"{path} does not fit its shard {shard.name}; {MEND}")
+            raise DataError(f"{path} does not fit its shard {shard.name}; {FIX}")
         return index
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, sample_id: int) -> bytes:
-        """The encoded image. Raises DataError naming the shard where it is not what was indexed."""
+        """Return the encoded image. Raises DataError naming the shard if it has changed since it was indexed."""
         number = self._shard_of(sample_id)
         path = self.directory / self._shards[number].name
         size = int(self._sizes[sample_id])
@@ -97,22 +97,22 @@ class ShardSplit:
             self._readahead.ask(file, sample_id, int(self._starts[number]), int(self._starts[number + 1]))
             data = os.pread(file, size, int(self._offsets[sample_id]))
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}; {MEND}") from error
+            raise DataError(f"{path} cannot be read: {error.strerror}; {FIX}") from error
         if len(data) != size or zlib.crc32(data) != self._crcs[sample_id]:
             key, _ = self.locate(sample_id)
             what = "is cut short" if len(data) != size else "has changed since its index was written"
-            raise DataError(f"{path} {what}: sample {key} differs; {MEND}")
+            raise DataError(f"{path} {what}: sample {key} differs; {FIX}")
         return data
 
     def locate(self, sample_id: int) -> tuple[str, str]:
-        """The key of a sample and the name of its shard, for messages."""
+        """Return the key of a sample and the name of its shard, for messages."""
         number = self._shard_of(sample_id)
         shard = self._shards[number]
         keys = read_index_field((self.directory / shard.index.name).read_bytes(), "key")
         return keys[sample_id - self._starts[number]].decode(), shard.name
 
     def file_of(self, sample_id: int) -> str:
-        """The path of the shard that holds a sample."""
+        """Return the path of the shard that holds a sample."""
         return str(self.directory / self._shards[self._shard_of(sample_id)].name)
 
     def _shard_of(self, sample_id: int) -> int:
@@ -133,7 +133,7 @@ class ShardSplit:
             os.close(self._files.popitem()[1])
 
     def __getstate__(self) -> dict[str, Any]:
-        # Descriptors mean nothing in a process that was not forked.
+        # Descriptors have no meaning in a process that was not forked.
         return {**self.__dict__, "_files": OrderedDict()}
 
 
