@@ -1,7 +1,7 @@
 """A plain ViT, with KArAt or softmax, as a detector's backbone (ViTDet, arXiv 2203.16527).
 
-KArAt's N is fixed, so tokens attend within windows of the size that the operators are made for. At 224 px the 14 x 14
-patches are one window: N = 196 and no class token. In a larger image some blocks see all of it, by softmax.
+KArAt's N is fixed, so tokens attend within windows of the size of the operators. At 224 px the 14 x 14
+patches are one window: N = 196 and no class token. In a larger image, some blocks see all of it, by softmax.
 """
 
 from collections import OrderedDict
@@ -20,16 +20,16 @@ from karat_scale.models.init_from import take_weights
 from karat_scale.models.vit import VIT
 from karat_scale.recipe import AttentionConfig
 
-# No class token or registers, whose place in a map there is none; the pyramid has norms of its own.
+# No class token or registers, since they have no place in a map; the pyramid has its own norms.
 _OPTIONS = {"class_token": False, "reg_tokens": 0, "global_pool": "", "num_classes": 0, "final_norm": False}
 _ABOVE_BLOCKS = ("head.", "norm.", "fc_norm.")
 
 
 def build_vit(recipe: DetectionRecipe) -> VisionTransformer:
-    """The backbone's ViT for one window, freshly initialised.
+    """Return the backbone's ViT for one window, freshly initialised.
 
     Raises:
-        RecipeError: it is no plain ViT, or timm cannot build it at these sizes.
+        RecipeError: it is not a plain ViT, or timm cannot build it at these sizes.
     """
     return _create(recipe, recipe.attention)
 
@@ -37,16 +37,16 @@ def build_vit(recipe: DetectionRecipe) -> VisionTransformer:
 def _create(recipe: DetectionRecipe, attention: AttentionConfig) -> VisionTransformer:
     if host_of_name(recipe.model.name) is not VIT:
         raise RecipeError(
-            f"model.name = {recipe.model.name} is no plain ViT, whose tokens are a map; use one such as "
+            f"model.name = {recipe.model.name} is not a plain ViT, whose tokens form a map; use one such as "
             "vit_base_patch16_224"
         )
     return cast(VisionTransformer, create_model(recipe.window_model, attention, **_OPTIONS))
 
 
 def take_backbone_weights(vit: nn.Module, weights: Mapping[str, Tensor]) -> str:
-    """Copy a classifier's weights into the backbone's ViT, in place; returns what was not simply copied.
+    """Copy a classifier's weights into the backbone's ViT, in place; returns a line on what was not simply copied.
 
-    Its class token and what lies above the blocks are left out.
+    The class token and the layers above the blocks are left out.
 
     Raises:
         RecipeError: the weights are of another model.
@@ -55,13 +55,13 @@ def take_backbone_weights(vit: nn.Module, weights: Mapping[str, Tensor]) -> str:
 
 
 class ViTBackbone(nn.Module):
-    """Images [B, 3, S, S] to the maps of a pyramid.
+    """Maps images [B, 3, S, S] to the maps of a pyramid.
 
     Args:
-        vit: of `build_vit`; its attention stays that of one window, its positions are interpolated to the image.
+        vit: from `build_vit`. Its attention stays that of one window; its positions are interpolated to the image.
 
     Raises:
-        RecipeError: more blocks are to see the whole of a larger image than the model has, or than KArAt may lose.
+        RecipeError: `global_blocks` exceeds the number of blocks, or leaves none to KArAt.
     """
 
     def __init__(self, vit: VisionTransformer, recipe: DetectionRecipe) -> None:
@@ -79,7 +79,7 @@ class ViTBackbone(nn.Module):
         self.out_channels = recipe.detector.channels
 
     def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
-        """Maps by name, as torchvision's detectors take them."""
+        """Return maps by name, as torchvision's detectors expect them."""
         tokens = self.vit.norm_pre(self.vit.patch_embed(images) + self.vit.pos_embed)
         for number, block in enumerate(self.vit.blocks):
             if self.side == self.window or number in self.global_blocks:
@@ -90,7 +90,7 @@ class ViTBackbone(nn.Module):
 
 
 def split_windows(tokens: Tensor, window: int) -> Tensor:
-    """Tokens [B, P^2, D] of a square map to those of its windows, [B (P / window)^2, window^2, D]."""
+    """Split tokens [B, P^2, D] of a square map into those of its windows, [B (P / window)^2, window^2, D]."""
     batch, count, width = tokens.shape
     rows = round(count**0.5) // window
     grid = tokens.view(batch, rows, window, rows, window, width).transpose(2, 3)
@@ -98,30 +98,30 @@ def split_windows(tokens: Tensor, window: int) -> Tensor:
 
 
 def join_windows(tokens: Tensor, side: int, window: int) -> Tensor:
-    """What `split_windows` split, of a map of `side` = P rows."""
+    """Undo `split_windows` for a map of `side` = P rows."""
     rows = side // window
     grid = tokens.view(-1, rows, rows, window, window, tokens.shape[-1]).transpose(2, 3)
     return grid.reshape(-1, side * side, tokens.shape[-1])
 
 
 def _check_global_blocks(recipe: DetectionRecipe, depth: int) -> None:
-    """Raises RecipeError for more blocks than there are, and where none would be left to KArAt."""
+    """Raise RecipeError for more blocks than there are, or if none would be left for KArAt."""
     count, learned = recipe.detector.global_blocks, recipe.attention.kind == "karat"
     most = depth - 1 if learned else depth
     if count > most:
-        why = ", and these attend by softmax: none would learn its attention" if learned else ""
+        why = ", and these attend by softmax: no block would keep KArAt" if learned else ""
         raise RecipeError(
             f"detector.global_blocks = {count}, but the model has {depth} blocks{why}; use {most} at most"
         )
 
 
 def _evenly_spread(count: int, depth: int) -> frozenset[int]:
-    """The last block of each of `count` equal parts, as in ViTDet."""
+    """Return the last block of each of `count` equal parts, as in ViTDet."""
     return frozenset((part + 1) * depth // count - 1 for part in range(count))
 
 
 def _let_attend_by_softmax(vit: VisionTransformer, recipe: DetectionRecipe, blocks: frozenset[int]) -> None:
-    """Give these blocks attention without a fixed N, with the query, key and value they have."""
+    """Give these blocks attention without a fixed N, with their query, key and value."""
     if recipe.attention.kind == "softmax" or not blocks:
         return
     plain = _create(recipe, AttentionConfig())

@@ -1,4 +1,4 @@
-"""Saving and loading a detector's training on all ranks together, in the files of `train/checkpoint/store.py`.
+"""Save and load a detector's training on all ranks together, in the files of `train/checkpoint/store.py`.
 
 training.pt     weights and AdamW's state, the same on all ranks, written by rank 0
 rank-00000.pt   a rank's random generators
@@ -50,10 +50,10 @@ class DetectionCheckpoints:
         self._reporter = reporter
         self._saved: tuple[int, int] | None = None
         self.problem = ""
-        """Why the last save that came to nothing did; the same on all ranks."""
+        """The reason why the last save failed; the same on all ranks."""
 
     def save(self, state: DetectionState, is_best: bool = False) -> bool:
-        """Write a checkpoint of `state` unless that is done; False when a rank failed: nothing has changed then."""
+        """Write a checkpoint of `state` unless it exists. False if a rank failed: then nothing has changed."""
         if self._saved == (state.step, state.evaluated_step):
             return True
         begun = time.monotonic()
@@ -75,7 +75,7 @@ class DetectionCheckpoints:
         return True
 
     def _write(self, state: DetectionState, is_best: bool) -> None:
-        """Each rank its file, then rank 0 the manifest and the name; an OSError of one is raised by all."""
+        """Each rank writes its file, then rank 0 the manifest and the name. An OSError of one rank is raised by all."""
         directory = Path(self._world.broadcast(self._begin(state.step)))
         files: dict[str, Fingerprint] = {}
         with self._world.together():
@@ -92,7 +92,7 @@ class DetectionCheckpoints:
                 self._reporter.warn(problem)
 
     def _begin(self, step: int) -> str:
-        """The new checkpoint's directory, on rank 0; nothing elsewhere. What rank 0 meets is raised on all."""
+        """Yield the new checkpoint's directory on rank 0, else None. Rank 0's errors are raised on all ranks."""
         directory = ""
         with self._world.together():
             if self._world.is_main:
@@ -110,7 +110,7 @@ class DetectionCheckpoints:
         }
 
     def load(self, state_of: str = "") -> DetectionState | None:
-        """Load the newest intact checkpoint, or the one in directory `state_of`. None when there is none.
+        """Load the newest intact checkpoint, or the one in directory `state_of`. None if there is none.
 
         Raises:
             RunDirectoryError: no checkpoint is intact, or it is of another model, global batch or kind of run.
@@ -133,19 +133,21 @@ class DetectionCheckpoints:
         if root == self.store.root:
             self._saved = (state.step, state.evaluated_step)
         state.restarts += 1
-        state.seconds_to_first_step = None  # each start has its own
+        state.seconds_to_first_step = None  # measured anew in each start
         self._reporter.resumed(state, name)
         return state
 
 
 def read_training(checkpoint: Path, saved: dict[str, Any]) -> dict[str, Any]:
-    """The weights (`model`) and AdamW's state (`optimizer`) in a verified checkpoint, on the CPU.
+    """Return the weights (`model`) and AdamW's state (`optimizer`) of a verified checkpoint, on the CPU.
 
     Raises:
         RunDirectoryError: another version or another kind of run wrote it.
     """
     if saved.get("kind") != KIND:
-        raise RunDirectoryError(f"checkpoint {checkpoint} is of a classifier; begin with it by init_from={checkpoint}")
+        raise RunDirectoryError(
+            f"checkpoint {checkpoint} is of a classifier; start from it with init_from={checkpoint}"
+        )
     if saved["format"] != FORMAT:
         raise RunDirectoryError(
             f"checkpoint {checkpoint} has format {saved['format']}, this version reads format {FORMAT}; "
@@ -156,7 +158,7 @@ def read_training(checkpoint: Path, saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, content: dict[str, Any], checkpoint: Path) -> None:
-    """Give a model the weights of a checkpoint, in place. Raises RunDirectoryError where they are of another model."""
+    """Load the weights of a checkpoint into a model. Raises RunDirectoryError if they are of another model."""
     here, there = ({name: tuple(x.shape) for name, x in x.items()} for x in (model.state_dict(), content["model"]))
     try:
         check_shapes(here, there)

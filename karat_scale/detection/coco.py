@@ -1,4 +1,4 @@
-"""One split of a detection set in COCO's format: images, categories, and the objects in an image."""
+"""One split of a detection data set in COCO's format: images, categories, and the objects in an image."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ _IMAGE_FIELDS = {"file_name": (str, "a name"), "width": (int, "pixels"), "height
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """What the annotations say of one image; of objects those that can be learned, as (id, category, segmentation)."""
+    """The annotations of one image; only objects that can be learned, as (id, category, segmentation)."""
 
     file_name: str
     width: int
@@ -34,14 +34,14 @@ class CocoSplit:
     """Images with their objects. Samples are numbered 0 .. len - 1.
 
     Args:
-        root: the set's directory.
+        root: the data set's directory.
         images: the images' directory below it.
         annotations: the JSON file below it.
-        for_training: leave out images without an object that can be learned: one that is no crowd and has an area. Else
-            pycocotools' index stays at hand as `index`.
+        for_training: leave out images without an object to learn, which is not a crowd and has an area. Else
+            pycocotools' index is kept as `index`.
 
     Raises:
-        DataError: a file is missing, is not what it should be, or nothing is left.
+        DataError: a file is missing or wrong, or no image is left.
         RecipeError: pycocotools is not installed.
     """
 
@@ -52,7 +52,7 @@ class CocoSplit:
         categories = sorted(index.cats)
         self._labels = {category: label for label, category in enumerate(categories, start=1)}
         self.classes = tuple(str(index.cats[category].get("name", category)) for category in categories)
-        """Names in the order of the labels 1, 2, ...: that of the category ids."""
+        """The category names in the order of the labels 1, 2, ..., which is that of the category ids."""
         self.category_ids = tuple(categories)
         records = {image: self._record(index, image) for image in sorted(index.imgs)}
         self.image_ids = [image for image, record in records.items() if record.objects or not for_training]
@@ -65,14 +65,14 @@ class CocoSplit:
         return len(self.image_ids)
 
     def file_of(self, sample: int) -> Path:
-        """The image's file."""
+        """Return the image's file."""
         return self._images / self._records[sample].file_name
 
     def read(self, sample: int) -> Image.Image:
-        """The image in RGB.
+        """Return the image in RGB.
 
         Raises:
-            DataError: it is missing, cannot be decoded, or is of another size than the annotations say.
+            DataError: it is missing, cannot be decoded, or its size differs from the annotations.
         """
         path, record = self.file_of(sample), self._records[sample]
         try:
@@ -80,19 +80,19 @@ class CocoSplit:
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}; {FIX}") from error
         except UndecodableImageError as error:
-            raise DataError(f"{path} cannot be decoded: {error}; put a whole copy there") from error
+            raise DataError(f"{path} cannot be decoded: {error}; replace it with a complete copy") from error
         if image.size != (record.width, record.height):
             raise DataError(
                 f"{path} is {image.width} x {image.height}, but {self.file.name} says {record.width} x "
-                f"{record.height}; put the image there that was annotated"
+                f"{record.height}; use the image that was annotated"
             )
         return image
 
     def objects(self, sample: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-        """Labels [n] from 1, and masks [n, H, W] of 0 and 1 at the image's size, of the objects that can be learned.
+        """Return labels [n] from 1, and masks [n, H, W] of 0 and 1 at the image's size, of the objects to learn.
 
         Raises:
-            DataError: an annotation has no category or segmentation that can be read.
+            DataError: an annotation has no readable category or segmentation.
         """
         record = self._records[sample]
         labels, masks = [], [np.zeros((0, record.height, record.width), np.uint8)]
@@ -102,7 +102,7 @@ class CocoSplit:
                 masks.append(_mask(segmentation, record)[None])
             except Exception as error:  # pycocotools asserts, indexes and casts
                 raise DataError(
-                    f"{self.file}: annotation {number} has no category or segmentation that can be read: "
+                    f"{self.file}: annotation {number} has no readable category or segmentation: "
                     f"{type(error).__name__}: {error}; correct it"
                 ) from error
         return np.array(labels, np.int64), np.concatenate(masks)
@@ -131,7 +131,7 @@ class CocoSplit:
 
 
 class _Packed:
-    """Records as one array of bytes: of a million objects, each worker would copy those it touches."""
+    """Records as one array of bytes: of a million objects, each worker would copy those that it touches."""
 
     def __init__(self, records: Sequence[ImageRecord]) -> None:
         packed = [pickle.dumps(record) for record in records]
@@ -145,7 +145,7 @@ class _Packed:
 
 
 def check_classes(split: CocoSplit, num_classes: int) -> None:
-    """Raises DataError where the categories are not as many as the model's classes."""
+    """Raise DataError unless there are as many categories as the model has classes."""
     if len(split.classes) != num_classes:
         raise DataError(
             f"{split.file} has {len(split.classes)} categories, but model.num_classes = {num_classes}; "
@@ -154,17 +154,17 @@ def check_classes(split: CocoSplit, num_classes: int) -> None:
 
 
 def require_pycocotools() -> None:
-    """Raises RecipeError with the command that installs it, where it is not."""
+    """Raise RecipeError, with the command that installs it, if pycocotools is missing."""
     try:
         import pycocotools.coco  # noqa: F401
     except ImportError as error:
         raise RecipeError(
-            f"karat detect needs pycocotools ({error}); install the extra: pip install 'karat-scale[detection]'"
+            f"karat detect needs pycocotools ({error}); install the extra in the clone: pip install '.[detection]'"
         ) from error
 
 
 def _mask(segmentation: Any, record: ImageRecord) -> npt.NDArray[np.uint8]:
-    """Polygons, or run lengths, compressed or not, as a mask [H, W]."""
+    """Return polygons, or run lengths, compressed or not, as a mask [H, W]."""
     from pycocotools import mask as coco_mask
 
     if isinstance(segmentation, list):
@@ -180,7 +180,7 @@ def _mask(segmentation: Any, record: ImageRecord) -> npt.NDArray[np.uint8]:
 
 
 def _read(file: Path) -> Any:
-    """pycocotools' index of an annotation file."""
+    """Return pycocotools' index of an annotation file."""
     require_pycocotools()
     from pycocotools.coco import COCO
 
@@ -190,7 +190,7 @@ def _read(file: Path) -> Any:
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}; {FIX}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} is not JSON: {error}; put a whole copy there") from error
+        raise DataError(f"{file} is not JSON: {error}; replace it with a complete copy") from error
     except (AssertionError, KeyError, TypeError) as error:
         raise DataError(f"{file} is not in COCO's format: {type(error).__name__}: {error}; {FIX}") from error
     missing = [key for key in ("images", "annotations", "categories") if not index.dataset.get(key)]

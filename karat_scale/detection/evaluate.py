@@ -1,4 +1,4 @@
-"""COCO's mAP of boxes and masks, by pycocotools, each image counted once on any world size."""
+"""COCO's mAP of boxes and masks, by pycocotools. Each image is counted once at any world size."""
 
 import contextlib
 import io
@@ -38,7 +38,7 @@ class DetectionScores:
         return f"{box} {mask} ({self.images:,} images, {self.detections:,} detections)"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for an event."""
+        """Return plain data for an event."""
         return asdict(self)
 
 
@@ -52,7 +52,7 @@ def evaluate(
 ) -> DetectionScores:
     """Evaluate a detector, in eval mode, on all images of a split. Collective; the same scores on every rank.
 
-    `on_batch(done, total)` is called after each batch, as often on every rank; it may raise to stop.
+    `on_batch(done, total)` is called after each batch, equally often on every rank; it may raise to stop.
     """
     plan = EvalPlan(len(split), recipe.train.eval_batch, world.rank, world.size)
     found: list[dict[str, Any]] = []
@@ -71,7 +71,7 @@ def evaluate(
 
 
 def describe(batch: DetectionBatch, predictions: list[dict[str, Tensor]], split: CocoSplit) -> list[dict[str, Any]]:
-    """Detections as COCO's results: boxes [left, top, width, height] and run-length masks at the image's size."""
+    """Return detections as COCO's results: boxes [left, top, width, height], run-length masks at the image's size."""
     from pycocotools import mask as coco_mask
 
     results = []
@@ -94,7 +94,7 @@ def describe(batch: DetectionBatch, predictions: list[dict[str, Tensor]], split:
 
 
 def score(split: CocoSplit, results: list[dict[str, Any]]) -> DetectionScores:
-    """COCO's averages of results over all images of a split that is not for training; 0 where nothing was found."""
+    """Return COCO's averages of results over all images of an evaluation split; 0 if nothing was found."""
     from pycocotools.cocoeval import COCOeval
 
     figures: dict[str, float] = {}
@@ -102,14 +102,14 @@ def score(split: CocoSplit, results: list[dict[str, Any]]) -> DetectionScores:
         averages = np.zeros(3)
         if results:
             with contextlib.redirect_stdout(io.StringIO()):
-                # `loadRes` writes to the dictionaries it is given.
+                # `loadRes` writes to the given dictionaries.
                 found = split.index.loadRes([dict(result) for result in results])
                 evaluation = COCOeval(split.index, found, kind)
                 evaluation.params.imgIds = split.image_ids
                 evaluation.evaluate()
                 evaluation.accumulate()
                 evaluation.summarize()
-            averages = np.maximum(evaluation.stats[:3], 0.0)  # -1 where there is nothing to find
+            averages = np.maximum(evaluation.stats[:3], 0.0)  # -1 if there is nothing to find
         for suffix, average in zip(("ap", "ap50", "ap75"), averages, strict=True):
             figures[f"{name}_{suffix}"] = round(100 * float(average), 4)
     return DetectionScores(**figures, images=len(split), detections=len(results))

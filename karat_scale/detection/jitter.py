@@ -1,4 +1,4 @@
-"""Large-scale jitter (Ghiasi et al., arXiv 2012.07177), as ViTDet trains with: drawn first, then done in one resize."""
+"""Large-scale jitter (Ghiasi et al., arXiv 2012.07177), as in ViTDet: drawn first, then applied in one resize."""
 
 import random
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Jitter:
-    """What is done to one sample: `box` (left, top, right, bottom) of the image becomes `size` (width, height)."""
+    """The jitter of one sample: `box` (left, top, right, bottom) of the image becomes `size` (width, height)."""
 
     box: Box
     size: tuple[int, int]
@@ -22,9 +22,9 @@ class Jitter:
 
 
 def draw_jitter(seed: int, width: int, height: int, image_size: int, config: JitterConfig) -> Jitter:
-    """Draw a scale, of that at which the longer side fits `image_size`, a place for the crop, and a flip.
+    """Draw a scale, relative to that at which the longer side fits `image_size`, a place for the crop, and a flip.
 
-    The result is at most `image_size` a side.
+    The result has sides of at most `image_size`.
     """
     rng = random.Random(seed)
     scale = rng.uniform(*config.scale) * image_size / max(width, height)
@@ -35,13 +35,13 @@ def draw_jitter(seed: int, width: int, height: int, image_size: int, config: Jit
 
 
 def jitter_image(image: Image.Image, jitter: Jitter) -> npt.NDArray[np.uint8]:
-    """The pixels [3, h, w] of an image, jittered; bilinear, averaged where it shrinks."""
+    """Return the pixels [3, h, w] of an image, jittered; bilinear, averaged when it shrinks."""
     pixels = np.asarray(image.resize(jitter.size, Image.Resampling.BILINEAR, box=jitter.box))
     return np.ascontiguousarray(_flipped(pixels, jitter, axis=1).transpose(2, 0, 1))
 
 
 def jitter_masks(masks: npt.NDArray[np.uint8], jitter: Jitter) -> npt.NDArray[np.uint8]:
-    """Masks [n, H, W] as [n, h, w], jittered like their image; the nearest pixel decides."""
+    """Return masks [n, H, W] as [n, h, w], jittered like their image, with the nearest pixel."""
     width, height = jitter.size
     resized = [
         np.asarray(Image.fromarray(mask).resize(jitter.size, Image.Resampling.NEAREST, box=jitter.box))
@@ -51,7 +51,7 @@ def jitter_masks(masks: npt.NDArray[np.uint8], jitter: Jitter) -> npt.NDArray[np
 
 
 def boxes_of(masks: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """The boxes [n, 4] (left, top, right, bottom) that masks [n, h, w], none of them empty, just fill."""
+    """Return the tight boxes [n, 4] (left, top, right, bottom) of masks [n, h, w], none of them empty."""
     boxes = np.zeros((len(masks), 4), np.float32)
     for box, mask in zip(boxes, masks, strict=True):
         columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))

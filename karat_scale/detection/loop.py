@@ -1,7 +1,7 @@
-"""Training a detector: global batches in order, evaluation, saving, and stopping when asked.
+"""Train a detector: global batches in order, evaluation, saving, and stopping on request.
 
-Like `train/loop.py`, a function of the state: a run may stop after any step and go on from its checkpoint, and on a CPU
-the weights come out the same, bit for bit.
+Like `train/loop.py`, it depends only on the state: a run may stop after any step and resume from its checkpoint. On a
+CPU the weights are then the same, bit for bit.
 """
 
 import math
@@ -42,9 +42,9 @@ class DetectionLoop:
         """Train to the end, evaluate and save.
 
         Raises:
-            DivergedError: the last step in a row that may be skipped was.
-            StoppedError: a signal asked to stop; the state is saved, or `saved` of the error says it is not.
-            RunDirectoryError: the last checkpoint could not be saved, or the disk does not take the metrics.
+            DivergedError: the number of skipped steps in a row reached its limit.
+            StoppedError: a signal asked to stop. The state is saved, unless `saved` of the error is False.
+            RunDirectoryError: the last checkpoint or the metrics could not be written.
         """
         parts, state = self.parts, self.state
         parts.model.train()
@@ -99,7 +99,7 @@ class DetectionLoop:
                 losses: dict[str, torch.Tensor] = parts.replica(images, targets)
             loss = torch.stack([loss.float() for loss in losses.values()]).sum() / count
             parts.reporter.beat("backward")
-            # A loss that is not finite makes the gradients NaN on all ranks, also where they would be finite.
+            # A loss that is not finite makes the gradients NaN on all ranks, also if they would be finite.
             (loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)).backward()
         self._interval.add_loss(loss)
         for name, value in losses.items():
@@ -107,7 +107,7 @@ class DetectionLoop:
             self._losses[name] = self._losses[name] + share if name in self._losses else share
 
     def _count_skipped(self, norm: float) -> None:
-        """Raises DivergedError at the last of the steps that may be skipped in a row."""
+        """Raise DivergedError at the last step that may be skipped in a row."""
         state = self.state
         if math.isfinite(norm):
             state.skipped_in_row = 0
@@ -119,7 +119,7 @@ class DetectionLoop:
             last = self.parts.checkpoints.store.pointed("latest") or "none"
             raise DivergedError(
                 f"{what}, the last of train.max_skipped_steps = {state.skipped_in_row}; the last checkpoint is {last}; "
-                "lower optim.lr or look into the data"
+                "lower optim.lr or check the data"
             )
         if self.parts.world.is_main:
             self.parts.reporter.warn(f"{what}; skipped")
@@ -145,7 +145,7 @@ class DetectionLoop:
         parts.reporter.train(state.step, self.total_steps, figures)
 
     def _fold_interval(self) -> float | None:
-        """Add what the interval timed to the state, on all ranks; returns images a second in it."""
+        """Add the timed interval to the state, on all ranks; returns its images per second."""
         state, world = self.state, self.parts.world
         _, steps, seconds = self._interval.take_counts()
         samples = steps * self.parts.recipe.train.global_batch
@@ -178,7 +178,7 @@ class DetectionLoop:
             raise StoppedError
 
     def _save_or_stop(self) -> None:
-        """Rank 0's clock says when to save, any rank's signal says stop; one small collective agrees on both."""
+        """Agree when to save, by rank 0's clock, and when to stop, by any rank's signal, in one small collective."""
         parts, checkpoint = self.parts, self.parts.recipe.checkpoint
         wish = _STOP if parts.signals.received else 0
         if checkpoint.every_steps and self.state.step % checkpoint.every_steps == 0:
@@ -196,5 +196,5 @@ class DetectionLoop:
         self.parts.reporter.beat("saving")
         with self._interval.paused():
             self._fold_interval()
-            self._saved_at = time.monotonic()  # a failed save is tried again an interval later, not each step
+            self._saved_at = time.monotonic()  # a failed save is retried after an interval, not at each step
             return self.parts.checkpoints.save(self.state, is_best)

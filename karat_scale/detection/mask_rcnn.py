@@ -17,11 +17,11 @@ _RATIOS = (0.5, 1.0, 2.0)
 
 
 def build_detector(vit: VisionTransformer, recipe: DetectionRecipe) -> MaskRCNN:
-    """The detector a recipe names, on `vit` of `build_vit`.
+    """Return the detector of a recipe, on `vit` from `build_vit`.
 
-    In training it takes float images [3, h, w] in 0 .. 1 of at most `image_size` a side, as they are; else of any size,
-    resized so that the longer side fits. Both are padded to a square, so N never changes. Labels begin at 1: 0 is
-    background.
+    In training it takes float images [3, h, w] in 0 .. 1 with sides of at most `image_size`. In evaluation it takes any
+    size, and resizes so that the longer side fits. Both are padded to a square, so N never changes. Labels begin at 1;
+    0 is background.
     """
     size, detector = recipe.model.image_size, recipe.detector
     channels, rois = detector.channels, list(LEVELS[:-1])
@@ -32,7 +32,7 @@ def build_detector(vit: VisionTransformer, recipe: DetectionRecipe) -> MaskRCNN:
         min_size=size,
         max_size=size,
         size_divisible=size,
-        _skip_resize=True,  # in training: jitter has resized
+        _skip_resize=True,  # in training, jitter has resized
         rpn_anchor_generator=AnchorGenerator(
             tuple((side,) for side in detector.anchor_sizes), (_RATIOS,) * len(detector.anchor_sizes)
         ),

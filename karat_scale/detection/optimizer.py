@@ -1,4 +1,4 @@
-"""AdamW over a detector's parameters, with layer-wise decay in its backbone, and the rate of a step."""
+"""AdamW for a detector, with layer-wise learning rates in its backbone, and the learning rate schedule."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,16 +11,16 @@ from karat_scale.train.parameter_groups import parameter_groups
 
 
 def build_optimizer(model: MaskRCNN, optim: AdamWConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over `detector_groups`, fused on CUDA."""
+    """Return AdamW over `detector_groups`, fused on CUDA."""
     groups = detector_groups(model, optim)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=device.type == "cuda")
 
 
 def detector_groups(model: MaskRCNN, optim: AdamWConfig) -> list[dict[str, Any]]:
-    """Groups as `parameter_groups` makes them: the pyramid and the heads are one layer above the last block.
+    """Return groups like those of `parameter_groups`: the pyramid and the heads are one layer above the last block.
 
-    So with layer decay d block n of L has d^(L - n), n = 0 .. L - 1, as in ViTDet, and what is above has 1. Biases and
-    norms do not decay.
+    So with layer decay d, block n of L has the factor d^(L - n), n = 0 .. L - 1, as in ViTDet, and the layers above it
+    have 1. Biases and norms have no weight decay.
     """
     vit = model.backbone.vit
     groups = parameter_groups(vit, optim)
@@ -36,7 +36,7 @@ def detector_groups(model: MaskRCNN, optim: AdamWConfig) -> list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """Linear warm-up to `peak_lr`, then times `drop_factor` from each of the steps `drops` on."""
+    """Linear warm-up to `peak_lr`, then multiplied by `drop_factor` at each of the steps `drops`."""
 
     peak_lr: float
     warmup_steps: int
@@ -45,7 +45,7 @@ class StepSchedule:
     drop_factor: float
 
     def lr(self, step: int) -> float:
-        """The rate for the update that follows `step` finished updates."""
+        """Return the rate for the update after `step` finished updates."""
         rate = self.peak_lr * self.drop_factor ** sum(step >= drop for drop in self.drops)
         if step < self.warmup_steps:
             rate *= self.warmup_factor + (1 - self.warmup_factor) * step / self.warmup_steps
@@ -53,7 +53,7 @@ class StepSchedule:
 
 
 def build_schedule(recipe: DetectionRecipe, steps_per_epoch: int) -> StepSchedule:
-    """The recipe's schedule in steps."""
+    """Return the recipe's schedule in steps."""
     total, config, optim = recipe.train.epochs * steps_per_epoch, recipe.schedule, recipe.optim
     return StepSchedule(
         peak_lr=optim.lr * (recipe.train.global_batch / optim.lr_batch if optim.lr_batch else 1.0),

@@ -1,4 +1,4 @@
-"""What training a detector is made of, and how it is built from a recipe."""
+"""The parts of a detector's training, built from a recipe."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ from karat_scale.train.signals import StopSignals
 
 @dataclass
 class DetectionParts:
-    """One rank's parts of a run. `replica` is `model`, or what averages its gradients over ranks."""
+    """One rank's parts of a run. `replica` is `model`, or a wrapper that averages its gradients over ranks."""
 
     recipe: DetectionRecipe
     world: World
@@ -43,7 +43,7 @@ class DetectionParts:
 def build_parts(
     recipe: DetectionRecipe, world: World, directory: RunDirectory, signals: StopSignals, reporter: Reporter
 ) -> DetectionParts:
-    """Build everything a loop needs, in the order in which mistakes show soonest: data, plan, model.
+    """Build everything that a loop needs. Mistakes show early: first data, then plan, then model.
 
     Raises:
         UserError: the recipe does not fit the data or the world.
@@ -57,13 +57,13 @@ def build_parts(
         rank=world.rank,
         world_size=world.size,
     )
-    torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank and world
+    torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank and at every world size
     vit = build_vit(recipe)
     check_implementation(vit, world.device)
     if recipe.init_from and not directory.store.names():
         reporter.info(initialise(vit, recipe, world, take_backbone_weights))
     model = build_detector(vit, recipe).to(world.device)
-    torch.manual_seed(recipe.run.seed + 1 + world.rank)  # but sampling of its own on each
+    torch.manual_seed(recipe.run.seed + 1 + world.rank)  # but different samples on each rank
     replica: nn.Module = model
     if world.size > 1:
         devices = [world.device] if world.device.type == "cuda" else None
@@ -86,10 +86,10 @@ def build_parts(
 
 
 def open_split(recipe: DetectionRecipe, name: str) -> CocoSplit:
-    """The split "train", of images with objects, or "val", of all.
+    """Return the split "train", only images with objects, or "val", all images.
 
     Raises:
-        UserError: it cannot be read, or has other categories than the model has classes.
+        UserError: it cannot be read, or its categories are not as many as the model's classes.
     """
     data = recipe.data
     names = (data.train_images, data.train_annotations) if name == "train" else (data.val_images, data.val_annotations)

@@ -1,4 +1,4 @@
-"""The simple feature pyramid of ViTDet (Li et al., arXiv 2203.16527): every level is made of the last map alone."""
+"""The simple feature pyramid of ViTDet (Li et al., arXiv 2203.16527): every level is made only of the last map."""
 
 from collections import OrderedDict
 
@@ -11,10 +11,10 @@ LEVELS = ("0", "1", "2", "3", "pool")
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """A ViT's map [B, D, H, W] to maps [B, channels, ...] of four times, twice, once, half and a quarter its sides.
+    """Turns a ViT's map [B, D, H, W] into maps [B, channels, ...] with sides of 4, 2, 1, 1/2 and 1/4 times its own.
 
-    Larger maps come from transposed convolutions, smaller ones from pooling; each is followed by a 1 x 1 and a 3 x 3
-    convolution with layer norms. The last, for proposals only, is the fourth subsampled.
+    Larger maps come from transposed convolutions, smaller ones from pooling. Each is followed by a 1 x 1 and a 3 x 3
+    convolution with layer norms. The last, only for proposals, is the fourth subsampled.
     """
 
     def __init__(self, width: int, channels: int) -> None:
@@ -31,7 +31,7 @@ class SimpleFeaturePyramid(nn.Module):
         self.last = LastLevelMaxPool()
 
     def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":
-        """The maps by torchvision's names, finest first."""
+        """Return the maps by torchvision's names, finest first."""
         maps, names = self.last([level(x) for level in self.levels], [x], list(LEVELS[:-1]))
         return OrderedDict(zip(names, maps, strict=True))
 

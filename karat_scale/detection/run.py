@@ -30,7 +30,7 @@ _LESS_MEMORY = "lower train.micro_batch, detector.rois or detector.proposals"
 
 
 def train_detector(recipe: DetectionRecipe) -> int:
-    """Train, or go on training, what the recipe says; returns this rank's exit code.
+    """Train, or resume training, from the recipe; returns this rank's exit code.
 
     Raises:
         UserError: the recipe does not fit the data, the run directory or the machine.
@@ -51,7 +51,7 @@ def train_detector(recipe: DetectionRecipe) -> int:
             state = parts.checkpoints.load(branch) or outcome.state
             other = keep_data(state, len(parts.train), parts.train.classes, recipe, is_branch=bool(branch))
             if other:
-                reporter.info(f"it goes on with other data: {other}")
+                reporter.info(f"continuing with other data: {other}")
             outcome.state, outcome.begun = state, True
             if world.is_main:
                 directory.begin(recipe, parts.train.classes)
@@ -67,7 +67,7 @@ def evaluate_detector(run_dir: str, overrides: Sequence[str], checkpoint: str, j
     """Evaluate a checkpoint (best, latest, or a name) of a run and print COCO's averages; returns the exit code.
 
     Raises:
-        UserError: no such run or checkpoint, a damaged one, or data that does not fit.
+        UserError: the run or checkpoint is missing or damaged, or the data does not fit.
     """
     require_pycocotools()
     directory = RunDirectory(run_dir)

@@ -1,4 +1,4 @@
-"""Where training a detector stands."""
+"""The state of a detector's training."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class DetectionState(RunState):
     last_mask_ap: float | None = None
 
     def record(self, scores: DetectionScores) -> bool:
-        """Take in an evaluation at this step; whether it is the best so far."""
+        """Record an evaluation at this step; returns True if it is the best so far."""
         self.evaluated_step = self.step
         self.last_box_ap, self.last_mask_ap = scores.box_ap, scores.mask_ap
         is_best = self.best_mask_ap is None or scores.mask_ap > self.best_mask_ap

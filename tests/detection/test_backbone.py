@@ -31,7 +31,7 @@ def test_windows_are_squares_of_the_map() -> None:
     ("kind", "global_blocks", "message"),
     [
         ("karat", 5, "detector.global_blocks = 5, but the model has 2 blocks, .* use 1 at most"),
-        ("karat", 2, "none would learn its attention; use 1 at most"),
+        ("karat", 2, "no block would keep KArAt; use 1 at most"),
         ("softmax", 5, "the model has 2 blocks; use 2 at most"),
     ],
 )
@@ -123,5 +123,5 @@ def test_init_from_a_file_gives_the_backbone_its_weights(small, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["convit_tiny", "swin_tiny_patch4_window7_224"])
 def test_only_a_plain_vit_is_a_map(small, name: str) -> None:
-    with pytest.raises(RecipeError, match=f"model.name = {name} is no plain ViT"):
+    with pytest.raises(RecipeError, match=f"model.name = {name} is not a plain ViT"):
         build_vit(small(model={"name": name}))

@@ -87,9 +87,9 @@ def test_bad_files_are_one_line_that_names_them(own: dict, tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"none.json cannot be read: No such file"):
         CocoSplit(str(tmp_path), ".", "none.json", True)
     broken = [{**own["annotations"][0], "segmentation": [[1.0]]}]
-    assert "annotation 1 has no category or segmentation" in refused({**own, "annotations": broken})
+    assert "annotation 1 has no readable category or segmentation" in refused({**own, "annotations": broken})
     wrong = {**broken[0], "segmentation": {"size": [3, 4], "counts": [2, 10]}}
-    assert "annotation 1 has no category or segmentation" in refused({**own, "annotations": [wrong]})
+    assert "annotation 1 has no readable category or segmentation" in refused({**own, "annotations": [wrong]})
     nameless = {"id": 0, "width": 40, "height": 30}
     assert "image 0 has no file_name" in refused({**own, "images": [nameless]})
     for key, value, what in (("file_name", 3, "a name"), ("width", "40", "pixels"), ("height", None, "pixels")):

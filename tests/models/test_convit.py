@@ -83,7 +83,7 @@ def test_positions_are_there_before_the_first_pass() -> None:
         ({"embed_dim": 33}, {}, "model.embed_dim = 33 is not a multiple of the 2 heads"),
         ({"image_size": 18}, {}, "model.image_size = 18 is not a multiple of the patch size of convit_tiny, 4; use 16"),
         ({}, {"softmax_heads": 2}, "leaves no head to KArAt in a layer of convit_tiny with 2"),
-        ({}, {"transfer_from": "runs/x", "kind": "softmax"}, "between plain ViTs alone"),
+        ({}, {"transfer_from": "runs/x", "kind": "softmax"}, "only between plain ViTs"),
     ],
 )
 def test_what_cannot_hold_is_one_line(sizes: dict[str, int], attention: dict[str, object], part: str) -> None:

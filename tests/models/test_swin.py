@@ -112,7 +112,7 @@ def test_softmaxs_weights_begin_a_karat_swin() -> None:
         ({}, {"implementation": "triton"}, "attention.implementation = triton does not support the position bias"),
         ({}, {"init": "softmax_like", "rank": 17}, "rank = 17 is more than N = 16 tokens"),
         ({}, {"softmax_heads": 2}, "attention.softmax_heads = 2 leaves no head to KArAt in a layer"),
-        ({}, {"transfer_from": "runs/x", "kind": "softmax"}, "between plain ViTs alone"),
+        ({}, {"transfer_from": "runs/x", "kind": "softmax"}, "only between plain ViTs"),
     ],
 )
 def test_what_cannot_hold_is_one_line(sizes: dict[str, int], attention: dict[str, object], part: str) -> None:

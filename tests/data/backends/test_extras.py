@@ -42,7 +42,7 @@ def test_the_error_says_what_to_install_and_another_decoder_reads_betons(betons)
     dali, ffcv, counted = without(directory, directory)
     assert dali.startswith("data.backend = dali needs DALI, which is not there (")
     assert dali.endswith("; pip install 'karat-scale[dali]'")
-    assert ffcv.startswith("FFCV is not there (")
+    assert ffcv.startswith("FFCV cannot be imported (")
     assert (
         "; apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++, then pip install 'karat-scale[ffcv]'" in ffcv
     )
