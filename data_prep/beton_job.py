@@ -1,4 +1,4 @@
-"""One beton as a job: images are read, checked and packed in parallel, and written in order by one process."""
+"""Make one beton: images are read, checked and packed in parallel, and one process writes them in order."""
 
 import multiprocessing
 from collections import Counter, deque
@@ -24,15 +24,15 @@ from karat_scale.files import commit_file, file_sha256, write_atomically
 
 CHUNK = 8
 CHUNKS_AHEAD = 4
-# Settings of the preparation; without one they decide nothing, whatever an older record says of them.
+# Settings of the preparation. Without a preparation they have no effect, even if an older record has them.
 PREPARING = ("check", "on_odd")
 
 
 @dataclass(frozen=True)
 class BetonJob:
-    """One split to make: which samples in which order, how they are treated, and the settings that decide it.
+    """One split to make: the samples in their order, how they are processed, and the settings that decide its bytes.
 
-    preparation is None where the images were prepared before, as those in shards were.
+    preparation is None if the images were prepared before, as those in shards are.
     """
 
     split: str
@@ -57,7 +57,7 @@ class BetonJob:
 
 @dataclass
 class Report:
-    """One source image on its way: what is stored of it, or why nothing is."""
+    """One source image in progress: what is stored of it, or the reason why nothing is."""
 
     index: int
     image: StoredImage | None = None
@@ -95,7 +95,7 @@ def treat(job: BetonJob, packer: Packer, index: int) -> Report:
 def write_beton(job: BetonJob, workers: int, advance: Callable[[int], None]) -> BetonRecord:
     """Write a beton, its index and, last, its record. Raises DataError if no image is left or a process dies.
 
-    Without its record a beton is no beton; all are written under another name first.
+    A beton without its record is invalid, so all files are first written under another name.
     """
     job.out.mkdir(parents=True, exist_ok=True)
     temporary = unfinished_path(job)
@@ -157,7 +157,7 @@ def _file_record(path: Path) -> FileRecord:
 
 
 def unfinished_path(job: BetonJob) -> Path:
-    """The name a beton has until it is whole."""
+    """Return the name of a beton until it is complete."""
     return job.out / f".{job.path.name}.unfinished"
 
 
@@ -178,7 +178,7 @@ def _treat_in_worker(indices: list[int]) -> list[Report]:
 
 
 def treated(job: BetonJob, workers: int) -> Generator[Report, None, None]:
-    """All images of a job in its order. Raises DataError if a process dies."""
+    """Yield all images of a job in its order. Raises DataError if a process dies."""
     if workers <= 1:
         packer = Packer(job.packing)
         yield from (treat(job, packer, index) for index in job.order.tolist())

@@ -1,7 +1,7 @@
-"""From an image file to what a beton holds of it, so that every reader sees the pixels the shards would give.
+"""Convert an image file to its form in a beton, so that every reader gets the same pixels as from the shards.
 
 A JPEG that FFCV's decoder reads is stored byte for byte. An image it cannot read (PNG, CMYK, ...) is stored as raw RGB
-pixels. What nothing reads is stored as it is, and every reader of this project then treats it as a bad sample.
+pixels. A file that nothing reads is stored unchanged, and every reader of this project then treats it as a bad sample.
 """
 
 import io
@@ -28,9 +28,9 @@ class Packing:
     """How images are stored.
 
     mode: `jpg`; `raw`, decoded; `proportion`, a share `jpeg_share` of the samples, drawn by `seed`, as JPEG and the
-    rest raw; `smart`, as JPEG if the pixels take more than `raw_below` bytes. max_resolution: the longer side is made
-    at most this many pixels. quality: of the JPEGs that are encoded anew, the resized ones. page: the bytes a stored
-    image may have; larger raw ones become JPEGs.
+    rest raw; `smart`, as JPEG if the pixels take more than `raw_below` bytes. max_resolution: longer side limited
+    to this many pixels. quality: of the JPEGs that are re-encoded, the resized ones. page: the most bytes of a stored
+    image; larger raw ones become JPEGs.
     """
 
     mode: WriteMode
@@ -50,9 +50,9 @@ class Packer:
         self._decode = JpegDecoder()
 
     def pack(self, data: bytes, index: int, name: str) -> tuple[StoredImage, str]:
-        """What to store of an image, and why it is undecodable, if it is.
+        """Return what to store of an image, and, if it cannot be decoded, the reason.
 
-        Raises DataError where FFCV's format cannot hold it.
+        Raises DataError if FFCV's format cannot hold it.
         """
         frame = read_frame(data)
         if not self._is_plain_jpeg(data, frame):
@@ -68,7 +68,7 @@ class Packer:
             image = self._resized(image)
         if max(image.size) > MAX_SIDE:
             raise DataError(f"{name}: {image.width} x {image.height} pixels do not fit FFCV's format; {self._fix}")
-        # Only pixels that were JPEG or are changed anyway may be encoded with a loss.
+        # Only pixels that come from a JPEG, or are resized anyway, may be encoded with a loss.
         small = 3 * image.width * image.height <= self._packing.page
         if small and not (resized and self._as_jpeg(index, *image.size)):
             return StoredImage("raw", *image.size, image.tobytes()), ""
@@ -109,4 +109,4 @@ class Packer:
 
     @property
     def _fix(self) -> str:
-        return "give --max-resolution, or remove it"
+        return "use --max-resolution, or remove it"

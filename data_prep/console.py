@@ -1,4 +1,4 @@
-"""The style the scripts share: their arguments, their progress display and how they end."""
+"""What the scripts share: their options, their progress display and their exit codes."""
 
 import argparse
 import errno
@@ -33,66 +33,66 @@ LISTED = 5
 
 
 def make_parser(description: str, writes: bool = True) -> OneLineParser:
-    """A parser with the options every script has, or every script that writes."""
+    """Return a parser with the options of every script, or of every script that writes."""
     parser = OneLineParser(description=description, allow_abbrev=False)
     if not writes:
         return parser
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write to")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and write nothing")
     return parser
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
-    """The options of scripts that convert a source."""
-    parser.add_argument("--src", type=Path, required=True, metavar="DIR", help="where the images are")
-    parser.add_argument("--split", metavar="NAME", help="the one split to make (default: all there are)")
+    """Add the options of scripts that convert a source."""
+    parser.add_argument("--src", type=Path, required=True, metavar="DIR", help="the directory of the images")
+    parser.add_argument("--split", metavar="NAME", help="make only this split (default: all)")
     parser.add_argument(
         "--workers", type=count, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)"
     )
 
 
 def add_choice_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say which images of a source are taken, in which order, and what is done about odd ones."""
+    """Add the options that select and order a source's images, and that say what to do with odd ones."""
     parser.add_argument("--seed", type=int, default=0, help="seed of the order in the output (default 0)")
-    parser.add_argument("--subset", type=count, metavar="N", help="only N images of each class, by the seed")
+    parser.add_argument("--subset", type=count, metavar="N", help="only N images of each class, drawn by the seed")
     parser.add_argument(
-        "--check", choices=("header", "decode"), default="header", help="look at headers, or decode every image"
+        "--check", choices=("header", "decode"), default="header", help="read only headers, or decode every image"
     )
     parser.add_argument(
         "--on-odd",
         choices=("convert", "keep", "skip", "stop"),
         default="keep",
-        help="CMYK, misnamed, EXIF-rotated, corrupt EXIF, truncated: what to do (default keep)",
+        help="what to do with CMYK, misnamed, EXIF-rotated, truncated images and corrupt EXIF (default keep)",
     )
     parser.add_argument(
         "--encoding",
         choices=("png", "jpeg"),
-        help="of images that come as raw pixels: PNG, lossless, or JPEG (default png; for IDX files jpeg)",
+        help="encoding of images that are raw pixels: PNG, lossless, or JPEG (default png; for IDX files jpeg)",
     )
     parser.add_argument(
-        "--any-hash", action="store_true", help="take files of a published data set that have another hash"
+        "--any-hash", action="store_true", help="accept files of a published data set that have another hash"
     )
     parser.add_argument("--val-labels", type=Path, metavar="FILE", help="ImageNet's validation labels")
     parser.add_argument("--synsets", type=Path, metavar="FILE", help="`number wnid` lines for the devkit's numbers")
-    parser.add_argument("--names", type=Path, metavar="FILE", help="`wnid name` lines: what people call the classes")
+    parser.add_argument("--names", type=Path, metavar="FILE", help="`wnid name` lines: readable names of the classes")
 
 
 def check_split_name(split: str | None) -> None:
-    """Refuse a split that is no plain name. Raises DataError."""
+    """Refuse a split that is not a plain name. Raises DataError."""
     if split is not None and not re.fullmatch(r"\w+", split):
-        raise DataError(f"--split {split!r} is no name; use letters, digits and _")
+        raise DataError(f"--split {split!r} is not a name; use letters, digits and _")
 
 
 def check_files(options: argparse.Namespace, *names: str) -> None:
-    """Refuse an option that names a file which is not there. Raises DataError."""
+    """Refuse an option with a file that does not exist. Raises DataError."""
     for name in names:
         path = getattr(options, name)
         if path is not None and not path.is_file():
-            raise DataError(f"--{name.replace('_', '-')} {path}: there is no such file")
+            raise DataError(f"--{name.replace('_', '-')} {path}: the file does not exist")
 
 
 def list_troubles(skipped: Sequence[SkippedRecord], odd: Sequence[OddRecord], listed_in: str) -> None:
-    """Print the first images that were skipped or are odd, and where all of them are listed."""
+    """Print the first images that were skipped or are odd, and the file that lists all of them."""
     lines = [f"skipped {item.path}: {item.reason}" for item in skipped]
     lines += [f"{item.done} {item.path}: {item.what}" for item in odd if item.done != "skipped"]
     for line in lines[:LISTED]:
@@ -102,16 +102,16 @@ def list_troubles(skipped: Sequence[SkippedRecord], odd: Sequence[OddRecord], li
 
 
 def add_shard_options(parser: argparse.ArgumentParser) -> None:
-    """The options of scripts that read finished shards."""
+    """Add the options of scripts that read finished shards."""
     parser.add_argument("--src", type=Path, required=True, metavar="DIR", help="a directory of shards")
-    parser.add_argument("--split", metavar="NAME", help="the one split to take (default: all)")
+    parser.add_argument("--split", metavar="NAME", help="use only this split (default: all)")
     parser.add_argument(
         "--workers", type=count, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)"
     )
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a script: exit 0, or 2 with one line on stderr for what the user can fix, 130 for Ctrl-C."""
+    """Run a script: exit code 0, or 2 with one line on stderr for what the user can fix, 130 for Ctrl-C."""
     try:
         main()
     except UserError as error:
@@ -119,7 +119,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     except OSError as error:
         sys.exit(_fail(_described(error), 2))
     except KeyboardInterrupt:
-        sys.exit(_fail("stopped; run the same command again to go on", 130))
+        sys.exit(_fail("stopped; run the same command again to resume", 130))
     sys.exit(0)
 
 
@@ -137,7 +137,7 @@ def _fail(message: str, code: int) -> int:
 
 @contextmanager
 def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show `what` advancing to `total`: a bar with rate and time left on a terminal, else a line now and then."""
+    """Show `what` advancing to `total`: a bar with rate and time left on a terminal, else an occasional line."""
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (

@@ -1,4 +1,4 @@
-"""Files out of a Debian package, which is not installed."""
+"""Extract files from a Debian package without installing it."""
 
 import shutil
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 from karat_scale.errors import DataError
 from karat_scale.files import write_atomically
 
-# Enough for a slow mirror, short of a hang.
+# Enough for a slow mirror; a hang takes longer.
 TIMEOUT_SECONDS = 180
 APT_OPTIONS = (
     "-oAcquire::http::Timeout=10",
@@ -41,7 +41,7 @@ def _download(package: str, work: Path) -> None:
         _command(download, work)
         return
     except DataError:
-        print("apt-get does not know where it is; updating a private package list")
+        print("apt-get does not know the package; updating a private package list")
     for name in ("lists/partial", "archives/partial"):
         (work / name).mkdir(parents=True)
     private = [

@@ -1,4 +1,4 @@
-"""A file from the web: checked by its hash, and gone on with where an earlier run stopped."""
+"""Download a file, check its hash, and resume where an earlier run stopped."""
 
 import hashlib
 import http.client
@@ -19,7 +19,7 @@ _RANGE_NOT_SATISFIABLE = 416
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file, its published MD5, and where it can be had, in the order to try."""
+    """A file, its published MD5, and its addresses, in the order to try."""
 
     name: str
     md5: str
@@ -27,7 +27,7 @@ class RemoteFile:
 
 
 def file_md5(path: Path) -> str:
-    """The MD5 of a file, as hex."""
+    """Return the MD5 of a file, as hex."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(_MB):
@@ -36,9 +36,9 @@ def file_md5(path: Path) -> str:
 
 
 def download(remote: RemoteFile, out: Path) -> None:
-    """Fetch a file into `out` from the first address that has it right. Raises DataError.
+    """Download a file into `out` from the first address that has the right content. Raises DataError.
 
-    What came of it so far is `.<name>.part`, and has its name only once the hash is right.
+    An incomplete file is `.<name>.part`; it gets its name only once the hash is right.
     """
     part = out / f".{remote.name}.part"
     failures = []
@@ -50,14 +50,14 @@ def download(remote: RemoteFile, out: Path) -> None:
                 commit_file(part, out / remote.name)
                 return
             part.unlink()
-            failures.append(f"{url} came with the MD5 {found} in place of {remote.md5}")
+            failures.append(f"{url} has the MD5 {found} instead of {remote.md5}")
         except (OSError, http.client.HTTPException, DataError) as error:
             failures.append(f"{url}: {error}")
-    raise DataError(f"{remote.name} could not be fetched ({'; '.join(failures)})")
+    raise DataError(f"{remote.name} could not be downloaded ({'; '.join(failures)})")
 
 
 def _append(url: str, part: Path) -> None:
-    """Fetch what is missing of a file; all of it from a server that cannot begin in the middle."""
+    """Download the missing part of a file, or all of it if the server cannot start in the middle."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -78,4 +78,4 @@ def _append(url: str, part: Path) -> None:
                 have += len(block)
                 advance(1)
     if have < size:
-        raise DataError(f"the connection ended after {have} of {size} bytes; run the same command again to go on")
+        raise DataError(f"the connection ended after {have} of {size} bytes; run the same command again to resume")

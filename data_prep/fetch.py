@@ -1,9 +1,9 @@
-"""Fetch a data set's official files, for make_webdataset.py and make_ffcv.py.
+"""Download a data set's official files, for make_webdataset.py and make_ffcv.py.
 
     python data_prep/fetch.py cifar10 --out DIR
 
-Addresses and hashes are those that torchvision has. A download that was stopped goes on where it was, and files that
-are there and right are left alone. Fashion-MNIST also comes from Debian's package dataset-fashion-mnist, and gets
+Addresses and hashes are torchvision's. A download that was stopped resumes, and complete files are kept.
+Fashion-MNIST can also come from Debian's package dataset-fashion-mnist, and gets
 classes.txt with the names of its classes.
 """
 
@@ -45,14 +45,14 @@ def data_sets() -> dict[str, list[RemoteFile]]:
 
 
 def has_right_hash(path: Path, remote: RemoteFile) -> bool:
-    """Whether a file is there and as published."""
+    """True if a file exists as published."""
     return path.is_file() and file_md5(path) == remote.md5
 
 
 def has_right_shape(path: Path, _: RemoteFile) -> bool:
-    """Whether a file is there, whole and of Fashion-MNIST's shape; gzip's own checksum guards the content.
+    """True if a file exists, is complete and has Fashion-MNIST's shape; gzip's checksum protects the content.
 
-    Debian packs the files anew, so their hashes are others.
+    Debian packs the files again, so their hashes differ.
     """
     if not path.is_file():
         return False
@@ -71,7 +71,7 @@ def from_web(wanted: list[RemoteFile], out: Path) -> None:
 
 
 def fetch(missing: list[RemoteFile], out: Path, ways: dict[str, Way], is_right: Check) -> str:
-    """Try the ways in turn until every file is right; returns the way that did. Raises DataError."""
+    """Try the sources in turn until every file is right; returns the one that succeeded. Raises DataError."""
     failures = []
     for name, way in ways.items():
         try:
@@ -83,16 +83,16 @@ def fetch(missing: list[RemoteFile], out: Path, ways: dict[str, Way], is_right: 
         wrong = [remote.name for remote in missing if not is_right(out / remote.name, remote)]
         if not wrong:
             return name
-        failures.append(f"{name}: {wrong[0]} is not what it should be")
+        failures.append(f"{name}: {wrong[0]} has the wrong content")
     names = ", ".join(remote.name for remote in missing)
-    raise DataError(f"not to be had ({'; '.join(failures)}); put {names} into {out} yourself and run this again")
+    raise DataError(f"download failed ({'; '.join(failures)}); put {names} into {out} yourself and run this again")
 
 
 def main(arguments: list[str] | None = None) -> None:
     known = data_sets()
-    parser = make_parser("Fetch a data set's official files.")
+    parser = make_parser("Download a data set's official files.")
     parser.add_argument("data_set", choices=list(known), help="which")
-    parser.add_argument("--source", choices=("web", "debian"), help="use only this one")
+    parser.add_argument("--source", choices=("web", "debian"), help="use only this source")
     options = parser.parse_args(arguments)
     out: Path = options.out
     fashion = options.data_set == FASHION_MNIST
@@ -102,18 +102,18 @@ def main(arguments: list[str] | None = None) -> None:
         ways["debian"] = lambda wanted: take_files(PACKAGE, [remote.name for remote in wanted], out)
     if options.source:
         if options.source not in ways:
-            raise DataError(f"--source {options.source} has {FASHION_MNIST} alone; leave it out")
+            raise DataError(f"--source {options.source} has only {FASHION_MNIST}; remove it")
         ways = {options.source: ways[options.source]}
     missing = [remote for remote in known[options.data_set] if not is_right(out / remote.name, remote)]
     if not missing and (not fashion or (out / CLASSES_FILE).is_file()):
-        print(f"{options.data_set} is there and right in {out}")
+        print(f"{options.data_set} is complete and correct in {out}")
         return
     if options.dry_run:
         print(f"would fetch {', '.join(remote.name for remote in missing)} into {out}, trying {', then '.join(ways)}")
         return
     out.mkdir(parents=True, exist_ok=True)
     if fashion:
-        # The order of the classes is the labels'; without this file they would be called 0 to 9.
+        # The order of the classes is that of the labels; without this file their names would be 0 to 9.
         write_atomically(out / CLASSES_FILE, "".join(f"{name}\n" for name in FashionMNIST.classes).encode())
     if missing:
         print(f"{options.data_set} is in {out}, from {fetch(missing, out, ways, is_right)}")

@@ -1,9 +1,9 @@
-"""Put splits that were made apart, say by the tasks of a job array, into one data set.
+"""Join splits that were made separately, for example by the tasks of a job array, into one data set.
 
     python data_prep/join_splits.py --src DIR --out DIR
 
 Moves the shards of --src into --out, on the same file system, and adds its splits to dataset.json there. A run that was
-stopped goes on.
+stopped resumes.
 """
 
 from pathlib import Path
@@ -16,12 +16,12 @@ from karat_scale.files import flush_to_disk
 
 
 def join(src: Path, out: Path) -> list[str]:
-    """Move the splits of `src` into `out`; returns their names. Raises DataError where the two do not fit together."""
+    """Move the splits of `src` into `out`; returns their names. Raises DataError if the two do not fit together."""
     record = read_dataset_record(src)
     out.mkdir(parents=True, exist_ok=True)
     joined = read_dataset_record(out) if (out / DATASET_FILE).exists() else record.model_copy(update={"splits": {}})
     if joined.classes != record.classes:
-        raise DataError(f"{src} has other classes than {out}; make both splits from the same images")
+        raise DataError(f"{src} has different classes than {out}; make both splits from the same images")
     if both := sorted(joined.splits.keys() & record.splits.keys()):
         raise DataError(f"{out} has a split {both[0]} already; use another --out")
     for split in record.splits.values():
@@ -37,7 +37,7 @@ def join(src: Path, out: Path) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = make_parser("Put splits that were made apart into one data set.", writes=False)
+    parser = make_parser("Join splits that were made separately into one data set.", writes=False)
     parser.add_argument("--src", type=Path, required=True, metavar="DIR", help="the directory of the splits to add")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the data set to add them to")
     options = parser.parse_args(arguments)

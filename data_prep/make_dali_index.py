@@ -1,9 +1,9 @@
-"""Write the index files that DALI's webdataset reader wants (`index_paths`), for pipelines of your own.
+"""Write the index files that DALI's webdataset reader needs (`index_paths`), for your own pipelines.
 
     python data_prep/make_dali_index.py --src DIR --out DIR
 
 One text file per shard, train-000000.idx, in the format v1.2 of DALI's wds2idx: a line `v1.2 <samples>`, then a line
-per sample with `<ending> <offset> <bytes> <name>` of each of its members.
+per sample with `<suffix> <offset> <bytes> <name>` of each of its members.
 """
 
 import tarfile
@@ -20,7 +20,7 @@ VERSION = "v1.2"
 
 
 def dali_index(tar_path: Path) -> str:
-    """The index of a shard. Raises DataError where a name has a blank, which the format cannot hold."""
+    """Return the index of a shard. Raises DataError if a name has a blank, which the format cannot hold."""
     samples: dict[str, list[str]] = {}
     with tarfile.open(tar_path, "r:") as tar:
         for member in tar:

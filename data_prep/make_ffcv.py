@@ -1,14 +1,14 @@
-"""Turn images into FFCV's betons, for data.backend=ffcv and for FFCV's own Loader.
+"""Convert images to FFCV's betons, for data.backend=ffcv and for FFCV's own Loader.
 
     python data_prep/make_ffcv.py --src DIR --out DIR
 
-The source is a directory of shards made by make_webdataset.py, or anything that script reads. Each split becomes one
+The source is a directory of shards made by make_webdataset.py, or any source of that script. Each split becomes one
 beton with a JSON file and an index beside it (karat_scale/data/formats/beton.py). Sample ids are those of the shards
-that the same options make. JPEGs are kept byte for byte, unless --write-mode or --max-resolution says otherwise.
+that the same options make. JPEGs are copied byte for byte, unless --write-mode or --max-resolution re-encodes them.
 
-The same source and options give the same bytes. Run on a finished output, it checks every byte and makes again what is
-damaged. A run that was killed leaves only a hidden file; the next one begins that beton anew and says so. Needs FFCV:
-pip install 'karat-scale[ffcv]'.
+The same source and options give the same bytes. Run on a finished output, it checks every byte and makes damaged betons
+again. A run that was killed leaves only a hidden file; the next run starts that beton again and says so. Needs FFCV:
+in the clone, pip install '.[ffcv]'.
 """
 
 import argparse
@@ -45,7 +45,7 @@ QUALITY, JPEG_SHARE = 90, 0.5
 
 
 def plan_job(split: str, source: Source, names: list[str], options: argparse.Namespace) -> BetonJob:
-    """The job of one split, as the command line asks for it."""
+    """Return the job of one split, from the command line."""
     from_shards = has_shards(options.src)
     if from_shards:
         order = np.arange(len(source))
@@ -82,11 +82,11 @@ def plan_job(split: str, source: Source, names: list[str], options: argparse.Nam
 
 
 def make_split(job: BetonJob, workers: int) -> BetonRecord:
-    """Write the beton of a split. Raises DataError where a file that is not ours is in the way."""
+    """Write the beton of a split. Raises DataError if a file that we did not make is in the way."""
     if job.path.exists() and not record_path(job.path).exists():
-        raise DataError(f"{job.path} is in the way and was not finished by this script; delete it or use another --out")
+        raise DataError(f"{job.path} exists and was not finished by this script; delete it or use another --out")
     if unfinished_path(job).exists():
-        print(f"{job.split}: an earlier run did not finish; beginning anew")
+        print(f"{job.split}: an earlier run did not finish; starting again")
     with progress(f"{job.split}: writing", len(job.order), "images") as advance:
         return write_beton(job, workers, advance)
 
@@ -97,7 +97,7 @@ def check_split(job: BetonJob, found: BetonRecord, workers: int) -> None:
         if found.made.get(key) != value:
             raise DataError(
                 f"{job.path} was made with {key} = {found.made.get(key)}, now {value}; use another --out, or delete "
-                f"{record_path(job.path)} and {job.path} to make it anew"
+                f"{record_path(job.path)} and {job.path} to make it again"
             )
     try:
         check_file(job.out, found, by_hash=True)
@@ -107,12 +107,12 @@ def check_split(job: BetonJob, found: BetonRecord, workers: int) -> None:
         with progress(f"{job.split}: writing", len(job.order), "images") as advance:
             again = write_beton(job, workers, advance)
         if again.sha256 != found.sha256:
-            print(f"{job.split}: it came out otherwise than before; its record is new too")
-    print(f"{job.split}: {found.samples} samples in {job.path.name} are there and right")
+            print(f"{job.split}: the result differs from before, so its record is new too")
+    print(f"{job.split}: {found.samples} samples in {job.path.name} are complete and correct")
 
 
 def report(job: BetonJob, record: BetonRecord) -> None:
-    """Say what was made, and what was skipped or odd."""
+    """Print what was made, and what was skipped or odd."""
     modes = ", ".join(f"{count} {mode}" for mode, count in record.modes.items())
     print(
         f"{job.split}: {record.samples} samples ({modes}) in {record.name}, {record.bytes / 1e6:,.1f} MB, "
@@ -122,8 +122,8 @@ def report(job: BetonJob, record: BetonRecord) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line. Raises DataError for options that do not go together."""
-    parser = make_parser("Turn shards, an ImageFolder, or a data set's official files, into FFCV's betons.")
+    """Parse the command line. Raises DataError for options that exclude each other."""
+    parser = make_parser("Convert shards, an ImageFolder, or a data set's official files, to FFCV's betons.")
     add_source_options(parser)
     add_choice_options(parser)
     parser.add_argument(
@@ -132,14 +132,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default="jpg",
         help="JPEG, raw pixels, a share as JPEG (--compress-probability), or large ones (--smart-threshold)",
     )
-    parser.add_argument("--max-resolution", type=count, metavar="S", help="resize: the longer side in pixels at most")
+    parser.add_argument("--max-resolution", type=count, metavar="S", help="resize: longer side of at most S pixels")
     parser.add_argument(
-        "--quality", type=count, default=QUALITY, metavar="Q", help=f"of resized JPEGs (default {QUALITY})"
+        "--quality", type=count, default=QUALITY, metavar="Q", help=f"quality of resized JPEGs (default {QUALITY})"
     )
     parser.add_argument(
         "--compress-probability", type=float, metavar="P", help=f"share of JPEGs in proportion (default {JPEG_SHARE})"
     )
-    parser.add_argument("--smart-threshold", type=count, metavar="BYTES", help="smart: JPEG if the pixels take more")
+    parser.add_argument("--smart-threshold", type=count, metavar="BYTES", help="smart: JPEG if pixels take more")
     options = parser.parse_args(arguments)
     _check(options)
     if has_shards(options.src):
@@ -155,7 +155,7 @@ def _check(options: argparse.Namespace) -> None:
     for mode, name in (("smart", "smart_threshold"), ("proportion", "compress_probability")):
         if getattr(options, name) is not None and options.write_mode != mode:
             raise DataError(f"--{name.replace('_', '-')} needs --write-mode {mode}")
-    # FFCV itself would store everything raw then.
+    # FFCV itself would then store everything raw.
     if options.write_mode == "smart" and options.smart_threshold is None:
         raise DataError("--write-mode smart needs --smart-threshold BYTES, such as 150528 for 224 x 224 pixels")
     if options.compress_probability is not None and not 0 <= options.compress_probability <= 1:
@@ -163,17 +163,17 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _check_with_shards(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Raises DataError for an option about what was decided when the shards were made."""
+    """Raise DataError for an option that applies only when shards are made."""
     settled = ["subset", "check", "on_odd", "val_labels", "synsets", "names", "encoding", "any_hash"]
-    if options.write_mode != "proportion":  # which draws by the seed, too
+    if options.write_mode != "proportion":  # which also draws by the seed
         settled.append("seed")
     for name in settled:
         if getattr(options, name) != parser.get_default(name):
-            raise DataError(f"--{name.replace('_', '-')} does not go with shards, which have it settled")
+            raise DataError(f"--{name.replace('_', '-')} applies only when shards are made; remove it")
 
 
 def open_source(options: argparse.Namespace) -> tuple[dict[str, Source], list[str]]:
-    """The wanted splits, and the classes' human names. Raises DataError."""
+    """Return the requested splits, and the classes' readable names. Raises DataError."""
     if has_shards(options.src):
         shards, names = open_shards(options.src, options.split)
         return dict(shards), names
@@ -193,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
             size = int(job.source.sizes[job.order].sum())
             print(
                 f"{job.split}: {len(job.order)} images of {len(job.source.classes)} classes, {size / 1e6:,.1f} MB as "
-                f"they are, would go into {job.path}"
+                f"they are, would be written to {job.path}"
             )
         elif record_path(job.path).exists():
             check_split(job, read_record(job.path), options.workers)

@@ -1,4 +1,4 @@
-"""Turn images into indexed WebDataset shards.
+"""Convert images to indexed WebDataset shards.
 
     python data_prep/make_webdataset.py --src DIR --out DIR
 
@@ -6,14 +6,14 @@ The source is one of
 
     an ImageFolder, with or without train/ and val/ or test/, as a directory or as one uncompressed tar
     ImageNet's official tars, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar with the validation labels
-    (sources/val_labels.py lists the forms they may have); they are read in place, nothing is unpacked
+    (sources/val_labels.py lists their formats); they are read in place, nothing is unpacked
     the official files of CIFAR-10, CIFAR-100, SVHN, STL-10 or Oxford Flowers-102 (sources/ has a module for each),
     whose published hashes are checked
     IDX files such as MNIST's
 
-Samples are shuffled over the shards by a seed; the bytes of image files are kept, unless --resize re-encodes them.
-The same source and options give the same shards. A run that was killed goes on with the shard it was at. Run on a
-finished output, it checks every byte and makes again what is damaged. Odd files are listed in dataset.json with what
+Samples are shuffled over the shards by a seed. The bytes of image files are copied, unless --resize re-encodes them.
+The same source and options give the same shards. A run that was killed resumes with the shard it was writing. Run on a
+finished output, it checks every byte and makes damaged shards again. Odd files are listed in dataset.json with what
 was done about them (--on-odd).
 """
 
@@ -62,7 +62,7 @@ from karat_scale.errors import DataError
 
 
 def plan_job(split: str, source: Source, options: argparse.Namespace) -> Job:
-    """The job of one split, as the command line asks for it."""
+    """Return the job of one split, from the command line."""
     shards = spread(source, options.seed, options.subset, options.shard_samples, options.shard_bytes)
     by_count = options.shard_samples or DEFAULT_SHARD_SAMPLES
     quality = options.quality or DEFAULT_QUALITY
@@ -88,12 +88,12 @@ def plan_job(split: str, source: Source, options: argparse.Namespace) -> Job:
 
 
 def make_split(job: Job, workers: int) -> SplitRecord:
-    """Write the shards of a split that are not there yet; returns its record. Raises DataError if no image is left."""
+    """Write the missing shards of a split; returns its record. Raises DataError if no image is left."""
     with progress(f"{job.split}: writing", job.samples, "images") as advance:
         done = finished_shards(job, advance)
         remove_leftovers(job, done)
         if done:
-            print(f"{job.split}: {len(done)} of {len(job.shards)} shards were finished before; going on")
+            print(f"{job.split}: {len(done)} of {len(job.shards)} shards were finished before; resuming")
         missing = sorted(set(range(len(job.shards))) - {shard.number for shard in done})
         with closing(make_shards(job, missing, workers)) as shards:
             for shard in shards:
@@ -128,7 +128,7 @@ def check_split(job: Job, found: SplitRecord, workers: int) -> None:
         if found.made.get(key) != value:
             raise DataError(
                 f"{job.out} holds split {job.split} made with {key} = {found.made.get(key)}, now {value}; "
-                f"use another --out, or delete {job.out / DATASET_FILE} to make it anew"
+                f"use another --out, or delete {job.out / DATASET_FILE} to make it again"
             )
     damaged = []
     with progress(f"{job.split}: checking", len(found.shards), "shards") as advance:
@@ -143,14 +143,14 @@ def check_split(job: Job, found: SplitRecord, workers: int) -> None:
     for made in make_shards(job, damaged, workers):
         if made.record != found.shards[made.number]:
             raise DataError(
-                f"{job.out / made.record.name} came out otherwise than {DATASET_FILE} says; "
+                f"{job.out / made.record.name} differs from {DATASET_FILE}; "
                 f"delete {job.out / DATASET_FILE} and run again"
             )
-    print(f"{job.split}: {found.samples} samples in {len(found.shards)} shards are there and right")
+    print(f"{job.split}: {found.samples} samples in {len(found.shards)} shards are complete and correct")
 
 
 def report(split: str, record: SplitRecord) -> None:
-    """Say what was made, and what was skipped or odd."""
+    """Print what was made, and what was skipped or odd."""
     print(
         f"{split}: {record.samples} samples in {len(record.shards)} shards, {record.bytes / 1e6:,.1f} MB, "
         f"{len(record.skipped)} skipped, {len(record.odd)} odd"
@@ -159,15 +159,15 @@ def report(split: str, record: SplitRecord) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line. Raises DataError for options that do not go together."""
-    parser = make_parser("Turn an ImageFolder, or a data set's official files, into indexed WebDataset shards.")
+    """Parse the command line. Raises DataError for options that exclude each other."""
+    parser = make_parser("Convert an ImageFolder, or a data set's official files, to indexed WebDataset shards.")
     add_source_options(parser)
     add_choice_options(parser)
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
-        "--shard-samples", type=count, metavar="N", help=f"samples a shard (default {DEFAULT_SHARD_SAMPLES})"
+        "--shard-samples", type=count, metavar="N", help=f"samples per shard (default {DEFAULT_SHARD_SAMPLES})"
     )
-    size.add_argument("--shard-bytes", type=count, metavar="N", help="image bytes a shard, about")
+    size.add_argument("--shard-bytes", type=count, metavar="N", help="approximate image bytes per shard")
     parser.add_argument("--resize", type=count, metavar="S", help="re-encode with a short side of at most S pixels")
     parser.add_argument(
         "--quality", type=count, metavar="Q", help=f"JPEG quality with --resize (default {DEFAULT_QUALITY})"
@@ -176,7 +176,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--encoder",
         choices=("auto", "native", "pillow"),
         default="auto",
-        help="with --resize: in C++ or by Pillow; auto takes native where it can be built (default auto)",
+        help="with --resize: C++ or Pillow; auto uses native if it can be compiled (default auto)",
     )
     options = parser.parse_args(arguments)
     check_split_name(options.split)
@@ -184,12 +184,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.quality is not None and (options.resize is None or options.quality > 100):
         raise DataError(f"--quality {options.quality} needs --resize and is at most 100")
     if options.encoder != "auto" and options.resize is None:
-        raise DataError(f"--encoder {options.encoder} needs --resize; otherwise no image is encoded by it")
+        raise DataError(f"--encoder {options.encoder} needs --resize; without it, no image is encoded")
     return options
 
 
 def class_names(options: argparse.Namespace, classes: list[str]) -> list[str]:
-    """Human names of the classes, from --names or a known file beside the images; empty if there is none."""
+    """Return readable names of the classes, from --names or a known file beside the images; empty if there is none."""
     path = options.names or find_file(options.src, NAME_FILES)
     if path is None:
         return []
@@ -209,7 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
             size = sum(int(job.source.sizes[shard].sum()) for shard in job.shards)
             print(
                 f"{job.split}: {job.samples} images of {len(job.source.classes)} classes, about "
-                f"{size / 1e6:,.1f} MB, would go into {len(job.shards)} shards in {out}"
+                f"{size / 1e6:,.1f} MB, would be written to {len(job.shards)} shards in {out}"
             )
         return
     out.mkdir(parents=True, exist_ok=True)

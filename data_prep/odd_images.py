@@ -1,4 +1,4 @@
-"""What is unusual about an image file, found from its header: the things that make decoders disagree or stop."""
+"""Find what is unusual about an image file, from its header: the reasons why decoders disagree or fail."""
 
 import warnings
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from sources.base import UnreadableSampleError
 
 from karat_scale.data.decode import UndecodableImageError, decode_rgb, open_image, undecodable_reason
 
-# As Pillow's own limit against decompression bombs.
+# The same as Pillow's limit against decompression bombs.
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
-# The second image in these files is no second sample.
+# The second image in these files is not a second sample.
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg"}
 JPEG_ENDINGS = (".jpg", ".jpeg", ".jpe")
 ORIENTATION_TAG, EXIF_TAG = 0x0112, 0x8769
-# Start of frame: every marker from C0 to CF but DHT, JPG and DAC.
+# Start of frame: every marker from C0 to CF except DHT, JPG and DAC.
 FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 START_OF_SCAN, APP1 = 0xDA, 0xE1
 LONE_MARKERS = frozenset(range(0xD0, 0xD8)) | {0x01}
@@ -23,7 +23,7 @@ END_OF_IMAGE = b"\xff\xd9"
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """A JPEG's frame, where its pixels begin, and the (start, end) of its EXIF segments."""
+    """A JPEG's frame, the start of its pixels, and the (start, end) of its EXIF segments."""
 
     width: int
     height: int
@@ -34,9 +34,9 @@ class JpegHeader:
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """An image file's ending by content, and what is odd about it.
+    """An image file's suffix by content, and what is odd about it.
 
-    exif_odd: oddities that go away with the EXIF segments; odd: others; undecodable: why it has no whole pixels.
+    exif_odd: oddities that disappear with the EXIF segments; odd: others; undecodable: why it has no complete pixels.
     """
 
     extension: str
@@ -47,7 +47,7 @@ class ImageFacts:
 
 
 def scan_jpeg(data: bytes) -> JpegHeader | None:
-    """The header of an ordinary JPEG; None for anything else, a JPEG with junk between its segments included."""
+    """Return the header of an ordinary JPEG; None for anything else, including a JPEG with junk between segments."""
     if data[:2] != b"\xff\xd8":
         return None
     frame: tuple[int, int, int] | None = None
@@ -72,7 +72,7 @@ def scan_jpeg(data: bytes) -> JpegHeader | None:
 
 
 def without_exif(data: bytes) -> bytes:
-    """A JPEG without its EXIF segments; the pixels are untouched."""
+    """Return a JPEG without its EXIF segments; the pixels do not change."""
     header = scan_jpeg(data)
     for start, end in reversed(header.exif if header else ()):
         data = data[:start] + data[end:]
@@ -80,7 +80,7 @@ def without_exif(data: bytes) -> bytes:
 
 
 def inspect_image(data: bytes, name: str) -> ImageFacts:
-    """Look at an image's header. Raises UnreadableSampleError where it is none or a decompression bomb."""
+    """Examine an image's header. Raises UnreadableSampleError if there is none, or for a decompression bomb."""
     if not data:
         raise UnreadableSampleError("the file is empty")
     header = scan_jpeg(data)
@@ -88,7 +88,7 @@ def inspect_image(data: bytes, name: str) -> ImageFacts:
         return _inspect_by_pillow(data, name)
     if header.width * header.height > MAX_PIXELS:
         raise UnreadableSampleError(f"{header.width} x {header.height} pixels are over the limit of {MAX_PIXELS}")
-    # Not every JPEG without its last marker lacks pixels, so those few are decoded.
+    # Not every JPEG without its last marker has missing pixels, so those few are decoded.
     complete = data.rfind(END_OF_IMAGE, header.scan) >= 0
     return ImageFacts(
         extension="jpg",
@@ -100,7 +100,7 @@ def inspect_image(data: bytes, name: str) -> ImageFacts:
 
 
 def decoding_failure(data: bytes) -> str:
-    """Why an image cannot be decoded; empty if it can."""
+    """Return why an image cannot be decoded; empty if it can."""
     try:
         decode_rgb(data)
     except UndecodableImageError as error:
@@ -113,7 +113,7 @@ def _inspect_by_pillow(data: bytes, name: str) -> ImageFacts:
         with warnings.catch_warnings(), open_image(data) as image:
             warnings.simplefilter("ignore")
             size, kind, mode = image.size, image.format, image.mode
-    except Exception as error:  # damaged files make Pillow raise nearly anything
+    except Exception as error:  # damaged files make Pillow raise nearly any error
         raise UnreadableSampleError(undecodable_reason(error)) from error
     if min(size) < 1 or kind is None:
         raise UnreadableSampleError("the image has no pixels")
@@ -137,6 +137,6 @@ def _exif_oddities(data: bytes, segment: tuple[int, int]) -> tuple[str, ...]:
             list(exif.items())
             exif.get_ifd(EXIF_TAG)
             orientation = exif.get(ORIENTATION_TAG, 1)
-    except Exception:  # whatever Pillow dislikes about it
+    except Exception:  # any error of Pillow
         return ("corrupt EXIF",)
     return (f"EXIF orientation {orientation}",) if orientation in range(2, 9) else ()

@@ -1,4 +1,4 @@
-"""From a source's image file to what goes into a shard: checks, the policy for odd files, and re-encoding."""
+"""Convert a source's image file to its form in a shard: checks, the policy for odd files, and re-encoding."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,13 +13,13 @@ from karat_scale.errors import DataError
 Check = Literal["header", "decode"]
 OnOdd = Literal["convert", "keep", "skip", "stop"]
 DEFAULT_QUALITY = 90
-# Odd files are few, so their pixels may cost some bytes.
+# Odd files are few, so their pixels may take some bytes.
 CONVERT_QUALITY = 95
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image as it goes into a shard. `odd` is empty for an ordinary one, else `done` is what was done with it."""
+    """An image in a shard. `odd` is empty for an ordinary one; else `done` is what was done with it."""
 
     data: bytes
     extension: str
@@ -29,19 +29,19 @@ class Prepared:
 
 
 class OddImageSkippedError(UnreadableSampleError):
-    """An odd image that the policy leaves out; the message is what is odd."""
+    """An odd image that the policy skips; the message is what is odd."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How images are treated.
+    """How images are processed.
 
-    check: look at headers alone, or decode everything. on_odd: what to do with images that are CMYK, in another
+    check: read only headers, or decode everything. on_odd: what to do with images that are CMYK, in another
     format than their name says, rotated by EXIF, with corrupt EXIF, junk in the header, or truncated. `convert` makes
-    RGB JPEGs, and drops an EXIF block without touching the pixels, so that every decoder sees what torchvision's
-    ImageFolder sees; what cannot be decoded is skipped. `keep` keeps the bytes, `skip` leaves the image out,
+    RGB JPEGs, and removes an EXIF block without changing the pixels, so that every decoder sees what torchvision's
+    ImageFolder sees; an image that cannot be decoded is skipped. `keep` keeps the bytes, `skip` leaves the image out,
     `stop` ends the run. resize, quality: re-encode every image as RGB JPEG with at most this short side in pixels.
-    encoder: by what.
+    encoder: the encoder for that.
     """
 
     check: Check = "header"
@@ -51,7 +51,7 @@ class Preparation:
     encoder: Encoder = "pillow"
 
     def prepare(self, data: bytes, name: str) -> Prepared:
-        """The image to store. Raises UnreadableSampleError to leave it out, DataError to stop."""
+        """Return the image to store. Raises UnreadableSampleError to leave it out, DataError to stop."""
         try:
             facts = inspect_image(data, name)
         except UnreadableSampleError as error:

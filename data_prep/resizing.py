@@ -1,4 +1,4 @@
-"""Images to smaller JPEGs: by the native recoder where it runs and the image is ordinary, else by Pillow."""
+"""Shrink images to JPEGs: with the native recoder if it runs and the image is ordinary, else with Pillow."""
 
 import functools
 import io
@@ -12,19 +12,19 @@ from karat_scale.data.decoders.recoder import NativeRecoder, result_size
 from karat_scale.errors import DataError
 
 Encoder = Literal["native", "pillow"]
-# A JPEG scaled while decoding stays this many times larger than its result, so that the rest is resized well.
+# A JPEG that is scaled while decoding stays larger than its result by this factor, so that the resize is good.
 DRAFT_MARGIN = 2
 
 
 def choose_encoder(asked: Literal["auto", "native", "pillow"]) -> Encoder:
-    """What re-encodes here. Call it before workers are forked. Raises DataError where native is asked for in vain."""
+    """Return the encoder to use. Call it before workers are forked. Raises DataError if native cannot run."""
     if asked == "pillow":
         return "pillow"
     try:
         native_recoder()
     except LoadError as error:
         if asked == "native":
-            fix = "run `apt-get install g++ libjpeg-dev`, or give --encoder pillow"
+            fix = "run `apt-get install g++ libjpeg-dev`, or use --encoder pillow"
             raise DataError(f"--encoder native cannot run: {error}; {fix}") from error
         return "pillow"
     return "native"
@@ -32,12 +32,12 @@ def choose_encoder(asked: Literal["auto", "native", "pillow"]) -> Encoder:
 
 @functools.cache
 def native_recoder() -> NativeRecoder:
-    """The recoder of this process. Raises LoadError where it cannot be built."""
+    """Return the recoder of this process. Raises LoadError if it cannot be compiled."""
     return NativeRecoder()
 
 
 def resized_jpeg(data: bytes, short_side: int, quality: int, encoder: Encoder = "pillow") -> bytes:
-    """The image as RGB JPEG with this short side, or its own where that is less. Raises UndecodableImageError."""
+    """Return the image as RGB JPEG with at most this short side. Raises UndecodableImageError."""
     if encoder == "native":
         encoded = native_recoder().shrink(data, short_side, quality, DRAFT_MARGIN)
         if encoded is not None:
@@ -49,7 +49,7 @@ def resized_jpeg(data: bytes, short_side: int, quality: int, encoder: Encoder = 
 
 
 def to_jpeg(image: Image.Image, quality: int) -> bytes:
-    """Pillow's encoding."""
+    """Encode with Pillow."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()

@@ -1,7 +1,7 @@
-"""The shards of one split as a job: who goes where, written in parallel, each finished shard remembered.
+"""Make the shards of one split: assign samples, write in parallel, and remember each finished shard.
 
 A shard that is finished has a hidden file beside it, `.train-000000.made.json`, with its record and the settings it
-was made with. It lets a run that was killed go on where it was; dataset.json takes its place when the split is whole.
+was made with. It lets a killed run resume; dataset.json replaces it when the split is complete.
 """
 
 import ctypes
@@ -48,7 +48,7 @@ class MadeShard(BaseModel):
 
 @dataclass(frozen=True)
 class Job:
-    """One split to make: which samples go into which shard, and the settings that decide it."""
+    """One split to make: the samples of each shard, and the settings that decide its bytes."""
 
     split: str
     source: Source
@@ -59,7 +59,7 @@ class Job:
 
     @property
     def samples(self) -> int:
-        """Source images that the shards are made from."""
+        """Source images of the shards."""
         return sum(len(shard) for shard in self.shards)
 
     def made_with(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def spread(
 ) -> list[npt.NDArray[np.int64]]:
     """Samples by shard, in an order drawn from the seed; shards are of about equal size.
 
-    subset: how many of each class to take, the first in that order.
+    subset: the number of images of each class, the first in that order.
     """
     order = epoch_order(seed, 0, len(source))
     if subset is not None:
@@ -86,7 +86,7 @@ def spread(
 
 
 def _rank_in_class(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-    """For each sample, how many of its class come before it."""
+    """Return for each sample how many of its class come before it."""
     by_class = np.argsort(labels, kind="stable")
     first = np.searchsorted(labels[by_class], labels[by_class])
     ranks = np.empty(len(labels), dtype=np.int64)
@@ -95,7 +95,7 @@ def _rank_in_class(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
 
 
 def make_shard(job: Job, number: int) -> MadeShard:
-    """Write one shard of a job, then the note that it is finished."""
+    """Write one shard of a job, and then the file that marks it as finished."""
     skipped: list[SkippedRecord] = []
     odd: list[OddRecord] = []
     labels: dict[int, int] = {}
@@ -132,7 +132,7 @@ def _note_path(job: Job, number: int) -> Path:
 
 
 def finished_shards(job: Job, advance: Callable[[int], None]) -> list[MadeShard]:
-    """The shards of this job that an earlier run finished and that still have their hash."""
+    """Return the shards of this job that an earlier run finished and that still have their hash."""
     found = []
     for number in range(len(job.shards)):
         try:
@@ -150,9 +150,9 @@ def finished_shards(job: Job, advance: Callable[[int], None]) -> list[MadeShard]
 
 
 def remove_leftovers(job: Job, kept: list[MadeShard]) -> None:
-    """Remove what an unfinished run left beside the kept shards, so that no reader takes it for ours.
+    """Remove what an unfinished run left beside the kept shards, so that no reader mistakes it for a shard.
 
-    A shard's index is there before its tar, so a tar alone is not ours: DataError.
+    A shard's index exists before its tar, so a tar without an index is not ours: DataError.
     """
     # A hidden file's temporary name has two dots.
     ours = re.compile(rf"\.{{0,2}}{job.split}-\d{{6}}\.(tar|index\.npz|made\.json)(\..+)?")
@@ -163,13 +163,13 @@ def remove_leftovers(job: Job, kept: list[MadeShard]) -> None:
     found = [path for path in sorted(job.out.iterdir()) if ours.fullmatch(path.name) and path.name not in whole]
     for path in found:
         if path.suffix == ".tar" and path.name[0] != "." and not path.with_suffix(".index.npz").exists():
-            raise DataError(f"{path} is in the way and was not made by this script; use another --out")
+            raise DataError(f"{path} exists and was not made by this script; use another --out")
     for path in found:
         path.unlink()
 
 
 def forget_notes(job: Job) -> None:
-    """Remove the notes on finished shards, once dataset.json has what they say."""
+    """Remove the marks of finished shards, once dataset.json has their content."""
     for path in job.out.glob(f".{job.split}-*.made.json"):
         path.unlink()
 
@@ -184,9 +184,9 @@ def _start_worker(job: Job) -> None:
 
 
 def become_worker() -> None:
-    """Make the calling process deaf to Ctrl-C, which the main process answers, and end it with the main process."""
+    """Ignore Ctrl-C in the calling process, since the main process handles it, and end with the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Where the main process is killed, its workers must not write on.
+    # If the main process is killed, its workers must stop writing.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -196,7 +196,7 @@ def _make_in_worker(number: int) -> MadeShard:
 
 
 def make_shards(job: Job, numbers: list[int], workers: int) -> Generator[MadeShard, None, None]:
-    """Write these shards of a job, in parallel; yields them as they are done. Raises DataError if a process dies."""
+    """Write these shards of a job in parallel; yields them when they are done. Raises DataError if a process dies."""
     if min(workers, len(numbers)) <= 1:
         yield from (make_shard(job, number) for number in numbers)
         return

@@ -1,10 +1,10 @@
-"""Copy shards to a disk of this node, checking every byte on the way.
+"""Copy shards to a local disk of this node, and verify every byte.
 
     python data_prep/stage.py --src DIR --out LOCAL_DIR
 
 Run it once per node before training, then train from LOCAL_DIR. dataset.json is written last, so an unfinished copy
-is no data set. A run that was stopped goes on: files that are there with the right hash are kept. Splits may be staged
-one after another with --split: those that are there and whole stay in dataset.json.
+is not a data set. A run that was stopped resumes: existing files with the right hash are kept. Splits may be staged
+one after another with --split: complete ones stay in dataset.json.
 """
 
 import hashlib
@@ -31,14 +31,14 @@ from karat_scale.errors import DataError
 from karat_scale.files import commit_file
 
 BLOCK = 1 << 22
-# Left free on the local disk, for whatever else writes there.
+# Space to leave free on the local disk for other programs.
 SPARE_BYTES = 64 << 20
 
 Splits = dict[str, SplitRecord]
 
 
 def is_staged(out: Path, record: FileRecord) -> bool:
-    """Whether a file is there, byte for byte."""
+    """True if a file exists, byte for byte."""
     try:
         check_file(out, record, by_hash=True)
     except (DataError, OSError):
@@ -47,7 +47,7 @@ def is_staged(out: Path, record: FileRecord) -> bool:
 
 
 def copy_checked(src: Path, out: Path, record: FileRecord, advance: Callable[[int], None]) -> None:
-    """Copy a file under its name once its SHA-256 is right. Raises DataError."""
+    """Copy a file; it gets its name once its SHA-256 is right. Raises DataError."""
     handle, temporary = tempfile.mkstemp(prefix=f".{record.name}.", dir=out)
     digest = hashlib.sha256()
     try:
@@ -65,7 +65,7 @@ def copy_checked(src: Path, out: Path, record: FileRecord, advance: Callable[[in
 
 
 def check_space(src: Path, out: Path, needed: int) -> None:
-    """Raises DataError where the disk of `out` has not that many bytes free."""
+    """Raise DataError if the disk of `out` does not have that many bytes free."""
     free = shutil.disk_usage(out).free
     if needed + SPARE_BYTES > free:
         raise DataError(
@@ -74,15 +74,15 @@ def check_space(src: Path, out: Path, needed: int) -> None:
 
 
 def files_of(splits: Splits) -> list[FileRecord]:
-    """Shards and indexes."""
+    """Return shards and indexes."""
     return [file for split in splits.values() for shard in split.shards for file in (shard, shard.index)]
 
 
 def missing_files(out: Path, splits: Splits, workers: int) -> list[FileRecord]:
-    """The files of these splits that `out` lacks or has damaged."""
+    """Return the files of these splits that are missing or damaged in `out`."""
     files, missing = files_of(splits), []
     with (
-        progress(f"checking what is there of {', '.join(splits)}", len(files), "files") as advance,
+        progress(f"checking the existing files of {', '.join(splits)}", len(files), "files") as advance,
         ThreadPoolExecutor(workers) as pool,
     ):
         for file, there in zip(files, pool.map(lambda file: is_staged(out, file), files), strict=True):
@@ -92,7 +92,7 @@ def missing_files(out: Path, splits: Splits, workers: int) -> list[FileRecord]:
 
 
 def staged_before(out: Path, source: DatasetRecord, wanted: Splits) -> Splits:
-    """The splits that dataset.json in `out` lists beside the wanted ones and that do not contradict the source's."""
+    """Return the other splits in dataset.json of `out` that do not contradict the source's."""
     try:
         found = read_dataset_record(out)
     except DataError:
@@ -107,7 +107,7 @@ def staged_before(out: Path, source: DatasetRecord, wanted: Splits) -> Splits:
 
 
 def list_splits(out: Path, source: DatasetRecord, splits: Splits) -> None:
-    """Let dataset.json list these splits and no others; without any there is none."""
+    """Write dataset.json with only these splits; without any, remove it."""
     if splits:
         write_dataset_record(out, source.model_copy(update={"splits": splits}))
     else:
@@ -115,7 +115,7 @@ def list_splits(out: Path, source: DatasetRecord, splits: Splits) -> None:
 
 
 def copy_all(src: Path, out: Path, missing: list[FileRecord], workers: int) -> None:
-    """Copy these files, where there is room for them. Raises DataError."""
+    """Copy these files if there is space for them. Raises DataError."""
     for leftover in (path for file in missing for path in out.glob(f".{file.name}.*")):
         leftover.unlink(missing_ok=True)
     needed = sum(file.bytes for file in missing)
@@ -125,12 +125,12 @@ def copy_all(src: Path, out: Path, missing: list[FileRecord], workers: int) -> N
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = make_parser("Copy shards to a local disk, checking every byte.")
+    parser = make_parser("Copy shards to a local disk, and verify every byte.")
     add_shard_options(parser)
     options = parser.parse_args(arguments)
     src, out = options.src, options.out
     if src.resolve() == out.resolve():
-        raise DataError(f"--out {out} is --src; give a directory on the local disk")
+        raise DataError(f"--out {out} is --src; use a directory on the local disk")
     record = read_dataset_record(src)
     wanted = chosen_splits(src, record, options.split)
     files = files_of(wanted)
@@ -141,13 +141,13 @@ def main(arguments: list[str] | None = None) -> None:
     before = staged_before(out, record, wanted)
     kept = {name: split for name, split in before.items() if not missing_files(out, {name: split}, options.workers)}
     missing = missing_files(out, wanted, options.workers)
-    if missing:  # until all are here, nobody is to take this directory for a whole copy
+    if missing:  # until all are copied, the directory must not look complete
         list_splits(out, record, kept)
         copy_all(src, out, missing, options.workers)
     list_splits(out, record, kept | wanted)
     absent = ", ".join(name for name in record.splits if name not in kept | wanted)
     then = f"Stage {absent} too before you train from it" if absent else f"Train with data.path={out}"
-    print(f"{len(files)} files are in {out} and right; {len(missing)} were copied. {then}")
+    print(f"{len(files)} files in {out} are complete and correct; {len(missing)} were copied. {then}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python data_prep/verify.py --src DIR [--imagenet]
 
-Prints every problem it finds; where there is one, it exits with 2 and one line that has the first and their number.
+Prints every problem. If there is one, the exit code is 2 and one line on stderr has the first problem and their number.
 """
 
 import multiprocessing
@@ -28,13 +28,13 @@ from karat_scale.data.formats.shard_format import (
 from karat_scale.data.formats.shards import check_file
 from karat_scale.errors import DataError
 
-# ImageNet-1K as published: images, and the fewest and most of one class.
+# ImageNet-1K as published: images, and the smallest and largest class.
 IMAGENET_CLASSES = 1000
 IMAGENET = {"train": (1_281_167, 732, 1300), "val": (50_000, 50, 50)}
 
 
 def verify_shard(directory: Path, classes: int, shard: ShardRecord) -> tuple[list[str], list[int]]:
-    """The problems of one shard, and its number of samples of each class."""
+    """Return the problems of one shard, and its number of samples of each class."""
     path = directory / shard.name
     problems = []
     for record in (shard.index, shard):
@@ -75,7 +75,7 @@ def _sample_problems(path: Path, expected: list[tuple[str, int, int, int, int]])
                 yield f"sample {key} has another label in the tar than in the index"
             data = content.read()
             if (image.offset_data, image.size, zlib.crc32(data)) != (offset, size, crc):
-                yield f"sample {key} is not where or what the index says"
+                yield f"sample {key} differs from the index in place or content"
             try:
                 decode_rgb(data)
             except UndecodableImageError as error:
@@ -83,7 +83,7 @@ def _sample_problems(path: Path, expected: list[tuple[str, int, int, int, int]])
 
 
 def count_problems(name: str, split: SplitRecord, per_class: list[int], imagenet: bool) -> list[str]:
-    """What is wrong with a split's counts, against dataset.json and against ImageNet's where it should be that."""
+    """Return the problems of a split's counts, against dataset.json and, if requested, against ImageNet's."""
     total = sum(per_class)
     problems = []
     if total != split.samples:
@@ -102,7 +102,7 @@ def count_problems(name: str, split: SplitRecord, per_class: list[int], imagenet
 
 
 def verify_split(directory: Path, name: str, split: SplitRecord, classes: int, workers: int) -> tuple[list[str], list]:
-    """The problems of a split's shards, and its samples per class; shards are read in parallel."""
+    """Return the problems of a split's shards, and its samples per class; shards are read in parallel."""
     problems: list[str] = []
     per_class = np.zeros(classes, dtype=np.int64)
     check = partial(verify_shard, directory, classes)
@@ -131,12 +131,12 @@ def main(arguments: list[str] | None = None) -> None:
     for name, split in splits.items():
         found, per_class = verify_split(options.src, name, split, len(record.classes), options.workers)
         problems += found
-        # Counts of shards that could not be read would be said twice.
+        # Counts of shards that could not be read would be reported twice.
         problems += [] if found else count_problems(name, split, per_class, options.imagenet)
     for problem in problems:
         print(f"problem: {problem}")
     if problems:
-        raise DataError(f"{problems[0]} (problems in all: {len(problems)})")
+        raise DataError(f"{problems[0]} ({len(problems)} problems in total)")
     for name, split in splits.items():
         print(
             f"{name}: {split.samples} samples of {len(record.classes)} classes in {len(split.shards)} shards are right"

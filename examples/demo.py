@@ -1,6 +1,6 @@
-"""`make demo`: Fashion-MNIST from download to a comparison of KArAt with softmax, on whatever this machine has.
+"""`make demo`: download Fashion-MNIST, train with KArAt and with softmax, and compare them, on any machine.
 
-Each part is a command a user could type; a finished part is not done again, and a run that was stopped goes on.
+Each part is a command that a user could type. A finished part is skipped, and a run that was stopped resumes.
 """
 
 import json
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-# Relative to ROOT, where everything runs: what is printed can be typed again.
+# Relative to ROOT, where everything runs, so that printed commands can be typed.
 DATA = Path("data")
 RUNS = Path("runs")
 RECIPE = "fashion_mnist_demo"
@@ -44,7 +44,7 @@ def main() -> int:
             _run("-m", "karat_scale", "train", RECIPE, *arguments)
     except subprocess.CalledProcessError as error:
         if error.returncode == 75:
-            console.print("stopped; `make demo` goes on from here")
+            console.print("stopped; run `make demo` again to resume")
         return error.returncode
     except KeyboardInterrupt:
         return 130
@@ -84,7 +84,7 @@ def _print_table(console: Console) -> None:
         "evaluate again": f".venv/bin/karat eval {done}",
         "train longer": f".venv/bin/karat train {RECIPE} run.dir=runs/longer train.epochs=3",
         "figures by step": f"{done}/metrics.jsonl, or .venv/bin/tensorboard --logdir runs",
-        "stopped half-way": "run `make demo` again; it goes on from the last checkpoint",
+        "stopped half-way": "run `make demo` again; it resumes from the last checkpoint",
     }
     for what, how in hints.items():
         console.print(f"{what + ':':18}{how}", highlight=False, soft_wrap=True)

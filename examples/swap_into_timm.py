@@ -1,4 +1,4 @@
-"""KArAt in place of softmax in any timm ViT, in five lines; then one training step to see it learn."""
+"""Put KArAt into any timm ViT in five lines, and then train one step."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Where images come from: finds what kind of source a directory is, and its splits."""
+"""Sources of images: find the kind of source in a directory, and its splits."""
 
 from collections.abc import Collection
 from dataclasses import fields
@@ -19,7 +19,7 @@ from sources.tars import folder_tar_splits
 
 __all__ = ["Source", "SourceOptions", "UnreadableSampleError", "open_splits"]
 
-# Each looks for the official files of its data set and answers with splits and classes; and the options it heeds.
+# Each looks for the official files of its data set and returns splits and classes. With it, the options it uses.
 DATA_SETS = {
     cifar_splits: {"encoding", "any_hash"},
     svhn_splits: {"encoding", "any_hash"},
@@ -28,14 +28,14 @@ DATA_SETS = {
     idx_splits: {"encoding"},
 }
 
-# What other data sets call the split that recipes call val.
+# Other data sets' names for the split that recipes call val.
 VAL_NAMES = ("val", "valid", "validation", "test", "t10k")
 
 
 def open_splits(
     src: Path, split: str | None, known_classes: list[str] | None, options: SourceOptions | None = None
 ) -> dict[str, Source]:
-    """The wanted splits of `src`, a directory or a tar of an ImageFolder, by their output names.
+    """Return the requested splits of `src`, a directory or a tar of an ImageFolder, by their output names.
 
     split: one output name, or None for all. known_classes: the classes that earlier splits were labelled
     with. A source without split folders is one split, called `split` or train. Raises DataError.
@@ -78,14 +78,14 @@ def _find(
 
 
 def _refuse_unheeded(src: Path, options: SourceOptions, kind: str, heeded: set[str]) -> None:
-    """Raises DataError for an option that this kind of source would pass over in silence."""
+    """Raise DataError for an option that this kind of source would ignore."""
     for field in fields(options):
         if getattr(options, field.name) and field.name not in heeded:
-            raise DataError(f"--{field.name.replace('_', '-')} has no meaning for {kind}, as in {src}; leave it out")
+            raise DataError(f"--{field.name.replace('_', '-')} has no effect on {kind}, as in {src}; remove it")
 
 
 def _refuse_flat(src: Path, folders: dict[str, Path], split: str | None) -> None:
-    """Raises DataError where a wanted split has images but no class folders, as Kaggle's ImageNet has its val."""
+    """Raise DataError if a requested split has images but no class folders, like val of Kaggle's ImageNet."""
     flat = flat_folders(src)
     for name in _choose(src, [*folders, *flat], split).values():
         if name in flat:
@@ -96,7 +96,7 @@ def _refuse_flat(src: Path, folders: dict[str, Path], split: str | None) -> None
 
 
 def _choose(src: Path, found: Collection[str], split: str | None) -> dict[str, str]:
-    """Output names of splits and the source's own names for them."""
+    """Return output names of splits and the source's own names for them."""
     first_val = next((name for name in VAL_NAMES if name in found), None)
     if split is None:
         chosen = {name: name for name in found if name not in VAL_NAMES}
@@ -105,4 +105,4 @@ def _choose(src: Path, found: Collection[str], split: str | None) -> dict[str, s
     for origin in (split, *aliases):
         if origin in found:
             return {split: origin}
-    raise DataError(f"{src} has no split {split!r}; the splits there: {', '.join(found)}")
+    raise DataError(f"{src} has no split {split!r}; it has {', '.join(found)}")

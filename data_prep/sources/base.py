@@ -1,4 +1,4 @@
-"""What a source of images offers to the scripts that write shards, betons or indexes."""
+"""The interface of a source of images, for the scripts that write shards, betons or indexes."""
 
 import hashlib
 import os
@@ -16,9 +16,9 @@ class UnreadableSampleError(Exception):
 
 
 class Source(Protocol):
-    """One split of a source, in a fixed order. Samples that can be told to be no image beforehand are in `skipped`.
+    """One split of a source, in a fixed order. Files that are known not to be images are in `skipped`.
 
-    facts: what dataset.json should say of the source besides.
+    facts: additional facts about the source for dataset.json.
     """
 
     classes: list[str]
@@ -33,27 +33,27 @@ class Source(Protocol):
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
-        """Bytes of each sample, or about that."""
+        """Bytes of each sample, exact or approximate."""
 
     def name(self, index: int) -> str:
-        """Where sample `index` is in the source, for reports."""
+        """Return the place of sample `index` in the source, for reports."""
 
     def key(self, index: int) -> str:
-        """The name of sample `index` in a shard, without ending."""
+        """Return the name of sample `index` in a shard, without suffix."""
 
     def read(self, index: int) -> bytes:
-        """The encoded image. Raises UnreadableSampleError."""
+        """Return the encoded image. Raises UnreadableSampleError."""
 
     def fingerprint(self) -> str:
-        """A hash that changes when the source does."""
+        """Return a hash that changes when the source does."""
 
 
-# Splits by name, each opened with the classes that its labels shall count.
+# Splits by name, each opened with the classes that its labels number.
 Openers = dict[str, Callable[[list[str]], Source]]
 
 
 class ListedSource:
-    """What sources of image files with paths have in common: the same files give the same shards from any of them."""
+    """Common code of sources of image files with paths: the same files give the same shards from any of them."""
 
     def __init__(self, classes: list[str], paths: list[str], labels: list[int]) -> None:
         self.classes = classes

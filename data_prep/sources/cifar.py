@@ -22,7 +22,7 @@ from sources.published import PublishedFiles
 
 SIDE = 32
 _NAMES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
-# All that NumPy's arrays in a pickle call for, in its versions 1 and 2.
+# All names that NumPy's arrays in a pickle need, in its versions 1 and 2.
 _HARMLESS = {
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
@@ -33,7 +33,7 @@ _HARMLESS = {
 
 
 def cifar_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str]]:
-    """The splits of the CIFAR in `src`, and its classes; both empty if there is none. Raises DataError."""
+    """Return the splits of the CIFAR in `src`, and its classes; both empty if there is none. Raises DataError."""
     for name, data_set in _NAMES.items():
         lists = {"train": data_set.train_list, "test": data_set.test_list}
         md5 = {data_set.meta["filename"]: data_set.meta["md5"]}
@@ -60,25 +60,25 @@ def _batch(name: str, batch: dict[str, Any]) -> tuple[npt.NDArray[np.uint8], npt
     data, labels = batch.get("data"), batch.get("labels", batch.get("fine_labels"))
     whole = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.shape[1:] == (3 * SIDE * SIDE,)
     if data is None or not whole or not isinstance(labels, list):
-        raise DataError(f"{name} has not the images and labels of CIFAR's Python version; fetch it again")
+        raise DataError(f"{name} does not have the images and labels of CIFAR's Python version; fetch it again")
     return data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1), np.array(labels, dtype=np.int64)
 
 
 def _read(name: str, contents: dict[str, bytes]) -> dict[str, Any]:
     try:
-        # Python 2 wrote them; its texts are bytes of latin1.
+        # Python 2 wrote the files; their texts are bytes of latin1.
         found = _PlainUnpickler(io.BytesIO(contents[name]), encoding="latin1").load()
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise DataError(f"{name} is no file of CIFAR's Python version ({error}); fetch it again") from error
+    except Exception as error:  # a damaged pickle raises nearly any error
+        raise DataError(f"{name} is not a file of CIFAR's Python version ({error}); fetch it again") from error
     if not isinstance(found, dict):
-        raise DataError(f"{name} is no file of CIFAR's Python version; fetch it again")
+        raise DataError(f"{name} is not a file of CIFAR's Python version; fetch it again")
     return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in found.items()}
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads plain data and NumPy's arrays; a pickle that asks for anything else is refused, so none runs code."""
+    """Reads plain data and NumPy's arrays. A pickle that needs anything else is refused, so none runs code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _HARMLESS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which images do not need")
+            raise pickle.UnpicklingError(f"it needs {module}.{name}, which images do not use")
         return super().find_class(module, name)

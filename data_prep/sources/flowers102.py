@@ -27,14 +27,14 @@ from sources.pixels import renumbered
 from sources.published import PublishedFiles
 
 IMAGES, LABELS, SETS = (Flowers102._file_dict[part][0] for part in ("image", "label", "setid"))
-FOLDER = "flowers-102"  # where torchvision puts them
+FOLDER = "flowers-102"  # torchvision's folder
 _SPLITS = {"train": ("trnid", "valid"), "test": ("tstid",)}
-# Older torchvision does not know what people call the classes.
+# Older torchvision does not have the readable names of the classes.
 CLASSES: list[str] = getattr(Flowers102, "classes", None) or [str(number) for number in range(1, 103)]
 
 
 def flowers_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str]]:
-    """The splits of the Flowers-102 in `src`, and its classes; both empty if there is none. Raises DataError."""
+    """Return the splits of the Flowers-102 in `src`, and its classes; both empty if there is none. Raises DataError."""
     files = PublishedFiles(src, "flowers102", dict(Flowers102._file_dict.values()), folder=FOLDER)
     if not files.are_there:
         return {}, []
@@ -49,7 +49,7 @@ def flowers_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str
 
 
 class FlowersSource(ListedSource):
-    """The images with these numbers, which count from 1. See Source. Raises DataError where one is not there."""
+    """The images with these numbers, which count from 1. See Source. Raises DataError if one is missing."""
 
     def __init__(
         self,

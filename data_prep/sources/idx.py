@@ -20,7 +20,7 @@ _LABELS = "labels{}idx1-ubyte"
 
 
 def idx_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str]]:
-    """The splits whose image files are in `src`, such as train and t10k, and their classes. Raises DataError."""
+    """Return the splits whose image files are in `src`, such as train and t10k, and their classes. Raises DataError."""
     found: dict[str, Path] = {}
     for path in sorted(src.iterdir()):
         match = _IMAGES.fullmatch(path.name)
@@ -33,7 +33,7 @@ def idx_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str]]:
 
 
 def read_idx(path: Path) -> npt.NDArray[np.uint8]:
-    """The array of an IDX file of bytes, plain or gzipped. Raises DataError where it is damaged."""
+    """Return the array of an IDX file of bytes, plain or gzipped. Raises DataError if it is damaged."""
     fix = "fetch it again"
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -51,12 +51,12 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
 
 def _open(images: Path, own: list[str], options: SourceOptions, classes: list[str]) -> PixelSource:
     labels = read_idx(_labels_of(images))
-    # JPEG, as the demo's figures were measured; at this quality it is smaller than PNG and off by a level or two.
+    # The demo's figures were measured with JPEG; at this quality it is smaller than PNG and off by a level or two.
     return PixelSource(str(images), read_idx(images), labels, own, classes, options.encoding or "jpeg")
 
 
 def _classes(src: Path, images: list[Path]) -> list[str]:
-    """Class names from classes.txt beside the files, one a line; else the numbers up to the largest label."""
+    """Return class names from classes.txt beside the files, one per line; else the numbers up to the largest label."""
     listed = src / CLASSES_FILE
     if listed.is_file():
         return [line.strip() for line in listed.read_text().splitlines() if line.strip()]

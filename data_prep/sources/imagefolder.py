@@ -11,21 +11,21 @@ from karat_scale.errors import DataError
 from sources.base import ListedSource, UnreadableSampleError
 
 SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test")
-NO_IMAGE_NAME = "the name has no image ending"
+NO_IMAGE_NAME = "the name has no image suffix"
 
 
 def is_image_name(file: str) -> bool:
-    """Whether a file's name says that it is an image, as ImageFolder sees it; hidden files are none."""
+    """True if a file's name is that of an image, by ImageFolder's rules; hidden files are not."""
     return file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")
 
 
 def split_folders(src: Path) -> dict[str, Path]:
-    """The folders of `src` that are splits with class folders in them; empty if `src` holds the classes itself."""
+    """Return the folders of `src` that are splits with class folders; empty if `src` holds the classes itself."""
     return {name: src / name for name in SPLIT_FOLDERS if (src / name).is_dir() and _has_folders(src / name)}
 
 
 def flat_folders(src: Path) -> dict[str, Path]:
-    """The folders of `src` with a split's name that hold images and no class folders."""
+    """Return the folders of `src` with a split's name that hold images and no class folders."""
     return {
         name: src / name
         for name in SPLIT_FOLDERS
@@ -40,7 +40,7 @@ def _has_folders(folder: Path) -> bool:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Class names, sorted. Raises DataError where none is there, or one is no UTF-8."""
+    """Return the class names, sorted. Raises DataError if there is none, or if one is not UTF-8."""
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
     if not names:
         raise DataError(f"{folder} has no class folders; expected {folder.name}/<class>/<image>")
@@ -49,11 +49,11 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def require_utf8(classes: list[str], where: Path) -> None:
-    """Raises DataError for a class whose name cannot be written as text."""
+    """Raise DataError for a class whose name cannot be written as text."""
     for name in classes:
         shown = os.fsencode(name).decode(errors="backslashreplace")
         if shown != name:
-            raise DataError(f"{where}: the name of class {shown} is no UTF-8; rename it")
+            raise DataError(f"{where}: the name of class {shown} is not UTF-8; rename it")
 
 
 class ImageFolderSource(ListedSource):
@@ -72,7 +72,7 @@ class ImageFolderSource(ListedSource):
         for name in class_folders(folder):
             if name not in numbers:
                 raise DataError(
-                    f"{folder / name} is a class the shards do not have; their classes are "
+                    f"{folder / name} is a class that the shards do not have; their classes are "
                     f"{classes[0]} ... {classes[-1]} ({len(classes)}); use another --out"
                 )
             found = self._images_under(name)
@@ -92,7 +92,7 @@ class ImageFolderSource(ListedSource):
                     found.append(path)
                 else:
                     self.skipped.append((path, NO_IMAGE_NAME))
-        # As FolderSplit has them: names that are no UTF-8 are otherwise sorted as text.
+        # Like FolderSplit: as text, names that are not UTF-8 would be sorted differently.
         return sorted(found, key=os.fsencode)
 
     @property

@@ -19,14 +19,14 @@ VAL_TAR = "ILSVRC2012_img_val.tar"
 
 
 def has_imagenet_tars(src: Path) -> bool:
-    """Whether an official tar is in `src`."""
+    """True if an official tar is in `src`."""
     return (src / TRAIN_TAR).is_file() or (src / VAL_TAR).is_file()
 
 
 def imagenet_splits(
     src: Path, split: str | None, options: SourceOptions, known_classes: list[str] | None
 ) -> tuple[dict[str, Callable[[list[str]], TarSource]], list[str]]:
-    """The splits whose tars are in `src`, and their classes: the sorted wnids. Raises DataError."""
+    """Return the splits whose tars are in `src`, and their classes: the sorted wnids. Raises DataError."""
     found: dict[str, Callable[[list[str]], TarSource]] = {}
     wnids: set[str] = set()
     if (src / TRAIN_TAR).is_file():
@@ -77,7 +77,7 @@ def _val_labels(src: Path, members: list[Member], options: SourceOptions, wnids:
     path = options.val_labels or find_file(src, LABEL_FILES)
     if path is None:
         raise DataError(
-            f"{src / VAL_TAR} has no labels beside it; put LOC_val_solution.csv there or give --val-labels FILE, "
+            f"{src / VAL_TAR} has no labels beside it; put LOC_val_solution.csv there or use --val-labels FILE, "
             f"or make only --split train"
         )
     stems = [_stem(member) for member in members if is_image_name(_file(member))]

@@ -1,4 +1,4 @@
-"""Names of samples in shards, made from paths that may be anything."""
+"""Names of samples in shards, made from any paths."""
 
 import hashlib
 import os
@@ -9,10 +9,10 @@ _UNFIT = re.compile(r"[\x00-\x20\x7f\s]")
 
 
 def unique_keys(paths: list[str]) -> list[str]:
-    """A key per path, never the same twice and short enough for a tar.
+    """Return a key for each path. Keys are unique and short enough for a tar.
 
-    The key is the path without its ending. It has no dot in its last part, no blank, and no part that leads
-    out of a directory; what does not fit becomes `_` or, as a whole, a hash.
+    The key is the path without its suffix. Its last part has no dot, and it has no blank and no part that points
+    outside of a directory; other characters become `_`, or the whole key becomes a hash.
     """
     keys: list[str] = []
     taken: set[str] = set()

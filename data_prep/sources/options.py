@@ -1,4 +1,4 @@
-"""What the command line says about how a source is read."""
+"""The options of the command line that say how a source is read."""
 
 import argparse
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ Encoding = Literal["png", "jpeg"]
 class SourceOptions:
     """How a source is read.
 
-    val_labels, synsets: files with ImageNet's validation labels, as val_labels.py has them. encoding: of images that a
-    source holds as raw pixels; None takes the source's own. any_hash: read files of a published data set that have
+    val_labels, synsets: files with ImageNet's validation labels, as in val_labels.py. encoding: of images that a
+    source holds as raw pixels; None uses the source's own. any_hash: accept files of a published data set with
     another hash than the published one.
     """
 
@@ -24,5 +24,5 @@ class SourceOptions:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> "SourceOptions":
-        """Those of a script's command line."""
+        """Return the options from a script's command line."""
         return cls(options.val_labels, options.synsets, options.encoding, options.any_hash)

@@ -1,4 +1,4 @@
-"""Images that a source holds as raw pixels: encoded one by one, as they are read."""
+"""Images that a source holds as raw pixels: each is encoded when it is read."""
 
 import hashlib
 import io
@@ -18,8 +18,8 @@ _CHUNK = 4096
 class PixelSource:
     """Images uint8 [n, H, W] or [n, H, W, 3] with their class numbers. See Source.
 
-    file: what they are from, for reports. own: the source's classes, which the labels number; `classes`, the shards',
-    may have them in another order. facts: what dataset.json should say besides. Raises DataError where images and
+    file: their file, for reports. own: the source's classes, which the labels number; `classes`, the shards',
+    may have them in another order. facts: additional facts for dataset.json. Raises DataError if images and
     labels do not fit.
     """
 
@@ -48,7 +48,7 @@ class PixelSource:
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
-        # Unknown before encoding; the pixels are about the most.
+        # Unknown before encoding; the pixels are about the upper limit.
         return np.full(len(self), self._images[0].size, dtype=np.int64)
 
     def name(self, index: int) -> str:
@@ -75,7 +75,7 @@ class PixelSource:
 
 
 def renumbered(file: str, labels: npt.NDArray[Any], own: list[str], classes: list[str]) -> npt.NDArray[np.int32]:
-    """Labels that count `own` as labels that count `classes`. Raises DataError for one that is no class."""
+    """Convert labels that number `own` to labels that number `classes`. Raises DataError for an unknown one."""
     wrong = np.flatnonzero((labels < 0) | (labels >= len(own)))
     if len(wrong):
         raise DataError(

@@ -19,7 +19,7 @@ _MB = 1_000_000
 class PublishedFiles:
     """Some files of one data set in `src`: members of `folder` in `archive`, or plain files in `folder` or `src`.
 
-    md5: the published hash by file name, None where there is none. fetched_by: the data set's name for fetch.py.
+    md5: the published hash by file name, None if there is none. fetched_by: the data set's name for fetch.py.
     """
 
     def __init__(
@@ -37,30 +37,30 @@ class PublishedFiles:
             if not missing:
                 self._folder = place
                 return
-            # In `src` itself, names such as train and meta may be anyone's.
+            # In `src` itself, names such as train and meta may belong to anything.
             if len(missing) < len(md5) and (place != src or not archive):
                 raise DataError(f"{place} has no {missing[0]}; {self._fix}")
 
     @property
     def are_there(self) -> bool:
-        """Whether the archive or all of the files are in the source."""
+        """True if the archive or all of the files are in the source."""
         return self._archive is not None or self._folder is not None
 
     @cached_property
     def contents(self) -> dict[str, bytes]:
-        """Each file's bytes, by name. Raises DataError where one is missing or the archive is damaged."""
+        """Return each file's bytes, by name. Raises DataError if one is missing or the archive is damaged."""
         if self._archive is not None:
             return self._unpacked(self._archive)
         assert self._folder is not None
         return {name: (self._folder / name).read_bytes() for name in self._md5}
 
     def checked(self, any_hash: bool) -> dict[str, bytes]:
-        """The contents, if they have the published hashes or `any_hash` is right. Raises DataError."""
+        """Check that the contents have the published hashes, unless `any_hash` is set. Raises DataError."""
         if self._others and not any_hash:
             name = self._others[0]
             raise DataError(
                 f"{self._where}: {name} has the MD5 {_md5(self.contents[name])}, and the published one is "
-                f"{self._md5[name]}; {self._fix}, or take it as it is by --any-hash"
+                f"{self._md5[name]}; {self._fix}, or accept it with --any-hash"
             )
         if self._others:
             print(f"warning: {self._where}: not as published: {', '.join(self._others)} (--any-hash)", file=sys.stderr)
@@ -68,7 +68,7 @@ class PublishedFiles:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What dataset.json says of the files: which of them are not the published ones."""
+        """Return the facts for dataset.json: the files that are not the published ones."""
         return {"not_as_published": self._others}
 
     @cached_property
@@ -94,7 +94,7 @@ class PublishedFiles:
 
 
 class _CountedReads:
-    """A file that tells how many MB were read of it."""
+    """A file that reports how many MB were read."""
 
     def __init__(self, file: IO[bytes], advance: Callable[[int], None]) -> None:
         self._file, self._advance = file, advance
@@ -107,7 +107,7 @@ class _CountedReads:
 
 
 def _read_members(packed: _CountedReads, wanted: dict[str, str]) -> dict[str, bytes]:
-    """The members of a gzipped tar whose paths are keys of `wanted`, by its values; reads no further than it must."""
+    """Return the members of a gzipped tar whose paths are keys of `wanted`, by its values; stops after the last one."""
     found: dict[str, bytes] = {}
     with tarfile.open(fileobj=packed, mode="r|gz") as tar:  # type: ignore[call-overload]
         for member in tar:

@@ -18,7 +18,7 @@ from karat_scale.data.formats.shards import ShardSplit
 
 
 class ShardSource:
-    """One split of a directory of shards. See Source. Raises DataError where the shards are not right."""
+    """One split of a directory of shards. See Source. Raises DataError if the shards are not right."""
 
     def __init__(self, directory: Path, split: str, record: DatasetRecord) -> None:
         self.classes = record.classes
@@ -52,12 +52,12 @@ class ShardSource:
 
 
 def has_shards(src: Path) -> bool:
-    """Whether this is a directory of finished shards."""
+    """True if this is a directory of finished shards."""
     return (src / DATASET_FILE).is_file()
 
 
 def open_shards(src: Path, split: str | None) -> tuple[dict[str, ShardSource], list[str]]:
-    """The wanted splits of a directory of shards, and its classes' human names. Raises DataError."""
+    """Return the requested splits of a directory of shards, and its classes' readable names. Raises DataError."""
     record = read_dataset_record(src)
     chosen = chosen_splits(src, record, split)
     return {name: ShardSource(src, name, record) for name, found in chosen.items() if found.samples}, record.names

@@ -19,7 +19,7 @@ SIDE = 96
 
 
 def stl10_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str]]:
-    """The splits of the STL-10 in `src`, and its classes; both empty if there is none. Raises DataError."""
+    """Return the splits of the STL-10 in `src`, and its classes; both empty if there is none. Raises DataError."""
     md5: dict[str, str | None] = {STL10.class_names_file: None}
     md5 |= {file: md5 for file, md5 in (*STL10.train_list, *STL10.test_list) if not file.startswith("unlabeled")}
     files = PublishedFiles(src, "stl10", md5, STL10.filename, STL10.base_folder)
@@ -33,7 +33,7 @@ def _open(split: str, files: PublishedFiles, own: list[str], options: SourceOpti
     name = f"{split}_X.bin"
     pixels = np.frombuffer(files.contents[name], dtype=np.uint8)
     if pixels.size % (3 * SIDE * SIDE):
-        raise DataError(f"{name} has {pixels.size} bytes, which are no whole number of images; fetch it again")
+        raise DataError(f"{name} has {pixels.size} bytes, not a whole number of images; fetch it again")
     # Each image is three planes, each column by column.
     images = pixels.reshape(-1, 3, SIDE, SIDE).transpose(0, 3, 2, 1)
     labels = np.frombuffer(files.contents[f"{split}_y.bin"], dtype=np.uint8).astype(np.int64) - 1

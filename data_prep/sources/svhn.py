@@ -1,6 +1,6 @@
-"""SVHN's cropped digits as a source: train_32x32.mat, test_32x32.mat and, a split of its own, extra_32x32.mat.
+"""SVHN's cropped digits as a source: train_32x32.mat, test_32x32.mat and, as a separate split, extra_32x32.mat.
 
-The files give the digit 0 the label 10; here every digit is its own class.
+The files give the digit 0 the label 10; here the class of every digit is its number.
 """
 
 from functools import partial
@@ -21,7 +21,7 @@ _LABEL_OF_ZERO = 10
 
 
 def svhn_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str]]:
-    """The splits whose files are in `src`, and the classes; both empty if there is none."""
+    """Return the splits whose files are in `src`, and the classes; both empty if there is none."""
     found: Openers = {}
     for split, (_, file, md5) in SVHN.split_list.items():
         files = PublishedFiles(src, "svhn_extra" if split == "extra" else "svhn", {file: md5})

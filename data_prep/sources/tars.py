@@ -1,4 +1,4 @@
-"""Images inside an uncompressed tar, read where they lie: headers are scanned once, nothing is unpacked."""
+"""Images inside an uncompressed tar, read in place: headers are scanned once, nothing is unpacked."""
 
 import os
 import tarfile
@@ -26,13 +26,13 @@ class Member:
 
 
 def scan_tar(path: Path, within: Member | None = None) -> Iterator[Member]:
-    """The regular files of a tar, or of the tar that is member `within` of it. Raises DataError if damaged."""
+    """Return the regular files of a tar, or of the tar that is member `within` of it. Raises DataError if damaged."""
     what = f"{path}: {within.name}" if within else f"{path}"
     try:
         with path.open("rb") as file:
             end = within.offset + within.size if within else path.stat().st_size
             file.seek(within.offset if within else 0)
-            # Offsets count from the start of the outer file, since that is what tarfile is handed.
+            # Offsets count from the start of the outer file, since tarfile reads that.
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 while (info := archive.next()) is not None and info.offset < end:
                     archive.members.clear()  # type: ignore[attr-defined]
@@ -40,21 +40,21 @@ def scan_tar(path: Path, within: Member | None = None) -> Iterator[Member]:
                         raise DataError(f"{what} is cut short at {info.name!r}; fetch it again")
                     if info.isreg() and not info.issparse():
                         yield Member(info.name, info.offset_data, info.size)
-                # A tar ends with blocks of zeros; one that was cut between two members does not.
+                # A tar ends with blocks of zeros; a tar that was cut between two members does not.
                 file.seek(archive.offset)
                 if file.read(max(0, min(TAR_BLOCK, end - archive.offset))) != bytes(TAR_BLOCK):
                     raise DataError(f"{what} is cut short: it has no end mark; fetch it again")
     except tarfile.TarError as error:
         packed = path.suffix in (".gz", ".tgz", ".xz", ".bz2", ".zst")
         fix = "unpack its compression first" if packed else "fetch it again"
-        raise DataError(f"{what} is no whole tar ({error}); {fix}") from error
+        raise DataError(f"{what} is not a complete tar ({error}); {fix}") from error
 
 
 class TarSource(ListedSource):
     """Image members of one tar as a source. See Source.
 
-    members: (class name, path for reports and keys, member). They are put in the order that an ImageFolder of the
-    same images has, so both give the same shards.
+    members: (class name, path for reports and keys, member). They are sorted in the order of an ImageFolder of the
+    same images, so both give the same shards.
     """
 
     def __init__(self, archive: Path, classes: list[str], members: Iterator[tuple[str, str, Member]]) -> None:
@@ -99,7 +99,7 @@ class TarSource(ListedSource):
 
 
 def folder_tar_splits(path: Path) -> tuple[dict[str, Callable[[list[str]], Any]], list[str]]:
-    """Splits and classes of a tar of an ImageFolder: [<anything>/][train/|val/]<class>/<image>."""
+    """Return splits and classes of a tar of an ImageFolder: [<anything>/][train/|val/]<class>/<image>."""
     by_split: dict[str, list[tuple[str, str, Member]]] = {}
     for member in scan_tar(path):
         parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
@@ -112,7 +112,7 @@ def folder_tar_splits(path: Path) -> tuple[dict[str, Callable[[list[str]], Any]]
     if flat and len(by_split) > 1:
         raise DataError(
             f"{path}: {flat[0].name} is in no class folder of a split, as other images are; sort such images into "
-            "<split>/<class>/<image>, or leave them out"
+            "<split>/<class>/<image>, or remove them"
         )
     classes = sorted({item[0] for items in by_split.values() for item in items})
     require_utf8(classes, path)

@@ -1,13 +1,13 @@
-"""The class of each ImageNet validation image, from any of the forms in which the labels are published.
+"""The class of each ImageNet validation image, from any of the published forms of the labels.
 
     LOC_val_solution.csv                          Kaggle: `ILSVRC2012_val_00048981,n03995372 85 1 499 272`
-    any text or CSV file                          lines `filename wnid`, parted by blank or comma, ending optional
-    imagenet_2012_validation_synset_labels.txt    a wnid a line, in the order of the images' names
+    any text or CSV file                          lines `filename wnid`, separated by blank or comma, suffix optional
+    imagenet_2012_validation_synset_labels.txt    one wnid per line, in the order of the images' names
     val.txt                                       lines `filename number`, counted from 0 over the sorted wnids
-    ILSVRC2012_validation_ground_truth.txt        the devkit: a number a line, from 1, in the devkit's own class order
+    ILSVRC2012_validation_ground_truth.txt        the devkit: one number per line, from 1, in its own class order
 
 The devkit's order is not the sorted one. It comes from a mapping file (--synsets) with lines `number wnid ...`, or a
-wnid a line in that order, as meta.mat has it.
+wnid per line in that order, as in meta.mat.
 """
 
 import re
@@ -30,12 +30,12 @@ _COLUMNS = re.compile(r"[\s,]+")
 
 
 def find_file(src: Path, names: tuple[str, ...]) -> Path | None:
-    """The first of these files in `src`."""
+    """Return the first of these files in `src`."""
     return next((src / name for name in names if (src / name).is_file()), None)
 
 
 def read_synset_names(path: Path) -> dict[str, str]:
-    """Human names by wnid from lines `n01440764 tench, Tinca tinca`. Raises DataError."""
+    """Return readable names by wnid from lines `n01440764 tench, Tinca tinca`. Raises DataError."""
     names = {}
     for number, line in enumerate(_lines(path), 1):
         wnid, _, name = line.partition("\t" if "\t" in line else " ")
@@ -46,10 +46,10 @@ def read_synset_names(path: Path) -> dict[str, str]:
 
 
 def read_val_labels(path: Path, stems: list[str], wnids: list[str] | None, synsets: Path | None) -> dict[str, str]:
-    """wnid by image name without ending, for the images `stems`, from a label file.
+    """Return the wnid by image name without suffix, for the images `stems`, from a label file.
 
-    wnids: the sorted classes, where known, for numbers counted from 0. synsets: the devkit's class order. Raises
-    DataError where an image has no label, or a line is of no known form.
+    wnids: the sorted classes, if known, for numbers counted from 0. synsets: the devkit's class order. Raises
+    DataError if an image has no label, or a line has an unknown form.
     """
     rows = [_COLUMNS.split(line) for line in _lines(path)]
     if rows and rows[0][0] == "ImageId":
@@ -69,7 +69,7 @@ def read_val_labels(path: Path, stems: list[str], wnids: list[str] | None, synse
         raise DataError(f"{path} has no label for {missing[0]} and {len(missing) - 1} other images")
     wrong = next((stem for stem in stems if not _WNID.fullmatch(named[stem])), None)
     if wrong:
-        raise DataError(f"{path}: the label of {wrong} is {named[wrong]!r}, which is no wnid such as n01440764")
+        raise DataError(f"{path}: the label of {wrong} is {named[wrong]!r}, which is not a wnid such as n01440764")
     return named
 
 
@@ -86,21 +86,21 @@ def _stem(name: str) -> str:
 
 
 def _by_position(path: Path, values: list[str], stems: list[str]) -> dict[str, str]:
-    """Line n belongs to the image with n in its name, else to the n-th name."""
+    """Match line n with the image with n in its name, else with the n-th name."""
     numbers = [_NUMBER_IN_NAME.search(stem) for stem in stems]
     if all(numbers):
         places = {stem: int(found[1]) for stem, found in zip(stems, numbers, strict=True) if found}
     elif len(values) == len(stems):
         places = {stem: place for place, stem in enumerate(sorted(stems), 1)}
     else:
-        raise DataError(f"{path} has {len(values)} lines for {len(stems)} images; give lines `filename wnid`")
+        raise DataError(f"{path} has {len(values)} lines for {len(stems)} images; use lines `filename wnid`")
     return {stem: values[place - 1] for stem, place in places.items() if 1 <= place <= len(values)}
 
 
 def _from_devkit(path: Path, numbers: dict[str, str], synsets: Path | None) -> dict[str, str]:
     if synsets is None:
         raise DataError(
-            f"{path} holds the devkit's class numbers; give --synsets FILE with lines `number wnid` (from meta.mat), "
+            f"{path} holds the devkit's class numbers; use --synsets FILE with lines `number wnid` (from meta.mat), "
             f"or use LOC_val_solution.csv"
         )
     rows = [_COLUMNS.split(line) for line in _lines(synsets)]
@@ -109,13 +109,13 @@ def _from_devkit(path: Path, numbers: dict[str, str], synsets: Path | None) -> d
     else:
         order = {number: row[0] for number, row in enumerate(rows, 1)}
         if list(order.values()) == sorted(order.values()):
-            raise DataError(f"{synsets} is sorted by wnid, which is not the devkit's order; give lines `number wnid`")
+            raise DataError(f"{synsets} is sorted by wnid, which is not the devkit's order; use lines `number wnid`")
     return {stem: _pick(path, order, int(number)) for stem, number in numbers.items()}
 
 
 def _from_sorted(path: Path, numbers: dict[str, str], wnids: list[str] | None) -> dict[str, str]:
     if not wnids:
-        raise DataError(f"{path} numbers the classes, and their wnids are not known; make the train split with it")
+        raise DataError(f"{path} numbers the classes, but their wnids are unknown; make the train split with it")
     order = dict(enumerate(sorted(wnids)))
     if max(map(int, numbers.values())) >= len(order):
         raise DataError(

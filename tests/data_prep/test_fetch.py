@@ -86,7 +86,7 @@ def test_a_wrong_file_is_not_kept_and_the_next_address_is_tried(served, tmp_path
     download(wanted, tmp_path)
     assert (tmp_path / "right").read_bytes() == b"right"
     (folder / "right").write_bytes(b"something else")
-    with pytest.raises(DataError, match=rf"right came with the MD5 \w+ in place of {wanted.md5}"):
+    with pytest.raises(DataError, match=rf"right has the MD5 \w+ instead of {wanted.md5}"):
         download(wanted, tmp_path / "served")
     assert not (folder / ".right.part").exists()
 
@@ -96,7 +96,7 @@ def test_fashion_mnist_becomes_shards(served, tmp_path, write_idx, monkeypatch):
     write_idx(folder, "train", 30)
     write_idx(folder, "t10k", 10)
     files = [remote(folder, name, f"{address}/{name}") for name in NAMES]
-    with pytest.raises(DataError, match=r"web: train-images-idx3-ubyte.gz is not what it should be"):
+    with pytest.raises(DataError, match=r"web: train-images-idx3-ubyte.gz has the wrong content"):
         script.fetch(files, tmp_path, {"web": lambda wanted: script.from_web(wanted, tmp_path)}, script.has_right_shape)
     monkeypatch.setattr(script, "data_sets", lambda: {"fashion_mnist": files})
     monkeypatch.setattr(script, "has_right_shape", script.has_right_hash)
@@ -131,7 +131,7 @@ def test_every_data_set_is_told_by_a_dry_run_that_writes_nothing(tmp_path, capsy
 def test_debian_gives_the_real_files(tmp_path, capsys):
     if shutil.which("apt-get") is None or not Path("/etc/debian_version").exists():
         pytest.skip("not a Debian system")
-    with pytest.raises(DataError, match="--source debian has fashion_mnist alone"):
+    with pytest.raises(DataError, match="--source debian has only fashion_mnist"):
         script.main(["cifar10", "--out", str(tmp_path), "--source", "debian"])
     try:
         script.main(["fashion_mnist", "--out", str(tmp_path), "--source", "debian"])
@@ -142,6 +142,6 @@ def test_debian_gives_the_real_files(tmp_path, capsys):
     assert (tmp_path / "classes.txt").read_text().splitlines() == FashionMNIST.classes
     capsys.readouterr()
     script.main(["fashion_mnist", "--out", str(tmp_path)])
-    assert "is there and right" in capsys.readouterr().out
+    assert "is complete and correct" in capsys.readouterr().out
     (tmp_path / NAMES[3]).write_bytes(b"damage")
     assert not script.has_right_shape(tmp_path / NAMES[3], files[3])

@@ -102,7 +102,7 @@ def test_running_again_verifies_and_fixes(folder, tmp_path, capsys):
     before = contents(out)
     capsys.readouterr()
     make_betons(folder, out)
-    assert "train: 18 samples in train.beton are there and right" in capsys.readouterr().out
+    assert "train: 18 samples in train.beton are complete and correct" in capsys.readouterr().out
     damaged = bytearray(before["train.beton"])
     damaged[-1000] ^= 1
     (out / "train.beton").write_bytes(damaged)
@@ -129,7 +129,7 @@ def test_other_settings_or_another_source_are_refused(folder, tmp_path):
 def test_a_beton_of_unknown_origin_stays(folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/train.beton").write_text("precious")
-    with pytest.raises(DataError, match=r"train.beton is in the way and was not finished by this script"):
+    with pytest.raises(DataError, match=r"train.beton exists and was not finished by this script"):
         make_betons(folder, tmp_path / "out")
     assert (tmp_path / "out/train.beton").read_text() == "precious"
 
@@ -160,7 +160,7 @@ def test_options_that_would_do_nothing_with_shards_are_refused(folder, tmp_path)
     shards, out = tmp_path / "shards", tmp_path / "out"
     make_shards(folder, shards, "--workers", "1")
     for option in (("--subset", "2"), ("--check", "decode"), ("--on-odd", "convert"), ("--seed", "3")):
-        with pytest.raises(DataError, match=f"^{option[0]} does not go with shards, which have it settled$"):
+        with pytest.raises(DataError, match=f"^{option[0]} applies only when shards are made; remove it$"):
             make_betons(shards, out, *option)
     assert not out.exists()
     make_betons(shards, out, "--seed", "3", "--write-mode", "proportion")
@@ -178,7 +178,7 @@ def test_a_beton_of_shards_does_not_say_that_its_images_were_checked(folder, tmp
     record["made"] |= {"check": "header", "on_odd": "keep"}
     (out / "train.beton.json").write_text(json.dumps(record))
     make_betons(tmp_path / "shards", out)
-    assert "train: 18 samples in train.beton are there and right" in capsys.readouterr().out
+    assert "train: 18 samples in train.beton are complete and correct" in capsys.readouterr().out
 
 
 KILLED = """
@@ -207,7 +207,7 @@ def test_a_killed_run_leaves_nothing_that_reads_as_whole(folder, tmp_path, capsy
     with pytest.raises(DataError, match=r"train.beton.json cannot be read"):
         BetonSplit(out, "train", 3)
     make_betons(folder, out)
-    assert "train: an earlier run did not finish; beginning anew" in capsys.readouterr().out
+    assert "train: an earlier run did not finish; starting again" in capsys.readouterr().out
     assert len(beton_samples(out, "train")) == 18
     assert not (out / ".train.beton.unfinished").exists()
 

@@ -106,7 +106,7 @@ def test_unusable_files_are_listed_and_truncated_ones_keep_their_place(folder, t
 def test_an_image_that_does_not_fit_is_an_error_and_no_hang(folder, tmp_path, workers):
     """FFCV's own writer waits for ever when a sample raises."""
     Image.new("RGB", (70_000, 1)).save(folder / "train" / WNIDS[0] / "wide.png")
-    with pytest.raises(DataError, match=r"wide.png: 70000 x 1 pixels do not fit FFCV's format; give --max-resolution"):
+    with pytest.raises(DataError, match=r"wide.png: 70000 x 1 pixels do not fit FFCV's format; use --max-resolution"):
         make_betons(folder, tmp_path / "out", "--workers", workers)
     assert not list((tmp_path / "out").iterdir())
     make_betons(folder, tmp_path / "out", "--workers", workers, "--max-resolution", "100")

@@ -73,7 +73,7 @@ def test_running_again_verifies_and_fixes(folder, tmp_path, capsys):
     before = contents(out)
     capsys.readouterr()
     make_shards(folder[0], out, "--shard-samples", "6")
-    assert "train: 21 samples in 4 shards are there and right" in capsys.readouterr().out
+    assert "train: 21 samples in 4 shards are complete and correct" in capsys.readouterr().out
     assert contents(out) == before
     (out / "train-000001.tar").write_bytes(b"damage")
     (out / "val-000000.index.npz").unlink()
@@ -135,7 +135,7 @@ def test_unusable_files_are_listed_and_the_rest_is_made(folder, tmp_path, capsys
     assert [(item.path, item.reason) for item in record.skipped] == [
         ("ant/empty.jpg", "the file is empty"),
         ("bee/text.jpg", "not an image in a supported format"),
-        ("cat/notes.txt", "the name has no image ending"),
+        ("cat/notes.txt", "the name has no image suffix"),
     ]
     assert "3 skipped" in capsys.readouterr().out
 
@@ -176,7 +176,7 @@ def test_sources_with_nothing_in_them(tmp_path, folder):
     (tmp_path / "bare/ant/a.jpg").write_text("text")
     with pytest.raises(DataError, match=r"no image of split train is usable; first: ant/a.jpg"):
         make_shards(tmp_path / "bare", tmp_path / "out")
-    with pytest.raises(DataError, match="has no split 'extra'; the splits there: train, test"):
+    with pytest.raises(DataError, match="has no split 'extra'; it has train, test"):
         make_shards(folder[0], tmp_path / "out", "--split", "extra")
 
 
@@ -220,9 +220,9 @@ def test_a_full_disk_names_the_file_and_the_fix(folder, small_disk, capsys, work
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--synsets", "nofile"), r"--synsets nofile: there is no such file"),
-        (("--val-labels", "nofile"), r"--val-labels nofile: there is no such file"),
-        (("--names", "nofile", "--dry-run"), r"--names nofile: there is no such file"),
+        (("--synsets", "nofile"), r"--synsets nofile: the file does not exist"),
+        (("--val-labels", "nofile"), r"--val-labels nofile: the file does not exist"),
+        (("--names", "nofile", "--dry-run"), r"--names nofile: the file does not exist"),
         (("--val-labels", __file__), r"--val-labels has no meaning for folders of image files, as in .*; leave it out"),
         (("--encoding", "jpeg"), r"--encoding has no meaning for folders of image files"),
         (("--any-hash",), r"--any-hash has no meaning for folders of image files"),

@@ -57,7 +57,7 @@ def test_a_killed_run_goes_on_with_the_shard_it_was_at(folders, tmp_path, worker
     again = start(folders, out, *options)
     said, _ = again.communicate()
     assert again.returncode == 0, said
-    assert f"{len(finished)} of 60 shards were finished before; going on" in said
+    assert f"{len(finished)} of 60 shards were finished before; resuming" in said
     assert contents(out) == contents(tmp_path / "whole")
     assert times == {name: (out / f"{name}.tar").stat().st_mtime_ns for name in finished}
 

@@ -101,7 +101,7 @@ def test_the_published_hash_is_asked_for_and_a_waiver_recorded(tmp_path, capsys)
     assert made["encoding"] == "png"
     assert sorted(made["not_as_published"]) == sorted(["batches.meta", *official.CIFAR10_FILES])
     make_shards(tmp_path / "src", tmp_path / "out", "--any-hash", "--workers", "1")
-    assert "are there and right" in capsys.readouterr().out
+    assert "are complete and correct" in capsys.readouterr().out
     make_shards(tmp_path / "src", tmp_path / "jpeg", "--any-hash", "--encoding", "jpeg")
     shards = ShardSplit(tmp_path / "jpeg", "train", 10, "hash")
     assert Image.open(io.BytesIO(shards.read(0))).format == "JPEG"
@@ -136,11 +136,11 @@ def test_a_foreign_pickle_runs_no_code(tmp_path):
     victim = tmp_path / "cifar-10-batches-py" / "data_batch_3"
     for attack in (Attack(), print, {b"data": np.array([Attack()], dtype=object)}):
         victim.write_bytes(pickle.dumps(attack, 2))
-        with pytest.raises(DataError, match=r"data_batch_3 is no file of CIFAR's Python version \(it asks for \w+"):
+        with pytest.raises(DataError, match=r"data_batch_3 is not a file of CIFAR's Python version \(it needs \w+"):
             open_splits(tmp_path, "train", None, ANY)
     for damage in (b"", b"\x80\x02]q\x00.", pickle.dumps({b"data": 3})):
         victim.write_bytes(damage)
-        with pytest.raises(DataError, match=r"data_batch_3 (is no file|has not the images)"):
+        with pytest.raises(DataError, match=r"data_batch_3 (is not a file|does not have the images)"):
             open_splits(tmp_path, "train", None, ANY)
 
 
@@ -182,7 +182,7 @@ def test_a_damaged_mat_file_is_one_line(tmp_path, damage):
     official.write_svhn(tmp_path)
     path = tmp_path / "test_32x32.mat"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if damage == "half" else damage)
-    with pytest.raises(DataError, match=r"test_32x32.mat (is no whole file of MATLAB's|has no array of integers 'X')"):
+    with pytest.raises(DataError, match=r"test_32x32.mat (is not a complete MATLAB file|has no array of integers 'X')"):
         open_splits(tmp_path, "val", None, ANY)
 
 
@@ -194,7 +194,7 @@ def test_labels_and_images_that_do_not_fit(tmp_path):
         with pytest.raises(DataError, match=part):
             open_splits(tmp_path, "train", None, ANY)
     (tmp_path / "stl10_binary/train_X.bin").write_bytes(b"12345")
-    with pytest.raises(DataError, match="no whole number of images"):
+    with pytest.raises(DataError, match="not a whole number of images"):
         open_splits(tmp_path, "train", None, ANY)
     official.write_flowers(tmp_path / "flowers", 12)
     one = gzip.compress(tar_bytes({"jpg/image_00001.jpg": b"x"}))

@@ -75,7 +75,7 @@ def test_a_name_that_is_no_utf8_is_reported_as_text(tmp_path):
     with tarfile.open(tmp_path / "src.tar", "w") as tar:
         tar.add(src, "train")
     for source in (src, tmp_path / "src.tar"):
-        with pytest.raises(DataError, match=r"the name of class \\xfd is no UTF-8; rename it"):
+        with pytest.raises(DataError, match=r"the name of class \\xfd is not UTF-8; rename it"):
             make_shards(source, tmp_path / "other")
 
 

@@ -92,7 +92,7 @@ def test_published_forms_of_the_validation_labels(official, tmp_path, form):
         (None, "has no labels beside it; put LOC_val_solution.csv there"),
         ("", "val_labels.txt is empty"),
         ("ILSVRC2012_val_00000001.JPEG n01440764\n", "has no label for ILSVRC2012_val_00000002 and 7 other images"),
-        ("1\n2\n3\n1\n2\n3\n1\n2\n3\n", "holds the devkit's class numbers; give --synsets FILE"),
+        ("1\n2\n3\n1\n2\n3\n1\n2\n3\n", "holds the devkit's class numbers; use --synsets FILE"),
         ("".join(f"ILSVRC2012_val_{n:08d} cat\n" for n in range(1, 10)), "'cat', which is no wnid"),
         ("".join(f"ILSVRC2012_val_{n:08d} {n}\n" for n in range(1, 10)), "class numbers up to 9"),
     ],
@@ -134,7 +134,7 @@ def test_a_truncated_train_tar_is_refused(official, tmp_path, cut):
         second = tar.getmembers()[1].offset
     shift = {"in an inner tar": 3000, "in a header": 100, "between two inner tars": 0}[cut]
     path.write_bytes(path.read_bytes()[: second + shift])
-    with pytest.raises(DataError, match=r"ILSVRC2012_img_train.tar.* (cut short|no whole tar)"):
+    with pytest.raises(DataError, match=r"ILSVRC2012_img_train.tar.* (cut short|not a complete tar)"):
         make(official, tmp_path / "out", "--split", "train")
 
 
@@ -142,7 +142,7 @@ def test_a_truncated_inner_tar_is_refused(official, tmp_path):
     inner = {f"{wnid}.tar": tar_bytes(files) for wnid, files in train_files().items()}
     inner[f"{WNIDS[0]}.tar"] = inner[f"{WNIDS[0]}.tar"][:1900]
     (official / "ILSVRC2012_img_train.tar").write_bytes(tar_bytes(inner))
-    with pytest.raises(DataError, match=r"n01440764.tar (is cut short|is no whole tar)"):
+    with pytest.raises(DataError, match=r"n01440764.tar (is cut short|is not a complete tar)"):
         make(official, tmp_path / "out", "--split", "train")
 
 
