@@ -2,7 +2,7 @@
 # Evaluate a run's checkpoint on the validation split; each image counts once. The result is RUN/eval-CHECKPOINT.json.
 #
 #   RUN=runs/imagenet_vit_tiny_g3b sbatch --account=A --partition=P slurm/evaluate.sh [key=value ...]
-#   ... sbatch --dependency=afterok:TRAINING_JOB slurm/evaluate.sh         once the training is through
+#   ... sbatch --dependency=afterok:TRAINING_JOB slurm/evaluate.sh         when the training is finished
 
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
@@ -14,13 +14,13 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 
-# sbatch runs a copy of this file; SLURM knows where the clone is that it came from (22.05 adds the arguments).
+# sbatch runs a copy of this file. SLURM knows the path of the original, in the clone (22.05 adds the arguments).
 SCRIPT=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/;p;q}')
 KARAT_HOME=${KARAT_HOME:-$(dirname "$(dirname "${SCRIPT:-$(realpath "$0")}")")}
 
 RUN=${RUN:-}                      # the run's directory
 CHECKPOINT=${CHECKPOINT:-best}    # best, latest, or a name
-SHARDS=${SHARDS:-}                # other shards than the run's
+SHARDS=${SHARDS:-}                # other shards than those of the run
 VENV=${VENV:-}           # a virtual environment, or
 CONDA_ENV=${CONDA_ENV:-} # a conda environment; neither: the python on PATH
 MODULES=${MODULES:-}     # modules to load before, such as "cuda/12.6"

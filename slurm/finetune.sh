@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Begin a new run with a run's weights: other data, other classes, another image size, a lower rate.
+# Start a new run from a run's weights: other data, other classes, another image size, a lower rate.
 #
 #   FROM=runs/base RECIPE=my.yaml sbatch --dependency=afterok:TRAINING_JOB slurm/finetune.sh [key=value ...]
 #
-# Optimizer and schedule begin anew (docs/finetuning.md). Interrupted, it goes on from its own checkpoints.
+# Optimizer and schedule start from the beginning (docs/finetuning.md). After an interruption, the run resumes from its
+# own checkpoints.
 
 #SBATCH --job-name=finetune
 #SBATCH --nodes=1
@@ -16,11 +17,11 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR2@120
 
-# sbatch runs a copy of this file; SLURM knows where the clone is that it came from (22.05 adds the arguments).
+# sbatch runs a copy of this file. SLURM knows the path of the original, in the clone (22.05 adds the arguments).
 SCRIPT=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/;p;q}')
 KARAT_HOME=${KARAT_HOME:-$(dirname "$(dirname "${SCRIPT:-$(realpath "$0")}")")}
 
-FROM=${FROM:-}                    # the directory of the run to begin with
+FROM=${FROM:-}                    # the directory of the run to start from
 CHECKPOINT=${CHECKPOINT:-best}    # its file that names a checkpoint, best or latest, or the name itself
 RECIPE=${RECIPE:-$FROM/recipe.yaml}
 SHARDS=${SHARDS:-$KARAT_HOME/data/imagenet}
@@ -29,7 +30,7 @@ VENV=${VENV:-}           # a virtual environment, or
 CONDA_ENV=${CONDA_ENV:-} # a conda environment; neither: the python on PATH
 MODULES=${MODULES:-}     # modules to load before, such as "cuda/12.6"
 CONTAINER=${CONTAINER:-} # a prefix, such as "apptainer exec --nv karat.sif"
-STAGE=${STAGE:-}         # a disk of the node to copy the shards to, such as /local/scratch
+STAGE=${STAGE:-}         # a local disk of the node for a copy of the shards, such as /local/scratch
 
 # shellcheck source-path=SCRIPTDIR source=launch.sh
 source "$KARAT_HOME/slurm/launch.sh" || exit 2

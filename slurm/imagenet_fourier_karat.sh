@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Train a ViT with Fourier-KArAt on ImageNet until it is done, through preemption, time limits and lost nodes.
+# Train a ViT with Fourier-KArAt on ImageNet to the end, through preemption, time limits and lost nodes.
 #
 #   SHARDS=/scratch/imagenet sbatch --account=A --partition=P slurm/imagenet_fourier_karat.sh [key=value ...]
 #
 # key=value are overrides of the recipe, such as model.name=vit_small_patch16_224. Options of sbatch on the command line
-# win over the #SBATCH lines, and variables that are set when you call it over the defaults below. To train longer, or to
-# go on after a failure, submit the same line again: the run goes on from its last checkpoint.
+# override the #SBATCH lines, and variables in the environment override the defaults below. To train longer, or to resume
+# after a failure, submit the same line again: the run resumes from its last checkpoint.
 
 #SBATCH --job-name=fourier_karat
 #SBATCH --nodes=1
@@ -17,11 +17,11 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:USR2@120
-# Two lines many sites want; take one # away:
+# Many sites need these two options. Remove one # from each line to set them:
 ##SBATCH --account=
 ##SBATCH --partition=
 
-# sbatch runs a copy of this file; SLURM knows where the clone is that it came from (22.05 adds the arguments).
+# sbatch runs a copy of this file. SLURM knows the path of the original, in the clone (22.05 adds the arguments).
 SCRIPT=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/;p;q}')
 KARAT_HOME=${KARAT_HOME:-$(dirname "$(dirname "${SCRIPT:-$(realpath "$0")}")")}
 
@@ -32,7 +32,7 @@ VENV=${VENV:-}           # a virtual environment, or
 CONDA_ENV=${CONDA_ENV:-} # a conda environment; neither: the python on PATH
 MODULES=${MODULES:-}     # modules to load before, such as "cuda/12.6"
 CONTAINER=${CONTAINER:-} # a prefix, such as "apptainer exec --nv karat.sif"
-STAGE=${STAGE:-}         # a disk of the node to copy the shards to, such as /local/scratch
+STAGE=${STAGE:-}         # a local disk of the node for a copy of the shards, such as /local/scratch
 
 # shellcheck source-path=SCRIPTDIR source=launch.sh
 source "$KARAT_HOME/slurm/launch.sh" || exit 2

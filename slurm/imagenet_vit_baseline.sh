@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Train the softmax ViT that a KArAt run is compared with: the same data, schedule and seed, another attention.
+# Train the softmax baseline for a KArAt run: the same data, schedule and seed, another attention.
 #
 #   SHARDS=/scratch/imagenet sbatch --account=A --partition=P slurm/imagenet_vit_baseline.sh [key=value ...]
 #
-# What can be set, and how it goes on after an interruption, is as in imagenet_fourier_karat.sh.
+# The settings, and the behaviour after an interruption, are those of imagenet_fourier_karat.sh.
 
 #SBATCH --job-name=vit_baseline
 #SBATCH --nodes=1
@@ -16,7 +16,7 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR2@120
 
-# sbatch runs a copy of this file; SLURM knows where the clone is that it came from (22.05 adds the arguments).
+# sbatch runs a copy of this file. SLURM knows the path of the original, in the clone (22.05 adds the arguments).
 SCRIPT=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/;p;q}')
 KARAT_HOME=${KARAT_HOME:-$(dirname "$(dirname "${SCRIPT:-$(realpath "$0")}")")}
 
@@ -27,7 +27,7 @@ VENV=${VENV:-}           # a virtual environment, or
 CONDA_ENV=${CONDA_ENV:-} # a conda environment; neither: the python on PATH
 MODULES=${MODULES:-}     # modules to load before, such as "cuda/12.6"
 CONTAINER=${CONTAINER:-} # a prefix, such as "apptainer exec --nv karat.sif"
-STAGE=${STAGE:-}         # a disk of the node to copy the shards to, such as /local/scratch
+STAGE=${STAGE:-}         # a local disk of the node for a copy of the shards, such as /local/scratch
 
 # shellcheck source-path=SCRIPTDIR source=launch.sh
 source "$KARAT_HOME/slurm/launch.sh" || exit 2

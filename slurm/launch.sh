@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# What the scripts here share; they source it. In this order a script calls
+# Functions for the scripts here, which source this file. A script calls them in this order:
 #
-#   enter_environment        modules, venv or conda; refuses when karat_scale is not there
-#   check_recipe ARGUMENTS   refuses a recipe that is wrong before any GPU waits for it
-#   count_restart            refuses to start again after restarts that saved nothing new
-#   stage_shards DIR         copies shards to the nodes' own disks, if STAGE names one
+#   enter_environment        modules, venv or conda; refuses to start if karat_scale is missing
+#   check_recipe ARGUMENTS   refuses a wrong recipe before any GPU waits for it
+#   count_restart            refuses to start again after restarts without a new checkpoint
+#   stage_shards DIR         copies shards to the nodes' local disks, if STAGE is set
 #   launch ARGUMENTS         `karat ARGUMENTS`, one rank per GPU (per node without GPUs); ends the job
-#   run_alone COMMAND...     one process that goes on where it was; requeues the job on a signal
+#   run_alone COMMAND...     one process that can resume; requeues the job on a signal
 #
 # Exit codes: 0 done; 2 a mistake to fix; 1 anything else. Saved on a signal is 75: the job is requeued.
 set -uo pipefail
 
-# Restarts in a row that may end without a new checkpoint.
+# The number of restarts in a row that may end without a new checkpoint.
 : "${IDLE_RESTARTS:=3}"
-# Seconds in which a rank must get on, or the job ends and says which one did not. 0: never.
+# If a rank makes no progress for this many seconds, the job ends and names it. 0: never.
 : "${STALL_SECONDS:=900}"
-# HOST_SUFFIX: what makes a node's name the name of its fast interface, such as i on JUWELS.
+# HOST_SUFFIX: turns a node's name into the name of its fast interface, such as i on JUWELS.
 
-# What SLURM knows this job by. One element of an array has the array's own id, by which SLURM takes all of them.
+# SLURM's name of this job. One element of an array has the array's own id, which SLURM uses for all elements.
 JOB=${SLURM_JOB_ID:-}
 [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 
@@ -30,7 +30,7 @@ say() {
   echo "$(date +%H:%M:%S) job $JOB: $*"
 }
 
-# Until ranks run there is nothing to save.
+# There is nothing to save until the ranks run.
 trap 'requeue "told to stop before the start"' USR2 TERM
 
 enter_environment() {
@@ -52,7 +52,7 @@ enter_environment() {
   set -u
   read -ra PYTHON <<<"${CONTAINER:-} python"
   KARAT=("${PYTHON[@]}" -m karat_scale)
-  # In a clone; where the package is installed, it is found without.
+  # In a clone; an installed package is found without this.
   [[ -d $KARAT_HOME/karat_scale ]] && export PYTHONPATH=$KARAT_HOME${PYTHONPATH:+:$PYTHONPATH}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   "${KARAT[@]}" --version >/dev/null ||
@@ -63,7 +63,7 @@ check_recipe() {
   "${KARAT[@]}" "$@" --print >/dev/null || exit 2
 }
 
-# A run directory has one state file of ours: the newest checkpoint at the last start, and how often it was the same.
+# RUN/restarts: the newest checkpoint at the last start, and at how many starts it was the same.
 count_restart() {
   local latest seen=- idle=0
   latest=$(cat "$RUN/checkpoints/latest" 2>/dev/null || echo none)
@@ -79,7 +79,7 @@ count_restart() {
   { mkdir -p "$RUN" && echo "$latest $idle" >"$RUN/restarts"; } || refuse "RUN = $RUN cannot be written"
 }
 
-# Once per node, checked by hash, kept for the next start. A rank reads the copy if it is whole, else the shared shards:
+# Once per node, verified by hash, kept for the next start. A rank reads a complete copy, else the shared shards:
 # see karat_scale/data/staged.py.
 stage_shards() {
   export KARAT_SHARDS=$1 KARAT_STAGED=
@@ -87,7 +87,7 @@ stage_shards() {
   [[ -f $KARAT_HOME/data_prep/stage.py ]] || refuse "STAGE needs data_prep/stage.py of a clone; set KARAT_HOME to one"
   KARAT_STAGED=$STAGE/karat-$(id -un)/$(basename "$1")-$(sha256sum <"$1/dataset.json" | cut -c 1-12)
   say "staging $1 to $KARAT_STAGED on each node"
-  # One job of several on a node copies, the others wait for it.
+  # If several jobs are on a node, one copies and the others wait for it.
   # shellcheck disable=SC2016 # the task's shell is to expand these
   srun --label --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c '
     mkdir -p "$KARAT_STAGED" && exec flock "$KARAT_STAGED.lock" "$@" --out "$KARAT_STAGED"
@@ -140,14 +140,14 @@ run_alone() {
   ((code == 0)) || exit "$code"
 }
 
-# Repeated, since ranks that are still starting do not listen yet. srun passes it on to them.
+# Repeated, since ranks that are still starting do not handle it yet. srun forwards it to them.
 ask_to_save() {
   trap '' USR2 TERM
   say "told to stop; the ranks are to save"
   while kill -USR2 "$STEP" 2>/dev/null; do sleep 2; done &
 }
 
-# What became of the step is in the ranks' exit files: srun's own code is that of a rank which it killed itself.
+# The ranks' exit files have the result: srun's own code can be that of a rank which srun killed.
 finish() {
   local ranks=$1 codes ended first
   [[ -z ${WATCH:-} ]] || kill "$WATCH" 2>/dev/null
@@ -157,7 +157,7 @@ finish() {
   fi
   codes=$(cut -d ' ' -f 1 "$LOGS"/rank-*.exit 2>/dev/null)
   ended=$(grep -c . <<<"$codes")
-  # The first to die, by the clock, names the cause; the others lost their peer.
+  # The first rank that ended, by the clock, has the cause; the others lost their peer.
   first=$(sort -k 3,3n "$LOGS"/rank-*.exit 2>/dev/null | awk '$1 != 0 && $1 != 75' | head -n 1)
   if [[ $first == "2 "* ]]; then
     report_failure "$first"
@@ -195,12 +195,12 @@ requeue() {
   fi
   say "$1; requeued"
   trap - USR2 TERM
-  # The site may requeue by exit code (RequeueExit) where this is not allowed.
+  # If this is not allowed, the site may requeue by exit code (RequeueExit).
   scontrol requeue "$JOB" && sleep 60
   exit 75
 }
 
-# Libraries may have their say after the exception. PyTorch, like karat, puts the rank before its lines.
+# Libraries may print lines after the exception. PyTorch, like karat, puts the rank before its lines.
 last_error() {
   local lines
   lines=$(sed -E 's/^\[rank ?[0-9]+\]:? //' "$1" | grep -v '^[[:space:]]*$')

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Turn ImageNet into shards on CPU nodes: a job array, one split per element. Stopped, it goes on where it was.
+# Convert ImageNet to shards on CPU nodes: a job array, one split per element. After an interruption, it resumes.
 #
 #   IMAGES=/data/ILSVRC sbatch --account=A --partition=cpu slurm/prepare_imagenet.sh [options of make_webdataset.py ...]
 #
@@ -16,7 +16,7 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR2@60
 
-# sbatch runs a copy of this file; SLURM knows where the clone is that it came from (22.05 adds the arguments).
+# sbatch runs a copy of this file. SLURM knows the path of the original, in the clone (22.05 adds the arguments).
 SCRIPT=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/;p;q}')
 KARAT_HOME=${KARAT_HOME:-$(dirname "$(dirname "${SCRIPT:-$(realpath "$0")}")")}
 

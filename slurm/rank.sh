@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # One rank of a job: rank.sh LOGS COMMAND...   srun starts it once per task; see launch.sh.
 #
-# LOGS/rank-00003.log      what the rank printed; rank 0 prints to the job's output too
-# LOGS/rank-00003.exit     its exit code, node and time of death
+# LOGS/rank-00003.log      the output of the rank; that of rank 0 is also in the job's output
+# LOGS/rank-00003.exit     its exit code, node and end time
 #
-# srun ends all ranks when one fails, and 75 (saved, run me again) is no failure: the file alone tells of it.
+# srun ends all ranks when one fails. Code 75 (saved, run again) is not a failure, so only this file records it.
 set -u
 logs=$1
 shift
 rank=$(printf %05d "$SLURM_PROCID")
 log=$logs/rank-$rank.log
 
-# A signal that comes before the trainer listens would kill it. Ignored, it is lost, but launch.sh repeats it.
+# A signal would kill the trainer before it handles signals. So ignore it; launch.sh repeats it.
 trap '' USR2 TERM
 
 if [[ $SLURM_PROCID == 0 ]]; then

@@ -3,8 +3,8 @@
 #
 #   GRIDS="1 3" RANKS="12" MODES="blockwise" sbatch --array=0-1 slurm/sweep_grid.sh [key=value ...]
 #
-# --array is as long as the product of the lists; `--array=0-11%4` runs four at a time. Each run looks after itself as
-# in imagenet_fourier_karat.sh.
+# --array has one element for each combination; `--array=0-11%4` runs four at a time. Each run is handled as in
+# imagenet_fourier_karat.sh.
 
 #SBATCH --job-name=sweep_grid
 #SBATCH --nodes=1
@@ -18,7 +18,7 @@
 #SBATCH --signal=B:USR2@120
 #SBATCH --array=0-11
 
-# sbatch runs a copy of this file; SLURM knows where the clone is that it came from (22.05 adds the arguments).
+# sbatch runs a copy of this file. SLURM knows the path of the original, in the clone (22.05 adds the arguments).
 SCRIPT=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/;p;q}')
 KARAT_HOME=${KARAT_HOME:-$(dirname "$(dirname "${SCRIPT:-$(realpath "$0")}")")}
 
@@ -32,7 +32,7 @@ VENV=${VENV:-}           # a virtual environment, or
 CONDA_ENV=${CONDA_ENV:-} # a conda environment; neither: the python on PATH
 MODULES=${MODULES:-}     # modules to load before, such as "cuda/12.6"
 CONTAINER=${CONTAINER:-} # a prefix, such as "apptainer exec --nv karat.sif"
-STAGE=${STAGE:-}         # a disk of the node to copy the shards to, such as /local/scratch
+STAGE=${STAGE:-}         # a local disk of the node for a copy of the shards, such as /local/scratch
 
 # shellcheck source-path=SCRIPTDIR source=launch.sh
 source "$KARAT_HOME/slurm/launch.sh" || exit 2
