@@ -25,7 +25,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Packing:
-    """How images are stored.
+    """The storage of images.
 
     mode: `jpg`; `raw`, decoded; `proportion`, a share `jpeg_share` of the samples, drawn by `seed`, as JPEG and the
     rest raw; `smart`, as JPEG if the pixels take more than `raw_below` bytes. max_resolution: longer side limited

@@ -1,4 +1,4 @@
-"""What the scripts share: their options, their progress display and their exit codes."""
+"""Shared code of the scripts: their options, their progress display and their exit codes."""
 
 import argparse
 import errno

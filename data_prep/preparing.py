@@ -34,7 +34,7 @@ class OddImageSkippedError(UnreadableSampleError):
 
 @dataclass(frozen=True)
 class Preparation:
-    """How images are processed.
+    """The processing of images.
 
     check: read only headers, or decode everything. on_odd: what to do with images that are CMYK, in another
     format than their name says, rotated by EXIF, with corrupt EXIF, junk in the header, or truncated. `convert` makes

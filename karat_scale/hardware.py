@@ -1,7 +1,7 @@
 """The processor's name, and what known GPUs can do at best: memory, bandwidth, and dense matrix products a second.
 
 Peaks and bandwidths are those of NVIDIA's data sheets and architecture white papers, which are named beside each row,
-without sparsity (some sheets print the sparse figure alone, which is twice this). Memory is about what CUDA reports, as
+without sparsity (some sheets print only the sparse figure, which is twice this). Memory is about what CUDA reports, as
 published out-of-memory messages show it: less than on the sheet.
 """
 
@@ -24,10 +24,10 @@ class Gpu:
 
     key: str
     cuda_name: str
-    """What `torch.cuda.get_device_name` ends with."""
+    """The end of `torch.cuda.get_device_name`."""
     memory_bytes: int
     bandwidth: float
-    """Of its memory, in bytes a second."""
+    """Bandwidth of its memory, in bytes per second."""
     peaks: dict[str, float]
 
 
@@ -92,7 +92,7 @@ GPUS = (
     _gpu("l40-48", "L40", 44.4, 864, 90.5, 90.5, 181.1, 181.1),
     _gpu("l4-24", "L4", 22.0, 300, 30.3, 60.0, 121.0, 121.0),
     _gpu("rtx4090-24", "RTX 4090", 23.6, 1008, 82.6, 82.6, 165.2, 165.2),
-    # The GA102 white paper; V100 and T4 data sheets, whose matrix units have fp16 alone.
+    # The GA102 white paper; V100 and T4 data sheets, whose matrix units have only fp16.
     _gpu("rtx3090-24", "RTX 3090", 23.6, 936, 35.6, 35.6, 71.0, 71.0),
     _gpu("v100-32", "V100-SXM2-32GB", 31.7, 900, 15.7, None, None, 125.0),
     _gpu("v100-16", "V100-SXM2-16GB", 15.7, 900, 15.7, None, None, 125.0),

@@ -21,7 +21,7 @@ from karat_scale.models.init_operators import spread_operator
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 _FEATURE_MAPS = 3
-"""How many `features_only` gives unless `out_indices` says which, where the model has as many."""
+"""The number of feature maps of `features_only` without `out_indices`, if the model has as many."""
 
 
 @register_model
@@ -82,7 +82,7 @@ def _build(
 
 
 def _levels(sections: tuple[dict[str, Any], dict[str, Any]]) -> int:
-    """How many feature maps a model has: of its blocks or its stages."""
+    """Return the number of feature maps of a model: that of its blocks or its stages."""
     with torch.device("meta"):
         built: Any = create_model(ModelConfig(**sections[0]), AttentionConfig(**sections[1]))
     return len(built.feature_info)

@@ -10,7 +10,7 @@ Encoding = Literal["png", "jpeg"]
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How a source is read.
+    """Options for reading a source.
 
     val_labels, synsets: files with ImageNet's validation labels, as in val_labels.py. encoding: of images that a
     source holds as raw pixels; None uses the source's own. any_hash: accept files of a published data set with

@@ -18,7 +18,7 @@ _FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OU
 
 @dataclass
 class Standing:
-    """What is known now. A value that the run has not written yet is None or an empty list."""
+    """The known values. One that the run has not written yet is None or an empty list."""
 
     name: str
     job: str | None = None

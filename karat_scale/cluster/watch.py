@@ -66,7 +66,7 @@ class Watch:
         others = sum(seen.sign.beats > sign.beats for seen in self._seen.values())
         waiting = f"; {others} of {self._ranks} ranks wait for it" if others else ""
         return (
-            f"rank {sign.rank} on {sign.host} (process {sign.pid}) stands still for {seconds:.0f} s at "
+            f"rank {sign.rank} on {sign.host} (process {sign.pid}) has made no progress for {seconds:.0f} s at "
             f"{sign.doing!r} of step {sign.step} ({how}){waiting}"
         )
 

@@ -54,7 +54,7 @@ def _leave_with(parent: int) -> None:
 
 
 class Whereabouts:
-    """What sample each worker is at, in memory that forked workers share with the trainer.
+    """The current sample of each worker, in memory that forked workers share with the trainer.
 
     A worker that hangs on a file system cannot be asked, but its last note can be read.
     """

@@ -133,7 +133,7 @@ class DetectionCheckpoints:
         if root == self.store.root:
             self._saved = (state.step, state.evaluated_step)
         state.restarts += 1
-        state.seconds_to_first_step = None  # measured anew in each start
+        state.seconds_to_first_step = None  # each start measures its own
         self._reporter.resumed(state, name)
         return state
 

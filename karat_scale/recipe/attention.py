@@ -49,7 +49,7 @@ class AttentionConfig(Section):
     init: Literal["paper", "variance_preserving", "softmax_like"] = "variance_preserving"
     """Initial coefficients. `softmax_like` starts the Fourier operator near softmax."""
     implementation: Annotated[Literal["auto", "reference", "streaming", "cpu", "triton"], Effect.ROUNDING] = "auto"
-    """How the operator is computed. `auto` uses the fastest that supports the operator, the device and the
+    """The implementation of the operator. `auto` uses the fastest that supports the operator, the device and the
     precision."""
     transfer_from: Annotated[str, Effect.SHAPES] = ""
     """The directory of a trained run whose attention matrices this model uses (the paper's attention transfer). The

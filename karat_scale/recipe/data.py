@@ -39,7 +39,7 @@ class DataConfig(Section):
     """`stop` ends the run at an image that cannot be read. `skip` uses the next image instead, and counts the bad
     one."""
     verify: Annotated[Literal["size", "hash"], Effect.NOTHING] = "size"
-    """What to compare with the data set's record when the data is opened: the `size` of each file, or also its
+    """The check against the data set's record when the data is opened: the `size` of each file, or also its
     `hash`."""
     synthetic_samples: Count = 1024
     """Number of training images of the synthetic backend."""
@@ -71,7 +71,7 @@ class AugmentConfig(Section):
     erasing: Fraction = 0.0
     """Probability of random erasing."""
     run_on: Literal["workers", "device"] = "workers"
-    """Where RandAugment, jitter and erasing run, with the same random draws: in the data workers (Pillow), or on
+    """The place where RandAugment, jitter and erasing run, with the same random draws: in the data workers (Pillow), or on
     the training device, batch by batch. Crop and flip always run in the workers, mixup and cutmix always on the
     device."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"

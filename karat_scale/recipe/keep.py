@@ -15,7 +15,7 @@ class SaveConfig(Section):
     every_minutes: Positive | None = 15.0
     """Save every this many minutes. Null does not save by time."""
     keep_last: Annotated[int, Field(ge=2)] = 2
-    """How many of the last checkpoints to keep. At least 2, so that there is another one if the last is damaged."""
+    """Number of the last checkpoints to keep. At least 2, so that there is another one if the last is damaged."""
     keep_best: bool = True
     """Also keep the checkpoint with the best evaluation."""
 
@@ -31,7 +31,7 @@ class CheckpointConfig(SaveConfig):
 
 
 class ResumeConfig(Section):
-    """How to resume, or branch from, an earlier run."""
+    """Resume, or branch from, an earlier run."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -61,7 +61,7 @@ class LogConfig(ReportConfig):
     """What to report, and how often."""
 
     histogram_every_steps: Count | None = 1000
-    """How often TensorBoard gets histograms of each head's coefficients and projector. Null turns them off."""
+    """Steps between TensorBoard's histograms of each head's coefficients and projector. Null turns them off."""
     profile_steps: tuple[Count, Count] | None = None
     """The first and the last step to trace into the run's `profile/`. Null traces nothing."""
 

@@ -11,7 +11,7 @@ class RecomputeConfig(Section):
     """The activations that are recomputed in the backward pass instead of being kept."""
 
     policy: Literal["none", "attention", "every", "all", "budget"] = "none"
-    """What to recompute: nothing, the `attention` of each block, `every` n-th block, `all` blocks, or as little as
+    """The parts to recompute: nothing, the `attention` of each block, `every` n-th block, `all` blocks, or as little as
     fits into a `budget`."""
     every: Count = 2
     """n of `policy: every`."""

@@ -102,7 +102,7 @@ class RunRecipe(Section):
     """The source of a new run's first weights: a run directory, a checkpoint in one, a file of `karat export` or of
     timm, or `timm:NAME`. Everything else starts from the beginning."""
     resume: Annotated[ResumeConfig, Effect.NOTHING] = ResumeConfig()
-    """How to resume, or branch from, an earlier run."""
+    """Resume, or branch from, an earlier run."""
 
     @model_validator(mode="after")
     def _has_one_start(self) -> "RunRecipe":

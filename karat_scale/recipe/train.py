@@ -91,7 +91,7 @@ class TrainConfig(Section):
     recompute: Annotated[RecomputeConfig, Effect.SPEED] = RecomputeConfig()
     """Activation checkpointing."""
     on_nonfinite: Annotated[Literal["skip", "stop"], Effect.NOTHING] = "skip"
-    """Whether to skip a step whose loss or gradients are not finite, or to stop the run."""
+    """Skip a step whose loss or gradients are not finite, or stop the run."""
     max_skipped_steps: Annotated[Count, Effect.NOTHING] = 20
     """Stop the run after this many skipped steps in a row."""
 

@@ -24,7 +24,7 @@ def test_the_rank_with_the_fewest_beats_is_named_with_its_host() -> None:
         assert watch.look(signs(9, 8, 9, written=t), float(t)) is None
     verdict = watch.look(signs(9, 8, 9, written=61), 61.0)
     assert verdict is not None
-    assert verdict.startswith("rank 1 on node1 (process 101) stands still for 61 s at 'backward' of step 7")
+    assert verdict.startswith("rank 1 on node1 (process 101) has made no progress for 61 s at 'backward' of step 7")
     assert "2 of 3 ranks wait for it" in verdict
 
 

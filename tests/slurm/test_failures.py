@@ -78,7 +78,7 @@ def test_a_rank_that_hangs_in_a_read_is_named_with_its_stacks(train: Train, imag
     os.mkfifo(stuck)  # who reads it waits for a writer, as for a file system that does not answer
     job = train("data.backend=folder", "data.workers=0", options=("--nodes=2",), SHARDS=images, STALL_SECONDS="15")
     assert job.wait() == "FAILED 1", job.log
-    found = re.match(r"error: rank (\d) on 127.0.0.. .* stands still for", job.log.splitlines()[-1])
+    found = re.match(r"error: rank (\d) on 127.0.0.. .* has made no progress for", job.log.splitlines()[-1])
     assert found, job.log
     assert "(its stacks are in its log); 1 of 2 ranks wait for it" in job.log.splitlines()[-1]
     (log,) = run_of(job).glob(f"logs/*/rank-0000{found[1]}.log")

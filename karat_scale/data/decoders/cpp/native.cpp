@@ -1,4 +1,4 @@
-// A view of a JPEG in one call: decodes the rows and columns of the region alone, and resizes them as they come.
+// A view of a JPEG in one call: decodes only the rows and columns of the region, and resizes them while decoding.
 
 #include <algorithm>
 #include <cmath>

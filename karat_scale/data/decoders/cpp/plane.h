@@ -1,4 +1,4 @@
-// A plane of bytes, and its antialiased resize by integers alone: down the columns, then along the rows as columns.
+// A plane of bytes, and its antialiased resize in integers: down the columns, then along the rows as columns.
 
 #pragma once
 
@@ -116,7 +116,7 @@ inline void turn(const T* from, size_t from_stride, int columns, int rows, T* to
   }
 }
 
-// The filter along one axis; planned anew only where the sizes differ from the image before.
+// The filter along one axis; planned again only if the sizes differ from the image before.
 class Axis {
  public:
   Filter filter;

@@ -13,7 +13,7 @@
 
 namespace {
 
-// True when nothing but entropy-coded data and restart markers stands between `data` and an end-of-image marker.
+// True when nothing but entropy-coded data and restart markers is between `data` and an end-of-image marker.
 // Then the rows that are not decoded hold nothing that would make another decoder refuse the file.
 inline bool ends_well(const uint8_t* data, size_t size) {
   const uint8_t* const end = data + size;
@@ -28,7 +28,7 @@ inline bool ends_well(const uint8_t* data, size_t size) {
 }
 
 // A colour component as it is stored. `width` and `height` are how far the image reaches over it, in its own pixels;
-// `columns` and `rows` are whole pixels, the last of which may lie half outside; decoding writes to `room_..` of them.
+// `columns` and `rows` are whole pixels, the last of which may be half outside; decoding writes to `room_..` of them.
 struct StoredPlane {
   double width, height;
   int columns, rows, room_columns, room_rows;
@@ -43,7 +43,7 @@ class JpegSource {
   ~JpegSource() { close(); }
 
   // Reads the header. The data must stay until `close`. False for what is not an ordinary grey or colour JPEG.
-  // Where all rows will be decoded, libjpeg itself finds what stands between them.
+  // Where all rows will be decoded, libjpeg itself finds what is between them.
   bool open(const uint8_t* data, size_t size, bool all_rows = false) {
     close();
     jpeg.err = jpeg_std_error(&errors);
