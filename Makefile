@@ -5,17 +5,22 @@ BIN := $(VENV)/bin
 # What the extra `ffcv` and the compiled kernels and decoder are built with, and what opens the report, on Debian.
 PACKAGES := libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config g++ chromium chromium-driver
 EXTRAS := ffcv dali export detection
+# Test processes; each needs up to 3 GB.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
-.PHONY: install demo docs test lint clean packages extras
+.PHONY: install demo docs test test-full test-turn lint clean packages extras
 
 # One marker file per set of extras, older than pyproject.toml when that changes.
 $(VENV)/.installed: pyproject.toml
+	@echo "== installing the project and torch into $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --editable .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@echo "== installing what the tests need"
+	$(BIN)/python -m pip install --editable '.[dev]'
 	touch $@
 
 install: $(VENV)/.installed
@@ -29,16 +34,17 @@ packages:
 	missing=$$(echo $$missing); \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
-			apt-get install -y -qq --no-install-recommends $$missing >/dev/null && exit 0; fi; \
+		echo "== installing the Debian packages $$missing"; \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y -q --no-install-recommends $$missing && exit 0; fi; \
 	echo "note: these Debian packages are missing, so some tests are skipped: $$missing"; \
 	echo "note: as root: apt-get install --no-install-recommends $$missing"
 
 extras: packages $(VENV)/.installed-dev
 	@for extra in $(EXTRAS); do \
 		if [ $(VENV)/.installed-$$extra -nt pyproject.toml ]; then continue; fi; \
-		echo "$(BIN)/python -m pip install '.[$$extra]'"; \
-		if $(BIN)/python -m pip install --quiet --editable ".[$$extra]"; then touch $(VENV)/.installed-$$extra; \
+		echo "== $(BIN)/python -m pip install '.[$$extra]'"; \
+		if $(BIN)/python -m pip install --editable ".[$$extra]"; then touch $(VENV)/.installed-$$extra; \
 		else echo "note: the extra $$extra does not install, so its tests are skipped"; fi; done
 
 demo: $(VENV)/.installed
@@ -57,8 +63,15 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What a newcomer waits for, all tests, and CI's share of the slow ones: tests/conftest.py has the rule.
 test: lint extras
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST)
+
+test-full: lint extras
+	$(PYTEST) --slow=all
+
+test-turn: extras
+	$(PYTEST) --turn=$(TURN)
 
 clean:
 	rm -rf $(VENV) build dist

@@ -1,26 +1,37 @@
-"""Real parts that many tests share: shards made by data_prep, and `karat` as a user starts it."""
+"""Real parts that many tests share: shards made by data_prep, and `karat` as a user starts it.
+
+Which tests run (tests/selection.py):
+
+- `pytest` runs all tests except those marked `slow` (more than about ten seconds) or `night` (many minutes). What the
+  README promises first, ImageNet in three steps and resume, is not marked slow, however long it takes.
+- `pytest --slow=all` runs every test.
+- `pytest --turn=N` runs only an eighth of the slow tests and a 64th of the night tests: those whose hashed name is N
+  modulo 8, or modulo 64. So eight turns in a row run each slow test once. `.ci/run` takes the number of commits for N.
+"""
 
 import json
 import os
 import socket
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
+from tests.selection import pytest_addoption, pytest_collection_modifyitems, pytest_xdist_make_scheduler
 from tests.warm import run_module
+
+__all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_xdist_make_scheduler"]
 
 # Before torch is imported. Threads of several test processes on few cores spend their time waiting for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
-SLOW_SHARE = 4
 CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS, SIZE = 4, 16, 7, 20
 
 # A model and schedule that train in a second; a test's own overrides come after these.
@@ -66,18 +77,34 @@ def run_script(*arguments: str, check: bool = True) -> subprocess.CompletedProce
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=check, timeout=300)
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A directory that all test processes read: the first one makes it, the others wait."""
+    base = factory.getbasetemp()
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    done = directory.with_suffix(".done")
+    with FileLock(directory.with_suffix(".lock")):
+        if not done.exists():
+            directory.mkdir()
+            make(directory)
+            done.touch()
+    return directory
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("images")
-    return make_image_folder(root, {"train": TRAIN_PER_CLASS, "val": VAL_PER_CLASS})
+    per_class = {"train": TRAIN_PER_CLASS, "val": VAL_PER_CLASS}
+    return made_once(tmp_path_factory, "images", lambda root: make_image_folder(root, per_class))
 
 
 @pytest.fixture(scope="session")
 def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 training and 28 validation images in tar shards."""
-    out = tmp_path_factory.mktemp("shards")
-    run_script("data_prep/make_webdataset.py", "--src", str(image_folder), "--out", str(out), "--shard-samples", "20")
-    return out
+
+    def make(out: Path) -> None:
+        source = ("--src", str(image_folder), "--out", str(out), "--shard-samples", "20")
+        run_script("data_prep/make_webdataset.py", *source)
+
+    return made_once(tmp_path_factory, "shards", make)
 
 
 @pytest.fixture(scope="session")
@@ -159,33 +186,3 @@ def train_recipe(recipe_file: Path) -> Callable[..., subprocess.CompletedProcess
         return karat("train", str(recipe_file), *overrides, processes=processes)
 
     return run
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--slow`: which of the tests marked slow run beside all others."""
-    parser.addoption(
-        "--slow",
-        choices=("none", "share", "all"),
-        default="share",
-        help="slow tests to run: none, a fixed share (one in four, but for those marked night), or all",
-    )
-
-
-@pytest.hookimpl(trylast=True)  # after conftests that mark tests slow
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the slow tests that were not asked for. One that is named by `file::test` runs."""
-    chosen = config.getoption("--slow")
-    if chosen == "all" or any("::" in argument for argument in config.args):
-        return
-
-    def runs(item: pytest.Item) -> bool:
-        if item.get_closest_marker("night"):
-            return False
-        if not item.get_closest_marker("slow"):
-            return True
-        return chosen == "share" and zlib.crc32(item.nodeid.encode()) % SLOW_SHARE == 0
-
-    left_out = [item for item in items if not runs(item)]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if runs(item)]

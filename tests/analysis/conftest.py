@@ -7,7 +7,7 @@ import pytest
 
 from karat_scale.analysis.trained_run import TrainedRun, open_run
 from tests.analysis.browser import Browser, open_browser
-from tests.conftest import SMALL, karat
+from tests.conftest import SMALL, karat, made_once
 
 
 @pytest.fixture(scope="session")
@@ -30,18 +30,14 @@ def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
     By kind of attention; trained at first use.
     """
-    root = tmp_path_factory.mktemp("runs")
 
-    def run(kind: str) -> Path:
-        directory = root / kind
-        if not directory.is_dir():
-            recipe = root / f"{kind}.yaml"
-            recipe.write_text(f"data: {{path: {shards}}}\nschedule: {{warmup_epochs: 0.5}}\n")
-            done = karat("train", str(recipe), *SMALL, *KEEP_ALL, f"attention.kind={kind}", f"run.dir={directory}")
-            assert done.returncode == 0, done.stderr
-        return directory
+    def train(kind: str, root: Path) -> None:
+        recipe = root / f"{kind}.yaml"
+        recipe.write_text(f"data: {{path: {shards}}}\nschedule: {{warmup_epochs: 0.5}}\n")
+        done = karat("train", str(recipe), *SMALL, *KEEP_ALL, f"attention.kind={kind}", f"run.dir={root / kind}")
+        assert done.returncode == 0, done.stderr
 
-    return run
+    return lambda kind: made_once(tmp_path_factory, f"run-{kind}", lambda root: train(kind, root)) / kind
 
 
 @pytest.fixture(params=["karat", "softmax"])

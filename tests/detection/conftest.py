@@ -10,6 +10,7 @@ pytest.importorskip("pycocotools", reason="the extra `detection` is not installe
 
 from karat_scale.detection.recipe import DetectionRecipe
 from karat_scale.recipe.loading import validate_recipe
+from tests.conftest import made_once
 from tests.detection.cut_outs import LAYOUT, make_set
 
 MINI = {"name": "vit_mini_patch4_28", "image_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
@@ -37,7 +38,7 @@ SMALL = {
 @pytest.fixture(scope="session")
 def coco_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 training and 12 validation images."""
-    return make_set(tmp_path_factory.mktemp("coco"), {"train": 48, "val": 12})
+    return made_once(tmp_path_factory, "coco", lambda root: make_set(root, {"train": 48, "val": 12}))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Everything here runs on a real SLURM and is marked slow, but for a fixed share that stays below 90 seconds."""
+"""Most of this runs on a real SLURM; all tests that do are marked slow."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,22 +11,11 @@ from tests.slurm.packages import SLURM, missing_reason
 from tests.slurm.training import OVERRIDES, RECIPE, SCRIPT, Train, train_alone
 
 HERE = Path(__file__).parent
-SHARE = {
-    "test_two_nodes_run_a_step_and_know_each_other",
-    "test_two_nodes_train_what_one_process_trains",
-    "test_every_script_passes_shellcheck",
-    "test_slurm_accepts_every_script_as_it_stands",
-    "test_a_bad_partition_is_refused_at_submission",
-    "test_a_mistake_in_the_settings_is_one_line",
-    "test_a_copy_of_a_script_finds_its_clone",
-    "test_a_job_and_an_element_of_an_array_requeue_themselves",
-    "test_outside_a_job_the_script_says_how_to_run_it",
-}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if HERE in item.path.parents and item.name.partition("[")[0] not in SHARE:
+        if HERE in item.path.parents and "cluster" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
 
 

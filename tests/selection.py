@@ -1,0 +1,48 @@
+"""Which tests run, and how they are dealt out to several processes. The rule is in tests/conftest.py."""
+
+import zlib
+from typing import Any
+
+import pytest
+
+SLOW_PERIOD, NIGHT_PERIOD = 8, 64
+TOGETHER = "tests/slurm/"  # one cluster serves all of these
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--slow` and `--turn`."""
+    parser.addoption("--slow", choices=("none", "all"), default="none", help="whether slow tests run beside all others")
+    parser.addoption("--turn", type=int, metavar="N", help="run only the slow tests whose turn is N")
+
+
+@pytest.hookimpl(trylast=True)  # after conftests that mark tests slow
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what was not asked for. A test that is named by `file::test` runs."""
+    slow, turn = config.getoption("--slow"), config.getoption("--turn")
+    if any("::" in argument for argument in config.args):
+        return
+    left_out = [item for item in items if not runs(item, slow == "all", turn)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if runs(item, slow == "all", turn)]
+
+
+def runs(item: pytest.Item, everything: bool, turn: int | None) -> bool:
+    """Whether these options select a test."""
+    period = NIGHT_PERIOD if item.get_closest_marker("night") else SLOW_PERIOD if item.get_closest_marker("slow") else 0
+    if turn is not None:
+        # A hash and not a position: a test keeps its turn when others are added, removed or renamed.
+        return period > 0 and zlib.crc32(item.nodeid.encode()) % period == turn % period
+    return everything or not period
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's, which need not be installed
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests stay together, so that its fixtures are made once; so do the tests that share a cluster."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return TOGETHER if nodeid.startswith(TOGETHER) else nodeid.partition("::")[0]
+
+    return ByFile(config, log)

@@ -1,0 +1,92 @@
+"""Every test runs in eight turns, and those of `make test` in each."""
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.selection import runs
+
+TESTS = """
+import pytest
+
+def test_quick(): pass
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(20))
+def test_slow(number): pass
+
+@pytest.mark.night
+def test_night(): pass
+"""
+SLOW = {f"test_slow[{number}]" for number in range(20)}
+
+
+@pytest.fixture
+def select(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The tests that pytest selects with these arguments."""
+    (tmp_path / "conftest.py").write_text("from tests.selection import pytest_addoption, pytest_collection_modifyitems")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  slow:\n  night:\naddopts = --import-mode=importlib\n")
+    (tmp_path / "test_some.py").write_text(TESTS)
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.chdir(tmp_path)
+
+    class Seen:
+        def pytest_collection_finish(self, session: pytest.Session) -> None:
+            self.items = session.items
+
+    def run(*arguments: str) -> list[pytest.Item]:
+        seen = Seen()
+        pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments], plugins=[seen])
+        return seen.items
+
+    return run
+
+
+def names(items: Iterable[pytest.Item]) -> list[str]:
+    return [item.name for item in items]
+
+
+def test_slow_tests_run_when_asked_for(select) -> None:
+    assert names(select()) == ["test_quick"]
+    assert names(select("test_some.py::test_night")) == ["test_night"]
+
+
+def test_eight_turns_run_each_slow_test_once_and_64_each_night_test(select) -> None:
+    items = select("--slow=all")
+    assert set(names(items)) == {"test_quick", *SLOW, "test_night"}
+    turns = {turn: names(item for item in items if runs(item, False, turn)) for turn in range(500, 564)}
+    assert names(select("--turn=500")) == turns[500]
+    assert Counter(name for chosen in turns.values() for name in chosen) == {**dict.fromkeys(SLOW, 8), "test_night": 1}
+    assert {name for turn in range(507, 515) for name in turns[turn]} >= SLOW
+
+
+def test_ci_takes_its_turn_from_the_commits_or_else_from_the_clock(tmp_path: Path) -> None:
+    (line,) = re.findall(r"^turn=.*$", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
+
+    def turn() -> int:
+        done = subprocess.run(["bash", "-c", f"{line}\necho $turn"], cwd=tmp_path, capture_output=True, text=True)
+        return int(done.stdout)
+
+    assert turn() > 400_000  # hours since 1970: this is no repository
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    for commits in (1, 2):
+        subprocess.run(["git", *identity, "commit", "-q", "--allow-empty", "-m", "x"], cwd=tmp_path, check=True)
+        assert turn() == commits
+    (tmp_path / ".git" / "shallow").write_text(f"{'0' * 40}\n")
+    assert turn() > 400_000
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="runs in a worker of pytest-xdist")
+def test_a_worker_computes_with_one_thread() -> None:
+    assert torch.get_num_threads() == 1
+    shown = subprocess.run([sys.executable, "-c", "import torch; print(torch.get_num_threads())"], capture_output=True)
+    assert shown.stdout.strip() == b"1"
