@@ -1,7 +1,6 @@
 """Every test runs in eight turns, and those of `make test` in each."""
 
 import os
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -66,23 +65,6 @@ def test_eight_turns_run_each_slow_test_once_and_64_each_night_test(select) -> N
     assert names(select("--turn=500")) == turns[500]
     assert Counter(name for chosen in turns.values() for name in chosen) == {**dict.fromkeys(SLOW, 8), "test_night": 1}
     assert {name for turn in range(507, 515) for name in turns[turn]} >= SLOW
-
-
-def test_ci_takes_its_turn_from_the_commits_or_else_from_the_clock(tmp_path: Path) -> None:
-    (line,) = re.findall(r"^turn=.*$", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
-
-    def turn() -> int:
-        done = subprocess.run(["bash", "-c", f"{line}\necho $turn"], cwd=tmp_path, capture_output=True, text=True)
-        return int(done.stdout)
-
-    assert turn() > 400_000  # hours since 1970: this is no repository
-    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
-    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    for commits in (1, 2):
-        subprocess.run(["git", *identity, "commit", "-q", "--allow-empty", "-m", "x"], cwd=tmp_path, check=True)
-        assert turn() == commits
-    (tmp_path / ".git" / "shallow").write_text(f"{'0' * 40}\n")
-    assert turn() > 400_000
 
 
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="runs in a worker of pytest-xdist")

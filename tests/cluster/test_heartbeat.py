@@ -1,5 +1,6 @@
 """A rank's sign of life, in real processes."""
 
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -32,19 +33,22 @@ def test_a_torn_file_is_passed_over(tmp_path: Path) -> None:
 def test_a_rank_that_stalls_shows_its_stack(tmp_path: Path) -> None:
     program = textwrap.dedent(
         f"""
-        import time
+        import sys
         from pathlib import Path
         from karat_scale.cluster.heartbeat import Heartbeat
 
-        def sleep_in_a_collective():
-            time.sleep(2)
+        def wait_in_a_collective():
+            sys.stdin.read()
 
         heartbeat = Heartbeat(Path({str(tmp_path)!r}), 0).start()
-        sleep_in_a_collective()
+        wait_in_a_collective()
         heartbeat.stop()
         """
     )
-    environment = {**karat_environment(), "KARAT_STALL_SECONDS": "0.5"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert "Timeout" in done.stderr
-    assert "in sleep_in_a_collective" in done.stderr
+    environment = {**karat_environment(), "KARAT_STALL_SECONDS": "0.05"}
+    command, pipe = [sys.executable, "-c", program], subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stderr=pipe, text=True) as process:
+        shown = list(itertools.takewhile(lambda line: "in wait_in_a_collective" not in line, process.stderr))
+        process.stdin.close()  # ends the wait, after the stack was shown
+    assert process.returncode == 0
+    assert any("Timeout" in line for line in shown)

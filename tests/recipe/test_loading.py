@@ -1,5 +1,7 @@
 """Recipes: what is accepted, and that each mistake is one line that names the field, the value and the fix."""
 
+import re
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -167,10 +169,13 @@ def test_shipped_recipes_are_all_there_and_valid() -> None:
 
 @pytest.mark.parametrize("name", sorted(SHIPPED))
 def test_a_shipped_recipe_begins_with_what_it_trains_and_costs(name: str) -> None:
-    header = [line for line in shipped_recipes()[name].read_text().splitlines() if line.startswith("#")]
-    text = " ".join(header)
-    assert "karat train" in text or "make demo" in text
-    assert "esult" in text  # the result it gave, or that it has not run yet
+    lines = shipped_recipes()[name].read_text().splitlines()
+    text = " ".join(line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+    assert f"karat train {name}" in text or "`make demo`" in text
+    # A percentage, or that there is none yet.
+    assert re.search(
+        r"\bResult\b[^:]*: (seeds [^:]*: )?(not yet run\.|\d\d\.\d\d (% top-1|/ \d\d\.\d\d % top-1 / top-5))", text
+    )
 
 
 def test_imagenet_recipes_have_the_papers_settings() -> None:

@@ -2,17 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
+from karat_scale.data.formats.folder import FolderSplit
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.train.checkpoint.store import CheckpointStore
 from karat_scale.train.schedule import build_schedule
 from tests.conftest import events, karat, summary
 from tests.train.conftest import equal
-from tests.train.runs import STEPS, final_tensors, kill_all, losses, start, wait_for_checkpoint, wait_for_step
+from tests.train.runs import STEPS, final_tensors, kill_all, losses, start, wait_for_checkpoint
 
 EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.keep_last=2")
 
@@ -79,15 +81,27 @@ def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(recipe_file: P
 
 
 @pytest.mark.multiprocess
-def test_a_signal_during_evaluation_evaluates_after_the_resume(recipe_file: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    slow_evaluation = ("train.eval_batch=1", "train.epochs=1", "checkpoint.every_steps=8")
-    process = start(recipe_file, run, *slow_evaluation)
-    wait_for_step(run, 8, process)
-    process.send_signal(signal.SIGTERM)
+def test_a_signal_during_evaluation_evaluates_after_the_resume(
+    recipe_file: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    images, run = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(image_folder, images)
+    split = FolderSplit(images, "val", 4)
+    held = Path(split.file_of(len(split) - 2))  # one more image follows it
+    encoded = held.read_bytes()
+    held.unlink()
+    os.mkfifo(held)  # opening it for writing waits until the evaluation opens it for reading
+    folder = ("data.backend=folder", f"data.path={images}", "train.eval_batch=1", "train.epochs=1")
+    process = start(recipe_file, run, *folder)
+    with held.open("wb") as pipe:
+        process.send_signal(signal.SIGTERM)
+        pipe.write(encoded)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode in (75, 0), output  # 0: the evaluation was quicker than the signal
-    again = karat("train", str(recipe_file), f"run.dir={run}", *slow_evaluation)
+    assert process.returncode == 75, output
+    assert events(run, "eval") == []
+    held.unlink()
+    held.write_bytes(encoded)
+    again = karat("train", str(recipe_file), f"run.dir={run}", *folder)
     assert again.returncode == 0, again.stdout + again.stderr
     assert [event["step"] for event in events(run, "eval")] == [8]
     assert summary(run)["last_top1"] is not None

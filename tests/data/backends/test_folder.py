@@ -1,7 +1,6 @@
 """The folder backend gives the batches that its shards give, and names what a worker hangs on."""
 
 import os
-import time
 
 import psutil
 import pytest
@@ -42,10 +41,8 @@ def test_a_file_system_that_stalls_is_an_error_that_names_the_file(tmp_path, dat
     before = set(psutil.Process().children())
     config = data_config(tmp_path, backend="folder", workers=1, timeout=1)
     backend = open_backend(config, AugmentConfig(), 16, 2, 0)
-    begun = time.monotonic()
     with pytest.raises(DataError) as caught:
         next(backend.train_batches(TrainPlan(0, 1, 1, 1, 0, 1).slices(0, 1)))
-    assert time.monotonic() - begun < 30
     path = tmp_path / "train" / "ant" / "stuck.jpg"
     assert f"no batch came for data.timeout = 1 s: worker 0 at sample 0 in {path};" in str(caught.value)
     assert not [p for p in psutil.Process().children() if p not in before and p.status() != psutil.STATUS_ZOMBIE]

@@ -158,10 +158,8 @@ def test_a_file_system_that_stalls_is_an_error_that_names_the_shard(make_shards,
     os.mkfifo(path)  # opening it waits, as a dead server's file does
     batches = backend.train_batches(BatchSlice(0, t, np.arange(8 * t, 8 * t + 8)) for t in range(5))
     assert [next(batches).batch, next(batches).batch] == [0, 1]
-    begun = time.monotonic()
     with pytest.raises(DataError) as caught:
         next(batches)
-    assert time.monotonic() - begun < 20
     assert str(caught.value).startswith("no batch came for data.timeout = 1 s: worker 0 at sample 16 in " + str(path))
     assert next(batches, None) is None
     backend.close()

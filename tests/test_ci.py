@@ -1,0 +1,58 @@
+"""`.ci/run` itself, in a clone whose `make` and Python only write down how they were called."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+GIT = ("git", "-c", "user.name=a", "-c", "user.email=a@b")
+STUB = '#!/bin/sh\necho "$(basename "$0") $*" >> "$CALLS"\n'
+
+
+@pytest.fixture
+def ci(tmp_path: Path):
+    """Runs the script; what it called."""
+    clone, calls = tmp_path / "clone", tmp_path / "calls"
+    for name in ("bin/make", ".venv/bin/python"):
+        stub = clone / name
+        stub.parent.mkdir(parents=True)
+        stub.write_text(STUB)
+        stub.chmod(0o755)
+    (clone / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", clone / ".ci")
+    path = f"{clone / 'bin'}:{os.environ['PATH']}"
+
+    def run() -> list[str]:
+        calls.unlink(missing_ok=True)
+        environment = {**os.environ, "PATH": path, "CALLS": str(calls), "GIT_CEILING_DIRECTORIES": str(tmp_path)}
+        subprocess.run([clone / ".ci" / "run"], env=environment, check=True)
+        return calls.read_text().splitlines()
+
+    return run
+
+
+def turn(calls: list[str]) -> int:
+    (call,) = [call for call in calls if call.startswith("make test-turn ")]
+    return int(call.split("TURN=")[1].split()[0])
+
+
+def test_ci_runs_the_quick_tests_a_turn_of_the_slow_ones_and_the_demo(ci) -> None:
+    called = [line.split()[1] for line in ci() if line.startswith("make ")]
+    assert called == ["extras", "test", "test-turn", "demo"]
+
+
+def test_a_turn_is_the_number_of_commits_or_else_the_hour(ci, tmp_path: Path) -> None:
+    assert turn(ci()) > 400_000  # hours since 1970: this is no repository
+    clone = tmp_path / "clone"
+    subprocess.run([*GIT, "init", "-q"], cwd=clone, check=True)
+    for commits in (1, 2):
+        subprocess.run([*GIT, "commit", "-q", "--allow-empty", "-m", "x"], cwd=clone, check=True)
+        assert turn(ci()) == commits
+    subprocess.run([*GIT, "clone", "-q", "--depth=1", f"file://{clone}", tmp_path / "shallow"], check=True)
+    shutil.rmtree(clone / ".git")
+    (tmp_path / "shallow" / ".git").rename(clone / ".git")
+    assert turn(ci()) > 400_000
