@@ -1,4 +1,7 @@
-"""`karat doctor RECIPE` from outside, on recipes whose bottleneck is plain."""
+"""`karat doctor RECIPE` from outside: every stage is timed, and the verdict is that of these times.
+
+Which verdict follows from given times: test_verdict.
+"""
 
 import json
 import subprocess
@@ -7,55 +10,40 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from karat_scale.cli import main
 from tests.conftest import karat, karat_environment
 
 Doctor = Callable[..., tuple["subprocess.CompletedProcess[str]", dict[str, Any]]]
-LARGE = 1500
 
 
 @pytest.fixture
 def doctor(tmp_path: Path) -> Doctor:
-    def run(recipe: Path, *overrides: str, processes: int = 1, seconds: float = 1.5) -> tuple[Any, dict[str, Any]]:
+    def run(recipe: Path, *overrides: str, processes: int = 1) -> tuple[Any, dict[str, Any]]:
         file = tmp_path / "doctor.json"
-        options = (f"--seconds={seconds}", f"--json={file}")
+        options = ("--seconds=0.5", f"--json={file}")
         done = karat("doctor", str(recipe), *overrides, *options, processes=processes)
         return done, json.loads(file.read_text()) if file.is_file() else {}
 
     return run
 
 
-@pytest.fixture
-def large_images(tmp_path: Path) -> Path:
-    """An ImageFolder whose images take far longer to decode than a tiny model to train on."""
-    root, noise = tmp_path / "large", np.random.default_rng(0).integers(0, 256, (LARGE, LARGE, 3), dtype=np.uint8)
-    for split in ("train", "val"):
-        for label in range(2):
-            (root / split / f"class{label}").mkdir(parents=True)
-            for number in range(8 if split == "train" else 1):
-                Image.fromarray(noise).save(root / split / f"class{label}" / f"{number}.jpg", quality=80)
-    return root
-
-
-def test_heavy_decoding_bounds_a_tiny_model(doctor: Doctor, recipe_file: Path, large_images: Path) -> None:
-    folder = ("data.backend=folder", f"data.path={large_images}", "data.workers=0", "data.decoder=pillow")
-    done, report = doctor(recipe_file, *folder, "model.depth=1", "augment.randaugment=''", "augment.color_jitter=0")
+def test_without_workers_the_slowest_of_all_stages_bounds(
+    doctor: Doctor, recipe_file: Path, image_folder: Path
+) -> None:
+    folder = ("data.backend=folder", f"data.path={image_folder}", "data.workers=0", "data.decoder=pillow")
+    done, report = doctor(recipe_file, *folder, "model.depth=1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert report["bound"] == "decode"
-    assert "data.workers" in report["advice"]
-    assert report["loop"]["waiting_share"] > 0.5
+    rates = {stage: figures["images_per_second"] for stage, figures in report["stages"].items()}
+    del rates["storage"]  # the page cache holds these few images
+    assert report["bound"] == min(rates, key=rates.__getitem__)
     assert "take turns" in done.stdout
 
 
-def test_synthetic_images_leave_the_model_to_bound(doctor: Doctor, recipe_file: Path, tmp_path: Path) -> None:
-    model = ("model.embed_dim=128", "model.depth=4", "train.global_batch=32")
-    done, report = doctor(recipe_file, "data.backend=synthetic", *model)
+def test_synthetic_images_have_no_storage(doctor: Doctor, recipe_file: Path, tmp_path: Path) -> None:
+    done, report = doctor(recipe_file, "data.backend=synthetic")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert report["bound"] == "model"
-    assert report["loop"]["waiting_share"] < 0.5
     assert report["storage"] is None
     assert "storage" not in report["stages"]
     assert not (tmp_path / "run").exists()
@@ -111,11 +99,10 @@ def test_two_ranks_time_their_communication(doctor: Doctor, recipe_file: Path) -
         ("augment.randaugment=rand-q9", "randaugment"),
     ],
 )
-def test_a_bad_recipe_is_one_line(doctor: Doctor, recipe_file: Path, override: str, part: str) -> None:
-    done, _ = doctor(recipe_file, override)
-    assert done.returncode == 2, done.stdout
-    assert len(done.stderr.splitlines()) == 1
-    assert part in done.stderr
+def test_a_bad_recipe_is_one_line(recipe_file: Path, override: str, part: str, capsys) -> None:
+    assert main(["doctor", str(recipe_file), override]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert part in line
 
 
 def test_missing_data_is_a_problem_among_others(doctor: Doctor, recipe_file: Path, tmp_path: Path) -> None:

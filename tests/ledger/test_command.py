@@ -212,45 +212,63 @@ def test_a_run_from_before_the_summary_had_its_images_is_taken_in(
     assert "CPU, 1 threads" in row
 
 
-def test_what_cannot_be_taken_in_is_one_line(run: Path, docs: Path, ledger: Callable[..., int], capsys) -> None:
-    good = {name: (run / name).read_text() for name in ("recipe.yaml", "metrics.jsonl", "summary.json")}
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda run: (run / name).unlink()
 
-    def refused(message: str) -> None:
-        assert ledger(run) == 2
-        error = capsys.readouterr().err
-        assert message in error
-        assert len(error.splitlines()) == 1
-        assert not (docs / "reproduction.md").exists()
-        for name, text in good.items():
-            (run / name).write_text(text)
 
-    change(run, exit=75, reason="stopped by SIGTERM")
-    refused("has not finished (stopped by SIGTERM); finish it first")
-    (run / "summary.json").unlink()
-    refused("has no summary.json, so it has not finished")
-    (run / "summary.json").write_text(good["summary.json"][:40])
-    refused("summary.json: damaged, it is not a JSON object")
-    change(run, last_top1=99.9)
-    refused("summary.json has last_top1 = 99.9, and the last evaluation in metrics.jsonl ")
-    (run / "metrics.jsonl").write_text(good["metrics.jsonl"] + '{"event": "tra')
-    refused("metrics.jsonl, line ")
-    (run / "metrics.jsonl").write_bytes(b"\xff" + good["metrics.jsonl"].encode())
-    refused("metrics.jsonl: damaged, it is not UTF-8")
-    (run / "metrics.jsonl").write_text(good["metrics.jsonl"].replace('"top1"', '"top"'))
-    refused(": damaged: top1: Field required")
-    (run / "summary.json").write_text("[]")
-    refused("summary.json: damaged, it is not a JSON object")
-    for field, value in (("train_images", 0), ("parameters", None), ("last_top1", "9.5"), ("device", 3)):
-        (run / "summary.json").write_text(json.dumps({**json.loads(good["summary.json"]), field: value}))
-        refused(f"summary.json: damaged: {field} = '{value}'")
-    change(run, device=None)
-    refused("summary.json: damaged: device: Field required")
-    (run / "metrics.jsonl").unlink()
-    refused("metrics.jsonl is missing")
-    (run / "metrics.jsonl").write_text("")
-    refused("was never evaluated")
-    (run / "recipe.yaml").unlink()
-    refused("not a run directory")
+def write(name: str, content: Callable[[str], str]) -> Callable[[Path], None]:
+    """Replace a file of the run by what `content` makes of it."""
+    return lambda run: (run / name).write_text(content((run / name).read_text()))
+
+
+def set_unsealed(field: str, value: Any) -> Callable[[Path], None]:
+    return write("summary.json", lambda text: json.dumps({**json.loads(text), field: value}))
+
+
+def not_utf8(run: Path) -> None:
+    (run / "metrics.jsonl").write_bytes(b"\xff" + (run / "metrics.jsonl").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (
+            lambda run: change(run, exit=75, reason="stopped by SIGTERM"),
+            "has not finished (stopped by SIGTERM); finish",
+        ),
+        (remove("summary.json"), "has no summary.json, so it has not finished"),
+        (write("summary.json", lambda text: text[:40]), "summary.json: damaged, it is not a JSON object"),
+        (write("summary.json", lambda text: "[]"), "summary.json: damaged, it is not a JSON object"),
+        (lambda run: change(run, device=None), "summary.json: damaged: device: Field required"),
+        (set_unsealed("train_images", 0), "summary.json: damaged: train_images = '0'"),
+        (set_unsealed("parameters", None), "summary.json: damaged: parameters = 'None'"),
+        (set_unsealed("last_top1", "9.5"), "summary.json: damaged: last_top1 = '9.5'"),
+        (set_unsealed("device", 3), "summary.json: damaged: device = '3'"),
+        (lambda run: change(run, last_top1=99.9), "has last_top1 = 99.9, and the last evaluation in metrics.jsonl "),
+        (write("metrics.jsonl", lambda text: text + '{"event": "tra'), "metrics.jsonl, line "),
+        (not_utf8, "metrics.jsonl: damaged, it is not UTF-8"),
+        (write("metrics.jsonl", lambda text: text.replace('"top1"', '"top"')), ": damaged: top1: Field required"),
+        (remove("metrics.jsonl"), "metrics.jsonl is missing"),
+        (write("metrics.jsonl", lambda text: ""), "was never evaluated"),
+        (remove("recipe.yaml"), "not a run directory"),
+    ],
+)
+def test_what_cannot_be_taken_in_is_one_line(
+    run: Path,
+    docs: Path,
+    ledger: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    harm: Callable[[Path], object],
+    message: str,
+) -> None:
+    harm(run)
+    assert ledger(run) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (docs / "reproduction.md").exists()
+
+
+def test_a_folder_without_a_ledger_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ledger", "--docs", str(run)]) == 2
     assert "has no folder `ledger`" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""fp16 is for GPUs; DeepSpeed's arithmetic of it runs on a CPU too, once both are told that it may."""
+"""fp16 is for GPUs; here a CPU does its arithmetic."""
 
 import json
 import math
@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from karat_scale.errors import RecipeError
-from karat_scale.train.deepspeed import engine as engine_module
 from karat_scale.train.deepspeed.config import load_ds_config
 from karat_scale.train.deepspeed.internals import master_weights
 from karat_scale.train.state import TrainState
 from tests.train.conftest import CONFIGS, equal, train_once, train_steps, weights
+from tests.train.fp16_on_cpu import allow_fp16
 
 FP16 = ("train.precision=fp16", "deepspeed.cpu_adam=torch")
 STAGES = CONFIGS[1:]
@@ -19,13 +19,7 @@ STAGES = CONFIGS[1:]
 
 @pytest.fixture
 def allowed(monkeypatch) -> None:
-    """fp16 on this CPU."""
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = type(get_accelerator())
-    monkeypatch.setattr(accelerator, "is_fp16_supported", lambda self: True)
-    monkeypatch.setattr(accelerator, "supported_dtypes", lambda self: [torch.float, torch.bfloat16, torch.float16])
-    monkeypatch.setattr(engine_module, "check_precision", lambda precision, device: None)
+    allow_fp16(monkeypatch.setattr)
 
 
 def test_a_cpu_is_refused_in_one_line(small_recipe, make_engine) -> None:
