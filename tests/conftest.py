@@ -24,7 +24,7 @@ from filelock import FileLock
 from PIL import Image
 
 from tests.selection import pytest_addoption, pytest_collection_modifyitems, pytest_xdist_make_scheduler
-from tests.warm import run_module
+from tests.warm import run_program
 
 __all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_xdist_make_scheduler"]
 
@@ -71,10 +71,11 @@ def make_image_folder(root: Path, per_class: dict[str, int], seed: int = 0) -> P
     return root
 
 
-def run_script(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+def run_script(script: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """A script of the project, as `python SCRIPT ...` from the clone."""
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=check, timeout=300)
+    done = run_program(str(ROOT / script), arguments, [karat_environment()], timeout=300, directory=ROOT)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
@@ -118,7 +119,9 @@ def world() -> Iterator[Any]:
 
 def karat_environment() -> dict[str, str]:
     """One thread a process: the same sums in the same order, and no fight over cores."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD_", "MASTER_"))}
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith(("RANK", "LOCAL_", "WORLD_", "MASTER_"))
+    }
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -137,10 +140,20 @@ def karat_command(arguments: Sequence[str], processes: int = 1) -> list[str]:
     return [*launcher, f"--master-port={free_port()}", "-m", "karat_scale", *arguments]
 
 
+def rank_environments(processes: int) -> list[dict[str, str]]:
+    """What a launcher tells each rank of one node."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    return [
+        {**karat_environment(), **meeting, **sizes, **dict.fromkeys(("RANK", "LOCAL_RANK"), str(number))}
+        for number in range(processes)
+    ]
+
+
 def karat(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run `karat` to its end."""
-    _, _, module, *rest = karat_command(arguments, processes)
-    return run_module(module, rest, karat_environment(), timeout=300)
+    """Run `karat` to its end, alone or on several ranks."""
+    environments = rank_environments(processes) if processes > 1 else [karat_environment()]
+    return run_program("karat_scale", arguments, environments, timeout=300, directory=Path.cwd())
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
-"""Short trainings at chosen stages, in this process or in several: `torchrun -m tests.train.stage_jobs JOBS OUT`.
+"""Short trainings at chosen stages, in this process or as several ranks: `python -m tests.train.stage_jobs JOBS OUT`.
 
 One launch runs many jobs, because starting processes is what takes the time.
 """
 
 import hashlib
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,8 +24,9 @@ from karat_scale.train.ema import Ema
 from karat_scale.train.recompute import apply_recompute
 from karat_scale.train.reporting.progress import PlainDisplay, Reporter
 from karat_scale.train.state import TrainState
-from tests.conftest import ROOT, SMALL, free_port, karat_environment
+from tests.conftest import ROOT, SMALL, rank_environments
 from tests.train.conftest import weights
+from tests.warm import run_program
 
 GLOBAL_BATCH = 8
 
@@ -111,10 +111,8 @@ def launch_jobs(jobs: list[Job], processes: int, directory: Path) -> list[dict[s
     """The outcomes of jobs on several ranks of one launch, with files in a new directory."""
     directory.mkdir()
     (directory / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={free_port()}"]
     files = [str(directory / "jobs.json"), str(directory / "out.json")]
-    command = [sys.executable, *launcher, "-m", "tests.train.stage_jobs", *files]
-    done = subprocess.run(command, cwd=ROOT, env=karat_environment(), capture_output=True, text=True, timeout=550)
+    done = run_program("tests.train.stage_jobs", files, rank_environments(processes), timeout=550, directory=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes: list[dict[str, Any]] = json.loads((directory / "out.json").read_text())
     return outcomes

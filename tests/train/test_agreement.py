@@ -1,24 +1,21 @@
 """One rank's trouble is every rank's: all go on from the same checkpoint, or give up together."""
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, free_port, karat_environment
+from tests.conftest import ROOT, rank_environments
 from tests.train.agreement import LOOKS
 from tests.train.harm import POINTERS
+from tests.warm import run_program
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two ranks met, from one launch."""
     scratch = tmp_path_factory.mktemp("agreement")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    command = [*launcher, "-m", "tests.train.agreement", str(scratch)]
-    done = subprocess.run(command, cwd=ROOT, env=karat_environment(), capture_output=True, text=True, timeout=600)
+    done = run_program("tests.train.agreement", [str(scratch)], rank_environments(2), timeout=600, directory=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     found: dict[str, Any] = json.loads((scratch / "outcomes.json").read_text())
     assert found.keys() == LOOKS.keys()
