@@ -42,6 +42,7 @@ def main() -> int:
             console.rule(title)
             arguments = [f"run.dir={run}", f"run.name={run.name}", f"data.path={shards}", *overrides]
             _run("-m", "karat_scale", "train", RECIPE, *arguments)
+            _print_result(console, title, run)
     except subprocess.CalledProcessError as error:
         if error.returncode == 75:
             console.print("stopped; run `make demo` again to resume")
@@ -59,6 +60,13 @@ def _run(*arguments: str) -> None:
 def _summary(run: Path) -> dict[str, Any] | None:
     path = run / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _print_result(console: Console, title: str, run: Path) -> None:
+    summary = _summary(run) or {}
+    console.print(
+        f"{title}: {summary['last_top1']:.2f} % top-1 at {summary['images_per_second']:.0f} images a second, in {run}"
+    )
 
 
 def _print_table(console: Console) -> None:

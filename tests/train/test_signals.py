@@ -40,7 +40,7 @@ COMPILE = """
 import os, signal, subprocess, sys
 from karat_scale.train.signals import StopSignals
 signals = StopSignals().install()
-compiler = subprocess.Popen([sys.executable, "-c", "import time; print('at work', flush=True); time.sleep(1)"])
+compiler = subprocess.Popen([sys.executable, "-c", "import sys; print('at work', flush=True); sys.stdin.read()"])
 print("ready", flush=True)
 code = compiler.wait()
 print(code, signals.received.name, flush=True)
@@ -48,11 +48,14 @@ print(code, signals.received.name, flush=True)
 
 
 def test_usr2_to_the_group_is_remembered_and_spares_a_compiler() -> None:
+    pipe = subprocess.PIPE
     process = subprocess.Popen(
-        [sys.executable, "-c", COMPILE], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", COMPILE], stdin=pipe, stdout=pipe, text=True, start_new_session=True
     )
+    assert process.stdin is not None
     assert process.stdout is not None
     assert {process.stdout.readline(), process.stdout.readline()} == {"ready\n", "at work\n"}
     os.killpg(process.pid, signal.SIGUSR2)
+    process.stdin.close()  # the compiler has nothing more to do
     assert process.stdout.readline() == "0 SIGUSR2\n"
     assert process.wait(timeout=5) == 0
