@@ -11,6 +11,7 @@ Which tests run (tests/selection.py):
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -85,6 +86,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     done = directory.with_suffix(".done")
     with FileLock(directory.with_suffix(".lock")):
         if not done.exists():
+            shutil.rmtree(directory, ignore_errors=True)  # of a process that failed
             directory.mkdir()
             make(directory)
             done.touch()
