@@ -5,8 +5,9 @@ Which tests run (tests/selection.py):
 - `pytest` runs all tests except those marked `slow` (more than about ten seconds) or `night` (many minutes). What the
   README promises first, ImageNet in three steps and resume, is not marked slow, however long it takes.
 - `pytest --slow=all` runs every test.
-- `pytest --turn=N` runs only an eighth of the slow tests and a 64th of the night tests: those whose hashed name is N
-  modulo 8, or modulo 64. So eight turns in a row run each slow test once. `.ci/run` takes the number of commits for N.
+- `pytest --turn=N` runs only an eighth of the slow tests: those whose hashed name is N modulo 8. So eight turns in a
+  row run each slow test once. `.ci/run` takes the number of commits for N. Night tests do not fit into CI's 90
+  minutes: they run only by `--slow=all`, or by name.
 """
 
 import json

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-SLOW_PERIOD, NIGHT_PERIOD = 8, 64
+TURNS = 8
 TOGETHER = "tests/slurm/"  # one cluster serves all of these
 
 
@@ -29,11 +29,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def runs(item: pytest.Item, everything: bool, turn: int | None) -> bool:
     """Whether these options select a test."""
-    period = NIGHT_PERIOD if item.get_closest_marker("night") else SLOW_PERIOD if item.get_closest_marker("slow") else 0
+    slow, night = (item.get_closest_marker(name) is not None for name in ("slow", "night"))
     if turn is not None:
         # A hash and not a position: a test keeps its turn when others are added, removed or renamed.
-        return period > 0 and zlib.crc32(item.nodeid.encode()) % period == turn % period
-    return everything or not period
+        return slow and not night and zlib.crc32(item.nodeid.encode()) % TURNS == turn % TURNS
+    return everything or not (slow or night)
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist's, which need not be installed

@@ -46,7 +46,7 @@ def test_a_loaded_state_trains_on_to_the_same_bits(
     assert equal(*files)
 
 
-@pytest.mark.night  # compiles for minutes where it is not in the cache
+@pytest.mark.slow  # compiles for minutes where it is not in the cache
 def test_deepspeeds_cpu_adam_resumes_and_hands_over_to_torchs(small_recipe, make_checkpoints, tmp_path: Path) -> None:
     recipe = small_recipe("deepspeed.config=zero3_offload", "deepspeed.cpu_adam=deepspeed")
     first, second = (make_checkpoints(recipe, tmp_path / "c") for _ in range(2))

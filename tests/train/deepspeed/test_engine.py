@@ -126,7 +126,7 @@ def test_the_initial_weights_are_the_models_own(small_recipe, make_engine, confi
     assert train_once(engine, 0) > 0
 
 
-@pytest.mark.night  # compiles for minutes where it is not in the cache
+@pytest.mark.slow  # compiles for minutes where it is not in the cache
 def test_deepspeeds_cpu_adam_steps_as_torchs(small_recipe, make_engine) -> None:
     norms = []
     for choice in ("torch", "deepspeed"):
