@@ -91,7 +91,7 @@ def _examined(world: World, name: str, examination: Callable[[], Iterable[Findin
         try:
             return list(examination())
         except torch.OutOfMemoryError:
-            fix = "lower train.micro_batch, or set train.precision=bf16 with deepspeed.config=zero1"
+            fix = "lower train.micro_batch, or set train.precision=bf16"
             return [found(name, "the micro batch does not fit the GPU's memory", fix, wrong=True)]
 
     return examine(name, with_fix)

@@ -18,11 +18,7 @@ from karat_scale.models import parameter_count
 from karat_scale.recipe import Recipe
 from karat_scale.train.distributed import World
 from karat_scale.train.parts import Parts
-
-
-def dtype_of(recipe: Recipe) -> torch.dtype:
-    """Return the data type of the model's computation."""
-    return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+from karat_scale.train.precision import PRECISIONS
 
 
 def random_batch(recipe: Recipe, size: int) -> Batch:
@@ -64,7 +60,8 @@ class BareModel:
     """Forward and backward without DeepSpeed: the time of the model by itself."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, world: World) -> None:
-        self._model = model.to(world.device, dtype_of(recipe)).train()
+        self._precision = PRECISIONS[recipe.train.precision]
+        self._model = model.to(world.device, self._precision.weights).train()
         self._recipe, self._world = recipe, world
         self._prepare = Preparation(recipe, world)
         self._objective = SoftTargetCrossEntropy()
@@ -76,10 +73,12 @@ class BareModel:
     def seconds(self, micro_batch: int, seconds: float) -> float:
         """Return the seconds of one forward and backward over a micro batch, measured for about `seconds`."""
         images, targets = self._prepare(random_batch(self._recipe, micro_batch))
-        images = images.to(dtype_of(self._recipe))
+        images = images.to(self._precision.weights)
 
         def pass_through() -> None:
-            self._objective(self._model(images).float(), targets).backward()
+            with self._precision.autocast(self._world.device.type):
+                logits = self._model(images)
+            self._objective(logits.float(), targets).backward()
             self._model.zero_grad(set_to_none=True)
 
         return repeated(lambda: timed(pass_through, self._world.device), seconds, self._world)
@@ -119,6 +118,7 @@ def communication(model: Any, recipe: Recipe, seconds: float, world: World) -> C
     """Time an all-reduce of the size of the gradients, or return None for a single rank."""
     if world.size == 1:
         return None
-    gradients = torch.zeros(parameter_count(model), dtype=dtype_of(recipe), device=world.device)
+    dtype = PRECISIONS[recipe.train.precision].weights
+    gradients = torch.zeros(parameter_count(model), dtype=dtype, device=world.device)
     one = repeated(lambda: timed(lambda: dist.all_reduce(gradients), world.device), seconds, world)
     return Communication(one, gradients.numel() * gradients.element_size())

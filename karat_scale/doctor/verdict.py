@@ -157,7 +157,7 @@ def _advise_model(setting: Setting) -> str:
         pieces.append("train on a GPU; on a CPU, only a smaller model or image helps")
     else:
         if setting.precision == "fp32":
-            pieces.append("set train.precision=bf16 with deepspeed.config=zero1")
+            pieces.append("set train.precision=bf16")
         if setting.accumulation > 1:
             pieces.append("raise train.micro_batch as far as memory allows")
         pieces.append(f"add GPUs, over which the global batch of {setting.global_batch} is divided")

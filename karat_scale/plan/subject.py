@@ -21,7 +21,7 @@ from karat_scale.plan.footprint import Footprint
 from karat_scale.plan.sizes import ParameterSizes
 from karat_scale.plan.tracing import fake_copy, trace_evaluation, trace_step
 from karat_scale.recipe import Recipe
-from karat_scale.train.deepspeed.engine import DTYPES
+from karat_scale.train.precision import PRECISIONS
 
 # Two sizes that mixup's pairs allow.
 TRACED_BATCHES = (2, 4)
@@ -65,9 +65,8 @@ class Subject:
 
     def _precision(self, stage: int) -> tuple[torch.dtype | None, bool]:
         """What the model is cast to, if it is, and whether autocast casts."""
-        is_16_bit = self.recipe.train.is_16_bit
-        casts = is_16_bit and stage > 0
-        return (DTYPES[self.recipe.train.precision] if casts else None), is_16_bit and not casts
+        precision = PRECISIONS[self.recipe.train.precision]
+        return (None if precision.weights == torch.float32 else precision.weights), precision.autocasts
 
     def _build(self) -> nn.Module:
         with torch.device("meta"):  # spares drawing the initial weights

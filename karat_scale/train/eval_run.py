@@ -19,6 +19,7 @@ from karat_scale.train import distributed
 from karat_scale.train.checkpoint.weights import load_weights, wants_ema
 from karat_scale.train.distributed import World
 from karat_scale.train.evaluate import EvalResult, evaluate
+from karat_scale.train.precision import PRECISIONS, allow_tf32
 from karat_scale.train.reporting.progress import Reporter, choose_display
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.teacher import build_model
@@ -40,7 +41,7 @@ def evaluate_run(run_dir: str, overrides: Sequence[str], checkpoint: str, weight
         use_ema = wants_ema(weights, recipe, saved)
         model = _model(recipe, trained.model.image_size, directory, name, use_ema)
         check_implementation(model, world.device)
-        result = _evaluate(recipe, world, model, casts=saved["zero_stage"] == 0)
+        result = _evaluate(recipe, world, model)
         if world.is_main:
             _report(directory.path, name, "ema" if use_ema else "raw", result, json_file)
     finally:
@@ -60,11 +61,11 @@ def _model(recipe: Recipe, image_size: int, directory: RunDirectory, name: str, 
     return resized
 
 
-def _evaluate(recipe: Recipe, world: World, model: nn.Module, casts: bool) -> EvalResult:
-    # As in training: stage 0 keeps fp32 weights in bf16 and casts as it goes.
-    is_bf16 = recipe.train.precision == "bf16"
-    dtype = torch.bfloat16 if is_bf16 and not casts else torch.float32
-    model.to(world.device, dtype).eval()
+def _evaluate(recipe: Recipe, world: World, model: nn.Module) -> EvalResult:
+    slow = recipe.train.precision == "fp16" and world.device.type == "cpu"
+    precision = PRECISIONS["fp32" if slow else recipe.train.precision]
+    allow_tf32(recipe.train.tf32)
+    model.to(world.device, precision.weights).eval()
     backend = open_backend(
         recipe.data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, recipe.run.seed
     )
@@ -76,8 +77,8 @@ def _evaluate(recipe: Recipe, world: World, model: nn.Module, casts: bool) -> Ev
         reporter.display.evaluate(done, total)
 
     def forward(images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=is_bf16 and casts):
-            logits: torch.Tensor = model(images.to(dtype))
+        with precision.autocast(world.device.type):
+            logits: torch.Tensor = model(images.to(precision.weights))
         return logits
 
     try:

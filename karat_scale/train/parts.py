@@ -108,7 +108,7 @@ def build_parts(
         augment=DeviceAugment(recipe.augment, recipe.model.image_size),
         mixer=Mixer(recipe.augment, recipe.model.num_classes, recipe.run.seed),
         normalize=Normalize(recipe.augment.mean, recipe.augment.std),
-        efficiency=Efficiency(recipe, world.size, device_peak(world.device, recipe.train.precision)),
+        efficiency=Efficiency(recipe, world.size, device_peak(world.device, recipe.train)),
         profiler=StepProfiler(recipe.log.profile_steps, directory.profile, world, reporter),
         checkpoints=Checkpoints(directory.store, engine, ema, world, recipe, reporter),
         histograms=HeadHistograms(engine, recipe.log, reporter),

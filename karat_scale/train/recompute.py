@@ -13,10 +13,9 @@ from karat_scale.models.recompute import Checkpoint, Choice, choices_by_rule, re
 from karat_scale.models.recompute_budget import cheapest_choices, least_budget, peak_saved_bytes
 from karat_scale.models.saved_tensors import ActivationBytes, activation_bytes
 from karat_scale.recipe import Recipe, RecomputeConfig
-from karat_scale.train.deepspeed.config import load_ds_config, zero_stage
-from karat_scale.train.deepspeed.engine import DTYPES
 from karat_scale.train.deepspeed.internals import deepspeed_checkpoint
 from karat_scale.train.distributed import World
+from karat_scale.train.precision import PRECISIONS
 
 
 def apply_recompute(model: nn.Module, recipe: Recipe, world: World, micro_batch: int) -> str:
@@ -53,13 +52,11 @@ def _checkpoint(config: RecomputeConfig, device: torch.device) -> Checkpoint:
 
 def _measure(model: nn.Module, recipe: Recipe, world: World, micro_batch: int) -> ActivationBytes:
     """What a copy of the model keeps of one micro batch, in the precision it trains in."""
-    precision = DTYPES[recipe.train.precision]
-    by_autocast = precision != torch.float32 and zero_stage(load_ds_config(recipe, world.size, micro_batch)) == 0
-    dtype = torch.float32 if by_autocast else precision
-    measured = copy.deepcopy(model).to(world.device, dtype)
+    precision = PRECISIONS[recipe.train.precision]
+    measured = copy.deepcopy(model).to(world.device, precision.weights)
     size = recipe.model.image_size
-    images = torch.zeros(micro_batch, 3, size, size, device=world.device, dtype=dtype)
-    with torch.autocast(world.device.type, precision, enabled=by_autocast):
+    images = torch.zeros(micro_batch, 3, size, size, device=world.device, dtype=precision.weights)
+    with precision.autocast(world.device.type):
         return activation_bytes(measured, images)
 
 

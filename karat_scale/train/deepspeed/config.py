@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import Recipe
 from karat_scale.shipped import shipped_directory
 from karat_scale.train.deepspeed.keys import check_keys
+from karat_scale.train.precision import PRECISIONS, precision_refusal
 
 _NEVER = 10**9
 
@@ -31,10 +34,7 @@ def load_ds_config(recipe: Recipe, world_size: int, micro_batch: int) -> dict[st
     config, source = _read(recipe, values, with_keys=True)
     _settle(config, values, source)
     if zero_stage(config) == 0:
-        # In bf16 DeepSpeed makes a step of its own at the start, so the engine uses autocast; it clips without
-        # telling the norm and steps on NaN, so the engine does that too.
-        config["bf16"]["enabled"] = False
-        config["gradient_clipping"] = 0.0
+        config["gradient_clipping"] = 0.0  # DeepSpeed would not tell the norm and would step on NaN; the engine clips
     return config
 
 
@@ -61,8 +61,8 @@ def zero_stage(config: Mapping[str, Any]) -> int:
 
 def stage_refusal(recipe: Recipe, stage: int) -> str | None:
     """What the recipe asks for and this ZeRO stage cannot do."""
-    if recipe.train.precision == "fp16" and stage == 0:
-        return "train.precision = fp16 needs ZeRO stage 1 or higher"
+    if refusal := precision_refusal(recipe.train.precision, stage):
+        return refusal
     if recipe.optim.name == "muon" and stage > 0:
         return f"optim.name = muon needs whole matrices, which ZeRO stage {stage} cuts up"
     return None
@@ -102,7 +102,7 @@ def _read(recipe: Recipe, values: dict[str, Any], with_keys: bool) -> tuple[dict
     stage = zero_stage(config)
     if refusal := stage_refusal(recipe, stage):
         raise RecipeError(f"{source}: {refusal}; use deepspeed.config={'zero1' if stage == 0 else 'zero0'}")
-    if stage == 0 or recipe.train.precision == "fp32":
+    if PRECISIONS[recipe.train.precision].weights == torch.float32:
         values["data_types.grad_accum_dtype"] = "fp32"
     return config, source
 
@@ -125,8 +125,9 @@ def _recipe_values(recipe: Recipe) -> dict[str, Any]:
     return {
         "train_batch_size": recipe.train.global_batch,
         "gradient_clipping": recipe.optim.clip_grad,
-        "bf16.enabled": recipe.train.precision == "bf16",
-        "fp16.enabled": recipe.train.precision == "fp16",
+        # To DeepSpeed a precision is what it holds weights in; of our autocast it need not know.
+        "bf16.enabled": PRECISIONS[recipe.train.precision].weights == torch.bfloat16,
+        "fp16.enabled": PRECISIONS[recipe.train.precision].weights == torch.float16,
     }
 
 
@@ -158,6 +159,9 @@ def _settle(config: dict[str, Any], values: dict[str, Any], source: str) -> None
         for parent in parents:
             node = node.setdefault(parent, {})
         if node.setdefault(leaf, value) != value:
-            raise RecipeError(f'{source}: {name} = {node[leaf]!r}, but the recipe makes it {value!r}; set it to "auto"')
+            fix = 'set it to "auto"' if name != "bf16.enabled" else 'set it to "auto", or train.precision=bf16_weights'
+            raise RecipeError(f"{source}: {name} = {node[leaf]!r}, but the recipe makes it {value!r}; {fix}")
     config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     config.setdefault("steps_per_print", _NEVER)
+    # It would stop the host at each micro batch until the device is done.
+    config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from karat_scale.errors import RecipeError
 from karat_scale.models import parameter_count
 from karat_scale.recipe import Recipe
 from karat_scale.train.deepspeed.config import load_ds_config, offloads_optimizer, zero_stage
@@ -28,15 +27,7 @@ from karat_scale.train.deepspeed.internals import (
 from karat_scale.train.deepspeed.shards import Fragment, Pieces
 from karat_scale.train.distributed import World
 from karat_scale.train.optimizer import MuonWithAdamW, build_optimizer
-
-# What a module's parameters and inputs are from ZeRO stage 1 on.
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def check_precision(precision: str, device: torch.device) -> None:
-    """Raises RecipeError for fp16 on a CPU, which has few instructions for it."""
-    if precision == "fp16" and device.type == "cpu":
-        raise RecipeError("train.precision = fp16 needs a GPU; on a CPU use fp32 or bf16")
+from karat_scale.train.precision import PRECISIONS, allow_tf32, autocast_inside, check_precision
 
 
 def _takes_cpu_adam(choice: str, device: torch.device) -> bool:
@@ -68,6 +59,8 @@ class Engine:
 
     def __init__(self, model: nn.Module, recipe: Recipe, world: World, micro_batch: int) -> None:
         check_precision(recipe.train.precision, world.device)
+        allow_tf32(recipe.train.tf32)
+        self._precision = PRECISIONS[recipe.train.precision]
         config = load_ds_config(recipe, world.size, micro_batch)
         quieten_and_skip_builds()
         import deepspeed
@@ -87,6 +80,7 @@ class Engine:
         use_torchs_own_linear()
         initial = _copy_of_weights(model)
         model = model.to(world.device)
+        autocast_inside(model, self._precision, world.device.type)
         with quiet_initialization():
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
@@ -96,19 +90,17 @@ class Engine:
         if self.stage > 0:  # DeepSpeed's masters begin at what 16 bits have left of the weights
             for fragments, master in zip(shard_layout(self.deepspeed), master_weights(self.deepspeed), strict=True):
                 initial.fill(fragments, master)
-            _cast_buffers(self.deepspeed.module, DTYPES[recipe.train.precision])
-        self._device_type = world.device.type
+            _cast_buffers(self.deepspeed.module, self._precision.weights)
         self.has_muon = isinstance(self.deepspeed.basic_optimizer, MuonWithAdamW)
         self._skipped_steps = 0
         self._clip = recipe.optim.clip_grad
-        self._dtype = DTYPES[recipe.train.precision]
         keep_least_loss_scale(self.deepspeed)
         if recipe.train.compile:
             self.deepspeed.compile()
 
     @property
     def module(self) -> nn.Module:
-        """The model as it trains: its parameters are of 16 bits from stage 1 on, at stage 3 each rank's own part."""
+        """The model as it trains, its parameters as `train.precision` holds them; at stage 3 each rank's own part."""
         return self.deepspeed.module
 
     def set_lr(self, lr: float) -> None:
@@ -118,11 +110,7 @@ class Engine:
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits float32 [b, classes] for normalised images [b, 3, H, W]."""
-        if self.stage > 0 or self._dtype == torch.float32:
-            logits: torch.Tensor = self.deepspeed(images.to(self._dtype))
-        else:  # fp32 weights under autocast
-            with torch.autocast(self._device_type, dtype=self._dtype):
-                logits = self.deepspeed(images)
+        logits: torch.Tensor = self.deepspeed(images.to(self._precision.weights))
         return logits.float()
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -152,7 +140,7 @@ class Engine:
     @property
     def loss_scale(self) -> float | None:
         """What losses are multiplied by in fp16 before the backward pass; None in another precision."""
-        return loss_scale(self.deepspeed) if self._dtype == torch.float16 else None
+        return loss_scale(self.deepspeed) if self._precision.weights == torch.float16 else None
 
     def take_skipped_steps(self) -> int:
         """Steps skipped since they were last taken."""

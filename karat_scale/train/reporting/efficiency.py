@@ -6,17 +6,16 @@ import torch
 
 from karat_scale.hardware import find_gpu
 from karat_scale.models.flops import flops_per_image
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import Recipe, TrainConfig
+from karat_scale.train.precision import matrix_peak
 
 
-def device_peak(device: torch.device, precision: str) -> float | None:
-    """The most FLOP/s that a device has in `train.precision`; None for a CPU and for a GPU that is not in the table."""
+def device_peak(device: torch.device, train: TrainConfig) -> float | None:
+    """The most FLOP/s that a device has in a recipe's precision; None for a CPU and for a GPU not in the table."""
     if device.type != "cuda":
         return None
     gpu = find_gpu(torch.cuda.get_device_name(device))
-    if precision == "fp32" and torch.get_float32_matmul_precision() != "highest":
-        precision = "tf32"
-    return gpu.peaks.get(precision) if gpu is not None else None
+    return matrix_peak(train, gpu.peaks) if gpu is not None else None
 
 
 class Efficiency:

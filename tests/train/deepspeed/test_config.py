@@ -17,8 +17,10 @@ from karat_scale.train.deepspeed.config import (
 from tests.train.conftest import CONFIGS
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [(n, p) for n in CONFIGS for p in ("fp32", "bf16", "bf16_weights") if (n, p) != ("zero0", "bf16_weights")],
+)
 def test_auto_fields_come_from_the_recipe(small_recipe, name: str, precision: str) -> None:
     recipe = small_recipe(f"deepspeed.config={name}", f"train.precision={precision}")
     config = load_ds_config(recipe, world_size=2, micro_batch=2)
@@ -29,7 +31,8 @@ def test_auto_fields_come_from_the_recipe(small_recipe, name: str, precision: st
     assert config["train_micro_batch_size_per_gpu"] == 2
     assert config["gradient_accumulation_steps"] == 2
     assert config["gradient_clipping"] == (1.0 if stage else 0.0)
-    assert config["bf16"]["enabled"] == (precision == "bf16" and stage > 0)
+    assert config["bf16"]["enabled"] == (precision == "bf16_weights")
+    assert config["timers"]["throughput"]["enabled"] is False
     assert config["data_types"]["grad_accum_dtype"] == "fp32"
     assert '"auto"' not in json.dumps(config)
 
@@ -92,6 +95,8 @@ def test_a_file_for_one_number_of_ranks_is_not_refused_before_that_is_known(smal
     check_ds_config(small_recipe("deepspeed.config=zero2"))
     with pytest.raises(RecipeError, match=r"deepspeed\.config=zero1"):
         check_ds_config(small_recipe("train.precision=fp16", "deepspeed.config=zero0"))
+    with pytest.raises(RecipeError, match=r"bf16_weights needs ZeRO stage 1 or higher; use deepspeed\.config=zero1"):
+        check_ds_config(small_recipe("train.precision=bf16_weights", "deepspeed.config=zero0"))
 
 
 def test_the_shipped_files_are_found() -> None:
