@@ -28,12 +28,22 @@ class Ema:
         self._decay = train.ema_decay
         self._warmup = train.ema_warmup
         self.shards = [master.detach().clone() for master in master_weights(engine)]
+        self.decides_on_device = all(shard.device.type == "cuda" for shard in self.shards)
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after `step` finished steps."""
+    def update(self, step: int, norm: torch.Tensor | None = None) -> None:
+        """Take in the weights after `step` finished steps; not where `norm`, of the last one, says that it was skipped.
+
+        On a GPU that is decided there, and the norm is not read.
+        """
         weight = 1.0 - ema_decay(step, self._decay, self._warmup)
-        torch._foreach_lerp_(self.shards, master_weights(self._engine), weight)
+        masters = master_weights(self._engine)
+        if norm is not None and self.decides_on_device:
+            weight_or_0 = (0 * norm == 0) * weight
+            torch._foreach_mul_(self.shards, 1.0 - weight_or_0)
+            torch._foreach_add_(self.shards, torch._foreach_mul(masters, weight_or_0))
+        elif norm is None or norm.isfinite():
+            torch._foreach_lerp_(self.shards, masters, weight)
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:

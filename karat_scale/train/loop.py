@@ -110,7 +110,8 @@ class Loop:
             parts.reporter.beat("backward")
             parts.engine.backward(loss)
             parts.reporter.beat("optimizer")
-            norm = parts.engine.step()
+            on_device = parts.engine.step()
+            norm = None if on_device is None else float(on_device)
             self._interval.add_loss(loss / len(micro_batches))
         state.step += 1
         state.samples += parts.recipe.train.global_batch

@@ -29,7 +29,7 @@ def build_optimizer(
 
         built: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, **settings)
         return built
-    adamw = torch.optim.AdamW(groups, **settings, fused=device.type == "cuda")
+    adamw = torch.optim.AdamW(groups, **settings, fused=steps_fused(device))
     matrices = parameter_groups(model, optim, apart={name for name, _ in model.named_parameters()} - hidden)
     if not matrices:
         return adamw
@@ -37,6 +37,16 @@ def build_optimizer(
         raise RecipeError(f"optim.name = muon: torch {torch.__version__} has no Muon; install torch 2.9 or newer")
     # Updates of the size of AdamW's (arXiv 2502.16982): one learning rate and one weight decay are right for both.
     return MuonWithAdamW(torch.optim.Muon(matrices, lr=optim.lr, adjust_lr_fn="match_rms_adamw"), adamw)
+
+
+def steps_fused(device: torch.device) -> bool:
+    """Whether AdamW steps by few operations. A CPU would gain little, and its runs would round in other places."""
+    return device.type == "cuda"
+
+
+def heeds_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `step` changes nothing where the tensor `optimizer.found_inf` is 1, without anyone reading it."""
+    return isinstance(optimizer, torch.optim.AdamW) and all(group["fused"] for group in optimizer.param_groups)
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:

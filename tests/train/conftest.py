@@ -74,7 +74,8 @@ def train_once(engine: Engine, seed: int, lr: float = 1e-2, size: int = 16) -> f
     labels = torch.randint(0, 4, (8,), generator=generator)
     engine.set_lr(lr)
     engine.backward(torch.nn.functional.cross_entropy(engine.forward(images), labels))
-    return engine.step()
+    norm = engine.step()
+    return None if norm is None else float(norm)
 
 
 def weights(engine: Engine) -> list[torch.Tensor]:

@@ -14,7 +14,10 @@ from karat_scale.models import parameter_count
 from karat_scale.recipe import Recipe
 from karat_scale.train.deepspeed.config import load_ds_config, offloads_optimizer, zero_stage
 from karat_scale.train.deepspeed.internals import (
+    average_gradients_in_few_copies,
+    check_by_the_norm,
     cpu_adam_can_be_built,
+    device_waits_for_itself,
     forget_gradients,
     keep_least_loss_scale,
     loss_scale,
@@ -22,11 +25,12 @@ from karat_scale.train.deepspeed.internals import (
     quiet_initialization,
     quieten_and_skip_builds,
     shard_layout,
+    step_judged_by,
     use_torchs_own_linear,
 )
 from karat_scale.train.deepspeed.shards import Fragment, Pieces
 from karat_scale.train.distributed import World
-from karat_scale.train.optimizer import MuonWithAdamW, build_optimizer
+from karat_scale.train.optimizer import MuonWithAdamW, build_optimizer, heeds_found_inf
 from karat_scale.train.precision import PRECISIONS, allow_tf32, autocast_inside, check_precision
 
 
@@ -92,8 +96,14 @@ class Engine:
                 initial.fill(fragments, master)
             _cast_buffers(self.deepspeed.module, self._precision.weights)
         self.has_muon = isinstance(self.deepspeed.basic_optimizer, MuonWithAdamW)
-        self._skipped_steps = 0
+        self._device = world.device
+        self._skipped_steps = torch.zeros((), device=world.device)
         self._clip = recipe.optim.clip_grad
+        self._skips_on_device = heeds_found_inf(self.deepspeed.basic_optimizer) and recipe.train.precision != "fp16"
+        if self.stage == 0:
+            average_gradients_in_few_copies(self.deepspeed)
+        else:
+            check_by_the_norm(self.deepspeed)
         keep_least_loss_scale(self.deepspeed)
         if recipe.train.compile:
             self.deepspeed.compile()
@@ -118,24 +128,20 @@ class Engine:
 
         A loss that is not finite makes them NaN, on all ranks once they are reduced, also where they would be finite.
         """
-        self.deepspeed.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
+        with device_waits_for_itself(self.deepspeed):
+            self.deepspeed.backward(loss * (0 * loss.detach() + 1))  # 0 * x is NaN where x is not finite
 
-    def step(self) -> float | None:
+    def step(self) -> torch.Tensor | None:
         """Finish a micro batch. At the end of an accumulation: clip, step, and return the gradient norm.
 
-        A step whose gradients are not finite is skipped and counted, and its norm is not finite: the same on all ranks.
+        The norm is a 0-dim tensor on the device, which is not read. A step whose gradients are not finite is skipped
+        and counted, and its norm is not finite: the same on all ranks. Fused AdamW skips on the device; for other
+        optimizers, and for fp16's loss scale, the norm is read once.
         """
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()
             return None
-        norm = self._clip_at_stage_0() if self.stage == 0 else math.nan
-        self.deepspeed.step()
-        if self.stage > 0 and self.deepspeed.was_step_applied():
-            norm = float(self.deepspeed.get_global_grad_norm())
-        elif self.stage > 0:
-            forget_gradients(self.deepspeed)
-        self._skipped_steps += not math.isfinite(norm)
-        return norm
+        return self._step_at_stage_0() if self.stage == 0 else self._step_at_stages_1_to_3()
 
     @property
     def loss_scale(self) -> float | None:
@@ -143,14 +149,39 @@ class Engine:
         return loss_scale(self.deepspeed) if self._precision.weights == torch.float16 else None
 
     def take_skipped_steps(self) -> int:
-        """Steps skipped since they were last taken."""
-        taken, self._skipped_steps = self._skipped_steps, 0
+        """Steps skipped since they were last taken. Reads the device."""
+        taken = int(self._skipped_steps)
+        self._skipped_steps.zero_()
         return taken
 
-    def _clip_at_stage_0(self) -> float:
+    def _step_at_stage_0(self) -> torch.Tensor:
         parameters: list[Any] = [p for p in self.module.parameters() if p.grad is not None]
-        norm = float(nn.utils.clip_grad_norm_(parameters, self._clip or math.inf))
-        if not math.isfinite(norm):
+        norm = nn.utils.clip_grad_norm_(parameters, self._clip or math.inf)
+        if self._must_skip(norm):
             for parameter in parameters:
                 parameter.grad = None  # the optimizer passes over parameters without a gradient
+        self.deepspeed.step()
         return norm
+
+    def _step_at_stages_1_to_3(self) -> torch.Tensor:
+        norms: list[torch.Tensor] = []
+
+        def is_invalid(scaled: torch.Tensor) -> bool:
+            norm = (scaled / self.loss_scale if self.loss_scale else scaled).to(self._device)
+            norms.append(torch.where(norm < 0, math.nan, 0 * norm + norm))
+            return self._must_skip(norms[0])
+
+        with step_judged_by(is_invalid), device_waits_for_itself(self.deepspeed):
+            self.deepspeed.step()
+        if not self.deepspeed.was_step_applied():
+            forget_gradients(self.deepspeed)
+        return norms[0]
+
+    def _must_skip(self, norm: torch.Tensor) -> bool:
+        """Count a step to skip; whether the caller has to skip it: False where the optimizer does, on the device."""
+        is_skipped = (0 * norm != 0).float()
+        self._skipped_steps += is_skipped
+        if self._skips_on_device:
+            self.deepspeed.basic_optimizer.found_inf = is_skipped
+            return False
+        return bool(is_skipped)
