@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from rich.console import Console
 from rich.table import Table
 
@@ -117,6 +116,8 @@ class _Bench:
         return self._timed(lambda: self._loop.step([next(self._batches)]))
 
     def _save_as_deepspeed(self) -> float:
+        from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
         engine = self._parts.engine.deepspeed
         ours, engine.checkpoint_engine = engine.checkpoint_engine, TorchCheckpointEngine()
         try:

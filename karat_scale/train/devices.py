@@ -1,6 +1,8 @@
-"""Which GPU is a rank's own, where the launcher shows it all of its node's or one alone."""
+"""Which device is a rank's own, and that DeepSpeed works on the same."""
 
+import os
 import socket
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +24,23 @@ def gpu_index(local_rank: int, shown: int) -> int:
     if local_rank >= shown:
         raise UserError(f"local rank {local_rank} has no GPU: this node shows {shown}; start one task per GPU")
     return local_rank
+
+
+def tell_deepspeed(device_type: str) -> None:
+    """Let DeepSpeed work on "cpu" or "cuda". Left alone it takes a GPU where torch sees one, once it is imported.
+
+    Raises:
+        UserError: this process has imported DeepSpeed for another kind of device.
+    """
+    os.environ["DS_ACCELERATOR"] = device_type
+    if "deepspeed" in sys.modules:
+        from deepspeed.accelerator import get_accelerator
+
+        if (taken := get_accelerator().device_name()) != device_type:
+            raise UserError(
+                f"run.device = {device_type}, but DeepSpeed was imported for {taken} in this process; "
+                "start another process, or import DeepSpeed after karat_scale has started"
+            )
 
 
 def card(device: torch.device) -> str:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from karat_scale.errors import UserError
-from karat_scale.train.devices import card, gpu_index, refuse_shared
+from karat_scale.train.devices import card, gpu_index, refuse_shared, tell_deepspeed
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -130,9 +130,10 @@ def start(device: str) -> World:
     here = torch.device("cuda", gpu_index(local_rank, torch.cuda.device_count())) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(here)
+    tell_deepspeed(here.type)
     # DeepSpeed insists on it, and takes the GPU of that number.
     os.environ["LOCAL_RANK"] = str(here.index if use_cuda else local_rank)
-    _join(rank, size, "nccl" if use_cuda else "gloo")
+    _join(rank, size, here)
     with_control = use_cuda and size > 1
     control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if with_control else None
     world = World(rank, size, local_rank, here, control)
@@ -147,16 +148,18 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _join(rank: int, size: int, backend: str) -> None:
+def _join(rank: int, size: int, device: torch.device) -> None:
     if dist.is_initialized():
         return
+    # With its device NCCL connects now, where a fault is seen, and each barrier knows which GPU is meant.
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     if size == 1:
         # No port, no host name: nothing that another job on this machine could collide with.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
         return
     os.environ["MASTER_ADDR"] = os.environ.get("MASTER_ADDR") or _first_slurm_host()
     os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT") or default_port(os.environ)
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT, device_id=device_id)
 
 
 def default_port(environ: Mapping[str, str]) -> str:

@@ -42,7 +42,7 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
         self.reads += any(f"aten.{read}." in name for read in READS)
-        if not any(free in name for free in _FREE):
+        if name.startswith("aten.") and not any(free in name for free in _FREE):
             self.kernels[name] += 1
         return func(*args, **(kwargs or {}))
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -86,15 +85,14 @@ def host_copy(value: Any) -> Any:
     return copied(value)
 
 
-class DurableStorage(CheckpointEngine):
-    """DeepSpeed's writer of checkpoint files, which only collects them: `write` puts them on the disk.
+class DurableStorage:
+    """In place of DeepSpeed's `CheckpointEngine`: it only collects checkpoint files, and `write` puts them on the disk.
 
     So nothing that a disk does can raise inside DeepSpeed's collective save, where the other ranks would wait for this
     one for ever. What still fails there is kept in `error`, and the caller lets all ranks agree on the outcome.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.name = "durable"
         self.error: OSError | None = None
         self.written = 0
@@ -123,7 +121,7 @@ class DurableStorage(CheckpointEngine):
     def _count(self, size: int) -> None:
         self.written += size
 
-    def create(self, info: CheckpointCommitInfo) -> None:
+    def create(self, info: Any) -> None:
         """DeepSpeed announces a save; `begin` did so already."""
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
@@ -144,8 +142,20 @@ class DurableStorage(CheckpointEngine):
         """Read one file of DeepSpeed's."""
         return load_tensors(Path(path), map_location)
 
-    def commit(self, info: CheckpointCommitInfo) -> bool:
+    def commit(self, info: Any) -> bool:
         """DeepSpeed has handed over its files; ours follow, so there is nothing to commit yet."""
+        return True
+
+    def is_data_parallel_writer(self, dp_rank: int) -> bool:
+        """Which of the ranks that hold the same writes it."""
+        return dp_rank == 0
+
+    def is_decoupled(self) -> bool:
+        """Whether DeepSpeed has to commit at a later step."""
+        return False
+
+    def preserves_storage_sharing(self) -> bool:
+        """Whether tensors that are one memory are written as one."""
         return True
 
 

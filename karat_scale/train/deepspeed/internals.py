@@ -14,11 +14,12 @@ from karat_scale.train.optimizer import MuonWithAdamW
 
 def quieten_and_skip_builds() -> None:
     """Before DeepSpeed joins a process group: no CPU op compiled at start, no banner on standard output."""
-    from deepspeed.ops import __compatible_ops__
+    from deepspeed import ops
     from deepspeed.utils import logger
 
-    # The shared-memory all-reduce is compiled for a minute at first use, and gloo does without it.
-    __compatible_ops__["deepspeed_shm_comm"] = False
+    # The shared-memory all-reduce is compiled for a minute at first use, and gloo does without it. DeepSpeed asks for
+    # nothing else here, and would run compilers to fill the dictionary by itself.
+    vars(ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     logger.setLevel(logging.WARNING)
     # Stage 3 still calls what torch.distributed has renamed; each rank would say so at each new place.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -25,6 +25,10 @@ def test_each_private_corner_has_a_test() -> None:
     """Called here, or by what the named test runs at each stage."""
     elsewhere = {
         "quieten_and_skip_builds": "test_the_shared_memory_build_is_switched_off",
+        "average_gradients_in_few_copies": "test_a_step_runs_few_kernels_beside_the_model",
+        "check_by_the_norm": "test_a_step_neither_stops_the_host_nor_reads_a_scalar",
+        "step_judged_by": "test_a_step_neither_stops_the_host_nor_reads_a_scalar",
+        "device_waits_for_itself": "test_a_step_neither_stops_the_host_nor_reads_a_scalar",
         "quiet_initialization": "test_an_engine_is_built_without_a_word",
         "use_torchs_own_linear": "test_an_engine_does_not_depend_on_those_built_before",
         "forget_gradients": "test_a_step_with_nan_gradients_is_skipped_and_counted",
