@@ -75,7 +75,7 @@ class TrainConfig(Section):
     tf32: Annotated[bool, Effect.ROUNDING] = True
     """Allow fp32 matrix products to round their inputs to TF32 (10 bits of mantissa) on GPUs that have it."""
     compile: Annotated[Literal[False, "default", "reduce-overhead", "max-autotune"], Effect.ROUNDING] = False
-    """The mode of torch.compile; `true` means `default`."""
+    """The mode of torch.compile; `true` means `default`. The other two record CUDA graphs."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99992
     """Decay of the exponential moving average (EMA) of the weights. 0 turns it off."""
     ema_warmup: bool = True
@@ -99,6 +99,11 @@ class TrainConfig(Section):
     def is_16_bit(self) -> bool:
         """True if the forward pass computes in bf16 or fp16."""
         return self.precision != "fp32"
+
+    @property
+    def records_graphs(self) -> bool:
+        """True if the compiler records CUDA graphs, which need weights and gradients to stay in place."""
+        return self.compile in ("reduce-overhead", "max-autotune")
 
     @field_validator("compile", mode="before")
     @classmethod

@@ -96,6 +96,8 @@ def build_parts(
     if recomputed := apply_recompute(model, recipe, world, micro_batch):
         reporter.info(recomputed)
     engine = Engine(model, recipe, world, micro_batch)
+    if recipe.train.compile:
+        reporter.info(f"the first step compiles the model (train.compile = {recipe.train.compile})")
     ema = Ema(engine.deepspeed, recipe.train) if recipe.train.ema_decay else None
     return Parts(
         recipe=recipe,

@@ -28,11 +28,17 @@ def load_ds_config(recipe: Recipe, world_size: int, micro_batch: int) -> dict[st
 
     Raises:
         RecipeError: no such file, not JSON, an "auto" we cannot fill, a wrong or unknown key, a key that stands twice,
-            or a number that contradicts the recipe.
+            a number that contradicts the recipe, or CUDA graphs with accumulated gradients.
     """
     values = {**_recipe_values(recipe), **_batch_values(recipe, world_size, micro_batch)}
     config, source = _read(recipe, values, with_keys=True)
     _settle(config, values, source)
+    if recipe.train.records_graphs and (parts := config["gradient_accumulation_steps"]) > 1:
+        # The gradients of one micro batch are in a graph's memory, which the next one uses again (pytorch #169545).
+        raise RecipeError(
+            f"train.compile = {recipe.train.compile} records CUDA graphs, which cannot add up the gradients of {parts} "
+            "micro batches; use train.compile=default or a larger train.micro_batch"
+        )
     if zero_stage(config) == 0:
         config["gradient_clipping"] = 0.0  # DeepSpeed would not tell the norm and would step on NaN; the engine clips
     return config
@@ -63,6 +69,8 @@ def stage_refusal(recipe: Recipe, stage: int) -> str | None:
     """What the recipe asks for and this ZeRO stage cannot do."""
     if refusal := precision_refusal(recipe.train.precision, stage):
         return refusal
+    if recipe.train.records_graphs and stage == 3:
+        return f"train.compile = {recipe.train.compile} records CUDA graphs, and ZeRO stage 3 moves the weights"
     if recipe.optim.name == "muon" and stage > 0:
         return f"optim.name = muon needs whole matrices, which ZeRO stage {stage} cuts up"
     return None

@@ -105,8 +105,9 @@ class Engine:
         else:
             check_by_the_norm(self.deepspeed)
         keep_least_loss_scale(self.deepspeed)
+        self._records_graphs = recipe.train.records_graphs
         if recipe.train.compile:
-            self.deepspeed.compile()
+            self.deepspeed.compile(compile_kwargs={"mode": recipe.train.compile})
 
     @property
     def module(self) -> nn.Module:
@@ -120,6 +121,8 @@ class Engine:
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits float32 [b, classes] for normalised images [b, 3, H, W]."""
+        if self._records_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last graph returned is not needed any more
         logits: torch.Tensor = self.deepspeed(images.to(self._precision.weights))
         return logits.float()
 
