@@ -101,6 +101,11 @@ class TrainConfig(Section):
         return self.precision != "fp32"
 
     @property
+    def holds_16_bits(self) -> bool:
+        """Whether the module's weights are bf16 or fp16, beside fp32 masters, which only ZeRO stages 1 to 3 keep."""
+        return self.precision in ("bf16_weights", "fp16")
+
+    @property
     def records_graphs(self) -> bool:
         """True if the compiler records CUDA graphs, which need weights and gradients to stay in place."""
         return self.compile in ("reduce-overhead", "max-autotune")

@@ -42,13 +42,6 @@ PRECISIONS = {
 """By `train.precision`, at every ZeRO stage that takes it."""
 
 
-def precision_refusal(precision: str, stage: int) -> str | None:
-    """Why this ZeRO stage cannot train in this precision: DeepSpeed keeps fp32 master weights from stage 1 on."""
-    if stage == 0 and PRECISIONS[precision].weights != torch.float32:
-        return f"train.precision = {precision} needs ZeRO stage 1 or higher"
-    return None
-
-
 def check_precision(precision: str, device: torch.device) -> None:
     """Raises RecipeError for fp16 on a CPU, which has few instructions for it."""
     if precision == "fp16" and device.type == "cpu":

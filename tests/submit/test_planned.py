@@ -20,8 +20,15 @@ def script_of(tmp_path: Path, *arguments: str, recipe: str = "imagenet_vit_tiny_
     return (run / "submit.sh").read_text()
 
 
+def partitioned(tmp_path: Path) -> str:
+    """A recipe that says ZeRO stage 1."""
+    recipe = tmp_path / "partitioned.yaml"
+    recipe.write_text("extends: imagenet_vit_tiny_g3b\ndeepspeed: {config: zero1}\n")
+    return str(recipe)
+
+
 def test_stage_and_micro_batch_come_from_the_plan(tmp_path: Path, capsys: Capture) -> None:
-    script = script_of(tmp_path, *SHAPE, "--gpu=a100-40")
+    script = script_of(tmp_path, *SHAPE, "--gpu=a100-40", recipe=partitioned(tmp_path))
     assert "recommended: deepspeed.config=zero0 train.micro_batch=32" in capsys.readouterr().out
     assert script.count("train.micro_batch=32") == 2
     assert script.count("deepspeed.config=zero0") == 2  # the recipe has zero1
@@ -35,7 +42,8 @@ def test_what_the_user_names_is_left_alone(tmp_path: Path, capsys: Capture) -> N
 
 
 def test_a_stage_that_the_recipe_cannot_use_is_passed_over(tmp_path: Path, capsys: Capture) -> None:
-    assert script_of(tmp_path, "train.precision=fp16", *SHAPE, "--gpu=v100-32").count("train.micro_batch=32") == 2
+    script = script_of(tmp_path, "train.precision=fp16", *SHAPE, "--gpu=v100-32", recipe=partitioned(tmp_path))
+    assert script.count("train.micro_batch=32") == 2
     assert "recommended: deepspeed.config=zero1" in capsys.readouterr().out
 
 

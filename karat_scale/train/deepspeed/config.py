@@ -7,13 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import Recipe
 from karat_scale.shipped import shipped_directory
 from karat_scale.train.deepspeed.keys import check_keys
-from karat_scale.train.precision import PRECISIONS, precision_refusal
 
 _NEVER = 10**9
 
@@ -67,8 +64,8 @@ def zero_stage(config: Mapping[str, Any]) -> int:
 
 def stage_refusal(recipe: Recipe, stage: int) -> str | None:
     """What the recipe asks for and this ZeRO stage cannot do."""
-    if refusal := precision_refusal(recipe.train.precision, stage):
-        return refusal
+    if recipe.train.holds_16_bits and stage == 0:
+        return f"train.precision = {recipe.train.precision} needs ZeRO stage 1 or higher"
     if recipe.train.records_graphs and stage == 3:
         return f"train.compile = {recipe.train.compile} records CUDA graphs, and ZeRO stage 3 moves the weights"
     if recipe.optim.name == "muon" and stage > 0:
@@ -110,7 +107,7 @@ def _read(recipe: Recipe, values: dict[str, Any], with_keys: bool) -> tuple[dict
     stage = zero_stage(config)
     if refusal := stage_refusal(recipe, stage):
         raise RecipeError(f"{source}: {refusal}; use deepspeed.config={'zero1' if stage == 0 else 'zero0'}")
-    if PRECISIONS[recipe.train.precision].weights == torch.float32:
+    if not recipe.train.holds_16_bits:
         values["data_types.grad_accum_dtype"] = "fp32"
     return config, source
 
@@ -134,8 +131,8 @@ def _recipe_values(recipe: Recipe) -> dict[str, Any]:
         "train_batch_size": recipe.train.global_batch,
         "gradient_clipping": recipe.optim.clip_grad,
         # To DeepSpeed a precision is what it holds weights in; of our autocast it need not know.
-        "bf16.enabled": PRECISIONS[recipe.train.precision].weights == torch.bfloat16,
-        "fp16.enabled": PRECISIONS[recipe.train.precision].weights == torch.float16,
+        "bf16.enabled": recipe.train.precision == "bf16_weights",
+        "fp16.enabled": recipe.train.precision == "fp16",
     }
 
 
