@@ -15,6 +15,7 @@ from karat_scale.detection.batches import DetectionBatch, EvalMaker, load_batche
 from karat_scale.detection.coco import CocoSplit
 from karat_scale.detection.recipe import DetectionRecipe
 from karat_scale.train.distributed import World
+from karat_scale.train.precision import PRECISIONS
 
 _KINDS = {"box": "bbox", "mask": "segm"}
 
@@ -60,7 +61,7 @@ def evaluate(
     try:
         for done, batch in enumerate(batches, start=1):
             if batch.samples:
-                with torch.autocast(world.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+                with PRECISIONS[recipe.train.precision].autocast(world.device.type):
                     predictions = model(batch.to(world.device)[0])
                 found += describe(batch, predictions, split)
             on_batch(done, plan.num_batches)

@@ -20,6 +20,7 @@ from karat_scale.detection.evaluate import evaluate
 from karat_scale.detection.parts import DetectionParts
 from karat_scale.detection.state import DetectionState
 from karat_scale.errors import DivergedError
+from karat_scale.train.precision import PRECISIONS
 from karat_scale.train.reporting.interval import Interval, peak_memory_mb
 from karat_scale.train.signals import StoppedError
 
@@ -94,8 +95,7 @@ class DetectionLoop:
         waits = isinstance(parts.replica, DistributedDataParallel) and not is_last
         with parts.replica.no_sync() if waits else nullcontext():  # type: ignore[operator]
             parts.reporter.beat("forward")
-            is_bf16 = parts.recipe.train.precision == "bf16"
-            with torch.autocast(parts.world.device.type, torch.bfloat16, enabled=is_bf16):
+            with PRECISIONS[parts.recipe.train.precision].autocast(parts.world.device.type):
                 losses: dict[str, torch.Tensor] = parts.replica(images, targets)
             loss = torch.stack([loss.float() for loss in losses.values()]).sum() / count
             parts.reporter.beat("backward")

@@ -204,7 +204,7 @@ def step_judged_by(is_invalid: Callable[[torch.Tensor], bool]) -> Iterator[None]
         return answers[0]
 
     modules = (bf16_optimizer, stage_1_and_2, stage3)
-    replaced = [(module, "is_invalid_grad_norm", judge) for module in modules]
+    replaced: list[tuple[Any, str, Any]] = [(module, "is_invalid_grad_norm", judge) for module in modules]
     replaced.append((bf16_optimizer, "clip_tensors_by_global_norm", _clip_by_norm))
     kept = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, ours in replaced:
