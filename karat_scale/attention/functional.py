@@ -1,6 +1,7 @@
 """Fourier-KArAt attention as functions of tensors: checks the call and chooses an implementation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ IMPLEMENTATIONS: dict[str, Callable[[FourierCall], Tensor]] = {
 }
 # Why an implementation cannot take a call, or None. Others take any.
 REFUSALS: dict[str, Callable[[FourierCall], str | None]] = {"cpu": cpu.refusal, "triton": triton_fourier.refusal}
+# The same for a GPU that runs Triton's kernels, asked on any machine.
+REFUSALS_ON_A_GPU = {"cpu": lambda _: "the tensors are on a GPU", "triton": triton_fourier.call_refusal}
 # What "auto" tries, the fastest first.
 AUTOMATIC = ("triton", "cpu", "streaming")
 
@@ -105,5 +108,19 @@ def _choose(implementation: str, call: FourierCall) -> Callable[[FourierCall], T
 
 
 def refusal(implementation: str, call: FourierCall) -> str | None:
-    """Why an implementation, or "auto", cannot take a call, or None. Looks at shapes, dtypes and the device alone."""
-    return REFUSALS[implementation](call) if implementation in REFUSALS else None
+    """Why an implementation, or "auto", cannot take a call, or None. Looks only at shapes, dtypes and the device."""
+    return _refusals[implementation](call) if implementation in _refusals else None
+
+
+_refusals = REFUSALS
+
+
+@contextmanager
+def choosing_as_on_a_gpu() -> Iterator[None]:
+    """Choose implementations as on a GPU that runs Triton's kernels; their fakes trace on any machine."""
+    global _refusals  # not a context variable, which torch.compile cannot trace
+    before, _refusals = _refusals, REFUSALS_ON_A_GPU
+    try:
+        yield
+    finally:
+        _refusals = before

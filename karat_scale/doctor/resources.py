@@ -1,14 +1,13 @@
 """Cores, memory, limits and directories that this process may use."""
 
-import math
 import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from karat_scale.doctor import cgroup
 from karat_scale.doctor.finding import Finding, found
+from karat_scale.machine import cpu_quota, usable_cores, usable_memory
 
 GIB = 2**30
 SHM = Path("/dev/shm")
@@ -18,24 +17,9 @@ FEW_FILES = 1024
 CACHE_ROOM = 64 * 2**20
 
 
-def usable_cores() -> int:
-    """Return the cores that may run this process: affinity (set by SLURM or taskset), and a control group's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cgroup.cpu_quota()
-    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
-
-
-def usable_memory() -> int:
-    """Return the bytes of RAM that this process may use."""
-    import psutil  # here, so that a missing psutil is a finding and not a crash
-
-    total = int(psutil.virtual_memory().total)
-    return min(total, cgroup.memory_limit() or total)
-
-
 def cache_memory() -> int:
     """Return the bytes that can hold data now: free memory, and the page cache."""
-    import psutil
+    import psutil  # here, so that a missing psutil is a finding and not a crash
 
     return min(int(psutil.virtual_memory().available), usable_memory())
 
@@ -51,7 +35,7 @@ def examine_resources() -> Iterator[Finding]:
 
 
 def _examine_cores() -> Finding:
-    total, usable, quota = os.cpu_count() or 1, usable_cores(), cgroup.cpu_quota()
+    total, usable, quota = os.cpu_count() or 1, usable_cores(), cpu_quota()
     pieces = [f"{usable} of {total} usable"]
     if quota is not None:
         pieces.append(f"a control group allows {quota:g}")

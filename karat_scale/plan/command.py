@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
 from karat_scale.hardware import Gpu, known_gpu
+from karat_scale.machine import usable_memory
 from karat_scale.plan.choose import (
     STAGES,
     Choice,
@@ -26,7 +25,8 @@ from karat_scale.plan.curve import Node, curve
 from karat_scale.plan.dry_run import dry_run
 from karat_scale.plan.links import links_of
 from karat_scale.plan.measured import Measured, find_measured
-from karat_scale.plan.report import Plan, count_samples, show
+from karat_scale.plan.report import Plan, show
+from karat_scale.plan.samples import count_samples
 from karat_scale.plan.subject import Subject
 from karat_scale.plan.time import ImageTime, estimate
 from karat_scale.recipe import Recipe
@@ -95,7 +95,7 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
     points = []
     if request.with_curve and image_time is not None:
         points = curve(recipe, subject.sizes.total, config, choice.micro_batch, image_time.seconds, node)
-    samples, samples_from = count_samples(recipe)
+    samples, samples_from = count_samples(recipe.data)
     return Plan(
         recipe=recipe,
         parameters=subject.sizes.total,
@@ -123,7 +123,7 @@ def _machine(recipe: Recipe, request: Request, gpu: Gpu | None) -> Machine:
     elif on_gpu and gpu is not None:
         memory = gpu.memory_bytes
     else:
-        memory = psutil.virtual_memory().total // request.gpus
+        memory = usable_memory() // request.gpus
     if recipe.train.precision == "fp16" and not on_gpu:
         raise UserError("train.precision = fp16 needs a GPU; name it by --gpu, or give its memory by --memory")
     return Machine(request.gpus, memory, on_gpu)

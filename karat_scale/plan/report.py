@@ -3,8 +3,6 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from karat_scale.data.backends import open_backend
-from karat_scale.errors import DataError
 from karat_scale.hardware import Gpu
 from karat_scale.plan.choose import Choice, Machine
 from karat_scale.plan.communication import Traffic, seconds, step_seconds
@@ -13,7 +11,6 @@ from karat_scale.plan.show import duration, gigabytes, show_table
 from karat_scale.plan.time import ImageTime
 from karat_scale.recipe import Recipe
 
-IMAGENET = 1_281_167
 SHOWN_MICRO_BATCHES = 6
 
 
@@ -83,20 +80,6 @@ class Plan:
 
 def _to_json(choice: Choice) -> dict[str, Any]:
     return {**asdict(choice), "needed": choice.needed, "fits": choice.fits}
-
-
-def count_samples(recipe: Recipe) -> tuple[int, str]:
-    """Training images, and where the number comes from; ImageNet-1K's where the recipe's data is not here."""
-    try:
-        backend = open_backend(
-            recipe.data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, recipe.run.seed
-        )
-    except DataError:
-        return IMAGENET, "ImageNet-1K's, since the recipe's data is not here"
-    try:
-        return backend.num_train, "of the recipe's data"
-    finally:
-        backend.close()
 
 
 def show(plan: Plan) -> None:

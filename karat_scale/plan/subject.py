@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from karat_scale.attention.functional import REFUSALS
-from karat_scale.attention.kernels import triton_fourier
+from karat_scale.attention.functional import choosing_as_on_a_gpu
 from karat_scale.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.models.flops import flops_by_block
@@ -97,23 +96,12 @@ class Subject:
             recompute(model, choices)
         size = self.recipe.model.image_size
         try:
-            with attention_of_a_gpu() if self.on_gpu else nullcontext():
+            with choosing_as_on_a_gpu() if self.on_gpu else nullcontext():
                 return Footprint.through({batch: trace(model, mode, batch, size, autocast) for batch in TRACED_BATCHES})
         except ValueError as error:
             raise RecipeError(f"attention.implementation = {self.recipe.attention.implementation!r}: {error}") from None
 
     @contextmanager
     def _mode(self, mode: FakeTensorMode) -> Iterator[None]:
-        with attention_of_a_gpu() if self.on_gpu else nullcontext(), mode:
+        with choosing_as_on_a_gpu() if self.on_gpu else nullcontext(), mode:
             yield
-
-
-@contextmanager
-def attention_of_a_gpu() -> Iterator[None]:
-    """Let attention choose its implementation as on a GPU that runs the Triton kernels, whose fakes run anywhere."""
-    ours = dict(REFUSALS)
-    REFUSALS.update(triton=triton_fourier.call_refusal, cpu=lambda *_: "the tensors are on a GPU")
-    try:
-        yield
-    finally:
-        REFUSALS.update(ours)

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from karat_scale.cli import main
+from karat_scale.plan.command import Request, make_plan
+from karat_scale.recipe.loading import load_recipe
 
 Capture = pytest.CaptureFixture[str]
 SMALL_VIT = ("model.depth=1", "model.image_size=64", "train.precision=bf16", "train.global_batch=256")
@@ -70,3 +72,9 @@ def test_mistakes_are_one_line(arguments: tuple[str, ...], message: str, capsys:
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert message in line
+
+
+def test_a_rank_gets_its_share_of_what_the_control_group_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("karat_scale.machine.memory_limit", lambda: 10**9)
+    recipe = load_recipe("imagenet_vit_tiny", ["model.depth=1", "model.image_size=64"])
+    assert make_plan(recipe, Request(gpus=2)).machine.memory == 5 * 10**8

@@ -1,6 +1,7 @@
-"""The limits that control groups set for this process, in versions 1 and 2 and in containers."""
+"""Cores and memory that this process may use, within the limits of control groups (versions 1 and 2)."""
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,21 @@ ROOT = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 # Version 1 writes the largest multiple of a page for "no limit".
 UNLIMITED = 1 << 60
+
+
+def usable_cores() -> int:
+    """Return the cores that may run this process: affinity (set by SLURM or taskset), and a control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def usable_memory() -> int:
+    """Return the most bytes of RAM that this process may use."""
+    import psutil  # here, so that the doctor reports its absence and does not crash
+
+    total = int(psutil.virtual_memory().total)
+    return min(total, memory_limit() or total)
 
 
 def cpu_quota(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float | None:

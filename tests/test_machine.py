@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.doctor.cgroup import cpu_quota, memory_limit
+from karat_scale.machine import cpu_quota, memory_limit
 
 
 def write(root: Path, **files: str) -> None:

@@ -1,0 +1,36 @@
+"""How many training images a recipe's data has, read from its records alone: no image, decoder or hash is touched."""
+
+import sys
+from pathlib import Path
+
+from karat_scale.data.formats.beton import beton_path, read_record
+from karat_scale.data.formats.checks import must_answer
+from karat_scale.data.formats.folder import FolderSplit
+from karat_scale.data.formats.shard_format import chosen_splits, read_dataset_record
+from karat_scale.data.staged import staged_copy
+from karat_scale.errors import DataError
+from karat_scale.recipe import DataConfig
+
+IMAGENET = 1_281_167
+
+
+def count_samples(data: DataConfig) -> tuple[int, str]:
+    """Training images, and where the number comes from; ImageNet-1K's where the recipe's data is not here."""
+    try:
+        return _recorded(data), "of the recipe's data"
+    except DataError:
+        return IMAGENET, "ImageNet-1K's, since the recipe's data is not here"
+
+
+def _recorded(data: DataConfig) -> int:
+    """The number in the records of the data's format; a folder of images is listed. Raises DataError."""
+    if data.backend == "synthetic":
+        return data.synthetic_samples
+    directory = Path(staged_copy(data.path) or data.path).expanduser()
+    must_answer(directory, data.timeout)
+    if data.backend == "folder":
+        return len(FolderSplit(directory, data.train_split, num_classes=sys.maxsize))
+    if data.backend == "ffcv":
+        return read_record(beton_path(directory, data.train_split)).samples
+    (split,) = chosen_splits(directory, read_dataset_record(directory), data.train_split).values()
+    return split.samples
