@@ -46,17 +46,23 @@ CASES = (
     Case(1, "zero0", {"attention.implementation": "streaming", "train.precision": "bf16"}),
     Case(1, "zero0", {"attention.implementation": "reference", "train.recompute.policy": "attention"}),
     Case(1, "zero1", {"attention.implementation": "cpu", "train.recompute.policy": "all"}),
-    Case(1, "zero1", {"attention.implementation": "streaming", "train.precision": "bf16", "train.micro_batch": 4}),
+    Case(
+        1, "zero1", {"attention.implementation": "streaming", "train.precision": "bf16_weights", "train.micro_batch": 4}
+    ),
     Case(1, "zero2", {"attention.implementation": "cpu", "train.micro_batch": 4, "train.ema_decay": 0.0}),
     Case(1, "zero2", {"attention.kind": "softmax", "train.precision": "bf16", "train.recompute.policy": "every"}),
     Case(1, "zero3", {"attention.implementation": "cpu"}),
     Case(2, "zero0", {"attention.implementation": "cpu", "train.precision": "bf16", "train.ema_decay": 0.0}),
-    Case(2, "zero2", {"attention.implementation": "streaming", "train.precision": "bf16", "train.micro_batch": 4}),
+    Case(
+        2, "zero2", {"attention.implementation": "streaming", "train.precision": "bf16_weights", "train.micro_batch": 4}
+    ),
     Case(2, "zero3", {"attention.implementation": "cpu", "train.micro_batch": 4}),
     Case(1, "zero0", {"attention.kind": "softmax", **EVALUATES}, evaluates=True),
     Case(1, "zero0", {"attention.implementation": "reference", "train.precision": "bf16", **EVALUATES}, evaluates=True),
-    Case(1, "zero1", {"attention.kind": "softmax", "train.precision": "bf16", **EVALUATES}, evaluates=True),
+    Case(1, "zero1", {"attention.kind": "softmax", "train.precision": "bf16_weights", **EVALUATES}, evaluates=True),
     Case(2, "zero3", {"attention.kind": "softmax", **EVALUATES}, evaluates=True),
+    Case(1, "zero1", {"attention.kind": "softmax", "train.precision": "bf16", "train.micro_batch": 4}),
+    Case(1, "zero3", {"attention.implementation": "streaming", "train.precision": "bf16"}),
 )
 
 

@@ -8,9 +8,10 @@ from karat_scale.errors import RecipeError
 from karat_scale.plan.memory import Batch, Peak, evaluation, peak
 from karat_scale.plan.subject import Subject
 from karat_scale.plan.workspace import attention_workspace
-from karat_scale.plan.zero import kept
+from karat_scale.plan.zero import FP32, kept
 from karat_scale.recipe import Recipe
 from karat_scale.train.deepspeed.config import load_ds_config, stage_refusal, zero_stage
+from karat_scale.train.precision import PRECISIONS
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 # On a GPU: CUDA's context, cuBLAS's and NCCL's buffers. On a CPU: Python with torch, timm and DeepSpeed, which were
@@ -180,10 +181,10 @@ def consider(subject: Subject, machine: Machine, config: str, micro_batch: int) 
             available=machine.memory,
         )
 
-    step = _batch(subject, micro_batch, accumulation, stage)
-    training = choice(peak(state, subject.footprint(stage, micro_batch), step), recipe.train.eval_batch, loaded)
+    step = _batch(subject, micro_batch, accumulation)
+    training = choice(peak(state, subject.footprint(micro_batch), step), recipe.train.eval_batch, loaded)
     for images in _halved(recipe.train.eval_batch):
-        rest = evaluation(state, subject.evaluation(stage), _batch(subject, images, 1, stage))
+        rest = evaluation(state, subject.evaluation(), _batch(subject, images, 1))
         evaluating = choice(rest, images, loaded + _loader(recipe, images))
         if evaluating.needed <= max(machine.memory, training.needed):
             break
@@ -196,13 +197,14 @@ def _halved(batch: int) -> Iterator[int]:
         batch //= 2
 
 
-def _batch(subject: Subject, images: int, accumulation: int, stage: int) -> Batch:
-    """uint8 images of a whole step on the CPU, of a micro batch on a GPU, then float32, then a 16-bit model's own."""
+def _batch(subject: Subject, images: int, accumulation: int) -> Batch:
+    """uint8 images of a whole step on the CPU, of a micro batch on a GPU, then float32, then those of 16-bit weights."""
     recipe = subject.recipe
     pixels = images * 3 * recipe.model.image_size**2
     raw = pixels * (1 if subject.on_gpu else accumulation)
-    rounded = 2 * pixels if recipe.train.is_16_bit and stage > 0 else 0
-    return Batch(images, raw + 4 * pixels + rounded, attention_workspace(recipe, images, subject.on_gpu))
+    width = PRECISIONS[recipe.train.precision].weights.itemsize
+    rounded = width * pixels if width < FP32 else 0
+    return Batch(images, raw + FP32 * pixels + rounded, attention_workspace(recipe, images, subject.on_gpu))
 
 
 def _loader(recipe: Recipe, micro_batch: int) -> int:

@@ -28,10 +28,11 @@ from karat_scale.plan.measured import Measured, find_measured
 from karat_scale.plan.report import Plan, show
 from karat_scale.plan.samples import count_samples
 from karat_scale.plan.subject import Subject
-from karat_scale.plan.time import ImageTime, estimate
+from karat_scale.plan.time import ComputeTime, estimate
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.train.deepspeed.config import load_ds_config
+from karat_scale.train.precision import matrix_peak
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,12 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
     config = load_ds_config(chosen, machine.world, choice.micro_batch)
     found = None if request.step_time is not None else find_measured(chosen, gpu)
     if isinstance(found, Measured):
-        image_time: ImageTime | None = found.image_time(subject.sizes.total, Node(request.gpus_per_node, node.links))
+        time: ComputeTime | None = found.compute_time(subject.sizes.total, Node(request.gpus_per_node, node.links))
     else:
-        image_time = _image_time(recipe, request, gpu, subject, choice)
+        time = _compute_time(request, gpu, subject, choice)
     points = []
-    if request.with_curve and image_time is not None:
-        points = curve(recipe, subject.sizes.total, config, choice.micro_batch, image_time.seconds, node)
+    if request.with_curve and time is not None:
+        points = curve(recipe, subject.sizes.total, config, choice.micro_batch, time, node)
     samples, samples_from = count_samples(recipe.data)
     return Plan(
         recipe=recipe,
@@ -106,7 +107,7 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
         refused={} if own not in STAGES else refused_stages(recipe),
         choice=choice,
         load=traffic(subject.sizes.total, config, choice.accumulation, recipe.train.precision),
-        image_time=image_time,
+        time=time,
         not_measured=found if isinstance(found, str) else "",
         samples=samples,
         samples_from=samples_from,
@@ -115,7 +116,7 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
 
 
 def _machine(recipe: Recipe, request: Request, gpu: Gpu | None) -> Machine:
-    if gpu is not None and recipe.train.precision not in gpu.peaks:
+    if gpu is not None and matrix_peak(recipe.train, gpu.peaks) is None:
         raise UserError(f"train.precision = {recipe.train.precision}: {gpu.key} has no such matrix units; use fp32")
     on_gpu = recipe.run.device != "cpu" and (gpu is not None or request.memory is not None)
     if request.memory is not None:
@@ -144,11 +145,10 @@ def _as_chosen(recipe: Recipe, choice: Choice) -> Recipe:
     )
 
 
-def _image_time(
-    recipe: Recipe, request: Request, gpu: Gpu | None, subject: Subject, choice: Choice
-) -> ImageTime | None:
+def _compute_time(request: Request, gpu: Gpu | None, subject: Subject, choice: Choice) -> ComputeTime | None:
     if request.step_time is not None:
-        return ImageTime(request.step_time / choice.micro_batch, f"from --step-time, of {choice.micro_batch} images")
+        return ComputeTime(request.step_time / choice.micro_batch, f"from --step-time, of {choice.micro_batch} images")
     if gpu is None:
         return None
-    return estimate(recipe, gpu, subject.footprint(choice.stage, choice.micro_batch))
+    footprint = subject.footprint(choice.micro_batch)
+    return estimate(subject.recipe, gpu, footprint, choice.stage, len(subject.sizes.each))

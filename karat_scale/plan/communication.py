@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from karat_scale.plan.links import LATENCY_BETWEEN, LATENCY_WITHIN, REACHED, Links
-from karat_scale.plan.zero import ALL_REDUCE, BUCKET, FP32
+from karat_scale.plan.zero import ALL_REDUCE, BUCKET
 from karat_scale.train.deepspeed.config import zero_stage
+from karat_scale.train.precision import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -37,23 +38,24 @@ class Traffic:
 def traffic(parameters: int, config: Mapping[str, Any], accumulation: int, precision: str) -> Traffic:
     """What DeepSpeed 0.19 sends in a step of `accumulation` micro batches, under a filled config.
 
-    Stage 0 all-reduces fp32 gradients once a step, stage 1 once a step in the dtype of the weights. Stage 2 all-reduces
+    Gradients and weights travel in the dtype of the weights: fp32, but for `bf16_weights` and `fp16`. Stages 0 and 1
+    all-reduce gradients once a step. Stage 2 all-reduces
     each micro batch's (its `reduce_scatter` is an all-reduce of whole buckets), stage 3 scatters them and gathers the
     weights once for each micro batch. Stages 1 and 2 gather the stepped weights once.
     """
     stage, zero = zero_stage(config), config["zero_optimization"]
-    low = (FP32 if precision == "fp32" else 2) * parameters
+    size = PRECISIONS[precision].weights.itemsize * parameters
     overlaps = zero.get("overlap_comm")
     hidden = bool(overlaps) or (overlaps is None and stage == 3)
     bucket = int(zero.get("reduce_bucket_size", BUCKET))
     if stage == 0:
-        return Traffic(FP32 * parameters, 0, 0, math.ceil(parameters / ALL_REDUCE), False)
+        return Traffic(size, 0, 0, math.ceil(parameters / ALL_REDUCE), False)
     calls = math.ceil(parameters / bucket)
     if stage == 1:
-        return Traffic(low, low, 0, calls + 1, hidden and precision != "bf16")
+        return Traffic(size, size, 0, calls + 1, hidden and precision != "bf16_weights")
     if stage == 2:
-        return Traffic(accumulation * low, low, 0, accumulation * calls + 1, hidden)
-    return Traffic(0, accumulation * low, accumulation * low, 2 * accumulation * calls, hidden)
+        return Traffic(accumulation * size, size, 0, accumulation * calls + 1, hidden)
+    return Traffic(0, accumulation * size, accumulation * size, 2 * accumulation * calls, hidden)
 
 
 def seconds(load: Traffic, world: int, per_node: int, links: Links) -> float:
@@ -70,19 +72,19 @@ def seconds(load: Traffic, world: int, per_node: int, links: Links) -> float:
     return load.sent(world) / (REACHED * bandwidth) + load.calls * min(in_ring, in_tree) * latency
 
 
-def step_seconds(compute: float, load: Traffic, talk: float) -> float:
+def step_seconds(compute: float, load: Traffic, communication: float) -> float:
     """A step: its computation, of which two thirds are backward passes, and the collectives that these do not hide.
 
     Args:
         compute: seconds of forward and backward.
         load: what is sent.
-        talk: `seconds` of it.
+        communication: `seconds` of it.
     """
-    return compute + (max(0.0, talk - 2 / 3 * compute) if load.hidden else talk)
+    return compute + (max(0.0, communication - 2 / 3 * compute) if load.hidden else communication)
 
 
-def compute_seconds(step: float, load: Traffic, talk: float) -> float:
+def compute_seconds(step: float, load: Traffic, communication: float) -> float:
     """The computation in a step of so many seconds: `step_seconds` undone, and not below 0."""
-    if load.hidden and talk <= 2 / 3 * step:
+    if load.hidden and communication <= 2 / 3 * step:
         return step
-    return max(0.0, 3 * (step - talk) if load.hidden else step - talk)
+    return max(0.0, 3 * (step - communication) if load.hidden else step - communication)

@@ -8,6 +8,7 @@ from karat_scale.data.plan import choose_micro_batch
 from karat_scale.errors import RecipeError
 from karat_scale.plan.communication import seconds, step_seconds, traffic
 from karat_scale.plan.links import Links
+from karat_scale.plan.time import ComputeTime
 from karat_scale.recipe import Recipe
 
 GPUS = tuple(2**power for power in range(11))
@@ -15,7 +16,7 @@ GPUS = tuple(2**power for power in range(11))
 
 @dataclass(frozen=True)
 class Node:
-    """How many GPUs a node has, and how they talk."""
+    """How many GPUs a node has, and the links between GPUs."""
 
     gpus: int
     links: Links
@@ -23,19 +24,20 @@ class Node:
 
 @dataclass(frozen=True)
 class Point:
-    """A number of GPUs, and images a second: each GPU with the same micro batch, and with the recipe's global batch.
+    """A number of GPUs, and images a second.
 
-    efficiency: of `growing`, over as many times one GPU. fixed: None where the global batch does not divide.
+    weak: each GPU has the same micro batch, and so the global batch grows. efficiency: of that, over as many times one
+    GPU. strong: the recipe's global batch is shared by all; None where it does not divide.
     """
 
     gpus: int
-    growing: float
+    weak: float
     efficiency: float
-    fixed: float | None
+    strong: float | None
 
 
 def curve(
-    recipe: Recipe, parameters: int, config: Mapping[str, Any], micro_batch: int, image_seconds: float, node: Node
+    recipe: Recipe, parameters: int, config: Mapping[str, Any], micro_batch: int, time: ComputeTime, node: Node
 ) -> list[Point]:
     """A point for each of GPUS.
 
@@ -43,15 +45,16 @@ def curve(
         parameters: of the model.
         config: DeepSpeed's, filled.
         micro_batch: images a GPU takes at once.
-        image_seconds: that one GPU computes on an image, forward and backward.
+        time: of one GPU.
+        node: what it is in.
     """
 
     def rate(gpus: int, images: int, accumulation: int) -> float:
         load = traffic(parameters, config, accumulation, recipe.train.precision)
-        talk = seconds(load, gpus, node.gpus, node.links)
-        return gpus * images * accumulation / step_seconds(images * accumulation * image_seconds, load, talk)
+        communication = seconds(load, gpus, node.gpus, node.links)
+        return gpus * images * accumulation / step_seconds(time.seconds(images, accumulation), load, communication)
 
-    def fixed(gpus: int) -> float | None:
+    def strong(gpus: int) -> float | None:
         try:
             part = choose_micro_batch(recipe.train.global_batch, gpus, None, recipe.augment.mixes)
         except RecipeError:
@@ -64,6 +67,6 @@ def curve(
     one = rate(1, micro_batch, 1)
     points = []
     for gpus in GPUS:
-        growing = rate(gpus, micro_batch, 1)
-        points.append(Point(gpus, growing, growing / (gpus * one), fixed(gpus)))
+        weak = rate(gpus, micro_batch, 1)
+        points.append(Point(gpus, weak, weak / (gpus * one), strong(gpus)))
     return points

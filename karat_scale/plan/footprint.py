@@ -1,4 +1,4 @@
-"""What a micro batch of any size allocates, one by one: traces of two sizes, and a straight line through each."""
+"""What a micro batch of any size allocates and launches: traces of two sizes, and a straight line through each."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from karat_scale.plan.launches import Launches
 from karat_scale.plan.tracing import OUTSIDE, Trace
 
 Bytes = npt.NDArray[np.float64]
@@ -17,7 +18,7 @@ class Footprint:
     """The allocations of one forward and backward pass for b images: `constant` + b `slope` bytes each, in order.
 
     All [n]: died: int64, n for what stays; part: int64, as in `Allocation`; gradient: bool. The first `forward` are the
-    forward pass's. An event is the birth of one of them.
+    forward pass's. An event is the birth of one of them. launches: the kernels, as many for every b.
     """
 
     constant: Bytes
@@ -26,6 +27,7 @@ class Footprint:
     part: npt.NDArray[np.int64]
     gradient: npt.NDArray[np.bool_]
     forward: int
+    launches: Launches
 
     @classmethod
     def through(cls, traces: Mapping[int, Trace]) -> "Footprint":
@@ -43,6 +45,7 @@ class Footprint:
             part=np.array([x.part for x in a]),
             gradient=np.array([x.gradient for x in a]),
             forward=first.forward,
+            launches=Launches.of(first.launching),
         )
 
     def live(self, batch: int) -> Bytes:

@@ -12,7 +12,7 @@ from karat_scale.errors import UserError
 from karat_scale.hardware import Gpu, find_gpu
 from karat_scale.plan.communication import compute_seconds, seconds, traffic
 from karat_scale.plan.curve import Node
-from karat_scale.plan.time import ImageTime
+from karat_scale.plan.time import ComputeTime
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import flatten
 from karat_scale.train.deepspeed.config import load_ds_config
@@ -46,14 +46,14 @@ class Measured:
     precision: str
     source: str
 
-    def image_time(self, parameters: int, node: Node) -> ImageTime:
+    def compute_time(self, parameters: int, node: Node) -> ComputeTime:
         """Seconds of an image without the collectives that the run's own world took, as the plan counts them.
 
         A plan for that world adds them again, and comes to what was measured; one for another adds its own.
         """
         load = traffic(parameters, self.config, self.accumulation, self.precision)
-        talk = seconds(load, self.world, node.gpus, node.links)
-        return ImageTime(compute_seconds(self.step, load, talk) / self.images, self.source)
+        communication = seconds(load, self.world, node.gpus, node.links)
+        return ComputeTime(compute_seconds(self.step, load, communication) / self.images, self.source)
 
 
 def find_measured(recipe: Recipe, gpu: Gpu | None) -> Measured | str | None:

@@ -8,7 +8,7 @@ from karat_scale.plan.choose import Choice, Machine
 from karat_scale.plan.communication import Traffic, seconds, step_seconds
 from karat_scale.plan.curve import Node, Point
 from karat_scale.plan.show import duration, gigabytes, show_table
-from karat_scale.plan.time import ImageTime
+from karat_scale.plan.time import ComputeTime
 from karat_scale.recipe import Recipe
 
 SHOWN_MICRO_BATCHES = 6
@@ -30,7 +30,7 @@ class Plan:
     refused: dict[str, str]
     choice: Choice
     load: Traffic
-    image_time: ImageTime | None
+    time: ComputeTime | None
     not_measured: str
     samples: int
     samples_from: str
@@ -41,17 +41,17 @@ class Plan:
         return self.samples // self.recipe.train.global_batch
 
     @property
-    def talk(self) -> float:
+    def communication(self) -> float:
         """Seconds of a step's collectives."""
         return seconds(self.load, self.machine.world, self.node.gpus, self.node.links)
 
     @property
     def step(self) -> float | None:
         """Seconds of a step."""
-        if self.image_time is None:
+        if self.time is None:
             return None
-        images = self.choice.micro_batch * self.choice.accumulation
-        return step_seconds(images * self.image_time.seconds, self.load, self.talk)
+        compute = self.time.seconds(self.choice.micro_batch, self.choice.accumulation)
+        return step_seconds(compute, self.load, self.communication)
 
     def to_json(self) -> dict[str, Any]:
         """Every figure, in bytes and seconds."""
@@ -66,13 +66,16 @@ class Plan:
             "candidates": [_to_json(choice) for choices in self.grid.values() for choice in choices],
             "communication": {**asdict(self.load), "sent_bytes": self.load.sent(self.machine.world)},
             "seconds": {
-                "image": self.image_time.seconds if self.image_time else None,
-                "from": self.image_time.source if self.image_time else None,
-                "communication": self.talk,
+                "image": self.time.image if self.time else None,
+                "device": self.time and self.time.device(self.choice.micro_batch, self.choice.accumulation),
+                "host": self.time and self.time.host(self.choice.accumulation),
+                "from": self.time.source if self.time else None,
+                "communication": self.communication,
                 "step": self.step,
                 "epoch": self.step and self.step * self.steps_per_epoch,
                 "training": self.step and self.step * self.steps_per_epoch * self.recipe.train.epochs,
             },
+            "launches": asdict(self.time.launches) if self.time and self.time.launches else None,
             "samples": self.samples,
             "curve": [asdict(point) for point in self.curve],
         }
@@ -159,27 +162,50 @@ def _runs(choice: Choice) -> list[tuple[int, int]]:
 def _show_time(plan: Plan) -> None:
     sent = gigabytes(plan.load.sent(plan.machine.world))
     hidden = "beside the backward pass" if plan.load.hidden else "after the backward pass"
-    print(f"\ncommunication: each rank sends {sent} a step, {duration(plan.talk)} {hidden}")
+    print(f"\ncommunication: each rank sends {sent} a step, {duration(plan.communication)} {hidden}")
     if plan.not_measured:
         print(plan.not_measured)
-    if plan.step is None or plan.image_time is None:
+    if plan.step is None or plan.time is None:
         print("time: unknown; give --step-time, or --gpu with a name that the table has")
         return
     rate = plan.recipe.train.global_batch / plan.step
     epoch = plan.step * plan.steps_per_epoch
     epochs = plan.recipe.train.epochs
-    print(f"time: {duration(plan.step)} a step, {rate:,.0f} images a second ({plan.image_time.source});")
+    print(f"time: {duration(plan.step)} a step, {rate:,.0f} images a second ({plan.time.source});")
     print(f"  {duration(epoch)} an epoch of {plan.samples:,} images ({plan.samples_from});")
     print(f"  {duration(epoch * epochs)} for {epochs} epochs, evaluations apart")
+    if note := launch_note(plan):
+        print(note)
+
+
+def launch_note(plan: Plan) -> str:
+    """What to change where the GPU waits for launches; "" where it does not."""
+    micro_batch, accumulation = plan.choice.micro_batch, plan.choice.accumulation
+    if plan.time is None or plan.time.launches is None:
+        return ""
+    if not plan.time.is_bound_by_launches(micro_batch, accumulation):
+        return ""
+    host, device = plan.time.host(accumulation), plan.time.device(micro_batch, accumulation)
+    kernels = accumulation * plan.time.launches.micro_batch + plan.time.launches.step
+    images = plan.time.least_micro_batch(accumulation)
+    fix = f"train.micro_batch={images}"
+    if plan.recipe.train.global_batch < images * plan.machine.world:
+        fix += f" train.global_batch={images * plan.machine.world}"
+    if plan.recipe.train.compile in (False, "default"):
+        fix += ", or with train.compile=reduce-overhead"
+    return (
+        f"bound by launches: the host takes {duration(host)} to launch {kernels:,} kernels, the GPU {duration(device)} to "
+        f"run them;\n  it would not be with {fix}"
+    )
 
 
 def _show_curve(plan: Plan) -> None:
     rows = [
         [
             f"{point.gpus:,}",
-            f"{point.growing:,.0f}",
+            f"{point.weak:,.0f}",
             f"{100 * point.efficiency:.1f} %",
-            "-" if point.fixed is None else f"{point.fixed:,.0f}",
+            "-" if point.strong is None else f"{point.strong:,.0f}",
         ]
         for point in plan.curve
     ]

@@ -39,33 +39,28 @@ class Subject:
         model = self._build()
         self.sizes = ParameterSizes.of(model, recipe.optim)
         self._depth = len(blocks_of(model))
-        self._footprints: dict[tuple[bool, tuple[Choice, ...] | None], Footprint] = {}
+        precision = PRECISIONS[recipe.train.precision]
+        # What the model is cast to, if it is, and whether autocast casts.
+        self._dtype = None if precision.weights == torch.float32 else precision.weights
+        self._autocasts = precision.autocasts
+        self._footprints: dict[tuple[Choice, ...] | None, Footprint] = {}
 
-    def footprint(self, stage: int, images: int) -> Footprint:
-        """What a micro batch allocates at a ZeRO stage: at 0 bf16 is autocast, later the model itself has 16 bits.
+    def footprint(self, images: int) -> Footprint:
+        """What a micro batch allocates and launches, at every ZeRO stage.
 
         `images` counts only for what a budget lets the model recompute. Raises RecipeError where the model cannot run
         as the recipe says.
         """
-        dtype, autocast = self._precision(stage)
-        choices = self._choices(dtype, autocast, images)
-        key = autocast, choices
-        if key not in self._footprints:
-            self._footprints[key] = self._trace(dtype, *key)
-        return self._footprints[key]
+        return self._traced(self._choices(images))
 
-    def evaluation(self, stage: int) -> Footprint:
+    def evaluation(self) -> Footprint:
         """As `footprint`, of a batch of an evaluation, which recomputes nothing."""
-        dtype, autocast = self._precision(stage)
-        key = autocast, None
-        if key not in self._footprints:
-            self._footprints[key] = self._trace(dtype, *key)
-        return self._footprints[key]
+        return self._traced(None)
 
-    def _precision(self, stage: int) -> tuple[torch.dtype | None, bool]:
-        """What the model is cast to, if it is, and whether autocast casts."""
-        precision = PRECISIONS[self.recipe.train.precision]
-        return (None if precision.weights == torch.float32 else precision.weights), precision.autocasts
+    def _traced(self, choices: tuple[Choice, ...] | None) -> Footprint:
+        if choices not in self._footprints:
+            self._footprints[choices] = self._trace(choices)
+        return self._footprints[choices]
 
     def _build(self) -> nn.Module:
         with torch.device("meta"):  # spares drawing the initial weights
@@ -74,32 +69,34 @@ class Subject:
             freeze(model, self.recipe.train.freeze)
         return model
 
-    def _choices(self, dtype: torch.dtype | None, autocast: bool, images: int) -> tuple[Choice, ...]:
+    def _choices(self, images: int) -> tuple[Choice, ...]:
         """What each block recomputes."""
         config = self.recipe.train.recompute
         if config.budget_gb is None:
             return choices_by_rule(config, self._depth)
         model, size = self._build(), self.recipe.model.image_size
-        with self._mode(fake_copy(model, dtype)), torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-            saved = activation_bytes(model, torch.empty(images, 3, size, size, dtype=dtype))
+        autocast = torch.autocast("cpu", torch.bfloat16) if self._autocasts else nullcontext()
+        with self._mode(fake_copy(model, self._dtype)), autocast:
+            saved = activation_bytes(model, torch.empty(images, 3, size, size, dtype=self._dtype))
         budget = max(int(1e9 * config.budget_gb), least_budget(saved))  # below it the run itself refuses
         choices = cheapest_choices(saved, flops_by_block(self.recipe.model, self.recipe.attention), budget)
         assert choices is not None
         return choices
 
-    def _trace(self, dtype: torch.dtype | None, autocast: bool, choices: tuple[Choice, ...] | None) -> Footprint:
+    def _trace(self, choices: tuple[Choice, ...] | None) -> Footprint:
         """Of a training step that recomputes `choices`, or for None of an evaluation."""
         model = self._build()
-        mode = fake_copy(model, dtype)
+        mode = fake_copy(model, self._dtype)
         trace = trace_evaluation if choices is None else trace_step
         if choices is not None:
             recompute(model, choices)
         size = self.recipe.model.image_size
         try:
             with choosing_as_on_a_gpu() if self.on_gpu else nullcontext():
-                return Footprint.through({batch: trace(model, mode, batch, size, autocast) for batch in TRACED_BATCHES})
+                traces = {batch: trace(model, mode, batch, size, self._autocasts) for batch in TRACED_BATCHES}
         except ValueError as error:
             raise RecipeError(f"attention.implementation = {self.recipe.attention.implementation!r}: {error}") from None
+        return Footprint.through(traces)
 
     @contextmanager
     def _mode(self, mode: FakeTensorMode) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Every allocation of a forward and backward pass, without doing it: the model runs on fake tensors.
+"""Every allocation and kernel of a forward and backward pass, without doing it: the model runs on fake tensors.
 
 Fake tensors have shapes, dtypes and storages but no memory (`torch._subclasses.fake_tensor`), so a trace takes about a
 second for any model and batch, and what a GPU would run is traced on a machine that has none. Memory that an operation
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,6 +23,10 @@ from karat_scale.models.layers import blocks_of
 
 OUTSIDE = -1
 """The part of a model that is no block: patch embedding, last norm, head, loss."""
+
+_aten = torch.ops.aten
+# Operations that make a tensor and write nothing.
+_ALLOCATE = (_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided)
 
 
 @dataclass
@@ -41,10 +46,14 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Trace:
-    """The allocations of one micro batch; the first `forward` are the forward pass's and the loss's."""
+    """The allocations of one micro batch; the first `forward` are the forward pass's and the loss's.
+
+    launching: the operations that launch kernels, in order.
+    """
 
     allocations: tuple[Allocation, ...]
     forward: int
+    launching: tuple[OpOverload, ...]
 
 
 def fake_copy(model: nn.Module, dtype: torch.dtype | None = None) -> FakeTensorMode:
@@ -127,14 +136,15 @@ class _Tracker(TorchDispatchMode):
     def __init__(self, there: Iterable[Tensor]) -> None:
         super().__init__()
         self._allocations: list[Allocation] = []
+        self._launching: list[OpOverload] = []
         self._living: dict[int, Allocation | None] = {_key(tensor): None for tensor in there}
         self._part = OUTSIDE
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._note(tensor)
+        is_new = [self._note(tensor) for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
+        if (any(is_new) or func._schema.is_mutable) and func.overloadpacket not in _ALLOCATE:
+            self._launching.append(func)
         return result
 
     @property
@@ -160,17 +170,19 @@ class _Tracker(TorchDispatchMode):
             assert allocation is not None
             allocation.gradient = True
         self._living = {}
-        return Trace(tuple(self._allocations), forward)
+        return Trace(tuple(self._allocations), forward, tuple(self._launching))
 
-    def _note(self, tensor: Tensor) -> None:
+    def _note(self, tensor: Tensor) -> bool:
+        """Whether its storage is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._living:
-            return
+            return False
         allocation = Allocation(storage.nbytes(), self._part, self.births)
         self._living[key] = allocation
         self._allocations.append(allocation)
         weakref.finalize(storage, self._drop, key)
+        return True
 
     def _drop(self, key: int) -> None:
         allocation = self._living.pop(key, None)

@@ -1,7 +1,8 @@
 """What DeepSpeed and this project's engine keep on a rank, stage by stage, read from their code and measured.
 
 P is the model's parameters, W the ranks. Sizes are bytes. DeepSpeed 0.19: `runtime/zero/stage_1_and_2.py`, `stage3.py`
-and `runtime/bf16_optimizer.py`, which is stage 1 in bf16; stage 1 in fp16 is the first file's.
+and `runtime/bf16_optimizer.py`, which is stage 1 with bf16 weights; stage 1 in fp16 is the first file's. To DeepSpeed
+autocast (`train.precision: bf16`) is fp32: its weights and gradients are.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from karat_scale.plan.kept import Kept
 from karat_scale.plan.sizes import ParameterSizes
 from karat_scale.recipe import Recipe
 from karat_scale.train.deepspeed.config import offloads_optimizer, zero_stage
+from karat_scale.train.precision import PRECISIONS
 
 FP32 = 4
 # torch's AdamW on a CPU works on one tensor after the other, with temporaries of its size: two for a flat shard, and
@@ -29,8 +31,9 @@ def kept(
     """What a rank of `world` keeps under a filled DeepSpeed `config`, with `accumulation` micro batches a step."""
     stage = zero_stage(config)
     ema = FP32 * sizes.total if recipe.train.ema_decay else 0
-    case = _Case(sizes, config, world, accumulation > 1, on_gpu, recipe.train.is_16_bit, ema)
-    stage_1 = _bf16_stage_1 if recipe.train.precision == "bf16" else _stages_1_and_2
+    width = PRECISIONS[recipe.train.precision].weights.itemsize
+    case = _Case(sizes, config, world, accumulation > 1, on_gpu, width, ema)
+    stage_1 = _bf16_stage_1 if recipe.train.precision == "bf16_weights" else _stages_1_and_2
     return {0: _stage_0, 1: stage_1, 2: _stages_1_and_2, 3: _stage_3}[stage](case)
 
 
@@ -41,7 +44,8 @@ class _Case:
     world: int
     accumulates: bool
     on_gpu: bool
-    is_16_bit: bool
+    width: int
+    """Bytes of a parameter that the module holds."""
     whole_ema: int
 
     @property
@@ -59,9 +63,9 @@ class _Case:
         return -(-self.whole_ema // self.world)
 
     @property
-    def width(self) -> int:
-        """Bytes of a parameter in the forward pass, from stage 1 on."""
-        return 2 if self.is_16_bit else FP32
+    def is_16_bit(self) -> bool:
+        """Whether fp32 masters stand beside weights of 16 bits."""
+        return self.width < FP32
 
     @property
     def largest_group(self) -> int:
@@ -71,9 +75,7 @@ class _Case:
     @property
     def frozen(self) -> int:
         """Bytes of what does not learn: with the weights, and beside a CPU's in fp32, as the engine's copy."""
-        return self.sizes.frozen * (self.width if self.stage else FP32) + (
-            0 if self.on_gpu else FP32 * self.sizes.frozen
-        )
+        return self.sizes.frozen * (self.width + (0 if self.on_gpu else FP32))
 
     @property
     def stage(self) -> int:

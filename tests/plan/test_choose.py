@@ -1,6 +1,6 @@
 """Which stage and micro batch a plan recommends, and what it counts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -64,10 +64,10 @@ def test_what_no_stage_can_train_is_one_line(small_recipe: Load) -> None:
 
 
 @pytest.mark.parametrize("config", ["zero2", "zero3"])
-def test_fp16_is_counted_as_bf16_where_deepspeed_treats_them_alike(small_recipe: Load, config: str) -> None:
+def test_fp16_is_counted_as_bf16_weights_where_deepspeed_treats_them_alike(small_recipe: Load, config: str) -> None:
     half, brain = (
         consider(Subject(small_recipe(f"train.precision={p}"), True), Machine(2, PLENTY, True), config, 4).peak
-        for p in ("fp16", "bf16")
+        for p in ("fp16", "bf16_weights")
     )
     assert half == brain
 
@@ -110,16 +110,31 @@ def test_an_evaluation_that_does_not_fit_gets_a_smaller_batch_and_training_stays
 
 
 def test_what_rests_between_steps_is_beside_an_evaluation(small_recipe: Load) -> None:
-    subject = Subject(small_recipe("train.eval_batch=4096", "train.precision=bf16"), on_gpu=True)
-    moments = [consider(subject, Machine(4, PLENTY, True), config, 2).peak for config in STAGES]
-    assert {moment.moment for moment in moments} == {"evaluate"}
-    shard = -(-4 * subject.sizes.total // 4)
-    assert [moment.parts["gradients"] for moment in moments] == [0, 4 * subject.sizes.total, 0, shard + 2 * 5_000_000]
+    def gradients(precision: str, configs: Sequence[str]) -> list[int]:
+        subject = Subject(small_recipe("train.eval_batch=4096", f"train.precision={precision}"), on_gpu=True)
+        moments = [consider(subject, Machine(4, PLENTY, True), config, 2).peak for config in configs]
+        assert {moment.moment for moment in moments} == {"evaluate"}
+        return [moment.parts["gradients"] for moment in moments]
+
+    weights = 4 * Subject(small_recipe(), on_gpu=True).sizes.total
+    bucket = 5_000_000
+    assert gradients("bf16", STAGES) == [0, 0, 0, -(-weights // 4) + 4 * bucket]
+    assert gradients("bf16_weights", STAGES[1:]) == [weights, 0, -(-weights // 4) + 2 * bucket]
+
+
+def test_bf16_keeps_fp32_weights_at_every_stage_and_bf16_weights_has_masters(small_recipe: Load) -> None:
+    mixed, low = (Subject(small_recipe(f"train.precision={p}"), on_gpu=True) for p in ("bf16", "bf16_weights"))
+    weights = 4 * mixed.sizes.total
+    for config in STAGES:
+        assert consider(mixed, Machine(1, PLENTY, True), config, 8).peak.parts["parameters"] == weights
+    for config in STAGES[1:]:
+        parts = consider(low, Machine(1, PLENTY, True), config, 8).peak.parts
+        assert (parts["parameters"], parts["masters"]) == (weights // 2, weights)
 
 
 def test_triton_is_planned_without_a_gpu(small_recipe: Load) -> None:
     by_implementation = {
-        name: Subject(small_recipe(f"attention.implementation={name}"), on_gpu=True).footprint(0, 2)
+        name: Subject(small_recipe(f"attention.implementation={name}"), on_gpu=True).footprint(2)
         for name in ("auto", "triton", "streaming")
     }
     assert (by_implementation["auto"].live(8) == by_implementation["triton"].live(8)).all()
@@ -128,7 +143,7 @@ def test_triton_is_planned_without_a_gpu(small_recipe: Load) -> None:
 
 def test_an_implementation_that_a_gpu_lacks_is_one_line(small_recipe: Load) -> None:
     with pytest.raises(RecipeError, match=r"attention.implementation = 'cpu'.*on a GPU"):
-        Subject(small_recipe("attention.implementation=cpu"), on_gpu=True).footprint(0, 2)
+        Subject(small_recipe("attention.implementation=cpu"), on_gpu=True).footprint(2)
 
 
 def test_recomputation_is_tried_where_nothing_fits_without(small_recipe: Load) -> None:

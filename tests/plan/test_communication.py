@@ -9,14 +9,15 @@ LINKS = Links(within=100e9, between=10e9)
 
 
 def test_what_each_stage_sends() -> None:
-    def sent(stage: int, accumulation: int = 2) -> float:
+    def sent(stage: int, precision: str) -> float:
         config = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 400}}
-        return traffic(1000, config, accumulation, "bf16").sent(4)
+        return traffic(1000, config, 2, precision).sent(4)
 
-    assert sent(0) == 2 * 4000 * 3 / 4
-    assert sent(1) == (2 * 2000 + 2000) * 3 / 4
-    assert sent(2) == (2 * 2 * 2000 + 2000) * 3 / 4
-    assert sent(3) == 2 * (2000 + 2000) * 3 / 4
+    for precision, size in (("bf16", 4000), ("fp32", 4000), ("bf16_weights", 2000), ("fp16", 2000)):
+        assert sent(1, precision) == (2 * size + size) * 3 / 4
+        assert sent(2, precision) == (2 * 2 * size + size) * 3 / 4
+        assert sent(3, precision) == 2 * (size + size) * 3 / 4
+    assert sent(0, "bf16") == sent(0, "fp32") == 2 * 4000 * 3 / 4
 
 
 def test_time_is_bytes_over_the_narrowest_link_and_the_latency_of_the_shorter_way() -> None:

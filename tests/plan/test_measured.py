@@ -69,11 +69,11 @@ def test_a_measured_rate_holds_its_own_collectives_already(small_recipe: Load, c
     keys = (f"deepspeed.config={own}", "model.embed_dim=256", "train.global_batch=256")
     leave_a_run(small_recipe(*keys), 4, rate=256 / 0.01)
     same, alone, more = (make_plan(small_recipe(*keys), Request(gpus=gpus, gpu="h100-80")) for gpus in (4, 1, 16))
-    assert same.talk > 0
+    assert same.communication > 0
     assert same.step == pytest.approx(0.01)
     if config == "zero0":
-        assert alone.step == pytest.approx(4 * (0.01 - same.talk))
-        assert more.step == pytest.approx((0.01 - same.talk) / 4 + more.talk)
+        assert alone.step == pytest.approx(4 * (0.01 - same.communication))
+        assert more.step == pytest.approx((0.01 - same.communication) / 4 + more.communication)
 
 
 def test_the_plan_says_why_it_estimates(small_recipe: Load, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,4 +82,4 @@ def test_the_plan_says_why_it_estimates(small_recipe: Load, capsys: pytest.Captu
     show(plan)
     printed = capsys.readouterr().out
     assert "is not used: it ran with model.depth = 2" in printed
-    assert "(estimated from operations and bytes)" in printed
+    assert "(estimated from operations, bytes and launches)" in printed

@@ -52,7 +52,7 @@ def test_a_trace_is_what_the_pass_allocates(small_recipe: Load, implementation: 
 
 def test_a_trace_of_an_evaluation_is_what_it_allocates(small_recipe: Load) -> None:
     recipe = small_recipe("attention.implementation=reference", "train.recompute.policy=all")
-    footprint = Subject(recipe, on_gpu=False).evaluation(0)
+    footprint = Subject(recipe, on_gpu=False).evaluation()
     model, images = create_model(recipe.model, recipe.attention).eval(), torch.randn(8, 3, SIZE, SIZE)
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model(images)

@@ -34,6 +34,7 @@ SHIPPED = {
     "cifar100_vit_tiny_transfer",
     "imagenet_vit_small_bv",
     "imagenet_vit_small_bv_g3b",
+    *(f"imagenet_{variant}_1024" for variant in VARIANTS),
     *(
         f"{data_set}_{variant}"
         for data_set in ("imagenet", "cifar10", "cifar100", "svhn", "flowers102", "stl10")
@@ -192,6 +193,14 @@ def test_imagenet_recipes_have_the_papers_settings() -> None:
     attention = recipe.attention
     assert (attention.kind, attention.grid, attention.rank, attention.base) == ("karat", 3, 12, "zero")
     assert load_recipe("cifar10_vit_tiny_g3b").train.global_batch == 32
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_recipes_for_many_gpus_differ_in_the_batch_and_what_follows_from_it(variant: str) -> None:
+    small, large = load_recipe(f"imagenet_{variant}"), load_recipe(f"imagenet_{variant}_1024")
+    assert differing_keys(small, large) == ["train.global_batch"]
+    assert large.optim.lr * large.train.global_batch / (large.optim.lr_batch or 1) == 1e-3
+    assert large.deepspeed.config == "zero0"
 
 
 def test_dump_and_load_are_inverse(recipe: Path, tmp_path: Path) -> None:

@@ -1,0 +1,99 @@
+"""How many kernels a step launches, and how long the host takes to launch them.
+
+A kernel that runs for less time than its launch takes leaves the GPU waiting. Counts come from the trace; the times are
+published ones.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+# Seconds of one Python thread for an operation of eager torch that launches a kernel: the operation itself (about 6 us
+# with autograd: pytorch/pytorch issues 41383 and 122029), the views and autocast's look-ups around it, the modules' own
+# Python, and the driver's launch (1.3 us: meta-pytorch/tritonbench pull request 1016). Public accounts of the whole
+# range from 5 to 25 us; a slow or busy CPU is at the upper end.
+EAGER_LAUNCH = 10e-6
+# Of a kernel in torch.compile's code, and of entering one of its graphs: the same pull request.
+COMPILED_LAUNCH, GRAPH_ENTRY = 6.5e-6, 33e-6
+# Seconds between the end of one kernel and the work of the next on the GPU, launched ahead or in a CUDA graph. NVIDIA's
+# introduction to CUDA graphs has 3.4 to 3.8 us a kernel of 2.9 us; the rest is filling and draining the GPU.
+KERNEL_GAP = 1.5e-6
+
+# Kernels of an operation, where they are not one. A norm's backward pass reduces its weights' gradients apart;
+# attention's multiplies O by its gradient before, and rounds the query's gradient after.
+_KERNELS = {
+    "native_layer_norm_backward": 2,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": 3,
+    "convolution_backward": 3,
+}
+# Of KArAt's own operations, which have one name each for the forward and the backward pass.
+OPERATOR_FORWARD, OPERATOR_BACKWARD = 2, 5
+# What torch.compile leaves as kernels of their own.
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+_ATTENTION = "_scaled_dot_product"
+
+# Kernels of DeepSpeed for each parameter tensor, in a micro batch and in a step, as counted on our engine with fp32
+# weights: at stage 0 copies out of the reduced gradients, later copies into buckets, norms and casts.
+PER_PARAMETER_AT_STAGE_0, PER_PARAMETER_LATER = (0.0, 1.0), (2.5, 2.0)
+# Of a step whatever the model: clipping, the fused AdamW, the EMA.
+STEP_KERNELS = 40
+
+CompileMode = Literal[False, "default", "reduce-overhead", "max-autotune"]
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Kernels of a forward and backward pass: products (attention included), and all others, mostly elementwise."""
+
+    products: int
+    others: int
+
+    @classmethod
+    def of(cls, operations: Iterable[Any]) -> "Launches":
+        """Of operations of the dispatcher (`OpOverload`) that each launch something."""
+        products = others = 0
+        for operation in operations:
+            name = operation._schema.name.partition("::")[2]
+            if operation.namespace == "karat_scale":
+                products += OPERATOR_BACKWARD if "backward" in name else OPERATOR_FORWARD
+            elif name in _PRODUCTS or name.startswith(_ATTENTION):
+                products += _KERNELS.get(name, 1)
+            else:
+                others += _KERNELS.get(name, 1)
+        return cls(products, others)
+
+    def kernels(self, compiled: bool) -> int:
+        """How many run: compiled, what lies between two products becomes one kernel."""
+        return self.products + (min(self.others, self.products) if compiled else self.others)
+
+
+@dataclass(frozen=True)
+class StepLaunches:
+    """Kernels of a micro batch and, beside those, of a step; and the host's seconds for each."""
+
+    micro_batch: int
+    step: int
+    host_micro_batch: float
+    host_step: float
+
+    @classmethod
+    def of(cls, launches: Launches, compiles: CompileMode, stage: int, parameters: int) -> "StepLaunches":
+        """Under `train.compile` and at a ZeRO stage, of a model with so many parameter tensors."""
+        model = launches.kernels(bool(compiles))
+        in_micro_batch, in_step = PER_PARAMETER_LATER if stage else PER_PARAMETER_AT_STAGE_0
+        around, step = round(in_micro_batch * parameters), STEP_KERNELS + round(in_step * parameters)
+        if compiles in ("reduce-overhead", "max-autotune"):  # a CUDA graph each for forward and backward
+            host = 2 * GRAPH_ENTRY
+        elif compiles:
+            host = 2 * GRAPH_ENTRY + model * COMPILED_LAUNCH
+        else:
+            host = model * EAGER_LAUNCH
+        return cls(model + around, step, host + around * EAGER_LAUNCH, step * EAGER_LAUNCH)
+
+    def gaps(self, accumulation: int) -> float:
+        """Seconds of a step that the GPU spends between kernels."""
+        return KERNEL_GAP * (accumulation * self.micro_batch + self.step)
+
+    def host(self, accumulation: int) -> float:
+        """Seconds that the host takes to launch a step."""
+        return accumulation * self.host_micro_batch + self.host_step
