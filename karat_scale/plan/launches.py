@@ -32,11 +32,11 @@ OPERATOR_FORWARD, OPERATOR_BACKWARD = 2, 5
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 _ATTENTION = "_scaled_dot_product"
 
-# Kernels of DeepSpeed for each parameter tensor, in a micro batch and in a step, as counted on our engine with fp32
-# weights: at stage 0 copies out of the reduced gradients, later copies into buckets, norms and casts.
-PER_PARAMETER_AT_STAGE_0, PER_PARAMETER_LATER = (0.0, 1.0), (2.5, 2.0)
-# Of a step whatever the model: clipping, the fused AdamW, the EMA.
+# Kernels of a step beside the model's: clipping, the fused AdamW, the EMA; at stage 0 that is all. From stage 1 on
+# DeepSpeed handles each parameter tensor by itself: so many kernels for each in a micro batch (copies into buckets)
+# and in a step (norms and casts), as counted on our engine with fp32 weights.
 STEP_KERNELS = 40
+PER_PARAMETER_OF_MICRO_BATCH, PER_PARAMETER_OF_STEP = 2.5, 2.0
 
 CompileMode = Literal[False, "default", "reduce-overhead", "max-autotune"]
 
@@ -80,8 +80,11 @@ class StepLaunches:
     def of(cls, launches: Launches, compiles: CompileMode, stage: int, parameters: int) -> "StepLaunches":
         """Under `train.compile` and at a ZeRO stage, of a model with so many parameter tensors."""
         model = launches.kernels(bool(compiles))
-        in_micro_batch, in_step = PER_PARAMETER_LATER if stage else PER_PARAMETER_AT_STAGE_0
-        around, step = round(in_micro_batch * parameters), STEP_KERNELS + round(in_step * parameters)
+        touched = parameters if stage > 0 else 0
+        around, step = (
+            round(PER_PARAMETER_OF_MICRO_BATCH * touched),
+            round(STEP_KERNELS + PER_PARAMETER_OF_STEP * touched),
+        )
         if compiles in ("reduce-overhead", "max-autotune"):  # a CUDA graph each for forward and backward
             host = 2 * GRAPH_ENTRY
         elif compiles:

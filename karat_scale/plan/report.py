@@ -194,8 +194,8 @@ def launch_note(plan: Plan) -> str:
     if plan.recipe.train.compile in (False, "default"):
         fix += ", or with train.compile=reduce-overhead"
     return (
-        f"bound by launches: the host takes {duration(host)} to launch {kernels:,} kernels, the GPU {duration(device)} to "
-        f"run them;\n  it would not be with {fix}"
+        f"bound by launches: the host takes {duration(host)} to launch {kernels:,} kernels, the GPU {duration(device)} "
+        f"to run them;\n  it would not be with {fix}"
     )
 
 

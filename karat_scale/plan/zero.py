@@ -100,7 +100,7 @@ class _Case:
 
 
 def _stage_0(case: _Case) -> Kept:
-    """fp32 weights, also under autocast; gradients are all-reduced after backward in a flat copy, on one rank too."""
+    """fp32 weights, also under autocast; several ranks all-reduce gradients after backward in a flat copy."""
     return Kept(
         weights=case.whole + case.frozen,
         masters=0,
@@ -115,7 +115,7 @@ def _stage_0(case: _Case) -> Kept:
         flush_after=0,
         final_gradients=case.whole,
         resting=0,
-        reducing=min(case.whole, FP32 * ALL_REDUCE),
+        reducing=min(case.whole, FP32 * ALL_REDUCE) if case.world > 1 else 0,
         stepping=max(
             case.adam(FP32 * max(case.sizes.each), ADAM_TEMPORARIES + 1),
             MUON_TEMPORARY_BYTES * max(case.sizes.matrices, default=0),
