@@ -198,7 +198,7 @@ def _halved(batch: int) -> Iterator[int]:
 
 
 def _batch(subject: Subject, images: int, accumulation: int) -> Batch:
-    """uint8 images of a whole step on the CPU, of a micro batch on a GPU, then float32, then those of 16-bit weights."""
+    """uint8 images of a whole step on the CPU, of a micro batch on a GPU; then float32; then 16 bits, as the weights."""
     recipe = subject.recipe
     pixels = images * 3 * recipe.model.image_size**2
     raw = pixels * (1 if subject.on_gpu else accumulation)
