@@ -142,11 +142,13 @@ def best(subject: Subject, machine: Machine, config: str) -> Choice:
 def micro_batches(recipe: Recipe, world: int) -> Iterator[int]:
     """The micro batches that the recipe allows on `world` ranks, the largest first; just its own where it names one.
 
+    CUDA graphs do not accumulate gradients, so a recipe that records them has only the largest.
+
     Raises RecipeError where there is none.
     """
     even = recipe.augment.mixes
     largest = choose_micro_batch(recipe.train.global_batch, world, recipe.train.micro_batch, even)
-    if recipe.train.micro_batch:
+    if recipe.train.micro_batch or recipe.train.records_graphs:
         yield largest
         return
     yield from (m for m in range(largest, 0, -1) if largest % m == 0 and not (even and m % 2))
@@ -198,7 +200,7 @@ def _halved(batch: int) -> Iterator[int]:
 
 
 def _batch(subject: Subject, images: int, accumulation: int) -> Batch:
-    """uint8 images of a whole step on the CPU, of a micro batch on a GPU; then float32; then 16 bits, as the weights."""
+    """uint8 images of a whole step on the CPU, of a micro batch on a GPU; float32; and 16 bits, if weights are."""
     recipe = subject.recipe
     pixels = images * 3 * recipe.model.image_size**2
     raw = pixels * (1 if subject.on_gpu else accumulation)

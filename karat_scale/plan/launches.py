@@ -6,7 +6,9 @@ published ones.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
+
+from karat_scale.recipe import TrainConfig
 
 # Seconds of one Python thread for an operation of eager torch that launches a kernel: the operation itself (about 6 us
 # with autograd: pytorch/pytorch issues 41383 and 122029), the views and autocast's look-ups around it, the modules' own
@@ -37,8 +39,6 @@ _ATTENTION = "_scaled_dot_product"
 # and in a step (norms and casts), as counted on our engine with fp32 weights.
 STEP_KERNELS = 40
 PER_PARAMETER_OF_MICRO_BATCH, PER_PARAMETER_OF_STEP = 2.5, 2.0
-
-CompileMode = Literal[False, "default", "reduce-overhead", "max-autotune"]
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,17 @@ class StepLaunches:
     host_step: float
 
     @classmethod
-    def of(cls, launches: Launches, compiles: CompileMode, stage: int, parameters: int) -> "StepLaunches":
+    def of(cls, launches: Launches, train: TrainConfig, stage: int, parameters: int) -> "StepLaunches":
         """Under `train.compile` and at a ZeRO stage, of a model with so many parameter tensors."""
-        model = launches.kernels(bool(compiles))
+        model = launches.kernels(bool(train.compile))
         touched = parameters if stage > 0 else 0
         around, step = (
             round(PER_PARAMETER_OF_MICRO_BATCH * touched),
             round(STEP_KERNELS + PER_PARAMETER_OF_STEP * touched),
         )
-        if compiles in ("reduce-overhead", "max-autotune"):  # a CUDA graph each for forward and backward
+        if train.records_graphs:  # one each for forward and backward
             host = 2 * GRAPH_ENTRY
-        elif compiles:
+        elif train.compile:
             host = 2 * GRAPH_ENTRY + model * COMPILED_LAUNCH
         else:
             host = model * EAGER_LAUNCH

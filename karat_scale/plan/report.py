@@ -191,8 +191,8 @@ def launch_note(plan: Plan) -> str:
     fix = f"train.micro_batch={images}"
     if plan.recipe.train.global_batch < images * plan.machine.world:
         fix += f" train.global_batch={images * plan.machine.world}"
-    if plan.recipe.train.compile in (False, "default"):
-        fix += ", or with train.compile=reduce-overhead"
+    if accumulation == 1 and plan.choice.stage < 3 and not plan.recipe.train.records_graphs:
+        fix += ",\n  or with train.compile=reduce-overhead"
     return (
         f"bound by launches: the host takes {duration(host)} to launch {kernels:,} kernels, the GPU {duration(device)} "
         f"to run them;\n  it would not be with {fix}"

@@ -71,5 +71,5 @@ def estimate(recipe: Recipe, gpu: Gpu, footprint: Footprint, stage: int, paramet
     return ComputeTime(
         image=products + bytes_ / (BANDWIDTH_EFFICIENCY * gpu.bandwidth),
         source="estimated from operations, bytes and launches",
-        launches=StepLaunches.of(footprint.launches, recipe.train.compile, stage, parameters),
+        launches=StepLaunches.of(footprint.launches, recipe.train, stage, parameters),
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from karat_scale.errors import RecipeError
-from karat_scale.plan.choose import STAGES, Machine, best, choose, consider
+from karat_scale.plan.choose import STAGES, Machine, best, choose, consider, micro_batches
 from karat_scale.plan.report import line
 from karat_scale.plan.subject import Subject
 from karat_scale.recipe import Recipe
@@ -22,6 +22,13 @@ def test_with_plenty_of_memory_the_lowest_stage_takes_the_whole_part(small_recip
 
 def test_a_micro_batch_of_the_recipe_is_kept(small_recipe: Load) -> None:
     assert choose(small_recipe("train.micro_batch=2"), 2, PLENTY).micro_batch == 2
+
+
+def test_cuda_graphs_are_planned_without_accumulation(small_recipe: Load) -> None:
+    recipe = small_recipe("train.compile=reduce-overhead", "train.global_batch=64")
+    assert list(micro_batches(recipe, 2)) == [32]
+    choice = choose(recipe, 2, 1000)
+    assert (choice.accumulation, choice.fits) == (1, False)
 
 
 def test_less_memory_takes_a_smaller_micro_batch_before_a_higher_stage(small_recipe: Load) -> None:

@@ -12,7 +12,7 @@ from karat_scale.plan.launches import OPERATOR_BACKWARD, OPERATOR_FORWARD, Launc
 from karat_scale.plan.report import launch_note
 from karat_scale.plan.subject import Subject
 from karat_scale.plan.time import ComputeTime
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import Recipe, TrainConfig
 
 Load = Callable[..., Recipe]
 SOME = Launches(products=200, others=500)
@@ -49,7 +49,9 @@ def test_karat_adds_its_own_kernels_and_autocast_its_casts(small_recipe: Load) -
 
 
 def test_a_compiler_launches_less_and_a_graph_costs_the_host_almost_nothing() -> None:
-    eager, compiled, graphed = (StepLaunches.of(SOME, mode, 0, 150) for mode in (False, "default", "reduce-overhead"))
+    eager, compiled, graphed = (
+        StepLaunches.of(SOME, TrainConfig(compile=mode), 0, 150) for mode in (False, "default", "reduce-overhead")
+    )
     assert eager.micro_batch == 700
     assert compiled.micro_batch == graphed.micro_batch == 400
     assert eager.host(1) > compiled.host(1) > graphed.host(1)
@@ -57,12 +59,12 @@ def test_a_compiler_launches_less_and_a_graph_costs_the_host_almost_nothing() ->
 
 
 def test_higher_stages_handle_each_parameter() -> None:
-    stage_0, stage_1 = (StepLaunches.of(SOME, False, stage, 150) for stage in (0, 1))
+    stage_0, stage_1 = (StepLaunches.of(SOME, TrainConfig(), stage, 150) for stage in (0, 1))
     assert (stage_1.micro_batch - stage_0.micro_batch, stage_1.step - stage_0.step) == (375, 300)
 
 
 def test_a_step_takes_as_long_as_the_slower_of_host_and_gpu() -> None:
-    time = ComputeTime(image=1e-4, source="", launches=StepLaunches.of(SOME, False, 0, 150))
+    time = ComputeTime(image=1e-4, source="", launches=StepLaunches.of(SOME, TrainConfig(), 0, 150))
     assert time.seconds(1, 1) == time.host(1) == pytest.approx(740 * 10e-6)
     assert time.seconds(1000, 2) == time.device(1000, 2) == pytest.approx(0.2 + time.device(0, 2))
     least = time.least_micro_batch(1)
@@ -78,7 +80,9 @@ def test_a_plan_names_the_batch_that_is_not_bound_by_launches(small_recipe: Load
     assert small.step is not None
     assert small.time is not None
     assert small.step >= small.time.host(1)
-    found = re.search(r"train.micro_batch=(\d+) train.global_batch=(\d+), or with train.compile=reduce-overhead$", note)
+    found = re.search(
+        r"train.micro_batch=(\d+) train.global_batch=(\d+),\n  or with train.compile=reduce-overhead$", note
+    )
     assert found
     assert int(found[2]) == 2 * int(found[1])
     enough = small_recipe(f"train.micro_batch={found[1]}", f"train.global_batch={found[2]}")
