@@ -25,6 +25,8 @@ REFUSALS: dict[str, Callable[[FourierCall], str | None]] = {"cpu": cpu.refusal, 
 REFUSALS_ON_A_GPU = {"cpu": lambda _: "the tensors are on a GPU", "triton": triton_fourier.call_refusal}
 # What "auto" tries, the fastest first.
 AUTOMATIC = ("triton", "cpu", "streaming")
+# The kernels that are made for a kind of device.
+KERNELS_OF = {"cuda": "triton", "cpu": "cpu"}
 
 
 def fourier_karat_attention(
@@ -101,10 +103,15 @@ def fourier_karat_scores(
 def _choose(implementation: str, call: FourierCall) -> Callable[[FourierCall], Tensor]:
     check_choice("implementation", implementation, ("auto", *IMPLEMENTATIONS))
     if implementation == "auto":
-        implementation = next(name for name in AUTOMATIC if refusal(name, call) is None)
+        implementation = automatic(call)
     elif (why := refusal(implementation, call)) is not None:
         raise ValueError(f"implementation = {implementation!r} cannot take this call: {why}")
     return IMPLEMENTATIONS[implementation]
+
+
+def automatic(call: FourierCall) -> str:
+    """The implementation that "auto" takes for a call."""
+    return next(name for name in AUTOMATIC if refusal(name, call) is None)
 
 
 def refusal(implementation: str, call: FourierCall) -> str | None:

@@ -138,15 +138,41 @@ class KaratOperator(nn.Module):
             implementation=self.implementation,
         )
 
-    def refusal(self, width: int, device: torch.device) -> str | None:
-        """Why the implementation asked for cannot attend on a device, with heads `width` wide; None where it can."""
+    def refusal(self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False) -> str | None:
+        """Why the implementation asked for cannot attend on a device, with heads `width` wide; None where it can.
+
+        biased, masked: whether the layer gives a bias and a mask.
+        """
         if not has_kernels(self.basis, self.form, self.simplex):
             return None
+        return functional.refusal(self.implementation, self._call(width, device, biased, masked))
+
+    def chosen(
+        self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False
+    ) -> tuple[str, str | None]:
+        """The implementation that attends, and why "auto" passed over the device's own kernels or None.
+
+        The arguments are those of `refusal`, which must have said None.
+        """
+        if self.implementation != "auto":
+            return self.implementation, None
+        if not has_kernels(self.basis, self.form, self.simplex):
+            return "streaming", None
+        call = self._call(width, device, biased, masked)
+        return functional.automatic(call), functional.refusal(functional.KERNELS_OF.get(device.type, "auto"), call)
+
+    def _call(self, width: int, device: torch.device, biased: bool, masked: bool) -> FourierCall:
         head = torch.empty((1, self.num_heads, self.num_tokens, width), device=device)
         learned = (cast(Tensor, x) for x in (self.cos_coef, self.sin_coef, self.proj))
         cosines, sines, proj = (torch.empty(x.shape, device=device) for x in learned)
-        call = FourierCall(head, head, head, cosines, sines, proj, self.base, None, None)
-        return functional.refusal(self.implementation, call)
+        pairs = torch.zeros((self.num_tokens, self.num_tokens), device=device)
+        return FourierCall(
+            *(head, head, head),
+            *(cosines, sines, proj),
+            self.base,
+            pairs if biased else None,
+            pairs == 0 if masked else None,
+        )
 
     def extra_repr(self) -> str:
         """The settings, in the constructor's names."""

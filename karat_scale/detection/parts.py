@@ -14,7 +14,7 @@ from karat_scale.detection.coco import CocoSplit, check_classes
 from karat_scale.detection.mask_rcnn import build_detector
 from karat_scale.detection.optimizer import StepSchedule, build_optimizer, build_schedule
 from karat_scale.detection.recipe import DetectionRecipe
-from karat_scale.models.operators import check_implementation
+from karat_scale.models.operators import check_implementation, describe_implementation
 from karat_scale.train.distributed import World
 from karat_scale.train.initial_weights import initialise
 from karat_scale.train.reporting.progress import Reporter
@@ -60,6 +60,8 @@ def build_parts(
     torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank and at every world size
     vit = build_vit(recipe)
     check_implementation(vit, world.device)
+    if chosen := describe_implementation(vit, world.device):
+        reporter.info(chosen)
     if recipe.init_from and not directory.store.names():
         reporter.info(initialise(vit, recipe, world, take_backbone_weights))
     model = build_detector(vit, recipe).to(world.device)

@@ -1,12 +1,15 @@
 """The learned operators of a model, and their parameters by block."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from timm.models.swin_transformer import WindowAttention
 from torch import nn
 
 from karat_scale.attention import HybridHeads, KaratOperator, ResidualHeads
+from karat_scale.attention.functional import KERNELS_OF
 from karat_scale.errors import RecipeError
 from karat_scale.models.layers import attention_layers
 
@@ -26,16 +29,42 @@ def operator_of(attention: nn.Module) -> KaratOperator | None:
 
 def check_implementation(model: nn.Module, device: torch.device) -> None:
     """Raise RecipeError if the recipe's implementation of attention cannot run on a device."""
-    for layer in attention_layers(model):
-        operator = operator_of(layer.attention)
-        if operator is None:
-            continue
-        width = round(layer.attention.scale**-2)  # d: timm scales scores by d^-1/2
-        why = operator.refusal(width, device)
+    for operator, sizes in _operators_and_sizes(model):
+        why = operator.refusal(device=device, **sizes)
         if why is not None:
             raise RecipeError(
                 f"attention.implementation = {operator.implementation} cannot run here: {why}; "
                 "use attention.implementation=auto"
+            )
+
+
+def describe_implementation(model: nn.Module, device: torch.device) -> str | None:
+    """One line that says by what implementation learned attention runs on a device, and why not by a faster one.
+
+    None where no layer is learned. `check_implementation` must have passed.
+    """
+    layers = Counter(operator.chosen(device=device, **sizes) for operator, sizes in _operators_and_sizes(model))
+    if not layers:
+        return None
+    parts = [
+        f"{name} in {count} layer{'s' * (count > 1)}" + (f" ({KERNELS_OF[device.type]} cannot: {why})" if why else "")
+        for (name, why), count in layers.items()
+    ]
+    return f"learned attention runs by {', '.join(parts)}"
+
+
+def _operators_and_sizes(model: nn.Module) -> Iterator[tuple[KaratOperator, dict[str, Any]]]:
+    """The learned operator of each attention layer that has one, and what the layer gives it."""
+    for layer in attention_layers(model):
+        operator = operator_of(layer.attention)
+        if operator is not None:
+            yield (
+                operator,
+                {
+                    "width": round(layer.attention.scale**-2),  # d: timm scales scores by d^-1/2
+                    "biased": isinstance(layer.attention, WindowAttention),
+                    "masked": getattr(layer.block, "attn_mask", None) is not None,
+                },
             )
 
 

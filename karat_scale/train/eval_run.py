@@ -12,7 +12,7 @@ from karat_scale.data.backends import open_backend
 from karat_scale.data.batch import BadSample
 from karat_scale.files import write_atomically
 from karat_scale.models.init_from import take_weights
-from karat_scale.models.operators import check_implementation
+from karat_scale.models.operators import check_implementation, describe_implementation
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.train import distributed
@@ -41,6 +41,8 @@ def evaluate_run(run_dir: str, overrides: Sequence[str], checkpoint: str, weight
         use_ema = wants_ema(weights, recipe, saved)
         model = _model(recipe, trained.model.image_size, directory, name, use_ema)
         check_implementation(model, world.device)
+        if world.is_main and (chosen := describe_implementation(model, world.device)):
+            print(chosen)
         result = _evaluate(recipe, world, model)
         if world.is_main:
             _report(directory.path, name, "ema" if use_ema else "raw", result, json_file)

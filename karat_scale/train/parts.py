@@ -12,7 +12,7 @@ from karat_scale.data.formats.checks import unused_classes
 from karat_scale.data.plan import TrainPlan, choose_micro_batch
 from karat_scale.data.staged import staged_copy
 from karat_scale.models.freeze import freeze
-from karat_scale.models.operators import check_implementation
+from karat_scale.models.operators import check_implementation, describe_implementation
 from karat_scale.recipe import Recipe
 from karat_scale.train.checkpoint.checkpoints import Checkpoints
 from karat_scale.train.checkpoint.snapshots import Snapshots
@@ -88,6 +88,8 @@ def build_parts(
     torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank and world
     model = build_model(recipe, directory.path)
     check_implementation(model, world.device)
+    if chosen := describe_implementation(model, world.device):
+        reporter.info(chosen)
     if recipe.init_from and not directory.store.names():
         reporter.info(initialise(model, recipe, world))
     if recipe.train.freeze:

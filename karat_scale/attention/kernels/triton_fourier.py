@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from karat_scale.attention.call import FourierCall
+from karat_scale.attention.kernels.triton_toolchain import launch_problem
 from karat_scale.attention.precision import full_precision
 
 # What one program holds in registers; `attend` cuts longer ranks and wider values into such pieces.
@@ -51,7 +52,7 @@ def refusal(call: FourierCall) -> str | None:
         return f"it needs tensors on an NVIDIA GPU and these are on {device.type}"
     if not _INTERPRETED and torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY:
         return "it needs compute capability 8.0 (Ampere) or newer"
-    return call_refusal(call)
+    return call_refusal(call) or launch_problem()
 
 
 def call_refusal(call: FourierCall) -> str | None:

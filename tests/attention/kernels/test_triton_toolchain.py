@@ -1,0 +1,163 @@
+"""A machine with a GPU on which Triton cannot build what it launches kernels by: another implementation is taken."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from karat_scale.attention.kernels import triton_toolchain
+from tests.conftest import ROOT
+
+LACKS_COMPILER = "Triton needs a C compiler, and none of gcc, clang is on PATH; install gcc or set CC"
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch, tmp_path):
+    """A machine where nothing is wrong, and nothing is remembered."""
+    for name in ("CC", "TRITON_INTERPRET", "TRITON_CACHE_MANAGER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    triton_toolchain._launch_problem.cache_clear()
+    yield
+    triton_toolchain._launch_problem.cache_clear()
+
+
+def test_a_machine_with_a_compiler_and_headers_launches():
+    assert triton_toolchain.launch_problem() is None
+
+
+def test_the_answer_is_found_once(monkeypatch):
+    assert triton_toolchain.launch_problem() is None
+    monkeypatch.setenv("PATH", "")
+    assert triton_toolchain.launch_problem() is None
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert triton_toolchain.launch_problem() == LACKS_COMPILER
+
+
+def test_the_interpreter_needs_no_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton_toolchain.launch_problem() is None
+
+
+def test_a_compiler_that_does_not_run_is_named(monkeypatch):
+    monkeypatch.setenv("CC", "/no/such/cc")
+    assert "/no/such/cc does not run" in str(triton_toolchain.launch_problem())
+
+
+def test_missing_headers_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("sysconfig.get_paths", lambda *_: {"include": str(tmp_path)})
+    assert triton_toolchain.launch_problem() == (
+        f"Triton needs Python's headers, and there is no {tmp_path}/Python.h; install python3-dev"
+    )
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho cannot find crti.o >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert str(triton_toolchain.launch_problem()).endswith("builds no extension of Python: cannot find crti.o")
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    problem = str(triton_toolchain.launch_problem())
+    assert problem.startswith(f"Triton's cache {tmp_path}/file/cache cannot be written (")
+    assert problem.endswith("); set TRITON_CACHE_DIR")
+
+
+def test_tritons_own_driver_has_the_last_word(monkeypatch):
+    """Where there is a GPU. Here there is none, and Triton says so."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("triton.runtime.driver._active", None)
+    monkeypatch.setattr("triton.runtime.driver._default", None)
+    assert str(triton_toolchain.launch_problem()).startswith("Triton's driver does not start: ")
+
+
+@pytest.mark.parametrize(("functions", "problem"), [({"launch": print}, None), ({}, LACKS_COMPILER)])
+def test_what_is_built_already_needs_no_compiler(monkeypatch, functions, problem):
+    """Where one function launches every kernel. Older versions of Triton build a launcher for each signature."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("triton.runtime.driver._active", SimpleNamespace(utils=SimpleNamespace(**functions)))
+    assert triton_toolchain.launch_problem() == problem
+
+
+# A GPU as far as attention looks at it: its tensors have shapes, and it has a compute capability.
+SLIM_IMAGE = """
+import os
+from types import SimpleNamespace
+import torch
+torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(major=9, minor=0)
+from torch._subclasses.fake_tensor import FakeTensorMode
+from karat_scale.attention import fourier_karat_attention
+from karat_scale.attention.kernels import triton_toolchain
+from karat_scale.models import create_model
+from karat_scale.models.operators import check_implementation, describe_implementation
+from karat_scale.recipe import AttentionConfig, ModelConfig
+
+size = ModelConfig(name="vit_mini_patch4_28", image_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
+model = create_model(size, AttentionConfig(kind="karat", grid=2, rank=4))
+device = torch.device("cuda", 0)
+
+def show(module, _):
+    print(*(node.target for node in module.graph.nodes))
+    return module.forward
+
+def attend():
+    check_implementation(model, device)
+    print(describe_implementation(model, device))
+    query, coefficients = torch.empty(1, 2, 17, 16, device=device), torch.empty(2, 4, 17, 2, device=device)
+    arguments = (query, query, query, coefficients, coefficients, torch.empty(2, 17, 4, device=device))
+    torch.compile(fourier_karat_attention, fullgraph=True, backend=show)(*arguments)
+
+with FakeTensorMode():
+    attend()
+    os.environ["PATH"] = os.environ["PATH_WITH_COMPILER"]
+    triton_toolchain._launch_problem.cache_clear()
+    torch.compiler.reset()
+    attend()
+"""
+
+
+def test_auto_falls_back_with_its_reason_where_there_is_no_compiler(tmp_path):
+    """And takes the kernels where there is one; compiled into one graph in either case."""
+    pytest.importorskip("triton")
+    ours = {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "PATH": ""}
+    environment = {**os.environ, **ours, "PATH_WITH_COMPILER": os.environ["PATH"]}
+    command = [sys.executable, "-c", SLIM_IMAGE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    without, its_graph, with_one, other_graph = done.stdout.splitlines()
+    assert without == f"learned attention runs by streaming in 2 layers (triton cannot: {LACKS_COMPILER})"
+    assert "karat_scale.streaming" in its_graph
+    assert with_one == "learned attention runs by triton in 2 layers"
+    assert "karat_scale.triton_forward" in other_graph
+
+
+def test_asked_for_by_name_it_is_refused_with_the_reason(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from karat_scale.attention import fourier_karat_attention
+
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _=None: (9, 0))
+    with FakeTensorMode():
+        query = torch.empty(1, 1, 5, 16, device="cuda")
+        coefficients = torch.empty(1, 4, 5, 2, device="cuda")
+        with pytest.raises(ValueError, match="implementation = 'triton' cannot take this call: Triton needs a C comp"):
+            fourier_karat_attention(
+                *(query, query, query, coefficients, coefficients),
+                torch.empty(1, 5, 4, device="cuda"),
+                implementation="triton",
+            )
