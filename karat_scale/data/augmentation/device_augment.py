@@ -1,23 +1,22 @@
 """RandAugment, colour jitter and erasing of a whole batch on its device, from the draws that came with it.
 
 What a sample gets is drawn with its crop, so it is what the workers would do to it, to within a grey level here and
-there: each operation is done to all images at once that get it at the same turn. The noise of erased boxes alone is
-the device's own.
+there. Where Triton runs, a turn is at most two kernels for all images (`device_fused`). Elsewhere each operation is
+done to all images at once that get it at the same turn. Only the noise of erased boxes is the device's own.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import zip_longest
 
 import torch
 
-from karat_scale.data.augmentation.device_ops import BATCHED, MATRICES, Matrix, transformed
+from karat_scale.data.augmentation import device_fused
+from karat_scale.data.augmentation.device_ops import BATCHED, MATRICES, transformed
+from karat_scale.data.augmentation.device_program import ERASE, KINDS, Turn, pack, turns
 from karat_scale.data.augmentation.draw import Draw, Operation
 from karat_scale.data.augmentation.randaugment import RandAugment
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import AugmentConfig
-
-JITTERS = {"brightness": "Brightness", "contrast": "Contrast", "saturation": "Color"}
 
 
 class DeviceAugment:
@@ -32,7 +31,7 @@ class DeviceAugment:
         self._mean, self._std = augment.mean, augment.std
         policy = RandAugment(augment, image_size) if augment.randaugment else None
         self._fill = policy.fill if policy else (0, 0, 0)
-        if self._active and policy and (lacking := [n for n in policy.names if n not in MATRICES | BATCHED]):
+        if self._active and policy and (lacking := [name for name in policy.names if name not in KINDS]):
             raise RecipeError(
                 f"augment.randaugment = {augment.randaugment!r} may use {lacking[0]}, which no device does here; "
                 "set augment.run_on=workers"
@@ -45,45 +44,36 @@ class DeviceAugment:
         """
         if not self._active or not draws:
             return images
+        todo = turns(draws)
+        program, by_table = pack(todo, images.shape[3], images.shape[2])
+        if device_fused.can_run(images.device):
+            return device_fused.augment(images, program, by_table, self._fill, self._mean, self._std, self._cubic)
         images = images.clone()
-        for turn in zip_longest(*(draw.ops + _jitter_operations(draw) for draw in draws)):
-            self._take_turn(images, turn)
-        for image, draw in zip(images, draws, strict=True):
-            if draw.erase is not None:
-                self._erase(image, draw.erase)
+        for turn, numbers in zip(todo, program.to(images.device), strict=True):
+            self._take_turn(images, turn, numbers)
         return images
 
-    def _take_turn(self, images: torch.Tensor, operations: Sequence[Operation | None]) -> None:
-        moved: dict[int, Matrix] = {}
-        others: defaultdict[str, dict[int, float]] = defaultdict(dict)
-        for row, operation in enumerate(operations):
-            if operation is None:
-                continue
-            name, arguments = operation
-            if name in MATRICES:
-                moved[row] = MATRICES[name](arguments[0], *images.shape[:1:-1])
+    def _take_turn(self, images: torch.Tensor, turn: Turn, numbers: torch.Tensor) -> None:
+        """By `device_ops`, which run on any device. numbers: the turn's part of the program, on the images' device."""
+        found: defaultdict[str, list[int]] = defaultdict(list)
+        for row, operation in enumerate(turn):
+            if operation is not None:
+                found["" if operation[0] in MATRICES else operation[0]].append(row)
+        order = torch.tensor([row for some in found.values() for row in some]).to(images.device)
+        for name, rows in zip(found, order.split([len(some) for some in found.values()]), strict=True):
+            if name == ERASE:
+                for row in found[name]:
+                    self._erase(images[row], turn[row])
+            elif name:
+                images[rows] = BATCHED[name](images[rows], numbers[rows, 1].float())
             else:
-                others[name][row] = arguments[0] if arguments else 0.0
-        if moved:
-            rows = _on_device(list(moved), torch.int64, images)
-            matrices = _on_device(list(moved.values()), torch.float64, images)
-            images[rows] = transformed(images[rows], matrices, self._fill, self._cubic)
-        for name, found in others.items():
-            rows = _on_device(list(found), torch.int64, images)
-            images[rows] = BATCHED[name](images[rows], _on_device(list(found.values()), torch.float32, images))
+                images[rows] = transformed(images[rows], numbers[rows, 1:7], self._fill, self._cubic)
 
-    def _erase(self, image: torch.Tensor, erase: tuple[int, int, int, int, int]) -> None:
-        left, top, width, height, seed = erase
+    def _erase(self, image: torch.Tensor, operation: Operation | None) -> None:
+        assert operation is not None
+        left, top, width, height, seed = map(int, operation[1])
         generator = torch.Generator(image.device).manual_seed(seed)
         noise = torch.randn(3, height, width, generator=generator, device=image.device)
         for channel, (mean, std) in enumerate(zip(self._mean, self._std, strict=True)):
             noise[channel].mul_(255 * std).add_(255 * mean)
         image[:, top : top + height, left : left + width] = noise.clamp_(0, 255).to(torch.uint8)
-
-
-def _jitter_operations(draw: Draw) -> tuple[Operation, ...]:
-    return tuple((JITTERS[name], (factor,)) for name, factor in draw.jitter)
-
-
-def _on_device(values: list[object], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype).to(like.device, non_blocking=True)

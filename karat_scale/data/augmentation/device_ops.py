@@ -145,7 +145,10 @@ def _equalized(images: torch.Tensor, arguments: torch.Tensor) -> torch.Tensor:
 def _autocontrasted(images: torch.Tensor, arguments: torch.Tensor) -> torch.Tensor:
     levels = _levels(arguments).expand(-1, 3, -1)
     low, high = (bound.long()[..., None] for bound in torch.aminmax(images.flatten(2), dim=2))
-    scale = (LEVELS - 1) / (high - low).clamp(min=1).double()
+    span = (high - low).clamp(min=1).double()
+    scale = (
+        torch.full_like(span, LEVELS - 1) / span
+    )  # a number over a tensor is its reciprocal's multiple, not Pillow's
     stretched = (levels * scale - low * scale).clamp(0, LEVELS - 1).long()
     return _looked_up(images, torch.where(high > low, stretched, levels))
 

@@ -46,6 +46,14 @@ def test_operations_without_a_strength_are_pillows(name):
     assert torch.equal(batched(name, 0.0), by_pillow(name))
 
 
+def test_contrast_is_stretched_by_pillows_quotient():
+    """255 * (1 / 234) is another number than 255 / 234, and level 255 came out as 255 where Pillow has 254."""
+    image = np.tile(np.arange(21, 256, dtype=np.uint8)[:, None, None], (1, 2, 3))
+    pillow = np.asarray(NAME_TO_OP["AutoContrast"](Image.fromarray(image)))
+    ours = BATCHED["AutoContrast"](torch.from_numpy(image.transpose(2, 0, 1).copy())[None], torch.zeros(1))
+    assert np.array_equal(ours[0].permute(1, 2, 0).numpy(), pillow)
+
+
 @pytest.mark.parametrize("name", ["Posterize", "PosterizeIncreasing", "PosterizeOriginal"])
 @pytest.mark.parametrize("bits", range(9))
 def test_posterizing_is_pillows(name, bits):

@@ -1,0 +1,93 @@
+"""What is done to each image of a batch, turn by turn, as one table of numbers that goes to the device in one copy."""
+
+from collections.abc import Sequence
+from enum import IntEnum
+from itertools import zip_longest
+
+import torch
+
+from karat_scale.data.augmentation.device_ops import MATRICES
+from karat_scale.data.augmentation.draw import Draw, Operation
+
+JITTERS = {"brightness": "Brightness", "contrast": "Contrast", "saturation": "Color"}
+ERASE = "Erase"
+# The kind of an operation and up to six arguments; a power of two keeps each turn's table aligned.
+COLUMNS = 8
+
+# One operation of each image, None where it has none left.
+Turn = tuple[Operation | None, ...]
+
+
+class Kind(IntEnum):
+    """What the kernels tell apart. From BRIGHTNESS on, a channel's new level depends on its old one alone."""
+
+    NONE = 0
+    AFFINE = 1
+    ERASE = 2
+    COLOR = 3
+    DESATURATE = 4
+    SHARPNESS = 5
+    BRIGHTNESS = 6
+    CONTRAST = 7
+    POSTERIZE = 8
+    SOLARIZE = 9
+    SOLARIZE_ADD = 10
+    INVERT = 11
+    AUTO_CONTRAST = 12
+    EQUALIZE = 13
+
+
+_BLENDED = {
+    "Brightness": Kind.BRIGHTNESS,
+    "Contrast": Kind.CONTRAST,
+    "Color": Kind.COLOR,
+    "Sharpness": Kind.SHARPNESS,
+}
+# By timm's names; where only the strength is drawn in another way, the operation is the same.
+KINDS: dict[str, Kind] = {
+    **_BLENDED,
+    **{f"{name}Increasing": kind for name, kind in _BLENDED.items()},
+    **dict.fromkeys(MATRICES, Kind.AFFINE),
+    **dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), Kind.POSTERIZE),
+    **dict.fromkeys(("Solarize", "SolarizeIncreasing"), Kind.SOLARIZE),
+    "SolarizeAdd": Kind.SOLARIZE_ADD,
+    "Invert": Kind.INVERT,
+    "AutoContrast": Kind.AUTO_CONTRAST,
+    "Equalize": Kind.EQUALIZE,
+    "Desaturate": Kind.DESATURATE,
+    ERASE: Kind.ERASE,
+}
+
+
+def turns(draws: Sequence[Draw]) -> list[Turn]:
+    """The operations of all images, the first of each, then the second, and so on: RandAugment, jitter, erasing."""
+    return list(zip_longest(*map(_operations, draws)))
+
+
+def _operations(draw: Draw) -> tuple[Operation, ...]:
+    jitter = tuple((JITTERS[name], (factor,)) for name, factor in draw.jitter)
+    return draw.ops + jitter + (() if draw.erase is None else ((ERASE, draw.erase),))
+
+
+def pack(all_turns: Sequence[Turn], width: int, height: int) -> tuple[torch.Tensor, list[bool]]:
+    """float64 [turns, images, COLUMNS] for images of these dimensions in pixels, and which turns need tables of levels.
+
+    A row is the Kind and its arguments: the six of a matrix of MATRICES; left, top, width, height and seed of a box;
+    else one number.
+    """
+    images = len(all_turns[0]) if all_turns else 0
+    numbers = [0.0] * (len(all_turns) * images * COLUMNS)
+    by_table = [False] * len(all_turns)
+    place = 0
+    for number, turn in enumerate(all_turns):
+        for operation in turn:
+            if operation is not None:
+                name, arguments = operation
+                kind = KINDS[name]
+                if kind == Kind.AFFINE:
+                    arguments = MATRICES[name](arguments[0], width, height)
+                by_table[number] |= kind >= Kind.BRIGHTNESS
+                numbers[place] = kind
+                numbers[place + 1 : place + 1 + len(arguments)] = arguments
+            place += COLUMNS
+    return torch.tensor(numbers, dtype=torch.float64).view(len(all_turns), images, COLUMNS), by_table

@@ -1,0 +1,116 @@
+"""What the Triton kernels of augmentation do, by Triton's interpreter on the CPU.
+
+The interpreter must be chosen before Triton is imported, so `test_device_fused.py` runs this file in a process of its
+own.
+"""
+
+import random
+from dataclasses import replace
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+from karat_scale.data.augmentation import device_fused
+from karat_scale.data.augmentation.augment import TrainTransform
+from karat_scale.data.augmentation.device_augment import DeviceAugment
+from karat_scale.data.augmentation.device_ops import MATRICES
+from karat_scale.data.augmentation.device_program import KINDS
+from karat_scale.data.augmentation.draw import Draw
+from karat_scale.recipe import AugmentConfig
+from tests.data.conftest import photo
+
+WIDTH, HEIGHT = 43, 37  # several programs, the last of which is not full
+STRENGTHS = {
+    "Rotate": (-30, 30),
+    "ShearX": (-0.3, 0.3),
+    "ShearY": (-0.3, 0.3),
+    "TranslateX": (-20, 20),
+    "TranslateY": (-20, 20),
+    "TranslateXRel": (-0.4, 0.4),
+    "TranslateYRel": (-0.4, 0.4),
+    "Posterize": (0, 8),
+    "Solarize": (0, 256),
+    "SolarizeAdd": (0, 128),
+}
+OTHERS = (0.0, 2.5)
+
+
+def by_torch(augment: DeviceAugment, images: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    with patch.object(device_fused, "can_run", lambda _: False):
+        return augment(images, draws)
+
+
+def some_images() -> torch.Tensor:
+    """Photos, noise, one colour, few levels, one pixel of another level."""
+    rng = np.random.default_rng(0)
+    images = [photo(i, WIDTH, HEIGHT) for i in range(4)]
+    images += [rng.integers(0, 256, (HEIGHT, WIDTH, 3)), np.full((HEIGHT, WIDTH, 3), (7, 200, 255))]
+    images += [photo(9, WIDTH, HEIGHT) // 3 + 40, np.zeros((HEIGHT, WIDTH, 3))]
+    images[-1][3, 5] = 255
+    return torch.from_numpy(np.stack(images).astype(np.uint8).transpose(0, 3, 1, 2).copy())
+
+
+@pytest.mark.parametrize(
+    ("name", "interpolation"),
+    [(name, "bicubic") for name in sorted(KINDS.keys() - {"Erase"})]
+    + [(name, "bilinear") for name in sorted(MATRICES)],
+)
+def test_each_operation_is_that_of_torch(name, interpolation):
+    images, rng = some_images(), random.Random(name)
+    kind = next((known for known in STRENGTHS if name.startswith(known)), "")
+    strengths = [rng.uniform(*STRENGTHS.get(name, STRENGTHS.get(kind, OTHERS))) for _ in images]
+    if kind in ("Posterize", "Solarize", "SolarizeAdd"):
+        strengths = [float(round(strength)) for strength in strengths]
+    draws = [Draw((0, 0, 1, 1), ops=((name, (strength,)),)) for strength in strengths]
+    augment = DeviceAugment(AugmentConfig(run_on="device", interpolation=interpolation), WIDTH)
+    assert torch.equal(augment(images, draws), by_torch(augment, images, draws))
+
+
+def test_the_papers_augmentation_is_that_of_workers_and_of_torch():
+    recipe = AugmentConfig()
+    transform = TrainTransform(recipe, WIDTH)
+    augment = DeviceAugment(recipe.model_copy(update={"run_on": "device"}), WIDTH)
+    images = some_images()
+    draws = [replace(transform.draw(i, WIDTH, HEIGHT), flip=False) for i in range(len(images))]
+    before = images.clone()
+    ours = augment(images, draws)
+    assert torch.equal(ours, by_torch(augment, images, draws))
+    assert torch.equal(images, before)
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    workers = np.stack([transform.finish(crop, draw) for crop, draw in zip(pixels, draws, strict=True)])
+    assert np.abs(ours.numpy().astype(int) - workers).mean() < 0.05
+    assert torch.equal(augment(images[2:5], draws[2:5]), ours[2:5])
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 5), (1, 1), (3, 3)])
+def test_images_too_small_for_a_neighbourhood(height, width):
+    images = torch.randint(0, 256, (3, 3, height, width), dtype=torch.uint8)
+    draws = [Draw((0, 0, 1, 1), ops=(("Sharpness", (1.7,)), ("Rotate", (9.0,)), ("Equalize", ()))) for _ in images]
+    augment = DeviceAugment(AugmentConfig(run_on="device"), width)
+    assert torch.equal(augment(images, draws), by_torch(augment, images, draws))
+
+
+def test_images_that_are_not_contiguous():
+    images = some_images()
+    draws = [Draw((0, 0, 1, 1), ops=(("Invert", ()), ("ShearX", (0.2,)))) for _ in images]
+    augment = DeviceAugment(AugmentConfig(run_on="device"), WIDTH)
+    strided = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    assert torch.equal(augment(strided, draws), by_torch(augment, images, draws))
+
+
+def test_boxes_are_filled_with_noise_of_the_recipes_mean_from_their_seed():
+    recipe = AugmentConfig(run_on="device")
+    images = torch.full((3, 3, HEIGHT, WIDTH), 9, dtype=torch.uint8)
+    draws = [Draw((0, 0, 1, 1), erase=(4, 8, 30, 25, seed)) for seed in (1, 1, 2**32 - 1)]
+    same, again, other = erased = DeviceAugment(recipe, WIDTH)(images, draws)
+    box = torch.zeros(HEIGHT, WIDTH, dtype=torch.bool)
+    box[8:33, 4:34] = True
+    assert erased[:, :, ~box].eq(9).all()
+    noise = erased[..., box].float() / 255
+    torch.testing.assert_close(noise.mean((0, 2)), torch.tensor(recipe.mean), atol=0.02, rtol=0)
+    assert noise.std(2).min() > 0.2
+    assert torch.equal(same, again)
+    channels = torch.stack([*same[:, box], *other[:, box]]).float()
+    assert (torch.corrcoef(channels) - torch.eye(6)).abs().max() < 0.2
