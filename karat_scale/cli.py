@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from karat_scale import __version__
 from karat_scale.arguments import OneLineParser, count, new_file, positive, time_limit, virtual_environment, whole
 from karat_scale.bench.commands import add_benches
+from karat_scale.compiler_caches import use_local_caches
 from karat_scale.errors import UserError
 from karat_scale.prepare import SCRIPTS
 from karat_scale.prepare import prepare as run_script
@@ -137,6 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. A user's mistake is one line on standard error, and exit code 2."""
     options = build_parser().parse_args(arguments)
+    use_local_caches()
     try:
         code: int = options.run(options)
         return code
