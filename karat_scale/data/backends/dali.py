@@ -22,7 +22,7 @@ from karat_scale.data.ahead import RunAhead
 from karat_scale.data.assemble import EvalAssembler, ImageSource, TrainAssembler
 from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
 from karat_scale.data.augmentation.draw import Draw
-from karat_scale.data.backends.dali_pipeline import DaliDecoder, Request, require_dali
+from karat_scale.data.backends.dali_pipeline import DaliDecoder, Request, on_stream, require_dali
 from karat_scale.data.backends.splits import SplitBackend
 from karat_scale.data.batch import Batch
 from karat_scale.data.decoders.resize import resize_region
@@ -133,6 +133,7 @@ class DaliBackend(SplitBackend):
         self._threads = max(1, data.workers)
         # The GPU that the process has taken up, if it has: a run on the CPU of a machine with GPUs leaves them alone.
         self._gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self._stream = None if self._gpu is None else torch.cuda.Stream(self._gpu)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="karat-augment")
 
     def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
@@ -146,7 +147,7 @@ class DaliBackend(SplitBackend):
         source = copy.copy(split)
         reader = RowReader(source, self._decoder, way.choose, self._data.max_pixels, self._threads)
         size = self._image_size if only_flips and self._gpu is not None else None
-        dali = DaliDecoder(self._threads, self._interpolation, self._gpu, size)
+        dali = DaliDecoder(self._threads, self._interpolation, self._gpu, size, self._stream)
         batches = self._batches(slices, reader, dali, way, source)
         return self._handing_out(RunAhead(batches, self._data.prefetch, self._data.timeout, reader.whereabouts))
 
@@ -175,7 +176,8 @@ class DaliBackend(SplitBackend):
 
     def _images(self, rows: list[Row | None], decoded: torch.Tensor | list[Pixels], way: Pass) -> torch.Tensor:
         if isinstance(decoded, torch.Tensor):
-            return _patched(decoded, rows, way)
+            with on_stream(self._stream):
+                return _patched(decoded, rows, way)
         images = torch.zeros(len(rows), 3, self._image_size, self._image_size, dtype=torch.uint8)
         pixels = images.numpy()
 

@@ -1,12 +1,15 @@
 """Whole batches of JPEGs through DALI, in the order they are given, past those that DALI cannot decode.
 
-Worked round here: a JPEG that cannot be decoded invalidates DALI's pipeline, and what was under way in it is lost;
-EXIF orientation is applied unless it is switched off; outputs are views of DALI's memory.
+Worked round here: a JPEG that cannot be decoded invalidates DALI's pipeline, and what was under way in it is lost, as
+does an error of the GPU, which has the same type; EXIF orientation is applied unless it is switched off; outputs are
+views of DALI's memory.
 """
 
 import importlib
+import re
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +23,10 @@ from karat_scale.errors import DataError, RecipeError
 # Batches that DALI works on at a time: one is decoded while the next is read.
 QUEUE_DEPTH = 2
 INTERPOLATIONS = {"bilinear": "INTERP_LINEAR", "bicubic": "INTERP_CUBIC"}
+
+# What DALI says where CUDA or an allocation failed. nvImageCodec's failures are 3 and 4 for a bad image; 5 to 7 are an
+# allocation, an execution, and a GPU that is not supported.
+_GPU_FAILURE = re.compile(r"CUDA|\bcuda[A-Z]|[Cc]an't allocate|out of memory|nvImageCodec failure: '#[567]'")
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -52,19 +59,21 @@ class DaliDecoder:
     """Decodes on `threads` threads of the CPU, or with nvJPEG where `device_id` is a GPU's number.
 
     With `size` DALI resizes and mirrors too, where it decodes. Without it the regions of the views come back as they
-    are, for a resize that equals the other backends'.
+    are, for a resize that equals the other backends'. On a GPU `stream` takes the results over.
     """
 
     threads: int
     interpolation: str
     device_id: int | None = None
     size: int | None = None
+    stream: torch.cuda.Stream | None = None
 
     def decoded(self, requests: Iterable[Request]) -> Generator["torch.Tensor | list[Pixels] | None", None, None]:
         """For each request, in order: uint8 [b, 3, size, size] where there is a size, on the GPU where there is one;
         else the regions, uint8 [h, w, 3] each; None where DALI cannot decode one of the images.
 
-        The regions are DALI's memory, and lent until the next is asked for. Raises DataError where DALI does not start.
+        The regions are DALI's memory, and lent until the next is asked for. Raises DataError where DALI does not start,
+        and RuntimeError where it fails for another reason than an image.
         """
         upcoming = iter(requests)
         waiting: deque[Request] = deque()
@@ -104,7 +113,8 @@ class DaliDecoder:
                 result = self._result(output)
             except StopIteration:
                 break
-            except (RuntimeError, IndexError):
+            except (RuntimeError, IndexError) as error:
+                _raise_unless_of_an_image(error, self.stream)
                 under_way.popleft()
                 waiting.extendleft(reversed(under_way))
                 del pipeline
@@ -171,7 +181,37 @@ class DaliDecoder:
         if self.size is None:
             regions = output if self.device_id is None else output.as_cpu()
             return [np.asarray(regions[row]) for row in range(len(regions))]
-        images = torch.from_dlpack(output.as_tensor()).clone()
+        with on_stream(self.stream):
+            images = torch.from_dlpack(output.as_tensor()).clone()
         if images.is_cuda:
-            torch.cuda.current_stream(images.device).synchronize()  # before DALI has its memory back
+            # Its memory must not be used again before the default stream, which trains, has read it.
+            images.record_stream(torch.cuda.default_stream(images.device))
         return images
+
+
+@contextmanager
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Work on a stream of its own, which does not wait for training; done on the device at the end of the block.
+
+    Only the calling thread waits. Then other streams may read the results, and DALI may have its memory back. Without a
+    stream the block is run as it is.
+    """
+    with torch.cuda.stream(stream):  # type: ignore[no-untyped-call, unused-ignore]
+        yield
+        if stream is not None:
+            stream.record_event().synchronize()
+
+
+def _raise_unless_of_an_image(error: Exception, stream: torch.cuda.Stream | None) -> None:
+    """Raise RuntimeError where DALI's error is not one of an image: the next batch would fail in the same way."""
+    # Before that DALI quotes where in which file the operator was made.
+    met = str(error).rpartition("encountered:")[2]
+    lines = [line for line in met.splitlines() if _GPU_FAILURE.search(line)]
+    reason = lines[0].strip() if lines else None
+    if reason is None and stream is not None:
+        try:
+            stream.synchronize()  # an error of CUDA stays, and every later call says it
+        except RuntimeError as failed:
+            reason = str(failed).splitlines()[0]
+    if reason is not None:
+        raise RuntimeError(f"DALI failed on the GPU, not for a bad image: {reason}") from error

@@ -1,12 +1,16 @@
 import io
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from karat_scale.data.backends import dali_pipeline
 from karat_scale.data.backends.dali_pipeline import DaliDecoder, Request
 from karat_scale.data.decoders.pillow import RESAMPLE, resized
 from karat_scale.data.view import View, centre_view, crop_view
+from karat_scale.errors import DataError
 from tests.data.conftest import encode, photo
 
 SIZE = 16
@@ -104,3 +108,83 @@ def test_what_a_gpu_would_do_is_pillows_within_half_a_grey_level_on_average(deco
         difference = np.abs(result[row].permute(1, 2, 0).numpy().astype(int) - expected)
         assert difference.mean() < 0.5
         assert difference.max() <= 16  # at the edges
+
+
+# As DALI 2.4 words them: what was met is the last paragraph but one.
+MET = """Critical error in pipeline:
+Error in {where} operator `nvidia.dali.fn.decoders.image_slice`,
+which was used in the pipeline definition with the following traceback:
+
+  File "/opt/CUDA/pipeline.py", line 143, in _build
+    images = fn.decoders.image_slice(
+
+encountered:
+
+{met}
+Current pipeline object is no longer valid."""
+
+
+@pytest.mark.parametrize(
+    "met",
+    [
+        "CUDA runtime API error cudaErrorIllegalAddress (700):\nan illegal memory access was encountered",
+        "CUDA allocation failed",
+        "Can't allocate 123456 bytes on device 0.",
+        "nvImageCodec failure: '#6'",
+    ],
+)
+def test_an_error_of_the_gpu_is_not_taken_for_a_bad_image(decoder, monkeypatch, met):
+    """Before, every batch was read again on the CPU, for the rest of the run."""
+
+    class Failing:
+        def run(self):
+            raise RuntimeError(MET.format(where="MIXED", met=met))
+
+    monkeypatch.setattr(DaliDecoder, "_build", lambda *_: Failing())
+    with pytest.raises(RuntimeError, match=r"^DALI failed on the GPU, not for a bad image: ") as caught:
+        list(decoder.decoded([crops([0, 1])[1]]))
+    assert str(caught.value).endswith(met.splitlines()[0])
+
+
+def test_an_error_of_cuda_that_dali_does_not_word_is_found_on_the_stream(decoder, monkeypatch):
+    class Broken:
+        def synchronize(self):
+            raise RuntimeError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA")
+
+    error = RuntimeError(MET.format(where="MIXED", met="Failed to decode sample #0 :"))
+    with pytest.raises(RuntimeError, match=r"not for a bad image: CUDA error: unspecified launch failure$"):
+        dali_pipeline._raise_unless_of_an_image(error, Broken())
+    dali_pipeline._raise_unless_of_an_image(error, None)
+
+
+def test_a_gpu_that_is_not_there_is_said_before_any_image():
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install 'karat-scale[dali]'")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(DataError, match=r"^DALI does not start: .*CUDA is not available"):
+        next(DaliDecoder(1, "bicubic", device_id=0).decoded([crops([0])[1]]))
+
+
+def test_results_are_taken_over_on_a_stream_of_their_own(monkeypatch, decoder):
+    """Before, the thread that reads waited for the default stream, so for the training step under way."""
+    seen: list[str] = []
+
+    class Stream:
+        def record_event(self):
+            seen.append("recorded")
+            return self
+
+        def synchronize(self):
+            seen.append("waited")
+
+    @contextmanager
+    def entered(stream):
+        seen.append(type(stream).__name__)
+        yield
+        seen.append("left")
+
+    monkeypatch.setattr("torch.cuda.stream", entered)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda *_: pytest.fail("the training stream was asked for"))
+    (result,) = DaliDecoder(1, "bicubic", size=SIZE, stream=Stream()).decoded([crops([0, 1])[1]])
+    assert result.shape == (2, 3, SIZE, SIZE)
+    assert seen == ["Stream", "recorded", "waited", "left"]
