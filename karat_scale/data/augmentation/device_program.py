@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from itertools import zip_longest
 
+import numpy as np
 import torch
 
 from karat_scale.data.augmentation.device_ops import MATRICES
@@ -87,7 +88,8 @@ def pack(all_turns: Sequence[Turn], width: int, height: int) -> tuple[torch.Tens
                 if kind == Kind.AFFINE:
                     arguments = MATRICES[name](arguments[0], width, height)
                 by_table[number] |= kind >= Kind.BRIGHTNESS
-                numbers[place] = kind
+                numbers[place] = float(kind)
                 numbers[place + 1 : place + 1 + len(arguments)] = arguments
             place += COLUMNS
-    return torch.tensor(numbers, dtype=torch.float64).view(len(all_turns), images, COLUMNS), by_table
+    # By numpy, which reads a list in half the time.
+    return torch.from_numpy(np.array(numbers)).view(len(all_turns), images, COLUMNS), by_table
