@@ -4,8 +4,14 @@ import torch
 from karat_scale.attention import FourierKaratOperator
 from karat_scale.errors import RecipeError
 from karat_scale.models import create_model
-from karat_scale.models.operators import check_implementation, gates, head_parameters, operators
-from karat_scale.recipe import AttentionConfig
+from karat_scale.models.operators import (
+    check_implementation,
+    describe_implementation,
+    gates,
+    head_parameters,
+    operators,
+)
+from karat_scale.recipe import AttentionConfig, ModelConfig
 from tests.analysis.test_attention_matrices import SIZE
 
 
@@ -51,3 +57,17 @@ def test_an_implementation_that_cannot_run_is_refused_with_its_reason(nested: di
         check_implementation(other, cpu)
     check_implementation(create_model(SIZE, AttentionConfig(kind="karat", basis="bspline")), cpu)
     check_implementation(create_model(SIZE, AttentionConfig()), cpu)
+
+
+def test_the_implementation_is_named_with_what_kept_a_faster_one_away() -> None:
+    cpu = torch.device("cpu")
+    assert describe_implementation(create_model(SIZE, AttentionConfig()), cpu) is None
+    for settings in ({"implementation": "streaming", "softmax_heads": 1}, {"basis": "bspline"}):
+        model = create_model(SIZE, AttentionConfig(kind="karat", **settings))
+        assert describe_implementation(model, cpu) == "learned attention runs by streaming in 3 layers"
+    model = create_model(SIZE, AttentionConfig(kind="karat", base="silu"))
+    line = "learned attention runs by streaming in 3 layers (cpu cannot: base = 'silu'; it has no base activation)"
+    assert describe_implementation(model, cpu) == line
+    model = create_model(ModelConfig(name="swin_mini_patch2_window4_32", image_size=32), AttentionConfig(kind="karat"))
+    line = "learned attention runs by streaming in 4 layers (cpu cannot: it takes no bias and no mask)"
+    assert describe_implementation(model, cpu) == line

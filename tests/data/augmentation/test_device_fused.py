@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from karat_scale.data.augmentation import device_fused
 from karat_scale.data.augmentation.augment import TrainTransform
 from karat_scale.data.augmentation.device_augment import DeviceAugment
+from karat_scale.data.augmentation.device_program import pack, turns
+from karat_scale.data.augmentation.draw import Draw
 from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.recipe import AugmentConfig
 from tests.conftest import ROOT
@@ -64,6 +67,31 @@ def resources(kernel: Any, constants: dict[str, Any], architecture: int) -> tupl
         command = [tool, "-res-usage", cubin.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return int(re.search(r"REG:(\d+)", usage)[1]), int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+@pytest.mark.slow
+def test_tritons_own_binder_takes_the_launches(monkeypatch):
+    """It specialises the arguments and compiles; only the card is missing."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    launched = []
+    properties = {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
+    driver = SimpleNamespace(
+        utils=SimpleNamespace(
+            load_binary=lambda *_: (1, 2, 64, 0, 1024), get_device_properties=lambda _: properties, unload_module=print
+        ),
+        launcher_cls=lambda _source, metadata: lambda *grid_and_arguments: launched.append(metadata.name),
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda _=None: 0,
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    recipe = AugmentConfig(run_on="device")
+    program, by_table = pack(turns([Draw((0, 0, 1, 1), ops=(("Equalize", ()), ("Rotate", (3.0,))))] * 2), 33, 17)
+    images = torch.zeros(2, 3, 17, 33, dtype=torch.uint8)
+    device_fused.augment(images, program, by_table, (124, 116, 104), recipe.mean, recipe.std, True)
+    assert launched == ["tables_kernel", "turn_kernel", "turn_kernel"]
 
 
 class Launches(TorchDispatchMode):
