@@ -100,7 +100,7 @@ def _train(recipe: Recipe, steps: int, evaluates: bool) -> None:
         reporter = Reporter(SilentDisplay(), None)
         parts = build_parts(recipe, world, RunDirectory(recipe.run.dir), StopSignals(), reporter)
         loop = Loop(parts, TrainState())
-        batches = parts.backend.train_batches(parts.plan.slices(0, steps))
+        batches = loop.feed(steps)
         for _ in range(steps):
             loop.step([next(batches) for _ in range(parts.plan.accumulation)])
         if evaluates:

@@ -74,7 +74,7 @@ class _Bench:
         reporter = Reporter(SilentDisplay(), None)
         self._parts: Parts = build_parts(recipe, world, RunDirectory(recipe.run.dir), StopSignals(), reporter)
         self._loop = Loop(self._parts, TrainState())
-        self._batches = self._parts.backend.train_batches(self._parts.plan.slices(0, 10**6))
+        self._batches = self._loop.feed(10**6)
 
     def measure(self) -> dict[str, Any]:
         """Medians over the rounds, of which the first is not counted."""

@@ -23,6 +23,7 @@ from karat_scale.bench.interleave import interleaved_seconds, median_ratio
 from karat_scale.data.augmentation.mixing import Mixer
 from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.batch import Batch
+from karat_scale.data.digest import with_digest
 from karat_scale.data.plan import TrainPlan
 from karat_scale.files import write_atomically
 from karat_scale.models import create_model
@@ -103,7 +104,7 @@ def _batches(recipe: Recipe, device: torch.device) -> list[Batch]:
     backend = open_backend(recipe.data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, 0)
     batch = recipe.train.global_batch
     plan = TrainPlan(0, backend.num_train, batch, batch, 0, 1)
-    return [one.to(device) for one in backend.train_batches(plan.slices(0, plan.steps_per_epoch))]
+    return [with_digest(one).to(device) for one in backend.train_batches(plan.slices(0, plan.steps_per_epoch))]
 
 
 def _our_loop(recipe: Recipe, steps: int, world: distributed.World) -> Callable[[], None]:

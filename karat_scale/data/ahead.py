@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 
 from karat_scale.data.batch import Batch
+from karat_scale.data.digest import with_digest
 from karat_scale.errors import DataError
 
 # How long `close` waits for the batch in progress.
@@ -70,7 +71,7 @@ def _make(
             batch = next(batches, None)
             if batch is None:
                 break
-            made.put(batch)
+            made.put(with_digest(batch))
             del batch  # or it would stay alive longer than its reader
     except BaseException as error:
         last = error

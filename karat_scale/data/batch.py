@@ -27,7 +27,8 @@ class Batch:
     images: uint8 [b, 3, H, W]. labels: int64 [b]; 0 in padding. sample_ids: int64 [b]; if training
     replaced an unreadable sample, the id of its replacement. valid: bool [b]; False for padding
     and for unreadable samples of an evaluation. bad: the unreadable samples. draws: the augmentation of each
-    sample of a training batch. epoch and batch: the slice's own.
+    sample of a training batch. epoch and batch: the slice's own. digest: the value of `batch_digest`, if the maker of
+    the batch has computed it.
     """
 
     images: torch.Tensor
@@ -38,23 +39,24 @@ class Batch:
     draws: tuple[Draw, ...] = ()
     epoch: int = 0
     batch: int = 0
+    digest: int | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
-        """Return the same batch on `device`; the copy overlaps with other work if the memory is pinned."""
+        """Return the same batch on `device`; the copy overlaps with other work if the memory is pinned.
+
+        `sample_ids` stay on the host, which is the only one to use them.
+        """
         return replace(
             self,
             images=self.images.to(device, non_blocking=non_blocking),
             labels=self.labels.to(device, non_blocking=non_blocking),
-            sample_ids=self.sample_ids.to(device, non_blocking=non_blocking),
             valid=self.valid.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> "Batch":
-        """Return the same batch in page-locked memory; the DataLoader calls this."""
-        return replace(
-            self,
-            images=self.images.pin_memory(),
-            labels=self.labels.pin_memory(),
-            sample_ids=self.sample_ids.pin_memory(),
-            valid=self.valid.pin_memory(),
-        )
+        """Return the same batch in page-locked memory, except what is on a device; the DataLoader calls this."""
+        return replace(self, images=_pinned(self.images), labels=_pinned(self.labels), valid=_pinned(self.valid))
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor

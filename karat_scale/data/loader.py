@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from karat_scale.data.batch import Batch
+from karat_scale.data.digest import with_digest
 from karat_scale.data.plan import BatchSlice
 from karat_scale.data.slots import ImageSlots, Sent, Shape
 from karat_scale.data.workers import check_worker_count, prepare_worker
@@ -68,7 +69,7 @@ class OrderedResults(Iterator[T], Generic[T]):
             timeout=min(POLL_SECONDS, timeout) if workers else 0,
             collate_fn=_unchanged,
             worker_init_fn=partial(prepare_worker, os.getpid()),
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_initialized(),  # not for a run on the CPU of a machine with GPUs
             # Without its own generator, the loader would draw from the global one.
             generator=torch.Generator(),
             multiprocessing_context="fork" if workers else None,
@@ -136,8 +137,8 @@ class OrderedLoader(OrderedResults[Batch]):
 def _fill(make: MakesBatches, slots: ImageSlots | None, part: BatchSlice) -> Batch | Sent:
     shape = make.shape(part)
     if slots is None:
-        return make.fill(part, torch.empty(shape, dtype=torch.uint8))
-    return slots.send(make.fill(part, slots.next(shape)))
+        return with_digest(make.fill(part, torch.empty(shape, dtype=torch.uint8)))
+    return slots.send(with_digest(make.fill(part, slots.next(shape))))
 
 
 def _tells_of_a_dead_worker(error: Exception) -> bool:

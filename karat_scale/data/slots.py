@@ -20,7 +20,7 @@ from karat_scale.errors import DataError
 
 Shape = tuple[int, ...]
 Small = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
-Rest = tuple[tuple[BadSample, ...], tuple[Draw, ...], int, int]
+Rest = tuple[tuple[BadSample, ...], tuple[Draw, ...], int, int, int | None]
 
 
 class ImageSlots:
@@ -59,8 +59,8 @@ class ImageSlots:
         return Sent(self._key, int(batch.images.storage_offset()), batch)
 
     def take(self, offset: int, shape: Shape) -> torch.Tensor:
-        """Return a copy of a slot, page-locked if there is a GPU."""
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).copy_(
+        """Return a copy of a slot, page-locked if this process uses a GPU."""
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized()).copy_(
             self._at(offset, shape)
         )
 
@@ -78,7 +78,7 @@ class Sent:
         batch = self._batch
         # As arrays, since torch would also pass each small tensor as a file.
         small = batch.labels.numpy(), batch.sample_ids.numpy(), batch.valid.numpy()
-        rest = batch.bad, batch.draws, batch.epoch, batch.batch
+        rest = batch.bad, batch.draws, batch.epoch, batch.batch, batch.digest
         return _received, (self._key, self._offset, tuple(batch.images.shape), small, rest)
 
 

@@ -20,11 +20,10 @@ from karat_scale.detection.evaluate import evaluate
 from karat_scale.detection.parts import DetectionParts
 from karat_scale.detection.state import DetectionState
 from karat_scale.errors import DivergedError
+from karat_scale.train.agreement import Agreement, SavePoints
 from karat_scale.train.precision import PRECISIONS
 from karat_scale.train.reporting.interval import Interval, peak_memory_mb
 from karat_scale.train.signals import StoppedError
-
-_SAVE, _STOP = 1, 2
 
 
 class DetectionLoop:
@@ -33,11 +32,13 @@ class DetectionLoop:
     def __init__(self, parts: DetectionParts, state: DetectionState) -> None:
         self.parts = parts
         self.state = state
-        train = parts.recipe.train
+        train, checkpoint = parts.recipe.train, parts.recipe.checkpoint
         self.total_steps = total_steps(parts.plan.steps_per_epoch, train.epochs, train.max_steps)
         self._interval = Interval(parts.world.device)
         self._losses: dict[str, torch.Tensor] = {}
-        self._saved_at = time.monotonic()
+        self._grad_norm: float | None = None
+        self._save_points = SavePoints(parts.world, parts.signals, checkpoint.every_steps, checkpoint.every_minutes)
+        self._evaluating = Agreement(parts.world)
 
     def run(self) -> None:
         """Train to the end, evaluate and save.
@@ -81,8 +82,9 @@ class DetectionLoop:
         parts.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.samples += parts.recipe.train.global_batch
+        self._grad_norm = norm
         self._count_skipped(norm)
-        self._interval.finish_step(norm)
+        self._interval.finish_step()
         if state.seconds_to_first_step is None:
             state.seconds_to_first_step = round(time.time() - psutil.Process().create_time(), 2)
         parts.reporter.display.advance(state.step, self.total_steps)
@@ -137,7 +139,7 @@ class DetectionLoop:
             "total_steps": self.total_steps,
             **dict(zip(sums, means.tolist(), strict=True)),
             "lr": lr,
-            "grad_norm": self._interval.grad_norm,
+            "grad_norm": self._grad_norm,
             "images_per_second": rate,
             "skipped_steps": state.skipped_steps,
             "peak_memory_mb": state.peak_memory_mb,
@@ -160,6 +162,7 @@ class DetectionLoop:
         due = state.step > 0 and (state.step % every == 0 or state.step == self.total_steps)
         if not due or state.evaluated_step == state.step:
             return
+        self._evaluating = Agreement(parts.world)
         with self._interval.paused():
             parts.model.eval()
             try:
@@ -174,27 +177,21 @@ class DetectionLoop:
     def _during_evaluation(self, done: int, total: int) -> None:
         self.parts.reporter.beat("evaluating")
         self.parts.reporter.display.evaluate(done, total)
-        if self.parts.world.any(self.parts.signals.received is not None):
+        agreed = self._evaluating.maxima(done, self.parts.signals.received is not None)
+        if agreed is not None and agreed[0]:
             raise StoppedError
 
     def _save_or_stop(self) -> None:
-        """Agree when to save, by rank 0's clock, and when to stop, by any rank's signal, in one small collective."""
-        parts, checkpoint = self.parts, self.parts.recipe.checkpoint
-        wish = _STOP if parts.signals.received else 0
-        if checkpoint.every_steps and self.state.step % checkpoint.every_steps == 0:
-            wish = max(wish, _SAVE)
-        minutes = (time.monotonic() - self._saved_at) / 60
-        if parts.world.is_main and checkpoint.every_minutes and minutes >= checkpoint.every_minutes:
-            wish = max(wish, _SAVE)
-        agreed = parts.world.max(wish)
-        if agreed == _STOP and self.state.step < self.total_steps:
+        """Do what the ranks agree on after a step."""
+        decision = self._save_points.decide(self.state.step)
+        if decision.stop and self.state.step < self.total_steps:
             raise StoppedError
-        if agreed == _SAVE:
+        if decision.save:
             self._save()
 
     def _save(self, is_best: bool = False) -> bool:
         self.parts.reporter.beat("saving")
         with self._interval.paused():
             self._fold_interval()
-            self._saved_at = time.monotonic()  # a failed save is retried after an interval, not at each step
+            self._save_points.note_save()
             return self.parts.checkpoints.save(self.state, is_best)

@@ -1,7 +1,8 @@
 """Time the real training loop, end to end."""
 
-import itertools
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from karat_scale.data.batch import Batch
@@ -29,21 +30,30 @@ class LoopSpeed:
 def measure_loop(parts: Parts, seconds: float) -> LoopSpeed:
     """Train for about `seconds`, after a first step that does not count. Nothing is evaluated or saved."""
     loop = Loop(parts, TrainState())
-    batches = parts.backend.train_batches(parts.plan.slices(0, MANY_STEPS))
+    waited = 0.0
 
-    def take() -> list[Batch]:
-        return list(itertools.islice(batches, parts.plan.accumulation))
-
-    loop.step(take())
-    wait_for(parts.world.device)
-    begun = time.perf_counter()
-    waited, steps, unreadable = 0.0, 0, 0
-    while steps < FEWEST_STEPS or not parts.world.any(time.perf_counter() - begun > seconds):
+    @contextmanager
+    def waiting() -> Iterator[None]:
+        nonlocal waited
         before = time.perf_counter()
-        micro_batches = take()
+        yield
         waited += time.perf_counter() - before
-        unreadable += sum(len(batch.bad) for batch in micro_batches)
-        loop.step(micro_batches)
+
+    unreadable = 0
+    batches = loop.feed(MANY_STEPS, waiting)
+
+    def counted() -> Iterator[Batch]:
+        nonlocal unreadable
+        for batch in loop.micro_batches(batches):
+            unreadable += len(batch.bad)
+            yield batch
+
+    loop.step(counted())
+    wait_for(parts.world.device)
+    begun, waited = time.perf_counter(), 0.0
+    steps = unreadable = 0
+    while steps < FEWEST_STEPS or not parts.world.any(time.perf_counter() - begun > seconds):
+        loop.step(counted())
         steps += 1
     wait_for(parts.world.device)
     elapsed = slowest(time.perf_counter() - begun, parts.world)

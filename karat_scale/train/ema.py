@@ -31,19 +31,18 @@ class Ema:
         self.decides_on_device = all(shard.device.type == "cuda" for shard in self.shards)
 
     @torch.no_grad()
-    def update(self, step: int, norm: torch.Tensor | None = None) -> None:
-        """Take in the weights after `step` finished steps; not where `norm`, of the last one, says that it was skipped.
+    def update(self, step: int, was_taken: torch.Tensor | None = None) -> None:
+        """Take in the weights after `step` finished steps, but for a step that was not taken.
 
-        On a GPU that is decided there, and the norm is not read.
+        Args:
+            was_taken: bool, 0-dim, on any device, which is not read; None for True.
         """
         weight = 1.0 - ema_decay(step, self._decay, self._warmup)
         masters = master_weights(self._engine)
-        if norm is not None and self.decides_on_device:
-            weight_or_0 = (0 * norm == 0) * weight
-            torch._foreach_mul_(self.shards, 1.0 - weight_or_0)
-            torch._foreach_add_(self.shards, torch._foreach_mul(masters, weight_or_0))
-        elif norm is None or norm.isfinite():
+        if was_taken is None:
             torch._foreach_lerp_(self.shards, masters, weight)
+        else:
+            lerp_where(self.shards, masters, weight, was_taken)
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
@@ -61,3 +60,18 @@ class Ema:
             average.copy_(master)
             master.data.copy_(held)
         refresh_module(self._engine)
+
+
+def lerp_where(averages: list[torch.Tensor], weights: list[torch.Tensor], weight: float, where: torch.Tensor) -> None:
+    """averages += weight * (weights - averages) where `where`, bool, 0-dim, is True. `where` is not read."""
+    if not averages:
+        return
+    share = (where * weight).to(averages[0].device)
+    if share.device.type == "cpu":  # a kernel costs little to launch, a pass over memory much
+        for average, other in zip(averages, weights, strict=True):
+            average.lerp_(other, share)
+        return
+    # The other way round on a GPU; no foreach kernel takes its weight from a tensor.
+    difference = torch._foreach_sub(weights, averages)
+    torch._foreach_mul_(difference, share)
+    torch._foreach_add_(averages, difference)

@@ -1,5 +1,6 @@
 """Top-1, top-5 and loss over an evaluation split, each sample counted once on any world size."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.backends.base import Backend
+from karat_scale.data.device_feed import DeviceFeed
 from karat_scale.data.plan import EvalPlan
 from karat_scale.errors import DataError
 from karat_scale.train.distributed import World
@@ -49,30 +51,29 @@ def evaluate(
         UserError: memory ran out.
     """
     plan = EvalPlan(backend.num_val, batch_size, world.rank, world.size)
-    totals = torch.zeros(5, dtype=torch.float64, device=world.device)
-    for done, cpu_batch in enumerate(backend.eval_batches(plan.slices()), start=1):
+    batches = DeviceFeed(backend.eval_batches(plan.slices()), world.device)
+    totals = torch.zeros(4, dtype=torch.float64, device=world.device)
+    bad = 0
+    for done in itertools.count(1):
         with one_line_out_of_memory(lambda: f"lower train.eval_batch (now {batch_size})"):
-            batch = cpu_batch.to(world.device)
-            logits = forward(normalize(batch.images)).float()
-            totals += _count(logits, batch.labels, batch.valid, len(batch.bad))
-        on_batch(done, plan.num_batches, cpu_batch.bad)
-    top1, top5, loss, images, bad = world.sum(totals).tolist()
+            batch = next(batches, None)
+            if batch is None:
+                break
+            totals += _count(forward(normalize(batch.images)).float(), batch.labels, batch.valid)
+            batches.fetch_ahead()
+        bad += len(batch.bad)
+        on_batch(done, plan.num_batches, batch.bad)
+    top1, top5, loss, images = world.sum(totals).tolist()
+    bad = int(world.sum(torch.tensor(bad)))
     if not images:
         raise DataError(f"none of the {backend.num_val} validation samples can be read")
-    return EvalResult(100 * top1 / images, 100 * top5 / images, loss / images, int(images), int(bad))
+    return EvalResult(100 * top1 / images, 100 * top5 / images, loss / images, int(images), bad)
 
 
-def _count(logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor, bad: int) -> torch.Tensor:
-    """[top-1 hits, top-5 hits, summed loss, samples, unreadable samples] in float64."""
+def _count(logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """[top-1 hits, top-5 hits, summed loss, samples] in float64, on the device of the logits."""
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = (ranked == labels[:, None]) & valid[:, None]
     loss = F.cross_entropy(logits, labels.clamp(min=0), reduction="none").double()
-    return torch.stack(
-        [
-            hits[:, 0].sum().double(),
-            hits.sum().double(),
-            torch.where(valid, loss, 0.0).sum(),
-            valid.sum().double(),
-            torch.tensor(float(bad), dtype=torch.float64, device=logits.device),
-        ]
-    )
+    counts = (hits[:, 0].sum(), hits.sum(), torch.where(valid, loss, 0.0).sum(), valid.sum())
+    return torch.stack([count.double() for count in counts])

@@ -2,21 +2,26 @@
 
 Training is a function of the state: `run` may stop after any step and go on from its checkpoint, and the
 weights come out the same.
+
+The host launches a step's work and does not wait for it. Loss and gradient norms stay on the device until a log line,
+an evaluation, a save, or an agreement of the ranks, about once a second.
 """
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import psutil
 import torch
 from timm.loss import SoftTargetCrossEntropy
 
 from karat_scale.data.batch import BadSample, Batch
-from karat_scale.data.digest import BITS, batch_digest
+from karat_scale.data.device_feed import DeviceFeed
+from karat_scale.data.digest import BITS, batch_digest, with_digest
 from karat_scale.data.plan import total_steps
 from karat_scale.errors import DivergedError
+from karat_scale.train.agreement import Agreement, SavePoints
 from karat_scale.train.checkpoint.snapshots import snapshot_steps
 from karat_scale.train.evaluate import EvalResult, evaluate
 from karat_scale.train.parts import Parts
@@ -24,8 +29,6 @@ from karat_scale.train.reporting.interval import Interval, peak_memory_mb, resid
 from karat_scale.train.reporting.own_time import OwnTime
 from karat_scale.train.signals import StoppedError
 from karat_scale.train.state import TrainState
-
-_SAVE, _STOP = 1, 2
 
 
 def evaluate_in_training(
@@ -62,7 +65,11 @@ class Loop:
         self._objective = SoftTargetCrossEntropy()
         self._interval = Interval(parts.world.device)
         self._own_time = OwnTime(parts.world.device)
-        self._saved_at = time.monotonic()
+        self._save_points = SavePoints(
+            parts.world, parts.signals, recipe.checkpoint.every_steps, recipe.checkpoint.every_minutes
+        )
+        self._evaluating = Agreement(parts.world)
+        self._grad_norm: float | None = None
 
     def run(self) -> None:
         """Train to the end, evaluate and save.
@@ -72,17 +79,14 @@ class Loop:
             StoppedError: a signal asked to stop; the state is saved, or `saved` of the error says it is not.
             RunDirectoryError: the last checkpoint could not be saved, or the disk does not take the metrics.
         """
-        plan, state = self.parts.plan, self.state
+        state = self.state
         try:
             self._snapshot_if_due()
             self._evaluate_if_due()
-            batches = self.parts.backend.train_batches(plan.slices(state.step, self.total_steps))
+            batches = self.feed(self.total_steps)
             while state.step < self.total_steps:
                 with self.parts.profiler.step(state.step + 1):
-                    self.parts.reporter.beat("waiting for data", state.step + 1)
-                    with self._own_time.data():
-                        micro_batches = [next(batches) for _ in range(plan.accumulation)]
-                    self.step(micro_batches)
+                    self.step(self.micro_batches(batches))
                 self._snapshot_if_due()
                 self._evaluate_if_due()
                 self.save_or_stop()
@@ -92,36 +96,35 @@ class Loop:
         if not self._save(wait=True):
             raise self.parts.checkpoints.store.last_not_saved(self.parts.checkpoints.saver.problem)
 
-    def step(self, micro_batches: list[Batch]) -> None:
-        """Train on this rank's part of one global batch."""
+    def feed(self, stop_step: int, waiting: Callable[[], AbstractContextManager[None]] | None = None) -> DeviceFeed:
+        """This rank's micro batches from the next step to `stop_step`, on its device; `waiting` as for DeviceFeed."""
+        batches = self.parts.backend.train_batches(self.parts.plan.slices(self.state.step, stop_step))
+        return DeviceFeed(map(with_digest, batches), self.parts.world.device, waiting or self._waiting_for_data)
+
+    @contextmanager
+    def _waiting_for_data(self) -> Iterator[None]:
+        self.parts.reporter.beat("waiting for data", self.state.step + 1)
+        with self._own_time.data():
+            yield
+
+    def micro_batches(self, batches: DeviceFeed) -> Iterator[Batch]:
+        """Those of one step. The next batch is fetched when a step's work is launched, while the device does it."""
+        for _ in range(self.parts.plan.accumulation):
+            yield next(batches)
+            batches.fetch_ahead()
+
+    def step(self, micro_batches: Iterable[Batch]) -> None:
+        """Train on this rank's part of one global batch; its micro batches are on the device."""
         parts, state = self.parts, self.state
         lr = parts.schedule.lr(state.step)
         parts.engine.set_lr(lr)
-        norm: float | None = None
-        for cpu_batch in micro_batches:
-            self._note_bad(cpu_batch.bad)
-            self._interval.add_digest(batch_digest(cpu_batch))
-            batch = cpu_batch.to(parts.world.device)
-            images = parts.normalize(parts.augment(batch.images, batch.draws))
-            images, targets = parts.mixer.mix(images, batch.labels, batch.epoch, batch.batch)
-            parts.reporter.beat("forward")
-            with self._own_time.forward():
-                loss = self._objective(parts.engine.forward(images), targets)
-            parts.reporter.beat("backward")
-            parts.engine.backward(loss)
-            parts.reporter.beat("optimizer")
-            on_device = parts.engine.step()
-            norm = None if on_device is None else float(on_device)
-            self._interval.add_loss(loss / len(micro_batches))
+        *_, norm = [self._pass_through(batch) for batch in micro_batches]
         state.step += 1
         state.samples += parts.recipe.train.global_batch
-        if norm is None or not math.isfinite(norm):
-            self._note_skipped()
-        else:
-            state.skipped_in_row = 0
-            if parts.ema is not None:
-                parts.ema.update(state.step)
-        self._interval.finish_step(norm)
+        self._interval.add_norm(norm)
+        if parts.ema is not None:
+            parts.ema.update(state.step, was_taken=norm < math.inf)
+        self._interval.finish_step()
         if state.seconds_to_first_step is None:
             state.seconds_to_first_step = round(time.time() - psutil.Process().create_time(), 2)
         parts.reporter.display.advance(state.step, self.total_steps)
@@ -131,21 +134,45 @@ class Loop:
             with self._interval.paused():
                 parts.histograms.write(state.step)
 
+    def _pass_through(self, batch: Batch) -> torch.Tensor:
+        """Forward, backward, and after the last micro batch of a step the step; returns its gradient norm, 0-dim."""
+        parts, accumulation = self.parts, self.parts.plan.accumulation
+        self._note_bad(batch.bad)
+        self._interval.add_digest(batch_digest(batch))
+        images = parts.normalize(parts.augment(batch.images, batch.draws))
+        images, targets = parts.mixer.mix(images, batch.labels, batch.epoch, batch.batch)
+        parts.reporter.beat("forward")
+        with self._own_time.forward():
+            loss = self._objective(parts.engine.forward(images), targets)
+        parts.reporter.beat("backward")
+        parts.engine.backward(loss)
+        parts.reporter.beat("optimizer")
+        norm = parts.engine.step()
+        self._interval.add_loss(loss / accumulation)
+        return torch.as_tensor(math.nan if norm is None else norm)
+
     def _note_bad(self, bad: tuple[BadSample, ...]) -> None:
         self._interval.add_bad(len(bad))
         for sample in bad:
             self.parts.reporter.bad_sample(sample)
 
-    def _note_skipped(self) -> None:
-        """The engine skipped this step, on all ranks: go on, or end as the recipe says.
+    def _read_norms(self) -> None:
+        """Look which steps were skipped since the last look; the same on all ranks.
 
         Raises:
-            DivergedError: the recipe says to stop at the first, or this is the last one in a row that it allows.
+            DivergedError: the recipe says to stop at such a step, or as many in a row were skipped as it allows.
         """
+        norms = self._interval.take_norms()
+        for step, norm in enumerate(norms, start=self.state.step - len(norms) + 1):
+            self._grad_norm = norm
+            self.state.skipped_in_row = 0 if math.isfinite(norm) else self.state.skipped_in_row + 1
+            if self.state.skipped_in_row:
+                self._note_skipped(step)
+
+    def _note_skipped(self, step: int) -> None:
         state, train = self.state, self.parts.recipe.train
-        state.skipped_in_row += 1
         stop = train.on_nonfinite == "stop"
-        what = f"step {state.step} has a loss or gradients that are not finite"
+        what = f"step {step} has a loss or gradients that are not finite"
         if not stop and state.skipped_in_row < train.max_skipped_steps:
             if self.parts.world.is_main:
                 self.parts.reporter.warn(f"{what}; skipped")
@@ -157,6 +184,7 @@ class Loop:
 
     def _report(self, lr: float) -> None:
         parts, state = self.parts, self.state
+        self._read_norms()
         loss, steps = self._interval.take_loss()
         mean_loss = float(parts.world.sum(loss)) / (steps * parts.world.size)
         parts.reporter.pace(self._own_time.take() / steps)
@@ -169,7 +197,7 @@ class Loop:
             "total_steps": self.total_steps,
             "loss": mean_loss,
             "lr": lr,
-            "grad_norm": self._interval.grad_norm,
+            "grad_norm": self._grad_norm,
             **({"loss_scale": scale} if (scale := parts.engine.loss_scale) is not None else {}),
             "images_per_second": rate,
             **efficiency,
@@ -186,9 +214,9 @@ class Loop:
         world, state = self.parts.world, self.state
         bad, steps, seconds = self._interval.take_counts()
         samples = steps * self.parts.recipe.train.global_batch
-        digest = torch.tensor(self._interval.take_digest(), dtype=torch.float64)
-        state.data_digest = (state.data_digest + int(world.sum(digest))) % 2**BITS
-        state.bad_samples += int(world.sum(torch.tensor(bad)))
+        digest, bad = world.sum(torch.tensor([self._interval.take_digest(), bad], dtype=torch.float64)).tolist()
+        state.data_digest = (state.data_digest + int(digest)) % 2**BITS
+        state.bad_samples += int(bad)
         state.timed_samples += samples
         state.timed_seconds += seconds
         state.skipped_steps += self.parts.engine.take_skipped_steps()
@@ -201,6 +229,8 @@ class Loop:
         due = state.step > 0 and (state.step % every == 0 or state.step == self.total_steps)
         if not due or state.evaluated_step == state.step:
             return
+        self._read_norms()
+        self._evaluating = Agreement(parts.world)
         with self._interval.paused():
             weights, result = evaluate_in_training(parts, self._during_evaluation)
             is_best = state.record(result.top1, result.top5)
@@ -214,7 +244,8 @@ class Loop:
         for sample in bad:
             self.parts.reporter.bad_sample(sample)
         self.parts.reporter.display.evaluate(done, total)
-        if self.parts.world.any(self.parts.signals.received is not None):
+        agreed = self._evaluating.maxima(done, self.parts.signals.received is not None)
+        if agreed is not None and agreed[0]:
             raise StoppedError
 
     def _snapshot_if_due(self) -> None:
@@ -224,31 +255,24 @@ class Loop:
                 self.parts.snapshots.take(self.state.step)
 
     def save_or_stop(self) -> None:
-        """Rank 0's clock says when to save, any rank's signal says stop, and all must have written what is being saved.
-
-        One small collective agrees on all of it.
-        """
-        parts, checkpoint = self.parts, self.parts.recipe.checkpoint
-        wish = _STOP if parts.signals.received else 0
-        if checkpoint.every_steps and self.state.step % checkpoint.every_steps == 0:
-            wish = max(wish, _SAVE)
-        minutes = (time.monotonic() - self._saved_at) / 60
-        if parts.world.is_main and checkpoint.every_minutes and minutes >= checkpoint.every_minutes:
-            wish = max(wish, _SAVE)
-        saver = parts.checkpoints.saver
-        agreed, busy = parts.world.maxima(wish, saver.is_busy)
-        if saver.is_under_way and not busy:
+        """What the ranks agree to do after a step."""
+        step, saver = self.state.step, self.parts.checkpoints.saver
+        if self._save_points.is_agreement_due(step):
+            self._read_norms()
+        decision = self._save_points.decide(step, saver.is_busy)
+        if decision.is_idle and saver.is_under_way:
             saver.advance()
-        if agreed == _STOP and self.state.step < self.total_steps:
+        if decision.stop and step < self.total_steps:
             raise StoppedError
-        if agreed == _SAVE:
+        if decision.save:
             self._save()
 
     def _save(self, is_best: bool = False, wait: bool = False) -> bool:
         """Save this state unless that is done; whether it is, or without `wait` will be unless a rank fails."""
         self.parts.reporter.beat("saving")
+        self._read_norms()
         with self._interval.paused():
             if not self.parts.checkpoints.saver.holds(self.state):
                 self._fold_interval()
-            self._saved_at = time.monotonic()  # a failed save is tried again an interval later, not each step
+            self._save_points.note_save()
             return self.parts.checkpoints.save(self.state, is_best, wait)

@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import psutil
@@ -12,12 +12,17 @@ from karat_scale.data.digest import BITS
 
 
 class Interval:
-    """Sums and a stopwatch. The stopwatch starts after this process's first step, which pays for warm-up."""
+    """Sums and a stopwatch. What the device computes is added up there, and read when it is taken.
 
-    def __init__(self, device: torch.device) -> None:
-        self.loss = torch.zeros((), dtype=torch.float32, device=device)
-        self.steps = 0
-        self.grad_norm: float | None = None
+    The stopwatch starts after this process's first step, which pays for warm-up. Starting and stopping it waits for the
+    device, so that the time of a step is not counted to what follows it.
+    """
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
+        self._device, self._clock = device, clock
+        self._loss = torch.zeros((), dtype=torch.float32, device=device)
+        self._norms: list[torch.Tensor] = []
+        self._steps = 0
         self._bad = 0
         self._digest = 0
         self._timed_steps = 0
@@ -27,7 +32,16 @@ class Interval:
 
     def add_loss(self, loss: torch.Tensor) -> None:
         """Add a step's (share of a) loss without waiting for the device."""
-        self.loss += loss.detach()
+        self._loss += loss.detach()
+
+    def add_norm(self, norm: torch.Tensor) -> None:
+        """Keep a step's gradient norm, 0-dim, without waiting for the device."""
+        self._norms.append(norm.detach().to(torch.float32, copy=True))  # its memory may hold the next one soon
+
+    def take_norms(self) -> list[float]:
+        """The norms since they were last taken, in the order of the steps; one read for all."""
+        taken, self._norms = self._norms, []
+        return torch.stack(taken).tolist() if taken else []
 
     def add_bad(self, count: int) -> None:
         """Count samples that could not be read."""
@@ -42,26 +56,27 @@ class Interval:
         taken, self._digest = self._digest, 0
         return taken
 
-    def finish_step(self, grad_norm: float | None) -> None:
+    def finish_step(self) -> None:
         """Count a step."""
-        self.steps += 1
-        self.grad_norm = grad_norm
+        self._steps += 1
         if self._warm:
             self._timed_steps += 1
         else:
             self._warm = True
-            self._since = time.monotonic()
+            self._since = self._now()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time spent inside is not training. Pauses nest."""
         running = self._since is not None
-        self._stop()
+        if self._since is not None:
+            self._seconds += self._now() - self._since
+            self._since = None
         try:
             yield
         finally:
             if running:
-                self._since = time.monotonic()
+                self._since = self._now()
 
     def take_counts(self) -> tuple[int, int, float]:
         """(unreadable samples, timed steps, their seconds) since they were last taken."""
@@ -70,17 +85,17 @@ class Interval:
             self._bad, self._timed_steps, self._seconds = 0, 0, 0.0
         return taken
 
-    def _stop(self) -> None:
-        if self._since is not None:
-            self._seconds += time.monotonic() - self._since
-            self._since = None
-
     def take_loss(self) -> tuple[torch.Tensor, int]:
         """(summed loss, steps) since they were last taken."""
-        taken = self.loss.clone(), self.steps
-        self.loss.zero_()
-        self.steps = 0
+        taken = self._loss.clone(), self._steps
+        self._loss.zero_()
+        self._steps = 0
         return taken
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return self._clock()
 
 
 def peak_memory_mb(device: torch.device) -> float:

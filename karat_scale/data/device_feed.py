@@ -1,0 +1,99 @@
+"""Batches on the device a little before they are needed, copied beside what the device computes.
+
+The copy runs on a stream of its own, from page-locked memory. Events order the two streams; the host waits for neither.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from karat_scale.data.batch import Batch
+
+# The host launches at most this many batches before the device has done the oldest of them. More would fill the
+# device's memory with batches that wait, and delay whoever reads a result.
+LAUNCHED_AHEAD = 2
+
+
+class DeviceFeed(Iterator[Batch]):
+    """Yields `batches`, in their order, on `device`.
+
+    On a CPU it hands each batch on as it comes. On a GPU, call `fetch_ahead` when the work on a batch is launched: it
+    fetches the next one and begins to copy it. An error of `batches` is raised by the `next` that would have met it
+    without fetching ahead. `waiting()` is a context in which this process waits for the next of `batches`.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Batch],
+        device: torch.device,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._batches = iter(batches)
+        self._waiting = waiting
+        self._copies = None if device.type == "cpu" else _Copies(device)
+        self._ahead: _Copy | Exception | None = None
+
+    def __next__(self) -> Batch:
+        if self._copies is None:
+            return self._fetch()
+        self.fetch_ahead()
+        ahead, self._ahead = self._ahead, None
+        if isinstance(ahead, Exception):
+            raise ahead
+        assert ahead is not None
+        return self._copies.finish(*ahead)
+
+    def fetch_ahead(self) -> None:
+        """Begin to copy the next batch, if there is one and its copy has not begun."""
+        if self._copies is None or self._ahead is not None:
+            return
+        self._copies.limit_work_ahead()
+        try:
+            self._ahead = self._copies.begin(self._fetch())
+        except Exception as error:
+            self._ahead = error
+
+    def _fetch(self) -> Batch:
+        with self._waiting():
+            return next(self._batches)
+
+
+_Copy = tuple[Batch, torch.cuda.Event]
+
+
+class _Copies:
+    """Copies to one GPU, on a stream of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._launched: deque[torch.cuda.Event] = deque()
+
+    def begin(self, batch: Batch) -> _Copy:
+        """The batch on the device, and the event after which it is there."""
+        batch = batch.pin_memory()
+        with torch.cuda.stream(self._stream):
+            copy = batch.to(self._device)
+        copied = torch.cuda.Event()
+        copied.record(self._stream)
+        return copy, copied
+
+    def finish(self, copy: Batch, copied: torch.cuda.Event) -> Batch:
+        """The copy, for work that is launched from now on."""
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(copied)
+        for tensor in (copy.images, copy.labels, copy.valid):
+            tensor.record_stream(current)  # its memory is the other stream's until this one is done with it, too
+        return copy
+
+    def limit_work_ahead(self) -> None:
+        """Wait until the device has done all but the last LAUNCHED_AHEAD batches that were launched."""
+        launched = torch.cuda.Event(blocking=True)
+        launched.record(torch.cuda.current_stream(self._device))
+        self._launched.append(launched)
+        if len(self._launched) > LAUNCHED_AHEAD:
+            oldest = self._launched.popleft()
+            if not oldest.query():
+                oldest.synchronize()
