@@ -70,8 +70,12 @@ def lerp_where(averages: list[torch.Tensor], weights: list[torch.Tensor], weight
     if share.device.type == "cpu":  # a kernel costs little to launch, a pass over memory much
         for average, other in zip(averages, weights, strict=True):
             average.lerp_(other, share)
-        return
-    # The other way round on a GPU; no foreach kernel takes its weight from a tensor.
+    else:
+        lerp_by_foreach(averages, weights, share)
+
+
+def lerp_by_foreach(averages: list[torch.Tensor], weights: list[torch.Tensor], share: torch.Tensor) -> None:
+    """averages += share * (weights - averages), share 0-dim: three kernels for all tensors, as torch's lerp has none."""
     difference = torch._foreach_sub(weights, averages)
     torch._foreach_mul_(difference, share)
     torch._foreach_add_(averages, difference)

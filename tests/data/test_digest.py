@@ -1,10 +1,16 @@
 from dataclasses import replace
 
+import numpy as np
+import pytest
 import torch
 
+from karat_scale.data.ahead import RunAhead
 from karat_scale.data.augmentation.draw import Draw
 from karat_scale.data.batch import Batch
-from karat_scale.data.digest import batch_digest
+from karat_scale.data.digest import batch_digest, with_digest
+from karat_scale.data.loader import OrderedLoader
+from karat_scale.data.plan import BatchSlice
+from tests.data.test_slots import Numbered
 
 
 def batch(ids, epoch=0, number=0, flips=None):
@@ -32,3 +38,24 @@ def test_everything_that_training_sees_changes_it():
         batch([4, 4]),
     ]
     assert len({batch_digest(each) for each in [plain, *others]}) == 8
+
+
+def test_digests_are_those_of_runs_that_began_with_an_older_version():
+    ops = (("ShearX", (-0.3,)), ("PosterizeIncreasing", (0,)))
+    jitter = (("contrast", 1.0667056315640249), ("brightness", 0.9812775633218846))
+    draws = (Draw((23, 3, 445, 361), False, ops, jitter), Draw((0, 0, 20, 20), True, erase=(1, 2, 3, 4, 5)))
+    ids, labels = torch.tensor([7, 1281166]), torch.tensor([3, 999])
+    drawn = Batch(torch.zeros(2, 1), labels, ids, torch.ones(2, dtype=torch.bool), (), draws, 12, 4003)
+    assert batch_digest(drawn) == 709283761290
+    assert batch_digest(replace(drawn, draws=(), epoch=0, batch=1)) == 830834181604
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_whoever_makes_a_batch_takes_its_digest(workers):
+    (made,) = OrderedLoader(Numbered(), [BatchSlice(3, 4, np.arange(2, 6))], workers, 1, 60)
+    assert made.digest == batch_digest(replace(made, digest=None)) > 0
+    (ahead,) = RunAhead((one for one in [replace(made, digest=None)]), 1, 60.0, str)
+    assert ahead.digest == made.digest
+    assert with_digest(ahead) is ahead
+    # Nobody asks for the labels of a batch that is on the device.
+    assert batch_digest(made.to("meta")) == made.digest

@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -24,6 +25,7 @@ from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.train import distributed
+from karat_scale.train.agreement import Decision, SavePoints
 from karat_scale.train.checkpoint.checkpoints import Checkpoints
 from karat_scale.train.checkpoint.snapshots import whole_masters
 from karat_scale.train.checkpoint.store import MANIFEST, STATE
@@ -36,6 +38,7 @@ from karat_scale.train.reporting.progress import PlainDisplay, Reporter
 from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.signals import StopSignals
 from karat_scale.train.state import TrainState
+from tests.clock import Clock
 from tests.conftest import SMALL
 from tests.train.conftest import CONFIGS
 from tests.train.harm import HARMS, POINTERS, point
@@ -189,8 +192,38 @@ def snapshots(world: World, scratch: Path) -> dict[str, Any]:
     return outcomes
 
 
+def stops(world: World, scratch: Path) -> dict[str, Any]:
+    """By clocks of their own: where two ranks save and stop, and how often they asked each other.
+
+    Rank 1 alone gets a signal, in step 150. A step takes as many seconds as the outcome's name says; "slower" ones take
+    0.01 s until step 100 and then 3 s. Rank 1's clock is wrong.
+    """
+    outcomes = {}
+    paces: dict[str, Callable[[int], float]] = {
+        "0.01": lambda step: 0.01,
+        "0.3": lambda step: 0.3,
+        "5": lambda step: 5.0,
+        "slower": lambda step: 0.01 if step < 100 else 3.0,
+    }
+    for name, seconds in paces.items():
+        clock, signals, asked, saves, step = Clock(), StopSignals(), 0, [], 0
+        points = SavePoints(world, signals, every_steps=70, every_minutes=None, clock=clock)
+        decision = Decision()
+        while not decision.stop and step < 1000:
+            step += 1
+            clock.go(seconds(step) * (1 if world.is_main else 7))
+            if step == 150 and world.rank == 1:
+                signals.received = signal.SIGTERM
+            asked += points.is_agreement_due(step)
+            decision = points.decide(step)
+            if decision.save:
+                saves.append(step)
+        outcomes[name] = world.gather({"step": step, "saves": saves, "asked": asked})
+    return outcomes
+
+
 LOOKS: dict[str, Callable[[World, Path], dict[str, Any]]] = {
-    look.__name__: look for look in (damage, failing_rank, nonfinite_rank, snapshots)
+    look.__name__: look for look in (damage, failing_rank, nonfinite_rank, snapshots, stops)
 }
 
 

@@ -56,3 +56,20 @@ def test_what_is_not_finite_on_one_rank_teaches_none(outcomes: dict[str, Any]) -
 @pytest.mark.multiprocess
 def test_snapshots_of_every_stage_are_the_weights_of_the_checkpoint(outcomes: dict[str, Any]) -> None:
     assert outcomes["snapshots"] == dict.fromkeys(outcomes["snapshots"], True)
+
+
+@pytest.mark.multiprocess
+def test_ranks_ask_each_other_once_a_second_and_stop_at_the_same_step(outcomes: dict[str, Any]) -> None:
+    found = outcomes["stops"]
+    for first, second in found.values():
+        assert first == second
+        assert first["saves"][:2] == [70, 140]
+    fast, middle, slow, slower = (found[name][0] for name in ("0.01", "0.3", "5", "slower"))
+    assert 150 <= fast["step"] <= 150 + 100
+    assert fast["asked"] <= 2.5 + 8  # seconds, and once for each doubling from 1 to 100 steps
+    assert 150 <= middle["step"] <= 150 + 3
+    assert middle["asked"] <= 150 / 3 + 3
+    assert slow["step"] == slow["asked"] == 150
+    # What was agreed at the fast pace is run at the slow one; then each step is asked about.
+    assert slower["step"] == 150
+    assert slower["asked"] <= 50

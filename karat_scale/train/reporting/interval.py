@@ -102,7 +102,7 @@ def peak_memory_mb(device: torch.device) -> float:
     """The most memory this process has held: on the GPU if it trains there, else resident in RAM; in MB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def resident_memory_mb() -> float:
