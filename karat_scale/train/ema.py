@@ -67,7 +67,7 @@ def lerp_where(averages: list[torch.Tensor], weights: list[torch.Tensor], weight
     if not averages:
         return
     share = (where * weight).to(averages[0].device)
-    if share.device.type == "cpu":  # a kernel costs little to launch, a pass over memory much
+    if share.device.type == "cpu":  # one pass over memory each
         for average, other in zip(averages, weights, strict=True):
             average.lerp_(other, share)
     else:
@@ -75,7 +75,7 @@ def lerp_where(averages: list[torch.Tensor], weights: list[torch.Tensor], weight
 
 
 def lerp_by_foreach(averages: list[torch.Tensor], weights: list[torch.Tensor], share: torch.Tensor) -> None:
-    """averages += share * (weights - averages), share 0-dim: three kernels for all tensors, as torch's lerp has none."""
+    """averages += share * (weights - averages), share 0-dim, in three kernels for all tensors."""
     difference = torch._foreach_sub(weights, averages)
     torch._foreach_mul_(difference, share)
     torch._foreach_add_(averages, difference)

@@ -11,7 +11,7 @@ _VIEWS += ("alias", "unbind", "split", "as_strided", "lift_fresh", "flatten", "_
 
 
 class Counts(TorchDispatchMode):
-    """reads: values of tensors that Python asked for. copies: between the host and another device. kernels: the rest."""
+    """reads: values that Python asked for. copies: between the host and another device. kernels: names of the rest."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
 """When a rank saves and stops: by steps, by the clock, and on a signal."""
 
+import itertools
 import signal
 
 import pytest
@@ -67,7 +68,7 @@ def test_a_pause_makes_the_next_stretch_short_and_no_later_one() -> None:
         if agreement.is_due(step):
             asked.append(step)
         agreement.maxima(step, 0)
-    distances = [later - earlier for earlier, later in zip(asked, asked[1:], strict=False)]
+    distances = [later - earlier for earlier, later in itertools.pairwise(asked)]
     assert max(distances) in (99, 100)
     assert distances.count(1) <= 3
     assert distances[-1] in (99, 100)
