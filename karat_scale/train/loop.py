@@ -118,7 +118,8 @@ class Loop:
         parts, state = self.parts, self.state
         lr = parts.schedule.lr(state.step)
         parts.engine.set_lr(lr)
-        *_, norm = [self._pass_through(batch) for batch in micro_batches]
+        *_, last = [self._pass_through(batch) for batch in micro_batches]
+        norm = torch.as_tensor(last)
         state.step += 1
         state.samples += parts.recipe.train.global_batch
         self._interval.add_norm(norm)
@@ -134,8 +135,8 @@ class Loop:
             with self._interval.paused():
                 parts.histograms.write(state.step)
 
-    def _pass_through(self, batch: Batch) -> torch.Tensor:
-        """Forward, backward, and after the last micro batch of a step the step; returns its gradient norm, 0-dim."""
+    def _pass_through(self, batch: Batch) -> torch.Tensor | float | None:
+        """Forward and backward; after the last micro batch of a step the step, whose gradient norm is returned."""
         parts, accumulation = self.parts, self.parts.plan.accumulation
         self._note_bad(batch.bad)
         self._interval.add_digest(batch_digest(batch))
@@ -149,7 +150,7 @@ class Loop:
         parts.reporter.beat("optimizer")
         norm = parts.engine.step()
         self._interval.add_loss(loss / accumulation)
-        return torch.as_tensor(math.nan if norm is None else norm)
+        return norm
 
     def _note_bad(self, bad: tuple[BadSample, ...]) -> None:
         self._interval.add_bad(len(bad))
