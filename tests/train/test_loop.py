@@ -67,8 +67,10 @@ def test_nothing_is_learned_from_what_is_not_finite(small_recipe, world: World, 
         parts.backend.close()
 
 
-def test_the_recipe_may_say_to_stop(small_recipe, world: World) -> None:
-    parts = _parts(small_recipe("train.on_nonfinite=stop", "data.workers=0", "checkpoint.every_steps=1"), world)
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_the_recipe_may_say_to_stop(small_recipe, world: World, log_every: int) -> None:
+    own = ("train.on_nonfinite=stop", "data.workers=0", "checkpoint.every_steps=1", f"log.every_steps={log_every}")
+    parts = _parts(small_recipe(*own), world)
     loop = NonfiniteLoop(parts, TrainState(), inject_at=3)
     with pytest.raises(
         DivergedError,
@@ -78,14 +80,38 @@ def test_the_recipe_may_say_to_stop(small_recipe, world: World) -> None:
     parts.backend.close()
 
 
-def test_a_run_that_skips_for_ever_ends(small_recipe, world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = _parts(small_recipe("train.max_skipped_steps=3", "data.workers=0"), world)
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_a_run_that_skips_for_ever_ends(
+    small_recipe, world: World, capsys: pytest.CaptureFixture[str], log_every: int
+) -> None:
+    parts = _parts(small_recipe("train.max_skipped_steps=3", "data.workers=0", f"log.every_steps={log_every}"), world)
     loop = NonfiniteLoop(parts, TrainState(), inject_at=2, until=100)
     with pytest.raises(DivergedError, match=r"step 4 .*the last of train\.max_skipped_steps = 3; .* is none"):
         loop.run()
+    assert loop.state.step == 4  # where it would be evaluated
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert [line.split("warning: ")[1][:6] for line in warnings] == ["step 2", "step 3"]
     parts.backend.close()
+
+
+def test_a_step_that_is_not_finite_is_found_between_log_lines(
+    small_recipe, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = small_recipe("data.workers=0", "log.every_steps=1000", "train.epochs=100", "train.eval_every_epochs=100")
+    parts = _parts(recipe, world)
+    loop = NonfiniteLoop(parts, TrainState(), inject_at=2)
+    batches = loop.feed(3)
+    for _ in range(3):
+        loop.step(loop.micro_batches(batches))
+    assert loop.state.skipped_in_row == 0
+    assert "warning" not in capsys.readouterr().out
+    loop._save_points._agreement._next = 4
+    loop.save_or_stop()
+    assert "warning" not in capsys.readouterr().out
+    loop._save_points._agreement._next = 3
+    loop.save_or_stop()
+    assert "warning: step 2 has a loss or gradients that are not finite; skipped" in capsys.readouterr().out
+    assert loop.state.skipped_in_row == 0  # step 3 was good
 
 
 def test_a_clock_that_jumps_neither_hastens_nor_stops_saving(
