@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from karat_scale.arguments import count, new_file, whole
+from karat_scale.bench.gpu.options import add_options as add_gpu_options
 
 
 def add_benches(benches: Any) -> None:
@@ -230,15 +231,14 @@ def _add_gpu(benches: Any) -> None:
     parser = benches.add_parser(
         "gpu", help="check the kernels on this card and measure them; run it first on a new one"
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="small sizes, to try the command")
+    add_gpu_options(parser)
     parser.set_defaults(run=_gpu)
 
 
 def _gpu(options: argparse.Namespace) -> int:
-    from karat_scale.bench.gpu import bench_gpu
+    from karat_scale.bench.gpu.command import bench_gpu
 
-    return bench_gpu(options.device, options.json, options.quick)
+    return bench_gpu(options.device, options.only, options.minutes, options.json)
 
 
 def _add_plan(benches: Any) -> None:

@@ -1,27 +1,38 @@
 """Timing of several contenders in turn, so that a machine's drift falls on all of them alike."""
 
+import functools
 import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
 
-def interleaved_seconds(
-    contenders: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
-    """Seconds of each contender in each of `rounds` rounds, after one round that is not counted.
+def interleaved(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each contender measures of itself in each of `rounds` rounds, after one round that is not counted.
 
     Every other round runs in reverse order: whoever follows whom must not matter.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    found: dict[str, list[float]] = {name: [] for name in measures}
     for number in range(rounds + 1):
-        names = list(contenders) if number % 2 else list(contenders)[::-1]
+        names = list(measures) if number % 2 else list(measures)[::-1]
         for name in names:
-            begun = clock()
-            contenders[name]()
+            figure = measures[name]()
             if number:
-                seconds[name].append(clock() - begun)
-    return seconds
+                found[name].append(figure)
+    return found
+
+
+def interleaved_seconds(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each of `rounds` rounds of `interleaved`."""
+
+    def timed(run: Callable[[], object]) -> float:
+        begun = clock()
+        run()
+        return clock() - begun
+
+    return interleaved({name: functools.partial(timed, run) for name, run in contenders.items()}, rounds)
 
 
 def median_ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:

@@ -3,14 +3,10 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
-import torch
-
 from karat_scale.data.plan import choose_micro_batch
 from karat_scale.errors import UserError
+from karat_scale.memory_errors import is_out_of_memory
 from karat_scale.recipe import Recipe
-
-# Beside the exceptions' own classes: torch's CPU allocator, CUDA's driver, C++.
-_SIGNS = ("can't allocate memory", "out of memory", "std::bad_alloc")
 
 
 def explain_out_of_memory(recipe: Recipe, world_size: int) -> contextlib.AbstractContextManager[None]:
@@ -36,13 +32,6 @@ def one_line_out_of_memory(mend: Callable[[], str]) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(f"out of memory: {_what_failed(error)}; {mend()}") from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory could not be had."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def _what_failed(error: BaseException) -> str:

@@ -1,0 +1,183 @@
+"""Section 2: KArAt's attention against every backend of SDPA, by the device's events and by the clock."""
+
+import functools
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import wait
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from karat_scale.bench.attention import SDPA, TOKENS, Case, Contender, make_contender, make_inputs
+from karat_scale.bench.gpu.channel import one_line
+from karat_scale.bench.gpu.kernels import tf32
+from karat_scale.bench.gpu.task import Task
+from karat_scale.bench.gpu.threads import CompilerThreads
+from karat_scale.bench.gpu.timing import calls_for, device_seconds, wall_seconds
+from karat_scale.bench.interleave import interleaved, median_ratio
+from karat_scale.memory_errors import is_out_of_memory
+
+BACKENDS = {
+    "SDPA, flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA, cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "SDPA, efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "SDPA, math": SDPBackend.MATH,
+}
+CHOSEN = "SDPA, torch's choice"
+GRIDS = (1, 3)
+BATCH, ROUNDS, TOY_TOKENS = 256, 7, 32
+# Model and dtype, what training meets first.
+CASES = (("small", "bf16"), ("tiny", "bf16"), ("base", "bf16"), ("small", "tf32"), ("small", "fp16"), ("small", "fp32"))
+GUESS = 30.0
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A contender as it is measured: each way of calling it, within the setting it needs."""
+
+    forward: Callable[[], object]
+    both: Callable[[], object]
+    setting: Callable[[], AbstractContextManager[Any]]
+
+
+def measure(task: Task) -> None:
+    """Rows for each case that the time allows."""
+    cases = CASES[:1] if task.toy else CASES
+    _compile(task, sorted({_plain(dtype) for _, dtype in cases}))
+    for model, dtype in cases:
+        _measure_case(task, model, dtype)
+
+
+def _measure_case(task: Task, model: str, dtype: str) -> None:
+    what = f"ViT-{model.capitalize()}, {dtype}"
+    if not task.budget.allows("case", GUESS):
+        task.tell.left_out(what, "the time was up")
+        return
+    begun = time.monotonic()
+    with tf32() if dtype == "tf32" else nullcontext():
+        task.halving(what, 2 if task.toy else BATCH, lambda batch: _compare(task, model, dtype, batch, what))
+    task.free()
+    task.budget.note("case", begun)
+
+
+def _plain(dtype: str) -> str:
+    return "fp32" if dtype == "tf32" else dtype
+
+
+def _case(task: Task, model: str, batch: int, grid: int, dtype: str) -> Case:
+    return Case(model, batch, grid, 12, dtype, task.device, tokens=TOY_TOKENS if task.toy else TOKENS)
+
+
+def _compile(task: Task, dtypes: list[str]) -> None:
+    """Let Triton compile the kernels before they are timed; what fails here fails again, and is told, there."""
+
+    def once(dtype: str, grid: int) -> None:
+        case = _case(task, "tiny", 2, grid, dtype)
+        _timed(make_contender(task.implementation, case), case, nullcontext).both()
+
+    with CompilerThreads() as pool:
+        for dtype in dtypes:
+            wait([pool.begin(functools.partial(once, dtype, grid)) for grid in GRIDS])
+
+
+def _compare(task: Task, model: str, dtype: str, batch: int, what: str) -> None:
+    case = _case(task, model, batch, GRIDS[0], _plain(dtype))
+    contenders = {CHOSEN: _timed(make_contender(SDPA, case), case, nullcontext)}
+    for name, backend in BACKENDS.items():
+        setting = lambda backend=backend: sdpa_kernel(backend)  # noqa: E731
+        timed = _timed(make_contender(SDPA, case), case, setting)
+        if (why := _refusal(timed)) is None:
+            contenders[name] = timed
+        else:
+            task.tell.left_out(f"{what}: {name}", why)
+    for grid in GRIDS:
+        karat = make_contender(task.implementation, _case(task, model, batch, grid, case.dtype))
+        contenders[f"KArAt G{grid}"] = _timed(karat, case, nullcontext)
+    rounds = 1 if task.toy else ROUNDS
+    figures = {
+        (way, clock): interleaved(dict(_measures(contenders, way, clock, task.device)), rounds)
+        for way in ("forward", "both")
+        for clock in (device_seconds, wall_seconds)
+    }
+    forward, both = figures["forward", device_seconds], figures["both", device_seconds]
+    best = min((name for name in contenders if name.startswith("SDPA")), key=lambda name: statistics.median(both[name]))
+    for name, timed in contenders.items():
+        task.tell.row(
+            case=f"{what}, B {batch}",
+            attention=name,
+            forward_ms=_milliseconds(forward[name]),
+            both_ms=_milliseconds(both[name]),
+            ratio_forward=round(median_ratio(forward, name, CHOSEN), 3),
+            ratio_both=round(median_ratio(both, name, CHOSEN), 3),
+            ratio_best=round(median_ratio(both, name, best), 3),
+            forward_wall_ms=_milliseconds(figures["forward", wall_seconds][name]),
+            both_wall_ms=_milliseconds(figures["both", wall_seconds][name]),
+            peak_mb=None if task.toy else _peak_mb(timed),
+        )
+
+
+def _timed(contender: Contender, case: Case, setting: Callable[[], AbstractContextManager[Any]]) -> Timed:
+    inputs = make_inputs(case)
+    learned: tuple[Tensor, ...] = (*inputs, *contender.parameters)
+    grad_output = torch.ones_like(inputs[2])
+
+    def forward() -> None:
+        with torch.no_grad():
+            contender.attend(*inputs)
+
+    def both() -> None:
+        torch.autograd.grad(contender.attend(*inputs), learned, grad_output)
+
+    return Timed(forward, both, setting)
+
+
+def _refusal(timed: Timed) -> str | None:
+    """Why a backend cannot run, as it tells by warnings."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            with timed.setting():
+                timed.both()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            reasons = [str(one.message).split(" (Triggered")[0] for one in told]
+            return "; ".join(reasons) or one_line(error)
+    return None
+
+
+def _measures(
+    contenders: dict[str, Timed], way: str, clock: Callable[..., float], device: str
+) -> Iterator[tuple[str, Callable[[], float]]]:
+    for name, timed in contenders.items():
+        run = getattr(timed, way)
+        with timed.setting():
+            calls = calls_for(run, device)
+
+        def seconds(timed: Timed = timed, run: Callable[[], object] = run, calls: int = calls) -> float:
+            with timed.setting():
+                return clock(run, calls, device)
+
+        yield name, seconds
+
+
+def _milliseconds(seconds: list[float]) -> float:
+    return round(1e3 * statistics.median(seconds), 4)
+
+
+def _peak_mb(timed: Timed) -> float:
+    """The most that forward and backward need beyond what is there before, of the allocator."""
+    with ExitStack() as stack:
+        stack.enter_context(timed.setting())
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        timed.both()
+        torch.cuda.synchronize()
+        return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)

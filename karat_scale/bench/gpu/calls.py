@@ -1,0 +1,174 @@
+"""The calls whose values and gradients are checked, in every dtype: shapes, strides, large scores, and the options."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+FP32, TF32, BF16, FP16 = "fp32", "tf32", "bf16", "fp16"
+TORCH_DTYPES = {FP32: torch.float32, TF32: torch.float32, BF16: torch.bfloat16, FP16: torch.float16}
+BASES = ("identity", "silu", "gelu")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of `fourier_karat_attention`.
+
+    Args:
+        dtype: of query, key and value; "tf32" is float32 with torch's switch on.
+        topic: what this call is in the list for.
+        score_std: standard deviation of the scores.
+        layout: a key of LAYOUTS.
+    """
+
+    dtype: str
+    topic: str = "ViT"
+    grid: int = 3
+    width: int = 64
+    tokens: int = 197
+    rank: int = 12
+    batch: int = 2
+    heads: int = 2
+    score_std: float = 1.0
+    layout: str = "contiguous"
+    base: str = "zero"
+    bias: bool = False
+    mask: bool = False
+
+    def __str__(self) -> str:
+        shape = f"B {self.batch}, h {self.heads}, N {self.tokens}, d {self.width}, r {self.rank}, G {self.grid}"
+        more = [self.layout] if self.layout != "contiguous" else []
+        more += [f"scores of std {self.score_std:g}"] if self.score_std != 1 else []
+        more += [f"base {self.base}"] if self.base != "zero" else []
+        more += [name for name in ("bias", "mask") if getattr(self, name)]
+        return f"{self.dtype}: {', '.join([shape, *more])}"
+
+    def tolerance(self, largest_score: float) -> float:
+        """The relative L2 error allowed of the output and of each gradient.
+
+        TF32 keeps 10 bits of each factor. Cutting the rest off in every product of the operator, in float64, gave 3e-3,
+        4e-3 and 1.1e-2 at G = 1, 3 and 16, and 0.85e-2, 2.1e-2 and 1e-1 with scores of std 10.
+        """
+        if self.dtype == FP32:
+            return max(2e-6, 5e-8 * self.grid * largest_score)
+        if self.dtype == TF32:
+            return 4e-3 + 1e-3 * self.grid * self.score_std
+        return 5e-3
+
+
+class Inputs(NamedTuple):
+    """What a call is given: tensors that need gradients, by name; the mask; and the gradient of the output."""
+
+    tensors: dict[str, Tensor]
+    mask: Tensor | None
+    grad_output: Tensor
+
+
+def core_calls(dtypes: tuple[str, ...]) -> Iterator[Call]:
+    """What training meets, first the ViT's call in each dtype."""
+    yield from (Call(dtype) for dtype in dtypes)
+    variations: list[dict[str, Any]] = [
+        *({"topic": "strides", "layout": layout} for layout in LAYOUTS if layout != "contiguous"),
+        *({"topic": "large scores", "score_std": std} for std in (4.0, 10.0)),
+        {"topic": "odd shapes", "tokens": 50, "width": 48, "batch": 3, "heads": 1},
+        {"topic": "odd shapes", "tokens": 65, "rank": 1, "batch": 1},
+        {"topic": "grid", "grid": 1},
+        {"topic": "grid", "grid": 2},
+        {"topic": "bias", "bias": True},
+        *({"topic": "base", "base": base} for base in BASES),
+        {"topic": "mask", "mask": True},
+    ]
+    yield from (replace(Call(dtype), **change) for change in variations for dtype in dtypes)
+
+
+def more_calls(dtypes: tuple[str, ...]) -> Iterator[Call]:
+    """Every grid at every width of a head, longer ranks and sequences."""
+    variations: list[dict[str, Any]] = [
+        {"topic": "odd shapes", "tokens": 1},
+        {"topic": "odd shapes", "tokens": 577},
+        *({"topic": "rank", "rank": rank} for rank in (16, 24, 40)),
+        *({"topic": "grid", "grid": grid} for grid in (5, 7, 9, 11, 16)),
+        *({"topic": "width", "width": width} for width in (24, 32, 80, 96, 128)),
+        *({"topic": "grid and width", "grid": grid, "width": width} for grid in (1, 9, 16) for width in (32, 96, 128)),
+    ]
+    yield from (replace(Call(dtype), **change) for change in variations for dtype in dtypes)
+
+
+def toy_calls(dtypes: tuple[str, ...]) -> Iterator[Call]:
+    """One of each topic, small."""
+    seen: set[tuple[str, str]] = set()
+    for call in core_calls(dtypes):
+        if (call.dtype, call.topic) not in seen:
+            seen.add((call.dtype, call.topic))
+            yield replace(call, tokens=min(call.tokens, 20), width=16, heads=1, rank=4)
+
+
+def make_inputs(call: Call, device: str) -> Inputs:
+    """The same for the same sizes: drawn on the CPU in float64, then rounded."""
+    generator = torch.Generator().manual_seed(call.grid * call.width + call.tokens)
+
+    def normal(*shape: int, std: float = 1.0) -> Tensor:
+        return std * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    heads, tokens, rank, grid = call.heads, call.tokens, call.rank, call.grid
+    lay_out, dtype = LAYOUTS[call.layout], TORCH_DTYPES[call.dtype]
+    rows = (call.batch, heads, tokens, call.width)
+    wide = {
+        "query": normal(*rows, std=call.score_std**0.5),
+        "key": normal(*rows, std=call.score_std**0.5),
+        "value": normal(*rows),
+    }
+    learned = {
+        "cos_coef": normal(heads, rank, tokens, grid, std=(tokens * grid) ** -0.5),
+        "sin_coef": normal(heads, rank, tokens, grid, std=(tokens * grid) ** -0.5),
+        "proj": normal(heads, tokens, rank, std=(rank * tokens) ** -0.5),
+    }
+    if call.bias:
+        learned["bias"] = normal(heads, tokens, tokens)
+    tensors = {name: lay_out(x.to(device, dtype)) for name, x in wide.items()}
+    tensors |= {name: x.to(device, torch.float32) for name, x in learned.items()}
+    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    mask = (distance.abs() <= tokens // 2).to(device) if call.mask else None
+    grad_output = GRADIENT_LAYOUTS.get(call.layout, torch.clone)(normal(*rows).to(device, dtype))
+    return Inputs({name: x.detach().requires_grad_() for name, x in tensors.items()}, mask, grad_output)
+
+
+def _packed(x: Tensor) -> Tensor:
+    """A view into [B, N, 3, h, d], as timm's projection gives query, key and value."""
+    batch, heads, tokens, width = x.shape
+    packed = x.new_zeros(batch, tokens, 3, heads, width)
+    packed[:, :, 1] = x.transpose(1, 2)
+    return packed[:, :, 1].transpose(1, 2)
+
+
+def _unaligned(x: Tensor) -> Tensor:
+    """Begins one element behind an allocation's start."""
+    storage = x.new_zeros(x.numel() + 1)
+    storage[1:] = x.flatten()
+    return storage[1:].view(x.shape)
+
+
+def _by_columns(x: Tensor) -> Tensor:
+    return x.mT.contiguous().mT
+
+
+def _same_for_all(x: Tensor) -> Tensor:
+    return x[:1].expand(x.shape)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": torch.clone,
+    "packed": _packed,
+    "by columns": _by_columns,
+    "unaligned": _unaligned,
+    "same for the batch": _same_for_all,
+}
+# As the layers behind pass gradients back: with the heads merged, or of a sum.
+GRADIENT_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "packed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "by columns": _by_columns,
+    "unaligned": _unaligned,
+    "same for the batch": lambda x: x[:1, :1, :1, :1].expand(x.shape),
+}

@@ -1,0 +1,130 @@
+"""Section 1: values and every gradient of the kernels against the float64 reference and a plain formula."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as NotInTimeError
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from karat_scale.attention import fourier_karat_attention
+from karat_scale.bench.gpu.calls import (
+    BF16,
+    FP16,
+    FP32,
+    TF32,
+    Call,
+    Inputs,
+    core_calls,
+    make_inputs,
+    more_calls,
+    toy_calls,
+)
+from karat_scale.bench.gpu.channel import one_line
+from karat_scale.bench.gpu.formula import plain_attention
+from karat_scale.bench.gpu.task import Task
+from karat_scale.bench.gpu.threads import CompilerThreads
+
+# What a refusal of `fourier_karat_attention` says.
+REFUSAL = "cannot take this call: "
+
+
+def measure(task: Task) -> None:
+    """A row for each call, in an order in which what training needs comes first."""
+    first, *core = (toy_calls if task.toy else core_calls)((BF16, FP16, FP32))
+    _check_all(task, [first])  # alone: Triton sets itself up
+    _check_all(task, core)
+    with tf32():  # the switch is the process's, so these calls wait for the others
+        _check_all(task, list((toy_calls if task.toy else core_calls)((TF32,))))
+    if not task.toy:
+        _check_all(task, list(more_calls((BF16, FP16, FP32))))
+        with tf32():
+            _check_all(task, list(more_calls((TF32,))))
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """torch's switch on, which the kernels read too."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def check(call: Call, task: Task) -> dict[str, Any]:
+    """The call's row. Raises ValueError where the implementation does not take it."""
+    inputs = make_inputs(call, task.device)
+    ours = _results(fourier_karat_attention, inputs, base=call.base, implementation=task.implementation)
+    wide = _widened(inputs)
+    true = _results(fourier_karat_attention, wide, base=call.base, implementation="reference")
+    formula = _results(plain_attention, wide, base=call.base)
+    errors = _errors(ours, true)
+    worst = max(errors, key=errors.__getitem__)
+    formula_error = max(_errors(ours, formula).values())
+    scores = wide.tensors["query"] @ wide.tensors["key"].mT * call.width**-0.5
+    tolerance = call.tolerance(float(scores.abs().max()))
+    return {
+        "call": str(call),
+        "dtype": call.dtype,
+        "topic": call.topic,
+        "implementation": task.implementation,
+        "error": errors[worst],
+        "worst": worst,
+        "formula_error": formula_error,
+        "tolerance": tolerance,
+        "right": max(errors[worst], formula_error) <= tolerance,
+    }
+
+
+def _check_all(task: Task, calls: list[Call]) -> None:
+    """In threads, told in order; what is not done when the time is up is left out."""
+    if not task.budget.left:
+        task.tell.left_out(f"{len(calls)} calls", f"the time was up, first for {calls[0]}")
+        return
+    with CompilerThreads() as pool:
+        waiting = {call: pool.begin(functools.partial(check, call, task)) for call in calls}
+        late = [call for call, future in waiting.items() if not _told(task, call, future)]
+        if late:
+            pool.shutdown(cancel_futures=True)
+            task.tell.left_out(f"{len(late)} calls", f"the time was up, first for {late[0]}")
+
+
+def _told(task: Task, call: Call, future: "Future[dict[str, Any]]") -> bool:
+    """Whether the call's outcome was there in time to be told."""
+    try:
+        task.tell.row(**future.result(timeout=task.budget.left))
+    except (NotInTimeError, CancelledError):
+        return False
+    except ValueError as error:
+        if REFUSAL not in str(error):
+            raise
+        task.tell.left_out(str(call), str(error).split(REFUSAL)[1])
+    except Exception as error:
+        if "CUDA error" in str(error):  # nothing runs after it in this process
+            raise
+        task.tell.failed(str(call), one_line(error))
+    return True
+
+
+def _results(attend: Callable[..., Tensor], inputs: Inputs, **settings: str) -> dict[str, Tensor]:
+    tensors = inputs.tensors
+    output = attend(**tensors, mask=inputs.mask, **settings)
+    gradients = torch.autograd.grad(output, list(tensors.values()), inputs.grad_output)
+    return {"output": output.detach(), **dict(zip(tensors, gradients, strict=True))}
+
+
+def _widened(inputs: Inputs) -> Inputs:
+    tensors = {name: x.detach().double().requires_grad_() for name, x in inputs.tensors.items()}
+    return Inputs(tensors, inputs.mask, inputs.grad_output.double())
+
+
+def _errors(ours: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
+    """The relative L2 error of each; infinite where a number is not finite."""
+    found = {name: float((x.double() - true[name]).norm() / true[name].norm()) for name, x in ours.items()}
+    return {name: error if math.isfinite(error) else math.inf for name, error in found.items()}

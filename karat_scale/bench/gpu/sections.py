@@ -1,0 +1,109 @@
+"""The sections of `karat bench gpu`: their order, their share of the time, what they need, and their tables."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the report; its figures come from `measure` of the module of the same name.
+
+    Args:
+        title: of its table.
+        share: of the time that is left, beside those of the sections after it.
+        columns: key of a row and heading of its column.
+        packages: what has to be installed beside torch.
+        ranks: whether a process runs on each card.
+    """
+
+    name: str
+    title: str
+    share: float
+    columns: tuple[tuple[str, str], ...]
+    packages: tuple[str, ...] = ()
+    ranks: bool = False
+
+    def lacks(self) -> list[str]:
+        """The packages that are not installed."""
+        return [name for name in self.packages if find_spec(name) is None]
+
+
+_TRAINER = ("timm", "deepspeed", "pydantic", "torchvision", "rich", "psutil", "yaml")
+
+KERNELS = Section(
+    "kernels",
+    "Kernels against the float64 reference and a plain formula",
+    share=2.0,
+    columns=(
+        ("call", "call"),
+        ("error", "relative error"),
+        ("worst", "of"),
+        ("formula_error", "against the formula"),
+        ("tolerance", "allowed"),
+        ("right", "right"),
+    ),
+)
+ATTENTION = Section(
+    "attention",
+    "Attention against every backend of SDPA",
+    share=2.0,
+    columns=(
+        ("case", "case"),
+        ("attention", "attention"),
+        ("forward_ms", "forward, ms"),
+        ("both_ms", "and backward, ms"),
+        ("ratio_forward", "forward to SDPA"),
+        ("ratio_both", "and backward to SDPA"),
+        ("ratio_best", "to the fastest SDPA"),
+        ("forward_wall_ms", "forward by the clock, ms"),
+        ("both_wall_ms", "and backward by the clock, ms"),
+        ("peak_mb", "peak, MB"),
+    ),
+)
+TRAINING = Section(
+    "training",
+    "Training steps through our loop and DeepSpeed",
+    share=5.0,
+    columns=(
+        ("model", "model"),
+        ("mode", "mode"),
+        ("attention", "attention"),
+        ("batch", "batch"),
+        ("images_per_second", "images/s"),
+        ("ratio_to_softmax", "to softmax"),
+        ("mfu", "MFU"),
+        ("peak_mb", "peak, MB"),
+        ("launches", "launches a step"),
+        ("kernels", "kernels a step"),
+        ("waits", "waits for the device"),
+        ("linear_dtype", "linear layer in"),
+        ("operator_dtype", "operator in"),
+    ),
+    packages=_TRAINER,
+)
+LOADER = Section(
+    "loader",
+    "Loading JPEGs",
+    share=1.5,
+    columns=(
+        ("loader", "loader"),
+        ("images_per_second", "images/s"),
+        ("ratio", "to the first"),
+    ),
+    packages=(*_TRAINER, "webdataset"),
+)
+RANKS = Section(
+    "ranks",
+    "ZeRO stages against DistributedDataParallel",
+    share=2.0,
+    columns=(
+        ("case", "case"),
+        ("contender", "contender"),
+        ("milliseconds_a_step", "ms a step"),
+        ("images_per_second", "images/s"),
+        ("ratio_to_ddp", "to DDP"),
+    ),
+    packages=_TRAINER,
+    ranks=True,
+)
+SECTIONS = {section.name: section for section in (KERNELS, ATTENTION, TRAINING, LOADER, RANKS)}
