@@ -1,7 +1,7 @@
 """`karat bench stages`: a training step at each ZeRO stage against PyTorch's DistributedDataParallel.
 
-Ranks of one machine train the same model from the same weights on the same images, in fp32. The contenders take turns
-in the same processes, and ratios are medians over rounds.
+Ranks of one machine train the same model from the same weights on the same images. The contenders take turns in the
+same processes, and ratios are medians over rounds.
 """
 
 import json
@@ -39,7 +39,10 @@ STAGES = ("zero0", "zero1", "zero2", "zero3")
 
 @dataclass(frozen=True)
 class StagesCase:
-    """What is measured. `batch` is of one rank, `attention` a recipe's `attention.kind`."""
+    """What is measured. `batch` is of one rank; `attention` is a recipe's `attention.kind`, `precision` its train's.
+
+    `depth` is the model's own by default.
+    """
 
     model: str = "vit_tiny_patch16_224"
     image_size: int = 64
@@ -48,6 +51,8 @@ class StagesCase:
     ranks: int = 2
     steps: int = 3
     rounds: int = 9
+    precision: str = "fp32"
+    depth: int | None = None
 
 
 def bench_stages(case: StagesCase, json_file: str | None) -> int:
@@ -75,37 +80,42 @@ def measure(case: StagesCase, out: Path) -> None:
     """What each rank does; rank 0 writes the result."""
     world = distributed.start("auto")
     try:
-        images = torch.randn(
-            case.batch, 3, case.image_size, case.image_size, generator=torch.Generator().manual_seed(world.rank)
-        ).to(world.device)
-        labels = torch.arange(case.batch, device=world.device)
-        contenders = {DDP: _ddp(case, world, images, labels)}
-        contenders |= {stage: _engine(case, stage, world, images, labels) for stage in STAGES}
-        seconds = interleaved_seconds(contenders, case.rounds)
-        processor = {name: _processor_seconds(run) for name, run in contenders.items()}
+        rows = compare(case, world)
         if world.is_main:
-            rows = [
-                {
-                    "contender": name,
-                    "milliseconds_a_step": round(1e3 * statistics.median(seconds[name]) / case.steps, 2),
-                    "processor_milliseconds_a_step": round(1e3 * processor[name] / case.steps, 2),
-                    "ratio_to_ddp": round(median_ratio(seconds, name, DDP), 3),
-                }
-                for name in contenders
-            ]
             result = {**asdict(case), "device": str(world.device), "threads": torch.get_num_threads(), "rows": rows}
             out.write_text(json.dumps(result))
     finally:
         distributed.stop()
 
 
+def compare(case: StagesCase, world: World) -> list[dict[str, Any]]:
+    """A row of figures for DDP and for each stage, on every rank."""
+    images = torch.randn(
+        case.batch, 3, case.image_size, case.image_size, generator=torch.Generator().manual_seed(world.rank)
+    ).to(world.device)
+    labels = torch.arange(case.batch, device=world.device)
+    contenders = {DDP: _ddp(case, world, images, labels)}
+    contenders |= {stage: _engine(case, stage, world, images, labels) for stage in STAGES}
+    seconds = interleaved_seconds(contenders, case.rounds)
+    processor = {name: _processor_seconds(run) for name, run in contenders.items()}
+    return [
+        {
+            "contender": name,
+            "milliseconds_a_step": round(1e3 * statistics.median(seconds[name]) / case.steps, 2),
+            "processor_milliseconds_a_step": round(1e3 * processor[name] / case.steps, 2),
+            "ratio_to_ddp": round(median_ratio(seconds, name, DDP), 3),
+        }
+        for name in contenders
+    ]
+
+
 def _recipe(case: StagesCase, stage: str) -> Recipe:
     tree = {
         "run": {"name": "bench-stages", "dir": "unused"},
-        "model": {"name": case.model, "image_size": case.image_size},
+        "model": {"name": case.model, "image_size": case.image_size, "depth": case.depth},
         "attention": {"kind": case.attention},
         "data": {"backend": "synthetic"},
-        "train": {"global_batch": case.batch * case.ranks, "epochs": 100},
+        "train": {"global_batch": case.batch * case.ranks, "epochs": 100, "precision": case.precision},
         "deepspeed": {"config": stage},
     }
     return validate_recipe(tree, "bench stages")
@@ -124,7 +134,9 @@ def _ddp(case: StagesCase, world: World, images: Tensor, labels: Tensor) -> Call
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        nn.functional.cross_entropy(wrapped(images), labels).backward()
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=case.precision == "bf16"):
+            logits = wrapped(images)
+        nn.functional.cross_entropy(logits.float(), labels).backward()
         float(nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad))
         optimizer.step()
 

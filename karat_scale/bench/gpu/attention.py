@@ -55,7 +55,7 @@ def measure(task: Task) -> None:
 
 
 def _measure_case(task: Task, model: str, dtype: str) -> None:
-    what = f"ViT-{model.capitalize()}, {dtype}"
+    what = f"ViT-{model.capitalize()}, {dtype}, N {TOY_TOKENS if task.toy else TOKENS}"
     if not task.budget.allows("case", GUESS):
         task.tell.left_out(what, "the time was up")
         return
@@ -81,24 +81,14 @@ def _compile(task: Task, dtypes: list[str]) -> None:
         case = _case(task, "tiny", 2, grid, dtype)
         _timed(make_contender(task.implementation, case), case, nullcontext).both()
 
+    first, *others = (functools.partial(once, dtype, grid) for dtype in dtypes for grid in GRIDS)
     with CompilerThreads() as pool:
-        for dtype in dtypes:
-            wait([pool.begin(functools.partial(once, dtype, grid)) for grid in GRIDS])
+        wait([pool.begin(first)])  # alone: Triton sets itself up
+        wait([pool.begin(other) for other in others])
 
 
 def _compare(task: Task, model: str, dtype: str, batch: int, what: str) -> None:
-    case = _case(task, model, batch, GRIDS[0], _plain(dtype))
-    contenders = {CHOSEN: _timed(make_contender(SDPA, case), case, nullcontext)}
-    for name, backend in BACKENDS.items():
-        setting = lambda backend=backend: sdpa_kernel(backend)  # noqa: E731
-        timed = _timed(make_contender(SDPA, case), case, setting)
-        if (why := _refusal(timed)) is None:
-            contenders[name] = timed
-        else:
-            task.tell.left_out(f"{what}: {name}", why)
-    for grid in GRIDS:
-        karat = make_contender(task.implementation, _case(task, model, batch, grid, case.dtype))
-        contenders[f"KArAt G{grid}"] = _timed(karat, case, nullcontext)
+    contenders = dict(_contenders(task, model, dtype, batch, what))
     rounds = 1 if task.toy else ROUNDS
     figures = {
         (way, clock): interleaved(dict(_measures(contenders, way, clock, task.device)), rounds)
@@ -122,6 +112,25 @@ def _compare(task: Task, model: str, dtype: str, batch: int, what: str) -> None:
         )
 
 
+def _contenders(task: Task, model: str, dtype: str, batch: int, what: str) -> Iterator[tuple[str, Timed]]:
+    """Those that run: torch has not every backend for every card and dtype, but KArAt should."""
+    case = _case(task, model, batch, GRIDS[0], _plain(dtype))
+    yield CHOSEN, _timed(make_contender(SDPA, case), case, nullcontext)
+    for name, backend in BACKENDS.items():
+        timed = _timed(make_contender(SDPA, case), case, functools.partial(sdpa_kernel, backend))
+        if why := _refusal(timed):
+            task.tell.left_out(f"{what}: {name}", why)
+        else:
+            yield name, timed
+    for grid in GRIDS:
+        case = _case(task, model, batch, grid, case.dtype)
+        timed = _timed(make_contender(task.implementation, case), case, nullcontext)
+        if why := _refusal(timed):
+            task.tell.failed(f"{what}: KArAt G{grid}", why)
+        else:
+            yield f"KArAt G{grid}", timed
+
+
 def _timed(contender: Contender, case: Case, setting: Callable[[], AbstractContextManager[Any]]) -> Timed:
     inputs = make_inputs(case)
     learned: tuple[Tensor, ...] = (*inputs, *contender.parameters)
@@ -138,17 +147,17 @@ def _timed(contender: Contender, case: Case, setting: Callable[[], AbstractConte
 
 
 def _refusal(timed: Timed) -> str | None:
-    """Why a backend cannot run, as it tells by warnings."""
+    """Why a contender does not run, SDPA's backends as they tell it by warnings; None where it does."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
             with timed.setting():
                 timed.both()
-        except RuntimeError as error:
-            if is_out_of_memory(error):
+        except Exception as error:
+            if is_out_of_memory(error) or "CUDA error" in str(error):
                 raise
             reasons = [str(one.message).split(" (Triggered")[0] for one in told]
-            return "; ".join(reasons) or one_line(error)
+            return "; ".join([one_line(error), *reasons])
     return None
 
 

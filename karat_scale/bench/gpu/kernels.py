@@ -68,7 +68,7 @@ def check(call: Call, task: Task) -> dict[str, Any]:
     worst = max(errors, key=errors.__getitem__)
     formula_error = max(_errors(ours, formula).values())
     scores = wide.tensors["query"] @ wide.tensors["key"].mT * call.width**-0.5
-    tolerance = call.tolerance(float(scores.abs().max()))
+    tolerance = call.tolerance(float(scores.detach().abs().max()))
     return {
         "call": str(call),
         "dtype": call.dtype,

@@ -4,6 +4,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 from karat_scale.attention import KaratOperator
 from karat_scale.bench.gpu.channel import one_line
 from karat_scale.bench.gpu.task import Task
-from karat_scale.bench.gpu.training import MODES, Group
 from karat_scale.bench.interleave import interleaved_seconds, median_ratio
 from karat_scale.data.backends.synthetic import TRAIN_STREAM, SyntheticBackend
 from karat_scale.data.batch import Batch
@@ -30,6 +30,8 @@ from karat_scale.train.run_directory import RunDirectory
 from karat_scale.train.signals import StopSignals
 from karat_scale.train.state import TrainState
 
+# The values of train.compile, by what they are called here.
+MODES = {"eager": False, "compiled": "default", "graphs": "reduce-overhead"}
 SOFTMAX = "softmax"
 GRIDS = {"KArAt G1": 1, "KArAt G3": 3}
 WARM_UP, ROUNDS, SECONDS_A_ROUND, MOST_STEPS = 3, 5, 0.3, 20
@@ -38,6 +40,18 @@ LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
 TOY_MODEL = {"image_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 2, "num_classes": 10}
 PRECISION, DTYPE = "bf16", "bfloat16"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Softmax, KArAt G1 and G3 of one model in one mode; they take turns."""
+
+    mode: str
+    model: str
+    batch: int
+
+    def __str__(self) -> str:
+        return f"ViT-{self.model.capitalize()}, {self.mode}"
 
 
 class HeldBatches(SyntheticBackend):

@@ -5,13 +5,7 @@ from typing import Any
 
 from karat_scale.bench.gpu.sections import KERNELS, SECTIONS, Section
 
-# Of the table of kernels: the figures of each call are in the JSON.
-SUMMARY = (
-    ("dtype", "dtype"),
-    ("topic", "what varies"),
-    ("calls", "calls"),
-    ("largest", "largest of the allowed error"),
-)
+TOPIC = "topic"
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -55,20 +49,25 @@ def _about(report: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
 def _section_table(section: Section, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if section is not KERNELS:
         return _table(section.columns, rows)
+    lines = ["Calls that are right, and the largest of their errors over what is allowed:", "", *_summary(rows)]
     wrong = [row for row in rows if not row["right"]]
-    summary = _table(SUMMARY, list(_summary(rows)))
-    return [*summary, "", "Wrong:", "", *_table(section.columns, wrong)] if wrong else summary
+    return [*lines, "", "Wrong:", "", *_table(section.columns, wrong)] if wrong else lines
 
 
-def _summary(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """One row for each dtype and topic."""
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+def _summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each topic and a column for each dtype; the figures of each call are in the JSON."""
+    groups: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for row in rows:
-        groups.setdefault((row["dtype"], row["topic"]), []).append(row)
-    for (dtype, topic), group in groups.items():
-        shares = [row["error"] / row["tolerance"] for row in group if row["error"] is not None]
-        calls = f"{sum(row['right'] for row in group)} of {len(group)} right"
-        yield {"dtype": dtype, "topic": topic, "calls": calls, "largest": max(shares, default=None)}
+        groups.setdefault(row[TOPIC], {}).setdefault(row["dtype"], []).append(row)
+    dtypes = dict.fromkeys(row["dtype"] for row in rows)
+    cells = [{TOPIC: topic, **{dtype: _summed_up(of[dtype]) for dtype in of}} for topic, of in groups.items()]
+    return _table([(TOPIC, "what varies"), *((dtype, dtype) for dtype in dtypes)], cells)
+
+
+def _summed_up(rows: Sequence[Mapping[str, Any]]) -> str:
+    shares = [row["error"] / row["tolerance"] for row in rows if row["error"] is not None]
+    right = f"{sum(row['right'] for row in rows)} of {len(rows)}"
+    return f"{right}, {max(shares):.2f}" if len(shares) == len(rows) else f"{right}, not finite"
 
 
 def _table(columns: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]]) -> list[str]:

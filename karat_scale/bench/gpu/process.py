@@ -6,7 +6,7 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import IO, Any
 
@@ -32,9 +32,8 @@ def run_process(command: Sequence[str], hear: Callable[[str, Any], None], second
         timer.start()
         try:
             for line in process.stdout or ():
-                with suppress(ValueError):
-                    for kind, content in dict(json.loads(line)).items():
-                        hear(kind, content)
+                for kind, content in _events(line):
+                    hear(kind, content)
             code = process.wait()
         finally:
             timer.cancel()
@@ -44,6 +43,15 @@ def run_process(command: Sequence[str], hear: Callable[[str, Any], None], second
         if too_long.is_set():
             return f"stopped after {seconds:.0f} s"
         return f"{_ending(code)}\n{_last_lines(log)}".strip()
+
+
+def _events(line: str) -> Iterable[tuple[str, Any]]:
+    """None where a library wrote the line."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return ()
+    return event.items() if isinstance(event, dict) else ()
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -1,0 +1,35 @@
+"""A section's task whose events stay here."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from karat_scale.bench.gpu.budget import Budget
+from karat_scale.bench.gpu.channel import Channel
+from karat_scale.bench.gpu.task import Task
+
+
+@dataclass
+class Told(Channel):
+    """What was told, by kind."""
+
+    events: dict[str, list[Any]] = field(default_factory=dict)
+
+    def _tell(self, kind: str, content: Any) -> None:
+        self.events.setdefault(kind, []).append(content)
+
+
+class FullSizeTask(Task):
+    """Goes the way of a card, on a CPU."""
+
+    @property
+    def toy(self) -> bool:
+        return False
+
+    @property
+    def implementation(self) -> str:
+        return "streaming"
+
+
+def make_task(seconds: float = 100.0, kind: type[Task] = Task) -> tuple[Task, dict[str, list[Any]]]:
+    told = Told()
+    return kind("cpu", Budget(seconds), told), told.events

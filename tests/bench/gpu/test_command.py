@@ -1,0 +1,118 @@
+"""`karat bench gpu` itself, on the CPU at toy sizes: the same code checks and times a card."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from karat_scale.bench.gpu import command
+from karat_scale.bench.gpu.sections import SECTIONS
+from karat_scale.errors import UserError
+from tests.conftest import ROOT, karat, karat_environment
+
+HEAVY = ("timm", "rich", "deepspeed", "torchvision", "pydantic", "yaml", "psutil", "webdataset")
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_every_section_runs_and_both_files_hold_its_figures(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    done = karat("bench", "gpu", "--device", "cpu", "--json", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    assert list(result["sections"]) == list(SECTIONS)
+    assert all(section["rows"] and not section["failed"] for section in result["sections"].values())
+    assert all(row["right"] for row in result["sections"]["kernels"]["rows"])
+    assert [row["attention"] for row in result["sections"]["training"]["rows"]] == ["softmax", "KArAt G1", "KArAt G3"]
+    assert {row["linear_dtype"] for row in result["sections"]["training"]["rows"]} == {"bfloat16"}
+    assert result["finished"]
+    markdown = (tmp_path / "gpu.md").read_text()
+    assert all(f"#### {section.title}" in markdown for section in SECTIONS.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
+    done = karat("bench", "gpu", "--json", str(tmp_path / "gpu.json"))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "sees no CUDA device" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_section_that_is_not_there_is_one_line() -> None:
+    done = karat("bench", "gpu", "--only", "kernels,memory")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "no section 'memory'; choose from kernels, attention" in done.stderr
+
+
+def test_the_sections_are_listed_without_importing_torch() -> None:
+    code = "import sys, karat_scale.cli; print([name for name in ('torch', 'pydantic') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=karat_environment())
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.slow
+def test_torch_alone_is_enough_for_the_first_sections(tmp_path: Path) -> None:
+    lacking = f"import sys; sys.modules.update(dict.fromkeys({HEAVY}))"
+    (tmp_path / "sitecustomize.py").write_text(lacking)
+    out = tmp_path / "gpu.json"
+    arguments = ["--device", "cpu", "--only", "kernels,attention,loader", "--json", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", "karat_scale.bench.gpu", *arguments],
+        capture_output=True,
+        text=True,
+        env={**karat_environment(), "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    sections = json.loads(out.read_text())["sections"]
+    assert sections["kernels"]["rows"]
+    assert sections["attention"]["rows"]
+    assert "it needs timm, deepspeed" in sections["loader"]["left_out"][0]["why"]
+
+
+def test_a_section_that_crashes_is_told_and_the_others_still_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "crashing_worker.py").write_text(
+        "import os, signal, sys\n"
+        "if sys.argv[1] == 'kernels':\n"
+        "    print('an illegal memory access', file=sys.stderr, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGSEGV)\n"
+        'print(\'{"row": {"case": "ViT-Tiny", "attention": "SDPA"}}\')\n'
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(command, "WORKER", "crashing_worker")
+    out = tmp_path / "gpu.json"
+    assert command.bench_gpu("cpu", ["kernels", "attention"], 1.0, str(out)) == 1
+    sections = json.loads(out.read_text())["sections"]
+    assert sections["kernels"]["failed"][0]["why"] == "ended by SIGSEGV\nan illegal memory access"
+    assert sections["attention"]["rows"] == [{"case": "ViT-Tiny", "attention": "SDPA"}]
+    assert "1 failures" in capsys.readouterr().out
+
+
+def test_a_section_that_runs_out_of_memory_runs_again_with_half_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hungry_worker.py").write_text(
+        "import json, sys\n"
+        "batch = json.loads(sys.argv[2])['batch'] or 128\n"
+        "print(json.dumps({'again': batch // 2} if batch > 32 else {'row': {'case': batch}}))\n"
+        "sys.exit(batch > 32)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(command, "WORKER", "hungry_worker")
+    out = tmp_path / "gpu.json"
+    assert command.bench_gpu("cpu", ["attention"], 1.0, str(out)) == 0
+    section = json.loads(out.read_text())["sections"]["attention"]
+    assert section["rows"] == [{"case": 32}]
+    assert section["notices"] == [f"out of memory, so the batch is {batch}" for batch in (64, 32)]
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="name another file by --json"):
+        command.bench_gpu("cpu", ["kernels"], 1.0, str(tmp_path / "missing" / "gpu.json"))

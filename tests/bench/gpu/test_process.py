@@ -1,0 +1,29 @@
+"""A worker's process: what it tells is heard, and however it ends it does end."""
+
+import sys
+from typing import Any
+
+from karat_scale.bench.gpu.process import run_process
+
+
+def run(code: str, seconds: float = 60.0) -> tuple[str | None, list[tuple[str, Any]]]:
+    heard: list[tuple[str, Any]] = []
+    trouble = run_process([sys.executable, "-c", code], lambda kind, content: heard.append((kind, content)), seconds)
+    return trouble, heard
+
+
+def test_events_are_heard_among_other_lines() -> None:
+    trouble, heard = run("""print('{"row": {"a": 1}}\\nchatter\\n12\\n{"notice": "half the batch"}')""")
+    assert trouble is None
+    assert heard == [("row", {"a": 1}), ("notice", "half the batch")]
+
+
+def test_a_failure_is_told_with_the_last_lines_of_standard_error() -> None:
+    trouble, _ = run("import sys; print('reason', file=sys.stderr); sys.exit(3)")
+    assert trouble == "exit code 3\nreason"
+
+
+def test_a_process_that_takes_too_long_is_ended_and_what_it_told_is_kept() -> None:
+    trouble, heard = run("""print('{"row": 1}', flush=True); import time; time.sleep(60)""", seconds=0.5)
+    assert trouble == "stopped after 0 s"
+    assert heard in ([("row", 1)], [])  # it may not have begun

@@ -1,0 +1,50 @@
+"""The ways that a card's sizes take, gone on a CPU with a small model: peaks, steps a round, the profiler."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from karat_scale.bench.gpu import attention, loops
+from karat_scale.bench.gpu.loops import Group, compare
+from tests.bench.gpu.task import FullSizeTask, make_task
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator of a card: 5 MB now, 9 MB at the peak."""
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5_000_000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 9_000_000)
+
+
+def test_attention_is_compared_with_the_backends_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "TOKENS", 16)
+    monkeypatch.setattr(attention, "BATCH", 2)
+    monkeypatch.setattr(attention, "CASES", (("tiny", "tf32"),))
+    task, told = make_task(kind=FullSizeTask)
+    attention.measure(task)
+    rows = {row["attention"]: row for row in told["row"]}
+    assert {"SDPA, torch's choice", "SDPA, math", "KArAt G1", "KArAt G3"} <= set(rows)
+    assert all(row["peak_mb"] == 4.0 and row["both_ms"] > 0 for row in rows.values())
+    assert min(row["ratio_best"] for row in rows.values() if row["attention"].startswith("SDPA")) == 1.0
+    assert "cuDNN" in "".join(one["what"] for one in told["left_out"])
+    assert "failed" not in told
+
+
+def test_training_tells_memory_launches_and_dtypes(tmp_path: Path, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loops._recipe
+    toy, _ = make_task()
+    monkeypatch.setattr(loops, "_recipe", lambda _task, *rest: real(toy, *rest))
+    monkeypatch.setattr(loops, "GRIDS", {"KArAt G3": 3})
+    monkeypatch.setattr(loops, "SECONDS_A_ROUND", 0.01)
+    task, told = make_task(kind=FullSizeTask)
+    compare(task, world, Group("eager", "tiny", 2), str(tmp_path))
+    assert set(told) == {"row"}
+    for row in told["row"]:
+        assert row["peak_mb"] == 4.0
+        assert row["kernels"] == row["launches"] == row["waits"] == 0
+        assert row["right"]
+        assert row["operator_dtype"] == "bfloat16"
