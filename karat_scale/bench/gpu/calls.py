@@ -86,7 +86,7 @@ def core_calls(dtypes: tuple[str, ...]) -> Iterator[Call]:
 def more_calls(dtypes: tuple[str, ...]) -> Iterator[Call]:
     """Every grid at every width of a head, longer ranks and sequences."""
     variations: list[dict[str, Any]] = [
-        {"topic": "odd shapes", "tokens": 1},
+        {"topic": "odd shapes", "tokens": 17, "batch": 3},
         {"topic": "odd shapes", "tokens": 577},
         *({"topic": "rank", "rank": rank} for rank in (16, 24, 40)),
         *({"topic": "grid", "grid": grid} for grid in (5, 7, 9, 11, 16)),
