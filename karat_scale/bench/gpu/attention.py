@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from karat_scale.bench.attention import SDPA, TOKENS, Case, Contender, make_contender, make_inputs
 from karat_scale.bench.gpu.channel import one_line
 from karat_scale.bench.gpu.kernels import tf32
-from karat_scale.bench.gpu.task import Task
+from karat_scale.bench.gpu.task import Task, is_fatal
 from karat_scale.bench.gpu.threads import CompilerThreads
 from karat_scale.bench.gpu.timing import calls_for, device_seconds, wall_seconds
 from karat_scale.bench.interleave import interleaved, median_ratio
@@ -154,7 +154,7 @@ def _refusal(timed: Timed) -> str | None:
             with timed.setting():
                 timed.both()
         except Exception as error:
-            if is_out_of_memory(error) or "CUDA error" in str(error):
+            if is_out_of_memory(error) or is_fatal(error):
                 raise
             reasons = [str(one.message).split(" (Triggered")[0] for one in told]
             return "; ".join([one_line(error), *reasons])

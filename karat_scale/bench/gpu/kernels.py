@@ -26,7 +26,7 @@ from karat_scale.bench.gpu.calls import (
 )
 from karat_scale.bench.gpu.channel import one_line
 from karat_scale.bench.gpu.formula import plain_attention
-from karat_scale.bench.gpu.task import Task
+from karat_scale.bench.gpu.task import Task, is_fatal
 from karat_scale.bench.gpu.threads import CompilerThreads
 
 # What a refusal of `fourier_karat_attention` says.
@@ -106,7 +106,7 @@ def _told(task: Task, call: Call, future: "Future[dict[str, Any]]") -> bool:
             raise
         task.tell.left_out(str(call), str(error).split(REFUSAL)[1])
     except Exception as error:
-        if "CUDA error" in str(error):  # nothing runs after it in this process
+        if is_fatal(error):
             raise
         task.tell.failed(str(call), one_line(error))
     return True

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from karat_scale.attention import KaratOperator
 from karat_scale.bench.gpu.channel import one_line
-from karat_scale.bench.gpu.task import Task
+from karat_scale.bench.gpu.task import Task, is_fatal
 from karat_scale.bench.interleave import interleaved_seconds, median_ratio
 from karat_scale.data.backends.synthetic import TRAIN_STREAM, SyntheticBackend
 from karat_scale.data.batch import Batch
@@ -119,7 +119,7 @@ def compare(task: Task, world: World, group: Group, scratch: str) -> None:
             try:
                 loops[name] = OurLoop(_recipe(task, group, name, scratch), world, task)
             except Exception as error:
-                if is_out_of_memory(error) or "CUDA error" in str(error):
+                if is_out_of_memory(error) or is_fatal(error):
                     raise
                 task.tell.failed(f"{group}, {name}", one_line(error))
         steps = _steps_a_round(loops, task)

@@ -1,17 +1,20 @@
 """What a section is given: the device, its time, and whom to tell."""
 
 import gc
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
 from karat_scale.bench.gpu.budget import Budget
-from karat_scale.bench.gpu.channel import Channel
+from karat_scale.bench.gpu.channel import Channel, one_line
 from karat_scale.memory_errors import is_out_of_memory
 
-T = TypeVar("T")
+
+def is_fatal(error: BaseException) -> bool:
+    """Whether nothing runs on the device any more in this process: a kernel has crashed."""
+    return "CUDA error" in str(error) and not is_out_of_memory(error)
 
 
 @dataclass(frozen=True)
@@ -33,18 +36,23 @@ class Task:
         """Of the operator."""
         return "streaming" if self.toy else "triton"
 
-    def halving(self, what: str, batch: int, attempt: Callable[[int], T], least: int = 1) -> T:
-        """`attempt(batch)`, again with half of it where memory runs out.
+    def halving(self, what: str, batch: int, attempt: Callable[[int], None], least: int = 1) -> None:
+        """`attempt(batch)`, again with half of it where memory runs out; a failure is told, and the section goes on.
 
         Raises:
-            RuntimeError, MemoryError: another failure, or `least` is still too much.
+            Exception: one that `is_fatal`.
         """
         while True:
             try:
-                return attempt(batch)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or batch // 2 < least:
+                attempt(batch)
+                return
+            except Exception as error:
+                if is_fatal(error):
                     raise
+                if not is_out_of_memory(error) or batch // 2 < least:
+                    traceback.print_exc()
+                    self.tell.failed(what, one_line(error))
+                    return
             self.free()  # after the exception is gone, which held what it had built
             batch //= 2
             self.tell.notice(f"{what}: out of memory with a batch of {2 * batch}, so it is {batch}")
