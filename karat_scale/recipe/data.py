@@ -71,8 +71,8 @@ class AugmentConfig(Section):
     erasing: Fraction = 0.0
     """Probability of random erasing."""
     run_on: Literal["workers", "device"] = "workers"
-    """The place where RandAugment, jitter and erasing run, with the same random draws: in the data workers (Pillow), or on
-    the training device, batch by batch. Crop and flip always run in the workers, mixup and cutmix always on the
+    """The place where RandAugment, jitter and erasing run, with the same random draws: in the data workers (Pillow), or
+    on the training device, batch by batch. Crop and flip always run in the workers, mixup and cutmix always on the
     device."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """Interpolation of the resize."""

@@ -57,8 +57,8 @@ class ScheduleConfig(Section):
 class TrainConfig(Section):
     """Length of training, batch sizes, precision, EMA and evaluation.
 
-    A step whose loss or gradients are not finite is never taken. Such a step is noticed at the next log line, evaluation
-    or save, or about a second later. So a run that must stop may take some more steps first, but never saves them.
+    A step whose loss or gradients are not finite is never taken. Such a step is noticed at the next log line,
+    evaluation or save, or about a second later. So a run that must stop may take more steps first, but never saves them.
     """
 
     epochs: Count = 100

@@ -67,11 +67,16 @@ def lerp_where(averages: list[torch.Tensor], weights: list[torch.Tensor], weight
     if not averages:
         return
     share = (where * weight).to(averages[0].device)
-    if share.device.type == "cpu":  # one pass over memory each
+    if averages_one_by_one(share.device):
         for average, other in zip(averages, weights, strict=True):
             average.lerp_(other, share)
     else:
         lerp_by_foreach(averages, weights, share)
+
+
+def averages_one_by_one(device: torch.device) -> bool:
+    """Return True on a CPU, where three passes over memory cost more than a call for each tensor."""
+    return device.type == "cpu"
 
 
 def lerp_by_foreach(averages: list[torch.Tensor], weights: list[torch.Tensor], share: torch.Tensor) -> None:
