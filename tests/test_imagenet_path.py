@@ -32,8 +32,8 @@ SMALL_MODEL = (
     "log.tensorboard=false",
 )
 BACKENDS = ("webdataset", "folder", "ffcv", "dali")
-# Each backend once and each world twice; all of them where the slow tests run.
-SAMPLED = {("webdataset", 2), ("folder", 1), ("ffcv", 2), ("dali", 1)}
+# All of them where the slow tests run.
+SAMPLED = {("webdataset", 2), ("folder", 1), ("dali", 1)}
 CELLS = [
     pytest.param(backend, processes, marks=() if (backend, processes) in SAMPLED else pytest.mark.slow)
     for backend in BACKENDS

@@ -39,6 +39,7 @@ def same(left: object, right: object) -> bool:
     return left == right
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_stopped_run_goes_on_to_the_bits_of_one_that_was_not(small_file: Path, tmp_path: Path, capsys) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

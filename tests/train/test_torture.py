@@ -6,6 +6,7 @@ import pytest
 from tests.conftest import run_script
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
