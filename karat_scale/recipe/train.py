@@ -58,7 +58,7 @@ class TrainConfig(Section):
     """Length of training, batch sizes, precision, EMA and evaluation.
 
     A step whose loss or gradients are not finite is never taken. Such a step is noticed at the next log line,
-    evaluation or save, or about a second later. So a run that must stop may take more steps first, but never saves them.
+    evaluation or save, or about a second later. A run that must stop may take more steps first, but never saves them.
     """
 
     epochs: Count = 100

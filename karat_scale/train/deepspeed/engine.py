@@ -14,10 +14,7 @@ from karat_scale.models import parameter_count
 from karat_scale.recipe import Recipe
 from karat_scale.train.deepspeed.config import load_ds_config, offloads_optimizer, zero_stage
 from karat_scale.train.deepspeed.internals import (
-    average_gradients_in_few_copies,
-    check_by_the_norm,
     cpu_adam_can_be_built,
-    device_waits_for_itself,
     forget_gradients,
     keep_least_loss_scale,
     loss_scale,
@@ -25,10 +22,15 @@ from karat_scale.train.deepspeed.internals import (
     quiet_initialization,
     quieten_and_skip_builds,
     shard_layout,
-    step_judged_by,
     use_torchs_own_linear,
 )
 from karat_scale.train.deepspeed.shards import Fragment, Pieces
+from karat_scale.train.deepspeed.waiting import (
+    average_gradients_in_few_copies,
+    check_by_the_norm,
+    device_waits_for_itself,
+    step_judged_by,
+)
 from karat_scale.train.distributed import World
 from karat_scale.train.optimizer import MuonWithAdamW, build_optimizer, heeds_found_inf
 from karat_scale.train.precision import PRECISIONS, allow_tf32, autocast_inside, check_precision

@@ -1,4 +1,4 @@
-"""Every private corner of DeepSpeed that we touch, in one place; a test fails when a release moves one."""
+"""The private corners of DeepSpeed that we touch, here and in `waiting`; a test fails when a release moves one."""
 
 import contextlib
 import logging
@@ -165,89 +165,6 @@ def set_frozen(engine: Any, values: dict[str, torch.Tensor]) -> None:
         if not is_stage_3 or engine.global_rank == 0:
             for name, parameter in parameters.items():
                 parameter.copy_(values[name])
-
-
-def average_gradients_in_few_copies(engine: Any) -> None:
-    """Stage 0: copy a bucket's averages back by one operation, not one a parameter, and none where one rank trains."""
-    average = engine.allreduce_bucket
-
-    def average_in_place(bucket: list[torch.Tensor], group: Any, world_size: Any = None) -> None:
-        if engine.dp_world_size > 1:
-            averages = engine.unflatten(average(bucket, group, world_size), bucket)
-            torch._foreach_copy_(bucket, averages)
-
-    engine.allreduce_and_copy = average_in_place
-
-
-def check_by_the_norm(engine: Any) -> None:
-    """Stages 1 to 3: leave out the search for overflows, gradient by gradient; the norm of all of them tells."""
-    optimizer = engine.optimizer
-    optimizer.check_overflow = lambda *_, **__: None
-    optimizer.update_offload_overflow_tracker = lambda *_: None
-
-
-@contextlib.contextmanager
-def step_judged_by(is_invalid: Callable[[torch.Tensor], bool]) -> Iterator[None]:
-    """Stages 1 to 3: inside the block DeepSpeed asks `is_invalid` once a step about the gradients' norm.
-
-    `is_invalid` gets the norm of the scaled gradients, not read yet, infinite or negative where a gradient is not
-    finite. DeepSpeed itself would read it once a parameter group. It skips the step where the answer is true.
-    """
-    from deepspeed.runtime import bf16_optimizer
-    from deepspeed.runtime.zero import stage3, stage_1_and_2
-
-    answers: list[bool] = []
-
-    def judge(norm: torch.Tensor) -> bool:
-        if not answers:
-            answers.append(is_invalid(norm))
-        return answers[0]
-
-    modules = (bf16_optimizer, stage_1_and_2, stage3)
-    replaced: list[tuple[Any, str, Any]] = [(module, "is_invalid_grad_norm", judge) for module in modules]
-    replaced.append((bf16_optimizer, "clip_tensors_by_global_norm", _clip_by_norm))
-    kept = [(module, name, getattr(module, name)) for module, name, _ in replaced]
-    for module, name, ours in replaced:
-        setattr(module, name, ours)
-    try:
-        yield
-    finally:
-        for module, name, theirs in kept:
-            setattr(module, name, theirs)
-
-
-def _clip_by_norm(input_tensors: list[torch.Tensor], max_norm: float, global_norm: torch.Tensor, **_: Any) -> None:
-    """As DeepSpeed's, which reads the norm to see whether there is something to clip."""
-    torch._foreach_mul_(list(input_tensors), (max_norm / (global_norm + 1e-6)).clamp(max=1.0))
-
-
-@contextlib.contextmanager
-def device_waits_for_itself(engine: Any) -> Iterator[None]:
-    """Inside the block DeepSpeed does not stop the host until the device is done.
-
-    It does so to order its own streams (for reductions, and at stage 3 for gathers) before what comes next; the
-    device's current stream can wait for them instead. Not with offload, where the host takes over what they write.
-    """
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator, optimizer = get_accelerator(), engine.optimizer
-    if accelerator.is_synchronized_device() or engine.zero_offload_optimizer() or engine.zero_offload_param():
-        yield
-        return
-    names = ("reduction_stream", "reduce_and_partition_stream")
-    streams = [stream for name in names if (stream := getattr(optimizer, name, None)) is not None]
-
-    def order(*_: Any) -> None:
-        for stream in streams:
-            accelerator.current_stream().wait_stream(stream)
-
-    for place in (accelerator, *streams):
-        place.synchronize = order
-    try:
-        yield
-    finally:
-        for place in (accelerator, *streams):
-            del place.synchronize
 
 
 def forget_gradients(engine: Any) -> None:

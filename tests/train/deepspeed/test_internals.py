@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from karat_scale.train.checkpoint.tensor_storage import DurableStorage
-from karat_scale.train.deepspeed import internals
+from karat_scale.train.deepspeed import internals, waiting
 from karat_scale.train.deepspeed.internals import (
     checkpoint_globals,
     cpu_adam_can_be_built,
@@ -41,8 +41,9 @@ def test_each_private_corner_has_a_test() -> None:
     }
     functions = {
         name
-        for name, value in vars(internals).items()
-        if inspect.isfunction(value) and value.__module__ == internals.__name__ and not name.startswith("_")
+        for module in (internals, waiting)
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
     }
     tests = "".join(path.read_text() for path in Path(__file__).parent.parent.rglob("test_*.py"))
     called = {name for name in functions - elsewhere.keys() if f"{name}(" in tests}
