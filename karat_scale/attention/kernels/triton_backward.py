@@ -1,98 +1,133 @@
-"""The backward kernels, which recompute scores and harmonics: dA = sum_f (dH S_f^T) f(A), dC_f = f(A)^T dH.
+"""The backward kernels of H, which recompute scores: dA = sum_m m (dH b_m^T) cos(m A) - m (dH a_m^T) sin(m A).
 
-S_f are the slopes of the learned functions, such that their derivative is sum_f S_f f(x): m b_m beside cos(m x)
-and -m a_m beside sin(m x). No sum runs across programs: what several of them add to goes through partial sums.
+With z = exp(i A) that is the real part of sum_m m dH (b_m + i a_m)^T z^m, evaluated by Horner's rule: the tensor cores
+add the next order onto z times what there is, so that registers do not grow with G. No sum runs across programs: what
+several of them add to goes through partial sums.
 """
 
 import triton
 import triton.language as tl
 
-from karat_scale.attention.kernels.triton_features import load_rows, rotate, sine_cosine, store_rows
+from karat_scale.attention.kernels.triton_features import (
+    base_derivative,
+    half_harmonic_step,
+    load_rows,
+    next_half_harmonic,
+    rotate,
+    sine_cosine,
+    store_rows,
+)
 
 
 @triton.jit
-def grad_side_kernel(
-    own,
-    other,
+def grad_query_kernel(
+    query,
+    key,
+    bias,
+    coef,
     grad_hidden,
-    slopes,
-    grad_own,
+    grad_scale,
+    grad_base,
+    grad_query,
     heads,
     tokens,
     padded_tokens,
     scale,
-    own_b,
-    own_h,
-    own_n,
-    other_b,
-    other_h,
-    other_n,
+    query_b,
+    query_h,
+    query_n,
+    key_b,
+    key_h,
+    key_n,
+    bias_b,
+    bias_h,
+    bias_n,
+    bias_m,
     grad_b,
     grad_h,
     grad_n,
-    OWN_IS_QUERY: tl.constexpr,
     GRID: tl.constexpr,
     UNROLL: tl.constexpr,
+    BASE: tl.constexpr,
     RANK: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
-    BLOCK_OWN: tl.constexpr,
-    BLOCK_OTHER: tl.constexpr,
+    BLOCK_QUERY: tl.constexpr,
+    BLOCK_KEY: tl.constexpr,
+    SCALED_FIRST: tl.constexpr,
     FAST: tl.constexpr,
+    SCORES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradient of query (own = query, other = key) or of key (the reverse): one program, one tile of own.
-
-    grad_hidden is dH [B, h, N, RANK]; slopes are S [h, 2G, padded N, RANK], zero in their padding.
-    """
-    tiles = tl.cdiv(tokens, BLOCK_OWN)
+    """dQ of one query tile of one head of one image; the arguments are those of `forward_kernel` and
+    `readout_kernel`. UNROLL writes all harmonics out, else a loop keeps the code short."""
+    tiles = tl.cdiv(tokens, BLOCK_QUERY)
     tile = tl.program_id(0) % tiles
     item = (tl.program_id(0) // tiles).to(tl.int64)
     batch, head = item // heads, item % heads
-    dtype = own.dtype.element_ty
-    own += batch * own_b + head * own_h
-    other += batch * other_b + head * other_h
-    grad_own += batch * grad_b + head * grad_h
-    slopes += head * (2 * GRID) * padded_tokens * RANK
-    grad_hidden += item * tokens * RANK
+    dtype = query.dtype.element_ty
+    query += batch * query_b + head * query_h
+    key += batch * key_b + head * key_h
+    grad_query += batch * grad_b + head * grad_h
+    coef += head * (2 * GRID) * padded_tokens * RANK
 
     ranks = tl.arange(0, RANK)
-    rows = tile * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
-    x = load_rows(own, rows, own_n, tokens, WIDTH, BLOCK_WIDTH)
-    total = tl.zeros((BLOCK_OWN, BLOCK_WIDTH), tl.float32)
-    if OWN_IS_QUERY:
-        upstream = load_rows(grad_hidden, rows, RANK, tokens, RANK, RANK)
-    for first in range(0, tokens, BLOCK_OTHER):
-        columns = first + tl.arange(0, BLOCK_OTHER)
-        y = load_rows(other, columns, other_n, tokens, WIDTH, BLOCK_WIDTH)
-        scores = tl.dot(x, tl.trans(y), input_precision=PRECISION) * scale
-        sin_step, cos_step = sine_cosine(scores, FAST)
-        sin, cos = sin_step, cos_step
-        grad_scores = tl.zeros((BLOCK_OWN, BLOCK_OTHER), tl.float32)
-        if OWN_IS_QUERY:
-            pointers = slopes + columns[:, None] * RANK + ranks[None, :]
+    rows = tile * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
+    q = load_rows(query, rows, query_n, tokens, WIDTH, BLOCK_WIDTH)
+    if SCALED_FIRST:
+        q = (q.to(tl.float32) * scale).to(q.dtype)
+    dh = load_rows(grad_hidden + item * tokens * RANK, rows, RANK, tokens, RANK, RANK)
+    if BASE != "zero":
+        dh_sum = tl.load(grad_base + item * tokens + rows, mask=rows < tokens, other=0.0)
+    total = tl.zeros((BLOCK_QUERY, BLOCK_WIDTH), tl.float32)
+    for first in range(0, tokens, BLOCK_KEY):
+        keys = first + tl.arange(0, BLOCK_KEY)
+        k = load_rows(key, keys, key_n, tokens, WIDTH, BLOCK_WIDTH)
+        scores = tl.dot(q, tl.trans(k), input_precision=SCORES)
+        if not SCALED_FIRST:
+            scores = scores * scale
+        if bias is not None:
+            pointers = bias + batch * bias_b + head * bias_h + rows[:, None] * bias_n + keys[None, :] * bias_m
+            keep = (rows[:, None] < tokens) & (keys[None, :] < tokens)
+            scores += tl.load(pointers, mask=keep, other=0.0).to(tl.float32)
+        sin, cos = sine_cosine(scores, FAST)
+        pointers = coef + keys[:, None] * RANK + ranks[None, :]
+        real = tl.zeros((BLOCK_QUERY, BLOCK_KEY), tl.float32)
+        imag = tl.zeros((BLOCK_QUERY, BLOCK_KEY), tl.float32)
+        if UNROLL:
+            for step in tl.static_range(GRID):
+                at = pointers + 2 * (GRID - 1 - step) * padded_tokens * RANK
+                upstream = (dh * (GRID - step)).to(dh.dtype)
+                if step > 0:
+                    real, imag = real * cos - imag * sin, real * sin + imag * cos
+                real = tl.dot(upstream, tl.trans(tl.load(at + padded_tokens * RANK)), real, input_precision=PRECISION)
+                imag = tl.dot(upstream, tl.trans(tl.load(at)), imag, input_precision=PRECISION)
         else:
-            pointers = slopes + rows[:, None] * RANK + ranks[None, :]
-            upstream = load_rows(grad_hidden, columns, RANK, tokens, RANK, RANK)
-        for m in tl.range(0, GRID, loop_unroll_factor=UNROLL):
-            cos_slopes = tl.load(pointers + (2 * m) * padded_tokens * RANK)
-            sin_slopes = tl.load(pointers + (2 * m + 1) * padded_tokens * RANK)
-            if OWN_IS_QUERY:
-                grad_scores += tl.dot(upstream, tl.trans(cos_slopes), input_precision=PRECISION) * cos
-                grad_scores += tl.dot(upstream, tl.trans(sin_slopes), input_precision=PRECISION) * sin
-            else:
-                grad_scores += tl.dot(cos_slopes, tl.trans(upstream), input_precision=PRECISION) * cos
-                grad_scores += tl.dot(sin_slopes, tl.trans(upstream), input_precision=PRECISION) * sin
-            sin, cos = rotate(sin, cos, sin_step, cos_step)
-        total = tl.dot(grad_scores.to(dtype), y, total, input_precision=PRECISION)
-    store_rows(grad_own, rows, grad_n, tokens, total * scale, WIDTH, BLOCK_WIDTH)
+            for step in tl.range(0, GRID):
+                at = pointers + 2 * (GRID - 1 - step) * padded_tokens * RANK
+                upstream = (dh * (GRID - step)).to(dh.dtype)
+                real, imag = real * cos - imag * sin, real * sin + imag * cos
+                real = tl.dot(upstream, tl.trans(tl.load(at + padded_tokens * RANK)), real, input_precision=PRECISION)
+                imag = tl.dot(upstream, tl.trans(tl.load(at)), imag, input_precision=PRECISION)
+        grad_scores = real * cos - imag * sin
+        if BASE != "zero":
+            grad_scores += base_derivative(scores, BASE) * dh_sum[:, None]
+        total = tl.dot(grad_scores.to(dtype), k, total, input_precision=PRECISION)
+    total *= scale * tl.load(grad_scale + item)
+    store_rows(grad_query, rows, grad_n, tokens, total, WIDTH, BLOCK_WIDTH)
 
 
 @triton.jit
-def grad_coef_kernel(
+def grad_key_kernel(
     query,
     key,
+    bias,
+    coef,
     grad_hidden,
+    grad_scale,
+    grad_base,
+    grad_key,
+    grad_bias,
     partial,
     batches,
     batches_per_part,
@@ -106,19 +141,35 @@ def grad_coef_kernel(
     key_b,
     key_h,
     key_n,
+    bias_b,
+    bias_h,
+    bias_n,
+    bias_m,
+    grad_b,
+    grad_h,
+    grad_n,
+    KEY: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
+    HALF: tl.constexpr,
+    GRID: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BASE: tl.constexpr,
     RANK: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
+    SCALED_FIRST: tl.constexpr,
     FAST: tl.constexpr,
+    SCORES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dC of one key tile, one group of harmonics, one head, summed over one part of the batch.
+    """dK (if KEY), dC of one of GROUPS groups of GROUP harmonics (if not 0) and, unless None, the bias's gradient, of
+    one key tile of one head, for one part of the batch.
 
-    partial is [parts, h, GROUPS, 2 GROUP, padded N, RANK] in float32, cosine and sine by turns.
+    partial is dC [parts, h, GROUPS, 2 GROUP, padded N, RANK] in float32, cosine and sine by turns. grad_bias is
+    [parts, h, N, N] in float32, summed over one part of the batch.
     """
     tiles = tl.cdiv(tokens, BLOCK_KEY)
     tile = tl.program_id(0) % tiles
@@ -127,34 +178,102 @@ def grad_coef_kernel(
     part = (tl.program_id(0) // (tiles * GROUPS * heads)).to(tl.int64)
     first_batch = part * batches_per_part
     dtype = query.dtype.element_ty
+    feature: tl.constexpr = coef.dtype.element_ty
     query += head * query_h
     key += head * key_h
+    coef += head * (2 * GRID) * padded_tokens * RANK
 
+    ranks = tl.arange(0, RANK)
     keys = tile * BLOCK_KEY + tl.arange(0, BLOCK_KEY)
+    pointers = coef + keys[:, None] * RANK + ranks[None, :]
     totals = ()
     for _ in tl.static_range(2 * GROUP):
         totals = totals + (tl.zeros((BLOCK_KEY, RANK), tl.float32),)
+    unit = 1.0
     for offset in range(0, tl.minimum(batches_per_part, batches - first_batch).to(tl.int32)):
         batch = first_batch + offset
+        item = batch * heads + head
         k = load_rows(key + batch * key_b, keys, key_n, tokens, WIDTH, BLOCK_WIDTH)
-        upstream_rows = grad_hidden + (batch * heads + head) * tokens * RANK
+        if SCALED_FIRST:
+            k = (k.to(tl.float32) * scale).to(k.dtype)
+        item_unit = tl.load(grad_scale + item)
+        if FAST and GROUP > 0:
+            # The sums are kept in units of the image at hand.
+            rescaled = ()
+            for f in tl.static_range(2 * GROUP):
+                rescaled = rescaled + (totals[f] * (unit / item_unit),)
+            totals = rescaled
+            unit = item_unit
+        total = tl.zeros((BLOCK_KEY, BLOCK_WIDTH), tl.float32)
         for first in range(0, tokens, BLOCK_QUERY):
             rows = first + tl.arange(0, BLOCK_QUERY)
             q = load_rows(query + batch * query_b, rows, query_n, tokens, WIDTH, BLOCK_WIDTH)
-            upstream = load_rows(upstream_rows, rows, RANK, tokens, RANK, RANK)
-            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+            dh = load_rows(grad_hidden + item * tokens * RANK, rows, RANK, tokens, RANK, RANK)
+            scores = tl.dot(k, tl.trans(q), input_precision=SCORES)
+            if not SCALED_FIRST:
+                scores = scores * scale
+            if bias is not None:
+                keep = (rows[None, :] < tokens) & (keys[:, None] < tokens)
+                at = bias + batch * bias_b + head * bias_h + rows[None, :] * bias_n + keys[:, None] * bias_m
+                scores += tl.load(at, mask=keep, other=0.0).to(tl.float32)
             sin_step, cos_step = sine_cosine(scores, FAST)
-            sin, cos = sin_step, cos_step
-            if GROUPS > 1:
-                sin, cos = sine_cosine(scores * (group * GROUP + 1).to(tl.float32), FAST)
-            sums = ()
-            for m in tl.static_range(GROUP):
-                by_cos = tl.dot(cos.to(dtype), upstream, totals[2 * m], input_precision=PRECISION)
-                by_sin = tl.dot(sin.to(dtype), upstream, totals[2 * m + 1], input_precision=PRECISION)
-                sums = sums + (by_cos, by_sin)
-                if m + 1 < GROUP:
-                    sin, cos = rotate(sin, cos, sin_step, cos_step)
-            totals = sums
+            if KEY:
+                real = tl.zeros((BLOCK_KEY, BLOCK_QUERY), tl.float32)
+                imag = tl.zeros((BLOCK_KEY, BLOCK_QUERY), tl.float32)
+                if UNROLL:
+                    for step in tl.static_range(GRID):
+                        at = pointers + 2 * (GRID - 1 - step) * padded_tokens * RANK
+                        upstream = tl.trans((dh * (GRID - step)).to(dh.dtype))
+                        if step > 0:
+                            real, imag = real * cos_step - imag * sin_step, real * sin_step + imag * cos_step
+                        real = tl.dot(tl.load(at + padded_tokens * RANK), upstream, real, input_precision=PRECISION)
+                        imag = tl.dot(tl.load(at), upstream, imag, input_precision=PRECISION)
+                else:
+                    for step in tl.range(0, GRID):
+                        at = pointers + 2 * (GRID - 1 - step) * padded_tokens * RANK
+                        upstream = tl.trans((dh * (GRID - step)).to(dh.dtype))
+                        real, imag = real * cos_step - imag * sin_step, real * sin_step + imag * cos_step
+                        real = tl.dot(tl.load(at + padded_tokens * RANK), upstream, real, input_precision=PRECISION)
+                        imag = tl.dot(tl.load(at), upstream, imag, input_precision=PRECISION)
+                grad_scores = real * cos_step - imag * sin_step
+                if BASE != "zero":
+                    dh_sum = tl.load(grad_base + item * tokens + rows, mask=rows < tokens, other=0.0)
+                    grad_scores += base_derivative(scores, BASE) * dh_sum[None, :]
+                if grad_bias is not None:
+                    keep = (rows[None, :] < tokens) & (keys[:, None] < tokens)
+                    at = (part * heads + head) * tokens * tokens + rows[None, :] * tokens + keys[:, None]
+                    so_far = tl.load(grad_bias + at, mask=keep & (offset > 0), other=0.0)
+                    tl.store(grad_bias + at, so_far + grad_scores * item_unit, mask=keep)
+                total = tl.dot(grad_scores.to(dtype), q, total, input_precision=PRECISION)
+            if GROUP > 0:
+                sums = ()
+                if HALF:
+                    sin, cos = sin_step.to(tl.float16), cos_step.to(tl.float16)
+                    twice = half_harmonic_step(sin)
+                    sin_before, cos_before = tl.zeros(sin.shape, tl.float16), tl.full(cos.shape, 1.0, tl.float16)
+                    for m in tl.static_range(GROUP):
+                        sums = sums + (tl.dot(cos, dh, totals[2 * m]), tl.dot(sin, dh, totals[2 * m + 1]))
+                        if m + 1 < GROUP:
+                            sin_next, cos_next = next_half_harmonic(sin_before, cos_before, sin, cos, twice)
+                            sin_before, cos_before, sin, cos = sin, cos, sin_next, cos_next
+                else:
+                    sin, cos = sin_step, cos_step
+                    if GROUPS > 1:
+                        sin, cos = sine_cosine(scores * (group * GROUP + 1).to(tl.float32), FAST)
+                    for m in tl.static_range(GROUP):
+                        by_cos = tl.dot(cos.to(feature), dh, totals[2 * m], input_precision=PRECISION)
+                        by_sin = tl.dot(sin.to(feature), dh, totals[2 * m + 1], input_precision=PRECISION)
+                        sums = sums + (by_cos, by_sin)
+                        if m + 1 < GROUP:
+                            sin, cos = rotate(sin, cos, sin_step, cos_step)
+                totals = sums
+        if KEY:
+            total *= scale * item_unit
+            store_rows(grad_key + batch * grad_b + head * grad_h, keys, grad_n, tokens, total, WIDTH, BLOCK_WIDTH)
+        if grad_bias is not None:
+            # The next image adds to what this one stored.
+            tl.debug_barrier()
     block = ((part * heads + head) * GROUPS + group) * (2 * GROUP)
     for f in tl.static_range(2 * GROUP):
-        store_rows(partial + (block + f) * padded_tokens * RANK, keys, RANK, padded_tokens, totals[f], RANK, RANK)
+        sums = totals[f] * unit
+        store_rows(partial + (block + f) * padded_tokens * RANK, keys, RANK, padded_tokens, sums, RANK, RANK)

@@ -1,11 +1,15 @@
-"""What the Triton kernels share: loading tiles, and sine and cosine of scores with their harmonics."""
+"""What the Triton kernels share: tiles in and out, and the functions of scores with their derivatives.
+
+FAST is for products of 16 bits, or of TF32, which keep 11 bits at most: sine and cosine come from the
+special-function unit, features are float16.
+"""
 
 import os
 
 import triton
 import triton.language as tl
 
-# The interpreter has no special-function unit.
+# The interpreter has neither special-function unit nor packed arithmetic.
 _HARDWARE = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 # Adding and taking away 1.5 * 2^23 rounds a float32 to an integer on the FMA pipe; a conversion runs at an eighth of
 # its rate.
@@ -34,8 +38,15 @@ def store_rows(base, rows, row_stride, tokens, tile, WIDTH: tl.constexpr, BLOCK:
 
 
 @triton.jit
+def power_of_two_above(x):
+    """The smallest power of two above a float32 x >= 0, but 2^-100 at least, and 1 for zero; infinite where x is."""
+    power = ((x.to(tl.int32, bitcast=True) & 0x7F800000) + 0x00800000).to(tl.float32, bitcast=True)
+    return tl.where(x == 0, 1.0, tl.where(x < 7.9e-31, 7.888609052210118e-31, power))
+
+
+@triton.jit
 def sine_cosine(x, FAST: tl.constexpr):
-    """sin(x) and cos(x): FAST is good to 2^-20, which 16-bit features do not notice, otherwise to float32."""
+    """sin(x) and cos(x) in float32: to 2^-20 + 2^-23 |x| if FAST, otherwise to float32."""
     if FAST:
         return _sine_cosine_fast(x)
     return _sine_cosine_exact(x)
@@ -48,11 +59,44 @@ def rotate(sin, cos, sin_step, cos_step):
 
 
 @triton.jit
+def half_harmonic_step(sin):
+    """What `next_half_harmonic` is given of the first harmonic: 2 sin(x) in float16."""
+    return sin + sin
+
+
+@triton.jit
+def next_half_harmonic(sin_before, cos_before, sin, cos, step):
+    """exp(i (m + 1) x) = exp(i (m - 1) x) + 2 i sin(x) exp(i m x), in packed float16 arithmetic."""
+    return _half_fma(step, cos, sin_before), _half_fma_negative(step, sin, cos_before)
+
+
+@triton.jit
+def _half_fma(a, b, c):
+    if _HARDWARE:
+        return tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=True, pack=2
+        )
+    return (a.to(tl.float32) * b.to(tl.float32) + c.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def _half_fma_negative(a, b, c):
+    """c - a b, rounded once."""
+    if _HARDWARE:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 minus; neg.f16x2 minus, $1; fma.rn.f16x2 $0, minus, $2, $3; }",
+            "=r,r,r,r",
+            [a, b, c],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    return (c.to(tl.float32) - a.to(tl.float32) * b.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
 def _sine_cosine_fast(x):
-    # 2 pi in two parts: the special-function unit is exact only near zero.
-    turns = (x * 0.15915494309189535 + _ROUNDER) - _ROUNDER
-    x = x - turns * 6.2831854820251465
-    x = x + turns * 1.7484556e-07
+    # The unit takes turns: x / 2 pi, cut to float32, which is good to 2^-23 of x.
     if _HARDWARE:
         sin = tl.inline_asm_elementwise(
             "sin.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -61,7 +105,9 @@ def _sine_cosine_fast(x):
             "cos.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
         return sin, cos
-    return tl.sin(x), tl.cos(x)
+    turns = x * 0.15915494309189535
+    angle = (turns - ((turns + _ROUNDER) - _ROUNDER)) * 6.283185307179586
+    return tl.sin(angle), tl.cos(angle)
 
 
 @triton.jit
@@ -78,3 +124,26 @@ def _sine_cosine_exact(x):
     swapped = (quarter & 1) == 1
     sin, cos = tl.where(swapped, cos, sin), tl.where(swapped, sin, cos)
     return tl.where((quarter & 2) == 2, -sin, sin), tl.where(((quarter + 1) & 2) == 2, -cos, cos)
+
+
+@triton.jit
+def base_value(x, BASE: tl.constexpr):
+    """The base activation b(x), with b(0) = 0."""
+    if BASE == "silu":
+        return x * tl.sigmoid(x)
+    if BASE == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    tl.static_assert(BASE == "identity")
+    return x
+
+
+@triton.jit
+def base_derivative(x, BASE: tl.constexpr):
+    """b'(x)."""
+    if BASE == "silu":
+        gate = tl.sigmoid(x)
+        return gate * (1.0 + x * (1.0 - gate))
+    if BASE == "gelu":
+        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    tl.static_assert(BASE == "identity")
+    return tl.full(x.shape, 1.0, tl.float32)

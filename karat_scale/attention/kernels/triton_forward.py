@@ -1,18 +1,27 @@
-"""The forward kernel: H = sum_f f(A) C_f^T and O = H (W^T V), key tile by key tile, with no softmax state."""
+"""The forward kernel: H = sum_f f(A) C_f^T, key tile by key tile, and O = H U, with no softmax state."""
 
 import triton
 import triton.language as tl
 
-from karat_scale.attention.kernels.triton_features import load_rows, rotate, sine_cosine, store_rows
+from karat_scale.attention.kernels.triton_features import (
+    base_value,
+    half_harmonic_step,
+    load_rows,
+    next_half_harmonic,
+    rotate,
+    sine_cosine,
+    store_rows,
+)
 
 
 @triton.jit
 def forward_kernel(
     query,
     key,
-    value,
+    bias,
     coef,
-    proj,
+    coef_scale,
+    narrow,
     output,
     hidden,
     heads,
@@ -25,13 +34,16 @@ def forward_kernel(
     key_b,
     key_h,
     key_n,
-    value_b,
-    value_h,
-    value_n,
+    bias_b,
+    bias_h,
+    bias_n,
+    bias_m,
     output_b,
     output_h,
     output_n,
     GRID: tl.constexpr,
+    HALF: tl.constexpr,
+    BASE: tl.constexpr,
     RANK: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
@@ -39,51 +51,75 @@ def forward_kernel(
     BLOCK_VALUE: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
+    SCALED_FIRST: tl.constexpr,
     FAST: tl.constexpr,
+    SCORES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program computes a query tile of one head of one image.
 
-    coef is C [h, 2G, padded N, RANK], cosine and sine by turns; proj is W [h, padded N, RANK]; both are zero in
-    their padding, so that keys beyond N add nothing. hidden is H [B, h, N, RANK]. Strides are those of batch (_b),
-    head (_h) and token (_n).
+    coef, coef_scale and narrow are `prepare_kernel`'s; hidden is H [B, h, N, RANK]. Strides are those of batch (_b),
+    head (_h), token (_n) and, of the bias [B, h, N, N] or None, key (_m). HALF computes harmonics in float16.
+    SCALED_FIRST multiplies the query by the scale in place of the scores, which is exact for powers of two. SCORES and
+    PRECISION are the input precisions of A = Q K^T and of all other products.
     """
     tiles = tl.cdiv(tokens, BLOCK_QUERY)
     tile = tl.program_id(0) % tiles
     item = (tl.program_id(0) // tiles).to(tl.int64)
     batch, head = item // heads, item % heads
-    dtype = query.dtype.element_ty
     query += batch * query_b + head * query_h
     key += batch * key_b + head * key_h
-    value += batch * value_b + head * value_h
     output += batch * output_b + head * output_h
     coef += head * (2 * GRID) * padded_tokens * RANK
-    proj += head * padded_tokens * RANK
     hidden += item * tokens * RANK
+    narrow += item * RANK * VALUE_WIDTH
 
     rows = tile * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
     ranks = tl.arange(0, RANK)
     q = load_rows(query, rows, query_n, tokens, WIDTH, BLOCK_WIDTH)
+    if SCALED_FIRST:
+        q = (q.to(tl.float32) * scale).to(q.dtype)
     units = tl.zeros((BLOCK_QUERY, RANK), tl.float32)
-    readout = tl.zeros((RANK, BLOCK_VALUE), tl.float32)
+    base = tl.zeros((BLOCK_QUERY,), tl.float32)
     for first in range(0, tokens, BLOCK_KEY):
         keys = first + tl.arange(0, BLOCK_KEY)
         k = load_rows(key, keys, key_n, tokens, WIDTH, BLOCK_WIDTH)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        scores = tl.dot(q, tl.trans(k), input_precision=SCORES)
+        if not SCALED_FIRST:
+            scores = scores * scale
+        if bias is not None:
+            pointers = bias + batch * bias_b + head * bias_h + rows[:, None] * bias_n + keys[None, :] * bias_m
+            keep = (rows[:, None] < tokens) & (keys[None, :] < tokens)
+            scores += tl.load(pointers, mask=keep, other=0.0).to(tl.float32)
+        if BASE != "zero":
+            base += tl.sum(base_value(scores, BASE), 1)
+        pointers = coef + keys[:, None] * RANK + ranks[None, :]
         sin_step, cos_step = sine_cosine(scores, FAST)
-        sin, cos = sin_step, cos_step
-        unit_pointers = keys[:, None] * RANK + ranks[None, :]
-        for m in tl.static_range(GRID):
-            cos_units = tl.load(coef + (2 * m) * padded_tokens * RANK + unit_pointers)
-            sin_units = tl.load(coef + (2 * m + 1) * padded_tokens * RANK + unit_pointers)
-            units = tl.dot(cos.to(dtype), cos_units, units, input_precision=PRECISION)
-            units = tl.dot(sin.to(dtype), sin_units, units, input_precision=PRECISION)
-            if m + 1 < GRID:
-                sin, cos = rotate(sin, cos, sin_step, cos_step)
-        w = tl.load(proj + unit_pointers)
-        v = load_rows(value, keys, value_n, tokens, VALUE_WIDTH, BLOCK_VALUE)
-        readout = tl.dot(tl.trans(w), v, readout, input_precision=PRECISION)
-    units = units.to(dtype)
+        if HALF:
+            sin, cos = sin_step.to(tl.float16), cos_step.to(tl.float16)
+            step = half_harmonic_step(sin)
+            sin_before, cos_before = tl.zeros(sin.shape, tl.float16), tl.full(cos.shape, 1.0, tl.float16)
+            for m in tl.static_range(GRID):
+                units = tl.dot(cos, tl.load(pointers + 2 * m * padded_tokens * RANK), units)
+                units = tl.dot(sin, tl.load(pointers + (2 * m + 1) * padded_tokens * RANK), units)
+                if m + 1 < GRID:
+                    sin_next, cos_next = next_half_harmonic(sin_before, cos_before, sin, cos, step)
+                    sin_before, cos_before, sin, cos = sin, cos, sin_next, cos_next
+        else:
+            dtype: tl.constexpr = coef.dtype.element_ty
+            sin, cos = sin_step, cos_step
+            for m in tl.static_range(GRID):
+                cos_units = tl.load(pointers + 2 * m * padded_tokens * RANK)
+                sin_units = tl.load(pointers + (2 * m + 1) * padded_tokens * RANK)
+                units = tl.dot(cos.to(dtype), cos_units, units, input_precision=PRECISION)
+                units = tl.dot(sin.to(dtype), sin_units, units, input_precision=PRECISION)
+                if m + 1 < GRID:
+                    sin, cos = rotate(sin, cos, sin_step, cos_step)
+    if FAST:
+        units *= tl.load(coef_scale + head * RANK + ranks)[None, :]
+    if BASE != "zero":
+        units += base[:, None]
     store_rows(hidden, rows, RANK, tokens, units, RANK, RANK)
-    read = tl.dot(units, readout.to(dtype), input_precision=PRECISION)
+    u = load_rows(narrow, ranks, VALUE_WIDTH, RANK, VALUE_WIDTH, BLOCK_VALUE)
+    read = tl.dot(units.to(u.dtype), u, input_precision=PRECISION)
     store_rows(output, rows, output_n, tokens, read, VALUE_WIDTH, BLOCK_VALUE)

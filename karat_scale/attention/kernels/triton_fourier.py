@@ -1,9 +1,11 @@
 """Fourier-KArAt attention on NVIDIA GPUs: Triton kernels behind operations registered with torch.library.
 
-The forward pass is one kernel. Beside inputs and outputs it keeps H alone; the backward pass recomputes scores and
-harmonics. Nothing of N x N is ever stored. Triton itself is imported at the first call.
+Two kernels are a forward pass, four or five a backward pass. Beside inputs and outputs the forward pass keeps H,
+U = W^T V and the coefficients as the tensor cores read them; the backward pass recomputes scores and harmonics. Nothing
+of N x N is stored but the gradient of a bias. Triton itself is imported at the first call.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -14,8 +16,8 @@ import torch
 from torch import Tensor
 
 from karat_scale.attention.call import FourierCall
+from karat_scale.attention.kernels.triton_tiles import block, padded_tokens, products_of
 from karat_scale.attention.kernels.triton_toolchain import launch_problem
-from karat_scale.attention.precision import full_precision
 
 # What one program holds in registers; `attend` cuts longer ranks and wider values into such pieces.
 LARGEST_RANK = 32
@@ -57,11 +59,11 @@ def refusal(call: FourierCall) -> str | None:
 
 def call_refusal(call: FourierCall) -> str | None:
     """Why `attend` cannot take the call on any machine, or None."""
-    query, key, value, cos_coef, sin_coef, proj, base, bias, mask = call
-    if torch.float64 in (query.dtype, key.dtype, value.dtype, cos_coef.dtype, sin_coef.dtype, proj.dtype):
+    query, cos_coef, mask = call.query, call.cos_coef, call.mask
+    if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in call):
         return "it computes in float32 and an argument is float64"
-    if base != "zero" or bias is not None or mask is not None:
-        return 'it has base = "zero" alone, and neither bias nor mask'
+    if mask is not None:
+        return "it takes no mask"
     if query.shape[-1] > LARGEST_WIDTH:
         return f"its heads are at most {LARGEST_WIDTH} wide and query's are {query.shape[-1]}"
     if cos_coef.shape[-1] > LARGEST_GRID:
@@ -72,125 +74,176 @@ def call_refusal(call: FourierCall) -> str | None:
 def attend(call: FourierCall) -> Tensor:
     """O [B, h, N, dv] in the value's dtype; differentiable once. `refusal` must have said None.
 
-    Products are those of 16-bit tensor cores where query, key and value are of one 16-bit dtype, else float32's.
-    Scores, harmonics and sums are float32 in either case.
+    Products are those of 16-bit tensor cores where query, key and value are of one 16-bit dtype. Else they are
+    float32's, of three passes of TF32 or, where `torch.backends.cuda.matmul.allow_tf32` is set, of one. Scores and sums
+    are float32 in every case.
     """
-    query, key, value, cos_coef, sin_coef, proj, *_ = call
-    operation = torch.ops.karat_scale.triton_forward
-    pieces = []
-    for columns in value.split(LARGEST_WIDTH, -1):
+    query, key, value, cos_coef, sin_coef, proj, base, bias, _ = call
+    operation = _attend_eagerly if _is_eager(query, cos_coef) else _attend_by_operation
+    if value.shape[-1] <= LARGEST_WIDTH and proj.shape[-1] <= LARGEST_RANK:
+        return operation(query, key, value, cos_coef, sin_coef, proj, bias, base)
+    columns = []
+    for part in value.split(LARGEST_WIDTH, -1):
         # O = H W^T V is a sum over ranks.
         ranks = zip(*(x.split(LARGEST_RANK, 1) for x in (cos_coef, sin_coef, proj.mT)), strict=True)
-        pieces.append(sum(operation(query, key, columns, cos, sin, w.mT)[0] for cos, sin, w in ranks))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+        summands = [operation(query, key, part, cos, sin, w.mT, bias, base) for cos, sin, w in ranks]
+        columns.append(functools.reduce(torch.add, summands))
+    return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
 
 
-def _product_dtype(query: Tensor, key: Tensor, value: Tensor) -> torch.dtype:
-    return query.dtype if query.dtype == key.dtype == value.dtype else torch.float32
+def _is_eager(query: Tensor, cos_coef: Tensor) -> bool:
+    """Whether nobody watches: no compiler, no fake tensors, no mode or transform that wants to see operations.
+
+    Then the kernels can be launched without PyTorch's dispatcher, which takes longer than they do.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(query) is Tensor
+        and type(cos_coef) in (Tensor, torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
-def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In `dtype` with contiguous rows, copied only where it must be."""
-    tensor = tensor.to(dtype)
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _attend_by_operation(*arguments: Any) -> Tensor:
+    return torch.ops.karat_scale.triton_forward(*arguments)[0]
+
+
+def _attend_eagerly(*arguments: Any) -> Tensor:
+    return _Attention.apply(*arguments)  # type: ignore[no-any-return]
+
+
+class _Attention(torch.autograd.Function):
+    """What `torch.ops.karat_scale.triton_forward` is to autograd, without PyTorch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        output, *kept = _forward(*arguments)
+        ctx.save_for_backward(*kept, *arguments[:7])
+        ctx.set_materialize_grads(False)
+        ctx.base = arguments[7]
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 8
+        if torch.is_grad_enabled():
+            raise RuntimeError("KArAt attention by Triton is differentiable once: call backward without create_graph")
+        grads = _pull_back(grad_output, *ctx.saved_tensors, ctx.base, ctx.needs_input_grad[6])
+        return *grads, None
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, cos_coef: Tensor, sin_coef: Tensor, proj: Tensor
-) -> tuple[Tensor, Tensor]:
-    """O [B, h, N, dv], and H [B, h, N, R] with R the rank padded to a power of two."""
-    from karat_scale.attention.kernels import triton_launch
-
-    output, hidden = _fake_forward(query, key, value, cos_coef, sin_coef, proj)
-    if output.numel() == 0:
-        return output, hidden
-    dtype = _product_dtype(query, key, value)
-    q, k, v = (_rows(x, dtype) for x in (query, key, value))
-    return output, triton_launch.forward(q, k, v, cos_coef, sin_coef, proj, output)
-
-
-def _backward(
-    grad_output: Tensor,
-    hidden: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     cos_coef: Tensor,
     sin_coef: Tensor,
     proj: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the last six arguments, each in its argument's dtype."""
+    bias: Tensor | None,
+    base: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """O [B, h, N, dv], and what the backward pass is given; see `_outputs`."""
+    from karat_scale.attention.kernels import triton_launch
+
+    outputs = _outputs(query, key, value, cos_coef)
+    if outputs[0].numel() > 0:
+        triton_launch.forward(outputs, query, key, value, cos_coef, sin_coef, proj, bias, base)
+    return outputs
+
+
+def _outputs(
+    query: Tensor, key: Tensor, value: Tensor, cos_coef: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for O [B, h, N, dv], stored token by token as the layers around attention hold it, for H [B, h, N, R] with R
+    the padded rank, for U [B, h, R, dv], for the packed coefficients [h, 2G, padded N, R] and their scale [h, R]."""
+    batch, heads, tokens, width = value.shape
+    _, rank, _, grid = cos_coef.shape
+    products = products_of(query.dtype, key.dtype, value.dtype)
+    padded_rank = block(rank)
+    packed = torch.float16 if products.fast else torch.float32
+    return (
+        value.new_empty((batch, tokens, heads, width)).transpose(1, 2),
+        query.new_empty((batch, heads, tokens, padded_rank), dtype=products.dtype),
+        query.new_empty((batch, heads, padded_rank, width), dtype=products.dtype),
+        query.new_empty((heads, 2 * grid, padded_tokens(tokens), padded_rank), dtype=packed),
+        query.new_empty((heads, padded_rank), dtype=torch.float32),
+    )
+
+
+def _pull_back(
+    grad_output: Tensor,
+    hidden: Tensor,
+    narrow: Tensor,
+    coef: Tensor,
+    coef_scale: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos_coef: Tensor,
+    sin_coef: Tensor,
+    proj: Tensor,
+    bias: Tensor | None,
+    base: str,
+    bias_is_learned: bool,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the seven tensors from query to bias, in the dtype and strides of `torch.empty_like`."""
     from karat_scale.attention.kernels import triton_launch
 
     given = (query, key, value, cos_coef, sin_coef, proj)
     if query.numel() == 0:
-        return tuple(torch.zeros_like(x) for x in given)  # type: ignore[return-value]
-    q, k, v, grad = (_rows(x, hidden.dtype) for x in (query, key, value, grad_output))
-    with full_precision(query.device):
-        grad_hidden, grad_value, grad_proj = _pull_back_readout(hidden, v, proj, grad)
-        grad_query, grad_key = triton_launch.grad_query_key(q, k, cos_coef, sin_coef, grad_hidden)
-        grad_cos, grad_sin = triton_launch.grad_coef(q, k, cos_coef, sin_coef, grad_hidden)
-    grads = (grad_query, grad_key, grad_value, grad_cos, grad_sin, grad_proj)
-    return tuple(_laid_out_like(x, g) for x, g in zip(given, grads, strict=True))  # type: ignore[return-value]
+        return *map(torch.zeros_like, given), torch.zeros_like(bias) if bias_is_learned else None
+    kept = (hidden, narrow, coef, coef_scale)
+    return triton_launch.backward(grad_output, kept, given, bias, base, bias_is_learned)
 
 
-def _laid_out_like(given: Tensor, grad: Tensor) -> Tensor:
-    """The gradient in the dtype and strides that the fake kernel promises."""
-    promised = torch.empty_like(given)
-    if (grad.dtype, grad.stride()) == (promised.dtype, promised.stride()):
-        return grad
-    return promised.copy_(grad)
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """`_pull_back` as an operation, whose results must be tensors: the bias's is empty where it is not learned."""
+    *grads, by_bias = _pull_back(*arguments)
+    return *grads, arguments[0].new_empty(0) if by_bias is None else by_bias  # type: ignore[return-value]
 
 
-def _pull_back_readout(hidden: Tensor, value: Tensor, proj: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of H, V and W in O = H (W^T V)."""
-    rank = proj.shape[-1]
-    weights = hidden.new_zeros(*proj.shape[:-1], hidden.shape[-1])
-    weights[..., :rank] = proj
-    grad_narrow = hidden.mT @ grad
-    grad_hidden = grad @ (weights.mT @ value).mT
-    grad_proj = (value @ grad_narrow.mT).sum(0, dtype=torch.float32)[..., :rank]
-    return grad_hidden, weights @ grad_narrow, grad_proj
+def _fake_backward(
+    grad_output: Tensor, _h: Tensor, _u: Tensor, _c: Tensor, _s: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    *given, bias, _, bias_is_learned = arguments
+    by_bias = torch.empty_like(bias) if bias_is_learned else grad_output.new_empty(0)
+    return *map(torch.empty_like, given), by_bias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, cos_coef: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return _outputs(query, key, value, cos_coef)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], *inputs)
+    ctx.save_for_backward(*output[1:], *inputs[:7])
+    ctx.base = inputs[7]
 
 
-def _differentiate(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_output is None:
-        return (None,) * 6
-    return torch.ops.karat_scale.triton_backward(grad_output, *ctx.saved_tensors)
+        return (None,) * 8
+    bias_is_learned = ctx.needs_input_grad[6]
+    *grads, by_bias = torch.ops.karat_scale.triton_backward(grad_output, *ctx.saved_tensors, ctx.base, bias_is_learned)
+    return *grads, by_bias if bias_is_learned else None, None
 
 
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor cos_coef, Tensor sin_coef, Tensor proj, Tensor? bias, str base"
+)
+_KEPT = "Tensor hidden, Tensor narrow, Tensor coef, Tensor coef_scale"
 _library = torch.library.Library("karat_scale", "FRAGMENT")
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor cos_coef, Tensor sin_coef, Tensor proj"
-_library.define(f"triton_forward({_INPUTS}) -> (Tensor, Tensor)")
+_library.define(f"triton_forward({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(
-    f"triton_backward(Tensor grad_output, Tensor hidden, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"triton_backward(Tensor grad_output, {_KEPT}, {_INPUTS}, bool bias_is_learned)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.impl("triton_forward", _forward, "CompositeExplicitAutograd")
 _library.impl("triton_backward", _backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("karat_scale::triton_forward", lib=_library)
-def _fake_forward(
-    query: Tensor, key: Tensor, value: Tensor, cos_coef: Tensor, _sin: Tensor, _proj: Tensor
-) -> tuple[Tensor, Tensor]:
-    batch, heads, tokens, width = value.shape
-    # Stored token by token, as the layers that merge the heads want it.
-    output = value.new_empty(batch, tokens, heads, width).transpose(1, 2)
-    padded_rank = 16 if cos_coef.shape[1] <= 16 else 32
-    hidden = query.new_empty(batch, heads, tokens, padded_rank, dtype=_product_dtype(query, key, value))
-    return output, hidden
-
-
-@torch.library.register_fake("karat_scale::triton_backward", lib=_library)
-def _fake_backward(_grad: Tensor, _hidden: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x) for x in given)
-
-
+torch.library.register_fake("karat_scale::triton_forward", _fake_forward, lib=_library)
+torch.library.register_fake("karat_scale::triton_backward", _fake_backward, lib=_library)
 torch.library.register_autograd(
     "karat_scale::triton_forward", _differentiate, setup_context=_setup_context, lib=_library
 )

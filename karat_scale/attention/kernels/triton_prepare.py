@@ -1,0 +1,134 @@
+"""What the forward pass needs first, in one launch: coefficients as tensor cores read them, and U = W^T V."""
+
+import triton
+import triton.language as tl
+
+from karat_scale.attention.kernels.triton_features import load_rows, power_of_two_above
+
+
+@triton.jit
+def prepare_kernel(
+    cos_coef,
+    sin_coef,
+    proj,
+    value,
+    coef,
+    coef_scale,
+    narrow,
+    heads,
+    rank,
+    tokens,
+    padded_tokens,
+    value_b,
+    value_h,
+    value_n,
+    GRID: tl.constexpr,
+    BLOCK_GRID: tl.constexpr,
+    RANK: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """h RANK programs pack the coefficients of one rank each, B h more compute U of one head of one image.
+
+    coef is C [h, 2G, padded N, RANK], cosine and sine by turns, zero in its padding, in units of coef_scale [h, RANK].
+    FAST makes these powers of two so that no coefficient exceeds 1; else they are 1. narrow is U [B, h, RANK, dv].
+    """
+    packing = heads * RANK
+    if tl.program_id(0) < packing:
+        head = (tl.program_id(0) // RANK).to(tl.int64)
+        unit = tl.program_id(0) % RANK
+        _pack(
+            cos_coef + (head * rank + unit) * tokens * GRID,
+            sin_coef + (head * rank + unit) * tokens * GRID,
+            coef + head * (2 * GRID) * padded_tokens * RANK + unit,
+            coef_scale + head * RANK + unit,
+            # Ranks in the padding have no tokens.
+            tl.where(unit < rank, tokens, 0),
+            padded_tokens,
+            GRID,
+            BLOCK_GRID,
+            RANK,
+            BLOCK_TOKENS,
+            FAST,
+        )
+    else:
+        item = (tl.program_id(0) - packing).to(tl.int64)
+        batch = item // heads
+        head = item % heads
+        _narrow(
+            value + batch * value_b + head * value_h,
+            proj + head * tokens * rank,
+            narrow + item * RANK * VALUE_WIDTH,
+            rank,
+            tokens,
+            value_n,
+            RANK,
+            VALUE_WIDTH,
+            BLOCK_VALUE,
+            BLOCK_TOKENS,
+            PRECISION,
+        )
+
+
+@triton.jit
+def _pack(
+    cos_coef,
+    sin_coef,
+    coef,
+    coef_scale,
+    tokens,
+    padded_tokens,
+    GRID: tl.constexpr,
+    BLOCK_GRID: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    orders = tl.arange(0, BLOCK_GRID)
+    scale = 1.0
+    if FAST:
+        largest = tl.zeros((BLOCK_TOKENS, BLOCK_GRID), tl.float32)
+        for first in range(0, tokens, BLOCK_TOKENS):
+            rows = first + tl.arange(0, BLOCK_TOKENS)
+            cos = load_rows(cos_coef, rows, GRID, tokens, GRID, BLOCK_GRID).to(tl.float32)
+            sin = load_rows(sin_coef, rows, GRID, tokens, GRID, BLOCK_GRID).to(tl.float32)
+            largest = tl.maximum(largest, tl.maximum(tl.abs(cos), tl.abs(sin)))
+        scale = power_of_two_above(tl.max(largest))
+    tl.store(coef_scale, scale)
+    for first in range(0, padded_tokens, BLOCK_TOKENS):
+        rows = first + tl.arange(0, BLOCK_TOKENS)
+        cos = load_rows(cos_coef, rows, GRID, tokens, GRID, BLOCK_GRID).to(tl.float32) / scale
+        sin = load_rows(sin_coef, rows, GRID, tokens, GRID, BLOCK_GRID).to(tl.float32) / scale
+        keep = (rows[:, None] < padded_tokens) & (orders[None, :] < GRID)
+        pointers = coef + (2 * orders[None, :] * padded_tokens + rows[:, None]) * RANK
+        tl.store(pointers, cos.to(coef.dtype.element_ty), mask=keep)
+        tl.store(pointers + padded_tokens * RANK, sin.to(coef.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _narrow(
+    value,
+    proj,
+    narrow,
+    rank,
+    tokens,
+    value_n,
+    RANK: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    columns, ranks = tl.arange(0, BLOCK_VALUE), tl.arange(0, RANK)
+    total = tl.zeros((RANK, BLOCK_VALUE), tl.float32)
+    for first in range(0, tokens, BLOCK_TOKENS):
+        rows = first + tl.arange(0, BLOCK_TOKENS)
+        v = load_rows(value, rows, value_n, tokens, VALUE_WIDTH, BLOCK_VALUE)
+        keep = (rows[:, None] < tokens) & (ranks[None, :] < rank)
+        w = tl.load(proj + rows[:, None] * rank + ranks[None, :], mask=keep, other=0.0)
+        total = tl.dot(tl.trans(w.to(v.dtype)), v, total, input_precision=PRECISION)
+    pointers = narrow + ranks[:, None] * VALUE_WIDTH + columns[None, :]
+    tl.store(pointers, total.to(narrow.dtype.element_ty), mask=columns[None, :] < VALUE_WIDTH)

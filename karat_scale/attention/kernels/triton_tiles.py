@@ -1,0 +1,124 @@
+"""How the Triton kernels are cut: tiles, harmonics in one launch, parts of the batch, and the dtypes of products."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+# Rows to which coefficients are padded: a multiple of every tile.
+TOKEN_MULTIPLE = 128
+# Harmonics that packed float16 arithmetic computes from float16 sine and cosine within the error these have.
+LARGEST_HALF = 4
+# Harmonics whose coefficients' gradients one program can hold in registers, at a rank of 16.
+COEF_GROUP = 3
+# Harmonics the backward pass writes out; beyond, a loop keeps the code short.
+LARGEST_UNROLLED = 4
+# Programs that share a batch: two on each multiprocessor of a large card, twice.
+PROGRAMS_WANTED = 528
+
+
+class Sizes(NamedTuple):
+    """Of a call: O is [batch, heads, tokens, value_width], query's heads are `width` wide."""
+
+    batch: int
+    heads: int
+    tokens: int
+    width: int
+    value_width: int
+    rank: int
+    grid: int
+
+
+class Products(NamedTuple):
+    """How matrices are multiplied: the dtype of query, key and value, and Triton's precision of float32 operands.
+
+    FAST as in `triton_features`. `scores` is the precision of Q K^T, `others` that of all other products.
+    """
+
+    dtype: torch.dtype
+    fast: bool
+    scores: str
+    others: str
+
+
+class Tiles(NamedTuple):
+    """Rows of the side a program owns and of the side it walks along, and how the kernel is compiled."""
+
+    own: int
+    walked: int
+    options: dict[str, Any]
+
+
+def products_of(query: torch.dtype, key: torch.dtype, value: torch.dtype) -> Products:
+    """The products of a call: those of one 16-bit dtype where all three have it, else float32's."""
+    if query == key == value and query != torch.float32:
+        return products(query, True)
+    return products(torch.float32, torch.backends.cuda.matmul.allow_tf32)
+
+
+def products(dtype: torch.dtype, fast: bool) -> Products:
+    """TF32 keeps 11 bits, as float16 does, so where it is allowed features may be float16. Scores are never rounded to
+    11 bits: the phase of a harmonic must be exact to more than that."""
+    if dtype != torch.float32:
+        return Products(dtype, True, "tf32", "tf32")
+    return Products(dtype, fast, "tf32x3", "tf32" if fast else "tf32x3")
+
+
+def block(size: int) -> int:
+    """The power of two, at least 16, that a matrix product covers `size` with."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def padded_tokens(tokens: int) -> int:
+    """Rows of the packed coefficients."""
+    return -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+
+
+def parts_of(batch: int, programs: int) -> tuple[int, int]:
+    """Images in a part and the number of parts, such that there are enough programs. By shapes alone: the order of
+    sums, and so their bits, must not depend on the device."""
+    wanted = min(batch, -(-PROGRAMS_WANTED // programs))
+    images = -(-batch // wanted)
+    return images, -(-batch // images)
+
+
+def coef_groups(grid: int) -> tuple[int, int]:
+    """Harmonics in a group of near-equal size, and the number of groups."""
+    groups = -(-grid // COEF_GROUP)
+    return -(-grid // groups), groups
+
+
+def is_fused(sizes: Sizes, products: Products) -> bool:
+    """Whether one launch has room for dK and dC."""
+    narrow = block(sizes.rank) * sizes.grid <= 16 * COEF_GROUP and block(sizes.width) <= 64
+    return narrow and products.dtype != torch.float32
+
+
+def choose_tiles(kernel: str, sizes: Sizes, products: Products, architecture: int) -> Tiles:
+    """The tiles of "forward", "grad_query", "grad_key" (with dC), "grad_key_alone" or "grad_coef" on compute capability
+    8.0 (80), 9.0 (90) and so on.
+
+    So narrow that nothing spills out of the registers: tests compile the kernels for each architecture and count.
+    """
+    # With a limit of its own ptxas does not spill a register or two to raise occupancy.
+    spacious = {"maxnreg": 255}
+    if products.dtype == torch.float32:
+        return Tiles(32, 16, compile_options(8, 1, **spacious))
+    easy = block(sizes.width) <= 64 and block(sizes.rank) == 16
+    if architecture in (90, 100):
+        if kernel == "forward" and easy and sizes.grid <= LARGEST_HALF and _covers(sizes.tokens, 128):
+            return Tiles(128, 32, compile_options(4, 2, **spacious))
+        wide = easy and (kernel == "grad_query" and sizes.grid <= LARGEST_UNROLLED or sizes.grid == 1)
+        return Tiles(64, 64 if wide else 32, compile_options(4, 2, **spacious))
+    walked = 32 if easy and sizes.grid <= 4 else 16
+    return Tiles(64, walked, compile_options(4, 2, **spacious))
+
+
+def _covers(tokens: int, rows: int) -> bool:
+    """Whether tiles of so many rows leave no more room unused than tiles of 64."""
+    return -(-tokens // rows) * rows == -(-tokens // 64) * 64
+
+
+def compile_options(warps: int, stages: int, **more: int) -> dict[str, Any]:
+    """Triton's options for a kernel."""
+    # Triton fuses a product and a sum into one instruction by default up to 3.9 only.
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, **more}
