@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,10 +67,10 @@ def fourier_karat_attention(
         ValueError: a shape, dtype, device or name does not fit, or the implementation asked for by name cannot take
             the call; the message says what was expected.
     """
-    check_call(query, key, value, cos_coef, sin_coef, proj, bias, mask)
-    check_choice("base", base, BASE_ACTIVATIONS)
     call = FourierCall(query, key, value, cos_coef, sin_coef, proj, base, bias, mask)
-    return _choose(implementation, call)(call).to(output_dtype(value))
+    output = _check_and_choose(implementation, call)(call)
+    dtype = output_dtype(value)
+    return output if output.dtype == dtype else output.to(dtype)
 
 
 def fourier_karat_scores(
@@ -98,6 +99,40 @@ def fourier_karat_scores(
     identity = torch.eye(tokens, dtype=query.dtype, device=query.device).expand(batch, heads, -1, -1)
     call = FourierCall(query, key, identity, cos_coef, sin_coef, proj, base, bias, mask)
     return _choose(implementation, call)(call).to(output_dtype(query))
+
+
+# What was chosen for calls like those so far, on devices where checking and choosing takes longer than the launches.
+_chosen: dict[tuple[Any, ...], Callable[[FourierCall], Tensor]] = {}
+_REMEMBERED_DEVICES = ("cuda",)
+_MOST_REMEMBERED = 4096
+
+
+def _check_and_choose(implementation: str, call: FourierCall) -> Callable[[FourierCall], Tensor]:
+    """What attends; shapes, dtypes and names are checked once for all calls that agree in these."""
+    # Shapes of fake tensors may be symbols, which cannot be looked up.
+    if torch.compiler.is_compiling() or type(call.query) is not Tensor:
+        return _check_and_choose_anew(implementation, call)
+    if call.query.device.type not in _REMEMBERED_DEVICES:
+        return _check_and_choose_anew(implementation, call)
+    # Refusals may be replaced, to plan for another machine.
+    signature = (implementation, REFUSALS["triton"], *map(_describe, call))
+    attend = _chosen.get(signature)
+    if attend is None:
+        attend = _check_and_choose_anew(implementation, call)
+        if len(_chosen) >= _MOST_REMEMBERED:
+            _chosen.clear()
+        _chosen[signature] = attend
+    return attend
+
+
+def _describe(argument: Tensor | str | None) -> object:
+    return (argument.shape, argument.dtype, argument.device) if isinstance(argument, Tensor) else argument
+
+
+def _check_and_choose_anew(implementation: str, call: FourierCall) -> Callable[[FourierCall], Tensor]:
+    check_call(*call[:6], call.bias, call.mask)
+    check_choice("base", call.base, BASE_ACTIVATIONS)
+    return _choose(implementation, call)
 
 
 def _choose(implementation: str, call: FourierCall) -> Callable[[FourierCall], Tensor]:

@@ -12,6 +12,7 @@ from karat_scale.attention.kernels.triton_features import (
     base_derivative,
     half_harmonic_step,
     load_rows,
+    load_scores,
     next_half_harmonic,
     rotate,
     sine_cosine,
@@ -87,9 +88,8 @@ def grad_query_kernel(
         if not SCALED_FIRST:
             scores = scores * scale
         if bias is not None:
-            pointers = bias + batch * bias_b + head * bias_h + rows[:, None] * bias_n + keys[None, :] * bias_m
-            keep = (rows[:, None] < tokens) & (keys[None, :] < tokens)
-            scores += tl.load(pointers, mask=keep, other=0.0).to(tl.float32)
+            ours = bias + batch * bias_b + head * bias_h
+            scores += load_scores(ours, rows[:, None], keys[None, :], bias_n, bias_m, tokens)
         sin, cos = sine_cosine(scores, FAST)
         pointers = coef + keys[:, None] * RANK + ranks[None, :]
         real = tl.zeros((BLOCK_QUERY, BLOCK_KEY), tl.float32)
@@ -213,9 +213,8 @@ def grad_key_kernel(
             if not SCALED_FIRST:
                 scores = scores * scale
             if bias is not None:
-                keep = (rows[None, :] < tokens) & (keys[:, None] < tokens)
-                at = bias + batch * bias_b + head * bias_h + rows[None, :] * bias_n + keys[:, None] * bias_m
-                scores += tl.load(at, mask=keep, other=0.0).to(tl.float32)
+                ours = bias + batch * bias_b + head * bias_h
+                scores += load_scores(ours, rows[None, :], keys[:, None], bias_n, bias_m, tokens)
             sin_step, cos_step = sine_cosine(scores, FAST)
             if KEY:
                 real = tl.zeros((BLOCK_KEY, BLOCK_QUERY), tl.float32)
@@ -241,9 +240,9 @@ def grad_key_kernel(
                     grad_scores += base_derivative(scores, BASE) * dh_sum[None, :]
                 if grad_bias is not None:
                     keep = (rows[None, :] < tokens) & (keys[:, None] < tokens)
-                    at = (part * heads + head) * tokens * tokens + rows[None, :] * tokens + keys[:, None]
-                    so_far = tl.load(grad_bias + at, mask=keep & (offset > 0), other=0.0)
-                    tl.store(grad_bias + at, so_far + grad_scores * item_unit, mask=keep)
+                    sums_at = (part * heads + head) * tokens * tokens + rows[None, :] * tokens + keys[:, None]
+                    so_far = tl.load(grad_bias + sums_at, mask=keep & (offset > 0), other=0.0)
+                    tl.store(grad_bias + sums_at, so_far + grad_scores * item_unit, mask=keep)
                 total = tl.dot(grad_scores.to(dtype), q, total, input_precision=PRECISION)
             if GROUP > 0:
                 sums = ()

@@ -38,6 +38,13 @@ def store_rows(base, rows, row_stride, tokens, tile, WIDTH: tl.constexpr, BLOCK:
 
 
 @triton.jit
+def load_scores(base, queries, keys, query_stride, key_stride, tokens):
+    """A tile of a matrix [N, N] in float32, zero outside it; `queries` and `keys` broadcast to the tile's shape."""
+    keep = (queries < tokens) & (keys < tokens)
+    return tl.load(base + queries * query_stride + keys * key_stride, mask=keep, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def power_of_two_above(x):
     """The smallest power of two above a float32 x >= 0, but 2^-100 at least, and 1 for zero; infinite where x is."""
     power = ((x.to(tl.int32, bitcast=True) & 0x7F800000) + 0x00800000).to(tl.float32, bitcast=True)
@@ -128,13 +135,13 @@ def _sine_cosine_exact(x):
 
 @triton.jit
 def base_value(x, BASE: tl.constexpr):
-    """The base activation b(x), with b(0) = 0."""
+    """The base activation b(x), with b(0) = 0: "identity", "silu" or "gelu"."""
     if BASE == "silu":
         return x * tl.sigmoid(x)
-    if BASE == "gelu":
+    elif BASE == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    tl.static_assert(BASE == "identity")
-    return x
+    else:
+        return x
 
 
 @triton.jit
@@ -143,7 +150,7 @@ def base_derivative(x, BASE: tl.constexpr):
     if BASE == "silu":
         gate = tl.sigmoid(x)
         return gate * (1.0 + x * (1.0 - gate))
-    if BASE == "gelu":
+    elif BASE == "gelu":
         return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
-    tl.static_assert(BASE == "identity")
-    return tl.full(x.shape, 1.0, tl.float32)
+    else:
+        return tl.full(x.shape, 1.0, tl.float32)

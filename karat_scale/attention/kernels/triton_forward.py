@@ -7,6 +7,7 @@ from karat_scale.attention.kernels.triton_features import (
     base_value,
     half_harmonic_step,
     load_rows,
+    load_scores,
     next_half_harmonic,
     rotate,
     sine_cosine,
@@ -88,9 +89,8 @@ def forward_kernel(
         if not SCALED_FIRST:
             scores = scores * scale
         if bias is not None:
-            pointers = bias + batch * bias_b + head * bias_h + rows[:, None] * bias_n + keys[None, :] * bias_m
-            keep = (rows[:, None] < tokens) & (keys[None, :] < tokens)
-            scores += tl.load(pointers, mask=keep, other=0.0).to(tl.float32)
+            ours = bias + batch * bias_b + head * bias_h
+            scores += load_scores(ours, rows[:, None], keys[None, :], bias_n, bias_m, tokens)
         if BASE != "zero":
             base += tl.sum(base_value(scores, BASE), 1)
         pointers = coef + keys[:, None] * RANK + ranks[None, :]

@@ -134,6 +134,13 @@ class _Attention(torch.autograd.Function):
         return *grads, None
 
 
+@functools.cache
+def _kernels() -> Any:
+    from karat_scale.attention.kernels import triton_launch
+
+    return triton_launch
+
+
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -145,11 +152,9 @@ def _forward(
     base: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """O [B, h, N, dv], and what the backward pass is given; see `_outputs`."""
-    from karat_scale.attention.kernels import triton_launch
-
     outputs = _outputs(query, key, value, cos_coef)
     if outputs[0].numel() > 0:
-        triton_launch.forward(outputs, query, key, value, cos_coef, sin_coef, proj, bias, base)
+        _kernels().forward(outputs, query, key, value, cos_coef, sin_coef, proj, bias, base)
     return outputs
 
 
@@ -189,13 +194,11 @@ def _pull_back(
     bias_is_learned: bool,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the seven tensors from query to bias, in the dtype and strides of `torch.empty_like`."""
-    from karat_scale.attention.kernels import triton_launch
-
     given = (query, key, value, cos_coef, sin_coef, proj)
     if query.numel() == 0:
         return *map(torch.zeros_like, given), torch.zeros_like(bias) if bias_is_learned else None
     kept = (hidden, narrow, coef, coef_scale)
-    return triton_launch.backward(grad_output, kept, given, bias, base, bias_is_learned)
+    return _kernels().backward(grad_output, kept, given, bias, base, bias_is_learned)
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:

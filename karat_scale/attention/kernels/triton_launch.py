@@ -62,8 +62,10 @@ def backward(
     q, k, v = _rows(query, dtype), _rows(key, dtype), _rows(value, dtype)
     upstream, w = _rows(grad_output, grad_output.dtype), proj.contiguous()
     spread = None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
-    grads = [_room_for_rows(x) for x in (query, key, value)] + [_room(x) for x in (cos_coef, sin_coef, proj)]
-    grad_query, grad_key, grad_value, *grad_parameters = grads
+    grads = [torch.empty_like(x) for x in given]
+    rows = [_room_for_rows(x) for x in grads[:3]]
+    parameters = [_room(x) for x in grads[3:]]
+    grad_query, grad_key, grad_value = rows
     bias_by_image = bias_is_learned and bias is not None and bias.dim() == 4 and bias.shape[0] > 1
     strides = (
         q.stride(),
@@ -112,11 +114,13 @@ def backward(
         plan.grad_key(*shared, grad_key, bias_parts, coef_parts, aligned=aligned)
         if plan.grad_coef is not None:
             plan.grad_coef(*shared, grad_key, None, coef_parts, aligned=aligned)
-        plan.reduce(coef_parts, coef_scale, proj_parts, *grad_parameters, aligned=True)
-    by_bias = None
-    if bias_parts is not None and bias is not None:
-        by_bias = _laid_out_like(bias, bias_parts.sum_to_size(bias.shape))
-    return *(_laid_out_like(x, g) for x, g in zip(given, grads, strict=True)), by_bias
+        plan.reduce(coef_parts, coef_scale, proj_parts, *parameters, aligned=True)
+    for grad, written in zip(grads, (*rows, *parameters), strict=True):
+        if written is not grad:
+            grad.copy_(written)
+    if bias_parts is None or bias is None:
+        return *grads, None
+    return *grads, torch.empty_like(bias).copy_(bias_parts.sum_to_size(bias.shape))
 
 
 def _sizes(query: Tensor, value: Tensor, cos_coef: Tensor) -> Sizes:
@@ -130,22 +134,13 @@ def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _room_for_rows(like: Tensor) -> Tensor:
-    """Room for a gradient with contiguous rows, laid out as is promised where that is possible."""
-    room = torch.empty_like(like)
-    return room if room.stride(-1) == 1 else torch.empty_like(like, memory_format=torch.contiguous_format)
+def _room_for_rows(grad: Tensor) -> Tensor:
+    """The gradient itself, or where its rows are not contiguous, room for one whose rows are."""
+    return grad if grad.stride(-1) == 1 else torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
-def _room(like: Tensor) -> Tensor:
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-
-def _laid_out_like(given: Tensor, grad: Tensor) -> Tensor:
-    """The gradient in the dtype and strides that the fake kernel promises."""
-    promised = torch.empty_like(given)
-    if (grad.dtype, grad.stride()) == (promised.dtype, promised.stride()):
-        return grad
-    return promised.copy_(grad)
+def _room(grad: Tensor) -> Tensor:
+    return grad if grad.is_contiguous() else torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
 def _are_aligned(*tensors: Tensor | None) -> bool:

@@ -27,6 +27,7 @@ from karat_scale.attention.kernels.triton_tiles import (
     is_fused,
     padded_tokens,
     parts_of,
+    readout_rows,
 )
 
 Strides = tuple[int, ...]
@@ -152,7 +153,7 @@ class BackwardPlan:
                 "RANK": rank,
                 "VALUE_WIDTH": sizes.value_width,
                 "BLOCK_VALUE": block(sizes.value_width),
-                "BLOCK_ROWS": 64,
+                "BLOCK_ROWS": readout_rows(sizes),
                 "FAST": products.fast,
                 "PRECISION": products.others,
             },

@@ -107,10 +107,21 @@ def choose_tiles(kernel: str, sizes: Sizes, products: Products, architecture: in
     if architecture in (90, 100):
         if kernel == "forward" and easy and sizes.grid <= LARGEST_HALF and _covers(sizes.tokens, 128):
             return Tiles(128, 32, compile_options(4, 2, **spacious))
-        wide = easy and (kernel == "grad_query" and sizes.grid <= LARGEST_UNROLLED or sizes.grid == 1)
-        return Tiles(64, 64 if wide else 32, compile_options(4, 2, **spacious))
+        walked = 16 if block(sizes.width) > 64 and kernel != "forward" else 32
+        if easy and (kernel == "grad_query" and sizes.grid <= LARGEST_UNROLLED or sizes.grid == 1):
+            walked = 64
+        return Tiles(64, walked, compile_options(4, 2, **spacious))
+    if kernel == "grad_key" and sizes.grid > 1:
+        if _covers(sizes.tokens, 128):
+            return Tiles(128, 32, compile_options(8, 2, **spacious))
+        return Tiles(64, 16, compile_options(4, 2, **spacious))
     walked = 32 if easy and sizes.grid <= 4 else 16
     return Tiles(64, walked, compile_options(4, 2, **spacious))
+
+
+def readout_rows(sizes: Sizes) -> int:
+    """Rows of a tile of the readout's backward pass."""
+    return 64 if block(sizes.value_width) <= 64 else 32
 
 
 def _covers(tokens: int, rows: int) -> bool:
