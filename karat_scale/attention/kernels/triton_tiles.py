@@ -112,7 +112,7 @@ def choose_tiles(kernel: str, sizes: Sizes, products: Products, architecture: in
             walked = 64
         return Tiles(64, walked, compile_options(4, 2, **spacious))
     if kernel == "grad_key" and sizes.grid > 1:
-        if _covers(sizes.tokens, 128):
+        if _covers(sizes.tokens, 128) and architecture < 100:
             return Tiles(128, 32, compile_options(8, 2, **spacious))
         return Tiles(64, 16, compile_options(4, 2, **spacious))
     walked = 32 if easy and sizes.grid <= 4 else 16

@@ -16,31 +16,38 @@ from torch.utils.checkpoint import checkpoint
 
 from karat_scale.attention import fourier_karat_attention, fourier_karat_scores
 from karat_scale.attention.call import FourierCall
-from karat_scale.attention.kernels import triton_launch
+from karat_scale.attention.kernels import triton_launch, triton_tiles
 from karat_scale.attention.kernels.triton_features import sine_cosine
 from karat_scale.attention.kernels.triton_fourier import attend
+from karat_scale.attention.kernels.triton_plans import ForwardPlan
 from tests.attention.calls import assert_close, make_call, output_and_gradients, relative_error
 from tests.attention.kernels.interpreter import install_bfloat16
 
 install_bfloat16()
 
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1.2e-3}
 
 
 def kernels(call, upstream, **options):
     return output_and_gradients(call, upstream, implementation="triton", **options)
 
 
-def oracle(call, upstream):
-    return output_and_gradients(call.to(torch.float64), upstream.double(), implementation="reference")
+def oracle(call, upstream, bias=None, **options):
+    wide = None if bias is None else bias.detach().double().requires_grad_()
+    call = call.to(torch.float64)
+    return output_and_gradients(call, upstream.double(), implementation="reference", bias=wide, **options)
 
 
-def compare(dtype, shape, *, logits=1.0, seed=0):
+def draw(shape, dtype, seed=0, scale=1.0):
+    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def compare(dtype, shape, *, logits=1.0, seed=0, tolerance=None, scale=1.0, **options):
     """Values and every gradient against the float64 reference on the same, rounded inputs."""
     call = make_call(*shape, logits=logits, seed=seed).to(dtype)
-    upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    tolerance = max(TOLERANCE[dtype], 5e-8 * shape[5] * call.largest_score)
-    assert_close(kernels(call, upstream), oracle(call, upstream), tolerance)
+    upstream = draw(call.value.shape, dtype, seed, scale)
+    tolerance = tolerance or max(TOLERANCE[dtype], 5e-8 * shape[5] * call.largest_score)
+    assert_close(kernels(call, upstream, **options), oracle(call, upstream, **options), tolerance)
 
 
 # batch, heads, tokens, width, rank, grid: every head width of timm's ViTs, both padded ranks, every kind of kernel.
@@ -51,23 +58,105 @@ SHAPES = [
     (3, 1, 50, 64, 16, 3),
     (2, 1, 70, 80, 24, 4),
     (1, 2, 64, 96, 32, 7),
+    (1, 2, 20, 24, 20, 5),
     (1, 1, 33, 24, 9, 16),
     (1, 1, 197, 64, 12, 3),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_agrees_with_the_oracle_at_a_small_size(dtype):
+    compare(dtype, (1, 2, 21, 64, 12, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_agrees_with_the_oracle(shape, dtype):
     compare(dtype, shape)
 
 
+@pytest.mark.slow
 def test_half_precision_agrees_with_the_oracle():
     compare(torch.float16, (2, 2, 37, 64, 12, 3))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_any_size_fit_into_float16(dtype):
+    # A loss scale may be large, and gradients of a mean over many images are small.
+    for scale in (2.0**-12, 2.0**9) if dtype == torch.float16 else (1e-20, 1e20):
+        compare(dtype, (1, 2, 20, 16, 4, 3), scale=scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1e-7, 1e6])
+def test_coefficients_of_any_size_fit_into_float16(size):
+    call = make_call(2, 1, 20, 16, 4, 3).to(torch.float32)
+    with torch.no_grad():
+        call.cos_coef.mul_(size)
+        call.sin_coef.mul_(size)
+        # Ranks of very different sizes, and one without a function.
+        call.cos_coef[:, 1].mul_(1e-3)
+        call.sin_coef[:, 1].mul_(1e-3)
+        call.cos_coef[:, 2], call.sin_coef[:, 2] = 0, 0
+    heads = {n: getattr(call, n).detach().to(torch.bfloat16).requires_grad_() for n in ("query", "key", "value")}
+    call = call._replace(**heads)
+    upstream = draw(call.value.shape, torch.bfloat16)
+    assert_close(kernels(call, upstream), oracle(call, upstream), TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.slow
+def test_images_with_gradients_of_different_sizes_share_one_sum():
+    call = make_call(4, 1, 20, 16, 4, 2).to(torch.bfloat16)
+    upstream = draw(call.value.shape, torch.bfloat16) * torch.tensor([0.0, 1e-12, 1.0, 1e-6]).bfloat16().view(4, 1, 1, 1)
+    actual, expected = kernels(call, upstream), oracle(call, upstream)
+    assert_close(actual, expected, TOLERANCE[torch.bfloat16])
+    for image in (1, 3):
+        assert relative_error(actual[2][image], expected[2][image]) < TOLERANCE[torch.bfloat16]
+
+
+def test_a_base_activation_and_a_bias_agree_with_the_oracle():
+    compare(torch.bfloat16, (2, 1, 20, 16, 4, 2), base="silu", bias=draw((1, 1, 20, 20), torch.bfloat16).requires_grad_())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bias", [None, (3, 2, 20, 20), (1, 2, 20, 20), (3, 1, 1, 20), (20, 20)], ids=str)
+@pytest.mark.parametrize("base", ["zero", "identity", "gelu"])
+def test_every_broadcast_of_a_bias_agrees_with_the_oracle(base, bias):
+    bias = None if bias is None else draw(bias, torch.float32).requires_grad_()
+    compare(torch.float32, (3, 2, 20, 16, 4, 4), base=base, bias=bias)
+
+
+@pytest.mark.slow
+def test_a_bias_without_a_gradient_is_added_all_the_same():
+    call = make_call(1, 2, 9, 16, 4, 2).to(torch.float32)
+    bias = draw((9, 9), torch.float32)
+    expected = fourier_karat_attention(*call.to(torch.float64), bias=bias.double(), implementation="reference")
+    output = fourier_karat_attention(*call, bias=bias, implementation="triton")
+    assert relative_error(output, expected) < 2e-6
+    output.sum().backward()
+
+
+@pytest.fixture
+def tf32():
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def test_tf32_where_torch_allows_it(tf32):
+    compare(torch.float32, (2, 1, 20, 16, 4, 3), tolerance=1e-3)
+    call = make_call(1, 1, 20, 16, 4, 3).to(torch.float32)
+    # Features are rounded, so that the switch is seen to do something; scores are not.
+    assert triton_launch.products(torch.float32, True).scores == "tf32x3"
+    exact = fourier_karat_attention(*call.to(torch.float64), implementation="reference")
+    assert relative_error(fourier_karat_attention(*call, implementation="triton"), exact) > 2e-6
+
+
 # A norm over fewer numbers than these says little about 16-bit arithmetic.
-@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@pytest.mark.slow
+@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     shape=st.tuples(*(st.integers(*r) for r in [(1, 3), (1, 2), (16, 80), (8, 128), (2, 32), (1, 16)])),
@@ -77,6 +166,40 @@ def test_agrees_with_the_oracle_for_drawn_shapes(dtype, shape, seed):
     compare(dtype, shape, seed=seed)
 
 
+@pytest.mark.parametrize(("grid", "largest"), [(3, 4), (3, 60), (4, 60)])
+def test_units_of_16_bits_are_within_a_thousandth(grid, largest):
+    call = make_call(1, 1, 40, 64, 12, grid)
+    call = call._replace(query=call.query * (largest / call.largest_score))
+    heads = [x.detach().to(torch.bfloat16) for x in call[:3]]
+    cos, sin, proj = (x.detach().float() for x in call[3:])
+    query, key, value = heads
+    products = triton_tiles.products(torch.bfloat16, True)
+    sizes = triton_tiles.Sizes(1, 1, 40, 64, 64, 12, grid)
+    strides = [x.stride() for x in heads]
+    plan = ForwardPlan(sizes, products, "zero", *strides, None, value.stride())
+    coef, scale = torch.empty(1, 2 * grid, 128, 16, dtype=torch.float16), torch.empty(1, 16)
+    narrow, output = torch.empty(1, 1, 16, 64, dtype=torch.bfloat16), torch.empty_like(value)
+    hidden = torch.empty(1, 1, 40, 16)  # not rounded to 16 bits, which would hide the error that is asked for
+    plan.prepare(cos, sin, proj, value, coef, scale, narrow)
+    plan.forward(query, key, None, coef, scale, narrow, output, hidden)
+    scores = query.double() @ key.double().mT / 8
+    phases = [m * scores for m in range(1, grid + 1)]
+    expected = sum(
+        torch.cos(x) @ cos[..., m].double().mT + torch.sin(x) @ sin[..., m].double().mT for m, x in enumerate(phases)
+    )
+    assert relative_error(hidden[..., :12], expected) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", [3, 11])
+def test_large_scores_keep_their_phase_in_16_bits(grid):
+    call = make_call(1, 1, 40, 64, 8, grid)
+    call = call._replace(query=call.query * (60 / call.largest_score)).to(torch.bfloat16)
+    upstream = draw(call.value.shape, torch.bfloat16)
+    assert_close(kernels(call, upstream), oracle(call, upstream), TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [3, 11, 16])
 def test_large_scores_keep_their_phase(grid):
     call = make_call(1, 1, 40, 64, 8, grid)
@@ -86,16 +209,20 @@ def test_large_scores_keep_their_phase(grid):
     assert_close(kernels(call, upstream), oracle(call, upstream), 5e-8 * grid * 60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_long_ranks_are_cut(dtype):
     compare(dtype, (1, 2, 20, 16, 70, 2))
 
 
+@pytest.mark.slow
 def test_the_batch_is_summed_in_parts(monkeypatch):
-    monkeypatch.setattr(triton_launch, "PROGRAMS_WANTED", 6)
+    monkeypatch.setattr(triton_tiles, "PROGRAMS_WANTED", 6)
+    monkeypatch.setattr(triton_launch, "_backward_plans", {})
     compare(torch.float32, (7, 2, 20, 32, 12, 2))
 
 
+@pytest.mark.slow
 def test_strided_inputs_give_the_same_bits_and_the_output_layers_want():
     call = make_call(2, 3, 21, 32, 8, 3).to(torch.float32)
     upstream = torch.randn(2, 3, 21, 32, generator=torch.Generator().manual_seed(2))
@@ -110,6 +237,7 @@ def test_strided_inputs_give_the_same_bits_and_the_output_layers_want():
     assert fourier_karat_attention(*call, implementation="triton").transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.slow
 def test_the_same_bits_twice():
     call = make_call(5, 2, 40, 32, 12, 5).to(torch.float32)
     upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(3))
@@ -117,6 +245,7 @@ def test_the_same_bits_twice():
         assert torch.equal(first, second)
 
 
+@pytest.mark.slow
 def test_scores_wider_than_a_tile():
     call = make_call(1, 1, 150, 16, 4, 2).to(torch.float32)
     learned = fourier_karat_scores(*call, implementation="triton")
@@ -124,6 +253,7 @@ def test_scores_wider_than_a_tile():
     assert relative_error(learned, expected) < 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_keeps_scores_and_harmonics_in_float32(inputs):
     call = make_call(2, 2, 20, 32, 12, 11, logits=8.0).to(torch.float32)
@@ -138,6 +268,7 @@ def test_autocast_keeps_scores_and_harmonics_in_float32(inputs):
     assert [x.grad.dtype for x in arguments] == [x.dtype for x in arguments]
 
 
+@pytest.mark.slow
 def test_mixed_dtypes_compute_in_float32():
     call = make_call(1, 2, 20, 32, 4, 2)
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.bfloat16, torch.float32, torch.float16)
@@ -155,6 +286,7 @@ def test_an_empty_batch_gives_zero_parameter_gradients():
     assert all((g == 0).all() for g in kernels(call, torch.empty(call.value.shape))[4:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_changes_no_bit(reentrant):
     call = make_call(1, 2, 20, 16, 4, 2).to(torch.float32)
@@ -165,6 +297,7 @@ def test_activation_checkpointing_changes_no_bit(reentrant):
     assert all(torch.equal(x.grad, e) for x, e in zip(call, expected[1:], strict=True))
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph():
     call = make_call(2, 2, 9, 16, 4, 3).to(torch.float32)
     upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(5))
@@ -172,15 +305,27 @@ def test_compiles_into_one_graph():
     assert_close(kernels(call, upstream, attend=compiled), kernels(call, upstream), 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rank", [12, 17])
-def test_registered_operations_are_well_behaved(rank, dtype):
+@pytest.mark.parametrize(("rank", "bias"), [(12, None), (17, (6, 6))])
+def test_registered_operations_are_well_behaved(rank, bias, dtype):
     call = make_call(2, 2, 6, 16, rank, 2).to(dtype)
-    torch.library.opcheck(torch.ops.karat_scale.triton_forward.default, tuple(call))
+    bias = None if bias is None else draw(bias, dtype).requires_grad_()
+    base = "zero" if bias is None else "silu"
+    torch.library.opcheck(torch.ops.karat_scale.triton_forward.default, (*call, bias, base))
     detached = tuple(x.detach() for x in call)
-    output, hidden = torch.ops.karat_scale.triton_forward(*detached)
+    added = None if bias is None else bias.detach()
+    kept = torch.ops.karat_scale.triton_forward(*detached, added, base)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.karat_scale.triton_backward.default, (output, hidden, *detached), test_utils=tests)
+    arguments = (*kept, *detached, added, base, added is not None)
+    torch.library.opcheck(torch.ops.karat_scale.triton_backward.default, arguments, test_utils=tests)
+
+
+def test_a_second_gradient_is_refused():
+    call = make_call(1, 1, 5, 16, 2, 1).to(torch.float32)
+    output = fourier_karat_attention(*call, implementation="triton")
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(output.sum(), call.query, create_graph=True)
 
 
 @triton.jit
@@ -196,11 +341,12 @@ def test_sine_and_cosine_over_many_turns(fast):
     x = torch.linspace(-1000, 1000, 4096)
     sin, cos = torch.empty_like(x), torch.empty_like(x)
     evaluate[(1,)](x, sin, cos, FAST=fast)
-    tolerance = 1e-4 if fast else 1.5e-7
+    tolerance = 2e-4 if fast else 1.5e-7
     assert (sin - x.double().sin()).abs().max() < tolerance
     assert (cos - x.double().cos()).abs().max() < tolerance
 
 
+@pytest.mark.slow
 def test_attend_takes_what_the_public_function_takes():
     call = make_call(1, 1, 5, 16, 2, 1).to(torch.float32)
     direct = attend(FourierCall(*call, "zero", None, None))
@@ -208,14 +354,10 @@ def test_attend_takes_what_the_public_function_takes():
     assert torch.equal(direct, fourier_karat_attention(*call))
 
 
-REFUSED = {"base": "silu", "bias": torch.zeros(5, 5), "mask": torch.ones(5, 5, dtype=torch.bool)}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_auto_leaves_to_others_what_the_kernels_refuse(name):
+def test_auto_leaves_masks_to_others():
     call = make_call(1, 1, 5, 16, 2, 1).to(torch.float32)
-    options = {name: REFUSED[name]}
-    with pytest.raises(ValueError, match="implementation = 'triton' cannot take this call: it has base"):
+    options = {"mask": torch.ones(5, 5, dtype=torch.bool)}
+    with pytest.raises(ValueError, match="implementation = 'triton' cannot take this call: it takes no mask"):
         fourier_karat_attention(*call, implementation="triton", **options)
     expected = fourier_karat_attention(*call, implementation="reference", **options)
     assert relative_error(fourier_karat_attention(*call, **options), expected) < 2e-6

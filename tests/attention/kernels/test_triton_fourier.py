@@ -4,25 +4,35 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from karat_scale.attention import fourier_karat_attention
+from karat_scale.attention import fourier_karat_attention, functional
 from karat_scale.attention.kernels import triton_fourier
 from tests.attention.calls import make_call, relative_error
 
 INTERPRETED = Path(__file__).with_name("interpreted_triton.py")
 
 
-@pytest.mark.slow
-def test_interpreted_kernels_agree_with_the_oracle():
+def run_interpreted(*options):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED), *options]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_interpreted_kernels_agree_with_the_oracle_at_a_few_sizes():
+    run_interpreted("-m", "not slow")
+
+
+@pytest.mark.slow
+def test_interpreted_kernels_agree_with_the_oracle():
+    run_interpreted("-m", "slow", "--slow=all")
 
 
 def test_tensors_off_the_gpu_are_refused_by_name_and_left_to_others_by_auto():
@@ -58,3 +68,55 @@ def test_an_old_triton_is_named(version, answer, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
     found = triton_fourier._missing_triton()
     assert (found is None) if answer is None else (answer in found)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Fake tensors on a CUDA device of capability 9.0, which this machine need not have."""
+    pytest.importorskip("triton")
+    device = types.SimpleNamespace(major=9, minor=0, name="fake", multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _=None: device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
+    with FakeTensorMode():
+        yield torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(("base", "bias"), [("zero", None), ("gelu", (1, 3, 197, 197))])
+def test_dynamo_makes_one_graph_of_one_operation(fake_cuda, base, bias):
+    # Without gradients, which need CUDA's library even on fake tensors; those are compiled by the interpreted tests.
+    heads = [torch.empty(2, 3, 197, 64, device=fake_cuda, dtype=torch.bfloat16) for _ in range(3)]
+    parameters = [torch.empty(x, device=fake_cuda) for x in ((3, 12, 197, 3), (3, 12, 197, 3), (3, 197, 12))]
+    added = None if bias is None else torch.empty(bias, device=fake_cuda)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(fourier_karat_attention, backend=backend, fullgraph=True)
+    output = compiled(*heads, *parameters, base=base, bias=added, implementation="triton")
+    assert (output.shape, output.dtype, output.device.type) == ((2, 3, 197, 64), torch.bfloat16, "cuda")
+    (graph,) = graphs
+    assert graph.code.count("karat_scale.triton_forward") == 1
+    kept = torch.ops.karat_scale.triton_forward(*heads, *parameters, added, base)
+    grads = torch.ops.karat_scale.triton_backward(*kept, *heads, *parameters, added, base, added is not None)
+    given = [*heads, *parameters, *([] if added is None else [added])]
+    assert [(g.shape, g.dtype) for g in grads[: len(given)]] == [(x.shape, x.dtype) for x in given]
+
+
+def test_what_was_chosen_for_a_call_is_remembered_by_all_that_matters(monkeypatch):
+    monkeypatch.setattr(functional, "_REMEMBERED_DEVICES", ("cpu",))
+    monkeypatch.setattr(functional, "_chosen", {})
+    checked = []
+    monkeypatch.setattr(functional, "check_call", lambda *call: checked.append(call))
+    call = make_call(1, 1, 5, 16, 2, 1).to(torch.float32)
+    for _ in range(3):
+        fourier_karat_attention(*call)
+    assert len(checked) == 1
+    fourier_karat_attention(*call, base="silu")
+    fourier_karat_attention(*call, bias=torch.zeros(5, 5))
+    fourier_karat_attention(*call.to(torch.bfloat16))
+    fourier_karat_attention(*call, implementation="streaming")
+    assert len(checked) == 5
+    with pytest.raises(ValueError, match="base = 'relu'"):
+        fourier_karat_attention(*call, base="relu")
