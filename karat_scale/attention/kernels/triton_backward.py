@@ -26,6 +26,7 @@ def grad_query_kernel(
     key,
     bias,
     coef,
+    coef_scale,
     grad_hidden,
     grad_scale,
     grad_base,
@@ -78,6 +79,7 @@ def grad_query_kernel(
     if SCALED_FIRST:
         q = (q.to(tl.float32) * scale).to(q.dtype)
     dh = load_rows(grad_hidden + item * tokens * RANK, rows, RANK, tokens, RANK, RANK)
+    coef_unit = tl.load(coef_scale + head)
     if BASE != "zero":
         dh_sum = tl.load(grad_base + item * tokens + rows, mask=rows < tokens, other=0.0)
     total = tl.zeros((BLOCK_QUERY, BLOCK_WIDTH), tl.float32)
@@ -111,9 +113,12 @@ def grad_query_kernel(
                 imag = tl.dot(upstream, tl.trans(tl.load(at)), imag, input_precision=PRECISION)
         grad_scores = real * cos - imag * sin
         if BASE != "zero":
-            grad_scores += base_derivative(scores, BASE) * dh_sum[:, None]
+            grad_scores = grad_scores * coef_unit + base_derivative(scores, BASE) * dh_sum[:, None]
         total = tl.dot(grad_scores.to(dtype), k, total, input_precision=PRECISION)
-    total *= scale * tl.load(grad_scale + item)
+    unit = tl.load(grad_scale + item)
+    if BASE == "zero":
+        unit *= coef_unit
+    total *= scale * unit
     store_rows(grad_query, rows, grad_n, tokens, total, WIDTH, BLOCK_WIDTH)
 
 
@@ -123,6 +128,7 @@ def grad_key_kernel(
     key,
     bias,
     coef,
+    coef_scale,
     grad_hidden,
     grad_scale,
     grad_base,
@@ -186,6 +192,7 @@ def grad_key_kernel(
     ranks = tl.arange(0, RANK)
     keys = tile * BLOCK_KEY + tl.arange(0, BLOCK_KEY)
     pointers = coef + keys[:, None] * RANK + ranks[None, :]
+    coef_unit = tl.load(coef_scale + head)
     totals = ()
     for _ in tl.static_range(2 * GROUP):
         totals = totals + (tl.zeros((BLOCK_KEY, RANK), tl.float32),)
@@ -204,6 +211,9 @@ def grad_key_kernel(
                 rescaled = rescaled + (totals[f] * (unit / item_unit),)
             totals = rescaled
             unit = item_unit
+        scores_unit = item_unit
+        if BASE == "zero":
+            scores_unit *= coef_unit
         total = tl.zeros((BLOCK_KEY, BLOCK_WIDTH), tl.float32)
         for first in range(0, tokens, BLOCK_QUERY):
             rows = first + tl.arange(0, BLOCK_QUERY)
@@ -237,12 +247,12 @@ def grad_key_kernel(
                 grad_scores = real * cos_step - imag * sin_step
                 if BASE != "zero":
                     dh_sum = tl.load(grad_base + item * tokens + rows, mask=rows < tokens, other=0.0)
-                    grad_scores += base_derivative(scores, BASE) * dh_sum[None, :]
+                    grad_scores = grad_scores * coef_unit + base_derivative(scores, BASE) * dh_sum[None, :]
                 if grad_bias is not None:
                     keep = (rows[None, :] < tokens) & (keys[:, None] < tokens)
                     sums_at = (part * heads + head) * tokens * tokens + rows[None, :] * tokens + keys[:, None]
                     so_far = tl.load(grad_bias + sums_at, mask=keep & (offset > 0), other=0.0)
-                    tl.store(grad_bias + sums_at, so_far + grad_scores * item_unit, mask=keep)
+                    tl.store(grad_bias + sums_at, so_far + grad_scores * scores_unit, mask=keep)
                 total = tl.dot(grad_scores.to(dtype), q, total, input_precision=PRECISION)
             if GROUP > 0:
                 sums = ()
@@ -267,7 +277,7 @@ def grad_key_kernel(
                             sin, cos = rotate(sin, cos, sin_step, cos_step)
                 totals = sums
         if KEY:
-            total *= scale * item_unit
+            total *= scale * scores_unit
             store_rows(grad_key + batch * grad_b + head * grad_h, keys, grad_n, tokens, total, WIDTH, BLOCK_WIDTH)
         if grad_bias is not None:
             # The next image adds to what this one stored.

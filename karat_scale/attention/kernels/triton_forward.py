@@ -116,7 +116,7 @@ def forward_kernel(
                 if m + 1 < GRID:
                     sin, cos = rotate(sin, cos, sin_step, cos_step)
     if FAST:
-        units *= tl.load(coef_scale + head * RANK + ranks)[None, :]
+        units *= tl.load(coef_scale + head)
     if BASE != "zero":
         units += base[:, None]
     store_rows(hidden, rows, RANK, tokens, units, RANK, RANK)

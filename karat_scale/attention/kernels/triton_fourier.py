@@ -162,7 +162,7 @@ def _outputs(
     query: Tensor, key: Tensor, value: Tensor, cos_coef: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Room for O [B, h, N, dv], stored token by token as the layers around attention hold it, for H [B, h, N, R] with R
-    the padded rank, for U [B, h, R, dv], for the packed coefficients [h, 2G, padded N, R] and their scale [h, R]."""
+    the padded rank, for U [B, h, R, dv], for the packed coefficients [h, 2G, padded N, R] and their scale [h]."""
     batch, heads, tokens, width = value.shape
     _, rank, _, grid = cos_coef.shape
     products = products_of(query.dtype, key.dtype, value.dtype)
@@ -173,7 +173,7 @@ def _outputs(
         query.new_empty((batch, heads, tokens, padded_rank), dtype=products.dtype),
         query.new_empty((batch, heads, padded_rank, width), dtype=products.dtype),
         query.new_empty((heads, 2 * grid, padded_tokens(tokens), padded_rank), dtype=packed),
-        query.new_empty((heads, padded_rank), dtype=torch.float32),
+        query.new_empty(heads, dtype=torch.float32),
     )
 
 

@@ -98,7 +98,6 @@ def backward(
         plan.readout(
             hidden,
             narrow,
-            coef_scale,
             w,
             v,
             upstream,
@@ -109,12 +108,12 @@ def backward(
             proj_parts,
             aligned=aligned,
         )
-        shared = (q, k, spread, coef, grad_hidden, grad_scale, grad_base)
+        shared = (q, k, spread, coef, coef_scale, grad_hidden, grad_scale, grad_base)
         plan.grad_query(*shared, grad_query, aligned=aligned)
         plan.grad_key(*shared, grad_key, bias_parts, coef_parts, aligned=aligned)
         if plan.grad_coef is not None:
             plan.grad_coef(*shared, grad_key, None, coef_parts, aligned=aligned)
-        plan.reduce(coef_parts, coef_scale, proj_parts, *parameters, aligned=True)
+        plan.reduce(coef_parts, proj_parts, *parameters, aligned=True)
     for grad, written in zip(grads, (*rows, *parameters), strict=True):
         if written is not grad:
             grad.copy_(written)

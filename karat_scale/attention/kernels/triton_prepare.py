@@ -33,18 +33,29 @@ def prepare_kernel(
 ):
     """h RANK programs pack the coefficients of one rank each, B h more compute U of one head of one image.
 
-    coef is C [h, 2G, padded N, RANK], cosine and sine by turns, zero in its padding, in units of coef_scale [h, RANK].
-    FAST makes these powers of two so that no coefficient exceeds 1; else they are 1. narrow is U [B, h, RANK, dv].
+    coef is C [h, 2G, padded N, RANK], cosine and sine by turns, zero in its padding, in units of coef_scale [h]. FAST
+    makes these powers of two so that no coefficient exceeds 1 and float16 holds it; else they are 1. narrow is U
+    [B, h, RANK, dv].
     """
     packing = heads * RANK
     if tl.program_id(0) < packing:
         head = (tl.program_id(0) // RANK).to(tl.int64)
         unit = tl.program_id(0) % RANK
+        scale = 1.0
+        if FAST:
+            # Each program finds its head's largest coefficient for itself: that is quicker than one more launch.
+            scale = power_of_two_above(
+                tl.maximum(
+                    _largest(cos_coef + head * rank * tokens * GRID, rank * tokens * GRID),
+                    _largest(sin_coef + head * rank * tokens * GRID, rank * tokens * GRID),
+                )
+            )
+        tl.store(coef_scale + head, scale)
         _pack(
             cos_coef + (head * rank + unit) * tokens * GRID,
             sin_coef + (head * rank + unit) * tokens * GRID,
             coef + head * (2 * GRID) * padded_tokens * RANK + unit,
-            coef_scale + head * RANK + unit,
+            scale,
             # Ranks in the padding have no tokens.
             tl.where(unit < rank, tokens, 0),
             padded_tokens,
@@ -52,7 +63,6 @@ def prepare_kernel(
             BLOCK_GRID,
             RANK,
             BLOCK_TOKENS,
-            FAST,
         )
     else:
         item = (tl.program_id(0) - packing).to(tl.int64)
@@ -74,30 +84,28 @@ def prepare_kernel(
 
 
 @triton.jit
+def _largest(coef, count):
+    largest = tl.zeros((4096,), tl.float32)
+    for first in range(0, count, 4096):
+        at = first + tl.arange(0, 4096)
+        largest = tl.maximum(largest, tl.abs(tl.load(coef + at, mask=at < count, other=0.0).to(tl.float32)))
+    return tl.max(largest)
+
+
+@triton.jit
 def _pack(
     cos_coef,
     sin_coef,
     coef,
-    coef_scale,
+    scale,
     tokens,
     padded_tokens,
     GRID: tl.constexpr,
     BLOCK_GRID: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
-    FAST: tl.constexpr,
 ):
     orders = tl.arange(0, BLOCK_GRID)
-    scale = 1.0
-    if FAST:
-        largest = tl.zeros((BLOCK_TOKENS, BLOCK_GRID), tl.float32)
-        for first in range(0, tokens, BLOCK_TOKENS):
-            rows = first + tl.arange(0, BLOCK_TOKENS)
-            cos = load_rows(cos_coef, rows, GRID, tokens, GRID, BLOCK_GRID).to(tl.float32)
-            sin = load_rows(sin_coef, rows, GRID, tokens, GRID, BLOCK_GRID).to(tl.float32)
-            largest = tl.maximum(largest, tl.maximum(tl.abs(cos), tl.abs(sin)))
-        scale = power_of_two_above(tl.max(largest))
-    tl.store(coef_scale, scale)
     for first in range(0, padded_tokens, BLOCK_TOKENS):
         rows = first + tl.arange(0, BLOCK_TOKENS)
         cos = load_rows(cos_coef, rows, GRID, tokens, GRID, BLOCK_GRID).to(tl.float32) / scale

@@ -10,7 +10,6 @@ from karat_scale.attention.kernels.triton_features import load_rows, power_of_tw
 def readout_kernel(
     hidden,
     narrow,
-    coef_scale,
     proj,
     value,
     grad_output,
@@ -42,8 +41,8 @@ def readout_kernel(
 ):
     """One program takes one head of one part of the batch, image by image.
 
-    grad_hidden [B, h, N, RANK] is dH times coef_scale, in units of grad_scale [B, h]; FAST makes these powers of two
-    such that float16 holds it, else they are 1. grad_base [B, h, N] is the sum of dH over ranks in these units, or None.
+    grad_hidden is dH [B, h, N, RANK] in units of grad_scale [B, h]; FAST makes these powers of two such that float16
+    holds it, else they are 1. grad_base [B, h, N] is the sum of dH over ranks in these units, or None.
     partial is dW [parts, h, N, RANK] in float32, summed over one part of the batch.
     """
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -51,7 +50,6 @@ def readout_kernel(
     first_batch = part * batches_per_part
     dtype = value.dtype.element_ty
     ranks, columns = tl.arange(0, RANK), tl.arange(0, BLOCK_VALUE)
-    coef_scales = tl.load(coef_scale + head * RANK + ranks)
     proj += head * tokens * rank
     partial += (part * heads + head) * tokens * RANK
 
@@ -73,17 +71,16 @@ def readout_kernel(
         if FAST:
             # By Hoelder's inequality no entry of dH exceeds 4 of these units: the gradient of scores, a sum of less
             # than 16384 products of these with coefficients, fits into float16 too.
-            sizes = tl.sum(tl.abs(u.to(tl.float32)), 1) * coef_scales
+            sizes = tl.sum(tl.abs(u.to(tl.float32)), 1)
             scale = power_of_two_above(tl.max(largest) * tl.max(sizes)) * 0.25
         tl.store(grad_scale + item, scale)
         du = grad_narrow.to(dtype)
         for first in range(0, tokens, BLOCK_ROWS):
             rows = first + tl.arange(0, BLOCK_ROWS)
             g = load_rows(upstream, rows, output_n, tokens, VALUE_WIDTH, BLOCK_VALUE).to(dtype)
-            dh = tl.dot(g, tl.trans(u), input_precision=PRECISION)
+            dh = tl.dot(g, tl.trans(u), input_precision=PRECISION) * (1.0 / scale)
             if grad_base is not None:
-                tl.store(grad_base + item * tokens + rows, tl.sum(dh, 1) / scale, mask=rows < tokens)
-            dh *= (coef_scales / scale)[None, :]
+                tl.store(grad_base + item * tokens + rows, tl.sum(dh, 1), mask=rows < tokens)
             store_rows(grad_hidden + item * tokens * RANK, rows, RANK, tokens, dh, RANK, RANK)
             inside = (rows[:, None] < tokens) & (ranks[None, :] < rank)
             w = tl.load(proj + rows[:, None] * rank + ranks[None, :], mask=inside, other=0.0).to(dtype)

@@ -8,7 +8,6 @@ import triton.language as tl
 @triton.jit
 def reduce_kernel(
     coef_partial,
-    coef_scale,
     proj_partial,
     grad_cos,
     grad_sin,
@@ -26,8 +25,8 @@ def reduce_kernel(
 ):
     """One program adds one token tile of one feature of one head; the feature after the last, 2G, is W.
 
-    coef_partial is [coef_parts, h, FEATURES, padded N, RANK], dC times coef_scale [h, RANK]; proj_partial is
-    [proj_parts, h, N, RANK]. The results have the shapes of cos_coef [h, r, N, G] and proj [h, N, r].
+    coef_partial is [coef_parts, h, FEATURES, padded N, RANK], dC; proj_partial is
+    [proj_parts, h, N, RANK], dW. The results have the shapes of cos_coef [h, r, N, G] and proj [h, N, r].
     """
     tiles = tl.cdiv(tokens, BLOCK_ROWS)
     rows = tl.program_id(0) % tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -50,7 +49,6 @@ def reduce_kernel(
         for _ in range(0, coef_parts):
             total += tl.load(pointers, mask=keep, other=0.0)
             pointers += heads * FEATURES * padded_tokens * RANK
-        total = total / tl.load(coef_scale + head * RANK + ranks)[None, :]
         target = ((head * rank + ranks[None, :]) * tokens + rows[:, None]) * GRID + feature // 2
         if feature % 2 == 0:
             tl.store(grad_cos + target, total.to(grad_cos.dtype.element_ty), mask=keep)

@@ -102,11 +102,15 @@ def choose_tiles(kernel: str, sizes: Sizes, products: Products, architecture: in
     # With a limit of its own ptxas does not spill a register or two to raise occupancy.
     spacious = {"maxnreg": 255}
     if products.dtype == torch.float32:
-        return Tiles(32, 16, compile_options(8, 1, **spacious))
+        own = 64 if block(sizes.width) <= 64 and block(sizes.rank) == 16 else 32
+        return Tiles(own, 16, compile_options(4, 1, **spacious))
     easy = block(sizes.width) <= 64 and block(sizes.rank) == 16
     if architecture in (90, 100):
         if kernel == "forward" and easy and sizes.grid <= LARGEST_HALF and _covers(sizes.tokens, 128):
             return Tiles(128, 32, compile_options(4, 2, **spacious))
+        if kernel == "grad_key" and sizes.grid > 1 and architecture == 100:
+            # Its accumulators lie in tensor memory, and pass through registers on their way to the next harmonic.
+            return Tiles(64, 32, compile_options(8, 2, **spacious))
         walked = 16 if block(sizes.width) > 64 and kernel != "forward" else 32
         if easy and (kernel == "grad_query" and sizes.grid <= LARGEST_UNROLLED or sizes.grid == 1):
             walked = 64

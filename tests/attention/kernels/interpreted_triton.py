@@ -177,7 +177,7 @@ def test_units_of_16_bits_are_within_a_thousandth(grid, largest):
     sizes = triton_tiles.Sizes(1, 1, 40, 64, 64, 12, grid)
     strides = [x.stride() for x in heads]
     plan = ForwardPlan(sizes, products, "zero", *strides, None, value.stride())
-    coef, scale = torch.empty(1, 2 * grid, 128, 16, dtype=torch.float16), torch.empty(1, 16)
+    coef, scale = torch.empty(1, 2 * grid, 128, 16, dtype=torch.float16), torch.empty(1)
     narrow, output = torch.empty(1, 1, 16, 64, dtype=torch.bfloat16), torch.empty_like(value)
     hidden = torch.empty(1, 1, 40, 16)  # not rounded to 16 bits, which would hide the error that is asked for
     plan.prepare(cos, sin, proj, value, coef, scale, narrow)
