@@ -13,38 +13,38 @@ from karat_scale.train import ema, optimizer
 
 # They make a view, look at a tensor's form or only allocate: no kernel runs.
 _FREE = (
-    *(
-        "view",
-        "permute",
-        "slice",
-        "select",
-        "unbind",
-        "transpose",
-        "expand",
-        "aten.t.",
-        "detach",
-        "as_strided",
-        "split",
-    ),
-    *("alias", "narrow", "unsqueeze", "lift_fresh", "is_pinned", "set_", "empty", "_local_scalar_dense"),
+    *("view", "permute", "slice", "select", "unbind", "transpose", "expand", "aten.t.", "detach", "as_strided"),
+    *("split", "alias", "narrow", "squeeze", "lift_fresh", "is_pinned", "set_", "empty", "_local_scalar_dense"),
 )
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
 
 
 class Counting(TorchDispatchMode):
-    """Counts kernels and scalar reads inside the block. What an operation does inside itself does not count."""
+    """Counts kernels, scalar reads, and copies between devices. What an operation does inside itself does not count."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kernels: Counter[str] = Counter()
-        self.reads = 0
+        self.reads = self.copies = 0
+        self._counts_kernels = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
         self.reads += any(f"aten.{read}." in name for read in READS)
-        if name.startswith("aten.") and not any(free in name for free in _FREE):
+        if self._counts_kernels and name.startswith("aten.") and not any(free in name for free in _FREE):
             self.kernels[name] += 1
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if "copy" in name:
+            tensors = [one for one in (*args, out) if isinstance(one, torch.Tensor)]
+            self.copies += len({one.device.type for one in tensors}) > 1
+        return out
+
+    @contextmanager
+    def without_kernels(self) -> Iterator[None]:
+        """Inside the block kernels do not count, as those of a model that is not the subject."""
+        self._counts_kernels = False
+        yield
+        self._counts_kernels = True
 
 
 @pytest.fixture

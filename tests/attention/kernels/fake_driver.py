@@ -88,8 +88,14 @@ class FakeDriver:
 @contextmanager
 def fake_driver(architecture: int) -> Iterator[FakeDriver]:
     """Lets Triton believe in a GPU of a compute capability, 90 for 9.0."""
-    from karat_scale.attention.kernels import triton_backward, triton_forward, triton_launch
-    from karat_scale.attention.kernels import triton_prepare, triton_readout, triton_reduce
+    from karat_scale.attention.kernels import (
+        triton_backward,
+        triton_forward,
+        triton_launch,
+        triton_prepare,
+        triton_readout,
+        triton_reduce,
+    )
 
     kernels = [
         triton_prepare.prepare_kernel,
