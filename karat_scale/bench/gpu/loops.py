@@ -18,6 +18,7 @@ from karat_scale.bench.gpu.task import Task, is_fatal
 from karat_scale.bench.interleave import interleaved_seconds, median_ratio
 from karat_scale.data.backends.synthetic import TRAIN_STREAM, SyntheticBackend
 from karat_scale.data.batch import Batch
+from karat_scale.data.digest import with_digest
 from karat_scale.data.plan import BatchSlice
 from karat_scale.memory_errors import is_out_of_memory
 from karat_scale.recipe import Recipe
@@ -62,7 +63,7 @@ class HeldBatches(SyntheticBackend):
         held: Batch | None = None
         for part in slices:
             if held is None:
-                held = self._batch(part, TRAIN_STREAM)
+                held = with_digest(self._batch(part, TRAIN_STREAM))
                 held = held.pin_memory() if torch.cuda.is_initialized() else held
             yield held
 
@@ -78,7 +79,7 @@ class OurLoop:
         model, data = recipe.model, recipe.data
         self.parts.backend = HeldBatches(data, model.image_size, model.num_classes, recipe.run.seed)
         self._loop = Loop(self.parts, TrainState())
-        self._batches = _feed(self._loop)
+        self._batches = self._loop.feed(MANY)
         self.dtypes = _dtypes_inside(self.parts.engine.module, lambda: self.run(1)) if not recipe.train.compile else {}
         self.run(1 if task.toy else WARM_UP)
         self.memory = allocated(task) - before
@@ -86,9 +87,7 @@ class OurLoop:
     def launch(self, steps: int) -> None:
         """Steps as `Loop.run` takes them, without waiting for the device."""
         for _ in range(steps):
-            self._loop.step([next(self._batches)])
-            if fetch_ahead := getattr(self._batches, "fetch_ahead", None):
-                fetch_ahead()
+            self._loop.step(self._loop.micro_batches(self._batches))
             self._loop.save_or_stop()
 
     def run(self, steps: int) -> None:
@@ -173,13 +172,6 @@ def _recipe(task: Task, group: Group, attention: str, scratch: str) -> Recipe:
         "log": {"every_steps": 1000, "tensorboard": False},
     }
     return validate_recipe(tree, "bench gpu")
-
-
-def _feed(loop: Loop) -> Iterator[Batch]:
-    if feed := getattr(loop, "feed", None):  # which copies batches to the device ahead of need
-        batches: Iterator[Batch] = feed(MANY)
-        return batches
-    return iter(loop.parts.backend.train_batches(loop.parts.plan.slices(0, MANY)))
 
 
 def _steps_a_round(loops: dict[str, OurLoop], task: Task) -> int:
