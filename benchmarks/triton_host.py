@@ -1,8 +1,8 @@
 """Host time of the Triton operator in eager mode against another checkout's: `python -m benchmarks.triton_host OTHER`.
 
 OTHER is the root of a checkout, made by `git worktree add OTHER COMMIT`. Triton binds and compiles the real kernels for
-a GPU that is not there; tensors are so small that PyTorch's own work on the CPU does not count. Both sides run by turns,
-in processes of their own, and the least time of all counts.
+a GPU that is not there; tensors are so small that PyTorch's own work on the CPU does not count. Both sides run by
+turns, in processes of their own, and the least time of all counts.
 """
 
 import argparse

@@ -192,7 +192,6 @@ def grad_key_kernel(
     ranks = tl.arange(0, RANK)
     keys = tile * BLOCK_KEY + tl.arange(0, BLOCK_KEY)
     pointers = coef + keys[:, None] * RANK + ranks[None, :]
-    coef_unit = tl.load(coef_scale + head)
     totals = ()
     for _ in tl.static_range(2 * GROUP):
         totals = totals + (tl.zeros((BLOCK_KEY, RANK), tl.float32),)
@@ -211,9 +210,6 @@ def grad_key_kernel(
                 rescaled = rescaled + (totals[f] * (unit / item_unit),)
             totals = rescaled
             unit = item_unit
-        scores_unit = item_unit
-        if BASE == "zero":
-            scores_unit *= coef_unit
         total = tl.zeros((BLOCK_KEY, BLOCK_WIDTH), tl.float32)
         for first in range(0, tokens, BLOCK_QUERY):
             rows = first + tl.arange(0, BLOCK_QUERY)
@@ -247,8 +243,12 @@ def grad_key_kernel(
                 grad_scores = real * cos_step - imag * sin_step
                 if BASE != "zero":
                     dh_sum = tl.load(grad_base + item * tokens + rows, mask=rows < tokens, other=0.0)
-                    grad_scores = grad_scores * coef_unit + base_derivative(scores, BASE) * dh_sum[None, :]
+                    grad_scores *= tl.load(coef_scale + head)
+                    grad_scores += base_derivative(scores, BASE) * dh_sum[None, :]
                 if grad_bias is not None:
+                    scores_unit = item_unit
+                    if BASE == "zero":
+                        scores_unit = item_unit * tl.load(coef_scale + head)
                     keep = (rows[None, :] < tokens) & (keys[:, None] < tokens)
                     sums_at = (part * heads + head) * tokens * tokens + rows[None, :] * tokens + keys[:, None]
                     so_far = tl.load(grad_bias + sums_at, mask=keep & (offset > 0), other=0.0)
@@ -277,7 +277,10 @@ def grad_key_kernel(
                             sin, cos = rotate(sin, cos, sin_step, cos_step)
                 totals = sums
         if KEY:
-            total *= scale * scores_unit
+            # Loaded here, since the loop has no register to spare.
+            total *= scale * tl.load(grad_scale + item)
+            if BASE == "zero":
+                total *= tl.load(coef_scale + head)
             store_rows(grad_key + batch * grad_b + head * grad_h, keys, grad_n, tokens, total, WIDTH, BLOCK_WIDTH)
         if grad_bias is not None:
             # The next image adds to what this one stored.

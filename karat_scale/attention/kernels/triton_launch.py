@@ -57,7 +57,7 @@ def backward(
     `kept` is H, U, the packed coefficients and their scale; `given` are query, key, value, cos_coef, sin_coef, proj.
     """
     hidden, narrow, coef, coef_scale = kept
-    query, key, value, cos_coef, sin_coef, proj = given
+    query, key, value, cos_coef, _, proj = given
     dtype = hidden.dtype
     q, k, v = _rows(query, dtype), _rows(key, dtype), _rows(value, dtype)
     upstream, w = _rows(grad_output, grad_output.dtype), proj.contiguous()

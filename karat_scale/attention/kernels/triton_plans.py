@@ -148,7 +148,16 @@ class BackwardPlan:
         self.readout = Launch(
             readout_kernel,
             sizes.heads * self.readout_parts,
-            (sizes.batch, readout_images, sizes.heads, sizes.rank, sizes.tokens, *value[:3], *grad_output[:3], *grad_value[:3]),
+            (
+                sizes.batch,
+                readout_images,
+                sizes.heads,
+                sizes.rank,
+                sizes.tokens,
+                *value[:3],
+                *grad_output[:3],
+                *grad_value[:3],
+            ),
             {
                 "RANK": rank,
                 "VALUE_WIDTH": sizes.value_width,
@@ -175,7 +184,9 @@ class BackwardPlan:
         self.features = 2 * group * groups
         fused = is_fused(sizes, products) and not bias_by_image
 
-        def grad_key_launch(kernel: str, with_key: bool, group: int, groups: int, most: int | None) -> tuple[Launch, int]:
+        def grad_key_launch(
+            kernel: str, with_key: bool, group: int, groups: int, most: int | None
+        ) -> tuple[Launch, int]:
             tiles = choose_tiles(kernel, sizes, products, architecture())
             programs = triton.cdiv(sizes.tokens, tiles.own) * groups * sizes.heads
             images, parts = parts_of(sizes.batch, programs) if most is None else (most, sizes.batch // most)

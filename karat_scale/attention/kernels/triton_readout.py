@@ -49,7 +49,7 @@ def readout_kernel(
     part = (tl.program_id(0) // heads).to(tl.int64)
     first_batch = part * batches_per_part
     dtype = value.dtype.element_ty
-    ranks, columns = tl.arange(0, RANK), tl.arange(0, BLOCK_VALUE)
+    ranks = tl.arange(0, RANK)
     proj += head * tokens * rank
     partial += (part * heads + head) * tokens * RANK
 

@@ -112,7 +112,7 @@ def choose_tiles(kernel: str, sizes: Sizes, products: Products, architecture: in
             # Its accumulators lie in tensor memory, and pass through registers on their way to the next harmonic.
             return Tiles(64, 32, compile_options(8, 2, **spacious))
         walked = 16 if block(sizes.width) > 64 and kernel != "forward" else 32
-        if easy and (kernel == "grad_query" and sizes.grid <= LARGEST_UNROLLED or sizes.grid == 1):
+        if easy and ((kernel == "grad_query" and sizes.grid <= LARGEST_UNROLLED) or sizes.grid == 1):
             walked = 64
         return Tiles(64, walked, compile_options(4, 2, **spacious))
     if kernel == "grad_key" and sizes.grid > 1:

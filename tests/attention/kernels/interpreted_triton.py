@@ -109,9 +109,8 @@ def test_coefficients_of_any_size_fit_into_float16(size):
 @pytest.mark.slow
 def test_images_with_gradients_of_different_sizes_share_one_sum():
     call = make_call(4, 1, 20, 16, 4, 2).to(torch.bfloat16)
-    upstream = draw(call.value.shape, torch.bfloat16) * torch.tensor([0.0, 1e-12, 1.0, 1e-6]).bfloat16().view(
-        4, 1, 1, 1
-    )
+    sizes = torch.tensor([0.0, 1e-12, 1.0, 1e-6], dtype=torch.bfloat16).view(4, 1, 1, 1)
+    upstream = draw(call.value.shape, torch.bfloat16) * sizes
     actual, expected = kernels(call, upstream), oracle(call, upstream)
     assert_close(actual, expected, TOLERANCE[torch.bfloat16])
     for image in (1, 3):
@@ -119,9 +118,8 @@ def test_images_with_gradients_of_different_sizes_share_one_sum():
 
 
 def test_a_base_activation_and_a_bias_agree_with_the_oracle():
-    compare(
-        torch.bfloat16, (2, 1, 20, 16, 4, 2), base="silu", bias=draw((1, 1, 20, 20), torch.bfloat16).requires_grad_()
-    )
+    bias = draw((1, 1, 20, 20), torch.bfloat16).requires_grad_()
+    compare(torch.bfloat16, (2, 1, 20, 16, 4, 2), base="silu", bias=bias)
 
 
 @pytest.mark.slow
