@@ -110,7 +110,7 @@ def _attend_by_operation(*arguments: Any) -> Tensor:
 
 
 def _attend_eagerly(*arguments: Any) -> Tensor:
-    return _Attention.apply(*arguments)  # type: ignore[no-any-return]
+    return _Attention.apply(*arguments)
 
 
 class _Attention(torch.autograd.Function):
@@ -130,8 +130,8 @@ class _Attention(torch.autograd.Function):
             return (None,) * 8
         if torch.is_grad_enabled():
             raise RuntimeError("KArAt attention by Triton is differentiable once: call backward without create_graph")
-        grads = _pull_back(grad_output, *ctx.saved_tensors, ctx.base, ctx.needs_input_grad[6])
-        return *grads, None
+        arguments = (*ctx.saved_tensors, ctx.base, ctx.needs_input_grad[6])
+        return *_pull_back(grad_output, *arguments), None
 
 
 @functools.cache
@@ -196,15 +196,15 @@ def _pull_back(
     """The gradients of the seven tensors from query to bias, in the dtype and strides of `torch.empty_like`."""
     given = (query, key, value, cos_coef, sin_coef, proj)
     if query.numel() == 0:
-        return *map(torch.zeros_like, given), torch.zeros_like(bias) if bias_is_learned else None
+        return *map(torch.zeros_like, given), None if bias is None or not bias_is_learned else torch.zeros_like(bias)
     kept = (hidden, narrow, coef, coef_scale)
     return _kernels().backward(grad_output, kept, given, bias, base, bias_is_learned)
 
 
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+def _backward(*arguments: Any) -> tuple[Any, ...]:
     """`_pull_back` as an operation, whose results must be tensors: the bias's is empty where it is not learned."""
     *grads, by_bias = _pull_back(*arguments)
-    return *grads, arguments[0].new_empty(0) if by_bias is None else by_bias  # type: ignore[return-value]
+    return *grads, arguments[0].new_empty(0) if by_bias is None else by_bias
 
 
 def _fake_backward(

@@ -123,7 +123,8 @@ def backward(
 
 
 def _sizes(query: Tensor, value: Tensor, cos_coef: Tensor) -> Sizes:
-    return Sizes(*query.shape, value.shape[3], cos_coef.shape[1], cos_coef.shape[3])
+    batch, heads, tokens, width = query.shape
+    return Sizes(batch, heads, tokens, width, value.shape[3], cos_coef.shape[1], cos_coef.shape[3])
 
 
 def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:

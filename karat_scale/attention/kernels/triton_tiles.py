@@ -115,11 +115,8 @@ def choose_tiles(kernel: str, sizes: Sizes, products: Products, architecture: in
         if easy and ((kernel == "grad_query" and sizes.grid <= LARGEST_UNROLLED) or sizes.grid == 1):
             walked = 64
         return Tiles(64, walked, compile_options(4, 2, **spacious))
-    if kernel == "grad_key" and sizes.grid > 1:
-        if _covers(sizes.tokens, 128) and architecture < 100:
-            return Tiles(128, 32, compile_options(8, 2, **spacious))
-        return Tiles(64, 16, compile_options(4, 2, **spacious))
-    walked = 32 if easy and sizes.grid <= 4 else 16
+    full = kernel == "grad_key" and sizes.grid > 1
+    walked = 32 if easy and sizes.grid <= 4 and not full else 16
     return Tiles(64, walked, compile_options(4, 2, **spacious))
 
 
