@@ -46,7 +46,7 @@ def train_detector(recipe: DetectionRecipe) -> int:
             parts = build_parts(recipe, world, directory, signals, reporter)
             outcome.parameters = parameter_count(parts.model)
             if changes:
-                reporter.info(f"the recipe has changed on purpose: {changes}")
+                reporter.info(f"the recipe differs from that of the earlier start: {changes}")
             branch = branch_point(recipe, directory)
             state = parts.checkpoints.load(branch) or outcome.state
             other = keep_data(state, len(parts.train), parts.train.classes, recipe, is_branch=bool(branch))

@@ -45,7 +45,7 @@ def _train(recipe: Recipe, world: World, directory: RunDirectory, changes: str, 
             parts = build_parts(recipe, world, directory, signals, reporter)
             outcome.parameters, outcome.train_images = parts.engine.parameters, parts.backend.num_train
             if changes:
-                reporter.info(f"the recipe has changed on purpose: {changes}")
+                reporter.info(f"the recipe differs from that of the earlier start: {changes}")
             branch = branch_point(recipe, directory)
             state = parts.checkpoints.load(branch)
             if state is None:

@@ -190,7 +190,7 @@ def test_a_finished_run_is_extended_on_the_longer_runs_schedule(recipe_file: Pat
     karat("train", str(recipe_file), f"run.dir={run}", "train.epochs=1")
     longer = karat("train", str(recipe_file), f"run.dir={run}", "train.epochs=3")
     assert longer.returncode == 0, longer.stdout + longer.stderr
-    assert "changed on purpose: train.epochs (1 -> 3)" in longer.stdout
+    assert "differs from that of the earlier start: train.epochs (1 -> 3)" in longer.stdout
     recipe = load_recipe(run / "recipe.yaml")
     assert recipe.train.epochs == 3
     schedule = build_schedule(recipe, 8)
