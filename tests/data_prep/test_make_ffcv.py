@@ -148,7 +148,7 @@ def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
         (("--compress-probability", "0.5"), "--compress-probability needs --write-mode proportion"),
         (("--write-mode", "proportion", "--compress-probability", "2"), "not between 0 and 1"),
         (("--quality", "101"), "more than 100"),
-        (("--split", "../x"), "is no name"),
+        (("--split", "../x"), "is not a name"),
     ],
 )
 def test_options_that_do_not_go_together(folder, tmp_path, options, match):

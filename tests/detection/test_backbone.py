@@ -102,7 +102,7 @@ def test_a_classifiers_weights_lose_class_token_and_head(small, attention: Atten
         assert torch.equal(operators(vit)[0].proj, operators(classifier)[0].proj[:, 1:])
     else:
         assert torch.equal(operators(vit)[0].cos_coef, start)
-        assert "operators are left at their start" in notes
+        assert "operators keep their initial values" in notes
 
 
 def test_weights_of_another_width_are_refused(small) -> None:

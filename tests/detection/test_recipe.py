@@ -40,7 +40,7 @@ def test_a_mistake_is_one_line_with_its_fix(override: str, message: str) -> None
 
 
 def test_a_classifiers_recipe_names_its_command() -> None:
-    with pytest.raises(RecipeError, match="it is trained by: karat train imagenet_vit_tiny"):
+    with pytest.raises(RecipeError, match="train it with: karat train imagenet_vit_tiny"):
         load_recipe("imagenet_vit_tiny", [], DetectionRecipe)
 
 

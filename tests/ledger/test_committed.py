@@ -14,7 +14,7 @@ DOCS = ROOT / "docs"
 def test_no_row_is_written_by_hand() -> None:
     records = read_records(DOCS / "ledger")  # refuses what was changed since it was written
     page = (DOCS / PAGE).read_text()
-    assert page == render_page(records), "`karat ledger` writes the page anew"
+    assert page == render_page(records), "`karat ledger` writes the page again"
     for record in records:
         figure = f"[{record.summary['last_top1']:.2f} / {record.summary['last_top5']:.2f}](ledger/{record.name}.json)"
         rows = [line for line in page.splitlines() if figure in line]  # of the paper's, one may be in two tables

@@ -128,8 +128,8 @@ def test_the_recipes_names_are_the_packages():
     [
         ({"basis": "furier"}, "should be one of fourier, "),
         ({"basis": "pack age:Class"}, "package.module:Class"),
-        ({"basis": "dog", "implementation": "cpu"}, "modular Fourier operator only"),
-        ({"simplex": True, "implementation": "triton"}, "modular Fourier operator only"),
+        ({"basis": "dog", "implementation": "cpu"}, "only the modular Fourier operator"),
+        ({"simplex": True, "implementation": "triton"}, "only the modular Fourier operator"),
         ({"orders": (0, 4)}, "orders"),
         ({"degree": 0}, "degree"),
         ({"range": 0}, "range"),
@@ -144,5 +144,5 @@ def test_what_a_recipe_cannot_mean(settings, part):
 
 
 def test_softmax_on_every_head_is_refused():
-    with pytest.raises(RecipeError, match=r"attention.softmax_heads = 2 leaves none of 2 heads to KArAt"):
+    with pytest.raises(RecipeError, match=r"attention.softmax_heads = 2 leaves none of 2 heads for KArAt"):
         create_model(MINI, AttentionConfig(kind="karat", softmax_heads=2))

@@ -82,7 +82,7 @@ def test_positions_are_there_before_the_first_pass() -> None:
         ({"depth": 2}, {}, "model.depth = 2 leaves convit_tiny no gated block"),
         ({"embed_dim": 33}, {}, "model.embed_dim = 33 is not a multiple of the 2 heads"),
         ({"image_size": 18}, {}, "model.image_size = 18 is not a multiple of the patch size of convit_tiny, 4; use 16"),
-        ({}, {"softmax_heads": 2}, "leaves no head to KArAt in a layer of convit_tiny with 2"),
+        ({}, {"softmax_heads": 2}, "leaves no head for KArAt in a layer of convit_tiny with 2"),
         ({}, {"transfer_from": "runs/x", "kind": "softmax"}, "only between plain ViTs"),
     ],
 )

@@ -44,7 +44,7 @@ def test_another_number_of_classes_gets_a_new_head() -> None:
 
 def test_softmax_weights_leave_the_operators_at_their_start() -> None:
     source, target, start = model(0, kind="softmax"), model(1), model(1)
-    assert "operators are left at their start" in take_weights(target, source.state_dict())
+    assert "operators keep their initial values" in take_weights(target, source.state_dict())
     assert same(source, target)
     assert torch.equal(target.blocks[1].attn.operator.cos_coef, start.blocks[1].attn.operator.cos_coef)
 
@@ -107,7 +107,9 @@ def test_one_operator_for_all_blocks_may_become_one_for_each_but_not_back() -> N
     source, target = model(0, mode="universal"), model(1)
     take_weights(target, source.state_dict())
     assert same(target, source)
-    with pytest.raises(RecipeError, match=r"blocks.0.* and blocks.1.* differ there .* use attention.mode=blockwise"):
+    with pytest.raises(
+        RecipeError, match=r"blocks.0.* and blocks.1.* differ in the weights.* use attention.mode=blockwise"
+    ):
         take_weights(model(1, mode="universal"), model(0).state_dict())
 
 

@@ -87,7 +87,7 @@ def test_weights_of_another_image_size(image_size: int) -> None:
     """At 8 px the second stage's windows are 2 x 2."""
     source, target = mini(), mini(image_size=image_size, num_classes=3)
     notes = take_weights(target, source.state_dict())
-    assert "the head is new: 4 classes there, 3 here" in notes
+    assert "the head is new: the weights have 4 classes, the model 3" in notes
     assert ("interpolated from 4 x 4 patches" in notes) == (image_size == 8)
     first, second = (model.layers[0].blocks[1].attn for model in (source, target))
     assert torch.equal(first.operator.cos_coef, second.operator.cos_coef)
@@ -97,7 +97,7 @@ def test_weights_of_another_image_size(image_size: int) -> None:
 
 def test_softmaxs_weights_begin_a_karat_swin() -> None:
     model = mini()
-    assert "operators are left at their start" in take_weights(model, mini(AttentionConfig()).state_dict())
+    assert "operators keep their initial values" in take_weights(model, mini(AttentionConfig()).state_dict())
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_softmaxs_weights_begin_a_karat_swin() -> None:
         ({}, {"mode": "universal"}, "attention.mode = universal: the layers of swin_mini"),
         ({}, {"implementation": "triton"}, "attention.implementation = triton does not support the position bias"),
         ({}, {"init": "softmax_like", "rank": 17}, "rank = 17 is more than N = 16 tokens"),
-        ({}, {"softmax_heads": 2}, "attention.softmax_heads = 2 leaves no head to KArAt in a layer"),
+        ({}, {"softmax_heads": 2}, "attention.softmax_heads = 2 leaves no head for KArAt in a layer"),
         ({}, {"transfer_from": "runs/x", "kind": "softmax"}, "only between plain ViTs"),
     ],
 )

@@ -81,7 +81,7 @@ def test_what_weights_do_not_tell_is_compared(run: Path, world: World) -> None:
         )
         return initialise(create_model(other.model, other.attention), other, world)
 
-    with pytest.raises(RecipeError, match=r"with 2 heads in a layer, the model has 4; use model.num_heads=2"):
+    with pytest.raises(RecipeError, match=r"with 2 heads per layer, the model has 4; use model.num_heads=2"):
         begin({"num_heads": 4}, {"kind": "softmax"})
     line = begin({}, {"base": "silu", "simplex": True})
     assert line.endswith(

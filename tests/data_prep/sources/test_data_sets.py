@@ -89,7 +89,7 @@ def test_the_published_hash_is_asked_for_and_a_waiver_recorded(tmp_path, capsys)
     with pytest.raises(
         DataError,
         match=r"cifar-10-python.tar.gz: batches.meta has the MD5 \w+, and the published .*"
-        r"fetch it again: python data_prep/fetch.py cifar10 --out \S+, or take it as it is by --any-",
+        r"fetch it again: python data_prep/fetch.py cifar10 --out \S+, or accept it with --any-",
     ):
         make_shards(tmp_path / "src", tmp_path / "out")
     assert not (tmp_path / "out").exists()
