@@ -24,15 +24,19 @@ def learn(
 
     Raises:
         RecipeError: a layer has too few heads, layers that would share an operator differ in size, or the
-            implementation does not support a layer's bias.
+            implementation does not support a layer's bias or mask.
     """
     found = zip(attention_layers(network), sizes, strict=True)
-    turned = [(layer.attention, size) for layer, size in found if type(layer.attention) in classes]
-    if attention.implementation in ("cpu", "triton") and any(size.biased for _, size in turned):
+    kept = [(layer, size) for layer, size in found if type(layer.attention) in classes]
+    masked = any(getattr(layer.block, "attn_mask", None) is not None for layer, _ in kept)
+    lacks = {"cpu": ("position bias", any(size.biased for _, size in kept)), "triton": ("window masks", masked)}
+    what, is_needed = lacks.get(attention.implementation, ("", False))
+    if is_needed:
         raise RecipeError(
-            f"attention.implementation = {attention.implementation} does not support the position bias of "
-            f"{model.name}; use auto or streaming"
+            f"attention.implementation = {attention.implementation} does not support the {what} of {model.name}; "
+            "use auto or streaming"
         )
+    turned = [(layer.attention, size) for layer, size in kept]
     shapes = {(size.tokens, size.heads) for _, size in turned}
     if attention.mode == "universal" and len(shapes) > 1:
         raise RecipeError(

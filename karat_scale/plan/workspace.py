@@ -14,16 +14,16 @@ FP32 = 4
 def attention_workspace(recipe: Recipe, images: int, on_gpu: bool) -> int:
     """Bytes of the tiles of the `streaming` implementation; 0 for the others.
 
-    The Triton kernels keep tiles in registers, the CPU kernel some hundred KB a thread outside torch's allocator. Where
-    the recipe leaves the choice, a GPU takes Triton for the modular Fourier form without base and bias, else
-    `streaming`.
+    The Triton kernels keep tiles in registers, the CPU kernel some hundred KB a thread outside torch's allocator. With
+    `auto`, a GPU takes Triton for the modular Fourier form with any base, and a CPU takes its kernel without a base.
+    Layers with a position bias count as `streaming`, since half of Swin's also have a mask.
     """
     attention = recipe.attention
     if attention.kind == "softmax" or attention.implementation not in ("auto", "streaming"):
         return 0
     sizes = layer_sizes(recipe.model)
     has_kernel = attention.basis == "fourier" and attention.form == "modular" and not attention.simplex
-    has_kernel &= attention.base == "zero" and not any(size.biased for size in sizes)
+    has_kernel &= (on_gpu or attention.base == "zero") and not any(size.biased for size in sizes)
     if attention.implementation == "auto" and has_kernel:
         return 0
     budget = workspace_budget(torch.device("cuda" if on_gpu else "cpu"))
