@@ -223,9 +223,9 @@ def test_a_full_disk_names_the_file_and_the_fix(folder, small_disk, capsys, work
         (("--synsets", "nofile"), r"--synsets nofile: the file does not exist"),
         (("--val-labels", "nofile"), r"--val-labels nofile: the file does not exist"),
         (("--names", "nofile", "--dry-run"), r"--names nofile: the file does not exist"),
-        (("--val-labels", __file__), r"--val-labels has no meaning for folders of image files, as in .*; leave it out"),
-        (("--encoding", "jpeg"), r"--encoding has no meaning for folders of image files"),
-        (("--any-hash",), r"--any-hash has no meaning for folders of image files"),
+        (("--val-labels", __file__), r"--val-labels has no effect on folders of image files, as in .*; remove it"),
+        (("--encoding", "jpeg"), r"--encoding has no effect on folders of image files"),
+        (("--any-hash",), r"--any-hash has no effect on folders of image files"),
         (("--encoder", "pillow"), r"--encoder pillow needs --resize"),
     ],
 )
