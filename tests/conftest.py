@@ -112,12 +112,19 @@ def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
-def world() -> Iterator[Any]:
-    """This process alone, on the CPU."""
+def _leaves_at_the_end() -> Iterator[None]:
     from karat_scale.train import distributed
 
-    yield distributed.start("cpu")
+    yield
     distributed.stop()
+
+
+@pytest.fixture
+def world(_leaves_at_the_end: None) -> Any:
+    """This process alone, on the CPU. A command that ran in this process may have left the group; it joins again."""
+    from karat_scale.train import distributed
+
+    return distributed.start("cpu")
 
 
 def karat_environment() -> dict[str, str]:

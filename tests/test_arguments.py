@@ -52,8 +52,8 @@ def test_an_option_between_overrides_keeps_its_value() -> None:
     ("arguments", "message"),
     [
         (["trian"], "unknown value 'trian'; did you mean train?"),
-        (["xyz"], "choose from train, eval"),
-        (["bench", "stpe"], "no 'stpe'; did you mean step?"),
+        (["xyz"], "choose from prepare, train, eval"),
+        (["bench", "stpe"], "unknown value 'stpe'; did you mean step?"),
         (["eval", "r", "--weights", "rw"], "--weights: unknown value 'rw'; did you mean raw?"),
         (["train"], "required: RECIPE (karat train"),
         (["eval", "r", "--foo", "a=1"], "unknown option --foo (karat eval"),

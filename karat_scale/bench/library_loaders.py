@@ -22,7 +22,7 @@ def lacking(backend: str) -> str:
         there = backend not in LIBRARIES or find_spec(LIBRARIES[backend]) is not None
     except ModuleNotFoundError:
         there = False
-    return "" if there else f"pip install 'karat-scale[{backend}]'"
+    return "" if there else f"pip install '.[{backend}]' in the clone"
 
 
 def ffcv_loader(beton: Path, samples: int, augment: AugmentConfig, load: Load) -> Contender:

@@ -32,7 +32,7 @@ def test_too_few_checkpoints(karat_run: TrainedRun, tmp_path: Path) -> None:
     shutil.copytree(karat_run.path, tmp_path / "run")
     for name in karat_run.in_order[1:-1]:
         shutil.rmtree(tmp_path / "run" / "checkpoints" / name)
-    with pytest.raises(RunDirectoryError, match=r"2 checkpoint\(s\) and snapshots, but PCA of the path needs 3"):
+    with pytest.raises(RunDirectoryError, match=r"2 checkpoints and snapshots, but PCA of the path needs 3"):
         plane_of_run(dataclasses.replace(karat_run, path=tmp_path / "run"), [])
 
 

@@ -128,7 +128,7 @@ def test_the_command_prints_plain_lines_and_writes_json(tmp_path: Path) -> None:
 def test_a_wrong_call_is_one_line(tmp_path: Path) -> None:
     for arguments, part in {
         ("doctor", "data.workers=2"): "override",
-        ("doctor", "--json", str(tmp_path / "nowhere" / "x.json")): "no such directory",
+        ("doctor", "--json", str(tmp_path / "nowhere" / "x.json")): "its directory does not exist",
         ("doctor", "vit_tinny"): "neither a file nor a shipped recipe",
     }.items():
         done = karat(*arguments)

@@ -244,7 +244,7 @@ def not_utf8(run: Path) -> None:
         (set_unsealed("parameters", None), "summary.json: damaged: parameters = 'None'"),
         (set_unsealed("last_top1", "9.5"), "summary.json: damaged: last_top1 = '9.5'"),
         (set_unsealed("device", 3), "summary.json: damaged: device = '3'"),
-        (lambda run: change(run, last_top1=99.9), "has last_top1 = 99.9, and the last evaluation in metrics.jsonl "),
+        (lambda run: change(run, last_top1=99.9), "has last_top1 = 99.9, but the last evaluation in metrics.jsonl "),
         (write("metrics.jsonl", lambda text: text + '{"event": "tra'), "metrics.jsonl, line "),
         (not_utf8, "metrics.jsonl: damaged, it is not UTF-8"),
         (write("metrics.jsonl", lambda text: text.replace('"top1"', '"top"')), ": damaged: top1: Field required"),

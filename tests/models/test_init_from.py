@@ -201,7 +201,7 @@ def test_positions_of_prefix_tokens_may_be_in_the_tokens_themselves() -> None:
         ("pos_embed", torch.zeros(3), r"pos_embed is \[3\] in the weights and \[1, 17, 32\] in the model"),
         ("pos_embed", torch.zeros(1, 26, 16), "pos_embed has a width of 16 in the weights and 32 in the model"),
         ("cls_token", torch.zeros(32), r"cls_token is \[32\] in the weights and \[1, 1, 32\] in the model"),
-        ("patch_embed.proj.weight", torch.zeros(()), r"patch_embed.proj.weight is \[\] there"),
+        ("patch_embed.proj.weight", torch.zeros(()), r"patch_embed.proj.weight is \[\] in the weights"),
         ("patch_embed.proj.weight", torch.zeros(32, 5), "cannot be adapted to a VisionTransformer: shape"),
         ("head.bias", torch.zeros(()), r"head.bias is \[\] in the weights and \[4\] in the model"),
     ],
@@ -215,14 +215,18 @@ def test_a_damaged_tensor_is_named(name: str, damaged: torch.Tensor, message: st
 @pytest.mark.parametrize(
     ("name", "damaged", "message"),
     [
-        ("blocks.1.mlp.fc1.bias", torch.full((128,), torch.nan), "blocks.1.mlp.fc1.bias has numbers .* not finite"),
+        (
+            "blocks.1.mlp.fc1.bias",
+            torch.full((128,), torch.nan),
+            "fc1.bias in the weights has numbers that are not finite",
+        ),
         (
             "blocks.1.attn.operator.proj",
             torch.full((2, 17, 4), torch.inf),
             "proj in the weights has numbers that are not finite",
         ),
-        ("pos_embed", torch.zeros(1, 26, 32, dtype=torch.int32), "pos_embed is of torch.int32 there"),
-        ("norm.weight", torch.ones(32, dtype=torch.bool), "norm.weight is of torch.bool there"),
+        ("pos_embed", torch.zeros(1, 26, 32, dtype=torch.int32), "pos_embed in the weights is torch.int32"),
+        ("norm.weight", torch.ones(32, dtype=torch.bool), "norm.weight in the weights is torch.bool"),
     ],
 )
 def test_what_are_no_finite_numbers_is_refused(name: str, damaged: torch.Tensor, message: str) -> None:

@@ -85,7 +85,7 @@ def test_what_weights_do_not_tell_is_compared(run: Path, world: World) -> None:
         begin({"num_heads": 4}, {"kind": "softmax"})
     line = begin({}, {"base": "silu", "simplex": True})
     assert line.endswith(
-        f"{run}; attention.simplex = false there and true here; attention.base = zero there and silu here"
+        f"{run}; attention.simplex = false in the weights, true here; attention.base = zero in the weights, silu here"
     )
 
 

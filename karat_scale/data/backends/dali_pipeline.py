@@ -38,7 +38,7 @@ def require_dali() -> None:
     except (ImportError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(
-            f"data.backend = dali needs DALI, which is not there ({reason}); pip install 'karat-scale[dali]'"
+            f"data.backend = dali needs DALI ({reason}); install the extra in the clone: pip install '.[dali]'"
         ) from error
 
 

@@ -17,7 +17,7 @@ from karat_scale.data.decoders.resize import resize_region
 from karat_scale.errors import RecipeError
 
 DEBIAN_PACKAGES = "libopencv-dev libturbojpeg0-dev pkg-config g++"
-FIX = f"apt-get install {DEBIAN_PACKAGES}, then pip install 'karat-scale[ffcv]'"
+FIX = f"apt-get install {DEBIAN_PACKAGES}, then in the clone: pip install '.[ffcv]'"
 # A buffer for larger images is freed after use.
 KEPT_BYTES = 32 << 20
 # The header that karat_scale.data.formats.beton puts before raw pixels.

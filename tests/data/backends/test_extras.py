@@ -41,9 +41,10 @@ def test_the_error_says_what_to_install_and_another_decoder_reads_betons(betons)
     directory, _ = betons()
     dali, ffcv, counted = without(directory, directory)
     assert dali.startswith("data.backend = dali needs DALI, which is not there (")
-    assert dali.endswith("; pip install 'karat-scale[dali]'")
+    assert dali.endswith(": pip install '.[dali]'")
     assert ffcv.startswith("FFCV cannot be imported (")
     assert (
-        "; apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++, then pip install 'karat-scale[ffcv]'" in ffcv
+        "; apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++, then in the clone: pip install '.[ffcv]'"
+        in ffcv
     )
     assert counted == "11"

@@ -13,7 +13,7 @@ from karat_scale.recipe import AugmentConfig
 def test_a_path_that_does_not_answer_is_an_error_in_time(tmp_path, data_config, backend):
     path = tmp_path / "dead"
     os.mkfifo(path)  # opening it waits, as a dead server's directory does
-    with pytest.raises(DataError, match=rf"^data.path = {path} did not answer for data.timeout = 0.2 s; is its"):
+    with pytest.raises(DataError, match=rf"^data.path = {path} did not answer for data.timeout = 0.2 s; check its"):
         open_backend(data_config(path, backend=backend, timeout=0.2), AugmentConfig(), 16, 3, 0)
     os.close(os.open(path, os.O_WRONLY))
     for thread in threading.enumerate():
