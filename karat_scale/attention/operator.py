@@ -85,7 +85,7 @@ class KaratOperator(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws the parameters anew by the scheme `init`."""
+        """Draw the parameters again by the scheme `init`."""
         if self.init == SOFTMAX_LIKE:
             start_like_softmax(self.basis_parameters(), self.proj)
             return

@@ -89,7 +89,7 @@ def _streaming_forward(
     base: str,
     on_simplex: bool,
 ) -> tuple[Tensor, Tensor]:
-    """O [B, h, N, dv], and H [h, B, N, r] where there is a W (else it is as large as S, and computed anew)."""
+    """O [B, h, N, dv], and H [h, B, N, r] where there is a W (else it is as large as S, and computed again)."""
     output, hidden = _fake_forward(query, key, value, coef, proj)
     with full_precision(query.device):
         work = Workspace(query, coef, bias, mask, basis_of(basis), value.shape[2] if proj is None else 0)

@@ -38,7 +38,7 @@ def _cuda_peak(run: Callable[[], None]) -> float:
 def _resident_peak(run: Callable[[], None]) -> float:
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status_mb("VmRSS")
     run()
     return _status_mb("VmHWM") - before

@@ -1,6 +1,6 @@
 """`karat bench resume`: what an interruption costs, in whole processes as a job has them.
 
-Each round starts a run anew, tells its ranks to stop as a job's batch script does, starts it again, which resumes, and
+Each round starts a new run, tells its ranks to stop as a job's batch script does, starts it again, which resumes, and
 tells it to stop again. Times are read from the run's own events.
 """
 

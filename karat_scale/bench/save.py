@@ -1,4 +1,4 @@
-"""`karat bench save`: how long training stands still for a checkpoint, and how long it takes to go on from one.
+"""`karat bench save`: how long training pauses for a checkpoint, and how long a resume takes.
 
 Three ways to save the same engine in turn: DeepSpeed's own `save_checkpoint`, which neither flushes to the disk nor
 hashes; ours, waited for; and ours beside training. Then a load, as at a resume.

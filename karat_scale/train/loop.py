@@ -1,6 +1,6 @@
 """The training loop: global batches in order, evaluation, saving, and stopping when asked.
 
-Training is a function of the state: `run` may stop after any step and go on from its checkpoint, and the
+Training is a function of the state: `run` may stop after any step and resume from its checkpoint, and the
 weights come out the same.
 
 The host launches a step's work and does not wait for it. Loss and gradient norms stay on the device until a log line,

@@ -12,7 +12,7 @@ from karat_scale.recipe import Recipe
 def explain_out_of_memory(recipe: Recipe, world_size: int) -> contextlib.AbstractContextManager[None]:
     """Turn an allocation that fails within into a UserError; other exceptions pass."""
 
-    def mend() -> str:
+    def fix() -> str:
         train = recipe.train
         micro_batch = choose_micro_batch(train.global_batch, world_size, train.micro_batch, even=recipe.augment.mixes)
         return (
@@ -20,22 +20,22 @@ def explain_out_of_memory(recipe: Recipe, world_size: int) -> contextlib.Abstrac
             f"{train.recompute.policy}), or partition more by deepspeed.config (now {recipe.deepspeed.config})"
         )
 
-    return one_line_out_of_memory(mend)
+    return one_line_out_of_memory(fix)
 
 
 @contextlib.contextmanager
-def one_line_out_of_memory(mend: Callable[[], str]) -> Iterator[None]:
-    """Turn an allocation that fails within into a UserError that ends with `mend()`; other exceptions pass."""
+def one_line_out_of_memory(fix: Callable[[], str]) -> Iterator[None]:
+    """Turn an allocation that fails within into a UserError that ends with `fix()`; other exceptions pass."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory: {_what_failed(error)}; {mend()}") from error
+        raise UserError(f"out of memory: {_what_failed(error)}; {fix()}") from error
 
 
 def _what_failed(error: BaseException) -> str:
     lines = str(error).splitlines() or [type(error).__name__]
-    # torch's CPU allocator begins with its source line; CUDA's goes on with all that it has allocated.
+    # torch's CPU allocator begins with its source line; CUDA's continues with all that it has allocated.
     text = lines[0].rpartition("DefaultCPUAllocator: ")[2].partition(" GPU ")[0]
     return text.rstrip(". ")

@@ -74,7 +74,7 @@ def concluded(outcome: Outcome[S], directory: RunDirectory, signals: StopSignals
     Those of a finished run stay as they are when a start in its directory fails before it has begun.
     """
     if outcome.world.is_main and directory.is_summary_damaged:
-        reporter.warn(f"{directory.summary_file} is damaged; it will be written anew")
+        reporter.warn(f"{directory.summary_file} is damaged; it will be written again")
     try:
         yield
         outcome.code, outcome.reason = 0, "finished"
@@ -82,7 +82,7 @@ def concluded(outcome: Outcome[S], directory: RunDirectory, signals: StopSignals
         name = signals.received.name if signals.received else "a signal on another rank"
         outcome.code = EXIT_STOPPED if stopped.saved else 1
         outcome.reason = f"stopped by {name}"
-        reporter.info(f"{outcome.reason} at step {outcome.state.step}; run the same command to go on")
+        reporter.info(f"{outcome.reason} at step {outcome.state.step}; run the same command to resume")
     except UserError as error:
         outcome.code, outcome.reason = 2, str(error)
         raise

@@ -22,7 +22,7 @@ from karat_scale.train.state import TrainState
 
 
 def train(recipe: Recipe) -> int:
-    """Train, or go on training, what the recipe says; returns this rank's exit code.
+    """Train the recipe, or resume its run; return this rank's exit code.
 
     Raises:
         UserError: the recipe does not fit the data, the run directory or the machine.
@@ -52,7 +52,7 @@ def _train(recipe: Recipe, world: World, directory: RunDirectory, changes: str, 
                 state = TrainState(begun_with=run_behind(recipe.init_from))
             other = keep_data(state, parts.backend.num_train, parts.backend.classes, recipe, is_branch=bool(branch))
             if other:
-                reporter.info(f"it goes on with other data: {other}")
+                reporter.info(f"it continues with other data: {other}")
             outcome.classes = parts.backend.classes
             outcome.lineage = lineage(recipe, directory.path, state)
             outcome.state, outcome.begun = state, True

@@ -28,7 +28,7 @@ from karat_scale.recipe.loading import differing_keys, dump_recipe, effects, fla
 from karat_scale.train.checkpoint.store import CheckpointStore, checkpoint_name
 
 # The data cursor counts global batches, so another size would train on other samples. What was frozen has no optimizer
-# state that it could go on with.
+# state that it could resume with.
 NEVER_ALLOWED = ("train.global_batch", "train.freeze")
 # Of the keys that change the shapes of tensors, those for which init_from makes weights fit.
 _FITTED = ("model.image_size", "model.num_classes", "model.patch_size")

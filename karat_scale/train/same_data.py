@@ -1,4 +1,4 @@
-"""A run goes on with the data it began with: its cursor counts their images, its labels number their classes."""
+"""A run keeps the data it began with: its cursor counts their images, its labels number their classes."""
 
 import json
 from collections.abc import Sequence

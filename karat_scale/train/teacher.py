@@ -1,7 +1,7 @@
 """The trained model that a run's attention is transferred from, kept in the run, so that the run needs no other.
 
 RUN/teacher.safetensors is a file of `karat export`: weights, and the sections that build their model. A checkpoint
-names its teacher by the weights' digest, and goes on with no other.
+names its teacher by the weights' digest, and resumes with no other.
 """
 
 from pathlib import Path

@@ -150,9 +150,9 @@ def _weights_of_timm(name: str) -> dict[str, Tensor]:
             weights: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # the hub and what carries it have many
         is_away = isinstance(error, LocalEntryNotFoundError)
-        reason = "neither the Hugging Face hub nor its cache has them at hand" if is_away else _first_line(error)
-        mend = "fetch them where there is a network (HF_HOME names the cache) or name a file"
-        raise RecipeError(f"cannot be fetched: {reason}; {mend}") from error
+        reason = "neither the Hugging Face hub nor its cache has them" if is_away else _first_line(error)
+        fix = "fetch them where there is a network (HF_HOME names the cache) or name a file"
+        raise RecipeError(f"cannot be fetched: {reason}; {fix}") from error
     return weights
 
 

@@ -128,7 +128,7 @@ def test_timms_weights_come_from_its_cache_without_a_network(tmp_path: Path, mon
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(RecipeError, match=r"cannot be fetched: neither .* at hand; .*HF_HOME names the cache"):
+    with pytest.raises(RecipeError, match=r"cannot be fetched: neither .* has them; .*HF_HOME names the cache"):
         read_weights(f"timm:{NAME}")
     model = timm.create_model(NAME)
     home = tmp_path / f"models--timm--{NAME}"
@@ -154,7 +154,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypatch: p
     handler.emit = logged.append
     logging.getLogger("huggingface_hub").addHandler(handler)
     try:
-        with pytest.raises(RecipeError, match=r"cannot be fetched: neither .* at hand; ") as caught:
+        with pytest.raises(RecipeError, match=r"cannot be fetched: neither .* has them; ") as caught:
             read_weights(f"timm:{NAME}")
     finally:
         logging.getLogger("huggingface_hub").removeHandler(handler)

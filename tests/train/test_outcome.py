@@ -17,7 +17,7 @@ def test_a_disk_too_full_for_the_last_checkpoint_is_one_line(train_recipe, small
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: run.dir = {run}: the last checkpoint could not be saved: it needs 0.")
-    assert line.endswith("MB free; mend that and run the same command, which begins anew")
+    assert line.endswith("MB free; fix that and run the same command, which starts from the beginning")
     assert summary(run)["exit"] == 2
 
 
@@ -54,7 +54,7 @@ def test_notices_are_told_once_and_a_damaged_summary_is_written_anew(train_recip
     done = train_recipe("train.max_steps=1", "model.num_classes=5")
     assert done.returncode == 0
     assert done.stdout.count("notice: the data has 4 classes, but model.num_classes = 5") == 1
-    assert done.stdout.count("summary.json is damaged; it will be written anew") == 1
+    assert done.stdout.count("summary.json is damaged; it will be written again") == 1
     assert summary(tmp_path / "run")["exit"] == 0
 
 

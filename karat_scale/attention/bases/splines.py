@@ -17,7 +17,7 @@ from karat_scale.attention.bases.base import FeatureBasis, Shape, is_paper
 class BSpline(FeatureBasis):
     """phi(x) = w (silu(x) + sum_i c_i B_i(x)): G + k splines of degree k on a uniform grid over [-I, I].
 
-    The grid goes on by k steps on both sides, and outside it the sum is 0. Parameters `weight` w [h, p, q] and `coef`
+    The grid has k more steps on both sides, and outside it the sum is 0. Parameters `weight` w [h, p, q] and `coef`
     c [h, G + k, p, q].
     """
 

@@ -39,7 +39,7 @@ _TRUSTED_OWNERS = (0, os.getuid()) if hasattr(os, "getuid") else ()
 
 
 class LoadError(Exception):
-    """The kernel cannot run on this machine; the message says why and what would mend it."""
+    """The kernel cannot run on this machine. The message says why and how to fix it."""
 
 
 def load(source: Path, what: str, link: tuple[str, ...] = (), portable: bool = False) -> ctypes.CDLL:

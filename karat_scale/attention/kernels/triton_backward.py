@@ -204,7 +204,7 @@ def grad_key_kernel(
             k = (k.to(tl.float32) * scale).to(k.dtype)
         item_unit = tl.load(grad_scale + item)
         if FAST and GROUP > 0:
-            # The sums are kept in units of the image at hand.
+            # The sums are kept in units of the current image.
             rescaled = ()
             for f in tl.static_range(2 * GROUP):
                 rescaled = rescaled + (totals[f] * (unit / item_unit),)

@@ -37,7 +37,7 @@ class Task:
         return "streaming" if self.toy else "triton"
 
     def halving(self, what: str, batch: int, attempt: Callable[[int], None], least: int = 1) -> None:
-        """`attempt(batch)`, again with half of it where memory runs out; a failure is told, and the section goes on.
+        """Call `attempt(batch)`, with half of it when memory runs out. Report a failure and let the section continue.
 
         Raises:
             Exception: one that `is_fatal`.

@@ -100,7 +100,7 @@ class Checkpoints:
         return not self._world.any(differs)
 
     def _restore_generators(self, checkpoint: Path, saved: dict[str, Any]) -> None:
-        """A rank goes on with the generators of its number; where there are none, they start from the step."""
+        """A rank resumes with the generators of its number. If there are none, they start from the step."""
         path = checkpoint / sidecar_name(self._world.rank)
         if path.is_file():
             restore_generators(load_tensors(path), self._world.device)

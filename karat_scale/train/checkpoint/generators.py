@@ -22,5 +22,5 @@ def restore_generators(states: dict[str, Any], device: torch.device) -> None:
 
 
 def seed_generators(seed: int, step: int, rank: int) -> None:
-    """For a rank that has none to go on with: they start from the step."""
+    """Seed the generators of a rank that has none saved: they start from the step."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))

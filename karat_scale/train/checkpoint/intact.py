@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from."""
+"""The checkpoint that a run resumes from."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def _newest_intact(store: CheckpointStore, reporter: Reporter) -> tuple[Path, st
     if names:
         return RunDirectoryError(
             f"{store.root}: none of {len(names)} checkpoints is intact; "
-            "remove the directory to start anew, or restore one from a copy"
+            "remove the directory to start from the beginning, or restore one from a copy"
         )
     return None
 

@@ -95,8 +95,8 @@ class CheckpointStore:
         """Training ended but for its last checkpoint, as an error to raise."""
         kept = self.pointed("latest")
         return RunDirectoryError(
-            f"run.dir = {self.root.parent}: the last checkpoint could not be saved: {problem}; mend that and run the "
-            f"same command, which {f'goes on from {kept}' if kept else 'begins anew'}"
+            f"run.dir = {self.root.parent}: the last checkpoint could not be saved: {problem}; fix that and run the "
+            f"same command, which {f'resumes from {kept}' if kept else 'starts from the beginning'}"
         )
 
     def names(self) -> list[str]:

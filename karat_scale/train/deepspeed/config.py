@@ -24,7 +24,7 @@ def load_ds_config(recipe: Recipe, world_size: int, micro_batch: int) -> dict[st
     """The configuration DeepSpeed gets: the file the recipe names, every "auto" and missing number filled.
 
     Raises:
-        RecipeError: no such file, not JSON, an "auto" we cannot fill, a wrong or unknown key, a key that stands twice,
+        RecipeError: no such file, not JSON, an "auto" we cannot fill, a wrong or unknown key, a key given twice,
             a number that contradicts the recipe, or CUDA graphs with accumulated gradients.
     """
     values = {**_recipe_values(recipe), **_batch_values(recipe, world_size, micro_batch)}
@@ -98,7 +98,7 @@ def _read(recipe: Recipe, values: dict[str, Any], with_keys: bool) -> tuple[dict
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{source}: not valid JSON: {error}") from None
     except _TwiceError as error:
-        raise RecipeError(f"{source}: {error} stands twice; remove one of them") from None
+        raise RecipeError(f"{source}: {error} is given twice; remove one of them") from None
     if not isinstance(config, dict):
         raise RecipeError(f"{source}: should be a JSON object")
     _fill_auto(config, values, source)
@@ -113,7 +113,7 @@ def _read(recipe: Recipe, values: dict[str, Any], with_keys: bool) -> tuple[dict
 
 
 class _TwiceError(Exception):
-    """A key that stands twice in one object."""
+    """A key that is given twice in one object."""
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def keep_least_loss_scale(engine: Any) -> None:
 
 
 def load_loss_scaler(engine: Any, saved: Any) -> None:
-    """Let a dynamic loss scale go on from that of a checkpoint, where both are dynamic."""
+    """Resume a dynamic loss scale from that of a checkpoint, if both are dynamic."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None and scaler.dynamic and getattr(saved, "dynamic", False):
         for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"):

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live bar on a terminal, plain lines elsewhere."""
+"""The progress that a person sees: a live bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -21,7 +21,7 @@ from karat_scale.data.batch import BadSample
 from karat_scale.train.reporting.metrics import MetricsLog
 from karat_scale.train.state import RunState
 
-# A check of fewer bytes is over before a person has read that it goes on.
+# A check of fewer bytes is over before a person has read about it.
 _LARGE = 10**8
 
 
@@ -211,7 +211,7 @@ class Reporter:
         self._write("checkpoint", state.step, samples=state.samples, name=name, **figures)
 
     def resumed(self, state: RunState, name: str) -> None:
-        """Training goes on from a checkpoint."""
+        """Training resumes from a checkpoint."""
         self.info(f"resumed from {name}: step {state.step}, {state.samples:,} samples seen")
         self._write("resume", state.step, samples=state.samples, name=name, restarts=state.restarts)
 

@@ -52,7 +52,7 @@ def test_a_users_own_file_works(small_recipe, tmp_path: Path) -> None:
         ("{", "not valid JSON"),
         ("[]", "should be a JSON object"),
         ('{"zero_optimization": {"stage": 4}}', "zero_optimization.stage = 4: should be one of 0, 1, 2, 3"),
-        ('{"zero_optimization": {"stage": 1, "stage": 2}}', "stage stands twice; remove one of them"),
+        ('{"zero_optimization": {"stage": 1, "stage": 2}}', "stage is given twice; remove one of them"),
         ('{"wall_clock_breakdown": "yes"}', "wall_clock_breakdown = 'yes': should be a valid boolean"),
         ('{"communication_data_type": "int3"}', "communication_data_type = 'int3': DeepSpeed cannot read it"),
         ('{"train_batch_size": 16}', "train_batch_size = 16, but the recipe makes it 8"),
