@@ -5,6 +5,7 @@ One process alone, `torchrun`, and `srun` with one task per device all end in th
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,9 +144,13 @@ def start(device: str) -> World:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group. Another run may start in this process."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    if "deepspeed" in sys.modules:
+        from karat_scale.train.deepspeed.internals import forget_groups
+
+        forget_groups()
 
 
 def _join(rank: int, size: int, device: torch.device) -> None:

@@ -25,6 +25,14 @@ def quieten_and_skip_builds() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
+def forget_groups() -> None:
+    """Let the next engine make groups of its own: DeepSpeed keeps those of a process group that is destroyed."""
+    from deepspeed.utils import groups
+
+    groups._WORLD_GROUP = None
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+
+
 @contextlib.contextmanager
 def quiet_initialization() -> Iterator[None]:
     """Keep DeepSpeed's bf16 optimizer from printing the machine's memory, a garbage collection each time."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from karat_scale.train import distributed
 from karat_scale.train.checkpoint.tensor_storage import DurableStorage
 from karat_scale.train.deepspeed import internals, waiting
 from karat_scale.train.deepspeed.internals import (
@@ -24,6 +25,7 @@ from tests.train.conftest import CONFIGS, train_once, weights
 def test_each_private_corner_has_a_test() -> None:
     """Called here, or by what the named test runs at each stage."""
     elsewhere = {
+        "forget_groups": "test_a_second_run_may_start_in_one_process",
         "quieten_and_skip_builds": "test_the_shared_memory_build_is_switched_off",
         "average_gradients_in_few_copies": "test_a_step_runs_few_kernels_beside_the_model",
         "check_by_the_norm": "test_a_step_neither_stops_the_host_nor_reads_a_scalar",
@@ -141,3 +143,11 @@ def test_the_classes_in_checkpoints_exist() -> None:
         "ZeroStageEnum",
         "fragment_address",
     ]
+
+
+@pytest.mark.parametrize("config", ["zero0", "zero1", "zero3"])
+def test_a_second_run_may_start_in_one_process(small_recipe, make_engine, config: str) -> None:
+    for _ in range(2):
+        train_once(make_engine(small_recipe(f"deepspeed.config={config}")), seed=1)
+        distributed.stop()
+        distributed.start("cpu")
