@@ -88,7 +88,7 @@ def _check_like(name: str, tensor: Tensor, model_name: str, model: Tensor) -> No
 
 def _check_broadcasts(name: str, tensor: Tensor, target: tuple[int, ...]) -> None:
     shape = (1,) * (len(target) - tensor.dim()) + tuple(tensor.shape)
-    if tensor.dim() > 4 or any(size not in (1, whole) for size, whole in zip(shape, target, strict=True)):
+    if tensor.dim() > 4 or any(size != 1 and size != whole for size, whole in zip(shape, target, strict=True)):
         raise _wrong_shape(name, tensor, f"broadcastable to [B, h, N, N] = {list(target)}")
 
 

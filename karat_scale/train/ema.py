@@ -28,7 +28,6 @@ class Ema:
         self._decay = train.ema_decay
         self._warmup = train.ema_warmup
         self.shards = [master.detach().clone() for master in master_weights(engine)]
-        self.decides_on_device = all(shard.device.type == "cuda" for shard in self.shards)
 
     @torch.no_grad()
     def update(self, step: int, was_taken: torch.Tensor | None = None) -> None:

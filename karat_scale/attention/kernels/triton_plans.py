@@ -9,6 +9,7 @@ from typing import Any
 
 import triton
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
 
 from karat_scale.attention.kernels.triton_backward import grad_key_kernel, grad_query_kernel
 from karat_scale.attention.kernels.triton_forward import forward_kernel
@@ -58,7 +59,11 @@ class Launch:
         if aligned and self._compiled is not None:
             self._compiled(*tensors, *self._tail)
             return
-        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
+        try:
+            compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
+        except OutOfResources:  # without loads ahead of need it takes about half of the shared memory
+            self.options = {**self.options, "num_stages": 1}
+            compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
         if aligned and compiled is not None:
             self._compiled = compiled[self.grid]
 
@@ -162,11 +167,11 @@ class BackwardPlan:
                 "RANK": rank,
                 "VALUE_WIDTH": sizes.value_width,
                 "BLOCK_VALUE": block(sizes.value_width),
-                "BLOCK_ROWS": readout_rows(sizes),
+                "BLOCK_ROWS": readout_rows(sizes, products),
                 "FAST": products.fast,
                 "PRECISION": products.others,
             },
-            compile_options(4, 2),
+            compile_options(4, 2, maxnreg=255),
         )
         numbers = (sizes.heads, sizes.tokens, padded, sizes.width**-0.5)
         strides = (*query[:3], *key[:3], *(_NO_STRIDES if bias is None else bias))

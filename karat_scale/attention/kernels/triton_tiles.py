@@ -111,18 +111,25 @@ def choose_tiles(kernel: str, sizes: Sizes, products: Products, architecture: in
         if kernel == "grad_key" and sizes.grid > 1 and architecture == 100:
             # Its accumulators lie in tensor memory, and pass through registers on their way to the next harmonic.
             return Tiles(64, 32, compile_options(8, 2, **spacious))
+        if kernel == "grad_key_alone" and block(sizes.width) > 64:
+            # Two warp groups share the sums of a wide head; one alone spills at many harmonics.
+            return Tiles(64, 16, compile_options(8, 2, **spacious))
         walked = 16 if block(sizes.width) > 64 and kernel != "forward" else 32
         if easy and ((kernel == "grad_query" and sizes.grid <= LARGEST_UNROLLED) or sizes.grid == 1):
             walked = 64
         return Tiles(64, walked, compile_options(4, 2, **spacious))
+    if kernel == "grad_key_alone" and block(sizes.width) > 64:
+        return Tiles(64, 16, compile_options(8, 2, **spacious))
     full = kernel == "grad_key" and sizes.grid > 1
     walked = 32 if easy and sizes.grid <= 4 and not full else 16
     return Tiles(64, walked, compile_options(4, 2, **spacious))
 
 
-def readout_rows(sizes: Sizes) -> int:
-    """Rows of a tile of the readout's backward pass."""
-    return 64 if block(sizes.value_width) <= 64 else 32
+def readout_rows(sizes: Sizes, products: Products) -> int:
+    """Rows of a tile of the readout's backward pass: wide float32 rows must fit 99 KB of shared memory."""
+    if block(sizes.value_width) <= 64:
+        return 64
+    return 16 if products.dtype == torch.float32 else 32
 
 
 def _covers(tokens: int, rows: int) -> bool:

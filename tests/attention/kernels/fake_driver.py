@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import max_shared_mem
 from triton.runtime import driver
 
 # Bytes of shared memory that one program may use, by compute capability (CUDA C++ Programming Guide, technical
@@ -107,6 +108,7 @@ def fake_driver(architecture: int) -> Iterator[FakeDriver]:
     ]
 
     def forget() -> None:
+        max_shared_mem.cache_clear()  # or the next architecture would have this one's limit
         triton_launch._forward_plans.clear()
         triton_launch._backward_plans.clear()
         for kernel in kernels:

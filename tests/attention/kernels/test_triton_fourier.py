@@ -93,6 +93,7 @@ def test_dynamo_makes_one_graph_of_one_operation(fake_cuda, base, bias):
         graphs.append(graph)
         return graph.forward
 
+    torch._dynamo.reset()  # or what earlier tests compiled would make sizes dynamic, or not
     compiled = torch.compile(fourier_karat_attention, backend=backend, fullgraph=True)
     output = compiled(*heads, *parameters, base=base, bias=added, implementation="triton")
     assert (output.shape, output.dtype, output.device.type) == ((2, 3, 197, 64), torch.bfloat16, "cuda")
