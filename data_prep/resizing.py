@@ -6,10 +6,10 @@ from typing import Literal
 
 from PIL import Image
 
-from karat_scale.attention.kernels.build import LoadError
 from karat_scale.data.decode import decode_rgb
 from karat_scale.data.decoders.recoder import NativeRecoder, result_size
 from karat_scale.errors import DataError
+from karat_scale.native_build import LoadError
 
 Encoder = Literal["native", "pillow"]
 # A JPEG that is scaled while decoding stays larger than its result by this factor, so that the resize is good.

@@ -20,8 +20,8 @@ from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 
 from karat_scale.cli import build_parser
-from karat_scale.detection.recipe import DetectionRecipe
 from karat_scale.recipe import Recipe
+from karat_scale.tasks.detection.recipe import DetectionRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}

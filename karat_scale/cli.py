@@ -163,35 +163,35 @@ def _train(options: argparse.Namespace) -> int:
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.print:
-        from karat_scale.train.deepspeed.config import check_ds_config
+        from karat_scale.engine.deepspeed_config import check_ds_config
 
         check_ds_config(recipe)
         print(dump_recipe(recipe), end="")
         return 0
-    from karat_scale.train.run import train
+    from karat_scale.run.run import train
 
     return train(recipe)
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from karat_scale.train.eval_run import evaluate_run
+    from karat_scale.tasks.classification.eval_run import evaluate_run
 
     return evaluate_run(options.run_dir, options.overrides, options.checkpoint, options.weights, options.json)
 
 
 def _detect(options: argparse.Namespace) -> int:
-    from karat_scale.detection.recipe import DetectionRecipe
     from karat_scale.recipe.loading import dump_recipe, load_recipe
+    from karat_scale.tasks.detection.recipe import DetectionRecipe
 
     if options.eval:
-        from karat_scale.detection.run import evaluate_detector
+        from karat_scale.tasks.detection.run import evaluate_detector
 
         return evaluate_detector(options.recipe, options.overrides, options.checkpoint, options.json)
     recipe = load_recipe(options.recipe, options.overrides, DetectionRecipe)
     if options.print:
         print(dump_recipe(recipe), end="")
         return 0
-    from karat_scale.detection.run import train_detector
+    from karat_scale.tasks.detection.run import train_detector
 
     return train_detector(recipe)
 
@@ -209,7 +209,7 @@ def _ledger(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from karat_scale.plan.command import Request, plan_recipe
+    from karat_scale.estimate.command import Request, plan_recipe
 
     request = Request(
         gpus=options.gpus,

@@ -113,7 +113,7 @@ def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="session")
 def _leaves_at_the_end() -> Iterator[None]:
-    from karat_scale.train import distributed
+    from karat_scale.engine import distributed
 
     yield
     distributed.stop()
@@ -122,7 +122,7 @@ def _leaves_at_the_end() -> Iterator[None]:
 @pytest.fixture
 def world(_leaves_at_the_end: None) -> Any:
     """This process alone, on the CPU. A command that ran in this process may have left the group; it joins again."""
-    from karat_scale.train import distributed
+    from karat_scale.engine import distributed
 
     return distributed.start("cpu")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from karat_scale.cli import build_parser
-from karat_scale.detection.recipe import DetectionRecipe
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import schema_keys
+from karat_scale.tasks.detection.recipe import DetectionRecipe
 from tests.analysis.browser import Browser, open_browser
 from tests.conftest import ROOT
 

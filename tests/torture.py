@@ -28,13 +28,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import karat_scale.data.backends.webdataset
-import karat_scale.train.run  # noqa: F401
+import karat_scale.run.run  # noqa: F401
+from karat_scale.checkpoint.tensor_storage import load_tensors
+from karat_scale.engine.deepspeed_internals import quieten_and_skip_builds
 from karat_scale.recipe.loading import dump_recipe, load_recipe
-from karat_scale.train.checkpoint.tensor_storage import load_tensors
-from karat_scale.train.deepspeed.internals import quieten_and_skip_builds
 from tests.conftest import SMALL, make_image_folder, run_script
-from tests.train.conftest import equal
-from tests.train.forked_ranks import ForkedRanks
+from tests.run.forked_ranks import ForkedRanks
+from tests.small_engines import equal
 
 FINISHES_WITHIN = 300.0
 SURVIVORS_END_WITHIN = 3.0

@@ -18,9 +18,9 @@ from karat_scale.analysis.report import Problem, RunSummary, write_report
 from karat_scale.analysis.result import Result, Settings
 from karat_scale.analysis.spectrum import analyze_spectrum
 from karat_scale.analysis.trained_run import TrainedRun, open_run
+from karat_scale.engine import distributed
 from karat_scale.errors import RunDirectoryError, UserError
 from karat_scale.models.factory import parameter_count
-from karat_scale.train import distributed
 
 Analysis = Callable[[TrainedRun, Settings, Path], Result]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from karat_scale.analysis.trajectory import flatten, trainable
+from karat_scale.engine.distributed import ALONE, World
 from karat_scale.files import write_atomically
-from karat_scale.train.distributed import ALONE, World
 
 Array = npt.NDArray[np.float64]
 Directions = npt.NDArray[np.float32]

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from karat_scale.analysis.trained_run import TrainedRun
-from karat_scale.train.distributed import ALONE, World
+from karat_scale.engine.distributed import ALONE, World
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 from karat_scale.analysis.validation_images import ValidationImages
+from karat_scale.checkpoint.store import MANIFEST, CheckpointStore
+from karat_scale.checkpoint.weights import load_weights, wants_ema
 from karat_scale.errors import RunDirectoryError, UserError
 from karat_scale.files import file_sha256
 from karat_scale.recipe import AttentionConfig, Recipe
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.train.checkpoint.store import MANIFEST, CheckpointStore
-from karat_scale.train.checkpoint.weights import load_weights, wants_ema
-from karat_scale.train.checkpoint.weights_file import load_exported
-from karat_scale.train.run_directory import RunDirectory
-from karat_scale.train.teacher import build_model
+from karat_scale.run.run_directory import RunDirectory
+from karat_scale.run.weights_file import load_exported
+from karat_scale.tasks.classification.teacher import build_model
 
 SNAPSHOT = ".safetensors"
 

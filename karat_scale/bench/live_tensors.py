@@ -87,13 +87,13 @@ def _outwait_gloo() -> None:
 
 
 def _train(recipe: Recipe, steps: int, evaluates: bool) -> None:
-    from karat_scale.train import distributed
-    from karat_scale.train.loop import Loop, evaluate_in_training
-    from karat_scale.train.parts import build_parts
-    from karat_scale.train.reporting.progress import Reporter, SilentDisplay
-    from karat_scale.train.run_directory import RunDirectory
-    from karat_scale.train.signals import StopSignals
-    from karat_scale.train.state import TrainState
+    from karat_scale.engine import distributed
+    from karat_scale.engine.run_state import TrainState
+    from karat_scale.reporting.progress import Reporter, SilentDisplay
+    from karat_scale.run.loop import Loop, evaluate_in_training
+    from karat_scale.run.parts import build_parts
+    from karat_scale.run.run_directory import RunDirectory
+    from karat_scale.run.signals import StopSignals
 
     world = distributed.start("cpu")
     try:

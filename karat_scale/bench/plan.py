@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from karat_scale.bench.live_tensors import live_tensor_peak
+from karat_scale.estimate.choose import Machine, consider, micro_batches
+from karat_scale.estimate.show import show_table
+from karat_scale.estimate.subject import Subject
 from karat_scale.files import write_atomically
-from karat_scale.plan.choose import Machine, consider, micro_batches
-from karat_scale.plan.show import show_table
-from karat_scale.plan.subject import Subject
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
 

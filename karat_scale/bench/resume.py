@@ -26,7 +26,7 @@ from karat_scale.cluster.standing import read_events
 from karat_scale.errors import EXIT_STOPPED, UserError
 from karat_scale.files import write_atomically
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.train.run_directory import RunDirectory
+from karat_scale.run.run_directory import RunDirectory
 
 POLL_SECONDS = 0.05
 LIMIT_SECONDS = 600

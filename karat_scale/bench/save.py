@@ -17,15 +17,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from karat_scale.engine import distributed
+from karat_scale.engine.run_state import TrainState
 from karat_scale.files import write_atomically
 from karat_scale.recipe.loading import validate_recipe
-from karat_scale.train import distributed
-from karat_scale.train.loop import Loop
-from karat_scale.train.parts import Parts, build_parts
-from karat_scale.train.reporting.progress import Reporter, SilentDisplay
-from karat_scale.train.run_directory import RunDirectory
-from karat_scale.train.signals import StopSignals
-from karat_scale.train.state import TrainState
+from karat_scale.reporting.progress import Reporter, SilentDisplay
+from karat_scale.run.loop import Loop
+from karat_scale.run.parts import Parts, build_parts
+from karat_scale.run.run_directory import RunDirectory
+from karat_scale.run.signals import StopSignals
 
 DEEPSPEED, BLOCKING, BESIDE = "DeepSpeed's save_checkpoint", "karat, blocking", "karat, beside training"
 

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from karat_scale.bench.interleave import interleaved_seconds, median_ratio
+from karat_scale.engine import distributed
+from karat_scale.engine.distributed import World
+from karat_scale.engine.engine import Engine
+from karat_scale.engine.optimizer import build_optimizer
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
-from karat_scale.train import distributed
-from karat_scale.train.deepspeed.engine import Engine
-from karat_scale.train.distributed import World
-from karat_scale.train.optimizer import build_optimizer
 
 DDP = "DistributedDataParallel"
 STAGES = ("zero0", "zero1", "zero2", "zero3")

@@ -25,19 +25,19 @@ from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.batch import Batch
 from karat_scale.data.digest import with_digest
 from karat_scale.data.plan import TrainPlan
+from karat_scale.engine import distributed
+from karat_scale.engine.optimizer import build_optimizer
+from karat_scale.engine.run_state import TrainState
+from karat_scale.engine.schedule import build_schedule
 from karat_scale.files import write_atomically
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
-from karat_scale.train import distributed
-from karat_scale.train.loop import Loop
-from karat_scale.train.optimizer import build_optimizer
-from karat_scale.train.parts import build_parts
-from karat_scale.train.reporting.progress import Reporter, SilentDisplay
-from karat_scale.train.run_directory import RunDirectory
-from karat_scale.train.schedule import build_schedule
-from karat_scale.train.signals import StopSignals
-from karat_scale.train.state import TrainState
+from karat_scale.reporting.progress import Reporter, SilentDisplay
+from karat_scale.run.loop import Loop
+from karat_scale.run.parts import build_parts
+from karat_scale.run.run_directory import RunDirectory
+from karat_scale.run.signals import StopSignals
 
 BARE, OURS, KARAT = "bare PyTorch loop, softmax", "karat loop, softmax", "karat loop, KArAt G3B"
 FIRST_STEP_RUNS = 3

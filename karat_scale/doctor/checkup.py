@@ -15,12 +15,12 @@ from karat_scale.doctor.fit import Subject
 from karat_scale.doctor.report import Report, Row
 from karat_scale.doctor.timed_run import Figures, setting_of, time_recipe
 from karat_scale.doctor.verdict import Verdict, judge
+from karat_scale.engine import distributed
+from karat_scale.engine.deepspeed_config import load_ds_config
+from karat_scale.engine.distributed import World
 from karat_scale.models import parameter_count
 from karat_scale.recipe import Recipe
-from karat_scale.train import distributed
-from karat_scale.train.deepspeed.config import load_ds_config
-from karat_scale.train.distributed import World
-from karat_scale.train.teacher import build_model, keep_teacher
+from karat_scale.tasks.classification.teacher import build_model, keep_teacher
 
 MB = 1e6
 # If the loop is slower than its slower side by this factor, the two sides hinder each other.

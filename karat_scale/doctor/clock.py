@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from karat_scale.train.distributed import World
+from karat_scale.engine.distributed import World
 
 FEWEST = 2
 

@@ -10,8 +10,8 @@ import torch
 
 from karat_scale.data.backends import open_backend
 from karat_scale.data.plan import BatchSlice
+from karat_scale.engine.distributed import World
 from karat_scale.recipe import AugmentConfig, Recipe
-from karat_scale.train.distributed import World
 
 LARGEST_BATCH = 16
 # These work without worker processes; DALI always has its own threads.

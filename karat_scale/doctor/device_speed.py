@@ -14,11 +14,11 @@ from karat_scale.data.augmentation.mixing import Mixer
 from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.batch import Batch
 from karat_scale.doctor.clock import repeated, timed
+from karat_scale.engine.distributed import World
+from karat_scale.engine.precision import PRECISIONS
 from karat_scale.models import parameter_count
 from karat_scale.recipe import Recipe
-from karat_scale.train.distributed import World
-from karat_scale.train.parts import Parts
-from karat_scale.train.precision import PRECISIONS
+from karat_scale.run.parts import Parts
 
 
 def random_batch(recipe: Recipe, size: int) -> Batch:

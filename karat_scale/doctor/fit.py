@@ -12,11 +12,11 @@ from karat_scale.data.plan import TrainPlan, choose_micro_batch
 from karat_scale.doctor import resources
 from karat_scale.doctor.data_files import DataFiles, find_data_files
 from karat_scale.doctor.finding import Finding, found, plural
+from karat_scale.engine.distributed import World
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import differing_keys
-from karat_scale.train.distributed import World
-from karat_scale.train.run_directory import RunDirectory
+from karat_scale.run.run_directory import RunDirectory
 
 GIB = 2**30
 # fp32 weights, their EMA and the two moments of AdamW.

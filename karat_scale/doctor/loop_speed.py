@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from karat_scale.data.batch import Batch
 from karat_scale.doctor.clock import slowest, wait_for
-from karat_scale.train.loop import Loop
-from karat_scale.train.parts import Parts
-from karat_scale.train.state import TrainState
+from karat_scale.engine.run_state import TrainState
+from karat_scale.run.loop import Loop
+from karat_scale.run.parts import Parts
 
 MANY_STEPS = 1_000_000_000
 FEWEST_STEPS = 2

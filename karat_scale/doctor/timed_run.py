@@ -18,10 +18,10 @@ from karat_scale.doctor.report import Voice
 from karat_scale.doctor.storage import StorageSpeed, measure_storage
 from karat_scale.doctor.verdict import Setting, Stage
 from karat_scale.recipe import Recipe
-from karat_scale.train.parts import Parts, build_parts
-from karat_scale.train.reporting.progress import PlainDisplay, Reporter
-from karat_scale.train.run_directory import RunDirectory
-from karat_scale.train.signals import StopSignals
+from karat_scale.reporting.progress import PlainDisplay, Reporter
+from karat_scale.run.parts import Parts, build_parts
+from karat_scale.run.run_directory import RunDirectory
+from karat_scale.run.signals import StopSignals
 
 # Shares of the available seconds.
 SHARES = {"storage": 0.1, "data": 0.35, "model": 0.15, "transfer": 0.05, "communication": 0.05, "optimizer": 0.1}

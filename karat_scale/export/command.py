@@ -10,8 +10,8 @@ from karat_scale.export.onnx_file import write_onnx
 from karat_scale.export.source import Source
 from karat_scale.export.torchscript import write_torchscript
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.train.checkpoint.weights_file import write_weights
-from karat_scale.train.run_directory import RunDirectory
+from karat_scale.run.run_directory import RunDirectory
+from karat_scale.run.weights_file import write_weights
 
 
 class Format(NamedTuple):

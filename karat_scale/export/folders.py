@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from karat_scale.checkpoint.weights import preprocessing
 from karat_scale.errors import RunDirectoryError
 from karat_scale.export.model_card import model_card
 from karat_scale.export.source import Source
 from karat_scale.files import file_sha256, flush_to_disk, write_atomically
-from karat_scale.train.checkpoint.weights import preprocessing
 
 CONFIG, WEIGHTS, RECIPE, CARD, SUMS = "config.json", "model.safetensors", "recipe.yaml", "README.md", "SHA256SUMS"
 

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from karat_scale.checkpoint.weights import describe_weights, load_weights
 from karat_scale.errors import RunDirectoryError
 from karat_scale.models import create_model
 from karat_scale.models.transfer import teacher_of, weights_digest
 from karat_scale.recipe import Recipe
-from karat_scale.train.checkpoint.weights import describe_weights, load_weights
-from karat_scale.train.run_directory import RunDirectory
-from karat_scale.train.teacher import build_model
+from karat_scale.run.run_directory import RunDirectory
+from karat_scale.tasks.classification.teacher import build_model
 
 TRACEABLE = "reference"
 """The implementation of KArAt's operator with plain tensor operations, which a tracer can record."""

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from karat_scale.data.plan import total_steps
+from karat_scale.engine.run_state import TrainState
 from karat_scale.errors import RunDirectoryError
 from karat_scale.files import file_sha256, sealed
 from karat_scale.ledger.figures import EvalEvent, SummaryFigures, TrainEvent
 from karat_scale.recipe import Recipe
-from karat_scale.train.run_directory import RunDirectory
-from karat_scale.train.state import TrainState
+from karat_scale.run.run_directory import RunDirectory
 
 # Fields of summary.json that are also in a checkpoint's state.json, where `steps` is called `step`.
 _OF_STATE = (

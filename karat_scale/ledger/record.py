@@ -15,7 +15,7 @@ from karat_scale.ledger.figures import SummaryFigures
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
 from karat_scale.recipe.portable import portable_recipe, text_digest
-from karat_scale.train.run_directory import RunDirectory
+from karat_scale.run.run_directory import RunDirectory
 
 
 class Record(BaseModel):

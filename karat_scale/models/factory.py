@@ -14,8 +14,8 @@ from karat_scale.models.other import OTHER
 from karat_scale.models.swin import SWIN
 from karat_scale.models.transfer import TransferredAttention
 from karat_scale.models.vit import VIT, build_vit
-from karat_scale.nearest import nearest
 from karat_scale.recipe import AttentionConfig, ModelConfig
+from karat_scale.suggestions import nearest
 
 # By the names of timm's modules.
 HOSTS = {

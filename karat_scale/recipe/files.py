@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from karat_scale.errors import RecipeError
-from karat_scale.nearest import nearest
+from karat_scale.suggestions import nearest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 # The folder of each kind of recipe, and the command that trains it.

@@ -18,8 +18,8 @@ def planned_overrides(recipe: Recipe, overrides: Sequence[str], ranks: int, gpu:
         print("not planned: name the GPU with --gpu, such as h100-80; karat plan --memory GB plans for any GPU\n")
         return []
     memory = known_gpu(gpu).memory_bytes
-    from karat_scale.plan.choose import STAGES, choose
-    from karat_scale.plan.report import line
+    from karat_scale.estimate.choose import STAGES, choose
+    from karat_scale.estimate.report import line
 
     named = {override.partition("=")[0] for override in overrides}
     own = recipe.deepspeed.config

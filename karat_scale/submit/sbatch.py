@@ -7,13 +7,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from karat_scale.engine.deepspeed_config import check_ds_config
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
 from karat_scale.recipe.files import shipped_recipes
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.shipped import shipped_directory
 from karat_scale.submit.planned import planned_overrides
-from karat_scale.train.deepspeed.config import check_ds_config
 
 SCRIPT = "imagenet_fourier_karat.sh"
 

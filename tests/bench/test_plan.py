@@ -7,11 +7,11 @@ import pytest
 
 from karat_scale.bench.live_tensors import measure
 from karat_scale.bench.plan import CASES, STEPS, Case, compare, recipe_of
-from karat_scale.plan.choose import Machine, consider
-from karat_scale.plan.subject import Subject
+from karat_scale.estimate.choose import Machine, consider
+from karat_scale.estimate.subject import Subject
 from karat_scale.recipe import Recipe
 from tests.conftest import free_port
-from tests.train.fp16_on_cpu import allow_fp16
+from tests.engine.fp16_on_cpu import allow_fp16
 
 
 def kind(case: Case) -> tuple[str, bool]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.data.staged import staged_copy
-from karat_scale.train.run_directory import RunDirectory
+from karat_scale.run.run_directory import RunDirectory
 from tests.conftest import karat
 
 

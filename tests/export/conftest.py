@@ -2,13 +2,13 @@
 
 import pytest
 
+from karat_scale.checkpoint.checkpoints import Checkpoints
+from karat_scale.engine.ema import Ema
+from karat_scale.engine.run_state import TrainState
 from karat_scale.recipe import Recipe
-from karat_scale.train.checkpoint.checkpoints import Checkpoints
-from karat_scale.train.ema import Ema
-from karat_scale.train.reporting.progress import PlainDisplay, Reporter
-from karat_scale.train.run_directory import RunDirectory
-from karat_scale.train.state import TrainState
-from tests.train.conftest import make_engine, small_recipe, train_once
+from karat_scale.reporting.progress import PlainDisplay, Reporter
+from karat_scale.run.run_directory import RunDirectory
+from tests.small_engines import make_engine, small_recipe, train_once
 
 __all__ = ["make_engine", "make_run", "small_recipe"]
 

@@ -12,7 +12,7 @@ from timm.models import load_checkpoint
 from karat_scale.cli import main
 from karat_scale.models import create_model
 from karat_scale.recipe import AttentionConfig, ModelConfig
-from tests.train.conftest import weights
+from tests.small_engines import weights
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import karat_scale.timm_models  # noqa: F401
 from karat_scale.cli import main
 from karat_scale.export.source import Source
 from karat_scale.recipe.portable import text_digest
-from karat_scale.train.run_directory import RunDirectory
+from karat_scale.run.run_directory import RunDirectory
 from tests.export.conftest import CLASSES
 
 SWIN = (

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from karat_scale.checkpoint.weights import load_weights
 from karat_scale.cli import main
-from karat_scale.train.checkpoint.weights import load_weights
-from karat_scale.train.run_directory import RunDirectory
-from karat_scale.train.teacher import build_model
+from karat_scale.run.run_directory import RunDirectory
+from karat_scale.tasks.classification.teacher import build_model
 from tests.conftest import SMALL, karat
 
 QUICK = ("train.max_steps=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null", "data.backend=synthetic")

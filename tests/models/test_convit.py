@@ -4,6 +4,7 @@ import pytest
 import torch
 from timm.models.convit import GPSA
 
+from karat_scale.engine.parameter_groups import layer_scales
 from karat_scale.errors import RecipeError
 from karat_scale.models import create_model, no_weight_decay_names, parameter_count
 from karat_scale.models.convit import KaratMHSA
@@ -12,7 +13,6 @@ from karat_scale.models.init_from import take_weights
 from karat_scale.models.layers import attention_layers
 from karat_scale.models.operators import head_parameters, operators
 from karat_scale.recipe import AttentionConfig, ModelConfig
-from karat_scale.train.parameter_groups import layer_scales
 from tests.models.plain import learned_attention
 
 SIZE = ModelConfig(name="convit_tiny", image_size=16, patch_size=4, embed_dim=32, depth=4, num_heads=2, num_classes=4)

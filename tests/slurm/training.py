@@ -7,11 +7,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from karat_scale.train.checkpoint.tensor_storage import load_tensors
+from karat_scale.checkpoint.tensor_storage import load_tensors
 from tests.conftest import SMALL, events, karat, summary
 from tests.slurm.cluster import wait_until
 from tests.slurm.jobs import END_SECONDS, Job
-from tests.train.conftest import equal
+from tests.small_engines import equal
 
 STEPS = 16  # 2 epochs of 64 samples in batches of 8
 SCRIPT = "imagenet_fourier_karat.sh"

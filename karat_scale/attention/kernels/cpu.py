@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from karat_scale import native_build
 from karat_scale.attention.call import FourierCall
-from karat_scale.attention.kernels import build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_RANK, MAX_GRID = 32, 64
@@ -41,13 +41,13 @@ def refusal(call: FourierCall) -> str | None:
 
 
 def _kernel() -> ctypes.CDLL:
-    return build.load(SOURCE, 'implementation "cpu" of KArAt attention')
+    return native_build.load(SOURCE, 'implementation "cpu" of KArAt attention')
 
 
 def _machine_refusal() -> str | None:
     try:
         _kernel()
-    except build.LoadError as error:
+    except native_build.LoadError as error:
         return str(error)
     return None
 

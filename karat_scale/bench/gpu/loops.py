@@ -20,16 +20,16 @@ from karat_scale.data.backends.synthetic import TRAIN_STREAM, SyntheticBackend
 from karat_scale.data.batch import Batch
 from karat_scale.data.digest import with_digest
 from karat_scale.data.plan import BatchSlice
+from karat_scale.engine.distributed import World
+from karat_scale.engine.run_state import TrainState
 from karat_scale.memory_errors import is_out_of_memory
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
-from karat_scale.train.distributed import World
-from karat_scale.train.loop import Loop
-from karat_scale.train.parts import build_parts
-from karat_scale.train.reporting.progress import Reporter, SilentDisplay
-from karat_scale.train.run_directory import RunDirectory
-from karat_scale.train.signals import StopSignals
-from karat_scale.train.state import TrainState
+from karat_scale.reporting.progress import Reporter, SilentDisplay
+from karat_scale.run.loop import Loop
+from karat_scale.run.parts import build_parts
+from karat_scale.run.run_directory import RunDirectory
+from karat_scale.run.signals import StopSignals
 
 # The values of train.compile, by what they are called here.
 MODES = {"eager": False, "compiled": "default", "graphs": "reduce-overhead"}

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from karat_scale.bench.gpu.task import Task
 from karat_scale.bench.stages import StagesCase, compare
+from karat_scale.engine import distributed
+from karat_scale.engine.distributed import World
 from karat_scale.memory_errors import is_out_of_memory
-from karat_scale.train import distributed
-from karat_scale.train.distributed import World
 
 BATCH = 128
 CASES, TOY_CASE = (("small", "softmax"), ("small", "karat"), ("base", "softmax")), ("tiny", "karat")

@@ -5,8 +5,8 @@ import time
 
 from karat_scale.bench.gpu.loops import Group, compare
 from karat_scale.bench.gpu.task import Task
-from karat_scale.train import distributed
-from karat_scale.train.distributed import World
+from karat_scale.engine import distributed
+from karat_scale.engine.distributed import World
 
 BATCHES, TOY_BATCH = {"small": 256, "tiny": 256, "base": 128}, 4
 # Those that tell most first, since compiling takes long.

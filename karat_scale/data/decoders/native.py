@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from karat_scale.attention.kernels import build
 from karat_scale.data.decoders.base import ChooseView, check_pixels
 from karat_scale.data.decoders.native_handle import PerThread
 from karat_scale.data.decoders.pillow import PillowDecoder
 from karat_scale.data.view import crop_view
 from karat_scale.errors import RecipeError
+from karat_scale.native_build import LoadError, load
 
 SOURCE = Path(__file__).parent / "cpp" / "native.cpp"
 # Without contraction, so that the resize's weights have the same bits on any instruction set.
@@ -34,8 +34,8 @@ class NativeDecoder:
 
     def __init__(self, interpolation: str, max_pixels: int, scaled: bool = False) -> None:
         try:
-            library = build.load(SOURCE, "the native JPEG decoder", COMPILER_ARGUMENTS, portable=True)
-        except build.LoadError as error:
+            library = load(SOURCE, "the native JPEG decoder", COMPILER_ARGUMENTS, portable=True)
+        except LoadError as error:
             raise RecipeError(
                 f"data.decoder = native cannot run: {error}; run `apt-get install g++ libjpeg-dev`, "
                 "or set data.decoder=auto"

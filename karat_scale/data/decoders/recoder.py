@@ -7,8 +7,8 @@ from typing import Any
 
 from PIL import Image
 
-from karat_scale.attention.kernels import build
 from karat_scale.data.decoders.native_handle import PerThread
+from karat_scale.native_build import LoadError, load
 
 SOURCE = Path(__file__).parent / "cpp" / "recode.cpp"
 # Without contraction, so that the resize's weights have the same bits on any instruction set.
@@ -28,17 +28,17 @@ def result_size(width: int, height: int, short_side: int) -> tuple[int, int]:
 class NativeRecoder:
     """Re-encodes grey and YCbCr JPEGs without converting their colour planes, as Pillow's encoder does with 4:2:0.
 
-    The bytes do not depend on the instruction set. Several threads may share it. Raises build.LoadError if it cannot
+    The bytes do not depend on the instruction set. Several threads may share it. Raises LoadError if it cannot
     be compiled.
     """
 
     def __init__(self) -> None:
-        self._library = _declared(build.load(SOURCE, "the native JPEG encoder", COMPILER_ARGUMENTS, portable=True))
+        self._library = _declared(load(SOURCE, "the native JPEG encoder", COMPILER_ARGUMENTS, portable=True))
         self._recoders = PerThread(self._library.karat_recoder_new, self._library.karat_recoder_free)
         encoded = io.BytesIO()
         Image.new("RGB", (1, 1)).save(encoded, "JPEG")
         if self.shrink(encoded.getvalue(), 1, 90, 1) is None:
-            raise build.LoadError("it reads no JPEG: the loaded libjpeg does not match the header it was compiled with")
+            raise LoadError("it reads no JPEG: the loaded libjpeg does not match the header it was compiled with")
 
     def shrink(self, data: bytes, short_side: int, quality: int, margin: int) -> bytes | None:
         """Return a JPEG of at most this short side in pixels; None if the image is doubtful or not for libjpeg.

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from karat_scale import native_build
 from karat_scale.attention import FourierKaratOperator, fourier_karat_attention, fourier_karat_scores
-from karat_scale.attention.kernels import build
 from tests.attention.calls import assert_close, make_call, output_and_gradients
 
-available = build._available_instruction_sets()
+available = native_build._available_instruction_sets()
 pytestmark = pytest.mark.skipif(not available, reason="no AVX2 on this machine")
 
 
-@pytest.fixture(autouse=True, params=build.INSTRUCTION_SETS)
+@pytest.fixture(autouse=True, params=native_build.INSTRUCTION_SETS)
 def isa(request, monkeypatch):
     if request.param not in available:
         pytest.skip(f"this CPU has no {request.param}")

@@ -14,8 +14,8 @@ from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
 from karat_scale.errors import DataError
 from tests.conftest import events, karat, summary
 from tests.data.backends.helpers import hollow, wait_until
-from tests.train.conftest import equal
-from tests.train.runs import STEPS, final_tensors, kill_all, losses, start, wait_for_checkpoint
+from tests.run.runs import STEPS, final_tensors, kill_all, losses, start, wait_for_checkpoint
+from tests.small_engines import equal
 
 
 def tasks() -> int:

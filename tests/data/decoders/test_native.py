@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
-from karat_scale.attention.kernels import build
+from karat_scale import native_build
 from karat_scale.data.decode import UndecodableImageError
 from karat_scale.data.decoders import make_decoder
 from karat_scale.data.decoders.native import NativeDecoder
@@ -46,7 +46,7 @@ def in_a_process(code, **environment):
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_every_instruction_set_gives_the_same_pixels(encode_jpeg, interpolation, monkeypatch):
     expected = pixels_of(NativeDecoder(interpolation, 10**6), encode_jpeg)
-    for name in (*build._available_instruction_sets(), build.PLAIN):
+    for name in (*native_build._available_instruction_sets(), native_build.PLAIN):
         monkeypatch.setenv("KARAT_CPU_ISA", name)
         assert pixels_of(NativeDecoder(interpolation, 10**6), encode_jpeg) == expected, name
 

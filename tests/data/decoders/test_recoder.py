@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from karat_scale.attention.kernels import build
+from karat_scale import native_build
 from karat_scale.data.decoders.recoder import NativeRecoder, result_size
 
 pytestmark = pytest.mark.usefixtures("native_runs")
@@ -39,7 +39,7 @@ def test_the_image_and_the_file_are_as_pillows(encode_jpeg, size, subsampling):
 def test_every_instruction_set_gives_the_same_bytes(encode_jpeg, monkeypatch):
     images = [encode_jpeg(*size, 1, subsampling=number % 3) for number, size in enumerate(SIZES)]
     expected = [NativeRecoder().shrink(data, 40, 90, 2) for data in images]
-    for name in (*build._available_instruction_sets(), build.PLAIN):
+    for name in (*native_build._available_instruction_sets(), native_build.PLAIN):
         monkeypatch.setenv("KARAT_CPU_ISA", name)
         recoder = NativeRecoder()
         # Twice, since a recoder keeps its memory and its filters.

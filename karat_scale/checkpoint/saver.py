@@ -1,0 +1,247 @@
+"""Saving one training state on all ranks together, beside training.
+
+Training stands still while each rank copies its state to host memory. A thread of each rank writes the copy; at the
+first agreement at which all are done, rank 0's thread gives the checkpoint its manifest and its name; at the first one
+after that, all ranks hear of it. A checkpoint that one rank could not write exists for none.
+"""
+
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from karat_scale.checkpoint.background import Task
+from karat_scale.checkpoint.generators import generator_states
+from karat_scale.checkpoint.saved_state import sidecar_name
+from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
+from karat_scale.checkpoint.tensor_storage import DurableStorage, describe
+from karat_scale.engine.deepspeed_internals import shard_layout, use_storage
+from karat_scale.engine.distributed import World
+from karat_scale.engine.ema import Ema
+from karat_scale.engine.engine import Engine
+from karat_scale.engine.run_state import TrainState
+from karat_scale.files import Fingerprint
+from karat_scale.recipe import CheckpointConfig
+from karat_scale.reporting.progress import Reporter
+
+_BEAT_SECONDS = 1.0
+
+
+@dataclass
+class _Written:
+    """How writing, or committing, ended: what is wrong, and the files by name."""
+
+    problem: str | None = None
+    files: dict[str, Fingerprint] | None = None
+    warning: str | None = None
+
+
+@dataclass
+class _Save:
+    """One save under way; all ranks have it at the same time."""
+
+    state: TrainState
+    directory: Path
+    content: dict[str, Any]
+    is_best: bool
+    begun: float
+    task: Task[_Written] | None
+    stall: float | None
+    """Seconds that training stood still for it; all of them when None."""
+    is_committing: bool = False
+
+
+class Saver:
+    """The save side of `Checkpoints`; at most one save is under way."""
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        engine: Engine,
+        ema: Ema | None,
+        world: World,
+        config: CheckpointConfig,
+        reporter: Reporter,
+    ) -> None:
+        self._store = store
+        self._engine = engine
+        self._ema = ema
+        self._world = world
+        self._config = config
+        self._reporter = reporter
+        self._storage = DurableStorage()
+        use_storage(engine.deepspeed, self._storage)
+        self._under_way: _Save | None = None
+        self._saved: tuple[int, int] | None = None
+        self.problem = ""
+        """Why the last save that came to nothing did; the same on all ranks."""
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a save has begun whose outcome the ranks do not know yet; the same on all."""
+        return self._under_way is not None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether this rank still works on the save under way."""
+        task = self._under_way.task if self._under_way else None
+        return task is not None and not task.wait(0)
+
+    def holds(self, state: TrainState) -> bool:
+        """Whether `state` is saved, or being saved; the same on all ranks."""
+        under_way = self._under_way is not None and _identity(self._under_way.state) == _identity(state)
+        return under_way or self._saved == _identity(state)
+
+    def note_saved(self, state: TrainState) -> None:
+        """`state` is in a checkpoint of this run already."""
+        self._saved = _identity(state)
+
+    def save(self, state: TrainState, content: dict[str, Any], is_best: bool = False, wait: bool = True) -> bool:
+        """Save `state` unless that is done; collective. A save under way is waited for first.
+
+        Args:
+            content: what `state.json` will hold.
+            is_best: let `best` name the checkpoint, too.
+            wait: until it is complete; else return after the copy.
+
+        Returns: whether it is saved, or without `wait` begun. Where not, nothing has changed.
+        """
+        begun = time.monotonic()
+        self.finish()
+        if self._saved == _identity(state):
+            return True
+        wait = wait or not self._config.asynchronous
+        directory, problem = self._world.broadcast(self._begin(state.step))
+        if directory is None:
+            self._void(state.step, problem)
+            return False
+        problem = self._first(self._collect(directory, copies=not wait))
+        if problem is not None:
+            self._void(state.step, problem)
+            return False
+        stall = None if wait else time.monotonic() - begun
+        self._under_way = _Save(replace(state), directory, content, is_best, begun, Task(self._write), stall)
+        return self.finish() if wait else True
+
+    def finish(self) -> bool:
+        """Wait for the save under way, if there is one, and agree on its outcome; whether it is good. Collective."""
+        good = True
+        while self._under_way is not None:
+            seen = -1
+            while self._under_way.task is not None and not self._under_way.task.wait(_BEAT_SECONDS):
+                if self._storage.written != seen:  # a disk that is slow is no hang
+                    seen = self._storage.written
+                    self._reporter.beat("saving")
+            good = self.advance()
+        return good
+
+    def advance(self) -> bool:
+        """Take the save under way, on which no rank is busy, to its next stage; False when it came to nothing.
+
+        Collective.
+        """
+        save = self._under_way
+        if save is None:
+            return True
+        done = save.task.result() if save.task is not None else _Written()
+        if save.is_committing:
+            done = self._world.broadcast(done)
+            self._under_way = None
+            if done.problem is not None:
+                self._void(save.state.step, done.problem)
+                return False
+            self._report(save, done.warning)
+            return True
+        everyone = self._world.gather(done)
+        problem = next((one.problem for one in everyone if one.problem is not None), None)
+        if problem is not None:
+            self._under_way = None
+            self._void(save.state.step, problem)
+            return False
+        files = {name: written for one in everyone for name, written in (one.files or {}).items()}
+        save.is_committing = True
+        save.task = Task(lambda: self._commit(save, files)) if self._world.is_main else None
+        return True
+
+    def _report(self, save: _Save, warning: str | None) -> None:
+        self._saved = _identity(save.state)
+        seconds = time.monotonic() - save.begun
+        if warning is not None and self._world.is_main:
+            self._reporter.warn(warning)
+        stall = seconds if save.stall is None else save.stall
+        self._reporter.checkpoint(save.state, checkpoint_name(save.state.step), seconds, stall)
+
+    def _void(self, step: int, problem: str | None) -> None:
+        self.problem = problem or ""
+        self._storage.begin(copies=False)  # lets go of what was not written
+        if self._world.is_main:
+            self._store.discard_unfinished()
+            kept = self._store.pointed("latest") or "none"
+            name = checkpoint_name(step)
+            self._reporter.warn(f"checkpoint {name} not saved: {problem}; the last good one is {kept}")
+
+    def _begin(self, step: int) -> tuple[Path | None, str | None]:
+        if not self._world.is_main:
+            return None, None
+        try:
+            self._store.root.mkdir(parents=True, exist_ok=True)
+            self._store.discard_unfinished()
+            self._store.retain(self._config.keep_last)  # the recipe may keep fewer than before
+            needed = self._store.newest_bytes() or self._counted_bytes()
+            free = shutil.disk_usage(self._store.root).free
+            if free < needed:
+                return None, f"it needs {_megabytes(needed)} and {self._store.root} has {_megabytes(free)} free"
+            return self._store.begin(step), None
+        except OSError as error:
+            return None, describe(error)
+
+    def _counted_bytes(self) -> int:
+        """Of a whole checkpoint: masters, AdamW's two moments, averages, and the module where it is apart from them."""
+        fp32_tensors = 3 + (self._ema is not None)
+        of_module = next(self._engine.module.parameters()).element_size() if self._engine.stage else 0
+        return self._engine.parameters * (4 * fp32_tensors + of_module)
+
+    def _collect(self, directory: Path, copies: bool) -> str | None:
+        """Hand all that this rank will write to the storage."""
+        self._storage.begin(copies)
+        self._engine.deepspeed.save_checkpoint(str(self._store.root), tag=directory.name, save_latest=False)
+        # At stage 0 all ranks hold the same, and rank 0 keeps it.
+        owns = self._engine.stage > 0 or self._world.is_main
+        sidecar = {
+            **generator_states(self._world.device),
+            "shapes": self._engine.shapes if owns else None,
+            "layout": self._layout() if owns else None,
+            "ema": self._ema.shards if self._ema and owns else None,
+            "frozen": self._engine.frozen if self._world.is_main else None,
+        }
+        self._storage.save(sidecar, str(directory / sidecar_name(self._world.rank)))
+        return describe(self._storage.error) if self._storage.error is not None else None
+
+    def _layout(self) -> list[list[tuple[Any, ...]]]:
+        return [[tuple(fragment) for fragment in fragments] for fragments in shard_layout(self._engine.deepspeed)]
+
+    def _write(self) -> _Written:
+        try:
+            return _Written(files={path.name: written for path, written in self._storage.write().items()})
+        except OSError as error:
+            return _Written(describe(error))
+
+    def _commit(self, save: _Save, files: dict[str, Fingerprint]) -> _Written:
+        try:
+            self._store.commit(save.directory, save.content, files, save.is_best)
+        except OSError as error:
+            return _Written(describe(error))
+        return _Written(warning="; ".join(self._store.retain(self._config.keep_last)) or None)
+
+    def _first(self, problem: str | None) -> str | None:
+        return next((p for p in self._world.gather(problem) if p is not None), None)
+
+
+def _identity(state: TrainState) -> tuple[int, int]:
+    """An evaluation makes another state of the same step."""
+    return state.step, state.evaluated_step
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

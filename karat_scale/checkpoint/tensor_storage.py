@@ -1,0 +1,173 @@
+"""How tensors reach the disk and come back: flushed to it, and read as data, never as code."""
+
+import copy
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from karat_scale.engine.deepspeed_internals import checkpoint_globals
+from karat_scale.errors import RunDirectoryError
+from karat_scale.files import Fingerprint, FingerprintedFile, commit_file
+
+
+def save_tensors(value: Any, path: Path, on_bytes: Callable[[int], None] | None = None) -> Fingerprint:
+    """Write tensors and plain data, and wait until they are on disk.
+
+    Raises:
+        OSError: they could not be written. torch's RuntimeError about it is turned into one.
+    """
+    with path.open("wb") as file:
+        fingerprinted = FingerprintedFile(file, on_bytes)
+        try:
+            torch.save(value, fingerprinted)  # type: ignore[arg-type]  # it asks for `write` and `flush` alone
+        except RuntimeError as error:
+            raise as_os_error(error) from error
+        file.flush()
+        os.fsync(file.fileno())
+    return fingerprinted.fingerprint()
+
+
+def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write whole tensors to one file that appears whole or not at all. No two may share memory.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata)
+        commit_file(Path(temporary), path)
+    except SafetensorError as error:
+        raise as_os_error(error) from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load_tensors(path: Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
+    """Read what `save_tensors` wrote, with `mmap` each tensor when it is used.
+
+    Raises:
+        RunDirectoryError: it holds more than tensors and plain data, so that reading it would run code.
+    """
+    with torch.serialization.safe_globals(checkpoint_globals()):
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError:
+            raise RunDirectoryError(f"{path}: holds more than tensors and plain data; it is not read") from None
+
+
+def host_copy(value: Any) -> Any:
+    """A copy of tensors and plain data in host memory. Tensors that are one memory are one in the copy, too."""
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def copied(item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            place = (item.data_ptr(), item.dtype, item.shape, item.stride(), item.device)
+            if place not in copies or not item.numel():
+                copies[place] = item.detach().to("cpu", copy=True)
+            return copies[place]
+        if isinstance(item, dict):
+            twin = copy.copy(item)  # of the same class, with what DeepSpeed and torch hang on it
+            twin.update({key: copied(part) for key, part in item.items()})
+            return twin
+        if type(item) in (list, tuple):
+            return type(item)(copied(part) for part in item)
+        return copy.deepcopy(item)
+
+    return copied(value)
+
+
+class DurableStorage:
+    """In place of DeepSpeed's `CheckpointEngine`: it only collects checkpoint files, and `write` puts them on the disk.
+
+    So nothing that a disk does can raise inside DeepSpeed's collective save, where the other ranks would wait for this
+    one for ever. What still fails there is kept in `error`, and the caller lets all ranks agree on the outcome.
+    """
+
+    def __init__(self) -> None:
+        self.name = "durable"
+        self.error: OSError | None = None
+        self.written = 0
+        """Bytes that the file system has taken so far: they tell a slow disk from one that hangs."""
+        self._copies = False
+        self._files: list[tuple[Any, Path]] = []
+
+    def begin(self, copies: bool) -> None:
+        """Forget the last save. With `copies` the files may be written while training changes the tensors."""
+        self.error = None
+        self._files.clear()
+        self._copies = copies
+
+    def write(self) -> dict[Path, Fingerprint]:
+        """Write the collected files and flush them to the disk, and let go of each one after it.
+
+        Raises:
+            OSError: one could not be written.
+        """
+        written = {}
+        while self._files:
+            value, path = self._files.pop(0)
+            written[path] = save_tensors(value, path, self._count)
+        return written
+
+    def _count(self, size: int) -> None:
+        self.written += size
+
+    def create(self, info: Any) -> None:
+        """DeepSpeed announces a save; `begin` did so already."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Create a directory of the checkpoint."""
+        try:
+            Path(path).mkdir(parents=True, exist_ok=exist_ok)
+        except OSError as error:
+            self.error = self.error or error
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Take in one file."""
+        try:
+            self._files.append((host_copy(state_dict) if self._copies else state_dict, Path(path)))
+        except (MemoryError, RuntimeError) as error:
+            self.error = self.error or as_os_error(error)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Read one file of DeepSpeed's."""
+        return load_tensors(Path(path), map_location)
+
+    def commit(self, info: Any) -> bool:
+        """DeepSpeed has handed over its files; ours follow, so there is nothing to commit yet."""
+        return True
+
+    def is_data_parallel_writer(self, dp_rank: int) -> bool:
+        """Which of the ranks that hold the same writes it."""
+        return dp_rank == 0
+
+    def is_decoupled(self) -> bool:
+        """Whether DeepSpeed has to commit at a later step."""
+        return False
+
+    def preserves_storage_sharing(self) -> bool:
+        """Whether tensors that are one memory are written as one."""
+        return True
+
+
+def describe(error: OSError) -> str:
+    """An OSError in words a user can act on."""
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}"
+
+
+def as_os_error(error: Exception) -> OSError:
+    """The OSError behind a failed write, or one that says the same."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause if isinstance(cause, OSError) else OSError((str(error) or type(error).__name__).splitlines()[0])

@@ -1,0 +1,1 @@
+"""DeepSpeed and what it needs: ranks, devices, precision, optimizer, schedule, EMA, recomputation."""

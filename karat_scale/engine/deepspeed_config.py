@@ -1,0 +1,172 @@
+"""DeepSpeed's configuration file, with its "auto" fields filled from the recipe."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from karat_scale.engine.deepspeed_keys import check_keys
+from karat_scale.errors import RecipeError
+from karat_scale.recipe import Recipe
+from karat_scale.shipped import shipped_directory
+
+_NEVER = 10**9
+
+
+def config_directory() -> Path:
+    """Where the shipped files lie: inside an installed wheel, or at the top of a clone."""
+    return shipped_directory("ds_configs")
+
+
+def load_ds_config(recipe: Recipe, world_size: int, micro_batch: int) -> dict[str, Any]:
+    """The configuration DeepSpeed gets: the file the recipe names, every "auto" and missing number filled.
+
+    Raises:
+        RecipeError: no such file, not JSON, an "auto" we cannot fill, a wrong or unknown key, a key given twice,
+            a number that contradicts the recipe, or CUDA graphs with accumulated gradients.
+    """
+    values = {**_recipe_values(recipe), **_batch_values(recipe, world_size, micro_batch)}
+    config, source = _read(recipe, values, with_keys=True)
+    _settle(config, values, source)
+    if recipe.train.records_graphs and (parts := config["gradient_accumulation_steps"]) > 1:
+        # The gradients of one micro batch are in a graph's memory, which the next one uses again (pytorch #169545).
+        raise RecipeError(
+            f"train.compile = {recipe.train.compile} records CUDA graphs, which cannot add up the gradients of {parts} "
+            "micro batches; use train.compile=default or a larger train.micro_batch"
+        )
+    if zero_stage(config) == 0:
+        config["gradient_clipping"] = 0.0  # DeepSpeed would not tell the norm and would step on NaN; the engine clips
+    return config
+
+
+def check_ds_config(recipe: Recipe) -> None:
+    """Refuse a file that no world can train with. Raises RecipeError as `load_ds_config`.
+
+    The keys of a shipped file are not looked at: for those DeepSpeed would be imported, which takes seconds.
+    """
+    values = _recipe_values(recipe)
+    any_batch = _batch_values(recipe, world_size=1, micro_batch=1)
+    own = config_directory() != _find(recipe.deepspeed.config).parent
+    logging.disable(logging.WARNING)  # DeepSpeed talks on standard output when it is imported
+    try:
+        config, source = _read(recipe, {**values, **any_batch}, with_keys=own)
+    finally:
+        logging.disable(logging.NOTSET)
+    _settle(config, values, source)
+
+
+def zero_stage(config: Mapping[str, Any]) -> int:
+    """The ZeRO stage a configuration asks for; DeepSpeed's default is 0."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def stage_refusal(recipe: Recipe, stage: int) -> str | None:
+    """What the recipe asks for and this ZeRO stage cannot do."""
+    if recipe.train.holds_16_bits and stage == 0:
+        return f"train.precision = {recipe.train.precision} needs ZeRO stage 1 or higher"
+    if recipe.train.records_graphs and stage == 3:
+        return f"train.compile = {recipe.train.compile} records CUDA graphs, and ZeRO stage 3 moves the weights"
+    if recipe.optim.name == "muon" and stage > 0:
+        return f"optim.name = muon needs whole matrices, which ZeRO stage {stage} cuts up"
+    return None
+
+
+def offloads_optimizer(config: Mapping[str, Any]) -> bool:
+    """Whether the optimizer's states and steps are on the CPU."""
+    zero = config.get("zero_optimization", {})
+    device = (zero.get("offload_optimizer") or {}).get("device", "none")
+    return bool(device != "none" or zero.get("cpu_offload"))
+
+
+def _find(name: str) -> Path:
+    directory = config_directory()
+    for candidate in (directory / f"{name}.json", Path(name)):
+        if candidate.is_file():
+            return candidate
+    shipped = ", ".join(sorted(path.stem for path in directory.glob("*.json")))
+    raise RecipeError(f"deepspeed.config = {name!r}: neither a file nor a shipped configuration ({shipped})")
+
+
+def _read(recipe: Recipe, values: dict[str, Any], with_keys: bool) -> tuple[dict[str, Any], str]:
+    """The file's content with every "auto" filled from `values`, and what an error of it begins with."""
+    path = _find(recipe.deepspeed.config)
+    source = f"deepspeed.config = {path}"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once_each)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{source}: not valid JSON: {error}") from None
+    except _TwiceError as error:
+        raise RecipeError(f"{source}: {error} is given twice; remove one of them") from None
+    if not isinstance(config, dict):
+        raise RecipeError(f"{source}: should be a JSON object")
+    _fill_auto(config, values, source)
+    if with_keys:
+        check_keys(config, source)
+    stage = zero_stage(config)
+    if refusal := stage_refusal(recipe, stage):
+        raise RecipeError(f"{source}: {refusal}; use deepspeed.config={'zero1' if stage == 0 else 'zero0'}")
+    if not recipe.train.holds_16_bits:
+        values["data_types.grad_accum_dtype"] = "fp32"
+    return config, source
+
+
+class _TwiceError(Exception):
+    """A key that is given twice in one object."""
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """As `dict`, which would keep the last of several values in silence."""
+    counts = Counter(key for key, _ in pairs)
+    for key, count in counts.items():
+        if count > 1:
+            raise _TwiceError(key)
+    return dict(pairs)
+
+
+def _recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe alone says."""
+    return {
+        "train_batch_size": recipe.train.global_batch,
+        "gradient_clipping": recipe.optim.clip_grad,
+        # To DeepSpeed a precision is what it holds weights in; of our autocast it need not know.
+        "bf16.enabled": recipe.train.precision == "bf16_weights",
+        "fp16.enabled": recipe.train.precision == "fp16",
+    }
+
+
+def _batch_values(recipe: Recipe, world_size: int, micro_batch: int) -> dict[str, Any]:
+    """What hangs on the number of ranks."""
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": recipe.train.global_batch // (world_size * micro_batch),
+    }
+
+
+def _fill_auto(node: dict[str, Any], values: dict[str, Any], source: str, prefix: str = "") -> None:
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            _fill_auto(value, values, source, f"{name}.")
+        elif value == "auto":
+            if name not in values:
+                known = ", ".join(values)
+                raise RecipeError(f'{source}: {name} = "auto" has no source; only {known}')
+            node[key] = values[name]
+
+
+def _settle(config: dict[str, Any], values: dict[str, Any], source: str) -> None:
+    """Fill what the file leaves out; refuse what it sets to something else than the recipe."""
+    for name, value in values.items():
+        node = config
+        *parents, leaf = name.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        if node.setdefault(leaf, value) != value:
+            fix = 'set it to "auto"' if name != "bf16.enabled" else 'set it to "auto", or train.precision=bf16_weights'
+            raise RecipeError(f"{source}: {name} = {node[leaf]!r}, but the recipe makes it {value!r}; {fix}")
+    config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    config.setdefault("steps_per_print", _NEVER)
+    # It would stop the host at each micro batch until the device is done.
+    config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)

@@ -1,0 +1,194 @@
+"""Who this process is among the ranks, and the few collectives the trainer needs.
+
+One process alone, `torchrun`, and `srun` with one task per device all end in the same `World`.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from karat_scale.engine.devices import card, gpu_index, refuse_shared, tell_deepspeed
+from karat_scale.errors import UserError
+
+T = TypeVar("T")
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size` ranks; `control` carries small CPU tensors beside NCCL's device traffic."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes and reports."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """True on all ranks when `flag` is true on one of them."""
+        return self.max(int(flag)) > 0
+
+    def max(self, value: int) -> int:
+        """The largest `value` of all ranks."""
+        return self.maxima(value)[0]
+
+    def maxima(self, *values: int) -> list[int]:
+        """The largest of all ranks for each of the values, in one collective."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        return tensor.tolist()
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a small tensor, returned on the CPU in float64."""
+        total = tensor.detach().to("cpu", torch.float64)
+        if self.size > 1:
+            dist.all_reduce(total, group=self.control)
+        return total
+
+    def add_up_on_main(self, tensor: torch.Tensor) -> None:
+        """Let rank 0's tensor, on this world's device, become the sum of all ranks'; the others' are used up."""
+        if self.size > 1:
+            dist.reduce(tensor, dst=0)
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's picklable `value`, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def on_main(self, action: Callable[[], None]) -> None:
+        """Rank 0 acts; what it refuses is raised on every rank."""
+        with self.together():
+            if self.is_main:
+                action()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What one rank meets inside, a UserError or an OSError, is raised on every rank at the end of the block."""
+        mine: Exception | None = None
+        try:
+            yield
+        except (UserError, OSError) as error:
+            mine = error
+        met = next((error for error in self.gather(mine) if error is not None), None)
+        if met is not None:
+            raise met
+
+    def gather(self, value: T) -> list[T]:
+        """Each rank's picklable `value`, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value, group=self.control)
+        return box
+
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+"""A process that has joined nothing."""
+
+
+def launch_environment(environ: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun or srun gave them; (0, 1, 0) for a process on its own."""
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", "0"))
+    # Only a step started by srun has this; the batch script and `salloc` shells do not.
+    if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return (
+            int(environ["SLURM_PROCID"]),
+            int(environ["SLURM_STEP_NUM_TASKS"]),
+            int(environ["SLURM_LOCALID"]),
+        )
+    return 0, 1, 0
+
+
+def start(device: str) -> World:
+    """Join the process group. `device` is auto, cpu or cuda.
+
+    Raises:
+        UserError: CUDA was asked for and there is none for each rank, or the rendezvous address is unknown.
+    """
+    rank, size, local_rank = launch_environment(os.environ)
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if use_cuda and not torch.cuda.is_available():
+        raise UserError("run.device = cuda, but torch sees no CUDA device; use run.device=auto or cpu")
+    here = torch.device("cuda", gpu_index(local_rank, torch.cuda.device_count())) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(here)
+    tell_deepspeed(here.type)
+    # DeepSpeed insists on it, and takes the GPU of that number.
+    os.environ["LOCAL_RANK"] = str(here.index if use_cuda else local_rank)
+    _join(rank, size, here)
+    with_control = use_cuda and size > 1
+    control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if with_control else None
+    world = World(rank, size, local_rank, here, control)
+    if with_control:
+        _have_a_gpu_each(world)
+    return world
+
+
+def stop() -> None:
+    """Leave the process group. Another run may start in this process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if "deepspeed" in sys.modules:
+        from karat_scale.engine.deepspeed_internals import forget_groups
+
+        forget_groups()
+
+
+def _join(rank: int, size: int, device: torch.device) -> None:
+    if dist.is_initialized():
+        return
+    # With its device NCCL connects now, where a fault is seen, and each barrier knows which GPU is meant.
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    if size == 1:
+        # No port, no host name: nothing that another job on this machine could collide with.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
+        return
+    os.environ["MASTER_ADDR"] = os.environ.get("MASTER_ADDR") or _first_slurm_host()
+    os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT") or default_port(os.environ)
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT, device_id=device_id)
+
+
+def default_port(environ: Mapping[str, str]) -> str:
+    """The rendezvous' port where nobody named one: by SLURM's job, so that two jobs on a node seldom meet."""
+    return str(10000 + int(environ.get("SLURM_JOB_ID", "0")) % 50000)
+
+
+def _have_a_gpu_each(world: World) -> None:
+    mine = card(world.device)
+    if torch.cuda.device_count() == 1:
+        print(f"[rank {world.rank}] takes the one GPU that it is shown: {mine}", flush=True)
+    try:
+        refuse_shared(world.gather(mine))
+    except UserError:
+        stop()
+        raise
+
+
+def _first_slurm_host() -> str:
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        raise UserError(
+            "several ranks, but no MASTER_ADDR and `scontrol show hostnames` does not answer; set MASTER_ADDR"
+        ) from None

@@ -1,0 +1,192 @@
+"""The DeepSpeed engine, and what it leaves to its caller at ZeRO stage 0.
+
+The model is built whole and partitioned by `deepspeed.initialize`: under `deepspeed.zero.Init` timm's initialisation
+would be passed over in silence.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from karat_scale.engine.deepspeed_config import load_ds_config, offloads_optimizer, zero_stage
+from karat_scale.engine.deepspeed_internals import (
+    cpu_adam_can_be_built,
+    forget_gradients,
+    keep_least_loss_scale,
+    loss_scale,
+    master_weights,
+    quiet_initialization,
+    quieten_and_skip_builds,
+    shard_layout,
+    use_torchs_own_linear,
+)
+from karat_scale.engine.distributed import World
+from karat_scale.engine.optimizer import MuonWithAdamW, build_optimizer, heeds_found_inf
+from karat_scale.engine.precision import PRECISIONS, allow_tf32, autocast_inside, check_precision
+from karat_scale.engine.shards import Fragment, Pieces
+from karat_scale.engine.waiting import (
+    average_gradients_in_few_copies,
+    check_by_the_norm,
+    device_waits_for_itself,
+    step_judged_by,
+)
+from karat_scale.models import parameter_count
+from karat_scale.recipe import Recipe
+
+
+def _takes_cpu_adam(choice: str, device: torch.device) -> bool:
+    if choice == "auto":
+        return device.type == "cuda" and cpu_adam_can_be_built()
+    return choice == "deepspeed"
+
+
+def _copy_of_weights(model: nn.Module) -> Pieces:
+    pieces = Pieces()
+    for name, parameter in model.named_parameters():
+        pieces.add([Fragment(name, 0, 0, parameter.numel())], parameter.detach().to("cpu", torch.float32, copy=True))
+    return pieces
+
+
+def _cast_buffers(module: nn.Module, dtype: torch.dtype) -> None:
+    """As `module.to(dtype)` does: DeepSpeed casts parameters alone, and masks and positions meet them."""
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.to(dtype)
+
+
+class Engine:
+    """Forward, backward and step of one model on one rank.
+
+    Raises:
+        RecipeError: the device or the DeepSpeed file cannot do what the recipe asks for.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, world: World, micro_batch: int) -> None:
+        check_precision(recipe.train.precision, world.device)
+        allow_tf32(recipe.train.tf32)
+        self._precision = PRECISIONS[recipe.train.precision]
+        config = load_ds_config(recipe, world.size, micro_batch)
+        quieten_and_skip_builds()
+        import deepspeed
+
+        self.stage = zero_stage(config)
+        # At stage 3 the partitioned module's parameters look empty.
+        self.parameters = parameter_count(model)
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        # What does not learn, as it was before a lower precision or partitioning.
+        self.frozen = {
+            name: p.detach().to("cpu", torch.float32, copy=True)
+            for name, p in model.named_parameters()
+            if not p.requires_grad
+        }
+        cpu_adam = offloads_optimizer(config) and _takes_cpu_adam(recipe.deepspeed.cpu_adam, world.device)
+        config["zero_force_ds_cpu_optimizer"] = cpu_adam
+        use_torchs_own_linear()
+        initial = _copy_of_weights(model)
+        model = model.to(world.device)
+        autocast_inside(model, self._precision, world.device.type)
+        with quiet_initialization():
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=build_optimizer(model, recipe.optim, world.device, cpu_adam),
+                config=config,
+            )
+        if self.stage > 0:  # DeepSpeed's masters begin at what 16 bits have left of the weights
+            for fragments, master in zip(shard_layout(self.deepspeed), master_weights(self.deepspeed), strict=True):
+                initial.fill(fragments, master)
+            _cast_buffers(self.deepspeed.module, self._precision.weights)
+        self.has_muon = isinstance(self.deepspeed.basic_optimizer, MuonWithAdamW)
+        self._device = world.device
+        self._skipped_steps = torch.zeros((), device=world.device)
+        self._clip = recipe.optim.clip_grad
+        self._skips_on_device = heeds_found_inf(self.deepspeed.basic_optimizer) and recipe.train.precision != "fp16"
+        if self.stage == 0:
+            average_gradients_in_few_copies(self.deepspeed)
+        else:
+            check_by_the_norm(self.deepspeed)
+        keep_least_loss_scale(self.deepspeed)
+        self._records_graphs = recipe.train.records_graphs
+        if recipe.train.compile:
+            self.deepspeed.compile(compile_kwargs={"mode": recipe.train.compile})
+
+    @property
+    def module(self) -> nn.Module:
+        """The model as it trains, its parameters as `train.precision` holds them; at stage 3 each rank's own part."""
+        return self.deepspeed.module
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the next step, which each parameter group scales."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [b, classes] for normalised images [b, 3, H, W]."""
+        if self._records_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last graph returned is not needed any more
+        logits: torch.Tensor = self.deepspeed(images.to(self._precision.weights))
+        return logits.float()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients of a micro batch's mean loss; the last of a step reduces them over ranks.
+
+        A loss that is not finite makes them NaN, on all ranks once they are reduced, also where they would be finite.
+        """
+        with device_waits_for_itself(self.deepspeed):
+            self.deepspeed.backward(loss * (0 * loss.detach() + 1))  # 0 * x is NaN where x is not finite
+
+    def step(self) -> torch.Tensor | None:
+        """Finish a micro batch. At the end of an accumulation: clip, step, and return the gradient norm.
+
+        The norm is a 0-dim tensor on the device, which is not read. A step whose gradients are not finite is skipped
+        and counted, and its norm is not finite: the same on all ranks. Fused AdamW skips on the device; for other
+        optimizers, and for fp16's loss scale, the norm is read once.
+        """
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()
+            return None
+        return self._step_at_stage_0() if self.stage == 0 else self._step_at_stages_1_to_3()
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What losses are multiplied by in fp16 before the backward pass; None in another precision."""
+        return loss_scale(self.deepspeed) if self._precision.weights == torch.float16 else None
+
+    def take_skipped_steps(self) -> int:
+        """Steps skipped since they were last taken. Reads the device."""
+        taken = int(self._skipped_steps)
+        self._skipped_steps.zero_()
+        return taken
+
+    def _step_at_stage_0(self) -> torch.Tensor:
+        parameters: list[Any] = [p for p in self.module.parameters() if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, self._clip or math.inf)
+        if self._must_skip(norm):
+            for parameter in parameters:
+                parameter.grad = None  # the optimizer passes over parameters without a gradient
+        self.deepspeed.step()
+        return norm
+
+    def _step_at_stages_1_to_3(self) -> torch.Tensor:
+        norms: list[torch.Tensor] = []
+
+        def is_invalid(scaled: torch.Tensor) -> bool:
+            norm = (scaled / self.loss_scale if self.loss_scale else scaled).to(self._device)
+            norms.append(torch.where(norm < 0, math.nan, 0 * norm + norm))
+            return self._must_skip(norms[0])
+
+        with step_judged_by(is_invalid), device_waits_for_itself(self.deepspeed):
+            self.deepspeed.step()
+        if not self.deepspeed.was_step_applied():
+            forget_gradients(self.deepspeed)
+        return norms[0]
+
+    def _must_skip(self, norm: torch.Tensor) -> bool:
+        """Count a step to skip; whether the caller has to skip it: False where the optimizer does, on the device."""
+        is_skipped = (0 * norm != 0).float()
+        self._skipped_steps += is_skipped
+        if self._skips_on_device:
+            self.deepspeed.basic_optimizer.found_inf = is_skipped
+            return False
+        return bool(is_skipped)

@@ -1,0 +1,90 @@
+"""What a step sends over the links, and how long that takes.
+
+Ring all-reduce: each rank sends 2 (W - 1) / W of the bytes in 2 (W - 1) steps; an all-gather or a reduce-scatter half.
+A tree sends as much in 2 log2(W) steps (Thakur et al., "Optimization of Collective Communication Operations in MPICH",
+2005; NCCL takes the faster). Between nodes all GPUs of a node send at once, each through its share of the network.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from karat_scale.engine.deepspeed_config import zero_stage
+from karat_scale.engine.precision import PRECISIONS
+from karat_scale.estimate.links import LATENCY_BETWEEN, LATENCY_WITHIN, REACHED, Links
+from karat_scale.estimate.zero import ALL_REDUCE, BUCKET
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that go through collectives in a step, and in how many calls.
+
+    all_reduced: gradients. gathered: weights, each rank its share. scattered: gradients, to each rank its share.
+    hidden: whether it runs beside the backward pass (DeepSpeed's `overlap_comm`), not after it.
+    """
+
+    all_reduced: float
+    gathered: float
+    scattered: float
+    calls: int
+    hidden: bool
+
+    def sent(self, world: int) -> float:
+        """Bytes that each of `world` ranks sends."""
+        return (2 * self.all_reduced + self.gathered + self.scattered) * (world - 1) / world
+
+
+def traffic(parameters: int, config: Mapping[str, Any], accumulation: int, precision: str) -> Traffic:
+    """What DeepSpeed 0.19 sends in a step of `accumulation` micro batches, under a filled config.
+
+    Gradients and weights travel in the dtype of the weights: fp32, but for `bf16_weights` and `fp16`. Stages 0 and 1
+    all-reduce gradients once a step. Stage 2 all-reduces
+    each micro batch's (its `reduce_scatter` is an all-reduce of whole buckets), stage 3 scatters them and gathers the
+    weights once for each micro batch. Stages 1 and 2 gather the stepped weights once.
+    """
+    stage, zero = zero_stage(config), config["zero_optimization"]
+    size = PRECISIONS[precision].weights.itemsize * parameters
+    overlaps = zero.get("overlap_comm")
+    hidden = bool(overlaps) or (overlaps is None and stage == 3)
+    bucket = int(zero.get("reduce_bucket_size", BUCKET))
+    if stage == 0:
+        return Traffic(size, 0, 0, math.ceil(parameters / ALL_REDUCE), False)
+    calls = math.ceil(parameters / bucket)
+    if stage == 1:
+        return Traffic(size, size, 0, calls + 1, hidden and precision != "bf16_weights")
+    if stage == 2:
+        return Traffic(accumulation * size, size, 0, accumulation * calls + 1, hidden)
+    return Traffic(0, accumulation * size, accumulation * size, 2 * accumulation * calls, hidden)
+
+
+def seconds(load: Traffic, world: int, per_node: int, links: Links) -> float:
+    """How long a step's collectives take on `world` GPUs, `per_node` on a node, if nothing else runs."""
+    if world == 1:
+        return 0.0
+    across = world > per_node
+    # The ring of each network port goes through the whole node: what leaves it is the sum of all ports.
+    bandwidth = min(links.within, per_node * links.between) if across else links.within
+    latency = LATENCY_BETWEEN if across else LATENCY_WITHIN
+    nodes = math.ceil(world / per_node)
+    in_ring = 2 * (world - 1)
+    in_tree = 2 * (math.ceil(math.log2(nodes)) + min(world, per_node) - 1)
+    return load.sent(world) / (REACHED * bandwidth) + load.calls * min(in_ring, in_tree) * latency
+
+
+def step_seconds(compute: float, load: Traffic, communication: float) -> float:
+    """A step: its computation, of which two thirds are backward passes, and the collectives that these do not hide.
+
+    Args:
+        compute: seconds of forward and backward.
+        load: what is sent.
+        communication: `seconds` of it.
+    """
+    return compute + (max(0.0, communication - 2 / 3 * compute) if load.hidden else communication)
+
+
+def compute_seconds(step: float, load: Traffic, communication: float) -> float:
+    """The computation in a step of so many seconds: `step_seconds` undone, and not below 0."""
+    if load.hidden and communication <= 2 / 3 * step:
+        return step
+    return max(0.0, 3 * (step - communication) if load.hidden else step - communication)

@@ -1,0 +1,112 @@
+"""How long one GPU computes on an image, by what a run has logged: of the same recipe, where speed is concerned."""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from karat_scale.cluster.standing import read_events
+from karat_scale.data.plan import choose_micro_batch
+from karat_scale.engine.deepspeed_config import load_ds_config
+from karat_scale.errors import UserError
+from karat_scale.estimate.communication import compute_seconds, seconds, traffic
+from karat_scale.estimate.curve import Node
+from karat_scale.estimate.time import ComputeTime
+from karat_scale.hardware import Gpu, find_gpu
+from karat_scale.recipe import Recipe
+from karat_scale.recipe.loading import flatten
+from karat_scale.run.run_directory import RunDirectory
+
+# What sets the speed of a rank: keys, or sections that stand for all their keys.
+SPEED_KEYS = (
+    "model",
+    "attention",
+    "optim.name",
+    "train.precision",
+    "train.compile",
+    "train.freeze",
+    "train.recompute",
+    "augment.run_on",
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of a run's step, collectives included, of `images` on each of `world` ranks.
+
+    config: DeepSpeed's, filled; `accumulation` micro batches a step.
+    """
+
+    step: float
+    world: int
+    images: int
+    accumulation: int
+    config: Mapping[str, Any]
+    precision: str
+    source: str
+
+    def compute_time(self, parameters: int, node: Node) -> ComputeTime:
+        """Seconds of an image without the collectives that the run's own world took, as the plan counts them.
+
+        A plan for that world adds them again, and comes to what was measured; one for another adds its own.
+        """
+        load = traffic(parameters, self.config, self.accumulation, self.precision)
+        communication = seconds(load, self.world, node.gpus, node.links)
+        return ComputeTime(compute_seconds(self.step, load, communication) / self.images, self.source)
+
+
+def find_measured(recipe: Recipe, gpu: Gpu | None) -> Measured | str | None:
+    """The rate of the run in the recipe's own directory on this GPU (None: a CPU): the median of its last hundred.
+
+    None where there is no such run; where there is one that says nothing about this recipe, why, in a line.
+    """
+    directory = RunDirectory(recipe.run.dir)
+    rates = _rates(directory.metrics_file)
+    if not rates:
+        return None
+    refused = f"what {directory.path} measured is not used: "
+    summary = directory.summary() or {}
+    device, world = str(summary.get("device", "")), summary.get("world_size")
+    if not world:
+        return f"{refused}it has no summary.json, which says on what it ran"
+    if find_gpu(device) is not gpu if gpu else not device.startswith("CPU"):
+        return f"{refused}it ran on {device}"
+    try:
+        old = directory.recipe()
+        if differing := _differing(old, recipe):
+            return f"{refused}it ran with {differing}"
+        return _measured(old, int(world), statistics.median(rates[-100:]), f"measured in {directory.path} on {device}")
+    except UserError as error:
+        return f"{refused}{error}"
+
+
+def _measured(recipe: Recipe, world: int, rate: float, source: str) -> Measured:
+    batch = recipe.train.global_batch
+    micro_batch = choose_micro_batch(batch, world, recipe.train.micro_batch, recipe.augment.mixes)
+    return Measured(
+        step=batch / rate,
+        world=world,
+        images=batch // world,
+        accumulation=batch // world // micro_batch,
+        config=load_ds_config(recipe, world, micro_batch),
+        precision=recipe.train.precision,
+        source=source,
+    )
+
+
+def _differing(old: Recipe, new: Recipe) -> str:
+    """The first key of SPEED_KEYS that differs, with its old value, and how many more do; "" if none."""
+    before, after = flatten(old), flatten(new)
+    keys = [
+        key
+        for key in after
+        if before.get(key) != after[key] and any(key == speed or key.startswith(f"{speed}.") for speed in SPEED_KEYS)
+    ]
+    more = f", and {len(keys) - 1} more" if keys[1:] else ""
+    return f"{keys[0]} = {before.get(keys[0])}{more}" if keys else ""
+
+
+def _rates(metrics: Path) -> list[float]:
+    rates = (event.get("images_per_second") for event in read_events(metrics) if event.get("event") == "train")
+    return [float(rate) for rate in rates if rate]

@@ -1,0 +1,104 @@
+"""What is planned: a recipe's model on fake tensors, its sizes, and what its passes allocate."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from karat_scale.attention.functional import choosing_as_on_a_gpu
+from karat_scale.engine.precision import PRECISIONS
+from karat_scale.errors import RecipeError
+from karat_scale.estimate.footprint import Footprint
+from karat_scale.estimate.sizes import ParameterSizes
+from karat_scale.estimate.tracing import fake_copy, trace_evaluation, trace_step
+from karat_scale.models import create_model
+from karat_scale.models.flops import flops_by_block
+from karat_scale.models.freeze import freeze
+from karat_scale.models.layers import blocks_of
+from karat_scale.models.recompute import Choice, choices_by_rule, recompute
+from karat_scale.models.recompute_budget import cheapest_choices, least_budget
+from karat_scale.models.saved_tensors import activation_bytes
+from karat_scale.recipe import Recipe
+
+# Two sizes that mixup's pairs allow.
+TRACED_BATCHES = (2, 4)
+
+
+class Subject:
+    """A recipe's model as it would run on a GPU, or on this machine's CPU.
+
+    Raises RecipeError where the model cannot be built.
+    """
+
+    def __init__(self, recipe: Recipe, on_gpu: bool) -> None:
+        if recipe.attention.transfer_from:
+            raise RecipeError("attention.transfer_from: a teacher's memory is not known; plan without it, and add it")
+        self.recipe, self.on_gpu = recipe, on_gpu
+        model = self._build()
+        self.sizes = ParameterSizes.of(model, recipe.optim)
+        self._depth = len(blocks_of(model))
+        precision = PRECISIONS[recipe.train.precision]
+        # What the model is cast to, if it is, and whether autocast casts.
+        self._dtype = None if precision.weights == torch.float32 else precision.weights
+        self._autocasts = precision.autocasts
+        self._footprints: dict[tuple[Choice, ...] | None, Footprint] = {}
+
+    def footprint(self, images: int) -> Footprint:
+        """What a micro batch allocates and launches, at every ZeRO stage.
+
+        `images` counts only for what a budget lets the model recompute. Raises RecipeError where the model cannot run
+        as the recipe says.
+        """
+        return self._traced(self._choices(images))
+
+    def evaluation(self) -> Footprint:
+        """As `footprint`, of a batch of an evaluation, which recomputes nothing."""
+        return self._traced(None)
+
+    def _traced(self, choices: tuple[Choice, ...] | None) -> Footprint:
+        if choices not in self._footprints:
+            self._footprints[choices] = self._trace(choices)
+        return self._footprints[choices]
+
+    def _build(self) -> nn.Module:
+        with torch.device("meta"):  # spares drawing the initial weights
+            model = create_model(self.recipe.model, self.recipe.attention)
+        if self.recipe.train.freeze:
+            freeze(model, self.recipe.train.freeze)
+        return model
+
+    def _choices(self, images: int) -> tuple[Choice, ...]:
+        """What each block recomputes."""
+        config = self.recipe.train.recompute
+        if config.budget_gb is None:
+            return choices_by_rule(config, self._depth)
+        model, size = self._build(), self.recipe.model.image_size
+        autocast = torch.autocast("cpu", torch.bfloat16) if self._autocasts else nullcontext()
+        with self._mode(fake_copy(model, self._dtype)), autocast:
+            saved = activation_bytes(model, torch.empty(images, 3, size, size, dtype=self._dtype))
+        budget = max(int(1e9 * config.budget_gb), least_budget(saved))  # below it the run itself refuses
+        choices = cheapest_choices(saved, flops_by_block(self.recipe.model, self.recipe.attention), budget)
+        assert choices is not None
+        return choices
+
+    def _trace(self, choices: tuple[Choice, ...] | None) -> Footprint:
+        """Of a training step that recomputes `choices`, or for None of an evaluation."""
+        model = self._build()
+        mode = fake_copy(model, self._dtype)
+        trace = trace_evaluation if choices is None else trace_step
+        if choices is not None:
+            recompute(model, choices)
+        size = self.recipe.model.image_size
+        try:
+            with choosing_as_on_a_gpu() if self.on_gpu else nullcontext():
+                traces = {batch: trace(model, mode, batch, size, self._autocasts) for batch in TRACED_BATCHES}
+        except ValueError as error:
+            raise RecipeError(f"attention.implementation = {self.recipe.attention.implementation!r}: {error}") from None
+        return Footprint.through(traces)
+
+    @contextmanager
+    def _mode(self, mode: FakeTensorMode) -> Iterator[None]:
+        with choosing_as_on_a_gpu() if self.on_gpu else nullcontext(), mode:
+            yield

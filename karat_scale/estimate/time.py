@@ -1,0 +1,75 @@
+"""How long one GPU and its host work on a step, estimated from operations, bytes and kernels."""
+
+import math
+from dataclasses import dataclass
+
+from karat_scale.engine.precision import matrix_peak
+from karat_scale.estimate.footprint import Footprint
+from karat_scale.estimate.launches import StepLaunches
+from karat_scale.hardware import Gpu
+from karat_scale.models.flops import flops_per_image
+from karat_scale.recipe import Recipe
+
+# Fitted to three measured models on one card, and tested on others: docs/scaling.md.
+MATRIX_EFFICIENCY = 0.75
+TRAFFIC_PER_BYTE = 3.0
+BANDWIDTH_EFFICIENCY = 0.75
+
+
+@dataclass(frozen=True)
+class ComputeTime:
+    """What a rank spends on a step beside collectives, and where the figures come from.
+
+    image: seconds of the GPU's work on an image, forward and backward. launches: None where `image` is measured, and
+    holds what launches cost.
+    """
+
+    image: float
+    source: str
+    launches: StepLaunches | None = None
+
+    def device(self, images: int, accumulation: int) -> float:
+        """Seconds of the GPU on a step of `accumulation` micro batches of `images`, if the host is ahead of it."""
+        gaps = self.launches.gaps(accumulation) if self.launches else 0.0
+        return accumulation * images * self.image + gaps
+
+    def host(self, accumulation: int) -> float:
+        """Seconds of the host to launch it all."""
+        return self.launches.host(accumulation) if self.launches else 0.0
+
+    def seconds(self, images: int, accumulation: int) -> float:
+        """Of a step: host and GPU work at once, and the slower of them sets the time."""
+        return max(self.device(images, accumulation), self.host(accumulation))
+
+    def is_bound_by_launches(self, images: int, accumulation: int) -> bool:
+        """Whether the GPU waits for the host."""
+        return self.host(accumulation) > self.device(images, accumulation)
+
+    def least_micro_batch(self, accumulation: int) -> int:
+        """The smallest power of two of images that keeps the GPU as busy as the host."""
+        idle = max(self.host(accumulation) - self.device(0, accumulation), 0.0)
+        return int(2 ** math.ceil(math.log2(max(idle / (accumulation * self.image), 1.0))))
+
+
+def estimate(recipe: Recipe, gpu: Gpu, footprint: Footprint, stage: int, parameters: int) -> ComputeTime | None:
+    """Matrix products at a share of the peak, all else at a share of the memory's bandwidth, and launches.
+
+    Each byte that a pass allocates is written once and read about twice. None where the GPU lacks the precision.
+
+    Args:
+        recipe: what is trained.
+        gpu: on what.
+        footprint: of its training step.
+        stage: of ZeRO.
+        parameters: tensors that learn.
+    """
+    peak = matrix_peak(recipe.train, gpu.peaks)
+    if peak is None:
+        return None
+    products = flops_per_image(recipe.model, recipe.attention).training / (MATRIX_EFFICIENCY * peak)
+    bytes_ = TRAFFIC_PER_BYTE * (footprint.written(2) - footprint.written(1))
+    return ComputeTime(
+        image=products + bytes_ / (BANDWIDTH_EFFICIENCY * gpu.bandwidth),
+        source="estimated from operations, bytes and launches",
+        launches=StepLaunches.of(footprint.launches, recipe.train, stage, parameters),
+    )

@@ -1,0 +1,232 @@
+"""The progress that a person sees: a live bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from karat_scale.cluster.heartbeat import Heartbeat
+from karat_scale.data.batch import BadSample
+from karat_scale.engine.run_state import RunState
+from karat_scale.reporting.metrics import MetricsLog
+
+# A check of fewer bytes is over before a person has read about it.
+_LARGE = 10**8
+
+
+class Display(Protocol):
+    """A place to show progress; the two kinds differ in looks only."""
+
+    def line(self, text: str) -> None:
+        """Show a line that stays."""
+
+    def advance(self, done: int, total: int) -> None:
+        """A training step is done."""
+
+    def train(self, done: int, total: int, text: str) -> None:
+        """Show what was measured since the last report."""
+
+    def evaluate(self, done: int, total: int) -> None:
+        """Show where an evaluation stands."""
+
+    def verify(self, done: int, total: int) -> None:
+        """Show how many bytes of a checkpoint are verified. Any thread may call it."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+class TerminalDisplay:
+    """rich's live bars: training, and below it an evaluation or a check of files while there is one."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=120,
+        )
+        self._train = self._progress.add_task(title, total=None, text="")
+        self._passing: dict[str, TaskID] = {}
+        self._progress.start()
+
+    def line(self, text: str) -> None:
+        """Print above the bars."""
+        self._progress.console.print(text, markup=False, highlight=False)
+
+    def advance(self, done: int, total: int) -> None:
+        """Move the training bar."""
+        self._progress.update(self._train, completed=done, total=total)
+
+    def train(self, done: int, total: int, text: str) -> None:
+        """Say beside the training bar what was measured."""
+        self._progress.update(self._train, completed=done, total=total, text=text)
+
+    def evaluate(self, done: int, total: int) -> None:
+        """Move the evaluation bar; it goes when it is full."""
+        self._move("evaluate", done, total)
+
+    def verify(self, done: int, total: int) -> None:
+        """Move the bar of the check, in MB; it goes when it is full."""
+        if total >= _LARGE:
+            self._move("verify, MB", done // 10**6, total // 10**6)
+
+    def _move(self, name: str, done: int, total: int) -> None:
+        if name not in self._passing:
+            self._passing[name] = self._progress.add_task(name, total=total, text="")
+        self._progress.update(self._passing[name], completed=done, total=total)
+        if done >= total:
+            self._progress.remove_task(self._passing.pop(name))
+
+    def close(self) -> None:
+        """Stop the bars where they stand."""
+        self._progress.stop()
+
+
+class PlainDisplay:
+    """One line per report, with the time of day."""
+
+    def line(self, text: str) -> None:
+        """Print a line."""
+        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+    def advance(self, done: int, total: int) -> None:
+        """A step alone is not worth a line."""
+
+    def train(self, done: int, total: int, text: str) -> None:
+        """Print a line."""
+        self.line(f"step {done}/{total} {text}")
+
+    def evaluate(self, done: int, total: int) -> None:
+        """An evaluation prints its result only."""
+
+    def verify(self, done: int, total: int) -> None:
+        """A checkpoint that is as it was is not worth a line."""
+
+    def close(self) -> None:
+        """Nothing to restore."""
+
+
+class SilentDisplay(PlainDisplay):
+    """For ranks other than 0: warnings only, on standard error."""
+
+    def line(self, text: str) -> None:
+        """Say nothing."""
+
+    def train(self, done: int, total: int, text: str) -> None:
+        """Say nothing."""
+
+
+def choose_display(is_main: bool, title: str) -> Display:
+    """A live bar when standard output is a terminal, and nothing on ranks other than 0."""
+    if not is_main:
+        return SilentDisplay()
+    console = Console()
+    return TerminalDisplay(console, title) if console.is_terminal else PlainDisplay()
+
+
+class Reporter:
+    """Tells the person and the log the same things. `log` is None on ranks other than 0."""
+
+    def __init__(
+        self, display: Display, log: MetricsLog | None, rank: int = 0, heartbeat: Heartbeat | None = None
+    ) -> None:
+        self.display = display
+        self._log = log
+        self._rank = rank
+        self._heartbeat = heartbeat
+
+    def beat(self, doing: str, step: int = 0) -> None:
+        """This rank got on: it begins with `doing` now, for whoever watches for hangs."""
+        if self._heartbeat is not None:
+            self._heartbeat.beat(doing, step)
+
+    def pace(self, own_seconds: float) -> None:
+        """What a step takes this rank of its own, for whoever watches for slow ones."""
+        if self._heartbeat is not None:
+            self._heartbeat.pace(own_seconds)
+
+    def info(self, text: str) -> None:
+        """A line for the person."""
+        self.display.line(text)
+
+    def warn(self, text: str) -> None:
+        """A warning, from whichever rank has it."""
+        if isinstance(self.display, SilentDisplay):
+            print(f"[rank {self._rank}] warning: {text}", file=sys.stderr, flush=True)
+        else:
+            self.display.line(f"warning: {text}")
+
+    def bad_sample(self, sample: BadSample) -> None:
+        """A sample that could not be read, by its place."""
+        self.warn(f"unreadable image {sample.key} in {sample.shard}: {sample.reason}")
+
+    def train(self, step: int, total: int, figures: dict[str, Any]) -> None:
+        """Figures of the steps since the last report."""
+        rate = figures["images_per_second"]
+        text = f"epoch {figures['epoch']} loss {figures['loss']:.4f} lr {figures['lr']:.2e}"
+        text += f" {rate:,.0f} img/s" if rate else ""
+        text += f" MFU {figures['mfu']:.1%}" if figures.get("mfu") else ""
+        self.display.train(step, total, text)
+        self._write("train", step, **figures)
+
+    def evaluated(self, step: int, figures: dict[str, Any]) -> None:
+        """The result of an evaluation of a classifier."""
+        text = (
+            f"top-1 {figures['top1']:.2f} % top-5 {figures['top5']:.2f} % "
+            f"loss {figures['loss']:.4f} ({figures['images']:,} images, {figures['weights']} weights)"
+        )
+        self.scored(step, text, figures)
+
+    def scored(self, step: int, text: str, figures: dict[str, Any]) -> None:
+        """The result of an evaluation, in words and as figures."""
+        self.info(f"eval at step {step}: {text}")
+        self._write("eval", step, **figures)
+
+    def histogram(self, name: str, values: torch.Tensor, step: int) -> None:
+        """The distribution of some weights."""
+        if self._log is not None:
+            self._log.histogram(name, values, step)
+
+    def checkpoint(self, state: RunState, name: str, seconds: float, stall: float) -> None:
+        """A checkpoint is complete; training stood still for `stall` of its seconds."""
+        self.info(f"saved {name} in {seconds:.1f} s, of which training stood still for {stall:.1f} s")
+        figures = {"seconds": round(seconds, 3), "stall_seconds": round(stall, 3)}
+        self._write("checkpoint", state.step, samples=state.samples, name=name, **figures)
+
+    def resumed(self, state: RunState, name: str) -> None:
+        """Training resumes from a checkpoint."""
+        self.info(f"resumed from {name}: step {state.step}, {state.samples:,} samples seen")
+        self._write("resume", state.step, samples=state.samples, name=name, restarts=state.restarts)
+
+    def end(self, state: RunState, exit_code: int, reason: str) -> None:
+        """The last event of this process."""
+        self._write("end", state.step, samples=state.samples, exit=exit_code, reason=reason)
+
+    def close(self) -> None:
+        """Restore the terminal and close the files."""
+        self.display.close()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+        if self._log is not None:
+            self._log.close()
+
+    def _write(self, event: str, step: int, **figures: Any) -> None:
+        if self._log is not None:
+            self._log.write(event, step, **figures)

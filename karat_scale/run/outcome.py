@@ -1,0 +1,104 @@
+"""How a run ends: its exit code, the last event, and `summary.json`."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Generic, TypeVar
+
+from karat_scale import __version__
+from karat_scale.engine.distributed import World
+from karat_scale.engine.run_state import RunState
+from karat_scale.errors import EXIT_STOPPED, UserError
+from karat_scale.files import sealed
+from karat_scale.hardware import processor_name
+from karat_scale.reporting.progress import Reporter
+from karat_scale.run.run_directory import RunDirectory
+from karat_scale.run.signals import StoppedError, StopSignals
+from karat_scale.run.start import device_name
+
+_LIBRARIES = ("torch", "timm", "deepspeed")
+S = TypeVar("S", bound=RunState)
+
+
+@dataclass
+class Outcome(Generic[S]):
+    """How a run ended, for `summary.json`; an unforeseen exception until something better is known."""
+
+    name: str
+    world: World
+    state: S
+    begun: bool = False
+    parameters: int = 0
+    code: int = 1
+    reason: str = "error"
+
+    def scores(self) -> dict[str, Any]:
+        """What the evaluations said."""
+        raise NotImplementedError
+
+    def counts(self) -> dict[str, Any]:
+        """What else a kind of run counts."""
+        return {}
+
+    def summary(self, previous: dict[str, Any] | None) -> dict[str, Any]:
+        """The figures of the whole run, over all its restarts."""
+        if previous is not None and not self.begun:  # this start failed before it knew the run's state
+            return {**previous, "exit": self.code, "reason": self.reason}
+        rate = self.state.images_per_second
+        return {
+            "name": self.name,
+            "exit": self.code,
+            "reason": self.reason,
+            "steps": self.state.step,
+            "samples": self.state.samples,
+            **self.scores(),
+            "images_per_second": round(rate, 2) if rate else None,
+            "seconds_to_first_step": self.state.seconds_to_first_step,
+            "peak_memory_mb": self.state.peak_memory_mb,
+            "parameters": self.parameters,
+            **self.counts(),
+            "skipped_steps": self.state.skipped_steps,
+            "restarts": self.state.restarts,
+            "world_size": self.world.size,
+            "device": device_name(self.world),
+            "processor": processor_name(),
+            "versions": {"karat_scale": __version__, **{name: version(name) for name in _LIBRARIES}},
+        }
+
+
+@contextmanager
+def concluded(outcome: Outcome[S], directory: RunDirectory, signals: StopSignals, reporter: Reporter) -> Iterator[None]:
+    """Around a run: `outcome` learns how it ended, and so do the log, the person and `summary.json`.
+
+    Those of a finished run stay as they are when a start in its directory fails before it has begun.
+    """
+    if outcome.world.is_main and directory.is_summary_damaged:
+        reporter.warn(f"{directory.summary_file} is damaged; it will be written again")
+    try:
+        yield
+        outcome.code, outcome.reason = 0, "finished"
+    except StoppedError as stopped:
+        name = signals.received.name if signals.received else "a signal on another rank"
+        outcome.code = EXIT_STOPPED if stopped.saved else 1
+        outcome.reason = f"stopped by {name}"
+        reporter.info(f"{outcome.reason} at step {outcome.state.step}; run the same command to resume")
+    except UserError as error:
+        outcome.code, outcome.reason = 2, str(error)
+        raise
+    except BaseException as error:
+        outcome.reason = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        _record(outcome, directory, reporter)
+
+
+def _record(outcome: Outcome[S], directory: RunDirectory, reporter: Reporter) -> None:
+    previous = directory.summary() if outcome.world.is_main else None
+    is_told = outcome.begun or previous is None or previous.get("exit") != 0
+    with ExitStack() as last:  # calls all, the last first, whatever the disk says to one of them
+        if outcome.world.is_main and is_told:
+            last.callback(lambda: directory.write_summary(sealed(outcome.summary(previous))))
+        last.callback(reporter.close)
+        if is_told:
+            last.callback(reporter.end, outcome.state, outcome.code, outcome.reason)

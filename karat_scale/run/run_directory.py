@@ -1,0 +1,215 @@
+"""A run's directory: who may use it, and what lies where.
+
+recipe.yaml      the resolved recipe; its presence means the run has begun
+classes.json     the names of the classes, in the order of the labels
+metrics.jsonl    one event a line
+summary.json     the outcome
+tensorboard/     event files
+profile/         see profiler
+checkpoints/     see checkpoint/store.py
+snapshots/       see snapshots
+"""
+
+import fcntl
+import json
+import os
+import socket
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, TypeVar, overload
+
+from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
+from karat_scale.errors import RunDirectoryError, not_written
+from karat_scale.files import write_atomically
+from karat_scale.recipe import Recipe, RunRecipe
+from karat_scale.recipe.base import Effect
+from karat_scale.recipe.files import COMMANDS, read_recipe_file
+from karat_scale.recipe.loading import differing_keys, dump_recipe, effects, flatten, load_recipe, rounding_keys
+
+# The data cursor counts global batches, so another size would train on other samples. What was frozen has no optimizer
+# state that it could resume with.
+NEVER_ALLOWED = ("train.global_batch", "train.freeze")
+# Of the keys that change the shapes of tensors, those for which init_from makes weights fit.
+_FITTED = ("model.image_size", "model.num_classes", "model.patch_size")
+R = TypeVar("R", bound=RunRecipe)
+
+
+class RunDirectory:
+    """Paths of one run, and the rules for starting or resuming in it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.recipe_file = self.path / "recipe.yaml"
+        self.classes_file = self.path / "classes.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.summary_file = self.path / "summary.json"
+        self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile"
+        self.snapshots = self.path / "snapshots"
+        self.store = CheckpointStore(self.path / "checkpoints")
+        self._lock: IO[str] | None = None
+
+    def open(self, recipe: RunRecipe) -> str:
+        """Claim the directory for `recipe`, creating it if need be.
+
+        Returns:
+            What the recipe changes on purpose in the run that is here, as text; mostly nothing.
+
+        Raises:
+            RunDirectoryError: it holds another recipe's run, is in use, cannot be written, or has
+                checkpoints that `resume.mode=never` must not overwrite.
+        """
+        try:
+            self.store.root.mkdir(parents=True, exist_ok=True)
+            self._claim()
+            self.store.put_back()
+        except OSError as error:
+            raise RunDirectoryError(f"run.dir = {self.path}: {error.strerror}; choose another run.dir") from None
+        if recipe.resume.mode == "never" and self.store.names():
+            raise RunDirectoryError(
+                f"run.dir = {self.path} has checkpoints and resume.mode = never; "
+                "choose another run.dir or use resume.mode=auto"
+            )
+        if recipe.resume.mode == "never" or not self.recipe_file.is_file():
+            return ""
+        self._refuse_another_recipe(recipe)
+        return self.changes(recipe)
+
+    def begin(self, recipe: RunRecipe, classes: Sequence[str] = ()) -> None:
+        """Record the names of the classes and the recipe: from here on the directory is this run's.
+
+        Raises RunDirectoryError when the disk does not take them.
+        """
+        _write(self.classes_file, json.dumps(list(classes)) + "\n")
+        _write(self.recipe_file, dump_recipe(recipe))
+
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes; none of a run that began before they were recorded.
+
+        Raises:
+            RunDirectoryError: the file is damaged.
+        """
+        try:
+            names = json.loads(self.classes_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return ()
+        except ValueError:
+            names = None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise RunDirectoryError(f"{self.classes_file}: not a JSON list of names; put it right or remove it")
+        return tuple(names)
+
+    @overload
+    def recipe(self) -> Recipe: ...
+
+    @overload
+    def recipe(self, schema: type[R]) -> R: ...
+
+    def recipe(self, schema: type[RunRecipe] = Recipe) -> RunRecipe:
+        """The recipe of an existing run, of the kind `schema`.
+
+        Raises:
+            RunDirectoryError: this is not a run directory, or another kind of run's.
+            RecipeError: the recipe is damaged.
+        """
+        if not self.recipe_file.is_file():
+            raise RunDirectoryError(f"{self.path}: not a run directory (it has no recipe.yaml)")
+        command = "detect" if "detector" in read_recipe_file(self.recipe_file) else "train"
+        wanted = COMMANDS[schema.shipped]
+        if command != wanted:
+            reader = {"detect": "karat detect --eval", "train": "karat eval"}[command]
+            raise RunDirectoryError(f"{self.path}: a run of karat {command}, not of karat {wanted}; {reader} reads it")
+        return load_recipe(self.recipe_file, (), schema)
+
+    def summary(self) -> dict[str, Any] | None:
+        """`summary.json`, if the run has written one that is whole."""
+        try:
+            summary = json.loads(self.summary_file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return summary if isinstance(summary, dict) else None
+
+    @property
+    def is_summary_damaged(self) -> bool:
+        """Whether there is a `summary.json` that says nothing."""
+        return self.summary_file.is_file() and self.summary() is None
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Replace `summary.json`. Raises RunDirectoryError when the disk does not take it."""
+        _write(self.summary_file, json.dumps(summary, indent=2) + "\n")
+
+    def _claim(self) -> None:
+        lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise RunDirectoryError(
+                f"run.dir = {self.path} is in use by {holder}; wait for it or choose another run.dir"
+            ) from None
+        except OSError:
+            return  # a file system without locks; nothing is lost but this check
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        self._lock = lock  # held until the process ends
+        # Data workers outlive a killed trainer by a second; with the lock, they would refuse its next start.
+        mine = weakref.ref(lock)
+        os.register_at_fork(after_in_child=lambda: _close(mine()))
+
+    def changes(self, recipe: RunRecipe) -> str:
+        """The keys that differ from the recipe recorded here and may change the result, with both values."""
+        old = self.recipe(type(recipe))
+        return _describe(old, recipe, [*differing_keys(old, recipe), *rounding_keys(old, recipe)])
+
+    def _refuse_another_recipe(self, recipe: RunRecipe) -> None:
+        old = self.recipe(type(recipe))
+        keys = differing_keys(old, recipe, recipe.resume.allow)
+        before, after = flatten(old), flatten(recipe)
+        is_longer = keys == ["train.epochs"] and after["train.epochs"] > before["train.epochs"]
+        if is_longer and self._is_finished(before):
+            return  # asking for more of a finished run cannot be a mistake
+        fixed = [key for key in NEVER_ALLOWED if before.get(key) != after.get(key)]
+        keys += [key for key in fixed if key not in keys]
+        if keys:
+            raise RunDirectoryError(
+                f"run.dir = {self.path} belongs to another recipe: {_describe(old, recipe, keys)}; "
+                f"{_advice(self.path, keys, fixed, before, effects(type(recipe)))}"
+            )
+
+    def _is_finished(self, recipe: dict[str, Any]) -> bool:
+        """Whether the newest checkpoint is the end of the run that `recipe`, by dotted key, says."""
+        summary = self.summary() or {}
+        ended = summary.get("exit") == 0 and recipe["train.max_steps"] is None
+        return ended and self.store.pointed("latest") == checkpoint_name(summary.get("steps", -1))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def _close(file: IO[str] | None) -> None:
+    if file is not None:
+        file.close()
+
+
+def _advice(path: Path, keys: list[str], fixed: list[str], before: dict[str, Any], known: dict[str, Effect]) -> str:
+    """What to do about differing keys, of which `fixed` may never differ."""
+    shaping = [key for key in keys if known[key] is Effect.SHAPES]
+    if shaping:
+        fits = all(key in _FITTED for key in shaping)
+        weights = f", with init_from={path} to start from its weights" if fits else ""
+        return f"another model cannot resume from its checkpoints: choose another run.dir{weights}"
+    advice = [f"use {key}={before[key]}" for key in fixed] or [f"add resume.allow=[{','.join(keys)}]"]
+    return f"{' and '.join(advice)}, or choose another run.dir"
+
+
+def _describe(old: RunRecipe, new: RunRecipe, keys: list[str]) -> str:
+    before, after = flatten(old), flatten(new)
+    listed = ", ".join(f"{key} ({before.get(key)} -> {after[key]})" for key in keys[:6])
+    return listed + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")

@@ -1,0 +1,94 @@
+"""One safetensors file of whole fp32 weights, for timm and anything else, with what is needed to build their model."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from karat_scale.checkpoint.restore import check_shapes
+from karat_scale.checkpoint.tensor_storage import save_safetensors
+from karat_scale.checkpoint.weights import describe_weights, load_weights
+from karat_scale.errors import RunDirectoryError
+from karat_scale.models import create_model
+from karat_scale.models.transfer import weights_digest
+from karat_scale.recipe import AttentionConfig, ModelConfig, Recipe
+from karat_scale.run.run_directory import RunDirectory
+
+
+def write_weights(directory: RunDirectory, recipe: Recipe, name: str, kind: str, path: Path) -> None:
+    """Write one kind of weights, "raw" or "ema", of a run's intact checkpoint `name`.
+
+    Raises:
+        UserError: the checkpoint has no EMA or holds another model, or `path` cannot be written.
+    """
+    model = create_model(recipe.model, recipe.attention)
+    saved = directory.store.state(name)
+    load_weights(model, directory.store.root / name, saved, ema=kind == "ema")
+    facts = describe_weights(recipe, saved, name, kind, directory.classes())
+    write_model(model, path, {**facts, "weights_sha256": weights_digest(model)})
+
+
+def write_model(model: nn.Module, path: Path, facts: dict[str, str]) -> None:
+    """Write a model's state and what is said of it.
+
+    Raises:
+        RunDirectoryError: `path` cannot be written.
+    """
+    # A module shared by blocks is there once for each, as `load_state_dict` wants it.
+    tensors = {key: value.detach().contiguous().clone() for key, value in model.state_dict().items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_safetensors(tensors, path, facts)
+    except OSError as error:
+        raise RunDirectoryError(f"{path}: {error.strerror or error}; choose another --out") from None
+
+
+def read_exported(path: Path, implementation: str = "auto") -> nn.Module:
+    """The model in a file of `karat export`, float32 on the CPU.
+
+    Args:
+        implementation: of KArAt's operator, whichever the model was trained with.
+
+    Raises:
+        RunDirectoryError: the file is missing or damaged, or holds something else.
+    """
+    with _one_line(path):
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+        attention = AttentionConfig(**{**json.loads(about["attention"]), "implementation": implementation})
+        model = create_model(ModelConfig(**json.loads(about["model"])), attention)
+    load_exported(model, path)
+    if about.get("weights_sha256") not in (None, weights_digest(model)):
+        raise RunDirectoryError(f"{path}: its weights are not those that were written; put it back or export it again")
+    return model
+
+
+def load_exported(model: nn.Module, path: Path) -> None:
+    """Give a model the weights in a file of `karat export`, in place.
+
+    Raises:
+        RunDirectoryError: the file is missing or damaged, or of another model.
+    """
+    with _one_line(path):
+        weights = load_file(path)
+    here, there = ({name: tuple(x.shape) for name, x in state.items()} for state in (model.state_dict(), weights))
+    try:
+        check_shapes(here, there)
+    except RunDirectoryError as error:
+        raise RunDirectoryError(f"{path}: {error}") from None
+    model.load_state_dict(weights)
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise RunDirectoryError(f"{path} is missing; put it back, nothing can be computed without it") from None
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise RunDirectoryError(f"{path}: not a whole file of karat export: {reason}; put a whole copy back") from None

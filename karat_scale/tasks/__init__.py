@@ -1,0 +1,1 @@
+"""What a run can train: forward pass, losses and scores of each task."""

@@ -1,1 +1,0 @@
-"""Training: the loop, what it is built from, and how a run starts, stops and ends."""

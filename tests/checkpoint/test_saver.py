@@ -1,0 +1,175 @@
+"""Saving beside training, and what happens when the disk will not have it."""
+
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from karat_scale.checkpoint import tensor_storage
+from karat_scale.checkpoint.checkpoints import Checkpoints
+from karat_scale.checkpoint.tensor_storage import load_tensors
+from karat_scale.engine.run_state import TrainState
+from tests.small_engines import CONFIGS, equal, train_steps
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """A disk that takes nothing until the event is set. What is written then is written as ever."""
+    let_go = threading.Event()
+    save_tensors = tensor_storage.save_tensors
+
+    def save_later(*arguments: object) -> object:
+        assert let_go.wait(60)
+        return save_tensors(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tensor_storage, "save_tensors", save_later)
+    yield let_go
+    let_go.set()
+
+
+def _tensors(checkpoints: Checkpoints, step: int) -> dict[str, object]:
+    name = f"step-{step:08d}"
+    assert checkpoints.store.damage(name) is None
+    return {path.name: load_tensors(path) for path in sorted((checkpoints.store.root / name).glob("*.pt"))}
+
+
+def _to_the_end(checkpoints: Checkpoints) -> bool:
+    """As a loop's step boundaries do."""
+    good = True
+    while checkpoints.saver.is_under_way:
+        if not checkpoints.saver.is_busy:
+            good = checkpoints.saver.advance()
+    return good
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_what_is_written_beside_training_is_the_state_of_its_step(
+    small_recipe, make_checkpoints, slow_disk: threading.Event, tmp_path: Path, config: str, precision: str
+) -> None:
+    recipe = small_recipe(f"deepspeed.config={config}", f"train.precision={precision}")
+    beside, blocking = (make_checkpoints(recipe, tmp_path / name) for name in ("beside", "blocking"))
+    state = TrainState(step=2, samples=16)
+    for checkpoints in (beside, blocking):
+        train_steps(checkpoints, 1, 2)
+    torch.manual_seed(7)
+    assert beside.save(state, wait=False)
+    train_steps(beside, 3, 4)
+    state.step = 4  # the loop's state goes on, too
+    assert beside.saver.is_busy
+    assert beside.store.names() == []
+    slow_disk.set()
+    assert _to_the_end(beside)
+    torch.manual_seed(7)
+    assert blocking.save(TrainState(step=2, samples=16))
+    assert equal(_tensors(beside, 2), _tensors(blocking, 2))
+    assert beside.store.state("step-00000002") == blocking.store.state("step-00000002")
+    assert beside.store.pointed("latest") == "step-00000002"
+
+
+def test_a_second_save_waits_for_the_first_and_none_is_made_twice(
+    small_recipe, make_checkpoints, slow_disk: threading.Event, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = make_checkpoints(small_recipe(), tmp_path / "c")
+    assert checkpoints.save(TrainState(step=1, samples=8), wait=False)
+    threading.Timer(0.2, slow_disk.set).start()
+    assert checkpoints.save(TrainState(step=2, samples=16), wait=False)
+    assert checkpoints.store.names() == ["step-00000001"]
+    assert checkpoints.save(TrainState(step=2, samples=16))  # waits for the one under way
+    assert not checkpoints.saver.is_under_way
+    assert checkpoints.save(TrainState(step=2, samples=16, evaluated_step=2), is_best=True)
+    assert checkpoints.store.pointed("best") == "step-00000002"
+    assert capsys.readouterr().out.count("saved step-") == 3
+
+
+def _free(path: Path) -> int:
+    return shutil.disk_usage(path).free
+
+
+def test_space_is_asked_for_before_anything_is_written(
+    small_recipe, make_checkpoints, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = make_checkpoints(small_recipe(), small_disk / "c")
+    (small_disk / "filler").write_bytes(bytes(_free(small_disk) - 300_000))
+    assert not checkpoints.save(TrainState(step=1, samples=8))  # counted from the model
+    assert re.search(r"step-00000001 not saved: it needs 0\.\d MB and .* has 0\.3 MB free", capsys.readouterr().out)
+    (small_disk / "filler").unlink()
+    train_steps(checkpoints, 1, 2)
+    assert checkpoints.save(TrainState(step=2, samples=16))
+    (small_disk / "filler").write_bytes(bytes(_free(small_disk) - 300_000))
+    assert not checkpoints.save(TrainState(step=3, samples=24))  # known from the last one
+    (line,) = capsys.readouterr().out.splitlines()[1:]
+    assert re.search(r"step-00000003 not saved: it needs 0\.\d MB and .* has 0\.3 MB free; ", line)
+    assert "the last good one is step-00000002" in line
+
+
+@pytest.mark.parametrize("wait", [True, False], ids=["blocking", "beside training"])
+@pytest.mark.parametrize("config", ["zero0", "zero2"])
+def test_a_disk_that_fills_up_voids_the_save_and_leaves_the_last_good_one(
+    small_recipe,
+    make_checkpoints,
+    slow_disk: threading.Event,
+    small_disk: Path,
+    capsys: pytest.CaptureFixture[str],
+    config: str,
+    wait: bool,
+) -> None:
+    checkpoints = make_checkpoints(small_recipe(f"deepspeed.config={config}"), small_disk / "c")
+
+    def fill() -> None:
+        (small_disk / "filler").write_bytes(bytes(_free(small_disk) - 100_000))
+        slow_disk.set()
+
+    slow_disk.set()
+    assert checkpoints.save(TrainState(step=1, samples=8))
+    slow_disk.clear()
+    threading.Timer(0.2, fill).start()
+    assert checkpoints.save(TrainState(step=2, samples=16), wait=wait) != wait
+    assert _to_the_end(checkpoints) == wait
+    output = capsys.readouterr().out
+    assert "step-00000002 not saved: No space left on device" in output
+    assert "the last good one is step-00000001" in output
+    assert checkpoints.store.names() == ["step-00000001"]
+    assert checkpoints.store.damage("step-00000001") is None
+    assert not list(checkpoints.store.root.glob(".saving-*"))
+    (small_disk / "filler").unlink()
+    assert checkpoints.save(TrainState(step=3, samples=24))
+
+
+def test_a_directory_that_became_read_only_voids_the_save(
+    small_recipe, make_checkpoints, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def remount(how: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{how}", str(small_disk)], check=True)
+
+    checkpoints = make_checkpoints(small_recipe("deepspeed.config=zero1"), small_disk / "c")
+    assert checkpoints.save(TrainState(step=1, samples=8))
+    remount("ro")
+    assert not checkpoints.save(TrainState(step=2, samples=16), wait=False)
+    assert "step-00000002 not saved: Read-only file system" in capsys.readouterr().out
+    assert checkpoints.store.damage("step-00000001") is None
+    remount("rw")
+    assert checkpoints.save(TrainState(step=3, samples=24))
+
+
+def test_a_directory_that_goes_while_it_is_written_to_voids_the_save(
+    small_recipe, make_checkpoints, slow_disk: threading.Event, tmp_path: Path
+) -> None:
+    checkpoints = make_checkpoints(small_recipe("deepspeed.config=zero3"), tmp_path / "c")
+    assert checkpoints.save(TrainState(step=1, samples=8), wait=False)
+    shutil.rmtree(tmp_path / "c")
+    slow_disk.set()
+    assert not _to_the_end(checkpoints)
+    assert checkpoints.save(TrainState(step=2, samples=16))
+
+
+def test_a_recipe_may_ask_for_blocking_saves(small_recipe, make_checkpoints, tmp_path: Path) -> None:
+    checkpoints = make_checkpoints(small_recipe("checkpoint.asynchronous=false"), tmp_path / "c")
+    assert checkpoints.save(TrainState(step=1, samples=8), wait=False)
+    assert not checkpoints.saver.is_under_way
+    assert checkpoints.store.names() == ["step-00000001"]

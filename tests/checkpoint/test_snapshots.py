@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from karat_scale.checkpoint.snapshots import snapshot_steps
+from karat_scale.engine.run_state import TrainState
+from karat_scale.models import create_model
+from karat_scale.reporting.progress import PlainDisplay, Reporter
+from karat_scale.run.loop import Loop
+from karat_scale.run.parts import build_parts
+from karat_scale.run.run_directory import RunDirectory
+from karat_scale.run.signals import StopSignals
+from karat_scale.run.weights_file import load_exported
+from tests.small_engines import weights
+
+
+def test_the_parts_of_training_are_equal_and_hold_both_ends() -> None:
+    assert sorted(snapshot_steps(1000, 10)) == list(range(0, 1001, 100))
+    assert sorted(snapshot_steps(10, 4)) == [0, 2, 5, 8, 10]
+    assert snapshot_steps(2, 10) == {0, 1, 2}
+    assert snapshot_steps(1000, 0) == frozenset()
+
+
+@pytest.mark.parametrize("config", ["zero0", "zero2_offload", "zero3"])
+def test_a_run_keeps_its_weights_and_a_resumed_one_takes_none_twice(small_recipe, world, config: str) -> None:
+    own = (f"deepspeed.config={config}", "checkpoint.snapshots=4", "data.workers=0", "train.freeze=[patch_embed*]")
+    recipe = small_recipe(*own)
+    directory = RunDirectory(recipe.run.dir)
+    directory.store.root.mkdir(parents=True)
+    for _ in range(2):  # the second time all is there already
+        parts = build_parts(recipe, world, directory, StopSignals(), Reporter(PlainDisplay(), None))
+        first = weights(parts.engine)
+        parts.checkpoints.load()
+        before = {path: path.stat().st_mtime_ns for path in directory.snapshots.glob("*")}
+        Loop(parts, TrainState()).run()
+        parts.backend.close()
+    files = sorted(directory.snapshots.iterdir())
+    assert [path.name for path in files] == [f"step-{step:08d}.safetensors" for step in (0, 2, 4, 6, 8)]
+    assert before == {path: path.stat().st_mtime_ns for path in files}
+    model = create_model(recipe.model, recipe.attention)
+    load_exported(model, files[0])
+    assert all(map(torch.equal, model.parameters(), first))
+
+
+def test_a_snapshot_that_cannot_be_written_is_a_warning(
+    small_recipe, world, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = small_recipe("checkpoint.snapshots=1", "train.max_steps=1", "data.workers=0")
+    directory = RunDirectory(recipe.run.dir)
+    directory.store.root.mkdir(parents=True)
+    directory.snapshots.write_text("in the way")
+    parts = build_parts(recipe, world, directory, StopSignals(), Reporter(PlainDisplay(), None))
+    Loop(parts, TrainState()).run()
+    parts.backend.close()
+    assert "warning: snapshot step-00000000.safetensors not saved: File exists" in capsys.readouterr().out

@@ -1,0 +1,169 @@
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from karat_scale.checkpoint.store import MANIFEST, STATE, CheckpointStore, checkpoint_name
+from karat_scale.files import Fingerprint
+from tests.run.harm import HARMS, POINTERS, point
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "checkpoints")
+
+
+def save(store: CheckpointStore, step: int) -> str:
+    directory = store.begin(step)
+    weights = bytes(range(256)) * 10
+    (directory / "weights.pt").write_bytes(weights)
+    written = Fingerprint(len(weights), hashlib.sha256(weights).hexdigest())
+    return store.commit(directory, {"step": step}, {"weights.pt": written})
+
+
+def test_a_committed_checkpoint_is_complete_and_latest(store: CheckpointStore) -> None:
+    name = save(store, 1200)
+    assert name == checkpoint_name(1200) == "step-00001200"
+    assert store.names() == [name]
+    assert store.pointed("latest") == name
+    assert store.damage(name) is None
+    assert store.state(name) == {"step": 1200}
+    files = json.loads((store.root / name / MANIFEST).read_text())["files"]
+    assert set(files) == {"weights.pt", STATE}
+
+
+def test_an_unfinished_save_is_no_checkpoint_and_goes_with_the_next(store: CheckpointStore) -> None:
+    save(store, 1)
+    torn = store.begin(2)
+    (torn / "weights.pt").write_bytes(b"half")
+    assert store.names() == ["step-00000001"]
+    assert store.pointed("latest") == "step-00000001"
+    save(store, 3)
+    assert not torn.exists()
+
+
+def test_a_checkpoint_about_to_be_replaced_is_put_back_after_a_kill(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = save(store, 1)
+    rename = Path.rename
+
+    def cut(path: Path, target: Path) -> Path:
+        if target == store.root / name:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", cut)
+    with pytest.raises(KeyboardInterrupt):
+        save(store, 1)
+    monkeypatch.undo()
+    assert store.names() == []
+    store.put_back()
+    assert store.names() == [name]
+    assert store.pointed("latest") == name
+    assert store.damage(name) is None
+    save(store, 1)
+    assert [path.name for path in store.root.iterdir() if path.is_dir()] == [name]
+
+
+@pytest.mark.parametrize("victim", ["weights.pt", STATE, MANIFEST])
+@pytest.mark.parametrize("harm", HARMS)
+def test_every_kind_of_damage_is_named(store: CheckpointStore, victim: str, harm: str) -> None:
+    name = save(store, 1)
+    HARMS[harm](store.root / name / victim)
+    damage = store.damage(name) or ""
+    assert victim in damage or (victim == MANIFEST and damage)  # a flipped hash speaks of another file
+
+
+def test_no_bit_of_a_checkpoint_flips_unnoticed(store: CheckpointStore) -> None:
+    name = save(store, 1)
+    for path in (store.root / name).iterdir():
+        whole = path.read_bytes()
+        for bit in range(8 * len(whole)) if path.name != "weights.pt" else (0, 5 * len(whole), 8 * len(whole) - 1):
+            data = bytearray(whole)
+            data[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(data)
+            assert store.damage(name) is not None, (path.name, bit)
+        path.write_bytes(whole)
+    assert store.damage(name) is None
+
+
+def test_progress_counts_every_byte(store: CheckpointStore) -> None:
+    name = save(store, 1)
+    seen: list[tuple[int, int]] = []
+    assert store.damage(name, lambda done, total: seen.append((done, total))) is None
+    assert seen[-1][0] == seen[-1][1] == store.newest_bytes()
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_a_file_that_is_not_as_its_writer_says_is_not_committed(store: CheckpointStore) -> None:
+    directory = store.begin(1)
+    (directory / "weights.pt").write_bytes(b"short")
+    with pytest.raises(OSError, match=r"weights\.pt has 5 bytes, but 6 were written"):
+        store.commit(directory, {}, {"weights.pt": Fingerprint(6, "")})
+    assert store.names() == []
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"files": 3}'])
+def test_a_missing_or_broken_manifest_is_damage(store: CheckpointStore, content: str | None) -> None:
+    name = save(store, 1)
+    manifest = store.root / name / MANIFEST
+    manifest.unlink() if content is None else manifest.write_text(content)
+    assert MANIFEST in (store.damage(name) or "")
+
+
+@pytest.mark.parametrize("what", POINTERS)
+def test_a_pointer_to_nothing_points_at_nothing(store: CheckpointStore, what: str) -> None:
+    save(store, 1)
+    point(store.root / "latest", POINTERS[what])
+    assert store.pointed("latest") is None
+
+
+def test_retention_keeps_the_newest_and_the_best(store: CheckpointStore) -> None:
+    for step in range(1, 6):
+        save(store, step)
+        if step == 2:
+            store.point("best", checkpoint_name(2))
+    store.retain(keep_last=2)
+    assert store.names() == [checkpoint_name(step) for step in (5, 4, 2)]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_line_and_stays(store: CheckpointStore, tmp_path: Path) -> None:
+    for step in range(1, 4):
+        save(store, step)
+    elsewhere = tmp_path / "another disk"
+    (store.root / checkpoint_name(1)).rename(elsewhere)
+    (store.root / checkpoint_name(1)).symlink_to(elsewhere, target_is_directory=True)
+    (problem,) = store.retain(keep_last=1)
+    assert problem.startswith(f"old checkpoint {checkpoint_name(1)} cannot be removed: ")
+    assert store.names() == [checkpoint_name(3), checkpoint_name(1)]
+    assert store.retain(keep_last=1) == [problem]
+
+
+def test_a_kill_before_latest_moves_leaves_best_at_the_new_checkpoint(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(store, 1)
+    point = store.point
+
+    def killed(pointer: str, name: str) -> None:
+        if pointer == "latest":
+            raise KeyboardInterrupt
+        point(pointer, name)
+
+    monkeypatch.setattr(store, "point", killed)
+    directory = store.begin(2)
+    with pytest.raises(KeyboardInterrupt):
+        store.commit(directory, {"step": 2}, {}, is_best=True)
+    assert (store.pointed("latest"), store.pointed("best")) == (checkpoint_name(1), checkpoint_name(2))
+    store.retain(keep_last=1)
+    assert checkpoint_name(2) in store.names()
+
+
+def test_saving_a_step_again_replaces_it(store: CheckpointStore) -> None:
+    name = save(store, 1)
+    (store.root / name / "weights.pt").write_bytes(b"damaged")
+    save(store, 1)
+    assert store.damage(name) is None
+    assert not list(store.root.glob(".saving-*"))

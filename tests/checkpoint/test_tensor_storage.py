@@ -1,0 +1,45 @@
+import os
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+
+from karat_scale.checkpoint.tensor_storage import host_copy, load_tensors, save_tensors
+from karat_scale.errors import RunDirectoryError
+from karat_scale.files import file_sha256
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, ("touch /tmp/should-not-exist",)
+
+    path = tmp_path / "evil.pt"
+    torch.save({"module": Evil()}, path)
+    with pytest.raises(RunDirectoryError, match="it is not read"):
+        load_tensors(path)
+
+
+def test_tensors_survive_the_round_trip(tmp_path: Path) -> None:
+    value = {"ema": [torch.arange(5.0)], "rng": torch.get_rng_state(), "none": None}
+    written = save_tensors(value, tmp_path / "t.pt")
+    assert written == ((tmp_path / "t.pt").stat().st_size, file_sha256(tmp_path / "t.pt"))
+    again = load_tensors(tmp_path / "t.pt")
+    assert torch.equal(again["ema"][0], value["ema"][0])
+    assert again["none"] is None
+
+
+def test_a_host_copy_keeps_what_was_there_and_what_belongs_together() -> None:
+    weight = torch.arange(6.0)
+    state = OrderedDict(a=weight, b=weight, part=weight[2:4], nested={"list": [weight[2:4], (1, "x")], "none": None})
+    state._metadata = {"version": 1}  # type: ignore[attr-defined]  # as torch's state_dict has it
+    twin = host_copy(state)
+    weight.zero_()
+    assert type(twin) is OrderedDict
+    assert twin._metadata == {"version": 1}
+    assert twin["a"] is twin["b"]
+    assert torch.equal(twin["a"], torch.arange(6.0))
+    assert twin["part"] is twin["nested"]["list"][0]
+    assert twin["part"].untyped_storage().nbytes() == 2 * 4  # a view's copy is no larger than the view
+    assert twin["nested"]["list"][1] == (1, "x")

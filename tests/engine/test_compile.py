@@ -1,0 +1,87 @@
+"""torch.compile is a switch for speed: the same training at every ZeRO stage, or a refusal in one line."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from karat_scale.engine.deepspeed_config import load_ds_config
+from karat_scale.errors import RecipeError
+from tests.small_engines import train_once, weights
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "implementation"),
+    [
+        ("zero0", "streaming"),
+        ("zero0", "reference"),
+        *((config, "cpu") for config in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload_params")),
+    ],
+)
+def test_a_compiled_model_trains_as_one_that_is_not(
+    small_recipe, make_engine, config: str, implementation: str
+) -> None:
+    outcomes = []
+    for compiled in ("false", "true"):
+        own = (f"deepspeed.config={config}", "deepspeed.cpu_adam=torch", f"train.compile={compiled}")
+        engine = make_engine(small_recipe(*own, f"attention.implementation={implementation}"))
+        norms = [train_once(engine, seed) for seed in range(3)]
+        outcomes.append((norms, torch.cat([weight.flatten() for weight in weights(engine)])))
+    (norms, plain), (compiled_norms, compiled_weights) = outcomes
+    assert compiled_norms == pytest.approx(norms, rel=1e-4)
+    torch.testing.assert_close(compiled_weights, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "precision", "mode"),
+    [("zero0", "bf16", "true"), ("zero0", "bf16", "reduce-overhead"), ("zero1", "bf16_weights", "default")],
+)
+def test_bf16_compiles_in_each_mode(small_recipe, make_engine, config: str, precision: str, mode: str) -> None:
+    norms = []
+    for compiled in ("false", mode):
+        own = (f"deepspeed.config={config}", f"train.precision={precision}", f"train.compile={compiled}")
+        engine = make_engine(small_recipe(*own))
+        norms.append([train_once(engine, seed) for seed in range(3)])
+    assert norms[1] == pytest.approx(norms[0], rel=2e-2)  # fused operations round less often
+
+
+@pytest.mark.parametrize("config", ["zero0", "zero1"])
+def test_the_model_with_its_autocast_is_one_graph(small_recipe, make_engine, config: str) -> None:
+    engine = make_engine(small_recipe(f"deepspeed.config={config}", "train.precision=bf16"))
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.utils.counters.clear()
+    engine.deepspeed.compile(backend=backend)
+    for seed in range(3):
+        train_once(engine, seed)
+    assert len(graphs) == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_are_refused_where_memory_moves(small_recipe, mode: str) -> None:
+    compiled = f"train.compile={mode}"
+    with pytest.raises(RecipeError, match=r"and ZeRO stage 3 moves the weights; use deepspeed\.config=zero0"):
+        load_ds_config(small_recipe(compiled, "deepspeed.config=zero3"), 1, 8)
+    with pytest.raises(RecipeError, match=r"the gradients of 2 micro batches; use train\.compile=default"):
+        load_ds_config(small_recipe(compiled), 1, 4)
+    load_ds_config(small_recipe(compiled), 1, 8)
+    load_ds_config(small_recipe("train.compile=default", "deepspeed.config=zero3"), 1, 4)
+
+
+def test_deepspeeds_checkpoint_cannot_be_traced(small_recipe) -> None:
+    with pytest.raises(RecipeError, match=r"use train\.recompute\.method=torch"):
+        small_recipe("train.compile=true", "train.recompute.policy=all", "train.recompute.method=deepspeed")

@@ -1,0 +1,116 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from karat_scale.engine.deepspeed_config import (
+    check_ds_config,
+    config_directory,
+    load_ds_config,
+    offloads_optimizer,
+    zero_stage,
+)
+from karat_scale.errors import RecipeError
+from karat_scale.models import create_model
+from karat_scale.recipe import AttentionConfig, ModelConfig
+from tests.small_engines import CONFIGS
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [(n, p) for n in CONFIGS for p in ("fp32", "bf16", "bf16_weights") if (n, p) != ("zero0", "bf16_weights")],
+)
+def test_auto_fields_come_from_the_recipe(small_recipe, name: str, precision: str) -> None:
+    recipe = small_recipe(f"deepspeed.config={name}", f"train.precision={precision}")
+    config = load_ds_config(recipe, world_size=2, micro_batch=2)
+    stage = zero_stage(config)
+    assert stage == int(name.removeprefix("zero")[0])
+    assert offloads_optimizer(config) == ("offload" in name)
+    assert config["train_batch_size"] == 8
+    assert config["train_micro_batch_size_per_gpu"] == 2
+    assert config["gradient_accumulation_steps"] == 2
+    assert config["gradient_clipping"] == (1.0 if stage else 0.0)
+    assert config["bf16"]["enabled"] == (precision == "bf16_weights")
+    assert config["timers"]["throughput"]["enabled"] is False
+    assert config["data_types"]["grad_accum_dtype"] == "fp32"
+    assert '"auto"' not in json.dumps(config)
+
+
+def test_a_users_own_file_works(small_recipe, tmp_path: Path) -> None:
+    own = tmp_path / "own.json"
+    own.write_text('{"train_batch_size": "auto", "zero_optimization": {"stage": 1, "overlap_comm": true}}')
+    config = load_ds_config(small_recipe(f"deepspeed.config={own}"), 1, 8)
+    assert config["zero_optimization"] == {"stage": 1, "overlap_comm": True}
+    assert config["train_micro_batch_size_per_gpu"] == 8  # what the file leaves out is filled in too
+    assert config["gradient_clipping"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "should be a JSON object"),
+        ('{"zero_optimization": {"stage": 4}}', "zero_optimization.stage = 4: should be one of 0, 1, 2, 3"),
+        ('{"zero_optimization": {"stage": 1, "stage": 2}}', "stage is given twice; remove one of them"),
+        ('{"wall_clock_breakdown": "yes"}', "wall_clock_breakdown = 'yes': should be a valid boolean"),
+        ('{"communication_data_type": "int3"}', "communication_data_type = 'int3': DeepSpeed cannot read it"),
+        ('{"train_batch_size": 16}', "train_batch_size = 16, but the recipe makes it 8"),
+        ('{"gradient_clipping": 5.0}', 'gradient_clipping = 5.0, but the recipe makes it 1.0; set it to "auto"'),
+        ('{"bf16": {"enabled": true}}', "bf16.enabled = True, but the recipe makes it False"),
+        ('{"optimizer": {"type": "auto"}}', 'optimizer.type = "auto" has no source'),
+    ],
+)
+def test_what_deepspeed_could_not_use_is_one_line(small_recipe, tmp_path: Path, content: str, part: str) -> None:
+    own = tmp_path / "own.json"
+    own.write_text(content)
+    with pytest.raises(RecipeError, match=r"deepspeed\.config") as caught:
+        load_ds_config(small_recipe(f"deepspeed.config={own}"), 1, 8)
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ('{"gradient_cliping": 1.0}', "did you mean gradient_clipping?"),
+        ('{"zero_optimization": {"stage": 7}}', "zero_optimization.stage = 7: should be one of 0, 1, 2, 3"),
+        ('{"train_batch_size": 16}', "train_batch_size = 16, but the recipe makes it 8"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_a_file_is_refused_before_the_number_of_ranks_is_known(
+    small_recipe, tmp_path: Path, content: str, part: str
+) -> None:
+    own = tmp_path / "own.json"
+    own.write_text(content)
+    with pytest.raises(RecipeError, match=r"deepspeed\.config") as caught:
+        check_ds_config(small_recipe(f"deepspeed.config={own}"))
+    assert part in str(caught.value)
+
+
+def test_a_file_for_one_number_of_ranks_is_not_refused_before_that_is_known(small_recipe, tmp_path: Path) -> None:
+    own = tmp_path / "own.json"
+    own.write_text('{"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": "auto"}')
+    check_ds_config(small_recipe(f"deepspeed.config={own}"))
+    check_ds_config(small_recipe("deepspeed.config=zero2"))
+    with pytest.raises(RecipeError, match=r"deepspeed\.config=zero1"):
+        check_ds_config(small_recipe("train.precision=fp16", "deepspeed.config=zero0"))
+    with pytest.raises(RecipeError, match=r"bf16_weights needs ZeRO stage 1 or higher; use deepspeed\.config=zero1"):
+        check_ds_config(small_recipe("train.precision=bf16_weights", "deepspeed.config=zero0"))
+
+
+def test_the_shipped_files_are_found() -> None:
+    assert {path.stem for path in config_directory().glob("*.json")} == {*CONFIGS, "zero3_large"}
+
+
+@pytest.mark.parametrize(("name", "patch"), [("vit_large_patch16_224", 16), ("vit_giant_patch14_clip_224", 14)])
+def test_zero3_large_partitions_matrices_and_keeps_what_karat_learns_whole(small_recipe, name: str, patch: int) -> None:
+    config = load_ds_config(small_recipe("deepspeed.config=zero3_large"), 2, 2)
+    threshold = config["zero_optimization"]["stage3_param_persistence_threshold"]
+    with torch.device("meta"):
+        model = create_model(
+            ModelConfig(name=name, patch_size=patch, image_size=224), AttentionConfig(kind="karat", grid=3)
+        )
+    for parameter_name, parameter in model.blocks.named_parameters():
+        is_matrix = parameter.ndim == 2
+        assert (parameter.numel() > threshold) == is_matrix, parameter_name

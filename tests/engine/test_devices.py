@@ -1,0 +1,73 @@
+"""Which GPU a rank takes. What the launchers show is told by numbers: a test machine has one GPU or none."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from karat_scale.engine import distributed
+from karat_scale.engine.devices import gpu_index, refuse_shared, tell_deepspeed
+from karat_scale.errors import UserError
+from tests.conftest import karat_environment
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "shown", "index"),
+    [(0, 1, 0), (3, 4, 3), (3, 1, 0)],
+    ids=["alone", "all shown", "its own shown"],
+)
+def test_a_rank_takes_its_own_gpu(local_rank: int, shown: int, index: int) -> None:
+    assert gpu_index(local_rank, shown) == index
+
+
+def test_more_ranks_than_gpus_are_refused() -> None:
+    with pytest.raises(UserError, match="local rank 2 has no GPU: this node shows 2; start one task per GPU"):
+        gpu_index(2, 2)
+    refuse_shared(["node1 A100 GPU-1", "node1 A100 GPU-2", "node2 A100 GPU-3"])
+    with pytest.raises(UserError, match="ranks 1 and 2 have one GPU, node1 A100 GPU-2; start one task per GPU"):
+        refuse_shared(["node1 A100 GPU-1", "node1 A100 GPU-2", "node1 A100 GPU-2"])
+
+
+ON_THE_CPU = """
+import sys
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+from karat_scale.engine import distributed  # all that `karat train` imports
+from karat_scale.run import run  # all that `karat train` imports
+assert "deepspeed" not in sys.modules
+distributed.start("cpu")
+from deepspeed.accelerator import get_accelerator
+print(get_accelerator().device_name())
+distributed.stop()
+"""
+
+
+def test_run_device_cpu_holds_for_deepspeed_too_where_there_is_a_gpu() -> None:
+    given = {key: value for key, value in karat_environment().items() if key != "DS_ACCELERATOR"}
+    done = subprocess.run([sys.executable, "-c", ON_THE_CPU], env=given, capture_output=True, text=True, timeout=200)
+    assert done.stdout == "cpu\n", done.stderr
+
+
+def test_another_device_than_deepspeed_was_imported_for_is_one_line(world) -> None:
+    import deepspeed  # noqa: F401
+
+    try:
+        with pytest.raises(UserError, match=r"run\.device = cuda, but DeepSpeed was imported for cpu in this process;"):
+            tell_deepspeed("cuda")
+    finally:
+        tell_deepspeed("cpu")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_nccl_is_told_its_gpu(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: told.append({"backend": backend, **how}))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    for device in (torch.device("cuda", 1), torch.device("cpu")):
+        distributed._join(0, size, device)
+    assert [(how["backend"], how["device_id"]) for how in told] == [("nccl", torch.device("cuda", 1)), ("gloo", None)]

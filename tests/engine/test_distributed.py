@@ -1,0 +1,53 @@
+import subprocess
+import sys
+
+import pytest
+
+from karat_scale.engine.distributed import World, default_port, launch_environment
+from tests.conftest import free_port, karat_environment
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, (0, 1, 0)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (5, 8, 1)),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, (3, 4, 1)),
+        # The batch script and an salloc shell know the job's tasks, yet are one process.
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, (0, 1, 0)),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, (0, 1, 0)),
+    ],
+)
+def test_ranks_are_read_from_the_launcher(environ: dict[str, str], expected: tuple[int, int, int]) -> None:
+    assert launch_environment(environ) == expected
+
+
+def test_one_process_agrees_with_itself(world: World) -> None:
+    assert world.is_main
+    assert world.any(True)
+    assert not world.any(False)
+    assert world.max(7) == 7
+    assert world.broadcast("text") == "text"
+    assert world.gather(3) == [3]
+
+
+@pytest.mark.multiprocess
+def test_an_address_without_a_port_is_enough_to_meet() -> None:
+    # As srun without the launch wrapper, the port is that of the job: of one whose port is free.
+    job = next(str(port - 10000) for port in iter(free_port, None) if 10000 <= port < 60000)
+    assert int(default_port({"SLURM_JOB_ID": job})) == int(job) + 10000
+    given = {"MASTER_ADDR": "127.0.0.1", "SLURM_JOB_ID": job, "WORLD_SIZE": "2"}
+    script = "from karat_scale.engine import distributed as d; print(d.start('cpu').gather('here')); d.stop()"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**karat_environment(), **given, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        shown, complaint = rank.communicate(timeout=120)
+        assert shown == "['here', 'here']\n", complaint

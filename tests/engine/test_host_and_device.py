@@ -1,0 +1,124 @@
+"""On a GPU the host must run ahead of the device: how much each step makes it wait, counted without a GPU."""
+
+import copy
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from karat_scale.engine.deepspeed_internals import master_weights
+from karat_scale.engine.ema import Ema
+from karat_scale.engine.engine import Engine
+from karat_scale.models import create_model
+from karat_scale.recipe import Recipe
+from tests.engine.counting import Counting, as_on_a_gpu, waits
+from tests.small_engines import equal
+
+__all__ = ["as_on_a_gpu", "waits"]
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+CASES = [(stage, precision) for stage in STAGES for precision in ("fp32", "bf16")]
+CASES += [(stage, "bf16_weights") for stage in STAGES[1:]]
+
+
+class Trainer:
+    """An engine and its average, which decide on the device."""
+
+    def __init__(self, recipe: Recipe, world: Any) -> None:
+        torch.manual_seed(0)
+        self.engine = Engine(create_model(recipe.model, recipe.attention), recipe, world, 4)
+        self.ema = Ema(self.engine.deepspeed, recipe.train)
+        self._micro_batches = recipe.train.global_batch // 4
+
+    def step(self, number: int, factor: float = 1.0) -> torch.Tensor:
+        """A step as the loop takes it, which reads nothing; `factor` is for the first micro batch's loss."""
+        for micro in range(self._micro_batches):
+            images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(10 * number + micro))
+            loss = torch.nn.functional.cross_entropy(self.engine.forward(images), torch.arange(4))
+            self.engine.set_lr(1e-2)
+            self.engine.backward(loss * (1.0 if micro else factor))
+            norm = self.engine.step()
+        assert norm is not None
+        self.ema.update(number, norm < math.inf)
+        return norm
+
+    def learned(self) -> Any:
+        """Copies of masters, optimizer states and averages."""
+        states = [dict(state) for state in self.engine.deepspeed.basic_optimizer.state.values()]
+        return copy.deepcopy([master_weights(self.engine.deepspeed), states, self.ema.shards])
+
+
+@pytest.mark.parametrize(("config", "precision"), CASES)
+def test_a_step_neither_stops_the_host_nor_reads_a_scalar(
+    small_recipe, world, as_on_a_gpu, waits: Counter[str], config: str, precision: str
+) -> None:
+    recipe = small_recipe(f"deepspeed.config={config}", f"train.precision={precision}", "train.micro_batch=4")
+    trainer = Trainer(recipe, world)
+    for number in range(1, 4):  # stage 3 learns the order of layers in the first two, and compares it between ranks
+        waits.clear()
+        with Counting() as counting:
+            norm = trainer.step(number)
+    # At stage 3 a rank that is alone has nothing to gather, and waits for the copy that it makes instead.
+    assert (waits["host"], counting.reads) == (config == "zero3", 0)
+    assert norm.ndim == 0
+    assert norm.isfinite()
+
+
+def test_muon_cannot_skip_on_the_device_and_the_norm_is_read_once(small_recipe, world, as_on_a_gpu) -> None:
+    trainer = Trainer(small_recipe("optim.name=muon", "train.precision=bf16", "train.micro_batch=4"), world)
+    for number in range(1, 3):
+        with Counting() as counting:
+            trainer.step(number)
+        assert counting.reads == 1
+    before = trainer.learned()
+    assert trainer.step(3, factor=float("nan")).isnan()
+    assert equal(trainer.learned(), before)
+    assert trainer.engine.take_skipped_steps() == 1
+
+
+@pytest.mark.parametrize(("config", "precision"), CASES)
+def test_a_step_skipped_on_the_device_changes_nothing(
+    small_recipe, world, as_on_a_gpu, config: str, precision: str
+) -> None:
+    recipe = small_recipe(f"deepspeed.config={config}", f"train.precision={precision}", "train.micro_batch=4")
+    trainer = Trainer(recipe, world)
+    trainer.step(1)
+    before = trainer.learned()
+    assert trainer.step(2, factor=float("nan")).isnan()
+    assert equal(trainer.learned(), before)
+    assert trainer.engine.take_skipped_steps() == 1
+    assert trainer.engine.take_skipped_steps() == 0
+    assert trainer.step(3).isfinite()
+    assert not any(map(torch.equal, master_weights(trainer.engine.deepspeed), before[0]))
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+@pytest.mark.parametrize("config", STAGES)
+def test_steps_on_the_device_are_those_of_the_loop_over_parameters(
+    small_recipe, world, request, config: str, clip: float
+) -> None:
+    recipe = small_recipe(f"deepspeed.config={config}", f"optim.clip_grad={clip}", "train.micro_batch=4")
+    plain = Trainer(recipe, world)
+    request.getfixturevalue("as_on_a_gpu")
+    fused = Trainer(recipe, world)
+    norms = [[float(trainer.step(number)) for number in range(1, 4)] for trainer in (plain, fused)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+    for ours, theirs in ((fused.ema.shards, plain.ema.shards), (fused.learned()[0], plain.learned()[0])):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_runs_few_kernels_beside_the_model(small_recipe, world, as_on_a_gpu) -> None:
+    """188 parameters, at the shipped recipes' stage and precision."""
+    own = ("model.depth=12", "attention.mode=blockwise", "train.precision=bf16", "train.global_batch=4")
+    trainer = Trainer(small_recipe(*own), world)
+    model = copy.deepcopy(trainer.engine.module)
+    assert len(list(model.parameters())) == 188
+    trainer.step(1)
+    images = torch.randn(4, 3, 16, 16)
+    with Counting() as whole:
+        trainer.step(2)
+    with Counting() as of_the_model, torch.autocast("cpu", torch.bfloat16):
+        torch.nn.functional.cross_entropy(model(images), torch.arange(4)).backward()
+    beside = whole.kernels - of_the_model.kernels
+    assert sum(beside.values()) < 40, beside

@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+from karat_scale.engine.out_of_memory import explain_out_of_memory
+from karat_scale.errors import UserError
+
+
+def explained(recipe, failing) -> str:
+    with pytest.raises(UserError) as caught, explain_out_of_memory(recipe, 2):
+        failing()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def fail(error: Exception):
+    def failing() -> None:
+        raise error
+
+    return failing
+
+
+def test_torchs_own_failure_names_what_to_change(small_recipe) -> None:
+    recipe = small_recipe("train.recompute.policy=attention", "deepspeed.config=zero1")
+    text = explained(recipe, lambda: torch.empty(1 << 50))
+    assert text.startswith("out of memory: can't allocate memory: you tried to allocate 4503599627370496 bytes.")
+    for part in ("train.micro_batch (now 4)", "train.recompute.policy (now attention)", "deepspeed.config (now zero1)"):
+        assert part in text
+
+
+def test_every_kind_is_known(small_recipe) -> None:
+    cuda = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB of which 1 is free."
+    kinds = {
+        "CUDA out of memory. Tried to allocate 2.00 GiB;": torch.OutOfMemoryError(cuda),
+        "out of memory in KArAt attention;": MemoryError("out of memory in KArAt attention"),
+        "MemoryError;": MemoryError(),
+        "CUDA error: out of memory;": RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"),
+        "std::bad_alloc;": RuntimeError("std::bad_alloc"),
+    }
+    for text, error in kinds.items():
+        assert explained(small_recipe(), fail(error)).startswith(f"out of memory: {text}")
+
+
+def test_other_errors_pass(small_recipe) -> None:
+    with pytest.raises(RuntimeError, match="shape"), explain_out_of_memory(small_recipe(), 1):
+        torch.zeros(2).view(3)

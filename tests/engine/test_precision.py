@@ -1,0 +1,98 @@
+"""What `train.precision` means at each stage, and on CUDA, whose own autocast flag DeepSpeed asks."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from karat_scale.engine.deepspeed_internals import master_weights, shard_layout
+from karat_scale.engine.precision import PRECISIONS, allow_tf32
+from karat_scale.engine.run_state import TrainState
+from karat_scale.recipe import TrainConfig
+from karat_scale.recipe.files import RECIPES
+from karat_scale.recipe.loading import load_recipe
+from tests.small_engines import train_once, train_steps
+
+FULL, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+
+
+def test_the_table() -> None:
+    held = {name: (precision.compute, precision.weights) for name, precision in PRECISIONS.items()}
+    assert held == {"fp32": (FULL, FULL), "bf16": (BRAIN, FULL), "bf16_weights": (BRAIN, BRAIN), "fp16": (HALF, HALF)}
+    assert [name for name, precision in PRECISIONS.items() if precision.autocasts] == ["bf16"]
+    for name, precision in PRECISIONS.items():
+        assert TrainConfig(precision=name).holds_16_bits == (precision.weights != FULL)
+        assert TrainConfig(precision=name).is_16_bit == (precision.compute != FULL)
+
+
+@pytest.fixture
+def cudas_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed asks for CUDA's autocast flag without naming a device; let it see this device's, as it would there."""
+    import deepspeed.runtime.torch_autocast as theirs
+
+    names = ("autocast", "float16", "bfloat16", "float32", "is_tensor")
+    seen = SimpleNamespace(**{name: getattr(torch, name) for name in names})
+    seen.is_autocast_enabled = lambda *_: torch.is_autocast_enabled("cpu")
+    monkeypatch.setattr(theirs, "torch", seen)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16_weights"])
+@pytest.mark.parametrize("config", STAGES)
+def test_the_module_computes_in_bf16_where_the_devices_flag_is_asked(
+    small_recipe, make_engine, cudas_flag, config: str, precision: str
+) -> None:
+    if (config, precision) == ("zero0", "bf16_weights"):
+        return  # refused, says the table
+    engine = make_engine(small_recipe(f"deepspeed.config={config}", f"train.precision={precision}"))
+    seen = []
+    engine.module.blocks[0].mlp.fc1.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    assert train_once(engine, 0) > 0
+    assert seen == [torch.bfloat16]
+    held = {parameter.dtype for parameter in engine.module.parameters()}
+    assert held == {PRECISIONS[precision].weights}
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_tf32_is_torchs_own_switch(small_recipe, make_engine) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed in (False, True):
+            make_engine(small_recipe(f"train.tf32={str(allowed).lower()}"))
+            assert torch.backends.cuda.matmul.allow_tf32 is allowed
+            assert torch.backends.cudnn.allow_tf32 is allowed
+    finally:
+        allow_tf32(before)
+
+
+@pytest.mark.parametrize("config", ["zero1", "zero3"])
+def test_a_run_with_16_bit_weights_goes_on_under_autocast(
+    small_recipe, make_checkpoints, tmp_path: Path, config: str
+) -> None:
+    """So do runs that began when `bf16` meant 16-bit weights."""
+    before = make_checkpoints(small_recipe(f"deepspeed.config={config}", "train.precision=bf16_weights"), tmp_path)
+    train_steps(before, 1, 2)
+    assert before.save(TrainState(step=2, samples=16))
+    after = make_checkpoints(small_recipe(f"deepspeed.config={config}", "train.precision=bf16"), tmp_path)
+    assert after.load().step == 2
+    assert _by_name(after.engine.deepspeed) == _by_name(before.engine.deepspeed)
+    norms = [train_once(run.engine, 3) for run in (before, after)]
+    assert norms[1] == pytest.approx(norms[0], rel=5e-2)
+
+
+def _by_name(engine: Any) -> dict[str, list[float]]:
+    """Masters by parameter: the two lay them out with other padding."""
+    flat = {}
+    for fragments, master in zip(shard_layout(engine), master_weights(engine), strict=True):
+        for name, _, start, length in fragments:
+            flat[name] = master.detach().view(-1)[start : start + length].tolist()
+    return flat
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_the_shipped_recipes_hold_fp32_weights_at_the_lowest_stage(name: str) -> None:
+    recipe = load_recipe(name)
+    assert PRECISIONS[recipe.train.precision].weights == torch.float32
+    assert recipe.deepspeed.config == "zero0"

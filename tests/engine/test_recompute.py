@@ -1,0 +1,130 @@
+"""Recomputing under DeepSpeed: by its checkpoint or torch's, at each stage and on two ranks, results are bit-equal."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from karat_scale.engine.deepspeed_config import config_directory
+from karat_scale.engine.engine import Engine
+from karat_scale.engine.recompute import apply_recompute
+from karat_scale.errors import RecipeError
+from karat_scale.models import create_model
+from karat_scale.recipe import Recipe
+from tests.engine.stage_jobs import Job, launch_jobs
+from tests.small_engines import equal, train_once, weights
+
+DEPTH = "model.depth=3"
+DROPS = ("model.drop_path=0.3", "model.proj_drop=0.2")
+METHODS = {
+    "torch": ("train.recompute.method=torch",),
+    "deepspeed": ("train.recompute.method=deepspeed",),
+    "partitioned": ("train.recompute.method=deepspeed", "train.recompute.partition=true"),
+    "in memory of the CPU": (
+        "train.recompute.method=deepspeed",
+        "train.recompute.partition=true",
+        "train.recompute.cpu=true",
+    ),
+}
+POLICIES = {
+    "attention": ("train.recompute.policy=attention",),
+    "every": ("train.recompute.policy=every",),
+    "all": ("train.recompute.policy=all",),
+    "budget": ("train.recompute.policy=budget", "train.recompute.budget_gb=0.0007"),
+}
+
+
+def train_with(recipe: Recipe, world) -> tuple[str, list[object]]:
+    """What is recomputed; gradient norms of three steps, final weights and the random state."""
+    torch.manual_seed(0)
+    model = create_model(recipe.model, recipe.attention)
+    torch.manual_seed(1)
+    words = apply_recompute(model, recipe, world, recipe.train.global_batch)
+    engine = Engine(model, recipe, world, recipe.train.global_batch)
+    norms = [train_once(engine, seed) for seed in range(3)]
+    return words, [norms, weights(engine), torch.get_rng_state()]
+
+
+slow = pytest.mark.slow
+
+
+@pytest.fixture
+def whole_zero3(tmp_path: Path) -> str:
+    """Stage 3 that partitions the smallest parameters too; as shipped it would leave those of a small model whole."""
+    config = json.loads((config_directory() / "zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path = tmp_path / "whole_zero3.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+@pytest.mark.parametrize("drops", [(), DROPS], ids=["plain", "with dropout"])
+@pytest.mark.parametrize(
+    ("config", "precision", "mode"),
+    [
+        ("zero0", "fp32", "blockwise"),
+        pytest.param("zero0", "bf16", "universal", marks=slow),
+        pytest.param("zero1", "bf16", "blockwise", marks=slow),
+        pytest.param("zero2", "fp32", "universal", marks=slow),
+        pytest.param("zero3", "fp32", "universal", marks=slow),
+        pytest.param("zero3", "bf16", "blockwise", marks=slow),
+        pytest.param("zero3_offload", "bf16", "universal", marks=slow),
+    ],
+)
+def test_training_is_bit_equal(
+    small_recipe, world, whole_zero3, config: str, precision: str, mode: str, drops: tuple[str, ...]
+) -> None:
+    config = whole_zero3 if config == "zero3" else config
+    settings = (f"deepspeed.config={config}", f"train.precision={precision}", f"attention.mode={mode}")
+    fixed = (DEPTH, *drops, *settings)
+    words, plain = train_with(small_recipe(*fixed), world)
+    assert words == ""
+    for method, policy in itertools.product(METHODS.values(), POLICIES.values()):
+        words, outcome = train_with(small_recipe(*fixed, *method, *policy), world)
+        assert equal(outcome, plain), (method, policy)
+        assert words.startswith("recomputes ")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stage_3_gives_weights_to_what_ends_in_a_layer(small_recipe, world, whole_zero3, method: str) -> None:
+    """Without dropout a linear layer comes last: recomputed to the end, it would give its weight back too soon."""
+    fixed = (DEPTH, f"deepspeed.config={whole_zero3}")
+    _, plain = train_with(small_recipe(*fixed), world)
+    _, outcome = train_with(small_recipe(*fixed, *METHODS[method], *POLICIES["all"]), world)
+    assert equal(outcome, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_ranks_with_partitioned_weights_train_bit_equal(tmp_path: Path, whole_zero3) -> None:
+    kinds = [(), *((*METHODS[m], *POLICIES[p]) for m, p in [("torch", "all"), ("torch", "attention")])]
+    kinds += [(*METHODS["partitioned"], *POLICIES["every"]), (*METHODS["torch"], *POLICIES["budget"])]
+    settings = (("fp32", "blockwise", ()), ("bf16", "universal", DROPS))
+    jobs = [
+        Job(whole_zero3, last=3, precision=precision, overrides=(DEPTH, *drops, f"attention.mode={mode}", *kind))
+        for precision, mode, drops in settings
+        for kind in kinds
+    ]
+    outcomes = launch_jobs(jobs, 2, tmp_path / "jobs")
+    for first in range(0, len(outcomes), len(kinds)):
+        assert outcomes[first : first + len(kinds)] == [outcomes[first]] * len(kinds)
+
+
+def test_a_budget_that_nothing_fits_is_one_line_with_the_least(small_recipe, world) -> None:
+    tight = (DEPTH, "train.recompute.policy=budget")
+    recipe = small_recipe(*tight, "train.recompute.budget_gb=0.0001")
+    model = create_model(recipe.model, recipe.attention)
+    with pytest.raises(
+        RecipeError, match=r"budget_gb = 0\.0001: with every block recomputed it takes (\S+); "
+    ) as caught:
+        apply_recompute(model, recipe, world, 8)
+    least = float(str(caught.value).partition("takes ")[2].partition(";")[0])
+    apply_recompute(model, small_recipe(*tight, f"train.recompute.budget_gb={1.001 * least}"), world, 8)
+
+
+def test_moving_from_the_cpu_to_the_cpu_is_refused(small_recipe, world) -> None:
+    recipe = small_recipe("train.recompute.policy=all", *METHODS["deepspeed"], "train.recompute.cpu=true")
+    with pytest.raises(RecipeError, match=r"train\.recompute\.cpu = true: the run is on the CPU"):
+        apply_recompute(create_model(recipe.model, recipe.attention), recipe, world, 8)

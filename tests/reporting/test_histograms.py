@@ -1,0 +1,64 @@
+"""Histograms at every stage hold the weights that the model has."""
+
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from karat_scale.reporting.histograms import HeadHistograms
+from karat_scale.reporting.metrics import MetricsLog
+from karat_scale.reporting.progress import PlainDisplay, Reporter
+from tests.conftest import karat
+from tests.small_engines import CONFIGS, weights
+
+HEADS = [
+    f"block {block}, {name}/head {head}"
+    for block in (0, 1)
+    for name in ("cos_coef", "sin_coef", "W")
+    for head in (0, 1)
+]
+
+
+def board_of(directory: Path) -> EventAccumulator:
+    board = EventAccumulator(str(directory), size_guidance={"histograms": 0})
+    board.Reload()
+    return board
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_each_head_at_each_stage(small_recipe, make_engine, tmp_path: Path, config: str) -> None:
+    recipe = small_recipe(f"deepspeed.config={config}", "log.tensorboard=true", "log.histogram_every_steps=5")
+    engine = make_engine(recipe)
+    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "board")
+    histograms = HeadHistograms(engine, recipe.log, Reporter(PlainDisplay(), log))
+    assert [step for step in range(1, 12) if histograms.due(step)] == [5, 10]
+    histograms.write(5)
+    log.close()
+    board = board_of(tmp_path / "board")
+    assert sorted(board.Tags()["histograms"]) == sorted(HEADS)
+    (event,) = board.Histograms("block 1, cos_coef/head 1")
+    names = [name for name, _ in engine.module.named_parameters()]
+    coefficients = weights(engine)[names.index("blocks.1.attn.operator.cos_coef")][1]
+    found = event.histogram_value
+    assert (event.step, found.num) == (5, coefficients.numel())
+    assert (found.min, found.max) == pytest.approx((coefficients.min().item(), coefficients.max().item()))
+
+
+def test_none_without_tensorboard_without_a_rate_and_without_operators(small_recipe, make_engine) -> None:
+    reporter = Reporter(PlainDisplay(), None)
+    for overrides in ((), ("log.tensorboard=true", "log.histogram_every_steps=null")):
+        recipe = small_recipe(*overrides)
+        assert not HeadHistograms(make_engine(recipe), recipe.log, reporter).due(1000)
+    recipe = small_recipe("log.tensorboard=true", "attention.kind=softmax")
+    assert not HeadHistograms(make_engine(recipe), recipe.log, reporter).due(1000)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_ranks_at_stage_3(recipe_file: Path, tmp_path: Path) -> None:
+    own = ("deepspeed.config=zero3", "log.tensorboard=true", "log.histogram_every_steps=4", "train.epochs=1")
+    done = karat("train", str(recipe_file), *own, processes=2)
+    assert done.returncode == 0, done.stderr
+    board = board_of(tmp_path / "run" / "tensorboard")
+    assert sorted(board.Tags()["histograms"]) == sorted(HEADS)
+    assert [event.step for event in board.Histograms(HEADS[0])] == [4, 8]

@@ -1,0 +1,180 @@
+"""A new run begins with the weights of another run, of a file, or of timm."""
+
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from karat_scale.engine.distributed import World
+from karat_scale.errors import RecipeError, UserError
+from karat_scale.export.command import export_run
+from karat_scale.models import create_model
+from karat_scale.recipe import RunRecipe
+from karat_scale.run.initial_weights import initialise
+from karat_scale.run.run_directory import RunDirectory
+from karat_scale.run.weights_source import read_weights
+from tests.checkpoint.test_save_points import train_to_the_end
+from tests.conftest import events, karat, summary
+
+NAME = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+
+def equal_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(x, right[name]) for name, x in left.items())
+
+
+@pytest.fixture
+def run(small_recipe, world: World) -> Path:
+    recipe = small_recipe("data.workers=0")
+    train_to_the_end(recipe, world)
+    RunDirectory(recipe.run.dir).begin(recipe)
+    return Path(recipe.run.dir)
+
+
+def test_a_run_its_checkpoint_and_its_export_are_the_same_weights(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, origin = read_weights(str(run))
+    name = (run / "checkpoints" / "best").read_text().strip()
+    assert equal_weights(weights, read_weights(str(run / "checkpoints" / name)).tensors)
+    assert read_weights(str(run / "checkpoints" / "best")).origin == origin
+    for form, out in (("safetensors", "out.safetensors"), ("timm", "timm"), ("hub-folder", "hub")):
+        export_run(str(run), form, "best", "ema", str(tmp_path / out))
+        exported = read_weights(str(tmp_path / out))
+        assert equal_weights(weights, exported.tensors)
+        assert exported.origin == origin
+    torch.save({"model": weights}, tmp_path / "out.pth")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert equal_weights(weights, read_weights("~/out.pth").tensors)
+    assert read_weights("~/out.pth").origin is None
+
+
+def test_a_folder_of_a_universal_model_gives_every_block_its_operator(
+    small_recipe, world: World, tmp_path: Path
+) -> None:
+    recipe = small_recipe("data.workers=0", "attention.mode=universal", "train.epochs=1")
+    train_to_the_end(recipe, world)
+    RunDirectory(recipe.run.dir).begin(recipe)
+    export_run(recipe.run.dir, "hub-folder", "best", "ema", str(tmp_path / "hub"))
+    for source in (recipe.run.dir, tmp_path / "hub", tmp_path / "hub" / "model.safetensors"):
+        model = create_model(recipe.model, recipe.attention)
+        given = recipe.model_copy(update={"init_from": str(source)})
+        assert initialise(model, given, world) == f"begins with the weights of {source}"
+        assert equal_weights(model.state_dict(), read_weights(recipe.run.dir).tensors)
+
+
+def test_what_weights_do_not_tell_is_compared(run: Path, world: World) -> None:
+    recipe = RunDirectory(run).recipe().model_copy(update={"init_from": str(run)})
+
+    def begin(model: dict[str, object], attention: dict[str, object]) -> str:
+        other = recipe.model_copy(
+            update={
+                "model": recipe.model.model_copy(update=model),
+                "attention": recipe.attention.model_copy(update=attention),
+            }
+        )
+        return initialise(create_model(other.model, other.attention), other, world)
+
+    with pytest.raises(RecipeError, match=r"with 2 heads per layer, the model has 4; use model.num_heads=2"):
+        begin({"num_heads": 4}, {"kind": "softmax"})
+    line = begin({}, {"base": "silu", "simplex": True})
+    assert line.endswith(
+        f"{run}; attention.simplex = false in the weights, true here; attention.base = zero in the weights, silu here"
+    )
+
+
+class Harmful:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+def test_what_is_not_weights_is_one_line(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.safetensors").write_text("hello")
+    (tmp_path / "recipe.yaml").write_text("model: {depth: 2}")
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
+    (tmp_path / "empty.pth").touch()
+    torch.save({"model": {"a": torch.ones(1)}, "epoch": Harmful()}, tmp_path / "harmful.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "list.pth").read_bytes()[:200])
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "program.pt")
+    for source, message in (
+        (tmp_path / "nothing", "neither a run's directory"),
+        (tmp_path / "text.safetensors", "not a file of weights that is safe to read: .*header"),
+        (tmp_path / "recipe.yaml", "not a file of weights; expected .safetensors, or .pth"),
+        (tmp_path / "model.onnx", "not a file of weights; expected .safetensors, or .pth"),
+        (tmp_path / "empty.pth", "not a file of weights; expected .safetensors, or .pth"),
+        (tmp_path / "harmful.pth", "not a file of weights that is safe to read: it holds more than tensors"),
+        (tmp_path / "list.pth", "no state dict: expected tensors by parameter name"),
+        (tmp_path / "cut.pth", "not a file of weights that is safe to read: .*zip"),
+        (tmp_path / "program.pt", "a TorchScript program, .*; use the run, or --format safetensors of it"),
+        ("timm:vit_tiny_patch16_225", "did you mean timm:vit_tiny_patch16_224"),
+    ):
+        capfd.readouterr()
+        with pytest.raises(UserError, match=f"init_from = .*{message}") as caught:
+            initialise(timm.create_model("test_vit"), RunRecipe(init_from=str(source)), world)
+        assert "\n" not in str(caught.value)
+        assert "weights_only" not in str(caught.value)
+        assert capfd.readouterr() == ("", "")
+
+
+def test_timms_weights_come_from_its_cache_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RecipeError, match=r"cannot be fetched: neither .* has them; .*HF_HOME names the cache"):
+        read_weights(f"timm:{NAME}")
+    model = timm.create_model(NAME)
+    home = tmp_path / f"models--timm--{NAME}"
+    snapshot = home / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("0123")
+    save_file(model.state_dict(), snapshot / "model.safetensors")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert equal_weights(read_weights(f"timm:{NAME}").tensors, model.state_dict())
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    nobody = "http://127.0.0.1:9/{repo_id}/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    logged = []
+    handler = logging.Handler()
+    handler.emit = logged.append
+    logging.getLogger("huggingface_hub").addHandler(handler)
+    try:
+        with pytest.raises(RecipeError, match=r"cannot be fetched: neither .* has them; ") as caught:
+            read_weights(f"timm:{NAME}")
+    finally:
+        logging.getLogger("huggingface_hub").removeHandler(handler)
+    assert "\n" not in str(caught.value)
+    assert not logged
+
+
+def test_a_run_trained_at_one_size_is_evaluated_and_tuned_at_another(recipe_file: Path, tmp_path: Path) -> None:
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    recipe = str(recipe_file)
+    karat("train", recipe, f"run.dir={base}", "train.epochs=1")
+    larger = karat("eval", str(base), "model.image_size=24", "--json", str(tmp_path / "eval.json"))
+    assert larger.returncode == 0, larger.stderr
+    assert json.loads((tmp_path / "eval.json").read_text())["images"] == 28
+    command = ("train", recipe, f"run.dir={tuned}", f"init_from={base}", "model.image_size=24", "train.max_steps=3")
+    done = karat(*command)
+    assert done.returncode == 0, done.stderr
+    assert f"begins with the weights of {base}; interpolated from 4 x 4 patches" in done.stdout
+    assert summary(tuned)["steps"] == 3
+    shutil.rmtree(base)  # a run that goes on needs it no more
+    again = karat(*command[:-1], "train.max_steps=5")
+    assert again.returncode == 0, again.stderr
+    assert events(tuned, "resume")[0]["step"] == 3

@@ -1,0 +1,99 @@
+"""A process group and small DeepSpeed engines inside the test process."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from karat_scale.checkpoint.checkpoints import Checkpoints
+from karat_scale.checkpoint.store import CheckpointStore
+from karat_scale.engine.distributed import World
+from karat_scale.engine.ema import Ema
+from karat_scale.engine.engine import Engine
+from karat_scale.models import create_model
+from karat_scale.recipe import Recipe
+from karat_scale.recipe.loading import load_recipe
+from karat_scale.reporting.progress import PlainDisplay, Reporter
+from tests.conftest import SMALL
+
+CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_offload_params")
+
+
+@pytest.fixture
+def small_recipe(tmp_path: Path) -> Callable[..., Recipe]:
+    """The small recipe on synthetic data, with overrides."""
+    path = tmp_path / "small.yaml"
+    path.write_text("data: {backend: synthetic, synthetic_samples: 32}\nattention: {kind: karat}\n")
+
+    def load(*overrides: str) -> Recipe:
+        fixed = ("schedule.warmup_epochs=0", f"run.dir={tmp_path / 'run'}")
+        return load_recipe(path, [*SMALL, *fixed, *overrides])
+
+    return load
+
+
+@pytest.fixture
+def make_engine(world: World) -> Callable[[Recipe], Engine]:
+    """An engine over a freshly initialised model, the same one each time."""
+
+    def make(recipe: Recipe) -> Engine:
+        torch.manual_seed(0)
+        model = create_model(recipe.model, recipe.attention)
+        return Engine(model, recipe, world, recipe.train.global_batch)
+
+    return make
+
+
+@pytest.fixture
+def make_checkpoints(world: World, make_engine: Callable[[Recipe], Engine]) -> Callable[..., Checkpoints]:
+    """Checkpoints of a new engine in a directory; they have `engine` and `ema`, too."""
+
+    def make(recipe: Recipe, root: Path) -> Checkpoints:
+        engine = make_engine(recipe)
+        ema = Ema(engine.deepspeed, recipe.train) if recipe.train.ema_decay else None
+        reporter = Reporter(PlainDisplay(), None)
+        checkpoints = Checkpoints(CheckpointStore(root), engine, ema, world, recipe, reporter)
+        checkpoints.engine, checkpoints.ema = engine, ema  # type: ignore[attr-defined]
+        return checkpoints
+
+    return make
+
+
+def train_steps(checkpoints: Checkpoints, *steps: int) -> None:
+    """Steps of the engine and its average behind `checkpoints`."""
+    for step in steps:
+        train_once(checkpoints.engine, step)  # type: ignore[attr-defined]
+        checkpoints.ema.update(step)  # type: ignore[attr-defined]
+
+
+def train_once(engine: Engine, seed: int, lr: float = 1e-2, size: int = 16) -> float | None:
+    """One step on random images; returns the gradient norm."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(8, 3, size, size, generator=generator)
+    labels = torch.randint(0, 4, (8,), generator=generator)
+    engine.set_lr(lr)
+    engine.backward(torch.nn.functional.cross_entropy(engine.forward(images), labels))
+    norm = engine.step()
+    return None if norm is None else float(norm)
+
+
+def weights(engine: Engine) -> list[torch.Tensor]:
+    """Copies of the module's parameters, whole at every stage."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(list(engine.module.parameters()), enabled=engine.stage == 3):
+        return [parameter.detach().clone() for parameter in engine.module.parameters()]
+
+
+def equal(left: object, right: object) -> bool:
+    """Bit for bit, through nested containers."""
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and torch.equal(left, right)
+    if isinstance(left, dict):
+        return isinstance(right, dict) and left.keys() == right.keys() and all(equal(left[k], right[k]) for k in left)
+    if isinstance(left, list | tuple):
+        return isinstance(right, list | tuple) and len(left) == len(right) and all(map(equal, left, right))
+    if hasattr(left, "__dict__"):  # DeepSpeed's loss scaler and fragment addresses
+        return type(left) is type(right) and equal(vars(left), vars(right))
+    return left == right
