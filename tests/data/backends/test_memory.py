@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from karat_scale.data.backends import open_backend
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import TrainPlan
 from karat_scale.recipe import AugmentConfig
 from tests.data.betons import make_betons, need_ffcv
@@ -45,7 +45,7 @@ def test_ten_epochs_take_no_more_memory_than_three(image_folder, shards, tmp_pat
     else:
         directory = image_folder if backend == "folder" else shards
     opened = open_backend(
-        data_config(directory, backend=backend, decoder=decoder, workers=1), AugmentConfig(), 64, 4, 0
+        ImageSpec(data_config(directory, backend=backend, decoder=decoder, workers=1), AugmentConfig(), 64, 4, 0)
     )
     plan = TrainPlan(0, opened.num_train, 16, 16, 0, 1)
     after: list[float] = []
