@@ -109,7 +109,8 @@ class _Decoded(Dataset[torch.Tensor]):
 
 
 def _decode(data: bytes) -> torch.Tensor:
-    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    pixels: torch.Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    return pixels
 
 
 def _crop_and_flip(augment: AugmentConfig, size: int) -> list[v2.Transform]:

@@ -31,7 +31,8 @@ class Block(nn.Module):
         attend: Callable[..., Tensor] = self.operator or nn.functional.scaled_dot_product_attention
         heads = attend(*qkv.unbind(0))
         tokens = tokens + self.out(heads.transpose(1, 2).reshape(batch, count, width))
-        return tokens + self.mlp(self.norm2(tokens))
+        output: Tensor = tokens + self.mlp(self.norm2(tokens))
+        return output
 
 
 class PlainViT(nn.Module):
@@ -56,4 +57,5 @@ class PlainViT(nn.Module):
         """Images [B, 3, 224, 224] to logits [B, 1000]."""
         patches = self.patches(images).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.class_token.expand(len(images), -1, -1), patches], 1) + self.positions
-        return self.head(self.norm(self.blocks(tokens)[:, 0]))
+        logits: Tensor = self.head(self.norm(self.blocks(tokens)[:, 0]))
+        return logits

@@ -23,18 +23,20 @@ def tasks() -> int:
 
 
 def test_no_more_batches_are_made_than_asked_for(make_shards, dali):
-    fed = []
+    # How many batches the reader has asked for, how many were fed, and by how many these were ahead at most.
+    asked, fed, ahead = 0, 0, 0
 
     def slices():
+        nonlocal fed, ahead
         for number in range(1000):
-            fed.append(number)
+            fed, ahead = number + 1, max(ahead, number + 1 - asked)
             yield BatchSlice(0, number, np.arange(2))
 
     batches = dali(make_shards(), prefetch=3).train_batches(slices())
-    for taken in range(1, 10):
+    for asked in range(1, 10):
         next(batches)
-        time.sleep(0.02)
-        assert len(fed) <= taken + 3 + QUEUE_DEPTH
+        wait_until(lambda wanted=asked + 3: fed >= wanted)
+    assert ahead <= 1 + 3 + QUEUE_DEPTH  # a batch that is taken makes room before it is counted here
 
 
 def test_closing_and_forgetting_end_the_threads_and_the_iterators(make_shards, dali, cheap_augment):
@@ -79,15 +81,15 @@ def resident_mb() -> float:
 
 
 def test_ten_epochs_take_no_more_memory_than_three(make_shards, make_sample, dali):
-    backend = dali(make_shards(), size=64)
+    backend = dali(make_shards(), size=128)
     plan = TrainPlan(0, backend.num_train, 10, 10, 0, 1)
     after: list[float] = []
     for number, _ in enumerate(backend.train_batches(plan.slices(0, 10 * plan.steps_per_epoch)), start=1):
         if number % plan.steps_per_epoch == 0:
             after.append(resident_mb())
-    # An epoch of decoded images is 0.5 MB: 3.4 MB more than at the third epoch if they stayed.
+    # An epoch of decoded images is 2 MB: 14 MB more than at the third epoch if they stayed.
     assert len(after) == 10
-    assert after[-1] - after[2] < 2.5, after
+    assert after[-1] - after[2] < 5, after
 
 
 @pytest.mark.slow
@@ -122,6 +124,6 @@ def test_a_hundred_bad_batches_leave_nothing_behind(make_shards, make_sample, da
         if number in (20, 119):
             after.append((resident_mb(), tasks(), psutil.Process().num_fds()))
     (memory, threads_then, files), (memory_now, threads_now, files_now) = after
-    assert memory_now - memory < 2.5
+    assert memory_now - memory < 20  # a pipeline that stayed takes some MB, and here are about fifty
     assert threads_now <= threads_then + 4  # one pipeline's, which may be on its way out
     assert files_now <= files

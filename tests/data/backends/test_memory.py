@@ -45,7 +45,7 @@ def test_ten_epochs_take_no_more_memory_than_three(image_folder, shards, tmp_pat
     else:
         directory = image_folder if backend == "folder" else shards
     opened = open_backend(
-        ImageSpec(data_config(directory, backend=backend, decoder=decoder, workers=1), AugmentConfig(), 64, 4, 0)
+        ImageSpec(data_config(directory, backend=backend, decoder=decoder, workers=1), AugmentConfig(), 128, 4, 0)
     )
     plan = TrainPlan(0, opened.num_train, 16, 16, 0, 1)
     after: list[float] = []
@@ -55,5 +55,5 @@ def test_ten_epochs_take_no_more_memory_than_three(image_folder, shards, tmp_pat
             after.append(resident_mb())
     opened.close()
     assert len(after) == EPOCHS
-    # An epoch of decoded images is 0.8 MB: 5.5 MB more than at the third epoch if they stayed.
-    assert after[-1] - after[SETTLED - 1] < 2.5, after
+    # An epoch of decoded images is 3 MB: 22 MB more than at the third epoch if they stayed.
+    assert after[-1] - after[SETTLED - 1] < 7, after
