@@ -12,8 +12,15 @@ from karat_scale.engine.precision import PRECISIONS
 from karat_scale.errors import RecipeError
 from karat_scale.models.flops import flops_by_block
 from karat_scale.models.layers import blocks_of
-from karat_scale.models.recompute import Choice, choices_by_rule, recompute, torch_checkpoint
-from karat_scale.models.recompute_budget import cheapest_choices, least_budget, peak_saved_bytes
+from karat_scale.models.recompute import (
+    Choice,
+    cheapest_choices,
+    choices_by_rule,
+    least_budget,
+    peak_saved_bytes,
+    recompute,
+    torch_checkpoint,
+)
 from karat_scale.models.saved_tensors import ActivationBytes, activation_bytes
 from karat_scale.recipe import Recipe
 

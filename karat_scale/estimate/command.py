@@ -19,10 +19,9 @@ from karat_scale.estimate.choose import (
     refused_stages,
     usable,
 )
-from karat_scale.estimate.communication import traffic
+from karat_scale.estimate.communication import links_of, traffic
 from karat_scale.estimate.curve import Node, curve
 from karat_scale.estimate.dry_run import dry_run
-from karat_scale.estimate.links import links_of
 from karat_scale.estimate.measured import Measured, find_measured
 from karat_scale.estimate.report import Plan, show
 from karat_scale.estimate.samples import count_samples

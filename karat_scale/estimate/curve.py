@@ -6,8 +6,7 @@ from typing import Any
 
 from karat_scale.data.plan import micro_batch_of
 from karat_scale.errors import RecipeError
-from karat_scale.estimate.communication import seconds, step_seconds, traffic
-from karat_scale.estimate.links import Links
+from karat_scale.estimate.communication import Links, seconds, step_seconds, traffic
 from karat_scale.estimate.time import ComputeTime
 from karat_scale.recipe import Recipe
 

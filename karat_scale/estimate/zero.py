@@ -11,8 +11,7 @@ from typing import Any
 
 from karat_scale.engine.deepspeed_config import offloads_optimizer, zero_stage
 from karat_scale.engine.precision import PRECISIONS
-from karat_scale.estimate.kept import Kept
-from karat_scale.estimate.sizes import ParameterSizes
+from karat_scale.estimate.kept import Kept, ParameterSizes
 from karat_scale.recipe import Recipe
 from karat_scale.tables import OptimizerRow
 

@@ -10,11 +10,10 @@ import numpy.typing as npt
 
 from karat_scale.data.decode import small_jpeg
 from karat_scale.data.decoders.base import ChooseView, check_pixels
-from karat_scale.data.decoders.native_handle import PerThread
 from karat_scale.data.decoders.pillow import PillowDecoder
 from karat_scale.data.view import crop_view
 from karat_scale.errors import RecipeError
-from karat_scale.native_build import LoadError, load
+from karat_scale.native_build import LoadError, PerThread, load
 
 SOURCE = Path(__file__).parent / "cpp" / "native.cpp"
 # Without contraction, so that the resize's weights have the same bits on any instruction set.
