@@ -119,7 +119,7 @@ class ProgressBars:
         """Move the bar `name`, which is added if there is none. `text` stays beside the bar until it is replaced."""
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, text="")
-        fields = {} if text is None else {"text": text}
+        fields: dict[str, Any] = {} if text is None else {"text": text}
         self._progress.update(self._tasks[name], completed=done, total=total, **fields)
         if total is not None and done >= total and not keep:
             self.remove(name)

@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
-from karat_scale.bench.attention import clock_for, device_name, write_json
+from karat_scale.bench.attention import clock_for, device_name
 from karat_scale.bench.interleave import interleaved_seconds, median_ratio
 from karat_scale.bench.peak_memory import peak_memory_of
+from karat_scale.console import print_table, write_json
 from karat_scale.models import create_model
 from karat_scale.models.flops import BlockFlops, flops_by_block
 from karat_scale.models.recompute import Choice, choices_by_rule, recompute
@@ -135,15 +134,11 @@ def _autocast(case: Case) -> contextlib.AbstractContextManager[Any]:
 
 def _print(result: dict[str, Any]) -> None:
     title = f"{result['model']} at {result['image_size']} px, batch {result['batch']}, grid {result['grid']}, "
-    table = Table(title=title + f"{result['dtype']} on {result['device_name']}, {result['threads']} threads")
-    for column in ("attention", "policy", "ms", "to none", "saved MB", "to none", "peak MB", "to none"):
-        table.add_column(column, justify="left" if column in ("attention", "policy") else "right")
+    title += f"{result['dtype']} on {result['device_name']}, {result['threads']} threads"
+    rows = []
     for row in result["rows"]:
-        time, saved = (row["forward_backward_ms"], row["ratio_time"]), (row["saved_mb"], row["ratio_saved"])
-        table.add_row(
-            row["attention"] if row["policy"] == "none" else "",
-            row["policy"],
-            *(f"{figure:.2f}" for figure in (*time, *saved, row["peak_mb"], row["ratio_peak"])),
-            end_section=row["policy"] == POLICIES[-1],
-        )
-    Console().print(table)
+        figures = ("forward_backward_ms", "ratio_time", "saved_mb", "ratio_saved", "peak_mb", "ratio_peak")
+        attention = row["attention"] if row["policy"] == "none" else ""
+        rows.append([attention, row["policy"], *(f"{row[figure]:.2f}" for figure in figures)])
+    header = ("attention", "policy", "ms", "to none", "saved MB", "to none", "peak MB", "to none")
+    print_table(title, header, rows, texts=(0, 1))

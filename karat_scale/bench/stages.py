@@ -17,18 +17,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from karat_scale.bench.interleave import interleaved_seconds, median_ratio
+from karat_scale.console import print_table, write_json
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.optimizer import build_optimizer
 from karat_scale.errors import UserError
-from karat_scale.files import write_atomically
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
@@ -71,8 +69,7 @@ def bench_stages(case: StagesCase, json_file: str | None) -> int:
             raise UserError(f"bench stages: a rank failed: {errors[0] if errors else done.stderr[-200:]}")
         result = json.loads(out.read_text())
     _print(result)
-    if json_file:
-        write_atomically(Path(json_file), json.dumps(result, indent=2) + "\n")
+    write_json(json_file, result)
     return 0
 
 
@@ -178,17 +175,16 @@ def _processor_seconds(run: Callable[[], None]) -> float:
 
 def _print(result: dict[str, Any]) -> None:
     title = "{model} at {image_size} px, {attention}, {ranks} ranks x {batch}, {device}, {threads} threads each"
-    table = Table(title=title.format(**result))
-    for column in ("", "ms a step", "processor ms", "to DDP"):
-        table.add_column(column, justify="right" if column else "left")
-    for row in result["rows"]:
-        table.add_row(
+    rows = [
+        (
             row["contender"],
             f"{row['milliseconds_a_step']:.1f}",
             f"{row['processor_milliseconds_a_step']:.1f}",
             f"{row['ratio_to_ddp']:.2f}",
         )
-    Console().print(table)
+        for row in result["rows"]
+    ]
+    print_table(title.format(**result), ("", "ms per step", "processor ms", "to DDP"), rows)
 
 
 if __name__ == "__main__":

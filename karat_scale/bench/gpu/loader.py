@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 
-from karat_scale.bench.data import AUGMENTS, SIZE
+from karat_scale.bench.data import AUGMENTS, SIZE, lacking_library
 from karat_scale.bench.gpu.channel import one_line
 from karat_scale.bench.gpu.task import Task
-from karat_scale.bench.library_loaders import lacking
 from karat_scale.bench.sample_images import CLASSES, SampleImages, prepare_images
+from karat_scale.console import plural
 from karat_scale.data.augmentation.device_augment import DeviceAugment
 from karat_scale.data.backends import open_backend
 from karat_scale.data.plan import TrainPlan
-from karat_scale.doctor.finding import plural
 from karat_scale.recipe import AugmentConfig, DataConfig
 
 # Yields the number of images after each batch that is on the device.
@@ -46,7 +45,7 @@ class _Section:
             f"webdataset, {workers}, crop and flip": self._backend("webdataset", crop),
             f"webdataset, {workers}, the paper's augmentation": self._backend("webdataset", paper),
         }
-        if lack := lacking("dali"):
+        if lack := lacking_library("dali"):
             self._task.tell.left_out("DALI", lack)
             return loaders
         where = "on the CPU" if self._task.toy else "by nvJPEG"
