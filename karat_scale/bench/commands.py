@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from karat_scale.arguments import count, new_file, whole
-from karat_scale.bench.gpu.options import add_options as add_gpu_options
+from karat_scale.bench.gpu.sections import add_options as add_gpu_options
 
 if TYPE_CHECKING:
     from karat_scale.bench.attention import Case

@@ -2,7 +2,7 @@
 
 from karat_scale.arguments import OneLineParser, new_file
 from karat_scale.bench.gpu.command import bench_gpu
-from karat_scale.bench.gpu.options import add_options
+from karat_scale.bench.gpu.sections import add_options
 from karat_scale.errors import run_script
 
 

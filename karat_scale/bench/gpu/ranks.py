@@ -28,7 +28,7 @@ def measure(task: Task) -> None:
             _measure_case(task, world, model, attention, batch)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error) and batch > 1:
-            task.tell.again(batch // 2)
+            task.channel.again(batch // 2)
         raise
     distributed.stop()
 
@@ -37,7 +37,7 @@ def _measure_case(task: Task, world: World, model: str, attention: str, batch: i
     what = f"{'toy' if task.toy else f'ViT-{model.capitalize()}'}, {attention}, bf16, {world.size} x {batch}"
     if world.any(not task.budget.allows("case", GUESS)):
         if world.is_main:
-            task.tell.left_out(what, "the time was up")
+            task.channel.left_out(what, "the time was up")
         return
     begun = time.monotonic()
     case = StagesCase(f"vit_{model}_patch16_224", 224, batch, attention, world.size, 3, 5, "bf16")
@@ -46,6 +46,6 @@ def _measure_case(task: Task, world: World, model: str, attention: str, batch: i
     for row in compare(case, world):
         if world.is_main:
             rate = 1e3 * world.size * batch / row["milliseconds_a_step"]
-            task.tell.row(case=what, **row, images_per_second=round(rate, 1))
+            task.channel.row(case=what, **row, images_per_second=round(rate, 1))
     task.free()
     task.budget.note("case", begun)
