@@ -10,27 +10,15 @@ if TYPE_CHECKING:
     from karat_scale.bench.attention import Case
     from karat_scale.bench.data import Plan
 
-MODEL = "vit_tiny_patch16_224"
-
 
 def add_benches(benches: Any) -> None:
     """Add each bench to the subparsers of `karat bench`."""
     parser = benches.add_parser("step", help="our loop against a bare PyTorch loop, KArAt against softmax")
-    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--model", default="vit_tiny_patch16_224")
     parser.add_argument("--batch", type=count, default=8)
     parser.add_argument("--steps", type=count, default=5, help="steps per round (default: %(default)s)")
     _add_rounds(parser, 7)
     parser.set_defaults(run=_step)
-
-    parser = benches.add_parser("stages", help="a step at each ZeRO stage against DistributedDataParallel")
-    parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--image-size", type=count, default=64)
-    parser.add_argument("--batch", type=count, default=16, help="of a rank (default: %(default)s)")
-    parser.add_argument("--attention", choices=("softmax", "karat"), default="softmax")
-    parser.add_argument("--ranks", type=count, default=2, help="processes on this machine (default: %(default)s)")
-    parser.add_argument("--steps", type=count, default=3, help="steps per round (default: %(default)s)")
-    _add_rounds(parser, 9)
-    parser.set_defaults(run=_stages)
 
     parser = benches.add_parser("attention", help="each implementation against SDPA, in time and memory")
     add_attention_options(parser)
@@ -38,20 +26,6 @@ def add_benches(benches: Any) -> None:
     names = ("reference", "streaming", "cpu", "triton")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="only these implementations")
     parser.set_defaults(run=_attention)
-
-    parser = benches.add_parser("recompute", help="memory saved and time paid by each policy of train.recompute")
-    parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--image-size", type=count, default=224)
-    parser.add_argument("--batch", type=count, default=4)
-    parser.add_argument("--grid", type=count, default=3)
-    names = ("reference", "streaming", "cpu", "triton")
-    parser.add_argument(
-        "--only", nargs="+", choices=("softmax", *names), default=("softmax", *names[:3]), help="only these attentions"
-    )
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    _add_device(parser)
-    _add_rounds(parser, 5)
-    parser.set_defaults(run=_recompute)
 
     parser = benches.add_parser("resume", help="what an interruption costs: signal to saved, start to first step")
     parser.add_argument("recipe", metavar="RECIPE", nargs="?", default="imagenet_vit_base_g1b")
@@ -82,7 +56,8 @@ def add_attention_options(parser: argparse.ArgumentParser) -> None:
     forms = ("modular", "project_first", "two_operators", "full_rank")
     parser.add_argument("--form", choices=forms, default="modular")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
-    _add_device(parser)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=count, default=1, help="CPU threads (default: %(default)s)")
     _add_rounds(parser, 9)
 
 
@@ -107,22 +82,10 @@ def _add_rounds(parser: argparse.ArgumentParser, rounds: int) -> None:
     parser.add_argument("--rounds", type=count, default=rounds, help="interleaved rounds (default: %(default)s)")
 
 
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=count, default=1, help="CPU threads (default: %(default)s)")
-
-
 def _step(options: argparse.Namespace) -> int:
     from karat_scale.bench.step import bench_step
 
     return bench_step(options.model, options.batch, options.steps, options.rounds, options.json)
-
-
-def _stages(options: argparse.Namespace) -> int:
-    from karat_scale.bench.stages import StagesCase, bench_stages
-
-    names = ("model", "image_size", "batch", "attention", "ranks", "steps", "rounds")
-    return bench_stages(StagesCase(**{name: getattr(options, name) for name in names}), options.json)
 
 
 def attention_case(options: argparse.Namespace, tokens: int) -> "Case":
@@ -153,13 +116,6 @@ def _data(options: argparse.Namespace) -> int:
     from karat_scale.bench.data import bench_data
 
     return bench_data(data_plan(options), options.json)
-
-
-def _recompute(options: argparse.Namespace) -> int:
-    from karat_scale.bench.recompute import Case, bench_recompute
-
-    case = Case(options.model, options.batch, options.grid, options.dtype, options.device, options.image_size)
-    return bench_recompute(case, options.rounds, options.threads, options.json, options.only)
 
 
 def _resume(options: argparse.Namespace) -> int:
