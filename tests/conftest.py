@@ -171,6 +171,11 @@ def karat(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[st
     return run_program("karat_scale", arguments, environments, timeout=300, directory=Path.cwd())
 
 
+def benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m benchmarks.NAME` to its end."""
+    return run_program(f"benchmarks.{name}", arguments, [karat_environment()], timeout=300, directory=Path.cwd())
+
+
 @pytest.fixture
 def recipe_file(tmp_path: Path, shards: Path) -> Path:
     """A small KArAt recipe over the shards, with its run below tmp_path."""
