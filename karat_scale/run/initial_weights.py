@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from karat_scale.engine.distributed import World
 from karat_scale.errors import RecipeError, UserError
-from karat_scale.models.init_from import take_weights
-from karat_scale.models.init_sections import check_heads, differences
+from karat_scale.models.init_from import check_heads, differences, take_weights
 from karat_scale.recipe import RunRecipe
 from karat_scale.run.weights_source import read_weights
 
