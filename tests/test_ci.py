@@ -10,6 +10,8 @@ import pytest
 from tests.conftest import ROOT
 
 GIT = ("git", "-c", "user.name=a", "-c", "user.email=a@b")
+# The CI service's number of this run, by several services.
+NUMBERS = ("CI_RUN_NUMBER", "GITHUB_RUN_NUMBER", "CI_PIPELINE_IID", "BUILD_NUMBER")
 STUB = '#!/bin/sh\necho "$(basename "$0") $*" >> "$CALLS"\n'
 
 
@@ -26,9 +28,11 @@ def ci(tmp_path: Path):
     shutil.copy(ROOT / ".ci" / "run", clone / ".ci")
     path = f"{clone / 'bin'}:{os.environ['PATH']}"
 
-    def run() -> list[str]:
+    def run(**variables: str) -> list[str]:
         calls.unlink(missing_ok=True)
-        environment = {**os.environ, "PATH": path, "CALLS": str(calls), "GIT_CEILING_DIRECTORIES": str(tmp_path)}
+        kept = {name: value for name, value in os.environ.items() if name not in NUMBERS}
+        own = {"PATH": path, "CALLS": str(calls), "GIT_CEILING_DIRECTORIES": str(tmp_path)}
+        environment = {**kept, **own, **variables}
         subprocess.run([clone / ".ci" / "run"], env=environment, check=True)
         return calls.read_text().splitlines()
 
@@ -45,7 +49,12 @@ def test_ci_runs_the_quick_tests_a_turn_of_the_slow_ones_and_the_demo(ci) -> Non
     assert called == ["extras", "test", "test-turn", "demo"]
 
 
-def test_a_turn_is_the_number_of_commits_or_else_the_hour(ci, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_turn_is_the_number_of_the_ci_run(ci, name: str) -> None:
+    assert [turn(ci(**{name: str(number)})) for number in (17, 18)] == [17, 18]
+
+
+def test_without_a_number_a_turn_is_the_count_of_commits_or_else_the_hour(ci, tmp_path: Path) -> None:
     assert turn(ci()) > 400_000  # hours since 1970: this is no repository
     clone = tmp_path / "clone"
     subprocess.run([*GIT, "init", "-q"], cwd=clone, check=True)
