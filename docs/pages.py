@@ -18,10 +18,9 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from pydantic import BaseModel
 
 from karat_scale.cli import build_parser
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import Effect
 from karat_scale.recipe.loading import effects
 from karat_scale.tasks.detection.recipe import DetectionRecipe
@@ -68,8 +67,8 @@ def page_of_root(text: str) -> str:
     return re.sub(r"\]\((?!https?:|#)(?:docs/)?", lambda link: "](" if link[0].endswith("docs/") else "](../", text)
 
 
-def recipe_page(schema: type[BaseModel], title: str, command: str) -> str:
-    """Return a table for each section of a recipe: every key with its type, default and meaning."""
+def recipe_page(schema: type[RunRecipe], title: str, command: str) -> str:
+    """Return a table for each section of a recipe: every key with its type, default, effect and meaning."""
     whole = schema.model_json_schema(by_alias=True)
     introduction = (
         f"---\nhide: [toc]\n---\n\n# {title}\n\n"

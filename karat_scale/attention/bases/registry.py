@@ -11,7 +11,7 @@ from karat_scale.attention.bases.fourier import Fourier
 BASES: dict[str, type[Basis]] = {name: tables.load(row.place) for name, row in tables.BASES.items()}
 
 # Registered operations take strings, not objects.
-_KNOWN: dict[str, Basis] = {"fourier": Fourier()}
+_KNOWN: dict[str, Basis] = {Fourier.key: Fourier()}
 
 
 def basis_class(name: str) -> type[Basis]:
