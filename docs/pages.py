@@ -74,32 +74,34 @@ def recipe_page(schema: type[RunRecipe], title: str, command: str) -> str:
         f"---\nhide: [toc]\n---\n\n# {title}\n\n"
         f"These are all keys of a recipe of `{command}`. A key that is not required has a default. "
         "An unknown key, a value of another type and a value out of range are refused with one line.\n\n"
-        "The column *may change* says what another value of the key can change in a run. A run that resumes may change "
-        "a key freely unless it changes the model ([details](checkpoints.md#change-a-recipe-on-purpose)).\n"
+        "*Changes* says what another value of a key may change: "
+        f"{'; '.join(f'`{effect.name.lower()}`, {effect.value}' for effect in Effect)}. A run that resumes accepts "
+        "another value of a key that changes `nothing`, `speed` or `rounding`. For the others, see "
+        "[Change a recipe on purpose](checkpoints.md#change-a-recipe-on-purpose).\n"
     )
     return "\n".join([introduction, *_section(whole, whole, "", effects(schema))])
 
 
 def _section(
-    whole: Mapping[str, Any], section: Mapping[str, Any], name: str, changes: Mapping[str, Effect]
+    whole: Mapping[str, Any], section: Mapping[str, Any], name: str, effect_of: Mapping[str, Effect]
 ) -> Iterator[str]:
     """Yield the Markdown of a section: its docstring, the table of its keys, and then its own sections."""
     keys = {f"{name}.{key}" if name else key: value for key, value in section["properties"].items()}
     sections = {key: value for key, value in keys.items() if "$ref" in value}
     if name:
         yield f"## {name}\n\n{_prose(section['description'])}\n"
-    rows = [_row(key, value, section, changes[key]) for key, value in keys.items() if key not in sections]
+    rows = [_row(key, value, section, effect_of[key]) for key, value in keys.items() if key not in sections]
     if rows:
-        yield "| key | type | default | meaning | may change |\n|---|---|---|---|---|\n" + "".join(rows)
+        yield "| key | type | default | changes | meaning |\n|---|---|---|---|---|\n" + "".join(rows)
     for key, value in sections.items():
-        yield from _section(whole, whole["$defs"][value["$ref"].rpartition("/")[2]], key, changes)
+        yield from _section(whole, whole["$defs"][value["$ref"].rpartition("/")[2]], key, effect_of)
 
 
-def _row(key: str, value: Mapping[str, Any], section: Mapping[str, Any], change: Effect) -> str:
+def _row(key: str, value: Mapping[str, Any], section: Mapping[str, Any], effect: Effect) -> str:
     required = key.rpartition(".")[2] in section.get("required", ())
     default = "required" if required else f"`{json.dumps(value['default'])}`"
     meaning = " ".join(_prose(value["description"]).split())
-    return f"| `{key}`{{ #{key} }} | {_type(value)} | {default} | {meaning} | {change.value} |\n"
+    return f"| `{key}`{{ #{key} }} | {_type(value)} | {default} | {effect.name.lower()} | {meaning} |\n"
 
 
 def _type(value: Mapping[str, Any]) -> str:

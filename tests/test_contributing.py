@@ -36,7 +36,9 @@ def apply(section: str, copy: Path) -> None:
     for title, text in blocks(section, "python"):
         (copy / title).write_text(text)
     for _, text in blocks(section, "diff"):
-        subprocess.run(["git", "apply", "--recount", "-"], cwd=copy, input=text, text=True, check=True)
+        command = ["git", "apply", "--recount", "--unidiff-zero", "-"]
+        done = subprocess.run(command, cwd=copy, input=text, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{done.stderr}CONTRIBUTING.md has lines that the files no longer have:\n{text}"
 
 
 def karat(copy: Path, *arguments: str) -> None:

@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import test_readme
 from tests.conftest import ROOT
 from tests.selection import runs
 
@@ -25,6 +26,11 @@ def test_slow(number): pass
 @pytest.mark.night
 def test_night(): pass
 """
+PROMISED = (
+    test_readme.test_imagenet_in_three_steps,
+    test_readme.test_overrides_by_example,
+    test_readme.test_a_plan_by_example,
+)
 SLOW = {f"test_slow[{number}]" for number in range(20)}
 
 
@@ -56,6 +62,11 @@ def names(items: Iterable[pytest.Item]) -> list[str]:
 def test_slow_tests_run_when_asked_for(select) -> None:
     assert names(select()) == ["test_quick"]
     assert names(select("test_some.py::test_night")) == ["test_night"]
+
+
+@pytest.mark.parametrize("test", PROMISED)
+def test_what_the_readme_promises_first_runs_each_time(test: Callable[..., None]) -> None:
+    assert not {"slow", "night"} & {mark.name for mark in getattr(test, "pytestmark", [])}
 
 
 def test_eight_turns_in_a_row_run_each_slow_test_once(select) -> None:

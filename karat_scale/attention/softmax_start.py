@@ -78,4 +78,5 @@ def smooth_modes(tokens: int, count: int) -> Tensor:
     apart = torch.eye(tokens, prefix, dtype=torch.float64, device="cpu")
     smooth = torch.cat((patches.new_zeros(prefix, patches.shape[1]), patches))
     columns = torch.cat((smooth.new_ones(tokens, 1), apart[:, :1], smooth, apart[:, 1:]), 1)
-    return torch.linalg.qr(columns[:, : count + 1]).Q[:, 1:]
+    modes: Tensor = torch.linalg.qr(columns[:, : count + 1]).Q[:, 1:]
+    return modes

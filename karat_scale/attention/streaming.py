@@ -66,7 +66,8 @@ def attend_units(
         coef, proj = functional.pad(coef, (0, 0, 0, padding)), functional.pad(proj.to(dtype), (0, padding))
     forward = torch.ops.karat_scale.streaming_forward
     on_scores = _as_4d(bias), _as_4d(mask), _as_4d(cut)
-    return forward(query, key, value, coef.contiguous(), proj, *on_scores, key_of(basis), base, on_simplex)[0]
+    output: Tensor = forward(query, key, value, coef.contiguous(), proj, *on_scores, key_of(basis), base, on_simplex)[0]
+    return output
 
 
 _ANY_FOURIER = Fourier()
@@ -205,7 +206,6 @@ _library.impl("streaming_forward", _streaming_forward, "CompositeExplicitAutogra
 _library.impl("streaming_backward", _streaming_backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("karat_scale::streaming_forward", lib=_library)
 def _fake_forward(
     query: Tensor, key: Tensor, value: Tensor, coef: Tensor, proj: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor]:
@@ -214,7 +214,6 @@ def _fake_forward(
     return _empty_output(query, value), hidden
 
 
-@torch.library.register_fake("karat_scale::streaming_backward", lib=_library)
 def _fake_backward(
     grad_output: Tensor, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, coef: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -225,6 +224,8 @@ def _fake_backward(
     return q, k, v, c, grad_proj, grad_bias
 
 
+torch.library.register_fake("karat_scale::streaming_forward", _fake_forward, lib=_library)
+torch.library.register_fake("karat_scale::streaming_backward", _fake_backward, lib=_library)
 torch.library.register_autograd(
     "karat_scale::streaming_forward", _differentiate, setup_context=_setup_context, lib=_library
 )

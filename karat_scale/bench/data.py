@@ -138,7 +138,8 @@ def decode_whole_by_torchvision(encoded: tuple[bytes, ...]) -> Contender:
 
 def decode_by_torchvision(data: bytes) -> torch.Tensor:
     """Return the image, uint8 [3, H, W]."""
-    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    pixels: torch.Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    return pixels
 
 
 def lacking_library(backend: str) -> str:

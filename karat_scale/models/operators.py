@@ -23,7 +23,8 @@ def operator_of(attention: nn.Module) -> KaratOperator | None:
     operator: Any = getattr(attention, "operator", None)
     while isinstance(operator, HybridHeads | ResidualHeads):
         operator = operator.operator
-    return operator
+    learned: KaratOperator | None = operator
+    return learned
 
 
 def check_implementation(model: nn.Module, device: torch.device) -> None:

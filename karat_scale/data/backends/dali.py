@@ -94,7 +94,8 @@ class EvalPass:
         return self.transform.view(width, height), None
 
     def finish(self, pixels: Pixels, draw: Draw | None) -> Pixels:
-        return pixels.transpose(2, 0, 1)
+        planes: Pixels = pixels.transpose(2, 0, 1)
+        return planes
 
     def assembler(self, source: ImageSource) -> EvalAssembler:
         return EvalAssembler(source, self.image_size, self.data.on_bad_sample, self.decoder, self.transform)
