@@ -16,13 +16,6 @@ from PIL import Image, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "AVIF", "JPEG2000")
 
 
-def small_jpeg(side: int) -> bytes:
-    """Return the bytes of a black JPEG, to try a decoder with."""
-    encoded = io.BytesIO()
-    Image.new("RGB", (side, side)).save(encoded, "JPEG")
-    return encoded.getvalue()
-
-
 class UndecodableImageError(Exception):
     """The bytes are not a complete image; the message is the reason."""
 
@@ -81,3 +74,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
+
+
+def blank_jpeg(side: int) -> bytes:
+    """Return a black JPEG of `side` x `side` pixels, to try a decoder with."""
+    encoded = io.BytesIO()
+    Image.new("RGB", (side, side)).save(encoded, "JPEG")
+    return encoded.getvalue()

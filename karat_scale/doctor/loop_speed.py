@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from karat_scale.data.batch import Batch
-from karat_scale.doctor.clock import slowest, wait_for
+from karat_scale.doctor.device_speed import slowest, wait_for
 from karat_scale.engine.run_state import TrainState
 from karat_scale.run.loop import Loop
 from karat_scale.run.parts import Parts

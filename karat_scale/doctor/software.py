@@ -2,13 +2,13 @@
 
 import importlib
 import platform
-import shutil
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
 from karat_scale.doctor.finding import Finding, found
+from karat_scale.native_build import PACKAGES, LoadError, find_compiler
 from karat_scale.tables import EXTRAS, how_to_install
 
 DISTRIBUTION = "karat-scale"
@@ -17,7 +17,6 @@ LIBRARIES = (
     *("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy", "pillow"),
     *("pydantic", "pyyaml", "psutil", "rich", "tensorboard"),
 )
-COMPILERS = ("g++", "c++", "clang++")
 
 
 def examine_python() -> Iterator[Finding]:
@@ -107,8 +106,9 @@ def _is_there(module: str) -> bool:
 
 
 def _examine_compiler() -> Finding:
-    name, compiler = "C++ compiler", next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        fix = "the CPU attention kernel and the native JPEG decoder need it: apt-get install g++ libjpeg-dev"
-        return found(name, "none on PATH", fix, path=None)
-    return found(name, compiler, path=compiler)
+    try:
+        compiler = find_compiler()
+    except LoadError as error:
+        fix = f"the CPU attention kernel and the native JPEG decoder need it: apt-get install {PACKAGES}"
+        return found("C++ compiler", str(error).partition(";")[0], fix, path=None)
+    return found("C++ compiler", compiler, path=compiler)

@@ -8,13 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from karat_scale.doctor.budget import affordable
 from karat_scale.doctor.data_files import DataFiles, find_data_files, read_into_page_cache, sampled_ids
 from karat_scale.doctor.data_speed import DataSpeed, measure_data
 from karat_scale.doctor.device_speed import BareModel, Communication, communication, optimizer_seconds, transfer_seconds
 from karat_scale.doctor.fit import Subject, stays_cached
 from karat_scale.doctor.loop_speed import LoopSpeed, measure_loop
-from karat_scale.doctor.report import Voice
+from karat_scale.doctor.report import Printer
 from karat_scale.doctor.storage import StorageSpeed, measure_storage
 from karat_scale.doctor.verdict import Setting, Stage
 from karat_scale.recipe import Recipe
@@ -27,6 +26,8 @@ from karat_scale.run.signals import StopSignals
 SHARES = {"storage": 0.1, "data": 0.35, "model": 0.15, "transfer": 0.05, "communication": 0.05, "optimizer": 0.1}
 LOOP_SHARE = 0.2
 FIRST_LOOK = 16
+# A step should take at most this share of the available time.
+STEP_SHARE = 1 / 12
 
 
 @dataclass(frozen=True)
@@ -89,25 +90,25 @@ class Figures:
         }
 
 
-def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: float, voice: Voice) -> Figures:
+def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: float, printer: Printer) -> Figures:
     """Measure for about `seconds`. Writes only below a temporary directory, and leaves no process. Raises DataError."""
     recipe, world = subject.recipe, subject.world
     budget = {name: share * seconds for name, share in SHARES.items()}
     files = find_data_files(recipe, num_train)
     storage = None
     if files is not None:
-        with voice.busy("timing the disk"):
+        with printer.busy("timing the disk"):
             readers = max(1, recipe.data.workers)
             storage = measure_storage(files.paths, round(files.image_bytes), readers, budget["storage"])
-    with voice.busy("timing decoding and augmentation"):
+    with printer.busy("timing decoding and augmentation"):
         ids = sampled_ids(num_train, recipe.run.seed)
         read_into_page_cache(recipe, ids)
         data = measure_data(recipe, ids, subject.micro_batch, budget["data"], world)
-    with voice.busy("timing the model"):
+    with printer.busy("timing the model"):
         bare = BareModel(model, recipe, world)
         look = min(FIRST_LOOK, subject.micro_batch)
         image_seconds = bare.seconds(look, 0.0) / look
-        global_batch, micro_batch = affordable(
+        global_batch, micro_batch = timed_batch(
             recipe.train.global_batch, subject.micro_batch, world.size, image_seconds, seconds
         )
         model_seconds = bare.seconds(micro_batch, budget["model"])
@@ -115,7 +116,7 @@ def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: flo
         exchange = communication(model, recipe, budget["communication"], world)
         bare.leave_device()
     timed = recipe.changed(train__global_batch=global_batch, train__micro_batch=micro_batch)
-    with voice.busy("timing the whole loop"):
+    with printer.busy("timing the whole loop"):
         optimizer, loop = _with_parts(subject, timed, lambda parts: _in_engine(parts, micro_batch, budget, seconds))
     return Figures(
         recipe=recipe,
@@ -138,13 +139,10 @@ def _in_engine(parts: Parts, micro_batch: int, budget: dict[str, float], seconds
     return optimizer, measure_loop(parts, LOOP_SHARE * seconds)
 
 
-class _Unseen(PlainDisplay):
-    """Replaces the loop's own lines, which do not belong in the report."""
+class _NoDisplay(PlainDisplay):
+    """Replaces the loop's own lines and warnings, which do not belong in the report."""
 
     def line(self, text: str) -> None:
-        """Print nothing."""
-
-    def train(self, done: int, total: int, text: str) -> None:
         """Print nothing."""
 
 
@@ -156,7 +154,7 @@ def _with_parts(
         directory = RunDirectory(Path(scratch) / "run")
         # Few prefetched batches: a short run must not profit from those made before it began.
         measured = recipe.changed(data__prefetch=1, data__verify="size")
-        reporter = Reporter(_Unseen(), None)
+        reporter = Reporter(_NoDisplay(), None)
         parts = build_parts(measured, subject.world, directory, StopSignals(), reporter)
         try:
             return measure(parts)
@@ -182,3 +180,20 @@ def setting_of(subject: Subject, figures: Figures, decoder: str) -> Setting:
         accumulation=recipe.train.global_batch // (subject.world.size * subject.micro_batch),
         stays_cached=stays_cached(figures.files),
     )
+
+
+def timed_batch(
+    global_batch: int, micro_batch: int, world_size: int, image_seconds: float, seconds: float
+) -> tuple[int, int]:
+    """Return (global batch, micro batch) of which several steps fit into `seconds`: the given ones, or smaller ones.
+
+    image_seconds: of forward and backward over one image on one rank. A micro batch that shrinks stays even, as mixing
+    needs it.
+    """
+    part, images = global_batch // world_size, int(STEP_SHARE * seconds / image_seconds)
+    if images >= part:
+        return global_batch, micro_batch
+    if images >= micro_batch:
+        return images // micro_batch * micro_batch * world_size, micro_batch
+    smaller = min(micro_batch, max(2, images // 2 * 2))
+    return smaller * world_size, smaller

@@ -9,8 +9,8 @@ import pytest
 
 from karat_scale.doctor import software
 from karat_scale.doctor.finding import Finding, examine
-from karat_scale.doctor.machine import examine_machine
 from karat_scale.doctor.resources import examine_cache, nearest_existing, usable_cores
+from karat_scale.doctor.run import examine_machine
 from karat_scale.errors import DataError, RecipeError
 from tests.conftest import karat, karat_environment
 
@@ -46,7 +46,7 @@ def test_each_decoder_either_reads_or_says_why_not(machine: dict[str, Finding]) 
 
 def test_a_missing_extra_is_a_note_with_the_command_that_installs_it(machine: dict[str, Finding]) -> None:
     for extra, parts in {
-        "ffcv": ("libopencv-dev libturbojpeg0-dev pkg-config g++", "in the clone pip install '.[ffcv]'"),
+        "ffcv": ("libopencv-dev libturbojpeg0-dev pkg-config g++", "in the clone: pip install '.[ffcv]'"),
         "dali": ("in the clone: pip install '.[dali]'",),
         "detection": ("in the clone: pip install '.[detection]'",),
     }.items():

@@ -23,7 +23,7 @@ from karat_scale.data.backends.base import ImageSpec
 from karat_scale.data.backends.dali_pipeline import DaliDecoder, Request, on_stream, require_dali
 from karat_scale.data.backends.images import SplitBackend, open_shards
 from karat_scale.data.batch import Batch
-from karat_scale.data.decode import small_jpeg
+from karat_scale.data.decode import blank_jpeg
 from karat_scale.data.decoders import Decoder
 from karat_scale.data.decoders.pillow import resize_region
 from karat_scale.data.decoders.torchvision import TorchvisionDecoder
@@ -42,7 +42,7 @@ def open_dali(spec: ImageSpec) -> "DaliBackend":
 
 
 # What DALI is given where it has nothing to decode: each batch goes through it, so that they keep their order.
-BLANK, BLANK_VIEW = np.frombuffer(small_jpeg(8), dtype=np.uint8), View((0, 0, 1, 1), (0, 0, 1, 1), (1, 1))
+BLANK, BLANK_VIEW = np.frombuffer(blank_jpeg(8), dtype=np.uint8), View((0, 0, 1, 1), (0, 0, 1, 1), (1, 1))
 
 
 class Pass(Protocol):

@@ -4,7 +4,7 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
-from karat_scale.data.decode import small_jpeg
+from karat_scale.data.decode import blank_jpeg
 from karat_scale.native_build import LoadError, PerThread, load
 
 SOURCE = Path(__file__).parent / "cpp" / "recode.cpp"
@@ -32,7 +32,7 @@ class NativeRecoder:
     def __init__(self) -> None:
         self._library = _declared(load(SOURCE, "the native JPEG encoder", COMPILER_ARGUMENTS, portable=True))
         self._recoders = PerThread(self._library.karat_recoder_new, self._library.karat_recoder_free)
-        if self.shrink(small_jpeg(1), 1, 90, 1) is None:
+        if self.shrink(blank_jpeg(1), 1, 90, 1) is None:
             raise LoadError("it reads no JPEG: the loaded libjpeg does not match the header it was compiled with")
 
     def shrink(self, data: bytes, short_side: int, quality: int, margin: int) -> bytes | None:
