@@ -12,7 +12,7 @@ import torch
 
 from tests import test_readme
 from tests.conftest import ROOT
-from tests.selection import runs
+from tests.selection import longest_files_first, runs
 
 TESTS = """
 import pytest
@@ -38,7 +38,9 @@ SLOW = {f"test_slow[{number}]" for number in range(20)}
 def select(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The tests that pytest selects with these arguments."""
     (tmp_path / "conftest.py").write_text("from tests.selection import pytest_addoption, pytest_collection_modifyitems")
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  slow:\n  night:\naddopts = --import-mode=importlib\n")
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\nmarkers =\n  slow:\n  night:\n  multiprocess:\naddopts = --import-mode=importlib\n"
+    )
     (tmp_path / "test_some.py").write_text(TESTS)
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.chdir(tmp_path)
@@ -75,6 +77,14 @@ def test_eight_turns_in_a_row_run_each_slow_test_once(select) -> None:
     turns = {turn: names(item for item in items if runs(item, False, turn)) for turn in range(507, 515)}
     assert names(select("--turn=507")) == turns[507]
     assert Counter(name for chosen in turns.values() for name in chosen) == dict.fromkeys(SLOW, 1)
+
+
+def test_files_that_train_come_first_and_keep_their_order(select, tmp_path: Path) -> None:
+    trains = "import pytest\n@pytest.mark.multiprocess\ndef test_train(): pass\ndef test_quick_too(): pass\n"
+    (tmp_path / "test_zz.py").write_text(trains)
+    items = select()
+    assert names(items) == ["test_quick", "test_train", "test_quick_too"]
+    assert names(longest_files_first(items)) == ["test_train", "test_quick_too", "test_quick"]
 
 
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="runs in a worker of pytest-xdist")
