@@ -1,7 +1,9 @@
 """The tables of parts: a row leads to its code, a new part is one module and one row, no name is written elsewhere."""
 
 import ast
+import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,8 +17,7 @@ from karat_scale.engine.deepspeed_config import load_ds_config
 from karat_scale.estimate.subject import Subject
 from karat_scale.estimate.zero import kept
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.run.run import train
-from tests.conftest import ROOT, SMALL
+from tests.conftest import ROOT, SMALL, karat_environment
 
 PACKAGE = ROOT / "karat_scale"
 TABLES = {
@@ -49,6 +50,7 @@ ELSEWHERE = {
 
 MODULE = '''
 import torch
+from karat_scale import tables
 from karat_scale.attention import FeatureBasis
 from karat_scale.data.backends.synthetic import SyntheticBackend
 from karat_scale.engine.parameter_groups import parameter_groups
@@ -92,6 +94,13 @@ class Lines:
 
     def close(self):
         self.file.close()
+
+
+def add_rows():
+    tables.BACKENDS["negatives"] = tables.BackendRow("parts_of_mine:Negatives", files=None)
+    tables.BASES["cubes"] = tables.BasisRow("parts_of_mine:Cubes")
+    tables.OPTIMIZERS["sgd"] = tables.OptimizerRow("parts_of_mine:build_sgd", states=("momentum_buffer",))
+    tables.TRACKERS["lines"] = "parts_of_mine:Lines"
 '''
 
 
@@ -120,39 +129,40 @@ def parts_of_mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     """A module with a part of four kinds, and a row for each."""
     (tmp_path / "parts_of_mine.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(tables.BACKENDS, "negatives", tables.BackendRow("parts_of_mine:Negatives", files=None))
-    monkeypatch.setitem(tables.BASES, "cubes", tables.BasisRow("parts_of_mine:Cubes"))
-    monkeypatch.setitem(
-        tables.OPTIMIZERS, "sgd", tables.OptimizerRow("parts_of_mine:build_sgd", states=("momentum_buffer",))
-    )
-    monkeypatch.setitem(tables.TRACKERS, "lines", "parts_of_mine:Lines")
+    before = {kind: set(table) for kind, table in TABLES.items()}
+    importlib.import_module("parts_of_mine").add_rows()
     yield
-    sys.modules.pop("parts_of_mine", None)
+    for kind, table in TABLES.items():
+        for name in set(table) - before[kind]:
+            del table[name]
+    del sys.modules["parts_of_mine"]
 
 
-def mine(tmp_path: Path, *overrides: str) -> list[str]:
+def write_recipe(tmp_path: Path) -> list[str]:
+    """The path of a recipe of all four parts, and overrides that make it small."""
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
         "data: {backend: negatives, synthetic_samples: 32}\nattention: {kind: karat, basis: cubes}\n"
         "optim: {name: sgd, lr: 0.01}\nlog: {trackers: [lines], histogram_every_steps: 2}\n"
     )
     small = [setting for setting in SMALL if not setting.startswith("log.trackers")]
-    return [
-        str(recipe),
-        *small,
-        "schedule.warmup_epochs=0",
-        f"run.dir={tmp_path / 'run'}",
-        "run.device=cpu",
-        *overrides,
-    ]
+    return [str(recipe), *small, "schedule.warmup_epochs=0", "run.device=cpu", f"run.dir={tmp_path / 'run'}"]
 
 
+@pytest.mark.parametrize(
+    "config", ["zero0", *(pytest.param(config, marks=pytest.mark.slow) for config in ("zero2", "zero3"))]
+)
 def test_a_run_trains_and_resumes_with_parts_that_are_one_module_and_one_row(
-    tmp_path: Path, parts_of_mine: None
+    tmp_path: Path, parts_of_mine: None, config: str
 ) -> None:
+    command = "import sys, parts_of_mine; parts_of_mine.add_rows(); from karat_scale.cli import main; sys.exit(main())"
+    environment = {**karat_environment(), "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     for steps in (2, 4):
-        source, *overrides = mine(tmp_path, f"train.max_steps={steps}")
-        assert train(load_recipe(source, overrides)) == 0
+        arguments = [*write_recipe(tmp_path), f"train.max_steps={steps}", f"deepspeed.config={config}"]
+        done = subprocess.run(
+            [sys.executable, "-c", command, "train", *arguments], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["steps"], summary["restarts"]) == (4, 1)
     lines = (tmp_path / "run" / "mine-sgd.txt").read_text().splitlines()
@@ -162,7 +172,7 @@ def test_a_run_trains_and_resumes_with_parts_that_are_one_module_and_one_row(
 
 
 def test_plan_counts_what_the_row_of_an_optimizer_says(tmp_path: Path, parts_of_mine: None) -> None:
-    source, *overrides = mine(tmp_path)
+    source, *overrides = write_recipe(tmp_path)
     bytes_of = {}
     for name in ("sgd", "adamw"):
         recipe = load_recipe(source, [*overrides, f"optim.name={name}"])

@@ -115,7 +115,7 @@ def _check_and_choose(implementation: str, call: FourierCall) -> Callable[[Fouri
     if call.query.device.type not in _REMEMBERED_DEVICES:
         return _check_and_choose_anew(implementation, call)
     # Refusals may be replaced, to plan for another machine.
-    signature = (implementation, REFUSALS["triton"], *map(_describe, call))
+    signature = (implementation, _refusals["triton"], *map(_describe, call))
     attend = _chosen.get(signature)
     if attend is None:
         attend = _check_and_choose_anew(implementation, call)

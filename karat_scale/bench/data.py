@@ -27,7 +27,6 @@ from karat_scale.data.plan import TrainPlan
 from karat_scale.errors import UserError
 from karat_scale.machine import usable_cores
 from karat_scale.recipe import AugmentConfig, DataConfig
-from karat_scale.tables import Files
 
 BACKENDS = tuple(tables.BACKENDS)
 # Under each backend's name, the decoders to run it with.
@@ -193,7 +192,10 @@ class Contenders:
 
     def passes(self, backend: str, decoder: str, workers: int, times: int = PASSES) -> Contender:
         """Return `times` passes over the images by our backend. Raises UserError if it cannot be opened."""
-        by_files: dict[Files | None, Path] = {Files.IMAGES: self.images.folder, Files.BETONS: self.ffcv}
+        by_files: dict[tables.Files | None, Path] = {
+            tables.Files.IMAGES: self.images.folder,
+            tables.Files.BETONS: self.ffcv,
+        }
         path = by_files.get(tables.BACKENDS[backend].files, self.images.shards)
         config = DataConfig.model_validate(
             {

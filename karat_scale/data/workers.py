@@ -24,8 +24,8 @@ def check_worker_count(workers: int) -> None:
     most = min(_WORKERS_PER_CORE * cores + _MORE_WORKERS, MAX_WORKERS)
     if workers > most:
         raise RecipeError(
-            f"data.workers = {workers} processes for each rank, which may use {cores} cores here; use about "
-            f"{cores}, at most {most}"
+            f"data.workers = {workers} processes for each rank, but the cores that it may use here are {cores}; use "
+            f"about {cores}, at most {most}"
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from karat_scale.data import workers
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import TrainPlan
 from karat_scale.data.workers import prepare_worker
@@ -47,6 +48,13 @@ def test_far_more_workers_than_cores_are_refused_before_one_is_forked(make_shard
     with pytest.raises(RecipeError, match=r"data.workers = 5000 processes for each rank, .* at most \d+$"):
         backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 10))
     assert children() == before
+
+
+def test_workers_are_counted_against_the_cores_of_the_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "usable_cores", lambda: 1)  # as under a quota of one core
+    workers.check_worker_count(36)
+    with pytest.raises(RecipeError, match=r"data.workers = 37 processes .* here are 1; use about 1, at most 36"):
+        workers.check_worker_count(37)
 
 
 WORKER_SCRIPT = """

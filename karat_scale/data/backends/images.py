@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
 from karat_scale.data.assemble import EvalAssembler, ImageSource, TrainAssembler
-from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
 from karat_scale.data.backends.base import ImageSpec
 from karat_scale.data.batch import Batch
 from karat_scale.data.decoders import Decoder, make_decoder
@@ -75,11 +74,9 @@ class ImageBackend(SplitBackend):
 
     def __init__(self, train: ImageSource, val: ImageSource, spec: ImageSpec, decoder: Decoder | None = None) -> None:
         super().__init__(train, val)
-        self._data, size = spec.data, spec.image_size
+        self._data = spec.data
         decoder = decoder or make_decoder(spec.data, spec.augment.interpolation)
-        bad = spec.data.on_bad_sample
-        self._make_train = TrainAssembler(train, size, bad, decoder, TrainTransform(spec.augment, size), spec.seed)
-        self._make_val = EvalAssembler(val, size, bad, decoder, EvalTransform(spec.augment, size))
+        self._make_train, self._make_val = TrainAssembler(train, spec, decoder), EvalAssembler(val, spec, decoder)
 
     def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
         return self._load(self._make_train, slices)
