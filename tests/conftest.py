@@ -171,6 +171,16 @@ def karat(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[st
     return run_program("karat_scale", arguments, environments, timeout=300, directory=Path.cwd())
 
 
+def karat_here(*arguments: str) -> int:
+    """Run `karat` in this process, for what needs no process of its own, such as a one-line error; its exit code."""
+    from karat_scale.cli import main
+
+    try:
+        return main(list(arguments))
+    except SystemExit as end:  # argparse's, for a mistake in the call
+        return int(end.code or 0)
+
+
 def benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m benchmarks.NAME` to its end."""
     return run_program(f"benchmarks.{name}", arguments, [karat_environment()], timeout=300, directory=Path.cwd())

@@ -1,11 +1,13 @@
-"""`.ci/run` itself, in a clone whose `make` and Python only write down how they were called."""
+"""`.ci/run` itself, in a clone whose `make` and Python only write down how they were called; the hooks of a commit."""
 
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT
 
@@ -65,3 +67,12 @@ def test_without_a_number_a_turn_is_the_count_of_commits_or_else_the_hour(ci, tm
     shutil.rmtree(clone / ".git")
     (tmp_path / "shallow" / ".git").rename(clone / ".git")
     assert turn(ci()) > 400_000
+
+
+def test_the_hooks_of_a_commit_are_programs_that_make_installs() -> None:
+    pytest.importorskip("pre_commit_hooks", reason="`make hooks` installs it")
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    programs = {Path(hook["entry"].split()[0]) for hook in repo["hooks"]}
+    assert {program.parent for program in programs} == {Path(".venv/bin")}
+    installed = Path(sys.executable).parent
+    assert [program.name for program in programs if not (installed / program.name).is_file()] == []

@@ -1,10 +1,10 @@
 """Memory-lean KArAt attention in plain PyTorch, for any device, basis and form.
 
-Scores and features are computed tile by tile, and again in the backward pass. Beside inputs and outputs only H is
-kept, and the features of one tile; the N x N matrix S never exists (see `routes`).
+Scores and features are computed tile by tile, and again in the backward pass. In addition to inputs and outputs,
+only H and the features of one tile are kept; the N x N matrix S is never formed (see `routes`).
 
 Forward and backward are registered with torch.library: torch.compile takes each as one opaque operation, and
-autograd knows the second as the derivative of the first.
+autograd uses the second as the derivative of the first.
 """
 
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def attend_units(
         coef: the packed coefficients, [h, K, r, M]; without `proj`, r = P.
         proj: W [h, P, r].
         basis, base: phi_pq(x) less b(x), and b(x) by name.
-        bias: joins the scores; broadcastable to [B, h, N, M].
+        bias: added to the scores; broadcastable to [B, h, N, M].
         mask: boolean, broadcastable to [B, h, N, M]; a false pair adds nothing to H.
         cut: boolean, broadcastable to [B, h, N, P]; where false, S is 0.
         on_simplex: projects each row of S onto the simplex.
