@@ -55,7 +55,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 $(VENV)/.installed-docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m pip install --editable '.[docs]'
 	touch $@
 
 # The site is in build/site. mkdocs-material announces mkdocs 2 at each build unless the variable is set.
