@@ -18,14 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from karat_scale.engine import distributed
-from karat_scale.engine.run_state import TrainState
 from karat_scale.files import write_atomically
 from karat_scale.recipe.loading import validate_recipe
 from karat_scale.reporting.progress import Reporter, SilentDisplay
-from karat_scale.run.loop import Loop
-from karat_scale.run.parts import Parts, build_parts
+from karat_scale.run.loop import Loop, Parts
+from karat_scale.run.run import build_parts
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StopSignals
+from karat_scale.tasks.classification.task import ClassificationTask, TrainState
 
 DEEPSPEED, BLOCKING, BESIDE = "DeepSpeed's save_checkpoint", "karat, blocking", "karat, beside training"
 
@@ -72,7 +72,8 @@ class _Bench:
         recipe = validate_recipe(tree, "bench save")
         self._plan, self._theirs = plan, Path(scratch) / "deepspeed"
         reporter = Reporter(SilentDisplay(), None)
-        self._parts: Parts = build_parts(recipe, world, RunDirectory(recipe.run.dir), StopSignals(), reporter)
+        task = ClassificationTask(recipe, world, reporter)
+        self._parts: Parts = build_parts(task, RunDirectory(recipe.run.dir), StopSignals())
         self._loop = Loop(self._parts, TrainState())
         self._batches = self._loop.feed(10**6)
 

@@ -5,16 +5,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from karat_scale.engine.parameter_groups import parameter_groups
+from karat_scale.engine.parameter_groups import Groups, parameter_groups
 from karat_scale.errors import RecipeError
 from karat_scale.models.layers import blocks_of
 from karat_scale.recipe import OptimConfig
 
 
 def build_optimizer(
-    model: nn.Module, optim: OptimConfig, device: torch.device, cpu_adam: bool = False
+    model: nn.Module,
+    optim: OptimConfig,
+    device: torch.device,
+    cpu_adam: bool = False,
+    groups: Groups | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW over `parameter_groups`; fused on CUDA, DeepSpeed's for CPUs with `cpu_adam`.
+    """AdamW over `groups`, by default `parameter_groups`; fused on CUDA, DeepSpeed's for CPUs with `cpu_adam`.
 
     With `optim.name` "muon" hidden matrices are Muon's, in groups of their own.
 
@@ -22,7 +26,7 @@ def build_optimizer(
         RecipeError: this torch has no Muon.
     """
     hidden = hidden_matrices(model) if optim.name == "muon" else set()
-    groups = parameter_groups(model, optim, apart=hidden)
+    groups = groups or parameter_groups(model, optim, apart=hidden)
     settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     if cpu_adam:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -30,7 +34,8 @@ def build_optimizer(
         built: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, **settings)
         return built
     adamw = torch.optim.AdamW(groups, **settings, fused=steps_fused(device))
-    matrices = parameter_groups(model, optim, apart={name for name, _ in model.named_parameters()} - hidden)
+    others = {name for name, _ in model.named_parameters()} - hidden
+    matrices = parameter_groups(model, optim, apart=others) if hidden else []
     if not matrices:
         return adamw
     if not hasattr(torch.optim, "Muon"):

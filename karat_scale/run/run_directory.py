@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, overload
 
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
+from karat_scale.engine.run_state import RunState
 from karat_scale.errors import RunDirectoryError, not_written
 from karat_scale.files import write_atomically
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import Effect
 from karat_scale.recipe.files import COMMANDS, read_recipe_file
 from karat_scale.recipe.loading import differing_keys, dump_recipe, effects, flatten, load_recipe, rounding_keys
+from karat_scale.recipe.portable import text_digest
 
 # The data cursor counts global batches, so another size would train on other samples. What was frozen has no optimizer
 # state that it could resume with.
@@ -178,6 +180,37 @@ class RunDirectory:
                 f"run.dir = {self.path} belongs to another recipe: {_describe(old, recipe, keys)}; "
                 f"{_advice(self.path, keys, fixed, before, effects(type(recipe)))}"
             )
+
+    def keep_data(
+        self, state: RunState, images: int, classes: Sequence[str], recipe: RunRecipe, is_branch: bool
+    ) -> str:
+        """Let `state` say which data it is of: its cursor counts their images, its labels number their classes.
+
+        Args:
+            images: of the training split.
+            classes: their names, in the order of the labels.
+            is_branch: the state is of another run, which may have had other data.
+
+        Returns:
+            How the data differ from those the state had, where they may; else nothing.
+
+        Raises:
+            RunDirectoryError: they differ and `resume.allow` does not list data.path.
+        """
+        names = text_digest(json.dumps(list(classes)))
+        differences = []
+        if state.train_images not in (0, images):
+            differences.append(f"{images:,} training images where it had {state.train_images:,}")
+        if state.classes_sha256 not in ("", names):
+            differences.append("other classes")
+        said = " and ".join(differences)
+        if said and not is_branch and not {"data", "data.path"} & set(recipe.resume.allow):
+            raise RunDirectoryError(
+                f"run.dir = {self.path}: data.path is not of the data that its run began with, it has {said}; put "
+                "data.path right, add resume.allow=[data.path], or choose another run.dir"
+            )
+        state.train_images, state.classes_sha256 = images, names
+        return said
 
     def _is_finished(self, recipe: dict[str, Any]) -> bool:
         """Whether the newest checkpoint is the end of the run that `recipe`, by dotted key, says."""
