@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     detect.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
     detect.add_argument("--eval", action="store_true", help="evaluate a checkpoint of a run by COCO's mAP")
     detect.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
+    detect.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto", help="weights that --eval uses")
     detect.add_argument("--json", type=new_file, metavar="FILE", help="also write the result of --eval to this file")
     detect.set_defaults(run=_detect)
 
@@ -169,31 +170,40 @@ def _train(options: argparse.Namespace) -> int:
         print(dump_recipe(recipe), end="")
         return 0
     from karat_scale.run.run import train
+    from karat_scale.tasks.classification.task import ClassificationTask
 
-    return train(recipe)
+    return train(ClassificationTask, recipe)
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from karat_scale.tasks.classification.eval_run import evaluate_run
+    from karat_scale.run.evaluate import evaluate_run
+    from karat_scale.tasks.classification.task import ClassificationTask
 
-    return evaluate_run(options.run_dir, options.overrides, options.checkpoint, options.weights, options.json)
+    what = (options.run_dir, options.overrides, options.checkpoint, options.weights, options.json)
+    return evaluate_run(ClassificationTask, *what)
 
 
 def _detect(options: argparse.Namespace) -> int:
     from karat_scale.recipe.loading import dump_recipe, load_recipe
+    from karat_scale.tasks.detection.coco import require_pycocotools
     from karat_scale.tasks.detection.recipe import DetectionRecipe
 
     if options.eval:
-        from karat_scale.tasks.detection.run import evaluate_detector
+        require_pycocotools()
+        from karat_scale.run.evaluate import evaluate_run
+        from karat_scale.tasks.detection.task import DetectionTask
 
-        return evaluate_detector(options.recipe, options.overrides, options.checkpoint, options.json)
+        what = (options.recipe, options.overrides, options.checkpoint, options.weights, options.json)
+        return evaluate_run(DetectionTask, *what)
     recipe = load_recipe(options.recipe, options.overrides, DetectionRecipe)
     if options.print:
         print(dump_recipe(recipe), end="")
         return 0
-    from karat_scale.tasks.detection.run import train_detector
+    require_pycocotools()
+    from karat_scale.run.run import train
+    from karat_scale.tasks.detection.task import DetectionTask
 
-    return train_detector(recipe)
+    return train(DetectionTask, recipe)
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -24,15 +24,15 @@ from karat_scale.data.digest import with_digest
 from karat_scale.data.plan import BatchSlice
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
-from karat_scale.engine.run_state import TrainState
 from karat_scale.memory_errors import is_out_of_memory
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
 from karat_scale.reporting.progress import Reporter, SilentDisplay
 from karat_scale.run.loop import Loop
-from karat_scale.run.parts import build_parts
+from karat_scale.run.run import build_parts
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StopSignals
+from karat_scale.tasks.classification.task import ClassificationTask, TrainState
 
 # The values of train.compile, by what they are called here.
 MODES = {"eager": False, "compiled": "default", "graphs": "reduce-overhead"}
@@ -78,8 +78,9 @@ class OurLoop:
         self._task = task
         before = allocated(task)
         reporter = Reporter(SilentDisplay(), None)
-        self.parts = build_parts(recipe, world, RunDirectory(recipe.run.dir), StopSignals(), reporter)
-        self.parts.backend = HeldBatches(ImageSpec.of(recipe))
+        self.classifier = ClassificationTask(recipe, world, reporter)
+        self.parts = build_parts(self.classifier, RunDirectory(recipe.run.dir), StopSignals())
+        self.classifier.backend = HeldBatches(ImageSpec.of(recipe))
         self._loop = Loop(self.parts, TrainState())
         self._batches = self._loop.feed(MANY)
         self.dtypes = _dtypes_inside(self.parts.engine.module, lambda: self.run(1)) if not recipe.train.compile else {}
@@ -142,7 +143,7 @@ def _report(task: Task, group: Group, name: str, loop: OurLoop, steps: int, seco
         "batch": group.batch,
         "images_per_second": round(rate, 1),
         "ratio_to_softmax": round(1 / median_ratio(seconds, name, SOFTMAX), 3) if SOFTMAX in seconds else None,
-        **loop.parts.efficiency.figures(rate),
+        **loop.classifier.efficiency.figures(rate),
         "peak_mb": loop.peak_mb(),
         **({} if task.toy else _work_of(loop)),
         **loop.dtypes,
