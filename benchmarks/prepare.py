@@ -27,7 +27,7 @@ from torchvision.io import encode_jpeg
 
 from karat_scale.arguments import OneLineParser, count, new_file
 from karat_scale.bench.data import Contender, decode_whole_by_simplejpeg, decode_whole_by_torchvision
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio, processor_seconds
+from karat_scale.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
 from karat_scale.bench.sample_images import CLASSES, prepare_images
 from karat_scale.console import print_table, write_json
 from karat_scale.data.decode import decode_rgb

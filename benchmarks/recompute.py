@@ -15,8 +15,7 @@ from torch import nn
 
 from karat_scale.arguments import OneLineParser, count, new_file
 from karat_scale.bench.attention import clock_for, device_name
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio
-from karat_scale.bench.peak_memory import peak_memory_of
+from karat_scale.bench.measuring import interleaved_seconds, median_ratio, peak_memory_of
 from karat_scale.console import print_table, write_json
 from karat_scale.errors import run_script
 from karat_scale.models import create_model

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from karat_scale.attention import KaratOperator, make_basis
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio
-from karat_scale.bench.peak_memory import peak_memory_of
+from karat_scale.bench.measuring import interleaved_seconds, median_ratio, peak_memory_of
 from karat_scale.console import print_table, write_json
 from karat_scale.errors import UserError
 

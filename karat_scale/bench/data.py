@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio, processor_seconds
+from karat_scale.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
 from karat_scale.bench.sample_images import CLASSES, SampleImages, prepare_images
 from karat_scale.console import print_table, write_json
 from karat_scale.data.backends import Backend, open_backend

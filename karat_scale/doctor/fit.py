@@ -1,6 +1,7 @@
 """Check whether a recipe fits its data, its run directory and this machine, before anything is timed."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +133,7 @@ def examine_run_directory(subject: Subject) -> Iterator[Finding]:
     yield _occupied(recipe, directory)
     kept = recipe.checkpoint.keep_last + recipe.checkpoint.keep_best + 1
     one = CHECKPOINT_BYTES_PER_PARAMETER * subject.parameters
-    free = resources.disk_free(stands)
+    free = shutil.disk_usage(stands).free
     text = f"{kept} checkpoints of {gigabytes(one)} (one of them while it is written), {gigabytes(free)} free"
     short = kept * one > free
     fix = "free space, choose another run.dir, or lower checkpoint.keep_last" if short else ""

@@ -19,7 +19,7 @@ from karat_scale.bench.gpu.kernels import tf32
 from karat_scale.bench.gpu.process import one_line
 from karat_scale.bench.gpu.task import CompilerThreads, Task, is_fatal
 from karat_scale.bench.gpu.timing import calls_for, device_seconds, wall_seconds
-from karat_scale.bench.interleave import interleaved, median_ratio
+from karat_scale.bench.measuring import interleaved, median_ratio
 from karat_scale.memory_errors import is_out_of_memory
 
 BACKENDS = {

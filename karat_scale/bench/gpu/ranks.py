@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from karat_scale.bench.gpu.task import Task
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio
+from karat_scale.bench.measuring import interleaved_seconds, median_ratio
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import Engine

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from karat_scale.attention import KaratOperator
 from karat_scale.bench.gpu.process import one_line
 from karat_scale.bench.gpu.task import Task, is_fatal
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio
+from karat_scale.bench.measuring import interleaved_seconds, median_ratio
 from karat_scale.data.backends.synthetic import TRAIN_STREAM, SyntheticBackend
 from karat_scale.data.batch import Batch
 from karat_scale.data.digest import with_digest
