@@ -1,4 +1,4 @@
-"""The folders that ship beside the package: `ds_configs`, `slurm`, and `data_prep` with the scripts of `karat prepare`."""
+"""The folders that ship beside the package: `ds_configs`, `slurm`, and `data_prep`, which `karat prepare` runs."""
 
 import os
 import sys
