@@ -45,7 +45,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class PreparePlan:
-    """What is measured: up to `images` JPEGs of a tar, or photo-like ones made here, to this short side in pixels."""
+    """Up to `images` JPEGs of a tar, or photo-like ones made here, and the short side in pixels to resize them to."""
 
     tar: str | None = None
     resize: int = 256

@@ -15,9 +15,9 @@ import torch
 
 
 def interleaved(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each contender measures of itself in each of `rounds` rounds, after one round that is not counted.
+    """Return what each contender measures of itself in each of `rounds` rounds, after a warm-up round.
 
-    Every other round runs in reverse order: whoever follows whom must not matter.
+    Every other round runs in reverse order, so that it does not matter which contender follows which.
     """
     found: dict[str, list[float]] = {name: [] for name in measures}
     for number in range(rounds + 1):
@@ -32,7 +32,7 @@ def interleaved(measures: Mapping[str, Callable[[], float]], rounds: int) -> dic
 def interleaved_seconds(
     contenders: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each of `rounds` rounds of `interleaved`."""
+    """Return the seconds of each contender in each of `rounds` rounds of `interleaved`."""
 
     def timed(run: Callable[[], object]) -> float:
         begun = clock()
@@ -43,18 +43,18 @@ def interleaved_seconds(
 
 
 def median_ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
-    """The median over rounds of `name`'s seconds over `base`'s in the same round."""
+    """Return the median over rounds of `name`'s seconds over `base`'s in the same round."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
 
 
 def processor_seconds() -> float:
-    """Processor time of this process, and of its children that have ended."""
+    """Return the processor time of this process and of its children that have ended."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def peak_memory_of(make: Callable[..., Callable[[], None]], arguments: tuple[Any, ...], device: str) -> float:
-    """Peak extra megabytes while `make(*arguments, False)()` runs, after `make(*arguments, True)()` warmed up.
+    """Return the peak of extra megabytes of `make(*arguments, False)()`, after the warm-up `make(*arguments, True)()`.
 
     `make` is a module's function, since a new process imports it. On CUDA this is the allocator's peak; on the CPU
     the peak of the resident set (Linux).

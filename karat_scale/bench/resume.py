@@ -1,7 +1,7 @@
 """`karat bench resume`: what an interruption costs, in whole processes as a job has them.
 
-Each round starts a new run, tells its ranks to stop as a job's batch script does, starts it again, which resumes, and
-tells it to stop again. Times are read from the run's own events.
+Each round starts a new run, stops its ranks by a signal as a job's batch script does, starts it again, which resumes,
+and stops it again. Times are read from the run's own events.
 """
 
 import os
@@ -161,7 +161,7 @@ def _medians(starts: Sequence[Start]) -> dict[str, float | None]:
 
 
 def _processor_seconds() -> float:
-    """Of all processes that have ended below this one."""
+    """Return the processor time of the child processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

@@ -74,7 +74,7 @@ def _case(task: Task, model: str, batch: int, grid: int, dtype: str) -> Case:
 
 
 def _compile(task: Task, dtypes: list[str]) -> None:
-    """Let Triton compile the kernels before they are timed; what fails here fails again there and is reported."""
+    """Compile the Triton kernels before they are timed; a failure here repeats there and is reported then."""
 
     def once(dtype: str, grid: int) -> None:
         case = _case(task, "tiny", 2, grid, dtype)
