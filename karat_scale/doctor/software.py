@@ -13,7 +13,7 @@ from karat_scale.native_build import FFCV_PACKAGES, PACKAGES, LoadError, find_co
 DISTRIBUTION = "karat-scale"
 OLDEST_PYTHON = (3, 10)
 LIBRARIES = (
-    *("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy", "pillow"),
+    *("torch", "torchvision", "timm", "deepspeed", "numpy", "pillow"),
     *("pydantic", "pyyaml", "psutil", "rich", "tensorboard"),
 )
 
