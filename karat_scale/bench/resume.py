@@ -66,10 +66,10 @@ class Run:
             ]
         try:
             first_step = self._wait_for("train", begun, ranks)
-            told = time.time()
+            signalled = time.time()
             for rank in ranks:
                 rank.send_signal(signal.SIGUSR2)
-            saved = self._wait_for("checkpoint", told, ranks)
+            saved = self._wait_for("checkpoint", signalled, ranks)
             codes = {rank.wait(LIMIT_SECONDS) for rank in ranks}
             ended = time.time()
         finally:
@@ -82,7 +82,7 @@ class Run:
         return Start(
             to_resumed=resumed["time"] - begun if resumed else None,
             to_first_step=first_step["time"] - begun,
-            signal_to_saved=saved["time"] - told,
+            signal_to_saved=saved["time"] - signalled,
             save=saved["seconds"],
             saved_to_ended=ended - saved["time"],
             processor=_processor_seconds() - used,

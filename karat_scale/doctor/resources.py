@@ -103,11 +103,11 @@ def _limit(value: int) -> str:
 
 def examine_cache(directory: Path) -> Finding:
     """Check that compiled kernels can be stored there."""
-    stands = nearest_existing(directory)
+    existing = nearest_existing(directory)
     fix = "compiled kernels cannot be stored: set KARAT_CACHE_DIR to a writable directory"
-    if not stands.is_dir() or not os.access(stands, os.W_OK | os.X_OK):
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return found("cache", f"{directory} cannot be written", fix, path=str(directory), writable=False)
-    free = shutil.disk_usage(stands).free
+    free = shutil.disk_usage(existing).free
     if free < CACHE_ROOM:
         return found("cache", f"{directory}: only {free / 2**20:.0f} MiB free", fix, path=str(directory), writable=True)
     return found("cache", f"{directory} can be written", path=str(directory), writable=True)

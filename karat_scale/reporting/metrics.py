@@ -53,7 +53,7 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close both."""
-        with suppress(OSError):  # what the disk did not take was told when it was written
+        with suppress(OSError):  # a write that failed was reported when it happened
             self._file.close()
         if self._board is not None:
             self._board.close()
