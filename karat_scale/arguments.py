@@ -33,7 +33,7 @@ class OneLineParser(argparse.ArgumentParser):
         """Check `choices` like argparse, and suggest the nearest one."""
         if action.choices is not None and value not in action.choices:
             names = [str(choice) for choice in action.choices]
-            close = nearest(str(value), names)
+            close = nearest(str(value), names, likeness=0.5)  # options are short
             hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)}"
             raise argparse.ArgumentError(action, f"unknown value {value!r}; {hint}")
 
