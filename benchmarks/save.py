@@ -31,7 +31,7 @@ DEEPSPEED, BLOCKING, BESIDE = "DeepSpeed's save_checkpoint", "karat, blocking", 
 
 @dataclass(frozen=True)
 class SavePlan:
-    """What to save, how often, and where."""
+    """The engine to save, the number of rounds, and the directory."""
 
     model: str
     image_size: int

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from timm.loss import SoftTargetCrossEntropy
 
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio
+from karat_scale.bench.measuring import interleaved_seconds, median_ratio
 from karat_scale.console import print_table, write_json
 from karat_scale.data.augmentation.mixing import Mixer
 from karat_scale.data.augmentation.normalize import Normalize
