@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import os
 import re
 import sys
 import time
@@ -27,6 +26,7 @@ from rich.text import Text
 from karat_scale.arguments import OneLineParser, count
 from karat_scale.data.formats.shard_format import OddRecord, SkippedRecord
 from karat_scale.errors import DataError, UserError
+from karat_scale.machine import usable_cores
 
 PLAIN_LINE_SECONDS = 10.0
 LISTED = 5
@@ -46,9 +46,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of scripts that convert a source."""
     parser.add_argument("--src", type=Path, required=True, metavar="DIR", help="the directory of the images")
     parser.add_argument("--split", metavar="NAME", help="make only this split (default: all)")
-    parser.add_argument(
-        "--workers", type=count, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)"
-    )
+    parser.add_argument("--workers", type=count, default=usable_cores(), metavar="N", help="processes (default: cores)")
 
 
 def add_choice_options(parser: argparse.ArgumentParser) -> None:
@@ -105,9 +103,7 @@ def add_shard_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of scripts that read finished shards."""
     parser.add_argument("--src", type=Path, required=True, metavar="DIR", help="a directory of shards")
     parser.add_argument("--split", metavar="NAME", help="use only this split (default: all)")
-    parser.add_argument(
-        "--workers", type=count, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)"
-    )
+    parser.add_argument("--workers", type=count, default=usable_cores(), metavar="N", help="processes (default: cores)")
 
 
 def run(main: Callable[[], None]) -> NoReturn:

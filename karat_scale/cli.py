@@ -13,9 +13,9 @@ from karat_scale.compiler_caches import use_local_caches
 from karat_scale.errors import UserError
 from karat_scale.prepare import SCRIPTS
 from karat_scale.prepare import prepare as run_script
+from karat_scale.tables import EXPORT_FORMATS
 
 EXIT_USAGE = 2
-EXPORT_FORMATS = ("safetensors", "timm", "onnx", "torchscript", "hub-folder")
 ANALYSES = ("spectrum", "maps", "functions", "distributions", "landscape")
 
 

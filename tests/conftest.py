@@ -56,7 +56,7 @@ SMALL = (
     "train.eval_batch=8",
     "train.ema_decay=0.9",
     "log.every_steps=1",
-    "log.tensorboard=false",
+    "log.trackers=[]",
 )
 
 

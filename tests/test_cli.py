@@ -103,7 +103,7 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_by_each(train_re
 
 
 def test_training_writes_the_run_directory_users_rely_on(train_recipe: Train, tmp_path: Path) -> None:
-    done = train_recipe("log.tensorboard=true")
+    done = train_recipe("log.trackers=tensorboard")
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "run"
     assert load_recipe(run / "recipe.yaml").model.embed_dim == 32

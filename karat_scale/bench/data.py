@@ -6,7 +6,6 @@ batch.
 """
 
 import json
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,23 +17,24 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from karat_scale import tables
 from karat_scale.bench import data_peers as peers
 from karat_scale.bench import library_loaders as libraries
 from karat_scale.bench.interleave import interleaved_seconds, median_ratio, processor_seconds
 from karat_scale.bench.sample_images import CLASSES, SampleImages, prepare_images
-from karat_scale.data.backends import Backend, open_backend
-from karat_scale.data.backends.images import ImageBackend
-from karat_scale.data.decoders.native import NativeDecoder
+from karat_scale.data.backends import Backend, ImageSpec, open_backend
 from karat_scale.data.formats.beton import beton_path, read_record
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.plan import TrainPlan
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
+from karat_scale.machine import usable_cores
 from karat_scale.recipe import AugmentConfig, DataConfig
+from karat_scale.tables import Files
 
-BACKENDS = ("webdataset", "folder", "ffcv", "dali", "synthetic")
+BACKENDS = tuple(tables.BACKENDS)
 # Under each backend's name, the decoders to run it with.
-DECODERS = {"webdataset": ("native", "torchvision", "pillow")}
+DECODERS = {"webdataset": tuple(tables.DECODERS)}
 SIZE, BATCH = 224, 64
 # How often a loader goes over the images in one go: training starts its workers once, not for each few hundred images.
 PASSES = 4
@@ -46,7 +46,6 @@ AUGMENTS = {
     "crop": AugmentConfig(ratio=(3 / 4, 4 / 3), color_jitter=0, randaugment="", interpolation="bilinear"),
     "paper": AugmentConfig(),
 }
-NATIVE = "karat webdataset, native"
 TWO_WORKERS, ONE_WORKER = "2 workers", "1 worker"
 
 
@@ -92,7 +91,7 @@ def bench_data(plan: Plan, json_file: str | None) -> int:
         "augment": plan.augment,
         "workers": plan.workers,
         "rounds": plan.rounds,
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "base": base,
         "rows": [
             {
@@ -153,8 +152,6 @@ class _Bench:
                     reason = str(error)
                 if reason:
                     missing[name] = reason
-        if NATIVE in found:
-            found[f"{NATIVE} with DCT scaling"] = self._scaled_passes()
         return found, missing
 
     def _library_loaders(self, backends: list[str]) -> dict[str, Callable[[], object]]:
@@ -170,7 +167,8 @@ class _Bench:
 
     def passes(self, backend: str, decoder: str, workers: int, times: int = PASSES) -> Callable[[], object]:
         """Goes over the images by our backend, `times` over. Raises UserError where it cannot be opened."""
-        path = {"folder": self._images.folder, "ffcv": Path(self._ffcv or "")}.get(backend, self._images.shards)
+        by_files: dict[Files | None, Path] = {Files.IMAGES: self._images.folder, Files.BETONS: Path(self._ffcv or "")}
+        path = by_files.get(tables.BACKENDS[backend].files, self._images.shards)
         config = DataConfig.model_validate(
             {
                 "backend": backend,
@@ -181,14 +179,7 @@ class _Bench:
                 "synthetic_samples": len(self._images.encoded),
             }
         )
-        return self._passes_of(open_backend(config, self._augment, SIZE, CLASSES, 0), times)
-
-    def _scaled_passes(self) -> Callable[[], object]:
-        """As the webdataset backend, with a decoder that no recipe asks for, since its pixels differ more."""
-        split = ShardSplit(self._images.shards, "train", CLASSES)
-        config = DataConfig(path=str(self._images.shards), workers=self._workers)
-        decoder = NativeDecoder(self._augment.interpolation, config.max_pixels, scaled=True)
-        return self._passes_of(ImageBackend(split, split, config, self._augment, SIZE, 0, decoder))
+        return self._passes_of(open_backend(ImageSpec(config, self._augment, SIZE, CLASSES, 0)), times)
 
     def _passes_of(self, backend: Backend, times: int = PASSES) -> Callable[[], object]:
         plan = TrainPlan(0, min(backend.num_train, len(self._images.encoded)), self._batch, self._batch, 0, 1)

@@ -11,18 +11,17 @@ import numpy as np
 
 from karat_scale.bench.data_peers import Contender, Load
 from karat_scale.recipe import AugmentConfig
-
-# What a backend needs.
-LIBRARIES = {"ffcv": "ffcv", "dali": "nvidia.dali"}
+from karat_scale.tables import BACKENDS, EXTRAS, how_to_install
 
 
 def lacking(backend: str) -> str:
     """What to type to install a backend's library; empty where it is there or none is needed."""
+    extra = BACKENDS[backend].extra
     try:
-        there = backend not in LIBRARIES or find_spec(LIBRARIES[backend]) is not None
+        there = not extra or find_spec(EXTRAS[extra].module) is not None
     except ModuleNotFoundError:
         there = False
-    return "" if there else f"pip install '.[{backend}]' in the clone"
+    return "" if there else how_to_install(extra)
 
 
 def ffcv_loader(beton: Path, samples: int, augment: AugmentConfig, load: Load) -> Contender:

@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import io
 import json
-import os
 import statistics
 import sys
 import tarfile
@@ -34,6 +33,7 @@ from karat_scale.data.decode import decode_rgb
 from karat_scale.data.decoders.recoder import result_size
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
+from karat_scale.machine import usable_cores
 from karat_scale.shipped import shipped_directory
 
 SCRIPTS = shipped_directory("data_prep")
@@ -92,7 +92,7 @@ def bench_prepare(plan: PreparePlan, json_file: str | None) -> int:
         "quality": plan.quality,
         "encoder": plan.encoder,
         "rounds": plan.rounds,
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "base": base,
         "milliseconds_an_image": {
             name: round(1e3 * statistics.median(times) / count, 3) for name, times in seconds.items()

@@ -67,7 +67,7 @@ class _Bench:
             "train": {"global_batch": plan.batch, "epochs": 1000},
             "deepspeed": {"config": plan.config},
             "checkpoint": {"every_minutes": None},
-            "log": {"tensorboard": False, "every_steps": 1000},
+            "log": {"trackers": [], "every_steps": 1000},
         }
         recipe = validate_recipe(tree, "bench save")
         self._plan, self._theirs = plan, Path(scratch) / "deepspeed"

@@ -26,7 +26,7 @@ from karat_scale.bench.interleave import interleaved_seconds, median_ratio
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import Engine
-from karat_scale.engine.optimizer import build_optimizer
+from karat_scale.engine.optimizers import build_optimizer
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
 from karat_scale.models import create_model

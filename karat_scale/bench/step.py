@@ -26,7 +26,7 @@ from karat_scale.data.batch import Batch
 from karat_scale.data.digest import with_digest
 from karat_scale.data.plan import TrainPlan
 from karat_scale.engine import distributed
-from karat_scale.engine.optimizer import build_optimizer
+from karat_scale.engine.optimizers import build_optimizer
 from karat_scale.engine.run_state import TrainState
 from karat_scale.engine.schedule import build_schedule
 from karat_scale.files import write_atomically
@@ -93,15 +93,15 @@ def _recipe(model: str, batch: int, kind: str, scratch: str) -> Recipe:
         "data": {"backend": "synthetic", "synthetic_samples": 4 * batch},
         "train": {"global_batch": batch, "ema_decay": 0.0, "epochs": 100},
         "checkpoint": {"every_minutes": None},
-        "log": {"every_steps": 50, "tensorboard": False},
+        "log": {"every_steps": 50, "trackers": []},
     }
     return validate_recipe(tree, "bench step")
 
 
 def _batches(recipe: Recipe, device: torch.device) -> list[Batch]:
-    from karat_scale.data.backends import open_backend
+    from karat_scale.data.backends import ImageSpec, open_backend
 
-    backend = open_backend(recipe.data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, 0)
+    backend = open_backend(ImageSpec.of(recipe))
     batch = recipe.train.global_batch
     plan = TrainPlan(0, backend.num_train, batch, batch, 0, 1)
     return [with_digest(one).to(device) for one in backend.train_batches(plan.slices(0, plan.steps_per_epoch))]

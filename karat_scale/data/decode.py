@@ -16,6 +16,13 @@ from PIL import Image, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "AVIF", "JPEG2000")
 
 
+def small_jpeg(side: int) -> bytes:
+    """Return the bytes of a black JPEG, to try a decoder with."""
+    encoded = io.BytesIO()
+    Image.new("RGB", (side, side)).save(encoded, "JPEG")
+    return encoded.getvalue()
+
+
 class UndecodableImageError(Exception):
     """The bytes are not a complete image; the message is the reason."""
 

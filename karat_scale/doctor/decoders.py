@@ -1,20 +1,18 @@
 """Find the image decoders that run on this machine: each reads a JPEG."""
 
-import io
 import warnings
 from collections.abc import Iterator
 
 from karat_scale.doctor.finding import Finding, found
+from karat_scale.tables import DECODERS
 
 SIDE = 32
 
 
 def examine_decoders() -> Iterator[Finding]:
     """Yield one finding per decoder of the folder and webdataset backends: it runs, or the reason why not."""
-    from karat_scale.data.decoders import FASTEST_FIRST
-
     runs = []
-    for name in FASTEST_FIRST:
+    for name in DECODERS:
         refusal = _refusal(name)
         if refusal is None:
             runs.append(name)
@@ -27,19 +25,16 @@ def examine_decoders() -> Iterator[Finding]:
 
 def _refusal(name: str) -> str | None:
     """Return the reason why the decoder cannot read a JPEG, or None if it can."""
-    from PIL import Image
-
+    from karat_scale.data.decode import small_jpeg
     from karat_scale.data.decoders import make_decoder
     from karat_scale.data.view import crop_view
     from karat_scale.recipe import DataConfig
 
-    buffer = io.BytesIO()
-    Image.new("RGB", (SIDE, SIDE)).save(buffer, "JPEG")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a failed build warns, and then raises the same as an error
             decoder = make_decoder(DataConfig.model_validate({"path": "-", "decoder": name}), "bicubic")
-        decoder.read(buffer.getvalue(), lambda width, height: crop_view((0, 0, width, height), SIDE // 2))
+        decoder.read(small_jpeg(SIDE), lambda width, height: crop_view((0, 0, width, height), SIDE // 2))
     except Exception as error:  # any error of a broken library
         return " ".join(str(error).split()).removeprefix(f"data.decoder = {name} cannot run: ")
     return None

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
-from karat_scale.data.plan import choose_micro_batch
+from karat_scale.data.plan import micro_batch_of
 from karat_scale.errors import UserError
 from karat_scale.memory_errors import is_out_of_memory
 from karat_scale.recipe import Recipe
@@ -14,7 +14,7 @@ def explain_out_of_memory(recipe: Recipe, world_size: int) -> contextlib.Abstrac
 
     def fix() -> str:
         train = recipe.train
-        micro_batch = choose_micro_batch(train.global_batch, world_size, train.micro_batch, even=recipe.augment.mixes)
+        micro_batch = micro_batch_of(recipe, world_size)
         return (
             f"lower train.micro_batch (now {micro_batch}), recompute more by train.recompute.policy (now "
             f"{train.recompute.policy}), or partition more by deepspeed.config (now {recipe.deepspeed.config})"

@@ -29,8 +29,7 @@ from karat_scale.estimate.samples import count_samples
 from karat_scale.estimate.subject import Subject
 from karat_scale.estimate.time import ComputeTime, estimate
 from karat_scale.files import write_atomically
-from karat_scale.hardware import Gpu, known_gpu
-from karat_scale.machine import usable_memory
+from karat_scale.machine import Gpu, known_gpu, usable_memory
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
 
@@ -136,13 +135,7 @@ def _preferred(choices: Sequence[Choice]) -> Choice:
 
 
 def _as_chosen(recipe: Recipe, choice: Choice) -> Recipe:
-    recompute = recipe.train.recompute.model_copy(update={"policy": choice.recompute})
-    return recipe.model_copy(
-        update={
-            "deepspeed": recipe.deepspeed.model_copy(update={"config": choice.config}),
-            "train": recipe.train.model_copy(update={"recompute": recompute}),
-        }
-    )
+    return recipe.changed(deepspeed__config=choice.config, train__recompute__policy=choice.recompute)
 
 
 def _compute_time(request: Request, gpu: Gpu | None, subject: Subject, choice: Choice) -> ComputeTime | None:

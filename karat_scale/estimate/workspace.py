@@ -22,8 +22,8 @@ def attention_workspace(recipe: Recipe, images: int, on_gpu: bool) -> int:
     if attention.kind == "softmax" or attention.implementation not in ("auto", "streaming"):
         return 0
     sizes = layer_sizes(recipe.model)
-    has_kernel = attention.basis == "fourier" and attention.form == "modular" and not attention.simplex
-    has_kernel &= (on_gpu or attention.base == "zero") and not any(size.biased for size in sizes)
+    has_kernel = attention.is_modular_series and (on_gpu or attention.base == "zero")
+    has_kernel &= not any(size.biased for size in sizes)
     if attention.implementation == "auto" and has_kernel:
         return 0
     budget = workspace_budget(torch.device("cuda" if on_gpu else "cpu"))

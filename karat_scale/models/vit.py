@@ -119,7 +119,7 @@ def _basis_settings(attention: AttentionConfig) -> dict[str, Any]:
 def _make_operator(attention: AttentionConfig, num_tokens: int, num_heads: int) -> KaratOperator:
     sizes: dict[str, Any] = {"num_tokens": num_tokens, "num_heads": num_heads, "rank": attention.rank}
     named: dict[str, Any] = {"base": attention.base, "init": attention.init, "implementation": attention.implementation}
-    if attention.basis == "fourier" and attention.form == "modular" and not attention.simplex:
+    if attention.is_modular_series:
         return FourierKaratOperator(**sizes, **named, grid=attention.grid)
     basis = make_basis(attention.basis, **_basis_settings(attention))
     return KaratOperator(**sizes, **named, basis=basis, form=attention.form, simplex=attention.simplex)

@@ -5,9 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from karat_scale.recipe.base import Count, Effect, Positive, Section
-
-# The names of `karat_scale.attention.BASES`; a recipe is read without importing torch.
-BASIS_NAMES = ("fourier", "bspline", "chebyshev", "rational", "mexican_hat", "morlet", "dog", "meyer", "shannon")
+from karat_scale.tables import BASES
 
 
 class AttentionConfig(Section):
@@ -55,18 +53,27 @@ class AttentionConfig(Section):
     """The directory of a trained run whose attention matrices this model uses (the paper's attention transfer). The
     model then has no query and key, and learns only what to do with the values. Needs `kind: softmax`."""
 
+    @property
+    def is_series(self) -> bool:
+        """True if phi is a Fourier series."""
+        return self.basis in BASES and BASES[self.basis].is_series
+
+    @property
+    def is_modular_series(self) -> bool:
+        """True for the paper's operator, S = Phi(A) W^T of Fourier series, which has kernels of its own."""
+        return self.is_series and self.form == "modular" and not self.simplex
+
     @field_validator("basis")
     @classmethod
     def _is_a_name_or_a_place(cls, value: str) -> str:
         module, colon, name = value.partition(":")
-        if value in BASIS_NAMES or (colon and name.isidentifier() and all(map(str.isidentifier, module.split(".")))):
+        if value in BASES or (colon and name.isidentifier() and all(map(str.isidentifier, module.split(".")))):
             return value
-        raise ValueError(f"should be one of {', '.join(BASIS_NAMES)}, or package.module:Class")
+        raise ValueError(f"should be one of {', '.join(BASES)}, or package.module:Class")
 
     @model_validator(mode="after")
     def _implementation_has_the_operator(self) -> "AttentionConfig":
-        plain = self.basis == "fourier" and self.form == "modular" and not self.simplex
-        if not plain and self.implementation not in ("auto", "reference", "streaming"):
+        if not self.is_modular_series and self.implementation not in ("auto", "reference", "streaming"):
             raise ValueError(
                 f"attention.implementation = {self.implementation} supports only the modular Fourier operator without "
                 "simplex; use auto"
@@ -75,7 +82,7 @@ class AttentionConfig(Section):
 
     @model_validator(mode="after")
     def _operator_can_start_like_softmax(self) -> "AttentionConfig":
-        near = self.basis == "fourier" and self.form in ("modular", "full_rank") and self.base == "zero"
+        near = self.is_series and self.form in ("modular", "full_rank") and self.base == "zero"
         if self.init == "softmax_like" and not near:
             raise ValueError(
                 "attention.init = softmax_like needs attention.basis=fourier, attention.form=modular or full_rank and "

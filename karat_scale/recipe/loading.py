@@ -1,6 +1,7 @@
 """Load a recipe from a file and dotted overrides, and write it back. Errors are one line."""
 
 import difflib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -12,6 +13,7 @@ from karat_scale.errors import RecipeError
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import Effect
 from karat_scale.recipe.files import find_recipe, read_recipe_file
+from karat_scale.recipe.retired import without_retired_keys
 
 R = TypeVar("R", bound=RunRecipe)
 Schema = type[RunRecipe]
@@ -57,6 +59,9 @@ def validate_recipe(tree: Mapping[str, Any], source: str, schema: type[R]) -> R:
 
 def validate_recipe(tree: Mapping[str, Any], source: str, schema: Schema = Recipe) -> Any:
     """Validate a mapping as a recipe. Raises RecipeError with one line that begins with `source`."""
+    tree, notes = without_retired_keys(tree, source)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     try:
         recipe = schema.model_validate(tree)
     except ValidationError as error:

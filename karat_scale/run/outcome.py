@@ -11,7 +11,7 @@ from karat_scale.engine.distributed import World
 from karat_scale.engine.run_state import RunState
 from karat_scale.errors import EXIT_STOPPED, UserError
 from karat_scale.files import sealed
-from karat_scale.hardware import processor_name
+from karat_scale.machine import processor_name
 from karat_scale.reporting.progress import Reporter
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StoppedError, StopSignals

@@ -9,9 +9,9 @@ from karat_scale.checkpoint.snapshots import Snapshots
 from karat_scale.data.augmentation.device_augment import DeviceAugment
 from karat_scale.data.augmentation.mixing import Mixer
 from karat_scale.data.augmentation.normalize import Normalize
-from karat_scale.data.backends import Backend, open_backend
+from karat_scale.data.backends import Backend, ImageSpec, open_backend
 from karat_scale.data.formats.checks import unused_classes
-from karat_scale.data.plan import TrainPlan, choose_micro_batch
+from karat_scale.data.plan import TrainPlan
 from karat_scale.data.staged import staged_copy
 from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
@@ -62,27 +62,12 @@ def build_parts(
     Raises:
         UserError: the recipe does not fit the data or the world.
     """
-    backend = open_backend(
-        recipe.data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, recipe.run.seed
-    )
+    backend = open_backend(ImageSpec.of(recipe))
     if copy := staged_copy(recipe.data.path):
         reporter.info(f"the images are read from {copy}, this node's copy")
     if notice := unused_classes(backend.num_classes, recipe.model.num_classes):
         reporter.info(f"notice: {notice}")
-    micro_batch = choose_micro_batch(
-        recipe.train.global_batch, world.size, recipe.train.micro_batch, even=recipe.augment.mixes
-    )
-    plan = TrainPlan(
-        seed=recipe.run.seed,
-        num_samples=backend.num_train,
-        global_batch=recipe.train.global_batch,
-        micro_batch=micro_batch,
-        rank=world.rank,
-        world_size=world.size,
-        order=recipe.data.order,
-        block_samples=recipe.data.block_samples,
-        window_blocks=recipe.data.window_blocks,
-    )
+    plan = TrainPlan.of(recipe, backend.num_train, world.rank, world.size)
     schedule = build_schedule(recipe, plan.steps_per_epoch)
     world.on_main(lambda: keep_teacher(recipe, directory.path))
     torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank and world
@@ -95,9 +80,9 @@ def build_parts(
     if recipe.train.freeze:
         reporter.info(freeze(model, recipe.train.freeze))
     torch.manual_seed(recipe.run.seed + 1 + world.rank)  # but dropout of its own on each
-    if recomputed := apply_recompute(model, recipe, world, micro_batch):
+    if recomputed := apply_recompute(model, recipe, world, plan.micro_batch):
         reporter.info(recomputed)
-    engine = Engine(model, recipe, world, micro_batch)
+    engine = Engine(model, recipe, world, plan.micro_batch)
     if recipe.train.compile:
         reporter.info(f"the first step compiles the model (train.compile = {recipe.train.compile})")
     ema = Ema(engine.deepspeed, recipe.train) if recipe.train.ema_decay else None

@@ -37,7 +37,7 @@ def train(recipe: Recipe) -> int:
 
 
 def _train(recipe: Recipe, world: World, directory: RunDirectory, changes: str, signals: StopSignals) -> int:
-    reporter = open_reporter(recipe.run.name, world, directory, recipe.log.tensorboard)
+    reporter = open_reporter(recipe, world, directory, recipe.log.trackers)
     outcome = _Outcome(recipe.run.name, world, TrainState(), recipe=recipe)
     parts: Parts | None = None
     try:

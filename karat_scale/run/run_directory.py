@@ -44,7 +44,6 @@ class RunDirectory:
         self.classes_file = self.path / "classes.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.summary_file = self.path / "summary.json"
-        self.tensorboard = self.path / "tensorboard"
         self.profile = self.path / "profile"
         self.snapshots = self.path / "snapshots"
         self.store = CheckpointStore(self.path / "checkpoints")

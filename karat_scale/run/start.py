@@ -1,12 +1,14 @@
 """What every run does before it builds its parts: it claims its directory and opens its reporter."""
 
+from collections.abc import Sequence
+
 import torch
 
 from karat_scale.cluster.heartbeat import Heartbeat
 from karat_scale.engine.distributed import World
 from karat_scale.errors import UserError
 from karat_scale.recipe import RunRecipe
-from karat_scale.reporting.metrics import MetricsLog
+from karat_scale.reporting.metrics import MetricsLog, open_trackers
 from karat_scale.reporting.progress import Reporter, choose_display
 from karat_scale.run.run_directory import RunDirectory
 
@@ -26,13 +28,13 @@ def open_directory(recipe: RunRecipe, world: World) -> tuple[RunDirectory, str]:
     return directory, answer
 
 
-def open_reporter(name: str, world: World, directory: RunDirectory, with_tensorboard: bool) -> Reporter:
-    """The reporter of run `name`, with metrics on rank 0 and a heartbeat on each."""
+def open_reporter(recipe: RunRecipe, world: World, directory: RunDirectory, trackers: Sequence[str]) -> Reporter:
+    """The reporter of a run, with metrics on rank 0 and a heartbeat on each."""
     log = None
     if world.is_main:
-        log = MetricsLog(directory.metrics_file, directory.tensorboard if with_tensorboard else None)
+        log = MetricsLog(directory.metrics_file, open_trackers(directory.path, recipe, trackers))
     heartbeat = Heartbeat(directory.path, world.rank, device_name(world)).start()
-    return Reporter(choose_display(world.is_main, name), log, world.rank, heartbeat)
+    return Reporter(choose_display(world.is_main, recipe.run.name), log, world.rank, heartbeat)
 
 
 def branch_point(recipe: RunRecipe, directory: RunDirectory) -> str:

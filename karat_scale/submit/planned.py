@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from karat_scale.hardware import known_gpu
+from karat_scale.machine import known_gpu
 from karat_scale.recipe import Recipe
 
 

@@ -9,7 +9,7 @@ from karat_scale.estimate.footprint import Footprint
 from karat_scale.estimate.links import links_of
 from karat_scale.estimate.subject import Subject
 from karat_scale.estimate.time import ComputeTime, estimate
-from karat_scale.hardware import find_gpu
+from karat_scale.machine import find_gpu
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
 

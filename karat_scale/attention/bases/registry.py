@@ -4,39 +4,27 @@ import importlib
 import inspect
 from typing import Any
 
+from karat_scale import tables
 from karat_scale.attention.bases.base import Basis, ElementwiseBasis, FeatureBasis
 from karat_scale.attention.bases.fourier import Fourier
-from karat_scale.attention.bases.polynomials import Chebyshev
-from karat_scale.attention.bases.rational import Rational
-from karat_scale.attention.bases.splines import BSpline
-from karat_scale.attention.bases.wavelets import DerivativeOfGaussian, MexicanHat, Meyer, Morlet, Shannon
 
-BASES: dict[str, type[Basis]] = {
-    "fourier": Fourier,
-    "bspline": BSpline,
-    "chebyshev": Chebyshev,
-    "rational": Rational,
-    "mexican_hat": MexicanHat,
-    "morlet": Morlet,
-    "dog": DerivativeOfGaussian,
-    "meyer": Meyer,
-    "shannon": Shannon,
-}
+BASES: dict[str, type[Basis]] = {name: tables.load(row.place) for name, row in tables.BASES.items()}
 
 # Registered operations take strings, not objects.
 _KNOWN: dict[str, Basis] = {"fourier": Fourier()}
 
 
 def basis_class(name: str) -> type[Basis]:
-    """The class of that name in `BASES`, or the one at `package.module:Class`.
+    """The class of that name in the table, or the one at `package.module:Class`.
 
     Raises ValueError when there is none, or when it is no basis that can be built.
     """
-    if name in BASES:
-        return BASES[name]
+    if name in tables.BASES:
+        listed: type[Basis] = tables.load(tables.BASES[name].place)
+        return listed
     module_name, colon, class_name = name.partition(":")
     if not (colon and module_name and class_name):
-        raise ValueError(f"basis = {name!r}: expected one of {', '.join(BASES)}, or package.module:Class")
+        raise ValueError(f"basis = {name!r}: expected one of {', '.join(tables.BASES)}, or package.module:Class")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except AttributeError:

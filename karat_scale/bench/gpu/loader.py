@@ -1,6 +1,5 @@
 """Section 4: images a second from JPEGs to the device, by our backends and by the decoders that torch's users have."""
 
-import os
 import statistics
 import tempfile
 import time
@@ -18,9 +17,10 @@ from karat_scale.bench.gpu.task import Task
 from karat_scale.bench.library_loaders import lacking
 from karat_scale.bench.sample_images import CLASSES, SampleImages, prepare_images
 from karat_scale.data.augmentation.device_augment import DeviceAugment
-from karat_scale.data.backends import open_backend
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import TrainPlan
 from karat_scale.doctor.finding import plural
+from karat_scale.machine import usable_cores
 from karat_scale.recipe import AugmentConfig, DataConfig
 
 # Yields the number of images after each batch that is on the device.
@@ -37,7 +37,7 @@ class _Section:
     def __init__(self, task: Task, images: SampleImages) -> None:
         self._task, self._images = task, images
         self._batch = TOY_BATCH if task.toy else BATCH
-        self.workers = 1 if task.toy else len(os.sched_getaffinity(0))
+        self.workers = 1 if task.toy else usable_cores()
 
     def ours(self) -> dict[str, Loader]:
         """Our backends; those of DALI only where it is installed."""
@@ -80,7 +80,7 @@ class _Section:
     def _backend(self, name: str, augment: AugmentConfig) -> Loader:
         def batches() -> Generator[int, None, None]:
             data = DataConfig(backend=name, path=str(self._images.shards), workers=self.workers)
-            backend = open_backend(data, augment, SIZE, CLASSES, 0)
+            backend = open_backend(ImageSpec(data, augment, SIZE, CLASSES, 0))
             on_device = DeviceAugment(augment, SIZE)
             try:
                 plan = TrainPlan(0, backend.num_train, self._batch, self._batch, 0, 1)

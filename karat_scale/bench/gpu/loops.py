@@ -16,6 +16,7 @@ from karat_scale.attention import KaratOperator
 from karat_scale.bench.gpu.channel import one_line
 from karat_scale.bench.gpu.task import Task, is_fatal
 from karat_scale.bench.interleave import interleaved_seconds, median_ratio
+from karat_scale.data.backends import ImageSpec
 from karat_scale.data.backends.synthetic import TRAIN_STREAM, SyntheticBackend
 from karat_scale.data.batch import Batch
 from karat_scale.data.digest import with_digest
@@ -76,8 +77,7 @@ class OurLoop:
         before = allocated(task)
         reporter = Reporter(SilentDisplay(), None)
         self.parts = build_parts(recipe, world, RunDirectory(recipe.run.dir), StopSignals(), reporter)
-        model, data = recipe.model, recipe.data
-        self.parts.backend = HeldBatches(data, model.image_size, model.num_classes, recipe.run.seed)
+        self.parts.backend = HeldBatches(ImageSpec.of(recipe))
         self._loop = Loop(self.parts, TrainState())
         self._batches = self._loop.feed(MANY)
         self.dtypes = _dtypes_inside(self.parts.engine.module, lambda: self.run(1)) if not recipe.train.compile else {}
@@ -169,7 +169,7 @@ def _recipe(task: Task, group: Group, attention: str, scratch: str) -> Recipe:
             "eval_every_epochs": MANY,
         },
         "checkpoint": {"every_minutes": None},
-        "log": {"every_steps": 1000, "tensorboard": False},
+        "log": {"every_steps": 1000, "trackers": []},
     }
     return validate_recipe(tree, "bench gpu")
 

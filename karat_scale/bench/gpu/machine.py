@@ -1,6 +1,5 @@
 """What a report says of the machine it was made on."""
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 
 from karat_scale.doctor.gpus import driver_version
+from karat_scale.machine import usable_cores
 
 PACKAGES = ("torch", "triton", "deepspeed", "timm", "torchvision", "nvidia-dali-cuda130", "torchcodec")
 
@@ -16,7 +16,7 @@ def machine_facts(device: str) -> dict[str, Any]:
     """Card, driver, CUDA and versions. On CUDA this process takes the card up."""
     found = {name: installed for name in PACKAGES if (installed := _installed(name))}
     # A build's own version says more, such as 2.13.0+cu130.
-    facts = {"cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
+    facts = {"cores": usable_cores(), "python": platform.python_version()}
     versions = {**found, "torch": torch.__version__}
     if device == "cpu":
         return {"card": f"CPU with {torch.backends.cpu.get_cpu_capability()}", **facts, "versions": versions}

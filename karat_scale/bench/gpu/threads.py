@@ -3,12 +3,13 @@
 Threads, not processes: in exclusive compute mode a second process cannot have the card.
 """
 
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+
+from karat_scale.machine import usable_cores
 
 T = TypeVar("T")
 MOST_THREADS = 16
@@ -18,7 +19,7 @@ class CompilerThreads(ThreadPoolExecutor):
     """As many as there are cores, up to a limit."""
 
     def __init__(self) -> None:
-        super().__init__(min(MOST_THREADS, max(2, len(os.sched_getaffinity(0)))))
+        super().__init__(min(MOST_THREADS, max(2, usable_cores())))
 
     def begin(self, run: Callable[[], T]) -> "Future[T]":
         """Call `run` in a thread, backward passes within it included."""

@@ -10,50 +10,40 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from karat_scale.data.ahead import RunAhead
 from karat_scale.data.assemble import EvalAssembler, ImageSource, TrainAssembler
 from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
 from karat_scale.data.augmentation.draw import Draw
+from karat_scale.data.backends.base import ImageSpec
 from karat_scale.data.backends.dali_pipeline import DaliDecoder, Request, on_stream, require_dali
-from karat_scale.data.backends.splits import SplitBackend
+from karat_scale.data.backends.images import SplitBackend, open_shards
 from karat_scale.data.batch import Batch
-from karat_scale.data.decoders.resize import resize_region
+from karat_scale.data.decode import small_jpeg
+from karat_scale.data.decoders.pillow import resize_region
 from karat_scale.data.decoders.torchvision import TorchvisionDecoder
-from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.order import sample_seed
 from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.data.row_reader import Row, RowReader
 from karat_scale.data.view import View
-from karat_scale.recipe import AugmentConfig, DataConfig
+from karat_scale.recipe import DataConfig
 
 Pixels = npt.NDArray[np.uint8]
 
 
-def open_dali(data: DataConfig, augment: AugmentConfig, image_size: int, num_classes: int, seed: int) -> "DaliBackend":
-    """The `dali` backend. Raises RecipeError without DALI and DataError when the shards are not right."""
+def open_dali(spec: ImageSpec) -> "DaliBackend":
+    """Open shards for DALI. Raises RecipeError if DALI is not installed, and DataError if the shards are not right."""
     require_dali()
-    readahead = data.block_samples if data.order == "block" else 0
-    train = ShardSplit(data.path, data.train_split, num_classes, data.verify, readahead)
-    val = ShardSplit(data.path, data.val_split, num_classes, data.verify)
-    return DaliBackend(train, val, data, augment, image_size, seed)
-
-
-def _small_jpeg() -> Pixels:
-    encoded = BytesIO()
-    Image.new("RGB", (8, 8)).save(encoded, "JPEG")
-    return np.frombuffer(encoded.getvalue(), dtype=np.uint8)
+    return DaliBackend(*open_shards(spec), spec)
 
 
 # What DALI is given where it has nothing to decode: each batch goes through it, so that they keep their order.
-BLANK, BLANK_VIEW = _small_jpeg(), View((0, 0, 1, 1), (0, 0, 1, 1), (1, 1))
+BLANK, BLANK_VIEW = np.frombuffer(small_jpeg(8), dtype=np.uint8), View((0, 0, 1, 1), (0, 0, 1, 1), (1, 1))
 
 
 class Pass(Protocol):
@@ -113,21 +103,14 @@ class EvalPass:
 class DaliBackend(SplitBackend):
     """See Backend. `data.workers` is the threads DALI decodes on, and again those that resize and augment."""
 
-    def __init__(
-        self,
-        train: ImageSource,
-        val: ImageSource,
-        data: DataConfig,
-        augment: AugmentConfig,
-        image_size: int,
-        seed: int,
-    ) -> None:
+    def __init__(self, train: ImageSource, val: ImageSource, spec: ImageSpec) -> None:
         super().__init__(train, val)
+        data, augment, image_size = spec.data, spec.augment, spec.image_size
         self._data = data
         self._interpolation, self._image_size = augment.interpolation, image_size
         # Its pixels are those of DALI and resize_region, so a batch is the same whichever makes it.
         self._decoder = TorchvisionDecoder(augment.interpolation, data.max_pixels)
-        self._train_pass = TrainPass(TrainTransform(augment, image_size), seed, image_size, data, self._decoder)
+        self._train_pass = TrainPass(TrainTransform(augment, image_size), spec.seed, image_size, data, self._decoder)
         self._eval_pass = EvalPass(EvalTransform(augment, image_size), image_size, data, self._decoder)
         self._only_flips = augment.workers_only_flip
         self._threads = max(1, data.workers)

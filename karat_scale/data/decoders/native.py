@@ -1,15 +1,14 @@
 """Decode only the wanted part of a JPEG, and resize it in the same call: C++ on libjpeg, compiled on first use."""
 
 import ctypes
-import io
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
+from karat_scale.data.decode import small_jpeg
 from karat_scale.data.decoders.base import ChooseView, check_pixels
 from karat_scale.data.decoders.native_handle import PerThread
 from karat_scale.data.decoders.pillow import PillowDecoder
@@ -26,13 +25,12 @@ INTERPOLATIONS = {"bilinear": 0, "bicubic": 1}
 class NativeDecoder:
     """Reads grey and colour JPEGs; passes all others, and JPEGs with a warning of libjpeg, to Pillow. See Decoder.
 
-    With `scaled`, a large region is first shrunk in the DCT: faster, but up to a few grey levels from Pillow's pixels.
     The interpreter's lock is released during the work. Raises RecipeError if it cannot be compiled.
     """
 
     name = "native"
 
-    def __init__(self, interpolation: str, max_pixels: int, scaled: bool = False) -> None:
+    def __init__(self, interpolation: str, max_pixels: int) -> None:
         try:
             library = load(SOURCE, "the native JPEG decoder", COMPILER_ARGUMENTS, portable=True)
         except LoadError as error:
@@ -42,11 +40,10 @@ class NativeDecoder:
             ) from error
         self._library = _declared(library)
         self._interpolation = INTERPOLATIONS[interpolation]
-        self._scaled = scaled
         self._max_pixels = max_pixels
         self._pillow = PillowDecoder(interpolation, max_pixels)
         self._decoders = PerThread(self._library.karat_decoder_new, self._library.karat_decoder_free)
-        if self._decoded(_small_jpeg(), lambda *_: crop_view((0, 0, 1, 1), 1)) is None:
+        if self._decoded(small_jpeg(1), lambda *_: crop_view((0, 0, 1, 1), 1)) is None:
             # Pillow would do all the work: correct, but slow.
             reason = "it reads no JPEG: the loaded libjpeg does not match the header it was compiled with"
             warnings.warn(f"the native JPEG decoder is not available: {reason}", stacklevel=2)
@@ -66,16 +63,10 @@ class NativeDecoder:
         view = choose(width.value, height.value)
         # Planes, since a batch stores them so; returned as rows of pixels.
         planes = np.empty((3, view.size[1], view.size[0]), dtype=np.uint8)
-        asked = _View(*view.region, *view.box, *view.size, self._interpolation, self._scaled)
+        asked = _View(*view.region, *view.box, *view.size, self._interpolation)
         if not self._library.karat_decoder_read(handle, ctypes.byref(asked), planes.ctypes.data):
             return None
         return planes.transpose(1, 2, 0)
-
-
-def _small_jpeg() -> bytes:
-    encoded = io.BytesIO()
-    Image.new("RGB", (1, 1)).save(encoded, "JPEG")
-    return encoded.getvalue()
 
 
 class _View(ctypes.Structure):
@@ -84,7 +75,7 @@ class _View(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("left", "top", "right", "bottom")),
         *((name, ctypes.c_double) for name in ("box_left", "box_top", "box_right", "box_bottom")),
-        *((name, ctypes.c_int32) for name in ("width", "height", "interpolation", "scaled")),
+        *((name, ctypes.c_int32) for name in ("width", "height", "interpolation")),
     )
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from karat_scale.checkpoint.weights import load_weights, wants_ema
 from karat_scale.data.augmentation.normalize import Normalize
-from karat_scale.data.backends import open_backend
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.batch import BadSample
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
@@ -53,8 +53,7 @@ def evaluate_run(run_dir: str, overrides: Sequence[str], checkpoint: str, weight
 
 def _model(recipe: Recipe, image_size: int, directory: RunDirectory, name: str, use_ema: bool) -> nn.Module:
     """A checkpoint's model; interpolated where the recipe has another image size than it was trained at."""
-    as_trained = recipe.model.model_copy(update={"image_size": image_size})
-    model = build_model(recipe.model_copy(update={"model": as_trained}), directory.path)
+    model = build_model(recipe.changed(model__image_size=image_size), directory.path)
     load_weights(model, directory.store.root / name, directory.store.state(name), use_ema)
     if recipe.model.image_size == image_size:
         return model
@@ -68,9 +67,7 @@ def _evaluate(recipe: Recipe, world: World, model: nn.Module) -> EvalResult:
     precision = PRECISIONS["fp32" if slow else recipe.train.precision]
     allow_tf32(recipe.train.tf32)
     model.to(world.device, precision.weights).eval()
-    backend = open_backend(
-        recipe.data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, recipe.run.seed
-    )
+    backend = open_backend(ImageSpec.of(recipe))
     reporter = Reporter(choose_display(world.is_main, "evaluate"), None, world.rank)
 
     def on_batch(done: int, total: int, bad: tuple[BadSample, ...]) -> None:

@@ -40,7 +40,7 @@ def train_detector(recipe: DetectionRecipe) -> int:
     world = distributed.start(recipe.run.device)
     try:
         directory, changes = open_directory(recipe, world)
-        reporter = open_reporter(recipe.run.name, world, directory, recipe.log.tensorboard)
+        reporter = open_reporter(recipe, world, directory, recipe.log.trackers)
         outcome = _Outcome(recipe.run.name, world, DetectionState())
         with concluded(outcome, directory, signals, reporter), one_line_out_of_memory(lambda: _LESS_MEMORY):
             parts = build_parts(recipe, world, directory, signals, reporter)
