@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from karat_scale.attention.heads import AttentionHeads
 from karat_scale.attention.operator import FourierKaratOperator
 from karat_scale.attention.softmax_start import fourier_fit_of_exp
 from karat_scale.attention.variants.rows import attend_rows, rows_of_scores
 
 
-class ContentOperator(nn.Module):
+class ContentOperator(AttentionHeads):
     """S[k, q] = psi(A[k, q]) / N + sum_p H[k, p] W[q, p]: the full-rank form, structured as diagonal plus low rank.
 
     In the paper's modular form S[k, q] depends on all scores of query k and not on A[k, q] itself, so a query cannot
@@ -50,6 +51,21 @@ class ContentOperator(nn.Module):
         """S [B, h, N, N], both parts."""
         low_rank = self.operator.scores(query, key, bias, mask)
         return rows_of_scores(self._rule, query, key, bias, mask) + low_rank
+
+    def flops(self, tokens: int, width: int, masked: bool = False) -> int:
+        """See `AttentionHeads`. The scores serve both parts."""
+        added = self.num_heads * tokens * tokens * (2 * width + 4 * self.operator.grid)
+        return self.operator.flops(tokens, width, masked) + added
+
+    def refusal(self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False) -> str | None:
+        """See `AttentionHeads`."""
+        return self.operator.refusal(width, device, biased=biased, masked=masked)
+
+    def chosen(
+        self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False
+    ) -> tuple[str, str | None]:
+        """See `AttentionHeads`; of the part of low rank."""
+        return self.operator.chosen(width, device, biased=biased, masked=masked)
 
     def _rule(self, scores: Tensor, keep: Tensor | None) -> Tensor:
         parameters = self.psi_constant, self.psi_cos, self.psi_sin

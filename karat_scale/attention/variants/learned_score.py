@@ -5,10 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from karat_scale.attention.heads import AttentionHeads
 from karat_scale.attention.variants.rows import attend_rows, rows_of_scores
 
 
-class LearnedScore(nn.Module):
+class LearnedScore(AttentionHeads):
     """S = softmax(f(A)), with f(x) = x + sum_{m=1..G} a_m sin(m w x) + b_m (cos(m w x) - 1) for each head.
 
     Ours, not the paper's. It starts as softmax (a = b = 0, w = pi / 4). Rows of S are positive and sum to one, and no
@@ -51,6 +52,10 @@ class LearnedScore(nn.Module):
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """S [B, h, N, N]."""
         return rows_of_scores(self._rule, query, key, bias, mask)
+
+    def flops(self, tokens: int, width: int, masked: bool = False) -> int:
+        """See `AttentionHeads`."""
+        return self.num_heads * tokens * tokens * (4 * width + 4 * self.grid)
 
     def extra_repr(self) -> str:
         """The settings, in the constructor's names."""

@@ -3,11 +3,14 @@
 import torch
 from torch import Tensor, nn
 
+from karat_scale.attention.bases import Fourier
+from karat_scale.attention.flops import karat_flops
 from karat_scale.attention.functional import fourier_karat_attention, fourier_karat_scores
+from karat_scale.attention.heads import FourierHeads
 from karat_scale.attention.softmax_start import smooth_modes
 
 
-class SmoothOperator(nn.Module):
+class SmoothOperator(FourierHeads):
     """The modular Fourier operator with coefficients and W expanded from K modes of the patch grid.
 
     a_pqm = sum_j M_qj c_pjm and W = M w. The orthonormal columns of M [N, K] are the constant, the class token, and the
@@ -43,11 +46,12 @@ class SmoothOperator(nn.Module):
         super().__init__()
         self.num_tokens, self.num_heads, self.rank, self.grid = num_tokens, num_heads, rank, grid
         self.num_modes, self.implementation = modes, implementation
-        constant = torch.full((num_tokens, 1), num_tokens**-0.5, dtype=torch.float64)
+        constant = torch.full((num_tokens, 1), num_tokens**-0.5, dtype=torch.float64, device="cpu")
         columns = torch.cat((constant, smooth_modes(num_tokens, modes - 1)), 1)
         kept = torch.get_default_dtype() if dtype is None else dtype
         # Not in checkpoints: it follows from N and K.
-        self.register_buffer("modes", columns.to(device=device, dtype=kept), persistent=False)
+        where = torch.get_default_device() if device is None else device
+        self.register_buffer("modes", columns.to(where, kept), persistent=False)
 
         def room(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -77,6 +81,11 @@ class SmoothOperator(nn.Module):
         """S [B, h, N, N]."""
         more = {"bias": bias, "mask": mask, "implementation": self.implementation}
         return fourier_karat_scores(query, key, None, *self._expanded(), **more)  # type: ignore[arg-type]
+
+    def flops(self, tokens: int, width: int, masked: bool = False) -> int:
+        """See `AttentionHeads`."""
+        sizes = self.num_heads, self.rank, tokens, width
+        return karat_flops(Fourier(self.grid), "modular", *sizes, masked=masked)
 
     def extra_repr(self) -> str:
         """The settings, in the constructor's names."""

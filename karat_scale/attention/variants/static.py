@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from karat_scale.attention.heads import AttentionHeads
 from karat_scale.attention.precision import output_dtype
 
 
-class StaticHeads(nn.Module):
+class StaticHeads(AttentionHeads):
     """S is a learned constant: `matrix` [h, N, N], the same for every image. It mixes positions and has no function.
 
     What KArAt gains over softmax counts as the functions' work only where it also gains over this. The matrix starts
@@ -46,6 +47,10 @@ class StaticHeads(nn.Module):
         """S [B, h, N, N], the same for each item."""
         kept = self._kept(mask)
         return kept.expand(query.shape[0], *kept.shape[-3:]).to(output_dtype(query))
+
+    def flops(self, tokens: int, width: int, masked: bool = False) -> int:
+        """See `AttentionHeads`."""
+        return 2 * self.num_heads * tokens * tokens * width
 
     def extra_repr(self) -> str:
         """The settings, in the constructor's names."""
