@@ -1,8 +1,8 @@
 """The experiment of docs/experiments/attention.md: `python -m benchmarks.attention_experiment run DATA WORK`.
 
-DATA holds two data sets in shards with the same training images. The val split of `held_out` is the held-out images, that
-of `tested` the test images. `split IMAGES DATA` makes both of CIFAR-10 in folders, with train/ and test/. WORK holds the
-runs; an interrupted run resumes. Several processes may share WORK. Each finished run becomes a record in
+DATA holds two data sets in shards with the same training images. The val split of `held_out` is the held-out images,
+that of `tested` the test images. `split IMAGES DATA` makes both of CIFAR-10 in folders, with train/ and test/. WORK
+holds the runs; an interrupted run resumes. Several processes may share WORK. Each finished run becomes a record in
 docs/experiments/attention/, and `report` writes the page of results from these.
 """
 
