@@ -15,7 +15,7 @@ from karat_scale.shipped import SCRIPTS, run_prepare
 from karat_scale.tables import EXPORT_FORMATS
 
 EXIT_USAGE = 2
-ANALYSES = ("spectrum", "maps", "functions", "distributions", "landscape")
+ANALYSES = ("spectrum", "content", "maps", "functions", "distributions", "landscape")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -109,7 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
     analyze.add_argument("--data", metavar="DIR", help="the data, instead of the runs' data.path")
     analyze.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
     analyze.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
-    analyze.add_argument("--images", type=count, default=64, help="for spectrum, functions (default: %(default)s)")
+    analyze.add_argument(
+        "--images", type=count, default=64, help="for spectrum, content, functions (default: %(default)s)"
+    )
     analyze.add_argument("--image", type=int, nargs="+", metavar="N", help="images for the maps (default: four)")
     analyze.add_argument(
         "--block", type=int, default=-1, help="block of the maps; -1 is the last (default: %(default)s)"
