@@ -109,7 +109,7 @@ def best_variant() -> str:
 
     def mean(arm: str) -> float:
         results = [Trial("compare", arm, chosen[arm], seed).result() for seed in SEEDS]
-        return statistics.mean(result["top1"] for result in results if result is not None)
+        return statistics.mean(float(result["top1"]) for result in results if result is not None)
 
     return max((arm for arm in arms_left() if arm in VARIANTS), key=mean)
 
