@@ -9,7 +9,6 @@ ours.
 import contextlib
 import importlib
 import io
-import os
 import statistics
 import sys
 import tarfile
@@ -33,6 +32,7 @@ from karat_scale.console import print_table, write_json
 from karat_scale.data.decode import decode_rgb
 from karat_scale.data.decoders.recoder import result_size
 from karat_scale.errors import UserError, run_script
+from karat_scale.machine import usable_cores
 from karat_scale.shipped import shipped_directory
 
 SCRIPTS = shipped_directory("data_prep")
@@ -110,7 +110,7 @@ def measure(plan: PreparePlan) -> dict[str, Any]:
         "quality": plan.quality,
         "encoder": plan.encoder,
         "rounds": plan.rounds,
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "base": base,
         "milliseconds_an_image": {
             name: round(1e3 * statistics.median(times) / count, 3) for name, times in seconds.items()

@@ -20,8 +20,14 @@ from karat_scale.console import print_table, write_json
 from karat_scale.errors import run_script
 from karat_scale.models import create_model
 from karat_scale.models.flops import BlockFlops, flops_by_block
-from karat_scale.models.recompute import Choice, choices_by_rule, recompute
-from karat_scale.models.recompute_budget import cheapest_choices, least_budget, peak_saved_bytes
+from karat_scale.models.recompute import (
+    Choice,
+    cheapest_choices,
+    choices_by_rule,
+    least_budget,
+    peak_saved_bytes,
+    recompute,
+)
 from karat_scale.models.saved_tensors import activation_bytes, saved_bytes
 from karat_scale.recipe import AttentionConfig, ModelConfig, RecomputeConfig
 

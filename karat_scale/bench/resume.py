@@ -121,7 +121,7 @@ def bench_resume(
     Raises:
         UserError: the recipe is wrong, or the run does not stop as it should.
     """
-    fixed = ["data.backend=synthetic", f"data.synthetic_samples={64 * ranks * batch}", "log.tensorboard=false"]
+    fixed = ["data.backend=synthetic", f"data.synthetic_samples={64 * ranks * batch}", "log.trackers=[]"]
     fixed += ["log.every_steps=1", "checkpoint.every_minutes=null", f"train.global_batch={ranks * batch}"]
     chosen = [*fixed, *overrides]
     fresh, resumed, checkpoint_bytes = [], [], 0

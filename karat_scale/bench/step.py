@@ -25,17 +25,17 @@ from karat_scale.data.batch import Batch
 from karat_scale.data.digest import with_digest
 from karat_scale.data.plan import TrainPlan
 from karat_scale.engine import distributed
-from karat_scale.engine.optimizer import build_optimizer
-from karat_scale.engine.run_state import TrainState
+from karat_scale.engine.optimizers import build_optimizer
 from karat_scale.engine.schedule import build_schedule
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
 from karat_scale.reporting.progress import Reporter, SilentDisplay
 from karat_scale.run.loop import Loop
-from karat_scale.run.parts import build_parts
+from karat_scale.run.run import build_parts
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StopSignals
+from karat_scale.tasks.classification.task import ClassificationTask, TrainState
 
 BARE, OURS, KARAT = "bare PyTorch loop, softmax", "karat loop, softmax", "karat loop, KArAt G3B"
 FIRST_STEP_RUNS = 3
@@ -92,15 +92,15 @@ def _recipe(model: dict[str, Any], batch: int, kind: str, scratch: str) -> Recip
         "data": {"backend": "synthetic", "synthetic_samples": 4 * batch},
         "train": {"global_batch": batch, "ema_decay": 0.0, "epochs": 100},
         "checkpoint": {"every_minutes": None},
-        "log": {"every_steps": 50, "tensorboard": False},
+        "log": {"every_steps": 50, "trackers": []},
     }
     return validate_recipe(tree, "bench step")
 
 
 def _batches(recipe: Recipe, device: torch.device) -> list[Batch]:
-    from karat_scale.data.backends import open_backend
+    from karat_scale.data.backends import ImageSpec, open_backend
 
-    backend = open_backend(recipe.data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, 0)
+    backend = open_backend(ImageSpec.of(recipe))
     batch = recipe.train.global_batch
     plan = TrainPlan(0, backend.num_train, batch, batch, 0, 1)
     return [with_digest(one).to(device) for one in backend.train_batches(plan.slices(0, plan.steps_per_epoch))]
@@ -108,7 +108,7 @@ def _batches(recipe: Recipe, device: torch.device) -> list[Batch]:
 
 def _our_loop(recipe: Recipe, steps: int, world: distributed.World) -> Callable[[], None]:
     reporter = Reporter(SilentDisplay(), None)
-    parts = build_parts(recipe, world, RunDirectory(recipe.run.dir), StopSignals(), reporter)
+    parts = build_parts(ClassificationTask(recipe, world, reporter), RunDirectory(recipe.run.dir), StopSignals())
     loop = Loop(parts, TrainState())
     batches = _batches(recipe, world.device)
 

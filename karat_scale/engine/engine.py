@@ -23,8 +23,9 @@ from karat_scale.engine.deepspeed_internals import (
     use_torchs_own_linear,
 )
 from karat_scale.engine.distributed import World
-from karat_scale.engine.optimizer import MuonWithAdamW, build_optimizer, heeds_found_inf
-from karat_scale.engine.precision import PRECISIONS, allow_tf32, autocast_inside, check_precision
+from karat_scale.engine.optimizers import build_optimizer, heeds_found_inf, state_names
+from karat_scale.engine.parameter_groups import Groups
+from karat_scale.engine.precision import PRECISIONS, allow_tf32, autocast_inside, cast_images, check_precision
 from karat_scale.engine.shards import Fragment, Pieces
 from karat_scale.engine.waiting import (
     average_gradients_in_few_copies,
@@ -33,7 +34,7 @@ from karat_scale.engine.waiting import (
     step_judged_by,
 )
 from karat_scale.models import parameter_count
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import RunRecipe
 
 
 def _takes_cpu_adam(choice: str, device: torch.device) -> bool:
@@ -59,11 +60,16 @@ def _cast_buffers(module: nn.Module, dtype: torch.dtype) -> None:
 class Engine:
     """Forward, backward and step of one model on one rank.
 
+    Args:
+        groups: the optimizer's, if they are not `parameter_groups`.
+
     Raises:
         RecipeError: the device or the DeepSpeed file cannot do what the recipe asks for.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, world: World, micro_batch: int) -> None:
+    def __init__(
+        self, model: nn.Module, recipe: RunRecipe, world: World, micro_batch: int, groups: Groups | None = None
+    ) -> None:
         check_precision(recipe.train.precision, world.device)
         allow_tf32(recipe.train.tf32)
         self._precision = PRECISIONS[recipe.train.precision]
@@ -74,6 +80,7 @@ class Engine:
         self.stage = zero_stage(config)
         # At stage 3 the partitioned module's parameters look empty.
         self.parameters = parameter_count(model)
+        self.optimizer_states = state_names(model, recipe.optim)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
         # What does not learn, as it was before a lower precision or partitioning.
         self.frozen = {
@@ -81,23 +88,22 @@ class Engine:
             for name, p in model.named_parameters()
             if not p.requires_grad
         }
-        cpu_adam = offloads_optimizer(config) and _takes_cpu_adam(recipe.deepspeed.cpu_adam, world.device)
+        may_be_on_cpu = bool(recipe.optim.row.on_cpu) and offloads_optimizer(config)
+        cpu_adam = may_be_on_cpu and _takes_cpu_adam(recipe.deepspeed.cpu_adam, world.device)
         config["zero_force_ds_cpu_optimizer"] = cpu_adam
         use_torchs_own_linear()
         initial = _copy_of_weights(model)
         model = model.to(world.device)
         autocast_inside(model, self._precision, world.device.type)
+        optimizer = build_optimizer(model, recipe.optim, world.device, cpu_adam, groups)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self.in_optimizer_order = [names[p] for group in optimizer.param_groups for p in group["params"]]
         with quiet_initialization():
-            self.deepspeed, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=build_optimizer(model, recipe.optim, world.device, cpu_adam),
-                config=config,
-            )
+            self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         if self.stage > 0:  # DeepSpeed's masters begin at what 16 bits have left of the weights
             for fragments, master in zip(shard_layout(self.deepspeed), master_weights(self.deepspeed), strict=True):
                 initial.fill(fragments, master)
             _cast_buffers(self.deepspeed.module, self._precision.weights)
-        self.has_muon = isinstance(self.deepspeed.basic_optimizer, MuonWithAdamW)
         self._device = world.device
         self._skipped_steps = torch.zeros((), device=world.device)
         self._clip = recipe.optim.clip_grad
@@ -108,25 +114,33 @@ class Engine:
             check_by_the_norm(self.deepspeed)
         keep_least_loss_scale(self.deepspeed)
         self._records_graphs = recipe.train.records_graphs
-        if recipe.train.compile:
-            self.deepspeed.compile(compile_kwargs={"mode": recipe.train.compile})
 
     @property
     def module(self) -> nn.Module:
         """The model as it trains, its parameters as `train.precision` holds them; at stage 3 each rank's own part."""
-        return self.deepspeed.module
+        module: nn.Module = self.deepspeed.module
+        return module
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the next step, which each parameter group scales."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits float32 [b, classes] for normalised images [b, 3, H, W]."""
+    def compile(self, mode: str) -> None:
+        """Let torch.compile compile the model, in a mode of its own, at the first step."""
+        self.deepspeed.compile(compile_kwargs={"mode": mode})
+
+    def forward(self, images: Any, *targets: Any) -> Any:
+        """What the model returns for a batch. A single tensor, such as logits, is returned as float32.
+
+        Args:
+            images: one float tensor [b, 3, H, W], or a list of tensors [3, h, w].
+            targets: what else the model takes.
+        """
         if self._records_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # what the last graph returned is not needed any more
-        logits: torch.Tensor = self.deepspeed(images.to(self._precision.weights))
-        return logits.float()
+        output = self.deepspeed(cast_images(images, self._precision.weights), *targets)
+        return output.float() if isinstance(output, torch.Tensor) else output
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients of a micro batch's mean loss; the last of a step reduces them over ranks.

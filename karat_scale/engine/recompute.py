@@ -12,22 +12,29 @@ from karat_scale.engine.precision import PRECISIONS
 from karat_scale.errors import RecipeError
 from karat_scale.models.flops import flops_by_block
 from karat_scale.models.layers import blocks_of
-from karat_scale.models.recompute import Checkpoint, Choice, choices_by_rule, recompute, torch_checkpoint
-from karat_scale.models.recompute_budget import cheapest_choices, least_budget, peak_saved_bytes
+from karat_scale.models.recompute import (
+    Choice,
+    cheapest_choices,
+    choices_by_rule,
+    least_budget,
+    peak_saved_bytes,
+    recompute,
+    torch_checkpoint,
+)
 from karat_scale.models.saved_tensors import ActivationBytes, activation_bytes
-from karat_scale.recipe import Recipe, RecomputeConfig
+from karat_scale.recipe import RunRecipe
 
 
-def apply_recompute(model: nn.Module, recipe: Recipe, world: World, micro_batch: int) -> str:
+def apply_recompute(model: nn.Module, recipe: RunRecipe, world: World, micro_batch: int) -> str:
     """Let `model` recompute what the recipe's `train.recompute` says; returns what that is, in words, or "".
 
     Raises:
-        RecipeError: the budget is below what any choice needs, or the policy does not suit the model or the device.
+        RecipeError: the budget is below what any choice needs, or the policy does not suit the model.
     """
     config = recipe.train.recompute
     if config.policy == "none":
         return ""
-    by = _checkpoint(config, world.device)
+    by = torch_checkpoint if config.method == "torch" else deepspeed_checkpoint()
     if config.budget_gb is None:
         choices = choices_by_rule(config, len(blocks_of(model)))
         words = _in_words(choices)
@@ -39,18 +46,7 @@ def apply_recompute(model: nn.Module, recipe: Recipe, world: World, micro_batch:
     return words
 
 
-def _checkpoint(config: RecomputeConfig, device: torch.device) -> Checkpoint:
-    if config.method == "torch":
-        return torch_checkpoint
-    if config.cpu and not config.partition and device.type == "cpu":
-        raise RecipeError(
-            "train.recompute.cpu = true: the run is on the CPU, and what DeepSpeed moves from there to there is lost; "
-            "remove it or add train.recompute.partition=true"
-        )
-    return deepspeed_checkpoint(config.partition, config.cpu)
-
-
-def _measure(model: nn.Module, recipe: Recipe, world: World, micro_batch: int) -> ActivationBytes:
+def _measure(model: nn.Module, recipe: RunRecipe, world: World, micro_batch: int) -> ActivationBytes:
     """What a copy of the model keeps of one micro batch, in the precision it trains in."""
     precision = PRECISIONS[recipe.train.precision]
     measured = copy.deepcopy(model).to(world.device, precision.weights)
@@ -60,7 +56,7 @@ def _measure(model: nn.Module, recipe: Recipe, world: World, micro_batch: int) -
         return activation_bytes(measured, images)
 
 
-def _within(activations: ActivationBytes, budget_gb: float, recipe: Recipe) -> tuple[Choice, ...]:
+def _within(activations: ActivationBytes, budget_gb: float, recipe: RunRecipe) -> tuple[Choice, ...]:
     choices = cheapest_choices(activations, flops_by_block(recipe.model, recipe.attention), int(budget_gb * 1e9))
     if choices is None:
         least = least_budget(activations) / 1e9

@@ -17,7 +17,7 @@ from karat_scale.suggestions import nearest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 # The folder of each kind of recipe, and the command that trains it.
-COMMANDS = {RECIPES: "train", RECIPES.parent / "detection" / "recipes": "detect"}
+COMMANDS = {RECIPES: "train", RECIPES.parent / "tasks" / "detection" / "recipes": "detect"}
 EXTENDS = "extends"
 
 

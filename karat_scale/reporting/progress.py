@@ -134,15 +134,7 @@ class Reporter:
         self.display.train(step, total, text)
         self._write("train", step, **figures)
 
-    def evaluated(self, step: int, figures: dict[str, Any]) -> None:
-        """The result of an evaluation of a classifier."""
-        text = (
-            f"top-1 {figures['top1']:.2f} % top-5 {figures['top5']:.2f} % "
-            f"loss {figures['loss']:.4f} ({figures['images']:,} images, {figures['weights']} weights)"
-        )
-        self.scored(step, text, figures)
-
-    def scored(self, step: int, text: str, figures: dict[str, Any]) -> None:
+    def evaluated(self, step: int, text: str, figures: dict[str, Any]) -> None:
         """The result of an evaluation, in words and as figures."""
         self.info(f"eval at step {step}: {text}")
         self._write("eval", step, **figures)

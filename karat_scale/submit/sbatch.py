@@ -10,7 +10,7 @@ from pathlib import Path
 from karat_scale.engine.deepspeed_config import check_ds_config
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
-from karat_scale.hardware import known_gpu
+from karat_scale.machine import known_gpu
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.files import shipped_recipes
 from karat_scale.recipe.loading import load_recipe

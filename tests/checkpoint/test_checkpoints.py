@@ -9,8 +9,8 @@ import torch
 from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.deepspeed_internals import master_weights
-from karat_scale.engine.run_state import TrainState
 from karat_scale.errors import RunDirectoryError
+from karat_scale.tasks.classification.task import TrainState
 from tests.small_engines import CONFIGS, equal, train_once, train_steps, weights
 
 
@@ -89,7 +89,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("before", "after"), PAIRS)
-def test_another_stage_goes_on_from_the_same_state(
+def test_another_stage_resumes_from_the_same_state(
     small_recipe, make_checkpoints, tmp_path: Path, before: str, after: str
 ) -> None:
     first = make_checkpoints(small_recipe(f"deepspeed.config={before}"), tmp_path / "c")

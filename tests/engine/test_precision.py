@@ -9,10 +9,10 @@ import torch
 
 from karat_scale.engine.deepspeed_internals import master_weights, shard_layout
 from karat_scale.engine.precision import PRECISIONS, allow_tf32
-from karat_scale.engine.run_state import TrainState
 from karat_scale.recipe import TrainConfig
 from karat_scale.recipe.files import RECIPES
 from karat_scale.recipe.loading import load_recipe
+from karat_scale.tasks.classification.task import TrainState
 from tests.small_engines import train_once, train_steps
 
 FULL, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
@@ -68,7 +68,7 @@ def test_tf32_is_torchs_own_switch(small_recipe, make_engine) -> None:
 
 
 @pytest.mark.parametrize("config", ["zero1", "zero3"])
-def test_a_run_with_16_bit_weights_goes_on_under_autocast(
+def test_a_run_with_16_bit_weights_resumes_under_autocast(
     small_recipe, make_checkpoints, tmp_path: Path, config: str
 ) -> None:
     """So do runs that began when `bf16` meant 16-bit weights."""

@@ -20,7 +20,7 @@ from karat_scale.bench.measuring import interleaved_seconds, median_ratio
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import Engine
-from karat_scale.engine.optimizer import build_optimizer
+from karat_scale.engine.optimizers import build_optimizer
 from karat_scale.memory_errors import is_out_of_memory
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe

@@ -17,21 +17,22 @@ from karat_scale.attention import KaratOperator
 from karat_scale.bench.gpu.process import one_line
 from karat_scale.bench.gpu.task import Task, is_fatal
 from karat_scale.bench.measuring import interleaved_seconds, median_ratio
+from karat_scale.data.backends import ImageSpec
 from karat_scale.data.backends.synthetic import TRAIN_STREAM, SyntheticBackend
 from karat_scale.data.batch import Batch
 from karat_scale.data.digest import with_digest
 from karat_scale.data.plan import BatchSlice
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
-from karat_scale.engine.run_state import TrainState
 from karat_scale.memory_errors import is_out_of_memory
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
 from karat_scale.reporting.progress import Reporter, SilentDisplay
 from karat_scale.run.loop import Loop
-from karat_scale.run.parts import build_parts
+from karat_scale.run.run import build_parts
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StopSignals
+from karat_scale.tasks.classification.task import ClassificationTask, TrainState
 
 # The values of train.compile, by what they are called here.
 MODES = {"eager": False, "compiled": "default", "graphs": "reduce-overhead"}
@@ -77,9 +78,9 @@ class OurLoop:
         self._task = task
         before = allocated(task)
         reporter = Reporter(SilentDisplay(), None)
-        self.parts = build_parts(recipe, world, RunDirectory(recipe.run.dir), StopSignals(), reporter)
-        model, data = recipe.model, recipe.data
-        self.parts.backend = HeldBatches(data, model.image_size, model.num_classes, recipe.run.seed)
+        self.classifier = ClassificationTask(recipe, world, reporter)
+        self.parts = build_parts(self.classifier, RunDirectory(recipe.run.dir), StopSignals())
+        self.classifier.backend = HeldBatches(ImageSpec.of(recipe))
         self._loop = Loop(self.parts, TrainState())
         self._batches = self._loop.feed(MANY)
         self.dtypes = _dtypes_inside(self.parts.engine.module, lambda: self.run(1)) if not recipe.train.compile else {}
@@ -142,7 +143,7 @@ def _report(task: Task, group: Group, name: str, loop: OurLoop, steps: int, seco
         "batch": group.batch,
         "images_per_second": round(rate, 1),
         "ratio_to_softmax": round(1 / median_ratio(seconds, name, SOFTMAX), 3) if SOFTMAX in seconds else None,
-        **loop.parts.efficiency.figures(rate),
+        **loop.classifier.efficiency.figures(rate),
         "peak_mb": loop.peak_mb(),
         **({} if task.toy else _work_of(loop)),
         **loop.dtypes,
@@ -171,7 +172,7 @@ def _recipe(task: Task, group: Group, attention: str, scratch: str) -> Recipe:
             "eval_every_epochs": MANY,
         },
         "checkpoint": {"every_minutes": None},
-        "log": {"every_steps": 1000, "tensorboard": False},
+        "log": {"every_steps": 1000, "trackers": []},
     }
     return validate_recipe(tree, "bench gpu")
 
