@@ -15,6 +15,7 @@ def add_benches(benches: Any) -> None:
     """Add each bench to the subparsers of `karat bench`."""
     parser = benches.add_parser("step", help="our loop against a bare PyTorch loop, KArAt against softmax")
     parser.add_argument("--model", default="vit_tiny_patch16_224")
+    parser.add_argument("--image-size", type=count, default=224)
     parser.add_argument("--batch", type=count, default=8)
     parser.add_argument("--steps", type=count, default=5, help="steps per round (default: %(default)s)")
     _add_rounds(parser, 7)
@@ -85,7 +86,7 @@ def _add_rounds(parser: argparse.ArgumentParser, rounds: int) -> None:
 def _step(options: argparse.Namespace) -> int:
     from karat_scale.bench.step import bench_step
 
-    return bench_step(options.model, options.batch, options.steps, options.rounds, options.json)
+    return bench_step(options.model, options.image_size, options.batch, options.steps, options.rounds, options.json)
 
 
 def attention_case(options: argparse.Namespace, tokens: int) -> "Case":

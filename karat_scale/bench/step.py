@@ -41,8 +41,9 @@ BARE, OURS, KARAT = "bare PyTorch loop, softmax", "karat loop, softmax", "karat 
 FIRST_STEP_RUNS = 3
 
 
-def bench_step(model: str, batch: int, steps: int, rounds: int, json_file: str | None) -> int:
+def bench_step(name: str, image_size: int, batch: int, steps: int, rounds: int, json_file: str | None) -> int:
     """Measure, print a table and the seconds to a first step, and write `json_file`; returns 0."""
+    model = {"name": name, "image_size": image_size}
     world = distributed.start("auto")
     try:
         with tempfile.TemporaryDirectory() as scratch:
@@ -68,7 +69,8 @@ def bench_step(model: str, batch: int, steps: int, rounds: int, json_file: str |
         for name in contenders
     ]
     result = {
-        "model": model,
+        "model": name,
+        "image_size": image_size,
         "batch": batch,
         "steps": steps,
         "rounds": rounds,
@@ -82,10 +84,10 @@ def bench_step(model: str, batch: int, steps: int, rounds: int, json_file: str |
     return 0
 
 
-def _recipe(model: str, batch: int, kind: str, scratch: str) -> Recipe:
+def _recipe(model: dict[str, Any], batch: int, kind: str, scratch: str) -> Recipe:
     tree = {
         "run": {"name": f"bench-{kind}", "dir": f"{scratch}/{kind}"},
-        "model": {"name": model},
+        "model": model,
         "attention": {"kind": kind},
         "data": {"backend": "synthetic", "synthetic_samples": 4 * batch},
         "train": {"global_batch": batch, "ema_decay": 0.0, "epochs": 100},
@@ -153,12 +155,10 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _seconds_to_first_step(model: str, batch: int, run_dir: Path) -> float:
+def _seconds_to_first_step(model: dict[str, Any], batch: int, run_dir: Path) -> float:
     """Seconds from the start of `karat train` to the end of its first step, in a process of its own."""
     recipe = run_dir.with_suffix(".yaml")
-    recipe.write_text(
-        json.dumps({"data": {"backend": "synthetic"}, "model": {"name": model}, "train": {"ema_decay": 0.0}})
-    )
+    recipe.write_text(json.dumps({"data": {"backend": "synthetic"}, "model": model, "train": {"ema_decay": 0.0}}))
     overrides = [f"run.dir={run_dir}", f"train.global_batch={batch}", "train.max_steps=1", "data.synthetic_samples=64"]
     command = [sys.executable, "-m", "karat_scale", "train", str(recipe), *overrides]
     subprocess.run(command, check=True, capture_output=True)
@@ -176,6 +176,7 @@ def _print(result: dict[str, Any]) -> None:
         )
         for row in result["rows"]
     ]
-    title = f"{result['model']}, batch {result['batch']}, {result['device']}, {result['threads']} threads"
+    title = f"{result['model']} at {result['image_size']} px, batch {result['batch']}, {result['device']}, "
+    title += f"{result['threads']} threads"
     print_table(title, ("loop", "images/s", "over bare", "over karat softmax"), rows)
     print(f"from command to first step: {result['seconds_to_first_step']:.1f} s (median of {FIRST_STEP_RUNS})")

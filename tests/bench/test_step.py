@@ -9,20 +9,8 @@ from tests.conftest import karat
 @pytest.mark.slow
 def test_bench_step_prints_ratios_and_writes_json(tmp_path: Path) -> None:
     out = tmp_path / "step.json"
-    done = karat(
-        "bench",
-        "step",
-        "--model",
-        "vit_mini_patch4_28",
-        "--batch",
-        "4",
-        "--steps",
-        "1",
-        "--rounds",
-        "3",
-        "--json",
-        str(out),
-    )
+    size = ("--model", "vit_mini_patch4_28", "--image-size", "32", "--batch", "4", "--steps", "1", "--rounds", "3")
+    done = karat("bench", "step", *size, "--json", str(out))
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert [row["loop"] for row in result["rows"]] == [
