@@ -18,6 +18,8 @@ TAIL, BETWEEN_KERNELS = 1.1, 2.5e-6
 # FlashAttention-2 on tokens padded to 256, in FLOP/s.
 SDPA_FORWARD, SDPA_BACKWARD = 260e12, 190e12
 REGISTERS = 65536
+# Sines, cosines and exponentials a clock and scheduler, of 32 in an instruction: 16 a clock and multiprocessor.
+SPECIAL = 4 / 32
 
 
 def main() -> None:
@@ -50,24 +52,31 @@ def main() -> None:
 
 
 def issue_seconds(kernel: Compiled, asked: argparse.Namespace) -> float:
-    """The time to issue all instructions of the kernels that score; 0 for others, which wait for memory."""
+    """The time to issue all instructions of the kernels that score, or in their main loops to compute its sines and
+    cosines where that is longer; 0 for others, which wait for memory."""
     if kernel.loop_per_score is None:
         return 0.0
     spans = [span for span in loops(kernel.code) if any("MMA" in line for line in kernel.code[slice(*span)])]
     inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    body = min(count_instructions(kernel.code[slice(*span)]) for span in inner)
+    body = min(length(kernel, span) for span in inner)
     scores = round(body / kernel.loop_per_score * 32 * kernel.warps)
     # All that is outside the main loop runs once for an image and tile: whole for a program of one image, at most
     # what the loop over images holds otherwise.
-    around = max((count_instructions(kernel.code[slice(*span)]) for span in spans if span not in inner), default=0)
+    around = max((length(kernel, span) for span in spans if span not in inner), default=0)
     around = around or count_instructions(kernel.code)
     own = {"forward_kernel": 128, "grad_query_kernel": 64, "grad_key_kernel": 64}[kernel.name]
     steps = -(-asked.tokens * own // scores)
     tiles = -(-asked.tokens // own) * asked.batch * asked.heads
-    instructions = tiles * kernel.warps * (body * steps + around - body)
     fitting = REGISTERS // (kernel.registers * 32 * kernel.warps) * kernel.warps
     ipc = IPC if fitting >= 12 or kernel.name == "grad_query_kernel" else IPC_OF_TWO
-    return instructions / (MULTIPROCESSORS * SCHEDULERS * ipc * CLOCK)
+    special = sum("MUFU" in line for line in kernel.code[slice(*min(inner, key=lambda span: length(kernel, span)))])
+    clocks = steps * max(body / ipc, special / SPECIAL) + (around - body) / ipc
+    return tiles * kernel.warps * clocks / (MULTIPROCESSORS * SCHEDULERS * CLOCK)
+
+
+def length(kernel: Compiled, span: tuple[int, int]) -> int:
+    """Instructions of a loop's body."""
+    return count_instructions(kernel.code[slice(*span)])
 
 
 def memory_seconds(name: str, asked: argparse.Namespace) -> float:
@@ -84,8 +93,8 @@ def memory_seconds(name: str, asked: argparse.Namespace) -> float:
         "grad_key_kernel": 3 * wide + narrow + partial,
         "reduce_kernel": partial,
     }[name]
-    # The readout reads value and the gradient of the output a second time.
-    again = 2 * wide / L2 if name == "readout_kernel" else 0.0
+    # The readout reads the gradient of the output a second time.
+    again = wide / L2 if name == "readout_kernel" else 0.0
     return moved / HBM + again
 
 

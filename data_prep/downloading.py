@@ -7,8 +7,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from console import progress
-
+from karat_scale.console import progress
 from karat_scale.errors import DataError
 from karat_scale.files import commit_file
 

@@ -10,13 +10,13 @@ classes.txt with the names of its classes.
 from collections.abc import Callable
 from pathlib import Path
 
-from console import make_parser, run
 from debian_package import take_files
 from downloading import RemoteFile, download, file_md5
+from script_options import make_parser
 from sources.idx import CLASSES_FILE, read_idx
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN, FashionMNIST, Flowers102
 
-from karat_scale.errors import DataError
+from karat_scale.errors import DataError, run_script
 from karat_scale.files import write_atomically
 
 FASHION_MNIST, PACKAGE = "fashion_mnist", "dataset-fashion-mnist"
@@ -120,4 +120,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

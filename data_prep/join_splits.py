@@ -8,10 +8,10 @@ stopped resumes.
 
 from pathlib import Path
 
-from console import make_parser, run
+from script_options import make_parser
 
 from karat_scale.data.formats.shard_format import DATASET_FILE, read_dataset_record, write_dataset_record
-from karat_scale.errors import DataError
+from karat_scale.errors import DataError, run_script
 from karat_scale.files import flush_to_disk
 
 
@@ -45,4 +45,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

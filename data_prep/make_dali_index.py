@@ -9,11 +9,12 @@ per sample with `<suffix> <offset> <bytes> <name>` of each of its members.
 import tarfile
 from pathlib import Path
 
-from console import add_shard_options, make_parser, progress, run
+from script_options import add_shard_options, make_parser
 
+from karat_scale.console import progress
 from karat_scale.data.formats.shard_format import ShardRecord, chosen_splits, read_dataset_record
 from karat_scale.data.formats.shards import check_file
-from karat_scale.errors import DataError
+from karat_scale.errors import DataError, run_script
 from karat_scale.files import write_atomically
 
 VERSION = "v1.2"
@@ -55,4 +56,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

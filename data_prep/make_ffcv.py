@@ -12,33 +12,23 @@ in the clone, pip install '.[ffcv]'.
 """
 
 import argparse
-from typing import Any
 
 import numpy as np
-from beton_job import BetonJob, unfinished_path, write_beton
+from beton_job import BetonJob, write_beton
 from beton_packing import Packing
-from console import (
-    add_choice_options,
-    add_source_options,
-    check_files,
-    check_split_name,
-    list_troubles,
-    make_parser,
-    progress,
-    run,
-)
+from job import made_by, shuffled
 from make_webdataset import class_names
 from preparing import Preparation
-from shard_job import spread
+from script_options import add_source_options, check_source_options, make_parser
 from sources import Source, SourceOptions, open_splits
 from sources.shards import has_shards, open_shards
 
-from karat_scale import __version__
 from karat_scale.arguments import count
+from karat_scale.console import progress
 from karat_scale.data.decoders.ffcv import require_ffcv
 from karat_scale.data.formats.beton import BetonRecord, check_file, read_record, record_path
 from karat_scale.data.formats.beton_writer import page_bytes
-from karat_scale.errors import DataError
+from karat_scale.errors import DataError, run_script
 
 # FFCV's own defaults.
 QUALITY, JPEG_SHARE = 90, 0.5
@@ -47,28 +37,21 @@ QUALITY, JPEG_SHARE = 90, 0.5
 def plan_job(split: str, source: Source, names: list[str], options: argparse.Namespace) -> BetonJob:
     """Return the job of one split, from the command line."""
     from_shards = has_shards(options.src)
-    if from_shards:
-        order = np.arange(len(source))
-    else:
-        order = np.concatenate(spread(source, options.seed, options.subset, None, None))
+    order = np.arange(len(source)) if from_shards else shuffled(source, options.seed, options.subset)
     preparation = None if from_shards else Preparation(options.check, options.on_odd)
-    made: dict[str, Any] = {
-        "tool": "data_prep/make_ffcv.py",
-        "version": __version__,
-        "source": options.src.resolve().name,
-        "source_sha256": source.fingerprint(),
-        "from_shards": from_shards,
-        "seed": options.seed,
-        "subset": options.subset,
-        "write_mode": options.write_mode,
-        "max_resolution": options.max_resolution,
-        "quality": options.quality,
-        "compress_probability": options.compress_probability,
-        "smart_threshold": options.smart_threshold,
-        "check": preparation and options.check,
-        "on_odd": preparation and options.on_odd,
-        **source.facts,
-    }
+    made = made_by(
+        "make_ffcv.py",
+        source,
+        options,
+        from_shards=from_shards,
+        write_mode=options.write_mode,
+        max_resolution=options.max_resolution,
+        quality=options.quality,
+        compress_probability=options.compress_probability,
+        smart_threshold=options.smart_threshold,
+        check=preparation and options.check,
+        on_odd=preparation and options.on_odd,
+    )
     packing = Packing(
         options.write_mode,
         options.max_resolution,
@@ -78,14 +61,14 @@ def plan_job(split: str, source: Source, names: list[str], options: argparse.Nam
         options.seed,
         page_bytes(int(source.sizes.max())),
     )
-    return BetonJob(split, source, options.out, order, preparation, packing, names, made)
+    return BetonJob(split, source, options.out, preparation, made, order, packing, names)
 
 
 def make_split(job: BetonJob, workers: int) -> BetonRecord:
     """Write the beton of a split. Raises DataError if a file that we did not make is in the way."""
     if job.path.exists() and not record_path(job.path).exists():
         raise DataError(f"{job.path} exists and was not finished by this script; delete it or use another --out")
-    if unfinished_path(job).exists():
+    if job.unfinished.exists():
         print(f"{job.split}: an earlier run did not finish; starting again")
     with progress(f"{job.split}: writing", len(job.order), "images") as advance:
         return write_beton(job, workers, advance)
@@ -93,12 +76,7 @@ def make_split(job: BetonJob, workers: int) -> BetonRecord:
 
 def check_split(job: BetonJob, found: BetonRecord, workers: int) -> None:
     """Check a finished beton byte for byte; make it again if it is damaged. Raises DataError for other settings."""
-    for key, value in job.made_with().items():
-        if found.made.get(key) != value:
-            raise DataError(
-                f"{job.path} was made with {key} = {found.made.get(key)}, now {value}; use another --out, or delete "
-                f"{record_path(job.path)} and {job.path} to make it again"
-            )
+    job.check_settings(found.made, f"{job.path} was", f"{record_path(job.path)} and {job.path}")
     try:
         check_file(job.out, found, by_hash=True)
         check_file(job.out, found.index, by_hash=True)
@@ -111,21 +89,10 @@ def check_split(job: BetonJob, found: BetonRecord, workers: int) -> None:
     print(f"{job.split}: {found.samples} samples in {job.path.name} are complete and correct")
 
 
-def report(job: BetonJob, record: BetonRecord) -> None:
-    """Print what was made, and what was skipped or odd."""
-    modes = ", ".join(f"{count} {mode}" for mode, count in record.modes.items())
-    print(
-        f"{job.split}: {record.samples} samples ({modes}) in {record.name}, {record.bytes / 1e6:,.1f} MB, "
-        f"{len(record.skipped)} skipped, {len(record.odd)} odd"
-    )
-    list_troubles(record.skipped, record.odd, record_path(job.path).name)
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line. Raises DataError for options that exclude each other."""
     parser = make_parser("Convert shards, an ImageFolder, or a data set's official files, to FFCV's betons.")
     add_source_options(parser)
-    add_choice_options(parser)
     parser.add_argument(
         "--write-mode",
         choices=("jpg", "raw", "proportion", "smart"),
@@ -148,8 +115,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    check_split_name(options.split)
-    check_files(options, "val_labels", "synsets", "names")
+    check_source_options(options)
     if options.quality > 100:
         raise DataError(f"--quality {options.quality} is more than 100")
     for mode, name in (("smart", "smart_threshold"), ("proportion", "compress_probability")):
@@ -190,16 +156,14 @@ def main(arguments: list[str] | None = None) -> None:
     jobs = [plan_job(split, source, names, options) for split, source in sources.items()]
     for job in jobs:
         if options.dry_run:
-            size = int(job.source.sizes[job.order].sum())
-            print(
-                f"{job.split}: {len(job.order)} images of {len(job.source.classes)} classes, {size / 1e6:,.1f} MB as "
-                f"they are, would be written to {job.path}"
-            )
+            job.print_plan(job.order, str(job.path))
         elif record_path(job.path).exists():
             check_split(job, read_record(job.path), options.workers)
         else:
-            report(job, make_split(job, options.workers))
+            record = make_split(job, options.workers)
+            modes = ", ".join(f"{count} {mode}" for mode, count in record.modes.items())
+            job.print_result(record, f"({modes}) in {record.name}", record_path(job.path).name)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -20,76 +20,63 @@ was done about them (--on-odd).
 import argparse
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
-from console import (
-    add_choice_options,
-    add_source_options,
-    check_files,
-    check_split_name,
-    list_troubles,
-    make_parser,
-    progress,
-    run,
-)
+import numpy as np
+from job import Notes, made_by, shuffled
 from preparing import DEFAULT_QUALITY, Preparation
 from resizing import choose_encoder
+from script_options import add_source_options, check_source_options, make_parser
 from shard_job import (
     DEFAULT_SHARD_SAMPLES,
-    Job,
     MadeShard,
+    ShardJob,
     finished_shards,
-    forget_notes,
     make_shards,
     remove_leftovers,
-    spread,
+    remove_marks,
+    split_order,
 )
 from sources import Source, SourceOptions, open_splits
 from sources.val_labels import NAME_FILES, find_file, read_synset_names
 
-from karat_scale import __version__
 from karat_scale.arguments import count
+from karat_scale.console import progress
 from karat_scale.data.formats.shard_format import (
     DATASET_FILE,
     DatasetRecord,
-    SkippedRecord,
     SplitRecord,
     read_dataset_record,
     write_dataset_record,
 )
 from karat_scale.data.formats.shards import check_file
-from karat_scale.errors import DataError
+from karat_scale.errors import DataError, run_script
 
 
-def plan_job(split: str, source: Source, options: argparse.Namespace) -> Job:
+def plan_job(split: str, source: Source, options: argparse.Namespace) -> ShardJob:
     """Return the job of one split, from the command line."""
-    shards = spread(source, options.seed, options.subset, options.shard_samples, options.shard_bytes)
-    by_count = options.shard_samples or DEFAULT_SHARD_SAMPLES
+    order = shuffled(source, options.seed, options.subset)
     quality = options.quality or DEFAULT_QUALITY
     encoder = choose_encoder(options.encoder) if options.resize else "pillow"
-    made: dict[str, Any] = {
-        "tool": "data_prep/make_webdataset.py",
-        "version": __version__,
-        "source": options.src.resolve().name,
-        "source_sha256": source.fingerprint(),
-        "seed": options.seed,
-        "shard_samples": None if options.shard_bytes else by_count,
-        "shard_bytes": options.shard_bytes,
-        "subset": options.subset,
-        "resize": options.resize,
-        "quality": quality if options.resize else None,
-        "encoder": encoder if options.resize else None,
-        "check": options.check,
-        "on_odd": options.on_odd,
-        **source.facts,
-    }
+    made = made_by(
+        "make_webdataset.py",
+        source,
+        options,
+        shard_samples=None if options.shard_bytes else options.shard_samples or DEFAULT_SHARD_SAMPLES,
+        shard_bytes=options.shard_bytes,
+        resize=options.resize,
+        quality=quality if options.resize else None,
+        encoder=encoder if options.resize else None,
+        check=options.check,
+        on_odd=options.on_odd,
+    )
     preparation = Preparation(options.check, options.on_odd, options.resize, quality, encoder)
-    return Job(split, source, options.out, shards, preparation, made)
+    shards = split_order(order, source, options.shard_samples, options.shard_bytes)
+    return ShardJob(split, source, options.out, preparation, made, shards)
 
 
-def make_split(job: Job, workers: int) -> SplitRecord:
+def make_split(job: ShardJob, workers: int) -> SplitRecord:
     """Write the missing shards of a split; returns its record. Raises DataError if no image is left."""
-    with progress(f"{job.split}: writing", job.samples, "images") as advance:
+    with progress(f"{job.split}: writing", sum(map(len, job.shards)), "images") as advance:
         done = finished_shards(job, advance)
         remove_leftovers(job, done)
         if done:
@@ -102,34 +89,22 @@ def make_split(job: Job, workers: int) -> SplitRecord:
     return _split_record(job, sorted(done, key=lambda shard: shard.number))
 
 
-def _split_record(job: Job, done: list[MadeShard]) -> SplitRecord:
+def _split_record(job: ShardJob, done: list[MadeShard]) -> SplitRecord:
     records = [shard.record for shard in done]
-    skipped = [SkippedRecord(path=path, reason=reason) for path, reason in job.source.skipped]
-    skipped += [item for shard in done for item in shard.skipped]
-    samples = sum(record.samples for record in records)
-    if samples == 0:
-        raise DataError(f"no image of split {job.split} is usable; first: {skipped[0].path}: {skipped[0].reason}")
-    per_class = [sum(shard.labels.get(label, 0) for shard in done) for label in range(len(job.source.classes))]
+    notes = Notes()
+    for shard in done:
+        notes.add(shard)
     return SplitRecord(
-        samples=samples,
+        samples=sum(record.samples for record in records),
         bytes=sum(record.bytes for record in records),
         shards=records,
-        made=job.made,
-        skipped=sorted(skipped, key=lambda item: item.path),
-        odd=sorted((item for shard in done for item in shard.odd), key=lambda item: item.path),
-        grey=sum(shard.grey for shard in done),
-        per_class=per_class,
+        **job.record_fields(notes),
     )
 
 
-def check_split(job: Job, found: SplitRecord, workers: int) -> None:
+def check_split(job: ShardJob, found: SplitRecord, workers: int) -> None:
     """Check a finished split byte for byte and make damaged shards again. Raises DataError for other settings."""
-    for key, value in job.made_with().items():
-        if found.made.get(key) != value:
-            raise DataError(
-                f"{job.out} holds split {job.split} made with {key} = {found.made.get(key)}, now {value}; "
-                f"use another --out, or delete {job.out / DATASET_FILE} to make it again"
-            )
+    job.check_settings(found.made, f"{job.out} holds split {job.split}", str(job.out / DATASET_FILE))
     damaged = []
     with progress(f"{job.split}: checking", len(found.shards), "shards") as advance:
         for number, shard in enumerate(found.shards):
@@ -149,20 +124,10 @@ def check_split(job: Job, found: SplitRecord, workers: int) -> None:
     print(f"{job.split}: {found.samples} samples in {len(found.shards)} shards are complete and correct")
 
 
-def report(split: str, record: SplitRecord) -> None:
-    """Print what was made, and what was skipped or odd."""
-    print(
-        f"{split}: {record.samples} samples in {len(record.shards)} shards, {record.bytes / 1e6:,.1f} MB, "
-        f"{len(record.skipped)} skipped, {len(record.odd)} odd"
-    )
-    list_troubles(record.skipped, record.odd, DATASET_FILE)
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line. Raises DataError for options that exclude each other."""
     parser = make_parser("Convert an ImageFolder, or a data set's official files, to indexed WebDataset shards.")
     add_source_options(parser)
-    add_choice_options(parser)
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--shard-samples", type=count, metavar="N", help=f"samples per shard (default {DEFAULT_SHARD_SAMPLES})"
@@ -179,8 +144,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="with --resize: C++ or Pillow; auto uses native if it can be compiled (default auto)",
     )
     options = parser.parse_args(arguments)
-    check_split_name(options.split)
-    check_files(options, "val_labels", "synsets", "names")
+    check_source_options(options)
     if options.quality is not None and (options.resize is None or options.quality > 100):
         raise DataError(f"--quality {options.quality} needs --resize and is at most 100")
     if options.encoder != "auto" and options.resize is None:
@@ -206,11 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     jobs = [plan_job(split, source, options) for split, source in sources.items()]
     if options.dry_run:
         for job in jobs:
-            size = sum(int(job.source.sizes[shard].sum()) for shard in job.shards)
-            print(
-                f"{job.split}: {job.samples} images of {len(job.source.classes)} classes, about "
-                f"{size / 1e6:,.1f} MB, would be written to {len(job.shards)} shards in {out}"
-            )
+            job.print_plan(np.concatenate(job.shards), f"{len(job.shards)} shards in {out}")
         return
     out.mkdir(parents=True, exist_ok=True)
     classes = jobs[0].source.classes
@@ -221,9 +181,10 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             dataset.splits[job.split] = make_split(job, options.workers)
             write_dataset_record(out, dataset)
-            report(job.split, dataset.splits[job.split])
-        forget_notes(job)
+            made = dataset.splits[job.split]
+            job.print_result(made, f"in {len(made.shards)} shards", DATASET_FILE)
+        remove_marks(job)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

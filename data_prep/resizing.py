@@ -9,7 +9,7 @@ from PIL import Image
 from karat_scale.data.decode import decode_rgb
 from karat_scale.data.decoders.recoder import NativeRecoder, result_size
 from karat_scale.errors import DataError
-from karat_scale.native_build import LoadError
+from karat_scale.native_build import PACKAGES, LoadError
 
 Encoder = Literal["native", "pillow"]
 # A JPEG that is scaled while decoding stays larger than its result by this factor, so that the resize is good.
@@ -24,7 +24,7 @@ def choose_encoder(asked: Literal["auto", "native", "pillow"]) -> Encoder:
         native_recoder()
     except LoadError as error:
         if asked == "native":
-            fix = "run `apt-get install g++ libjpeg-dev`, or use --encoder pillow"
+            fix = f"run `apt-get install {PACKAGES}`, or use --encoder pillow"
             raise DataError(f"--encoder native cannot run: {error}; {fix}") from error
         return "pillow"
     return "native"

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from console import add_shard_options, make_parser, progress, run
+from script_options import add_shard_options, make_parser
 
+from karat_scale.console import progress
 from karat_scale.data.formats.shard_format import (
     DATASET_FILE,
     DatasetRecord,
@@ -27,7 +28,7 @@ from karat_scale.data.formats.shard_format import (
     write_dataset_record,
 )
 from karat_scale.data.formats.shards import check_file
-from karat_scale.errors import DataError
+from karat_scale.errors import DataError, run_script
 from karat_scale.files import commit_file
 
 BLOCK = 1 << 22
@@ -151,4 +152,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

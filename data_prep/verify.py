@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from console import add_shard_options, make_parser, progress, run
+from script_options import add_shard_options, make_parser
 
+from karat_scale.console import progress
 from karat_scale.data.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.formats.shard_format import (
     INDEX_FIELDS,
@@ -26,7 +27,7 @@ from karat_scale.data.formats.shard_format import (
     read_index_field,
 )
 from karat_scale.data.formats.shards import check_file
-from karat_scale.errors import DataError
+from karat_scale.errors import DataError, run_script
 
 # ImageNet-1K as published: images, and the smallest and largest class.
 IMAGENET_CLASSES = 1000
@@ -144,4 +145,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

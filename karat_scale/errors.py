@@ -1,6 +1,10 @@
 """The errors that a user can fix. Each is one clear line and ends a command with exit code 2."""
 
+import errno
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 # The exit code of a run that saved on a signal and should be run again: sysexits' EX_TEMPFAIL.
 EXIT_STOPPED = 75
@@ -29,3 +33,24 @@ class RunDirectoryError(UserError):
 def not_written(file: str | Path, error: OSError) -> RunDirectoryError:
     """Return the error for a file of a run that could not be written."""
     return RunDirectoryError(f"{file}: {error.strerror or error}; fix that and run the same command to resume")
+
+
+def run_script(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script and exit with its code; 2 with one line on stderr for what the user can fix, 130 for Ctrl-C."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        code, message = 2, " ".join(str(error).split())
+    except OSError as error:
+        code, message = 2, _described(error)
+    except KeyboardInterrupt:
+        code, message = 130, "stopped; run the same command again to resume"
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _described(error: OSError) -> str:
+    reason = error.strerror or error
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or '--out'}: {reason}; free space there and run the same command again"
+    return f"{error.filename or 'the system'}: {reason}"

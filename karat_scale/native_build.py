@@ -19,10 +19,10 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c")
 COMPILERS = ("g++", "c++", "clang++")
+# Debian's packages for our sources, and for FFCV, which is compiled when it is installed.
+PACKAGES, FFCV_PACKAGES = "g++ libjpeg-dev", "libopencv-dev libturbojpeg0-dev pkg-config g++"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast")
 # What each instruction set needs beyond plain x86-64, in the order of preference.
 INSTRUCTION_SETS = {
@@ -87,6 +87,8 @@ def _available_instruction_sets() -> tuple[str, ...]:
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         return ()
     # PyTorch's own detection; it obeys ATEN_CPU_CAPABILITY.
+    import torch  # here, so that the doctor reports its absence and does not crash
+
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX512" and _may_use_amx():
         return ("amx", "avx512", "avx2")
@@ -107,13 +109,15 @@ def _may_use_amx() -> bool:
 
 def _load(source: Path, isa: str, link: tuple[str, ...]) -> ctypes.CDLL:
     """The library from the cache; builds it first where no process has, and again where it is damaged."""
-    compiler = _find_compiler()
+    compiler = find_compiler()
     flags = (*FLAGS, *INSTRUCTION_SETS.get(isa, ()))
     version = _run([compiler, "--version"])
     ours = (path.read_text() for path in (source, *sorted(source.parent.glob("*.h"))))
+    import torch
+
     ingredients = (*ours, version, torch.__version__, *flags, *link)
     key = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:20]
-    directory = _cache_directory()
+    directory = cache_directory()
     library = directory / f"{source.stem}-{isa}-{key}.so"
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     _keep_others_out(directory)
@@ -124,12 +128,14 @@ def _load(source: Path, isa: str, link: tuple[str, ...]) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
+    """Return the directory of compiled libraries: KARAT_CACHE_DIR, by default ~/.cache/karat_scale."""
     chosen = os.environ.get("KARAT_CACHE_DIR")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "karat_scale"
 
 
-def _find_compiler() -> str:
+def find_compiler() -> str:
+    """Return the path of the C++ compiler: CXX, or the first of `COMPILERS`. Raises LoadError."""
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
     for candidate in candidates:
         if found := shutil.which(candidate):

@@ -120,11 +120,16 @@ def _leaves_at_the_end() -> Iterator[None]:
 
 
 @pytest.fixture
-def world(_leaves_at_the_end: None) -> Any:
-    """This process alone, on the CPU. A command that ran in this process may have left the group; it joins again."""
-    from karat_scale.engine import distributed
+def world(_leaves_at_the_end: None) -> Iterator[Any]:
+    """This process alone, on the CPU. A command that ran in this process may have left the group; it joins again.
 
-    return distributed.start("cpu")
+    A stage 3 engine replaces `torch.nn.functional.linear`; the tests after this one get torch's own back.
+    """
+    from karat_scale.engine import distributed
+    from karat_scale.engine.deepspeed_internals import use_torchs_own_linear
+
+    yield distributed.start("cpu")
+    use_torchs_own_linear()
 
 
 def karat_environment() -> dict[str, str]:
@@ -164,6 +169,11 @@ def karat(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[st
     """Run `karat` to its end, alone or on several ranks."""
     environments = rank_environments(processes) if processes > 1 else [karat_environment()]
     return run_program("karat_scale", arguments, environments, timeout=300, directory=Path.cwd())
+
+
+def benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m benchmarks.NAME` to its end."""
+    return run_program(f"benchmarks.{name}", arguments, [karat_environment()], timeout=300, directory=Path.cwd())
 
 
 @pytest.fixture

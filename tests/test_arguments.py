@@ -77,7 +77,7 @@ def test_a_measure_is_finite_and_above_zero(option: str, value: str, capsys: Cap
     "option",
     [
         "plan r --gpus", "plan r --gpus-per-node", "submit r --nodes", "submit r --cpus-per-task", "analyze r --images",
-        "analyze r --samples", "analyze r --batch", "bench step --rounds", "bench attention --curve",
+        "analyze r --samples", "analyze r --batch", "bench step --rounds", "bench attention --tokens",
         "bench data --images",
     ],
 )  # fmt: skip

@@ -6,13 +6,12 @@ from functools import partial
 from pathlib import Path
 
 from karat_scale.errors import DataError
-from sources.base import Openers, Source, UnreadableSampleError
+from sources.base import Openers, Source, SourceOptions, UnreadableSampleError
 from sources.cifar import cifar_splits
 from sources.flowers102 import flowers_splits
 from sources.idx import idx_splits
 from sources.imagefolder import ImageFolderSource, class_folders, flat_folders, split_folders
 from sources.imagenet import has_imagenet_tars, imagenet_splits
-from sources.options import SourceOptions
 from sources.stl10 import stl10_splits
 from sources.svhn import svhn_splits
 from sources.tars import folder_tar_splits

@@ -1,18 +1,44 @@
-"""The interface of a source of images, for the scripts that write shards, betons or indexes."""
+"""The interface of a source of images, its options, and the names of samples."""
 
+import argparse
 import hashlib
 import os
+import re
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from sources.keys import unique_keys
+Encoding = Literal["png", "jpeg"]
+MAX_KEY_BYTES = 90  # a tar name holds 100
+_UNFIT = re.compile(r"[\x00-\x20\x7f\s]")
 
 
 class UnreadableSampleError(Exception):
     """A source image that cannot be used; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Options for reading a source.
+
+    val_labels, synsets: files with ImageNet's validation labels, as in val_labels.py. encoding: of images that a
+    source holds as raw pixels; None uses the source's own. any_hash: accept files of a published data set with
+    another hash than the published one.
+    """
+
+    val_labels: Path | None = None
+    synsets: Path | None = None
+    encoding: Encoding | None = None
+    any_hash: bool = False
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "SourceOptions":
+        """Return the options from a script's command line."""
+        return cls(options.val_labels, options.synsets, options.encoding, options.any_hash)
 
 
 class Source(Protocol):
@@ -80,3 +106,33 @@ class ListedSource:
         for path, size, label in zip(self._paths, self.sizes, self.labels, strict=True):
             digest.update(os.fsencode(path) + f"\0{size}\0{label}\n".encode())
         return digest.hexdigest()
+
+
+def unique_keys(paths: list[str]) -> list[str]:
+    """Return a key for each path. Keys are unique and short enough for a tar.
+
+    The key is the path without its suffix. Its last part has no dot, and it has no blank and no part that points
+    outside of a directory; other characters become `_`, or the whole key becomes a hash.
+    """
+    keys: list[str] = []
+    taken: set[str] = set()
+    for path in paths:
+        key = _key(path)
+        if not key or key in taken or len(key.encode()) > MAX_KEY_BYTES:
+            key = hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
+        for number in range(2, len(paths) + 2):
+            if key not in taken:
+                break
+            key = hashlib.sha256(os.fsencode(path) + b"\0%d" % number).hexdigest()[:32]
+        taken.add(key)
+        keys.append(key)
+    return keys
+
+
+def _key(path: str) -> str:
+    text = os.fsencode(path).decode(errors="replace").replace("\\", "/")
+    parts = [_UNFIT.sub("_", part) for part in text.split("/") if part not in ("", ".", "..")]
+    if not parts:
+        return ""
+    stem = parts[-1].rpartition(".")[0] or parts[-1]
+    return "/".join([*parts[:-1], stem.replace(".", "_")])

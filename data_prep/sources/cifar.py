@@ -15,8 +15,7 @@ import numpy.typing as npt
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from karat_scale.errors import DataError
-from sources.base import Openers
-from sources.options import SourceOptions
+from sources.base import Openers, SourceOptions
 from sources.pixels import PixelSource
 from sources.published import PublishedFiles
 

@@ -20,11 +20,9 @@ import numpy.typing as npt
 from torchvision.datasets import Flowers102
 
 from karat_scale.errors import DataError
-from sources.base import ListedSource, Openers
-from sources.mat import mat_array
-from sources.options import SourceOptions
+from sources.base import ListedSource, Openers, SourceOptions
 from sources.pixels import renumbered
-from sources.published import PublishedFiles
+from sources.published import PublishedFiles, mat_array
 
 IMAGES, LABELS, SETS = (Flowers102._file_dict[part][0] for part in ("image", "label", "setid"))
 FOLDER = "flowers-102"  # torchvision's folder

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from karat_scale.errors import DataError
-from sources.base import Openers
-from sources.options import SourceOptions
+from sources.base import Openers, SourceOptions
 from sources.pixels import PixelSource
 
 CLASSES_FILE = "classes.txt"

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from karat_scale.errors import DataError
+from sources.base import SourceOptions
 from sources.imagefolder import is_image_name
-from sources.options import SourceOptions
 from sources.tars import Member, TarSource, scan_tar
 from sources.val_labels import LABEL_FILES, find_file, read_val_labels
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from karat_scale.errors import DataError
-from sources.options import Encoding
+from sources.base import Encoding
 
 JPEG_QUALITY = 95
 _CHUNK = 4096

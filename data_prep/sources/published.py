@@ -1,6 +1,7 @@
 """The files of a data set as its authors publish them, in their archive or unpacked, checked by the published MD5."""
 
 import hashlib
+import io
 import sys
 import tarfile
 import zlib
@@ -9,8 +10,11 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from console import progress
+import numpy as np
+import numpy.typing as npt
+from scipy.io import loadmat
 
+from karat_scale.console import progress
 from karat_scale.errors import DataError
 
 _MB = 1_000_000
@@ -122,3 +126,14 @@ def _read_members(packed: _CountedReads, wanted: dict[str, str]) -> dict[str, by
 
 def _md5(data: bytes) -> str:
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def mat_array(name: str, data: bytes, variable: str) -> npt.NDArray[Any]:
+    """Return one array of integers from a .mat file. Raises DataError if it is damaged or has no such array."""
+    try:
+        found = loadmat(io.BytesIO(data), variable_names=[variable]).get(variable)
+    except Exception as error:  # a damaged file makes scipy raise nearly any error
+        raise DataError(f"{name} is not a complete MATLAB file ({error}); fetch it again") from error
+    if not isinstance(found, np.ndarray) or not np.issubdtype(found.dtype, np.integer):
+        raise DataError(f"{name} has no array of integers {variable!r}; fetch it again")
+    return found

@@ -10,8 +10,7 @@ import numpy as np
 from torchvision.datasets import STL10
 
 from karat_scale.errors import DataError
-from sources.base import Openers
-from sources.options import SourceOptions
+from sources.base import Openers, SourceOptions
 from sources.pixels import PixelSource
 from sources.published import PublishedFiles
 

@@ -10,11 +10,9 @@ import numpy as np
 from torchvision.datasets import SVHN
 
 from karat_scale.errors import DataError
-from sources.base import Openers
-from sources.mat import mat_array
-from sources.options import SourceOptions
+from sources.base import Openers, SourceOptions
 from sources.pixels import PixelSource
-from sources.published import PublishedFiles
+from sources.published import PublishedFiles, mat_array
 
 DIGITS = [str(digit) for digit in range(10)]
 _LABEL_OF_ZERO = 10

@@ -13,11 +13,11 @@ from karat_scale.analysis.functions import analyze_functions
 from karat_scale.analysis.landscape import analyze_landscape
 from karat_scale.analysis.maps import analyze_maps
 from karat_scale.analysis.output import Written, read_written, safe_name, write_result
-from karat_scale.analysis.progress import ProgressDisplay, Show
 from karat_scale.analysis.report import Problem, RunSummary, write_report
 from karat_scale.analysis.result import Result, Settings
 from karat_scale.analysis.spectrum import analyze_spectrum
 from karat_scale.analysis.trained_run import TrainedRun, open_run
+from karat_scale.console import work_display
 from karat_scale.engine import distributed
 from karat_scale.errors import RunDirectoryError, UserError
 from karat_scale.models.factory import parameter_count
@@ -83,14 +83,14 @@ def analyze(runs: Sequence[TrainedRun], names: Sequence[str], settings: Settings
         return _assist(runs, labels, settings, out) if SHARED in names else 0
     written: dict[str, dict[str, Written]] = {}
     problems: list[Problem] = []
-    with ProgressDisplay() as show:
+    with work_display() as show:
         for name in names:
             for run, label in zip(runs, labels, strict=True):
-                told = _told(settings, show, label)
+                shown = _with_progress(settings, show, label)
                 try:
                     directory = out / name / safe_name(label)
                     directory.mkdir(parents=True, exist_ok=True)
-                    result = ANALYSES[name](run, told, directory)
+                    result = ANALYSES[name](run, shown, directory)
                     written.setdefault(name, {})[label] = write_result(result, directory, run.fingerprint)
                 except (UserError, OSError) as error:
                     problems.append(Problem(name, label, " ".join(str(error).split())))
@@ -156,5 +156,5 @@ def _summary(run: TrainedRun, label: str) -> RunSummary:
     return RunSummary(label, facts)
 
 
-def _told(settings: Settings, show: Show, label: str) -> Settings:
+def _with_progress(settings: Settings, show: Callable[[str, int, int], None], label: str) -> Settings:
     return replace(settings, progress=lambda what, done, total: show(f"{label}: {what}", done, total))

@@ -4,12 +4,10 @@ The peers are `scaled_dot_product_attention` (SDPA), which a user has without us
 holds the N x N matrix as the literature's code does. Contenders run in turn; ratios are medians over rounds.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +17,8 @@ from torch.nn import functional
 from karat_scale.attention import KaratOperator, make_basis
 from karat_scale.bench.interleave import interleaved_seconds, median_ratio
 from karat_scale.bench.peak_memory import peak_memory_of
+from karat_scale.console import print_table, write_json
 from karat_scale.errors import UserError
-from karat_scale.files import write_atomically
 
 HEADS = {"tiny": 3, "small": 6, "base": 12}
 TOKENS, HEAD_WIDTH = 197, 64
@@ -178,12 +176,6 @@ def clock_for(device: str, threads: int) -> Callable[[], float]:
     return time.process_time if device == "cpu" and threads == 1 else time.perf_counter
 
 
-def write_json(json_file: str | None, result: dict[str, Any]) -> None:
-    """The file, where one is asked for."""
-    if json_file:
-        write_atomically(Path(json_file), json.dumps(result, indent=2) + "\n")
-
-
 def device_name(device: str) -> str:
     """The card's name, or the CPU's vector instructions."""
     return torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
@@ -195,15 +187,10 @@ def _wait_for(device: str) -> None:
 
 
 def _print(result: dict[str, Any]) -> None:
-    from rich.console import Console  # here, so that `bench.gpu` runs with torch and triton alone
-    from rich.table import Table
-
     title = f"ViT-{result['model'].capitalize()} batch {result['batch']}, N = {result['tokens']}, "
     title += f"{result['basis']} {result['form']}, grid {result['grid']}, rank {result['rank']}, "
     title += f"{result['dtype']} on {result['device_name']}"
-    table = Table(title=title)
-    for column in ("implementation", "ms", "to SDPA", "to softmax", "MB", "to SDPA"):
-        table.add_column(column, justify="left" if column == "implementation" else "right")
+    rows = []
     for row in result["rows"]:
         forward = (row["forward_ms"], row["ratio_forward"], row["ratio_forward_to_softmax"])
         both = (
@@ -211,7 +198,7 @@ def _print(result: dict[str, Any]) -> None:
             row["ratio_forward_backward"],
             row["ratio_forward_backward_to_softmax"],
         )
-        table.add_row(f"{row['implementation']} forward", *(f"{figure:.2f}" for figure in forward))
+        rows.append([f"{row['implementation']} forward", *(f"{figure:.2f}" for figure in forward), "", ""])
         memory = (f"{row['peak_mb']:.1f}", f"{row['ratio_memory']:.2f}")
-        table.add_row("  and backward", *(f"{figure:.2f}" for figure in both), *memory, end_section=True)
-    Console().print(table)
+        rows.append(["  and backward", *(f"{figure:.2f}" for figure in both), *memory])
+    print_table(title, ("implementation", "ms", "to SDPA", "to softmax", "MB", "to SDPA"), rows)

@@ -1,35 +1,30 @@
-"""`karat bench data`: images a second and core from each backend, beside whole decodes and the loaders of others.
+"""`karat bench data`: images per second and core from each backend and decoder, next to whole decodes.
 
-A core's second is a second of processor time, of this process and its workers, so neighbours on the machine do not
+A core's second is a second of processor time, of this process and its workers, so other processes on the machine do not
 count. Contenders run in turn over the same images; 1.0 is a whole decode by libjpeg-turbo, with no crop, resize or
-batch.
+batch. `python -m benchmarks.data_peers` adds the loaders of other libraries.
 """
 
-import json
 import os
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from torchvision.io import ImageReadMode, decode_jpeg
 
-from karat_scale.bench import data_peers as peers
-from karat_scale.bench import library_loaders as libraries
 from karat_scale.bench.interleave import interleaved_seconds, median_ratio, processor_seconds
 from karat_scale.bench.sample_images import CLASSES, SampleImages, prepare_images
+from karat_scale.console import print_table, write_json
 from karat_scale.data.backends import Backend, open_backend
-from karat_scale.data.backends.images import ImageBackend
-from karat_scale.data.decoders.native import NativeDecoder
-from karat_scale.data.formats.beton import beton_path, read_record
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.plan import TrainPlan
 from karat_scale.errors import UserError
-from karat_scale.files import write_atomically
 from karat_scale.recipe import AugmentConfig, DataConfig
 
 BACKENDS = ("webdataset", "folder", "ffcv", "dali", "synthetic")
@@ -40,14 +35,16 @@ SIZE, BATCH = 224, 64
 PASSES = 4
 # The same where two workers are compared with one: seconds of decoding beside the tenth of a second that a start takes.
 SCALING_PASSES, SCALING_ROUNDS = 20, 2
-FFCV, DALI = "FFCV's Loader, uint8", "DALI's pipeline, CPU, uint8"
+# The library that a backend needs.
+LIBRARIES = {"ffcv": "ffcv", "dali": "nvidia.dali"}
 AUGMENTS = {
     # What every peer has too, as torchvision's reference recipe draws it.
     "crop": AugmentConfig(ratio=(3 / 4, 4 / 3), color_jitter=0, randaugment="", interpolation="bilinear"),
     "paper": AugmentConfig(),
 }
-NATIVE = "karat webdataset, native"
 TWO_WORKERS, ONE_WORKER = "2 workers", "1 worker"
+
+Contender = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -70,8 +67,13 @@ class Plan:
     rounds: int = 7
 
 
-def bench_data(plan: Plan, json_file: str | None) -> int:
-    """Measure, print a table, and write `json_file`; returns 0. Raises UserError for what cannot be measured."""
+def bench_data(
+    plan: Plan, json_file: str | None, more: "Callable[[Contenders], dict[str, Contender]]" = lambda _: {}
+) -> int:
+    """Measure, print a table, and write `json_file`; returns 0. Raises UserError for what cannot be measured.
+
+    `more` returns further contenders, each of which goes over `Contenders.loader_images` images.
+    """
     backends = list(plan.backends or BACKENDS)
     for name in backends:
         if name not in BACKENDS:
@@ -79,12 +81,13 @@ def bench_data(plan: Plan, json_file: str | None) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="karat-bench-") as scratch:
         images = prepare_images(Path(scratch), plan.images, plan.shards, plan.tar)
-        bench = _Bench(images, AUGMENTS[plan.augment], plan.workers, plan.ffcv)
-        contenders, missing = bench.contenders(backends)
-        seconds = interleaved_seconds(contenders, plan.rounds, processor_seconds)
-        scaling = _scaling(bench, min(plan.rounds, SCALING_ROUNDS)) if "webdataset" in backends else None
-    base = next(iter(contenders))
-    used = {name: bench.images_of(name) for name in contenders}
+        ours = Contenders(images, plan, backends)
+        whole = ours.whole()
+        loaders = {**ours.backends(), **more(ours)}
+        seconds = interleaved_seconds({**whole, **loaders}, plan.rounds, processor_seconds)
+        scaling = _scaling(ours, min(plan.rounds, SCALING_ROUNDS)) if "webdataset" in backends else None
+    base = next(iter(whole))
+    used = {**dict.fromkeys(whole, len(images.encoded)), **dict.fromkeys(loaders, ours.loader_images)}
     result = {
         "source": images.source,
         "images": len(images.encoded),
@@ -100,77 +103,95 @@ def bench_data(plan: Plan, json_file: str | None) -> int:
                 "images_per_core_second": round(used[name] / statistics.median(seconds[name]), 1),
                 "ratio": round(used[name] / used[base] / median_ratio(seconds, name, base), 3),
             }
-            for name in contenders
+            for name in used
         ],
-        "not_measured": missing,
+        "not_measured": ours.missing,
         "two_workers_over_one": scaling,
     }
     _print(result)
-    if json_file:
-        write_atomically(Path(json_file), json.dumps(result, indent=2) + "\n")
+    write_json(json_file, result)
     return 0
 
 
-class _Bench:
-    """The contenders over one set of images."""
+def decode_whole_by_simplejpeg(encoded: tuple[bytes, ...]) -> Contender | None:
+    """Return a pass over the images; None if simplejpeg is not installed."""
+    if find_spec("simplejpeg") is None:
+        return None
+    decode = import_module("simplejpeg").decode_jpeg
 
-    def __init__(self, images: SampleImages, augment: AugmentConfig, workers: int, ffcv: str | None) -> None:
-        self._images, self._augment, self._workers, self._ffcv = images, augment, workers, ffcv
-        self._batch = min(BATCH, len(images.encoded))
+    def run() -> None:
+        for data in encoded:
+            decode(data, strict=False)
+
+    return run
+
+
+def decode_whole_by_torchvision(encoded: tuple[bytes, ...]) -> Contender:
+    """Return a pass over the images."""
+
+    def run() -> None:
+        for data in encoded:
+            decode_by_torchvision(data)
+
+    return run
+
+
+def decode_by_torchvision(data: bytes) -> torch.Tensor:
+    """Return the image, uint8 [3, H, W]."""
+    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+
+
+def lacking_library(backend: str) -> str:
+    """Return what to type to install a backend's library; empty if it is installed or none is needed."""
+    try:
+        there = backend not in LIBRARIES or find_spec(LIBRARIES[backend]) is not None
+    except ModuleNotFoundError:
+        there = False
+    return "" if there else f"pip install '.[{backend}]' in the clone"
+
+
+class Contenders:
+    """The contenders over one set of images. `missing`: the reasons why some cannot run, by name."""
+
+    def __init__(self, images: SampleImages, plan: Plan, backends: Sequence[str]) -> None:
+        self.images, self.augment, self.requested = images, AUGMENTS[plan.augment], backends
+        self.ffcv, self.workers = Path(plan.ffcv or ""), plan.workers
+        self.batch = min(BATCH, len(images.encoded))
         # Loaders drop the last incomplete batch.
-        whole_batches = len(images.encoded) // self._batch * self._batch
-        self._load = peers.Load(SIZE, self._batch, workers, PASSES * whole_batches)
-        self._whole: set[str] = set()
+        self.loader_images = PASSES * (len(images.encoded) // self.batch * self.batch)
+        self.missing: dict[str, str] = {}
 
-    def images_of(self, name: str) -> int:
-        """How many images a contender goes over."""
-        return len(self._images.encoded) if name in self._whole else self._load.images
-
-    def contenders(self, backends: list[str]) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-        """What can run, by name, the base of all ratios first; and why others cannot."""
-        images, augment, load = self._images, self._augment, self._load
-        found: dict[str, Callable[[], object]] = {}
-        missing: dict[str, str] = {}
-        if simple := peers.decode_whole_by_simplejpeg(images.encoded):
+    def whole(self) -> dict[str, Contender]:
+        """Return passes over the images without a loader, first the base of all ratios."""
+        encoded = self.images.encoded
+        found: dict[str, Contender] = {}
+        if simple := decode_whole_by_simplejpeg(encoded):
             found["whole decode, simplejpeg"] = simple
         else:
-            missing["whole decode, simplejpeg"] = "pip install simplejpeg"
-        found["whole decode, torchvision"] = peers.decode_whole_by_torchvision(images.encoded)
+            self.missing["whole decode, simplejpeg"] = "pip install simplejpeg"
+        found["whole decode, torchvision"] = decode_whole_by_torchvision(encoded)
         found["reading bytes alone"] = self._read_bytes
-        self._whole = set(found)
-        found["Pillow ImageFolder, float32"] = peers.image_folder(images.folder, augment, load)
-        if not augment.randaugment:
-            found["torchvision decode and crop, uint8"] = peers.torchvision_uint8(images.encoded, augment, load)
-            found |= self._library_loaders(backends)
-        for backend in backends:
+        return found
+
+    def backends(self) -> dict[str, Contender]:
+        """Return the passes of each requested backend that can run, by each of its decoders."""
+        found: dict[str, Contender] = {}
+        for backend in self.requested:
             for decoder in DECODERS.get(backend, ("auto",)):
                 name = f"karat {backend}" + ("" if decoder == "auto" else f", {decoder}")
-                reason = self._lacks(backend)
+                reason = self.lacks(backend)
                 try:
                     if not reason:
-                        found[name] = self.passes(backend, decoder, self._workers)
+                        found[name] = self.passes(backend, decoder, self.workers)
                 except UserError as error:
                     reason = str(error)
                 if reason:
-                    missing[name] = reason
-        if NATIVE in found:
-            found[f"{NATIVE} with DCT scaling"] = self._scaled_passes()
-        return found, missing
-
-    def _library_loaders(self, backends: list[str]) -> dict[str, Callable[[], object]]:
-        """Of those backends that can run."""
-        found: dict[str, Callable[[], object]] = {}
-        if "ffcv" in backends and not self._lacks("ffcv"):
-            beton = beton_path(Path(self._ffcv or ""), "train")
-            samples = min(len(self._images.encoded), read_record(beton).samples)
-            found[FFCV] = libraries.ffcv_loader(beton, samples, self._augment, self._load)
-        if "dali" in backends and not self._lacks("dali"):
-            found[DALI] = libraries.dali_loader(self._images.folder, self._augment, self._load)
+                    self.missing[name] = reason
         return found
 
-    def passes(self, backend: str, decoder: str, workers: int, times: int = PASSES) -> Callable[[], object]:
-        """Goes over the images by our backend, `times` over. Raises UserError where it cannot be opened."""
-        path = {"folder": self._images.folder, "ffcv": Path(self._ffcv or "")}.get(backend, self._images.shards)
+    def passes(self, backend: str, decoder: str, workers: int, times: int = PASSES) -> Contender:
+        """Return `times` passes over the images by our backend. Raises UserError if it cannot be opened."""
+        path = {"folder": self.images.folder, "ffcv": self.ffcv}.get(backend, self.images.shards)
         config = DataConfig.model_validate(
             {
                 "backend": backend,
@@ -178,20 +199,14 @@ class _Bench:
                 "decoder": decoder,
                 "workers": workers,
                 "on_bad_sample": "skip",
-                "synthetic_samples": len(self._images.encoded),
+                "synthetic_samples": len(self.images.encoded),
             }
         )
-        return self._passes_of(open_backend(config, self._augment, SIZE, CLASSES, 0), times)
+        return self.passes_of(open_backend(config, self.augment, SIZE, CLASSES, 0), times)
 
-    def _scaled_passes(self) -> Callable[[], object]:
-        """As the webdataset backend, with a decoder that no recipe asks for, since its pixels differ more."""
-        split = ShardSplit(self._images.shards, "train", CLASSES)
-        config = DataConfig(path=str(self._images.shards), workers=self._workers)
-        decoder = NativeDecoder(self._augment.interpolation, config.max_pixels, scaled=True)
-        return self._passes_of(ImageBackend(split, split, config, self._augment, SIZE, 0, decoder))
-
-    def _passes_of(self, backend: Backend, times: int = PASSES) -> Callable[[], object]:
-        plan = TrainPlan(0, min(backend.num_train, len(self._images.encoded)), self._batch, self._batch, 0, 1)
+    def passes_of(self, backend: Backend, times: int = PASSES) -> Contender:
+        """Return `times` passes over the images by an open backend."""
+        plan = TrainPlan(0, min(backend.num_train, len(self.images.encoded)), self.batch, self.batch, 0, 1)
 
         def run() -> None:
             for _ in backend.train_batches(plan.slices(0, times * plan.steps_per_epoch)):
@@ -199,25 +214,26 @@ class _Bench:
 
         return run
 
-    def _lacks(self, backend: str) -> str:
-        if lacking := libraries.lacking(backend):
+    def lacks(self, backend: str) -> str:
+        """Return why a backend cannot run; empty if it can."""
+        if lacking := lacking_library(backend):
             return lacking
-        if backend == "ffcv" and not self._ffcv:
+        if backend == "ffcv" and self.ffcv == Path():
             return "name a directory made by data_prep/make_ffcv.py with --ffcv"
         return ""
 
     def _read_bytes(self) -> None:
-        split = ShardSplit(self._images.shards, "train", CLASSES)
+        split = ShardSplit(self.images.shards, "train", CLASSES)
         for sample_id in range(len(split)):
             split.read(sample_id)
         split.close()
 
 
-def _scaling(bench: _Bench, rounds: int) -> dict[str, float]:
-    """Wall time and processor time of one worker over those of two. Wall time needs two idle cores."""
+def _scaling(ours: Contenders, rounds: int) -> dict[str, float]:
+    """Return wall and processor time of one worker over those of two. Wall time needs two idle cores."""
     contenders = {
-        ONE_WORKER: bench.passes("webdataset", "auto", 1, SCALING_PASSES),
-        TWO_WORKERS: bench.passes("webdataset", "auto", 2, SCALING_PASSES),
+        ONE_WORKER: ours.passes("webdataset", "auto", 1, SCALING_PASSES),
+        TWO_WORKERS: ours.passes("webdataset", "auto", 2, SCALING_PASSES),
     }
     wall = interleaved_seconds(contenders, rounds)
     processor = interleaved_seconds(contenders, rounds, processor_seconds)
@@ -230,17 +246,13 @@ def _scaling(bench: _Bench, rounds: int) -> dict[str, float]:
 def _print(result: dict[str, Any]) -> None:
     what = "random resized crop and flip" if result["augment"] == "crop" else "the paper's augmentation"
     title = f"{result['images']} images of {result['mean_kb']:.0f} KB ({Path(result['source']).name}), {what}, "
-    table = Table(title=title + f"workers: {result['workers']}")
-    for column in ("contender", "images/s and core", "over whole decode"):
-        table.add_column(column, justify="left" if column == "contender" else "right")
-    for row in result["rows"]:
-        table.add_row(row["contender"], f"{row['images_per_core_second']:.0f}", f"{row['ratio']:.2f}")
-    console = Console()
-    console.print(table)
+    title += f"workers: {result['workers']}"
+    rows = [(row["contender"], f"{row['images_per_core_second']:.0f}", f"{row['ratio']:.2f}") for row in result["rows"]]
+    print_table(title, ("contender", "images/s and core", "over whole decode"), rows)
     for name, reason in result["not_measured"].items():
-        console.print(f"not measured: {name}: {reason}", markup=False)
+        print(f"not measured: {name}: {reason}")
     if scaling := result["two_workers_over_one"]:
-        console.print(
+        print(
             f"two workers over one: {scaling['wall']:.2f} times as fast by the clock (on {result['cores']} cores, "
             f"if idle), {scaling['processor']:.2f} of the images a core's second"
         )

@@ -4,7 +4,6 @@ Each round starts a new run, tells its ranks to stop as a job's batch script doe
 tells it to stop again. Times are read from the run's own events.
 """
 
-import json
 import os
 import resource
 import signal
@@ -19,12 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from karat_scale.cluster.standing import read_events
+from karat_scale.console import print_table, write_json
 from karat_scale.errors import EXIT_STOPPED, UserError
-from karat_scale.files import write_atomically
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.run.run_directory import RunDirectory
 
@@ -155,8 +151,7 @@ def bench_resume(
         "ratio_of_starts": round(statistics.median(ratios), 3),
     }
     _print(result)
-    if json_file:
-        write_atomically(Path(json_file), json.dumps(result, indent=2) + "\n")
+    write_json(json_file, result)
     return 0
 
 
@@ -178,10 +173,7 @@ def _last_line(log: Path) -> str:
 
 def _print(result: dict[str, Any]) -> None:
     title = f"{result['recipe']}, {result['ranks']} x {result['images_per_rank']} images, {result['device']}"
-    table = Table(title=f"{title}, checkpoint {result['checkpoint_mb']:,.0f} MB")
-    for column in ("seconds", "fresh", "resumed"):
-        table.add_column(column, justify="left" if column == "seconds" else "right")
-    rows = {
+    figures = {
         "start to resumed": "to_resumed",
         "start to first step": "to_first_step",
         "signal to saved": "signal_to_saved",
@@ -189,9 +181,9 @@ def _print(result: dict[str, Any]) -> None:
         "saved to ended": "saved_to_ended",
         "processor time, start to end": "processor",
     }
-    for label, name in rows.items():
+    rows = []
+    for label, name in figures.items():
         values = (result[kind][name] for kind in ("fresh", "resumed"))
-        table.add_row(label, *("" if value is None else f"{value:.1f}" for value in values))
-    console = Console()
-    console.print(table)
-    console.print(f"a resumed start takes {result['ratio_of_starts']:.2f} times as long as a fresh one")
+        rows.append([label, *("" if value is None else f"{value:.1f}" for value in values)])
+    print_table(f"{title}, checkpoint {result['checkpoint_mb']:,.0f} MB", ("seconds", "fresh", "resumed"), rows)
+    print(f"a resumed start takes {result['ratio_of_starts']:.2f} times as long as a fresh one")

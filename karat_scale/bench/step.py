@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from timm.loss import SoftTargetCrossEntropy
 
 from karat_scale.bench.interleave import interleaved_seconds, median_ratio
+from karat_scale.console import print_table, write_json
 from karat_scale.data.augmentation.mixing import Mixer
 from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.batch import Batch
@@ -28,7 +27,6 @@ from karat_scale.data.plan import TrainPlan
 from karat_scale.engine import distributed
 from karat_scale.engine.optimizer import build_optimizer
 from karat_scale.engine.schedule import build_schedule
-from karat_scale.files import write_atomically
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
@@ -80,8 +78,7 @@ def bench_step(model: str, batch: int, steps: int, rounds: int, json_file: str |
         "rows": rows,
     }
     _print(result)
-    if json_file:
-        write_atomically(Path(json_file), json.dumps(result, indent=2) + "\n")
+    write_json(json_file, result)
     return 0
 
 
@@ -170,16 +167,15 @@ def _seconds_to_first_step(model: str, batch: int, run_dir: Path) -> float:
 
 
 def _print(result: dict[str, Any]) -> None:
-    table = Table(title=f"{result['model']}, batch {result['batch']}, {result['device']}, {result['threads']} threads")
-    for column in ("loop", "images/s", "over bare", "over karat softmax"):
-        table.add_column(column, justify="left" if column == "loop" else "right")
-    for row in result["rows"]:
-        table.add_row(
+    rows = [
+        (
             row["loop"],
             f"{row['images_per_second']:.1f}",
             f"{row['ratio_to_bare']:.3f}",
             f"{row['ratio_to_karat_softmax']:.3f}",
         )
-    console = Console()
-    console.print(table)
-    console.print(f"from command to first step: {result['seconds_to_first_step']:.1f} s (median of {FIRST_STEP_RUNS})")
+        for row in result["rows"]
+    ]
+    title = f"{result['model']}, batch {result['batch']}, {result['device']}, {result['threads']} threads"
+    print_table(title, ("loop", "images/s", "over bare", "over karat softmax"), rows)
+    print(f"from command to first step: {result['seconds_to_first_step']:.1f} s (median of {FIRST_STEP_RUNS})")

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from karat_scale.cluster.pace import slow_ranks
 from karat_scale.cluster.standing import Standing, read_standing
+from karat_scale.console import duration
 
 REFRESH_SECONDS = 2.0
 # Heartbeats are written every two seconds.
@@ -51,18 +52,6 @@ def sparkline(values: list[float], width: int = _WIDTH) -> str:
     low, high = min(means), max(means)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((mean - low) * scale)] for mean in means)
-
-
-def duration(seconds: float) -> str:
-    """Format a duration in at most two units: "3 d 4 h", "12 min 5 s"."""
-    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    left = int(seconds)
-    parts: list[str] = []
-    for unit, size in units:
-        count, left = divmod(left, size)
-        if count or (unit == "s" and not parts):
-            parts.append(f"{count} {unit}")
-    return " ".join(parts[:2])
 
 
 def render(standing: Standing) -> Group:

@@ -74,3 +74,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
+
+
+def blank_jpeg(side: int) -> bytes:
+    """Return a black JPEG of `side` x `side` pixels, to try a decoder with."""
+    encoded = io.BytesIO()
+    Image.new("RGB", (side, side)).save(encoded, "JPEG")
+    return encoded.getvalue()

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
+from karat_scale.console import plural
 from karat_scale.data.backends import Backend, open_backend
 from karat_scale.data.plan import choose_micro_batch
 from karat_scale.doctor import fit
-from karat_scale.doctor.finding import Finding, examine, found, plural
+from karat_scale.doctor.finding import Finding, examine, found
 from karat_scale.doctor.fit import Subject
 from karat_scale.doctor.report import Report, Row
 from karat_scale.doctor.timed_run import Figures, setting_of, time_recipe
@@ -46,7 +47,7 @@ def check_up(recipe: Recipe, seconds: float, report: Report, before: Callable[[]
             model = build_model(recipe, Path(scratch))
         subject = Subject(recipe, world, micro_batch, parameter_count(model))
         before()
-        _examine(subject, report, partial(time_recipe, subject, model, seconds=seconds, voice=report.voice))
+        _examine(subject, report, partial(time_recipe, subject, model, seconds=seconds, printer=report.printer))
     finally:
         distributed.stop()
 
@@ -71,7 +72,7 @@ def _examine(subject: Subject, report: Report, measure: Callable[[int], Figures]
 
     def timed() -> Iterable[Finding]:
         figures = measure(num_train)
-        return _tell(subject, figures, report)
+        return _judge(subject, figures, report)
 
     report.add("verdict", "what bounds training", _examined(subject.world, "timed run", timed))
 
@@ -97,7 +98,7 @@ def _examined(world: World, name: str, examination: Callable[[], Iterable[Findin
     return examine(name, with_fix)
 
 
-def _tell(subject: Subject, figures: Figures, report: Report) -> list[Finding]:
+def _judge(subject: Subject, figures: Figures, report: Report) -> list[Finding]:
     """Show the stages; return the verdict and its notes."""
     setting = setting_of(subject, figures, _decoder_name(subject.recipe))
     verdict = judge(figures.rates, setting)
@@ -106,7 +107,7 @@ def _tell(subject: Subject, figures: Figures, report: Report) -> list[Finding]:
     report.figures["advice"] = verdict.advice
     report.figures["data_images_per_second"] = round(verdict.data_rate, 2)
     report.figures["device_images_per_second"] = round(verdict.device_rate, 2)
-    report.voice.table("images per second of each stage by itself", ("stage", "img/s", ""), _rows(subject, figures))
+    report.printer.table("images per second of each stage by itself", ("stage", "img/s", ""), _rows(subject, figures))
     return [
         found("bound", f"{verdict.bound}: {verdict.reason}", verdict.advice),
         *_remarks(figures, verdict),

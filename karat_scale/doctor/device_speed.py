@@ -1,5 +1,8 @@
-"""The time of the device's stages of a step: transfer, model, optimizer, communication."""
+"""The time of the device's stages of a step: transfer, model, optimizer, communication. All ranks measure together."""
 
+import statistics
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +16,46 @@ from karat_scale.data.augmentation.device_augment import DeviceAugment
 from karat_scale.data.augmentation.mixing import Mixer
 from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.batch import Batch
-from karat_scale.doctor.clock import repeated, timed
 from karat_scale.engine.distributed import World
 from karat_scale.engine.precision import PRECISIONS
 from karat_scale.models import parameter_count
 from karat_scale.recipe import Recipe
 from karat_scale.run.loop import Parts
+
+FEWEST = 2
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(action: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of one call, including the device's work."""
+    wait_for(device)
+    begun = time.perf_counter()
+    action()
+    wait_for(device)
+    return time.perf_counter() - begun
+
+
+def repeated(action: Callable[[], float], seconds: float, world: World) -> float:
+    """Return the median of `action` over about `seconds`; of the slowest rank, with the same count on each.
+
+    The first call is the warm-up and does not count.
+    """
+    action()
+    begun = time.perf_counter()
+    measured: list[float] = []
+    while len(measured) < FEWEST or not world.any(time.perf_counter() - begun > seconds):
+        measured.append(action())
+    return slowest(statistics.median(measured), world)
+
+
+def slowest(value: float, world: World) -> float:
+    """Return the largest of all ranks' values."""
+    return max(world.gather(value))
 
 
 def random_batch(recipe: Recipe, size: int) -> Batch:

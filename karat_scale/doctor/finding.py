@@ -33,11 +33,6 @@ def found(name: str, value: str, fix: str = "", *, wrong: bool = False, **figure
     return Finding(name, "problem" if wrong else "note" if fix else "ok", value, fix, figures)
 
 
-def plural(number: int, noun: str) -> str:
-    """Return a count with its noun."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def examine(name: str, examination: Callable[[], Iterable[Finding]]) -> list[Finding]:
     """Return the findings, or a problem if the check fails: a broken library must not stop the doctor.
 

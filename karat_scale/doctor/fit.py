@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
+from karat_scale.console import gigabytes, plural
 from karat_scale.data.backends import Backend
 from karat_scale.data.plan import TrainPlan, choose_micro_batch
 from karat_scale.doctor import resources
 from karat_scale.doctor.data_files import DataFiles, find_data_files
-from karat_scale.doctor.finding import Finding, found, plural
+from karat_scale.doctor.finding import Finding, found
 from karat_scale.engine.distributed import World
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import differing_keys
 from karat_scale.run.run_directory import RunDirectory
 
-GIB = 2**30
 # fp32 weights, their EMA and the two moments of AdamW.
 CHECKPOINT_BYTES_PER_PARAMETER = 16
 
@@ -68,7 +68,7 @@ def stays_cached(files: DataFiles | None) -> bool:
 
 def _page_cache(files: DataFiles) -> Finding:
     room = resources.cache_memory()
-    text = f"{_gib(files.total_bytes)} of data, {_gib(room)} of memory available"
+    text = f"{gigabytes(files.total_bytes)} of data, {gigabytes(room)} of memory available"
     figures: dict[str, Any] = {"data_bytes": files.total_bytes, "image_bytes": round(files.image_bytes)}
     if stays_cached(files):
         return found("page cache", f"{text}: read from the disk only in the first epoch", "", stays=True, **figures)
@@ -117,7 +117,7 @@ def examine_workers(subject: Subject) -> Iterator[Finding]:
     needed = ranks * under_way * subject.micro_batch * 3 * side * side
     free = resources.cache_memory()
     fix = "set a smaller data.prefetch or fewer data.workers" if needed > free else ""
-    text = f"prefetched batches take up to {_gib(needed)} of {_gib(free)} available"
+    text = f"prefetched batches take up to {gigabytes(needed)} of {gigabytes(free)} available"
     yield found("memory for batches", text, fix, wrong=needed > free, needed_bytes=needed)
 
 
@@ -133,7 +133,7 @@ def examine_run_directory(subject: Subject) -> Iterator[Finding]:
     kept = recipe.checkpoint.keep_last + recipe.checkpoint.keep_best + 1
     one = CHECKPOINT_BYTES_PER_PARAMETER * subject.parameters
     free = resources.disk_free(stands)
-    text = f"{kept} checkpoints of {_gib(one)} (one of them while it is written), {_gib(free)} free"
+    text = f"{kept} checkpoints of {gigabytes(one)} (one of them while it is written), {gigabytes(free)} free"
     short = kept * one > free
     fix = "free space, choose another run.dir, or lower checkpoint.keep_last" if short else ""
     yield found("room for checkpoints", text, fix, wrong=short, checkpoint_bytes=one, kept=kept, free_bytes=free)
@@ -147,7 +147,3 @@ def _occupied(recipe: Recipe, directory: RunDirectory) -> Finding:
         text = f"{directory.path} belongs to a run with another {', '.join(keys[:6])}"
         return found("run.dir", text, "choose another run.dir", wrong=True, differing=keys)
     return found("run.dir", f"{directory.path} has this run: karat train resumes it")
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"

@@ -8,6 +8,7 @@ from typing import Any
 
 from karat_scale.doctor.finding import Finding, found
 from karat_scale.machine import cpu_quota, usable_cores, usable_memory
+from karat_scale.native_build import cache_directory
 
 GIB = 2**30
 SHM = Path("/dev/shm")
@@ -103,12 +104,6 @@ def _examine_limits() -> Iterator[Finding]:
 
 def _limit(value: int) -> str:
     return "unlimited" if value == resource.RLIM_INFINITY else str(value)
-
-
-def cache_directory() -> Path:
-    """Return the directory of compiled kernels."""
-    chosen = os.environ.get("KARAT_CACHE_DIR")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "karat_scale"
 
 
 def examine_cache(directory: Path) -> Finding:

@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
-from karat_scale.doctor.finding import Finding
-from karat_scale.doctor.machine import examine_machine
-from karat_scale.doctor.report import Report, choose_voice
+from karat_scale.doctor.finding import Finding, examine
+from karat_scale.doctor.gpus import examine_gpus
+from karat_scale.doctor.report import Printer, Report
+from karat_scale.doctor.resources import examine_resources
+from karat_scale.doctor.runnable import examine_attention, examine_decoders
+from karat_scale.doctor.software import examine_extras, examine_libraries, examine_python
 from karat_scale.errors import UserError
 
 
@@ -22,18 +24,18 @@ def doctor(recipe: str | None, overrides: Sequence[str], seconds: float, json_fi
     if recipe is not None and "=" in recipe:
         raise UserError(f"{recipe!r} is an override; name the recipe before it: karat doctor RECIPE {recipe}")
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    report = Report(choose_voice(is_main))
+    report = Report(Printer(is_main))
     try:
         if recipe is None:
             _machine(report, is_main)
         else:
             _with_recipe(recipe, overrides, seconds, report, is_main)
     except KeyboardInterrupt:
-        report.voice.say("\ninterrupted")
+        report.printer.line("\ninterrupted")
         return 1
     report.conclude()
     if json_file and is_main:
-        report.write(Path(json_file))
+        report.write(json_file)
     return report.exit_code
 
 
@@ -54,3 +56,17 @@ def _with_recipe(recipe: str, overrides: Sequence[str], seconds: float, report: 
         report.add("recipe", f"recipe {recipe}", [Finding("recipe", "problem", reason)])
         return
     check_up(loaded, seconds, report, lambda: _machine(report, is_main))
+
+
+def examine_machine() -> list[Finding]:
+    """Yield the findings about software, GPUs and resources. Raises nothing, whatever is missing."""
+    examinations = {
+        "python": examine_python,
+        "libraries": examine_libraries,
+        "extras": examine_extras,
+        "decoders": examine_decoders,
+        "attention": examine_attention,
+        "GPU": examine_gpus,
+        "resources": examine_resources,
+    }
+    return [finding for name, examination in examinations.items() for finding in examine(name, examination)]

@@ -2,13 +2,13 @@
 
 import importlib
 import platform
-import shutil
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
 from karat_scale.doctor.finding import Finding, found
+from karat_scale.native_build import FFCV_PACKAGES, PACKAGES, LoadError, find_compiler
 
 DISTRIBUTION = "karat-scale"
 OLDEST_PYTHON = (3, 10)
@@ -16,8 +16,6 @@ LIBRARIES = (
     *("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy", "pillow"),
     *("pydantic", "pyyaml", "psutil", "rich", "tensorboard"),
 )
-FFCV_PACKAGES = "libopencv-dev libturbojpeg0-dev pkg-config g++"
-COMPILERS = ("g++", "c++", "clang++")
 
 
 def examine_python() -> Iterator[Finding]:
@@ -124,8 +122,9 @@ def _is_there(module: str) -> bool:
 
 
 def _examine_compiler() -> Finding:
-    name, compiler = "C++ compiler", next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        fix = "the CPU attention kernel and the native JPEG decoder need it: apt-get install g++ libjpeg-dev"
-        return found(name, "none on PATH", fix, path=None)
-    return found(name, compiler, path=compiler)
+    try:
+        compiler = find_compiler()
+    except LoadError as error:
+        fix = f"the CPU attention kernel and the native JPEG decoder need it: apt-get install {PACKAGES}"
+        return found("C++ compiler", str(error).partition(";")[0], fix, path=None)
+    return found("C++ compiler", compiler, path=compiler)

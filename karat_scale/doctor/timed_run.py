@@ -8,13 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from karat_scale.doctor.budget import affordable
 from karat_scale.doctor.data_files import DataFiles, find_data_files, read_into_page_cache, sampled_ids
 from karat_scale.doctor.data_speed import DataSpeed, measure_data
 from karat_scale.doctor.device_speed import BareModel, Communication, communication, optimizer_seconds, transfer_seconds
 from karat_scale.doctor.fit import Subject, stays_cached
 from karat_scale.doctor.loop_speed import LoopSpeed, measure_loop
-from karat_scale.doctor.report import Voice
+from karat_scale.doctor.report import Printer
 from karat_scale.doctor.storage import StorageSpeed, measure_storage
 from karat_scale.doctor.verdict import Setting, Stage
 from karat_scale.recipe import Recipe
@@ -29,6 +28,8 @@ from karat_scale.tasks.classification.task import ClassificationTask
 SHARES = {"storage": 0.1, "data": 0.35, "model": 0.15, "transfer": 0.05, "communication": 0.05, "optimizer": 0.1}
 LOOP_SHARE = 0.2
 FIRST_LOOK = 16
+# A step should take at most this share of the available time.
+STEP_SHARE = 1 / 12
 
 
 @dataclass(frozen=True)
@@ -91,25 +92,25 @@ class Figures:
         }
 
 
-def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: float, voice: Voice) -> Figures:
+def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: float, printer: Printer) -> Figures:
     """Measure for about `seconds`. Writes only below a temporary directory, and leaves no process. Raises DataError."""
     recipe, world = subject.recipe, subject.world
     budget = {name: share * seconds for name, share in SHARES.items()}
     files = find_data_files(recipe, num_train)
     storage = None
     if files is not None:
-        with voice.busy("timing the disk"):
+        with printer.busy("timing the disk"):
             readers = max(1, recipe.data.workers)
             storage = measure_storage(files.paths, round(files.image_bytes), readers, budget["storage"])
-    with voice.busy("timing decoding and augmentation"):
+    with printer.busy("timing decoding and augmentation"):
         ids = sampled_ids(num_train, recipe.run.seed)
         read_into_page_cache(recipe, ids)
         data = measure_data(recipe, ids, subject.micro_batch, budget["data"], world)
-    with voice.busy("timing the model"):
+    with printer.busy("timing the model"):
         bare = BareModel(model, recipe, world)
         look = min(FIRST_LOOK, subject.micro_batch)
         image_seconds = bare.seconds(look, 0.0) / look
-        global_batch, micro_batch = affordable(
+        global_batch, micro_batch = timed_batch(
             recipe.train.global_batch, subject.micro_batch, world.size, image_seconds, seconds
         )
         model_seconds = bare.seconds(micro_batch, budget["model"])
@@ -118,7 +119,7 @@ def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: flo
         bare.leave_device()
     train = recipe.train.model_copy(update={"global_batch": global_batch, "micro_batch": micro_batch})
     timed = recipe.model_copy(update={"train": train})
-    with voice.busy("timing the whole loop"):
+    with printer.busy("timing the whole loop"):
         optimizer, loop = _with_parts(
             subject, timed, lambda parts: _in_engine(parts, timed, micro_batch, budget, seconds)
         )
@@ -145,13 +146,10 @@ def _in_engine(
     return optimizer, measure_loop(parts, LOOP_SHARE * seconds)
 
 
-class _Unseen(PlainDisplay):
-    """Replaces the loop's own lines, which do not belong in the report."""
+class _NoDisplay(PlainDisplay):
+    """Replaces the loop's own lines and warnings, which do not belong in the report."""
 
     def line(self, text: str) -> None:
-        """Print nothing."""
-
-    def train(self, done: int, total: int, text: str) -> None:
         """Print nothing."""
 
 
@@ -163,7 +161,7 @@ def _with_parts(
         directory = RunDirectory(Path(scratch) / "run")
         # Few prefetched batches: a short run must not profit from those made before it began.
         data = recipe.data.model_copy(update={"prefetch": 1, "verify": "size"})
-        reporter = Reporter(_Unseen(), None)
+        reporter = Reporter(_NoDisplay(), None)
         task = ClassificationTask(recipe.model_copy(update={"data": data}), subject.world, reporter)
         try:
             return measure(build_parts(task, directory, StopSignals()))
@@ -189,3 +187,20 @@ def setting_of(subject: Subject, figures: Figures, decoder: str) -> Setting:
         accumulation=recipe.train.global_batch // (subject.world.size * subject.micro_batch),
         stays_cached=stays_cached(figures.files),
     )
+
+
+def timed_batch(
+    global_batch: int, micro_batch: int, world_size: int, image_seconds: float, seconds: float
+) -> tuple[int, int]:
+    """Return (global batch, micro batch) of which several steps fit into `seconds`: the given ones, or smaller ones.
+
+    image_seconds: of forward and backward over one image on one rank. A micro batch that shrinks stays even, as mixing
+    needs it.
+    """
+    part, images = global_batch // world_size, int(STEP_SHARE * seconds / image_seconds)
+    if images >= part:
+        return global_batch, micro_batch
+    if images >= micro_batch:
+        return images // micro_batch * micro_batch * world_size, micro_batch
+    smaller = min(micro_batch, max(2, images // 2 * 2))
+    return smaller * world_size, smaller

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from karat_scale.native_build import PACKAGES
+
 Stage = Literal["storage", "decode", "augmentation", "transfer", "model", "optimizer", "communication"]
 DATA_STAGES: tuple[Stage, ...] = ("storage", "decode", "augmentation")
 DEVICE_STAGES: tuple[Stage, ...] = ("transfer", "model", "optimizer", "communication")
@@ -130,7 +132,7 @@ def _advice(bound: Stage, device_rate: float, setting: Setting) -> str:
 def _advise_workers(bound: Stage, device_rate: float, setting: Setting) -> str:
     pieces = [_more_workers(device_rate, setting)]
     if bound == "decode" and setting.decoder not in ("native", ""):
-        pieces.append("use data.decoder=native (apt-get install g++ libjpeg-dev)")
+        pieces.append(f"use data.decoder=native (apt-get install {PACKAGES})")
     if bound == "decode":
         pieces.append("re-encode the images smaller (data_prep/make_webdataset.py --resize 256)")
     if bound == "augmentation":

@@ -148,9 +148,10 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     if "deepspeed" in sys.modules:
-        from karat_scale.engine.deepspeed_internals import forget_groups
+        from karat_scale.engine.deepspeed_internals import forget_groups, use_torchs_own_linear
 
         forget_groups()
+        use_torchs_own_linear()
 
 
 def _join(rank: int, size: int, device: torch.device) -> None:

@@ -1,10 +1,9 @@
 """`karat plan`: will it fit, on which stage, how long will it take, and what is wrong with it."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from karat_scale.console import write_json
 from karat_scale.engine.deepspeed_config import load_ds_config
 from karat_scale.engine.precision import matrix_peak
 from karat_scale.errors import UserError
@@ -28,7 +27,6 @@ from karat_scale.estimate.report import Plan, show
 from karat_scale.estimate.samples import count_samples
 from karat_scale.estimate.subject import Subject
 from karat_scale.estimate.time import ComputeTime, estimate
-from karat_scale.files import write_atomically
 from karat_scale.hardware import Gpu, known_gpu
 from karat_scale.machine import usable_memory
 from karat_scale.recipe import Recipe
@@ -62,8 +60,7 @@ def plan_recipe(source: str, overrides: Sequence[str], request: Request) -> int:
         return 0
     plan = make_plan(recipe, request)
     show(plan)
-    if request.json_file:
-        write_atomically(Path(request.json_file), json.dumps(plan.to_json(), indent=2) + "\n")
+    write_json(request.json_file, plan.to_json())
     return 0 if plan.choice.fits else 1
 
 

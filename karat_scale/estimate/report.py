@@ -3,10 +3,10 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from karat_scale.console import duration, gigabytes, print_table
 from karat_scale.estimate.choose import Choice, Machine
 from karat_scale.estimate.communication import Traffic, seconds, step_seconds
 from karat_scale.estimate.curve import Node, Point
-from karat_scale.estimate.show import duration, gigabytes, show_table
 from karat_scale.estimate.time import ComputeTime
 from karat_scale.hardware import Gpu
 from karat_scale.recipe import Recipe
@@ -122,7 +122,7 @@ def _show_grid(plan: Plan) -> None:
     kind = plan.gpu.key if plan.gpu else ("GPU" if plan.machine.on_gpu else "CPU")
     world, memory = plan.machine.world, gigabytes(plan.machine.memory)
     title = f"GB needed by a rank of {world}, on {kind} with {memory}, by micro batch (- does not fit)"
-    show_table(title, ["", *map(str, sizes)], rows)
+    print_table(title, ["", *map(str, sizes)], rows)
     for config, refusal in plan.refused.items():
         print(f"  {config} passed over: {refusal}")
 
@@ -141,13 +141,13 @@ def _show_parts(choice: Choice) -> None:
     if choice.host:
         parts.append(("of it in the CPU's memory", -choice.host))
     rows = [[name, gigabytes(size) if size > 0 else f"-{gigabytes(-size)}"] for name, size in parts]
-    show_table(f"at its worst moment ({choice.peak.moment})", ["part", "a rank"], rows)
+    print_table(f"at its worst moment ({choice.peak.moment})", ["part", "a rank"], rows)
 
 
 def _show_blocks(choice: Choice) -> None:
     rows = [["outside blocks" if block < 0 else f"block {block}", gigabytes(size)] for block, size in _runs(choice)]
     if rows:
-        show_table("activations at that moment", ["", "each"], rows)
+        print_table("activations at that moment", ["", "each"], rows)
 
 
 def _runs(choice: Choice) -> list[tuple[int, int]]:
@@ -211,4 +211,4 @@ def _show_curve(plan: Plan) -> None:
     ]
     micro, batch = plan.choice.micro_batch, plan.recipe.train.global_batch
     title = f"predicted images a second, {plan.node.gpus} GPUs a node"
-    show_table(title, ["GPUs", f"{micro} a GPU", "efficiency", f"global batch {batch}"], rows)
+    print_table(title, ["GPUs", f"{micro} a GPU", "efficiency", f"global batch {batch}"], rows)

@@ -6,17 +6,9 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from karat_scale.cluster.heartbeat import Heartbeat
+from karat_scale.console import ProgressBars, terminal
 from karat_scale.data.batch import BadSample
 from karat_scale.engine.run_state import RunState
 from karat_scale.reporting.metrics import MetricsLog
@@ -48,55 +40,36 @@ class Display(Protocol):
 
 
 class TerminalDisplay:
-    """rich's live bars: training, and below it an evaluation or a check of files while there is one."""
+    """Live bars: training, and below it an evaluation or a check of files while there is one."""
 
     def __init__(self, console: Console, title: str) -> None:
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            speed_estimate_period=120,
-        )
-        self._train = self._progress.add_task(title, total=None, text="")
-        self._passing: dict[str, TaskID] = {}
-        self._progress.start()
+        self._bars, self._title = ProgressBars(console), title
+        self._bars.move(title, 0, None, keep=True)
 
     def line(self, text: str) -> None:
         """Print above the bars."""
-        self._progress.console.print(text, markup=False, highlight=False)
+        self._bars.line(text)
 
     def advance(self, done: int, total: int) -> None:
         """Move the training bar."""
-        self._progress.update(self._train, completed=done, total=total)
+        self._bars.move(self._title, done, total, keep=True)
 
     def train(self, done: int, total: int, text: str) -> None:
-        """Say beside the training bar what was measured."""
-        self._progress.update(self._train, completed=done, total=total, text=text)
+        """Show beside the training bar what was measured."""
+        self._bars.move(self._title, done, total, text, keep=True)
 
     def evaluate(self, done: int, total: int) -> None:
-        """Move the evaluation bar; it goes when it is full."""
-        self._move("evaluate", done, total)
+        """Move the evaluation bar; it disappears when it is full."""
+        self._bars.move("evaluate", done, total)
 
     def verify(self, done: int, total: int) -> None:
-        """Move the bar of the check, in MB; it goes when it is full."""
+        """Move the bar of the check, in MB; it disappears when it is full."""
         if total >= _LARGE:
-            self._move("verify, MB", done // 10**6, total // 10**6)
-
-    def _move(self, name: str, done: int, total: int) -> None:
-        if name not in self._passing:
-            self._passing[name] = self._progress.add_task(name, total=total, text="")
-        self._progress.update(self._passing[name], completed=done, total=total)
-        if done >= total:
-            self._progress.remove_task(self._passing.pop(name))
+            self._bars.move("verify, MB", done // 10**6, total // 10**6)
 
     def close(self) -> None:
-        """Stop the bars where they stand."""
-        self._progress.stop()
+        """Stop the bars where they are."""
+        self._bars.stop()
 
 
 class PlainDisplay:
@@ -127,18 +100,15 @@ class SilentDisplay(PlainDisplay):
     """For ranks other than 0: warnings only, on standard error."""
 
     def line(self, text: str) -> None:
-        """Say nothing."""
-
-    def train(self, done: int, total: int, text: str) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 def choose_display(is_main: bool, title: str) -> Display:
     """A live bar when standard output is a terminal, and nothing on ranks other than 0."""
     if not is_main:
         return SilentDisplay()
-    console = Console()
-    return TerminalDisplay(console, title) if console.is_terminal else PlainDisplay()
+    console = terminal()
+    return TerminalDisplay(console, title) if console else PlainDisplay()
 
 
 class Reporter:

@@ -1,5 +1,4 @@
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ import torch
 
 from karat_scale.attention import BASES
 from karat_scale.bench.attention import Case, attention_rows, make_contender, make_inputs
-from karat_scale.bench.curve import growth
 from karat_scale.cli import main
 from tests.conftest import karat
 
@@ -65,18 +63,3 @@ def test_only_what_has_the_operator_is_measured() -> None:
 def test_an_unknown_basis_is_a_users_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "attention", "--basis", "dogs"]) == 2
     assert "--basis = 'dogs': expected one of fourier, " in capsys.readouterr().err
-
-
-def test_growth_is_the_exponent_of_a_power_law() -> None:
-    assert growth([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
-    assert math.isnan(growth([5], [1.0]))
-
-
-@pytest.mark.slow
-def test_a_curve_measures_every_length(tmp_path: Path) -> None:
-    out = tmp_path / "curve.json"
-    done = karat("bench", "attention", "--curve", "64", "128", "--batch", "1", "--rounds", "1", "--json", str(out))
-    assert done.returncode == 0, done.stderr
-    result = json.loads(out.read_text())
-    assert [row["tokens"] for row in result["rows"]] == [64, 128]
-    assert "time grows as N^" in done.stdout

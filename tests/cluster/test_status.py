@@ -11,7 +11,7 @@ from rich.console import Console
 
 from karat_scale.cluster.heartbeat import Sign
 from karat_scale.cluster.standing import Standing, read_standing
-from karat_scale.cluster.status import duration, render, sparkline
+from karat_scale.cluster.status import render, sparkline
 from tests.cluster.terminal import on_a_terminal
 from tests.conftest import SMALL, karat
 
@@ -121,10 +121,3 @@ def test_a_sparkline_falls_with_its_values() -> None:
     assert sparkline([8, 7, 6, 5, 4, 3, 2, 1]) == "█▇▆▅▄▃▂▁"
     assert sparkline([1.0] * 100, width=4) == "▁▁▁▁"
     assert sparkline([]) == ""
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0 s"), (59.9, "59 s"), (125, "2 min 5 s"), (90_000, "1 d 1 h"), (3600, "1 h")]
-)
-def test_durations_have_two_units(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

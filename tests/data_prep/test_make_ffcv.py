@@ -184,16 +184,16 @@ def test_a_beton_of_shards_does_not_say_that_its_images_were_checked(folder, tmp
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-import beton_job
 from make_ffcv import main
+from karat_scale.data.formats.beton_writer import BetonWriter
 
-take, done = beton_job._take, []
+add, done = BetonWriter.add, []
 def die_at_ten(*arguments):
-    take(*arguments)
+    add(*arguments)
     done.append(1)
     if len(done) == 10:
         os.kill(os.getpid(), signal.SIGKILL)
-beton_job._take = die_at_ten
+BetonWriter.add = die_at_ten
 main(["--src", sys.argv[2], "--out", sys.argv[3], "--split", "train", "--workers", "1"])
 """
 

@@ -4,7 +4,6 @@ import sys
 import tarfile
 from pathlib import Path
 
-import console
 import numpy as np
 import pytest
 from make_webdataset import main
@@ -13,7 +12,7 @@ from resizing import choose_encoder
 
 from karat_scale.data.formats.shard_format import read_dataset_record
 from karat_scale.data.formats.shards import ShardSplit
-from karat_scale.errors import DataError
+from karat_scale.errors import DataError, run_script
 from tests.data_prep.conftest import SCRIPTS
 from tests.data_prep.making import make_shards
 
@@ -207,7 +206,7 @@ def test_a_full_disk_names_the_file_and_the_fix(folder, small_disk, capsys, work
     options = ["--src", str(folder[0]), "--out", str(out), "--shard-samples", "11", "--workers", workers]
     filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 12_000))
     with pytest.raises(SystemExit) as ended:
-        console.run(lambda: main(options))
+        run_script(lambda: main(options))
     assert ended.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: {out}/train-00000")
@@ -254,9 +253,8 @@ def test_the_script_ends_as_promised(folder, tmp_path):
 
 @pytest.mark.parametrize("options", [("--src", "nowhere"), ("--src", ".", "--workers", "0"), ()])
 def test_a_mistake_ends_the_script_with_one_line(tmp_path, capsys, options):
-    from console import run
 
     with pytest.raises(SystemExit, match="2"):
-        run(lambda: main([*options, "--out", str(tmp_path / "out")]))
+        run_script(lambda: main([*options, "--out", str(tmp_path / "out")]))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")

@@ -9,8 +9,8 @@ import pytest
 
 from karat_scale.doctor import software
 from karat_scale.doctor.finding import Finding, examine
-from karat_scale.doctor.machine import examine_machine
 from karat_scale.doctor.resources import examine_cache, nearest_existing, usable_cores
+from karat_scale.doctor.run import examine_machine
 from karat_scale.errors import DataError, RecipeError
 from tests.conftest import karat, karat_environment
 

@@ -123,6 +123,15 @@ def test_an_engine_does_not_depend_on_those_built_before(small_recipe, make_engi
     assert torch.nn.functional.linear is own
 
 
+def test_a_process_that_leaves_its_group_gets_torchs_own_linear_back(small_recipe, make_engine) -> None:
+    """What is counted or traced after a stage 3 run would otherwise see DeepSpeed's product and sum."""
+    make_engine(small_recipe())
+    own = torch.nn.functional.linear
+    make_engine(small_recipe("deepspeed.config=zero3"))
+    distributed.stop()
+    assert torch.nn.functional.linear is own
+
+
 def test_deepspeed_says_whether_its_cpu_adam_can_be_built() -> None:
     assert cpu_adam_can_be_built() in (True, False)
 

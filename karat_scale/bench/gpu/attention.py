@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from karat_scale.bench.attention import SDPA, TOKENS, Case, Contender, make_contender, make_inputs
-from karat_scale.bench.gpu.channel import one_line
 from karat_scale.bench.gpu.kernels import tf32
-from karat_scale.bench.gpu.task import Task, is_fatal
-from karat_scale.bench.gpu.threads import CompilerThreads
+from karat_scale.bench.gpu.process import one_line
+from karat_scale.bench.gpu.task import CompilerThreads, Task, is_fatal
 from karat_scale.bench.gpu.timing import calls_for, device_seconds, wall_seconds
 from karat_scale.bench.interleave import interleaved, median_ratio
 from karat_scale.memory_errors import is_out_of_memory
@@ -57,7 +56,7 @@ def measure(task: Task) -> None:
 def _measure_case(task: Task, model: str, dtype: str) -> None:
     what = f"ViT-{model.capitalize()}, {dtype}, N {TOY_TOKENS if task.toy else TOKENS}"
     if not task.budget.allows("case", GUESS):
-        task.tell.left_out(what, "the time was up")
+        task.channel.left_out(what, "the time was up")
         return
     begun = time.monotonic()
     with tf32() if dtype == "tf32" else nullcontext():
@@ -75,7 +74,7 @@ def _case(task: Task, model: str, batch: int, grid: int, dtype: str) -> Case:
 
 
 def _compile(task: Task, dtypes: list[str]) -> None:
-    """Let Triton compile the kernels before they are timed; what fails here fails again, and is told, there."""
+    """Let Triton compile the kernels before they are timed; what fails here fails again there and is reported."""
 
     def once(dtype: str, grid: int) -> None:
         case = _case(task, "tiny", 2, grid, dtype)
@@ -98,7 +97,7 @@ def _compare(task: Task, model: str, dtype: str, batch: int, what: str) -> None:
     forward, both = figures["forward", device_seconds], figures["both", device_seconds]
     best = min((name for name in contenders if name.startswith("SDPA")), key=lambda name: statistics.median(both[name]))
     for name, timed in contenders.items():
-        task.tell.row(
+        task.channel.row(
             case=f"{what}, B {batch}",
             attention=name,
             forward_ms=_milliseconds(forward[name]),
@@ -119,14 +118,14 @@ def _contenders(task: Task, model: str, dtype: str, batch: int, what: str) -> It
     for name, backend in BACKENDS.items():
         timed = _timed(make_contender(SDPA, case), case, functools.partial(sdpa_kernel, backend))
         if why := _refusal(timed):
-            task.tell.left_out(f"{what}: {name}", why)
+            task.channel.left_out(f"{what}: {name}", why)
         else:
             yield name, timed
     for grid in GRIDS:
         case = _case(task, model, batch, grid, case.dtype)
         timed = _timed(make_contender(task.implementation, case), case, nullcontext)
         if why := _refusal(timed):
-            task.tell.failed(f"{what}: KArAt G{grid}", why)
+            task.channel.failed(f"{what}: KArAt G{grid}", why)
         else:
             yield f"KArAt G{grid}", timed
 
@@ -147,8 +146,8 @@ def _timed(contender: Contender, case: Case, setting: Callable[[], AbstractConte
 
 
 def _refusal(timed: Timed) -> str | None:
-    """Why a contender does not run, SDPA's backends as they tell it by warnings; None where it does."""
-    with warnings.catch_warnings(record=True) as told:
+    """Return why a contender does not run, with the warnings of SDPA's backends; None if it runs."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             with timed.setting():
@@ -156,7 +155,7 @@ def _refusal(timed: Timed) -> str | None:
         except Exception as error:
             if is_out_of_memory(error) or is_fatal(error):
                 raise
-            reasons = [str(one.message).split(" (Triggered")[0] for one in told]
+            reasons = [str(one.message).split(" (Triggered")[0] for one in caught]
             return "; ".join([one_line(error), *reasons])
     return None
 

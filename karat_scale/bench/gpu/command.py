@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from karat_scale.bench.gpu.options import DEFAULT_FILE
 from karat_scale.bench.gpu.process import run_process
 from karat_scale.bench.gpu.report import Report
-from karat_scale.bench.gpu.sections import SECTIONS, Section
+from karat_scale.bench.gpu.sections import DEFAULT_FILE, SECTIONS, Section
 from karat_scale.errors import UserError
 
 # Seconds that a section may overrun: what it has begun is to end.
@@ -67,11 +66,11 @@ def _open_report(path: Path, command: str) -> Report:
 
 def _run(section: Section, device: str, seconds: float, limit: float, report: Report) -> None:
     if lacking := section.lacks():
-        report.hear("left_out", {"what": "the section", "why": f"it needs {', '.join(lacking)}"})
+        report.receive("left_out", {"what": "the section", "why": f"it needs {', '.join(lacking)}"})
         return
     ranks = torch.cuda.device_count() if device == "cuda" else RANKS_ON_A_CPU
     if section.ranks and ranks < 2:
-        report.hear("left_out", {"what": "the section", "why": "there is one card"})
+        report.receive("left_out", {"what": "the section", "why": "there is one card"})
         return
     ends, batch = time.monotonic() + limit, None
     while True:
@@ -79,22 +78,22 @@ def _run(section: Section, device: str, seconds: float, limit: float, report: Re
         batch = _run_once(_worker(section, settings, ranks), ends - time.monotonic(), report)
         if batch is None:
             return
-        report.hear("notice", f"out of memory, so the batch is {batch}")
+        report.receive("notice", f"out of memory, so the batch is {batch}")
 
 
 def _run_once(command: Sequence[str], limit: float, report: Report) -> int | None:
     """Returns the batch to try again with, where the process asks for that."""
-    told: dict[str, Any] = {}
+    received: dict[str, Any] = {}
 
-    def hear(kind: str, content: Any) -> None:
-        told[kind] = content
+    def receive(kind: str, content: Any) -> None:
+        received[kind] = content
         if kind != "again":
-            report.hear(kind, content)
+            report.receive(kind, content)
 
-    trouble = run_process(command, hear, limit)
-    if trouble and not told.keys() & {"again", "failed"}:
-        report.hear("failed", {"what": "the section's process", "why": trouble})
-    return told.get("again")
+    trouble = run_process(command, receive, limit)
+    if trouble and not received.keys() & {"again", "failed"}:
+        report.receive("failed", {"what": "the section's process", "why": trouble})
+    return received.get("again")
 
 
 def _worker(section: Section, settings: dict[str, Any], ranks: int) -> list[str]:

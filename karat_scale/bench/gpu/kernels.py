@@ -24,10 +24,9 @@ from karat_scale.bench.gpu.calls import (
     more_calls,
     toy_calls,
 )
-from karat_scale.bench.gpu.channel import one_line
 from karat_scale.bench.gpu.formula import plain_attention
-from karat_scale.bench.gpu.task import Task, is_fatal
-from karat_scale.bench.gpu.threads import CompilerThreads
+from karat_scale.bench.gpu.process import one_line
+from karat_scale.bench.gpu.task import CompilerThreads, Task, is_fatal
 
 # What a refusal of `fourier_karat_attention` says.
 REFUSAL = "cannot take this call: "
@@ -83,32 +82,32 @@ def check(call: Call, task: Task) -> dict[str, Any]:
 
 
 def _check_all(task: Task, calls: list[Call]) -> None:
-    """In threads, told in order; what is not done when the time is up is left out."""
+    """Check in threads and report in order; calls that are not done when the time is up are left out."""
     if not task.budget.left:
-        task.tell.left_out(f"{len(calls)} calls", f"the time was up, first for {calls[0]}")
+        task.channel.left_out(f"{len(calls)} calls", f"the time was up, first for {calls[0]}")
         return
     with CompilerThreads() as pool:
         waiting = {call: pool.begin(functools.partial(check, call, task)) for call in calls}
-        late = [call for call, future in waiting.items() if not _told(task, call, future)]
+        late = [call for call, future in waiting.items() if not _reported(task, call, future)]
         if late:
             pool.shutdown(cancel_futures=True)
-            task.tell.left_out(f"{len(late)} calls", f"the time was up, first for {late[0]}")
+            task.channel.left_out(f"{len(late)} calls", f"the time was up, first for {late[0]}")
 
 
-def _told(task: Task, call: Call, future: "Future[dict[str, Any]]") -> bool:
-    """Whether the call's outcome was there in time to be told."""
+def _reported(task: Task, call: Call, future: "Future[dict[str, Any]]") -> bool:
+    """Report the call's outcome; False if it is not there in time."""
     try:
-        task.tell.row(**future.result(timeout=task.budget.left))
+        task.channel.row(**future.result(timeout=task.budget.left))
     except (NotInTimeError, CancelledError):
         return False
     except ValueError as error:
         if REFUSAL not in str(error):
             raise
-        task.tell.left_out(str(call), str(error).split(REFUSAL)[1])
+        task.channel.left_out(str(call), str(error).split(REFUSAL)[1])
     except Exception as error:
         if is_fatal(error):
             raise
-        task.tell.failed(str(call), one_line(error))
+        task.channel.failed(str(call), one_line(error))
     return True
 
 

@@ -1,6 +1,5 @@
 """Section 4: images a second from JPEGs to the device, by our backends and by the decoders that torch's users have."""
 
-import os
 import statistics
 import tempfile
 import time
@@ -12,15 +11,15 @@ from typing import Any
 
 import torch
 
-from karat_scale.bench.data import AUGMENTS, SIZE
-from karat_scale.bench.gpu.channel import one_line
+from karat_scale.bench.data import AUGMENTS, SIZE, lacking_library
+from karat_scale.bench.gpu.process import one_line
 from karat_scale.bench.gpu.task import Task
-from karat_scale.bench.library_loaders import lacking
 from karat_scale.bench.sample_images import CLASSES, SampleImages, prepare_images
+from karat_scale.console import plural
 from karat_scale.data.augmentation.device_augment import DeviceAugment
 from karat_scale.data.backends import open_backend
 from karat_scale.data.plan import TrainPlan
-from karat_scale.doctor.finding import plural
+from karat_scale.machine import usable_cores
 from karat_scale.recipe import AugmentConfig, DataConfig
 
 # Yields the number of images after each batch that is on the device.
@@ -37,7 +36,7 @@ class _Section:
     def __init__(self, task: Task, images: SampleImages) -> None:
         self._task, self._images = task, images
         self._batch = TOY_BATCH if task.toy else BATCH
-        self.workers = 1 if task.toy else len(os.sched_getaffinity(0))
+        self.workers = 1 if task.toy else usable_cores()
 
     def ours(self) -> dict[str, Loader]:
         """Our backends; those of DALI only where it is installed."""
@@ -46,8 +45,8 @@ class _Section:
             f"webdataset, {workers}, crop and flip": self._backend("webdataset", crop),
             f"webdataset, {workers}, the paper's augmentation": self._backend("webdataset", paper),
         }
-        if lack := lacking("dali"):
-            self._task.tell.left_out("DALI", lack)
+        if lack := lacking_library("dali"):
+            self._task.channel.left_out("DALI", lack)
             return loaders
         where = "on the CPU" if self._task.toy else "by nvJPEG"
         loaders[f"dali {where}, crop and flip"] = self._backend("dali", crop)
@@ -61,7 +60,7 @@ class _Section:
             try:
                 decode = import_module(module).decode_jpeg
             except (ImportError, AttributeError, OSError, RuntimeError) as error:
-                self._task.tell.left_out(f"{name}'s decoder", one_line(error))
+                self._task.channel.left_out(f"{name}'s decoder", one_line(error))
             else:
                 loaders[f"{name}, whole images, on {self._task.device}"] = self._decoder(decode)
         return loaders
@@ -115,13 +114,13 @@ def measure(task: Task) -> None:
         first = None
         for name, loader in {**ours, **peers}.items():
             if not task.budget.left:
-                task.tell.left_out(name, "the time was up")
+                task.channel.left_out(name, "the time was up")
                 continue
             try:
                 rate = statistics.median(section.rate(loader) for _ in range(1 if task.toy else ROUNDS))
             except Exception as error:
-                tell = task.tell.failed if name in ours else task.tell.left_out
-                tell(name, one_line(error))
+                report = task.channel.failed if name in ours else task.channel.left_out
+                report(name, one_line(error))
                 continue
             first = first or rate
-            task.tell.row(loader=name, images_per_second=round(rate, 1), ratio=round(rate / first, 3))
+            task.channel.row(loader=name, images_per_second=round(rate, 1), ratio=round(rate / first, 3))

@@ -1,22 +1,70 @@
-"""A worker's process, from its start to its end, and what it told meanwhile."""
+"""A worker process: how it reports what it found, one JSON object a line, and how the command runs and hears it."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import IO, Any
+
+
+class Channel:
+    """Writes events to a file descriptor. Figures that are not finite become None, which JSON can hold."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def machine(self, facts: Mapping[str, Any]) -> None:
+        """What the card and the software are."""
+        self._send("machine", facts)
+
+    def row(self, **figures: Any) -> None:
+        """A row of the section's table."""
+        self._send("row", figures)
+
+    def notice(self, text: str) -> None:
+        """Something to know beside the figures."""
+        self._send("notice", text)
+
+    def left_out(self, what: str, why: str) -> None:
+        """What was not measured, without anything being wrong."""
+        self._send("left_out", {"what": what, "why": why})
+
+    def failed(self, what: str, why: str) -> None:
+        """What should have run and did not."""
+        self._send("failed", {"what": what, "why": why})
+
+    def again(self, batch: int) -> None:
+        """The section is to run again with at most this batch."""
+        self._send("again", batch)
+
+    def _send(self, kind: str, content: Any) -> None:
+        os.write(self._descriptor, (json.dumps({kind: _finite(content)}) + "\n").encode())
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's class and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
 
 # torchrun ends its ranks on SIGTERM, which are in sessions of their own.
 GRACE = 10.0
 LINES_OF_LOG = 12
 
 
-def run_process(command: Sequence[str], hear: Callable[[str, Any], None], seconds: float) -> str | None:
-    """Run `command` for at most `seconds`; `hear` gets the kind and the content of each event as it comes.
+def run_process(command: Sequence[str], receive: Callable[[str, Any], None], seconds: float) -> str | None:
+    """Run `command` for at most `seconds`; `receive` gets the kind and the content of each event as it comes.
 
     Returns why it ended badly, with the last lines of its standard error; None where it ended well.
     """
@@ -33,7 +81,7 @@ def run_process(command: Sequence[str], hear: Callable[[str, Any], None], second
         try:
             for line in process.stdout or ():
                 for kind, content in _events(line):
-                    hear(kind, content)
+                    receive(kind, content)
             code = process.wait()
         finally:
             timer.cancel()

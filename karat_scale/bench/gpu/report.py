@@ -1,15 +1,94 @@
-"""What the sections told, on the terminal and in two files, each whole at any time."""
+"""What the sections found: on the terminal, as JSON, and as a section of docs/benchmarks.md."""
 
-import json
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from karat_scale import __version__
-from karat_scale.bench.gpu.markdown import cell, markdown
-from karat_scale.bench.gpu.sections import Section
+from karat_scale.bench.gpu.sections import KERNELS, SECTIONS, Section
+from karat_scale.console import write_json
 from karat_scale.files import write_atomically
+
+TOPIC = "topic"
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """Of what is in the JSON, finished or not."""
+    machine = report["machine"]
+    lines = [f"### {machine.get('card', 'no card yet')}", "", _about(report, machine), ""]
+    for name, found in report["sections"].items():
+        lines += [f"#### {SECTIONS[name].title}", ""]
+        if found["rows"]:
+            lines += [*_section_table(SECTIONS[name], found["rows"]), ""]
+        lines += [f"- {line}" for line in _remarks(found)]
+        lines += [""] if lines[-1] else []
+    return "\n".join(lines)
+
+
+def cell(value: Any) -> str:
+    """A figure to three digits at least; what is not there is a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.1e}" if 0 < abs(value) < 1e-2 else f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _about(report: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
+    parts = [f"`{report['command']}`, {report['started']}, karat_scale {report['karat_scale']}"]
+    if machine.get("driver"):
+        parts.append(f"driver {machine['driver']}, CUDA {machine['cuda']}, cuDNN {machine['cudnn']}")
+    if machine.get("cards", 1) > 1:
+        parts.append(f"{machine['cards']} cards")
+    if versions:
+        parts.append(versions)
+    if not report["finished"]:
+        parts.append("**not finished**")
+    return "; ".join(parts) + "."
+
+
+def _section_table(section: Section, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if section is not KERNELS:
+        return _table(section.columns, rows)
+    lines = ["Calls that are right, and the largest of their errors over what is allowed:", "", *_summary(rows)]
+    wrong = [row for row in rows if not row["right"]]
+    return [*lines, "", "Wrong:", "", *_table(section.columns, wrong)] if wrong else lines
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each topic and a column for each dtype; the figures of each call are in the JSON."""
+    groups: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        groups.setdefault(row[TOPIC], {}).setdefault(row["dtype"], []).append(row)
+    dtypes = dict.fromkeys(row["dtype"] for row in rows)
+    cells = [{TOPIC: topic, **{dtype: _summed_up(of[dtype]) for dtype in of}} for topic, of in groups.items()]
+    return _table([(TOPIC, "what varies"), *((dtype, dtype) for dtype in dtypes)], cells)
+
+
+def _summed_up(rows: Sequence[Mapping[str, Any]]) -> str:
+    shares = [row["error"] / row["tolerance"] for row in rows if row["error"] is not None]
+    right = f"{sum(row['right'] for row in rows)} of {len(rows)}"
+    return f"{right}, {max(shares):.2f}" if len(shares) == len(rows) else f"{right}, not finite"
+
+
+def _table(columns: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Columns that no row has are left out."""
+    shown = [(key, heading) for key, heading in columns if any(row.get(key) is not None for row in rows)]
+    lines = [f"| {' | '.join(heading for _, heading in shown)} |", f"|{'---|' * len(shown)}"]
+    return lines + [f"| {' | '.join(cell(row.get(key)) for key, _ in shown)} |" for row in rows]
+
+
+def _remarks(found: Mapping[str, Any]) -> Iterator[str]:
+    yield from found["notices"]
+    for kind, word in (("left_out", "Left out"), ("failed", "FAILED")):
+        for one in found[kind]:
+            why = one["why"].splitlines()
+            yield f"{word}: {one['what']}: {why[0]}" + (f" ... {why[-1]}" if len(why) > 1 else "")
 
 
 class Report:
@@ -30,7 +109,7 @@ class Report:
 
     def write(self) -> None:
         """Both files."""
-        write_atomically(self._path, json.dumps(self._data, indent=2) + "\n")
+        write_json(self._path, self._data)
         write_atomically(self._path.with_suffix(".md"), markdown(self._data))
 
     def begin(self, section: Section) -> None:
@@ -44,19 +123,19 @@ class Report:
         self._now["seconds"] = round(time.monotonic() - self._section_begun, 1)
         self.write()
 
-    def hear(self, kind: str, content: Any) -> None:
+    def receive(self, kind: str, content: Any) -> None:
         """An event of a worker."""
         if kind == "machine":
-            self._hear_machine(content)
+            self._receive_machine(content)
         elif kind == "row":
             self._now["rows"].append(content)
-            self._say(", ".join(self._figures(content)))
+            self._print(", ".join(self._figures(content)))
         elif kind == "notice":
             self._now["notices"].append(content)
-            self._say(content)
+            self._print(content)
         else:
             self._now[kind].append(content)
-            self._say(f"{kind.replace('_', ' ')}: {content['what']}: {content['why']}")
+            self._print(f"{kind.replace('_', ' ')}: {content['what']}: {content['why']}")
         self.write()
 
     def finish(self) -> int:
@@ -77,7 +156,7 @@ class Report:
         section: dict[str, Any] = self._data["sections"][self._section.name]
         return section
 
-    def _hear_machine(self, facts: dict[str, Any]) -> None:
+    def _receive_machine(self, facts: dict[str, Any]) -> None:
         if not self._data["machine"]:
             self._data["machine"] = facts
             versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
@@ -88,6 +167,6 @@ class Report:
         (first, _), *others = self._section.columns
         return [cell(row.get(first))] + [f"{heading} {cell(row[key])}" for key, heading in others if key in row]
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         assert self._section is not None
         print(f"[{time.monotonic() - self._begun:4.0f} s] {self._section.name}: {text}", flush=True)

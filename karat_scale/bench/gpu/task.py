@@ -1,15 +1,60 @@
-"""What a section is given: the device, its time, and whom to tell."""
+"""What a section works with: the device, its time, the channel to the command, and threads that compile."""
 
 import gc
+import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
-from karat_scale.bench.gpu.budget import Budget
-from karat_scale.bench.gpu.channel import Channel, one_line
+from karat_scale.bench.gpu.process import Channel, one_line
+from karat_scale.machine import usable_cores
 from karat_scale.memory_errors import is_out_of_memory
+
+
+class Budget:
+    """Seconds from now on, and how long work of each kind took, so that none begins that would not end in time."""
+
+    def __init__(self, seconds: float) -> None:
+        self._ends = time.monotonic() + seconds
+        self._took: dict[str, float] = {}
+
+    @property
+    def left(self) -> float:
+        """Seconds, never below 0."""
+        return max(0.0, self._ends - time.monotonic())
+
+    def allows(self, kind: str, guess: float) -> bool:
+        """Whether there is time for work that takes as long as the last of its kind, or `guess` seconds at first."""
+        return self.left >= self._took.get(kind, guess)
+
+    def note(self, kind: str, begun: float) -> None:
+        """Remember work that began at `begun` of `time.monotonic` and ends now."""
+        self._took[kind] = time.monotonic() - begun
+
+
+T = TypeVar("T")
+MOST_THREADS = 16
+
+
+class CompilerThreads(ThreadPoolExecutor):
+    """As many as there are cores, up to a limit."""
+
+    def __init__(self) -> None:
+        super().__init__(min(MOST_THREADS, max(2, usable_cores())))
+
+    def begin(self, run: Callable[[], T]) -> "Future[T]":
+        """Call `run` in a thread, backward passes within it included."""
+        return self.submit(_with_own_backward, run)
+
+
+def _with_own_backward(run: Callable[[], T]) -> T:
+    # Else the backward passes of all threads share the device's one thread, and compile one after another.
+    with torch.autograd.set_multithreading_enabled(False):
+        return run()
 
 
 def is_fatal(error: BaseException) -> bool:
@@ -23,7 +68,7 @@ class Task:
 
     device: str
     budget: Budget
-    tell: Channel
+    channel: Channel
     largest_batch: int | None = None
 
     @property
@@ -51,11 +96,11 @@ class Task:
                     raise
                 if not is_out_of_memory(error) or batch // 2 < least:
                     traceback.print_exc()
-                    self.tell.failed(what, one_line(error))
+                    self.channel.failed(what, one_line(error))
                     return
             self.free()  # after the exception is gone, which held what it had built
             batch //= 2
-            self.tell.notice(f"{what}: out of memory with a batch of {2 * batch}, so it is {batch}")
+            self.channel.notice(f"{what}: out of memory with a batch of {2 * batch}, so it is {batch}")
 
     def free(self) -> None:
         """Give back what nothing refers to any more."""

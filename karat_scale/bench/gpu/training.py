@@ -1,15 +1,229 @@
-"""Section 3: training steps through our own loop and DeepSpeed, softmax beside KArAt, eager, compiled and as graphs."""
+"""Section 3: training steps through our own loop, softmax beside KArAt, eager, compiled and as graphs."""
 
+import functools
+import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
-from karat_scale.bench.gpu.loops import Group, compare
-from karat_scale.bench.gpu.task import Task
+import torch
+from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from karat_scale.attention import KaratOperator
+from karat_scale.bench.gpu.process import one_line
+from karat_scale.bench.gpu.task import Task, is_fatal
+from karat_scale.bench.interleave import interleaved_seconds, median_ratio
+from karat_scale.data.backends.synthetic import TRAIN_STREAM, SyntheticBackend
+from karat_scale.data.batch import Batch
+from karat_scale.data.digest import with_digest
+from karat_scale.data.plan import BatchSlice
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
+from karat_scale.memory_errors import is_out_of_memory
+from karat_scale.recipe import Recipe
+from karat_scale.recipe.loading import validate_recipe
+from karat_scale.reporting.progress import Reporter, SilentDisplay
+from karat_scale.run.loop import Loop
+from karat_scale.run.run import build_parts
+from karat_scale.run.run_directory import RunDirectory
+from karat_scale.run.signals import StopSignals
+from karat_scale.tasks.classification.task import ClassificationTask, TrainState
+
+# The values of train.compile, by what they are called here.
+MODES = {"eager": False, "compiled": "default", "graphs": "reduce-overhead"}
+SOFTMAX = "softmax"
+GRIDS = {"KArAt G1": 1, "KArAt G3": 3}
+WARM_UP, ROUNDS, SECONDS_A_ROUND, MOST_STEPS = 3, 5, 0.3, 20
+MANY = 10**6
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
+TOY_MODEL = {"image_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 2, "num_classes": 10}
+PRECISION, DTYPE = "bf16", "bfloat16"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Softmax, KArAt G1 and G3 of one model in one mode; they take turns."""
+
+    mode: str
+    model: str
+    batch: int
+
+    def __str__(self) -> str:
+        return f"ViT-{self.model.capitalize()}, {self.mode}"
+
+
+class HeldBatches(SyntheticBackend):
+    """The synthetic backend with its first batch again and again: to make one takes longer than a step may."""
+
+    def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
+        """In page-locked memory where there is a GPU."""
+        held: Batch | None = None
+        for part in slices:
+            if held is None:
+                held = with_digest(self._batch(part, TRAIN_STREAM))
+                held = held.pin_memory() if torch.cuda.is_initialized() else held
+            yield held
+
+
+class OurLoop:
+    """A run's parts and loop; `memory` is what they take on the device between steps."""
+
+    def __init__(self, recipe: Recipe, world: World, task: Task) -> None:
+        self._task = task
+        before = allocated(task)
+        reporter = Reporter(SilentDisplay(), None)
+        self.classifier = ClassificationTask(recipe, world, reporter)
+        self.parts = build_parts(self.classifier, RunDirectory(recipe.run.dir), StopSignals())
+        model, data = recipe.model, recipe.data
+        self.classifier.backend = HeldBatches(data, model.image_size, model.num_classes, recipe.run.seed)
+        self._loop = Loop(self.parts, TrainState())
+        self._batches = self._loop.feed(MANY)
+        self.dtypes = _dtypes_inside(self.parts.engine.module, lambda: self.run(1)) if not recipe.train.compile else {}
+        self.run(1 if task.toy else WARM_UP)
+        self.memory = allocated(task) - before
+
+    def launch(self, steps: int) -> None:
+        """Steps as `Loop.run` takes them, without waiting for the device."""
+        for _ in range(steps):
+            self._loop.step(self._loop.micro_batches(self._batches))
+            self._loop.save_or_stop()
+
+    def run(self, steps: int) -> None:
+        """To the end of the device's work."""
+        self.launch(steps)
+        self._task.wait()
+
+    def peak_mb(self) -> float | None:
+        """The most that training needs on the device, without what other loops keep there."""
+        if self._task.toy:
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        before = allocated(self._task)
+        self.run(1)
+        return round((torch.cuda.max_memory_allocated() - before + self.memory) / 1e6, 1)
+
+
+def allocated(task: Task) -> int:
+    """Bytes of tensors on the device."""
+    return 0 if task.toy else torch.cuda.memory_allocated()
+
+
+def compare(task: Task, world: World, group: Group, scratch: str) -> None:
+    """Tell a row for each attention. Raises what says that memory ran out."""
+    loops: dict[str, OurLoop] = {}
+    try:
+        for name in (SOFTMAX, *GRIDS):
+            try:
+                loops[name] = OurLoop(_recipe(task, group, name, scratch), world, task)
+            except Exception as error:
+                if is_out_of_memory(error) or is_fatal(error):
+                    raise
+                task.channel.failed(f"{group}, {name}", one_line(error))
+        steps = _steps_a_round(loops, task)
+        runs = {name: functools.partial(loop.run, steps) for name, loop in loops.items()}
+        seconds = interleaved_seconds(runs, 1 if task.toy else ROUNDS)
+        for name, loop in loops.items():
+            _report(task, group, name, loop, steps, seconds)
+    finally:
+        loops.clear()
+        torch.compiler.reset()
+
+
+def _report(task: Task, group: Group, name: str, loop: OurLoop, steps: int, seconds: dict[str, list[float]]) -> None:
+    rate = steps * group.batch / statistics.median(seconds[name])
+    row: dict[str, Any] = {
+        "model": "toy" if task.toy else f"ViT-{group.model.capitalize()}",
+        "mode": group.mode,
+        "attention": name,
+        "batch": group.batch,
+        "images_per_second": round(rate, 1),
+        "ratio_to_softmax": round(1 / median_ratio(seconds, name, SOFTMAX), 3) if SOFTMAX in seconds else None,
+        **loop.classifier.efficiency.figures(rate),
+        "peak_mb": loop.peak_mb(),
+        **({} if task.toy else _work_of(loop)),
+        **loop.dtypes,
+    }
+    if loop.dtypes:
+        row["right"] = all(dtype == DTYPE for dtype in loop.dtypes.values())
+    task.channel.row(**row)
+
+
+def _recipe(task: Task, group: Group, attention: str, scratch: str) -> Recipe:
+    name = f"{group.model}-{group.mode}-{group.batch}-{attention}"
+    karat = (
+        {"kind": "karat", "grid": GRIDS[attention], "implementation": task.implementation} if attention in GRIDS else {}
+    )
+    tree = {
+        "run": {"name": name, "dir": f"{scratch}/{name}", "device": task.device},
+        "model": {"name": f"vit_{group.model}_patch16_224", **(TOY_MODEL if task.toy else {})},
+        "attention": karat or {"kind": "softmax"},
+        "data": {"backend": "synthetic", "synthetic_samples": group.batch},
+        "train": {
+            "global_batch": group.batch,
+            "micro_batch": group.batch,
+            "precision": PRECISION,
+            "compile": MODES[group.mode],
+            "epochs": MANY,
+            "eval_every_epochs": MANY,
+        },
+        "checkpoint": {"every_minutes": None},
+        "log": {"every_steps": 1000, "tensorboard": False},
+    }
+    return validate_recipe(tree, "bench gpu")
+
+
+def _steps_a_round(loops: dict[str, OurLoop], task: Task) -> int:
+    if task.toy or not loops:
+        return 1
+    begun = time.perf_counter()
+    next(iter(loops.values())).run(1)
+    return max(1, min(MOST_STEPS, round(SECONDS_A_ROUND / (time.perf_counter() - begun))))
+
+
+def _dtypes_inside(model: nn.Module, step: Callable[[], object]) -> dict[str, str]:
+    """In which dtype the first block's MLP and attention answer during a step."""
+    seen: dict[str, str] = {}
+    linear = next(module for name, module in model.named_modules() if name.endswith("mlp.fc1"))
+    attention = next((module for module in model.modules() if isinstance(module, KaratOperator)), None)
+    if attention is None:  # SDPA is no module; what it is given is this layer's
+        attention = next(module for name, module in model.named_modules() if name.endswith("attn.qkv"))
+
+    def noting(key: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        def note(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+            seen[key] = str(output.dtype).removeprefix("torch.")
+
+        return note
+
+    hooks = [linear.register_forward_hook(noting("linear_dtype"))]
+    hooks.append(attention.register_forward_hook(noting("operator_dtype")))
+    try:
+        step()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _work_of(loop: OurLoop) -> dict[str, int]:
+    """What one step gives the device to do, and how often the host waits for it, as torch's profiler saw it."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        loop.launch(1)
+    loop.run(0)
+    events = list(profiler.events() or ())
+    return {
+        "kernels": sum(event.device_type == DeviceType.CUDA for event in events),
+        "launches": sum(event.name.startswith(LAUNCHES) for event in events),
+        "waits": sum(event.name.startswith(WAITS) for event in events),
+    }
+
 
 BATCHES, TOY_BATCH = {"small": 256, "tiny": 256, "base": 128}, 4
-# Those that tell most first, since compiling takes long.
+# The most important first, since compiling takes long.
 GROUPS = (
     *(("eager", model) for model in BATCHES),
     *(("compiled", "small"), ("graphs", "small"), ("compiled", "base"), ("graphs", "tiny")),
@@ -29,7 +243,7 @@ def measure(task: Task) -> None:
 
 def _measure_group(task: Task, world: World, group: Group) -> None:
     if not task.budget.allows(group.mode, GUESSES[group.mode]):
-        task.tell.left_out(str(group), "there was no time for it; give more by --minutes, and name --only training")
+        task.channel.left_out(str(group), "there was no time for it; give more by --minutes, and name --only training")
         return
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="karat-bench-") as scratch:

@@ -2,31 +2,68 @@
 
 import json
 import os
+import platform
 import sys
 import traceback
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-from karat_scale.bench.gpu.budget import Budget
-from karat_scale.bench.gpu.channel import Channel, one_line
-from karat_scale.bench.gpu.machine import machine_facts
-from karat_scale.bench.gpu.task import Task
+import torch
+
+from karat_scale.bench.gpu.process import Channel, one_line
+from karat_scale.bench.gpu.task import Budget, Task
+from karat_scale.doctor.gpus import driver_version
+from karat_scale.machine import usable_cores
+
+PACKAGES = ("torch", "triton", "deepspeed", "timm", "torchvision", "nvidia-dali-cuda130", "torchcodec")
+
+
+def machine_facts(device: str) -> dict[str, Any]:
+    """Card, driver, CUDA and versions. On CUDA this process takes the card up."""
+    found = {name: installed for name in PACKAGES if (installed := _installed(name))}
+    # A build's own version says more, such as 2.13.0+cu130.
+    facts = {"cores": usable_cores(), "python": platform.python_version()}
+    versions = {**found, "torch": torch.__version__}
+    if device == "cpu":
+        return {"card": f"CPU with {torch.backends.cpu.get_cpu_capability()}", **facts, "versions": versions}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "card": properties.name,
+        "cards": torch.cuda.device_count(),
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_mb": round(properties.total_memory / 1e6),
+        "processors": properties.multi_processor_count,
+        "driver": driver_version(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        **facts,
+        "versions": versions,
+    }
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def main(section: str, settings: str) -> None:
-    """Measure, and tell what fails; the process ends with exit code 1 then."""
-    tell = Channel(os.dup(1))
+    """Measure; on a failure, report it and exit with code 1."""
+    channel = Channel(os.dup(1))
     os.dup2(2, 1)  # libraries talk on standard output
     given = json.loads(settings)
-    task = Task(given["device"], Budget(given["seconds"]), tell, given["batch"])
+    task = Task(given["device"], Budget(given["seconds"]), channel, given["batch"])
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         if is_main:
-            tell.machine(machine_facts(task.device))
+            channel.machine(machine_facts(task.device))
         import_module(f"karat_scale.bench.gpu.{section}").measure(task)
     except Exception as error:
         traceback.print_exc()
         if is_main:
-            tell.failed("the section", one_line(error))
+            channel.failed("the section", one_line(error))
         sys.stderr.flush()
         os._exit(1)  # what CUDA and NCCL do on the way out may wait for ever
 

@@ -10,13 +10,11 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from karat_scale.data.ahead import RunAhead
 from karat_scale.data.assemble import EvalAssembler, ImageSource, TrainAssembler
@@ -25,6 +23,7 @@ from karat_scale.data.augmentation.draw import Draw
 from karat_scale.data.backends.dali_pipeline import DaliDecoder, Request, on_stream, require_dali
 from karat_scale.data.backends.splits import SplitBackend
 from karat_scale.data.batch import Batch
+from karat_scale.data.decode import blank_jpeg
 from karat_scale.data.decoders.resize import resize_region
 from karat_scale.data.decoders.torchvision import TorchvisionDecoder
 from karat_scale.data.formats.shards import ShardSplit
@@ -46,14 +45,8 @@ def open_dali(data: DataConfig, augment: AugmentConfig, image_size: int, num_cla
     return DaliBackend(train, val, data, augment, image_size, seed)
 
 
-def _small_jpeg() -> Pixels:
-    encoded = BytesIO()
-    Image.new("RGB", (8, 8)).save(encoded, "JPEG")
-    return np.frombuffer(encoded.getvalue(), dtype=np.uint8)
-
-
 # What DALI is given where it has nothing to decode: each batch goes through it, so that they keep their order.
-BLANK, BLANK_VIEW = _small_jpeg(), View((0, 0, 1, 1), (0, 0, 1, 1), (1, 1))
+BLANK, BLANK_VIEW = np.frombuffer(blank_jpeg(8), dtype=np.uint8), View((0, 0, 1, 1), (0, 0, 1, 1), (1, 1))
 
 
 class Pass(Protocol):

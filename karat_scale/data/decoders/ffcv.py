@@ -15,9 +15,9 @@ from karat_scale.data.decoders.jpeg_header import Frame, read_frame
 from karat_scale.data.decoders.pillow import PillowDecoder
 from karat_scale.data.decoders.resize import resize_region
 from karat_scale.errors import RecipeError
+from karat_scale.native_build import FFCV_PACKAGES
 
-DEBIAN_PACKAGES = "libopencv-dev libturbojpeg0-dev pkg-config g++"
-FIX = f"apt-get install {DEBIAN_PACKAGES}, then in the clone: pip install '.[ffcv]'"
+FIX = f"apt-get install {FFCV_PACKAGES}, then in the clone: pip install '.[ffcv]'"
 # A buffer for larger images is freed after use.
 KEPT_BYTES = 32 << 20
 # The header that karat_scale.data.formats.beton puts before raw pixels.

@@ -1,21 +1,20 @@
 """Decode only the wanted part of a JPEG, and resize it in the same call: C++ on libjpeg, compiled on first use."""
 
 import ctypes
-import io
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
+from karat_scale.data.decode import blank_jpeg
 from karat_scale.data.decoders.base import ChooseView, check_pixels
 from karat_scale.data.decoders.native_handle import PerThread
 from karat_scale.data.decoders.pillow import PillowDecoder
 from karat_scale.data.view import crop_view
 from karat_scale.errors import RecipeError
-from karat_scale.native_build import LoadError, load
+from karat_scale.native_build import PACKAGES, LoadError, load
 
 SOURCE = Path(__file__).parent / "cpp" / "native.cpp"
 # Without contraction, so that the resize's weights have the same bits on any instruction set.
@@ -37,8 +36,7 @@ class NativeDecoder:
             library = load(SOURCE, "the native JPEG decoder", COMPILER_ARGUMENTS, portable=True)
         except LoadError as error:
             raise RecipeError(
-                f"data.decoder = native cannot run: {error}; run `apt-get install g++ libjpeg-dev`, "
-                "or set data.decoder=auto"
+                f"data.decoder = native cannot run: {error}; run `apt-get install {PACKAGES}`, or set data.decoder=auto"
             ) from error
         self._library = _declared(library)
         self._interpolation = INTERPOLATIONS[interpolation]
@@ -46,7 +44,7 @@ class NativeDecoder:
         self._max_pixels = max_pixels
         self._pillow = PillowDecoder(interpolation, max_pixels)
         self._decoders = PerThread(self._library.karat_decoder_new, self._library.karat_decoder_free)
-        if self._decoded(_small_jpeg(), lambda *_: crop_view((0, 0, 1, 1), 1)) is None:
+        if self._decoded(blank_jpeg(1), lambda *_: crop_view((0, 0, 1, 1), 1)) is None:
             # Pillow would do all the work: correct, but slow.
             reason = "it reads no JPEG: the loaded libjpeg does not match the header it was compiled with"
             warnings.warn(f"the native JPEG decoder is not available: {reason}", stacklevel=2)
@@ -70,12 +68,6 @@ class NativeDecoder:
         if not self._library.karat_decoder_read(handle, ctypes.byref(asked), planes.ctypes.data):
             return None
         return planes.transpose(1, 2, 0)
-
-
-def _small_jpeg() -> bytes:
-    encoded = io.BytesIO()
-    Image.new("RGB", (1, 1)).save(encoded, "JPEG")
-    return encoded.getvalue()
 
 
 class _View(ctypes.Structure):

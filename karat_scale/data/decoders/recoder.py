@@ -1,12 +1,10 @@
 """Shrink a JPEG in one native call: C++ on libjpeg, compiled on first use."""
 
 import ctypes
-import io
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from karat_scale.data.decode import blank_jpeg
 from karat_scale.data.decoders.native_handle import PerThread
 from karat_scale.native_build import LoadError, load
 
@@ -35,9 +33,7 @@ class NativeRecoder:
     def __init__(self) -> None:
         self._library = _declared(load(SOURCE, "the native JPEG encoder", COMPILER_ARGUMENTS, portable=True))
         self._recoders = PerThread(self._library.karat_recoder_new, self._library.karat_recoder_free)
-        encoded = io.BytesIO()
-        Image.new("RGB", (1, 1)).save(encoded, "JPEG")
-        if self.shrink(encoded.getvalue(), 1, 90, 1) is None:
+        if self.shrink(blank_jpeg(1), 1, 90, 1) is None:
             raise LoadError("it reads no JPEG: the loaded libjpeg does not match the header it was compiled with")
 
     def shrink(self, data: bytes, short_side: int, quality: int, margin: int) -> bytes | None:

@@ -3,18 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from karat_scale.bench.gpu.budget import Budget
-from karat_scale.bench.gpu.channel import Channel
-from karat_scale.bench.gpu.task import Task
+from karat_scale.bench.gpu.process import Channel
+from karat_scale.bench.gpu.task import Budget, Task
 
 
 @dataclass
-class Told(Channel):
-    """What was told, by kind."""
+class Kept(Channel):
+    """Keeps what was sent, by kind."""
 
     events: dict[str, list[Any]] = field(default_factory=dict)
 
-    def _tell(self, kind: str, content: Any) -> None:
+    def _send(self, kind: str, content: Any) -> None:
         self.events.setdefault(kind, []).append(content)
 
 
@@ -31,5 +30,5 @@ class FullSizeTask(Task):
 
 
 def make_task(seconds: float = 100.0, kind: type[Task] = Task) -> tuple[Task, dict[str, list[Any]]]:
-    told = Told()
-    return kind("cpu", Budget(seconds), told), told.events
+    kept = Kept()
+    return kind("cpu", Budget(seconds), kept), kept.events

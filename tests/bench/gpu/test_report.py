@@ -5,9 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from karat_scale.bench.gpu.channel import Channel
-from karat_scale.bench.gpu.markdown import cell
-from karat_scale.bench.gpu.report import Report
+from karat_scale.bench.gpu.process import Channel
+from karat_scale.bench.gpu.report import Report, cell
 from karat_scale.bench.gpu.sections import ATTENTION, KERNELS
 
 CALL = {"call": "bf16: G 3", "dtype": "bf16", "topic": "ViT", "error": 1e-3, "worst": "query", "tolerance": 5e-3}
@@ -17,7 +16,7 @@ def report_of(path: Path, *events: tuple[str, Any]) -> tuple[int, str]:
     report = Report(path, "karat bench gpu")
     report.begin(KERNELS)
     for kind, content in events:
-        report.hear(kind, content)
+        report.receive(kind, content)
     report.end()
     return report.finish(), path.with_suffix(".md").read_text()
 
@@ -43,8 +42,8 @@ def test_what_is_left_out_is_no_failure_but_what_fails_is(tmp_path: Path) -> Non
 def test_both_files_are_whole_after_each_event(tmp_path: Path) -> None:
     report = Report(tmp_path / "gpu.json", "karat bench gpu")
     report.begin(ATTENTION)
-    report.hear("machine", {"card": "NVIDIA H100", "versions": {"torch": "2.13"}})
-    report.hear("row", {"case": "ViT-Tiny", "attention": "KArAt G3", "ratio_both": 0.75})
+    report.receive("machine", {"card": "NVIDIA H100", "versions": {"torch": "2.13"}})
+    report.receive("row", {"case": "ViT-Tiny", "attention": "KArAt G3", "ratio_both": 0.75})
     data = json.loads((tmp_path / "gpu.json").read_text())
     assert data["sections"]["attention"]["rows"][0]["ratio_both"] == 0.75
     markdown = (tmp_path / "gpu.md").read_text()

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from karat_scale.bench.gpu import attention, loops
-from karat_scale.bench.gpu.loops import Group, compare
+from karat_scale.bench.gpu import attention, training
+from karat_scale.bench.gpu.training import Group, compare
 from tests.bench.gpu.task import FullSizeTask, make_task
 
 
@@ -35,11 +35,11 @@ def test_attention_is_compared_with_the_backends_that_there_are(monkeypatch: pyt
 
 
 def test_training_tells_memory_launches_and_dtypes(tmp_path: Path, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loops._recipe
+    real = training._recipe
     toy, _ = make_task()
-    monkeypatch.setattr(loops, "_recipe", lambda _task, *rest: real(toy, *rest))
-    monkeypatch.setattr(loops, "GRIDS", {"KArAt G3": 3})
-    monkeypatch.setattr(loops, "SECONDS_A_ROUND", 0.01)
+    monkeypatch.setattr(training, "_recipe", lambda _task, *rest: real(toy, *rest))
+    monkeypatch.setattr(training, "GRIDS", {"KArAt G3": 3})
+    monkeypatch.setattr(training, "SECONDS_A_ROUND", 0.01)
     task, told = make_task(kind=FullSizeTask)
     compare(task, world, Group("eager", "tiny", 2), str(tmp_path))
     assert set(told) == {"row"}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from karat_scale.bench.gpu.budget import Budget
+from karat_scale.bench.gpu.task import Budget
 from tests.bench.gpu.task import make_task
 
 

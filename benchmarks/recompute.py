@@ -1,4 +1,4 @@
-"""`karat bench recompute`: what each policy of activation checkpointing saves in memory and costs in time.
+"""What each policy of activation checkpointing saves in memory and costs in time: `python -m benchmarks.recompute`.
 
 Forward and backward of a whole ViT at 224 px, for softmax and for each implementation of Fourier-KArAt. Policies run in
 turn; ratios to the policy `none` are medians over rounds. Peaks are measured in processes of their own.
@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
-from karat_scale.bench.attention import clock_for, device_name, write_json
+from karat_scale.arguments import OneLineParser, count, new_file
+from karat_scale.bench.attention import clock_for, device_name
 from karat_scale.bench.interleave import interleaved_seconds, median_ratio
 from karat_scale.bench.peak_memory import peak_memory_of
+from karat_scale.console import print_table, write_json
+from karat_scale.errors import run_script
 from karat_scale.models import create_model
 from karat_scale.models.flops import BlockFlops, flops_by_block
 from karat_scale.models.recompute import Choice, choices_by_rule, recompute
@@ -41,15 +42,28 @@ class Case:
     image_size: int = 224
 
 
-def bench_recompute(case: Case, rounds: int, threads: int, json_file: str | None, names: Sequence[str]) -> int:
-    """Measure every policy with the named attentions; print a table, and write `json_file`; returns 0."""
+def main(arguments: list[str] | None = None) -> None:
+    """Measure every policy with each attention, print a table, and write the file of `--json`."""
+    parser = OneLineParser(prog="python -m benchmarks.recompute", description=__doc__)
+    parser.add_argument("--model", default="vit_tiny_patch16_224")
+    parser.add_argument("--image-size", type=count, default=224)
+    parser.add_argument("--batch", type=count, default=4)
+    parser.add_argument("--grid", type=count, default=3)
+    names = ("softmax", "reference", "streaming", "cpu", "triton")
+    parser.add_argument("--only", nargs="+", choices=names, default=names[:4], help="only these attentions")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=count, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=5, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
+    options = parser.parse_args(arguments)
+    case = Case(options.model, options.batch, options.grid, options.dtype, options.device, options.image_size)
     if case.device == "cpu":
-        torch.set_num_threads(threads)
-    rows = [row for name in names for row in _rows(name, case, rounds, threads)]
-    result = {**asdict(case), "device_name": device_name(case.device), "threads": threads, "rows": rows}
+        torch.set_num_threads(options.threads)
+    rows = [row for name in options.only for row in _rows(name, case, options.rounds, options.threads)]
+    result = {**asdict(case), "device_name": device_name(case.device), "threads": options.threads, "rows": rows}
     _print(result)
-    write_json(json_file, result)
-    return 0
+    write_json(options.json, result)
 
 
 def _rows(attention: str, case: Case, rounds: int, threads: int) -> list[dict[str, Any]]:
@@ -135,15 +149,15 @@ def _autocast(case: Case) -> contextlib.AbstractContextManager[Any]:
 
 def _print(result: dict[str, Any]) -> None:
     title = f"{result['model']} at {result['image_size']} px, batch {result['batch']}, grid {result['grid']}, "
-    table = Table(title=title + f"{result['dtype']} on {result['device_name']}, {result['threads']} threads")
-    for column in ("attention", "policy", "ms", "to none", "saved MB", "to none", "peak MB", "to none"):
-        table.add_column(column, justify="left" if column in ("attention", "policy") else "right")
+    title += f"{result['dtype']} on {result['device_name']}, {result['threads']} threads"
+    rows = []
     for row in result["rows"]:
-        time, saved = (row["forward_backward_ms"], row["ratio_time"]), (row["saved_mb"], row["ratio_saved"])
-        table.add_row(
-            row["attention"] if row["policy"] == "none" else "",
-            row["policy"],
-            *(f"{figure:.2f}" for figure in (*time, *saved, row["peak_mb"], row["ratio_peak"])),
-            end_section=row["policy"] == POLICIES[-1],
-        )
-    Console().print(table)
+        figures = ("forward_backward_ms", "ratio_time", "saved_mb", "ratio_saved", "peak_mb", "ratio_peak")
+        attention = row["attention"] if row["policy"] == "none" else ""
+        rows.append([attention, row["policy"], *(f"{row[figure]:.2f}" for figure in figures)])
+    header = ("attention", "policy", "ms", "to none", "saved MB", "to none", "peak MB", "to none")
+    print_table(title, header, rows, texts=(0, 1))
+
+
+if __name__ == "__main__":
+    run_script(main)

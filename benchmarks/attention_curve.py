@@ -1,4 +1,4 @@
-"""`karat bench attention --curve N...`: how time and memory grow with the number of tokens."""
+"""How time and memory of attention grow with the number of tokens: `python -m benchmarks.attention_curve N...`."""
 
 import math
 import statistics
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from karat_scale.arguments import OneLineParser, count, new_file
 from karat_scale.bench.attention import (
     SDPA,
     Case,
@@ -16,29 +17,36 @@ from karat_scale.bench.attention import (
     device_name,
     forward_backward,
     forward_backward_once,
-    write_json,
 )
+from karat_scale.bench.commands import add_attention_options, attention_case
 from karat_scale.bench.interleave import interleaved_seconds, median_ratio
 from karat_scale.bench.peak_memory import peak_memory_of
+from karat_scale.console import print_table, write_json
+from karat_scale.errors import run_script
 
 AUTO = "auto"
 
 
-def bench_curve(case: Case, tokens: Sequence[int], rounds: int, threads: int, json_file: str | None) -> int:
-    """Measure forward and backward at each N, print the curve with its exponents, and write `json_file`; returns 0."""
+def main(arguments: list[str] | None = None) -> None:
+    """Measure forward and backward at each N, print the curve with its exponents, and write the file of `--json`."""
+    parser = OneLineParser(prog="python -m benchmarks.attention_curve", description=__doc__)
+    parser.add_argument("tokens", type=count, nargs="+", metavar="N", help="numbers of tokens")
+    add_attention_options(parser)
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
+    options = parser.parse_args(arguments)
+    tokens, case = options.tokens, attention_case(options, options.tokens[0])
     check_case(case)
     if case.device == "cpu":
-        torch.set_num_threads(threads)
-    points = [curve_point(replace(case, tokens=n), rounds, threads) for n in tokens]
+        torch.set_num_threads(options.threads)
+    points = [curve_point(replace(case, tokens=n), options.rounds, options.threads) for n in tokens]
     exponents = {
         "time": growth(tokens, [point["forward_backward_ms"] for point in points]),
         "memory": growth(tokens, [point["peak_mb"] for point in points]),
     }
-    result = {**asdict(case), "tokens": list(tokens), "device_name": device_name(case.device), "threads": threads}
+    result = {**asdict(case), "tokens": tokens, "device_name": device_name(case.device), "threads": options.threads}
     result |= {"rows": points, "exponents": exponents}
     _print(result)
-    write_json(json_file, result)
-    return 0
+    write_json(options.json, result)
 
 
 def curve_point(case: Case, rounds: int, threads: int) -> dict[str, Any]:
@@ -66,16 +74,15 @@ def growth(sizes: Sequence[float], figures: Sequence[float]) -> float:
 
 
 def _print(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     title = f"ViT-{result['model'].capitalize()} batch {result['batch']}, {result['basis']} {result['form']}, "
     title += f"grid {result['grid']}, {result['dtype']}, forward and backward on {result['device_name']}"
-    table = Table(title=title)
-    for column in ("N", "ms", "to SDPA", "MB", "to SDPA"):
-        table.add_column(column, justify="right")
+    rows = []
     for row in result["rows"]:
         time = (f"{row['forward_backward_ms']:.1f}", f"{row['ratio_forward_backward']:.2f}")
-        table.add_row(f"{row['tokens']}", *time, f"{row['peak_mb']:.1f}", f"{row['ratio_memory']:.2f}")
-    Console().print(table)
+        rows.append((f"{row['tokens']}", *time, f"{row['peak_mb']:.1f}", f"{row['ratio_memory']:.2f}"))
+    print_table(title, ("N", "ms", "to SDPA", "MB", "to SDPA"), rows, texts=())
     print(f"time grows as N^{result['exponents']['time']}, memory as N^{result['exponents']['memory']}")
+
+
+if __name__ == "__main__":
+    run_script(main)

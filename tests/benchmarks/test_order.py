@@ -1,12 +1,12 @@
 import json
 
-from karat_scale.cli import main
+from benchmarks.order import main
 
 
 def test_both_policies_are_measured(shards, tmp_path, capsys):
     out = tmp_path / "order.json"
-    arguments = ["bench", "order", "--samples", "5000", "--batch", "50", "--block", "20", "--window", "10"]
-    assert main([*arguments, "--path", str(shards), "--json", str(out)]) == 0
+    arguments = ["--samples", "5000", "--batch", "50", "--block", "20", "--window", "10"]
+    main([*arguments, "--path", str(shards), "--json", str(out)])
     full, block = json.loads(out.read_text())["rows"]
     assert "global batch 50" in capsys.readouterr().out
     assert (full["order"], block["order"]) == ("full", "block")

@@ -1,10 +1,9 @@
-"""`karat bench order`: how well each order policy shuffles, and what it asks of a disk.
+"""How well each order policy shuffles, and what it asks of a disk: `python -m benchmarks.order`.
 
 Disk neighbours that meet in a batch, and the few blocks a batch draws from, are what `block` gives up; long reads in
 place of one seek an image are what it gains.
 """
 
-import json
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -14,9 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from karat_scale.arguments import OneLineParser, count, new_file
+from karat_scale.console import print_table, write_json
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.order import BLOCK_SAMPLES, WINDOW_BLOCKS, epoch_order
-from karat_scale.files import write_atomically
+from karat_scale.errors import run_script
 
 POLICIES = ("full", "block")
 
@@ -31,28 +32,37 @@ class OrderCase:
     window_blocks: int = WINDOW_BLOCKS
 
 
-def bench_order(case: OrderCase, shards: str | None, json_file: str | None) -> int:
-    """Measure both policies, print a table, write `json_file`; returns 0. `shards`: a directory to read from."""
+def main(arguments: list[str] | None = None) -> None:
+    """Measure both policies, print a table, and write the file of `--json`."""
+    parser = OneLineParser(prog="python -m benchmarks.order", description=__doc__)
+    parser.add_argument("--samples", type=count, default=1_281_167, help="of an epoch (default: %(default)s)")
+    parser.add_argument("--batch", type=count, default=1024, help="global batch (default: %(default)s)")
+    parser.add_argument("--block", type=count, default=256, help="samples per block (default: %(default)s)")
+    parser.add_argument("--window", type=count, default=32, help="blocks per window (default: %(default)s)")
+    parser.add_argument("--path", metavar="DIR", help="shards to read with a cold cache")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
+    options = parser.parse_args(arguments)
+    case = OrderCase(options.samples, options.batch, options.block, options.window)
     rows = []
     for policy in POLICIES:
         row: dict[str, Any] = {"order": policy, **shuffle_quality(case, policy)}
-        if shards:
-            row["cold_images_per_second"] = round(cold_read_rate(case, policy, shards), 1)
+        if options.path:
+            row["cold_images_per_second"] = round(cold_read_rate(case, policy, options.path), 1)
         rows.append(row)
-    result = {**asdict(case), "rows": rows}
-    _print(result)
-    if json_file:
-        write_atomically(Path(json_file), json.dumps(result, indent=2) + "\n")
-    return 0
+    title = f"{case.samples:,} samples, global batch {case.batch}, "
+    title += f"blocks of {case.block_samples} samples, windows of {case.window_blocks} blocks"
+    header = [column.replace("_", " ") for column in rows[0]]
+    print_table(title, header, [[str(value) for value in row.values()] for row in rows])
+    write_json(options.json, {**asdict(case), "rows": rows})
 
 
 def order_of(case: OrderCase, policy: str, samples: int) -> npt.NDArray[np.int64]:
-    """The first epoch's order under a policy."""
+    """Return the order of the first epoch under a policy."""
     return epoch_order(0, 0, samples, policy, case.block_samples, case.window_blocks)
 
 
 def shuffle_quality(case: OrderCase, policy: str) -> dict[str, float]:
-    """What a policy does to an epoch.
+    """Return what a policy does to an epoch.
 
     blocks_per_batch: distinct blocks that a global batch draws from, mean. neighbours_together: share of disk
     neighbours that are in the same global batch. mean_shift: how far samples are from their place on disk, over that
@@ -75,7 +85,7 @@ def shuffle_quality(case: OrderCase, policy: str) -> dict[str, float]:
 
 
 def cold_read_rate(case: OrderCase, policy: str, directory: str, seconds: float = 10.0) -> float:
-    """Images read per second in a policy's order, by one reader, for so long at most, from shards not in memory."""
+    """Return images read per second in a policy's order by one reader, for at most `seconds`, from a cold cache."""
     path = Path(directory).expanduser()
     for shard in path.glob("train-*.tar"):
         with shard.open("rb") as file:
@@ -92,15 +102,5 @@ def cold_read_rate(case: OrderCase, policy: str, directory: str, seconds: float 
     return count / (time.perf_counter() - begun)
 
 
-def _print(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    title = f"{result['samples']:,} samples, global batch {result['batch']}, "
-    title += f"blocks of {result['block_samples']} samples, windows of {result['window_blocks']} blocks"
-    table = Table(title=title)
-    for column in result["rows"][0]:
-        table.add_column(column.replace("_", " "), justify="left" if column == "order" else "right")
-    for row in result["rows"]:
-        table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)
+if __name__ == "__main__":
+    run_script(main)

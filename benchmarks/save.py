@@ -1,10 +1,9 @@
-"""`karat bench save`: how long training pauses for a checkpoint, and how long a resume takes.
+"""How long training pauses for a checkpoint, and how long a resume takes: `python -m benchmarks.save`.
 
 Three ways to save the same engine in turn: DeepSpeed's own `save_checkpoint`, which neither flushes to the disk nor
 hashes; ours, waited for; and ours beside training. Then a load, as at a resume.
 """
 
-import json
 import shutil
 import statistics
 import tempfile
@@ -14,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from karat_scale.arguments import OneLineParser, count, new_file
+from karat_scale.console import print_table, write_json
 from karat_scale.engine import distributed
-from karat_scale.files import write_atomically
+from karat_scale.errors import run_script
 from karat_scale.recipe.loading import validate_recipe
 from karat_scale.reporting.progress import Reporter, SilentDisplay
 from karat_scale.run.loop import Loop, Parts
@@ -42,8 +41,19 @@ class SavePlan:
     path: str | None
 
 
-def bench_save(plan: SavePlan, json_file: str | None) -> int:
-    """Measure, print and write `json_file`; returns 0."""
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print and write the file of `--json`."""
+    parser = OneLineParser(prog="python -m benchmarks.save", description=__doc__)
+    parser.add_argument("--model", default="vit_base_patch16_224")
+    parser.add_argument("--image-size", type=count, default=224)
+    parser.add_argument("--batch", type=count, default=2)
+    parser.add_argument("--config", default="zero0", help="deepspeed.config (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=5, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--path", metavar="DIR", help="where to save (default: the temporary directory)")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
+    options = parser.parse_args(arguments)
+    where = (options.config, options.rounds, options.path)
+    plan = SavePlan(options.model, options.image_size, options.batch, *where)
     world = distributed.start("auto")
     try:
         with tempfile.TemporaryDirectory(dir=plan.path) as scratch:
@@ -51,9 +61,7 @@ def bench_save(plan: SavePlan, json_file: str | None) -> int:
     finally:
         distributed.stop()
     _print(result)
-    if json_file:
-        write_atomically(Path(json_file), json.dumps(result, indent=2) + "\n")
-    return 0
+    write_json(options.json, result)
 
 
 class _Bench:
@@ -137,16 +145,18 @@ class _Bench:
 
 def _print(result: dict[str, Any]) -> None:
     title = f"{result['model']}, {result['deepspeed']}, {result['checkpoint_mb']:,.0f} MB, {result['device']}"
-    table = Table(title=f"{title}, {result['threads']} threads")
-    for column in ("save", "training stands still", f"over {DEEPSPEED}"):
-        table.add_column(column, justify="left" if column == "save" else "right")
     stalls = result["stall_seconds"]
-    for name, seconds in stalls.items():
-        table.add_row(name, f"{seconds:.2f} s", f"{seconds / stalls[DEEPSPEED]:.2f}")
-    console = Console()
-    console.print(table)
-    console.print(
-        f"beside training: complete after {result['seconds_until_complete_beside']:.2f} s, at a step's end; a step "
-        f"meanwhile takes {result['step_seconds_while_writing']:.2f} s in place of {result['step_seconds']:.2f} s"
+    print_table(
+        f"{title}, {result['threads']} threads",
+        ("save", "training pauses", f"over {DEEPSPEED}"),
+        [(name, f"{seconds:.2f} s", f"{seconds / stalls[DEEPSPEED]:.2f}") for name, seconds in stalls.items()],
     )
-    console.print(f"resume: verified and loaded in {result['resume_seconds']:.2f} s")
+    print(
+        f"beside training: complete after {result['seconds_until_complete_beside']:.2f} s, at the end of a step; "
+        f"meanwhile a step takes {result['step_seconds_while_writing']:.2f} s instead of {result['step_seconds']:.2f} s"
+    )
+    print(f"resume: verified and loaded in {result['resume_seconds']:.2f} s")
+
+
+if __name__ == "__main__":
+    run_script(main)

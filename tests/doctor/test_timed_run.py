@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from karat_scale.doctor.budget import affordable
+from karat_scale.doctor.timed_run import timed_batch
 
 
 @given(
@@ -15,7 +15,7 @@ def test_the_timed_batch_divides_and_never_grows(
     micro: int, accumulation: int, world: int, image_seconds: float, seconds: float
 ) -> None:
     wanted = micro * accumulation * world
-    batch, smaller = affordable(wanted, micro, world, image_seconds, seconds)
+    batch, smaller = timed_batch(wanted, micro, world, image_seconds, seconds)
     assert 1 <= smaller <= micro
     assert batch <= wanted
     assert batch % (smaller * world) == 0
@@ -24,7 +24,7 @@ def test_the_timed_batch_divides_and_never_grows(
 
 
 def test_a_step_that_fits_stays_and_one_that_does_not_shrinks() -> None:
-    assert affordable(256, 64, 2, image_seconds=0.001, seconds=12) == (256, 64)
-    assert affordable(256, 32, 1, image_seconds=0.01, seconds=12) == (96, 32)
-    assert affordable(256, 128, 1, image_seconds=0.1, seconds=12) == (10, 10)
-    assert affordable(256, 128, 2, image_seconds=10, seconds=12) == (4, 2)
+    assert timed_batch(256, 64, 2, image_seconds=0.001, seconds=12) == (256, 64)
+    assert timed_batch(256, 32, 1, image_seconds=0.01, seconds=12) == (96, 32)
+    assert timed_batch(256, 128, 1, image_seconds=0.1, seconds=12) == (10, 10)
+    assert timed_batch(256, 128, 2, image_seconds=10, seconds=12) == (4, 2)

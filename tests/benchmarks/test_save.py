@@ -3,14 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import karat
+from tests.conftest import benchmark
 
 
 @pytest.mark.slow
 def test_bench_save_prints_stalls_and_writes_json(tmp_path: Path) -> None:
     out = tmp_path / "save.json"
     own = ("--model", "vit_mini_patch4_28", "--image-size", "32", "--batch", "2", "--config", "zero1", "--rounds", "2")
-    done = karat("bench", "save", *own, "--path", str(tmp_path), "--json", str(out))
+    done = benchmark("save", *own, "--path", str(tmp_path), "--json", str(out))
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     stalls = result["stall_seconds"]

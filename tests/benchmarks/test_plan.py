@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.bench.live_tensors import measure
-from karat_scale.bench.plan import CASES, STEPS, Case, compare, recipe_of
+from benchmarks.live_tensors import measure
+from benchmarks.plan import CASES, STEPS, Case, compare, recipe_of
 from karat_scale.estimate.choose import Machine, consider
 from karat_scale.estimate.subject import Subject
 from karat_scale.recipe import Recipe

@@ -1,16 +1,15 @@
-"""`karat bench plan`: the plan's memory against the peak of live tensors in real training steps, each in a process."""
+"""The memory that `karat plan` predicts against the peak of live tensors in real steps: `python -m benchmarks.plan`."""
 
-import json
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from karat_scale.bench.live_tensors import live_tensor_peak
+from benchmarks.live_tensors import live_tensor_peak
+from karat_scale.arguments import OneLineParser, new_file
+from karat_scale.console import print_table, write_json
+from karat_scale.errors import run_script
 from karat_scale.estimate.choose import Machine, consider, micro_batches
-from karat_scale.estimate.show import show_table
 from karat_scale.estimate.subject import Subject
-from karat_scale.files import write_atomically
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
 
@@ -66,8 +65,11 @@ CASES = (
 )
 
 
-def bench_plan(json_file: str | None) -> int:
-    """Plan and measure every case, print a table, and write `json_file`; returns 1 if an error is above 10 %."""
+def main(arguments: list[str] | None = None) -> int:
+    """Plan and measure every case, print a table, and return 1 if an error is above 10 %."""
+    parser = OneLineParser(prog="python -m benchmarks.plan", description=__doc__)
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
+    options = parser.parse_args(arguments)
     rows = []
     for case in CASES:
         rows.append(compare(case))
@@ -76,9 +78,8 @@ def bench_plan(json_file: str | None) -> int:
         [row["case"], f"{row['planned'] / 1e6:.1f}", f"{row['measured'] / 1e6:.1f}", f"{100 * row['error']:+.1f} %"]
         for row in rows
     ]
-    show_table("live tensors at their peak, MB", ["case", "planned", "measured", "error"], table)
-    if json_file:
-        write_atomically(Path(json_file), json.dumps(rows, indent=2) + "\n")
+    print_table("live tensors at their peak, MB", ["case", "planned", "measured", "error"], table)
+    write_json(options.json, rows)
     return 1 if any(abs(row["error"]) > 0.1 for row in rows) else 0
 
 
@@ -113,3 +114,7 @@ def recipe_of(case: Case, scratch: str) -> Recipe:
             node = node.setdefault(section, {})
         node[leaf] = value
     return validate_recipe(tree, "bench plan")
+
+
+if __name__ == "__main__":
+    run_script(main)

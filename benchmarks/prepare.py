@@ -1,4 +1,4 @@
-"""`karat bench prepare`: what data_prep/make_webdataset.py costs over the least that its work could cost.
+"""What data_prep/make_webdataset.py costs over the least its work could cost: `python -m benchmarks.prepare`.
 
 With --resize, over a whole decode of each image and an encode of one of the result's size by libjpeg-turbo alone, with
 no resize, check, hash or tar. Without, over copying the members of a tar by tarfile. With --check decode, over a whole
@@ -9,7 +9,6 @@ ours.
 import contextlib
 import importlib
 import io
-import json
 import os
 import statistics
 import sys
@@ -24,22 +23,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
+from torchvision.io import encode_jpeg
 
-from karat_scale.bench.data_peers import recode_by_simplejpeg, recode_by_torchvision
+from karat_scale.arguments import OneLineParser, count, new_file
+from karat_scale.bench.data import Contender, decode_whole_by_simplejpeg, decode_whole_by_torchvision
 from karat_scale.bench.interleave import interleaved_seconds, median_ratio, processor_seconds
 from karat_scale.bench.sample_images import CLASSES, prepare_images
+from karat_scale.console import print_table, write_json
 from karat_scale.data.decode import decode_rgb
 from karat_scale.data.decoders.recoder import result_size
-from karat_scale.errors import UserError
-from karat_scale.files import write_atomically
+from karat_scale.errors import UserError, run_script
 from karat_scale.shipped import shipped_directory
 
 SCRIPTS = shipped_directory("data_prep")
 COPY = "copy of tar members"
 OURS, OURS_COPY = "make_webdataset --resize", "make_webdataset, bytes kept"
 DECODE, OURS_CHECK = "whole decode, Pillow", "make_webdataset --check decode"
+
+Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,25 @@ class PreparePlan:
     rounds: int = 5
 
 
-def bench_prepare(plan: PreparePlan, json_file: str | None) -> int:
-    """Measure, print a table, and write `json_file`; returns 0. Raises UserError for what cannot be measured."""
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print a table, and write the file of `--json`. Raises UserError for what cannot be measured."""
+    parser = OneLineParser(prog="python -m benchmarks.prepare", description=__doc__)
+    parser.add_argument("--tar", metavar="FILE", help="a tar of JPEGs (default: photo-like images made here)")
+    parser.add_argument("--resize", type=count, default=256, help="short side in pixels (default: %(default)s)")
+    parser.add_argument("--quality", type=count, default=90, help="(default: %(default)s)")
+    parser.add_argument("--encoder", choices=("auto", "native", "pillow"), default="auto")
+    parser.add_argument("--images", type=count, default=1000, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=5, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
+    plan = vars(parser.parse_args(arguments))
+    json_file = plan.pop("json")
+    result = measure(PreparePlan(**plan))
+    _print(result)
+    write_json(json_file, result)
+
+
+def measure(plan: PreparePlan) -> dict[str, Any]:
+    """Return the times and their ratios. Raises UserError for what cannot be measured."""
     if plan.quality > 100:
         raise UserError(f"--quality {plan.quality}: should be from 1 to 100")
     make_webdataset = _script()
@@ -84,7 +102,7 @@ def bench_prepare(plan: PreparePlan, json_file: str | None) -> int:
         seconds = interleaved_seconds(contenders, plan.rounds, processor_seconds)
     base = min(bases, key=lambda found: statistics.median(seconds[found]))
     count = len(images.encoded)
-    result = {
+    return {
         "source": images.source,
         "images": count,
         "mean_kb": round(1e3 * images.megabytes / count, 1),
@@ -101,10 +119,33 @@ def bench_prepare(plan: PreparePlan, json_file: str | None) -> int:
         "copy_ratio": round(1 / median_ratio(seconds, OURS_COPY, COPY), 3),
         "check_ratio": round(1 / median_ratio(seconds, OURS_CHECK, DECODE), 3),
     }
-    _print(result)
-    if json_file:
-        write_atomically(Path(json_file), json.dumps(result, indent=2) + "\n")
-    return 0
+
+
+def recode_by_simplejpeg(encoded: tuple[bytes, ...], results: list[Pixels], quality: int) -> Contender | None:
+    """Decode whole images, and encode other pixels [height, width, 3]; None if simplejpeg is not installed."""
+    decode = decode_whole_by_simplejpeg(encoded)
+    if decode is None:
+        return None
+    encode = importlib.import_module("simplejpeg").encode_jpeg
+
+    def run() -> None:
+        decode()
+        for pixels in results:
+            encode(pixels, quality=quality, colorspace="RGB", colorsubsampling="420")
+
+    return run
+
+
+def recode_by_torchvision(encoded: tuple[bytes, ...], results: list[Pixels], quality: int) -> Contender:
+    """Decode and encode like recode_by_simplejpeg."""
+    decode = decode_whole_by_torchvision(encoded)
+
+    def run() -> None:
+        decode()
+        for pixels in results:
+            encode_jpeg(torch.from_numpy(pixels).permute(2, 0, 1), quality=quality)
+
+    return run
 
 
 def _script() -> Callable[[list[str]], None]:
@@ -158,13 +199,12 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 def _print(result: dict[str, Any]) -> None:
     title = f"{result['images']} images of {result['mean_kb']:.0f} KB ({Path(result['source']).name}), one process"
-    table = Table(title=title)
-    table.add_column("contender")
-    table.add_column("ms an image", justify="right")
-    for name, milliseconds in result["milliseconds_an_image"].items():
-        table.add_row(name, f"{milliseconds:.3f}")
-    console = Console()
-    console.print(table)
-    console.print(f"--resize {result['resize']}: {result['resize_ratio']:.2f} of {result['base']}", markup=False)
-    console.print(f"bytes kept: {result['copy_ratio']:.2f} of {COPY}")
-    console.print(f"--check decode: {result['check_ratio']:.2f} of {DECODE}", markup=False)
+    rows = [(name, f"{milliseconds:.3f}") for name, milliseconds in result["milliseconds_an_image"].items()]
+    print_table(title, ("contender", "ms per image"), rows)
+    print(f"--resize {result['resize']}: {result['resize_ratio']:.2f} of {result['base']}")
+    print(f"bytes kept: {result['copy_ratio']:.2f} of {COPY}")
+    print(f"--check decode: {result['check_ratio']:.2f} of {DECODE}")
+
+
+if __name__ == "__main__":
+    run_script(main)

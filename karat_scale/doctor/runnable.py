@@ -1,4 +1,4 @@
-"""Find the implementations of KArAt attention that run on this machine: each attends over a few tokens."""
+"""Find what runs on this machine: each implementation of KArAt attends over a few tokens, each decoder reads a JPEG."""
 
 import time
 import warnings
@@ -7,6 +7,7 @@ from typing import Any
 
 from karat_scale.doctor.finding import Finding, found
 
+SIDE = 32
 BATCH, HEADS, TOKENS, WIDTH, RANK, GRID = 1, 1, 16, 16, 4, 2
 
 
@@ -21,7 +22,7 @@ def examine_attention() -> Iterator[Finding]:
     for name in IMPLEMENTATIONS:
         device = "cuda" if cuda and name != "cpu" else "cpu"
         begun = time.perf_counter()
-        refusal = _refusal(name, device)
+        refusal = _attention_refusal(name, device)
         seconds = time.perf_counter() - begun
         if refusal is None:
             runs.append(name)
@@ -39,7 +40,7 @@ def examine_attention() -> Iterator[Finding]:
     yield found("attention auto", f"uses {chosen}", chosen=chosen)
 
 
-def _refusal(implementation: str, device: str) -> str | None:
+def _attention_refusal(implementation: str, device: str) -> str | None:
     """Return the reason why the implementation cannot attend, or None if it can, including its gradient."""
     import torch
 
@@ -60,4 +61,37 @@ def _refusal(implementation: str, device: str) -> str | None:
         return str(error).partition("cannot take this call: ")[2] or str(error)
     except Exception as error:  # a kernel that does not compile or launch
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
+
+
+def examine_decoders() -> Iterator[Finding]:
+    """Yield one finding per decoder of the folder and webdataset backends: it runs, or the reason why not."""
+    from karat_scale.data.decoders import FASTEST_FIRST
+
+    runs = []
+    for name in FASTEST_FIRST:
+        refusal = _decoder_refusal(name)
+        if refusal is None:
+            runs.append(name)
+            yield found(f"decoder {name}", "runs", runs=True)
+        else:
+            yield found(f"decoder {name}", "cannot run", refusal, runs=False)
+    if runs:
+        yield found("decoder auto", f"uses {runs[0]}", chosen=runs[0])
+
+
+def _decoder_refusal(name: str) -> str | None:
+    """Return the reason why the decoder cannot read a JPEG, or None if it can."""
+    from karat_scale.data.decode import blank_jpeg
+    from karat_scale.data.decoders import make_decoder
+    from karat_scale.data.view import crop_view
+    from karat_scale.recipe import DataConfig
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a failed build warns, and then raises the same as an error
+            decoder = make_decoder(DataConfig.model_validate({"path": "-", "decoder": name}), "bicubic")
+        decoder.read(blank_jpeg(SIDE), lambda width, height: crop_view((0, 0, width, height), SIDE // 2))
+    except Exception as error:  # any error of a broken library
+        return " ".join(str(error).split()).removeprefix(f"data.decoder = {name} cannot run: ")
     return None

@@ -1,0 +1,69 @@
+"""The options that several scripts share."""
+
+import argparse
+import re
+from pathlib import Path
+
+from karat_scale.arguments import OneLineParser, count
+from karat_scale.errors import DataError
+from karat_scale.machine import usable_cores
+
+
+def make_parser(description: str, writes: bool = True) -> OneLineParser:
+    """Return a parser with the options of every script, or of every script that writes."""
+    parser = OneLineParser(description=description, allow_abbrev=False)
+    if not writes:
+        return parser
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write to")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and write nothing")
+    return parser
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of scripts that convert a source: where it is, its images and their order, and odd ones."""
+    parser.add_argument("--src", type=Path, required=True, metavar="DIR", help="the directory of the images")
+    parser.add_argument("--split", metavar="NAME", help="make only this split (default: all)")
+    _add_workers(parser)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order in the output (default 0)")
+    parser.add_argument("--subset", type=count, metavar="N", help="only N images of each class, drawn by the seed")
+    parser.add_argument(
+        "--check", choices=("header", "decode"), default="header", help="read only headers, or decode every image"
+    )
+    parser.add_argument(
+        "--on-odd",
+        choices=("convert", "keep", "skip", "stop"),
+        default="keep",
+        help="what to do with CMYK, misnamed, EXIF-rotated, truncated images and corrupt EXIF (default keep)",
+    )
+    parser.add_argument(
+        "--encoding",
+        choices=("png", "jpeg"),
+        help="encoding of images that are raw pixels: PNG, lossless, or JPEG (default png; for IDX files jpeg)",
+    )
+    parser.add_argument(
+        "--any-hash", action="store_true", help="accept files of a published data set that have another hash"
+    )
+    parser.add_argument("--val-labels", type=Path, metavar="FILE", help="ImageNet's validation labels")
+    parser.add_argument("--synsets", type=Path, metavar="FILE", help="`number wnid` lines for the devkit's numbers")
+    parser.add_argument("--names", type=Path, metavar="FILE", help="`wnid name` lines: readable names of the classes")
+
+
+def check_source_options(options: argparse.Namespace) -> None:
+    """Refuse a split that is not a plain name, and an option with a file that does not exist. Raises DataError."""
+    if options.split is not None and not re.fullmatch(r"\w+", options.split):
+        raise DataError(f"--split {options.split!r} is not a name; use letters, digits and _")
+    for name in ("val_labels", "synsets", "names"):
+        path = getattr(options, name)
+        if path is not None and not path.is_file():
+            raise DataError(f"--{name.replace('_', '-')} {path}: the file does not exist")
+
+
+def add_shard_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of scripts that read finished shards."""
+    parser.add_argument("--src", type=Path, required=True, metavar="DIR", help="a directory of shards")
+    parser.add_argument("--split", metavar="NAME", help="use only this split (default: all)")
+    _add_workers(parser)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=count, default=usable_cores(), metavar="N", help="processes (default: cores)")

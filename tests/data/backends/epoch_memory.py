@@ -1,0 +1,45 @@
+"""Prints the memory of a loader and its workers after each epoch.
+
+`python -m tests.data.backends.epoch_memory CONFIG EPOCHS`, where CONFIG is a data section in JSON.
+A process of its own: the memory of a test process also changes with what the tests before left behind.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+from karat_scale.data.backends import open_backend
+from karat_scale.data.plan import TrainPlan
+from karat_scale.recipe import AugmentConfig, DataConfig
+
+
+def resident_mb() -> float:
+    """Memory of this process and its workers that is no file's: pages of libraries come and go with other programs."""
+    gc.collect()
+    process = psutil.Process()
+    lines = [
+        line.split()
+        for each in [process, *process.children(recursive=True)]
+        for line in Path(f"/proc/{each.pid}/status").read_text().splitlines()
+    ]
+    return sum(int(line[1]) for line in lines if line[0] in ("RssAnon:", "RssShmem:")) / 1e3
+
+
+def main(config: str, epochs: int) -> None:
+    opened = open_backend(DataConfig.model_validate_json(config), AugmentConfig(), 64, 4, 0)
+    plan = TrainPlan(0, opened.num_train, 16, 16, 0, 1)
+    after: list[float] = []
+    for number, batch in enumerate(opened.train_batches(plan.slices(0, epochs * plan.steps_per_epoch)), start=1):
+        assert batch.images.dtype == torch.uint8
+        if number % plan.steps_per_epoch == 0:
+            after.append(resident_mb())
+    opened.close()
+    print(json.dumps(after))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
