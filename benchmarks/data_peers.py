@@ -1,8 +1,7 @@
 """Other libraries' loaders next to the contenders of `karat bench data`: `python -m benchmarks.data_peers`.
 
 Takes the options of `karat bench data`. ImageFolder and torchvision's transforms; FFCV's and DALI's own loaders as
-their documentation shows them; and our native decoder with DCT scaling, which no recipe asks for since its pixels
-differ more. Each crops at random, resizes and mirrors; only ours keeps our order and draws.
+their documentation shows them. Each crops at random, resizes and mirrors; only ours keeps our order and draws.
 """
 
 from collections.abc import Callable
@@ -16,13 +15,10 @@ from torchvision.transforms import InterpolationMode, v2
 
 from karat_scale.arguments import OneLineParser
 from karat_scale.bench.commands import add_data_options, data_plan
-from karat_scale.bench.data import CLASSES, SIZE, Contender, Contenders, bench_data, decode_by_torchvision
-from karat_scale.data.backends.images import ImageBackend
-from karat_scale.data.decoders.native import NativeDecoder
+from karat_scale.bench.data import SIZE, Contender, Contenders, bench_data, decode_by_torchvision
 from karat_scale.data.formats.beton import beton_path, read_record
-from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import run_script
-from karat_scale.recipe import AugmentConfig, DataConfig
+from karat_scale.recipe import AugmentConfig
 
 # Of torchvision's 31 levels.
 RANDAUGMENT_MAGNITUDE = 15
@@ -45,17 +41,7 @@ def peers(ours: Contenders) -> dict[str, Contender]:
             found["FFCV's Loader, uint8"] = ffcv_loader(ours)
         if "dali" in ours.requested and not ours.lacks("dali"):
             found["DALI's pipeline, CPU, uint8"] = dali_loader(ours)
-    if "webdataset" in ours.requested and "karat webdataset, native" not in ours.missing:
-        found["karat webdataset, native with DCT scaling"] = scaled_decoder(ours)
     return found
-
-
-def scaled_decoder(ours: Contenders) -> Contender:
-    """Return passes by the webdataset backend whose decoder scales in the DCT."""
-    split = ShardSplit(ours.images.shards, "train", CLASSES)
-    config = DataConfig(path=str(ours.images.shards), workers=ours.workers)
-    decoder = NativeDecoder(ours.augment.interpolation, config.max_pixels, scaled=True)
-    return ours.passes_of(ImageBackend(split, split, config, ours.augment, SIZE, 0, decoder))
 
 
 def image_folder(ours: Contenders) -> Contender:

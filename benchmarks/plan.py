@@ -105,7 +105,7 @@ def recipe_of(case: Case, scratch: str) -> Recipe:
         "train": {"global_batch": 16, "ema_decay": 0.99},
         "deepspeed": {"config": case.config},
         "checkpoint": {"every_minutes": None},
-        "log": {"every_steps": 1000, "tensorboard": False},
+        "log": {"every_steps": 1000, "trackers": []},
     }
     for key, value in case.keys.items():
         *sections, leaf = key.split(".")

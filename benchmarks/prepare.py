@@ -9,7 +9,6 @@ ours.
 import contextlib
 import importlib
 import io
-import os
 import statistics
 import sys
 import tarfile
@@ -27,12 +26,13 @@ from torchvision.io import encode_jpeg
 
 from karat_scale.arguments import OneLineParser, count, new_file
 from karat_scale.bench.data import Contender, decode_whole_by_simplejpeg, decode_whole_by_torchvision
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio, processor_seconds
+from karat_scale.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
 from karat_scale.bench.sample_images import CLASSES, prepare_images
 from karat_scale.console import print_table, write_json
 from karat_scale.data.decode import decode_rgb
 from karat_scale.data.decoders.recoder import result_size
 from karat_scale.errors import UserError, run_script
+from karat_scale.machine import usable_cores
 from karat_scale.shipped import shipped_directory
 
 SCRIPTS = shipped_directory("data_prep")
@@ -45,7 +45,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class PreparePlan:
-    """What is measured: up to `images` JPEGs of a tar, or photo-like ones made here, to this short side in pixels."""
+    """Up to `images` JPEGs of a tar, or photo-like ones made here, and the short side in pixels to resize them to."""
 
     tar: str | None = None
     resize: int = 256
@@ -110,7 +110,7 @@ def measure(plan: PreparePlan) -> dict[str, Any]:
         "quality": plan.quality,
         "encoder": plan.encoder,
         "rounds": plan.rounds,
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "base": base,
         "milliseconds_an_image": {
             name: round(1e3 * statistics.median(times) / count, 3) for name, times in seconds.items()

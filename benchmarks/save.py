@@ -31,7 +31,7 @@ DEEPSPEED, BLOCKING, BESIDE = "DeepSpeed's save_checkpoint", "karat, blocking", 
 
 @dataclass(frozen=True)
 class SavePlan:
-    """What to save, how often, and where."""
+    """The engine to save, the number of rounds, and the directory."""
 
     model: str
     image_size: int
@@ -75,7 +75,7 @@ class _Bench:
             "train": {"global_batch": plan.batch, "epochs": 1000},
             "deepspeed": {"config": plan.config},
             "checkpoint": {"every_minutes": None},
-            "log": {"tensorboard": False, "every_steps": 1000},
+            "log": {"trackers": [], "every_steps": 1000},
         }
         recipe = validate_recipe(tree, "bench save")
         self._plan, self._theirs = plan, Path(scratch) / "deepspeed"

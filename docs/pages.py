@@ -3,6 +3,7 @@
 | page                  | source                                       |
 |-----------------------|----------------------------------------------|
 | index.md              | README.md                                    |
+| contributing.md       | CONTRIBUTING.md                              |
 | changelog.md          | CHANGELOG.md                                 |
 | recipe*.md            | the schemas of the recipes                   |
 | commands/<command>.md | the parser of `karat`                        |
@@ -17,10 +18,11 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from pydantic import BaseModel
 
 from karat_scale.cli import build_parser
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import Recipe, RunRecipe
+from karat_scale.recipe.base import Effect
+from karat_scale.recipe.loading import effects
 from karat_scale.tasks.detection.recipe import DetectionRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,14 +45,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace a link to a file outside docs/ by its text: the site does not have that file."""
+    """Replace a link to a file outside docs/ by its text, unless the site has a page made from that file."""
+    markdown = markdown.replace("](../CONTRIBUTING.md", "](contributing.md")
     return re.sub(r"\[([^\]]+)\]\(\.\./[^)]+\)", r"`\1`", markdown)
 
 
 def generated_pages() -> dict[str, str]:
     """Return the Markdown of each generated page by its path."""
     pages = {
-        "index.md": start_page((ROOT / "README.md").read_text(encoding="utf-8")),
+        "index.md": page_of_root((ROOT / "README.md").read_text(encoding="utf-8")),
+        "contributing.md": page_of_root((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")),
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
         "recipe.md": recipe_page(Recipe, "Recipe keys", "karat train"),
         "recipe_detection.md": recipe_page(DetectionRecipe, "Detection recipe keys", "karat detect"),
@@ -58,40 +62,46 @@ def generated_pages() -> dict[str, str]:
     return pages | {f"commands/{name}.md": command_page(parser, text) for name, (parser, text) in _commands().items()}
 
 
-def start_page(readme: str) -> str:
-    """Return the README with its links as they are relative to docs/."""
-    return re.sub(r"\]\((?!https?:)(?:docs/)?", lambda link: "](" if link[0].endswith("docs/") else "](../", readme)
+def page_of_root(text: str) -> str:
+    """Return a page of the clone's root with its links as they are relative to docs/."""
+    return re.sub(r"\]\((?!https?:|#)(?:docs/)?", lambda link: "](" if link[0].endswith("docs/") else "](../", text)
 
 
-def recipe_page(schema: type[BaseModel], title: str, command: str) -> str:
-    """Return a table for each section of a recipe: every key with its type, default and meaning."""
+def recipe_page(schema: type[RunRecipe], title: str, command: str) -> str:
+    """Return a table for each section of a recipe: every key with its type, default, effect and meaning."""
     whole = schema.model_json_schema(by_alias=True)
     introduction = (
         f"---\nhide: [toc]\n---\n\n# {title}\n\n"
         f"These are all keys of a recipe of `{command}`. A key that is not required has a default. "
-        "An unknown key, a value of another type and a value out of range are refused with one line.\n"
+        "An unknown key, a value of another type and a value out of range are refused with one line.\n\n"
+        "*Changes* says what another value of a key may change: "
+        f"{'; '.join(f'`{effect.name.lower()}`, {effect.value}' for effect in Effect)}. A run that resumes accepts "
+        "another value of a key that changes `nothing`, `speed` or `rounding`. For the others, see "
+        "[Change a recipe on purpose](checkpoints.md#change-a-recipe-on-purpose).\n"
     )
-    return "\n".join([introduction, *_section(whole, whole, "")])
+    return "\n".join([introduction, *_section(whole, whole, "", effects(schema))])
 
 
-def _section(whole: Mapping[str, Any], section: Mapping[str, Any], name: str) -> Iterator[str]:
+def _section(
+    whole: Mapping[str, Any], section: Mapping[str, Any], name: str, effect_of: Mapping[str, Effect]
+) -> Iterator[str]:
     """Yield the Markdown of a section: its docstring, the table of its keys, and then its own sections."""
     keys = {f"{name}.{key}" if name else key: value for key, value in section["properties"].items()}
     sections = {key: value for key, value in keys.items() if "$ref" in value}
     if name:
         yield f"## {name}\n\n{_prose(section['description'])}\n"
-    rows = [_row(whole, key, value, section) for key, value in keys.items() if key not in sections]
+    rows = [_row(key, value, section, effect_of[key]) for key, value in keys.items() if key not in sections]
     if rows:
-        yield "| key | type | default | meaning |\n|---|---|---|---|\n" + "".join(rows)
+        yield "| key | type | default | changes | meaning |\n|---|---|---|---|---|\n" + "".join(rows)
     for key, value in sections.items():
-        yield from _section(whole, whole["$defs"][value["$ref"].rpartition("/")[2]], key)
+        yield from _section(whole, whole["$defs"][value["$ref"].rpartition("/")[2]], key, effect_of)
 
 
-def _row(whole: Mapping[str, Any], key: str, value: Mapping[str, Any], section: Mapping[str, Any]) -> str:
+def _row(key: str, value: Mapping[str, Any], section: Mapping[str, Any], effect: Effect) -> str:
     required = key.rpartition(".")[2] in section.get("required", ())
     default = "required" if required else f"`{json.dumps(value['default'])}`"
     meaning = " ".join(_prose(value["description"]).split())
-    return f"| `{key}`{{ #{key} }} | {_type(value)} | {default} | {meaning} |\n"
+    return f"| `{key}`{{ #{key} }} | {_type(value)} | {default} | {effect.name.lower()} | {meaning} |\n"
 
 
 def _type(value: Mapping[str, Any]) -> str:

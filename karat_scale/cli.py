@@ -11,12 +11,11 @@ from karat_scale.arguments import OneLineParser, count, new_file, positive, time
 from karat_scale.bench.commands import add_benches
 from karat_scale.compiler_caches import use_local_caches
 from karat_scale.errors import UserError
-from karat_scale.prepare import SCRIPTS
-from karat_scale.prepare import prepare as run_script
+from karat_scale.shipped import SCRIPTS, run_prepare
+from karat_scale.tables import EXPORT_FORMATS
 
 EXIT_USAGE = 2
-EXPORT_FORMATS = ("safetensors", "timm", "onnx", "torchscript", "hub-folder")
-ANALYSES = ("spectrum", "maps", "functions", "distributions", "landscape")
+ANALYSES = ("spectrum", "content", "maps", "functions", "distributions", "landscape")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser("prepare", help="make, check and copy data sets with the scripts of data_prep")
     prepare.add_argument("script", choices=SCRIPTS, help="the script; `karat prepare SCRIPT --help` lists its options")
     prepare.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own options")
-    prepare.set_defaults(run=lambda options: run_script(options.script, options.arguments))
+    prepare.set_defaults(run=lambda options: run_prepare(options.script, options.arguments))
 
     train = commands.add_parser("train", help="train a recipe, or resume its run")
     train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
@@ -110,7 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
     analyze.add_argument("--data", metavar="DIR", help="the data, instead of the runs' data.path")
     analyze.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
     analyze.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
-    analyze.add_argument("--images", type=count, default=64, help="for spectrum, functions (default: %(default)s)")
+    analyze.add_argument(
+        "--images", type=count, default=64, help="for spectrum, content, functions (default: %(default)s)"
+    )
     analyze.add_argument("--image", type=int, nargs="+", metavar="N", help="images for the maps (default: four)")
     analyze.add_argument(
         "--block", type=int, default=-1, help="block of the maps; -1 is the last (default: %(default)s)"

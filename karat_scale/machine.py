@@ -1,9 +1,17 @@
-"""Cores and memory that this process may use, within the limits of control groups (versions 1 and 2)."""
+"""The limits of this machine, and of the GPUs we know: asked by doctor, plan and data workers alike.
+
+Cores and memory are those that this process may use, within the limits of control groups (versions 1 and 2).
+"""
 
 import math
 import os
+import platform
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+from karat_scale.errors import UserError
 
 ROOT = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
@@ -24,6 +32,15 @@ def usable_memory() -> int:
 
     total = int(psutil.virtual_memory().total)
     return min(total, memory_limit() or total)
+
+
+def processor_name() -> str:
+    """This machine's processor, as the kernel names it; its architecture where the kernel does not."""
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def cpu_quota(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float | None:
@@ -68,3 +85,85 @@ def _text(path: Path) -> str | None:
         return path.read_text().strip()
     except OSError:
         return None
+
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU.
+
+    `peaks` holds FLOP/s by precision, sums in fp32; a precision that its matrix units lack is not in it.
+    """
+
+    key: str
+    cuda_name: str
+    """The end of `torch.cuda.get_device_name`."""
+    memory_bytes: int
+    bandwidth: float
+    """Bandwidth of its memory, in bytes per second."""
+    peaks: dict[str, float]
+
+
+def find_gpu(name: str) -> Gpu | None:
+    """The GPU of a key such as "h100-80" or of a name that CUDA reports; None for one that is not in the table.
+
+    A slice of a GPU (MIG) and a variant (Laptop, D) have longer names, and are none of them.
+    """
+    for gpu in GPUS:
+        if name == gpu.key or re.search(rf"\b{re.escape(gpu.cuda_name)}$", name):
+            return gpu
+    return None
+
+
+def known_gpu(name: str) -> Gpu:
+    """The GPU of that name. Raises UserError, which lists the names, for another."""
+    gpu = find_gpu(name)
+    if gpu is None:
+        keys = ", ".join(gpu.key for gpu in GPUS)
+        raise UserError(f"--gpu {name}: not in the table ({keys}); for any other, karat plan RECIPE --memory GB")
+    return gpu
+
+
+def _gpu(key: str, cuda_name: str, gib: float, gb_s: float, *teraflops: float | None) -> Gpu:
+    known = zip(PRECISIONS, teraflops, strict=True)
+    peaks = {precision: 1e12 * peak for precision, peak in known if peak is not None}
+    return Gpu(key, cuda_name, int(gib * 2**30), 1e9 * gb_s, peaks)
+
+
+# Peaks and bandwidths are those of NVIDIA's data sheets and architecture white papers, named above each group of rows,
+# without sparsity (some sheets print only the sparse figure, which is twice this). Memory is about what CUDA reports,
+# as published out-of-memory messages show it: less than on the sheet.
+# The columns: GiB, GB/s, then TFLOP/s in fp32, TF32, bf16 and fp16.
+GPUS = (
+    # HGX B200 data sheet (an eighth of the board); the RTX Blackwell white paper.
+    _gpu("b200-180", "B200", 178.3, 7700, 75.0, 1125.0, 2250.0, 2250.0),
+    _gpu("rtx5090-32", "RTX 5090", 31.3, 1792, 104.8, 104.8, 209.5, 209.5),
+    # H200, H100 and GH200 data sheets; the H100 white paper.
+    _gpu("gh200-96", "GH200 480GB", 94.5, 4000, 66.9, 494.7, 989.4, 989.4),
+    _gpu("h200-141", "H200", 139.7, 4800, 66.9, 494.7, 989.4, 989.4),
+    _gpu("h100-nvl-94", "H100 NVL", 93.0, 3900, 60.0, 417.5, 835.5, 835.5),
+    _gpu("h100-pcie-80", "H100 PCIe", 79.1, 2000, 51.2, 378.0, 756.0, 756.0),
+    _gpu("h100-80", "H100 80GB HBM3", 79.1, 3350, 66.9, 494.7, 989.4, 989.4),
+    # A100, A30, A10, A40 and RTX A6000 data sheets; AWS's page on G5 instances for the A10G.
+    _gpu("a100-80", "A100-SXM4-80GB", 79.1, 2039, 19.5, 156.0, 312.0, 312.0),
+    _gpu("a100-40", "A100-SXM4-40GB", 39.4, 1555, 19.5, 156.0, 312.0, 312.0),
+    _gpu("a100-pcie-80", "A100 80GB PCIe", 79.1, 1935, 19.5, 156.0, 312.0, 312.0),
+    _gpu("a100-pcie-40", "A100-PCIE-40GB", 39.4, 1555, 19.5, 156.0, 312.0, 312.0),
+    _gpu("a30-24", "A30", 23.5, 933, 10.3, 82.0, 165.0, 165.0),
+    _gpu("a10g-24", "A10G", 22.0, 600, 35.0, 35.0, 70.0, 70.0),
+    _gpu("a10-24", "A10", 22.0, 600, 31.2, 62.5, 125.0, 125.0),
+    _gpu("a40-48", "A40", 44.3, 696, 37.4, 74.8, 149.7, 149.7),
+    _gpu("a6000-48", "RTX A6000", 47.4, 768, 38.7, 77.4, 154.8, 154.8),
+    # L4, L40 and L40S data sheets; the Ada white paper.
+    _gpu("l40s-48", "L40S", 44.4, 864, 91.6, 183.0, 362.1, 362.1),
+    _gpu("l40-48", "L40", 44.4, 864, 90.5, 90.5, 181.1, 181.1),
+    _gpu("l4-24", "L4", 22.0, 300, 30.3, 60.0, 121.0, 121.0),
+    _gpu("rtx4090-24", "RTX 4090", 23.6, 1008, 82.6, 82.6, 165.2, 165.2),
+    # The GA102 white paper; V100 and T4 data sheets, whose matrix units have only fp16.
+    _gpu("rtx3090-24", "RTX 3090", 23.6, 936, 35.6, 35.6, 71.0, 71.0),
+    _gpu("v100-32", "V100-SXM2-32GB", 31.7, 900, 15.7, None, None, 125.0),
+    _gpu("v100-16", "V100-SXM2-16GB", 15.7, 900, 15.7, None, None, 125.0),
+    _gpu("t4-16", "T4", 14.6, 320, 8.1, None, None, 65.0),
+)

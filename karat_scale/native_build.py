@@ -16,13 +16,14 @@ import subprocess
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c")
 COMPILERS = ("g++", "c++", "clang++")
-# Debian's packages for our sources, and for FFCV, which is compiled when it is installed.
-PACKAGES, FFCV_PACKAGES = "g++ libjpeg-dev", "libopencv-dev libturbojpeg0-dev pkg-config g++"
+# Debian's packages for our sources.
+PACKAGES = "g++ libjpeg-dev"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast")
 # What each instruction set needs beyond plain x86-64, in the order of preference.
 INSTRUCTION_SETS = {
@@ -96,7 +97,7 @@ def _available_instruction_sets() -> tuple[str, ...]:
 
 
 def _may_use_amx() -> bool:
-    """Whether the CPU has bfloat16 tiles, and Linux lets this process use them, which it must be asked once."""
+    """True if the CPU has bfloat16 tiles and Linux lets this process use them, after it was asked once."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.is_file():
         return False
@@ -104,7 +105,8 @@ def _may_use_amx() -> bool:
     if not {"amx_bf16", "amx_tile", "avx512_bf16"}.issubset(flags):
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+    code: int = ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data)
+    return code == 0
 
 
 def _load(source: Path, isa: str, link: tuple[str, ...]) -> ctypes.CDLL:
@@ -194,7 +196,7 @@ def _build(command: list[str], library: Path) -> None:
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether the library is there and ends in its own digest: loading a torn one would kill the process."""
+    """True if the library exists and ends in its own digest: loading an incomplete one would kill the process."""
     content = library.read_bytes() if library.is_file() else b""
     return len(content) > DIGEST_BYTES and hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
 
@@ -213,3 +215,31 @@ def _run(command: list[str]) -> str:
     except subprocess.TimeoutExpired as error:
         raise LoadError(f"{command[0]} took more than {BUILD_SECONDS} s") from error
     return done.stdout
+
+
+New = Callable[[], int | None]
+Free = Callable[[int], None]
+
+
+class PerThread:
+    """`handle()` is the calling thread's own object, which `new` makes at its first call and `free` frees."""
+
+    def __init__(self, new: New, free: Free) -> None:
+        self._new, self._free = new, free
+        self._own = threading.local()
+
+    def handle(self) -> int:
+        """Return the object's address. Raises MemoryError."""
+        if not hasattr(self._own, "held"):
+            self._own.held = _Held(self._new, self._free)
+        pointer: int = self._own.held.pointer
+        return pointer
+
+
+class _Held:
+    def __init__(self, new: New, free: Free) -> None:
+        pointer = new()
+        if not pointer:
+            raise MemoryError
+        self.pointer = pointer
+        weakref.finalize(self, free, pointer)

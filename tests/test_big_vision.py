@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from karat_scale.data.augmentation.randaugment import RandAugment
-from karat_scale.engine.optimizer import build_optimizer
+from karat_scale.engine.optimizers import build_optimizer
 from karat_scale.engine.schedule import build_schedule
 from karat_scale.models import create_model
 from karat_scale.recipe.loading import differing_keys, load_recipe

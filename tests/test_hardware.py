@@ -1,6 +1,6 @@
 import pytest
 
-from karat_scale.hardware import GPUS, find_gpu
+from karat_scale.machine import GPUS, find_gpu
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ SMALL_MODEL = (
     "data.workers=1",
     "deepspeed.config=zero0",
     "log.every_steps=1",
-    "log.tensorboard=false",
+    "log.trackers=[]",
 )
 BACKENDS = ("webdataset", "folder", "ffcv", "dali")
 # All of them where the slow tests run.

@@ -27,7 +27,7 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import karat_scale.data.backends.webdataset
+import karat_scale.data.backends.images
 import karat_scale.run.run
 import karat_scale.tasks.classification.task  # noqa: F401
 from karat_scale.checkpoint.tensor_storage import load_tensors

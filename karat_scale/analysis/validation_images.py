@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 from karat_scale.data.augmentation.normalize import Normalize
-from karat_scale.data.backends import Backend, open_backend
+from karat_scale.data.backends import Backend, ImageSpec, open_backend
 from karat_scale.data.batch import Batch
 from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.errors import DataError
@@ -22,8 +22,7 @@ class ValidationImages:
 
     def __init__(self, recipe: Recipe, count: int, ids: tuple[int, ...] | None = None) -> None:
         # Few images need no workers, and analyses of several runs should not need more processes.
-        self._data = recipe.data.model_copy(update={"workers": 0})
-        self._recipe = recipe
+        self._spec = ImageSpec.of(recipe.changed(data__workers=0))
         self._normalize = Normalize(recipe.augment.mean, recipe.augment.std)
         self.bad = 0
         backend = self._open()
@@ -74,8 +73,7 @@ class ValidationImages:
         return ImagesInMemory(list(self.raw(batch_size)), self._normalize, device)
 
     def _open(self) -> Backend:
-        model, run = self._recipe.model, self._recipe.run
-        return open_backend(self._data, self._recipe.augment, model.image_size, model.num_classes, run.seed)
+        return open_backend(self._spec)
 
 
 class ImagesInMemory:

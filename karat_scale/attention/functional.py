@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from karat_scale.attention import reference, streaming
-from karat_scale.attention.bases import BASE_ACTIVATIONS
+from karat_scale.attention.bases import BASE_ACTIVATIONS, Fourier
 from karat_scale.attention.call import FourierCall
 from karat_scale.attention.checks import check_call, check_choice
 from karat_scale.attention.kernels import cpu, triton_fourier
@@ -43,7 +43,7 @@ def fourier_karat_attention(
     mask: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
-    """Attention whose softmax is the learnable modular operator of arXiv 2503.10632, section 4.
+    """Return attention with the learnable modular operator of arXiv 2503.10632, section 4, instead of softmax.
 
     A = Q K^T / sqrt(d) + bias;  H[k, p] = sum_q phi_pq(A[k, q]) for p = 1..r;  S = H W^T;  O = S V, with
     phi_pq(x) = b(x) + sum_{m=1..G} a_pqm cos(m x) + b_pqm sin(m x).
@@ -86,11 +86,11 @@ def fourier_karat_scores(
     mask: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
-    """The learned attention S, for analysis: `fourier_karat_attention` with the same arguments is S @ value.
+    """Return the learned attention S, for analysis: `fourier_karat_attention` with the same arguments is S @ value.
 
-    `value` takes no part and may be None. Returns [B, h, N, N] in the query's dtype or, under autocast, in
-    autocast's. Rows need not sum to one and entries may be negative. Raises ValueError as
-    `fourier_karat_attention` does.
+    `value` is not used and may be None. The result is [B, h, N, N], in the query's dtype or, under autocast, in
+    autocast's. Rows need not sum to one, and entries may be negative. Raises ValueError like
+    `fourier_karat_attention`.
     """
     check_call(query, key, value, cos_coef, sin_coef, proj, bias, mask)
     check_choice("base", base, BASE_ACTIVATIONS)
@@ -101,6 +101,37 @@ def fourier_karat_scores(
     return _choose(implementation, call)(call).to(output_dtype(query))
 
 
+def fourier_karat_units(
+    query: Tensor,
+    key: Tensor,
+    cos_coef: Tensor,
+    sin_coef: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """H [B, h, N, r], the hidden units that W reads; arguments and errors as of `fourier_karat_attention`.
+
+    In the query's dtype or, under autocast, in autocast's. Masked calls always run by "streaming".
+    """
+    batch, heads, tokens, _ = query.shape
+    rank = cos_coef.shape[1]
+    # With a value and a W such that W^T V is the identity, O = H (W^T V) is H. A mask would also cut S.
+    select = torch.eye(tokens, rank, dtype=query.dtype, device=query.device)
+    proj = select.to(cos_coef.dtype).expand(heads, -1, -1)
+    check_call(query, key, None, cos_coef, sin_coef, proj, bias, mask)
+    check_choice("implementation", implementation, ("auto", *IMPLEMENTATIONS))
+    if mask is None:
+        value = select.expand(batch, heads, -1, -1)
+        call = FourierCall(query, key, value, cos_coef, sin_coef, proj, "zero", bias, None)
+        return _choose(implementation, call)(call).to(output_dtype(query))
+    basis = Fourier(cos_coef.shape[-1])
+    coef = basis.pack({"cos_coef": cos_coef, "sin_coef": sin_coef})
+    value = select[:rank].expand(batch, heads, -1, -1)
+    return streaming.attend_units(query, key, value, coef, None, basis, "zero", bias, mask).to(output_dtype(query))
+
+
 # What was chosen for calls like those so far, on devices where checking and choosing takes longer than the launches.
 _chosen: dict[tuple[Any, ...], Callable[[FourierCall], Tensor]] = {}
 _REMEMBERED_DEVICES = ("cuda",)
@@ -108,14 +139,14 @@ _MOST_REMEMBERED = 4096
 
 
 def _check_and_choose(implementation: str, call: FourierCall) -> Callable[[FourierCall], Tensor]:
-    """What attends; shapes, dtypes and names are checked once for all calls that agree in these."""
+    """Return the implementation of a call. Equal shapes, dtypes and names are checked only once."""
     # Shapes of fake tensors may be symbols, which cannot be looked up.
     if torch.compiler.is_compiling() or type(call.query) is not Tensor:
         return _check_and_choose_anew(implementation, call)
     if call.query.device.type not in _REMEMBERED_DEVICES:
         return _check_and_choose_anew(implementation, call)
     # Refusals may be replaced, to plan for another machine.
-    signature = (implementation, REFUSALS["triton"], *map(_describe, call))
+    signature = (implementation, _refusals["triton"], *map(_describe, call))
     attend = _chosen.get(signature)
     if attend is None:
         attend = _check_and_choose_anew(implementation, call)
@@ -145,12 +176,12 @@ def _choose(implementation: str, call: FourierCall) -> Callable[[FourierCall], T
 
 
 def automatic(call: FourierCall) -> str:
-    """The implementation that "auto" takes for a call."""
+    """Return the implementation that "auto" chooses for a call."""
     return next(name for name in AUTOMATIC if refusal(name, call) is None)
 
 
 def refusal(implementation: str, call: FourierCall) -> str | None:
-    """Why an implementation, or "auto", cannot take a call, or None. Looks only at shapes, dtypes and the device."""
+    """Return why an implementation, or "auto", cannot run a call, or None. Only shapes, dtypes and device matter."""
     return _refusals[implementation](call) if implementation in _refusals else None
 
 
@@ -159,7 +190,7 @@ _refusals = REFUSALS
 
 @contextmanager
 def choosing_as_on_a_gpu() -> Iterator[None]:
-    """Choose implementations as on a GPU that runs Triton's kernels; their fakes trace on any machine."""
+    """Choose implementations as on a GPU with Triton's kernels; their fake kernels can be traced on any machine."""
     global _refusals  # not a context variable, which torch.compile cannot trace
     before, _refusals = _refusals, REFUSALS_ON_A_GPU
     try:

@@ -1,11 +1,8 @@
-"""The modules that own what KArAt learns: the parameters of every unit, and the projector W of every head."""
-
-from typing import cast
+"""The modules that own the parameters of KArAt: those of every unit, and the projector W of every head."""
 
 import torch
 from torch import Tensor, nn
 
-from karat_scale.attention import functional
 from karat_scale.attention.bases import (
     BASE_ACTIVATIONS,
     INITIALISATIONS,
@@ -15,26 +12,27 @@ from karat_scale.attention.bases import (
     key_of,
     make_basis,
 )
-from karat_scale.attention.call import FourierCall
 from karat_scale.attention.checks import check_choice
+from karat_scale.attention.flops import karat_flops
 from karat_scale.attention.form_parameters import FORMS, SECOND, has_projector, parameter_shapes
 from karat_scale.attention.forms import check_implementation, has_kernels, karat_attention, karat_scores
+from karat_scale.attention.heads import FourierHeads
 from karat_scale.attention.softmax_start import start_like_softmax
 
 SOFTMAX_LIKE = "softmax_like"
 
 
-class KaratOperator(nn.Module):
+class KaratOperator(FourierHeads):
     """KArAt attention of any basis and form for a fixed number of tokens.
 
-    One operator to a block is the paper's blockwise mode; one operator given to all blocks is its universal mode.
-    Parameters bear the basis's names (the second operator's begin with `second_`), and W is `proj`.
+    In the paper's blockwise mode, each block has its own operator; in its universal mode, all blocks share one.
+    Parameters have the basis's names; those of the second operator begin with `second_`. W is `proj`.
 
     Args:
         num_tokens: N, class token included.
         num_heads: h.
         basis: a basis, or the name of one with its default settings.
-        rank: r, the width of H; of no effect where the form is of full rank.
+        rank: r, the width of H; without effect in the full-rank form.
         form: "modular", "project_first", "two_operators" or "full_rank" (see `karat_attention`).
         base: base activation b(x): "zero", "identity", "silu" or "gelu".
         init: "paper" or "variance_preserving" (see the basis's `initialise`, and `initialise_projector`), or
@@ -74,6 +72,7 @@ class KaratOperator(nn.Module):
             )
         key_of(self.basis)  # a compiled forward may not be the first to name it
         self.num_tokens, self.num_heads, self.rank, self.form = num_tokens, num_heads, rank, form
+        self.grid = getattr(self.basis, "grid", 0)
         self.base, self.init, self.simplex, self.implementation = base, init, simplex, implementation
         self._names = tuple(parameter_shapes(self.basis, form, num_heads, num_tokens, rank))
         for name, shape in parameter_shapes(self.basis, form, num_heads, num_tokens, rank).items():
@@ -85,7 +84,7 @@ class KaratOperator(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the parameters again by the scheme `init`."""
+        """Draw the parameters again according to `init`."""
         if self.init == SOFTMAX_LIKE:
             start_like_softmax(self.basis_parameters(), self.proj)
             return
@@ -99,13 +98,13 @@ class KaratOperator(nn.Module):
             self.basis.initialise(second, self.init)
 
     def basis_parameters(self) -> dict[str, Tensor]:
-        """The basis's parameters by name: all but W."""
+        """Return the basis's parameters by name: all except W."""
         return {name: getattr(self, name) for name in self._names}
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """O [B, h, N, d] of query, key and value [B, h, N, d]; see `karat_attention`."""
+        """Return O [B, h, N, d] for query, key and value [B, h, N, d]; see `karat_attention`."""
         return karat_attention(
             query,
             key,
@@ -122,7 +121,7 @@ class KaratOperator(nn.Module):
         )
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """The learned attention S [B, h, N, N]; see `karat_scores`."""
+        """Return the learned attention S [B, h, N, N]; see `karat_scores`."""
         return karat_scores(
             query,
             key,
@@ -138,44 +137,27 @@ class KaratOperator(nn.Module):
             implementation=self.implementation,
         )
 
-    def refusal(self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False) -> str | None:
-        """Why the implementation asked for cannot attend on a device, with heads `width` wide; None where it can.
+    def flops(self, tokens: int, width: int, masked: bool = False) -> int:
+        """See `AttentionHeads`."""
+        sizes = self.num_heads, self.rank, tokens, width
+        return karat_flops(self.basis, self.form, *sizes, simplex=self.simplex, masked=masked)
 
-        biased, masked: whether the layer gives a bias and a mask.
-        """
+    def refusal(self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False) -> str | None:
+        """See `AttentionHeads`."""
         if not has_kernels(self.basis, self.form, self.simplex):
             return None
-        return functional.refusal(self.implementation, self._call(width, device, biased, masked))
+        return super().refusal(width, device, biased=biased, masked=masked)
 
     def chosen(
         self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False
     ) -> tuple[str, str | None]:
-        """The implementation that attends, and why "auto" passed over the device's own kernels or None.
-
-        The arguments are those of `refusal`, which must have said None.
-        """
-        if self.implementation != "auto":
-            return self.implementation, None
-        if not has_kernels(self.basis, self.form, self.simplex):
+        """See `AttentionHeads`."""
+        if self.implementation == "auto" and not has_kernels(self.basis, self.form, self.simplex):
             return "streaming", None
-        call = self._call(width, device, biased, masked)
-        return functional.automatic(call), functional.refusal(functional.KERNELS_OF.get(device.type, "auto"), call)
-
-    def _call(self, width: int, device: torch.device, biased: bool, masked: bool) -> FourierCall:
-        head = torch.empty((1, self.num_heads, self.num_tokens, width), device=device)
-        learned = (cast(Tensor, x) for x in (self.cos_coef, self.sin_coef, self.proj))
-        cosines, sines, proj = (torch.empty(x.shape, device=device) for x in learned)
-        pairs = torch.zeros((self.num_tokens, self.num_tokens), device=device)
-        return FourierCall(
-            *(head, head, head),
-            *(cosines, sines, proj),
-            self.base,
-            pairs if biased else None,
-            pairs == 0 if masked else None,
-        )
+        return super().chosen(width, device, biased=biased, masked=masked)
 
     def extra_repr(self) -> str:
-        """The settings, in the constructor's names."""
+        """Return the settings, with the constructor's names."""
         return (
             f"num_tokens={self.num_tokens}, num_heads={self.num_heads}, basis={self.basis}, rank={self.rank}, "
             f"form={self.form!r}, base={self.base!r}, init={self.init!r}, simplex={self.simplex}, "
@@ -184,7 +166,7 @@ class KaratOperator(nn.Module):
 
 
 class FourierKaratOperator(KaratOperator):
-    """The modular Fourier operator, the paper's choice; (2 G + 1) r N parameters a head.
+    """The modular Fourier operator, the paper's choice; (2 G + 1) r N parameters per head.
 
     Args:
         grid: G, the number of harmonics; the others are those of `KaratOperator`.
@@ -204,7 +186,6 @@ class FourierKaratOperator(KaratOperator):
         dtype: torch.dtype | None = None,
     ) -> None:
         _check_counts(grid=grid)
-        self.grid = grid
         super().__init__(
             num_tokens,
             num_heads,
@@ -218,7 +199,7 @@ class FourierKaratOperator(KaratOperator):
         )
 
     def extra_repr(self) -> str:
-        """The settings, in the constructor's names."""
+        """Return the settings, with the constructor's names."""
         return (
             f"num_tokens={self.num_tokens}, num_heads={self.num_heads}, rank={self.rank}, grid={self.grid}, "
             f"base={self.base!r}, init={self.init!r}, implementation={self.implementation!r}"
@@ -226,7 +207,7 @@ class FourierKaratOperator(KaratOperator):
 
 
 def _can_start_like_softmax(basis: Basis, form: str, base: str) -> bool:
-    """Whether `init` may be "softmax_like"."""
+    """Return True if `init` may be "softmax_like"."""
     return isinstance(basis, Fourier) and form in ("modular", "full_rank") and base == "zero"
 
 

@@ -5,7 +5,6 @@ count. Contenders run in turn over the same images; 1.0 is a whole decode by lib
 batch. `python -m benchmarks.data_peers` adds the loaders of other libraries.
 """
 
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,29 +17,29 @@ from typing import Any
 import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio, processor_seconds
+from karat_scale import tables
+from karat_scale.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
 from karat_scale.bench.sample_images import CLASSES, SampleImages, prepare_images
 from karat_scale.console import print_table, write_json
-from karat_scale.data.backends import Backend, open_backend
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.plan import TrainPlan
 from karat_scale.errors import UserError
+from karat_scale.machine import usable_cores
 from karat_scale.recipe import AugmentConfig, DataConfig
 
-BACKENDS = ("webdataset", "folder", "ffcv", "dali", "synthetic")
+BACKENDS = tuple(tables.BACKENDS)
 # Under each backend's name, the decoders to run it with.
-DECODERS = {"webdataset": ("native", "torchvision", "pillow")}
+DECODERS = {"webdataset": tuple(tables.DECODERS)}
 SIZE, BATCH = 224, 64
 # How often a loader goes over the images in one go: training starts its workers once, not for each few hundred images.
 PASSES = 4
 # The same where two workers are compared with one: seconds of decoding beside the tenth of a second that a start takes.
 SCALING_PASSES, SCALING_ROUNDS = 20, 2
-# The library that a backend needs.
-LIBRARIES = {"ffcv": "ffcv", "dali": "nvidia.dali"}
 AUGMENTS = {
     # What every peer has too, as torchvision's reference recipe draws it.
     "crop": AugmentConfig(ratio=(3 / 4, 4 / 3), color_jitter=0, randaugment="", interpolation="bilinear"),
-    "paper": AugmentConfig(),
+    "paper": AugmentConfig(color_jitter=0.4),
 }
 TWO_WORKERS, ONE_WORKER = "2 workers", "1 worker"
 
@@ -49,9 +48,9 @@ Contender = Callable[[], object]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """The images and contenders to measure.
 
-    shards: a directory of shards, or tar: a tar of JPEGs; without either photo-like images are made. ffcv: a
+    shards: a directory of shards, or tar: a tar of JPEGs; without either, photo-like images are made. ffcv: a
     directory made by data_prep/make_ffcv.py, for the backend of that name. backends: which to measure, all by
     default. augment: "crop" for random resized crop and flip, or "paper" for the paper's whole augmentation. workers:
     of each loader, 0 for none. images: how many at most.
@@ -95,7 +94,7 @@ def bench_data(
         "augment": plan.augment,
         "workers": plan.workers,
         "rounds": plan.rounds,
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "base": base,
         "rows": [
             {
@@ -138,16 +137,18 @@ def decode_whole_by_torchvision(encoded: tuple[bytes, ...]) -> Contender:
 
 def decode_by_torchvision(data: bytes) -> torch.Tensor:
     """Return the image, uint8 [3, H, W]."""
-    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    pixels: torch.Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    return pixels
 
 
 def lacking_library(backend: str) -> str:
     """Return what to type to install a backend's library; empty if it is installed or none is needed."""
+    extra = tables.BACKENDS[backend].extra
     try:
-        there = backend not in LIBRARIES or find_spec(LIBRARIES[backend]) is not None
+        there = not extra or find_spec(tables.EXTRAS[extra].module) is not None
     except ModuleNotFoundError:
         there = False
-    return "" if there else f"pip install '.[{backend}]' in the clone"
+    return "" if there else tables.how_to_install(extra)
 
 
 class Contenders:
@@ -191,7 +192,11 @@ class Contenders:
 
     def passes(self, backend: str, decoder: str, workers: int, times: int = PASSES) -> Contender:
         """Return `times` passes over the images by our backend. Raises UserError if it cannot be opened."""
-        path = {"folder": self.images.folder, "ffcv": self.ffcv}.get(backend, self.images.shards)
+        by_files: dict[tables.Files | None, Path] = {
+            tables.Files.IMAGES: self.images.folder,
+            tables.Files.BETONS: self.ffcv,
+        }
+        path = by_files.get(tables.BACKENDS[backend].files, self.images.shards)
         config = DataConfig.model_validate(
             {
                 "backend": backend,
@@ -202,14 +207,11 @@ class Contenders:
                 "synthetic_samples": len(self.images.encoded),
             }
         )
-        return self.passes_of(open_backend(config, self.augment, SIZE, CLASSES, 0), times)
-
-    def passes_of(self, backend: Backend, times: int = PASSES) -> Contender:
-        """Return `times` passes over the images by an open backend."""
-        plan = TrainPlan(0, min(backend.num_train, len(self.images.encoded)), self.batch, self.batch, 0, 1)
+        opened = open_backend(ImageSpec(config, self.augment, SIZE, CLASSES, 0))
+        plan = TrainPlan(0, min(opened.num_train, len(self.images.encoded)), self.batch, self.batch, 0, 1)
 
         def run() -> None:
-            for _ in backend.train_batches(plan.slices(0, times * plan.steps_per_epoch)):
+            for _ in opened.train_batches(plan.slices(0, times * plan.steps_per_epoch)):
                 pass
 
         return run

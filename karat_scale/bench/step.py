@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from timm.loss import SoftTargetCrossEntropy
 
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio
+from karat_scale.bench.measuring import interleaved_seconds, median_ratio
 from karat_scale.console import print_table, write_json
 from karat_scale.data.augmentation.mixing import Mixer
 from karat_scale.data.augmentation.normalize import Normalize
@@ -25,7 +25,7 @@ from karat_scale.data.batch import Batch
 from karat_scale.data.digest import with_digest
 from karat_scale.data.plan import TrainPlan
 from karat_scale.engine import distributed
-from karat_scale.engine.optimizer import build_optimizer
+from karat_scale.engine.optimizers import build_optimizer
 from karat_scale.engine.schedule import build_schedule
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
@@ -90,15 +90,15 @@ def _recipe(model: str, batch: int, kind: str, scratch: str) -> Recipe:
         "data": {"backend": "synthetic", "synthetic_samples": 4 * batch},
         "train": {"global_batch": batch, "ema_decay": 0.0, "epochs": 100},
         "checkpoint": {"every_minutes": None},
-        "log": {"every_steps": 50, "tensorboard": False},
+        "log": {"every_steps": 50, "trackers": []},
     }
     return validate_recipe(tree, "bench step")
 
 
 def _batches(recipe: Recipe, device: torch.device) -> list[Batch]:
-    from karat_scale.data.backends import open_backend
+    from karat_scale.data.backends import ImageSpec, open_backend
 
-    backend = open_backend(recipe.data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, 0)
+    backend = open_backend(ImageSpec.of(recipe))
     batch = recipe.train.global_batch
     plan = TrainPlan(0, backend.num_train, batch, batch, 0, 1)
     return [with_digest(one).to(device) for one in backend.train_batches(plan.slices(0, plan.steps_per_epoch))]

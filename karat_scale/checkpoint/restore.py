@@ -20,6 +20,7 @@ from karat_scale.engine.engine import Engine
 from karat_scale.engine.shards import Fragment
 from karat_scale.errors import RunDirectoryError
 from karat_scale.models.transfer import teacher_of
+from karat_scale.tables import OPTIMIZERS
 
 
 def restore(engine: Engine, ema: Ema | None, saved: SavedState) -> None:
@@ -32,9 +33,10 @@ def restore(engine: Engine, ema: Ema | None, saved: SavedState) -> None:
     """
     check_shapes({**engine.shapes, **{name: tuple(x.shape) for name, x in engine.frozen.items()}}, saved.shapes)
     _check_frozen(engine, saved)
-    if engine.has_muon != ("momentum_buffer" in saved.elementwise) and saved.elementwise:
-        there = "AdamW" if engine.has_muon else "Muon"
-        raise RunDirectoryError(f"it holds the states of {there}; set optim.name={there.lower()} or start another run")
+    if saved.elementwise and saved.elementwise.keys() != engine.optimizer_states:
+        kept = [name for name, row in OPTIMIZERS.items() if saved.elementwise.keys() == row.all_states]
+        fix = f"set optim.name={kept[0]} or start another run" if kept else "start another run"
+        raise RunDirectoryError(f"it holds the optimizer states {', '.join(sorted(saved.elementwise))}; {fix}")
     layout, masters = shard_layout(engine.deepspeed), master_weights(engine.deepspeed)
     states = []
     try:
@@ -96,7 +98,7 @@ def _optimizer_state(fragments: list[Fragment], master: torch.Tensor, saved: Sav
     state: dict[str, Any] = {}
     for key, pieces in saved.elementwise.items():
         if fragments and not any(fragment.name in pieces for fragment in fragments):
-            continue  # Muon's parameters and AdamW's have different states
+            continue  # an optimizer may have other states for some parameters
         state[key] = torch.empty_like(master, requires_grad=False)
         pieces.fill(fragments, state[key])
     for key, by_name in saved.scalars.items():

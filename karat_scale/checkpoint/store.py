@@ -10,7 +10,6 @@ checkpoints/
 """
 
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 
 from karat_scale.errors import RunDirectoryError
 from karat_scale.files import Fingerprint, file_sha256, flush_to_disk, write_atomically
+from karat_scale.machine import usable_cores
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -132,7 +132,7 @@ class CheckpointStore:
             return f"{MANIFEST} is not readable"
         total = sum(file.bytes for file in files.values())
         count = _counter(total, progress)
-        with ThreadPoolExecutor(min(_HASHING_THREADS, os.cpu_count() or 1)) as threads:
+        with ThreadPoolExecutor(min(_HASHING_THREADS, usable_cores())) as threads:
             found = list(threads.map(lambda name: _damage(path / name, files[name], count), files))
         if progress is not None:
             progress(total, total)  # damaged or not

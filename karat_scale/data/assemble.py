@@ -1,7 +1,7 @@
 """Make a batch from its ids, with any source of images: read, decode, transform, collect."""
 
 from abc import ABC, abstractmethod
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +9,7 @@ import torch
 
 from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
 from karat_scale.data.augmentation.draw import Draw
+from karat_scale.data.backends.base import ImageSpec
 from karat_scale.data.batch import BadSample, Batch
 from karat_scale.data.decode import UndecodableImageError
 from karat_scale.data.decoders import ChooseView, Decoder
@@ -51,12 +52,10 @@ class ImageSource(Protocol):
 class Assembler(ABC):
     """Makes a Batch from a BatchSlice, in new memory or in given memory."""
 
-    def __init__(
-        self, source: ImageSource, image_size: int, on_bad_sample: Literal["skip", "stop"], decoder: Decoder
-    ) -> None:
+    def __init__(self, source: ImageSource, spec: ImageSpec, decoder: Decoder) -> None:
         self._source = source
-        self._image_size = image_size
-        self._stop = on_bad_sample == "stop"
+        self._image_size = spec.image_size
+        self._stop = spec.data.on_bad_sample == "stop"
         self._decoder = decoder
         self._whereabouts = Whereabouts()
 
@@ -96,18 +95,10 @@ class TrainAssembler(Assembler):
     The replacement is augmented by its own seed, so it looks as it does at its own place.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        image_size: int,
-        on_bad_sample: Literal["skip", "stop"],
-        decoder: Decoder,
-        transform: TrainTransform,
-        seed: int,
-    ) -> None:
-        super().__init__(source, image_size, on_bad_sample, decoder)
-        self._transform = transform
-        self._seed = seed
+    def __init__(self, source: ImageSource, spec: ImageSpec, decoder: Decoder) -> None:
+        super().__init__(source, spec, decoder)
+        self._transform = TrainTransform(spec.augment, spec.image_size)
+        self._seed = spec.seed
 
     def fill(self, part: BatchSlice, images: torch.Tensor) -> Batch:
         pixels = images.numpy()
@@ -150,16 +141,9 @@ class TrainAssembler(Assembler):
 class EvalAssembler(Assembler):
     """Evaluation batches: padding and unreadable samples are zeros with valid = False."""
 
-    def __init__(
-        self,
-        source: ImageSource,
-        image_size: int,
-        on_bad_sample: Literal["skip", "stop"],
-        decoder: Decoder,
-        transform: EvalTransform,
-    ) -> None:
-        super().__init__(source, image_size, on_bad_sample, decoder)
-        self._transform = transform
+    def __init__(self, source: ImageSource, spec: ImageSpec, decoder: Decoder) -> None:
+        super().__init__(source, spec, decoder)
+        self._transform = EvalTransform(spec.augment, spec.image_size)
 
     def fill(self, part: BatchSlice, images: torch.Tensor) -> Batch:
         pixels = images.numpy()

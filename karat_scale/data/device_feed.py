@@ -6,7 +6,7 @@ The copy runs on a stream of its own, from page-locked memory. Events order the 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
@@ -48,7 +48,7 @@ class DeviceFeed(Iterator[B], Generic[B]):
         if isinstance(ahead, Exception):
             raise ahead
         copied: Any = self._copies.finish(*ahead)
-        return copied
+        return cast(B, copied)
 
     def fetch_ahead(self) -> None:
         """Begin to copy the next batch, if there is one and its copy has not begun."""

@@ -6,7 +6,7 @@ resumed. Two runs with the same digest trained on the same data.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from hashlib import blake2b, sha256
 
@@ -24,12 +24,18 @@ def batch_digest(batch: Batch) -> int:
     for sample_id, label, draw in zip(batch.sample_ids.tolist(), batch.labels.tolist(), draws, strict=True):
         text = repr((batch.epoch, batch.batch, sample_id, label, draw))
         total += int.from_bytes(blake2b(text.encode(), digest_size=BITS // 8).digest(), "little")
-    return total % 2**BITS
+    digest: int = total % 2**BITS
+    return digest
 
 
 def with_digest(batch: Batch) -> Batch:
     """Return the batch with its digest. It takes about 10 us a sample, so the maker of the batch should call this."""
     return batch if batch.digest is not None else replace(batch, digest=batch_digest(batch))
+
+
+def class_order_digest(names: Sequence[str]) -> str:
+    """Return the SHA-256, as hex, of the names of classes in the order of their labels."""
+    return sha256(json.dumps(list(names)).encode()).hexdigest()
 
 
 def classes_digest(names: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from karat_scale.data.order import BLOCK_SAMPLES, WINDOW_BLOCKS, epoch_order
 from karat_scale.errors import DataError, RecipeError
+from karat_scale.recipe import Recipe
 
 PADDING = -1
 
@@ -51,6 +52,12 @@ def choose_micro_batch(global_batch: int, world_size: int, wanted: int | None, e
     return micro
 
 
+def micro_batch_of(recipe: Recipe, world_size: int) -> int:
+    """Return the micro batch of a recipe on so many ranks. Raises RecipeError as `choose_micro_batch`."""
+    train = recipe.train
+    return choose_micro_batch(train.global_batch, world_size, train.micro_batch, even=recipe.augment.mixes)
+
+
 def total_steps(steps_per_epoch: int, epochs: int, max_steps: int | None) -> int:
     """Return the number of global batches of a whole run: those of its epochs, or `max_steps` if these are fewer."""
     planned = epochs * steps_per_epoch
@@ -75,6 +82,14 @@ class TrainPlan:
     order: str = "full"
     block_samples: int = BLOCK_SAMPLES
     window_blocks: int = WINDOW_BLOCKS
+
+    @classmethod
+    def of(cls, recipe: Recipe, num_samples: int, rank: int, world_size: int) -> "TrainPlan":
+        """Return the plan of a recipe on one of `world_size` ranks. Raises DataError and RecipeError."""
+        data, train = recipe.data, recipe.train
+        micro_batch = micro_batch_of(recipe, world_size)
+        order = data.order, data.block_samples, data.window_blocks
+        return cls(recipe.run.seed, num_samples, train.global_batch, micro_batch, rank, world_size, *order)
 
     def __post_init__(self) -> None:
         choose_micro_batch(self.global_batch, self.world_size, self.micro_batch, even=False)

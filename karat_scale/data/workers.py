@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from karat_scale.errors import RecipeError
+from karat_scale.machine import usable_cores
 
 POLL_SECONDS = 1.0
 MAX_WORKERS = 1024
@@ -19,12 +20,12 @@ _WORKERS_PER_CORE, _MORE_WORKERS = 4, 32
 
 def check_worker_count(workers: int) -> None:
     """Raise RecipeError for far more workers than the cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     most = min(_WORKERS_PER_CORE * cores + _MORE_WORKERS, MAX_WORKERS)
     if workers > most:
         raise RecipeError(
-            f"data.workers = {workers} processes for each rank, which may use {cores} cores here; use about "
-            f"{cores}, at most {most}"
+            f"data.workers = {workers} processes for each rank, but the cores that it may use here are {cores}; use "
+            f"about {cores}, at most {most}"
         )
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from karat_scale.console import plural
-from karat_scale.data.backends import Backend, open_backend
-from karat_scale.data.plan import choose_micro_batch
+from karat_scale.data.backends import Backend, ImageSpec, open_backend
+from karat_scale.data.plan import micro_batch_of
 from karat_scale.doctor import fit
 from karat_scale.doctor.finding import Finding, examine, found
 from karat_scale.doctor.fit import Subject
@@ -38,9 +38,7 @@ def check_up(recipe: Recipe, seconds: float, report: Report, before: Callable[[]
     """
     world = distributed.start(recipe.run.device)
     try:
-        micro_batch = choose_micro_batch(
-            recipe.train.global_batch, world.size, recipe.train.micro_batch, even=recipe.augment.mixes
-        )
+        micro_batch = micro_batch_of(recipe, world.size)
         load_ds_config(recipe, world.size, micro_batch)
         with tempfile.TemporaryDirectory(prefix="karat-doctor-") as scratch:
             keep_teacher(recipe, Path(scratch))
@@ -79,8 +77,7 @@ def _examine(subject: Subject, report: Report, measure: Callable[[int], Figures]
 
 def _open(recipe: Recipe) -> Backend:
     # Hashing all shards would take all of the available time.
-    data = recipe.data.model_copy(update={"verify": "size"})
-    return open_backend(data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, recipe.run.seed)
+    return open_backend(ImageSpec.of(recipe.changed(data__verify="size")))
 
 
 def _examined(world: World, name: str, examination: Callable[[], Iterable[Finding]]) -> list[Finding]:
@@ -165,7 +162,7 @@ def _remarks(figures: Figures, verdict: Verdict) -> Iterable[Finding]:
 
 
 def _decoder_name(recipe: Recipe) -> str:
-    if recipe.data.backend not in ("folder", "webdataset"):
+    if recipe.data.row.own_decoder or recipe.data.row.files is None:
         return ""
     from karat_scale.data.decoders import make_decoder
 

@@ -13,6 +13,7 @@ from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.order import epoch_order
 from karat_scale.errors import DataError
 from karat_scale.recipe import DataConfig, Recipe
+from karat_scale.tables import Files
 
 SAMPLED_FILES = 64
 SAMPLED_IMAGES = 256
@@ -35,9 +36,9 @@ def sampled_ids(num_train: int, seed: int) -> npt.NDArray[np.int64]:
 def find_data_files(recipe: Recipe, num_train: int) -> DataFiles | None:
     """Return the files of the recipe's data, or None if it has none. No image is read. Raises DataError."""
     data = recipe.data
-    if data.backend == "synthetic":
+    if data.row.files is None:
         return None
-    if data.backend == "ffcv":
+    if data.row.files is Files.BETONS:
         return _betons(data, num_train)
     split = _open_split(recipe)
     try:
@@ -56,7 +57,7 @@ def find_data_files(recipe: Recipe, num_train: int) -> DataFiles | None:
 
 def read_into_page_cache(recipe: Recipe, ids: npt.NDArray[np.int64]) -> None:
     """Read these training images, so that timing the decoder does not time the disk. Raises DataError."""
-    if recipe.data.backend not in ("synthetic", "ffcv"):
+    if recipe.data.row.files in (Files.IMAGES, Files.SHARDS):
         split = _open_split(recipe)
         try:
             for sample_id in ids:
@@ -66,7 +67,7 @@ def read_into_page_cache(recipe: Recipe, ids: npt.NDArray[np.int64]) -> None:
 
 
 def _open_split(recipe: Recipe) -> ShardSplit | FolderSplit:
-    kind = FolderSplit if recipe.data.backend == "folder" else ShardSplit
+    kind = FolderSplit if recipe.data.row.files is Files.IMAGES else ShardSplit
     return kind(recipe.data.path, recipe.data.train_split, recipe.model.num_classes)
 
 

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from karat_scale.data.backends import open_backend
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import BatchSlice
 from karat_scale.engine.distributed import World
-from karat_scale.recipe import AugmentConfig, Recipe
+from karat_scale.recipe import Recipe
 
 LARGEST_BATCH = 16
-# These work without worker processes; DALI always has its own threads.
-IN_PROCESS = ("folder", "webdataset", "ffcv", "synthetic")
 
 
 @dataclass(frozen=True)
@@ -38,27 +36,25 @@ class DataSpeed:
 
 def measure_data(recipe: Recipe, ids: np.ndarray, batch: int, seconds: float, world: World) -> DataSpeed:
     """Time the backend for about `seconds`. Raises DataError."""
-    bare = recipe.augment.model_copy(update={"randaugment": "", "color_jitter": 0.0})
-    in_process = 0 if recipe.data.backend in IN_PROCESS else 1
+    bare = recipe.changed(augment__randaugment="", augment__color_jitter=0.0)
+    is_generated = recipe.data.row.files is None
+    in_process = 1 if recipe.data.row.own_threads else 0
     batch = min(batch, LARGEST_BATCH)
-    augments = recipe.data.backend != "synthetic" and bare != recipe.augment
+    augments = not is_generated and bare != recipe
     share = seconds / (2 + augments)
-    one_core = _slowest_rate(recipe, recipe.augment, in_process, ids, batch, share, world)
-    decode = _slowest_rate(recipe, bare, in_process, ids, batch, share, world) if augments else one_core
+    one_core = _slowest_rate(recipe, in_process, ids, batch, share, world)
+    decode = _slowest_rate(bare, in_process, ids, batch, share, world) if augments else one_core
     with_workers = one_core
-    if recipe.data.workers != in_process and recipe.data.backend != "synthetic":
-        with_workers = _slowest_rate(recipe, recipe.augment, recipe.data.workers, ids, batch, share, world)
+    if recipe.data.workers != in_process and not is_generated:
+        with_workers = _slowest_rate(recipe, recipe.data.workers, ids, batch, share, world)
     return DataSpeed(one_core, decode, with_workers)
 
 
-def _slowest_rate(
-    recipe: Recipe, augment: AugmentConfig, workers: int, ids: np.ndarray, batch: int, seconds: float, world: World
-) -> float:
+def _slowest_rate(recipe: Recipe, workers: int, ids: np.ndarray, batch: int, seconds: float, world: World) -> float:
     """Return images per second once all workers have started; all ranks measure at the same time."""
-    data = recipe.data.model_copy(update={"workers": workers, "verify": "size"})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    backend = open_backend(data, augment, recipe.model.image_size, recipe.model.num_classes, recipe.run.seed)
+    backend = open_backend(ImageSpec.of(recipe.changed(data__workers=workers, data__verify="size")))
     try:
         batches = backend.train_batches(_endless_slices(ids, batch))
         for _ in range(max(1, workers)):

@@ -1,6 +1,7 @@
 """Check whether a recipe fits its data, its run directory and this machine, before anything is timed."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,13 @@ import torch
 
 from karat_scale.console import gigabytes, plural
 from karat_scale.data.backends import Backend
-from karat_scale.data.plan import TrainPlan, choose_micro_batch
+from karat_scale.data.plan import TrainPlan, micro_batch_of
 from karat_scale.doctor import resources
 from karat_scale.doctor.data_files import DataFiles, find_data_files
 from karat_scale.doctor.finding import Finding, found
 from karat_scale.engine.distributed import World
 from karat_scale.errors import RecipeError
+from karat_scale.machine import usable_cores
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import differing_keys
 from karat_scale.run.run_directory import RunDirectory
@@ -41,7 +43,7 @@ class Subject:
     def cores_of_a_rank(self) -> int:
         """The cores that this rank may use. srun gives each task its own; under torchrun all share them."""
         shared = 1 if "SLURM_STEP_NUM_TASKS" in os.environ else self.local_ranks
-        return max(1, resources.usable_cores() // shared)
+        return max(1, usable_cores() // shared)
 
 
 def examine_data(subject: Subject, backend: Backend) -> Iterator[Finding]:
@@ -79,9 +81,7 @@ def _page_cache(files: DataFiles) -> Finding:
 def examine_batches(subject: Subject, backend: Backend) -> Iterator[Finding]:
     """Report how the global batch is divided, and the world sizes that divide it. Raises UserError if none."""
     recipe, world, micro = subject.recipe, subject.world, subject.micro_batch
-    plan = TrainPlan(
-        recipe.run.seed, backend.num_train, recipe.train.global_batch, micro, world.rank, world.size, recipe.data.order
-    )
+    plan = TrainPlan.of(recipe, backend.num_train, world.rank, world.size)
     fits = [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if _divides(recipe, size)]
     text = (
         f"{plan.global_batch} = {plural(world.size, 'rank')} x {plan.accumulation} x {micro}, "
@@ -96,7 +96,7 @@ def examine_batches(subject: Subject, backend: Backend) -> Iterator[Finding]:
 
 def _divides(recipe: Recipe, size: int) -> bool:
     try:
-        choose_micro_batch(recipe.train.global_batch, size, recipe.train.micro_batch, recipe.augment.mixes)
+        micro_batch_of(recipe, size)
     except RecipeError:
         return False
     return True
@@ -105,7 +105,7 @@ def _divides(recipe: Recipe, size: int) -> bool:
 def examine_workers(subject: Subject) -> Iterator[Finding]:
     """Check the data workers against cores and memory."""
     data, ranks = subject.recipe.data, subject.local_ranks
-    if data.backend == "synthetic" or data.workers == 0:
+    if data.row.files is None or data.workers == 0:
         return
     cores = subject.cores_of_a_rank
     text = f"{data.workers} for {plural(cores, 'core')} of a rank"
@@ -125,14 +125,14 @@ def examine_run_directory(subject: Subject) -> Iterator[Finding]:
     """Check that the run directory can be written, and that there is space for checkpoints."""
     recipe = subject.recipe
     directory = RunDirectory(recipe.run.dir)
-    stands = resources.nearest_existing(directory.path)
-    if not stands.is_dir() or not os.access(stands, os.W_OK | os.X_OK):
+    existing = resources.nearest_existing(directory.path)
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         yield found("run.dir", f"{directory.path} cannot be written", "choose another run.dir", wrong=True)
         return
     yield _occupied(recipe, directory)
     kept = recipe.checkpoint.keep_last + recipe.checkpoint.keep_best + 1
     one = CHECKPOINT_BYTES_PER_PARAMETER * subject.parameters
-    free = resources.disk_free(stands)
+    free = shutil.disk_usage(existing).free
     text = f"{kept} checkpoints of {gigabytes(one)} (one of them while it is written), {gigabytes(free)} free"
     short = kept * one > free
     fix = "free space, choose another run.dir, or lower checkpoint.keep_last" if short else ""

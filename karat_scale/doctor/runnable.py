@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from karat_scale.doctor.finding import Finding, found
+from karat_scale.tables import DECODERS
 
 SIDE = 32
 BATCH, HEADS, TOKENS, WIDTH, RANK, GRID = 1, 1, 16, 16, 4, 2
@@ -66,10 +67,8 @@ def _attention_refusal(implementation: str, device: str) -> str | None:
 
 def examine_decoders() -> Iterator[Finding]:
     """Yield one finding per decoder of the folder and webdataset backends: it runs, or the reason why not."""
-    from karat_scale.data.decoders import FASTEST_FIRST
-
     runs = []
-    for name in FASTEST_FIRST:
+    for name in DECODERS:
         refusal = _decoder_refusal(name)
         if refusal is None:
             runs.append(name)

@@ -8,12 +8,13 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
 from karat_scale.doctor.finding import Finding, found
-from karat_scale.native_build import FFCV_PACKAGES, PACKAGES, LoadError, find_compiler
+from karat_scale.native_build import PACKAGES, LoadError, find_compiler
+from karat_scale.tables import EXTRAS, how_to_install
 
 DISTRIBUTION = "karat-scale"
 OLDEST_PYTHON = (3, 10)
 LIBRARIES = (
-    *("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy", "pillow"),
+    *("torch", "torchvision", "timm", "deepspeed", "numpy", "pillow"),
     *("pydantic", "pyyaml", "psutil", "rich", "tensorboard"),
 )
 
@@ -78,28 +79,11 @@ def _examine_triton() -> Finding:
 
 def examine_extras() -> Iterator[Finding]:
     """Yield the optional libraries, and the compiler that the native parts need."""
-    yield _examine_extra(
-        "ffcv",
-        "ffcv",
-        "ffcv",
-        f"for data.backend=ffcv: apt-get install {FFCV_PACKAGES}, then in the clone pip install '.[ffcv]'",
-    )
-    yield _examine_extra(
-        "dali", "nvidia.dali", dali_distribution(), "for data.backend=dali, in the clone: pip install '.[dali]'"
-    )
-    yield _examine_extra(
-        "export", "onnxruntime", "onnxruntime", "for karat export --format onnx, in the clone: pip install '.[export]'"
-    )
-    yield _examine_extra(
-        "detection", "pycocotools", "pycocotools", "for karat detect, in the clone: pip install '.[detection]'"
-    )
+    for name, extra in EXTRAS.items():
+        distribution = next(filter(installed_version, extra.distributions), extra.distributions[0])
+        hint = f"for {extra.needed_for}: {how_to_install(name)}"
+        yield _examine_extra(name, extra.module, distribution, hint)
     yield _examine_compiler()
-
-
-def dali_distribution() -> str:
-    """Return DALI's distribution, whose name has a CUDA version: the installed one, or the default."""
-    names = [f"nvidia-dali-cuda{number}" for number in (130, 120, 110)]
-    return next((name for name in names if installed_version(name)), names[0])
 
 
 def _examine_extra(name: str, module: str, distribution: str, install: str) -> Finding:

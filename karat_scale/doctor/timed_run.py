@@ -53,8 +53,8 @@ class Figures:
 
     @property
     def workers(self) -> int:
-        """The number of data workers. The synthetic backend makes its batches in the trainer's process."""
-        return 0 if self.recipe.data.backend == "synthetic" else self.recipe.data.workers
+        """The number of data workers. Generated images are made in the trainer's process."""
+        return 0 if self.recipe.data.row.files is None else self.recipe.data.workers
 
     @property
     def rates(self) -> dict[Stage, float]:
@@ -117,8 +117,7 @@ def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: flo
         transfer = transfer_seconds(recipe, micro_batch, budget["transfer"], world)
         exchange = communication(model, recipe, budget["communication"], world)
         bare.leave_device()
-    train = recipe.train.model_copy(update={"global_batch": global_batch, "micro_batch": micro_batch})
-    timed = recipe.model_copy(update={"train": train})
+    timed = recipe.changed(train__global_batch=global_batch, train__micro_batch=micro_batch)
     with printer.busy("timing the whole loop"):
         optimizer, loop = _with_parts(
             subject, timed, lambda parts: _in_engine(parts, timed, micro_batch, budget, seconds)
@@ -160,9 +159,8 @@ def _with_parts(
     with tempfile.TemporaryDirectory(prefix="karat-doctor-") as scratch:
         directory = RunDirectory(Path(scratch) / "run")
         # Few prefetched batches: a short run must not profit from those made before it began.
-        data = recipe.data.model_copy(update={"prefetch": 1, "verify": "size"})
         reporter = Reporter(_NoDisplay(), None)
-        task = ClassificationTask(recipe.model_copy(update={"data": data}), subject.world, reporter)
+        task = ClassificationTask(recipe.changed(data__prefetch=1, data__verify="size"), subject.world, reporter)
         try:
             return measure(build_parts(task, directory, StopSignals()))
         finally:

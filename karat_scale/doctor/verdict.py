@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from karat_scale.native_build import PACKAGES
+from karat_scale.tables import BACKENDS
 
 Stage = Literal["storage", "decode", "augmentation", "transfer", "model", "optimizer", "communication"]
 DATA_STAGES: tuple[Stage, ...] = ("storage", "decode", "augmentation")
@@ -37,6 +38,11 @@ class Setting:
     global_batch: int
     accumulation: int
     stays_cached: bool
+
+    @property
+    def is_generated(self) -> bool:
+        """True if there are no files of images."""
+        return BACKENDS[self.backend].files is None
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ def judge(rates: Mapping[Stage, float], setting: Setting) -> Verdict:
     bound = max(candidates, key=lambda stage: counted.get(stage, 0.0))
     reason = _reason(bound, data_rate, device_rate, setting)
     advice = _advice(bound, device_rate, setting)
-    turns = setting.workers == 0 and setting.backend != "synthetic"
+    turns = setting.workers == 0 and not setting.is_generated
     if turns and bound in DEVICE_STAGES and data > WORTH_A_WORKER * (data + device):
         advice = f"{_more_workers(device_rate, setting)}, so that they no longer take turns; then {advice}"
     return Verdict(bound, data_rate, device_rate, reason, advice)
@@ -85,7 +91,7 @@ def _rate(seconds_per_image: float) -> float:
 
 def _reason(bound: Stage, data_rate: float, device_rate: float, setting: Setting) -> str:
     trainer = f"the trainer takes {device_rate:,.0f} img/s"
-    if setting.backend == "synthetic":
+    if setting.is_generated:
         return f"{trainer}, images are made at {data_rate:,.0f} img/s in the same process"
     if setting.workers == 0:
         return f"data.workers = 0, so {data_rate:,.0f} img/s of data and {device_rate:,.0f} of the trainer take turns"
@@ -108,7 +114,7 @@ def _advice(bound: Stage, device_rate: float, setting: Setting) -> str:
             f"copy the data to a local disk (data_prep/stage.py), or {block}"
             "make smaller files (data_prep/make_webdataset.py --resize 256)"
         )
-    if setting.backend == "synthetic" and bound in DATA_STAGES:
+    if setting.is_generated and bound in DATA_STAGES:
         return "synthetic images are only for measuring the other stages"
     if bound in ("decode", "augmentation"):
         return _advise_workers(bound, device_rate, setting)
@@ -136,7 +142,7 @@ def _advise_workers(bound: Stage, device_rate: float, setting: Setting) -> str:
     if bound == "decode":
         pieces.append("re-encode the images smaller (data_prep/make_webdataset.py --resize 256)")
     if bound == "augmentation":
-        pieces.append("use a weaker augment.randaugment, or set augment.color_jitter=0")
+        pieces.append("use a weaker augment.randaugment or augment.color_jitter")
     return ", or ".join(filter(None, pieces)) or "give the job more cores"
 
 

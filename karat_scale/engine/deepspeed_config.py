@@ -68,8 +68,8 @@ def stage_refusal(recipe: RunRecipe, stage: int) -> str | None:
         return f"train.precision = {recipe.train.precision} needs ZeRO stage 1 or higher"
     if recipe.train.records_graphs and stage == 3:
         return f"train.compile = {recipe.train.compile} records CUDA graphs, and ZeRO stage 3 moves the weights"
-    if recipe.optim.name == "muon" and stage > 0:
-        return f"optim.name = muon needs whole matrices, which ZeRO stage {stage} cuts up"
+    if recipe.optim.row.whole_matrices and stage > 0:
+        return f"optim.name = {recipe.optim.name} needs whole matrices, which ZeRO stage {stage} cuts up"
     return None
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from karat_scale.engine.optimizer import MuonWithAdamW
 from karat_scale.engine.shards import Fragment, Layout
 
 
@@ -122,16 +121,15 @@ def load_optimizer_states(engine: Any, states: list[dict[str, Any]]) -> None:
         optimizer._set_fp32_optimizer_param_groups()
     groups = base.state_dict()["param_groups"]
     base.load_state_dict({"state": dict(enumerate(states)), "param_groups": groups})
-    if isinstance(base, (torch.optim.AdamW, MuonWithAdamW)):
-        for group in base.param_groups:
-            for parameter in group["params"]:
-                state = base.state[parameter]
-                if "step" in state:  # a number in the file, a tensor in torch's AdamW
-                    device = parameter.device if group["fused"] else "cpu"
-                    state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device=device)
-    else:
-        for state in base.state.values():
-            state.update({key: int(state[key]) for key in ("step",) if key in state})
+    counts_in_tensors = not type(base).__module__.startswith("deepspeed.")  # as torch's own optimizers do
+    for group in base.param_groups:
+        for parameter in group["params"]:
+            state = base.state[parameter]
+            if "step" in state and counts_in_tensors:
+                device = parameter.device if group.get("fused") else "cpu"
+                state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device=device)
+            elif "step" in state:
+                state["step"] = int(state["step"])
     if stage == 3:
         optimizer._clear_fp32_optimizer_param_groups()
     elif stage > 0:
@@ -250,7 +248,7 @@ class _RecomputeFirst(torch.autograd.Function):
         return grad
 
 
-def deepspeed_checkpoint(partition: bool, cpu: bool) -> Callable[..., Any]:
+def deepspeed_checkpoint() -> Callable[..., Any]:
     """DeepSpeed's non-reentrant activation checkpoint, set up for this process.
 
     Its reentrant one adds up the gradients of a parameter that blocks share in another order, and ZeRO meets each part.
@@ -259,7 +257,7 @@ def deepspeed_checkpoint(partition: bool, cpu: bool) -> Callable[..., Any]:
     import deepspeed
 
     deepspeed.init_distributed(dist_init_required=False)
-    deepspeed.checkpointing.configure(None, partition_activations=partition, checkpoint_in_cpu=cpu)
+    deepspeed.checkpointing.configure(None, partition_activations=False, checkpoint_in_cpu=False)
 
     def checkpoint(function: Callable[..., Any], *tensors: torch.Tensor) -> Any:
         device = tensors[0].device.type
@@ -267,7 +265,8 @@ def deepspeed_checkpoint(partition: bool, cpu: bool) -> Callable[..., Any]:
 
         def as_now(*inputs: torch.Tensor) -> Any:
             with torch.autocast(device, dtype, enabled):  # DeepSpeed would recompute without it
-                return _RecomputeFirst.apply(function(*inputs))
+                after: Callable[..., Any] = _RecomputeFirst.apply
+                return after(function(*inputs))
 
         # It empties the tensors that it is given; others may still need them.
         own = (tensor.view_as(tensor) for tensor in tensors)

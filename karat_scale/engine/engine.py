@@ -23,7 +23,7 @@ from karat_scale.engine.deepspeed_internals import (
     use_torchs_own_linear,
 )
 from karat_scale.engine.distributed import World
-from karat_scale.engine.optimizer import MuonWithAdamW, build_optimizer, heeds_found_inf
+from karat_scale.engine.optimizers import build_optimizer, heeds_found_inf, state_names
 from karat_scale.engine.parameter_groups import Groups
 from karat_scale.engine.precision import PRECISIONS, allow_tf32, autocast_inside, cast_images, check_precision
 from karat_scale.engine.shards import Fragment, Pieces
@@ -80,6 +80,7 @@ class Engine:
         self.stage = zero_stage(config)
         # At stage 3 the partitioned module's parameters look empty.
         self.parameters = parameter_count(model)
+        self.optimizer_states = state_names(model, recipe.optim)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
         # What does not learn, as it was before a lower precision or partitioning.
         self.frozen = {
@@ -87,7 +88,8 @@ class Engine:
             for name, p in model.named_parameters()
             if not p.requires_grad
         }
-        cpu_adam = offloads_optimizer(config) and _takes_cpu_adam(recipe.deepspeed.cpu_adam, world.device)
+        may_be_on_cpu = bool(recipe.optim.row.on_cpu) and offloads_optimizer(config)
+        cpu_adam = may_be_on_cpu and _takes_cpu_adam(recipe.deepspeed.cpu_adam, world.device)
         config["zero_force_ds_cpu_optimizer"] = cpu_adam
         use_torchs_own_linear()
         initial = _copy_of_weights(model)
@@ -102,7 +104,6 @@ class Engine:
             for fragments, master in zip(shard_layout(self.deepspeed), master_weights(self.deepspeed), strict=True):
                 initial.fill(fragments, master)
             _cast_buffers(self.deepspeed.module, self._precision.weights)
-        self.has_muon = isinstance(self.deepspeed.basic_optimizer, MuonWithAdamW)
         self._device = world.device
         self._skipped_steps = torch.zeros((), device=world.device)
         self._clip = recipe.optim.clip_grad
@@ -117,7 +118,8 @@ class Engine:
     @property
     def module(self) -> nn.Module:
         """The model as it trains, its parameters as `train.precision` holds them; at stage 3 each rank's own part."""
-        return self.deepspeed.module
+        module: nn.Module = self.deepspeed.module
+        return module
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the next step, which each parameter group scales."""

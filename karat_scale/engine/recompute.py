@@ -12,22 +12,29 @@ from karat_scale.engine.precision import PRECISIONS
 from karat_scale.errors import RecipeError
 from karat_scale.models.flops import flops_by_block
 from karat_scale.models.layers import blocks_of
-from karat_scale.models.recompute import Checkpoint, Choice, choices_by_rule, recompute, torch_checkpoint
-from karat_scale.models.recompute_budget import cheapest_choices, least_budget, peak_saved_bytes
+from karat_scale.models.recompute import (
+    Choice,
+    cheapest_choices,
+    choices_by_rule,
+    least_budget,
+    peak_saved_bytes,
+    recompute,
+    torch_checkpoint,
+)
 from karat_scale.models.saved_tensors import ActivationBytes, activation_bytes
-from karat_scale.recipe import RecomputeConfig, RunRecipe
+from karat_scale.recipe import RunRecipe
 
 
 def apply_recompute(model: nn.Module, recipe: RunRecipe, world: World, micro_batch: int) -> str:
     """Let `model` recompute what the recipe's `train.recompute` says; returns what that is, in words, or "".
 
     Raises:
-        RecipeError: the budget is below what any choice needs, or the policy does not suit the model or the device.
+        RecipeError: the budget is below what any choice needs, or the policy does not suit the model.
     """
     config = recipe.train.recompute
     if config.policy == "none":
         return ""
-    by = _checkpoint(config, world.device)
+    by = torch_checkpoint if config.method == "torch" else deepspeed_checkpoint()
     if config.budget_gb is None:
         choices = choices_by_rule(config, len(blocks_of(model)))
         words = _in_words(choices)
@@ -37,17 +44,6 @@ def apply_recompute(model: nn.Module, recipe: RunRecipe, world: World, micro_bat
         words = f"{_in_words(choices)}; saved activations peak at {peak_saved_bytes(activations, choices) / 1e9:.3g} GB"
     recompute(model, choices, by)
     return words
-
-
-def _checkpoint(config: RecomputeConfig, device: torch.device) -> Checkpoint:
-    if config.method == "torch":
-        return torch_checkpoint
-    if config.cpu and not config.partition and device.type == "cpu":
-        raise RecipeError(
-            "train.recompute.cpu = true: the run is on the CPU, and what DeepSpeed moves from there to there is lost; "
-            "remove it or add train.recompute.partition=true"
-        )
-    return deepspeed_checkpoint(config.partition, config.cpu)
 
 
 def _measure(model: nn.Module, recipe: RunRecipe, world: World, micro_batch: int) -> ActivationBytes:

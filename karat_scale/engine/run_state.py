@@ -30,8 +30,8 @@ class RunState:
     seconds_to_first_step: float | None = None
     train_images: int = 0
     """Of the data it trains on; 0 where nobody said."""
-    classes_sha256: str = ""
-    """Of the names of their classes, in the order of the labels."""
+    class_order_sha256: str = ""
+    """Of the names of their classes in the order of the labels; `summary.json` has one of the names in any order."""
 
     @property
     def images_per_second(self) -> float | None:
@@ -61,6 +61,7 @@ class RunState:
 
     @classmethod
     def from_json(cls: type[S], data: dict[str, Any]) -> S:
-        """Read `state.json`, passing over keys that are not the state's."""
+        """Read `state.json`, passing over keys that are not the state's. Older ones name the class order otherwise."""
+        data = {"class_order_sha256": data.get("classes_sha256", ""), **data}
         known = {known.name for known in fields(cls)}
         return cls(**{key: value for key, value in data.items() if key in known})

@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from karat_scale.data.plan import choose_micro_batch
+from karat_scale.data.plan import micro_batch_of
 from karat_scale.engine.deepspeed_config import load_ds_config, stage_refusal, zero_stage
 from karat_scale.engine.precision import PRECISIONS
 from karat_scale.errors import RecipeError
-from karat_scale.estimate.memory import Batch, Peak, evaluation, peak
+from karat_scale.estimate.memory import Batch, Peak, attention_workspace, evaluation, peak
 from karat_scale.estimate.subject import Subject
-from karat_scale.estimate.workspace import attention_workspace
 from karat_scale.estimate.zero import FP32, kept
 from karat_scale.recipe import Recipe
 
@@ -114,8 +113,7 @@ def variants(recipe: Recipe) -> Iterator[Recipe]:
     yield recipe
     if recipe.train.recompute.policy == "none":
         for policy in ("attention", "all"):
-            recompute = recipe.train.recompute.model_copy(update={"policy": policy})
-            yield recipe.model_copy(update={"train": recipe.train.model_copy(update={"recompute": recompute})})
+            yield recipe.changed(train__recompute__policy=policy)
 
 
 def recommended(candidates: Iterable[Choice]) -> Choice:
@@ -147,7 +145,7 @@ def micro_batches(recipe: Recipe, world: int) -> Iterator[int]:
     Raises RecipeError where there is none.
     """
     even = recipe.augment.mixes
-    largest = choose_micro_batch(recipe.train.global_batch, world, recipe.train.micro_batch, even)
+    largest = micro_batch_of(recipe, world)
     if recipe.train.micro_batch or recipe.train.records_graphs:
         yield largest
         return
@@ -159,9 +157,7 @@ def consider(subject: Subject, machine: Machine, config: str, micro_batch: int) 
 
     Evaluations take the recipe's batch, or halve it until they fit, or need no more than training does.
     """
-    recipe = subject.recipe.model_copy(
-        update={"deepspeed": subject.recipe.deepspeed.model_copy(update={"config": config})}
-    )
+    recipe = subject.recipe.changed(deepspeed__config=config)
     filled = load_ds_config(recipe, machine.world, micro_batch)
     stage = zero_stage(filled)
     accumulation = recipe.train.global_batch // machine.world // micro_batch

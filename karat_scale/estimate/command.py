@@ -18,17 +18,15 @@ from karat_scale.estimate.choose import (
     refused_stages,
     usable,
 )
-from karat_scale.estimate.communication import traffic
+from karat_scale.estimate.communication import links_of, traffic
 from karat_scale.estimate.curve import Node, curve
 from karat_scale.estimate.dry_run import dry_run
-from karat_scale.estimate.links import links_of
 from karat_scale.estimate.measured import Measured, find_measured
 from karat_scale.estimate.report import Plan, show
 from karat_scale.estimate.samples import count_samples
 from karat_scale.estimate.subject import Subject
 from karat_scale.estimate.time import ComputeTime, estimate
-from karat_scale.hardware import Gpu, known_gpu
-from karat_scale.machine import usable_memory
+from karat_scale.machine import Gpu, known_gpu, usable_memory
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
 
@@ -133,13 +131,7 @@ def _preferred(choices: Sequence[Choice]) -> Choice:
 
 
 def _as_chosen(recipe: Recipe, choice: Choice) -> Recipe:
-    recompute = recipe.train.recompute.model_copy(update={"policy": choice.recompute})
-    return recipe.model_copy(
-        update={
-            "deepspeed": recipe.deepspeed.model_copy(update={"config": choice.config}),
-            "train": recipe.train.model_copy(update={"recompute": recompute}),
-        }
-    )
+    return recipe.changed(deepspeed__config=choice.config, train__recompute__policy=choice.recompute)
 
 
 def _compute_time(request: Request, gpu: Gpu | None, subject: Subject, choice: Choice) -> ComputeTime | None:

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from karat_scale.data.plan import choose_micro_batch
+from karat_scale.data.plan import micro_batch_of
 from karat_scale.errors import RecipeError
-from karat_scale.estimate.communication import seconds, step_seconds, traffic
-from karat_scale.estimate.links import Links
+from karat_scale.estimate.communication import Links, seconds, step_seconds, traffic
 from karat_scale.estimate.time import ComputeTime
 from karat_scale.recipe import Recipe
 
@@ -56,7 +55,7 @@ def curve(
 
     def strong(gpus: int) -> float | None:
         try:
-            part = choose_micro_batch(recipe.train.global_batch, gpus, None, recipe.augment.mixes)
+            part = micro_batch_of(recipe.changed(train__micro_batch=None), gpus)
         except RecipeError:
             return None
         even = recipe.augment.mixes

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from karat_scale.data.augmentation.normalize import Normalize
-from karat_scale.data.backends import Backend, open_backend
+from karat_scale.data.backends import Backend, ImageSpec, open_backend
 from karat_scale.data.formats.checks import unused_classes
-from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan, choose_micro_batch, total_steps
+from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan, micro_batch_of, total_steps
 from karat_scale.engine.deepspeed_config import load_ds_config, zero_stage
 from karat_scale.errors import DataError, RecipeError
 from karat_scale.models import create_model, parameter_count
@@ -28,27 +28,22 @@ def dry_run(recipe: Recipe, world: int) -> Iterator[str]:
     Raises:
         UserError: the first mistake, as the run would report it.
     """
-    even = recipe.augment.mixes
-    micro_batch = choose_micro_batch(recipe.train.global_batch, world, recipe.train.micro_batch, even)
-    stage = zero_stage(load_ds_config(recipe, world, micro_batch))
+    stage = zero_stage(load_ds_config(recipe, world, micro_batch_of(recipe, world)))
     yield f"deepspeed.config = {recipe.deepspeed.config}: ZeRO stage {stage}, right for {world} ranks"
-    data = recipe.data.model_copy(update={"workers": 0})
-    with closing(
-        open_backend(data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, recipe.run.seed)
-    ) as backend:
+    with closing(open_backend(ImageSpec.of(recipe.changed(data__workers=0)))) as backend:
         yield f"data: {backend.num_train:,} training and {backend.num_val:,} validation images"
         notice = unused_classes(backend.num_classes, recipe.model.num_classes)
         counts = f"{backend.num_classes} in the data, {recipe.model.num_classes} in the model"
         yield f"classes: {notice or counts}"
-        yield _check_batches(recipe, world, micro_batch, backend)
+        yield _check_batches(recipe, world, backend)
         images = _read(recipe, backend)
     yield f"images: {PROBED} read, 3 x {recipe.model.image_size} x {recipe.model.image_size}"
     yield _check_model(recipe, images)
 
 
-def _check_batches(recipe: Recipe, world: int, micro_batch: int, backend: Backend) -> str:
+def _check_batches(recipe: Recipe, world: int, backend: Backend) -> str:
     """The first and the last global batch, cut by every rank."""
-    plan = _plan(recipe, world, micro_batch, backend)
+    plan = TrainPlan.of(recipe, backend.num_train, 0, world)
     total = total_steps(plan.steps_per_epoch, recipe.train.epochs, recipe.train.max_steps)
     for step in {0, total - 1}:
         epoch, batch = divmod(step, plan.steps_per_epoch)
@@ -59,22 +54,8 @@ def _check_batches(recipe: Recipe, world: int, micro_batch: int, backend: Backen
             raise RecipeError(f"train.global_batch = {plan.global_batch}: {world} ranks do not cut it into its parts")
     evaluation = EvalPlan(backend.num_val, recipe.train.eval_batch, 0, world).num_batches
     return (
-        f"batches: {total:,} steps of {plan.global_batch} = {world} x {plan.accumulation} x {micro_batch}; "
+        f"batches: {total:,} steps of {plan.global_batch} = {world} x {plan.accumulation} x {plan.micro_batch}; "
         f"an evaluation takes {evaluation:,} of {recipe.train.eval_batch} a rank"
-    )
-
-
-def _plan(recipe: Recipe, world: int, micro_batch: int, backend: Backend) -> TrainPlan:
-    return TrainPlan(
-        seed=recipe.run.seed,
-        num_samples=backend.num_train,
-        global_batch=recipe.train.global_batch,
-        micro_batch=micro_batch,
-        rank=0,
-        world_size=world,
-        order=recipe.data.order,
-        block_samples=recipe.data.block_samples,
-        window_blocks=recipe.data.window_blocks,
     )
 
 
@@ -95,7 +76,7 @@ def _check_model(recipe: Recipe, images: torch.Tensor) -> str:
     """A forward pass on the CPU; what only a GPU can run is replaced by `streaming`, which computes the same."""
     attention = recipe.attention
     if attention.implementation == "triton":
-        attention = attention.model_copy(update={"implementation": "streaming"})
+        attention = attention.changed(implementation="streaming")
     torch.manual_seed(recipe.run.seed)
     model = create_model(recipe.model, attention).eval()
     with torch.no_grad():

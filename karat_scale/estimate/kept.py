@@ -1,6 +1,13 @@
-"""What DeepSpeed and the engine keep on a rank, as numbers; `zero` fills them in, stage by stage."""
+"""What a rank keeps: elements of a model's parameters, and bytes that DeepSpeed and the engine hold for them."""
 
 from dataclasses import dataclass
+
+from torch import nn
+
+from karat_scale.engine.optimizers import own_matrices
+from karat_scale.engine.parameter_groups import parameter_groups
+from karat_scale.models import parameter_count
+from karat_scale.recipe import OptimConfig
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,29 @@ class Kept:
     starting: int
     host: int
 
-    @property
-    def steady(self) -> int:
-        """Between steps."""
-        return self.weights + self.masters + self.moments + self.ema
+
+@dataclass(frozen=True)
+class ParameterSizes:
+    """Elements: of all that learns, of each optimizer group, of each parameter, and of all that is frozen.
+
+    `matrices`: of each parameter that has the optimizer's `matrix_states`.
+    """
+
+    total: int
+    groups: tuple[int, ...]
+    each: tuple[int, ...]
+    frozen: int
+    matrices: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, model: nn.Module, optim: OptimConfig) -> "ParameterSizes":
+        """Of a model, in the groups of the engine's optimizer."""
+        parameters = list(model.parameters())
+        own = own_matrices(model, optim)
+        return cls(
+            total=parameter_count(model),
+            groups=tuple(sum(p.numel() for p in group["params"]) for group in parameter_groups(model, optim)),
+            each=tuple(p.numel() for p in parameters if p.requires_grad),
+            frozen=sum(p.numel() for p in parameters if not p.requires_grad),
+            matrices=tuple(p.numel() for name, p in model.named_parameters() if name in own and p.requires_grad),
+        )

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from karat_scale.cluster.standing import read_events
-from karat_scale.data.plan import choose_micro_batch
+from karat_scale.data.plan import micro_batch_of
 from karat_scale.engine.deepspeed_config import load_ds_config
 from karat_scale.errors import UserError
 from karat_scale.estimate.communication import compute_seconds, seconds, traffic
 from karat_scale.estimate.curve import Node
 from karat_scale.estimate.time import ComputeTime
-from karat_scale.hardware import Gpu, find_gpu
+from karat_scale.machine import Gpu, find_gpu
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import flatten
 from karat_scale.run.run_directory import RunDirectory
@@ -83,7 +83,7 @@ def find_measured(recipe: Recipe, gpu: Gpu | None) -> Measured | str | None:
 
 def _measured(recipe: Recipe, world: int, rate: float, source: str) -> Measured:
     batch = recipe.train.global_batch
-    micro_batch = choose_micro_batch(batch, world, recipe.train.micro_batch, recipe.augment.mixes)
+    micro_batch = micro_batch_of(recipe, world)
     return Measured(
         step=batch / rate,
         world=world,

@@ -8,7 +8,7 @@ from karat_scale.estimate.choose import Choice, Machine
 from karat_scale.estimate.communication import Traffic, seconds, step_seconds
 from karat_scale.estimate.curve import Node, Point
 from karat_scale.estimate.time import ComputeTime
-from karat_scale.hardware import Gpu
+from karat_scale.machine import Gpu
 from karat_scale.recipe import Recipe
 
 SHOWN_MICRO_BATCHES = 6

@@ -10,6 +10,7 @@ from karat_scale.data.formats.shard_format import chosen_splits, read_dataset_re
 from karat_scale.data.staged import staged_copy
 from karat_scale.errors import DataError
 from karat_scale.recipe import DataConfig
+from karat_scale.tables import Files
 
 IMAGENET = 1_281_167
 
@@ -24,13 +25,13 @@ def count_samples(data: DataConfig) -> tuple[int, str]:
 
 def _recorded(data: DataConfig) -> int:
     """The number in the records of the data's format; a folder of images is listed. Raises DataError."""
-    if data.backend == "synthetic":
+    if data.row.files is None:
         return data.synthetic_samples
     directory = Path(staged_copy(data.path) or data.path).expanduser()
     must_answer(directory, data.timeout)
-    if data.backend == "folder":
+    if data.row.files is Files.IMAGES:
         return len(FolderSplit(directory, data.train_split, num_classes=sys.maxsize))
-    if data.backend == "ffcv":
+    if data.row.files is Files.BETONS:
         return read_record(beton_path(directory, data.train_split)).samples
     (split,) = chosen_splits(directory, read_dataset_record(directory), data.train_split).values()
     return split.samples

@@ -11,14 +11,13 @@ from karat_scale.attention.functional import choosing_as_on_a_gpu
 from karat_scale.engine.precision import PRECISIONS
 from karat_scale.errors import RecipeError
 from karat_scale.estimate.footprint import Footprint
-from karat_scale.estimate.sizes import ParameterSizes
+from karat_scale.estimate.kept import ParameterSizes
 from karat_scale.estimate.tracing import fake_copy, trace_evaluation, trace_step
 from karat_scale.models import create_model
 from karat_scale.models.flops import flops_by_block
 from karat_scale.models.freeze import freeze
 from karat_scale.models.layers import blocks_of
-from karat_scale.models.recompute import Choice, choices_by_rule, recompute
-from karat_scale.models.recompute_budget import cheapest_choices, least_budget
+from karat_scale.models.recompute import Choice, cheapest_choices, choices_by_rule, least_budget, recompute
 from karat_scale.models.saved_tensors import activation_bytes
 from karat_scale.recipe import Recipe
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from karat_scale.engine.precision import matrix_peak
 from karat_scale.estimate.footprint import Footprint
 from karat_scale.estimate.launches import StepLaunches
-from karat_scale.hardware import Gpu
+from karat_scale.machine import Gpu
 from karat_scale.models.flops import flops_per_image
 from karat_scale.recipe import Recipe
 

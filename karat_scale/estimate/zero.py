@@ -11,16 +11,11 @@ from typing import Any
 
 from karat_scale.engine.deepspeed_config import offloads_optimizer, zero_stage
 from karat_scale.engine.precision import PRECISIONS
-from karat_scale.estimate.kept import Kept
-from karat_scale.estimate.sizes import ParameterSizes
+from karat_scale.estimate.kept import Kept, ParameterSizes
 from karat_scale.recipe import Recipe
+from karat_scale.tables import OptimizerRow
 
 FP32 = 4
-# torch's AdamW on a CPU works on one tensor after the other, with temporaries of its size: two for a flat shard, and
-# at stage 0 a third, of the clipping. The fused one of CUDA and DeepSpeed's for CPUs have none.
-ADAM_TEMPORARIES = 2
-# torch's Muon, on one matrix after the other: an update in fp32, and three in bf16 while it is made orthogonal.
-MUON_TEMPORARY_BYTES = 10
 # DeepSpeed's defaults, in elements.
 BUCKET, ALL_REDUCE, MAX_LIVE, PERSISTENT, PREFETCH = 500_000_000, 500_000_000, 1_000_000_000, 100_000, 50_000_000
 
@@ -32,7 +27,7 @@ def kept(
     stage = zero_stage(config)
     ema = FP32 * sizes.total if recipe.train.ema_decay else 0
     width = PRECISIONS[recipe.train.precision].weights.itemsize
-    case = _Case(sizes, config, world, accumulation > 1, on_gpu, width, ema)
+    case = _Case(sizes, config, recipe.optim.row, world, accumulation > 1, on_gpu, width, ema)
     stage_1 = _bf16_stage_1 if recipe.train.precision == "bf16_weights" else _stages_1_and_2
     return {0: _stage_0, 1: stage_1, 2: _stages_1_and_2, 3: _stage_3}[stage](case)
 
@@ -41,6 +36,7 @@ def kept(
 class _Case:
     sizes: ParameterSizes
     config: Mapping[str, Any]
+    optimizer: OptimizerRow
     world: int
     accumulates: bool
     on_gpu: bool
@@ -81,8 +77,14 @@ class _Case:
     def stage(self) -> int:
         return zero_stage(self.config)
 
-    def adam(self, tensor_bytes: int, temporaries: int = ADAM_TEMPORARIES) -> int:
-        return 0 if self.on_gpu else temporaries * tensor_bytes
+    @property
+    def moments(self) -> int:
+        """Bytes of the optimizer's states of a rank's share."""
+        return len(self.optimizer.states) * self.shard
+
+    def temporaries(self, tensor_bytes: int, more: int = 0) -> int:
+        """Bytes of a step on a tensor. Fused optimizers, of CUDA and DeepSpeed's for CPUs, have none."""
+        return 0 if self.on_gpu else (self.optimizer.temporaries + more) * tensor_bytes
 
     def zero(self, key: str, default: int) -> int:
         """A number of the `zero_optimization` section."""
@@ -104,7 +106,7 @@ def _stage_0(case: _Case) -> Kept:
     return Kept(
         weights=case.whole + case.frozen,
         masters=0,
-        moments=2 * case.whole - FP32 * sum(case.sizes.matrices),
+        moments=_whole_moments(case),
         ema=case.whole_ema,
         held_gradients=case.whole if case.accumulates else 0,
         keeps_gradients=0 if case.accumulates else 1,
@@ -117,12 +119,18 @@ def _stage_0(case: _Case) -> Kept:
         resting=0,
         reducing=min(case.whole, FP32 * ALL_REDUCE) if case.world > 1 else 0,
         stepping=max(
-            case.adam(FP32 * max(case.sizes.each), ADAM_TEMPORARIES + 1),
-            MUON_TEMPORARY_BYTES * max(case.sizes.matrices, default=0),
+            case.temporaries(FP32 * max(case.sizes.each), more=1),  # of the clipping
+            case.optimizer.matrix_temporaries * max(case.sizes.matrices, default=0),
         ),
         starting=case.whole * (1 if case.on_gpu else 2),
         host=0,
     )
+
+
+def _whole_moments(case: _Case) -> int:
+    row, matrices = case.optimizer, FP32 * sum(case.sizes.matrices)
+    of_matrices = len(row.states if row.matrix_states is None else row.matrix_states) * matrices
+    return len(row.states) * (case.whole - matrices) + of_matrices
 
 
 def _bf16_stage_1(case: _Case) -> Kept:
@@ -131,7 +139,7 @@ def _bf16_stage_1(case: _Case) -> Kept:
     return Kept(
         weights=low + case.frozen,
         masters=case.shard,
-        moments=2 * case.shard,
+        moments=case.moments,
         ema=case.ema,
         held_gradients=case.whole + (low if case.accumulates else 0),
         keeps_gradients=0 if case.accumulates else 1,
@@ -143,7 +151,7 @@ def _bf16_stage_1(case: _Case) -> Kept:
         final_gradients=case.whole + low + (low if case.world > 1 else 0),
         resting=case.whole,
         reducing=0,
-        stepping=case.adam(case.largest_group),
+        stepping=case.temporaries(case.largest_group),
         starting=case.whole + low + case.shard + (0 if case.on_gpu else case.whole),
         host=0,
     )
@@ -162,11 +170,11 @@ def _stages_1_and_2(case: _Case) -> Kept:
     unflushed = 0 if is_2 else case.whole if widened else max(case.whole - case.bucket, 0)
     second = held if is_2 and not case.is_16_bit else 0
     cast = min(weights, case.bucket // 2) if widened else 0
-    on_host = 3 * case.shard + case.ema + case.shard if case.offloads else 0
+    on_host = 2 * case.shard + case.moments + case.ema if case.offloads else 0
     return Kept(
         weights=weights + case.frozen,
         masters=case.shard,
-        moments=2 * case.shard,
+        moments=case.moments,
         ema=case.ema,
         held_gradients=held,
         keeps_gradients=0 if is_2 or case.accumulates else FP32 // case.width,
@@ -178,7 +186,7 @@ def _stages_1_and_2(case: _Case) -> Kept:
         final_gradients=case.shard,
         resting=0,
         reducing=case.bucket + unflushed + second + cast,
-        stepping=case.adam(case.largest_group) + (0 if case.is_16_bit else case.largest_group),
+        stepping=case.temporaries(case.largest_group) + (0 if case.is_16_bit else case.largest_group),
         starting=weights + 2 * case.shard + (weights if case.on_gpu else case.whole),
         host=on_host,
     )
@@ -198,11 +206,12 @@ def _stage_3(case: _Case) -> Kept:
     gathered = max(case.width * live - persistent, 0) if several else 0
     ahead = case.zero("stage3_prefetch_bucket_size", PREFETCH)
     offload_weights = (case.config["zero_optimization"].get("offload_param") or {}).get("device", "none") != "none"
-    on_host = (4 * case.shard + case.ema if case.offloads else 0) + (share if case.on_gpu and offload_weights else 0)
+    on_host = 2 * case.shard + case.moments + case.ema if case.offloads else 0
+    on_host += share if case.on_gpu and offload_weights else 0
     return Kept(
         weights=share + case.frozen + (persistent if several else 0),
         masters=case.shard,
-        moments=2 * case.shard,
+        moments=case.moments,
         ema=case.ema,
         held_gradients=case.shard + case.bucket,
         keeps_gradients=0,
@@ -214,7 +223,7 @@ def _stage_3(case: _Case) -> Kept:
         final_gradients=case.shard + case.bucket,
         resting=case.shard + case.bucket,
         reducing=0,
-        stepping=case.adam(case.largest_group) + case.largest_group,
+        stepping=case.temporaries(case.largest_group) + case.largest_group,
         starting=case.whole + share + 2 * case.shard + case.bucket + (0 if case.on_gpu else case.whole),
         host=on_host,
     )

@@ -27,7 +27,7 @@ karat_scale {version}; these are the {kind} weights after step {step}.
 ## Use
 
 ```python
-import karat_scale.timm_models  # pip install karat-scale
+import karat_scale.timm_models  # from an installed clone of karat_scale
 import timm
 
 model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()  # in a hub: "hf-hub:OWNER/NAME"

@@ -14,6 +14,7 @@ from karat_scale.errors import UserError
 from karat_scale.export.likeness import check_likeness, example_images
 from karat_scale.export.source import Source
 from karat_scale.files import write_atomically
+from karat_scale.tables import how_to_install
 
 _NEEDS = ("onnx", "onnxscript", "onnxruntime")
 
@@ -75,4 +76,4 @@ def _convert(model: nn.Module, images: Tensor) -> Any:
 def _check_packages() -> None:
     missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--format onnx needs {', '.join(missing)}; in the clone: pip install '.[export]'")
+        raise UserError(f"--format onnx needs {', '.join(missing)}; {how_to_install('export')}")

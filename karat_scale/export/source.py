@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from karat_scale.models import create_model
 from karat_scale.models.transfer import teacher_of, weights_digest
 from karat_scale.recipe import Recipe
 from karat_scale.run.run_directory import RunDirectory
+from karat_scale.run.weights_file import write_weights
 from karat_scale.tasks.classification.teacher import build_model
 
 TRACEABLE = "reference"
@@ -49,8 +51,7 @@ class Source:
 
     def traceable_model(self) -> nn.Module:
         """Return the model with operations that a tracer can record; a student includes its teacher."""
-        attention = self.recipe.attention.model_copy(update={"implementation": TRACEABLE})
-        model = build_model(self.recipe.model_copy(update={"attention": attention}), self.run.path)
+        model = build_model(self.recipe.changed(attention__implementation=TRACEABLE), self.run.path)
         teacher = teacher_of(self._with_weights(model))
         return _WithTeacher(model, teacher.model) if teacher else model
 
@@ -69,6 +70,12 @@ class Source:
     def _with_weights(self, model: nn.Module) -> nn.Module:
         load_weights(model, self.run.store.root / self.checkpoint, self._saved, ema=self.kind == "ema")
         return model.eval()
+
+
+def write_safetensors(source: Source, path: Path) -> str:
+    """Write the weights as one safetensors file of timm's names. Raises UserError as the methods of Source."""
+    write_weights(source.run, source.recipe, source.checkpoint, source.kind, path)
+    return ""
 
 
 class _WithTeacher(nn.Module):

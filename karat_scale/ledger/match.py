@@ -23,7 +23,7 @@ def repeats(record: Record, row: PaperRow, table: PaperTable) -> bool:
     Memory rows need a GPU. Synthetic images repeat no row. Nor does a run that does not record its classes, since it
     may be on any data set.
     """
-    if row.recipe not in shipped_recipes() or record.resolved.data.backend == "synthetic":
+    if row.recipe not in shipped_recipes() or record.resolved.data.row.files is None:
         return False
     if table.measure == "memory" and record.figures.device.startswith("CPU"):
         return False

@@ -3,9 +3,8 @@
 from karat_scale.recipe.attention import AttentionConfig
 from karat_scale.recipe.data import AugmentConfig, DataConfig
 from karat_scale.recipe.keep import CheckpointConfig, LogConfig, ResumeConfig
-from karat_scale.recipe.recompute import RecomputeConfig
 from karat_scale.recipe.schema import ModelConfig, Recipe, RunConfig, RunRecipe
-from karat_scale.recipe.train import DeepSpeedConfig, OptimConfig, ScheduleConfig, TrainConfig
+from karat_scale.recipe.train import DeepSpeedConfig, OptimConfig, RecomputeConfig, ScheduleConfig, TrainConfig
 
 __all__ = [
     "AttentionConfig",

@@ -2,10 +2,13 @@
 
 import types
 import typing
+from collections.abc import Mapping
 from enum import Enum
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, field_validator
+from pydantic_core import PydanticCustomError, core_schema
+from typing_extensions import Self
 
 
 class Effect(Enum):
@@ -19,6 +22,31 @@ class Effect(Enum):
     ROUNDING = "rounding or pixels"
     MODEL = "the model that is learned"
     SHAPES = "the names or shapes of the model's tensors"
+
+
+class OneOf:
+    """An annotation of a text: one of the names in a table of `karat_scale.tables`, or one of `also`."""
+
+    def __init__(self, table: Mapping[str, Any], *also: str) -> None:
+        self._table, self._also = table, also
+
+    @property
+    def names(self) -> list[str]:
+        """All names, in the table's order after `also`."""
+        return [*self._also, *self._table]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> Any:
+        return {"enum": self.names, "type": "string"}
+
+    def _check(self, value: Any) -> str:
+        if isinstance(value, str) and value in self.names:
+            return value
+        *others, last = map(repr, self.names)
+        text = f"{', '.join(others)} or {last}" if others else last
+        raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": text})
 
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -41,6 +69,14 @@ class Section(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+    def changed(self, **values: Any) -> Self:
+        """Return a copy with other values. They are not validated. `section__key` is a key of a section."""
+        update: dict[str, Any] = {}
+        for name, value in values.items():
+            section, _, key = name.partition("__")
+            update[section] = update.get(section, getattr(self, section)).changed(**{key: value}) if key else value
+        return self.model_copy(update=update)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -4,13 +4,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from karat_scale.recipe.base import Count, Effect, Fraction, NonNegative, Positive, Section, Triple
+from karat_scale.recipe.base import Count, Effect, Fraction, NonNegative, OneOf, Positive, Section, Triple
+from karat_scale.tables import BACKENDS, DECODERS, BackendRow
 
 
 class DataConfig(Section):
     """The images, and how they become batches."""
 
-    backend: Annotated[Literal["folder", "webdataset", "ffcv", "dali", "synthetic"], Effect.ROUNDING] = "webdataset"
+    backend: Annotated[str, OneOf(BACKENDS), Effect.ROUNDING] = "webdataset"
     """The source of batches. docs/data.md compares them."""
     path: Annotated[str, Effect.NOTHING] = ""
     """The directory of the data set."""
@@ -24,7 +25,7 @@ class DataConfig(Section):
     """Consecutive samples in a block, for `order: block`."""
     window_blocks: Count = 32
     """Blocks in the window in which samples are shuffled, for `order: block`."""
-    decoder: Annotated[Literal["auto", "native", "torchvision", "pillow"], Effect.ROUNDING] = "auto"
+    decoder: Annotated[str, OneOf(DECODERS, "auto"), Effect.ROUNDING] = "auto"
     """The decoder of the folder, webdataset and ffcv backends. `auto` uses the fastest that runs; with ffcv it is
     FFCV's own."""
     max_pixels: Count = 80_000_000
@@ -44,14 +45,15 @@ class DataConfig(Section):
     synthetic_samples: Count = 1024
     """Number of training images of the synthetic backend."""
 
+    @property
+    def row(self) -> BackendRow:
+        """The backend's row in the table."""
+        return BACKENDS[self.backend]
+
     @model_validator(mode="after")
     def _backend_has_a_source(self) -> "DataConfig":
-        if self.backend != "synthetic" and not self.path:
-            made_by = {
-                "folder": "a directory of train/<class>/<image> and val/<class>/<image>",
-                "ffcv": "a directory made by data_prep/make_ffcv.py",
-            }.get(self.backend, "a directory made by data_prep/make_webdataset.py")
-            raise ValueError(f"data.path is empty; set it to {made_by}")
+        if self.row.files is not None and not self.path:
+            raise ValueError(f"data.path is empty; set it to {self.row.files.value}")
         return self
 
 
@@ -64,8 +66,9 @@ class AugmentConfig(Section):
     """Least and greatest aspect ratio of a random resized crop."""
     hflip: Fraction = 0.5
     """Probability of a horizontal flip."""
-    color_jitter: NonNegative = 0.4
-    """Strength of the random change of brightness, contrast and colour. 0 turns it off."""
+    color_jitter: NonNegative = 0.0
+    """Strength of the random change of brightness, contrast and colour; 0 turns it off. timm and DeiT leave it out
+    where RandAugment is set, so the paper most likely trained without its 0.4 (Swin 0.3)."""
     randaugment: str = "rand-m15-n2-mstd1.0-inc1"
     """timm's RandAugment string. Empty turns it off."""
     erasing: Fraction = 0.0

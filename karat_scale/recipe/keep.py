@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
-from karat_scale.recipe.base import Count, Positive, Section
+from karat_scale.recipe.base import Count, OneOf, Positive, Section
+from karat_scale.tables import TRACKERS
 
 
 class SaveConfig(Section):
@@ -53,12 +54,17 @@ class LogConfig(Section):
 
     every_steps: Count = 50
     """Print and record the metrics every this many steps."""
-    tensorboard: bool = True
-    """Also write the metrics for TensorBoard."""
+    trackers: tuple[Annotated[str, OneOf(TRACKERS)], ...] = ("tensorboard",)
+    """What shows the metrics, beside `metrics.jsonl`. `[]` is none."""
     histogram_every_steps: Count | None = 1000
-    """Steps between TensorBoard's histograms of each head's coefficients and projector. Null turns them off."""
+    """Steps between the trackers' histograms of each head's coefficients and projector. Null turns them off."""
     profile_steps: tuple[Count, Count] | None = None
     """The first and the last step to trace into the run's `profile/`. Null traces nothing."""
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_tracker_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @field_validator("profile_steps")
     @classmethod

@@ -1,6 +1,7 @@
 """Load a recipe from a file and dotted overrides, and write it back. Errors are one line."""
 
 import difflib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -12,6 +13,7 @@ from karat_scale.errors import RecipeError
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import Effect
 from karat_scale.recipe.files import find_recipe, read_recipe_file
+from karat_scale.recipe.retired import without_retired_keys
 
 R = TypeVar("R", bound=RunRecipe)
 Schema = type[RunRecipe]
@@ -57,6 +59,9 @@ def validate_recipe(tree: Mapping[str, Any], source: str, schema: type[R]) -> R:
 
 def validate_recipe(tree: Mapping[str, Any], source: str, schema: Schema = Recipe) -> Any:
     """Validate a mapping as a recipe. Raises RecipeError with one line that begins with `source`."""
+    tree, notes = without_retired_keys(tree, source)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     try:
         recipe = schema.model_validate(tree)
     except ValidationError as error:
@@ -161,7 +166,7 @@ def _describe(error: Any, schema: Schema) -> str:
         if isinstance(error["loc"][-1], int):
             return f"{key.rpartition('.')[0]} = {error['input']!r}: too few values"
         return f"{key}: missing; every recipe needs it"
-    message = error["msg"].removeprefix("Value error, ")
+    message: str = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and not isinstance(error["input"], (str, int, float, bool, list)):
         return message  # a validator of several fields names them itself
     message = message.removeprefix("Input ")

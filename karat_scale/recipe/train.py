@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from karat_scale.recipe.base import Count, Effect, NonNegative, Positive, Section
-from karat_scale.recipe.recompute import RecomputeConfig
+from karat_scale.recipe.base import Count, Effect, NonNegative, OneOf, Positive, Section
+from karat_scale.tables import OPTIMIZERS, OptimizerRow
 
 # No useful rate is larger; beyond it are typing errors.
 Rate = Annotated[float, Field(gt=0.0, le=1e3)]
@@ -18,7 +18,7 @@ class OptimConfig(Section):
     including KArAt's. Both use the same learning rate and weight decay.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
     """`adamw`, or `muon` at ZeRO stage 0."""
     lr: Rate = 5e-4
     """Peak learning rate for a global batch of `lr_batch`."""
@@ -37,6 +37,11 @@ class OptimConfig(Section):
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """The learning rate of the layer that is n layers below the head is multiplied by layer_decay^n."""
 
+    @property
+    def row(self) -> OptimizerRow:
+        """The optimizer's row in the table."""
+        return OPTIMIZERS[self.name]
+
 
 class ScheduleConfig(Section):
     """A linear warm-up, then a cosine to `min_lr`, per step. The rates are absolute, as in the paper."""
@@ -52,6 +57,34 @@ class ScheduleConfig(Section):
     """Learning rate at the start of the warm-up."""
     min_lr: NonNegative = 1e-5
     """Learning rate at the end of training."""
+
+
+class RecomputeConfig(Section):
+    """The activations that are recomputed in the backward pass instead of being kept."""
+
+    policy: Literal["none", "attention", "every", "all", "budget"] = "none"
+    """The parts to recompute: nothing, the `attention` of each block, `every` n-th block, `all` blocks, or as little as
+    fits into a `budget`."""
+    every: Count = 2
+    """n of `policy: every`."""
+    budget_gb: Positive | None = None
+    """Most memory for saved activations, for `policy: budget`. In GB (1e9 bytes), of one micro batch on one rank."""
+    method: Literal["torch", "deepspeed"] = "torch"
+    """torch's non-reentrant checkpoint, or DeepSpeed's."""
+
+    @model_validator(mode="after")
+    def _budget_suits_policy(self) -> "RecomputeConfig":
+        if self.policy == "budget" and self.budget_gb is None:
+            raise ValueError(
+                "train.recompute.policy = budget needs train.recompute.budget_gb, the GB of saved activations of a "
+                "micro batch on a rank"
+            )
+        if self.policy != "budget" and self.budget_gb is not None:
+            raise ValueError(
+                f"train.recompute.budget_gb = {self.budget_gb:g} has no effect with train.recompute.policy = "
+                f"{self.policy}; use policy budget or remove it"
+            )
+        return self
 
 
 class TrainConfig(Section):

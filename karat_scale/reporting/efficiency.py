@@ -5,7 +5,7 @@ from functools import cached_property
 import torch
 
 from karat_scale.engine.precision import matrix_peak
-from karat_scale.hardware import find_gpu
+from karat_scale.machine import find_gpu
 from karat_scale.models.flops import flops_per_image
 from karat_scale.recipe import Recipe, TrainConfig
 

@@ -1,4 +1,4 @@
-"""TensorBoard histograms of what each head has learned so far: its coefficients and its projector W."""
+"""Histograms, for the trackers, of what each head has learned so far: its coefficients and its projector W."""
 
 from karat_scale.engine.deepspeed_internals import whole_parameters
 from karat_scale.engine.engine import Engine
@@ -12,7 +12,7 @@ class HeadHistograms:
 
     def __init__(self, engine: Engine, log: LogConfig, reporter: Reporter) -> None:
         self._engine, self._reporter = engine, reporter
-        self._every = log.histogram_every_steps if log.tensorboard else None
+        self._every = log.histogram_every_steps if log.trackers else None
         self._parameters = list(head_parameters(engine.module))
 
     def due(self, step: int) -> bool:

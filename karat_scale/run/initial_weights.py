@@ -21,8 +21,7 @@ from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.distributed import World
 from karat_scale.errors import RecipeError, UserError
 from karat_scale.models import create_model
-from karat_scale.models.init_from import take_weights
-from karat_scale.models.init_sections import check_heads, differences
+from karat_scale.models.init_from import check_heads, differences, take_weights
 from karat_scale.recipe import AttentionConfig, ModelConfig, RunRecipe
 from karat_scale.recipe.portable import portable_recipe, text_digest
 from karat_scale.run.run_directory import RunDirectory

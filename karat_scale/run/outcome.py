@@ -13,7 +13,7 @@ from karat_scale.engine.distributed import World
 from karat_scale.engine.run_state import RunState
 from karat_scale.errors import EXIT_STOPPED, UserError
 from karat_scale.files import sealed
-from karat_scale.hardware import processor_name
+from karat_scale.machine import processor_name
 from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.loading import dump_recipe
 from karat_scale.recipe.portable import text_digest

@@ -23,7 +23,7 @@ from karat_scale.models.freeze import freeze
 from karat_scale.models.operators import check_implementation, describe_implementation
 from karat_scale.recipe import RunRecipe
 from karat_scale.reporting.histograms import HeadHistograms
-from karat_scale.reporting.metrics import MetricsLog
+from karat_scale.reporting.metrics import MetricsLog, open_trackers
 from karat_scale.reporting.profiler import StepProfiler
 from karat_scale.reporting.progress import Reporter, choose_display
 from karat_scale.run.initial_weights import initialise
@@ -140,7 +140,7 @@ def open_reporter(recipe: RunRecipe, world: World, directory: RunDirectory) -> R
     """The reporter of a run, with metrics on rank 0 and a heartbeat on each."""
     log = None
     if world.is_main:
-        log = MetricsLog(directory.metrics_file, directory.tensorboard if recipe.log.tensorboard else None)
+        log = MetricsLog(directory.metrics_file, open_trackers(directory.path, recipe, recipe.log.trackers))
     heartbeat = Heartbeat(directory.path, world.rank, device_name(world.device)).start()
     return Reporter(choose_display(world.is_main, recipe.run.name), log, world.rank, heartbeat)
 

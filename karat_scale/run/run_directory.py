@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, overload
 
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
+from karat_scale.data.digest import class_order_digest
 from karat_scale.engine.run_state import RunState
 from karat_scale.errors import RunDirectoryError, not_written
 from karat_scale.files import write_atomically
@@ -27,7 +28,6 @@ from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import Effect
 from karat_scale.recipe.files import COMMANDS, read_recipe_file
 from karat_scale.recipe.loading import differing_keys, dump_recipe, effects, flatten, load_recipe, rounding_keys
-from karat_scale.recipe.portable import text_digest
 
 # The data cursor counts global batches, so another size would train on other samples. What was frozen has no optimizer
 # state that it could resume with.
@@ -46,7 +46,6 @@ class RunDirectory:
         self.classes_file = self.path / "classes.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.summary_file = self.path / "summary.json"
-        self.tensorboard = self.path / "tensorboard"
         self.profile = self.path / "profile"
         self.snapshots = self.path / "snapshots"
         self.store = CheckpointStore(self.path / "checkpoints")
@@ -197,11 +196,11 @@ class RunDirectory:
         Raises:
             RunDirectoryError: they differ and `resume.allow` does not list data.path.
         """
-        names = text_digest(json.dumps(list(classes)))
+        order = class_order_digest(classes)
         differences = []
         if state.train_images not in (0, images):
             differences.append(f"{images:,} training images where it had {state.train_images:,}")
-        if state.classes_sha256 not in ("", names):
+        if state.class_order_sha256 not in ("", order):
             differences.append("other classes")
         said = " and ".join(differences)
         if said and not is_branch and not {"data", "data.path"} & set(recipe.resume.allow):
@@ -209,7 +208,7 @@ class RunDirectory:
                 f"run.dir = {self.path}: data.path is not of the data that its run began with, it has {said}; put "
                 "data.path right, add resume.allow=[data.path], or choose another run.dir"
             )
-        state.train_images, state.classes_sha256 = images, names
+        state.train_images, state.class_order_sha256 = images, order
         return said
 
     def _is_finished(self, recipe: dict[str, Any]) -> bool:

@@ -6,7 +6,7 @@ python -m karat_scale.submit.nodes NODES RANKS_PER_NODE RECIPE [key=value ...]
 import sys
 from contextlib import suppress
 
-from karat_scale.data.plan import choose_micro_batch
+from karat_scale.data.plan import micro_batch_of
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
@@ -19,8 +19,7 @@ def most_nodes(recipe: Recipe, nodes: int, ranks_per_node: int) -> int:
     """
     for count in range(nodes, 0, -1):
         with suppress(RecipeError):
-            ranks = count * ranks_per_node
-            choose_micro_batch(recipe.train.global_batch, ranks, recipe.train.micro_batch, even=recipe.augment.mixes)
+            micro_batch_of(recipe, count * ranks_per_node)
             return count
     return nodes
 

@@ -27,7 +27,7 @@ TINY = (
     "train.epochs=1",
     "data.workers=1",
     "checkpoint.snapshots=4",
-    "log.tensorboard=false",
+    "log.trackers=[]",
 )
 FIGURES = {
     "spectrum": {"last_block", "ranks"},

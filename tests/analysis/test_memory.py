@@ -17,7 +17,7 @@ augment: {mix_prob: 0.0}
 schedule: {warmup_epochs: 0}
 train: {epochs: 1, max_steps: 3, global_batch: 2, ema_decay: 0.0, eval_batch: 8}
 checkpoint: {every_steps: 1, keep_last: 5, every_minutes: null}
-log: {tensorboard: false}
+log: {trackers: []}
 """
 # Six products an eigenvalue need what forty need: the basis is full by then.
 MEASURE = """

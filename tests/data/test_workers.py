@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.data.backends import open_backend
+from karat_scale.data import workers
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import TrainPlan
 from karat_scale.data.workers import prepare_worker
 from karat_scale.errors import DataError, RecipeError
@@ -19,7 +20,7 @@ from tests.data.backends.helpers import SIZE, children, wait_until
 
 def test_closing_ends_the_workers_and_the_iterators(make_shards, data_config, cheap_augment):
     before = children()
-    backend = open_backend(data_config(make_shards(), workers=2), cheap_augment, SIZE, 3, 0)
+    backend = open_backend(ImageSpec(data_config(make_shards(), workers=2), cheap_augment, SIZE, 3, 0))
     batches = backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 1000))
     next(batches)
     workers = children() - before
@@ -31,7 +32,7 @@ def test_closing_ends_the_workers_and_the_iterators(make_shards, data_config, ch
 
 def test_a_killed_worker_is_one_clear_error(make_shards, data_config, cheap_augment):
     before = children()
-    backend = open_backend(data_config(make_shards(), workers=1), cheap_augment, SIZE, 3, 0)
+    backend = open_backend(ImageSpec(data_config(make_shards(), workers=1), cheap_augment, SIZE, 3, 0))
     batches = backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 10**6))
     next(batches)
     (worker,) = children() - before
@@ -43,16 +44,23 @@ def test_a_killed_worker_is_one_clear_error(make_shards, data_config, cheap_augm
 
 def test_far_more_workers_than_cores_are_refused_before_one_is_forked(make_shards, data_config, cheap_augment):
     before = children()
-    backend = open_backend(data_config(make_shards(), workers=5000), cheap_augment, SIZE, 3, 0)
+    backend = open_backend(ImageSpec(data_config(make_shards(), workers=5000), cheap_augment, SIZE, 3, 0))
     with pytest.raises(RecipeError, match=r"data.workers = 5000 processes for each rank, .* at most \d+$"):
         backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 10))
     assert children() == before
 
 
+def test_workers_are_counted_against_the_cores_of_the_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "usable_cores", lambda: 1)  # as under a quota of one core
+    workers.check_worker_count(36)
+    with pytest.raises(RecipeError, match=r"data.workers = 37 processes .* here are 1; use about 1, at most 36"):
+        workers.check_worker_count(37)
+
+
 WORKER_SCRIPT = """
     import itertools, os, signal, sys
     from pathlib import Path
-    from karat_scale.data.backends import open_backend
+    from karat_scale.data.backends import ImageSpec, open_backend
     from karat_scale.data.plan import TrainPlan
     from karat_scale.recipe import AugmentConfig, DataConfig
 
@@ -60,7 +68,7 @@ WORKER_SCRIPT = """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, lambda *_: print("signal", flush=True))
     config = DataConfig(path=sys.argv[1], workers=2)
-    batches = open_backend(config, AugmentConfig(), 16, 3, 0).train_batches(
+    batches = open_backend(ImageSpec(config, AugmentConfig(), 16, 3, 0)).train_batches(
         TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 400)
     )
     next(batches)
@@ -89,7 +97,7 @@ def running(pid: int) -> bool:
 
 
 @pytest.mark.multiprocess
-def test_workers_go_on_through_signals_to_the_process_group_and_leave_when_the_parent_is_killed(make_shards):
+def test_workers_ignore_signals_to_the_process_group_and_exit_when_the_parent_is_killed(make_shards):
     process, workers = start(make_shards())
     assert len(workers) == 2
     for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM):

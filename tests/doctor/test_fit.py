@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from karat_scale.data.backends import open_backend
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.doctor import fit
 from karat_scale.doctor.data_files import find_data_files
 from karat_scale.doctor.finding import Finding
@@ -32,7 +32,7 @@ def by_name(findings: object) -> dict[str, Finding]:
 
 def test_the_data_is_measured_against_memory(subject: MakeSubject, shards: Path) -> None:
     one = subject()
-    backend = open_backend(one.recipe.data, one.recipe.augment, 16, 4, 0)
+    backend = open_backend(ImageSpec(one.recipe.data, one.recipe.augment, 16, 4, 0))
     findings = by_name([*fit.examine_data(one, backend), *fit.examine_batches(one, backend)])
     assert (findings["data"].figures["train"], findings["data"].figures["val"]) == (64, 28)
     on_disk = sum(path.stat().st_size for path in shards.glob("*.tar"))

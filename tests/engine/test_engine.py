@@ -5,7 +5,7 @@ import torch
 
 from karat_scale.engine.deepspeed_internals import master_weights
 from karat_scale.engine.engine import Engine
-from karat_scale.engine.optimizer import build_optimizer
+from karat_scale.engine.optimizers import build_optimizer
 from karat_scale.models import create_model, no_weight_decay_names
 from tests.small_engines import CONFIGS, train_once, weights
 

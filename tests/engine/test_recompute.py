@@ -21,12 +21,6 @@ DROPS = ("model.drop_path=0.3", "model.proj_drop=0.2")
 METHODS = {
     "torch": ("train.recompute.method=torch",),
     "deepspeed": ("train.recompute.method=deepspeed",),
-    "partitioned": ("train.recompute.method=deepspeed", "train.recompute.partition=true"),
-    "in memory of the CPU": (
-        "train.recompute.method=deepspeed",
-        "train.recompute.partition=true",
-        "train.recompute.cpu=true",
-    ),
 }
 POLICIES = {
     "attention": ("train.recompute.policy=attention",),
@@ -100,7 +94,7 @@ def test_stage_3_gives_weights_to_what_ends_in_a_layer(small_recipe, world, whol
 @pytest.mark.multiprocess
 def test_two_ranks_with_partitioned_weights_train_bit_equal(tmp_path: Path, whole_zero3) -> None:
     kinds = [(), *((*METHODS[m], *POLICIES[p]) for m, p in [("torch", "all"), ("torch", "attention")])]
-    kinds += [(*METHODS["partitioned"], *POLICIES["every"]), (*METHODS["torch"], *POLICIES["budget"])]
+    kinds += [(*METHODS["deepspeed"], *POLICIES["every"]), (*METHODS["torch"], *POLICIES["budget"])]
     settings = (("fp32", "blockwise", ()), ("bf16", "universal", DROPS))
     jobs = [
         Job(whole_zero3, last=3, precision=precision, overrides=(DEPTH, *drops, f"attention.mode={mode}", *kind))
@@ -122,9 +116,3 @@ def test_a_budget_that_nothing_fits_is_one_line_with_the_least(small_recipe, wor
         apply_recompute(model, recipe, world, 8)
     least = float(str(caught.value).partition("takes ")[2].partition(";")[0])
     apply_recompute(model, small_recipe(*tight, f"train.recompute.budget_gb={1.001 * least}"), world, 8)
-
-
-def test_moving_from_the_cpu_to_the_cpu_is_refused(small_recipe, world) -> None:
-    recipe = small_recipe("train.recompute.policy=all", *METHODS["deepspeed"], "train.recompute.cpu=true")
-    with pytest.raises(RecipeError, match=r"train\.recompute\.cpu = true: the run is on the CPU"):
-        apply_recompute(create_model(recipe.model, recipe.attention), recipe, world, 8)

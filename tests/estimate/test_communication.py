@@ -2,8 +2,17 @@
 
 import pytest
 
-from karat_scale.estimate.communication import Traffic, seconds, step_seconds, traffic
-from karat_scale.estimate.links import LATENCY_BETWEEN, LATENCY_WITHIN, REACHED, Links, links_of
+from karat_scale.estimate.communication import (
+    LATENCY_BETWEEN,
+    LATENCY_WITHIN,
+    REACHED,
+    Links,
+    Traffic,
+    links_of,
+    seconds,
+    step_seconds,
+    traffic,
+)
 
 LINKS = Links(within=100e9, between=10e9)
 

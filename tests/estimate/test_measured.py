@@ -9,7 +9,7 @@ import pytest
 from karat_scale.estimate.command import Request, make_plan
 from karat_scale.estimate.measured import Measured, find_measured
 from karat_scale.estimate.report import show
-from karat_scale.hardware import find_gpu
+from karat_scale.machine import find_gpu
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import dump_recipe
 

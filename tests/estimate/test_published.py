@@ -4,12 +4,11 @@ from functools import cache
 
 import pytest
 
-from karat_scale.estimate.communication import seconds, step_seconds, traffic
+from karat_scale.estimate.communication import links_of, seconds, step_seconds, traffic
 from karat_scale.estimate.footprint import Footprint
-from karat_scale.estimate.links import links_of
 from karat_scale.estimate.subject import Subject
 from karat_scale.estimate.time import ComputeTime, estimate
-from karat_scale.hardware import find_gpu
+from karat_scale.machine import find_gpu
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from karat_scale.models import create_model
-from karat_scale.models.recompute import Choice, choices_by_rule, recompute
-from karat_scale.models.recompute_budget import kept_bytes
+from karat_scale.models.recompute import Choice, choices_by_rule, kept_bytes, recompute
 from karat_scale.models.saved_tensors import activation_bytes, saved_bytes
 from karat_scale.recipe import AttentionConfig, ModelConfig, RecomputeConfig
 

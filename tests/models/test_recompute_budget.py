@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from karat_scale.models import create_model
 from karat_scale.models.flops import BlockFlops, flops_by_block
-from karat_scale.models.recompute import Choice
-from karat_scale.models.recompute_budget import (
+from karat_scale.models.recompute import (
+    Choice,
     cheapest_choices,
     kept_bytes,
     least_budget,

@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from karat_scale.reporting.histograms import HeadHistograms
-from karat_scale.reporting.metrics import MetricsLog
+from karat_scale.reporting.metrics import MetricsLog, open_trackers
 from karat_scale.reporting.progress import PlainDisplay, Reporter
 from tests.conftest import karat
 from tests.small_engines import CONFIGS, weights
@@ -27,14 +27,14 @@ def board_of(directory: Path) -> EventAccumulator:
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_each_head_at_each_stage(small_recipe, make_engine, tmp_path: Path, config: str) -> None:
-    recipe = small_recipe(f"deepspeed.config={config}", "log.tensorboard=true", "log.histogram_every_steps=5")
+    recipe = small_recipe(f"deepspeed.config={config}", "log.trackers=tensorboard", "log.histogram_every_steps=5")
     engine = make_engine(recipe)
-    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "board")
+    log = MetricsLog(tmp_path / "metrics.jsonl", open_trackers(tmp_path, recipe, recipe.log.trackers))
     histograms = HeadHistograms(engine, recipe.log, Reporter(PlainDisplay(), log))
     assert [step for step in range(1, 12) if histograms.due(step)] == [5, 10]
     histograms.write(5)
     log.close()
-    board = board_of(tmp_path / "board")
+    board = board_of(tmp_path / "tensorboard")
     assert sorted(board.Tags()["histograms"]) == sorted(HEADS)
     (event,) = board.Histograms("block 1, cos_coef/head 1")
     names = [name for name, _ in engine.module.named_parameters()]
@@ -46,17 +46,17 @@ def test_each_head_at_each_stage(small_recipe, make_engine, tmp_path: Path, conf
 
 def test_none_without_tensorboard_without_a_rate_and_without_operators(small_recipe, make_engine) -> None:
     reporter = Reporter(PlainDisplay(), None)
-    for overrides in ((), ("log.tensorboard=true", "log.histogram_every_steps=null")):
+    for overrides in ((), ("log.trackers=tensorboard", "log.histogram_every_steps=null")):
         recipe = small_recipe(*overrides)
         assert not HeadHistograms(make_engine(recipe), recipe.log, reporter).due(1000)
-    recipe = small_recipe("log.tensorboard=true", "attention.kind=softmax")
+    recipe = small_recipe("log.trackers=tensorboard", "attention.kind=softmax")
     assert not HeadHistograms(make_engine(recipe), recipe.log, reporter).due(1000)
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_ranks_at_stage_3(recipe_file: Path, tmp_path: Path) -> None:
-    own = ("deepspeed.config=zero3", "log.tensorboard=true", "log.histogram_every_steps=4", "train.epochs=1")
+    own = ("deepspeed.config=zero3", "log.trackers=tensorboard", "log.histogram_every_steps=4", "train.epochs=1")
     done = karat("train", str(recipe_file), *own, processes=2)
     assert done.returncode == 0, done.stderr
     board = board_of(tmp_path / "run" / "tensorboard")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from karat_scale.data.backends import ImageSpec
 from karat_scale.data.backends.synthetic import SyntheticBackend
 from karat_scale.data.batch import BadSample, Batch
 from karat_scale.engine.distributed import World
@@ -71,7 +72,7 @@ def test_an_error_ends_the_run_after_the_steps_before_it(
     directory = RunDirectory(recipe.run.dir)
     directory.store.root.mkdir(parents=True)
     parts = make_parts(recipe, world)
-    parts.task.backend = BadBackend(recipe.data, recipe.model.image_size, recipe.model.num_classes, recipe.run.seed)
+    parts.task.backend = BadBackend(ImageSpec.of(recipe))
     loop = Loop(parts, TrainState())
     with pytest.raises(DataError, match="that shard is gone"):
         loop.run()

@@ -32,7 +32,7 @@ DIGESTS = {"workers": 940411329832, "device": 158584674707}
 def _train(recipe, world: World) -> Path:
     directory = RunDirectory(recipe.run.dir)
     directory.store.root.mkdir(parents=True)
-    reporter = Reporter(PlainDisplay(), MetricsLog(directory.metrics_file, None))
+    reporter = Reporter(PlainDisplay(), MetricsLog(directory.metrics_file))
     parts = make_parts(recipe, world, reporter)
     try:
         Loop(parts, TrainState()).run()

@@ -145,7 +145,7 @@ def test_imagenet_from_its_tars_trains_at_224_pixels(cluster: Cluster, tmp_path:
     prepare = submit(cluster, "prepare_imagenet.sh", cwd=directory(tmp_path, "1"), IMAGES=images, SHARDS=shards)
     overrides = (
         "model.embed_dim=48", "model.depth=2", "model.num_heads=2", "train.global_batch=8", "train.max_steps=4",
-        "data.workers=1", "train.precision=fp32", "deepspeed.config=zero0", "log.tensorboard=false",
+        "data.workers=1", "train.precision=fp32", "deepspeed.config=zero0", "log.trackers=[]",
     )  # fmt: skip
     train = submit(
         cluster, "imagenet_fourier_karat.sh", *overrides, options=("--nodes=2", f"--dependency=afterok:{prepare.id}"),

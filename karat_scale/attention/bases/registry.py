@@ -1,42 +1,30 @@
-"""Bases by name, and those of others by their place: `package.module:Class`."""
+"""Bases by their names in the table, and other bases by their places: `package.module:Class`."""
 
 import importlib
 import inspect
 from typing import Any
 
+from karat_scale import tables
 from karat_scale.attention.bases.base import Basis, ElementwiseBasis, FeatureBasis
 from karat_scale.attention.bases.fourier import Fourier
-from karat_scale.attention.bases.polynomials import Chebyshev
-from karat_scale.attention.bases.rational import Rational
-from karat_scale.attention.bases.splines import BSpline
-from karat_scale.attention.bases.wavelets import DerivativeOfGaussian, MexicanHat, Meyer, Morlet, Shannon
 
-BASES: dict[str, type[Basis]] = {
-    "fourier": Fourier,
-    "bspline": BSpline,
-    "chebyshev": Chebyshev,
-    "rational": Rational,
-    "mexican_hat": MexicanHat,
-    "morlet": Morlet,
-    "dog": DerivativeOfGaussian,
-    "meyer": Meyer,
-    "shannon": Shannon,
-}
+BASES: dict[str, type[Basis]] = {name: tables.load(row.place) for name, row in tables.BASES.items()}
 
 # Registered operations take strings, not objects.
-_KNOWN: dict[str, Basis] = {"fourier": Fourier()}
+_KNOWN: dict[str, Basis] = {Fourier.key: Fourier()}
 
 
 def basis_class(name: str) -> type[Basis]:
-    """The class of that name in `BASES`, or the one at `package.module:Class`.
+    """Return the class of a name in the table, or the one at `package.module:Class`.
 
-    Raises ValueError when there is none, or when it is no basis that can be built.
+    Raises ValueError if there is none, or if it is not a basis that can be built.
     """
-    if name in BASES:
-        return BASES[name]
+    if name in tables.BASES:
+        listed: type[Basis] = tables.load(tables.BASES[name].place)
+        return listed
     module_name, colon, class_name = name.partition(":")
     if not (colon and module_name and class_name):
-        raise ValueError(f"basis = {name!r}: expected one of {', '.join(BASES)}, or package.module:Class")
+        raise ValueError(f"basis = {name!r}: expected one of {', '.join(tables.BASES)}, or package.module:Class")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except AttributeError:
@@ -55,9 +43,9 @@ def basis_class(name: str) -> type[Basis]:
 
 
 def make_basis(name: str, **settings: Any) -> Basis:
-    """A basis by name with those of the settings that its constructor takes.
+    """Return a basis by name, built with those of the settings that its constructor takes.
 
-    Raises ValueError as `basis_class` does, and when the constructor refuses the settings.
+    Raises ValueError like `basis_class`, and if the constructor refuses the settings.
     """
     found = basis_class(name)
     taken = inspect.signature(found).parameters
@@ -70,12 +58,12 @@ def make_basis(name: str, **settings: Any) -> Basis:
 
 
 def key_of(basis: Basis) -> str:
-    """The basis's name for registered operations, under which `basis_of` finds it."""
+    """Return the basis's name for registered operations; `basis_of` finds it under this name."""
     key = basis.key
     _KNOWN.setdefault(key, basis)
     return key
 
 
 def basis_of(key: str) -> Basis:
-    """The basis that `key_of` named."""
+    """Return the basis that `key_of` named."""
     return _KNOWN[key]

@@ -17,7 +17,7 @@ from karat_scale.bench.gpu.task import Task
 from karat_scale.bench.sample_images import CLASSES, SampleImages, prepare_images
 from karat_scale.console import plural
 from karat_scale.data.augmentation.device_augment import DeviceAugment
-from karat_scale.data.backends import open_backend
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import TrainPlan
 from karat_scale.machine import usable_cores
 from karat_scale.recipe import AugmentConfig, DataConfig
@@ -79,7 +79,7 @@ class _Section:
     def _backend(self, name: str, augment: AugmentConfig) -> Loader:
         def batches() -> Generator[int, None, None]:
             data = DataConfig(backend=name, path=str(self._images.shards), workers=self.workers)
-            backend = open_backend(data, augment, SIZE, CLASSES, 0)
+            backend = open_backend(ImageSpec(data, augment, SIZE, CLASSES, 0))
             on_device = DeviceAugment(augment, SIZE)
             try:
                 plan = TrainPlan(0, backend.num_train, self._batch, self._batch, 0, 1)

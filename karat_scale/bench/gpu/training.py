@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from karat_scale.attention import KaratOperator
 from karat_scale.bench.gpu.process import one_line
 from karat_scale.bench.gpu.task import Task, is_fatal
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio
+from karat_scale.bench.measuring import interleaved_seconds, median_ratio
+from karat_scale.data.backends import ImageSpec
 from karat_scale.data.backends.synthetic import TRAIN_STREAM, SyntheticBackend
 from karat_scale.data.batch import Batch
 from karat_scale.data.digest import with_digest
@@ -61,7 +62,7 @@ class HeldBatches(SyntheticBackend):
     """The synthetic backend with its first batch again and again: to make one takes longer than a step may."""
 
     def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
-        """In page-locked memory where there is a GPU."""
+        """Yield one batch again and again, in page-locked memory if there is a GPU."""
         held: Batch | None = None
         for part in slices:
             if held is None:
@@ -79,8 +80,7 @@ class OurLoop:
         reporter = Reporter(SilentDisplay(), None)
         self.classifier = ClassificationTask(recipe, world, reporter)
         self.parts = build_parts(self.classifier, RunDirectory(recipe.run.dir), StopSignals())
-        model, data = recipe.model, recipe.data
-        self.classifier.backend = HeldBatches(data, model.image_size, model.num_classes, recipe.run.seed)
+        self.classifier.backend = HeldBatches(ImageSpec.of(recipe))
         self._loop = Loop(self.parts, TrainState())
         self._batches = self._loop.feed(MANY)
         self.dtypes = _dtypes_inside(self.parts.engine.module, lambda: self.run(1)) if not recipe.train.compile else {}
@@ -94,7 +94,7 @@ class OurLoop:
             self._loop.save_or_stop()
 
     def run(self, steps: int) -> None:
-        """To the end of the device's work."""
+        """Take steps, and wait for the device."""
         self.launch(steps)
         self._task.wait()
 
@@ -172,7 +172,7 @@ def _recipe(task: Task, group: Group, attention: str, scratch: str) -> Recipe:
             "eval_every_epochs": MANY,
         },
         "checkpoint": {"every_minutes": None},
-        "log": {"every_steps": 1000, "tensorboard": False},
+        "log": {"every_steps": 1000, "trackers": []},
     }
     return validate_recipe(tree, "bench gpu")
 
@@ -186,7 +186,7 @@ def _steps_a_round(loops: dict[str, OurLoop], task: Task) -> int:
 
 
 def _dtypes_inside(model: nn.Module, step: Callable[[], object]) -> dict[str, str]:
-    """In which dtype the first block's MLP and attention answer during a step."""
+    """Return the dtypes of the outputs of the first block's MLP and attention in a step."""
     seen: dict[str, str] = {}
     linear = next(module for name, module in model.named_modules() if name.endswith("mlp.fc1"))
     attention = next((module for module in model.modules() if isinstance(module, KaratOperator)), None)
@@ -210,7 +210,7 @@ def _dtypes_inside(model: nn.Module, step: Callable[[], object]) -> dict[str, st
 
 
 def _work_of(loop: OurLoop) -> dict[str, int]:
-    """What one step gives the device to do, and how often the host waits for it, as torch's profiler saw it."""
+    """Return one step's kernels and launches, and how often the host waits for the device, from torch's profiler."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         loop.launch(1)
     loop.run(0)

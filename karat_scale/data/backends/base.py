@@ -1,10 +1,33 @@
-"""The interface of all backends."""
+"""The interface of all backends, and what they are asked for."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from karat_scale.data.batch import Batch
 from karat_scale.data.plan import BatchSlice
+from karat_scale.recipe import AugmentConfig, DataConfig, Recipe
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """The images that a run asks a backend for: square, `image_size` pixels wide, of at most `num_classes` classes."""
+
+    data: DataConfig
+    augment: AugmentConfig
+    image_size: int
+    num_classes: int
+    seed: int
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "ImageSpec":
+        """Return what a recipe asks for."""
+        return cls(recipe.data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, recipe.run.seed)
+
+    @property
+    def readahead(self) -> int:
+        """The consecutive samples that are read at once, for `order: block`; else 0."""
+        return self.data.block_samples if self.data.order == "block" else 0
 
 
 class Backend(Protocol):

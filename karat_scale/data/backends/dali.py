@@ -9,7 +9,6 @@ import copy
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -20,29 +19,26 @@ from karat_scale.data.ahead import RunAhead
 from karat_scale.data.assemble import EvalAssembler, ImageSource, TrainAssembler
 from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
 from karat_scale.data.augmentation.draw import Draw
+from karat_scale.data.backends.base import ImageSpec
 from karat_scale.data.backends.dali_pipeline import DaliDecoder, Request, on_stream, require_dali
-from karat_scale.data.backends.splits import SplitBackend
+from karat_scale.data.backends.images import SplitBackend, open_shards
 from karat_scale.data.batch import Batch
 from karat_scale.data.decode import blank_jpeg
-from karat_scale.data.decoders.resize import resize_region
+from karat_scale.data.decoders import Decoder
+from karat_scale.data.decoders.pillow import resize_region
 from karat_scale.data.decoders.torchvision import TorchvisionDecoder
-from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.order import sample_seed
 from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.data.row_reader import Row, RowReader
 from karat_scale.data.view import View
-from karat_scale.recipe import AugmentConfig, DataConfig
 
 Pixels = npt.NDArray[np.uint8]
 
 
-def open_dali(data: DataConfig, augment: AugmentConfig, image_size: int, num_classes: int, seed: int) -> "DaliBackend":
-    """The `dali` backend. Raises RecipeError without DALI and DataError when the shards are not right."""
+def open_dali(spec: ImageSpec) -> "DaliBackend":
+    """Open shards for DALI. Raises RecipeError if DALI is not installed, and DataError if the shards are not right."""
     require_dali()
-    readahead = data.block_samples if data.order == "block" else 0
-    train = ShardSplit(data.path, data.train_split, num_classes, data.verify, readahead)
-    val = ShardSplit(data.path, data.val_split, num_classes, data.verify)
-    return DaliBackend(train, val, data, augment, image_size, seed)
+    return DaliBackend(*open_shards(spec), spec)
 
 
 # What DALI is given where it has nothing to decode: each batch goes through it, so that they keep their order.
@@ -62,68 +58,55 @@ class Pass(Protocol):
         """What makes a batch that DALI cannot make: it finds the bad sample, and replaces, reports or refuses it."""
 
 
-@dataclass(frozen=True)
 class TrainPass:
     """See Pass."""
 
-    transform: TrainTransform
-    seed: int
-    image_size: int
-    data: DataConfig
-    decoder: TorchvisionDecoder
+    def __init__(self, spec: ImageSpec, decoder: Decoder) -> None:
+        self._spec, self._decoder = spec, decoder
+        self._transform = TrainTransform(spec.augment, spec.image_size)
 
     def choose(self, epoch: int, sample_id: int, width: int, height: int) -> tuple[View, Draw]:
-        draw = self.transform.draw(sample_seed(self.seed, epoch, sample_id), width, height)
-        return self.transform.view(draw), draw
+        draw = self._transform.draw(sample_seed(self._spec.seed, epoch, sample_id), width, height)
+        return self._transform.view(draw), draw
 
     def finish(self, pixels: Pixels, draw: Draw | None) -> Pixels:
         assert draw is not None
-        return self.transform.finish(pixels, draw)
+        return self._transform.finish(pixels, draw)
 
     def assembler(self, source: ImageSource) -> TrainAssembler:
-        return TrainAssembler(source, self.image_size, self.data.on_bad_sample, self.decoder, self.transform, self.seed)
+        return TrainAssembler(source, self._spec, self._decoder)
 
 
-@dataclass(frozen=True)
 class EvalPass:
     """See Pass."""
 
-    transform: EvalTransform
-    image_size: int
-    data: DataConfig
-    decoder: TorchvisionDecoder
+    def __init__(self, spec: ImageSpec, decoder: Decoder) -> None:
+        self._spec, self._decoder = spec, decoder
+        self._transform = EvalTransform(spec.augment, spec.image_size)
 
     def choose(self, epoch: int, sample_id: int, width: int, height: int) -> tuple[View, None]:
-        return self.transform.view(width, height), None
+        return self._transform.view(width, height), None
 
     def finish(self, pixels: Pixels, draw: Draw | None) -> Pixels:
-        return pixels.transpose(2, 0, 1)
+        planes: Pixels = pixels.transpose(2, 0, 1)
+        return planes
 
     def assembler(self, source: ImageSource) -> EvalAssembler:
-        return EvalAssembler(source, self.image_size, self.data.on_bad_sample, self.decoder, self.transform)
+        return EvalAssembler(source, self._spec, self._decoder)
 
 
 class DaliBackend(SplitBackend):
     """See Backend. `data.workers` is the threads DALI decodes on, and again those that resize and augment."""
 
-    def __init__(
-        self,
-        train: ImageSource,
-        val: ImageSource,
-        data: DataConfig,
-        augment: AugmentConfig,
-        image_size: int,
-        seed: int,
-    ) -> None:
+    def __init__(self, train: ImageSource, val: ImageSource, spec: ImageSpec) -> None:
         super().__init__(train, val)
-        self._data = data
-        self._interpolation, self._image_size = augment.interpolation, image_size
+        self._data = spec.data
+        self._interpolation, self._image_size = spec.augment.interpolation, spec.image_size
         # Its pixels are those of DALI and resize_region, so a batch is the same whichever makes it.
-        self._decoder = TorchvisionDecoder(augment.interpolation, data.max_pixels)
-        self._train_pass = TrainPass(TrainTransform(augment, image_size), seed, image_size, data, self._decoder)
-        self._eval_pass = EvalPass(EvalTransform(augment, image_size), image_size, data, self._decoder)
-        self._only_flips = augment.workers_only_flip
-        self._threads = max(1, data.workers)
+        self._decoder = TorchvisionDecoder(self._interpolation, spec.data.max_pixels)
+        self._train_pass, self._eval_pass = TrainPass(spec, self._decoder), EvalPass(spec, self._decoder)
+        self._only_flips = spec.augment.workers_only_flip
+        self._threads = max(1, spec.data.workers)
         # The GPU that the process has taken up, if it has: a run on the CPU of a machine with GPUs leaves them alone.
         self._gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._stream = None if self._gpu is None else torch.cuda.Stream(self._gpu)

@@ -19,6 +19,7 @@ import torch
 
 from karat_scale.data.view import View
 from karat_scale.errors import DataError, RecipeError
+from karat_scale.tables import EXTRAS, how_to_install
 
 # Batches that DALI works on at a time: one is decoded while the next is read.
 QUEUE_DEPTH = 2
@@ -34,12 +35,10 @@ Pixels = npt.NDArray[np.uint8]
 def require_dali() -> None:
     """Raise RecipeError, with what to install, where DALI is not there."""
     try:
-        importlib.import_module("nvidia.dali")
+        importlib.import_module(EXTRAS["dali"].module)
     except (ImportError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RecipeError(
-            f"data.backend = dali needs DALI ({reason}); install the extra in the clone: pip install '.[dali]'"
-        ) from error
+        raise RecipeError(f"data.backend = dali needs DALI ({reason}); {how_to_install('dali')}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +135,7 @@ class DaliDecoder:
 
     def _build(self, source: Iterator[tuple[Any, ...]], batch: int) -> Any:
         # Not an import statement, since DALI is an extra.
-        dali, fn = importlib.import_module("nvidia.dali"), importlib.import_module("nvidia.dali.fn")
+        dali, fn = importlib.import_module(EXTRAS["dali"].module), importlib.import_module("nvidia.dali.fn")
         types = importlib.import_module("nvidia.dali.types")
         inputs = [(types.UINT8, 1), (types.INT32, 1), (types.INT32, 1)]
         if self.size is not None:

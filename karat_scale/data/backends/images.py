@@ -1,40 +1,82 @@
-"""Batches of encoded images from files, decoded and augmented by torch's DataLoader workers."""
+"""Batches of encoded images from files: folders, indexed WebDataset shards, and FFCV's betons.
 
+Samples are read by their place, since a reader that streams (webdataset's own, FFCV's Loader) keeps no exact order.
+Images are decoded and augmented by torch's DataLoader workers.
+"""
+
+import weakref
 from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
 
 from karat_scale.data.assemble import EvalAssembler, ImageSource, TrainAssembler
-from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
-from karat_scale.data.backends.splits import SplitBackend
+from karat_scale.data.backends.base import ImageSpec
 from karat_scale.data.batch import Batch
 from karat_scale.data.decoders import Decoder, make_decoder
+from karat_scale.data.decoders.ffcv import FfcvDecoder
+from karat_scale.data.formats.beton import BetonSplit
+from karat_scale.data.formats.folder import FolderSplit
+from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.loader import MakesBatches, OrderedLoader
 from karat_scale.data.plan import BatchSlice
-from karat_scale.recipe import AugmentConfig, DataConfig
+from karat_scale.errors import DataError
+
+
+class Closable(Protocol):
+    """Batches that are made ahead, by a thread or process that must be stopped."""
+
+    def close(self) -> None:
+        """Stop making batches."""
+
+
+Batches = TypeVar("Batches", bound=Closable)
+
+
+class SplitBackend:
+    """The counts and names of a training and a validation source, and closing of all batches. See Backend."""
+
+    def __init__(self, train: ImageSource, val: ImageSource) -> None:
+        self._train, self._val = train, val
+        self._handed_out: weakref.WeakSet[Closable] = weakref.WeakSet()
+
+    @property
+    def num_train(self) -> int:
+        return len(self._train)
+
+    @property
+    def num_val(self) -> int:
+        return len(self._val)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self._train.classes
+
+    def _handing_out(self, batches: Batches) -> Batches:
+        """Remember batches that `close` must stop."""
+        self._handed_out.add(batches)
+        return batches
+
+    def close(self) -> None:
+        for batches in list(self._handed_out):
+            batches.close()
+        self._train.close()
+        self._val.close()
 
 
 class ImageBackend(SplitBackend):
-    """The `folder`, `webdataset` and `ffcv` backends: two sources of encoded images, one per split. See Backend.
+    """Two sources of encoded images, one for each split. See Backend.
 
     decoder: instead of the one in `data.decoder`.
     """
 
-    def __init__(
-        self,
-        train: ImageSource,
-        val: ImageSource,
-        data: DataConfig,
-        augment: AugmentConfig,
-        image_size: int,
-        seed: int,
-        decoder: Decoder | None = None,
-    ) -> None:
+    def __init__(self, train: ImageSource, val: ImageSource, spec: ImageSpec, decoder: Decoder | None = None) -> None:
         super().__init__(train, val)
-        self._data = data
-        decoder = decoder or make_decoder(data, augment.interpolation)
-        self._make_train = TrainAssembler(
-            train, image_size, data.on_bad_sample, decoder, TrainTransform(augment, image_size), seed
-        )
-        self._make_val = EvalAssembler(val, image_size, data.on_bad_sample, decoder, EvalTransform(augment, image_size))
+        self._data = spec.data
+        decoder = decoder or make_decoder(spec.data, spec.augment.interpolation)
+        self._make_train, self._make_val = TrainAssembler(train, spec, decoder), EvalAssembler(val, spec, decoder)
 
     def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
         return self._load(self._make_train, slices)
@@ -45,3 +87,38 @@ class ImageBackend(SplitBackend):
     def _load(self, make: MakesBatches, slices: Iterable[BatchSlice]) -> OrderedLoader:
         loader = OrderedLoader(make, slices, self._data.workers, self._data.prefetch, self._data.timeout)
         return self._handing_out(loader)
+
+
+def open_folder(spec: ImageSpec) -> ImageBackend:
+    """Open an ImageFolder, train/<class>/<image> and val/<class>/<image>. Raises DataError if it is not right."""
+    data = spec.data
+    train = FolderSplit(data.path, data.train_split, spec.num_classes)
+    return ImageBackend(train, FolderSplit(data.path, data.val_split, spec.num_classes, train.classes), spec)
+
+
+def open_shards(spec: ImageSpec) -> tuple[ShardSplit, ShardSplit]:
+    """Open the training and the validation split of shards. Raises DataError if they are not right."""
+    data = spec.data
+    train = ShardSplit(data.path, data.train_split, spec.num_classes, data.verify, spec.readahead)
+    return train, ShardSplit(data.path, data.val_split, spec.num_classes, data.verify)
+
+
+def open_webdataset(spec: ImageSpec) -> ImageBackend:
+    """Open indexed WebDataset shards. Raises DataError if they are not right."""
+    return ImageBackend(*open_shards(spec), spec)
+
+
+def open_ffcv(spec: ImageSpec) -> ImageBackend:
+    """Open betons.
+
+    `data.decoder = auto` uses FFCV's decoder. If the recipe names another decoder, FFCV need not be installed. Raises
+    DataError if the betons are not right, and RecipeError if FFCV is not installed.
+    """
+    data = spec.data
+    decoder = FfcvDecoder(spec.augment.interpolation, data.max_pixels) if data.decoder == "auto" else None
+    lends = decoder is not None
+    train = BetonSplit(data.path, data.train_split, spec.num_classes, data.verify, spec.readahead, lends)
+    val = BetonSplit(data.path, data.val_split, spec.num_classes, data.verify, lends=lends)
+    if train.classes != val.classes:
+        raise DataError(f"{train.path} and {val.path} have different classes; make both from one source")
+    return ImageBackend(train, val, spec, decoder)

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from karat_scale.data.backends.base import ImageSpec
 from karat_scale.data.batch import Batch
 from karat_scale.data.order import sample_seed
 from karat_scale.data.plan import PADDING, BatchSlice
-from karat_scale.recipe import DataConfig
 
 PATTERN_CELLS = 4
 NOISE_STARTS = 1 << 20
@@ -23,11 +23,12 @@ TRAIN_STREAM, VAL_STREAM = 0, 1
 class SyntheticBackend:
     """The `synthetic` backend; see Backend. Sample i has label i mod classes, in both splits."""
 
-    def __init__(self, data: DataConfig, image_size: int, num_classes: int, seed: int) -> None:
-        self._samples = data.synthetic_samples
+    def __init__(self, spec: ImageSpec) -> None:
+        image_size = spec.image_size
+        self._samples = spec.data.synthetic_samples
         self._image_size = image_size
-        self._num_classes = num_classes
-        self._seed = seed
+        self._num_classes = spec.num_classes
+        self._seed = spec.seed
         self._pixels = 3 * image_size * image_size
         # An image's noise is a window of one fixed stretch of noise: a copy is much cheaper than new noise.
         self._noise = self._draw(key=0, count=NOISE_STARTS + self._pixels) >> 1

@@ -12,12 +12,10 @@ import numpy.typing as npt
 
 from karat_scale.data.decoders.base import ChooseView, check_pixels
 from karat_scale.data.decoders.jpeg_header import Frame, read_frame
-from karat_scale.data.decoders.pillow import PillowDecoder
-from karat_scale.data.decoders.resize import resize_region
+from karat_scale.data.decoders.pillow import PillowDecoder, resize_region
 from karat_scale.errors import RecipeError
-from karat_scale.native_build import FFCV_PACKAGES
+from karat_scale.tables import how_to_install
 
-FIX = f"apt-get install {FFCV_PACKAGES}, then in the clone: pip install '.[ffcv]'"
 # A buffer for larger images is freed after use.
 KEPT_BYTES = 32 << 20
 # The header that karat_scale.data.formats.beton puts before raw pixels.
@@ -32,7 +30,7 @@ def require_ffcv() -> None:
         import ffcv.libffcv  # noqa: F401
     except (ImportError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RecipeError(f"FFCV cannot be imported ({reason}); {FIX}") from error
+        raise RecipeError(f"FFCV cannot be imported ({reason}); {how_to_install('ffcv')}") from error
 
 
 class FfcvDecoder:

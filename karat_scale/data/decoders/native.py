@@ -10,11 +10,10 @@ import numpy.typing as npt
 
 from karat_scale.data.decode import blank_jpeg
 from karat_scale.data.decoders.base import ChooseView, check_pixels
-from karat_scale.data.decoders.native_handle import PerThread
 from karat_scale.data.decoders.pillow import PillowDecoder
 from karat_scale.data.view import crop_view
 from karat_scale.errors import RecipeError
-from karat_scale.native_build import PACKAGES, LoadError, load
+from karat_scale.native_build import PACKAGES, LoadError, PerThread, load
 
 SOURCE = Path(__file__).parent / "cpp" / "native.cpp"
 # Without contraction, so that the resize's weights have the same bits on any instruction set.
@@ -25,13 +24,12 @@ INTERPOLATIONS = {"bilinear": 0, "bicubic": 1}
 class NativeDecoder:
     """Reads grey and colour JPEGs; passes all others, and JPEGs with a warning of libjpeg, to Pillow. See Decoder.
 
-    With `scaled`, a large region is first shrunk in the DCT: faster, but up to a few grey levels from Pillow's pixels.
     The interpreter's lock is released during the work. Raises RecipeError if it cannot be compiled.
     """
 
     name = "native"
 
-    def __init__(self, interpolation: str, max_pixels: int, scaled: bool = False) -> None:
+    def __init__(self, interpolation: str, max_pixels: int) -> None:
         try:
             library = load(SOURCE, "the native JPEG decoder", COMPILER_ARGUMENTS, portable=True)
         except LoadError as error:
@@ -40,7 +38,6 @@ class NativeDecoder:
             ) from error
         self._library = _declared(library)
         self._interpolation = INTERPOLATIONS[interpolation]
-        self._scaled = scaled
         self._max_pixels = max_pixels
         self._pillow = PillowDecoder(interpolation, max_pixels)
         self._decoders = PerThread(self._library.karat_decoder_new, self._library.karat_decoder_free)
@@ -64,10 +61,11 @@ class NativeDecoder:
         view = choose(width.value, height.value)
         # Planes, since a batch stores them so; returned as rows of pixels.
         planes = np.empty((3, view.size[1], view.size[0]), dtype=np.uint8)
-        asked = _View(*view.region, *view.box, *view.size, self._interpolation, self._scaled)
+        asked = _View(*view.region, *view.box, *view.size, self._interpolation)
         if not self._library.karat_decoder_read(handle, ctypes.byref(asked), planes.ctypes.data):
             return None
-        return planes.transpose(1, 2, 0)
+        pixels: npt.NDArray[np.uint8] = planes.transpose(1, 2, 0)
+        return pixels
 
 
 class _View(ctypes.Structure):
@@ -76,7 +74,7 @@ class _View(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("left", "top", "right", "bottom")),
         *((name, ctypes.c_double) for name in ("box_left", "box_top", "box_right", "box_bottom")),
-        *((name, ctypes.c_int32) for name in ("width", "height", "interpolation", "scaled")),
+        *((name, ctypes.c_int32) for name in ("width", "height", "interpolation")),
     )
 
 

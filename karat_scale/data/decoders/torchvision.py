@@ -6,8 +6,7 @@ import torch
 
 from karat_scale.data.decoders.base import ChooseView, check_pixels
 from karat_scale.data.decoders.jpeg_header import read_frame
-from karat_scale.data.decoders.pillow import PillowDecoder
-from karat_scale.data.decoders.resize import resize_region
+from karat_scale.data.decoders.pillow import PillowDecoder, resize_region
 from karat_scale.errors import RecipeError
 
 

@@ -13,12 +13,12 @@ from karat_scale.checkpoint.weights import load_weights
 from karat_scale.data.augmentation.device_augment import DeviceAugment
 from karat_scale.data.augmentation.mixing import Mixer
 from karat_scale.data.augmentation.normalize import Normalize
-from karat_scale.data.backends import open_backend
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.batch import BadSample, Batch
 from karat_scale.data.device_feed import DeviceFeed
 from karat_scale.data.digest import BITS, batch_digest, with_digest
 from karat_scale.data.formats.checks import unused_classes
-from karat_scale.data.plan import BatchSlice, TrainPlan, choose_micro_batch
+from karat_scale.data.plan import BatchSlice, TrainPlan, micro_batch_of
 from karat_scale.data.staged import staged_copy
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import Engine
@@ -62,7 +62,7 @@ class ClassificationTask(Task):
     def __init__(self, recipe: Recipe, world: World, reporter: Reporter) -> None:
         super().__init__(recipe, world, reporter)
         augment, model = recipe.augment, recipe.model
-        self.backend = open_backend(recipe.data, augment, model.image_size, model.num_classes, recipe.run.seed)
+        self.backend = open_backend(ImageSpec.of(recipe))
         self.classes = self.backend.classes
         if copy := staged_copy(recipe.data.path):
             reporter.info(f"the images are read from {copy}, this node's copy")
@@ -85,25 +85,14 @@ class ClassificationTask(Task):
         """Return what to change in the recipe if memory runs out."""
         train = recipe.train
         return (
-            f"lower train.micro_batch (now {_micro_batch(recipe, world_size)}), recompute more by "
+            f"lower train.micro_batch (now {micro_batch_of(recipe, world_size)}), recompute more by "
             f"train.recompute.policy (now {train.recompute.policy}), or partition more by deepspeed.config (now "
             f"{recipe.deepspeed.config})"
         )
 
     def plan(self) -> TrainPlan:
         """Return the order of the data on this rank."""
-        recipe = self.recipe
-        return TrainPlan(
-            seed=recipe.run.seed,
-            num_samples=self.num_train,
-            global_batch=recipe.train.global_batch,
-            micro_batch=_micro_batch(recipe, self.world.size),
-            rank=self.world.rank,
-            world_size=self.world.size,
-            order=recipe.data.order,
-            block_samples=recipe.data.block_samples,
-            window_blocks=recipe.data.window_blocks,
-        )
+        return TrainPlan.of(self.recipe, self.num_train, self.world.rank, self.world.size)
 
     def schedule(self, steps_per_epoch: int) -> CosineSchedule:
         """Return the recipe's schedule in steps."""
@@ -123,10 +112,10 @@ class ClassificationTask(Task):
 
     def trained_model(self, trained: Recipe, directory: RunDirectory, name: str, use_ema: bool) -> nn.Module:
         """Return a checkpoint's model; interpolated if the recipe has another image size than it was trained at."""
-        as_trained = self.recipe.model.model_copy(update={"image_size": trained.model.image_size})
-        model = build_model(self.recipe.model_copy(update={"model": as_trained}), directory.path)
+        as_trained = self.recipe.changed(model__image_size=trained.model.image_size)
+        model = build_model(as_trained, directory.path)
         load_weights(model, directory.store.root / name, directory.store.state(name), use_ema)
-        if as_trained == self.recipe.model:
+        if as_trained.model == self.recipe.model:
             return model
         resized = build_model(self.recipe, directory.path)
         take_weights(resized, model.state_dict(), new_head=False)
@@ -194,8 +183,3 @@ class ClassificationTask(Task):
     def close(self) -> None:
         """Stop the data workers."""
         self.backend.close()
-
-
-def _micro_batch(recipe: Recipe, world_size: int) -> int:
-    train = recipe.train
-    return choose_micro_batch(train.global_batch, world_size, train.micro_batch, even=recipe.augment.mixes)

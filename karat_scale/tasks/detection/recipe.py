@@ -166,7 +166,7 @@ class DetectionRecipe(RunRecipe):
     @property
     def window_model(self) -> ModelConfig:
         """The backbone on one window, for which the attention is built."""
-        return self.model.model_copy(update={"image_size": self.detector.window * self.patch_size})
+        return self.model.changed(image_size=self.detector.window * self.patch_size)
 
     @model_validator(mode="after")
     def _model_is_a_backbone(self) -> "DetectionRecipe":

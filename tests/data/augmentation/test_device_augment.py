@@ -12,7 +12,7 @@ from karat_scale.data.augmentation.device_augment import DeviceAugment
 from karat_scale.data.augmentation.device_ops import BATCHED, MATRICES
 from karat_scale.data.augmentation.draw import Draw
 from karat_scale.data.augmentation.randaugment import RandAugment
-from karat_scale.data.backends import open_backend
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.digest import BITS, batch_digest
 from karat_scale.data.plan import TrainPlan
 from karat_scale.errors import RecipeError
@@ -21,8 +21,8 @@ from tests.data.betons import make_betons
 from tests.data.conftest import photo
 
 SIDE, IMAGES = 32, 40
-WORKERS = AugmentConfig()
-DEVICE = AugmentConfig(run_on="device")
+WORKERS = AugmentConfig(color_jitter=0.4)
+DEVICE = AugmentConfig(color_jitter=0.4, run_on="device")
 
 
 @pytest.mark.parametrize("randaugment", ["rand-m9-mstd0.5-inc1", "rand-m15-n3-mstd1.0-inc1", "rand-m12-n2", ""])
@@ -104,7 +104,7 @@ def test_every_backend_leaves_it_to_the_device_on_any_number_of_ranks(make_shard
     config = data_config(make_betons(directory) if backend == "ffcv" else directory, backend=backend)
 
     def batches(augment: AugmentConfig, rank: int = 0, world: int = 1):
-        opened = open_backend(config, augment, SIDE, 4, 5)
+        opened = open_backend(ImageSpec(config, augment, SIDE, 4, 5))
         (batch,) = opened.train_batches(TrainPlan(5, opened.num_train, 16, 16 // world, rank, world).slices(0, 1))
         opened.close()
         return batch, DeviceAugment(augment, SIDE)(batch.images, batch.draws)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from karat_scale.data.backends import open_backend
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.recipe import AugmentConfig
 from tests.data.backends.helpers import SIZE
 from tests.data.betons import make_betons, need_ffcv
@@ -16,7 +16,7 @@ def dali(data_config):
 
     def make(directory, augment=None, seed=5, size=SIZE, **fields):
         config = data_config(directory, **{"backend": "dali", "workers": 1, **fields})
-        opened.append(open_backend(config, augment or AugmentConfig(), size, 3, seed))
+        opened.append(open_backend(ImageSpec(config, augment or AugmentConfig(), size, 3, seed)))
         return opened[-1]
 
     yield make
@@ -30,7 +30,7 @@ def webdataset(data_config):
 
     def make(directory, augment=None, seed=5, size=SIZE, **fields):
         config = data_config(directory, **{"decoder": "torchvision", **fields})
-        return open_backend(config, augment or AugmentConfig(), size, 3, seed)
+        return open_backend(ImageSpec(config, augment or AugmentConfig(), size, 3, seed))
 
     return make
 

@@ -8,7 +8,7 @@ order under several ranks (FFCV, webdataset).
 import pytest
 import torch
 
-from karat_scale.data.backends import open_backend
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import EvalPlan, TrainPlan
 from tests.data.backends.helpers import CROP_AND_FLIP, SIZE
 from tests.data.betons import make_betons
@@ -29,7 +29,7 @@ def opened(request, make_shards, make_sample, data_config):
 
     def make(**fields):
         config = data_config(directory, backend=request.param, **fields)
-        backends.append(open_backend(config, CROP_AND_FLIP, SIZE, 3, 5))
+        backends.append(open_backend(ImageSpec(config, CROP_AND_FLIP, SIZE, 3, 5)))
         return backends[-1]
 
     yield make

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from karat_scale.data.backends import open_backend
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
 from karat_scale.recipe import AugmentConfig
 from tests.conftest import events, karat, summary
@@ -19,7 +19,7 @@ def test_samples_draws_and_pixels_are_those_of_the_shards(betons, data_config):
     shards = data_config(directory.parent / "shards", decoder="pillow")
     seen = []
     for data in (shards, config(decoder="pillow"), config()):
-        backend = open_backend(data, AugmentConfig(), SIZE, 3, 5)
+        backend = open_backend(ImageSpec(data, AugmentConfig(), SIZE, 3, 5))
         plan = TrainPlan(5, backend.num_train, 12, 6, 0, 1)
         train = list(backend.train_batches(plan.slices(1, 7)))
         val = list(backend.eval_batches(EvalPlan(backend.num_val, 4, 0, 1).slices()))
@@ -57,7 +57,9 @@ def test_pixels_of_photos_are_within_the_stated_tolerance_of_pillow(sample_data,
     directory = make_betons(tmp_path / "photos")
     seen = []
     for decoder in ("auto", "pillow"):
-        backend = open_backend(data_config(directory, backend="ffcv", decoder=decoder), CROP_AND_FLIP, 224, 40, 0)
+        backend = open_backend(
+            ImageSpec(data_config(directory, backend="ffcv", decoder=decoder), CROP_AND_FLIP, 224, 40, 0)
+        )
         train = list(backend.train_batches(TrainPlan(0, 40, 40, 40, 0, 1).slices(0, 1)))
         seen.append((train, list(backend.eval_batches(EvalPlan(40, 40, 0, 1).slices()))))
     for ours, theirs in zip(*seen, strict=True):
@@ -71,7 +73,7 @@ def test_batches_are_the_same_for_any_number_of_workers(betons):
     seen = []
     # FFCV's Loader raises for more workers than cores.
     for workers in (0, 1, (os.cpu_count() or 1) + 1):
-        backend = open_backend(config(workers=workers), AugmentConfig(), SIZE, 3, 5)
+        backend = open_backend(ImageSpec(config(workers=workers), AugmentConfig(), SIZE, 3, 5))
         plan = TrainPlan(5, backend.num_train, 12, 6, 0, 1)
         train = contents(backend.train_batches(plan.slices(1, 7)))
         val = contents(backend.eval_batches(EvalPlan(backend.num_val, 4, 0, 1).slices()))
@@ -83,7 +85,7 @@ def test_batches_are_the_same_for_any_number_of_workers(betons):
 
 def test_ranks_and_resumes_give_the_same_samples(betons):
     _, config = betons()
-    backend = open_backend(config(), AugmentConfig(), SIZE, 3, 5)
+    backend = open_backend(ImageSpec(config(), AugmentConfig(), SIZE, 3, 5))
     whole = list(backend.train_batches(TrainPlan(5, 40, 12, 12, 0, 1).slices(0, 5)))
     ranks = [list(backend.train_batches(TrainPlan(5, 40, 12, 3, rank, 2).slices(2, 5))) for rank in (0, 1)]
     for step in range(2, 5):
@@ -96,7 +98,7 @@ def test_ranks_and_resumes_give_the_same_samples(betons):
 def test_batches_stay_as_they_are_while_others_are_made(betons):
     """FFCV's own are views of a ring buffer."""
     _, config = betons()
-    backend = open_backend(config(), CROP_AND_FLIP, SIZE, 3, 0)
+    backend = open_backend(ImageSpec(config(), CROP_AND_FLIP, SIZE, 3, 0))
     batches, copies = [], []
     for batch in backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 20)):
         batches.append(batch)
@@ -110,7 +112,7 @@ def test_block_order_reads_ahead_and_gives_the_same_images(betons):
     _, config = betons()
     ids = [BatchSlice(0, 0, np.arange(40))]
     full, block = (
-        list(open_backend(config(**fields), CROP_AND_FLIP, SIZE, 3, 0).train_batches(ids))
+        list(open_backend(ImageSpec(config(**fields), CROP_AND_FLIP, SIZE, 3, 0)).train_batches(ids))
         for fields in ({}, {"order": "block", "block_samples": 7})
     )
     assert contents(full) == contents(block)
@@ -118,7 +120,7 @@ def test_block_order_reads_ahead_and_gives_the_same_images(betons):
 
 def test_evaluation_counts_each_image_once_on_three_ranks(betons):
     _, config = betons()
-    backend = open_backend(config(), CROP_AND_FLIP, SIZE, 3, 0)
+    backend = open_backend(ImageSpec(config(), CROP_AND_FLIP, SIZE, 3, 0))
     ids = []
     for rank in range(3):
         for batch in backend.eval_batches(EvalPlan(11, 3, rank, 3).slices()):
@@ -137,7 +139,7 @@ def test_the_trainer_process_stays_as_it_is(betons):
         return threads, random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
     before = state()
-    backends = [open_backend(config(workers=0), AugmentConfig(), SIZE, 3, 0) for _ in range(2)]
+    backends = [open_backend(ImageSpec(config(workers=0), AugmentConfig(), SIZE, 3, 0)) for _ in range(2)]
     readers = [backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 5)) for backend in backends]
     for one, two in zip(*readers, strict=True):
         assert torch.equal(one.images, two.images)
@@ -149,7 +151,7 @@ def test_the_trainer_process_stays_as_it_is(betons):
 def test_closing_ends_the_workers_and_the_iterators(betons):
     _, config = betons()
     before = children()
-    backend = open_backend(config(workers=2), CROP_AND_FLIP, SIZE, 3, 0)
+    backend = open_backend(ImageSpec(config(workers=2), CROP_AND_FLIP, SIZE, 3, 0))
     batches = backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 1000))
     next(batches)
     workers = children() - before
@@ -168,7 +170,7 @@ def test_nothing_is_compiled_and_no_reader_of_ffcv_is_started(betons, monkeypatc
     _, config = betons()
     with install_recorder("numba:compile") as compiled:
         for decoder in ("auto", "pillow"):
-            backend = open_backend(config(decoder=decoder), AugmentConfig(), SIZE, 3, 0)
+            backend = open_backend(ImageSpec(config(decoder=decoder), AugmentConfig(), SIZE, 3, 0))
             assert len(list(backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 2)))) == 2
     assert not compiled.buffer
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from karat_scale.data.backends import open_backend
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import BatchSlice, TrainPlan
 from karat_scale.errors import DataError
 from tests.data.backends.helpers import CROP_AND_FLIP, SIZE, broken
@@ -19,7 +19,7 @@ def test_a_bad_sample_stops_with_its_name(betons, make_sample):
     samples = [make_sample(i) for i in range(10)]
     samples[4] = broken(4)
     _, config = betons(train=samples)
-    backend = open_backend(config(workers=1), CROP_AND_FLIP, SIZE, 3, 0)
+    backend = open_backend(ImageSpec(config(workers=1), CROP_AND_FLIP, SIZE, 3, 0))
     with pytest.raises(DataError, match=r"^sample broken-4 in train.beton cannot be decoded: .*truncated"):
         list(backend.train_batches(TrainPlan(0, 10, 10, 5, 0, 1).slices(0, 1)))
 
@@ -29,7 +29,7 @@ def test_skipping_takes_the_next_sample_that_decodes(betons, make_sample, mode):
     samples = [make_sample(i) for i in range(10)]
     samples[4], samples[9] = broken(4), broken(9)
     _, config = betons(train=samples, val=samples[:6], options=("--write-mode", mode))
-    backend = open_backend(config(on_bad_sample="skip"), CROP_AND_FLIP, SIZE, 3, 0)
+    backend = open_backend(ImageSpec(config(on_bad_sample="skip"), CROP_AND_FLIP, SIZE, 3, 0))
     (batch,) = backend.train_batches([BatchSlice(0, 0, np.arange(10))])
     assert batch.sample_ids.tolist() == [0, 1, 2, 3, 5, 5, 6, 7, 8, 0]
     assert torch.equal(batch.images[4], batch.images[5])
@@ -54,8 +54,8 @@ def test_a_changed_beton_is_found_by_its_hash_and_when_read(betons):
     directory, config = betons()
     change_a_byte(directory, "train.beton")
     with pytest.raises(DataError, match=r"train.beton has changed since it was written: its SHA-256 differs; copy"):
-        open_backend(config(verify="hash"), CROP_AND_FLIP, SIZE, 3, 0)
-    backend = open_backend(config(on_bad_sample="skip"), CROP_AND_FLIP, SIZE, 3, 0)
+        open_backend(ImageSpec(config(verify="hash"), CROP_AND_FLIP, SIZE, 3, 0))
+    backend = open_backend(ImageSpec(config(on_bad_sample="skip"), CROP_AND_FLIP, SIZE, 3, 0))
     with pytest.raises(DataError, match=r"train.beton has changed since it was written: sample \d+ differs"):
         list(backend.train_batches([BatchSlice(0, 0, np.arange(8))]))
 
@@ -65,7 +65,7 @@ def test_betons_that_are_not_right_are_refused_when_opened(betons):
 
     def refuses(match: str, classes: int = 3) -> None:
         with pytest.raises(DataError, match=match) as caught:
-            open_backend(config(), CROP_AND_FLIP, SIZE, classes, 0)
+            open_backend(ImageSpec(config(), CROP_AND_FLIP, SIZE, classes, 0))
         assert "\n" not in str(caught.value)
 
     refuses(r"train.beton has 3 classes, but model.num_classes = 2; set model.num_classes=3", classes=2)
@@ -87,7 +87,7 @@ def test_betons_that_are_not_right_are_refused_when_opened(betons):
 @pytest.mark.usefixtures("stuck_workers_end_soon")
 def test_a_file_system_that_stalls_is_an_error_in_time(betons):
     directory, config = betons()
-    backend = open_backend(config(workers=1, timeout=1), CROP_AND_FLIP, SIZE, 3, 0)
+    backend = open_backend(ImageSpec(config(workers=1, timeout=1), CROP_AND_FLIP, SIZE, 3, 0))
     path = directory / "train.beton"
     path.unlink()
     os.mkfifo(path)  # opening it waits, as a dead server's file does

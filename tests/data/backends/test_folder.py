@@ -6,7 +6,7 @@ import psutil
 import pytest
 import torch
 
-from karat_scale.data.backends import open_backend
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import EvalPlan, TrainPlan
 from karat_scale.errors import DataError
 from karat_scale.recipe import AugmentConfig
@@ -16,7 +16,7 @@ from karat_scale.recipe import AugmentConfig
 def test_folder_and_shards_train_alike(image_folder, shards, data_config, order):
     def batches(directory, backend, workers):
         config = data_config(directory, backend=backend, workers=workers, order=order, block_samples=5, window_blocks=3)
-        opened = open_backend(config, AugmentConfig(erasing=0.3), 16, 4, 5)
+        opened = open_backend(ImageSpec(config, AugmentConfig(erasing=0.3), 16, 4, 5))
         plan = TrainPlan(5, opened.num_train, 12, 6, 0, 1, order, 5, 3)
         train = list(opened.train_batches(plan.slices(2, 8)))
         val = list(opened.eval_batches(EvalPlan(opened.num_val, 5, 0, 1).slices()))
@@ -40,7 +40,7 @@ def test_a_file_system_that_stalls_is_an_error_that_names_the_file(tmp_path, dat
         os.mkfifo(tmp_path / split / "ant" / "stuck.jpg")  # opening it waits, as a dead server's file does
     before = set(psutil.Process().children())
     config = data_config(tmp_path, backend="folder", workers=1, timeout=1)
-    backend = open_backend(config, AugmentConfig(), 16, 2, 0)
+    backend = open_backend(ImageSpec(config, AugmentConfig(), 16, 2, 0))
     with pytest.raises(DataError) as caught:
         next(backend.train_batches(TrainPlan(0, 1, 1, 1, 0, 1).slices(0, 1)))
     path = tmp_path / "train" / "ant" / "stuck.jpg"

@@ -1,13 +1,13 @@
 import torch
 
-from karat_scale.data.backends import open_backend
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import EvalPlan, TrainPlan
 from karat_scale.recipe import AugmentConfig, DataConfig
 
 
 def backend(samples: int = 50, size: int = 20, classes: int = 7, seed: int = 0):
     config = DataConfig(backend="synthetic", synthetic_samples=samples)
-    return open_backend(config, AugmentConfig(), size, classes, seed)
+    return open_backend(ImageSpec(config, AugmentConfig(), size, classes, seed))
 
 
 def test_images_depend_on_the_sample_alone():

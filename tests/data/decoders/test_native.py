@@ -80,14 +80,6 @@ def test_a_decoder_serves_a_forked_process(encode_jpeg):
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_scaling_in_the_dct_is_off_unless_asked_for_and_stays_close(encode_jpeg):
-    photo = encode_jpeg(400, 300)
-    view = crop_view((8, 16, 380, 280), 60)
-    exact, scaled = (NativeDecoder("bilinear", 10**6, on).read(photo, lambda *_: view) for on in (False, True))
-    apart = np.abs(exact.astype(int) - scaled.astype(int))
-    assert 0 < apart.mean() < 3
-
-
 def damaged(rng, photos):
     """A photo with bytes changed, cut off or put in."""
     data = bytearray(rng.choice(photos))

@@ -4,8 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from karat_scale.data.decoders.pillow import RESAMPLE, resized
-from karat_scale.data.decoders.resize import resize_region
+from karat_scale.data.decoders.pillow import RESAMPLE, resize_region, resized
 from karat_scale.data.view import centre_view, crop_view
 
 

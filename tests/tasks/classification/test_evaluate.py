@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from karat_scale.data.augmentation.normalize import Normalize
-from karat_scale.data.backends import open_backend
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.engine.distributed import World
 from karat_scale.errors import UserError
 from karat_scale.tasks.classification.evaluate import evaluate
@@ -12,7 +12,7 @@ from tests.conftest import CLASSES
 @pytest.mark.parametrize("batch", [1, 5, 32, 100])
 def test_a_perfect_model_scores_100_on_every_sample_whatever_the_batch(small_recipe, world: World, batch: int) -> None:
     recipe = small_recipe("data.synthetic_samples=33")
-    backend = open_backend(recipe.data, recipe.augment, 16, CLASSES, 0)
+    backend = open_backend(ImageSpec(recipe.data, recipe.augment, 16, CLASSES, 0))
     position = 0
 
     def oracle(images: torch.Tensor) -> torch.Tensor:
@@ -32,7 +32,7 @@ def test_a_perfect_model_scores_100_on_every_sample_whatever_the_batch(small_rec
 
 def test_top5_and_loss_are_the_textbooks(small_recipe, world: World) -> None:
     recipe = small_recipe("data.synthetic_samples=24", "model.num_classes=8")
-    backend = open_backend(recipe.data, recipe.augment, 16, 8, 0)
+    backend = open_backend(ImageSpec(recipe.data, recipe.augment, 16, 8, 0))
     torch.manual_seed(3)
     logits = torch.randn(24, 8)
     labels = torch.arange(24) % 8
@@ -52,7 +52,7 @@ def test_top5_and_loss_are_the_textbooks(small_recipe, world: World) -> None:
 
 def test_running_out_of_memory_names_the_batch_of_the_evaluation(small_recipe, world: World) -> None:
     recipe = small_recipe()
-    backend = open_backend(recipe.data, recipe.augment, 16, CLASSES, 0)
+    backend = open_backend(ImageSpec(recipe.data, recipe.augment, 16, CLASSES, 0))
     normalize = Normalize(recipe.augment.mean, recipe.augment.std)
     with pytest.raises(UserError, match=r"out of memory: .*; lower train\.eval_batch \(now 16\)$"):
         evaluate(lambda images: torch.empty(1 << 50), backend, normalize, 16, world, lambda *_: None)

@@ -33,7 +33,7 @@ SMALL = {
     "optim": {"lr": 1e-3, "lr_batch": None},
     "schedule": {"warmup_steps": 5},
     "train": {"epochs": 2, "global_batch": 4, "eval_every_epochs": 100},
-    "log": {"every_steps": 1, "tensorboard": False},
+    "log": {"every_steps": 1, "trackers": []},
 }
 
 

@@ -115,7 +115,7 @@ def test_a_run_of_another_kind_is_called_so(
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_ranks_score_each_image_once_and_one_goes_on_from_them(small_file: Path, tmp_path: Path) -> None:
+def test_two_ranks_score_each_image_once_and_one_rank_resumes_from_them(small_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ("train.max_steps=3", "train.micro_batch=2", "train.precision=bf16")
     done = karat("detect", str(small_file), f"run.dir={run}", *options, processes=2)

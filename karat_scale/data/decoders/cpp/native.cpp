@@ -1,7 +1,6 @@
 // A view of a JPEG in one call: decodes only the rows and columns of the region, and resizes them while decoding.
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <new>
@@ -18,7 +17,6 @@ struct View {
   double box_left, box_top, box_right, box_bottom; // what is resized, in source pixels
   int32_t width, height;                          // of the output
   int32_t interpolation;
-  int32_t scaled; // whether the DCT may scale
 };
 
 // One thread's decoder with the memory it works in, which grows to the largest view and stays.
@@ -29,21 +27,16 @@ class Decoder {
   // Fills `out`, uint8 [3, height, width]. False when the data are doubtful.
   bool read(const View& view, uint8_t* out) {
     if (!is_inside(view)) return false;
-    const int eighths = view.scaled ? enough_eighths(view) : 8;
-    const double scale = eighths / 8.0;
-    const auto floored = [&](int x) { return int(std::floor(x * scale)); };
-    const auto ceiled = [&](int x) { return int(std::ceil(x * scale)); };
-    const int left = floored(view.left), top = floored(view.top);
-    const int columns = ceiled(view.right) - left, rows = ceiled(view.bottom) - top;
+    const int left = view.left, top = view.top;
+    const int columns = view.right - left, rows = view.bottom - top;
     const auto kind = Interpolation(view.interpolation);
-    x_filter.plan(kind, view.box_left * scale - left, view.box_right * scale - left, columns, view.width, ACROSS_TAPS,
-                  1, ACROSS_BLOCK);
-    y_filter.plan(kind, view.box_top * scale - top, view.box_bottom * scale - top, rows, view.height, DOWN_TAPS,
-                  DOWN_TAPS, 1);
+    x_filter.plan(kind, view.box_left - left, view.box_right - left, columns, view.width, ACROSS_TAPS, 1,
+                  ACROSS_BLOCK);
+    y_filter.plan(kind, view.box_top - top, view.box_bottom - top, rows, view.height, DOWN_TAPS, DOWN_TAPS, 1);
     // The rows of the region that the filter looks at; from an even one, since rows go in pairs.
     const int skipped = y_filter.first[0], last = std::min(rows, y_filter.first[view.height - 1] + y_filter.taps);
     int decoded_left = left, decoded_columns = 0;
-    if (!source.start(eighths, &decoded_left, left + columns, top + skipped, &decoded_columns)) return false;
+    if (!source.start(8, &decoded_left, left + columns, top + skipped, &decoded_columns)) return false;
     return shrink_across(view.width, decoded_columns, left - decoded_left, skipped, last) && source.close() &&
            shrink_down(view, skipped, out);
   }
@@ -64,17 +57,6 @@ class Decoder {
            view.left <= view.box_left && view.box_left < view.box_right && view.box_right <= view.right &&
            view.top <= view.box_top && view.box_top < view.box_bottom && view.box_bottom <= view.bottom &&
            view.width > 0 && view.height > 0;
-  }
-
-  // The smallest scale of the DCT, of 1/8, 1/4, 1/2 and 1, that still leaves no fewer pixels than the output has.
-  static int enough_eighths(const View& view) {
-    int eighths = 8;
-    const auto fits = [&](int e) {
-      return (view.box_right - view.box_left) * e >= 8.0 * view.width &&
-             (view.box_bottom - view.box_top) * e >= 8.0 * view.height;
-    };
-    while (eighths > 1 && fits(eighths / 2)) eighths /= 2;
-    return eighths;
   }
 
   bool shrink_across(int width, int columns, int offset, int first, int last) {

@@ -4,7 +4,7 @@ import torch
 from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.engine.ema import Ema
-from karat_scale.engine.optimizer import build_optimizer, hidden_matrices
+from karat_scale.engine.optimizers import build_optimizer, hidden_matrices
 from karat_scale.errors import RecipeError, RunDirectoryError
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
