@@ -9,7 +9,7 @@ EXTRAS := ffcv dali export detection
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
-.PHONY: install demo docs test test-full test-turn lint clean packages extras
+.PHONY: install hooks demo docs test test-full test-turn coverage lint release clean packages extras
 
 # One marker file per set of extras, older than pyproject.toml when that changes.
 $(VENV)/.installed: pyproject.toml
@@ -24,6 +24,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 install: $(VENV)/.installed
+
+# From now on, `git commit` first runs the checks of .pre-commit-config.yaml.
+hooks: $(VENV)/.installed-dev
+	$(BIN)/pre-commit install
 
 # Root installs what is missing. Anyone else is told, and the tests that need it are skipped with the reason.
 packages:
@@ -51,7 +55,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 $(VENV)/.installed-docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m pip install --editable '.[docs]'
 	touch $@
 
 # The site is in build/site. mkdocs-material announces mkdocs 2 at each build unless the variable is set.
@@ -72,6 +76,22 @@ test-full: lint extras
 
 test-turn: extras
 	$(PYTEST) --turn=$(TURN)
+
+# For one package: make coverage PYTEST_ARGS=tests/recipe. The pages of the lines that no test ran are in build/coverage.
+coverage: extras
+	$(PYTEST) --cov --cov-report=term --cov-report=html:build/coverage
+
+# Builds the wheel from the sdist, checks both, and trains with the wheel alone in a new environment.
+release: $(VENV)/.installed-dev
+	rm -rf dist build/release
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install dist/*.whl
+	cd build/release && bin/karat --version && bin/karat --help && \
+		bin/karat train fashion_mnist_demo data.backend=synthetic data.synthetic_samples=256 train.global_batch=32 \
+			run.dir=run
+	@echo "== dist/ holds $$(cd dist && echo *); upload it with: $(BIN)/twine upload dist/*"
 
 clean:
 	rm -rf $(VENV) build dist

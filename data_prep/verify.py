@@ -102,7 +102,9 @@ def count_problems(name: str, split: SplitRecord, per_class: list[int], imagenet
     return problems
 
 
-def verify_split(directory: Path, name: str, split: SplitRecord, classes: int, workers: int) -> tuple[list[str], list]:
+def verify_split(
+    directory: Path, name: str, split: SplitRecord, classes: int, workers: int
+) -> tuple[list[str], list[int]]:
     """Return the problems of a split's shards, and its samples per class; shards are read in parallel."""
     problems: list[str] = []
     per_class = np.zeros(classes, dtype=np.int64)

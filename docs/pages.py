@@ -3,6 +3,7 @@
 | page                  | source                                       |
 |-----------------------|----------------------------------------------|
 | index.md              | README.md                                    |
+| contributing.md       | CONTRIBUTING.md                              |
 | changelog.md          | CHANGELOG.md                                 |
 | recipe*.md            | the schemas of the recipes                   |
 | commands/<command>.md | the parser of `karat`                        |
@@ -44,14 +45,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace a link to a file outside docs/ by its text: the site does not have that file."""
+    """Replace a link to a file outside docs/ by its text, unless the site has a page made from that file."""
+    markdown = markdown.replace("](../CONTRIBUTING.md", "](contributing.md")
     return re.sub(r"\[([^\]]+)\]\(\.\./[^)]+\)", r"`\1`", markdown)
 
 
 def generated_pages() -> dict[str, str]:
     """Return the Markdown of each generated page by its path."""
     pages = {
-        "index.md": start_page((ROOT / "README.md").read_text(encoding="utf-8")),
+        "index.md": page_of_root((ROOT / "README.md").read_text(encoding="utf-8")),
+        "contributing.md": page_of_root((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")),
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
         "recipe.md": recipe_page(Recipe, "Recipe keys", "karat train"),
         "recipe_detection.md": recipe_page(DetectionRecipe, "Detection recipe keys", "karat detect"),
@@ -59,9 +62,9 @@ def generated_pages() -> dict[str, str]:
     return pages | {f"commands/{name}.md": command_page(parser, text) for name, (parser, text) in _commands().items()}
 
 
-def start_page(readme: str) -> str:
-    """Return the README with its links as they are relative to docs/."""
-    return re.sub(r"\]\((?!https?:)(?:docs/)?", lambda link: "](" if link[0].endswith("docs/") else "](../", readme)
+def page_of_root(text: str) -> str:
+    """Return a page of the clone's root with its links as they are relative to docs/."""
+    return re.sub(r"\]\((?!https?:|#)(?:docs/)?", lambda link: "](" if link[0].endswith("docs/") else "](../", text)
 
 
 def recipe_page(schema: type[RunRecipe], title: str, command: str) -> str:

@@ -105,7 +105,8 @@ def _may_use_amx() -> bool:
     if not {"amx_bf16", "amx_tile", "avx512_bf16"}.issubset(flags):
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+    code: int = ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data)
+    return code == 0
 
 
 def _load(source: Path, isa: str, link: tuple[str, ...]) -> ctypes.CDLL:

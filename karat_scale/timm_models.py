@@ -75,9 +75,10 @@ def _build(
         raise ValueError(f"karat models take square RGB images and no {', '.join(unknown) or 'other'} arguments")
     asked = {"image_size": sizes and sizes[0], "drop_path": drop_path_rate, "proj_drop": proj_drop_rate}
     config = ModelConfig(**{**sections[0], **{key: value for key, value in asked.items() if value is not None}})
-    built: Any = create_model(config, AttentionConfig(**sections[1]))
-    if num_classes not in (None, built.num_classes):
-        built.reset_classifier(num_classes)
+    built = create_model(config, AttentionConfig(**sections[1]))
+    timms: Any = built
+    if num_classes not in (None, timms.num_classes):
+        timms.reset_classifier(num_classes)
     return built
 
 

@@ -6,7 +6,7 @@ Which tests run (tests/selection.py):
   README promises first, ImageNet in three steps and resume, is not marked slow, however long it takes.
 - `pytest --slow=all` runs every test.
 - `pytest --turn=N` runs only an eighth of the slow tests: those whose hashed name is N modulo 8. So eight turns in a
-  row run each slow test once. `.ci/run` takes the number of commits for N. Night tests do not fit into CI's 90
+  row run each slow test once. `.ci/run` takes the number of the CI run for N. Night tests do not fit into CI's 40
   minutes: they run only by `--slow=all`, or by name.
 """
 
@@ -169,6 +169,16 @@ def karat(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[st
     """Run `karat` to its end, alone or on several ranks."""
     environments = rank_environments(processes) if processes > 1 else [karat_environment()]
     return run_program("karat_scale", arguments, environments, timeout=300, directory=Path.cwd())
+
+
+def karat_here(*arguments: str) -> int:
+    """Run `karat` in this process, for what needs no process of its own, such as a one-line error; its exit code."""
+    from karat_scale.cli import main
+
+    try:
+        return main(list(arguments))
+    except SystemExit as end:  # argparse's, for a mistake in the call
+        return int(end.code or 0)
 
 
 def benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:

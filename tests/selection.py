@@ -1,12 +1,14 @@
 """Which tests run, and how they are dealt out to several processes. The rule is in tests/conftest.py."""
 
 import zlib
+from collections import Counter
 from typing import Any
 
 import pytest
 
 TURNS = 8
 TOGETHER = "tests/slurm/"  # one cluster serves all of these
+TRAINS = {"multiprocess", "recipe_file", "train_recipe"}  # a marker and fixtures of tests that start a training
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +27,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if runs(item, slow == "all", turn)]
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist
+        items[:] = longest_files_first(items)
 
 
 def runs(item: pytest.Item, everything: bool, turn: int | None) -> bool:
@@ -36,6 +40,17 @@ def runs(item: pytest.Item, everything: bool, turn: int | None) -> bool:
     return everything or not (slow or night)
 
 
+def longest_files_first(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return the tests with the files first that train most often: short files fill up what is left at the end."""
+    trains = Counter(scope(item.nodeid) for item in items if TRAINS & {*item.keywords, *item.fixturenames})
+    return sorted(items, key=lambda item: -trains[scope(item.nodeid)])
+
+
+def scope(nodeid: str) -> str:
+    """Return what runs in one process: a file, or the tests that share a cluster."""
+    return TOGETHER if nodeid.startswith(TOGETHER) else nodeid.partition("::")[0]
+
+
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist's, which need not be installed
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """A file's tests stay together, so that its fixtures are made once; so do the tests that share a cluster."""
@@ -43,6 +58,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return TOGETHER if nodeid.startswith(TOGETHER) else nodeid.partition("::")[0]
+            return scope(nodeid)
 
+    config.option.loadscopereorder = False  # not by the number of tests: the order is that of `longest_files_first`
     return ByFile(config, log)

@@ -1,15 +1,19 @@
-"""`.ci/run` itself, in a clone whose `make` and Python only write down how they were called."""
+"""`.ci/run` itself, in a clone whose `make` and Python only write down how they were called; the hooks of a commit."""
 
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT
 
 GIT = ("git", "-c", "user.name=a", "-c", "user.email=a@b")
+# The CI service's number of this run, by several services.
+NUMBERS = ("CI_RUN_NUMBER", "GITHUB_RUN_NUMBER", "CI_PIPELINE_IID", "BUILD_NUMBER")
 STUB = '#!/bin/sh\necho "$(basename "$0") $*" >> "$CALLS"\n'
 
 
@@ -26,9 +30,11 @@ def ci(tmp_path: Path):
     shutil.copy(ROOT / ".ci" / "run", clone / ".ci")
     path = f"{clone / 'bin'}:{os.environ['PATH']}"
 
-    def run() -> list[str]:
+    def run(**variables: str) -> list[str]:
         calls.unlink(missing_ok=True)
-        environment = {**os.environ, "PATH": path, "CALLS": str(calls), "GIT_CEILING_DIRECTORIES": str(tmp_path)}
+        kept = {name: value for name, value in os.environ.items() if name not in NUMBERS}
+        own = {"PATH": path, "CALLS": str(calls), "GIT_CEILING_DIRECTORIES": str(tmp_path)}
+        environment = {**kept, **own, **variables}
         subprocess.run([clone / ".ci" / "run"], env=environment, check=True)
         return calls.read_text().splitlines()
 
@@ -45,7 +51,12 @@ def test_ci_runs_the_quick_tests_a_turn_of_the_slow_ones_and_the_demo(ci) -> Non
     assert called == ["extras", "test", "test-turn", "demo"]
 
 
-def test_a_turn_is_the_number_of_commits_or_else_the_hour(ci, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_turn_is_the_number_of_the_ci_run(ci, name: str) -> None:
+    assert [turn(ci(**{name: str(number)})) for number in (17, 18)] == [17, 18]
+
+
+def test_without_a_number_a_turn_is_the_count_of_commits_or_else_the_hour(ci, tmp_path: Path) -> None:
     assert turn(ci()) > 400_000  # hours since 1970: this is no repository
     clone = tmp_path / "clone"
     subprocess.run([*GIT, "init", "-q"], cwd=clone, check=True)
@@ -56,3 +67,12 @@ def test_a_turn_is_the_number_of_commits_or_else_the_hour(ci, tmp_path: Path) ->
     shutil.rmtree(clone / ".git")
     (tmp_path / "shallow" / ".git").rename(clone / ".git")
     assert turn(ci()) > 400_000
+
+
+def test_the_hooks_of_a_commit_are_programs_that_make_installs() -> None:
+    pytest.importorskip("pre_commit_hooks", reason="`make hooks` installs it")
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    programs = {Path(hook["entry"].split()[0]) for hook in repo["hooks"]}
+    assert {program.parent for program in programs} == {Path(".venv/bin")}
+    installed = Path(sys.executable).parent
+    assert [program.name for program in programs if not (installed / program.name).is_file()] == []

@@ -4,14 +4,15 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import test_readme
 from tests.conftest import ROOT
-from tests.selection import runs
+from tests.selection import longest_files_first, runs
 
 TESTS = """
 import pytest
@@ -25,6 +26,11 @@ def test_slow(number): pass
 @pytest.mark.night
 def test_night(): pass
 """
+PROMISED = (
+    test_readme.test_imagenet_in_three_steps,
+    test_readme.test_overrides_by_example,
+    test_readme.test_a_plan_by_example,
+)
 SLOW = {f"test_slow[{number}]" for number in range(20)}
 
 
@@ -32,7 +38,9 @@ SLOW = {f"test_slow[{number}]" for number in range(20)}
 def select(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The tests that pytest selects with these arguments."""
     (tmp_path / "conftest.py").write_text("from tests.selection import pytest_addoption, pytest_collection_modifyitems")
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  slow:\n  night:\naddopts = --import-mode=importlib\n")
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\nmarkers =\n  slow:\n  night:\n  multiprocess:\naddopts = --import-mode=importlib\n"
+    )
     (tmp_path / "test_some.py").write_text(TESTS)
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.chdir(tmp_path)
@@ -58,12 +66,25 @@ def test_slow_tests_run_when_asked_for(select) -> None:
     assert names(select("test_some.py::test_night")) == ["test_night"]
 
 
+@pytest.mark.parametrize("test", PROMISED)
+def test_what_the_readme_promises_first_runs_each_time(test: Callable[..., None]) -> None:
+    assert not {"slow", "night"} & {mark.name for mark in getattr(test, "pytestmark", [])}
+
+
 def test_eight_turns_in_a_row_run_each_slow_test_once(select) -> None:
     items = select("--slow=all")
     assert set(names(items)) == {"test_quick", *SLOW, "test_night"}
     turns = {turn: names(item for item in items if runs(item, False, turn)) for turn in range(507, 515)}
     assert names(select("--turn=507")) == turns[507]
     assert Counter(name for chosen in turns.values() for name in chosen) == dict.fromkeys(SLOW, 1)
+
+
+def test_files_that_train_come_first_and_keep_their_order(select, tmp_path: Path) -> None:
+    trains = "import pytest\n@pytest.mark.multiprocess\ndef test_train(): pass\ndef test_quick_too(): pass\n"
+    (tmp_path / "test_zz.py").write_text(trains)
+    items = select()
+    assert names(items) == ["test_quick", "test_train", "test_quick_too"]
+    assert names(longest_files_first(items)) == ["test_train", "test_quick_too", "test_quick"]
 
 
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="runs in a worker of pytest-xdist")

@@ -53,7 +53,7 @@ def test_the_site_shows_every_key_and_every_command(site: Path, browser: Browser
     for page, schema in (("recipe", Recipe), ("recipe_detection", DetectionRecipe)):
         browser.open(site / f"{page}.html")
         cells = browser.run(TEXTS, "td")
-        rows = [cells[start : start + 4] for start in range(0, len(cells), 4)]
+        rows = [cells[start : start + 5] for start in range(0, len(cells), 5)]
         assert {row[0] for row in rows} == described_keys(schema)
         assert all(all(row) for row in rows), [row for row in rows if not all(row)]
     (action,) = [action for action in build_parser()._actions if action.dest == "command"]

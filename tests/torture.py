@@ -24,10 +24,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the same sums in the same order
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-import karat_scale.data.backends.webdataset
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import karat_scale.data.backends.images
 import karat_scale.run.run  # noqa: F401
 from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.engine.deepspeed_internals import quieten_and_skip_builds

@@ -83,4 +83,5 @@ def renumbered(file: str, labels: npt.NDArray[Any], own: list[str], classes: lis
             "correct the classes or the labels"
         )
     numbers = {name: number for number, name in enumerate(classes)}
-    return np.array([numbers[name] for name in own], dtype=np.int32)[labels]
+    renamed: npt.NDArray[np.int32] = np.array([numbers[name] for name in own], dtype=np.int32)[labels]
+    return renamed

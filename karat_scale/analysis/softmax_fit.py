@@ -73,13 +73,14 @@ class SoftmaxFit:
     def best(self) -> Tensor:
         """Return Theta [F N, N] of the operator's rank that is nearest to softmax."""
         ridge = RIDGE * self._xx.diagonal().mean() * torch.eye(len(self._xx), dtype=self._xx.dtype).to(self._xx)
-        theta = torch.linalg.solve(self._xx + ridge, self._xy)
+        theta: Tensor = torch.linalg.solve(self._xx + ridge, self._xy)
         if self._operator.proj is None:
             return theta
         # Reduced-rank regression: the fit's rows onto their main directions.
         _, directions = torch.linalg.eigh(theta.mT @ self._xx @ theta)
         main = directions[:, -self._operator.rank :]
-        return theta @ main @ main.mT
+        projected: Tensor = theta @ main @ main.mT
+        return projected
 
     @torch.no_grad()
     def learned(self) -> Tensor:
@@ -105,4 +106,5 @@ def _apart(inner: float, first: float, second: float) -> float:
     """Return the sine of the angle between two vectors from their inner product and squared lengths."""
     if not first or not second:
         return 1.0
-    return max(1 - inner**2 / (first * second), 0.0) ** 0.5
+    sine: float = max(1 - inner**2 / (first * second), 0.0) ** 0.5
+    return sine

@@ -59,7 +59,8 @@ class Spectrum:
 def effective_rank(values: Tensor) -> Tensor:
     """exp of the entropy of the singular values' shares (Roy and Vetterli, 2007); values [..., N] to [...]."""
     shares = values / values.sum(-1, keepdim=True).clamp(min=FLOOR)
-    return torch.special.entr(shares).sum(-1).exp()
+    ranks: Tensor = torch.special.entr(shares).sum(-1).exp()
+    return ranks
 
 
 def stable_rank(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Kolmogorov-Arnold attention: the learnable operator that stands where softmax stood. Needs torch alone."""
+"""Kolmogorov-Arnold attention: a learnable operator instead of softmax. The only library it needs is torch."""
 
 from karat_scale.attention.bases import BASES, ElementwiseBasis, FeatureBasis, Wavelet, make_basis
 from karat_scale.attention.forms import karat_attention, karat_scores

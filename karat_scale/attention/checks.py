@@ -1,4 +1,4 @@
-"""What a call of KArAt attention must look like; each complaint names argument, shape and expectation."""
+"""The checks of a call of KArAt attention; each error names the argument, its shape and what is expected."""
 
 from collections.abc import Collection
 from typing import Any
@@ -63,7 +63,7 @@ def check_scores(name: str, tensor: Tensor | None, query: Tensor) -> None:
 
 
 def check_devices(query: Tensor, **tensors: Tensor | None) -> None:
-    """Raises ValueError unless all are where query is."""
+    """Raise ValueError unless all tensors are on query's device."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}: expected query's device, {query.device}")

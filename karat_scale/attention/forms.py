@@ -1,8 +1,8 @@
 """KArAt attention of any basis and form, as functions of tensors.
 
-All forms are one operation, O = Phi(A) V' on scores A of queries against keys, which `streaming` and `reference`
-have. Modular: V' = W^T V. Full rank: V' = V. Projecting first: keys W^T K, of which there are r, or with a mask the
-rows of A W, tile by tile, as scores. Two operators: the first one's H are the second one's scores.
+All forms are one operation, O = Phi(A) V' on the scores A of queries and keys, which `streaming` and `reference`
+implement. Modular: V' = W^T V. Full rank: V' = V. Project first: the r keys W^T K or, with a mask, the
+rows of A W, tile by tile, as scores. Two operators: the H of the first are the scores of the second.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ def karat_attention(
     simplex: bool = False,
     implementation: str = "auto",
 ) -> Tensor:
-    """Attention whose softmax is a learnable operator of any basis (arXiv 2503.10632).
+    """Return attention with a learnable operator of any basis instead of softmax (arXiv 2503.10632).
 
     A = Q K^T / sqrt(d) + bias, O = S V, and by the form, with Phi(X)[k, p] = sum_q b(X[k, q]) + phi_pq(X[k, q]):
 
@@ -94,9 +94,9 @@ def karat_scores(
     simplex: bool = False,
     implementation: str = "auto",
 ) -> Tensor:
-    """The learned attention S [B, h, N, N], for analysis: `karat_attention` with the same arguments is S @ value.
+    """Return the learned attention S [B, h, N, N], for analysis: `karat_attention` with equal arguments is S @ value.
 
-    `value` takes no part and may be None. In the query's dtype or, under autocast, in autocast's.
+    `value` is not used and may be None. The dtype is the query's or, under autocast, autocast's.
     """
     basis = make_basis(basis) if isinstance(basis, str) else basis
     checks.check_choice("form", form, FORMS)
@@ -118,12 +118,12 @@ def karat_scores(
 
 
 def has_kernels(basis: Basis, form: str, simplex: bool) -> bool:
-    """Whether `fourier_karat_attention`, and so every implementation, has this operator."""
+    """Return True if `fourier_karat_attention`, and so every implementation, supports this operator."""
     return isinstance(basis, Fourier) and form == "modular" and not simplex
 
 
 def check_implementation(implementation: str, basis: Basis, form: str, simplex: bool) -> None:
-    """Raises ValueError for an unknown implementation, or one that lacks this operator."""
+    """Raise ValueError for an unknown implementation, or one that does not support this operator."""
     checks.check_choice("implementation", implementation, ("auto", *functional.IMPLEMENTATIONS))
     if implementation in ("auto", *_IMPLEMENTATIONS) or has_kernels(basis, form, simplex):
         return

@@ -43,7 +43,7 @@ def fourier_karat_attention(
     mask: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
-    """Attention whose softmax is the learnable modular operator of arXiv 2503.10632, section 4.
+    """Return attention with the learnable modular operator of arXiv 2503.10632, section 4, instead of softmax.
 
     A = Q K^T / sqrt(d) + bias;  H[k, p] = sum_q phi_pq(A[k, q]) for p = 1..r;  S = H W^T;  O = S V, with
     phi_pq(x) = b(x) + sum_{m=1..G} a_pqm cos(m x) + b_pqm sin(m x).
@@ -86,11 +86,11 @@ def fourier_karat_scores(
     mask: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
-    """The learned attention S, for analysis: `fourier_karat_attention` with the same arguments is S @ value.
+    """Return the learned attention S, for analysis: `fourier_karat_attention` with the same arguments is S @ value.
 
-    `value` takes no part and may be None. Returns [B, h, N, N] in the query's dtype or, under autocast, in
-    autocast's. Rows need not sum to one and entries may be negative. Raises ValueError as
-    `fourier_karat_attention` does.
+    `value` is not used and may be None. The result is [B, h, N, N], in the query's dtype or, under autocast, in
+    autocast's. Rows need not sum to one, and entries may be negative. Raises ValueError like
+    `fourier_karat_attention`.
     """
     check_call(query, key, value, cos_coef, sin_coef, proj, bias, mask)
     check_choice("base", base, BASE_ACTIVATIONS)
@@ -108,7 +108,7 @@ _MOST_REMEMBERED = 4096
 
 
 def _check_and_choose(implementation: str, call: FourierCall) -> Callable[[FourierCall], Tensor]:
-    """What attends; shapes, dtypes and names are checked once for all calls that agree in these."""
+    """Return the implementation of a call. Equal shapes, dtypes and names are checked only once."""
     # Shapes of fake tensors may be symbols, which cannot be looked up.
     if torch.compiler.is_compiling() or type(call.query) is not Tensor:
         return _check_and_choose_anew(implementation, call)
@@ -145,12 +145,12 @@ def _choose(implementation: str, call: FourierCall) -> Callable[[FourierCall], T
 
 
 def automatic(call: FourierCall) -> str:
-    """The implementation that "auto" takes for a call."""
+    """Return the implementation that "auto" chooses for a call."""
     return next(name for name in AUTOMATIC if refusal(name, call) is None)
 
 
 def refusal(implementation: str, call: FourierCall) -> str | None:
-    """Why an implementation, or "auto", cannot take a call, or None. Looks only at shapes, dtypes and the device."""
+    """Return why an implementation, or "auto", cannot run a call, or None. Only shapes, dtypes and device matter."""
     return _refusals[implementation](call) if implementation in _refusals else None
 
 
@@ -159,7 +159,7 @@ _refusals = REFUSALS
 
 @contextmanager
 def choosing_as_on_a_gpu() -> Iterator[None]:
-    """Choose implementations as on a GPU that runs Triton's kernels; their fakes trace on any machine."""
+    """Choose implementations as on a GPU with Triton's kernels; their fake kernels can be traced on any machine."""
     global _refusals  # not a context variable, which torch.compile cannot trace
     before, _refusals = _refusals, REFUSALS_ON_A_GPU
     try:

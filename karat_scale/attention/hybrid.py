@@ -9,7 +9,7 @@ from karat_scale.attention.softmax import softmax_attention, softmax_scores
 
 
 class HybridHeads(nn.Module):
-    """Attention whose first `softmax_heads` heads have no parameters; `operator` owns the rest.
+    """Attention whose first `softmax_heads` heads use softmax and have no parameters; `operator` computes the others.
 
     Raises ValueError when `softmax_heads` is not a positive integer.
     """
@@ -23,14 +23,14 @@ class HybridHeads(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """O [B, h, N, d] of query, key and value [B, h, N, d]; bias and mask as in `karat_attention`."""
+        """Return O [B, h, N, d] for query, key and value [B, h, N, d]; bias and mask as in `karat_attention`."""
         self._check(query)
         (first, *its_scores), (others, *their_scores) = self._parts(bias, mask)
         alone = softmax_attention(query[:, first], key[:, first], value[:, first], *its_scores)
         return torch.cat((alone, self.operator(query[:, others], key[:, others], value[:, others], *their_scores)), 1)
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """softmax(A) of the first heads and S of the others, [B, h, N, N]."""
+        """Return softmax(A) of the first heads and S of the others, [B, h, N, N]."""
         self._check(query)
         (first, *its_scores), (others, *their_scores) = self._parts(bias, mask)
         learned = self.operator.scores(query[:, others], key[:, others], *their_scores)
@@ -38,11 +38,11 @@ class HybridHeads(nn.Module):
         return torch.cat((alone.to(learned.dtype), learned), 1)
 
     def extra_repr(self) -> str:
-        """The settings, in the constructor's names."""
+        """Return the settings, with the constructor's names."""
         return f"softmax_heads={self.softmax_heads}"
 
     def _parts(self, bias: Tensor | None, mask: Tensor | None) -> list[tuple[slice, Tensor | None, Tensor | None]]:
-        """Softmax's heads and the others: which, and their bias and mask."""
+        """Return the slices of softmax's heads and of the others, with their bias and mask."""
         heads = slice(None, self.softmax_heads), slice(self.softmax_heads, None)
         return [(part, _of_heads(bias, part), _of_heads(mask, part)) for part in heads]
 

@@ -1,4 +1,4 @@
-"""The modules that own what KArAt learns: the parameters of every unit, and the projector W of every head."""
+"""The modules that own the parameters of KArAt: those of every unit, and the projector W of every head."""
 
 from typing import cast
 
@@ -27,14 +27,14 @@ SOFTMAX_LIKE = "softmax_like"
 class KaratOperator(nn.Module):
     """KArAt attention of any basis and form for a fixed number of tokens.
 
-    One operator to a block is the paper's blockwise mode; one operator given to all blocks is its universal mode.
-    Parameters bear the basis's names (the second operator's begin with `second_`), and W is `proj`.
+    In the paper's blockwise mode, each block has its own operator; in its universal mode, all blocks share one.
+    Parameters have the basis's names; those of the second operator begin with `second_`. W is `proj`.
 
     Args:
         num_tokens: N, class token included.
         num_heads: h.
         basis: a basis, or the name of one with its default settings.
-        rank: r, the width of H; of no effect where the form is of full rank.
+        rank: r, the width of H; without effect in the full-rank form.
         form: "modular", "project_first", "two_operators" or "full_rank" (see `karat_attention`).
         base: base activation b(x): "zero", "identity", "silu" or "gelu".
         init: "paper" or "variance_preserving" (see the basis's `initialise`, and `initialise_projector`), or
@@ -85,7 +85,7 @@ class KaratOperator(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the parameters again by the scheme `init`."""
+        """Draw the parameters again according to `init`."""
         if self.init == SOFTMAX_LIKE:
             start_like_softmax(self.basis_parameters(), self.proj)
             return
@@ -99,13 +99,13 @@ class KaratOperator(nn.Module):
             self.basis.initialise(second, self.init)
 
     def basis_parameters(self) -> dict[str, Tensor]:
-        """The basis's parameters by name: all but W."""
+        """Return the basis's parameters by name: all except W."""
         return {name: getattr(self, name) for name in self._names}
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """O [B, h, N, d] of query, key and value [B, h, N, d]; see `karat_attention`."""
+        """Return O [B, h, N, d] for query, key and value [B, h, N, d]; see `karat_attention`."""
         return karat_attention(
             query,
             key,
@@ -122,7 +122,7 @@ class KaratOperator(nn.Module):
         )
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """The learned attention S [B, h, N, N]; see `karat_scores`."""
+        """Return the learned attention S [B, h, N, N]; see `karat_scores`."""
         return karat_scores(
             query,
             key,
@@ -139,7 +139,7 @@ class KaratOperator(nn.Module):
         )
 
     def refusal(self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False) -> str | None:
-        """Why the implementation asked for cannot attend on a device, with heads `width` wide; None where it can.
+        """Return why the selected implementation cannot run on a device with heads of `width`, or None if it can.
 
         biased, masked: whether the layer gives a bias and a mask.
         """
@@ -150,9 +150,9 @@ class KaratOperator(nn.Module):
     def chosen(
         self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False
     ) -> tuple[str, str | None]:
-        """The implementation that attends, and why "auto" passed over the device's own kernels or None.
+        """Return the implementation that runs, and why "auto" did not choose the device's own kernels, or None.
 
-        The arguments are those of `refusal`, which must have said None.
+        The arguments are those of `refusal`, which must have returned None.
         """
         if self.implementation != "auto":
             return self.implementation, None
@@ -175,7 +175,7 @@ class KaratOperator(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The settings, in the constructor's names."""
+        """Return the settings, with the constructor's names."""
         return (
             f"num_tokens={self.num_tokens}, num_heads={self.num_heads}, basis={self.basis}, rank={self.rank}, "
             f"form={self.form!r}, base={self.base!r}, init={self.init!r}, simplex={self.simplex}, "
@@ -184,7 +184,7 @@ class KaratOperator(nn.Module):
 
 
 class FourierKaratOperator(KaratOperator):
-    """The modular Fourier operator, the paper's choice; (2 G + 1) r N parameters a head.
+    """The modular Fourier operator, the paper's choice; (2 G + 1) r N parameters per head.
 
     Args:
         grid: G, the number of harmonics; the others are those of `KaratOperator`.
@@ -218,7 +218,7 @@ class FourierKaratOperator(KaratOperator):
         )
 
     def extra_repr(self) -> str:
-        """The settings, in the constructor's names."""
+        """Return the settings, with the constructor's names."""
         return (
             f"num_tokens={self.num_tokens}, num_heads={self.num_heads}, rank={self.rank}, grid={self.grid}, "
             f"base={self.base!r}, init={self.init!r}, implementation={self.implementation!r}"
@@ -226,7 +226,7 @@ class FourierKaratOperator(KaratOperator):
 
 
 def _can_start_like_softmax(basis: Basis, form: str, base: str) -> bool:
-    """Whether `init` may be "softmax_like"."""
+    """Return True if `init` may be "softmax_like"."""
     return isinstance(basis, Fourier) and form in ("modular", "full_rank") and base == "zero"
 
 

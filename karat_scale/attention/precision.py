@@ -1,4 +1,4 @@
-"""In which dtype an attention call computes, and in which it answers."""
+"""The dtype in which an attention call computes, and the dtype of its result."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -13,7 +13,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def output_dtype(like: Tensor) -> torch.dtype:
-    """The dtype PyTorch's own attention would answer in: `like`'s or, under autocast, autocast's."""
+    """Return the dtype of the result of PyTorch's own attention: `like`'s or, under autocast, autocast's."""
     if like.dtype != torch.float64 and _autocast_is_on(like.device.type):
         return torch.get_autocast_dtype(like.device.type)
     return like.dtype

@@ -1,6 +1,6 @@
 """Softmax with a learned correction: S = softmax(A) + g S_learned, where each head's gate g starts at 0.
 
-Ours, not the paper's: what ReZero (arXiv 2003.04887) does to a layer, done to attention.
+Ours, not the paper's: it applies to attention what ReZero (arXiv 2003.04887) applies to a layer.
 """
 
 import torch
@@ -11,10 +11,10 @@ from karat_scale.attention.softmax import softmax_attention, softmax_scores
 
 
 class ResidualHeads(nn.Module):
-    """Heads that are softmax's exactly at the start, and whose `operator` joins as far as its `gate` [h] learns.
+    """Heads that equal softmax exactly at the start. Their `gate` [h] learns how much `operator` adds.
 
-    At g = 0 the operator's own parameters have no gradient and the gate has, so these follow one step behind. Costs
-    softmax attention and the operator.
+    At g = 0 only the gate has a gradient; the operator's own parameters have one from the second step on. The cost is
+    that of softmax attention and of the operator.
     """
 
     def __init__(self, operator: KaratOperator) -> None:
@@ -26,12 +26,12 @@ class ResidualHeads(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """O [B, h, N, d] of query, key and value [B, h, N, d]; bias and mask as in `karat_attention`."""
+        """Return O [B, h, N, d] for query, key and value [B, h, N, d]; bias and mask as in `karat_attention`."""
         learned: Tensor = self.operator(query, key, value, bias, mask)
         return softmax_attention(query, key, value, bias, mask) + self._gate(learned) * learned
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """S [B, h, N, N], both parts."""
+        """Return S [B, h, N, N], both parts together."""
         learned = self.operator.scores(query, key, bias, mask)
         return softmax_scores(query, key, bias, mask).to(learned.dtype) + self._gate(learned) * learned
 

@@ -21,7 +21,8 @@ def softmax_scores(query: Tensor, key: Tensor, bias: Tensor | None = None, mask:
     elif attn_mask is not None:
         raw = raw + attn_mask
     # A row that keeps no pair attends to nothing, as in scaled_dot_product_attention.
-    return raw.softmax(-1).nan_to_num(0)
+    weights: Tensor = raw.softmax(-1).nan_to_num(0)
+    return weights
 
 
 def _join(bias: Tensor | None, mask: Tensor | None, query: Tensor) -> Tensor | None:

@@ -1,13 +1,14 @@
-"""A start at which the learned S is near softmax(A): the Fourier operator, modular or of full rank.
+"""Initial values for which the learned S is near softmax(A): the Fourier operator, modular or of full rank.
 
 At the start of a ViT scores are small, and there
 
     softmax(A) ~ (1 / N) (1 1^T + exp(A) P),  P = I - 1 1^T / N,
 
-up to the spread of the rows' sums, which is of second order in A. A Fourier series of G harmonics fits exp(x), but for
-a constant that P takes away, and another, of cosines, fits 1. So the full-rank form is softmax up to these fits. The
-modular form has r - 1 units left beside that of the constant: P becomes U U^T, where the columns of U [N, r - 1] are
-orthonormal and sum to zero, unit j is phi_jq(x) = U_qj exp(x), and W_j = U_j / N. Ours, not the paper's.
+up to the spread of the rows' sums, which is of second order in A. A Fourier series of G harmonics fits exp(x), except
+for a constant that P removes, and another one, of cosines, fits 1. So the full-rank form is softmax up to these fits.
+The modular form has r - 1 units in addition to that of the constant: P becomes U U^T, where the columns of U
+[N, r - 1] are orthonormal and sum to zero, unit j is phi_jq(x) = U_qj exp(x), and W_j = U_j / N. Ours, not the
+paper's.
 """
 
 import math
@@ -25,7 +26,7 @@ POINTS = 201
 def start_like_softmax(parameters: Mapping[str, Tensor], proj: Tensor | None) -> None:
     """Fill `cos_coef` and `sin_coef` [h, p, N, G], and W [h, N, r] where the form has one, in place.
 
-    Every head starts alike; queries and keys tell heads apart. Raises ValueError when r is larger than N.
+    Every head starts with the same values; only queries and keys differ. Raises ValueError if r is larger than N.
     """
     cos, sin = parameters["cos_coef"], parameters["sin_coef"]
     tokens, grid = cos.shape[2:]
@@ -48,7 +49,7 @@ def start_like_softmax(parameters: Mapping[str, Tensor], proj: Tensor | None) ->
 def fourier_fits(grid: int) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients [G], float64, by least squares over [-REACH, REACH].
 
-    Cosines and sines of exp(x) less a constant of no matter, and the cosines of 1.
+    Returns cosines and sines of exp(x) minus a constant that does not matter, and the cosines of 1.
     """
     x = torch.linspace(-REACH, REACH, POINTS, dtype=torch.float64, device="cpu").unsqueeze(1)
     phases = x * torch.arange(1, grid + 1, dtype=torch.float64, device="cpu")
@@ -78,4 +79,5 @@ def smooth_modes(tokens: int, count: int) -> Tensor:
     apart = torch.eye(tokens, prefix, dtype=torch.float64, device="cpu")
     smooth = torch.cat((patches.new_zeros(prefix, patches.shape[1]), patches))
     columns = torch.cat((smooth.new_ones(tokens, 1), apart[:, :1], smooth, apart[:, 1:]), 1)
-    return torch.linalg.qr(columns[:, : count + 1]).Q[:, 1:]
+    modes: Tensor = torch.linalg.qr(columns[:, : count + 1]).Q[:, 1:]
+    return modes

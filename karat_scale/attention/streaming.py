@@ -1,10 +1,10 @@
 """Memory-lean KArAt attention in plain PyTorch, for any device, basis and form.
 
-Scores and features are computed tile by tile, and again in the backward pass. Beside inputs and outputs only H is
-kept, and the features of one tile; the N x N matrix S never exists (see `routes`).
+Scores and features are computed tile by tile, and again in the backward pass. In addition to inputs and outputs,
+only H and the features of one tile are kept; the N x N matrix S is never formed (see `routes`).
 
 Forward and backward are registered with torch.library: torch.compile takes each as one opaque operation, and
-autograd knows the second as the derivative of the first.
+autograd uses the second as the derivative of the first.
 """
 
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def attend_units(
         coef: the packed coefficients, [h, K, r, M]; without `proj`, r = P.
         proj: W [h, P, r].
         basis, base: phi_pq(x) less b(x), and b(x) by name.
-        bias: joins the scores; broadcastable to [B, h, N, M].
+        bias: added to the scores; broadcastable to [B, h, N, M].
         mask: boolean, broadcastable to [B, h, N, M]; a false pair adds nothing to H.
         cut: boolean, broadcastable to [B, h, N, P]; where false, S is 0.
         on_simplex: projects each row of S onto the simplex.
@@ -66,7 +66,8 @@ def attend_units(
         coef, proj = functional.pad(coef, (0, 0, 0, padding)), functional.pad(proj.to(dtype), (0, padding))
     forward = torch.ops.karat_scale.streaming_forward
     on_scores = _as_4d(bias), _as_4d(mask), _as_4d(cut)
-    return forward(query, key, value, coef.contiguous(), proj, *on_scores, key_of(basis), base, on_simplex)[0]
+    output: Tensor = forward(query, key, value, coef.contiguous(), proj, *on_scores, key_of(basis), base, on_simplex)[0]
+    return output
 
 
 _ANY_FOURIER = Fourier()
@@ -205,7 +206,6 @@ _library.impl("streaming_forward", _streaming_forward, "CompositeExplicitAutogra
 _library.impl("streaming_backward", _streaming_backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("karat_scale::streaming_forward", lib=_library)
 def _fake_forward(
     query: Tensor, key: Tensor, value: Tensor, coef: Tensor, proj: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor]:
@@ -214,7 +214,6 @@ def _fake_forward(
     return _empty_output(query, value), hidden
 
 
-@torch.library.register_fake("karat_scale::streaming_backward", lib=_library)
 def _fake_backward(
     grad_output: Tensor, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, coef: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -225,6 +224,8 @@ def _fake_backward(
     return q, k, v, c, grad_proj, grad_bias
 
 
+torch.library.register_fake("karat_scale::streaming_forward", _fake_forward, lib=_library)
+torch.library.register_fake("karat_scale::streaming_backward", _fake_backward, lib=_library)
 torch.library.register_autograd(
     "karat_scale::streaming_forward", _differentiate, setup_context=_setup_context, lib=_library
 )

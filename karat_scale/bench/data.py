@@ -21,7 +21,7 @@ from karat_scale import tables
 from karat_scale.bench.interleave import interleaved_seconds, median_ratio, processor_seconds
 from karat_scale.bench.sample_images import CLASSES, SampleImages, prepare_images
 from karat_scale.console import print_table, write_json
-from karat_scale.data.backends import Backend, ImageSpec, open_backend
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.plan import TrainPlan
 from karat_scale.errors import UserError
@@ -137,7 +137,8 @@ def decode_whole_by_torchvision(encoded: tuple[bytes, ...]) -> Contender:
 
 def decode_by_torchvision(data: bytes) -> torch.Tensor:
     """Return the image, uint8 [3, H, W]."""
-    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    pixels: torch.Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    return pixels
 
 
 def lacking_library(backend: str) -> str:
@@ -191,9 +192,11 @@ class Contenders:
 
     def passes(self, backend: str, decoder: str, workers: int, times: int = PASSES) -> Contender:
         """Return `times` passes over the images by our backend. Raises UserError if it cannot be opened."""
-        by_files = {tables.Files.IMAGES: self.images.folder, tables.Files.BETONS: self.ffcv}
-        files = tables.BACKENDS[backend].files
-        path = by_files.get(files, self.images.shards) if files else self.images.shards
+        by_files: dict[tables.Files | None, Path] = {
+            tables.Files.IMAGES: self.images.folder,
+            tables.Files.BETONS: self.ffcv,
+        }
+        path = by_files.get(tables.BACKENDS[backend].files, self.images.shards)
         config = DataConfig.model_validate(
             {
                 "backend": backend,
@@ -204,14 +207,11 @@ class Contenders:
                 "synthetic_samples": len(self.images.encoded),
             }
         )
-        return self.passes_of(open_backend(ImageSpec(config, self.augment, SIZE, CLASSES, 0)), times)
-
-    def passes_of(self, backend: Backend, times: int = PASSES) -> Contender:
-        """Return `times` passes over the images by an open backend."""
-        plan = TrainPlan(0, min(backend.num_train, len(self.images.encoded)), self.batch, self.batch, 0, 1)
+        opened = open_backend(ImageSpec(config, self.augment, SIZE, CLASSES, 0))
+        plan = TrainPlan(0, min(opened.num_train, len(self.images.encoded)), self.batch, self.batch, 0, 1)
 
         def run() -> None:
-            for _ in backend.train_batches(plan.slices(0, times * plan.steps_per_epoch)):
+            for _ in opened.train_batches(plan.slices(0, times * plan.steps_per_epoch)):
                 pass
 
         return run

@@ -24,7 +24,8 @@ def batch_digest(batch: Batch) -> int:
     for sample_id, label, draw in zip(batch.sample_ids.tolist(), batch.labels.tolist(), draws, strict=True):
         text = repr((batch.epoch, batch.batch, sample_id, label, draw))
         total += int.from_bytes(blake2b(text.encode(), digest_size=BITS // 8).digest(), "little")
-    return total % 2**BITS
+    digest: int = total % 2**BITS
+    return digest
 
 
 def with_digest(batch: Batch) -> Batch:

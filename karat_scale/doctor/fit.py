@@ -15,6 +15,7 @@ from karat_scale.doctor.data_files import DataFiles, find_data_files
 from karat_scale.doctor.finding import Finding, found
 from karat_scale.engine.distributed import World
 from karat_scale.errors import RecipeError
+from karat_scale.machine import usable_cores
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import differing_keys
 from karat_scale.run.run_directory import RunDirectory
@@ -41,7 +42,7 @@ class Subject:
     def cores_of_a_rank(self) -> int:
         """The cores that this rank may use. srun gives each task its own; under torchrun all share them."""
         shared = 1 if "SLURM_STEP_NUM_TASKS" in os.environ else self.local_ranks
-        return max(1, resources.usable_cores() // shared)
+        return max(1, usable_cores() // shared)
 
 
 def examine_data(subject: Subject, backend: Backend) -> Iterator[Finding]:

@@ -265,7 +265,8 @@ def deepspeed_checkpoint() -> Callable[..., Any]:
 
         def as_now(*inputs: torch.Tensor) -> Any:
             with torch.autocast(device, dtype, enabled):  # DeepSpeed would recompute without it
-                return _RecomputeFirst.apply(function(*inputs))
+                after: Callable[..., Any] = _RecomputeFirst.apply
+                return after(function(*inputs))
 
         # It empties the tensors that it is given; others may still need them.
         own = (tensor.view_as(tensor) for tensor in tensors)

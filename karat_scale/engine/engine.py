@@ -115,7 +115,8 @@ class Engine:
     @property
     def module(self) -> nn.Module:
         """The model as it trains, its parameters as `train.precision` holds them; at stage 3 each rank's own part."""
-        return self.deepspeed.module
+        module: nn.Module = self.deepspeed.module
+        return module
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the next step, which each parameter group scales."""

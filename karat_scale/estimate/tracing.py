@@ -134,7 +134,7 @@ class _Tracker(TorchDispatchMode):
     """Notes each new storage that an operation returns, and when it is let go."""
 
     def __init__(self, there: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._allocations: list[Allocation] = []
         self._launching: list[OpOverload] = []
         self._living: dict[int, Allocation | None] = {_key(tensor): None for tensor in there}
@@ -191,4 +191,5 @@ class _Tracker(TorchDispatchMode):
 
 
 def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    place: int = tensor.untyped_storage()._cdata
+    return place

@@ -38,7 +38,8 @@ class KaratMHSA(MHSA):
 def query_key_value(attention: Any, x: Tensor) -> tuple[Tensor, ...]:
     """Return query, key and value [B, h, N, d] of an MHSA layer for tokens [B, N, D]."""
     qkv: Tensor = attention.qkv(x)
-    return qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    parts: tuple[Tensor, ...] = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return parts
 
 
 def _build(model: ModelConfig, **options: Any) -> nn.Module:

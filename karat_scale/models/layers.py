@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 # Every class of attention in timm that this project supports.
 KNOWN: tuple[type[nn.Module], ...] = (Attention, GPSA, MHSA, WindowAttention)
+# Those that add a learned position bias to the scores.
+BIASED: tuple[type[nn.Module], ...] = (WindowAttention,)
 
 
 class AttentionLayer(NamedTuple):
@@ -64,6 +66,6 @@ def measure_layers(model: nn.Module, image_size: int) -> tuple[LayerSize, ...]:
     for hook in hooks:
         hook.remove()
     return tuple(
-        LayerSize(shape[0], shape[1], layer.attention.num_heads, isinstance(layer.attention, WindowAttention))
+        LayerSize(shape[0], shape[1], layer.attention.num_heads, isinstance(layer.attention, BIASED))
         for layer, shape in zip(layers, shapes, strict=True)
     )

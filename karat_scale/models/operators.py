@@ -5,13 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm.models.swin_transformer import WindowAttention
 from torch import nn
 
 from karat_scale.attention import HybridHeads, KaratOperator, ResidualHeads
 from karat_scale.attention.functional import KERNELS_OF
 from karat_scale.errors import RecipeError
-from karat_scale.models.layers import attention_layers
+from karat_scale.models.layers import BIASED, attention_layers
 
 
 def operators(model: nn.Module) -> list[KaratOperator | None]:
@@ -24,7 +23,8 @@ def operator_of(attention: nn.Module) -> KaratOperator | None:
     operator: Any = getattr(attention, "operator", None)
     while isinstance(operator, HybridHeads | ResidualHeads):
         operator = operator.operator
-    return operator
+    learned: KaratOperator | None = operator
+    return learned
 
 
 def check_implementation(model: nn.Module, device: torch.device) -> None:
@@ -62,7 +62,7 @@ def _operators_and_sizes(model: nn.Module) -> Iterator[tuple[KaratOperator, dict
                 operator,
                 {
                     "width": round(layer.attention.scale**-2),  # d: timm scales scores by d^-1/2
-                    "biased": isinstance(layer.attention, WindowAttention),
+                    "biased": isinstance(layer.attention, BIASED),
                     "masked": getattr(layer.block, "attn_mask", None) is not None,
                 },
             )

@@ -166,7 +166,7 @@ def _describe(error: Any, schema: Schema) -> str:
         if isinstance(error["loc"][-1], int):
             return f"{key.rpartition('.')[0]} = {error['input']!r}: too few values"
         return f"{key}: missing; every recipe needs it"
-    message = error["msg"].removeprefix("Value error, ")
+    message: str = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and not isinstance(error["input"], (str, int, float, bool, list)):
         return message  # a validator of several fields names them itself
     message = message.removeprefix("Input ")

@@ -39,7 +39,7 @@ def test_the_axes_follow_the_range(karat_run: TrainedRun, tmp_path: Path) -> Non
         np.testing.assert_allclose(wide[axis][[0, -1]], [low - (high - low) * 3 / 4, high + (high - low) * 3 / 4])
 
 
-def test_a_stopped_grid_of_another_range_is_not_gone_on_with(karat_run: TrainedRun, tmp_path: Path) -> None:
+def test_a_stopped_grid_of_another_range_is_not_resumed(karat_run: TrainedRun, tmp_path: Path) -> None:
     def stop(what: str, done: int, total: int) -> None:
         if what == "landscape, random" and done == 7:
             raise KeyboardInterrupt

@@ -45,7 +45,7 @@ def test_a_quadratic_bowl(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_stopped_grid_goes_on_at_the_row_it_was_at(tmp_path: Path) -> None:
+def test_a_stopped_grid_resumes_at_the_same_row(tmp_path: Path) -> None:
     bowl = Bowl()
     with pytest.raises(KeyboardInterrupt):
         compute(bowl, tmp_path / "partial", stop_after=7)

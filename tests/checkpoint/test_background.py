@@ -5,7 +5,7 @@ import pytest
 from karat_scale.checkpoint.background import Task
 
 
-def test_work_goes_on_beside_and_gives_its_result() -> None:
+def test_work_in_the_background_returns_its_result() -> None:
     go_on = threading.Event()
     task = Task(lambda: go_on.wait(60) and "done")
     assert not task.wait(0)

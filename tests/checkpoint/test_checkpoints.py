@@ -89,7 +89,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("before", "after"), PAIRS)
-def test_another_stage_goes_on_from_the_same_state(
+def test_another_stage_resumes_from_the_same_state(
     small_recipe, make_checkpoints, tmp_path: Path, before: str, after: str
 ) -> None:
     first = make_checkpoints(small_recipe(f"deepspeed.config={before}"), tmp_path / "c")

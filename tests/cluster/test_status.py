@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from karat_scale.cli import main
 from karat_scale.cluster.heartbeat import Sign
 from karat_scale.cluster.standing import Standing, read_standing
 from karat_scale.cluster.status import render, sparkline
@@ -27,10 +28,9 @@ def test_a_finished_run_is_shown_from_its_files(recipe_file: Path, tmp_path: Pat
     assert "best" in shown.stdout
 
 
-def test_no_run_is_one_line(tmp_path: Path) -> None:
-    shown = karat("status", str(tmp_path))
-    assert shown.returncode == 2
-    assert shown.stderr == f"error: {tmp_path}: not a run's directory (it has no recipe.yaml)\n"
+def test_no_run_is_one_line(tmp_path: Path, capsys) -> None:
+    assert main(["status", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: not a run's directory (it has no recipe.yaml)\n"
 
 
 def write_events(run: Path, *events: dict[str, object], tail: str = "") -> None:

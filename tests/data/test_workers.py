@@ -97,7 +97,7 @@ def running(pid: int) -> bool:
 
 
 @pytest.mark.multiprocess
-def test_workers_go_on_through_signals_to_the_process_group_and_leave_when_the_parent_is_killed(make_shards):
+def test_workers_ignore_signals_to_the_process_group_and_exit_when_the_parent_is_killed(make_shards):
     process, workers = start(make_shards())
     assert len(workers) == 2
     for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM):

@@ -61,7 +61,7 @@ def remote(folder: Path, name: str, *addresses: str) -> RemoteFile:
     return RemoteFile(name, hashlib.md5((folder / name).read_bytes()).hexdigest(), addresses)
 
 
-def test_a_download_goes_on_where_it_was_cut(served, tmp_path):
+def test_a_stopped_download_resumes(served, tmp_path):
     server, address, folder = served
     (folder / "big.tar").write_bytes(BIG)
     with pytest.raises(DataError, match=rf"ended after {len(BIG) // 2} of {len(BIG)} bytes; run the same command"):

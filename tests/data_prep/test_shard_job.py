@@ -40,8 +40,8 @@ def wait_for(condition, seconds=240):
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_killed_run_goes_on_with_the_shard_it_was_at(folders, tmp_path, workers):
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
+def test_a_killed_run_resumes_at_the_same_shard(folders, tmp_path, workers):
     options = ("--split", "train", "--shard-samples", "2", "--workers", workers)
     make(folders, tmp_path / "whole", "--shard-samples", "2")
     out = tmp_path / "out"

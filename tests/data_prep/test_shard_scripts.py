@@ -106,7 +106,7 @@ def test_a_label_in_the_tar_that_differs_from_the_index(shards):
         check(shards)
 
 
-def test_staging_copies_and_goes_on(shards, tmp_path, capsys):
+def test_staging_copies_and_resumes(shards, tmp_path, capsys):
     local = tmp_path / "local"
     stage.main(["--src", str(shards), "--out", str(local)])
     assert contents(local) == contents(shards)

@@ -68,7 +68,7 @@ def test_tf32_is_torchs_own_switch(small_recipe, make_engine) -> None:
 
 
 @pytest.mark.parametrize("config", ["zero1", "zero3"])
-def test_a_run_with_16_bit_weights_goes_on_under_autocast(
+def test_a_run_with_16_bit_weights_resumes_under_autocast(
     small_recipe, make_checkpoints, tmp_path: Path, config: str
 ) -> None:
     """So do runs that began when `bf16` meant 16-bit weights."""

@@ -47,7 +47,7 @@ def test_a_save_that_one_rank_cannot_write_is_void_on_all(outcomes: dict[str, An
 
 
 @pytest.mark.multiprocess
-def test_what_is_not_finite_on_one_rank_teaches_none(outcomes: dict[str, Any]) -> None:
+def test_a_step_that_is_not_finite_on_one_rank_changes_no_rank(outcomes: dict[str, Any]) -> None:
     found = outcomes["nonfinite_rank"]
     assert len(found) == 7 * 2 * 4
     assert {name: ranks for name, ranks in found.items() if ranks != [[True, True, True]] * 2} == {}

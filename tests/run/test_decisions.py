@@ -42,7 +42,7 @@ def test_saves_by_steps_and_by_minutes() -> None:
     assert saved == [30, 60, 90]
 
 
-def test_a_save_under_way_goes_on_when_nobody_is_busy() -> None:
+def test_a_save_in_progress_continues_when_no_rank_is_busy() -> None:
     points = SavePoints(ALONE, StopSignals(), None, None, Clock())
     assert not points.decide(1, is_busy=True).is_idle
     assert points.decide(2, is_busy=False).is_idle

@@ -22,7 +22,10 @@ EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.keep_last=2")
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("processes", "config"),
-    [(1, "zero0"), (1, "zero1"), pytest.param(2, "zero0", marks=pytest.mark.slow), (2, "zero1")],
+    [
+        *(pytest.param(processes, "zero0", marks=pytest.mark.slow) for processes in (1, 2)),
+        *((processes, "zero1") for processes in (1, 2)),
+    ],
 )
 def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(
     recipe_file: Path, tmp_path: Path, processes: int, config: str
@@ -47,7 +50,11 @@ def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGUSR2],
+    ids=lambda number: number.name,
+)
 def test_a_signal_saves_at_the_next_step_and_exits_75(
     recipe_file: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -203,7 +210,7 @@ def test_a_finished_run_is_extended_on_the_longer_runs_schedule(recipe_file: Pat
 
 
 @pytest.mark.multiprocess
-def test_the_same_command_goes_on_at_another_world_size_and_stage(recipe_file: Path, tmp_path: Path) -> None:
+def test_the_same_command_resumes_at_another_world_size_and_stage(recipe_file: Path, tmp_path: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     one_epoch = ("train.epochs=1", "train.eval_every_epochs=1")
     first = karat(

@@ -67,7 +67,7 @@ def test_keys_that_do_not_matter_may_change(small_recipe, tmp_path: Path) -> Non
     directory.open(small_recipe("data.workers=0", "log.every_steps=3", "train.micro_batch=2"))
 
 
-def test_the_mend_of_a_differing_key_is_named(small_recipe, tmp_path: Path) -> None:
+def test_the_fix_for_a_differing_key_is_named(small_recipe, tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
     directory.begin(small_recipe())

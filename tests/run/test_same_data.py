@@ -14,7 +14,7 @@ from karat_scale.run.same_data import keep_data
 from tests.conftest import karat, summary
 
 
-def test_a_state_goes_on_with_its_own_data_alone(small_recipe: Callable[..., Recipe]) -> None:
+def test_a_state_resumes_only_with_its_own_data(small_recipe: Callable[..., Recipe]) -> None:
     recipe, state = small_recipe(), TrainState()
     assert keep_data(state, 64, ("cat", "dog"), recipe, is_branch=False) == ""
     state = TrainState.from_json(state.to_json())
@@ -30,7 +30,7 @@ def test_a_state_goes_on_with_its_own_data_alone(small_recipe: Callable[..., Rec
     assert keep_data(state, 40, ("dog", "cat"), recipe, is_branch=False) == ""
 
 
-def test_a_run_does_not_go_on_with_another_data_set(recipe_file: Path, image_folder: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_resume_with_another_data_set(recipe_file: Path, image_folder: Path, tmp_path: Path) -> None:
     run, renamed = tmp_path / "run", tmp_path / "renamed"
     first = karat("train", str(recipe_file), f"run.dir={run}", "train.max_steps=3")
     assert first.returncode == 0, first.stdout + first.stderr

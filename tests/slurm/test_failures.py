@@ -85,7 +85,7 @@ def test_a_rank_that_hangs_in_a_read_is_named_with_its_stacks(train: Train, imag
     assert 'data/formats/folder.py", line' in log.read_text()
 
 
-def test_a_rank_that_is_slow_is_named_while_the_job_goes_on(train: Train) -> None:
+def test_a_rank_that_is_slow_is_named_while_the_job_continues(train: Train) -> None:
     wide = ("model.embed_dim=256", "model.depth=6", "checkpoint.every_steps=null", "train.epochs=40")
     job = train(*wide, "train.eval_every_epochs=40", options=("--nodes=2",))
     wait_for(job, "train", 2)

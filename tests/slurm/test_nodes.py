@@ -30,7 +30,7 @@ def test_a_killed_node_brings_the_job_back(train: Train, on_two_nodes: Path, clu
     assert_ends_like(job, on_two_nodes)
 
 
-def test_it_goes_on_with_the_nodes_that_are_left(train: Train, uninterrupted: Path, cluster: Cluster) -> None:
+def test_it_continues_with_the_remaining_nodes(train: Train, uninterrupted: Path, cluster: Cluster) -> None:
     job = train(options=("--nodes=1-2",))
     wait_for(job, "checkpoint", 3)
     cluster.kill_node(cluster.nodes[1])

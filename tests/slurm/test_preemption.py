@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -97,8 +96,8 @@ def test_a_time_limit_saves_and_the_job_comes_back(
 
 def test_a_signal_before_the_ranks_run_brings_the_job_back(train: Train, uninterrupted: Path) -> None:
     job = train()
-    wait_until(lambda: job.field("JobState") == "RUNNING", 30, "the job runs")
-    time.sleep(0.5)  # the batch script loads its environment
+    # The batch script writes this just before it starts the ranks, which then load for seconds.
+    wait_until(lambda: (run_of(job) / "restarts").is_file(), 60, "the batch script has begun")
     job.signal_batch()
     assert job.wait() == "COMPLETED 0", job.log
     assert job.starts == 2

@@ -1,8 +1,8 @@
-"""What a basis is: the functions phi_pq(x) of a learnable unit, as value, derivative and initialisation.
+"""The interface of a basis: the functions phi_pq(x) of a learnable unit, as value, derivative and initialisation.
 
 There are two kinds. A `FeatureBasis` is linear in the coefficients: phi_pq(x) = sum_f C_pqf f(x) over features that
 all units share, so H = sum_f f(A) C_f^T is a sum of matrix products. An `ElementwiseBasis` has parameters inside
-the function, so every pair of scores and units costs an evaluation. A basis of one's own subclasses either.
+the function, so every pair of a score and a unit costs an evaluation. Your own basis subclasses one of them.
 """
 
 from abc import ABC, abstractmethod
@@ -23,25 +23,25 @@ class Basis(ABC):
     """
 
     amplitudes: ClassVar[tuple[str, ...]] = ()
-    """The parameters that multiply phi: all of them times s is phi times s. Without, N cannot be changed."""
+    """The parameters that multiply phi: if all of them are scaled by s, so is phi. Without them, N is fixed."""
 
     @property
     def key(self) -> str:
-        """What an operation that takes only tensors and strings knows the basis by."""
+        """A name of the basis for operations that take only tensors and strings."""
         kind = type(self)
         settings = ", ".join([f"{name}={setting}" for name, setting in vars(self).items()])
         return f"{kind.__module__}.{kind.__qualname__}({settings})"
 
     @abstractmethod
     def shapes(self, heads: int, units: int, keys: int) -> dict[str, Shape]:
-        """Names and shapes of the parameters of [h, p, q] functions."""
+        """Return names and shapes of the parameters of [h, p, q] functions."""
 
     @abstractmethod
     def initialise(self, parameters: Mapping[str, Tensor], scheme: str) -> None:
-        """Draws the parameters in place by "paper" or "variance_preserving"."""
+        """Draw the parameters in place, by the scheme "paper" or "variance_preserving"."""
 
     def pack(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """What `value` and `derivative` are given, [h, K, p, q], by differentiable operations.
+        """Return the input of `value` and `derivative`, [h, K, p, q], computed by differentiable operations.
 
         The default joins the parameters, in the order of `shapes`; those of shape [h, p, q] become K = 1.
         """
@@ -49,7 +49,7 @@ class Basis(ABC):
 
 
 class BoundFeatures(Protocol):
-    """A feature basis tied to the arrays of a tile: scores [b, rows, N] and values [F, b, rows, N]."""
+    """A feature basis bound to the arrays of a tile: scores [b, rows, N] and values [F, b, rows, N]."""
 
     def evaluate(self) -> None:
         """Writes f(scores) into values[f] for every feature f."""
@@ -62,7 +62,7 @@ class BoundFeatures(Protocol):
 
 
 class FeatureBasis(Basis):
-    """phi_pq(x) = sum_f C_pqf f(x). Its one parameter is `coef` [h, F, p, q], unless `shapes` and `pack` say else."""
+    """phi_pq(x) = sum_f C_pqf f(x). Its parameter is `coef` [h, F, p, q], unless `shapes` and `pack` are overridden."""
 
     amplitudes: ClassVar[tuple[str, ...]] = ("coef",)
 
@@ -73,23 +73,23 @@ class FeatureBasis(Basis):
 
     @abstractmethod
     def value(self, x: Tensor) -> Sequence[Tensor]:
-        """Every f(x), each of x's shape."""
+        """Return f(x) for every feature, each of x's shape."""
 
     @abstractmethod
     def derivative(self, x: Tensor) -> Sequence[Tensor]:
-        """Every f'(x), each of x's shape."""
+        """Return f'(x) for every feature, each of x's shape."""
 
     def shapes(self, heads: int, units: int, keys: int) -> dict[str, Shape]:
         """See `Basis`."""
         return {"coef": (heads, self.num_features, units, keys)}
 
     def initialise(self, parameters: Mapping[str, Tensor], scheme: str) -> None:
-        """N(0, 1), or N(0, 1 / (q F)) so that H has variance near 1 where features have."""
+        """Draw from N(0, 1), or from N(0, 1 / (q F)), which gives H variance near 1 if features have it."""
         coef = parameters["coef"]
         nn.init.normal_(coef, std=1.0 if is_paper(scheme) else (coef.shape[1] * coef.shape[3]) ** -0.5)
 
     def bind(self, scores: Tensor, values: Tensor) -> BoundFeatures:
-        """Ties the basis to contiguous arrays that are used again for many tiles."""
+        """Bind the basis to contiguous arrays that are reused for many tiles."""
         return _PlainFeatures(self, scores, values)
 
 
@@ -102,7 +102,7 @@ class ElementwiseBasis(Basis):
 
     @abstractmethod
     def derivative(self, x: Tensor, *theta: Tensor) -> Sequence[Tensor]:
-        """The derivatives by x and by each of theta, each of x's shape."""
+        """Return the derivatives with respect to x and to each of theta, each of x's shape."""
 
     def sum_over_keys(self, x: Tensor, theta: Tensor) -> Tensor:
         """sum_q phi_q(x[:, q]) [rows] of x [rows, q] and theta [K, q]."""
@@ -111,7 +111,7 @@ class ElementwiseBasis(Basis):
     def pull_back(self, x: Tensor, upstream: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of x [rows, q] and theta [K, q], given that of phi, which broadcasts to x's shape.
 
-        Like `sum_over_keys` made of the above; a basis whose parts share work may do better.
+        Both methods use `value` and `derivative`; a basis whose parts share work may override them.
         """
         by_x, *by_theta = self.derivative(x, *theta)
         return by_x * upstream, torch.stack([(by * upstream).sum(0) for by in by_theta])
@@ -135,7 +135,7 @@ class _PlainFeatures:
 
 
 def is_paper(scheme: str) -> bool:
-    """Whether the scheme is the paper's; raises ValueError where it is neither that nor our own."""
+    """Return True if the scheme is the paper's, False if it is ours. Raises ValueError for any other."""
     if scheme not in INITIALISATIONS:
         raise ValueError(f"init = {scheme!r}: expected one of {', '.join(INITIALISATIONS)}")
     return scheme == "paper"
@@ -143,7 +143,7 @@ def is_paper(scheme: str) -> bool:
 
 @torch.no_grad()
 def initialise_projector(proj: Tensor, scheme: str) -> None:
-    """W [h, N, r], whose start the paper leaves open.
+    """Draw W [h, N, r]; the paper does not define its initial values.
 
     "paper": truncated normal of std 0.02; "variance_preserving": N(0, 1 / (r N)), so that O has the values' variance.
     """

@@ -52,7 +52,8 @@ class Fourier(FeatureBasis):
         """The coefficients in feature order, [h, 2 G, p, q]."""
         cos, sin = parameters["cos_coef"], parameters["sin_coef"]
         # As plain transposes, which are copied faster than a permutation of four dimensions.
-        return torch.cat((cos.flatten(1, 2).mT, sin.flatten(1, 2).mT), 1).unflatten(2, cos.shape[1:3])
+        packed: Tensor = torch.cat((cos.flatten(1, 2).mT, sin.flatten(1, 2).mT), 1).unflatten(2, cos.shape[1:3])
+        return packed
 
     def bind(self, scores: Tensor, values: Tensor) -> "FourierFeatures":
         """See `FeatureBasis`."""

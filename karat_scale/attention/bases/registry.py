@@ -1,4 +1,4 @@
-"""Bases by name, and those of others by their place: `package.module:Class`."""
+"""Bases by their names in the table, and other bases by their places: `package.module:Class`."""
 
 import importlib
 import inspect
@@ -15,9 +15,9 @@ _KNOWN: dict[str, Basis] = {Fourier.key: Fourier()}
 
 
 def basis_class(name: str) -> type[Basis]:
-    """The class of that name in the table, or the one at `package.module:Class`.
+    """Return the class of a name in the table, or the one at `package.module:Class`.
 
-    Raises ValueError when there is none, or when it is no basis that can be built.
+    Raises ValueError if there is none, or if it is not a basis that can be built.
     """
     if name in tables.BASES:
         listed: type[Basis] = tables.load(tables.BASES[name].place)
@@ -43,9 +43,9 @@ def basis_class(name: str) -> type[Basis]:
 
 
 def make_basis(name: str, **settings: Any) -> Basis:
-    """A basis by name with those of the settings that its constructor takes.
+    """Return a basis by name, built with those of the settings that its constructor takes.
 
-    Raises ValueError as `basis_class` does, and when the constructor refuses the settings.
+    Raises ValueError like `basis_class`, and if the constructor refuses the settings.
     """
     found = basis_class(name)
     taken = inspect.signature(found).parameters
@@ -58,12 +58,12 @@ def make_basis(name: str, **settings: Any) -> Basis:
 
 
 def key_of(basis: Basis) -> str:
-    """The basis's name for registered operations, under which `basis_of` finds it."""
+    """Return the basis's name for registered operations; `basis_of` finds it under this name."""
     key = basis.key
     _KNOWN.setdefault(key, basis)
     return key
 
 
 def basis_of(key: str) -> Basis:
-    """The basis that `key_of` named."""
+    """Return the basis that `key_of` named."""
     return _KNOWN[key]

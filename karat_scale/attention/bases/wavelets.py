@@ -63,7 +63,8 @@ class Wavelet(ElementwiseBasis):
     def sum_over_keys(self, x: Tensor, theta: Tensor) -> Tensor:
         """As a matrix product with w."""
         weight, translation, rate = theta
-        return self.mother(torch.addcmul(-translation * rate, x, rate)) @ weight
+        hidden: Tensor = self.mother(torch.addcmul(-translation * rate, x, rate)) @ weight
+        return hidden
 
     def pull_back(self, x: Tensor, upstream: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """As `derivative`, with w, tau and rate applied after the sums over rows."""
@@ -82,7 +83,8 @@ class MexicanHat(Wavelet):
     def mother(self, t: Tensor) -> Tensor:
         """psi(t)."""
         square = t * t
-        return (square - 1) * _bell(square) * _HAT
+        psi: Tensor = (square - 1) * _bell(square) * _HAT
+        return psi
 
     def mother_and_slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """psi'(t) = c t (3 - t^2) exp(-t^2 / 2)."""

@@ -65,7 +65,7 @@ def attend(call: FourierCall) -> Tensor:
     common = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
     query, key, value = (x.to(common) for x in (query, key, value))
     parameters = (x.to(torch.float32).contiguous() for x in (cos_coef, sin_coef, proj))
-    output, _ = torch.ops.karat_scale.cpu_forward(query, key, value, *parameters)
+    output: Tensor = torch.ops.karat_scale.cpu_forward(query, key, value, *parameters)[0]
     return output
 
 

@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -106,11 +107,13 @@ def _is_eager(query: Tensor, cos_coef: Tensor) -> bool:
 
 
 def _attend_by_operation(*arguments: Any) -> Tensor:
-    return torch.ops.karat_scale.triton_forward(*arguments)[0]
+    output: Tensor = torch.ops.karat_scale.triton_forward(*arguments)[0]
+    return output
 
 
 def _attend_eagerly(*arguments: Any) -> Tensor:
-    return _Attention.apply(*arguments)
+    apply: Callable[..., Tensor] = _Attention.apply
+    return apply(*arguments)
 
 
 class _Attention(torch.autograd.Function):
@@ -198,7 +201,8 @@ def _pull_back(
     if query.numel() == 0:
         return *map(torch.zeros_like, given), None if bias is None or not bias_is_learned else torch.zeros_like(bias)
     kept = (hidden, narrow, coef, coef_scale)
-    return _kernels().backward(grad_output, kept, given, bias, base, bias_is_learned)
+    gradients: tuple[Tensor | None, ...] = _kernels().backward(grad_output, kept, given, bias, base, bias_is_learned)
+    return gradients
 
 
 def _backward(*arguments: Any) -> tuple[Any, ...]:

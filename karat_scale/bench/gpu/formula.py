@@ -40,6 +40,5 @@ def plain_attention(
         activated = BASE_FUNCTIONS[base](scores)
         activated = activated if mask is None else activated * mask
         hidden = hidden + activated.sum(-1, keepdim=True)
-    if mask is None:
-        return hidden @ (proj.mT @ value)
-    return ((hidden @ proj.mT) * mask) @ value
+    output: Tensor = hidden @ (proj.mT @ value) if mask is None else ((hidden @ proj.mT) * mask) @ value
+    return output

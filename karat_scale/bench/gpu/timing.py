@@ -50,7 +50,8 @@ def device_seconds(run: Callable[[], object], calls: int, device: str) -> float:
         run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1e3 / calls
 
 
 def _hold(seconds: float) -> None:

@@ -92,9 +92,7 @@ class TrainTransform:
         """
         if draw.flip:
             pixels = pixels[:, ::-1]
-        if self._only_flips:
-            return pixels.transpose(2, 0, 1)
-        if draw.ops or draw.jitter:
+        if not self._only_flips and (draw.ops or draw.jitter):
             image = Image.fromarray(np.ascontiguousarray(pixels))
             for operation in draw.ops:
                 assert self._randaugment is not None
@@ -102,15 +100,16 @@ class TrainTransform:
             for name, factor in draw.jitter:
                 image = JITTERS[name](image, factor)
             pixels = np.asarray(image)
-        if draw.erase is not None:
+        if not self._only_flips and draw.erase is not None:
             pixels = self._erased(pixels, draw.erase)
-        return pixels.transpose(2, 0, 1)
+        planes: npt.NDArray[np.uint8] = pixels.transpose(2, 0, 1)
+        return planes
 
     def _erased(self, pixels: npt.NDArray[np.uint8], erase: tuple[int, int, int, int, int]) -> npt.NDArray[np.uint8]:
         left, top, width, height, seed = erase
         # RandomState is the numpy generator whose stream is frozen for good.
         noise = np.random.RandomState(seed).standard_normal((height, width, 3)).astype(np.float32)
-        erased = pixels.copy()
+        erased: npt.NDArray[np.uint8] = pixels.copy()
         erased[top : top + height, left : left + width] = np.clip(noise * self._std + self._mean, 0, 255)
         return erased
 

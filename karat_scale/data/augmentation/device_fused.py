@@ -54,7 +54,7 @@ def augment(
 def _tables(images: Tensor, turn: Tensor) -> Tensor:
     from karat_scale.data.augmentation.device_triton import tables_kernel
 
-    tables = _fake_tables(images, turn)
+    tables: Tensor = _fake_tables(images, turn)
     with torch.cuda.device_of(images):
         tables_kernel[(3 * len(images),)](
             images, turn, tables, images.shape[2] * images.shape[3], BLOCK=TABLE_BLOCK, **OPTIONS
@@ -83,11 +83,13 @@ _library.impl("augment_tables", _tables, "CompositeExplicitAutograd")
 _library.impl("augment_turn", _turn, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("karat_scale::augment_tables", lib=_library)
 def _fake_tables(images: Tensor, _turn: Tensor) -> Tensor:
     return images.new_empty(len(images), 3, 256)
 
 
-@torch.library.register_fake("karat_scale::augment_turn", lib=_library)
 def _fake_turn(images: Tensor, *_: object) -> Tensor:
     return torch.empty_like(images)
+
+
+torch.library.register_fake("karat_scale::augment_tables", _fake_tables, lib=_library)
+torch.library.register_fake("karat_scale::augment_turn", _fake_turn, lib=_library)

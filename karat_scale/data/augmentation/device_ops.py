@@ -90,7 +90,8 @@ def _blended(plain: torch.Tensor, images: torch.Tensor, factors: torch.Tensor) -
 def _grey(images: torch.Tensor) -> torch.Tensor:
     """Pillow's luma, int32 [n, 1, H, W]."""
     red, green, blue = images.int().split(1, dim=1)
-    return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+    grey: torch.Tensor = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+    return grey
 
 
 def _mean_grey(images: torch.Tensor) -> torch.Tensor:

@@ -83,7 +83,8 @@ class Mixer:
 
 def _partners(rows: torch.Tensor) -> torch.Tensor:
     """Rows 1, 0, 3, 2, ...: what each row mixes with."""
-    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    partners: torch.Tensor = rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return partners
 
 
 @contextmanager

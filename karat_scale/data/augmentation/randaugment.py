@@ -56,7 +56,7 @@ class RandAugment:
     def apply(self, image: Image.Image, operation: Operation) -> Image.Image:
         """Do a drawn operation to an RGB image."""
         name, arguments = operation
-        op = self._ops[name]
+        op: Any = self._ops[name]  # timm's functions have no types
         result: Image.Image = op.aug_fn(image, *arguments, **op.kwargs)
         return result
 

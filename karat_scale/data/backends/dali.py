@@ -88,7 +88,8 @@ class EvalPass:
         return self._transform.view(width, height), None
 
     def finish(self, pixels: Pixels, draw: Draw | None) -> Pixels:
-        return pixels.transpose(2, 0, 1)
+        planes: Pixels = pixels.transpose(2, 0, 1)
+        return planes
 
     def assembler(self, source: ImageSource) -> EvalAssembler:
         return EvalAssembler(source, self._spec, self._decoder)

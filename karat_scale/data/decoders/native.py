@@ -64,7 +64,8 @@ class NativeDecoder:
         asked = _View(*view.region, *view.box, *view.size, self._interpolation)
         if not self._library.karat_decoder_read(handle, ctypes.byref(asked), planes.ctypes.data):
             return None
-        return planes.transpose(1, 2, 0)
+        pixels: npt.NDArray[np.uint8] = planes.transpose(1, 2, 0)
+        return pixels
 
 
 class _View(ctypes.Structure):

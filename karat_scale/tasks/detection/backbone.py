@@ -86,7 +86,8 @@ class ViTBackbone(nn.Module):
                 tokens = block(tokens)
             else:
                 tokens = join_windows(block(split_windows(tokens, self.window)), self.side, self.window)
-        return self.pyramid(tokens.transpose(1, 2).unflatten(2, (self.side, self.side)))
+        maps: OrderedDict[str, Tensor] = self.pyramid(tokens.transpose(1, 2).unflatten(2, (self.side, self.side)))
+        return maps
 
 
 def split_windows(tokens: Tensor, window: int) -> Tensor:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from karat_scale.data.decode import UndecodableImageError, decode_rgb
 from karat_scale.errors import DataError, RecipeError
+from karat_scale.tables import how_to_install
 
 FIX = "correct data.path or the names below it"
 _IMAGE_FIELDS = {"file_name": (str, "a name"), "width": (int, "pixels"), "height": (int, "pixels")}
@@ -158,9 +159,7 @@ def require_pycocotools() -> None:
     try:
         import pycocotools.coco  # noqa: F401
     except ImportError as error:
-        raise RecipeError(
-            f"karat detect needs pycocotools ({error}); install the extra in the clone: pip install '.[detection]'"
-        ) from error
+        raise RecipeError(f"karat detect needs pycocotools ({error}); {how_to_install('detection')}") from error
 
 
 def _mask(segmentation: Any, record: ImageRecord) -> npt.NDArray[np.uint8]:

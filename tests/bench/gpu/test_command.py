@@ -12,7 +12,7 @@ import torch
 from karat_scale.bench.gpu import command
 from karat_scale.bench.gpu.sections import SECTIONS
 from karat_scale.errors import UserError
-from tests.conftest import ROOT, karat, karat_environment
+from tests.conftest import ROOT, karat, karat_environment, karat_here
 
 HEAVY = ("timm", "rich", "deepspeed", "torchvision", "pydantic", "yaml", "psutil", "webdataset")
 
@@ -35,19 +35,17 @@ def test_every_section_runs_and_both_files_hold_its_figures(tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
-    done = karat("bench", "gpu", "--json", str(tmp_path / "gpu.json"))
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "sees no CUDA device" in done.stderr
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path, capsys) -> None:
+    assert karat_here("bench", "gpu", "--json", str(tmp_path / "gpu.json")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "sees no CUDA device" in line
     assert not list(tmp_path.iterdir())
 
 
-def test_a_section_that_is_not_there_is_one_line() -> None:
-    done = karat("bench", "gpu", "--only", "kernels,memory")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "no section 'memory'; choose from kernels, attention" in done.stderr
+def test_a_section_that_is_not_there_is_one_line(capsys) -> None:
+    assert karat_here("bench", "gpu", "--only", "kernels,memory") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no section 'memory'; choose from kernels, attention" in line
 
 
 def test_the_sections_are_listed_without_importing_torch() -> None:

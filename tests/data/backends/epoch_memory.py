@@ -30,7 +30,7 @@ def resident_mb() -> float:
 
 
 def main(config: str, epochs: int) -> None:
-    opened = open_backend(ImageSpec(DataConfig.model_validate_json(config), AugmentConfig(), 64, 4, 0))
+    opened = open_backend(ImageSpec(DataConfig.model_validate_json(config), AugmentConfig(), 128, 4, 0))
     plan = TrainPlan(0, opened.num_train, 16, 16, 0, 1)
     after: list[float] = []
     for number, batch in enumerate(opened.train_batches(plan.slices(0, epochs * plan.steps_per_epoch)), start=1):

@@ -54,7 +54,7 @@ def test_regions_are_pillows_to_the_bit_in_batches_of_any_size(decoder):
     assert next(decoded, None) is None
 
 
-def test_a_batch_that_cannot_be_decoded_is_named_and_the_rest_go_on(decoder):
+def test_a_batch_that_cannot_be_decoded_is_named_and_the_rest_continue(decoder):
     batches = [crops([number, number + 1]) for number in range(9)]
     fed = []
 

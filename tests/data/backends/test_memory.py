@@ -40,5 +40,5 @@ def test_ten_epochs_take_no_more_memory_than_three(image_folder, shards, tmp_pat
     assert done.returncode == 0, done.stderr
     after = json.loads(done.stdout.splitlines()[-1])
     assert len(after) == EPOCHS
-    # An epoch of decoded images is 0.8 MB: 5.5 MB more than at the third epoch if they stayed.
-    assert after[-1] - after[SETTLED - 1] < 2.5, after
+    # An epoch of decoded images is 3 MB: 22 MB more than at the third epoch if they stayed.
+    assert after[-1] - after[SETTLED - 1] < 7, after

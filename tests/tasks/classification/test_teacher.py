@@ -61,7 +61,7 @@ def losses(run: Path) -> list[float]:
     return [event["loss"] for event in events(run, "train")]
 
 
-def test_a_student_trains_stops_goes_on_and_is_evaluated_without_the_teachers_run(
+def test_a_student_trains_stops_resumes_and_is_evaluated_without_the_teachers_run(
     teacher: Path, stopped: Path, student_command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     whole, parts, gone = tmp_path / "whole", tmp_path / "parts", tmp_path / "gone"

@@ -41,7 +41,7 @@ def same(left: object, right: object) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_stopped_run_goes_on_to_the_bits_of_one_that_was_not(small_file: Path, tmp_path: Path, capsys) -> None:
+def test_a_stopped_run_resumes_to_the_bits_of_an_uninterrupted_one(small_file: Path, tmp_path: Path, capsys) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     done = karat("detect", str(small_file), f"run.dir={whole}")
     assert done.returncode == 0, done.stderr
@@ -115,7 +115,7 @@ def test_a_run_of_another_kind_is_called_so(
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_ranks_score_each_image_once_and_one_goes_on_from_them(small_file: Path, tmp_path: Path) -> None:
+def test_two_ranks_score_each_image_once_and_one_rank_resumes_from_them(small_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ("train.max_steps=3", "train.micro_batch=2", "train.precision=bf16")
     done = karat("detect", str(small_file), f"run.dir={run}", *options, processes=2)

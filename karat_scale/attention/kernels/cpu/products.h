@@ -1,5 +1,5 @@
 // Register-blocked products of float32 matrices: nearly all the work of the float32 kernel.
-// 
+//
 // Padding: rows and columns beyond N, r and d are zero in every operand, so they add zero wherever they are summed.
 
 #pragma once

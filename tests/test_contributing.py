@@ -1,0 +1,130 @@
+"""The examples of CONTRIBUTING.md, applied to a copy of the package; their commands run as they are written."""
+
+import csv
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT, karat_environment
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+SECTIONS = dict(re.findall(r"^## (Add .*?)\n(.*?)(?=^## |\Z)", CONTRIBUTING, flags=re.DOTALL | re.MULTILINE))
+# One process imports torch and DeepSpeed once. `karat prepare` becomes another program, so it has a process of its own.
+IN_TURN = (
+    "import shlex, sys; from karat_scale.cli import main; sys.exit(max(main(shlex.split(a)) for a in sys.argv[1:]))"
+)
+
+
+def blocks(section: str, language: str) -> list[tuple[str, str]]:
+    """The title and the text of a section's code blocks in a language."""
+    return re.findall(rf'^```{language}(?: title="(.*?)")?\n(.*?)^```', section, flags=re.DOTALL | re.MULTILINE)
+
+
+def apply(section: str, copy: Path) -> None:
+    """Write the section's modules and add its lines."""
+    for title, text in blocks(section, "python"):
+        (copy / title).write_text(text)
+    for _, text in blocks(section, "diff"):
+        command = ["git", "apply", "--recount", "--unidiff-zero", "-"]
+        done = subprocess.run(command, cwd=copy, input=text, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{done.stderr}CONTRIBUTING.md has lines that the files no longer have:\n{text}"
+
+
+def karat(copy: Path, *arguments: str) -> None:
+    """Run Python in the copy, which is the only karat_scale that it can import."""
+    environment = {**karat_environment(), "PYTHONPATH": str(copy)}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=copy,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def png(brightness: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (28, 28), (brightness,) * 3).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_data(data: Path) -> None:
+    """What the examples read: zip files of images, and a small file like MedMNIST's."""
+    (data / "zipped").mkdir(parents=True)
+    for split in ("train", "val"):
+        with zipfile.ZipFile(data / "zipped" / f"{split}.zip", "w") as archive:
+            for number in range(16):
+                archive.writestr(f"class{number % 2}/{number}.png", png(number))
+    (data / "medmnist").mkdir()
+    rng = np.random.default_rng(0)
+    arrays = {f"{split}_images": rng.integers(0, 256, (18, 28, 28, 3), np.uint8) for split in ("train", "val", "test")}
+    arrays |= {f"{split}_labels": np.arange(18).reshape(-1, 1) % 9 for split in ("train", "val", "test")}
+    np.savez(data / "medmnist" / "pathmnist.npz", **arrays)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package with all examples, after all their commands."""
+    copy = tmp_path_factory.mktemp("contributing")
+    for name in ("karat_scale", "data_prep", "ds_configs"):
+        shutil.copytree(ROOT / name, copy / name)
+    subprocess.run(["git", "init", "-q"], cwd=copy, check=True)  # else git takes the paths from a repository around it
+    make_data(copy / "data")
+    for section in SECTIONS.values():
+        apply(section, copy)
+    commands = [
+        line for section in SECTIONS.values() for _, text in blocks(section, "bash") for line in text.splitlines()
+    ]
+    words = [line.removeprefix("karat ") for line in commands]
+    for line in words:
+        if line.startswith("prepare "):
+            karat(copy, "-m", "karat_scale", *shlex.split(line))
+    karat(copy, "-c", IN_TURN, *(line for line in words if line.startswith("train ")))
+    return copy
+
+
+def test_each_example_has_a_module_its_row_and_a_command() -> None:
+    assert list(SECTIONS) == [
+        f"Add a {what}" for what in ("basis", "data backend", "model family", "tracker", "data set")
+    ]
+    for section in SECTIONS.values():
+        ((title, _),) = blocks(section, "python")
+        assert Path(title).suffix == ".py"
+        assert blocks(section, "diff")
+        assert len(blocks(section, "bash")) == 1
+
+
+@pytest.mark.parametrize("run", ["gaussian", "zip", "relpos", "csv", "pathmnist"])
+def test_each_example_trains_two_steps(copy: Path, run: str) -> None:
+    summary = json.loads((copy / "runs" / run / "summary.json").read_text())
+    assert (summary["exit"], summary["steps"]) == (0, 2)
+
+
+def test_the_added_tracker_has_written_each_step(copy: Path) -> None:
+    with (copy / "runs" / "csv" / "loss.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert [row[0] for row in rows] == ["1", "2"]
+    assert all(float(loss) > 0 and float(lr) > 0 for _, loss, lr in rows)
+
+
+def test_the_added_modules_pass_the_checks(copy: Path) -> None:
+    added = [title for section in SECTIONS.values() for title, _ in blocks(section, "python")]
+    environment = {**os.environ, "PYTHONPATH": str(copy)}
+    for check in (["check"], ["format", "--check"]):
+        command = [sys.executable, "-m", "ruff", *check, "--config", str(ROOT / "pyproject.toml"), *added]
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
