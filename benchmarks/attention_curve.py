@@ -19,8 +19,7 @@ from karat_scale.bench.attention import (
     forward_backward_once,
 )
 from karat_scale.bench.commands import add_attention_options, attention_case
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio
-from karat_scale.bench.peak_memory import peak_memory_of
+from karat_scale.bench.measuring import interleaved_seconds, median_ratio, peak_memory_of
 from karat_scale.console import print_table, write_json
 from karat_scale.errors import run_script
 

@@ -88,17 +88,17 @@ def _outwait_gloo() -> None:
 
 def _train(recipe: Recipe, steps: int, evaluates: bool) -> None:
     from karat_scale.engine import distributed
-    from karat_scale.engine.run_state import TrainState
     from karat_scale.reporting.progress import Reporter, SilentDisplay
     from karat_scale.run.loop import Loop, evaluate_in_training
-    from karat_scale.run.parts import build_parts
+    from karat_scale.run.run import build_parts
     from karat_scale.run.run_directory import RunDirectory
     from karat_scale.run.signals import StopSignals
+    from karat_scale.tasks.classification.task import ClassificationTask, TrainState
 
     world = distributed.start("cpu")
     try:
         reporter = Reporter(SilentDisplay(), None)
-        parts = build_parts(recipe, world, RunDirectory(recipe.run.dir), StopSignals(), reporter)
+        parts = build_parts(ClassificationTask(recipe, world, reporter), RunDirectory(recipe.run.dir), StopSignals())
         loop = Loop(parts, TrainState())
         batches = loop.feed(steps)
         for _ in range(steps):

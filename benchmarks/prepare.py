@@ -26,7 +26,7 @@ from torchvision.io import encode_jpeg
 
 from karat_scale.arguments import OneLineParser, count, new_file
 from karat_scale.bench.data import Contender, decode_whole_by_simplejpeg, decode_whole_by_torchvision
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio, processor_seconds
+from karat_scale.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
 from karat_scale.bench.sample_images import CLASSES, prepare_images
 from karat_scale.console import print_table, write_json
 from karat_scale.data.decode import decode_rgb
@@ -45,7 +45,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class PreparePlan:
-    """What is measured: up to `images` JPEGs of a tar, or photo-like ones made here, to this short side in pixels."""
+    """Up to `images` JPEGs of a tar, or photo-like ones made here, and the short side in pixels to resize them to."""
 
     tar: str | None = None
     resize: int = 256

@@ -15,8 +15,7 @@ from torch import nn
 
 from karat_scale.arguments import OneLineParser, count, new_file
 from karat_scale.bench.attention import clock_for, device_name
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio
-from karat_scale.bench.peak_memory import peak_memory_of
+from karat_scale.bench.measuring import interleaved_seconds, median_ratio, peak_memory_of
 from karat_scale.console import print_table, write_json
 from karat_scale.errors import run_script
 from karat_scale.models import create_model
@@ -38,7 +37,7 @@ POLICIES = ("none", "attention", "every", "all", HALF)
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured."""
+    """The model, batch and device to measure."""
 
     model: str
     batch: int
@@ -112,7 +111,7 @@ def forward_backward(attention: str, policy: str, case: Case) -> Callable[[], No
 
 
 def forward_backward_once(attention: str, policy: str, case: Case, warm_up: bool) -> Callable[[], None]:
-    """For the memory measurement: the case itself, or a small one that loads and builds all that it needs."""
+    """Return the pass whose memory is measured; as a warm-up, a small one that loads and builds all it needs."""
     small = Case(**{**asdict(case), "batch": 1, "image_size": 32})
     return forward_backward(attention, policy, small if warm_up else case)
 
@@ -133,7 +132,7 @@ def _model(attention: str, policy: str, case: Case) -> nn.Module:
 
 
 def _choices(model: nn.Module, flops: Sequence[BlockFlops], policy: str, case: Case) -> Sequence[Choice]:
-    """Of the recipe's policies, or the budget's under half of what `none` needs, or the least it can be."""
+    """Return the choices of a policy, or of a budget of half of what `none` needs, or the least possible."""
     depth = len(flops)
     if policy != HALF:
         return choices_by_rule(RecomputeConfig.model_validate({"policy": policy}), depth)

@@ -17,21 +17,21 @@ import torch
 from karat_scale.arguments import OneLineParser, count, new_file
 from karat_scale.console import print_table, write_json
 from karat_scale.engine import distributed
-from karat_scale.engine.run_state import TrainState
 from karat_scale.errors import run_script
 from karat_scale.recipe.loading import validate_recipe
 from karat_scale.reporting.progress import Reporter, SilentDisplay
-from karat_scale.run.loop import Loop
-from karat_scale.run.parts import Parts, build_parts
+from karat_scale.run.loop import Loop, Parts
+from karat_scale.run.run import build_parts
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StopSignals
+from karat_scale.tasks.classification.task import ClassificationTask, TrainState
 
 DEEPSPEED, BLOCKING, BESIDE = "DeepSpeed's save_checkpoint", "karat, blocking", "karat, beside training"
 
 
 @dataclass(frozen=True)
 class SavePlan:
-    """What to save, how often, and where."""
+    """The engine to save, the number of rounds, and the directory."""
 
     model: str
     image_size: int
@@ -80,7 +80,8 @@ class _Bench:
         recipe = validate_recipe(tree, "bench save")
         self._plan, self._theirs = plan, Path(scratch) / "deepspeed"
         reporter = Reporter(SilentDisplay(), None)
-        self._parts: Parts = build_parts(recipe, world, RunDirectory(recipe.run.dir), StopSignals(), reporter)
+        task = ClassificationTask(recipe, world, reporter)
+        self._parts: Parts = build_parts(task, RunDirectory(recipe.run.dir), StopSignals())
         self._loop = Loop(self._parts, TrainState())
         self._batches = self._loop.feed(10**6)
 

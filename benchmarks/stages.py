@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(case: StagesCase, out: Path) -> None:
-    """What each rank does; rank 0 writes the result."""
+    """Measure on each rank; rank 0 writes the result."""
     world = distributed.start("auto")
     try:
         rows = compare(case, world)

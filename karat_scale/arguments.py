@@ -1,13 +1,14 @@
 """Argument parsing that all our commands share: one-line errors, numbers with bounds, overrides between options."""
 
 import argparse
-import difflib
 import math
 import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from karat_scale.suggestions import nearest
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -32,7 +33,7 @@ class OneLineParser(argparse.ArgumentParser):
         """Check `choices` like argparse, and suggest the nearest one."""
         if action.choices is not None and value not in action.choices:
             names = [str(choice) for choice in action.choices]
-            close = difflib.get_close_matches(str(value), names, n=1)
+            close = nearest(str(value), names, likeness=0.5)  # options are short
             hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)}"
             raise argparse.ArgumentError(action, f"unknown value {value!r}; {hint}")
 

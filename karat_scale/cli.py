@@ -11,12 +11,11 @@ from karat_scale.arguments import OneLineParser, count, new_file, positive, time
 from karat_scale.bench.commands import add_benches
 from karat_scale.compiler_caches import use_local_caches
 from karat_scale.errors import UserError
-from karat_scale.prepare import SCRIPTS
-from karat_scale.prepare import prepare as run_script
+from karat_scale.shipped import SCRIPTS, run_prepare
 from karat_scale.tables import EXPORT_FORMATS
 
 EXIT_USAGE = 2
-ANALYSES = ("spectrum", "maps", "functions", "distributions", "landscape")
+ANALYSES = ("spectrum", "content", "maps", "functions", "distributions", "landscape")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser("prepare", help="make, check and copy data sets with the scripts of data_prep")
     prepare.add_argument("script", choices=SCRIPTS, help="the script; `karat prepare SCRIPT --help` lists its options")
     prepare.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own options")
-    prepare.set_defaults(run=lambda options: run_script(options.script, options.arguments))
+    prepare.set_defaults(run=lambda options: run_prepare(options.script, options.arguments))
 
     train = commands.add_parser("train", help="train a recipe, or resume its run")
     train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
@@ -50,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     detect.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
     detect.add_argument("--eval", action="store_true", help="evaluate a checkpoint of a run by COCO's mAP")
     detect.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
+    detect.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto", help="weights that --eval uses")
     detect.add_argument("--json", type=new_file, metavar="FILE", help="also write the result of --eval to this file")
     detect.set_defaults(run=_detect)
 
@@ -109,7 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
     analyze.add_argument("--data", metavar="DIR", help="the data, instead of the runs' data.path")
     analyze.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
     analyze.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
-    analyze.add_argument("--images", type=count, default=64, help="for spectrum, functions (default: %(default)s)")
+    analyze.add_argument(
+        "--images", type=count, default=64, help="for spectrum, content, functions (default: %(default)s)"
+    )
     analyze.add_argument("--image", type=int, nargs="+", metavar="N", help="images for the maps (default: four)")
     analyze.add_argument(
         "--block", type=int, default=-1, help="block of the maps; -1 is the last (default: %(default)s)"
@@ -169,31 +171,40 @@ def _train(options: argparse.Namespace) -> int:
         print(dump_recipe(recipe), end="")
         return 0
     from karat_scale.run.run import train
+    from karat_scale.tasks.classification.task import ClassificationTask
 
-    return train(recipe)
+    return train(ClassificationTask, recipe)
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from karat_scale.tasks.classification.eval_run import evaluate_run
+    from karat_scale.run.evaluate import evaluate_run
+    from karat_scale.tasks.classification.task import ClassificationTask
 
-    return evaluate_run(options.run_dir, options.overrides, options.checkpoint, options.weights, options.json)
+    what = (options.run_dir, options.overrides, options.checkpoint, options.weights, options.json)
+    return evaluate_run(ClassificationTask, *what)
 
 
 def _detect(options: argparse.Namespace) -> int:
     from karat_scale.recipe.loading import dump_recipe, load_recipe
+    from karat_scale.tasks.detection.coco import require_pycocotools
     from karat_scale.tasks.detection.recipe import DetectionRecipe
 
     if options.eval:
-        from karat_scale.tasks.detection.run import evaluate_detector
+        require_pycocotools()
+        from karat_scale.run.evaluate import evaluate_run
+        from karat_scale.tasks.detection.task import DetectionTask
 
-        return evaluate_detector(options.recipe, options.overrides, options.checkpoint, options.json)
+        what = (options.recipe, options.overrides, options.checkpoint, options.weights, options.json)
+        return evaluate_run(DetectionTask, *what)
     recipe = load_recipe(options.recipe, options.overrides, DetectionRecipe)
     if options.print:
         print(dump_recipe(recipe), end="")
         return 0
-    from karat_scale.tasks.detection.run import train_detector
+    require_pycocotools()
+    from karat_scale.run.run import train
+    from karat_scale.tasks.detection.task import DetectionTask
 
-    return train_detector(recipe)
+    return train(DetectionTask, recipe)
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -41,7 +41,7 @@ def use_local_caches(environ: MutableMapping[str, str] = os.environ, mounts: Pat
 
 
 def is_local(path: Path, mounts: Path = MOUNTS) -> bool:
-    """Whether a path, which need not exist, is on no network file system; true where the system does not tell."""
+    """True if a path, which need not exist, is not on a network file system or the system does not say."""
     try:
         lines = [line.split() for line in mounts.read_text().splitlines()]
     except OSError:

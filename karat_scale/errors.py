@@ -44,7 +44,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except OSError as error:
         code, message = 2, _described(error)
     except KeyboardInterrupt:
-        code, message = 130, "stopped; run the same command again to resume"
+        code, message = 130, "stopped; run the same command again"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 

@@ -62,7 +62,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     path = Path(os.path.realpath(path))
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with naming(path):
+        with name_in_errors(path):
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
             commit_file(Path(temporary), path)
@@ -78,7 +78,7 @@ def _is_special(path: Path) -> bool:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def name_in_errors(path: Path) -> Iterator[None]:
     """Add this file name to an OSError without one, such as that of a full disk."""
     try:
         yield

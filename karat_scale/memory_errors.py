@@ -1,4 +1,4 @@
-"""How an allocation that fails is recognised, on the CPU and on a GPU. Knows torch only."""
+"""Recognise a failed allocation, on the CPU and on a GPU. Needs only torch."""
 
 import torch
 
@@ -7,7 +7,7 @@ _SIGNS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory could not be had."""
+    """True if an exception says that there was not enough memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)

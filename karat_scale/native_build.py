@@ -97,7 +97,7 @@ def _available_instruction_sets() -> tuple[str, ...]:
 
 
 def _may_use_amx() -> bool:
-    """Whether the CPU has bfloat16 tiles, and Linux lets this process use them, which it must be asked once."""
+    """True if the CPU has bfloat16 tiles and Linux lets this process use them, after it was asked once."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.is_file():
         return False
@@ -196,7 +196,7 @@ def _build(command: list[str], library: Path) -> None:
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether the library is there and ends in its own digest: loading a torn one would kill the process."""
+    """True if the library exists and ends in its own digest: loading an incomplete one would kill the process."""
     content = library.read_bytes() if library.is_file() else b""
     return len(content) > DIGEST_BYTES and hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
 

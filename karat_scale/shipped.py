@@ -1,5 +1,8 @@
-"""Where the folders that ship beside the package are: `ds_configs`, `slurm` and `data_prep`."""
+"""The folders that ship beside the package: `ds_configs`, `slurm`, and `data_prep`, which `karat prepare` runs."""
 
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -8,3 +11,21 @@ def shipped_directory(name: str) -> Path:
     package = Path(__file__).resolve().parent
     installed = package / name
     return installed if installed.is_dir() else package.parent / name
+
+
+SCRIPTS = {
+    "webdataset": "make_webdataset.py",
+    "ffcv": "make_ffcv.py",
+    "verify": "verify.py",
+    "stage": "stage.py",
+    "dali-index": "make_dali_index.py",
+    "join": "join_splits.py",
+    "fetch": "fetch.py",
+}
+
+
+def run_prepare(script: str, arguments: Sequence[str]) -> int:
+    """Become the script `script` of `SCRIPTS`: its output, signals and exit code are those of this process."""
+    path = shipped_directory("data_prep") / SCRIPTS[script]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, str(path), *arguments])

@@ -114,7 +114,7 @@ BASES = {
 class OptimizerRow:
     """An optimizer.
 
-    place: of a function that takes (model, optim, device) and returns a torch optimizer over all that learns.
+    place: of a function that takes (model, optim, device, groups of parameters or None) and returns a torch optimizer.
     states: the names of the fp32 tensors that it keeps for a parameter, each of the parameter's size.
     matrix_states: the same for the linear layers inside blocks, if it updates them in another way.
     whole_matrices: these must be whole, so that only ZeRO stage 0 works.

@@ -12,9 +12,15 @@ from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
 from karat_scale.models import create_model
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.reporting.progress import PlainDisplay, Reporter
+from karat_scale.run.loop import Parts
+from karat_scale.run.run import build_parts
+from karat_scale.run.run_directory import RunDirectory
+from karat_scale.run.signals import StopSignals
+from karat_scale.run.task import Task
+from karat_scale.tasks.classification.task import ClassificationTask, TrainState
 from tests.conftest import SMALL
 
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_offload_params")
@@ -33,6 +39,16 @@ def small_recipe(tmp_path: Path) -> Callable[..., Recipe]:
     return load
 
 
+def make_parts(
+    recipe: RunRecipe, world: World, reporter: Reporter | None = None, task_type: type[Task] = ClassificationTask
+) -> Parts:
+    """The parts of a run, in the directory of the recipe."""
+    directory = RunDirectory(recipe.run.dir)
+    directory.store.root.mkdir(parents=True, exist_ok=True)
+    task = task_type(recipe, world, reporter or Reporter(PlainDisplay(), None))
+    return build_parts(task, directory, StopSignals())
+
+
 @pytest.fixture
 def make_engine(world: World) -> Callable[[Recipe], Engine]:
     """An engine over a freshly initialised model, the same one each time."""
@@ -40,7 +56,10 @@ def make_engine(world: World) -> Callable[[Recipe], Engine]:
     def make(recipe: Recipe) -> Engine:
         torch.manual_seed(0)
         model = create_model(recipe.model, recipe.attention)
-        return Engine(model, recipe, world, recipe.train.global_batch)
+        engine = Engine(model, recipe, world, recipe.train.global_batch)
+        if recipe.train.compile:
+            engine.compile(recipe.train.compile)
+        return engine
 
     return make
 
@@ -53,7 +72,8 @@ def make_checkpoints(world: World, make_engine: Callable[[Recipe], Engine]) -> C
         engine = make_engine(recipe)
         ema = Ema(engine.deepspeed, recipe.train) if recipe.train.ema_decay else None
         reporter = Reporter(PlainDisplay(), None)
-        checkpoints = Checkpoints(CheckpointStore(root), engine, ema, world, recipe, reporter)
+        kind = (ClassificationTask.kind, TrainState)
+        checkpoints = Checkpoints(CheckpointStore(root), engine, ema, world, recipe, reporter, *kind)
         checkpoints.engine, checkpoints.ema = engine, ema  # type: ignore[attr-defined]
         return checkpoints
 

@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import karat_scale.data.backends.images
-import karat_scale.run.run  # noqa: F401
+import karat_scale.run.run
+import karat_scale.tasks.classification.task  # noqa: F401
 from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.engine.deepspeed_internals import quieten_and_skip_builds
 from karat_scale.recipe.loading import dump_recipe, load_recipe

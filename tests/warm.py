@@ -17,7 +17,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["karat_scale.run.run", "karat_scale.tasks.classification.eval_run"])
+PROCESSES.set_forkserver_preload(
+    ["karat_scale.run.run", "karat_scale.tasks.classification.task", "karat_scale.run.evaluate"]
+)
 # What ranks get to end in after one of them has failed.
 GRACE_SECONDS = 30.0
 

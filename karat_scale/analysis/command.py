@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from karat_scale.analysis.content import analyze_content
 from karat_scale.analysis.distributions import analyze_distributions
 from karat_scale.analysis.functions import analyze_functions
 from karat_scale.analysis.landscape import analyze_landscape
@@ -26,6 +27,7 @@ Analysis = Callable[[TrainedRun, Settings, Path], Result]
 
 ANALYSES: dict[str, Analysis] = {
     "spectrum": lambda run, settings, out: analyze_spectrum(run, settings),
+    "content": lambda run, settings, out: analyze_content(run, settings),
     "maps": lambda run, settings, out: analyze_maps(run, settings),
     "functions": lambda run, settings, out: analyze_functions(run, settings),
     "distributions": lambda run, settings, out: analyze_distributions(run, settings),

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from karat_scale.analysis.result import Result, Table
+from karat_scale.console import write_json
 from karat_scale.files import write_atomically
 
 DPI = 130
@@ -59,7 +60,7 @@ def write_result(result: Result, directory: Path, fingerprint: str) -> Written:
         write_atomically(path.with_suffix(".svg"), _render(figure, "svg"))
         figures.append(WrittenFigure(name, caption, png, path))
     numbers = {**result.numbers, "notes": result.notes}
-    write_atomically(directory / "numbers.json", json.dumps(_plain(numbers), indent=2) + "\n")
+    write_json(directory / "numbers.json", _plain(numbers))
     content = io.BytesIO()
     np.savez_compressed(content, **result.arrays)  # type: ignore[arg-type]
     write_atomically(directory / "arrays.npz", content.getvalue())

@@ -14,6 +14,7 @@ from karat_scale.files import write_atomically
 
 TITLES = {
     "spectrum": "Spectral behaviour",
+    "content": "What S depends on",
     "maps": "Attention maps",
     "functions": "Learned functions",
     "distributions": "Weight distributions",

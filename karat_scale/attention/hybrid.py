@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from karat_scale.attention.operator import KaratOperator
+from karat_scale.attention.heads import AttentionHeads
 from karat_scale.attention.residual import ResidualHeads
 from karat_scale.attention.softmax import softmax_attention, softmax_scores
 
@@ -14,7 +14,7 @@ class HybridHeads(nn.Module):
     Raises ValueError when `softmax_heads` is not a positive integer.
     """
 
-    def __init__(self, operator: KaratOperator | ResidualHeads, softmax_heads: int) -> None:
+    def __init__(self, operator: AttentionHeads | ResidualHeads, softmax_heads: int) -> None:
         super().__init__()
         if not isinstance(softmax_heads, int) or isinstance(softmax_heads, bool) or softmax_heads < 1:
             raise ValueError(f"softmax_heads = {softmax_heads!r}: expected an integer of at least 1")

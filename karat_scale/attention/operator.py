@@ -1,11 +1,8 @@
 """The modules that own the parameters of KArAt: those of every unit, and the projector W of every head."""
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
-from karat_scale.attention import functional
 from karat_scale.attention.bases import (
     BASE_ACTIVATIONS,
     INITIALISATIONS,
@@ -15,16 +12,17 @@ from karat_scale.attention.bases import (
     key_of,
     make_basis,
 )
-from karat_scale.attention.call import FourierCall
 from karat_scale.attention.checks import check_choice
+from karat_scale.attention.flops import karat_flops
 from karat_scale.attention.form_parameters import FORMS, SECOND, has_projector, parameter_shapes
 from karat_scale.attention.forms import check_implementation, has_kernels, karat_attention, karat_scores
+from karat_scale.attention.heads import FourierHeads
 from karat_scale.attention.softmax_start import start_like_softmax
 
 SOFTMAX_LIKE = "softmax_like"
 
 
-class KaratOperator(nn.Module):
+class KaratOperator(FourierHeads):
     """KArAt attention of any basis and form for a fixed number of tokens.
 
     In the paper's blockwise mode, each block has its own operator; in its universal mode, all blocks share one.
@@ -74,6 +72,7 @@ class KaratOperator(nn.Module):
             )
         key_of(self.basis)  # a compiled forward may not be the first to name it
         self.num_tokens, self.num_heads, self.rank, self.form = num_tokens, num_heads, rank, form
+        self.grid = getattr(self.basis, "grid", 0)
         self.base, self.init, self.simplex, self.implementation = base, init, simplex, implementation
         self._names = tuple(parameter_shapes(self.basis, form, num_heads, num_tokens, rank))
         for name, shape in parameter_shapes(self.basis, form, num_heads, num_tokens, rank).items():
@@ -138,41 +137,24 @@ class KaratOperator(nn.Module):
             implementation=self.implementation,
         )
 
-    def refusal(self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False) -> str | None:
-        """Return why the selected implementation cannot run on a device with heads of `width`, or None if it can.
+    def flops(self, tokens: int, width: int, masked: bool = False) -> int:
+        """See `AttentionHeads`."""
+        sizes = self.num_heads, self.rank, tokens, width
+        return karat_flops(self.basis, self.form, *sizes, simplex=self.simplex, masked=masked)
 
-        biased, masked: whether the layer gives a bias and a mask.
-        """
+    def refusal(self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False) -> str | None:
+        """See `AttentionHeads`."""
         if not has_kernels(self.basis, self.form, self.simplex):
             return None
-        return functional.refusal(self.implementation, self._call(width, device, biased, masked))
+        return super().refusal(width, device, biased=biased, masked=masked)
 
     def chosen(
         self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False
     ) -> tuple[str, str | None]:
-        """Return the implementation that runs, and why "auto" did not choose the device's own kernels, or None.
-
-        The arguments are those of `refusal`, which must have returned None.
-        """
-        if self.implementation != "auto":
-            return self.implementation, None
-        if not has_kernels(self.basis, self.form, self.simplex):
+        """See `AttentionHeads`."""
+        if self.implementation == "auto" and not has_kernels(self.basis, self.form, self.simplex):
             return "streaming", None
-        call = self._call(width, device, biased, masked)
-        return functional.automatic(call), functional.refusal(functional.KERNELS_OF.get(device.type, "auto"), call)
-
-    def _call(self, width: int, device: torch.device, biased: bool, masked: bool) -> FourierCall:
-        head = torch.empty((1, self.num_heads, self.num_tokens, width), device=device)
-        learned = (cast(Tensor, x) for x in (self.cos_coef, self.sin_coef, self.proj))
-        cosines, sines, proj = (torch.empty(x.shape, device=device) for x in learned)
-        pairs = torch.zeros((self.num_tokens, self.num_tokens), device=device)
-        return FourierCall(
-            *(head, head, head),
-            *(cosines, sines, proj),
-            self.base,
-            pairs if biased else None,
-            pairs == 0 if masked else None,
-        )
+        return super().chosen(width, device, biased=biased, masked=masked)
 
     def extra_repr(self) -> str:
         """Return the settings, with the constructor's names."""
@@ -204,7 +186,6 @@ class FourierKaratOperator(KaratOperator):
         dtype: torch.dtype | None = None,
     ) -> None:
         _check_counts(grid=grid)
-        self.grid = grid
         super().__init__(
             num_tokens,
             num_heads,

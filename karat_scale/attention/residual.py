@@ -6,7 +6,7 @@ Ours, not the paper's: it applies to attention what ReZero (arXiv 2003.04887) ap
 import torch
 from torch import Tensor, nn
 
-from karat_scale.attention.operator import KaratOperator
+from karat_scale.attention.heads import AttentionHeads
 from karat_scale.attention.softmax import softmax_attention, softmax_scores
 
 
@@ -17,7 +17,7 @@ class ResidualHeads(nn.Module):
     that of softmax attention and of the operator.
     """
 
-    def __init__(self, operator: KaratOperator) -> None:
+    def __init__(self, operator: AttentionHeads) -> None:
         super().__init__()
         self.operator, self.num_heads = operator, operator.num_heads
         like = next(operator.parameters())

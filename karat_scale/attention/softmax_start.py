@@ -51,13 +51,25 @@ def fourier_fits(grid: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns cosines and sines of exp(x) minus a constant that does not matter, and the cosines of 1.
     """
-    x = torch.linspace(-REACH, REACH, POINTS, dtype=torch.float64, device="cpu").unsqueeze(1)
-    phases = x * torch.arange(1, grid + 1, dtype=torch.float64, device="cpu")
+    _, cos, sin = fourier_fit_of_exp(grid)
+    x, phases = _phases(grid)
+    one = torch.linalg.lstsq(phases.cos(), torch.ones_like(x), driver="gelsd").solution[:, 0]
+    return cos, sin, one
+
+
+def fourier_fit_of_exp(grid: int) -> tuple[float, Tensor, Tensor]:
+    """The constant, cosines and sines [G], float64, that fit exp(x) best over [-REACH, REACH]."""
+    x, phases = _phases(grid)
     features = torch.cat((phases.cos(), phases.sin(), torch.ones_like(x)), 1)
     # The harmonics of a large G are nearly dependent there; gelsd takes the smallest coefficients.
     exp = torch.linalg.lstsq(features, x.exp(), driver="gelsd").solution[:, 0]
-    one = torch.linalg.lstsq(phases.cos(), torch.ones_like(x), driver="gelsd").solution[:, 0]
-    return exp[:grid], exp[grid : 2 * grid], one
+    return float(exp[-1]), exp[:grid], exp[grid : 2 * grid]
+
+
+def _phases(grid: int) -> tuple[Tensor, Tensor]:
+    """Points x [POINTS, 1], and m x for each order [POINTS, G]."""
+    x = torch.linspace(-REACH, REACH, POINTS, dtype=torch.float64, device="cpu").unsqueeze(1)
+    return x, x * torch.arange(1, grid + 1, dtype=torch.float64, device="cpu")
 
 
 def smooth_modes(tokens: int, count: int) -> Tensor:

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from karat_scale.attention import KaratOperator, make_basis
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio
-from karat_scale.bench.peak_memory import peak_memory_of
+from karat_scale.bench.measuring import interleaved_seconds, median_ratio, peak_memory_of
 from karat_scale.console import print_table, write_json
 from karat_scale.errors import UserError
 
@@ -28,7 +27,7 @@ SDPA, SOFTMAX = "sdpa", "softmax"
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: ViT/16 at 224 px (N = 197, d = 64) in a batch, forward and backward."""
+    """One call to measure: attention of a ViT/16 at 224 px (N = 197, d = 64) in a batch, forward and backward."""
 
     model: str
     batch: int
@@ -64,7 +63,7 @@ def bench_attention(case: Case, rounds: int, threads: int, json_file: str | None
 
 
 def check_case(case: Case) -> None:
-    """Raises UserError for a basis there is not, or that the grid does not suit."""
+    """Raise UserError for an unknown basis, or a grid that the basis does not take."""
     try:
         make_basis(case.basis, grid=case.grid)
     except ValueError as error:
@@ -72,7 +71,7 @@ def check_case(case: Case) -> None:
 
 
 def attention_rows(case: Case, rounds: int, names: Sequence[str], threads: int = 1) -> list[dict[str, Any]]:
-    """A row of figures for SDPA, explicit softmax, and each of the named implementations that can run the case.
+    """Return a row of figures for SDPA, explicit softmax, and each of the named implementations that can run the case.
 
     Raises:
         UserError: none of them can.
@@ -103,7 +102,7 @@ def attention_rows(case: Case, rounds: int, names: Sequence[str], threads: int =
 
 
 def make_inputs(case: Case) -> tuple[Tensor, ...]:
-    """Query, key and value [B, h, N, d] that need gradients; scores have a standard deviation of about one."""
+    """Return query, key and value [B, h, N, d] that need gradients; scores have a standard deviation of about one."""
     generator = torch.Generator().manual_seed(0)
     shape = case.batch, HEADS[case.model], case.tokens, HEAD_WIDTH
     tensors = [torch.randn(shape, generator=generator).to(DTYPES[case.dtype]) for _ in range(3)]
@@ -111,7 +110,7 @@ def make_inputs(case: Case) -> tuple[Tensor, ...]:
 
 
 def make_contender(name: str, case: Case) -> Contender:
-    """SDPA, softmax, or an implementation of the case's operator, whose parameters start variance-preserving.
+    """Return SDPA, softmax, or an implementation of the case's operator with variance-preserving parameters.
 
     Raises:
         ValueError: the implementation does not have the operator.
@@ -155,7 +154,7 @@ def _forward(name: str, case: Case) -> Callable[[], None]:
 
 
 def forward_backward(name: str, case: Case) -> Callable[[], None]:
-    """A call and the gradients of all that learns."""
+    """Return a function that calls the contender and computes all gradients."""
     contender, inputs = make_contender(name, case), make_inputs(case)
     grad_output = torch.ones_like(inputs[2])
 
@@ -167,17 +166,17 @@ def forward_backward(name: str, case: Case) -> Callable[[], None]:
 
 
 def forward_backward_once(name: str, case: Case, warm_up: bool) -> Callable[[], None]:
-    """For the memory measurement: the case itself, or a small one that loads and builds all that it needs."""
+    """Return the call whose memory is measured; as a warm-up, a small one that loads and builds all it needs."""
     return forward_backward(name, Case(**{**asdict(case), "batch": 1, "tokens": 16}) if warm_up else case)
 
 
 def clock_for(device: str, threads: int) -> Callable[[], float]:
-    """Process time where it serves: it is deaf to neighbours, but adds up over threads."""
+    """Return the process's CPU time for one thread, since other processes do not affect it; else the wall clock."""
     return time.process_time if device == "cpu" and threads == 1 else time.perf_counter
 
 
 def device_name(device: str) -> str:
-    """The card's name, or the CPU's vector instructions."""
+    """Return the GPU's name, or the CPU's vector instructions."""
     return torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
 
 

@@ -18,7 +18,7 @@ import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from karat_scale import tables
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio, processor_seconds
+from karat_scale.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
 from karat_scale.bench.sample_images import CLASSES, SampleImages, prepare_images
 from karat_scale.console import print_table, write_json
 from karat_scale.data.backends import ImageSpec, open_backend
@@ -39,7 +39,7 @@ SCALING_PASSES, SCALING_ROUNDS = 20, 2
 AUGMENTS = {
     # What every peer has too, as torchvision's reference recipe draws it.
     "crop": AugmentConfig(ratio=(3 / 4, 4 / 3), color_jitter=0, randaugment="", interpolation="bilinear"),
-    "paper": AugmentConfig(),
+    "paper": AugmentConfig(color_jitter=0.4),
 }
 TWO_WORKERS, ONE_WORKER = "2 workers", "1 worker"
 
@@ -48,9 +48,9 @@ Contender = Callable[[], object]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """The images and contenders to measure.
 
-    shards: a directory of shards, or tar: a tar of JPEGs; without either photo-like images are made. ffcv: a
+    shards: a directory of shards, or tar: a tar of JPEGs; without either, photo-like images are made. ffcv: a
     directory made by data_prep/make_ffcv.py, for the backend of that name. backends: which to measure, all by
     default. augment: "crop" for random resized crop and flip, or "paper" for the paper's whole augmentation. workers:
     of each loader, 0 for none. images: how many at most.

@@ -1,7 +1,7 @@
 """`karat bench resume`: what an interruption costs, in whole processes as a job has them.
 
-Each round starts a new run, tells its ranks to stop as a job's batch script does, starts it again, which resumes, and
-tells it to stop again. Times are read from the run's own events.
+Each round starts a new run, stops its ranks by a signal as a job's batch script does, starts it again, which resumes,
+and stops it again. Times are read from the run's own events.
 """
 
 import os
@@ -66,10 +66,10 @@ class Run:
             ]
         try:
             first_step = self._wait_for("train", begun, ranks)
-            told = time.time()
+            signalled = time.time()
             for rank in ranks:
                 rank.send_signal(signal.SIGUSR2)
-            saved = self._wait_for("checkpoint", told, ranks)
+            saved = self._wait_for("checkpoint", signalled, ranks)
             codes = {rank.wait(LIMIT_SECONDS) for rank in ranks}
             ended = time.time()
         finally:
@@ -82,7 +82,7 @@ class Run:
         return Start(
             to_resumed=resumed["time"] - begun if resumed else None,
             to_first_step=first_step["time"] - begun,
-            signal_to_saved=saved["time"] - told,
+            signal_to_saved=saved["time"] - signalled,
             save=saved["seconds"],
             saved_to_ended=ended - saved["time"],
             processor=_processor_seconds() - used,
@@ -161,7 +161,7 @@ def _medians(starts: Sequence[Start]) -> dict[str, float | None]:
 
 
 def _processor_seconds() -> float:
-    """Of all processes that have ended below this one."""
+    """Return the processor time of the child processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

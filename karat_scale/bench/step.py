@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from timm.loss import SoftTargetCrossEntropy
 
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio
+from karat_scale.bench.measuring import interleaved_seconds, median_ratio
 from karat_scale.console import print_table, write_json
 from karat_scale.data.augmentation.mixing import Mixer
 from karat_scale.data.augmentation.normalize import Normalize
@@ -26,16 +26,16 @@ from karat_scale.data.digest import with_digest
 from karat_scale.data.plan import TrainPlan
 from karat_scale.engine import distributed
 from karat_scale.engine.optimizers import build_optimizer
-from karat_scale.engine.run_state import TrainState
 from karat_scale.engine.schedule import build_schedule
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
 from karat_scale.reporting.progress import Reporter, SilentDisplay
 from karat_scale.run.loop import Loop
-from karat_scale.run.parts import build_parts
+from karat_scale.run.run import build_parts
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StopSignals
+from karat_scale.tasks.classification.task import ClassificationTask, TrainState
 
 BARE, OURS, KARAT = "bare PyTorch loop, softmax", "karat loop, softmax", "karat loop, KArAt G3B"
 FIRST_STEP_RUNS = 3
@@ -106,7 +106,7 @@ def _batches(recipe: Recipe, device: torch.device) -> list[Batch]:
 
 def _our_loop(recipe: Recipe, steps: int, world: distributed.World) -> Callable[[], None]:
     reporter = Reporter(SilentDisplay(), None)
-    parts = build_parts(recipe, world, RunDirectory(recipe.run.dir), StopSignals(), reporter)
+    parts = build_parts(ClassificationTask(recipe, world, reporter), RunDirectory(recipe.run.dir), StopSignals())
     loop = Loop(parts, TrainState())
     batches = _batches(recipe, world.device)
 

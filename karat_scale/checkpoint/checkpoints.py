@@ -5,10 +5,9 @@ the same one.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from karat_scale.checkpoint.generators import restore_generators, seed_generators
-from karat_scale.checkpoint.intact import agree_on_checkpoint, refuse_another_batch
 from karat_scale.checkpoint.restore import check_teacher, restore
 from karat_scale.checkpoint.saved_state import FORMAT, read_state, saved_layout, sidecar_name
 from karat_scale.checkpoint.saver import Saver
@@ -18,17 +17,24 @@ from karat_scale.engine.deepspeed_internals import shard_layout
 from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
-from karat_scale.engine.run_state import TrainState
+from karat_scale.engine.run_state import RunState
 from karat_scale.errors import RunDirectoryError
 from karat_scale.models.transfer import teacher_of
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.loading import dump_recipe
 from karat_scale.recipe.portable import text_digest
 from karat_scale.reporting.progress import Reporter
 
+S = TypeVar("S", bound=RunState)
 
-class Checkpoints:
-    """Collective save and load for one engine."""
+
+class Checkpoints(Generic[S]):
+    """Collective save and load for one engine.
+
+    Args:
+        kind: the kind of run. A checkpoint of another kind is refused.
+        state_type: the state of this kind of run.
+    """
 
     def __init__(
         self,
@@ -36,8 +42,10 @@ class Checkpoints:
         engine: Engine,
         ema: Ema | None,
         world: World,
-        recipe: Recipe,
+        recipe: RunRecipe,
         reporter: Reporter,
+        kind: str,
+        state_type: type[S],
     ) -> None:
         self.store = store
         self._engine = engine
@@ -45,13 +53,16 @@ class Checkpoints:
         self._world = world
         self._recipe = recipe
         self._reporter = reporter
+        self._kind = kind
+        self._state_type = state_type
         self.saver = Saver(store, engine, ema, world, recipe.checkpoint, reporter)
 
-    def save(self, state: TrainState, is_best: bool = False, wait: bool = True) -> bool:
+    def save(self, state: S, is_best: bool = False, wait: bool = True) -> bool:
         """Write a checkpoint of `state`, as `Saver.save` says. False when any rank failed: nothing has changed then."""
         teacher = teacher_of(self._engine.module)
         content = {
             "format": FORMAT,
+            "kind": self._kind,
             **state.to_json(),
             "world_size": self._world.size,
             "zero_stage": self._engine.stage,
@@ -61,28 +72,28 @@ class Checkpoints:
         }
         return self.saver.save(state, content, is_best, wait)
 
-    def load(self, state_of: str = "") -> TrainState | None:
+    def load(self, state_of: str = "") -> S | None:
         """Load the newest intact checkpoint, or the one in directory `state_of`. None when there is none.
 
         Raises:
-            RunDirectoryError: no checkpoint is intact, or it is of another model, global batch or version.
+            RunDirectoryError: no checkpoint is intact, or it is of another model, global batch, version or kind of run.
         """
         found = agree_on_checkpoint(self.store, state_of, self._world, self._reporter)
         if found is None:
             return None
         root, name = found
         saved = CheckpointStore(root).state(name)
-        refuse_another_batch(name, saved["samples"], saved["step"], self._recipe.train.global_batch)
+        self._refuse_another_run(root / name, saved)
         try:
             check_teacher(self._engine.module, saved)
             ranks = [self._world.rank] if self._has_my_layout(root / name, saved) else None
             with self._world.together():  # none must wait in `restore` for one that refuses its files
-                content = read_state(root / name, saved, ranks)
+                content = read_state(root / name, saved, ranks, self._engine.in_optimizer_order)
             restore(self._engine, self._ema, content)
         except RunDirectoryError as error:
             raise RunDirectoryError(f"checkpoint {root / name}: {error}") from error
         self._restore_generators(root / name, saved)
-        state = TrainState.from_json(saved)
+        state = self._state_type.from_json(saved)
         if root == self.store.root:
             self.saver.note_saved(state)
         state.restarts += 1
@@ -92,12 +103,28 @@ class Checkpoints:
 
     def _has_my_layout(self, checkpoint: Path, saved: dict[str, Any]) -> bool:
         """Whether each rank finds all it needs in the files of its own number."""
-        differs = saved["world_size"] != self._world.size or saved["zero_stage"] != self._engine.stage
+        stage = saved.get("zero_stage", 0)
+        differs = saved["world_size"] != self._world.size or stage != self._engine.stage
         with self._world.together():
-            if not differs and saved["zero_stage"] > 0:
+            if not differs and stage > 0:
                 sidecar = load_tensors(checkpoint / sidecar_name(self._world.rank), mmap=True)
                 differs = saved_layout(sidecar) != shard_layout(self._engine.deepspeed)
         return not self._world.any(differs)
+
+    def _refuse_another_run(self, path: Path, saved: dict[str, Any]) -> None:
+        kind = saved.get("kind", "classification")
+        if kind != self._kind:
+            raise RunDirectoryError(
+                f"checkpoint {path} is of a run that trains {kind}, this one trains {self._kind}; to start from its "
+                f"weights, use init_from={path}"
+            )
+        written = saved["samples"] // max(saved["step"], 1)
+        batch = self._recipe.train.global_batch
+        if saved["samples"] != saved["step"] * batch:  # the cursor counts steps
+            raise RunDirectoryError(
+                f"checkpoint {path.name} was written with train.global_batch = {written}, this run has "
+                f"{batch}; use train.global_batch={written}"
+            )
 
     def _restore_generators(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         """A rank resumes with the generators of its number. If there are none, they start from the step."""
@@ -106,3 +133,53 @@ class Checkpoints:
             restore_generators(load_tensors(path), self._world.device)
         else:
             seed_generators(self._recipe.run.seed, saved["step"], self._world.rank)
+
+
+def agree_on_checkpoint(
+    store: CheckpointStore, state_of: str, world: World, reporter: Reporter
+) -> tuple[Path, str] | None:
+    """The newest intact checkpoint of a run, or the one in `state_of`: its store's root and its name. Collective.
+
+    Args:
+        state_of: a run's directory or a checkpoint in one, for a run that branches from it; empty for `store`'s own.
+
+    Returns:
+        None where there is none yet.
+
+    Raises:
+        RunDirectoryError: on all ranks alike, where no checkpoint is intact.
+    """
+    with world.together():
+        found = _choose(store, state_of, reporter) if world.is_main else None
+    return world.broadcast(found)
+
+
+def _choose(store: CheckpointStore, state_of: str, reporter: Reporter) -> tuple[Path, str] | None:
+    if not state_of:
+        return _newest_intact(store, reporter)
+    path = Path(state_of)
+    if (path / "checkpoints").is_dir():
+        found = _newest_intact(CheckpointStore(path / "checkpoints"), reporter)
+        if found is None:
+            raise RunDirectoryError(f"resume.from = {state_of}: this run has no checkpoints yet")
+        return found
+    damage = CheckpointStore(path.parent).damage(path.name, reporter.display.verify)
+    if damage:
+        raise RunDirectoryError(f"resume.from = {state_of}: {damage}; name a complete checkpoint or a run's directory")
+    return path.parent, path.name
+
+
+def _newest_intact(store: CheckpointStore, reporter: Reporter) -> tuple[Path, str] | None:
+    names = store.names()
+    latest = store.pointed("latest")
+    for name in sorted(names, key=lambda n: n != latest):
+        damage = store.damage(name, reporter.display.verify)
+        if damage is None:
+            return store.root, name
+        reporter.warn(f"checkpoint {name} is damaged: {damage}; trying the one before")
+    if names:
+        raise RunDirectoryError(
+            f"{store.root}: none of {len(names)} checkpoints is intact; "
+            "remove the directory to start from the beginning, or restore one from a copy"
+        )
+    return None

@@ -1,6 +1,6 @@
 """A checkpoint's training state by parameter name, whatever world size and ZeRO stage wrote it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,17 +45,23 @@ def saved_layout(sidecar: Mapping[str, Any]) -> Layout:
     return [[Fragment(*fragment) for fragment in fragments] for fragments in sidecar["layout"]]
 
 
-def read_state(checkpoint: Path, saved: Mapping[str, Any], ranks: Iterable[int] | None = None) -> SavedState:
+def read_state(
+    checkpoint: Path, saved: Mapping[str, Any], ranks: Iterable[int] | None = None, parameters: Sequence[str] = ()
+) -> SavedState:
     """Open a checkpoint.
 
     Args:
         checkpoint: its directory, verified.
         saved: its `state.json`.
         ranks: the ranks whose files to open; all that hold something of their own when None.
+        parameters: the names of the model's parameters, in the order of its optimizer. Only the first format of
+            detection needs them.
 
     Raises:
         RunDirectoryError: another version wrote it.
     """
+    if saved["format"] == 1 and saved.get("kind") == "detection":
+        return _read_detection_1(checkpoint, saved, parameters)
     if saved["format"] != FORMAT:
         raise RunDirectoryError(
             f"checkpoint {checkpoint} has format {saved['format']}, this version reads format {FORMAT}; "
@@ -83,6 +89,19 @@ def read_state(checkpoint: Path, saved: Mapping[str, Any], ranks: Iterable[int] 
         for pieces in (state.masters, state.ema):
             if pieces is not None:
                 pieces.add([Fragment(name, 0, 0, value.numel())], value)
+    return state
+
+
+def _read_detection_1(checkpoint: Path, saved: Mapping[str, Any], parameters: Sequence[str]) -> SavedState:
+    """One file of weights and AdamW's states, the same on all ranks."""
+    content = load_tensors(checkpoint / "training.pt", mmap=True)
+    weights: dict[str, torch.Tensor] = content["model"]
+    state = SavedState(shapes={name: tuple(weights[name].shape) for name in parameters if name in weights})
+    state.buffers = {name: value for name, value in weights.items() if name not in state.shapes}
+    state.counters = {"global_steps": saved["step"], "global_samples": saved["samples"], "skipped_steps": 0}
+    layout = [[Fragment(name, 0, 0, weights[name].numel())] for name in state.shapes]
+    masters = [weights[name] for name in state.shapes]
+    _add_rank(state, layout, masters, content["optimizer"]["state"], ema=None)
     return state
 
 

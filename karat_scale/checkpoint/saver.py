@@ -6,12 +6,13 @@ after that, all ranks hear of it. A checkpoint that one rank could not write exi
 """
 
 import shutil
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from karat_scale.checkpoint.background import Task
 from karat_scale.checkpoint.generators import generator_states
 from karat_scale.checkpoint.saved_state import sidecar_name
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
@@ -20,12 +21,41 @@ from karat_scale.engine.deepspeed_internals import shard_layout, use_storage
 from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
-from karat_scale.engine.run_state import TrainState
+from karat_scale.engine.run_state import RunState
 from karat_scale.files import Fingerprint
-from karat_scale.recipe import CheckpointConfig
+from karat_scale.recipe.keep import SaveConfig
 from karat_scale.reporting.progress import Reporter
 
 _BEAT_SECONDS = 1.0
+T = TypeVar("T")
+
+
+class Background(Generic[T]):
+    """Work beside training, in a thread that does not outlive the process."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = work
+        self._value: T
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="background", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._value = self._work()
+        except BaseException as error:
+            self._error = error
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for its end; whether it has come."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def result(self) -> T:
+        """What the finished work returned; raises what it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._value
 
 
 @dataclass
@@ -41,12 +71,12 @@ class _Written:
 class _Save:
     """One save under way; all ranks have it at the same time."""
 
-    state: TrainState
+    state: RunState
     directory: Path
     content: dict[str, Any]
     is_best: bool
     begun: float
-    task: Task[_Written] | None
+    task: Background[_Written] | None
     stall: float | None
     """Seconds that training stood still for it; all of them when None."""
     is_committing: bool = False
@@ -61,7 +91,7 @@ class Saver:
         engine: Engine,
         ema: Ema | None,
         world: World,
-        config: CheckpointConfig,
+        config: SaveConfig,
         reporter: Reporter,
     ) -> None:
         self._store = store
@@ -88,16 +118,16 @@ class Saver:
         task = self._under_way.task if self._under_way else None
         return task is not None and not task.wait(0)
 
-    def holds(self, state: TrainState) -> bool:
+    def holds(self, state: RunState) -> bool:
         """Whether `state` is saved, or being saved; the same on all ranks."""
         under_way = self._under_way is not None and _identity(self._under_way.state) == _identity(state)
         return under_way or self._saved == _identity(state)
 
-    def note_saved(self, state: TrainState) -> None:
+    def note_saved(self, state: RunState) -> None:
         """`state` is in a checkpoint of this run already."""
         self._saved = _identity(state)
 
-    def save(self, state: TrainState, content: dict[str, Any], is_best: bool = False, wait: bool = True) -> bool:
+    def save(self, state: RunState, content: dict[str, Any], is_best: bool = False, wait: bool = True) -> bool:
         """Save `state` unless that is done; collective. A save under way is waited for first.
 
         Args:
@@ -121,7 +151,7 @@ class Saver:
             self._void(state.step, problem)
             return False
         stall = None if wait else time.monotonic() - begun
-        self._under_way = _Save(replace(state), directory, content, is_best, begun, Task(self._write), stall)
+        self._under_way = _Save(replace(state), directory, content, is_best, begun, Background(self._write), stall)
         return self.finish() if wait else True
 
     def finish(self) -> bool:
@@ -161,7 +191,7 @@ class Saver:
             return False
         files = {name: written for one in everyone for name, written in (one.files or {}).items()}
         save.is_committing = True
-        save.task = Task(lambda: self._commit(save, files)) if self._world.is_main else None
+        save.task = Background(lambda: self._commit(save, files)) if self._world.is_main else None
         return True
 
     def _report(self, save: _Save, warning: str | None) -> None:
@@ -238,7 +268,7 @@ class Saver:
         return next((p for p in self._world.gather(problem) if p is not None), None)
 
 
-def _identity(state: TrainState) -> tuple[int, int]:
+def _identity(state: RunState) -> tuple[int, int]:
     """An evaluation makes another state of the same step."""
     return state.step, state.evaluated_step
 

@@ -5,7 +5,7 @@ snapshots/
   step-00012500.safetensors   those after the first of `checkpoint.snapshots` equal parts of training, and so on
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -30,20 +30,34 @@ def snapshot_steps(total_steps: int, parts: int) -> frozenset[int]:
 
 
 class Snapshots:
-    """Takes snapshots of one run."""
+    """Takes snapshots of one run, after each step of `steps`."""
 
-    def __init__(self, directory: Path, engine: Engine, world: World, recipe: Recipe, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        steps: Collection[int],
+        engine: Engine,
+        world: World,
+        recipe: Recipe,
+        reporter: Reporter,
+    ) -> None:
         self._directory = directory
+        self._steps = steps
         self._engine = engine
         self._world = world
         self._recipe = recipe
         self._reporter = reporter
 
-    def take(self, step: int) -> None:
+    def due(self, step: int) -> bool:
+        """Whether there is a snapshot to take after `step` finished steps."""
+        return step in self._steps
+
+    def write(self, step: int) -> None:
         """Write the weights after `step` steps unless they are there already; a failure is a warning. Collective.
 
         Rank 0 holds them whole on the host, the other ranks one parameter at a time.
         """
+        self._reporter.beat("snapshot")
         path = self._directory / f"{checkpoint_name(step)}{_SUFFIX}"
         if self._world.broadcast(path.is_file()):
             return

@@ -13,14 +13,14 @@ from karat_scale.checkpoint.restore import check_shapes, check_teacher
 from karat_scale.checkpoint.saved_state import read_state
 from karat_scale.engine.shards import Fragment
 from karat_scale.errors import RunDirectoryError
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.portable import portable_recipe, text_digest
 
 
-def wants_ema(weights: str, recipe: Recipe, saved: Mapping[str, Any]) -> bool:
+def wants_ema(weights: str, recipe: RunRecipe, saved: Mapping[str, Any]) -> bool:
     """Whether "raw", "ema" or "auto" (what the recipe evaluates) means the averages in a checkpoint."""
     wanted = recipe.train.eval_weights if weights == "auto" else weights
-    return bool(saved["has_ema"]) if wanted == "auto" else wanted == "ema"
+    return bool(saved.get("has_ema")) if wanted == "auto" else wanted == "ema"
 
 
 @torch.no_grad()
@@ -36,10 +36,10 @@ def load_weights(model: nn.Module, checkpoint: Path, saved: Mapping[str, Any], e
     Raises:
         RunDirectoryError: there are no averages in it, it holds another model, or has another teacher.
     """
-    if ema and not saved["has_ema"]:
+    if ema and not saved.get("has_ema"):
         raise RunDirectoryError(f"{checkpoint}: has no EMA weights; use --weights raw")
-    state = read_state(checkpoint, saved)
     parameters = dict(model.named_parameters())
+    state = read_state(checkpoint, saved, parameters=[*parameters])
     try:
         check_teacher(model, saved)
         check_shapes({name: tuple(parameter.shape) for name, parameter in parameters.items()}, state.shapes)

@@ -23,7 +23,7 @@ class Stragglers:
     def __init__(self) -> None:
         self._reported: dict[int, float] = {}
         self._slow_before: set[int] = set()
-        self._told: set[int] = set()
+        self._reported_slow: set[int] = set()
 
     def look(self, signs: Sequence[Sign]) -> list[str]:
         """Add the ranks' heartbeats; return lines about ranks that are slow now."""
@@ -35,8 +35,8 @@ class Stragglers:
             if line is None:
                 self._slow_before.discard(sign.rank)
                 continue
-            if sign.rank in self._slow_before and sign.rank not in self._told:
-                self._told.add(sign.rank)
+            if sign.rank in self._slow_before and sign.rank not in self._reported_slow:
+                self._reported_slow.add(sign.rank)
                 lines.append(line)
             self._slow_before.add(sign.rank)
         return lines

@@ -58,7 +58,7 @@ def read_standing(run: Path, now: float | None = None) -> Standing:
     standing = Standing(run.name if run.name != "run" else run.resolve().parent.name)
     now = time.time() if now is None else now
     for event in read_events(run / "metrics.jsonl"):
-        _take_in(standing, event)
+        _apply_event(standing, event)
     _read_checkpoints(standing, run / "checkpoints", now)
     standing.signs = _of_newest_start(read_signs(run))
     if standing.signs:
@@ -82,7 +82,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
                 yield event
 
 
-def _take_in(standing: Standing, event: dict[str, Any]) -> None:
+def _apply_event(standing: Standing, event: dict[str, Any]) -> None:
     kind = event.get("event")
     if kind == "train":
         standing.step, standing.ended = event["step"], None

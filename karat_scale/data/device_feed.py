@@ -6,6 +6,7 @@ The copy runs on a stream of its own, from page-locked memory. Events order the 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
@@ -16,34 +17,38 @@ from karat_scale.data.batch import Batch
 LAUNCHED_AHEAD = 2
 
 
-class DeviceFeed(Iterator[Batch]):
+B = TypeVar("B")
+
+
+class DeviceFeed(Iterator[B], Generic[B]):
     """Yields `batches`, in their order, on `device`.
 
-    On a CPU it hands each batch on as it comes. On a GPU, call `fetch_ahead` when the work on a batch is launched: it
-    fetches the next one and begins to copy it. An error of `batches` is raised by the `next` that would have met it
-    without fetching ahead. `waiting()` is a context in which this process waits for the next of `batches`.
+    On a CPU it hands each batch on as it comes, of whatever type. On a GPU the batches are `Batch`es; call
+    `fetch_ahead` when the work on a batch is launched: it fetches the next one and begins to copy it. An error of
+    `batches` is raised by the `next` that would have met it without fetching ahead. `waiting()` is a context in which
+    this process waits for the next of `batches`.
     """
 
     def __init__(
         self,
-        batches: Iterable[Batch],
+        batches: Iterable[B],
         device: torch.device,
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._batches = iter(batches)
         self._waiting = waiting
         self._copies = None if device.type == "cpu" else _Copies(device)
-        self._ahead: _Copy | Exception | None = None
+        self._ahead: Any = None
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> B:
         if self._copies is None:
             return self._fetch()
         self.fetch_ahead()
         ahead, self._ahead = self._ahead, None
         if isinstance(ahead, Exception):
             raise ahead
-        assert ahead is not None
-        return self._copies.finish(*ahead)
+        copied: Any = self._copies.finish(*ahead)
+        return cast(B, copied)
 
     def fetch_ahead(self) -> None:
         """Begin to copy the next batch, if there is one and its copy has not begun."""
@@ -51,11 +56,12 @@ class DeviceFeed(Iterator[Batch]):
             return
         self._copies.limit_work_ahead()
         try:
-            self._ahead = self._copies.begin(self._fetch())
+            batch: Any = self._fetch()
+            self._ahead = self._copies.begin(batch)
         except Exception as error:
             self._ahead = error
 
-    def _fetch(self) -> Batch:
+    def _fetch(self) -> B:
         with self._waiting():
             return next(self._batches)
 

@@ -20,7 +20,7 @@ from karat_scale.engine.distributed import World
 from karat_scale.engine.precision import PRECISIONS
 from karat_scale.models import parameter_count
 from karat_scale.recipe import Recipe
-from karat_scale.run.parts import Parts
+from karat_scale.run.loop import Parts
 
 FEWEST = 2
 
@@ -121,9 +121,9 @@ class BareModel:
         return repeated(lambda: timed(pass_through, self._world.device), seconds, self._world)
 
 
-def optimizer_seconds(parts: Parts, micro_batch: int, seconds: float) -> float:
+def optimizer_seconds(parts: Parts, recipe: Recipe, micro_batch: int, seconds: float) -> float:
     """Return the seconds of the engine's step on existing gradients, with clipping and the EMA."""
-    images, targets = Preparation(parts.recipe, parts.world)(random_batch(parts.recipe, micro_batch))
+    images, targets = Preparation(recipe, parts.world)(random_batch(recipe, micro_batch))
     objective, steps = SoftTargetCrossEntropy(), 0
 
     def finish() -> None:

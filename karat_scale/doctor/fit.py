@@ -1,6 +1,7 @@
 """Check whether a recipe fits its data, its run directory and this machine, before anything is timed."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -124,14 +125,14 @@ def examine_run_directory(subject: Subject) -> Iterator[Finding]:
     """Check that the run directory can be written, and that there is space for checkpoints."""
     recipe = subject.recipe
     directory = RunDirectory(recipe.run.dir)
-    stands = resources.nearest_existing(directory.path)
-    if not stands.is_dir() or not os.access(stands, os.W_OK | os.X_OK):
+    existing = resources.nearest_existing(directory.path)
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         yield found("run.dir", f"{directory.path} cannot be written", "choose another run.dir", wrong=True)
         return
     yield _occupied(recipe, directory)
     kept = recipe.checkpoint.keep_last + recipe.checkpoint.keep_best + 1
     one = CHECKPOINT_BYTES_PER_PARAMETER * subject.parameters
-    free = resources.disk_free(stands)
+    free = shutil.disk_usage(existing).free
     text = f"{kept} checkpoints of {gigabytes(one)} (one of them while it is written), {gigabytes(free)} free"
     short = kept * one > free
     fix = "free space, choose another run.dir, or lower checkpoint.keep_last" if short else ""

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,18 +77,12 @@ def _examine_memory() -> Finding:
 def _examine_shm() -> Finding:
     if not SHM.is_dir():
         return found("/dev/shm", "missing", "data workers and NCCL need it: mount a tmpfs", wrong=True)
-    size, free = shm_room()
+    size, _, free = shutil.disk_usage(SHM)
     text = f"{size / GIB:.2f} GiB, {free / GIB:.2f} free"
     fix = ""
     if free < SMALL_SHM:
         fix = "NCCL uses it: docker run --shm-size=8g (or --ipc=host)"
     return found("/dev/shm", text, fix, total_bytes=size, free_bytes=free)
-
-
-def shm_room() -> tuple[int, int]:
-    """Return (size, free bytes) of /dev/shm."""
-    disk = os.statvfs(SHM)
-    return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
 
 
 def _examine_limits() -> Iterator[Finding]:
@@ -108,11 +103,11 @@ def _limit(value: int) -> str:
 
 def examine_cache(directory: Path) -> Finding:
     """Check that compiled kernels can be stored there."""
-    stands = nearest_existing(directory)
+    existing = nearest_existing(directory)
     fix = "compiled kernels cannot be stored: set KARAT_CACHE_DIR to a writable directory"
-    if not stands.is_dir() or not os.access(stands, os.W_OK | os.X_OK):
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return found("cache", f"{directory} cannot be written", fix, path=str(directory), writable=False)
-    free = disk_free(stands)
+    free = shutil.disk_usage(existing).free
     if free < CACHE_ROOM:
         return found("cache", f"{directory}: only {free / 2**20:.0f} MiB free", fix, path=str(directory), writable=True)
     return found("cache", f"{directory} can be written", path=str(directory), writable=True)
@@ -122,9 +117,3 @@ def nearest_existing(path: Path) -> Path:
     """Return the path itself or the first existing directory above it."""
     path = path.expanduser().absolute()
     return next(part for part in (path, *path.parents) if part.exists())
-
-
-def disk_free(path: Path) -> int:
-    """Return the bytes that a user may still write there."""
-    disk = os.statvfs(path)
-    return disk.f_bavail * disk.f_frsize

@@ -14,7 +14,7 @@ from karat_scale.tables import EXTRAS, how_to_install
 DISTRIBUTION = "karat-scale"
 OLDEST_PYTHON = (3, 10)
 LIBRARIES = (
-    *("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy", "pillow"),
+    *("torch", "torchvision", "timm", "deepspeed", "numpy", "pillow"),
     *("pydantic", "pyyaml", "psutil", "rich", "tensorboard"),
 )
 

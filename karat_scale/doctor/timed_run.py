@@ -18,9 +18,11 @@ from karat_scale.doctor.storage import StorageSpeed, measure_storage
 from karat_scale.doctor.verdict import Setting, Stage
 from karat_scale.recipe import Recipe
 from karat_scale.reporting.progress import PlainDisplay, Reporter
-from karat_scale.run.parts import Parts, build_parts
+from karat_scale.run.loop import Parts
+from karat_scale.run.run import build_parts
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StopSignals
+from karat_scale.tasks.classification.task import ClassificationTask
 
 # Shares of the available seconds.
 SHARES = {"storage": 0.1, "data": 0.35, "model": 0.15, "transfer": 0.05, "communication": 0.05, "optimizer": 0.1}
@@ -117,7 +119,9 @@ def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: flo
         bare.leave_device()
     timed = recipe.changed(train__global_batch=global_batch, train__micro_batch=micro_batch)
     with printer.busy("timing the whole loop"):
-        optimizer, loop = _with_parts(subject, timed, lambda parts: _in_engine(parts, micro_batch, budget, seconds))
+        optimizer, loop = _with_parts(
+            subject, timed, lambda parts: _in_engine(parts, timed, micro_batch, budget, seconds)
+        )
     return Figures(
         recipe=recipe,
         world_size=world.size,
@@ -134,8 +138,10 @@ def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: flo
     )
 
 
-def _in_engine(parts: Parts, micro_batch: int, budget: dict[str, float], seconds: float) -> tuple[float, LoopSpeed]:
-    optimizer = optimizer_seconds(parts, micro_batch, budget["optimizer"])
+def _in_engine(
+    parts: Parts, recipe: Recipe, micro_batch: int, budget: dict[str, float], seconds: float
+) -> tuple[float, LoopSpeed]:
+    optimizer = optimizer_seconds(parts, recipe, micro_batch, budget["optimizer"])
     return optimizer, measure_loop(parts, LOOP_SHARE * seconds)
 
 
@@ -153,13 +159,12 @@ def _with_parts(
     with tempfile.TemporaryDirectory(prefix="karat-doctor-") as scratch:
         directory = RunDirectory(Path(scratch) / "run")
         # Few prefetched batches: a short run must not profit from those made before it began.
-        measured = recipe.changed(data__prefetch=1, data__verify="size")
         reporter = Reporter(_NoDisplay(), None)
-        parts = build_parts(measured, subject.world, directory, StopSignals(), reporter)
+        task = ClassificationTask(recipe.changed(data__prefetch=1, data__verify="size"), subject.world, reporter)
         try:
-            return measure(parts)
+            return measure(build_parts(task, directory, StopSignals()))
         finally:
-            parts.backend.close()
+            task.close()
 
 
 def setting_of(subject: Subject, figures: Figures, decoder: str) -> Setting:

@@ -142,7 +142,7 @@ def _advise_workers(bound: Stage, device_rate: float, setting: Setting) -> str:
     if bound == "decode":
         pieces.append("re-encode the images smaller (data_prep/make_webdataset.py --resize 256)")
     if bound == "augmentation":
-        pieces.append("use a weaker augment.randaugment, or set augment.color_jitter=0")
+        pieces.append("use a weaker augment.randaugment or augment.color_jitter")
     return ", or ".join(filter(None, pieces)) or "give the job more cores"
 
 

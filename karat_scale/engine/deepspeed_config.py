@@ -9,7 +9,7 @@ from typing import Any
 
 from karat_scale.engine.deepspeed_keys import check_keys
 from karat_scale.errors import RecipeError
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import RunRecipe
 from karat_scale.shipped import shipped_directory
 
 _NEVER = 10**9
@@ -20,7 +20,7 @@ def config_directory() -> Path:
     return shipped_directory("ds_configs")
 
 
-def load_ds_config(recipe: Recipe, world_size: int, micro_batch: int) -> dict[str, Any]:
+def load_ds_config(recipe: RunRecipe, world_size: int, micro_batch: int) -> dict[str, Any]:
     """The configuration DeepSpeed gets: the file the recipe names, every "auto" and missing number filled.
 
     Raises:
@@ -41,7 +41,7 @@ def load_ds_config(recipe: Recipe, world_size: int, micro_batch: int) -> dict[st
     return config
 
 
-def check_ds_config(recipe: Recipe) -> None:
+def check_ds_config(recipe: RunRecipe) -> None:
     """Refuse a file that no world can train with. Raises RecipeError as `load_ds_config`.
 
     The keys of a shipped file are not looked at: for those DeepSpeed would be imported, which takes seconds.
@@ -62,7 +62,7 @@ def zero_stage(config: Mapping[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def stage_refusal(recipe: Recipe, stage: int) -> str | None:
+def stage_refusal(recipe: RunRecipe, stage: int) -> str | None:
     """What the recipe asks for and this ZeRO stage cannot do."""
     if recipe.train.holds_16_bits and stage == 0:
         return f"train.precision = {recipe.train.precision} needs ZeRO stage 1 or higher"
@@ -89,7 +89,7 @@ def _find(name: str) -> Path:
     raise RecipeError(f"deepspeed.config = {name!r}: neither a file nor a shipped configuration ({shipped})")
 
 
-def _read(recipe: Recipe, values: dict[str, Any], with_keys: bool) -> tuple[dict[str, Any], str]:
+def _read(recipe: RunRecipe, values: dict[str, Any], with_keys: bool) -> tuple[dict[str, Any], str]:
     """The file's content with every "auto" filled from `values`, and what an error of it begins with."""
     path = _find(recipe.deepspeed.config)
     source = f"deepspeed.config = {path}"
@@ -125,7 +125,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _recipe_values(recipe: Recipe) -> dict[str, Any]:
+def _recipe_values(recipe: RunRecipe) -> dict[str, Any]:
     """What the recipe alone says."""
     return {
         "train_batch_size": recipe.train.global_batch,
@@ -136,7 +136,7 @@ def _recipe_values(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _batch_values(recipe: Recipe, world_size: int, micro_batch: int) -> dict[str, Any]:
+def _batch_values(recipe: RunRecipe, world_size: int, micro_batch: int) -> dict[str, Any]:
     """What hangs on the number of ranks."""
     return {
         "train_micro_batch_size_per_gpu": micro_batch,

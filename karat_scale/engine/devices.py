@@ -43,6 +43,13 @@ def tell_deepspeed(device_type: str) -> None:
             )
 
 
+def device_name(device: torch.device) -> str:
+    """The name of a device, for a person."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
 def card(device: torch.device) -> str:
     """The node and the GPU behind a device of this process, as no other GPU is called."""
     properties = torch.cuda.get_device_properties(device)

@@ -24,7 +24,8 @@ from karat_scale.engine.deepspeed_internals import (
 )
 from karat_scale.engine.distributed import World
 from karat_scale.engine.optimizers import build_optimizer, heeds_found_inf, state_names
-from karat_scale.engine.precision import PRECISIONS, allow_tf32, autocast_inside, check_precision
+from karat_scale.engine.parameter_groups import Groups
+from karat_scale.engine.precision import PRECISIONS, allow_tf32, autocast_inside, cast_images, check_precision
 from karat_scale.engine.shards import Fragment, Pieces
 from karat_scale.engine.waiting import (
     average_gradients_in_few_copies,
@@ -33,7 +34,7 @@ from karat_scale.engine.waiting import (
     step_judged_by,
 )
 from karat_scale.models import parameter_count
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import RunRecipe
 
 
 def _takes_cpu_adam(choice: str, device: torch.device) -> bool:
@@ -59,11 +60,16 @@ def _cast_buffers(module: nn.Module, dtype: torch.dtype) -> None:
 class Engine:
     """Forward, backward and step of one model on one rank.
 
+    Args:
+        groups: the optimizer's, if they are not `parameter_groups`.
+
     Raises:
         RecipeError: the device or the DeepSpeed file cannot do what the recipe asks for.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, world: World, micro_batch: int) -> None:
+    def __init__(
+        self, model: nn.Module, recipe: RunRecipe, world: World, micro_batch: int, groups: Groups | None = None
+    ) -> None:
         check_precision(recipe.train.precision, world.device)
         allow_tf32(recipe.train.tf32)
         self._precision = PRECISIONS[recipe.train.precision]
@@ -89,12 +95,11 @@ class Engine:
         initial = _copy_of_weights(model)
         model = model.to(world.device)
         autocast_inside(model, self._precision, world.device.type)
+        optimizer = build_optimizer(model, recipe.optim, world.device, cpu_adam, groups)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self.in_optimizer_order = [names[p] for group in optimizer.param_groups for p in group["params"]]
         with quiet_initialization():
-            self.deepspeed, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=build_optimizer(model, recipe.optim, world.device, cpu_adam),
-                config=config,
-            )
+            self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         if self.stage > 0:  # DeepSpeed's masters begin at what 16 bits have left of the weights
             for fragments, master in zip(shard_layout(self.deepspeed), master_weights(self.deepspeed), strict=True):
                 initial.fill(fragments, master)
@@ -109,8 +114,6 @@ class Engine:
             check_by_the_norm(self.deepspeed)
         keep_least_loss_scale(self.deepspeed)
         self._records_graphs = recipe.train.records_graphs
-        if recipe.train.compile:
-            self.deepspeed.compile(compile_kwargs={"mode": recipe.train.compile})
 
     @property
     def module(self) -> nn.Module:
@@ -123,12 +126,21 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits float32 [b, classes] for normalised images [b, 3, H, W]."""
+    def compile(self, mode: str) -> None:
+        """Let torch.compile compile the model, in a mode of its own, at the first step."""
+        self.deepspeed.compile(compile_kwargs={"mode": mode})
+
+    def forward(self, images: Any, *targets: Any) -> Any:
+        """What the model returns for a batch. A single tensor, such as logits, is returned as float32.
+
+        Args:
+            images: one float tensor [b, 3, H, W], or a list of tensors [3, h, w].
+            targets: what else the model takes.
+        """
         if self._records_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # what the last graph returned is not needed any more
-        logits: torch.Tensor = self.deepspeed(images.to(self._precision.weights))
-        return logits.float()
+        output = self.deepspeed(cast_images(images, self._precision.weights), *targets)
+        return output.float() if isinstance(output, torch.Tensor) else output
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients of a micro batch's mean loss; the last of a step reduces them over ranks.

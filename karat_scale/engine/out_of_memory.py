@@ -3,24 +3,8 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
-from karat_scale.data.plan import micro_batch_of
 from karat_scale.errors import UserError
 from karat_scale.memory_errors import is_out_of_memory
-from karat_scale.recipe import Recipe
-
-
-def explain_out_of_memory(recipe: Recipe, world_size: int) -> contextlib.AbstractContextManager[None]:
-    """Turn an allocation that fails within into a UserError; other exceptions pass."""
-
-    def fix() -> str:
-        train = recipe.train
-        micro_batch = micro_batch_of(recipe, world_size)
-        return (
-            f"lower train.micro_batch (now {micro_batch}), recompute more by train.recompute.policy (now "
-            f"{train.recompute.policy}), or partition more by deepspeed.config (now {recipe.deepspeed.config})"
-        )
-
-    return one_line_out_of_memory(fix)
 
 
 @contextlib.contextmanager

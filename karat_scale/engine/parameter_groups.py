@@ -10,9 +10,12 @@ from karat_scale.errors import RecipeError
 from karat_scale.models import no_weight_decay_names
 from karat_scale.recipe import OptimConfig
 
+Groups = list[dict[str, Any]]
+"""Optimizer groups: `params`, `weight_decay`, and `lr_scale`, by which the schedule's rate is multiplied."""
 
-def parameter_groups(model: nn.Module, optim: OptimConfig, apart: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Optimizer groups: `params`, `weight_decay`, and `lr_scale`, by which the schedule's rate is multiplied.
+
+def parameter_groups(model: nn.Module, optim: OptimConfig, apart: Collection[str] = ()) -> Groups:
+    """The groups of a model's trainable parameters.
 
     With `optim.layer_decay` d the layer that is n layers below the head has the scale d^n. An operator learns at the
     rate of its block, and one that blocks share at that of the last.

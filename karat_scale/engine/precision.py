@@ -42,6 +42,11 @@ PRECISIONS = {
 """By `train.precision`, at every ZeRO stage that takes it."""
 
 
+def cast_images(images: Any, dtype: torch.dtype) -> Any:
+    """A batch in the dtype of the weights: one tensor [b, 3, H, W], or a list of tensors [3, h, w]."""
+    return images.to(dtype) if isinstance(images, torch.Tensor) else [image.to(dtype) for image in images]
+
+
 def check_precision(precision: str, device: torch.device) -> None:
     """Raises RecipeError for fp16 on a CPU, which has few instructions for it."""
     if precision == "fp16" and device.type == "cpu":

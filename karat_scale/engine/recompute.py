@@ -22,10 +22,10 @@ from karat_scale.models.recompute import (
     torch_checkpoint,
 )
 from karat_scale.models.saved_tensors import ActivationBytes, activation_bytes
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import RunRecipe
 
 
-def apply_recompute(model: nn.Module, recipe: Recipe, world: World, micro_batch: int) -> str:
+def apply_recompute(model: nn.Module, recipe: RunRecipe, world: World, micro_batch: int) -> str:
     """Let `model` recompute what the recipe's `train.recompute` says; returns what that is, in words, or "".
 
     Raises:
@@ -46,7 +46,7 @@ def apply_recompute(model: nn.Module, recipe: Recipe, world: World, micro_batch:
     return words
 
 
-def _measure(model: nn.Module, recipe: Recipe, world: World, micro_batch: int) -> ActivationBytes:
+def _measure(model: nn.Module, recipe: RunRecipe, world: World, micro_batch: int) -> ActivationBytes:
     """What a copy of the model keeps of one micro batch, in the precision it trains in."""
     precision = PRECISIONS[recipe.train.precision]
     measured = copy.deepcopy(model).to(world.device, precision.weights)
@@ -56,7 +56,7 @@ def _measure(model: nn.Module, recipe: Recipe, world: World, micro_batch: int) -
         return activation_bytes(measured, images)
 
 
-def _within(activations: ActivationBytes, budget_gb: float, recipe: Recipe) -> tuple[Choice, ...]:
+def _within(activations: ActivationBytes, budget_gb: float, recipe: RunRecipe) -> tuple[Choice, ...]:
     choices = cheapest_choices(activations, flops_by_block(recipe.model, recipe.attention), int(budget_gb * 1e9))
     if choices is None:
         least = least_budget(activations) / 1e9

@@ -1,14 +1,21 @@
 """Where training stands: what a checkpoint must remember besides tensors."""
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, TypeVar
 
 S = TypeVar("S", bound="RunState")
 
 
 @dataclass
 class RunState:
-    """Of any kind of run. The cursor is `step`, finished global batches; `samples` follows from it and their size."""
+    """Of any kind of run. The cursor is `step`, finished global batches; `samples` follows from it and their size.
+
+    A kind of run adds `best_NAME` and `last_NAME` for each of its `scores`.
+    """
+
+    scores: ClassVar[tuple[str, ...]] = ()
+    """The scores to keep. The first one tells which evaluation is the best."""
 
     step: int = 0
     samples: int = 0
@@ -31,6 +38,23 @@ class RunState:
         """Training images a second over all restarts, without evaluation, saving and each start's first step."""
         return self.timed_samples / self.timed_seconds if self.timed_seconds else None
 
+    def record(self, evaluation: Mapping[str, Any]) -> bool:
+        """Keep the scores of an evaluation at this step; whether it is the best so far."""
+        self.evaluated_step = self.step
+        best = getattr(self, f"best_{self.scores[0]}")
+        is_best = best is None or evaluation[self.scores[0]] > best
+        if is_best:
+            self.best_step = self.step
+        for name in self.scores:
+            for which in ("last", "best") if is_best else ("last",):
+                setattr(self, f"{which}_{name}", evaluation[name])
+        return is_best
+
+    def kept_scores(self) -> dict[str, Any]:
+        """The best and the last scores by name, and the step of the best."""
+        names = [f"{which}_{name}" for which in ("best", "last") for name in self.scores]
+        return {name: getattr(self, name) for name in [*names, "best_step"]}
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for `state.json`."""
         return asdict(self)
@@ -41,26 +65,3 @@ class RunState:
         data = {"class_order_sha256": data.get("classes_sha256", ""), **data}
         known = {known.name for known in fields(cls)}
         return cls(**{key: value for key, value in data.items() if key in known})
-
-
-@dataclass
-class TrainState(RunState):
-    """Of a run that trains a classifier."""
-
-    best_top1: float | None = None
-    best_top5: float | None = None
-    last_top1: float | None = None
-    last_top5: float | None = None
-    data_digest: int = 0
-    bad_samples: int = 0
-    begun_with: dict[str, str] = field(default_factory=dict)
-    """The run that `init_from` took the weights of, as `lineage` says: later starts may not find it."""
-
-    def record(self, top1: float, top5: float) -> bool:
-        """Take in an evaluation at this step; whether it is the best so far."""
-        self.evaluated_step = self.step
-        self.last_top1, self.last_top5 = top1, top5
-        is_best = self.best_top1 is None or top1 > self.best_top1
-        if is_best:
-            self.best_top1, self.best_top5, self.best_step = top1, top5, self.step
-        return is_best

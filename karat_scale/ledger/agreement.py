@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from karat_scale.data.plan import total_steps
-from karat_scale.engine.run_state import TrainState
+from karat_scale.engine.run_state import RunState
 from karat_scale.errors import RunDirectoryError
 from karat_scale.files import file_sha256, sealed
 from karat_scale.ledger.figures import EvalEvent, SummaryFigures, TrainEvent
@@ -65,7 +65,7 @@ def check_agreement(
         _same(directory, "the last step in metrics.jsonl", summary, there)
     state = _state(directory)
     if state:
-        rate = TrainState.from_json(state).images_per_second
+        rate = RunState.from_json(state).images_per_second
         of_state = {key: state[key] for key in _OF_STATE if key in state}
         of_state |= {"steps": state.get("step"), "images_per_second": round(rate, 2) if rate else None}
         _same(directory, "the last checkpoint", summary, of_state)

@@ -13,8 +13,7 @@ def keep_ledger(runs: Sequence[str], docs: str) -> int:
     """Add runs to `docs`/ledger and write `docs`/reproduction.md; without runs, only the page. Returns the exit code.
 
     Raises:
-        UserError: a run cannot be added or is in the ledger already, or a record was changed. Nothing is written
-            written then.
+        UserError: a run cannot be added or is in the ledger already, or a record was changed. Then nothing is written.
     """
     folder = Path(docs) / "ledger"
     if not folder.is_dir():

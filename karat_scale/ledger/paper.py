@@ -33,7 +33,7 @@ class PaperRow(BaseModel):
     parameters: float | None = None
     memory: float | None = None
     gflops: tuple[float, float] | None = None
-    """Of the attention activation, and in total."""
+    """GFLOPs of the attention activation, and in total."""
 
 
 class PaperTable(BaseModel):

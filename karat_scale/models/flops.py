@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from karat_scale.attention import KaratOperator
-from karat_scale.attention.bases import Basis, FeatureBasis
+from karat_scale.attention.heads import AttentionHeads
 from karat_scale.models.factory import create_model
 from karat_scale.models.layers import attention_layers
 from karat_scale.models.transfer import TransferredAttention
@@ -62,44 +61,6 @@ def flops_by_block(model: ModelConfig, attention: AttentionConfig) -> tuple[Bloc
             return counted.by_block(image, counter)
 
 
-def operator_flops(operator: KaratOperator, tokens: int, width: int, masked: bool = False) -> int:
-    """Return the forward operations of an operator on one set of tokens.
-
-    Modular, per head: 2 N^2 d for the scores, 2 K N^2 r for H, 4 N r d for O = H (W^T V); in the Fourier basis K = 2 G.
-
-    Args:
-        operator: with h heads and rank r.
-        tokens: N.
-        width: d, the width of a head.
-        masked: True if pairs are masked, which requires S.
-    """
-    n, d, r = tokens, width, operator.rank
-    function = 2 * coefficients_of(operator.basis)
-    scores = values = 2 * n * n * d
-    if operator.form == "modular":
-        # A mask or the simplex needs the rows of S = H W^T.
-        output = 2 * n * n * r + values if operator.simplex or masked else 4 * n * r * d
-        head = scores + function * n * n * r + output
-    elif operator.form == "project_first":
-        head = 4 * n * r * d + function * n * n * r + values
-    elif operator.form == "two_operators":
-        head = scores + 2 * function * n * n * r + values
-    else:
-        rows = function * n**3 + values
-        # Without a W, O = sum_f f(A) (C_f^T V) can take fewer operations than forming S.
-        spread = 2 * function * n * n * d
-        can_spread = isinstance(operator.basis, FeatureBasis) and not (operator.simplex or masked)
-        head = scores + (min(rows, spread) if can_spread else rows)
-    return head * operator.num_heads
-
-
-def coefficients_of(basis: Basis) -> int:
-    """Return K: multiply-adds per evaluation of one learnable function."""
-    if isinstance(basis, FeatureBasis):
-        return basis.num_features
-    return sum(torch.Size(shape).numel() for shape in basis.shapes(1, 1, 1).values())
-
-
 class _Counted:
     """A model on the meta device whose operators are counted instead of computed."""
 
@@ -132,7 +93,7 @@ class _Counted:
 class _PassedOperator(nn.Module):
     """Replaces an operator: counts it, and passes gradients to all three inputs."""
 
-    def __init__(self, operator: KaratOperator) -> None:
+    def __init__(self, operator: AttentionHeads) -> None:
         super().__init__()
         self._counted = operator
         self.num_heads = operator.num_heads
@@ -143,17 +104,22 @@ class _PassedOperator(nn.Module):
     ) -> Tensor:
         """Return a tensor of O's shape."""
         batch, _heads, tokens, width = query.shape
-        self.flops += batch * operator_flops(self._counted, tokens, width, masked=mask is not None)
+        self.flops += batch * self._counted.flops(tokens, width, masked=mask is not None)
         return query + key + value
 
 
 def _let_operators_pass(network: nn.Module) -> None:
-    """Yield each operator once, even if all blocks share it."""
+    """Replace each operator, also one that all blocks share; an operator within another counts with that one."""
     passed: dict[nn.Module, _PassedOperator] = {}
-    for module in list(network.modules()):
+
+    def replace_in(module: nn.Module) -> None:
         for name, child in list(module.named_children()):
-            if isinstance(child, KaratOperator):
+            if isinstance(child, AttentionHeads):
                 setattr(module, name, passed.setdefault(child, _PassedOperator(child)))
+            else:
+                replace_in(child)
+
+    replace_in(network)
 
 
 class _AnyMatrices:

@@ -7,7 +7,7 @@ from torch import nn
 from karat_scale.errors import RecipeError
 from karat_scale.models.host import cannot_be_built
 from karat_scale.models.layers import LayerSize, attention_layers
-from karat_scale.models.vit import operator_maker
+from karat_scale.models.make_operator import operator_maker
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 

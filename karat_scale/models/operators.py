@@ -9,22 +9,32 @@ from torch import nn
 
 from karat_scale.attention import HybridHeads, KaratOperator, ResidualHeads
 from karat_scale.attention.functional import KERNELS_OF
+from karat_scale.attention.heads import AttentionHeads
 from karat_scale.errors import RecipeError
 from karat_scale.models.layers import BIASED, attention_layers
 
 
 def operators(model: nn.Module) -> list[KaratOperator | None]:
-    """Return each attention layer's learned operator; None for softmax. In universal mode all are one object."""
+    """Return each attention layer's operator with functions phi; None if it has none. All are one in universal mode."""
     return [operator_of(layer.attention) for layer in attention_layers(model)]
 
 
 def operator_of(attention: nn.Module) -> KaratOperator | None:
-    """Return the learned operator of an attention layer, also if it is combined with softmax."""
-    operator: Any = getattr(attention, "operator", None)
-    while isinstance(operator, HybridHeads | ResidualHeads):
-        operator = operator.operator
-    learned: KaratOperator | None = operator
-    return learned
+    """Return the operator with functions phi of an attention layer, also if it is combined with something else."""
+    found: Any = heads_of(attention)
+    while found is not None and not isinstance(found, KaratOperator):
+        found = getattr(found, "operator", None)
+    operator: KaratOperator | None = found
+    return operator
+
+
+def heads_of(attention: nn.Module) -> AttentionHeads | None:
+    """Return what learns in an attention layer, also beside softmax heads or a softmax part; None for softmax alone."""
+    found: Any = getattr(attention, "operator", None)
+    while isinstance(found, HybridHeads | ResidualHeads):
+        found = found.operator
+    heads: AttentionHeads | None = found
+    return heads
 
 
 def check_implementation(model: nn.Module, device: torch.device) -> None:
@@ -33,7 +43,7 @@ def check_implementation(model: nn.Module, device: torch.device) -> None:
         why = operator.refusal(device=device, **sizes)
         if why is not None:
             raise RecipeError(
-                f"attention.implementation = {operator.implementation} cannot run here: {why}; "
+                f"attention.implementation = {getattr(operator, 'implementation', 'auto')} cannot run here: {why}; "
                 "use attention.implementation=auto"
             )
 
@@ -53,10 +63,10 @@ def describe_implementation(model: nn.Module, device: torch.device) -> str | Non
     return f"learned attention runs by {', '.join(parts)}"
 
 
-def _operators_and_sizes(model: nn.Module) -> Iterator[tuple[KaratOperator, dict[str, Any]]]:
-    """The learned operator of each attention layer that has one, and what the layer gives it."""
+def _operators_and_sizes(model: nn.Module) -> Iterator[tuple[AttentionHeads, dict[str, Any]]]:
+    """What learns in each attention layer where something does, and what the layer gives it."""
     for layer in attention_layers(model):
-        operator = operator_of(layer.attention)
+        operator = heads_of(layer.attention)
         if operator is not None:
             yield (
                 operator,
@@ -76,14 +86,16 @@ def gates(model: nn.Module) -> list[nn.Parameter | None]:
 
 
 def head_parameters(model: nn.Module) -> Iterator[tuple[str, int, nn.Parameter]]:
-    """Yield (name, block, parameter [h, ...]) of coefficients, by their basis's names, and of the projector, "W".
+    """Yield (name, block, parameter [h, ...]) of all that an attention learns by head; the projector is "W".
 
     A universal operator counts as that of block 0.
     """
     seen: set[int] = set()
-    for block, operator in enumerate(operators(model)):
-        if operator is None or id(operator) in seen:
+    for block, layer in enumerate(attention_layers(model)):
+        heads = heads_of(layer.attention)
+        if heads is None or id(heads) in seen:
             continue
-        seen.add(id(operator))
-        for name, parameter in operator.named_parameters(recurse=False):
+        seen.add(id(heads))
+        for path, parameter in heads.named_parameters():
+            name = path.rpartition(".")[2]
             yield "W" if name == "proj" else name, block, parameter

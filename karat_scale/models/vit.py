@@ -10,10 +10,9 @@ from timm.models import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from karat_scale.attention import FourierKaratOperator, HybridHeads, KaratOperator, ResidualHeads, make_basis
-from karat_scale.errors import RecipeError
 from karat_scale.models.host import Host, build_timm, cannot_be_built
 from karat_scale.models.layers import LayerSize
+from karat_scale.models.make_operator import operator_maker
 from karat_scale.models.positions import sincos_2d
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
@@ -81,48 +80,6 @@ def attention_class(attention: AttentionConfig, num_tokens: int) -> type[Attenti
         return Attention
     make = functools.partial(operator_maker(attention), num_tokens)
     return type("KaratAttention", (KaratAttention,), {"make_operator": staticmethod(make)})
-
-
-def operator_maker(attention: AttentionConfig) -> Callable[[int, int], nn.Module]:
-    """Return a function that makes the operator of a layer with N tokens and h heads, given as (N, h).
-
-    Blockwise (B): a new one each time. Universal (U): all layers of the same N and h share one, so its
-    parameters are counted and stepped once (paper, the modular operator).
-
-    Raises:
-        RecipeError: the basis cannot be built.
-    """
-    _check_basis(attention)
-
-    def make(num_tokens: int, num_heads: int) -> nn.Module:
-        softmax_heads = attention.softmax_heads
-        if softmax_heads >= num_heads:
-            raise ValueError(f"attention.softmax_heads = {softmax_heads} leaves none of {num_heads} heads for KArAt")
-        operator = _make_operator(attention, num_tokens, num_heads - softmax_heads)
-        learned = ResidualHeads(operator) if attention.residual else operator
-        return HybridHeads(learned, softmax_heads) if softmax_heads else learned
-
-    return functools.cache(make) if attention.mode == "universal" else make
-
-
-def _check_basis(attention: AttentionConfig) -> None:
-    try:
-        make_basis(attention.basis, **_basis_settings(attention))
-    except ValueError as error:
-        raise RecipeError(f"attention.{error}") from error
-
-
-def _basis_settings(attention: AttentionConfig) -> dict[str, Any]:
-    return {name: getattr(attention, name) for name in ("grid", "degree", "range", "orders")}
-
-
-def _make_operator(attention: AttentionConfig, num_tokens: int, num_heads: int) -> KaratOperator:
-    sizes: dict[str, Any] = {"num_tokens": num_tokens, "num_heads": num_heads, "rank": attention.rank}
-    named: dict[str, Any] = {"base": attention.base, "init": attention.init, "implementation": attention.implementation}
-    if attention.is_modular_series:
-        return FourierKaratOperator(**sizes, **named, grid=attention.grid)
-    basis = make_basis(attention.basis, **_basis_settings(attention))
-    return KaratOperator(**sizes, **named, basis=basis, form=attention.form, simplex=attention.simplex)
 
 
 def num_tokens(model: VisionTransformer) -> int:

@@ -7,19 +7,29 @@ from pydantic import Field, field_validator, model_validator
 from karat_scale.recipe.base import Count, Effect, Positive, Section
 from karat_scale.tables import BASES
 
+# Forms of ours, beside the paper's.
+VARIANTS = ("content", "bounded", "smooth")
+
 
 class AttentionConfig(Section):
-    """Softmax, or a KArAt operator. The default operator is the paper's: S = Phi(A) W^T with Fourier series.
+    """Softmax, a KArAt operator, or a control. The default operator is the paper's: S = Phi(A) W^T with Fourier series.
 
     A basis uses those of `grid`, `degree`, `range` and `orders` that its constructor takes.
     """
 
-    kind: Annotated[Literal["softmax", "karat"], Effect.SHAPES] = "softmax"
-    """Softmax, or a KArAt operator."""
+    kind: Annotated[Literal["softmax", "karat", "static", "static_softmax", "learned_score"], Effect.SHAPES] = "softmax"
+    """`softmax`. `karat`: a KArAt operator. Two controls without learned functions: `static`, where S is a learned
+    constant matrix of each head, and `static_softmax`, softmax plus a gate of each head times such a matrix.
+    `learned_score`: softmax of a learned function of the scores, with `grid` harmonics; it starts as softmax."""
     basis: Annotated[str, Effect.SHAPES] = "fourier"
     """The basis of the functions phi: a name, or `package.module:Class` for your own."""
-    form: Annotated[Literal["modular", "project_first", "two_operators", "full_rank"], Effect.SHAPES] = "modular"
-    """`modular` is the paper's S = Phi(A) W^T; docs/attention.md has the other forms."""
+    form: Annotated[
+        Literal["modular", "project_first", "two_operators", "full_rank", "content", "bounded", "smooth"], Effect.SHAPES
+    ] = "modular"
+    """`modular` is the paper's S = Phi(A) W^T. `content` adds a learned function of each score, `bounded` bounds scores
+    and S, and `smooth` makes the functions vary smoothly over the image; docs/attention.md describes all forms."""
+    scores: bool = True
+    """False replaces the scores A by 0, so that the operator sees neither queries nor keys: a control."""
     mode: Annotated[Literal["blockwise", "universal"], Effect.SHAPES] = "blockwise"
     """`blockwise`: each block has its own functions. `universal`: all blocks share them."""
     softmax_heads: Annotated[int, Field(ge=0), Effect.SHAPES] = 0
@@ -42,6 +52,8 @@ class AttentionConfig(Section):
     """Orders (m, n) of the numerator and denominator of a rational function."""
     rank: Annotated[Count, Effect.SHAPES] = 12
     """Rank r of the operator."""
+    modes: Annotated[Annotated[int, Field(ge=2)], Effect.SHAPES] = 16
+    """K: the modes of the patch grid from which `form: smooth` builds its functions."""
     base: Literal["zero", "identity", "silu", "gelu"] = "zero"
     """The base activation b(x), which is added to each function."""
     init: Literal["paper", "variance_preserving", "softmax_like"] = "variance_preserving"
@@ -60,8 +72,8 @@ class AttentionConfig(Section):
 
     @property
     def is_modular_series(self) -> bool:
-        """True for the paper's operator, S = Phi(A) W^T of Fourier series, which has kernels of its own."""
-        return self.is_series and self.form == "modular" and not self.simplex
+        """True for S = Phi(A) W^T of Fourier series, which has kernels, and for the forms that build on it."""
+        return self.is_series and self.form in ("modular", *VARIANTS) and not self.simplex
 
     @field_validator("basis")
     @classmethod
@@ -88,6 +100,20 @@ class AttentionConfig(Section):
                 "attention.init = softmax_like needs attention.basis=fourier, attention.form=modular or full_rank and "
                 "attention.base=zero; use variance_preserving"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_kind(self) -> "AttentionConfig":
+        ours = {"form": "modular", "basis": "fourier", "residual": False, "simplex": False, "scores": True}
+        if self.kind in ("static", "static_softmax", "learned_score"):
+            for key, only in ours.items():
+                if (value := getattr(self, key)) != only:
+                    raise ValueError(f"attention.{key} = {value} is of attention.kind=karat, not of {self.kind}")
+        elif self.form in VARIANTS and self.kind == "karat":
+            plain = {"basis": "fourier", "simplex": False, "base": "zero", "init": "variance_preserving"}
+            for key, only in plain.items():
+                if (value := getattr(self, key)) != only:
+                    raise ValueError(f"attention.form = {self.form} has attention.{key}={only} only, not {value}")
         return self
 
     @model_validator(mode="after")

@@ -19,13 +19,13 @@ class SaveConfig(Section):
     """Number of the last checkpoints to keep. At least 2, so that there is another one if the last is damaged."""
     keep_best: bool = True
     """Also keep the checkpoint with the best evaluation."""
+    asynchronous: bool = True
+    """Training pauses only for a copy to host memory, and continues while the copy is written."""
 
 
 class CheckpointConfig(SaveConfig):
     """When to save, and what to keep. A checkpoint is always written at the end."""
 
-    asynchronous: bool = True
-    """Training pauses only for a copy to host memory, and continues while the copy is written."""
     snapshots: Annotated[int, Field(ge=0)] = 0
     """Keep the weights, without optimizer states, at the start and at the end of each of this many equal parts of
     training."""
@@ -49,27 +49,22 @@ class ResumeConfig(Section):
         return [value] if isinstance(value, str) else value
 
 
-class ReportConfig(Section):
+class LogConfig(Section):
     """What to report, and how often."""
 
     every_steps: Count = 50
     """Print and record the metrics every this many steps."""
     trackers: tuple[Annotated[str, OneOf(TRACKERS)], ...] = ("tensorboard",)
     """What shows the metrics, beside `metrics.jsonl`. `[]` is none."""
+    histogram_every_steps: Count | None = 1000
+    """Steps between the trackers' histograms of each head's coefficients and projector. Null turns them off."""
+    profile_steps: tuple[Count, Count] | None = None
+    """The first and the last step to trace into the run's `profile/`. Null traces nothing."""
 
     @field_validator("trackers", mode="before")
     @classmethod
     def _one_tracker_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
-
-
-class LogConfig(ReportConfig):
-    """What to report, and how often."""
-
-    histogram_every_steps: Count | None = 1000
-    """Steps between the trackers' histograms of each head's coefficients and projector. Null turns them off."""
-    profile_steps: tuple[Count, Count] | None = None
-    """The first and the last step to trace into the run's `profile/`. Null traces nothing."""
 
     @field_validator("profile_steps")
     @classmethod

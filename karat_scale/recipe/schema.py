@@ -14,7 +14,7 @@ from karat_scale.recipe.attention import AttentionConfig
 from karat_scale.recipe.base import Count, Effect, Fraction, Section
 from karat_scale.recipe.data import AugmentConfig, DataConfig
 from karat_scale.recipe.files import RECIPES
-from karat_scale.recipe.keep import CheckpointConfig, LogConfig, ResumeConfig
+from karat_scale.recipe.keep import CheckpointConfig, LogConfig, ResumeConfig, SaveConfig
 from karat_scale.recipe.train import DeepSpeedConfig, OptimConfig, ScheduleConfig, TrainConfig
 
 
@@ -87,7 +87,7 @@ class ModelConfig(Section):
 
 
 class RunRecipe(Section):
-    """The sections that the recipes of `karat train` and `karat detect` share."""
+    """The sections that the recipes of `karat train` and `karat detect` share; each has its own data and schedule."""
 
     shipped: ClassVar[Path]
     """The directory of the recipes that are shipped with the package."""
@@ -103,6 +103,22 @@ class RunRecipe(Section):
     timm, or `timm:NAME`. Everything else starts from the beginning."""
     resume: Annotated[ResumeConfig, Effect.NOTHING] = ResumeConfig()
     """Resume, or branch from, an earlier run."""
+    data: Section
+    """The images and how they become batches."""
+    augment: Section
+    """Augmentation."""
+    optim: OptimConfig = OptimConfig()
+    """The optimizer."""
+    schedule: Section
+    """The learning rate schedule."""
+    train: TrainConfig = TrainConfig()
+    """Length, batch sizes, precision, EMA and evaluation."""
+    deepspeed: Annotated[DeepSpeedConfig, Effect.ROUNDING] = DeepSpeedConfig()
+    """The DeepSpeed file."""
+    checkpoint: Annotated[SaveConfig, Effect.NOTHING] = SaveConfig()
+    """When to save, and what to keep."""
+    log: Annotated[LogConfig, Effect.NOTHING] = LogConfig()
+    """What to report, and how often."""
 
     @model_validator(mode="after")
     def _has_one_start(self) -> "RunRecipe":
@@ -111,6 +127,17 @@ class RunRecipe(Section):
                 f"init_from = {self.init_from} and resume.from = {self.resume.from_} both set the start of the run; "
                 "unset one of them, such as init_from="
             )
+        return self
+
+    @model_validator(mode="after")
+    def _training_fits_together(self) -> "RunRecipe":
+        if self.train.micro_batch and self.train.global_batch % self.train.micro_batch:
+            raise ValueError(
+                f"train.global_batch = {self.train.global_batch} is not a multiple of train.micro_batch = "
+                f"{self.train.micro_batch}"
+            )
+        if self.train.eval_weights == "ema" and self.train.ema_decay == 0:
+            raise ValueError("train.eval_weights = ema, but with train.ema_decay = 0 there is no EMA; use auto or raw")
         return self
 
 
@@ -123,18 +150,10 @@ class Recipe(RunRecipe):
     """The images and how they become batches."""
     augment: AugmentConfig = AugmentConfig()
     """Augmentation, label smoothing and the evaluation crop."""
-    optim: OptimConfig = OptimConfig()
-    """The optimizer."""
     schedule: ScheduleConfig = ScheduleConfig()
     """The learning rate schedule."""
-    train: TrainConfig = TrainConfig()
-    """Length, batch sizes, precision, EMA and evaluation."""
-    deepspeed: Annotated[DeepSpeedConfig, Effect.ROUNDING] = DeepSpeedConfig()
-    """The DeepSpeed file."""
     checkpoint: Annotated[CheckpointConfig, Effect.NOTHING] = CheckpointConfig()
     """When to save, and what to keep."""
-    log: Annotated[LogConfig, Effect.NOTHING] = LogConfig()
-    """What to report, and how often."""
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "Recipe":
@@ -147,11 +166,6 @@ class Recipe(RunRecipe):
             raise ValueError(
                 f"train.micro_batch = {self.train.micro_batch} is odd, but mixup and cutmix mix pairs; "
                 "use an even number or set augment.mix_prob=0"
-            )
-        if self.train.micro_batch and self.train.global_batch % self.train.micro_batch:
-            raise ValueError(
-                f"train.global_batch = {self.train.global_batch} is not a multiple of train.micro_batch = "
-                f"{self.train.micro_batch}"
             )
         if self.schedule.warmup_steps is None and self.schedule.warmup_epochs > self.train.epochs:
             raise ValueError(
@@ -167,6 +181,4 @@ class Recipe(RunRecipe):
                     f"schedule.{name} = {rate:g} is above the peak that optim.lr = {self.optim.lr:g} gives, "
                     f"{self.optim.lr * scale:g}; lower it, such as schedule.{name}=0"
                 )
-        if self.train.eval_weights == "ema" and self.train.ema_decay == 0:
-            raise ValueError("train.eval_weights = ema, but with train.ema_decay = 0 there is no EMA; use auto or raw")
         return self

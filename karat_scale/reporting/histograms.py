@@ -17,7 +17,7 @@ class HeadHistograms:
 
     def due(self, step: int) -> bool:
         """Whether there is something to write after `step` finished steps; the same on every rank."""
-        return bool(self._every and self._parameters) and step % (self._every or 1) == 0
+        return bool(self._every and self._parameters) and step > 0 and step % (self._every or 1) == 0
 
     def write(self, step: int) -> None:
         """Write one histogram of each parameter of each head. Collective at stage 3."""

@@ -2,13 +2,11 @@
 
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 import psutil
 import torch
-
-from karat_scale.data.digest import BITS
 
 
 class Interval:
@@ -20,19 +18,19 @@ class Interval:
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
         self._device, self._clock = device, clock
-        self._loss = torch.zeros((), dtype=torch.float32, device=device)
+        self._losses: dict[str, torch.Tensor] = {}
         self._norms: list[torch.Tensor] = []
         self._steps = 0
-        self._bad = 0
-        self._digest = 0
         self._timed_steps = 0
         self._seconds = 0.0
         self._since: float | None = None
         self._warm = False
 
-    def add_loss(self, loss: torch.Tensor) -> None:
-        """Add a step's (share of a) loss without waiting for the device."""
-        self._loss += loss.detach()
+    def add_losses(self, losses: Mapping[str, torch.Tensor]) -> None:
+        """Add a step's (share of) losses, 0-dim, by name, without waiting for the device."""
+        for name, loss in losses.items():
+            share = loss.detach().float()
+            self._losses[name] = self._losses[name] + share if name in self._losses else share
 
     def add_norm(self, norm: torch.Tensor) -> None:
         """Keep a step's gradient norm, 0-dim, without waiting for the device."""
@@ -42,19 +40,6 @@ class Interval:
         """The norms since they were last taken, in the order of the steps; one read for all."""
         taken, self._norms = self._norms, []
         return torch.stack(taken).tolist() if taken else []
-
-    def add_bad(self, count: int) -> None:
-        """Count samples that could not be read."""
-        self._bad += count
-
-    def add_digest(self, digest: int) -> None:
-        """Add a batch's `batch_digest`."""
-        self._digest = (self._digest + digest) % 2**BITS
-
-    def take_digest(self) -> int:
-        """The sum of the batches' digests since it was last taken."""
-        taken, self._digest = self._digest, 0
-        return taken
 
     def finish_step(self) -> None:
         """Count a step."""
@@ -78,18 +63,17 @@ class Interval:
             if running:
                 self._since = self._now()
 
-    def take_counts(self) -> tuple[int, int, float]:
-        """(unreadable samples, timed steps, their seconds) since they were last taken."""
+    def take_time(self) -> tuple[int, float]:
+        """(timed steps, their seconds) since they were last taken."""
         with self.paused():
-            taken = self._bad, self._timed_steps, self._seconds
-            self._bad, self._timed_steps, self._seconds = 0, 0, 0.0
+            taken = self._timed_steps, self._seconds
+            self._timed_steps, self._seconds = 0, 0.0
         return taken
 
-    def take_loss(self) -> tuple[torch.Tensor, int]:
-        """(summed loss, steps) since they were last taken."""
-        taken = self._loss.clone(), self._steps
-        self._loss.zero_()
-        self._steps = 0
+    def take_losses(self) -> tuple[dict[str, torch.Tensor], int]:
+        """(summed losses by name, steps) since they were last taken."""
+        taken = self._losses, self._steps
+        self._losses, self._steps = {}, 0
         return taken
 
     def _now(self) -> float:

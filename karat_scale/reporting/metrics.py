@@ -62,7 +62,7 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close the file and the trackers."""
-        with suppress(OSError):  # what the disk did not take was told when it was written
+        with suppress(OSError):  # a write that failed was reported when it happened
             self._file.close()
         for tracker in self._trackers:
             tracker.close()

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,29 +17,31 @@ from karat_scale.reporting.metrics import MetricsLog
 _LARGE = 10**8
 
 
-class Display(Protocol):
-    """A place to show progress; the two kinds differ in looks only."""
+class PlainDisplay:
+    """Prints one line per report, with the time of day."""
 
     def line(self, text: str) -> None:
-        """Show a line that stays."""
+        """Print a line that stays."""
+        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
     def advance(self, done: int, total: int) -> None:
-        """A training step is done."""
+        """A training step is done; only a bar shows it."""
 
     def train(self, done: int, total: int, text: str) -> None:
         """Show what was measured since the last report."""
+        self.line(f"step {done}/{total} {text}")
 
     def evaluate(self, done: int, total: int) -> None:
-        """Show where an evaluation stands."""
+        """Show the progress of an evaluation; only a bar shows it."""
 
     def verify(self, done: int, total: int) -> None:
-        """Show how many bytes of a checkpoint are verified. Any thread may call it."""
+        """Show how many bytes of a checkpoint are verified; only a bar shows it. Any thread may call it."""
 
     def close(self) -> None:
         """Leave the terminal as it was."""
 
 
-class TerminalDisplay:
+class TerminalDisplay(PlainDisplay):
     """Live bars: training, and below it an evaluation or a check of files while there is one."""
 
     def __init__(self, console: Console, title: str) -> None:
@@ -72,38 +74,14 @@ class TerminalDisplay:
         self._bars.stop()
 
 
-class PlainDisplay:
-    """One line per report, with the time of day."""
-
-    def line(self, text: str) -> None:
-        """Print a line."""
-        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
-
-    def advance(self, done: int, total: int) -> None:
-        """A step alone is not worth a line."""
-
-    def train(self, done: int, total: int, text: str) -> None:
-        """Print a line."""
-        self.line(f"step {done}/{total} {text}")
-
-    def evaluate(self, done: int, total: int) -> None:
-        """An evaluation prints its result only."""
-
-    def verify(self, done: int, total: int) -> None:
-        """A checkpoint that is as it was is not worth a line."""
-
-    def close(self) -> None:
-        """Nothing to restore."""
-
-
 class SilentDisplay(PlainDisplay):
-    """For ranks other than 0: warnings only, on standard error."""
+    """For ranks other than 0: only warnings, on standard error."""
 
     def line(self, text: str) -> None:
         """Print nothing."""
 
 
-def choose_display(is_main: bool, title: str) -> Display:
+def choose_display(is_main: bool, title: str) -> PlainDisplay:
     """A live bar when standard output is a terminal, and nothing on ranks other than 0."""
     if not is_main:
         return SilentDisplay()
@@ -115,7 +93,7 @@ class Reporter:
     """Tells the person and the log the same things. `log` is None on ranks other than 0."""
 
     def __init__(
-        self, display: Display, log: MetricsLog | None, rank: int = 0, heartbeat: Heartbeat | None = None
+        self, display: PlainDisplay, log: MetricsLog | None, rank: int = 0, heartbeat: Heartbeat | None = None
     ) -> None:
         self.display = display
         self._log = log
@@ -156,15 +134,7 @@ class Reporter:
         self.display.train(step, total, text)
         self._write("train", step, **figures)
 
-    def evaluated(self, step: int, figures: dict[str, Any]) -> None:
-        """The result of an evaluation of a classifier."""
-        text = (
-            f"top-1 {figures['top1']:.2f} % top-5 {figures['top5']:.2f} % "
-            f"loss {figures['loss']:.4f} ({figures['images']:,} images, {figures['weights']} weights)"
-        )
-        self.scored(step, text, figures)
-
-    def scored(self, step: int, text: str, figures: dict[str, Any]) -> None:
+    def evaluated(self, step: int, text: str, figures: dict[str, Any]) -> None:
         """The result of an evaluation, in words and as figures."""
         self.info(f"eval at step {step}: {text}")
         self._write("eval", step, **figures)

@@ -1,16 +1,49 @@
-"""`init_from`: the weights a new run begins with."""
+"""`init_from`: the weights a new run begins with, of a run, a file, a folder of `karat export`, or timm."""
 
-from collections.abc import Callable, Mapping
+import difflib
+import json
+import logging
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import NamedTuple
 
+import timm
+import yaml
+from huggingface_hub.utils import LocalEntryNotFoundError
+from safetensors import safe_open
+from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.distributed import World
 from karat_scale.errors import RecipeError, UserError
+from karat_scale.models import create_model
 from karat_scale.models.init_from import check_heads, differences, take_weights
-from karat_scale.recipe import RunRecipe
-from karat_scale.run.weights_source import read_weights
+from karat_scale.recipe import AttentionConfig, ModelConfig, RunRecipe
+from karat_scale.recipe.portable import portable_recipe, text_digest
+from karat_scale.run.run_directory import RunDirectory
 
 Take = Callable[[nn.Module, Mapping[str, Tensor]], str]
+TIMM = "timm:"
+_NO_STATE = "no state dict: expected tensors by parameter name"
+_UNSAFE = "not a file of weights that is safe to read"
+
+
+class Origin(NamedTuple):
+    """What weights were trained as, where that is known."""
+
+    model: ModelConfig
+    attention: AttentionConfig
+
+
+class SourceWeights(NamedTuple):
+    """Whole weights by parameter name, and their origin."""
+
+    tensors: dict[str, Tensor]
+    origin: Origin | None = None
 
 
 def initialise(model: nn.Module, recipe: RunRecipe, world: World, take: Take = take_weights) -> str:
@@ -23,16 +56,12 @@ def initialise(model: nn.Module, recipe: RunRecipe, world: World, take: Take = t
         UserError: they cannot be had, or are of another model; on all ranks alike.
     """
     source = recipe.init_from
-    line, problem = "", None
     try:
-        notes = _take(model, recipe, take)
-        line = "; ".join([f"begins with the weights of {source}", *notes])
+        with world.together():
+            notes = _take(model, recipe, take)
     except UserError as error:
-        problem = str(error).removeprefix(f"{source}: ")
-    problem = next((p for p in world.gather(problem) if p is not None), None)
-    if problem is not None:
-        raise RecipeError(f"init_from = {source}: {problem}")
-    return line
+        raise RecipeError(f"init_from = {source}: {str(error).removeprefix(f'{source}: ')}") from error
+    return "; ".join([f"begins with the weights of {source}", *notes])
 
 
 def _take(model: nn.Module, recipe: RunRecipe, take: Take) -> list[str]:
@@ -42,3 +71,152 @@ def _take(model: nn.Module, recipe: RunRecipe, take: Take) -> list[str]:
     notes = take(model, weights)
     differing = [] if origin is None else differences(origin, (recipe.model, recipe.attention))
     return [*([notes] if notes else []), *differing]
+
+
+def read_weights(source: str) -> SourceWeights:
+    """The weights of a source, averaged ones where there are any.
+
+    Args:
+        source: a run's directory (its best checkpoint), a checkpoint in one, a .safetensors file or a folder of `karat
+            export`, a .safetensors or .pth file of timm, or `timm:NAME`.
+
+    Raises:
+        UserError: there is no such thing, or it cannot be read.
+    """
+    if source.startswith(TIMM):
+        return SourceWeights(_weights_of_timm(source.removeprefix(TIMM)))
+    path, checkpoint = locate(source)
+    return _weights_of_run(path, checkpoint) if checkpoint else _weights_of_file(path)
+
+
+def locate(source: str) -> tuple[Path, str]:
+    """A run's directory and which checkpoint of it, or a file and "", of a source that is no timm:NAME.
+
+    Raises:
+        RecipeError: there is no such thing.
+    """
+    path = Path(source).expanduser()
+    exported = path / "model.safetensors"
+    if exported.is_file() and (path / "config.json").is_file():  # as a hub has it, perhaps with a recipe
+        return exported, ""
+    if (path / "recipe.yaml").is_file():
+        return path, "best"
+    if path.parent.name == "checkpoints" and (path.is_dir() or path.name in ("best", "latest")):
+        return path.parent.parent, path.name
+    if path.is_file():
+        return path, ""
+    raise RecipeError("neither a run's directory, nor a checkpoint in one, nor a file, nor timm:NAME")
+
+
+def _weights_of_run(run: Path, checkpoint: str) -> SourceWeights:
+    directory = RunDirectory(run)
+    recipe = directory.recipe()
+    name = directory.store.find_intact(checkpoint)
+    saved = directory.store.state(name)
+    model = create_model(recipe.model, recipe.attention)
+    load_weights(model, directory.store.root / name, saved, ema=saved["has_ema"])
+    return SourceWeights(model.state_dict(), Origin(recipe.model, recipe.attention))
+
+
+def _weights_of_file(path: Path) -> SourceWeights:
+    try:
+        _check_kind(path)
+        weights = load_state_dict(str(path), use_ema=True, weights_only=True)
+    except RecipeError:
+        raise
+    except AttributeError:  # timm looks for a state dict's items
+        raise RecipeError(_NO_STATE) from None
+    except Exception as error:  # torch, timm and safetensors have many
+        # Theirs about a pickle advises to run what is in it.
+        is_pickle = any(isinstance(e, UnpicklingError) for e in (error, error.__cause__, error.__context__))
+        reason = "it holds more than tensors and plain values, or is damaged" if is_pickle else _first_line(error)
+        raise RecipeError(f"{_UNSAFE}: {reason}") from error
+    if not (isinstance(weights, dict) and all(isinstance(x, Tensor) for x in weights.values())):
+        raise RecipeError(_NO_STATE)
+    return SourceWeights(weights, _origin_of_file(path))
+
+
+def _check_kind(path: Path) -> None:
+    """Raises RecipeError for a file that no weights are in, by its first bytes, and for a program."""
+    if path.suffix == ".safetensors":
+        return
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start != b"PK" and start[:1] != b"\x80":  # what torch.save writes, now and in old times
+        raise RecipeError("not a file of weights; expected .safetensors, or .pth as torch.save writes it")
+    if start == b"PK" and any(Path(name).name == "constants.pkl" for name in zipfile.ZipFile(path).namelist()):
+        raise RecipeError("a TorchScript program, not a file of weights; use the run, or --format safetensors of it")
+
+
+def _origin_of_file(path: Path) -> Origin | None:
+    """The recipe's sections that `karat export` keeps beside the weights."""
+    about = export_metadata(path)
+    if not about:
+        return None
+    try:
+        return Origin(
+            ModelConfig(**json.loads(about["model"])),
+            AttentionConfig(**json.loads(about["attention"])),
+        )
+    except (KeyError, TypeError, ValueError):
+        return None  # another version's; the weights tell what they are
+
+
+def export_metadata(path: Path) -> dict[str, str]:
+    """What `karat export` says of a file's weights in it; nothing where another program wrote it."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        about: dict[str, str] = file.metadata() or {}
+    return about if "karat_scale" in about else {}
+
+
+def run_behind(source: str) -> dict[str, str]:
+    """`name` and `recipe_sha256` of the run that readable weights are of; nothing where they do not say.
+
+    Args:
+        source: as of `read_weights`.
+    """
+    if not source or source.startswith(TIMM):
+        return {}
+    path, checkpoint = locate(source)
+    if checkpoint:
+        recipe = RunDirectory(path).recipe()
+        return {"name": recipe.run.name, "recipe_sha256": text_digest(portable_recipe(recipe))}
+    about = export_metadata(path)
+    if not {"recipe", "recipe_sha256"} <= about.keys():
+        return {}
+    return {"name": yaml.safe_load(about["recipe"])["run"]["name"], "recipe_sha256": about["recipe_sha256"]}
+
+
+def _weights_of_timm(name: str) -> dict[str, Tensor]:
+    if not timm.is_model_pretrained(name):
+        known = dict.fromkeys(found.partition(".")[0] for found in timm.list_pretrained())
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {TIMM}{close[0]}?" if close else "`timm.list_pretrained('vit*')` lists them"
+        raise RecipeError(f"timm has no weights of that name; {hint}")
+    try:
+        with _quiet_hub():
+            weights: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # the hub and what carries it have many
+        is_away = isinstance(error, LocalEntryNotFoundError)
+        reason = "neither the Hugging Face hub nor its cache has them" if is_away else _first_line(error)
+        fix = "fetch them where there is a network (HF_HOME names the cache) or name a file"
+        raise RecipeError(f"cannot be fetched: {reason}; {fix}") from error
+    return weights
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """The hub's client announces each of its retries; the last one's error is told here."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -4,42 +4,39 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from karat_scale import __version__
+from karat_scale.data.digest import classes_digest
+from karat_scale.engine.devices import device_name
 from karat_scale.engine.distributed import World
 from karat_scale.engine.run_state import RunState
 from karat_scale.errors import EXIT_STOPPED, UserError
 from karat_scale.files import sealed
 from karat_scale.machine import processor_name
+from karat_scale.recipe import RunRecipe
+from karat_scale.recipe.loading import dump_recipe
+from karat_scale.recipe.portable import text_digest
 from karat_scale.reporting.progress import Reporter
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StoppedError, StopSignals
-from karat_scale.run.start import device_name
+from karat_scale.run.task import Task
 
 _LIBRARIES = ("torch", "timm", "deepspeed")
-S = TypeVar("S", bound=RunState)
 
 
 @dataclass
-class Outcome(Generic[S]):
+class Outcome:
     """How a run ended, for `summary.json`; an unforeseen exception until something better is known."""
 
-    name: str
+    recipe: RunRecipe
     world: World
-    state: S
+    state: RunState
+    task: Task | None = None
     begun: bool = False
     parameters: int = 0
     code: int = 1
     reason: str = "error"
-
-    def scores(self) -> dict[str, Any]:
-        """What the evaluations said."""
-        raise NotImplementedError
-
-    def counts(self) -> dict[str, Any]:
-        """What else a kind of run counts."""
-        return {}
 
     def summary(self, previous: dict[str, Any] | None) -> dict[str, Any]:
         """The figures of the whole run, over all its restarts."""
@@ -47,28 +44,41 @@ class Outcome(Generic[S]):
             return {**previous, "exit": self.code, "reason": self.reason}
         rate = self.state.images_per_second
         return {
-            "name": self.name,
+            "name": self.recipe.run.name,
             "exit": self.code,
             "reason": self.reason,
             "steps": self.state.step,
             "samples": self.state.samples,
-            **self.scores(),
+            **self.state.kept_scores(),
             "images_per_second": round(rate, 2) if rate else None,
             "seconds_to_first_step": self.state.seconds_to_first_step,
             "peak_memory_mb": self.state.peak_memory_mb,
             "parameters": self.parameters,
-            **self.counts(),
+            **self._data(),
+            "recipe_sha256": text_digest(dump_recipe(self.recipe)),
+            "seed": self.recipe.run.seed,
             "skipped_steps": self.state.skipped_steps,
             "restarts": self.state.restarts,
             "world_size": self.world.size,
-            "device": device_name(self.world),
+            "device": device_name(self.world.device),
             "processor": processor_name(),
             "versions": {"karat_scale": __version__, **{name: version(name) for name in _LIBRARIES}},
         }
 
+    def _data(self) -> dict[str, Any]:
+        if self.task is None:
+            return {}
+        classes = self.task.classes
+        return {
+            "train_images": self.task.num_train,
+            "classes": len(classes),
+            "classes_sha256": classes_digest(classes),
+            **self.task.facts(self.state),
+        }
+
 
 @contextmanager
-def concluded(outcome: Outcome[S], directory: RunDirectory, signals: StopSignals, reporter: Reporter) -> Iterator[None]:
+def concluded(outcome: Outcome, directory: RunDirectory, signals: StopSignals, reporter: Reporter) -> Iterator[None]:
     """Around a run: `outcome` learns how it ended, and so do the log, the person and `summary.json`.
 
     Those of a finished run stay as they are when a start in its directory fails before it has begun.
@@ -93,10 +103,12 @@ def concluded(outcome: Outcome[S], directory: RunDirectory, signals: StopSignals
         _record(outcome, directory, reporter)
 
 
-def _record(outcome: Outcome[S], directory: RunDirectory, reporter: Reporter) -> None:
+def _record(outcome: Outcome, directory: RunDirectory, reporter: Reporter) -> None:
     previous = directory.summary() if outcome.world.is_main else None
     is_told = outcome.begun or previous is None or previous.get("exit") != 0
     with ExitStack() as last:  # calls all, the last first, whatever the disk says to one of them
+        if outcome.task is not None:
+            last.callback(outcome.task.close)
         if outcome.world.is_main and is_told:
             last.callback(lambda: directory.write_summary(sealed(outcome.summary(previous))))
         last.callback(reporter.close)

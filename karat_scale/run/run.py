@@ -1,27 +1,40 @@
-"""One training run from a recipe to an exit code: build the parts, run the loop, say how it ended."""
+"""One run from a recipe to an exit code, whatever its task.
 
-from dataclasses import dataclass, field
-from typing import Any
+`train` claims the directory, builds the parts, resumes and trains. `build_parts` seeds, builds the model, gives it its
+first weights, compiles it and makes its engine and checkpoints.
+"""
 
-from karat_scale.data.digest import classes_digest
+from functools import partial
+
+import torch
+
+from karat_scale.checkpoint.checkpoints import Checkpoints
+from karat_scale.cluster.heartbeat import Heartbeat
+from karat_scale.data.plan import total_steps
 from karat_scale.engine import distributed
+from karat_scale.engine.devices import device_name
 from karat_scale.engine.distributed import World
-from karat_scale.engine.out_of_memory import explain_out_of_memory
-from karat_scale.engine.run_state import TrainState
-from karat_scale.recipe import Recipe
-from karat_scale.recipe.loading import dump_recipe
-from karat_scale.recipe.portable import text_digest
-from karat_scale.run.lineage import Lineage, lineage, run_behind
-from karat_scale.run.loop import Loop
+from karat_scale.engine.ema import Ema
+from karat_scale.engine.engine import Engine
+from karat_scale.engine.out_of_memory import one_line_out_of_memory
+from karat_scale.engine.recompute import apply_recompute
+from karat_scale.engine.run_state import RunState
+from karat_scale.models.freeze import freeze
+from karat_scale.models.operators import check_implementation, describe_implementation
+from karat_scale.recipe import RunRecipe
+from karat_scale.reporting.histograms import HeadHistograms
+from karat_scale.reporting.metrics import MetricsLog, open_trackers
+from karat_scale.reporting.profiler import StepProfiler
+from karat_scale.reporting.progress import Reporter, choose_display
+from karat_scale.run.initial_weights import initialise
+from karat_scale.run.loop import Loop, Parts
 from karat_scale.run.outcome import Outcome, concluded
-from karat_scale.run.parts import Parts, build_parts
 from karat_scale.run.run_directory import RunDirectory
-from karat_scale.run.same_data import keep_data
 from karat_scale.run.signals import StopSignals
-from karat_scale.run.start import branch_point, device_name, open_directory, open_reporter
+from karat_scale.run.task import Task
 
 
-def train(recipe: Recipe) -> int:
+def train(task_type: type[Task], recipe: RunRecipe) -> int:
     """Train the recipe, or resume its run; return this rank's exit code.
 
     Raises:
@@ -30,78 +43,114 @@ def train(recipe: Recipe) -> int:
     signals = StopSignals().install()
     world = distributed.start(recipe.run.device)
     try:
-        directory, changes = open_directory(recipe, world)
-        return _train(recipe, world, directory, changes, signals)
+        directory, changes = claim_directory(recipe, world)
+        reporter = open_reporter(recipe, world, directory)
+        outcome = Outcome(recipe, world, task_type.state_type())
+        fix = partial(task_type.less_memory, recipe, world.size)
+        with concluded(outcome, directory, signals, reporter), one_line_out_of_memory(fix):
+            task = outcome.task = task_type(recipe, world, reporter)
+            if changes:
+                reporter.info(f"the recipe differs from that of the earlier start: {changes}")
+            parts = build_parts(task, directory, signals)
+            outcome.parameters = parts.engine.parameters
+            outcome.state = resume(parts, directory)
+            outcome.begun = True
+            if world.is_main:
+                directory.begin(recipe, task.classes)
+            reporter.info(headline(parts))
+            Loop(parts, outcome.state).run()
+        return outcome.code
     finally:
         distributed.stop()
 
 
-def _train(recipe: Recipe, world: World, directory: RunDirectory, changes: str, signals: StopSignals) -> int:
-    reporter = open_reporter(recipe, world, directory, recipe.log.trackers)
-    outcome = _Outcome(recipe.run.name, world, TrainState(), recipe=recipe)
-    parts: Parts | None = None
-    try:
-        with concluded(outcome, directory, signals, reporter), explain_out_of_memory(recipe, world.size):
-            parts = build_parts(recipe, world, directory, signals, reporter)
-            outcome.parameters, outcome.train_images = parts.engine.parameters, parts.backend.num_train
-            if changes:
-                reporter.info(f"the recipe differs from that of the earlier start: {changes}")
-            branch = branch_point(recipe, directory)
-            state = parts.checkpoints.load(branch)
-            if state is None:
-                state = TrainState(begun_with=run_behind(recipe.init_from))
-            other = keep_data(state, parts.backend.num_train, parts.backend.classes, recipe, is_branch=bool(branch))
-            if other:
-                reporter.info(f"it continues with other data: {other}")
-            outcome.classes = parts.backend.classes
-            outcome.lineage = lineage(recipe, directory.path, state)
-            outcome.state, outcome.begun = state, True
-            if world.is_main:
-                directory.begin(recipe, parts.backend.classes)
-            loop = Loop(parts, state)
-            reporter.info(_headline(parts, outcome.parameters, loop.total_steps))
-            loop.run()
-    finally:
-        if parts is not None:
-            parts.backend.close()
-    return outcome.code
+def build_parts(task: Task, directory: RunDirectory, signals: StopSignals) -> Parts:
+    """Build everything a loop needs, in the order in which mistakes show soonest: plan, model, engine.
+
+    Raises:
+        UserError: the recipe does not fit the data or the world.
+    """
+    recipe, world, reporter = task.recipe, task.world, task.reporter
+    plan = task.plan()
+    steps = total_steps(plan.steps_per_epoch, recipe.train.epochs, recipe.train.max_steps)
+    schedule = task.schedule(plan.steps_per_epoch)
+    task.prepare(directory)
+    torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank and at every world size
+    backbone = task.build_backbone(directory)
+    check_implementation(backbone, world.device)
+    if chosen := describe_implementation(backbone, world.device):
+        reporter.info(chosen)
+    if recipe.init_from and not directory.store.names():
+        reporter.info(initialise(backbone, recipe, world, task.take_weights))
+    model = task.build_model(backbone)
+    if recipe.train.freeze:
+        reporter.info(freeze(model, recipe.train.freeze))
+    torch.manual_seed(recipe.run.seed + 1 + world.rank)  # but random numbers of its own on each rank in training
+    if recomputed := apply_recompute(backbone, recipe, world, plan.micro_batch):
+        reporter.info(recomputed)
+    engine = Engine(model, recipe, world, plan.micro_batch, task.groups(model))
+    if recipe.train.compile:
+        engine.compile(recipe.train.compile)
+        reporter.info(f"the first step compiles the model (train.compile = {recipe.train.compile})")
+    ema = Ema(engine.deepspeed, recipe.train) if recipe.train.ema_decay else None
+    histograms = HeadHistograms(engine, recipe.log, reporter)
+    return Parts(
+        recipe=recipe,
+        world=world,
+        task=task,
+        plan=plan,
+        total_steps=steps,
+        engine=engine,
+        ema=ema,
+        schedule=schedule,
+        checkpoints=Checkpoints(directory.store, engine, ema, world, recipe, reporter, task.kind, task.state_type),
+        after_step=[histograms, *task.after_step(engine, directory, steps)],
+        profiler=StepProfiler(recipe.log.profile_steps, directory.profile, world, reporter),
+        reporter=reporter,
+        signals=signals,
+    )
 
 
-@dataclass
-class _Outcome(Outcome[TrainState]):
-    recipe: Recipe = field(kw_only=True)
-    train_images: int = 0
-    classes: tuple[str, ...] = ()
-    lineage: Lineage = field(default_factory=dict)
+def resume(parts: Parts, directory: RunDirectory) -> RunState:
+    """The state of the newest intact checkpoint, loaded into the engine; that of a new run if there is none.
 
-    def scores(self) -> dict[str, Any]:
-        """Accuracies, in percent."""
-        return {
-            "best_top1": self.state.best_top1,
-            "best_top5": self.state.best_top5,
-            "best_step": self.state.best_step,
-            "last_top1": self.state.last_top1,
-            "last_top5": self.state.last_top5,
-        }
+    `resume.from` counts at a run's first start only: after that the run has checkpoints of its own.
 
-    def counts(self) -> dict[str, Any]:
-        """Of samples, and what the run is of."""
-        return {
-            "train_images": self.train_images,
-            "classes": len(self.classes),
-            "classes_sha256": classes_digest(self.classes),
-            "lineage": self.lineage,
-            "recipe_sha256": text_digest(dump_recipe(self.recipe)),
-            "seed": self.recipe.run.seed,
-            "data_digest": self.state.data_digest,
-            "bad_samples": self.state.bad_samples,
-        }
+    Raises:
+        RunDirectoryError: no checkpoint is intact, or it is of another model, or of other data.
+    """
+    recipe, task = parts.recipe, parts.task
+    branch = "" if directory.store.names() else recipe.resume.from_
+    state: RunState = parts.checkpoints.load(branch) or task.begin()
+    other = directory.keep_data(state, task.num_train, task.classes, recipe, is_branch=bool(branch))
+    if other:
+        parts.reporter.info(f"it continues with other data: {other}")
+    return state
 
 
-def _headline(parts: Parts, parameters: int, total_steps: int) -> str:
-    world, plan = parts.world, parts.plan
+def claim_directory(recipe: RunRecipe, world: World) -> tuple[RunDirectory, str]:
+    """Rank 0 claims the run directory; all ranks hear of its refusal, or of what the recipe changes on purpose."""
+    directory = RunDirectory(recipe.run.dir)
+    with world.together():
+        changes = directory.open(recipe) if world.is_main else ""
+    return directory, world.broadcast(changes)
+
+
+def open_reporter(recipe: RunRecipe, world: World, directory: RunDirectory) -> Reporter:
+    """The reporter of a run, with metrics on rank 0 and a heartbeat on each."""
+    log = None
+    if world.is_main:
+        log = MetricsLog(directory.metrics_file, open_trackers(directory.path, recipe, recipe.log.trackers))
+    heartbeat = Heartbeat(directory.path, world.rank, device_name(world.device)).start()
+    return Reporter(choose_display(world.is_main, recipe.run.name), log, world.rank, heartbeat)
+
+
+def headline(parts: Parts) -> str:
+    """One line on what is trained, on how much data and on what."""
+    world, plan, task = parts.world, parts.plan, parts.task
     pieces = f"{world.size} x {plan.accumulation} x {plan.micro_batch}"
     return (
-        f"{parts.recipe.run.name}: {parameters:,} parameters, {parts.backend.num_train:,} training images, "
-        f"{total_steps:,} steps of {plan.global_batch} ({pieces}) on {device_name(world)}"
+        f"{parts.recipe.run.name}: {parts.engine.parameters:,} parameters, {task.num_train:,} training images of "
+        f"{len(task.classes):,} classes, {parts.total_steps:,} steps of {plan.global_batch} ({pieces}) on "
+        f"{device_name(world.device)}"
     )

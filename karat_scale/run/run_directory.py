@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, overload
 
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
+from karat_scale.data.digest import class_order_digest
+from karat_scale.engine.run_state import RunState
 from karat_scale.errors import RunDirectoryError, not_written
 from karat_scale.files import write_atomically
 from karat_scale.recipe import Recipe, RunRecipe
@@ -177,6 +179,37 @@ class RunDirectory:
                 f"run.dir = {self.path} belongs to another recipe: {_describe(old, recipe, keys)}; "
                 f"{_advice(self.path, keys, fixed, before, effects(type(recipe)))}"
             )
+
+    def keep_data(
+        self, state: RunState, images: int, classes: Sequence[str], recipe: RunRecipe, is_branch: bool
+    ) -> str:
+        """Let `state` say which data it is of: its cursor counts their images, its labels number their classes.
+
+        Args:
+            images: of the training split.
+            classes: their names, in the order of the labels.
+            is_branch: the state is of another run, which may have had other data.
+
+        Returns:
+            How the data differ from those the state had, where they may; else nothing.
+
+        Raises:
+            RunDirectoryError: they differ and `resume.allow` does not list data.path.
+        """
+        order = class_order_digest(classes)
+        differences = []
+        if state.train_images not in (0, images):
+            differences.append(f"{images:,} training images where it had {state.train_images:,}")
+        if state.class_order_sha256 not in ("", order):
+            differences.append("other classes")
+        said = " and ".join(differences)
+        if said and not is_branch and not {"data", "data.path"} & set(recipe.resume.allow):
+            raise RunDirectoryError(
+                f"run.dir = {self.path}: data.path is not of the data that its run began with, it has {said}; put "
+                "data.path right, add resume.allow=[data.path], or choose another run.dir"
+            )
+        state.train_images, state.class_order_sha256 = images, order
+        return said
 
     def _is_finished(self, recipe: dict[str, Any]) -> bool:
         """Whether the newest checkpoint is the end of the run that `recipe`, by dotted key, says."""

@@ -9,8 +9,8 @@ import torch
 from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.deepspeed_internals import master_weights
-from karat_scale.engine.run_state import TrainState
 from karat_scale.errors import RunDirectoryError
+from karat_scale.tasks.classification.task import TrainState
 from tests.small_engines import CONFIGS, equal, train_once, train_steps, weights
 
 

@@ -11,12 +11,12 @@ from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
-from karat_scale.engine.run_state import TrainState
 from karat_scale.errors import RunDirectoryError
 from karat_scale.models import create_model
 from karat_scale.models.freeze import freeze
 from karat_scale.recipe import Recipe
 from karat_scale.reporting.progress import PlainDisplay, Reporter
+from karat_scale.tasks.classification.task import TrainState
 from tests.small_engines import CONFIGS, train_once, weights
 
 TUNED = ("optim.layer_decay=0.5", "train.freeze=[patch_embed.*, blocks.0.attn.operator.*]", "optim.weight_decay=0")
@@ -30,7 +30,9 @@ def build(recipe: Recipe, world: World, seed: int) -> tuple[Engine, Checkpoints]
     engine = Engine(model, recipe, world, recipe.train.global_batch)
     ema = Ema(engine.deepspeed, recipe.train)
     store = CheckpointStore(Path(recipe.run.dir) / "checkpoints")
-    return engine, Checkpoints(store, engine, ema, world, recipe, Reporter(PlainDisplay(), None))
+    return engine, Checkpoints(
+        store, engine, ema, world, recipe, Reporter(PlainDisplay(), None), "classification", TrainState
+    )
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -2,15 +2,12 @@ import pytest
 import torch
 
 from karat_scale.checkpoint.snapshots import snapshot_steps
-from karat_scale.engine.run_state import TrainState
 from karat_scale.models import create_model
-from karat_scale.reporting.progress import PlainDisplay, Reporter
 from karat_scale.run.loop import Loop
-from karat_scale.run.parts import build_parts
 from karat_scale.run.run_directory import RunDirectory
-from karat_scale.run.signals import StopSignals
 from karat_scale.run.weights_file import load_exported
-from tests.small_engines import weights
+from karat_scale.tasks.classification.task import TrainState
+from tests.small_engines import make_parts, weights
 
 
 def test_the_parts_of_training_are_equal_and_hold_both_ends() -> None:
@@ -27,12 +24,12 @@ def test_a_run_keeps_its_weights_and_a_resumed_one_takes_none_twice(small_recipe
     directory = RunDirectory(recipe.run.dir)
     directory.store.root.mkdir(parents=True)
     for _ in range(2):  # the second time all is there already
-        parts = build_parts(recipe, world, directory, StopSignals(), Reporter(PlainDisplay(), None))
+        parts = make_parts(recipe, world)
         first = weights(parts.engine)
         parts.checkpoints.load()
         before = {path: path.stat().st_mtime_ns for path in directory.snapshots.glob("*")}
         Loop(parts, TrainState()).run()
-        parts.backend.close()
+        parts.task.close()
     files = sorted(directory.snapshots.iterdir())
     assert [path.name for path in files] == [f"step-{step:08d}.safetensors" for step in (0, 2, 4, 6, 8)]
     assert before == {path: path.stat().st_mtime_ns for path in files}
@@ -48,7 +45,7 @@ def test_a_snapshot_that_cannot_be_written_is_a_warning(
     directory = RunDirectory(recipe.run.dir)
     directory.store.root.mkdir(parents=True)
     directory.snapshots.write_text("in the way")
-    parts = build_parts(recipe, world, directory, StopSignals(), Reporter(PlainDisplay(), None))
+    parts = make_parts(recipe, world)
     Loop(parts, TrainState()).run()
-    parts.backend.close()
+    parts.task.close()
     assert "warning: snapshot step-00000000.safetensors not saved: File exists" in capsys.readouterr().out

@@ -12,7 +12,8 @@ from karat_scale.doctor.finding import Finding, examine
 from karat_scale.doctor.resources import examine_cache, nearest_existing, usable_cores
 from karat_scale.doctor.run import examine_machine
 from karat_scale.errors import DataError, RecipeError
-from tests.conftest import karat, karat_environment, karat_here
+from karat_scale.tables import EXTRAS
+from tests.conftest import ROOT, karat, karat_environment, karat_here
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,12 @@ def test_a_missing_extra_is_a_note_with_the_command_that_installs_it(machine: di
         else:
             assert finding.level == "note"
             assert all(part in finding.fix for part in parts)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "Makefile"])
+def test_the_pages_name_the_packages_that_ffcv_is_compiled_with(page: str) -> None:
+    words = (ROOT / page).read_text().replace("`", " ").replace(".", " ").split()
+    assert set(EXTRAS["ffcv"].debian.split()) <= set(words)
 
 
 def test_without_a_compiler_the_fix_names_the_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

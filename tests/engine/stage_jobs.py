@@ -20,10 +20,10 @@ from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.recompute import apply_recompute
-from karat_scale.engine.run_state import TrainState
 from karat_scale.models import create_model
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.reporting.progress import PlainDisplay, Reporter
+from karat_scale.tasks.classification.task import TrainState
 from tests.conftest import ROOT, SMALL, rank_environments
 from tests.small_engines import weights
 from tests.warm import run_program
@@ -63,7 +63,9 @@ def run_job(job: Job, world: World, scratch: Path) -> dict[str, Any]:
     engine = Engine(model, recipe, world, micro_batch)
     ema = Ema(engine.deepspeed, recipe.train)
     root = Path(job.load or job.save or scratch / "none")
-    checkpoints = Checkpoints(CheckpointStore(root), engine, ema, world, recipe, Reporter(PlainDisplay(), None))
+    checkpoints = Checkpoints(
+        CheckpointStore(root), engine, ema, world, recipe, Reporter(PlainDisplay(), None), "classification", TrainState
+    )
     if job.load:
         state = checkpoints.load()
         assert state is not None

@@ -36,8 +36,9 @@ import sys
 import torch
 torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 1
-from karat_scale.engine import distributed  # all that `karat train` imports
+from karat_scale.engine import distributed
 from karat_scale.run import run  # all that `karat train` imports
+from karat_scale.tasks.classification import task  # and this
 assert "deepspeed" not in sys.modules
 distributed.start("cpu")
 from deepspeed.accelerator import get_accelerator

@@ -1,12 +1,13 @@
 import pytest
 import torch
 
-from karat_scale.engine.out_of_memory import explain_out_of_memory
+from karat_scale.engine.out_of_memory import one_line_out_of_memory
 from karat_scale.errors import UserError
+from karat_scale.tasks.classification.task import ClassificationTask
 
 
 def explained(recipe, failing) -> str:
-    with pytest.raises(UserError) as caught, explain_out_of_memory(recipe, 2):
+    with pytest.raises(UserError) as caught, one_line_out_of_memory(lambda: ClassificationTask.less_memory(recipe, 2)):
         failing()
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -41,5 +42,5 @@ def test_every_kind_is_known(small_recipe) -> None:
 
 
 def test_other_errors_pass(small_recipe) -> None:
-    with pytest.raises(RuntimeError, match="shape"), explain_out_of_memory(small_recipe(), 1):
+    with pytest.raises(RuntimeError, match="shape"), one_line_out_of_memory(str):
         torch.zeros(2).view(3)

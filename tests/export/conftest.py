@@ -4,10 +4,10 @@ import pytest
 
 from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.engine.ema import Ema
-from karat_scale.engine.run_state import TrainState
 from karat_scale.recipe import Recipe
 from karat_scale.reporting.progress import PlainDisplay, Reporter
 from karat_scale.run.run_directory import RunDirectory
+from karat_scale.tasks.classification.task import TrainState
 from tests.small_engines import make_engine, small_recipe, train_once
 
 __all__ = ["make_engine", "make_run", "small_recipe"]
@@ -29,7 +29,9 @@ def make_run(world, make_engine):
             train_once(engine, step, size=recipe.model.image_size)
             ema.update(step)
         reporter = Reporter(PlainDisplay(), None)
-        checkpoints = Checkpoints(directory.store, engine, ema if keep_ema else None, world, recipe, reporter)
+        checkpoints = Checkpoints(
+            directory.store, engine, ema if keep_ema else None, world, recipe, reporter, "classification", TrainState
+        )
         assert checkpoints.save(TrainState(step=3, samples=24, evaluated_step=3, last_top1=62.5, last_top5=100.0))
         return directory.path, engine, ema
 

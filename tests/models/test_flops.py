@@ -4,7 +4,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from karat_scale.attention import KaratOperator
 from karat_scale.models import create_model
-from karat_scale.models.flops import Flops, flops_by_block, flops_per_image, operator_flops
+from karat_scale.models.flops import Flops, flops_by_block, flops_per_image
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 TINY = ModelConfig(name="vit_tiny_patch16_224")
@@ -49,7 +49,7 @@ def test_what_the_reference_computes_is_counted_or_is_the_detour_it_takes(basis:
         operator(query, query, query)
     # Modular: S is formed, so O = (H W^T) V in place of H (W^T V). Two operators: H meets the identity three times.
     detour = {"modular": 2 * n * n * (rank + d) - 4 * n * rank * d, "two_operators": 6 * n * rank * rank}.get(form, 0)
-    assert counter.get_total_flops() == operator_flops(operator, n, d) + heads * detour
+    assert counter.get_total_flops() == operator.flops(n, d) + heads * detour
 
 
 @pytest.mark.parametrize("softmax_heads", [0, 1])

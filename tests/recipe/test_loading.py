@@ -29,6 +29,7 @@ SHIPPED = {
     "fashion_mnist_demo",
     "cifar10_vit_mini_32px",
     "cifar10_vit_mini_32px_g3b",
+    "cifar10_vit_nano_32px",
     "cifar10_vit_tiny_full_rank",
     "cifar10_vit_tiny_transfer",
     "cifar100_vit_tiny_transfer",
@@ -79,7 +80,10 @@ def message(path: Path | str, *overrides: str) -> str:
         ("schedule.warmup_lr=0.1", ["schedule.warmup_lr = 0.1", "optim.lr = 0.0005", "lower it"]),
         ("attention.grid=true", ["attention.grid = True", "not true or false"]),
         ("attention.grid=99", ["attention.grid = 99", "16"]),
-        ("attention.kind=soft", ["attention.kind = 'soft'", "'softmax' or 'karat'"]),
+        (
+            "attention.kind=soft",
+            ["attention.kind = 'soft'", "'softmax', 'karat', 'static', 'static_softmax' or 'learned_score'"],
+        ),
         ("augment.mean=[1, 2]", ["augment.mean", "too few"]),
         ("augment.scale=[1.0, 0.5]", ["augment.scale", "ascending"]),
         ("augment.randaugment=auto", ["augment.randaugment", "rand-m9-mstd0.5-inc1"]),
@@ -187,7 +191,7 @@ def test_imagenet_recipes_have_the_papers_settings() -> None:
     assert (recipe.optim.eps, recipe.optim.betas, recipe.optim.clip_grad) == (1e-6, (0.9, 0.999), 1.0)
     assert (recipe.schedule.warmup_epochs, recipe.schedule.warmup_lr, recipe.schedule.min_lr) == (5, 1e-6, 1e-5)
     augment = recipe.augment
-    assert (augment.scale, augment.ratio, augment.hflip, augment.color_jitter) == ((0.08, 1), (0.67, 1.5), 0.5, 0.4)
+    assert (augment.scale, augment.ratio, augment.hflip, augment.color_jitter) == ((0.08, 1), (0.67, 1.5), 0.5, 0.0)
     assert augment.randaugment == "rand-m15-n2-mstd1.0-inc1"
     assert (augment.mixup, augment.cutmix, augment.mix_switch_prob, augment.label_smoothing) == (0.8, 1.0, 0.5, 0.1)
     assert augment.eval_crop == 0.9

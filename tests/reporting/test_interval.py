@@ -19,19 +19,19 @@ def test_the_first_step_and_pauses_are_not_timed() -> None:
         clock.go(7.0)
     clock.go(2.0)
     interval.finish_step()
-    assert interval.take_counts() == (0, 1, 2.0)
+    assert interval.take_time() == (1, 2.0)
 
 
-def test_counts_may_be_taken_inside_a_pause() -> None:
+def test_the_time_may_be_taken_inside_a_pause() -> None:
     clock = Clock()
     interval = Interval(CPU, clock)
     interval.finish_step()
     clock.go(1.0)
     with interval.paused():
-        assert interval.take_counts() == (0, 0, 1.0)
+        assert interval.take_time() == (0, 1.0)
         clock.go(5.0)
     clock.go(0.5)
-    assert interval.take_counts() == (0, 0, 0.5)
+    assert interval.take_time() == (0, 0.5)
 
 
 def test_the_stopwatch_waits_for_the_device_and_a_step_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,17 +49,16 @@ def test_the_stopwatch_waits_for_the_device_and_a_step_does_not(monkeypatch: pyt
     assert interval._seconds == 13.0  # what the device still had to do belongs to the steps
 
 
-def test_losses_and_bad_samples_add_up_and_start_anew() -> None:
+def test_losses_add_up_by_name_and_start_anew() -> None:
     interval = Interval(CPU)
     for loss in (1.0, 2.0):
-        interval.add_loss(torch.tensor(loss))
-        interval.add_bad(2)
+        interval.add_losses({"loss": torch.tensor(loss), "mask": torch.tensor(loss / 2)})
         interval.finish_step()
-    total, steps = interval.take_loss()
-    assert (float(total), steps) == (3.0, 2)
-    assert interval.take_counts()[0] == 4
-    assert float(interval.take_loss()[0]) == 0.0
-    assert float(total) == 3.0
+    losses, steps = interval.take_losses()
+    assert (losses, steps) == ({"loss": 3.0, "mask": 1.5}, 2)
+    interval.add_losses({"loss": torch.tensor(5.0)})
+    assert interval.take_losses() == ({"loss": 5.0}, 0)
+    assert losses["loss"] == 3.0
 
 
 def test_norms_are_kept_as_they_were() -> None:

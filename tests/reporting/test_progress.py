@@ -3,22 +3,21 @@ import io
 from rich.console import Console
 
 from karat_scale.data.batch import BadSample
-from karat_scale.engine.run_state import TrainState
+from karat_scale.engine.run_state import RunState
 from karat_scale.reporting.progress import PlainDisplay, Reporter, TerminalDisplay, choose_display
 
 FIGURES = {"epoch": 0, "loss": 1.25, "lr": 1e-3, "images_per_second": 321.0}
-RESULT = {"top1": 12.345, "top5": 50.0, "loss": 2.0, "images": 28, "weights": "ema"}
 
 
 def test_a_pipe_gets_plain_lines(capsys) -> None:
     reporter = Reporter(PlainDisplay(), None)
     reporter.train(5, 10, FIGURES)
-    reporter.evaluated(5, RESULT)
-    reporter.checkpoint(TrainState(step=5), "step-00000005", 0.5, 0.1)
+    reporter.evaluated(5, "top-1 12.35 %", {"top1": 12.345})
+    reporter.checkpoint(RunState(step=5), "step-00000005", 0.5, 0.1)
     reporter.bad_sample(BadSample(3, "n01/x", "train-000001.tar", "truncated"))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("step 5/10 epoch 0 loss 1.2500 lr 1.00e-03 321 img/s")
-    assert "top-1 12.35 %" in lines[1] or "top-1 12.34 %" in lines[1]
+    assert lines[1].endswith("eval at step 5: top-1 12.35 %")
     assert lines[2].endswith("saved step-00000005 in 0.5 s, of which training stood still for 0.1 s")
     assert all(part in lines[3] for part in ("warning", "n01/x", "train-000001.tar", "truncated"))
 

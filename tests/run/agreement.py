@@ -26,23 +26,21 @@ from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine import distributed
 from karat_scale.engine.deepspeed_internals import master_weights
 from karat_scale.engine.distributed import World
-from karat_scale.engine.run_state import TrainState
 from karat_scale.errors import RunDirectoryError
 from karat_scale.files import Fingerprint, file_sha256
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.reporting.progress import PlainDisplay, Reporter
 from karat_scale.run.agreement import Decision, SavePoints
-from karat_scale.run.parts import Parts, build_parts
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StopSignals
 from karat_scale.run.weights_file import load_exported
+from karat_scale.tasks.classification.task import TrainState
 from tests.clock import Clock
 from tests.conftest import SMALL
 from tests.run.harm import HARMS, POINTERS, point
 from tests.run.nonfinite import KINDS, NonfiniteLoop
-from tests.small_engines import CONFIGS
+from tests.small_engines import CONFIGS, make_parts
 
 
 def _recipe(world: World, scratch: Path, name: str, *overrides: str) -> Recipe:
@@ -53,10 +51,6 @@ def _recipe(world: World, scratch: Path, name: str, *overrides: str) -> Recipe:
     world.broadcast(None)
     fixed = ("schedule.warmup_epochs=0", "data.workers=0", f"run.dir={scratch / name}")
     return load_recipe(base, [*SMALL, *fixed, *overrides])
-
-
-def _build(recipe: Recipe, world: World) -> Parts:
-    return build_parts(recipe, world, RunDirectory(recipe.run.dir), StopSignals(), Reporter(PlainDisplay(), None))
 
 
 def _loaded(checkpoints: Checkpoints) -> int | str:
@@ -70,7 +64,7 @@ def _loaded(checkpoints: Checkpoints) -> int | str:
 
 def damage(world: World, scratch: Path) -> dict[str, Any]:
     """A harm to each file of the newest checkpoint: the steps that the ranks go on from, and what is said."""
-    parts = _build(_recipe(world, scratch, "damage", "deepspeed.config=zero2"), world)
+    parts = make_parts(_recipe(world, scratch, "damage", "deepspeed.config=zero2"), world)
     checkpoints, root = parts.checkpoints, parts.checkpoints.store.root
     for step in (1, 2):
         checkpoints.save(TrainState(step=step, samples=8 * step))
@@ -121,7 +115,7 @@ def failing_rank(world: World, scratch: Path) -> dict[str, Any]:
     """Rank 1 alone may not write large files: what becomes of a save, by stage and way of saving."""
     outcomes = {}
     for config in ("zero1", "zero3"):
-        parts = _build(_recipe(world, scratch, f"failing-{config}", f"deepspeed.config={config}"), world)
+        parts = make_parts(_recipe(world, scratch, f"failing-{config}", f"deepspeed.config={config}"), world)
         checkpoints = parts.checkpoints
         good = checkpoints.save(TrainState(step=1, samples=8))
         unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -148,9 +142,9 @@ def nonfinite_rank(world: World, scratch: Path) -> dict[str, Any]:
     for config in CONFIGS:
         for precision in ("fp32", "bf16"):
             own = (f"deepspeed.config={config}", f"train.precision={precision}")
-            parts = _build(_recipe(world, scratch, "nonfinite", *own), world)
+            parts = make_parts(_recipe(world, scratch, "nonfinite", *own), world)
             loop = NonfiniteLoop(parts, TrainState())
-            batches = parts.backend.train_batches(parts.plan.slices(0, 1 + 2 * len(KINDS)))
+            batches = parts.task.backend.train_batches(parts.plan.slices(0, 1 + 2 * len(KINDS)))
             loop.step([next(batches)])
             for kind in KINDS:
                 masters = master_weights(parts.engine.deepspeed)
@@ -165,7 +159,7 @@ def nonfinite_rank(world: World, scratch: Path) -> dict[str, Any]:
                 loop.step([next(batches)])
                 went_on = loop.state.skipped_in_row == 0 and not all(map(torch.equal, before, masters))
                 outcomes[f"{config} {precision} {kind}"] = world.gather((skipped, untouched, went_on))
-            parts.backend.close()
+            parts.task.close()
     return outcomes
 
 
@@ -175,10 +169,10 @@ def snapshots(world: World, scratch: Path) -> dict[str, Any]:
     for config in CONFIGS:
         own = (f"deepspeed.config={config}", "attention.mode=universal", "train.precision=bf16")
         recipe = _recipe(world, scratch, f"snapshots-{config}", *own)
-        parts = _build(recipe, world)
+        parts = make_parts(recipe, world)
         loop = NonfiniteLoop(parts, TrainState())
-        loop.step([next(parts.backend.train_batches(parts.plan.slices(0, 1)))])
-        parts.snapshots.take(1)
+        loop.step([next(parts.task.backend.train_batches(parts.plan.slices(0, 1)))])
+        parts.after_step[1].write(1)
         parts.checkpoints.save(loop.state)
         sizes = [parameter.numel() for _, parameter in whole_masters(parts.engine, world)]
         if world.is_main:
@@ -188,7 +182,7 @@ def snapshots(world: World, scratch: Path) -> dict[str, Any]:
             load_weights(saved, store.root / "step-00000001", store.state("step-00000001"), ema=False)
             pairs = zip(ours.state_dict().values(), saved.state_dict().values(), strict=True)
             outcomes[config] = all(torch.equal(a, b) for a, b in pairs) and sum(sizes) == parts.engine.parameters
-        parts.backend.close()
+        parts.task.close()
     return outcomes
 
 

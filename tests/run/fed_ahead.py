@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from karat_scale.data import device_feed
-from karat_scale.run import loop
-from karat_scale.tasks.classification import evaluate
+from karat_scale.tasks.classification import evaluate, task
 from tests.streams import Streams
 
 
@@ -18,5 +17,5 @@ class FeedAhead(device_feed.DeviceFeed):
 def feed_ahead(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the test ends."""
     del streams  # only to say that they must be there
-    for module in (loop, evaluate):
+    for module in (task, evaluate):
         monkeypatch.setattr(module, "DeviceFeed", FeedAhead)

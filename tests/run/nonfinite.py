@@ -1,13 +1,13 @@
 """A loop into which a test puts what is not finite."""
 
 import math
+from typing import Any
 
 import torch
 
 from karat_scale.data.batch import Batch
-from karat_scale.engine.run_state import TrainState
-from karat_scale.run.loop import Loop
-from karat_scale.run.parts import Parts
+from karat_scale.run.loop import Loop, Parts
+from karat_scale.tasks.classification.task import TrainState
 
 # "offset": the loss is infinite and its gradients are as finite as ever.
 KINDS = ("data", "loss", "offset", "gradient")
@@ -20,9 +20,9 @@ class NonfiniteLoop(Loop):
         super().__init__(parts, state)
         self.inject = inject
         self._steps = range(inject_at, max(until, inject_at) + 1) if inject_at else range(0)
-        self._normalize, self._plain_objective = parts.normalize, self._objective
-        parts.normalize = self._images  # type: ignore[assignment]
-        self._objective = self._loss  # type: ignore[assignment]
+        task: Any = parts.task
+        self._normalize, self._plain_objective = task.normalize, task.objective
+        task.normalize, task.objective = self._images, self._loss
 
     def step(self, micro_batches: list[Batch]) -> None:
         if self._steps:

@@ -9,17 +9,14 @@ from karat_scale.data.backends import ImageSpec
 from karat_scale.data.backends.synthetic import SyntheticBackend
 from karat_scale.data.batch import BadSample, Batch
 from karat_scale.engine.distributed import World
-from karat_scale.engine.run_state import TrainState
 from karat_scale.errors import DataError
 from karat_scale.recipe import Recipe
-from karat_scale.reporting.progress import PlainDisplay, Reporter
 from karat_scale.run.loop import Loop
-from karat_scale.run.parts import build_parts
 from karat_scale.run.run_directory import RunDirectory
-from karat_scale.run.signals import StopSignals
-from tests.checkpoint.test_save_points import train_to_the_end
+from karat_scale.tasks.classification.task import TrainState
 from tests.run.fed_ahead import feed_ahead
-from tests.small_engines import equal
+from tests.run.test_save_points import train_to_the_end
+from tests.small_engines import equal, make_parts
 from tests.streams import Streams, streams
 
 __all__ = ["streams"]
@@ -74,8 +71,8 @@ def test_an_error_ends_the_run_after_the_steps_before_it(
     recipe = run("broken", "checkpoint.every_steps=1")
     directory = RunDirectory(recipe.run.dir)
     directory.store.root.mkdir(parents=True)
-    parts = build_parts(recipe, world, directory, StopSignals(), Reporter(PlainDisplay(), None))
-    parts.backend = BadBackend(ImageSpec.of(recipe))
+    parts = make_parts(recipe, world)
+    parts.task.backend = BadBackend(ImageSpec.of(recipe))
     loop = Loop(parts, TrainState())
     with pytest.raises(DataError, match="that shard is gone"):
         loop.run()

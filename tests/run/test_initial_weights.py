@@ -15,12 +15,11 @@ from karat_scale.engine.distributed import World
 from karat_scale.errors import RecipeError, UserError
 from karat_scale.export.command import export_run
 from karat_scale.models import create_model
-from karat_scale.recipe import RunRecipe
-from karat_scale.run.initial_weights import initialise
+from karat_scale.recipe.loading import load_recipe
+from karat_scale.run.initial_weights import initialise, read_weights
 from karat_scale.run.run_directory import RunDirectory
-from karat_scale.run.weights_source import read_weights
-from tests.checkpoint.test_save_points import train_to_the_end
 from tests.conftest import events, karat, summary
+from tests.run.test_save_points import train_to_the_end
 
 NAME = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
@@ -115,9 +114,10 @@ def test_what_is_not_weights_is_one_line(world: World, tmp_path: Path, capfd: py
         (tmp_path / "program.pt", "a TorchScript program, .*; use the run, or --format safetensors of it"),
         ("timm:vit_tiny_patch16_225", "did you mean timm:vit_tiny_patch16_224"),
     ):
+        recipe = load_recipe("cifar10_vit_tiny", ["data.path=images", f"init_from={source}"])
         capfd.readouterr()
         with pytest.raises(UserError, match=f"init_from = .*{message}") as caught:
-            initialise(timm.create_model("test_vit"), RunRecipe(init_from=str(source)), world)
+            initialise(timm.create_model("test_vit"), recipe, world)
         assert "\n" not in str(caught.value)
         assert "weights_only" not in str(caught.value)
         assert capfd.readouterr() == ("", "")

@@ -5,7 +5,7 @@ from pathlib import Path
 from karat_scale.ledger.record import take_record
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.run.lineage import run_behind
+from karat_scale.run.initial_weights import run_behind
 from karat_scale.run.run_directory import RunDirectory
 from tests.conftest import SMALL, karat, summary
 

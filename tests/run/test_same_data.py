@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.engine.run_state import TrainState
 from karat_scale.errors import RunDirectoryError
 from karat_scale.recipe import Recipe
-from karat_scale.run.same_data import keep_data
+from karat_scale.run.run_directory import RunDirectory
+from karat_scale.tasks.classification.task import TrainState
 from tests.conftest import karat, summary
 
 
 def test_a_state_resumes_only_with_its_own_data(small_recipe: Callable[..., Recipe]) -> None:
     recipe, state = small_recipe(), TrainState()
+    keep_data = RunDirectory(recipe.run.dir).keep_data
     assert keep_data(state, 64, ("cat", "dog"), recipe, is_branch=False) == ""
     state = TrainState.from_json(state.to_json())
     assert keep_data(state, 64, ("cat", "dog"), recipe, is_branch=False) == ""

@@ -5,14 +5,13 @@ from pathlib import Path
 import pytest
 
 from karat_scale.engine.distributed import World
-from karat_scale.engine.run_state import TrainState
 from karat_scale.reporting.metrics import MetricsLog
 from karat_scale.reporting.progress import PlainDisplay, Reporter
 from karat_scale.run.loop import Loop
-from karat_scale.run.parts import build_parts
 from karat_scale.run.run_directory import RunDirectory
-from karat_scale.run.signals import StopSignals
+from karat_scale.tasks.classification.task import TrainState
 from tests.conftest import events
+from tests.small_engines import make_parts
 
 # Step: loss, gradient norm, digest of the data so far.
 RECORDED = {
@@ -34,11 +33,11 @@ def _train(recipe, world: World) -> Path:
     directory = RunDirectory(recipe.run.dir)
     directory.store.root.mkdir(parents=True)
     reporter = Reporter(PlainDisplay(), MetricsLog(directory.metrics_file))
-    parts = build_parts(recipe, world, directory, StopSignals(), reporter)
+    parts = make_parts(recipe, world, reporter)
     try:
         Loop(parts, TrainState()).run()
     finally:
-        parts.backend.close()
+        parts.task.close()
         reporter.close()
     return directory.path
 

@@ -13,16 +13,13 @@ from karat_scale.data.augmentation.mixing import Mixer
 from karat_scale.data.batch import Batch
 from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import lerp_by_foreach, lerp_where
-from karat_scale.engine.run_state import TrainState
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
-from karat_scale.reporting.progress import PlainDisplay, Reporter
-from karat_scale.run.loop import Loop
-from karat_scale.run.parts import Parts, build_parts
-from karat_scale.run.run_directory import RunDirectory
-from karat_scale.run.signals import StopSignals
+from karat_scale.run.loop import Loop, Parts
 from karat_scale.tasks.classification.evaluate import evaluate
+from karat_scale.tasks.classification.task import TrainState
 from tests.engine.counting import Counting, as_on_a_gpu
+from tests.small_engines import make_parts
 
 __all__ = ["as_on_a_gpu"]
 
@@ -31,15 +28,11 @@ QUIET = ("data.workers=0", "log.every_steps=1000", "train.epochs=100", "checkpoi
 KERNELS = 40
 
 
-def _parts(recipe: Recipe, world: World) -> Parts:
-    return build_parts(recipe, world, RunDirectory(recipe.run.dir), StopSignals(), Reporter(PlainDisplay(), None))
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_reads_nothing(
     small_recipe: Callable[..., Recipe], world: World, as_on_a_gpu: None, precision: str
 ) -> None:
-    parts = _parts(small_recipe(*QUIET, f"train.precision={precision}", "deepspeed.config=zero0"), world)
+    parts = make_parts(small_recipe(*QUIET, f"train.precision={precision}", "deepspeed.config=zero0"), world)
     loop = Loop(parts, TrainState())
     batches = loop.feed(100)
     for _ in range(20):  # now the ranks have agreed on when to agree next
@@ -82,7 +75,7 @@ class EmulatedEngine:
 
 
 def _emulated(recipe: Recipe, world: World) -> Parts:
-    parts = _parts(recipe, world)
+    parts = make_parts(recipe, world)
     model = create_model(recipe.model, recipe.attention)
     engine: Any = EmulatedEngine(model)
     return replace(parts, world=World(0, 1, 0, EMULATED), engine=engine, ema=None)
@@ -121,13 +114,13 @@ def test_an_evaluation_stays_on_the_device_until_its_end(
     recipe = small_recipe(*QUIET, "attention.kind=softmax")
     parts = _emulated(recipe, world)
     batches = [_batch(number) for number in range(4)]
-    monkeypatch.setattr(parts.backend, "eval_batches", lambda slices: batches)
+    monkeypatch.setattr(parts.task.backend, "eval_batches", lambda slices: batches)
     monkeypatch.setattr("karat_scale.tasks.classification.evaluate.DeviceFeed", Plain)
     done: list[int] = []
     forward, counts = parts.engine.forward, Counting()
     parts.engine.counts = counts  # type: ignore[attr-defined]
     with counts, pytest.raises(NotImplementedError, match="meta"):  # the sums are read at the end
-        evaluate(forward, parts.backend, parts.normalize, 8, parts.world, lambda *told: done.append(told[0]))
+        evaluate(forward, parts.task.backend, parts.task.normalize, 8, parts.world, lambda *told: done.append(told[0]))
     assert done == [1, 2, 3, 4]
     assert counts.reads == 0
     assert counts.copies == 2  # mean and deviation

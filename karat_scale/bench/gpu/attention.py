@@ -19,7 +19,7 @@ from karat_scale.bench.gpu.kernels import tf32
 from karat_scale.bench.gpu.process import one_line
 from karat_scale.bench.gpu.task import CompilerThreads, Task, is_fatal
 from karat_scale.bench.gpu.timing import calls_for, device_seconds, wall_seconds
-from karat_scale.bench.interleave import interleaved, median_ratio
+from karat_scale.bench.measuring import interleaved, median_ratio
 from karat_scale.memory_errors import is_out_of_memory
 
 BACKENDS = {
@@ -74,7 +74,7 @@ def _case(task: Task, model: str, batch: int, grid: int, dtype: str) -> Case:
 
 
 def _compile(task: Task, dtypes: list[str]) -> None:
-    """Let Triton compile the kernels before they are timed; what fails here fails again there and is reported."""
+    """Compile the Triton kernels before they are timed; a failure here repeats there and is reported then."""
 
     def once(dtype: str, grid: int) -> None:
         case = _case(task, "tiny", 2, grid, dtype)

@@ -59,7 +59,7 @@ class Call:
 
 
 class Inputs(NamedTuple):
-    """What a call is given: tensors that need gradients, by name; the mask; and the gradient of the output."""
+    """The arguments of a call: tensors that need gradients, by name; the mask; and the gradient of the output."""
 
     tensors: dict[str, Tensor]
     mask: Tensor | None
@@ -67,7 +67,7 @@ class Inputs(NamedTuple):
 
 
 def core_calls(dtypes: tuple[str, ...]) -> Iterator[Call]:
-    """What training meets, first the ViT's call in each dtype."""
+    """Yield the calls of training, first the ViT's in each dtype."""
     yield from (Call(dtype) for dtype in dtypes)
     variations: list[dict[str, Any]] = [
         *({"topic": "strides", "layout": layout} for layout in LAYOUTS if layout != "contiguous"),
@@ -84,7 +84,7 @@ def core_calls(dtypes: tuple[str, ...]) -> Iterator[Call]:
 
 
 def more_calls(dtypes: tuple[str, ...]) -> Iterator[Call]:
-    """Every grid at every width of a head, longer ranks and sequences."""
+    """Yield every grid at every width of a head, longer ranks and sequences."""
     variations: list[dict[str, Any]] = [
         {"topic": "odd shapes", "tokens": 17, "batch": 3},
         {"topic": "odd shapes", "tokens": 577},
@@ -97,7 +97,7 @@ def more_calls(dtypes: tuple[str, ...]) -> Iterator[Call]:
 
 
 def toy_calls(dtypes: tuple[str, ...]) -> Iterator[Call]:
-    """One of each topic, small."""
+    """Yield one small call of each topic."""
     seen: set[tuple[str, str]] = set()
     for call in core_calls(dtypes):
         if (call.dtype, call.topic) not in seen:
@@ -106,7 +106,7 @@ def toy_calls(dtypes: tuple[str, ...]) -> Iterator[Call]:
 
 
 def make_inputs(call: Call, device: str) -> Inputs:
-    """The same for the same sizes: drawn on the CPU in float64, then rounded."""
+    """Draw the tensors on the CPU in float64 and round them; the same for the same sizes."""
     generator = torch.Generator().manual_seed(call.grid * call.width + call.tokens)
 
     def normal(*shape: int, std: float = 1.0) -> Tensor:

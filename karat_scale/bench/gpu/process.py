@@ -19,27 +19,27 @@ class Channel:
         self._descriptor = descriptor
 
     def machine(self, facts: Mapping[str, Any]) -> None:
-        """What the card and the software are."""
+        """Send the facts about card and software."""
         self._send("machine", facts)
 
     def row(self, **figures: Any) -> None:
-        """A row of the section's table."""
+        """Send a row of the section's table."""
         self._send("row", figures)
 
     def notice(self, text: str) -> None:
-        """Something to know beside the figures."""
+        """Send a note about the figures."""
         self._send("notice", text)
 
     def left_out(self, what: str, why: str) -> None:
-        """What was not measured, without anything being wrong."""
+        """Report what was not measured although nothing is wrong."""
         self._send("left_out", {"what": what, "why": why})
 
     def failed(self, what: str, why: str) -> None:
-        """What should have run and did not."""
+        """Report what should have run and did not."""
         self._send("failed", {"what": what, "why": why})
 
     def again(self, batch: int) -> None:
-        """The section is to run again with at most this batch."""
+        """Ask to run the section again with at most this batch."""
         self._send("again", batch)
 
     def _send(self, kind: str, content: Any) -> None:
@@ -47,7 +47,7 @@ class Channel:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's class and the first line of what it says."""
+    """Return an exception's class and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from karat_scale.bench.gpu.task import Task
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio
+from karat_scale.bench.measuring import interleaved_seconds, median_ratio
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import Engine
@@ -35,7 +35,7 @@ GUESS = 40.0
 
 @dataclass(frozen=True)
 class StagesCase:
-    """What is measured. `batch` is of one rank; `attention` is a recipe's `attention.kind`, `precision` its train's.
+    """What to measure. `batch` is of one rank; `attention` is a recipe's `attention.kind`, `precision` its train's.
 
     `depth` is the model's own by default.
     """
@@ -170,7 +170,7 @@ def _repeated(step: Callable[[], None], steps: int, world: World) -> Callable[[]
 
 
 def _processor_seconds(run: Callable[[], None]) -> float:
-    """Of this rank, all threads: what a step costs apart from waiting for the other ranks."""
+    """Return this rank's processor time over all threads: a step without the waits for other ranks."""
     begun = time.process_time()
     run()
     return time.process_time() - begun

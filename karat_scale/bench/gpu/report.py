@@ -15,7 +15,7 @@ TOPIC = "topic"
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """Of what is in the JSON, finished or not."""
+    """Return the Markdown of a report, finished or not."""
     machine = report["machine"]
     lines = [f"### {machine.get('card', 'no card yet')}", "", _about(report, machine), ""]
     for name, found in report["sections"].items():
@@ -28,7 +28,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A figure to three digits at least; what is not there is a dash."""
+    """Format a figure to at least three digits; a missing one is a dash."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -61,7 +61,7 @@ def _section_table(section: Section, rows: Sequence[Mapping[str, Any]]) -> list[
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each topic and a column for each dtype; the figures of each call are in the JSON."""
+    """Return a line for each topic and a column for each dtype; the JSON has the figures of each call."""
     groups: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for row in rows:
         groups.setdefault(row[TOPIC], {}).setdefault(row["dtype"], []).append(row)
@@ -77,7 +77,7 @@ def _summed_up(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(columns: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Columns that no row has are left out."""
+    """Return the lines of a table without its empty columns."""
     shown = [(key, heading) for key, heading in columns if any(row.get(key) is not None for row in rows)]
     lines = [f"| {' | '.join(heading for _, heading in shown)} |", f"|{'---|' * len(shown)}"]
     return lines + [f"| {' | '.join(cell(row.get(key)) for key, _ in shown)} |" for row in rows]
@@ -92,7 +92,7 @@ def _remarks(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 class Report:
-    """Keeps `path`, JSON, and the Markdown beside it up to date."""
+    """Keeps the JSON file `path` and the Markdown beside it up to date."""
 
     def __init__(self, path: Path, command: str) -> None:
         self._path = path
@@ -108,23 +108,23 @@ class Report:
         }
 
     def write(self) -> None:
-        """Both files."""
+        """Write both files."""
         write_json(self._path, self._data)
         write_atomically(self._path.with_suffix(".md"), markdown(self._data))
 
     def begin(self, section: Section) -> None:
-        """What is heard from now on belongs to this section."""
+        """Start a section; the events that follow belong to it."""
         self._section = section
         self._section_begun = time.monotonic()
         self._data["sections"][section.name] = {"rows": [], "notices": [], "left_out": [], "failed": []}
 
     def end(self) -> None:
-        """The section is over."""
+        """End the section."""
         self._now["seconds"] = round(time.monotonic() - self._section_begun, 1)
         self.write()
 
     def receive(self, kind: str, content: Any) -> None:
-        """An event of a worker."""
+        """Add an event of a worker."""
         if kind == "machine":
             self._receive_machine(content)
         elif kind == "row":
@@ -139,7 +139,7 @@ class Report:
         self.write()
 
     def finish(self) -> int:
-        """Say where the files are; returns the command's exit code."""
+        """Print where the files are; return the command's exit code."""
         sections = self._data["sections"].values()
         checks = [row["right"] for section in sections for row in section["rows"] if "right" in row]
         failures = sum(len(section["failed"]) for section in sections)

@@ -96,7 +96,7 @@ LOADER = Section(
         ("images_per_second", "images/s"),
         ("ratio", "to the first"),
     ),
-    packages=(*_TRAINER, "webdataset"),
+    packages=_TRAINER,
 )
 RANKS = Section(
     "ranks",

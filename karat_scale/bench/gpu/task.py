@@ -16,7 +16,7 @@ from karat_scale.memory_errors import is_out_of_memory
 
 
 class Budget:
-    """Seconds from now on, and how long work of each kind took, so that none begins that would not end in time."""
+    """The seconds left, and how long work of each kind took, so that no work starts that would not end in time."""
 
     def __init__(self, seconds: float) -> None:
         self._ends = time.monotonic() + seconds
@@ -24,11 +24,11 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """Seconds, never below 0."""
+        """The seconds left, never below 0."""
         return max(0.0, self._ends - time.monotonic())
 
     def allows(self, kind: str, guess: float) -> bool:
-        """Whether there is time for work that takes as long as the last of its kind, or `guess` seconds at first."""
+        """True if there is time for work that takes as long as the last of its kind, or `guess` seconds at first."""
         return self.left >= self._took.get(kind, guess)
 
     def note(self, kind: str, begun: float) -> None:
@@ -41,7 +41,7 @@ MOST_THREADS = 16
 
 
 class CompilerThreads(ThreadPoolExecutor):
-    """As many as there are cores, up to a limit."""
+    """As many threads as cores, up to a limit."""
 
     def __init__(self) -> None:
         super().__init__(min(MOST_THREADS, max(2, usable_cores())))
@@ -58,13 +58,13 @@ def _with_own_backward(run: Callable[[], T]) -> T:
 
 
 def is_fatal(error: BaseException) -> bool:
-    """Whether nothing runs on the device any more in this process: a kernel has crashed."""
+    """True if a kernel has crashed: nothing runs on the device any more in this process."""
     return "CUDA error" in str(error) and not is_out_of_memory(error)
 
 
 @dataclass(frozen=True)
 class Task:
-    """On a CPU sizes are toys, and another implementation takes the place of the GPU's."""
+    """A section's device, time and channel. On a CPU, sizes are toys and another implementation replaces the GPU's."""
 
     device: str
     budget: Budget
@@ -73,12 +73,12 @@ class Task:
 
     @property
     def toy(self) -> bool:
-        """Whether this is to try the command, not to measure."""
+        """True if this only tries the command and measures nothing."""
         return self.device == "cpu"
 
     @property
     def implementation(self) -> str:
-        """Of the operator."""
+        """The operator's implementation."""
         return "streaming" if self.toy else "triton"
 
     def halving(self, what: str, batch: int, attempt: Callable[[int], None], least: int = 1) -> None:
@@ -103,12 +103,12 @@ class Task:
             self.channel.notice(f"{what}: out of memory with a batch of {2 * batch}, so it is {batch}")
 
     def free(self) -> None:
-        """Give back what nothing refers to any more."""
+        """Free unused memory."""
         gc.collect()
         if not self.toy:
             torch.cuda.empty_cache()
 
     def wait(self) -> None:
-        """Until the device has done all that it was given."""
+        """Wait until the device has finished its work."""
         if not self.toy:
             torch.cuda.synchronize()

@@ -13,14 +13,14 @@ LONGEST_HOLD = 0.2
 
 
 def calls_for(run: Callable[[], object], device: str) -> int:
-    """How many calls one measurement takes, after two that are not counted."""
+    """Return how many calls one measurement takes, after two that are not counted."""
     for _ in range(2):
         run()
     return max(1, min(MOST_CALLS, round(SECONDS / max(wall_seconds(run, 1, device), 1e-6))))
 
 
 def wall_seconds(run: Callable[[], object], calls: int, device: str) -> float:
-    """Seconds of a call by the clock, from a device that is idle to one that is idle again."""
+    """Return the seconds of a call by the clock, from a device that is idle to one that is idle again."""
     _wait(device)
     begun = time.perf_counter()
     for _ in range(calls):
@@ -30,7 +30,7 @@ def wall_seconds(run: Callable[[], object], calls: int, device: str) -> float:
 
 
 def device_seconds(run: Callable[[], object], calls: int, device: str) -> float:
-    """Seconds of a call by the device's own events; by the clock on a CPU.
+    """Return the seconds of a call by the device's own events; by the clock on a CPU.
 
     The device is first kept busy for as long as the host needs to launch everything. So the events are as far apart as
     the kernels take, however slow the host is.
@@ -55,7 +55,7 @@ def device_seconds(run: Callable[[], object], calls: int, device: str) -> float:
 
 
 def _hold(seconds: float) -> None:
-    """Let the device spin for about so long."""
+    """Keep the device busy for about this time."""
     spin = getattr(torch.cuda, "_sleep", None)  # what torch's own tests use
     if spin is not None:
         spin(int(min(seconds, LONGEST_HOLD) * CYCLES_PER_SECOND))

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from karat_scale.attention import KaratOperator
 from karat_scale.bench.gpu.process import one_line
 from karat_scale.bench.gpu.task import Task, is_fatal
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio
+from karat_scale.bench.measuring import interleaved_seconds, median_ratio
 from karat_scale.data.backends import ImageSpec
 from karat_scale.data.backends.synthetic import TRAIN_STREAM, SyntheticBackend
 from karat_scale.data.batch import Batch
@@ -24,15 +24,15 @@ from karat_scale.data.digest import with_digest
 from karat_scale.data.plan import BatchSlice
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
-from karat_scale.engine.run_state import TrainState
 from karat_scale.memory_errors import is_out_of_memory
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
 from karat_scale.reporting.progress import Reporter, SilentDisplay
 from karat_scale.run.loop import Loop
-from karat_scale.run.parts import build_parts
+from karat_scale.run.run import build_parts
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StopSignals
+from karat_scale.tasks.classification.task import ClassificationTask, TrainState
 
 # The values of train.compile, by what they are called here.
 MODES = {"eager": False, "compiled": "default", "graphs": "reduce-overhead"}
@@ -62,7 +62,7 @@ class HeldBatches(SyntheticBackend):
     """The synthetic backend with its first batch again and again: to make one takes longer than a step may."""
 
     def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
-        """In page-locked memory where there is a GPU."""
+        """Yield one batch again and again, in page-locked memory if there is a GPU."""
         held: Batch | None = None
         for part in slices:
             if held is None:
@@ -78,8 +78,9 @@ class OurLoop:
         self._task = task
         before = allocated(task)
         reporter = Reporter(SilentDisplay(), None)
-        self.parts = build_parts(recipe, world, RunDirectory(recipe.run.dir), StopSignals(), reporter)
-        self.parts.backend = HeldBatches(ImageSpec.of(recipe))
+        self.classifier = ClassificationTask(recipe, world, reporter)
+        self.parts = build_parts(self.classifier, RunDirectory(recipe.run.dir), StopSignals())
+        self.classifier.backend = HeldBatches(ImageSpec.of(recipe))
         self._loop = Loop(self.parts, TrainState())
         self._batches = self._loop.feed(MANY)
         self.dtypes = _dtypes_inside(self.parts.engine.module, lambda: self.run(1)) if not recipe.train.compile else {}
@@ -93,7 +94,7 @@ class OurLoop:
             self._loop.save_or_stop()
 
     def run(self, steps: int) -> None:
-        """To the end of the device's work."""
+        """Take steps, and wait for the device."""
         self.launch(steps)
         self._task.wait()
 
@@ -142,7 +143,7 @@ def _report(task: Task, group: Group, name: str, loop: OurLoop, steps: int, seco
         "batch": group.batch,
         "images_per_second": round(rate, 1),
         "ratio_to_softmax": round(1 / median_ratio(seconds, name, SOFTMAX), 3) if SOFTMAX in seconds else None,
-        **loop.parts.efficiency.figures(rate),
+        **loop.classifier.efficiency.figures(rate),
         "peak_mb": loop.peak_mb(),
         **({} if task.toy else _work_of(loop)),
         **loop.dtypes,
@@ -185,7 +186,7 @@ def _steps_a_round(loops: dict[str, OurLoop], task: Task) -> int:
 
 
 def _dtypes_inside(model: nn.Module, step: Callable[[], object]) -> dict[str, str]:
-    """In which dtype the first block's MLP and attention answer during a step."""
+    """Return the dtypes of the outputs of the first block's MLP and attention in a step."""
     seen: dict[str, str] = {}
     linear = next(module for name, module in model.named_modules() if name.endswith("mlp.fc1"))
     attention = next((module for module in model.modules() if isinstance(module, KaratOperator)), None)
@@ -209,7 +210,7 @@ def _dtypes_inside(model: nn.Module, step: Callable[[], object]) -> dict[str, st
 
 
 def _work_of(loop: OurLoop) -> dict[str, int]:
-    """What one step gives the device to do, and how often the host waits for it, as torch's profiler saw it."""
+    """Return one step's kernels and launches, and how often the host waits for the device, from torch's profiler."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         loop.launch(1)
     loop.run(0)

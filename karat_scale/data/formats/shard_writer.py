@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from karat_scale.data.formats.shard_format import FileRecord, ShardRecord, index_bytes
-from karat_scale.files import commit_file, naming, write_atomically
+from karat_scale.files import commit_file, name_in_errors, write_atomically
 
 TAR_BLOCK = tarfile.BLOCKSIZE
 # Owner and mode of the members, as webdataset sets them.
@@ -47,7 +47,7 @@ def write_shard(directory: Path, name: str, samples: Iterable[EncodedSample]) ->
     path = directory / f"{name}.tar"
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=directory)
     try:
-        with naming(path), os.fdopen(handle, "wb") as file:
+        with name_in_errors(path), os.fdopen(handle, "wb") as file:
             stream = _HashingStream(file)
             for sample in samples:
                 _add_member(stream, f"{sample.key}.cls", str(sample.label).encode())

@@ -3,26 +3,29 @@
 import torch
 from torch import nn
 
-from karat_scale.engine.parameter_groups import parameter_groups
+from karat_scale.engine.parameter_groups import Groups, parameter_groups
 from karat_scale.models.layers import blocks_of
 from karat_scale.recipe import OptimConfig
 from karat_scale.tables import load
 
 
 def build_optimizer(
-    model: nn.Module, optim: OptimConfig, device: torch.device, on_cpu: bool = False
+    model: nn.Module, optim: OptimConfig, device: torch.device, on_cpu: bool = False, groups: Groups | None = None
 ) -> torch.optim.Optimizer:
     """Return the optimizer of `optim.name`; with `on_cpu`, DeepSpeed's version of it for an offloaded step.
+
+    groups: of the parameters that learn, each with its weight decay and its scale of the rate; by default those of
+    `parameter_groups`.
 
     Raises:
         RecipeError: this torch does not have the optimizer.
     """
     if on_cpu:
         offloaded: torch.optim.Optimizer = load(optim.row.on_cpu)(
-            parameter_groups(model, optim), lr=optim.lr, betas=optim.betas, eps=optim.eps
+            groups or parameter_groups(model, optim), lr=optim.lr, betas=optim.betas, eps=optim.eps
         )
         return offloaded
-    built: torch.optim.Optimizer = load(optim.row.place)(model, optim, device)
+    built: torch.optim.Optimizer = load(optim.row.place)(model, optim, device, groups)
     return built
 
 

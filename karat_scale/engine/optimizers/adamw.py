@@ -3,15 +3,15 @@
 import torch
 from torch import nn
 
-from karat_scale.engine.parameter_groups import parameter_groups
+from karat_scale.engine.parameter_groups import Groups, parameter_groups
 from karat_scale.recipe import OptimConfig
 
 
 def build_adamw(
-    model: nn.Module, optim: OptimConfig, device: torch.device, apart: frozenset[str] = frozenset()
+    model: nn.Module, optim: OptimConfig, device: torch.device, groups: Groups | None = None
 ) -> torch.optim.AdamW:
-    """Return AdamW over all that learns, except the parameters named in `apart`."""
-    groups = parameter_groups(model, optim, apart)
+    """Return AdamW over `groups`, by default all that learns."""
+    groups = groups or parameter_groups(model, optim)
     fused = steps_fused(device)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
 

@@ -7,15 +7,23 @@ from torch import nn
 
 from karat_scale.engine.optimizers import hidden_matrices
 from karat_scale.engine.optimizers.adamw import build_adamw
-from karat_scale.engine.parameter_groups import parameter_groups
+from karat_scale.engine.parameter_groups import Groups, parameter_groups
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import OptimConfig
 
 
-def build_muon(model: nn.Module, optim: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Return both as one optimizer; AdamW alone if no matrix learns. Raises RecipeError if this torch has no Muon."""
-    hidden = frozenset(hidden_matrices(model))
-    adamw = build_adamw(model, optim, device, apart=hidden)
+def build_muon(
+    model: nn.Module, optim: OptimConfig, device: torch.device, groups: Groups | None = None
+) -> torch.optim.Optimizer:
+    """Return both as one optimizer; AdamW alone if no matrix learns.
+
+    Raises:
+        RecipeError: this torch has no Muon, or the task has groups of its own.
+    """
+    if groups is not None:
+        raise RecipeError("optim.name = muon: this task groups its parameters in another way; use optim.name=adamw")
+    hidden = hidden_matrices(model)
+    adamw = build_adamw(model, optim, device, parameter_groups(model, optim, apart=hidden))
     matrices = parameter_groups(model, optim, apart={name for name, _ in model.named_parameters()} - hidden)
     if not matrices:
         return adamw

@@ -27,6 +27,10 @@ class EvalResult:
     images: int
     bad: int
 
+    def __str__(self) -> str:
+        scores = f"top-1 {self.top1:.2f} % top-5 {self.top5:.2f} % loss {self.loss:.4f}"
+        return f"{scores} on {self.images:,} images, {self.bad} unreadable"
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for an event."""
         return asdict(self)

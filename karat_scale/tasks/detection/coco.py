@@ -16,6 +16,7 @@ from PIL import Image
 from karat_scale.data.decode import UndecodableImageError, decode_rgb
 from karat_scale.errors import DataError, RecipeError
 from karat_scale.tables import how_to_install
+from karat_scale.tasks.detection.recipe import DetectionRecipe
 
 FIX = "correct data.path or the names below it"
 _IMAGE_FIELDS = {"file_name": (str, "a name"), "width": (int, "pixels"), "height": (int, "pixels")}
@@ -196,3 +197,16 @@ def _read(file: Path) -> Any:
     if missing:
         raise DataError(f"{file} is not in COCO's format for instances: it has no {missing[0]}; {FIX}")
     return index
+
+
+def open_split(recipe: DetectionRecipe, name: str) -> CocoSplit:
+    """Return the split "train", only images with objects, or "val", all images.
+
+    Raises:
+        UserError: it cannot be read, or its categories are not as many as the model's classes.
+    """
+    data = recipe.data
+    names = (data.train_images, data.train_annotations) if name == "train" else (data.val_images, data.val_annotations)
+    split = CocoSplit(data.path, *names, for_training=name == "train")
+    check_classes(split, recipe.model.num_classes)
+    return split

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from karat_scale.data.plan import EvalPlan
 from karat_scale.engine.distributed import World
-from karat_scale.engine.precision import PRECISIONS
 from karat_scale.tasks.detection.batches import DetectionBatch, EvalMaker, load_batches
 from karat_scale.tasks.detection.coco import CocoSplit
 from karat_scale.tasks.detection.recipe import DetectionRecipe
@@ -36,7 +35,7 @@ class DetectionScores:
     def __str__(self) -> str:
         box = f"box AP {self.box_ap:.2f} % (AP50 {self.box_ap50:.2f}, AP75 {self.box_ap75:.2f})"
         mask = f"mask AP {self.mask_ap:.2f} % (AP50 {self.mask_ap50:.2f}, AP75 {self.mask_ap75:.2f})"
-        return f"{box} {mask} ({self.images:,} images, {self.detections:,} detections)"
+        return f"{box} {mask} on {self.images:,} images, {self.detections:,} detections"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data for an event."""
@@ -45,13 +44,15 @@ class DetectionScores:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    forward: Callable[..., list[dict[str, Tensor]]],
     split: CocoSplit,
     recipe: DetectionRecipe,
     world: World,
     on_batch: Callable[[int, int], None],
 ) -> DetectionScores:
-    """Evaluate a detector, in eval mode, on all images of a split. Collective; the same scores on every rank.
+    """Evaluate a detector on all images of a split. Collective; the same scores on every rank.
+
+    `forward` maps images, float [3, h, w] in 0 .. 1 each, to torchvision's predictions.
 
     `on_batch(done, total)` is called after each batch, equally often on every rank; it may raise to stop.
     """
@@ -61,9 +62,7 @@ def evaluate(
     try:
         for done, batch in enumerate(batches, start=1):
             if batch.samples:
-                with PRECISIONS[recipe.train.precision].autocast(world.device.type):
-                    predictions = model(batch.to(world.device)[0])
-                found += describe(batch, predictions, split)
+                found += describe(batch, forward(batch.to(world.device)[0]), split)
             on_batch(done, plan.num_batches)
     finally:
         batches.close()

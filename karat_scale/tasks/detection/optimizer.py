@@ -1,26 +1,17 @@
-"""AdamW for a detector, with layer-wise learning rates in its backbone, and the learning rate schedule."""
+"""A detector's optimizer groups, with layer-wise learning rates in its backbone, and its learning rate schedule."""
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torchvision.models.detection import MaskRCNN
-
-from karat_scale.engine.parameter_groups import parameter_groups
+from karat_scale.engine.parameter_groups import Groups, parameter_groups
 from karat_scale.tasks.detection.recipe import AdamWConfig, DetectionRecipe
 
 
-def build_optimizer(model: MaskRCNN, optim: AdamWConfig, device: torch.device) -> torch.optim.AdamW:
-    """Return AdamW over `detector_groups`, fused on CUDA."""
-    groups = detector_groups(model, optim)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=device.type == "cuda")
+def detector_groups(model: Any, optim: AdamWConfig) -> Groups:
+    """Return a detector's groups like those of `parameter_groups`.
 
-
-def detector_groups(model: MaskRCNN, optim: AdamWConfig) -> list[dict[str, Any]]:
-    """Return groups like those of `parameter_groups`: the pyramid and the heads are one layer above the last block.
-
-    So with layer decay d, block n of L has the factor d^(L - n), n = 0 .. L - 1, as in ViTDet, and the layers above it
-    have 1. Biases and norms have no weight decay.
+    The pyramid and the heads are one layer above the last block. So with layer decay d, block n of L has the factor
+    d^(L - n), n = 0 .. L - 1, as in ViTDet, and the layers above it have 1. Biases and norms have no weight decay.
     """
     vit = model.backbone.vit
     groups = parameter_groups(vit, optim)
@@ -29,7 +20,7 @@ def detector_groups(model: MaskRCNN, optim: AdamWConfig) -> list[dict[str, Any]]
     of_vit = set(vit.parameters())
     above = [parameter for parameter in model.parameters() if parameter not in of_vit]
     for decays in (True, False):
-        own = [parameter for parameter in above if (parameter.ndim > 1) == decays]
+        own = [p for p in above if (p.ndim > 1) == decays and p.requires_grad]
         groups.append({"params": own, "weight_decay": optim.weight_decay if decays else 0.0, "lr_scale": 1.0})
     return groups
 

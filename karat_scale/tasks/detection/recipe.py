@@ -10,9 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from karat_scale.recipe import ModelConfig, OptimConfig, RunRecipe
+from karat_scale.recipe import ModelConfig, OptimConfig, RunRecipe, TrainConfig
 from karat_scale.recipe.base import Count, Effect, Fraction, NonNegative, Positive, Section
-from karat_scale.recipe.keep import ReportConfig, SaveConfig
 from karat_scale.recipe.train import Rate
 
 
@@ -113,25 +112,32 @@ class StepScheduleConfig(Section):
     """The learning rate is multiplied by this at each drop."""
 
 
-class DetectionTrainConfig(Section):
-    """Length of training, batch sizes, precision and evaluation."""
+class DetectionTrainConfig(TrainConfig):
+    """Length of training, batch sizes, precision, EMA and evaluation. As for a classifier, with ViTDet's defaults."""
 
     epochs: Count = 100
     """Number of epochs."""
-    max_steps: Annotated[Count | None, Effect.NOTHING] = None
-    """Stop after this many steps. The schedule still uses `epochs`."""
     global_batch: Count = 64
     """Images in one optimizer step, over all ranks."""
-    micro_batch: Annotated[Count | None, Effect.ROUNDING] = None
-    """Images in one forward pass of a rank. Null means the largest that the number of ranks allows."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` keeps fp32 weights and computes under autocast."""
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Decay of the exponential moving average (EMA) of the weights. 0 turns it off."""
     eval_every_epochs: Annotated[Count, Effect.NOTHING] = 5
     """Evaluate every this many epochs."""
     eval_batch: Annotated[Count, Effect.SPEED] = 8
     """Images in one forward pass of evaluation."""
-    max_skipped_steps: Annotated[Count, Effect.NOTHING] = 20
-    """Stop the run after this many steps in a row whose loss or gradients are not finite. Such steps are skipped."""
+
+    @model_validator(mode="after")
+    def _is_not_compiled(self) -> "DetectionTrainConfig":
+        if self.compile:
+            raise ValueError(f"train.compile = {self.compile} has no meaning in detection; remove it")
+        if self.recompute.budget_gb is not None:
+            raise ValueError(
+                f"train.recompute.budget_gb = {self.recompute.budget_gb:g} has no meaning in detection; use "
+                "train.recompute.policy"
+            )
+        return self
 
 
 class DetectionRecipe(RunRecipe):
@@ -150,11 +156,7 @@ class DetectionRecipe(RunRecipe):
     schedule: StepScheduleConfig = StepScheduleConfig()
     """The learning rate schedule."""
     train: DetectionTrainConfig = DetectionTrainConfig()
-    """Length, batch sizes, precision and evaluation."""
-    checkpoint: Annotated[SaveConfig, Effect.NOTHING] = SaveConfig()
-    """When to save, and what to keep."""
-    log: Annotated[ReportConfig, Effect.NOTHING] = ReportConfig()
-    """What to report, and how often."""
+    """Length, batch sizes, precision, EMA and evaluation."""
 
     @property
     def patch_size(self) -> int:
@@ -193,10 +195,5 @@ class DetectionRecipe(RunRecipe):
         if self.attention.transfer_from:
             raise ValueError(
                 f"attention.transfer_from = {self.attention.transfer_from} has no meaning in detection; remove it"
-            )
-        if self.train.micro_batch and self.train.global_batch % self.train.micro_batch:
-            raise ValueError(
-                f"train.global_batch = {self.train.global_batch} is not a multiple of train.micro_batch = "
-                f"{self.train.micro_batch}"
             )
         return self

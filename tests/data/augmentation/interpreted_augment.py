@@ -69,7 +69,7 @@ def test_each_operation_is_that_of_torch(name, interpolation):
 
 
 def test_the_papers_augmentation_is_that_of_workers_and_of_torch():
-    recipe = AugmentConfig()
+    recipe = AugmentConfig(color_jitter=0.4)
     transform = TrainTransform(recipe, WIDTH)
     augment = DeviceAugment(recipe.model_copy(update={"run_on": "device"}), WIDTH)
     images = some_images()

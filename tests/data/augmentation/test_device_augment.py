@@ -21,8 +21,8 @@ from tests.data.betons import make_betons
 from tests.data.conftest import photo
 
 SIDE, IMAGES = 32, 40
-WORKERS = AugmentConfig()
-DEVICE = AugmentConfig(run_on="device")
+WORKERS = AugmentConfig(color_jitter=0.4)
+DEVICE = AugmentConfig(color_jitter=0.4, run_on="device")
 
 
 @pytest.mark.parametrize("randaugment", ["rand-m9-mstd0.5-inc1", "rand-m15-n3-mstd1.0-inc1", "rand-m12-n2", ""])

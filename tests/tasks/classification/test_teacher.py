@@ -11,12 +11,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from karat_scale.cli import main
+from karat_scale.engine.distributed import World
 from karat_scale.errors import RunDirectoryError
 from karat_scale.models.transfer import Teacher
 from karat_scale.recipe.loading import load_recipe
+from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.weights_file import read_exported
 from karat_scale.tasks.classification.teacher import FILE, keep_teacher
 from tests.conftest import SMALL, events, karat, summary
+from tests.small_engines import make_parts, weights
 
 QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null")
 
@@ -164,3 +167,16 @@ def test_a_file_that_is_no_export_is_one_line(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / FILE)
     with pytest.raises(RunDirectoryError, match="not a whole file of karat export: 'attention'"):
         read_exported(tmp_path / FILE)
+
+
+def test_copying_the_teacher_does_not_change_the_initial_weights(
+    recipe: Path, teacher: Path, world: World, tmp_path: Path
+) -> None:
+    own = (f"attention.transfer_from={teacher}", f"run.dir={tmp_path / 'run'}", "data.workers=0")
+    student = load_recipe(recipe, [*SMALL, *QUICK, *own])
+    first = make_parts(student, world)
+    RunDirectory(student.run.dir).begin(student, first.task.classes)
+    second = make_parts(student, world)  # the teacher is there already
+    assert all(map(torch.equal, weights(first.engine), weights(second.engine)))
+    first.task.close()
+    second.task.close()

@@ -11,8 +11,10 @@ pytest.importorskip("pycocotools", reason="the extra `detection` is not installe
 from karat_scale.recipe.loading import validate_recipe
 from karat_scale.tasks.detection.recipe import DetectionRecipe
 from tests.conftest import made_once
+from tests.small_engines import small_recipe
 from tests.tasks.detection.cut_outs import LAYOUT, make_set
 
+__all__ = ["small_recipe"]
 MINI = {"name": "vit_mini_patch4_28", "image_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
 SMALL = {
     "model": {**MINI, "num_classes": 3},
@@ -62,7 +64,11 @@ def small(coco_set: Path, tmp_path: Path) -> Callable[..., DetectionRecipe]:
 @pytest.fixture
 def small_file(coco_set: Path, tmp_path: Path) -> Path:
     """The small recipe as a file, for `karat detect`."""
+    return write_small(tmp_path / "small.yaml", coco_set)
+
+
+def write_small(path: Path, data_set: Path) -> Path:
+    """Write the small recipe over a data set; returns its path."""
     data = {key.partition(".")[2]: value for key, value in LAYOUT.items()}
-    path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump({**SMALL, "data": {"path": str(coco_set), "workers": 1, **data}}))
+    path.write_text(yaml.safe_dump({**SMALL, "data": {"path": str(data_set), "workers": 1, **data}}))
     return path

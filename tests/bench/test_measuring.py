@@ -1,4 +1,4 @@
-from karat_scale.bench.interleave import interleaved_seconds, median_ratio
+from karat_scale.bench.measuring import interleaved_seconds, median_ratio
 
 
 def test_each_contender_is_timed_once_a_round_after_a_warm_up() -> None:

@@ -1,6 +1,6 @@
 """Wherever a run is stopped, at every stage, it ends in the bits of one that was not.
 
-A sample runs by default, the whole matrix by `pytest --slow=all tests/checkpoint/test_save_points.py`.
+A sample runs by default, the whole matrix by `pytest --slow=all tests/run/test_save_points.py`.
 """
 
 import signal
@@ -11,14 +11,12 @@ import pytest
 from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.data.batch import Batch
 from karat_scale.engine.distributed import World
-from karat_scale.engine.run_state import TrainState
 from karat_scale.recipe import Recipe
-from karat_scale.reporting.progress import PlainDisplay, Reporter
 from karat_scale.run.loop import Loop
-from karat_scale.run.parts import build_parts
 from karat_scale.run.run_directory import RunDirectory
-from karat_scale.run.signals import StoppedError, StopSignals
-from tests.small_engines import CONFIGS, equal
+from karat_scale.run.signals import StoppedError
+from karat_scale.tasks.classification.task import TrainState
+from tests.small_engines import CONFIGS, equal, make_parts
 
 STEPS_PER_EPOCH = 4  # 32 samples in batches of 8; two epochs
 
@@ -62,9 +60,9 @@ class StoppingLoop(Loop):
         super().step(micro_batches)
         self._signal("after step")
 
-    def _during_evaluation(self, done: int, total: int, bad) -> None:
+    def _during_evaluation(self, done: int, total: int) -> None:
         self._signal("in evaluation")
-        super()._during_evaluation(done, total, bad)
+        super()._during_evaluation(done, total)
 
     def save_or_stop(self) -> None:
         self._signal("after evaluation")
@@ -75,7 +73,7 @@ def train_to_the_end(recipe: Recipe, world: World, stop: tuple[int, str] | None 
     """Train, or go on, in the recipe's directory; returns all that its last checkpoint holds."""
     directory = RunDirectory(recipe.run.dir)
     directory.store.root.mkdir(parents=True, exist_ok=True)
-    parts = build_parts(recipe, world, directory, StopSignals(), Reporter(PlainDisplay(), None))
+    parts = make_parts(recipe, world)
     try:
         state = parts.checkpoints.load() or TrainState()
         if stop is None:
@@ -84,7 +82,7 @@ def train_to_the_end(recipe: Recipe, world: World, stop: tuple[int, str] | None 
             with pytest.raises(StoppedError):
                 StoppingLoop(parts, state, *stop).run()
     finally:
-        parts.backend.close()
+        parts.task.close()
     name = directory.store.pointed("latest")
     assert name is not None
     tensors = {path.name: load_tensors(path) for path in sorted((directory.store.root / name).glob("*.pt"))}

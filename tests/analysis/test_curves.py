@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from karat_scale.analysis.units import ScoreHistogram, energy_per_frequency, unit_curves
+from karat_scale.analysis.curves import ScoreHistogram, energy_per_frequency, unit_curves
 from karat_scale.attention import KaratOperator
 from karat_scale.attention.bases import BASES, make_basis
 

@@ -1,0 +1,228 @@
+"""The experiment of docs/experiments/attention.md: `python -m benchmarks.attention_experiment run DATA WORK`.
+
+DATA holds two data sets in shards with the same training images. The val split of `held_out` is the held-out images,
+that of `tested` the test images. `split IMAGES DATA` makes both of CIFAR-10 in folders, with train/ and test/. WORK
+holds the runs; an interrupted run resumes. Several processes may share WORK. Each finished run becomes a record in
+docs/experiments/attention/, and `report` writes the page of results from these.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from karat_scale.files import write_atomically
+from karat_scale.ledger.record import take_record
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "docs/experiments/attention"
+RECIPE = "cifar10_vit_nano_32px"
+KARAT = "attention.kind=karat"
+ARMS = {
+    "softmax": [],
+    "static": ["attention.kind=static"],
+    "static_softmax": ["attention.kind=static_softmax"],
+    "karat": [KARAT],
+    "no_scores": [KARAT, "attention.scores=false"],
+    "content": [KARAT, "attention.form=content"],
+    "learned_score": ["attention.kind=learned_score"],
+    "residual": [KARAT, "attention.residual=true", "optim.karat_weight_decay=true"],
+    "bounded": [KARAT, "attention.form=bounded", "optim.karat_weight_decay=true"],
+    "smooth": [KARAT, "attention.form=smooth"],
+    "hybrid": [KARAT, "attention.softmax_heads=1"],
+}
+VARIANTS = ("content", "learned_score", "residual", "bounded", "smooth", "hybrid")
+RATES = ("5e-4", "1e-3", "2e-3")
+SPARE_SEED, SEEDS, LONG_SEEDS = 99, (0, 1, 2), (0, 1)
+EPOCHS = {"rate": 1, "compare": 2, "long": 22}
+STEPS_OF_EPOCH = 703
+CUT = 4.0
+HELD_OUT = 500
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of the experiment."""
+
+    stage: str
+    arm: str
+    rate: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of its record, without the suffix."""
+        return f"{self.stage}-{self.arm}-lr{self.rate}-seed{self.seed}"
+
+    @property
+    def record(self) -> Path:
+        """Its record."""
+        return RECORDS / f"{self.name}.json"
+
+    def result(self) -> dict[str, Any] | None:
+        """Return its record, if it has finished."""
+        return json.loads(self.record.read_text()) if self.record.exists() else None
+
+
+def next_trials() -> list[Trial] | None:
+    """Return the runs that can start now, given the records so far; None if all are done."""
+    rates = [Trial("rate", arm, rate, SPARE_SEED) for arm in ARMS for rate in RATES]
+    if open_trials := [trial for trial in rates if not trial.record.exists()]:
+        return open_trials
+    chosen = chosen_rates()
+    compared = [Trial("compare", arm, chosen[arm], seed) for seed in SEEDS for arm in arms_left()]
+    if open_trials := [trial for trial in compared if not trial.record.exists()]:
+        return open_trials
+    arms = "softmax", "static", best_variant()
+    long = [Trial("long", arm, chosen[arm], seed) for seed in LONG_SEEDS for arm in arms]
+    return [trial for trial in long if not trial.record.exists()] or None
+
+
+def held_out_top1(arm: str) -> dict[str, float]:
+    """Return each rate's top-1 on the held-out images."""
+    results = {rate: Trial("rate", arm, rate, SPARE_SEED).result() for rate in RATES}
+    return {rate: result["top1"] for rate, result in results.items() if result is not None}
+
+
+def chosen_rates() -> dict[str, str]:
+    """Return each arm's learning rate, by the held-out images."""
+    return {arm: max(found, key=found.__getitem__) for arm in ARMS if (found := held_out_top1(arm))}
+
+
+def arms_left() -> list[str]:
+    """Return the arms that the protocol compares."""
+    least = max(held_out_top1("karat").values()) - CUT
+    return [arm for arm in ARMS if arm not in VARIANTS or max(held_out_top1(arm).values()) >= least]
+
+
+def best_variant() -> str:
+    """Return the variant with the best mean top-1 in the comparison."""
+    chosen = chosen_rates()
+
+    def mean(arm: str) -> float:
+        results = [Trial("compare", arm, chosen[arm], seed).result() for seed in SEEDS]
+        return statistics.mean(float(result["top1"]) for result in results if result is not None)
+
+    return max((arm for arm in arms_left() if arm in VARIANTS), key=mean)
+
+
+def run(data: Path, work: Path) -> None:
+    """Run trial after trial until none is left that no other process has claimed."""
+    os.nice(max(0, 19 - os.nice(0)))
+    work.mkdir(parents=True, exist_ok=True)
+    while (trials := next_trials()) is not None:
+        claimed = next(claims(trials, work), None)
+        if claimed is None:
+            return
+        trial, lock = claimed
+        if not trial.record.exists():
+            finish(trial, data, work / trial.name)
+        lock.close()
+
+
+def claims(trials: list[Trial], work: Path) -> Iterator[tuple[Trial, Any]]:
+    """Yield the trials that this process holds alone, each with the open file that says so."""
+    for trial in trials:
+        lock = (work / f"{trial.name}.lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            continue
+        yield trial, lock
+
+
+def finish(trial: Trial, data: Path, directory: Path) -> None:
+    """Train to the end, evaluate, and write the record."""
+    epochs = EPOCHS[trial.stage]
+    data_set = data / ("held_out" if trial.stage == "rate" else "tested")
+    quarter = epochs * STEPS_OF_EPOCH // 4
+    settings = [f"data.path={data_set}", f"run.dir={directory}", f"run.seed={trial.seed}", f"optim.lr={trial.rate}"]
+    settings += [f"train.epochs={epochs}", f"train.eval_every_epochs={epochs}", f"checkpoint.every_steps={quarter}"]
+    karat("train", RECIPE, *settings, *ARMS[trial.arm])
+    early = directory / "quarter.json"
+    karat("eval", str(directory), "--checkpoint", f"step-{quarter:08d}", "--json", str(early))
+    out = directory / "analysis"
+    karat(
+        "analyze", str(directory), "--only", "content", "--checkpoint", "latest", "--images", "256", "--out", str(out)
+    )
+    numbers = json.loads(next(out.glob("content/*/numbers.json")).read_text())
+    record = take_record(str(directory))
+    found = {
+        "stage": trial.stage,
+        "arm": trial.arm,
+        "rate": trial.rate,
+        "seed": trial.seed,
+        "top1": record.figures.last_top1,
+        "top1_at_a_quarter": json.loads(early.read_text())["top1"],
+        "content": numbers["blocks"],
+        "run": json.loads(record.to_text()),
+    }
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    write_atomically(trial.record, json.dumps(found, indent=1) + "\n")
+    print(f"{trial.name}: {found['top1']:.2f} %", flush=True)
+
+
+def karat(*arguments: str) -> None:
+    """Run a command on one thread. Raises CalledProcessError if it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "karat_scale", *arguments]
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+def split(images: Path, data: Path) -> None:
+    """Make the two data sets of CIFAR-10's train/<class>/ and test/<class>/."""
+    for name in ("held_out", "tested"):
+        tree = data / f"{name}_images"
+        for folder in sorted((images / "train").iterdir()):
+            files = sorted(folder.iterdir())
+            random.Random(0).shuffle(files)
+            test = sorted((images / "test" / folder.name).iterdir())
+            own = {"train": files[:-HELD_OUT], "val": files[-HELD_OUT:] if name == "held_out" else test}
+            for part, members in own.items():
+                (tree / part / folder.name).mkdir(parents=True, exist_ok=True)
+                for file in members:
+                    (tree / part / folder.name / file.name).symlink_to(file.resolve())
+        make = [
+            sys.executable,
+            str(ROOT / "data_prep/make_webdataset.py"),
+            "--src",
+            str(tree),
+            "--out",
+            str(data / name),
+        ]
+        subprocess.run(make, check=True)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run")
+    running.add_argument("data", type=Path)
+    running.add_argument("work", type=Path)
+    splitting = commands.add_parser("split")
+    splitting.add_argument("images", type=Path)
+    splitting.add_argument("data", type=Path)
+    commands.add_parser("report")
+    asked = parser.parse_args()
+    if asked.command == "run":
+        run(asked.data, asked.work)
+    elif asked.command == "split":
+        split(asked.images, asked.data)
+    else:
+        from benchmarks.attention_results import write_results
+
+        write_results()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Writes docs/experiments/attention_results.md from the records of the experiment."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from scipy import stats
+
+from benchmarks.attention_experiment import ARMS, RATES, RECORDS, SPARE_SEED, VARIANTS, Trial
+from karat_scale.files import write_atomically
+
+PAGE = RECORDS.parent / "attention_results.md"
+MARGIN = -0.5
+BASELINES = ("softmax", "static_softmax", "static")
+HEAD = """# Results of the comparison of kinds of attention
+
+The protocol, fixed before the runs, is [attention.md](attention.md). This page is written by
+`python -m benchmarks.attention_experiment report` from the records in `docs/experiments/attention/`.
+"""
+Records = list[dict[str, Any]]
+
+
+def write_results() -> None:
+    """Write the page."""
+    records: Records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
+    parts = [HEAD, rates(), comparison(of_stage(records, "compare")), longer(of_stage(records, "long"))]
+    write_atomically(PAGE, "\n".join(part for part in parts if part))
+    print(f"{PAGE}: {len(records)} runs")
+
+
+def of_stage(records: Records, stage: str) -> Records:
+    """Return the records of a stage."""
+    return [record for record in records if record["stage"] == stage]
+
+
+def rates() -> str:
+    """Return the table of learning rates."""
+    rows = []
+    for arm in ARMS:
+        results = [Trial("rate", arm, rate, SPARE_SEED).result() for rate in RATES]
+        found = [result["top1"] if result else None for result in results]
+        best = max((x for x in found if x is not None), default=None)
+        rows.append(
+            [arm, *("not yet run" if x is None else f"**{x:.2f}**" if x == best else f"{x:.2f}" for x in found)]
+        )
+    text = "## Learning rates\n\nTop-1 in percent on the 5,000 held-out images after one epoch, seed 99.\n\n"
+    return text + table(["arm", *RATES], rows)
+
+
+def comparison(records: Records) -> str:
+    """Return the tables of the comparison, if it has begun."""
+    if not records:
+        return ""
+    by_arm = {arm: {r["seed"]: r for r in records if r["arm"] == arm} for arm in ARMS}
+    by_arm = {arm: found for arm, found in by_arm.items() if found}
+    rows = []
+    for arm, found in by_arm.items():
+        ends, quarters = ([r[key] for r in found.values()] for key in ("top1", "top1_at_a_quarter"))
+        spread = f"{min(ends):.2f} to {max(ends):.2f}"
+        shares = [
+            statistics.mean(block[key] for block in r["content"]) for r in found.values() for key in ("by_query",)
+        ]
+        images = [statistics.mean(block["by_image"] for block in r["content"]) for r in found.values()]
+        cells = f"{statistics.mean(ends):.2f}", spread, f"{statistics.mean(quarters):.2f}"
+        rows.append([arm, len(ends), *cells, f"{statistics.mean(shares):.2f}", f"{statistics.mean(images):.2f}"])
+    columns = ["arm", "seeds", "top-1", "range", "at a quarter", "by the query", "by the image"]
+    text = (
+        "## Comparison\n\nTop-1 in percent on the 10,000 test images at the last step of two epochs, its range over "
+        "seeds, and at a quarter of the steps. The last columns are the shares of S's energy that depend on the query "
+        "and on the image, a mean over blocks.\n\n"
+    )
+    return text + table(columns, rows) + "\n" + intervals(by_arm)
+
+
+def intervals(by_arm: dict[str, dict[int, dict[str, Any]]]) -> str:
+    """Return the paired differences of each variant from the baselines."""
+    rows = []
+    for arm in (arm for arm in VARIANTS if arm in by_arm):
+        row: list[Any] = [arm]
+        lower = []
+        for baseline in BASELINES:
+            seeds = sorted(by_arm[arm].keys() & by_arm.get(baseline, {}).keys())
+            gaps = [by_arm[arm][seed]["top1"] - by_arm[baseline][seed]["top1"] for seed in seeds]
+            if len(gaps) < 2:
+                row.append("not yet run")
+                continue
+            low, high = interval(gaps)
+            row.append(f"{statistics.mean(gaps):+.2f} ({low:+.2f} to {high:+.2f})")
+            lower.append(low)
+        at_least = "yes" if len(lower) == len(BASELINES) and min(lower[:2]) > MARGIN else "not shown"
+        rows.append([*row, at_least])
+    columns = ["variant", *(f"less {baseline}" for baseline in BASELINES), "at least softmax"]
+    text = f"Mean difference by seed with its 95 % t interval, not corrected for the {len(VARIANTS)} variants.\n\n"
+    return text + table(columns, rows)
+
+
+def interval(gaps: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % t interval of a mean."""
+    half = stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
+    return statistics.mean(gaps) - half, statistics.mean(gaps) + half
+
+
+def longer(records: Records) -> str:
+    """Return the table of the longer runs, if there are any."""
+    if not records:
+        return ""
+    rows = [[r["arm"], r["seed"], f"{r['top1']:.2f}", f"{r['top1_at_a_quarter']:.2f}"] for r in records]
+    return "## Longer runs\n\n22 epochs.\n\n" + table(["arm", "seed", "top-1", "at a quarter"], rows)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)

@@ -1,0 +1,114 @@
+"""KArAt with bounded scores and a bounded S."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from karat_scale.attention.bases import Fourier, initialise_projector
+from karat_scale.attention.flops import karat_flops
+from karat_scale.attention.functional import fourier_karat_units
+from karat_scale.attention.heads import FourierHeads
+from karat_scale.attention.precision import compute_dtype, full_precision, output_dtype
+
+
+class BoundedOperator(FourierHeads):
+    """The modular Fourier operator on A = tau cos(q, k), with the units of H normalised over the tokens.
+
+    Ours, not the paper's. With tau = pi sigmoid(t) <= pi no score leaves one period of the series. H[:, p] becomes
+    gamma_p H[:, p] / rms(H[:, p]), so the Frobenius norm of S is at most sqrt(N) |gamma| |W|. A coefficient of order m
+    starts at N(0, 1 / (N m^4)) and is stored times m, so weight decay is the penalty m^2 (a_m^2 + b_m^2).
+
+    Args:
+        num_tokens: N, class token included.
+        num_heads: h.
+        rank: r.
+        grid: G.
+        implementation: as in `fourier_karat_attention`.
+        device, dtype: of `cos_coef` and `sin_coef` [h, r, N, G], `proj` W [h, N, r], `gamma` [h, r] and `temperature`
+            t [h].
+    """
+
+    def __init__(
+        self,
+        num_tokens: int,
+        num_heads: int,
+        rank: int = 12,
+        grid: int = 3,
+        implementation: str = "auto",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_tokens, self.num_heads, self.rank, self.grid = num_tokens, num_heads, rank, grid
+        self.implementation = implementation
+
+        def room(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.cos_coef = room(num_heads, rank, num_tokens, grid)
+        self.sin_coef = room(num_heads, rank, num_tokens, grid)
+        self.proj = room(num_heads, num_tokens, rank)
+        self.gamma = room(num_heads, rank)
+        self.temperature = room(num_heads)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the parameters again; tau starts at pi / 2 and gamma at 1."""
+        for coef in (self.cos_coef, self.sin_coef):
+            nn.init.normal_(coef, std=self.num_tokens**-0.5)
+            coef.div_(self._orders(coef))
+        initialise_projector(self.proj, "variance_preserving")
+        nn.init.ones_(self.gamma)
+        nn.init.zeros_(self.temperature)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """O [B, h, N, d] of query, key and value [B, h, N, d]; bias and mask as in `fourier_karat_attention`."""
+        hidden = self._hidden(query, key, bias, mask)
+        with full_precision(value.device):
+            v, proj = value.to(hidden.dtype), self.proj.to(hidden.dtype)
+            output = hidden @ (proj.mT @ v) if mask is None else (hidden @ proj.mT * mask) @ v
+        return output.to(output_dtype(value))
+
+    def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """S [B, h, N, N]."""
+        hidden = self._hidden(query, key, bias, mask)
+        with full_precision(query.device):
+            learned = hidden @ self.proj.to(hidden.dtype).mT
+        return (learned if mask is None else learned * mask).to(output_dtype(query))
+
+    def flops(self, tokens: int, width: int, masked: bool = False) -> int:
+        """See `AttentionHeads`."""
+        sizes = self.num_heads, self.rank, tokens, width
+        return karat_flops(Fourier(self.grid), "modular", *sizes, masked=masked)
+
+    def extra_repr(self) -> str:
+        """The settings, in the constructor's names."""
+        return (
+            f"num_tokens={self.num_tokens}, num_heads={self.num_heads}, rank={self.rank}, grid={self.grid}, "
+            f"implementation={self.implementation!r}"
+        )
+
+    def _hidden(self, query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+        """H [B, h, N, r], normalised; float32, or float64 where an input is."""
+        dtype = compute_dtype(query, key, self.cos_coef)
+        with full_precision(query.device):
+            tau = math.pi * self.temperature.to(dtype).sigmoid()
+            # The operator divides by sqrt(d).
+            q = normalize(query.to(dtype), dim=-1) * (tau * query.shape[-1] ** 0.5)[:, None, None]
+            k = normalize(key.to(dtype), dim=-1)
+            orders = self._orders(self.cos_coef).to(dtype)
+            cos, sin = self.cos_coef.to(dtype) / orders, self.sin_coef.to(dtype) / orders
+            heads = q.to(query.dtype), k.to(query.dtype)
+            more = {"bias": bias, "mask": mask, "implementation": self.implementation}
+            hidden = fourier_karat_units(*heads, cos, sin, **more).to(dtype)  # type: ignore[arg-type]
+            size = hidden.square().mean(2, keepdim=True).add(torch.finfo(dtype).eps).rsqrt()
+            return hidden * size * self.gamma.to(dtype)[:, None]
+
+    def _orders(self, like: Tensor) -> Tensor:
+        return torch.arange(1, self.grid + 1, device=like.device, dtype=like.dtype)

@@ -1,0 +1,78 @@
+"""KArAt with content addressing: a learned function of each score beside the operator of low rank."""
+
+import torch
+from torch import Tensor, nn
+
+from karat_scale.attention.heads import AttentionHeads
+from karat_scale.attention.operator import FourierKaratOperator
+from karat_scale.attention.softmax_start import fourier_fit_of_exp
+from karat_scale.attention.variants.rows import attend_rows, rows_of_scores
+
+
+class ContentOperator(AttentionHeads):
+    """S[k, q] = psi(A[k, q]) / N + sum_p H[k, p] W[q, p]: the full-rank form, structured as diagonal plus low rank.
+
+    In the paper's modular form S[k, q] depends on all scores of query k and not on A[k, q] itself, so a query cannot
+    ask for the tokens that answer it. psi(x) = c + sum_{m=1..G} a_m cos(m x) + b_m sin(m x), with 2 G + 1 numbers for
+    each head, adds that. Ours, not the paper's. It starts near softmax: psi at the fit of exp over small scores, which
+    softmax is up to its denominator, and W at 0.
+
+    Args:
+        operator: H and W; its W is set to 0.
+    """
+
+    def __init__(self, operator: FourierKaratOperator) -> None:
+        super().__init__()
+        self.operator, self.num_heads = operator, operator.num_heads
+        like = next(operator.parameters())
+        self.psi_constant = nn.Parameter(like.new_empty(operator.num_heads))
+        self.psi_cos = nn.Parameter(like.new_empty(operator.num_heads, operator.grid))
+        self.psi_sin = nn.Parameter(like.new_empty(operator.num_heads, operator.grid))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start near softmax."""
+        constant, cos, sin = fourier_fit_of_exp(self.operator.grid)
+        self.psi_constant.fill_(constant)
+        self.psi_cos.copy_(cos.expand_as(self.psi_cos))
+        self.psi_sin.copy_(sin.expand_as(self.psi_sin))
+        if self.operator.proj is not None:
+            nn.init.zeros_(self.operator.proj)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """O [B, h, N, d] of query, key and value [B, h, N, d]; bias and mask as in `karat_attention`."""
+        low_rank: Tensor = self.operator(query, key, value, bias, mask)
+        return attend_rows(self._rule, query, key, value, bias, mask) + low_rank
+
+    def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """S [B, h, N, N], both parts."""
+        low_rank = self.operator.scores(query, key, bias, mask)
+        return rows_of_scores(self._rule, query, key, bias, mask) + low_rank
+
+    def flops(self, tokens: int, width: int, masked: bool = False) -> int:
+        """See `AttentionHeads`. The scores serve both parts."""
+        added = self.num_heads * tokens * tokens * (2 * width + 4 * self.operator.grid)
+        return self.operator.flops(tokens, width, masked) + added
+
+    def refusal(self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False) -> str | None:
+        """See `AttentionHeads`."""
+        return self.operator.refusal(width, device, biased=biased, masked=masked)
+
+    def chosen(
+        self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False
+    ) -> tuple[str, str | None]:
+        """See `AttentionHeads`; of the part of low rank."""
+        return self.operator.chosen(width, device, biased=biased, masked=masked)
+
+    def _rule(self, scores: Tensor, keep: Tensor | None) -> Tensor:
+        parameters = self.psi_constant, self.psi_cos, self.psi_sin
+        constant, cos, sin = (x.to(scores.dtype)[..., None, None] for x in parameters)
+        psi = constant.expand_as(scores)
+        for m in range(self.operator.grid):
+            angle = (m + 1) * scores
+            psi = psi + cos[:, m] * angle.cos() + sin[:, m] * angle.sin()
+        psi = psi / scores.shape[-1]
+        return psi if keep is None else psi * keep

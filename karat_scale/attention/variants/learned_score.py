@@ -1,0 +1,75 @@
+"""Softmax of a learned function of the scores: a superset of softmax with few parameters, for any number of tokens."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from karat_scale.attention.heads import AttentionHeads
+from karat_scale.attention.variants.rows import attend_rows, rows_of_scores
+
+
+class LearnedScore(AttentionHeads):
+    """S = softmax(f(A)), with f(x) = x + sum_{m=1..G} a_m sin(m w x) + b_m (cos(m w x) - 1) for each head.
+
+    Ours, not the paper's. It starts as softmax (a = b = 0, w = pi / 4). Rows of S are positive and sum to one, and no
+    parameter belongs to a position.
+
+    Args:
+        num_heads: h.
+        grid: G, the number of harmonics.
+        device, dtype: of `sin_coef` a and `cos_coef` b [h, G] and of `frequency` w [h].
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        grid: int = 3,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.grid = num_heads, grid
+        self.sin_coef = nn.Parameter(torch.empty((num_heads, grid), device=device, dtype=dtype))
+        self.cos_coef = nn.Parameter(torch.empty((num_heads, grid), device=device, dtype=dtype))
+        self.frequency = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Go back to softmax."""
+        nn.init.zeros_(self.sin_coef)
+        nn.init.zeros_(self.cos_coef)
+        nn.init.constant_(self.frequency, math.pi / 4)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """O [B, h, N, d] of query, key and value [B, h, N, d]; bias and mask as in `karat_attention`."""
+        return attend_rows(self._rule, query, key, value, bias, mask)
+
+    def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """S [B, h, N, N]."""
+        return rows_of_scores(self._rule, query, key, bias, mask)
+
+    def flops(self, tokens: int, width: int, masked: bool = False) -> int:
+        """See `AttentionHeads`."""
+        return self.num_heads * tokens * tokens * (4 * width + 4 * self.grid)
+
+    def extra_repr(self) -> str:
+        """The settings, in the constructor's names."""
+        return f"num_heads={self.num_heads}, grid={self.grid}"
+
+    def _rule(self, scores: Tensor, keep: Tensor | None) -> Tensor:
+        parameters = self.sin_coef, self.cos_coef, self.frequency
+        # One head's coefficient of order m as [h, 1, 1], so that the series runs over orders and not over a dimension.
+        sin, cos, frequency = (x.to(scores.dtype)[..., None, None] for x in parameters)
+        phase, learned = frequency * scores, scores
+        for m in range(self.grid):
+            angle = (m + 1) * phase
+            learned = learned + sin[:, m] * angle.sin() + cos[:, m] * (angle.cos() - 1)
+        if keep is None:
+            return learned.softmax(-1)
+        # A row that keeps no pair attends to nothing, as in scaled_dot_product_attention.
+        return learned.masked_fill(~keep, -torch.inf).softmax(-1).nan_to_num(0)

@@ -1,0 +1,70 @@
+"""O = S V for any rule that computes rows of S from rows of scores, in bounded memory."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from karat_scale.attention.precision import compute_dtype, full_precision, output_dtype
+from karat_scale.attention.tiles import plan_tiles, workspace_budget
+
+# Rows of S [..., n, N] from scores [..., n, N] and, with a mask, from what takes part [..., n, N].
+Rule = Callable[[Tensor, Tensor | None], Tensor]
+# Tensors of the size of the scores that a rule holds at once, roughly.
+_HELD = 4
+
+
+def attend_rows(
+    rule: Rule, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """O [B, h, N, d] = rule(A) V with A = Q K^T / sqrt(d) + bias, a tile of query rows at a time.
+
+    The backward pass computes each tile again, so nothing of N x N stays. Parameters of the rule learn. Scores and S
+    are float32, or float64 where an input is. The result has the dtype that PyTorch's attention would have.
+    """
+    dtype = compute_dtype(query, key, value, bias)
+    batch, heads, tokens, _ = query.shape
+    with full_precision(query.device):
+        q, k, v = (x.to(dtype) for x in (query, key, value))
+        tiling = plan_tiles(batch, tokens, heads * key.shape[2] * _HELD, workspace_budget(query.device))
+
+        def attend(items: slice, rows: slice) -> Tensor:
+            scores, keep = _scores(q, k, bias, mask, items, rows)
+            return rule(scores, keep) @ v[items]
+
+        def again(items: slice, rows: slice) -> Tensor:
+            if not torch.is_grad_enabled():
+                return attend(items, rows)
+            output: Tensor = checkpoint(attend, items, rows, use_reentrant=False, preserve_rng_state=False)
+            return output
+
+        parts = [torch.cat([again(items, rows) for rows in tiling.rows], 2) for items in tiling.batches]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(output_dtype(value))
+
+
+def rows_of_scores(
+    rule: Rule, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """S [B, h, N, N], whole, for analysis: `attend_rows` with the same arguments is S @ value."""
+    dtype = compute_dtype(query, key, bias)
+    with full_precision(query.device):
+        everything = slice(0, query.shape[0]), slice(0, query.shape[2])
+        learned = rule(*_scores(query.to(dtype), key.to(dtype), bias, mask, *everything))
+    return learned.to(output_dtype(query))
+
+
+def _scores(
+    query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, items: slice, rows: slice
+) -> tuple[Tensor, Tensor | None]:
+    scores = query[items, :, rows] @ key[items].mT / query.shape[-1] ** 0.5
+    if bias is not None:
+        scores = scores + _tile(bias, items, rows).to(scores.dtype)
+    return scores, None if mask is None else _tile(mask, items, rows)
+
+
+def _tile(pairs: Tensor, items: slice, rows: slice) -> Tensor:
+    """The tile of a tensor that broadcasts to [B, h, N, N]."""
+    if pairs.dim() > 1 and pairs.shape[-2] > 1:
+        pairs = pairs[..., rows, :]
+    return pairs[items] if pairs.dim() > 3 and pairs.shape[0] > 1 else pairs

@@ -1,0 +1,100 @@
+"""KArAt whose functions and projector vary smoothly over the image."""
+
+import torch
+from torch import Tensor, nn
+
+from karat_scale.attention.bases import Fourier
+from karat_scale.attention.flops import karat_flops
+from karat_scale.attention.functional import fourier_karat_attention, fourier_karat_scores
+from karat_scale.attention.heads import FourierHeads
+from karat_scale.attention.softmax_start import smooth_modes
+
+
+class SmoothOperator(FourierHeads):
+    """The modular Fourier operator with coefficients and W expanded from K modes of the patch grid.
+
+    a_pqm = sum_j M_qj c_pjm and W = M w. The orthonormal columns of M [N, K] are the constant, the class token, and the
+    lowest frequencies of the cosine transform over the grid. Ours, not the paper's: N / K times fewer parameters, and
+    another N needs another M only.
+
+    Args:
+        num_tokens: N, class token included.
+        num_heads: h.
+        rank: r.
+        grid: G.
+        modes: K.
+        implementation: as in `fourier_karat_attention`.
+        device, dtype: of `cos_modes` and `sin_modes` [h, r, K, G] and `proj_modes` [h, K, r].
+
+    Raises ValueError when there are fewer than K modes.
+    """
+
+    modes: Tensor
+
+    def __init__(
+        self,
+        num_tokens: int,
+        num_heads: int,
+        rank: int = 12,
+        grid: int = 3,
+        modes: int = 16,
+        implementation: str = "auto",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_tokens, self.num_heads, self.rank, self.grid = num_tokens, num_heads, rank, grid
+        self.num_modes, self.implementation = modes, implementation
+        constant = torch.full((num_tokens, 1), num_tokens**-0.5, dtype=torch.float64, device="cpu")
+        columns = torch.cat((constant, smooth_modes(num_tokens, modes - 1)), 1)
+        kept = torch.get_default_dtype() if dtype is None else dtype
+        # Not in checkpoints: it follows from N and K.
+        where = torch.get_default_device() if device is None else device
+        self.register_buffer("modes", columns.to(where, kept), persistent=False)
+
+        def room(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.cos_modes = room(num_heads, rank, modes, grid)
+        self.sin_modes = room(num_heads, rank, modes, grid)
+        self.proj_modes = room(num_heads, modes, rank)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the parameters again, with the variance of H and O that the plain operator starts with."""
+        # A row of M has a mean square of 1 / N, so K modes give K / N of a mode's variance.
+        share = (self.num_tokens / self.num_modes) ** 0.5
+        for coef in (self.cos_modes, self.sin_modes):
+            nn.init.normal_(coef, std=share * (self.num_tokens * self.grid) ** -0.5)
+        nn.init.normal_(self.proj_modes, std=share * (self.num_tokens * self.rank) ** -0.5)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """O [B, h, N, d] of query, key and value [B, h, N, d]; bias and mask as in `fourier_karat_attention`."""
+        more = {"bias": bias, "mask": mask, "implementation": self.implementation}
+        return fourier_karat_attention(query, key, value, *self._expanded(), **more)  # type: ignore[arg-type]
+
+    def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """S [B, h, N, N]."""
+        more = {"bias": bias, "mask": mask, "implementation": self.implementation}
+        return fourier_karat_scores(query, key, None, *self._expanded(), **more)  # type: ignore[arg-type]
+
+    def flops(self, tokens: int, width: int, masked: bool = False) -> int:
+        """See `AttentionHeads`."""
+        sizes = self.num_heads, self.rank, tokens, width
+        return karat_flops(Fourier(self.grid), "modular", *sizes, masked=masked)
+
+    def extra_repr(self) -> str:
+        """The settings, in the constructor's names."""
+        return (
+            f"num_tokens={self.num_tokens}, num_heads={self.num_heads}, rank={self.rank}, grid={self.grid}, "
+            f"modes={self.num_modes}, implementation={self.implementation!r}"
+        )
+
+    def _expanded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """cos_coef and sin_coef [h, r, N, G], and W [h, N, r]."""
+        cos, sin = (torch.einsum("qj,hpjm->hpqm", self.modes.to(x.dtype), x) for x in (self.cos_modes, self.sin_modes))
+        return cos, sin, self.modes.to(self.proj_modes.dtype) @ self.proj_modes

@@ -1,0 +1,68 @@
+"""A checkpoint of a run on its validation split, whatever its task, on any number of processes."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from karat_scale.checkpoint.weights import wants_ema
+from karat_scale.engine import distributed
+from karat_scale.engine.precision import PRECISIONS, allow_tf32, cast_images
+from karat_scale.files import write_atomically
+from karat_scale.models.operators import check_implementation, describe_implementation
+from karat_scale.recipe.loading import load_recipe
+from karat_scale.reporting.progress import Reporter, choose_display
+from karat_scale.run.run_directory import RunDirectory
+from karat_scale.run.task import Scores, Task
+
+
+def evaluate_run(
+    task_type: type[Task], run_dir: str, overrides: Sequence[str], checkpoint: str, weights: str, json_file: str | None
+) -> int:
+    """Evaluate a checkpoint (best, latest, or a name) and print its scores; returns the exit code.
+
+    Raises:
+        UserError: no such run or checkpoint, a damaged one, or data that does not fit.
+    """
+    directory = RunDirectory(run_dir)
+    trained = directory.recipe(task_type.recipe_type)
+    recipe = load_recipe(directory.recipe_file, overrides, task_type.recipe_type)
+    world = distributed.start(recipe.run.device)
+    reporter = Reporter(choose_display(world.is_main, "evaluate"), None, world.rank)
+    task: Task | None = None
+    try:
+        name = directory.store.find_intact(checkpoint)
+        use_ema = wants_ema(weights, recipe, directory.store.state(name))
+        task = task_type(recipe, world, reporter)
+        model = task.trained_model(trained, directory, name, use_ema)
+        check_implementation(model, world.device)
+        if chosen := describe_implementation(model, world.device):
+            reporter.info(chosen)
+        slow = recipe.train.precision == "fp16" and world.device.type == "cpu"
+        precision = PRECISIONS["fp32" if slow else recipe.train.precision]
+        allow_tf32(recipe.train.tf32)
+        model.to(world.device, precision.weights).eval()
+
+        @torch.no_grad()
+        def forward(images: Any) -> Any:
+            with precision.autocast(world.device.type):
+                return model(cast_images(images, precision.weights))
+
+        scores = task.evaluate(forward, reporter.display.evaluate)
+    finally:
+        if task is not None:
+            task.close()
+        reporter.close()
+        distributed.stop()
+    if world.is_main:
+        _report(directory.path, name, "ema" if use_ema else "raw", scores, json_file)
+    return 0
+
+
+def _report(run: Path, name: str, weights: str, scores: Scores, json_file: str | None) -> None:
+    print(f"{run} {name} ({weights} weights): {scores}")
+    if json_file:
+        figures = {"run": str(run), "checkpoint": name, "weights": weights, **scores.to_json()}
+        write_atomically(Path(json_file), json.dumps(figures, indent=2) + "\n")

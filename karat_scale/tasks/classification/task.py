@@ -1,0 +1,185 @@
+"""Training a classifier of images: soft-target cross-entropy, top-1 and top-5."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from karat_scale.checkpoint.snapshots import Snapshots, snapshot_steps
+from karat_scale.checkpoint.weights import load_weights
+from karat_scale.data.augmentation.device_augment import DeviceAugment
+from karat_scale.data.augmentation.mixing import Mixer
+from karat_scale.data.augmentation.normalize import Normalize
+from karat_scale.data.backends import ImageSpec, open_backend
+from karat_scale.data.batch import BadSample, Batch
+from karat_scale.data.device_feed import DeviceFeed
+from karat_scale.data.digest import BITS, batch_digest, with_digest
+from karat_scale.data.formats.checks import unused_classes
+from karat_scale.data.plan import BatchSlice, TrainPlan, micro_batch_of
+from karat_scale.data.staged import staged_copy
+from karat_scale.engine.distributed import World
+from karat_scale.engine.engine import Engine
+from karat_scale.engine.run_state import RunState
+from karat_scale.engine.schedule import CosineSchedule, build_schedule
+from karat_scale.models.init_from import take_weights
+from karat_scale.recipe import Recipe
+from karat_scale.reporting.efficiency import Efficiency, device_peak
+from karat_scale.reporting.progress import Reporter
+from karat_scale.run.initial_weights import run_behind
+from karat_scale.run.run_directory import RunDirectory
+from karat_scale.run.task import AfterStep, OnBatch, Task, Waiting
+from karat_scale.tasks.classification.evaluate import EvalResult, evaluate
+from karat_scale.tasks.classification.teacher import FILE, build_model, keep_teacher
+
+
+@dataclass
+class TrainState(RunState):
+    """Of a run that trains a classifier. Scores are in percent."""
+
+    scores = ("top1", "top5")
+
+    best_top1: float | None = None
+    best_top5: float | None = None
+    last_top1: float | None = None
+    last_top5: float | None = None
+    data_digest: int = 0
+    bad_samples: int = 0
+    begun_with: dict[str, str] = field(default_factory=dict)
+    """The run that `init_from` took the weights of, as `run_behind` says: later starts may not find it."""
+
+
+class ClassificationTask(Task):
+    """Images and labels of a backend, augmented, mixed and normalised on the device."""
+
+    kind = "classification"
+    recipe_type = Recipe
+    state_type = TrainState
+    recipe: Recipe
+
+    def __init__(self, recipe: Recipe, world: World, reporter: Reporter) -> None:
+        super().__init__(recipe, world, reporter)
+        augment, model = recipe.augment, recipe.model
+        self.backend = open_backend(ImageSpec.of(recipe))
+        self.classes = self.backend.classes
+        if copy := staged_copy(recipe.data.path):
+            reporter.info(f"the images are read from {copy}, this node's copy")
+        if notice := unused_classes(self.backend.num_classes, model.num_classes):
+            reporter.info(f"notice: {notice}")
+        self.augment = DeviceAugment(augment, model.image_size)
+        self.mixer = Mixer(augment, model.num_classes, recipe.run.seed)
+        self.normalize = Normalize(augment.mean, augment.std)
+        self.objective = SoftTargetCrossEntropy()
+        self.efficiency = Efficiency(recipe, world.size, device_peak(world.device, recipe.train))
+        self._digest = self._bad = 0
+
+    @property
+    def num_train(self) -> int:
+        """Number of training images."""
+        return self.backend.num_train
+
+    @staticmethod
+    def less_memory(recipe: Recipe, world_size: int) -> str:
+        """Return what to change in the recipe if memory runs out."""
+        train = recipe.train
+        return (
+            f"lower train.micro_batch (now {micro_batch_of(recipe, world_size)}), recompute more by "
+            f"train.recompute.policy (now {train.recompute.policy}), or partition more by deepspeed.config (now "
+            f"{recipe.deepspeed.config})"
+        )
+
+    def plan(self) -> TrainPlan:
+        """Return the order of the data on this rank."""
+        return TrainPlan.of(self.recipe, self.num_train, self.world.rank, self.world.size)
+
+    def schedule(self, steps_per_epoch: int) -> CosineSchedule:
+        """Return the recipe's schedule in steps."""
+        return build_schedule(self.recipe, steps_per_epoch)
+
+    def prepare(self, directory: RunDirectory) -> None:
+        """Copy the teacher of `attention.transfer_from`, if there is one, into the run's directory."""
+        self.world.on_main(lambda: keep_teacher(self.recipe, directory.path))
+
+    def build_backbone(self, directory: RunDirectory) -> nn.Module:
+        """Return the classifier, with its teacher if it has one."""
+        return build_model(self.recipe, directory.path)
+
+    def take_weights(self, backbone: nn.Module, weights: Mapping[str, Tensor]) -> str:
+        """Copy the weights of `init_from` into the classifier; returns what was not simply copied."""
+        return take_weights(backbone, weights)
+
+    def trained_model(self, trained: Recipe, directory: RunDirectory, name: str, use_ema: bool) -> nn.Module:
+        """Return a checkpoint's model; interpolated if the recipe has another image size than it was trained at."""
+        as_trained = self.recipe.changed(model__image_size=trained.model.image_size)
+        model = build_model(as_trained, directory.path)
+        load_weights(model, directory.store.root / name, directory.store.state(name), use_ema)
+        if as_trained.model == self.recipe.model:
+            return model
+        resized = build_model(self.recipe, directory.path)
+        take_weights(resized, model.state_dict(), new_head=False)
+        return resized
+
+    def after_step(self, engine: Engine, directory: RunDirectory, total_steps: int) -> list[AfterStep]:
+        """Return the snapshots of `checkpoint.snapshots`."""
+        steps = snapshot_steps(total_steps, self.recipe.checkpoint.snapshots)
+        return [Snapshots(directory.snapshots, steps, engine, self.world, self.recipe, self.reporter)]
+
+    def train_batches(self, slices: Iterable[BatchSlice], waiting: Waiting) -> DeviceFeed[Batch]:
+        """Return this rank's micro batches on its device."""
+        return DeviceFeed(map(with_digest, self.backend.train_batches(slices)), self.world.device, waiting)
+
+    def losses(self, forward: Callable[..., Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Return the mean cross-entropy of a micro batch with its soft targets."""
+        self._bad += len(batch.bad)
+        self._digest = (self._digest + batch_digest(batch)) % 2**BITS
+        self._tell_of(batch.bad)
+        images = self.normalize(self.augment(batch.images, batch.draws))
+        images, targets = self.mixer.mix(images, batch.labels, batch.epoch, batch.batch)
+        return {"loss": self.objective(forward(images), targets)}
+
+    def evaluate(self, forward: Callable[..., Tensor], on_batch: OnBatch) -> EvalResult:
+        """Evaluate the validation split."""
+
+        def told(done: int, total: int, bad: tuple[BadSample, ...]) -> None:
+            self._tell_of(bad)
+            on_batch(done, total)
+
+        return evaluate(forward, self.backend, self.normalize, self.recipe.train.eval_batch, self.world, told)
+
+    def _tell_of(self, bad: tuple[BadSample, ...]) -> None:
+        for sample in bad:
+            self.reporter.bad_sample(sample)
+
+    def fold(self, state: TrainState) -> None:
+        """Add the digest of the data and the number of unreadable samples."""
+        counts = torch.tensor([self._digest, self._bad], dtype=torch.float64)
+        self._digest = self._bad = 0
+        digest, bad = self.world.sum(counts).tolist()
+        state.data_digest = (state.data_digest + int(digest)) % 2**BITS
+        state.bad_samples += int(bad)
+
+    def figures(self, state: TrainState, images_per_second: float | None) -> dict[str, Any]:
+        """Return how well the device is used, and what the data are so far."""
+        efficiency = self.efficiency.figures(images_per_second)
+        return {**efficiency, "bad_samples": state.bad_samples, "data_digest": state.data_digest}
+
+    def begin(self) -> TrainState:
+        """Return the state of a run that starts from the beginning."""
+        return TrainState(begun_with=run_behind(self.recipe.init_from))
+
+    def facts(self, state: TrainState) -> dict[str, Any]:
+        """Return the data's digest, and the runs behind `init_from` and `attention.transfer_from`, by key."""
+        teacher = RunDirectory(self.recipe.run.dir).path / FILE
+        taught = self.recipe.attention.transfer_from and teacher.is_file()
+        runs = {"init_from": state.begun_with, "attention.transfer_from": run_behind(str(teacher)) if taught else {}}
+        return {
+            "lineage": {key: behind for key, behind in runs.items() if behind},
+            "data_digest": state.data_digest,
+            "bad_samples": state.bad_samples,
+        }
+
+    def close(self) -> None:
+        """Stop the data workers."""
+        self.backend.close()

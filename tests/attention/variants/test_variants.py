@@ -1,0 +1,176 @@
+"""Each variant against its equation in float64, written out whole."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from karat_scale.attention import FourierKaratOperator, ResidualHeads
+from karat_scale.attention.variants import BoundedOperator, ContentOperator, LearnedScore, SmoothOperator, StaticHeads
+from karat_scale.attention.variants import rows as rows_module
+
+BATCH, HEADS, TOKENS, WIDTH, RANK, GRID, MODES = 2, 3, 10, 4, 3, 2, 5
+
+
+def content(dtype):
+    return ContentOperator(FourierKaratOperator(TOKENS, HEADS, RANK, GRID, dtype=dtype))
+
+
+MAKERS = {
+    "static": lambda dtype: StaticHeads(TOKENS, HEADS, dtype=dtype),
+    "static_softmax": lambda dtype: ResidualHeads(StaticHeads(TOKENS, HEADS, dtype=dtype)),
+    "learned_score": lambda dtype: LearnedScore(HEADS, GRID, dtype=dtype),
+    "content": content,
+    "bounded": lambda dtype: BoundedOperator(TOKENS, HEADS, RANK, GRID, dtype=dtype),
+    "smooth": lambda dtype: SmoothOperator(TOKENS, HEADS, RANK, GRID, MODES, dtype=dtype),
+}
+
+
+def make(name, dtype=torch.float64):
+    """A module away from its start, where a factor of 0 would hide mistakes."""
+    torch.manual_seed(1)
+    module = MAKERS[name](dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return module
+
+
+def heads(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(BATCH, HEADS, TOKENS, WIDTH, dtype=dtype, generator=generator) for _ in range(3)]
+
+
+def harmonics(x):
+    orders = torch.arange(1, GRID + 1, dtype=x.dtype)
+    return (x[..., None] * orders).cos(), (x[..., None] * orders).sin()
+
+
+def units(scores, cos_coef, sin_coef, keep):
+    cos, sin = harmonics(scores)
+    both = torch.einsum("bhkqm,hpqm->bhkqp", cos, cos_coef) + torch.einsum("bhkqm,hpqm->bhkqp", sin, sin_coef)
+    return (both * keep[..., None]).sum(3)
+
+
+def expected(name, module, query, key, bias, keep):
+    """S [B, h, N, N] by the equation; `keep` is 1 where a pair takes part."""
+    scores = query @ key.mT / WIDTH**0.5 + bias
+    by_head = {n: p.view(HEADS, *[1] * 2, -1) for n, p in module.named_parameters()}
+    if name == "static":
+        return (module.matrix * keep).expand(BATCH, -1, -1, -1)
+    if name == "static_softmax":
+        softmax = scores.masked_fill(keep == 0, -math.inf).softmax(-1)
+        return softmax + module.gate.view(-1, 1, 1) * module.operator.matrix * keep
+    if name == "learned_score":
+        cos, sin = harmonics(scores * module.frequency.view(-1, 1, 1))
+        learned = scores + (sin * by_head["sin_coef"]).sum(-1) + ((cos - 1) * by_head["cos_coef"]).sum(-1)
+        return learned.masked_fill(keep == 0, -math.inf).softmax(-1)
+    if name == "content":
+        cos, sin = harmonics(scores)
+        psi = by_head["psi_constant"][..., 0] + (cos * by_head["psi_cos"]).sum(-1) + (sin * by_head["psi_sin"]).sum(-1)
+        inner = module.operator
+        return (psi / TOKENS + units(scores, inner.cos_coef, inner.sin_coef, keep) @ inner.proj.mT) * keep
+    if name == "bounded":
+        q, k = (x / x.norm(dim=-1, keepdim=True) for x in (query, key))
+        scores = math.pi * module.temperature.sigmoid().view(-1, 1, 1) * (q @ k.mT) + bias
+        orders = torch.arange(1, GRID + 1)
+        hidden = units(scores, module.cos_coef / orders, module.sin_coef / orders, keep)
+        hidden = hidden / hidden.square().mean(2, keepdim=True).sqrt() * module.gamma.view(HEADS, 1, RANK)
+        return hidden @ module.proj.mT * keep
+    cos, sin = (torch.einsum("qj,hpjm->hpqm", module.modes, x) for x in (module.cos_modes, module.sin_modes))
+    return units(scores, cos, sin, keep) @ (module.modes @ module.proj_modes).mT * keep
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "bias and mask"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_it_is_its_equation(name, masked):
+    module = make(name)
+    query, key, value = heads()
+    bias = mask = None
+    if masked:
+        bias = torch.randn(HEADS, TOKENS, TOKENS, dtype=torch.float64)
+        mask = torch.rand(BATCH, 1, TOKENS, TOKENS) > 0.3
+        mask[..., 0] = True
+    keep = torch.ones(BATCH, HEADS, TOKENS, TOKENS, dtype=torch.float64) if mask is None else mask.double()
+    found = module.scores(query, key, bias, mask)
+    wanted = expected(name, module, query, key, 0 if bias is None else bias, keep.expand(-1, HEADS, -1, -1))
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(module(query, key, value, bias, mask), wanted @ value)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_gradients(name):
+    module = make(name)
+    tensors = [x.requires_grad_() for x in heads()]
+    names, parameters = zip(*module.named_parameters(), strict=True)
+
+    def attend(query, key, value, *learned):
+        return torch.func.functional_call(module, dict(zip(names, learned, strict=True)), (query, key, value))
+
+    assert torch.autograd.gradcheck(attend, (*tensors, *parameters), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["learned_score", "content"])
+def test_tiles_make_no_difference(name, monkeypatch):
+    module = make(name)
+    results = []
+    for budget in (2**24, 1):
+        monkeypatch.setattr(rows_module, "workspace_budget", lambda _, budget=budget: budget)
+        monkeypatch.setattr("karat_scale.attention.tiles.MIN_ROWS", 3)
+        tensors = [x.requires_grad_() for x in heads()]
+        bias = torch.linspace(-1, 1, BATCH * TOKENS * TOKENS, dtype=torch.float64).view(BATCH, 1, TOKENS, TOKENS)
+        output = module(*tensors, bias=bias, mask=bias < 0.9)
+        grads = torch.autograd.grad(output.sin().sum(), [*tensors, *module.parameters()])
+        results.append((output, *grads))
+    for whole, tiled in zip(*results, strict=True):
+        torch.testing.assert_close(tiled, whole)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_results_have_the_dtype_that_softmax_attention_has(name):
+    module = make(name, torch.float32)
+    query, key, value = heads(torch.bfloat16)
+    assert module(query, key, value).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        wide = module(query.float(), key.float(), value.float())
+    assert wide.dtype == torch.bfloat16
+    exact = module.double()(*(x.double() for x in (query, key, value)))
+    torch.testing.assert_close(wide.double(), exact, rtol=0.05, atol=0.05)
+
+
+def test_those_that_start_as_softmax_do():
+    inputs = heads(torch.float32)
+    softmax = scaled_dot_product_attention(*inputs)
+    torch.testing.assert_close(LearnedScore(HEADS)(*inputs), softmax)
+    assert torch.equal(ResidualHeads(StaticHeads(TOKENS, HEADS))(*inputs), softmax)
+    small = [inputs[0] * 0.05, inputs[1] * 0.05, inputs[2]]
+    near = content(torch.float32)(*small)
+    torch.testing.assert_close(near, scaled_dot_product_attention(*small), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["static", "bounded", "smooth"])
+def test_others_start_with_the_variance_of_the_values(name):
+    torch.manual_seed(0)
+    tokens, many = 65, 12
+    makers = {
+        "static": lambda: StaticHeads(tokens, many),
+        "bounded": lambda: BoundedOperator(tokens, many, 12),
+        "smooth": lambda: SmoothOperator(tokens, many, 12, modes=16),
+    }
+    query, key, value = (torch.randn(4, many, tokens, 16) for _ in range(3))
+    output = makers[name]()(query, key, value)
+    assert 0.6 < float(output.detach().std() / value.std()) < 1.5
+
+
+def test_bounded_is_bounded():
+    module = make("bounded")
+    query, key, _ = heads()
+    largest = TOKENS**0.5 * module.gamma.norm(dim=-1) * torch.linalg.matrix_norm(module.proj, 2)
+    assert (torch.linalg.matrix_norm(module.scores(1e3 * query, key)) <= largest * 1.0001).all()
+    torch.testing.assert_close(module.scores(1e3 * query, key), module.scores(query, key))
+
+
+def test_smooth_needs_as_many_tokens_as_modes():
+    with pytest.raises(ValueError, match="N = 10 tokens"):
+        SmoothOperator(TOKENS, HEADS, modes=11)

@@ -1,0 +1,83 @@
+"""Controls and variants by recipe: any host, counted, and trained."""
+
+import pytest
+import torch
+
+from karat_scale.models import create_model
+from karat_scale.models.flops import flops_per_image
+from karat_scale.models.operators import head_parameters, operators
+from karat_scale.recipe import AttentionConfig, ModelConfig
+
+SECTIONS = {
+    "static": {"kind": "static"},
+    "static_softmax": {"kind": "static_softmax"},
+    "learned_score": {"kind": "learned_score"},
+    "without scores": {"kind": "karat", "scores": False},
+    "content": {"kind": "karat", "form": "content"},
+    "bounded": {"kind": "karat", "form": "bounded"},
+    "smooth": {"kind": "karat", "form": "smooth", "modes": 4},
+    "hybrid": {"kind": "static", "softmax_heads": 1},
+    "universal": {"kind": "karat", "form": "content", "mode": "universal"},
+    "residual": {"kind": "karat", "form": "bounded", "residual": True},
+}
+HOSTS = {
+    "vit": {"name": "vit_mini_patch4_28", "image_size": 16, "embed_dim": 32, "depth": 2},
+    "swin": {"name": "swin_mini_patch2_window4_32", "image_size": 32},
+    "convit": {"name": "convit_tiny", "image_size": 32, "depth": 3, "num_heads": 4, "embed_dim": 48},
+}
+
+
+def make(host, **section):
+    torch.manual_seed(0)
+    return create_model(ModelConfig(**HOSTS[host], num_classes=3), AttentionConfig(rank=3, grid=2, **section))
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("name", SECTIONS)
+def test_all_that_it_learns_has_a_gradient(name, host):
+    if name == "universal" and host == "swin":
+        pytest.skip("its layers differ in size")
+    model = make(host, **SECTIONS[name])
+    for parameter in model.parameters():  # away from starts at zero, which stop gradients behind them
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.train()
+    size = HOSTS[host]["image_size"]
+    torch.nn.functional.cross_entropy(model(torch.randn(2, 3, size, size)), torch.tensor([0, 2])).backward()
+    learned = {key: p for key, p in model.named_parameters() if ".operator." in key}
+    idle = {key.rpartition(".")[2] for key, p in learned.items() if p.grad is None or not p.grad.any()}
+    assert idle == ({"sin_coef"} if name == "without scores" else set())  # sin(0) is 0
+    assert len(list(head_parameters(model))) > 0
+
+
+def test_functions_are_those_of_operators_that_have_some():
+    assert operators(make("vit", kind="static")) == [None, None]
+    assert all(operator is not None for operator in operators(make("vit", kind="karat", form="content")))
+    assert all(operator is not None for operator in operators(make("vit", kind="karat", scores=False)))
+
+
+def test_operations_are_counted():
+    model = ModelConfig(**HOSTS["vit"], num_classes=3)
+    tokens, heads, width, blocks = 17, 2, 16, 2
+    counted = {n: flops_per_image(model, AttentionConfig(rank=3, grid=2, **s)).forward for n, s in SECTIONS.items()}
+    softmax = flops_per_image(model, AttentionConfig()).forward
+    a_product = blocks * heads * 2 * tokens * tokens * width
+    assert counted["static"] == softmax - a_product
+    assert counted["static_softmax"] == softmax + a_product
+    assert counted["learned_score"] == softmax + blocks * heads * tokens * tokens * 4 * 2
+    plain = flops_per_image(model, AttentionConfig(rank=3, grid=2, kind="karat")).forward
+    assert counted["without scores"] == counted["bounded"] == counted["smooth"] == plain
+    assert counted["content"] == plain + a_product + blocks * heads * tokens * tokens * 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"kind": "static", "form": "full_rank"}, "attention.form = full_rank is of attention.kind=karat"),
+        ({"kind": "learned_score", "scores": False}, "attention.scores = False is of attention.kind=karat"),
+        ({"kind": "karat", "form": "bounded", "init": "paper"}, "has attention.init=variance_preserving only"),
+        ({"kind": "karat", "form": "smooth", "basis": "bspline"}, "has attention.basis=fourier only"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(section, said):
+    with pytest.raises(ValueError, match=said):
+        AttentionConfig(**section)
