@@ -43,7 +43,7 @@ ELSEWHERE = {
     "doctor/software.py": {"timm", "torchvision", "pillow", "webdataset", "tensorboard"},  # distributions
     "doctor/verdict.py": {"native"},  # the advice
     "engine/deepspeed_keys.py": {"tensorboard"},  # a section of DeepSpeed's file
-    "prepare.py": {"webdataset", "ffcv"},  # scripts
+    "shipped.py": {"webdataset", "ffcv"},  # scripts
     "run/outcome.py": {"timm"},  # the library
     "tasks/detection/recipe.py": {"adamw"},  # the only optimizer of a detector
 }
@@ -75,9 +75,9 @@ class Cubes(FeatureBasis):
         return [3 * x**2]
 
 
-def build_sgd(model, optim, device):
+def build_sgd(model, optim, device, groups=None):
     """SGD with momentum."""
-    return torch.optim.SGD(parameter_groups(model, optim), lr=optim.lr, momentum=0.9)
+    return torch.optim.SGD(groups or parameter_groups(model, optim), lr=optim.lr, momentum=0.9)
 
 
 class Lines:
