@@ -54,6 +54,7 @@ def _check(world: World, tmp_path: Path, processes: int, pairs: list[tuple[str, 
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_one_and_two_ranks_and_all_stages_take_over_from_each_other(world: World, tmp_path: Path) -> None:
     _check(world, tmp_path, processes=2, pairs=SAMPLE, last=6)
 
