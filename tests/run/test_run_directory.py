@@ -127,8 +127,7 @@ def test_many_differing_keys_are_counted(small_recipe, tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
     directory.begin(small_recipe())
-    changes = [
-        f"augment.{key}=0" for key in ("hflip", "color_jitter", "mixup", "cutmix", "mix_prob", "label_smoothing")
-    ]
+    changes = [f"augment.{key}=0" for key in ("hflip", "mixup", "cutmix", "mix_prob", "label_smoothing")]
+    changes.append("augment.color_jitter=0.4")
     with pytest.raises(RunDirectoryError, match="and 1 more"):
         directory.open(small_recipe(*changes, "optim.lr=1"))

@@ -58,7 +58,7 @@ def test_losses_norms_digests_and_scores(small_recipe, world: World) -> None:
 def test_digests_of_augmented_images(small_recipe, world: World, shards: Path, run_on: str) -> None:
     policy = "rand-m9-mstd0.5-inc1" if run_on == "workers" else "rand-m15-n2-mstd1.0-inc1"
     data = ("data.backend=webdataset", f"data.path={shards}", f"augment.run_on={run_on}")
-    augment = (f"augment.randaugment={policy}", "augment.erasing=0.25")
+    augment = (f"augment.randaugment={policy}", "augment.erasing=0.25", "augment.color_jitter=0.4")
     run = _train(small_recipe(*data, *augment, "train.max_steps=2", "log.every_steps=2"), world)
     (event,) = events(run, "train")
     assert event["data_digest"] == DIGESTS[run_on]
