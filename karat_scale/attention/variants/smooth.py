@@ -14,8 +14,8 @@ class SmoothOperator(FourierHeads):
     """The modular Fourier operator with coefficients and W expanded from K modes of the patch grid.
 
     a_pqm = sum_j M_qj c_pjm and W = M w. The orthonormal columns of M [N, K] are the constant, the class token, and the
-    lowest frequencies of the cosine transform over the grid. Ours, not the paper's: N / K times fewer parameters, and
-    another N needs another M only.
+    lowest frequencies of the cosine transform over the grid. Ours, not the paper's: N / K times fewer parameters. With
+    another N the parameters keep their shapes, but sums over tokens grow with N, so the model needs fine-tuning.
 
     Args:
         num_tokens: N, class token included.
