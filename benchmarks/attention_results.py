@@ -23,10 +23,15 @@ Records = list[dict[str, Any]]
 
 def write_results() -> None:
     """Write the page."""
+    write_atomically(PAGE, render())
+    print(PAGE)
+
+
+def render() -> str:
+    """Return the page."""
     records: Records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
     parts = [HEAD, rates(), comparison(of_stage(records, "compare")), longer(of_stage(records, "long"))]
-    write_atomically(PAGE, "\n".join(part for part in parts if part))
-    print(f"{PAGE}: {len(records)} runs")
+    return "\n".join(part for part in parts if part)
 
 
 def of_stage(records: Records, stage: str) -> Records:
