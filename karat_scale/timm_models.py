@@ -19,6 +19,7 @@ from karat_scale.models import create_model
 from karat_scale.models.init_from import take_weights
 from karat_scale.models.init_operators import spread_operator
 from karat_scale.recipe import AttentionConfig, ModelConfig
+from karat_scale.trust import require_trust
 
 _FEATURE_MAPS = 3
 """The number of feature maps of `features_only` without `out_indices`, if the model has as many."""
@@ -45,6 +46,7 @@ def karat(
     if model is None:
         raise ValueError("karat needs model={...} and attention={...}, or a folder of karat export: local-dir:FOLDER")
     sections = (dict(model), dict(attention or {}))
+    require_trust(AttentionConfig(**sections[1]), "timm's configuration of this model")
     if "num_classes" in model:  # else timm asks for the 1,000 of its default configuration
         kwargs.setdefault("num_classes", model["num_classes"])
     features: dict[str, Any] = {"feature_cls": "getter"}

@@ -17,6 +17,7 @@ from karat_scale.recipe.loading import load_recipe
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.weights_file import load_exported
 from karat_scale.tasks.classification.teacher import build_model
+from karat_scale.trust import require_trust
 
 SNAPSHOT = ".safetensors"
 
@@ -153,9 +154,11 @@ def open_run(path: str | Path, data: str | None = None, weights: str = "auto", c
     Raises:
         RunDirectoryError: this is not a run directory, or it is a detector's.
         RecipeError: its recipe cannot be read.
+        UntrustedError: its recipe names a class.
     """
     path = Path(path)
     directory = RunDirectory(path)
     directory.recipe()  # raises for another kind of run
     recipe = load_recipe(directory.recipe_file, [] if data is None else [f"data.path={data}"])
+    require_trust(recipe.attention, directory.recipe_file)
     return TrainedRun(path, recipe, weights, checkpoint)

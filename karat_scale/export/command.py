@@ -8,6 +8,7 @@ from karat_scale.export.source import Source
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.tables import EXPORT_FORMATS, FormatRow, load
+from karat_scale.trust import require_trust
 
 
 def export_run(run_dir: str, format_name: str, checkpoint: str, weights: str, out: str | None) -> int:
@@ -27,6 +28,7 @@ def export_run(run_dir: str, format_name: str, checkpoint: str, weights: str, ou
     directory = RunDirectory(run_dir)
     directory.recipe()
     recipe = load_recipe(directory.recipe_file)
+    require_trust(recipe.attention, directory.recipe_file)
     name = directory.store.find_intact(checkpoint)
     saved = directory.store.state(name)
     kinds: Sequence[str] = [weights] if weights != "both" else ["raw", "ema"] if saved["has_ema"] else ["raw"]

@@ -16,6 +16,7 @@ from karat_scale.recipe.loading import load_recipe
 from karat_scale.reporting.progress import Reporter, choose_display
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.task import Scores, Task
+from karat_scale.trust import require_trust
 
 
 def evaluate_run(
@@ -29,6 +30,7 @@ def evaluate_run(
     directory = RunDirectory(run_dir)
     trained = directory.recipe(task_type.recipe_type)
     recipe = load_recipe(directory.recipe_file, overrides, task_type.recipe_type)
+    require_trust(recipe.attention, directory.recipe_file)
     world = distributed.start(recipe.run.device)
     reporter = Reporter(choose_display(world.is_main, "evaluate"), None, world.rank)
     task: Task | None = None

@@ -25,6 +25,7 @@ from karat_scale.models.init_from import check_heads, differences, take_weights
 from karat_scale.recipe import AttentionConfig, ModelConfig, RunRecipe
 from karat_scale.recipe.portable import portable_recipe, text_digest
 from karat_scale.run.run_directory import RunDirectory
+from karat_scale.trust import require_trust
 
 Take = Callable[[nn.Module, Mapping[str, Tensor]], str]
 TIMM = "timm:"
@@ -111,6 +112,7 @@ def locate(source: str) -> tuple[Path, str]:
 def _weights_of_run(run: Path, checkpoint: str) -> SourceWeights:
     directory = RunDirectory(run)
     recipe = directory.recipe()
+    require_trust(recipe.attention, directory.recipe_file)
     name = directory.store.find_intact(checkpoint)
     saved = directory.store.state(name)
     model = create_model(recipe.model, recipe.attention)

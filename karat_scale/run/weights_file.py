@@ -17,6 +17,7 @@ from karat_scale.models import create_model
 from karat_scale.models.transfer import weights_digest
 from karat_scale.recipe import AttentionConfig, ModelConfig, Recipe
 from karat_scale.run.run_directory import RunDirectory
+from karat_scale.trust import require_trust
 
 
 def write_weights(directory: RunDirectory, recipe: Recipe, name: str, kind: str, path: Path) -> None:
@@ -60,6 +61,7 @@ def read_exported(path: Path, implementation: str = "auto") -> nn.Module:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
         attention = AttentionConfig(**{**json.loads(about["attention"]), "implementation": implementation})
+        require_trust(attention, path)
         model = create_model(ModelConfig(**json.loads(about["model"])), attention)
     load_exported(model, path)
     if about.get("weights_sha256") not in (None, weights_digest(model)):

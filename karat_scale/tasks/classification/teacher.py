@@ -16,6 +16,7 @@ from karat_scale.models.transfer import Teacher, give_teacher
 from karat_scale.recipe import Recipe
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.weights_file import read_exported, write_weights
+from karat_scale.trust import require_trust
 
 FILE = "teacher.safetensors"
 
@@ -35,6 +36,7 @@ def keep_teacher(recipe: Recipe, run: Path) -> None:
     try:
         directory = RunDirectory(source)
         theirs = directory.recipe()
+        require_trust(theirs.attention, directory.recipe_file)
         _check_fits(theirs, recipe)
         name = directory.store.find_intact("best")
         kind = "ema" if wants_ema("auto", theirs, directory.store.state(name)) else "raw"

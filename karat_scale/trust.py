@@ -1,0 +1,37 @@
+"""Code that a recipe names as `module:Class` is imported only if the user asked for it.
+
+The recipe on the command line is the user's. A run's directory, a file of weights or a hub's folder may come from
+somebody else, and a module of that name may lie beside it.
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+from karat_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from karat_scale.recipe import AttentionConfig
+
+VARIABLE = "KARAT_TRUST"
+
+
+class UntrustedError(UserError):
+    """A recipe that may be somebody else's names a class."""
+
+
+def require_trust(attention: "AttentionConfig", source: object) -> None:
+    """Refuse a basis that is a class, unless the environment has KARAT_TRUST=1, which `--trust` sets.
+
+    Args:
+        attention: the section of a recipe that was not on the command line.
+        source: where it was found.
+
+    Raises:
+        UntrustedError: with the class and where it is named.
+    """
+    module = attention.basis.partition(":")[0]
+    if module != attention.basis and os.environ.get(VARIABLE) != "1":
+        raise UntrustedError(
+            f"{source}: attention.basis = {attention.basis} runs the code of the module {module}; if you trust it, add "
+            f"--trust or set {VARIABLE}=1"
+        )
