@@ -57,13 +57,6 @@ def use_torchs_own_linear() -> None:
         torch.nn.functional.linear = own
 
 
-def cpu_adam_can_be_built() -> bool:
-    """Whether this machine has what DeepSpeed's AdamW for CPUs is compiled with."""
-    from deepspeed.ops.op_builder import CPUAdamBuilder
-
-    return bool(CPUAdamBuilder().is_compatible(verbose=False))
-
-
 def master_weights(engine: Any) -> list[torch.Tensor]:
     """The fp32 tensors that this rank's optimizer steps, in the order of its states.
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from karat_scale.engine.cpu_adam import build_cpu_adam, cpu_adam_can_be_built
 from karat_scale.engine.deepspeed_config import load_ds_config, offloads_optimizer, zero_stage
 from karat_scale.engine.deepspeed_internals import (
-    cpu_adam_can_be_built,
     forget_gradients,
     keep_least_loss_scale,
     loss_scale,
@@ -95,6 +95,8 @@ class Engine:
         initial = _copy_of_weights(model)
         model = model.to(world.device)
         autocast_inside(model, self._precision, world.device.type)
+        if cpu_adam:
+            build_cpu_adam()
         optimizer = build_optimizer(model, recipe.optim, world.device, cpu_adam, groups)
         names = {parameter: name for name, parameter in model.named_parameters()}
         self.in_optimizer_order = [names[p] for group in optimizer.param_groups for p in group["params"]]

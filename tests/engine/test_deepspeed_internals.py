@@ -10,7 +10,6 @@ from karat_scale.checkpoint.tensor_storage import DurableStorage
 from karat_scale.engine import deepspeed_internals, distributed, waiting
 from karat_scale.engine.deepspeed_internals import (
     checkpoint_globals,
-    cpu_adam_can_be_built,
     load_optimizer_states,
     master_weights,
     refresh_module,
@@ -130,10 +129,6 @@ def test_a_process_that_leaves_its_group_gets_torchs_own_linear_back(small_recip
     make_engine(small_recipe("deepspeed.config=zero3"))
     distributed.stop()
     assert torch.nn.functional.linear is own
-
-
-def test_deepspeed_says_whether_its_cpu_adam_can_be_built() -> None:
-    assert cpu_adam_can_be_built() in (True, False)
 
 
 def test_storage_takes_the_place_of_deepspeeds_own(small_recipe, make_engine) -> None:
