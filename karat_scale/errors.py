@@ -35,6 +35,11 @@ def not_written(file: str | Path, error: OSError) -> RunDirectoryError:
     return RunDirectoryError(f"{file}: {error.strerror or error}; fix that and run the same command to resume")
 
 
+def one_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or the name of its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script and exit with its code; 2 with one line on stderr for what the user can fix, 130 for Ctrl-C."""
     try:

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
-from karat_scale.errors import UserError
+from karat_scale.errors import UserError, one_line
 from karat_scale.memory_errors import is_out_of_memory
 
 
@@ -19,7 +19,6 @@ def one_line_out_of_memory(fix: Callable[[], str]) -> Iterator[None]:
 
 
 def _what_failed(error: BaseException) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
     # torch's CPU allocator begins with its source line; CUDA's continues with all that it has allocated.
-    text = lines[0].rpartition("DefaultCPUAllocator: ")[2].partition(" GPU ")[0]
+    text = one_line(error).rpartition("DefaultCPUAllocator: ")[2].partition(" GPU ")[0]
     return text.rstrip(". ")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from karat_scale.errors import UserError
+from karat_scale.errors import UserError, one_line
 from karat_scale.export.likeness import check_likeness, example_images
 from karat_scale.export.source import Source
 from karat_scale.files import write_atomically
@@ -37,7 +37,7 @@ def write_onnx(source: Source, path: Path) -> str:
             proto.metadata_props.add(key=key, value=value)
         content = proto.SerializeToString()
     except Exception as error:  # from torch.export, onnxscript, onnx and, above 2 GB, protobuf
-        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
+        reason = one_line(error.__cause__ or error)
         raise UserError(f"the model cannot be written as ONNX: {reason}; use --format torchscript") from error
     difference = check_likeness(model, onnx_session(content), size)
     write_atomically(path, content)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from karat_scale.errors import RecipeError
+from karat_scale.errors import RecipeError, one_line
 from karat_scale.models.factory import host_of, layer_sizes
 from karat_scale.models.init_operators import OPERATOR, operators_for, spread_operator
 from karat_scale.models.positions import is_sincos_2d
@@ -84,7 +84,7 @@ def _fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     try:
         return host_of(model).fit(weights, model)
     except Exception as error:  # timm's conversions expect complete weights, and can raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = one_line(error)
         raise RecipeError(f"the weights cannot be adapted to a {type(model).__name__}: {reason}; {_FIX}") from error
 
 

@@ -143,6 +143,7 @@ class Reporter:
         """The distribution of some weights."""
         if self._log is not None:
             self._log.histogram(name, values, step)
+            self._report_failures()
 
     def checkpoint(self, state: RunState, name: str, seconds: float, stall: float) -> None:
         """A checkpoint is complete; training stood still for `stall` of its seconds."""
@@ -170,3 +171,8 @@ class Reporter:
     def _write(self, event: str, step: int, **figures: Any) -> None:
         if self._log is not None:
             self._log.write(event, step, **figures)
+            self._report_failures()
+
+    def _report_failures(self) -> None:
+        for failure in self._log.failures() if self._log is not None else ():
+            self.warn(failure)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.distributed import World
-from karat_scale.errors import RecipeError, UserError
+from karat_scale.errors import RecipeError, UserError, one_line
 from karat_scale.models import create_model
 from karat_scale.models.init_from import check_heads, differences, take_weights
 from karat_scale.recipe import AttentionConfig, ModelConfig, RunRecipe
@@ -131,7 +131,7 @@ def _weights_of_file(path: Path) -> SourceWeights:
     except Exception as error:  # torch, timm and safetensors have many
         # Theirs about a pickle advises to run what is in it.
         is_pickle = any(isinstance(e, UnpicklingError) for e in (error, error.__cause__, error.__context__))
-        reason = "it holds more than tensors and plain values, or is damaged" if is_pickle else _first_line(error)
+        reason = "it holds more than tensors and plain values, or is damaged" if is_pickle else one_line(error)
         raise RecipeError(f"{_UNSAFE}: {reason}") from error
     if not (isinstance(weights, dict) and all(isinstance(x, Tensor) for x in weights.values())):
         raise RecipeError(_NO_STATE)
@@ -202,7 +202,7 @@ def _weights_of_timm(name: str) -> dict[str, Tensor]:
             weights: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # the hub and what carries it have many
         is_away = isinstance(error, LocalEntryNotFoundError)
-        reason = "neither the Hugging Face hub nor its cache has them" if is_away else _first_line(error)
+        reason = "neither the Hugging Face hub nor its cache has them" if is_away else one_line(error)
         fix = "fetch them where there is a network (HF_HOME names the cache) or name a file"
         raise RecipeError(f"cannot be fetched: {reason}; {fix}") from error
     return weights
@@ -218,7 +218,3 @@ def _quiet_hub() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
