@@ -27,6 +27,14 @@ def write_json(file: str | Path | None, content: Any) -> None:
         write_atomically(Path(file), json.dumps(content, indent=2) + "\n")
 
 
+def printable(text: str) -> str:
+    """Return text whose control characters are written out, as `\\x1b`: recipes, paths and events may hold some.
+
+    Line breaks and tabs stay.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def terminal(stderr: bool = False) -> "Console | None":
     """Return rich's console of standard output or error; None if that is not a terminal or rich is not installed."""
     try:
@@ -41,10 +49,11 @@ def make_table(title: str, header: Sequence[str] = (), texts: Collection[int] = 
     """Return an empty table of rich in our style. Columns that are not in `texts` are right-aligned."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE)
+    table = Table(title=Text(printable(title)), title_justify="left", title_style="bold", box=box.SIMPLE)
     for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number in texts else "right")
+        table.add_column(Text(printable(name)), justify="left" if number in texts else "right")
     return table
 
 
@@ -61,11 +70,11 @@ def print_table(
             cells = (f"{cell:{'<' if i in texts else '>'}{widths[i]}}" for i, cell in enumerate(line))
             print(f"  {'  '.join(cells)}".rstrip(), flush=True)
         return
-    from rich.markup import escape
+    from rich.text import Text
 
     table = make_table(title, header, texts)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)
 
 
@@ -98,10 +107,10 @@ class ProgressBars:
         from rich import progress
 
         self._progress = progress.Progress(
-            progress.TextColumn("[bold]{task.description}"),
+            progress.TextColumn("{task.description}", style="bold", markup=False),
             progress.BarColumn(bar_width=24),
             progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.fields[text]}"),
+            progress.TextColumn("{task.fields[text]}", markup=False),
             progress.TimeElapsedColumn(),
             progress.TextColumn("left"),
             progress.TimeRemainingColumn(),
@@ -113,13 +122,13 @@ class ProgressBars:
 
     def line(self, text: str) -> None:
         """Print a line above the bars."""
-        self._progress.console.print(text, markup=False, highlight=False)
+        self._progress.console.print(printable(text), markup=False, highlight=False)
 
     def move(self, name: str, done: int, total: int | None, text: str | None = None, keep: bool = False) -> None:
         """Move the bar `name`, which is added if there is none. `text` stays beside the bar until it is replaced."""
         if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(name, total=total, text="")
-        fields: dict[str, Any] = {} if text is None else {"text": text}
+            self._tasks[name] = self._progress.add_task(printable(name), total=total, text="")
+        fields: dict[str, Any] = {} if text is None else {"text": printable(text)}
         self._progress.update(self._tasks[name], completed=done, total=total, **fields)
         if total is not None and done >= total and not keep:
             self.remove(name)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.console import duration, gigabytes, plural, print_table, progress, work_display, write_json
+from karat_scale.console import duration, gigabytes, plural, print_table, printable, progress, work_display, write_json
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,20 @@ def test_a_terminal_gets_tables_and_bars(capsys, monkeypatch: pytest.MonkeyPatch
     shown = capsys.readouterr()
     assert shown.out == ""
     assert all(part in shown.err for part in ("copying", "3/3", "files/s", "spectrum", "0/5"))
+
+
+def test_text_of_others_is_neither_markup_nor_a_command_to_the_terminal(capsys, monkeypatch) -> None:
+    assert printable("a\x1b[2J\x07b\u2028\tc\nd") == "a\\x1b[2J\\x07b\\u2028\tc\nd"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    hostile = "[link=file:///etc/passwd]x[/nothing]\x1b]0;title\x07"
+    print_table(hostile, (hostile,), [(hostile,)])
+    with work_display() as show:
+        show(hostile, 1, 2)
+    shown = "".join(capsys.readouterr())
+    assert shown.count("[link=file:///etc/passwd]x[/nothing]") >= 3
+    assert "\x1b]" not in shown
+    assert "\x07" not in shown
 
 
 def test_progress_in_a_file_is_a_last_line(capsys) -> None:

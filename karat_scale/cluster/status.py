@@ -11,7 +11,7 @@ from rich.text import Text
 
 from karat_scale.cluster.pace import slow_ranks
 from karat_scale.cluster.standing import Standing, read_standing
-from karat_scale.console import duration
+from karat_scale.console import duration, printable
 
 REFRESH_SECONDS = 2.0
 # Heartbeats are written every two seconds.
@@ -60,9 +60,9 @@ def render(standing: Standing) -> Group:
     table.add_column(style="dim")
     table.add_column()
     for label, value in _rows(standing):
-        table.add_row(label, value)
+        table.add_row(label, Text(printable(value)))
     bar = ProgressBar(total=standing.total_steps or 1, completed=standing.step, width=_WIDTH)
-    title = Text(standing.name, style="bold")
+    title = Text(printable(standing.name), style="bold")
     return Group(title, bar, table) if standing.total_steps else Group(title, table)
 
 

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from karat_scale import __version__
-from karat_scale.console import make_table, plural, print_table, terminal, write_json
+from karat_scale.console import make_table, plural, print_table, printable, terminal, write_json
 from karat_scale.doctor.finding import Finding
 from karat_scale.errors import UserError
 
@@ -28,14 +28,15 @@ class Printer:
                 fix = f" -> {finding.fix}" if finding.fix else ""
                 self.line(f"  {finding.level:<8} {finding.name}: {finding.value}{fix}")
             return
-        from rich.markup import escape
+        from rich.text import Text
 
         table = make_table(title, ("", "", ""), texts=(0, 1, 2))
         table.show_header = False
         for finding in findings:
-            colour = COLOURS[finding.level]
-            fix = f"\n[dim]{escape(finding.fix)}[/dim]" if finding.fix else ""
-            table.add_row(f"[{colour}]{finding.level}[/{colour}]", finding.name, escape(finding.value) + fix)
+            said = Text(printable(finding.value))
+            if finding.fix:
+                said.append(f"\n{printable(finding.fix)}", style="dim")
+            table.add_row(Text(finding.level, style=COLOURS[finding.level]), Text(finding.name), said)
         self._console.print(table)
 
     def table(self, title: str, header: Row, rows: Sequence[Row]) -> None:

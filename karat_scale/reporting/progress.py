@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from karat_scale.cluster.heartbeat import Heartbeat
-from karat_scale.console import ProgressBars, terminal
+from karat_scale.console import ProgressBars, printable, terminal
 from karat_scale.data.batch import BadSample
 from karat_scale.engine.run_state import RunState
 from karat_scale.reporting.metrics import MetricsLog
@@ -22,7 +22,7 @@ class PlainDisplay:
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
-        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {printable(text)}", flush=True)
 
     def advance(self, done: int, total: int) -> None:
         """A training step is done; only a bar shows it."""

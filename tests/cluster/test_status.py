@@ -12,7 +12,7 @@ from rich.console import Console
 from karat_scale.cli import main
 from karat_scale.cluster.heartbeat import Sign
 from karat_scale.cluster.standing import Standing, read_standing
-from karat_scale.cluster.status import render, sparkline
+from karat_scale.cluster.status import render, show_status, sparkline
 from tests.cluster.terminal import on_a_terminal
 from tests.conftest import SMALL, karat
 
@@ -121,3 +121,17 @@ def test_a_sparkline_falls_with_its_values() -> None:
     assert sparkline([8, 7, 6, 5, 4, 3, 2, 1]) == "█▇▆▅▄▃▂▁"
     assert sparkline([1.0] * 100, width=4) == "▁▁▁▁"
     assert sparkline([]) == ""
+
+
+def test_what_events_hold_is_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another's run may hold rich's markup and a terminal's commands in its names."""
+    run = tmp_path / "[red]run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text(
+        '{"event": "train", "step": 3, "loss": 1.0}\n'
+        '{"event": "end", "step": 3, "exit": 0, "reason": "[link=x]done[/no]\\u001b[2J"}\n'
+    )
+    show_status(str(run), once=True)
+    shown = capsys.readouterr().out
+    assert "[red]run" in shown
+    assert "\x1b[2J" not in shown
