@@ -9,13 +9,15 @@ checkpoints/
   latest, best          a checkpoint's name, replaced atomically
 """
 
+import fcntl
 import json
 import shutil
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from karat_scale.errors import RunDirectoryError
 from karat_scale.files import Fingerprint, file_sha256, flush_to_disk, write_atomically
@@ -26,6 +28,7 @@ STATE = "state.json"
 _UNFINISHED = ".saving-"
 _REPLACED = f"{_UNFINISHED}replaced-"
 _HASHING_THREADS = 8
+_TRIES = 5
 Progress = Callable[[int, int], None]
 """Hears how many bytes are done, and of how many."""
 
@@ -40,6 +43,7 @@ class CheckpointStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._held: list[BinaryIO] = []
 
     def begin(self, step: int) -> Path:
         """An empty directory to write the files of a new checkpoint into."""
@@ -141,12 +145,17 @@ class CheckpointStore:
     def find_intact(self, wanted: str) -> str:
         """The name of the checkpoint `wanted`: best, latest or a name; `best` falls back on `latest`.
 
+        A run that trains meanwhile does not remove it as long as this store exists.
+
         Raises:
             RunDirectoryError: it is not there, or damaged.
         """
-        name = self.pointed(wanted) if wanted in ("best", "latest") else wanted
-        if wanted == "best" and name is None:
-            name = self.pointed("latest")
+        for _ in range(_TRIES):
+            name = self.pointed(wanted) if wanted in ("best", "latest") else wanted
+            if wanted == "best" and name is None:
+                name = self.pointed("latest")
+            if name is not None and self._hold(name):
+                break
         if name is None or not (self.root / name).is_dir():
             there = ", ".join(self.names()) or "none"
             raise RunDirectoryError(f"{self.root}: no checkpoint {wanted!r}; there are: {there}")
@@ -154,6 +163,16 @@ class CheckpointStore:
         if damage:
             raise RunDirectoryError(f"checkpoint {self.root / name} is damaged: {damage}; choose another")
         return name
+
+    def _hold(self, name: str) -> bool:
+        """Keep `retain` of another process from removing a checkpoint; whether it is still there."""
+        try:
+            handle = (self.root / name / MANIFEST).open("rb")
+        except OSError:
+            return False
+        _lock(handle, fcntl.LOCK_SH)
+        self._held.append(handle)
+        return (self.root / name / MANIFEST).exists()
 
     def retain(self, keep_last: int) -> list[str]:
         """Remove all but the newest `keep_last` checkpoints and those that `latest` and `best` name.
@@ -166,12 +185,33 @@ class CheckpointStore:
             if name in kept:
                 continue
             try:
-                shutil.rmtree(self.root / name)
+                self._remove(name)
+            except BlockingIOError:  # somebody is reading it; the next save tries again
+                continue
             except OSError as error:
                 problems.append(
                     f"old checkpoint {name} cannot be removed: {error.strerror or error}; remove it by hand"
                 )
         return problems
+
+    def _remove(self, name: str) -> None:
+        """Remove a checkpoint. It loses its name first, while nobody can begin to read it.
+
+        Raises:
+            BlockingIOError: another process is reading it.
+            OSError: it cannot be removed.
+        """
+        path, doomed = self.root / name, self.root / f"{_UNFINISHED}removed-{name}"
+        with ExitStack() as stack:
+            with suppress(FileNotFoundError):  # a damaged one has no manifest
+                handle = stack.enter_context((path / MANIFEST).open("rb"))
+                _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.rename(doomed)
+        try:
+            shutil.rmtree(doomed)
+        except OSError:
+            doomed.rename(path)
+            raise
 
     def put_back(self) -> None:
         """Give a checkpoint its name again that a kill caught while the next of its step was to take its place."""
@@ -185,6 +225,16 @@ class CheckpointStore:
         self.put_back()
         for path in self.root.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _lock(handle: BinaryIO, kind: int) -> None:
+    """Lock a file, where its file system has locks. Raises BlockingIOError if it is locked and `kind` does not wait."""
+    try:
+        fcntl.flock(handle, kind)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
 
 
 def _manifest_text(files: Mapping[str, Fingerprint]) -> str:

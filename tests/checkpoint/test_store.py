@@ -1,11 +1,14 @@
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from karat_scale.checkpoint.store import MANIFEST, STATE, CheckpointStore, checkpoint_name
 from karat_scale.files import Fingerprint
+from tests.conftest import ROOT
 from tests.run.harm import HARMS, POINTERS, point
 
 
@@ -167,3 +170,48 @@ def test_saving_a_step_again_replaces_it(store: CheckpointStore) -> None:
     save(store, 1)
     assert store.damage(name) is None
     assert not list(store.root.glob(".saving-*"))
+
+
+def test_retention_leaves_what_somebody_reads(store: CheckpointStore) -> None:
+    first = save(store, 1)
+    reader = CheckpointStore(store.root)
+    assert reader.find_intact("latest") == first
+    for step in (2, 3):
+        save(store, step)
+    assert store.retain(keep_last=1) == []
+    assert store.names() == [checkpoint_name(3), first]
+    del reader
+    assert store.retain(keep_last=1) == []
+    assert store.names() == [checkpoint_name(3)]
+    assert not list(store.root.glob(".saving-*"))
+
+
+READER = """
+import sys
+from pathlib import Path
+from karat_scale.checkpoint.store import CheckpointStore
+root, count = Path(sys.argv[1]), 0
+print("ready", flush=True)
+while not (root / "stop").exists():
+    store = CheckpointStore(root)
+    name = store.find_intact("latest")
+    assert len((root / name / "weights.pt").read_bytes()) == 2560
+    assert store.state(name)["step"] == int(name.removeprefix("step-"))
+    count += 1
+print(count)
+"""
+
+
+def test_a_reader_never_loses_its_checkpoint_to_a_run_that_saves(store: CheckpointStore) -> None:
+    save(store, 0)
+    command = [sys.executable, "-c", READER, str(store.root)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "ready\n"
+        for step in range(1, 60):
+            save(store, step)
+            store.retain(keep_last=1)
+        (store.root / "stop").touch()
+        out, error = reader.communicate(timeout=60)
+    assert reader.returncode == 0, error
+    assert int(out) > 0
