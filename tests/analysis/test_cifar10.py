@@ -31,6 +31,7 @@ TINY = (
 )
 FIGURES = {
     "spectrum": {"last_block", "ranks"},
+    "content": {"shares"},
     "maps": {"image_0", "image_7"},
     "functions": {"energy", "distance", "functions_block_0", "functions_block_1"},
     "distributions": {"model", "heads"},
