@@ -147,6 +147,7 @@ def finish(trial: Trial, data: Path, directory: Path) -> None:
     quarter = epochs * STEPS_OF_EPOCH // 4
     settings = [f"data.path={data_set}", f"run.dir={directory}", f"run.seed={trial.seed}", f"optim.lr={trial.rate}"]
     settings += [f"train.epochs={epochs}", f"train.eval_every_epochs={epochs}", f"checkpoint.every_steps={quarter}"]
+    settings.append("checkpoint.keep_last=1000")  # the one at a quarter, however long the run was interrupted
     karat("train", RECIPE, *settings, *ARMS[trial.arm])
     early = directory / "quarter.json"
     karat("eval", str(directory), "--checkpoint", f"step-{quarter:08d}", "--json", str(early))
