@@ -1,8 +1,10 @@
 """Atomic file writes, and hashes of files."""
 
+import errno
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 _BLOCK = 1 << 20
+# Of what we write as text, an index of a checkpoint with very many ranks is the largest.
+LARGEST_TEXT = 64 * 2**20
 
 
 class Fingerprint(NamedTuple):
@@ -69,6 +73,26 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
+    """Return the text of a regular file of at most `most` bytes; never waits, and never reads without end.
+
+    Raises:
+        OSError: there is no such file, it is a device, pipe or directory, or it is larger.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            content = file.read(most + 1)
+    finally:
+        os.close(descriptor)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"larger than {most / 1e6:g} MB", str(path))
+    return content.decode("utf-8")
 
 
 def _is_special(path: Path) -> bool:

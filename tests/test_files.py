@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.files import write_atomically
+from karat_scale.files import read_text, write_atomically
 
 
 def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
@@ -53,3 +53,18 @@ def test_standard_output_by_its_name_takes_the_text(tmp_path: Path, to: str) -> 
     out = (tmp_path / "out").open("w") if to == "file" else subprocess.PIPE
     done = subprocess.run([sys.executable, "-c", program], stdout=out, text=True, check=True, timeout=60)
     assert (done.stdout if to == "pipe" else (tmp_path / "out").read_text()) == "x"
+
+
+@pytest.mark.parametrize("what", ["fifo", "directory", "device", "too large"])
+def test_what_is_no_small_text_file_is_refused_at_once(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    if what == "fifo":
+        os.mkfifo(path)
+    elif what == "directory":
+        path.mkdir()
+    elif what == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_bytes(bytes(101))
+    with pytest.raises(OSError, match="larger than 0.0001 MB" if what == "too large" else "not a regular file"):
+        read_text(path, 100)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from karat_scale.errors import RunDirectoryError
-from karat_scale.files import Fingerprint, file_sha256, flush_to_disk, write_atomically
+from karat_scale.files import Fingerprint, file_sha256, flush_to_disk, read_text, write_atomically
 from karat_scale.machine import usable_cores
 
 MANIFEST = "manifest.json"
@@ -90,7 +90,7 @@ class CheckpointStore:
     def pointed(self, pointer: str) -> str | None:
         """The name in `latest` or `best`, if the file is there and names an existing checkpoint."""
         try:
-            name = (self.root / pointer).read_text(encoding="utf-8").strip()
+            name = read_text(self.root / pointer, 4096).strip()
         except (OSError, UnicodeDecodeError):
             return None
         return name if name in self.names() else None
@@ -109,7 +109,7 @@ class CheckpointStore:
 
     def state(self, name: str) -> dict[str, Any]:
         """A checkpoint's `state.json`."""
-        state: dict[str, Any] = json.loads((self.root / name / STATE).read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads(read_text(self.root / name / STATE))
         return state
 
     def newest_bytes(self) -> int:
@@ -249,7 +249,7 @@ def _read_manifest(checkpoint: Path) -> dict[str, Fingerprint]:
         OSError: it cannot be read.
         ValueError: it is not, byte for byte, what was written.
     """
-    text = (checkpoint / MANIFEST).read_bytes().decode()
+    text = read_text(checkpoint / MANIFEST)
     try:
         files = {name: Fingerprint(**file) for name, file in json.loads(text)["files"].items()}
     except (KeyError, TypeError, AttributeError) as error:

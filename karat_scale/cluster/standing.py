@@ -11,6 +11,7 @@ from typing import Any
 
 from karat_scale.cluster.heartbeat import Sign, read_signs
 from karat_scale.errors import EXIT_STOPPED, RunDirectoryError
+from karat_scale.files import read_text
 
 SQUEUE_SECONDS = 5
 _FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
@@ -111,9 +112,9 @@ def _apply_event(standing: Standing, event: dict[str, Any]) -> None:
 
 def _read_checkpoints(standing: Standing, root: Path, now: float) -> None:
     try:
-        name = (root / "latest").read_text(encoding="utf-8").strip()
+        name = read_text(root / "latest", 4096).strip()
         manifest = (root / name / "manifest.json").stat()
-        state = json.loads((root / name / "state.json").read_text(encoding="utf-8"))
+        state = json.loads(read_text(root / name / "state.json"))
     except (OSError, ValueError):
         return
     standing.checkpoint, standing.checkpoint_age = name, max(now - manifest.st_mtime, 0.0)

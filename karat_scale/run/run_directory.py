@@ -23,7 +23,7 @@ from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
 from karat_scale.data.digest import class_order_digest
 from karat_scale.engine.run_state import RunState
 from karat_scale.errors import RunDirectoryError, not_written
-from karat_scale.files import write_atomically
+from karat_scale.files import read_text, write_atomically
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import Effect
 from karat_scale.recipe.files import COMMANDS, read_recipe_file
@@ -92,7 +92,7 @@ class RunDirectory:
             RunDirectoryError: the file is damaged.
         """
         try:
-            names = json.loads(self.classes_file.read_text(encoding="utf-8"))
+            names = json.loads(read_text(self.classes_file))
         except FileNotFoundError:
             return ()
         except ValueError:
@@ -126,7 +126,7 @@ class RunDirectory:
     def summary(self) -> dict[str, Any] | None:
         """`summary.json`, if the run has written one that is whole."""
         try:
-            summary = json.loads(self.summary_file.read_text(encoding="utf-8"))
+            summary = json.loads(read_text(self.summary_file))
         except (FileNotFoundError, ValueError):
             return None
         return summary if isinstance(summary, dict) else None

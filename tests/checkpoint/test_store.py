@@ -215,3 +215,11 @@ def test_a_reader_never_loses_its_checkpoint_to_a_run_that_saves(store: Checkpoi
         out, error = reader.communicate(timeout=60)
     assert reader.returncode == 0, error
     assert int(out) > 0
+
+
+@pytest.mark.parametrize("file", [MANIFEST, STATE])
+def test_a_file_without_end_is_damage(file: str, store: CheckpointStore) -> None:
+    name = save(store, 1)
+    (store.root / name / file).unlink()
+    (store.root / name / file).symlink_to("/dev/zero")
+    assert store.damage(name) is not None

@@ -121,3 +121,32 @@ def test_a_directory_is_told_from_a_file_that_is_missing(tmp_path: Path) -> None
         load_recipe(tmp_path)
     with pytest.raises(RecipeError, match="no such file"):
         load_recipe(tmp_path / "other.yaml")
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BOMB, "more than 10,000 values, aliases written out"),
+        ("a: " + "[" * 5000, "nested too deeply"),
+        ("#" * (2**20 + 1), "larger than 1.04858 MB"),
+        ("a: \x00", "not a text file in YAML"),
+    ],
+    ids=["bomb", "deep", "large", "control character"],
+)
+def test_a_file_that_would_take_all_memory_or_time_is_one_line(text: str, said: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.yaml", text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert said in str(caught.value)
+
+
+def test_a_recipe_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").symlink_to("/dev/zero")
+    with pytest.raises(RecipeError, match="no such file|not a regular file"):
+        load_recipe(tmp_path / "x.yaml")
