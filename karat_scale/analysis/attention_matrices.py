@@ -10,6 +10,9 @@ from timm.models.convit import GPSA, MHSA
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
+from karat_scale.analysis.result import Settings
+from karat_scale.analysis.trained_run import TrainedRun
+from karat_scale.analysis.validation_images import ValidationImages
 from karat_scale.models import convit, swin
 from karat_scale.models.layers import attention_layers
 from karat_scale.models.transfer import Teacher, TransferredAttention
@@ -37,6 +40,20 @@ def watched(model: nn.Module, visit: Visit) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def visit_images(
+    model: nn.Module, run: TrainedRun, images: ValidationImages, settings: Settings, what: str, visit: Visit
+) -> int:
+    """Call `visit` for each block on each batch of images, and show the progress as `what`; return their number."""
+    done = 0
+    with watched(model, visit):
+        for batch, _ in images.batches(settings.batch, run.device):
+            model(batch)
+            done += len(batch)
+            settings.progress(what, done, len(images))
+    return done
 
 
 def _hook(number: int, visit: Visit) -> Callable[[Any, tuple[Tensor, ...], dict[str, Any]], None]:

@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from karat_scale.analysis.attention_matrices import watched
+from karat_scale.analysis.attention_matrices import visit_images
 from karat_scale.analysis.figures import new_figure
 from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
 from karat_scale.analysis.trained_run import TrainedRun
@@ -57,7 +57,6 @@ class Content:
         return np.asarray(self._sums[:, 2] / (self._items * np.array(heads)))
 
 
-@torch.no_grad()
 def analyze_content(run: TrainedRun, settings: Settings) -> Result:
     """Measure what S depends on, for every block.
 
@@ -67,12 +66,7 @@ def analyze_content(run: TrainedRun, settings: Settings) -> Result:
     model, images = run.model(), run.images(settings.images)
     sizes = layer_sizes(run.recipe.model)
     content = Content(len(sizes))
-    done = 0
-    with watched(model, content.add):
-        for batch, _ in images.batches(settings.batch, run.device):
-            model(batch)
-            done += len(batch)
-            settings.progress("content", done, len(images))
+    done = visit_images(model, run, images, settings, "content", content.add)
     shares, norms = content.shares, content.norms([size.heads for size in sizes])
     result = Result()
     blocks = [

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from karat_scale.analysis.attention_matrices import watched
+from karat_scale.analysis.attention_matrices import visit_images
 from karat_scale.analysis.curves import ScoreHistogram, energy_per_frequency, unit_curves
 from karat_scale.analysis.figures import new_figure, show_map
 from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
@@ -45,8 +45,7 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
         if block in learned:
             histogram.add(block, _arguments(learned[block], raw))
 
-    with watched(model, visit):
-        _pass(model, run, images, settings, "scores")
+    visit_images(model, run, images, settings, "scores", visit)
     result = Result()
     _add_curves(result, learned, histogram)
     _add_gates(result, model)
@@ -68,15 +67,6 @@ def _arguments(operator: KaratOperator, raw: Tensor) -> Tensor:
     """Return the inputs of the functions: scores of the learned heads or, if W comes first, A W."""
     scores = raw[:, raw.shape[1] - operator.num_heads :]
     return scores @ operator.proj if operator.form == "project_first" and operator.proj is not None else scores
-
-
-@torch.no_grad()
-def _pass(model: nn.Module, run: TrainedRun, images: ValidationImages, settings: Settings, what: str) -> None:
-    done = 0
-    for batch, _ in images.batches(settings.batch, run.device):
-        model(batch)
-        done += len(batch)
-        settings.progress(what, done, len(images))
 
 
 def _add_curves(result: Result, learned: Learned, histogram: ScoreHistogram) -> None:
@@ -178,8 +168,7 @@ def _add_distances(
                 if of_block == block:
                     fit.add(_arguments(learned[block], raw)[:, head].flatten(0, 1))
 
-        with watched(model, visit):
-            _pass(model, run, images, settings, "distance from softmax")
+        visit_images(model, run, images, settings, "distance from softmax", visit)
         distances |= {place: fit.distance() for place, fit in fits.items()}
     _show_distances(result, distances)
 

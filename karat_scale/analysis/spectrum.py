@@ -6,7 +6,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from karat_scale.analysis.attention_matrices import watched
+from karat_scale.analysis.attention_matrices import visit_images
 from karat_scale.analysis.figures import new_figure
 from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
 from karat_scale.analysis.trained_run import TrainedRun
@@ -74,7 +74,6 @@ def significant_rank(values: Tensor) -> Tensor:
     return (values > SIGNIFICANT * values.amax(-1, keepdim=True)).sum(-1)
 
 
-@torch.no_grad()
 def analyze_spectrum(run: TrainedRun, settings: Settings) -> Result:
     """Compute singular values of A and S (or softmax) over heads and images, for every block.
 
@@ -84,12 +83,7 @@ def analyze_spectrum(run: TrainedRun, settings: Settings) -> Result:
     model, images = run.model(), run.images(settings.images)
     sizes = layer_sizes(run.recipe.model)
     spectrum = Spectrum(len(sizes), max(size.tokens for size in sizes))
-    done = 0
-    with watched(model, spectrum.add):
-        for batch, _ in images.batches(settings.batch, run.device):
-            model(batch)
-            done += len(batch)
-            settings.progress("spectrum", done, len(images))
+    done = visit_images(model, run, images, settings, "spectrum", spectrum.add)
     result = Result()
     names = ("effective_rank", "stable_rank", "significant_rank")
     result.numbers = {

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from karat_scale.attention import functional
+from karat_scale.attention.bases import Fourier
 from karat_scale.attention.call import FourierCall
+from karat_scale.attention.flops import karat_flops
 
 
 class AttentionHeads(nn.Module):
@@ -52,6 +54,11 @@ class FourierHeads(AttentionHeads):
     grid: int
     base = "zero"
     implementation: str
+
+    def flops(self, tokens: int, width: int, masked: bool = False) -> int:
+        """See `AttentionHeads`."""
+        sizes = self.num_heads, self.rank, tokens, width
+        return karat_flops(Fourier(self.grid), "modular", *sizes, masked=masked)
 
     def refusal(self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False) -> str | None:
         """See `AttentionHeads`."""

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from karat_scale.attention.bases import Fourier, initialise_projector
-from karat_scale.attention.flops import karat_flops
+from karat_scale.attention.bases import initialise_projector
 from karat_scale.attention.functional import fourier_karat_units
 from karat_scale.attention.heads import FourierHeads
 from karat_scale.attention.precision import compute_dtype, full_precision, output_dtype
@@ -81,11 +80,6 @@ class BoundedOperator(FourierHeads):
         with full_precision(query.device):
             learned = hidden @ self.proj.to(hidden.dtype).mT
         return (learned if mask is None else learned * mask).to(output_dtype(query))
-
-    def flops(self, tokens: int, width: int, masked: bool = False) -> int:
-        """See `AttentionHeads`."""
-        sizes = self.num_heads, self.rank, tokens, width
-        return karat_flops(Fourier(self.grid), "modular", *sizes, masked=masked)
 
     def extra_repr(self) -> str:
         """The settings, in the constructor's names."""

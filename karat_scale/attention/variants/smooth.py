@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from karat_scale.attention.bases import Fourier
-from karat_scale.attention.flops import karat_flops
 from karat_scale.attention.functional import fourier_karat_attention, fourier_karat_scores
 from karat_scale.attention.heads import FourierHeads
 from karat_scale.attention.softmax_start import smooth_modes
@@ -81,11 +79,6 @@ class SmoothOperator(FourierHeads):
         """S [B, h, N, N]."""
         more = {"bias": bias, "mask": mask, "implementation": self.implementation}
         return fourier_karat_scores(query, key, None, *self._expanded(), **more)  # type: ignore[arg-type]
-
-    def flops(self, tokens: int, width: int, masked: bool = False) -> int:
-        """See `AttentionHeads`."""
-        sizes = self.num_heads, self.rank, tokens, width
-        return karat_flops(Fourier(self.grid), "modular", *sizes, masked=masked)
 
     def extra_repr(self) -> str:
         """The settings, in the constructor's names."""
