@@ -14,6 +14,7 @@ from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import Effect
 from karat_scale.recipe.files import find_recipe, read_recipe_file
 from karat_scale.recipe.retired import without_retired_keys
+from karat_scale.recipe.synonyms import keys_called
 
 R = TypeVar("R", bound=RunRecipe)
 Schema = type[RunRecipe]
@@ -174,12 +175,19 @@ def _describe(error: Any, schema: Schema) -> str:
 
 
 def _nearest(key: str, schema: Schema) -> str:
+    near = keys_like(key, schema)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def keys_like(key: str, schema: Schema = Recipe) -> list[str]:
+    """Return the valid keys that an unknown key most likely means: by another tool's name, or by its spelling."""
     keys = list(schema_keys(schema))
+    if called := keys_called(key, keys):
+        return called
     leaf = key.rpartition(".")[2]
     same_leaf = [k for k in keys if k.rpartition(".")[2] == leaf]
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.7) or same_leaf[:1]
-    close = close or difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else ""
+    return close or difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
 
 
 def _default_of(key: str, schema: Schema) -> str:
