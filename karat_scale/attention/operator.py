@@ -19,7 +19,7 @@ from karat_scale.attention.forms import check_implementation, has_kernels, karat
 from karat_scale.attention.heads import FourierHeads
 from karat_scale.attention.softmax_start import start_like_softmax
 
-SOFTMAX_LIKE = "softmax_like"
+SOFTMAX_LIKE, VARIANCE_PRESERVING = "softmax_like", "variance_preserving"
 
 
 class KaratOperator(FourierHeads):
@@ -35,8 +35,8 @@ class KaratOperator(FourierHeads):
         rank: r, the width of H; without effect in the full-rank form.
         form: "modular", "project_first", "two_operators" or "full_rank" (see `karat_attention`).
         base: base activation b(x): "zero", "identity", "silu" or "gelu".
-        init: "paper" or "variance_preserving" (see the basis's `initialise`, and `initialise_projector`), or
-            "softmax_like" (see `start_like_softmax`).
+        init: "variance_preserving", by which O has the values' variance while the scores are standard normal; "paper"
+            (see the basis's `initialise`, and `initialise_projector`); or "softmax_like" (see `start_like_softmax`).
         simplex: projects each row of S onto the probability simplex.
         implementation: as in `karat_attention`.
         device, dtype: of the parameters.
@@ -89,13 +89,17 @@ class KaratOperator(FourierHeads):
             start_like_softmax(self.basis_parameters(), self.proj)
             return
         if self.proj is not None:
-            initialise_projector(self.proj, self.init)
+            initialise_projector(self.proj, self.init, self.form)
         parameters = self.basis_parameters()
         first = {name: x for name, x in parameters.items() if not name.startswith(SECOND)}
         second = {name.removeprefix(SECOND): x for name, x in parameters.items() if name.startswith(SECOND)}
         self.basis.initialise(first, self.init)
         if second:
             self.basis.initialise(second, self.init)
+        if self.init == VARIANCE_PRESERVING and self.form != "modular":
+            # These functions give the entries of S, of which N meet the values.
+            for name in self.basis.amplitudes:
+                (second or first)[name].mul_(self.num_tokens**-0.5)
 
     def basis_parameters(self) -> dict[str, Tensor]:
         """Return the basis's parameters by name: all except W."""

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from karat_scale.attention import FourierKaratOperator, fourier_karat_attention, fourier_karat_scores
+from karat_scale.attention import (
+    FourierKaratOperator,
+    KaratOperator,
+    fourier_karat_attention,
+    fourier_karat_scores,
+)
+from karat_scale.attention.bases import BASES, Chebyshev
+from karat_scale.attention.form_parameters import FORMS
 
 
 def draw(batch, heads, tokens, width, seed=0):
@@ -71,6 +78,28 @@ def test_the_variance_preserving_start_preserves_variance():
     assert operator.proj.std().item() == pytest.approx((12 * 197) ** -0.5, rel=0.05)
     query, key, value = draw(8, 4, 197, 64)
     assert operator(query, key, value).std().item() == pytest.approx(1, rel=0.15)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("basis", BASES)
+def test_every_form_and_basis_starts_with_the_variance_of_the_values(form, basis):
+    torch.manual_seed(0)
+    operator = KaratOperator(65, 8, basis, rank=12, form=form)
+    query, key, value = draw(2, 8, 65, 32)
+    with torch.no_grad():
+        ratio = (operator(query, key, value).std() / value.std()).item()
+    # Rational functions grow with the score, so a second operator of them amplifies the largest entries of H.
+    most = 20 if (basis, form) == ("rational", "two_operators") else 1.25
+    assert 0.85 < ratio < most
+
+
+def test_a_basis_without_amplitudes_starts_as_it_draws_itself():
+    class Fixed(Chebyshev):
+        amplitudes = ()
+
+    modular = KaratOperator(65, 8, Fixed(), rank=65)
+    full = KaratOperator(65, 8, Fixed(), form="full_rank")
+    assert full.coef.std().item() == pytest.approx(modular.coef.std().item(), rel=0.02)
 
 
 def test_reset_draws_anew_and_is_repeatable():
