@@ -68,8 +68,9 @@ def karat_attention(
     checks.check_choice("base", base, BASE_ACTIVATIONS)
     check_implementation(implementation, basis, form, simplex)
     if has_kernels(basis, form, simplex) and proj is not None:
-        check_names(parameters, ("cos_coef", "sin_coef"))
-        coefficients = parameters["cos_coef"], parameters["sin_coef"]
+        assert isinstance(basis, Fourier)
+        check_names(parameters, basis.shapes(1, 1, 1))
+        coefficients = basis.series(parameters)
         return functional.fourier_karat_attention(
             query, key, value, *coefficients, proj, base=base, bias=bias, mask=mask, implementation=implementation
         )
@@ -103,8 +104,9 @@ def karat_scores(
     checks.check_choice("base", base, BASE_ACTIVATIONS)
     check_implementation(implementation, basis, form, simplex)
     if has_kernels(basis, form, simplex) and proj is not None:
-        check_names(parameters, ("cos_coef", "sin_coef"))
-        coefficients = parameters["cos_coef"], parameters["sin_coef"]
+        assert isinstance(basis, Fourier)
+        check_names(parameters, basis.shapes(1, 1, 1))
+        coefficients = basis.series(parameters)
         return functional.fourier_karat_scores(
             query, key, value, *coefficients, proj, base=base, bias=bias, mask=mask, implementation=implementation
         )

@@ -19,7 +19,7 @@ from karat_scale.attention.forms import check_implementation, has_kernels, karat
 from karat_scale.attention.heads import FourierHeads
 from karat_scale.attention.softmax_start import start_like_softmax
 
-SOFTMAX_LIKE, VARIANCE_PRESERVING = "softmax_like", "variance_preserving"
+SOFTMAX_LIKE, VARIANCE_PRESERVING, FOURIER_KAN = "softmax_like", "variance_preserving", "fourier_kan"
 
 
 class KaratOperator(FourierHeads):
@@ -36,7 +36,8 @@ class KaratOperator(FourierHeads):
         form: "modular", "project_first", "two_operators" or "full_rank" (see `karat_attention`).
         base: base activation b(x): "zero", "identity", "silu" or "gelu".
         init: "variance_preserving", by which O has the values' variance while the scores are standard normal; "paper"
-            (see the basis's `initialise`, and `initialise_projector`); or "softmax_like" (see `start_like_softmax`).
+            (see the basis's `initialise`, and `initialise_projector`); "fourier_kan", the paper's with Fourier
+            coefficients from N(0, 1 / (q G)), for q inputs; or "softmax_like" (see `start_like_softmax`).
         simplex: projects each row of S onto the probability simplex.
         implementation: as in `karat_attention`.
         device, dtype: of the parameters.
@@ -63,8 +64,9 @@ class KaratOperator(FourierHeads):
         _check_counts(num_tokens=num_tokens, num_heads=num_heads, rank=rank)
         check_choice("form", form, FORMS)
         check_choice("base", base, BASE_ACTIVATIONS)
-        check_choice("init", init, (*INITIALISATIONS, SOFTMAX_LIKE))
+        check_choice("init", init, (*INITIALISATIONS, FOURIER_KAN, SOFTMAX_LIKE))
         self.basis = make_basis(basis) if isinstance(basis, str) else basis
+        _check_fourier(self.basis, base, init)
         check_implementation(implementation, self.basis, form, simplex)
         if init == SOFTMAX_LIKE and not _can_start_like_softmax(self.basis, form, base):
             raise ValueError(
@@ -89,13 +91,14 @@ class KaratOperator(FourierHeads):
             start_like_softmax(self.basis_parameters(), self.proj)
             return
         if self.proj is not None:
-            initialise_projector(self.proj, self.init, self.form)
+            initialise_projector(self.proj, "paper" if self.init == FOURIER_KAN else self.init, self.form)
+        drawn = VARIANCE_PRESERVING if self.init == FOURIER_KAN else self.init
         parameters = self.basis_parameters()
         first = {name: x for name, x in parameters.items() if not name.startswith(SECOND)}
         second = {name.removeprefix(SECOND): x for name, x in parameters.items() if name.startswith(SECOND)}
-        self.basis.initialise(first, self.init)
+        self.basis.initialise(first, drawn)
         if second:
-            self.basis.initialise(second, self.init)
+            self.basis.initialise(second, drawn)
         if self.init == VARIANCE_PRESERVING and self.form != "modular":
             # These functions give the entries of S, of which N meet the values.
             for name in self.basis.amplitudes:
@@ -173,7 +176,8 @@ class FourierKaratOperator(KaratOperator):
     """The modular Fourier operator, the paper's choice; (2 G + 1) r N parameters per head.
 
     Args:
-        grid: G, the number of harmonics; the others are those of `KaratOperator`.
+        grid: G, the number of harmonics.
+        gains: adds KAN's two gains of each function, see `Fourier`. The others are those of `KaratOperator`.
     """
 
     def __init__(
@@ -186,6 +190,7 @@ class FourierKaratOperator(KaratOperator):
         init: str = "variance_preserving",
         implementation: str = "auto",
         *,
+        gains: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -193,7 +198,7 @@ class FourierKaratOperator(KaratOperator):
         super().__init__(
             num_tokens,
             num_heads,
-            Fourier(grid),
+            Fourier(grid, gains),
             rank,
             base=base,
             init=init,
@@ -208,6 +213,13 @@ class FourierKaratOperator(KaratOperator):
             f"num_tokens={self.num_tokens}, num_heads={self.num_heads}, rank={self.rank}, grid={self.grid}, "
             f"base={self.base!r}, init={self.init!r}, implementation={self.implementation!r}"
         )
+
+
+def _check_fourier(basis: Basis, base: str, init: str) -> None:
+    if init == FOURIER_KAN and not isinstance(basis, Fourier):
+        raise ValueError(f"init = {init!r} needs the Fourier basis, not {type(basis).__name__}")
+    if isinstance(basis, Fourier) and basis.gains and base != "zero":
+        raise ValueError(f"base = {base!r}: gains need base = 'zero'")
 
 
 def _can_start_like_softmax(basis: Basis, form: str, base: str) -> bool:

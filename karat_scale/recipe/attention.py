@@ -56,8 +56,13 @@ class AttentionConfig(Section):
     """K: the modes of the patch grid from which `form: smooth` builds its functions."""
     base: Literal["zero", "identity", "silu", "gelu"] = "zero"
     """The base activation b(x), which is added to each function."""
-    init: Literal["paper", "variance_preserving", "softmax_like"] = "variance_preserving"
-    """Initial coefficients. `softmax_like` starts the Fourier operator near softmax."""
+    gains: Annotated[bool, Effect.SHAPES] = False
+    """KAN's two gains for each function of a Fourier series: w_b b(x) + w_s (the series). With b = 0 only w_s has an
+    effect. Both together give the paper's numbers of parameters."""
+    init: Literal["paper", "fourier_kan", "variance_preserving", "softmax_like"] = "variance_preserving"
+    """Initial coefficients. `paper`: N(0, 1). `fourier_kan`: Fourier coefficients from N(0, 1 / (N G)), as in
+    FourierKAN. `variance_preserving`: the output has the values' variance. `softmax_like` starts the Fourier operator
+    near softmax."""
     implementation: Annotated[Literal["auto", "reference", "streaming", "cpu", "triton"], Effect.ROUNDING] = "auto"
     """The implementation of the operator. `auto` uses the fastest that supports the operator, the device and the
     precision."""
@@ -103,14 +108,29 @@ class AttentionConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _operator_is_a_series(self) -> "AttentionConfig":
+        if self.init == "fourier_kan" and not self.is_series:
+            raise ValueError(f"attention.init = fourier_kan needs attention.basis=fourier, not {self.basis}")
+        if self.gains and not (self.is_series and self.base == "zero"):
+            raise ValueError("attention.gains = true needs attention.basis=fourier and attention.base=zero")
+        return self
+
+    @model_validator(mode="after")
     def _keys_belong_to_the_kind(self) -> "AttentionConfig":
-        ours = {"form": "modular", "basis": "fourier", "residual": False, "simplex": False, "scores": True}
+        ours = {"form": "modular", "basis": "fourier", "scores": True}
+        ours |= dict.fromkeys(("residual", "simplex", "gains"), False)
         if self.kind in ("static", "static_softmax", "learned_score"):
             for key, only in ours.items():
                 if (value := getattr(self, key)) != only:
                     raise ValueError(f"attention.{key} = {value} is of attention.kind=karat, not of {self.kind}")
         elif self.form in VARIANTS and self.kind == "karat":
-            plain = {"basis": "fourier", "simplex": False, "base": "zero", "init": "variance_preserving"}
+            plain = {
+                "basis": "fourier",
+                "simplex": False,
+                "base": "zero",
+                "gains": False,
+                "init": "variance_preserving",
+            }
             for key, only in plain.items():
                 if (value := getattr(self, key)) != only:
                     raise ValueError(f"attention.form = {self.form} has attention.{key}={only} only, not {value}")

@@ -9,7 +9,7 @@ from karat_scale.attention import (
     fourier_karat_attention,
     fourier_karat_scores,
 )
-from karat_scale.attention.bases import BASES, Chebyshev
+from karat_scale.attention.bases import BASES, Chebyshev, Fourier
 from karat_scale.attention.form_parameters import FORMS
 
 
@@ -68,6 +68,46 @@ def test_the_papers_start():
         assert coefficients.mean().item() == pytest.approx(0, abs=0.02)
         assert coefficients.std().item() == pytest.approx(1, rel=0.02)
     assert operator.proj.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize(("form", "inputs"), [("modular", 50), ("full_rank", 50), ("project_first", 12)])
+def test_fourier_kans_start(form, inputs):
+    torch.manual_seed(0)
+    operator = KaratOperator(50, 4, "fourier", 12, form=form, init="fourier_kan")
+    assert operator.cos_coef.std().item() == pytest.approx((inputs * 3) ** -0.5, rel=0.05)
+    if operator.proj is not None:
+        assert operator.proj.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("init", ["paper", "variance_preserving", "softmax_like"])
+def test_gains_multiply_the_series(form, init):
+    if init == "softmax_like" and form not in ("modular", "full_rank"):
+        return
+    torch.manual_seed(0)
+    plain = KaratOperator(17, 2, Fourier(2), 5, form=form, init=init)
+    gained = KaratOperator(17, 2, Fourier(2, gains=True), 5, form=form, init=init)
+    query, key, value = draw(2, 2, 17, 8)
+    gained.load_state_dict(plain.state_dict(), strict=False)
+    torch.testing.assert_close(gained(query, key, value), plain(query, key, value))
+    with torch.no_grad():
+        for prefix in ("", "second_") if form == "two_operators" else ("",):
+            gain = torch.rand_like(gained.get_parameter(f"{prefix}gain"))
+            gained.get_parameter(f"{prefix}gain").copy_(gain)
+            for name in ("cos_coef", "sin_coef"):
+                plain.get_parameter(f"{prefix}{name}").mul_(gain.unsqueeze(-1))
+    torch.testing.assert_close(gained(query, key, value), plain(query, key, value))
+    torch.testing.assert_close(gained.scores(query, key), plain.scores(query, key))
+    gained(query, key, value).square().sum().backward()
+    assert gained.gain.grad.abs().sum() > 0
+    assert (gained.base_gain.grad == 0).all()
+
+
+def test_what_is_fouriers_alone_is_refused():
+    with pytest.raises(ValueError, match=r"^init = 'fourier_kan' needs the Fourier basis, not DerivativeOfGaussian"):
+        KaratOperator(9, 2, "dog", init="fourier_kan")
+    with pytest.raises(ValueError, match=r"^base = 'silu': gains need base = 'zero'"):
+        FourierKaratOperator(9, 2, base="silu", gains=True)
 
 
 def test_the_variance_preserving_start_preserves_variance():

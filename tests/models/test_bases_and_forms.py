@@ -115,7 +115,11 @@ def test_operators_of_any_kind_go_without_weight_decay():
     exempt = no_weight_decay_names(model, False)
     assert {f"blocks.0.attn.operator.operator.{n}" for n in ("weight", "translation", "scale", "proj")} <= exempt
     residual = create_model(MINI, AttentionConfig(kind="karat", residual=True))
-    assert "blocks.0.attn.operator.gate" in no_weight_decay_names(residual, True)
+    gate = "blocks.0.attn.operator.gate"
+    assert gate in no_weight_decay_names(residual, True)
+    everything = no_weight_decay_names(residual, "all")
+    assert gate not in everything
+    assert "norm.weight" in everything
 
 
 @pytest.mark.parametrize(
