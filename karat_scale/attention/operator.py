@@ -14,7 +14,7 @@ from karat_scale.attention.bases import (
 )
 from karat_scale.attention.checks import check_choice
 from karat_scale.attention.flops import karat_flops
-from karat_scale.attention.form_parameters import FORMS, SECOND, has_projector, parameter_shapes
+from karat_scale.attention.form_parameters import FORMS, SECOND, Simplex, check_simplex, has_projector, parameter_shapes
 from karat_scale.attention.forms import check_implementation, has_kernels, karat_attention, karat_scores
 from karat_scale.attention.heads import FourierHeads
 from karat_scale.attention.softmax_start import start_like_softmax
@@ -38,7 +38,7 @@ class KaratOperator(FourierHeads):
         init: "variance_preserving", by which O has the values' variance while the scores are standard normal; "paper"
             (see the basis's `initialise`, and `initialise_projector`); "fourier_kan", the paper's with Fourier
             coefficients from N(0, 1 / (q G)), for q inputs; or "softmax_like" (see `start_like_softmax`).
-        simplex: projects each row of S onto the probability simplex.
+        simplex: as in `karat_attention`.
         implementation: as in `karat_attention`.
         device, dtype: of the parameters.
 
@@ -55,7 +55,7 @@ class KaratOperator(FourierHeads):
         form: str = "modular",
         base: str = "zero",
         init: str = "variance_preserving",
-        simplex: bool = False,
+        simplex: Simplex = False,
         implementation: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -67,6 +67,7 @@ class KaratOperator(FourierHeads):
         check_choice("init", init, (*INITIALISATIONS, FOURIER_KAN, SOFTMAX_LIKE))
         self.basis = make_basis(basis) if isinstance(basis, str) else basis
         _check_fourier(self.basis, base, init)
+        check_simplex(simplex, form)
         check_implementation(implementation, self.basis, form, simplex)
         if init == SOFTMAX_LIKE and not _can_start_like_softmax(self.basis, form, base):
             raise ValueError(
@@ -167,7 +168,7 @@ class KaratOperator(FourierHeads):
         """Return the settings, with the constructor's names."""
         return (
             f"num_tokens={self.num_tokens}, num_heads={self.num_heads}, basis={self.basis}, rank={self.rank}, "
-            f"form={self.form!r}, base={self.base!r}, init={self.init!r}, simplex={self.simplex}, "
+            f"form={self.form!r}, base={self.base!r}, init={self.init!r}, simplex={self.simplex!r}, "
             f"implementation={self.implementation!r}"
         )
 

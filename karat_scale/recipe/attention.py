@@ -37,8 +37,9 @@ class AttentionConfig(Section):
     residual: Annotated[bool, Effect.SHAPES] = False
     """S is softmax(A) plus the learned S times a gate of each head. The gate starts at 0, so the model starts as
     softmax. It costs the time and memory of both."""
-    simplex: bool = False
-    """Project each row of S onto the probability simplex."""
+    simplex: bool | Literal["hidden"] = False
+    """Project onto the probability simplex. `true`: each row of S (the paper's section 3). `hidden`: each row of H,
+    before W (its Algorithm 2)."""
     grid: Annotated[int, Field(ge=1, le=16), Effect.SHAPES] = 3
     """G: the harmonics of a Fourier series, or the grid size of another basis."""
     degree: Annotated[int, Field(ge=1, le=5), Effect.SHAPES] = 3
@@ -105,6 +106,12 @@ class AttentionConfig(Section):
                 "attention.init = softmax_like needs attention.basis=fourier, attention.form=modular or full_rank and "
                 "attention.base=zero; use variance_preserving"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _only_the_modular_form_has_hidden_units(self) -> "AttentionConfig":
+        if self.simplex == "hidden" and self.form != "modular":
+            raise ValueError(f"attention.simplex = hidden needs attention.form=modular, not {self.form}")
         return self
 
     @model_validator(mode="after")
