@@ -70,6 +70,9 @@ class AttentionConfig(Section):
     transfer_from: Annotated[str, Effect.SHAPES] = ""
     """The directory of a trained run whose attention matrices this model uses (the paper's attention transfer). The
     model then has no query and key, and learns only what to do with the values. Needs `kind: softmax`."""
+    transfer_heads: Literal["same", "repeat", "cycle", "interpolate"] = "same"
+    """How the heads of `transfer_from` serve those of this model. `same`: one to one. For a multiple of them, `repeat`
+    serves neighbours (0, 0, 1, 1), `cycle` goes round (0, 1, 0, 1), and `interpolate` blends two matrices linearly."""
 
     @property
     def is_series(self) -> bool:
@@ -145,6 +148,8 @@ class AttentionConfig(Section):
 
     @model_validator(mode="after")
     def _only_a_plain_model_takes_matrices(self) -> "AttentionConfig":
+        if self.transfer_heads != "same" and not self.transfer_from:
+            raise ValueError(f"attention.transfer_heads = {self.transfer_heads} has no effect without transfer_from")
         if self.transfer_from and self.kind != "softmax":
             raise ValueError(
                 f"attention.kind = {self.kind} computes its own matrices, but attention.transfer_from = "
