@@ -32,9 +32,8 @@ def energy_per_frequency(operator: KaratOperator) -> npt.NDArray[np.float64] | N
     """Return the share of each harmonic m in sum_pq a_pqm^2 + b_pqm^2, [h, G]; None if the basis is not Fourier."""
     if not isinstance(operator.basis, Fourier):
         return None
-    parameters = operator.basis_parameters()
-    energy = sum(parameters[name].double().square().sum((1, 2)) for name in ("cos_coef", "sin_coef"))
-    assert isinstance(energy, Tensor)
+    cos, sin = operator.basis.series(operator.basis_parameters())
+    energy = cos.double().square().sum((1, 2)) + sin.double().square().sum((1, 2))
     return (energy / energy.sum(-1, keepdim=True)).cpu().numpy()
 
 

@@ -1,5 +1,6 @@
 """Weight distributions at the first, middle and last checkpoint, and tail indexes (paper, section 5.3)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -57,9 +58,10 @@ def describe(values: npt.NDArray[Any]) -> dict[str, float | None]:
     return {name: value if np.isfinite(value) else None for name, value in figures.items()}
 
 
-def moments(names: list[str]) -> list[str]:
-    """Return the first, middle and last of the available checkpoints."""
-    return list(dict.fromkeys((names[0], names[len(names) // 2], names[-1])))
+def moments(names: list[str], step: Callable[[str], int]) -> list[str]:
+    """Return the first and the last of the available checkpoints, and the one nearest to the middle step of these."""
+    middle = (step(names[0]) + step(names[-1])) / 2
+    return list(dict.fromkeys((names[0], min(names, key=lambda name: abs(step(name) - middle)), names[-1])))
 
 
 def analyze_distributions(run: TrainedRun, settings: Settings) -> Result:
@@ -103,7 +105,7 @@ def _at_moments(run: TrainedRun, result: Result, settings: Settings) -> dict[int
     """Return the weights, by step, of the checkpoints that load; the others are noted."""
     model, names = run.new_model(), run.in_order
     found: dict[str, tuple[Values, Groups]] = {}
-    while missing := [name for name in moments(names) if name not in found]:
+    while missing := [name for name in moments(names, run.step) if name not in found]:
         name = missing[0]
         try:
             run.load(model, name, "raw")
@@ -114,8 +116,10 @@ def _at_moments(run: TrainedRun, result: Result, settings: Settings) -> dict[int
             result.notes.append(f"left out: {error}")
         else:
             found[name] = all_weights(model), by_head(model)
-            settings.progress("distributions", len(moments(names)) - len(missing) + 1, len(moments(names)))
-    return {run.step(name): found[name] for name in moments(names)}
+            settings.progress(
+                "distributions", len(moments(names, run.step)) - len(missing) + 1, len(moments(names, run.step))
+            )
+    return {run.step(name): found[name] for name in moments(names, run.step)}
 
 
 def all_weights(model: nn.Module) -> Values:

@@ -113,12 +113,12 @@ def _grid(
 
 def _add_path(result: Result, run: TrainedRun, plane: Plane, grid: tuple[Array, Array, Array]) -> None:
     steps = [run.step(name) for name in plane.names]
-    shares = (100 * plane.explained).tolist()
+    shares = (100 * plane.shares).tolist()
     result.numbers["path"] = {
         "steps": steps,
         "coordinates": plane.coordinates.tolist(),
-        "explained_percent": shares,
-        "plane_explains_percent": sum(shares),
+        "share_percent": shares,
+        "plane_share_percent": sum(shares),
     }
     result.arrays["path"] = plane.coordinates
     _add_surface(result, "path", grid, "the plane of the path's two main components")
@@ -129,9 +129,12 @@ def _add_path(result: Result, run: TrainedRun, plane: Plane, grid: tuple[Array, 
     axes.plot(*plane.coordinates.T, "o-", color="white", markersize=3, linewidth=1)
     axes.plot(*plane.coordinates[0], "s", color="C4", label=f"step {steps[0]}")
     axes.plot(*plane.coordinates[-1], "*", color="C1", markersize=11, label=f"step {steps[-1]}")
-    axes.set(xlabel=f"component 1 ({shares[0]:.0f} % of variance)", ylabel=f"component 2 ({shares[1]:.0f} %)")
+    axes.set(xlabel=f"component 1 ({shares[0]:.0f} % of the path)", ylabel=f"component 2 ({shares[1]:.0f} %)")
     axes.legend(labelcolor="white")
-    caption = f"The optimizer's path over the held-out loss; the plane explains {sum(shares):.1f} % of its variance."
+    caption = (
+        "The optimizer's path over the held-out loss; the plane holds "
+        f"{sum(shares):.1f} % of the squared distances from the last checkpoint."
+    )
     result.figures["optimizer_path"] = figure, caption
 
 

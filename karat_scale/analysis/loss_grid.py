@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from karat_scale.analysis.trajectory import flatten, trainable
+from karat_scale.attention import KaratOperator
+from karat_scale.attention.form_parameters import SECOND
 from karat_scale.engine.distributed import ALONE, World
 from karat_scale.files import write_atomically
 
@@ -82,9 +84,10 @@ def loss_grid(
 def filter_normalised(model: nn.Module, seed: int) -> Directions:
     """Return two random directions [2, P] whose filters have the norms of the model's own (Li et al., 2018).
 
-    A filter is the weights of one output; in KArAt's parameters, the row of one function (p) or token in W. Biases
-    norms do not move.
+    A filter is the weights of one output. In KArAt's parameters an output is a unit p of a head, whose filter is all
+    its functions phi_pq, or the token of a row of W. Biases and norms do not move.
     """
+    units = _unit_axes(model)
     generator = torch.Generator().manual_seed(seed)
     directions = np.empty((2, len(flatten(model))), dtype=np.float32)
     for direction in torch.from_numpy(directions):
@@ -97,11 +100,21 @@ def filter_normalised(model: nn.Module, seed: int) -> Directions:
             if weights.dim() < 2:
                 noise.zero_()
             else:
-                kept = 2 if ".operator." in name or weights.shape[0] == 1 else 1
-                over = tuple(range(min(kept, weights.dim() - 1), weights.dim()))
+                outputs = {0} if weights.shape[0] > 1 and ".operator." not in name else {0, units.get(name, 1)}
+                over = tuple(axis for axis in range(weights.dim()) if axis not in outputs) or (1,)
                 size = noise.square().sum(over, keepdim=True).sqrt().clamp(min=1e-12)
                 noise *= weights.square().sum(over, keepdim=True).sqrt() / size
     return directions
+
+
+def _unit_axes(model: nn.Module) -> dict[str, int]:
+    """Return the axis of the units p of each parameter of the operators' functions, by the parameter's name."""
+    axes: dict[str, int] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, KaratOperator):
+            own = {name: shape.index(-1) for name, shape in module.basis.shapes(1, -1, 1).items()}
+            axes |= {f"{prefix}.{before}{name}": axis for name, axis in own.items() for before in ("", SECOND)}
+    return axes
 
 
 @torch.no_grad()

@@ -73,9 +73,12 @@ def _with_prefix(joint: Tensor, tokens: int) -> Tensor:
     return wider
 
 
-def dominant_head(learned: Tensor) -> int:
-    """Return the head whose weights of the patches [h, patches] have the largest positive sum."""
-    return int(learned.clamp(min=0).sum(-1).argmax())
+def dominant_head(scores: Tensor) -> int:
+    """Return the head whose scores of the patches [h, patches] have the largest positive sum.
+
+    Scores, as in the paper: learned weights of different heads have no common scale.
+    """
+    return int(scores.clamp(min=0).sum(-1).argmax())
 
 
 def region(weights: Tensor, share: float = REGION_SHARE) -> Tensor:
@@ -133,14 +136,14 @@ def analyze_maps(run: TrainedRun, settings: Settings) -> Result:
     rows = []
     for index, picture in enumerate(torch.cat(pictures)):
         name = images.classes[labels[index]]
-        head = dominant_head(learned[index])
+        head = dominant_head(raw[index])
         negative = float((learned[index] < 0).double().mean())
         rows.append([ids[index], name, head, 100 * negative, float(learned[index].sum(-1).mean())])
         figure = partial(_draw, picture, raw[index], learned[index], rollout[index], head, grid, what)
         caption = (
             f"Image {ids[index]} ({name}), block {maps.block}. Top: the scores A of the class token; below: "
             f"{what}; negatives as 0. Left: the image, the region with {REGION_SHARE:.0%} of the dominant head's "
-            f"weight (head {head}), and the rollout over all blocks."
+            f"positive scores (head {head}), and the rollout over all blocks."
         )
         result.figures[f"image_{ids[index]}"] = figure, caption
     result.numbers = {
@@ -163,7 +166,7 @@ def _draw(
     axes = figure.subplots(2, heads + 2, squeeze=False)
     pixels = picture.permute(1, 2, 0).numpy()
     show_map(axes[0, 0], pixels, "image")
-    mask = _enlarged(region(learned[head]).double().view(grid), pixels.shape[:2])
+    mask = _enlarged(region(raw[head]).double().view(grid), pixels.shape[:2])
     show_map(axes[1, 0], (pixels * (0.25 + 0.75 * mask[..., None])).astype(np.uint8), f"head {head}'s region")
     show_map(axes[0, 1], rollout.view(grid).numpy(), "rollout")
     show_map(axes[1, 1], pixels)

@@ -22,12 +22,13 @@ class Plane:
     """Two orthonormal directions through a point of weight space.
 
     names: the checkpoints, oldest first; the last is the origin. coordinates: [n, 2], their positions in the plane.
-    explained: [2], the share of the changes' variance along each. directions: [2, P], float32.
+    shares: [2], the share along each of the squared distances from the last checkpoint (the changes are not centred, so
+    this is not variance). directions: [2, P], float32.
     """
 
     names: list[str]
     coordinates: npt.NDArray[np.float64]
-    explained: npt.NDArray[np.float64]
+    shares: npt.NDArray[np.float64]
     directions: npt.NDArray[np.float32]
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from karat_scale.attention.bases import Basis, FeatureBasis
+from karat_scale.attention.form_parameters import Simplex
 
 
 def karat_flops(
@@ -13,7 +14,7 @@ def karat_flops(
     tokens: int,
     width: int,
     *,
-    simplex: bool = False,
+    simplex: Simplex = False,
     masked: bool = False,
 ) -> int:
     """Return the forward operations on one item of N tokens and heads of width d; a multiply-add is two.
@@ -25,7 +26,7 @@ def karat_flops(
     function = 2 * coefficients_of(basis)
     scores = values = 2 * n * n * d
     if form == "modular":
-        output = 2 * n * n * r + values if simplex or masked else 4 * n * r * d
+        output = 2 * n * n * r + values if simplex is True or masked else 4 * n * r * d
         head = scores + function * n * n * r + output
     elif form == "project_first":
         head = 4 * n * r * d + function * n * n * r + values

@@ -1,6 +1,7 @@
 """The forms of the operator, and the parameters of each: names, shapes and the checks of these."""
 
 from collections.abc import Collection, Mapping
+from typing import Literal
 
 from torch import Tensor
 
@@ -8,6 +9,8 @@ from karat_scale.attention import checks
 from karat_scale.attention.bases import Basis
 
 FORMS = ("modular", "project_first", "two_operators", "full_rank")
+# What is projected onto the simplex: nothing, the N entries of each row of S, or the r of each row of H, before W.
+Simplex = bool | Literal["hidden"]
 # Before the names of the second operator's parameters.
 SECOND = "second_"
 
@@ -22,6 +25,14 @@ def parameter_shapes(basis: Basis, form: str, heads: int, tokens: int, rank: int
     if form == "two_operators":
         shapes |= {SECOND + name: shape for name, shape in basis.shapes(heads, tokens, rank).items()}
     return shapes
+
+
+def check_simplex(simplex: Simplex, form: str) -> None:
+    """Raises ValueError for an unknown place of the projection, or one that the form does not have."""
+    if simplex not in (False, True, "hidden"):
+        raise ValueError(f"simplex = {simplex!r}: expected False, True or 'hidden'")
+    if simplex == "hidden" and form != "modular":
+        raise ValueError(f"simplex = 'hidden' needs form = 'modular', not {form!r}")
 
 
 def has_projector(form: str) -> bool:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from karat_scale.attention import checks, functional, reference, streaming
 from karat_scale.attention.bases import BASE_ACTIVATIONS, Basis, Fourier, Linear, key_of, make_basis
-from karat_scale.attention.form_parameters import FORMS, SECOND, check_names, check_parameters
+from karat_scale.attention.form_parameters import FORMS, SECOND, Simplex, check_names, check_parameters, check_simplex
 from karat_scale.attention.precision import compute_dtype, full_precision, output_dtype
+from karat_scale.attention.simplex import project
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "reference": reference.attend_units,
@@ -33,7 +34,7 @@ def karat_attention(
     base: str = "zero",
     bias: Tensor | None = None,
     mask: Tensor | None = None,
-    simplex: bool = False,
+    simplex: Simplex = False,
     implementation: str = "auto",
 ) -> Tensor:
     """Return attention with a learnable operator of any basis instead of softmax (arXiv 2503.10632).
@@ -54,7 +55,8 @@ def karat_attention(
         bias: added to the scores; broadcastable to [B, h, N, N].
         mask: boolean, broadcastable to [B, h, N, N], true where a pair takes part. For another pair (k, q), A[k, q]
             adds nothing to Phi(A)[k, :] or to (A W)[k, :], and S[k, q] = 0.
-        simplex: projects each row of S onto the probability simplex.
+        simplex: True projects each row of S onto the probability simplex, and "hidden" each row of H, in the modular
+            form.
         implementation: "reference", "streaming" or "auto"; others have the modular Fourier form only.
 
     Returns:
@@ -66,10 +68,12 @@ def karat_attention(
     basis = make_basis(basis) if isinstance(basis, str) else basis
     checks.check_choice("form", form, FORMS)
     checks.check_choice("base", base, BASE_ACTIVATIONS)
+    check_simplex(simplex, form)
     check_implementation(implementation, basis, form, simplex)
     if has_kernels(basis, form, simplex) and proj is not None:
-        check_names(parameters, ("cos_coef", "sin_coef"))
-        coefficients = parameters["cos_coef"], parameters["sin_coef"]
+        assert isinstance(basis, Fourier)
+        check_names(parameters, basis.shapes(1, 1, 1))
+        coefficients = basis.series(parameters)
         return functional.fourier_karat_attention(
             query, key, value, *coefficients, proj, base=base, bias=bias, mask=mask, implementation=implementation
         )
@@ -91,7 +95,7 @@ def karat_scores(
     base: str = "zero",
     bias: Tensor | None = None,
     mask: Tensor | None = None,
-    simplex: bool = False,
+    simplex: Simplex = False,
     implementation: str = "auto",
 ) -> Tensor:
     """Return the learned attention S [B, h, N, N], for analysis: `karat_attention` with equal arguments is S @ value.
@@ -101,10 +105,12 @@ def karat_scores(
     basis = make_basis(basis) if isinstance(basis, str) else basis
     checks.check_choice("form", form, FORMS)
     checks.check_choice("base", base, BASE_ACTIVATIONS)
+    check_simplex(simplex, form)
     check_implementation(implementation, basis, form, simplex)
     if has_kernels(basis, form, simplex) and proj is not None:
-        check_names(parameters, ("cos_coef", "sin_coef"))
-        coefficients = parameters["cos_coef"], parameters["sin_coef"]
+        assert isinstance(basis, Fourier)
+        check_names(parameters, basis.shapes(1, 1, 1))
+        coefficients = basis.series(parameters)
         return functional.fourier_karat_scores(
             query, key, value, *coefficients, proj, base=base, bias=bias, mask=mask, implementation=implementation
         )
@@ -117,12 +123,12 @@ def karat_scores(
     return learned.to(output_dtype(query))
 
 
-def has_kernels(basis: Basis, form: str, simplex: bool) -> bool:
+def has_kernels(basis: Basis, form: str, simplex: Simplex) -> bool:
     """Return True if `fourier_karat_attention`, and so every implementation, supports this operator."""
     return isinstance(basis, Fourier) and form == "modular" and not simplex
 
 
-def check_implementation(implementation: str, basis: Basis, form: str, simplex: bool) -> None:
+def check_implementation(implementation: str, basis: Basis, form: str, simplex: Simplex) -> None:
     """Raise ValueError for an unknown implementation, or one that does not support this operator."""
     checks.check_choice("implementation", implementation, ("auto", *functional.IMPLEMENTATIONS))
     if implementation in ("auto", *_IMPLEMENTATIONS) or has_kernels(basis, form, simplex):
@@ -145,12 +151,17 @@ def _attend(
     base: str,
     bias: Tensor | None,
     mask: Tensor | None,
-    simplex: bool,
+    simplex: Simplex,
 ) -> Tensor:
     dtype = compute_dtype(query, key, value, proj, bias, *parameters.values())
     wide = {name: parameter.to(dtype) for name, parameter in parameters.items()}
     with full_precision(query.device):
         coef = basis.pack({name: x for name, x in wide.items() if not name.startswith(SECOND)})
+        if simplex == "hidden":
+            assert proj is not None
+            hidden = project(_hidden(attend, query, key, coef, basis, base, bias, mask))
+            v, w = value.to(dtype), proj.to(dtype)
+            return hidden @ (w.mT @ v) if mask is None else (hidden @ w.mT * mask) @ v
         if form in ("modular", "full_rank"):
             return attend(query, key, value, coef, proj, basis, base, bias, mask, mask, simplex)
         if form == "project_first" and mask is None:

@@ -14,12 +14,12 @@ from karat_scale.attention.bases import (
 )
 from karat_scale.attention.checks import check_choice
 from karat_scale.attention.flops import karat_flops
-from karat_scale.attention.form_parameters import FORMS, SECOND, has_projector, parameter_shapes
+from karat_scale.attention.form_parameters import FORMS, SECOND, Simplex, check_simplex, has_projector, parameter_shapes
 from karat_scale.attention.forms import check_implementation, has_kernels, karat_attention, karat_scores
 from karat_scale.attention.heads import FourierHeads
 from karat_scale.attention.softmax_start import start_like_softmax
 
-SOFTMAX_LIKE = "softmax_like"
+SOFTMAX_LIKE, VARIANCE_PRESERVING, FOURIER_KAN = "softmax_like", "variance_preserving", "fourier_kan"
 
 
 class KaratOperator(FourierHeads):
@@ -35,9 +35,10 @@ class KaratOperator(FourierHeads):
         rank: r, the width of H; without effect in the full-rank form.
         form: "modular", "project_first", "two_operators" or "full_rank" (see `karat_attention`).
         base: base activation b(x): "zero", "identity", "silu" or "gelu".
-        init: "paper" or "variance_preserving" (see the basis's `initialise`, and `initialise_projector`), or
-            "softmax_like" (see `start_like_softmax`).
-        simplex: projects each row of S onto the probability simplex.
+        init: "variance_preserving", by which O has the values' variance while the scores are standard normal; "paper"
+            (see the basis's `initialise`, and `initialise_projector`); "fourier_kan", the paper's with Fourier
+            coefficients from N(0, 1 / (q G)), for q inputs; or "softmax_like" (see `start_like_softmax`).
+        simplex: as in `karat_attention`.
         implementation: as in `karat_attention`.
         device, dtype: of the parameters.
 
@@ -54,7 +55,7 @@ class KaratOperator(FourierHeads):
         form: str = "modular",
         base: str = "zero",
         init: str = "variance_preserving",
-        simplex: bool = False,
+        simplex: Simplex = False,
         implementation: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -63,8 +64,10 @@ class KaratOperator(FourierHeads):
         _check_counts(num_tokens=num_tokens, num_heads=num_heads, rank=rank)
         check_choice("form", form, FORMS)
         check_choice("base", base, BASE_ACTIVATIONS)
-        check_choice("init", init, (*INITIALISATIONS, SOFTMAX_LIKE))
+        check_choice("init", init, (*INITIALISATIONS, FOURIER_KAN, SOFTMAX_LIKE))
         self.basis = make_basis(basis) if isinstance(basis, str) else basis
+        _check_fourier(self.basis, base, init)
+        check_simplex(simplex, form)
         check_implementation(implementation, self.basis, form, simplex)
         if init == SOFTMAX_LIKE and not _can_start_like_softmax(self.basis, form, base):
             raise ValueError(
@@ -89,13 +92,18 @@ class KaratOperator(FourierHeads):
             start_like_softmax(self.basis_parameters(), self.proj)
             return
         if self.proj is not None:
-            initialise_projector(self.proj, self.init)
+            initialise_projector(self.proj, "paper" if self.init == FOURIER_KAN else self.init, self.form)
+        drawn = VARIANCE_PRESERVING if self.init == FOURIER_KAN else self.init
         parameters = self.basis_parameters()
         first = {name: x for name, x in parameters.items() if not name.startswith(SECOND)}
         second = {name.removeprefix(SECOND): x for name, x in parameters.items() if name.startswith(SECOND)}
-        self.basis.initialise(first, self.init)
+        self.basis.initialise(first, drawn)
         if second:
-            self.basis.initialise(second, self.init)
+            self.basis.initialise(second, drawn)
+        if self.init == VARIANCE_PRESERVING and self.form != "modular":
+            # These functions give the entries of S, of which N meet the values.
+            for name in self.basis.amplitudes:
+                (second or first)[name].mul_(self.num_tokens**-0.5)
 
     def basis_parameters(self) -> dict[str, Tensor]:
         """Return the basis's parameters by name: all except W."""
@@ -160,7 +168,7 @@ class KaratOperator(FourierHeads):
         """Return the settings, with the constructor's names."""
         return (
             f"num_tokens={self.num_tokens}, num_heads={self.num_heads}, basis={self.basis}, rank={self.rank}, "
-            f"form={self.form!r}, base={self.base!r}, init={self.init!r}, simplex={self.simplex}, "
+            f"form={self.form!r}, base={self.base!r}, init={self.init!r}, simplex={self.simplex!r}, "
             f"implementation={self.implementation!r}"
         )
 
@@ -169,7 +177,8 @@ class FourierKaratOperator(KaratOperator):
     """The modular Fourier operator, the paper's choice; (2 G + 1) r N parameters per head.
 
     Args:
-        grid: G, the number of harmonics; the others are those of `KaratOperator`.
+        grid: G, the number of harmonics.
+        gains: adds KAN's two gains of each function, see `Fourier`. The others are those of `KaratOperator`.
     """
 
     def __init__(
@@ -182,6 +191,7 @@ class FourierKaratOperator(KaratOperator):
         init: str = "variance_preserving",
         implementation: str = "auto",
         *,
+        gains: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -189,7 +199,7 @@ class FourierKaratOperator(KaratOperator):
         super().__init__(
             num_tokens,
             num_heads,
-            Fourier(grid),
+            Fourier(grid, gains),
             rank,
             base=base,
             init=init,
@@ -204,6 +214,13 @@ class FourierKaratOperator(KaratOperator):
             f"num_tokens={self.num_tokens}, num_heads={self.num_heads}, rank={self.rank}, grid={self.grid}, "
             f"base={self.base!r}, init={self.init!r}, implementation={self.implementation!r}"
         )
+
+
+def _check_fourier(basis: Basis, base: str, init: str) -> None:
+    if init == FOURIER_KAN and not isinstance(basis, Fourier):
+        raise ValueError(f"init = {init!r} needs the Fourier basis, not {type(basis).__name__}")
+    if isinstance(basis, Fourier) and basis.gains and base != "zero":
+        raise ValueError(f"base = {base!r}: gains need base = 'zero'")
 
 
 def _can_start_like_softmax(basis: Basis, form: str, base: str) -> bool:

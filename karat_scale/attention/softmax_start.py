@@ -17,6 +17,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from karat_scale.attention.bases.fourier import GAINS
+
 # Half the width of the scores fitted: their standard deviation at a ViT's start is about 4e-4 D.
 REACH = 0.5
 POINTS = 201
@@ -24,11 +26,14 @@ POINTS = 201
 
 @torch.no_grad()
 def start_like_softmax(parameters: Mapping[str, Tensor], proj: Tensor | None) -> None:
-    """Fill `cos_coef` and `sin_coef` [h, p, N, G], and W [h, N, r] where the form has one, in place.
+    """Fill `cos_coef` and `sin_coef` [h, p, N, G], gains, and W [h, N, r] where the form has one, in place.
 
     Every head starts with the same values; only queries and keys differ. Raises ValueError if r is larger than N.
     """
     cos, sin = parameters["cos_coef"], parameters["sin_coef"]
+    for name in GAINS:
+        if name in parameters:
+            parameters[name].fill_(1)
     tokens, grid = cos.shape[2:]
     exp_cos, exp_sin, one = (series.view(1, 1, -1) for series in fourier_fits(grid))
     if proj is None:

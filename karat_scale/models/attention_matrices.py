@@ -52,8 +52,10 @@ def _hook(number: int, visit: Visit) -> Callable[[Any, tuple[Tensor, ...], dict[
 
 def _of_transferred(attention: Any, *_: Any) -> Matrices:
     assert isinstance(attention.teacher, Teacher)
-    query, key = attention.teacher.query_and_key(attention.block)
-    return _of_pair(query, key, attention.teacher.operator(attention.block))
+    teacher = attention.teacher
+    query, key = teacher.query_and_key(attention.block)
+    raw, learned = _of_pair(query, key, teacher.operator(attention.block))
+    return teacher.matrices(raw), teacher.matrices(learned)
 
 
 def _of_plain(attention: Any, x: Tensor, _: None) -> Matrices:

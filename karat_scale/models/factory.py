@@ -1,6 +1,6 @@
 """Build a model from the recipe's `model` and `attention` sections."""
 
-from typing import Any
+from typing import Any, Literal
 
 import timm
 from torch import nn
@@ -85,12 +85,16 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def no_weight_decay_names(model: nn.Module, decay_karat: bool) -> set[str]:
-    """Return the parameters without weight decay: timm's exceptions, biases, norms, and KArAt's unless requested."""
+def no_weight_decay_names(model: nn.Module, decay_karat: bool | Literal["all"]) -> set[str]:
+    """Return the parameters without weight decay: timm's exceptions, biases, norms, and KArAt's unless requested.
+
+    decay_karat: `optim.karat_weight_decay`.
+    """
     theirs: Any = getattr(model, "no_weight_decay", set)
     exempt = set(theirs())
     for name, parameter in model.named_parameters():
-        if parameter.ndim <= 1 or (".operator." in name and not decay_karat):
+        is_karat = ".operator." in name
+        if (is_karat and not decay_karat) or (parameter.ndim <= 1 and not (is_karat and decay_karat == "all")):
             exempt.add(name)
     return exempt
 

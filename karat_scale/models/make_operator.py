@@ -50,7 +50,7 @@ def _check_basis(attention: AttentionConfig) -> None:
 
 
 def _basis_settings(attention: AttentionConfig) -> dict[str, Any]:
-    return {name: getattr(attention, name) for name in ("grid", "degree", "range", "orders")}
+    return {name: getattr(attention, name) for name in ("grid", "degree", "range", "orders", "gains")}
 
 
 def _make_heads(attention: AttentionConfig, num_tokens: int, num_heads: int) -> AttentionHeads:
@@ -71,7 +71,7 @@ def _make_operator(attention: AttentionConfig, num_tokens: int, num_heads: int) 
         return SmoothOperator(**sizes, grid=attention.grid, **more)
     named: dict[str, Any] = {"base": attention.base, "init": attention.init, "implementation": attention.implementation}
     if attention.is_modular_series:
-        operator = FourierKaratOperator(**sizes, **named, grid=attention.grid)
+        operator = FourierKaratOperator(**sizes, **named, grid=attention.grid, gains=attention.gains)
         return ContentOperator(operator) if attention.form == "content" else operator
     basis = make_basis(attention.basis, **_basis_settings(attention))
     return KaratOperator(**sizes, **named, basis=basis, form=attention.form, simplex=attention.simplex)

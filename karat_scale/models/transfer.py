@@ -1,7 +1,8 @@
 """Attention transfer: a model uses the attention matrices of a trained model, and learns what to do with the values.
 
 O = S_teacher V_student, block by block and head by head, on the same images (arXiv 2503.10632, "Attention transfer").
-S is not formed: the teacher's operator receives its own query and key and the student's value, O = H (W^T V).
+S is not formed: the teacher's operator receives its own query and key and the student's value, O = H (W^T V). A student
+with more heads uses each of the teacher's several times.
 """
 
 import functools
@@ -37,6 +38,9 @@ class Teacher:
         self.model: Any = model.eval().requires_grad_(False)
         self.digest = weights_digest(model)
         """The digest that identifies a teacher, whatever it is cast to."""
+        self.mix: Tensor | None = None
+        """M [student's heads, own heads]: the student's matrices are M S. None if they are S."""
+        self._passes: list[tuple[Tensor, Tensor]] = []
         self._queries: dict[int, Tensor] = {}
         self._keys: dict[int, Tensor] = {}
         self._attentions = [layer.attention for layer in attention_layers(model)]
@@ -61,8 +65,27 @@ class Teacher:
         operator: nn.Module | None = getattr(self._attentions[block], "operator", None)
         return operator
 
+    def mix_heads(self, mix: Tensor) -> None:
+        """Set `mix`."""
+        self.mix = mix
+        self._passes = _passes(mix)
+
+    def matrices(self, learned: Tensor) -> Tensor:
+        """Return the student's matrices [B, h, N, N] of the teacher's own, S or A."""
+        return learned if self.mix is None else torch.einsum("ij,bjkq->bikq", self.mix.to(learned), learned)
+
     def attend(self, block: int, value: Tensor) -> Tensor:
         """Return O = S V [B, h, N, d] for a student's value [B, h, N, d]; only the value gets a gradient."""
+        if self.mix is None:
+            return self._attend(block, value)
+        output = torch.zeros_like(value)
+        for students, weights in self._passes:
+            at = students.to(value.device)
+            own = self._attend(block, value[:, at]) * weights.to(value)[:, None, None]
+            output = output.index_add(1, at, own.to(output.dtype))
+        return output
+
+    def _attend(self, block: int, value: Tensor) -> Tensor:
         query, key = (x.to(value.dtype) for x in self.query_and_key(block))
         operator = self.operator(block)
         if operator is None:
@@ -97,20 +120,53 @@ class TransferredAttention(Attention):
         return join_heads(self, x, self.teacher.attend(self.block, value))
 
 
-def give_teacher(student: Any, teacher: Teacher, source: str) -> None:
+def mix_of(how: str, theirs: int, ours: int) -> Tensor:
+    """Return M [ours, theirs] for `attention.transfer_heads` other than `same`, float32."""
+    if how == "interpolate":
+        place = torch.arange(ours) * ((theirs - 1) / max(ours - 1, 1))
+        return (1 - (place[:, None] - torch.arange(theirs)).abs()).clamp(min=0)
+    heads = torch.arange(ours)
+    return functional.one_hot(heads % theirs if how == "cycle" else heads // (ours // theirs), theirs).float()
+
+
+def _passes(mix: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return passes through all heads of the teacher: the student's head of each, and its weight, [own heads] each."""
+    users = [column.nonzero().flatten().tolist() for column in mix.mT]
+    passes = []
+    for number in range(max(map(len, users))):
+        # A head that has no more users computes for the first one again, with weight 0.
+        at = [
+            (own[number], float(mix[own[number], j])) if number < len(own) else (own[0], 0.0)
+            for j, own in enumerate(users)
+        ]
+        passes.append((torch.tensor([student for student, _ in at]), torch.tensor([weight for _, weight in at])))
+    return passes
+
+
+def give_teacher(student: Any, teacher: Teacher, source: str, heads: str = "same") -> None:
     """Set the teacher of a model whose layers are TransferredAttention.
 
     Args:
         source: where the teacher came from, for error messages.
+        heads: `attention.transfer_heads`.
 
     Raises:
         RecipeError: its matrices do not have the student's shape.
     """
     for what, theirs, ours in zip(_SHAPE, _shape(teacher.model), _shape(student), strict=True):
-        if theirs != ours:
+        if what == _HEADS and heads != "same":
+            if ours % theirs:
+                raise RecipeError(
+                    f"attention.transfer_heads = {heads}: the {ours} heads of this model are not a multiple of the "
+                    f"{theirs} of {source}"
+                )
+            teacher.mix_heads(mix_of(heads, theirs, ours))
+        elif theirs != ours:
+            fix = "they must be the same"
+            if what == _HEADS and ours % theirs == 0:
+                fix = "use attention.transfer_heads=repeat, cycle or interpolate"
             raise RecipeError(
-                f"attention.transfer_from = {source}: its {what} is {theirs}, this model's is {ours}; "
-                "they must be the same"
+                f"attention.transfer_from = {source}: its {what} is {theirs}, this model's is {ours}; {fix}"
             )
     for number, layer in enumerate(attention_layers(student)):
         layer.attention.teacher, layer.attention.block = teacher, number
@@ -135,7 +191,8 @@ def weights_digest(model: nn.Module) -> str:
 
 
 _TEACHER = "_karat_teacher"
-_SHAPE = ("image size", "number of tokens", "depth", "number of heads", "head width")
+_HEADS = "number of heads"
+_SHAPE = ("image size", "number of tokens", "depth", _HEADS, "head width")
 
 
 def _shape(model: Any) -> tuple[Any, ...]:

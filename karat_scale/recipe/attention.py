@@ -37,8 +37,9 @@ class AttentionConfig(Section):
     residual: Annotated[bool, Effect.SHAPES] = False
     """S is softmax(A) plus the learned S times a gate of each head. The gate starts at 0, so the model starts as
     softmax. It costs the time and memory of both."""
-    simplex: bool = False
-    """Project each row of S onto the probability simplex."""
+    simplex: bool | Literal["hidden"] = False
+    """Project onto the probability simplex. `true`: each row of S (the paper's section 3). `hidden`: each row of H,
+    before W (its Algorithm 2)."""
     grid: Annotated[int, Field(ge=1, le=16), Effect.SHAPES] = 3
     """G: the harmonics of a Fourier series, or the grid size of another basis."""
     degree: Annotated[int, Field(ge=1, le=5), Effect.SHAPES] = 3
@@ -56,14 +57,22 @@ class AttentionConfig(Section):
     """K: the modes of the patch grid from which `form: smooth` builds its functions."""
     base: Literal["zero", "identity", "silu", "gelu"] = "zero"
     """The base activation b(x), which is added to each function."""
-    init: Literal["paper", "variance_preserving", "softmax_like"] = "variance_preserving"
-    """Initial coefficients. `softmax_like` starts the Fourier operator near softmax."""
+    gains: Annotated[bool, Effect.SHAPES] = False
+    """KAN's two gains for each function of a Fourier series: w_b b(x) + w_s (the series). With b = 0 only w_s has an
+    effect. Both together give the paper's numbers of parameters."""
+    init: Literal["paper", "fourier_kan", "variance_preserving", "softmax_like"] = "variance_preserving"
+    """Initial coefficients. `paper`: N(0, 1). `fourier_kan`: Fourier coefficients from N(0, 1 / (N G)), as in
+    FourierKAN. `variance_preserving`: the output has the values' variance. `softmax_like` starts the Fourier operator
+    near softmax."""
     implementation: Annotated[Literal["auto", "reference", "streaming", "cpu", "triton"], Effect.ROUNDING] = "auto"
     """The implementation of the operator. `auto` uses the fastest that supports the operator, the device and the
     precision."""
     transfer_from: Annotated[str, Effect.SHAPES] = ""
     """The directory of a trained run whose attention matrices this model uses (the paper's attention transfer). The
     model then has no query and key, and learns only what to do with the values. Needs `kind: softmax`."""
+    transfer_heads: Literal["same", "repeat", "cycle", "interpolate"] = "same"
+    """How the heads of `transfer_from` serve those of this model. `same`: one to one. For a multiple of them, `repeat`
+    serves neighbours (0, 0, 1, 1), `cycle` goes round (0, 1, 0, 1), and `interpolate` blends two matrices linearly."""
 
     @property
     def is_series(self) -> bool:
@@ -103,14 +112,35 @@ class AttentionConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _only_the_modular_form_has_hidden_units(self) -> "AttentionConfig":
+        if self.simplex == "hidden" and self.form != "modular":
+            raise ValueError(f"attention.simplex = hidden needs attention.form=modular, not {self.form}")
+        return self
+
+    @model_validator(mode="after")
+    def _operator_is_a_series(self) -> "AttentionConfig":
+        if self.init == "fourier_kan" and not self.is_series:
+            raise ValueError(f"attention.init = fourier_kan needs attention.basis=fourier, not {self.basis}")
+        if self.gains and not (self.is_series and self.base == "zero"):
+            raise ValueError("attention.gains = true needs attention.basis=fourier and attention.base=zero")
+        return self
+
+    @model_validator(mode="after")
     def _keys_belong_to_the_kind(self) -> "AttentionConfig":
-        ours = {"form": "modular", "basis": "fourier", "residual": False, "simplex": False, "scores": True}
+        ours = {"form": "modular", "basis": "fourier", "scores": True}
+        ours |= dict.fromkeys(("residual", "simplex", "gains"), False)
         if self.kind in ("static", "static_softmax", "learned_score"):
             for key, only in ours.items():
                 if (value := getattr(self, key)) != only:
                     raise ValueError(f"attention.{key} = {value} is of attention.kind=karat, not of {self.kind}")
         elif self.form in VARIANTS and self.kind == "karat":
-            plain = {"basis": "fourier", "simplex": False, "base": "zero", "init": "variance_preserving"}
+            plain = {
+                "basis": "fourier",
+                "simplex": False,
+                "base": "zero",
+                "gains": False,
+                "init": "variance_preserving",
+            }
             for key, only in plain.items():
                 if (value := getattr(self, key)) != only:
                     raise ValueError(f"attention.form = {self.form} has attention.{key}={only} only, not {value}")
@@ -118,6 +148,8 @@ class AttentionConfig(Section):
 
     @model_validator(mode="after")
     def _only_a_plain_model_takes_matrices(self) -> "AttentionConfig":
+        if self.transfer_heads != "same" and not self.transfer_from:
+            raise ValueError(f"attention.transfer_heads = {self.transfer_heads} has no effect without transfer_from")
         if self.transfer_from and self.kind != "softmax":
             raise ValueError(
                 f"attention.kind = {self.kind} computes its own matrices, but attention.transfer_from = "

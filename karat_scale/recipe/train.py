@@ -26,8 +26,9 @@ class OptimConfig(Section):
     """The peak learning rate is lr * train.global_batch / lr_batch. Null does not scale it."""
     weight_decay: NonNegative = 0.05
     """Weight decay of the weights that have any; norms and biases do not."""
-    karat_weight_decay: bool = False
-    """Apply weight decay to KArAt's parameters too."""
+    karat_weight_decay: bool | Literal["all"] = False
+    """Weight decay of KArAt's parameters. `true`: of those with two or more dimensions, which is timm's and DeiT's rule
+    for all parameters. `all`: of its gates with one dimension too."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's beta 1 and beta 2."""
     eps: Positive = 1e-6

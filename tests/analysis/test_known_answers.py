@@ -70,8 +70,8 @@ def test_one_hot_attention_has_rank_one(karat_run: TrainedRun) -> None:
     for block in result.numbers["blocks"]:
         assert block["after"] == pytest.approx(dict.fromkeys(block["after"], 1.0), abs=1e-3)
     # All 17 rows are the same unit vector, so its singular value is the root of 17, or half of it.
-    extremes = result.arrays["log10_min"][:, 1, 0], result.arrays["log10_max"][:, 1, 0]
-    np.testing.assert_allclose(extremes, [[np.log10(17**0.5 / 2)] * 2, [np.log10(17**0.5)] * 2], atol=1e-5)
+    extremes = result.arrays["ln_min"][:, 1, 0], result.arrays["ln_max"][:, 1, 0]
+    np.testing.assert_allclose(extremes, [[np.log(17**0.5 / 2)] * 2, [np.log(17**0.5)] * 2], atol=1e-5)
 
 
 def test_a_planted_cosine_is_the_curve_and_all_of_the_energy(karat_run: TrainedRun) -> None:

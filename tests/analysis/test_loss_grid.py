@@ -108,4 +108,22 @@ def test_random_directions_have_the_norms_of_the_models_filters() -> None:
         elif name == "head.weight":
             torch.testing.assert_close(part.norm(dim=1), parameter.detach().norm(dim=1))
     assert start == directions.shape[1]
-    assert abs(torch.corrcoef(directions)[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("basis", ["fourier", "chebyshev", "bspline", "rational", "dog"])
+def test_a_filter_of_an_operator_is_all_functions_of_one_unit(basis: str) -> None:
+    model = create_model(SIZE, AttentionConfig(kind="karat", basis=basis))
+    direction = torch.from_numpy(filter_normalised(model, 0))[0]
+    start = 0
+    for name, parameter in model.named_parameters():
+        part = direction[start : start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
+        if ".operator." in name and not name.endswith(".proj"):
+            before_units = parameter.dim() == 4 and basis != "fourier"  # [h, F, p, q], else [h, p, q] or [h, p, q, G]
+            ours, models = ((x.movedim(2, 1) if before_units else x).flatten(2) for x in (part, parameter.detach()))
+            torch.testing.assert_close(ours.norm(dim=2), models.norm(dim=2))
+
+
+def test_random_directions_are_nearly_orthogonal() -> None:
+    directions = filter_normalised(create_model(SIZE, AttentionConfig(kind="karat")), 0)
+    assert abs(np.corrcoef(directions)[0, 1]) < 0.1

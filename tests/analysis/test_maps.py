@@ -16,7 +16,7 @@ def test_one_hot_attention_is_seen_where_it_looks() -> None:
         maps.add(block, attention, attention)
     maps.end_of_batch()
     assert maps.learned[0][0, 1].argmax() == 6
-    assert dominant_head(maps.learned[0][0]) == 1
+    assert dominant_head(maps.raw[0][0]) == 1
     assert region(maps.learned[0][0, 1]).nonzero().flatten().tolist() == [6]
     # Each block moves a quarter of what the class token still has to token 7, which keeps what it has.
     assert maps.rollout[0][0, 6].item() == pytest.approx(1 - 0.75**2)
@@ -28,6 +28,10 @@ def test_the_region_is_the_fewest_patches_with_the_share() -> None:
     assert region(weights, 0.45).tolist() == [False, False, True, False]
     assert region(weights, 0.6).tolist() == [False, False, True, True]
     assert not region(-weights.abs()).any()
+
+
+def test_the_dominant_head_is_that_of_the_scores() -> None:
+    assert dominant_head(torch.tensor([[1.0, 2.0, -9.0], [4.0, -4.0, 0.0]])) == 1
 
 
 def test_rollout_rows_sum_to_one_even_with_no_positive_weight() -> None:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from karat_scale.analysis.result import Settings
-from karat_scale.analysis.spectrum import Spectrum, analyze_spectrum, effective_rank, significant_rank, stable_rank
+from karat_scale.analysis.spectrum import Spectrum, analyze_spectrum, effective_rank, scree_rank, stable_rank
 from karat_scale.analysis.trained_run import TrainedRun
 from karat_scale.models import create_model
 from karat_scale.models.attention_matrices import watched
@@ -15,7 +15,7 @@ from tests.models.test_attention_matrices import SIZE
 def test_k_equal_singular_values_have_rank_k_by_every_measure(k: int) -> None:
     basis = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(k)))[0]
     values = torch.linalg.svdvals(basis[:, :k] @ basis[:k])
-    for rank in (effective_rank, stable_rank, significant_rank):
+    for rank in (effective_rank, stable_rank, scree_rank):
         assert rank(values).item() == pytest.approx(k, rel=1e-3)
 
 
@@ -26,8 +26,23 @@ def test_a_rank_k_operator_gives_matrices_of_rank_k() -> None:
     spectrum = Spectrum(3, 17)
     with watched(model, spectrum.add), torch.no_grad():
         model(torch.randn(4, 3, 16, 16))
-    assert (spectrum.mean[:, 1, 2] > spectrum.mean[:, 1, 3] + 4).all()
+    assert np.isfinite(spectrum.log_low[:, 1, :3]).all()
+    assert np.isnan(spectrum.log_high[:, 1, 3:]).all()
     assert (spectrum.ranks[:, 1] <= 3.001).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "rank"),
+    [
+        ([9.0, 8.0, 7.0, 0.6, 0.5, 0.4, 0.3, 0.2], 3),
+        ([1.0, 0.02, 0.01, 0.005], 1),
+        ([4.0, 3.0, 2.0, 1.0], 4),
+        ([2.0, 2.0, 2.0], 3),
+        ([0.0, 0.0, 0.0], 0),
+    ],
+)
+def test_the_scree_rank_counts_what_is_before_the_elbow(values: list[float], rank: int) -> None:
+    assert scree_rank(torch.tensor(values)) == rank
 
 
 def test_extremes_and_means_are_those_of_all_matrices_whatever_the_batches() -> None:
@@ -35,15 +50,15 @@ def test_extremes_and_means_are_those_of_all_matrices_whatever_the_batches() -> 
     spectrum = Spectrum(1, 9)
     for part in matrices.split(4):
         spectrum.add(0, part, 10 * part)
-    logs = torch.linalg.svdvals(matrices.flatten(0, 1)).log10().double().numpy()
-    np.testing.assert_allclose(spectrum.low[0, 0], logs.min(0), atol=1e-5)
-    np.testing.assert_allclose(spectrum.high[0, 0], logs.max(0), atol=1e-5)
-    np.testing.assert_allclose(spectrum.mean[0, 0], logs.mean(0), atol=1e-5)
-    np.testing.assert_allclose(spectrum.mean[0, 1], logs.mean(0) + 1, atol=1e-5)
+    values = torch.linalg.svdvals(matrices.flatten(0, 1)).double().numpy()
+    np.testing.assert_allclose(spectrum.log_low[0, 0], np.log(values.min(0)), atol=1e-5)
+    np.testing.assert_allclose(spectrum.log_high[0, 0], np.log(values.max(0)), atol=1e-5)
+    np.testing.assert_allclose(spectrum.log_mean[0, 0], np.log(values.mean(0)), atol=1e-5)
+    np.testing.assert_allclose(spectrum.log_mean[0, 1], np.log(10 * values.mean(0)), atol=1e-5)
 
 
 def test_of_a_real_run(any_run: TrainedRun) -> None:
     result = analyze_spectrum(any_run, Settings(images=6, batch=4))
     assert result.numbers["images"] == 6
-    assert result.arrays["log10_mean"].shape == (2, 2, 17)
+    assert result.arrays["ln_mean"].shape == (2, 2, 17)
     assert set(result.figures) == {"last_block", "ranks"}

@@ -16,7 +16,7 @@ def test_a_path_in_a_plane_is_found_with_its_coordinates(monkeypatch: pytest.Mon
     basis = np.linalg.qr(rng.normal(size=(100, 2)))[0].T
     path = np.array([[8.0, 0.0], [-8.0, 1.0], [4.0, -2.0], [0.0, 0.0]])
     plane = principal_plane((path @ basis).astype(np.float32), list("abcd"))
-    assert plane.explained.sum() == pytest.approx(1)
+    assert plane.shares.sum() == pytest.approx(1)
     np.testing.assert_allclose(plane.directions @ plane.directions.T, np.eye(2), atol=1e-5)
     np.testing.assert_allclose(plane.coordinates @ plane.directions, path @ basis, atol=1e-5)
 
@@ -24,8 +24,8 @@ def test_a_path_in_a_plane_is_found_with_its_coordinates(monkeypatch: pytest.Mon
 def test_the_last_checkpoint_of_a_run_is_the_origin(karat_run: TrainedRun) -> None:
     plane = plane_of_run(karat_run, [])
     np.testing.assert_allclose(plane.coordinates[-1], 0, atol=1e-6)
-    assert 0.5 < plane.explained.sum() <= 1 + 1e-9
-    assert plane.explained[0] >= plane.explained[1] >= 0
+    assert 0.5 < plane.shares.sum() <= 1 + 1e-9
+    assert plane.shares[0] >= plane.shares[1] >= 0
 
 
 def test_too_few_checkpoints(karat_run: TrainedRun, tmp_path: Path) -> None:

@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from karat_scale.attention import BASES, karat_attention, karat_scores, make_basis, streaming, tiles
+from karat_scale.attention import (
+    BASES,
+    KaratOperator,
+    karat_attention,
+    karat_scores,
+    make_basis,
+    reference,
+    simplex,
+    streaming,
+    tiles,
+)
 from karat_scale.attention.bases import Basis
 from karat_scale.attention.form_parameters import FORMS, has_projector, parameter_shapes
 from tests.attention.calls import LargestTensor, relative_error
@@ -142,6 +152,35 @@ def test_gradcheck_on_the_simplex(form):
     case = make_case("fourier", form, batch=1, tokens=5, width=3, rank=2)
     leaves = [x.requires_grad_() for x in case.tensors]
     assert torch.autograd.gradcheck(lambda *x: case.attend(*x, implementation="streaming", simplex=True), leaves)
+
+
+@pytest.mark.parametrize("name", ["fourier", "bspline", "dog"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_hidden_units_on_the_simplex(name, masked, small_tiles):
+    case = make_case(name, "modular")
+    mask = torch.rand(7, 7) > 0.4 if masked else None
+    kept = torch.ones(7, 7, dtype=torch.float64) if mask is None else mask.double()
+    query, key, value, *rest, proj = leaves = [x.requires_grad_() for x in case.tensors]
+    raw = query @ key.mT / query.shape[-1] ** 0.5
+    coef = case.basis.pack(dict(zip(case.names, rest, strict=True)))
+    hidden = simplex.project(reference._units(raw, kept.expand_as(raw), coef, case.basis))
+    learned = hidden @ proj.mT * kept
+    expected = learned @ value
+    upstream = upstream_of(case)
+    wanted = [expected, *torch.autograd.grad(expected, leaves, upstream)]
+    for implementation in ("reference", "streaming", "auto"):
+        options = {"implementation": implementation, "simplex": "hidden", "mask": mask}
+        output = case.attend(*leaves, **options)
+        assert_agree([output, *torch.autograd.grad(output, leaves, upstream)], wanted, 1e-10)
+        scores = case.attend(*leaves, function=karat_scores, **options)
+        assert relative_error(scores, learned) < 1e-12
+
+
+def test_other_forms_have_no_hidden_units():
+    with pytest.raises(ValueError, match=r"^simplex = 'hidden' needs form = 'modular', not 'full_rank'"):
+        KaratOperator(7, 2, form="full_rank", simplex="hidden")
+    with pytest.raises(ValueError, match=r"^simplex = 'rows': expected False, True or 'hidden'"):
+        KaratOperator(7, 2, simplex="rows")
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from karat_scale.attention import FourierKaratOperator, fourier_karat_attention, fourier_karat_scores
+from karat_scale.attention import (
+    FourierKaratOperator,
+    KaratOperator,
+    fourier_karat_attention,
+    fourier_karat_scores,
+)
+from karat_scale.attention.bases import BASES, Chebyshev, Fourier
+from karat_scale.attention.form_parameters import FORMS
 
 
 def draw(batch, heads, tokens, width, seed=0):
@@ -63,6 +70,46 @@ def test_the_papers_start():
     assert operator.proj.std().item() == pytest.approx(0.02, rel=0.05)
 
 
+@pytest.mark.parametrize(("form", "inputs"), [("modular", 50), ("full_rank", 50), ("project_first", 12)])
+def test_fourier_kans_start(form, inputs):
+    torch.manual_seed(0)
+    operator = KaratOperator(50, 4, "fourier", 12, form=form, init="fourier_kan")
+    assert operator.cos_coef.std().item() == pytest.approx((inputs * 3) ** -0.5, rel=0.05)
+    if operator.proj is not None:
+        assert operator.proj.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("init", ["paper", "variance_preserving", "softmax_like"])
+def test_gains_multiply_the_series(form, init):
+    if init == "softmax_like" and form not in ("modular", "full_rank"):
+        return
+    torch.manual_seed(0)
+    plain = KaratOperator(17, 2, Fourier(2), 5, form=form, init=init)
+    gained = KaratOperator(17, 2, Fourier(2, gains=True), 5, form=form, init=init)
+    query, key, value = draw(2, 2, 17, 8)
+    gained.load_state_dict(plain.state_dict(), strict=False)
+    torch.testing.assert_close(gained(query, key, value), plain(query, key, value))
+    with torch.no_grad():
+        for prefix in ("", "second_") if form == "two_operators" else ("",):
+            gain = torch.rand_like(gained.get_parameter(f"{prefix}gain"))
+            gained.get_parameter(f"{prefix}gain").copy_(gain)
+            for name in ("cos_coef", "sin_coef"):
+                plain.get_parameter(f"{prefix}{name}").mul_(gain.unsqueeze(-1))
+    torch.testing.assert_close(gained(query, key, value), plain(query, key, value))
+    torch.testing.assert_close(gained.scores(query, key), plain.scores(query, key))
+    gained(query, key, value).square().sum().backward()
+    assert gained.gain.grad.abs().sum() > 0
+    assert (gained.base_gain.grad == 0).all()
+
+
+def test_what_is_fouriers_alone_is_refused():
+    with pytest.raises(ValueError, match=r"^init = 'fourier_kan' needs the Fourier basis, not DerivativeOfGaussian"):
+        KaratOperator(9, 2, "dog", init="fourier_kan")
+    with pytest.raises(ValueError, match=r"^base = 'silu': gains need base = 'zero'"):
+        FourierKaratOperator(9, 2, base="silu", gains=True)
+
+
 def test_the_variance_preserving_start_preserves_variance():
     torch.manual_seed(0)
     operator = FourierKaratOperator(197, 4, rank=12, grid=3)
@@ -71,6 +118,28 @@ def test_the_variance_preserving_start_preserves_variance():
     assert operator.proj.std().item() == pytest.approx((12 * 197) ** -0.5, rel=0.05)
     query, key, value = draw(8, 4, 197, 64)
     assert operator(query, key, value).std().item() == pytest.approx(1, rel=0.15)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("basis", BASES)
+def test_every_form_and_basis_starts_with_the_variance_of_the_values(form, basis):
+    torch.manual_seed(0)
+    operator = KaratOperator(65, 8, basis, rank=12, form=form)
+    query, key, value = draw(2, 8, 65, 32)
+    with torch.no_grad():
+        ratio = (operator(query, key, value).std() / value.std()).item()
+    # Rational functions grow with the score, so a second operator of them amplifies the largest entries of H.
+    most = 20 if (basis, form) == ("rational", "two_operators") else 1.25
+    assert 0.85 < ratio < most
+
+
+def test_a_basis_without_amplitudes_starts_as_it_draws_itself():
+    class Fixed(Chebyshev):
+        amplitudes = ()
+
+    modular = KaratOperator(65, 8, Fixed(), rank=65)
+    full = KaratOperator(65, 8, Fixed(), form="full_rank")
+    assert full.coef.std().item() == pytest.approx(modular.coef.std().item(), rel=0.02)
 
 
 def test_reset_draws_anew_and_is_repeatable():

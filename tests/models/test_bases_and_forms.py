@@ -77,7 +77,12 @@ def test_every_form_learns(form, basis):
 
 
 def test_simplex_and_hybrid_heads_learn():
-    for settings in ({"simplex": True}, {"softmax_heads": 1}, {"softmax_heads": 1, "mode": "universal"}):
+    for settings in (
+        {"simplex": True},
+        {"simplex": "hidden"},
+        {"softmax_heads": 1},
+        {"softmax_heads": 1, "mode": "universal"},
+    ):
         first, second = losses_of_two_steps(**settings)
         assert second < first
 
@@ -115,7 +120,11 @@ def test_operators_of_any_kind_go_without_weight_decay():
     exempt = no_weight_decay_names(model, False)
     assert {f"blocks.0.attn.operator.operator.{n}" for n in ("weight", "translation", "scale", "proj")} <= exempt
     residual = create_model(MINI, AttentionConfig(kind="karat", residual=True))
-    assert "blocks.0.attn.operator.gate" in no_weight_decay_names(residual, True)
+    gate = "blocks.0.attn.operator.gate"
+    assert gate in no_weight_decay_names(residual, True)
+    everything = no_weight_decay_names(residual, "all")
+    assert gate not in everything
+    assert "norm.weight" in everything
 
 
 @pytest.mark.parametrize(
@@ -125,6 +134,7 @@ def test_operators_of_any_kind_go_without_weight_decay():
         ({"basis": "pack age:Class"}, "package.module:Class"),
         ({"basis": "dog", "implementation": "cpu"}, "only the modular Fourier operator"),
         ({"simplex": True, "implementation": "triton"}, "only the modular Fourier operator"),
+        ({"simplex": "hidden", "form": "full_rank"}, "hidden needs attention.form=modular, not full_rank"),
         ({"orders": (0, 4)}, "orders"),
         ({"degree": 0}, "degree"),
         ({"range": 0}, "range"),

@@ -31,6 +31,26 @@ def test_parameter_counts_are_the_equations(
     assert parameter_count(model) / 1e6 == pytest.approx(millions, abs=0.006)
 
 
+@pytest.mark.parametrize(
+    ("size", "classes", "grid", "mode", "millions"),
+    [
+        ("base", 10, 1, "blockwise", 87.51),
+        ("base", 10, 1, "universal", 85.95),
+        ("small", 1000, 3, "blockwise", 23.58),
+        ("small", 1000, 3, "universal", 22.18),
+        ("tiny", 10, 3, "blockwise", 6.29),
+        ("tiny", 10, 3, "universal", 5.59),
+    ],
+)
+def test_with_gains_parameter_counts_are_the_papers(
+    size: str, classes: int, grid: int, mode: str, millions: float
+) -> None:
+    attention = AttentionConfig.model_validate({"kind": "karat", "grid": grid, "mode": mode, "gains": True})
+    with torch.device("meta"):
+        model = create_model(ModelConfig(name=f"vit_{size}_patch16_224", num_classes=classes), attention)
+    assert round(parameter_count(model) / 1e6, 2) == millions
+
+
 @pytest.mark.parametrize(("image", "patch", "classes"), [(28, 4, 10), (32, 4, 100), (32, 8, 2), (64, 16, 7)])
 @pytest.mark.parametrize("kind", ["softmax", "karat"])
 def test_any_image_size_patch_size_and_class_count(image: int, patch: int, classes: int, kind: str) -> None:

@@ -10,7 +10,7 @@ from karat_scale.errors import RecipeError
 from karat_scale.models import create_model, parameter_count
 from karat_scale.models.flops import flops_per_image
 from karat_scale.models.recompute import recompute
-from karat_scale.models.transfer import Teacher, TransferredAttention, give_teacher, teacher_of
+from karat_scale.models.transfer import Teacher, TransferredAttention, give_teacher, mix_of, teacher_of
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 SIZE = ModelConfig(
@@ -108,6 +108,54 @@ def test_the_products_of_a_student_are_counted() -> None:
     assert softmax - student == 2 * (2 * 2 * 17 * 32**2 + 2 * 17**2 * 32)
 
 
+SERVED = {
+    "repeat": [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]],
+    "cycle": [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]],
+    "interpolate": [[1.0, 0.0], [2 / 3, 1 / 3], [1 / 3, 2 / 3], [0.0, 1.0]],
+}
+
+
+@pytest.mark.parametrize("how", SERVED)
+@pytest.mark.parametrize("kind", ["softmax", "fourier", "universal", "spline"])
+def test_fewer_heads_serve_more(how: str, kind: str) -> None:
+    torch.manual_seed(0)
+    teacher = Teacher(create_model(SIZE.changed(num_heads=2, embed_dim=16), TEACHERS[kind]))
+    student = create_model(SIZE, STUDENT)
+    give_teacher(student, teacher, "runs/teacher", how)
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    student.double()(images)
+    value = torch.randn(3, 4, 17, 8, dtype=torch.float64, requires_grad=True)
+    query, key = teacher.query_and_key(1)
+    operator = teacher.operator(1)
+    own = (query @ key.mT / 8**0.5).softmax(-1) if operator is None else operator.scores(query, key)
+    mix = torch.tensor(SERVED[how], dtype=torch.float64)
+    torch.testing.assert_close(mix_of(how, 2, 4).double(), mix, rtol=1e-6, atol=1e-6)
+    matrices = torch.einsum("ij,bjkq->bikq", mix, own.detach())
+    torch.testing.assert_close(teacher.matrices(own), matrices, rtol=1e-6, atol=1e-6)
+    expected, output = matrices @ value, teacher.attend(1, value)
+    torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)
+    gradients = (torch.autograd.grad(x.sin().sum(), value)[0] for x in (output, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", SERVED)
+def test_three_heads_serve_twelve(how: str) -> None:
+    mix = mix_of(how, 3, 12)
+    torch.testing.assert_close(mix.sum(1), torch.ones(12))
+    torch.testing.assert_close(mix.sum(0), torch.full((3,), 4.0) if how != "interpolate" else mix.sum(0).flip(0))
+    assert (mix.count_nonzero(1) <= 2).all()
+
+
+def test_heads_that_cannot_serve_are_refused() -> None:
+    teacher = Teacher(create_model(SIZE.changed(num_heads=3, embed_dim=24), AttentionConfig()))
+    with pytest.raises(
+        RecipeError, match=r"transfer_heads = cycle: the 4 heads of this model are not a multiple of the 3"
+    ):
+        give_teacher(create_model(SIZE, STUDENT), teacher, "runs/x", "cycle")
+    with pytest.raises(ValueError, match=r"attention.transfer_heads = cycle has no effect without transfer_from"):
+        AttentionConfig(transfer_heads="cycle")
+
+
 def test_training_mode_does_not_reach_the_teacher() -> None:
     """Its matrices are those of evaluation, whatever drops out of the student."""
     student, teacher = pair(TEACHERS["softmax"], torch.float32)
@@ -130,7 +178,7 @@ def test_a_teacher_follows_the_images_dtype_and_keeps_its_digest() -> None:
     ("change", "message"),
     [
         ({"depth": 3}, "its depth is 3, this model's is 2"),
-        ({"num_heads": 2}, "its number of heads is 2, this model's is 4"),
+        ({"num_heads": 2}, "its number of heads is 2, this model's is 4; use attention.transfer_heads=repeat, cycle"),
         ({"embed_dim": 64}, "its head width is 16, this model's is 8"),
         ({"image_size": 32}, "its image size is 32x32, this model's is 16x16"),
         ({"patch_size": 8}, "its number of tokens is 5, this model's is 17"),

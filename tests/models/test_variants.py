@@ -76,6 +76,13 @@ def test_operations_are_counted():
         ({"kind": "learned_score", "scores": False}, "attention.scores = False is of attention.kind=karat"),
         ({"kind": "karat", "form": "bounded", "init": "paper"}, "has attention.init=variance_preserving only"),
         ({"kind": "karat", "form": "smooth", "basis": "bspline"}, "has attention.basis=fourier only"),
+        ({"kind": "karat", "form": "bounded", "gains": True}, "has attention.gains=False only"),
+        (
+            {"kind": "karat", "basis": "dog", "init": "fourier_kan"},
+            "needs attention.basis=fourier, not dog",
+        ),
+        ({"kind": "karat", "base": "silu", "gains": True}, "needs attention.basis=fourier and attention.base=zero"),
+        ({"kind": "static", "gains": True}, "attention.gains = True is of attention.kind=karat"),
     ],
 )
 def test_what_does_not_go_together_is_refused(section, said):

@@ -6,7 +6,7 @@ the function, so every pair of a score and a unit costs an evaluation. Your own 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -23,7 +23,10 @@ class Basis(ABC):
     """
 
     amplitudes: ClassVar[tuple[str, ...]] = ()
-    """The parameters that multiply phi: if all of them are scaled by s, so is phi. Without them, N is fixed."""
+    """The parameters that multiply phi: if all of them are scaled by s, so is phi.
+
+    Without them, N is fixed, and O starts with the values' variance in the modular form only.
+    """
 
     @property
     def key(self) -> str:
@@ -38,7 +41,10 @@ class Basis(ABC):
 
     @abstractmethod
     def initialise(self, parameters: Mapping[str, Tensor], scheme: str) -> None:
-        """Draw the parameters in place, by the scheme "paper" or "variance_preserving"."""
+        """Draw the parameters in place, by the scheme "paper" or "variance_preserving".
+
+        By the second, sum_q phi_pq(x_q) has variance 1 over standard normal scores x_q.
+        """
 
     def pack(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return the input of `value` and `derivative`, [h, K, p, q], computed by differentiable operations.
@@ -84,9 +90,13 @@ class FeatureBasis(Basis):
         return {"coef": (heads, self.num_features, units, keys)}
 
     def initialise(self, parameters: Mapping[str, Tensor], scheme: str) -> None:
-        """Draw from N(0, 1), or from N(0, 1 / (q F)), which gives H variance near 1 if features have it."""
+        """Draw from N(0, 1), or from N(0, 1 / (q sum_f E f(x)^2)), with which H has variance 1."""
         coef = parameters["coef"]
-        nn.init.normal_(coef, std=1.0 if is_paper(scheme) else (coef.shape[1] * coef.shape[3]) ** -0.5)
+        nn.init.normal_(coef, std=1.0 if is_paper(scheme) else (coef.shape[3] * self.mean_square()) ** -0.5)
+
+    def mean_square(self) -> float:
+        """Return sum_f E f(x)^2 over standard normal scores x."""
+        return float(normal_mean(lambda x: torch.stack(list(self.value(x)), 1).square().sum(1)))
 
     def bind(self, scores: Tensor, values: Tensor) -> BoundFeatures:
         """Bind the basis to contiguous arrays that are reused for many tiles."""
@@ -141,13 +151,24 @@ def is_paper(scheme: str) -> bool:
     return scheme == "paper"
 
 
+def normal_mean(function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the mean of a function over standard normal scores; it gets points [n] and returns values [n, ...]."""
+    points = torch.linspace(-6, 6, 97, dtype=torch.float64, device="cpu")
+    density = (points.square() * -0.5).exp()
+    values = function(points)
+    mean: Tensor = torch.tensordot((density / density.sum()).to(values), values, 1)
+    return mean
+
+
 @torch.no_grad()
-def initialise_projector(proj: Tensor, scheme: str) -> None:
+def initialise_projector(proj: Tensor, scheme: str, form: str = "modular") -> None:
     """Draw W [h, N, r]; the paper does not define its initial values.
 
-    "paper": truncated normal of std 0.02; "variance_preserving": N(0, 1 / (r N)), so that O has the values' variance.
+    "paper": truncated normal of std 0.02. "variance_preserving": N(0, 1 / (r N)), so that H W^T V has the values'
+    variance where H has variance 1, or, where W projects the scores, N(0, 1 / N), so that A W has the scores'.
     """
+    tokens, rank = proj.shape[1:]
     if is_paper(scheme):
         nn.init.trunc_normal_(proj, std=0.02)
     else:
-        nn.init.normal_(proj, std=(proj.shape[1] * proj.shape[2]) ** -0.5)
+        nn.init.normal_(proj, std=(tokens * (1 if form == "project_first" else rank)) ** -0.5)

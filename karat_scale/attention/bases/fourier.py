@@ -9,17 +9,22 @@ from torch import Tensor, nn
 
 from karat_scale.attention.bases.base import FeatureBasis, Shape, is_paper
 
+GAINS = ("gain", "base_gain")
+
 
 @dataclass(frozen=True)
 class Fourier(FeatureBasis):
     """phi(x) = sum_{m=1..G} a_m cos(m x) + b_m sin(m x) (arXiv 2503.10632, section 4).
 
-    Parameters `cos_coef` and `sin_coef` [h, p, q, G]; the features are all cosines, then all sines.
+    Parameters `cos_coef` and `sin_coef` [h, p, q, G]; the features are all cosines, then all sines. With `gains`, there
+    are KAN's two gains for each function as well, `gain` and `base_gain` [h, p, q], which start at 1:
+    phi(x) = w_b b(x) + w_s (the series), with b = 0. So w_b has no effect; it only counts.
     """
 
     amplitudes = ("cos_coef", "sin_coef")
 
     grid: int = 3
+    gains: bool = False
 
     # Its features follow from the shape of the coefficients, so every G shares one name.
     key = "fourier"
@@ -41,16 +46,28 @@ class Fourier(FeatureBasis):
 
     def shapes(self, heads: int, units: int, keys: int) -> dict[str, Shape]:
         """See `Basis`."""
-        return dict.fromkeys(("cos_coef", "sin_coef"), (heads, units, keys, self.grid))
+        series: dict[str, Shape] = dict.fromkeys(("cos_coef", "sin_coef"), (heads, units, keys, self.grid))
+        return series | dict.fromkeys(GAINS, (heads, units, keys)) if self.gains else series
 
     def initialise(self, parameters: Mapping[str, Tensor], scheme: str) -> None:
         """N(0, 1), the paper's, or N(0, 1 / (q G)), with which H has variance near 1."""
-        for coef in parameters.values():
+        for coef in (parameters["cos_coef"], parameters["sin_coef"]):
             nn.init.normal_(coef, std=1.0 if is_paper(scheme) else (coef.shape[2] * coef.shape[3]) ** -0.5)
+        for name in GAINS if self.gains else ():
+            nn.init.ones_(parameters[name])
+
+    def series(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The coefficients of cosines and sines [h, p, q, G], gains included."""
+        cos, sin = parameters["cos_coef"], parameters["sin_coef"]
+        if not self.gains:
+            return cos, sin
+        # The second term, b = 0, gives the unused gain a gradient of 0, as optimizers and DeepSpeed expect.
+        gain = (parameters["gain"] + 0 * parameters["base_gain"]).unsqueeze(-1)
+        return gain * cos, gain * sin
 
     def pack(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """The coefficients in feature order, [h, 2 G, p, q]."""
-        cos, sin = parameters["cos_coef"], parameters["sin_coef"]
+        cos, sin = self.series(parameters)
         # As plain transposes, which are copied faster than a permutation of four dimensions.
         packed: Tensor = torch.cat((cos.flatten(1, 2).mT, sin.flatten(1, 2).mT), 1).unflatten(2, cos.shape[1:3])
         return packed

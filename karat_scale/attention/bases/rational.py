@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from karat_scale.attention.bases.base import ElementwiseBasis, Shape, is_paper
+from karat_scale.attention.bases.base import ElementwiseBasis, Shape, is_paper, normal_mean
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,19 @@ class Rational(ElementwiseBasis):
         return {"numerator": (heads, m + 1, units, keys), "denominator": (heads, n, units, keys)}
 
     def initialise(self, parameters: Mapping[str, Tensor], scheme: str) -> None:
-        """b ~ N(0, 1); a ~ N(0, 1), or N(0, 1 / (q (m + 1))), with which H has variance near 1."""
+        """b ~ N(0, 1); a ~ N(0, 1), or such that each function has variance 1 / q, with which H has variance 1."""
         a, b = parameters["numerator"], parameters["denominator"]
-        nn.init.normal_(a, std=1.0 if is_paper(scheme) else (a.shape[1] * a.shape[3]) ** -0.5)
+        nn.init.normal_(a)
         nn.init.normal_(b)
+        if is_paper(scheme):
+            return
+
+        def square(x: Tensor) -> Tensor:
+            points = x.to(b.device, b.dtype).view(-1, 1, 1, 1)
+            below = (_horner(points, b.unbind(1)) * points).abs() + 1
+            return sum(points.pow(2 * i) for i in range(a.shape[1])) / below.square()
+
+        a.mul_((normal_mean(square) * a.shape[3]).rsqrt().unsqueeze(1))
 
     def value(self, x: Tensor, *theta: Tensor) -> Tensor:
         """phi(x)."""

@@ -52,10 +52,10 @@ class BSpline(FeatureBasis):
         return {"weight": functions, "coef": (heads, self.grid + self.degree, units, keys)}
 
     def initialise(self, parameters: Mapping[str, Tensor], scheme: str) -> None:
-        """c ~ N(0, 1); w ~ N(0, 1), or N(0, 1 / q), with which H has variance near 1."""
+        """c ~ N(0, 1); w ~ N(0, 1), or N(0, 1 / (q (E silu(x)^2 + sum_i E B_i(x)^2))), with which H has variance 1."""
         weight = parameters["weight"]
         nn.init.normal_(parameters["coef"])
-        nn.init.normal_(weight, std=1.0 if is_paper(scheme) else weight.shape[2] ** -0.5)
+        nn.init.normal_(weight, std=1.0 if is_paper(scheme) else (weight.shape[2] * self.mean_square()) ** -0.5)
 
     def pack(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """w and w c_i, [h, 1 + G + k, p, q]."""

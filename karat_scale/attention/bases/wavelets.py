@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from karat_scale.attention.bases.base import ElementwiseBasis, Shape, is_paper
+from karat_scale.attention.bases.base import ElementwiseBasis, Shape, is_paper, normal_mean
 
 # |s| is taken as at least this, so that no wavelet becomes a spike between scores.
 SMALLEST_SCALE = 0.05
@@ -35,9 +35,10 @@ class Wavelet(ElementwiseBasis):
         return dict.fromkeys(("weight", "translation", "scale"), (heads, units, keys))
 
     def initialise(self, parameters: Mapping[str, Tensor], scheme: str) -> None:
-        """w ~ N(0, 1), or N(0, 1 / q) against a variance that grows with the keys; tau = 0 and s = 1."""
+        """w ~ N(0, 1), or N(0, 1 / (q E psi(x)^2)), with which H has variance 1; tau = 0 and s = 1."""
         weight = parameters["weight"]
-        nn.init.normal_(weight, std=1.0 if is_paper(scheme) else weight.shape[2] ** -0.5)
+        power = float(normal_mean(lambda x: self.mother(x).square()))
+        nn.init.normal_(weight, std=1.0 if is_paper(scheme) else (weight.shape[2] * power) ** -0.5)
         nn.init.zeros_(parameters["translation"])
         nn.init.ones_(parameters["scale"])
 
@@ -153,14 +154,17 @@ class Meyer(Wavelet):
 class Shannon(Wavelet):
     """psi(t) = sin(t) / t, times a symmetric Hamming window over the keys."""
 
+    def initialise(self, parameters: Mapping[str, Tensor], scheme: str) -> None:
+        """As `Wavelet`, divided by the window's root mean square."""
+        super().initialise(parameters, scheme)
+        if not is_paper(scheme):
+            weight = parameters["weight"]
+            weight.div_(_hamming(weight).square().mean().sqrt())
+
     def pack(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """As `Wavelet`, with the window inside w."""
         weight = parameters["weight"]
-        keys = weight.shape[2]
-        # Written out, for exporters do not know `hamming_window`; from the centre, so that one key has weight 1.
-        places = torch.arange(keys, dtype=weight.dtype, device=weight.device) - (keys - 1) / 2
-        window = 0.54 + 0.46 * (places * (2 * math.pi / max(keys - 1, 1))).cos()
-        return super().pack({**parameters, "weight": weight * window})
+        return super().pack({**parameters, "weight": weight * _hamming(weight)})
 
     def mother(self, t: Tensor) -> Tensor:
         """psi(t)."""
@@ -182,6 +186,16 @@ class Shannon(Wavelet):
 # So small that sin(y) / y is 1.
 _TINY = 1e-20
 _HAT = 2 / (math.pi**0.25 * math.sqrt(3))
+
+
+def _hamming(weight: Tensor) -> Tensor:
+    """The window over the keys of `weight` [h, p, q].
+
+    Written out, for exporters do not know `hamming_window`; from the centre, so that one key has weight 1.
+    """
+    keys = weight.shape[2]
+    places = torch.arange(keys, dtype=weight.dtype, device=weight.device) - (keys - 1) / 2
+    return 0.54 + 0.46 * (places * (2 * math.pi / max(keys - 1, 1))).cos()
 
 
 def _bell(square: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def build_model(recipe: Recipe, run: Path) -> nn.Module:
     model = create_model(recipe.model, recipe.attention)
     if recipe.attention.transfer_from:
         teacher = Teacher(read_exported(run / FILE, recipe.attention.implementation))
-        give_teacher(model, teacher, recipe.attention.transfer_from)
+        give_teacher(model, teacher, recipe.attention.transfer_from, recipe.attention.transfer_heads)
     return model
 
 

@@ -27,17 +27,23 @@ def detector_groups(model: Any, optim: AdamWConfig) -> Groups:
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """Linear warm-up to `peak_lr`, then multiplied by `drop_factor` at each of the steps `drops`."""
+    """Linear warm-up to `peak_lr`, which is multiplied by `drop_factor` at each of the steps `drops`.
+
+    It is also multiplied by `epoch_decay` after each of `steps_per_epoch` steps.
+    """
 
     peak_lr: float
     warmup_steps: int
     warmup_factor: float
     drops: tuple[int, ...]
     drop_factor: float
+    epoch_decay: float
+    steps_per_epoch: int
 
     def lr(self, step: int) -> float:
         """Return the rate for the update after `step` finished updates."""
         rate = self.peak_lr * self.drop_factor ** sum(step >= drop for drop in self.drops)
+        rate *= self.epoch_decay ** (step // self.steps_per_epoch)
         if step < self.warmup_steps:
             rate *= self.warmup_factor + (1 - self.warmup_factor) * step / self.warmup_steps
         return rate
@@ -52,4 +58,6 @@ def build_schedule(recipe: DetectionRecipe, steps_per_epoch: int) -> StepSchedul
         warmup_factor=config.warmup_factor,
         drops=tuple(round(share * total) for share in config.drops),
         drop_factor=config.drop_factor,
+        epoch_decay=config.epoch_decay,
+        steps_per_epoch=steps_per_epoch,
     )

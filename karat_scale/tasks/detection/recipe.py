@@ -73,7 +73,13 @@ class DetectorConfig(Section):
     rois: Count = 512
     """Regions of interest sampled per image for the losses of the heads."""
     proposals: Count = 1000
-    """Proposals that the first stage keeps, chosen from as many per level. Twice as many in training."""
+    """Proposals that the first stage keeps."""
+    proposals_in_training: Count | None = None
+    """The same in training. Null means `proposals`."""
+    candidates: Count | None = None
+    """Candidates per level, of which non-maximum suppression (NMS) leaves the proposals. Null means `proposals`."""
+    candidates_in_training: Count | None = None
+    """The same in training. Null means twice `proposals`."""
     min_score: Fraction = 0.05
     """Detections with a lower score are dropped."""
     detections: Count = 100
@@ -100,7 +106,7 @@ class AdamWConfig(OptimConfig):
 
 
 class StepScheduleConfig(Section):
-    """A linear warm-up, then a rate that falls in steps."""
+    """A linear warm-up, then a rate that falls in steps, or a little after each epoch."""
 
     warmup_steps: Annotated[int, Field(ge=0)] = 250
     """Length of the warm-up in steps."""
@@ -110,6 +116,8 @@ class StepScheduleConfig(Section):
     """The shares of training after which the learning rate falls."""
     drop_factor: Fraction = 0.1
     """The learning rate is multiplied by this at each drop."""
+    epoch_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """The learning rate is multiplied by this after each epoch."""
 
 
 class DetectionTrainConfig(TrainConfig):

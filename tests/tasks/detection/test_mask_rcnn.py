@@ -25,6 +25,21 @@ def detector(small):
     return build_detector(build_vit(recipe), recipe)
 
 
+def test_the_first_stage_keeps_as_many_as_the_recipe_says(small) -> None:
+    plain, asked = (
+        build_detector(build_vit(recipe), recipe).rpn
+        for recipe in (
+            small(detector={"proposals": 50}),
+            small(detector={"proposals": 5, "proposals_in_training": 6, "candidates": 7, "candidates_in_training": 8}),
+        )
+    )
+    numbers = [
+        (rpn.train().pre_nms_top_n(), rpn.post_nms_top_n(), rpn.eval().pre_nms_top_n(), rpn.post_nms_top_n())
+        for rpn in (plain, asked)
+    ]
+    assert numbers == [(100, 50, 50, 50), (8, 6, 7, 5)]
+
+
 @pytest.mark.parametrize("targets", [[TARGET, NOTHING], [NOTHING, NOTHING]])
 def test_every_parameter_learns_also_where_nothing_is_seen(detector, targets) -> None:
     losses = detector([torch.rand(3, 48, 64), torch.rand(3, 48, 64)], targets)

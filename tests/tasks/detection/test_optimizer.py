@@ -27,6 +27,16 @@ def test_rates_fall_block_by_block_below_the_pyramid_as_in_vitdet(small) -> None
     assert of[id(model.rpn.head.cls_logits.weight)]["weight_decay"] == 0.1
 
 
+def test_the_rate_decays_after_each_epoch(small) -> None:
+    recipe = small(
+        optim={"lr": 1e-3},
+        schedule={"warmup_steps": 0, "drops": [], "epoch_decay": 0.5},
+        train={"epochs": 3, "global_batch": 8},
+    )
+    schedule = build_schedule(recipe, steps_per_epoch=6)
+    assert [schedule.lr(step) for step in (0, 5, 6, 17)] == pytest.approx([1e-3, 1e-3, 5e-4, 2.5e-4])
+
+
 def test_the_rate_warms_up_and_drops_twice(small) -> None:
     recipe = small(
         optim={"lr": 1e-3, "lr_batch": 16},

@@ -6,15 +6,35 @@ from karat_scale.recipe.loading import flatten, load_recipe
 from karat_scale.tasks.detection.recipe import DetectionRecipe
 
 BASE = "coco_mask_rcnn_vit_base"
+PAPER = "coco_paper_vit_base"
 
 
 def test_the_shipped_recipes_differ_in_attention_alone() -> None:
-    assert set(shipped_recipes(DetectionRecipe.shipped)) == {BASE, f"{BASE}_g1b"}
+    assert {name for name in shipped_recipes(DetectionRecipe.shipped) if PAPER not in name} == {BASE, f"{BASE}_g1b"}
     plain, karat = (flatten(load_recipe(name, [], DetectionRecipe)) for name in (BASE, f"{BASE}_g1b"))
     differs = {key for key in plain if plain[key] != karat[key] and not key.startswith("run.")}
     assert differs == {"attention.kind", "attention.grid"}
     # ViTDet's settings, also where a recipe says nothing.
     assert (karat["optim.eps"], karat["optim.clip_grad"], karat["train.epochs"]) == (1e-8, 0.0, 100)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("", "blockwise"), ("_g1b", "blockwise"), ("_g1u", "universal")])
+@pytest.mark.parametrize(("start", "init_from"), [("", "runs/imagenet_vit_base"), ("_random", "")])
+def test_the_papers_recipes_are_its_table(kind: str, mode: str, start: str, init_from: str) -> None:
+    recipe = load_recipe(f"{PAPER}{kind}{start}", [], DetectionRecipe)
+    attention, detector, optim = recipe.attention, recipe.detector, recipe.optim
+    assert recipe.init_from == init_from
+    assert (attention.kind, attention.mode) == ("karat" if kind else "softmax", mode)
+    if kind:
+        assert (attention.grid, attention.rank, attention.form, attention.init) == (1, 12, "modular", "paper")
+    assert (recipe.model.image_size, recipe.model.drop_path, recipe.augment.scale) == (224, 0.0, (1.0, 1.0))
+    assert detector.anchor_sizes == (32, 64, 128, 256, 512)
+    assert (detector.candidates_in_training, detector.candidates) == (12_000, 6_000)
+    assert (detector.proposals_in_training, detector.proposals) == (2_000, 1_000)
+    assert (optim.lr, optim.lr_batch, optim.eps, optim.weight_decay, optim.layer_decay) == (1e-4, None, 1e-6, 0.1, 1.0)
+    assert (recipe.train.global_batch, recipe.train.max_steps) == (32, 184_375)
+    assert recipe.train.epochs * (117_266 // 32) >= 184_375
+    assert (recipe.schedule.drops, recipe.schedule.epoch_decay) == ((), 0.988)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from tests.conftest import ROOT, events, karat, karat_command, karat_environment
 from tests.run.runs import wait_for_step
 from tests.small_engines import equal
 from tests.tasks.detection.conftest import write_small
-from tests.tasks.detection.cut_outs import make_set
+from tests.tasks.detection.cut_outs import LAYOUT, make_set
 
 
 def newest(run: Path) -> tuple[dict, dict]:
@@ -71,6 +71,26 @@ def test_a_stopped_run_ends_in_the_same_bits(
     assert main(["detect", "--eval", str(run), "train.eval_batch=3", "--json", str(out)]) == 0
     assert json.loads(out.read_text())["mask_ap"] == pytest.approx(scores["mask_ap"], abs=0.05)
     assert "12 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "recipe", ["coco_paper_vit_base_g1u_random", pytest.param("coco_paper_vit_base", marks=pytest.mark.slow)]
+)
+def test_a_recipe_of_the_paper_trains_at_a_small_size(recipe: str, coco_set: Path, tmp_path: Path) -> None:
+    sizes = ("name=vit_mini_patch4_28", "image_size=64", "patch_size=8", "embed_dim=64", "depth=2", "num_heads=2")
+    overrides = [
+        *(f"model.{size}" for size in (*sizes, "num_classes=3")),
+        *(f"{key}={value}" for key, value in LAYOUT.items()),
+        *("detector.window=8", "detector.channels=32", "detector.box_features=64", "init_from=", "data.workers=0"),
+        *("train.max_steps=3", "train.global_batch=4", "train.precision=fp32", "log.every_steps=1"),
+    ]
+    run = tmp_path / "run"
+    done = karat("detect", recipe, f"data.path={coco_set}", f"run.dir={run}", *overrides)
+    assert done.returncode == 0, done.stderr
+    lines = events(run, "train")
+    assert [event["step"] for event in lines] == [1, 2, 3]
+    assert lines[0]["lr"] == pytest.approx(1e-4 * 0.001)
+    assert summary(run)["last_mask_ap"] is not None
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, capsys) -> None:
