@@ -12,7 +12,7 @@ import yaml
 from karat_scale import __version__
 from karat_scale.cli import main
 from karat_scale.recipe.loading import load_recipe
-from tests.conftest import events, karat, karat_command, karat_environment, summary
+from tests.conftest import events, karat, karat_command, karat_environment, karat_here, summary
 
 Train = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -187,3 +187,9 @@ def test_eval_of_what_is_not_a_run_is_one_line(tmp_path: Path, train_recipe: Tra
     train_recipe("train.max_steps=1", "train.ema_decay=0")
     refused(karat("eval", str(tmp_path / "run"), "--checkpoint", "step-00000009"), "step-00000001")
     refused(karat("eval", str(tmp_path / "run"), "--weights", "ema"), "no EMA weights")
+
+
+def test_an_error_shows_control_characters_and_does_not_send_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert karat_here("train", "fashion_mnist_demo", "model.\x1b[2J=1") == 2
+    assert "\\x1b[2J" in (said := capsys.readouterr().err)
+    assert "\x1b" not in said
