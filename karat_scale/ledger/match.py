@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def repeats(record: Record, row: PaperRow, table: PaperTable) -> bool:
     Memory rows need a GPU. Synthetic images repeat no row. Nor does a run that does not record its classes, since it
     may be on any data set.
     """
-    if row.recipe not in shipped_recipes() or record.resolved.data.row.files is None:
+    if row.recipe not in shipped_recipes() or table.data is None or record.resolved.data.row.files is None:
         return False
     if table.measure == "memory" and record.figures.device.startswith("CPU"):
         return False
@@ -41,11 +42,30 @@ def repeats(record: Record, row: PaperRow, table: PaperTable) -> bool:
 def budget_mark(record: Record, row: PaperRow, table: PaperTable) -> str:
     """Return `short` if a run was trained on fewer images than its row's recipe, `long` if on more."""
     reference = reference_recipe(row)
+    assert table.data is not None
     whole = table.data.images // reference.train.global_batch * reference.train.global_batch
     is_part = record.epoch_images < whole or record.eval_images < table.data.val_images
     if is_part or record.epochs < reference.train.epochs - 1e-6:
         return "short"
     return "long" if record.epochs > reference.train.epochs + 1e-6 else ""
+
+
+def by_recipe(records: Sequence[Record]) -> list[list[Record]]:
+    """Return runs in groups that differ only in their seed, in the order of the first of each."""
+    groups: list[list[Record]] = []
+    for record in records:
+        for group in groups:
+            if _differ_in_seed(group[0], record):
+                group.append(record)
+                break
+        else:
+            groups.append([record])
+    return groups
+
+
+def _differ_in_seed(one: Record, other: Record) -> bool:
+    budgets = [(r.epoch_images, r.eval_images, r.figures.samples, r.resolved.run.name) for r in (one, other)]
+    return budgets[0] == budgets[1] and not differing_keys(one.resolved, other.resolved, ("run.seed",))
 
 
 def _is_of(record: Record, data: DataSet) -> bool:
@@ -63,17 +83,21 @@ def _ancestor(record: Record, key: str) -> str:
 
 def command_of_row(row: PaperRow) -> str:
     """Return the command that repeats a row."""
-    return " ".join(["karat train", row.recipe, *row.overrides, "data.path=DIR"])
+    command = "karat train" if row.recipe in shipped_recipes() else "karat detect"
+    return " ".join([command, row.recipe, *row.overrides, "data.path=DIR"])
 
 
-def command_of_record(record: Record) -> str:
-    """Return the command that repeats a run: the shipped recipe of the same name and the changed keys; else nothing."""
+def command_of_record(record: Record, seed: bool = True) -> str:
+    """Return the command that repeats a run: the shipped recipe of the same name and the changed keys; else nothing.
+
+    seed: False leaves the run's seed out.
+    """
     name = record.resolved.run.name
     if name not in shipped_recipes():
         return ""
     reference = load_recipe(name)
     before, after = flatten(reference), flatten(record.resolved)
-    keys = differing_keys(reference, record.resolved)
+    keys = differing_keys(reference, record.resolved, () if seed else ("run.seed",))
     keys += ["train.max_steps"] if before["train.max_steps"] != after["train.max_steps"] else []
     return " ".join(["karat train", name, *(f"{key}={_yaml(after[key])}" for key in keys), "data.path=DIR"])
 

@@ -1,25 +1,32 @@
 """Render docs/reproduction.md from the paper's tables and the records. The page has no other source."""
 
+import statistics
 from collections.abc import Iterable, Sequence
 
-from karat_scale.ledger.match import budget_mark, command_of_record, command_of_row, repeats
-from karat_scale.ledger.paper import PaperRow, PaperTable, paper_tables
+from karat_scale.ledger.match import budget_mark, by_recipe, command_of_record, command_of_row, repeats
+from karat_scale.ledger.paper import PaperGroup, PaperRow, PaperTable, paper_groups
 from karat_scale.ledger.record import Record
-from karat_scale.recipe.files import shipped_recipes
 
 _TOP = """# Reproduction
 
-This page lists every row of the tables of [arXiv 2503.10632](https://arxiv.org/abs/2503.10632). Where we have a run of
-the same recipe, it is in the column `ours`. `karat ledger RUN` generates this page from the paper's figures
-(`karat_scale/ledger/paper.yaml`) and the runs' own summaries (`docs/ledger/`). Do not edit it: a test compares it with
-both.
+This page has a row for every figure in the tables of [arXiv 2503.10632](https://arxiv.org/abs/2503.10632) that a run
+can have. Where we have a run of the same recipe, it is in the column `ours`. `karat ledger RUN` generates this page
+from the paper's figures (`karat_scale/ledger/paper.yaml`) and the runs' own summaries (`docs/ledger/`). Do not edit it:
+a test compares it with both.
 
 Accuracies are top-1 / top-5 in percent after the last epoch, not the best of all epochs. A row marked *short* was
 trained on fewer images than the paper's model, and a row marked *long* on more; do not compare such a figure with the
-paper's. The column `recipe` has the first digits of the recipe's SHA-256. Each figure links to the run's summary, whole
-recipe, hardware and versions. DIR is the directory of the data. With torchrun, the same commands use more GPUs.
+paper's. Runs that differ only in their seed have a row with their mean and, after ±, their standard deviation. A figure
+of the paper marked ! is at odds with another place of the paper, as the lines below its table say. The column `recipe`
+has the first digits of the recipe's SHA-256. Each figure links to the run's summary, whole recipe, hardware and
+versions. DIR is the directory of the data. With torchrun, the same commands use more GPUs.
 """
 _HEAD = ("model", "parameters", "paper", "ours", "budget", "hardware", "seed", "recipe", "command")
+_PAPER = {
+    "accuracy": "paper",
+    "memory": "paper; GFLOPs of the activation / in total",
+    "detection": "paper: box AP / AP50 / AP75; mask AP / AP50 / AP75",
+}
 _OTHER = """## Other runs
 
 These runs do not repeat a row of the paper.
@@ -31,14 +38,26 @@ _NOT_YET = "not yet run"
 def render_page(records: Sequence[Record]) -> str:
     """Return the whole page as Markdown."""
     used: set[str] = set()
-    parts = [_TOP]
-    for table in paper_tables():
-        parts.append(_render_table(table, records, used))
+    groups = [(group, _render_group(group, records, used)) for group in paper_groups()]
     others = [record for record in records if record.name not in used]
+    parts = [_TOP, _contents([group for group, _ in groups], bool(others)), *(text for _, text in groups)]
     if others:
-        parts.append(_OTHER)
-        parts.append(_table(_HEAD, (_other_row(record) for record in others)))
+        rows = [row for group in by_recipe(others) for row in _other_rows(group)]
+        parts += [_OTHER, _table(_HEAD, rows)]
     return "\n".join(parts)
+
+
+def _contents(groups: Sequence[PaperGroup], has_others: bool) -> str:
+    lines = [f"- {_link(group.title)}: {', '.join(table.title for table in group.tables)}" for group in groups]
+    return "".join(f"{line}\n" for line in (*lines, *([f"- {_link('Other runs')}"] if has_others else [])))
+
+
+def _link(title: str) -> str:
+    return f"[{title}](#{title.lower().replace(' ', '-')})"
+
+
+def _render_group(group: PaperGroup, records: Sequence[Record], used: set[str]) -> str:
+    return "\n".join([f"## {group.title}\n", *(_render_table(table, records, used) for table in group.tables)])
 
 
 def _render_table(table: PaperTable, records: Sequence[Record], used: set[str]) -> str:
@@ -46,17 +65,47 @@ def _render_table(table: PaperTable, records: Sequence[Record], used: set[str]) 
     for row in table.rows:
         found = [record for record in records if repeats(record, row, table)]
         used.update(record.name for record in found)
-        rows += [_ours(table, row, record) for record in found] or [_not_yet(table, row)]
+        rows += [line for group in by_recipe(found) for line in _rows_of(table, row, group)] or [_not_yet(table, row)]
     note = f"\n{table.note}\n" if table.note else ""
-    head = list(_HEAD)
-    if table.measure == "memory":
-        head[2] = "paper; GFLOPs of the activation / in total"
-    return f"## {table.title}\n{note}\n{_table(head, rows)}"
+    head = [_PAPER[table.measure] if name == "paper" else name for name in _HEAD]
+    return f"### {table.title}\n{note}\n{_table(head, rows)}{_doubts(table)}"
+
+
+def _doubts(table: PaperTable) -> str:
+    """Return a paragraph for each doubt, with the rows that have it."""
+    rows: dict[str, list[str]] = {}
+    for row in table.rows:
+        if row.doubt:
+            rows.setdefault(row.doubt, []).append(row.model)
+    return "".join(f"\n! {'; '.join(models)}: {doubt}.\n" for doubt, models in rows.items())
 
 
 def _not_yet(table: PaperTable, row: PaperRow) -> tuple[str, ...]:
-    command = f"`{command_of_row(row)}`" if row.recipe in shipped_recipes() else ""
-    return row.model, _parameters(row), _paper(table, row), _NOT_YET, "", "", "", "", command
+    return row.model, _parameters(row), _paper(table, row), _NOT_YET, "", "", "", "", f"`{command_of_row(row)}`"
+
+
+def _rows_of(table: PaperTable, row: PaperRow, group: Sequence[Record]) -> list[tuple[str, ...]]:
+    mean = [] if len(group) < 2 else [(row.model, "", _paper(table, row), *_mean(table.measure, group))]
+    return [*mean, *(_ours(table, row, record) for record in group)]
+
+
+def _other_rows(group: Sequence[Record]) -> list[tuple[str, ...]]:
+    mean = [] if len(group) < 2 else [(group[0].resolved.run.name, "", "", *_mean("accuracy", group))]
+    return [*mean, *map(_other_row, group)]
+
+
+def _mean(measure: str, group: Sequence[Record]) -> tuple[str, ...]:
+    """Return the cells from `ours` on of the mean over seeds."""
+    figures = [record.figures for record in group]
+    columns = [[f.last_top1 for f in figures], [f.last_top5 for f in figures]]
+    if measure == "memory":
+        columns = [[f.peak_memory_mb / 1000 for f in figures]]
+    means = " / ".join(f"{statistics.mean(x):.2f} ± {statistics.stdev(x):.2f}" for x in columns)
+    unit = " GB" if measure == "memory" else ""
+    seeds = ", ".join(str(record.resolved.run.seed) for record in group)
+    budget = f"{group[0].epochs:.4g} x {group[0].epoch_images:,} images"
+    command = command_of_record(group[0], seed=False)
+    return f"**{means}{unit}**, mean of {len(group)}", budget, "", seeds, "", f"`{command}`" if command else ""
 
 
 def _ours(table: PaperTable, row: PaperRow, record: Record) -> tuple[str, ...]:
@@ -89,9 +138,17 @@ def _figure(table: PaperTable, record: Record) -> str:
 
 
 def _paper(table: PaperTable, row: PaperRow) -> str:
+    mark = " !" if row.doubt else ""
+    if table.measure == "detection":
+        return "; ".join(_percents(figures) for figures in (row.box, row.mask) if figures) + mark
     if table.measure == "memory":
-        return f"{row.memory:g} GB" + (f"; {row.gflops[0]:g} / {row.gflops[1]:g}" if row.gflops else "")
-    return " / ".join(f"{figure:.2f}" for figure in (row.top1, row.top5) if figure is not None)
+        gflops = f"; {row.gflops[0]:g} / {row.gflops[1]:g}" if row.gflops else ""
+        return f"{row.memory:g} GB{gflops or (f'; {row.total_gflops:g}' if row.total_gflops else '')}{mark}"
+    return _percents([figure for figure in (row.top1, row.top5) if figure is not None]) + mark
+
+
+def _percents(figures: Iterable[float]) -> str:
+    return " / ".join(f"{figure:.2f}" for figure in figures)
 
 
 def _parameters(row: PaperRow, record: Record | None = None) -> str:
@@ -103,7 +160,8 @@ def _millions(record: Record) -> str:
     return f"{record.figures.parameters / 1e6:.2f} M"
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table without the columns that are empty in every row."""
+    shown = [column for column in range(len(head)) if any(row[column] for row in rows)]
+    lines = [[line[column] for column in shown] for line in (head, ["---"] * len(head), *rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

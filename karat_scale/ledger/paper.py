@@ -21,7 +21,13 @@ class DataSet(BaseModel):
 
 
 class PaperRow(BaseModel):
-    """One row: the paper's figures, and the recipe that repeats it. Percent, millions, GB, GFLOPs."""
+    """One row: the paper's figures, and the recipe that repeats it. Percent, millions, GB, GFLOPs.
+
+    Args:
+        gflops: of the attention activation, and in total.
+        box, mask: AP, AP50 and AP75.
+        doubt: what else the paper says of this figure, where it contradicts itself.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -33,25 +39,41 @@ class PaperRow(BaseModel):
     parameters: float | None = None
     memory: float | None = None
     gflops: tuple[float, float] | None = None
-    """GFLOPs of the attention activation, and in total."""
+    total_gflops: float | None = None
+    box: tuple[float, float, float] | None = None
+    mask: tuple[float, float, float] | None = None
+    doubt: str = ""
 
 
 class PaperTable(BaseModel):
-    """Rows on one data set."""
+    """Rows on one data set. `data` is None for COCO, whose runs the ledger does not take in."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
     note: str = ""
-    measure: Literal["accuracy", "memory"] = "accuracy"
-    data: DataSet
+    measure: Literal["accuracy", "memory", "detection"] = "accuracy"
+    data: DataSet | None
     rows: tuple[PaperRow, ...]
 
 
-def paper_tables() -> tuple[PaperTable, ...]:
-    """Return all tables, in the paper's order."""
-    known = data_sets()
-    return tuple(PaperTable.model_validate({**table, "data": known[table["data"]]}) for table in _read("paper.yaml"))
+class PaperGroup(BaseModel):
+    """Tables of one kind of experiment."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str
+    tables: tuple[PaperTable, ...]
+
+
+def paper_groups() -> tuple[PaperGroup, ...]:
+    """Return all tables, in groups."""
+    known = {**data_sets(), "coco": None}
+    groups = [
+        {**group, "tables": [{**table, "data": known[table["data"]]} for table in group["tables"]]}
+        for group in _read("paper.yaml")
+    ]
+    return tuple(PaperGroup.model_validate(group) for group in groups)
 
 
 def data_sets() -> dict[str, DataSet]:

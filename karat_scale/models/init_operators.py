@@ -5,9 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from karat_scale.attention import KaratOperator
 from karat_scale.errors import RecipeError
-from karat_scale.models.interpolate import TokenGrid, resize_operator, square_grid, tokens_of
+from karat_scale.models.interpolate import Resizable, TokenGrid, resize_operator, square_grid, tokens_of
 from karat_scale.models.layers import attention_layers
 from karat_scale.models.prefix_tokens import places_of, prefix_tokens
 
@@ -28,7 +27,7 @@ def spread_operator(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str
 
 
 def operators_for(
-    model: nn.Module, weights: Mapping[str, Tensor], there: Sequence[str]
+    model: nn.Module, weights: Mapping[str, Tensor], there: Sequence[str], patches: int | None = None
 ) -> tuple[dict[str, Tensor], list[TokenGrid]]:
     """Return the operators' tensors for a model's grids and prefix tokens, and the other grids that they came from.
 
@@ -36,6 +35,7 @@ def operators_for(
         model: its operators give the initial values of prefix tokens that only it has.
         weights: a state dict with operators.
         there: the prefix tokens of the weights, as `prefix_tokens` names them.
+        patches: their number in the weights, for operators that do not show it; None if it is the model's.
 
     Raises:
         RecipeError: the operators are of other layers or of another kind.
@@ -58,7 +58,8 @@ def operators_for(
             )
         try:
             new = square_grid(operator.num_tokens, len(here))
-            old = square_grid(tokens_of(operator, tensors), len(there))
+            tokens = tokens_of(operator, tensors) or len(there) + (patches or new.patches)
+            old = square_grid(tokens, len(there))
             tensors = resize_operator(operator, tensors, old, new, places)
         except ValueError as error:
             raise RecipeError(
@@ -70,10 +71,10 @@ def operators_for(
     return resized, others
 
 
-def _operators(model: nn.Module) -> Iterator[tuple[str, KaratOperator]]:
+def _operators(model: nn.Module) -> Iterator[tuple[str, Resizable]]:
     """Yield every block's operator with its parameters' prefix; a shared operator comes once for each block."""
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, KaratOperator):
+        if isinstance(module, Resizable):
             yield f"{name}.", module
 
 

@@ -5,7 +5,8 @@ sum_q phi_pq(A[k, q]) over keys, O = sum_j S[k, j] V[j] over values, whose weigh
 phi_jp. Over P patches such a sum is P times the mean of a function on the image, of which the patches are samples. So
 on another grid of P' patches the same function is resampled bicubically, and its factors are scaled by
 P / P': the sums, and with them the variance of H and O, stay as they were, as far as images are smooth on the scale
-of a patch. Class and register tokens are one term each, and stay as they are.
+of a patch. Class and register tokens are one term each, and stay as they are. A learned constant S has a sum over its
+second axis of tokens only. Coefficients of modes of the grid are fitted to the resampled functions.
 """
 
 import math
@@ -18,6 +19,10 @@ from torch.nn import functional
 
 from karat_scale.attention import KaratOperator
 from karat_scale.attention.form_parameters import SECOND, parameter_shapes
+from karat_scale.attention.variants import BoundedOperator, SmoothOperator, StaticHeads
+from karat_scale.attention.variants.smooth import mode_columns
+
+Resizable = KaratOperator | StaticHeads | BoundedOperator | SmoothOperator
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,14 @@ def square_grid(tokens: int, prefix: int) -> TokenGrid:
     return TokenGrid(prefix, side, side)
 
 
-def tokens_of(operator: KaratOperator, tensors: Mapping[str, Tensor]) -> int:
-    """Return N of an operator's tensors by name. `operator` is the same except for N.
+def tokens_of(operator: Resizable, tensors: Mapping[str, Tensor]) -> int | None:
+    """Return N of an operator's tensors by name; None if they do not show it. `operator` is the same except for N.
 
     Raises ValueError if they are of another operator.
     """
+    if isinstance(operator, SmoothOperator):
+        _check(operator, tensors, operator.num_tokens)
+        return None
     for name, axes in _token_axes(operator).items():
         tensor = tensors.get(name)
         if axes and tensor is not None and tensor.dim() > axes[0]:
@@ -65,7 +73,7 @@ def tokens_of(operator: KaratOperator, tensors: Mapping[str, Tensor]) -> int:
 
 
 def resize_operator(
-    operator: KaratOperator,
+    operator: Resizable,
     tensors: Mapping[str, Tensor],
     old: TokenGrid,
     new: TokenGrid,
@@ -75,7 +83,7 @@ def resize_operator(
 
     Args:
         operator: of the new size; it gives the initial values of class or register tokens that the old grid lacks.
-        tensors: W [h, N, r] as `proj`, and the basis's parameters, by name.
+        tensors: its parameters by name.
         old, new: the grid of the tensors, and the grid to convert to.
         places: the position of each class and register token of the new grid in the old one, or None if missing; the
             default is the first ones.
@@ -86,14 +94,13 @@ def resize_operator(
     places = range(new.prefix) if places is None else places
     if old == new and list(places) == list(range(new.prefix)):
         return dict(tensors)
-    amplitudes = {"proj", *operator.basis.amplitudes}
-    if len(amplitudes) == 1:
-        raise ValueError(f"the basis {type(operator.basis).__name__} has no `amplitudes`, so N cannot change")
+    if isinstance(operator, SmoothOperator):
+        return _resize_modes(operator, tensors, old, new, places)
     resized = {}
     for name, axes in _token_axes(operator).items():
         tensor = tensors[name]
         for axis in axes:
-            scale = old.patches / new.patches if name.removeprefix(SECOND) in amplitudes else 1.0
+            scale = old.patches / new.patches if _is_summed(operator, name, axis) else 1.0
             tensor = resize_tokens(tensor, axis, old, new, scale, places)
         resized[name] = _with_new_tokens(getattr(operator, name), tensor, axes, places)
     return resized
@@ -123,6 +130,34 @@ def resize_tokens(
     return torch.cat((prefix, patches), -1).movedim(-1, axis).contiguous()
 
 
+def _is_summed(operator: Resizable, name: str, axis: int) -> bool:
+    """Return True if what a parameter multiplies is summed over this axis. Raises ValueError if that is not known."""
+    if isinstance(operator, StaticHeads):
+        return axis == 2
+    if not isinstance(operator, KaratOperator):
+        return True
+    if not operator.basis.amplitudes:
+        raise ValueError(f"the basis {type(operator.basis).__name__} has no `amplitudes`, so N cannot change")
+    return name.removeprefix(SECOND) in ("proj", *operator.basis.amplitudes)
+
+
+def _resize_modes(
+    operator: SmoothOperator,
+    tensors: Mapping[str, Tensor],
+    old: TokenGrid,
+    new: TokenGrid,
+    places: Sequence[int | None],
+) -> dict[str, Tensor]:
+    """The coefficients that are nearest to the resampled functions; 0 at a token that has no place in the old grid."""
+    before = mode_columns(old.tokens, operator.num_modes)
+    resampled = resize_tokens(before, 0, old, new, old.patches / new.patches, places)
+    change = mode_columns(new.tokens, operator.num_modes).mT @ resampled
+    return {
+        name: torch.tensordot(change, x.double(), ([1], [_MODES[name]])).movedim(0, _MODES[name]).to(x.dtype)
+        for name, x in tensors.items()
+    }
+
+
 def _with_new_tokens(own: Tensor, tensor: Tensor, axes: Sequence[int], places: Sequence[int | None]) -> Tensor:
     """`tensor`, but `own` wherever one of its axes of tokens is at a token that has no place in the old grid."""
     new = torch.tensor([number for number, place in enumerate(places) if place is None], dtype=torch.long)
@@ -132,13 +167,29 @@ def _with_new_tokens(own: Tensor, tensor: Tensor, axes: Sequence[int], places: S
     return torch.where(is_new, own.to(tensor.dtype), tensor)
 
 
-def _shapes(operator: KaratOperator, tokens: int) -> dict[str, tuple[int, ...]]:
+_MODES = {"cos_modes": 2, "sin_modes": 2, "proj_modes": 1}
+_AXES: dict[type, dict[str, list[int]]] = {
+    StaticHeads: {"matrix": [1, 2]},
+    BoundedOperator: {"cos_coef": [2], "sin_coef": [2], "proj": [1], "gamma": [], "temperature": []},
+    SmoothOperator: {name: [] for name in _MODES},
+}
+
+
+def _shapes(operator: Resizable, tokens: int) -> dict[str, tuple[int, ...]]:
+    if not isinstance(operator, KaratOperator):
+        axes = _AXES[type(operator)]
+        return {
+            name: tuple(tokens if axis in axes[name] else size for axis, size in enumerate(parameter.shape))
+            for name, parameter in operator.named_parameters()
+        }
     shapes = parameter_shapes(operator.basis, operator.form, operator.num_heads, tokens, operator.rank)
     return shapes if operator.proj is None else {**shapes, "proj": (operator.num_heads, tokens, operator.rank)}
 
 
-def _token_axes(operator: KaratOperator) -> dict[str, list[int]]:
+def _token_axes(operator: Resizable) -> dict[str, list[int]]:
     """The axes of each parameter whose size follows N."""
+    if not isinstance(operator, KaratOperator):
+        return _AXES[type(operator)]
     one, other = _shapes(operator, operator.num_tokens), _shapes(operator, operator.num_tokens + 1)
     return {
         name: [axis for axis, sizes in enumerate(zip(shape, other[name], strict=True)) if sizes[0] != sizes[1]]
@@ -146,7 +197,7 @@ def _token_axes(operator: KaratOperator) -> dict[str, list[int]]:
     }
 
 
-def _check(operator: KaratOperator, tensors: Mapping[str, Tensor], tokens: int) -> None:
+def _check(operator: Resizable, tensors: Mapping[str, Tensor], tokens: int) -> None:
     expected = _shapes(operator, tokens)
     if set(tensors) != set(expected):
         raise ValueError(f"expected {', '.join(expected)}, not {', '.join(tensors)}")

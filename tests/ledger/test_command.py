@@ -121,13 +121,31 @@ def test_a_run_of_the_papers_recipe_is_its_row_and_its_budget_is_marked(
     row = rows(docs, "ViT-Tiny + G3B")[1]
     assert "| 76.69 / 98.57 | *short:* [" in row
     assert "train.epochs=1" in row
-    assert "*short:*" in rows(docs, "ViT-Tiny + G3B, zero")[0]
     assert "not yet run" in rows(docs, "ViT-Tiny + G3B, gelu")[0]
     for epochs, seed, mark in ((100, 4, ""), (300, 5, "*long:* ")):
         pretend(run, "cifar10_vit_tiny_g3b", "cifar10", 50_000, f"train.epochs={epochs}", f"run.seed={seed}")
         assert ledger(run) == 0
         (row,) = (row for row in rows(docs, "ViT-Tiny + G3B") if f"| {seed} |" in row)
         assert f"| 76.69 / 98.57 | {mark}[" in row
+
+
+def test_runs_that_differ_in_their_seed_have_a_mean(run: Path, docs: Path, ledger: Callable[..., int]) -> None:
+    lines = events(run)
+    for seed, top1 in enumerate((70.0, 74.0)):
+        for event in lines:
+            event |= {"top1": top1, "top5": 98.0} if event["event"] == "eval" else {}
+        (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in lines))
+        pretend(run, "cifar10_vit_tiny", "cifar10", 50_000, f"run.seed={seed}", last_top1=top1, last_top5=98.0)
+        assert ledger(run) == 0
+    pretend(run, "cifar10_vit_tiny", "cifar10", 50_000, "run.seed=2", "train.epochs=50", last_top1=74.0, last_top5=98.0)
+    assert ledger(run) == 0
+    mean, first, second, short = rows(docs, "ViT-Tiny")[1:5]
+    assert "| **72.00 ± 2.83 / 98.00 ± 0.00**, mean of 2 |" in mean
+    assert "| 0, 1 |" in mean
+    assert "`karat train cifar10_vit_tiny data.path=DIR`" in mean
+    assert "| [70.00 / 98.00](" in first
+    assert "| [74.00 / 98.00](" in second
+    assert "*short:*" in short
 
 
 def test_a_run_on_other_data_is_no_row_of_the_papers(run: Path, docs: Path, ledger: Callable[..., int]) -> None:

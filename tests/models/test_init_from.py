@@ -32,6 +32,34 @@ def test_the_same_model_takes_the_same_bits(mode: str) -> None:
     assert same(source, target)
 
 
+@pytest.mark.parametrize(
+    "attention",
+    [
+        {"kind": "static"},
+        {"kind": "static_softmax"},
+        {"form": "bounded"},
+        {"form": "smooth", "modes": 4},
+        {"form": "content"},
+        {"kind": "learned_score"},
+    ],
+    ids=str,
+)
+def test_variants_change_their_image_size(attention: dict[str, object]) -> None:
+    source, target = model(0, **attention), model(1, image_size=24, **attention)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(0.01)
+    line = take_weights(target, source.state_dict())
+    assert line == ("" if attention.get("kind") == "learned_score" else "interpolated from 4 x 4 patches")
+    assert target(torch.randn(2, 3, 24, 24)).isfinite().all()
+    back = model(2, **attention)
+    take_weights(back, target.state_dict())
+    assert [x.shape for x in back.state_dict().values()] == [x.shape for x in source.state_dict().values()]
+    again = model(3, **attention)
+    assert take_weights(again, source.state_dict()) == ""
+    assert same(source, again)
+
+
 def test_another_number_of_classes_gets_a_new_head() -> None:
     source, target = model(0), model(1, num_classes=7)
     head = target.head.weight.clone()

@@ -8,12 +8,17 @@ from karat_scale.attention.heads import FourierHeads
 from karat_scale.attention.softmax_start import smooth_modes
 
 
+def mode_columns(tokens: int, count: int) -> Tensor:
+    """M [N, K], float64: orthonormal columns. Raises ValueError when there are fewer than K modes."""
+    constant = torch.full((tokens, 1), tokens**-0.5, dtype=torch.float64, device="cpu")
+    return torch.cat((constant, smooth_modes(tokens, count - 1)), 1)
+
+
 class SmoothOperator(FourierHeads):
     """The modular Fourier operator with coefficients and W expanded from K modes of the patch grid.
 
     a_pqm = sum_j M_qj c_pjm and W = M w. The orthonormal columns of M [N, K] are the constant, the class token, and the
-    lowest frequencies of the cosine transform over the grid. Ours, not the paper's: N / K times fewer parameters. With
-    another N the parameters keep their shapes, but sums over tokens grow with N, so the model needs fine-tuning.
+    lowest frequencies of the cosine transform over the grid. Ours, not the paper's: N / K times fewer parameters.
 
     Args:
         num_tokens: N, class token included.
@@ -44,8 +49,7 @@ class SmoothOperator(FourierHeads):
         super().__init__()
         self.num_tokens, self.num_heads, self.rank, self.grid = num_tokens, num_heads, rank, grid
         self.num_modes, self.implementation = modes, implementation
-        constant = torch.full((num_tokens, 1), num_tokens**-0.5, dtype=torch.float64, device="cpu")
-        columns = torch.cat((constant, smooth_modes(num_tokens, modes - 1)), 1)
+        columns = mode_columns(num_tokens, modes)
         kept = torch.get_default_dtype() if dtype is None else dtype
         # Not in checkpoints: it follows from N and K.
         where = torch.get_default_device() if device is None else device
