@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -96,13 +97,18 @@ def _available_instruction_sets() -> tuple[str, ...]:
     return {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(capability, ())
 
 
+def cpu_flags() -> set[str]:
+    """Return the features of this machine's processor that Linux lists, such as "avx2"; none on other systems."""
+    try:
+        found = re.search(r"^(?:flags|Features)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return set(found[1].split()) if found else set()
+
+
 def _may_use_amx() -> bool:
     """True if the CPU has bfloat16 tiles and Linux lets this process use them, after it was asked once."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file():
-        return False
-    flags = cpuinfo.read_text().partition("\nflags")[2].partition("\n")[0].split()
-    if not {"amx_bf16", "amx_tile", "avx512_bf16"}.issubset(flags):
+    if not {"amx_bf16", "amx_tile", "avx512_bf16"}.issubset(cpu_flags()):
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     code: int = ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data)

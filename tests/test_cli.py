@@ -40,6 +40,11 @@ def test_print_shows_the_resolved_recipe_and_trains_nothing(recipe_file: Path, t
     assert not (tmp_path / "run").exists()
 
 
+def test_print_checks_the_model(recipe_file: Path, capsys) -> None:
+    assert main(["train", str(recipe_file), "model.name=resnet50", "--print"]) == 2
+    assert "not supported by resnet50" in one_line(capsys)
+
+
 def test_print_checks_a_deepspeed_file_and_shows_nothing_else(recipe_file: Path, tmp_path: Path, capsys) -> None:
     own = tmp_path / "own.json"
     own.write_text('{"gradient_cliping": 1.0}')

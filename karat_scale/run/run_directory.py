@@ -206,7 +206,7 @@ class RunDirectory:
         if said and not is_branch and not {"data", "data.path"} & set(recipe.resume.allow):
             raise RunDirectoryError(
                 f"run.dir = {self.path}: data.path is not of the data that its run began with, it has {said}; put "
-                "data.path right, add resume.allow=[data.path], or choose another run.dir"
+                "data.path right, add 'resume.allow=[data.path]', or choose another run.dir"
             )
         state.train_images, state.class_order_sha256 = images, order
         return said
@@ -237,7 +237,7 @@ def _advice(path: Path, keys: list[str], fixed: list[str], before: dict[str, Any
         fits = all(key in _FITTED for key in shaping)
         weights = f", with init_from={path} to start from its weights" if fits else ""
         return f"another model cannot resume from its checkpoints: choose another run.dir{weights}"
-    advice = [f"use {key}={before[key]}" for key in fixed] or [f"add resume.allow=[{','.join(keys)}]"]
+    advice = [f"use {key}={before[key]}" for key in fixed] or [f"add 'resume.allow=[{','.join(keys)}]'"]
     return f"{' and '.join(advice)}, or choose another run.dir"
 
 

@@ -142,6 +142,7 @@ def test_a_finished_run_stays_finished(recipe_file: Path, tmp_path: Path) -> Non
     before = summary(run)
     again = karat("train", str(recipe_file), f"run.dir={run}", "train.epochs=1")
     assert again.returncode == 0
+    assert "nothing is left to do: the run has trained its train.epochs = 1" in again.stdout
     after = summary(run)
     assert len(events(run, "eval")) == 1
     assert {key: after[key] for key in ("steps", "best_top1", "images_per_second")} == {
