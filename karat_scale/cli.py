@@ -10,6 +10,7 @@ from karat_scale import __version__
 from karat_scale.arguments import OneLineParser, count, new_file, positive, time_limit, virtual_environment, whole
 from karat_scale.bench.commands import add_benches
 from karat_scale.compiler_caches import use_local_caches
+from karat_scale.console import printable
 from karat_scale.errors import UserError
 from karat_scale.shipped import SCRIPTS, run_prepare
 from karat_scale.tables import EXPORT_FORMATS
@@ -157,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         where = f"[rank {rank}] " if rank != "0" else ""
-        print(f"{where}error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{where}error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return EXIT_USAGE
 
 
