@@ -233,7 +233,7 @@ class Loop:
             is_best = state.record(figures)
             parts.reporter.evaluated(state.step, f"{scores} ({figures['weights']} weights)", figures)
             if is_best and parts.recipe.checkpoint.keep_best:
-                self._save(is_best=True)
+                self._save()
 
     def _during_evaluation(self, done: int, total: int) -> None:
         self.parts.reporter.beat("evaluating")
@@ -261,7 +261,7 @@ class Loop:
         if decision.save:
             self._save()
 
-    def _save(self, is_best: bool = False, wait: bool = False) -> bool:
+    def _save(self, wait: bool = False) -> bool:
         """Save this state unless that is done; whether it is, or without `wait` will be unless a rank fails."""
         self.parts.reporter.beat("saving")
         self._read_norms()
@@ -269,4 +269,6 @@ class Loop:
             if not self.parts.checkpoints.saver.holds(self.state):
                 self._fold_interval()
             self._save_points.note_save()
+            # Asked of the state, as the save at the evaluation may have failed.
+            is_best = self.state.best_step == self.state.step and self.parts.recipe.checkpoint.keep_best
             return self.parts.checkpoints.save(self.state, is_best, wait)

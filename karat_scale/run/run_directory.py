@@ -19,11 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar, overload
 
+from karat_scale.checkpoint.saved_state import falsehood
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
 from karat_scale.data.digest import class_order_digest
 from karat_scale.engine.run_state import RunState
 from karat_scale.errors import RunDirectoryError, not_written
-from karat_scale.files import read_text, write_atomically
+from karat_scale.files import parse_json, read_text, write_atomically
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import Effect
 from karat_scale.recipe.files import COMMANDS, read_recipe_file
@@ -48,7 +49,7 @@ class RunDirectory:
         self.summary_file = self.path / "summary.json"
         self.profile = self.path / "profile"
         self.snapshots = self.path / "snapshots"
-        self.store = CheckpointStore(self.path / "checkpoints")
+        self.store = CheckpointStore(self.path / "checkpoints", falsehood)
         self._lock: IO[str] | None = None
 
     def open(self, recipe: RunRecipe) -> str:
@@ -92,7 +93,7 @@ class RunDirectory:
             RunDirectoryError: the file is damaged.
         """
         try:
-            names = json.loads(read_text(self.classes_file))
+            names = parse_json(read_text(self.classes_file))
         except FileNotFoundError:
             return ()
         except ValueError:
@@ -126,7 +127,7 @@ class RunDirectory:
     def summary(self) -> dict[str, Any] | None:
         """`summary.json`, if the run has written one that is whole."""
         try:
-            summary = json.loads(read_text(self.summary_file))
+            summary = parse_json(read_text(self.summary_file))
         except (FileNotFoundError, ValueError):
             return None
         return summary if isinstance(summary, dict) else None
