@@ -26,6 +26,8 @@ COMPILERS = ("g++", "c++", "clang++")
 # Debian's packages for our sources.
 PACKAGES = "g++ libjpeg-dev"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast")
+# For KARAT_SANITIZE, such as address,undefined: what is found ends the process and says its line.
+SANITIZER_FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
 # What each instruction set needs beyond plain x86-64, in the order of preference.
 INSTRUCTION_SETS = {
     "amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
@@ -118,7 +120,7 @@ def _may_use_amx() -> bool:
 def _load(source: Path, isa: str, link: tuple[str, ...]) -> ctypes.CDLL:
     """The library from the cache; builds it first where no process has, and again where it is damaged."""
     compiler = find_compiler()
-    flags = (*FLAGS, *INSTRUCTION_SETS.get(isa, ()))
+    flags = (*FLAGS, *INSTRUCTION_SETS.get(isa, ()), *_sanitizer_flags())
     version = _run([compiler, "--version"])
     ours = (path.read_text() for path in (source, *sorted(source.parent.glob("*.h"))))
     import torch
@@ -134,6 +136,12 @@ def _load(source: Path, isa: str, link: tuple[str, ...]) -> ctypes.CDLL:
             if not _is_ours(library):
                 _build([compiler, *flags, str(source), *link], library)
     return ctypes.CDLL(str(library))
+
+
+def _sanitizer_flags() -> tuple[str, ...]:
+    """Those of the sanitizers that KARAT_SANITIZE names; mostly none. The process must preload their runtime."""
+    names = os.environ.get("KARAT_SANITIZE")
+    return (f"-fsanitize={names}", *SANITIZER_FLAGS) if names else ()
 
 
 def cache_directory() -> Path:
