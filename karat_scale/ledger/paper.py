@@ -9,10 +9,12 @@ from pydantic import BaseModel, ConfigDict
 _FOLDER = Path(__file__).parent
 
 
-class DataSet(BaseModel):
-    """The identity of a data set: images of its two splits, number of classes, and the digest of their names."""
-
+class _Facts(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSet(_Facts):
+    """The identity of a data set: images of its two splits, number of classes, and the digest of their names."""
 
     images: int
     val_images: int
@@ -20,10 +22,8 @@ class DataSet(BaseModel):
     classes_sha256: str
 
 
-class PaperRow(BaseModel):
+class PaperRow(_Facts):
     """One row: the paper's figures, and the recipe that repeats it. Percent, millions, GB, GFLOPs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model: str
     recipe: str
@@ -36,10 +36,8 @@ class PaperRow(BaseModel):
     """GFLOPs of the attention activation, and in total."""
 
 
-class PaperTable(BaseModel):
+class PaperTable(_Facts):
     """Rows on one data set."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
     note: str = ""
