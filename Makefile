@@ -9,7 +9,7 @@ EXTRAS := ffcv dali export detection
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
-.PHONY: install hooks demo docs test test-full test-turn coverage lint release clean packages extras
+.PHONY: install hooks demo docs test test-full test-turn faults coverage lint release clean packages extras
 
 # One marker file per set of extras, older than pyproject.toml when that changes.
 $(VENV)/.installed: pyproject.toml
@@ -76,6 +76,11 @@ test-full: lint extras
 
 test-turn: extras
 	$(PYTEST) --turn=$(TURN)
+
+# Hours: all that docs/reliability.md counts. build/faults has what was tried. Another SEED tries other faults.
+SEED ?= 0
+faults: extras
+	$(PYTEST) tests/faults --slow=all --faults=all --seed=$(SEED) --timeout=0
 
 # For one package: make coverage PYTEST_ARGS=tests/recipe. The pages of the lines that no test ran are in build/coverage.
 coverage: extras

@@ -10,9 +10,7 @@
 """
 
 import argparse
-import json
 import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,10 @@ from mkdocs.structure.files import File, Files
 from karat_scale.cli import build_parser
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import Effect
-from karat_scale.recipe.loading import effects
+from karat_scale.recipe.keys import Key, KeySection, sections_of, type_in_words
 from karat_scale.tasks.detection.recipe import DetectionRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
-_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -69,7 +66,6 @@ def page_of_root(text: str) -> str:
 
 def recipe_page(schema: type[RunRecipe], title: str, command: str) -> str:
     """Return a table for each section of a recipe: every key with its type, default, effect and meaning."""
-    whole = schema.model_json_schema(by_alias=True)
     introduction = (
         f"---\nhide: [toc]\n---\n\n# {title}\n\n"
         f"These are all keys of a recipe of `{command}`. A key that is not required has a default. "
@@ -79,43 +75,25 @@ def recipe_page(schema: type[RunRecipe], title: str, command: str) -> str:
         "another value of a key that changes `nothing`, `speed` or `rounding`. For the others, see "
         "[Change a recipe on purpose](checkpoints.md#change-a-recipe-on-purpose).\n"
     )
-    return "\n".join([introduction, *_section(whole, whole, "", effects(schema))])
+    return "\n".join([introduction, *map(_section, sections_of(schema))])
 
 
-def _section(
-    whole: Mapping[str, Any], section: Mapping[str, Any], name: str, effect_of: Mapping[str, Effect]
-) -> Iterator[str]:
-    """Yield the Markdown of a section: its docstring, the table of its keys, and then its own sections."""
-    keys = {f"{name}.{key}" if name else key: value for key, value in section["properties"].items()}
-    sections = {key: value for key, value in keys.items() if "$ref" in value}
-    if name:
-        yield f"## {name}\n\n{_prose(section['description'])}\n"
-    rows = [_row(key, value, section, effect_of[key]) for key, value in keys.items() if key not in sections]
-    if rows:
-        yield "| key | type | default | changes | meaning |\n|---|---|---|---|---|\n" + "".join(rows)
-    for key, value in sections.items():
-        yield from _section(whole, whole["$defs"][value["$ref"].rpartition("/")[2]], key, effect_of)
+def _section(section: KeySection) -> str:
+    """Return the Markdown of a section: its docstring and the table of its keys."""
+    head = f"## {section.name}\n\n{_prose(section.meaning)}\n\n" if section.name else ""
+    if not section.keys:
+        return head
+    return (
+        f"{head}| key | type | default | changes | meaning |\n|---|---|---|---|---|\n{''.join(map(_row, section.keys))}"
+    )
 
 
-def _row(key: str, value: Mapping[str, Any], section: Mapping[str, Any], effect: Effect) -> str:
-    required = key.rpartition(".")[2] in section.get("required", ())
-    default = "required" if required else f"`{json.dumps(value['default'])}`"
-    meaning = " ".join(_prose(value["description"]).split())
-    return f"| `{key}`{{ #{key} }} | {_type(value)} | {default} | {effect.name.lower()} | {meaning} |\n"
-
-
-def _type(value: Mapping[str, Any]) -> str:
-    """Return a type of JSON Schema in words."""
-    if "anyOf" in value:
-        return " or ".join(map(_type, value["anyOf"]))
-    if "const" in value or "enum" in value:
-        choices = value.get("enum", [value.get("const")])
-        return ", ".join(f"`{choice}`" if isinstance(choice, str) else f"`{json.dumps(choice)}`" for choice in choices)
-    if value["type"] == "array":
-        parts = value.get("prefixItems")
-        return f"[{', '.join(map(_type, parts))}]" if parts else f"list of {_type(value['items'])}"
-    bounds = [f"{sign} {value[bound]:,.10g}" for bound, sign in _BOUNDS.items() if bound in value]
-    return " ".join([value["type"], ", ".join(bounds)]).strip()
+def _row(key: Key) -> str:
+    kind = type_in_words(key.schema, "`{}`".format)
+    default = "required" if key.default is None else f"`{key.default}`"
+    return (
+        f"| `{key.name}`{{ #{key.name} }} | {kind} | {default} | {key.effect.name.lower()} | {_prose(key.meaning)} |\n"
+    )
 
 
 def _prose(text: str) -> str:

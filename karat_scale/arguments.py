@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from karat_scale.errors import on_one_line
 from karat_scale.suggestions import nearest
 
 
@@ -27,7 +28,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print `message` to standard error and exit."""
-        self.exit(2, f"error: {' '.join(message.split())} ({self.prog} --help lists the options)\n")
+        self.exit(2, f"error: {on_one_line(message)} ({self.prog} --help lists the options)\n")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Check `choices` like argparse, and suggest the nearest one."""

@@ -10,7 +10,7 @@ from karat_scale import __version__
 from karat_scale.arguments import OneLineParser, count, new_file, positive, time_limit, virtual_environment, whole
 from karat_scale.bench.commands import add_benches
 from karat_scale.compiler_caches import use_local_caches
-from karat_scale.errors import UserError
+from karat_scale.errors import UserError, on_one_line
 from karat_scale.shipped import SCRIPTS, run_prepare
 from karat_scale.tables import EXPORT_FORMATS
 from karat_scale.trust import VARIABLE
@@ -82,6 +82,20 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
     plan.set_defaults(run=_plan)
 
+    recipes = commands.add_parser("recipes", help="list the shipped recipes: what each trains, needs and gave")
+    recipes.add_argument("words", nargs="*", metavar="WORD", help="a recipe's name, or words that its text has")
+    recipes.add_argument("--json", type=new_file, metavar="FILE", help="also write the list to this file")
+    recipes.set_defaults(run=_recipes)
+
+    explain = commands.add_parser("explain", help="say what a key of a recipe means, and what it may change")
+    explain.add_argument("keys", nargs="*", metavar="KEY", help="a key, a section, or another tool's name for one")
+    explain.add_argument("--detection", action="store_true", help="of the recipes of karat detect")
+    explain.set_defaults(run=_explain)
+
+    completion = commands.add_parser("completion", help="print the lines that make a shell complete karat")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"), help='in bash: eval "$(karat completion bash)"')
+    completion.set_defaults(run=_completion)
+
     submit = commands.add_parser("submit", help="write a recipe's sbatch script, show it, and submit it")
     submit.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     submit.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
@@ -147,7 +161,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. A user's mistake is one line on standard error, and exit code 2."""
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # set by the lines of `karat completion`
+        from karat_scale.completion import complete
+
+        complete(parser)
+    options = parser.parse_args(arguments)
     use_local_caches()
     if getattr(options, "trust", False):
         os.environ[VARIABLE] = "1"
@@ -157,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         where = f"[rank {rank}] " if rank != "0" else ""
-        print(f"{where}error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{where}error: {on_one_line(str(error))}", file=sys.stderr)
         return EXIT_USAGE
 
 
@@ -176,8 +195,10 @@ def _train(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     if options.print:
         from karat_scale.engine.deepspeed_config import check_ds_config
+        from karat_scale.models.factory import layer_sizes
 
         check_ds_config(recipe)
+        layer_sizes(recipe.model)
         print(dump_recipe(recipe), end="")
         return 0
     from karat_scale.run.run import train
@@ -243,6 +264,30 @@ def _plan(options: argparse.Namespace) -> int:
         json_file=options.json,
     )
     return plan_recipe(options.recipe, options.overrides, request)
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from karat_scale.recipe.catalog import list_recipes
+
+    return list_recipes(options.words, options.json)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from karat_scale.recipe import Recipe
+    from karat_scale.recipe.explain import explain
+
+    if options.detection:
+        from karat_scale.tasks.detection.recipe import DetectionRecipe
+
+        return explain(options.keys, DetectionRecipe)
+    return explain(options.keys, Recipe)
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from karat_scale.completion import shell_code
+
+    print(shell_code(options.shell))
+    return 0
 
 
 def _submit(options: argparse.Namespace) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from karat_scale.console import printable
+
 # The exit code of a run that saved on a signal and should be run again: sysexits' EX_TEMPFAIL.
 EXIT_STOPPED = 75
 
@@ -40,17 +42,22 @@ def one_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def on_one_line(text: str) -> str:
+    """Return a message as one line that no terminal acts on."""
+    return printable(" ".join(text.split()))
+
+
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script and exit with its code; 2 with one line on stderr for what the user can fix, 130 for Ctrl-C."""
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        code, message = 2, " ".join(str(error).split())
+        code, message = 2, str(error)
     except OSError as error:
         code, message = 2, _described(error)
     except KeyboardInterrupt:
         code, message = 130, "stopped; run the same command again"
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {on_one_line(message)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -95,6 +95,14 @@ def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
     return content.decode("utf-8")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return what a JSON text says. ValueError where it is none, or is nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def _is_special(path: Path) -> bool:
     """True for what a rename must not replace: devices, pipes, and a standard stream by its name in /dev."""
     is_other = path.exists() and not path.is_file() and not path.is_dir()

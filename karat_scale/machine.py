@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from karat_scale.errors import UserError
+from karat_scale.native_build import cpu_flags
+from karat_scale.suggestions import nearest
 
 ROOT = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
@@ -41,6 +43,12 @@ def processor_name() -> str:
     except OSError:
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether the processor multiplies bf16 by instructions of its own; True where nothing is known."""
+    flags = cpu_flags()
+    return not flags or bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def cpu_quota(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float | None:
@@ -118,9 +126,14 @@ def find_gpu(name: str) -> Gpu | None:
 
 
 def known_gpu(name: str) -> Gpu:
-    """The GPU of that name. Raises UserError, which lists the names, for another."""
+    """The GPU of that name, or the only one whose name begins with it. Raises UserError, which lists names."""
     gpu = find_gpu(name)
+    alike = [gpu.key for gpu in GPUS if gpu.key.startswith(f"{name.lower()}-")]
+    if gpu is None and len(alike) == 1:
+        gpu = find_gpu(alike[0])
     if gpu is None:
+        if close := alike or nearest(name.lower(), [gpu.key for gpu in GPUS], count=3):
+            raise UserError(f"--gpu {name}: not in the table; did you mean {' or '.join(close)}?")
         keys = ", ".join(gpu.key for gpu in GPUS)
         raise UserError(f"--gpu {name}: not in the table ({keys}); for any other, karat plan RECIPE --memory GB")
     return gpu

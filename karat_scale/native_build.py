@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -25,6 +26,8 @@ COMPILERS = ("g++", "c++", "clang++")
 # Debian's packages for our sources.
 PACKAGES = "g++ libjpeg-dev"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast")
+# For KARAT_SANITIZE, such as address,undefined: what is found ends the process and says its line.
+SANITIZER_FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
 # What each instruction set needs beyond plain x86-64, in the order of preference.
 INSTRUCTION_SETS = {
     "amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
@@ -96,13 +99,18 @@ def _available_instruction_sets() -> tuple[str, ...]:
     return {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(capability, ())
 
 
+def cpu_flags() -> set[str]:
+    """Return the features of this machine's processor that Linux lists, such as "avx2"; none on other systems."""
+    try:
+        found = re.search(r"^(?:flags|Features)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return set(found[1].split()) if found else set()
+
+
 def _may_use_amx() -> bool:
     """True if the CPU has bfloat16 tiles and Linux lets this process use them, after it was asked once."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file():
-        return False
-    flags = cpuinfo.read_text().partition("\nflags")[2].partition("\n")[0].split()
-    if not {"amx_bf16", "amx_tile", "avx512_bf16"}.issubset(flags):
+    if not {"amx_bf16", "amx_tile", "avx512_bf16"}.issubset(cpu_flags()):
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     code: int = ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data)
@@ -112,7 +120,7 @@ def _may_use_amx() -> bool:
 def _load(source: Path, isa: str, link: tuple[str, ...]) -> ctypes.CDLL:
     """The library from the cache; builds it first where no process has, and again where it is damaged."""
     compiler = find_compiler()
-    flags = (*FLAGS, *INSTRUCTION_SETS.get(isa, ()))
+    flags = (*FLAGS, *INSTRUCTION_SETS.get(isa, ()), *_sanitizer_flags())
     version = _run([compiler, "--version"])
     ours = (path.read_text() for path in (source, *sorted(source.parent.glob("*.h"))))
     import torch
@@ -128,6 +136,12 @@ def _load(source: Path, isa: str, link: tuple[str, ...]) -> ctypes.CDLL:
             if not _is_ours(library):
                 _build([compiler, *flags, str(source), *link], library)
     return ctypes.CDLL(str(library))
+
+
+def _sanitizer_flags() -> tuple[str, ...]:
+    """Those of the sanitizers that KARAT_SANITIZE names; mostly none. The process must preload their runtime."""
+    names = os.environ.get("KARAT_SANITIZE")
+    return (f"-fsanitize={names}", *SANITIZER_FLAGS) if names else ()
 
 
 def cache_directory() -> Path:

@@ -12,9 +12,13 @@ TRAINS = {"multiprocess", "recipe_file", "train_recipe"}  # a marker and fixture
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--slow` and `--turn`."""
+    """`--slow` and `--turn`, and the two of tests/faults."""
     parser.addoption("--slow", choices=("none", "all"), default="none", help="whether slow tests run beside all others")
     parser.addoption("--turn", type=int, metavar="N", help="run only the slow tests whose turn is N")
+    parser.addoption("--faults", choices=("few", "all"), default="few", help="how many faults tests/faults tries")
+    parser.addoption(
+        "--seed", type=int, metavar="N", help="which faults tests/faults tries (default: those of the turn)"
+    )
 
 
 @pytest.hookimpl(trylast=True)  # after conftests that mark tests slow

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from karat_scale.checkpoint.checkpoints import Checkpoints
+from karat_scale.checkpoint.saved_state import falsehood
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
@@ -73,7 +74,7 @@ def make_checkpoints(world: World, make_engine: Callable[[Recipe], Engine]) -> C
         ema = Ema(engine.deepspeed, recipe.train) if recipe.train.ema_decay else None
         reporter = Reporter(PlainDisplay(), None)
         kind = (ClassificationTask.kind, TrainState)
-        checkpoints = Checkpoints(CheckpointStore(root), engine, ema, world, recipe, reporter, *kind)
+        checkpoints = Checkpoints(CheckpointStore(root, falsehood), engine, ema, world, recipe, reporter, *kind)
         checkpoints.engine, checkpoints.ema = engine, ema  # type: ignore[attr-defined]
         return checkpoints
 

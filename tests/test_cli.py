@@ -12,7 +12,7 @@ import yaml
 from karat_scale import __version__
 from karat_scale.cli import main
 from karat_scale.recipe.loading import load_recipe
-from tests.conftest import events, karat, karat_command, karat_environment, summary
+from tests.conftest import events, karat, karat_command, karat_environment, karat_here, summary
 
 Train = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -38,6 +38,11 @@ def test_print_shows_the_resolved_recipe_and_trains_nothing(recipe_file: Path, t
     assert main(["train", str(recipe_file), "optim.lr=0.25", "--print"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["optim"]["lr"] == 0.25
     assert not (tmp_path / "run").exists()
+
+
+def test_print_checks_the_model(recipe_file: Path, capsys) -> None:
+    assert main(["train", str(recipe_file), "model.name=resnet50", "--print"]) == 2
+    assert "not supported by resnet50" in one_line(capsys)
 
 
 def test_print_checks_a_deepspeed_file_and_shows_nothing_else(recipe_file: Path, tmp_path: Path, capsys) -> None:
@@ -187,3 +192,9 @@ def test_eval_of_what_is_not_a_run_is_one_line(tmp_path: Path, train_recipe: Tra
     train_recipe("train.max_steps=1", "train.ema_decay=0")
     refused(karat("eval", str(tmp_path / "run"), "--checkpoint", "step-00000009"), "step-00000001")
     refused(karat("eval", str(tmp_path / "run"), "--weights", "ema"), "no EMA weights")
+
+
+def test_an_error_shows_control_characters_and_does_not_send_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert karat_here("train", "fashion_mnist_demo", "model.\x1b[2J=1") == 2
+    assert "\\x1b[2J" in (said := capsys.readouterr().err)
+    assert "\x1b" not in said

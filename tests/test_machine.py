@@ -1,8 +1,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from karat_scale.machine import cpu_quota, memory_limit
+from karat_scale.engine.precision import slow_precision
+from karat_scale.errors import UserError
+from karat_scale.machine import cpu_quota, known_gpu, memory_limit
 
 
 def write(root: Path, **files: str) -> None:
@@ -39,3 +42,20 @@ def test_no_limit_is_none(tmp_path: Path, membership: Path) -> None:
     write(tmp_path, cpu__cpuDOTcfs_quota_us="-1", cpu__cpuDOTcfs_period_us="100000")
     write(tmp_path, memory__memoryDOTlimit_in_bytes=str(2**63 - 4096))
     assert (cpu_quota(tmp_path, membership), memory_limit(tmp_path, membership)) == (None, None)
+
+
+def test_a_gpu_is_found_by_the_beginning_of_its_name_if_only_one_has_it() -> None:
+    assert known_gpu("rtx4090").key == "rtx4090-24"
+    with pytest.raises(UserError, match="did you mean h100-nvl-94 or h100-pcie-80 or h100-80"):
+        known_gpu("h100")
+
+
+@pytest.mark.parametrize("flags", [{"avx2"}, {"avx512_bf16"}, set()])
+def test_bf16_is_advised_against_where_the_processor_has_no_instructions(
+    flags: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("karat_scale.machine.cpu_flags", lambda: flags)
+    cpu = torch.device("cpu")
+    assert bool(slow_precision("bf16", cpu)) == (flags == {"avx2"})
+    assert not slow_precision("fp32", cpu)
+    assert not slow_precision("bf16", torch.device("cuda"))

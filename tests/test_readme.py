@@ -10,8 +10,11 @@ import pytest
 
 from karat_scale.recipe.files import shipped_recipes
 from tests.conftest import ROOT, SMALL, events, free_port, karat_environment
+from tests.test_completion import COMPLETION
 
 README = (ROOT / "README.md").read_text()
+
+OURS = ("eval", "train", "plan", "export", "recipes", "explain")
 
 
 def blocks(language: str) -> list[str]:
@@ -23,7 +26,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.strip().splitline
 
 
 def run(command: str, cwd: Path, *more: str) -> "subprocess.CompletedProcess[str]":
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
     launcher = ["-m", "torch.distributed.run", f"--master-port={free_port()}"]
     programs = {
         "python": [sys.executable],
@@ -48,7 +51,7 @@ def find(start: str) -> str:
 
 
 def test_every_command_is_run_here_or_by_the_ci_script() -> None:
-    ours = ("python data_prep/", "torchrun", "karat eval", "karat train", "karat plan", "karat export")
+    ours = ("python data_prep/", "torchrun", *(f"karat {name}" for name in OURS), COMPLETION)
     # By .ci/run (tests/test_ci.py), test_packaging and the Makefile.
     extras = [f"pip install '.[{name}]'" for name in made_extras()]
     elsewhere = ("make demo", "make test", "pip install .", *extras)
@@ -117,6 +120,13 @@ def test_overrides_by_example(tmp_path: Path) -> None:
     done = run(find("karat train imagenet"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "grid: 5" in done.stdout
+
+
+def test_recipes_and_keys_are_looked_up_by_example(tmp_path: Path) -> None:
+    for start, said in (("karat recipes", "imagenet_vit_small_g3b"), ("karat explain", "forward pass of a rank")):
+        done = run(find(start), tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
 
 
 def test_a_plan_by_example(tmp_path: Path) -> None:

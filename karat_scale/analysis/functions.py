@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from karat_scale.analysis.attention_matrices import visit_images
 from karat_scale.analysis.curves import ScoreHistogram, energy_per_frequency, unit_curves
 from karat_scale.analysis.figures import new_figure, show_map
 from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
 from karat_scale.analysis.softmax_fit import Distance, SoftmaxFit, can_fit
 from karat_scale.analysis.trained_run import TrainedRun
 from karat_scale.analysis.validation_images import ValidationImages
+from karat_scale.analysis.visit import visit_images
 from karat_scale.attention import KaratOperator
 from karat_scale.errors import RunDirectoryError
 from karat_scale.models.factory import layer_sizes

@@ -10,11 +10,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from karat_scale.analysis.attention_matrices import watched
 from karat_scale.analysis.figures import new_figure, show_map
 from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
 from karat_scale.analysis.trained_run import TrainedRun
 from karat_scale.errors import RunDirectoryError
+from karat_scale.models.attention_matrices import watched
 from karat_scale.models.factory import layer_sizes
 
 MAX_HEADS = 12

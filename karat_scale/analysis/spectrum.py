@@ -6,10 +6,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from karat_scale.analysis.attention_matrices import visit_images
 from karat_scale.analysis.figures import new_figure
 from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
 from karat_scale.analysis.trained_run import TrainedRun
+from karat_scale.analysis.visit import visit_images
 from karat_scale.models.factory import layer_sizes
 
 STAGES = ("before", "after")

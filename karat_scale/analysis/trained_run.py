@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from karat_scale.analysis.validation_images import ValidationImages
+from karat_scale.checkpoint.saved_state import falsehood
 from karat_scale.checkpoint.store import MANIFEST, CheckpointStore
 from karat_scale.checkpoint.weights import load_weights, wants_ema
 from karat_scale.errors import RunDirectoryError, UserError
@@ -41,7 +42,7 @@ class TrainedRun:
     @cached_property
     def store(self) -> CheckpointStore:
         """The run's checkpoints."""
-        return CheckpointStore(self.path / "checkpoints")
+        return CheckpointStore(self.path / "checkpoints", falsehood)
 
     @property
     def label(self) -> str:
@@ -50,15 +51,8 @@ class TrainedRun:
 
     @cached_property
     def chosen(self) -> str:
-        """The name of the checkpoint to analyse. Raises RunDirectoryError if there is none."""
-        wanted = self.checkpoint
-        name = self.store.pointed(wanted) if wanted in ("best", "latest") else wanted
-        if wanted == "best" and name is None:
-            name = self.store.pointed("latest")
-        if name is None or not (self.store.root / name).is_dir():
-            there = ", ".join(self.store.names()) or "none"
-            raise RunDirectoryError(f"{self.store.root}: no checkpoint {wanted!r}; available: {there}")
-        return name
+        """The checkpoint to analyse, chosen as `karat eval` does. Raises RunDirectoryError if there is none."""
+        return self.store.find_intact(self.checkpoint)
 
     @cached_property
     def in_order(self) -> list[str]:

@@ -4,15 +4,17 @@ Every outcome is agreed: a checkpoint that one rank could not write exists for n
 the same one.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from karat_scale.checkpoint.best import repair_best
 from karat_scale.checkpoint.generators import restore_generators, seed_generators
+from karat_scale.checkpoint.records import FORMAT, Sidecar, read_record
 from karat_scale.checkpoint.restore import check_teacher, restore
-from karat_scale.checkpoint.saved_state import FORMAT, read_state, saved_layout, sidecar_name
+from karat_scale.checkpoint.saved_state import falsehood, read_state, saved_layout, sidecar_name
 from karat_scale.checkpoint.saver import Saver
-from karat_scale.checkpoint.store import CheckpointStore
-from karat_scale.checkpoint.tensor_storage import load_tensors
+from karat_scale.checkpoint.store import STATE, CheckpointStore
 from karat_scale.engine.deepspeed_internals import shard_layout
 from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
@@ -78,7 +80,8 @@ class Checkpoints(Generic[S]):
         Raises:
             RunDirectoryError: no checkpoint is intact, or it is of another model, global batch, version or kind of run.
         """
-        found = agree_on_checkpoint(self.store, state_of, self._world, self._reporter)
+        check = self._refuse_another_kind if state_of else self._refuse_another_run
+        found = agree_on_checkpoint(self.store, state_of, self._world, self._reporter, check)
         if found is None:
             return None
         root, name = found
@@ -89,13 +92,17 @@ class Checkpoints(Generic[S]):
             ranks = [self._world.rank] if self._has_my_layout(root / name, saved) else None
             with self._world.together():  # none must wait in `restore` for one that refuses its files
                 content = read_state(root / name, saved, ranks, self._engine.in_optimizer_order)
-            restore(self._engine, self._ema, content)
+            restore(self._engine, self._ema, content, self._world)
         except RunDirectoryError as error:
             raise RunDirectoryError(f"checkpoint {root / name}: {error}") from error
         self._restore_generators(root / name, saved)
         state = self._state_type.from_json(saved)
         if root == self.store.root:
             self.saver.note_saved(state)
+            if self._recipe.checkpoint.keep_best:
+                mine = repair_best(self.store, state, self._reporter) if self._world.is_main else {}
+                for name, value in self._world.broadcast(mine).items():
+                    setattr(state, name, value)
         state.restarts += 1
         state.seconds_to_first_step = None  # each start has its own
         self._reporter.resumed(state, name)
@@ -107,17 +114,24 @@ class Checkpoints(Generic[S]):
         differs = saved["world_size"] != self._world.size or stage != self._engine.stage
         with self._world.together():
             if not differs and stage > 0:
-                sidecar = load_tensors(checkpoint / sidecar_name(self._world.rank), mmap=True)
+                sidecar = read_record(checkpoint / sidecar_name(self._world.rank), Sidecar)
                 differs = saved_layout(sidecar) != shard_layout(self._engine.deepspeed)
         return not self._world.any(differs)
 
-    def _refuse_another_run(self, path: Path, saved: dict[str, Any]) -> None:
+    def _refuse_another_kind(self, path: Path, saved: dict[str, Any]) -> None:
         kind = saved.get("kind", "classification")
         if kind != self._kind:
             raise RunDirectoryError(
                 f"checkpoint {path} is of a run that trains {kind}, this one trains {self._kind}; to start from its "
                 f"weights, use init_from={path}"
             )
+        try:
+            self._state_type.from_json(saved)
+        except ValueError as error:
+            raise RunDirectoryError(f"{STATE}: {error}") from None
+
+    def _refuse_another_run(self, path: Path, saved: dict[str, Any]) -> None:
+        self._refuse_another_kind(path, saved)
         written = saved["samples"] // max(saved["step"], 1)
         batch = self._recipe.train.global_batch
         if saved["samples"] != saved["step"] * batch:  # the cursor counts steps
@@ -130,13 +144,17 @@ class Checkpoints(Generic[S]):
         """A rank resumes with the generators of its number. If there are none, they start from the step."""
         path = checkpoint / sidecar_name(self._world.rank)
         if path.is_file():
-            restore_generators(load_tensors(path), self._world.device)
+            restore_generators(read_record(path, Sidecar), self._world.device)
         else:
             seed_generators(self._recipe.run.seed, saved["step"], self._world.rank)
 
 
+Check = Callable[[Path, dict[str, Any]], object]
+"""Looks at the state in a checkpoint's directory; raises RunDirectoryError where it will not do."""
+
+
 def agree_on_checkpoint(
-    store: CheckpointStore, state_of: str, world: World, reporter: Reporter
+    store: CheckpointStore, state_of: str, world: World, reporter: Reporter, check: Check = lambda path, state: None
 ) -> tuple[Path, str] | None:
     """The newest intact checkpoint of a run, or the one in `state_of`: its store's root and its name. Collective.
 
@@ -150,36 +168,47 @@ def agree_on_checkpoint(
         RunDirectoryError: on all ranks alike, where no checkpoint is intact.
     """
     with world.together():
-        found = _choose(store, state_of, reporter) if world.is_main else None
+        found = _choose(store, state_of, reporter, check) if world.is_main else None
     return world.broadcast(found)
 
 
-def _choose(store: CheckpointStore, state_of: str, reporter: Reporter) -> tuple[Path, str] | None:
+def _choose(store: CheckpointStore, state_of: str, reporter: Reporter, check: Check) -> tuple[Path, str] | None:
     if not state_of:
-        return _newest_intact(store, reporter)
+        return _newest_intact(store, reporter, check)
     path = Path(state_of)
     if (path / "checkpoints").is_dir():
-        found = _newest_intact(CheckpointStore(path / "checkpoints"), reporter)
+        found = _newest_intact(CheckpointStore(path / "checkpoints", falsehood), reporter, check)
         if found is None:
             raise RunDirectoryError(f"resume.from = {state_of}: this run has no checkpoints yet")
         return found
-    damage = CheckpointStore(path.parent).damage(path.name, reporter.display.verify)
+    damage = _damage(CheckpointStore(path.parent, falsehood), path.name, reporter, check)
     if damage:
         raise RunDirectoryError(f"resume.from = {state_of}: {damage}; name a complete checkpoint or a run's directory")
     return path.parent, path.name
 
 
-def _newest_intact(store: CheckpointStore, reporter: Reporter) -> tuple[Path, str] | None:
+def _newest_intact(store: CheckpointStore, reporter: Reporter, check: Check) -> tuple[Path, str] | None:
     names = store.names()
     latest = store.pointed("latest")
+    damage = None
     for name in sorted(names, key=lambda n: n != latest):
-        damage = store.damage(name, reporter.display.verify)
+        damage = _damage(store, name, reporter, check)
         if damage is None:
             return store.root, name
         reporter.warn(f"checkpoint {name} is damaged: {damage}; trying the one before")
     if names:
         raise RunDirectoryError(
-            f"{store.root}: none of {len(names)} checkpoints is intact; "
+            f"{store.root}: none of {len(names)} checkpoints is intact ({damage}); "
             "remove the directory to start from the beginning, or restore one from a copy"
         )
     return None
+
+
+def _damage(store: CheckpointStore, name: str, reporter: Reporter, check: Check) -> str | None:
+    damage = store.damage(name, reporter.display.verify)
+    if damage is None:
+        try:
+            check(store.root / name, store.state(name))
+        except RunDirectoryError as error:
+            return str(error)
+    return damage

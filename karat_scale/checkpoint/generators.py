@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from karat_scale.checkpoint.records import Sidecar
+
 
 def generator_states(device: torch.device) -> dict[str, Any]:
     """Those of the CPU and, where the rank trains on one, of its GPU, as they are now."""
@@ -14,11 +16,11 @@ def generator_states(device: torch.device) -> dict[str, Any]:
     }
 
 
-def restore_generators(states: dict[str, Any], device: torch.device) -> None:
+def restore_generators(states: Sidecar, device: torch.device) -> None:
     """Let them be as `generator_states` found them."""
-    torch.set_rng_state(states["rng"])
-    if states["cuda_rng"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda_rng"])
+    torch.set_rng_state(states.rng)
+    if states.cuda_rng is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(states.cuda_rng)
 
 
 def seed_generators(seed: int, step: int, rank: int) -> None:

@@ -15,6 +15,7 @@ from karat_scale.engine.deepspeed_internals import (
     set_frozen,
     shard_layout,
 )
+from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.shards import Fragment
@@ -23,7 +24,7 @@ from karat_scale.models.transfer import teacher_of
 from karat_scale.tables import OPTIMIZERS
 
 
-def restore(engine: Engine, ema: Ema | None, saved: SavedState) -> None:
+def restore(engine: Engine, ema: Ema | None, saved: SavedState, world: World) -> None:
     """Give an engine the weights, optimizer states and averages of a checkpoint. Collective from stage 1 on.
 
     An average that the checkpoint does not have begins at the weights.
@@ -31,7 +32,21 @@ def restore(engine: Engine, ema: Ema | None, saved: SavedState) -> None:
     Raises:
         RunDirectoryError: the checkpoint is of another model or optimizer.
     """
+    with world.together():  # what follows is collective: none may wait there for one that refuses its files
+        states = _fill(engine, ema, saved)
+    load_optimizer_states(engine.deepspeed, states)
+    load_loss_scaler(engine.deepspeed, saved.loss_scaler)
+    refresh_module(engine.deepspeed)
+    set_frozen(engine.deepspeed, engine.frozen)
+    copy_buffers(engine.module, saved.buffers)
+    for counter, value in saved.counters.items():
+        setattr(engine.deepspeed, counter, value)
+
+
+def _fill(engine: Engine, ema: Ema | None, saved: SavedState) -> list[dict[str, Any]]:
+    """Fill this rank's own tensors; returns the optimizer's states of each."""
     check_shapes({**engine.shapes, **{name: tuple(x.shape) for name, x in engine.frozen.items()}}, saved.shapes)
+    check_buffers(engine.module, saved.buffers)
     _check_frozen(engine, saved)
     if saved.elementwise and saved.elementwise.keys() != engine.optimizer_states:
         kept = [name for name, row in OPTIMIZERS.items() if saved.elementwise.keys() == row.all_states]
@@ -50,15 +65,7 @@ def restore(engine: Engine, ema: Ema | None, saved: SavedState) -> None:
                 (saved.ema or saved.masters).fill(fragments, shard)
     except KeyError as error:
         raise RunDirectoryError(f"it holds another model: {error.args[0]}") from error
-    load_optimizer_states(engine.deepspeed, states)
-    load_loss_scaler(engine.deepspeed, saved.loss_scaler)
-    refresh_module(engine.deepspeed)
-    set_frozen(engine.deepspeed, engine.frozen)
-    for name, buffer in engine.module.named_buffers():
-        if name in saved.buffers:
-            buffer.copy_(saved.buffers[name])
-    for counter, value in saved.counters.items():
-        setattr(engine.deepspeed, counter, value)
+    return states
 
 
 def check_shapes(here: dict[str, tuple[int, ...]], there: dict[str, tuple[int, ...]]) -> None:
@@ -71,6 +78,23 @@ def check_shapes(here: dict[str, tuple[int, ...]], there: dict[str, tuple[int, .
         if here.get(name) != (tuple(there[name]) if name in there else None):
             sizes = [f"[{', '.join(map(str, s[name]))}]" if name in s else "not" for s in (there, here)]
             raise RunDirectoryError(f"it holds another model: {name} is {sizes[0]} there and {sizes[1]} here")
+
+
+def check_buffers(model: nn.Module, there: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a checkpoint whose buffers are not of this model's shapes. It may have others, or none.
+
+    Raises:
+        RunDirectoryError: names the first buffer that differs.
+    """
+    here = {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in there}
+    check_shapes(here, {name: tuple(there[name].shape) for name in here})
+
+
+def copy_buffers(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    """Copy the buffers that a checkpoint has."""
+    for name, buffer in model.named_buffers():
+        if name in saved:
+            buffer.copy_(saved[name])
 
 
 def check_teacher(model: nn.Module, saved: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ checkpoints/
 import fcntl
 import json
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +20,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from karat_scale.console import printable
 from karat_scale.errors import RunDirectoryError
-from karat_scale.files import Fingerprint, file_sha256, flush_to_disk, read_text, write_atomically
+from karat_scale.files import Fingerprint, file_sha256, flush_to_disk, parse_json, read_text, write_atomically
 from karat_scale.machine import usable_cores
 
 MANIFEST = "manifest.json"
@@ -29,8 +31,15 @@ _UNFINISHED = ".saving-"
 _REPLACED = f"{_UNFINISHED}replaced-"
 _HASHING_THREADS = 8
 _TRIES = 5
+_POINTERS = ("best", "latest")
 Progress = Callable[[int, int], None]
 """Hears how many bytes are done, and of how many."""
+Falsehood = Callable[[Path], str | None]
+"""What the files of a checkpoint say that cannot be true, though each is as it was written."""
+
+
+def _print_note(text: str) -> None:
+    print(f"note: {printable(text)}", file=sys.stderr)
 
 
 def checkpoint_name(step: int) -> str:
@@ -39,10 +48,15 @@ def checkpoint_name(step: int) -> str:
 
 
 class CheckpointStore:
-    """The `checkpoints` directory of one run; rank 0 alone changes it."""
+    """The `checkpoints` directory of one run; rank 0 alone changes it.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        falsehood: looks into a checkpoint whose hashes are right; without it, hashes are all that is verified.
+    """
+
+    def __init__(self, root: Path, falsehood: Falsehood | None = None) -> None:
         self.root = root
+        self._falsehood = falsehood
         self._held: list[BinaryIO] = []
 
     def begin(self, step: int) -> Path:
@@ -109,7 +123,7 @@ class CheckpointStore:
 
     def state(self, name: str) -> dict[str, Any]:
         """A checkpoint's `state.json`."""
-        state: dict[str, Any] = json.loads(read_text(self.root / name / STATE))
+        state: dict[str, Any] = parse_json(read_text(self.root / name / STATE))
         return state
 
     def newest_bytes(self) -> int:
@@ -123,7 +137,7 @@ class CheckpointStore:
             return 0
 
     def damage(self, name: str, progress: Progress | None = None) -> str | None:
-        """What is wrong with a checkpoint's files, in a few words; None if each one is as it was written.
+        """What is wrong with a checkpoint's files, in a few words; None if each one is as it was written and is true.
 
         Files are hashed side by side.
         """
@@ -140,29 +154,49 @@ class CheckpointStore:
             found = list(threads.map(lambda name: _damage(path / name, files[name], count), files))
         if progress is not None:
             progress(total, total)  # damaged or not
-        return next((damage for damage in found if damage is not None), None)
+        damage = next((damage for damage in found if damage is not None), None)
+        return self._falsehood(path) if damage is None and self._falsehood is not None else damage
 
-    def find_intact(self, wanted: str) -> str:
+    def find_intact(self, wanted: str, note: Callable[[str], None] = _print_note) -> str:
         """The name of the checkpoint `wanted`: best, latest or a name; `best` falls back on `latest`.
 
-        A run that trains meanwhile does not remove it as long as this store exists.
+        Where `best` or `latest` is damaged, `note` says so and the newest one that is not is taken. A run that trains
+        meanwhile does not remove it as long as this store exists.
 
         Raises:
-            RunDirectoryError: it is not there, or damaged.
+            RunDirectoryError: it is not there, or damaged, and so are the others.
         """
-        for _ in range(_TRIES):
-            name = self.pointed(wanted) if wanted in ("best", "latest") else wanted
-            if wanted == "best" and name is None:
-                name = self.pointed("latest")
-            if name is not None and self._hold(name):
-                break
-        if name is None or not (self.root / name).is_dir():
+        name = self._find_held(wanted)
+        if name is None:
             there = ", ".join(self.names()) or "none"
             raise RunDirectoryError(f"{self.root}: no checkpoint {wanted!r}; there are: {there}")
         damage = self.damage(name)
-        if damage:
-            raise RunDirectoryError(f"checkpoint {self.root / name} is damaged: {damage}; choose another")
-        return name
+        if damage is None:
+            return name
+        problem = f"checkpoint {self.root / name} is damaged: {damage}"
+        for other in self.names() if wanted in _POINTERS else ():
+            if other != name and self._hold(other) and self.damage(other) is None:
+                note(f"{problem}; {other} is taken instead")
+                return other
+        raise RunDirectoryError(f"{problem}; choose another")
+
+    def _find_held(self, wanted: str) -> str | None:
+        """The name of a checkpoint that is there and stays. A run that trains meanwhile may move a pointer."""
+        for _ in range(_TRIES):
+            name = self.pointed(wanted) if wanted in _POINTERS else wanted
+            if wanted == "best" and name is None:
+                name = self._best_by_state() or self.pointed("latest")
+            if name is not None and self._hold(name):
+                return name
+        return name if name is not None and name in self.names() else None
+
+    def _best_by_state(self) -> str | None:
+        """The best checkpoint by the newest one's state, for a run that was killed before `best` named it."""
+        for newest in self.names()[:1]:
+            with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+                name = checkpoint_name(self.state(newest)["best_step"])
+                return name if name in self.names() else None
+        return None
 
     def _hold(self, name: str) -> bool:
         """Keep `retain` of another process from removing a checkpoint; whether it is still there."""
@@ -251,10 +285,10 @@ def _read_manifest(checkpoint: Path) -> dict[str, Fingerprint]:
     """
     text = read_text(checkpoint / MANIFEST)
     try:
-        files = {name: Fingerprint(**file) for name, file in json.loads(text)["files"].items()}
+        files = {name: Fingerprint(**file) for name, file in parse_json(text)["files"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError from error
-    if STATE not in files or text != _manifest_text(files):
+    if STATE not in files or any("/" in name for name in files) or text != _manifest_text(files):
         raise ValueError
     return files
 

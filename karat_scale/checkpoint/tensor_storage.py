@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from karat_scale.engine.deepspeed_internals import checkpoint_globals
-from karat_scale.errors import RunDirectoryError
+from karat_scale.errors import RunDirectoryError, one_line
 from karat_scale.files import Fingerprint, FingerprintedFile, commit_file
 
 
@@ -55,13 +56,23 @@ def load_tensors(path: Path, map_location: Any = "cpu", mmap: bool = False) -> A
     """Read what `save_tensors` wrote, with `mmap` each tensor when it is used.
 
     Raises:
-        RunDirectoryError: it holds more than tensors and plain data, so that reading it would run code.
+        RunDirectoryError: it holds more than tensors and plain data, so that reading it would run code, or it is not
+            as `save_tensors` writes it.
+        OSError: it cannot be read.
     """
-    with torch.serialization.safe_globals(checkpoint_globals()):
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            raise RunDirectoryError(f"{path}: not a file of tensors")
+    with torch.serialization.safe_globals(checkpoint_globals()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's of a TorchScript program
         try:
             return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        except (OSError, MemoryError):
+            raise
         except pickle.UnpicklingError:
             raise RunDirectoryError(f"{path}: holds more than tensors and plain data; it is not read") from None
+        except Exception as error:  # the many of a file that is not what it says
+            raise RunDirectoryError(f"{path}: not a whole file of tensors: {one_line(error)[:200]}") from None
 
 
 def host_copy(value: Any) -> Any:

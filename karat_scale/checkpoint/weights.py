@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from karat_scale import __version__
-from karat_scale.checkpoint.restore import check_shapes, check_teacher
+from karat_scale.checkpoint.restore import check_buffers, check_shapes, check_teacher, copy_buffers
 from karat_scale.checkpoint.saved_state import read_state
 from karat_scale.engine.shards import Fragment
 from karat_scale.errors import RunDirectoryError
@@ -43,14 +43,13 @@ def load_weights(model: nn.Module, checkpoint: Path, saved: Mapping[str, Any], e
     try:
         check_teacher(model, saved)
         check_shapes({name: tuple(parameter.shape) for name, parameter in parameters.items()}, state.shapes)
+        check_buffers(model, state.buffers)
         pieces = state.ema if ema and state.ema is not None else state.masters
         for name, parameter in parameters.items():
             pieces.fill([Fragment(name, 0, 0, parameter.numel())], parameter)
     except (RunDirectoryError, KeyError) as error:
         raise RunDirectoryError(f"checkpoint {checkpoint}: {error.args[0]}") from error
-    for name, buffer in model.named_buffers():
-        if name in state.buffers:
-            buffer.copy_(state.buffers[name])
+    copy_buffers(model, state.buffers)
 
 
 def describe_weights(

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from karat_scale.files import read_text
+from karat_scale.files import parse_json, read_text
 
 WRITE_SECONDS = 2.0
 # Moving the alarm costs a thread, so do not move it at each beat of a fast step.
@@ -116,7 +116,7 @@ def read_signs(directory: Path) -> list[Sign]:
     signs = []
     for path in sorted((directory / "heartbeats").glob("rank-*.json")):
         try:
-            signs.append(Sign(**json.loads(read_text(path, 65536))))
+            signs.append(Sign(**parse_json(read_text(path, 65536))))
         except (OSError, ValueError, TypeError):
             continue
     return signs

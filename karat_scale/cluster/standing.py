@@ -1,6 +1,5 @@
 """The state of a run, read only from its files: it works without a server, on any machine that sees the directory."""
 
-import json
 import shutil
 import subprocess
 import time
@@ -11,7 +10,7 @@ from typing import Any
 
 from karat_scale.cluster.heartbeat import Sign, read_signs
 from karat_scale.errors import EXIT_STOPPED, RunDirectoryError
-from karat_scale.files import read_text
+from karat_scale.files import parse_json, read_text
 
 SQUEUE_SECONDS = 5
 _FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
@@ -76,7 +75,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
-                event = json.loads(line)
+                event = parse_json(line)
             except ValueError:
                 continue
             if isinstance(event, dict):
@@ -114,7 +113,7 @@ def _read_checkpoints(standing: Standing, root: Path, now: float) -> None:
     try:
         name = read_text(root / "latest", 4096).strip()
         manifest = (root / name / "manifest.json").stat()
-        state = json.loads(read_text(root / name / "state.json"))
+        state = parse_json(read_text(root / name / "state.json"))
     except (OSError, ValueError):
         return
     standing.checkpoint, standing.checkpoint_age = name, max(now - manifest.st_mtime, 0.0)

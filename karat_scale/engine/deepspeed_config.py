@@ -9,6 +9,7 @@ from typing import Any
 
 from karat_scale.engine.deepspeed_keys import check_keys
 from karat_scale.errors import RecipeError
+from karat_scale.files import read_text
 from karat_scale.recipe import RunRecipe
 from karat_scale.shipped import shipped_directory
 
@@ -94,9 +95,13 @@ def _read(recipe: RunRecipe, values: dict[str, Any], with_keys: bool) -> tuple[d
     path = _find(recipe.deepspeed.config)
     source = f"deepspeed.config = {path}"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once_each)
+        config = json.loads(read_text(path), object_pairs_hook=_once_each)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{source}: not valid JSON: {error}") from None
+    except OSError as error:
+        raise RecipeError(f"{source}: cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise RecipeError(f"{source}: nested too deeply") from None
     except _TwiceError as error:
         raise RecipeError(f"{source}: {error} is given twice; remove one of them") from None
     if not isinstance(config, dict):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from karat_scale.errors import RecipeError
+from karat_scale.machine import cpu_has_bf16
 from karat_scale.recipe import TrainConfig
 
 
@@ -51,6 +52,16 @@ def check_precision(precision: str, device: torch.device) -> None:
     """Raises RecipeError for fp16 on a CPU, which has few instructions for it."""
     if precision == "fp16" and device.type == "cpu":
         raise RecipeError("train.precision = fp16 needs a GPU; on a CPU use fp32 or bf16")
+
+
+def slow_precision(precision: str, device: torch.device) -> str:
+    """Return a line of advice where the device computes in this precision slowly; "" elsewhere."""
+    if device.type == "cpu" and precision.startswith("bf16") and not cpu_has_bf16():
+        return (
+            f"train.precision = {precision} is several times slower than fp32 on this processor, which has no bf16 "
+            "instructions; use train.precision=fp32"
+        )
+    return ""
 
 
 def autocast_inside(model: nn.Module, precision: Precision, device_type: str) -> None:

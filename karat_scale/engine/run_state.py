@@ -1,8 +1,12 @@
 """Where training stands: what a checkpoint must remember besides tensors."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from math import isfinite
 from typing import Any, ClassVar, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 S = TypeVar("S", bound="RunState")
 
@@ -61,7 +65,18 @@ class RunState:
 
     @classmethod
     def from_json(cls: type[S], data: dict[str, Any]) -> S:
-        """Read `state.json`, passing over keys that are not the state's. Older ones name the class order otherwise."""
+        """Read `state.json`, passing over keys that are not the state's. Older ones name the class order otherwise.
+
+        Raises:
+            ValueError: a value is not of its field's kind; the message is one line.
+        """
         data = {"class_order_sha256": data.get("classes_sha256", ""), **data}
-        known = {known.name for known in fields(cls)}
-        return cls(**{key: value for key, value in data.items() if key in known})
+        known = {known.name: data[known.name] for known in fields(cls) if known.name in data}
+        endless = next((key for key, value in known.items() if isinstance(value, float) and not isfinite(value)), None)
+        if endless is not None:
+            raise ValueError(f"{endless}: should be a finite number")
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(known), strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise ValueError(f"{first['loc'][0]}: {first['msg'].removeprefix('Input ')}") from None

@@ -39,6 +39,15 @@ class Pieces:
         for name, param_start, master_start, length in fragments:
             self._parts[name].append((param_start, flat[master_start : master_start + length]))
 
+    def covers(self, name: str, size: int) -> bool:
+        """Whether the parts of a parameter of `size` elements are all of it, and each element is in one of them."""
+        end = 0
+        for start, part in sorted(self._parts.get(name, ()), key=lambda found: found[0]):
+            if start != end:
+                return False
+            end += part.numel()
+        return end == size
+
     def copy_into(self, name: str, flat: torch.Tensor) -> None:
         """Copy the parts there are of a parameter to their places in its flattened tensor."""
         for start, part in self._parts.get(name, ()):

@@ -1,13 +1,12 @@
 """Check that a run's files agree with each other: a run that was edited later does not go into the ledger."""
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from karat_scale.data.plan import total_steps
 from karat_scale.engine.run_state import RunState
 from karat_scale.errors import RunDirectoryError
-from karat_scale.files import file_sha256, sealed
+from karat_scale.files import file_sha256, parse_json, sealed
 from karat_scale.ledger.figures import EvalEvent, SummaryFigures, TrainEvent
 from karat_scale.recipe import Recipe
 from karat_scale.run.run_directory import RunDirectory
@@ -98,7 +97,8 @@ def _state(directory: RunDirectory) -> dict[str, Any]:
     name = directory.store.pointed("latest")
     try:
         state = directory.store.state(name) if name else {}
-    except (OSError, ValueError):
+        RunState.from_json(state)
+    except (OSError, ValueError, TypeError, AttributeError):
         state = None
     if not isinstance(state, dict):
         raise RunDirectoryError(f"checkpoint {directory.store.root / str(name)}: its state.json is damaged; {_FIX}")
@@ -117,7 +117,7 @@ def _lines(directory: RunDirectory) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
         try:
-            event = json.loads(line)
+            event = parse_json(line)
             event["event"]
         except (ValueError, TypeError, KeyError):
             raise RunDirectoryError(f"{where}: damaged, it is not an event; {_FIX}") from None

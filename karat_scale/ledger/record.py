@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from karat_scale.errors import RunDirectoryError, UserError
-from karat_scale.files import sealed
+from karat_scale.files import parse_json, sealed
 from karat_scale.ledger.agreement import Events, check_agreement, read_events, read_summary
 from karat_scale.ledger.figures import SummaryFigures
 from karat_scale.recipe import Recipe
@@ -98,7 +98,7 @@ def read_records(folder: Path) -> list[Record]:
 
 def _read_record(path: Path) -> Record:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         record = Record.model_validate({key: value for key, value in content.items() if key != "sha256"})
         name, _ = record.name, record.figures
     except (ValueError, AttributeError, ValidationError, UserError, yaml.YAMLError) as error:

@@ -14,27 +14,14 @@ import yaml
 
 from karat_scale.errors import RecipeError
 from karat_scale.files import read_text
+from karat_scale.recipe.parsing import parse
 from karat_scale.suggestions import nearest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 # The folder of each kind of recipe, and the command that trains it.
 COMMANDS = {RECIPES: "train", RECIPES.parent / "tasks" / "detection" / "recipes": "detect"}
 EXTENDS = "extends"
-_LARGEST, _MOST_NODES = 2**20, 10_000  # bytes of a recipe, and values in it
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A loader that refuses duplicate keys. PyYAML silently keeps the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                problem = f"key {key!r} appears twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+_LARGEST = 2**20  # bytes of a recipe
 
 
 def shipped_recipes(folder: Path = RECIPES) -> dict[str, Path]:
@@ -109,25 +96,11 @@ def _lay_over(tree: dict[str, Any], upper: Mapping[str, Any]) -> None:
             tree[key] = value
 
 
-def _count_nodes(tree: object) -> None:
-    """Refuse what grows beyond all bounds when its aliases are written out. Raises YAMLError."""
-    left, seen = [tree], 0
-    while left:
-        node = left.pop()
-        seen += 1
-        if seen > _MOST_NODES:
-            raise yaml.YAMLError(f"more than {_MOST_NODES:,} values, aliases written out")
-        left += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(read_text(path, _LARGEST), Loader=_UniqueKeyLoader)
-        _count_nodes(tree)
+        tree = parse(read_text(path, _LARGEST))
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}; name a recipe's YAML file") from None
-    except RecursionError:
-        raise RecipeError(f"{path}: nested too deeply; a recipe has sections and keys") from None
     except yaml.MarkedYAMLError as error:
         where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError(f"{path}{where}: not valid YAML: {error.problem}") from None

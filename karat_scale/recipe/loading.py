@@ -9,11 +9,14 @@ from typing import Any, TypeVar, overload
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from karat_scale.console import printable
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import Effect
 from karat_scale.recipe.files import find_recipe, read_recipe_file
+from karat_scale.recipe.parsing import parse
 from karat_scale.recipe.retired import without_retired_keys
+from karat_scale.recipe.synonyms import keys_called
 
 R = TypeVar("R", bound=RunRecipe)
 Schema = type[RunRecipe]
@@ -61,7 +64,7 @@ def validate_recipe(tree: Mapping[str, Any], source: str, schema: Schema = Recip
     """Validate a mapping as a recipe. Raises RecipeError with one line that begins with `source`."""
     tree, notes = without_retired_keys(tree, source)
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
     try:
         recipe = schema.model_validate(tree)
     except ValidationError as error:
@@ -131,7 +134,7 @@ def _apply_override(tree: dict[str, Any], override: str, schema: Schema) -> None
     if not equals or not key:
         raise RecipeError(f"override {override!r}: should be key=value, such as optim.lr=1e-3")
     try:
-        value = yaml.safe_load(text)
+        value = parse(text)
     except yaml.YAMLError:
         raise RecipeError(f"override {override!r}: the value is not valid YAML; quote it") from None
     node = tree
@@ -174,12 +177,19 @@ def _describe(error: Any, schema: Schema) -> str:
 
 
 def _nearest(key: str, schema: Schema) -> str:
+    near = keys_like(key, schema)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def keys_like(key: str, schema: Schema = Recipe) -> list[str]:
+    """Return the valid keys that an unknown key most likely means: by another tool's name, or by its spelling."""
     keys = list(schema_keys(schema))
+    if called := keys_called(key, keys):
+        return called
     leaf = key.rpartition(".")[2]
     same_leaf = [k for k in keys if k.rpartition(".")[2] == leaf]
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.7) or same_leaf[:1]
-    close = close or difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else ""
+    return close or difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
 
 
 def _default_of(key: str, schema: Schema) -> str:

@@ -28,6 +28,9 @@ class TensorBoard:
         for name in _SCALARS.get(event, ()):
             if figures.get(name) is not None:
                 self._board.add_scalar(f"{event}/{name}", figures[name], step)
+        for name, blocks in figures.get("content", {}).items():
+            for block, value in enumerate(blocks):
+                self._board.add_scalar(f"content, {name}/block {block}", value, step)
 
     def histogram(self, name: str, values: torch.Tensor, step: int) -> None:
         """Add a distribution."""

@@ -35,7 +35,9 @@ def evaluate_run(
     reporter = Reporter(choose_display(world.is_main, "evaluate"), None, world.rank)
     task: Task | None = None
     try:
-        name = directory.store.find_intact(checkpoint)
+        with world.together():
+            name = directory.store.find_intact(checkpoint) if world.is_main else ""
+        name = world.broadcast(name)
         use_ema = wants_ema(weights, recipe, directory.store.state(name))
         task = task_type(recipe, world, reporter)
         model = task.trained_model(trained, directory, name, use_ema)

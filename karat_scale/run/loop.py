@@ -54,17 +54,18 @@ class Parts:
     signals: StopSignals
 
 
-def evaluate_in_training(parts: Parts, on_batch: OnBatch) -> tuple[str, Scores]:
-    """Evaluate the weights that the recipe names; returns ("ema" or "raw", scores)."""
+def evaluate_in_training(parts: Parts, on_batch: OnBatch) -> tuple[Scores, dict[str, Any]]:
+    """Evaluate the weights that the recipe names; returns the scores, and what else the event says of the model."""
     use_ema = parts.ema is not None and parts.recipe.train.eval_weights != "raw"
     weights = parts.ema.in_place_of_weights() if use_ema and parts.ema else nullcontext()
     parts.engine.module.eval()
     try:
         with weights:
             scores = parts.task.evaluate(parts.engine.forward, on_batch)
+            more = parts.task.look_inside(parts.engine)
     finally:
         parts.engine.module.train()
-    return ("ema" if use_ema else "raw"), scores
+    return scores, {"weights": "ema" if use_ema else "raw", **more}
 
 
 class Loop:
@@ -227,12 +228,12 @@ class Loop:
         self._read_norms()
         self._evaluating = Agreement(parts.world)
         with self._interval.paused():
-            weights, scores = evaluate_in_training(parts, self._during_evaluation)
-            figures = {"samples": state.samples, **scores.to_json(), "weights": weights}
+            scores, more = evaluate_in_training(parts, self._during_evaluation)
+            figures = {"samples": state.samples, **scores.to_json(), **more}
             is_best = state.record(figures)
-            parts.reporter.evaluated(state.step, f"{scores} ({weights} weights)", figures)
+            parts.reporter.evaluated(state.step, f"{scores} ({figures['weights']} weights)", figures)
             if is_best and parts.recipe.checkpoint.keep_best:
-                self._save(is_best=True)
+                self._save()
 
     def _during_evaluation(self, done: int, total: int) -> None:
         self.parts.reporter.beat("evaluating")
@@ -260,7 +261,7 @@ class Loop:
         if decision.save:
             self._save()
 
-    def _save(self, is_best: bool = False, wait: bool = False) -> bool:
+    def _save(self, wait: bool = False) -> bool:
         """Save this state unless that is done; whether it is, or without `wait` will be unless a rank fails."""
         self.parts.reporter.beat("saving")
         self._read_norms()
@@ -268,4 +269,6 @@ class Loop:
             if not self.parts.checkpoints.saver.holds(self.state):
                 self._fold_interval()
             self._save_points.note_save()
+            # Asked of the state, as the save at the evaluation may have failed.
+            is_best = self.state.best_step == self.state.step and self.parts.recipe.checkpoint.keep_best
             return self.parts.checkpoints.save(self.state, is_best, wait)

@@ -17,6 +17,7 @@ from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.out_of_memory import one_line_out_of_memory
+from karat_scale.engine.precision import slow_precision
 from karat_scale.engine.recompute import apply_recompute
 from karat_scale.engine.run_state import RunState
 from karat_scale.models.freeze import freeze
@@ -58,6 +59,10 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             if world.is_main:
                 directory.begin(recipe, task.classes)
             reporter.info(headline(parts))
+            if outcome.state.step >= parts.total_steps:
+                reporter.info(f"nothing is left to do: {how_to_extend(parts)}")
+            elif slow := slow_precision(recipe.train.precision, world.device):
+                reporter.warn(slow)
             Loop(parts, outcome.state).run()
         return outcome.code
     finally:
@@ -143,6 +148,17 @@ def open_reporter(recipe: RunRecipe, world: World, directory: RunDirectory) -> R
         log = MetricsLog(directory.metrics_file, open_trackers(directory.path, recipe, recipe.log.trackers))
     heartbeat = Heartbeat(directory.path, world.rank, device_name(world.device)).start()
     return Reporter(choose_display(world.is_main, recipe.run.name), log, world.rank, heartbeat)
+
+
+def how_to_extend(parts: Parts) -> str:
+    """One line on a finished run: which keys say its length, and what trains it longer."""
+    train = parts.recipe.train
+    if train.max_steps is not None and parts.total_steps == train.max_steps:
+        return f"the run has taken its train.max_steps = {train.max_steps:,} steps; raise it to go on"
+    return (
+        f"the run has trained its train.epochs = {train.epochs}; for more, raise it and add "
+        "'resume.allow=[train.epochs]'"
+    )
 
 
 def headline(parts: Parts) -> str:

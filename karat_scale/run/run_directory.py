@@ -19,11 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar, overload
 
+from karat_scale.checkpoint.saved_state import falsehood
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
 from karat_scale.data.digest import class_order_digest
 from karat_scale.engine.run_state import RunState
 from karat_scale.errors import RunDirectoryError, not_written
-from karat_scale.files import read_text, write_atomically
+from karat_scale.files import parse_json, read_text, write_atomically
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import Effect
 from karat_scale.recipe.files import COMMANDS, read_recipe_file
@@ -48,7 +49,7 @@ class RunDirectory:
         self.summary_file = self.path / "summary.json"
         self.profile = self.path / "profile"
         self.snapshots = self.path / "snapshots"
-        self.store = CheckpointStore(self.path / "checkpoints")
+        self.store = CheckpointStore(self.path / "checkpoints", falsehood)
         self._lock: IO[str] | None = None
 
     def open(self, recipe: RunRecipe) -> str:
@@ -92,7 +93,7 @@ class RunDirectory:
             RunDirectoryError: the file is damaged.
         """
         try:
-            names = json.loads(read_text(self.classes_file))
+            names = parse_json(read_text(self.classes_file))
         except FileNotFoundError:
             return ()
         except ValueError:
@@ -126,7 +127,7 @@ class RunDirectory:
     def summary(self) -> dict[str, Any] | None:
         """`summary.json`, if the run has written one that is whole."""
         try:
-            summary = json.loads(read_text(self.summary_file))
+            summary = parse_json(read_text(self.summary_file))
         except (FileNotFoundError, ValueError):
             return None
         return summary if isinstance(summary, dict) else None
@@ -206,7 +207,7 @@ class RunDirectory:
         if said and not is_branch and not {"data", "data.path"} & set(recipe.resume.allow):
             raise RunDirectoryError(
                 f"run.dir = {self.path}: data.path is not of the data that its run began with, it has {said}; put "
-                "data.path right, add resume.allow=[data.path], or choose another run.dir"
+                "data.path right, add 'resume.allow=[data.path]', or choose another run.dir"
             )
         state.train_images, state.class_order_sha256 = images, order
         return said
@@ -237,7 +238,7 @@ def _advice(path: Path, keys: list[str], fixed: list[str], before: dict[str, Any
         fits = all(key in _FITTED for key in shaping)
         weights = f", with init_from={path} to start from its weights" if fits else ""
         return f"another model cannot resume from its checkpoints: choose another run.dir{weights}"
-    advice = [f"use {key}={before[key]}" for key in fixed] or [f"add resume.allow=[{','.join(keys)}]"]
+    advice = [f"use {key}={before[key]}" for key in fixed] or [f"add 'resume.allow=[{','.join(keys)}]'"]
     return f"{' and '.join(advice)}, or choose another run.dir"
 
 

@@ -142,6 +142,10 @@ class Task(ABC):
         `on_batch` is called after each batch, equally often on every rank; it may raise to stop.
         """
 
+    def look_inside(self, engine: Engine) -> dict[str, Any]:
+        """Return what the event of an evaluation in training says of the model, beside its scores. Collective."""
+        return {}
+
     def fold(self, state: Any) -> None:  # noqa: B027
         """Add what was counted since the last call to the state, over all ranks. Collective."""
 

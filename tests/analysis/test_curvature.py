@@ -4,7 +4,7 @@ import torch
 from karat_scale.analysis.curvature import Hessian
 from karat_scale.models import create_model
 from karat_scale.recipe import AttentionConfig
-from tests.analysis.test_attention_matrices import SIZE
+from tests.models.test_attention_matrices import SIZE
 
 
 def test_eigenvalues_and_trace_of_a_quadratic_bowl() -> None:

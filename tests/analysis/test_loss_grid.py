@@ -8,7 +8,7 @@ from torch import nn
 from karat_scale.analysis.loss_grid import filter_normalised, loss_grid
 from karat_scale.models import create_model
 from karat_scale.recipe import AttentionConfig
-from tests.analysis.test_attention_matrices import SIZE
+from tests.models.test_attention_matrices import SIZE
 
 
 class Bowl(nn.Module):

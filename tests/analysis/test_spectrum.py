@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from karat_scale.analysis.attention_matrices import watched
 from karat_scale.analysis.result import Settings
 from karat_scale.analysis.spectrum import Spectrum, analyze_spectrum, effective_rank, scree_rank, stable_rank
 from karat_scale.analysis.trained_run import TrainedRun
 from karat_scale.models import create_model
+from karat_scale.models.attention_matrices import watched
 from karat_scale.recipe import AttentionConfig
-from tests.analysis.test_attention_matrices import SIZE
+from tests.models.test_attention_matrices import SIZE
 
 
 @pytest.mark.parametrize("k", [1, 3, 10])

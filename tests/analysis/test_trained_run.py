@@ -55,7 +55,7 @@ def test_no_run_no_checkpoint_and_a_damaged_one(karat_run: TrainedRun, tmp_path:
         open_run(tmp_path)
     copy = tmp_path / "run"
     shutil.copytree(karat_run.path, copy)
-    with pytest.raises(RunDirectoryError, match="no checkpoint 'step-9'; available: step-00000016"):
+    with pytest.raises(RunDirectoryError, match="no checkpoint 'step-9'; there are: step-00000016"):
         open_run(copy, checkpoint="step-9").model()
     (copy / "checkpoints" / karat_run.in_order[1] / "state.json").write_text("{}")
     with pytest.raises(RunDirectoryError, match=r"is damaged: state\.json"):

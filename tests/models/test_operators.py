@@ -12,7 +12,7 @@ from karat_scale.models.operators import (
     operators,
 )
 from karat_scale.recipe import AttentionConfig, ModelConfig
-from tests.analysis.test_attention_matrices import SIZE
+from tests.models.test_attention_matrices import SIZE
 
 
 def test_operators_by_block() -> None:

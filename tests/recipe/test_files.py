@@ -146,6 +146,29 @@ def test_a_file_that_would_take_all_memory_or_time_is_one_line(text: str, said: 
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "value", ["2001-02-30", "2001-01-01T25:00:00Z", "!!int x", "!!bool x", "!!timestamp x", 5000 * "9"]
+)
+def test_a_value_that_yaml_cannot_hold_is_one_line(value: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.yaml", f"model:\n  depth: {value}\n")
+    with pytest.raises(RecipeError, match=r"x\.yaml, line 2: not valid YAML: .* cannot be read as"):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match=r"override 'model\.depth=.* is not valid YAML; quote it"):
+        load_recipe("fashion_mnist_demo", [f"model.depth={value}"])
+
+
+@pytest.mark.parametrize("key", ["[1, 2]", "{a: 1}"])
+def test_a_key_that_is_a_list_or_a_map_is_one_line(key: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.yaml", f"model:\n  ? {key}\n  : 1\n")
+    with pytest.raises(RecipeError, match=r"x\.yaml, line 2: not valid YAML: a key is a list or a map"):
+        load_recipe(path)
+
+
+def test_an_override_that_is_nested_too_deeply_is_one_line() -> None:
+    with pytest.raises(RecipeError, match="is not valid YAML"):
+        load_recipe("fashion_mnist_demo", [f"model.depth={'[' * 5000}"])
+
+
 def test_a_recipe_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").symlink_to("/dev/zero")
     with pytest.raises(RecipeError, match=r"no such file|not a regular file"):

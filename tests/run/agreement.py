@@ -93,7 +93,7 @@ def damage(world: World, scratch: Path) -> dict[str, Any]:
     def put_code() -> None:
         """Into rank 1's file of a checkpoint that is intact all the same."""
         store = checkpoints.store
-        again, state = store.begin(3), store.state(newest.name)
+        again, state = store.begin(3), {**store.state(newest.name), "step": 3, "samples": 24}
         for file in set(files) - {MANIFEST, STATE}:
             shutil.copy(newest / file, again / file)
         torch.save({"rng": RunsCode()}, again / "rank-00001.pt")

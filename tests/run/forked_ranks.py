@@ -4,7 +4,7 @@ import faulthandler
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from karat_scale.cli import main
@@ -12,16 +12,21 @@ from tests.conftest import free_port
 
 
 class ForkedRanks:
-    """`karat train ARGUMENTS` on `count` ranks, which talk through gloo; each leads a process group of its own."""
+    """`karat train ARGUMENTS` on `count` ranks, which talk through gloo; each leads a process group of its own.
 
-    def __init__(self, arguments: Sequence[str], count: int, log: Path) -> None:
+    Each rank first calls `prepare` with its number.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], count: int, log: Path, prepare: Callable[[int], object] = lambda rank: None
+    ) -> None:
         port = str(free_port())
         self.codes: dict[int, int] = {}
         self.ranks: list[int] = []
         for rank in range(count):
             pid = os.fork()
             if pid == 0:
-                _be_a_rank(arguments, rank, count, port, log)
+                _be_a_rank(arguments, rank, count, port, log, prepare)
             self.ranks.append(pid)
 
     def running(self) -> list[int]:
@@ -60,7 +65,9 @@ class ForkedRanks:
         return not left
 
 
-def _be_a_rank(arguments: Sequence[str], rank: int, count: int, port: str, log: Path) -> None:
+def _be_a_rank(
+    arguments: Sequence[str], rank: int, count: int, port: str, log: Path, prepare: Callable[[int], object]
+) -> None:
     code = 1
     try:
         os.setpgid(0, 0)
@@ -71,6 +78,7 @@ def _be_a_rank(arguments: Sequence[str], rank: int, count: int, port: str, log: 
         if count > 1:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        prepare(rank)
         code = main(arguments)
     finally:
         os._exit(code)

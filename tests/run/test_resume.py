@@ -12,6 +12,8 @@ from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.data.formats.folder import FolderSplit
 from karat_scale.engine.schedule import build_schedule
 from karat_scale.recipe.loading import load_recipe
+from karat_scale.run.run_directory import RunDirectory
+from tests.checkpoint.lies import tell
 from tests.conftest import events, karat, summary
 from tests.run.runs import STEPS, final_tensors, kill_all, losses, start, wait_for_checkpoint
 from tests.small_engines import equal
@@ -142,6 +144,7 @@ def test_a_finished_run_stays_finished(recipe_file: Path, tmp_path: Path) -> Non
     before = summary(run)
     again = karat("train", str(recipe_file), f"run.dir={run}", "train.epochs=1")
     assert again.returncode == 0
+    assert "nothing is left to do: the run has trained its train.epochs = 1" in again.stdout
     after = summary(run)
     assert len(events(run, "eval")) == 1
     assert {key: after[key] for key in ("steps", "best_top1", "images_per_second")} == {
@@ -234,3 +237,21 @@ def test_the_same_command_resumes_at_another_world_size_and_stage(recipe_file: P
     evaluated = karat("eval", str(run), "--checkpoint", "latest")
     assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
     assert f"top-1 {events(run, 'eval')[-1]['top1']:.2f} %" in evaluated.stdout
+
+
+@pytest.mark.multiprocess
+def test_a_checkpoint_that_lies_is_named_and_the_one_before_is_used(recipe_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = ("train.max_steps=4", "checkpoint.every_steps=2", "deepspeed.config=zero2")
+    done = karat("train", str(recipe_file), f"run.dir={run}", *overrides, processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = run / "checkpoints" / "step-00000004"
+    tell(last, "rank-00001.pt", "layout.0.0", ("nothing", 0, 0, 1))
+    read = karat("eval", str(run))
+    assert read.returncode == 0, read.stdout + read.stderr
+    assert "step-00000002 is taken instead" in read.stderr
+    again = karat("train", str(recipe_file), f"run.dir={run}", *overrides, processes=2)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "step-00000004 is damaged: rank-00001.pt: a layout with more of nothing" in again.stdout
+    assert events(run, "resume")[0]["step"] == 2
+    assert RunDirectory(run).store.damage("step-00000004") is None  # written anew

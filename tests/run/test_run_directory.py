@@ -71,7 +71,7 @@ def test_the_fix_for_a_differing_key_is_named(small_recipe, tmp_path: Path) -> N
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
     directory.begin(small_recipe())
-    with pytest.raises(RunDirectoryError, match=r"optim.lr \(0.0005 -> 1.0\); add resume.allow=\[optim.lr\]"):
+    with pytest.raises(RunDirectoryError, match=r"optim.lr \(0.0005 -> 1.0\); add 'resume.allow=\[optim.lr\]'"):
         RunDirectory(directory.path).open(small_recipe("optim.lr=1"))
     with pytest.raises(RunDirectoryError, match=r"global_batch \(8 -> 16\); use train.global_batch=8, or choose"):
         RunDirectory(directory.path).open(small_recipe("train.global_batch=16", "resume.allow=train.global_batch"))

@@ -43,7 +43,7 @@ def test_a_run_does_not_resume_with_another_data_set(recipe_file: Path, image_fo
     go_on = ("train", str(recipe_file), f"run.dir={run}", "data.backend=folder", "train.max_steps=4")
     refused = karat(*go_on, f"data.path={renamed}")
     assert refused.returncode == 2
-    assert "has other classes; put data.path right, add resume.allow=[data.path]" in refused.stderr
+    assert "has other classes; put data.path right, add 'resume.allow=[data.path]'" in refused.stderr
     assert summary(run) == before
     assert "zebra" not in (run / "classes.json").read_text()
 

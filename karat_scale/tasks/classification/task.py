@@ -20,11 +20,15 @@ from karat_scale.data.digest import BITS, batch_digest, with_digest
 from karat_scale.data.formats.checks import unused_classes
 from karat_scale.data.plan import BatchSlice, TrainPlan, micro_batch_of
 from karat_scale.data.staged import staged_copy
+from karat_scale.engine.deepspeed_internals import whole_parameters
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.run_state import RunState
 from karat_scale.engine.schedule import CosineSchedule, build_schedule
+from karat_scale.models.content import content_of
+from karat_scale.models.factory import layer_sizes
 from karat_scale.models.init_from import take_weights
+from karat_scale.models.layers import attention_layers
 from karat_scale.recipe import Recipe
 from karat_scale.reporting.efficiency import Efficiency, device_peak
 from karat_scale.reporting.progress import Reporter
@@ -33,6 +37,9 @@ from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.task import AfterStep, OnBatch, Task, Waiting
 from karat_scale.tasks.classification.evaluate import EvalResult, evaluate
 from karat_scale.tasks.classification.teacher import FILE, build_model, keep_teacher
+
+# Of an evaluation, to measure what S depends on: as many images as keep a block's matrices below this many entries.
+IMAGES_TO_LOOK_AT, ENTRIES_TO_LOOK_AT = 16, 2**24
 
 
 @dataclass
@@ -74,6 +81,7 @@ class ClassificationTask(Task):
         self.objective = SoftTargetCrossEntropy()
         self.efficiency = Efficiency(recipe, world.size, device_peak(world.device, recipe.train))
         self._digest = self._bad = 0
+        self._to_look_at: Tensor | None = None
 
     @property
     def num_train(self) -> int:
@@ -146,7 +154,21 @@ class ClassificationTask(Task):
             self._tell_of(bad)
             on_batch(done, total)
 
-        return evaluate(forward, self.backend, self.normalize, self.recipe.train.eval_batch, self.world, told)
+        def noted(images: Tensor) -> Tensor:
+            if self._to_look_at is None:
+                largest = max(size.heads * size.scores for size in layer_sizes(self.recipe.model))
+                self._to_look_at = images[: max(1, min(IMAGES_TO_LOOK_AT, ENTRIES_TO_LOOK_AT // largest))].clone()
+            return forward(images)
+
+        return evaluate(noted, self.backend, self.normalize, self.recipe.train.eval_batch, self.world, told)
+
+    def look_inside(self, engine: Engine) -> dict[str, Any]:
+        """Return what S depends on in the first validation images, of each block. Rank 0's images count."""
+        if self._to_look_at is None:
+            return {}
+        learned = [p for layer in attention_layers(engine.module) for p in layer.attention.parameters()]
+        with whole_parameters(engine.deepspeed, learned):
+            return {"content": content_of(engine.module, engine.forward, self._to_look_at)}
 
     def _tell_of(self, bad: tuple[BadSample, ...]) -> None:
         for sample in bad:

@@ -10,9 +10,6 @@ from timm.models.convit import GPSA, MHSA
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from karat_scale.analysis.result import Settings
-from karat_scale.analysis.trained_run import TrainedRun
-from karat_scale.analysis.validation_images import ValidationImages
 from karat_scale.models import convit, swin
 from karat_scale.models.layers import attention_layers
 from karat_scale.models.transfer import Teacher, TransferredAttention
@@ -29,7 +26,8 @@ Matrices = tuple[Tensor, Tensor]
 def watched(model: nn.Module, visit: Visit) -> Iterator[None]:
     """Call `visit` for each block of each forward pass inside the `with`, in order; nothing is kept.
 
-    Both are float32. A includes the scale 1 / sqrt(d), and the norms of query and key if the model has them.
+    Both are float32, and computed in the precision of the forward pass. A includes the scale 1 / sqrt(d), and the norms
+    of query and key if the model has them.
     """
     hooks = [
         layer.attention.register_forward_pre_hook(_hook(number, visit), with_kwargs=True)
@@ -42,25 +40,12 @@ def watched(model: nn.Module, visit: Visit) -> Iterator[None]:
             hook.remove()
 
 
-@torch.no_grad()
-def visit_images(
-    model: nn.Module, run: TrainedRun, images: ValidationImages, settings: Settings, what: str, visit: Visit
-) -> int:
-    """Call `visit` for each block on each batch of images, and show the progress as `what`; return their number."""
-    done = 0
-    with watched(model, visit):
-        for batch, _ in images.batches(settings.batch, run.device):
-            model(batch)
-            done += len(batch)
-            settings.progress(what, done, len(images))
-    return done
-
-
 def _hook(number: int, visit: Visit) -> Callable[[Any, tuple[Tensor, ...], dict[str, Any]], None]:
     @torch.no_grad()
     def before(attention: Any, inputs: tuple[Tensor, ...], settings: dict[str, Any]) -> None:
         matrices = next(read for kind, read in _READERS.items() if isinstance(attention, kind))
-        visit(number, *matrices(attention, inputs[0], settings.get("mask")))
+        raw, learned = matrices(attention, inputs[0], settings.get("mask"))
+        visit(number, raw.float(), learned.float())
 
     return before
 
@@ -101,7 +86,7 @@ def _of_window(attention: Any, x: Tensor, mask: Tensor | None) -> Matrices:
 
 
 def _of_pair(query: Tensor, key: Tensor, operator: Any) -> Matrices:
-    """Return query and key [B, h, N, d] of the layer, and its operator, or None for softmax."""
+    """Return A and S of query and key [B, h, N, d], for the layer's operator, or None for softmax."""
     raw = query @ key.mT / query.shape[-1] ** 0.5
     return raw, raw.softmax(-1) if operator is None else operator.scores(query, key)
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from karat_scale.analysis.attention_matrices import watched
 from karat_scale.models import create_model
+from karat_scale.models.attention_matrices import watched
 from karat_scale.models.layers import attention_layers
 from karat_scale.recipe import AttentionConfig, ModelConfig
 

@@ -1,0 +1,195 @@
+"""What each file of a checkpoint must say.
+
+A file whose hash is right may still lie: something else wrote it, or wrote it wrongly. So each one is validated when it
+is read, and what it says is used only then.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from karat_scale.checkpoint.store import STATE
+from karat_scale.checkpoint.tensor_storage import load_tensors
+from karat_scale.errors import RunDirectoryError
+from karat_scale.files import read_text
+
+FORMAT = 2
+_CUDA_GENERATOR_BYTES = 16
+_LONGEST = 200
+R = TypeVar("R", bound="Record")
+
+
+def _plain(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        raise ValueError("should be a dense tensor")
+    return value
+
+
+def _floats(value: Tensor) -> Tensor:
+    if not value.is_floating_point():
+        raise ValueError("should be a tensor of floats")
+    return value
+
+
+def _generator(value: Tensor) -> Tensor:
+    try:
+        torch.Generator().set_state(value)
+    except (RuntimeError, TypeError):
+        raise ValueError("should be the state of a random generator") from None
+    return value
+
+
+def _cuda_generator(value: Tensor) -> Tensor:
+    if value.dtype != torch.uint8 or value.shape != (_CUDA_GENERATOR_BYTES,):
+        raise ValueError("should be the state of a GPU's random generator")
+    return value
+
+
+def _states(values: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's states of one tensor: tensors, and numbers such as `step`, which may be in a tensor."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Tensor) and key != "step":
+            found[key] = _floats(_plain(value))
+            continue
+        number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        if not isinstance(number, int | float) or not math.isfinite(number) or number < 0:
+            raise ValueError(f"{key} should be a number of at least 0")
+        found[key] = float(number)
+    return found
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _scaler(value: Any) -> Any:
+    names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+    if getattr(value, "dynamic", False) and not all(isinstance(getattr(value, n, None), int | float) for n in names):
+        raise ValueError("should be a loss scaler")
+    return value
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+AnyTensor = Annotated[Any, AfterValidator(_plain)]
+Floats = Annotated[Any, AfterValidator(_plain), AfterValidator(_floats)]
+Shape = Annotated[tuple[Count, ...], BeforeValidator(_tuple)]
+Place = Annotated[tuple[str, Count, Count, Count], BeforeValidator(_tuple)]
+
+
+class Record(BaseModel):
+    """The keys that are read. There may be others. No value is converted into another kind."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
+
+
+class StateRecord(Record):
+    """What `state.json` says of its checkpoint; `RunState` is where training stood."""
+
+    format: int
+    kind: str = "classification"
+    step: Count
+    samples: Count
+    world_size: Annotated[int, Field(ge=1)]
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    has_ema: bool = False
+    teacher: str | None = None
+
+
+class _Version(Record):
+    format: int
+    kind: str = "classification"
+
+
+class Sidecar(Record):
+    """A rank's own file. At stage 0, those of the ranks after rank 0 have only the generators."""
+
+    rng: Annotated[AnyTensor, AfterValidator(_generator)]
+    cuda_rng: Annotated[AnyTensor, AfterValidator(_cuda_generator)] | None = None
+    shapes: dict[str, Shape] | None = None
+    layout: list[list[Place]] | None = None
+    ema: list[Floats] | None = None
+    frozen: dict[str, Floats] | None = None
+
+
+class OptimizerStates(Record):
+    """By the number of the master tensor."""
+
+    state: dict[Count, Annotated[dict[str, Any], AfterValidator(_states)]]
+
+
+class ModelFile(Record):
+    """DeepSpeed's file of the module. At stage 0 the optimizer is in it."""
+
+    module: dict[str, AnyTensor]
+    param_shapes: list[dict[str, Shape]] | None = None
+    optimizer: OptimizerStates | None = None
+    global_steps: Count
+    global_samples: Count
+    skipped_steps: Count
+
+
+class Partition(Record):
+    """A rank's part of the optimizer, from stage 1 on: its fp32 tensors, and the optimizer's states of each."""
+
+    masters: list[Floats] = Field(validation_alias=AliasChoices("single_partition_of_fp32_groups", "fp32_flat_groups"))
+    states: OptimizerStates = Field(validation_alias=AliasChoices("base_optimizer_state", "optimizer_state_dict"))
+    loss_scaler: Annotated[Any, AfterValidator(_scaler)] = None
+    zero_stage: Any = None
+
+
+class PartitionFile(Record):
+    """DeepSpeed's file of a rank's part of the optimizer."""
+
+    optimizer_state_dict: Partition
+
+
+class FirstDetectionFile(Record):
+    """The one file of tensors in the first format of detection, the same on all ranks."""
+
+    model: dict[str, AnyTensor]
+    optimizer: OptimizerStates
+
+
+def read_record(path: Path, kind: type[R]) -> R:
+    """A file of tensors, mapped into memory.
+
+    Raises:
+        RunDirectoryError: it does not say what a file of this kind says.
+        OSError: it cannot be read.
+    """
+    return _validated(path.name, lambda: kind.model_validate(load_tensors(path, mmap=True)))
+
+
+def read_state_record(checkpoint: Path) -> StateRecord:
+    """The `state.json` of a checkpoint.
+
+    Raises:
+        RunDirectoryError: it is not one, or is that of another version.
+        OSError: it cannot be read.
+    """
+    try:
+        text = read_text(checkpoint / STATE)
+    except UnicodeDecodeError:
+        raise RunDirectoryError(f"{STATE}: is not UTF-8") from None
+    version = _validated(STATE, lambda: _Version.model_validate_json(text))
+    if version.format != FORMAT and (version.format, version.kind) != (1, "detection"):
+        raise RunDirectoryError(
+            f"it has format {version.format}, this version reads format {FORMAT}; use the version that wrote it"
+        )
+    return _validated(STATE, lambda: StateRecord.model_validate_json(text))
+
+
+def _validated(file: str, read: Callable[[], R]) -> R:
+    try:
+        return read()
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        raise RunDirectoryError(f"{file}: {place[:_LONGEST]}{': ' if place else ''}{message[:_LONGEST]}") from None

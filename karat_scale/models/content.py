@@ -1,0 +1,65 @@
+"""What S depends on: how much of it changes with the query and with the image, and how large it is.
+
+Attention that gives each query the same row, or each image the same matrix, mixes positions as a constant would. So
+these shares say how far a comparison with softmax is about learned functions of the scores at all.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from karat_scale.models.attention_matrices import watched
+from karat_scale.models.layers import attention_layers
+
+FIGURES = ("by_query", "by_image", "beyond_pi", "frobenius_norm")
+"""Of a block: the shares of S's energy that depend on the query and on the image, the share of scores with |A| > pi,
+and the mean Frobenius norm of S."""
+
+
+class Content:
+    """Sums over images of one model's S and A, by block; of matrices only their sum over images is kept, by head."""
+
+    def __init__(self, blocks: int) -> None:
+        self._matrices: list[Tensor | float] = [0.0] * blocks
+        self._sums = np.zeros((blocks, 4))
+        self._items, self._heads = np.zeros(blocks), np.zeros(blocks)
+        self._pairs = np.zeros(blocks)
+
+    def add(self, block: int, raw: Tensor, learned: Tensor) -> None:
+        """Add A and S [B, h, N, N] of one block."""
+        learned = learned.double()
+        queries = learned.shape[2]
+        self._matrices[block] = self._matrices[block] + learned.sum(0)
+        energy = learned.square().sum()
+        # The part of each column of S that all queries share.
+        shared = queries * learned.mean(2).square().sum()
+        norms = torch.linalg.matrix_norm(learned).sum()
+        beyond = (raw.abs() > math.pi).sum()
+        self._sums[block] += torch.stack((energy, shared, norms, beyond.double())).cpu().numpy()
+        self._items[block] += len(learned)
+        self._heads[block] = learned.shape[1]
+        self._pairs[block] += raw.numel()
+
+    def figures(self) -> npt.NDArray[np.float64]:
+        """Return `FIGURES` of each block [L, 4]."""
+        energy, shared, norms, beyond = self._sums.T
+        same = [float(torch.as_tensor(x).square().sum()) / n for x, n in zip(self._matrices, self._items, strict=True)]
+        heads = self._items * self._heads
+        return np.stack((1 - shared / energy, 1 - np.array(same) / energy, beyond / self._pairs, norms / heads), 1)
+
+
+@torch.no_grad()
+def content_of(model: nn.Module, forward: Callable[[Tensor], object], images: Tensor) -> dict[str, list[float]]:
+    """Return `FIGURES`, each as a list over blocks, of normalised images [B, 3, H, W].
+
+    `forward` calls the model, and perhaps more. The forward pass is not compiled.
+    """
+    content = Content(len(attention_layers(model)))
+    with torch.compiler.set_stance("force_eager"), watched(model, content.add):
+        forward(images)
+    values = content.figures().round(6).T.tolist()
+    return dict(zip(FIGURES, values, strict=True))

@@ -1,0 +1,43 @@
+"""Give KArAt to a timm model that is already built, and perhaps trained."""
+
+import copy
+from typing import Any
+
+import torch
+from timm.layers import Attention
+from timm.models.convit import MHSA
+from timm.models.swin_transformer import WindowAttention
+from torch import nn
+
+from karat_scale.models.convit import KaratMHSA
+from karat_scale.models.layers import measure_layers
+from karat_scale.models.learn import learn
+from karat_scale.models.swin import KaratWindowAttention
+from karat_scale.models.vit import KaratAttention
+from karat_scale.recipe import AttentionConfig, ModelConfig
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    Attention: KaratAttention,
+    MHSA: KaratMHSA,
+    WindowAttention: KaratWindowAttention,
+}
+
+
+def swap_attention(network: Any, attention: AttentionConfig, image_size: int = 224) -> None:
+    """Replace softmax in a timm model's attention layers, in place. All weights stay; operators are added.
+
+    With `residual=True` or `kind="learned_score"`, the model computes what it computed before, until it is trained.
+
+    Args:
+        network: a timm ViT, ConViT (its last blocks), Swin, or another model with timm's attention.
+        attention: the kind of attention, as in a recipe.
+        image_size: side of the images in pixels; the operators are made for this number of tokens.
+
+    Raises:
+        RecipeError: a layer has too few heads, or layers that would share an operator differ in size.
+    """
+    sizes = measure_layers(copy.deepcopy(network).to("meta", torch.float32).eval(), image_size)
+    model = ModelConfig(name=type(network).__name__, image_size=image_size)
+    learn(network, model, attention, sizes, _CLASSES)
+    parameter = next(network.parameters())
+    network.to(parameter.device, parameter.dtype)

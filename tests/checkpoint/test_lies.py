@@ -1,0 +1,245 @@
+"""A checkpoint whose hashes are right and whose content lies is damaged: it is named in one line, and not used."""
+
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from karat_scale.checkpoint.saved_state import falsehood
+from karat_scale.checkpoint.store import MANIFEST, STATE, CheckpointStore
+from karat_scale.checkpoint.tensor_storage import load_tensors
+from karat_scale.errors import RunDirectoryError
+from karat_scale.tasks.classification.task import TrainState
+from tests.checkpoint.lies import LOST, rehash, tell
+from tests.small_engines import train_steps
+
+NAME = "step-00000002"
+MODEL, RANK, PART = "mp_rank_00_model_states.pt", "rank-00000.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+_made: dict[str, Path] = {}
+
+
+@pytest.fixture
+def checkpoint(
+    request: pytest.FixtureRequest, small_recipe, make_checkpoints, tmp_path_factory, tmp_path: Path
+) -> Path:
+    """A copy of a real checkpoint of the stage that the test names."""
+    config = getattr(request, "param", "zero1")
+    if config not in _made:
+        _made[config] = tmp_path_factory.mktemp(config)
+        saved = make_checkpoints(small_recipe(f"deepspeed.config={config}"), _made[config])
+        train_steps(saved, 1, 2)
+        assert saved.save(TrainState(step=2, samples=16))
+    shutil.copytree(_made[config] / NAME, tmp_path / "c" / NAME)
+    return tmp_path / "c" / NAME
+
+
+LIES: list[tuple[str, str, Any]] = [
+    *[(STATE, key, LOST) for key in ("format", "step", "samples", "world_size")],
+    *[(STATE, key, value) for key in ("step", "samples") for value in ("two", None, -1, 2.5, True, [2], 10**40)],
+    (STATE, "step", 3),
+    (STATE, "samples", 15),
+    (STATE, "format", 3),
+    (STATE, "format", "2"),
+    *[(STATE, "world_size", value) for value in (0, -1, 2, 10**18, "1", None)],
+    *[(STATE, "zero_stage", value) for value in (0, 2, 3, 4, -1, "1", None)],
+    *[(STATE, "has_ema", value) for value in (False, "yes", 1)],
+    *[(STATE, "teacher", value) for value in (3, ["x"])],
+    *[(STATE, "kind", value) for value in (3, None)],
+    *[(RANK, key, LOST) for key in ("rng", "shapes", "layout")],
+    *[(RANK, "rng", value) for value in (None, 3, torch.zeros(5056), torch.zeros(16, dtype=torch.uint8))],
+    (RANK, "rng", torch.full((5056,), 255, dtype=torch.uint8)),
+    *[(RANK, "cuda_rng", value) for value in (3, torch.zeros(16), torch.zeros(3, dtype=torch.uint8))],
+    *[(RANK, "shapes", value) for value in (None, 3, {}, {"a": 3}, {1: (2,)})],
+    *[(RANK, "shapes.cls_token", value) for value in (LOST, (1, 1, 31), (-1, 1, -32), ("1", 1, 32), None)],
+    *[(RANK, "layout", value) for value in (None, 3, [], [[]], [[], []], [[("cls_token", 0, 0)], []])],
+    *[
+        (RANK, "layout.0.0", ("patch_embed.proj.weight", *place))
+        for place in ((0, 0, 1535), (1, 0, 1536), (0, 1, 1536))
+    ],
+    *[(RANK, "layout.0.0", ("patch_embed.proj.weight", *place)) for place in ((-1, 0, 1536), (0, 2**62, 1536))],
+    (RANK, "layout.0.0", ("nothing", 0, 0, 1536)),
+    (RANK, "layout.0", lambda fragments: fragments[:-1]),
+    (RANK, "layout.0", lambda fragments: [*fragments, fragments[0]]),
+    *[(RANK, "ema", value) for value in (None, [], 3, [3, 4], [torch.zeros(3), torch.zeros(2868)])],
+    (RANK, "ema.0", torch.zeros(26240, dtype=torch.int32)),
+    (RANK, "ema.0", torch.zeros(26240).to_sparse()),
+    (RANK, "frozen", {"cls_token": 3}),
+    *[(MODEL, key, LOST) for key in ("module", "global_steps", "global_samples", "skipped_steps")],
+    *[(MODEL, "module", value) for value in (None, {}, {"a": 3}, {1: torch.zeros(1)})],
+    (MODEL, "module.cls_token", torch.zeros(1, 1, 31)),
+    (MODEL, "module.cls_token", torch.zeros(1, 1, 32, device="meta")),
+    *[(MODEL, "global_steps", value) for value in (-1, "2", None, 2.5)],
+    (PART, "optimizer_state_dict", LOST),
+    (PART, "optimizer_state_dict", 3),
+    *[
+        (PART, f"optimizer_state_dict.{key}", LOST)
+        for key in ("base_optimizer_state", "single_partition_of_fp32_groups")
+    ],
+    (PART, "optimizer_state_dict.zero_stage", 2),
+    (PART, "optimizer_state_dict.single_partition_of_fp32_groups.0", torch.zeros(26239)),
+    (PART, "optimizer_state_dict.single_partition_of_fp32_groups.0", torch.zeros(26240, dtype=torch.int64)),
+    (PART, "optimizer_state_dict.single_partition_of_fp32_groups", lambda groups: groups[:1]),
+    *[(PART, "optimizer_state_dict.base_optimizer_state.state", value) for value in (LOST, 3, {"a": {}}, {0: 3})],
+    (PART, "optimizer_state_dict.base_optimizer_state.state.0.exp_avg", torch.zeros(3)),
+    (PART, "optimizer_state_dict.base_optimizer_state.state.0.exp_avg", "zeros"),
+    *[
+        (PART, "optimizer_state_dict.base_optimizer_state.state.0.step", value)
+        for value in ("2", None, float("nan"), -1.0, torch.zeros(2), torch.tensor(float("inf")))
+    ],
+]
+
+
+def _id(lie: tuple[str, str, Any]) -> str:
+    file, place, value = lie
+    text = "lost" if value is LOST else "changed" if callable(value) else str(value).replace("\n", "")[:24]
+    return f"{file}:{place}={text}"
+
+
+@pytest.mark.parametrize(("file", "place", "value"), LIES, ids=[f"{n}-{_id(lie)}" for n, lie in enumerate(LIES)])
+def test_a_lie_is_found_and_told_in_one_line(checkpoint: Path, file: str, place: str, value: Any) -> None:
+    assert CheckpointStore(checkpoint.parent, falsehood).damage(NAME) is None
+    tell(checkpoint, file, place, value)
+    assert CheckpointStore(checkpoint.parent).damage(NAME) is None  # by its hashes
+    found = CheckpointStore(checkpoint.parent, falsehood).damage(NAME)
+    assert found
+    assert "\n" not in found
+    assert len(found) < 600
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "file", "place", "value"),
+    [
+        ("zero0", MODEL, "optimizer", None),
+        ("zero0", MODEL, "optimizer.state", LOST),
+        ("zero0", MODEL, "optimizer.state.0.exp_avg", torch.zeros(3)),
+        ("zero0", MODEL, "module.cls_token", LOST),
+        ("zero0", RANK, "layout.0", []),
+        ("zero0", RANK, "layout.0.0", ("nothing", 0, 0, 1536)),
+        ("zero0", STATE, "zero_stage", 1),
+        ("zero3", f"zero_pp_rank_0_{MODEL}", "param_shapes", None),
+        ("zero3", RANK, "shapes.cls_token", (32, 1, 1)),
+        ("zero3", PART, "optimizer_state_dict.fp32_flat_groups", LOST),
+        ("zero3", PART, "optimizer_state_dict.optimizer_state_dict", LOST),
+        ("zero3", STATE, "zero_stage", 2),
+    ],
+    indirect=["checkpoint"],
+)
+def test_a_lie_is_found_at_other_stages(checkpoint: Path, file: str, place: str, value: Any) -> None:
+    assert falsehood(checkpoint) is None
+    tell(checkpoint, file, place, value)
+    assert falsehood(checkpoint)
+
+
+class _Tripwire:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("tripped"),))
+
+
+def _beyond_its_storage(path: Path) -> None:
+    """A tensor of more elements than its storage has, in the pickle of an archive of torch."""
+    torch.save({"rng": torch.arange(7.0)}, path)
+    archive = path.read_bytes()
+    assert archive.count(b"K\x07\x85") == 1  # the pickled shape (7,)
+    path.write_bytes(archive.replace(b"K\x07\x85", b"K\x70\x85"))
+
+
+FILES: dict[str, Callable[[Path], Any]] = {
+    "a legacy pickle": lambda path: torch.save(load_tensors(path), path, _use_new_zipfile_serialization=False),
+    "a plain pickle": lambda path: path.write_bytes(pickle.dumps({"rng": 3})),
+    "a TorchScript program": lambda path: torch.jit.script(torch.nn.Linear(2, 2)).save(str(path)),
+    "another archive": lambda path: path.write_bytes(b"PK\x05\x06" + bytes(18)),
+    "code": lambda path: torch.save({"rng": _Tripwire()}, path),
+    "a list": lambda path: torch.save([1, 2], path),
+    "a tensor beyond its storage": _beyond_its_storage,
+    "a text": lambda path: path.write_text("rng"),
+    "empty": lambda path: path.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("file", [RANK, MODEL, PART])
+@pytest.mark.parametrize("what", FILES)
+def test_a_file_of_another_kind_is_found(
+    checkpoint: Path, what: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    FILES[what](checkpoint / file)
+    rehash(checkpoint)
+    found = CheckpointStore(checkpoint.parent, falsehood).damage(NAME)
+    assert found
+    assert file in found
+    assert "\n" not in found
+    assert not (tmp_path / "tripped").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"format": ' * 50_000, "", "null", "[]", '"x"', "{", "\x00", '{"format": 2']
+)
+def test_a_state_that_is_no_state_is_found(checkpoint: Path, text: str) -> None:
+    (checkpoint / STATE).write_text(text)
+    rehash(checkpoint)
+    assert STATE in (CheckpointStore(checkpoint.parent, falsehood).damage(NAME) or "")
+
+
+def test_a_manifest_that_names_a_file_elsewhere_is_damage(checkpoint: Path) -> None:
+    (checkpoint.parent / "outside").touch()
+    manifest = checkpoint / MANIFEST
+    manifest.write_text(manifest.read_text().replace(RANK, "../outside"))
+    assert MANIFEST in (CheckpointStore(checkpoint.parent, falsehood).damage(NAME) or "")
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "value"),
+    [
+        (STATE, "samples", 32),  # of another global batch
+        (STATE, "kind", "detection"),
+        (STATE, "best_top1", "high"),
+        (STATE, "best_top1", float("nan")),
+        (STATE, "data_digest", None),
+        (STATE, "begun_with", {"name": 3}),
+        (RANK, "rng", torch.zeros(3)),
+    ],
+)
+def test_a_run_goes_on_from_the_one_before(
+    small_recipe,
+    make_checkpoints,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    place: str,
+    value: Any,
+) -> None:
+    recipe = small_recipe("deepspeed.config=zero1")
+    first, second = (make_checkpoints(recipe, tmp_path / "c") for _ in range(2))
+    for step in (1, 2):
+        first.save(TrainState(step=step, samples=8 * step))
+    tell(tmp_path / "c" / NAME, file, place, value)
+    assert second.load().step == 1
+    assert f"checkpoint {NAME} is damaged: " in "".join(capsys.readouterr())
+    tell(tmp_path / "c" / "step-00000001", STATE, "step", "one")
+    with pytest.raises(RunDirectoryError, match="none of 2 checkpoints is intact"):
+        second.load()
+
+
+def test_a_reader_takes_the_newest_that_does_not_lie(
+    small_recipe, make_checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = make_checkpoints(small_recipe("deepspeed.config=zero1"), tmp_path / "c")
+    for step in (1, 2):
+        checkpoints.save(TrainState(step=step, samples=8 * step), is_best=step == 2)
+    tell(tmp_path / "c" / NAME, RANK, "layout", None)
+    store = CheckpointStore(tmp_path / "c", falsehood)
+    for wanted in ("best", "latest"):
+        assert store.find_intact(wanted) == "step-00000001"
+        note = capsys.readouterr().err
+        assert note.startswith("note: ")
+        assert "step-00000001 is taken instead" in note
+        assert note.count("\n") == 1
+    with pytest.raises(RunDirectoryError, match=f"{NAME} is damaged: .*choose another"):
+        store.find_intact(NAME)
+    tell(tmp_path / "c" / "step-00000001", STATE, "step", "one")
+    with pytest.raises(RunDirectoryError, match=f"{NAME} is damaged: .*choose another"):
+        store.find_intact("best")

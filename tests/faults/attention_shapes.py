@@ -1,0 +1,79 @@
+"""The compiled attention on random shapes, layouts and numbers of threads, against the float64 equations.
+
+    python -m tests.faults.attention_shapes COUNT SEED LAST
+
+Meant for a process that has the C++ built with sanitizers, like tests/faults/jpegs.py. With a bias or a mask, which the
+kernel does not take, `auto` has to pass it by. LAST is the file that holds the call under way.
+"""
+
+import json
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from tests.attention.calls import Call, make_call, output_and_gradients, relative_error
+
+# Of the L2 norm; over a handful of tokens sums may cancel.
+TOLERANCES = {torch.float32: 5e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+LAYOUTS = ("contiguous", "one projection", "tokens last", "expanded")
+
+
+def laid_out(call: Call, layout: str) -> Call:
+    """Query, key and value as layers may hand them over."""
+    if layout == "one projection":
+        fused = torch.stack([x.detach().transpose(1, 2) for x in call[:3]], dim=2).permute(2, 0, 3, 1, 4)
+        heads = list(fused.unbind())
+    elif layout == "tokens last":
+        heads = [x.detach().mT.contiguous().mT for x in call[:3]]
+    elif layout == "expanded":
+        heads = [x.detach()[:1].expand(x.shape) for x in call[:3]]
+    else:
+        heads = [x.detach() for x in call[:3]]
+    return Call(*(x.requires_grad_() for x in heads), *call[3:])
+
+
+def look(chosen: random.Random, last: Path) -> str:
+    """One call; what is wrong with its output or gradients, or nothing."""
+    sizes = {
+        "batch": chosen.randrange(4),
+        "heads": chosen.randint(1, 4),
+        "tokens": chosen.choice((1, 2, 3, chosen.randint(1, 40), chosen.randint(1, 200))),
+        "width": chosen.choice((1, 3, 16, 64, chosen.randint(1, 130))),
+        "rank": chosen.choice((1, 12, chosen.randint(1, 32))),
+        "grid": chosen.choice((1, 3, chosen.randint(1, 64))),
+    }
+    dtype, layout = chosen.choice(list(TOLERANCES)), chosen.choice(LAYOUTS)
+    scale, threads = chosen.choice((0.0, 0.1, 1.0, 8.0)), chosen.randint(1, 4)
+    extra = chosen.choice(("", "", "", "", "bias", "mask"))
+    said = f"{sizes} {dtype} {layout} scores {scale} threads {threads} {extra}"
+    last.write_text(said + "\n")
+    torch.set_num_threads(threads)
+    seed = chosen.randrange(2**31)
+    call = laid_out(make_call(**sizes, logits=scale, seed=seed).to(dtype), layout)
+    generator = torch.Generator().manual_seed(seed)
+    upstream = torch.randn(call.value.shape, generator=generator).to(dtype)
+    pairs = torch.randn(sizes["tokens"], sizes["tokens"], generator=generator)
+    options = {"bias": {"bias": pairs.clone().requires_grad_()}, "mask": {"mask": pairs > -1}}.get(extra, {})
+    actual = output_and_gradients(call, upstream, implementation="auto" if extra else "cpu", **options)
+    exact = output_and_gradients(call.to(torch.float64), upstream.double(), implementation="reference", **options)
+    for number, (found, expected) in enumerate(zip(actual, exact, strict=True)):
+        if found.shape != expected.shape or not relative_error(found, expected) <= TOLERANCES[dtype]:
+            return f"{said}: result {number} is off by {relative_error(found, expected):.1e}"
+    return ""
+
+
+def main(count: int, seed: int, last: Path) -> None:
+    """Try `count` calls."""
+    problems, counts = [], Counter[str]()
+    for number in range(count):
+        problem = look(random.Random(f"{seed} {number}"), last)
+        counts["off" if problem else "right"] += 1
+        problems += [problem] if problem else []
+    print(json.dumps({"calls": count, **counts, "problems": problems[:20]}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

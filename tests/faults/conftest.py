@@ -1,0 +1,45 @@
+"""How many faults these tests try: a few that differ by CI run, or with `--faults=all` (`make faults`) all of them."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+
+OUTCOMES = ROOT / "build" / "faults"
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which faults to try."""
+
+    is_all: bool
+    seed: int
+    """Of random choices: a CI run has that of its turn, so that one after another they try all kinds of faults."""
+
+    def of(self, few: int, full: int) -> int:
+        """How many to try."""
+        return full if self.is_all else few
+
+
+@pytest.fixture(scope="session")
+def share(pytestconfig: pytest.Config) -> Share:
+    seed, turn = pytestconfig.getoption("--seed"), pytestconfig.getoption("--turn")
+    return Share(pytestconfig.getoption("--faults") == "all", next((n for n in (seed, turn) if n is not None), 0))
+
+
+@pytest.fixture
+def record(share: Share, request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], None]:
+    """Keep what was tried, where all of it was: build/faults/TEST.json."""
+
+    def keep(tried: dict[str, Any]) -> None:
+        if share.is_all:
+            OUTCOMES.mkdir(parents=True, exist_ok=True)
+            path: Path = OUTCOMES / f"{request.node.name}.json"
+            path.write_text(json.dumps({"seed": share.seed, **tried}, indent=2) + "\n")
+
+    return keep

@@ -1,0 +1,101 @@
+"""What S depends on, of matrices whose shares are known."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from karat_scale.analysis.trained_run import open_run
+from karat_scale.analysis.validation_images import ValidationImages
+from karat_scale.cli import main
+from karat_scale.models import create_model
+from karat_scale.models.attention_matrices import watched
+from karat_scale.models.content import Content, content_of
+from karat_scale.recipe import AttentionConfig
+from tests.conftest import SMALL, events
+from tests.models.test_attention_matrices import SIZE
+
+
+def measured(*batches):
+    content = Content(1)
+    for raw, learned in batches:
+        content.add(0, raw, learned)
+    return content
+
+
+def test_a_constant_row_depends_on_nothing_and_noise_on_all():
+    row = torch.randn(1, 2, 1, 9).expand(6, 2, 9, 9)
+    assert measured((row, row)).figures()[0, :2] == pytest.approx([0, 0], abs=1e-12)
+    matrix = torch.randn(1, 2, 9, 9).expand(6, 2, 9, 9)
+    by_query, by_image, *_ = measured((matrix, matrix)).figures()[0]
+    assert by_query > 0.5
+    assert by_image == pytest.approx(0, abs=1e-12)
+    noise = torch.randn(4000, 1, 9, 9)
+    assert measured((noise, noise)).figures()[0, :2] == pytest.approx([8 / 9, 1], abs=0.01)
+
+
+def test_batches_make_no_difference():
+    raw, learned = torch.randn(6, 2, 9, 9), torch.randn(6, 2, 9, 9)
+    whole, parts = measured((raw, learned)), measured(*zip(raw.split(4), learned.split(4), strict=True))
+    np.testing.assert_allclose(parts.figures(), whole.figures())
+    norms = torch.linalg.matrix_norm(learned).mean()
+    np.testing.assert_allclose(parts.figures()[0, 3], norms, rtol=1e-6)
+
+
+def test_scores_beyond_pi_are_counted():
+    raw = torch.full((1, 1, 2, 2), math.pi)
+    raw[0, 0, 0] = torch.tensor([4.0, -4.0])
+    assert measured((raw, raw)).figures()[0, 2] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [({"kind": "static"}, [True, False]), ({"kind": "karat", "scores": False}, [False, False]), ({}, [True, True])],
+    ids=["static", "without scores", "softmax"],
+)
+def test_controls_depend_on_what_they_see(section, expected):
+    torch.manual_seed(0)
+    model = create_model(SIZE, AttentionConfig(rank=3, **section)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    content = Content(3)
+    with watched(model, content.add), torch.no_grad():
+        model(torch.randn(4, 3, 16, 16))
+    assert ((content.figures()[:, :2] > 1e-6) == expected).all()
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero3"])
+def test_an_evaluation_in_training_reports_it(tmp_path: Path, stage: str) -> None:
+    """The figures are those of the evaluated weights on the first images, and TensorBoard shows them."""
+    recipe, run = tmp_path / "r.yaml", tmp_path / "run"
+    recipe.write_text(
+        "data: {backend: synthetic, synthetic_samples: 32}\nattention: {kind: karat}\nschedule: {warmup_epochs: 0}\n"
+    )
+    assert (
+        main(
+            [
+                "train",
+                str(recipe),
+                *SMALL,
+                f"run.dir={run}",
+                f"deepspeed.config={stage}",
+                "train.eval_batch=16",
+                "log.trackers=[tensorboard]",
+            ]
+        )
+        == 0
+    )
+    trained = open_run(run, checkpoint="latest")
+    images, _ = next(iter(ValidationImages(trained.recipe, 16, tuple(range(16))).batches(16, torch.device("cpu"))))
+    model = trained.model()
+    expected = content_of(model, model, images)
+    found = events(run, "eval")[-1]["content"]
+    assert found == {name: pytest.approx(values, rel=1e-4, abs=2e-6) for name, values in expected.items()}
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    for name, values in found.items():
+        shown = [board.Scalars(f"content, {name}/block {block}")[-1].value for block in range(len(values))]
+        assert shown == pytest.approx(values, rel=1e-6)

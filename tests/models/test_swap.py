@@ -1,0 +1,56 @@
+"""KArAt in a model that is already built: weights stay, and it computes what a model built with KArAt computes."""
+
+import pytest
+import timm
+import torch
+
+from karat_scale.errors import RecipeError
+from karat_scale.models import create_model, swap_attention
+from karat_scale.recipe import AttentionConfig, ModelConfig
+
+HOSTS = {
+    "vit": {"name": "vit_mini_patch4_28", "image_size": 16, "embed_dim": 32, "depth": 2},
+    "swin": {"name": "swin_mini_patch2_window4_32", "image_size": 32},
+    "convit": {"name": "convit_tiny", "image_size": 32, "depth": 3, "num_heads": 4, "embed_dim": 48},
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("section", [{"residual": True}, {"kind": "learned_score"}], ids=["residual", "learned_score"])
+def test_what_starts_as_softmax_changes_nothing(host: str, section: dict) -> None:
+    torch.manual_seed(0)
+    model = ModelConfig(**HOSTS[host], num_classes=3)
+    network = create_model(model, AttentionConfig()).eval()
+    images = torch.randn(2, 3, model.image_size, model.image_size)
+    weights = {name: value.clone() for name, value in network.state_dict().items()}
+    with torch.no_grad():
+        before = network(images)
+        swap_attention(network, AttentionConfig(**{"kind": "karat", "rank": 3, "grid": 2, **section}), model.image_size)
+        torch.testing.assert_close(network(images), before, rtol=1e-5, atol=1e-6)
+    after = network.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in weights.items())
+    assert any(".operator." in name for name in after)
+
+
+def test_it_is_the_model_that_a_recipe_builds() -> None:
+    model = ModelConfig(**HOSTS["vit"], num_classes=3)
+    attention = AttentionConfig(kind="karat", rank=3, grid=2)
+    built = create_model(model, attention).eval()
+    network = create_model(model, AttentionConfig()).eval()
+    swap_attention(network, attention, model.image_size)
+    network.load_state_dict(built.state_dict())
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(network(images), built(images))
+
+
+def test_operators_have_the_dtype_of_the_model() -> None:
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).bfloat16()
+    swap_attention(network, AttentionConfig(kind="karat"), image_size=32)
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
+
+
+def test_too_few_heads_are_refused() -> None:
+    network = create_model(ModelConfig(**HOSTS["vit"], num_classes=3), AttentionConfig())
+    with pytest.raises(RecipeError, match="softmax_heads = 5 leaves no head"):
+        swap_attention(network, AttentionConfig(kind="karat", softmax_heads=5), image_size=16)

@@ -1,0 +1,78 @@
+"""`karat recipes` and `karat explain`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from karat_scale.cli import main
+from karat_scale.recipe.catalog import catalog
+from karat_scale.recipe.loading import schema_keys
+from karat_scale.recipe.synonyms import SYNONYMS
+
+
+def test_every_shipped_recipe_says_what_it_trains_how_to_start_it_and_what_it_gave() -> None:
+    for entry in catalog():
+        assert len(entry.trains) > 20, entry.name
+        assert entry.result, entry.name
+        assert f"karat {entry.command} {entry.name}" in entry.header, entry.name
+
+
+def test_a_result_in_the_header_is_listed() -> None:
+    by_name = {entry.name: entry for entry in catalog()}
+    assert by_name["fashion_mnist_demo"].result.startswith("84.96 % top-1")
+    assert by_name["imagenet_vit_tiny"].result == "not yet run"
+    assert "72.76 / 98.14 %" in by_name["cifar10_vit_tiny"].paper
+
+
+def test_words_filter_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "list.json"
+    assert main(["recipes", "ImageNet", "swin", "--json", str(file)]) == 0
+    assert {one["name"] for one in json.loads(file.read_text())} == {"imagenet_swin_tiny", "imagenet_swin_tiny_g3b"}
+    assert "imagenet_swin_tiny_g3b" in capsys.readouterr().out
+
+
+def test_a_name_shows_how_to_start_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "imagenet_vit_small"]) == 0
+    out = capsys.readouterr().out
+    assert "karat train imagenet_vit_small data.path=DIR" in out
+    assert "imagenet_vit_small_g3b" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["recipes", "imagenet_vit_tinny"], "did you mean imagenet_vit_tiny?"),
+        (["explain", "foo_bar_x"], "no such key"),
+        (["explain", "detector.window"], "no such key; did you mean"),
+        (["explain", "optim.lrr"], "did you mean optim.lr?"),
+    ],
+)
+def test_what_does_not_exist_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["optim.lr"], ["optim.lr: number > 0", "default 0.0005", "only if resume.allow names the key"]),
+        (["lr"], ["lr is optim.lr here", "optim.lr: number"]),
+        (["batch_size"], ["batch_size is train.global_batch or train.micro_batch here", "train.micro_batch: integer"]),
+        (["train.recompute"], ["train.recompute.budget_gb", "being kept"]),
+        (["--detection", "detector.window"], ["detector.window: integer", "cannot resume"]),
+        ([], ["train.recompute", "Sections of a recipe"]),
+    ],
+)
+def test_keys_are_explained(arguments: list[str], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", *arguments]) == 0
+    out = capsys.readouterr().out
+    for text in said:
+        assert text in out
+
+
+def test_synonyms_name_keys_that_exist_and_are_no_keys_themselves() -> None:
+    keys = set(schema_keys())
+    assert {key for meant in SYNONYMS.values() for key in meant} <= keys
+    assert not {key.rpartition(".")[2] for key in keys} & SYNONYMS.keys()
