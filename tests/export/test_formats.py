@@ -32,6 +32,7 @@ MODELS = {
     "convit": ("model.name=convit_tiny", "model.depth=3", "attention.mode=universal"),
     "swin": SWIN,
     "simplex": ("attention.simplex=true", "attention.base=gelu"),
+    "hidden simplex": ("attention.simplex=hidden", "attention.gains=true"),
     "shannon": ("attention.basis=shannon",),
     "bspline": ("attention.basis=bspline", "attention.form=full_rank"),
     "two_operators": ("attention.form=two_operators", "attention.basis=rational"),

@@ -89,6 +89,21 @@ def test_a_student_trains_stops_resumes_and_is_evaluated_without_the_teachers_ru
         assert not any("qkv" in name or "operator" in name for name in file.keys())  # noqa: SIM118
 
 
+def test_a_larger_student_trains_and_is_evaluated(
+    student_command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "larger"
+    larger = ("model.embed_dim=64", "model.num_heads=4")
+    assert main(student_command(run, *larger)) == 2
+    assert "use attention.transfer_heads=repeat, cycle or interpolate" in capsys.readouterr().err
+    done = karat(*student_command(run, *larger, "attention.transfer_heads=interpolate"))
+    assert done.returncode == 0, done.stderr
+    assert losses(run)[0] != losses(run)[-1]
+    assert main(["eval", str(run), "--json", str(tmp_path / "eval.json")]) == 0
+    assert json.loads((tmp_path / "eval.json").read_text())["top1"] == summary(run)["best_top1"]
+    assert main(["analyze", str(run), "--only", "spectrum", "--images", "2"]) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("stage", [1, 2, 3])
