@@ -184,7 +184,7 @@ def test_what_is_not_used_is_named_and_counted(tmp_path: Path, capsys: pytest.Ca
         (
             [("a.jpg", b"x"), ("a.txt", b"a cat"), ("b.jpg", b"x"), ("b.txt", b"a dog")],
             [],
-            "no classes; choose --label",
+            "no classes",
         ),
         ([("a.jpg", b"x"), ("a.cls", b"-1")], [], "a.tar: sample a has label -1"),
         ([("a.jpg", b"x"), ("a.cls", b"99999999999")], [], "has label 99999999999"),

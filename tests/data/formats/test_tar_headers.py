@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -90,14 +91,19 @@ def test_a_cut_tar_is_never_taken_for_a_whole_one(tmp_path_factory, data) -> Non
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 511), st.integers(1, 255))
-def test_a_changed_header_is_damage_or_changes_nothing_but_itself(tmp_path_factory, place: int, by: int) -> None:
+def test_a_changed_header_is_damage_or_has_no_meaning(tmp_path_factory, place: int, by: int) -> None:
     path = tmp_path_factory.getbasetemp() / "changed.tar"
     write(path, "ustar", {"a.jpg": b"x", "b.jpg": b"y"})
     content = bytearray(path.read_bytes())
+    before = scan(path)
     content[place] = (content[place] + by) % 256
     path.write_bytes(content)
-    with pytest.raises(DataError):
-        scan(path)
+    if 148 <= place < 156:  # the checksum itself, whose last bytes end it in several ways
+        with suppress(DataError):
+            assert scan(path) == before
+    else:
+        with pytest.raises(DataError):
+            scan(path)
 
 
 def test_what_is_no_tar_is_one_line(tmp_path: Path) -> None:
