@@ -179,6 +179,7 @@ def _small_files_of(run: Path, tmp_path: Path) -> Path:
     return whole
 
 
+@pytest.mark.slow
 def test_a_damaged_beton_is_named_or_gives_what_was_written(image_folder, share, tmp_path):
     from karat_scale.data.formats.beton import BetonSplit
     from tests.data.betons import make_betons
