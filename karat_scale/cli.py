@@ -48,6 +48,22 @@ def build_parser() -> argparse.ArgumentParser:
     index.add_argument("--json", type=new_file, metavar="FILE", help="also write the counts to this file")
     index.set_defaults(run=_index)
 
+    show = commands.add_parser("show", help="draw a batch as training sees it: augmented, mixed, with its targets")
+    show.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    show.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
+    show.add_argument("--step", type=count, default=1, help="the training step (default: %(default)s)")
+    show.add_argument("--images", type=count, default=32, help="at most this many (default: %(default)s)")
+    show.add_argument("--out", metavar="FILE", help="a PNG (default: NAME-step-N.png)")
+    show.set_defaults(run=_show)
+
+    data = commands.add_parser("data", help="look at a data set: counts, sizes, odd files, and a page of samples")
+    data.add_argument("path", metavar="PATH", help="shards, betons, or a folder with train/<class>/<image>")
+    data.add_argument("--images", type=count, default=1000, help="sampled for their size (default: %(default)s)")
+    data.add_argument("--classes", type=count, default=50, help="shown with samples (default: %(default)s)")
+    data.add_argument("--out", metavar="FILE", help="an HTML file (default: PATH/data.html)")
+    data.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
+    data.set_defaults(run=_data)
+
     train = commands.add_parser("train", help="train a recipe, or resume its run")
     train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as optim.lr=1e-3")
@@ -215,6 +231,18 @@ def _index(options: argparse.Namespace) -> int:
         options.source, options.out, options.label, splits, options.classes, options.hash, options.json
     )
     return index_tars(request)
+
+
+def _show(options: argparse.Namespace) -> int:
+    from karat_scale.look.batch import show_batch
+
+    return show_batch(options.recipe, options.overrides, options.step, options.images, options.out)
+
+
+def _data(options: argparse.Namespace) -> int:
+    from karat_scale.look.data_set import look_at_data
+
+    return look_at_data(options.path, options.images, options.classes, options.out, options.json)
 
 
 def _train(options: argparse.Namespace) -> int:

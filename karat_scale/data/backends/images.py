@@ -81,6 +81,10 @@ class ImageBackend(SplitBackend):
     def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
         return self._load(self._make_train, slices)
 
+    def locate(self, sample_id: int) -> tuple[str, str]:
+        """Return the key of a training sample, and the name of the file or folder that holds it."""
+        return self._train.locate(sample_id)
+
     def eval_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
         return self._load(self._make_val, slices)
 

@@ -143,9 +143,13 @@ class ClassificationTask(Task):
         self._bad += len(batch.bad)
         self._digest = (self._digest + batch_digest(batch)) % 2**BITS
         self._tell_of(batch.bad)
-        images = self.normalize(self.augment(batch.images, batch.draws))
-        images, targets = self.mixer.mix(images, batch.labels, batch.epoch, batch.batch)
+        images, targets = self.as_trained(batch)
         return {"loss": self.objective(forward(images), targets)}
+
+    def as_trained(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what the model sees of a micro batch: augmented, normalised and mixed images, and soft targets."""
+        images = self.normalize(self.augment(batch.images, batch.draws))
+        return self.mixer.mix(images, batch.labels, batch.epoch, batch.batch)
 
     def evaluate(self, forward: Callable[..., Tensor], on_batch: OnBatch) -> EvalResult:
         """Evaluate the validation split."""

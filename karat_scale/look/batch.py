@@ -1,0 +1,143 @@
+"""`karat show RECIPE`: one global batch as training sees it, augmented and mixed, as a picture and as text."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from karat_scale.console import print_table, printable
+from karat_scale.data.plan import micro_batch_of
+from karat_scale.engine import distributed
+from karat_scale.errors import UserError
+from karat_scale.files import write_atomically
+from karat_scale.recipe import Recipe
+from karat_scale.recipe.loading import load_recipe
+from karat_scale.reporting.progress import Reporter, SilentDisplay
+from karat_scale.tasks.classification.task import ClassificationTask
+
+_LEAST_WEIGHT = 0.005  # of a class in a mixed target that is worth naming
+_COLUMNS = 8
+
+
+@dataclass(frozen=True)
+class ShownBatch:
+    """A global batch, or its first images.
+
+    Attributes:
+        images: uint8 [b, H, W, 3], as the model sees them, without normalisation.
+        targets: float [b, classes].
+        places: where each image is stored.
+        bad: images that could not be read, and were replaced.
+    """
+
+    images: npt.NDArray[np.uint8]
+    targets: npt.NDArray[np.float32]
+    places: list[str]
+    classes: tuple[str, ...]
+    bad: list[str]
+
+    def label(self, number: int) -> str:
+        """Return the classes of an image, with their weights where it is mixed."""
+        row = self.targets[number]
+        smallest = float(row.min())  # what label smoothing gives to every class
+        shares = (row - smallest) / max(float((row - smallest).sum()), 1e-9)
+        order = [int(index) for index in np.argsort(-shares)[:2] if shares[index] > _LEAST_WEIGHT]
+        if len(order) == 1:
+            return self._name(order[0])
+        return " + ".join(f"{shares[index]:.2f} {self._name(index)}" for index in order)
+
+    def _name(self, index: int) -> str:
+        return printable(self.classes[index]) if index < len(self.classes) else f"class {index}"
+
+
+def show_batch(source: str, overrides: Sequence[str], step: int, count: int, out: str | None) -> int:
+    """Draw the images of a training step into a PNG, and list them; returns the exit code.
+
+    Args:
+        step: counted from 1; what `karat train` logs as this step.
+        count: at most this many images.
+
+    Raises:
+        UserError: the recipe, its data or the step is not right, or the file cannot be written.
+    """
+    recipe = load_recipe(source, overrides)
+    shown = read_batch(recipe, step, count)
+    path = Path(out or f"{recipe.run.name}-step-{step}.png")
+    try:
+        write_atomically(path, draw(shown))
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written: {error.strerror}") from error
+    rows = [[str(number), shown.label(number), place] for number, place in enumerate(shown.places)]
+    print_table(f"{recipe.run.name}, step {step}: {len(rows)} images", ["", "target", "from"], rows, (1, 2))
+    for bad in shown.bad:
+        print(f"replaced: {bad}")
+    print(f"\n{path}")
+    return 0
+
+
+def read_batch(recipe: Recipe, step: int, count: int) -> ShownBatch:
+    """Return the first images of a training step. Raises UserError if there is no such step."""
+    recipe = recipe.changed(data__workers=0)
+    world = distributed.start("cpu")
+    task: ClassificationTask | None = None
+    try:
+        task = ClassificationTask(recipe, world, Reporter(SilentDisplay(), None))
+        plan = task.plan()
+        last = plan.steps_per_epoch * recipe.train.epochs
+        if not 1 <= step <= last:
+            raise UserError(f"--step {step}: the recipe has steps 1 to {last:,}")
+        wanted = -(-min(count, recipe.train.global_batch) // micro_batch_of(recipe, world.size))
+        slices = [one for one, _ in zip(plan.slices(step - 1, step), range(wanted), strict=False)]
+        images, targets, ids, bad = [], [], [], []
+        for batch in task.backend.train_batches(slices):
+            seen, soft = task.as_trained(batch)
+            images.append(_as_bytes(seen, recipe))
+            targets.append(soft.numpy())
+            ids += batch.sample_ids.tolist()
+            bad += [str(one) for one in batch.bad]
+        return ShownBatch(
+            np.concatenate(images)[:count],
+            np.concatenate(targets)[:count],
+            [_place(task.backend, number) for number in ids[:count]],
+            task.classes,
+            bad,
+        )
+    finally:
+        if task is not None:
+            task.close()
+        distributed.stop()
+
+
+def _as_bytes(images: torch.Tensor, recipe: Recipe) -> npt.NDArray[np.uint8]:
+    """Return normalised images [b, 3, H, W] as uint8 [b, H, W, 3]."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (recipe.augment.mean, recipe.augment.std))
+    scaled = (images.float() * std + mean).mul(255).round().clamp(0, 255)
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def _place(backend: Any, number: int) -> str:
+    locate = getattr(backend, "locate", None)
+    return " in ".join(locate(number)) if locate else f"sample {number}"
+
+
+def draw(shown: ShownBatch) -> bytes:
+    """Return the grid of images with their targets, as a PNG."""
+    from karat_scale.analysis.figures import new_figure, show_map
+
+    columns = min(_COLUMNS, len(shown.images))
+    rows = -(-len(shown.images) // columns)
+    figure = new_figure(1.7 * columns, 1.95 * rows)
+    for number, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        if number < len(shown.images):
+            title = shown.label(number).replace(" + ", "\n").replace("$", r"\$")
+            show_map(axes, shown.images[number], title)
+        else:
+            axes.axis("off")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=130)
+    return content.getvalue()

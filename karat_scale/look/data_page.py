@@ -1,0 +1,55 @@
+"""The page of `karat data`: one HTML file that opens offline, with every text escaped."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from karat_scale import __version__
+from karat_scale.analysis.figures import new_figure
+from karat_scale.errors import DataError
+from karat_scale.files import write_atomically
+
+if TYPE_CHECKING:
+    from karat_scale.look.data_set import SplitFacts
+
+Pictures = Mapping[str, Mapping[str, Sequence[bytes]]]
+"""Small JPEGs by split and class."""
+
+
+def write_page(path: Path, place: str, splits: "Sequence[SplitFacts]", pictures: Pictures) -> None:
+    """Write the page. Raises DataError if the file cannot be written."""
+    environment = Environment(
+        loader=PackageLoader("karat_scale.look"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["jpeg"] = lambda data: f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
+    page = environment.get_template("data.html.j2").render(
+        place=place,
+        splits=splits,
+        pictures=pictures,
+        charts={one.name: _charts(one) for one in splits},
+        version=__version__,
+    )
+    try:
+        write_atomically(path, page)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
+
+
+def _charts(facts: "SplitFacts") -> str:
+    """Return histograms of the sampled sizes and of the classes' sizes, as a data URI."""
+    figure = new_figure(12, 2.6)
+    left, middle, right = figure.subplots(1, 3)
+    if len(facts.sizes):
+        left.scatter(facts.sizes[:, 0], facts.sizes[:, 1], s=4, alpha=0.4)
+        middle.hist(facts.sizes[:, 0] / facts.sizes[:, 1], bins=40)
+    left.set(xlabel="width", ylabel="height", title="pixels")
+    middle.set(xlabel="width / height", ylabel="images", title="aspect ratio")
+    right.plot(sorted(facts.per_class.values(), reverse=True))
+    right.set(xlabel="class, largest first", ylabel="images", title="images of a class", ylim=(0, None))
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"

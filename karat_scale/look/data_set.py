@@ -1,0 +1,222 @@
+"""`karat data PATH`: what a data set holds. Counts are of all images; sizes and colours of a sample of them."""
+
+import io
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from karat_scale.console import print_table, printable, progress, write_json
+from karat_scale.data.decode import UndecodableImageError, decode_rgb, opened
+from karat_scale.data.formats.beton import BetonSplit
+from karat_scale.data.formats.folder import FolderSplit
+from karat_scale.data.formats.shard_format import DATASET_FILE, read_dataset_record
+from karat_scale.data.formats.shards import ShardSplit
+from karat_scale.errors import DataError
+from karat_scale.look.data_page import write_page
+
+_MOST_CLASSES = 10**9
+_ORIENTATION = 274  # the EXIF tag
+_FOLDERS = ("train", "val", "test", "valid", "validation")
+
+
+class Images(Protocol):
+    """One split of a data set."""
+
+    @property
+    def labels(self) -> npt.NDArray[np.int32]:
+        """The label of each image."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes' names."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, sample_id: int) -> bytes:
+        """Return the encoded image."""
+
+    def locate(self, sample_id: int) -> tuple[str, str]:
+        """Return the sample's key, and what holds it."""
+
+    def close(self) -> None:
+        """Close open files."""
+
+
+@dataclass
+class SplitFacts:
+    """What a split holds. Sizes are [n, 2] (width, height) of the sampled images that can be read."""
+
+    name: str
+    images: int
+    per_class: dict[str, int]
+    sizes: npt.NDArray[np.int64]
+    file_bytes: npt.NDArray[np.int64]
+    kinds: Counter[str] = field(default_factory=Counter)
+    odd: list[tuple[str, str]] = field(default_factory=list)
+    """Keys of sampled images that are unusual, with the reason."""
+
+    def numbers(self) -> dict[str, object]:
+        """Return plain data."""
+        ratios = self.sizes[:, 0] / self.sizes[:, 1]
+        counts = np.array(list(self.per_class.values()))
+        return {
+            "images": self.images,
+            "classes": len(self.per_class),
+            "smallest_class": int(counts.min()),
+            "largest_class": int(counts.max()),
+            "empty_classes": [name for name, count in self.per_class.items() if not count],
+            "sampled": len(self.sizes) + sum(reason.startswith("cannot") for _, reason in self.odd),
+            "width": _percentiles(self.sizes[:, 0]),
+            "height": _percentiles(self.sizes[:, 1]),
+            "aspect_ratio": _percentiles(ratios),
+            "bytes": _percentiles(self.file_bytes),
+            "kinds": dict(self.kinds),
+            "odd": [{"image": key, "what": what} for key, what in self.odd],
+            "per_class": self.per_class,
+        }
+
+
+def _percentiles(values: npt.NDArray[np.generic]) -> dict[str, float]:
+    if not len(values):
+        return {}
+    found = np.percentile(values.astype(np.float64), [0, 5, 50, 95, 100])
+    return {name: round(float(x), 4) for name, x in zip(("min", "p5", "median", "p95", "max"), found, strict=True)}
+
+
+def look_at_data(path: str, sampled: int, classes_shown: int, out: str | None, json_file: str | None) -> int:
+    """Print what a data set holds and write an HTML page; returns the exit code.
+
+    Args:
+        sampled: images of each split whose sizes are read.
+        classes_shown: classes of which the page has pictures.
+
+    Raises:
+        DataError: there is no data set at the path, or it is damaged.
+    """
+    directory = Path(path).expanduser()
+    facts, pictures = [], {}
+    for name, open_split in open_splits(directory).items():
+        split = open_split()
+        try:
+            ids = np.linspace(0, len(split) - 1, min(sampled, len(split))).round().astype(int)
+            facts.append(_examine(name, split, ids))
+            pictures[name] = _pictures(split, classes_shown)
+        finally:
+            split.close()
+    write_json(json_file, {one.name: one.numbers() for one in facts})
+    for one in facts:
+        _print_split(one)
+    page = Path(out) if out else directory / "data.html"
+    write_page(page, str(directory), facts, pictures)
+    print(f"\n{page}")
+    return 0
+
+
+def open_splits(directory: Path) -> dict[str, Callable[[], Images]]:
+    """Return what opens each split of shards, betons or an image folder. Raises DataError."""
+    if (directory / DATASET_FILE).is_file():
+        record = read_dataset_record(directory)
+        names = [name for name, split in record.splits.items() if split.samples]
+        return {name: partial(ShardSplit, directory, name, _MOST_CLASSES) for name in names}
+    if betons := sorted(path.stem for path in directory.glob("*.beton")):
+        return {name: partial(BetonSplit, directory, name, _MOST_CLASSES) for name in betons}
+    folders = [name for name in _FOLDERS if (directory / name).is_dir()]
+    if not folders:
+        raise DataError(f"{directory} is no data set: no {DATASET_FILE}, no *.beton, no folder {' or '.join(_FOLDERS)}")
+    return {name: partial(FolderSplit, directory, name, _MOST_CLASSES) for name in folders}
+
+
+def _examine(name: str, split: Images, ids: npt.NDArray[np.int64]) -> SplitFacts:
+    counts = np.bincount(split.labels, minlength=len(split.classes))
+    sizes, lengths = [], []
+    facts = SplitFacts(
+        name,
+        len(split),
+        {printable(label): int(count) for label, count in zip(split.classes, counts, strict=True)},
+        np.empty((0, 2), np.int64),
+        np.empty(0, np.int64),
+    )
+    with progress(f"{name}: looking at images", len(ids), "images") as advance:
+        for number in ids.tolist():
+            data = split.read(number)
+            key = printable(split.locate(number)[0])
+            advance(1)
+            try:
+                with opened(data) as image:
+                    size, kind, what = image.size, f"{image.format} {image.mode}", _oddness(image)
+            except UndecodableImageError as error:
+                facts.odd.append((key, f"cannot be read: {error}"))
+                continue
+            sizes.append(size)
+            lengths.append(len(data))
+            facts.kinds[kind] += 1
+            facts.odd += [(key, one) for one in what]
+    facts.sizes = np.array(sizes, np.int64).reshape(-1, 2)
+    facts.file_bytes = np.array(lengths, np.int64)
+    return facts
+
+
+def _oddness(image: Image.Image) -> list[str]:
+    """Return what is unusual about an image, from its header."""
+    found = []
+    if image.mode not in ("RGB", "L"):
+        found.append(f"its mode is {image.mode}")
+    if getattr(image, "n_frames", 1) > 1:
+        found.append("it has several frames")
+    if (turned := image.getexif().get(_ORIENTATION, 1)) not in (0, 1):
+        found.append(f"its EXIF orientation is {turned}: training sees it as it is stored")
+    width, height = image.size
+    if min(width, height) < 32:
+        found.append(f"it is small: {width} x {height}")
+    if max(width, height) > 4 * min(width, height):
+        found.append(f"it is narrow: {width} x {height}")
+    return found
+
+
+def _pictures(split: Images, classes_shown: int, each: int = 6) -> dict[str, list[bytes]]:
+    """Return some images of the first classes, as small JPEGs."""
+    pictures: dict[str, list[bytes]] = {}
+    for label, name in enumerate(split.classes[:classes_shown]):
+        shown: list[bytes] = []
+        for number in np.flatnonzero(split.labels == label)[:each].tolist():
+            try:
+                small = decode_rgb(split.read(number), at_least=(96, 96))
+            except UndecodableImageError:
+                continue  # among the odd ones, if it was sampled
+            small.thumbnail((96, 96))
+            content = io.BytesIO()
+            small.save(content, "JPEG", quality=80)
+            shown.append(content.getvalue())
+        pictures[printable(name)] = shown
+    return pictures
+
+
+def _print_split(facts: SplitFacts) -> None:
+    numbers = facts.numbers()
+    empty: object = numbers["empty_classes"]
+    assert isinstance(empty, list)
+    print(
+        f"\n{facts.name}: {facts.images:,} images of {numbers['classes']} classes, {numbers['smallest_class']} to "
+        f"{numbers['largest_class']} each" + (f"; without images: {', '.join(empty[:5])}" if empty else "")
+    )
+    names = ("width", "height", "aspect_ratio", "bytes")
+    rows = [[name.replace("_", " "), *(f"{x:,.4g}" for x in _as_dict(numbers[name]).values())] for name in names]
+    rows = [row for row in rows if len(row) > 1]
+    print_table(f"of {numbers['sampled']} sampled images", ["", "smallest", "5 %", "median", "95 %", "largest"], rows)
+    print("  " + ", ".join(f"{count} {kind}" for kind, count in facts.kinds.most_common()))
+    for key, what in facts.odd[:10]:
+        print(f"  odd: {key}: {what}")
+    if len(facts.odd) > 10:
+        print(f"  and {len(facts.odd) - 10} more odd images; the page lists them")
+
+
+def _as_dict(value: object) -> dict[str, float]:
+    assert isinstance(value, dict)
+    return value
