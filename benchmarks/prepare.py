@@ -25,7 +25,7 @@ from PIL import Image
 from torchvision.io import encode_jpeg
 
 from karat_scale.arguments import OneLineParser, count, new_file
-from karat_scale.bench.data import Contender, decode_whole_by_simplejpeg, decode_whole_by_torchvision
+from karat_scale.bench.data import Contender, decode_by_torchvision, decode_whole_by_simplejpeg, each_of
 from karat_scale.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
 from karat_scale.bench.sample_images import CLASSES, prepare_images
 from karat_scale.console import print_table, write_json
@@ -96,7 +96,7 @@ def measure(plan: PreparePlan) -> dict[str, Any]:
             OURS: made(*resize),
             COPY: lambda: _copy(source),
             OURS_COPY: made(),
-            DECODE: lambda: _decode(images.encoded),
+            DECODE: each_of(images.encoded, decode_rgb),
             OURS_CHECK: made("--check", "decode"),
         }
         seconds = interleaved_seconds(contenders, plan.rounds, processor_seconds)
@@ -138,7 +138,7 @@ def recode_by_simplejpeg(encoded: tuple[bytes, ...], results: list[Pixels], qual
 
 def recode_by_torchvision(encoded: tuple[bytes, ...], results: list[Pixels], quality: int) -> Contender:
     """Decode and encode like recode_by_simplejpeg."""
-    decode = decode_whole_by_torchvision(encoded)
+    decode = each_of(encoded, decode_by_torchvision)
 
     def run() -> None:
         decode()
@@ -172,11 +172,6 @@ def _resized(data: bytes, short_side: int) -> npt.NDArray[np.uint8]:
 def _make(make_webdataset: Callable[[list[str]], None], source: Path, *options: str) -> None:
     with _output(source) as out, contextlib.redirect_stdout(io.StringIO()):
         make_webdataset(["--src", str(source), "--out", str(out), "--workers", "1", *options])
-
-
-def _decode(encoded: tuple[bytes, ...]) -> None:
-    for data in encoded:
-        decode_rgb(data)
 
 
 def _copy(source: Path) -> None:

@@ -15,16 +15,12 @@ from typing import Any
 import torch
 
 from karat_scale.arguments import OneLineParser, count, new_file
+from karat_scale.bench.step import silent_trainer
 from karat_scale.console import print_table, write_json
 from karat_scale.engine import distributed
+from karat_scale.engine.devices import wait_for
 from karat_scale.errors import run_script
 from karat_scale.recipe.loading import validate_recipe
-from karat_scale.reporting.progress import Reporter, SilentDisplay
-from karat_scale.run.loop import Loop, Parts
-from karat_scale.run.run import build_parts
-from karat_scale.run.run_directory import RunDirectory
-from karat_scale.run.signals import StopSignals
-from karat_scale.tasks.classification.task import ClassificationTask, TrainState
 
 DEEPSPEED, BLOCKING, BESIDE = "DeepSpeed's save_checkpoint", "karat, blocking", "karat, beside training"
 
@@ -79,10 +75,7 @@ class _Bench:
         }
         recipe = validate_recipe(tree, "bench save")
         self._plan, self._theirs = plan, Path(scratch) / "deepspeed"
-        reporter = Reporter(SilentDisplay(), None)
-        task = ClassificationTask(recipe, world, reporter)
-        self._parts: Parts = build_parts(task, RunDirectory(recipe.run.dir), StopSignals())
-        self._loop = Loop(self._parts, TrainState())
+        _, self._parts, self._loop = silent_trainer(recipe, world)
         self._batches = self._loop.feed(10**6)
 
     def measure(self) -> dict[str, Any]:
@@ -138,8 +131,7 @@ class _Bench:
     def _timed(self, work: Any) -> float:
         begun = time.perf_counter()
         work()
-        if self._parts.world.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(self._parts.world.device)
         return time.perf_counter() - begun
 
 

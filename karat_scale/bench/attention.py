@@ -7,7 +7,7 @@ holds the N x N matrix as the literature's code does. Contenders run in turn; ra
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional
 from karat_scale.attention import KaratOperator, make_basis
 from karat_scale.bench.measuring import interleaved_seconds, median_ratio, peak_memory_of
 from karat_scale.console import print_table, write_json
+from karat_scale.engine.devices import wait_for
 from karat_scale.errors import UserError
 
 HEADS = {"tiny": 3, "small": 6, "base": 12}
@@ -82,9 +83,12 @@ def attention_rows(case: Case, rounds: int, names: Sequence[str], threads: int =
         raise UserError(f"none of {', '.join(names)} can run {case}")
     contenders = [SDPA, SOFTMAX, *runnable]
     clock = clock_for(case.device, threads)
-    forward = interleaved_seconds({name: _forward(name, case) for name in contenders}, rounds, clock)
-    both = interleaved_seconds({name: forward_backward(name, case) for name in contenders}, rounds, clock)
     memory = {name: peak_memory_of(forward_backward_once, (name, case), case.device) for name in contenders}
+    pairs = {name: passes(make_contender(name, case), case) for name in contenders}
+    forward, both = (
+        interleaved_seconds({name: _waiting(pair[way], case) for name, pair in pairs.items()}, rounds, clock)
+        for way in (0, 1)
+    )
     return [
         {
             "implementation": name,
@@ -134,40 +138,45 @@ def _explicit_softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _can_run(name: str, case: Case) -> bool:
-    small = Case(**{**asdict(case), "batch": 1})
     try:
-        make_contender(name, case).attend(*make_inputs(small))
+        make_contender(name, case).attend(*make_inputs(replace(case, batch=1)))
     except ValueError:
         return False
     return True
 
 
-def _forward(name: str, case: Case) -> Callable[[], None]:
-    contender, inputs = make_contender(name, case), make_inputs(case)
+def passes(contender: Contender, case: Case) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Return a forward pass, and one with all gradients, as functions that do not wait for the device."""
+    inputs = make_inputs(case)
+    grad_output = torch.ones_like(inputs[2])
 
-    def run() -> None:
+    def forward() -> None:
         with torch.no_grad():
             contender.attend(*inputs)
-        _wait_for(case.device)
 
-    return run
+    def both() -> None:
+        torch.autograd.grad(contender.attend(*inputs), (*inputs, *contender.parameters), grad_output)
+
+    return forward, both
 
 
 def forward_backward(name: str, case: Case) -> Callable[[], None]:
-    """Return a function that calls the contender and computes all gradients."""
-    contender, inputs = make_contender(name, case), make_inputs(case)
-    grad_output = torch.ones_like(inputs[2])
+    """Return a function that calls the contender, computes all gradients and waits for the device."""
+    _, both = passes(make_contender(name, case), case)
+    return _waiting(both, case)
 
-    def run() -> None:
-        torch.autograd.grad(contender.attend(*inputs), (*inputs, *contender.parameters), grad_output)
-        _wait_for(case.device)
 
-    return run
+def _waiting(run: Callable[[], None], case: Case) -> Callable[[], None]:
+    def waited() -> None:
+        run()
+        wait_for(case.device)
+
+    return waited
 
 
 def forward_backward_once(name: str, case: Case, warm_up: bool) -> Callable[[], None]:
     """Return the call whose memory is measured; as a warm-up, a small one that loads and builds all it needs."""
-    return forward_backward(name, Case(**{**asdict(case), "batch": 1, "tokens": 16}) if warm_up else case)
+    return forward_backward(name, replace(case, batch=1, tokens=16) if warm_up else case)
 
 
 def clock_for(device: str, threads: int) -> Callable[[], float]:
@@ -178,11 +187,6 @@ def clock_for(device: str, threads: int) -> Callable[[], float]:
 def device_name(device: str) -> str:
     """Return the GPU's name, or the CPU's vector instructions."""
     return torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
-
-
-def _wait_for(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,7 @@ from karat_scale.console import print_table, write_json
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.plan import TrainPlan
+from karat_scale.doctor.software import is_installed
 from karat_scale.errors import UserError
 from karat_scale.machine import usable_cores
 from karat_scale.recipe import AugmentConfig, DataConfig
@@ -116,21 +118,15 @@ def decode_whole_by_simplejpeg(encoded: tuple[bytes, ...]) -> Contender | None:
     """Return a pass over the images; None if simplejpeg is not installed."""
     if find_spec("simplejpeg") is None:
         return None
-    decode = import_module("simplejpeg").decode_jpeg
-
-    def run() -> None:
-        for data in encoded:
-            decode(data, strict=False)
-
-    return run
+    return each_of(encoded, partial(import_module("simplejpeg").decode_jpeg, strict=False))
 
 
-def decode_whole_by_torchvision(encoded: tuple[bytes, ...]) -> Contender:
+def each_of(encoded: tuple[bytes, ...], decode: Callable[[bytes], object]) -> Contender:
     """Return a pass over the images."""
 
     def run() -> None:
         for data in encoded:
-            decode_by_torchvision(data)
+            decode(data)
 
     return run
 
@@ -144,11 +140,7 @@ def decode_by_torchvision(data: bytes) -> torch.Tensor:
 def lacking_library(backend: str) -> str:
     """Return what to type to install a backend's library; empty if it is installed or none is needed."""
     extra = tables.BACKENDS[backend].extra
-    try:
-        there = not extra or find_spec(tables.EXTRAS[extra].module) is not None
-    except ModuleNotFoundError:
-        there = False
-    return "" if there else tables.how_to_install(extra)
+    return "" if not extra or is_installed(tables.EXTRAS[extra].module) else tables.how_to_install(extra)
 
 
 class Contenders:
@@ -170,7 +162,7 @@ class Contenders:
             found["whole decode, simplejpeg"] = simple
         else:
             self.missing["whole decode, simplejpeg"] = "pip install simplejpeg"
-        found["whole decode, torchvision"] = decode_whole_by_torchvision(encoded)
+        found["whole decode, torchvision"] = each_of(encoded, decode_by_torchvision)
         found["reading bytes alone"] = self._read_bytes
         return found
 

@@ -1,4 +1,4 @@
-"""Times of several contenders in turn, so that a machine's drift falls on all alike, and the memory of one call."""
+"""Times of several contenders in turn, so that a machine's drift falls on all alike; time and memory of one call."""
 
 import ctypes
 import functools
@@ -12,6 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from karat_scale.engine.devices import wait_for
+
+# Of one measurement: long enough for events, and few enough launches for the device's queue, which holds about 1,024.
+SECONDS, MOST_CALLS = 0.01, 8
+# The device is held back by cycles; no known card runs faster than this.
+CYCLES_PER_SECOND = 3e9
+LONGEST_HOLD = 0.2
 
 
 def interleaved(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -47,10 +55,74 @@ def median_ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> fl
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
 
 
+def calls_for(run: Callable[[], object], device: str) -> int:
+    """Return how many calls one measurement takes, after two that are not counted."""
+    for _ in range(2):
+        run()
+    return max(1, min(MOST_CALLS, round(SECONDS / max(wall_seconds(run, 1, device), 1e-6))))
+
+
+def wall_seconds(run: Callable[[], object], calls: int, device: str) -> float:
+    """Return the seconds of a call by the clock, from a device that is idle to one that is idle again."""
+    wait_for(device)
+    begun = time.perf_counter()
+    for _ in range(calls):
+        run()
+    wait_for(device)
+    return (time.perf_counter() - begun) / calls
+
+
+def device_seconds(run: Callable[[], object], calls: int, device: str) -> float:
+    """Return the seconds of a call by the device's own events; by the clock on a CPU.
+
+    The device is first kept busy for as long as the host needs to launch everything. So the events are as far apart as
+    the kernels take, however slow the host is.
+    """
+    if device == "cpu":
+        return wall_seconds(run, calls, device)
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(calls):
+        run()
+    launching = time.perf_counter() - begun
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _hold(1.5 * launching)
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1e3 / calls
+
+
+def _hold(seconds: float) -> None:
+    """Keep the device busy for about this time."""
+    spin = getattr(torch.cuda, "_sleep", None)  # what torch's own tests use
+    if spin is not None:
+        spin(int(min(seconds, LONGEST_HOLD) * CYCLES_PER_SECOND))
+
+
 def processor_seconds() -> float:
     """Return the processor time of this process and of its children that have ended."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
+    return time.process_time() + children_seconds()
+
+
+def children_seconds() -> float:
+    """Return the processor time of the child processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def cuda_peak(run: Callable[[], object]) -> float:
+    """Return the most megabytes that `run` allocates on the GPU beyond what is there before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def peak_memory_of(make: Callable[..., Callable[[], None]], arguments: tuple[Any, ...], device: str) -> float:
@@ -67,15 +139,7 @@ def _measure(make: Callable[..., Callable[[], None]], arguments: tuple[Any, ...]
     torch.set_num_threads(1)
     make(*arguments, True)()
     run = make(*arguments, False)
-    return _cuda_peak(run) if device == "cuda" else _resident_peak(run)
-
-
-def _cuda_peak(run: Callable[[], None]) -> float:
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
+    return cuda_peak(run) if device == "cuda" else _resident_peak(run)
 
 
 def _resident_peak(run: Callable[[], None]) -> float:

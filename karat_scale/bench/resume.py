@@ -5,7 +5,6 @@ and stops it again. Times are read from the run's own events.
 """
 
 import os
-import resource
 import signal
 import socket
 import statistics
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from karat_scale.bench.measuring import children_seconds
 from karat_scale.cluster.standing import read_events
 from karat_scale.console import print_table, write_json
 from karat_scale.errors import EXIT_STOPPED, UserError
@@ -58,7 +58,7 @@ class Run:
             UserError: a rank ended too early, or with another exit code than that of a save.
         """
         log = self.directory.parent / "log"
-        used, begun = _processor_seconds(), time.time()
+        used, begun = children_seconds(), time.time()
         with log.open("ab") as output:
             ranks = [
                 subprocess.Popen(self.command, stdout=output, stderr=output, env=environment)
@@ -85,7 +85,7 @@ class Run:
             signal_to_saved=saved["time"] - signalled,
             save=saved["seconds"],
             saved_to_ended=ended - saved["time"],
-            processor=_processor_seconds() - used,
+            processor=children_seconds() - used,
         )
 
     def _environments(self) -> list[dict[str, str]]:
@@ -158,12 +158,6 @@ def bench_resume(
 def _medians(starts: Sequence[Start]) -> dict[str, float | None]:
     columns = {name: [getattr(start, name) for start in starts] for name in asdict(starts[0])}
     return {name: None if None in values else round(statistics.median(values), 2) for name, values in columns.items()}
-
-
-def _processor_seconds() -> float:
-    """Return the processor time of the child processes that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def _last_line(log: Path) -> str:

@@ -21,17 +21,19 @@ from karat_scale.bench.measuring import interleaved_seconds, median_ratio
 from karat_scale.console import print_table, write_json
 from karat_scale.data.augmentation.mixing import Mixer
 from karat_scale.data.augmentation.normalize import Normalize
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.batch import Batch
 from karat_scale.data.digest import with_digest
 from karat_scale.data.plan import TrainPlan
 from karat_scale.engine import distributed
+from karat_scale.engine.devices import wait_for
 from karat_scale.engine.optimizers import build_optimizer
 from karat_scale.engine.schedule import build_schedule
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
 from karat_scale.reporting.progress import Reporter, SilentDisplay
-from karat_scale.run.loop import Loop
+from karat_scale.run.loop import Loop, Parts
 from karat_scale.run.run import build_parts
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StopSignals
@@ -98,25 +100,28 @@ def _recipe(model: dict[str, Any], batch: int, kind: str, scratch: str) -> Recip
 
 
 def _batches(recipe: Recipe, device: torch.device) -> list[Batch]:
-    from karat_scale.data.backends import ImageSpec, open_backend
-
     backend = open_backend(ImageSpec.of(recipe))
     batch = recipe.train.global_batch
     plan = TrainPlan(0, backend.num_train, batch, batch, 0, 1)
     return [with_digest(one).to(device) for one in backend.train_batches(plan.slices(0, plan.steps_per_epoch))]
 
 
+def silent_trainer(recipe: Recipe, world: distributed.World) -> tuple[ClassificationTask, Parts, Loop]:
+    """Return the task, parts and loop of `karat train`, which print nothing here."""
+    task = ClassificationTask(recipe, world, Reporter(SilentDisplay(), None))
+    parts = build_parts(task, RunDirectory(recipe.run.dir), StopSignals())
+    return task, parts, Loop(parts, TrainState())
+
+
 def _our_loop(recipe: Recipe, steps: int, world: distributed.World) -> Callable[[], None]:
-    reporter = Reporter(SilentDisplay(), None)
-    parts = build_parts(ClassificationTask(recipe, world, reporter), RunDirectory(recipe.run.dir), StopSignals())
-    loop = Loop(parts, TrainState())
+    _, _, loop = silent_trainer(recipe, world)
     batches = _batches(recipe, world.device)
 
     def run() -> None:
         for number in range(steps):
             loop.step([batches[number % len(batches)]])
             loop.save_or_stop()
-        _wait_for(world.device)
+        wait_for(world.device)
 
     return run
 
@@ -145,14 +150,9 @@ def _bare_loop(recipe: Recipe, steps: int, device: torch.device) -> Callable[[],
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             done += 1
-        _wait_for(device)
+        wait_for(device)
 
     return run
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _seconds_to_first_step(model: dict[str, Any], batch: int, run_dir: Path) -> float:

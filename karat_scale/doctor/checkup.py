@@ -11,9 +11,8 @@ from karat_scale.console import plural
 from karat_scale.data.backends import Backend, ImageSpec, open_backend
 from karat_scale.data.plan import micro_batch_of
 from karat_scale.doctor import fit
-from karat_scale.doctor.finding import Finding, examine, found
 from karat_scale.doctor.fit import Subject
-from karat_scale.doctor.report import Report, Row
+from karat_scale.doctor.report import Finding, Report, Row, examine, found
 from karat_scale.doctor.timed_run import Figures, setting_of, time_recipe
 from karat_scale.doctor.verdict import Verdict, judge
 from karat_scale.engine import distributed
@@ -55,7 +54,8 @@ def _examine(subject: Subject, report: Report, measure: Callable[[int], Figures]
 
     def data() -> Iterable[Finding]:
         nonlocal backend
-        backend = _open(subject.recipe)
+        # Hashing all shards would take all of the available time.
+        backend = open_backend(ImageSpec.of(subject.recipe.changed(data__verify="size")))
         yield from fit.examine_data(subject, backend)
         yield from fit.examine_batches(subject, backend)
 
@@ -68,16 +68,8 @@ def _examine(subject: Subject, report: Report, measure: Callable[[int], Figures]
     num_train = backend.num_train
     backend.close()
 
-    def timed() -> Iterable[Finding]:
-        figures = measure(num_train)
-        return _judge(subject, figures, report)
-
-    report.add("verdict", "what bounds training", _examined(subject.world, "timed run", timed))
-
-
-def _open(recipe: Recipe) -> Backend:
-    # Hashing all shards would take all of the available time.
-    return open_backend(ImageSpec.of(recipe.changed(data__verify="size")))
+    verdict = _examined(subject.world, "timed run", lambda: _judge(subject, measure(num_train), report))
+    report.add("verdict", "what bounds training", verdict)
 
 
 def _examined(world: World, name: str, examination: Callable[[], Iterable[Finding]]) -> list[Finding]:
@@ -99,11 +91,13 @@ def _judge(subject: Subject, figures: Figures, report: Report) -> list[Finding]:
     """Show the stages; return the verdict and its notes."""
     setting = setting_of(subject, figures, _decoder_name(subject.recipe))
     verdict = judge(figures.rates, setting)
-    report.figures.update(figures.to_json())
-    report.figures["bound"] = verdict.bound
-    report.figures["advice"] = verdict.advice
-    report.figures["data_images_per_second"] = round(verdict.data_rate, 2)
-    report.figures["device_images_per_second"] = round(verdict.device_rate, 2)
+    report.figures = {
+        **figures.to_json(),
+        "bound": verdict.bound,
+        "advice": verdict.advice,
+        "data_images_per_second": round(verdict.data_rate, 2),
+        "device_images_per_second": round(verdict.device_rate, 2),
+    }
     report.printer.table("images per second of each stage by itself", ("stage", "img/s", ""), _rows(subject, figures))
     return [
         found("bound", f"{verdict.bound}: {verdict.reason}", verdict.advice),

@@ -1,6 +1,6 @@
 """The files of a recipe's data: their number and size, and the size of an image in them."""
 
-from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,15 +40,13 @@ def find_data_files(recipe: Recipe, num_train: int) -> DataFiles | None:
         return None
     if data.row.files is Files.BETONS:
         return _betons(data, num_train)
-    split = _open_split(recipe)
-    try:
-        paths = _distinct(split.file_of(int(i)) for i in sampled_ids(num_train, recipe.run.seed))
+    with closing(_open_split(recipe)) as split:
+        files = dict.fromkeys(split.file_of(int(i)) for i in sampled_ids(num_train, recipe.run.seed))
+        paths = tuple(map(Path, files))[:SAMPLED_FILES]
         if isinstance(split, FolderSplit):
             size = sum(path.stat().st_size for path in paths) / len(paths)
             val = FolderSplit(data.path, data.val_split, recipe.model.num_classes, split.classes)
             return DataFiles(paths, round(size * (num_train + len(val))), size)
-    finally:
-        split.close()
     splits = read_dataset_record(Path(data.path).expanduser()).splits
     bytes_of = {name: sum(shard.bytes for shard in split.shards) for name, split in splits.items()}
     total = sum(bytes_of[name] for name in {data.train_split, data.val_split})
@@ -58,12 +56,9 @@ def find_data_files(recipe: Recipe, num_train: int) -> DataFiles | None:
 def read_into_page_cache(recipe: Recipe, ids: npt.NDArray[np.int64]) -> None:
     """Read these training images, so that timing the decoder does not time the disk. Raises DataError."""
     if recipe.data.row.files in (Files.IMAGES, Files.SHARDS):
-        split = _open_split(recipe)
-        try:
+        with closing(_open_split(recipe)) as split:
             for sample_id in ids:
                 split.read(int(sample_id))
-        finally:
-            split.close()
 
 
 def _open_split(recipe: Recipe) -> ShardSplit | FolderSplit:
@@ -79,7 +74,3 @@ def _betons(data: DataConfig, num_train: int) -> DataFiles:
             raise DataError(f"{path} is missing; make it with data_prep/make_ffcv.py")
     size = train.stat().st_size
     return DataFiles((train,), size + val.stat().st_size, size / num_train)
-
-
-def _distinct(paths: Iterable[str]) -> tuple[Path, ...]:
-    return tuple(map(Path, dict.fromkeys(paths)))[:SAMPLED_FILES]

@@ -16,6 +16,7 @@ from karat_scale.data.augmentation.device_augment import DeviceAugment
 from karat_scale.data.augmentation.mixing import Mixer
 from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.batch import Batch
+from karat_scale.engine.devices import wait_for
 from karat_scale.engine.distributed import World
 from karat_scale.engine.precision import PRECISIONS
 from karat_scale.models import parameter_count
@@ -23,12 +24,6 @@ from karat_scale.recipe import Recipe
 from karat_scale.run.loop import Parts
 
 FEWEST = 2
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait until the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def timed(action: Callable[[], object], device: torch.device) -> float:

@@ -4,7 +4,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ from karat_scale.data.backends import Backend
 from karat_scale.data.plan import TrainPlan, micro_batch_of
 from karat_scale.doctor import resources
 from karat_scale.doctor.data_files import DataFiles, find_data_files
-from karat_scale.doctor.finding import Finding, found
+from karat_scale.doctor.report import Finding, found
 from karat_scale.engine.distributed import World
 from karat_scale.errors import RecipeError
 from karat_scale.machine import usable_cores
@@ -50,14 +49,9 @@ def examine_data(subject: Subject, backend: Backend) -> Iterator[Finding]:
     """Report the data that the backend opened, and whether it will stay in memory."""
     recipe = subject.recipe
     source = recipe.data.path or "generated in memory"
-    text = f"{backend.num_train:,} training and {backend.num_val:,} validation images, {backend.num_classes} classes"
-    yield found(
-        "data",
-        f"{recipe.data.backend}, {source}: {text}",
-        train=backend.num_train,
-        val=backend.num_val,
-        classes=backend.num_classes,
-    )
+    train, val, classes = backend.num_train, backend.num_val, backend.num_classes
+    counts = f"{train:,} training and {val:,} validation images, {classes} classes"
+    yield found("data", f"{recipe.data.backend}, {source}: {counts}", train=train, val=val, classes=classes)
     files = find_data_files(recipe, backend.num_train)
     if files is not None:
         yield _page_cache(files)
@@ -71,11 +65,13 @@ def stays_cached(files: DataFiles | None) -> bool:
 def _page_cache(files: DataFiles) -> Finding:
     room = resources.cache_memory()
     text = f"{gigabytes(files.total_bytes)} of data, {gigabytes(room)} of memory available"
-    figures: dict[str, Any] = {"data_bytes": files.total_bytes, "image_bytes": round(files.image_bytes)}
-    if stays_cached(files):
-        return found("page cache", f"{text}: read from the disk only in the first epoch", "", stays=True, **figures)
-    fix = "every epoch reads the disk, so its speed matters; data_prep/stage.py copies the data to a local disk"
-    return found("page cache", text, fix, stays=False, **figures)
+    stays, fix = stays_cached(files), ""
+    if stays:
+        text += ": read from the disk only in the first epoch"
+    else:
+        fix = "every epoch reads the disk, so its speed matters; data_prep/stage.py copies the data to a local disk"
+    image_bytes = round(files.image_bytes)
+    return found("page cache", text, fix, stays=stays, data_bytes=files.total_bytes, image_bytes=image_bytes)
 
 
 def examine_batches(subject: Subject, backend: Backend) -> Iterator[Finding]:
@@ -125,14 +121,13 @@ def examine_run_directory(subject: Subject) -> Iterator[Finding]:
     """Check that the run directory can be written, and that there is space for checkpoints."""
     recipe = subject.recipe
     directory = RunDirectory(recipe.run.dir)
-    existing = resources.nearest_existing(directory.path)
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    if not resources.is_writable(directory.path):
         yield found("run.dir", f"{directory.path} cannot be written", "choose another run.dir", wrong=True)
         return
     yield _occupied(recipe, directory)
     kept = recipe.checkpoint.keep_last + recipe.checkpoint.keep_best + 1
     one = CHECKPOINT_BYTES_PER_PARAMETER * subject.parameters
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(resources.nearest_existing(directory.path)).free
     text = f"{kept} checkpoints of {gigabytes(one)} (one of them while it is written), {gigabytes(free)} free"
     short = kept * one > free
     fix = "free space, choose another run.dir, or lower checkpoint.keep_last" if short else ""

@@ -5,9 +5,8 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from karat_scale.doctor.finding import Finding, found
+from karat_scale.doctor.report import Finding, found
 
 GIB = 2**30
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -47,13 +46,14 @@ def driver_version() -> str | None:
 
 
 def _no_gpu(driver: str | None, cuda: str | None) -> Finding:
-    if driver and cuda is None:
+    if not driver:
+        return found("GPU", "none; training runs on the CPU", count=0)
+    text = "there is a driver, but torch sees no GPU"
+    fix = "check nvidia-smi, CUDA_VISIBLE_DEVICES, and whether the driver is new enough for this CUDA"
+    if cuda is None:
+        text = "there is a driver, but this torch is for CPUs only"
         fix = "install torch for CUDA as https://pytorch.org/get-started says"
-        return found("GPU", "there is a driver, but this torch is for CPUs only", fix, wrong=True, count=0)
-    if driver:
-        fix = "check nvidia-smi, CUDA_VISIBLE_DEVICES, and whether the driver is new enough for this CUDA"
-        return found("GPU", "there is a driver, but torch sees no GPU", fix, wrong=True, count=0)
-    return found("GPU", "none; training runs on the CPU", count=0)
+    return found("GPU", text, fix, wrong=True, count=0)
 
 
 def _examine_gpu(number: int) -> Finding:
@@ -66,16 +66,10 @@ def _examine_gpu(number: int) -> Finding:
         f"{properties.name}, {total / GIB:.0f} GiB ({free / GIB:.0f} free), "
         f"compute capability {properties.major}.{properties.minor}"
     )
-    figures: dict[str, Any] = {
-        "model": properties.name,
-        "total_bytes": total,
-        "free_bytes": free,
-        "capability": capability,
-    }
-    name = f"GPU {number}"
+    fix = ""
     if capability < OLDEST_CAPABILITY:
         fix = "below 8.0 there are no Triton kernels and bf16 is slow; use train.precision=fp32"
-        return found(name, text, fix, **figures)
-    if free < 0.9 * total:
-        return found(name, text, "another process uses a part of its memory; see nvidia-smi", **figures)
-    return found(name, text, **figures)
+    elif free < 0.9 * total:
+        fix = "another process uses a part of its memory; see nvidia-smi"
+    model, name = properties.name, f"GPU {number}"
+    return found(name, text, fix, model=model, total_bytes=total, free_bytes=free, capability=capability)

@@ -1,16 +1,57 @@
-"""The output of the doctor: tables on a terminal, plain lines elsewhere, and JSON. Works without any library."""
+"""What the doctor found, and its output: tables on a terminal, plain lines elsewhere, and JSON. Needs no library."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from karat_scale import __version__
 from karat_scale.console import make_table, plural, print_table, printable, terminal, write_json
-from karat_scale.doctor.finding import Finding
-from karat_scale.errors import UserError
+from karat_scale.errors import DataError, UserError
 
+Level = Literal["ok", "note", "problem"]
 COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
 Row = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check.
+
+    level: "ok", "note" (works, but worth knowing) or "problem" (training fails or goes wrong). fix: how to fix
+    it. figures: the same as numbers, for the JSON file.
+    """
+
+    name: str
+    level: Level
+    value: str
+    fix: str = ""
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data. The key `mend` has the fix."""
+        return {"name": self.name, "level": self.level, "value": self.value, "mend": self.fix, **self.figures}
+
+
+def found(name: str, value: str, fix: str = "", *, wrong: bool = False, **figures: Any) -> Finding:
+    """Return a finding with its level: a problem if `wrong`, else a note if there is something to fix."""
+    return Finding(name, "problem" if wrong else "note" if fix else "ok", value, fix, figures)
+
+
+def examine(name: str, examination: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """Return the findings, or a problem if the check fails: a broken library must not stop the doctor.
+
+    A wrong recipe is the caller's mistake, so its error is raised.
+    """
+    try:
+        return list(examination())
+    except DataError as error:
+        return [Finding(name, "problem", str(error))]
+    except UserError:
+        raise
+    except Exception as error:  # any error of a broken library or driver
+        reason = " ".join(str(error).split()) or "no reason given"
+        return [Finding(name, "problem", f"cannot be examined: {type(error).__name__}: {reason}")]
 
 
 class Printer:

@@ -5,9 +5,8 @@ import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from karat_scale.doctor.finding import Finding, found
+from karat_scale.doctor.report import Finding, found
 from karat_scale.machine import cpu_quota, usable_cores, usable_memory
 from karat_scale.native_build import cache_directory
 
@@ -61,17 +60,12 @@ def _examine_load() -> Finding:
 def _examine_memory() -> Finding:
     import psutil
 
-    memory, usable = psutil.virtual_memory(), usable_memory()
-    text = f"{usable / GIB:.1f} GiB usable, {cache_memory() / GIB:.1f} GiB available"
+    memory, usable, available = psutil.virtual_memory(), usable_memory(), cache_memory()
+    text = f"{usable / GIB:.1f} GiB usable, {available / GIB:.1f} GiB available"
     if usable < memory.total:
         text += f" (the machine has {memory.total / GIB:.1f}; a control group limits it)"
-    figures: dict[str, Any] = {
-        "usable_bytes": usable,
-        "available_bytes": cache_memory(),
-        "total_bytes": int(memory.total),
-    }
-    fix = "less than 2 GiB: another process may be using it" if cache_memory() < 2 * GIB else ""
-    return found("RAM", text, fix, **figures)
+    fix = "less than 2 GiB: another process may be using it" if available < 2 * GIB else ""
+    return found("RAM", text, fix, usable_bytes=usable, available_bytes=available, total_bytes=int(memory.total))
 
 
 def _examine_shm() -> Finding:
@@ -79,17 +73,13 @@ def _examine_shm() -> Finding:
         return found("/dev/shm", "missing", "data workers and NCCL need it: mount a tmpfs", wrong=True)
     size, _, free = shutil.disk_usage(SHM)
     text = f"{size / GIB:.2f} GiB, {free / GIB:.2f} free"
-    fix = ""
-    if free < SMALL_SHM:
-        fix = "NCCL uses it: docker run --shm-size=8g (or --ipc=host)"
+    fix = "NCCL uses it: docker run --shm-size=8g (or --ipc=host)" if free < SMALL_SHM else ""
     return found("/dev/shm", text, fix, total_bytes=size, free_bytes=free)
 
 
 def _examine_limits() -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    fix = ""
-    if soft < FEW_FILES:
-        fix = f"few: ulimit -n {hard if 0 < hard < 65536 else 65536}"
+    fix = f"few: ulimit -n {hard if 0 < hard < 65536 else 65536}" if soft < FEW_FILES else ""
     yield found("open files", f"{_limit(soft)} (ulimit -n; up to {_limit(hard)})", fix, soft=soft, hard=hard)
     space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if space != resource.RLIM_INFINITY:
@@ -103,11 +93,10 @@ def _limit(value: int) -> str:
 
 def examine_cache(directory: Path) -> Finding:
     """Check that compiled kernels can be stored there."""
-    existing = nearest_existing(directory)
     fix = "compiled kernels cannot be stored: set KARAT_CACHE_DIR to a writable directory"
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    if not is_writable(directory):
         return found("cache", f"{directory} cannot be written", fix, path=str(directory), writable=False)
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(nearest_existing(directory)).free
     if free < CACHE_ROOM:
         return found("cache", f"{directory}: only {free / 2**20:.0f} MiB free", fix, path=str(directory), writable=True)
     return found("cache", f"{directory} can be written", path=str(directory), writable=True)
@@ -117,3 +106,9 @@ def nearest_existing(path: Path) -> Path:
     """Return the path itself or the first existing directory above it."""
     path = path.expanduser().absolute()
     return next(part for part in (path, *path.parents) if part.exists())
+
+
+def is_writable(directory: Path) -> bool:
+    """True if files can be made in a directory, or the directory in the nearest existing one."""
+    existing = nearest_existing(directory)
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)

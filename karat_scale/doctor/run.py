@@ -3,9 +3,8 @@
 import os
 from collections.abc import Sequence
 
-from karat_scale.doctor.finding import Finding, examine
 from karat_scale.doctor.gpus import examine_gpus
-from karat_scale.doctor.report import Printer, Report
+from karat_scale.doctor.report import Finding, Printer, Report, examine
 from karat_scale.doctor.resources import examine_resources
 from karat_scale.doctor.runnable import examine_attention, examine_decoders
 from karat_scale.doctor.software import examine_extras, examine_libraries, examine_python

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from karat_scale.doctor.finding import Finding, found
+from karat_scale.doctor.report import Finding, found
 from karat_scale.tables import DECODERS
 
 SIDE = 32

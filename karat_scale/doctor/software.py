@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
-from karat_scale.doctor.finding import Finding, found
+from karat_scale.doctor.report import Finding, found
 from karat_scale.native_build import PACKAGES, LoadError, find_compiler
 from karat_scale.tables import EXTRAS, how_to_install
 
@@ -21,11 +21,9 @@ LIBRARIES = (
 
 def examine_python() -> Iterator[Finding]:
     """Yield the finding about the Python interpreter."""
-    text = f"{platform.python_version()} ({sys.executable})"
-    if sys.version_info[:2] < OLDEST_PYTHON:
-        yield found("python", text, "use Python 3.10 or newer", wrong=True)
-    else:
-        yield found("python", text)
+    old = sys.version_info[:2] < OLDEST_PYTHON
+    fix = "use Python 3.10 or newer" if old else ""
+    yield found("python", f"{platform.python_version()} ({sys.executable})", fix, wrong=old)
 
 
 def examine_libraries() -> Iterator[Finding]:
@@ -71,9 +69,8 @@ def installed_version(name: str) -> str | None:
 def _examine_triton() -> Finding:
     installed = installed_version("triton")
     if installed is None:
-        return found(
-            "triton", "not installed", "only the GPU kernels need it: pip install 'triton>=3.3,<4'", version=None
-        )
+        fix = "only the GPU kernels need it: pip install 'triton>=3.3,<4'"
+        return found("triton", "not installed", fix, version=None)
     return found("triton", installed, version=installed)
 
 
@@ -88,7 +85,7 @@ def examine_extras() -> Iterator[Finding]:
 
 def _examine_extra(name: str, module: str, distribution: str, install: str) -> Finding:
     label = f"extra {name}"
-    if not _is_there(module):
+    if not is_installed(module):
         return found(label, "not installed", install, present=False)
     try:
         importlib.import_module(module)
@@ -98,7 +95,8 @@ def _examine_extra(name: str, module: str, distribution: str, install: str) -> F
     return found(label, installed_version(distribution) or "installed", present=True)
 
 
-def _is_there(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """True if a module can be found. It is not imported, but its parent packages are."""
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # its parent package is missing

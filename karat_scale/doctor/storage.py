@@ -4,11 +4,11 @@ import contextlib
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 PAGE = 4096
 CHUNK = 4 << 20
@@ -37,17 +37,14 @@ class StorageSpeed:
     cached_share: float | None
     readers: int
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
 
 def measure_storage(paths: Sequence[Path], block: int, readers: int, seconds: float) -> StorageSpeed:
     """Read the files at random in blocks of `block` bytes, then again, then in sequence; about `seconds` in total.
 
     The pages are dropped from the cache first, as in the first epoch. Raises OSError.
     """
-    with _opened(paths) as descriptors:
+    with contextlib.ExitStack() as stack:
+        descriptors = [stack.enter_context(path.open("rb", buffering=0)).fileno() for path in paths]
         spans = _random_spans(descriptors, block)
         cached_share = _cached_share(spans)
         _give_up(spans)
@@ -58,16 +55,6 @@ def measure_storage(paths: Sequence[Path], block: int, readers: int, seconds: fl
         _give_up(sequence)
         sequential, _ = _random_speed(sequence, 1, seconds / 3)
     return StorageSpeed(sequential, at_random, again, state, cached_share, readers)
-
-
-@contextlib.contextmanager
-def _opened(paths: Sequence[Path]) -> Iterator[list[int]]:
-    with contextlib.ExitStack() as stack:
-        descriptors = []
-        for path in paths:
-            descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-            stack.callback(os.close, descriptors[-1])
-        yield descriptors
 
 
 def _random_spans(descriptors: list[int], block: int) -> list[Span]:

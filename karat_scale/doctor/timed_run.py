@@ -1,7 +1,8 @@
 """A short timed run of all stages of a training step, each by itself and then all together."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class Figures:
         """Plain data."""
         return {
             "stages": {stage: {"images_per_second": round(rate, 2)} for stage, rate in self.rates.items()},
-            "storage": self.storage.to_json() if self.storage else None,
+            "storage": asdict(self.storage) if self.storage else None,
             "data_path": {**asdict(self.data), "decode_share": self.data.decode_share},
             "device": {
                 "transfer_seconds": self.transfer_seconds,
@@ -118,10 +119,9 @@ def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: flo
         exchange = communication(model, recipe, budget["communication"], world)
         bare.leave_device()
     timed = recipe.changed(train__global_batch=global_batch, train__micro_batch=micro_batch)
-    with printer.busy("timing the whole loop"):
-        optimizer, loop = _with_parts(
-            subject, timed, lambda parts: _in_engine(parts, timed, micro_batch, budget, seconds)
-        )
+    with printer.busy("timing the whole loop"), _trainer(subject, timed) as parts:
+        optimizer = optimizer_seconds(parts, timed, micro_batch, budget["optimizer"])
+        loop = measure_loop(parts, LOOP_SHARE * seconds)
     return Figures(
         recipe=recipe,
         world_size=world.size,
@@ -138,13 +138,6 @@ def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: flo
     )
 
 
-def _in_engine(
-    parts: Parts, recipe: Recipe, micro_batch: int, budget: dict[str, float], seconds: float
-) -> tuple[float, LoopSpeed]:
-    optimizer = optimizer_seconds(parts, recipe, micro_batch, budget["optimizer"])
-    return optimizer, measure_loop(parts, LOOP_SHARE * seconds)
-
-
 class _NoDisplay(PlainDisplay):
     """Replaces the loop's own lines and warnings, which do not belong in the report."""
 
@@ -152,9 +145,8 @@ class _NoDisplay(PlainDisplay):
         """Print nothing."""
 
 
-def _with_parts(
-    subject: Subject, recipe: Recipe, measure: Callable[[Parts], tuple[float, LoopSpeed]]
-) -> tuple[float, LoopSpeed]:
+@contextmanager
+def _trainer(subject: Subject, recipe: Recipe) -> Iterator[Parts]:
     """Build the trainer's parts in a temporary run directory."""
     with tempfile.TemporaryDirectory(prefix="karat-doctor-") as scratch:
         directory = RunDirectory(Path(scratch) / "run")
@@ -162,7 +154,7 @@ def _with_parts(
         reporter = Reporter(_NoDisplay(), None)
         task = ClassificationTask(recipe.changed(data__prefetch=1, data__verify="size"), subject.world, reporter)
         try:
-            return measure(build_parts(task, directory, StopSignals()))
+            yield build_parts(task, directory, StopSignals())
         finally:
             task.close()
 

@@ -50,6 +50,12 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
+def wait_for(device: torch.device | str) -> None:
+    """Wait until a device of this process, its current GPU or the CPU, has finished its work."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
 def card(device: torch.device) -> str:
     """The node and the GPU behind a device of this process, as no other GPU is called."""
     properties = torch.cuda.get_device_properties(device)

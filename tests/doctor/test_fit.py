@@ -10,8 +10,8 @@ import torch
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.doctor import fit
 from karat_scale.doctor.data_files import find_data_files
-from karat_scale.doctor.finding import Finding
 from karat_scale.doctor.fit import Subject
+from karat_scale.doctor.report import Finding
 from karat_scale.engine.distributed import World
 from karat_scale.recipe.loading import dump_recipe, load_recipe
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.doctor import software
-from karat_scale.doctor.finding import Finding, examine
+from karat_scale.doctor.report import Finding, examine
 from karat_scale.doctor.resources import examine_cache, nearest_existing, usable_cores
 from karat_scale.doctor.run import examine_machine
 from karat_scale.errors import DataError, RecipeError

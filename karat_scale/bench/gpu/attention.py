@@ -6,20 +6,24 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from karat_scale.bench.attention import SDPA, TOKENS, Case, Contender, make_contender, make_inputs
+from karat_scale.bench.attention import SDPA, TOKENS, Case, Contender, make_contender, passes
 from karat_scale.bench.gpu.kernels import tf32
 from karat_scale.bench.gpu.process import one_line
 from karat_scale.bench.gpu.task import CompilerThreads, Task, is_fatal
-from karat_scale.bench.gpu.timing import calls_for, device_seconds, wall_seconds
-from karat_scale.bench.measuring import interleaved, median_ratio
+from karat_scale.bench.measuring import (
+    calls_for,
+    cuda_peak,
+    device_seconds,
+    interleaved,
+    median_ratio,
+    wall_seconds,
+)
 from karat_scale.memory_errors import is_out_of_memory
 
 BACKENDS = {
@@ -131,18 +135,7 @@ def _contenders(task: Task, model: str, dtype: str, batch: int, what: str) -> It
 
 
 def _timed(contender: Contender, case: Case, setting: Callable[[], AbstractContextManager[Any]]) -> Timed:
-    inputs = make_inputs(case)
-    learned: tuple[Tensor, ...] = (*inputs, *contender.parameters)
-    grad_output = torch.ones_like(inputs[2])
-
-    def forward() -> None:
-        with torch.no_grad():
-            contender.attend(*inputs)
-
-    def both() -> None:
-        torch.autograd.grad(contender.attend(*inputs), learned, grad_output)
-
-    return Timed(forward, both, setting)
+    return Timed(*passes(contender, case), setting)
 
 
 def _refusal(timed: Timed) -> str | None:
@@ -180,12 +173,5 @@ def _milliseconds(seconds: list[float]) -> float:
 
 
 def _peak_mb(timed: Timed) -> float:
-    """The most that forward and backward need beyond what is there before, of the allocator."""
-    with ExitStack() as stack:
-        stack.enter_context(timed.setting())
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        timed.both()
-        torch.cuda.synchronize()
-        return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+    with timed.setting():
+        return round(cuda_peak(timed.both), 1)

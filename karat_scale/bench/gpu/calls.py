@@ -154,16 +154,12 @@ def _by_columns(x: Tensor) -> Tensor:
     return x.mT.contiguous().mT
 
 
-def _same_for_all(x: Tensor) -> Tensor:
-    return x[:1].expand(x.shape)
-
-
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": torch.clone,
     "packed": _packed,
     "by columns": _by_columns,
     "unaligned": _unaligned,
-    "same for the batch": _same_for_all,
+    "same for the batch": lambda x: x[:1].expand(x.shape),
 }
 # As the layers behind pass gradients back: with the heads merged, or of a sum.
 GRADIENT_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

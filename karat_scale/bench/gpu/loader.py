@@ -19,6 +19,7 @@ from karat_scale.console import plural
 from karat_scale.data.augmentation.device_augment import DeviceAugment
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import TrainPlan
+from karat_scale.engine.devices import wait_for
 from karat_scale.machine import usable_cores
 from karat_scale.recipe import AugmentConfig, DataConfig
 
@@ -85,7 +86,7 @@ class _Section:
                 plan = TrainPlan(0, backend.num_train, self._batch, self._batch, 0, 1)
                 for batch in backend.train_batches(plan.slices(0, MANY)):
                     on_device(batch.to(self._task.device).images, batch.draws)
-                    self._task.wait()
+                    wait_for(self._task.device)
                     yield len(batch.images)
             finally:
                 backend.close()
@@ -100,7 +101,7 @@ class _Section:
             while True:
                 for start in range(0, len(encoded), self._batch):
                     decoded = decode(encoded[start : start + self._batch], **options)
-                    self._task.wait()
+                    wait_for(self._task.device)
                     yield len(decoded)
 
         return batches

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from karat_scale.bench.gpu.task import Task
 from karat_scale.bench.measuring import interleaved_seconds, median_ratio
 from karat_scale.engine import distributed
+from karat_scale.engine.devices import wait_for
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.optimizers import build_optimizer
@@ -163,8 +164,7 @@ def _repeated(step: Callable[[], None], steps: int, world: World) -> Callable[[]
         dist.barrier()
         for _ in range(steps):
             step()
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
+        wait_for(world.device)
 
     return run
 

@@ -97,7 +97,7 @@ class Report:
     def __init__(self, path: Path, command: str) -> None:
         self._path = path
         self._begun = time.monotonic()
-        self._section: Section | None = None
+        self._section: Section
         self._data: dict[str, Any] = {
             "command": command,
             "karat_scale": __version__,
@@ -152,7 +152,6 @@ class Report:
 
     @property
     def _now(self) -> dict[str, Any]:
-        assert self._section is not None
         section: dict[str, Any] = self._data["sections"][self._section.name]
         return section
 
@@ -163,10 +162,8 @@ class Report:
             print(f"{facts['card']}, {versions}", flush=True)
 
     def _figures(self, row: dict[str, Any]) -> list[str]:
-        assert self._section is not None
         (first, _), *others = self._section.columns
         return [cell(row.get(first))] + [f"{heading} {cell(row[key])}" for key, heading in others if key in row]
 
     def _print(self, text: str) -> None:
-        assert self._section is not None
         print(f"[{time.monotonic() - self._begun:4.0f} s] {self._section.name}: {text}", flush=True)

@@ -107,8 +107,3 @@ class Task:
         gc.collect()
         if not self.toy:
             torch.cuda.empty_cache()
-
-    def wait(self) -> None:
-        """Wait until the device has finished its work."""
-        if not self.toy:
-            torch.cuda.synchronize()

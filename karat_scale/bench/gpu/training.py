@@ -16,23 +16,19 @@ from torch.profiler import ProfilerActivity, profile
 from karat_scale.attention import KaratOperator
 from karat_scale.bench.gpu.process import one_line
 from karat_scale.bench.gpu.task import Task, is_fatal
-from karat_scale.bench.measuring import interleaved_seconds, median_ratio
+from karat_scale.bench.measuring import cuda_peak, interleaved_seconds, median_ratio
+from karat_scale.bench.step import silent_trainer
 from karat_scale.data.backends import ImageSpec
 from karat_scale.data.backends.synthetic import TRAIN_STREAM, SyntheticBackend
 from karat_scale.data.batch import Batch
 from karat_scale.data.digest import with_digest
 from karat_scale.data.plan import BatchSlice
 from karat_scale.engine import distributed
+from karat_scale.engine.devices import wait_for
 from karat_scale.engine.distributed import World
 from karat_scale.memory_errors import is_out_of_memory
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
-from karat_scale.reporting.progress import Reporter, SilentDisplay
-from karat_scale.run.loop import Loop
-from karat_scale.run.run import build_parts
-from karat_scale.run.run_directory import RunDirectory
-from karat_scale.run.signals import StopSignals
-from karat_scale.tasks.classification.task import ClassificationTask, TrainState
 
 # The values of train.compile, by what they are called here.
 MODES = {"eager": False, "compiled": "default", "graphs": "reduce-overhead"}
@@ -77,11 +73,8 @@ class OurLoop:
     def __init__(self, recipe: Recipe, world: World, task: Task) -> None:
         self._task = task
         before = allocated(task)
-        reporter = Reporter(SilentDisplay(), None)
-        self.classifier = ClassificationTask(recipe, world, reporter)
-        self.parts = build_parts(self.classifier, RunDirectory(recipe.run.dir), StopSignals())
+        self.classifier, self.parts, self._loop = silent_trainer(recipe, world)
         self.classifier.backend = HeldBatches(ImageSpec.of(recipe))
-        self._loop = Loop(self.parts, TrainState())
         self._batches = self._loop.feed(MANY)
         self.dtypes = _dtypes_inside(self.parts.engine.module, lambda: self.run(1)) if not recipe.train.compile else {}
         self.run(1 if task.toy else WARM_UP)
@@ -96,16 +89,13 @@ class OurLoop:
     def run(self, steps: int) -> None:
         """Take steps, and wait for the device."""
         self.launch(steps)
-        self._task.wait()
+        wait_for(self._task.device)
 
     def peak_mb(self) -> float | None:
         """The most that training needs on the device, without what other loops keep there."""
         if self._task.toy:
             return None
-        torch.cuda.reset_peak_memory_stats()
-        before = allocated(self._task)
-        self.run(1)
-        return round((torch.cuda.max_memory_allocated() - before + self.memory) / 1e6, 1)
+        return round(cuda_peak(lambda: self.run(1)) + self.memory / 1e6, 1)
 
 
 def allocated(task: Task) -> int:

@@ -6,7 +6,6 @@ import platform
 import sys
 import traceback
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from karat_scale.bench.gpu.process import Channel, one_line
 from karat_scale.bench.gpu.task import Budget, Task
 from karat_scale.doctor.gpus import driver_version
+from karat_scale.doctor.software import installed_version
 from karat_scale.machine import usable_cores
 
 PACKAGES = ("torch", "triton", "deepspeed", "timm", "torchvision", "nvidia-dali-cuda130", "torchcodec")
@@ -21,7 +21,7 @@ PACKAGES = ("torch", "triton", "deepspeed", "timm", "torchvision", "nvidia-dali-
 
 def machine_facts(device: str) -> dict[str, Any]:
     """Card, driver, CUDA and versions. On CUDA this process takes the card up."""
-    found = {name: installed for name in PACKAGES if (installed := _installed(name))}
+    found = {name: installed for name in PACKAGES if (installed := installed_version(name))}
     # A build's own version says more, such as 2.13.0+cu130.
     facts = {"cores": usable_cores(), "python": platform.python_version()}
     versions = {**found, "torch": torch.__version__}
@@ -40,13 +40,6 @@ def machine_facts(device: str) -> dict[str, Any]:
         **facts,
         "versions": versions,
     }
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def main(section: str, settings: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from karat_scale.bench.gpu.timing import calls_for, device_seconds
+from karat_scale.bench.measuring import calls_for, device_seconds
 
 
 def test_events_enclose_the_calls_while_the_device_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
