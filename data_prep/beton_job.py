@@ -1,9 +1,8 @@
 """Make one beton: images are read, checked and packed in parallel, and one process writes them in order."""
 
+import functools
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy.typing as npt
 from beton_packing import Packer, Packing
 from job import Job, Notes, run_in_processes
 
+from karat_scale.console import progress
 from karat_scale.data.formats.beton import BetonRecord, beton_path, index_bytes, index_path, record_path
 from karat_scale.data.formats.beton_writer import BetonWriter, StoredImage
 from karat_scale.data.formats.shard_format import FileRecord
@@ -38,30 +38,23 @@ class BetonJob(Job):
         return self.out / f".{self.path.name}.unfinished"
 
 
-class PackChunk:
-    """Prepares and packs some images of a job; each process has a packer of its own."""
-
-    def __init__(self, job: BetonJob) -> None:
-        self._job = job
-
-    @cached_property
-    def _packer(self) -> Packer:
-        return Packer(self._job.packing)
-
-    def __call__(self, indices: list[int]) -> tuple[list[tuple[int, StoredImage]], Notes]:
-        """Return the images to store, each with its sample's index, and the notes about all."""
-        job, notes, images = self._job, Notes(), []
-        for index in indices:
-            prepared = job.prepare(index, notes)
-            if prepared is not None:
-                path = job.source.name(index)
-                image, undecodable = self._packer.pack(prepared.data, index, path)
-                notes.stored(path, prepared, int(job.source.labels[index]), prepared.odd or undecodable)
-                images.append((index, image))
-        return images, notes
+packer_of = functools.cache(Packer)  # one in each process
 
 
-def write_beton(job: BetonJob, workers: int, advance: Callable[[int], None]) -> BetonRecord:
+def pack_images(job: BetonJob, indices: list[int]) -> tuple[list[tuple[int, StoredImage]], Notes]:
+    """Prepare and pack some images of a job; returns them with their samples' indices, and the notes about all."""
+    notes, images = Notes(), []
+    for index in indices:
+        prepared = job.prepare(index, notes)
+        if prepared is not None:
+            path = job.source.name(index)
+            image, undecodable = packer_of(job.packing).pack(prepared.data, index, path)
+            notes.stored(path, prepared, int(job.source.labels[index]), prepared.odd or undecodable)
+            images.append((index, image))
+    return images, notes
+
+
+def write_beton(job: BetonJob, workers: int) -> BetonRecord:
     """Write a beton, its index and, last, its record. Raises DataError if no image is left or a process dies.
 
     A beton without its record is invalid, so all files are first written under another name.
@@ -72,8 +65,12 @@ def write_beton(job: BetonJob, workers: int, advance: Callable[[int], None]) -> 
     modes: Counter[str] = Counter()
     notes = Notes()
     try:
-        with BetonWriter(job.unfinished, len(job.order), job.packing.page) as writer:
-            for chunk, (images, found) in zip(chunks, run_in_processes(PackChunk(job), chunks, workers), strict=True):
+        with (
+            progress(f"{job.split}: writing", len(job.order), "images") as advance,
+            BetonWriter(job.unfinished, len(job.order), job.packing.page) as writer,
+        ):
+            packed = run_in_processes(functools.partial(pack_images, job), chunks, workers)
+            for chunk, (images, found) in zip(chunks, packed, strict=True):
                 for index, image in images:
                     writer.add(image, int(job.source.labels[index]))
                     keys.append(job.source.key(index))

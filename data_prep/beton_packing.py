@@ -4,23 +4,21 @@ A JPEG that FFCV's decoder reads is stored byte for byte. An image it cannot rea
 pixels. A file that nothing reads is stored unchanged, and every reader of this project then treats it as a bad sample.
 """
 
-import io
 import random
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image
+from resizing import to_jpeg
 
 from karat_scale.data.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.decoders.ffcv import JpegDecoder
-from karat_scale.data.decoders.jpeg_header import Frame, read_frame
+from karat_scale.data.decoders.jpeg_header import read_frame
 from karat_scale.data.formats.beton_writer import MAX_SIDE, StoredImage
 from karat_scale.errors import DataError
 
 WriteMode = Literal["jpg", "raw", "proportion", "smart"]
-Pixels = npt.NDArray[np.uint8]
+FIX = "use --max-resolution, or remove it"
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Packer:
         Raises DataError if FFCV's format cannot hold it.
         """
         frame = read_frame(data)
-        if not self._is_plain_jpeg(data, frame):
+        if frame and not (frame.is_grey_or_colour and self._decode(data, frame) is not None):
             frame = None
         if frame and self._keeps_size(frame.width, frame.height) and self._as_jpeg(index, frame.width, frame.height):
             return self._checked(StoredImage("jpg", frame.width, frame.height, data), name), ""
@@ -67,16 +65,13 @@ class Packer:
         if resized:
             image = self._resized(image)
         if max(image.size) > MAX_SIDE:
-            raise DataError(f"{name}: {image.width} x {image.height} pixels do not fit FFCV's format; {self._fix}")
+            raise DataError(f"{name}: {image.width} x {image.height} pixels do not fit FFCV's format; {FIX}")
         # Only pixels that come from a JPEG, or are resized anyway, may be encoded with a loss.
         small = 3 * image.width * image.height <= self._packing.page
         if small and not (resized and self._as_jpeg(index, *image.size)):
             return StoredImage("raw", *image.size, image.tobytes()), ""
-        encoded = data if frame and not resized else self._encoded(image)
+        encoded = data if frame and not resized else to_jpeg(image, self._packing.quality)
         return self._checked(StoredImage("jpg", *image.size, encoded), name), ""
-
-    def _is_plain_jpeg(self, data: bytes, frame: Frame | None) -> bool:
-        return frame is not None and frame.is_grey_or_colour and self._decode(data, frame) is not None
 
     def _keeps_size(self, width: int, height: int) -> bool:
         limit = self._packing.max_resolution
@@ -95,18 +90,7 @@ class Packer:
             return random.Random(f"{packing.seed} {index}").random() < packing.jpeg_share
         return packing.mode == "jpg"
 
-    def _encoded(self, image: Image.Image) -> bytes:
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=self._packing.quality)
-        return buffer.getvalue()
-
     def _checked(self, image: StoredImage, name: str) -> StoredImage:
         if len(image.data) > self._packing.page:
-            raise DataError(
-                f"{name}: {len(image.data)} bytes are more than a page of {self._packing.page}; {self._fix}"
-            )
+            raise DataError(f"{name}: {len(image.data)} bytes are more than a page of {self._packing.page}; {FIX}")
         return image
-
-    @property
-    def _fix(self) -> str:
-        return "use --max-resolution, or remove it"

@@ -1,11 +1,12 @@
 """Download a file, check its hash, and resume where an earlier run stopped."""
 
-import hashlib
 import http.client
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+
+from torchvision.datasets.utils import calculate_md5
 
 from karat_scale.console import progress
 from karat_scale.errors import DataError
@@ -25,15 +26,6 @@ class RemoteFile:
     urls: tuple[str, ...]
 
 
-def file_md5(path: Path) -> str:
-    """Return the MD5 of a file, as hex."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(_MB):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def download(remote: RemoteFile, out: Path) -> None:
     """Download a file into `out` from the first address that has the right content. Raises DataError.
 
@@ -44,7 +36,7 @@ def download(remote: RemoteFile, out: Path) -> None:
     for url in remote.urls:
         try:
             _append(url, part)
-            found = file_md5(part)
+            found = calculate_md5(part)
             if found == remote.md5:
                 commit_file(part, out / remote.name)
                 return

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from debian_package import take_files
-from downloading import RemoteFile, download, file_md5
+from downloading import RemoteFile, download
 from script_options import make_parser
 from sources.idx import CLASSES_FILE, read_idx
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN, FashionMNIST, Flowers102
+from torchvision.datasets.utils import check_integrity
 
 from karat_scale.errors import DataError, run_script
 from karat_scale.files import write_atomically
@@ -46,7 +47,7 @@ def data_sets() -> dict[str, list[RemoteFile]]:
 
 def has_right_hash(path: Path, remote: RemoteFile) -> bool:
     """True if a file exists as published."""
-    return path.is_file() and file_md5(path) == remote.md5
+    return bool(check_integrity(path, remote.md5))
 
 
 def has_right_shape(path: Path, _: RemoteFile) -> bool:

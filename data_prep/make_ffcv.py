@@ -24,7 +24,6 @@ from sources import Source, SourceOptions, open_splits
 from sources.shards import has_shards, open_shards
 
 from karat_scale.arguments import count
-from karat_scale.console import progress
 from karat_scale.data.decoders.ffcv import require_ffcv
 from karat_scale.data.formats.beton import BetonRecord, check_file, read_record, record_path
 from karat_scale.data.formats.beton_writer import page_bytes
@@ -70,8 +69,7 @@ def make_split(job: BetonJob, workers: int) -> BetonRecord:
         raise DataError(f"{job.path} exists and was not finished by this script; delete it or use another --out")
     if job.unfinished.exists():
         print(f"{job.split}: an earlier run did not finish; starting again")
-    with progress(f"{job.split}: writing", len(job.order), "images") as advance:
-        return write_beton(job, workers, advance)
+    return write_beton(job, workers)
 
 
 def check_split(job: BetonJob, found: BetonRecord, workers: int) -> None:
@@ -82,8 +80,7 @@ def check_split(job: BetonJob, found: BetonRecord, workers: int) -> None:
         check_file(job.out, found.index, by_hash=True)
     except DataError as error:
         print(f"{error.args[0].split(';')[0]}; making it again")
-        with progress(f"{job.split}: writing", len(job.order), "images") as advance:
-            again = write_beton(job, workers, advance)
+        again = write_beton(job, workers)
         if again.sha256 != found.sha256:
             print(f"{job.split}: the result differs from before, so its record is new too")
     print(f"{job.split}: {found.samples} samples in {job.path.name} are complete and correct")

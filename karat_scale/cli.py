@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from karat_scale import __version__
 from karat_scale.arguments import OneLineParser, count, new_file, positive, time_limit, virtual_environment, whole
@@ -29,6 +30,23 @@ def build_parser() -> argparse.ArgumentParser:
     prepare.add_argument("script", choices=SCRIPTS, help="the script; `karat prepare SCRIPT --help` lists its options")
     prepare.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own options")
     prepare.set_defaults(run=lambda options: run_prepare(options.script, options.arguments))
+
+    index = commands.add_parser("index", help="make tars that others wrote readable like our shards, without a copy")
+    index.add_argument("source", metavar="SRC", type=Path, help="a directory with .tar files, also below it")
+    index.add_argument("--out", type=Path, metavar="DIR", help="for indexes and dataset.json (default: SRC)")
+    index.add_argument(
+        "--label",
+        default="auto",
+        metavar="RULE",
+        help="where the class is: cls, json:FIELD, txt, path or auto",
+    )
+    index.add_argument(
+        "--split", action="append", default=[], metavar="NAME=GLOB", help="tars of a split (default: by their names)"
+    )
+    index.add_argument("--classes", type=Path, metavar="FILE", help="a name on each line, in the order of the labels")
+    index.add_argument("--hash", action="store_true", help="also read the tars, to notice any later change in them")
+    index.add_argument("--json", type=new_file, metavar="FILE", help="also write the counts to this file")
+    index.set_defaults(run=_index)
 
     train = commands.add_parser("train", help="train a recipe, or resume its run")
     train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
@@ -187,6 +205,16 @@ def entry_point() -> None:
     for repeated in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(repeated, signal.SIG_IGN)
     sys.exit(code)
+
+
+def _index(options: argparse.Namespace) -> int:
+    from karat_scale.data.indexing.command import IndexRequest, index_tars
+
+    splits = tuple(options.split)
+    request = IndexRequest(
+        options.source, options.out, options.label, splits, options.classes, options.hash, options.json
+    )
+    return index_tars(request)
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -59,13 +59,12 @@ def _find(
         return {name or split or "train": opener for name, opener in in_tar.items()}, names
     if has_imagenet_tars(src):
         _refuse_unheeded(src, options, "ImageNet's tars", {"val_labels", "synsets"})
-        official, names = imagenet_splits(src, split, options, known_classes)
-        return dict(official), names
+        return imagenet_splits(src, split, options, known_classes)
     for look_for, heeded in DATA_SETS.items():
         known, names = look_for(src, options)
         if known:
             _refuse_unheeded(src, options, "a data set's official files", heeded)
-            return dict(known), names
+            return known, names
     _refuse_unheeded(src, options, "folders of image files", set())
     folders = split_folders(src)
     if folders:

@@ -4,10 +4,11 @@ import argparse
 import hashlib
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -41,35 +42,39 @@ class SourceOptions:
         return cls(options.val_labels, options.synsets, options.encoding, options.any_hash)
 
 
-class Source(Protocol):
-    """One split of a source, in a fixed order. Files that are known not to be images are in `skipped`.
+class Source(ABC):
+    """One split of a source, in a fixed order.
 
-    facts: additional facts about the source for dataset.json.
+    classes: which the labels number. labels: int32 [n], the class number of each sample. sizes: int64 [n], bytes of
+    each sample, exact or approximate. skipped: files that are known not to be images, and why. facts: additional facts
+    about the source for dataset.json.
     """
 
-    classes: list[str]
-    skipped: list[tuple[str, str]]
-    facts: dict[str, Any]
+    def __init__(
+        self, classes: list[str], labels: npt.ArrayLike, sizes: npt.ArrayLike, facts: dict[str, Any] | None = None
+    ) -> None:
+        self.classes = classes
+        self.labels: npt.NDArray[np.int32] = np.asarray(labels, dtype=np.int32)
+        self.sizes: npt.NDArray[np.int64] = np.asarray(sizes, dtype=np.int64)
+        self.skipped: list[tuple[str, str]] = []
+        self.facts = facts or {}
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.labels)
 
-    @property
-    def labels(self) -> npt.NDArray[np.int32]:
-        """The class number of each sample."""
-
-    @property
-    def sizes(self) -> npt.NDArray[np.int64]:
-        """Bytes of each sample, exact or approximate."""
-
+    @abstractmethod
     def name(self, index: int) -> str:
         """Return the place of sample `index` in the source, for reports."""
 
+    @abstractmethod
     def key(self, index: int) -> str:
         """Return the name of sample `index` in a shard, without suffix."""
 
+    @abstractmethod
     def read(self, index: int) -> bytes:
         """Return the encoded image. Raises UnreadableSampleError."""
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """Return a hash that changes when the source does."""
 
@@ -78,22 +83,20 @@ class Source(Protocol):
 Openers = dict[str, Callable[[list[str]], Source]]
 
 
-class ListedSource:
+class ListedSource(Source):
     """Common code of sources of image files with paths: the same files give the same shards from any of them."""
 
-    def __init__(self, classes: list[str], paths: list[str], labels: list[int]) -> None:
-        self.classes = classes
-        self.facts: dict[str, Any] = {}
-        self.labels: npt.NDArray[np.int32] = np.array(labels, dtype=np.int32)
+    def __init__(
+        self,
+        classes: list[str],
+        paths: list[str],
+        labels: npt.ArrayLike,
+        sizes: npt.ArrayLike,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(classes, labels, sizes, facts)
         self._paths = paths
         self._keys = unique_keys(paths)
-
-    @property
-    def sizes(self) -> npt.NDArray[np.int64]:
-        raise NotImplementedError
-
-    def __len__(self) -> int:
-        return len(self._paths)
 
     def name(self, index: int) -> str:
         return self._paths[index]

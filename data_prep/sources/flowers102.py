@@ -62,14 +62,8 @@ class FlowersSource(ListedSource):
         if missing is not None or ids.max(initial=0) > len(labels):
             raise DataError(f"{SETS} names {missing or paths[-1]}, which has no image or label; fetch all again")
         own = renumbered(LABELS, labels[ids.astype(np.int64) - 1].astype(np.int64) - 1, CLASSES, classes)
-        super().__init__(classes, paths, own.tolist())
-        self.skipped: list[tuple[str, str]] = []
-        self.facts = facts
+        super().__init__(classes, paths, own, [len(images[path]) for path in paths], facts)
         self._images = images
-
-    @property
-    def sizes(self) -> npt.NDArray[np.int64]:
-        return np.array([len(self._images[path]) for path in self._paths], dtype=np.int64)
 
     def read(self, index: int) -> bytes:
         return self._images[self._paths[index]]

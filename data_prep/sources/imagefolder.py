@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from karat_scale.errors import DataError
@@ -63,9 +61,8 @@ class ImageFolderSource(ListedSource):
     """
 
     def __init__(self, folder: Path, classes: list[str]) -> None:
-        self.skipped: list[tuple[str, str]] = []
         self._folder = folder
-        self._sizes: npt.NDArray[np.int64] | None = None
+        skipped: list[tuple[str, str]] = []
         paths: list[str] = []
         labels: list[int] = []
         numbers = {name: label for label, name in enumerate(classes)}
@@ -75,35 +72,31 @@ class ImageFolderSource(ListedSource):
                     f"{folder / name} is a class that the shards do not have; their classes are "
                     f"{classes[0]} ... {classes[-1]} ({len(classes)}); use another --out"
                 )
-            found = self._images_under(name)
+            found = _images_under(folder, name, skipped)
             paths += found
             labels += [numbers[name]] * len(found)
         if not paths:
             raise DataError(f"{folder} has no images in its class folders")
-        super().__init__(classes, paths, labels)
-
-    def _images_under(self, name: str) -> list[str]:
-        found = []
-        for directory, folders, files in os.walk(self._folder / name, followlinks=True):
-            folders.sort()
-            for file in sorted(files):
-                path = os.path.relpath(os.path.join(directory, file), self._folder)  # noqa: PTH118
-                if is_image_name(file):
-                    found.append(path)
-                else:
-                    self.skipped.append((path, NO_IMAGE_NAME))
-        # Like FolderSplit: as text, names that are not UTF-8 would be sorted differently.
-        return sorted(found, key=os.fsencode)
-
-    @property
-    def sizes(self) -> npt.NDArray[np.int64]:
-        if self._sizes is None:
-            sizes = [(self._folder / path).stat().st_size for path in self._paths]
-            self._sizes = np.array(sizes, dtype=np.int64)
-        return self._sizes
+        super().__init__(classes, paths, labels, [(folder / path).stat().st_size for path in paths])
+        self.skipped = skipped
 
     def read(self, index: int) -> bytes:
         try:
             return (self._folder / self._paths[index]).read_bytes()
         except OSError as error:
             raise UnreadableSampleError(error.strerror or str(error)) from error
+
+
+def _images_under(folder: Path, name: str, skipped: list[tuple[str, str]]) -> list[str]:
+    """Return the paths of a class's images from `folder`; adds the other files to `skipped`."""
+    found = []
+    for directory, folders, files in os.walk(folder / name, followlinks=True):
+        folders.sort()
+        for file in sorted(files):
+            path = os.path.relpath(os.path.join(directory, file), folder)  # noqa: PTH118
+            if is_image_name(file):
+                found.append(path)
+            else:
+                skipped.append((path, NO_IMAGE_NAME))
+    # Like FolderSplit: as text, names that are not UTF-8 would be sorted differently.
+    return sorted(found, key=os.fsencode)

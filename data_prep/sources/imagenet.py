@@ -4,12 +4,12 @@ ILSVRC2012_img_train.tar    one tar per class: n01440764.tar, ...
 ILSVRC2012_img_val.tar      ILSVRC2012_val_00000001.JPEG, ...; the labels come from a file beside it (val_labels.py)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from karat_scale.errors import DataError
-from sources.base import SourceOptions
+from sources.base import Openers, SourceOptions
 from sources.imagefolder import is_image_name
 from sources.tars import Member, TarSource, scan_tar
 from sources.val_labels import LABEL_FILES, find_file, read_val_labels
@@ -25,21 +25,21 @@ def has_imagenet_tars(src: Path) -> bool:
 
 def imagenet_splits(
     src: Path, split: str | None, options: SourceOptions, known_classes: list[str] | None
-) -> tuple[dict[str, Callable[[list[str]], TarSource]], list[str]]:
+) -> tuple[Openers, list[str]]:
     """Return the splits whose tars are in `src`, and their classes: the sorted wnids. Raises DataError."""
-    found: dict[str, Callable[[list[str]], TarSource]] = {}
+    found: Openers = {}
     wnids: set[str] = set()
     if (src / TRAIN_TAR).is_file():
         inner = [member for member in scan_tar(src / TRAIN_TAR) if member.name.endswith(".tar")]
         if not inner:
             raise DataError(f"{src / TRAIN_TAR} holds no tars of classes; it is not the official one")
         wnids |= {_wnid(member) for member in inner}
-        found["train"] = partial(_open_train, src / TRAIN_TAR, inner)
+        found["train"] = partial(TarSource, src / TRAIN_TAR, _train_images(src / TRAIN_TAR, inner))
     if (src / VAL_TAR).is_file() and split != "train":
         members = list(scan_tar(src / VAL_TAR))
         labels = _val_labels(src, members, options, sorted(wnids) or known_classes)
         wnids |= set(labels.values())
-        found["val"] = partial(_open_val, src / VAL_TAR, members, labels)
+        found["val"] = partial(TarSource, src / VAL_TAR, _val_images(members, labels))
     return found, sorted(wnids)
 
 
@@ -55,22 +55,16 @@ def _file(member: Member) -> str:
     return member.name.rpartition("/")[2]
 
 
-def _open_train(path: Path, inner: list[Member], classes: list[str]) -> TarSource:
-    def members() -> Iterator[tuple[str, str, Member]]:
-        for tar in inner:
-            for member in scan_tar(path, within=tar):
-                yield _wnid(tar), f"{_wnid(tar)}/{member.name}", member
-
-    return TarSource(path, classes, members())
+def _train_images(path: Path, inner: list[Member]) -> Iterator[tuple[str, str, Member]]:
+    for tar in inner:
+        for member in scan_tar(path, within=tar):
+            yield _wnid(tar), f"{_wnid(tar)}/{member.name}", member
 
 
-def _open_val(path: Path, members: list[Member], labels: dict[str, str], classes: list[str]) -> TarSource:
-    def placed() -> Iterator[tuple[str, str, Member]]:
-        for member in members:
-            wnid = labels.get(_stem(member), "")
-            yield wnid, f"{wnid}/{_file(member)}" if wnid else member.name, member
-
-    return TarSource(path, classes, placed())
+def _val_images(members: list[Member], labels: dict[str, str]) -> Iterator[tuple[str, str, Member]]:
+    for member in members:
+        wnid = labels.get(_stem(member), "")
+        yield wnid, f"{wnid}/{_file(member)}" if wnid else member.name, member
 
 
 def _val_labels(src: Path, members: list[Member], options: SourceOptions, wnids: list[str] | None) -> dict[str, str]:

@@ -9,13 +9,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from karat_scale.errors import DataError
-from sources.base import Encoding
+from sources.base import Encoding, Source
 
 JPEG_QUALITY = 95
 _CHUNK = 4096
 
 
-class PixelSource:
+class PixelSource(Source):
     """Images uint8 [n, H, W] or [n, H, W, 3] with their class numbers. See Source.
 
     file: their file, for reports. own: the source's classes, which the labels number; `classes`, the shards',
@@ -37,19 +37,11 @@ class PixelSource:
             raise DataError(f"{file} holds {images.shape} values, its labels {labels.shape}; fetch both again")
         if len(images) == 0:
             raise DataError(f"{file} holds no images")
-        self.classes = classes
-        self.skipped: list[tuple[str, str]] = []
-        self.facts = {**(facts or {}), "encoding": encoding}
-        self.labels = renumbered(file, labels, own, classes)
+        # Sizes are unknown before encoding; the pixels are about the upper limit.
+        sizes = np.full(len(images), images[0].size)
+        facts = {**(facts or {}), "encoding": encoding}
+        super().__init__(classes, renumbered(file, labels, own, classes), sizes, facts)
         self._file, self._images, self._encoding = file, images, encoding
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    @property
-    def sizes(self) -> npt.NDArray[np.int64]:
-        # Unknown before encoding; the pixels are about the upper limit.
-        return np.full(len(self), self._images[0].size, dtype=np.int64)
 
     def name(self, index: int) -> str:
         return f"{self._file}[{index}]"
@@ -60,10 +52,7 @@ class PixelSource:
     def read(self, index: int) -> bytes:
         buffer = io.BytesIO()
         image = Image.fromarray(np.ascontiguousarray(self._images[index]))
-        if self._encoding == "png":
-            image.save(buffer, "PNG")
-        else:
-            image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+        image.save(buffer, self._encoding, quality=JPEG_QUALITY)  # PNG ignores the quality
         return buffer.getvalue()
 
     def fingerprint(self) -> str:

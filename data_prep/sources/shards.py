@@ -2,10 +2,8 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from karat_scale.data.formats.shard_format import (
     DATASET_FILE,
@@ -15,28 +13,19 @@ from karat_scale.data.formats.shard_format import (
     read_index_field,
 )
 from karat_scale.data.formats.shards import ShardSplit
+from sources.base import Source
 
 
-class ShardSource:
+class ShardSource(Source):
     """One split of a directory of shards. See Source. Raises DataError if the shards are not right."""
 
     def __init__(self, directory: Path, split: str, record: DatasetRecord) -> None:
-        self.classes = record.classes
-        self.skipped: list[tuple[str, str]] = []
-        self.facts: dict[str, Any] = {}
         self._split = ShardSplit(directory, split, len(record.classes))
-        self.labels = self._split.labels
         indexes = [(directory / shard.index.name).read_bytes() for shard in record.splits[split].shards]
+        sizes = np.concatenate([read_index_field(index, "size") for index in indexes])
+        super().__init__(record.classes, self._split.labels, sizes)
         self._keys = np.concatenate([read_index_field(index, "key") for index in indexes])
-        self._sizes = np.concatenate([read_index_field(index, "size") for index in indexes])
         self._hashes = [shard.sha256 for shard in record.splits[split].shards]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def sizes(self) -> npt.NDArray[np.int64]:
-        return self._sizes
 
     def name(self, index: int) -> str:
         return self.key(index)

@@ -2,17 +2,16 @@
 
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from karat_scale.data.formats.shard_writer import TAR_BLOCK
 from karat_scale.errors import DataError
-from sources.base import ListedSource, UnreadableSampleError
+from sources.base import ListedSource, Openers, UnreadableSampleError
 from sources.imagefolder import NO_IMAGE_NAME, SPLIT_FOLDERS, is_image_name, require_utf8
 
 
@@ -57,15 +56,15 @@ class TarSource(ListedSource):
     same images, so both give the same shards.
     """
 
-    def __init__(self, archive: Path, classes: list[str], members: Iterator[tuple[str, str, Member]]) -> None:
-        self.skipped: list[tuple[str, str]] = []
+    def __init__(self, archive: Path, members: Iterable[tuple[str, str, Member]], classes: list[str]) -> None:
+        skipped: list[tuple[str, str]] = []
         self._archive = archive
         self._file: int | None = None
         numbers = {name: label for label, name in enumerate(classes)}
         found: list[tuple[str, str, Member]] = []
         for name, path, member in members:
             if not is_image_name(path.rpartition("/")[2]):
-                self.skipped.append((path, NO_IMAGE_NAME))
+                skipped.append((path, NO_IMAGE_NAME))
                 continue
             if name not in numbers:
                 raise DataError(f"{archive}: {member.name} is of class {name!r}, which the shards do not have")
@@ -73,18 +72,15 @@ class TarSource(ListedSource):
         if not found:
             raise DataError(f"{archive} has no images")
         found.sort(key=lambda item: (item[0], os.fsencode(item[1])))
+        labels, sizes = [numbers[name] for name, _, _ in found], [member.size for _, _, member in found]
+        super().__init__(classes, [path for _, path, _ in found], labels, sizes)
+        self.skipped = skipped
         self._offsets = np.array([member.offset for _, _, member in found], dtype=np.int64)
-        self._sizes = np.array([member.size for _, _, member in found], dtype=np.int64)
-        super().__init__(classes, [path for _, path, _ in found], [numbers[name] for name, _, _ in found])
-
-    @property
-    def sizes(self) -> npt.NDArray[np.int64]:
-        return self._sizes
 
     def read(self, index: int) -> bytes:
         if self._file is None:
             self._file = os.open(self._archive, os.O_RDONLY | os.O_CLOEXEC)
-        size = int(self._sizes[index])
+        size = int(self.sizes[index])
         try:
             data = os.pread(self._file, size, int(self._offsets[index]))
         except OSError as error:
@@ -98,7 +94,7 @@ class TarSource(ListedSource):
             os.close(self._file)  # type: ignore[arg-type]
 
 
-def folder_tar_splits(path: Path) -> tuple[dict[str, Callable[[list[str]], Any]], list[str]]:
+def folder_tar_splits(path: Path) -> tuple[Openers, list[str]]:
     """Return splits and classes of a tar of an ImageFolder: [<anything>/][train/|val/]<class>/<image>."""
     by_split: dict[str, list[tuple[str, str, Member]]] = {}
     for member in scan_tar(path):
@@ -116,8 +112,4 @@ def folder_tar_splits(path: Path) -> tuple[dict[str, Callable[[list[str]], Any]]
         )
     classes = sorted({item[0] for items in by_split.values() for item in items})
     require_utf8(classes, path)
-
-    def opener(items: list[tuple[str, str, Member]]) -> Callable[[list[str]], TarSource]:
-        return lambda names: TarSource(path, names, iter(items))
-
-    return {split: opener(items) for split, items in by_split.items()}, classes
+    return {split: partial(TarSource, path, items) for split, items in by_split.items()}, classes

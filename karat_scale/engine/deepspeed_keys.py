@@ -35,23 +35,6 @@ REFUSED = {
     "datastates_ckpt": "the recipe's checkpoint section says when to save",
     "vocabulary_size": "images have none",
 }
-SECTIONS = frozenset(
-    {
-        "zero_optimization",
-        "bf16",
-        "fp16",
-        "data_types",
-        "activation_checkpointing",
-        "comms_logger",
-        "tensorboard",
-        "wandb",
-        "csv_monitor",
-        "comet",
-        "flops_profiler",
-        "compile",
-        "timers",
-    }
-)
 
 
 class PlainKeys(BaseModel):
@@ -76,7 +59,6 @@ class PlainKeys(BaseModel):
     log_level: str | None = None
 
 
-ACCEPTED = SECTIONS | frozenset(PlainKeys.model_fields)
 # (section, key, value that is refused or None for any, why)
 _REFUSED_VALUES = (
     ("bf16", "check_grad_overflow", False, "steps on NaN gradients"),
@@ -89,10 +71,15 @@ _REFUSED_VALUES = (
     ("zero_optimization", "legacy_stage1", True, "DeepSpeed has dropped it"),
     ("zero_optimization", "compute_grad_norm", False, "the norm is clipped by and reported"),
     ("zero_optimization", "zenflow", None, "it is not supported"),
-    ("offload_optimizer", "super_offload", True, "it is not supported"),
-    ("offload_optimizer", "device", "nvme", 'it is not supported; use "cpu"'),
-    ("offload_param", "device", "nvme", 'it is not supported; use "cpu"'),
+    ("zero_optimization.offload_optimizer", "super_offload", True, "it is not supported"),
+    ("zero_optimization.offload_optimizer", "device", "nvme", 'it is not supported; use "cpu"'),
+    ("zero_optimization.offload_param", "device", "nvme", 'it is not supported; use "cpu"'),
 )
+
+
+def accepted_keys() -> frozenset[str]:
+    """Return the top-level keys that a file may have."""
+    return frozenset({*_models(), *_plain_sections(), *PlainKeys.model_fields, "timers"})
 
 
 def check_keys(config: Mapping[str, Any], source: str) -> None:
@@ -105,11 +92,12 @@ def check_keys(config: Mapping[str, Any], source: str) -> None:
     Raises:
         RecipeError: an unknown key, a value of the wrong type, or something this trainer cannot go along with.
     """
+    accepted = accepted_keys()
     for key in config:
         if key in REFUSED:
             raise RecipeError(f"{source}: {key}: {REFUSED[key]}; remove it")
-        if key not in ACCEPTED:
-            raise RecipeError(f"{source}: {key}: unknown key{_near(key, ACCEPTED)}")
+        if key not in accepted:
+            raise RecipeError(f"{source}: {key}: unknown key{_near(key, accepted)}")
     _check_section((), config, PlainKeys, source)
     for name, model in _models().items():
         if name in config:
@@ -145,24 +133,22 @@ def _what_it_should_be(error: ErrorDetails) -> str:
 
 
 def _check_values(config: Mapping[str, Any], source: str) -> None:
-    zero = config.get("zero_optimization", {})
-    places = {
-        "compile": ("compile", config.get("compile", {})),
-        "bf16": ("bf16", config.get("bf16", {})),
-        "fp16": ("fp16", config.get("fp16", {})),
-        "zero_optimization": ("zero_optimization", zero),
-        "offload_optimizer": ("zero_optimization.offload_optimizer", zero.get("offload_optimizer") or {}),
-        "offload_param": ("zero_optimization.offload_param", zero.get("offload_param") or {}),
-    }
-    for place, key, refused, why in _REFUSED_VALUES:
-        path, section = places[place]
+    for path, key, refused, why in _REFUSED_VALUES:
+        section = _section(config, path)
         if key in section and (section[key] == refused or (refused is None and section[key] is not None)):
             raise RecipeError(f"{source}: {path}.{key} = {section[key]!r}: {why}; remove it")
-    if places["offload_optimizer"][1].get("ratio", 1.0) != 1.0:
+    if _section(config, "zero_optimization.offload_optimizer").get("ratio", 1.0) != 1.0:
         raise RecipeError(f"{source}: zero_optimization.offload_optimizer.ratio: only 1.0 is supported; remove it")
-    for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        if places[name][1].get("device", "none") != "none" and int(zero.get("stage", 0)) < least:
-            raise RecipeError(f"{source}: zero_optimization.{name} needs ZeRO stage {least} or higher")
+    stage = int(_section(config, "zero_optimization").get("stage", 0))
+    for path, least in (("zero_optimization.offload_optimizer", 1), ("zero_optimization.offload_param", 3)):
+        if _section(config, path).get("device", "none") != "none" and stage < least:
+            raise RecipeError(f"{source}: {path} needs ZeRO stage {least} or higher")
+
+
+def _section(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    for name in path.split("."):
+        config = config.get(name) or {}
+    return config
 
 
 def _check_data_types(section: Mapping[str, Any], source: str) -> None:

@@ -60,27 +60,17 @@ class Machine:
     on_gpu: bool
 
 
-def choose(recipe: Recipe, gpus: int, gpu_memory_bytes: int, configs: Sequence[str] = STAGES) -> Choice:
-    """The recommended way to train `recipe` on `gpus` GPUs of `gpu_memory_bytes` each.
+def choose(recipe: Recipe, machine: Machine, configs: Sequence[str] = STAGES) -> Choice:
+    """The recommended way to train `recipe` on a machine.
 
     `train.micro_batch` of the recipe is kept if it is set, and so is a policy of recomputation; where nothing fits
-    without one, one is tried. Where nothing fits at all, the way that needs least; its `fits` is false.
-
-    Args:
-        recipe: what to train.
-        gpus: ranks in all.
-        gpu_memory_bytes: of one GPU.
-        configs: DeepSpeed configurations to choose from, the best first.
+    without one, one is tried. Where nothing fits at all, the way that needs least; its `fits` is false. `configs` are
+    the DeepSpeed configurations to choose from, the best first.
 
     Raises:
-        RecipeError: the global batch does not divide over the GPUs, the model cannot be built, or no configuration can
+        RecipeError: the global batch does not divide over the ranks, the model cannot be built, or no configuration can
             train it.
     """
-    return choose_on(recipe, Machine(gpus, gpu_memory_bytes, True), configs)
-
-
-def choose_on(recipe: Recipe, machine: Machine, configs: Sequence[str] = STAGES) -> Choice:
-    """`choose` on any machine."""
     configs = usable(recipe, configs)
     return recommended(
         best(subject, machine, config)
@@ -126,15 +116,18 @@ def recommended(candidates: Iterable[Choice]) -> Choice:
     return min(considered, key=lambda choice: choice.needed)
 
 
+def preferred(choices: Iterable[Choice]) -> Choice:
+    """The first that fits, else the last: of micro batches from the largest on, the smallest."""
+    for choice in choices:
+        if choice.fits:
+            break
+    return choice
+
+
 def best(subject: Subject, machine: Machine, config: str) -> Choice:
     """Under one DeepSpeed configuration the largest micro batch that fits, else the smallest there is."""
-    smallest: Choice | None = None
-    for micro_batch in micro_batches(subject.recipe, machine.world):
-        smallest = consider(subject, machine, config, micro_batch)
-        if smallest.fits:
-            break
-    assert smallest is not None
-    return smallest
+    sizes = micro_batches(subject.recipe, machine.world)
+    return preferred(consider(subject, machine, config, size) for size in sizes)
 
 
 def micro_batches(recipe: Recipe, world: int) -> Iterator[int]:

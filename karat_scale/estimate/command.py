@@ -11,9 +11,10 @@ from karat_scale.estimate.choose import (
     STAGES,
     Choice,
     Machine,
-    choose_on,
+    choose,
     consider,
     micro_batches,
+    preferred,
     recommended,
     refused_stages,
     usable,
@@ -74,14 +75,14 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
     configs = usable(recipe, STAGES if own in STAGES else [own])
     sizes = list(micro_batches(recipe, machine.world))
     grid = {config: [consider(subject, machine, config, size) for size in sizes] for config in configs}
-    choice = recommended(_preferred(choices) for choices in grid.values())
+    choice = recommended(map(preferred, grid.values()))
     if not choice.fits:
-        choice = choose_on(recipe, machine, configs)
+        choice = choose(recipe, machine, configs)
     node = Node(
         min(request.gpus_per_node, request.gpus) if not request.with_curve else request.gpus_per_node,
         links_of(gpu.key if gpu else ""),
     )
-    chosen = _as_chosen(recipe, choice)
+    chosen = recipe.changed(deepspeed__config=choice.config, train__recompute__policy=choice.recompute)
     config = load_ds_config(chosen, machine.world, choice.micro_batch)
     found = None if request.step_time is not None else find_measured(chosen, gpu)
     if isinstance(found, Measured):
@@ -123,15 +124,6 @@ def _machine(recipe: Recipe, request: Request, gpu: Gpu | None) -> Machine:
     if recipe.train.precision == "fp16" and not on_gpu:
         raise UserError("train.precision = fp16 needs a GPU; name it by --gpu, or give its memory by --memory")
     return Machine(request.gpus, memory, on_gpu)
-
-
-def _preferred(choices: Sequence[Choice]) -> Choice:
-    """The largest micro batch that fits, else the smallest there is."""
-    return next((choice for choice in choices if choice.fits), choices[-1])
-
-
-def _as_chosen(recipe: Recipe, choice: Choice) -> Recipe:
-    return recipe.changed(deepspeed__config=choice.config, train__recompute__policy=choice.recompute)
 
 
 def _compute_time(request: Request, gpu: Gpu | None, subject: Subject, choice: Choice) -> ComputeTime | None:

@@ -116,13 +116,7 @@ def seconds(load: Traffic, world: int, per_node: int, links: Links) -> float:
 
 
 def step_seconds(compute: float, load: Traffic, communication: float) -> float:
-    """A step: its computation, of which two thirds are backward passes, and the collectives that these do not hide.
-
-    Args:
-        compute: seconds of forward and backward.
-        load: what is sent.
-        communication: `seconds` of it.
-    """
+    """A step: its computation, of which two thirds are backward passes, and the collectives that these do not hide."""
     return compute + (max(0.0, communication - 2 / 3 * compute) if load.hidden else communication)
 
 

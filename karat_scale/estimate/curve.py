@@ -38,15 +38,7 @@ class Point:
 def curve(
     recipe: Recipe, parameters: int, config: Mapping[str, Any], micro_batch: int, time: ComputeTime, node: Node
 ) -> list[Point]:
-    """A point for each of GPUS.
-
-    Args:
-        parameters: of the model.
-        config: DeepSpeed's, filled.
-        micro_batch: images a GPU takes at once.
-        time: of one GPU.
-        node: what it is in.
-    """
+    """A point for each of GPUS. config: DeepSpeed's, filled. time: of one GPU, on a micro batch."""
 
     def rate(gpus: int, images: int, accumulation: int) -> float:
         load = traffic(parameters, config, accumulation, recipe.train.precision)

@@ -50,7 +50,8 @@ class Footprint:
 
     def live(self, batch: int) -> Bytes:
         """Bytes alive after each event, parameters' gradients left out."""
-        return self._live_constant + batch * self._live_slope
+        constant, slope = self._live
+        return constant + batch * slope
 
     @cached_property
     def gradients_made(self) -> Bytes:
@@ -75,12 +76,8 @@ class Footprint:
         return float(np.sum(self.constant + batch * self.slope))
 
     @cached_property
-    def _live_constant(self) -> Bytes:
-        return self._accumulated(self.constant)
-
-    @cached_property
-    def _live_slope(self) -> Bytes:
-        return self._accumulated(self.slope)
+    def _live(self) -> tuple[Bytes, Bytes]:
+        return self._accumulated(self.constant), self._accumulated(self.slope)
 
     def _accumulated(self, bytes_: Bytes) -> Bytes:
         changes = np.append(np.where(self.gradient, 0.0, bytes_), 0.0)

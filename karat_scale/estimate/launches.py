@@ -81,10 +81,8 @@ class StepLaunches:
         """Under `train.compile` and at a ZeRO stage, of a model with so many parameter tensors."""
         model = launches.kernels(bool(train.compile))
         touched = parameters if stage > 0 else 0
-        around, step = (
-            round(PER_PARAMETER_OF_MICRO_BATCH * touched),
-            round(STEP_KERNELS + PER_PARAMETER_OF_STEP * touched),
-        )
+        around = round(PER_PARAMETER_OF_MICRO_BATCH * touched)
+        step = round(STEP_KERNELS + PER_PARAMETER_OF_STEP * touched)
         if train.records_graphs:  # one each for forward and backward
             host = 2 * GRAPH_ENTRY
         elif train.compile:

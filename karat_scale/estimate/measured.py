@@ -33,17 +33,12 @@ SPEED_KEYS = (
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of a run's step, collectives included, of `images` on each of `world` ranks.
+    """A run of `recipe` by `world` ranks: its DeepSpeed config, filled, and images a second, collectives included."""
 
-    config: DeepSpeed's, filled; `accumulation` micro batches a step.
-    """
-
-    step: float
+    recipe: Recipe
     world: int
-    images: int
-    accumulation: int
     config: Mapping[str, Any]
-    precision: str
+    rate: float
     source: str
 
     def compute_time(self, parameters: int, node: Node) -> ComputeTime:
@@ -51,9 +46,11 @@ class Measured:
 
         A plan for that world adds them again, and comes to what was measured; one for another adds its own.
         """
-        load = traffic(parameters, self.config, self.accumulation, self.precision)
+        train = self.recipe.train
+        load = traffic(parameters, self.config, self.config["gradient_accumulation_steps"], train.precision)
         communication = seconds(load, self.world, node.gpus, node.links)
-        return ComputeTime(compute_seconds(self.step, load, communication) / self.images, self.source)
+        step = compute_seconds(train.global_batch / self.rate, load, communication)
+        return ComputeTime(step / (train.global_batch // self.world), self.source)
 
 
 def find_measured(recipe: Recipe, gpu: Gpu | None) -> Measured | str | None:
@@ -76,23 +73,11 @@ def find_measured(recipe: Recipe, gpu: Gpu | None) -> Measured | str | None:
         old = directory.recipe()
         if differing := _differing(old, recipe):
             return f"{refused}it ran with {differing}"
-        return _measured(old, int(world), statistics.median(rates[-100:]), f"measured in {directory.path} on {device}")
+        config = load_ds_config(old, int(world), micro_batch_of(old, int(world)))
+        source = f"measured in {directory.path} on {device}"
+        return Measured(old, int(world), config, statistics.median(rates[-100:]), source)
     except UserError as error:
         return f"{refused}{error}"
-
-
-def _measured(recipe: Recipe, world: int, rate: float, source: str) -> Measured:
-    batch = recipe.train.global_batch
-    micro_batch = micro_batch_of(recipe, world)
-    return Measured(
-        step=batch / rate,
-        world=world,
-        images=batch // world,
-        accumulation=batch // world // micro_batch,
-        config=load_ds_config(recipe, world, micro_batch),
-        precision=recipe.train.precision,
-        source=source,
-    )
 
 
 def _differing(old: Recipe, new: Recipe) -> str:

@@ -7,14 +7,13 @@ import torch
 
 from karat_scale.attention.tiles import workspace_budget
 from karat_scale.estimate.footprint import Footprint
-from karat_scale.estimate.kept import Kept
 from karat_scale.estimate.tracing import OUTSIDE
+from karat_scale.estimate.zero import FP32, Kept
 from karat_scale.models.factory import layer_sizes
 from karat_scale.recipe import Recipe
 
 # Beside a tile's features, its scores and their gradients, and products of them that live for a moment.
 ARRAYS_OF_A_TILE = 3
-FP32 = 4
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Batch:
 def peak(state: Kept, footprint: Footprint, batch: Batch) -> Peak:
     """The worst of the moments of training."""
     moments = (
-        _start(state),
+        Peak("start", {"parameters": state.starting}, {}),
         _backward(state, footprint, batch),
         _step("reduce", state, state.reducing, batch),
         _step("step", state, state.stepping, batch),
@@ -69,10 +68,6 @@ def evaluation(state: Kept, footprint: Footprint, batch: Batch) -> Peak:
         "images": batch.held,
     }
     return Peak("evaluate", parts, {part: size for part, size in made.items() if size})
-
-
-def _start(state: Kept) -> Peak:
-    return Peak("start", {"parameters": state.starting}, {})
 
 
 def _step(name: str, state: Kept, temporary: int, batch: Batch) -> Peak:

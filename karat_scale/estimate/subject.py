@@ -1,18 +1,16 @@
 """What is planned: a recipe's model on fake tensors, its sizes, and what its passes allocate."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from karat_scale.attention.functional import choosing_as_on_a_gpu
 from karat_scale.engine.precision import PRECISIONS
 from karat_scale.errors import RecipeError
 from karat_scale.estimate.footprint import Footprint
-from karat_scale.estimate.kept import ParameterSizes
 from karat_scale.estimate.tracing import fake_copy, trace_evaluation, trace_step
+from karat_scale.estimate.zero import ParameterSizes
 from karat_scale.models import create_model
 from karat_scale.models.flops import flops_by_block
 from karat_scale.models.freeze import freeze
@@ -75,7 +73,7 @@ class Subject:
             return choices_by_rule(config, self._depth)
         model, size = self._build(), self.recipe.model.image_size
         autocast = torch.autocast("cpu", torch.bfloat16) if self._autocasts else nullcontext()
-        with self._mode(fake_copy(model, self._dtype)), autocast:
+        with self._choosing(), fake_copy(model, self._dtype), autocast:
             saved = activation_bytes(model, torch.empty(images, 3, size, size, dtype=self._dtype))
         budget = max(int(1e9 * config.budget_gb), least_budget(saved))  # below it the run itself refuses
         choices = cheapest_choices(saved, flops_by_block(self.recipe.model, self.recipe.attention), budget)
@@ -91,13 +89,11 @@ class Subject:
             recompute(model, choices)
         size = self.recipe.model.image_size
         try:
-            with choosing_as_on_a_gpu() if self.on_gpu else nullcontext():
+            with self._choosing():
                 traces = {batch: trace(model, mode, batch, size, self._autocasts) for batch in TRACED_BATCHES}
         except ValueError as error:
             raise RecipeError(f"attention.implementation = {self.recipe.attention.implementation!r}: {error}") from None
         return Footprint.through(traces)
 
-    @contextmanager
-    def _mode(self, mode: FakeTensorMode) -> Iterator[None]:
-        with choosing_as_on_a_gpu() if self.on_gpu else nullcontext(), mode:
-            yield
+    def _choosing(self) -> AbstractContextManager[None]:
+        return choosing_as_on_a_gpu() if self.on_gpu else nullcontext()

@@ -55,13 +55,7 @@ def estimate(recipe: Recipe, gpu: Gpu, footprint: Footprint, stage: int, paramet
     """Matrix products at a share of the peak, all else at a share of the memory's bandwidth, and launches.
 
     Each byte that a pass allocates is written once and read about twice. None where the GPU lacks the precision.
-
-    Args:
-        recipe: what is trained.
-        gpu: on what.
-        footprint: of its training step.
-        stage: of ZeRO.
-        parameters: tensors that learn.
+    footprint: of a training step. stage: of ZeRO. parameters: tensors that learn.
     """
     peak = matrix_peak(recipe.train, gpu.peaks)
     if peak is None:

@@ -31,7 +31,7 @@ _ALLOCATE = (_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty
 
 @dataclass
 class Allocation:
-    """A storage of `bytes`, the `born`-th to be made, which is let go before the `died`-th is, or never.
+    """A storage of `bytes`, which is let go before the `died`-th is made, or never.
 
     Time is counted in births: several that die between two of them do so in no order, as when autocast lets go of
     its casts. `part` is the block whose forward pass made it, or OUTSIDE. `gradient`: a parameter keeps it.
@@ -39,7 +39,6 @@ class Allocation:
 
     bytes: int
     part: int
-    born: int
     died: int | None = None
     gradient: bool = False
 
@@ -178,7 +177,7 @@ class _Tracker(TorchDispatchMode):
         key = storage._cdata
         if key in self._living:
             return False
-        allocation = Allocation(storage.nbytes(), self._part, self.births)
+        allocation = Allocation(storage.nbytes(), self._part)
         self._living[key] = allocation
         self._allocations.append(allocation)
         weakref.finalize(storage, self._drop, key)

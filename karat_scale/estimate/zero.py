@@ -9,15 +9,82 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from karat_scale.engine.deepspeed_config import offloads_optimizer, zero_stage
+from karat_scale.engine.optimizers import own_matrices
+from karat_scale.engine.parameter_groups import parameter_groups
 from karat_scale.engine.precision import PRECISIONS
-from karat_scale.estimate.kept import Kept, ParameterSizes
-from karat_scale.recipe import Recipe
+from karat_scale.models import parameter_count
+from karat_scale.recipe import OptimConfig, Recipe
 from karat_scale.tables import OptimizerRow
 
 FP32 = 4
 # DeepSpeed's defaults, in elements.
 BUCKET, ALL_REDUCE, MAX_LIVE, PERSISTENT, PREFETCH = 500_000_000, 500_000_000, 1_000_000_000, 100_000, 50_000_000
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a rank holds, in bytes.
+
+    weights: what the forward pass reads; masters: fp32 weights beside them. moments: of the optimizer. ema: fp32.
+    held_gradients: alive before a backward pass begins, in the worst micro batch of a step.
+    keeps_gradients: how many times the bytes of each gradient that backward makes stay: 1 where it stays itself, 2
+    where it is widened to fp32, 0 where it is copied away at once.
+    bucket: DeepSpeed's buffers while gradients come. gathered: stage 3's whole weights between forward and backward.
+    fetched: stage 3's weights that an evaluation has fetched ahead, in one buffer and each by itself.
+    partition: allocated for gradients when `flush_after` bytes of them have come.
+    final_gradients: alive when the step begins. reducing: more than that, at its most, between backward and step.
+    resting: gradients and their buffers that are kept when no step is under way.
+    stepping: temporaries of the step. starting: all that is alive at the worst moment of `deepspeed.initialize`.
+    host: of it all, what offload moves to the CPU's memory beside a GPU.
+    """
+
+    weights: int
+    moments: int
+    ema: int
+    held_gradients: int
+    final_gradients: int
+    stepping: int
+    starting: int
+    masters: int = 0
+    keeps_gradients: int = 0
+    bucket: int = 0
+    gathered: int = 0
+    fetched: int = 0
+    partition: int = 0
+    flush_after: int = 0
+    resting: int = 0
+    reducing: int = 0
+    host: int = 0
+
+
+@dataclass(frozen=True)
+class ParameterSizes:
+    """Elements: of all that learns, of each optimizer group, of each parameter, and of all that is frozen.
+
+    `matrices`: of each parameter that has the optimizer's `matrix_states`.
+    """
+
+    total: int
+    groups: tuple[int, ...]
+    each: tuple[int, ...]
+    frozen: int
+    matrices: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, model: nn.Module, optim: OptimConfig) -> "ParameterSizes":
+        """Of a model, in the groups of the engine's optimizer."""
+        parameters = list(model.parameters())
+        own = own_matrices(model, optim)
+        return cls(
+            total=parameter_count(model),
+            groups=tuple(sum(p.numel() for p in group["params"]) for group in parameter_groups(model, optim)),
+            each=tuple(p.numel() for p in parameters if p.requires_grad),
+            frozen=sum(p.numel() for p in parameters if not p.requires_grad),
+            matrices=tuple(p.numel() for name, p in model.named_parameters() if name in own and p.requires_grad),
+        )
 
 
 def kept(
@@ -105,25 +172,17 @@ def _stage_0(case: _Case) -> Kept:
     """fp32 weights, also under autocast; several ranks all-reduce gradients after backward in a flat copy."""
     return Kept(
         weights=case.whole + case.frozen,
-        masters=0,
         moments=_whole_moments(case),
         ema=case.whole_ema,
         held_gradients=case.whole if case.accumulates else 0,
         keeps_gradients=0 if case.accumulates else 1,
-        bucket=0,
-        gathered=0,
-        fetched=0,
-        partition=0,
-        flush_after=0,
         final_gradients=case.whole,
-        resting=0,
         reducing=min(case.whole, FP32 * ALL_REDUCE) if case.world > 1 else 0,
         stepping=max(
             case.temporaries(FP32 * max(case.sizes.each), more=1),  # of the clipping
             case.optimizer.matrix_temporaries * max(case.sizes.matrices, default=0),
         ),
         starting=case.whole * (1 if case.on_gpu else 2),
-        host=0,
     )
 
 
@@ -143,17 +202,10 @@ def _bf16_stage_1(case: _Case) -> Kept:
         ema=case.ema,
         held_gradients=case.whole + (low if case.accumulates else 0),
         keeps_gradients=0 if case.accumulates else 1,
-        bucket=0,
-        gathered=0,
-        fetched=0,
-        partition=0,
-        flush_after=0,
         final_gradients=case.whole + low + (low if case.world > 1 else 0),
         resting=case.whole,
-        reducing=0,
         stepping=case.temporaries(case.largest_group),
         starting=case.whole + low + case.shard + (0 if case.on_gpu else case.whole),
-        host=0,
     )
 
 
@@ -179,12 +231,9 @@ def _stages_1_and_2(case: _Case) -> Kept:
         held_gradients=held,
         keeps_gradients=0 if is_2 or case.accumulates else FP32 // case.width,
         bucket=case.bucket,
-        gathered=0,
-        fetched=0,
         partition=case.shard if is_2 and not (case.is_16_bit and case.accumulates) else 0,
         flush_after=case.bucket,
         final_gradients=case.shard,
-        resting=0,
         reducing=case.bucket + unflushed + second + cast,
         stepping=case.temporaries(case.largest_group) + (0 if case.is_16_bit else case.largest_group),
         starting=weights + 2 * case.shard + (weights if case.on_gpu else case.whole),
@@ -214,15 +263,10 @@ def _stage_3(case: _Case) -> Kept:
         moments=case.moments,
         ema=case.ema,
         held_gradients=case.shard + case.bucket,
-        keeps_gradients=0,
-        bucket=0,
         gathered=gathered,
         fetched=2 * min(case.width * max(ahead, *case.sizes.each), gathered),
-        partition=0,
-        flush_after=0,
         final_gradients=case.shard + case.bucket,
         resting=case.shard + case.bucket,
-        reducing=0,
         stepping=case.temporaries(case.largest_group) + case.largest_group,
         starting=case.whole + share + 2 * case.shard + case.bucket + (0 if case.on_gpu else case.whole),
         host=on_host,

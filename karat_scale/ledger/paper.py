@@ -9,10 +9,12 @@ from pydantic import BaseModel, ConfigDict
 _FOLDER = Path(__file__).parent
 
 
-class DataSet(BaseModel):
-    """The identity of a data set: images of its two splits, number of classes, and the digest of their names."""
-
+class _Facts(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSet(_Facts):
+    """The identity of a data set: images of its two splits, number of classes, and the digest of their names."""
 
     images: int
     val_images: int
@@ -20,7 +22,7 @@ class DataSet(BaseModel):
     classes_sha256: str
 
 
-class PaperRow(BaseModel):
+class PaperRow(_Facts):
     """One row: the paper's figures, and the recipe that repeats it. Percent, millions, GB, GFLOPs.
 
     Args:
@@ -28,8 +30,6 @@ class PaperRow(BaseModel):
         box, mask: AP, AP50 and AP75.
         doubt: what else the paper says of this figure, where it contradicts itself.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model: str
     recipe: str
@@ -45,10 +45,8 @@ class PaperRow(BaseModel):
     doubt: str = ""
 
 
-class PaperTable(BaseModel):
+class PaperTable(_Facts):
     """Rows on one data set. `data` is None for COCO, whose runs the ledger does not take in."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
     note: str = ""

@@ -13,7 +13,7 @@ from karat_scale.files import write_atomically
 from karat_scale.machine import known_gpu
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.files import shipped_recipes
-from karat_scale.recipe.loading import load_recipe
+from karat_scale.recipe.loading import flatten, load_recipe
 from karat_scale.shipped import shipped_directory
 
 SCRIPT = "imagenet_fourier_karat.sh"
@@ -136,13 +136,13 @@ def planned_overrides(recipe: Recipe, overrides: Sequence[str], ranks: int, gpu:
         print("not planned: name the GPU with --gpu, such as h100-80; karat plan --memory GB plans for any GPU\n")
         return []
     memory = known_gpu(gpu).memory_bytes
-    from karat_scale.estimate.choose import STAGES, choose
+    from karat_scale.estimate.choose import STAGES, Machine, choose
     from karat_scale.estimate.report import line
 
     named = {override.partition("=")[0] for override in overrides}
     own = recipe.deepspeed.config
     configs = (own,) if "deepspeed.config" in named or own not in STAGES else STAGES
-    choice = choose(recipe, ranks, memory, configs)
+    choice = choose(recipe, Machine(ranks, memory, True), configs)
     print(f"{line(choice, recipe)}\n")
     if not choice.fits:
         return []
@@ -152,10 +152,5 @@ def planned_overrides(recipe: Recipe, overrides: Sequence[str], ranks: int, gpu:
         "train.recompute.policy": choice.recompute,
         "train.eval_batch": choice.eval_batch,
     }
-    there = {
-        "deepspeed.config": own,
-        "train.micro_batch": recipe.train.micro_batch,
-        "train.recompute.policy": recipe.train.recompute.policy,
-        "train.eval_batch": recipe.train.eval_batch,
-    }
+    there = flatten(recipe)
     return [f"{key}={value}" for key, value in chosen.items() if key not in named and value != there[key]]

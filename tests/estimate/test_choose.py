@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from karat_scale.errors import RecipeError
-from karat_scale.estimate.choose import STAGES, Machine, best, choose, consider, micro_batches
+from karat_scale.estimate.choose import STAGES, Choice, Machine, best, choose, consider, micro_batches
 from karat_scale.estimate.report import line
 from karat_scale.estimate.subject import Subject
 from karat_scale.recipe import Recipe
@@ -14,20 +14,24 @@ Load = Callable[..., Recipe]
 PLENTY = 10**12
 
 
+def on_gpus(recipe: Recipe, gpus: int, memory: int) -> Choice:
+    return choose(recipe, Machine(gpus, memory, True))
+
+
 def test_with_plenty_of_memory_the_lowest_stage_takes_the_whole_part(small_recipe: Load) -> None:
-    choice = choose(small_recipe(), 2, PLENTY)
+    choice = on_gpus(small_recipe(), 2, PLENTY)
     assert (choice.config, choice.micro_batch, choice.accumulation) == ("zero0", 4, 1)
     assert choice.fits
 
 
 def test_a_micro_batch_of_the_recipe_is_kept(small_recipe: Load) -> None:
-    assert choose(small_recipe("train.micro_batch=2"), 2, PLENTY).micro_batch == 2
+    assert on_gpus(small_recipe("train.micro_batch=2"), 2, PLENTY).micro_batch == 2
 
 
 def test_cuda_graphs_are_planned_without_accumulation(small_recipe: Load) -> None:
     recipe = small_recipe("train.compile=reduce-overhead", "train.global_batch=64")
     assert list(micro_batches(recipe, 2)) == [32]
-    choice = choose(recipe, 2, 1000)
+    choice = on_gpus(recipe, 2, 1000)
     assert (choice.accumulation, choice.fits) == (1, False)
 
 
@@ -35,7 +39,7 @@ def test_less_memory_takes_a_smaller_micro_batch_before_a_higher_stage(small_rec
     recipe = small_recipe("train.global_batch=512")
     subject = Subject(recipe, on_gpu=True)
     needed = {m: consider(subject, Machine(2, 0, True), "zero0", m).needed for m in (256, 32)}
-    choice = choose(recipe, 2, (needed[256] + needed[32]) // 2)
+    choice = on_gpus(recipe, 2, (needed[256] + needed[32]) // 2)
     assert choice.config == "zero0"
     assert 32 <= choice.micro_batch < 256
 
@@ -45,29 +49,29 @@ def test_where_no_micro_batch_fits_the_next_stage_is_taken(small_recipe: Load) -
     subject = Subject(recipe, on_gpu=True)
     needed = [best(subject, Machine(4, 0, True), config).needed for config in STAGES]
     assert needed[0] > needed[1] > needed[2]
-    assert choose(recipe, 4, needed[2]).config == "zero2"
+    assert on_gpus(recipe, 4, needed[2]).config == "zero2"
 
 
 def test_what_fits_nowhere_says_so_and_names_what_needs_least(small_recipe: Load) -> None:
-    choice = choose(small_recipe(), 2, 1000)
+    choice = on_gpus(small_recipe(), 2, 1000)
     assert not choice.fits
     assert choice.needed > 1000
 
 
 def test_a_global_batch_that_does_not_divide_is_refused(small_recipe: Load) -> None:
     with pytest.raises(RecipeError, match="does not divide over 3 ranks"):
-        choose(small_recipe(), 3, PLENTY)
+        on_gpus(small_recipe(), 3, PLENTY)
 
 
 @pytest.mark.parametrize(("key", "config"), [("train.precision=fp16", "zero1"), ("optim.name=muon", "zero0")])
 def test_a_stage_that_the_recipe_cannot_use_is_passed_over(small_recipe: Load, key: str, config: str) -> None:
-    choice = choose(small_recipe(key, "deepspeed.config=zero2"), 2, PLENTY)
+    choice = on_gpus(small_recipe(key, "deepspeed.config=zero2"), 2, PLENTY)
     assert (choice.config, choice.fits) == (config, True)
 
 
 def test_what_no_stage_can_train_is_one_line(small_recipe: Load) -> None:
     with pytest.raises(RecipeError, match=r"fp16 needs ZeRO stage 1 or higher, and optim.name = muon needs whole"):
-        choose(small_recipe("train.precision=fp16", "optim.name=muon"), 2, PLENTY)
+        on_gpus(small_recipe("train.precision=fp16", "optim.name=muon"), 2, PLENTY)
 
 
 @pytest.mark.parametrize("config", ["zero2", "zero3"])
@@ -110,7 +114,7 @@ def test_an_evaluation_that_does_not_fit_gets_a_smaller_batch_and_training_stays
     subject = Subject(recipe, on_gpu=True)
     whole = consider(subject, Machine(1, PLENTY, True), "zero0", 8)
     assert (whole.peak.moment, whole.eval_batch) == ("evaluate", 1024)
-    choice = choose(recipe, 1, whole.needed - 1)
+    choice = on_gpus(recipe, 1, whole.needed - 1)
     assert (choice.config, choice.micro_batch, choice.eval_batch, choice.fits) == ("zero0", 8, 512, True)
     assert "train.micro_batch=8 train.eval_batch=512 (1 a step)" in line(choice, recipe)
     assert "an evaluation with train.eval_batch = 1024 does not fit; 512 does" in line(choice, recipe)
@@ -155,10 +159,10 @@ def test_an_implementation_that_a_gpu_lacks_is_one_line(small_recipe: Load) -> N
 
 def test_recomputation_is_tried_where_nothing_fits_without(small_recipe: Load) -> None:
     recipe = small_recipe("train.global_batch=2048", "train.micro_batch=1024")
-    needed = choose(recipe, 2, 1000).needed
+    needed = on_gpus(recipe, 2, 1000).needed
     plain = consider(Subject(recipe, on_gpu=True), Machine(2, 0, True), "zero0", 1024).needed
     assert needed < plain
-    choice = choose(recipe, 2, needed + 10**6)
+    choice = on_gpus(recipe, 2, needed + 10**6)
     assert (choice.recompute, choice.fits) == ("all", True)
 
 

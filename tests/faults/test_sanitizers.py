@@ -82,7 +82,8 @@ def test_a_fault_is_seen(at, by, said, tmp_path):
 @pytest.mark.parametrize("isa", SETS)
 def test_damaged_jpegs(isa, share, record, tmp_path):
     count = share.of(1000, 100_000 // len(SETS) + 1)
-    counts = tried("jpegs", count, share.seed, isa, tmp_path / "last.jpg")
+    # Other files for each instruction set; tests/data/decoders has that all of them give the same pixels.
+    counts = tried("jpegs", count, share.seed * len(SETS) + SETS.index(isa), isa, tmp_path / "last.jpg")
     record(counts)
     assert min(counts["decoded"], counts["refused"], counts["recoded"], counts["not recoded"]) > count // 20
 

@@ -1,5 +1,6 @@
 """Ranks of a training run as forks of a process that has imported everything: real processes, started in moments."""
 
+import ctypes
 import faulthandler
 import os
 import signal
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from karat_scale.cli import main
 from tests.conftest import free_port
+
+PR_SET_PDEATHSIG = 1
 
 
 class ForkedRanks:
@@ -70,6 +73,7 @@ def _be_a_rank(
 ) -> None:
     code = 1
     try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # when a test's time is over, nothing stays
         os.setpgid(0, 0)
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from karat_scale.data.augmentation import device_fused
-from karat_scale.data.augmentation.device_ops import BATCHED, MATRICES, transformed
-from karat_scale.data.augmentation.device_program import ERASE, KINDS, Turn, pack, turns
+from karat_scale.data.augmentation.device_ops import BATCHED, transformed
+from karat_scale.data.augmentation.device_program import KINDS, Kind, Turn, pack, turns
 from karat_scale.data.augmentation.draw import Draw, Operation
 from karat_scale.data.augmentation.randaugment import RandAugment
 from karat_scale.errors import RecipeError
@@ -55,19 +55,19 @@ class DeviceAugment:
 
     def _take_turn(self, images: torch.Tensor, turn: Turn, numbers: torch.Tensor) -> None:
         """By `device_ops`, which run on any device. numbers: the turn's part of the program, on the images' device."""
-        found: defaultdict[str, list[int]] = defaultdict(list)
+        found: defaultdict[Kind, list[int]] = defaultdict(list)
         for row, operation in enumerate(turn):
             if operation is not None:
-                found["" if operation[0] in MATRICES else operation[0]].append(row)
+                found[KINDS[operation[0]]].append(row)
         order = torch.tensor([row for some in found.values() for row in some]).to(images.device)
-        for name, rows in zip(found, order.split([len(some) for some in found.values()]), strict=True):
-            if name == ERASE:
-                for row in found[name]:
+        for kind, rows in zip(found, order.split([len(some) for some in found.values()]), strict=True):
+            if kind == Kind.ERASE:
+                for row in found[kind]:
                     self._erase(images[row], turn[row])
-            elif name:
-                images[rows] = BATCHED[name](images[rows], numbers[rows, 1].float())
-            else:
+            elif kind == Kind.AFFINE:
                 images[rows] = transformed(images[rows], numbers[rows, 1:7], self._fill, self._cubic)
+            else:
+                images[rows] = BATCHED[kind](images[rows], numbers[rows, 1].float())
 
     def _erase(self, image: torch.Tensor, operation: Operation | None) -> None:
         assert operation is not None

@@ -3,12 +3,12 @@
 All integers are Pillow's, and its floats are float32 or better, so that results differ by a level here and there.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 
-Matrix = tuple[float, float, float, float, float, float]
+from karat_scale.data.augmentation.device_program import Kind
+
 # uint8 [n, 3, H, W] and one float32 argument of each to the images' successors.
 Batched = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -60,25 +60,6 @@ def _between(values: list[torch.Tensor], part: torch.Tensor) -> torch.Tensor:
         return values[0] + part * (values[1] - values[0])
     one, two, three, four = values
     return two + part * (three - one + part * (2 * (one - two) + three - four + part * (two - one + four - three)))
-
-
-def _rotation(degrees: float, width: int, height: int) -> Matrix:
-    angle = -math.radians(degrees % 360.0)
-    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
-    x, y = width / 2, height / 2
-    return cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y
-
-
-# By timm's names, from an argument and the image's width and height.
-MATRICES: dict[str, Callable[[float, int, int], Matrix]] = {
-    "Rotate": _rotation,
-    "ShearX": lambda factor, _w, _h: (1.0, factor, 0.0, 0.0, 1.0, 0.0),
-    "ShearY": lambda factor, _w, _h: (1.0, 0.0, 0.0, factor, 1.0, 0.0),
-    "TranslateX": lambda pixels, _w, _h: (1.0, 0.0, pixels, 0.0, 1.0, 0.0),
-    "TranslateY": lambda pixels, _w, _h: (1.0, 0.0, 0.0, 0.0, 1.0, pixels),
-    "TranslateXRel": lambda share, width, _h: (1.0, 0.0, share * width, 0.0, 1.0, 0.0),
-    "TranslateYRel": lambda share, _w, height: (1.0, 0.0, 0.0, 0.0, 1.0, share * height),
-}
 
 
 def _blended(plain: torch.Tensor, images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
@@ -147,34 +128,22 @@ def _autocontrasted(images: torch.Tensor, arguments: torch.Tensor) -> torch.Tens
     levels = _levels(arguments).expand(-1, 3, -1)
     low, high = (bound.long()[..., None] for bound in torch.aminmax(images.flatten(2), dim=2))
     span = (high - low).clamp(min=1).double()
-    scale = (
-        torch.full_like(span, LEVELS - 1) / span
-    )  # a number over a tensor is its reciprocal's multiple, not Pillow's
+    # Not a number over a tensor: torch multiplies it by the reciprocal, and Pillow does not.
+    scale = torch.full_like(span, LEVELS - 1) / span
     stretched = (levels * scale - low * scale).clamp(0, LEVELS - 1).long()
     return _looked_up(images, torch.where(high > low, stretched, levels))
 
 
-def _desaturated(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    return _blended(_grey(images), images, (1 - factors).clamp(0, 1))
-
-
-_BLENDED: dict[str, Batched] = {
-    "Brightness": lambda images, factors: _blended(torch.zeros((), device=images.device), images, factors),
-    "Contrast": lambda images, factors: _blended(_mean_grey(images), images, factors),
-    "Color": lambda images, factors: _blended(_grey(images), images, factors),
-    "Sharpness": lambda images, factors: _blended(_smooth(images), images, factors),
-}
-_POSTERIZE = _by_level(_posterized)
-_SOLARIZE = _by_level(lambda levels, threshold: torch.where(levels < threshold, levels, LEVELS - 1 - levels))
-# By timm's names; where the strength alone is drawn in another way, the operation is the same.
-BATCHED: dict[str, Batched] = {
-    **_BLENDED,
-    **{f"{name}Increasing": operation for name, operation in _BLENDED.items()},
-    **dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _POSTERIZE),
-    **dict.fromkeys(("Solarize", "SolarizeIncreasing"), _SOLARIZE),
-    "SolarizeAdd": _by_level(lambda levels, add: torch.where(levels < 128, (levels + add).clamp(max=255), levels)),
-    "Invert": _by_level(lambda levels, _: LEVELS - 1 - levels),
-    "AutoContrast": _autocontrasted,
-    "Equalize": _equalized,
-    "Desaturate": _desaturated,
+BATCHED: dict[Kind, Batched] = {
+    Kind.BRIGHTNESS: lambda images, factors: _blended(torch.zeros((), device=images.device), images, factors),
+    Kind.CONTRAST: lambda images, factors: _blended(_mean_grey(images), images, factors),
+    Kind.COLOR: lambda images, factors: _blended(_grey(images), images, factors),
+    Kind.SHARPNESS: lambda images, factors: _blended(_smooth(images), images, factors),
+    Kind.DESATURATE: lambda images, factors: _blended(_grey(images), images, (1 - factors).clamp(0, 1)),
+    Kind.POSTERIZE: _by_level(_posterized),
+    Kind.SOLARIZE: _by_level(lambda levels, threshold: torch.where(levels < threshold, levels, LEVELS - 1 - levels)),
+    Kind.SOLARIZE_ADD: _by_level(lambda levels, add: torch.where(levels < 128, (levels + add).clamp(max=255), levels)),
+    Kind.INVERT: _by_level(lambda levels, _: LEVELS - 1 - levels),
+    Kind.AUTO_CONTRAST: _autocontrasted,
+    Kind.EQUALIZE: _equalized,
 }

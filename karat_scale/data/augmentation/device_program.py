@@ -1,13 +1,13 @@
 """What is done to each image of a batch, turn by turn, as one table of numbers that goes to the device in one copy."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from itertools import zip_longest
 
 import numpy as np
 import torch
 
-from karat_scale.data.augmentation.device_ops import MATRICES
 from karat_scale.data.augmentation.draw import Draw, Operation
 
 JITTERS = {"brightness": "Brightness", "contrast": "Contrast", "saturation": "Color"}
@@ -17,6 +17,7 @@ COLUMNS = 8
 
 # One operation of each image, None where it has none left.
 Turn = tuple[Operation | None, ...]
+Matrix = tuple[float, float, float, float, float, float]
 
 
 class Kind(IntEnum):
@@ -36,6 +37,25 @@ class Kind(IntEnum):
     INVERT = 11
     AUTO_CONTRAST = 12
     EQUALIZE = 13
+
+
+def _rotation(degrees: float, width: int, height: int) -> Matrix:
+    angle = -math.radians(degrees % 360.0)
+    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+    x, y = width / 2, height / 2
+    return cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y
+
+
+# By timm's names, from an argument and the image's width and height.
+MATRICES: dict[str, Callable[[float, int, int], Matrix]] = {
+    "Rotate": _rotation,
+    "ShearX": lambda factor, _w, _h: (1.0, factor, 0.0, 0.0, 1.0, 0.0),
+    "ShearY": lambda factor, _w, _h: (1.0, 0.0, 0.0, factor, 1.0, 0.0),
+    "TranslateX": lambda pixels, _w, _h: (1.0, 0.0, pixels, 0.0, 1.0, 0.0),
+    "TranslateY": lambda pixels, _w, _h: (1.0, 0.0, 0.0, 0.0, 1.0, pixels),
+    "TranslateXRel": lambda share, width, _h: (1.0, 0.0, share * width, 0.0, 1.0, 0.0),
+    "TranslateYRel": lambda share, _w, height: (1.0, 0.0, 0.0, 0.0, 1.0, share * height),
+}
 
 
 _BLENDED = {

@@ -68,6 +68,8 @@ def check_file(path: Path, record: FileRecord, by_hash: bool, wording: Wording) 
     if size != record.bytes:
         how = "is cut short" if size < record.bytes else "has changed since it was written"
         raise DataError(f"{path} {how}: {size} bytes, {wording.said_by} says {record.bytes}; {wording.fix}")
+    if by_hash and not record.sha256:
+        raise DataError(f"{path} was indexed without its SHA-256; use data.verify=size, or index it again with --hash")
     if by_hash and file_sha256(path) != record.sha256:
         raise DataError(f"{path} has changed since it was written: its SHA-256 differs; {wording.fix}")
 

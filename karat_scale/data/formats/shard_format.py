@@ -24,7 +24,7 @@ from karat_scale.files import write_atomically
 
 DATASET_FILE = "dataset.json"
 # A name in dataset.json must not point outside of its directory.
-FileName = Field(pattern=r"^[\w-][\w.-]*$")
+FileName = Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$")
 # A file name may be any bytes; in a report, bytes that are not UTF-8 become \xNN.
 ReportedPath = Annotated[str, BeforeValidator(lambda path: os.fsencode(path).decode(errors="backslashreplace"))]
 
@@ -40,8 +40,13 @@ class FileRecord(BaseModel):
 
 
 class ShardRecord(FileRecord):
-    """A tar shard and the index beside it."""
+    """A tar shard and its index.
 
+    `karat index` reads headers alone, unless it is asked for hashes: then `sha256` is empty, and the index has 0 for
+    each crc32.
+    """
+
+    sha256: str = ""
     samples: int
     index: FileRecord
 
@@ -87,6 +92,12 @@ class DatasetRecord(BaseModel):
     # The readable names of the classes, in the same order; empty if unknown.
     names: list[str] = []
     splits: dict[str, SplitRecord] = {}
+    # The directory of the tars, if they are not beside this file: `karat index --out`.
+    root: str = ""
+
+    def tars_of(self, directory: Path) -> Path:
+        """Return the directory of the tars, given that of dataset.json."""
+        return Path(self.root) if self.root else directory
 
 
 def read_dataset_record(directory: Path) -> DatasetRecord:
@@ -132,7 +143,7 @@ def index_bytes(rows: list[tuple[int, int, int, int]], keys: list[str]) -> bytes
     dtypes = (np.int64, np.int64, np.int32, np.uint32)
     arrays: dict[str, Any] = {name: columns[:, i].astype(dtypes[i]) for i, name in enumerate(INDEX_FIELDS)}
     buffer = io.BytesIO()
-    arrays["key"] = np.array([key.encode() for key in keys], dtype=np.bytes_)
+    arrays["key"] = np.array([key.encode(errors="surrogateescape") for key in keys], dtype=np.bytes_)
     np.savez(buffer, **arrays)
     return buffer.getvalue()
 

@@ -15,8 +15,7 @@ import torch
 from karat_scale.data.augmentation import device_fused
 from karat_scale.data.augmentation.augment import TrainTransform
 from karat_scale.data.augmentation.device_augment import DeviceAugment
-from karat_scale.data.augmentation.device_ops import MATRICES
-from karat_scale.data.augmentation.device_program import KINDS
+from karat_scale.data.augmentation.device_program import KINDS, MATRICES
 from karat_scale.data.augmentation.draw import Draw
 from karat_scale.recipe import AugmentConfig
 from tests.data.conftest import photo

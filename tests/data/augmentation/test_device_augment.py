@@ -9,7 +9,8 @@ from timm.data.auto_augment import _RAND_INCREASING_TRANSFORMS, _RAND_TRANSFORMS
 
 from karat_scale.data.augmentation.augment import TrainTransform
 from karat_scale.data.augmentation.device_augment import DeviceAugment
-from karat_scale.data.augmentation.device_ops import BATCHED, MATRICES
+from karat_scale.data.augmentation.device_ops import BATCHED
+from karat_scale.data.augmentation.device_program import KINDS, Kind
 from karat_scale.data.augmentation.draw import Draw
 from karat_scale.data.augmentation.randaugment import RandAugment
 from karat_scale.data.backends import ImageSpec, open_backend
@@ -86,8 +87,9 @@ def test_workers_and_images_without_draws_are_left_alone():
 def test_every_operation_of_timms_policies_is_there():
     for increasing in ("", "-inc1"):
         names = RandAugment(AugmentConfig(randaugment=f"rand-m9{increasing}"), SIDE).names
-        assert set(names) <= MATRICES.keys() | BATCHED.keys()
+        assert set(names) <= KINDS.keys()
         assert len(names) == len(_RAND_INCREASING_TRANSFORMS if increasing else _RAND_TRANSFORMS)
+    assert set(KINDS.values()) == {*BATCHED, Kind.AFFINE, Kind.ERASE}
 
 
 def test_what_only_pillow_does_is_refused():

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 from timm.data.auto_augment import NAME_TO_OP
 
-from karat_scale.data.augmentation.device_ops import BATCHED, MATRICES, transformed
+from karat_scale.data.augmentation.device_ops import BATCHED, transformed
+from karat_scale.data.augmentation.device_program import KINDS, MATRICES, Kind
 from karat_scale.data.augmentation.randaugment import _posterize
 from tests.data.conftest import photo
 
@@ -33,7 +34,7 @@ def by_pillow(name: str, *arguments: float, **keywords: object) -> torch.Tensor:
 
 
 def batched(name: str, argument: float) -> torch.Tensor:
-    return BATCHED[name](BATCH, torch.full((len(BATCH),), argument, dtype=torch.float32))
+    return BATCHED[KINDS[name]](BATCH, torch.full((len(BATCH),), argument, dtype=torch.float32))
 
 
 def difference(ours: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -50,7 +51,7 @@ def test_contrast_is_stretched_by_pillows_quotient():
     """255 * (1 / 234) is another number than 255 / 234, and level 255 came out as 255 where Pillow has 254."""
     image = np.tile(np.arange(21, 256, dtype=np.uint8)[:, None, None], (1, 2, 3))
     pillow = np.asarray(NAME_TO_OP["AutoContrast"](Image.fromarray(image)))
-    ours = BATCHED["AutoContrast"](torch.from_numpy(image.transpose(2, 0, 1).copy())[None], torch.zeros(1))
+    ours = BATCHED[Kind.AUTO_CONTRAST](torch.from_numpy(image.transpose(2, 0, 1).copy())[None], torch.zeros(1))
     assert np.array_equal(ours[0].permute(1, 2, 0).numpy(), pillow)
 
 
@@ -82,7 +83,7 @@ def test_blends_are_within_one_level_of_pillows(name, factor):
 def test_sharpness_of_an_image_too_small_for_it():
     image = torch.arange(12, dtype=torch.uint8).view(1, 3, 2, 2)
     pillow = ImageEnhance.Sharpness(Image.fromarray(image[0].permute(1, 2, 0).numpy())).enhance(1.7)
-    ours = BATCHED["Sharpness"](image, torch.tensor([1.7]))
+    ours = BATCHED[Kind.SHARPNESS](image, torch.tensor([1.7]))
     assert torch.equal(ours[0].permute(1, 2, 0), torch.from_numpy(np.array(pillow)))
 
 

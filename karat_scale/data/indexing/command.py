@@ -1,0 +1,232 @@
+"""Index tars: read the headers of all, number the classes, write an index for each tar and dataset.json."""
+
+import hashlib
+import multiprocessing
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from karat_scale.console import plural, progress, write_json
+from karat_scale.data.formats.shard_format import (
+    DATASET_FILE,
+    DatasetRecord,
+    FileRecord,
+    ShardRecord,
+    SkippedRecord,
+    SplitRecord,
+    read_dataset_record,
+    write_dataset_record,
+)
+from karat_scale.data.indexing.labels import Label, LabelRule
+from karat_scale.data.indexing.samples import TarSamples, guess_label_rule, read_samples
+from karat_scale.data.indexing.splits import find_tars, into_splits
+from karat_scale.errors import DataError
+from karat_scale.files import file_sha256, write_atomically
+from karat_scale.machine import usable_cores
+
+MADE_BY = "karat index"
+_MOST_CLASSES = 1_000_000
+
+
+@dataclass(frozen=True)
+class IndexRequest:
+    """What to index and how.
+
+    Attributes:
+        source: the directory of the tars.
+        out: where indexes and dataset.json go; the source itself if None.
+        label: a rule for `LabelRule.parse`, or "auto".
+        splits: rules for `into_splits`.
+        classes: a file with the name of each class in the order of the labels, one on a line.
+        with_hashes: also read the tars, for the SHA-256 of each and the CRC-32 of each image.
+    """
+
+    source: Path
+    out: Path | None = None
+    label: str = "auto"
+    splits: tuple[str, ...] = ()
+    classes: Path | None = None
+    with_hashes: bool = False
+    json_file: str | None = None
+
+
+@dataclass(frozen=True)
+class _Tar:
+    samples: TarSamples
+    sha256: str
+
+
+def index_tars(request: IndexRequest) -> int:
+    """Index the tars of a directory, and print what was found; returns the exit code.
+
+    Raises:
+        DataError: there are no tars, one is damaged, a label is not of a class, or the output cannot be written.
+    """
+    source = request.source.expanduser().resolve()
+    out = (request.out or source).expanduser().resolve()
+    _check_output(source, out)
+    names = find_tars(source)
+    splits = into_splits(names, request.splits)
+    rule = guess_label_rule(source / names[0]) if request.label == "auto" else LabelRule.parse(request.label)
+    tars = _read_all(source, names, rule, request.with_hashes)
+    classes = _classes(tars, rule, request.classes)
+    numbers = {name: number for number, name in enumerate(classes)}
+    record = DatasetRecord(classes=classes, root="" if out == source else str(source))
+    for split, members in splits.items():
+        record.splits[split] = _write_split(source, out, members, tars, numbers, {"by": MADE_BY, "label": str(rule)})
+    write_dataset_record(out, record)
+    write_json(request.json_file, {name: _counts(record, split) for name, split in record.splits.items()})
+    _print_result(record, out, rule, sum((tar.samples.notes for tar in tars.values()), Counter()))
+    return 0
+
+
+def _check_output(source: Path, out: Path) -> None:
+    if (out / DATASET_FILE).is_file() and not is_indexed(read_dataset_record(out)):
+        raise DataError(f"{out} has a {DATASET_FILE} of data_prep/make_webdataset.py; it needs no index")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / ".karat-index", "")
+        (out / ".karat-index").unlink()
+    except OSError as error:
+        fix = "add --out DIR, for tars that nobody may change" if out == source else "choose another --out"
+        raise DataError(f"{out} cannot be written: {error.strerror}; {fix}") from error
+
+
+def is_indexed(record: DatasetRecord) -> bool:
+    """Return whether a data set was made by `karat index`, of tars that others wrote."""
+    return any(split.made.get("by") == MADE_BY for split in record.splits.values())
+
+
+def _read_all(source: Path, names: Sequence[str], rule: LabelRule, with_hashes: bool) -> dict[str, _Tar]:
+    read = partial(_read_one, source, rule, with_hashes)
+    with (
+        progress(f"indexing {source}", len(names), "tars") as advance,
+        ProcessPoolExecutor(min(usable_cores(), len(names)), multiprocessing.get_context("fork")) as pool,
+    ):
+        tars = {}
+        for name, tar in zip(names, pool.map(read, names), strict=True):
+            tars[name] = tar
+            advance(1)
+        return tars
+
+
+def _read_one(source: Path, rule: LabelRule, with_hashes: bool, name: str) -> _Tar:
+    path = source / name
+    return _Tar(read_samples(path, rule, with_crc=with_hashes), file_sha256(path) if with_hashes else "")
+
+
+def _classes(tars: dict[str, _Tar], rule: LabelRule, file: Path | None) -> list[str]:
+    """Return the names of the classes, in order. Raises DataError if labels are of both kinds, or not of classes."""
+    labels = {label for tar in tars.values() for label in tar.samples.labels}
+    if not labels:
+        reasons = Counter(reason for tar in tars.values() for _, reason in tar.samples.skipped)
+        most = reasons.most_common(1)[0][0] if reasons else "the tars are empty"
+        raise DataError(f"no sample has an image and a label: {most}")
+    names = sorted(label for label in labels if isinstance(label, str))
+    numbers = sorted(label for label in labels if not isinstance(label, str))
+    if names and numbers:
+        raise DataError(f"labels are names, such as {names[0]!r}, and numbers, such as {numbers[0]}; choose --label")
+    known = _class_names(file) if file else None
+    if rule.kind == "txt" and known is None and len(names) > sum(len(tar.samples.labels) for tar in tars.values()) / 2:
+        raise DataError(f".txt has {len(names)} different texts, such as {names[0][:60]!r}, no classes; choose --label")
+    return _checked_names(names, known, file) if names else _checked_numbers(numbers, known, tars, file)
+
+
+def _checked_names(names: list[str], known: list[str] | None, file: Path | None) -> list[str]:
+    if known is not None and (unknown := sorted(set(names) - set(known))):
+        raise DataError(f"--classes {file} does not list {unknown[0]!r}")
+    return known or names
+
+
+def _checked_numbers(
+    numbers: list[int], known: list[str] | None, tars: dict[str, _Tar], file: Path | None
+) -> list[str]:
+    most = len(known) if known else _MOST_CLASSES
+    wrong = numbers[0] if numbers[0] < 0 else numbers[-1]
+    if not 0 <= wrong < most:
+        which = f"--classes {file} lists {most} classes" if known else f"classes are numbered from 0 to {most - 1}"
+        raise DataError(f"{_place_of(wrong, tars)} has label {wrong}, but {which}")
+    return known or [str(number) for number in range(numbers[-1] + 1)]
+
+
+def _place_of(label: Label, tars: dict[str, _Tar]) -> str:
+    for name, tar in tars.items():
+        if label in tar.samples.labels:
+            return f"{name}: sample {tar.samples.keys[tar.samples.labels.index(label)]}"
+    return "a sample"
+
+
+def _class_names(file: Path) -> list[str]:
+    try:
+        names = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--classes {file} cannot be read: {error}") from error
+    if not names or len(set(names)) < len(names) or not all(names):
+        raise DataError(f"--classes {file}: should have one name on each line, and no name twice")
+    return names
+
+
+def _write_split(
+    source: Path, out: Path, names: Sequence[str], tars: dict[str, _Tar], numbers: dict[str, int], made: dict[str, str]
+) -> SplitRecord:
+    """Write the indexes of a split's tars; returns its record."""
+    split = SplitRecord(samples=0, bytes=0, shards=[], made=dict(made))
+    per_class = np.zeros(len(numbers), np.int64)
+    for name in names:
+        tar = tars[name]
+        labels = [number_of(label, numbers) for label in tar.samples.labels]
+        content = tar.samples.index(labels)
+        index = FileRecord(
+            name=f"{name.removesuffix('.tar')}.index.npz",
+            bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+        )
+        (out / index.name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / index.name, content)
+        split.shards.append(
+            ShardRecord(name=name, bytes=tar.samples.tar_bytes, sha256=tar.sha256, samples=len(labels), index=index)
+        )
+        split.samples += len(labels)
+        split.bytes += sum(tar.samples.sizes)
+        per_class += np.bincount(np.array(labels, np.int64), minlength=len(numbers))
+        split.skipped += [SkippedRecord(path=f"{name}: {key}", reason=why) for key, why in tar.samples.skipped]
+    split.per_class = per_class.tolist()
+    return split
+
+
+def number_of(label: Label, numbers: dict[str, int]) -> int:
+    """Return the number of a class, given the numbers of the names."""
+    return numbers[label] if isinstance(label, str) else label
+
+
+def _counts(record: DatasetRecord, split: SplitRecord) -> dict[str, int]:
+    empty = sum(count == 0 for count in split.per_class)
+    return {
+        "tars": len(split.shards),
+        "samples": split.samples,
+        "classes": len(record.classes),
+        "classes_without_samples": empty,
+        "skipped": len(split.skipped),
+    }
+
+
+def _print_result(record: DatasetRecord, out: Path, rule: LabelRule, notes: Counter[str]) -> None:
+    for name, split in record.splits.items():
+        empty = sum(count == 0 for count in split.per_class)
+        print(
+            f"{name}: {split.samples:,} samples of {len(record.classes)} classes in "
+            f"{plural(len(split.shards), 'tar')}; {len(split.skipped)} skipped"
+            + (f"; {empty} classes have no sample" if empty else "")
+        )
+        for reason, count in Counter(skipped.reason for skipped in split.skipped).most_common():
+            first = next(skipped.path for skipped in split.skipped if skipped.reason == reason)
+            print(f"  skipped {count}: {reason} (first: {first})")
+    for what, count in notes.items():
+        if count:
+            print(f"  {what}: {count}")
+    print(f"labels from {rule}; {out / DATASET_FILE} lists all. Train with data.path={out}")

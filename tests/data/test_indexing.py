@@ -1,0 +1,244 @@
+"""Tars that others wrote: what is found in them, and that training reads them like our shards."""
+
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from karat_scale.cli import main
+from karat_scale.data.formats.shard_format import read_dataset_record
+from karat_scale.data.formats.shards import ShardSplit
+from karat_scale.errors import DataError
+from tests.conftest import SMALL, events
+
+Members = Iterable[tuple[str, bytes]]
+
+
+def image(number: int, kind: str = "JPEG") -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(data, kind)
+    return data.getvalue()
+
+
+def write_tar(path: Path, members: Members) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def index(source: Path, *options: str) -> int:
+    return main(["index", str(source), *options])
+
+
+def refused(capsys: pytest.CaptureFixture[str]) -> str:
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Path:
+    """Tars as the hub's imagenet-1k-wds has them: .jpg, .cls and .json, by number."""
+    source = tmp_path / "hub"
+    number = 0
+    for split, count in (("train", 2), ("validation", 1)):
+        for shard in range(count):
+            members: list[tuple[str, bytes]] = []
+            for _ in range(6):
+                key = f"n0{number % 3}_{number}"
+                label = str(number % 3).encode()
+                members += [(f"{key}.jpg", image(number)), (f"{key}.cls", label), (f"{key}.json", b'{"label": 9}')]
+                number += 1
+            write_tar(source / f"imagenet1k-{split}-{shard:04d}.tar", members)
+    return source
+
+
+def test_images_labels_and_keys_are_those_in_the_tars(hub: Path, tmp_path: Path) -> None:
+    out = tmp_path / "index"
+    assert index(hub, "--out", str(out)) == 0
+    assert not list(hub.glob("*.npz"))
+    train, val = (ShardSplit(out, split, 3) for split in ("train", "val"))
+    assert (train.labels.tolist(), val.labels.tolist()) == ([0, 1, 2] * 4, [0, 1, 2] * 2)
+    assert [train.read(number) for number in range(12)] == [image(number) for number in range(12)]
+    assert val.read(5) == image(17)
+    assert train.locate(7) == ("n01_7", "imagenet1k-train-0001.tar")
+    assert train.file_of(7) == str(hub / "imagenet1k-train-0001.tar")
+
+
+def test_without_out_the_index_is_beside_the_tars_and_may_be_made_again(hub: Path) -> None:
+    for _ in range(2):
+        assert index(hub) == 0
+    assert len(ShardSplit(hub, "train", 3)) == 12
+    moved = hub.with_name("moved")
+    hub.rename(moved)
+    assert ShardSplit(moved, "train", 3).read(3) == image(3)
+
+
+def test_hashes_notice_a_change_and_their_absence_is_told(hub: Path, tmp_path: Path) -> None:
+    headers, hashes = tmp_path / "headers", tmp_path / "hashes"
+    assert index(hub, "--out", str(headers)) == 0
+    assert index(hub, "--out", str(hashes), "--hash") == 0
+    with pytest.raises(DataError, match=r"indexed without its SHA-256; use data.verify=size"):
+        ShardSplit(headers, "train", 3, verify="hash")
+    ShardSplit(hashes, "train", 3, verify="hash").close()
+    tar = hub / "imagenet1k-train-0000.tar"
+    content = bytearray(tar.read_bytes())
+    content[600] ^= 1
+    tar.write_bytes(content)
+    with pytest.raises(DataError, match="has changed since its index was written: sample n00_0"):
+        ShardSplit(hashes, "train", 3).read(0)
+
+
+def test_a_run_on_the_index_sees_what_a_run_on_our_shards_sees(shards: Path, tmp_path: Path) -> None:
+    """The same images in the same order: equal losses and digests."""
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for tar in shards.glob("*.tar"):
+        shutil.copy(tar, foreign)
+    assert index(foreign, "--out", str(tmp_path / "index")) == 0
+    seen = []
+    for data in (shards, tmp_path / "index"):
+        run = tmp_path / f"run-{data.name}"
+        settings = [f"data.path={data}", f"run.dir={run}", "log.every_steps=1", "schedule.warmup_epochs=0"]
+        assert main(["train", "fashion_mnist_demo", *SMALL, *settings]) == 0
+        seen.append([(event["loss"], event["data_digest"]) for event in events(run, "train")])
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize(
+    ("rule", "label"),
+    [
+        ("auto", lambda n: [(".cls", str(n).encode())]),
+        ("auto", lambda n: [(".json", json.dumps({"caption": "x", "label": n}).encode())]),
+        ("json:meta.class", lambda n: [(".json", json.dumps({"meta": {"class": f"c{n}"}}).encode())]),
+        ("auto", lambda n: [(".txt", b"c%d\n" % n)]),
+        ("txt", lambda n: [(".cls", b"7"), (".txt", b"%d" % n)]),
+    ],
+    ids=["cls", "json", "field", "txt", "chosen"],
+)
+@pytest.mark.parametrize("suffix", ["jpg", "JPEG", "png", "webp"])
+def test_where_the_class_is(rule: str, label, suffix: str, tmp_path: Path) -> None:
+    kind = {"jpg": "JPEG", "JPEG": "JPEG"}.get(suffix, suffix.upper())
+    members = []
+    for number in range(6):
+        members.append((f"./{number}.{suffix}", image(number, kind)))
+        members += [(f"./{number}{end}", data) for end, data in label(number % 2)]
+    write_tar(tmp_path / "tars/a.tar", members)
+    assert index(tmp_path / "tars", "--label", rule) == 0
+    split = ShardSplit(tmp_path / "tars", "train", 2)
+    assert split.labels.tolist() == [0, 1] * 3
+    assert split.read(3) == image(3, kind)
+
+
+def test_the_class_may_be_a_folder_in_the_path(tmp_path: Path) -> None:
+    write_tar(tmp_path / "t/train.tar", [(f"set/{name}/{n}.v2.jpg", image(n)) for n, name in enumerate("bab")])
+    assert index(tmp_path / "t") == 0
+    split = ShardSplit(tmp_path / "t", "train", 2)
+    assert (split.classes, split.labels.tolist()) == (("a", "b"), [1, 0, 1])
+
+
+def test_what_is_not_used_is_named_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = [("a.jpg", image(0)), ("a.cls", b"0"), ("b.jpg", image(1)), ("b.cls", b"1")]
+    odd = [
+        ("no_label.jpg", image(2)),
+        ("no_image.cls", b"0"),
+        ("bad.jpg", image(3)),
+        ("bad.cls", b"\xff"),
+        ("empty.jpg", b""),
+        ("empty.cls", b"0"),
+        ("inner.tar", b"x"),
+        ("._a.jpg", b"x"),
+        ("a.jpg", image(4)),  # the key a again
+        ("a.cls", b"1"),
+        ("two.png", image(5, "PNG")),
+        ("two.jpg", image(6)),
+        ("two.cls", b"0"),
+    ]
+    write_tar(tmp_path / "t/a.tar", good + odd)
+    figures = tmp_path / "figures.json"
+    assert index(tmp_path / "t", "--json", str(figures)) == 0
+    split = ShardSplit(tmp_path / "t", "train", 2)
+    assert split.labels.tolist() == [0, 1, 1, 0]
+    assert [split.read(n) for n in range(4)] == [image(0), image(1), image(4), image(5, "PNG")]
+    record = read_dataset_record(tmp_path / "t").splits["train"]
+    reasons = {skipped.path.partition(": ")[2]: skipped.reason for skipped in record.skipped}
+    assert reasons.keys() == {"no_label", "no_image", "bad", "empty", "inner.tar", "._a.jpg"}
+    assert json.loads(figures.read_text())["train"]["skipped"] == 6
+    out = capsys.readouterr().out
+    assert "keys that repeat: 1" in out
+    assert "several images, of which the first is used: 1" in out
+
+
+@pytest.mark.parametrize(
+    ("members", "options", "said"),
+    [
+        ([("a.jpg", b"x"), ("a.json", b'{"caption": "x", "id": 3}')], [], "--label json:FIELD; .json has the fields"),
+        (
+            [("a.jpg", b"x"), ("a.txt", b"a cat"), ("b.jpg", b"x"), ("b.txt", b"a dog")],
+            [],
+            "no classes",
+        ),
+        ([("a.jpg", b"x"), ("a.cls", b"-1")], [], "a.tar: sample a has label -1"),
+        ([("a.jpg", b"x"), ("a.cls", b"99999999999")], [], "has label 99999999999"),
+        ([("a.jpg", b"x"), ("a.cls", b"1"), ("b.jpg", b"x"), ("b.cls", b"cat")], [], "choose --label"),
+        ([("a.cls", b"1")], [], "no sample has an image and a label"),
+        ([("a.jpg", b"x"), ("a.cls", b"1")], ["--label", "csv"], "should be one of auto, cls"),
+        ([("a.jpg", b"x"), ("a.cls", b"1")], ["--split", "train=b*.tar"], "no tar that is left has such a path"),
+        ([("a.jpg", b"x"), ("a.cls", b"1")], ["--classes", "/nowhere"], "cannot be read"),
+    ],
+)
+def test_what_cannot_be_classes_is_one_line(
+    members: Members, options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tar(tmp_path / "t/a.tar", members)
+    assert index(tmp_path / "t", *options) == 2
+    assert said in refused(capsys)
+    assert not (tmp_path / "t/dataset.json").exists()
+
+
+def test_class_names_come_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tar(tmp_path / "t/a.tar", [("a.jpg", image(0)), ("a.cls", b"1")])
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ndog\n")
+    assert index(tmp_path / "t", "--classes", str(names)) == 0
+    assert read_dataset_record(tmp_path / "t").classes == ["cat", "dog"]
+    assert "1 classes have no sample" in capsys.readouterr().out
+
+
+def test_splits_follow_words_in_paths_or_rules(tmp_path: Path) -> None:
+    for name in ("train/0.tar", "train/1.tar", "valid/0.tar", "more.tar"):
+        write_tar(tmp_path / "t" / name, [("a.jpg", image(0)), ("a.cls", b"0")])
+    assert index(tmp_path / "t") == 0
+    record = read_dataset_record(tmp_path / "t")
+    assert {name: [shard.name for shard in split.shards] for name, split in record.splits.items()} == {
+        "train": ["more.tar", "train/0.tar", "train/1.tar"],
+        "val": ["valid/0.tar"],
+    }
+    assert len(ShardSplit(tmp_path / "t", "val", 1)) == 1
+    assert index(tmp_path / "t", "--split", "val=*/1.tar", "--split", "train=*") == 0
+    assert [s.name for s in read_dataset_record(tmp_path / "t").splits["val"].shards] == ["train/1.tar"]
+
+
+def test_our_own_shards_need_no_index(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert index(shards) == 2
+    assert "needs no index" in refused(capsys)
+
+
+def test_no_tars_and_damaged_ones_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert index(tmp_path / "empty") == 2
+    assert "has no *.tar" in refused(capsys)
+    (tmp_path / "empty/a.tar.gz").write_bytes(b"x")
+    assert index(tmp_path / "empty") == 2
+    assert "unpack their compression" in refused(capsys)
+    (tmp_path / "empty/a.tar").write_bytes(b"x" * 2000)
+    assert index(tmp_path / "empty") == 2
+    assert "no tar" in refused(capsys)
