@@ -24,7 +24,7 @@ class Spectrum:
     `log_low`, `log_mean` and `log_high` are [L, 2, N]: the natural logarithms of the smallest, the mean and the largest
     singular value at each index, by block and before / after, as in the paper. N is the largest of all blocks. nan
     where a block has fewer values, or where they are 0, which has no logarithm. Values within the rounding error of
-    float32, N eps times the largest of a matrix, count as 0.
+    float32, sqrt(N) eps times the largest of a matrix, count as 0.
     """
 
     def __init__(self, blocks: int, tokens: int) -> None:
@@ -38,7 +38,7 @@ class Spectrum:
         """Add A and S [B, h, N, N] of one block."""
         for stage, matrices in enumerate((raw, learned)):
             values = torch.linalg.svdvals(matrices.flatten(0, 1).float())
-            values = values * (values > values.shape[1] * ROUNDING * values.amax(-1, keepdim=True))
+            values = values * (values > values.shape[1] ** 0.5 * ROUNDING * values.amax(-1, keepdim=True))
             known = values.double().cpu().numpy()
             own = block, stage, slice(known.shape[1])
             self._low[own] = np.fmin(self._low[own], known.min(0))
