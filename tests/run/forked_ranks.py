@@ -12,13 +12,16 @@ from tests.conftest import free_port
 
 
 class ForkedRanks:
-    """`karat train ARGUMENTS` on `count` ranks, which talk through gloo; each leads a process group of its own."""
+    """`karat train ARGUMENTS` on `count` ranks, which talk through gloo; each leads a process group of its own.
 
-    def __init__(self, arguments: Sequence[str], count: int, log: Path) -> None:
+    Rank `absent` is not started.
+    """
+
+    def __init__(self, arguments: Sequence[str], count: int, log: Path, absent: int | None = None) -> None:
         port = str(free_port())
         self.codes: dict[int, int] = {}
         self.ranks: list[int] = []
-        for rank in range(count):
+        for rank in [rank for rank in range(count) if rank != absent]:
             pid = os.fork()
             if pid == 0:
                 _be_a_rank(arguments, rank, count, port, log)
