@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from karat_scale.data.formats.index import KEY, read_column
 from karat_scale.data.formats.shard_format import (
     DATASET_FILE,
     DatasetRecord,
     chosen_splits,
     read_dataset_record,
-    read_index_field,
 )
 from karat_scale.data.formats.shards import ShardSplit
 
@@ -27,8 +27,8 @@ class ShardSource:
         self._split = ShardSplit(directory, split, len(record.classes))
         self.labels = self._split.labels
         indexes = [(directory / shard.index.name).read_bytes() for shard in record.splits[split].shards]
-        self._keys = np.concatenate([read_index_field(index, "key") for index in indexes])
-        self._sizes = np.concatenate([read_index_field(index, "size") for index in indexes])
+        self._keys = np.concatenate([read_column(index, KEY) for index in indexes])
+        self._sizes = np.concatenate([read_column(index, "size") for index in indexes])
         self._hashes = [shard.sha256 for shard in record.splits[split].shards]
 
     def __len__(self) -> int:
@@ -42,7 +42,7 @@ class ShardSource:
         return self.key(index)
 
     def key(self, index: int) -> str:
-        return bytes(self._keys[index]).decode()
+        return bytes(self._keys[index]).decode(errors="backslashreplace")
 
     def read(self, index: int) -> bytes:
         return self._split.read(index)

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from karat_scale.errors import RecipeError
+from karat_scale.errors import RecipeError, one_line
 from karat_scale.files import read_text
 from karat_scale.suggestions import nearest
 
@@ -20,6 +20,8 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 # The folder of each kind of recipe, and the command that trains it.
 COMMANDS = {RECIPES: "train", RECIPES.parent / "tasks" / "detection" / "recipes": "detect"}
 EXTENDS = "extends"
+# What PyYAML raises for a value that is not of its tag's kind, or a date that is none.
+VALUE_ERRORS = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 _LARGEST, _MOST_NODES = 2**20, 10_000  # bytes of a recipe, and values in it
 
 
@@ -48,8 +50,11 @@ def find_recipe(source: str, folder: Path = RECIPES) -> Path:
     if source in shipped:
         return shipped[source]
     path = Path(source)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise RecipeError(f"recipe {source[:100]!r}: {error.strerror}; name a recipe's YAML file") from None
     raise RecipeError(f"recipe {source!r}: {_why_missing(source, folder)}")
 
 
@@ -109,12 +114,15 @@ def _lay_over(tree: dict[str, Any], upper: Mapping[str, Any]) -> None:
             tree[key] = value
 
 
-def _count_nodes(tree: object) -> None:
+def count_nodes(tree: object) -> None:
     """Refuse what grows beyond all bounds when its aliases are written out. Raises YAMLError."""
     left, seen = [tree], 0
     while left:
         node = left.pop()
         seen += 1
+        others = [key for key in node if not isinstance(key, str)] if isinstance(node, dict) else []
+        if others:
+            raise yaml.YAMLError(f"key {str(others[0])[:100]} should be a name")
         if seen > _MOST_NODES:
             raise yaml.YAMLError(f"more than {_MOST_NODES:,} values, aliases written out")
         left += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
@@ -123,7 +131,7 @@ def _count_nodes(tree: object) -> None:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(read_text(path, _LARGEST), Loader=_UniqueKeyLoader)
-        _count_nodes(tree)
+        count_nodes(tree)
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}; name a recipe's YAML file") from None
     except RecursionError:
@@ -133,6 +141,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}{where}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not a text file in YAML: {str(error).splitlines()[0]}") from None
+    except VALUE_ERRORS as error:
+        raise RecipeError(f"{path}: a value is not of its kind: {one_line(error)[:200]}") from None
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):

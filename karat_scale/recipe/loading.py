@@ -12,11 +12,12 @@ from pydantic import BaseModel, ValidationError
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import Effect
-from karat_scale.recipe.files import find_recipe, read_recipe_file
+from karat_scale.recipe.files import VALUE_ERRORS, count_nodes, find_recipe, read_recipe_file
 from karat_scale.recipe.retired import without_retired_keys
 
 R = TypeVar("R", bound=RunRecipe)
 Schema = type[RunRecipe]
+_LONGEST = 200
 
 
 @overload
@@ -129,17 +130,18 @@ def schema_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[s
 def _apply_override(tree: dict[str, Any], override: str, schema: Schema) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise RecipeError(f"override {override!r}: should be key=value, such as optim.lr=1e-3")
+        raise RecipeError(f"override {override[:_LONGEST]!r}: should be key=value, such as optim.lr=1e-3")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML; quote it") from None
+        count_nodes(value)
+    except (*VALUE_ERRORS, RecursionError):
+        raise RecipeError(f"override {override[:_LONGEST]!r}: the value is not valid YAML; quote it") from None
     node = tree
     *parents, leaf = key.split(".")
     for name in parents:
         child = node.setdefault(name, {})
         if not isinstance(child, dict):
-            raise RecipeError(f"override {override!r}: {name} is not a section{_nearest(key, schema)}")
+            raise RecipeError(f"override {override[:_LONGEST]!r}: {name} is not a section{_nearest(key, schema)}")
         node = child
     node[leaf] = value
 
@@ -170,7 +172,7 @@ def _describe(error: Any, schema: Schema) -> str:
     if error["type"] == "value_error" and not isinstance(error["input"], (str, int, float, bool, list)):
         return message  # a validator of several fields names them itself
     message = message.removeprefix("Input ")
-    return f"{key} = {error['input']!r}: {message}{_default_of(key, schema)}"
+    return f"{key} = {repr(error['input'])[:_LONGEST]}: {message}{_default_of(key, schema)}"
 
 
 def _nearest(key: str, schema: Schema) -> str:
