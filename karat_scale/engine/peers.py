@@ -110,6 +110,7 @@ def meet(place: Place) -> dist.Store:
             time.sleep(_MEETING_POLL_SECONDS)
     except RuntimeError as error:
         raise PeerError(f"lost rank 0 at {at} before all ranks had met: {one_line(error)[:200]}") from None
+    store.set_timeout(place.patience)  # the group asks it for what a slower rank has yet to put there
     return store
 
 
