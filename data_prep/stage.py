@@ -7,9 +7,7 @@ is not a data set. A run that was stopped resumes: existing files with the right
 one after another with --split: complete ones stay in dataset.json.
 """
 
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +27,7 @@ from karat_scale.data.formats.shard_format import (
 from karat_scale.data.formats.shards import check_file
 from karat_scale.errors import DataError, run_script
 from karat_scale.files import FingerprintedFile, commit_file
+from karat_scale.temporaries import temporary_file
 
 BLOCK = 1 << 22
 # Space to leave free on the local disk for other programs.
@@ -48,17 +47,13 @@ def is_staged(out: Path, record: FileRecord) -> bool:
 
 def copy_checked(src: Path, out: Path, record: FileRecord, advance: Callable[[int], None]) -> None:
     """Copy a file; it gets its name once its SHA-256 is right. Raises DataError."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{record.name}.", dir=out)
-    try:
-        with os.fdopen(handle, "wb") as target, (src / record.name).open("rb") as source:
+    with temporary_file(out / record.name) as temporary:
+        with temporary.open("wb") as target, (src / record.name).open("rb") as source:
             copy = FingerprintedFile(target, advance)
             shutil.copyfileobj(source, copy, BLOCK)
         if copy.fingerprint().sha256 != record.sha256:
             raise DataError(f"{src / record.name} has changed since it was written: its SHA-256 differs")
-        commit_file(Path(temporary), out / record.name)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        commit_file(temporary, out / record.name)
 
 
 def check_space(src: Path, out: Path, needed: int) -> None:

@@ -18,13 +18,13 @@ from script_options import add_shard_options, make_parser
 
 from karat_scale.console import progress
 from karat_scale.data.decode import UndecodableImageError, decode_rgb
+from karat_scale.data.formats.index import KEY, read_column, read_columns
 from karat_scale.data.formats.shard_format import (
     INDEX_FIELDS,
     ShardRecord,
     SplitRecord,
     chosen_splits,
     read_dataset_record,
-    read_index_field,
 )
 from karat_scale.data.formats.shards import check_file
 from karat_scale.errors import DataError, run_script
@@ -46,11 +46,12 @@ def verify_shard(directory: Path, classes: int, shard: ShardRecord) -> tuple[lis
     if problems:
         return problems, []
     data = (directory / shard.index.name).read_bytes()
-    columns = {name: read_index_field(data, name) for name in INDEX_FIELDS}
-    keys = [key.decode() for key in read_index_field(data, "key")]
+    try:
+        columns = read_columns(data, INDEX_FIELDS, shard.samples, shard.bytes)
+    except ValueError as error:
+        return [f"{path}: its index does not fit it: {error}"], []
+    keys = [key.decode(errors="backslashreplace") for key in read_column(data, KEY)]
     labels = columns["label"]
-    if len(keys) != shard.samples:
-        problems.append(f"{path} has {len(keys)} samples, dataset.json says {shard.samples}")
     for number in np.flatnonzero((labels < 0) | (labels >= classes)):
         problems.append(f"{path}: sample {keys[number]} has label {labels[number]} of {classes} classes")
     expected = list(zip(keys, *(columns[name].tolist() for name in INDEX_FIELDS), strict=True))

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import karat_scale.launcher  # noqa: F401  # it looks for its parent now, before torch is imported
 from karat_scale import __version__
 from karat_scale.arguments import OneLineParser, count, new_file, positive, time_limit, virtual_environment, whole
 from karat_scale.bench.commands import add_benches
 from karat_scale.compiler_caches import use_local_caches
-from karat_scale.errors import UserError, on_one_line
+from karat_scale.errors import PeerError, UserError, of_the_machine, on_one_line
 from karat_scale.shipped import SCRIPTS, run_prepare
 from karat_scale.tables import EXPORT_FORMATS
 from karat_scale.trust import VARIABLE
@@ -201,17 +202,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         complete(parser)
     options = parser.parse_args(arguments)
-    use_local_caches()
+    # torch's C++ warns with a stack of its own where a rank is lost, which we tell in a line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if getattr(options, "trust", False):
         os.environ[VARIABLE] = "1"
     try:
+        use_local_caches()
         code: int = options.run(options)
         return code
     except UserError as error:
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        where = f"[rank {rank}] " if rank != "0" else ""
-        print(f"{where}error: {on_one_line(str(error))}", file=sys.stderr)
-        return EXIT_USAGE
+        return _end(str(error), EXIT_USAGE)
+    except PeerError as error:
+        return _end(str(error), 1)
+    except Exception as error:
+        known = of_the_machine(error)
+        if known is None:
+            raise
+        return _end(*known)
+
+
+def _end(text: str, code: int) -> int:
+    """Say why this rank ends, in one line; returns the exit code."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    where = f"[rank {rank}] " if rank != "0" else ""
+    print(f"{where}error: {on_one_line(text)}", file=sys.stderr)
+    return code
 
 
 def entry_point() -> None:

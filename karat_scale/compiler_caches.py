@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from karat_scale.machine import home
+
 MOUNTS = Path("/proc/mounts")
 NETWORK_FILE_SYSTEMS = (
     *("afs", "beegfs", "ceph", "cifs", "fhgfs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "orangefs"),
@@ -24,9 +26,9 @@ def use_local_caches(environ: MutableMapping[str, str] = os.environ, mounts: Pat
     What the user set stays. A default stays where it is on a local disk and can be written. Call it before Triton or
     Inductor is imported. All ranks of a node share the directories: both libraries rename complete files into place.
     """
-    home = Path(environ.get("TRITON_HOME") or Path.home())
+    base = Path(environ.get("TRITON_HOME") or home())
     defaults = {
-        "TRITON_CACHE_DIR": home / ".triton" / "cache",
+        "TRITON_CACHE_DIR": base / ".triton" / "cache",
         "TORCHINDUCTOR_CACHE_DIR": Path(tempfile.gettempdir()),
     }
     poor = [

@@ -32,6 +32,10 @@ class RunDirectoryError(UserError):
     """The run directory or one of its checkpoints does not fit the command."""
 
 
+class PeerError(Exception):
+    """Another rank has failed or is gone, so this one ends too: one line and exit code 1."""
+
+
 def not_written(file: str | Path, error: OSError) -> RunDirectoryError:
     """Return the error for a file of a run that could not be written."""
     return RunDirectoryError(f"{file}: {error.strerror or error}; fix that and run the same command to resume")
@@ -45,6 +49,46 @@ def one_line(error: BaseException) -> str:
 def on_one_line(text: str) -> str:
     """Return a message as one line that no terminal acts on."""
     return printable(" ".join(text.split()))
+
+
+_LACKS = {
+    errno.EMFILE: "too few file descriptors; raise `ulimit -n`, or lower data.workers",
+    errno.ENFILE: "too few file descriptors on this machine; lower data.workers",
+    errno.EAGAIN: "no more processes or threads; raise `ulimit -u` or the control group's limit, or lower data.workers",
+    errno.ENOMEM: "out of memory; lower data.workers or train.micro_batch",
+}
+# What libraries say instead of an OSError.
+_WORDS = {
+    "can't start new thread": errno.EAGAIN,
+    "Resource temporarily unavailable": errno.EAGAIN,
+    "Too many open files": errno.EMFILE,
+    "Cannot allocate memory": errno.ENOMEM,
+    "can't allocate memory": errno.ENOMEM,
+}
+
+
+def of_the_machine(error: BaseException) -> tuple[str, int] | None:
+    """Return a line and an exit code for what a machine lacks or its file system refuses; None for any other error.
+
+    The code is 1 where the machine lacks something, and 2 where a file is not what the user thought.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError):
+            return _LACKS[errno.ENOMEM], 1
+        number = cause.errno if isinstance(cause, OSError) else _number_in_words(str(cause))
+        if number in _LACKS:
+            return _LACKS[number], 1
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{str(error.filename)[:200]}: {error.strerror}", 2
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return f"{one_line(error)}; write paths without ~, or set HOME", 2
+    return None
+
+
+def _number_in_words(text: str) -> int | None:
+    return next((number for words, number in _WORDS.items() if words in text), None)
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:

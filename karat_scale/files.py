@@ -5,11 +5,12 @@ import hashlib
 import json
 import os
 import stat
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+
+from karat_scale.temporaries import temporary_file
 
 _BLOCK = 1 << 20
 # Of what we write as text, an index of a checkpoint with very many ranks is the largest.
@@ -64,15 +65,9 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             stream.write(data)
         return
     path = Path(os.path.realpath(path))
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with name_in_errors(path):
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            commit_file(Path(temporary), path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with name_in_errors(path), temporary_file(path) as temporary:
+        temporary.write_bytes(data)
+        commit_file(temporary, path)
 
 
 def read_text(path: Path, most: int = LARGEST_TEXT) -> str:

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,14 @@ def usable_memory() -> int:
 
     total = int(psutil.virtual_memory().total)
     return min(total, memory_limit() or total)
+
+
+def home() -> Path:
+    """Return the user's home directory; where there is none, as for a user of a container, that of temporary files."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"karat-home-{os.getuid()}"
 
 
 def processor_name() -> str:

@@ -21,6 +21,9 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from karat_scale.console import printable
+from karat_scale.machine import home
+
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c")
 COMPILERS = ("g++", "c++", "clang++")
 # Debian's packages for our sources.
@@ -147,7 +150,7 @@ def _sanitizer_flags() -> tuple[str, ...]:
 def cache_directory() -> Path:
     """Return the directory of compiled libraries: KARAT_CACHE_DIR, by default ~/.cache/karat_scale."""
     chosen = os.environ.get("KARAT_CACHE_DIR")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "karat_scale"
+    return Path(chosen).expanduser() if chosen else home() / ".cache" / "karat_scale"
 
 
 def find_compiler() -> str:
@@ -219,13 +222,19 @@ def _run(command: list[str]) -> str:
     try:
         # In a session of its own: a signal that asks the trainer's process group to stop must not kill the compiler.
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=True, start_new_session=True
+            command,
+            capture_output=True,
+            text=True,
+            errors="backslashreplace",  # a compiler speaks the user's language, in any encoding
+            timeout=BUILD_SECONDS,
+            check=True,
+            start_new_session=True,
         )
     except subprocess.CalledProcessError as error:
         said = (error.stderr or error.stdout).strip().splitlines() or [f"code {error.returncode}"]
         # A header's errors come after lines that say who includes it.
         reason = next((line for line in said if "error" in line), said[0])
-        raise LoadError(f"{command[0]} failed with {reason}") from error
+        raise LoadError(f"{command[0]} failed with {printable(reason)}") from error
     except subprocess.TimeoutExpired as error:
         raise LoadError(f"{command[0]} took more than {BUILD_SECONDS} s") from error
     return done.stdout

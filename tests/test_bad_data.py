@@ -1,6 +1,7 @@
 """`karat train` on shards that are damaged in the ways that happen: each is one line, or counted."""
 
 import io
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -77,3 +78,27 @@ def test_an_undecodable_image_is_skipped_reported_and_counted(
     assert summary(tmp_path / "run")["bad_samples"] == 1
     (evaluation,) = events(tmp_path / "run", "eval")
     assert (evaluation["images"], evaluation["bad"]) == (27, 1)
+
+
+def test_names_that_are_not_utf8_train_and_are_told_when_an_image_is_bad(
+    train_recipe: Train, image_folder: Path, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    name = os.fsdecode(b"class\xff1")
+    for split in ("train", "val"):
+        (images / split / "class1").rename(images / split / name)
+    folder = ("data.backend=folder", f"data.path={images}", "train.max_steps=2")
+    done = train_recipe(*folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    bad = images / "train" / name / os.fsdecode(b"b\xfead\x1b[2J.jpg")
+    shutil.copy(images / "train" / "class0" / "000.jpg", bad)
+    os.truncate(bad, 300)
+    for on_bad, code in (("skip", 0), ("stop", 2)):
+        run = (f"run.dir={tmp_path / on_bad}", f"data.on_bad_sample={on_bad}", "train.max_steps=null", "train.epochs=1")
+        done = train_recipe(*folder, *run)
+        assert done.returncode == code, done.stdout + done.stderr
+        said = done.stdout + done.stderr
+        assert r"b\udcfead\x1b[2J.jpg" in said
+        assert "\x1b" not in said
+        assert "Traceback" not in said

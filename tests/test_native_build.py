@@ -229,3 +229,16 @@ def test_a_changed_header_is_built_anew(tmp_path, monkeypatch):
         source.write_text('#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n')
         answers.append(native_build.load(source, "the answer").answer())
     assert answers == [1, 2]
+
+
+def test_what_a_compiler_says_is_text_in_any_encoding(tmp_path):
+    script = tmp_path / "compiler"
+    script.write_text(
+        '#!/bin/sh\ncase "$1" in --version) printf "g++ \\377 13\\n";; '
+        '*) printf "x: err\\377or: \\033[31m bad\\n" >&2; exit 1;; esac\n'
+    )
+    script.chmod(0o755)
+    code = 'print(fourier_karat_attention(*call, implementation="auto").shape)'
+    out, err = run(code, tmp_path / "cache", CXX=str(script))
+    assert out == "torch.Size([1, 2, 9, 8])"
+    assert r"failed with x: err\xffor: \x1b[31m bad" in err

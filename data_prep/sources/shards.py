@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
+from karat_scale.data.formats.index import KEY, read_column
 from karat_scale.data.formats.shard_format import (
     DATASET_FILE,
     DatasetRecord,
     chosen_splits,
     read_dataset_record,
-    read_index_field,
 )
 from karat_scale.data.formats.shards import ShardSplit
 from sources.base import Source
@@ -22,16 +22,16 @@ class ShardSource(Source):
     def __init__(self, directory: Path, split: str, record: DatasetRecord) -> None:
         self._split = ShardSplit(directory, split, len(record.classes))
         indexes = [(directory / shard.index.name).read_bytes() for shard in record.splits[split].shards]
-        sizes = np.concatenate([read_index_field(index, "size") for index in indexes])
+        sizes = np.concatenate([read_column(index, "size") for index in indexes])
         super().__init__(record.classes, self._split.labels, sizes)
-        self._keys = np.concatenate([read_index_field(index, "key") for index in indexes])
+        self._keys = np.concatenate([read_column(index, KEY) for index in indexes])
         self._hashes = [shard.sha256 for shard in record.splits[split].shards]
 
     def name(self, index: int) -> str:
         return self.key(index)
 
     def key(self, index: int) -> str:
-        return bytes(self._keys[index]).decode()
+        return bytes(self._keys[index]).decode(errors="backslashreplace")
 
     def read(self, index: int) -> bytes:
         return self._split.read(index)

@@ -24,6 +24,7 @@ from karat_scale.console import printable
 from karat_scale.errors import RunDirectoryError
 from karat_scale.files import Fingerprint, file_sha256, flush_to_disk, parse_json, read_text, write_atomically
 from karat_scale.machine import usable_cores
+from karat_scale.temporaries import remove_leftovers
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -254,11 +255,16 @@ class CheckpointStore:
             if not final.exists():
                 path.rename(final)
 
-    def discard_unfinished(self) -> None:
-        """Remove what saves that never finished left behind."""
+    def discard_unfinished(self) -> list[str]:
+        """Remove what saves that never finished left behind; returns a line for each one that cannot be removed."""
         self.put_back()
+        problems = remove_leftovers(self.root)
         for path in self.root.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(path, ignore_errors=True)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                problems.append(f"{path} is left over and cannot be removed: {error.strerror or error}; do it by hand")
+        return problems
 
 
 def _lock(handle: BinaryIO, kind: int) -> None:

@@ -3,7 +3,6 @@
 import copy
 import os
 import pickle
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from karat_scale.engine.deepspeed_internals import checkpoint_globals
 from karat_scale.errors import RunDirectoryError, one_line
 from karat_scale.files import Fingerprint, FingerprintedFile, commit_file
+from karat_scale.temporaries import temporary_file
 
 
 def save_tensors(value: Any, path: Path, on_bytes: Callable[[int], None] | None = None) -> Fingerprint:
@@ -41,15 +41,12 @@ def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dic
     Raises:
         OSError: it could not be written.
     """
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata)
-        commit_file(Path(temporary), path)
-    except SafetensorError as error:
-        raise as_os_error(error) from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with temporary_file(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            raise as_os_error(error) from error
+        commit_file(temporary, path)
 
 
 def load_tensors(path: Path, map_location: Any = "cpu", mmap: bool = False) -> Any:

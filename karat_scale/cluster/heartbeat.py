@@ -13,8 +13,9 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from karat_scale.files import parse_json, read_text
 
@@ -22,6 +23,7 @@ WRITE_SECONDS = 2.0
 # Moving the alarm costs a thread, so do not move it at each beat of a fast step.
 _ARM_SECONDS = 1.0
 _STANDARD_ERROR = 2
+_KINDS: Mapping[Any, Any] = {int: int, str: str, float: int | float}
 
 
 @dataclass
@@ -116,7 +118,9 @@ def read_signs(directory: Path) -> list[Sign]:
     signs = []
     for path in sorted((directory / "heartbeats").glob("rank-*.json")):
         try:
-            signs.append(Sign(**parse_json(read_text(path, 65536))))
+            sign = Sign(**parse_json(read_text(path, 65536)))
+            if all(isinstance(getattr(sign, field.name), _KINDS[field.type]) for field in fields(Sign)):
+                signs.append(sign)
         except (OSError, ValueError, TypeError):
             continue
     return signs

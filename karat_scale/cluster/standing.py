@@ -3,7 +3,7 @@
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,10 @@ from karat_scale.errors import EXIT_STOPPED, RunDirectoryError
 from karat_scale.files import parse_json, read_text
 
 SQUEUE_SECONDS = 5
+_NUMBERS = (
+    *("step", "samples", "total_steps", "epoch", "loss", "images_per_second", "peak_memory_mb", "top1", "restarts"),
+    "exit",
+)
 _FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
@@ -39,6 +43,12 @@ class Standing:
     silent_seconds: float | None = None
     ended: str | None = None
     exit_code: int | None = None
+    damaged_lines: int = 0
+    """Of `metrics.jsonl`: what a disk that was full has cut off, and what is no event."""
+
+    def count_damaged(self) -> None:
+        """One more line says nothing."""
+        self.damaged_lines += 1
 
     @property
     def is_over(self) -> bool:
@@ -57,8 +67,11 @@ def read_standing(run: Path, now: float | None = None) -> Standing:
         raise RunDirectoryError(f"{run}: not a run's directory (it has no recipe.yaml)")
     standing = Standing(run.name if run.name != "run" else run.resolve().parent.name)
     now = time.time() if now is None else now
-    for event in read_events(run / "metrics.jsonl"):
-        _apply_event(standing, event)
+    for event in read_events(run / "metrics.jsonl", damaged=lambda _: standing.count_damaged()):
+        try:
+            _apply_event(standing, event)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
+            standing.count_damaged()
     _read_checkpoints(standing, run / "checkpoints", now)
     standing.signs = _of_newest_start(read_signs(run))
     if standing.signs:
@@ -68,8 +81,11 @@ def read_standing(run: Path, now: float | None = None) -> Standing:
     return standing
 
 
-def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of a run's `metrics.jsonl`. An incomplete line is skipped."""
+def read_events(path: Path, damaged: Callable[[str], None] = lambda line: None) -> Iterator[dict[str, Any]]:
+    """Yield the events of a run's `metrics.jsonl`. Other lines are skipped, and `damaged` is called with each.
+
+    A last line without its end may be one that is being written: it is skipped, and it is not damaged.
+    """
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as lines:
@@ -77,13 +93,19 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 event = parse_json(line)
             except ValueError:
-                continue
+                event = None
             if isinstance(event, dict):
                 yield event
+            elif line.strip() and line.endswith("\n"):
+                damaged(line)
 
 
 def _apply_event(standing: Standing, event: dict[str, Any]) -> None:
+    """Take in an event. Raises ValueError, TypeError or KeyError for one that is none."""
     kind = event.get("event")
+    wrong = [key for key in _NUMBERS if not isinstance(event.get(key, 0), int | float | None)]
+    if wrong:
+        raise ValueError(wrong[0])
     if kind == "train":
         standing.step, standing.ended = event["step"], None
         standing.epoch = event.get("epoch")
@@ -117,7 +139,8 @@ def _read_checkpoints(standing: Standing, root: Path, now: float) -> None:
     except (OSError, ValueError):
         return
     standing.checkpoint, standing.checkpoint_age = name, max(now - manifest.st_mtime, 0.0)
-    standing.peak_memory_mb = standing.peak_memory_mb or state.get("peak_memory_mb") or None
+    if isinstance(state, dict):
+        standing.peak_memory_mb = standing.peak_memory_mb or state.get("peak_memory_mb") or None
 
 
 def _of_newest_start(signs: list[Sign]) -> list[Sign]:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from karat_scale.cluster.pace import slow_ranks
 from karat_scale.cluster.standing import Standing, read_standing
-from karat_scale.console import duration, printable
+from karat_scale.console import duration, plural, printable
 
 REFRESH_SECONDS = 2.0
 # Heartbeats are written every two seconds.
@@ -86,6 +86,7 @@ def _rows(standing: Standing) -> list[tuple[str, str]]:
             else "none yet",
         ),
         ("ranks", _ranks(standing)),
+        ("note", _damaged(standing.damaged_lines)),
         *(("slow", line) for line in ([] if standing.ended else slow_ranks(standing.signs))),
     ]
     return [(label, value) for label, value in rows if value]
@@ -95,6 +96,10 @@ def _top1(standing: Standing) -> str | None:
     if standing.last_top1 is None:
         return None
     return f"{standing.last_top1:.2f} %, best {standing.best_top1:.2f} %"
+
+
+def _damaged(lines: int) -> str | None:
+    return f"{plural(lines, 'damaged line')} of metrics.jsonl skipped" if lines else None
 
 
 def _memory_kind(standing: Standing) -> str:

@@ -68,7 +68,7 @@ class OrderedResults(Iterator[T], Generic[T]):
             prefetch_factor=prefetch if workers else None,
             timeout=min(POLL_SECONDS, timeout) if workers else 0,
             collate_fn=_unchanged,
-            worker_init_fn=partial(prepare_worker, os.getpid()),
+            worker_init_fn=partial(prepare_worker, os.getpid(), threading.current_thread() is threading.main_thread()),
             pin_memory=torch.cuda.is_initialized(),  # not for a run on the CPU of a machine with GPUs
             # Without its own generator, the loader would draw from the global one.
             generator=torch.Generator(),
@@ -119,6 +119,10 @@ class OrderedResults(Iterator[T], Generic[T]):
         # The DataLoader's iterator stops its workers when it is freed, but an exception's traceback may keep it alive.
         if results is not None and hasattr(results, "_shutdown_workers"):
             results._shutdown_workers()
+            for worker in getattr(results, "_workers", ()):
+                if worker.is_alive():  # stopped by SIGSTOP, or in a system call that does not end
+                    worker.kill()
+                    worker.join(POLL_SECONDS)
 
 
 class OrderedLoader(OrderedResults[Batch]):

@@ -1,5 +1,7 @@
 """Set-up of a data worker process: it ignores the signals that the trainer handles, and ends when the trainer ends."""
 
+import contextlib
+import ctypes
 import mmap
 import os
 import signal
@@ -14,6 +16,7 @@ from karat_scale.machine import usable_cores
 
 POLL_SECONDS = 1.0
 MAX_WORKERS = 1024
+_PR_SET_PDEATHSIG = 1
 # More would wait for each other, and each takes memory. The extra ones are for slow file systems.
 _WORKERS_PER_CORE, _MORE_WORKERS = 4, 32
 
@@ -29,8 +32,11 @@ def check_worker_count(workers: int) -> None:
         )
 
 
-def prepare_worker(parent: int, worker_id: int) -> None:
+def prepare_worker(parent: int, is_of_main_thread: bool, worker_id: int) -> None:
     """Set up the calling process as a data worker of process `parent`; for DataLoader's worker_init_fn.
+
+    Args:
+        is_of_main_thread: the parent's main thread started it.
 
     A signal to the whole process group (Ctrl-C, SLURM) must not end the workers, since the trainer still
     needs its batches until it has written a checkpoint, and a worker's death would interrupt it anywhere. So
@@ -41,9 +47,17 @@ def prepare_worker(parent: int, worker_id: int) -> None:
         signal.signal(ignored, signal.SIG_IGN)
     # Blocked here, so that only the watching thread receives it and can read its sender.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if is_of_main_thread:  # the kernel goes by the thread
+        _be_killed_with_parent()
     # The parent's id is an argument. If it were read here, a parent that was killed before this line would be mistaken
     # for the process that adopts orphans, and its connections would stay open in a worker that never ends.
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def _be_killed_with_parent() -> None:
+    """Let the kernel end this process with its parent, even while it is stopped (SIGSTOP) and cannot look."""
+    with contextlib.suppress(OSError, AttributeError):  # no Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _leave_with(parent: int) -> None:

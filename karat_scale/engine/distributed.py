@@ -3,12 +3,13 @@
 One process alone, `torchrun`, and `srun` with one task per device all end in the same `World`.
 """
 
+import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,10 +17,12 @@ import torch
 import torch.distributed as dist
 
 from karat_scale.engine.devices import card, gpu_index, refuse_shared, tell_deepspeed
+from karat_scale.engine.peers import Peers, Place, meet
 from karat_scale.errors import UserError
 
 T = TypeVar("T")
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+PATIENCE_MINUTES = 30.0
+_meetings = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ class World:
     local_rank: int
     device: torch.device
     control: dist.ProcessGroup | None = None
+    peers: Peers | None = None
+
+    def explaining(self) -> AbstractContextManager[None]:
+        """A collective that breaks inside the block raises what ended another rank, in its words."""
+        return nullcontext() if self.peers is None else self.peers.explaining()
 
     @property
     def is_main(self) -> bool:
@@ -118,12 +126,41 @@ def launch_environment(environ: Mapping[str, str]) -> tuple[int, int, int]:
     return 0, 1, 0
 
 
+@contextmanager
+def joined(device: str, patience_minutes: float) -> Iterator[World]:
+    """Be in the process group inside the block. What ends one rank there ends all, with the same line and exit code.
+
+    Args:
+        device: auto, cpu or cuda.
+        patience_minutes: how long to wait for another rank.
+
+    Raises:
+        UserError: as `start`, or what another rank met.
+        PeerError: another rank has ended.
+    """
+    world, place = _start(device, timedelta(minutes=patience_minutes))
+    peers = Peers(place) if place is not None else None
+    world = replace(world, peers=peers)
+    try:
+        with nullcontext() if peers is None else peers.telling():
+            yield world
+    finally:
+        stop()
+        if peers is not None:
+            peers.stop()
+
+
 def start(device: str) -> World:
     """Join the process group. `device` is auto, cpu or cuda.
 
     Raises:
-        UserError: CUDA was asked for and there is none for each rank, or the rendezvous address is unknown.
+        UserError: CUDA was asked for and there is none for each rank, or the ranks do not meet.
+        PeerError: the launcher, or the rank that keeps the store, has ended.
     """
+    return _start(device, timedelta(minutes=PATIENCE_MINUTES))[0]
+
+
+def _start(device: str, patience: timedelta) -> tuple[World, Place | None]:
     rank, size, local_rank = launch_environment(os.environ)
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda and not torch.cuda.is_available():
@@ -134,13 +171,13 @@ def start(device: str) -> World:
     tell_deepspeed(here.type)
     # DeepSpeed insists on it, and takes the GPU of that number.
     os.environ["LOCAL_RANK"] = str(here.index if use_cuda else local_rank)
-    _join(rank, size, here)
+    place = _join(rank, size, here, patience)
     with_control = use_cuda and size > 1
-    control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if with_control else None
+    control = dist.new_group(backend="gloo", timeout=patience) if with_control else None
     world = World(rank, size, local_rank, here, control)
     if with_control:
         _have_a_gpu_each(world)
-    return world
+    return world, place
 
 
 def stop() -> None:
@@ -154,18 +191,28 @@ def stop() -> None:
         use_torchs_own_linear()
 
 
-def _join(rank: int, size: int, device: torch.device) -> None:
+def _join(rank: int, size: int, device: torch.device, patience: timedelta) -> Place | None:
     if dist.is_initialized():
-        return
+        return None
     # With its device NCCL connects now, where a fault is seen, and each barrier knows which GPU is meant.
     backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     if size == 1:
         # No port, no host name: nothing that another job on this machine could collide with.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
-        return
+        return None
     os.environ["MASTER_ADDR"] = os.environ.get("MASTER_ADDR") or _first_slurm_host()
     os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT") or default_port(os.environ)
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT, device_id=device_id)
+    place = Place(os.environ["MASTER_ADDR"], _port(), rank, size, patience, next(_meetings))
+    store = dist.PrefixStore("group", meet(place))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=device_id)
+    return place
+
+
+def _port() -> int:
+    given = os.environ["MASTER_PORT"]
+    if not given.isdecimal() or not 0 < int(given) < 2**16:
+        raise UserError(f"MASTER_PORT = {given}: should be a number from 1 to 65535")
+    return int(given)
 
 
 def default_port(environ: Mapping[str, str]) -> str:

@@ -1,8 +1,6 @@
 """Folders that timm loads: a minimal one, and one for a model hub."""
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from karat_scale.errors import RunDirectoryError
 from karat_scale.export.model_card import model_card
 from karat_scale.export.source import Source
 from karat_scale.files import file_sha256, flush_to_disk, write_atomically
+from karat_scale.temporaries import temporary_folder
 
 CONFIG, WEIGHTS, RECIPE, CARD, SUMS = "config.json", "model.safetensors", "recipe.yaml", "README.md", "SHA256SUMS"
 
@@ -75,8 +74,7 @@ def _write(path: Path, files: dict[str, bytes], sums: bool = False) -> str:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunDirectoryError(f"{path} exists already; remove it or choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with temporary_folder(path) as unfinished:
         for name, content in files.items():
             write_atomically(unfinished / name, content)
         if sums:
@@ -85,6 +83,4 @@ def _write(path: Path, files: dict[str, bytes], sums: bool = False) -> str:
         unfinished.chmod(0o755)
         unfinished.replace(path)
         flush_to_disk(path.parent)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return f"{len(files) + sums} files"

@@ -35,8 +35,11 @@ def find_recipe(source: str, folder: Path = RECIPES) -> Path:
     if source in shipped:
         return shipped[source]
     path = Path(source)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise RecipeError(f"recipe {source[:100]!r}: {error.strerror}; name a recipe's YAML file") from None
     raise RecipeError(f"recipe {source!r}: {_why_missing(source, folder)}")
 
 

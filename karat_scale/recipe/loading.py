@@ -20,6 +20,7 @@ from karat_scale.recipe.synonyms import keys_called
 
 R = TypeVar("R", bound=RunRecipe)
 Schema = type[RunRecipe]
+_LONGEST = 200
 
 
 @overload
@@ -132,17 +133,17 @@ def schema_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[s
 def _apply_override(tree: dict[str, Any], override: str, schema: Schema) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise RecipeError(f"override {override!r}: should be key=value, such as optim.lr=1e-3")
+        raise RecipeError(f"override {override[:_LONGEST]!r}: should be key=value, such as optim.lr=1e-3")
     try:
         value = parse(text)
     except yaml.YAMLError:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML; quote it") from None
+        raise RecipeError(f"override {override[:_LONGEST]!r}: the value is not valid YAML; quote it") from None
     node = tree
     *parents, leaf = key.split(".")
     for name in parents:
         child = node.setdefault(name, {})
         if not isinstance(child, dict):
-            raise RecipeError(f"override {override!r}: {name} is not a section{_nearest(key, schema)}")
+            raise RecipeError(f"override {override[:_LONGEST]!r}: {name} is not a section{_nearest(key, schema)}")
         node = child
     node[leaf] = value
 
@@ -173,7 +174,7 @@ def _describe(error: Any, schema: Schema) -> str:
     if error["type"] == "value_error" and not isinstance(error["input"], (str, int, float, bool, list)):
         return message  # a validator of several fields names them itself
     message = message.removeprefix("Input ")
-    return f"{key} = {error['input']!r}: {message}{_default_of(key, schema)}"
+    return f"{key} = {repr(error['input'])[:_LONGEST]}: {message}{_default_of(key, schema)}"
 
 
 def _nearest(key: str, schema: Schema) -> str:

@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, KeyError, AttributeError, OverflowError):
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
             # PyYAML's own constructors: the 30th of February, `!!int x`, a number of 5,000 digits.
             kind, said = node.tag.rpartition(":")[2], str(node.value)[:40]
             raise _error(f"{said!r} cannot be read as {kind}; put a text in quotes", node) from None
@@ -51,6 +51,8 @@ def _count_nodes(tree: object) -> None:
     while left:
         node = left.pop()
         seen += 1
+        if isinstance(node, dict) and (others := [key for key in node if not isinstance(key, str)]):
+            raise yaml.YAMLError(f"key {str(others[0])[:100]} should be a name")
         if seen > _MOST_NODES:
             raise yaml.YAMLError(f"more than {_MOST_NODES:,} values, aliases written out")
         left += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from karat_scale.recipe.attention import AttentionConfig
-from karat_scale.recipe.base import Count, Effect, Fraction, Section
+from karat_scale.recipe.base import Count, Effect, Fraction, Positive, Section
 from karat_scale.recipe.data import AugmentConfig, DataConfig
 from karat_scale.recipe.files import RECIPES
 from karat_scale.recipe.keep import CheckpointConfig, LogConfig, ResumeConfig, SaveConfig
@@ -21,7 +21,7 @@ from karat_scale.recipe.train import DeepSpeedConfig, OptimConfig, ScheduleConfi
 class RunConfig(Section):
     """Name, directory, seed and device of a run."""
 
-    name: Annotated[str, Effect.NOTHING] = ""
+    name: Annotated[str, Field(max_length=255), Effect.NOTHING] = ""
     """The name of the run. The default is the name of the recipe."""
     dir: Annotated[str, Effect.NOTHING] = ""
     """The run directory, which holds everything that the run writes. The default is `runs/NAME`."""
@@ -29,6 +29,9 @@ class RunConfig(Section):
     """The seed of initial weights, data order, augmentation and mixing."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Effect.ROUNDING] = "auto"
     """The device to train on. `auto` uses CUDA if there is a GPU."""
+
+    peer_timeout_minutes: Annotated[Positive, Effect.NOTHING] = 30.0
+    """How long a rank waits for another one, at the start and in training, before the run ends."""
 
     @field_validator("name")
     @classmethod

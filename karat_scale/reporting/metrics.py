@@ -28,19 +28,31 @@ class Tracker(Protocol):
         """Flush what is left."""
 
 
-def open_trackers(directory: Path, recipe: RunRecipe, names: Sequence[str]) -> list[Tracker]:
-    """Open the trackers of these names in the table."""
-    return [load(TRACKERS[name])(recipe.run.name, directory, recipe) for name in names]
+def open_trackers(directory: Path, recipe: RunRecipe, names: Sequence[str]) -> tuple[list[Tracker], list[str]]:
+    """Open the trackers of these names in the table; returns them, and a line for each one that the disk refuses."""
+    opened, failures = [], []
+    for name in names:
+        try:
+            opened.append(load(TRACKERS[name])(recipe.run.name, directory, recipe))
+        except OSError as error:
+            failures.append(f"log.trackers = {name} has failed, so it gets no figures: {one_line(error)}")
+    return opened, failures
 
 
 class MetricsLog:
     """Appends events; every line is on disk before the next step can be lost.
 
     A tracker that fails is closed and named in `failures`; training goes on without it.
+
+    Raises:
+        RunDirectoryError: the disk does not take the file.
     """
 
     def __init__(self, file: Path, trackers: Sequence[Tracker] = ()) -> None:
-        self._file = file.open("a", encoding="utf-8")
+        try:
+            self._file = file.open("a", encoding="utf-8")
+        except OSError as error:
+            raise not_written(file, error) from error
         self._trackers = list(trackers)
         self._failures: list[str] = []
         # A disk that was full has left half a line: the next event must not join it.

@@ -5,7 +5,6 @@ profile/
   rank-00000-steps-3-5.txt             operations by the time they took themselves, the longest first
 """
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from karat_scale.engine.distributed import World
 from karat_scale.files import commit_file, write_atomically
 from karat_scale.reporting.progress import Reporter
+from karat_scale.temporaries import temporary_folder
 
 TABLE_ROWS = 40
 
@@ -50,9 +50,9 @@ class StepProfiler:
         trace = self._directory / f"{name}.pt.trace.json"
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=self._directory) as scratch:
+            with temporary_folder(trace) as scratch:
                 # The exporter wants a name that ends in .json.
-                unfinished = Path(scratch) / trace.name
+                unfinished = scratch / trace.name
                 self._profile.export_chrome_trace(str(unfinished))
                 commit_file(unfinished, trace)
             write_atomically(self._directory / f"{name}.txt", self._table() + "\n")

@@ -1,5 +1,6 @@
 """TensorBoard: curves of the main figures, and histograms of what each head learned."""
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,24 @@ _SCALARS = {
 }
 
 
+def _silence_its_thread() -> None:
+    """Leave out the traceback of TensorBoard's own thread: the next call raises the same error, as one warning."""
+    before = threading.excepthook
+
+    def hook(error: threading.ExceptHookArgs) -> None:
+        if not type(error.thread).__module__.startswith("tensorboard."):
+            before(error)
+
+    threading.excepthook = hook
+
+
 class TensorBoard:
     """Writes event files to `tensorboard/` in the run's directory. See Tracker."""
 
     def __init__(self, name: str, directory: Path, recipe: RunRecipe) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        _silence_its_thread()
         self._board: Any = SummaryWriter(str(directory / "tensorboard"))
 
     def write(self, event: str, step: int, figures: Mapping[str, Any]) -> None:

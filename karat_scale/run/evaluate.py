@@ -31,35 +31,34 @@ def evaluate_run(
     trained = directory.recipe(task_type.recipe_type)
     recipe = load_recipe(directory.recipe_file, overrides, task_type.recipe_type)
     require_trust(recipe.attention, directory.recipe_file)
-    world = distributed.start(recipe.run.device)
-    reporter = Reporter(choose_display(world.is_main, "evaluate"), None, world.rank)
-    task: Task | None = None
-    try:
-        with world.together():
-            name = directory.store.find_intact(checkpoint) if world.is_main else ""
-        name = world.broadcast(name)
-        use_ema = wants_ema(weights, recipe, directory.store.state(name))
-        task = task_type(recipe, world, reporter)
-        model = task.trained_model(trained, directory, name, use_ema)
-        check_implementation(model, world.device)
-        if chosen := describe_implementation(model, world.device):
-            reporter.info(chosen)
-        slow = recipe.train.precision == "fp16" and world.device.type == "cpu"
-        precision = PRECISIONS["fp32" if slow else recipe.train.precision]
-        allow_tf32(recipe.train.tf32)
-        model.to(world.device, precision.weights).eval()
+    with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
+        reporter = Reporter(choose_display(world.is_main, "evaluate"), None, world.rank)
+        task: Task | None = None
+        try:
+            with world.together():
+                name = directory.store.find_intact(checkpoint) if world.is_main else ""
+            name = world.broadcast(name)
+            use_ema = wants_ema(weights, recipe, directory.store.state(name))
+            task = task_type(recipe, world, reporter)
+            model = task.trained_model(trained, directory, name, use_ema)
+            check_implementation(model, world.device)
+            if chosen := describe_implementation(model, world.device):
+                reporter.info(chosen)
+            slow = recipe.train.precision == "fp16" and world.device.type == "cpu"
+            precision = PRECISIONS["fp32" if slow else recipe.train.precision]
+            allow_tf32(recipe.train.tf32)
+            model.to(world.device, precision.weights).eval()
 
-        @torch.no_grad()
-        def forward(images: Any) -> Any:
-            with precision.autocast(world.device.type):
-                return model(cast_images(images, precision.weights))
+            @torch.no_grad()
+            def forward(images: Any) -> Any:
+                with precision.autocast(world.device.type):
+                    return model(cast_images(images, precision.weights))
 
-        scores = task.evaluate(forward, reporter.display.evaluate)
-    finally:
-        if task is not None:
-            task.close()
-        reporter.close()
-        distributed.stop()
+            scores = task.evaluate(forward, reporter.display.evaluate)
+        finally:
+            if task is not None:
+                task.close()
+            reporter.close()
     if world.is_main:
         _report(directory.path, name, "ema" if use_ema else "raw", scores, json_file)
     return 0

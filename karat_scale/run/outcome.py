@@ -1,7 +1,7 @@
 """How a run ends: its exit code, the last event, and `summary.json`."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -11,7 +11,7 @@ from karat_scale.data.digest import classes_digest
 from karat_scale.engine.devices import device_name
 from karat_scale.engine.distributed import World
 from karat_scale.engine.run_state import RunState
-from karat_scale.errors import EXIT_STOPPED, UserError
+from karat_scale.errors import EXIT_STOPPED, PeerError, RunDirectoryError, UserError
 from karat_scale.files import sealed
 from karat_scale.machine import processor_name
 from karat_scale.recipe import RunRecipe
@@ -96,11 +96,16 @@ def concluded(outcome: Outcome, directory: RunDirectory, signals: StopSignals, r
     except UserError as error:
         outcome.code, outcome.reason = 2, str(error)
         raise
+    except PeerError as error:
+        outcome.reason = str(error)
+        raise
     except BaseException as error:
         outcome.reason = f"{type(error).__name__}: {error}"
         raise
     finally:
-        _record(outcome, directory, reporter)
+        is_shared = outcome.code in (0, EXIT_STOPPED)  # else a rank may be here alone
+        with outcome.world.together() if is_shared else nullcontext():
+            _record(outcome, directory, reporter)
 
 
 def _record(outcome: Outcome, directory: RunDirectory, reporter: Reporter) -> None:
@@ -109,7 +114,10 @@ def _record(outcome: Outcome, directory: RunDirectory, reporter: Reporter) -> No
     with ExitStack() as last:  # calls all, the last first, whatever the disk says to one of them
         if outcome.task is not None:
             last.callback(outcome.task.close)
+        # What has ended the run is told, not that the same disk does not take the news of it.
+        told = nullcontext() if outcome.code in (0, EXIT_STOPPED) else suppress(RunDirectoryError)
         if outcome.world.is_main and is_told:
+            last.enter_context(told)
             last.callback(lambda: directory.write_summary(sealed(outcome.summary(previous))))
         last.callback(reporter.close)
         if is_told:

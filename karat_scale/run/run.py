@@ -42,13 +42,13 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
         UserError: the recipe does not fit the data, the run directory or the machine.
     """
     signals = StopSignals().install()
-    world = distributed.start(recipe.run.device)
-    try:
+    with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
         directory, changes = claim_directory(recipe, world)
         reporter = open_reporter(recipe, world, directory)
         outcome = Outcome(recipe, world, task_type.state_type())
         fix = partial(task_type.less_memory, recipe, world.size)
-        with concluded(outcome, directory, signals, reporter), one_line_out_of_memory(fix):
+        # The innermost block is the first to know why a collective broke.
+        with concluded(outcome, directory, signals, reporter), one_line_out_of_memory(fix), world.explaining():
             task = outcome.task = task_type(recipe, world, reporter)
             if changes:
                 reporter.info(f"the recipe differs from that of the earlier start: {changes}")
@@ -56,8 +56,7 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             outcome.parameters = parts.engine.parameters
             outcome.state = resume(parts, directory)
             outcome.begun = True
-            if world.is_main:
-                directory.begin(recipe, task.classes)
+            world.on_main(lambda: directory.begin(recipe, task.classes))
             reporter.info(headline(parts))
             if outcome.state.step >= parts.total_steps:
                 reporter.info(f"nothing is left to do: {how_to_extend(parts)}")
@@ -65,8 +64,6 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
                 reporter.warn(slow)
             Loop(parts, outcome.state).run()
         return outcome.code
-    finally:
-        distributed.stop()
 
 
 def build_parts(task: Task, directory: RunDirectory, signals: StopSignals) -> Parts:
@@ -142,12 +139,22 @@ def claim_directory(recipe: RunRecipe, world: World) -> tuple[RunDirectory, str]
 
 
 def open_reporter(recipe: RunRecipe, world: World, directory: RunDirectory) -> Reporter:
-    """The reporter of a run, with metrics on rank 0 and a heartbeat on each."""
-    log = None
-    if world.is_main:
-        log = MetricsLog(directory.metrics_file, open_trackers(directory.path, recipe, recipe.log.trackers))
+    """The reporter of a run, with metrics on rank 0 and a heartbeat on each.
+
+    Raises:
+        RunDirectoryError: on all ranks, where the disk does not take the metrics.
+    """
+    log: MetricsLog | None = None
+    failures: list[str] = []
+    with world.together():
+        if world.is_main:
+            trackers, failures = open_trackers(directory.path, recipe, recipe.log.trackers)
+            log = MetricsLog(directory.metrics_file, trackers)
     heartbeat = Heartbeat(directory.path, world.rank, device_name(world.device)).start()
-    return Reporter(choose_display(world.is_main, recipe.run.name), log, world.rank, heartbeat)
+    reporter = Reporter(choose_display(world.is_main, recipe.run.name), log, world.rank, heartbeat)
+    for problem in [*failures, *(directory.clear() if world.is_main else ())]:
+        reporter.warn(problem)
+    return reporter
 
 
 def how_to_extend(parts: Parts) -> str:

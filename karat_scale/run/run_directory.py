@@ -16,6 +16,7 @@ import os
 import socket
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar, overload
 
@@ -29,6 +30,7 @@ from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import Effect
 from karat_scale.recipe.files import COMMANDS, read_recipe_file
 from karat_scale.recipe.loading import differing_keys, dump_recipe, effects, flatten, load_recipe, rounding_keys
+from karat_scale.temporaries import remove_leftovers
 
 # The data cursor counts global batches, so another size would train on other samples. What was frozen has no optimizer
 # state that it could resume with.
@@ -77,6 +79,16 @@ class RunDirectory:
             return ""
         self._refuse_another_recipe(recipe)
         return self.changes(recipe)
+
+    def clear(self) -> list[str]:
+        """Remove what killed starts left behind; returns a line for each file that stays. The directory is claimed."""
+        problems = self.store.discard_unfinished()
+        for directory in (self.path, self.snapshots, self.profile):
+            problems += remove_leftovers(directory)
+        for path in (self.path / "heartbeats").glob("*.tmp"):
+            with suppress(OSError):
+                path.unlink()
+        return problems
 
     def begin(self, recipe: RunRecipe, classes: Sequence[str] = ()) -> None:
         """Record the names of the classes and the recipe: from here on the directory is this run's.

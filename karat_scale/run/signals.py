@@ -2,13 +2,20 @@
 
 SIGUSR1 is left alone: NCCL may use it. srun sends a signal to a rank's whole process group, where SIGUSR2 would kill
 the compiler that the rank waits for. So it is blocked, which children inherit, and a thread waits for it.
+
+The end of torchrun, if it started this rank, counts as SIGTERM. Otherwise the rank would train on, and the next start
+would find its run in use.
 """
 
 import os
 import signal
 import threading
+import time
 from types import FrameType
 
+from karat_scale.launcher import LAUNCHER
+
+_POLL_SECONDS = 1.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
@@ -24,7 +31,15 @@ class StopSignals:
             signal.signal(number, self._remember)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
         threading.Thread(target=self._wait_for_usr2, name="signals", daemon=True).start()
+        if LAUNCHER.is_there:
+            threading.Thread(target=self._stop_with_launcher, name="launcher", daemon=True).start()
         return self
+
+    def _stop_with_launcher(self) -> None:
+        while not LAUNCHER.is_gone:
+            time.sleep(_POLL_SECONDS)
+        os.write(2, b"the launcher has ended; this rank stops, too\n")
+        self._remember(signal.SIGTERM, None)
 
     def _wait_for_usr2(self) -> None:
         while True:

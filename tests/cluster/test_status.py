@@ -135,3 +135,30 @@ def test_what_events_hold_is_text(tmp_path: Path, capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out
     assert "[red]run" in shown
     assert "\x1b[2J" not in shown
+
+
+def test_damaged_lines_are_skipped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    write_events(run, {"event": "train", "step": 3, "samples": 24, "loss": 1.0}, tail='{"event": "tra\n')
+    write_events(run, {"event": "train"}, {"event": "train", "step": "x"}, {"event": "train", "step": 1, "loss": [2]})
+    write_events(run, {"event": "resume", "step": 3, "restarts": 1}, tail="[" * 100_000 + "\n\n" + '{"event": "tr')
+    standing = read_standing(run)
+    assert (standing.step, standing.restarts, standing.losses, standing.damaged_lines) == (3, 1, [1.0], 5)
+    show_status(str(run), once=True)
+    assert "5 damaged lines of metrics.jsonl skipped" in capsys.readouterr().out
+
+
+def test_heartbeats_and_states_that_lie_are_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    write_events(run, {"event": "train", "step": 3, "samples": 24, "loss": 1.0})
+    (run / "heartbeats").mkdir()
+    for rank, lie in enumerate(({"written": "now"}, {"beats": None}, {"host": 3}, {"more": 1}, {})):
+        sign = {**asdict(Sign(rank, "node", 1, "")), **lie}
+        (run / "heartbeats" / f"rank-{rank:05d}.json").write_text(json.dumps(sign))
+    (run / "checkpoints" / "step-00000003").mkdir(parents=True)
+    (run / "checkpoints" / "latest").write_text("step-00000003\n")
+    (run / "checkpoints" / "step-00000003" / "manifest.json").touch()
+    (run / "checkpoints" / "step-00000003" / "state.json").write_text("[1]")
+    assert [sign.rank for sign in read_standing(run).signs] == [4]
+    assert show_status(str(run), once=True) == 0
+    assert "step-00000003" in capsys.readouterr().out

@@ -30,6 +30,17 @@ def test_closing_ends_the_workers_and_the_iterators(make_shards, data_config, ch
     assert next(batches, None) is None
 
 
+def test_closing_ends_a_worker_that_is_stopped(make_shards, data_config, cheap_augment):
+    before = children()
+    backend = open_backend(ImageSpec(data_config(make_shards(), workers=1), cheap_augment, SIZE, 3, 0))
+    batches = backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 1000))
+    next(batches)
+    (worker,) = children() - before
+    os.kill(worker, signal.SIGSTOP)
+    backend.close()
+    wait_until(lambda: worker not in children())
+
+
 def test_a_killed_worker_is_one_clear_error(make_shards, data_config, cheap_augment):
     before = children()
     backend = open_backend(ImageSpec(data_config(make_shards(), workers=1), cheap_augment, SIZE, 3, 0))
@@ -112,8 +123,17 @@ def test_workers_ignore_signals_to_the_process_group_and_exit_when_the_parent_is
     wait_until(lambda: not any(running(pid) for pid in workers))
 
 
+@pytest.mark.multiprocess
+def test_a_stopped_worker_does_not_outlive_a_trainer_that_is_killed(make_shards):
+    process, workers = start(make_shards())
+    os.kill(workers[0], signal.SIGSTOP)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(running(pid) for pid in workers))
+
+
 def _work(parent: int) -> None:
-    prepare_worker(parent, 0)
+    prepare_worker(parent, True, 0)
     multiprocessing.Event().wait(60)
 
 

@@ -2,8 +2,10 @@ import subprocess
 import sys
 
 import pytest
+import torch.distributed as dist
 
-from karat_scale.engine.distributed import World, default_port, launch_environment
+from karat_scale.engine.distributed import World, default_port, launch_environment, start
+from karat_scale.errors import UserError
 from tests.conftest import free_port, karat_environment
 
 
@@ -51,3 +53,49 @@ def test_an_address_without_a_port_is_enough_to_meet() -> None:
     for rank in ranks:
         shown, complaint = rank.communicate(timeout=120)
         assert shown == "['here', 'here']\n", complaint
+
+
+WAITS = """
+import sys, time
+from datetime import timedelta
+from karat_scale.engine.peers import Place, meet
+rank = int(sys.argv[2])
+store = meet(Place("127.0.0.1", int(sys.argv[1]), rank, 2, timedelta(minutes=5), 0))
+if rank == 0:
+    time.sleep(12)  # longer than one call to the store may take while the ranks meet
+    store.set("late", "here")
+print(store.get("late").decode())
+"""
+
+
+@pytest.mark.multiprocess
+def test_a_group_waits_for_a_slow_rank_as_long_as_the_recipe_says() -> None:
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITS, port, str(rank)],
+            env=karat_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        shown, complaint = rank.communicate(timeout=120)
+        assert shown == "here\n", complaint
+
+
+@pytest.mark.parametrize("port", ["x", "0", "70000", "-1"])
+def test_a_port_that_is_none_is_refused(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)  # another test's group may still be there
+    with pytest.raises(UserError, match=f"MASTER_PORT = {port}: should be a number"):
+        start("cpu")

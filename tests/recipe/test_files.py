@@ -1,5 +1,6 @@
 """What a recipe file takes from others by `extends`."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from karat_scale.errors import RecipeError
 from karat_scale.recipe.files import RECIPES, shipped_recipes
 from karat_scale.recipe.loading import dump_recipe, flatten, load_recipe
-from tests.conftest import ROOT, karat
+from tests.conftest import ROOT, karat, karat_here
 
 
 def write(path: Path, text: str) -> Path:
@@ -173,3 +174,49 @@ def test_a_recipe_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").symlink_to("/dev/zero")
     with pytest.raises(RecipeError, match=r"no such file|not a regular file"):
         load_recipe(tmp_path / "x.yaml")
+
+
+VALUES = [
+    *("2001-13-45", "9999-99-99 99:99:99", "2001-01-01 25:00:00", "!!timestamp x", "!!int x", "!!int ''", "0x", "0b"),
+    *("!!float ''", "!!bool maybe", "!foo x", "!!binary '****'", "!!omap [a]", "!!pairs 3", "!!set [a]", "!!null x"),
+    *("!!python/object/apply:os.system [id]", "!!python/name:os.system", "{a: 1, 2: 3}", "{2001-01-01: 3}", "{[a]: 3}"),
+    *("!!str {a: b}", "*nothing", "&a [*a]", "[" * 5000, "'\\uD800'", "\x01", "a" * 100_000),
+]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=[value[:24] for value in VALUES])
+@pytest.mark.parametrize("key", ["seed", "name"])
+def test_a_value_that_is_none_is_one_line(value: str, key: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(f"run: {{{key}: {value}}}\n", errors="surrogatepass")
+    said = []
+    for source, overrides in ((path, ()), ("fashion_mnist_demo", (f"run.{key}={value}",))):
+        try:
+            load_recipe(source, overrides)
+        except RecipeError as error:
+            said.append(str(error))
+    assert not [line for line in said if "\n" in line or len(line) > 1000]
+
+
+@pytest.mark.parametrize("source", ["a" * 10_000, "a/" * 5000 + "b.yaml", "/proc/self/mem", "/dev/zero", "/", "a\0b"])
+def test_what_is_no_recipe_file_is_one_short_line(source: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(source)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_pipe_is_no_recipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(RecipeError, match=r"pipe\.yaml"):
+        load_recipe(tmp_path / "pipe.yaml")
+
+
+@pytest.mark.parametrize("key", ["run.dir", "data.path", "init_from", "resume.from", "deepspeed.config"])
+def test_a_path_of_ten_thousand_characters_is_one_line(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert karat_here("train", "fashion_mnist_demo", "run.device=cpu", f"{key}={'a' * 10_000}") == 2
+    said = capsys.readouterr().err
+    assert "error: " in said
+    assert "Traceback" not in said

@@ -29,7 +29,7 @@ def board_of(directory: Path) -> EventAccumulator:
 def test_each_head_at_each_stage(small_recipe, make_engine, tmp_path: Path, config: str) -> None:
     recipe = small_recipe(f"deepspeed.config={config}", "log.trackers=tensorboard", "log.histogram_every_steps=5")
     engine = make_engine(recipe)
-    log = MetricsLog(tmp_path / "metrics.jsonl", open_trackers(tmp_path, recipe, recipe.log.trackers))
+    log = MetricsLog(tmp_path / "metrics.jsonl", open_trackers(tmp_path, recipe, recipe.log.trackers)[0])
     histograms = HeadHistograms(engine, recipe.log, Reporter(PlainDisplay(), log))
     assert [step for step in range(1, 12) if histograms.due(step)] == [5, 10]
     histograms.write(5)

@@ -17,16 +17,21 @@ PR_SET_PDEATHSIG = 1
 class ForkedRanks:
     """`karat train ARGUMENTS` on `count` ranks, which talk through gloo; each leads a process group of its own.
 
-    Each rank first calls `prepare` with its number.
+    Each rank first calls `prepare` with its number. Rank `absent` is not started.
     """
 
     def __init__(
-        self, arguments: Sequence[str], count: int, log: Path, prepare: Callable[[int], object] = lambda rank: None
+        self,
+        arguments: Sequence[str],
+        count: int,
+        log: Path,
+        prepare: Callable[[int], object] = lambda rank: None,
+        absent: int | None = None,
     ) -> None:
         port = str(free_port())
         self.codes: dict[int, int] = {}
         self.ranks: list[int] = []
-        for rank in range(count):
+        for rank in [rank for rank in range(count) if rank != absent]:
             pid = os.fork()
             if pid == 0:
                 _be_a_rank(arguments, rank, count, port, log, prepare)

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from karat_scale.machine import home
+
 COMPILERS = ("gcc", "clang")
 COMPILER_SECONDS = 60
 _EXTENSION = "#include <Python.h>\n#include <dlfcn.h>\n"
@@ -76,8 +78,8 @@ def _compiler_problem() -> str | None:
 def _cache_problem() -> str | None:
     if os.environ.get("TRITON_CACHE_MANAGER"):
         return None
-    home = os.environ.get("TRITON_HOME") or Path.home()
-    directory = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home) / ".triton" / "cache")
+    base = os.environ.get("TRITON_HOME") or home()
+    directory = Path(os.environ.get("TRITON_CACHE_DIR") or Path(base) / ".triton" / "cache")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):

@@ -20,9 +20,11 @@ import numpy.typing as npt
 from pydantic import ConfigDict, Field, ValidationError
 
 from karat_scale.data.formats import checks
+from karat_scale.data.formats.index import key_of, read_columns
 from karat_scale.data.formats.readahead import Readahead
-from karat_scale.data.formats.shard_format import FileRecord, OddRecord, ShardRecord, SkippedRecord, read_index_field
+from karat_scale.data.formats.shard_format import FileRecord, OddRecord, ShardRecord, SkippedRecord
 from karat_scale.errors import DataError
+from karat_scale.files import read_text
 
 FIX = "copy it again or make it again with data_prep/make_ffcv.py"
 WORDING = checks.Wording("its record", FIX)
@@ -83,7 +85,9 @@ def read_record(beton: Path) -> BetonRecord:
     path = record_path(beton)
     fix = "make the beton with data_prep/make_ffcv.py, or correct data.path"
     try:
-        return BetonRecord.model_validate_json(path.read_bytes())
+        return BetonRecord.model_validate_json(read_text(path))
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is damaged: it is not UTF-8; {fix}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "JSON"
@@ -103,6 +107,19 @@ def index_bytes(columns: dict[str, Column], keys: list[str]) -> bytes:
 def check_file(directory: Path, record: FileRecord, by_hash: bool) -> None:
     """Compare a file with its record by size or by SHA-256. Raises DataError."""
     checks.check_file(directory / record.name, record, by_hash, WORDING)
+
+
+def _check_images(columns: dict[str, Column]) -> None:
+    """Raise ValueError for an image without pixels, of an unknown mode, or of another size than its pixels."""
+    width, height, mode = columns["width"], columns["height"], columns["mode"]
+    pixels = 3 * width.astype(np.int64) * height
+    wrong = (width < 1) | (height < 1) | (mode > RAW) | ((mode == RAW) & (columns["size"] != pixels))
+    if wrong.any():
+        number = int(wrong.argmax())
+        raise ValueError(
+            f"sample {number} is stored in mode {mode[number]} with {width[number]} x {height[number]} pixels in "
+            f"{columns['size'][number]} bytes"
+        )
 
 
 class BetonSplit:
@@ -140,15 +157,17 @@ class BetonSplit:
     def _read_index(self, record: BetonRecord) -> dict[str, Column]:
         path = index_path(self.path)
         data = checks.read_checked(path, record.index, WORDING)
-        columns = {name: read_index_field(data, name) for name in COLUMNS}
+        try:
+            columns = read_columns(data, COLUMNS, record.samples, record.bytes)
+            _check_images(columns)
+        except ValueError as error:
+            raise DataError(f"{path} does not fit {self.path.name}: {error}; {FIX}") from None
         wrong = np.flatnonzero((columns["label"] < 0) | (columns["label"] >= len(self.classes)))
         if len(wrong):
             raise DataError(
                 f"{self.path}: sample {wrong[0]} has label {columns['label'][wrong[0]]}, but {record_path(self.path)} "
                 f"lists {len(self.classes)} classes; {FIX}"
             )
-        if len(columns["label"]) != record.samples or np.any(columns["offset"] + columns["size"] > record.bytes):
-            raise DataError(f"{path} does not fit {self.path.name}; {FIX}")
         return columns
 
     def __len__(self) -> int:
@@ -186,8 +205,10 @@ class BetonSplit:
 
     def locate(self, sample_id: int) -> tuple[str, str]:
         """Return the key of a sample and the name of the beton, for messages."""
-        keys = read_index_field(index_path(self.path).read_bytes(), "key")
-        return keys[sample_id].decode(), self.path.name
+        try:
+            return key_of(index_path(self.path).read_bytes(), sample_id), self.path.name
+        except (OSError, ValueError, IndexError):  # the index has changed: the place is all that is known
+            return f"number {sample_id}", self.path.name
 
     def file_of(self, sample_id: int) -> str:
         """Return the path of the beton."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
@@ -62,9 +63,12 @@ def unused_classes(classes: int, num_classes: int) -> str:
 def check_file(path: Path, record: FileRecord, by_hash: bool, wording: Wording) -> None:
     """Compare a file with its record by size or by SHA-256. Raises DataError."""
     try:
-        size = path.stat().st_size
+        status = path.stat()
     except OSError as error:
         raise DataError(f"{path} {wording.missing}; {wording.fix}") from error
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+        raise DataError(f"{path} is not a regular file; {wording.fix}")
+    size = status.st_size
     if size != record.bytes:
         how = "is cut short" if size < record.bytes else "has changed since it was written"
         raise DataError(f"{path} {how}: {size} bytes, {wording.said_by} says {record.bytes}; {wording.fix}")

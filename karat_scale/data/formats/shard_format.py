@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from karat_scale.errors import DataError
-from karat_scale.files import write_atomically
+from karat_scale.files import read_text, write_atomically
 
 DATASET_FILE = "dataset.json"
 # A name in dataset.json must not point outside of its directory.
@@ -110,7 +109,9 @@ def read_dataset_record(directory: Path) -> DatasetRecord:
         found = "is empty" if not any(directory.iterdir()) else f"has no {DATASET_FILE}"
         raise DataError(f"data.path = {directory} {found}; {fix} or correct the path")
     try:
-        return DatasetRecord.model_validate_json(path.read_bytes())
+        return DatasetRecord.model_validate_json(read_text(path))
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is damaged: it is not UTF-8; {fix}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "JSON"
@@ -134,21 +135,14 @@ def write_dataset_record(directory: Path, record: DatasetRecord) -> None:
     write_atomically(directory / DATASET_FILE, text)
 
 
-INDEX_FIELDS = ("offset", "size", "label", "crc32")
+INDEX_FIELDS = {"offset": np.int64, "size": np.int64, "label": np.int32, "crc32": np.uint32}
 
 
 def index_bytes(rows: list[tuple[int, int, int, int]], keys: list[str]) -> bytes:
     """Return the index file of a shard from rows of (offset, size, label, crc32)."""
     columns = np.array(rows, dtype=np.int64).reshape(-1, len(INDEX_FIELDS))
-    dtypes = (np.int64, np.int64, np.int32, np.uint32)
-    arrays: dict[str, Any] = {name: columns[:, i].astype(dtypes[i]) for i, name in enumerate(INDEX_FIELDS)}
+    arrays: dict[str, Any] = {name: columns[:, i].astype(kind) for i, (name, kind) in enumerate(INDEX_FIELDS.items())}
     buffer = io.BytesIO()
     arrays["key"] = np.array([key.encode(errors="surrogateescape") for key in keys], dtype=np.bytes_)
     np.savez(buffer, **arrays)
     return buffer.getvalue()
-
-
-def read_index_field(data: bytes, name: str) -> npt.NDArray[Any]:
-    """Return one column of an index file's bytes."""
-    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-        return np.asarray(archive[name])

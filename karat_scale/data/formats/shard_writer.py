@@ -8,9 +8,7 @@ dataset.json last.
 """
 
 import hashlib
-import os
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from typing import BinaryIO
 
 from karat_scale.data.formats.shard_format import FileRecord, ShardRecord, index_bytes
 from karat_scale.files import commit_file, name_in_errors, write_atomically
+from karat_scale.temporaries import temporary_file
 
 TAR_BLOCK = tarfile.BLOCKSIZE
 # Owner and mode of the members, as webdataset sets them.
@@ -45,9 +44,8 @@ def write_shard(directory: Path, name: str, samples: Iterable[EncodedSample]) ->
     rows: list[tuple[int, int, int, int]] = []
     keys: list[str] = []
     path = directory / f"{name}.tar"
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=directory)
-    try:
-        with name_in_errors(path), os.fdopen(handle, "wb") as file:
+    with temporary_file(path) as temporary:
+        with name_in_errors(path), temporary.open("wb") as file:
             stream = _HashingStream(file)
             for sample in samples:
                 _add_member(stream, f"{sample.key}.cls", str(sample.label).encode())
@@ -60,10 +58,7 @@ def write_shard(directory: Path, name: str, samples: Iterable[EncodedSample]) ->
         index_name = f"{name}.index.npz"
         # The index is renamed first, so a tar under its final name always has one.
         write_atomically(directory / index_name, index)
-        commit_file(Path(temporary), path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        commit_file(temporary, path)
     return ShardRecord(
         name=path.name,
         bytes=stream.bytes,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from karat_scale.data.formats import checks
+from karat_scale.data.formats.index import key_of, read_columns
 from karat_scale.data.formats.readahead import Readahead
 from karat_scale.data.formats.shard_format import (
     DATASET_FILE,
@@ -17,7 +18,6 @@ from karat_scale.data.formats.shard_format import (
     FileRecord,
     ShardRecord,
     read_dataset_record,
-    read_index_field,
 )
 from karat_scale.errors import DataError
 
@@ -68,21 +68,25 @@ class ShardSplit:
         if split not in record.splits or record.splits[split].samples == 0:
             there = ", ".join(name for name, found in record.splits.items() if found.samples) or "none"
             raise DataError(f"{self.directory} has no samples of split {split!r}; the splits there: {there}")
-        return record.splits[split].shards
+        found = record.splits[split]
+        if found.samples != sum(shard.samples for shard in found.shards):
+            raise DataError(f"{self.directory / DATASET_FILE}: {split} has not as many samples as its shards; {FIX}")
+        return found.shards
 
     def _read_index(self, shard: ShardRecord) -> dict[str, Any]:
         path = self.directory / shard.index.name
         data = checks.read_checked(path, shard.index, WORDING)
-        index = {name: read_index_field(data, name) for name in INDEX_FIELDS}
+        try:
+            index = read_columns(data, INDEX_FIELDS, shard.samples, shard.bytes)
+        except ValueError as error:
+            raise DataError(f"{path} does not fit its shard {shard.name}: {error}; {FIX}") from None
         wrong = np.flatnonzero((index["label"] < 0) | (index["label"] >= len(self.classes)))
         if len(wrong):
-            key = read_index_field(data, "key")[wrong[0]].decode()
+            sample, label = wrong[0], index["label"][wrong[0]]
             raise DataError(
-                f"{self.directory / shard.name}: sample {key} has label {index['label'][wrong[0]]}, but "
+                f"{self.directory / shard.name}: sample {key_of(data, sample)} has label {label}, but "
                 f"dataset.json lists {len(self.classes)} classes; correct them and make the shards again"
             )
-        if len(index["label"]) != shard.samples or np.any(index["offset"] + index["size"] > shard.bytes):
-            raise DataError(f"{path} does not fit its shard {shard.name}; {FIX}")
         return index
 
     def __len__(self) -> int:
@@ -111,8 +115,11 @@ class ShardSplit:
         """Return the key of a sample and the name of its shard, for messages."""
         number = self._shard_of(sample_id)
         shard = self._shards[number]
-        keys = read_index_field((self.directory / shard.index.name).read_bytes(), "key")
-        return keys[sample_id - self._starts[number]].decode(), shard.name
+        path = self.directory / shard.index.name
+        try:
+            return key_of(path.read_bytes(), sample_id - int(self._starts[number])), shard.name
+        except (OSError, ValueError, IndexError):  # the index has changed: the place is all that is known
+            return f"number {sample_id - int(self._starts[number])}", shard.name
 
     def file_of(self, sample_id: int) -> str:
         """Return the path of the shard that holds a sample."""
