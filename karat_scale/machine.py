@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from karat_scale.errors import UserError
-from karat_scale.native_build import cpu_flags
 from karat_scale.suggestions import nearest
 
 ROOT = Path("/sys/fs/cgroup")
@@ -52,6 +51,15 @@ def processor_name() -> str:
     except OSError:
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def cpu_flags() -> set[str]:
+    """Return the features of this machine's processor that Linux lists, such as "avx2"; none on other systems."""
+    try:
+        found = re.search(r"^(?:flags|Features)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return set(found[1].split()) if found else set()
 
 
 def cpu_has_bf16() -> bool:

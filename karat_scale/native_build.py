@@ -10,7 +10,6 @@ import functools
 import hashlib
 import os
 import platform
-import re
 import shutil
 import stat
 import subprocess
@@ -22,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from karat_scale.console import printable
-from karat_scale.machine import home
+from karat_scale.machine import cpu_flags, home
 
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c")
 COMPILERS = ("g++", "c++", "clang++")
@@ -100,15 +99,6 @@ def _available_instruction_sets() -> tuple[str, ...]:
     if capability == "AVX512" and _may_use_amx():
         return ("amx", "avx512", "avx2")
     return {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(capability, ())
-
-
-def cpu_flags() -> set[str]:
-    """Return the features of this machine's processor that Linux lists, such as "avx2"; none on other systems."""
-    try:
-        found = re.search(r"^(?:flags|Features)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return set(found[1].split()) if found else set()
 
 
 def _may_use_amx() -> bool:

@@ -5,7 +5,11 @@ from typing import Any
 
 import yaml
 
+from karat_scale.errors import one_line
+
 _MOST_NODES = 10_000  # values in a recipe
+# What PyYAML raises for a value that is not of its tag's kind, or a date that is none.
+_VALUE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
 def parse(text: str) -> Any:
@@ -14,6 +18,8 @@ def parse(text: str) -> Any:
         tree = yaml.load(text, Loader=_Loader)
     except RecursionError:
         raise yaml.YAMLError("nested too deeply; a recipe has sections and keys") from None
+    except _VALUE_ERRORS as error:  # of a list or a map whose tag is another kind's, such as `!!set [a]`
+        raise yaml.YAMLError(f"a value is not of its kind: {one_line(error)[:100]}") from None
     _count_nodes(tree)
     return tree
 
@@ -35,7 +41,7 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
+        except _VALUE_ERRORS:
             # PyYAML's own constructors: the 30th of February, `!!int x`, a number of 5,000 digits.
             kind, said = node.tag.rpartition(":")[2], str(node.value)[:40]
             raise _error(f"{said!r} cannot be read as {kind}; put a text in quotes", node) from None
