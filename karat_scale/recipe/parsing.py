@@ -14,7 +14,7 @@ def parse(text: str) -> Any:
         tree = yaml.load(text, Loader=_Loader)
     except RecursionError:
         raise yaml.YAMLError("nested too deeply; a recipe has sections and keys") from None
-    _count_nodes(tree)
+    _check_nodes(tree)
     return tree
 
 
@@ -22,6 +22,8 @@ class _Loader(yaml.SafeLoader):
     """A loader that refuses duplicate keys, of which PyYAML keeps the last one, and values that Python cannot hold."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        if not isinstance(node, yaml.MappingNode):  # such as `!!set [a]`
+            raise _error(f"a list or a text cannot be read as {_kind(node)}", node)
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -35,22 +37,29 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, KeyError, AttributeError, OverflowError):
+        except (ValueError, LookupError, AttributeError, ArithmeticError):
             # PyYAML's own constructors: the 30th of February, `!!int x`, a number of 5,000 digits.
-            kind, said = node.tag.rpartition(":")[2], str(node.value)[:40]
-            raise _error(f"{said!r} cannot be read as {kind}; put a text in quotes", node) from None
+            said = str(node.value)[:40]
+            raise _error(f"{said!r} cannot be read as {_kind(node)}; put a text in quotes", node) from None
+
+
+def _kind(node: yaml.Node) -> str:
+    return str(node.tag).rpartition(":")[2]
 
 
 def _error(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
-def _count_nodes(tree: object) -> None:
-    """Refuse what grows beyond all bounds when its aliases are written out. Raises YAMLError."""
+def _check_nodes(tree: object) -> None:
+    """Refuse keys that are no names, and what grows beyond all bounds with its aliases. Raises YAMLError."""
     left, seen = [tree], 0
     while left:
         node = left.pop()
         seen += 1
+        others = [key for key in node if not isinstance(key, str)] if isinstance(node, dict) else []
+        if others:
+            raise yaml.YAMLError(f"key {str(others[0])[:100]} should be a name")
         if seen > _MOST_NODES:
             raise yaml.YAMLError(f"more than {_MOST_NODES:,} values, aliases written out")
         left += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
