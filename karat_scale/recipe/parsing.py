@@ -5,11 +5,7 @@ from typing import Any
 
 import yaml
 
-from karat_scale.errors import one_line
-
 _MOST_NODES = 10_000  # values in a recipe
-# What PyYAML raises for a value that is not of its tag's kind, or a date that is none.
-_VALUE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
 def parse(text: str) -> Any:
@@ -18,9 +14,7 @@ def parse(text: str) -> Any:
         tree = yaml.load(text, Loader=_Loader)
     except RecursionError:
         raise yaml.YAMLError("nested too deeply; a recipe has sections and keys") from None
-    except _VALUE_ERRORS as error:  # of a list or a map whose tag is another kind's, such as `!!set [a]`
-        raise yaml.YAMLError(f"a value is not of its kind: {one_line(error)[:100]}") from None
-    _count_nodes(tree)
+    _check_nodes(tree)
     return tree
 
 
@@ -28,6 +22,8 @@ class _Loader(yaml.SafeLoader):
     """A loader that refuses duplicate keys, of which PyYAML keeps the last one, and values that Python cannot hold."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        if not isinstance(node, yaml.MappingNode):  # such as `!!set [a]`
+            raise _error(f"a list or a text cannot be read as {_kind(node)}", node)
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -41,23 +37,28 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except _VALUE_ERRORS:
+        except (ValueError, LookupError, AttributeError, ArithmeticError):
             # PyYAML's own constructors: the 30th of February, `!!int x`, a number of 5,000 digits.
-            kind, said = node.tag.rpartition(":")[2], str(node.value)[:40]
-            raise _error(f"{said!r} cannot be read as {kind}; put a text in quotes", node) from None
+            said = str(node.value)[:40]
+            raise _error(f"{said!r} cannot be read as {_kind(node)}; put a text in quotes", node) from None
+
+
+def _kind(node: yaml.Node) -> str:
+    return str(node.tag).rpartition(":")[2]
 
 
 def _error(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
-def _count_nodes(tree: object) -> None:
-    """Refuse what grows beyond all bounds when its aliases are written out. Raises YAMLError."""
+def _check_nodes(tree: object) -> None:
+    """Refuse keys that are no names, and what grows beyond all bounds with its aliases. Raises YAMLError."""
     left, seen = [tree], 0
     while left:
         node = left.pop()
         seen += 1
-        if isinstance(node, dict) and (others := [key for key in node if not isinstance(key, str)]):
+        others = [key for key in node if not isinstance(key, str)] if isinstance(node, dict) else []
+        if others:
             raise yaml.YAMLError(f"key {str(others[0])[:100]} should be a name")
         if seen > _MOST_NODES:
             raise yaml.YAMLError(f"more than {_MOST_NODES:,} values, aliases written out")
