@@ -1,5 +1,6 @@
 """Batches, or other results, in plan order from parallel worker processes."""
 
+import errno
 import itertools
 import os
 import signal
@@ -12,6 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from karat_scale.data.batch import Batch
 from karat_scale.data.digest import with_digest
@@ -22,6 +24,7 @@ from karat_scale.errors import DataError, UserError
 
 # How often a wait for a batch checks whether the workers are alive.
 POLL_SECONDS = 2.0
+_NO_SEMAPHORES = (errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENOSPC, errno.ENOSYS)
 # DataLoader's message when that time is over.
 TIMED_OUT = "DataLoader timed out"
 T = TypeVar("T")
@@ -75,8 +78,18 @@ class OrderedResults(Iterator[T], Generic[T]):
             multiprocessing_context="fork" if workers else None,
         )
         self._whereabouts, self._workers, self._timeout = whereabouts, workers, timeout
-        with _child_signal_kept():
-            self._results: Iterator[T | UserError] | None = iter(loader)
+        try:
+            with _child_signal_kept():
+                self._results: Iterator[T | UserError] | None = iter(loader)
+        except OSError as error:
+            if error.errno not in _NO_SEMAPHORES:
+                raise
+            # What is half made has nothing to shut down, and would print a traceback when it is freed.
+            _MultiProcessingDataLoaderIter._shutdown = True
+            raise DataError(
+                f"data.workers = {workers}: worker processes need semaphores in /dev/shm: {error.strerror}; make it "
+                "writable and larger, or use data.workers=0"
+            ) from error
 
     def __next__(self) -> T:
         if self._results is None:

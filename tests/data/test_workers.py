@@ -146,3 +146,33 @@ def test_a_worker_whose_trainer_died_before_it_looked_leaves() -> None:
     worker.start()
     worker.join(30)
     assert worker.exitcode == 0
+
+
+READ_ONLY = """
+    import sys
+    from karat_scale.data.backends import ImageSpec, open_backend
+    from karat_scale.data.plan import TrainPlan
+    from karat_scale.errors import DataError
+    from karat_scale.recipe import AugmentConfig, DataConfig
+
+    config = DataConfig(path=sys.argv[1], workers=1)
+    try:
+        open_backend(ImageSpec(config, AugmentConfig(), 16, 3, 0)).train_batches(
+            TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 400)
+        )
+    except DataError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another view of /dev/shm needs root")
+@pytest.mark.parametrize("option", ["ro", "size=4k"])
+def test_a_read_only_or_small_dev_shm_is_one_line(make_shards, option):
+    mount = f'mount -t tmpfs -o {option} tmpfs /dev/shm && exec "$0" -c "$1" "$2"'
+    script = textwrap.dedent(READ_ONLY)
+    command = ["unshare", "-m", "sh", "-c", mount, sys.executable, script, str(make_shards())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip("this machine allows no mount of one's own")
+    assert done.stdout.startswith("data.workers = 1: worker processes need semaphores in /dev/shm"), done.stderr
+    assert "Traceback" not in done.stderr
