@@ -20,6 +20,8 @@ def join(src: Path, out: Path) -> list[str]:
     record = read_dataset_record(src)
     out.mkdir(parents=True, exist_ok=True)
     joined = read_dataset_record(out) if (out / DATASET_FILE).exists() else record.model_copy(update={"splits": {}})
+    if record.root or joined.root:
+        raise DataError(f"{src} and {out}: one lists tars that are elsewhere; run `karat index` on all tars at once")
     if joined.classes != record.classes:
         raise DataError(f"{src} has different classes than {out}; make both splits from the same images")
     if both := sorted(joined.splits.keys() & record.splits.keys()):

@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser("Write index files for DALI's webdataset reader.")
     add_shard_options(parser)
     options = parser.parse_args(arguments)
-    splits = chosen_splits(options.src, read_dataset_record(options.src), options.split)
+    record = read_dataset_record(options.src)
+    tars, splits = record.tars_of(options.src), chosen_splits(options.src, record, options.split)
     shards: list[ShardRecord] = [shard for split in splits.values() for shard in split.shards]
     if options.dry_run:
         print(f"would write {len(shards)} index files to {options.out}")
@@ -48,9 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     with progress("indexing", len(shards), "shards") as advance:
         for shard in shards:
-            check_file(options.src, shard, by_hash=False)
+            check_file(tars, shard, by_hash=False)
             path = options.out / Path(shard.name).with_suffix(".idx").name
-            write_atomically(path, dali_index(options.src / shard.name))
+            write_atomically(path, dali_index(tars / shard.name))
             advance(1)
     print(f"{len(shards)} index files are in {options.out}")
 

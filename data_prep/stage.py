@@ -19,6 +19,7 @@ from karat_scale.data.formats.shard_format import (
     DATASET_FILE,
     DatasetRecord,
     FileRecord,
+    ShardRecord,
     SplitRecord,
     chosen_splits,
     read_dataset_record,
@@ -37,22 +38,24 @@ Splits = dict[str, SplitRecord]
 
 
 def is_staged(out: Path, record: FileRecord) -> bool:
-    """True if a file exists, byte for byte."""
+    """True if a file exists, byte for byte; by its size alone if `karat index` left out its hash."""
     try:
-        check_file(out, record, by_hash=True)
+        check_file(out, record, by_hash=bool(record.sha256))
     except (DataError, OSError):
         return False
     return True
 
 
 def copy_checked(src: Path, out: Path, record: FileRecord, advance: Callable[[int], None]) -> None:
-    """Copy a file; it gets its name once its SHA-256 is right. Raises DataError."""
+    """Copy a file; it gets its name once its size, and its SHA-256 if that is known, are right. Raises DataError."""
+    (out / record.name).parent.mkdir(parents=True, exist_ok=True)
     with temporary_file(out / record.name) as temporary:
         with temporary.open("wb") as target, (src / record.name).open("rb") as source:
             copy = FingerprintedFile(target, advance)
             shutil.copyfileobj(source, copy, BLOCK)
-        if copy.fingerprint().sha256 != record.sha256:
-            raise DataError(f"{src / record.name} has changed since it was written: its SHA-256 differs")
+        found = copy.fingerprint()
+        if found.bytes != record.bytes or record.sha256 not in ("", found.sha256):
+            raise DataError(f"{src / record.name} has changed since it was written: its size or its SHA-256 differs")
         commit_file(temporary, out / record.name)
 
 
@@ -101,19 +104,23 @@ def staged_before(out: Path, source: DatasetRecord, wanted: Splits) -> Splits:
 def list_splits(out: Path, source: DatasetRecord, splits: Splits) -> None:
     """Write dataset.json with only these splits; without any, remove it."""
     if splits:
-        write_dataset_record(out, source.model_copy(update={"splits": splits}))
+        write_dataset_record(out, source.model_copy(update={"splits": splits, "root": ""}))
     else:
         (out / DATASET_FILE).unlink(missing_ok=True)
 
 
-def copy_all(src: Path, out: Path, missing: list[FileRecord], workers: int) -> None:
+def copy_all(src: Path, tars: Path, out: Path, missing: list[FileRecord], workers: int) -> None:
     """Copy these files if there is space for them. Raises DataError."""
     for leftover in (path for file in missing for path in out.glob(f".{file.name}.*")):
         leftover.unlink(missing_ok=True)
     needed = sum(file.bytes for file in missing)
     check_space(src, out, needed)
     with progress("copying", needed, "bytes") as advance, ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda file: copy_checked(src, out, file, advance), missing))
+
+        def copy(file: FileRecord) -> None:
+            copy_checked(tars if isinstance(file, ShardRecord) else src, out, file, advance)
+
+        list(pool.map(copy, missing))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -135,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     missing = missing_files(out, wanted, options.workers)
     if missing:  # until all are copied, the directory must not look complete
         list_splits(out, record, kept)
-        copy_all(src, out, missing, options.workers)
+        copy_all(src, record.tars_of(src), out, missing, options.workers)
     list_splits(out, record, kept | wanted)
     absent = ", ".join(name for name in record.splits if name not in kept | wanted)
     then = f"Stage {absent} too before you train from it" if absent else f"Train with data.path={out}"

@@ -6,6 +6,7 @@ Prints every problem. If there is one, the exit code is 2 and one line on stderr
 """
 
 import multiprocessing
+import os
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -21,12 +22,16 @@ from karat_scale.data.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.formats.index import KEY, read_column, read_columns
 from karat_scale.data.formats.shard_format import (
     INDEX_FIELDS,
+    DatasetRecord,
     ShardRecord,
     SplitRecord,
     chosen_splits,
     read_dataset_record,
 )
 from karat_scale.data.formats.shards import check_file
+from karat_scale.data.indexing.command import is_indexed, number_of
+from karat_scale.data.indexing.labels import LabelRule
+from karat_scale.data.indexing.samples import read_samples
 from karat_scale.errors import DataError, run_script
 
 # ImageNet-1K as published: images, and the smallest and largest class.
@@ -34,13 +39,19 @@ IMAGENET_CLASSES = 1000
 IMAGENET = {"train": (1_281_167, 732, 1300), "val": (50_000, 50, 50)}
 
 
-def verify_shard(directory: Path, classes: int, shard: ShardRecord) -> tuple[list[str], list[int]]:
-    """Return the problems of one shard, and its number of samples of each class."""
-    path = directory / shard.name
+def verify_shard(
+    directory: Path, record: DatasetRecord, rule: LabelRule | None, shard: ShardRecord
+) -> tuple[list[str], list[int]]:
+    """Return the problems of one shard, and its number of samples of each class.
+
+    rule: where the labels are in a tar that `karat index` has indexed; None for our own shards.
+    """
+    tars, classes = record.tars_of(directory), len(record.classes)
+    path = tars / shard.name
     problems = []
-    for record in (shard.index, shard):
+    for place, file in ((directory, shard.index), (tars, shard)):
         try:
-            check_file(directory, record, by_hash=True)
+            check_file(place, file, by_hash=bool(file.sha256))
         except DataError as error:
             problems.append(str(error).split("; ")[0])
     if problems:
@@ -55,7 +66,10 @@ def verify_shard(directory: Path, classes: int, shard: ShardRecord) -> tuple[lis
     for number in np.flatnonzero((labels < 0) | (labels >= classes)):
         problems.append(f"{path}: sample {keys[number]} has label {labels[number]} of {classes} classes")
     expected = list(zip(keys, *(columns[name].tolist() for name in INDEX_FIELDS), strict=True))
-    problems += [f"{path}: {problem}" for problem in _sample_problems(path, expected)]
+    found = (
+        _sample_problems(path, expected) if rule is None else _indexed_problems(path, expected, rule, record.classes)
+    )
+    problems += [f"{path}: {problem}" for problem in found]
     inside = labels[(labels >= 0) & (labels < classes)]
     return problems, np.bincount(inside, minlength=classes).tolist()
 
@@ -84,6 +98,27 @@ def _sample_problems(path: Path, expected: list[tuple[str, int, int, int, int]])
                 yield f"sample {key} cannot be decoded: {error}"
 
 
+def _indexed_problems(
+    path: Path, expected: list[tuple[str, int, int, int, int]], rule: LabelRule, classes: list[str]
+) -> Iterator[str]:
+    """Compare a tar that others made with its index, and decode the images."""
+    with_crc = any(crc for *_, crc in expected)
+    samples = read_samples(path, rule, with_crc)
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = [number_of(label, numbers) for label in samples.labels]
+    keys = [os.fsencode(key).decode(errors="backslashreplace") for key in samples.keys]
+    crcs = samples.crcs or [0] * len(keys)
+    if list(zip(keys, samples.offsets, samples.sizes, labels, crcs, strict=True)) != expected:
+        yield "its samples are not those in its index; run karat index again"
+        return
+    with path.open("rb") as file:
+        for key, offset, size, _, _ in expected:
+            try:
+                decode_rgb(os.pread(file.fileno(), size, offset))
+            except UndecodableImageError as error:
+                yield f"sample {key} cannot be decoded: {error}"
+
+
 def count_problems(name: str, split: SplitRecord, per_class: list[int], imagenet: bool) -> list[str]:
     """Return the problems of a split's counts, against dataset.json and, if requested, against ImageNet's."""
     total = sum(per_class)
@@ -104,12 +139,13 @@ def count_problems(name: str, split: SplitRecord, per_class: list[int], imagenet
 
 
 def verify_split(
-    directory: Path, name: str, split: SplitRecord, classes: int, workers: int
+    directory: Path, name: str, split: SplitRecord, record: DatasetRecord, workers: int
 ) -> tuple[list[str], list[int]]:
     """Return the problems of a split's shards, and its samples per class; shards are read in parallel."""
     problems: list[str] = []
-    per_class = np.zeros(classes, dtype=np.int64)
-    check = partial(verify_shard, directory, classes)
+    per_class = np.zeros(len(record.classes), dtype=np.int64)
+    rule = LabelRule.parse(split.made["label"]) if is_indexed(record) else None
+    check = partial(verify_shard, directory, record, rule)
     with (
         progress(f"{name}: verifying", split.samples, "images") as advance,
         ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool,
@@ -133,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.imagenet and len(record.classes) != IMAGENET_CLASSES:
         problems.append(f"dataset.json lists {len(record.classes)} classes, ImageNet has {IMAGENET_CLASSES}")
     for name, split in splits.items():
-        found, per_class = verify_split(options.src, name, split, len(record.classes), options.workers)
+        found, per_class = verify_split(options.src, name, split, record, options.workers)
         problems += found
         # Counts of shards that could not be read would be reported twice.
         problems += [] if found else count_problems(name, split, per_class, options.imagenet)

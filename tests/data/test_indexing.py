@@ -15,7 +15,7 @@ from karat_scale.cli import main
 from karat_scale.data.formats.shard_format import read_dataset_record
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import DataError
-from tests.conftest import SMALL, events
+from tests.conftest import SMALL, events, run_script
 
 Members = Iterable[tuple[str, bytes]]
 
@@ -242,3 +242,37 @@ def test_no_tars_and_damaged_ones_are_one_line(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "empty/a.tar").write_bytes(b"x" * 2000)
     assert index(tmp_path / "empty") == 2
     assert "no tar" in refused(capsys)
+
+
+def script(name: str, *arguments: str) -> None:
+    done = run_script(f"data_prep/{name}.py", *arguments)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("hashes", [False, True], ids=["headers", "hashes"])
+def test_the_scripts_take_an_index_like_shards(hub: Path, tmp_path: Path, hashes: bool) -> None:
+    out, staged = tmp_path / "index", tmp_path / "staged"
+    assert index(hub, "--out", str(out), *(["--hash"] if hashes else [])) == 0
+    script("verify", "--src", str(out))
+    script("stage", "--src", str(out), "--out", str(staged))
+    hub.rename(tmp_path / "away")
+    assert ShardSplit(staged, "train", 3).read(4) == image(4)
+    script("verify", "--src", str(staged))
+    script("make_dali_index", "--src", str(staged), "--out", str(tmp_path / "dali"))
+    assert len(list((tmp_path / "dali").glob("*.idx"))) == 3
+    script("make_ffcv", "--src", str(staged), "--out", str(tmp_path / "betons"))
+
+
+def test_verify_finds_what_has_changed_in_a_tar(hub: Path, tmp_path: Path) -> None:
+    assert index(hub, "--out", str(tmp_path / "index")) == 0
+    tar = hub / "imagenet1k-train-0001.tar"
+    content = tar.read_bytes()
+    tar.write_bytes(content.replace(b"n01_7.jpg", b"n01_x.jpg", 1))  # its checksum no longer fits
+    done = run_script("data_prep/verify.py", "--src", str(tmp_path / "index"), check=False)
+    assert done.returncode == 2
+    assert "is damaged" in done.stderr
+    at = content.index(image(7))
+    tar.write_bytes(content[:at] + b"\0" * 300 + content[at + 300 :])
+    done = run_script("data_prep/verify.py", "--src", str(tmp_path / "index"), check=False)
+    assert done.returncode == 2
+    assert "sample n01_7 cannot be decoded" in done.stderr
