@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -82,10 +83,9 @@ class OrderedResults(Iterator[T], Generic[T]):
             with _child_signal_kept():
                 self._results: Iterator[T | UserError] | None = iter(loader)
         except OSError as error:
+            _leave_half_made(error)
             if error.errno not in _NO_SEMAPHORES:
                 raise
-            # What is half made has nothing to shut down, and would print a traceback when it is freed.
-            _MultiProcessingDataLoaderIter._shutdown = True
             raise DataError(
                 f"data.workers = {workers}: worker processes need semaphores in /dev/shm: {error.strerror}; make it "
                 "writable and larger, or use data.workers=0"
@@ -163,6 +163,14 @@ def _tells_of_a_dead_worker(error: Exception) -> bool:
         return False
     # It may die while it sends.
     return isinstance(error, (OSError, EOFError)) or "exited unexpectedly" in str(error)
+
+
+def _leave_half_made(error: OSError) -> None:
+    """Keep an iterator whose making failed from printing a traceback when it is freed; its workers end with us."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        iterator = frame.f_locals.get("self")
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._shutdown = True
 
 
 @contextmanager
