@@ -10,6 +10,7 @@ from timm.models.convit import GPSA, MHSA
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
+from karat_scale.errors import UserError
 from karat_scale.models import convit, swin
 from karat_scale.models.layers import attention_layers
 from karat_scale.models.transfer import Teacher, TransferredAttention
@@ -43,7 +44,9 @@ def watched(model: nn.Module, visit: Visit) -> Iterator[None]:
 def _hook(number: int, visit: Visit) -> Callable[[Any, tuple[Tensor, ...], dict[str, Any]], None]:
     @torch.no_grad()
     def before(attention: Any, inputs: tuple[Tensor, ...], settings: dict[str, Any]) -> None:
-        matrices = next(read for kind, read in _READERS.items() if isinstance(attention, kind))
+        matrices = next((read for kind, read in _READERS.items() if isinstance(attention, kind)), None)
+        if matrices is None:
+            raise UserError(f"the attention matrices of {type(attention).__name__} cannot be read; add it to _READERS")
         raw, learned = matrices(attention, inputs[0], settings.get("mask"))
         visit(number, raw.float(), learned.float())
 
@@ -99,3 +102,8 @@ _READERS: dict[type[nn.Module], Callable[..., Matrices]] = {
     GPSA: _of_gated,
     WindowAttention: _of_window,
 }
+
+
+def can_be_watched(model: nn.Module) -> bool:
+    """Return whether `watched` can read every attention layer: those of a family of your own may be unknown."""
+    return all(isinstance(layer.attention, tuple(_READERS)) for layer in attention_layers(model))

@@ -108,7 +108,7 @@ class RunDirectory:
             names = parse_json(read_text(self.classes_file))
         except FileNotFoundError:
             return ()
-        except ValueError:
+        except (OSError, ValueError):
             names = None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise RunDirectoryError(f"{self.classes_file}: not a JSON list of names; put it right or remove it")
@@ -140,7 +140,7 @@ class RunDirectory:
         """`summary.json`, if the run has written one that is whole."""
         try:
             summary = parse_json(read_text(self.summary_file))
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             return None
         return summary if isinstance(summary, dict) else None
 

@@ -25,6 +25,7 @@ from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.run_state import RunState
 from karat_scale.engine.schedule import CosineSchedule, build_schedule
+from karat_scale.models.attention_matrices import can_be_watched
 from karat_scale.models.content import content_of
 from karat_scale.models.factory import layer_sizes
 from karat_scale.models.init_from import take_weights
@@ -168,7 +169,7 @@ class ClassificationTask(Task):
 
     def look_inside(self, engine: Engine) -> dict[str, Any]:
         """Return what S depends on in the first validation images, of each block. Rank 0's images count."""
-        if self._to_look_at is None:
+        if self._to_look_at is None or not can_be_watched(engine.module):
             return {}
         learned = [p for layer in attention_layers(engine.module) for p in layer.attention.parameters()]
         with whole_parameters(engine.deepspeed, learned):
