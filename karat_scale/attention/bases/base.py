@@ -153,11 +153,12 @@ def is_paper(scheme: str) -> bool:
 
 def normal_mean(function: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the mean of a function over standard normal scores; it gets points [n] and returns values [n, ...]."""
-    points = torch.linspace(-6, 6, 97, dtype=torch.float64, device="cpu")
-    density = (points.square() * -0.5).exp()
-    values = function(points)
-    mean: Tensor = torch.tensordot((density / density.sum()).to(values), values, 1)
-    return mean
+    with torch.device("cpu"):  # also where a model is built on the meta device, for what the basis creates itself
+        points = torch.linspace(-6, 6, 97, dtype=torch.float64)
+        density = (points.square() * -0.5).exp()
+        values = function(points)
+        mean: Tensor = torch.tensordot((density / density.sum()).to(values), values, 1)
+        return mean
 
 
 @torch.no_grad()
