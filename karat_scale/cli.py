@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import karat_scale.launcher  # noqa: F401  # it looks for its parent now, before torch is imported
 from karat_scale import __version__
@@ -134,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     submit = commands.add_parser("submit", help="write a recipe's sbatch script, show it, and submit it")
     submit.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     submit.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
-    for option in ("account", "partition", "qos", "constraint"):
+    for option in ("account", "partition", "qos", "constraint", "mem", "dependency", "mail-type", "mail-user"):
         submit.add_argument(f"--{option}", help=f"the option --{option} of sbatch")
     submit.add_argument("--time", type=time_limit, help="the option --time of sbatch, such as 12:00:00 or 1-12")
     for option, least in (("nodes", 1), ("gpus-per-node", 0), ("cpus-per-task", 1)):
@@ -144,7 +145,9 @@ def build_parser() -> argparse.ArgumentParser:
         variable = setting.upper().replace("-", "_")
         submit.add_argument(f"--{setting}", help=f"{variable} of slurm/imagenet_fourier_karat.sh")
     submit.add_argument("--gpu", metavar="NAME", help="plan ZeRO stage and micro batch for this GPU, such as h100-80")
-    submit.add_argument("--yes", action="store_true", help="submit without asking")
+    how = submit.add_mutually_exclusive_group()
+    how.add_argument("--yes", action="store_true", help="submit without asking")
+    how.add_argument("--print", action="store_true", help="show the script, and neither write nor submit it")
     submit.set_defaults(run=_submit)
 
     status = commands.add_parser("status", help="show a run's progress, from its files")
@@ -365,13 +368,16 @@ def _submit(options: argparse.Namespace) -> int:
     from karat_scale.submit.sbatch import submit
 
     given = {name: value for name, value in vars(options).items() if value is not None}
-    sbatch = ("account", "partition", "qos", "constraint", "nodes", "gpus_per_node", "cpus_per_task", "time")
-    chosen = {name.replace("_", "-"): str(given[name]) for name in sbatch if name in given}
+    named = ("account", "partition", "qos", "constraint", "mem", "dependency", "mail_type", "mail_user")
+    counted = ("nodes", "gpus_per_node", "cpus_per_task", "time")
+    chosen = {name.replace("_", "-"): str(given[name]) for name in (*named, *counted) if name in given}
     if "gpus_per_node" in given:  # one task for each GPU; one on a node without GPUs
         chosen["ntasks-per-node"] = str(max(given["gpus_per_node"], 1))
     settings = ("venv", "conda_env", "modules", "container", "stage")
     variables = {name.upper(): given[name] for name in settings if name in given}
-    return submit(options.recipe, options.overrides, chosen, variables, options.yes, options.gpu)
+    only_print: Literal["print", "ask"] = "print" if options.print else "ask"
+    decision: Literal["yes", "print", "ask"] = "yes" if options.yes else only_print
+    return submit(options.recipe, options.overrides, chosen, variables, decision, options.gpu)
 
 
 def _status(options: argparse.Namespace) -> int:

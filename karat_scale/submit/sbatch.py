@@ -5,7 +5,9 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Literal
 
 from karat_scale.engine.deepspeed_config import check_ds_config
 from karat_scale.errors import UserError
@@ -29,17 +31,17 @@ def submit(
     overrides: Sequence[str],
     options: Mapping[str, str],
     settings: Mapping[str, str],
-    yes: bool,
+    decision: Literal["ask", "yes", "print"],
     gpu: str | None = None,
 ) -> int:
-    """Write RUN/submit.sh, show it, and submit it if `yes` is set or the user agrees on the terminal.
+    """Write RUN/submit.sh, show it, and submit it if the user has said yes or agrees on the terminal.
 
     Args:
         recipe: a shipped recipe's name or the path of a YAML file.
         overrides: `key=value` of the recipe.
         options: of sbatch, by their long names.
         settings: variables at the top of the script, such as VENV.
-        yes: do not ask.
+        decision: ask, do not ask, or only show the script and write nothing.
         gpu: the kind of GPU to plan for. Stage and micro batch are then the plan's, unless `overrides` set them.
 
     Raises:
@@ -56,30 +58,48 @@ def submit(
         "RECIPE": named,
         "SHARDS": str(Path(resolved.data.path).absolute()),
         "RUN": str(run),
-        **settings,
+        **(settings if {"VENV", "CONDA_ENV", "CONTAINER"} & settings.keys() else {**this_environment(), **settings}),
     }
     template = (slurm_home() / "slurm" / SCRIPT).read_text(encoding="utf-8")
-    kept += planned_overrides(resolved, overrides, _ranks(template, options), gpu)
+    with redirect_stdout(sys.stderr if decision == "print" else sys.stdout):
+        kept += planned_overrides(resolved, overrides, _ranks(template, options), gpu)
+    script = run / "submit.sh"
+    output = {"job-name": resolved.run.name, "output": str(run / "%x-%j.out")}
+    text = fill(template, {**output, **options}, filled, kept)
+    print(text, end="" if decision == "print" else "\n")
+    if resolved.data.row.files is not None and not Path(resolved.data.path).expanduser().exists():
+        print(f"note: data.path = {resolved.data.path} is not on this machine; the job needs it", file=sys.stderr)
+    if decision == "print":
+        return 0
     try:
         run.mkdir(parents=True, exist_ok=True)
-        script = run / "submit.sh"
-        output = {"job-name": resolved.run.name, "output": str(run / "%x-%j.out")}
-        write_atomically(script, fill(template, {**output, **options}, filled, kept))
+        write_atomically(script, text)
     except OSError as error:
         raise UserError(f"run.dir = {run}: {error.strerror}; choose another run.dir") from None
-    print(script.read_text(encoding="utf-8"))
-    if not (yes or _agrees()):
+    if not (decision == "yes" or _agrees()):
         print(f"not submitted; when you want to: sbatch {script}")
         return 0
     print(f"job {_sbatch(script)} is submitted; see it with: karat status {run}")
     return 0
 
 
+def this_environment() -> dict[str, str]:
+    """Return the setting that activates the virtual or conda environment that karat runs in; none outside of one."""
+    if (Path(sys.prefix) / "bin" / "activate").is_file() and sys.prefix != sys.base_prefix:
+        return {"VENV": sys.prefix}
+    return {"CONDA_ENV": sys.prefix} if (Path(sys.prefix) / "conda-meta").is_dir() else {}
+
+
 def fill(template: str, options: Mapping[str, str], settings: Mapping[str, str], overrides: Sequence[str]) -> str:
-    """Return a shipped script with its #SBATCH lines, settings and overrides replaced."""
-    lines = []
+    """Return a shipped script with its #SBATCH lines, settings and overrides replaced, and without advice on them."""
+    shebang, *written = template.splitlines()
+    lines = [shebang, "# Written by `karat submit`. To resume after a failure, submit it again."]
     left = dict(options)
-    for line in template.splitlines():
+    advice = [number for number, line in enumerate(written) if line.startswith("# ")]
+    sites = next(number for number in advice if "Many sites need" in written[number])
+    dropped = {number for number in advice if number < written.index("")}
+    dropped |= {sites} if {"account", "partition"} <= options.keys() else set()
+    for line in (line for number, line in enumerate(written) if number not in dropped and line != "#"):
         option = re.match(r"##?SBATCH --([a-z-]+)=", line)
         setting = re.match(r"([A-Z_]+)=\$\{\1:-.*?\}(\s+#.*)?$", line)
         if option and option[1] in left:

@@ -1,7 +1,10 @@
 """`karat submit` writes a script that sbatch takes as it is."""
 
 import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from karat_scale.cli import main
 from karat_scale.submit.sbatch import SCRIPT, fill, slurm_home
@@ -42,6 +45,42 @@ def test_on_a_terminal_it_asks_and_a_no_submits_nothing(tmp_path: Path) -> None:
         terminal.type("n\n")
         terminal.wait_for("not submitted; when you want to: sbatch")
         assert terminal.process.wait(10) == 0
+
+
+def test_print_shows_the_script_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    more = (
+        "--mem=64G",
+        "--dependency=afterok:7",
+        "--mail-type=END",
+        "--mail-user=a@b.c",
+        "--account=a",
+        "--partition=p",
+    )
+    where = (f"run.dir={run}", f"data.path={tmp_path / 'absent'}")
+    assert main(["submit", "imagenet_vit_tiny_g3b", *where, *more, "--print"]) == 0
+    assert not run.exists()
+    shown, notes = capsys.readouterr()
+    lines = shown.splitlines()
+    assert lines[0].startswith("#!")
+    for option in more:
+        assert f"#SBATCH {option}" in lines
+    assert f"VENV={sys.prefix}" in lines  # the tests run in one
+    assert "absent is not on this machine; the job needs it" in notes
+    assert "Many sites" not in shown
+    assert "key=value" not in shown
+
+
+def test_print_and_yes_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["submit", "imagenet_vit_tiny_g3b", "--print", "--yes"])
+
+
+def test_another_environment_replaces_the_one_that_karat_runs_in(tmp_path: Path, capsys) -> None:
+    assert main(["submit", "imagenet_vit_tiny_g3b", f"run.dir={tmp_path / 'r'}", "--conda-env=other", "--print"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "CONDA_ENV=other" in lines
+    assert not any(line.startswith(f"VENV={sys.prefix}") for line in lines)
 
 
 def test_an_option_the_script_does_not_have_is_added_to_the_others() -> None:
