@@ -13,6 +13,8 @@ from karat_scale.errors import EXIT_STOPPED, RunDirectoryError
 from karat_scale.files import parse_json, read_text
 
 SQUEUE_SECONDS = 5
+# Heartbeats are written every two seconds.
+SILENT_SECONDS = 30.0
 _NUMBERS = (
     *("step", "samples", "total_steps", "epoch", "loss", "images_per_second", "peak_memory_mb", "top1", "restarts"),
     "exit",
@@ -49,6 +51,11 @@ class Standing:
     def count_damaged(self) -> None:
         """One more line says nothing."""
         self.damaged_lines += 1
+
+    @property
+    def is_silent(self) -> bool:
+        """True if the run says nothing any more and has not ended: it was killed, or all its nodes are gone."""
+        return self.ended is None and self.silent_seconds is not None and self.silent_seconds > SILENT_SECONDS
 
     @property
     def is_over(self) -> bool:
@@ -140,6 +147,8 @@ def _read_checkpoints(standing: Standing, root: Path, now: float) -> None:
         return
     standing.checkpoint, standing.checkpoint_age = name, max(now - manifest.st_mtime, 0.0)
     if isinstance(state, dict):
+        if isinstance(step := state.get("step"), int):  # which may not have been logged yet
+            standing.step = max(standing.step, step)
         standing.peak_memory_mb = standing.peak_memory_mb or state.get("peak_memory_mb") or None
 
 

@@ -14,8 +14,6 @@ from karat_scale.cluster.standing import Standing, read_standing
 from karat_scale.console import duration, plural, printable
 
 REFRESH_SECONDS = 2.0
-# Heartbeats are written every two seconds.
-_SILENT_SECONDS = 30.0
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 48
 
@@ -61,9 +59,12 @@ def render(standing: Standing) -> Group:
     table.add_column()
     for label, value in _rows(standing):
         table.add_row(label, Text(printable(value)))
-    bar = ProgressBar(total=standing.total_steps or 1, completed=standing.step, width=_WIDTH)
     title = Text(printable(standing.name), style="bold")
-    return Group(title, bar, table) if standing.total_steps else Group(title, table)
+    if not standing.total_steps:
+        return Group(title, table)
+    bar = Table.grid()  # a bar alone does not end its line
+    bar.add_row(ProgressBar(total=standing.total_steps, completed=standing.step, width=_WIDTH))
+    return Group(title, bar, table)
 
 
 def _rows(standing: Standing) -> list[tuple[str, str]]:
@@ -71,9 +72,9 @@ def _rows(standing: Standing) -> list[tuple[str, str]]:
     steps = f"{standing.step:,}" + (f" of {standing.total_steps:,}" if standing.total_steps else "")
     rows = [
         ("job", f"{standing.job} {state}" if standing.job else state),
-        ("outcome", standing.ended),
+        ("outcome", standing.ended or _silent(standing)),
         ("step", steps + (f", epoch {standing.epoch}" if standing.epoch is not None else "")),
-        ("loss", f"{standing.losses[-1]:.4f}  {sparkline(standing.losses)}" if standing.losses else None),
+        ("loss", f"{standing.losses[-1]:.4f}  {sparkline(standing.losses)}" if standing.losses else "none logged yet"),
         ("top-1", _top1(standing)),
         ("images/s", f"{standing.images_per_second:,.0f}" if standing.images_per_second else None),
         (_memory_kind(standing), f"peak {standing.peak_memory_mb:,.0f} MB" if standing.peak_memory_mb else None),
@@ -108,7 +109,7 @@ def _memory_kind(standing: Standing) -> str:
 
 
 def _left(standing: Standing) -> str | None:
-    if standing.ended or standing.seconds_left is None:
+    if standing.ended or standing.is_silent or standing.seconds_left is None:
         return None
     return f"about {duration(standing.seconds_left)}"
 
@@ -119,7 +120,11 @@ def _ranks(standing: Standing) -> str | None:
         return None
     last = min(standing.signs, key=lambda sign: sign.beats)
     hosts = len({sign.host for sign in standing.signs})
-    line = f"{len(standing.signs)} on {hosts} nodes; rank {last.rank} on {last.host} is at {last.doing!r}"
-    if standing.silent_seconds is not None and standing.silent_seconds > _SILENT_SECONDS:
-        line += f"; no sign of life for {duration(standing.silent_seconds)}"
-    return line
+    verb = "was" if standing.is_silent else "is"
+    return f"{len(standing.signs)} on {hosts} nodes; rank {last.rank} on {last.host} {verb} at {last.doing!r}"
+
+
+def _silent(standing: Standing) -> str | None:
+    if not standing.is_silent or standing.silent_seconds is None:
+        return None
+    return f"not running: no sign of life for {duration(standing.silent_seconds)}; run the same command again to resume"

@@ -86,7 +86,7 @@ def test_a_run_that_saved_on_a_signal_is_over_only_without_its_job(
 def test_memory_slow_ranks_and_silence_are_shown(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train = {"event": "train", "samples": 10, "total_steps": 40, "step": 1, "epoch": 0, "loss": 2.0}
-    write_events(run, {**train, "images_per_second": None, "peak_memory_mb": 40_321})
+    write_events(run, {**train, "images_per_second": 2.0, "peak_memory_mb": 40_321})
     (run / "heartbeats").mkdir()
     for rank, own_seconds in enumerate((0.1, 0.4)):
         sign = Sign(rank, f"node{rank}", 1, "", written=100.0, device="NVIDIA H100", own_seconds=own_seconds)
@@ -94,8 +94,30 @@ def test_memory_slow_ranks_and_silence_are_shown(tmp_path: Path) -> None:
     shown = shown_text(read_standing(run, now=400.0))
     assert "GPU memory  peak 40,321 MB" in shown
     assert "slow        rank 1 on node1 takes 0.4 s of its own per step" in shown
-    assert "no sign of life for 5 min" in shown
-    assert "no sign of life" not in shown_text(read_standing(run, now=101.0))
+    assert "outcome     not running: no sign of life for 5 min" in shown
+    assert "time left" not in shown
+    alive = shown_text(read_standing(run, now=101.0))
+    assert "no sign of life" not in alive
+    assert "time left   about" in alive
+
+
+def test_a_run_that_has_not_logged_a_step_shows_that_of_its_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints/step-00000003").mkdir(parents=True)
+    (run / "recipe.yaml").touch()
+    (run / "checkpoints/latest").write_text("step-00000003\n")
+    (run / "checkpoints/step-00000003/manifest.json").write_text("{}")
+    (run / "checkpoints/step-00000003/state.json").write_text('{"step": 3}')
+    shown = shown_text(read_standing(run))
+    assert "step        3" in shown
+    assert "loss        none logged yet" in shown
+
+
+def test_the_bar_has_a_line_of_its_own(tmp_path: Path) -> None:
+    write_events(tmp_path / "run", {"event": "train", "samples": 1, "total_steps": 4, "step": 2, "loss": 1.0})
+    lines = shown_text(read_standing(tmp_path / "run")).splitlines()
+    assert "step" not in lines[1]
+    assert "2 of 4" in lines[2]
 
 
 def shown_text(standing: Standing) -> str:
