@@ -47,7 +47,7 @@ packages:
 extras: packages $(VENV)/.installed-dev
 	@for extra in $(EXTRAS); do \
 		if [ $(VENV)/.installed-$$extra -nt pyproject.toml ]; then continue; fi; \
-		echo "== $(BIN)/python -m pip install '.[$$extra]'"; \
+		echo "== $(BIN)/python -m pip install -e '.[$$extra]'"; \
 		if $(BIN)/python -m pip install --editable ".[$$extra]"; then touch $(VENV)/.installed-$$extra; \
 		else echo "note: the extra $$extra does not install, so its tests are skipped"; fi; done
 

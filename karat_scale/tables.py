@@ -8,6 +8,7 @@ So this module imports nothing heavy, and reading a recipe stays fast. To add a 
 import importlib
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 
@@ -42,9 +43,12 @@ EXTRAS = {
 
 
 def how_to_install(extra: str) -> str:
-    """Return the commands that install an extra."""
+    """Return the commands that install an extra: in a clone, or of an installed wheel."""
     debian = EXTRAS[extra].debian
-    return f"{f'apt-get install {debian}, then ' if debian else ''}in the clone: pip install '.[{extra}]'"
+    first = f"apt-get install {debian}, then " if debian else ""
+    if (Path(__file__).resolve().parent.parent / "pyproject.toml").is_file():
+        return f"{first}in the clone: pip install -e '.[{extra}]'"
+    return f"{first}pip install 'WHEEL[{extra}]', where WHEEL is the file that karat_scale was installed from"
 
 
 class Files(Enum):

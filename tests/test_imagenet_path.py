@@ -151,7 +151,7 @@ def test_the_shards_are_verified(imagenet: Imagenet) -> None:
 @pytest.mark.parametrize(("backend", "processes"), CELLS)
 def test_every_backend_and_world_trains_on_the_same_samples(imagenet: Imagenet, backend: str, processes: int) -> None:
     if backend in LIBRARY and importlib.util.find_spec(LIBRARY[backend].partition(".")[0]) is None:
-        pytest.skip(f"pip install '.[{backend}]'")
+        pytest.skip(f"pip install -e '.[{backend}]'")
     if backend == "ffcv" and not imagenet.path("ffcv").exists():
         run_script("data_prep/make_ffcv.py", *imagenet.prepare("ffcv"))
     run = imagenet.root / f"{backend}-{processes}"

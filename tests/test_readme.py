@@ -53,8 +53,8 @@ def find(start: str) -> str:
 def test_every_command_is_run_here_or_by_the_ci_script() -> None:
     ours = ("python data_prep/", "torchrun", *(f"karat {name}" for name in OURS), COMPLETION)
     # By .ci/run (tests/test_ci.py), test_packaging and the Makefile.
-    extras = [f"pip install '.[{name}]'" for name in made_extras()]
-    elsewhere = ("make demo", "make test", "pip install .", *extras)
+    extras = [f"pip install -e '.[{name}]'" for name in made_extras()]
+    elsewhere = ("make demo", "make test", "pip install -e .", *extras)
     # tests/slurm submits these scripts to a SLURM of its own.
     submitted = "".join(path.read_text() for path in (ROOT / "tests" / "slurm").glob("test_*.py"))
     assert COMMANDS

@@ -114,8 +114,13 @@ def test_extras_are_those_of_the_project() -> None:
     wanted = {row.extra for row in tables.BACKENDS.values() if row.extra}
     named = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
     assert wanted <= set(tables.EXTRAS) <= named
-    assert tables.how_to_install("dali") == "in the clone: pip install '.[dali]'"
+    assert tables.how_to_install("dali") == "in the clone: pip install -e '.[dali]'"
     assert tables.how_to_install("ffcv").startswith("apt-get install libopencv-dev ")
+
+
+def test_an_extra_of_an_installed_wheel_is_installed_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "__file__", str(tmp_path / "site-packages/karat_scale/tables.py"))
+    assert tables.how_to_install("dali").startswith("pip install 'WHEEL[dali]'")
 
 
 def test_a_recipe_is_read_without_torch_and_without_extras() -> None:

@@ -47,9 +47,9 @@ def test_each_decoder_either_reads_or_says_why_not(machine: dict[str, Finding]) 
 
 def test_a_missing_extra_is_a_note_with_the_command_that_installs_it(machine: dict[str, Finding]) -> None:
     for extra, parts in {
-        "ffcv": ("libopencv-dev libturbojpeg0-dev pkg-config g++", "in the clone: pip install '.[ffcv]'"),
-        "dali": ("in the clone: pip install '.[dali]'",),
-        "detection": ("in the clone: pip install '.[detection]'",),
+        "ffcv": ("libopencv-dev libturbojpeg0-dev pkg-config g++", "in the clone: pip install -e '.[ffcv]'"),
+        "dali": ("in the clone: pip install -e '.[dali]'",),
+        "detection": ("in the clone: pip install -e '.[detection]'",),
     }.items():
         finding = machine[f"extra {extra}"]
         if finding.figures["present"]:

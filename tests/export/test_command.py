@@ -107,4 +107,4 @@ def test_a_run_whose_classes_were_not_recorded(small_recipe, make_run, monkeypat
     assert "label_names" not in config["pretrained_cfg"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["export", str(run), "--format", "onnx"]) == 2
-    assert "needs onnx, onnxscript, onnxruntime; in the clone: pip install '.[export]'" in capsys.readouterr().err
+    assert "needs onnx, onnxscript, onnxruntime; in the clone: pip install -e '.[export]'" in capsys.readouterr().err

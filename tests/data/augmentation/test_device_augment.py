@@ -101,7 +101,7 @@ def test_what_only_pillow_does_is_refused():
 @pytest.mark.parametrize("backend", ["folder", "webdataset", "ffcv", "dali"])
 def test_every_backend_leaves_it_to_the_device_on_any_number_of_ranks(make_shards, image_folder, data_config, backend):
     if backend == "dali":
-        pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install '.[dali]'")
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install -e '.[dali]'")
     directory = image_folder if backend == "folder" else make_shards()
     config = data_config(make_betons(directory) if backend == "ffcv" else directory, backend=backend)
 

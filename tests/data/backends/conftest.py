@@ -11,7 +11,7 @@ from tests.data.betons import make_betons, need_ffcv
 @pytest.fixture
 def dali(data_config):
     """Opens the backend over a directory, by default with one thread; closes it at the end."""
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install '.[dali]'")
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install -e '.[dali]'")
     opened = []
 
     def make(directory, augment=None, seed=5, size=SIZE, **fields):

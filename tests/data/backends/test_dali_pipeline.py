@@ -18,7 +18,7 @@ SIZE = 16
 
 @pytest.fixture
 def decoder() -> DaliDecoder:
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install '.[dali]'")
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install -e '.[dali]'")
     return DaliDecoder(threads=2, interpolation="bicubic")
 
 
@@ -158,7 +158,7 @@ def test_an_error_of_cuda_that_dali_does_not_word_is_found_on_the_stream(decoder
 
 
 def test_a_gpu_that_is_not_there_is_said_before_any_image():
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install '.[dali]'")
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install -e '.[dali]'")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(DataError, match=r"^DALI does not start: .*CUDA is not available"):

@@ -21,7 +21,7 @@ WORLD, EPOCHS, WORKERS = 3, 2, 7  # more workers than shards
 def opened(request, make_shards, make_sample, data_config):
     """Opens the backend over uneven shards, or their beton, and closes it at the end."""
     if request.param == "dali":
-        pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install '.[dali]'")
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install -e '.[dali]'")
     directory = make_shards(train=[make_sample(i) for i in range(SAMPLES)])
     if request.param == "ffcv":
         directory = make_betons(directory)

@@ -42,10 +42,10 @@ def test_the_error_says_what_to_install_and_another_decoder_reads_betons(betons)
     directory, _ = betons()
     dali, ffcv, counted = without(directory, directory)
     assert dali.startswith("data.backend = dali needs DALI (")
-    assert dali.endswith(": pip install '.[dali]'")
+    assert dali.endswith(": pip install -e '.[dali]'")
     assert ffcv.startswith("FFCV cannot be imported (")
     assert (
-        "; apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++, then in the clone: pip install '.[ffcv]'"
+        "; apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++, then in the clone: pip install -e '.[ffcv]'"
         in ffcv
     )
     assert counted == "11"

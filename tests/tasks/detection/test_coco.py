@@ -116,5 +116,5 @@ def test_classes_must_be_as_many_as_categories(own: dict, tmp_path: Path) -> Non
 
 def test_without_pycocotools_the_extra_is_named(own: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
-    with pytest.raises(RecipeError, match=r"pip install '\.\[detection\]'"):
+    with pytest.raises(RecipeError, match=r"pip install -e '\.\[detection\]'"):
         opened(tmp_path, own)
