@@ -48,7 +48,7 @@ def predict(source: str, arguments: Sequence[str], request: Request) -> int:
     found = find_images(arguments)
     if notice := left_out(found):
         print(f"note: {notice}", file=sys.stderr)
-    predictions = list(_predict_files(classifier, found.files, request)) if found.files else []
+    predictions = list(predict_files(classifier, found.files, request)) if found.files else []
     predictions += [Prediction(name, error=reason) for name, reason in found.bad]
     bad = [one for one in predictions if one.error]
     good = len(predictions) - len(bad)
@@ -59,7 +59,7 @@ def predict(source: str, arguments: Sequence[str], request: Request) -> int:
     write_csv(request.csv_file, predictions)
     for one in bad:
         print(printable(f"{one.image}: {one.error}"), file=sys.stderr)
-    print(f"{plural(good, 'image')} predicted, {len(bad)} could not be read")
+    print(f"{plural(good, 'image')} predicted, {len(bad)} failed")
     return 0 if good else 2
 
 
@@ -84,13 +84,16 @@ def logits_of(
         batches.close()
 
 
-def _predict_files(classifier: Classifier, files: Sequence[str], request: Request) -> Iterator[Prediction]:
+def predict_files(classifier: Classifier, files: Sequence[str], request: Request) -> Iterator[Prediction]:
+    """Yield the prediction of each file, in order. Raises UserError if memory runs out or no overlay can be written."""
     maps = _maps(classifier) if request.attention else None
     folder = _made(Path(request.attention).expanduser()) if maps and request.attention else None
     digits = len(str(len(files)))
     with progress("predict", len(files), "images") as advance:
         for batch, logits in logits_of(classifier, files, request.batch, maps):
-            reasons = bad_of(batch)
+            finite = logits.isfinite().all(1)
+            reasons = dict.fromkeys(batch.sample_ids[~finite].tolist(), "the model's output is not finite")
+            reasons |= bad_of(batch)
             for row, (number, guesses) in enumerate(
                 zip(batch.sample_ids.tolist(), _guesses(classifier, logits, request.top), strict=True)
             ):

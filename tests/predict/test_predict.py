@@ -11,7 +11,7 @@ import torch
 from karat_scale.checkpoint.weights import wants_ema
 from karat_scale.engine.precision import forward_for_evaluation
 from karat_scale.predict.classifier import open_classifier
-from karat_scale.predict.command import logits_of
+from karat_scale.predict.command import Request, logits_of, predict_files
 from karat_scale.predict.images import find_images
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.reporting.progress import Reporter, SilentDisplay
@@ -99,7 +99,7 @@ def test_files_folders_and_globs_with_bad_ones_among_them(run: Path, image_folde
     names = [str(single), str(mine), str(mine / "b.jpg"), pattern, str(tmp_path / "pipe.jpg"), str(tmp_path / "gone*")]
     done = karat("predict", str(run), "--top", "3", *names, "--batch", "2", "--json", str(listed), "--csv", str(table))
     assert done.returncode == 0, done.stderr
-    assert "5 images predicted, 3 could not be read" in done.stdout
+    assert "5 images predicted, 3 failed" in done.stdout
     for bad in (f"{mine / 'broken.png'}: not an image", "pipe.jpg: not a regular file", "gone*: no such file"):
         assert bad in done.stderr
     assert "1 file in folders left out" in done.stderr
@@ -140,8 +140,16 @@ def test_nothing_predicted_is_exit_code_2(run: Path, tmp_path: Path, capsys) -> 
     broken.write_bytes(b"\xff\xd8\xff")
     assert karat_here("predict", str(run), str(empty), str(broken)) == 2
     said = capsys.readouterr()
-    assert "0 images predicted, 2 could not be read" in said.out
+    assert "0 images predicted, 2 failed" in said.out
     assert f"{empty}: a folder without images" in said.err
+
+
+def test_an_output_that_is_not_finite_is_no_prediction(run: Path, image_folder: Path) -> None:
+    classifier = open_classifier(str(run), "best", "raw")
+    classifier.model.head.bias.data[2] = torch.nan
+    files = find_images([str(image_folder / "val" / "class0")]).files
+    predictions = list(predict_files(classifier, files, Request()))
+    assert [one.error for one in predictions] == ["the model's output is not finite"] * VAL_PER_CLASS
 
 
 def test_what_is_no_model_is_one_line(run: Path, image_folder: Path, tmp_path: Path, capsys) -> None:
@@ -152,15 +160,17 @@ def test_what_is_no_model_is_one_line(run: Path, image_folder: Path, tmp_path: P
     assert karat_here("predict", str(out), image, "--weights", "ema") == 2
     assert karat_here("predict", str(out), image, "--checkpoint", "latest") == 2
     assert karat_here("predict", str(run), image, "--checkpoint", "step-00000099") == 2
+    assert karat_here("predict", str(run), image, "--attention", image) == 2
     (out / "model.safetensors").write_bytes(b"damaged")
     assert karat_here("predict", str(out), image) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert [line.partition(":")[0] for line in errors] == ["error"] * 5
+    assert [line.partition(":")[0] for line in errors] == ["error"] * 6
     assert "nowhere: neither a run's directory nor a folder of karat export" in errors[0]
     assert "holds raw only; leave out --weights, or name the run" in errors[1]
     assert "leave out --checkpoint" in errors[2]
     assert "no checkpoint 'step-00000099'" in errors[3]
-    assert "not a whole safetensors file of karat export" in errors[4]
+    assert "File exists; name another directory" in errors[4]
+    assert "not a whole safetensors file of karat export" in errors[5]
 
 
 def test_a_name_that_is_not_utf8_goes_through(run: Path, image_folder: Path, tmp_path: Path) -> None:
