@@ -100,6 +100,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(run=_export)
 
+    predict = commands.add_parser("predict", help="classify images with a run or an exported folder")
+    predict.add_argument("model", metavar="RUN|FOLDER", help="a run's directory, or what `karat export` wrote")
+    predict.add_argument("images", metavar="IMAGES", nargs="+", help="files, folders (with all below) and quoted globs")
+    predict.add_argument("--top", type=count, default=5, help="classes of each image (default: %(default)s)")
+    predict.add_argument("--batch", type=count, default=32, help="images per batch (default: %(default)s)")
+    predict.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
+    predict.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
+    predict.add_argument("--json", type=new_file, metavar="FILE", help="also write a line of JSON for each image")
+    predict.add_argument("--csv", type=new_file, metavar="FILE", help="also write a row of CSV for each class")
+    predict.add_argument("--attention", metavar="DIR", help="also draw where the model looks: a PNG for each image")
+    predict.set_defaults(run=_predict)
+
     ledger = commands.add_parser("ledger", help="add finished runs to docs/ledger and docs/reproduction.md")
     ledger.add_argument("runs", metavar="RUN", nargs="*", help="a run's directory (default: only rewrite the page)")
     ledger.add_argument("--docs", metavar="DIR", default="docs", help="a clone's docs folder (default: %(default)s)")
@@ -185,7 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
     doctor.set_defaults(run=_doctor)
 
-    for command in (train, evaluate, detect, export, analyze):
+    for command in (train, evaluate, detect, export, predict, analyze):
         command.add_argument(
             "--trust",
             action="store_true",
@@ -316,6 +328,21 @@ def _export(options: argparse.Namespace) -> int:
     from karat_scale.export.command import export_run
 
     return export_run(options.run_dir, options.format, options.checkpoint, options.weights, options.out)
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from karat_scale.predict.command import Request, predict
+
+    request = Request(
+        checkpoint=options.checkpoint,
+        weights=options.weights,
+        top=options.top,
+        batch=options.batch,
+        json_file=options.json,
+        csv_file=options.csv,
+        attention=options.attention,
+    )
+    return predict(options.model, options.images, request)
 
 
 def _ledger(options: argparse.Namespace) -> int:

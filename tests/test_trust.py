@@ -49,6 +49,7 @@ LOOKS = [
     ("eval",),
     ("export",),
     ("analyze", "--only", "maps"),
+    ("predict", "photo.jpg"),
     ("train", "init_from"),
     ("train", "attention.transfer_from"),
 ]
@@ -79,7 +80,7 @@ def test_with_trust_it_runs(by: str, foreign_run: Path, monkeypatch: pytest.Monk
     assert (foreign_run.parent / "it_ran").exists()
 
 
-def test_an_exported_folder_needs_trust_too(foreign_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exported_folder_needs_trust_too(foreign_run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     import timm
 
     import karat_scale.timm_models  # noqa: F401
@@ -91,4 +92,8 @@ def test_an_exported_folder_needs_trust_too(foreign_run: Path, monkeypatch: pyte
     monkeypatch.delenv(VARIABLE)
     with pytest.raises(Exception, match="foreign_basis:Foreign runs the code of the module foreign_basis"):
         timm.create_model(f"local-dir:{folder}", pretrained=True)
+    capsys.readouterr()
+    assert karat_here("predict", str(folder), "photo.jpg") == 2
+    refused = f"{folder}/model.safetensors: attention.basis = foreign_basis:Foreign runs the code"
+    assert refused in capsys.readouterr().err
     assert not (foreign_run.parent / "it_ran").exists()

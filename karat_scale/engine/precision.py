@@ -48,6 +48,24 @@ def cast_images(images: Any, dtype: torch.dtype) -> Any:
     return images.to(dtype) if isinstance(images, torch.Tensor) else [image.to(dtype) for image in images]
 
 
+def forward_for_evaluation(model: nn.Module, train: TrainConfig, device: torch.device) -> Callable[[Any], Any]:
+    """Move a model to a device, in evaluation mode and its precision; return its forward pass without gradients.
+
+    A recipe's fp16 is computed in fp32 on a CPU.
+    """
+    slow = train.precision == "fp16" and device.type == "cpu"
+    precision = PRECISIONS["fp32" if slow else train.precision]
+    allow_tf32(train.tf32)
+    model.to(device, precision.weights).eval()
+
+    @torch.no_grad()
+    def forward(images: Any) -> Any:
+        with precision.autocast(device.type):
+            return model(cast_images(images, precision.weights))
+
+    return forward
+
+
 def check_precision(precision: str, device: torch.device) -> None:
     """Raises RecipeError for fp16 on a CPU, which has few instructions for it."""
     if precision == "fp16" and device.type == "cpu":

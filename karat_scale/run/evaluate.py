@@ -3,13 +3,10 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from karat_scale.checkpoint.weights import wants_ema
 from karat_scale.engine import distributed
-from karat_scale.engine.precision import PRECISIONS, allow_tf32, cast_images
+from karat_scale.engine.precision import forward_for_evaluation
 from karat_scale.files import write_atomically
 from karat_scale.models.operators import check_implementation, describe_implementation
 from karat_scale.recipe.loading import load_recipe
@@ -44,16 +41,7 @@ def evaluate_run(
             check_implementation(model, world.device)
             if chosen := describe_implementation(model, world.device):
                 reporter.info(chosen)
-            slow = recipe.train.precision == "fp16" and world.device.type == "cpu"
-            precision = PRECISIONS["fp32" if slow else recipe.train.precision]
-            allow_tf32(recipe.train.tf32)
-            model.to(world.device, precision.weights).eval()
-
-            @torch.no_grad()
-            def forward(images: Any) -> Any:
-                with precision.autocast(world.device.type):
-                    return model(cast_images(images, precision.weights))
-
+            forward = forward_for_evaluation(model, recipe.train, world.device)
             scores = task.evaluate(forward, reporter.display.evaluate)
         finally:
             if task is not None:

@@ -14,6 +14,7 @@ from karat_scale.checkpoint.tensor_storage import save_safetensors
 from karat_scale.checkpoint.weights import describe_weights, load_weights
 from karat_scale.errors import RunDirectoryError
 from karat_scale.models import create_model
+from karat_scale.models.init_operators import spread_operator
 from karat_scale.models.transfer import weights_digest
 from karat_scale.recipe import AttentionConfig, ModelConfig, Recipe
 from karat_scale.run.run_directory import RunDirectory
@@ -70,13 +71,13 @@ def read_exported(path: Path, implementation: str = "auto") -> nn.Module:
 
 
 def load_exported(model: nn.Module, path: Path) -> None:
-    """Give a model the weights in a file of `karat export`, in place.
+    """Give a model the weights in a file of `karat export`, or of its folders, in place.
 
     Raises:
         RunDirectoryError: the file is missing or damaged, or of another model.
     """
     with _one_line(path):
-        weights = load_file(path)
+        weights = spread_operator(model, load_file(path))
     here, there = ({name: tuple(x.shape) for name, x in state.items()} for state in (model.state_dict(), weights))
     try:
         check_shapes(here, there)

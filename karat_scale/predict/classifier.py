@@ -1,0 +1,90 @@
+"""A trained classifier with what its predictions need: from a run, or from what `karat export` wrote."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from karat_scale.analysis.trained_run import open_run
+from karat_scale.checkpoint.weights import wants_ema
+from karat_scale.engine.devices import tell_deepspeed
+from karat_scale.errors import RunDirectoryError, UserError
+from karat_scale.recipe import Recipe
+from karat_scale.recipe.loading import validate_recipe
+from karat_scale.recipe.parsing import parse
+from karat_scale.run.initial_weights import locate
+from karat_scale.run.run_directory import RunDirectory
+from karat_scale.run.weights_file import read_exported
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model, the recipe that it was trained with, its class names, and which weights these are."""
+
+    model: nn.Module
+    recipe: Recipe
+    classes: tuple[str, ...]
+    checkpoint: str
+    weights: str
+
+    @property
+    def device(self) -> torch.device:
+        """A GPU if the recipe allows it and there is one."""
+        use_cuda = self.recipe.run.device != "cpu" and torch.cuda.is_available()
+        return torch.device("cuda" if use_cuda else "cpu")
+
+    def class_name(self, label: int) -> str:
+        """Return the name of a label; its number where the run recorded no names."""
+        return self.classes[label] if label < len(self.classes) else str(label)
+
+
+def open_classifier(source: str, checkpoint: str, weights: str) -> Classifier:
+    """Open a run's directory, a folder of `karat export` or its safetensors file.
+
+    Args:
+        checkpoint: of a run: best, latest, or a name.
+        weights: raw, ema, or auto, which is the choice of `karat eval`. An exported folder holds one kind.
+
+    Raises:
+        UserError: there is nothing like that, it is damaged, or it has no such weights.
+    """
+    try:
+        path, inside = locate(source)
+    except UserError:
+        raise RunDirectoryError(f"{source}: neither a run's directory nor a folder of karat export; name one") from None
+    if inside:
+        return _of_run(path, checkpoint if checkpoint != "best" else inside, weights)
+    return _of_export(path, checkpoint, weights)
+
+
+def _of_run(path: Path, checkpoint: str, weights: str) -> Classifier:
+    run = open_run(path, weights=weights, checkpoint=checkpoint)
+    tell_deepspeed(run.device.type)  # which reading a checkpoint imports, and which warns where it has to guess
+    kind = "ema" if wants_ema(weights, run.recipe, run.store.state(run.chosen)) else "raw"
+    return Classifier(run.model(), run.recipe, RunDirectory(path).classes(), run.chosen, kind)
+
+
+def _of_export(path: Path, checkpoint: str, weights: str) -> Classifier:
+    try:
+        with safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+        held = {"checkpoint": facts["checkpoint"], "weights": facts["weights"]}
+        recipe = validate_recipe(parse(facts["recipe"]), str(path))
+        classes = tuple(map(str, json.loads(facts.get("classes", "[]"))))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise RunDirectoryError(
+            f"{path}: not a whole safetensors file of karat export: {error}; export the run again"
+        ) from None
+    if recipe.attention.transfer_from:
+        raise RunDirectoryError(f"{path}: its attention needs its teacher, which the run keeps; name the run instead")
+    wanted = {"checkpoint": (checkpoint, "best"), "weights": (weights, "auto")}
+    for option, (asked, default) in wanted.items():
+        if asked not in (default, held[option]):
+            raise RunDirectoryError(
+                f"--{option} {asked}: {path} holds {held[option]} only; leave out --{option}, or name the run"
+            )
+    return Classifier(read_exported(path), recipe, classes, **held)
