@@ -29,6 +29,9 @@ def compare_runs(paths: Sequence[str], score: str | None, out: str | None, json_
         raise UserError(f"no run to compare: {notes[0]}" if len(notes) == 1 else _none_of(notes))
     comparison, repeated = compare_groups(runs, score)
     notes += [f"left out: {line}" for line in repeated]
+    machines = dict.fromkeys(run.machine for run in runs)
+    if len(machines) > 1:
+        notes.append(f"note: images a second and hours are of different machines: {'; '.join(machines)}")
     for line in notes:
         print(on_one_line(line), file=sys.stderr)
     for table in comparison.tables(_SHOWN_KEYS):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from karat_scale.cluster.standing import read_events
 from karat_scale.console import plural
@@ -73,6 +73,7 @@ class FinishedRun:
     Attributes:
         values: a figure for each of `MEASURES` that the run has.
         curve: the evaluations, by step.
+        machine: what it trained on, last.
         damaged_lines: lines of metrics.jsonl that were skipped.
     """
 
@@ -81,6 +82,7 @@ class FinishedRun:
     budget: Budget
     values: dict[str, float]
     curve: tuple[Point, ...]
+    machine: str
     damaged_lines: int = 0
 
     @property
@@ -106,6 +108,9 @@ class _Summary(Figures):
     parameters: Count
     best_step: Number | None
     images_per_second: float | None = None
+    world_size: Count = 1
+    device: str = "CPU"
+    processor: str = "CPU"
     train_images: Count | None = None
     classes: Number = 0
     classes_sha256: str = ""
@@ -152,25 +157,28 @@ def read_run(path: str) -> FinishedRun:
     tested = [event.images for event in events if event.event == "eval"]
     epochs = round(summary.samples / summary.train_images, 2) if summary.train_images else None
     budget = Budget(summary.steps, epochs, summary.train_images, tested[-1], summary.classes, summary.classes_sha256)
-    return FinishedRun(Path(path), recipe, budget, values, curve, damaged)
+    machine = f"{summary.world_size} x {summary.device} ({summary.processor})"
+    return FinishedRun(Path(path), recipe, budget, values, curve, machine, damaged)
 
 
-def _last_and_best(path: str, curve: tuple[Point, ...], best_step: int, summary: dict[str, object]) -> dict[str, float]:
-    """Return the scores of the last and of the best evaluation, after checking that the summary agrees."""
-    best = next((point for point in curve if point.step == best_step), None)
-    if best is None:
-        raise RunDirectoryError(f"{path}: metrics.jsonl lacks the evaluation of step {best_step}; put back the file")
-    values = {}
-    for which, point in (("last", curve[-1]), ("best", best)):
-        for name, value in point.scores.items():
-            said = summary.get(f"{which}_{name}", value)
-            if said != value:
-                raise RunDirectoryError(
-                    f"{path}: {which}_{name} is {said} in summary.json and {value} in metrics.jsonl: the run goes on, "
-                    "or a file was changed"
-                )
-            values[f"{which}_{name}"] = value
-    return values
+def _last_and_best(path: str, curve: tuple[Point, ...], best_step: int, summary: dict[str, Any]) -> dict[str, float]:
+    """Return the scores of the last and of the best evaluation, after checking that the summary agrees.
+
+    The best one of a run that branched from another may be the other's: then it has no loss here.
+    """
+    if not curve:
+        raise RunDirectoryError(f"{path}: metrics.jsonl has no evaluation of this run; put back the file")
+    best = next((point.scores for point in curve if point.step == best_step), {})
+    values = {f"last_{name}": value for name, value in curve[-1].scores.items()}
+    values |= {f"best_{name}": value for name, value in best.items()}
+    for name, value in values.items():
+        if summary.get(name, value) != value:
+            raise RunDirectoryError(
+                f"{path}: {name} is {summary[name]} in summary.json and {value} in metrics.jsonl: the run goes on, or "
+                "a file was changed"
+            )
+    kept = {name: summary.get(name) for name in MEASURES if name.startswith("best_")}
+    return values | {name: float(value) for name, value in kept.items() if isinstance(value, int | float)}
 
 
 def _read_events(file: Path) -> tuple[list[_Event], int]:
@@ -193,7 +201,8 @@ def _curve(events: list[_Event], scores: tuple[str, ...]) -> tuple[Point, ...]:
     """Return the evaluations. A start that went back to an earlier step takes back what came after that step."""
     points: dict[int, Point] = {}
     for event, hours in zip(events, _clock(events), strict=True):
-        points = {step: point for step, point in points.items() if step <= event.step}
+        while points and next(reversed(points)) > event.step:
+            points.popitem()
         if event.event == "eval":
             found = {name: getattr(event, name) for name in scores}
             kept = {name: value for name, value in found.items() if value is not None}

@@ -118,6 +118,14 @@ def test_what_is_left_out_is_named_and_the_rest_is_compared(trained: Path, copy:
     assert "seed0 is the directory of" in lines[2]
 
 
+def test_speeds_of_other_machines_are_noted(trained: Path, copy: Copy, capsys) -> None:
+    there = copy("there", "run.seed=3", device="NVIDIA H100", world_size=8)
+    assert main(["compare", str(trained / "seed0"), str(there)]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "of different machines: 1 x CPU" in line
+    assert "8 x NVIDIA H100" in line
+
+
 def test_no_usable_run_is_exit_code_2(tmp_path: Path, capsys) -> None:
     assert main(["compare", str(tmp_path / "a")]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -83,7 +83,7 @@ def test_the_time_between_two_starts_is_no_work_and_lost_evaluations_do_not_coun
         (lambda run: (run / "summary.json").unlink(), "has no summary.json"),
         (lambda run: (run / "summary.json").write_text("{"), "damaged"),
         (lambda run: (run / "recipe.yaml").unlink(), "not a run directory"),
-        (lambda run: (run / "metrics.jsonl").unlink(), "lacks the evaluation of step"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "has no evaluation of this run"),
         (lambda run: (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text() + "# \n"), "was changed"),
         (lambda run: (run / "summary.json").write_text(json.dumps({**summary(run), "steps": 5})), "was changed"),
         (
@@ -114,6 +114,13 @@ def test_a_loss_that_is_not_finite_is_left_out(copy: Copy) -> None:
     run = copy("run")
     write_lines(run, [{**line, "loss": None} if line["event"] == "eval" else line for line in events(run)])
     assert "last_loss" not in read_run(str(run)).values
+
+
+def test_the_best_evaluation_may_be_of_the_run_that_this_one_branched_from(copy: Copy) -> None:
+    run = copy("run", best_step=2, best_top1=77.0, best_top5=99.0)
+    values = read_run(str(run)).values
+    assert (values["best_top1"], values["best_top5"]) == (77.0, 99.0)
+    assert "best_loss" not in values
 
 
 def test_half_a_line_is_skipped_and_counted(copy: Copy) -> None:
