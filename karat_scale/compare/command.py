@@ -32,8 +32,9 @@ def compare_runs(paths: Sequence[str], score: str | None, out: str | None, json_
     machines = dict.fromkeys(run.machine for run in runs)
     if len(machines) > 1:
         notes.append(f"note: images a second and hours are of different machines: {'; '.join(machines)}")
+    notes = [on_one_line(line) for line in notes]
     for line in notes:
-        print(on_one_line(line), file=sys.stderr)
+        print(line, file=sys.stderr)
     for table in comparison.tables(_SHOWN_KEYS):
         print_table(*table)
     for line in comparison.warnings:

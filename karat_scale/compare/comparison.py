@@ -57,7 +57,7 @@ class Comparison:
     def warnings(self) -> list[str]:
         """A line for each group whose budget is not the first one's."""
         first = self.groups[0].label
-        return [f"{pair.group.label} and {first}: {'; '.join(pair.budgets)}" for pair in self.pairs if pair.budgets]
+        return [f"{first} and {pair.group.label}: {'; '.join(pair.budgets)}" for pair in self.pairs if pair.budgets]
 
     def tables(self, keys: int | None = None) -> list[Table]:
         """Return the tables, with at most `keys` of the differing keys of a pair."""

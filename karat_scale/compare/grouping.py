@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from karat_scale.compare.finished import Budget, FinishedRun
+from karat_scale.console import printable
 from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.base import Effect
 from karat_scale.recipe.loading import effects, flatten
@@ -97,7 +98,7 @@ def budget_differences(first: Group, other: Group) -> list[str]:
 
 
 def _number(value: Any) -> str:
-    return "unknown" if value is None else f"{value:,}"
+    return "unknown" if value is None else f"{value:,}".removesuffix(".0")
 
 
 def _labels(groups: Sequence[Group]) -> list[str]:
@@ -109,7 +110,7 @@ def _labels(groups: Sequence[Group]) -> list[str]:
     if len(keys) <= _MOST_KEYS:
         named = [f"{name} ({text})" for name, text in zip(names, settings, strict=True)]
         offers.append(named if len(set(names)) > 1 else settings)
-    offers.append([_SEED.sub("", group.runs[0].path.resolve().name) for group in groups])
+    offers.append([_SEED.sub("", printable(group.runs[0].path.resolve().name)) for group in groups])
     offers.append([f"{name} #{number}" for number, name in enumerate(names, 1)])
     return next(offer for offer in offers if len(set(offer)) == len(offer))
 

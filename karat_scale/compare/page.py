@@ -54,7 +54,9 @@ def run_lines(comparison: Comparison) -> str:
     for group in comparison.groups:
         for run in group.runs:
             figures = [run.values.get(name, "") for name in used]
-            writer.writerow([group.label, run.path, run.seed, *figures, *(getattr(run.budget, f) for f in budget)])
+            writer.writerow(
+                [group.label, printable(str(run.path)), run.seed, *figures, *(getattr(run.budget, f) for f in budget)]
+            )
     return text.getvalue()
 
 

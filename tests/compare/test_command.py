@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from pathlib import Path
 
@@ -100,11 +101,11 @@ def test_other_budgets_are_a_warning_and_stand_beside_the_verdict(copy: Copy, tm
     printed = capsys.readouterr()
     assert "higher, but the budgets differ" in printed.out
     assert (
-        "warning: budgets differ: more and owls: epochs differ: 3.0 and 2.4; training images differ: 64 and 80"
+        "warning: budgets differ: owls and more: epochs differ: 3 and 2.4; training images differ: 64 and 80"
         in printed.err
     )
     for name in ("compare.md", "compare.html"):
-        assert "Budgets differ: more and owls" in (tmp_path / "out" / name).read_text()
+        assert "Budgets differ: owls and more" in (tmp_path / "out" / name).read_text()
 
 
 def test_what_is_left_out_is_named_and_the_rest_is_compared(trained: Path, copy: Copy, tmp_path: Path, capsys) -> None:
@@ -124,6 +125,14 @@ def test_speeds_of_other_machines_are_noted(trained: Path, copy: Copy, capsys) -
     (line,) = capsys.readouterr().err.splitlines()
     assert "of different machines: 1 x CPU" in line
     assert "8 x NVIDIA H100" in line
+
+
+def test_names_that_are_not_text_are_written_out(trained: Path, copy: Copy, tmp_path: Path) -> None:
+    odd = copy("odd", "optim.lr=0.002", "augment.hflip=0.25", "optim.eps=1e-7", "optim.clip_grad=2")
+    odd = odd.rename(odd.with_name(os.fsdecode(b"odd\xff\x1b[31m")))
+    assert main(["compare", str(trained / "seed0"), str(odd), "--out", str(tmp_path / "out")]) == 0
+    for name in ("compare.md", "compare.csv", "compare.html"):
+        assert "\x1b" not in (tmp_path / "out" / name).read_text(encoding="utf-8")
 
 
 def test_no_usable_run_is_exit_code_2(tmp_path: Path, capsys) -> None:
