@@ -19,6 +19,7 @@ from karat_scale.tables import EXPORT_FORMATS
 from karat_scale.trust import VARIABLE
 
 EXIT_USAGE = 2
+SCORES = ("top1", "top5", "loss", "box_ap", "mask_ap")
 ANALYSES = ("spectrum", "content", "maps", "functions", "distributions", "landscape")
 
 
@@ -116,6 +117,15 @@ def build_parser() -> argparse.ArgumentParser:
     ledger.add_argument("runs", metavar="RUN", nargs="*", help="a run's directory (default: only rewrite the page)")
     ledger.add_argument("--docs", metavar="DIR", default="docs", help="a clone's docs folder (default: %(default)s)")
     ledger.set_defaults(run=_ledger)
+
+    compare = commands.add_parser("compare", help="compare finished runs over their seeds: spread, differences, curves")
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory; the first one's group is the base")
+    compare.add_argument(
+        "--metric", choices=SCORES, help="what the groups are compared by (default: top1; box_ap of detectors)"
+    )
+    compare.add_argument("--out", metavar="DIR", help="write compare.md, compare.csv, compare.html and the curves here")
+    compare.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
+    compare.set_defaults(run=_compare)
 
     plan = commands.add_parser("plan", help="estimate memory, ZeRO stage, micro batch and time, and find mistakes")
     plan.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
@@ -349,6 +359,12 @@ def _ledger(options: argparse.Namespace) -> int:
     from karat_scale.ledger.command import keep_ledger
 
     return keep_ledger(options.runs, options.docs)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from karat_scale.compare.command import compare_runs
+
+    return compare_runs(options.runs, options.metric, options.out, options.json)
 
 
 def _plan(options: argparse.Namespace) -> int:
