@@ -4,6 +4,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from karat_scale.errors import DataError
 from sources.base import Openers, Source, SourceOptions, UnreadableSampleError
@@ -15,8 +16,9 @@ from sources.imagenet import has_imagenet_tars, imagenet_splits
 from sources.stl10 import stl10_splits
 from sources.svhn import svhn_splits
 from sources.tars import folder_tar_splits
+from sources.val_labels import is_wnid
 
-__all__ = ["Source", "SourceOptions", "UnreadableSampleError", "open_splits"]
+__all__ = ["Source", "SourceOptions", "UnreadableSampleError", "default_exif", "open_splits"]
 
 # Each looks for the official files of its data set and returns splits and classes. With it, the options it uses.
 DATA_SETS = {
@@ -48,6 +50,11 @@ def open_splits(
         new = sorted(set(own_classes) - set(known_classes))
         raise DataError(f"{src} has the class {new[0]!r}, which the shards in --out do not; use another --out")
     return {name: found[origin](classes) for name, origin in chosen.items()}
+
+
+def default_exif(classes: list[str]) -> Literal["turn", "keep"]:
+    """Return what to do with EXIF orientations unless the user says: results on ImageNet are without turning."""
+    return "keep" if all(map(is_wnid, classes)) else "turn"
 
 
 def _find(
