@@ -17,6 +17,7 @@ class PartOfSource(Source):
     def __init__(self, whole: Source, indices: npt.NDArray[np.int64]) -> None:
         super().__init__(whole.classes, whole.labels[indices], whole.sizes[indices], whole.facts)
         self._whole, self._indices = whole, indices
+        self.blocks, self.window = None if whole.blocks is None else whole.blocks[indices], whole.window
 
     def name(self, index: int) -> str:
         return self._whole.name(int(self._indices[index]))

@@ -177,8 +177,14 @@ def made_by(tool: str, source: Source, options: argparse.Namespace, **settings: 
 
 
 def shuffled(source: Source, seed: int, subset: int | None) -> npt.NDArray[np.int64]:
-    """Return the samples in an order drawn from the seed; with `subset`, only the first so many of each class."""
+    """Return the samples in an order drawn from the seed; with `subset`, only the first so many of each class.
+
+    A source that is read in blocks is shuffled within windows of blocks.
+    """
     order = epoch_order(seed, 0, len(source))
+    if source.blocks is not None:
+        places = np.argsort(epoch_order(seed, 0, int(source.blocks.max()) + 1))
+        order = order[np.argsort(places[source.blocks[order]] // source.window, kind="stable")]
     return order if subset is None else order[rank_in_class(source.labels[order]) < subset]
 
 

@@ -142,6 +142,8 @@ def _check_with_shards(options: argparse.Namespace, parser: argparse.ArgumentPar
         "names",
         "encoding",
         "any_hash",
+        "image_column",
+        "label_column",
     ]
     if options.write_mode != "proportion":  # which also draws by the seed
         settled.append("seed")

@@ -10,6 +10,7 @@ The source is one of
     the official files of CIFAR-10, CIFAR-100, SVHN, STL-10 or Oxford Flowers-102 (sources/ has a module for each),
     whose published hashes are checked
     IDX files such as MNIST's
+    Parquet files as the Hugging Face hub has them (sources/parquet.py)
 
 Samples are shuffled over the shards by a seed. The bytes of image files are copied, unless --resize re-encodes them.
 The same source and options give the same shards. A run that was killed resumes with the shard it was writing. Run on a

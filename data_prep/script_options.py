@@ -55,8 +55,12 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         help="encoding of images that are raw pixels: PNG, lossless, or JPEG (default png; for IDX files jpeg)",
     )
     parser.add_argument(
-        "--any-hash", action="store_true", help="accept files of a published data set that have another hash"
+        "--any-hash",
+        action="store_true",
+        help="accept a published data set of which files have another hash, or Parquet files are missing",
     )
+    parser.add_argument("--image-column", metavar="NAME", help="Parquet: the column of images, if several could be")
+    parser.add_argument("--label-column", metavar="NAME", help="Parquet: the column of labels, if several could be")
     parser.add_argument("--val-labels", type=Path, metavar="FILE", help="ImageNet's validation labels")
     parser.add_argument("--synsets", type=Path, metavar="FILE", help="`number wnid` lines for the devkit's numbers")
     parser.add_argument("--names", type=Path, metavar="FILE", help="`wnid name` lines: readable names of the classes")
