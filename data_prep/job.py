@@ -27,7 +27,9 @@ from karat_scale.errors import DataError
 # These may differ between two runs that make the same bytes.
 FREE_SETTINGS = ("version", "source")
 # Settings of the preparation. Without a preparation they have no effect, even if an older record has them.
-PREPARING = ("check", "on_odd")
+PREPARING = ("check", "on_odd", "exif")
+# What a record that lacks a setting was made with, since it is older.
+FORMER = {"exif": "keep"}
 LISTED = 5
 ITEMS_AHEAD = 4
 PR_SET_PDEATHSIG = 1
@@ -80,9 +82,10 @@ class Job:
     def check_settings(self, made: dict[str, Any], what: str, delete: str) -> None:
         """Raise DataError if `what`, which exists, was made with other settings; `delete` names its files."""
         for key, value in self.made_with().items():
-            if made.get(key) != value:
+            found = made.get(key, FORMER.get(key))
+            if found != value:
                 raise DataError(
-                    f"{what} made with {key} = {made.get(key)}, now {value}; use another --out, or delete {delete} "
+                    f"{what} made with {key} = {found}, now {value}; use another --out, or delete {delete} "
                     "to make it again"
                 )
 
@@ -103,12 +106,14 @@ class Job:
         skipped = [SkippedRecord(path=path, reason=reason) for path, reason in self.source.skipped] + notes.skipped
         if not notes.labels:
             raise DataError(f"no image of split {self.split} is usable; first: {skipped[0].path}: {skipped[0].reason}")
+        classes = self.source.classes
         return {
             "made": self.made,
             "skipped": sorted(skipped, key=lambda item: item.path),
             "odd": sorted(notes.odd, key=lambda item: item.path),
             "grey": notes.grey,
-            "per_class": [notes.labels.get(label, 0) for label in range(len(self.source.classes))],
+            "per_class": [notes.labels.get(label, 0) for label in range(len(classes))],
+            "empty_classes": [name for label, name in enumerate(classes) if label not in notes.labels],
         }
 
     def print_plan(self, indices: npt.NDArray[np.int64], where: str) -> None:
@@ -131,6 +136,28 @@ class Job:
             print(f"  {line}")
         if len(lines) > LISTED:
             print(f"  ... all are listed in {listed_in}")
+        if record.empty_classes:
+            names = ", ".join(record.empty_classes[:LISTED])
+            more = f" and {len(record.empty_classes) - LISTED} others" if len(record.empty_classes) > LISTED else ""
+            print(
+                f"{self.split}: {len(record.empty_classes)} of {len(self.source.classes)} classes have no image: "
+                f"{names}{more}"
+            )
+        self._print_orientations(record)
+
+    def _print_orientations(self, record: SplitRecord | BetonRecord) -> None:
+        turned = sum(item.done == "turned" for item in record.odd)
+        if turned:
+            print(
+                f"{self.split}: stored upright, as viewers show them by their EXIF orientation: {turned} of "
+                f"{record.samples} pictures; --exif keep copies their files instead"
+            )
+        kept = sum(item.done != "turned" and "EXIF orientation" in item.what for item in record.odd)
+        if kept and self.made.get("exif") == "keep":
+            print(
+                f"{self.split}: turned or mirrored by viewers, but not in training, because of their EXIF "
+                f"orientation: {kept} of {record.samples} pictures; --exif turn stores them upright"
+            )
 
 
 def made_by(tool: str, source: Source, options: argparse.Namespace, **settings: Any) -> dict[str, Any]:
@@ -142,18 +169,26 @@ def made_by(tool: str, source: Source, options: argparse.Namespace, **settings: 
         "source_sha256": source.fingerprint(),
         "seed": options.seed,
         "subset": options.subset,
+        "val_fraction": options.val_fraction,
+        "val_count": options.val_count,
         **settings,
         **source.facts,
     }
 
 
 def shuffled(source: Source, seed: int, subset: int | None) -> npt.NDArray[np.int64]:
-    """Return the samples in an order drawn from the seed; with `subset`, only the first so many of each class."""
+    """Return the samples in an order drawn from the seed; with `subset`, only the first so many of each class.
+
+    A source that is read in blocks is shuffled within windows of blocks.
+    """
     order = epoch_order(seed, 0, len(source))
-    return order if subset is None else order[_rank_in_class(source.labels[order]) < subset]
+    if source.blocks is not None:
+        places = np.argsort(epoch_order(seed, 0, int(source.blocks.max()) + 1))
+        order = order[np.argsort(places[source.blocks[order]] // source.window, kind="stable")]
+    return order if subset is None else order[rank_in_class(source.labels[order]) < subset]
 
 
-def _rank_in_class(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+def rank_in_class(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
     """Return for each sample how many of its class come before it."""
     by_class = np.argsort(labels, kind="stable")
     first = np.searchsorted(labels[by_class], labels[by_class])

@@ -16,11 +16,12 @@ import argparse
 import numpy as np
 from beton_job import BetonJob, write_beton
 from beton_packing import Packing
+from holdout import open_chosen
 from job import made_by, shuffled
 from make_webdataset import class_names
 from preparing import Preparation
 from script_options import add_source_options, check_source_options, make_parser
-from sources import Source, SourceOptions, open_splits
+from sources import Source, default_exif
 from sources.shards import has_shards, open_shards
 
 from karat_scale.arguments import count
@@ -37,7 +38,8 @@ def plan_job(split: str, source: Source, names: list[str], options: argparse.Nam
     """Return the job of one split, from the command line."""
     from_shards = has_shards(options.src)
     order = np.arange(len(source)) if from_shards else shuffled(source, options.seed, options.subset)
-    preparation = None if from_shards else Preparation(options.check, options.on_odd)
+    exif = options.exif or default_exif(source.classes)
+    preparation = None if from_shards else Preparation(options.check, options.on_odd, exif=exif)
     made = made_by(
         "make_ffcv.py",
         source,
@@ -50,6 +52,7 @@ def plan_job(split: str, source: Source, names: list[str], options: argparse.Nam
         smart_threshold=options.smart_threshold,
         check=preparation and options.check,
         on_odd=preparation and options.on_odd,
+        exif=preparation and exif,
     )
     packing = Packing(
         options.write_mode,
@@ -127,7 +130,21 @@ def _check(options: argparse.Namespace) -> None:
 
 def _check_with_shards(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Raise DataError for an option that applies only when shards are made."""
-    settled = ["subset", "check", "on_odd", "val_labels", "synsets", "names", "encoding", "any_hash"]
+    settled = [
+        "subset",
+        "val_fraction",
+        "val_count",
+        "check",
+        "on_odd",
+        "exif",
+        "val_labels",
+        "synsets",
+        "names",
+        "encoding",
+        "any_hash",
+        "image_column",
+        "label_column",
+    ]
     if options.write_mode != "proportion":  # which also draws by the seed
         settled.append("seed")
     for name in settled:
@@ -142,7 +159,7 @@ def open_source(options: argparse.Namespace) -> tuple[dict[str, Source], list[st
         return dict(shards), names
     there = sorted(options.out.glob("*.beton.json"))
     classes = read_record(there[0].with_suffix("")).classes if there else None
-    sources = open_splits(options.src, options.split, classes, SourceOptions.of(options))
+    sources = open_chosen(options, classes)
     return sources, class_names(options, next(iter(sources.values())).classes)
 
 

@@ -10,11 +10,12 @@ The source is one of
     the official files of CIFAR-10, CIFAR-100, SVHN, STL-10 or Oxford Flowers-102 (sources/ has a module for each),
     whose published hashes are checked
     IDX files such as MNIST's
+    Parquet files as the Hugging Face hub has them (sources/parquet.py)
 
 Samples are shuffled over the shards by a seed. The bytes of image files are copied, unless --resize re-encodes them.
 The same source and options give the same shards. A run that was killed resumes with the shard it was writing. Run on a
 finished output, it checks every byte and makes damaged shards again. Odd files are listed in dataset.json with what
-was done about them (--on-odd).
+was done about them (--on-odd, --exif). --val-fraction or --val-count divides a source without a validation split.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+from holdout import open_chosen
 from job import Notes, made_by, shuffled
 from preparing import DEFAULT_QUALITY, Preparation
 from resizing import choose_encoder
@@ -36,7 +38,7 @@ from shard_job import (
     remove_marks,
     split_order,
 )
-from sources import Source, SourceOptions, open_splits
+from sources import Source, default_exif
 from sources.val_labels import NAME_FILES, find_file, read_synset_names
 
 from karat_scale.arguments import count
@@ -57,6 +59,7 @@ def plan_job(split: str, source: Source, options: argparse.Namespace) -> ShardJo
     order = shuffled(source, options.seed, options.subset)
     quality = options.quality or DEFAULT_QUALITY
     encoder = choose_encoder(options.encoder) if options.resize else "pillow"
+    exif = options.exif or default_exif(source.classes)
     made = made_by(
         "make_webdataset.py",
         source,
@@ -68,8 +71,9 @@ def plan_job(split: str, source: Source, options: argparse.Namespace) -> ShardJo
         encoder=encoder if options.resize else None,
         check=options.check,
         on_odd=options.on_odd,
+        exif=exif,
     )
-    preparation = Preparation(options.check, options.on_odd, options.resize, quality, encoder)
+    preparation = Preparation(options.check, options.on_odd, options.resize, quality, encoder, exif)
     shards = split_order(order, source, options.shard_samples, options.shard_bytes)
     return ShardJob(split, source, options.out, preparation, made, shards)
 
@@ -166,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     out: Path = options.out
     dataset = read_dataset_record(out) if (out / DATASET_FILE).exists() else None
     known = dataset.classes if dataset else None
-    sources = open_splits(options.src, options.split, known, SourceOptions.of(options))
+    sources = open_chosen(options, known)
     jobs = [plan_job(split, source, options) for split, source in sources.items()]
     if options.dry_run:
         for job in jobs:

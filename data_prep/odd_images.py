@@ -14,6 +14,17 @@ MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg"}
 JPEG_ENDINGS = (".jpg", ".jpeg", ".jpe")
 ORIENTATION_TAG, EXIF_TAG = 0x0112, 0x8769
+UPRIGHT = 1
+# What a viewer does to the stored picture, by EXIF orientation.
+TURNS = {
+    2: "mirrored left to right",
+    3: "turned by 180 degrees",
+    4: "mirrored top to bottom",
+    5: "mirrored along a diagonal",
+    6: "turned by 90 degrees clockwise",
+    7: "mirrored along a diagonal",
+    8: "turned by 90 degrees counterclockwise",
+}
 # Start of frame: every marker from C0 to CF except DHT, JPG and DAC.
 FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 START_OF_SCAN, APP1 = 0xDA, 0xE1
@@ -36,12 +47,14 @@ class JpegHeader:
 class ImageFacts:
     """An image file's suffix by content, and what is odd about it.
 
-    exif_odd: oddities that disappear with the EXIF segments; odd: others; undecodable: why it has no complete pixels.
+    orientation: EXIF's, from 2 if viewers turn or mirror the picture; corrupt_exif: no orientation can be read;
+    odd: other oddities; undecodable: why it has no complete pixels.
     """
 
     extension: str
     grey: bool = False
-    exif_odd: tuple[str, ...] = ()
+    orientation: int = UPRIGHT
+    corrupt_exif: bool = False
     odd: tuple[str, ...] = ()
     undecodable: str = ""
 
@@ -90,10 +103,12 @@ def inspect_image(data: bytes, name: str) -> ImageFacts:
         raise UnreadableSampleError(f"{header.width} x {header.height} pixels are over the limit of {MAX_PIXELS}")
     # Not every JPEG without its last marker has missing pixels, so those few are decoded.
     complete = data.rfind(END_OF_IMAGE, header.scan) >= 0
+    orientation = _jpeg_orientation(data, header.exif[0]) if header.exif else UPRIGHT
     return ImageFacts(
         extension="jpg",
         grey=header.components == 1,
-        exif_odd=_exif_oddities(data, header.exif[0]) if header.exif else (),
+        orientation=orientation or UPRIGHT,
+        corrupt_exif=orientation is None,
         odd=("CMYK",) if header.components == 4 else (),
         undecodable="" if complete else decoding_failure(data),
     )
@@ -113,6 +128,8 @@ def _inspect_by_pillow(data: bytes, name: str) -> ImageFacts:
         with warnings.catch_warnings(), open_image(data) as image:
             warnings.simplefilter("ignore")
             size, kind, mode = image.size, image.format, image.mode
+            # Pillow itself turns a TIFF when it decodes.
+            orientation = UPRIGHT if kind == "TIFF" else _orientation(image)
     except Exception as error:  # damaged files make Pillow raise nearly any error
         raise UnreadableSampleError(undecodable_reason(error)) from error
     if min(size) < 1 or kind is None:
@@ -124,19 +141,24 @@ def _inspect_by_pillow(data: bytes, name: str) -> ImageFacts:
     elif name.lower().endswith(JPEG_ENDINGS):
         odd.append(f"{kind} named JPEG")
     grey = mode in ("1", "L", "LA", "I", "I;16")
-    return ImageFacts(extension, grey, odd=tuple(odd), undecodable=decoding_failure(data) if odd else "")
+    return ImageFacts(extension, grey, orientation, odd=tuple(odd), undecodable=decoding_failure(data) if odd else "")
 
 
-def _exif_oddities(data: bytes, segment: tuple[int, int]) -> tuple[str, ...]:
+def _jpeg_orientation(data: bytes, segment: tuple[int, int]) -> int | None:
+    """Return the orientation of an EXIF segment; None if the segment is corrupt."""
     if data[segment[0] + 10 : segment[0] + 14] not in (b"II*\0", b"MM\0*"):
-        return ("corrupt EXIF",)
+        return None
     try:
         with warnings.catch_warnings(), open_image(data) as image:
             warnings.simplefilter("error")
             exif = image.getexif()
             list(exif.items())
             exif.get_ifd(EXIF_TAG)
-            orientation = exif.get(ORIENTATION_TAG, 1)
+            return _orientation(image)
     except Exception:  # any error of Pillow
-        return ("corrupt EXIF",)
-    return (f"EXIF orientation {orientation}",) if orientation in range(2, 9) else ()
+        return None
+
+
+def _orientation(image: Image.Image) -> int:
+    orientation = image.getexif().get(ORIENTATION_TAG)
+    return orientation if orientation in TURNS else UPRIGHT

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from odd_images import ImageFacts, decoding_failure, inspect_image, without_exif
-from resizing import Encoder, resized_jpeg, to_jpeg
+from odd_images import TURNS, ImageFacts, decoding_failure, inspect_image, without_exif
+from resizing import Encoder, resized_jpeg, to_jpeg, upright_jpeg
 from sources import UnreadableSampleError
 
 from karat_scale.data.decode import UndecodableImageError, decode_rgb
@@ -12,6 +12,7 @@ from karat_scale.errors import DataError
 
 Check = Literal["header", "decode"]
 OnOdd = Literal["convert", "keep", "skip", "stop"]
+Exif = Literal["turn", "keep"]
 DEFAULT_QUALITY = 90
 # Odd files are few, so their pixels may take some bytes.
 CONVERT_QUALITY = 95
@@ -25,7 +26,7 @@ class Prepared:
     extension: str
     grey: bool
     odd: str = ""
-    done: Literal["kept", "converted"] = "kept"
+    done: Literal["kept", "converted", "turned"] = "kept"
 
 
 class OddImageSkippedError(UnreadableSampleError):
@@ -36,12 +37,12 @@ class OddImageSkippedError(UnreadableSampleError):
 class Preparation:
     """The processing of images.
 
-    check: read only headers, or decode everything. on_odd: what to do with images that are CMYK, in another
-    format than their name says, rotated by EXIF, with corrupt EXIF, junk in the header, or truncated. `convert` makes
-    RGB JPEGs, and removes an EXIF block without changing the pixels, so that every decoder sees what torchvision's
-    ImageFolder sees; an image that cannot be decoded is skipped. `keep` keeps the bytes, `skip` leaves the image out,
-    `stop` ends the run. resize, quality: re-encode every image as RGB JPEG with at most this short side in pixels.
-    encoder: the encoder for that.
+    check: read only headers, or decode everything. exif: `turn` stores a picture with an EXIF orientation upright, as
+    viewers show it; `keep` makes it an odd image. on_odd: what to do with images that are CMYK, in another format than
+    their name says, with corrupt EXIF, junk in the header, or truncated. `convert` makes RGB JPEGs, and removes an EXIF
+    block without changing the pixels, so that every decoder sees what torchvision's ImageFolder sees; an image that
+    cannot be decoded is skipped. `keep` keeps the bytes, `skip` leaves the image out, `stop` ends the run. resize,
+    quality: re-encode every image as RGB JPEG with at most this short side in pixels. encoder: the encoder for that.
     """
 
     check: Check = "header"
@@ -49,6 +50,7 @@ class Preparation:
     resize: int | None = None
     quality: int = DEFAULT_QUALITY
     encoder: Encoder = "pillow"
+    exif: Exif = "turn"
 
     def prepare(self, data: bytes, name: str) -> Prepared:
         """Return the image to store. Raises UnreadableSampleError to leave it out, DataError to stop."""
@@ -61,26 +63,55 @@ class Preparation:
         failure = facts.undecodable
         if not failure and self.check == "decode" and self.resize is None:
             failure = decoding_failure(data)
-        if not failure and self.resize is not None:
+        encoded = None
+        if not failure:
             try:
-                pixels = resized_jpeg(data, self.resize, self.quality, self.encoder)
+                encoded = self._encoded(data, facts)
             except UndecodableImageError as error:
                 failure = str(error)
-        odd = "; ".join([*facts.odd, *facts.exif_odd, *([failure] if failure else [])])
+        turned = encoded is not None and self._turns(facts)
+        odd = _oddities(facts, turned, failure)
         if odd and self.on_odd in ("stop", "skip"):
             self._refuse(name, odd)
+        if encoded is not None:
+            done = _turn_of(facts) if turned else ""
+            what = "; ".join(filter(None, (done, odd)))
+            return Prepared(encoded, "jpg", facts.grey, what, "turned" if turned else "converted")
         if self.resize is not None:
-            if failure:
-                raise OddImageSkippedError(odd)
-            return Prepared(pixels, "jpg", facts.grey, odd, "converted")
+            raise OddImageSkippedError(odd)
         if odd and self.on_odd == "convert":
             return _convert(data, facts, failure, odd)
         return Prepared(data, facts.extension, facts.grey, odd)
+
+    def _turns(self, facts: ImageFacts) -> bool:
+        return self.exif == "turn" and facts.orientation in TURNS
+
+    def _encoded(self, data: bytes, facts: ImageFacts) -> bytes | None:
+        """Return the image resized or turned; None if it is neither. Raises UndecodableImageError."""
+        orientation = facts.orientation if self._turns(facts) else None
+        if self.resize is not None:
+            return resized_jpeg(data, self.resize, self.quality, self.encoder, orientation)
+        return None if orientation is None else upright_jpeg(data, orientation, CONVERT_QUALITY)
 
     def _refuse(self, name: str, odd: str) -> None:
         if self.on_odd == "stop":
             raise DataError(f"{name}: {odd}; choose --on-odd convert, keep or skip")
         raise OddImageSkippedError(odd)
+
+
+def _oddities(facts: ImageFacts, turned: bool, failure: str) -> str:
+    found = list(facts.odd)
+    if facts.corrupt_exif:
+        found.append("corrupt EXIF")
+    if facts.orientation in TURNS and not turned:
+        found.append(
+            f"EXIF orientation {facts.orientation}: viewers show it {TURNS[facts.orientation]}, training does not"
+        )
+    return "; ".join([*found, failure] if failure else found)
+
+
+def _turn_of(facts: ImageFacts) -> str:
+    return f"{TURNS[facts.orientation]}, as its EXIF orientation {facts.orientation} asks"
 
 
 def _convert(data: bytes, facts: ImageFacts, failure: str, odd: str) -> Prepared:

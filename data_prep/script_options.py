@@ -26,6 +26,14 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     _add_workers(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the order in the output (default 0)")
     parser.add_argument("--subset", type=count, metavar="N", help="only N images of each class, drawn by the seed")
+    held_out = parser.add_mutually_exclusive_group()
+    held_out.add_argument(
+        "--val-fraction",
+        type=float,
+        metavar="F",
+        help="divide the only split into train and val, this share of each class",
+    )
+    held_out.add_argument("--val-count", type=count, metavar="N", help="the same, so many images over all classes")
     parser.add_argument(
         "--check", choices=("header", "decode"), default="header", help="read only headers, or decode every image"
     )
@@ -33,7 +41,13 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         "--on-odd",
         choices=("convert", "keep", "skip", "stop"),
         default="keep",
-        help="what to do with CMYK, misnamed, EXIF-rotated, truncated images and corrupt EXIF (default keep)",
+        help="what to do with CMYK, misnamed, truncated images and corrupt EXIF (default keep)",
+    )
+    parser.add_argument(
+        "--exif",
+        choices=("turn", "keep"),
+        help="pictures with an EXIF orientation: store them upright, or leave them to --on-odd "
+        "(default turn; keep for ImageNet, whose published results are without turning)",
     )
     parser.add_argument(
         "--encoding",
@@ -41,17 +55,28 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         help="encoding of images that are raw pixels: PNG, lossless, or JPEG (default png; for IDX files jpeg)",
     )
     parser.add_argument(
-        "--any-hash", action="store_true", help="accept files of a published data set that have another hash"
+        "--any-hash",
+        action="store_true",
+        help="accept a published data set of which files have another hash, or Parquet files are missing",
     )
+    parser.add_argument("--image-column", metavar="NAME", help="Parquet: the column of images, if several could be")
+    parser.add_argument("--label-column", metavar="NAME", help="Parquet: the column of labels, if several could be")
     parser.add_argument("--val-labels", type=Path, metavar="FILE", help="ImageNet's validation labels")
     parser.add_argument("--synsets", type=Path, metavar="FILE", help="`number wnid` lines for the devkit's numbers")
     parser.add_argument("--names", type=Path, metavar="FILE", help="`wnid name` lines: readable names of the classes")
 
 
 def check_source_options(options: argparse.Namespace) -> None:
-    """Refuse a split that is not a plain name, and an option with a file that does not exist. Raises DataError."""
+    """Refuse a split that is not a plain name, a wrong share, and files that do not exist. Raises DataError."""
     if options.split is not None and not re.fullmatch(r"\w+", options.split):
         raise DataError(f"--split {options.split!r} is not a name; use letters, digits and _")
+    if options.val_fraction is not None and not 0 < options.val_fraction < 1:
+        raise DataError(f"--val-fraction {options.val_fraction} is not between 0 and 1")
+    if options.split is not None and (options.val_fraction is not None or options.val_count is not None):
+        raise DataError(
+            "--val-fraction and --val-count make train and val of a source with one split; remove --split, or give "
+            "that split's folder as --src"
+        )
     for name in ("val_labels", "synsets", "names"):
         path = getattr(options, name)
         if path is not None and not path.is_file():

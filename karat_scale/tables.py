@@ -38,6 +38,7 @@ EXTRAS = {
         "nvidia.dali", tuple(f"nvidia-dali-cuda{version}" for version in (130, 120, 110)), "data.backend=dali"
     ),
     "export": Extra("onnxruntime", ("onnxruntime",), "karat export --format onnx"),
+    "parquet": Extra("pyarrow", ("pyarrow",), "Parquet files in karat prepare make_webdataset"),
     "detection": Extra("pycocotools", ("pycocotools",), "karat detect"),
 }
 

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from karat_scale.errors import DataError
 from sources.base import Openers, Source, SourceOptions, UnreadableSampleError
@@ -12,11 +13,13 @@ from sources.flowers102 import flowers_splits
 from sources.idx import idx_splits
 from sources.imagefolder import ImageFolderSource, class_folders, flat_folders, split_folders
 from sources.imagenet import has_imagenet_tars, imagenet_splits
+from sources.parquet import parquet_files, parquet_splits
 from sources.stl10 import stl10_splits
 from sources.svhn import svhn_splits
 from sources.tars import folder_tar_splits
+from sources.val_labels import is_wnid
 
-__all__ = ["Source", "SourceOptions", "UnreadableSampleError", "open_splits"]
+__all__ = ["Source", "SourceOptions", "UnreadableSampleError", "default_exif", "open_splits"]
 
 # Each looks for the official files of its data set and returns splits and classes. With it, the options it uses.
 DATA_SETS = {
@@ -34,13 +37,13 @@ VAL_NAMES = ("val", "valid", "validation", "test", "t10k")
 def open_splits(
     src: Path, split: str | None, known_classes: list[str] | None, options: SourceOptions | None = None
 ) -> dict[str, Source]:
-    """Return the requested splits of `src`, a directory or a tar of an ImageFolder, by their output names.
+    """Return the requested splits of `src`, a directory, a tar of an ImageFolder or a Parquet file, by output names.
 
     split: one output name, or None for all. known_classes: the classes that earlier splits were labelled
     with. A source without split folders is one split, called `split` or train. Raises DataError.
     """
     if not src.is_dir() and not src.is_file():
-        raise DataError(f"--src {src} is not a directory or a tar")
+        raise DataError(f"--src {src} is not a directory, a tar or a Parquet file")
     found, own_classes = _find(src, split, options or SourceOptions(), known_classes)
     chosen = _choose(src, found, split)
     classes = own_classes if known_classes is None else known_classes
@@ -50,9 +53,19 @@ def open_splits(
     return {name: found[origin](classes) for name, origin in chosen.items()}
 
 
+def default_exif(classes: list[str]) -> Literal["turn", "keep"]:
+    """Return what to do with EXIF orientations unless the user says: results on ImageNet are without turning."""
+    # Parquet files have the hub's names of ImageNet's classes.
+    return "keep" if all(map(is_wnid, classes)) or classes[0] == "tench, Tinca tinca" else "turn"
+
+
 def _find(
     src: Path, split: str | None, options: SourceOptions, known_classes: list[str] | None
 ) -> tuple[Openers, list[str]]:
+    parquet = parquet_files(src)
+    if parquet:
+        _refuse_unheeded(src, options, "Parquet files", {"any_hash", "image_column", "label_column"})
+        return parquet_splits(src, parquet, split, options)
     if src.is_file():
         _refuse_unheeded(src, options, "images in a tar", set())
         in_tar, names = folder_tar_splits(src)

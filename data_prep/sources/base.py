@@ -6,7 +6,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,18 +28,20 @@ class SourceOptions:
 
     val_labels, synsets: files with ImageNet's validation labels, as in val_labels.py. encoding: of images that a
     source holds as raw pixels; None uses the source's own. any_hash: accept files of a published data set with
-    another hash than the published one.
+    another hash than the published one, or without some files. image_column, label_column: of Parquet files.
     """
 
     val_labels: Path | None = None
     synsets: Path | None = None
     encoding: Encoding | None = None
     any_hash: bool = False
+    image_column: str | None = None
+    label_column: str | None = None
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> "SourceOptions":
         """Return the options from a script's command line."""
-        return cls(options.val_labels, options.synsets, options.encoding, options.any_hash)
+        return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
 
 
 class Source(ABC):
@@ -47,8 +49,12 @@ class Source(ABC):
 
     classes: which the labels number. labels: int32 [n], the class number of each sample. sizes: int64 [n], bytes of
     each sample, exact or approximate. skipped: files that are known not to be images, and why. facts: additional facts
-    about the source for dataset.json.
+    about the source for dataset.json. blocks: int64 [n], the number of the block that each sample is read with, of
+    which `window` can be held; None if any order is as fast.
     """
+
+    blocks: npt.NDArray[np.int64] | None = None
+    window: int = 1
 
     def __init__(
         self, classes: list[str], labels: npt.ArrayLike, sizes: npt.ArrayLike, facts: dict[str, Any] | None = None

@@ -24,8 +24,11 @@ class Member:
     size: int
 
 
-def scan_tar(path: Path, within: Member | None = None) -> Iterator[Member]:
-    """Return the regular files of a tar, or of the tar that is member `within` of it. Raises DataError if damaged."""
+def scan_tar(path: Path, within: Member | None = None, folders: list[str] | None = None) -> Iterator[Member]:
+    """Return the regular files of a tar, or of the tar that is member `within` of it. Raises DataError if damaged.
+
+    folders: the names of its folders are added to it.
+    """
     what = f"{path}: {within.name}" if within else f"{path}"
     try:
         with path.open("rb") as file:
@@ -37,6 +40,8 @@ def scan_tar(path: Path, within: Member | None = None) -> Iterator[Member]:
                     archive.members.clear()  # type: ignore[attr-defined]
                     if info.offset_data + (info.size if info.isreg() else 0) > end:
                         raise DataError(f"{what} is cut short at {info.name!r}; fetch it again")
+                    if info.isdir() and folders is not None:
+                        folders.append(info.name)
                     if info.isreg() and not info.issparse():
                         yield Member(info.name, info.offset_data, info.size)
                 # A tar ends with blocks of zeros; a tar that was cut between two members does not.
@@ -97,12 +102,12 @@ class TarSource(ListedSource):
 def folder_tar_splits(path: Path) -> tuple[Openers, list[str]]:
     """Return splits and classes of a tar of an ImageFolder: [<anything>/][train/|val/]<class>/<image>."""
     by_split: dict[str, list[tuple[str, str, Member]]] = {}
-    for member in scan_tar(path):
-        parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
+    folders: list[str] = []
+    for member in scan_tar(path, folders=folders):
+        parts = _parts(member.name)
         if len(parts) < 2:
             raise DataError(f"{path}: {member.name} is in no class folder; expected <class>/<image>")
-        at = next((i for i, part in enumerate(parts[:-2]) if part in SPLIT_FOLDERS), None)
-        split, inner = ("", parts) if at is None else (parts[at], parts[at + 1 :])
+        split, inner = _split_of(parts, parts[:-2])
         by_split.setdefault(split, []).append((inner[0], "/".join(inner), member))
     flat = [member for _, _, member in by_split.get("", []) if is_image_name(member.name.rpartition("/")[2])]
     if flat and len(by_split) > 1:
@@ -110,6 +115,22 @@ def folder_tar_splits(path: Path) -> tuple[Openers, list[str]]:
             f"{path}: {flat[0].name} is in no class folder of a split, as other images are; sort such images into "
             "<split>/<class>/<image>, or remove them"
         )
-    classes = sorted({item[0] for items in by_split.values() for item in items})
+    named = {item[0] for items in by_split.values() for item in items}
+    for parts in map(_parts, folders):
+        # A class without files is one too, as in a folder.
+        split, inner = _split_of(parts, parts[:-1])
+        if split in by_split and inner and inner[0][0] != ".":
+            named.add(inner[0])
+    classes = sorted(named)
     require_utf8(classes, path)
     return {split: partial(TarSource, path, items) for split, items in by_split.items()}, classes
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in name.split("/") if part not in ("", ".", "..")]
+
+
+def _split_of(parts: list[str], above: list[str]) -> tuple[str, list[str]]:
+    """Return the split, "" for none, and the parts inside it; `above` are the parts that may name it."""
+    at = next((i for i, part in enumerate(above) if part in SPLIT_FOLDERS), None)
+    return ("", parts) if at is None else (parts[at], parts[at + 1 :])

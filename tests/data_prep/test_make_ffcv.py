@@ -159,7 +159,8 @@ def test_options_that_do_not_go_together(folder, tmp_path, options, match):
 def test_options_that_would_do_nothing_with_shards_are_refused(folder, tmp_path):
     shards, out = tmp_path / "shards", tmp_path / "out"
     make_shards(folder, shards, "--workers", "1")
-    for option in (("--subset", "2"), ("--check", "decode"), ("--on-odd", "convert"), ("--seed", "3")):
+    wanted = {"subset": "2", "check": "decode", "on-odd": "convert", "seed": "3", "exif": "turn", "val-count": "2"}
+    for option in ((f"--{name}", value) for name, value in wanted.items()):
         with pytest.raises(DataError, match=f"^{option[0]} applies only when shards are made; remove it$"):
             make_betons(shards, out, *option)
     assert not out.exists()

@@ -1,16 +1,17 @@
+import io
 import tarfile
 
 import numpy as np
 import pytest
 from make_webdataset import main
 from odd_images import inspect_image, scan_jpeg, without_exif
-from PIL import Image
+from PIL import Image, ImageOps, JpegImagePlugin
 from preparing import OddImageSkippedError, Preparation
 from resizing import choose_encoder, resized_jpeg
 from sources import UnreadableSampleError
 
 from karat_scale.data.decode import decode_rgb
-from karat_scale.data.formats.shard_format import read_dataset_record
+from karat_scale.data.formats.shard_format import read_dataset_record, write_dataset_record
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import DataError
 from tests.data_prep.images import jpeg, sample_file, tar_bytes, write
@@ -40,18 +41,102 @@ def pixels(data):
 
 @pytest.mark.parametrize(("what", "data"), ODD.items())
 def test_policies(what, data):
-    kept = Preparation(on_odd="keep").prepare(data, "a.JPEG")
+    kept = Preparation(on_odd="keep", exif="keep").prepare(data, "a.JPEG")
     assert (kept.data, kept.done) == (data, "kept")
     assert kept.odd.startswith(what)
     with pytest.raises(OddImageSkippedError, match=what):
-        Preparation(on_odd="skip").prepare(data, "a.JPEG")
+        Preparation(on_odd="skip", exif="keep").prepare(data, "a.JPEG")
     with pytest.raises(DataError, match=f"a.JPEG: {what}.*; choose --on-odd convert, keep or skip"):
-        Preparation(on_odd="stop").prepare(data, "a.JPEG")
+        Preparation(on_odd="stop", exif="keep").prepare(data, "a.JPEG")
+
+
+def exif(orientation):
+    block = Image.Exif()
+    block[0x0112] = orientation
+    return block.tobytes()
+
+
+@pytest.mark.parametrize("policy", ["convert", "keep", "skip", "stop"])
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_picture_with_an_orientation_is_stored_upright(orientation, policy):
+    data = jpeg(3, 64, 48, quality=95, subsampling=1, exif=exif(orientation))
+    done = Preparation(on_odd=policy).prepare(data, "a.jpg")
+    assert (done.done, done.extension) == ("turned", "jpg")
+    assert f"as its EXIF orientation {orientation} asks" in done.odd
+    with Image.open(io.BytesIO(data)) as image, Image.open(io.BytesIO(done.data)) as stored:
+        upright = np.asarray(ImageOps.exif_transpose(image)).astype(int)
+        assert (JpegImagePlugin.get_sampling(stored), len(stored.getexif())) == (1, 0)
+        assert np.abs(upright - np.asarray(stored)).mean() < 2
+    assert Preparation(on_odd="stop").prepare(done.data, "a.jpg").data == done.data
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_the_orientation_of_other_formats_counts_too(kind):
+    data = jpeg(3, 64, 48, kind=kind, exif=exif(6))
+    assert decode_rgb(Preparation().prepare(data, "a.png").data).size == (48, 64)
+    kept = Preparation(exif="keep").prepare(data, "a.png")
+    assert kept.data == data
+    assert kept.odd == "EXIF orientation 6: viewers show it turned by 90 degrees clockwise, training does not"
+
+
+def test_a_grey_picture_stays_grey_and_an_upright_one_keeps_its_bytes():
+    grey = Preparation().prepare(jpeg(3, mode="L", exif=exif(8)), "a.jpg")
+    assert grey.grey
+    assert Image.open(io.BytesIO(grey.data)).mode == "L"
+    for orientation in (0, 1, 9):
+        data = jpeg(3, exif=exif(orientation))
+        done = Preparation(on_odd="convert").prepare(data, "a.jpg")
+        assert (done.data, done.odd) == (data, "")
+
+
+def test_a_turned_picture_is_also_shrunk_and_a_broken_one_is_not_turned():
+    data = jpeg(3, 64, 48, quality=95, exif=exif(6))
+    for encoder in ("pillow", choose_encoder("auto")):
+        done = Preparation(resize=24, encoder=encoder).prepare(data, "a.jpg")
+        assert (decode_rgb(done.data).size, done.done) == ((24, 32), "turned")
+    kept = Preparation(resize=24).prepare(jpeg(3, 64, 48), "a.jpg")
+    assert kept.odd == ""
+    broken = jpeg(3, 64, 64, quality=95, exif=exif(6))[:-60]
+    done = Preparation().prepare(broken, "a.jpg")
+    assert (done.data, done.done) == (broken, "kept")
+    assert "EXIF orientation 6" in done.odd
+    assert "truncated" in done.odd
+
+
+def test_the_choice_is_said_and_recorded_and_imagenet_keeps_its_bytes(tmp_path, capsys):
+    photo = jpeg(3, 64, 48, exif=exif(6))
+    for name in ("cat", "n01440764"):
+        write(tmp_path / name / "src" / name / "9.jpg", photo)
+    main(["--src", str(tmp_path / "cat/src"), "--out", str(tmp_path / "cat/out")])
+    said = capsys.readouterr().out
+    assert "turned cat/9.jpg: turned by 90 degrees clockwise, as its EXIF orientation 6 asks" in said
+    assert "train: stored upright, as viewers show them by their EXIF orientation: 1 of 1 pictures" in said
+    assert "--exif keep" in said
+    assert read_dataset_record(tmp_path / "cat/out").splits["train"].made["exif"] == "turn"
+    main(["--src", str(tmp_path / "n01440764/src"), "--out", str(tmp_path / "n01440764/out")])
+    assert "1 of 1 pictures; --exif turn stores them upright" in capsys.readouterr().out
+    assert read_dataset_record(tmp_path / "n01440764/out").splits["train"].made["exif"] == "keep"
+    assert ShardSplit(tmp_path / "n01440764/out", "train", 1).read(0) == photo
+    with pytest.raises(DataError, match="made with exif = turn, now keep"):
+        main(["--src", str(tmp_path / "cat/src"), "--out", str(tmp_path / "cat/out"), "--exif", "keep"])
+
+
+def test_shards_from_before_the_choice_were_kept(tmp_path, capsys):
+    write(tmp_path / "src/cat/9.jpg", jpeg(3))
+    options = ["--src", str(tmp_path / "src"), "--out", str(tmp_path / "out"), "--exif", "keep"]
+    main(options)
+    record = read_dataset_record(tmp_path / "out")
+    del record.splits["train"].made["exif"]
+    write_dataset_record(tmp_path / "out", record)
+    main(options)
+    assert "complete and correct" in capsys.readouterr().out
+    with pytest.raises(DataError, match="made with exif = keep, now turn"):
+        main([*options[:-1], "turn"])
 
 
 @pytest.mark.parametrize("what", ["EXIF orientation 6", "corrupt EXIF", "CMYK", "PNG named JPEG"])
 def test_conversion_gives_ordinary_jpegs_of_the_same_pixels(what):
-    done = Preparation(on_odd="convert").prepare(ODD[what], "a.JPEG")
+    done = Preparation(on_odd="convert", exif="keep").prepare(ODD[what], "a.JPEG")
     assert (done.done, done.extension) == ("converted", "jpg")
     again = Preparation(on_odd="stop", check="decode").prepare(done.data, "a.JPEG")
     assert again.data == done.data
@@ -140,7 +225,7 @@ def test_the_odd_collection(tmp_path, policy):
     with tarfile.open(sample_file("odd_jpegs.tar")) as tar:
         files = {info.name: tar.extractfile(info).read() for info in tar if info.isfile()}
     (tmp_path / "odd.tar").write_bytes(tar_bytes(files))
-    main(["--src", str(tmp_path / "odd.tar"), "--out", str(tmp_path / "out"), "--on-odd", policy])
+    main(["--src", str(tmp_path / "odd.tar"), "--out", str(tmp_path / "out"), "--on-odd", policy, "--exif", "keep"])
     record = read_dataset_record(tmp_path / "out").splits["train"]
     found = {item.path.removeprefix("odd/"): item for item in record.odd}
     assert found.keys() == EXPECTED_ODD.keys()

@@ -63,6 +63,7 @@ class BetonRecord(ShardRecord):
     odd: list[OddRecord] = Field(default_factory=list)
     grey: int = 0
     per_class: list[int] = Field(default_factory=list)
+    empty_classes: list[str] = Field(default_factory=list)
 
 
 def beton_path(directory: Path, split: str) -> Path:

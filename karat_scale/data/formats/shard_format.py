@@ -58,15 +58,18 @@ class SkippedRecord(BaseModel):
 
 
 class OddRecord(BaseModel):
-    """A source image on which decoders disagree, and what was done with it."""
+    """A source image on which decoders or viewers disagree, and what was done with it."""
 
     path: ReportedPath
     what: str
-    done: Literal["kept", "converted", "skipped"]
+    done: Literal["kept", "converted", "turned", "skipped"]
 
 
 class SplitRecord(BaseModel):
-    """One split. `made`: the source and the settings. `per_class`: the number of samples of each class."""
+    """One split. `made`: the source and the settings. `per_class`: the number of samples of each class.
+
+    `empty_classes`: the names of those without a sample; `karat index` leaves it empty.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -78,6 +81,7 @@ class SplitRecord(BaseModel):
     odd: list[OddRecord] = []
     grey: int = 0
     per_class: list[int] = []
+    empty_classes: list[str] = []
 
 
 class DatasetRecord(BaseModel):
