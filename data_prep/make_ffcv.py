@@ -8,7 +8,7 @@ that the same options make. JPEGs are copied byte for byte, unless --write-mode 
 
 The same source and options give the same bytes. Run on a finished output, it checks every byte and makes damaged betons
 again. A run that was killed leaves only a hidden file; the next run starts that beton again and says so. Needs FFCV:
-in the clone, pip install '.[ffcv]'.
+in the clone, pip install -e '.[ffcv]'.
 """
 
 import argparse
