@@ -33,12 +33,16 @@ def find_columns(src: Path, schemas: list[Any], options: SourceOptions) -> Colum
     features = _features(schema)
     images = [field.name for field in schema if _holds_images(field.type)]
     named = [name for name, feature in features.items() if isinstance(feature.get("names"), list)]
-    plain = [field.name for field in schema if types.is_integer(field.type) or types.is_string(field.type)]
+    plain = [
+        field.name
+        for field in schema
+        if any(fits(field.type) for fits in (types.is_integer, types.is_string, types.is_large_string))
+    ]
     image = _choose(src, "image", options.image_column, images, images, schema.names)
     label = _choose(src, "label", options.label_column, named or plain, plain, schema.names)
     found = features.get(label, {}).get("names") or []
     for other in schemas[1:]:
-        if set(other.names) != set(schema.names) or _features(other).get(label, {}).get("names", []) != found:
+        if set(other.names) != set(schema.names) or (_features(other).get(label, {}).get("names") or []) != found:
             raise DataError(f"{src}: its Parquet files have different columns or classes; give one data set as --src")
     kind = schema.field(image).type
     if not types.is_struct(kind):
