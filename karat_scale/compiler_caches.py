@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import MutableMapping
 from pathlib import Path
 
-from karat_scale.machine import home
+from karat_scale.native_build import home
 
 MOUNTS = Path("/proc/mounts")
 NETWORK_FILE_SYSTEMS = (

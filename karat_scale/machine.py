@@ -7,12 +7,12 @@ import math
 import os
 import platform
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from karat_scale.errors import UserError
+from karat_scale.native_build import cpu_flags
 from karat_scale.suggestions import nearest
 
 ROOT = Path("/sys/fs/cgroup")
@@ -36,14 +36,6 @@ def usable_memory() -> int:
     return min(total, memory_limit() or total)
 
 
-def home() -> Path:
-    """Return the user's home directory; where there is none, as for a user of a container, that of temporary files."""
-    try:
-        return Path.home()
-    except RuntimeError:
-        return Path(tempfile.gettempdir()) / f"karat-home-{os.getuid()}"
-
-
 def processor_name() -> str:
     """This machine's processor, as the kernel names it; its architecture where the kernel does not."""
     try:
@@ -51,15 +43,6 @@ def processor_name() -> str:
     except OSError:
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def cpu_flags() -> set[str]:
-    """Return the features of this machine's processor that Linux lists, such as "avx2"; none on other systems."""
-    try:
-        found = re.search(r"^(?:flags|Features)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return set(found[1].split()) if found else set()
 
 
 def cpu_has_bf16() -> bool:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -19,9 +20,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-from karat_scale.console import printable
-from karat_scale.machine import cpu_flags, home
 
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c")
 COMPILERS = ("g++", "c++", "clang++")
@@ -101,6 +99,15 @@ def _available_instruction_sets() -> tuple[str, ...]:
     return {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(capability, ())
 
 
+def cpu_flags() -> set[str]:
+    """Return the features of this machine's processor that Linux lists, such as "avx2"; none on other systems."""
+    try:
+        found = re.search(r"^(?:flags|Features)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return set(found[1].split()) if found else set()
+
+
 def _may_use_amx() -> bool:
     """True if the CPU has bfloat16 tiles and Linux lets this process use them, after it was asked once."""
     if not {"amx_bf16", "amx_tile", "avx512_bf16"}.issubset(cpu_flags()):
@@ -135,6 +142,14 @@ def _sanitizer_flags() -> tuple[str, ...]:
     """Those of the sanitizers that KARAT_SANITIZE names; mostly none. The process must preload their runtime."""
     names = os.environ.get("KARAT_SANITIZE")
     return (f"-fsanitize={names}", *SANITIZER_FLAGS) if names else ()
+
+
+def home() -> Path:
+    """Return the user's home directory; where there is none, as for a user of a container, that of temporary files."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"karat-home-{os.getuid()}"
 
 
 def cache_directory() -> Path:
@@ -224,7 +239,7 @@ def _run(command: list[str]) -> str:
         said = (error.stderr or error.stdout).strip().splitlines() or [f"code {error.returncode}"]
         # A header's errors come after lines that say who includes it.
         reason = next((line for line in said if "error" in line), said[0])
-        raise LoadError(f"{command[0]} failed with {printable(reason)}") from error
+        raise LoadError(f"{command[0]} failed with {_printable(reason)}") from error
     except subprocess.TimeoutExpired as error:
         raise LoadError(f"{command[0]} took more than {BUILD_SECONDS} s") from error
     return done.stdout
@@ -256,3 +271,8 @@ class _Held:
             raise MemoryError
         self.pointer = pointer
         weakref.finalize(self, free, pointer)
+
+
+def _printable(text: str) -> str:
+    """Return text whose control characters are written out: a compiler may print anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale import machine
+from karat_scale import native_build
 from karat_scale.errors import of_the_machine
 from tests.conftest import ROOT, karat_environment, karat_here
 
@@ -49,7 +49,7 @@ def test_a_user_without_a_home_has_a_place_for_caches(monkeypatch: pytest.Monkey
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", none)
-    assert machine.home().name == f"karat-home-{os.getuid()}"
+    assert native_build.home().name == f"karat-home-{os.getuid()}"
 
 
 def test_a_path_in_the_home_of_nobody_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,8 +27,8 @@ Matrices = tuple[Tensor, Tensor]
 def watched(model: nn.Module, visit: Visit) -> Iterator[None]:
     """Call `visit` for each block of each forward pass inside the `with`, in order; nothing is kept.
 
-    Both are float32, and computed in the precision of the forward pass. A includes the scale 1 / sqrt(d), and the norms
-    of query and key if the model has them.
+    Both are computed in the precision of the forward pass, and are float32 or better. A includes the scale 1 / sqrt(d),
+    and the norms of query and key if the model has them.
     """
     hooks = [
         layer.attention.register_forward_pre_hook(_hook(number, visit), with_kwargs=True)
@@ -48,7 +48,7 @@ def _hook(number: int, visit: Visit) -> Callable[[Any, tuple[Tensor, ...], dict[
         if matrices is None:
             raise UserError(f"the attention matrices of {type(attention).__name__} cannot be read; add it to _READERS")
         raw, learned = matrices(attention, inputs[0], settings.get("mask"))
-        visit(number, raw.float(), learned.float())
+        visit(number, *(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (raw, learned)))
 
     return before
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -69,6 +70,7 @@ def test_nccl_is_told_its_gpu(monkeypatch: pytest.MonkeyPatch, size: int) -> Non
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: told.append({"backend": backend, **how}))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(distributed, "meet", lambda place: dist.HashStore())  # of ranks that do not exist here
     for device in (torch.device("cuda", 1), torch.device("cpu")):
-        distributed._join(0, size, device)
+        distributed._join(0, size, device, timedelta(minutes=1))
     assert [(how["backend"], how["device_id"]) for how in told] == [("nccl", torch.device("cuda", 1)), ("gloo", None)]
