@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from karat_scale.console import print_table, printable, progress, write_json
+from karat_scale.data.assemble import ImageSource
 from karat_scale.data.decode import UndecodableImageError, decode_rgb, opened
 from karat_scale.data.formats.beton import BetonSplit
 from karat_scale.data.formats.folder import FolderSplit
@@ -24,29 +24,6 @@ from karat_scale.look.data_page import write_page
 _MOST_CLASSES = 10**9
 _ORIENTATION = 274  # the EXIF tag
 _FOLDERS = ("train", "val", "test", "valid", "validation")
-
-
-class Images(Protocol):
-    """One split of a data set."""
-
-    @property
-    def labels(self) -> npt.NDArray[np.int32]:
-        """The label of each image."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The classes' names."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, sample_id: int) -> bytes:
-        """Return the encoded image."""
-
-    def locate(self, sample_id: int) -> tuple[str, str]:
-        """Return the sample's key, and what holds it."""
-
-    def close(self) -> None:
-        """Close open files."""
 
 
 @dataclass
@@ -119,7 +96,7 @@ def look_at_data(path: str, sampled: int, classes_shown: int, out: str | None, j
     return 0
 
 
-def open_splits(directory: Path) -> dict[str, Callable[[], Images]]:
+def open_splits(directory: Path) -> dict[str, Callable[[], ImageSource]]:
     """Return what opens each split of shards, betons or an image folder. Raises DataError."""
     if (directory / DATASET_FILE).is_file():
         record = read_dataset_record(directory)
@@ -133,7 +110,7 @@ def open_splits(directory: Path) -> dict[str, Callable[[], Images]]:
     return {name: partial(FolderSplit, directory, name, _MOST_CLASSES) for name in folders}
 
 
-def _examine(name: str, split: Images, ids: npt.NDArray[np.int64]) -> SplitFacts:
+def _examine(name: str, split: ImageSource, ids: npt.NDArray[np.int64]) -> SplitFacts:
     counts = np.bincount(split.labels, minlength=len(split.classes))
     sizes, lengths = [], []
     facts = SplitFacts(
@@ -180,7 +157,7 @@ def _oddness(image: Image.Image) -> list[str]:
     return found
 
 
-def _pictures(split: Images, classes_shown: int, each: int = 6) -> dict[str, list[bytes]]:
+def _pictures(split: ImageSource, classes_shown: int, each: int = 6) -> dict[str, list[bytes]]:
     """Return some images of the first classes, as small JPEGs."""
     pictures: dict[str, list[bytes]] = {}
     for label, name in enumerate(split.classes[:classes_shown]):

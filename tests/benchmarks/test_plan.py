@@ -21,6 +21,7 @@ def kind(case: Case) -> tuple[str, bool]:
 FIRST = {kind(case): case for case in reversed(CASES) if case.world == 1}
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
     "case",

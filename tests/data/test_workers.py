@@ -30,6 +30,7 @@ def test_closing_ends_the_workers_and_the_iterators(make_shards, data_config, ch
     assert next(batches, None) is None
 
 
+@pytest.mark.slow
 def test_closing_ends_a_worker_that_is_stopped(make_shards, data_config, cheap_augment):
     before = children()
     backend = open_backend(ImageSpec(data_config(make_shards(), workers=1), cheap_augment, SIZE, 3, 0))

@@ -40,6 +40,7 @@ def wait_for(condition, seconds=240):
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_a_killed_run_resumes_at_the_same_shard(folders, tmp_path, workers):
     options = ("--split", "train", "--shard-samples", "2", "--workers", workers)

@@ -66,6 +66,7 @@ def test_shards_give_every_figure(doctor: Doctor, recipe_file: Path, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind(recipe_file: Path, tmp_path: Path) -> None:
     code = (
         "import psutil; from karat_scale.doctor.run import doctor\n"
@@ -81,6 +82,7 @@ def test_nothing_is_left_behind(recipe_file: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_ranks_time_their_communication(doctor: Doctor, recipe_file: Path) -> None:
     done, report = doctor(recipe_file, "data.backend=synthetic", "deepspeed.config=zero1", processes=2)

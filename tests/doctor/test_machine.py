@@ -86,6 +86,7 @@ def test_the_wanted_versions_are_those_of_the_package() -> None:
     assert set(software.LIBRARIES) <= wanted.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["torch", "psutil", "packaging", "pydantic", "rich"])
 def test_no_missing_library_makes_it_crash(missing: str) -> None:
     code = (

@@ -68,6 +68,7 @@ print(store.get("late").decode())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_group_waits_for_a_slow_rank_as_long_as_the_recipe_says() -> None:
     port = str(free_port())

@@ -28,6 +28,7 @@ def test_a_micro_batch_of_the_recipe_is_kept(small_recipe: Load) -> None:
     assert on_gpus(small_recipe("train.micro_batch=2"), 2, PLENTY).micro_batch == 2
 
 
+@pytest.mark.slow
 def test_cuda_graphs_are_planned_without_accumulation(small_recipe: Load) -> None:
     recipe = small_recipe("train.compile=reduce-overhead", "train.global_batch=64")
     assert list(micro_batches(recipe, 2)) == [32]
@@ -52,6 +53,7 @@ def test_where_no_micro_batch_fits_the_next_stage_is_taken(small_recipe: Load) -
     assert on_gpus(recipe, 4, needed[2]).config == "zero2"
 
 
+@pytest.mark.slow
 def test_what_fits_nowhere_says_so_and_names_what_needs_least(small_recipe: Load) -> None:
     choice = on_gpus(small_recipe(), 2, 1000)
     assert not choice.fits
@@ -157,6 +159,7 @@ def test_an_implementation_that_a_gpu_lacks_is_one_line(small_recipe: Load) -> N
         Subject(small_recipe("attention.implementation=cpu"), on_gpu=True).footprint(2)
 
 
+@pytest.mark.slow
 def test_recomputation_is_tried_where_nothing_fits_without(small_recipe: Load) -> None:
     recipe = small_recipe("train.global_batch=2048", "train.micro_batch=1024")
     needed = on_gpus(recipe, 2, 1000).needed

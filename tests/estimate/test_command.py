@@ -43,6 +43,7 @@ def test_stages_that_the_recipe_cannot_use_are_told(tmp_path: Path, capsys: Capt
     assert list(json.loads(file.read_text())["refused"]) == ["zero0"]
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_told_and_is_no_success(capsys: Capture) -> None:
     assert plan("--memory", "0.5") == 1
     assert "nothing fits" in capsys.readouterr().out
@@ -74,6 +75,7 @@ def test_mistakes_are_one_line(arguments: tuple[str, ...], message: str, capsys:
     assert message in line
 
 
+@pytest.mark.slow
 def test_a_rank_gets_its_share_of_what_the_control_group_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("karat_scale.machine.memory_limit", lambda: 10**9)
     recipe = load_recipe("imagenet_vit_tiny", ["model.depth=1", "model.image_size=64"])

@@ -62,6 +62,7 @@ def test_another_device_and_a_damaged_recipe_are_told(small_recipe: Load) -> Non
     assert "model = 3" in str(find_measured(small_recipe(), find_gpu("h100-80")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["zero0", "zero3"])
 def test_a_measured_rate_holds_its_own_collectives_already(small_recipe: Load, config: str, tmp_path: Path) -> None:
     own = tmp_path / "own.json"  # a name of its own keeps the plan from choosing another stage

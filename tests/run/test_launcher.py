@@ -11,6 +11,7 @@ from tests.conftest import karat, summary
 from tests.run.runs import start, wait_for_checkpoint
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_ranks_stop_with_a_checkpoint_when_their_launcher_is_killed(recipe_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -11,6 +11,8 @@ import pytest
 from tests.conftest import ROOT, karat_environment
 from tests.run.peers import DISKS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -31,6 +33,7 @@ def errors(said: str) -> list[str]:
     return [line.partition("error: ")[2] for line in said.splitlines() if "error: " in line]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_rank_that_is_left_names_the_one_that_was_killed(outcomes: dict[str, Any], victim: int) -> None:

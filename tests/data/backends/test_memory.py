@@ -16,6 +16,7 @@ SAMPLED = [("folder", "pillow"), ("webdataset", "auto"), ("ffcv", "auto"), ("dal
 REST = [("folder", "auto"), ("webdataset", "pillow"), ("ffcv", "pillow")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "decoder"), [*SAMPLED, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in REST)]
 )
