@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import karat_scale.launcher  # noqa: F401  # it looks for its parent now, before torch is imported
 from karat_scale import __version__
@@ -168,8 +167,9 @@ def build_parser() -> argparse.ArgumentParser:
         submit.add_argument(f"--{setting}", help=f"{variable} of slurm/imagenet_fourier_karat.sh")
     submit.add_argument("--gpu", metavar="NAME", help="plan ZeRO stage and micro batch for this GPU, such as h100-80")
     how = submit.add_mutually_exclusive_group()
-    how.add_argument("--yes", action="store_true", help="submit without asking")
-    how.add_argument("--print", action="store_true", help="show the script, and neither write nor submit it")
+    how.add_argument("--yes", dest="decision", action="store_const", const="yes", help="submit without asking")
+    only = "show the script, and neither write nor submit it"
+    how.add_argument("--print", dest="decision", action="store_const", const="print", default="ask", help=only)
     submit.set_defaults(run=_submit)
 
     status = commands.add_parser("status", help="show a run's progress, from its files")
@@ -418,9 +418,7 @@ def _submit(options: argparse.Namespace) -> int:
         chosen["ntasks-per-node"] = str(max(given["gpus_per_node"], 1))
     settings = ("venv", "conda_env", "modules", "container", "stage")
     variables = {name.upper(): given[name] for name in settings if name in given}
-    only_print: Literal["print", "ask"] = "print" if options.print else "ask"
-    decision: Literal["yes", "print", "ask"] = "yes" if options.yes else only_print
-    return submit(options.recipe, options.overrides, chosen, variables, decision, options.gpu)
+    return submit(options.recipe, options.overrides, chosen, variables, options.decision, options.gpu)
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from karat_scale.analysis.figures import rendered
 from karat_scale.analysis.result import Result, Table
 from karat_scale.console import write_json
 from karat_scale.files import write_atomically
 
-DPI = 130
 SHOWN = "shown.json"
 
 
@@ -54,10 +54,10 @@ def write_result(result: Result, directory: Path, fingerprint: str) -> Written:
     figures = []
     for name, (figure, caption) in result.figures.items():
         figure = figure if isinstance(figure, Figure) else figure()
-        png = _render(figure, "png")
+        png = rendered(figure, "png")
         path = directory / f"{safe_name(name)}.png"
         write_atomically(path, png)
-        write_atomically(path.with_suffix(".svg"), _render(figure, "svg"))
+        write_atomically(path.with_suffix(".svg"), rendered(figure, "svg"))
         figures.append(WrittenFigure(name, caption, png, path))
     numbers = {**result.numbers, "notes": result.notes}
     write_json(directory / "numbers.json", _plain(numbers))
@@ -91,13 +91,6 @@ def read_written(directory: Path, fingerprint: str) -> Written | None:
 def safe_name(text: str) -> str:
     """Return a name that any file system accepts."""
     return re.sub(r"[^\w.-]+", "_", text).strip(".") or "unnamed"
-
-
-def _render(figure: Figure, kind: str) -> bytes:
-    content = io.BytesIO()
-    # Without the date, equal numbers give equal files.
-    figure.savefig(content, format=kind, dpi=DPI, metadata={"Date": None} if kind == "svg" else None)
-    return content.getvalue()
 
 
 def _plain(value: Any) -> Any:

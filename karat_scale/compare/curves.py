@@ -1,12 +1,11 @@
 """Curves of a score over steps, samples and hours: the mean of each group, and its spread as a band."""
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from karat_scale.analysis.figures import COLOURS, new_figure
+from karat_scale.analysis.figures import COLOURS, new_figure, rendered
 from karat_scale.compare.finished import SCORES, FinishedRun
 from karat_scale.compare.grouping import Group
 
@@ -33,9 +32,7 @@ def draw_curves(groups: Sequence[Group], score: str) -> dict[str, bytes]:
         axes.set(xlabel=axis, ylabel=SCORES[score].title)
         if axes.lines:
             figure.legend(loc="outside lower center")
-        content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=130)
-        pictures[axis] = content.getvalue()
+        pictures[axis] = rendered(figure)
     return pictures
 
 

@@ -1,20 +1,17 @@
 """The files of `karat compare --out`: Markdown, CSV, figures, and one HTML page that opens offline."""
 
-import base64
 import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from karat_scale import __version__
 from karat_scale.compare.comparison import Comparison, Table
 from karat_scale.compare.curves import draw_curves
 from karat_scale.compare.finished import MEASURES, SCORES
 from karat_scale.console import printable
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
+from karat_scale.html_page import render_page
 
 
 def write_files(directory: Path, comparison: Comparison, notes: Sequence[str]) -> list[Path]:
@@ -62,18 +59,15 @@ def run_lines(comparison: Comparison) -> str:
 
 def page(comparison: Comparison, notes: Sequence[str], pictures: Mapping[str, bytes]) -> str:
     """Return the HTML page; every text is escaped, and the pictures are inside."""
-    environment = Environment(
-        loader=PackageLoader("karat_scale.compare"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters["png"] = lambda data: f"data:image/png;base64,{base64.b64encode(data).decode()}"
-    return environment.get_template("compare.html.j2").render(
+    return render_page(
+        "karat_scale.compare",
+        "compare.html.j2",
         title=title(comparison),
         tables=comparison.tables(),
         warnings=comparison.warnings,
         notes=notes,
         score=SCORES[comparison.score].title,
         pictures=pictures,
-        version=__version__,
     )
 
 

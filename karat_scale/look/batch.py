@@ -1,6 +1,5 @@
 """`karat show RECIPE`: one global batch as training sees it, augmented and mixed, as a picture and as text."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from karat_scale.analysis.figures import new_figure, rendered, show_map
 from karat_scale.console import print_table, printable
 from karat_scale.data.plan import micro_batch_of
 from karat_scale.engine import distributed
@@ -127,8 +127,6 @@ def _place(backend: Any, number: int) -> str:
 
 def draw(shown: ShownBatch) -> bytes:
     """Return the grid of images with their targets, as a PNG."""
-    from karat_scale.analysis.figures import new_figure, show_map
-
     columns = min(_COLUMNS, len(shown.images))
     rows = -(-len(shown.images) // columns)
     figure = new_figure(1.7 * columns, 1.95 * rows)
@@ -138,6 +136,4 @@ def draw(shown: ShownBatch) -> bytes:
             show_map(axes, shown.images[number], title)
         else:
             axes.axis("off")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=130)
-    return content.getvalue()
+    return rendered(figure)

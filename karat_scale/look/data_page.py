@@ -1,17 +1,13 @@
 """The page of `karat data`: one HTML file that opens offline, with every text escaped."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from karat_scale import __version__
-from karat_scale.analysis.figures import new_figure
+from karat_scale.analysis.figures import new_figure, rendered
 from karat_scale.errors import DataError
 from karat_scale.files import write_atomically
+from karat_scale.html_page import render_page
 
 if TYPE_CHECKING:
     from karat_scale.look.data_set import SplitFacts
@@ -22,25 +18,16 @@ Pictures = Mapping[str, Mapping[str, Sequence[bytes]]]
 
 def write_page(path: Path, place: str, splits: "Sequence[SplitFacts]", pictures: Pictures) -> None:
     """Write the page. Raises DataError if the file cannot be written."""
-    environment = Environment(
-        loader=PackageLoader("karat_scale.look"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters["jpeg"] = lambda data: f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
-    page = environment.get_template("data.html.j2").render(
-        place=place,
-        splits=splits,
-        pictures=pictures,
-        charts={one.name: _charts(one) for one in splits},
-        version=__version__,
-    )
+    charts = {one.name: _charts(one) for one in splits}
+    page = render_page("karat_scale.look", "data.html.j2", place=place, splits=splits, pictures=pictures, charts=charts)
     try:
         write_atomically(path, page)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
 
 
-def _charts(facts: "SplitFacts") -> str:
-    """Return histograms of the sampled sizes and of the classes' sizes, as a data URI."""
+def _charts(facts: "SplitFacts") -> bytes:
+    """Return histograms of the sampled sizes and of the classes' sizes, as a PNG."""
     figure = new_figure(12, 2.6)
     left, middle, right = figure.subplots(1, 3)
     if len(facts.sizes):
@@ -50,6 +37,4 @@ def _charts(facts: "SplitFacts") -> str:
     middle.set(xlabel="width / height", ylabel="images", title="aspect ratio")
     right.plot(sorted(facts.per_class.values(), reverse=True))
     right.set(xlabel="class, largest first", ylabel="images", title="images of a class", ylim=(0, None))
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
-    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return rendered(figure, dpi=110)

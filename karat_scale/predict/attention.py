@@ -1,6 +1,5 @@
 """Where a classifier looks in each image: the attention of the last block, laid over what the model saw."""
 
-import io
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from karat_scale.analysis.figures import new_figure, show_map
+from karat_scale.analysis.figures import new_figure, rendered, show_map
 from karat_scale.analysis.maps import dominant_head
 from karat_scale.console import printable
 from karat_scale.files import write_atomically
@@ -93,6 +92,4 @@ def write_overlay(path: Path, picture: Tensor, maps: LastBlock, row: int, title:
     show_map(axes[1], pixels, f"block {maps.block}, head {head}")
     show_map(axes[1], enlarged.numpy(), f"block {maps.block}, head {head}", alpha=0.55, cmap="magma")
     figure.suptitle(printable(title).replace("$", r"\$"))
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=100)
-    write_atomically(path, content.getvalue())
+    write_atomically(path, rendered(figure, dpi=100))

@@ -15,7 +15,7 @@ _NOT_RUN = "not yet run"
 
 @dataclass(frozen=True)
 class Entry:
-    """A shipped recipe, from its header: what it trains, the paper's result, ours, and the commands that need it."""
+    """A shipped recipe, from its header: the command that trains it, what it trains, the paper's result and ours."""
 
     name: str
     command: str

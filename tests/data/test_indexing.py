@@ -210,6 +210,7 @@ def test_class_names_come_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixt
     names.write_text("cat\ndog\n")
     assert index(tmp_path / "t", "--classes", str(names)) == 0
     assert read_dataset_record(tmp_path / "t").classes == ["cat", "dog"]
+    assert read_dataset_record(tmp_path / "t").splits["train"].empty_classes == ["cat"]
     assert "1 classes have no sample" in capsys.readouterr().out
 
 

@@ -9,6 +9,17 @@ from karat_scale.errors import UserError
 from tests.conftest import free_port, karat_environment
 
 
+def started(script: str, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+    """A process that runs a script, as one rank."""
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        env={**karat_environment(), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 @pytest.mark.parametrize(
     ("environ", "expected"),
     [
@@ -40,16 +51,7 @@ def test_an_address_without_a_port_is_enough_to_meet() -> None:
     assert int(default_port({"SLURM_JOB_ID": job})) == int(job) + 10000
     given = {"MASTER_ADDR": "127.0.0.1", "SLURM_JOB_ID": job, "WORLD_SIZE": "2"}
     script = "from karat_scale.engine import distributed as d; print(d.start('cpu').gather('here')); d.stop()"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            env={**karat_environment(), **given, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    ranks = [started(script, **given, RANK=str(rank)) for rank in range(2)]
     for rank in ranks:
         shown, complaint = rank.communicate(timeout=120)
         assert shown == "['here', 'here']\n", complaint
@@ -72,16 +74,7 @@ print(store.get("late").decode())
 @pytest.mark.multiprocess
 def test_a_group_waits_for_a_slow_rank_as_long_as_the_recipe_says() -> None:
     port = str(free_port())
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", WAITS, port, str(rank)],
-            env=karat_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    ranks = [started(WAITS, port, str(rank)) for rank in range(2)]
     for rank in ranks:
         shown, complaint = rank.communicate(timeout=120)
         assert shown == "here\n", complaint

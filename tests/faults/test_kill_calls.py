@@ -1,4 +1,4 @@
-"""A run that is killed before any rename, flush or removal goes on to the same bits: tests/faults/kill_calls.py."""
+"""A run is killed before a rename, a flush or a removal, and resumes to the same bits. See kill_calls.py."""
 
 import json
 import os

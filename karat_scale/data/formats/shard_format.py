@@ -68,7 +68,7 @@ class OddRecord(BaseModel):
 class SplitRecord(BaseModel):
     """One split. `made`: the source and the settings. `per_class`: the number of samples of each class.
 
-    `empty_classes`: the names of those without a sample; `karat index` leaves it empty.
+    `empty_classes`: the names of those without a sample.
     """
 
     model_config = ConfigDict(extra="forbid")

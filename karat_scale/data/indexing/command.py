@@ -196,6 +196,7 @@ def _write_split(
         per_class += np.bincount(np.array(labels, np.int64), minlength=len(numbers))
         split.skipped += [SkippedRecord(path=f"{name}: {key}", reason=why) for key, why in tar.samples.skipped]
     split.per_class = per_class.tolist()
+    split.empty_classes = [name for name, count in zip(numbers, split.per_class, strict=True) if not count]
     return split
 
 
@@ -205,19 +206,18 @@ def number_of(label: Label, numbers: dict[str, int]) -> int:
 
 
 def _counts(record: DatasetRecord, split: SplitRecord) -> dict[str, int]:
-    empty = sum(count == 0 for count in split.per_class)
     return {
         "tars": len(split.shards),
         "samples": split.samples,
         "classes": len(record.classes),
-        "classes_without_samples": empty,
+        "classes_without_samples": len(split.empty_classes),
         "skipped": len(split.skipped),
     }
 
 
 def _print_result(record: DatasetRecord, out: Path, rule: LabelRule, notes: Counter[str]) -> None:
     for name, split in record.splits.items():
-        empty = sum(count == 0 for count in split.per_class)
+        empty = len(split.empty_classes)
         print(
             f"{name}: {split.samples:,} samples of {len(record.classes)} classes in "
             f"{plural(len(split.shards), 'tar')}; {len(split.skipped)} skipped"
