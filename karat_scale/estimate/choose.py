@@ -154,7 +154,8 @@ def consider(subject: Subject, machine: Machine, config: str, micro_batch: int) 
     filled = load_ds_config(recipe, machine.world, micro_batch)
     stage = zero_stage(filled)
     accumulation = recipe.train.global_batch // machine.world // micro_batch
-    state = kept(subject.sizes, filled, recipe, machine.world, accumulation, machine.on_gpu)
+    teacher = subject.teacher.parameters * PRECISIONS[recipe.train.precision].weights.itemsize
+    state = replace(kept(subject.sizes, filled, recipe, machine.world, accumulation, machine.on_gpu), teacher=teacher)
     loaded = _loader(recipe, micro_batch)
 
     def choice(worst: Peak, eval_batch: int, loaded: int) -> Choice:

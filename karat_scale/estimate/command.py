@@ -132,4 +132,4 @@ def _compute_time(request: Request, gpu: Gpu | None, subject: Subject, choice: C
     if gpu is None:
         return None
     footprint = subject.footprint(choice.micro_batch)
-    return estimate(subject.recipe, gpu, footprint, choice.stage, len(subject.sizes.each))
+    return estimate(subject.recipe, gpu, footprint, choice.stage, len(subject.sizes.each), subject.teacher.flops)

@@ -81,6 +81,7 @@ def _steady(state: Kept) -> dict[str, int]:
         "masters": state.masters,
         "optimizer": state.moments,
         "EMA": state.ema,
+        **({"teacher": state.teacher} if state.teacher else {}),
     }
 
 

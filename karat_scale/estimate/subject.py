@@ -18,6 +18,7 @@ from karat_scale.models.layers import blocks_of
 from karat_scale.models.recompute import Choice, cheapest_choices, choices_by_rule, least_budget, recompute
 from karat_scale.models.saved_tensors import activation_bytes
 from karat_scale.recipe import Recipe
+from karat_scale.tasks.classification.distillation_teacher import planned_cost
 
 # Two sizes that mixup's pairs allow.
 TRACED_BATCHES = (2, 4)
@@ -33,6 +34,7 @@ class Subject:
         if recipe.attention.transfer_from:
             raise RecipeError("attention.transfer_from: a teacher's memory is not known; plan without it, and add it")
         self.recipe, self.on_gpu = recipe, on_gpu
+        self.teacher = planned_cost(recipe)
         model = self._build()
         self.sizes = ParameterSizes.of(model, recipe.optim)
         self._depth = len(blocks_of(model))

@@ -51,16 +51,20 @@ class ComputeTime:
         return int(2 ** math.ceil(math.log2(max(idle / (accumulation * self.image), 1.0))))
 
 
-def estimate(recipe: Recipe, gpu: Gpu, footprint: Footprint, stage: int, parameters: int) -> ComputeTime | None:
+def estimate(
+    recipe: Recipe, gpu: Gpu, footprint: Footprint, stage: int, parameters: int, teacher_flops: int = 0
+) -> ComputeTime | None:
     """Matrix products at a share of the peak, all else at a share of the memory's bandwidth, and launches.
 
     Each byte that a pass allocates is written once and read about twice. None where the GPU lacks the precision.
-    footprint: of a training step. stage: of ZeRO. parameters: tensors that learn.
+    footprint: of a training step. stage: of ZeRO. parameters: tensors that learn. teacher_flops: of a teacher's forward
+    pass for an image, of which only matrix products count.
     """
     peak = matrix_peak(recipe.train, gpu.peaks)
     if peak is None:
         return None
-    products = flops_per_image(recipe.model, recipe.attention).training / (MATRIX_EFFICIENCY * peak)
+    flops = flops_per_image(recipe.model, recipe.attention).training + teacher_flops
+    products = flops / (MATRIX_EFFICIENCY * peak)
     bytes_ = TRAFFIC_PER_BYTE * (footprint.written(2) - footprint.written(1))
     return ComputeTime(
         image=products + bytes_ / (BANDWIDTH_EFFICIENCY * gpu.bandwidth),

@@ -38,6 +38,7 @@ class Kept:
     final_gradients: alive when the step begins. reducing: more than that, at its most, between backward and step.
     resting: gradients and their buffers that are kept when no step is under way.
     stepping: temporaries of the step. starting: all that is alive at the worst moment of `deepspeed.initialize`.
+    teacher: of distillation, which is not partitioned.
     host: of it all, what offload moves to the CPU's memory beside a GPU.
     """
 
@@ -57,6 +58,7 @@ class Kept:
     flush_after: int = 0
     resting: int = 0
     reducing: int = 0
+    teacher: int = 0
     host: int = 0
 
 

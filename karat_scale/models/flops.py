@@ -6,6 +6,7 @@ counts as K multiply-adds per evaluation, so that KArAt's sums over keys count l
 attention transfer, S V counts, and the teacher's own pass does not.
 """
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,16 @@ def flops_per_image(model: ModelConfig, attention: AttentionConfig) -> Flops:
             forward = counter.get_total_flops()
             logits.sum().backward()
     return Flops(forward + counted.learned, counter.get_total_flops() + 3 * counted.learned)
+
+
+def forward_flops(network: nn.Module, image_size: int) -> int:
+    """Count the operations of any network's forward pass for one image, on a copy without memory."""
+    counted = _Counted(copy.deepcopy(network).to("meta").eval())
+    image = torch.empty(1, 3, image_size, image_size, device="meta")
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        counted.network(image)
+    total: int = counter.get_total_flops()
+    return total + counted.learned
 
 
 class BlockFlops(NamedTuple):

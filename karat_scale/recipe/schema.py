@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from karat_scale.recipe.attention import AttentionConfig
 from karat_scale.recipe.base import Count, Effect, Fraction, Positive, Section
 from karat_scale.recipe.data import AugmentConfig, DataConfig
+from karat_scale.recipe.distill import DistillConfig
 from karat_scale.recipe.files import RECIPES
 from karat_scale.recipe.keep import CheckpointConfig, LogConfig, ResumeConfig, SaveConfig
 from karat_scale.recipe.train import DeepSpeedConfig, OptimConfig, ScheduleConfig, TrainConfig
@@ -157,6 +158,8 @@ class Recipe(RunRecipe):
     """The learning rate schedule."""
     checkpoint: Annotated[CheckpointConfig, Effect.NOTHING] = CheckpointConfig()
     """When to save, and what to keep."""
+    distill: DistillConfig = DistillConfig()
+    """Learning from a trained teacher beside the labels."""
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "Recipe":

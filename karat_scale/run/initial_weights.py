@@ -85,7 +85,7 @@ def read_weights(source: str) -> SourceWeights:
         UserError: there is no such thing, or it cannot be read.
     """
     if source.startswith(TIMM):
-        return SourceWeights(_weights_of_timm(source.removeprefix(TIMM)))
+        return SourceWeights(timm_model(source.removeprefix(TIMM)).state_dict())
     path, checkpoint = locate(source)
     return _weights_of_run(path, checkpoint) if checkpoint else _weights_of_file(path)
 
@@ -191,7 +191,12 @@ def run_behind(source: str) -> dict[str, str]:
     return {"name": yaml.safe_load(about["recipe"])["run"]["name"], "recipe_sha256": about["recipe_sha256"]}
 
 
-def _weights_of_timm(name: str) -> dict[str, Tensor]:
+def timm_model(name: str) -> nn.Module:
+    """timm's pretrained model of a name, float32 on the CPU.
+
+    Raises:
+        RecipeError: timm has no weights of that name, or they cannot be fetched.
+    """
     if not timm.is_model_pretrained(name):
         known = dict.fromkeys(found.partition(".")[0] for found in timm.list_pretrained())
         close = difflib.get_close_matches(name, known, n=1)
@@ -199,13 +204,13 @@ def _weights_of_timm(name: str) -> dict[str, Tensor]:
         raise RecipeError(f"timm has no weights of that name; {hint}")
     try:
         with _quiet_hub():
-            weights: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
+            model: nn.Module = timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub and what carries it have many
         is_away = isinstance(error, LocalEntryNotFoundError)
         reason = "neither the Hugging Face hub nor its cache has them" if is_away else one_line(error)
         fix = "fetch them where there is a network (HF_HOME names the cache) or name a file"
         raise RecipeError(f"cannot be fetched: {reason}; {fix}") from error
-    return weights
+    return model
 
 
 @contextmanager

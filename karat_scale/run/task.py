@@ -157,6 +157,9 @@ class Task(ABC):
         """Return the state of a run that starts from the beginning."""
         return self.state_type()
 
+    def check_resumed(self, state: Any) -> None:  # noqa: B027
+        """Check that this is the task that a checkpoint's state is of. Raises UserError."""
+
     def facts(self, state: Any) -> dict[str, Any]:
         """Return what this task adds to `summary.json`."""
         return {}

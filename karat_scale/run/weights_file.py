@@ -58,16 +58,28 @@ def read_exported(path: Path, implementation: str = "auto") -> nn.Module:
     Raises:
         RunDirectoryError: the file is missing or damaged, or holds something else.
     """
+    sizes, attention = exported_sections(path)
+    require_trust(attention, path)
     with _one_line(path):
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
-        attention = AttentionConfig(**{**json.loads(about["attention"]), "implementation": implementation})
-        require_trust(attention, path)
-        model = create_model(ModelConfig(**json.loads(about["model"])), attention)
+        model = create_model(sizes, attention.changed(implementation=implementation))
     load_exported(model, path)
     if about.get("weights_sha256") not in (None, weights_digest(model)):
         raise RunDirectoryError(f"{path}: its weights are not those that were written; put it back or export it again")
     return model
+
+
+def exported_sections(path: Path) -> tuple[ModelConfig, AttentionConfig]:
+    """The sections of the recipe that build the model in a file of `karat export`.
+
+    Raises:
+        RunDirectoryError: the file is missing or damaged, or holds something else.
+    """
+    with _one_line(path), safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+        attention = AttentionConfig(**json.loads(about["attention"]))
+        return ModelConfig(**json.loads(about["model"])), attention
 
 
 def load_exported(model: nn.Module, path: Path) -> None:

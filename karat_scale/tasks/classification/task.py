@@ -25,6 +25,7 @@ from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.run_state import RunState
 from karat_scale.engine.schedule import CosineSchedule, build_schedule
+from karat_scale.errors import RunDirectoryError
 from karat_scale.models.attention_matrices import can_be_watched
 from karat_scale.models.content import content_of
 from karat_scale.models.factory import layer_sizes
@@ -36,6 +37,13 @@ from karat_scale.reporting.progress import Reporter
 from karat_scale.run.initial_weights import run_behind
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.task import AfterStep, OnBatch, Task, Waiting
+from karat_scale.tasks.classification.distillation import Distillation, use_distillation_token
+from karat_scale.tasks.classification.distillation_teacher import FILE as DISTILL_FILE
+from karat_scale.tasks.classification.distillation_teacher import (
+    describe_teacher,
+    keep_distillation_teacher,
+    read_distillation_teacher,
+)
 from karat_scale.tasks.classification.evaluate import EvalResult, evaluate
 from karat_scale.tasks.classification.teacher import FILE, build_model, keep_teacher
 
@@ -57,6 +65,8 @@ class TrainState(RunState):
     bad_samples: int = 0
     begun_with: dict[str, str] = field(default_factory=dict)
     """The run that `init_from` took the weights of, as `run_behind` says: later starts may not find it."""
+    distilled_from: str = ""
+    """The digest of the weights of `distill.from`."""
 
 
 class ClassificationTask(Task):
@@ -82,6 +92,7 @@ class ClassificationTask(Task):
         self.objective = SoftTargetCrossEntropy()
         self.efficiency = Efficiency(recipe, world.size, device_peak(world.device, recipe.train))
         self._digest = self._bad = 0
+        self._distillation: Distillation | None = None
         self._to_look_at: Tensor | None = None
 
     @property
@@ -108,12 +119,21 @@ class ClassificationTask(Task):
         return build_schedule(self.recipe, steps_per_epoch)
 
     def prepare(self, directory: RunDirectory) -> None:
-        """Copy the teacher of `attention.transfer_from`, if there is one, into the run's directory."""
+        """Copy the teachers of `attention.transfer_from` and `distill.from`, if any, into the run's directory."""
         self.world.on_main(lambda: keep_teacher(self.recipe, directory.path))
+        self.world.on_main(lambda: keep_distillation_teacher(self.recipe, directory.path))
+        if self.recipe.distill.from_:
+            with self.world.together():
+                teacher = read_distillation_teacher(self.recipe, self.classes, directory.path)
+            self.reporter.info(describe_teacher(self.recipe, teacher))
+            self._distillation = Distillation(self.recipe, teacher, self.world.device)
 
     def build_backbone(self, directory: RunDirectory) -> nn.Module:
         """Return the classifier, with its teacher if it has one."""
-        return build_model(self.recipe, directory.path)
+        model = build_model(self.recipe, directory.path)
+        if self._distillation is not None and use_distillation_token(model):
+            self.reporter.info("the distillation token learns from the teacher, the class token from the labels")
+        return model
 
     def take_weights(self, backbone: nn.Module, weights: Mapping[str, Tensor]) -> str:
         """Copy the weights of `init_from` into the classifier; returns what was not simply copied."""
@@ -140,12 +160,15 @@ class ClassificationTask(Task):
         return DeviceFeed(map(with_digest, self.backend.train_batches(slices)), self.world.device, waiting)
 
     def losses(self, forward: Callable[..., Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Return the mean cross-entropy of a micro batch with its soft targets."""
+        """Return the mean cross-entropy of a micro batch with its soft targets; with a teacher, also both parts."""
         self._bad += len(batch.bad)
         self._digest = (self._digest + batch_digest(batch)) % 2**BITS
         self._tell_of(batch.bad)
         images, targets = self.as_trained(batch)
-        return {"loss": self.objective(forward(images), targets)}
+        output = forward(images)
+        if self._distillation is not None:
+            return self._distillation.losses(output, images, targets, self.objective)
+        return {"loss": self.objective(output, targets)}
 
     def as_trained(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return what the model sees of a micro batch: augmented, normalised and mixed images, and soft targets."""
@@ -194,13 +217,29 @@ class ClassificationTask(Task):
 
     def begin(self) -> TrainState:
         """Return the state of a run that starts from the beginning."""
-        return TrainState(begun_with=run_behind(self.recipe.init_from))
+        return TrainState(begun_with=run_behind(self.recipe.init_from), distilled_from=self._teachers_digest())
+
+    def check_resumed(self, state: TrainState) -> None:
+        """Check that the teacher is the one that the checkpoint's run learned from. Raises RunDirectoryError."""
+        if state.distilled_from != self._teachers_digest():
+            raise RunDirectoryError(
+                f"the run's checkpoint learned from another teacher than {DISTILL_FILE} holds; put that "
+                "file back, or start another run"
+            )
+
+    def _teachers_digest(self) -> str:
+        return self._distillation.teacher.digest if self._distillation else ""
 
     def facts(self, state: TrainState) -> dict[str, Any]:
         """Return the data's digest, and the runs behind `init_from` and `attention.transfer_from`, by key."""
         teacher = RunDirectory(self.recipe.run.dir).path / FILE
+        kept = teacher.with_name(DISTILL_FILE)
         taught = self.recipe.attention.transfer_from and teacher.is_file()
-        runs = {"init_from": state.begun_with, "attention.transfer_from": run_behind(str(teacher)) if taught else {}}
+        runs = {
+            "init_from": state.begun_with,
+            "attention.transfer_from": run_behind(str(teacher)) if taught else {},
+            "distill.from": run_behind(str(kept)) if state.distilled_from else {},
+        }
         return {
             "lineage": {key: behind for key, behind in runs.items() if behind},
             "data_digest": state.data_digest,

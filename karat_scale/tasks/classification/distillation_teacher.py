@@ -1,0 +1,197 @@
+"""The trained classifier that a run's student learns from, kept in the run, so that the run needs no other.
+
+RUN/distill.safetensors holds its weights and what builds its network. Checkpoints name it by the digest of the weights.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from karat_scale.checkpoint.weights import wants_ema
+from karat_scale.errors import RecipeError, RunDirectoryError, UserError
+from karat_scale.models import create_model
+from karat_scale.models.flops import forward_flops
+from karat_scale.models.transfer import weights_digest
+from karat_scale.recipe import Recipe
+from karat_scale.run.initial_weights import TIMM, export_metadata, locate, timm_model
+from karat_scale.run.run_directory import RunDirectory
+from karat_scale.run.weights_file import exported_sections, load_exported, read_exported, write_model, write_weights
+from karat_scale.trust import require_trust
+
+FILE = "distill.safetensors"
+_TIMM, _PREPROCESSING, _CLASSES, _DIGEST = "timm", "preprocessing", "classes", "weights_sha256"
+
+
+@dataclass(frozen=True)
+class DistillationTeacher:
+    """A frozen network, and what its images look like.
+
+    Attributes:
+        network: float32 on the CPU, until `Distillation` moves it.
+        image_size: the side of its square input, in pixels.
+        mean, std: of its normalisation, per channel.
+        digest: of its weights.
+    """
+
+    network: nn.Module
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    digest: str
+
+
+def keep_distillation_teacher(recipe: Recipe, run: Path) -> None:
+    """Copy the weights of `distill.from`, if any, into a run: those that `karat eval` would take.
+
+    A run that has begun keeps the teacher it has.
+
+    Raises:
+        RecipeError: there is no such classifier, or none that a student can learn from.
+    """
+    source, kept = recipe.distill.from_, run / FILE
+    if not source or (RunDirectory(run).recipe_file.is_file() and kept.is_file()):
+        return
+    try:
+        if source.startswith(TIMM):
+            _keep_timm_model(source.removeprefix(TIMM), kept)
+            return
+        path, checkpoint = locate(source)
+        if checkpoint:
+            _keep_checkpoint(path, checkpoint, kept)
+        else:
+            _keep_export(path, kept)
+    except UserError as error:
+        raise RecipeError(f"distill.from = {source}: {str(error).removeprefix(f'{source}: ')}") from error
+
+
+def read_distillation_teacher(recipe: Recipe, classes: Sequence[str], run: Path) -> DistillationTeacher:
+    """Return the teacher that a run keeps.
+
+    Args:
+        classes: the student's, in the order of the labels.
+
+    Raises:
+        RunDirectoryError: its file is missing or damaged.
+        RecipeError: it has other classes.
+    """
+    path = run / FILE
+    about = _facts(path)
+    network = _timm_network(path, about[_TIMM]) if _TIMM in about else read_exported(path)
+    network.requires_grad_(False)
+    _check_classes(recipe, network, classes, json.loads(about.get(_CLASSES, "[]")))
+    try:
+        seen = json.loads(about[_PREPROCESSING])
+        return DistillationTeacher(
+            network, int(seen["input_size"][-1]), tuple(seen["mean"]), tuple(seen["std"]), about[_DIGEST]
+        )
+    except (KeyError, TypeError, ValueError):
+        raise RunDirectoryError(f"{path} does not say how its images are prepared; put the whole file back") from None
+
+
+class TeacherCost(NamedTuple):
+    """What a teacher adds to a run: weights on each rank, and operations for each training image."""
+
+    parameters: int
+    flops: int
+
+
+def cost_of(network: nn.Module, image_size: int) -> TeacherCost:
+    """Return what a teacher's network costs."""
+    return TeacherCost(sum(p.numel() for p in network.parameters()), forward_flops(network, image_size))
+
+
+def planned_cost(recipe: Recipe) -> TeacherCost:
+    """Return what the teacher of `distill.from` will cost, without its weights; nothing if there is none.
+
+    Raises:
+        RecipeError: there is no such teacher.
+    """
+    source = recipe.distill.from_
+    if not source:
+        return TeacherCost(0, 0)
+    try:
+        with torch.device("meta"):
+            if source.startswith(TIMM):
+                network: Any = timm.create_model(source.removeprefix(TIMM))
+                return cost_of(network, network.pretrained_cfg["input_size"][-1])
+            path, checkpoint = locate(source)
+            theirs = RunDirectory(path).recipe() if checkpoint else None
+            model, attention = (theirs.model, theirs.attention) if theirs else exported_sections(path)
+            return cost_of(create_model(model, attention), model.image_size)
+    except (UserError, RuntimeError) as error:
+        raise RecipeError(f"distill.from = {source}: {str(error).removeprefix(f'{source}: ')}") from error
+
+
+def describe_teacher(recipe: Recipe, teacher: DistillationTeacher) -> str:
+    """Return one line on a teacher and on what its forward pass costs beside the student's training."""
+    cost = cost_of(teacher.network, teacher.image_size)
+    return (
+        f"learns from {recipe.distill.from_} ({cost.parameters:,} parameters): its forward pass adds "
+        f"{cost.flops / 1e9:.3g} GFLOPs to each training image"
+    )
+
+
+def _keep_checkpoint(run: Path, checkpoint: str, kept: Path) -> None:
+    directory = RunDirectory(run)
+    theirs = directory.recipe()
+    require_trust(theirs.attention, directory.recipe_file)
+    if theirs.attention.transfer_from:
+        raise RecipeError("its attention comes from a teacher of its own; name a run without attention.transfer_from")
+    name = directory.store.find_intact(checkpoint)
+    kind = "ema" if wants_ema("auto", theirs, directory.store.state(name)) else "raw"
+    write_weights(directory, theirs, name, kind, kept)
+
+
+def _keep_export(path: Path, kept: Path) -> None:
+    about = export_metadata(path)
+    if _PREPROCESSING not in about:
+        raise RecipeError("not a file of karat export; name a run, what karat export wrote of it, or timm:NAME")
+    write_model(read_exported(path), kept, about)
+
+
+def _keep_timm_model(name: str, kept: Path) -> None:
+    network = timm_model(name)
+    known: Any = network.pretrained_cfg
+    seen = {"input_size": list(known["input_size"]), "mean": list(known["mean"]), "std": list(known["std"])}
+    architecture = json.dumps({"name": name.partition(".")[0], "num_classes": known["num_classes"]})
+    facts = {_TIMM: architecture, _PREPROCESSING: json.dumps(seen), _DIGEST: weights_digest(network)}
+    write_model(network, kept, facts)
+
+
+def _facts(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        raise RunDirectoryError(f"{path} is missing; put it back, the run cannot go on without its teacher")
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except Exception as error:  # safetensors and the system have many
+        raise RunDirectoryError(f"{path} is damaged: {error}; put a whole copy back") from None
+
+
+def _timm_network(path: Path, architecture: str) -> nn.Module:
+    made = json.loads(architecture)
+    network: nn.Module = timm.create_model(made["name"], num_classes=made["num_classes"])
+    load_exported(network, path)
+    return network
+
+
+def _check_classes(recipe: Recipe, network: nn.Module, classes: Sequence[str], theirs: Sequence[str]) -> None:
+    source, ours = recipe.distill.from_, recipe.model.num_classes
+    there = getattr(network, "num_classes", ours)
+    if there != ours:
+        raise RecipeError(
+            f"distill.from = {source} has {there} classes, but model.num_classes = {ours}; they must agree"
+        )
+    for number, (here, other) in enumerate(zip(classes, theirs, strict=False)):
+        if here != other:
+            raise RecipeError(
+                f"distill.from = {source}: its class {number} is {other!r}, but this data's is {here!r}; the teacher "
+                "must have learned the same classes in the same order"
+            )
