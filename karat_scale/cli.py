@@ -80,6 +80,14 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", type=new_file, metavar="FILE", help="also write the result to this file")
     evaluate.set_defaults(run=_eval)
 
+    replay = commands.add_parser("replay", help="take one step of a run again, and find what in it is not finite")
+    replay.add_argument("run_dir", metavar="RUN", help="the run's directory")
+    replay.add_argument("step", metavar="STEP", type=count, help="as the run logs it, counted from 1")
+    replay.add_argument("--images", type=count, default=16, help="with the largest losses (default: %(default)s)")
+    replay.add_argument("--out", metavar="FILE", help="a PNG (default: NAME-replay-STEP.png)")
+    replay.add_argument("--json", type=new_file, metavar="FILE", help="also write what was found to this file")
+    replay.set_defaults(run=_replay)
+
     detect = commands.add_parser("detect", help="train or evaluate Mask R-CNN on a ViT, with data in COCO's format")
     detect.add_argument("recipe", metavar="RECIPE", help="a detection recipe's name or a YAML file; with --eval, a run")
     detect.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
@@ -207,7 +215,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
     doctor.set_defaults(run=_doctor)
 
-    for command in (train, evaluate, detect, export, predict, analyze):
+    for command in (train, evaluate, replay, detect, export, predict, analyze):
         command.add_argument(
             "--trust",
             action="store_true",
@@ -309,6 +317,12 @@ def _eval(options: argparse.Namespace) -> int:
 
     what = (options.run_dir, options.overrides, options.checkpoint, options.weights, options.json)
     return evaluate_run(ClassificationTask, *what)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from karat_scale.replay.command import replay
+
+    return replay(options.run_dir, options.step, options.images, options.out, options.json)
 
 
 def _detect(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ checkpoints/
     manifest.json       every other file with its size and SHA-256, written last
   .saving-step-00001300/   a save under way, or one that a crash cut off; never read
   latest, best          a checkpoint's name, replaced atomically
+  pinned                names of old checkpoints that are kept, one on a line
 """
 
 import fcntl
@@ -28,6 +29,7 @@ from karat_scale.temporaries import remove_leftovers
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+PINNED = "pinned"
 _UNFINISHED = ".saving-"
 _REPLACED = f"{_UNFINISHED}replaced-"
 _HASHING_THREADS = 8
@@ -209,12 +211,24 @@ class CheckpointStore:
         self._held.append(handle)
         return (self.root / name / MANIFEST).exists()
 
+    def pin(self, name: str) -> None:
+        """Keep a checkpoint until it is removed by hand. Raises OSError if the disk does not take that."""
+        write_atomically(self.root / PINNED, "".join(f"{one}\n" for one in sorted({*self.pinned(), name})))
+
+    def pinned(self) -> list[str]:
+        """The names of the checkpoints that are kept for a reason of their own, and are there."""
+        try:
+            listed = read_text(self.root / PINNED).split()
+        except (OSError, UnicodeDecodeError):
+            return []
+        return [name for name in self.names() if name in listed]
+
     def retain(self, keep_last: int) -> list[str]:
-        """Remove all but the newest `keep_last` checkpoints and those that `latest` and `best` name.
+        """Remove all but the newest `keep_last` checkpoints, those that `latest` and `best` name, and pinned ones.
 
         Returns one line for each that cannot be removed: an old checkpoint must never prevent a new one.
         """
-        kept = {*self.names()[:keep_last], self.pointed("latest"), self.pointed("best")}
+        kept = {*self.names()[:keep_last], self.pointed("latest"), self.pointed("best"), *self.pinned()}
         problems = []
         for name in self.names():
             if name in kept:

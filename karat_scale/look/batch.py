@@ -96,14 +96,14 @@ def read_batch(recipe: Recipe, step: int, count: int) -> ShownBatch:
         images, targets, ids, bad = [], [], [], []
         for batch in task.backend.train_batches(slices):
             seen, soft = task.as_trained(batch)
-            images.append(_as_bytes(seen, recipe))
+            images.append(as_bytes(seen, recipe))
             targets.append(soft.numpy())
             ids += batch.sample_ids.tolist()
             bad += [str(one) for one in batch.bad]
         return ShownBatch(
             np.concatenate(images)[:count],
             np.concatenate(targets)[:count],
-            [_place(task.backend, number) for number in ids[:count]],
+            [place_of(task.backend, number) for number in ids[:count]],
             task.classes,
             bad,
         )
@@ -113,14 +113,14 @@ def read_batch(recipe: Recipe, step: int, count: int) -> ShownBatch:
         distributed.stop()
 
 
-def _as_bytes(images: torch.Tensor, recipe: Recipe) -> npt.NDArray[np.uint8]:
+def as_bytes(images: torch.Tensor, recipe: Recipe) -> npt.NDArray[np.uint8]:
     """Return normalised images [b, 3, H, W] as uint8 [b, H, W, 3]."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (recipe.augment.mean, recipe.augment.std))
     scaled = (images.float() * std + mean).mul(255).round().clamp(0, 255)
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-def _place(backend: Any, number: int) -> str:
+def place_of(backend: Any, number: int) -> str:
     locate = getattr(backend, "locate", None)
     return " in ".join(locate(number)) if locate else f"sample {number}"
 

@@ -129,6 +129,9 @@ class TrainConfig(Section):
     """Skip a step whose loss or gradients are not finite, or stop the run."""
     max_skipped_steps: Annotated[Count, Effect.NOTHING] = 20
     """Stop the run after this many skipped steps in a row."""
+    detect_spikes: Annotated[Positive | None, Effect.NOTHING] = None
+    """Note a step whose loss is this many standard deviations above the mean of the last 100, such as 6, so that
+    `karat replay` can look into it. Null does not look."""
 
     @property
     def is_16_bit(self) -> bool:

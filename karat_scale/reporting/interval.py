@@ -19,6 +19,8 @@ class Interval:
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
         self._device, self._clock = device, clock
         self._losses: dict[str, torch.Tensor] = {}
+        self._step_losses: list[torch.Tensor] = []
+        self._loss_so_far: torch.Tensor | None = None
         self._norms: list[torch.Tensor] = []
         self._steps = 0
         self._timed_steps = 0
@@ -32,6 +34,16 @@ class Interval:
             share = loss.detach().float()
             self._losses[name] = self._losses[name] + share if name in self._losses else share
 
+    def add_to_step(self, share: torch.Tensor) -> None:
+        """Add a micro batch's share of a step's loss, 0-dim, to be read step by step."""
+        share = share.detach().float()
+        self._loss_so_far = share if self._loss_so_far is None else self._loss_so_far + share
+
+    def take_step_losses(self) -> torch.Tensor:
+        """The loss of each step since they were last taken, [steps], on the device."""
+        taken, self._step_losses = self._step_losses, []
+        return torch.stack(taken) if taken else torch.empty(0, device=self._device)
+
     def add_norm(self, norm: torch.Tensor) -> None:
         """Keep a step's gradient norm, 0-dim, without waiting for the device."""
         self._norms.append(norm.detach().to(torch.float32, copy=True))  # its memory may hold the next one soon
@@ -44,6 +56,9 @@ class Interval:
     def finish_step(self) -> None:
         """Count a step."""
         self._steps += 1
+        if self._loss_so_far is not None:
+            self._step_losses.append(self._loss_so_far)
+            self._loss_so_far = None
         if self._warm:
             self._timed_steps += 1
         else:

@@ -156,6 +156,11 @@ class Reporter:
         self.info(f"resumed from {name}: step {state.step}, {state.samples:,} samples seen")
         self._write("resume", state.step, samples=state.samples, name=name, restarts=state.restarts)
 
+    def spike(self, step: int, loss: float, limit: float, advice: str) -> None:
+        """The loss of a step is far above those before."""
+        self.warn(f"step {step} has a loss of {loss:.4g}, above the limit of {limit:.4g} for a spike; {advice}")
+        self._write("spike", step, loss=loss, limit=limit)
+
     def end(self, state: RunState, exit_code: int, reason: str) -> None:
         """The last event of this process."""
         self._write("end", state.step, samples=state.samples, exit=exit_code, reason=reason)

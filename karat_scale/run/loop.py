@@ -31,6 +31,7 @@ from karat_scale.reporting.own_time import OwnTime
 from karat_scale.reporting.profiler import StepProfiler
 from karat_scale.reporting.progress import Reporter
 from karat_scale.run.agreement import Agreement, SavePoints
+from karat_scale.run.incidents import Incidents, Spikes
 from karat_scale.run.signals import StoppedError, StopSignals
 from karat_scale.run.task import AfterStep, OnBatch, Schedule, Scores, Task, Waiting
 
@@ -52,6 +53,7 @@ class Parts:
     profiler: StepProfiler
     reporter: Reporter
     signals: StopSignals
+    incidents: Incidents
 
 
 def evaluate_in_training(parts: Parts, on_batch: OnBatch) -> tuple[Scores, dict[str, Any]]:
@@ -81,6 +83,8 @@ class Loop:
         self._save_points = SavePoints(parts.world, parts.signals, checkpoint.every_steps, checkpoint.every_minutes)
         self._evaluating = Agreement(parts.world)
         self._grad_norm: float | None = None
+        deviations = parts.recipe.train.detect_spikes
+        self._spikes = Spikes(deviations) if deviations is not None else None
 
     def run(self) -> None:
         """Train to the end, evaluate and save.
@@ -124,8 +128,8 @@ class Loop:
             yield next(batches)
             batches.fetch_ahead()
 
-    def step(self, micro_batches: Iterable[Any]) -> None:
-        """Train on this rank's part of one global batch; its micro batches are on the device."""
+    def step(self, micro_batches: Iterable[Any]) -> torch.Tensor:
+        """Train on this rank's part of one global batch, on the device; returns the gradient norm, 0-dim."""
         parts, state = self.parts, self.state
         lr = parts.schedule.lr(state.step)
         parts.engine.set_lr(lr)
@@ -142,6 +146,7 @@ class Loop:
         parts.reporter.display.advance(state.step, self.total_steps)
         if state.step % parts.recipe.log.every_steps == 0 or state.step == self.total_steps:
             self._report(lr)
+        return norm
 
     def _pass_through(self, batch: Any) -> torch.Tensor | None:
         """Forward and backward; after the last micro batch of a step the step, whose gradient norm is returned."""
@@ -154,6 +159,8 @@ class Loop:
         parts.reporter.beat("optimizer")
         norm = parts.engine.step()
         self._interval.add_losses({name: loss.detach() / accumulation for name, loss in losses.items()})
+        if self._spikes is not None:
+            self._interval.add_to_step(losses["loss"].detach() / accumulation)
         return norm
 
     def _read_norms(self) -> None:
@@ -167,20 +174,37 @@ class Loop:
             self._grad_norm = norm
             self.state.skipped_in_row = 0 if math.isfinite(norm) else self.state.skipped_in_row + 1
             if self.state.skipped_in_row:
-                self._note_skipped(step)
+                self._note_skipped(step, norm)
+        if self._spikes is not None:
+            self._note_spikes(self._spikes)
 
-    def _note_skipped(self, step: int) -> None:
+    def _note_spikes(self, spikes: Spikes) -> None:
+        """Collective: a step's loss is the mean over the ranks."""
+        parts, losses = self.parts, self._interval.take_step_losses()
+        if not len(losses):
+            return
+        first = self.state.step - len(losses) + 1
+        for place, loss, limit in spikes.find((parts.world.sum(losses) / parts.world.size).tolist()):
+            if parts.world.is_main:
+                advice = parts.incidents.note(first + place, "spike", loss=loss, limit=limit)
+                parts.reporter.spike(first + place, loss, limit, advice)
+
+    def _note_skipped(self, step: int, norm: float) -> None:
         state, train = self.state, self.parts.recipe.train
         stop = train.on_nonfinite == "stop"
-        what = f"step {step} has a loss or gradients that are not finite"
+        what, advice = f"step {step} has a loss or gradients that are not finite", ""
+        if self.parts.world.is_main and train.precision != "fp16":  # where the loss scale overflows now and then
+            advice = f"; {self.parts.incidents.note(step, 'not finite', grad_norm=norm)}"
         if not stop and state.skipped_in_row < train.max_skipped_steps:
             if self.parts.world.is_main:
-                self.parts.reporter.warn(f"{what}; skipped")
+                self.parts.reporter.warn(f"{what}; skipped{advice}")
             return
         self.parts.checkpoints.saver.finish()
         rule = "train.on_nonfinite = stop" if stop else f"the last of train.max_skipped_steps = {state.skipped_in_row}"
         last = self.parts.checkpoints.store.pointed("latest") or "none"
-        raise DivergedError(f"{what}, {rule}; the last checkpoint is {last}; lower optim.lr or look into the data")
+        raise DivergedError(
+            f"{what}, {rule}; the last checkpoint is {last}; lower optim.lr or look into the data{advice}"
+        )
 
     def _report(self, lr: float) -> None:
         parts, state, world = self.parts, self.state, self.parts.world

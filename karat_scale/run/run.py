@@ -27,6 +27,7 @@ from karat_scale.reporting.histograms import HeadHistograms
 from karat_scale.reporting.metrics import MetricsLog, open_trackers
 from karat_scale.reporting.profiler import StepProfiler
 from karat_scale.reporting.progress import Reporter, choose_display
+from karat_scale.run.incidents import Incidents
 from karat_scale.run.initial_weights import initialise
 from karat_scale.run.loop import Loop, Parts
 from karat_scale.run.outcome import Outcome, concluded
@@ -110,6 +111,7 @@ def build_parts(task: Task, directory: RunDirectory, signals: StopSignals) -> Pa
         profiler=StepProfiler(recipe.log.profile_steps, directory.profile, world, reporter),
         reporter=reporter,
         signals=signals,
+        incidents=Incidents(directory.path / "incidents", directory.store, plan),
     )
 
 
@@ -124,6 +126,7 @@ def resume(parts: Parts, directory: RunDirectory) -> RunState:
     recipe, task = parts.recipe, parts.task
     branch = "" if directory.store.names() else recipe.resume.from_
     state: RunState = parts.checkpoints.load(branch) or task.begin()
+    task.check_resumed(state)
     other = directory.keep_data(state, task.num_train, task.classes, recipe, is_branch=bool(branch))
     if other:
         parts.reporter.info(f"it continues with other data: {other}")

@@ -6,6 +6,7 @@ metrics.jsonl    one event a line
 summary.json     the outcome
 tensorboard/     event files
 profile/         see profiler
+incidents/       see incidents
 checkpoints/     see checkpoint/store.py
 snapshots/       see snapshots
 """

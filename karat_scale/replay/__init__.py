@@ -1,0 +1,1 @@
+"""`karat replay`: a training step again, with a look at every tensor in it."""

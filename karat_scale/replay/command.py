@@ -1,0 +1,221 @@
+"""Take one step of a run again, bit for bit as the run did, and say what in it is not finite, with its images."""
+
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from karat_scale.checkpoint.store import CheckpointStore
+from karat_scale.console import print_table, printable, progress, write_json
+from karat_scale.data.batch import Batch
+from karat_scale.engine import distributed
+from karat_scale.engine.distributed import World
+from karat_scale.errors import UserError
+from karat_scale.files import write_atomically
+from karat_scale.look.batch import ShownBatch, as_bytes, draw, place_of
+from karat_scale.recipe import Recipe
+from karat_scale.replay.inspect import Findings, not_finite, watched
+from karat_scale.reporting.progress import PlainDisplay, Reporter, SilentDisplay
+from karat_scale.run.incidents import checkpoint_before
+from karat_scale.run.loop import Loop
+from karat_scale.run.run import build_parts, resume
+from karat_scale.run.run_directory import RunDirectory
+from karat_scale.run.signals import StopSignals
+from karat_scale.tasks.classification.distillation_teacher import FILE as DISTILL_FILE
+from karat_scale.tasks.classification.task import ClassificationTask
+from karat_scale.tasks.classification.teacher import FILE as TEACHER_FILE
+from karat_scale.trust import require_trust
+
+_NEVER = 10**9
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A step as one rank took it.
+
+    Attributes:
+        losses: of each of its samples.
+        weights: what was not finite before the step; None if all were.
+        shown: the images, those with the largest losses first.
+    """
+
+    findings: dict[str, str]
+    losses: list[float]
+    weights: str | None
+    shown: ShownBatch
+
+
+def replay(run: str, step: int, count: int, out: str | None, json_file: str | None) -> int:
+    """Take a step again and print what was found; returns the exit code.
+
+    Args:
+        step: counted from 1, as `karat train` logs it.
+        count: at most this many images are drawn.
+
+    Raises:
+        UserError: no such run, no intact checkpoint before the step, or data that do not fit.
+    """
+    directory = RunDirectory(run)
+    recipe = directory.recipe()
+    require_trust(recipe.attention, directory.recipe_file)
+    with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
+        with world.together():
+            begin = _checkpoint(directory.store, step) if world.is_main else ""
+        begin = world.broadcast(begin)
+        with _scratch(directory, recipe, begin, world) as again:
+            taken = _take(again, step, world, count)
+    if world.is_main:
+        ranks = f"{len(taken.ranks)} x {taken.accumulation} micro batches"
+        figures = _report(f"{directory.path}, step {step:,}, from {begin or 'the start'}, {ranks}", taken)
+        _show(taken.ranks, count, Path(out or f"{recipe.run.name}-replay-{step}.png"))
+        if json_file:
+            write_json(json_file, {"run": run, "step": step, "checkpoint": begin or None, **figures})
+    return 0
+
+
+def _checkpoint(store: CheckpointStore, step: int) -> str:
+    """Return the newest intact checkpoint before a step; "" if training reaches it only from the start."""
+    name = checkpoint_before(store, step)
+    return store.find_intact(name) if name is not None else ""
+
+
+@contextmanager
+def _scratch(directory: RunDirectory, recipe: Recipe, begin: str, world: World) -> Iterator[Recipe]:
+    """Yield the recipe of a run in a temporary directory that continues from a checkpoint, and writes nothing else."""
+    path = Path(world.broadcast(tempfile.mkdtemp(prefix="karat-replay-") if world.is_main else ""))
+    try:
+        with world.together():
+            if world.is_main:
+                for file in (directory.recipe_file, *(directory.path / name for name in (TEACHER_FILE, DISTILL_FILE))):
+                    if file.is_file():
+                        shutil.copy(file, path / file.name)
+        yield recipe.changed(
+            run__dir=str(path),
+            init_from=recipe.init_from if not begin else "",
+            resume__from_=str(directory.store.root / begin) if begin else "",
+            train__compile=False,  # a compiled model has no modules to watch
+            train__on_nonfinite="skip",
+            train__max_skipped_steps=_NEVER,
+            log__every_steps=_NEVER,
+            log__histogram_every_steps=None,
+            log__trackers=(),
+            log__profile_steps=None,
+            checkpoint__snapshots=0,
+        )
+    finally:
+        if world.is_main:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _take(recipe: Recipe, step: int, world: World, count: int) -> "_Step":
+    task: ClassificationTask | None = None
+    reporter = Reporter(PlainDisplay() if world.is_main else SilentDisplay(), None, world.rank)
+    try:
+        task = ClassificationTask(recipe, world, reporter)
+        directory = RunDirectory(recipe.run.dir)
+        parts = build_parts(task, directory, StopSignals())
+        loop = Loop(parts, resume(parts, directory))
+        if not loop.state.step < step <= parts.total_steps:
+            raise UserError(f"step {step}: the run has steps 1 to {parts.total_steps:,}")
+        batches = loop.feed(step)
+        with progress("training up to the step", step - 1 - loop.state.step, "steps") as advance:
+            while loop.state.step < step - 1:
+                loop.step(loop.micro_batches(batches))
+                advance(1)
+        weights = not_finite(parts.engine.module.named_parameters())
+        taken = list(loop.micro_batches(batches))
+        with watched(parts.engine.module) as findings:
+            norm = loop.step(taken)
+        mine = _replayed(task, taken, findings, str(weights) if weights else None, count)
+        return _Step(world.gather(mine), float(norm), parts.plan.accumulation)
+    finally:
+        if task is not None:
+            task.close()
+        reporter.close()
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What all ranks found, the norm of the gradients, and the micro batches of each rank."""
+
+    ranks: list[Replayed]
+    norm: float
+    accumulation: int
+
+    @property
+    def loss(self) -> float:
+        losses = [loss for rank in self.ranks for loss in rank.losses]
+        return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan
+
+
+def _replayed(
+    task: ClassificationTask, taken: list[Batch], findings: Findings, weights: str | None, count: int
+) -> Replayed:
+    """Return what one rank found, with its images of the largest losses."""
+    losses: list[float] = []
+    targets, ids = [], []
+    for batch, logits in zip(taken, findings.returned, strict=True):
+        soft = task.as_trained(batch)[1].float().cpu()
+        losses += (-(soft * torch.log_softmax(logits, -1)).sum(-1)).tolist()
+        targets.append(soft.numpy())
+        ids += batch.sample_ids.tolist()
+    order = _worst(losses, count)
+    images = np.concatenate([as_bytes(seen, task.recipe) for seen in findings.seen])
+    places = [place_of(task.backend, ids[i]) for i in order]
+    shown = ShownBatch(images[order], np.concatenate(targets)[order], places, task.classes, [])
+    passes = {"forward": findings.forward, "backward": findings.backward}
+    found = {name: str(finding) for name, finding in passes.items() if finding is not None}
+    return Replayed(found, losses, weights, shown)
+
+
+def _worst(losses: list[float], count: int) -> list[int]:
+    """Return the places of the largest losses; those that are not finite come first."""
+    return sorted(range(len(losses)), key=lambda i: -losses[i] if math.isfinite(losses[i]) else -math.inf)[:count]
+
+
+def _report(title: str, step: _Step) -> dict[str, Any]:
+    """Print what was found; returns the same as plain data."""
+    bad = sum(not math.isfinite(loss) for rank in step.ranks for loss in rank.losses)
+    samples = sum(len(rank.losses) for rank in step.ranks)
+    print(f"{title}: loss {step.loss:.6g}, gradient norm {step.norm:.6g}")
+    lines = [f"{bad} of {samples} samples have a loss that is not finite"] if bad else []
+    for number, rank in enumerate(step.ranks):
+        where = f"rank {number}: " if len(step.ranks) > 1 else ""
+        lines += [f"{where}before the step: {rank.weights}"] if rank.weights else []
+        lines += [f"{where}{name} pass, first not finite: {text}" for name, text in rank.findings.items()]
+    if not lines and not math.isfinite(step.norm):
+        lines = ["all gradients are finite, but the sum of their squares overflows"]
+    for line in lines or ["all outputs and gradients are finite"]:
+        print(printable(line))
+    return {
+        "loss": step.loss if math.isfinite(step.loss) else None,
+        "grad_norm": step.norm if math.isfinite(step.norm) else None,
+        "samples": samples,
+        "samples_not_finite": bad,
+        "ranks": [{**rank.findings, "weights": rank.weights} for rank in step.ranks],
+    }
+
+
+def _show(ranks: list[Replayed], count: int, path: Path) -> None:
+    """Draw and list the images of the largest losses over all ranks."""
+    losses = [loss for rank in ranks for loss in _losses_shown(rank)]
+    order = _worst(losses, count)
+    images, targets = (np.concatenate([getattr(rank.shown, name) for rank in ranks]) for name in ("images", "targets"))
+    places = [place for rank in ranks for place in rank.shown.places]
+    shown = ShownBatch(images[order], targets[order], [places[i] for i in order], ranks[0].shown.classes, [])
+    rows = [[f"{losses[i]:.4g}", shown.label(row), shown.places[row]] for row, i in enumerate(order)]
+    print_table("images of the largest losses", ["loss", "target", "from"], rows, (1, 2))
+    write_atomically(path, draw(shown))
+    print(f"\n{path}")
+
+
+def _losses_shown(rank: Replayed) -> list[float]:
+    """Return the losses of the images that a rank shows, in their order."""
+    return [rank.losses[i] for i in _worst(rank.losses, len(rank.shown.places))]
