@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from torch import nn
+
 from karat_scale.checkpoint.best import repair_best
 from karat_scale.checkpoint.generators import restore_generators, seed_generators
 from karat_scale.checkpoint.records import FORMAT, Sidecar, read_record
+from karat_scale.checkpoint.resize import fit_state
 from karat_scale.checkpoint.restore import check_teacher, restore
 from karat_scale.checkpoint.saved_state import falsehood, read_state, saved_layout, sidecar_name
 from karat_scale.checkpoint.saver import Saver
@@ -74,8 +77,13 @@ class Checkpoints(Generic[S]):
         }
         return self.saver.save(state, content, is_best, wait)
 
-    def load(self, state_of: str = "") -> S | None:
+    def load(self, state_of: str = "", fresh: Callable[[], nn.Module] | None = None, is_start: bool = True) -> S | None:
         """Load the newest intact checkpoint, or the one in directory `state_of`. None when there is none.
+
+        Args:
+            fresh: builds the engine's model anew, for a state of another image size, which is then interpolated.
+                Without it, such a state is refused.
+            is_start: false if the run only continues with another model.
 
         Raises:
             RunDirectoryError: no checkpoint is intact, or it is of another model, global batch, version or kind of run.
@@ -89,9 +97,12 @@ class Checkpoints(Generic[S]):
         self._refuse_another_run(root / name, saved)
         try:
             check_teacher(self._engine.module, saved)
-            ranks = [self._world.rank] if self._has_my_layout(root / name, saved) else None
+            is_fitting = fresh is not None and saved.get("image_size") is not None
+            ranks = [self._world.rank] if not is_fitting and self._has_my_layout(root / name, saved) else None
             with self._world.together():  # none must wait in `restore` for one that refuses its files
                 content = read_state(root / name, saved, ranks, self._engine.in_optimizer_order)
+                if is_fitting and fresh is not None and content.shapes != self._shapes:
+                    content = fit_state(content, fresh())
             restore(self._engine, self._ema, content, self._world)
         except RunDirectoryError as error:
             raise RunDirectoryError(f"checkpoint {root / name}: {error}") from error
@@ -103,10 +114,15 @@ class Checkpoints(Generic[S]):
                 mine = repair_best(self.store, state, self._reporter) if self._world.is_main else {}
                 for name, value in self._world.broadcast(mine).items():
                     setattr(state, name, value)
-        state.restarts += 1
+        state.restarts += is_start
         state.seconds_to_first_step = None  # each start has its own
-        self._reporter.resumed(state, name)
+        if is_start:
+            self._reporter.resumed(state, name)
         return state
+
+    @property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {**self._engine.shapes, **{name: tuple(x.shape) for name, x in self._engine.frozen.items()}}
 
     def _has_my_layout(self, checkpoint: Path, saved: dict[str, Any]) -> bool:
         """Whether each rank finds all it needs in the files of its own number."""

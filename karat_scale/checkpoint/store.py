@@ -129,6 +129,10 @@ class CheckpointStore:
         state: dict[str, Any] = parse_json(read_text(self.root / name / STATE))
         return state
 
+    def newest_step(self) -> int:
+        """The step of the newest checkpoint, by its name; 0 when there is none."""
+        return max((int(name.removeprefix("step-")) for name in self.names()), default=0)
+
     def newest_bytes(self) -> int:
         """The size of the newest checkpoint, by its manifest; 0 when there is none, or one without optimizer states."""
         name = self.pointed("latest")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from karat_scale import __version__
+from karat_scale.checkpoint.resize import fit_state
 from karat_scale.checkpoint.restore import check_buffers, check_shapes, check_teacher, copy_buffers
 from karat_scale.checkpoint.saved_state import read_state
 from karat_scale.engine.shards import Fragment
@@ -27,6 +28,8 @@ def wants_ema(weights: str, recipe: RunRecipe, saved: Mapping[str, Any]) -> bool
 def load_weights(model: nn.Module, checkpoint: Path, saved: Mapping[str, Any], ema: bool) -> None:
     """Copy a checkpoint's weights into `model`, in place, in the model's dtype.
 
+    In a run with `schedule.image_sizes`, the model has the last size, and weights of another one are interpolated.
+
     Args:
         model: the model the checkpoint is of, not partitioned.
         checkpoint: its directory, verified.
@@ -42,6 +45,8 @@ def load_weights(model: nn.Module, checkpoint: Path, saved: Mapping[str, Any], e
     state = read_state(checkpoint, saved, parameters=[*parameters])
     try:
         check_teacher(model, saved)
+        if saved.get("image_size"):  # of a run whose images grow; the model is of its last size
+            state = fit_state(state, model)
         check_shapes({name: tuple(parameter.shape) for name, parameter in parameters.items()}, state.shapes)
         check_buffers(model, state.buffers)
         pieces = state.ema if ema and state.ema is not None else state.masters

@@ -4,6 +4,7 @@ The model is built whole and partitioned by `deepspeed.initialize`: under `deeps
 would be passed over in silence.
 """
 
+import gc
 import math
 from typing import Any
 
@@ -127,6 +128,14 @@ class Engine:
         """The learning rate of the next step, which each parameter group scales."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+
+    def release(self) -> None:
+        """Let go of weights, gradients and optimizer states; the engine cannot be used afterwards."""
+        self.deepspeed.destroy()
+        del self.deepspeed
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def compile(self, mode: str) -> None:
         """Let torch.compile compile the model, in a mode of its own, at the first step."""

@@ -86,7 +86,7 @@ def read_batch(recipe: Recipe, step: int, count: int) -> ShownBatch:
     world = distributed.start("cpu")
     task: ClassificationTask | None = None
     try:
-        task = ClassificationTask(recipe, world, Reporter(SilentDisplay(), None))
+        task, _ = ClassificationTask(recipe, world, Reporter(SilentDisplay(), None)).phase(step - 1)
         plan = task.plan()
         last = plan.steps_per_epoch * recipe.train.epochs
         if not 1 <= step <= last:

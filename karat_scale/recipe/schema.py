@@ -162,6 +162,26 @@ class Recipe(RunRecipe):
     """Learning from a trained teacher beside the labels."""
 
     @model_validator(mode="after")
+    def _images_grow(self) -> "Recipe":
+        sizes = self.schedule.image_sizes
+        if not sizes:
+            return self
+        name, last = "schedule.image_sizes", sizes[-1]
+        if last[1] != self.model.image_size:
+            size = self.model.image_size
+            raise ValueError(f"{name} ends with {last[1]}, but model.image_size = {size}; set both alike")
+        if last[0] >= self.train.epochs:
+            raise ValueError(f"{name}: its last epoch is {last[0]}, but train.epochs = {self.train.epochs}; shorten it")
+        if self.checkpoint.snapshots:
+            raise ValueError(f"checkpoint.snapshots needs one image size, and {name} has several; set it to 0")
+        if self.attention.transfer_from:
+            raise ValueError(f"attention.transfer_from has matrices of one image size, and {name} has several")
+        for _, size in sizes if self.model.patch_size else ():
+            if size % (self.model.patch_size or 1):
+                raise ValueError(f"{name}: {size} is not a multiple of model.patch_size = {self.model.patch_size}")
+        return self
+
+    @model_validator(mode="after")
     def _parts_fit_together(self) -> "Recipe":
         if self.augment.mixes and self.train.global_batch % 2:
             raise ValueError(

@@ -58,6 +58,17 @@ class ScheduleConfig(Section):
     """Learning rate at the start of the warm-up."""
     min_lr: NonNegative = 1e-5
     """Learning rate at the end of training."""
+    image_sizes: tuple[tuple[Annotated[int, Field(ge=0)], Count], ...] = ()
+    """Train on smaller images first: pairs of an epoch, counted from 0, and the side in pixels from there on, such as
+    `[[0, 128], [34, 160], [67, 224]]`. The last side is model.image_size. Empty means one size."""
+
+    @field_validator("image_sizes")
+    @classmethod
+    def _epochs_follow_each_other(cls, value: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        epochs = [epoch for epoch, _ in value]
+        if value and (epochs[0] != 0 or epochs != sorted(set(epochs))):
+            raise ValueError("should begin with epoch 0, and its epochs should increase")
+        return value
 
 
 class RecomputeConfig(Section):

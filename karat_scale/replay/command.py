@@ -118,12 +118,14 @@ def _take(recipe: Recipe, step: int, world: World, count: int) -> "_Step":
     task: ClassificationTask | None = None
     reporter = Reporter(PlainDisplay() if world.is_main else SilentDisplay(), None, world.rank)
     try:
-        task = ClassificationTask(recipe, world, reporter)
+        task, _ = ClassificationTask(recipe, world, reporter).phase(step - 1)
         directory = RunDirectory(recipe.run.dir)
         parts = build_parts(task, directory, StopSignals())
         loop = Loop(parts, resume(parts, directory))
         if not loop.state.step < step <= parts.total_steps:
             raise UserError(f"step {step}: the run has steps 1 to {parts.total_steps:,}")
+        if task.phase(loop.state.step)[0] is not task:
+            raise UserError(f"step {step}: no checkpoint with the same image size before it is left")
         batches = loop.feed(step)
         with progress("training up to the step", step - 1 - loop.state.step, "steps") as advance:
             while loop.state.step < step - 1:

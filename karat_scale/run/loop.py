@@ -86,8 +86,8 @@ class Loop:
         deviations = parts.recipe.train.detect_spikes
         self._spikes = Spikes(deviations) if deviations is not None else None
 
-    def run(self) -> None:
-        """Train to the end, evaluate and save.
+    def run(self, stop_step: int | None = None) -> bool:
+        """Train to the end, or to `stop_step`; evaluate if that is due, and save. Returns whether training goes on.
 
         Raises:
             DivergedError: the loss or the gradients are not finite, and the recipe says to end there.
@@ -95,11 +95,12 @@ class Loop:
             RunDirectoryError: the last checkpoint could not be saved, or the disk does not take the metrics.
         """
         state, checkpoints = self.state, self.parts.checkpoints
+        stop_step = self.total_steps if stop_step is None else min(stop_step, self.total_steps)
         try:
             self._write_if_due()
             self._evaluate_if_due()
-            batches = self.feed(self.total_steps)
-            while state.step < self.total_steps:
+            batches = self.feed(stop_step)
+            while state.step < stop_step:
                 with self.parts.profiler.step(state.step + 1):
                     self.step(self.micro_batches(batches))
                 self._write_if_due()
@@ -110,6 +111,7 @@ class Loop:
             raise
         if not self._save(wait=True):
             raise checkpoints.store.last_not_saved(checkpoints.saver.problem)
+        return stop_step < self.total_steps
 
     def feed(self, stop_step: int, waiting: Waiting | None = None) -> DeviceFeed[Any]:
         """This rank's micro batches from the next step to `stop_step`, on its device; `waiting` as for DeviceFeed."""

@@ -4,6 +4,7 @@
 first weights, compiles it and makes its engine and checkpoints.
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -53,9 +54,9 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             task = outcome.task = task_type(recipe, world, reporter)
             if changes:
                 reporter.info(f"the recipe differs from that of the earlier start: {changes}")
-            parts = build_parts(task, directory, signals)
-            outcome.parameters = parts.engine.parameters
-            outcome.state = resume(parts, directory)
+            first = world.broadcast(directory.store.newest_step())
+            phase = begin_phase(task, directory, signals, outcome, first)
+            parts = phase.parts
             outcome.begun = True
             world.on_main(lambda: directory.begin(recipe, task.classes))
             reporter.info(headline(parts))
@@ -63,8 +64,44 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
                 reporter.info(f"nothing is left to do: {how_to_extend(parts)}")
             elif slow := slow_precision(recipe.train.precision, world.device):
                 reporter.warn(slow)
-            Loop(parts, outcome.state).run()
+            while Loop(parts, outcome.state).run(phase.stop_step):
+                del parts
+                phase = next_phase(phase, directory, signals, outcome)
+                parts = phase.parts
         return outcome.code
+
+
+@dataclass
+class Phase:
+    """What trains up to `stop_step`, where another model follows; None for the end of training."""
+
+    parts: Parts
+    stop_step: int | None
+
+
+def begin_phase(
+    task: Task, directory: RunDirectory, signals: StopSignals, outcome: Outcome, step: int, is_start: bool = True
+) -> Phase:
+    """Build the phase that trains from the newest intact checkpoint on; `step` is where that probably stands."""
+    while True:
+        chosen, stop = task.phase(step)
+        outcome.task = chosen
+        parts = build_parts(chosen, directory, signals)
+        outcome.parameters = parts.engine.parameters
+        outcome.state = resume(parts, directory, is_start)
+        task, stop = chosen.phase(outcome.state.step)
+        if task is chosen:
+            return Phase(parts, stop)
+        outcome.task, step = task, outcome.state.step  # the newest checkpoint was damaged, or it is of another run
+        parts.engine.release()
+
+
+def next_phase(phase: Phase, directory: RunDirectory, signals: StopSignals, outcome: Outcome) -> Phase:
+    """Let go of a phase's engine, and build the next one from the checkpoint at its end."""
+    task = phase.parts.task
+    phase.parts.engine.release()
+    del phase.parts
+    return begin_phase(task, directory, signals, outcome, outcome.state.step, is_start=False)
 
 
 def build_parts(task: Task, directory: RunDirectory, signals: StopSignals) -> Parts:
@@ -115,7 +152,7 @@ def build_parts(task: Task, directory: RunDirectory, signals: StopSignals) -> Pa
     )
 
 
-def resume(parts: Parts, directory: RunDirectory) -> RunState:
+def resume(parts: Parts, directory: RunDirectory, is_start: bool = True) -> RunState:
     """The state of the newest intact checkpoint, loaded into the engine; that of a new run if there is none.
 
     `resume.from` counts at a run's first start only: after that the run has checkpoints of its own.
@@ -125,7 +162,8 @@ def resume(parts: Parts, directory: RunDirectory) -> RunState:
     """
     recipe, task = parts.recipe, parts.task
     branch = "" if directory.store.names() else recipe.resume.from_
-    state: RunState = parts.checkpoints.load(branch) or task.begin()
+    fresh = partial(task.build_fresh, directory)
+    state: RunState = parts.checkpoints.load(branch, fresh, is_start) or task.begin()
     task.check_resumed(state)
     other = directory.keep_data(state, task.num_train, task.classes, recipe, is_branch=bool(branch))
     if other:

@@ -102,6 +102,10 @@ class Task(ABC):
         """Return what is trained: the transformer, or a model around it."""
         return backbone
 
+    def build_fresh(self, directory: RunDirectory) -> nn.Module:
+        """Return a whole model like the one that is trained."""
+        return self.build_model(self.build_backbone(directory))
+
     def trained_model(self, trained: Any, directory: RunDirectory, name: str, use_ema: bool) -> nn.Module:
         """Return the model with the weights of an intact checkpoint, raw or averaged.
 
@@ -110,7 +114,7 @@ class Task(ABC):
             directory: the run's.
             name: the checkpoint's.
         """
-        model = self.build_model(self.build_backbone(directory))
+        model = self.build_fresh(directory)
         load_weights(model, directory.store.root / name, directory.store.state(name), use_ema)
         return model
 
@@ -156,6 +160,13 @@ class Task(ABC):
     def begin(self) -> RunState:
         """Return the state of a run that starts from the beginning."""
         return self.state_type()
+
+    def phase(self, step: int) -> "tuple[Task, int | None]":
+        """Return the task that trains from `step` on, and the step at which another one follows; None for the end.
+
+        If it is not this one, this one is closed. Collective.
+        """
+        return self, None
 
     def check_resumed(self, state: Any) -> None:  # noqa: B027
         """Check that this is the task that a checkpoint's state is of. Raises UserError."""

@@ -67,6 +67,8 @@ class TrainState(RunState):
     """The run that `init_from` took the weights of, as `run_behind` says: later starts may not find it."""
     distilled_from: str = ""
     """The digest of the weights of `distill.from`."""
+    image_size: int = 0
+    """Of the model in the checkpoint, in a run with `schedule.image_sizes`."""
 
 
 class ClassificationTask(Task):
@@ -117,6 +119,21 @@ class ClassificationTask(Task):
     def schedule(self, steps_per_epoch: int) -> CosineSchedule:
         """Return the recipe's schedule in steps."""
         return build_schedule(self.recipe, steps_per_epoch)
+
+    def phase(self, step: int) -> "tuple[ClassificationTask, int | None]":
+        """Return the task of the image size that `schedule.image_sizes` has from `step` on, and the end of that."""
+        sizes = self.recipe.schedule.image_sizes
+        if not sizes:
+            return self, None
+        steps = self.plan().steps_per_epoch
+        number = max(number for number, (epoch, _) in enumerate(sizes) if epoch * steps <= step)
+        size, after = sizes[number][1], sizes[number + 1 : number + 2]
+        stop = after[0][0] * steps if after else None
+        if size == self.recipe.model.image_size:
+            return self, stop
+        self.close()
+        self.reporter.info(f"images of {size} x {size} pixels from epoch {sizes[number][0]} on")
+        return ClassificationTask(self.recipe.changed(model__image_size=size), self.world, self.reporter), stop
 
     def prepare(self, directory: RunDirectory) -> None:
         """Copy the teachers of `attention.transfer_from` and `distill.from`, if any, into the run's directory."""
@@ -217,10 +234,19 @@ class ClassificationTask(Task):
 
     def begin(self) -> TrainState:
         """Return the state of a run that starts from the beginning."""
-        return TrainState(begun_with=run_behind(self.recipe.init_from), distilled_from=self._teachers_digest())
+        return TrainState(
+            begun_with=run_behind(self.recipe.init_from),
+            distilled_from=self._teachers_digest(),
+            image_size=self._growing_size,
+        )
+
+    @property
+    def _growing_size(self) -> int:
+        return self.recipe.model.image_size if self.recipe.schedule.image_sizes else 0
 
     def check_resumed(self, state: TrainState) -> None:
         """Check that the teacher is the one that the checkpoint's run learned from. Raises RunDirectoryError."""
+        state.image_size = self._growing_size
         if state.distilled_from != self._teachers_digest():
             raise RunDirectoryError(
                 f"the run's checkpoint learned from another teacher than {DISTILL_FILE} holds; put that "
