@@ -13,7 +13,8 @@ set -uo pipefail
 
 # The number of restarts in a row that may end without a new checkpoint.
 : "${IDLE_RESTARTS:=3}"
-# If a rank makes no progress for this many seconds, the job ends and names it. 0: never.
+# If a rank makes no progress for this many seconds, the job ends and names it. 0: never. Phases may have their own:
+# 900,start=1800,compile=3600,data=300,step=600,save=1800
 : "${STALL_SECONDS:=900}"
 # HOST_SUFFIX: turns a node's name into the name of its fast interface, such as i on JUWELS.
 
@@ -121,7 +122,7 @@ launch() {
     --kill-on-bad-exit=1 --unbuffered bash "$KARAT_HOME/slurm/rank.sh" "$LOGS" "${KARAT[@]}" "$@" &
   STEP=$!
   trap ask_to_save USR2 TERM
-  if ((STALL_SECONDS > 0)) && [[ $1 == train ]]; then
+  if [[ $STALL_SECONDS != 0 && $1 == train ]]; then
     watch "$ranks" &
     WATCH=$!
   fi

@@ -8,15 +8,17 @@ others wait for the one with the fewest beats. This module needs only the standa
 
 import faulthandler
 import json
+import math
 import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from karat_scale.cluster.stall_limits import StallLimits
 from karat_scale.files import parse_json, read_text
 
 WRITE_SECONDS = 2.0
@@ -54,17 +56,23 @@ def this_start(environ: Mapping[str, str] = os.environ) -> str:
 
 
 class Heartbeat:
-    """Writes this rank's file. If no beat comes for `stall` seconds, it dumps all Python stacks to standard error.
+    """Writes this rank's file. If no beat comes for too long, it dumps all Python stacks to standard error.
 
-    `stall` is KARAT_STALL_SECONDS of the environment; 0 or unset turns the dump off.
+    KARAT_STALL_SECONDS of the environment says how long that is (`StallLimits`); without it, nothing is dumped.
+
+    on_stall: called once at each stall, in a thread of its own, with a directory for what it writes.
     """
 
-    def __init__(self, directory: Path, rank: int, device: str = "") -> None:
+    def __init__(
+        self, directory: Path, rank: int, device: str = "", on_stall: Callable[[Path, int], object] | None = None
+    ) -> None:
         self._file = heartbeat_file(directory, rank)
         host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         self._sign = Sign(rank, host, os.getpid(), this_start(), device=device)
-        self._stall = float(os.environ.get("KARAT_STALL_SECONDS") or 0)
-        self._armed = 0.0
+        self._limits = StallLimits.parse(os.environ.get("KARAT_STALL_SECONDS", ""))
+        self._armed, self._armed_for = 0.0, 0.0
+        self._on_stall, self._diagnostics = on_stall, directory / "diagnostics"
+        self._last_beat, self._told_of = 0.0, -1
         self._ended = threading.Event()
         self._writer = threading.Thread(target=self._write_until_ended, name="heartbeat", daemon=True)
 
@@ -79,10 +87,14 @@ class Heartbeat:
         self._sign.beats += 1
         self._sign.doing = doing
         self._sign.step = step or self._sign.step
-        now = time.monotonic()
-        if self._stall and now - self._armed >= _ARM_SECONDS:
-            self._armed = now
-            faulthandler.dump_traceback_later(self._stall, file=_STANDARD_ERROR)
+        self._last_beat = now = time.monotonic()
+        limit = self._limits.of(doing)
+        if self._limits and (now - self._armed >= _ARM_SECONDS or limit != self._armed_for):
+            self._armed, self._armed_for = now, limit
+            if limit < math.inf:
+                faulthandler.dump_traceback_later(limit, file=_STANDARD_ERROR)
+            else:
+                faulthandler.cancel_dump_traceback_later()
 
     def pace(self, own_seconds: float) -> None:
         """Record the seconds of this rank's own work in a step."""
@@ -90,7 +102,7 @@ class Heartbeat:
 
     def stop(self) -> None:
         """Write the last heartbeat; there is no alarm after it."""
-        if self._stall:
+        if self._limits:
             faulthandler.cancel_dump_traceback_later()
         self._ended.set()
         self._writer.join()
@@ -98,9 +110,16 @@ class Heartbeat:
     def _write_until_ended(self) -> None:
         while True:
             self._write()
+            self._look_for_stall()
             if self._ended.wait(WRITE_SECONDS):
                 self._write()
                 return
+
+    def _look_for_stall(self) -> None:
+        beats, late = self._sign.beats, time.monotonic() - self._last_beat > self._limits.of(self._sign.doing)
+        if self._on_stall is not None and late and beats != self._told_of:
+            self._told_of = beats
+            self._on_stall(self._diagnostics, self._sign.rank)
 
     def _write(self) -> None:
         self._sign.written = round(time.time(), 3)

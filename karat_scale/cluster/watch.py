@@ -1,10 +1,10 @@
 """End a job that hangs, and name the rank. The launch wrapper runs this beside the ranks.
 
-    python -m karat_scale.cluster.watch RUN --ranks N --stall SECONDS
+    python -m karat_scale.cluster.watch RUN --ranks N --stall LIMITS
 
-Exit code 3: a rank made no progress for that long; a line on standard output names the rank and its node. Clocks of
-other nodes do not matter: only the time at which this process last saw a file change counts. For a rank that is only
-slow, there is a line on standard error.
+LIMITS are those of `StallLimits`. Exit code 3: a rank made no progress for that long; a line on standard output names
+the rank and its node. Clocks of other nodes do not matter: only the time at which this process last saw a file change
+counts. For a rank that is only slow, there is a line on standard error.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from karat_scale.cluster.heartbeat import WRITE_SECONDS, Sign, read_signs, this_start
 from karat_scale.cluster.pace import Stragglers
+from karat_scale.cluster.stall_limits import StallLimits
 
 EXIT_STALLED = 3
 # A rank dumps its stacks at `stall`. The verdict comes a little later, so that they are in its log by then.
@@ -35,9 +36,9 @@ class Seen:
 class Watch:
     """Remembers when each rank made progress; `verdict` names the rank that the others wait for."""
 
-    def __init__(self, ranks: int, stall: float, now: float) -> None:
+    def __init__(self, ranks: int, limits: StallLimits, now: float) -> None:
         self._ranks = ranks
-        self._stall = stall
+        self._limits = limits
         self._begun = now
         self._seen: dict[int, Seen] = {}
 
@@ -54,10 +55,11 @@ class Watch:
     def _verdict(self, now: float) -> str | None:
         absent = [rank for rank in range(self._ranks) if rank not in self._seen]
         if absent:
-            if now - self._begun <= self._stall:
+            start = self._limits.of("starting")
+            if now - self._begun <= start:
                 return None
-            return f"rank {absent[0]} gave no sign of life in {self._stall:g} s"
-        if any(now - seen.got_on <= self._stall for seen in self._seen.values()):
+            return f"rank {absent[0]} gave no sign of life in {start:g} s"
+        if any(now - seen.got_on <= self._limits.of(seen.sign.doing) for seen in self._seen.values()):
             return None  # such as a rank that writes to a slow disk: the others wait for it
         silent = [seen for seen in self._seen.values() if now - seen.wrote > _SILENT_SECONDS]
         worst = min(silent or self._seen.values(), key=lambda seen: (seen.sign.beats, seen.got_on))
@@ -76,9 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="End with a named rank when a job hangs.")
     parser.add_argument("run", type=Path, help="the run's directory")
     parser.add_argument("--ranks", type=int, required=True)
-    parser.add_argument("--stall", type=float, required=True, metavar="SECONDS")
+    parser.add_argument("--stall", type=StallLimits.parse, required=True, metavar="LIMITS")
     options = parser.parse_args(arguments)
-    watch = Watch(options.ranks, options.stall + GRACE_SECONDS, time.monotonic())
+    watch = Watch(options.ranks, options.stall.plus(GRACE_SECONDS), time.monotonic())
     stragglers, start = Stragglers(), this_start()
     while True:
         ours = [sign for sign in read_signs(options.run) if sign.start == start]

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from karat_scale.engine.devices import card, gpu_index, refuse_shared, tell_deepspeed
+from karat_scale.engine.flight_recorder import record_collectives
 from karat_scale.engine.peers import Peers, Place, meet
 from karat_scale.errors import UserError
 
@@ -194,6 +195,7 @@ def stop() -> None:
 def _join(rank: int, size: int, device: torch.device, patience: timedelta) -> Place | None:
     if dist.is_initialized():
         return None
+    record_collectives()
     # With its device NCCL connects now, where a fault is seen, and each barrier knows which GPU is meant.
     backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     if size == 1:

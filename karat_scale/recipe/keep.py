@@ -61,6 +61,10 @@ class LogConfig(Section):
     profile_steps: tuple[Count, Count] | None = None
     """The first and the last step to trace into the run's `profile/`. Null traces nothing."""
 
+    memory_history: bool = False
+    """Record where each allocation on the GPU was made, for the snapshot that a run out of memory leaves. It costs some
+    speed."""
+
     @field_validator("trackers", mode="before")
     @classmethod
     def _one_tracker_is_a_list(cls, value: Any) -> Any:

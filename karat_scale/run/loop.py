@@ -83,6 +83,7 @@ class Loop:
         self._save_points = SavePoints(parts.world, parts.signals, checkpoint.every_steps, checkpoint.every_minutes)
         self._evaluating = Agreement(parts.world)
         self._grad_norm: float | None = None
+        self._compiles = bool(parts.recipe.train.compile)
         deviations = parts.recipe.train.detect_spikes
         self._spikes = Spikes(deviations) if deviations is not None else None
 
@@ -137,6 +138,7 @@ class Loop:
         parts.engine.set_lr(lr)
         *_, norm = [self._pass_through(batch) for batch in micro_batches]
         assert norm is not None  # the last micro batch ends the step
+        self._compiles = False
         state.step += 1
         state.samples += parts.recipe.train.global_batch
         self._interval.add_norm(norm)
@@ -153,12 +155,12 @@ class Loop:
     def _pass_through(self, batch: Any) -> torch.Tensor | None:
         """Forward and backward; after the last micro batch of a step the step, whose gradient norm is returned."""
         parts, accumulation = self.parts, self.parts.plan.accumulation
-        parts.reporter.beat("forward")
+        parts.reporter.beat("compiling" if self._compiles else "forward")
         with self._own_time.forward():
             losses = parts.task.losses(parts.engine.forward, batch)
-        parts.reporter.beat("backward")
+        parts.reporter.beat("compiling" if self._compiles else "backward")
         parts.engine.backward(losses["loss"])
-        parts.reporter.beat("optimizer")
+        parts.reporter.beat("compiling" if self._compiles else "optimizer")
         norm = parts.engine.step()
         self._interval.add_losses({name: loss.detach() / accumulation for name, loss in losses.items()})
         if self._spikes is not None:

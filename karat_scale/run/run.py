@@ -17,7 +17,8 @@ from karat_scale.engine.devices import device_name
 from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
-from karat_scale.engine.out_of_memory import one_line_out_of_memory
+from karat_scale.engine.flight_recorder import write_flight_record
+from karat_scale.engine.out_of_memory import memory_snapshot, one_line_out_of_memory, record_memory
 from karat_scale.engine.precision import slow_precision
 from karat_scale.engine.recompute import apply_recompute
 from karat_scale.engine.run_state import RunState
@@ -49,8 +50,13 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
         reporter = open_reporter(recipe, world, directory)
         outcome = Outcome(recipe, world, task_type.state_type())
         fix = partial(task_type.less_memory, recipe, world.size)
+        snapshot = partial(memory_snapshot, directory.path / "diagnostics", world)
         # The innermost block is the first to know why a collective broke.
-        with concluded(outcome, directory, signals, reporter), one_line_out_of_memory(fix), world.explaining():
+        with (
+            concluded(outcome, directory, signals, reporter),
+            one_line_out_of_memory(fix, snapshot),
+            world.explaining(),
+        ):
             task = outcome.task = task_type(recipe, world, reporter)
             if changes:
                 reporter.info(f"the recipe differs from that of the earlier start: {changes}")
@@ -191,7 +197,9 @@ def open_reporter(recipe: RunRecipe, world: World, directory: RunDirectory) -> R
         if world.is_main:
             trackers, failures = open_trackers(directory.path, recipe, recipe.log.trackers)
             log = MetricsLog(directory.metrics_file, trackers)
-    heartbeat = Heartbeat(directory.path, world.rank, device_name(world.device)).start()
+    heartbeat = Heartbeat(directory.path, world.rank, device_name(world.device), write_flight_record).start()
+    if recipe.log.memory_history:
+        record_memory(world.device)
     reporter = Reporter(choose_display(world.is_main, recipe.run.name), log, world.rank, heartbeat)
     for problem in [*failures, *(directory.clear() if world.is_main else ())]:
         reporter.warn(problem)

@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 from karat_scale.cluster.heartbeat import Sign
+from karat_scale.cluster.stall_limits import StallLimits
 from karat_scale.cluster.watch import Watch
 
-STALL = 60.0
+STALL = StallLimits(60.0)
 
 
 def signs(*beats: int, written: float = 0.0) -> list[Sign]:

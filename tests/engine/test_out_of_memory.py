@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import pytest
 import torch
 
-from karat_scale.engine.out_of_memory import one_line_out_of_memory
+from karat_scale.engine.distributed import World
+from karat_scale.engine.out_of_memory import memory_snapshot, one_line_out_of_memory, record_memory
 from karat_scale.errors import UserError
 from karat_scale.tasks.classification.task import ClassificationTask
 
@@ -44,3 +47,26 @@ def test_every_kind_is_known(small_recipe) -> None:
 def test_other_errors_pass(small_recipe) -> None:
     with pytest.raises(RuntimeError, match="shape"), one_line_out_of_memory(str):
         torch.zeros(2).view(3)
+
+
+def test_a_gpu_leaves_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own functions need a GPU; these take their places."""
+    recorded: list[int] = []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda max_entries: recorded.append(max_entries))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_bytes(b"snapshot"))
+    world = World(1, 2, 1, torch.device("cuda", 1), None)
+    record_memory(world.device)
+    record_memory(torch.device("cpu"))
+    assert len(recorded) == 1
+
+    def snapshot() -> str:
+        return memory_snapshot(tmp_path / "diagnostics", world)
+
+    with pytest.raises(UserError) as caught, one_line_out_of_memory(lambda: "lower it", snapshot):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+    path = tmp_path / "diagnostics" / "memory-1.pickle"
+    assert path.read_bytes() == b"snapshot"
+    assert str(caught.value).endswith(f"lower it; {path} shows what is allocated (drop it on pytorch.org/memory_viz)")
+    (tmp_path / "file").touch()
+    assert memory_snapshot(tmp_path / "file" / "x", world) == ""  # a directory that cannot be made
+    assert memory_snapshot(tmp_path, World(0, 1, 0, torch.device("cpu"), None)) == ""
