@@ -7,13 +7,14 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from karat_scale.data.batch import Batch
@@ -79,9 +80,12 @@ class OrderedResults(Iterator[T], Generic[T]):
             multiprocessing_context="fork" if workers else None,
         )
         self._whereabouts, self._workers, self._timeout = whereabouts, workers, timeout
+        self._kill: Callable[[], object] = tuple
         try:
             with _child_signal_kept():
                 self._results: Iterator[T | UserError] | None = iter(loader)
+            if isinstance(self._results, _MultiProcessingDataLoaderIter):
+                self._kill = _without_shared_locks(self._results)
         except OSError as error:
             _leave_half_made(error)
             if error.errno not in _NO_SEMAPHORES:
@@ -126,16 +130,16 @@ class OrderedResults(Iterator[T], Generic[T]):
                 if TIMED_OUT not in str(error) or time.monotonic() >= deadline:
                     raise
 
+    def __del__(self) -> None:
+        if getattr(self, "_results", None) is not None:
+            self.close()
+
     def close(self) -> None:
         """Stop the workers."""
         results, self._results = self._results, None
         # The DataLoader's iterator stops its workers when it is freed, but an exception's traceback may keep it alive.
-        if results is not None and hasattr(results, "_shutdown_workers"):
-            results._shutdown_workers()
-            for worker in getattr(results, "_workers", ()):
-                if worker.is_alive():  # stopped by SIGSTOP, or in a system call that does not end
-                    worker.kill()
-                    worker.join(POLL_SECONDS)
+        if results is not None:
+            self._kill()
 
 
 class OrderedLoader(OrderedResults[Batch]):
@@ -156,6 +160,44 @@ def _fill(make: MakesBatches, slots: ImageSlots | None, part: BatchSlice) -> Bat
     if slots is None:
         return with_digest(make.fill(part, torch.empty(shape, dtype=torch.uint8)))
     return slots.send(with_digest(make.fill(part, slots.next(shape))))
+
+
+def _without_shared_locks(results: _MultiProcessingDataLoaderIter) -> Callable[[], None]:
+    """Let an iterator end its workers by killing them; they have nothing to tidy up. Returns what does that.
+
+    Its own way asks and sets an event that it shares with them, and would wait for ever for the lock of one that was
+    killed while it held it.
+    """
+    iterator: Any = results
+    iterator._workers_done_event = threading.Event()  # the workers keep the shared one, which is never set
+    pinning = getattr(iterator, "_pin_memory_thread", None), getattr(iterator, "_pin_memory_thread_done_event", None)
+    queues = iterator._worker_result_queue, *iterator._index_queues
+    kill = partial(_kill_workers, id(iterator), list(iterator._workers), queues, *pinning)
+    iterator._shutdown_workers = kill
+    return kill
+
+
+def _kill_workers(
+    iterator: int,
+    workers: list[Any],
+    queues: Sequence[Any],
+    pinning: threading.Thread | None,
+    pinning_ends: threading.Event | None,
+) -> None:
+    if not workers:  # the iterator asks once more when it is freed
+        return
+    signal_handling._remove_worker_pids(iterator)  # or the next wait for a batch would be told of their deaths
+    if pinning is not None and pinning_ends is not None and pinning.is_alive():
+        pinning_ends.set()
+        queues[0].put((None, None))  # which it may wait for
+        pinning.join(POLL_SECONDS)
+    for worker in workers:
+        worker.kill()
+    while workers:
+        workers.pop().join(POLL_SECONDS)  # one in a system call that does not end stays
+    for queue in queues:
+        queue.cancel_join_thread()
+        queue.close()
 
 
 def _tells_of_a_dead_worker(error: Exception) -> bool:

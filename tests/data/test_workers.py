@@ -8,11 +8,13 @@ import sys
 import textwrap
 from pathlib import Path
 
+import psutil
 import pytest
 
 from karat_scale.data import workers
 from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.plan import TrainPlan
+from karat_scale.data.loader import OrderedResults
+from karat_scale.data.plan import BatchSlice, TrainPlan
 from karat_scale.data.workers import prepare_worker
 from karat_scale.errors import DataError, RecipeError
 from tests.data.backends.helpers import SIZE, children, wait_until
@@ -52,6 +54,30 @@ def test_a_killed_worker_is_one_clear_error(make_shards, data_config, cheap_augm
     with pytest.raises(DataError, match=r"a data worker died .*lower data.workers"):
         for _ in batches:
             pass
+
+
+def die_with_the_lock_of_the_last_event(part: BatchSlice) -> None:
+    """As a worker that is killed while it asks whether the data have ended."""
+    frame = sys._getframe()
+    while "done_event" not in frame.f_locals:
+        frame = frame.f_back
+    frame.f_locals["done_event"]._cond.acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_a_worker_that_was_killed_with_a_lock_does_not_hang_the_trainer(is_closed: bool):
+    """Found by signals to data workers: the other rank then waited for this one."""
+    before = children()
+    slices = TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 10)
+    results = OrderedResults(die_with_the_lock_of_the_last_event, slices, 1, 2, 60.0, lambda workers: "nowhere")
+    if is_closed:
+        with pytest.raises(DataError, match="a data worker died"):
+            next(results)
+    else:
+        wait_until(lambda: any(psutil.Process(child).status() == "zombie" for child in children() - before))
+        del results
+    wait_until(lambda: not children() - before)
 
 
 def test_far_more_workers_than_cores_are_refused_before_one_is_forked(make_shards, data_config, cheap_augment):
