@@ -13,6 +13,7 @@ from karat_scale.arguments import OneLineParser, count, new_file, positive, time
 from karat_scale.bench.commands import add_benches
 from karat_scale.compiler_caches import use_local_caches
 from karat_scale.errors import PeerError, UserError, of_the_machine, on_one_line
+from karat_scale.local_ranks import default_ranks, launch, say_to_launcher
 from karat_scale.shipped import SCRIPTS, run_prepare
 from karat_scale.tables import EXPORT_FORMATS
 from karat_scale.trust import VARIABLE
@@ -71,6 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as optim.lr=1e-3")
     train.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
     train.set_defaults(run=_train)
+
+    several = commands.add_parser("launch", help="run a command on several ranks of this machine, such as its GPUs")
+    several.add_argument("--ranks", type=count, default=default_ranks(), help="(default: one for each GPU)")
+    several.add_argument("arguments", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="of karat")
+    several.set_defaults(run=lambda options: launch(options.arguments, options.ranks))
 
     evaluate = commands.add_parser("eval", help="evaluate a run's checkpoint on the validation split")
     evaluate.add_argument("run_dir", metavar="RUN", help="the run's directory")
@@ -258,7 +264,8 @@ def _end(text: str, code: int) -> int:
     """Say why this rank ends, in one line; returns the exit code."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     where = f"[rank {rank}] " if rank != "0" else ""
-    print(f"{where}error: {on_one_line(text)}", file=sys.stderr)
+    if not say_to_launcher(on_one_line(text), rank):
+        print(f"{where}error: {on_one_line(text)}", file=sys.stderr)
     return code
 
 

@@ -1,17 +1,20 @@
-"""torchrun, where it started this process: a rank must not go on without it."""
+"""torchrun or `karat launch`, where it started this process: a rank must not go on without it."""
 
 import os
 
+LAUNCHED = "KARAT_LAUNCHED"
+"""`karat launch` sets it for its ranks."""
+
 
 class Launcher:
-    """The parent process, if it is torchrun. Any other parent may end: a shell, or `nohup`."""
+    """The parent process, if it started this rank among others. Any other parent may end: a shell, or `nohup`."""
 
     def __init__(self) -> None:
-        self._pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._pid = os.getppid() if {"TORCHELASTIC_RUN_ID", LAUNCHED} & os.environ.keys() else None
 
     @property
     def is_there(self) -> bool:
-        """Whether torchrun started this process."""
+        """Whether such a launcher started this process."""
         return self._pid is not None
 
     @property

@@ -1,5 +1,6 @@
 """The README's commands, run as they stand on data small enough for a test."""
 
+import itertools
 import re
 import shlex
 import subprocess
@@ -9,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from karat_scale.recipe.files import shipped_recipes
-from tests.conftest import ROOT, SMALL, events, free_port, karat_environment
+from tests.conftest import ROOT, SMALL, events, karat_environment
 from tests.test_completion import COMPLETION
 
 README = (ROOT / "README.md").read_text()
 
-OURS = ("eval", "train", "plan", "export", "recipes", "explain")
+OURS = ("eval", "train", "launch", "plan", "export", "recipes", "explain")
 
 
 def blocks(language: str) -> list[str]:
@@ -27,13 +28,8 @@ COMMANDS = [line for block in blocks("bash") for line in block.strip().splitline
 
 def run(command: str, cwd: Path, *more: str) -> "subprocess.CompletedProcess[str]":
     words = shlex.split(command, comments=True)
-    launcher = ["-m", "torch.distributed.run", f"--master-port={free_port()}"]
-    programs = {
-        "python": [sys.executable],
-        "karat": [sys.executable, "-m", "karat_scale"],
-        "torchrun": [sys.executable, *launcher],
-    }
-    arguments = ["--nproc-per-node=2" if word == "--nproc-per-node=8" else word for word in words[1:]]
+    programs = {"python": [sys.executable], "karat": [sys.executable, "-m", "karat_scale"]}
+    arguments = ["2" if before == "--ranks" else word for before, word in itertools.pairwise(words)]
     return subprocess.run(
         [*programs[words[0]], *arguments, *more],
         cwd=cwd,
@@ -51,7 +47,7 @@ def find(start: str) -> str:
 
 
 def test_every_command_is_run_here_or_by_the_ci_script() -> None:
-    ours = ("python data_prep/", "torchrun", *(f"karat {name}" for name in OURS), COMPLETION)
+    ours = ("python data_prep/", *(f"karat {name}" for name in OURS), COMPLETION)
     # By .ci/run (tests/test_ci.py), test_packaging and the Makefile.
     extras = [f"pip install -e '.[{name}]'" for name in made_extras()]
     elsewhere = ("make demo", "make test", "pip install -e .", *extras)
@@ -88,7 +84,7 @@ def test_imagenet_in_three_steps(image_folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     small = [*SMALL, "schedule.warmup_epochs=0", "train.precision=fp32"]
     for steps in (8, 16):  # the second call is the resume
-        done = run(find("torchrun"), tmp_path, *small, f"train.max_steps={steps}")
+        done = run(find("karat launch"), tmp_path, *small, f"train.max_steps={steps}")
         assert done.returncode == 0, done.stdout + done.stderr
     assert [event["step"] for event in events(tmp_path / "runs/tiny_g3b", "resume")] == [8]
     done = run(find("karat eval runs/tiny"), tmp_path)

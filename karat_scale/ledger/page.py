@@ -19,7 +19,7 @@ trained on fewer images than the paper's model, and a row marked *long* on more;
 paper's. Runs that differ only in their seed have a row with their mean and, after ±, their standard deviation. A figure
 of the paper marked ! is at odds with another place of the paper, as the lines below its table say. The column `recipe`
 has the first digits of the recipe's SHA-256. Each figure links to the run's summary, whole recipe, hardware and
-versions. DIR is the directory of the data. With torchrun, the same commands use more GPUs.
+versions. DIR is the directory of the data. With `karat launch` before them, the same commands use more GPUs.
 """
 _HEAD = ("model", "parameters", "paper", "ours", "budget", "hardware", "seed", "recipe", "command")
 _PAPER = {

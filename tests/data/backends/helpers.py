@@ -47,8 +47,8 @@ def children() -> set[int]:
     return {int(pid) for pid in Path(f"/proc/self/task/{me}/children").read_text().split()}
 
 
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 20
+def wait_until(condition, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)

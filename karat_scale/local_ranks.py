@@ -1,0 +1,118 @@
+"""`karat launch`: a command on several ranks of this machine. An error is said once, after everything else.
+
+torchrun does the same on any number of nodes, but ends with a traceback of its own for each failure.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from karat_scale.files import write_atomically
+from karat_scale.launcher import LAUNCHED
+from karat_scale.machine import usable_cores
+
+ERRORS = "KARAT_ERRORS"
+"""In the environment of each rank: the directory that takes its last error, instead of standard error."""
+# The other ranks notice that one is gone, and say so, within seconds; then they are told to end, and then killed.
+_NOTICE_SECONDS, _END_SECONDS = 30.0, 30.0
+_POLL_SECONDS = 0.05
+_FORWARDED = (signal.SIGTERM, signal.SIGUSR2)
+
+
+def launch(arguments: Sequence[str], ranks: int) -> int:
+    """Run `karat` with these arguments on `ranks` processes; returns the exit code of the first one that failed."""
+    with tempfile.TemporaryDirectory(prefix="karat-launch-") as errors:
+        command = [sys.executable, "-m", "karat_scale", *arguments]
+        processes = [subprocess.Popen(command, env=each) for each in _environments(ranks, errors)]
+        with _signals_forwarded(processes):
+            ended = _wait(processes)
+        first, code = next(((rank, code) for rank, code in ended if code), (0, 0))
+        for text in _messages(Path(errors), [first, *(rank for rank, other in ended if other == code)]):
+            print(text, file=sys.stderr)
+        return code if code >= 0 else 128 - code  # as a shell says that a signal ended it
+
+
+def say_to_launcher(text: str, rank: str) -> bool:
+    """Leave a rank's last error to the launcher; returns whether there is one that takes it."""
+    directory = os.environ.get(ERRORS, "")
+    if not directory:
+        return False
+    try:
+        write_atomically(Path(directory) / f"rank-{int(rank):05d}", text)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def default_ranks() -> int:
+    """Return one rank for each GPU of this machine; one if it has none."""
+    return max(1, sum(1 for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal()))
+
+
+def _environments(ranks: int, errors: str) -> Iterator[dict[str, str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    threads = str(max(1, usable_cores() // ranks))
+    shared = {"OMP_NUM_THREADS": threads, **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), ERRORS: errors, LAUNCHED: "1"}
+    for rank in range(ranks):
+        yield {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
+@contextmanager
+def _signals_forwarded(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Pass on the signals that ask for a checkpoint. A terminal sends Ctrl-C to the ranks, too."""
+
+    def forward(number: int, _: object) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
+    """Wait for all ranks; returns (rank, exit code) in the order in which they ended."""
+    ended: dict[int, int] = {}
+    # After so many seconds from the first failure, this signal for those that are left.
+    endings = [(_NOTICE_SECONDS + _END_SECONDS, signal.SIGKILL), (_NOTICE_SECONDS, signal.SIGTERM)]
+    failed_at: float | None = None
+    while len(ended) < len(processes):
+        for rank, process in enumerate(processes):
+            if rank not in ended and process.poll() is not None:
+                ended[rank] = process.returncode
+        now = time.monotonic()
+        if failed_at is None and any(ended.values()):
+            failed_at = now
+        if failed_at is not None and endings and now - failed_at > endings[-1][0]:
+            _, number = endings.pop()
+            for process in processes:
+                if process.poll() is None:
+                    process.send_signal(number)
+        time.sleep(_POLL_SECONDS)
+    return list(ended.items())
+
+
+def _messages(directory: Path, ranks: Sequence[int]) -> list[str]:
+    """Return each different error of these ranks once, in their order."""
+    texts: dict[str, int] = {}
+    for rank in ranks:
+        path = directory / f"rank-{rank:05d}"
+        if path.is_file():
+            texts.setdefault(path.read_text(), rank)
+    several = len(texts) > 1
+    return [f"[rank {rank}] error: {text}" if several else f"error: {text}" for text, rank in texts.items()]

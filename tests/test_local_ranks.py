@@ -1,0 +1,74 @@
+"""`karat launch`: real ranks, real failures and real signals."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import SMALL, events, karat_environment, summary
+from tests.data.backends.helpers import wait_until
+
+LAUNCH = (sys.executable, "-m", "karat_scale", "launch", "--ranks", "2")
+QUICK = ("schedule.warmup_epochs=0", "data.workers=0", "train.epochs=2", "checkpoint.every_minutes=null")
+
+
+@pytest.fixture
+def recipe(shards: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(f"data: {{path: {shards}}}\n")
+    return path
+
+
+def start(recipe: Path, *overrides: str) -> "subprocess.Popen[str]":
+    command = [*LAUNCH, "train", str(recipe), *SMALL, *QUICK, f"run.dir={recipe.parent / 'run'}", *overrides]
+    return subprocess.Popen(command, env=karat_environment(), stderr=subprocess.PIPE, text=True)
+
+
+def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    _, error = process.communicate(timeout=300)
+    return process.returncode, error
+
+
+def ranks_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    return psutil.Process(process.pid).children()
+
+
+@pytest.mark.multiprocess
+def test_an_error_of_all_ranks_is_said_once(recipe: Path) -> None:
+    code, error = ended(start(recipe, "data.path=/nowhere"))
+    assert code == 2
+    assert error.strip().splitlines() == [
+        "error: data.path = /nowhere is not a directory; make it with data_prep/make_webdataset.py or correct the path"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_ranks_train_and_a_signal_saves(recipe: Path) -> None:
+    run = recipe.parent / "run"
+    code, error = ended(start(recipe, "train.max_steps=2"))
+    assert code == 0, error
+    assert summary(run)["world_size"] == 2
+    process = start(recipe, "train.epochs=100000", "resume.allow=[train.epochs]")
+    wait_until(lambda: len(events(run, "train")) > 4, 120)
+    process.send_signal(signal.SIGTERM)
+    code, error = ended(process)
+    assert code == 75, error
+    assert summary(run)["reason"] == "stopped by SIGTERM"
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("victim", ["a rank", "the launcher"])
+def test_ranks_do_not_outlive_each_other_or_the_launcher(recipe: Path, victim: str) -> None:
+    run = recipe.parent / "run"
+    process = start(recipe, "train.epochs=100000")
+    wait_until(lambda: (run / "metrics.jsonl").is_file() and len(events(run, "train")) > 1, 120)
+    ranks = ranks_of(process)
+    (ranks[1] if victim == "a rank" else process).kill()
+    code, _ = ended(process)
+    assert code == (137 if victim == "a rank" else -signal.SIGKILL)
+    wait_until(lambda: not any(rank.is_running() and rank.status() != "zombie" for rank in ranks), 60)
