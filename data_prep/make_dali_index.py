@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_shard_options(parser)
     options = parser.parse_args(arguments)
     record = read_dataset_record(options.src)
-    tars, splits = record.tars_of(options.src), chosen_splits(options.src, record, options.split)
+    tars, splits = record.local_tars_of(options.src), chosen_splits(options.src, record, options.split)
     shards: list[ShardRecord] = [shard for split in splits.values() for shard in split.shards]
     if options.dry_run:
         print(f"would write {len(shards)} index files to {options.out}")

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from karat_scale.arguments import OneLineParser, count
+from karat_scale.data.formats.shard_format import dataset_directory
 from karat_scale.errors import DataError
 from karat_scale.machine import usable_cores
 
@@ -85,7 +86,7 @@ def check_source_options(options: argparse.Namespace) -> None:
 
 def add_shard_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of scripts that read finished shards."""
-    parser.add_argument("--src", type=Path, required=True, metavar="DIR", help="a directory of shards")
+    parser.add_argument("--src", type=dataset_directory, required=True, metavar="DIR", help="shards, also at a URL")
     parser.add_argument("--split", metavar="NAME", help="use only this split (default: all)")
     _add_workers(parser)
 

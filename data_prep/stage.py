@@ -1,6 +1,6 @@
 """Copy shards to a local disk of this node, and verify every byte.
 
-    python data_prep/stage.py --src DIR --out LOCAL_DIR
+    python data_prep/stage.py --src DIR --out LOCAL_DIR      # DIR is a directory, or a URL
 
 Run it once per node before training, then train from LOCAL_DIR. dataset.json is written last, so an unfinished copy
 is not a data set. A run that was stopped resumes: existing files with the right hash are kept. Splits may be staged
@@ -28,6 +28,7 @@ from karat_scale.data.formats.shard_format import (
 from karat_scale.data.formats.shards import check_file
 from karat_scale.errors import DataError, run_script
 from karat_scale.files import FingerprintedFile, commit_file
+from karat_scale.stores import Store
 from karat_scale.temporaries import temporary_file
 
 BLOCK = 1 << 22
@@ -46,20 +47,26 @@ def is_staged(out: Path, record: FileRecord) -> bool:
     return True
 
 
-def copy_checked(src: Path, out: Path, record: FileRecord, advance: Callable[[int], None]) -> None:
+def copy_checked(src: Path | str, out: Path, record: FileRecord, advance: Callable[[int], None]) -> None:
     """Copy a file; it gets its name once its size, and its SHA-256 if that is known, are right. Raises DataError."""
     (out / record.name).parent.mkdir(parents=True, exist_ok=True)
     with temporary_file(out / record.name) as temporary:
-        with temporary.open("wb") as target, (src / record.name).open("rb") as source:
+        with temporary.open("wb") as target:
             copy = FingerprintedFile(target, advance)
-            shutil.copyfileobj(source, copy, BLOCK)
+            if isinstance(src, str):
+                etag = (record.etag or "") if isinstance(record, ShardRecord) else ""
+                for piece in Store(src).pieces(record.name, record.bytes, etag):
+                    copy.write(piece)
+            else:
+                with (src / record.name).open("rb") as source:
+                    shutil.copyfileobj(source, copy, BLOCK)
         found = copy.fingerprint()
         if found.bytes != record.bytes or record.sha256 not in ("", found.sha256):
-            raise DataError(f"{src / record.name} has changed since it was written: its size or its SHA-256 differs")
+            raise DataError(f"{src}/{record.name} has changed since it was written: its size or its SHA-256 differs")
         commit_file(temporary, out / record.name)
 
 
-def check_space(src: Path, out: Path, needed: int) -> None:
+def check_space(src: Path | str, out: Path, needed: int) -> None:
     """Raise DataError if the disk of `out` does not have that many bytes free."""
     free = shutil.disk_usage(out).free
     if needed + SPARE_BYTES > free:
@@ -109,7 +116,7 @@ def list_splits(out: Path, source: DatasetRecord, splits: Splits) -> None:
         (out / DATASET_FILE).unlink(missing_ok=True)
 
 
-def copy_all(src: Path, tars: Path, out: Path, missing: list[FileRecord], workers: int) -> None:
+def copy_all(src: Path | str, tars: Path | str, out: Path, missing: list[FileRecord], workers: int) -> None:
     """Copy these files if there is space for them. Raises DataError."""
     for leftover in (path for file in missing for path in out.glob(f".{file.name}.*")):
         leftover.unlink(missing_ok=True)
@@ -128,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_shard_options(parser)
     options = parser.parse_args(arguments)
     src, out = options.src, options.out
-    if src.resolve() == out.resolve():
+    if isinstance(src, Path) and src.resolve() == out.resolve():
         raise DataError(f"--out {out} is --src; use a directory on the local disk")
     record = read_dataset_record(src)
     wanted = chosen_splits(src, record, options.split)

@@ -1,6 +1,6 @@
 """Check shards from end to end: files and hashes, labels, counts, and that every image decodes.
 
-    python data_prep/verify.py --src DIR [--imagenet]
+    python data_prep/verify.py --src DIR [--imagenet]        # DIR is a directory, or a URL
 
 Prints every problem. If there is one, the exit code is 2 and one line on stderr has the first problem and their number.
 """
@@ -8,6 +8,7 @@ Prints every problem. If there is one, the exit code is 2 and one line on stderr
 import multiprocessing
 import os
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from script_options import add_shard_options, make_parser
+from stage import copy_checked
 
 from karat_scale.console import progress
 from karat_scale.data.decode import UndecodableImageError, decode_rgb
@@ -32,6 +34,7 @@ from karat_scale.data.formats.shards import check_file
 from karat_scale.data.indexing.command import is_indexed, number_of
 from karat_scale.data.indexing.labels import LabelRule
 from karat_scale.data.indexing.samples import read_samples
+from karat_scale.data.indexing.tars import open_tar
 from karat_scale.errors import DataError, run_script
 
 # ImageNet-1K as published: images, and the smallest and largest class.
@@ -40,14 +43,31 @@ IMAGENET = {"train": (1_281_167, 732, 1300), "val": (50_000, 50, 50)}
 
 
 def verify_shard(
-    directory: Path, record: DatasetRecord, rule: LabelRule | None, shard: ShardRecord
+    directory: Path | str, record: DatasetRecord, rule: LabelRule | None, shard: ShardRecord
 ) -> tuple[list[str], list[int]]:
-    """Return the problems of one shard, and its number of samples of each class.
+    """Return the problems of one shard, and its number of samples of each class. One at a URL is fetched first.
 
     rule: where the labels are in a tar that `karat index` has indexed; None for our own shards.
     """
-    tars, classes = record.tars_of(directory), len(record.classes)
-    path = tars / shard.name
+    tars = record.tars_of(directory)
+    if isinstance(directory, Path) and isinstance(tars, Path):
+        return _verify_files(directory, tars, record, rule, shard)
+    with tempfile.TemporaryDirectory(prefix="karat-verify-") as scratch:
+        local = Path(scratch)
+        try:
+            for place, file in ((directory, shard.index), (tars, shard)):
+                (local / file.name).parent.mkdir(parents=True, exist_ok=True)
+                copy_checked(place, local, file, lambda _: None)
+        except DataError as error:
+            return [str(error)], []
+        problems, per_class = _verify_files(local, local, record, rule, shard)
+    return [problem.replace(scratch, str(tars)) for problem in problems], per_class
+
+
+def _verify_files(
+    directory: Path, tars: Path, record: DatasetRecord, rule: LabelRule | None, shard: ShardRecord
+) -> tuple[list[str], list[int]]:
+    path, classes = tars / shard.name, len(record.classes)
     problems = []
     for place, file in ((directory, shard.index), (tars, shard)):
         try:
@@ -103,7 +123,8 @@ def _indexed_problems(
 ) -> Iterator[str]:
     """Compare a tar that others made with its index, and decode the images."""
     with_crc = any(crc for *_, crc in expected)
-    samples = read_samples(path, rule, with_crc)
+    with open_tar(path.parent, path.name) as tar:
+        samples = read_samples(tar, rule, with_crc)
     numbers = {name: number for number, name in enumerate(classes)}
     labels = [number_of(label, numbers) for label in samples.labels]
     keys = [os.fsencode(key).decode(errors="backslashreplace") for key in samples.keys]
@@ -139,7 +160,7 @@ def count_problems(name: str, split: SplitRecord, per_class: list[int], imagenet
 
 
 def verify_split(
-    directory: Path, name: str, split: SplitRecord, record: DatasetRecord, workers: int
+    directory: Path | str, name: str, split: SplitRecord, record: DatasetRecord, workers: int
 ) -> tuple[list[str], list[int]]:
     """Return the problems of a split's shards, and its samples per class; shards are read in parallel."""
     problems: list[str] = []

@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     prepare.set_defaults(run=lambda options: run_prepare(options.script, options.arguments))
 
     index = commands.add_parser("index", help="make tars that others wrote readable like our shards, without a copy")
-    index.add_argument("source", metavar="SRC", type=Path, help="a directory with .tar files, also below it")
+    index.add_argument("source", metavar="SRC", help="a directory or a URL with .tar files, also below it")
     index.add_argument("--out", type=Path, metavar="DIR", help="for indexes and dataset.json (default: SRC)")
     index.add_argument(
         "--label",
@@ -279,11 +279,18 @@ def entry_point() -> None:
 
 
 def _index(options: argparse.Namespace) -> int:
+    from karat_scale.data.formats.shard_format import dataset_directory
     from karat_scale.data.indexing.command import IndexRequest, index_tars
 
     splits = tuple(options.split)
     request = IndexRequest(
-        options.source, options.out, options.label, splits, options.classes, options.hash, options.json
+        dataset_directory(options.source),
+        options.out,
+        options.label,
+        splits,
+        options.classes,
+        options.hash,
+        options.json,
     )
     return index_tars(request)
 

@@ -36,7 +36,7 @@ def use_local_caches(environ: MutableMapping[str, str] = os.environ, mounts: Pat
         for name, directory in defaults.items()
         if not environ.get(name) and not (is_local(directory, mounts) and _can_be_written(directory))
     ]
-    local = _local_directory(mounts) if poor else None
+    local = local_directory(mounts) if poor else None
     if local is not None:
         for name in poor:
             environ[name] = str(local / name.partition("_")[0].lower())
@@ -62,7 +62,7 @@ def _can_be_written(directory: Path) -> bool:
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
-def _local_directory(mounts: Path) -> Path | None:
+def local_directory(mounts: Path = MOUNTS) -> Path | None:
     """A directory on this node that nobody else can write, for what is in it is loaded as code."""
     for base in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/dev/shm")):
         directory = Path(base) / f"karat-{os.getuid()}"

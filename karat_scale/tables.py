@@ -39,6 +39,7 @@ EXTRAS = {
     ),
     "export": Extra("onnxruntime", ("onnxruntime",), "karat export --format onnx"),
     "parquet": Extra("pyarrow", ("pyarrow",), "Parquet files in karat prepare make_webdataset"),
+    "remote": Extra("s3fs", ("s3fs",), "data at s3://, gs:// or https://"),
     "detection": Extra("pycocotools", ("pycocotools",), "karat detect"),
 }
 

@@ -1,7 +1,8 @@
 """Make a batch from its ids, with any source of images: read, decode, transform, collect."""
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,20 @@ class ImageSource(Protocol):
         """Close open files."""
 
 
+@runtime_checkable
+class PreparesSamples(Protocol):
+    """A source that fetches the samples of a batch together."""
+
+    def prepare(self, sample_ids: Iterable[int]) -> None:
+        """Fetch what these samples need. Raises DataError."""
+
+
+def prepare(source: ImageSource, part: BatchSlice) -> None:
+    """Let a source fetch the samples of a slice together, if it can. Raises DataError."""
+    if isinstance(source, PreparesSamples):
+        source.prepare(part.sample_ids[part.sample_ids != PADDING].tolist())
+
+
 class Assembler(ABC):
     """Makes a Batch from a BatchSlice, in new memory or in given memory."""
 
@@ -69,6 +84,11 @@ class Assembler(ABC):
     @abstractmethod
     def fill(self, part: BatchSlice, images: torch.Tensor) -> Batch:
         """Return the batch; its pixels are written to `images`."""
+
+    def _prepare(self, part: BatchSlice) -> None:
+        if part.sample_ids.size and part.sample_ids[0] != PADDING:
+            self._whereabouts.tell(int(part.sample_ids[0]))
+        prepare(self._source, part)
 
     def _decode(self, sample_id: int, choose: ChooseView) -> Pixels | BadSample:
         self._whereabouts.tell(sample_id)
@@ -101,6 +121,7 @@ class TrainAssembler(Assembler):
         self._seed = spec.seed
 
     def fill(self, part: BatchSlice, images: torch.Tensor) -> Batch:
+        self._prepare(part)
         pixels = images.numpy()
         ids = part.sample_ids.copy()
         bad: list[BadSample] = []
@@ -146,6 +167,7 @@ class EvalAssembler(Assembler):
         self._transform = EvalTransform(spec.augment, spec.image_size)
 
     def fill(self, part: BatchSlice, images: torch.Tensor) -> Batch:
+        self._prepare(part)
         pixels = images.numpy()
         labels = np.zeros(len(part.sample_ids), dtype=np.int64)
         valid = part.sample_ids != PADDING

@@ -10,12 +10,12 @@ from multiprocessing.pool import ThreadPool
 import numpy as np
 import numpy.typing as npt
 
-from karat_scale.data.assemble import ImageSource
+from karat_scale.data.assemble import ImageSource, prepare
 from karat_scale.data.augmentation.draw import Draw
 from karat_scale.data.decode import UndecodableImageError
 from karat_scale.data.decoders.base import Decoder, check_pixels
 from karat_scale.data.decoders.jpeg_header import read_frame
-from karat_scale.data.formats.shards import MAX_OPEN_SHARDS
+from karat_scale.data.formats.shard_files import MAX_OPEN_SHARDS
 from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.data.view import View
 from karat_scale.errors import DataError
@@ -55,7 +55,12 @@ class RowReader:
         self._pool = ThreadPool(threads) if threads > 1 else None
 
     def read(self, part: BatchSlice) -> list[Row | None] | None:
-        """Return the rows of a slice, None for padding; None instead of the list if one cannot be read or decoded."""
+        """Return the rows of a slice, None for padding; None instead of the list if one cannot be read or decoded.
+
+        Raises:
+            DataError: they are at a URL, and cannot be fetched.
+        """
+        prepare(self._source, part)
         ids = part.sample_ids.tolist()
 
         def row(sample_id: int) -> Row | None:

@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from karat_scale.data.formats.folder import FolderSplit
-from karat_scale.data.formats.shard_format import read_dataset_record
+from karat_scale.data.formats.shard_format import dataset_directory, read_dataset_record
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.order import epoch_order
+from karat_scale.data.remote.use import RemoteUse
 from karat_scale.errors import DataError
 from karat_scale.recipe import DataConfig, Recipe
 from karat_scale.tables import Files
@@ -21,7 +22,10 @@ SAMPLED_IMAGES = 256
 
 @dataclass(frozen=True)
 class DataFiles:
-    """paths: some files that hold training images. total_bytes: of both splits. image_bytes: of a training image."""
+    """paths: some files that hold training images; none for data at a URL. total_bytes: of both splits.
+
+    image_bytes: of a training image.
+    """
 
     paths: tuple[Path, ...]
     total_bytes: int
@@ -42,12 +46,12 @@ def find_data_files(recipe: Recipe, num_train: int) -> DataFiles | None:
         return _betons(data, num_train)
     with closing(_open_split(recipe)) as split:
         files = dict.fromkeys(split.file_of(int(i)) for i in sampled_ids(num_train, recipe.run.seed))
-        paths = tuple(map(Path, files))[:SAMPLED_FILES]
+        paths = () if isinstance(split, ShardSplit) and split.ahead else tuple(map(Path, files))[:SAMPLED_FILES]
         if isinstance(split, FolderSplit):
             size = sum(path.stat().st_size for path in paths) / len(paths)
             val = FolderSplit(data.path, data.val_split, recipe.model.num_classes, split.classes)
             return DataFiles(paths, round(size * (num_train + len(val))), size)
-    splits = read_dataset_record(Path(data.path).expanduser()).splits
+    splits = read_dataset_record(dataset_directory(data.path), data.timeout).splits
     bytes_of = {name: sum(shard.bytes for shard in split.shards) for name, split in splits.items()}
     total = sum(bytes_of[name] for name in {data.train_split, data.val_split})
     return DataFiles(paths, total, bytes_of[data.train_split] / num_train)
@@ -57,13 +61,17 @@ def read_into_page_cache(recipe: Recipe, ids: npt.NDArray[np.int64]) -> None:
     """Read these training images, so that timing the decoder does not time the disk. Raises DataError."""
     if recipe.data.row.files in (Files.IMAGES, Files.SHARDS):
         with closing(_open_split(recipe)) as split:
+            if isinstance(split, ShardSplit):
+                split.prepare(ids.tolist())
             for sample_id in ids:
                 split.read(int(sample_id))
 
 
 def _open_split(recipe: Recipe) -> ShardSplit | FolderSplit:
-    kind = FolderSplit if recipe.data.row.files is Files.IMAGES else ShardSplit
-    return kind(recipe.data.path, recipe.data.train_split, recipe.model.num_classes)
+    data, num_classes = recipe.data, recipe.model.num_classes
+    if data.row.files is Files.IMAGES:
+        return FolderSplit(data.path, data.train_split, num_classes)
+    return ShardSplit(data.path, data.train_split, num_classes, remote=RemoteUse.of(data, training=True))
 
 
 def _betons(data: DataConfig, num_train: int) -> DataFiles:

@@ -54,7 +54,7 @@ def examine_data(subject: Subject, backend: Backend) -> Iterator[Finding]:
     yield found("data", f"{recipe.data.backend}, {source}: {counts}", train=train, val=val, classes=classes)
     files = find_data_files(recipe, backend.num_train)
     if files is not None:
-        yield _page_cache(files)
+        yield _page_cache(files, recipe.data.cache_gb)
 
 
 def stays_cached(files: DataFiles | None) -> bool:
@@ -62,8 +62,14 @@ def stays_cached(files: DataFiles | None) -> bool:
     return files is None or files.total_bytes < resources.cache_memory()
 
 
-def _page_cache(files: DataFiles) -> Finding:
+def _page_cache(files: DataFiles, cache_gb: float) -> Finding:
     room = resources.cache_memory()
+    if not files.paths:
+        text = f"{gigabytes(files.total_bytes)} of data at a URL, data.cache_gb = {cache_gb:g}"
+        stays = files.total_bytes < 1e9 * cache_gb
+        text += ": fetched only in the first epoch" if stays else ": fetched again in each epoch"
+        fix = "" if stays else "raise data.cache_gb if the disk has room, or copy the data with data_prep/stage.py"
+        return found("cache", text, fix, stays=stays, data_bytes=files.total_bytes)
     text = f"{gigabytes(files.total_bytes)} of data, {gigabytes(room)} of memory available"
     stays, fix = stays_cached(files), ""
     if stays:

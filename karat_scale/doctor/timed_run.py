@@ -99,7 +99,7 @@ def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: flo
     budget = {name: share * seconds for name, share in SHARES.items()}
     files = find_data_files(recipe, num_train)
     storage = None
-    if files is not None:
+    if files is not None and files.paths:
         with printer.busy("timing the disk"):
             readers = max(1, recipe.data.workers)
             storage = measure_storage(files.paths, round(files.image_bytes), readers, budget["storage"])

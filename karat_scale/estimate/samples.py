@@ -1,18 +1,19 @@
 """How many training images a recipe's data has, read from its records alone: no image, decoder or hash is touched."""
 
 import sys
-from pathlib import Path
 
 from karat_scale.data.formats.beton import beton_path, read_record
 from karat_scale.data.formats.checks import must_answer
 from karat_scale.data.formats.folder import FolderSplit
-from karat_scale.data.formats.shard_format import chosen_splits, read_dataset_record
+from karat_scale.data.formats.shard_format import chosen_splits, dataset_directory, read_dataset_record
 from karat_scale.data.staged import staged_copy
 from karat_scale.errors import DataError
 from karat_scale.recipe import DataConfig
 from karat_scale.tables import Files
 
 IMAGENET = 1_281_167
+# Seconds for data at a URL, which this machine may not reach.
+_PATIENCE = 10.0
 
 
 def count_samples(data: DataConfig) -> tuple[int, str]:
@@ -27,7 +28,11 @@ def _recorded(data: DataConfig) -> int:
     """The number in the records of the data's format; a folder of images is listed. Raises DataError."""
     if data.row.files is None:
         return data.synthetic_samples
-    directory = Path(staged_copy(data.path) or data.path).expanduser()
+    directory = dataset_directory(staged_copy(data.path) or data.path)
+    if isinstance(directory, str):
+        record = read_dataset_record(directory, min(data.timeout, _PATIENCE))
+        (split,) = chosen_splits(directory, record, data.train_split).values()
+        return split.samples
     must_answer(directory, data.timeout)
     if data.row.files is Files.IMAGES:
         return len(FolderSplit(directory, data.train_split, num_classes=sys.maxsize))

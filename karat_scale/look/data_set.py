@@ -16,7 +16,7 @@ from karat_scale.data.assemble import ImageSource
 from karat_scale.data.decode import UndecodableImageError, decode_rgb, opened
 from karat_scale.data.formats.beton import BetonSplit
 from karat_scale.data.formats.folder import FolderSplit
-from karat_scale.data.formats.shard_format import DATASET_FILE, read_dataset_record
+from karat_scale.data.formats.shard_format import DATASET_FILE, dataset_directory, read_dataset_record
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import DataError
 from karat_scale.look.data_page import write_page
@@ -77,7 +77,7 @@ def look_at_data(path: str, sampled: int, classes_shown: int, out: str | None, j
     Raises:
         DataError: there is no data set at the path, or it is damaged.
     """
-    directory = Path(path).expanduser()
+    directory = dataset_directory(path)
     facts, pictures = [], {}
     for name, open_split in open_splits(directory).items():
         split = open_split()
@@ -90,15 +90,15 @@ def look_at_data(path: str, sampled: int, classes_shown: int, out: str | None, j
     write_json(json_file, {one.name: one.numbers() for one in facts})
     for one in facts:
         _print_split(one)
-    page = Path(out) if out else directory / "data.html"
+    page = Path(out) if out else Path("" if isinstance(directory, str) else directory) / "data.html"
     write_page(page, str(directory), facts, pictures)
     print(f"\n{page}")
     return 0
 
 
-def open_splits(directory: Path) -> dict[str, Callable[[], ImageSource]]:
+def open_splits(directory: Path | str) -> dict[str, Callable[[], ImageSource]]:
     """Return what opens each split of shards, betons or an image folder. Raises DataError."""
-    if (directory / DATASET_FILE).is_file():
+    if isinstance(directory, str) or (directory / DATASET_FILE).is_file():
         record = read_dataset_record(directory)
         names = [name for name, split in record.splits.items() if split.samples]
         return {name: partial(ShardSplit, directory, name, _MOST_CLASSES) for name in names}

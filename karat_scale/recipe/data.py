@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from karat_scale.recipe.base import Count, Effect, Fraction, NonNegative, OneOf, Positive, Section, Triple
-from karat_scale.tables import BACKENDS, DECODERS, BackendRow
+from karat_scale.stores import check_url, is_url
+from karat_scale.tables import BACKENDS, DECODERS, BackendRow, Files
 
 
 class DataConfig(Section):
@@ -14,7 +15,7 @@ class DataConfig(Section):
     backend: Annotated[str, OneOf(BACKENDS), Effect.ROUNDING] = "webdataset"
     """The source of batches. docs/data.md compares them."""
     path: Annotated[str, Effect.NOTHING] = ""
-    """The directory of the data set."""
+    """The directory of the data set, or its URL: s3://, gs://, https:// or hf://."""
     train_split: str = "train"
     """The split to train on."""
     val_split: str = "val"
@@ -36,6 +37,8 @@ class DataConfig(Section):
     """Batches that each worker holds ready."""
     timeout: Annotated[Positive, Effect.NOTHING] = 300.0
     """Seconds a batch may take. After that, the run ends with an error that names what it waited for."""
+    cache_gb: Annotated[Positive, Effect.SPEED] = 20.0
+    """Gigabytes that a node keeps of a data set at a URL. docs/data.md says where, and how much is needed."""
     on_bad_sample: Literal["skip", "stop"] = "stop"
     """`stop` ends the run at an image that cannot be read. `skip` uses the next image instead, and counts the bad
     one."""
@@ -54,6 +57,13 @@ class DataConfig(Section):
     def _backend_has_a_source(self) -> "DataConfig":
         if self.row.files is not None and not self.path:
             raise ValueError(f"data.path is empty; set it to {self.row.files.value}")
+        if self.row.files is not None and is_url(self.path):
+            check_url(self.path)
+            if self.row.files is not Files.SHARDS:
+                raise ValueError(
+                    f"data.backend = {self.backend} reads a file system; only shards can be at a URL, with "
+                    "data.backend=webdataset or dali"
+                )
         return self
 
 

@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Literal
 
+from karat_scale.data.formats.shard_format import dataset_directory
 from karat_scale.engine.deepspeed_config import check_ds_config
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
@@ -51,12 +52,12 @@ def submit(
     check_ds_config(resolved)
     run = Path(resolved.run.dir).expanduser().absolute()
     named = recipe if recipe in shipped_recipes() else str(Path(recipe).resolve())
-    own = ("run.dir=", "data.path=")
+    own, directory = ("run.dir=", "data.path="), dataset_directory(resolved.data.path)
     kept = [override for override in overrides if not override.startswith(own)]
     filled = {
         "KARAT_HOME": str(slurm_home()),
         "RECIPE": named,
-        "SHARDS": str(Path(resolved.data.path).absolute()),
+        "SHARDS": str(directory if isinstance(directory, str) else directory.absolute()),
         "RUN": str(run),
         **(settings if {"VENV", "CONDA_ENV", "CONTAINER"} & settings.keys() else {**this_environment(), **settings}),
     }
@@ -67,7 +68,7 @@ def submit(
     output = {"job-name": resolved.run.name, "output": str(run / "%x-%j.out")}
     text = fill(template, {**output, **options}, filled, kept)
     print(text, end="" if decision == "print" else "\n")
-    if resolved.data.row.files is not None and not Path(resolved.data.path).expanduser().exists():
+    if resolved.data.row.files is not None and isinstance(directory, Path) and not directory.exists():
         print(f"note: data.path = {resolved.data.path} is not on this machine; the job needs it", file=sys.stderr)
     if decision == "print":
         return 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from karat_scale.data.backends.base import Backend, ImageSpec
 from karat_scale.data.formats.checks import must_answer
 from karat_scale.data.staged import staged_copy
+from karat_scale.stores import is_url
 from karat_scale.tables import load
 
 __all__ = ["Backend", "ImageSpec", "open_backend"]
@@ -20,6 +21,7 @@ def open_backend(spec: ImageSpec) -> Backend:
     if data.row.files is not None:
         if copy := staged_copy(data.path):
             spec = replace(spec, data=data.changed(path=copy))
-        must_answer(Path(spec.data.path).expanduser(), data.timeout)
+        if not is_url(spec.data.path):  # a store has its own time limit
+            must_answer(Path(spec.data.path).expanduser(), data.timeout)
     backend: Backend = load(data.row.place)(spec)
     return backend

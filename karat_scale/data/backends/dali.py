@@ -124,7 +124,7 @@ class DaliBackend(SplitBackend):
         reader = RowReader(source, self._decoder, way.choose, self._data.max_pixels, self._threads)
         size = self._image_size if only_flips and self._gpu is not None else None
         dali = DaliDecoder(self._threads, self._interpolation, self._gpu, size, self._stream)
-        batches = self._batches(slices, reader, dali, way, source)
+        batches = self._batches(self._fetched_ahead(split, slices), reader, dali, way, source)
         return self._handing_out(RunAhead(batches, self._data.prefetch, self._data.timeout, reader.whereabouts))
 
     def _batches(

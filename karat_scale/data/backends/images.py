@@ -18,6 +18,8 @@ from karat_scale.data.formats.folder import FolderSplit
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.loader import MakesBatches, OrderedLoader
 from karat_scale.data.plan import BatchSlice
+from karat_scale.data.remote.fetcher import FetchedAhead
+from karat_scale.data.remote.use import RemoteUse
 from karat_scale.errors import DataError
 
 
@@ -59,6 +61,12 @@ class SplitBackend:
         self._handed_out.add(batches)
         return batches
 
+    def _fetched_ahead(self, source: ImageSource, slices: Iterable[BatchSlice]) -> Iterable[BatchSlice]:
+        """Return the slices; if their samples are at a URL, a process fetches them ahead."""
+        if isinstance(source, ShardSplit) and source.ahead:
+            return self._handing_out(FetchedAhead(source, slices, source.ahead))
+        return slices
+
     def close(self) -> None:
         for batches in list(self._handed_out):
             batches.close()
@@ -79,14 +87,14 @@ class ImageBackend(SplitBackend):
         self._make_train, self._make_val = TrainAssembler(train, spec, decoder), EvalAssembler(val, spec, decoder)
 
     def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
-        return self._load(self._make_train, slices)
+        return self._load(self._make_train, self._fetched_ahead(self._train, slices))
 
     def locate(self, sample_id: int) -> tuple[str, str]:
         """Return the key of a training sample, and the name of the file or folder that holds it."""
         return self._train.locate(sample_id)
 
     def eval_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
-        return self._load(self._make_val, slices)
+        return self._load(self._make_val, self._fetched_ahead(self._val, slices))
 
     def _load(self, make: MakesBatches, slices: Iterable[BatchSlice]) -> OrderedLoader:
         loader = OrderedLoader(make, slices, self._data.workers, self._data.prefetch, self._data.timeout)
@@ -103,8 +111,9 @@ def open_folder(spec: ImageSpec) -> ImageBackend:
 def open_shards(spec: ImageSpec) -> tuple[ShardSplit, ShardSplit]:
     """Open the training and the validation split of shards. Raises DataError if they are not right."""
     data = spec.data
-    train = ShardSplit(data.path, data.train_split, spec.num_classes, data.verify, spec.readahead)
-    return train, ShardSplit(data.path, data.val_split, spec.num_classes, data.verify)
+    common = spec.num_classes, data.verify
+    train = ShardSplit(data.path, data.train_split, *common, spec.readahead, RemoteUse.of(data, training=True))
+    return train, ShardSplit(data.path, data.val_split, *common, remote=RemoteUse.of(data, training=False))
 
 
 def open_webdataset(spec: ImageSpec) -> ImageBackend:

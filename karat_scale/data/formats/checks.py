@@ -42,7 +42,7 @@ def must_answer(path: Path, timeout: float) -> None:
         )
 
 
-def check_class_count(place: Path, classes: int, num_classes: int) -> None:
+def check_class_count(place: Path | str, classes: int, num_classes: int) -> None:
     """Refuse data with more classes than the model. Raises DataError."""
     if classes > num_classes:
         raise DataError(

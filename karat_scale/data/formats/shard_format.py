@@ -19,7 +19,8 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from karat_scale.errors import DataError
-from karat_scale.files import read_text, write_atomically
+from karat_scale.files import LARGEST_TEXT, read_text, write_atomically
+from karat_scale.stores import DEFAULT_TIMEOUT, Store, is_url
 
 DATASET_FILE = "dataset.json"
 # A name in dataset.json must not point outside of its directory.
@@ -42,10 +43,11 @@ class ShardRecord(FileRecord):
     """A tar shard and its index.
 
     `karat index` reads headers alone, unless it is asked for hashes: then `sha256` is empty, and the index has 0 for
-    each crc32.
+    each crc32. Of a tar at a URL, `etag` is what its server said of its content.
     """
 
     sha256: str = ""
+    etag: str | None = None
     samples: int
     index: FileRecord
 
@@ -95,25 +97,39 @@ class DatasetRecord(BaseModel):
     # The readable names of the classes, in the same order; empty if unknown.
     names: list[str] = []
     splits: dict[str, SplitRecord] = {}
-    # The directory of the tars, if they are not beside this file: `karat index --out`.
+    # The directory or the URL of the tars, if they are not beside this file: `karat index --out`.
     root: str = ""
 
-    def tars_of(self, directory: Path) -> Path:
-        """Return the directory of the tars, given that of dataset.json."""
-        return Path(self.root) if self.root else directory
+    def tars_of(self, directory: Path | str) -> Path | str:
+        """Return the directory or the URL of the tars, given that of dataset.json."""
+        return dataset_directory(self.root) if self.root else directory
+
+    def local_tars_of(self, directory: Path | str) -> Path:
+        """Return the directory of the tars, given that of dataset.json. Raises DataError if they are at a URL."""
+        tars = self.tars_of(directory)
+        if isinstance(tars, str):
+            raise DataError(f"the tars are at {tars}; this needs them on a file system")
+        return tars
 
 
-def read_dataset_record(directory: Path) -> DatasetRecord:
-    """Read dataset.json. Raises DataError if the directory or the file is missing, empty or damaged."""
+def dataset_directory(path: Path | str) -> Path | str:
+    """Return a data set's directory, or its URL as it is."""
+    return path if isinstance(path, str) and is_url(path) else Path(path).expanduser()
+
+
+def read_dataset_record(directory: Path | str, timeout: float = DEFAULT_TIMEOUT) -> DatasetRecord:
+    """Read dataset.json of a directory or at a URL.
+
+    Args:
+        timeout: data.timeout, for a URL.
+
+    Raises:
+        DataError: the directory or the file is missing, empty or damaged.
+    """
     fix = "make it with data_prep/make_webdataset.py"
-    if not directory.is_dir():
-        raise DataError(f"data.path = {directory} is not a directory; {fix} or correct the path")
-    path = directory / DATASET_FILE
-    if not path.is_file():
-        found = "is empty" if not any(directory.iterdir()) else f"has no {DATASET_FILE}"
-        raise DataError(f"data.path = {directory} {found}; {fix} or correct the path")
+    path = f"{directory}/{DATASET_FILE}"
     try:
-        return DatasetRecord.model_validate_json(read_text(path))
+        return DatasetRecord.model_validate_json(_record_text(directory, timeout, fix))
     except UnicodeDecodeError:
         raise DataError(f"{path} is damaged: it is not UTF-8; {fix}") from None
     except ValidationError as error:
@@ -124,7 +140,19 @@ def read_dataset_record(directory: Path) -> DatasetRecord:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def chosen_splits(directory: Path, record: DatasetRecord, split: str | None) -> dict[str, SplitRecord]:
+def _record_text(directory: Path | str, timeout: float, fix: str) -> str:
+    if isinstance(directory, str):
+        return Store(directory, timeout).read_small(DATASET_FILE, LARGEST_TEXT).decode("utf-8")
+    if not directory.is_dir():
+        raise DataError(f"data.path = {directory} is not a directory; {fix} or correct the path")
+    path = directory / DATASET_FILE
+    if not path.is_file():
+        found = "is empty" if not any(directory.iterdir()) else f"has no {DATASET_FILE}"
+        raise DataError(f"data.path = {directory} {found}; {fix} or correct the path")
+    return read_text(path)
+
+
+def chosen_splits(directory: Path | str, record: DatasetRecord, split: str | None) -> dict[str, SplitRecord]:
     """Return one split of a data set by name, or all. Raises DataError if there is none."""
     chosen = {name: found for name, found in record.splits.items() if split in (None, name)}
     if not chosen:
@@ -135,7 +163,7 @@ def chosen_splits(directory: Path, record: DatasetRecord, split: str | None) -> 
 
 def write_dataset_record(directory: Path, record: DatasetRecord) -> None:
     """Write dataset.json atomically."""
-    text = json.dumps(record.model_dump(), indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(record.model_dump(exclude_none=True), indent=1, ensure_ascii=False) + "\n"
     write_atomically(directory / DATASET_FILE, text)
 
 

@@ -25,12 +25,17 @@ from karat_scale.data.formats.shard_format import (
 from karat_scale.data.indexing.labels import Label, LabelRule
 from karat_scale.data.indexing.samples import TarSamples, guess_label_rule, read_samples
 from karat_scale.data.indexing.splits import find_tars, into_splits
+from karat_scale.data.indexing.tars import Tar, open_tar
 from karat_scale.errors import DataError
-from karat_scale.files import file_sha256, write_atomically
+from karat_scale.files import write_atomically
 from karat_scale.machine import usable_cores
+from karat_scale.stores import Store
 
 MADE_BY = "karat index"
 _MOST_CLASSES = 1_000_000
+_BLOCK = 1 << 20
+# Processes that fetch tars at a URL.
+_REQUESTS, _PER_CORE = 32, 4
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class IndexRequest:
     """What to index and how.
 
     Attributes:
-        source: the directory of the tars.
+        source: the directory of the tars, or its URL.
         out: where indexes and dataset.json go; the source itself if None.
         label: a rule for `LabelRule.parse`, or "auto".
         splits: rules for `into_splits`.
@@ -46,7 +51,7 @@ class IndexRequest:
         with_hashes: also read the tars, for the SHA-256 of each and the CRC-32 of each image.
     """
 
-    source: Path
+    source: Path | str
     out: Path | None = None
     label: str = "auto"
     splits: tuple[str, ...] = ()
@@ -67,25 +72,37 @@ def index_tars(request: IndexRequest) -> int:
     Raises:
         DataError: there are no tars, one is damaged, a label is not of a class, or the output cannot be written.
     """
-    source = request.source.expanduser().resolve()
-    out = (request.out or source).expanduser().resolve()
-    _check_output(source, out)
+    source = Store(request.source) if isinstance(request.source, str) else request.source.expanduser().resolve()
+    out = _output(source, request.out)
     names = find_tars(source)
     splits = into_splits(names, request.splits)
-    rule = guess_label_rule(source / names[0]) if request.label == "auto" else LabelRule.parse(request.label)
+    rule = _guessed_rule(source, names[0]) if request.label == "auto" else LabelRule.parse(request.label)
     tars = _read_all(source, names, rule, request.with_hashes)
     classes = _classes(tars, rule, request.classes)
     numbers = {name: number for number, name in enumerate(classes)}
-    record = DatasetRecord(classes=classes, root="" if out == source else str(source))
+    root = source.url if isinstance(source, Store) else "" if out == source else str(source)
+    record = DatasetRecord(classes=classes, root=root)
     for split, members in splits.items():
-        record.splits[split] = _write_split(source, out, members, tars, numbers, {"by": MADE_BY, "label": str(rule)})
+        record.splits[split] = _write_split(out, members, tars, numbers, {"by": MADE_BY, "label": str(rule)})
     write_dataset_record(out, record)
     write_json(request.json_file, {name: _counts(record, split) for name, split in record.splits.items()})
     _print_result(record, out, rule, sum((tar.samples.notes for tar in tars.values()), Counter()))
     return 0
 
 
-def _check_output(source: Path, out: Path) -> None:
+def _guessed_rule(source: Path | Store, name: str) -> LabelRule:
+    with open_tar(source, name) as tar:
+        return guess_label_rule(tar)
+
+
+def _output(source: Path | Store, out: Path | None) -> Path:
+    """Return where to write, once that is known to work. Raises DataError."""
+    if isinstance(source, Store) and out is None:
+        raise DataError(f"add --out DIR, a directory for the indexes of {source.url}")
+    if out is None:
+        assert isinstance(source, Path)
+        out = source
+    out = out.expanduser().resolve()
     if (out / DATASET_FILE).is_file() and not is_indexed(read_dataset_record(out)):
         raise DataError(f"{out} has a {DATASET_FILE} of data_prep/make_webdataset.py; it needs no index")
     try:
@@ -95,6 +112,7 @@ def _check_output(source: Path, out: Path) -> None:
     except OSError as error:
         fix = "add --out DIR, for tars that nobody may change" if out == source else "choose another --out"
         raise DataError(f"{out} cannot be written: {error.strerror}; {fix}") from error
+    return out
 
 
 def is_indexed(record: DatasetRecord) -> bool:
@@ -102,11 +120,14 @@ def is_indexed(record: DatasetRecord) -> bool:
     return any(split.made.get("by") == MADE_BY for split in record.splits.values())
 
 
-def _read_all(source: Path, names: Sequence[str], rule: LabelRule, with_hashes: bool) -> dict[str, _Tar]:
+def _read_all(source: Path | Store, names: Sequence[str], rule: LabelRule, with_hashes: bool) -> dict[str, _Tar]:
     read = partial(_read_one, source, rule, with_hashes)
+    where, workers = str(source), usable_cores()
+    if isinstance(source, Store):  # then processes mostly wait
+        where, workers = source.url, min(_REQUESTS, _PER_CORE * workers)
     with (
-        progress(f"indexing {source}", len(names), "tars") as advance,
-        ProcessPoolExecutor(min(usable_cores(), len(names)), multiprocessing.get_context("fork")) as pool,
+        progress(f"indexing {where}", len(names), "tars") as advance,
+        ProcessPoolExecutor(min(workers, len(names)), multiprocessing.get_context("fork")) as pool,
     ):
         tars = {}
         for name, tar in zip(names, pool.map(read, names), strict=True):
@@ -115,9 +136,16 @@ def _read_all(source: Path, names: Sequence[str], rule: LabelRule, with_hashes: 
         return tars
 
 
-def _read_one(source: Path, rule: LabelRule, with_hashes: bool, name: str) -> _Tar:
-    path = source / name
-    return _Tar(read_samples(path, rule, with_crc=with_hashes), file_sha256(path) if with_hashes else "")
+def _read_one(source: Path | Store, rule: LabelRule, with_hashes: bool, name: str) -> _Tar:
+    with open_tar(source, name) as tar:
+        return _Tar(read_samples(tar, rule, with_crc=with_hashes), _sha256(tar) if with_hashes else "")
+
+
+def _sha256(tar: Tar) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, tar.size, _BLOCK):
+        digest.update(tar.read(start, _BLOCK))
+    return digest.hexdigest()
 
 
 def _classes(tars: dict[str, _Tar], rule: LabelRule, file: Path | None) -> list[str]:
@@ -172,7 +200,7 @@ def _class_names(file: Path) -> list[str]:
 
 
 def _write_split(
-    source: Path, out: Path, names: Sequence[str], tars: dict[str, _Tar], numbers: dict[str, int], made: dict[str, str]
+    out: Path, names: Sequence[str], tars: dict[str, _Tar], numbers: dict[str, int], made: dict[str, str]
 ) -> SplitRecord:
     """Write the indexes of a split's tars; returns its record."""
     split = SplitRecord(samples=0, bytes=0, shards=[], made=dict(made))
@@ -189,7 +217,14 @@ def _write_split(
         (out / index.name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out / index.name, content)
         split.shards.append(
-            ShardRecord(name=name, bytes=tar.samples.tar_bytes, sha256=tar.sha256, samples=len(labels), index=index)
+            ShardRecord(
+                name=name,
+                bytes=tar.samples.tar_bytes,
+                sha256=tar.sha256,
+                etag=tar.samples.etag or None,
+                samples=len(labels),
+                index=index,
+            )
         )
         split.samples += len(labels)
         split.bytes += sum(tar.samples.sizes)

@@ -4,17 +4,15 @@ A key is a member's path up to the first dot of its last part, as in WebDataset.
 also if others stand between them.
 """
 
-import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from karat_scale.data.formats.shard_format import index_bytes
 from karat_scale.data.formats.tar_headers import Member, scan_members
 from karat_scale.data.indexing.labels import Label, LabelRule, NoLabelError, guess_rule
-from karat_scale.errors import DataError
+from karat_scale.data.indexing.tars import Tar
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _LARGEST_LABEL = 1 << 20
@@ -30,6 +28,7 @@ class TarSamples:
     labels: list[Label] = field(default_factory=list)
     crcs: list[int] = field(default_factory=list)
     tar_bytes: int = 0
+    etag: str = ""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """Members and samples that are not used, with the reason."""
     notes: Counter[str] = field(default_factory=Counter)
@@ -47,7 +46,7 @@ class _Sample:
     members: dict[str, Member] = field(default_factory=dict)
 
 
-def read_samples(path: Path, rule: LabelRule, with_crc: bool = False) -> TarSamples:
+def read_samples(tar: Tar, rule: LabelRule, with_crc: bool = False) -> TarSamples:
     """Return the samples of a tar.
 
     Args:
@@ -56,21 +55,9 @@ def read_samples(path: Path, rule: LabelRule, with_crc: bool = False) -> TarSamp
     Raises:
         DataError: the tar cannot be read, or is damaged.
     """
-    found = TarSamples()
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        found.tar_bytes = os.fstat(file).st_size
-        for sample in _group(
-            scan_members(lambda at, size: os.pread(file, size, at), found.tar_bytes, str(path)), rule, found
-        ):
-            _add(sample, file, rule, with_crc, found)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    finally:
-        os.close(file)
+    found = TarSamples(tar_bytes=tar.size, etag=tar.etag)
+    for sample in _group(scan_members(tar.read, tar.size, tar.name), rule, found):
+        _add(sample, tar, rule, with_crc, found)
     return found
 
 
@@ -96,7 +83,7 @@ def _group(members: Iterator[Member], rule: LabelRule, found: TarSamples) -> lis
     return samples
 
 
-def _add(sample: _Sample, file: int, rule: LabelRule, with_crc: bool, found: TarSamples) -> None:
+def _add(sample: _Sample, tar: Tar, rule: LabelRule, with_crc: bool, found: TarSamples) -> None:
     images = [member for suffix, member in sample.members.items() if suffix in IMAGES]
     if not images:
         found.skipped.append((sample.key, f"no image ({', '.join(IMAGES)}), only {', '.join(sample.members)}"))
@@ -107,7 +94,7 @@ def _add(sample: _Sample, file: int, rule: LabelRule, with_crc: bool, found: Tar
         return
     try:
         source = rule.source(sample.members)
-        content = b"" if source is None else os.pread(file, min(source.size, _LARGEST_LABEL), source.offset)
+        content = b"" if source is None else tar.read(source.offset, min(source.size, _LARGEST_LABEL))
         label = rule.label(image.name, content)
     except NoLabelError as error:
         found.skipped.append((sample.key, str(error)))
@@ -118,24 +105,16 @@ def _add(sample: _Sample, file: int, rule: LabelRule, with_crc: bool, found: Tar
     found.sizes.append(image.size)
     found.labels.append(label)
     if with_crc:
-        found.crcs.append(zlib.crc32(os.pread(file, image.size, image.offset)))
+        found.crcs.append(zlib.crc32(tar.read(image.offset, image.size)))
 
 
-def guess_label_rule(path: Path) -> LabelRule:
+def guess_label_rule(tar: Tar) -> LabelRule:
     """Return where the samples of a tar have their class, judged by its members. Raises DataError."""
     content: bytes | None = None
     suffixes: Counter[str] = Counter()
-    try:
-        with path.open("rb") as file:
-
-            def read(at: int, size: int) -> bytes:
-                return os.pread(file.fileno(), size, at)
-
-            for member in scan_members(read, path.stat().st_size, str(path)):
-                suffix = LabelRule("cls").split_name(member.name)[1]
-                suffixes[suffix] += 1
-                if suffix == "json" and content is None:
-                    content = read(member.offset, min(member.size, _LARGEST_LABEL))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    return guess_rule(suffixes, content, str(path))
+    for member in scan_members(tar.read, tar.size, tar.name):
+        suffix = LabelRule("cls").split_name(member.name)[1]
+        suffixes[suffix] += 1
+        if suffix == "json" and content is None:
+            content = tar.read(member.offset, min(member.size, _LARGEST_LABEL))
+    return guess_rule(suffixes, content, tar.name)

@@ -6,25 +6,30 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from karat_scale.errors import DataError
+from karat_scale.stores import Store
 
 _NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _WORD = re.compile(rf"(?<![a-z])({'|'.join(_NAMES)})(?![a-z])", re.IGNORECASE)
 _NAME_IN_RECORD = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 
 
-def find_tars(source: Path) -> list[str]:
-    """Return the tars in a directory and below it, as sorted paths relative to it. Raises DataError."""
-    if not source.is_dir():
+def find_tars(source: Path | Store) -> list[str]:
+    """Return the tars in a directory or at a URL and below it, as sorted paths relative to it. Raises DataError."""
+    if isinstance(source, Store):
+        where, files = source.url, list(source.files())
+    elif source.is_dir():
+        where, files = str(source), [str(path.relative_to(source)) for path in source.rglob("*.tar*") if path.is_file()]
+    else:
         raise DataError(f"{source} is not a directory; name the one that holds the tars")
-    names = sorted(str(path.relative_to(source)) for path in source.rglob("*.tar") if path.is_file())
+    names = sorted(name for name in files if name.endswith(".tar"))
     if not names:
-        packed = next((path.name for path in source.rglob("*.tar.*")), None)
+        packed = next((name for name in files if ".tar." in name), None)
         found = f"only such as {packed}; unpack their compression first" if packed else "and nothing to index"
-        raise DataError(f"{source} has no *.tar, {found}")
+        raise DataError(f"{where} has no *.tar, {found}")
     for name in names:
         if not _NAME_IN_RECORD.fullmatch(name):
             raise DataError(
-                f"{source / name}: the name has other characters than letters, digits, _, . and -; rename it"
+                f"{where}/{name}: the name has other characters than letters, digits, _, . and -; rename it"
             )
     return names
 

@@ -85,7 +85,7 @@ def open_files() -> int:
 
 
 def test_more_shards_than_open_files(make_shards, make_sample, monkeypatch):
-    monkeypatch.setattr("karat_scale.data.formats.shards.MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr("karat_scale.data.formats.shard_files.MAX_OPEN_SHARDS", 2)
     split = ShardSplit(make_shards(), "train", 3)
     before = open_files()
     for number in [*range(40), *reversed(range(40))]:

@@ -1,0 +1,107 @@
+"""Real servers on loopback: nginx, and moto's S3 server. Each test has a cache of its own."""
+
+import os
+import shutil
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import free_port
+
+BUCKET = "images"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("KARAT_DATA_CACHE", str(cache))
+    return cache
+
+
+@pytest.fixture
+def nginx(tmp_path: Path) -> Iterator[Callable[[Path], int]]:
+    """Serves a directory by nginx, with pages that list it; returns the port."""
+    program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        pytest.skip("nginx is not installed: apt-get install nginx-light")
+    running: list[subprocess.Popen[bytes]] = []
+
+    def serve(directory: Path) -> int:
+        home, port = tmp_path / f"nginx{len(running)}", free_port()
+        home.mkdir()
+        paths = "".join(
+            f"{name}_temp_path {home / name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        (home / "nginx.conf").write_text(
+            f"""daemon off; master_process off; pid {home}/pid; error_log {home}/error.log;
+events {{}}
+http {{ access_log off; {paths}
+  server {{ listen 127.0.0.1:{port}; root {directory}; autoindex on; }} }}
+"""
+        )
+        command = [program, "-p", str(home), "-e", f"{home}/error.log", "-c", f"{home}/nginx.conf"]
+        running.append(subprocess.Popen(command))
+        wait_for(f"http://127.0.0.1:{port}/")
+        return port
+
+    yield serve
+    for process in running:
+        process.terminate()
+        process.wait()
+
+
+def wait_for(url: str) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError as error:
+            if hasattr(error, "code"):
+                return
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """The port of an S3 server for the session."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install -e '.[remote]'")
+    server = pytest.importorskip("moto.server", reason="moto is not installed: pip install -e '.[dev]'")
+    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    yield running.get_host_and_port()[1]
+    running.stop()
+
+
+@pytest.fixture
+def s3(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Puts a directory into a bucket of its own; returns its URL. `port`: of the server that clients are to use."""
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "key-of-the-test",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{s3_port}")
+    made: list[str] = []
+
+    def put(directory: Path, port: int | None = None) -> str:
+        bucket = f"{BUCKET}-{threading.get_native_id()}-{time.monotonic_ns()}"
+        client.create_bucket(Bucket=bucket)
+        made.append(bucket)
+        for file in sorted(directory.rglob("*")):
+            if file.is_file():
+                client.upload_file(str(file), bucket, f"set/{file.relative_to(directory)}")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port or s3_port}")
+        return f"s3://{bucket}/set"
+
+    return put
