@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from karat_scale.errors import on_one_line
 from karat_scale.suggestions import nearest
+from karat_scale.tables import TRACKERS
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -95,6 +96,15 @@ def time_limit(text: str) -> str:
     """Check a time limit of sbatch: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises argparse.ArgumentTypeError."""
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}|infinite|unlimited", text, re.IGNORECASE):
         raise argparse.ArgumentTypeError(f"{text!r} is not a time limit of sbatch; use minutes, H:M:S, D-H or D-H:M:S")
+    return text
+
+
+def tracker(text: str) -> str:
+    """Check the name of a tracker, or the place of a class. Raises argparse.ArgumentTypeError."""
+    if text not in TRACKERS and ":" not in text:
+        close = nearest(text, TRACKERS, likeness=0.5)
+        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(TRACKERS)} or package.module:Class"
+        raise argparse.ArgumentTypeError(f"unknown tracker {text!r}; {hint}")
     return text
 
 

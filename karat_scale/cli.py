@@ -9,13 +9,22 @@ from pathlib import Path
 
 import karat_scale.launcher  # noqa: F401  # it looks for its parent now, before torch is imported
 from karat_scale import __version__
-from karat_scale.arguments import OneLineParser, count, new_file, positive, time_limit, virtual_environment, whole
+from karat_scale.arguments import (
+    OneLineParser,
+    count,
+    new_file,
+    positive,
+    time_limit,
+    tracker,
+    virtual_environment,
+    whole,
+)
 from karat_scale.bench.commands import add_benches
 from karat_scale.compiler_caches import use_local_caches
 from karat_scale.errors import PeerError, UserError, of_the_machine, on_one_line
 from karat_scale.local_ranks import default_ranks, launch, say_to_launcher
 from karat_scale.shipped import SCRIPTS, run_prepare
-from karat_scale.tables import EXPORT_FORMATS
+from karat_scale.tables import EXPORT_FORMATS, TRACKERS
 from karat_scale.trust import VARIABLE
 
 EXIT_USAGE = 2
@@ -170,21 +179,37 @@ def build_parser() -> argparse.ArgumentParser:
     submit = commands.add_parser("submit", help="write a recipe's sbatch script, show it, and submit it")
     submit.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     submit.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
-    for option in ("account", "partition", "qos", "constraint", "mem", "dependency", "mail-type", "mail-user"):
-        submit.add_argument(f"--{option}", help=f"the option --{option} of sbatch")
-    submit.add_argument("--time", type=time_limit, help="the option --time of sbatch, such as 12:00:00 or 1-12")
-    for option, least in (("nodes", 1), ("gpus-per-node", 0), ("cpus-per-task", 1)):
-        submit.add_argument(f"--{option}", type=whole(least), help=f"the option --{option} of sbatch")
-    submit.add_argument("--venv", type=virtual_environment, metavar="DIR", help="a virtual environment for the nodes")
-    for setting in ("conda-env", "modules", "container", "stage"):
-        variable = setting.upper().replace("-", "_")
-        submit.add_argument(f"--{setting}", help=f"{variable} of slurm/imagenet_fourier_karat.sh")
+    _add_sbatch_options(submit)
     submit.add_argument("--gpu", metavar="NAME", help="plan ZeRO stage and micro batch for this GPU, such as h100-80")
     how = submit.add_mutually_exclusive_group()
     how.add_argument("--yes", dest="decision", action="store_const", const="yes", help="submit without asking")
     only = "show the script, and neither write nor submit it"
     how.add_argument("--print", dest="decision", action="store_const", const="print", default="ask", help=only)
     submit.set_defaults(run=_submit)
+
+    sweep = commands.add_parser("sweep", help="train every point of a grid of settings, and compare the runs")
+    sweep.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    sweep.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="such as optim.lr=1e-3,2e-3 run.seed=0..4"
+    )
+    sweep.add_argument("--out", metavar="DIR", help="around the runs' directories (default: runs/sweep_RECIPE)")
+    sweep.add_argument("--print", action="store_true", help="show the runs and how far they are, and stop")
+    sweep.add_argument("--slurm", action="store_true", help="submit a job array, with the options below")
+    sweep.add_argument("--at-once", type=count, metavar="N", help="at most so many jobs of the array run at a time")
+    sweep.add_argument("--yes", action="store_true", help="submit without asking")
+    _add_sbatch_options(sweep)
+    sweep.set_defaults(run=_sweep)
+
+    track = commands.add_parser("track", help="send to trackers what they have not got of a run")
+    track.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory")
+    track.add_argument(
+        "--to",
+        action="append",
+        type=tracker,
+        metavar="TRACKER",
+        help=f"{', '.join(TRACKERS)} or package.module:Class, in place of log.trackers; may be repeated",
+    )
+    track.set_defaults(run=_track)
 
     status = commands.add_parser("status", help="show a run's progress, from its files")
     status.add_argument("run_dir", metavar="RUN", help="the run's directory")
@@ -221,7 +246,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
     doctor.set_defaults(run=_doctor)
 
-    for command in (train, evaluate, replay, detect, export, predict, analyze):
+    for command in (train, evaluate, replay, detect, export, predict, analyze, track):
         command.add_argument(
             "--trust",
             action="store_true",
@@ -231,6 +256,18 @@ def build_parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure against the usual alternatives")
     add_benches(bench.add_subparsers(dest="bench", required=True, metavar="BENCH"))
     return parser
+
+
+def _add_sbatch_options(parser: argparse.ArgumentParser) -> None:
+    for option in ("account", "partition", "qos", "constraint", "mem", "dependency", "mail-type", "mail-user"):
+        parser.add_argument(f"--{option}", help=f"the option --{option} of sbatch")
+    parser.add_argument("--time", type=time_limit, help="the option --time of sbatch, such as 12:00:00 or 1-12")
+    for option, least in (("nodes", 1), ("gpus-per-node", 0), ("cpus-per-task", 1)):
+        parser.add_argument(f"--{option}", type=whole(least), help=f"the option --{option} of sbatch")
+    parser.add_argument("--venv", type=virtual_environment, metavar="DIR", help="a virtual environment for the nodes")
+    for setting in ("conda-env", "modules", "container", "stage"):
+        variable = setting.upper().replace("-", "_")
+        parser.add_argument(f"--{setting}", help=f"{variable} of the scripts in slurm/")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -438,6 +475,12 @@ def _completion(options: argparse.Namespace) -> int:
 def _submit(options: argparse.Namespace) -> int:
     from karat_scale.submit.sbatch import submit
 
+    chosen, variables = _sbatch_choices(options)
+    return submit(options.recipe, options.overrides, chosen, variables, options.decision, options.gpu)
+
+
+def _sbatch_choices(options: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the options of sbatch and the variables of its script that the command line names."""
     given = {name: value for name, value in vars(options).items() if value is not None}
     named = ("account", "partition", "qos", "constraint", "mem", "dependency", "mail_type", "mail_user")
     counted = ("nodes", "gpus_per_node", "cpus_per_task", "time")
@@ -446,7 +489,24 @@ def _submit(options: argparse.Namespace) -> int:
         chosen["ntasks-per-node"] = str(max(given["gpus_per_node"], 1))
     settings = ("venv", "conda_env", "modules", "container", "stage")
     variables = {name.upper(): given[name] for name in settings if name in given}
-    return submit(options.recipe, options.overrides, chosen, variables, options.decision, options.gpu)
+    return chosen, variables
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from karat_scale.sweep.command import sweep
+    from karat_scale.sweep.slurm import Submission
+
+    chosen, variables = _sbatch_choices(options)
+    if not options.slurm and (chosen or variables or options.at_once or options.yes):
+        raise UserError("options of SLURM have no effect without --slurm; add it, or remove them")
+    how = Submission(chosen, variables, options.at_once, options.yes) if options.slurm else None
+    return sweep(options.recipe, options.overrides, options.out, options.print, how)
+
+
+def _track(options: argparse.Namespace) -> int:
+    from karat_scale.tracking.command import track_runs
+
+    return track_runs(options.runs, options.to)
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ So this module imports nothing heavy, and reading a recipe stays fast. To add a 
 """
 
 import importlib
+import importlib.util
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -41,7 +42,19 @@ EXTRAS = {
     "parquet": Extra("pyarrow", ("pyarrow",), "Parquet files in karat prepare make_webdataset"),
     "remote": Extra("s3fs", ("s3fs",), "data at s3://, gs:// or https://"),
     "detection": Extra("pycocotools", ("pycocotools",), "karat detect"),
+    "wandb": Extra("wandb", ("wandb",), "log.trackers=wandb"),
+    "mlflow": Extra("mlflow", ("mlflow", "mlflow-skinny"), "log.trackers=mlflow"),
+    "trackio": Extra("trackio", ("trackio",), "log.trackers=trackio"),
 }
+
+
+def is_installed(module: str) -> bool:
+    """True if a module can be found. It is not imported, but its parent packages are."""
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # its parent package is missing
+        return False
+    return found is not None and found.origin is not None  # W&B's folder `wandb` is no package
 
 
 def how_to_install(extra: str) -> str:
@@ -179,5 +192,22 @@ EXPORT_FORMATS = {
     "hub-folder": FormatRow("karat_scale.export.folders:write_hub_folder"),
 }
 
-# Classes that take (name of the run, its directory, its recipe); see `karat_scale.reporting.metrics.Tracker`.
-TRACKERS = {"tensorboard": "karat_scale.reporting.tensorboard:TensorBoard"}
+
+@dataclass(frozen=True)
+class TrackerRow:
+    """What shows a run elsewhere.
+
+    place: of a class that takes a `TrackedRun`; see `karat_scale.tracking.tracker`. extra: the key of EXTRAS that it
+    needs.
+    """
+
+    place: str
+    extra: str = ""
+
+
+TRACKERS = {
+    "tensorboard": TrackerRow("karat_scale.tracking.tensorboard:TensorBoard"),
+    "wandb": TrackerRow("karat_scale.tracking.wandb:WandB", "wandb"),
+    "mlflow": TrackerRow("karat_scale.tracking.mlflow:MLflow", "mlflow"),
+    "trackio": TrackerRow("karat_scale.tracking.trackio:Trackio", "trackio"),
+}

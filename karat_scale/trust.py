@@ -29,9 +29,14 @@ def require_trust(attention: "AttentionConfig", source: object) -> None:
     Raises:
         UntrustedError: with the class and where it is named.
     """
-    module = attention.basis.partition(":")[0]
-    if module != attention.basis and os.environ.get(VARIABLE) != "1":
+    require_trust_in("attention.basis", attention.basis, source)
+
+
+def require_trust_in(key: str, value: str, source: object) -> None:
+    """The same for the value of another key, which may be the place of a class."""
+    module = value.partition(":")[0]
+    if module != value and os.environ.get(VARIABLE) != "1":
         raise UntrustedError(
-            f"{source}: attention.basis = {attention.basis} runs the code of the module {module}; if you trust it, add "
-            f"--trust or set {VARIABLE}=1"
+            f"{source}: {key} = {value} runs the code of the module {module}; if you trust it, add --trust or set "
+            f"{VARIABLE}=1"
         )

@@ -25,7 +25,6 @@ from karat_scale.console import print_table, write_json
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.plan import TrainPlan
-from karat_scale.doctor.software import is_installed
 from karat_scale.errors import UserError
 from karat_scale.machine import usable_cores
 from karat_scale.recipe import AugmentConfig, DataConfig
@@ -140,7 +139,7 @@ def decode_by_torchvision(data: bytes) -> torch.Tensor:
 def lacking_library(backend: str) -> str:
     """Return what to type to install a backend's library; empty if it is installed or none is needed."""
     extra = tables.BACKENDS[backend].extra
-    return "" if not extra or is_installed(tables.EXTRAS[extra].module) else tables.how_to_install(extra)
+    return "" if not extra or tables.is_installed(tables.EXTRAS[extra].module) else tables.how_to_install(extra)
 
 
 class Contenders:

@@ -5,11 +5,10 @@ import platform
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
-from importlib.util import find_spec
 
 from karat_scale.doctor.report import Finding, found
 from karat_scale.native_build import PACKAGES, LoadError, find_compiler
-from karat_scale.tables import EXTRAS, how_to_install
+from karat_scale.tables import EXTRAS, how_to_install, is_installed
 
 DISTRIBUTION = "karat-scale"
 OLDEST_PYTHON = (3, 10)
@@ -93,14 +92,6 @@ def _examine_extra(name: str, module: str, distribution: str, install: str) -> F
         reason = f"installed, but cannot be imported: {type(error).__name__}: {error}"
         return found(label, " ".join(reason.split()), install, present=False)
     return found(label, installed_version(distribution) or "installed", present=True)
-
-
-def is_installed(module: str) -> bool:
-    """True if a module can be found. It is not imported, but its parent packages are."""
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent package is missing
-        return False
 
 
 def _examine_compiler() -> Finding:

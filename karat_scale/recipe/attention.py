@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from karat_scale.recipe.base import Count, Effect, Positive, Section
+from karat_scale.recipe.base import Count, Effect, Positive, Section, is_place
 from karat_scale.tables import BASES
 
 # Forms of ours, beside the paper's.
@@ -87,8 +87,7 @@ class AttentionConfig(Section):
     @field_validator("basis")
     @classmethod
     def _is_a_name_or_a_place(cls, value: str) -> str:
-        module, colon, name = value.partition(":")
-        if value in BASES or (colon and name.isidentifier() and all(map(str.isidentifier, module.split(".")))):
+        if value in BASES or is_place(value):
             return value
         raise ValueError(f"should be one of {', '.join(BASES)}, or package.module:Class")
 

@@ -24,11 +24,20 @@ class Effect(Enum):
     SHAPES = "the names or shapes of the model's tensors"
 
 
-class OneOf:
-    """An annotation of a text: one of the names in a table of `karat_scale.tables`, or one of `also`."""
+def is_place(text: str) -> bool:
+    """True for the place of a class: `package.module:Class`."""
+    module, colon, name = text.partition(":")
+    return bool(colon) and name.isidentifier() and all(map(str.isidentifier, module.split(".")))
 
-    def __init__(self, table: Mapping[str, Any], *also: str) -> None:
-        self._table, self._also = table, also
+
+class OneOf:
+    """An annotation of a text: one of the names in a table of `karat_scale.tables`, or one of `also`.
+
+    If `places`, it may also be the place of a class of the user's.
+    """
+
+    def __init__(self, table: Mapping[str, Any], *also: str, places: bool = False) -> None:
+        self._table, self._also, self._places = table, also, places
 
     @property
     def names(self) -> list[str]:
@@ -42,9 +51,9 @@ class OneOf:
         return {"enum": self.names, "type": "string"}
 
     def _check(self, value: Any) -> str:
-        if isinstance(value, str) and value in self.names:
+        if isinstance(value, str) and (value in self.names or (self._places and is_place(value))):
             return value
-        *others, last = map(repr, self.names)
+        *others, last = [*map(repr, self.names), *(["package.module:Class"] if self._places else [])]
         text = f"{', '.join(others)} or {last}" if others else last
         raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": text})
 

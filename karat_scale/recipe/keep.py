@@ -54,8 +54,13 @@ class LogConfig(Section):
 
     every_steps: Count = 50
     """Print and record the metrics every this many steps."""
-    trackers: tuple[Annotated[str, OneOf(TRACKERS)], ...] = ("tensorboard",)
-    """What shows the metrics, beside `metrics.jsonl`. `[]` is none."""
+    trackers: tuple[Annotated[str, OneOf(TRACKERS, places=True)], ...] = ("tensorboard",)
+    """What shows the metrics, beside `metrics.jsonl`: names, or `package.module:Class` for your own. `[]` is none."""
+    project: str = ""
+    """The project of W&B and trackio, and the experiment of MLflow. Empty: what the library's own variable names, or
+    else `karat`."""
+    track_checkpoints: bool = False
+    """Also send the last and the best checkpoint to the trackers, when the run has finished."""
     histogram_every_steps: Count | None = 1000
     """Steps between the trackers' histograms of each head's coefficients and projector. Null turns them off."""
     profile_steps: tuple[Count, Count] | None = None

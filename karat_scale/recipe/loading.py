@@ -84,7 +84,7 @@ def dump_recipe(recipe: RunRecipe) -> str:
 
 def flatten(recipe: RunRecipe) -> dict[str, Any]:
     """Return every leaf of a recipe by its dotted key."""
-    return dict(_leaves(recipe.model_dump(mode="json", by_alias=True)))
+    return dict(leaves(recipe.model_dump(mode="json", by_alias=True)))
 
 
 def differing_keys(old: RunRecipe, new: RunRecipe, allowed: Sequence[str] = ()) -> list[str]:
@@ -148,10 +148,11 @@ def _apply_override(tree: dict[str, Any], override: str, schema: Schema) -> None
     node[leaf] = value
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of a tree by their dotted keys."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

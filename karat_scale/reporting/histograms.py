@@ -1,10 +1,17 @@
 """Histograms, for the trackers, of what each head has learned so far: its coefficients and its projector W."""
 
+from typing import Any
+
+import numpy as np
+import torch
+
 from karat_scale.engine.deepspeed_internals import whole_parameters
 from karat_scale.engine.engine import Engine
 from karat_scale.models.operators import head_parameters
 from karat_scale.recipe import LogConfig
 from karat_scale.reporting.progress import Reporter
+
+_BINS = 64
 
 
 class HeadHistograms:
@@ -22,6 +29,23 @@ class HeadHistograms:
     def write(self, step: int) -> None:
         """Write one histogram of each parameter of each head. Collective at stage 3."""
         with whole_parameters(self._engine.deepspeed, [parameter for *_, parameter in self._parameters]):
-            for name, block, parameter in self._parameters:
-                for head, values in enumerate(parameter.detach()):
-                    self._reporter.histogram(f"block {block}, {name}/head {head}", values, step)
+            if self._reporter.is_recording:
+                histograms = {
+                    f"block {block}, {name}/head {head}": _histogram(values)
+                    for name, block, parameter in self._parameters
+                    for head, values in enumerate(parameter.detach())
+                }
+                self._reporter.histograms(step, histograms)
+
+
+def _histogram(values: torch.Tensor) -> dict[str, Any]:
+    """Count the finite values in bins of equal width."""
+    numbers = values.double().flatten().cpu().numpy()
+    numbers = numbers[np.isfinite(numbers)]
+    counts, edges = np.histogram(numbers, _BINS)
+    return {
+        "counts": counts.tolist(),
+        "edges": [float(f"{edge:.7g}") for edge in edges],
+        "sum": float(numbers.sum()),
+        "sum_squares": float(np.square(numbers).sum()),
+    }

@@ -2,9 +2,10 @@
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from karat_scale.cluster.heartbeat import Heartbeat
@@ -12,6 +13,7 @@ from karat_scale.console import ProgressBars, printable, terminal
 from karat_scale.data.batch import BadSample
 from karat_scale.engine.run_state import RunState
 from karat_scale.reporting.metrics import MetricsLog
+from karat_scale.tracking.start import Trackers
 
 # A check of fewer bytes is over before a person has read about it.
 _LARGE = 10**8
@@ -99,6 +101,18 @@ class Reporter:
         self._log = log
         self._rank = rank
         self._heartbeat = heartbeat
+        self._trackers: Trackers | None = None
+        self._has_histograms = True
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether figures go to files here; True on rank 0 alone."""
+        return self._log is not None
+
+    def start_trackers(self, run: Path, names: Sequence[str], anew: bool) -> None:
+        """Start what shows the run elsewhere, on rank 0. `anew`: it is not the run that they know."""
+        if self._log is not None:
+            self._trackers = Trackers(run, names, anew)
 
     def beat(self, doing: str, step: int = 0) -> None:
         """This rank got on: it begins with `doing` now, for whoever watches for hangs."""
@@ -139,11 +153,11 @@ class Reporter:
         self.info(f"eval at step {step}: {text}")
         self._write("eval", step, **figures)
 
-    def histogram(self, name: str, values: torch.Tensor, step: int) -> None:
-        """The distribution of some weights."""
-        if self._log is not None:
-            self._log.histogram(name, values, step)
-            self._report_failures()
+    def histograms(self, step: int, histograms: Mapping[str, Mapping[str, Any]]) -> None:
+        """Distributions of weights, by name."""
+        if self._log is not None and self._has_histograms and (problem := self._log.histograms(step, histograms)):
+            self._has_histograms = False
+            self.warn(f"{problem}; there are no more histograms")
 
     def checkpoint(self, state: RunState, name: str, seconds: float, stall: float) -> None:
         """A checkpoint is complete; training stood still for `stall` of its seconds."""
@@ -176,8 +190,18 @@ class Reporter:
     def _write(self, event: str, step: int, **figures: Any) -> None:
         if self._log is not None:
             self._log.write(event, step, **figures)
-            self._report_failures()
+            self._tell_of_trackers()
 
-    def _report_failures(self) -> None:
-        for failure in self._log.failures() if self._log is not None else ():
-            self.warn(failure)
+    def finish_trackers(self, seconds: float) -> None:
+        """Let the trackers send what is left, for at most so long; one line for each that has not got everything."""
+        if self._trackers is not None:
+            late = self._trackers.finish(seconds)
+            self._tell_of_trackers()
+            for name in late:
+                self.warn(
+                    f"{name}: has not got everything; the run's next start sends it, or: {self._trackers.command}"
+                )
+
+    def _tell_of_trackers(self) -> None:
+        for message in self._trackers.messages() if self._trackers is not None else ():
+            self.info(message)

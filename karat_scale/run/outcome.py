@@ -3,10 +3,8 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
-from karat_scale import __version__
 from karat_scale.data.digest import classes_digest
 from karat_scale.engine.devices import device_name
 from karat_scale.engine.distributed import World
@@ -21,8 +19,8 @@ from karat_scale.reporting.progress import Reporter
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StoppedError, StopSignals
 from karat_scale.run.task import Task
-
-_LIBRARIES = ("torch", "timm", "deepspeed")
+from karat_scale.tracking.start import END_SECONDS, STOP_SECONDS
+from karat_scale.versions import library_versions
 
 
 @dataclass
@@ -62,7 +60,7 @@ class Outcome:
             "world_size": self.world.size,
             "device": device_name(self.world.device),
             "processor": processor_name(),
-            "versions": {"karat_scale": __version__, **{name: version(name) for name in _LIBRARIES}},
+            "versions": library_versions(),
         }
 
     def _data(self) -> dict[str, Any]:
@@ -112,6 +110,8 @@ def _record(outcome: Outcome, directory: RunDirectory, reporter: Reporter) -> No
     previous = directory.summary() if outcome.world.is_main else None
     is_told = outcome.begun or previous is None or previous.get("exit") != 0
     with ExitStack() as last:  # calls all, the last first, whatever the disk says to one of them
+        # After the data workers, which have their pipes, and the summary, which they send.
+        last.callback(reporter.finish_trackers, END_SECONDS if outcome.code == 0 else STOP_SECONDS)
         if outcome.task is not None:
             last.callback(outcome.task.close)
         # What has ended the run is told, not that the same disk does not take the news of it.

@@ -26,7 +26,7 @@ from karat_scale.models.freeze import freeze
 from karat_scale.models.operators import check_implementation, describe_implementation
 from karat_scale.recipe import RunRecipe
 from karat_scale.reporting.histograms import HeadHistograms
-from karat_scale.reporting.metrics import MetricsLog, open_trackers
+from karat_scale.reporting.metrics import MetricsLog
 from karat_scale.reporting.profiler import StepProfiler
 from karat_scale.reporting.progress import Reporter, choose_display
 from karat_scale.run.incidents import Incidents
@@ -36,6 +36,7 @@ from karat_scale.run.outcome import Outcome, concluded
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StopSignals
 from karat_scale.run.task import Task
+from karat_scale.tracking.start import check_trackers
 
 
 def train(task_type: type[Task], recipe: RunRecipe) -> int:
@@ -65,6 +66,7 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             parts = phase.parts
             outcome.begun = True
             world.on_main(lambda: directory.begin(recipe, task.classes))
+            reporter.start_trackers(directory.path, recipe.log.trackers, anew=recipe.resume.mode == "never")
             reporter.info(headline(parts))
             if outcome.state.step >= parts.total_steps:
                 reporter.info(f"nothing is left to do: {how_to_extend(parts)}")
@@ -189,19 +191,18 @@ def open_reporter(recipe: RunRecipe, world: World, directory: RunDirectory) -> R
     """The reporter of a run, with metrics on rank 0 and a heartbeat on each.
 
     Raises:
-        RunDirectoryError: on all ranks, where the disk does not take the metrics.
+        UserError: on all ranks, where a tracker is not installed or the disk does not take the metrics.
     """
     log: MetricsLog | None = None
-    failures: list[str] = []
     with world.together():
         if world.is_main:
-            trackers, failures = open_trackers(directory.path, recipe, recipe.log.trackers)
-            log = MetricsLog(directory.metrics_file, trackers)
+            check_trackers(recipe.log.trackers)
+            log = MetricsLog(directory.metrics_file)
     heartbeat = Heartbeat(directory.path, world.rank, device_name(world.device), write_flight_record).start()
     if recipe.log.memory_history:
         record_memory(world.device)
     reporter = Reporter(choose_display(world.is_main, recipe.run.name), log, world.rank, heartbeat)
-    for problem in [*failures, *(directory.clear() if world.is_main else ())]:
+    for problem in directory.clear() if world.is_main else ():
         reporter.warn(problem)
     return reporter
 

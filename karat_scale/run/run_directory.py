@@ -4,7 +4,9 @@ recipe.yaml      the resolved recipe; its presence means the run has begun
 classes.json     the names of the classes, in the order of the labels
 metrics.jsonl    one event a line
 summary.json     the outcome
+histograms.jsonl distributions for the trackers
 tensorboard/     event files
+trackers/        how far each tracker has got
 profile/         see profiler
 incidents/       see incidents
 checkpoints/     see checkpoint/store.py

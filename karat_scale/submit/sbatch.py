@@ -59,7 +59,7 @@ def submit(
         "RECIPE": named,
         "SHARDS": str(directory if isinstance(directory, str) else directory.absolute()),
         "RUN": str(run),
-        **(settings if {"VENV", "CONDA_ENV", "CONTAINER"} & settings.keys() else {**this_environment(), **settings}),
+        **with_environment(settings),
     }
     template = (slurm_home() / "slurm" / SCRIPT).read_text(encoding="utf-8")
     with redirect_stdout(sys.stderr if decision == "print" else sys.stdout):
@@ -77,14 +77,21 @@ def submit(
         write_atomically(script, text)
     except OSError as error:
         raise UserError(f"run.dir = {run}: {error.strerror}; choose another run.dir") from None
-    if not (decision == "yes" or _agrees()):
+    if not (decision == "yes" or agrees()):
         print(f"not submitted; when you want to: sbatch {script}")
         return 0
-    print(f"job {_sbatch(script)} is submitted; see it with: karat status {run}")
+    print(f"job {sbatch(script)} is submitted; see it with: karat status {run}")
     return 0
 
 
-def this_environment() -> dict[str, str]:
+def with_environment(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return a script's settings with the environment that karat runs in, unless they name another one."""
+    if {"VENV", "CONDA_ENV", "CONTAINER"} & settings.keys():
+        return dict(settings)
+    return {**_this_environment(), **settings}
+
+
+def _this_environment() -> dict[str, str]:
     """Return the setting that activates the virtual or conda environment that karat runs in; none outside of one."""
     if (Path(sys.prefix) / "bin" / "activate").is_file() and sys.prefix != sys.base_prefix:
         return {"VENV": sys.prefix}
@@ -94,7 +101,7 @@ def this_environment() -> dict[str, str]:
 def fill(template: str, options: Mapping[str, str], settings: Mapping[str, str], overrides: Sequence[str]) -> str:
     """Return a shipped script with its #SBATCH lines, settings and overrides replaced, and without advice on them."""
     shebang, *written = template.splitlines()
-    lines = [shebang, "# Written by `karat submit`. To resume after a failure, submit it again."]
+    lines = [shebang, "# Written by karat. To resume after a failure, submit it again."]
     left = dict(options)
     advice = [number for number, line in enumerate(written) if line.startswith("# ")]
     sites = next(number for number in advice if "Many sites need" in written[number])
@@ -128,13 +135,15 @@ def _directive(name: str, value: str) -> str:
     return f'#SBATCH --{name}="{value}"' if " " in value else f"#SBATCH --{name}={value}"
 
 
-def _agrees() -> bool:
+def agrees() -> bool:
+    """Ask on the terminal; False where there is none."""
     if not sys.stdin.isatty():
         return False
     return input("submit this? [y/N] ").strip().lower() in ("y", "yes")
 
 
-def _sbatch(script: Path) -> str:
+def sbatch(script: Path) -> str:
+    """Submit a script and return the number of the job. Raises UserError with what sbatch says."""
     try:
         done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
     except OSError:

@@ -35,7 +35,6 @@ _SCORES = ("exit", "steps", "samples", "best_top1", "best_step", "last_top1", "d
 def imported() -> None:
     """Import and prepare once what each start of a run would."""
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-    import torch.utils.tensorboard  # noqa: F401
 
     import karat_scale.data.backends.images
     import karat_scale.data.backends.synthetic

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import subprocess
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,8 @@ from karat_scale.cluster.standing import read_standing
 from karat_scale.data.formats.shard_format import read_dataset_record
 from tests.conftest import SMALL, events, summary
 from tests.slurm.cluster import Cluster, wait_until
-from tests.slurm.jobs import submit
+from tests.slurm.jobs import Job, submit
+from tests.slurm.test_submit import karat
 
 RECIPE = "attention: {kind: karat}\nschedule: {warmup_epochs: 0}\ndata: {path: set by the script}\n"
 
@@ -70,26 +73,52 @@ def test_prepare_train_finetune_evaluate_follow_each_other(
     assert result["checkpoint"] == "step-00000024"
 
 
-def test_a_sweep_trains_each_point_in_a_directory_of_its_own(
+def submit_sweep(
+    cluster: Cluster, shards: Path, recipe: Path, tmp_path: Path, *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """`karat sweep --slurm`, below tmp_path, for CPU nodes."""
+    options = ("--slurm", "--yes", "--nodes=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10")
+    data = (f"data.path={shards}", "schedule.warmup_epochs=0", "--out", str(tmp_path / "sweep"))
+    return karat(cluster, "sweep", str(recipe), *SMALL, *arguments, *data, *options)
+
+
+def job_of(cluster: Cluster, submitted: subprocess.CompletedProcess[str], tmp_path: Path) -> Job:
+    found = re.search(r"job (\d+) is submitted", submitted.stdout)
+    assert found is not None, submitted.stdout + submitted.stderr
+    return Job(cluster, found[1], tmp_path / "none")
+
+
+def test_a_sweep_trains_each_point_and_the_same_command_compares_them(
     cluster: Cluster, shards: Path, recipe: Path, tmp_path: Path
 ) -> None:
-    job = submit(
-        cluster, "sweep_grid.sh", *SMALL, "train.epochs=1", options=("--array=0-3",), cwd=tmp_path, RECIPE=recipe,
-        SHARDS=shards, RUNS=tmp_path / "sweep", GRIDS="1 2", RANKS="4", MODES="blockwise universal",
-    )  # fmt: skip
-    assert job.wait() == "COMPLETED 0", job.log
-    runs = {path.name: summary(path)["exit"] for path in (tmp_path / "sweep").iterdir()}
-    assert runs == {f"g{grid}_r4_{mode}": 0 for grid in (1, 2) for mode in ("blockwise", "universal")}
+    grid = ("train.epochs=1", "attention.rank=2,4", "augment.scale=[0.5,1.0],[0.2,1.0]", "--at-once=2")
+    submitted = submit_sweep(cluster, shards, recipe, tmp_path, *grid)
+    assert "#SBATCH --array=0-3%2" in submitted.stdout
+    assert job_of(cluster, submitted, tmp_path).wait() == "COMPLETED 0", logs(tmp_path)
+    runs = {path.parent.name: summary(path.parent)["exit"] for path in (tmp_path / "sweep").glob("*/summary.json")}
+    assert runs == {f"rank-{rank}_scale-{low}-1.0": 0 for rank in (2, 4) for low in (0.5, 0.2)}
+
+    again = submit_sweep(cluster, shards, recipe, tmp_path, *grid)
+    assert again.returncode == 0, again.stderr
+    assert "4 finished" in again.stdout
+    assert "95 % interval" in again.stdout
+    assert "submitted" not in again.stdout
+
+    more = submit_sweep(cluster, shards, recipe, tmp_path, *grid, "attention.rank=2,4,8")
+    assert "#SBATCH --array=4-5%2" in more.stdout
+    assert job_of(cluster, more, tmp_path).wait() == "COMPLETED 0", logs(tmp_path)
+
+
+def logs(tmp_path: Path) -> str:
+    return "\n".join(path.read_text() for path in (tmp_path / "sweep" / "logs").glob("*"))
 
 
 def test_each_element_of_an_array_comes_back_by_itself(
     cluster: Cluster, shards: Path, recipe: Path, tmp_path: Path
 ) -> None:
-    job = submit(
-        cluster, "sweep_grid.sh", *SMALL, "train.epochs=40", "train.eval_every_epochs=40", options=("--array=0-1",),
-        cwd=tmp_path, RECIPE=recipe, SHARDS=shards, RUNS=tmp_path / "sweep", GRIDS="1 2", RANKS="4", MODES="blockwise",
-    )  # fmt: skip
-    runs = [tmp_path / "sweep" / f"g{grid}_r4_blockwise" for grid in (1, 2)]
+    long = ("train.epochs=40", "train.eval_every_epochs=40")
+    job = job_of(cluster, submit_sweep(cluster, shards, recipe, tmp_path, *long, "attention.rank=2,4"), tmp_path)
+    runs = [tmp_path / "sweep" / f"rank-{rank}" for rank in (2, 4)]
     undisturbed = dict(enumerate(runs))
 
     def disturb() -> bool:

@@ -1,0 +1,80 @@
+"""A sweep as a SLURM job array: one element for each run that has not finished."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from karat_scale.console import plural
+from karat_scale.errors import UserError
+from karat_scale.files import write_atomically
+from karat_scale.submit.sbatch import agrees, fill, sbatch, slurm_home, with_environment
+from karat_scale.sweep.plan import State, Sweep
+
+SCRIPT = "sweep_grid.sh"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """How a job array is submitted.
+
+    Attributes:
+        options: of sbatch, by their long names.
+        settings: variables at the top of the script, such as VENV.
+        at_once: at most so many elements run at a time.
+        is_agreed: do not ask.
+    """
+
+    options: Mapping[str, str]
+    settings: Mapping[str, str]
+    at_once: int | None = None
+    is_agreed: bool = False
+
+
+def submit_sweep(sweep: Sweep, how: Submission, only_print: bool) -> None:
+    """Write OUT/sweep.sh and OUT/points, show the script, and submit it if the user agrees.
+
+    With `only_print`, only show the script.
+
+    Raises:
+        UserError: a file cannot be written, or sbatch refuses the script.
+    """
+    elements = [number for number, run in enumerate(sweep.runs) if run.state in (State.NEW, State.UNFINISHED)]
+    out = sweep.out.absolute()
+    data = sweep.runs[0].recipe.data.path  # type: ignore[attr-defined]
+    filled = {
+        "KARAT_HOME": str(slurm_home()),
+        "TASK": sweep.command,
+        "RECIPE": sweep.recipe,
+        "SHARDS": str(Path(data).absolute()),
+        "SWEEP": str(out),
+        **with_environment(how.settings),
+    }
+    array = ranges(elements) + (f"%{how.at_once}" if how.at_once else "")
+    output = {"job-name": out.name, "output": str(out / "logs" / "%A_%a.out"), "array": array}
+    template = (slurm_home() / "slurm" / SCRIPT).read_text(encoding="utf-8")
+    kept = [setting for setting in sweep.shared if not setting.startswith("data.path=")]
+    text = fill(template, {**output, **how.options}, filled, kept)
+    print(text, end="" if only_print else "\n")
+    if only_print:
+        return
+    script = out / "sweep.sh"
+    try:
+        for folder in ("points", "logs"):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        for number, run in enumerate(sweep.runs):
+            lines = [f"run.dir={run.directory.absolute()}", *run.point.settings]
+            write_atomically(out / "points" / str(number), "\n".join(lines) + "\n")
+        write_atomically(script, text)
+    except OSError as error:
+        raise UserError(f"--out {sweep.out}: {error.strerror}; choose another directory") from None
+    if not (how.is_agreed or agrees()):
+        print(f"not submitted; when you want to: sbatch {script}")
+        return
+    print(f"job {sbatch(script)} is submitted: {plural(len(elements), 'run')}")
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Return sorted numbers as sbatch's --array takes them: "0-2,5"."""
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,107 @@
+"""A sweep on this machine: runs in processes of their own, which fail, stop and go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SMALL, karat_environment, karat_here, summary
+
+QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, shards: Path) -> Path:
+    path = tmp_path / "owls.yaml"
+    path.write_text(f"data: {{path: {shards}}}\nattention: {{kind: karat}}\n")
+    return path
+
+
+def sweep(recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "karat_scale", "sweep", str(recipe), *SMALL, *QUICK, *arguments]
+    command += ["--out", str(recipe.parent / "out")]
+    return subprocess.run(command, env=karat_environment(), capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_print_shows_the_runs_and_writes_nothing(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = recipe.parent / "out"
+    grid = ("attention.grid=1,2", "run.seed=0..1")
+    assert karat_here("sweep", str(recipe), *SMALL, *QUICK, *grid, "--out", str(out), "--print") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["grid-2_seed-1", "2", "1", "new"] for line in lines)
+    assert f"4 runs of {recipe} in {out}: 4 new" in lines
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("optim.lr=1e-3,fast",), "optim.lr=fast: "),
+        (("run.dir=a,b",), "run.dir: each run of a sweep has its own directory; use --out"),
+        (("run.seed=0,1", "--at-once", "2"), "no effect without --slurm"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_runs(
+    recipe: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str
+) -> None:
+    assert karat_here("sweep", str(recipe), *SMALL, *QUICK, *arguments, "--out", str(recipe.parent / "out")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert not (recipe.parent / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_failed_run_is_named_the_rest_goes_on_and_the_same_command_finishes_it(recipe: Path) -> None:
+    out = recipe.parent / "out"
+    broken = out / "grid-1_seed-1"
+    broken.mkdir(parents=True)
+    (broken / "checkpoints").touch()  # a file where a directory must be
+    grid = ("attention.grid=1,2", "run.seed=0..1")
+    done = sweep(recipe, *grid)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "grid-1_seed-1: failed: run.dir =" in done.stderr
+    assert "1 of 4 runs have not finished" in done.stderr
+    assert "run 4 of 4: grid-2_seed-1" in done.stderr
+    assert "95 % interval" in done.stdout
+    first = summary(out / "grid-2_seed-0")
+
+    (broken / "checkpoints").unlink()
+    again = sweep(recipe, *grid)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "3 runs of the sweep are finished or running now" in again.stderr
+    assert "run 1 of 1: grid-1_seed-1" in again.stderr
+    assert "attention.grid=2  0, 1" in again.stdout
+    assert summary(out / "grid-2_seed-0") == first
+
+    nothing = sweep(recipe, *grid)
+    assert (nothing.returncode, "run 1 of" in nothing.stderr) == (0, False)
+
+
+@pytest.mark.slow
+def test_a_signal_saves_the_run_and_the_same_command_resumes_it(recipe: Path) -> None:
+    out = recipe.parent / "out"
+    grid = ("run.seed=0..1", "train.epochs=24", "train.eval_every_epochs=24", "--out", str(out))
+    command = [sys.executable, "-m", "karat_scale", "sweep", str(recipe), *SMALL, *QUICK, *grid]
+    process = subprocess.Popen(command, env=karat_environment(), stderr=subprocess.PIPE, text=True)
+    metrics = out / "seed-0" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and '"train"' in metrics.read_text()):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert "stopped after 0 of 2 runs; run the same command to resume" in said
+    assert summary(out / "seed-0")["exit"] == 75
+
+    done = sweep(recipe, *grid[:3])
+    assert done.returncode == 0, done.stdout + done.stderr
+    kinds = [json.loads(line)["event"] for line in metrics.read_text().splitlines()]
+    assert "resume" in kinds
+    assert summary(out / "seed-0")["steps"] == summary(out / "seed-1")["steps"] == 24 * 8

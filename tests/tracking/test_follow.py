@@ -1,0 +1,225 @@
+"""A tracker in a process of its own gets each figure once, whatever happens to it, to the run and to the network."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from karat_scale.errors import UserError
+from karat_scale.tracking.cursor import Cursor, cursor_file
+from karat_scale.tracking.start import Trackers, check_trackers
+from karat_scale.tracking.tracker import figures
+from tests.tracking.conftest import PLACE, WrittenRun
+
+Lines = Callable[[], list[dict]]
+
+
+def steps(told: list[dict], kind: str = "train") -> list[int]:
+    return [one["step"] for one in told if one.get("event") == kind]
+
+
+def test_the_figures_of_an_event() -> None:
+    event = {"event": "eval", "step": 3, "time": 1.5, "top1": 50, "loss": None, "weights": "ema", "content": {"s": [1]}}
+    assert figures(event) == {"eval/top1": 50, "content, s/block 0": 1}
+    assert figures({"event": "checkpoint", "step": 3, "seconds": 1.0}) == {}
+
+
+def test_everything_is_sent_once_over_several_starts(written: WrittenRun, lines: Lines) -> None:
+    written.train(1, 2, evaluate=(2,))
+    assert written.send(PLACE) == ([], [f"{PLACE}: the run is at file://here"])
+    written.train(3)
+    written.finish()
+    assert written.send(PLACE)[0] == []
+    told = lines()
+    assert steps(told) == [1, 2, 3]
+    assert steps(told, "eval") == [2]
+    first, second = [one for one in told if "open" in one]
+    assert (first["open"], first["name"]) == (second["open"], "written owls")
+    assert [one["upload"] for one in told if "upload" in one] == ["recipe.yaml", "summary.json"]
+    assert [one["close"] for one in told if "close" in one] == [None, 0]
+
+
+def test_a_restart_at_an_older_checkpoint_repeats_nothing(written: WrittenRun, lines: Lines) -> None:
+    written.train(1, 2, 3, 4, evaluate=(2, 4))
+    written.send(PLACE)
+    written.event("resume", 2, restarts=1)
+    written.train(3, 4, 5, 6, evaluate=(4, 6))
+    written.send(PLACE)
+    assert steps(lines()) == [1, 2, 3, 4, 5, 6]
+    assert steps(lines(), "eval") == [2, 4, 6]
+    assert steps(lines(), "resume") == [2]
+
+
+def test_a_run_that_begins_anew_is_another_run(written: WrittenRun, lines: Lines) -> None:
+    written.train(1, 2, 3)
+    written.send(PLACE)
+    trackers = Trackers(written.path, [PLACE], anew=True)
+    written.train(1, 2)
+    assert trackers.finish(60) == []
+    assert steps(lines()) == [1, 2, 3, 1, 2]
+    assert len({one["open"] for one in lines() if "open" in one}) == 2
+
+
+def test_it_follows_while_the_run_writes_and_waits_for_the_end_of_a_line(written: WrittenRun, lines: Lines) -> None:
+    trackers = Trackers(written.path, [PLACE])
+    written.train(1)
+    until(lambda: steps(lines()) == [1])
+    with (written.path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "step": 2')
+        file.flush()
+        assert trackers.finish(60) == []
+        assert steps(lines()) == [1]
+        file.write('}\nno event\n{"event": "train", "step": 3}\n')
+    written.send(PLACE)
+    assert steps(lines()) == [1, 2, 3]
+
+
+def test_a_tracker_that_is_away_for_a_while_has_no_gap_and_is_told_once(written: WrittenRun, lines: Lines) -> None:
+    away = written.path.parent / "away"
+    away.touch()
+    written.train(1, 2)
+    late, said = written.send(PLACE)
+    assert late == [PLACE]
+    assert said[-1] == f"warning: {PLACE}: no route to http://host"
+    assert lines() == []
+
+    trackers = Trackers(written.path, [PLACE])
+    messages: list[str] = []
+    until(lambda: bool(messages.extend(trackers.messages()) or messages))
+    away.unlink()
+    written.train(3)
+    until(lambda: steps(lines()) == [1, 2, 3])
+    assert trackers.finish(60) == []
+    messages += trackers.messages()
+    why = "gets no figures for now: no route to http://host; they stay in metrics.jsonl, and it tries again"
+    assert messages[0] == f"warning: {PLACE}: {why}"
+    assert messages[-1] == f"{PLACE}: gets the figures again, without a gap"
+    assert len([one for one in messages if "warning" in one]) == 1
+
+
+def test_a_tracker_that_hangs_is_ended_in_time_and_goes_on_later(written: WrittenRun, lines: Lines) -> None:
+    module = written.path.parent / "lines_of_mine.py"
+    quick = module.read_text()
+    module.write_text(quick + "\n    def write(self, events):\n        import time\n        time.sleep(600)\n")
+    written.train(1, 2)
+    begun = time.monotonic()
+    trackers = Trackers(written.path, [PLACE])
+    (process,) = trackers._processes.values()
+    assert trackers.finish(2) == [PLACE]
+    assert time.monotonic() - begun < 60
+    assert not psutil.pid_exists(process.pid)
+    module.write_text(quick)
+    assert written.send(PLACE)[0] == []
+    assert steps(lines()) == [1, 2]
+
+
+def test_what_a_killed_trainer_has_written_is_sent(written: WrittenRun, lines: Lines) -> None:
+    trackers = Trackers(written.path, [PLACE])
+    written.train(1, 2)
+    (process,) = trackers._processes.values()
+    process.stdin.close()  # the end of the trainer, as its kill would bring it
+    assert process.wait(60) == 0
+    assert steps(lines()) == [1, 2]
+
+
+def test_two_processes_never_send_the_same(written: WrittenRun, lines: Lines) -> None:
+    first = Trackers(written.path, [PLACE])
+    until(lambda: bool(lines()))
+    late, said = written.send(PLACE)
+    assert late == [PLACE]
+    assert said == [f"warning: {PLACE}: another process sends to it now"]
+    written.train(1)
+    assert first.finish(60) == []
+    assert steps(lines()) == [1]
+
+
+def test_checkpoints_go_only_where_the_recipe_asks_for_them(tmp_path: Path, lines: Lines) -> None:
+    for name, wanted in (("plain", "false"), ("asked", "true")):
+        run = WrittenRun(tmp_path / name, f"log.track_checkpoints={wanted}")
+        for step in (1, 2, 3):
+            folder = run.path / "checkpoints" / f"step-{step:08d}"
+            folder.mkdir(parents=True)
+            (folder / "weights.pt").write_text(f"{name}{step}")
+        (run.path / "checkpoints" / "latest").write_text("step-00000003")
+        (run.path / "checkpoints" / "best").write_text("step-00000002")
+        run.finish()
+        run.send(PLACE)
+    sent = [one["upload"] for one in lines() if "upload" in one and "checkpoints" in one["upload"]]
+    assert sent == [f"checkpoints/step-0000000{step}/weights.pt" for step in (2, 3)]
+
+
+def test_links_out_of_the_run_are_not_followed(written: WrittenRun, lines: Lines, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    (written.path / "analysis").mkdir()
+    (written.path / "analysis" / "numbers.json").symlink_to(secret)
+    (written.path / "analysis" / "report.html").write_text("<p>")
+    written.send(PLACE)
+    assert [one["upload"] for one in lines() if "upload" in one] == ["recipe.yaml", "analysis/report.html"]
+
+
+def test_a_damaged_cursor_and_a_shorter_file_are_read_from_the_start(tmp_path: Path) -> None:
+    file = cursor_file(tmp_path, "a.b:C")
+    assert file == tmp_path / "trackers" / "a.b.C.json"
+    file.parent.mkdir()
+    file.write_text('{"id": 3}')
+    cursor = Cursor.load(file)
+    assert len(cursor.id) == 16
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"event": "train", "step": 1}\n')
+    found, after = Cursor(offsets={"metrics.jsonl": 1000}).take(metrics)
+    assert ([one["step"] for one in found], after.offsets) == ([1], {"metrics.jsonl": 30})
+    after.save(file)
+    assert Cursor.load(file) == after
+
+
+def test_many_events_are_read_in_pieces(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"event": "train", "step": step, "text": "x" * 50_000}) for step in range(50)]
+    metrics.write_text("\n".join(lines) + "\n")
+    cursor, found, pieces = Cursor(), [], 0
+    while True:
+        events, after = cursor.take(metrics)
+        if after.offsets == cursor.offsets:
+            break
+        cursor, pieces = after, pieces + 1
+        found += [event["step"] for event in events]
+    assert found == list(range(50))
+    assert pieces > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nowhere.at_all:Class", "log.trackers = nowhere.at_all:Class: no module nowhere.at_all"),
+        ("absent", "log.trackers = absent: absent is not installed; in the clone: pip install -e '.[absent]'"),
+    ],
+)
+def test_what_is_not_installed_is_one_line(name: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from karat_scale import tables
+
+    monkeypatch.setitem(tables.TRACKERS, "absent", tables.TrackerRow("absent:Absent", "absent"))
+    monkeypatch.setitem(tables.EXTRAS, "absent", tables.Extra("absent_module", ("absent",), "log.trackers=absent"))
+    with pytest.raises(UserError) as error:
+        check_trackers([name])
+    assert str(error.value).startswith(said)
+
+
+def test_a_folder_of_the_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B writes to a folder `wandb` in the working directory."""
+    from karat_scale.tables import is_installed
+
+    (tmp_path / "only_a_folder").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not is_installed("only_a_folder")
+    assert is_installed("json")
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
