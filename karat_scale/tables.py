@@ -39,6 +39,7 @@ EXTRAS = {
     ),
     "export": Extra("onnxruntime", ("onnxruntime",), "karat export --format onnx"),
     "parquet": Extra("pyarrow", ("pyarrow",), "Parquet files in karat prepare make_webdataset"),
+    "corruptions": Extra("imagecorruptions", ("imagecorruptions-imaug",), "karat eval --corrupt"),
     "detection": Extra("pycocotools", ("pycocotools",), "karat detect"),
 }
 
@@ -180,3 +181,11 @@ EXPORT_FORMATS = {
 
 # Classes that take (name of the run, its directory, its recipe); see `karat_scale.reporting.metrics.Tracker`.
 TRACKERS = {"tensorboard": "karat_scale.reporting.tensorboard:TensorBoard"}
+
+# Those of ImageNet-C, by the names that the library imagecorruptions gives them.
+CORRUPTIONS = (
+    *("gaussian_noise", "shot_noise", "impulse_noise"),
+    *("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    *("snow", "frost", "fog", "brightness"),
+    *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+)

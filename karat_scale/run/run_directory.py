@@ -4,6 +4,8 @@ recipe.yaml      the resolved recipe; its presence means the run has begun
 classes.json     the names of the classes, in the order of the labels
 metrics.jsonl    one event a line
 summary.json     the outcome
+predictions.npz  for each validation image, of the weights that were analysed last
+evaluations/     results on other test sets, see evaluation/kept.py
 tensorboard/     event files
 profile/         see profiler
 checkpoints/     see checkpoint/store.py

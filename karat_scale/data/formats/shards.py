@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from karat_scale.data.formats import checks
-from karat_scale.data.formats.index import key_of, read_columns
+from karat_scale.data.formats.index import key_of, keys_of, read_columns
 from karat_scale.data.formats.readahead import Readahead
 from karat_scale.data.formats.shard_format import (
     DATASET_FILE,
@@ -120,6 +120,13 @@ class ShardSplit:
             return key_of(path.read_bytes(), sample_id - int(self._starts[number])), shard.name
         except (OSError, ValueError, IndexError):  # the index has changed: the place is all that is known
             return f"number {sample_id - int(self._starts[number])}", shard.name
+
+    def keys(self) -> list[str]:
+        """Return the key of each sample. Raises DataError if an index has changed."""
+        indexes = (
+            checks.read_checked(self.directory / shard.index.name, shard.index, WORDING) for shard in self._shards
+        )
+        return [key for data in indexes for key in keys_of(data)]
 
     def file_of(self, sample_id: int) -> str:
         """Return the path of the shard that holds a sample."""
