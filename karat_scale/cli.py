@@ -24,12 +24,15 @@ from karat_scale.compiler_caches import use_local_caches
 from karat_scale.errors import PeerError, UserError, of_the_machine, on_one_line
 from karat_scale.local_ranks import default_ranks, launch, say_to_launcher
 from karat_scale.shipped import SCRIPTS, run_prepare
-from karat_scale.tables import EXPORT_FORMATS, TRACKERS
+from karat_scale.tables import CORRUPTIONS, EXPORT_FORMATS, TRACKERS
 from karat_scale.trust import VARIABLE
 
 EXIT_USAGE = 2
 SCORES = ("top1", "top5", "loss", "box_ap", "mask_ap")
-ANALYSES = ("spectrum", "content", "maps", "functions", "distributions", "landscape")
+ANALYSES = (
+    *("training", "accuracy", "calibration", "mistakes", "robustness", "spectrum", "content", "maps", "functions"),
+    *("distributions", "landscape", "sharpness"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,11 +90,23 @@ def build_parser() -> argparse.ArgumentParser:
     several.add_argument("arguments", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="of karat")
     several.set_defaults(run=lambda options: launch(options.arguments, options.ranks))
 
-    evaluate = commands.add_parser("eval", help="evaluate a run's checkpoint on the validation split")
+    evaluate = commands.add_parser(
+        "eval", help="evaluate a run's checkpoint, on its validation split or another test set"
+    )
     evaluate.add_argument("run_dir", metavar="RUN", help="the run's directory")
     evaluate.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
     evaluate.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
     evaluate.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
+    evaluate.add_argument("--on", metavar="DIR", help="another test set: shards, or a folder of classes")
+    evaluate.add_argument("--split", default="", metavar="NAME", help="the split in that directory (default: val)")
+    evaluate.add_argument("--labels", metavar="FILE", help="count other labels as right, such as ReaL's real.json")
+    evaluate.add_argument(
+        "--corrupt", nargs="*", choices=(*CORRUPTIONS, "all"), metavar="NAME", help="images corrupted as in ImageNet-C"
+    )
+    evaluate.add_argument(
+        "--severity", type=int, nargs="+", choices=range(1, 6), metavar="N", help="of --corrupt, 1 to 5 (default: all)"
+    )
+    evaluate.add_argument("--name", default="", help="keep the result under this name (default: the directory's)")
     evaluate.add_argument("--json", type=new_file, metavar="FILE", help="also write the result to this file")
     evaluate.set_defaults(run=_eval)
 
@@ -217,7 +232,7 @@ def build_parser() -> argparse.ArgumentParser:
     status.set_defaults(run=_status)
 
     analyze = commands.add_parser("analyze", help="analyse what attention learned: figures, numbers, a report")
-    analyze.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory; two runs are shown side by side")
+    analyze.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory; several are shown side by side")
     analyze.add_argument("--only", nargs="+", choices=ANALYSES, default=ANALYSES, help="run only these analyses")
     analyze.add_argument("--out", metavar="DIR", help="output (default: `analysis` in the first run's directory)")
     analyze.add_argument("--data", metavar="DIR", help="the data, instead of the runs' data.path")
@@ -230,9 +245,12 @@ def build_parser() -> argparse.ArgumentParser:
     analyze.add_argument(
         "--block", type=int, default=-1, help="block of the maps; -1 is the last (default: %(default)s)"
     )
-    analyze.add_argument("--grid", type=whole(2), default=15, help="landscape points per side (default: %(default)s)")
+    analyze.add_argument("--grid", type=whole(2), default=13, help="landscape points per side (default: %(default)s)")
     analyze.add_argument("--range", type=positive, default=1.0, help="factor on the landscape's extent (default: 1)")
-    analyze.add_argument("--samples", type=count, default=256, help="images per point (default: %(default)s)")
+    analyze.add_argument("--samples", type=count, default=128, help="images per point (default: %(default)s)")
+    analyze.add_argument(
+        "--hessian-samples", type=count, default=32, metavar="N", help="images of the sharpness (default: %(default)s)"
+    )
     analyze.add_argument("--batch", type=count, default=8, help="images per batch (default: %(default)s)")
     analyze.add_argument(
         "--seed", type=whole(0), default=0, help="seed of directions and probes (default: %(default)s)"
@@ -363,11 +381,26 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
+    what = (options.run_dir, options.overrides, options.checkpoint, options.weights)
+    if options.severity and options.corrupt is None:
+        return _end("--severity is of --corrupt; add it, or leave out --severity", EXIT_USAGE)
+    if options.on is not None or options.labels or options.corrupt is not None or options.split or options.name:
+        from karat_scale.evaluation.command import Request, evaluate_on
+        from karat_scale.evaluation.kept import SEVERITIES
+
+        request = Request(
+            on=options.on,
+            split=options.split,
+            labels=options.labels,
+            corrupt=options.corrupt,
+            severities=sorted(set(options.severity or SEVERITIES)),
+            name=options.name,
+        )
+        return evaluate_on(*what, request, options.json)
     from karat_scale.run.evaluate import evaluate_run
     from karat_scale.tasks.classification.task import ClassificationTask
 
-    what = (options.run_dir, options.overrides, options.checkpoint, options.weights, options.json)
-    return evaluate_run(ClassificationTask, *what)
+    return evaluate_run(ClassificationTask, *what, options.json)
 
 
 def _replay(options: argparse.Namespace) -> int:

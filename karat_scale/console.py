@@ -182,24 +182,30 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]
 
 @contextmanager
 def work_display() -> Iterator[Callable[[str, int, int], None]]:
-    """Show one piece of work after another: a bar on a terminal, elsewhere a line when a piece starts.
+    """Show one piece of work after another: a bar on a terminal, elsewhere a line when it starts and every ten seconds.
 
     Yields a function that takes the current work, the steps done and their total number.
     """
     console = terminal(stderr=True)
     bars = ProgressBars(console) if console else None
-    current = ""
+    current, first = "", 0
+    started = reported = time.monotonic()
 
     def show(what: str, done: int, total: int) -> None:
-        nonlocal current
+        nonlocal current, first, started, reported
+        now = time.monotonic()
         if what != current:
             if bars is not None:
                 bars.remove(current)
             else:
                 print(what, file=sys.stderr, flush=True)
-            current = what
+            current, first, started, reported = what, done, now, now
         if bars is not None:
             bars.move(what, done, total, keep=True)
+        elif now - reported >= PLAIN_LINE_SECONDS and done > first:
+            left = (total - done) * (now - started) / (done - first)
+            print(f"{what}: {done} of {total}, about {duration(left)} left", file=sys.stderr, flush=True)
+            reported = now
 
     try:
         yield show

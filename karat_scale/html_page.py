@@ -13,7 +13,7 @@ def render_page(package: str, template: str, **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader(package), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"png": _png, "jpeg": _jpeg, "cell": _cell, "sort_key": _sort_key}
+    environment.filters |= {"png": _png, "jpeg": _jpeg, "svg": _svg, "cell": _cell, "sort_key": _sort_key}
     return environment.get_template(template).render(version=__version__, **values)
 
 
@@ -23,6 +23,10 @@ def _png(data: bytes) -> str:
 
 def _jpeg(data: bytes) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
+
+
+def _svg(data: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(data).decode()}"
 
 
 def _cell(value: Any) -> str:

@@ -41,6 +41,7 @@ EXTRAS = {
     "export": Extra("onnxruntime", ("onnxruntime",), "karat export --format onnx"),
     "parquet": Extra("pyarrow", ("pyarrow",), "Parquet files in karat prepare make_webdataset"),
     "remote": Extra("s3fs", ("s3fs",), "data at s3://, gs:// or https://"),
+    "corruptions": Extra("imagecorruptions", ("imagecorruptions-imaug",), "karat eval --corrupt"),
     "detection": Extra("pycocotools", ("pycocotools",), "karat detect"),
     "wandb": Extra("wandb", ("wandb",), "log.trackers=wandb"),
     "mlflow": Extra("mlflow", ("mlflow", "mlflow-skinny"), "log.trackers=mlflow"),
@@ -211,3 +212,11 @@ TRACKERS = {
     "mlflow": TrackerRow("karat_scale.tracking.mlflow:MLflow", "mlflow"),
     "trackio": TrackerRow("karat_scale.tracking.trackio:Trackio", "trackio"),
 }
+
+# Those of ImageNet-C, by the names that the library imagecorruptions gives them.
+CORRUPTIONS = (
+    *("gaussian_noise", "shot_noise", "impulse_noise"),
+    *("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    *("snow", "frost", "fog", "brightness"),
+    *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+)

@@ -3,36 +3,55 @@
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
+from karat_scale.analysis.accuracy import analyze_accuracy
+from karat_scale.analysis.calibration import analyze_calibration
 from karat_scale.analysis.content import analyze_content
 from karat_scale.analysis.distributions import analyze_distributions
+from karat_scale.analysis.figures import share_axes
 from karat_scale.analysis.functions import analyze_functions
+from karat_scale.analysis.history import achieved, described
 from karat_scale.analysis.landscape import analyze_landscape
 from karat_scale.analysis.maps import analyze_maps
+from karat_scale.analysis.mistakes import analyze_mistakes
 from karat_scale.analysis.output import Written, read_written, safe_name, write_result
-from karat_scale.analysis.report import Problem, RunSummary, write_report
-from karat_scale.analysis.result import Result, Settings
+from karat_scale.analysis.report import TITLES, Problem, RunSummary, write_report
+from karat_scale.analysis.result import NothingToShowError, Result, Settings
+from karat_scale.analysis.robustness import analyze_robustness
+from karat_scale.analysis.sharpness import analyze_sharpness
 from karat_scale.analysis.spectrum import analyze_spectrum
 from karat_scale.analysis.trained_run import TrainedRun, open_run
+from karat_scale.analysis.training import analyze_training
 from karat_scale.console import work_display
 from karat_scale.engine import distributed
+from karat_scale.engine.devices import tell_deepspeed
 from karat_scale.errors import RunDirectoryError, UserError
-from karat_scale.models.factory import parameter_count
 
 Analysis = Callable[[TrainedRun, Settings, Path], Result]
+JointAnalysis = Callable[[Mapping[str, TrainedRun]], Result]
 
-ANALYSES: dict[str, Analysis] = {
+# Of all runs together, by their labels.
+JOINT: dict[str, JointAnalysis] = {"training": analyze_training, "robustness": analyze_robustness}
+# Of each run.
+OWN: dict[str, Analysis] = {
+    "accuracy": lambda run, settings, out: analyze_accuracy(run, settings),
+    "calibration": lambda run, settings, out: analyze_calibration(run, settings),
+    "mistakes": lambda run, settings, out: analyze_mistakes(run, settings),
     "spectrum": lambda run, settings, out: analyze_spectrum(run, settings),
     "content": lambda run, settings, out: analyze_content(run, settings),
     "maps": lambda run, settings, out: analyze_maps(run, settings),
     "functions": lambda run, settings, out: analyze_functions(run, settings),
     "distributions": lambda run, settings, out: analyze_distributions(run, settings),
     "landscape": analyze_landscape,
+    "sharpness": lambda run, settings, out: analyze_sharpness(run, settings),
 }
+ANALYSES = tuple(TITLES)
 SHARED = "landscape"
 
 
@@ -51,11 +70,12 @@ def analyze_paths(options: Namespace) -> int:
         grid=options.grid,
         range=options.range,
         samples=options.samples,
-        hessian_samples=min(options.samples, Settings.hessian_samples),
+        hessian_samples=options.hessian_samples,
         seed=options.seed,
     )
     out = Path(options.out) if options.out else runs[0].path / "analysis"
     if distributed.launch_environment(os.environ)[1] == 1:
+        tell_deepspeed(runs[0].device.type)  # which reading a checkpoint imports, and which warns where it has to guess
         return analyze(runs, options.only, settings, out)
     world = distributed.start("auto")
     try:
@@ -83,44 +103,111 @@ def analyze(runs: Sequence[TrainedRun], names: Sequence[str], settings: Settings
         names = [name for name in names if name == SHARED] + [name for name in names if name != SHARED]
     if not settings.world.is_main:
         return _assist(runs, labels, settings, out) if SHARED in names else 0
-    written: dict[str, dict[str, Written]] = {}
-    problems: list[Problem] = []
+    named = dict(zip(labels, runs, strict=True))
     with work_display() as show:
+        work = _Work(named, settings, out, show)
         for name in names:
-            for run, label in zip(runs, labels, strict=True):
-                shown = _with_progress(settings, show, label)
-                try:
-                    directory = out / name / safe_name(label)
-                    directory.mkdir(parents=True, exist_ok=True)
-                    result = ANALYSES[name](run, shown, directory)
-                    written.setdefault(name, {})[label] = write_result(result, directory, run.fingerprint)
-                except (UserError, OSError) as error:
-                    problems.append(Problem(name, label, " ".join(str(error).split())))
-                    print(f"error: {name} of {label}: {problems[-1].message}", file=sys.stderr)
-                else:
-                    for note in result.notes:
-                        print(f"note: {name} of {label}: {note}", file=sys.stderr)
+            work.make(name)
     report = out / "report.html"
-    if not written:
+    if not work.written:
         print(f"error: no analysis was possible, so {report} was not written", file=sys.stderr)
         return 2
-    summaries = [_summary(run, label) for run, label in zip(runs, labels, strict=True)]
-    write_report(report, summaries, _with_earlier(written, runs, labels, out), problems)
+    write_report(report, [_card(run, label) for label, run in named.items()], work.with_earlier(), work.problems)
     print(f"report: {report}")
     return 0
 
 
-def _with_earlier(
-    written: Mapping[str, Mapping[str, Written]], runs: Sequence[TrainedRun], labels: Sequence[str], out: Path
-) -> dict[str, dict[str, Written]]:
-    """Return the new results, and earlier ones of the same models, in the order of ANALYSES."""
-    shown: dict[str, dict[str, Written]] = {}
-    for name in ANALYSES:
-        for run, label in zip(runs, labels, strict=True):
-            made = written.get(name, {}).get(label) or read_written(out / name / safe_name(label), run.fingerprint)
-            if made:
-                shown.setdefault(name, {})[label] = made
-    return shown
+class _Work:
+    """Makes one analysis after the other for all runs, and remembers what could not be made.
+
+    written: by analysis, then by the run's label; "" is of all runs together.
+    """
+
+    def __init__(
+        self, runs: Mapping[str, TrainedRun], settings: Settings, out: Path, show: Callable[[str, int, int], None]
+    ) -> None:
+        self._runs, self._settings, self._out, self._show = runs, settings, out, show
+        self._together = " ".join(run.fingerprint for run in runs.values())
+        self.written: dict[str, dict[str, Written]] = {}
+        self.problems: list[Problem] = []
+
+    def make(self, name: str) -> None:
+        """Make an analysis. It is written when all runs have it, since their figures get the same axes."""
+        results: dict[str, Result] = {}
+        for label in [""] if name in JOINT else self._runs:
+            with self._told_if_impossible(name, label):
+                results[label] = self._result(name, label)
+        _share_axes(list(results.values()))
+        for label, result in results.items():
+            with self._told_if_impossible(name, label):
+                directory, settings = self._place(name, label), self._telling(label)
+                written = write_result(result, directory, self._fingerprint(label), settings)
+                self.written.setdefault(name, {})[label] = written
+                for note in result.notes:
+                    print(f"note: {_named(name, label)}: {note}", file=sys.stderr)
+
+    def with_earlier(self) -> dict[str, dict[str, Written]]:
+        """Return the new results, and earlier ones of the same models, in the order of ANALYSES."""
+        shown: dict[str, dict[str, Written]] = {}
+        for name in ANALYSES:
+            for label in [""] if name in JOINT else self._runs:
+                made = self.written.get(name, {}).get(label)
+                made = made or read_written(self._place(name, label), self._fingerprint(label))
+                if made:
+                    shown.setdefault(name, {})[label] = made
+        return shown
+
+    def _result(self, name: str, label: str) -> Result:
+        if name in JOINT:
+            return JOINT[name](self._runs)
+        directory = self._place(name, label)
+        directory.mkdir(parents=True, exist_ok=True)
+        return OWN[name](self._runs[label], self._telling(label), directory)
+
+    @contextmanager
+    def _told_if_impossible(self, name: str, label: str) -> Iterator[None]:
+        """Add a problem, and print it, unless it was printed for another analysis of this run."""
+        try:
+            yield
+        except (UserError, OSError) as error:
+            message, harmless = " ".join(str(error).split()), isinstance(error, NothingToShowError)
+            for number, known in enumerate(self.problems):
+                if (known.label, known.message) == (label, message):
+                    self.problems[number] = replace(known, analyses=(*known.analyses, TITLES[name]))
+                    return
+            self.problems.append(Problem((TITLES[name],), label, message, harmless))
+            print(f"{'note' if harmless else 'error'}: {_named(name, label)}: {message}", file=sys.stderr)
+
+    def _place(self, name: str, label: str) -> Path:
+        return self._out / name / safe_name(label) if label else self._out / name
+
+    def _fingerprint(self, label: str) -> str:
+        return self._runs[label].fingerprint if label else self._together
+
+    def _telling(self, label: str) -> Settings:
+        """Return the settings with a progress that names the run."""
+        before = f"{label}: " if label else ""
+        return replace(
+            self._settings,
+            progress=lambda what, done, total: self._show(before + what, done, total),
+            tell=lambda text: print(f"note: {before}{text}", file=sys.stderr, flush=True),
+        )
+
+
+def _named(name: str, label: str) -> str:
+    return f"{name} of {label}" if label else name
+
+
+def _share_axes(results: Sequence[Result]) -> None:
+    """Give the figures that several runs have the same axes and colours."""
+    for name in dict.fromkeys(name for result in results for name in result.figures):
+        found = [result.figures[name][0] for result in results if name in result.figures]
+        share_axes([figure for figure in found if isinstance(figure, Figure)])
+
+
+def _card(run: TrainedRun, label: str) -> RunSummary:
+    score, facts = achieved(run)
+    return RunSummary(label, {**facts, **described(run)}, score)
 
 
 def _assist(runs: Sequence[TrainedRun], labels: Sequence[str], settings: Settings, out: Path) -> int:
@@ -129,7 +216,7 @@ def _assist(runs: Sequence[TrainedRun], labels: Sequence[str], settings: Setting
         directory = out / SHARED / safe_name(label)
         with suppress(UserError, OSError):
             directory.mkdir(parents=True, exist_ok=True)
-            ANALYSES[SHARED](run, settings, directory)
+            OWN[SHARED](run, settings, directory)
     return 0
 
 
@@ -140,23 +227,3 @@ def unique_labels(runs: Sequence[TrainedRun]) -> list[str]:
         same = [label for label in labels if label == run.label or label.startswith(f"{run.label} (")]
         labels.append(f"{run.label} ({len(same) + 1})" if same else run.label)
     return labels
-
-
-def _summary(run: TrainedRun, label: str) -> RunSummary:
-    attention, model = run.recipe.attention, run.recipe.model
-    kind: str = attention.kind
-    if run.is_karat:
-        kind += f", {attention.basis}, {attention.form}, {attention.mode}, grid {attention.grid}, rank {attention.rank}"
-    facts = {"directory": str(run.path), "attention": kind}
-    patch = f", patch {model.patch_size}" if model.patch_size else ""
-    facts["model"] = f"{model.name}, {model.image_size} px{patch}"
-    try:
-        facts["parameters"] = f"{parameter_count(run.model()):,}"
-        facts["checkpoint"] = f"{run.chosen} of {len(run.in_order)}"
-    except UserError as error:
-        facts["checkpoint"] = str(error)
-    return RunSummary(label, facts)
-
-
-def _with_progress(settings: Settings, show: Callable[[str, int, int], None], label: str) -> Settings:
-    return replace(settings, progress=lambda what, done, total: show(f"{label}: {what}", done, total))

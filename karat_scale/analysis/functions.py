@@ -8,13 +8,12 @@ from torch import Tensor, nn
 
 from karat_scale.analysis.curves import ScoreHistogram, energy_per_frequency, unit_curves
 from karat_scale.analysis.figures import new_figure, show_map
-from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
+from karat_scale.analysis.result import NothingToShowError, Result, Settings, Table, note_bad_images
 from karat_scale.analysis.softmax_fit import Distance, SoftmaxFit, can_fit
 from karat_scale.analysis.trained_run import TrainedRun
 from karat_scale.analysis.validation_images import ValidationImages
 from karat_scale.analysis.visit import visit_images
 from karat_scale.attention import KaratOperator
-from karat_scale.errors import RunDirectoryError
 from karat_scale.models.factory import layer_sizes
 from karat_scale.models.operators import gates, operators
 
@@ -30,11 +29,11 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
     """Plot curves of every head of every block over the scores that occur.
 
     Raises:
-        RunDirectoryError: the run has softmax attention, or no checkpoint.
-        DataError: its data cannot be read.
+        NothingToShowError: the run has softmax attention.
+        UserError: it has no checkpoint, or its data cannot be read.
     """
     if not run.is_karat:
-        raise RunDirectoryError(f"{run.path}: attention.kind = softmax has no learned functions; use a run with karat")
+        raise NothingToShowError(f"attention.kind = {run.recipe.attention.kind} has no learned functions")
     model = run.model()
     all_layers = operators(model)
     learned = {block: operator for block, operator in enumerate(all_layers) if operator is not None}

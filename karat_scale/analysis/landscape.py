@@ -1,39 +1,32 @@
-"""The loss landscape, the optimizer's path over it, and sharpness (paper, sections 5.1 and 5.2)."""
+"""The loss landscape and the optimizer's path over it (paper, sections 5.1 and 5.2)."""
 
-from collections.abc import Iterator
+import time
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from matplotlib.ticker import MaxNLocator
+from torch import nn
 from torch.nn.functional import cross_entropy
 
-from karat_scale.analysis.curvature import Hessian
-from karat_scale.analysis.eigenvalues import Eigenvalue
-from karat_scale.analysis.figures import new_figure
+from karat_scale.analysis.figures import OWN_LIMITS, new_figure
 from karat_scale.analysis.loss_grid import filter_normalised, loss_grid
-from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
+from karat_scale.analysis.result import Result, Settings, note_bad_images, say_cost
 from karat_scale.analysis.trained_run import TrainedRun
 from karat_scale.analysis.trajectory import Plane, plane_of_run
 from karat_scale.analysis.validation_images import ImagesInMemory
 from karat_scale.errors import RunDirectoryError
-from karat_scale.models.factory import layer_sizes
 
 MARGIN = 0.25
-PRODUCTS = 40
-PROBES = 8
-# Memory of the graph of a Hessian-vector product, in N x N matrices per head and block; measured up to G = 3.
-GRAPH_MATRICES = 80
-GRAPH_BYTES = 1 << 30
 Array = npt.NDArray[np.float64]
 
 
 def analyze_landscape(run: TrainedRun, settings: Settings, out: Path) -> Result:
-    """Compute losses around the last checkpoint's raw weights, in the plane of the path and a random one; sharpness.
+    """Compute losses around the last checkpoint's raw weights, in the plane of the path and a random one.
 
-    Collective: the ranks share the points of the grids. Only rank 0's result has the sharpness.
+    Collective: the ranks share the points of the grids.
 
     Args:
         out: the directory of unfinished grids.
@@ -48,7 +41,8 @@ def analyze_landscape(run: TrainedRun, settings: Settings, out: Path) -> Result:
         held_out = images.in_memory(max(settings.batch, 32), run.device)
         note_bad_images(result, run, images.bad)
         model = run.model(last, weights="raw")
-        plane = _plane(run, result)
+        plane = _plane(run, result, settings)
+    _say_cost(model, held_out, 1 if plane is None else 2, settings)
     identity = f"{last} {images.ids}"
     result.numbers["checkpoint"], result.numbers["images"] = last, len(held_out)
     if plane is not None:
@@ -60,10 +54,16 @@ def analyze_landscape(run: TrainedRun, settings: Settings, out: Path) -> Result:
     directions = filter_normalised(model, settings.seed)
     losses = _grid(model, held_out, directions, around, around, out, "random", identity, settings)
     _add_surface(result, "random", (around, around, losses), "two random filter-normalised directions")
-    del directions, model
-    if settings.world.is_main:
-        _add_sharpness(result, run, last, settings)
     return result
+
+
+def _say_cost(model: nn.Module, images: ImagesInMemory, grids: int, settings: Settings) -> None:
+    """Measure the loss at one point, and tell what all points take."""
+    mean_loss(model, images)  # warms up
+    started = time.perf_counter()
+    mean_loss(model, images)
+    points = -(-grids * settings.grid**2 // settings.world.size)
+    say_cost(settings, "landscape", points, time.perf_counter() - started, "--grid and --samples make it shorter")
 
 
 def mean_loss(model: nn.Module, images: ImagesInMemory) -> float:
@@ -72,9 +72,9 @@ def mean_loss(model: nn.Module, images: ImagesInMemory) -> float:
         return sum(float(cross_entropy(model(x), y, reduction="sum")) for x, y in images) / len(images)
 
 
-def _plane(run: TrainedRun, result: Result) -> Plane | None:
+def _plane(run: TrainedRun, result: Result, settings: Settings) -> Plane | None:
     try:
-        return plane_of_run(run, result.notes)
+        return plane_of_run(run, result.notes, lambda done, of: settings.progress("read the path", done, of))
     except RunDirectoryError as error:
         result.notes.append(str(error))
         return None
@@ -124,6 +124,7 @@ def _add_path(result: Result, run: TrainedRun, plane: Plane, grid: tuple[Array, 
     _add_surface(result, "path", grid, "the plane of the path's two main components")
     figure = new_figure(5.4, 4.2)
     axes = figure.subplots()
+    axes.set_label(OWN_LIMITS)  # each run has its own plane
     filled = axes.contourf(*grid[:2], np.log10(grid[2]), levels=20, cmap="viridis")
     figure.colorbar(filled, label="log10 of the loss")
     axes.plot(*plane.coordinates.T, "o-", color="white", markersize=3, linewidth=1)
@@ -142,10 +143,11 @@ def _add_surface(result: Result, name: str, grid: tuple[Array, Array, Array], wh
     first, second, losses = grid
     result.arrays |= {f"{name}_first": first, f"{name}_second": second, f"{name}_loss": losses}
     result.numbers[f"{name}_loss"] = {"least": float(np.nanmin(losses)), "greatest": float(np.nanmax(losses))}
-    result.figures[f"{name}_surface"] = _draw_surface(first, second, losses), f"Held-out loss over {where}."
+    figure = _draw_surface(first, second, losses, own_plane=name == "path")
+    result.figures[f"{name}_surface"] = figure, f"Held-out loss over {where}. The star is the last checkpoint."
 
 
-def _draw_surface(first: Array, second: Array, losses: Array) -> Figure:
+def _draw_surface(first: Array, second: Array, losses: Array, own_plane: bool) -> Figure:
     figure = new_figure(9, 4)
     grid = figure.add_gridspec(1, 2, width_ratios=(1.2, 1))
     surface = figure.add_subplot(grid[0, 0], projection="3d")
@@ -153,51 +155,15 @@ def _draw_surface(first: Array, second: Array, losses: Array) -> Figure:
     z = np.log10(losses)
     surface.plot_surface(x, y, z, cmap="viridis", linewidth=0, antialiased=True)
     surface.set(xlabel="direction 1", ylabel="direction 2", zlabel="log10 of the loss")
+    for axis in (surface.xaxis, surface.yaxis, surface.zaxis):
+        axis.set_pane_color((0.5, 0.5, 0.5, 0.08))
+        axis.set_major_locator(MaxNLocator(4))
     flat = figure.add_subplot(grid[0, 1])
-    lines = flat.contour(first, second, z, levels=15, cmap="viridis")
-    flat.clabel(lines, fontsize=6)
+    shown = flat.contourf(first, second, z, levels=20, cmap="viridis")
+    figure.colorbar(shown, label="log10 of the loss")
     flat.plot(0, 0, "*", color="C1", markersize=10)
     flat.set(xlabel="direction 1", ylabel="direction 2")
+    if own_plane:
+        for axes in (surface, flat):
+            axes.set_label(OWN_LIMITS)
     return figure
-
-
-def _images_of_a_graph(run: TrainedRun) -> int:
-    """Return the number of images whose graphs fit in GRAPH_BYTES; at least one."""
-    scores = sum(size.heads * size.scores for size in layer_sizes(run.recipe.model))
-    return max(1, GRAPH_BYTES // (4 * GRAPH_MATRICES * scores))
-
-
-def _add_sharpness(result: Result, run: TrainedRun, last: str, settings: Settings) -> None:
-    model = run.model(last, weights="raw", implementation="reference")
-    batch = min(settings.batch, _images_of_a_graph(run))
-    images = run.images(settings.hessian_samples).in_memory(batch, run.device)
-    products = 0
-
-    def losses() -> Iterator[Tensor]:
-        nonlocal products
-        products += 1
-        settings.progress("sharpness", products, PRODUCTS * settings.eigenvalues + PROBES)
-        for x, y in images:
-            yield cross_entropy(model(x), y, reduction="sum") / len(images)
-
-    hessian = Hessian(list(model.parameters()), losses)
-    values: list[Eigenvalue] = []
-    try:
-        values = hessian.top_eigenvalues(settings.eigenvalues, PRODUCTS * settings.eigenvalues, settings.seed)
-    except RunDirectoryError as refused:
-        result.notes.append(str(refused))
-    trace, error = hessian.trace(PROBES, settings.seed)
-    result.numbers["hessian"] = {
-        "images": len(images),
-        "top_eigenvalues": [found.value for found in values],
-        "converged": [found.converged for found in values],
-        "trace": trace,
-        "trace_error": error,
-    }
-    rows: list[list[object]] = [
-        [f"eigenvalue {i}{'' if found.converged else ', not converged'}", found.value]
-        for i, found in enumerate(values, start=1)
-    ]
-    rows += [["trace", trace], ["standard error of the trace", error]]
-    title = f"Sharpness: Hessian of the held-out loss on {len(images)} images"
-    result.tables.append(Table(title, ["figure", "value"], rows))

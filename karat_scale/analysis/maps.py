@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from karat_scale.analysis.figures import new_figure, show_map
-from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
+from karat_scale.analysis.result import NothingToShowError, Result, Settings, Table, note_bad_images
 from karat_scale.analysis.trained_run import TrainedRun
 from karat_scale.errors import RunDirectoryError
 from karat_scale.models.attention_matrices import watched
@@ -96,7 +96,8 @@ def analyze_maps(run: TrainedRun, settings: Settings) -> Result:
     """Plot maps of `settings.block` for the images of `settings.image_ids`.
 
     Raises:
-        UserError: the block or image does not exist, or the model has no class token.
+        NothingToShowError: the model has no class token.
+        UserError: the block or image does not exist.
     """
     model: Any = run.model()
     images = run.images(4, settings.image_ids)
@@ -105,7 +106,7 @@ def analyze_maps(run: TrainedRun, settings: Settings) -> Result:
     if not -depth <= settings.block < depth:
         raise RunDirectoryError(f"{run.path}: --block {settings.block}: it has blocks 0 to {depth - 1}")
     if getattr(model, "cls_token", None) is None or not hasattr(model, "num_prefix_tokens"):
-        raise RunDirectoryError(f"{run.path}: {host} has no class token with a single patch grid, so it has no maps")
+        raise NothingToShowError(f"{host} has no class token with a single patch grid")
     block, prefix, grid = settings.block % depth, model.num_prefix_tokens, model.patch_embed.grid_size
     with_token = [number for number, size in enumerate(sizes) if size.tokens == prefix + grid[0] * grid[1]]
     if block not in with_token:
@@ -141,9 +142,9 @@ def analyze_maps(run: TrainedRun, settings: Settings) -> Result:
         rows.append([ids[index], name, head, 100 * negative, float(learned[index].sum(-1).mean())])
         figure = partial(_draw, picture, raw[index], learned[index], rollout[index], head, grid, what)
         caption = (
-            f"Image {ids[index]} ({name}), block {maps.block}. Top: the scores A of the class token; below: "
-            f"{what}; negatives as 0. Left: the image, the region with {REGION_SHARE:.0%} of the dominant head's "
-            f"positive scores (head {head}), and the rollout over all blocks."
+            f"Image {ids[index]} ({name}), block {maps.block}. Top: the scores A of the class token; below: {what}; "
+            "negatives as 0, each map from 0 (dark) to its largest value. Left: the image, the region with "
+            f"{REGION_SHARE:.0%} of the dominant head's positive scores (head {head}), and the rollout over all blocks."
         )
         result.figures[f"image_{ids[index]}"] = figure, caption
     result.numbers = {
@@ -162,7 +163,7 @@ def _draw(
     picture: Tensor, raw: Tensor, learned: Tensor, rollout: Tensor, head: int, grid: tuple[int, int], what: str
 ) -> Figure:
     heads = min(len(raw), MAX_HEADS)
-    figure = new_figure(1.35 * (heads + 2), 3)
+    figure = new_figure(1.35 * (heads + 2), 3.3)
     axes = figure.subplots(2, heads + 2, squeeze=False)
     pixels = picture.permute(1, 2, 0).numpy()
     show_map(axes[0, 0], pixels, "image")
@@ -171,11 +172,12 @@ def _draw(
     show_map(axes[0, 1], rollout.view(grid).numpy(), "rollout")
     show_map(axes[1, 1], pixels)
     overlay = _enlarged(rollout.view(grid).double(), pixels.shape[:2])
-    show_map(axes[1, 1], overlay, "rollout", alpha=0.55, cmap="magma")
+    show_map(axes[1, 1], overlay, "rollout on it", alpha=0.55, cmap="magma")
     for number in range(heads):
         mark = " *" if number == head else ""
-        show_map(axes[0, number + 2], raw[number].clamp(min=0).view(grid).numpy(), f"A, head {number}{mark}")
-        show_map(axes[1, number + 2], learned[number].clamp(min=0).view(grid).numpy(), f"{what}, head {number}{mark}")
+        for row, values, of in ((0, raw, "A"), (1, learned, what)):
+            weights = values[number].clamp(min=0).view(grid).numpy()
+            show_map(axes[row, number + 2], weights, f"{of}, head {number}{mark}\nup to {weights.max():.2g}")
     return figure
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from karat_scale.analysis.figures import rendered
-from karat_scale.analysis.result import Result, Table
+from karat_scale.analysis.result import Result, Settings, Table, Tile
 from karat_scale.console import write_json
 from karat_scale.files import write_atomically
 
@@ -25,11 +25,11 @@ SHOWN = "shown.json"
 
 @dataclass(frozen=True)
 class WrittenFigure:
-    """One figure on disk. `png` is its bytes, for the report."""
+    """One figure on disk. `svg` is its bytes, for the report."""
 
     name: str
     caption: str
-    png: bytes
+    svg: bytes
     path: Path
 
 
@@ -40,25 +40,33 @@ class Written:
     figures: list[WrittenFigure]
     tables: list[Table]
     notes: list[str]
+    galleries: dict[str, list[Tile]] = field(default_factory=dict)
     earlier: bool = False
 
 
-def write_result(result: Result, directory: Path, fingerprint: str) -> Written:
+def write_result(result: Result, directory: Path, fingerprint: str, settings: Settings | None = None) -> Written:
     """Write everything into `directory`, which is created: NAME.png, NAME.svg, numbers.json, arrays.npz, shown.json.
 
     Args:
         fingerprint: of the analysed run; `read_written` requires the same one.
+        settings: hears of the progress.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / SHOWN).unlink(missing_ok=True)  # until all files that it lists exist
     figures = []
-    for name, (figure, caption) in result.figures.items():
+    for number, (name, (figure, caption)) in enumerate(result.figures.items(), start=1):
         figure = figure if isinstance(figure, Figure) else figure()
-        png = rendered(figure, "png")
-        path = directory / f"{safe_name(name)}.png"
-        write_atomically(path, png)
-        write_atomically(path.with_suffix(".svg"), rendered(figure, "svg"))
-        figures.append(WrittenFigure(name, caption, png, path))
+        path, svg = directory / f"{safe_name(name)}.png", rendered(figure, "svg")
+        write_atomically(path, rendered(figure, "png"))
+        write_atomically(path.with_suffix(".svg"), svg)
+        figures.append(WrittenFigure(name, caption, svg, path))
+        if settings:
+            settings.progress("draw figures", number, len(result.figures))
+    if result.galleries:
+        (directory / "pictures").mkdir(exist_ok=True)
+    for tiles in result.galleries.values():
+        for tile in tiles:
+            write_atomically(_picture(directory, tile.name), tile.png)
     numbers = {**result.numbers, "notes": result.notes}
     write_json(directory / "numbers.json", _plain(numbers))
     content = io.BytesIO()
@@ -68,10 +76,11 @@ def write_result(result: Result, directory: Path, fingerprint: str) -> Written:
         "fingerprint": fingerprint,
         "figures": [[figure.name, figure.caption] for figure in figures],
         "tables": [asdict(table) for table in result.tables],
+        "galleries": {title: [[tile.name, tile.lines] for tile in tiles] for title, tiles in result.galleries.items()},
         "notes": result.notes,
     }
     write_atomically(directory / SHOWN, json.dumps(_plain(shown)) + "\n")
-    return Written(figures, result.tables, result.notes)
+    return Written(figures, result.tables, result.notes, result.galleries)
 
 
 def read_written(directory: Path, fingerprint: str) -> Written | None:
@@ -81,16 +90,25 @@ def read_written(directory: Path, fingerprint: str) -> Written | None:
         if shown["fingerprint"] == fingerprint:
             paths = [directory / f"{safe_name(name)}.png" for name, _ in shown["figures"]]
             figures = [
-                WrittenFigure(name, caption, path.read_bytes(), path)
+                WrittenFigure(name, caption, path.with_suffix(".svg").read_bytes(), path)
                 for (name, caption), path in zip(shown["figures"], paths, strict=True)
             ]
-            return Written(figures, [Table(**table) for table in shown["tables"]], shown["notes"], earlier=True)
+            galleries = {
+                title: [Tile(name, lines, _picture(directory, name).read_bytes()) for name, lines in tiles]
+                for title, tiles in shown["galleries"].items()
+            }
+            tables = [Table(**table) for table in shown["tables"]]
+            return Written(figures, tables, shown["notes"], galleries, earlier=True)
     return None
 
 
 def safe_name(text: str) -> str:
     """Return a name that any file system accepts."""
     return re.sub(r"[^\w.-]+", "_", text).strip(".") or "unnamed"
+
+
+def _picture(directory: Path, name: str) -> Path:
+    return directory / "pictures" / f"{safe_name(name)}.png"
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ SNAPSHOT = ".safetensors"
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """One run, softmax or KArAt. Its directory is never changed.
+    """One run, softmax or KArAt. Its directory is never changed, except that its predictions are kept there.
 
     Args:
         path: the run's directory.
@@ -44,6 +45,11 @@ class TrainedRun:
         """The run's checkpoints."""
         return CheckpointStore(self.path / "checkpoints", falsehood)
 
+    @cached_property
+    def shared(self) -> dict[str, Any]:
+        """What one analysis has computed for others."""
+        return {}
+
     @property
     def label(self) -> str:
         """The directory's name."""
@@ -53,6 +59,11 @@ class TrainedRun:
     def chosen(self) -> str:
         """The checkpoint to analyse, chosen as `karat eval` does. Raises RunDirectoryError if there is none."""
         return self.store.find_intact(self.checkpoint)
+
+    @property
+    def weights_kind(self) -> str:
+        """Return "raw" or "ema", the weights of the checkpoint to analyse."""
+        return "ema" if wants_ema(self.weights, self.recipe, self.store.state(self.chosen)) else "raw"
 
     @cached_property
     def in_order(self) -> list[str]:

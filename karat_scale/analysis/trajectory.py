@@ -1,7 +1,7 @@
 """The path of the weights through training: PCA of their changes over checkpoints (paper, sections 5.1 and 5.2)."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,11 +73,14 @@ def principal_plane(changes: "npt.NDArray[np.float32] | _OnDisk", names: list[st
     return Plane(names, coordinates, values / max(float(np.trace(gram)), 1e-30), directions)
 
 
-def plane_of_run(run: TrainedRun, notes: list[str]) -> Plane:
+def plane_of_run(
+    run: TrainedRun, notes: list[str], progress: Callable[[int, int], None] = lambda done, total: None
+) -> Plane:
     """Return the plane of a run's raw weights. Raises RunDirectoryError if there are too few checkpoints.
 
     Args:
         notes: receives a line for each damaged checkpoint that is left out.
+        progress: hears how many checkpoints are read, and of how many.
     """
     names = []
     model = run.model(run.in_order[-1], weights="raw")
@@ -86,7 +89,8 @@ def plane_of_run(run: TrainedRun, notes: list[str]) -> Plane:
     with tempfile.TemporaryDirectory(prefix="karat-analysis-") as directory:
         path = Path(directory) / "changes"
         with path.open("wb") as file:
-            for name in run.in_order:
+            for number, name in enumerate(run.in_order, start=1):
+                progress(number, len(run.in_order))
                 try:
                     run.load(model, name, "raw")
                 except RunDirectoryError as error:

@@ -66,7 +66,11 @@ class ValidationImages:
     def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield normalised float32 images [b, 3, H, W] and labels [b]."""
         for batch in self.raw(batch_size):
-            yield self._normalize(batch.images.to(device)), batch.labels.to(device)
+            yield self.normalized(batch, device), batch.labels.to(device)
+
+    def normalized(self, batch: Batch, device: torch.device) -> torch.Tensor:
+        """Return a batch's bytes as normalised float32 images [b, 3, H, W]."""
+        return self._normalize(batch.images.to(device))
 
     def in_memory(self, batch_size: int, device: torch.device) -> "ImagesInMemory":
         """The batches of `batches` for many passes: decoded once and kept as bytes."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from karat_scale.cluster.heartbeat import Sign, read_signs
 from karat_scale.errors import EXIT_STOPPED, RunDirectoryError
+from karat_scale.evaluation.kept import read_evaluations
 from karat_scale.files import parse_json, read_text
 
 SQUEUE_SECONDS = 5
@@ -45,6 +46,8 @@ class Standing:
     silent_seconds: float | None = None
     ended: str | None = None
     exit_code: int | None = None
+    evaluations: list[str] = field(default_factory=list)
+    """A line for each test set of `karat eval --on`."""
     damaged_lines: int = 0
     """Of `metrics.jsonl`: what a disk that was full has cut off, and what is no event."""
 
@@ -80,6 +83,7 @@ def read_standing(run: Path, now: float | None = None) -> Standing:
         except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
             standing.count_damaged()
     _read_checkpoints(standing, run / "checkpoints", now)
+    standing.evaluations = _evaluations(run)
     standing.signs = _of_newest_start(read_signs(run))
     if standing.signs:
         standing.silent_seconds = max(now - max(sign.written for sign in standing.signs), 0.0)
@@ -150,6 +154,13 @@ def _read_checkpoints(standing: Standing, root: Path, now: float) -> None:
         if isinstance(step := state.get("step"), int):  # which may not have been logged yet
             standing.step = max(standing.step, step)
         standing.peak_memory_mb = standing.peak_memory_mb or state.get("peak_memory_mb") or None
+
+
+def _evaluations(run: Path) -> list[str]:
+    try:
+        return [f"{one.name}: {one.text} ({one.checkpoint}, {one.weights})" for one in read_evaluations(run)]
+    except RunDirectoryError as error:
+        return [str(error)]
 
 
 def _of_newest_start(signs: list[Sign]) -> list[Sign]:

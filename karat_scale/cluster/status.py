@@ -76,6 +76,7 @@ def _rows(standing: Standing) -> list[tuple[str, str]]:
         ("step", steps + (f", epoch {standing.epoch}" if standing.epoch is not None else "")),
         ("loss", f"{standing.losses[-1]:.4f}  {sparkline(standing.losses)}" if standing.losses else "none logged yet"),
         ("top-1", _top1(standing)),
+        *(("tested on", line) for line in standing.evaluations),
         ("images/s", f"{standing.images_per_second:,.0f}" if standing.images_per_second else None),
         (_memory_kind(standing), f"peak {standing.peak_memory_mb:,.0f} MB" if standing.peak_memory_mb else None),
         ("restarts", str(standing.restarts)),

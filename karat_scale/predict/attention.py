@@ -1,95 +1,23 @@
 """Where a classifier looks in each image: the attention of the last block, laid over what the model saw."""
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from karat_scale.analysis.figures import new_figure, rendered, show_map
-from karat_scale.analysis.maps import dominant_head
+from karat_scale.analysis.last_block import LastBlock
 from karat_scale.console import printable
 from karat_scale.files import write_atomically
-from karat_scale.models.attention_matrices import can_be_watched, watched
-from karat_scale.models.factory import layer_sizes
-from karat_scale.models.layers import attention_layers
-from karat_scale.recipe import ModelConfig
-
-
-class NoMapError(Exception):
-    """The model has no attention map of an image; the message is the reason."""
-
-
-@dataclass
-class LastBlock:
-    """The attention that each patch of the last block gets in a batch: from the class token, else from all patches.
-
-    scores, weights: A and S, [B, h, patches], of the latest forward pass.
-    """
-
-    block: int
-    prefix: int
-    grid: tuple[int, int]
-    has_class_token: bool
-    scores: Tensor = field(default_factory=lambda: torch.empty(0))
-    weights: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    @classmethod
-    def of(cls, model: nn.Module, config: ModelConfig) -> "LastBlock":
-        """Return the place of the map in a model. Raises NoMapError if there is none."""
-        if not attention_layers(model) or not can_be_watched(model):
-            raise NoMapError(f"the attention matrices of {config.name} cannot be read")
-        sizes = layer_sizes(config)
-        last = sizes[-1]
-        if last.sets != 1:
-            raise NoMapError(f"the last block of {config.name} attends within {last.sets} windows, not over the image")
-        prefix, grid = _layout(model, last.tokens)
-        if prefix is None:
-            raise NoMapError(f"the {last.tokens} tokens of {config.name}'s last block are no square grid")
-        has_class_token = prefix > 0 and getattr(model, "cls_token", None) is not None
-        return cls(len(sizes) - 1, prefix, grid, has_class_token)
-
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Keep what the last block of each forward pass computes."""
-        with watched(model, self._visit):
-            yield
-
-    def _visit(self, number: int, raw: Tensor, learned: Tensor) -> None:
-        if number == self.block:
-            self.scores, self.weights = self._rows(raw), self._rows(learned)
-
-    def _rows(self, matrices: Tensor) -> Tensor:
-        queries = matrices[:, :, 0] if self.has_class_token else matrices[:, :, self.prefix :].mean(2)
-        return queries[..., self.prefix :].cpu()
-
-
-def _layout(model: Any, tokens: int) -> tuple[int | None, tuple[int, int]]:
-    """Return the number of tokens before the patches, and the grid of the patches; None where there is no grid."""
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    if grid is not None and 0 <= tokens - grid[0] * grid[1] == getattr(model, "num_prefix_tokens", 0):
-        return tokens - grid[0] * grid[1], (grid[0], grid[1])
-    side = math.isqrt(tokens)  # of the last of several stages
-    return (0 if side**2 == tokens else None), (side, side)
 
 
 def write_overlay(path: Path, picture: Tensor, maps: LastBlock, row: int, title: str) -> None:
-    """Write a PNG: the image uint8 [3, H, W] as the model saw it, and the dominant head's weights S over it.
-
-    Negative weights are shown as 0. The head is chosen by the scores, as in `karat analyze`.
-    """
-    head = dominant_head(maps.scores[row])
-    weights = maps.weights[row, head].clamp(min=0).view(1, 1, *maps.grid)
-    enlarged = torch.nn.functional.interpolate(weights, size=picture.shape[1:], mode="nearest")[0, 0]
+    """Write a PNG: the image uint8 [3, H, W] as the model saw it, and the dominant head's weights S over it."""
+    head, weights = maps.overlay(row, (picture.shape[1], picture.shape[2]))
     figure = new_figure(6, 3.3)
     axes = figure.subplots(1, 2)
     pixels = picture.permute(1, 2, 0).numpy()
     show_map(axes[0], pixels, "image")
     show_map(axes[1], pixels, f"block {maps.block}, head {head}")
-    show_map(axes[1], enlarged.numpy(), f"block {maps.block}, head {head}", alpha=0.55, cmap="magma")
+    show_map(axes[1], weights.numpy(), f"block {maps.block}, head {head}", alpha=0.55, cmap="magma")
     figure.suptitle(printable(title).replace("$", r"\$"))
     write_atomically(path, rendered(figure, dpi=100))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from karat_scale.analysis.last_block import LastBlock, NoMapError
 from karat_scale.console import plural, printable, progress
 from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.batch import Batch
@@ -15,7 +16,7 @@ from karat_scale.engine.devices import device_name
 from karat_scale.engine.out_of_memory import one_line_out_of_memory
 from karat_scale.engine.precision import forward_for_evaluation
 from karat_scale.errors import RunDirectoryError
-from karat_scale.predict.attention import LastBlock, NoMapError, write_overlay
+from karat_scale.predict.attention import write_overlay
 from karat_scale.predict.classifier import Classifier, open_classifier
 from karat_scale.predict.images import bad_of, evaluation_batches, find_images, left_out
 from karat_scale.predict.result import Guess, Prediction, print_predictions, write_csv, write_json_lines

@@ -5,6 +5,8 @@ classes.json     the names of the classes, in the order of the labels
 metrics.jsonl    one event a line
 summary.json     the outcome
 histograms.jsonl distributions for the trackers
+predictions.npz  for each validation image, of the weights that were analysed last
+evaluations/     results on other test sets, see evaluation/kept.py
 tensorboard/     event files
 trackers/        how far each tracker has got
 profile/         see profiler

@@ -44,6 +44,17 @@ class Browser:
         """Whether the first such element can be seen."""
         return self._driver.find_element("css selector", selector).is_displayed()
 
+    def press_escape(self) -> None:
+        """Press the Escape key."""
+        from selenium.webdriver.common.keys import Keys
+
+        self._driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+
+    def resize(self, width: int, height: int) -> None:
+        """Give the page another width, also one that a window cannot have."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self._driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
     def prefer(self, scheme: str) -> None:
         """As the reader's system does, "dark" or "light"."""
         feature = {"name": "prefers-color-scheme", "value": scheme}
@@ -51,10 +62,11 @@ class Browser:
 
     def screenshot(self, path: Path) -> None:
         """The whole page, not only what is in the window."""
-        height = self.run("return document.documentElement.scrollHeight")
-        self._driver.set_window_size(1300, min(height, 12_000))
+        width, height = self.run("return [innerWidth, document.documentElement.scrollHeight]")
+        before = width, self.run("return innerHeight")
+        self.resize(width, min(height, 16_000))
         self._driver.save_screenshot(str(path))
-        self._driver.set_window_size(1300, 1000)
+        self.resize(*before)
 
     def messages(self) -> list[str]:
         """What the console has shown since it was last asked."""

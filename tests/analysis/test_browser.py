@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.analysis.browser import Browser
 from tests.analysis.test_report import NASTY, make_page
@@ -33,8 +35,9 @@ def test_hostile_names_are_shown_as_they_are_and_nothing_complains(page: Browser
 
 def test_every_figure_is_drawn(page: Browser) -> None:
     sizes = page.run("return [...document.querySelectorAll('figure img')].map(i => i.complete && i.naturalWidth)")
-    assert len(sizes) == 1
+    assert len(sizes) == 2
     assert sizes[0] > 100
+    assert sizes[1] == 1
 
 
 def test_a_table_is_sorted_by_the_column_that_is_clicked(page: Browser) -> None:
@@ -57,9 +60,46 @@ def test_a_figure_opens_enlarges_and_closes(page: Browser) -> None:
     assert page.run("return document.querySelector('figure img').clientWidth") < fitted <= 1300
     page.click("#zoom img")
     assert page.run("return document.querySelector('#zoom img').clientWidth") > fitted
+    assert page.run("return document.querySelector('#zoom img').src").startswith("data:image/svg+xml")
+    page.click("#zoom button")
+    assert not page.shown("#zoom")
+    page.click("figure img")
+    page.press_escape()
+    assert not page.shown("#zoom")
+    page.click("figure img")
     page.run("document.getElementById('zoom').click()")
     assert not page.shown("#zoom")
     assert page.messages() == []
+
+
+def ink(browser: Browser, tmp_path: Path) -> int:
+    """The brightness of the ink of the figure: of its darkest pixel on a light page, its brightest on a dark one."""
+    browser.screenshot(tmp_path / "page.png")
+    box = browser.run(
+        "const r = document.querySelector('figure img').getBoundingClientRect();"
+        "return [r.left, r.top + scrollY, r.right, r.bottom + scrollY]"
+    )
+    pixels = np.asarray(Image.open(tmp_path / "page.png").convert("L").crop(box)).astype(int)
+    middle = np.median(pixels)
+    return int(pixels.min() if middle > 128 else pixels.max())
+
+
+def test_figures_follow_dark_mode(page: Browser, tmp_path: Path) -> None:
+    assert ink(page, tmp_path) < 60
+    page.click("#theme")
+    assert ink(page, tmp_path) > 200
+    page.prefer("dark")
+    page.click("#theme")
+    assert ink(page, tmp_path) < 60
+
+
+def test_a_phone_shows_all_without_scrolling_sideways(page: Browser) -> None:
+    page.resize(390, 800)
+    try:
+        assert page.run("return document.documentElement.scrollWidth <= innerWidth")
+        assert page.run("return document.querySelector('figure img').getBoundingClientRect().right <= innerWidth")
+    finally:
+        page.resize(1300, 1000)
 
 
 def test_dark_and_light_as_the_system_says_and_as_the_button_says(page: Browser) -> None:

@@ -5,18 +5,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from karat_scale.analysis.command import ANALYSES, unique_labels
+from karat_scale.analysis.command import ANALYSES, JOINT, OWN, unique_labels
 from karat_scale.analysis.trained_run import TrainedRun
 from karat_scale.cli import ANALYSES as NAMES
 from karat_scale.cli import main
 from tests.analysis.browser import Browser
 from tests.conftest import karat
 
-QUICK = ("--images", "4", "--grid", "3", "--samples", "8", "--image", "0", "5")
+QUICK = ("--images", "4", "--grid", "3", "--samples", "8", "--hessian-samples", "4", "--image", "0", "5")
 
 
 def test_the_parser_names_the_analyses_there_are() -> None:
     assert tuple(ANALYSES) == NAMES
+    assert {*JOINT, *OWN} == {*ANALYSES}
 
 
 @pytest.mark.slow
@@ -25,16 +26,18 @@ def test_two_runs_side_by_side(
 ) -> None:
     out = tmp_path / "out"
     assert main(["analyze", str(karat_run.path), str(softmax_run.path), *QUICK, "--out", str(out)]) == 0
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1
-    assert "functions of softmax" in errors[0]
-    for name in NAMES:
+    printed = capsys.readouterr().err.splitlines()
+    assert not [line for line in printed if line.startswith("error:")]
+    assert "note: functions of softmax: attention.kind = softmax has no learned functions" in printed
+    assert any(line.startswith("note: robustness: not measured") for line in printed)
+    for name in OWN:
         for label in ("karat", "softmax"):
             if (name, label) != ("functions", "softmax"):
                 assert json.loads((out / name / label / "numbers.json").read_text()), (name, label)
                 assert (out / name / label / "arrays.npz").stat().st_size
+    assert json.loads((out / "training" / "numbers.json").read_text())
     page = (out / "report.html").read_text()
-    figures = {path.relative_to(out) for path in out.rglob("*.png")}
+    figures = {path.relative_to(out) for path in out.rglob("*.png") if path.parent.name != "pictures"}
     assert len(figures) == page.count("data-figure=")
     assert {path.with_suffix(".svg") for path in figures} == {p.relative_to(out) for p in out.rglob("*.svg")}
 
@@ -62,10 +65,14 @@ def test_missing_images_leave_what_needs_none(
 ) -> None:
     out, nowhere = str(tmp_path / "out"), str(tmp_path / "nowhere")
     arguments = ["analyze", str(karat_run.path), *QUICK, "--out", out, "--data", nowhere]
-    assert main([*arguments, "--only", "spectrum", "distributions"]) == 0
+    names = ("accuracy", "calibration", "spectrum", "maps", "distributions")
+    assert main([*arguments, "--only", *names]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1
+    assert len(lines) == 1  # although four analyses need the images
     assert nowhere in lines[0]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count('class="problem"') == 1
+    assert "so there is no accuracy, calibration, spectral behaviour, attention maps" in page
     assert main([*arguments, "--only", "maps"]) == 2
 
 
@@ -128,10 +135,15 @@ def test_the_report_of_two_runs_in_a_browser(
     assert main(arguments) == 0
     browser.open(tmp_path / "report.html")
     assert browser.messages() == []
-    expected = {path.relative_to(tmp_path).with_suffix("").as_posix() for path in tmp_path.rglob("*.png")}
+    figures = [path for path in tmp_path.rglob("*.png") if path.parent.name != "pictures"]
+    expected = {path.relative_to(tmp_path).with_suffix("").as_posix() for path in figures}
     loaded = browser.run(
         "return [...document.querySelectorAll('figure img')].filter(i => i.complete && i.naturalWidth > 100)"
-        ".map(i => i.dataset.figure)"
+        ".map(i => i.dataset.figure).filter(name => name)"
     )
     assert set(loaded) == expected
+    tiles = browser.run("return [...document.querySelectorAll('.tiles img')].map(i => i.complete && i.naturalWidth)")
+    assert len(tiles) > 0
+    assert all(tiles)
+    assert browser.run("return document.querySelector('main section').id") == "training"
     assert browser.run("return document.documentElement.scrollWidth <= innerWidth")

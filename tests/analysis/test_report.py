@@ -1,3 +1,4 @@
+import base64
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -6,8 +7,11 @@ import pytest
 from karat_scale.analysis.figures import new_figure
 from karat_scale.analysis.output import read_written, write_result
 from karat_scale.analysis.report import Problem, RunSummary, write_report
-from karat_scale.analysis.result import Result, Table
+from karat_scale.analysis.result import Result, Table, Tile
 
+PICTURE = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 NASTY = "<script>alert('x')</script>&\"'"
 
 
@@ -36,10 +40,12 @@ def make_page(tmp_path: Path) -> Path:
     result = Result(numbers={"x": float("nan")}, notes=[NASTY])
     result.figures[NASTY] = figure, NASTY
     result.tables.append(Table(NASTY, ["class", NASTY], [[NASTY, 1.23456], ["b", None], ["c", -30]]))
+    result.galleries[NASTY] = [Tile(NASTY, [NASTY, "50 %"], PICTURE)]
     written = write_result(result, tmp_path / "spectrum", "run")
-    runs = [RunSummary(NASTY, {"directory": NASTY}), RunSummary("other", {})]
+    runs = [RunSummary(NASTY, {"directory": NASTY}, NASTY), RunSummary("other", {}, "12.5 % top-1")]
     path = tmp_path / "report.html"
-    write_report(path, runs, {"spectrum": {NASTY: written}}, [Problem("maps", "other", NASTY)])
+    problems = [Problem(("Attention maps", "Accuracy"), "other", NASTY), Problem(("Sharpness",), "other", NASTY, True)]
+    write_report(path, runs, {"spectrum": {NASTY: written}}, problems)
     return path
 
 
@@ -56,13 +62,16 @@ def test_text_is_escaped_and_nothing_is_fetched(page: str) -> None:
     assert all(link.startswith(("data:", "#")) for link in parsed.links)
     assert parsed.figures == [f"spectrum/{NASTY}/{NASTY}"]
     assert "1.235" in page
-    assert "not made for this run" in page
+    assert "so there is no attention maps, accuracy" in page
+    assert page.count("Not in this report") == 1
+    assert page.index("12.5 % top-1") < page.index("Spectral behaviour</h2>")
 
 
 def test_files_beside_the_report(page: str, tmp_path: Path) -> None:
     names = sorted(path.name for path in (tmp_path / "spectrum").iterdir())
     assert names[:2] == ["_script_alert_x_script_.png", "_script_alert_x_script_.svg"]
-    assert names[2:] == ["arrays.npz", "numbers.json", "shown.json"]
+    assert names[2:] == ["arrays.npz", "numbers.json", "pictures", "shown.json"]
+    assert [path.name for path in (tmp_path / "spectrum" / "pictures").iterdir()] == ["_script_alert_x_script_.png"]
     assert '"x": null' in (tmp_path / "spectrum" / "numbers.json").read_text()
 
 
@@ -72,9 +81,16 @@ def test_what_was_written_can_be_shown_again(page: str, tmp_path: Path) -> None:
     assert again.earlier
     report = tmp_path / "again.html"
     write_report(report, [RunSummary(NASTY, {})], {"spectrum": {NASTY: again}}, [])
-    for part in ("data:image/png;base64,iVBOR", "1.235", ">-30<", ">-<", "made by an earlier command"):
+    for part in (
+        "data:image/svg+xml;base64,PD94",
+        "data:image/png;base64,iVBOR",
+        "1.235",
+        ">-30<",
+        ">-<",
+        "made by an earlier command",
+    ):
         assert part in report.read_text(), part
     assert read_written(tmp_path / "spectrum", "another") is None
     assert read_written(tmp_path / "maps", "run") is None
-    next((tmp_path / "spectrum").glob("*.png")).unlink()
+    next((tmp_path / "spectrum").glob("*.svg")).unlink()
     assert read_written(tmp_path / "spectrum", "run") is None

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from karat_scale.analysis.last_block import LastBlock, NoMapError
 from karat_scale.models import create_model
 from karat_scale.models.attention_matrices import watched
-from karat_scale.predict.attention import LastBlock, NoMapError
 from karat_scale.predict.classifier import open_classifier
 from karat_scale.predict.command import logits_of
 from karat_scale.predict.images import find_images

@@ -58,6 +58,10 @@ class FolderSplit:
         """Return the path of a sample below its folder, and the folder."""
         return os.fsdecode(bytes(self._paths[sample_id])), str(self._folder)
 
+    def keys(self) -> list[str]:
+        """Return the path of each sample below its folder."""
+        return [os.fsdecode(bytes(path)) for path in self._paths]
+
     def file_of(self, sample_id: int) -> str:
         """Return the path of the sample's file."""
         return str(self._folder / self.locate(sample_id)[0])

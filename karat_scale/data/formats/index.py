@@ -65,6 +65,11 @@ def key_of(data: bytes, sample: int) -> str:
     return key.decode(errors="backslashreplace")
 
 
+def keys_of(data: bytes) -> list[str]:
+    """Return the keys of all samples, as `key_of`."""
+    return [key.decode(errors="backslashreplace") for key in read_column(data, KEY).tolist()]
+
+
 def _numbers(column: Column, name: str, kind: Any) -> Column:
     if column.dtype.kind not in "iu":
         raise ValueError(f"column {name} holds no whole numbers")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from karat_scale.data.formats import checks
-from karat_scale.data.formats.index import key_of, read_columns
+from karat_scale.data.formats.index import key_of, keys_of, read_columns
 from karat_scale.data.formats.place import FIX, WORDING, LocalPlace, Place
 from karat_scale.data.formats.shard_files import ChangedSampleError, SamplePlaces
 from karat_scale.data.formats.shard_format import (
@@ -138,6 +138,10 @@ class ShardSplit:
             return key_of(self._indexes.read_checked(shard.index), number), shard.name
         except (DataError, ValueError, IndexError):  # the index has changed: the place is all that is known
             return f"number {number}", shard.name
+
+    def keys(self) -> list[str]:
+        """Return the key of each sample. Raises DataError if an index has changed."""
+        return [key for shard in self._shards for key in keys_of(self._indexes.read_checked(shard.index))]
 
     def file_of(self, sample_id: int) -> str:
         """Return the path or the URL of the shard that holds a sample."""

@@ -9,7 +9,6 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from karat_scale.checkpoint.snapshots import Snapshots, snapshot_steps
-from karat_scale.checkpoint.weights import load_weights
 from karat_scale.data.augmentation.device_augment import DeviceAugment
 from karat_scale.data.augmentation.mixing import Mixer
 from karat_scale.data.augmentation.normalize import Normalize
@@ -46,6 +45,7 @@ from karat_scale.tasks.classification.distillation_teacher import (
 )
 from karat_scale.tasks.classification.evaluate import EvalResult, evaluate
 from karat_scale.tasks.classification.teacher import FILE, build_model, keep_teacher
+from karat_scale.tasks.classification.trained import trained_classifier
 
 # Of an evaluation, to measure what S depends on: as many images as keep a block's matrices below this many entries.
 IMAGES_TO_LOOK_AT, ENTRIES_TO_LOOK_AT = 16, 2**24
@@ -158,14 +158,7 @@ class ClassificationTask(Task):
 
     def trained_model(self, trained: Recipe, directory: RunDirectory, name: str, use_ema: bool) -> nn.Module:
         """Return a checkpoint's model; interpolated if the recipe has another image size than it was trained at."""
-        as_trained = self.recipe.changed(model__image_size=trained.model.image_size)
-        model = build_model(as_trained, directory.path)
-        load_weights(model, directory.store.root / name, directory.store.state(name), use_ema)
-        if as_trained.model == self.recipe.model:
-            return model
-        resized = build_model(self.recipe, directory.path)
-        take_weights(resized, model.state_dict(), new_head=False)
-        return resized
+        return trained_classifier(trained, self.recipe, directory, name, use_ema)
 
     def after_step(self, engine: Engine, directory: RunDirectory, total_steps: int) -> list[AfterStep]:
         """Return the snapshots of `checkpoint.snapshots`."""

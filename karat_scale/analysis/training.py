@@ -1,0 +1,91 @@
+"""The curves of training, all runs in one figure: losses, accuracy, learning rate, gradient norm and speed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from karat_scale.analysis.figures import COLOURS, new_figure
+from karat_scale.analysis.history import History, Point, read_history
+from karat_scale.analysis.result import NothingToShowError, Result, Table
+from karat_scale.analysis.trained_run import TrainedRun
+from karat_scale.console import plural
+
+_STYLES = ("-", "--", ":", "-.")  # tell runs apart whose colours are the same
+
+
+def analyze_training(runs: Mapping[str, TrainedRun]) -> Result:
+    """Plot what `metrics.jsonl` of each run holds.
+
+    Raises:
+        NothingToShowError: none of the runs has logged anything.
+    """
+    histories = {label: read_history(run) for label, run in runs.items()}
+    result = Result()
+    for label, history in histories.items():
+        if history.damaged_lines:
+            what = plural(history.damaged_lines, "damaged line")
+            result.notes.append(f"{label}: {what} of metrics.jsonl skipped")
+    histories = {label: history for label, history in histories.items() if history.train or history.evaluations}
+    if not histories:
+        raise NothingToShowError("no run has logged a step yet")
+    result.figures["curves"] = (
+        _draw_curves(histories),
+        "Left: the loss of training (thin; with mixing and label smoothing it is higher) and of the validation split "
+        "(thick, with marks). Right: validation accuracy, top-1 (solid) and top-5 (faint).",
+    )
+    result.figures["course"] = _draw_course(histories), "Learning rate, gradient norm and speed in training."
+    for number, (label, history) in enumerate(histories.items()):
+        for name in ("samples", "loss", "lr", "grad_norm", "images_per_second"):
+            result.arrays[f"train{number}_{name}"] = _column(history.train, name)
+        for name in ("samples", "loss", "top1", "top5"):
+            result.arrays[f"eval{number}_{name}"] = _column(history.evaluations, name)
+        result.numbers[label] = {"arrays": number, "train": len(history.train), "eval": len(history.evaluations)}
+    result.tables.append(_table(histories))
+    return result
+
+
+def _table(histories: Mapping[str, History]) -> Table:
+    columns = ["run", "step", "images seen", "top-1, %", "top-5, %", "validation loss"]
+    rows = [
+        [label, int(point["step"]), int(np.nan_to_num(point["samples"])), point["top1"], point["top5"], point["loss"]]
+        for label, history in histories.items()
+        for point in history.evaluations
+    ]
+    return Table("Evaluations in training", columns, rows)
+
+
+def _column(points: Sequence[Point], name: str) -> Any:
+    return np.array([point[name] for point in points], np.float64)
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": _STYLES[number // len(COLOURS) % len(_STYLES)]}
+
+
+def _draw_curves(histories: Mapping[str, History]) -> Figure:
+    figure = new_figure(10, 3.4 + 0.18 * (len(histories) // 3))
+    loss, accuracy = figure.subplots(1, 2)
+    for number, (label, history) in enumerate(histories.items()):
+        style, tested = _style(number), _column(history.evaluations, "samples")
+        loss.plot(_column(history.train, "samples"), _column(history.train, "loss"), linewidth=0.8, **style)
+        marked = {"marker": "o", "markersize": 3.5, **style}
+        loss.plot(tested, _column(history.evaluations, "loss"), linewidth=1.8, **marked)
+        accuracy.plot(tested, _column(history.evaluations, "top1"), label=label.replace("$", r"\$"), **marked)
+        accuracy.plot(tested, _column(history.evaluations, "top5"), alpha=0.35, **marked)
+    loss.set(xlabel="images seen", ylabel="loss")
+    accuracy.set(xlabel="images seen", ylabel="accuracy, %")
+    if len(histories) > 1:
+        figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def _draw_course(histories: Mapping[str, History]) -> Figure:
+    figure = new_figure(10, 2.4)
+    panels = {"lr": "learning rate", "grad_norm": "gradient norm", "images_per_second": "images a second"}
+    for axes, (name, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for number, history in enumerate(histories.values()):
+            axes.plot(_column(history.train, "samples"), _column(history.train, name), linewidth=1, **_style(number))
+        axes.set(xlabel="images seen", title=title, ylim=(0, None))
+    return figure

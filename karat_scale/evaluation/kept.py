@@ -1,0 +1,101 @@
+"""What was measured of a run on other test sets, kept in the run's directory as evaluations/NAME.json.
+
+It imports nothing heavy, since `karat status` reads these files, too.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from karat_scale.errors import RunDirectoryError, not_written
+from karat_scale.files import parse_json, read_text, write_atomically
+
+FOLDER = "evaluations"
+SEVERITIES = (1, 2, 3, 4, 5)
+
+
+class Evaluation(BaseModel):
+    """The scores of one checkpoint on one test set.
+
+    Args:
+        name: of the set; its file has this name.
+        source: the directory, and the file of other labels if there is one.
+        identity: of the weights, the preprocessing and the data; equal texts mean equal scores.
+        images: counted, each once. unreadable: could not be read. unmatched: classes that the run does not have, and
+            left_out: their images.
+        among: the number of classes between which the model chose, of classes.
+        top1: percent; of corrupted copies the mean over corruptions and severities. None while that is incomplete.
+        corruptions: top-1 by corruption and severity.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str
+    source: str
+    checkpoint: str
+    weights: str
+    identity: str
+    date: str
+    images: int
+    unreadable: int = 0
+    unmatched: list[str] = []
+    left_out: int = 0
+    among: int
+    classes: int
+    top1: float | None = None
+    top5: float | None = None
+    loss: float | None = None
+    corruptions: dict[str, dict[int, float]] = {}
+
+    @property
+    def text(self) -> str:
+        """The result in a line."""
+        scores = f"top-1 {self.top1:.2f} %" if self.top1 is not None else "not complete"
+        if self.corruptions:
+            done = sum(map(len, self.corruptions.values()))
+            return f"{scores}, mean of {done} kinds and severities on {self.images:,} images each"
+        scores += f" top-5 {self.top5:.2f} %" if self.top5 is not None else ""
+        scores += f" loss {self.loss:.4f}" if self.loss is not None else ""
+        among = f", among {self.among} of {self.classes:,} classes" if self.among < self.classes else ""
+        return f"{scores} on {self.images:,} images{among}, {self.unreadable} unreadable"
+
+
+def evaluation_file(run: Path, name: str) -> Path:
+    """Return the place of an evaluation."""
+    return run / FOLDER / f"{name}.json"
+
+
+def keep_evaluation(run: Path, evaluation: Evaluation) -> None:
+    """Write an evaluation into the run's directory, atomically. Raises RunDirectoryError if the disk refuses it."""
+    path = evaluation_file(run, evaluation.name)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, evaluation.model_dump_json(indent=2) + "\n")
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def read_evaluation(path: Path) -> Evaluation | None:
+    """Read an evaluation; None if there is none.
+
+    Raises:
+        RunDirectoryError: the file is damaged.
+    """
+    try:
+        content: Mapping[str, Any] = parse_json(read_text(path))
+        return Evaluation.model_validate(content)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise RunDirectoryError(
+            f"{path}: not an evaluation of karat eval: {reason}; remove it and evaluate again"
+        ) from None
+
+
+def read_evaluations(run: Path) -> list[Evaluation]:
+    """Return a run's evaluations by name. Raises RunDirectoryError if a file is damaged."""
+    found = (read_evaluation(path) for path in sorted((run / FOLDER).glob("*.json")))
+    return [evaluation for evaluation in found if evaluation is not None]

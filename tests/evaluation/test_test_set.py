@@ -1,0 +1,68 @@
+"""Any layout of labelled images is a test set of a run."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from karat_scale.errors import DataError
+from karat_scale.evaluation.test_set import open_test_set
+from tests.conftest import CLASSES, VAL_PER_CLASS, karat_here, make_image_folder
+
+OURS = tuple(f"class{label}" for label in range(CLASSES))
+
+
+def labels_by_content(directory: Path, split: str = "", classes: tuple[str, ...] = OURS) -> dict[bytes, int]:
+    test_set = open_test_set(directory, split, classes, 60)
+    try:
+        return {test_set.read(sample_id): int(test_set.labels[sample_id]) for sample_id in range(len(test_set))}
+    finally:
+        test_set.close()
+
+
+def test_folders_shards_and_indexed_tars_hold_the_same(image_folder: Path, shards: Path, tmp_path: Path) -> None:
+    whole = labels_by_content(image_folder)
+    assert len(whole) == CLASSES * VAL_PER_CLASS
+    assert labels_by_content(image_folder / "val") == whole
+    assert labels_by_content(shards) == whole
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for tar in shards.glob("val-*.tar"):
+        shutil.copy(tar, tars)
+    names = tmp_path / "classes.txt"
+    names.write_text("\n".join(OURS))
+    assert karat_here("index", str(tars), "--split", "val=*.tar", "--classes", str(names)) == 0
+    assert labels_by_content(tars) == whole
+
+
+def test_labels_are_the_runs_in_any_order_of_its_classes(image_folder: Path) -> None:
+    there = labels_by_content(image_folder, classes=("class3", "other", "class0", "class1", "class2"))
+    here = labels_by_content(image_folder)
+    assert {there[content]: label for content, label in here.items()} == {2: 0, 3: 1, 4: 2, 0: 3}
+
+
+def test_classes_that_the_run_lacks_are_named_and_left_out(image_folder: Path) -> None:
+    test_set = open_test_set(image_folder, "", ("class2", "class0", "owl"), 60)
+    assert test_set.unmatched == ("class1", "class3")
+    assert test_set.left_out == 2 * VAL_PER_CLASS
+    assert test_set.notice == "2 classes that the run does not have, with 14 images, left out: class1, class3"
+    assert test_set.among.tolist() == [0, 1]
+    assert np.bincount(test_set.labels).tolist() == [VAL_PER_CLASS, VAL_PER_CLASS]
+    assert len(test_set.keys()) == len(test_set)
+    assert all(test_set.locate(sample_id)[0] == test_set.keys()[sample_id] for sample_id in range(len(test_set)))
+
+
+def test_a_split_is_chosen_or_named(tmp_path: Path) -> None:
+    make_image_folder(tmp_path / "data", {"train": 1, "test": 2})
+    assert len(labels_by_content(tmp_path / "data")) == 2 * CLASSES
+    assert len(labels_by_content(tmp_path / "data", "train")) == CLASSES
+    with pytest.raises(DataError, match="has no split 'val'; the splits there: test, train"):
+        open_test_set(tmp_path / "data", "val", OURS, 60)
+
+
+def test_what_is_no_test_set_is_one_line(tmp_path: Path, image_folder: Path) -> None:
+    with pytest.raises(DataError, match="is no test set"):
+        open_test_set(tmp_path, "", OURS, 60)
+    with pytest.raises(DataError, match="knows none of its 4 classes; the first ones are class0, class1, class2"):
+        open_test_set(image_folder, "", ("owl", "cat"), 60)
