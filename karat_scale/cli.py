@@ -150,6 +150,13 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--attention", metavar="DIR", help="also draw where the model looks: a PNG for each image")
     predict.set_defaults(run=_predict)
 
+    demo = commands.add_parser("demo", help="serve a page on this machine that classifies pictures dropped into it")
+    demo.add_argument("model", metavar="RUN|FOLDER", help="a run's directory, or what `karat export` wrote")
+    demo.add_argument("--port", type=whole(0), default=7860, help="0 takes any that is free (default: %(default)s)")
+    demo.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
+    demo.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
+    demo.set_defaults(run=_demo)
+
     ledger = commands.add_parser("ledger", help="add finished runs to docs/ledger and docs/reproduction.md")
     ledger.add_argument("runs", metavar="RUN", nargs="*", help="a run's directory (default: only rewrite the page)")
     ledger.add_argument("--docs", metavar="DIR", default="docs", help="a clone's docs folder (default: %(default)s)")
@@ -264,7 +271,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
     doctor.set_defaults(run=_doctor)
 
-    for command in (train, evaluate, replay, detect, export, predict, analyze, track):
+    for command in (train, evaluate, replay, detect, export, predict, demo, analyze, track):
         command.add_argument(
             "--trust",
             action="store_true",
@@ -451,6 +458,12 @@ def _predict(options: argparse.Namespace) -> int:
         attention=options.attention,
     )
     return predict(options.model, options.images, request)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from karat_scale.predict.page import serve
+
+    return serve(options.model, options.checkpoint, options.weights, options.port)
 
 
 def _ledger(options: argparse.Namespace) -> int:
