@@ -10,6 +10,7 @@ from karat_scale.arguments import (
     whole,
 )
 from karat_scale.errors import UserError
+from karat_scale.local_ranks import default_ranks
 
 
 def add_commands(commands: Any) -> None:
@@ -32,6 +33,7 @@ def add_commands(commands: Any) -> None:
     )
     sweep.add_argument("--out", metavar="DIR", help="around the runs' directories (default: runs/sweep_RECIPE)")
     sweep.add_argument("--print", action="store_true", help="show the runs and how far they are, and stop")
+    sweep.add_argument("--ranks", type=count, help="of each run on this machine (default: one for each GPU)")
     sweep.add_argument("--slurm", action="store_true", help="submit a job array, with the options below")
     sweep.add_argument("--at-once", type=count, metavar="N", help="at most so many jobs of the array run at a time")
     sweep.add_argument("--yes", action="store_true", help="submit without asking")
@@ -83,7 +85,10 @@ def _sweep(options: argparse.Namespace) -> int:
     chosen, variables = _sbatch_choices(options)
     if not options.slurm and (chosen or variables or options.at_once or options.yes):
         raise UserError("options of SLURM have no effect without --slurm; add it, or remove them")
-    how = Submission(chosen, variables, options.at_once, options.yes) if options.slurm else None
+    if options.slurm and options.ranks:
+        raise UserError(f"--ranks {options.ranks} is for this machine; with --slurm use --nodes and --gpus-per-node")
+    jobs = Submission(chosen, variables, options.at_once, options.yes)
+    how = jobs if options.slurm else options.ranks or default_ranks()
     return sweep(options.recipe, options.overrides, options.out, options.print, how)
 
 

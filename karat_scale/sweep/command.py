@@ -12,7 +12,7 @@ from karat_scale.sweep.plan import PlannedRun, State, Sweep, plan_sweep
 from karat_scale.sweep.slurm import Submission, submit_sweep
 
 
-def sweep(recipe: str, overrides: Sequence[str], out: str | None, only_print: bool, slurm: Submission | None) -> int:
+def sweep(recipe: str, overrides: Sequence[str], out: str | None, only_print: bool, how: int | Submission) -> int:
     """Train what has not finished, here or by SLURM, and compare what has; returns the exit code.
 
     Args:
@@ -20,29 +20,28 @@ def sweep(recipe: str, overrides: Sequence[str], out: str | None, only_print: bo
         overrides: `key=value`, or `key=value,value` for a key that varies.
         out: the directory around the runs; None is `runs/sweep_RECIPE`.
         only_print: show the runs and how far they are, and do nothing.
-        slurm: how to submit a job array; None trains here.
+        how: the ranks of each run on this machine, or how to submit a job array.
 
     Raises:
         UserError: the grid or a recipe is wrong, or SLURM refuses the jobs.
     """
     planned = plan_sweep(recipe, overrides, out)
     states = {run.point.name: run.state for run in planned.runs}
-    if only_print or slurm is not None:
+    if only_print or isinstance(how, Submission):
         _show(planned, states)
     is_left = any(state in (State.NEW, State.UNFINISHED) for state in states.values())
     failures: dict[str, str] = {}
-    if slurm is not None and is_left:
-        submit_sweep(planned, slurm, only_print)
-        return 0
-    if only_print:
-        return 0
-    if slurm is None and is_left:
+    if isinstance(how, Submission):
+        if is_left:
+            submit_sweep(planned, how, only_print)
+            return 0
+    elif is_left and not only_print:
         try:
-            failures = run_sweep(planned)
+            failures = run_sweep(planned, how)
         except StoppedSweepError as stopped:
             print(stopped, file=sys.stderr)
             return EXIT_STOPPED if stopped.saved else 1
-    return _conclude(planned, failures)
+    return 0 if only_print else _conclude(planned, failures)
 
 
 def _show(planned: Sweep, states: dict[str, State]) -> None:

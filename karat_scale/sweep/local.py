@@ -3,6 +3,7 @@
 A run that fails is named, and the rest goes on. Stop signals are passed on: the run saves, and the sweep ends.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -23,8 +24,8 @@ _LINE_SECONDS = 60.0
 _TAIL_BYTES = 65536
 
 
-def run_sweep(sweep: Sweep) -> dict[str, str]:
-    """Train what has not finished; returns why each run that failed did, by its name.
+def run_sweep(sweep: Sweep, ranks: int = 1) -> dict[str, str]:
+    """Train what has not finished, each run on so many ranks; returns why each run that failed did, by its name.
 
     Raises:
         StoppedSweepError: a signal stopped it.
@@ -40,7 +41,7 @@ def run_sweep(sweep: Sweep) -> dict[str, str]:
         for number, run in enumerate(waiting):
             log = logs / f"{run.point.name}.log"
             shown.begin(number, run)
-            code = child.run(_command(sweep, run), log, lambda run=run: shown.look(run.directory))
+            code = child.run(_command(sweep, run, ranks), log, lambda run=run: shown.look(run.directory))
             if child.told:
                 raise StoppedSweepError(number, len(waiting), saved=code in (0, EXIT_STOPPED))
             if code != 0:
@@ -88,7 +89,11 @@ class _Child:
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.told = True
-        if self._process is not None:
+        if self._process is None or self._process.poll() is not None:
+            return
+        if number == signal.SIGINT:  # as a terminal sends it: to the ranks, too
+            os.killpg(self._process.pid, number)
+        else:
             self._process.send_signal(number)
 
 
@@ -172,8 +177,9 @@ def last_step(directory: Path) -> tuple[int, int] | None:
     return None
 
 
-def _command(sweep: Sweep, run: PlannedRun) -> list[str]:
-    return [sys.executable, "-m", "karat_scale", sweep.command, sweep.recipe, *run.overrides]
+def _command(sweep: Sweep, run: PlannedRun, ranks: int) -> list[str]:
+    several = ["launch", "--ranks", str(ranks)] if ranks > 1 else []
+    return [sys.executable, "-m", "karat_scale", *several, sweep.command, sweep.recipe, *run.overrides]
 
 
 def _why(code: int, log: Path) -> str:

@@ -44,6 +44,7 @@ def test_print_shows_the_runs_and_writes_nothing(recipe: Path, capsys: pytest.Ca
         (("optim.lr=1e-3,fast",), "optim.lr=fast: "),
         (("run.dir=a,b",), "run.dir: each run of a sweep has its own directory; use --out"),
         (("run.seed=0,1", "--at-once", "2"), "no effect without --slurm"),
+        (("run.seed=0,1", "--slurm", "--ranks", "2"), "--ranks 2 is for this machine"),
     ],
 )
 def test_a_mistake_is_told_before_anything_runs(
@@ -100,8 +101,9 @@ def test_a_signal_saves_the_run_and_the_same_command_resumes_it(recipe: Path) ->
     assert "stopped after 0 of 2 runs; run the same command to resume" in said
     assert summary(out / "seed-0")["exit"] == 75
 
-    done = sweep(recipe, *grid[:3])
+    done = sweep(recipe, *grid[:3], "--ranks", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     kinds = [json.loads(line)["event"] for line in metrics.read_text().splitlines()]
     assert "resume" in kinds
+    assert {summary(out / f"seed-{seed}")["world_size"] for seed in (0, 1)} == {2}
     assert summary(out / "seed-0")["steps"] == summary(out / "seed-1")["steps"] == 24 * 8
