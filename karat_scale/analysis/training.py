@@ -71,7 +71,7 @@ def _draw(name: str, histories: Mapping[str, History]) -> Figure:
     for number, (label, history) in enumerate(histories.items()):
         style = _style(number)
         marked = {"marker": "o", "markersize": 3.5, "linewidth": 1.8, **style}
-        named = {"label": label.replace("$", r"\$")}
+        named: dict[str, Any] = {"label": label.replace("$", r"\$")}
         tested, trained = _column(history.evaluations, "samples"), _column(history.train, "samples")
         if name == "accuracy":
             axes.plot(tested, _column(history.evaluations, "top1"), **marked, **named)
