@@ -17,6 +17,7 @@ from karat_scale.doctor.loop_speed import LoopSpeed, measure_loop
 from karat_scale.doctor.report import Printer
 from karat_scale.doctor.storage import StorageSpeed, measure_storage
 from karat_scale.doctor.verdict import Setting, Stage
+from karat_scale.machine import cpu_has_bf16
 from karat_scale.recipe import Recipe
 from karat_scale.reporting.progress import PlainDisplay, Reporter
 from karat_scale.run.loop import Parts
@@ -172,6 +173,7 @@ def setting_of(subject: Subject, figures: Figures, decoder: str) -> Setting:
         order=recipe.data.order,
         device=subject.world.device.type,
         precision=recipe.train.precision,
+        has_bf16=cpu_has_bf16(),
         implementation=recipe.attention.implementation,
         global_batch=recipe.train.global_batch,
         accumulation=recipe.train.global_batch // (subject.world.size * subject.micro_batch),
