@@ -55,11 +55,11 @@ def evaluation(backend):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("order", [{}, BLOCKS], ids=["full", "block"])
-@pytest.mark.parametrize("kind", ["nginx", "s3"])
+@pytest.mark.parametrize("kind", ["nginx", "s3", "gs"])
 def test_batches_are_those_from_disk(kind, order, workers, make_shards, opened, request):
     directory = make_shards()
     serve = request.getfixturevalue(kind)
-    url = serve(directory) if kind == "s3" else f"http://127.0.0.1:{serve(directory)}"
+    url = f"http://127.0.0.1:{serve(directory)}" if kind == "nginx" else serve(directory)
     local, remote = opened(directory, **order), opened(url, workers=workers, **order)
     assert remote.classes == local.classes
     assert remote.locate(17) == local.locate(17)
