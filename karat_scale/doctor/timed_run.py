@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from karat_scale.doctor.data_files import DataFiles, find_data_files, read_into_page_cache, sampled_ids
@@ -106,6 +107,8 @@ def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: flo
             storage = measure_storage(files.paths, round(files.image_bytes), readers, budget["storage"])
     with printer.busy("timing decoding and augmentation"):
         ids = sampled_ids(num_train, recipe.run.seed)
+        if files is not None and not files.paths:  # at a URL, consecutive images need few requests
+            ids = np.arange(len(ids))
         read_into_page_cache(recipe, ids)
         data = measure_data(recipe, ids, subject.micro_batch, budget["data"], world)
     with printer.busy("timing the model"):
