@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # What the extra `ffcv` and the compiled kernels and decoder are built with, and what opens the report, on Debian.
 PACKAGES := libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config g++ chromium chromium-driver nginx-light
-EXTRAS := ffcv dali export detection parquet remote corruptions wandb trackio mlflow-server
+EXTRAS := ffcv dali export detection parquet remote corruptions demo wandb mlflow trackio mlflow-server
 # Test processes; each needs up to 3 GB.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)

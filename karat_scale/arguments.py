@@ -114,3 +114,12 @@ def virtual_environment(text: str) -> str:
     if not (path / "bin" / "activate").is_file():
         raise argparse.ArgumentTypeError(f"{text!r} is not a virtual environment: bin/activate is missing")
     return str(path)
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--trust` of the commands that may read what others wrote."""
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="run classes that a run or a file of weights names; or set KARAT_TRUST=1",
+    )

@@ -97,6 +97,7 @@ class Store:
         except ValueError as error:
             raise StoreError(str(error)) from None
         self._protocol = urlsplit(self.url).scheme
+        self._is_web = self._protocol in ("http", "https")
         self._timeout, self.patience = timeout, PATIENCE * timeout
         self._opened: tuple[int, Any] | None = None
         self._system()
@@ -150,7 +151,7 @@ class Store:
 
     def facts_of(self, names: list[str]) -> dict[str, FileFacts]:
         """Return the facts of many files: by one listing if the store's listings have them. Raises StoreError."""
-        if self._protocol in ("http", "https"):
+        if self._is_web:
             with ThreadPool(min(_THREADS, max(1, len(names)))) as pool:
                 return dict(zip(names, pool.map(self.facts, names), strict=True))
         found = self.files()
@@ -164,23 +165,32 @@ class Store:
 
         A web server must list its folders as pages with links. Such pages have no sizes: these are -1.
         """
+        if self._is_web:
+            return dict(self._linked(f"{self.url}/"))
         path = self._path("")
-        is_web = self._protocol in ("http", "https")
-        listed: dict[str, Any] = self._persist(
-            "", lambda seconds: self._call("find", seconds, f"{path}/" if is_web else path, detail=True), None
-        )
-        return {
-            unquote(name[len(path) :].lstrip("/")) if is_web else name[len(path) :].lstrip("/"): _facts(info)
-            for name, info in listed.items()
-            if name.startswith(path) and info.get("type") != "directory"
-        }
+        listed = self._persist("", lambda seconds: self._call("find", seconds, path, detail=True), None)
+        return {name[len(path) :].lstrip("/"): _facts(info) for name, info in listed.items()}
+
+    def _linked(self, folder: str) -> Iterator[tuple[str, FileFacts]]:
+        """Yield the files to which the page of a folder links, and those of the folders in it.
+
+        fsspec's own walk leaves out a folder that it cannot read.
+        """
+        listed = self._persist("", lambda seconds: self._call("ls", seconds, folder, detail=True), None)
+        for link in sorted(info["name"] for info in listed):
+            if not link.startswith(folder) or link == folder or "?" in link:  # back, or the same page in another order
+                continue
+            if link.endswith("/"):
+                yield from self._linked(link)
+            else:
+                yield unquote(link[len(self.url) + 1 :]), FileFacts(-1, "")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
 
     def _path(self, name: str) -> str:
         """Return the path of a file for fsspec, which keeps whole URLs for web servers."""
-        if self._protocol in ("http", "https"):
+        if self._is_web:
             return f"{self.url}/{quote(name)}" if name else self.url
         path: str = self._system()._strip_protocol(self.where(name))
         return path
@@ -203,7 +213,7 @@ class Store:
 
     def _range(self, name: str, start: int, stop: int, etag: str, seconds: float) -> bytes:
         path, system = self._path(name), self._system()
-        if self._protocol in ("http", "https"):
+        if self._is_web:
             from fsspec.asyn import sync
 
             data, found = sync(system.loop, _web_range, system, path, start, stop, timeout=seconds)

@@ -43,6 +43,7 @@ EXTRAS = {
     "remote": Extra("s3fs", ("s3fs",), "data at s3://, gs:// or https://"),
     "corruptions": Extra("imagecorruptions", ("imagecorruptions-imaug",), "karat eval --corrupt"),
     "detection": Extra("pycocotools", ("pycocotools",), "karat detect"),
+    "demo": Extra("gradio", ("gradio",), "karat demo"),
     "wandb": Extra("wandb", ("wandb",), "log.trackers=wandb"),
     "mlflow": Extra("mlflow", ("mlflow", "mlflow-skinny"), "log.trackers=mlflow"),
     "trackio": Extra("trackio", ("trackio",), "log.trackers=trackio"),

@@ -19,8 +19,8 @@ INK, GRID = "#1d1d1b", "#8a8a86"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c88")
 # What takes the place of a colour in dark mode; the others are bright enough.
 _DARK = {INK: "#ececea", "#0072b2": "#4ba6e0", "#d55e00": "#ff8a3d", "#009e73": "#2dc79a"}
-OWN_LIMITS = "own limits"
-"""The label of axes whose limits `share_axes` does not touch."""
+OWN_LIMITS, OWN_X = "own limits", "own x limits"
+"""The labels of axes of which `share_axes` does not touch any limits, or those of x."""
 
 STYLE: Any = {
     "axes.prop_cycle": cycler(color=COLOURS),
@@ -89,8 +89,9 @@ def share_axes(figures: Sequence[Figure]) -> None:
         return
     for place in zip(*(figure.axes for figure in figures), strict=True):
         _share_colours(place)
-        fixed = any(axes.get_label() in (OWN_LIMITS, "<colorbar>") or axes.images for axes in place)
-        for side in () if fixed else ("x", "y", "z"):
+        labels = {axes.get_label() for axes in place}
+        fixed = labels & {OWN_LIMITS, "<colorbar>"} or any(axes.images for axes in place)
+        for side in "" if fixed else "yz" if OWN_X in labels else "xyz":
             if all(hasattr(axes, f"set_{side}lim") for axes in place):
                 limits = np.array([getattr(axes, f"get_{side}lim")() for axes in place])
                 for axes in place:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from karat_scale.analysis.curves import ScoreHistogram, energy_per_frequency, unit_curves
-from karat_scale.analysis.figures import new_figure, show_map
+from karat_scale.analysis.figures import GRID, OWN_LIMITS, OWN_X, new_figure, show_map
 from karat_scale.analysis.result import NothingToShowError, Result, Settings, Table, note_bad_images
 from karat_scale.analysis.softmax_fit import Distance, SoftmaxFit, can_fit
 from karat_scale.analysis.trained_run import TrainedRun
@@ -80,7 +80,7 @@ def _add_curves(result: Result, learned: Learned, histogram: ScoreHistogram) -> 
             lively = curves.var(0).topk(min(SHOWN_UNITS, curves.shape[1])).indices
             _draw_curves(axes, x.cpu().numpy(), bands, curves[:, lively].numpy())
             _draw_histogram(axes, histogram, block, head, (low, high))
-            axes.set(title=f"head {head}", xlabel="score", xlim=(low, high))
+            axes.set(title=f"head {head}", xlabel="score", xlim=(low, high), label=OWN_X)
             result.arrays[f"block{block}_head{head}_x"] = x.cpu().numpy()
             result.arrays[f"block{block}_head{head}_quantiles"] = bands
         result.figures[f"functions_block_{block}"] = (
@@ -101,9 +101,12 @@ def _draw_curves(axes: Any, x: Any, bands: Any, lively: Any) -> None:
 
 def _draw_histogram(axes: Any, histogram: ScoreHistogram, block: int, head: int, span: tuple[float, float]) -> None:
     behind = axes.twinx()
+    behind.set_label(OWN_LIMITS)
     middles = (histogram.edges[1:] + histogram.edges[:-1]) / 2
     inside = (middles >= span[0]) & (middles <= span[1])
-    behind.fill_between(middles[inside], histogram.counts[block, head][inside], color="0.85", linewidth=0, step="mid")
+    behind.fill_between(
+        middles[inside], histogram.counts[block, head][inside], color=GRID, alpha=0.35, linewidth=0, step="mid"
+    )
     behind.set(yticks=[], ylim=(0, None))
     axes.set_zorder(behind.get_zorder() + 1)
     axes.patch.set_visible(False)

@@ -82,6 +82,7 @@ def described(run: TrainedRun) -> dict[str, str]:
     kind: str = attention.kind
     if run.is_karat:
         kind += f", {attention.basis}, {attention.form}, {attention.mode}, grid {attention.grid}, rank {attention.rank}"
+        kind += "" if attention.scores else ", without scores"
     patch = f", patch {model.patch_size}" if model.patch_size else ""
     facts = {"attention": kind, "model": f"{model.name}, {model.image_size} px{patch}"}
     try:
@@ -99,7 +100,7 @@ def _budget(run: TrainedRun, history: History, summary: dict[str, Any]) -> str:
     text = f"{steps:,} steps of {run.recipe.train.global_batch:,} images"
     images = summary.get("train_images")
     if isinstance(images, int) and images > 0:
-        text += f", {steps * run.recipe.train.global_batch / images:.3g} epochs of {images:,}"
+        text += f", {steps * run.recipe.train.global_batch / images:.3g} x {images:,} images"
     return f"{text}, seed {run.recipe.run.seed}"
 
 

@@ -131,6 +131,9 @@ def _rows(by_run: Mapping[str, Written]) -> list[Row]:
             found.setdefault(("table", table.title), []).append(Cell(label, table=table))
         for title, tiles in made.galleries.items():
             found.setdefault(("gallery", title), []).append(Cell(label, tiles=tiles))
+    if "" in by_run:  # one figure has all runs, so different figures stand side by side
+        figures = [cells[0] for (kind, _), cells in found.items() if kind == "figure"]
+        found = {key: cells for key, cells in found.items() if key[0] != "figure"} | {("figure", ""): figures}
     places = {label: number for number, label in enumerate(by_run)}
     kinds = ("figure", "gallery", "table")
     rows = [Row(kind, title, sorted(c, key=lambda cell: places[cell.label])) for (kind, title), c in found.items()]

@@ -53,9 +53,13 @@ def _row(label: str, one: Evaluation) -> list[object]:
 
 def _add_corruptions(result: Result, name: str, of_runs: Corrupted) -> None:
     kinds = list(dict.fromkeys(kind for corruptions in of_runs.values() for kind in corruptions))
+    result.figures[f"severities_{name}"] = (
+        _draw_severities(of_runs),
+        f"{name}: accuracy by severity, the mean over corruptions.",
+    )
     result.figures[f"corruptions_{name}"] = (
-        _draw(kinds, of_runs),
-        f"{name}: left, top-1 by severity, the mean over corruptions; right, by corruption, the mean over severities.",
+        _draw_kinds(kinds, of_runs),
+        f"{name}: accuracy by corruption, the mean over severities.",
     )
     for label, corruptions in of_runs.items():
         rows: list[list[object]] = [
@@ -68,25 +72,34 @@ def _add_corruptions(result: Result, name: str, of_runs: Corrupted) -> None:
         result.tables.append(Table(f"{name}: top-1 in percent{of}", columns, rows))
 
 
-def _draw(kinds: list[str], of_runs: Corrupted) -> Figure:
-    figure = new_figure(10, 3.6)
-    by_severity, by_kind = figure.subplots(1, 2, width_ratios=(1, 1.8))
-    width = 0.8 / len(of_runs)
-    for number, (label, corruptions) in enumerate(of_runs.items()):
-        shown = label.replace("$", r"\$")
-        means = [_mean([by.get(severity) for by in corruptions.values()]) for severity in SEVERITIES]
-        by_severity.plot(SEVERITIES, means, marker="o", label=shown)
-        own = [_mean([*corruptions.get(kind, {}).values()]) for kind in kinds]
-        by_kind.bar(np.arange(len(kinds)) + (number + 0.5) * width - 0.4, own, width, label=shown)
-    by_severity.set(xlabel="severity", ylabel="top-1, %", xticks=SEVERITIES, ylim=(0, None))
-    names = [kind.replace("_", " ") for kind in kinds]
-    by_kind.set_xticks(range(len(kinds)), names, rotation=55, ha="right", rotation_mode="anchor", fontsize=7.5)
-    by_kind.set(ylim=(0, None))
+def _draw_severities(of_runs: Corrupted) -> Figure:
+    figure = new_figure(5, 3 + 0.16 * len(of_runs))
+    axes = figure.subplots()
+    for label, corruptions in of_runs.items():
+        done = [severity for severity in SEVERITIES if any(severity in by for by in corruptions.values())]
+        means = [_mean([by[severity] for by in corruptions.values() if severity in by]) for severity in done]
+        axes.plot(done, means, marker="o", label=label.replace("$", r"\$"))
+    axes.set(xlabel="severity", ylabel="top-1, %", xticks=SEVERITIES, ylim=(0, None))
     if len(of_runs) > 1:
-        by_severity.legend()
+        figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
-def _mean(values: list[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else float("nan")
+def _draw_kinds(kinds: list[str], of_runs: Corrupted) -> Figure:
+    figure = new_figure(6, 3.6 + 0.16 * len(of_runs))
+    axes = figure.subplots()
+    width = 0.8 / len(of_runs)
+    for number, (label, corruptions) in enumerate(of_runs.items()):
+        own = [_mean([*corruptions.get(kind, {}).values()]) for kind in kinds]
+        places = np.arange(len(kinds)) + (number + 0.5) * width - 0.4
+        axes.bar(places, own, width, label=label.replace("$", r"\$"))
+    names = [kind.replace("_", " ") for kind in kinds]
+    axes.set_xticks(range(len(kinds)), names, rotation=55, ha="right", rotation_mode="anchor", fontsize=7.5)
+    axes.set(ylabel="top-1, %", ylim=(0, None))
+    if len(of_runs) > 1:
+        figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")

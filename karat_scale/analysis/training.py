@@ -12,6 +12,7 @@ from karat_scale.analysis.result import NothingToShowError, Result, Table
 from karat_scale.analysis.trained_run import TrainedRun
 from karat_scale.console import plural
 
+_COURSE = {"lr": "learning rate", "grad_norm": "gradient norm", "images_per_second": "images a second"}
 _STYLES = ("-", "--", ":", "-.")  # tell runs apart whose colours are the same
 
 
@@ -30,12 +31,12 @@ def analyze_training(runs: Mapping[str, TrainedRun]) -> Result:
     histories = {label: history for label, history in histories.items() if history.train or history.evaluations}
     if not histories:
         raise NothingToShowError("no run has logged a step yet")
-    result.figures["curves"] = (
-        _draw_curves(histories),
-        "Left: the loss of training (thin; with mixing and label smoothing it is higher) and of the validation split "
-        "(thick, with marks). Right: validation accuracy, top-1 (solid) and top-5 (faint).",
-    )
-    result.figures["course"] = _draw_course(histories), "Learning rate, gradient norm and speed in training."
+    captions = {
+        "loss": "Loss of training (thin; mixing and smoothing raise it) and of the validation split (with marks).",
+        "accuracy": "Validation accuracy: top-1 (solid) and top-5 (faint).",
+        **{name: f"{title[0].upper()}{title[1:]} in training." for name, title in _COURSE.items()},
+    }
+    result.figures = {name: (_draw(name, histories), caption) for name, caption in captions.items()}
     for number, (label, history) in enumerate(histories.items()):
         for name in ("samples", "loss", "lr", "grad_norm", "images_per_second"):
             result.arrays[f"train{number}_{name}"] = _column(history.train, name)
@@ -64,28 +65,24 @@ def _style(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": _STYLES[number // len(COLOURS) % len(_STYLES)]}
 
 
-def _draw_curves(histories: Mapping[str, History]) -> Figure:
-    figure = new_figure(10, 3.4 + 0.18 * (len(histories) // 3))
-    loss, accuracy = figure.subplots(1, 2)
+def _draw(name: str, histories: Mapping[str, History]) -> Figure:
+    figure = new_figure(5, 3 + 0.16 * len(histories))
+    axes = figure.subplots()
     for number, (label, history) in enumerate(histories.items()):
-        style, tested = _style(number), _column(history.evaluations, "samples")
-        loss.plot(_column(history.train, "samples"), _column(history.train, "loss"), linewidth=0.8, **style)
-        marked = {"marker": "o", "markersize": 3.5, **style}
-        loss.plot(tested, _column(history.evaluations, "loss"), linewidth=1.8, **marked)
-        accuracy.plot(tested, _column(history.evaluations, "top1"), label=label.replace("$", r"\$"), **marked)
-        accuracy.plot(tested, _column(history.evaluations, "top5"), alpha=0.35, **marked)
-    loss.set(xlabel="images seen", ylabel="loss")
-    accuracy.set(xlabel="images seen", ylabel="accuracy, %")
+        style = _style(number)
+        marked = {"marker": "o", "markersize": 3.5, "linewidth": 1.8, **style}
+        named: dict[str, Any] = {"label": label.replace("$", r"\$")}
+        tested, trained = _column(history.evaluations, "samples"), _column(history.train, "samples")
+        if name == "accuracy":
+            axes.plot(tested, _column(history.evaluations, "top1"), **marked, **named)
+            axes.plot(tested, _column(history.evaluations, "top5"), alpha=0.35, **marked)
+        else:
+            axes.plot(trained, _column(history.train, name), linewidth=1, **style, **named)
+        if name == "loss":
+            axes.plot(tested, _column(history.evaluations, "loss"), **marked)
+    axes.set(xlabel="images seen", ylabel={"loss": "loss", "accuracy": "accuracy, %", **_COURSE}[name])
+    if name in _COURSE:
+        axes.set_ylim(0)
     if len(histories) > 1:
-        figure.legend(loc="outside lower center", ncols=3)
-    return figure
-
-
-def _draw_course(histories: Mapping[str, History]) -> Figure:
-    figure = new_figure(10, 2.4)
-    panels = {"lr": "learning rate", "grad_norm": "gradient norm", "images_per_second": "images a second"}
-    for axes, (name, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for number, history in enumerate(histories.values()):
-            axes.plot(_column(history.train, "samples"), _column(history.train, name), linewidth=1, **_style(number))
-        axes.set(xlabel="images seen", title=title, ylim=(0, None))
+        figure.legend(loc="outside lower center", ncols=2)
     return figure

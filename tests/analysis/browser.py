@@ -30,6 +30,22 @@ class Browser:
         """Load a file."""
         self._driver.get(page.as_uri())
 
+    def go(self, url: str) -> None:
+        """Load a page from a server."""
+        self._driver.get(url)
+
+    def count(self, selector: str) -> int:
+        """How many such elements there are."""
+        return len(self._driver.find_elements("css selector", selector))
+
+    def text(self, selector: str) -> str:
+        """What the first such element shows."""
+        return self._driver.find_element("css selector", selector).text
+
+    def choose_file(self, selector: str, file: Path) -> None:
+        """Choose a file for an input, which may be hidden."""
+        self._driver.find_element("css selector", selector).send_keys(str(file))
+
     def run(self, script: str, *arguments: object):
         """What a script returns."""
         return self._driver.execute_script(script, *arguments)

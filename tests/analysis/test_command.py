@@ -7,8 +7,8 @@ import pytest
 
 from karat_scale.analysis.command import ANALYSES, JOINT, OWN, unique_labels
 from karat_scale.analysis.trained_run import TrainedRun
-from karat_scale.cli import ANALYSES as NAMES
 from karat_scale.cli import main
+from karat_scale.commands.results import ANALYSES as NAMES
 from tests.analysis.browser import Browser
 from tests.conftest import karat
 

@@ -5,9 +5,8 @@ import pytest
 from PIL import Image
 
 from karat_scale.analysis.functions import analyze_functions
-from karat_scale.analysis.result import Settings
+from karat_scale.analysis.result import NothingToShowError, Settings
 from karat_scale.analysis.trained_run import TrainedRun
-from karat_scale.errors import RunDirectoryError
 
 
 def test_of_a_real_run_whatever_the_batch(karat_run: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,7 +21,7 @@ def test_of_a_real_run_whatever_the_batch(karat_run: TrainedRun, monkeypatch: py
 
 
 def test_a_softmax_run_has_no_functions(softmax_run: TrainedRun) -> None:
-    with pytest.raises(RunDirectoryError, match="softmax has no learned functions"):
+    with pytest.raises(NothingToShowError, match="softmax has no learned functions"):
         analyze_functions(softmax_run, Settings())
 
 

@@ -40,7 +40,7 @@ def test_a_resumed_run_keeps_what_it_went_on_from(karat_run: TrainedRun, tmp_pat
 
 def test_runs_are_drawn_together(karat_run: TrainedRun, softmax_run: TrainedRun) -> None:
     result = analyze_training({"karat": karat_run, "softmax": softmax_run})
-    assert set(result.figures) == {"curves", "course"}
+    assert set(result.figures) == {"loss", "accuracy", "lr", "grad_norm", "images_per_second"}
     assert {row[0] for row in result.tables[0].rows} == {"karat", "softmax"}
     assert result.numbers["karat"]["train"] == 16
 
@@ -54,7 +54,7 @@ def test_the_card_says_what_the_run_achieved(karat_run: TrainedRun) -> None:
     summary = json.loads((karat_run.path / "summary.json").read_text())
     score, facts = achieved(karat_run)
     assert score == f"{summary['last_top1']:.2f} % top-1"
-    assert facts["budget"] == "16 steps of 8 images, 2 epochs of 64, seed 0"
+    assert facts["budget"] == "16 steps of 8 images, 2 x 64 images, seed 0"
     assert "images a second on CPU" in facts["speed"]
     assert facts["date"].startswith("20")
     assert "outcome" not in facts

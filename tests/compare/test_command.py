@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from karat_scale.cli import SCORES, main
+from karat_scale.cli import main
+from karat_scale.commands.results import SCORES
 from karat_scale.compare.curves import mean_and_spread
 from karat_scale.compare.finished import SCORES as KNOWN
 from karat_scale.compare.finished import read_run

@@ -2,10 +2,10 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,28 +25,29 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def nginx(tmp_path: Path) -> Iterator[Callable[[Path], int]]:
-    """Serves a directory by nginx, with pages that list it; returns the port."""
+    """Serves a directory by nginx, with pages that list it; returns the port. `certificate`: of https, with its key."""
     program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
     if program is None:
         pytest.skip("nginx is not installed: apt-get install nginx-light")
     running: list[subprocess.Popen[bytes]] = []
 
-    def serve(directory: Path) -> int:
+    def serve(directory: Path, certificate: Path | None = None) -> int:
         home, port = tmp_path / f"nginx{len(running)}", free_port()
         home.mkdir()
         paths = "".join(
             f"{name}_temp_path {home / name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         )
+        secure = f" ssl; ssl_certificate {certificate}; ssl_certificate_key {certificate}" if certificate else ""
         (home / "nginx.conf").write_text(
             f"""daemon off; master_process off; pid {home}/pid; error_log {home}/error.log;
 events {{}}
 http {{ access_log off; {paths}
-  server {{ listen 127.0.0.1:{port}; root {directory}; autoindex on; }} }}
+  server {{ listen 127.0.0.1:{port}{secure}; root {directory}; autoindex on; }} }}
 """
         )
         command = [program, "-p", str(home), "-e", f"{home}/error.log", "-c", f"{home}/nginx.conf"]
         running.append(subprocess.Popen(command))
-        wait_for(f"http://127.0.0.1:{port}/")
+        wait_for(port)
         return port
 
     yield serve
@@ -55,15 +56,14 @@ http {{ access_log off; {paths}
         process.wait()
 
 
-def wait_for(url: str) -> None:
+def wait_for(port: int) -> None:
+    """Until a server listens."""
     deadline = time.monotonic() + 20
     while True:
         try:
-            with urllib.request.urlopen(url, timeout=5):
+            with socket.create_connection(("127.0.0.1", port), timeout=5):
                 return
-        except OSError as error:
-            if hasattr(error, "code"):
-                return
+        except OSError:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 

@@ -1,6 +1,7 @@
 """What a user types for a data set at a URL: index, verify, stage, data, show, plan, doctor, train and resume."""
 
 import shutil
+import subprocess
 
 import pytest
 
@@ -9,7 +10,7 @@ from karat_scale.data.formats.shard_format import read_dataset_record
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import RecipeError
 from karat_scale.recipe.loading import load_recipe
-from tests.conftest import karat, run_script, summary
+from tests.conftest import karat, karat_command, karat_environment, run_script, summary
 from tests.data.remote.proxy import FaultyProxy
 from tests.run.runs import kill_all, start, wait_for_checkpoint
 
@@ -62,6 +63,30 @@ def test_indexing_says_what_is_wrong(tmp_path, nginx, capsys):
     }.items():
         assert main(["index", *arguments]) == 2
         assert f"error: {line}" in capsys.readouterr().err
+
+
+def test_https(tars, tmp_path, nginx):
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl is not installed: apt-get install openssl")
+    certificate = tmp_path / "certificate.pem"
+    subject = ("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-nodes", "-days", "2")
+    files = ("-keyout", str(certificate), "-out", str(tmp_path / "public.pem"))
+    subprocess.run([openssl, "req", "-x509", "-newkey", "rsa:2048", *subject, *files], check=True, capture_output=True)
+    certificate.write_text(certificate.read_text() + (tmp_path / "public.pem").read_text())
+    url = f"https://127.0.0.1:{nginx(tars, certificate)}"
+    command = karat_command(["index", url, "--out", str(tmp_path / "index")])
+    strict = karat_environment()
+    trusting = {**strict, "SSL_CERT_FILE": str(certificate)}
+    refused, done = (
+        subprocess.run(command, env=environment, capture_output=True, text=True) for environment in (strict, trusting)
+    )
+    assert refused.returncode == 2
+    assert refused.stderr.strip() == (
+        f"error: {url}: ClientConnectorCertificateError; check the credentials, the endpoint and the certificates"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "64 samples of 4 classes" in done.stdout
 
 
 @pytest.mark.slow

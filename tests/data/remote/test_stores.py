@@ -96,6 +96,17 @@ def test_a_fault_that_stays_is_one_line_in_time(fault, line, files, nginx):
         assert len(proxy.requests) < 20
 
 
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(files, nginx):
+    faults = {1: "503", 2: "cut"}  # of the folder below
+    with FaultyProxy(nginx(files), spoil=lambda number, asked: faults.get(number)) as proxy:
+        assert set(Store(proxy.url, timeout=20).files()) == {"a.tar", "below/b c.tar", "dataset.json"}
+    with (
+        FaultyProxy(nginx(files), spoil=lambda number, asked: "503" if number else None) as proxy,
+        pytest.raises(StoreError, match=r"it failed \(HTTP 503\)"),
+    ):
+        Store(proxy.url, timeout=2).files()
+
+
 def test_refused_access_is_not_tried_again(files, nginx):
     with FaultyProxy(nginx(files), spoil=lambda number, asked: "403") as proxy:
         with pytest.raises(StoreError, match=r"access is refused \(HTTP 403\); check the credentials"):

@@ -1,0 +1,139 @@
+"""The commands that train, evaluate and replay. Each imports what it needs when it runs."""
+
+import argparse
+from typing import Any
+
+from karat_scale.arguments import (
+    add_trust,
+    count,
+    new_file,
+)
+from karat_scale.errors import UserError
+from karat_scale.local_ranks import default_ranks, launch
+from karat_scale.tables import CORRUPTIONS
+
+
+def add_commands(commands: Any) -> None:
+    """Add the parsers of these commands."""
+    train = commands.add_parser("train", help="train a recipe, or resume its run")
+    train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as optim.lr=1e-3")
+    train.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
+    train.set_defaults(run=_train)
+    add_trust(train)
+
+    several = commands.add_parser("launch", help="run a command on several ranks of this machine, such as its GPUs")
+    several.add_argument("--ranks", type=count, default=default_ranks(), help="(default: one for each GPU)")
+    several.add_argument("arguments", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="of karat")
+    several.set_defaults(run=lambda options: launch(options.arguments, options.ranks))
+
+    evaluate = commands.add_parser(
+        "eval", help="evaluate a run's checkpoint, on its validation split or another test set"
+    )
+    evaluate.add_argument("run_dir", metavar="RUN", help="the run's directory")
+    evaluate.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
+    evaluate.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
+    evaluate.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
+    evaluate.add_argument("--on", metavar="DIR", help="another test set: shards, or a folder of classes")
+    evaluate.add_argument("--split", default="", metavar="NAME", help="the split in that directory (default: val)")
+    evaluate.add_argument("--labels", metavar="FILE", help="count other labels as right, such as ReaL's real.json")
+    evaluate.add_argument(
+        "--corrupt", nargs="*", choices=(*CORRUPTIONS, "all"), metavar="NAME", help="images corrupted as in ImageNet-C"
+    )
+    evaluate.add_argument(
+        "--severity", type=int, nargs="+", choices=range(1, 6), metavar="N", help="of --corrupt, 1 to 5 (default: all)"
+    )
+    evaluate.add_argument("--name", default="", help="keep the result under this name (default: the directory's)")
+    evaluate.add_argument("--json", type=new_file, metavar="FILE", help="also write the result to this file")
+    evaluate.set_defaults(run=_eval)
+    add_trust(evaluate)
+
+    replay = commands.add_parser("replay", help="take one step of a run again, and find what in it is not finite")
+    replay.add_argument("run_dir", metavar="RUN", help="the run's directory")
+    replay.add_argument("step", metavar="STEP", type=count, help="as the run logs it, counted from 1")
+    replay.add_argument("--images", type=count, default=16, help="with the largest losses (default: %(default)s)")
+    replay.add_argument("--out", metavar="FILE", help="a PNG (default: NAME-replay-STEP.png)")
+    replay.add_argument("--json", type=new_file, metavar="FILE", help="also write what was found to this file")
+    replay.set_defaults(run=_replay)
+    add_trust(replay)
+
+    detect = commands.add_parser("detect", help="train or evaluate Mask R-CNN on a ViT, with data in COCO's format")
+    detect.add_argument("recipe", metavar="RECIPE", help="a detection recipe's name or a YAML file; with --eval, a run")
+    detect.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
+    detect.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
+    detect.add_argument("--eval", action="store_true", help="evaluate a checkpoint of a run by COCO's mAP")
+    detect.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
+    detect.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto", help="weights that --eval uses")
+    detect.add_argument("--json", type=new_file, metavar="FILE", help="also write the result of --eval to this file")
+    detect.set_defaults(run=_detect)
+    add_trust(detect)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from karat_scale.recipe.loading import dump_recipe, load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.print:
+        from karat_scale.engine.deepspeed_config import check_ds_config
+        from karat_scale.models.factory import layer_sizes
+
+        check_ds_config(recipe)
+        layer_sizes(recipe.model)
+        print(dump_recipe(recipe), end="")
+        return 0
+    from karat_scale.run.run import train
+    from karat_scale.tasks.classification.task import ClassificationTask
+
+    return train(ClassificationTask, recipe)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    what = (options.run_dir, options.overrides, options.checkpoint, options.weights)
+    if options.severity and options.corrupt is None:
+        raise UserError("--severity is of --corrupt; add it, or leave out --severity")
+    if options.on is not None or options.labels or options.corrupt is not None or options.split or options.name:
+        from karat_scale.evaluation.command import Request, evaluate_on
+        from karat_scale.evaluation.kept import SEVERITIES
+
+        request = Request(
+            on=options.on,
+            split=options.split,
+            labels=options.labels,
+            corrupt=options.corrupt,
+            severities=sorted(set(options.severity or SEVERITIES)),
+            name=options.name,
+        )
+        return evaluate_on(*what, request, options.json)
+    from karat_scale.run.evaluate import evaluate_run
+    from karat_scale.tasks.classification.task import ClassificationTask
+
+    return evaluate_run(ClassificationTask, *what, options.json)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from karat_scale.replay.command import replay
+
+    return replay(options.run_dir, options.step, options.images, options.out, options.json)
+
+
+def _detect(options: argparse.Namespace) -> int:
+    from karat_scale.recipe.loading import dump_recipe, load_recipe
+    from karat_scale.tasks.detection.coco import require_pycocotools
+    from karat_scale.tasks.detection.recipe import DetectionRecipe
+
+    if options.eval:
+        require_pycocotools()
+        from karat_scale.run.evaluate import evaluate_run
+        from karat_scale.tasks.detection.task import DetectionTask
+
+        what = (options.recipe, options.overrides, options.checkpoint, options.weights, options.json)
+        return evaluate_run(DetectionTask, *what)
+    recipe = load_recipe(options.recipe, options.overrides, DetectionRecipe)
+    if options.print:
+        print(dump_recipe(recipe), end="")
+        return 0
+    require_pycocotools()
+    from karat_scale.run.run import train
+    from karat_scale.tasks.detection.task import DetectionTask
+
+    return train(DetectionTask, recipe)
