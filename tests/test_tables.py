@@ -46,6 +46,7 @@ ELSEWHERE = {
     "recipe/synonyms.py": {"wandb"},  # a key of other tools
     "shipped.py": {"webdataset", "ffcv"},  # scripts
     "versions.py": {"timm"},  # the library
+    "tasks/classification/distillation_teacher.py": {"timm"},  # the library
     "tasks/detection/recipe.py": {"adamw"},  # the only optimizer of a detector
 }
 
