@@ -37,7 +37,6 @@ ELSEWHERE = {
     "recipe/retired.py": {"tensorboard"},  # the key that became log.trackers
     "recipe/train.py": {"adamw"},
     "attention/operator.py": {"fourier"},
-    "cli.py": {"safetensors"},
     "data/backends/dali_pipeline.py": {"dali"},  # the extra
     "data/decoders/ffcv.py": {"ffcv"},  # the decoder that the backend has of its own
     "doctor/software.py": {"timm", "torchvision", "pillow", "webdataset", "tensorboard"},  # distributions
@@ -46,6 +45,9 @@ ELSEWHERE = {
     "recipe/synonyms.py": {"wandb"},  # a key of other tools
     "shipped.py": {"webdataset", "ffcv"},  # scripts
     "versions.py": {"timm"},  # the library
+    "commands/models.py": {"safetensors"},
+    "export/command.py": {"hub-folder"},  # what --push uploads
+    "tasks/classification/distillation_teacher.py": {"timm"},  # the library
     "tasks/detection/recipe.py": {"adamw"},  # the only optimizer of a detector
 }
 

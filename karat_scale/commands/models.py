@@ -9,19 +9,22 @@ from karat_scale.arguments import (
     new_file,
     whole,
 )
+from karat_scale.errors import UserError
 from karat_scale.tables import EXPORT_FORMATS
 
 
 def add_commands(commands: Any) -> None:
     """Add the parsers of these commands."""
-    export = commands.add_parser("export", help="write a run's model for timm, ONNX, TorchScript or a model hub")
+    export = commands.add_parser("export", help="write a run's model for timm, torch.export, ONNX or a model hub")
     export.add_argument("run_dir", metavar="RUN", help="the run's directory")
-    export.add_argument("--format", choices=EXPORT_FORMATS, default="safetensors")
+    export.add_argument("--format", choices=EXPORT_FORMATS, help="(default: safetensors)")
     export.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
     export.add_argument("--weights", choices=("raw", "ema", "both"), default="both")
     export.add_argument(
         "--out", metavar="PATH", help="a file with the format's suffix, or a directory (default: the run's)"
     )
+    export.add_argument("--push", metavar="USER/NAME", help="upload a hub-folder to the Hugging Face hub")
+    export.add_argument("--private", action="store_true", help="with --push: a new repository is not public")
     export.set_defaults(run=_export)
     add_trust(export)
 
@@ -48,9 +51,12 @@ def add_commands(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from karat_scale.export.command import export_run
+    from karat_scale.export.command import HUB, export_run
 
-    return export_run(options.run_dir, options.format, options.checkpoint, options.weights, options.out)
+    if options.push and options.format not in (None, HUB):
+        raise UserError(f"--format {options.format}: --push uploads a {HUB}; remove --format")
+    what = (options.run_dir, options.format or "safetensors", options.checkpoint, options.weights, options.out)
+    return export_run(*what, options.push, options.private)
 
 
 def _predict(options: argparse.Namespace) -> int:

@@ -4,14 +4,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from karat_scale.errors import RunDirectoryError
+from karat_scale.export.push import check_push, push_folder
 from karat_scale.export.source import Source
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.tables import EXPORT_FORMATS, FormatRow, load
+from karat_scale.temporaries import temporary_folder
 from karat_scale.trust import require_trust
 
+HUB = "hub-folder"
 
-def export_run(run_dir: str, format_name: str, checkpoint: str, weights: str, out: str | None) -> int:
+
+def export_run(
+    run_dir: str,
+    format_name: str,
+    checkpoint: str,
+    weights: str,
+    out: str | None,
+    push: str | None = None,
+    private: bool = False,
+) -> int:
     """Export, and print the path; returns the exit code.
 
     Args:
@@ -21,10 +33,14 @@ def export_run(run_dir: str, format_name: str, checkpoint: str, weights: str, ou
         weights: raw, ema, or both. For both, a run without EMA exports only raw.
         out: for one kind of weights, the file with its format's suffix, or the folder; else a directory. A directory
             has no suffix, exists already, or ends with a slash. The default is the run's own.
+        push: USER/NAME of a repository on the hub, which gets the folder for it; without `out` it stays there alone.
+        private: a repository that is made for it is not public.
 
     Raises:
         UserError: the run or checkpoint is missing or damaged, has no EMA, or the output cannot be written.
     """
+    if push is not None:
+        check_push(push)
     directory = RunDirectory(run_dir)
     directory.recipe()
     recipe = load_recipe(directory.recipe_file)
@@ -33,6 +49,8 @@ def export_run(run_dir: str, format_name: str, checkpoint: str, weights: str, ou
     saved = directory.store.state(name)
     kinds: Sequence[str] = [weights] if weights != "both" else ["raw", "ema"] if saved["has_ema"] else ["raw"]
     row = EXPORT_FORMATS[format_name]
+    if push is not None:
+        return _push(Source(directory, recipe, name, _only(kinds)), out, push, private)
     for kind in kinds:
         path = _target(out, directory.path, f"{name}-{kind}", row, alone=len(kinds) == 1)
         try:
@@ -41,6 +59,25 @@ def export_run(run_dir: str, format_name: str, checkpoint: str, weights: str, ou
         except OSError as error:
             raise RunDirectoryError(f"{path}: {error.strerror or error}; choose another --out") from None
         print(f"{path}: {kind} weights of {name}, {_size(path) / 1e6:.1f} MB{note and f', {note}'}")
+    return 0
+
+
+def _only(kinds: Sequence[str]) -> str:
+    if len(kinds) > 1:
+        raise RunDirectoryError("--push takes one kind of weights; add --weights ema or raw")
+    return kinds[0]
+
+
+def _push(source: Source, out: str | None, repository: str, private: bool) -> int:
+    with temporary_folder(source.run.path / "hub") as scratch:
+        folder = Path(out) if out else scratch / "model"
+        try:
+            note = load(EXPORT_FORMATS[HUB].place)(source, folder)
+        except OSError as error:
+            raise RunDirectoryError(f"{folder}: {error.strerror or error}; choose another --out") from None
+        size = _size(folder)
+        print(f"uploading {source.kind} weights of {source.checkpoint}, {note}, {size / 1e6:.1f} MB", flush=True)
+        print(push_folder(folder, repository, private))
     return 0
 
 

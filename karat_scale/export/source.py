@@ -60,7 +60,7 @@ class Source:
         if self.recipe.attention.transfer_from:
             raise RunDirectoryError(
                 f"{self.run.path}: it uses its teacher's attention matrices, and this format cannot hold a teacher; "
-                "use --format onnx or torchscript"
+                "use --format onnx or torch-export"
             )
 
     @property

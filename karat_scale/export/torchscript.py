@@ -1,4 +1,4 @@
-"""TorchScript: a traced model that `torch.jit.load` runs without this package or timm."""
+"""TorchScript: a traced model that `torch.jit.load` runs without this package or timm. torch has deprecated it."""
 
 import io
 import json
@@ -37,4 +37,4 @@ def write_torchscript(source: Source, path: Path) -> str:
     buffer.seek(0)
     difference = check_likeness(model, torch.jit.load(buffer), size)
     write_atomically(path, buffer.getvalue())
-    return f"logits within {difference:.1e}"
+    return f"logits within {difference:.1e}; torch has deprecated TorchScript, and torch-export takes its place"

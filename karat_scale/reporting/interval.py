@@ -65,6 +65,18 @@ class Interval:
             self._warm = True
             self._since = self._now()
 
+    @property
+    def seconds(self) -> float:
+        """The seconds of training since the time was last taken. They can be set back."""
+        with self.paused():
+            return self._seconds
+
+    @seconds.setter
+    def seconds(self, seconds: float) -> None:
+        self._seconds = seconds
+        if self._since is not None:
+            self._since = self._now()
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time spent inside is not training. Pauses nest."""

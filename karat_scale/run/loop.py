@@ -34,6 +34,7 @@ from karat_scale.run.agreement import Agreement, SavePoints
 from karat_scale.run.incidents import Incidents, Spikes
 from karat_scale.run.signals import StoppedError, StopSignals
 from karat_scale.run.task import AfterStep, OnBatch, Schedule, Scores, Task, Waiting
+from karat_scale.run.unfinished import UnfinishedStep, can_give_up
 
 
 @dataclass
@@ -88,6 +89,7 @@ class Loop:
             parts.engine.set_lr(parts.schedule.lr(state.step - 1))
         deviations = parts.recipe.train.detect_spikes
         self._spikes = Spikes(deviations) if deviations is not None else None
+        self._can_give_up = can_give_up(parts.engine.module, parts.world, parts.plan.accumulation)
 
     def run(self, stop_step: int | None = None) -> bool:
         """Train to the end, or to `stop_step`; evaluate if that is due, and save. Returns whether training goes on.
@@ -128,8 +130,16 @@ class Loop:
             yield
 
     def micro_batches(self, batches: DeviceFeed[Any]) -> Iterator[Any]:
-        """Those of one step. The next batch is fetched when a step's work is launched, while the device does it."""
-        for _ in range(self.parts.plan.accumulation):
+        """Those of one step. The next batch is fetched when a step's work is launched, while the device does it.
+
+        Raises StoppedError between them if a signal asks to stop and the step can be given up.
+        """
+        parts = self.parts
+        unfinished = UnfinishedStep(parts.task, self._interval) if self._can_give_up else None
+        for number in range(parts.plan.accumulation):
+            if number and unfinished is not None and parts.signals.received is not None:
+                unfinished.undo()
+                raise StoppedError
             yield next(batches)
             batches.fetch_ahead()
 

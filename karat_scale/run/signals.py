@@ -20,7 +20,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class StopSignals:
-    """Remembers the first stop signal; a second Ctrl-C quits at once."""
+    """Remembers the first stop signal. The first Ctrl-C is answered at once, and a second one quits at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -51,6 +51,8 @@ class StopSignals:
             os._exit(1)
         if self.received is None:
             self.received = signal.Signals(number)
+            if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+                os.write(2, b"\nstopping: the state is saved first; Ctrl-C again quits at once\n")
 
 
 class StoppedError(Exception):

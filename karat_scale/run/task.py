@@ -130,6 +130,15 @@ class Task(ABC):
     def train_batches(self, slices: Iterable[BatchSlice], waiting: Waiting) -> DeviceFeed[Any]:
         """Return this rank's micro batches of `slices`, in their order; inside `waiting()` it waits for the next."""
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """What `losses` has counted of the data since the last `fold`. It can be set back."""
+        return ()
+
+    @counts.setter  # noqa: B027
+    def counts(self, counts: tuple[int, ...]) -> None:
+        """Set it back."""
+
     @abstractmethod
     def losses(self, forward: Callable[..., Any], batch: Any) -> Mapping[str, Tensor]:
         """Return the mean loss of a micro batch as `loss`, and parts of it, for the reports, by other names.

@@ -150,6 +150,20 @@ def test_torchscript_needs_nothing_of_ours(exported, model: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("model", mostly_slow("universal"))
+def test_torch_export_needs_nothing_of_ours(exported, model: str, tmp_path: Path) -> None:
+    file, source, _, expected = exported("torch-export", "owls.pt2", *MODELS[model])
+    extra = {"karat_scale.json": ""}
+    loaded = torch.export.load(file, extra_files=extra).module()
+    assert (loaded(images(source)) - expected).abs().max() < 1e-5
+    check_facts(json.loads(extra["karat_scale.json"]), source)
+    if model == "universal":
+        code = f"import sys, torch; m = torch.export.load({str(file)!r}).module(); x = torch.zeros(7, 3, 16, 16)\n"
+        code += "print(m(x).shape, m(x[:1]).shape)\nassert not {'timm', 'karat_scale'} & set(sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert "[7, 4]) torch.Size([1, 4])" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("model", mostly_slow("universal"))
 def test_onnxruntime_gives_the_logits(exported, model: str, capsys) -> None:
     onnx = pytest.importorskip("onnx", reason="needs the extra `export`")
     from karat_scale.export.onnx_file import onnx_session

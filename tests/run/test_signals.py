@@ -22,12 +22,16 @@ while True:
 
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda s: s.name)
 def test_a_signal_is_remembered_and_a_second_ctrl_c_quits_at_once(number: signal.Signals) -> None:
-    process = subprocess.Popen([sys.executable, "-c", WAIT], stdout=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", WAIT], stdout=pipe, stderr=pipe, text=True)
     assert process.stdout is not None
+    assert process.stderr is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     assert process.stdout.readline() == f"{number.name}\n"
     if number == signal.SIGINT:
+        assert process.stderr.readline() == "\n"
+        assert process.stderr.readline() == "stopping: the state is saved first; Ctrl-C again quits at once\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=5) == 1
     else:

@@ -212,6 +212,15 @@ class ClassificationTask(Task):
         for sample in bad:
             self.reporter.bad_sample(sample)
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The digest of the data and the number of unreadable samples."""
+        return self._digest, self._bad
+
+    @counts.setter
+    def counts(self, counts: tuple[int, ...]) -> None:
+        self._digest, self._bad = counts
+
     def fold(self, state: TrainState) -> None:
         """Add the digest of the data and the number of unreadable samples."""
         counts = torch.tensor([self._digest, self._bad], dtype=torch.float64)

@@ -1,0 +1,137 @@
+"""A server with the part of the Hugging Face hub's API that an upload and a download of a model use, in memory."""
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+TOKEN = "hf_owls"
+
+
+class Hub:
+    """What the server holds.
+
+    Attributes:
+        files: of all repositories, by "USER/NAME/path".
+        repositories: what was asked for when each was made.
+        commits: the message of each.
+        broken: answer everything with an error.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.repositories: dict[str, dict[str, Any]] = {}
+        self.commits: list[str] = []
+        self.objects: dict[str, bytes] = {}
+        self.broken = False
+        self.url = ""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+
+    def _answer(self, content: Any, status: int = 200, **headers: str) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def _is_refused(self) -> bool:
+        if self.hub.broken:
+            self._answer({"error": "out of order"}, 503)
+        elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self._answer({"error": "Invalid user token."}, 401)
+        else:
+            return False
+        return True
+
+    def do_POST(self) -> None:
+        path, body = urlsplit(self.path).path, self._body()
+        if self._is_refused():
+            return
+        hub = self.hub
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked.get('organization', 'jane')}/{asked['name']}"
+            hub.repositories[name] = asked
+            self._answer({"url": f"{hub.url}/{name}", "name": name})
+        elif path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            actions = [{**one, "actions": {"upload": {"href": f"{hub.url}/objects/{one['oid']}"}}} for one in objects]
+            self._answer({"transfer": "basic", "objects": actions})
+        elif "/preupload/" in path:
+            files = json.loads(body)["files"]
+            modes = [
+                {"path": one["path"], "uploadMode": "lfs" if one["path"].endswith(".safetensors") else "regular"}
+                for one in files
+            ]
+            self._answer({"files": [{**mode, "shouldIgnore": False, "oid": None} for mode in modes]})
+        elif "/commit/" in path:
+            self._commit("/".join(path.split("/")[3:5]), body)
+        else:
+            self._answer({"valid": True})
+
+    def _commit(self, repository: str, body: bytes) -> None:
+        for line in map(json.loads, body.decode().splitlines()):
+            value = line["value"]
+            if line["key"] == "header":
+                self.hub.commits.append(value["summary"])
+            elif line["key"] == "file":
+                self.hub.files[f"{repository}/{value['path']}"] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                self.hub.files[f"{repository}/{value['path']}"] = self.hub.objects[value["oid"]]
+        self._answer({"commitUrl": f"{self.hub.url}/{repository}/commit/{'1' * 40}", "commitOid": "1" * 40})
+
+    def do_PUT(self) -> None:
+        body = self._body()
+        assert hashlib.sha256(body).hexdigest() == self.path.rpartition("/")[2]
+        self.hub.objects[self.path.rpartition("/")[2]] = body
+        self._answer({})
+
+    def do_GET(self) -> None:
+        if self._is_refused():
+            return
+        path = unquote(urlsplit(self.path).path)
+        if "/resolve/" in path:
+            repository, _, rest = path.lstrip("/").partition("/resolve/")
+            content = self.hub.files.get(f"{repository}/{rest.partition('/')[2]}")
+            if content is None:
+                self._answer({}, 404, X_Error_Code="EntryNotFound")
+                return
+            self._answer(content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit="1" * 40)
+        elif path.startswith("/api/models/"):
+            self._answer({"id": "/".join(path.split("/")[3:5]), "sha": "1" * 40, "siblings": []})
+        else:
+            self._answer({"name": "jane", "type": "user"})
+
+    do_HEAD = do_GET
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@contextmanager
+def serve() -> Iterator[Hub]:
+    """Run the server on a port of this machine."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
