@@ -40,7 +40,7 @@ SCALING_PASSES, SCALING_ROUNDS = 20, 2
 AUGMENTS = {
     # What every peer has too, as torchvision's reference recipe draws it.
     "crop": AugmentConfig(ratio=(3 / 4, 4 / 3), color_jitter=0, randaugment="", interpolation="bilinear"),
-    "paper": AugmentConfig(color_jitter=0.4),
+    "paper": AugmentConfig(),
 }
 TWO_WORKERS, ONE_WORKER = "2 workers", "1 worker"
 
