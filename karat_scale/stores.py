@@ -75,6 +75,26 @@ class _InMemory:
         self.pieces.append(data)
 
 
+class _OneTry:
+    """Passes the pieces of one try on to a sink, until it is over: the library may go on with one that was given up."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink, self._lock, self._is_over = sink, threading.Lock(), False
+        self.size = 0
+        sink.restart()
+
+    def write(self, data: bytes) -> None:
+        with self._lock:
+            if self._is_over:
+                raise _FinalError("this try was given up")
+            self._sink.write(data)
+            self.size += len(data)
+
+    def end(self) -> None:
+        with self._lock:
+            self._is_over = True
+
+
 class _FinalError(Exception):
     """The reason of an error that another try would not change."""
 
@@ -152,14 +172,17 @@ class Store:
         """
 
         def ask(seconds: float) -> None:
-            sink.restart()
-            size = self._range(name, start, stop, sink, etag, seconds)
-            if size == stop - start:
+            one_try = _OneTry(sink)
+            try:
+                self._range(name, start, stop, one_try, etag, seconds)
+            finally:
+                one_try.end()
+            if one_try.size == stop - start:
                 return
             # Of a file that is shorter now, servers send what there is.
             if 0 <= _facts(self._call("info", seconds, self._path(name))).bytes < stop:
                 raise ChangedFileError(f"{self.where(name)} is cut short, or has changed since it was indexed")
-            raise EOFError(f"{size} of {stop - start} bytes came")
+            raise EOFError(f"{one_try.size} of {stop - start} bytes came")
 
         if stop > start:
             self._persist(name, ask, deadline)
@@ -183,8 +206,9 @@ class Store:
     def facts_of(self, names: list[str]) -> dict[str, FileFacts]:
         """Return the facts of many files: by one listing if the store's listings have them. Raises StoreError."""
         if self._is_web:
+            ask = functools.partial(self.facts, deadline=self.deadline())
             with ThreadPool(min(_THREADS, max(1, len(names)))) as pool:
-                return dict(zip(names, pool.map(self.facts, names), strict=True))
+                return dict(zip(names, pool.imap(ask, names), strict=True))
         found = self.files()
         missing = next((name for name in names if name not in found), None)
         if missing is not None:
@@ -242,24 +266,20 @@ class Store:
             return sync(system.loop, getattr(system, f"_{method}"), *args, timeout=seconds, **options)
         return _in_time(functools.partial(getattr(system, method), *args, **options), seconds)
 
-    def _range(self, name: str, start: int, stop: int, sink: Sink, etag: str, seconds: float) -> int:
-        """Write a part of a file to a sink; returns its bytes. Raises ChangedFileError, and what the library raises."""
+    def _range(self, name: str, start: int, stop: int, sink: _OneTry, etag: str, seconds: float) -> None:
+        """Write a part of a file to a sink. Raises ChangedFileError, and what the library raises."""
         path, system = self._path(name), self._system()
         if self._is_web:
             from fsspec.asyn import sync
 
-            size: int
-            size, found = sync(system.loop, _web_range, system, path, start, stop, sink, timeout=seconds)
+            found = sync(system.loop, _web_range, system, path, start, stop, sink, timeout=seconds)
         else:
             # Others open the file, and would read ahead.
             options = {} if getattr(system, "async_impl", False) else {"cache_type": "none"}
-            data = self._call("cat_file", seconds, path, start=start, end=stop, **options)
-            sink.write(data)
-            size = len(data)
+            sink.write(self._call("cat_file", seconds, path, start=start, end=stop, **options))
             found = _facts(self._call("info", seconds, path)).etag if etag else ""
         if etag and found != etag:
             raise ChangedFileError(f"{self.where(name)} has changed since it was indexed; run karat index again")
-        return size
 
     def _persist(self, name: str, ask: Callable[[float], T], deadline: float | None) -> T:
         """Return what `ask`, given the seconds of one try, returns; tries again until the deadline."""
@@ -307,8 +327,8 @@ def _file_system(protocol: str) -> Any:
     return kind(use_listings_cache=False)
 
 
-async def _web_range(system: Any, url: str, start: int, stop: int, sink: Sink) -> tuple[int, str]:
-    """Write a range of a file on a web server; returns its bytes and ETag. A server that sends all of it is refused."""
+async def _web_range(system: Any, url: str, start: int, stop: int, sink: _OneTry) -> str:
+    """Write a range of a file on a web server; returns its ETag. A server that sends all of it is refused."""
     session = await system.set_session()
     options = dict(system.kwargs)
     headers = {**options.pop("headers", {}), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
@@ -316,11 +336,9 @@ async def _web_range(system: Any, url: str, start: int, stop: int, sink: Sink) -
         answer.raise_for_status()
         if answer.status != 206:
             raise _FinalError("the server does not answer requests for a part of a file; use one that does")
-        size = 0
         async for piece in answer.content.iter_any():  # as it comes: parts are large, and several are under way
             sink.write(piece)
-            size += len(piece)
-        return size, _tag(answer.headers)
+        return _tag(answer.headers)
 
 
 def _facts(info: Mapping[str, Any]) -> FileFacts:
