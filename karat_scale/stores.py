@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.pool import ThreadPool
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 from karat_scale.errors import DataError
@@ -50,6 +50,49 @@ class FileFacts(NamedTuple):
 
     bytes: int
     etag: str
+
+
+class Sink(Protocol):
+    """What takes the bytes of a part of a file, piece by piece. Its own errors are DataErrors."""
+
+    def restart(self) -> None:
+        """Forget what was written: the part comes from its start, for the first time or again."""
+
+    def write(self, data: bytes) -> object:
+        """Take the next piece."""
+
+
+class _InMemory:
+    """See Sink."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+
+    def restart(self) -> None:
+        self.pieces.clear()
+
+    def write(self, data: bytes) -> None:
+        self.pieces.append(data)
+
+
+class _OneTry:
+    """Passes the pieces of one try on to a sink, until it is over: the library may go on with one that was given up."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink, self._lock, self._is_over = sink, threading.Lock(), False
+        self.size = 0
+        sink.restart()
+
+    def write(self, data: bytes) -> None:
+        with self._lock:
+            if self._is_over:
+                raise _FinalError("this try was given up")
+            self._sink.write(data)
+            self.size += len(data)
+
+    def end(self) -> None:
+        with self._lock:
+            self._is_over = True
 
 
 class _FinalError(Exception):
@@ -111,7 +154,13 @@ class Store:
         return time.monotonic() + self.patience
 
     def read(self, name: str, start: int, stop: int, etag: str = "", deadline: float | None = None) -> bytes:
-        """Return exactly the bytes start .. stop - 1 of a file.
+        """Return exactly the bytes start .. stop - 1 of a file; see `copy`. Raises StoreError."""
+        memory = _InMemory()
+        self.copy(name, start, stop, memory, etag, deadline)
+        return b"".join(memory.pieces)
+
+    def copy(self, name: str, start: int, stop: int, sink: Sink, etag: str = "", deadline: float | None = None) -> None:
+        """Write exactly the bytes start .. stop - 1 of a file to a sink.
 
         Args:
             etag: what the file had when it was indexed, if that is to be checked.
@@ -122,16 +171,21 @@ class Store:
             StoreError: it cannot be read.
         """
 
-        def ask(seconds: float) -> bytes:
-            data = self._range(name, start, stop, etag, seconds)
-            if len(data) == stop - start:
-                return data
+        def ask(seconds: float) -> None:
+            one_try = _OneTry(sink)
+            try:
+                self._range(name, start, stop, one_try, etag, seconds)
+            finally:
+                one_try.end()
+            if one_try.size == stop - start:
+                return
             # Of a file that is shorter now, servers send what there is.
             if 0 <= _facts(self._call("info", seconds, self._path(name))).bytes < stop:
                 raise ChangedFileError(f"{self.where(name)} is cut short, or has changed since it was indexed")
-            raise EOFError(f"{len(data)} of {stop - start} bytes came")
+            raise EOFError(f"{one_try.size} of {stop - start} bytes came")
 
-        return self._persist(name, ask, deadline) if stop > start else b""
+        if stop > start:
+            self._persist(name, ask, deadline)
 
     def read_small(self, name: str, most: int, deadline: float | None = None) -> bytes:
         """Return a whole file of at most `most` bytes. Raises StoreError."""
@@ -152,8 +206,9 @@ class Store:
     def facts_of(self, names: list[str]) -> dict[str, FileFacts]:
         """Return the facts of many files: by one listing if the store's listings have them. Raises StoreError."""
         if self._is_web:
+            ask = functools.partial(self.facts, deadline=self.deadline())
             with ThreadPool(min(_THREADS, max(1, len(names)))) as pool:
-                return dict(zip(names, pool.map(self.facts, names), strict=True))
+                return dict(zip(names, pool.imap(ask, names), strict=True))
         found = self.files()
         missing = next((name for name in names if name not in found), None)
         if missing is not None:
@@ -211,20 +266,20 @@ class Store:
             return sync(system.loop, getattr(system, f"_{method}"), *args, timeout=seconds, **options)
         return _in_time(functools.partial(getattr(system, method), *args, **options), seconds)
 
-    def _range(self, name: str, start: int, stop: int, etag: str, seconds: float) -> bytes:
+    def _range(self, name: str, start: int, stop: int, sink: _OneTry, etag: str, seconds: float) -> None:
+        """Write a part of a file to a sink. Raises ChangedFileError, and what the library raises."""
         path, system = self._path(name), self._system()
         if self._is_web:
             from fsspec.asyn import sync
 
-            data, found = sync(system.loop, _web_range, system, path, start, stop, timeout=seconds)
+            found = sync(system.loop, _web_range, system, path, start, stop, sink, timeout=seconds)
         else:
             # Others open the file, and would read ahead.
             options = {} if getattr(system, "async_impl", False) else {"cache_type": "none"}
-            data = self._call("cat_file", seconds, path, start=start, end=stop, **options)
+            sink.write(self._call("cat_file", seconds, path, start=start, end=stop, **options))
             found = _facts(self._call("info", seconds, path)).etag if etag else ""
         if etag and found != etag:
             raise ChangedFileError(f"{self.where(name)} has changed since it was indexed; run karat index again")
-        return bytes(data)
 
     def _persist(self, name: str, ask: Callable[[float], T], deadline: float | None) -> T:
         """Return what `ask`, given the seconds of one try, returns; tries again until the deadline."""
@@ -235,7 +290,7 @@ class Store:
             left = deadline - time.monotonic()
             try:
                 return ask(max(0.01, min(left, _TRY * self.patience)))
-            except StoreError:
+            except DataError:  # final, or of the sink
                 raise
             except Exception as error:
                 tries += 1
@@ -272,8 +327,8 @@ def _file_system(protocol: str) -> Any:
     return kind(use_listings_cache=False)
 
 
-async def _web_range(system: Any, url: str, start: int, stop: int) -> tuple[bytes, str]:
-    """Return a range of a file on a web server, and its ETag. A server that sends all of the file is refused."""
+async def _web_range(system: Any, url: str, start: int, stop: int, sink: _OneTry) -> str:
+    """Write a range of a file on a web server; returns its ETag. A server that sends all of it is refused."""
     session = await system.set_session()
     options = dict(system.kwargs)
     headers = {**options.pop("headers", {}), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
@@ -281,7 +336,9 @@ async def _web_range(system: Any, url: str, start: int, stop: int) -> tuple[byte
         answer.raise_for_status()
         if answer.status != 206:
             raise _FinalError("the server does not answer requests for a part of a file; use one that does")
-        return await answer.read(), _tag(answer.headers)
+        async for piece in answer.content.iter_any():  # as it comes: parts are large, and several are under way
+            sink.write(piece)
+        return _tag(answer.headers)
 
 
 def _facts(info: Mapping[str, Any]) -> FileFacts:

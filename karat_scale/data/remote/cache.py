@@ -14,7 +14,7 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,8 +29,6 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.05
 _PART = ".part"
 _NAME_LENGTH = 40
 
-Entry = Sequence[bytes | memoryview]
-
 
 def data_cache_directory() -> Path:
     """Return the directory of the cache: KARAT_DATA_CACHE, or one below KARAT_CACHE_DIR or on a disk of this node."""
@@ -40,6 +38,30 @@ def data_cache_directory() -> Path:
     if os.environ.get("KARAT_CACHE_DIR") or is_local(usual):
         return usual / "data"
     return (local_directory() or usual) / "data"
+
+
+class Part:
+    """An entry in the making: a file that is written from front to back. See Sink of `karat_scale.stores`."""
+
+    def __init__(self, handle: int, directory: Path) -> None:
+        self._handle, self._directory = handle, directory
+
+    def restart(self) -> None:
+        """Remove what was written, also by a process that was killed."""
+        with _named_errors(self._directory):
+            os.ftruncate(self._handle, 0)
+            os.lseek(self._handle, 0, os.SEEK_SET)
+
+    def write(self, data: bytes) -> None:
+        """Append all of `data`. Raises DataError where the disk is full."""
+        view = memoryview(data)
+        with _named_errors(self._directory):
+            while view:
+                view = view[os.write(self._handle, view) :]
+
+    def read(self, size: int, offset: int) -> bytes:
+        """Return bytes that were written."""
+        return os.pread(self._handle, size, offset)
 
 
 class NodeCache:
@@ -53,20 +75,22 @@ class NodeCache:
 
     def __init__(self, directory: Path, limit: float) -> None:
         self.directory, self._limit = directory, limit
-        with self._named_errors():
+        with _named_errors(self.directory):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             found = directory.stat()
         if found.st_uid != os.getuid():
             raise DataError(f"the cache {directory} belongs to another user; set {VARIABLE} to a directory of yours")
         if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            with self._named_errors():
+            with _named_errors(self.directory):
                 directory.chmod(0o700)
 
-    def open(self, key: str, size: int, make: Callable[[], Entry], deadline: float, waits: bool = True) -> int | None:
+    def open(
+        self, key: str, size: int, make: Callable[[Part], None], deadline: float, waits: bool = True
+    ) -> int | None:
         """Return a descriptor of an entry of `size` bytes, which the caller closes.
 
         Args:
-            make: returns the entry's content, if it is not there.
+            make: writes the entry's content, if it is not there.
             deadline: of time.monotonic; until then, it waits for another process that makes the entry.
             waits: if not, it returns None at once where another process makes the entry.
 
@@ -75,7 +99,7 @@ class NodeCache:
         """
         path, pause = self._path(key), _FIRST_PAUSE
         while True:
-            with self._named_errors():
+            with _named_errors(self.directory):
                 if (entry := _whole(path, size)) is not None:
                     return entry
                 part = self._claim(path)
@@ -90,8 +114,16 @@ class NodeCache:
 
     def find(self, key: str, size: int) -> int | None:
         """Return a descriptor of an entry of `size` bytes, which the caller closes; None if there is none."""
-        with self._named_errors():
+        with _named_errors(self.directory):
             return _whole(self._path(key), size)
+
+    def touch(self, key: str) -> bool:
+        """Note that an entry will be used soon; returns whether there is one."""
+        try:
+            os.utime(self._path(key))
+        except OSError:
+            return False
+        return True
 
     def remove(self, key: str) -> None:
         """Remove an entry, which is damaged."""
@@ -112,16 +144,17 @@ class NodeCache:
         os.close(handle)
         return None
 
-    def _made(self, path: Path, part: int, size: int, make: Callable[[], Entry]) -> int:
+    def _made(self, path: Path, part: int, size: int, make: Callable[[Part], None]) -> int:
         temporary = path.with_name(path.name + _PART)
         try:
             # Another process may have made it before this one had the lock.
             if (entry := _whole(path, size)) is not None:
                 temporary.unlink(missing_ok=True)
                 return entry
-            content = make()
-            with self._named_errors():
-                _write(part, content)
+            content = Part(part, self.directory)
+            content.restart()
+            make(content)
+            with _named_errors(self.directory):
                 temporary.rename(path)
                 entry = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except BaseException:
@@ -187,18 +220,19 @@ class NodeCache:
                         found = file.stat(follow_symlinks=False)
                         yield found.st_mtime_ns, found.st_size, file.path
 
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        """Turn an error of the cache's disk into one line."""
-        try:
-            yield
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            fix = "free space there, lower data.cache_gb, or set" if full else "set"
-            raise DataError(
-                f"the cache of remote data, {self.directory}, cannot be written: {error.strerror}; {fix} {VARIABLE} to "
-                "a directory on another disk"
-            ) from error
+
+@contextmanager
+def _named_errors(directory: Path) -> Iterator[None]:
+    """Turn an error of the cache's disk into one line."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fix = "free space there, lower data.cache_gb, or set" if full else "set"
+        raise DataError(
+            f"the cache of remote data, {directory}, cannot be written: {error.strerror}; {fix} {VARIABLE} to a "
+            "directory on another disk"
+        ) from error
 
 
 def _whole(path: Path, size: int) -> int | None:
@@ -231,16 +265,6 @@ def _remove_if_left(part: Path) -> None:
             part.unlink()
     finally:
         os.close(handle)
-
-
-def _write(handle: int, content: Entry) -> None:
-    """Write all of the content, in place of what a killed process may have left."""
-    os.ftruncate(handle, 0)
-    with os.fdopen(handle, "wb", buffering=0, closefd=False) as file:
-        for piece in content:
-            view = memoryview(piece)
-            while view:
-                view = view[file.write(view) :]
 
 
 def _overwrite(handle: int, text: bytes) -> None:

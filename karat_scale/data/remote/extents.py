@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from karat_scale.data.formats.shard_files import CHANGED, ChangedSampleError, SamplePlaces
-from karat_scale.data.remote.cache import Entry, NodeCache
+from karat_scale.data.remote.cache import NodeCache, Part
 from karat_scale.errors import DataError
 from karat_scale.stores import Store
 
@@ -97,13 +97,14 @@ class RemoteShardFiles:
     def hint(self, sample_ids: Iterable[int]) -> None:
         """Fetch extents of some samples into the cache, except those that another process fetches. Raises DataError."""
         deadline = self._store.deadline()
+        missing = [extent for extent in self.extents_of(sample_ids) if not self._cache.touch(self._key(extent))]
 
         def fetch(extent: Extent) -> None:
             entry = self._fetched(extent, deadline, waits=False)
             if entry is not None:
                 os.close(entry)
 
-        self._each(fetch, self.extents_of(sample_ids))
+        self._each(fetch, missing)
 
     def extents_of(self, sample_ids: Iterable[int]) -> list[Extent]:
         """Return the extents of some samples, each once, in the order of the samples."""
@@ -143,19 +144,19 @@ class RemoteShardFiles:
     def _fetched(self, extent: Extent, deadline: float, waits: bool = True) -> int | None:
         """Return a descriptor of an extent; None if another process fetches it and this one must not wait."""
         return self._cache.open(
-            self._key(extent), extent.entry_bytes, lambda: self._content(extent, deadline), deadline, waits
+            self._key(extent), extent.entry_bytes, lambda part: self._fetch(extent, part, deadline), deadline, waits
         )
 
-    def _content(self, extent: Extent, deadline: float) -> Entry:
+    def _fetch(self, extent: Extent, part: Part, deadline: float) -> None:
+        """Write the content of an extent's entry."""
         places, shard = self._places, self._places.shards[extent.shard]
         etag = shard.etag if extent.has_crcs and shard.etag else ""
-        data = memoryview(self._store.read(shard.name, extent.begin, extent.end, etag, deadline))
-        if not extent.has_crcs:
-            return (data,)
-        ids = slice(extent.first, extent.last)
-        starts = (places.offsets[ids] - extent.begin).tolist()
-        crcs = [zlib.crc32(data[at : at + size]) for at, size in zip(starts, places.sizes[ids].tolist(), strict=True)]
-        return data, np.array(crcs, "<u4").tobytes()
+        self._store.copy(shard.name, extent.begin, extent.end, part, etag, deadline)
+        if extent.has_crcs:
+            ids = slice(extent.first, extent.last)
+            offsets, sizes = (places.offsets[ids] - extent.begin).tolist(), places.sizes[ids].tolist()
+            crcs = [zlib.crc32(part.read(size, offset)) for offset, size in zip(offsets, sizes, strict=True)]
+            part.write(np.array(crcs, "<u4").tobytes())
 
     def _key(self, extent: Extent) -> str:
         """Return the key of an extent: its file, the content of that, and the place of each of its samples."""

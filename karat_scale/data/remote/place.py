@@ -7,7 +7,7 @@ from multiprocessing.pool import ThreadPool
 
 from karat_scale.data.formats.shard_files import SamplePlaces
 from karat_scale.data.formats.shard_format import DATASET_FILE, FileRecord, ShardRecord
-from karat_scale.data.remote.cache import NodeCache, data_cache_directory
+from karat_scale.data.remote.cache import NodeCache, Part, data_cache_directory
 from karat_scale.data.remote.extents import RemoteShardFiles
 from karat_scale.data.remote.use import RemoteUse
 from karat_scale.errors import DataError
@@ -55,11 +55,11 @@ class RemotePlace:
         """See Place."""
         deadline = self._store.deadline()
 
-        def fetch() -> list[bytes]:
+        def fetch(part: Part) -> None:
             data = self._store.read(record.name, 0, record.bytes, deadline=deadline)
             if hashlib.sha256(data).hexdigest() != record.sha256:
                 raise DataError(f"{self.where(record.name)} has changed since it was written; {self.fix}")
-            return [data]
+            part.write(data)
 
         key = f"{self.where(record.name)} {record.sha256}"
         for _ in range(2):

@@ -1,6 +1,7 @@
 """How a recipe uses samples at a URL: what is fetched together, how far ahead, and what the cache must hold."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from karat_scale.recipe import DataConfig
@@ -33,9 +34,18 @@ class RemoteUse:
     @classmethod
     def of(cls, data: DataConfig, training: bool) -> "RemoteUse":
         """Return how a recipe uses a split, on each of the ranks that the environment tells of."""
-        ranks, on_this_node = (int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        ranks, on_this_node = _ranks(os.environ)
         if training and data.order == "block":
             # All ranks use one window at a time, while the next is fetched.
             window = data.block_samples * data.window_blocks
             return cls(data.timeout, data.cache_gb, data.block_samples, -(-window // ranks), 2 * window)
         return cls(data.timeout, data.cache_gb, 1 if training else _TOGETHER, _AHEAD, _HELD * on_this_node)
+
+
+def _ranks(environ: Mapping[str, str]) -> tuple[int, int]:
+    """Return the ranks of the run and those of this node, as torchrun or srun tells them."""
+    if "WORLD_SIZE" in environ:
+        ranks = int(environ["WORLD_SIZE"])
+        return ranks, int(environ.get("LOCAL_WORLD_SIZE", ranks))
+    ranks = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    return ranks, -(-ranks // int(environ.get("SLURM_STEP_NUM_NODES", "1")))

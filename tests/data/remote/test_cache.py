@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.data.remote.cache import NodeCache, data_cache_directory
+from karat_scale.data.remote.cache import NodeCache, Part, data_cache_directory
 from karat_scale.errors import DataError
 from tests.data.backends.helpers import wait_until
 
@@ -22,10 +22,13 @@ def later(seconds: float = 20.0) -> float:
 def made(cache: NodeCache, key: str, content: bytes = b"x" * SIZE, calls: list[str] | None = None) -> bytes:
     """The content of an entry, which is made if it is not there."""
 
-    def make():
+    def make(part):
         if calls is not None:
             calls.append(key)
-        return [content[:10], memoryview(content)[10:]]
+        part.write(b"what a try left")
+        part.restart()
+        part.write(content[:10])
+        part.write(content[10:])
 
     entry = cache.open(key, len(content), make, later())
     assert entry is not None
@@ -60,7 +63,7 @@ def test_the_entries_used_last_are_kept(tmp_path):
     cache, calls = NodeCache(tmp_path / "cache", 10 * SIZE), []
     for number in range(10):
         made(cache, f"url {number}")
-    held = cache.open("url 1", SIZE, lambda: [], later())
+    held = cache.open("url 1", SIZE, lambda part: None, later())
     time.sleep(0.02)
     made(cache, "url 0")  # used again
     made(cache, "url 10")
@@ -79,10 +82,10 @@ def test_one_of_many_processes_makes_an_entry_and_a_killed_one_blocks_nobody(tmp
     cache, log = NodeCache(tmp_path / "cache", 1e6), tmp_path / "log"
     begun = tmp_path / "begun"
 
-    def slow() -> list[bytes]:
+    def slow(part: Part) -> None:
+        part.write(b"half")
         begun.touch()
         time.sleep(60)
-        return []
 
     holder = os.fork()
     if holder == 0:
@@ -93,11 +96,11 @@ def test_one_of_many_processes_makes_an_entry_and_a_killed_one_blocks_nobody(tmp
     with pytest.raises(DataError, match="another process did not finish to fetch url in time"):
         cache.open("url a", SIZE, slow, later(0.1))
 
-    def quick() -> list[bytes]:
+    def quick(part: Part) -> None:
         with log.open("a") as file:
             file.write("made\n")
         time.sleep(0.2)
-        return [b"y" * SIZE]
+        part.write(b"y" * SIZE)
 
     readers = []
     for _ in range(6):
@@ -126,7 +129,7 @@ def test_what_a_killed_process_left_is_removed_when_room_is_made(tmp_path):
 def test_an_error_of_the_store_leaves_nothing(tmp_path):
     cache = NodeCache(tmp_path / "cache", 1e6)
 
-    def fail() -> list[bytes]:
+    def fail(part: Part) -> None:
         raise DataError("the store is down")
 
     with pytest.raises(DataError, match="the store is down"):

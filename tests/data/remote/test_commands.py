@@ -121,6 +121,11 @@ def test_plan_show_and_doctor(recipe_file, tmp_path, shards, nginx, capsys):
     done = karat("plan", str(recipe_file), url)
     assert done.returncode == 0, done.stderr
     assert "ImageNet-1K's" not in done.stdout
+    capsys.readouterr()
+    assert main(["submit", str(recipe_file), url, f"run.dir={tmp_path / 'run'}", "--print"]) == 0
+    script, notes = capsys.readouterr()
+    assert f"SHARDS={url.removeprefix('data.path=')}" in script.splitlines()
+    assert "is not on this machine" not in notes
     done = karat("doctor", str(recipe_file), url, "--seconds", "4")
     assert "of data at a URL, data.cache_gb = 20: fetched only in the first epoch" in done.stdout
 

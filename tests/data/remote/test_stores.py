@@ -107,6 +107,32 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(files, nginx):
         Store(proxy.url, timeout=2).files()
 
 
+def test_a_try_that_was_given_up_writes_nothing_more(files, nginx):
+    """Its library may go on with it, while the next try writes to the same place."""
+    content = (files / "a.tar").read_bytes()
+
+    class Slow:
+        """Takes so long for its first piece that the try is given up."""
+
+        def __init__(self):
+            self.pieces, self.tries = [], 0
+
+        def restart(self):
+            self.pieces, self.tries = [], self.tries + 1
+
+        def write(self, data):
+            if self.tries == 1:
+                time.sleep(2.5)
+            self.pieces.append(data)
+
+    sink = Slow()
+    store = Store(f"http://127.0.0.1:{nginx(files)}", timeout=6)
+    store.copy("a.tar", 0, 5000, sink)
+    assert sink.tries == 2
+    time.sleep(0.5)
+    assert b"".join(sink.pieces) == content[:5000]
+
+
 def test_refused_access_is_not_tried_again(files, nginx):
     with FaultyProxy(nginx(files), spoil=lambda number, asked: "403") as proxy:
         with pytest.raises(StoreError, match=r"access is refused \(HTTP 403\); check the credentials"):
