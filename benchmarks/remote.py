@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from karat_scale.arguments import OneLineParser, count, new_file, positive
-from karat_scale.bench.measuring import interleaved, median_ratio
+from karat_scale.bench.measuring import interleaved, median_ratio, processor_seconds
 from karat_scale.console import print_table, write_json
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.formats.shard_format import read_dataset_record, write_dataset_record
@@ -65,17 +65,17 @@ class Setting:
             }
         )
 
-    def run(self, path: str) -> float:
-        """Make all batches of an epoch, at most `samples` images; returns the seconds."""
+    def run(self, path: str) -> tuple[float, float]:
+        """Make all batches of an epoch, at most `samples` images; returns the seconds, and those of processors."""
         backend = open_backend(ImageSpec(self.config(path), CROP_AND_FLIP, SIZE, 1 << 30, 0))
         plan = TrainPlan(0, backend.num_train, BATCH, BATCH, 0, 1, self.order, self.block, self.window)
         steps = min(plan.steps_per_epoch, self.samples // BATCH)
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), processor_seconds()
         for _ in backend.train_batches(plan.slices(0, steps)):
             pass
         taken = time.perf_counter() - begun
         backend.close()
-        return taken
+        return taken, processor_seconds() - used
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -100,7 +100,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [[name, f"{result['images_per_second'][name]:,.0f}"] for name in (DISK, URL)]
     title = f"{result['images']:,} images a pass, order {options.order}, {options.workers} workers, "
     print_table(title + f"{1000 * options.latency:g} ms for each request", ["from", "images/s"], rows)
-    print(f"URL over disk: {result['ratio']:.3f} (median of {options.rounds} rounds)")
+    for what, ratio in (("by the clock", "ratio"), ("for a second of a processor", "ratio_of_processor_time")):
+        print(f"URL over disk, images {what}: {result[ratio]:.3f} (median of {options.rounds} rounds)")
     for name in ("requests", "bytes"):
         made, ideal = result[name], result[f"ideal_{name}"]
         print(f"{name} of a pass: {made:,}, over the ideal {ideal:,}: {made / ideal:.3f}")
@@ -129,26 +130,30 @@ def repeat_shards(source: Path, target: Path, copies: int) -> Path:
 
 def measure(setting: Setting, scratch: Path, latency: float, rounds: int) -> dict[str, Any]:
     """Return the figures of both loaders."""
-    passes: list[int] = []
+    processors: dict[str, list[float]] = {DISK: [], URL: []}
+    os.environ[VARIABLE] = str(scratch / "cache")
 
-    def from_url(url: str) -> float:
-        os.environ[VARIABLE] = str(scratch / f"cache{len(passes)}")
-        passes.append(1)
-        taken = setting.run(url)
-        shutil.rmtree(os.environ[VARIABLE])
+    def run(name: str, path: str) -> float:
+        taken, used = setting.run(path)
+        processors[name].append(used)
+        shutil.rmtree(os.environ[VARIABLE], ignore_errors=True)
         return taken
 
     with served(setting.directory, latency) as (url, counts):
-        seconds = interleaved({DISK: lambda: setting.run(str(setting.directory)), URL: lambda: from_url(url)}, rounds)
+        seconds = interleaved({DISK: lambda: run(DISK, str(setting.directory)), URL: lambda: run(URL, url)}, rounds)
+    passes = rounds + 1  # one to warm up
+    processors = {name: used[1:] for name, used in processors.items()}
     images, requests, ideal_bytes = ideal(setting)
     return {
         "images": images,
         "images_per_second": {name: images / statistics.median(taken) for name, taken in seconds.items()},
         "seconds": seconds,
+        "processor_seconds": processors,
         "ratio": 1 / median_ratio(seconds, URL, DISK),
-        "requests": round(int(counts[0]) / len(passes)),
+        "ratio_of_processor_time": 1 / median_ratio(processors, URL, DISK),
+        "requests": round(int(counts[0]) / passes),
         "ideal_requests": requests,
-        "bytes": round(int(counts[1]) / len(passes)),
+        "bytes": round(int(counts[1]) / passes),
         "ideal_bytes": ideal_bytes,
     }
 

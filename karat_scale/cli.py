@@ -14,6 +14,7 @@ from karat_scale.commands import clusters, data, models, planning, results, trai
 from karat_scale.compiler_caches import use_local_caches
 from karat_scale.errors import PeerError, UserError, of_the_machine, on_one_line
 from karat_scale.local_ranks import say_to_launcher
+from karat_scale.machine import may_have_gpu
 from karat_scale.trust import VARIABLE
 
 EXIT_USAGE = 2
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # torch's C++ warns with a stack of its own where a rank is lost, which we tell in a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not may_have_gpu():  # or DeepSpeed would warn, wherever it is imported, that it guessed so
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if getattr(options, "trust", False):
         os.environ[VARIABLE] = "1"
     try:

@@ -180,3 +180,8 @@ GPUS = (
     _gpu("v100-16", "V100-SXM2-16GB", 15.7, 900, 15.7, None, None, 125.0),
     _gpu("t4-16", "T4", 14.6, 320, 8.1, None, None, 65.0),
 )
+
+
+def may_have_gpu() -> bool:
+    """Return whether a driver of NVIDIA or AMD, or that of WSL, is there. It does not import torch."""
+    return any(Path("/dev", name).exists() for name in ("nvidiactl", "nvidia0", "kfd", "dxg"))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 from karat_scale.errors import DataError
-from karat_scale.tables import how_to_install
+from karat_scale.tables import how_to_install, load
 
 # What fsspec needs for each protocol.
 PROTOCOLS = {"s3": "s3fs", "gs": "gcsfs", "https": "aiohttp", "http": "aiohttp", "hf": "huggingface_hub"}
@@ -262,11 +262,14 @@ def _file_system(protocol: str) -> Any:
     try:
         importlib.import_module(PROTOCOLS[protocol])
         import fsspec
+
+        # gcsfs's other class uses gRPC, whose threads do not survive the fork of data workers.
+        kind = load("gcsfs.core:GCSFileSystem") if protocol == "gs" else fsspec.get_filesystem_class(protocol)
     except ImportError:
         needed = PROTOCOLS[protocol]
         raise StoreError(f"{protocol}:// needs {needed}, which is not installed; {how_to_install('remote')}") from None
     # A cached listing would hide that a file has changed.
-    return fsspec.filesystem(protocol, use_listings_cache=False)
+    return kind(use_listings_cache=False)
 
 
 async def _web_range(system: Any, url: str, start: int, stop: int) -> tuple[bytes, str]:

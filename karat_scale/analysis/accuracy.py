@@ -88,7 +88,7 @@ def _draw_confusion(predictions: Predictions, matrix: Counts) -> Figure:
     shares = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     count = len(matrix)
     named = count <= MOST_NAMED
-    side = min(3.4 + 0.34 * count, 8.5) if named else 7.5
+    side = min(2.6 + 0.26 * count, 8.5) if named else 6.5
     figure = new_figure(side + 1, side)
     axes = figure.subplots()
     image = show_map(axes, shares, vmin=0, vmax=100, cmap="viridis")

@@ -30,7 +30,6 @@ from karat_scale.analysis.trained_run import TrainedRun, open_run
 from karat_scale.analysis.training import analyze_training
 from karat_scale.console import work_display
 from karat_scale.engine import distributed
-from karat_scale.engine.devices import tell_deepspeed
 from karat_scale.errors import RunDirectoryError, UserError
 
 Analysis = Callable[[TrainedRun, Settings, Path], Result]
@@ -75,7 +74,6 @@ def analyze_paths(options: Namespace) -> int:
     )
     out = Path(options.out) if options.out else runs[0].path / "analysis"
     if distributed.launch_environment(os.environ)[1] == 1:
-        tell_deepspeed(runs[0].device.type)  # which reading a checkpoint imports, and which warns where it has to guess
         return analyze(runs, options.only, settings, out)
     world = distributed.start("auto")
     try:

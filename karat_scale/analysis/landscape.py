@@ -126,6 +126,7 @@ def _add_path(result: Result, run: TrainedRun, plane: Plane, grid: tuple[Array, 
     axes = figure.subplots()
     axes.set_label(OWN_LIMITS)  # each run has its own plane
     filled = axes.contourf(*grid[:2], np.log10(grid[2]), levels=20, cmap="viridis")
+    filled.set_edgecolor("face")
     figure.colorbar(filled, label="log10 of the loss")
     axes.plot(*plane.coordinates.T, "o-", color="white", markersize=3, linewidth=1)
     axes.plot(*plane.coordinates[0], "s", color="C4", label=f"step {steps[0]}")
@@ -154,12 +155,13 @@ def _draw_surface(first: Array, second: Array, losses: Array, own_plane: bool) -
     x, y = np.meshgrid(first, second)
     z = np.log10(losses)
     surface.plot_surface(x, y, z, cmap="viridis", linewidth=0, antialiased=True)
-    surface.set(xlabel="direction 1", ylabel="direction 2", zlabel="log10 of the loss")
+    surface.set(xlabel="direction 1", ylabel="direction 2", title="log10 of the loss")
     for axis in (surface.xaxis, surface.yaxis, surface.zaxis):
         axis.set_pane_color((0.5, 0.5, 0.5, 0.08))
         axis.set_major_locator(MaxNLocator(4))
     flat = figure.add_subplot(grid[0, 1])
     shown = flat.contourf(first, second, z, levels=20, cmap="viridis")
+    shown.set_edgecolor("face")  # else the page shows between the bands
     figure.colorbar(shown, label="log10 of the loss")
     flat.plot(0, 0, "*", color="C1", markersize=10)
     flat.set(xlabel="direction 1", ylabel="direction 2")

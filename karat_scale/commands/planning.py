@@ -29,6 +29,7 @@ def add_commands(commands: Any) -> None:
     plan.add_argument("--gpu", metavar="NAME", help="the GPU, such as h100-80 (default: this machine's RAM)")
     plan.add_argument("--memory", type=positive, metavar="GB", help="memory of an unknown GPU, or of a rank's RAM")
     plan.add_argument("--gpus-per-node", type=count, default=8, help="(default: %(default)s)")
+    plan.add_argument("--cores-per-gpu", type=count, default=12, help="for decoding (default: %(default)s)")
     plan.add_argument("--step-time", type=positive, metavar="S", help="measured seconds of one micro batch on one GPU")
     plan.add_argument("--curve", action="store_true", help="show the predicted throughput from 1 to 1,024 GPUs")
     plan.add_argument("--dry-run", action="store_true", help="only build and check model, data and batches")
@@ -70,6 +71,7 @@ def _plan(options: argparse.Namespace) -> int:
     request = Request(
         gpus=options.gpus,
         gpus_per_node=options.gpus_per_node,
+        cores_per_gpu=options.cores_per_gpu,
         gpu=options.gpu,
         memory=options.memory,
         step_time=options.step_time,

@@ -1,15 +1,10 @@
 """The speed of the recipe's data path in images per second, as a whole and in parts."""
 
-import itertools
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.plan import BatchSlice
+from karat_scale.data.rate import images_per_second
 from karat_scale.engine.distributed import World
 from karat_scale.recipe import Recipe
 
@@ -52,25 +47,5 @@ def measure_data(recipe: Recipe, ids: np.ndarray, batch: int, seconds: float, wo
 
 def _slowest_rate(recipe: Recipe, workers: int, ids: np.ndarray, batch: int, seconds: float, world: World) -> float:
     """Return images per second once all workers have started; all ranks measure at the same time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    backend = open_backend(ImageSpec.of(recipe.changed(data__workers=workers, data__verify="size")))
-    try:
-        batches = backend.train_batches(_endless_slices(ids, batch))
-        for _ in range(max(1, workers)):
-            next(batches)
-        world.any(False)
-        images, begun = 0, time.perf_counter()
-        while images == 0 or time.perf_counter() - begun < seconds:
-            images += len(next(batches).labels)
-        rate = images / (time.perf_counter() - begun)
-    finally:
-        backend.close()
-        torch.set_num_threads(threads)
+    rate = images_per_second(recipe, workers, batch, seconds, ids, ready=lambda: world.any(False))
     return min(world.gather(rate))
-
-
-def _endless_slices(ids: np.ndarray, batch: int) -> Iterator[BatchSlice]:
-    for number in itertools.count():
-        places = np.arange(number * batch, (number + 1) * batch) % len(ids)
-        yield BatchSlice(0, number, ids[places].astype(np.int64))

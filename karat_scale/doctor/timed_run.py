@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from karat_scale.doctor.data_files import DataFiles, find_data_files, read_into_page_cache, sampled_ids
@@ -17,6 +18,7 @@ from karat_scale.doctor.loop_speed import LoopSpeed, measure_loop
 from karat_scale.doctor.report import Printer
 from karat_scale.doctor.storage import StorageSpeed, measure_storage
 from karat_scale.doctor.verdict import Setting, Stage
+from karat_scale.machine import cpu_has_bf16
 from karat_scale.recipe import Recipe
 from karat_scale.reporting.progress import PlainDisplay, Reporter
 from karat_scale.run.loop import Parts
@@ -105,6 +107,8 @@ def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: flo
             storage = measure_storage(files.paths, round(files.image_bytes), readers, budget["storage"])
     with printer.busy("timing decoding and augmentation"):
         ids = sampled_ids(num_train, recipe.run.seed)
+        if files is not None and not files.paths:  # at a URL, consecutive images need few requests
+            ids = np.arange(len(ids))
         read_into_page_cache(recipe, ids)
         data = measure_data(recipe, ids, subject.micro_batch, budget["data"], world)
     with printer.busy("timing the model"):
@@ -172,6 +176,7 @@ def setting_of(subject: Subject, figures: Figures, decoder: str) -> Setting:
         order=recipe.data.order,
         device=subject.world.device.type,
         precision=recipe.train.precision,
+        has_bf16=cpu_has_bf16(),
         implementation=recipe.attention.implementation,
         global_batch=recipe.train.global_batch,
         accumulation=recipe.train.global_batch // (subject.world.size * subject.micro_batch),

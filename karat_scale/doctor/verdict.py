@@ -22,7 +22,8 @@ class Setting:
     """The settings on which the advice depends.
 
     workers: `data.workers`. worker_rate: images a second of one worker process on a core of its own. cores: that one
-    rank may use. stays_cached: whether all data stays in the page cache after the first epoch.
+    rank may use. has_bf16: whether the processor has bf16 instructions.
+    stays_cached: whether all data stays in the page cache after the first epoch.
     """
 
     workers: int
@@ -34,6 +35,7 @@ class Setting:
     order: str
     device: str
     precision: str
+    has_bf16: bool
     implementation: str
     global_batch: int
     accumulation: int
@@ -161,6 +163,10 @@ def _advise_model(setting: Setting) -> str:
     pieces = []
     if setting.implementation != "auto":
         pieces.append(f"set attention.implementation=auto instead of {setting.implementation}")
+    if setting.device == "cpu" and setting.precision.startswith("bf16") and not setting.has_bf16:
+        return (
+            "set train.precision=fp32: bf16 is several times slower on this processor, which has no bf16 instructions"
+        )
     if setting.device == "cpu":
         pieces.append("train on a GPU; on a CPU, only a smaller model or image helps")
     else:

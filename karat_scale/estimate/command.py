@@ -1,7 +1,7 @@
 """`karat plan`: will it fit, on which stage, how long will it take, and what is wrong with it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from karat_scale.console import write_json
 from karat_scale.engine.deepspeed_config import load_ds_config
@@ -21,6 +21,7 @@ from karat_scale.estimate.choose import (
 )
 from karat_scale.estimate.communication import links_of, traffic
 from karat_scale.estimate.curve import Node, curve
+from karat_scale.estimate.data_rate import data_need
 from karat_scale.estimate.dry_run import dry_run
 from karat_scale.estimate.measured import Measured, find_measured
 from karat_scale.estimate.report import Plan, show
@@ -38,6 +39,7 @@ class Request:
 
     gpus: int = 1
     gpus_per_node: int = 8
+    cores_per_gpu: int = 12
     gpu: str | None = None
     memory: float | None = None
     step_time: float | None = None
@@ -93,7 +95,7 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
     if request.with_curve and time is not None:
         points = curve(recipe, subject.sizes.total, config, choice.micro_batch, time, node)
     samples, samples_from = count_samples(recipe.data)
-    return Plan(
+    plan = Plan(
         recipe=recipe,
         parameters=subject.sizes.total,
         machine=machine,
@@ -109,6 +111,10 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
         samples_from=samples_from,
         curve=points,
     )
+    if gpu is None or plan.step is None:
+        return plan
+    rate = recipe.train.global_batch / plan.step
+    return replace(plan, data=data_need(recipe, rate, request.gpus, request.cores_per_gpu))
 
 
 def _machine(recipe: Recipe, request: Request, gpu: Gpu | None) -> Machine:

@@ -7,6 +7,7 @@ from karat_scale.console import duration, gigabytes, print_table
 from karat_scale.estimate.choose import Choice, Machine
 from karat_scale.estimate.communication import Traffic, seconds, step_seconds
 from karat_scale.estimate.curve import Node, Point
+from karat_scale.estimate.data_rate import DataNeed
 from karat_scale.estimate.time import ComputeTime
 from karat_scale.machine import Gpu
 from karat_scale.recipe import Recipe
@@ -35,6 +36,7 @@ class Plan:
     samples: int
     samples_from: str
     curve: list[Point]
+    data: DataNeed | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -76,6 +78,7 @@ class Plan:
                 "training": self.step and self.step * self.steps_per_epoch * self.recipe.train.epochs,
             },
             "launches": asdict(self.time.launches) if self.time and self.time.launches else None,
+            "data": self.data and asdict(self.data),
             "samples": self.samples,
             "curve": [asdict(point) for point in self.curve],
         }
@@ -176,6 +179,8 @@ def _show_time(plan: Plan) -> None:
     print(f"  {duration(epoch * epochs)} for {epochs} epochs, evaluations apart")
     if note := launch_note(plan):
         print(note)
+    for text in plan.data.lines() if plan.data else ():
+        print(text)
 
 
 def launch_note(plan: Plan) -> str:

@@ -49,6 +49,10 @@ class Evaluation(BaseModel):
     loss: float | None = None
     corruptions: dict[str, dict[int, float]] = {}
 
+    def portable(self) -> dict[str, Any]:
+        """Return plain data without this machine's directories."""
+        return self.model_dump(mode="json", exclude={"source", "identity"}, exclude_none=True)
+
     @property
     def text(self) -> str:
         """The result in a line."""

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterable, Sequence
 
+from karat_scale.evaluation.kept import Evaluation
 from karat_scale.ledger.match import budget_mark, by_recipe, command_of_record, command_of_row, repeats
 from karat_scale.ledger.paper import PaperGroup, PaperRow, PaperTable, paper_groups
 from karat_scale.ledger.record import Record
@@ -31,6 +32,11 @@ _OTHER = """## Other runs
 
 These runs do not repeat a row of the paper.
 """
+_TEST_SETS = """## Other test sets
+
+Top-1 / top-5 in percent on test sets of `karat eval --on`, `--labels` and `--corrupt`. If a set has only some of the
+run's classes, the model chose among these. Figures of corrupted images are means over corruptions and severities.
+"""
 PAGE = "reproduction.md"
 _NOT_YET = "not yet run"
 
@@ -44,7 +50,25 @@ def render_page(records: Sequence[Record]) -> str:
     if others:
         rows = [row for group in by_recipe(others) for row in _other_rows(group)]
         parts += [_OTHER, _table(_HEAD, rows)]
+    if rows := [row for record in records for row in _test_rows(record)]:
+        parts += [_TEST_SETS, _table(("run", "test set", "accuracy", "images", "classes", "checkpoint"), rows)]
     return "\n".join(parts)
+
+
+def _test_rows(record: Record) -> list[tuple[str, ...]]:
+    run = f"[{record.name}](ledger/{record.name}.json)"
+    found = [Evaluation.model_validate({"source": "", "identity": "", **one}) for one in record.evaluations]
+    return [
+        (
+            run,
+            one.name.replace("|", " "),
+            _percents(figure for figure in (one.top1, one.top5) if figure is not None),
+            f"{one.images:,}",
+            f"{one.among} of {one.classes:,}",
+            f"`{one.checkpoint}`, {one.weights}",
+        )
+        for one in found
+    ]
 
 
 def _contents(groups: Sequence[PaperGroup], has_others: bool) -> str:

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from karat_scale.errors import RunDirectoryError, UserError
+from karat_scale.evaluation.kept import read_evaluations
 from karat_scale.files import parse_json, sealed
 from karat_scale.ledger.agreement import Events, check_agreement, read_events, read_summary
 from karat_scale.ledger.figures import SummaryFigures
@@ -28,6 +29,7 @@ class Record(BaseModel):
         epoch_images: training images per epoch, in whole global batches.
         eval_images: images of the last evaluation.
         eval_weights: "raw" or "ema", the weights that were evaluated.
+        evaluations: the run's results on other test sets, by name, without this machine's directories.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,6 +40,7 @@ class Record(BaseModel):
     epoch_images: int
     eval_images: int
     eval_weights: str
+    evaluations: list[dict[str, Any]] = []
 
     @cached_property
     def resolved(self) -> Recipe:
@@ -84,6 +87,7 @@ def take_record(run: str) -> Record:
         epoch_images=_epoch_images(recipe, figures, events),
         eval_images=last.images,
         eval_weights=last.weights,
+        evaluations=[one.portable() for one in read_evaluations(directory.path) if one.top1 is not None],
     )
 
 

@@ -1,6 +1,7 @@
 """`karat data PATH`: what a data set holds. Counts are of all images; sizes and colours of a sample of them."""
 
 import io
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from karat_scale.console import print_table, printable, progress, write_json
-from karat_scale.data.assemble import ImageSource
+from karat_scale.data.assemble import ImageSource, PreparesSamples
 from karat_scale.data.decode import UndecodableImageError, decode_rgb, opened
 from karat_scale.data.formats.beton import BetonSplit
 from karat_scale.data.formats.folder import FolderSplit
@@ -120,6 +121,8 @@ def _examine(name: str, split: ImageSource, ids: npt.NDArray[np.int64]) -> Split
         np.empty((0, 2), np.int64),
         np.empty(0, np.int64),
     )
+    if isinstance(split, PreparesSamples):
+        split.prepare(ids.tolist())
     with progress(f"{name}: looking at images", len(ids), "images") as advance:
         for number in ids.tolist():
             data = split.read(number)
@@ -160,9 +163,12 @@ def _oddness(image: Image.Image) -> list[str]:
 def _pictures(split: ImageSource, classes_shown: int, each: int = 6) -> dict[str, list[bytes]]:
     """Return some images of the first classes, as small JPEGs."""
     pictures: dict[str, list[bytes]] = {}
-    for label, name in enumerate(split.classes[:classes_shown]):
+    ids = [np.flatnonzero(split.labels == label)[:each].tolist() for label in range(len(split.classes[:classes_shown]))]
+    if isinstance(split, PreparesSamples):
+        split.prepare(itertools.chain(*ids))
+    for numbers, name in zip(ids, split.classes, strict=False):
         shown: list[bytes] = []
-        for number in np.flatnonzero(split.labels == label)[:each].tolist():
+        for number in numbers:
             try:
                 small = decode_rgb(split.read(number), at_least=(96, 96))
             except UndecodableImageError:

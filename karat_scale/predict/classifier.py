@@ -11,7 +11,6 @@ from torch import nn
 
 from karat_scale.analysis.trained_run import open_run
 from karat_scale.checkpoint.weights import wants_ema
-from karat_scale.engine.devices import tell_deepspeed
 from karat_scale.errors import RunDirectoryError, UserError
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
@@ -63,7 +62,6 @@ def open_classifier(source: str, checkpoint: str, weights: str) -> Classifier:
 
 def _of_run(path: Path, checkpoint: str, weights: str) -> Classifier:
     run = open_run(path, weights=weights, checkpoint=checkpoint)
-    tell_deepspeed(run.device.type)  # which reading a checkpoint imports, and which warns where it has to guess
     kind = "ema" if wants_ema(weights, run.recipe, run.store.state(run.chosen)) else "raw"
     return Classifier(run.model(), run.recipe, RunDirectory(path).classes(), run.chosen, kind)
 

@@ -85,6 +85,8 @@ class Loop:
         self._evaluating = Agreement(parts.world)
         self._grad_norm: float | None = None
         self._compiles = bool(parts.recipe.train.compile)
+        if state.step > 0:  # so that a checkpoint of this very step has the rate that an undisturbed run has there
+            parts.engine.set_lr(parts.schedule.lr(state.step - 1))
         deviations = parts.recipe.train.detect_spikes
         self._spikes = Spikes(deviations) if deviations is not None else None
         self._can_give_up = can_give_up(parts.engine.module, parts.world, parts.plan.accumulation)

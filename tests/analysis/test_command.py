@@ -147,3 +147,10 @@ def test_the_report_of_two_runs_in_a_browser(
     assert all(tiles)
     assert browser.run("return document.querySelector('main section').id") == "training"
     assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_off_a_terminal_it_prints_what_it_does_and_nothing_of_others(karat_run: TrainedRun, tmp_path: Path) -> None:
+    done = karat("analyze", str(karat_run.path), *QUICK, "--only", "accuracy", "--out", str(tmp_path))
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [f"report: {tmp_path / 'report.html'}"]
+    assert set(done.stderr.splitlines()) <= {"karat: predict the validation split", "karat: draw figures"}

@@ -13,7 +13,7 @@ def test_disk_and_url_are_measured_in_turn(shards, tmp_path, capsys, monkeypatch
     arguments = ["--path", str(shards), "--copies", "2", "--block", "8", "--window", "4", "--workers", "1"]
     main([*arguments, "--latency", "0.001", "--rounds", "1", "--json", str(out)])
     result = json.loads(out.read_text())
-    assert "URL over disk: " in capsys.readouterr().out
+    assert "URL over disk, images by the clock: " in capsys.readouterr().out
     assert result["images"] == 128
     assert result["requests"] == result["ideal_requests"] >= 16
     assert 1 < result["bytes"] / result["ideal_bytes"] < 4

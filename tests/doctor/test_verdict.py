@@ -16,6 +16,7 @@ SETTING = Setting(
     order="full",
     device="cuda",
     precision="bf16",
+    has_bf16=True,
     implementation="auto",
     global_batch=256,
     accumulation=1,
@@ -94,3 +95,10 @@ def test_the_advice_for_a_model_depends_on_what_is_not_used_yet() -> None:
     assert "micro_batch" in judge(rates, setting(accumulation=4)).advice
     assert "attention.implementation=auto" in judge(rates, setting(implementation="reference")).advice
     assert "GPU" in judge(rates, setting(device="cpu")).advice
+
+
+def test_bf16_without_its_instructions_is_the_first_thing_to_change() -> None:
+    slow = setting(device="cpu", has_bf16=False, workers=2)
+    assert judge({**FAST, "model": 2}, slow).advice.startswith("set train.precision=fp32")
+    assert "fp32" not in judge({**FAST, "model": 2}, setting(device="cpu")).advice
+    assert "fp32" not in judge({**FAST, "model": 2}, setting(has_bf16=False)).advice  # it trains on a GPU

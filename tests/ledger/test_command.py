@@ -309,3 +309,18 @@ def test_a_record_that_someone_changed_is_refused(
     file.write_text("{}")
     assert ledger() == 2
     assert "not a record of karat ledger" in capsys.readouterr().err
+
+
+def test_results_on_other_test_sets_are_taken_without_paths(
+    run: Path, docs: Path, ledger: Callable[..., int], trained: Path, image_folder: Path
+) -> None:
+    assert main(["eval", str(trained), "--on", str(image_folder), "--name", "owls-v2"]) == 0
+    shutil.copytree(trained / "evaluations", run / "evaluations")
+    shutil.rmtree(trained / "evaluations")
+    assert ledger(run) == 0
+    (record,) = (docs / "ledger").glob("*.json")
+    (kept,) = json.loads(record.read_text())["evaluations"]
+    assert kept["images"] == 28
+    assert str(image_folder) not in record.read_text()
+    page = (docs / "reproduction.md").read_text()
+    assert f"| owls-v2 | {kept['top1']:.2f} / {kept['top5']:.2f} | 28 | 4 of 4 |" in page

@@ -57,9 +57,9 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
         time.sleep(0.002)
 
 
-def final_tensors(run: Path) -> dict[str, object]:
+def final_tensors(run: Path, steps: int = STEPS) -> dict[str, object]:
     """All tensor files of the last checkpoint: weights, optimizer, EMA and random generators."""
-    last = run / "checkpoints" / f"step-{STEPS:08d}"
+    last = run / "checkpoints" / f"step-{steps:08d}"
     return {path.name: load_tensors(path) for path in sorted(last.glob("*.pt"))}
 
 

@@ -114,6 +114,9 @@ def test_a_signal_during_evaluation_evaluates_after_the_resume(
     assert again.returncode == 0, again.stdout + again.stderr
     assert [event["step"] for event in events(run, "eval")] == [8]
     assert summary(run)["last_top1"] is not None
+    whole = tmp_path / "whole"
+    assert karat("train", str(recipe_file), f"run.dir={whole}", *folder).returncode == 0
+    assert equal(final_tensors(run, 8), final_tensors(whole, 8))  # the learning rate of the last step, too
 
 
 @pytest.mark.multiprocess

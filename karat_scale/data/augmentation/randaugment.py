@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 from timm.data.auto_augment import AugmentOp, rand_augment_transform
 
 from karat_scale.data.augmentation.draw import Operation
+from karat_scale.data.augmentation.warp import find_warp, matrix_of
 from karat_scale.data.decoders.pillow import RESAMPLE
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import AugmentConfig
@@ -37,6 +38,7 @@ class RandAugment:
             if op.name.startswith("Posterize"):
                 op.aug_fn = _posterize
         self.fill: tuple[int, ...] = hparams["img_mean"]
+        self._warp = find_warp(augment.interpolation, self.fill)
         self._count = policy.num_layers
         self._ops: dict[str, AugmentOp] = {op.name: op for op in policy.ops}
         self._weights = None if policy.choice_weights is None else list(policy.choice_weights)
@@ -56,6 +58,8 @@ class RandAugment:
     def apply(self, image: Image.Image, operation: Operation) -> Image.Image:
         """Do a drawn operation to an RGB image."""
         name, arguments = operation
+        if self._warp is not None and (matrix := matrix_of(name, arguments, *image.size)) is not None:
+            return self._warp(image, matrix)
         op: Any = self._ops[name]  # timm's functions have no types
         result: Image.Image = op.aug_fn(image, *arguments, **op.kwargs)
         return result

@@ -14,6 +14,8 @@ from karat_scale.errors import DataError
 from karat_scale.stores import Store
 
 _THREADS = 16
+# The cache is emptied to a tenth below its limit.
+_SPARE = 1.12
 _CHANGED = "has changed since it was indexed"
 
 
@@ -86,10 +88,10 @@ class RemotePlace:
         """Refuse a cache in which the samples that the order needs at a time have no place."""
         samples = len(places.sizes)
         span = sum(shard.bytes for shard in places.shards)
-        needed = span * min(1.0, self._use.working_set / max(1, samples)) / 1e9
+        needed = _SPARE * span * min(1.0, self._use.working_set / max(1, samples)) / 1e9
         if needed > self._use.cache_gb:
             raise DataError(
                 f"data.cache_gb = {self._use.cache_gb:g} is too small for the order of the samples of "
-                f"{self._store.url}: it needs {needed:.3g} GB at a time; set data.cache_gb={1.1 * needed:.2g} or more"
+                f"{self._store.url}: it needs {needed:.3g} GB at a time; set data.cache_gb={needed:.3g} or more"
                 + (", or lower data.window_blocks or data.block_samples" if self._use.together > 1 else "")
             )

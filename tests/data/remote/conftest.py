@@ -1,4 +1,4 @@
-"""Real servers on loopback: nginx, and moto's S3 server. Each test has a cache of its own."""
+"""Servers on loopback: nginx, moto's S3 server, an emulator of Google's. Each test has a cache of its own."""
 
 import os
 import shutil
@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import quote
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -105,3 +107,28 @@ def s3(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         return f"s3://{bucket}/set"
 
     return put
+
+
+@pytest.fixture
+def gs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], str]]:
+    """Puts a directory into a bucket of a server that speaks Google's protocol; returns its URL."""
+    pytest.importorskip("gcsfs", reason="gcsfs is not installed: pip install -e '.[remote]'")
+    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="pip install -e '.[dev]'")
+    port = free_port()
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET)
+    server.start()
+    wait_for(port)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setitem(__import__("fsspec.config").config.conf, "gs", {"token": "anon"})
+
+    def put(directory: Path) -> str:
+        for file in directory.rglob("*"):
+            if file.is_file():
+                name = quote(f"set/{file.relative_to(directory)}", safe="")
+                where = f"http://127.0.0.1:{port}/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name={name}"
+                with urlopen(Request(where, file.read_bytes(), {"Content-Type": "application/octet-stream"})):
+                    pass
+        return f"gs://{BUCKET}/set"
+
+    yield put
+    server.stop()

@@ -55,11 +55,11 @@ def evaluation(backend):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("order", [{}, BLOCKS], ids=["full", "block"])
-@pytest.mark.parametrize("kind", ["nginx", "s3"])
+@pytest.mark.parametrize("kind", ["nginx", "s3", "gs"])
 def test_batches_are_those_from_disk(kind, order, workers, make_shards, opened, request):
     directory = make_shards()
     serve = request.getfixturevalue(kind)
-    url = serve(directory) if kind == "s3" else f"http://127.0.0.1:{serve(directory)}"
+    url = f"http://127.0.0.1:{serve(directory)}" if kind == "nginx" else serve(directory)
     local, remote = opened(directory, **order), opened(url, workers=workers, **order)
     assert remote.classes == local.classes
     assert remote.locate(17) == local.locate(17)
@@ -211,3 +211,51 @@ def test_the_fetching_process_ends_with_a_trainer_that_is_killed(tmp_path):
         return open(f"/proc/{fetcher}/stat").read().split(") ")[1][0] == "Z"  # noqa: PTH123
 
     wait_until(has_ended)
+
+
+def test_ranks_of_a_node_fetch_each_block_once(make_shards, opened, nginx):
+    plans = [TrainPlan(5, 40, 8, 4, rank, 2, **BLOCKS) for rank in range(2)]
+    with FaultyProxy(nginx(make_shards()), latency=0.02) as proxy:
+        ranks = []
+        for plan in plans:
+            ranks.append(os.fork())
+            if ranks[-1] == 0:
+                backend = opened(proxy.url, workers=1, **BLOCKS)
+                seen = sum(len(batch.labels) for batch in backend.train_batches(plan.slices(0, 10)))
+                backend.close()
+                os._exit(0 if seen == 40 else 1)
+        assert [os.waitpid(rank, 0)[1] for rank in ranks] == [0, 0]
+        assert len(proxy.gets()) == 10
+
+
+def test_a_small_cache_stays_small_and_changes_nothing(make_shards, opened, nginx, own_cache, monkeypatch):
+    monkeypatch.setattr("karat_scale.data.remote.extents._MAX_OPEN", 2)
+    directory = make_shards()
+    expected = epochs(opened(directory, **BLOCKS), **BLOCKS)
+    limit = 70_000  # of 154 kB
+    with FaultyProxy(nginx(directory)) as proxy:
+        assert epochs(opened(proxy.url, workers=2, cache_gb=limit / 1e9, **BLOCKS), **BLOCKS) == expected
+        assert 10 < len(proxy.gets()) < 60
+    assert sum(file.stat().st_size for file in own_cache.glob("??/*")) <= limit
+
+
+def test_training_goes_on_without_the_fetching_process(make_shards, opened, nginx):
+    directory = make_shards()
+    expected = epochs(opened(directory, **BLOCKS), **BLOCKS)
+    with FaultyProxy(nginx(directory), latency=0.05) as proxy:
+        backend, before = opened(proxy.url, **BLOCKS), children()
+        plan = TrainPlan(5, 40, 12, 12, 0, 1, **BLOCKS)
+        batches = backend.train_batches(plan.slices(0, 6))
+        (fetcher,) = children() - before
+        os.kill(fetcher, signal.SIGKILL)
+        assert contents(batches) == expected
+
+
+def test_dali_reads_a_url(make_shards, opened, nginx):
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install -e '.[dali]'")
+    directory = make_shards()
+    with FaultyProxy(nginx(directory)) as proxy:
+        local, remote = (opened(path, backend="dali", workers=2, **BLOCKS) for path in (directory, proxy.url))
+        assert epochs(remote, **BLOCKS) == epochs(local, **BLOCKS)
+        assert len(proxy.gets()) == 10
+        assert evaluation(remote) == evaluation(local)

@@ -40,11 +40,11 @@ def test_urls():
         assert "word" not in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["nginx", "s3"])
+@pytest.mark.parametrize("kind", ["nginx", "s3", "gs"])
 def test_a_real_server(kind, files, request):
     serve = request.getfixturevalue(kind)
     where = serve(files)
-    store = Store(where if kind == "s3" else f"http://127.0.0.1:{where}", timeout=20)
+    store = Store(f"http://127.0.0.1:{where}" if kind == "nginx" else where, timeout=20)
     found = store.files()
     assert set(found) == {"a.tar", "below/b c.tar", "dataset.json"}
     facts = store.facts_of(["a.tar", "below/b c.tar"])
