@@ -117,7 +117,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def resident_memory_mb() -> float:
-    """What this process and its data workers hold in RAM now, in MB. Pages that they share count for each."""
+    """What this process, its data workers and trackers hold in RAM now, in MB. Pages that they share count for each."""
     process = psutil.Process()
     total = process.memory_info().rss
     for child in process.children(recursive=True):

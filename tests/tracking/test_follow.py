@@ -77,6 +77,7 @@ def test_it_follows_while_the_run_writes_and_waits_for_the_end_of_a_line(written
     assert steps(lines()) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_tracker_that_is_away_for_a_while_has_no_gap_and_is_told_once(written: WrittenRun, lines: Lines) -> None:
     away = written.path.parent / "away"
     away.touch()
@@ -100,6 +101,7 @@ def test_a_tracker_that_is_away_for_a_while_has_no_gap_and_is_told_once(written:
     assert len([one for one in messages if "warning" in one]) == 1
 
 
+@pytest.mark.slow
 def test_a_tracker_that_hangs_is_ended_in_time_and_goes_on_later(written: WrittenRun, lines: Lines) -> None:
     module = written.path.parent / "lines_of_mine.py"
     quick = module.read_text()
