@@ -124,15 +124,25 @@ class _Work:
     reporter: Reporter
     show: Callable[[str, int, int], None]
 
-    def predictions(self, what: str, change: Change | None = None) -> Predictions:
-        """Return the predictions for the images, each changed by `change`; `what` names the progress. Collective."""
+    def predictions(self, what: str, change: Change | None = None, passes: int = 1) -> Predictions:
+        """Return the predictions for the images, each changed by `change`. Collective.
+
+        Args:
+            what: names the progress.
+            passes: of how many passes this is the first; what all take is told after its first batches.
+        """
         recipe, among = self.recipe, self.test_set.among
         normalize = Normalize(recipe.augment.mean, recipe.augment.std)
         load = load_test_set(self.test_set, recipe, change)
         narrowed = None if len(among) == len(self.test_set.classes) else torch.from_numpy(among).to(self.world.device)
         batch, images = recipe.train.eval_batch, len(self.test_set)
 
+        started = time.monotonic()
+
         def told(done: int, total: int, bad: tuple[BadSample, ...]) -> None:
+            if done == min(2, total) and passes > 1:
+                cost = passes * (time.monotonic() - started) * total / done
+                self.reporter.info(f"{passes} passes over {images:,} images take about {duration(cost)}")
             for sample in bad:
                 self.reporter.bad_sample(sample)
             self.show(what, done, total)
@@ -168,7 +178,8 @@ def _corrupted(work: _Work, run: Path, empty: Evaluation, request: Request) -> E
     done = empty
     for number, (name, severity) in enumerate(left):
         started = time.monotonic()
-        predictions = work.predictions(f"{name} {severity}", Corruption(name, severity))
+        passes = len(left) if number == 0 else 1
+        predictions = work.predictions(f"{name} {severity}", Corruption(name, severity), passes)
         found[name] = {**found.get(name, {}), severity: predictions.scores["top1"]}
         counted = {"images": len(predictions), "unreadable": predictions.bad, "corruptions": found}
         done = empty.model_copy(update=counted)

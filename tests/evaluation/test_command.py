@@ -114,6 +114,7 @@ def test_corrupted_copies_are_counted_kept_and_resumed(run: Path, capsys: pytest
     arguments = ("eval", str(run), "--corrupt", "contrast", "brightness")
     assert karat_here(*arguments, "--severity", "1", "5") == 0
     printed = capsys.readouterr().out
+    assert "4 passes over 28 images take about" in printed
     assert "mean of 4 kinds and severities on 28 images each" in printed
     (kept,) = read_evaluations(run)
     assert kept.name == "val-corrupted"
