@@ -67,7 +67,7 @@ def test_version_and_help(capsys) -> None:
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
-    heavy = "('torch', 'timm', 'deepspeed', 'pydantic')"
+    heavy = "('torch', 'timm', 'deepspeed', 'pydantic', 'sklearn', 'matplotlib')"
     code = f"import sys, karat_scale, karat_scale.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

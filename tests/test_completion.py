@@ -40,19 +40,23 @@ def completed(tmp_path: Path, *lines: str) -> list[list[str]]:
 
 
 def test_bash_completes_commands_recipes_keys_and_values(tmp_path: Path) -> None:
-    commands, recipes, keys, choices, detection = completed(
+    commands, recipes, keys, choices, detection, corruptions, analyses = completed(
         tmp_path,
         "karat compl",
         "karat train imagenet_vit_small_g3b",
         "karat train imagenet_vit_small optim.l",
         "karat train imagenet_vit_small train.tf32=",
         "karat detect coco_mask_rcnn_vit_base_g1b detector.w",
+        "karat eval runs/a --corrupt fog gl",
+        "karat analyze runs/a --only ca",
     )
     assert commands == ["completion"]
     assert recipes == ["imagenet_vit_small_g3b", "imagenet_vit_small_g3b_1024"]
     assert set(keys) == {"optim.lr=", "optim.lr_batch=", "optim.layer_decay="}
     assert choices == ["true", "false"]
     assert detection == ["detector.window="]
+    assert corruptions == ["glass_blur"]
+    assert analyses == ["calibration"]
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

@@ -77,6 +77,18 @@ def test_each_piece_of_work_is_one_line_in_a_file(capsys) -> None:
     assert capsys.readouterr().err == "maps\nspectrum\n"
 
 
+def test_long_work_says_in_a_file_what_is_left(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("karat_scale.console.PLAIN_LINE_SECONDS", 0.0)
+    with work_display() as show:
+        for done in range(1, 4):
+            show("count", done, 4)
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first == "count"
+    assert second.startswith("count: 2 of 4, about ")
+    assert third.startswith("count: 3 of 4, about ")
+    assert third.endswith(" left")
+
+
 def test_json_is_written_only_where_a_file_is_named(tmp_path: Path) -> None:
     write_json(None, {"a": 1})
     write_json(tmp_path / "figures.json", {"a": [1, None]})

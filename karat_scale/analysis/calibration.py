@@ -96,7 +96,7 @@ def _draw(found: Reliability) -> Figure:
     upper.bar(found.edges[:-1], np.nan_to_num(found.accuracy), width, align="edge", color="C0", alpha=0.75)
     upper.plot(found.confidence, found.accuracy, "o", color="C1", markersize=4)
     upper.plot([0, 1], [0, 1], "--", color=INK, linewidth=0.9)
-    upper.set(ylabel="share of correct predictions", ylim=(0, 1), title=f"ECE {100 * found.error:.2f} %")
+    upper.set(ylabel="share of correct predictions", ylim=(0, 1.03), title=f"ECE {100 * found.error:.2f} %")
     lower.bar(found.edges[:-1], found.counts / found.counts.sum(), width, align="edge", color="C0", alpha=0.75)
     lower.set(xlabel="probability of the prediction", ylabel="share of images", xlim=(0, 1), ylim=(0, None))
     return figure

@@ -1,9 +1,10 @@
 """The predictions of a run for its whole validation split: computed once, and kept in RUN/predictions.npz."""
 
+import time
 from dataclasses import replace
 from typing import Any
 
-from karat_scale.analysis.result import Result, Settings
+from karat_scale.analysis.result import Result, Settings, say_cost
 from karat_scale.analysis.trained_run import TrainedRun
 from karat_scale.checkpoint.store import MANIFEST
 from karat_scale.data.augmentation.normalize import Normalize
@@ -41,6 +42,14 @@ def predictions_of(run: TrainedRun, settings: Settings, result: Result) -> Predi
 def _compute(run: TrainedRun, settings: Settings, identity: str) -> Predictions:
     recipe = run.recipe
     backend = open_backend(ImageSpec.of(recipe))
+    started = time.perf_counter()
+
+    def told(done: int, total: int, _: object) -> None:
+        if done == 1:
+            seconds, hint = time.perf_counter() - started, "--only leaves out accuracy, calibration and mistakes"
+            say_cost(settings, "predicting the validation split", total, seconds, hint)
+        settings.progress("predict the validation split", done, total)
+
     try:
         forward = forward_for_evaluation(run.model(), recipe.train, run.device)
         predictions = collect(
@@ -50,7 +59,7 @@ def _compute(run: TrainedRun, settings: Settings, identity: str) -> Predictions:
             recipe.train.eval_batch,
             Normalize(recipe.augment.mean, recipe.augment.std),
             World(0, 1, 0, run.device),
-            lambda done, total, bad: settings.progress("predict the validation split", done, total),
+            told,
         )
         return replace(predictions, classes=backend.classes, identity=identity)
     finally:

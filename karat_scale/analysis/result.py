@@ -33,7 +33,7 @@ class Settings:
     """The block of the attention maps; negative counts from the last."""
     batch: int = 8
     """Images per batch, which limits memory."""
-    grid: int = 13
+    grid: int = 15
     """Points per side of the loss landscape."""
     range: float = 1.0
     """Extent of the landscape: the random grid is +- this, in filter norms; it scales the path's margin."""

@@ -79,7 +79,7 @@ def _draw_severities(of_runs: Corrupted) -> Figure:
         done = [severity for severity in SEVERITIES if any(severity in by for by in corruptions.values())]
         means = [_mean([by[severity] for by in corruptions.values() if severity in by]) for severity in done]
         axes.plot(done, means, marker="o", label=label.replace("$", r"\$"))
-    axes.set(xlabel="severity", ylabel="top-1, %", xticks=SEVERITIES, ylim=(0, None))
+    axes.set(xlabel="severity", ylabel="top-1, %", xticks=SEVERITIES, ylim=(0, 1.08 * axes.get_ylim()[1]))
     if len(of_runs) > 1:
         figure.legend(loc="outside lower center", ncols=2)
     return figure

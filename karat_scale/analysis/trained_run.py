@@ -58,6 +58,8 @@ class TrainedRun:
     @cached_property
     def chosen(self) -> str:
         """The checkpoint to analyse, chosen as `karat eval` does. Raises RunDirectoryError if there is none."""
+        if not self.store.names():
+            raise RunDirectoryError(f"{self.store.root}: no checkpoint; train the run first")
         return self.store.find_intact(self.checkpoint)
 
     @property

@@ -36,7 +36,7 @@ def add_commands(commands: Any) -> None:
     analyze.add_argument(
         "--block", type=int, default=-1, help="block of the maps; -1 is the last (default: %(default)s)"
     )
-    analyze.add_argument("--grid", type=whole(2), default=13, help="landscape points per side (default: %(default)s)")
+    analyze.add_argument("--grid", type=whole(2), default=15, help="landscape points per side (default: %(default)s)")
     analyze.add_argument("--range", type=positive, default=1.0, help="factor on the landscape's extent (default: 1)")
     analyze.add_argument("--samples", type=count, default=128, help="images per point (default: %(default)s)")
     analyze.add_argument(

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,28 +71,24 @@ def evaluate_on(
         raise UserError("--labels and --corrupt exclude each other; give one of them")
     if request.corrupt is not None:
         check_corruptible(recipe.model.image_size)
-    classes = directory.classes()
-    if not classes:
+    if not directory.classes():
         raise RunDirectoryError(f"{directory.path}: this run did not record the names of its classes; train it again")
     with (
         distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world,
         work_display() if world.is_main else nullcontext(_nothing) as show,
     ):
         reporter = Reporter(PlainDisplay() if world.is_main else SilentDisplay(), None, world.rank)
-        test_set: TestSet | None = None
-        try:
-            with world.together():
-                name = directory.store.find_intact(checkpoint) if world.is_main else ""
-            name = world.broadcast(name)
-            use_ema = wants_ema(weights, recipe, directory.store.state(name))
-            with world.together():
-                test_set = open_test_set(*_where(recipe, request), classes, recipe.data.timeout)
+        with world.together():
+            name = directory.store.find_intact(checkpoint) if world.is_main else ""
+        name = world.broadcast(name)
+        use_ema = wants_ema(weights, recipe, directory.store.state(name))
+        with world.together():
+            test_set = open_test_set(*_where(recipe, request), directory.classes(), recipe.data.timeout)
+        with closing(test_set):
             if test_set.notice:
                 reporter.info(f"note: {test_set.notice}")
             empty = _begun(directory, recipe, request, name, use_ema, test_set)
-            with world.together():
-                if world.is_main:
-                    _refuse_another(directory.path, empty)
+            world.on_main(partial(_refuse_another, directory.path, empty))
             model = trained_classifier(trained, recipe, directory, name, use_ema)
             check_implementation(model, world.device)
             forward = forward_for_evaluation(model, recipe.train, world.device)
@@ -100,11 +96,7 @@ def evaluate_on(
             if request.corrupt is not None:
                 done = _corrupted(work, directory.path, empty, request)
             else:
-                done = _plain(work, empty, request.labels, classes)
-        finally:
-            if test_set is not None:
-                test_set.close()
-            reporter.close()
+                done = _plain(work, empty, request.labels)
     if world.is_main:
         keep_evaluation(directory.path, done)
         print(f"{directory.path} {name} ({done.weights} weights) on {done.name}: {done.text}")
@@ -124,15 +116,25 @@ class _Work:
     reporter: Reporter
     show: Callable[[str, int, int], None]
 
-    def predictions(self, what: str, change: Change | None = None) -> Predictions:
-        """Return the predictions for the images, each changed by `change`; `what` names the progress. Collective."""
+    def predictions(self, what: str, change: Change | None = None, passes: int = 1) -> Predictions:
+        """Return the predictions for the images, each changed by `change`. Collective.
+
+        Args:
+            what: names the progress.
+            passes: of how many passes this is the first; what all take is told after its first batches.
+        """
         recipe, among = self.recipe, self.test_set.among
         normalize = Normalize(recipe.augment.mean, recipe.augment.std)
         load = load_test_set(self.test_set, recipe, change)
         narrowed = None if len(among) == len(self.test_set.classes) else torch.from_numpy(among).to(self.world.device)
         batch, images = recipe.train.eval_batch, len(self.test_set)
 
+        started = time.monotonic()
+
         def told(done: int, total: int, bad: tuple[BadSample, ...]) -> None:
+            if done == min(2, total) and passes > 1:
+                cost = passes * (time.monotonic() - started) * total / done
+                self.reporter.info(f"{passes} passes over {images:,} images take about {duration(cost)}")
             for sample in bad:
                 self.reporter.bad_sample(sample)
             self.show(what, done, total)
@@ -144,8 +146,8 @@ def _nothing(what: str, done: int, total: int) -> None:
     """Show no progress, on ranks other than 0."""
 
 
-def _plain(work: _Work, empty: Evaluation, labels_file: str | None, classes: Sequence[str]) -> Evaluation:
-    labels = OtherLabels(Path(labels_file), classes) if labels_file else None
+def _plain(work: _Work, empty: Evaluation, labels_file: str | None) -> Evaluation:
+    labels = OtherLabels(Path(labels_file), work.test_set.classes) if labels_file else None
     predictions = work.predictions(f"evaluate on {empty.name}")
     counted = {"images": len(predictions), "unreadable": predictions.bad}
     if labels is None:
@@ -168,7 +170,8 @@ def _corrupted(work: _Work, run: Path, empty: Evaluation, request: Request) -> E
     done = empty
     for number, (name, severity) in enumerate(left):
         started = time.monotonic()
-        predictions = work.predictions(f"{name} {severity}", Corruption(name, severity))
+        passes = len(left) if number == 0 else 1
+        predictions = work.predictions(f"{name} {severity}", Corruption(name, severity), passes)
         found[name] = {**found.get(name, {}), severity: predictions.scores["top1"]}
         counted = {"images": len(predictions), "unreadable": predictions.bad, "corruptions": found}
         done = empty.model_copy(update=counted)

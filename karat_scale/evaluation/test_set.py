@@ -108,6 +108,9 @@ def open_test_set(directory: Path, split: str, classes: Sequence[str], timeout: 
         )
     labels = to_run[source.labels]
     kept = np.flatnonzero(labels >= 0)
+    if not len(kept):
+        source.close()
+        raise DataError(f"{directory}: all of its images are of classes that the run does not have")
     present = np.unique(to_run[to_run >= 0]).astype(np.int64)
     unmatched = tuple(name for name, label in zip(source.classes, matched, strict=True) if label is None)
     left_out = len(labels) - len(kept)

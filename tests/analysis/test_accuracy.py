@@ -88,3 +88,25 @@ def test_a_real_run_is_predicted_once_as_karat_eval_scores_it(own_run: TrainedRu
     assert len(tiles) == len(shown.numbers["mistakes"]) + len(shown.numbers["close_calls"]) > 0
     assert all(tile.png.startswith(b"\x89PNG") for tile in tiles)
     assert not shown.notes
+
+
+def test_without_the_data_what_was_kept_is_still_shown(own_run: TrainedRun, shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "data")
+    recipe = own_run.path / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(shards), str(tmp_path / "data")))
+    before = analyze_accuracy(open_run(own_run.path), Settings())
+    shutil.rmtree(tmp_path / "data")
+    run = open_run(own_run.path)
+    assert analyze_accuracy(run, Settings()).numbers == before.numbers
+    result = analyze_mistakes(run, Settings())
+    assert not result.galleries
+    assert any(note.startswith("no pictures: ") and str(tmp_path / "data") in note for note in result.notes)
+
+
+def test_a_long_pass_is_announced(own_run: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("karat_scale.analysis.result.WORTH_TELLING", 0.0)
+    told: list[str] = []
+    settings = Settings(tell=told.append, progress=lambda what, done, total: told.append(f"{done}/{total}"))
+    analyze_accuracy(own_run, settings)
+    assert told[0].startswith("predicting the validation split takes at most about ")
+    assert told[1:] == ["1/4", "2/4", "3/4", "4/4"]

@@ -93,6 +93,15 @@ def test_figures_follow_dark_mode(page: Browser, tmp_path: Path) -> None:
     assert ink(page, tmp_path) < 60
 
 
+def test_what_one_run_has_leaves_no_half_page_empty(page: Browser) -> None:
+    widths = page.run(
+        "const width = (element) => element.getBoundingClientRect().width;"
+        "const rows = [...document.querySelectorAll('.row')];"
+        "return rows.map(row => [row.children.length, width(row.children[0]) / width(row)])"
+    )
+    assert widths == [[1, 1], [1, 1], [1, 1]]
+
+
 def test_a_phone_shows_all_without_scrolling_sideways(page: Browser) -> None:
     page.resize(390, 800)
     try:

@@ -72,7 +72,7 @@ def test_missing_images_leave_what_needs_none(
     assert nowhere in lines[0]
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count('class="problem"') == 1
-    assert "so there is no accuracy, calibration, spectral behaviour, attention maps" in page
+    assert "missing for it: Accuracy, Calibration, Spectral behaviour, Attention maps" in page
     assert main([*arguments, "--only", "maps"]) == 2
 
 
@@ -154,3 +154,18 @@ def test_off_a_terminal_it_prints_what_it_does_and_nothing_of_others(karat_run: 
     assert done.returncode == 0
     assert done.stdout.splitlines() == [f"report: {tmp_path / 'report.html'}"]
     assert set(done.stderr.splitlines()) <= {"karat: predict the validation split", "karat: draw figures"}
+
+
+def test_a_run_that_has_only_begun_has_its_curves(
+    karat_run: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun, out = tmp_path / "begun", tmp_path / "out"
+    begun.mkdir()
+    for name in ("recipe.yaml", "metrics.jsonl", "classes.json"):
+        shutil.copy(karat_run.path / name, begun)
+    assert main(["analyze", str(begun), *QUICK, "--out", str(out)]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert line.endswith("no checkpoint; train the run first")
+    page = (out / "report.html").read_text()
+    assert page.count('class="problem"') == 1
+    assert "not finished" in page

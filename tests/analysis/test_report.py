@@ -62,7 +62,7 @@ def test_text_is_escaped_and_nothing_is_fetched(page: str) -> None:
     assert all(link.startswith(("data:", "#")) for link in parsed.links)
     assert parsed.figures == [f"spectrum/{NASTY}/{NASTY}"]
     assert "1.235" in page
-    assert "so there is no attention maps, accuracy" in page
+    assert "missing for it: Attention maps, Accuracy" in page
     assert page.count("Not in this report") == 1
     assert page.index("12.5 % top-1") < page.index("Spectral behaviour</h2>")
 

@@ -65,6 +65,19 @@ def test_two_ranks_count_each_image_once(run: Path, image_folder: Path) -> None:
     assert one.loss == pytest.approx(two.loss, rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_ranks_corrupt_as_one_does(run: Path) -> None:
+    pytest.importorskip("imagecorruptions", reason="needs the extra corruptions")
+    for name, processes in (("one", 1), ("two", 2)):
+        arguments = ("--corrupt", "shot_noise", "snow", "--severity", "3", "--name", name)
+        done = karat("eval", str(run), *arguments, processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = read_evaluations(run)
+    assert one.images == two.images == IMAGES
+    assert one.corruptions == two.corruptions
+
+
 def test_an_image_that_cannot_be_read_is_counted_as_such(run: Path, image_folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "broken"
     shutil.copytree(image_folder / "val", data)
@@ -114,6 +127,7 @@ def test_corrupted_copies_are_counted_kept_and_resumed(run: Path, capsys: pytest
     arguments = ("eval", str(run), "--corrupt", "contrast", "brightness")
     assert karat_here(*arguments, "--severity", "1", "5") == 0
     printed = capsys.readouterr().out
+    assert "4 passes over 28 images take about" in printed
     assert "mean of 4 kinds and severities on 28 images each" in printed
     (kept,) = read_evaluations(run)
     assert kept.name == "val-corrupted"

@@ -61,6 +61,13 @@ def test_a_split_is_chosen_or_named(tmp_path: Path) -> None:
         open_test_set(tmp_path / "data", "val", OURS, 60)
 
 
+def test_a_set_whose_images_are_all_of_other_classes_is_one_line(image_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_folder / "val" / "class0", tmp_path / "class0")
+    (tmp_path / "owl").mkdir()
+    with pytest.raises(DataError, match="all of its images are of classes that the run does not have"):
+        open_test_set(tmp_path, "", ("owl", "cat"), 60)
+
+
 def test_what_is_no_test_set_is_one_line(tmp_path: Path, image_folder: Path) -> None:
     with pytest.raises(DataError, match="is no test set"):
         open_test_set(tmp_path, "", OURS, 60)
