@@ -123,8 +123,8 @@ class Campaign:
             outcome.tracebacks[kind] += "Traceback" in log.read()
         if not ended and not deadly:
             outcome.problems.append(f"{kind} in {phase}: a start did not end in {FINISHES_WITHIN} s")
-        # A worker that is killed is one line of its rank; another rank may only lose its connection.
-        allowed = {0, EXIT_STOPPED, *((EXIT_USAGE, 1) if "worker" in kind else ())}
+        # A worker that is killed is one line, of which all ranks hear.
+        allowed = {0, EXIT_STOPPED, *((EXIT_USAGE,) if "worker" in kind else ())}
         if not deadly and not set(codes) <= allowed:
             outcome.problems.append(f"{kind} in {phase}: exit codes {codes}")
 
