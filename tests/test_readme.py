@@ -66,8 +66,7 @@ def test_every_command_is_run_here_or_by_the_ci_script() -> None:
 def made_extras() -> list[str]:
     """The extras that `make test` installs."""
     shown = subprocess.run(["make", "--dry-run", "extras"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (names,) = re.findall(r"^for extra in (.*?);", shown, flags=re.MULTILINE)
-    return names.split()
+    return re.findall(r"for extra in (\w.*?); do", shown)[0].split()
 
 
 def link_the_clone(here: Path) -> None:
