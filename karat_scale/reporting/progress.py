@@ -195,12 +195,8 @@ class Reporter:
     def finish_trackers(self, seconds: float) -> None:
         """Let the trackers send what is left, for at most so long; one line for each that has not got everything."""
         if self._trackers is not None:
-            late = self._trackers.finish(seconds)
+            self._trackers.finish(seconds)
             self._tell_of_trackers()
-            for name in late:
-                self.warn(
-                    f"{name}: has not got everything; the run's next start sends it, or: {self._trackers.command}"
-                )
 
     def _tell_of_trackers(self) -> None:
         for message in self._trackers.messages() if self._trackers is not None else ():

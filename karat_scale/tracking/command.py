@@ -59,5 +59,6 @@ def _send(run: Path, names: Sequence[str]) -> bool:
     except KeyboardInterrupt:
         raise UserError(f"{run}: stopped; run the same command to send the rest") from None
     for name in names:
-        say(f"{name}: {'has not got everything; run the same command again' if name in late else 'has everything'}")
+        if name not in late:  # what is late has said so
+            say(f"{name}: has everything")
     return not late

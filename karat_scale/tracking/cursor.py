@@ -7,6 +7,7 @@ were first: of each kind of event, only steps above the last sent one are new.
 import json
 import re
 import secrets
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -74,6 +75,11 @@ class Cursor:
 def cursor_file(run: Path, name: str) -> Path:
     """Return the file of a tracker's cursor; `name` may be the place of a class."""
     return run / "trackers" / f"{re.sub(r'[^A-Za-z0-9_.]', '.', name)}.json"
+
+
+def how_to_send(run: Path) -> str:
+    """Return what sends the rest of a run, for messages."""
+    return f"the run's next start sends the rest, or: karat track {shlex.quote(str(run))}"
 
 
 def begin_anew(run: Path, name: str) -> None:

@@ -23,7 +23,7 @@ from karat_scale.files import parse_json, read_text
 from karat_scale.recipe.files import read_recipe_file
 from karat_scale.recipe.loading import leaves
 from karat_scale.tables import load
-from karat_scale.tracking.cursor import FILES, Cursor, cursor_file
+from karat_scale.tracking.cursor import FILES, Cursor, cursor_file, how_to_send
 from karat_scale.tracking.tracker import Event, TrackedRun, Tracker
 from karat_scale.versions import library_versions
 
@@ -153,10 +153,11 @@ def _read_mapping(file: Path) -> Event:
     return {}
 
 
-def follow(follower: Follower, ended: threading.Event, say: Say) -> int:
+def follow(follower: Follower, ended: threading.Event, say: Say, hint: str) -> int:
     """Keep the tracker up to date until the trainer has ended; returns the exit code.
 
-    A failure is told once, and tried again after a while. After the trainer's end there is one more try.
+    A failure is told once, and tried again after a while. After the trainer's end there is one more try; `hint` says
+    what to do if it fails.
     """
     problem, retry = "", _FIRST_RETRY
     while True:
@@ -165,14 +166,15 @@ def follow(follower: Follower, ended: threading.Event, say: Say) -> int:
             follower.finish() if is_last else follower.advance()
         except Exception as error:  # of any kind: a tracker is another's library, often behind a network
             follower.drop()
+            now = one_line(error).rstrip(".")
             if is_last:
-                say(f"warning: {one_line(error)}")
+                say(f"warning: has not got everything ({now}); {hint}")
                 return 1
             if ended.is_set():
                 continue
-            if (now := one_line(error)) != problem:
+            if now != problem:
                 problem = now
-                say(f"warning: gets no figures for now: {problem}; they stay in metrics.jsonl, and it tries again")
+                say(f"warning: gets no figures for now ({problem}); they stay in metrics.jsonl, and it tries again")
             ended.wait(retry)
             retry = min(2 * retry, _LAST_RETRY)
             continue
@@ -239,6 +241,6 @@ def main(arguments: Sequence[str]) -> int:
         if not held:
             say("warning: another process sends to it now")
             return 1
-        code = follow(Follower(run, name, place, say), ended, say)
+        code = follow(Follower(run, name, place, say), ended, say, how_to_send(run))
     sys.stdout.flush()
     os._exit(code)  # a library's threads and exit handlers must not keep this process

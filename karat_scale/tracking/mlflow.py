@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from karat_scale.errors import EXIT_STOPPED
+from karat_scale.tables import is_installed
 from karat_scale.tracking.tracker import Event, TrackedRun, figures, numbers
 
 # Of one request, by the server's rules.
@@ -32,6 +33,9 @@ class MLflow:
     """Writes to a run that has the id as a tag. See Tracker."""
 
     def __init__(self, run: TrackedRun) -> None:
+        address = mlflow.get_tracking_uri()
+        if address.startswith("sqlite:") and not is_installed("sqlalchemy"):
+            raise ValueError("set MLFLOW_TRACKING_URI to a server, or install mlflow, which has a database of its own")
         self._client = MlflowClient()
         self._summary_file = run.directory / "summary.json"
         experiment = self._experiment(run.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "karat")
@@ -40,7 +44,6 @@ class MLflow:
         self._id = one.info.run_id
         self._client.update_run(self._id, status="RUNNING")
         self._describe(run.settings, one.data.params)
-        address = mlflow.get_tracking_uri()
         is_server = address.startswith("http")
         self.url = f"{address.rstrip('/')}/#/experiments/{experiment}/runs/{self._id}" if is_server else ""
 

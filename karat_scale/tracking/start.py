@@ -1,7 +1,6 @@
 """The trainer's side: check that trackers are installed, start a process for each, and end them in a bounded time."""
 
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from karat_scale.errors import UserError
 from karat_scale.tables import EXTRAS, TRACKERS, how_to_install, is_installed
-from karat_scale.tracking.cursor import begin_anew
+from karat_scale.tracking.cursor import begin_anew, how_to_send
 
 # What the trainer waits for its trackers at its end; less where somebody wants it to stop.
 END_SECONDS, STOP_SECONDS = 30.0, 5.0
@@ -68,8 +67,7 @@ class Trackers:
             patient: a process may take as long as it needs, once `finish` is called.
             say: is called with each message at once, by another thread; without it, `messages` returns them.
         """
-        self.command = f"karat track {shlex.quote(str(run))}"
-        """Sends what is left."""
+        self._hint = how_to_send(run)
         self._messages: deque[str] = deque()
         self._say = say or self._messages.append
         self._processes: dict[str, subprocess.Popen[str]] = {}
@@ -95,7 +93,7 @@ class Trackers:
                 process.stdin.close()
         deadline = None if seconds is None else time.monotonic() + seconds
         try:
-            late = [name for name, process in self._processes.items() if not _ends_well(process, deadline)]
+            late = [name for name, process in self._processes.items() if not self._ends_well(name, process, deadline)]
         except KeyboardInterrupt:
             for process in self._processes.values():
                 _kill(process)
@@ -104,6 +102,14 @@ class Trackers:
             listener.join(1.0)
         self._processes, self._listeners = {}, []
         return late
+
+    def _ends_well(self, name: str, process: subprocess.Popen[str], deadline: float | None) -> bool:
+        try:
+            return process.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0)) == 0
+        except subprocess.TimeoutExpired:
+            _kill(process)
+            self._say(f"warning: {name}: has not got everything in time; {self._hint}")
+            return False
 
     def _start(self, run: Path, name: str, seconds: float) -> subprocess.Popen[str]:
         place = TRACKERS[name].place if name in TRACKERS else name
@@ -124,15 +130,6 @@ class Trackers:
                 is_warning = line.startswith("warning: ")
                 text = line.strip().removeprefix("warning: ")
                 self._say(f"{'warning: ' if is_warning else ''}{name}: {text}")
-
-
-def _ends_well(process: subprocess.Popen[str], deadline: float | None) -> bool:
-    try:
-        code = process.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0))
-    except subprocess.TimeoutExpired:
-        _kill(process)
-        return False
-    return code == 0
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

@@ -24,10 +24,8 @@ def test_a_run_is_sent_to_a_tracker_that_its_recipe_does_not_name(
 def test_one_that_is_away_is_exit_code_1(written: WrittenRun, lines: Lines, capsys: pytest.CaptureFixture[str]) -> None:
     (written.path.parent / "away").touch()
     assert karat_here("track", str(written.path), "--to", PLACE) == 1
-    assert capsys.readouterr().out.splitlines()[-2:] == [
-        f"{written.path}: warning: {PLACE}: no route to http://host",
-        f"{written.path}: {PLACE}: has not got everything; run the same command again",
-    ]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"{written.path}: warning: {PLACE}: has not got everything (no route to http://host); ")
 
 
 def test_a_class_in_the_recipe_of_a_run_needs_trust(

@@ -84,7 +84,8 @@ def test_a_tracker_that_is_away_for_a_while_has_no_gap_and_is_told_once(written:
     written.train(1, 2)
     late, said = written.send(PLACE)
     assert late == [PLACE]
-    assert said[-1] == f"warning: {PLACE}: no route to http://host"
+    hint = f"the run's next start sends the rest, or: karat track {written.path}"
+    assert said[-1] == f"warning: {PLACE}: has not got everything (no route to http://host); {hint}"
     assert lines() == []
 
     trackers = Trackers(written.path, [PLACE])
@@ -95,7 +96,7 @@ def test_a_tracker_that_is_away_for_a_while_has_no_gap_and_is_told_once(written:
     until(lambda: steps(lines()) == [1, 2, 3])
     assert trackers.finish(60) == []
     messages += trackers.messages()
-    why = "gets no figures for now: no route to http://host; they stay in metrics.jsonl, and it tries again"
+    why = "gets no figures for now (no route to http://host); they stay in metrics.jsonl, and it tries again"
     assert messages[0] == f"warning: {PLACE}: {why}"
     assert messages[-1] == f"{PLACE}: gets the figures again, without a gap"
     assert len([one for one in messages if "warning" in one]) == 1
@@ -111,6 +112,7 @@ def test_a_tracker_that_hangs_is_ended_in_time_and_goes_on_later(written: Writte
     trackers = Trackers(written.path, [PLACE])
     (process,) = trackers._processes.values()
     assert trackers.finish(2) == [PLACE]
+    assert "has not got everything in time; the run's next start" in trackers.messages()[-1]
     assert time.monotonic() - begun < 60
     assert not psutil.pid_exists(process.pid)
     module.write_text(quick)

@@ -58,7 +58,7 @@ def test_a_tracker_that_is_away_is_said_and_the_run_finishes(recipe_file: Path, 
     assert done.returncode == 0, done.stdout + done.stderr
     assert summary(run)["exit"] == 0
     last = done.stdout.splitlines()[-1]
-    assert f"warning: {PLACE}: has not got everything; the run's next start sends it" in last
+    assert f"warning: {PLACE}: has not got everything (no route to http://host); the run's next start" in last
     assert last.endswith(f", or: karat track {run}")
     assert "secret" not in done.stdout + done.stderr
     (tmp_path / "away").unlink()
