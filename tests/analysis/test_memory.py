@@ -22,9 +22,9 @@ log: {trackers: []}
 # Six products an eigenvalue need what forty need: the basis is full by then.
 MEASURE = """
 import json, resource, sys
-from karat_scale.analysis import landscape
+from karat_scale.analysis import sharpness
 from karat_scale.cli import main
-landscape.PRODUCTS, landscape.PROBES = 6, 2
+sharpness.PRODUCTS, sharpness.PROBES = 6, 2
 code = main(sys.argv[1:])
 print(json.dumps([code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]))
 """
@@ -51,7 +51,9 @@ def base_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("functions", ("--images", "1000")),
         ("maps", ("--image", *map(str, range(1000)))),
         ("distributions", ()),
+        ("accuracy", ()),
         ("landscape", ("--samples", "1000", "--grid", "2")),
+        ("sharpness", ("--hessian-samples", "64")),
     ],
 )
 def test_vit_base_over_1000_images_in_4_gib(
