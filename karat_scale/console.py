@@ -53,7 +53,7 @@ def make_table(title: str, header: Sequence[str] = (), texts: Collection[int] = 
 
     table = Table(title=Text(printable(title)), title_justify="left", title_style="bold", box=box.SIMPLE)
     for number, name in enumerate(header):
-        table.add_column(Text(printable(name)), justify="left" if number in texts else "right")
+        table.add_column(Text(printable(name)), justify="left" if number in texts else "right", overflow="fold")
     return table
 
 

@@ -131,7 +131,7 @@ class _Shown:
             return
         step, total = found
         if self._bars is not None:
-            self._bars.move("sweep", self._number, self._total, self._left(step, total), keep=True)
+            self._bars.move("sweep", self._number, self._total, self._left(step, total).removeprefix("; "), keep=True)
             self._bars.move(self._name, step, total, keep=True)
         elif time.monotonic() - self._told > _LINE_SECONDS:
             self._told = time.monotonic()
