@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from karat_scale.errors import UserError
 
 T = TypeVar("T")
 PATIENCE_MINUTES = 30.0
+# A rank has about so many threads and data workers at once. gloo and torch wait for ever if they cannot start one.
+_THREADS = 16
 _meetings = itertools.count()
 
 
@@ -196,6 +199,7 @@ def _join(rank: int, size: int, device: torch.device, patience: timedelta) -> Pl
     if dist.is_initialized():
         return None
     record_collectives()
+    _need_threads()
     # With its device NCCL connects now, where a fault is seen, and each barrier knows which GPU is meant.
     backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     if size == 1:
@@ -208,6 +212,21 @@ def _join(rank: int, size: int, device: torch.device, patience: timedelta) -> Pl
     store = dist.PrefixStore("group", meet(place))
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=device_id)
     return place
+
+
+def _need_threads() -> None:
+    """Raise RuntimeError if this process may not start as many threads as a rank needs."""
+    go_on = threading.Event()
+    started: list[threading.Thread] = []
+    try:
+        for _ in range(_THREADS):
+            thread = threading.Thread(target=go_on.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    finally:
+        go_on.set()
+        for thread in started:
+            thread.join()
 
 
 def _port() -> int:
