@@ -65,17 +65,24 @@ class Setting:
             }
         )
 
-    def run(self, path: str) -> tuple[float, float]:
-        """Make all batches of an epoch, at most `samples` images; returns the seconds, and those of processors."""
+    def run(self, path: str) -> tuple[float, float, float]:
+        """Make all batches of an epoch, at most `samples` images.
+
+        Returns:
+            The seconds, those of processors, and those to the first batch.
+        """
         backend = open_backend(ImageSpec(self.config(path), CROP_AND_FLIP, SIZE, 1 << 30, 0))
         plan = TrainPlan(0, backend.num_train, BATCH, BATCH, 0, 1, self.order, self.block, self.window)
         steps = min(plan.steps_per_epoch, self.samples // BATCH)
         begun, used = time.perf_counter(), processor_seconds()
-        for _ in backend.train_batches(plan.slices(0, steps)):
+        batches = backend.train_batches(plan.slices(0, steps))
+        next(batches)
+        first = time.perf_counter() - begun
+        for _ in batches:
             pass
         taken = time.perf_counter() - begun
         backend.close()
-        return taken, processor_seconds() - used
+        return taken, processor_seconds() - used, first
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -100,8 +107,14 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [[name, f"{result['images_per_second'][name]:,.0f}"] for name in (DISK, URL)]
     title = f"{result['images']:,} images a pass, order {options.order}, {options.workers} workers, "
     print_table(title + f"{1000 * options.latency:g} ms for each request", ["from", "images/s"], rows)
-    for what, ratio in (("by the clock", "ratio"), ("for a second of a processor", "ratio_of_processor_time")):
+    for what, ratio in (
+        ("by the clock", "ratio"),
+        ("by the clock after the first batch", "ratio_after_first_batch"),
+        ("for a second of a processor", "ratio_of_processor_time"),
+    ):
         print(f"URL over disk, images {what}: {result[ratio]:.3f} (median of {options.rounds} rounds)")
+    first = {name: statistics.median(taken) for name, taken in result["seconds_to_first_batch"].items()}
+    print(f"seconds to the first batch: {first[DISK]:.2f} from the disk, {first[URL]:.2f} from the URL")
     for name in ("requests", "bytes"):
         made, ideal = result[name], result[f"ideal_{name}"]
         print(f"{name} of a pass: {made:,}, over the ideal {ideal:,}: {made / ideal:.3f}")
@@ -131,24 +144,29 @@ def repeat_shards(source: Path, target: Path, copies: int) -> Path:
 def measure(setting: Setting, scratch: Path, latency: float, rounds: int) -> dict[str, Any]:
     """Return the figures of both loaders."""
     processors: dict[str, list[float]] = {DISK: [], URL: []}
+    firsts: dict[str, list[float]] = {DISK: [], URL: []}
     os.environ[VARIABLE] = str(scratch / "cache")
 
     def run(name: str, path: str) -> float:
-        taken, used = setting.run(path)
+        taken, used, first = setting.run(path)
         processors[name].append(used)
+        firsts[name].append(first)
         shutil.rmtree(os.environ[VARIABLE], ignore_errors=True)
         return taken
 
     with served(setting.directory, latency) as (url, counts):
         seconds = interleaved({DISK: lambda: run(DISK, str(setting.directory)), URL: lambda: run(URL, url)}, rounds)
     passes = rounds + 1  # one to warm up
-    processors = {name: used[1:] for name, used in processors.items()}
+    processors, firsts = ({name: taken[1:] for name, taken in of.items()} for of in (processors, firsts))
+    after = {name: [a - b for a, b in zip(seconds[name], firsts[name], strict=True)] for name in seconds}
     images, requests, ideal_bytes = ideal(setting)
     return {
         "images": images,
         "images_per_second": {name: images / statistics.median(taken) for name, taken in seconds.items()},
         "seconds": seconds,
         "processor_seconds": processors,
+        "seconds_to_first_batch": firsts,
+        "ratio_after_first_batch": 1 / median_ratio(after, URL, DISK),
         "ratio": 1 / median_ratio(seconds, URL, DISK),
         "ratio_of_processor_time": 1 / median_ratio(processors, URL, DISK),
         "requests": round(int(counts[0]) / passes),

@@ -148,6 +148,7 @@ class OrderedLoader(OrderedResults[Batch]):
     def __init__(
         self, make: MakesBatches, slices: Iterable[BatchSlice], workers: int, prefetch: int, timeout: float
     ) -> None:
+        self._slices = slices  # kept until the last batch: a process may fetch ahead for them
         parts = iter(slices)
         first = list(itertools.islice(parts, 1))
         slots = ImageSlots(workers, prefetch, make.shape(first[0])) if workers and first else None

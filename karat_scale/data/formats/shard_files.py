@@ -39,10 +39,6 @@ class SamplePlaces:
 class ChangedSampleError(Exception):
     """The bytes of a sample are not those that were indexed; the message says what is wrong with its shard."""
 
-    def __init__(self, what: str, sample_id: int) -> None:
-        super().__init__(what)
-        self.sample_id = sample_id
-
 
 CUT_SHORT, CHANGED = "is cut short", "has changed since its index was written"
 
@@ -82,9 +78,9 @@ class LocalShardFiles:
         self._readahead.ask(file, sample_id, int(places.starts[number]), int(places.starts[number + 1]))
         data = os.pread(file, size, int(places.offsets[sample_id]))
         if len(data) != size:
-            raise ChangedSampleError(CUT_SHORT, sample_id)
+            raise ChangedSampleError(CUT_SHORT)
         if places.shards[number].sha256 and zlib.crc32(data) != places.crcs[sample_id]:
-            raise ChangedSampleError(CHANGED, sample_id)
+            raise ChangedSampleError(CHANGED)
         return data
 
     def _file(self, number: int) -> int:

@@ -104,7 +104,9 @@ class ShardSplit:
         except OSError as error:
             raise DataError(f"{self.file_of(sample_id)} cannot be read: {error.strerror}; {self._tars.fix}") from error
         except ChangedSampleError as error:
-            raise self._changed(error) from None
+            key, _ = self.locate(sample_id)
+            where = self.file_of(sample_id)
+            raise DataError(f"{where} {error}: sample {key} differs; {self._tars.fix}") from None
 
     @property
     def ahead(self) -> int:
@@ -112,24 +114,14 @@ class ShardSplit:
         return self._remote.ahead if isinstance(self._files, RemoteShardFiles) else 0
 
     def prepare(self, sample_ids: Iterable[int]) -> None:
-        """Fetch what is needed for some samples at a URL, several at a time. Raises DataError as `read`."""
+        """Fetch what is needed for some samples at a URL, several at a time. Raises DataError."""
         if isinstance(self._files, RemoteShardFiles):
-            try:
-                self._files.prepare(sample_ids)
-            except ChangedSampleError as error:
-                raise self._changed(error) from None
+            self._files.prepare(sample_ids)
 
     def hint(self, sample_ids: Iterable[int]) -> None:
         """Fetch samples at a URL into the node's cache, except those that another process fetches. Raises DataError."""
         if isinstance(self._files, RemoteShardFiles):
-            try:
-                self._files.hint(sample_ids)
-            except ChangedSampleError as error:
-                raise self._changed(error) from None
-
-    def _changed(self, error: ChangedSampleError) -> DataError:
-        key, _ = self.locate(error.sample_id)
-        return DataError(f"{self.file_of(error.sample_id)} {error}: sample {key} differs; {self._tars.fix}")
+            self._files.hint(sample_ids)
 
     def locate(self, sample_id: int) -> tuple[str, str]:
         """Return the key of a sample and the name of its shard, for messages."""

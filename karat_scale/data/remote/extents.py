@@ -66,7 +66,7 @@ class RemoteShardFiles:
             os.close(self._open.pop(extent))
             self._cache.remove(self._key(extent))
         if not extent.has_crcs:
-            raise ChangedSampleError(CHANGED, sample_id)
+            raise ChangedSampleError(CHANGED)
         raise DataError(f"the cache {self._cache.directory} does not keep what is written to it; check its disk")
 
     def _crc(self, extent: Extent, entry: int, sample_id: int) -> int:

@@ -53,11 +53,7 @@ class FetchedAhead(Iterator[BatchSlice]):
             self._end = weakref.finalize(self, _stop, process, os.getpid())
 
     def __next__(self) -> BatchSlice:
-        try:
-            part = next(self._slices)
-        except StopIteration:
-            self.close()
-            raise
+        part = next(self._slices)  # after the last, the process still fetches for the workers, and then ends
         self._taken[0] += len(part.sample_ids)
         return part
 

@@ -1,6 +1,7 @@
 """Batches from a URL are those from disk, whatever the order, the workers, the server and its faults."""
 
 import dataclasses
+import multiprocessing
 import os
 import re
 import signal
@@ -20,6 +21,16 @@ from tests.data.remote.proxy import FaultyProxy
 pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install -e '.[remote]'")
 
 BLOCKS = {"order": "block", "block_samples": 4, "window_blocks": 2}
+ORDERS = {"full": {}, "block": BLOCKS}
+# All of them where the slow tests run.
+SAMPLED = {("nginx", "block", 2), ("s3", "block", 2), ("gs", "full", 0)}
+CELLS = [
+    pytest.param(kind, order, workers, marks=() if (kind, order, workers) in SAMPLED else pytest.mark.slow)
+    for kind in ("nginx", "s3", "gs")
+    for order in ORDERS
+    for workers in (0, 2)
+]
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture
@@ -53,11 +64,9 @@ def evaluation(backend):
     return contents(backend.eval_batches(EvalPlan(backend.num_val, 4, 0, 1).slices()))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("order", [{}, BLOCKS], ids=["full", "block"])
-@pytest.mark.parametrize("kind", ["nginx", "s3", "gs"])
+@pytest.mark.parametrize(("kind", "order", "workers"), CELLS)
 def test_batches_are_those_from_disk(kind, order, workers, make_shards, opened, request):
-    directory = make_shards()
+    directory, order = make_shards(), ORDERS[order]
     serve = request.getfixturevalue(kind)
     url = f"http://127.0.0.1:{serve(directory)}" if kind == "nginx" else serve(directory)
     local, remote = opened(directory, **order), opened(url, workers=workers, **order)
@@ -67,7 +76,7 @@ def test_batches_are_those_from_disk(kind, order, workers, make_shards, opened, 
     assert evaluation(remote) == evaluation(local)
 
 
-@pytest.mark.parametrize("fault", ["503", "cut", "short", "slow"])
+@pytest.mark.parametrize("fault", ["503", "cut", pytest.param("short", marks=SLOW), pytest.param("slow", marks=SLOW)])
 def test_faults_that_end_change_nothing(fault, make_shards, opened, nginx):
     directory = make_shards()
     expected = epochs(opened(directory, **BLOCKS), **BLOCKS)
@@ -130,7 +139,7 @@ def test_an_etag_stands_in_for_hashes_that_nobody_computed(make_shards, opened, 
         assert len(epochs(opened(directory), 1)) == 3  # a file system has no ETags
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=SLOW)])
 def test_a_store_that_stalls_is_named_in_time(workers, make_shards, opened, nginx):
     stalls = []
     with FaultyProxy(nginx(make_shards()), spoil=lambda number, asked: "stall" if stalls else None) as proxy:
@@ -185,7 +194,7 @@ def test_the_fetching_process_stays_ahead_and_ends_with_its_slices(tmp_path):
     wait_until(lambda: len(told.read_text().splitlines()) == 3)
     assert [str(part.sample_ids.tolist()) for part in parts[:3]] == told.read_text().splitlines()
     assert [part.sample_ids.tolist() for part in ahead] == [part.sample_ids.tolist() for part in parts[1:]]
-    assert children() <= before
+    wait_until(lambda: not multiprocessing.active_children() and children() <= before)
 
 
 def test_the_fetching_process_ends_with_a_trainer_that_is_killed(tmp_path):

@@ -27,8 +27,15 @@ def tars(shards, tmp_path):
     return directory
 
 
-@pytest.mark.parametrize("hashes", [[], ["--hash"]], ids=["headers", "hash"])
-@pytest.mark.parametrize("kind", ["nginx", "s3"])
+@pytest.mark.parametrize(
+    ("kind", "hashes"),
+    [
+        ("nginx", []),
+        ("s3", ["--hash"]),
+        pytest.param("s3", [], marks=pytest.mark.slow),
+        pytest.param("nginx", ["--hash"], marks=pytest.mark.slow),
+    ],
+)
 def test_tars_at_a_url_are_indexed_as_on_disk(kind, hashes, tars, tmp_path, request):
     serve = request.getfixturevalue(kind)
     url = serve(tars) if kind == "s3" else f"http://127.0.0.1:{serve(tars)}"
