@@ -13,10 +13,12 @@ Which tests run (tests/selection.py):
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +177,26 @@ def karat_here(*arguments: str) -> int:
     """Run `karat` in this process, for what needs no process of its own, such as a one-line error; its exit code."""
     from karat_scale.cli import main
 
+    with signals_restored():
+        try:
+            return main(list(arguments))
+        except SystemExit as end:  # argparse's, for a mistake in the call
+            return int(end.code or 0)
+
+
+@contextmanager
+def signals_restored() -> Iterator[None]:
+    """Undo what a run does to this process's signals, which data workers of later tests would inherit."""
+    from karat_scale.run.signals import STOP_SIGNALS
+
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
-        return main(list(arguments))
-    except SystemExit as end:  # argparse's, for a mistake in the call
-        return int(end.code or 0)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:

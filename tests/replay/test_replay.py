@@ -12,11 +12,10 @@ from PIL import Image
 from torch import nn
 
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
-from karat_scale.cli import main
 from karat_scale.data.plan import TrainPlan
 from karat_scale.replay.inspect import not_finite, watched
 from karat_scale.run.incidents import KEPT_CHECKPOINTS, LEAST, MOST, Incidents, Spikes
-from tests.conftest import SMALL, events, karat
+from tests.conftest import SMALL, events, karat, karat_here
 
 QUICK = ("schedule.warmup_epochs=0", "data.workers=0", "train.ema_decay=0", "log.every_steps=1")
 EXPLODES = ("optim.lr=1000", "optim.clip_grad=0", "optim.lr_batch=null", "model.drop_path=0.3")
@@ -31,7 +30,7 @@ def train(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
 
     def run(*overrides: str) -> tuple[Path, int]:
         directory = tmp_path_factory.mktemp("runs") / "run"
-        return directory, main(["train", str(recipe), *SMALL, *QUICK, f"run.dir={directory}", *overrides])
+        return directory, karat_here("train", str(recipe), *SMALL, *QUICK, f"run.dir={directory}", *overrides)
 
     return run
 
@@ -56,7 +55,7 @@ def test_a_step_that_was_skipped_is_found_again(
     assert first["kind"] == "not finite"
     assert len(first["samples"]) == 8  # type: ignore[arg-type]
     picture, figures = tmp_path / "step.png", tmp_path / "found.json"
-    assert main(["replay", str(exploded), str(step), "--out", str(picture), "--json", str(figures)]) == 0
+    assert karat_here("replay", str(exploded), str(step), "--out", str(picture), "--json", str(figures)) == 0
     printed = capsys.readouterr().out
     assert "first not finite: " in printed
     found = json.loads(figures.read_text())
@@ -76,7 +75,7 @@ def test_a_step_that_went_well_is_taken_bit_for_bit(train: Train, tmp_path: Path
         if checkpoint is None:  # training reaches it from the start alone
             for name in CheckpointStore(run / "checkpoints").names():
                 (run / "checkpoints" / name).rename(tmp_path / name)
-        assert main(["replay", str(run), str(step), "--out", str(tmp_path / "x.png"), "--json", str(figures)]) == 0
+        assert karat_here("replay", str(run), str(step), "--out", str(tmp_path / "x.png"), "--json", str(figures)) == 0
         found, was = json.loads(figures.read_text()), events(run, "train")[step - 1]
         assert found["checkpoint"] == checkpoint
         assert found["grad_norm"] == was["grad_norm"]
@@ -152,7 +151,7 @@ def test_what_cannot_be_replayed_is_one_line(
         ((str(tmp_path), "3"), "not a run directory"),
         ((str(exploded), "1000"), "step 1000: the run has steps 1 to"),
     ):
-        assert main(["replay", *arguments, "--out", str(tmp_path / "x.png")]) == 2
+        assert karat_here("replay", *arguments, "--out", str(tmp_path / "x.png")) == 2
         error = capsys.readouterr().err.strip()
         assert message in error
         assert len(error.splitlines()) == 1

@@ -12,10 +12,9 @@ from karat_scale.checkpoint.resize import fit_state
 from karat_scale.checkpoint.saved_state import read_state
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.checkpoint.tensor_storage import load_tensors
-from karat_scale.cli import main
 from karat_scale.models import create_model
 from karat_scale.recipe.loading import load_recipe
-from tests.conftest import SMALL, events, karat, summary
+from tests.conftest import SMALL, events, karat, karat_here, summary
 
 GROWS = "schedule.image_sizes=[[0, 8], [1, 12], [2, 16]]"
 QUICK = ("schedule.warmup_epochs=0", "data.workers=0", "train.epochs=3", "attention.kind=karat", GROWS)
@@ -39,7 +38,7 @@ def command(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
 def whole(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was never stopped, with a checkpoint each third step."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(command(run, *ALL)) == 0
+    assert karat_here(*command(run, *ALL)) == 0
     return run
 
 
@@ -50,7 +49,7 @@ def figures(run: Path) -> dict[str, object]:
 
 def test_a_run_grows_and_sees_the_same_samples(command: Command, whole: Path, tmp_path: Path) -> None:
     constant = tmp_path / "constant"
-    assert main(command(constant, "schedule.image_sizes=[]")) == 0
+    assert karat_here(*command(constant, "schedule.image_sizes=[]")) == 0
     found, other = figures(whole), figures(constant)
     assert (found["steps"], found["data_digest"], found["restarts"]) == (24, other["data_digest"], 0)
     assert len(found["losses"]) == 24  # type: ignore[arg-type]
@@ -73,7 +72,7 @@ def test_a_run_that_resumes_in_any_phase_ends_in_the_same_bits(
         if name > f"step-{stopped:08d}":
             shutil.rmtree(run / "checkpoints" / name)
     (run / "metrics.jsonl").unlink()
-    assert main(command(run, *ALL)) == 0
+    assert karat_here(*command(run, *ALL)) == 0
     last = "step-00000024/mp_rank_00_model_states.pt"
     ours, theirs = (load_tensors(each / "checkpoints" / last)["module"] for each in (run, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -90,7 +89,7 @@ def test_a_damaged_checkpoint_at_the_border_falls_back_to_the_size_before(
             shutil.rmtree(run / "checkpoints" / name)
     for name in ("step-00000009", "step-00000008"):
         (run / "checkpoints" / name / "state.json").write_text("{}")
-    assert main(command(run, *ALL)) == 0
+    assert karat_here(*command(run, *ALL)) == 0
     assert summary(run)["data_digest"] == summary(whole)["data_digest"]
     losses = {event["step"]: event["loss"] for event in events(run, "train")}
     assert losses == figures(whole)["losses"]
@@ -139,10 +138,10 @@ def test_moments_and_averages_are_carried(whole: Path) -> None:
 
 def test_a_checkpoint_of_a_smaller_size_is_read_at_the_last_size(whole: Path, tmp_path: Path) -> None:
     out = ("--out", str(tmp_path / "weights.safetensors"))
-    assert main(["eval", str(whole), "--checkpoint", "step-00000003"]) == 0
-    assert main(["export", str(whole), "--checkpoint", "step-00000003", "--weights", "raw", *out]) == 0
+    assert karat_here("eval", str(whole), "--checkpoint", "step-00000003") == 0
+    assert karat_here("export", str(whole), "--checkpoint", "step-00000003", "--weights", "raw", *out) == 0
     picture = ("--out", str(tmp_path / "x.png"), "--json", str(tmp_path / "x.json"))
-    assert main(["replay", str(whole), "11", *picture]) == 0
+    assert karat_here("replay", str(whole), "11", *picture) == 0
     found = json.loads((tmp_path / "x.json").read_text())
     assert found["grad_norm"] == next(e["grad_norm"] for e in events(whole, "train") if e["step"] == 11)
 
@@ -157,7 +156,7 @@ def test_sizes_that_cannot_be_are_one_line(
         ("[[0, 8], [3, 16]]", "its last epoch is 3, but train.epochs = 3"),
         ("[[0, 9], [1, 16]]", "9 is not a multiple of model.patch_size = 4"),
     ):
-        assert main(command(tmp_path / "run", f"schedule.image_sizes={sizes}")) == 2
+        assert karat_here(*command(tmp_path / "run", f"schedule.image_sizes={sizes}")) == 2
         error = capsys.readouterr().err.strip()
         assert message in error
         assert len(error.splitlines()) == 1

@@ -15,7 +15,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from karat_scale.cli import main
 from karat_scale.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.models.flops import flops_per_image, forward_flops
@@ -29,7 +28,7 @@ from karat_scale.tasks.classification.distillation_teacher import (
     keep_distillation_teacher,
     read_distillation_teacher,
 )
-from tests.conftest import SMALL, events, karat, summary
+from tests.conftest import SMALL, events, karat, karat_here, summary
 
 QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null")
 Command = Callable[..., list[str]]
@@ -47,7 +46,7 @@ def teacher(recipe: Path) -> Path:
     """A softmax run of 8 steps, at a larger image size and with a normalisation of its own."""
     run = recipe.parent / "teacher"
     own = ("model.image_size=20", "augment.mean=[0.5, 0.5, 0.5]", f"run.dir={run}")
-    assert main(["train", str(recipe), *SMALL, *QUICK, *own]) == 0
+    assert karat_here("train", str(recipe), *SMALL, *QUICK, *own) == 0
     return run
 
 
@@ -114,13 +113,13 @@ def test_a_student_stops_resumes_and_is_evaluated_without_its_teachers_run(
     teacher: Path, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, parts, gone = tmp_path / "whole", tmp_path / "parts", tmp_path / "gone"
-    assert main(command(whole)) == 0
+    assert karat_here(*command(whole)) == 0
     assert "parameters): its forward pass adds" in capsys.readouterr().out
-    assert main(command(parts, "train.max_steps=3")) == 0
+    assert karat_here(*command(parts, "train.max_steps=3")) == 0
     teacher.rename(gone)
     try:
-        assert main(command(parts, "train.max_steps=null", "resume.allow=[train.max_steps]")) == 0
-        assert main(["eval", str(parts), "--json", str(tmp_path / "eval.json")]) == 0
+        assert karat_here(*command(parts, "train.max_steps=null", "resume.allow=[train.max_steps]")) == 0
+        assert karat_here("eval", str(parts), "--json", str(tmp_path / "eval.json")) == 0
     finally:
         gone.rename(teacher)
     assert losses(parts) == losses(whole)
@@ -134,7 +133,7 @@ def test_a_student_stops_resumes_and_is_evaluated_without_its_teachers_run(
 
 def test_the_student_follows_its_teacher(command: Command, tmp_path: Path) -> None:
     """With all weight on the teacher, the divergence falls."""
-    assert main(command(tmp_path / "run", "distill.weight=1", "train.epochs=6", "optim.lr=0.02")) == 0
+    assert karat_here(*command(tmp_path / "run", "distill.weight=1", "train.epochs=6", "optim.lr=0.02")) == 0
     divergence = [soft for _, _, soft in losses(tmp_path / "run")]
     assert np.mean(divergence[-8:]) < 0.5 * np.mean(divergence[:8])
 
@@ -142,9 +141,9 @@ def test_the_student_follows_its_teacher(command: Command, tmp_path: Path) -> No
 def test_a_distillation_token_learns_from_the_teacher(command: Command, tmp_path: Path) -> None:
     run = tmp_path / "run"
     token = ("model.name=deit_tiny_distilled_patch16_224", "distill.kind=hard")
-    assert main(command(run, *token)) == 0
+    assert karat_here(*command(run, *token)) == 0
     assert all(math.isfinite(loss) for event in losses(run) for loss in event)
-    assert main(["eval", str(run)]) == 0
+    assert karat_here("eval", str(run)) == 0
     assert use_distillation_token(timm.create_model("deit_tiny_distilled_patch16_224", depth=1, embed_dim=24))
     assert not use_distillation_token(timm.create_model("test_vit"))
 
@@ -152,7 +151,7 @@ def test_a_distillation_token_learns_from_the_teacher(command: Command, tmp_path
 def test_an_exported_file_and_a_timm_model_are_teachers(
     recipe: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["export", str(teacher), "--out", str(tmp_path / "exported")]) == 0
+    assert karat_here("export", str(teacher), "--out", str(tmp_path / "exported")) == 0
     exported = next((tmp_path / "exported").rglob("*.safetensors"))
     student = load_recipe(recipe, [*SMALL, *QUICK, f"distill.from={exported}"])
     keep_distillation_teacher(student, tmp_path)
@@ -192,30 +191,30 @@ def test_another_teacher_is_noticed_on_resuming(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert main(command(run, "train.max_steps=2")) == 0
+    assert karat_here(*command(run, "train.max_steps=2")) == 0
     on = command(run)
     whole = (run / FILE).read_bytes()
     with safe_open(run / FILE, "pt") as file:
         about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     tensors["head.bias"][0] += 1
     save_file(tensors, run / FILE, about)
-    assert main(on) == 2
+    assert karat_here(*on) == 2
     assert "its weights are not those that were written" in capsys.readouterr().err
     (run / FILE).write_bytes(whole[:100])
-    assert main(on) == 2
+    assert karat_here(*on) == 2
     assert f"{run / FILE} is damaged" in capsys.readouterr().err
     shutil.copy(other_teacher(command, tmp_path) / FILE, run / FILE)
-    assert main(on) == 2
+    assert karat_here(*on) == 2
     assert "learned from another teacher" in capsys.readouterr().err
     (run / FILE).write_bytes(whole)
-    assert main(on) == 0
+    assert karat_here(*on) == 0
 
 
 def other_teacher(command: Command, tmp_path: Path) -> Path:
     """A student's run whose teacher is another run."""
     first, second = tmp_path / "first", tmp_path / "second"
-    assert main(command(first, "train.max_steps=1", "distill.from=")) == 0
-    assert main(command(second, "train.max_steps=1", f"distill.from={first}")) == 0
+    assert karat_here(*command(first, "train.max_steps=1", "distill.from=")) == 0
+    assert karat_here(*command(second, "train.max_steps=1", f"distill.from={first}")) == 0
     return second
 
 
@@ -233,7 +232,7 @@ def test_what_nobody_can_learn_from_is_one_line(
         "distill.kind=medium": "distill.kind",
     }
     for override, message in cases.items():
-        assert main(command(tmp_path / "run", override)) == 2
+        assert karat_here(*command(tmp_path / "run", override)) == 2
         error = capsys.readouterr().err.strip()
         assert message in error
         assert len(error.splitlines()) == 1
