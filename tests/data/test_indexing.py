@@ -15,7 +15,7 @@ from karat_scale.cli import main
 from karat_scale.data.formats.shard_format import read_dataset_record
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import DataError
-from tests.conftest import SMALL, events, run_script
+from tests.conftest import SMALL, events, karat_here, run_script
 
 Members = Iterable[tuple[str, bytes]]
 
@@ -108,7 +108,7 @@ def test_a_run_on_the_index_sees_what_a_run_on_our_shards_sees(shards: Path, tmp
     for data in (shards, tmp_path / "index"):
         run = tmp_path / f"run-{data.name}"
         settings = [f"data.path={data}", f"run.dir={run}", "log.every_steps=1", "schedule.warmup_epochs=0"]
-        assert main(["train", "fashion_mnist_demo", *SMALL, *settings]) == 0
+        assert karat_here("train", "fashion_mnist_demo", *SMALL, *settings) == 0
         seen.append([(event["loss"], event["data_digest"]) for event in events(run, "train")])
     assert seen[0] == seen[1]
 
