@@ -36,6 +36,7 @@ def ranks_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     return psutil.Process(process.pid).children()
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_an_error_of_all_ranks_is_said_once(recipe: Path) -> None:
     code, error = ended(start(recipe, "data.path=/nowhere"))

@@ -41,6 +41,7 @@ def test_without_workers_the_slowest_of_all_stages_bounds(
     assert "take turns" in done.stdout
 
 
+@pytest.mark.slow
 def test_synthetic_images_have_no_storage(doctor: Doctor, recipe_file: Path, tmp_path: Path) -> None:
     done, report = doctor(recipe_file, "data.backend=synthetic")
     assert done.returncode == 0, done.stdout + done.stderr

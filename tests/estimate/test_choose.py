@@ -36,6 +36,7 @@ def test_cuda_graphs_are_planned_without_accumulation(small_recipe: Load) -> Non
     assert (choice.accumulation, choice.fits) == (1, False)
 
 
+@pytest.mark.slow
 def test_less_memory_takes_a_smaller_micro_batch_before_a_higher_stage(small_recipe: Load) -> None:
     recipe = small_recipe("train.global_batch=512")
     subject = Subject(recipe, on_gpu=True)
@@ -45,6 +46,7 @@ def test_less_memory_takes_a_smaller_micro_batch_before_a_higher_stage(small_rec
     assert 32 <= choice.micro_batch < 256
 
 
+@pytest.mark.slow
 def test_where_no_micro_batch_fits_the_next_stage_is_taken(small_recipe: Load) -> None:
     recipe = small_recipe("model.embed_dim=512", "model.depth=4", "train.micro_batch=2", "train.precision=bf16")
     subject = Subject(recipe, on_gpu=True)
@@ -76,6 +78,7 @@ def test_what_no_stage_can_train_is_one_line(small_recipe: Load) -> None:
         on_gpus(small_recipe("train.precision=fp16", "optim.name=muon"), 2, PLENTY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["zero2", "zero3"])
 def test_fp16_is_counted_as_bf16_weights_where_deepspeed_treats_them_alike(small_recipe: Load, config: str) -> None:
     half, brain = (
@@ -111,6 +114,7 @@ def test_parts_add_up_and_shards_shrink_with_the_world(small_recipe: Load) -> No
     assert four.peak.parts["optimizer"] == pytest.approx(alone.peak.parts["optimizer"] / 4, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_does_not_fit_gets_a_smaller_batch_and_training_stays(small_recipe: Load) -> None:
     recipe = small_recipe("train.eval_batch=1024")
     subject = Subject(recipe, on_gpu=True)
@@ -122,6 +126,7 @@ def test_an_evaluation_that_does_not_fit_gets_a_smaller_batch_and_training_stays
     assert "an evaluation with train.eval_batch = 1024 does not fit; 512 does" in line(choice, recipe)
 
 
+@pytest.mark.slow
 def test_what_rests_between_steps_is_beside_an_evaluation(small_recipe: Load) -> None:
     def gradients(precision: str, configs: Sequence[str]) -> list[int]:
         subject = Subject(small_recipe("train.eval_batch=4096", f"train.precision={precision}"), on_gpu=True)
@@ -135,6 +140,7 @@ def test_what_rests_between_steps_is_beside_an_evaluation(small_recipe: Load) ->
     assert gradients("bf16_weights", STAGES[1:]) == [weights, 0, -(-weights // 4) + 2 * bucket]
 
 
+@pytest.mark.slow
 def test_bf16_keeps_fp32_weights_at_every_stage_and_bf16_weights_has_masters(small_recipe: Load) -> None:
     mixed, low = (Subject(small_recipe(f"train.precision={p}"), on_gpu=True) for p in ("bf16", "bf16_weights"))
     weights = 4 * mixed.sizes.total
@@ -169,6 +175,7 @@ def test_recomputation_is_tried_where_nothing_fits_without(small_recipe: Load) -
     assert (choice.recompute, choice.fits) == ("all", True)
 
 
+@pytest.mark.slow
 def test_frozen_weights_have_neither_gradients_nor_moments(small_recipe: Load) -> None:
     def optimizer(*overrides: str) -> int:
         subject = Subject(small_recipe(*overrides), on_gpu=True)

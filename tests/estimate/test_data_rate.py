@@ -28,6 +28,7 @@ def test_cores_that_keep_up_are_counted() -> None:
     assert need.lines()[1] == "  so 50.0 of 88 cores are busy: training does not wait for data"
 
 
+@pytest.mark.slow
 def test_a_plan_times_the_recipes_own_data(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, figures = tmp_path / "small.yaml", tmp_path / "plan.json"
     recipe.write_text(f"data: {{path: {shards}}}\n")

@@ -74,6 +74,7 @@ def test_a_step_takes_as_long_as_the_slower_of_host_and_gpu() -> None:
     assert (measured.seconds(1, 1), measured.is_bound_by_launches(1, 1)) == (1e-4, False)
 
 
+@pytest.mark.slow
 def test_a_plan_names_the_batch_that_is_not_bound_by_launches(small_recipe: Load) -> None:
     small = make_plan(small_recipe(), Request(gpus=2, gpu="h100-80"))
     note = launch_note(small)

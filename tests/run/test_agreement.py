@@ -22,6 +22,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_damage_is_named_and_both_ranks_take_the_checkpoint_before(outcomes: dict[str, Any]) -> None:
     damage = dict(outcomes["damage"])

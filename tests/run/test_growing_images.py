@@ -62,7 +62,7 @@ def names(run: Path) -> list[str]:
     return sorted(CheckpointStore(run / "checkpoints").names())
 
 
-@pytest.mark.parametrize("stopped", [3, 8, 12, 15])
+@pytest.mark.parametrize("stopped", [*(pytest.param(step, marks=pytest.mark.slow) for step in (3, 15)), 8, 12])
 def test_a_run_that_resumes_in_any_phase_ends_in_the_same_bits(
     command: Command, whole: Path, tmp_path: Path, stopped: int
 ) -> None:
@@ -79,6 +79,7 @@ def test_a_run_that_resumes_in_any_phase_ends_in_the_same_bits(
     assert summary(run)["data_digest"] == summary(whole)["data_digest"]
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_at_the_border_falls_back_to_the_size_before(
     command: Command, whole: Path, tmp_path: Path
 ) -> None:

@@ -162,6 +162,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypatch: p
     assert not logged
 
 
+@pytest.mark.slow
 def test_a_run_trained_at_one_size_is_evaluated_and_tuned_at_another(recipe_file: Path, tmp_path: Path) -> None:
     base, tuned = tmp_path / "base", tmp_path / "tuned"
     recipe = str(recipe_file)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from karat_scale.ledger.record import take_record
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
@@ -21,6 +23,7 @@ def train(root: Path, name: str, *overrides: str) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_the_run_behind_the_weights_is_remembered(tmp_path: Path) -> None:
     base = train(tmp_path, "base")
     assert summary(base)["lineage"] == {}

@@ -75,6 +75,7 @@ def test_a_signal_saves_at_the_next_step_and_exits_75(
     assert summary(run)["steps"] == store.state(latest)["step"]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(recipe_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -215,6 +216,7 @@ def test_a_finished_run_is_extended_on_the_longer_runs_schedule(recipe_file: Pat
     assert events(branch, "resume")[0]["step"] == 24, branched.stdout + branched.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_the_same_command_resumes_at_another_world_size_and_stage(recipe_file: Path, tmp_path: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
@@ -242,6 +244,7 @@ def test_the_same_command_resumes_at_another_world_size_and_stage(recipe_file: P
     assert f"top-1 {events(run, 'eval')[-1]['top1']:.2f} %" in evaluated.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_checkpoint_that_lies_is_named_and_the_one_before_is_used(recipe_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
