@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # torch's C++ warns with a stack of its own where a rank is lost, which we tell in a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if not may_have_gpu():  # or DeepSpeed would warn, wherever it is imported, that it guessed so
+    if not may_have_gpu():  # without this, DeepSpeed warns that it guessed the CPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if getattr(options, "trust", False):
         os.environ[VARIABLE] = "1"

@@ -23,9 +23,9 @@ def add_commands(commands: Any) -> None:
     add_trust(train)
 
     several = commands.add_parser("launch", help="run a command on several ranks of this machine, such as its GPUs")
-    several.add_argument("--ranks", type=count, default=default_ranks(), help="(default: one for each GPU)")
+    several.add_argument("--ranks", type=count, help="(default: one for each GPU)")
     several.add_argument("arguments", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="of karat")
-    several.set_defaults(run=lambda options: launch(options.arguments, options.ranks))
+    several.set_defaults(run=lambda options: launch(options.arguments, options.ranks or default_ranks()))
 
     evaluate = commands.add_parser(
         "eval", help="evaluate a run's checkpoint, on its validation split or another test set"

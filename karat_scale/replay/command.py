@@ -124,7 +124,7 @@ def _take(recipe: Recipe, step: int, world: World, count: int) -> "_Step":
         loop = Loop(parts, resume(parts, directory))
         if not loop.state.step < step <= parts.total_steps:
             raise UserError(f"step {step}: the run has steps 1 to {parts.total_steps:,}")
-        if task.phase(loop.state.step)[0] is not task:
+        if task.size_at(loop.state.step) != task.size_at(step - 1):
             raise UserError(f"step {step}: no checkpoint with the same image size before it is left")
         batches = loop.feed(step)
         with progress("training up to the step", step - 1 - loop.state.step, "steps") as advance:

@@ -147,6 +147,18 @@ def test_a_checkpoint_of_a_smaller_size_is_read_at_the_last_size(whole: Path, tm
     assert found["grad_norm"] == next(e["grad_norm"] for e in events(whole, "train") if e["step"] == 11)
 
 
+def test_a_step_whose_size_has_no_checkpoint_is_not_replayed_at_another(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for name in names(run):
+        if name > "step-00000003":
+            shutil.rmtree(run / "checkpoints" / name)
+    assert karat_here("replay", str(run), "11") == 2
+    assert "no checkpoint with the same image size before it is left" in capsys.readouterr().err
+
+
 def test_sizes_that_cannot_be_are_one_line(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -122,18 +122,22 @@ class ClassificationTask(Task):
 
     def phase(self, step: int) -> "tuple[ClassificationTask, int | None]":
         """Return the task of the image size that `schedule.image_sizes` has from `step` on, and the end of that."""
-        sizes = self.recipe.schedule.image_sizes
-        if not sizes:
-            return self, None
-        steps = self.plan().steps_per_epoch
-        number = max(number for number, (epoch, _) in enumerate(sizes) if epoch * steps <= step)
-        size, after = sizes[number][1], sizes[number + 1 : number + 2]
-        stop = after[0][0] * steps if after else None
+        size, stop = self.size_at(step)
         if size == self.recipe.model.image_size:
             return self, stop
         self.close()
-        self.reporter.info(f"images of {size} x {size} pixels from epoch {sizes[number][0]} on")
+        self.reporter.info(f"images of {size} x {size} pixels from step {step} on")
         return ClassificationTask(self.recipe.changed(model__image_size=size), self.world, self.reporter), stop
+
+    def size_at(self, step: int) -> tuple[int, int | None]:
+        """Return the image size from `step` on, and the step at which another one follows; None for the end."""
+        sizes = self.recipe.schedule.image_sizes
+        if not sizes:
+            return self.recipe.model.image_size, None
+        steps = self.plan().steps_per_epoch
+        number = max(number for number, (epoch, _) in enumerate(sizes) if epoch * steps <= step)
+        after = sizes[number + 1 : number + 2]
+        return sizes[number][1], after[0][0] * steps if after else None
 
     def prepare(self, directory: RunDirectory) -> None:
         """Copy the teachers of `attention.transfer_from` and `distill.from`, if any, into the run's directory."""
@@ -142,7 +146,8 @@ class ClassificationTask(Task):
         if self.recipe.distill.from_:
             with self.world.together():
                 teacher = read_distillation_teacher(self.recipe, self.classes, directory.path)
-            self.reporter.info(describe_teacher(self.recipe, teacher))
+            if self.world.is_main:  # it counts the teacher's operations
+                self.reporter.info(describe_teacher(self.recipe, teacher))
             self._distillation = Distillation(self.recipe, teacher, self.world.device)
 
     def build_backbone(self, directory: RunDirectory) -> nn.Module:

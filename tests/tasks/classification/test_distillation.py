@@ -35,13 +35,6 @@ Command = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
-def recipe(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("recipes") / "small.yaml"
-    path.write_text(f"data: {{path: {shards}}}\n")
-    return path
-
-
-@pytest.fixture(scope="module")
 def teacher(recipe: Path) -> Path:
     """A softmax run of 8 steps, at a larger image size and with a normalisation of its own."""
     run = recipe.parent / "teacher"

@@ -25,13 +25,6 @@ QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes
 
 
 @pytest.fixture(scope="module")
-def recipe(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("recipes") / "small.yaml"
-    path.write_text(f"data: {{path: {shards}}}\n")
-    return path
-
-
-@pytest.fixture(scope="module")
 def teacher(recipe: Path) -> Path:
     """A KArAt run of 8 steps."""
     run = recipe.parent / "teacher"
