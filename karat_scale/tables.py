@@ -99,6 +99,9 @@ BACKENDS = {
     "dali": BackendRow(
         "karat_scale.data.backends.dali:open_dali", Files.SHARDS, "dali", own_decoder=True, own_threads=True
     ),
+    "nvjpeg": BackendRow(
+        "karat_scale.data.backends.nvjpeg:open_nvjpeg", Files.SHARDS, own_decoder=True, own_threads=True
+    ),
     "synthetic": BackendRow("karat_scale.data.backends.synthetic:SyntheticBackend", None),
 }
 

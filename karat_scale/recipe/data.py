@@ -62,7 +62,7 @@ class DataConfig(Section):
             if self.row.files is not Files.SHARDS:
                 raise ValueError(
                     f"data.backend = {self.backend} reads a file system; only shards can be at a URL, with "
-                    "data.backend=webdataset or dali"
+                    "data.backend=webdataset, dali or nvjpeg"
                 )
         return self
 

@@ -40,12 +40,15 @@ class _Section:
         self.workers = 1 if task.toy else usable_cores()
 
     def ours(self) -> dict[str, Loader]:
-        """Our backends; those of DALI only where it is installed."""
+        """Return our backends: DALI's only if it is installed, and nvJPEG's only on a GPU."""
         crop, paper, workers = AUGMENTS["crop"], AUGMENTS["paper"], plural(self.workers, "worker")
         loaders = {
             f"webdataset, {workers}, crop and flip": self._backend("webdataset", crop),
             f"webdataset, {workers}, the paper's augmentation": self._backend("webdataset", paper),
         }
+        if not self._task.toy:
+            loaders["nvjpeg, crop and flip"] = self._backend("nvjpeg", crop)
+            loaders["nvjpeg, the paper's augmentation on the device"] = self._backend("nvjpeg", ON_THE_DEVICE)
         if lack := lacking_library("dali"):
             self._task.channel.left_out("DALI", lack)
             return loaders

@@ -9,15 +9,13 @@ import importlib
 import re
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from karat_scale.data.view import View
+from karat_scale.data.backends.batch_decoding import Pixels, Request, for_training, on_stream
 from karat_scale.errors import DataError, RecipeError
 from karat_scale.tables import EXTRAS, how_to_install
 
@@ -29,8 +27,6 @@ INTERPOLATIONS = {"bilinear": "INTERP_LINEAR", "bicubic": "INTERP_CUBIC"}
 # allocation, an execution, and a GPU that is not supported.
 _GPU_FAILURE = re.compile(r"CUDA|\bcuda[A-Z]|[Cc]an't allocate|out of memory|nvImageCodec failure: '#[567]'")
 
-Pixels = npt.NDArray[np.uint8]
-
 
 def require_dali() -> None:
     """Raise RecipeError, with what to install, where DALI is not there."""
@@ -39,18 +35,6 @@ def require_dali() -> None:
     except (ImportError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(f"data.backend = dali needs DALI ({reason}); {how_to_install('dali')}") from error
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """JPEGs and the view of each that is wanted, mirrored where `flips` says so."""
-
-    data: list[npt.NDArray[np.uint8]]
-    views: list[View]
-    flips: list[bool]
-
-    def __len__(self) -> int:
-        return len(self.data)
 
 
 @dataclass(frozen=True)
@@ -182,23 +166,7 @@ class DaliDecoder:
             return [np.asarray(regions[row]) for row in range(len(regions))]
         with on_stream(self.stream):
             images = torch.from_dlpack(output.as_tensor()).clone()
-        if images.is_cuda:
-            # Its memory must not be used again before the default stream, which trains, has read it.
-            images.record_stream(torch.cuda.default_stream(images.device))
-        return images
-
-
-@contextmanager
-def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Work on a stream of its own, which does not wait for training; done on the device at the end of the block.
-
-    Only the calling thread waits. Then other streams may read the results, and DALI may have its memory back. Without a
-    stream the block is run as it is.
-    """
-    with torch.cuda.stream(stream):  # type: ignore[no-untyped-call, unused-ignore]
-        yield
-        if stream is not None:
-            stream.record_event().synchronize()
+        return for_training(images)
 
 
 def _raise_unless_of_an_image(error: Exception, stream: torch.cuda.Stream | None) -> None:

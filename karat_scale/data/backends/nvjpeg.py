@@ -1,0 +1,84 @@
+"""The shards of the `webdataset` backend, decoded by nvJPEG on the GPU, through torchvision: no DALI is needed."""
+
+import re
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+
+import torch
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from karat_scale.data.backends.base import ImageSpec
+from karat_scale.data.backends.batch_decoding import BatchDecodingBackend, Request, for_training, gpu_in_use, on_stream
+from karat_scale.data.backends.images import open_shards
+from karat_scale.data.device_resize import resize_on_device
+from karat_scale.errors import RecipeError
+
+# The last word of torchvision's message is nvJPEG's status: 2, 3, 4 and 9 are said of an image that it cannot decode.
+_OF_AN_IMAGE = re.compile(r": [2349]\b|chroma subsampling")
+
+
+def open_nvjpeg(spec: ImageSpec) -> BatchDecodingBackend:
+    """Open shards for nvJPEG.
+
+    Raises:
+        RecipeError: the run uses no GPU, or the CPU would augment.
+        DataError: the shards are not right.
+    """
+    if not spec.augment.workers_only_flip:
+        raise RecipeError(
+            "data.backend = nvjpeg makes its batches on the GPU, but augment.run_on = workers augments on the CPU; set "
+            "augment.run_on=device"
+        )
+    gpu = gpu_in_use()
+    if gpu is None:
+        raise RecipeError(
+            "data.backend = nvjpeg decodes on a CUDA GPU, and this run uses none; use data.backend=webdataset"
+        )
+    stream = torch.cuda.Stream(gpu)
+    decoder = NvjpegDecoder(torch.device("cuda", gpu), spec.image_size, spec.augment.interpolation, stream)
+    return BatchDecodingBackend(open_shards(spec), spec, lambda _: decoder, stream)
+
+
+@dataclass(frozen=True)
+class NvjpegDecoder:
+    """Decodes whole images on a device, and crops, resizes and flips them there. See BatchDecoder.
+
+    With the CPU as its device, libjpeg-turbo decodes; all else is the same.
+    """
+
+    device: torch.device
+    size: int
+    interpolation: str
+    stream: torch.cuda.Stream | None = None
+
+    def decoded(self, requests: Iterable[Request]) -> Generator[torch.Tensor | None, None, None]:
+        """Yield the finished views of each request, uint8 [b, 3, size, size]; see BatchDecoder."""
+        for request in requests:
+            try:
+                # The block ends when the device is done. So torchvision's decoder, which has a stream of its own, never
+                # writes to memory that a resize still reads.
+                with on_stream(self.stream):
+                    images = self._views(request)
+            except RuntimeError as error:
+                if self.stream is not None:
+                    self.stream.synchronize()  # raises an error of CUDA again, which stays
+                if self.device.type == "cuda" and not _is_of_an_image(error):
+                    raise  # the next batch would fail in the same way
+                yield None
+            else:
+                yield for_training(images)
+
+    def _views(self, request: Request) -> torch.Tensor:
+        encoded = [torch.tensor(data) for data in request.data]
+        whole = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=self.device)
+        images = torch.empty(len(request), 3, self.size, self.size, dtype=torch.uint8, device=self.device)
+        for number, (pixels, view, flip) in enumerate(zip(whole, request.views, request.flips, strict=True)):
+            left, top, right, bottom = view.region
+            finished = resize_on_device(pixels[:, top:bottom, left:right], view, self.interpolation)
+            images[number] = finished.flip(-1) if flip else finished
+        return images
+
+
+def _is_of_an_image(error: RuntimeError) -> bool:
+    """True if nvJPEG could not decode an image: another batch can still be decoded."""
+    return _OF_AN_IMAGE.search(str(error).splitlines()[0]) is not None

@@ -1,0 +1,115 @@
+"""The nvjpeg backend on the CPU: libjpeg-turbo decodes in place of nvJPEG, and all else is what runs on a GPU."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from karat_scale.data.backends import ImageSpec, open_backend
+from karat_scale.data.backends.batch_decoding import BatchDecodingBackend
+from karat_scale.data.backends.images import open_shards
+from karat_scale.data.backends.nvjpeg import NvjpegDecoder, _is_of_an_image
+from karat_scale.data.decoders.pillow import RESAMPLE, resized
+from karat_scale.data.device_resize import resize_on_device
+from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
+from karat_scale.data.view import centre_view, crop_view
+from karat_scale.errors import DataError, RecipeError
+from karat_scale.recipe import AugmentConfig
+from tests.conftest import karat_here
+from tests.data.backends.helpers import CROP_AND_FLIP, SIZE, broken, hollow, odd_samples
+from tests.data.conftest import photo
+
+ON_THE_DEVICE = AugmentConfig(run_on="device")
+
+
+def nvjpeg_on_the_cpu(config, augment):
+    spec = ImageSpec(config, augment, SIZE, 3, 5)
+    decoder = NvjpegDecoder(torch.device("cpu"), SIZE, augment.interpolation)
+    return BatchDecodingBackend(open_shards(spec), spec, lambda _: decoder)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    "view",
+    [
+        crop_view((3, 5, 60, 41), 24),
+        crop_view((0, 0, 7, 9), 24),
+        centre_view(101, 83, 27, 24),
+        centre_view(83, 101, 240, 224),
+    ],
+    ids=["smaller", "larger", "centre", "larger centre"],
+)
+def test_a_view_differs_from_pillows_by_one_level_at_most(view, interpolation):
+    width, height = (83, 101) if view.size == (224, 224) else (101, 83)
+    image = Image.fromarray(photo(1, width, height))
+    left, top, right, bottom = view.region
+    region = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[:, top:bottom, left:right]
+    expected = np.asarray(resized(image, view, RESAMPLE[interpolation])).transpose(2, 0, 1)
+    difference = (resize_on_device(region, view, interpolation).int() - torch.from_numpy(expected.astype(int))).abs()
+    assert difference.max() <= 1
+    assert difference.float().mean() < 0.05
+
+
+@pytest.mark.parametrize("augment", [CROP_AND_FLIP, ON_THE_DEVICE], ids=["crop and flip", "augmented on the device"])
+def test_samples_and_draws_are_those_of_webdataset_and_pixels_nearly(make_shards, data_config, webdataset, augment):
+    samples = list(odd_samples())
+    directory = make_shards(train=samples, val=samples)
+    ours, other = nvjpeg_on_the_cpu(data_config(directory), augment), webdataset(directory, augment)
+    slices = list(TrainPlan(5, len(samples), 4, 2, 0, 1).slices(0, 5))
+    evaluated = list(EvalPlan(len(samples), 4, 0, 1).slices())
+    for found, expected in (
+        (ours.train_batches(slices), other.train_batches(slices)),
+        (ours.eval_batches(evaluated), other.eval_batches(evaluated)),
+    ):
+        for one, two in zip(found, expected, strict=True):
+            assert one.draws == two.draws
+            assert torch.equal(one.labels, two.labels)
+            assert torch.equal(one.sample_ids, two.sample_ids)
+            assert torch.equal(one.valid, two.valid)
+            difference = (one.images.int() - two.images).abs()
+            assert difference.max() <= 2
+            assert difference.float().mean() < 0.1
+    ours.close()
+
+
+def test_a_bad_image_is_skipped_or_stops_the_run(make_shards, data_config, webdataset):
+    samples = [*odd_samples(), hollow(1), broken(2)]
+    directory = make_shards(train=samples, val=samples)
+    slices = [BatchSlice(0, 0, np.arange(len(samples))), BatchSlice(0, 1, np.arange(4))]
+    skipping = nvjpeg_on_the_cpu(data_config(directory, on_bad_sample="skip"), CROP_AND_FLIP)
+    first, second = skipping.train_batches(slices)
+    expected, _ = webdataset(directory, CROP_AND_FLIP, on_bad_sample="skip").train_batches(slices)
+    assert {bad.key for bad in first.bad} == {bad.key for bad in expected.bad} == {"hollow-1", "broken-2"}
+    assert torch.equal(first.images, expected.images)  # the reference decoder makes a batch with a bad image
+    assert not second.bad
+    stopping = nvjpeg_on_the_cpu(data_config(directory), CROP_AND_FLIP)
+    with pytest.raises(DataError, match="hollow-1"):
+        list(stopping.train_batches(slices))
+
+
+@pytest.mark.parametrize(
+    ("message", "is_of_an_image"),
+    [
+        ("Failed to get image info: 3", True),
+        ("Failed to decode batch: 4", True),
+        ("Unknown chroma subsampling", True),
+        ("Failed to decode batch: 5", False),
+        ("Failed to decode jpeg stream: 6", False),
+        ("decode_jpegs_cuda: torchvision not compiled with nvJPEG support", False),
+    ],
+)
+def test_only_an_error_of_an_image_is_passed_to_the_reference_decoder(message, is_of_an_image):
+    assert _is_of_an_image(RuntimeError(f"Error while decoding JPEG images: {message}\n  more")) is is_of_an_image
+
+
+def test_without_a_gpu_or_with_augmentation_on_the_cpu_it_is_refused(make_shards, data_config):
+    config = data_config(make_shards(), backend="nvjpeg")
+    with pytest.raises(RecipeError, match=r"uses none; use data\.backend=webdataset"):
+        open_backend(ImageSpec(config, ON_THE_DEVICE, SIZE, 3, 5))
+    with pytest.raises(RecipeError, match=r"set augment\.run_on=device"):
+        open_backend(ImageSpec(config, AugmentConfig(), SIZE, 3, 5))
+
+
+def test_training_on_a_cpu_is_refused_in_one_line(recipe_file, capsys):
+    assert karat_here("train", str(recipe_file), "data.backend=nvjpeg", "augment.run_on=device") == 2
+    assert capsys.readouterr().err.count("\n") == 1
