@@ -76,7 +76,7 @@ def measure(plan: PreparePlan) -> dict[str, Any]:
     """Return the times and their ratios. Raises UserError for what cannot be measured."""
     if plan.quality > 100:
         raise UserError(f"--quality {plan.quality}: should be from 1 to 100")
-    make_webdataset = _script()
+    make_webdataset = script_module("make_webdataset").main
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="karat-bench-") as name:
         scratch = Path(name)
@@ -148,12 +148,11 @@ def recode_by_torchvision(encoded: tuple[bytes, ...], results: list[Pixels], qua
     return run
 
 
-def _script() -> Callable[[list[str]], None]:
-    """The script's main function."""
+def script_module(name: str) -> Any:
+    """Return a module of data_prep, whose modules import each other by name alone."""
     if str(SCRIPTS) not in sys.path:
         sys.path.insert(0, str(SCRIPTS))
-    found: Callable[[list[str]], None] = importlib.import_module("make_webdataset").main
-    return found
+    return importlib.import_module(name)
 
 
 def _as_tar(scratch: Path, encoded: tuple[bytes, ...]) -> Path:

@@ -68,7 +68,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tar", metavar="FILE", help="a tar of JPEGs")
     parser.add_argument("--ffcv", metavar="DIR", help="made by data_prep/make_ffcv.py, to measure that backend")
     parser.add_argument("--backend", metavar="NAME", action="append", help="may be repeated (default: all)")
-    parser.add_argument("--augment", choices=("crop", "paper"), default="crop")
+    parser.add_argument("--augment", choices=("crop", "paper", "device"), default="crop")
     parser.add_argument("--workers", type=whole(0), default=1, help="0 for none (default: %(default)s)")
     parser.add_argument("--images", type=count, default=512, help="(default: %(default)s)")
     _add_rounds(parser, 7)

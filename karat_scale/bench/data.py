@@ -41,6 +41,12 @@ AUGMENTS = {
     # What every peer has too, as torchvision's reference recipe draws it.
     "crop": AugmentConfig(ratio=(3 / 4, 4 / 3), color_jitter=0, randaugment="", interpolation="bilinear"),
     "paper": AugmentConfig(),
+    "device": AugmentConfig(run_on="device"),
+}
+DESCRIPTIONS = {
+    "crop": "random resized crop and flip",
+    "paper": "the paper's augmentation",
+    "device": "the workers' part of augment.run_on=device",
 }
 TWO_WORKERS, ONE_WORKER = "2 workers", "1 worker"
 
@@ -53,8 +59,9 @@ class Plan:
 
     shards: a directory of shards, or tar: a tar of JPEGs; without either, photo-like images are made. ffcv: a
     directory made by data_prep/make_ffcv.py, for the backend of that name. backends: which to measure, all by
-    default. augment: "crop" for random resized crop and flip, or "paper" for the paper's whole augmentation. workers:
-    of each loader, 0 for none. images: how many at most.
+    default. augment: "crop" for random resized crop and flip, "paper" for the paper's whole augmentation, or "device"
+    for what the workers do of it if the device does the rest. workers: of each loader, 0 for none. images: how many at
+    most.
     """
 
     shards: str | None = None
@@ -85,7 +92,9 @@ def bench_data(
         whole = ours.whole()
         loaders = {**ours.backends(), **more(ours)}
         seconds = interleaved_seconds({**whole, **loaders}, plan.rounds, processor_seconds)
-        scaling = _scaling(ours, min(plan.rounds, SCALING_ROUNDS)) if "webdataset" in backends else None
+        has_webdataset = "webdataset" in backends
+        scaling = _scaling(ours, min(plan.rounds, SCALING_ROUNDS)) if has_webdataset else None
+        device = _device_over_crop(ours, plan.rounds) if has_webdataset and plan.augment == "device" else None
     base = next(iter(whole))
     used = {**dict.fromkeys(whole, len(images.encoded)), **dict.fromkeys(loaders, ours.loader_images)}
     result = {
@@ -107,6 +116,7 @@ def bench_data(
         ],
         "not_measured": ours.missing,
         "two_workers_over_one": scaling,
+        "device_over_crop": device,
     }
     _print(result)
     write_json(json_file, result)
@@ -181,7 +191,9 @@ class Contenders:
                     self.missing[name] = reason
         return found
 
-    def passes(self, backend: str, decoder: str, workers: int, times: int = PASSES) -> Contender:
+    def passes(
+        self, backend: str, decoder: str, workers: int, times: int = PASSES, augment: AugmentConfig | None = None
+    ) -> Contender:
         """Return `times` passes over the images by our backend. Raises UserError if it cannot be opened."""
         by_files: dict[tables.Files | None, Path] = {
             tables.Files.IMAGES: self.images.folder,
@@ -198,7 +210,7 @@ class Contenders:
                 "synthetic_samples": len(self.images.encoded),
             }
         )
-        opened = open_backend(ImageSpec(config, self.augment, SIZE, CLASSES, 0))
+        opened = open_backend(ImageSpec(config, augment or self.augment, SIZE, CLASSES, 0))
         plan = TrainPlan(0, min(opened.num_train, len(self.images.encoded)), self.batch, self.batch, 0, 1)
 
         def run() -> None:
@@ -236,8 +248,19 @@ def _scaling(ours: Contenders, rounds: int) -> dict[str, float]:
     }
 
 
+def _device_over_crop(ours: Contenders, rounds: int) -> float:
+    """Return the processor time of the workers' part of augment.run_on=device over that of the same crop and flip."""
+    crop = ours.augment.changed(randaugment="", color_jitter=0.0, erasing=0.0)
+    contenders = {
+        name: ours.passes("webdataset", "auto", ours.workers, augment=augment)
+        for name, augment in (("device", ours.augment), ("crop", crop))
+    }
+    seconds = interleaved_seconds(contenders, rounds, processor_seconds)
+    return round(median_ratio(seconds, "device", "crop"), 3)
+
+
 def _print(result: dict[str, Any]) -> None:
-    what = "random resized crop and flip" if result["augment"] == "crop" else "the paper's augmentation"
+    what = DESCRIPTIONS[result["augment"]]
     title = f"{result['images']} images of {result['mean_kb']:.0f} KB ({Path(result['source']).name}), {what}, "
     title += f"workers: {result['workers']}"
     rows = [(row["contender"], f"{row['images_per_core_second']:.0f}", f"{row['ratio']:.2f}") for row in result["rows"]]
@@ -249,3 +272,5 @@ def _print(result: dict[str, Any]) -> None:
             f"two workers over one: {scaling['wall']:.2f} times as fast by the clock (on {result['cores']} cores, "
             f"if idle), {scaling['processor']:.2f} of the images a core's second"
         )
+    if result["device_over_crop"] is not None:
+        print(f"an image takes {result['device_over_crop']:.3f} of the processor time of crop and flip alone")

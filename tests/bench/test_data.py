@@ -11,7 +11,7 @@ from karat_scale.bench.sample_images import photo_like, prepare_images
 from karat_scale.cli import main
 
 
-@pytest.mark.parametrize("augment", ["crop", "paper"])
+@pytest.mark.parametrize("augment", ["crop", "paper", "device"])
 def test_every_contender_is_measured_or_named(tmp_path, augment):
     file = tmp_path / "figures.json"
     command = ["bench", "data", "--images", "5", "--rounds", "1", "--workers", "0", "--augment", augment]
@@ -33,6 +33,7 @@ def test_every_contender_is_measured_or_named(tmp_path, augment):
     assert {f"karat {name}" for name in ours} <= named
     assert {"reading bytes alone", "whole decode, torchvision"} <= set(figures)
     assert set(result["two_workers_over_one"]) == {"wall", "processor"}
+    assert (result["device_over_crop"] is not None) == (augment == "device")
 
 
 def test_images_of_ones_own(tmp_path):
