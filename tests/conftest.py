@@ -2,7 +2,8 @@
 
 Which tests run (tests/selection.py):
 
-- `pytest` runs all tests except those marked `slow` (more than about ten seconds) or `night` (many minutes). What the
+- `pytest` runs all tests except those marked `slow` (more than about five seconds, or one of many alike) or `night`
+  (many minutes). What the
   README promises first, ImageNet in three steps and resume, is not marked slow, however long it takes.
 - `pytest --slow=all` runs every test.
 - `pytest --turn=N` runs only an eighth of the slow tests: those whose hashed name is N modulo 8. So eight turns in a

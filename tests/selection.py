@@ -39,9 +39,16 @@ def runs(item: pytest.Item, everything: bool, turn: int | None) -> bool:
     """Whether these options select a test."""
     slow, night = (item.get_closest_marker(name) is not None for name in ("slow", "night"))
     if turn is not None:
-        # A hash and not a position: a test keeps its turn when others are added, removed or renamed.
-        return slow and not night and zlib.crc32(item.nodeid.encode()) % TURNS == turn % TURNS
+        return slow and not night and turn_of(item) == turn % TURNS
     return everything or not (slow or night)
+
+
+def turn_of(item: pytest.Item) -> int:
+    """Return a slow test's turn. Those with `slow(together=True)` in a file share a fixture, and so a turn."""
+    together = any(marker.kwargs.get("together") for marker in item.iter_markers("slow"))
+    name = scope(item.nodeid) if together else item.nodeid
+    # A hash and not a position: a test keeps its turn when others are added, removed or renamed.
+    return zlib.crc32(name.encode()) % TURNS
 
 
 def longest_files_first(items: list[pytest.Item]) -> list[pytest.Item]:

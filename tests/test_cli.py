@@ -174,7 +174,7 @@ def test_eval_repeats_the_runs_own_figure(train_recipe: Train, tmp_path: Path) -
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_eval_joins_the_shards_of_two_ranks(train_recipe: Train, tmp_path: Path, precision: str) -> None:
     train_recipe("deepspeed.config=zero1", f"train.precision={precision}", processes=2)
     out = tmp_path / "eval.json"

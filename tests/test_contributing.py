@@ -108,12 +108,14 @@ def test_each_example_has_a_module_its_row_and_a_command() -> None:
         assert len(blocks(section, "bash")) == 1
 
 
+@pytest.mark.slow(together=True)
 @pytest.mark.parametrize("run", ["gaussian", "zip", "relpos", "csv", "pathmnist"])
 def test_each_example_trains_two_steps(copy: Path, run: str) -> None:
     summary = json.loads((copy / "runs" / run / "summary.json").read_text())
     assert (summary["exit"], summary["steps"]) == (0, 2)
 
 
+@pytest.mark.slow(together=True)
 def test_the_added_tracker_has_written_each_step(copy: Path) -> None:
     with (copy / "runs" / "csv" / "loss.csv").open(newline="") as file:
         rows = list(csv.reader(file))
@@ -121,6 +123,7 @@ def test_the_added_tracker_has_written_each_step(copy: Path) -> None:
     assert all(float(loss) > 0 and float(lr) > 0 for _, loss, lr in rows)
 
 
+@pytest.mark.slow(together=True)
 def test_the_added_modules_pass_the_checks(copy: Path) -> None:
     added = [title for section in SECTIONS.values() for title, _ in blocks(section, "python")]
     environment = {**os.environ, "PYTHONPATH": str(copy)}

@@ -57,6 +57,7 @@ def test_a_path_in_the_home_of_nobody_is_one_line(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err.startswith("error: Could not determine home directory")
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_too_few_file_descriptors_are_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "karat_scale", "train", "fashion_mnist_demo", "data.backend=synthetic"]

@@ -33,7 +33,7 @@ SMALL_MODEL = (
 )
 BACKENDS = ("webdataset", "folder", "ffcv", "dali")
 # All of them where the slow tests run.
-SAMPLED = {("webdataset", 2), ("folder", 1), ("dali", 1)}
+SAMPLED = {("webdataset", 2)}
 CELLS = [
     pytest.param(backend, processes, marks=() if (backend, processes) in SAMPLED else pytest.mark.slow)
     for backend in BACKENDS

@@ -23,6 +23,10 @@ def test_quick(): pass
 @pytest.mark.parametrize("number", range(20))
 def test_slow(number): pass
 
+@pytest.mark.slow(together=True)
+@pytest.mark.parametrize("number", range(9))
+def test_of_one_fixture(number): pass
+
 @pytest.mark.night
 def test_night(): pass
 """
@@ -31,7 +35,8 @@ PROMISED = (
     test_readme.test_overrides_by_example,
     test_readme.test_a_plan_by_example,
 )
-SLOW = {f"test_slow[{number}]" for number in range(20)}
+TOGETHER = {f"test_of_one_fixture[{number}]" for number in range(9)}
+SLOW = TOGETHER | {f"test_slow[{number}]" for number in range(20)}
 
 
 @pytest.fixture
@@ -61,6 +66,7 @@ def names(items: Iterable[pytest.Item]) -> list[str]:
     return [item.name for item in items]
 
 
+@pytest.mark.slow
 def test_slow_tests_run_when_asked_for(select) -> None:
     assert names(select()) == ["test_quick"]
     assert names(select("test_some.py::test_night")) == ["test_night"]
@@ -77,6 +83,7 @@ def test_eight_turns_in_a_row_run_each_slow_test_once(select) -> None:
     turns = {turn: names(item for item in items if runs(item, False, turn)) for turn in range(507, 515)}
     assert names(select("--turn=507")) == turns[507]
     assert Counter(name for chosen in turns.values() for name in chosen) == dict.fromkeys(SLOW, 1)
+    assert sum(not TOGETHER.isdisjoint(chosen) for chosen in turns.values()) == 1
 
 
 def test_files_that_train_come_first_and_keep_their_order(select, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def test_contenders_compute_what_they_are_called(basis: str, form: str) -> None:
     torch.testing.assert_close(output("streaming", case), output("reference", case), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_only_what_has_the_operator_is_measured() -> None:
     names = [row["implementation"] for row in attention_rows(case_of(basis="dog"), 1, ["streaming", "triton", "cpu"])]
     assert names == ["sdpa", "softmax", "streaming"]

@@ -11,7 +11,9 @@ from karat_scale.bench.sample_images import photo_like, prepare_images
 from karat_scale.cli import main
 
 
-@pytest.mark.parametrize("augment", ["crop", "paper", "device"])
+@pytest.mark.parametrize(
+    "augment", ["crop", *(pytest.param(name, marks=pytest.mark.slow) for name in ("paper", "device"))]
+)
 def test_every_contender_is_measured_or_named(tmp_path, augment):
     file = tmp_path / "figures.json"
     command = ["bench", "data", "--images", "5", "--rounds", "1", "--workers", "0", "--augment", augment]

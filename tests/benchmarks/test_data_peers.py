@@ -6,7 +6,7 @@ import pytest
 from benchmarks.data_peers import main
 
 
-@pytest.mark.parametrize("augment", ["crop", "paper"])
+@pytest.mark.parametrize("augment", ["crop", pytest.param("paper", marks=pytest.mark.slow)])
 def test_the_loaders_of_other_libraries_are_measured_beside_ours(tmp_path, augment):
     file = tmp_path / "figures.json"
     command = ["--images", "5", "--rounds", "1", "--workers", "0", "--augment", augment, "--backend", "webdataset"]

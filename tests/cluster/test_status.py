@@ -126,6 +126,7 @@ def shown_text(standing: Standing) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_on_a_terminal_it_follows_the_run_to_its_end(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train = {"event": "train", "samples": 10, "total_steps": 40, "epoch": 0, "images_per_second": 5.0}

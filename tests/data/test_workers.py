@@ -150,6 +150,7 @@ def test_workers_ignore_signals_to_the_process_group_and_exit_when_the_parent_is
     wait_until(lambda: not any(running(pid) for pid in workers))
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_stopped_worker_does_not_outlive_a_trainer_that_is_killed(make_shards):
     process, workers = start(make_shards())
@@ -193,7 +194,7 @@ READ_ONLY = """
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another view of /dev/shm needs root")
-@pytest.mark.parametrize("option", ["ro", "size=4k"])
+@pytest.mark.parametrize("option", [pytest.param("ro", marks=pytest.mark.slow), "size=4k"])
 def test_a_read_only_or_small_dev_shm_is_one_line(make_shards, option):
     mount = f'mount -t tmpfs -o {option} tmpfs /dev/shm && exec "$0" -c "$1" "$2"'
     script = textwrap.dedent(READ_ONLY)

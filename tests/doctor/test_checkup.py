@@ -29,6 +29,7 @@ def doctor(tmp_path: Path) -> Doctor:
     return run
 
 
+@pytest.mark.slow
 def test_without_workers_the_slowest_of_all_stages_bounds(
     doctor: Doctor, recipe_file: Path, image_folder: Path
 ) -> None:
@@ -108,6 +109,7 @@ def test_a_bad_recipe_is_one_line(recipe_file: Path, override: str, part: str, c
     assert part in line
 
 
+@pytest.mark.slow
 def test_missing_data_is_a_problem_among_others(doctor: Doctor, recipe_file: Path, tmp_path: Path) -> None:
     done, report = doctor(recipe_file, f"data.path={tmp_path / 'nowhere'}")
     assert done.returncode == report["exit"] == 1

@@ -48,6 +48,7 @@ distributed.stop()
 """
 
 
+@pytest.mark.slow
 def test_run_device_cpu_holds_for_deepspeed_too_where_there_is_a_gpu() -> None:
     given = {key: value for key, value in karat_environment().items() if key != "DS_ACCELERATOR"}
     done = subprocess.run([sys.executable, "-c", ON_THE_CPU], env=given, capture_output=True, text=True, timeout=200)

@@ -70,7 +70,7 @@ def test_16_bit_weights_step_as_fp32_masters_do(small_recipe, make_engine, confi
     assert norms == pytest.approx(_mixed_precision_norms(recipe, 0.5), rel=5e-3)
 
 
-@pytest.mark.parametrize("config", CONFIGS[1:])
+@pytest.mark.parametrize("config", [CONFIGS[1], *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS[2:])])
 def test_bf16_gradients_add_up_in_fp32(small_recipe, world, make_engine, config: str) -> None:
     """Many micro batches, one of them large: in bf16 the small ones would be lost in the sum."""
     bf16 = (f"deepspeed.config={config}", "train.precision=bf16_weights", "optim.clip_grad=0")
@@ -107,7 +107,14 @@ def test_a_step_with_nan_gradients_is_skipped_and_counted(
 
 
 @pytest.mark.parametrize("mode", ["blockwise", "universal"])
-@pytest.mark.parametrize("config", ["zero1", "zero3", "zero3_offload_params"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param("zero1", marks=pytest.mark.slow),
+        "zero3",
+        pytest.param("zero3_offload_params", marks=pytest.mark.slow),
+    ],
+)
 def test_the_initial_weights_are_the_models_own(small_recipe, make_engine, config: str, mode: str) -> None:
     recipe = small_recipe(f"deepspeed.config={config}", f"attention.mode={mode}")
     torch.manual_seed(0)

@@ -14,7 +14,8 @@ from tests.engine.fp16_on_cpu import allow_fp16
 from tests.small_engines import CONFIGS, equal, train_once, train_steps, weights
 
 FP16 = ("train.precision=fp16", "deepspeed.cpu_adam=torch")
-STAGES = CONFIGS[1:]
+# The last ones by turns.
+STAGES = [*CONFIGS[1:3], *(pytest.param(config, marks=pytest.mark.slow) for config in CONFIGS[3:])]
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def test_a_step_skipped_on_the_device_changes_nothing(
     assert not any(map(torch.equal, master_weights(trainer.engine.deepspeed), before[0]))
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.05])
+@pytest.mark.parametrize("clip", [pytest.param(0.0, marks=pytest.mark.slow), 0.05])
 @pytest.mark.parametrize("config", STAGES)
 def test_steps_on_the_device_are_those_of_the_loop_over_parameters(
     small_recipe, world, request, config: str, clip: float

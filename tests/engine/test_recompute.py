@@ -81,6 +81,7 @@ def test_training_is_bit_equal(
         assert words.startswith("recomputes ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_stage_3_gives_weights_to_what_ends_in_a_layer(small_recipe, world, whole_zero3, method: str) -> None:
     """Without dropout a linear layer comes last: recomputed to the end, it would give its weight back too soon."""

@@ -67,6 +67,7 @@ def test_a_global_batch_that_does_not_divide_is_refused(small_recipe: Load) -> N
         on_gpus(small_recipe(), 3, PLENTY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "config"), [("train.precision=fp16", "zero1"), ("optim.name=muon", "zero0")])
 def test_a_stage_that_the_recipe_cannot_use_is_passed_over(small_recipe: Load, key: str, config: str) -> None:
     choice = on_gpus(small_recipe(key, "deepspeed.config=zero2"), 2, PLENTY)
@@ -88,6 +89,7 @@ def test_fp16_is_counted_as_bf16_weights_where_deepspeed_treats_them_alike(small
     assert half == brain
 
 
+@pytest.mark.slow
 def test_stage_1_widens_the_gradients_of_fp16(small_recipe: Load) -> None:
     recipe = small_recipe("train.precision=fp16", "model.embed_dim=512", "train.global_batch=2")
     subject = Subject(recipe, True)
@@ -98,6 +100,7 @@ def test_stage_1_widens_the_gradients_of_fp16(small_recipe: Load) -> None:
     assert worst.parts["gradients"] + worst.parts["workspace"] == pytest.approx(2 * weights + 1.5 * bucket, rel=0.01)
 
 
+@pytest.mark.slow
 def test_muon_keeps_one_moment_of_a_matrix(small_recipe: Load) -> None:
     subject = Subject(small_recipe("optim.name=muon"), True)
     matrices = sum(subject.sizes.matrices)
@@ -151,6 +154,7 @@ def test_bf16_keeps_fp32_weights_at_every_stage_and_bf16_weights_has_masters(sma
         assert (parts["parameters"], parts["masters"]) == (weights // 2, weights)
 
 
+@pytest.mark.slow
 def test_triton_is_planned_without_a_gpu(small_recipe: Load) -> None:
     by_implementation = {
         name: Subject(small_recipe(f"attention.implementation={name}"), on_gpu=True).footprint(2)

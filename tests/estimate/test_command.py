@@ -33,6 +33,7 @@ def test_a_plan_for_gpus_names_stage_and_micro_batch(tmp_path: Path, capsys: Cap
     assert found["curve"][0]["efficiency"] == 1
 
 
+@pytest.mark.slow
 def test_stages_that_the_recipe_cannot_use_are_told(tmp_path: Path, capsys: Capture) -> None:
     file = tmp_path / "plan.json"
     fp16 = ("train.precision=fp16", "deepspeed.config=zero2")
@@ -49,6 +50,7 @@ def test_too_little_memory_is_told_and_is_no_success(capsys: Capture) -> None:
     assert "nothing fits" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_measured_step_takes_the_place_of_the_estimate(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     assert plan("train.micro_batch=64", "--memory", "80", "--step-time", "0.64", "--json", str(file)) == 0

@@ -40,6 +40,7 @@ def test_a_trace_counts_what_runs_and_neither_views_nor_allocations(small_recipe
     assert blocks * 15 <= found.others <= blocks * 18 + 25
 
 
+@pytest.mark.slow
 def test_karat_adds_its_own_kernels_and_autocast_its_casts(small_recipe: Load) -> None:
     fp32, bf16 = (launches_of(small_recipe(f"train.precision={precision}")) for precision in ("fp32", "bf16"))
     softmax = launches_of(small_recipe("attention.kind=softmax"))

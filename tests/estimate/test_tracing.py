@@ -64,7 +64,9 @@ def test_a_trace_of_an_evaluation_is_what_it_allocates(small_recipe: Load) -> No
     assert footprint.live(8).max() == pytest.approx(peak, rel=0.02)
 
 
-@pytest.mark.parametrize("bf16", ["no", "autocast", "model"])
+@pytest.mark.parametrize(
+    "bf16", ["no", *(pytest.param(name, marks=pytest.mark.slow) for name in ("autocast", "model"))]
+)
 def test_the_line_through_two_traces_holds_for_another_batch(small_recipe: Load, bf16: str) -> None:
     recipe = small_recipe()
     dtype, autocast = (torch.bfloat16 if bf16 == "model" else None), bf16 == "autocast"

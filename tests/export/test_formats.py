@@ -149,6 +149,7 @@ def test_torchscript_needs_nothing_of_ours(exported, model: str, tmp_path: Path)
         assert "[1, 4]" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", mostly_slow("universal"))
 def test_torch_export_needs_nothing_of_ours(exported, model: str, tmp_path: Path) -> None:
     file, source, _, expected = exported("torch-export", "owls.pt2", *MODELS[model])

@@ -65,6 +65,7 @@ def tried(command: str, recipe: Path, overrides: list[str]) -> tuple[int, str]:
     return code, f"control character {found[0]!r} in {lines}" if found else ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_random_recipe_is_one_line_or_valid(command, share, record, tmp_path):
     codes, problems = {0: 0, 2: 0, -1: 0}, {}

@@ -161,6 +161,7 @@ def test_a_run_on_other_data_is_no_row_of_the_papers(run: Path, docs: Path, ledg
         assert len(rows(docs, "cifar10_vit_tiny")) == seed + 1
 
 
+@pytest.mark.slow
 def test_a_row_wants_weights_of_the_run_that_it_names(run: Path, docs: Path, ledger: Callable[..., int]) -> None:
     tuned = ("svhn_vit_tiny", "svhn", 73_257, "init_from=elsewhere/imagenet_vit_tiny")
     transferred = ("cifar10_vit_tiny_transfer", "cifar10", 50_000, "attention.transfer_from=runs/mine")

@@ -185,6 +185,7 @@ def test_a_name_that_is_not_utf8_goes_through(run: Path, image_folder: Path, tmp
     assert "\x1b" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_student_predicts_with_the_teacher_that_its_run_keeps(image_folder: Path, tmp_path: Path, capsys) -> None:
     recipe = tmp_path / "small.yaml"
     recipe.write_text("data: {backend: synthetic}\nschedule: {warmup_epochs: 0}\n")

@@ -10,6 +10,8 @@ from tests.run.agreement import LOOKS
 from tests.run.harm import POINTERS
 from tests.warm import run_program
 
+pytestmark = pytest.mark.slow(together=True)  # one launch of two ranks serves all
+
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -22,7 +24,6 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_damage_is_named_and_both_ranks_take_the_checkpoint_before(outcomes: dict[str, Any]) -> None:
     damage = dict(outcomes["damage"])

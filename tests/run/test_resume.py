@@ -26,7 +26,8 @@ EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.keep_last=2")
     ("processes", "config"),
     [
         *(pytest.param(processes, "zero0", marks=pytest.mark.slow) for processes in (1, 2)),
-        *((processes, "zero1") for processes in (1, 2)),
+        pytest.param(1, "zero1", marks=pytest.mark.slow),
+        (2, "zero1"),
     ],
 )
 def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(
@@ -54,7 +55,7 @@ def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGUSR2],
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGUSR2))],
     ids=lambda number: number.name,
 )
 def test_a_signal_saves_at_the_next_step_and_exits_75(
@@ -90,6 +91,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(recipe_file: P
     assert latest == f"step-{summary(run)['steps']:08d}"
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_signal_during_evaluation_evaluates_after_the_resume(
     recipe_file: Path, image_folder: Path, tmp_path: Path
@@ -187,6 +189,7 @@ def test_no_intact_checkpoint_is_an_error_not_a_fresh_start(recipe_file: Path, t
     assert "Traceback" not in again.stderr
 
 
+@pytest.mark.slow
 def test_a_branch_starts_from_another_runs_checkpoint(recipe_file: Path, tmp_path: Path) -> None:
     trunk, branch = tmp_path / "trunk", tmp_path / "branch"
     karat("train", str(recipe_file), f"run.dir={trunk}", "train.max_steps=8")
@@ -199,6 +202,7 @@ def test_a_branch_starts_from_another_runs_checkpoint(recipe_file: Path, tmp_pat
     assert events(branch, "resume")[1]["step"] == STEPS, again.stdout  # its own checkpoint, not the trunk's
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_extended_on_the_longer_runs_schedule(recipe_file: Path, tmp_path: Path) -> None:
     run, branch = tmp_path / "run", tmp_path / "branch"
     karat("train", str(recipe_file), f"run.dir={run}", "train.epochs=1")

@@ -34,6 +34,7 @@ def test_stage_and_micro_batch_come_from_the_plan(tmp_path: Path, capsys: Captur
     assert script.count("deepspeed.config=zero0") == 2  # the recipe has zero1
 
 
+@pytest.mark.slow
 def test_what_the_user_names_is_left_alone(tmp_path: Path, capsys: Capture) -> None:
     script = script_of(tmp_path, "train.micro_batch=8", "deepspeed.config=zero2", *SHAPE, "--gpu=a100-40")
     assert "recommended: deepspeed.config=zero2 train.micro_batch=8" in capsys.readouterr().out
@@ -41,12 +42,14 @@ def test_what_the_user_names_is_left_alone(tmp_path: Path, capsys: Capture) -> N
     assert script.count("deepspeed.config=zero2") == 2
 
 
+@pytest.mark.slow
 def test_a_stage_that_the_recipe_cannot_use_is_passed_over(tmp_path: Path, capsys: Capture) -> None:
     script = script_of(tmp_path, "train.precision=fp16", *SHAPE, "--gpu=v100-32", recipe=partitioned(tmp_path))
     assert script.count("train.micro_batch=32") == 2
     assert "recommended: deepspeed.config=zero1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_would_not_fit_gets_a_smaller_batch(tmp_path: Path, capsys: Capture) -> None:
     recipe = tmp_path / "large.yaml"
     recipe.write_text("extends: imagenet_vit_tiny_g3b\ntrain: {eval_batch: 1024000}\n")

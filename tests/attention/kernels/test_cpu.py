@@ -354,6 +354,7 @@ dist.destroy_process_group()  # without it gloo's threads may abort a process th
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_data_parallel_gradients_are_the_whole_batchs(tmp_path):
     ranks = [subprocess.Popen([sys.executable, "-c", DDP, str(i), str(tmp_path / "store")]) for i in range(2)]

@@ -82,6 +82,7 @@ def test_a_student_trains_stops_resumes_and_is_evaluated_without_the_teachers_ru
         assert not any("qkv" in name or "operator" in name for name in file.keys())  # noqa: SIM118
 
 
+@pytest.mark.slow
 def test_a_larger_student_trains_and_is_evaluated(
     student_command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,9 +73,8 @@ def test_a_stopped_run_ends_in_the_same_bits(
     assert "12 images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "recipe", ["coco_paper_vit_base_g1u_random", pytest.param("coco_paper_vit_base", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["coco_paper_vit_base_g1u_random", "coco_paper_vit_base"])
 def test_a_recipe_of_the_paper_trains_at_a_small_size(recipe: str, coco_set: Path, tmp_path: Path) -> None:
     sizes = ("name=vit_mini_patch4_28", "image_size=64", "patch_size=8", "embed_dim=64", "depth=2", "num_heads=2")
     overrides = [
