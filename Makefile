@@ -9,7 +9,7 @@ EXTRAS := ffcv dali export detection parquet remote corruptions demo wandb mlflo
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
-.PHONY: install hooks demo docs test test-full test-turn faults coverage lint release clean packages extras
+.PHONY: install hooks demo docs test test-full test-turn test-aarch64 faults coverage lint release clean packages extras
 
 # One marker file per set of extras, older than pyproject.toml when that changes.
 $(VENV)/.installed: pyproject.toml
@@ -43,6 +43,12 @@ packages:
 			apt-get install -y -q --no-install-recommends $$missing && exit 0; fi; \
 	echo "note: these Debian packages are missing, so some tests are skipped: $$missing"; \
 	echo "note: as root: apt-get install --no-install-recommends $$missing"
+
+# Builds the native libraries for aarch64 and runs them in an emulator. Installs both as root on Debian; CI runs it.
+test-aarch64: extras
+	dpkg --add-architecture arm64 && apt-get update -q && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -q --no-install-recommends g++-aarch64-linux-gnu qemu-user libjpeg62-turbo-dev:arm64
+	$(BIN)/python -m pytest --slow=all tests/data/decoders/test_aarch64.py
 
 # All at once, which takes the least time; one by one where that fails, so that one alone is missing.
 extras: packages $(VENV)/.installed-dev

@@ -48,7 +48,7 @@ def turn(calls: list[str]) -> int:
 
 def test_ci_runs_the_quick_tests_a_turn_of_the_slow_ones_and_the_demo(ci) -> None:
     called = [line.split()[1] for line in ci() if line.startswith("make ")]
-    assert called == ["extras", "test", "test-turn", "demo"]
+    assert called == ["extras", "test", "test-aarch64", "test-turn", "demo"]
 
 
 @pytest.mark.parametrize("name", NUMBERS)
