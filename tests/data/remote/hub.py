@@ -1,0 +1,91 @@
+"""A server with the part of the Hugging Face hub's API by which a data set is listed and read, over a directory."""
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+NAME, REVISION = "jane/birds", "main"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    directory: Path
+
+    def _answer(self, body: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _json(self, content: Any) -> None:
+        self._answer(json.dumps(content).encode(), Content_Type="application/json")
+
+    def _entry(self, path: Path) -> dict[str, Any]:
+        name = str(path.relative_to(self.directory))
+        if path.is_dir():
+            return {"type": "directory", "oid": "0" * 40, "size": 0, "path": name}
+        content = path.read_bytes()
+        return {"type": "file", "oid": hashlib.sha1(content).hexdigest(), "size": len(content), "path": name}
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        path, api = unquote(url.path), f"/api/datasets/{NAME}"
+        if path.startswith(f"{api}/tree/{REVISION}"):
+            folder = self.directory / path.removeprefix(f"{api}/tree/{REVISION}").strip("/")
+            deep = parse_qs(url.query).get("recursive") in (["true"], ["True"])
+            if folder.is_dir():
+                self._json([self._entry(one) for one in sorted(folder.rglob("*") if deep else folder.iterdir())])
+            else:
+                self._answer(b"{}", 404, X_Error_Code="EntryNotFound")
+        elif path in (api, f"{api}/revision/{REVISION}"):
+            self._json({"id": NAME, "sha": "1" * 40, "siblings": []})
+        elif path.startswith(f"/datasets/{NAME}/resolve/{REVISION}/"):
+            self._send(self.directory / path.partition(f"/resolve/{REVISION}/")[2])
+        else:
+            self._answer(b"{}", 404, X_Error_Code="RepoNotFound")
+
+    do_HEAD = do_GET
+
+    def _send(self, file: Path) -> None:
+        if not file.is_file():
+            self._answer(b"{}", 404, X_Error_Code="EntryNotFound")
+            return
+        content = file.read_bytes()
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked is None:
+            self._answer(content)
+            return
+        part = content[int(asked[1]) : int(asked[2]) + 1]
+        self._answer(part, 206, Content_Range=f"bytes {asked[1]}-{int(asked[1]) + len(part) - 1}/{len(content)}")
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        paths = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
+        found = [self.directory / name for name in ([paths] if isinstance(paths, str) else paths)]
+        self._json([self._entry(path) for path in found if path.exists()])
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@contextmanager
+def serve(directory: Path) -> Iterator[str]:
+    """Run the server on a port of this machine; yields its endpoint."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"directory": directory}))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
