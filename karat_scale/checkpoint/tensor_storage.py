@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from karat_scale.engine.deepspeed_internals import checkpoint_globals
@@ -47,6 +47,12 @@ def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dic
         except SafetensorError as error:
             raise as_os_error(error) from error
         commit_file(temporary, path)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file; empty if there is none. Raises SafetensorError and OSError."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def load_tensors(path: Path, map_location: Any = "cpu", mmap: bool = False) -> Any:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from karat_scale.analysis.trained_run import open_run
+from karat_scale.checkpoint.tensor_storage import read_metadata
 from karat_scale.checkpoint.weights import wants_ema
 from karat_scale.errors import RunDirectoryError, UserError
 from karat_scale.recipe import Recipe
@@ -68,8 +69,7 @@ def _of_run(path: Path, checkpoint: str, weights: str) -> Classifier:
 
 def _of_export(path: Path, checkpoint: str, weights: str) -> Classifier:
     try:
-        with safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
+        facts = read_metadata(path)
         held = {"checkpoint": facts["checkpoint"], "weights": facts["weights"]}
         recipe = validate_recipe(parse(facts["recipe"]), str(path))
         classes = tuple(map(str, json.loads(facts.get("classes", "[]"))))

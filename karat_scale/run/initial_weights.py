@@ -13,10 +13,10 @@ from typing import NamedTuple
 import timm
 import yaml
 from huggingface_hub.utils import LocalEntryNotFoundError
-from safetensors import safe_open
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from karat_scale.checkpoint.tensor_storage import read_metadata
 from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.distributed import World
 from karat_scale.errors import RecipeError, UserError, one_line
@@ -168,8 +168,7 @@ def export_metadata(path: Path) -> dict[str, str]:
     """What `karat export` says of a file's weights in it; nothing where another program wrote it."""
     if path.suffix != ".safetensors":
         return {}
-    with safe_open(path, "pt") as file:
-        about: dict[str, str] = file.metadata() or {}
+    about = read_metadata(path)
     return about if "karat_scale" in about else {}
 
 

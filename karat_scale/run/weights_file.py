@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from karat_scale.checkpoint.restore import check_shapes
-from karat_scale.checkpoint.tensor_storage import save_safetensors
+from karat_scale.checkpoint.tensor_storage import read_metadata, save_safetensors
 from karat_scale.checkpoint.weights import describe_weights, load_weights
 from karat_scale.errors import RunDirectoryError
 from karat_scale.models import create_model
@@ -61,8 +61,7 @@ def read_exported(path: Path, implementation: str = "auto") -> nn.Module:
     sizes, attention = exported_sections(path)
     require_trust(attention, path)
     with _one_line(path):
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
+        about = read_metadata(path)
         model = create_model(sizes, attention.changed(implementation=implementation))
     load_exported(model, path)
     if about.get("weights_sha256") not in (None, weights_digest(model)):
@@ -76,8 +75,8 @@ def exported_sections(path: Path) -> tuple[ModelConfig, AttentionConfig]:
     Raises:
         RunDirectoryError: the file is missing or damaged, or holds something else.
     """
-    with _one_line(path), safe_open(path, "pt") as file:
-        about = file.metadata() or {}
+    with _one_line(path):
+        about = read_metadata(path)
         attention = AttentionConfig(**json.loads(about["attention"]))
         return ModelConfig(**json.loads(about["model"])), attention
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors import safe_open
 from torch import nn
 
+from karat_scale.checkpoint.tensor_storage import read_metadata
 from karat_scale.checkpoint.weights import wants_ema
 from karat_scale.errors import RecipeError, RunDirectoryError, UserError
 from karat_scale.models import create_model
@@ -169,8 +169,7 @@ def _facts(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise RunDirectoryError(f"{path} is missing; put it back, the run cannot go on without its teacher")
     try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
+        return read_metadata(path)
     except Exception as error:  # safetensors and the system have many
         raise RunDirectoryError(f"{path} is damaged: {error}; put a whole copy back") from None
 
