@@ -7,7 +7,7 @@ from typing import Any
 
 from scipy import stats
 
-from benchmarks.attention_experiment import ARMS, RATES, RECORDS, SPARE_SEED, VARIANTS, Trial
+from benchmarks.attention_trials import ARMS, RATES, RECORDS, SPARE_SEED, VARIANTS, Trial
 from karat_scale.files import write_atomically
 
 PAGE = RECORDS.parent / "attention_results.md"

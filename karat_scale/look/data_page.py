@@ -2,21 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from karat_scale.analysis.figures import new_figure, rendered
 from karat_scale.errors import DataError
 from karat_scale.files import write_atomically
 from karat_scale.html_page import render_page
-
-if TYPE_CHECKING:
-    from karat_scale.look.data_set import SplitFacts
+from karat_scale.look.split_facts import SplitFacts
 
 Pictures = Mapping[str, Mapping[str, Sequence[bytes]]]
 """Small JPEGs by split and class."""
 
 
-def write_page(path: Path, place: str, splits: "Sequence[SplitFacts]", pictures: Pictures) -> None:
+def write_page(path: Path, place: str, splits: Sequence[SplitFacts], pictures: Pictures) -> None:
     """Write the page. Raises DataError if the file cannot be written."""
     charts = {one.name: _charts(one) for one in splits}
     page = render_page("karat_scale.look", "data.html.j2", place=place, splits=splits, pictures=pictures, charts=charts)
@@ -26,7 +23,7 @@ def write_page(path: Path, place: str, splits: "Sequence[SplitFacts]", pictures:
         raise DataError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
 
 
-def _charts(facts: "SplitFacts") -> bytes:
+def _charts(facts: SplitFacts) -> bytes:
     """Return histograms of the sampled sizes and of the classes' sizes, as a PNG."""
     figure = new_figure(12, 2.6)
     left, middle, right = figure.subplots(1, 3)

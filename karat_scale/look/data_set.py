@@ -2,70 +2,25 @@
 
 import io
 import itertools
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image
 
-from karat_scale.console import print_table, printable, progress, write_json
+from karat_scale.console import print_table, printable, write_json
 from karat_scale.data.assemble import ImageSource, PreparesSamples
-from karat_scale.data.decode import UndecodableImageError, decode_rgb, opened
+from karat_scale.data.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.formats.beton import BetonSplit
 from karat_scale.data.formats.folder import FolderSplit
 from karat_scale.data.formats.shard_format import DATASET_FILE, dataset_directory, read_dataset_record
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import DataError
 from karat_scale.look.data_page import write_page
+from karat_scale.look.split_facts import SplitFacts, examine
 
 _MOST_CLASSES = 10**9
-_ORIENTATION = 274  # the EXIF tag
 _FOLDERS = ("train", "val", "test", "valid", "validation")
-
-
-@dataclass
-class SplitFacts:
-    """What a split holds. Sizes are [n, 2] (width, height) of the sampled images that can be read."""
-
-    name: str
-    images: int
-    per_class: dict[str, int]
-    sizes: npt.NDArray[np.int64]
-    file_bytes: npt.NDArray[np.int64]
-    kinds: Counter[str] = field(default_factory=Counter)
-    odd: list[tuple[str, str]] = field(default_factory=list)
-    """Keys of sampled images that are unusual, with the reason."""
-
-    def numbers(self) -> dict[str, object]:
-        """Return plain data."""
-        ratios = self.sizes[:, 0] / self.sizes[:, 1]
-        counts = np.array(list(self.per_class.values()))
-        return {
-            "images": self.images,
-            "classes": len(self.per_class),
-            "smallest_class": int(counts.min()),
-            "largest_class": int(counts.max()),
-            "empty_classes": [name for name, count in self.per_class.items() if not count],
-            "sampled": len(self.sizes) + sum(reason.startswith("cannot") for _, reason in self.odd),
-            "width": _percentiles(self.sizes[:, 0]),
-            "height": _percentiles(self.sizes[:, 1]),
-            "aspect_ratio": _percentiles(ratios),
-            "bytes": _percentiles(self.file_bytes),
-            "kinds": dict(self.kinds),
-            "odd": [{"image": key, "what": what} for key, what in self.odd],
-            "per_class": self.per_class,
-        }
-
-
-def _percentiles(values: npt.NDArray[np.generic]) -> dict[str, float]:
-    if not len(values):
-        return {}
-    found = np.percentile(values.astype(np.float64), [0, 5, 50, 95, 100])
-    return {name: round(float(x), 4) for name, x in zip(("min", "p5", "median", "p95", "max"), found, strict=True)}
 
 
 def look_at_data(path: str, sampled: int, classes_shown: int, out: str | None, json_file: str | None) -> int:
@@ -84,7 +39,7 @@ def look_at_data(path: str, sampled: int, classes_shown: int, out: str | None, j
         split = open_split()
         try:
             ids = np.linspace(0, len(split) - 1, min(sampled, len(split))).round().astype(int)
-            facts.append(_examine(name, split, ids))
+            facts.append(examine(name, split, ids))
             pictures[name] = _pictures(split, classes_shown)
         finally:
             split.close()
@@ -109,55 +64,6 @@ def open_splits(directory: Path | str) -> dict[str, Callable[[], ImageSource]]:
     if not folders:
         raise DataError(f"{directory} is no data set: no {DATASET_FILE}, no *.beton, no folder {' or '.join(_FOLDERS)}")
     return {name: partial(FolderSplit, directory, name, _MOST_CLASSES) for name in folders}
-
-
-def _examine(name: str, split: ImageSource, ids: npt.NDArray[np.int64]) -> SplitFacts:
-    counts = np.bincount(split.labels, minlength=len(split.classes))
-    sizes, lengths = [], []
-    facts = SplitFacts(
-        name,
-        len(split),
-        {printable(label): int(count) for label, count in zip(split.classes, counts, strict=True)},
-        np.empty((0, 2), np.int64),
-        np.empty(0, np.int64),
-    )
-    if isinstance(split, PreparesSamples):
-        split.prepare(ids.tolist())
-    with progress(f"{name}: looking at images", len(ids), "images") as advance:
-        for number in ids.tolist():
-            data = split.read(number)
-            key = printable(split.locate(number)[0])
-            advance(1)
-            try:
-                with opened(data) as image:
-                    size, kind, what = image.size, f"{image.format} {image.mode}", _oddness(image)
-            except UndecodableImageError as error:
-                facts.odd.append((key, f"cannot be read: {error}"))
-                continue
-            sizes.append(size)
-            lengths.append(len(data))
-            facts.kinds[kind] += 1
-            facts.odd += [(key, one) for one in what]
-    facts.sizes = np.array(sizes, np.int64).reshape(-1, 2)
-    facts.file_bytes = np.array(lengths, np.int64)
-    return facts
-
-
-def _oddness(image: Image.Image) -> list[str]:
-    """Return what is unusual about an image, from its header."""
-    found = []
-    if image.mode not in ("RGB", "L"):
-        found.append(f"its mode is {image.mode}")
-    if getattr(image, "n_frames", 1) > 1:
-        found.append("it has several frames")
-    if (turned := image.getexif().get(_ORIENTATION, 1)) not in (0, 1):
-        found.append(f"its EXIF orientation is {turned}: training sees it as it is stored")
-    width, height = image.size
-    if min(width, height) < 32:
-        found.append(f"it is small: {width} x {height}")
-    if max(width, height) > 4 * min(width, height):
-        found.append(f"it is narrow: {width} x {height}")
-    return found
 
 
 def _pictures(split: ImageSource, classes_shown: int, each: int = 6) -> dict[str, list[bytes]]:

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from benchmarks import attention_experiment, attention_results
-from benchmarks.attention_experiment import ARMS, RATES, SEEDS, VARIANTS, Trial, next_trials
+from benchmarks import attention_results, attention_trials
+from benchmarks.attention_trials import ARMS, RATES, SEEDS, VARIANTS, Trial, next_trials
 from karat_scale.recipe.loading import load_recipe
 
 
@@ -15,12 +15,12 @@ def test_the_page_is_what_the_records_say():
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_each_arm_is_a_valid_recipe(arm):
-    recipe = load_recipe(attention_experiment.RECIPE, [*ARMS[arm], "optim.lr=2e-3"])
+    recipe = load_recipe(attention_trials.RECIPE, [*ARMS[arm], "optim.lr=2e-3"])
     assert (recipe.model.embed_dim, recipe.train.global_batch) == (96, 64)
 
 
 def test_the_queue_follows_the_protocol(tmp_path, monkeypatch):
-    monkeypatch.setattr(attention_experiment, "RECORDS", tmp_path)
+    monkeypatch.setattr(attention_trials, "RECORDS", tmp_path)
 
     def finish(trial, top1):
         trial.record.write_text(json.dumps({"top1": top1, "top1_at_a_quarter": 0, "content": []}))
