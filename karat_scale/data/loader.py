@@ -204,7 +204,7 @@ def _kill_workers(
 def _kill_with_its_commands(worker: Any) -> None:
     """Kill a worker; if it leads a group of processes, all of these."""
     try:
-        if os.getpgid(worker.pid) == worker.pid:
+        if worker.is_alive() and os.getpgid(worker.pid) == worker.pid:
             os.killpg(worker.pid, signal.SIGKILL)
     except ProcessLookupError:  # it has ended
         return

@@ -11,7 +11,6 @@ from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.backends import Backend, ImageSpec, open_backend
 from karat_scale.data.formats.checks import unused_classes
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan, micro_batch_of, total_steps
-from karat_scale.data.streams.shards import StreamShards
 from karat_scale.engine.deepspeed_config import load_ds_config, zero_stage
 from karat_scale.errors import DataError, RecipeError
 from karat_scale.models import create_model, parameter_count
@@ -45,8 +44,6 @@ def dry_run(recipe: Recipe, world: int) -> Iterator[str]:
 def _check_batches(recipe: Recipe, world: int, backend: Backend) -> str:
     """The first and the last global batch, cut by every rank."""
     plan = TrainPlan.of(recipe, backend.num_train, 0, world)
-    if plan.lanes:
-        StreamShards(recipe.data, recipe.run.seed).check_lanes(world, plan.lanes)
     total = total_steps(plan.steps_per_epoch, recipe.train.epochs, recipe.train.max_steps)
     for step in () if plan.lanes else {0, total - 1}:
         epoch, batch = divmod(step, plan.steps_per_epoch)

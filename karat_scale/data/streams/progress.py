@@ -9,7 +9,7 @@ from pydantic import Field
 from karat_scale.data.batch import Batch
 from karat_scale.data.plan import BatchSlice, LanePlace
 
-Count = Annotated[int, Field(ge=0, lt=2**62)]
+Count = Annotated[int, Field(ge=0, lt=2**40)]
 
 
 @dataclass
