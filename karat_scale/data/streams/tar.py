@@ -161,7 +161,8 @@ def _end(command: "subprocess.Popen[bytes]") -> None:
     """End a command that is not read to its end, with all that it has started."""
     if command.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):
-            for process in [*psutil.Process(command.pid).children(recursive=True), psutil.Process(command.pid)]:
+            shell = psutil.Process(command.pid)  # first, or it would say that the others were killed
+            for process in (shell, *shell.children(recursive=True)):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
         command.wait()

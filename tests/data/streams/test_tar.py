@@ -4,10 +4,12 @@ import gzip
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from karat_scale.data.streams.tar import DOUBLED, read_tar
 from karat_scale.errors import DataError
+from tests.data.backends.helpers import wait_until
 from tests.data.tars import image, sample, write_tar
 
 MEMBERS = [member for number in range(4) for member in sample(number, number % 3)]
@@ -91,7 +93,7 @@ def test_a_damaged_header_in_the_middle_is_an_error(tmp_path: Path) -> None:
     [
         ("exit 3", "ended with exit code 3; "),
         ("true", "is empty"),
-        ("cat {}; exit 7", "ended with exit code 7 after "),
+        ("cat {}; exit 7", "ended with exit code 7"),
         ("head -c 3000 {}; exit 7", "ended with exit code 7"),
         ("head -c 3000 {}", "ends early after 1 sample; "),
         ("cat {}; kill -9 $$", "was ended by signal 9"),
@@ -108,12 +110,19 @@ def test_a_value_of_a_variable_is_in_no_message(tmp_path: Path) -> None:
     assert "s3cret" not in str(caught.value)
 
 
-def test_a_command_that_is_not_read_to_its_end_is_ended(tar: Path, tmp_path: Path) -> None:
-    late = tmp_path / "late"
-    samples = read_tar(f"pipe:cat {tar} {tar} {tar}; sleep 2; touch {late}", "a")
+def test_a_command_that_is_not_read_to_its_end_is_ended_with_its_children(
+    tar: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    samples = read_tar(
+        f"pipe:echo $$ > {tmp_path}/shell; cat {tar}; sleep 1234 & echo $! > {tmp_path}/child; wait", "a"
+    )
     next(samples)
+    wait_until((tmp_path / "child").is_file)
     samples.close()
-    assert not late.exists()
+    for name in ("shell", "child"):
+        pid = int((tmp_path / name).read_text())
+        wait_until(lambda pid=pid: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_suffix_that_occurs_twice_is_told_of(tmp_path: Path) -> None:
