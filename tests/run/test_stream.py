@@ -1,9 +1,12 @@
 """Training on a stream: exact resume, and the commands around it, which work or say why not."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from karat_scale.checkpoint.store import CheckpointStore
@@ -18,7 +21,7 @@ from karat_scale.run.signals import StoppedError
 from karat_scale.tasks.classification.task import TrainState
 from tests.conftest import SMALL, events, karat, karat_here, summary
 from tests.data.tars import sample, write_stream, write_tar
-from tests.run.runs import final_tensors, kill_all, losses, start, wait_for_checkpoint
+from tests.run.runs import final_tensors, kill_all, losses, start, wait_for_checkpoint, wait_for_step
 from tests.run.test_unfinished import SignalInside
 from tests.small_engines import equal, make_parts
 
@@ -82,6 +85,22 @@ def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(
     assert summary(cut)["data_digest"] == summary(whole)["data_digest"] != 0
     assert equal(final_tensors(cut), final_tensors(whole))
     assert sorted(losses(whole)) == list(range(1, 17))
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_no_command_and_leaves_none(recipe: Path, tmp_path: Path) -> None:
+    """The signal goes to the whole group of the trainer, which needs the output of its commands until it has saved."""
+    tars = recipe.parent / "tars"
+    stream = f"data.stream=pipe:cat {tars}/{{0..5}}.tar; sleep 0.1; true {tmp_path}"
+    run = tmp_path / "run"
+    process = start(recipe, run, *SMALL, *QUICK, "train.epochs=99", "data.workers=2", stream)
+    wait_for_step(run, 12, process)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert summary(run)["exit"] == 75, output
+    commands = [" ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])]
+    assert not [text for text in commands if str(tmp_path) in text]
+    assert karat_here("eval", str(run)) == 0  # opens none of its tars
 
 
 def test_other_workers_begin_at_the_next_cycle_and_say_so(
@@ -195,6 +214,7 @@ def test_replay_takes_a_step_again_if_its_commands_are_trusted(
 ) -> None:
     run, figures = tmp_path / "run", tmp_path / "found.json"
     assert karat_here(*command(run, "data.workers=2", "checkpoint.every_steps=3", "train.max_steps=8")) == 0
+    monkeypatch.delenv("KARAT_TRUST", raising=False)
     arguments = ("replay", str(run), "8", "--out", str(tmp_path / "x.png"), "--json", str(figures))
     assert karat_here(*arguments) == 2
     assert "runs commands; if you trust it, add --trust" in capsys.readouterr().err
