@@ -82,7 +82,8 @@ class BackendRow:
 
     place: of a function that takes an `ImageSpec` and returns a `Backend`. files: None if it generates its images.
     extra: the key of EXTRAS that it needs. own_decoder: `data.decoder = auto` means its own. own_threads: it works on
-    threads of its own, so that it needs at least one worker.
+    threads of its own, so that it needs at least one worker. streams: the place of such a function for
+    `data.order = stream`.
     """
 
     place: str
@@ -90,11 +91,16 @@ class BackendRow:
     extra: str = ""
     own_decoder: bool = False
     own_threads: bool = False
+    streams: str = ""
 
 
 BACKENDS = {
     "folder": BackendRow("karat_scale.data.backends.images:open_folder", Files.IMAGES),
-    "webdataset": BackendRow("karat_scale.data.backends.images:open_webdataset", Files.SHARDS),
+    "webdataset": BackendRow(
+        "karat_scale.data.backends.images:open_webdataset",
+        Files.SHARDS,
+        streams="karat_scale.data.backends.stream:StreamBackend",
+    ),
     "ffcv": BackendRow("karat_scale.data.backends.images:open_ffcv", Files.BETONS, "ffcv", own_decoder=True),
     "dali": BackendRow(
         "karat_scale.data.backends.dali:open_dali", Files.SHARDS, "dali", own_decoder=True, own_threads=True

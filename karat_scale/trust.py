@@ -1,4 +1,4 @@
-"""Code that a recipe names as `module:Class` is imported only if the user asked for it.
+"""Code that a recipe names as `module:Class`, and commands in it, run only if the user asked for it.
 
 The recipe on the command line is the user's. A run's directory, a file of weights or a hub's folder may come from
 somebody else, and a module of that name may lie beside it.
@@ -35,8 +35,16 @@ def require_trust(attention: "AttentionConfig", source: object) -> None:
 def require_trust_in(key: str, value: str, source: object) -> None:
     """The same for the value of another key, which may be the place of a class."""
     module = value.partition(":")[0]
-    if module != value and os.environ.get(VARIABLE) != "1":
-        raise UntrustedError(
-            f"{source}: {key} = {value} runs the code of the module {module}; if you trust it, add --trust or set "
-            f"{VARIABLE}=1"
-        )
+    if module != value:
+        _refuse(f"{source}: {key} = {value} runs the code of the module {module}")
+
+
+def require_trust_in_stream(tars: str, source: object) -> None:
+    """The same for the tars of a stream, which may be commands."""
+    if "pipe:" in tars:
+        _refuse(f"{source}: data.stream = {tars} runs commands")
+
+
+def _refuse(what: str) -> None:
+    if os.environ.get(VARIABLE) != "1":
+        raise UntrustedError(f"{what}; if you trust it, add --trust or set {VARIABLE}=1")

@@ -74,11 +74,14 @@ def _train(options: argparse.Namespace) -> int:
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.print:
+        from karat_scale.data.streams.shards import StreamShards
         from karat_scale.engine.deepspeed_config import check_ds_config
         from karat_scale.models.factory import layer_sizes
 
         check_ds_config(recipe)
         layer_sizes(recipe.model)
+        if recipe.data.is_stream:
+            StreamShards(recipe.data, recipe.run.seed)
         print(dump_recipe(recipe), end="")
         return 0
     from karat_scale.run.run import train

@@ -5,19 +5,30 @@ from dataclasses import dataclass, replace
 import torch
 
 from karat_scale.data.augmentation.draw import Draw
+from karat_scale.data.plan import LanePlace
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that could not be decoded, and the reason."""
+    """A sample that could not be decoded, or of a stream not be used, and the reason."""
 
     sample_id: int
     key: str
     shard: str
     reason: str
+    done: str = "decoded"
 
     def __str__(self) -> str:
-        return f"sample {self.key} in {self.shard} cannot be decoded: {self.reason}"
+        return f"sample {self.key} in {self.shard} cannot be {self.done}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What a batch says of its stream: its lane, the place after its last sample, and (key, shard) of each sample."""
+
+    lane: int
+    place: LanePlace
+    sources: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +39,7 @@ class Batch:
     replaced an unreadable sample, the id of its replacement. valid: bool [b]; False for padding
     and for unreadable samples of an evaluation. bad: the unreadable samples. draws: the augmentation of each
     sample of a training batch. epoch and batch: the slice's own. digest: the value of `batch_digest`, if the maker of
-    the batch has computed it.
+    the batch has computed it. streamed: of a batch of a stream.
     """
 
     images: torch.Tensor
@@ -40,6 +51,7 @@ class Batch:
     epoch: int = 0
     batch: int = 0
     digest: int | None = None
+    streamed: Streamed | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         """Return the same batch on `device`; the copy overlaps with other work if the memory is pinned.

@@ -113,7 +113,7 @@ class OrderedResults(Iterator[T], Generic[T]):
             if self._workers and TIMED_OUT in str(error):
                 raise DataError(
                     f"no batch came for data.timeout = {self._timeout:g} s: {self._whereabouts(self._workers)}; "
-                    "check that file system, or raise data.timeout if it is only slow"
+                    "look there, or raise data.timeout if it is only slow"
                 ) from error
             raise
         if isinstance(result, UserError):
@@ -193,12 +193,22 @@ def _kill_workers(
         queues[0].put((None, None))  # which it may wait for
         pinning.join(POLL_SECONDS)
     for worker in workers:
-        worker.kill()
+        _kill_with_its_commands(worker)
     while workers:
         workers.pop().join(POLL_SECONDS)  # one in a system call that does not end stays
     for queue in queues:
         queue.cancel_join_thread()
         queue.close()
+
+
+def _kill_with_its_commands(worker: Any) -> None:
+    """Kill a worker; if it leads a group of processes, all of these."""
+    try:
+        if worker.is_alive() and os.getpgid(worker.pid) == worker.pid:
+            os.killpg(worker.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has ended
+        return
+    worker.kill()
 
 
 def _tells_of_a_dead_worker(error: Exception) -> bool:

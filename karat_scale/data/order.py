@@ -58,6 +58,11 @@ def sample_seed(seed: int, epoch: int, sample_id: int) -> int:
     return int.from_bytes(_digest(b"sample", 8, seed, epoch, sample_id), "little")
 
 
+def shuffle_seed(seed: int, entry: int) -> int:
+    """Return the 64-bit seed that shuffles the samples of one entry of a stream's endless list of shards."""
+    return int.from_bytes(_digest(b"shuffle", 8, seed, entry), "little")
+
+
 def batch_seed(seed: int, epoch: int, batch: int) -> int:
     """Return the 64-bit seed of the draws of a whole global batch: mixup or cutmix, lambda and box."""
     return int.from_bytes(_digest(b"batch", 8, seed, epoch, batch), "little")

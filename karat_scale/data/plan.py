@@ -3,15 +3,24 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from karat_scale.data.order import BLOCK_SAMPLES, WINDOW_BLOCKS, epoch_order
+from karat_scale.data.streams.shards import StreamShards
 from karat_scale.errors import DataError, RecipeError
 from karat_scale.recipe import Recipe
 
 PADDING = -1
+
+
+class LanePlace(NamedTuple):
+    """The place of a lane in a stream: an entry of the endless list of shards, and how many of its samples are used."""
+
+    entry: int
+    used: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,11 +29,17 @@ class BatchSlice:
 
     `sample_ids` is int64 [b]; PADDING (-1) fills up the last batch of an evaluation. `batch` counts global
     batches within the epoch.
+
+    A slice of a stream has PADDING for all ids. lane: which of the `lanes` of all ranks it is read from, see
+    `karat_scale.data.streams`. place: where to begin to read; None to go on.
     """
 
     epoch: int
     batch: int
     sample_ids: npt.NDArray[np.int64]
+    lane: int = 0
+    lanes: int = 1
+    place: LanePlace | None = None
 
 
 def choose_micro_batch(global_batch: int, world_size: int, wanted: int | None, even: bool) -> int:
@@ -71,6 +86,8 @@ class TrainPlan:
     Global batch t of an epoch is the same set in the same order for every world size; rank k takes its k-th
     contiguous part, in contiguous micro batches. Raises DataError when an epoch has no whole batch and
     RecipeError when the global batch does not divide.
+
+    lanes: of a stream, the lanes of each rank, from which its micro batches come in turn; 0 if samples have ids.
     """
 
     seed: int
@@ -82,13 +99,16 @@ class TrainPlan:
     order: str = "full"
     block_samples: int = BLOCK_SAMPLES
     window_blocks: int = WINDOW_BLOCKS
+    lanes: int = 0
 
     @classmethod
     def of(cls, recipe: Recipe, num_samples: int, rank: int, world_size: int) -> "TrainPlan":
         """Return the plan of a recipe on one of `world_size` ranks. Raises DataError and RecipeError."""
         data, train = recipe.data, recipe.train
         micro_batch = micro_batch_of(recipe, world_size)
-        order = data.order, data.block_samples, data.window_blocks
+        if data.is_stream:
+            StreamShards(data, recipe.run.seed).check_lanes(world_size, data.lanes)
+        order = data.order, data.block_samples, data.window_blocks, data.lanes
         return cls(recipe.run.seed, num_samples, train.global_batch, micro_batch, rank, world_size, *order)
 
     def __post_init__(self) -> None:
@@ -110,12 +130,22 @@ class TrainPlan:
 
     def slices(self, start_step: int, stop_step: int) -> Iterator[BatchSlice]:
         """Yield the micro batches of steps start_step .. stop_step - 1, counted from the start of training."""
+        if self.lanes:
+            yield from self._slices_of_lanes(start_step, stop_step)
+            return
         order_epoch, order = -1, np.empty(0, dtype=np.int64)
         for step in range(start_step, stop_step):
             epoch, batch = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
                 order, order_epoch = self.epoch_order(epoch), epoch
             yield from self.cut(order, epoch, batch)
+
+    def _slices_of_lanes(self, start_step: int, stop_step: int) -> Iterator[BatchSlice]:
+        ids = np.full(self.micro_batch, PADDING, dtype=np.int64)
+        for number in range(start_step * self.accumulation, stop_step * self.accumulation):
+            epoch, batch = divmod(number // self.accumulation, self.steps_per_epoch)
+            lane = self.rank * self.lanes + number % self.lanes
+            yield BatchSlice(epoch, batch, ids, lane, self.lanes * self.world_size)
 
     def epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
         """Return the samples of an epoch, int64 [num_samples], the same on every rank."""

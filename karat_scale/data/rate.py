@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.plan import BatchSlice
+from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.recipe import Recipe
 
 
@@ -33,8 +33,10 @@ def images_per_second(
     try:
         backend = open_backend(ImageSpec.of(recipe.changed(data__workers=workers, data__verify="size")))
         try:
+            if recipe.data.is_stream:  # its samples have no ids before they are read
+                ids = np.full(batch, PADDING)
             order = np.random.default_rng(0).permutation(backend.num_train) if ids is None else ids
-            batches = backend.train_batches(_endless_slices(order, batch))
+            batches = backend.train_batches(_endless_slices(order, batch, max(1, workers)))
             for _ in range(max(1, workers)):
                 next(batches)
             ready()
@@ -48,7 +50,7 @@ def images_per_second(
         torch.set_num_threads(threads)
 
 
-def _endless_slices(ids: npt.NDArray[np.int64], batch: int) -> Iterator[BatchSlice]:
+def _endless_slices(ids: npt.NDArray[np.int64], batch: int, lanes: int) -> Iterator[BatchSlice]:
     for number in itertools.count():
         places = np.arange(number * batch, (number + 1) * batch) % len(ids)
-        yield BatchSlice(0, number, ids[places].astype(np.int64))
+        yield BatchSlice(0, number, ids[places].astype(np.int64), number % lanes, lanes)

@@ -15,12 +15,12 @@ import torch
 from torch.utils.data import get_worker_info
 
 from karat_scale.data.augmentation.draw import Draw
-from karat_scale.data.batch import BadSample, Batch
+from karat_scale.data.batch import BadSample, Batch, Streamed
 from karat_scale.errors import DataError
 
 Shape = tuple[int, ...]
 Small = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
-Rest = tuple[tuple[BadSample, ...], tuple[Draw, ...], int, int, int | None]
+Rest = tuple[tuple[BadSample, ...], tuple[Draw, ...], int, int, int | None, Streamed | None]
 
 
 class ImageSlots:
@@ -78,7 +78,7 @@ class Sent:
         batch = self._batch
         # As arrays, since torch would also pass each small tensor as a file.
         small = batch.labels.numpy(), batch.sample_ids.numpy(), batch.valid.numpy()
-        rest = batch.bad, batch.draws, batch.epoch, batch.batch, batch.digest
+        rest = batch.bad, batch.draws, batch.epoch, batch.batch, batch.digest, batch.streamed
         return _received, (self._key, self._offset, tuple(batch.images.shape), small, rest)
 
 

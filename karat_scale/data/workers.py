@@ -68,6 +68,15 @@ def _leave_with(parent: int) -> None:
     os._exit(0)
 
 
+def lead_own_commands() -> None:
+    """Let a worker that starts commands lead a group of processes, so that the loader can end them with the worker.
+
+    Ctrl-C does not reach them then: the trainer needs their output until it has saved.
+    """
+    if get_worker_info() is not None and os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)
+
+
 class Whereabouts:
     """The current sample of each worker, in memory that forked workers share with the trainer.
 

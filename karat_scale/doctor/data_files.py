@@ -38,9 +38,9 @@ def sampled_ids(num_train: int, seed: int) -> npt.NDArray[np.int64]:
 
 
 def find_data_files(recipe: Recipe, num_train: int) -> DataFiles | None:
-    """Return the files of the recipe's data, or None if it has none. No image is read. Raises DataError."""
+    """Return the files of the recipe's data, or None if it has none or a stream. No image is read. Raises DataError."""
     data = recipe.data
-    if data.row.files is None:
+    if data.row.files is None or data.is_stream:
         return None
     if data.row.files is Files.BETONS:
         return _betons(data, num_train)
@@ -59,7 +59,7 @@ def find_data_files(recipe: Recipe, num_train: int) -> DataFiles | None:
 
 def read_into_page_cache(recipe: Recipe, ids: npt.NDArray[np.int64]) -> None:
     """Read these training images, so that timing the decoder does not time the disk. Raises DataError."""
-    if recipe.data.row.files in (Files.IMAGES, Files.SHARDS):
+    if recipe.data.row.files in (Files.IMAGES, Files.SHARDS) and not recipe.data.is_stream:
         with closing(_open_split(recipe)) as split:
             if isinstance(split, ShardSplit):
                 split.prepare(ids.tolist())

@@ -33,7 +33,7 @@ def measure_data(recipe: Recipe, ids: np.ndarray, batch: int, seconds: float, wo
     """Time the backend for about `seconds`. Raises DataError."""
     bare = recipe.changed(augment__randaugment="", augment__color_jitter=0.0)
     is_generated = recipe.data.row.files is None
-    in_process = 1 if recipe.data.row.own_threads else 0
+    in_process = recipe.data.fewest_workers
     batch = min(batch, LARGEST_BATCH)
     augments = not is_generated and bare != recipe
     share = seconds / (2 + augments)

@@ -48,7 +48,7 @@ class Subject:
 def examine_data(subject: Subject, backend: Backend) -> Iterator[Finding]:
     """Report the data that the backend opened, and whether it will stay in memory."""
     recipe = subject.recipe
-    source = recipe.data.path or "generated in memory"
+    source = recipe.data.stream or recipe.data.path or "generated in memory"
     train, val, classes = backend.num_train, backend.num_val, backend.num_classes
     counts = f"{train:,} training and {val:,} validation images, {classes} classes"
     yield found("data", f"{recipe.data.backend}, {source}: {counts}", train=train, val=val, classes=classes)

@@ -106,7 +106,8 @@ def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: flo
             readers = max(1, recipe.data.workers)
             storage = measure_storage(files.paths, round(files.image_bytes), readers, budget["storage"])
     with printer.busy("timing decoding and augmentation"):
-        ids = sampled_ids(num_train, recipe.run.seed)
+        # A stream's samples have no ids, and it may say that there are very many.
+        ids = np.arange(1) if recipe.data.is_stream else sampled_ids(num_train, recipe.run.seed)
         if files is not None and not files.paths:  # at a URL, consecutive images need few requests
             ids = np.arange(len(ids))
         read_into_page_cache(recipe, ids)

@@ -63,8 +63,7 @@ def data_need(recipe: Recipe, needed: float, gpus: int, cores_per_gpu: int) -> D
     if recipe.data.row.files is None:
         return DataNeed(needed, None, cores, "synthetic images are not read")
     try:
-        own = 1 if recipe.data.row.own_threads else 0
-        rate = images_per_second(recipe, own, _BATCH, _SECONDS)
+        rate = images_per_second(recipe, recipe.data.fewest_workers, _BATCH, _SECONDS)
     except UserError as error:
         return DataNeed(needed, None, cores, f"{str(error).partition(';')[0]}", on_device)
     return DataNeed(needed, rate, cores, on_device=on_device)

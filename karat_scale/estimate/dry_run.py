@@ -30,7 +30,7 @@ def dry_run(recipe: Recipe, world: int) -> Iterator[str]:
     """
     stage = zero_stage(load_ds_config(recipe, world, micro_batch_of(recipe, world)))
     yield f"deepspeed.config = {recipe.deepspeed.config}: ZeRO stage {stage}, right for {world} ranks"
-    with closing(open_backend(ImageSpec.of(recipe.changed(data__workers=0)))) as backend:
+    with closing(open_backend(ImageSpec.of(recipe.changed(data__workers=int(recipe.data.is_stream))))) as backend:
         yield f"data: {backend.num_train:,} training and {backend.num_val:,} validation images"
         notice = unused_classes(backend.num_classes, recipe.model.num_classes)
         counts = f"{backend.num_classes} in the data, {recipe.model.num_classes} in the model"
@@ -45,7 +45,7 @@ def _check_batches(recipe: Recipe, world: int, backend: Backend) -> str:
     """The first and the last global batch, cut by every rank."""
     plan = TrainPlan.of(recipe, backend.num_train, 0, world)
     total = total_steps(plan.steps_per_epoch, recipe.train.epochs, recipe.train.max_steps)
-    for step in {0, total - 1}:
+    for step in () if plan.lanes else {0, total - 1}:
         epoch, batch = divmod(step, plan.steps_per_epoch)
         order = plan.epoch_order(epoch)
         cut = [part.sample_ids for rank in range(world) for part in replace(plan, rank=rank).cut(order, epoch, batch)]

@@ -28,6 +28,8 @@ def _recorded(data: DataConfig) -> int:
     """The number in the records of the data's format; a folder of images is listed. Raises DataError."""
     if data.row.files is None:
         return data.synthetic_samples
+    if data.stream_samples is not None:
+        return data.stream_samples
     directory = dataset_directory(staged_copy(data.path) or data.path)
     if isinstance(directory, str):
         record = read_dataset_record(directory, min(data.timeout, _PATIENCE))

@@ -11,6 +11,7 @@ import torch
 
 from karat_scale.analysis.figures import new_figure, rendered, show_map
 from karat_scale.console import print_table, printable
+from karat_scale.data.batch import Batch
 from karat_scale.data.plan import micro_batch_of
 from karat_scale.engine import distributed
 from karat_scale.errors import UserError
@@ -82,7 +83,9 @@ def show_batch(source: str, overrides: Sequence[str], step: int, count: int, out
 
 def read_batch(recipe: Recipe, step: int, count: int) -> ShownBatch:
     """Return the first images of a training step. Raises UserError if there is no such step."""
-    recipe = recipe.changed(data__workers=0)
+    if recipe.data.is_stream and step > 1:
+        raise UserError(f"--step {step}: a stream (data.order = stream) is read from its start; use --step 1")
+    recipe = recipe.changed(data__workers=recipe.data.fewest_workers)
     world = distributed.start("cpu")
     task: ClassificationTask | None = None
     try:
@@ -93,17 +96,17 @@ def read_batch(recipe: Recipe, step: int, count: int) -> ShownBatch:
             raise UserError(f"--step {step}: the recipe has steps 1 to {last:,}")
         wanted = -(-min(count, recipe.train.global_batch) // micro_batch_of(recipe, world.size))
         slices = [one for one, _ in zip(plan.slices(step - 1, step), range(wanted), strict=False)]
-        images, targets, ids, bad = [], [], [], []
+        images, targets, places, bad = [], [], [], []
         for batch in task.backend.train_batches(slices):
             seen, soft = task.as_trained(batch)
             images.append(as_bytes(seen, recipe))
             targets.append(soft.numpy())
-            ids += batch.sample_ids.tolist()
+            places += places_of(task.backend, batch)
             bad += [str(one) for one in batch.bad]
         return ShownBatch(
             np.concatenate(images)[:count],
             np.concatenate(targets)[:count],
-            [place_of(task.backend, number) for number in ids[:count]],
+            places[:count],
             task.classes,
             bad,
         )
@@ -120,9 +123,12 @@ def as_bytes(images: torch.Tensor, recipe: Recipe) -> npt.NDArray[np.uint8]:
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-def place_of(backend: Any, number: int) -> str:
+def places_of(backend: Any, batch: Batch) -> list[str]:
+    """Return where each image of a batch is stored."""
+    if batch.streamed is not None:
+        return [" in ".join(source) for source in batch.streamed.sources]
     locate = getattr(backend, "locate", None)
-    return " in ".join(locate(number)) if locate else f"sample {number}"
+    return [" in ".join(locate(number)) if locate else f"sample {number}" for number in batch.sample_ids.tolist()]
 
 
 def draw(shown: ShownBatch) -> bytes:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from karat_scale.recipe.base import Count, Effect, Fraction, NonNegative, OneOf, Positive, Section, Triple
+from karat_scale.recipe.streams import check_label, check_tars
 from karat_scale.stores import check_url, is_url
 from karat_scale.tables import BACKENDS, DECODERS, BackendRow, Files
 
@@ -20,12 +21,22 @@ class DataConfig(Section):
     """The split to train on."""
     val_split: str = "val"
     """The split to evaluate on."""
-    order: Literal["full", "block"] = "full"
-    """`full` permutes all samples. `block` permutes blocks of samples, for disks with slow seeks."""
+    order: Literal["full", "block", "stream"] = "full"
+    """`full` permutes all samples. `block` permutes blocks of samples, for disks with slow seeks. `stream` trains on
+    `stream`, tars that are read once from their start, instead of a split of `path`."""
     block_samples: Count = 256
     """Consecutive samples in a block, for `order: block`."""
     window_blocks: Count = 32
     """Blocks in the window in which samples are shuffled, for `order: block`."""
+    stream: str = ""
+    """The tars of `order: stream`, as the webdataset library spells them: paths, https://, or `pipe:` and a command,
+    with {000..146} for numbers and :: between several."""
+    stream_samples: Count | None = None
+    """Images that count as one epoch of `order: stream`."""
+    stream_label: str = "cls"
+    """The place of a sample's class in `stream`: cls, json:FIELD, txt or path, as for `karat index`."""
+    stream_buffer: Count = 1000
+    """Images among which each data worker shuffles `stream`. It holds them as they are stored."""
     decoder: Annotated[str, OneOf(DECODERS, "auto"), Effect.ROUNDING] = "auto"
     """The decoder of the folder, webdataset and ffcv backends. `auto` uses the fastest that runs; with ffcv it is
     FFCV's own."""
@@ -52,6 +63,48 @@ class DataConfig(Section):
     def row(self) -> BackendRow:
         """The backend's row in the table."""
         return BACKENDS[self.backend]
+
+    @property
+    def is_stream(self) -> bool:
+        """True if the training images have no index."""
+        return self.order == "stream"
+
+    @property
+    def lanes(self) -> int:
+        """The lanes of each rank of a stream; 0 if the training images have an index."""
+        return max(1, self.workers) if self.is_stream else 0
+
+    @property
+    def fewest_workers(self) -> int:
+        """The workers that it takes to read a batch: a stream may stay silent, and only a worker can be given up."""
+        return 1 if self.row.own_threads or self.is_stream else 0
+
+    @model_validator(mode="after")
+    def _stream_is_whole(self) -> "DataConfig":
+        if not self.is_stream:
+            for name in ("stream", "stream_samples"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"data.{name} is set, but data.order = {self.order} reads data.path; add data.order=stream or "
+                        f"unset it by data.{name}="
+                    )
+            return self
+        if not self.row.streams:
+            those = " or ".join(name for name, row in BACKENDS.items() if row.streams)
+            raise ValueError(f"data.order = stream needs data.backend={those}, and not {self.backend}")
+        if not self.stream:
+            raise ValueError(
+                "data.order = stream: data.stream is empty; set it to the tars to train on, such as "
+                "'data.stream=pipe:cat data/train-{000..146}.tar'"
+            )
+        if self.stream_samples is None:
+            raise ValueError(
+                "data.order = stream: nothing says how long an epoch is; set data.stream_samples to the images that "
+                "count as one"
+            )
+        check_tars(self.stream)
+        check_label(self.stream_label)
+        return self
 
     @model_validator(mode="after")
     def _backend_has_a_source(self) -> "DataConfig":

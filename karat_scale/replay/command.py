@@ -19,7 +19,7 @@ from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
-from karat_scale.look.batch import ShownBatch, as_bytes, draw, place_of
+from karat_scale.look.batch import ShownBatch, as_bytes, draw, places_of
 from karat_scale.recipe import Recipe
 from karat_scale.replay.inspect import Findings, not_finite, watched
 from karat_scale.reporting.progress import PlainDisplay, Reporter, SilentDisplay
@@ -31,7 +31,7 @@ from karat_scale.run.signals import StopSignals
 from karat_scale.tasks.classification.distillation_teacher import FILE as DISTILL_FILE
 from karat_scale.tasks.classification.task import ClassificationTask
 from karat_scale.tasks.classification.teacher import FILE as TEACHER_FILE
-from karat_scale.trust import require_trust
+from karat_scale.trust import require_trust, require_trust_in_stream
 
 _NEVER = 10**9
 
@@ -65,6 +65,7 @@ def replay(run: str, step: int, count: int, out: str | None, json_file: str | No
     directory = RunDirectory(run)
     recipe = directory.recipe()
     require_trust(recipe.attention, directory.recipe_file)
+    require_trust_in_stream(recipe.data.stream, directory.recipe_file)
     with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
         with world.together():
             begin = _checkpoint(directory.store, step) if world.is_main else ""
@@ -122,6 +123,8 @@ def _take(recipe: Recipe, step: int, world: World, count: int) -> "_Step":
         directory = RunDirectory(recipe.run.dir)
         parts = build_parts(task, directory, StopSignals())
         loop = Loop(parts, resume(parts, directory))
+        if task.stream_differs:
+            raise UserError(f"step {step}: {task.stream_differs}; replay it on as many ranks as the run had")
         if not loop.state.step < step <= parts.total_steps:
             raise UserError(f"step {step}: the run has steps 1 to {parts.total_steps:,}")
         if task.size_at(loop.state.step) != task.size_at(step - 1):
@@ -162,16 +165,16 @@ def _replayed(
 ) -> Replayed:
     """Return what one rank found, with its images of the largest losses."""
     losses: list[float] = []
-    targets, ids = [], []
+    targets: list[Any] = []
+    places: list[str] = []
     for batch, logits in zip(taken, findings.returned, strict=True):
         soft = task.as_trained(batch)[1].float().cpu()
         losses += (-(soft * torch.log_softmax(logits, -1)).sum(-1)).tolist()
         targets.append(soft.numpy())
-        ids += batch.sample_ids.tolist()
+        places += places_of(task.backend, batch)
     order = _worst(losses, count)
     images = np.concatenate([as_bytes(seen, task.recipe) for seen in findings.seen])
-    places = [place_of(task.backend, ids[i]) for i in order]
-    shown = ShownBatch(images[order], np.concatenate(targets)[order], places, task.classes, [])
+    shown = ShownBatch(images[order], np.concatenate(targets)[order], [places[i] for i in order], task.classes, [])
     passes = {"forward": findings.forward, "backward": findings.backward}
     found = {name: str(finding) for name, finding in passes.items() if finding is not None}
     return Replayed(found, losses, weights, shown)

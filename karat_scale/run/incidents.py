@@ -53,8 +53,10 @@ class Incidents:
         """The samples of a step in the order of the ranks and of their micro batches."""
         plan = self._plan
         epoch, batch = divmod(step - 1, plan.steps_per_epoch)
-        ids = plan.epoch_order(epoch)[batch * plan.global_batch : (batch + 1) * plan.global_batch]
         sizes = {"world_size": plan.world_size, "micro_batch": plan.micro_batch}
+        if plan.lanes:  # only the ranks that have read them know the samples of a stream
+            return {"epoch": epoch, "batch": batch, **sizes, "samples": None}
+        ids = plan.epoch_order(epoch)[batch * plan.global_batch : (batch + 1) * plan.global_batch]
         return {"epoch": epoch, "batch": batch, **sizes, "samples": ids.tolist()}
 
 

@@ -131,12 +131,12 @@ class Task(ABC):
         """Return this rank's micro batches of `slices`, in their order; inside `waiting()` it waits for the next."""
 
     @property
-    def counts(self) -> tuple[int, ...]:
+    def counts(self) -> tuple[Any, ...]:
         """What `losses` has counted of the data since the last `fold`. It can be set back."""
         return ()
 
     @counts.setter  # noqa: B027
-    def counts(self, counts: tuple[int, ...]) -> None:
+    def counts(self, counts: tuple[Any, ...]) -> None:
         """Set it back."""
 
     @abstractmethod

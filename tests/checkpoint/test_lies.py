@@ -200,6 +200,8 @@ def test_a_manifest_that_names_a_file_elsewhere_is_damage(checkpoint: Path) -> N
         (STATE, "best_top1", float("nan")),
         (STATE, "data_digest", None),
         (STATE, "begun_with", {"name": 3}),
+        *[(STATE, "stream", value) for value in (3, {"shards": 1}, {"shards": 0, "lanes": [[0, 0]]})],
+        *[(STATE, "stream", {"shards": 1, "lanes": value}) for value in ([], [[0]], [[0, -1]], [[2**41, 0]])],
         (RANK, "rng", torch.zeros(3)),
     ],
 )

@@ -1,38 +1,17 @@
 """Tars that others wrote: what is found in them, and that training reads them like our shards."""
 
-import io
 import json
 import shutil
-import tarfile
-from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from karat_scale.cli import main
 from karat_scale.data.formats.shard_format import read_dataset_record
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import DataError
 from tests.conftest import SMALL, events, karat_here, run_script
-
-Members = Iterable[tuple[str, bytes]]
-
-
-def image(number: int, kind: str = "JPEG") -> bytes:
-    data = io.BytesIO()
-    Image.fromarray(np.random.default_rng(number).integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(data, kind)
-    return data.getvalue()
-
-
-def write_tar(path: Path, members: Members) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+from tests.data.tars import Members, image, write_tar
 
 
 def index(source: Path, *options: str) -> int:

@@ -30,6 +30,11 @@ def test_synthetic_data_and_folders_are_counted_too(tmp_path: Path) -> None:
     assert count_samples(folder) == (3, "of the recipe's data")
 
 
+def test_a_stream_says_how_many_images_count() -> None:
+    stream = ["data.path=elsewhere", "data.order=stream", "data.stream=pipe:cat a.tar", "data.stream_samples=48"]
+    assert count_samples(load_recipe("imagenet_vit_tiny", stream).data) == (48, "of the recipe's data")
+
+
 def test_data_that_is_elsewhere_counts_as_imagenet(tmp_path: Path) -> None:
     data = load_recipe("imagenet_vit_tiny", [f"data.path={tmp_path / 'elsewhere'}"]).data
     assert count_samples(data)[0] == IMAGENET

@@ -23,5 +23,5 @@ def open_backend(spec: ImageSpec) -> Backend:
             spec = replace(spec, data=data.changed(path=copy))
         if not is_url(spec.data.path):  # a store has its own time limit
             must_answer(Path(spec.data.path).expanduser(), data.timeout)
-    backend: Backend = load(data.row.place)(spec)
+    backend: Backend = load(data.row.streams if data.is_stream else data.row.place)(spec)
     return backend

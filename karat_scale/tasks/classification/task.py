@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from karat_scale.data.digest import BITS, batch_digest, with_digest
 from karat_scale.data.formats.checks import unused_classes
 from karat_scale.data.plan import BatchSlice, TrainPlan, micro_batch_of
 from karat_scale.data.staged import staged_copy
+from karat_scale.data.streams.progress import StreamProgress, StreamState
+from karat_scale.data.streams.shards import StreamShards
 from karat_scale.engine.deepspeed_internals import whole_parameters
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import Engine
@@ -69,6 +72,8 @@ class TrainState(RunState):
     """The digest of the weights of `distill.from`."""
     image_size: int = 0
     """Of the model in the checkpoint, in a run with `schedule.image_sizes`."""
+    stream: StreamState | None = None
+    """Where the lanes stand, in a run with `data.order: stream`."""
 
 
 class ClassificationTask(Task):
@@ -94,6 +99,8 @@ class ClassificationTask(Task):
         self.objective = SoftTargetCrossEntropy()
         self.efficiency = Efficiency(recipe, world.size, device_peak(world.device, recipe.train))
         self._digest = self._bad = 0
+        self.stream_differs = ""
+        """Why a resumed run does not go on with the next samples of its stream; mostly empty."""
         self._distillation: Distillation | None = None
         self._to_look_at: Tensor | None = None
 
@@ -111,6 +118,13 @@ class ClassificationTask(Task):
             f"train.recompute.policy (now {train.recompute.policy}), or partition more by deepspeed.config (now "
             f"{recipe.deepspeed.config})"
         )
+
+    @cached_property
+    def _stream(self) -> StreamProgress | None:
+        data, world = self.recipe.data, self.world
+        if not data.is_stream:
+            return None
+        return StreamProgress(world.rank, world.size, data.lanes, len(StreamShards(data, self.recipe.run.seed)))
 
     def plan(self) -> TrainPlan:
         """Return the order of the data on this rank."""
@@ -172,6 +186,8 @@ class ClassificationTask(Task):
 
     def train_batches(self, slices: Iterable[BatchSlice], waiting: Waiting) -> DeviceFeed[Batch]:
         """Return this rank's micro batches on its device."""
+        if self._stream is not None:
+            slices = self._stream.from_here(slices)
         return DeviceFeed(map(with_digest, self.backend.train_batches(slices)), self.world.device, waiting)
 
     def losses(self, forward: Callable[..., Tensor], batch: Batch) -> dict[str, Tensor]:
@@ -179,6 +195,8 @@ class ClassificationTask(Task):
         self._bad += len(batch.bad)
         self._digest = (self._digest + batch_digest(batch)) % 2**BITS
         self._tell_of(batch.bad)
+        if self._stream is not None:
+            self._stream.note(batch)
         images, targets = self.as_trained(batch)
         output = forward(images)
         if self._distillation is not None:
@@ -218,21 +236,26 @@ class ClassificationTask(Task):
             self.reporter.bad_sample(sample)
 
     @property
-    def counts(self) -> tuple[int, ...]:
-        """The digest of the data and the number of unreadable samples."""
-        return self._digest, self._bad
+    def counts(self) -> tuple[Any, ...]:
+        """The digest of the data, the number of unreadable samples, and the places in a stream."""
+        return self._digest, self._bad, dict(self._stream.places) if self._stream else None
 
     @counts.setter
-    def counts(self, counts: tuple[int, ...]) -> None:
-        self._digest, self._bad = counts
+    def counts(self, counts: tuple[Any, ...]) -> None:
+        self._digest, self._bad, places = counts
+        if self._stream is not None:
+            self._stream.places = places
 
     def fold(self, state: TrainState) -> None:
-        """Add the digest of the data and the number of unreadable samples."""
+        """Add the digest of the data and the number of unreadable samples, and note where a stream stands."""
         counts = torch.tensor([self._digest, self._bad], dtype=torch.float64)
         self._digest = self._bad = 0
         digest, bad = self.world.sum(counts).tolist()
         state.data_digest = (state.data_digest + int(digest)) % 2**BITS
         state.bad_samples += int(bad)
+        if self._stream is not None:
+            places = self.world.gather(self._stream.mine())
+            state.stream = self._stream.state(place for rank in places for place in rank)
 
     def figures(self, state: TrainState, images_per_second: float | None) -> dict[str, Any]:
         """Return how well the device is used, and what the data are so far."""
@@ -252,8 +275,16 @@ class ClassificationTask(Task):
         return self.recipe.model.image_size if self.recipe.schedule.image_sizes else 0
 
     def check_resumed(self, state: TrainState) -> None:
-        """Check that the teacher is the one that the checkpoint's run learned from. Raises RunDirectoryError."""
+        """Go on in the stream, if there is one, and check that the teacher is the one of the checkpoint's run.
+
+        Raises:
+            RunDirectoryError: it is another.
+        """
         state.image_size = self._growing_size
+        if self._stream is not None:
+            self.stream_differs = self._stream.resume(state.stream)
+            if self.stream_differs:
+                self.reporter.info(self.stream_differs)
         if state.distilled_from != self._teachers_digest():
             raise RunDirectoryError(
                 f"the run's checkpoint learned from another teacher than {DISTILL_FILE} holds; put that "

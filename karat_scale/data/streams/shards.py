@@ -1,0 +1,94 @@
+"""The shards of a stream: their names, and the endless list in which all cycles follow each other."""
+
+import os
+import re
+from functools import lru_cache
+from urllib.parse import urlparse
+
+from webdataset.gopen import gopen_schemes
+from webdataset.shardlists import expand_urls
+
+from karat_scale.console import plural
+from karat_scale.data.order import epoch_order
+from karat_scale.errors import DataError
+from karat_scale.recipe import DataConfig
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+class StreamShards:
+    """The shards that `data.stream` spells.
+
+    In each cycle, all of them are in an order that is drawn from (seed, cycle). The cycles follow each other in an
+    endless list, whose entries are counted from 0. Lane l of L lanes reads the entries l, l + L, l + 2 L, ...
+
+    Attributes:
+        urls: what the library opens.
+        names: the same for messages, without the values of `${NAME}`, which may be secret.
+
+    Raises:
+        DataError: the library cannot read `data.stream`.
+    """
+
+    def __init__(self, data: DataConfig, seed: int) -> None:
+        self._seed = seed
+        self.urls = _expanded(data.stream)
+        self.names = [_without_values(url, data.stream) for url in self.urls]
+        for url, name in zip(self.urls, self.names, strict=True):
+            _check_can_be_opened(url, name)
+        self._order = lru_cache(maxsize=2)(self._order_of)
+
+    def __len__(self) -> int:
+        return len(self.urls)
+
+    def at(self, entry: int) -> int:
+        """Return the number of the shard at an entry of the endless list."""
+        cycle, place = divmod(entry, len(self))
+        return self._order(cycle)[place]
+
+    def _order_of(self, cycle: int) -> list[int]:
+        order: list[int] = epoch_order(self._seed, cycle, len(self)).tolist()
+        return order
+
+    def check_lanes(self, ranks: int, per_rank: int) -> None:
+        """Refuse fewer shards than lanes, since two lanes would read the same. Raises DataError."""
+        lanes = ranks * per_rank
+        if len(self) < lanes:
+            raise DataError(
+                f"data.stream has {plural(len(self), 'tar')}, fewer than {lanes} = {plural(ranks, 'rank')} x "
+                f"{plural(per_rank, 'data worker')}, which read one each; name at least {lanes} (a pipe: may be named "
+                "more than once), or lower data.workers"
+            )
+
+
+def _expanded(text: str) -> list[str]:
+    try:
+        urls: list[str] = expand_urls(text)
+    except AssertionError:
+        name = next(name for name in _VARIABLE.findall(text) if f"WDS_{name}" not in os.environ)
+        raise DataError(
+            f"data.stream: ${{{name}}} is the variable WDS_{name} of the environment, which is not set; set it, or "
+            f"write ${name} for a variable of the command's shell"
+        ) from None
+    except ValueError:
+        raise DataError(r"data.stream has a { without its }, or one too many; write \{ for the character") from None
+    if not all(urls):
+        raise DataError("data.stream has an empty name between two ::")
+    return urls
+
+
+def _without_values(url: str, text: str) -> str:
+    for name in _VARIABLE.findall(text):
+        if value := os.environ[f"WDS_{name}"]:
+            url = url.replace(value, f"${{{name}}}")
+    return url
+
+
+def _check_can_be_opened(url: str, name: str) -> None:
+    scheme = urlparse(url).scheme
+    if url == "-":
+        raise DataError("data.stream: - is the standard input, which data workers cannot share; use a pipe: or a file")
+    if scheme not in ("", "file", *gopen_schemes):
+        raise DataError(
+            f"data.stream: {name}: the webdataset library opens no {scheme}:; use pipe: and the command that prints it"
+        )

@@ -1,0 +1,136 @@
+"""A shard is read whole, or it is an error in one line that names it."""
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from karat_scale.data.streams.tar import DOUBLED, read_tar
+from karat_scale.errors import DataError
+from tests.data.backends.helpers import wait_until
+from tests.data.tars import image, sample, write_tar
+
+MEMBERS = [member for number in range(4) for member in sample(number, number % 3)]
+
+
+@pytest.fixture
+def tar(tmp_path: Path) -> Path:
+    write_tar(tmp_path / "a.tar", MEMBERS)
+    return tmp_path / "a.tar"
+
+
+def read(url: object) -> list[dict[str, object]]:
+    return list(read_tar(str(url), str(url)))
+
+
+def refused(url: object) -> str:
+    with pytest.raises(DataError) as caught:
+        read(url)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.startswith(f"data.stream: {url} ")
+    return text.removeprefix(f"data.stream: {url} ")
+
+
+@pytest.mark.parametrize("spelled", ["{}", "file://{}", "pipe:cat {}", "pipe:gzip -c {} | zcat"])
+def test_the_library_opens_files_and_commands(tar: Path, spelled: str) -> None:
+    found = read(spelled.format(tar))
+    assert [one["__key__"] for one in found] == ["s0", "s1", "s2", "s3"]
+    assert [one["jpg"] for one in found] == [image(number) for number in range(4)]
+    assert [one["cls"] for one in found] == [b"0", b"1", b"2", b"0"]
+
+
+def member_start(tar: Path, name: str) -> int:
+    return tar.read_bytes().index(name.encode().ljust(100, b"\0"))
+
+
+def cut(tar: Path, at: int) -> None:
+    tar.write_bytes(tar.read_bytes()[:at])
+
+
+def damage(tar: Path, at: int) -> None:
+    content = bytearray(tar.read_bytes())
+    content[at] ^= 0xFF
+    tar.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tar: cut(tar, 0), "is empty"),
+        (lambda tar: cut(tar, 700), "is damaged or ends early (unexpected end of data); "),
+        (
+            lambda tar: cut(tar, member_start(tar, "s2.jpg") + 900),
+            "ends early (unexpected end of data) after 1 sample; ",
+        ),
+        (lambda tar: cut(tar, member_start(tar, "s2.jpg")), "ends early after 2 samples"),
+        (lambda tar: cut(tar, member_start(tar, "s2.cls") + 100), "ends early after 3 samples"),
+        (lambda tar: damage(tar, 150), "is damaged or ends early"),
+        (lambda tar: tar.write_bytes(2 * tar.read_bytes()), "another tar that follows it, after 4 samples"),
+        (lambda tar: tar.write_bytes(gzip.compress(tar.read_bytes())), "is compressed, and tars are read as they are"),
+        (lambda tar: tar.write_bytes(b"<html>no such file</html>" * 99), "is damaged or ends early"),
+        (lambda tar: tar.unlink(), "cannot be opened (No such file or directory)"),
+    ],
+    ids=["empty", "first", "inside", "between", "header", "damaged", "joined", "compressed", "page", "missing"],
+)
+def test_what_is_not_a_whole_tar_is_an_error(tar: Path, change: Callable[[Path], object], said: str) -> None:
+    change(tar)
+    assert said in refused(tar)
+
+
+def test_a_damaged_header_in_the_middle_is_an_error(tmp_path: Path) -> None:
+    """tarfile takes it for the end."""
+    tar = tmp_path / "long.tar"
+    write_tar(tar, [member for number in range(40) for member in sample(number)])
+    damage(tar, member_start(tar, "s20.jpg") + 150)
+    assert refused(tar).startswith("has a damaged header, or another tar that follows it, after ")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("exit 3", "ended with exit code 3; "),
+        ("true", "is empty"),
+        ("cat {}; exit 7", "ended with exit code 7"),
+        ("head -c 3000 {}; exit 7", "ended with exit code 7"),
+        ("head -c 3000 {}", "ends early after 1 sample; "),
+        ("cat {}; kill -9 $$", "was ended by signal 9"),
+        ("no-such-program {}", "ended with exit code 127"),
+    ],
+)
+def test_a_command_that_fails_is_an_error_with_its_exit_code(tar: Path, command: str, said: str) -> None:
+    assert said in refused(f"pipe:{command.format(tar)}")
+
+
+def test_a_value_of_a_variable_is_in_no_message(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        list(read_tar("pipe:echo s3cret; exit 2", "pipe:echo ${WORD}; exit 2"))
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_command_that_is_not_read_to_its_end_is_ended_with_its_children(
+    tar: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    samples = read_tar(
+        f"pipe:echo $$ > {tmp_path}/shell; cat {tar}; sleep 1234 & echo $! > {tmp_path}/child; wait", "a"
+    )
+    next(samples)
+    wait_until((tmp_path / "child").is_file)
+    samples.close()
+    for name in ("shell", "child"):
+        pid = int((tmp_path / name).read_text())
+        wait_until(lambda pid=pid: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_suffix_that_occurs_twice_is_told_of(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [*sample(0), *sample(1), *sample(1), *sample(2)])
+    found = read(tmp_path / "a.tar")
+    assert [(one["__key__"], DOUBLED in one) for one in found] == [("s0", False), ("s1", True), ("s2", False)]
+
+
+def test_what_is_no_sample_is_passed_over(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("README", b"x"), (".hidden", b"x"), ("__meta__/x.jpg", b"x"), *sample(1)])
+    assert [one["__key__"] for one in read(tmp_path / "a.tar")] == ["s1"]

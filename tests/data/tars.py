@@ -1,0 +1,43 @@
+"""Tars of small images, as others write them."""
+
+import io
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+Members = Iterable[tuple[str, bytes]]
+
+
+def image(number: int, kind: str = "JPEG") -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(data, kind)
+    return data.getvalue()
+
+
+def write_tar(path: Path, members: Members) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def sample(number: int, label: object = 0) -> list[tuple[str, bytes]]:
+    """The members of a sample with its class in .cls."""
+    return [(f"s{number}.jpg", image(number)), (f"s{number}.cls", str(label).encode())]
+
+
+def write_stream(directory: Path, sizes: Iterable[int], classes: int = 3) -> Path:
+    """Tars 0.tar, 1.tar, ... of so many samples; returns their directory."""
+    number = 0
+    for shard, size in enumerate(sizes):
+        members: list[tuple[str, bytes]] = []
+        for _ in range(size):
+            members += sample(number, number % classes)
+            number += 1
+        write_tar(directory / f"{shard}.tar", members)
+    return directory
