@@ -16,7 +16,7 @@ from karat_scale.models import create_model
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.reporting.progress import PlainDisplay, Reporter
-from karat_scale.run.loop import Parts
+from karat_scale.run.parts import Parts
 from karat_scale.run.run import build_parts
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StopSignals

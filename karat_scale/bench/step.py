@@ -33,7 +33,8 @@ from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
 from karat_scale.reporting.progress import Reporter, SilentDisplay
-from karat_scale.run.loop import Loop, Parts
+from karat_scale.run.loop import Loop
+from karat_scale.run.parts import Parts
 from karat_scale.run.run import build_parts
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StopSignals

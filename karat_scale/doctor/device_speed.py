@@ -21,7 +21,7 @@ from karat_scale.engine.distributed import World
 from karat_scale.engine.precision import PRECISIONS
 from karat_scale.models import parameter_count
 from karat_scale.recipe import Recipe
-from karat_scale.run.loop import Parts
+from karat_scale.run.parts import Parts
 
 FEWEST = 2
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from karat_scale.data.batch import Batch
 from karat_scale.doctor.device_speed import slowest
 from karat_scale.engine.devices import wait_for
-from karat_scale.run.loop import Loop, Parts
+from karat_scale.run.loop import Loop
+from karat_scale.run.parts import Parts
 from karat_scale.tasks.classification.task import TrainState
 
 MANY_STEPS = 1_000_000_000

@@ -21,7 +21,7 @@ from karat_scale.doctor.verdict import Setting, Stage
 from karat_scale.machine import cpu_has_bf16
 from karat_scale.recipe import Recipe
 from karat_scale.reporting.progress import PlainDisplay, Reporter
-from karat_scale.run.loop import Parts
+from karat_scale.run.parts import Parts
 from karat_scale.run.run import build_parts
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StopSignals

@@ -11,50 +11,21 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 
-from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.data.device_feed import DeviceFeed
-from karat_scale.data.plan import TrainPlan
-from karat_scale.engine.distributed import World
-from karat_scale.engine.ema import Ema
-from karat_scale.engine.engine import Engine
 from karat_scale.engine.run_state import RunState
-from karat_scale.errors import DivergedError
-from karat_scale.recipe import RunRecipe
 from karat_scale.reporting.interval import Interval, peak_memory_mb, resident_memory_mb
 from karat_scale.reporting.own_time import OwnTime
-from karat_scale.reporting.profiler import StepProfiler
-from karat_scale.reporting.progress import Reporter
 from karat_scale.run.agreement import Agreement, SavePoints
-from karat_scale.run.incidents import Incidents, Spikes
-from karat_scale.run.signals import StoppedError, StopSignals
-from karat_scale.run.task import AfterStep, OnBatch, Schedule, Scores, Task, Waiting
+from karat_scale.run.parts import Parts
+from karat_scale.run.signals import StoppedError
+from karat_scale.run.step_health import StepHealth
+from karat_scale.run.task import OnBatch, Scores, Waiting
 from karat_scale.run.unfinished import UnfinishedStep, can_give_up
-
-
-@dataclass
-class Parts:
-    """What one rank's loop is made of. `build_parts` in `run.py` builds it."""
-
-    recipe: RunRecipe
-    world: World
-    task: Task
-    plan: TrainPlan
-    total_steps: int
-    engine: Engine
-    ema: Ema | None
-    schedule: Schedule
-    checkpoints: Checkpoints[Any]
-    after_step: list[AfterStep]
-    profiler: StepProfiler
-    reporter: Reporter
-    signals: StopSignals
-    incidents: Incidents
 
 
 def evaluate_in_training(parts: Parts, on_batch: OnBatch) -> tuple[Scores, dict[str, Any]]:
@@ -83,12 +54,10 @@ class Loop:
         self._own_time = OwnTime(parts.world.device)
         self._save_points = SavePoints(parts.world, parts.signals, checkpoint.every_steps, checkpoint.every_minutes)
         self._evaluating = Agreement(parts.world)
-        self._grad_norm: float | None = None
         self._compiles = bool(parts.recipe.train.compile)
         if state.step > 0:  # so that a checkpoint of this very step has the rate that an undisturbed run has there
             parts.engine.set_lr(parts.schedule.lr(state.step - 1))
-        deviations = parts.recipe.train.detect_spikes
-        self._spikes = Spikes(deviations) if deviations is not None else None
+        self._health = StepHealth(parts, state, self._interval)
         self._can_give_up = can_give_up(parts.engine.module, parts.world, parts.plan.accumulation)
 
     def run(self, stop_step: int | None = None) -> bool:
@@ -175,56 +144,13 @@ class Loop:
         parts.reporter.beat("compiling" if self._compiles else "optimizer")
         norm = parts.engine.step()
         self._interval.add_losses({name: loss.detach() / accumulation for name, loss in losses.items()})
-        if self._spikes is not None:
+        if self._health.watches_losses:
             self._interval.add_to_step(losses["loss"].detach() / accumulation)
         return norm
 
-    def _read_norms(self) -> None:
-        """Look which steps were skipped since the last look; the same on all ranks.
-
-        Raises:
-            DivergedError: the recipe says to stop at such a step, or as many in a row were skipped as it allows.
-        """
-        norms = self._interval.take_norms()
-        for step, norm in enumerate(norms, start=self.state.step - len(norms) + 1):
-            self._grad_norm = norm
-            self.state.skipped_in_row = 0 if math.isfinite(norm) else self.state.skipped_in_row + 1
-            if self.state.skipped_in_row:
-                self._note_skipped(step, norm)
-        if self._spikes is not None:
-            self._note_spikes(self._spikes)
-
-    def _note_spikes(self, spikes: Spikes) -> None:
-        """Collective: a step's loss is the mean over the ranks."""
-        parts, losses = self.parts, self._interval.take_step_losses()
-        if not len(losses):
-            return
-        first = self.state.step - len(losses) + 1
-        for place, loss, limit in spikes.find((parts.world.sum(losses) / parts.world.size).tolist()):
-            if parts.world.is_main:
-                advice = parts.incidents.note(first + place, "spike", loss=loss, limit=limit)
-                parts.reporter.spike(first + place, loss, limit, advice)
-
-    def _note_skipped(self, step: int, norm: float) -> None:
-        state, train = self.state, self.parts.recipe.train
-        stop = train.on_nonfinite == "stop"
-        what, advice = f"step {step} has a loss or gradients that are not finite", ""
-        if self.parts.world.is_main and train.precision != "fp16":  # where the loss scale overflows now and then
-            advice = f"; {self.parts.incidents.note(step, 'not finite', grad_norm=norm)}"
-        if not stop and state.skipped_in_row < train.max_skipped_steps:
-            if self.parts.world.is_main:
-                self.parts.reporter.warn(f"{what}; skipped{advice}")
-            return
-        self.parts.checkpoints.saver.finish()
-        rule = "train.on_nonfinite = stop" if stop else f"the last of train.max_skipped_steps = {state.skipped_in_row}"
-        last = self.parts.checkpoints.store.pointed("latest") or "none"
-        raise DivergedError(
-            f"{what}, {rule}; the last checkpoint is {last}; lower optim.lr or look into the data{advice}"
-        )
-
     def _report(self, lr: float) -> None:
         parts, state, world = self.parts, self.state, self.parts.world
-        self._read_norms()
+        self._health.look()
         losses, steps = self._interval.take_losses()
         sums = world.sum(torch.stack(list(losses.values()))) / (steps * world.size)
         parts.reporter.pace(self._own_time.take() / steps)
@@ -237,7 +163,7 @@ class Loop:
             "total_steps": self.total_steps,
             **dict(zip(losses, sums.tolist(), strict=True)),
             "lr": lr,
-            "grad_norm": self._grad_norm,
+            "grad_norm": self._health.grad_norm,
             **({"loss_scale": scale} if (scale := parts.engine.loss_scale) is not None else {}),
             "images_per_second": rate,
             **more,
@@ -265,7 +191,7 @@ class Loop:
         due = state.step > 0 and (state.step % every == 0 or state.step == self.total_steps)
         if not due or state.evaluated_step == state.step:
             return
-        self._read_norms()
+        self._health.look()
         self._evaluating = Agreement(parts.world)
         with self._interval.paused():
             scores, more = evaluate_in_training(parts, self._during_evaluation)
@@ -292,7 +218,7 @@ class Loop:
         """What the ranks agree to do after a step."""
         step, saver = self.state.step, self.parts.checkpoints.saver
         if self._save_points.is_agreement_due(step):
-            self._read_norms()
+            self._health.look()
         decision = self._save_points.decide(step, saver.is_busy)
         if decision.is_idle and saver.is_under_way:
             saver.advance()
@@ -304,7 +230,7 @@ class Loop:
     def _save(self, wait: bool = False) -> bool:
         """Save this state unless that is done; whether it is, or without `wait` will be unless a rank fails."""
         self.parts.reporter.beat("saving")
-        self._read_norms()
+        self._health.look()
         with self._interval.paused():
             if not self.parts.checkpoints.saver.holds(self.state):
                 self._fold_interval()

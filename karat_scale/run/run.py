@@ -31,8 +31,9 @@ from karat_scale.reporting.profiler import StepProfiler
 from karat_scale.reporting.progress import Reporter, choose_display
 from karat_scale.run.incidents import Incidents
 from karat_scale.run.initial_weights import initialise
-from karat_scale.run.loop import Loop, Parts
+from karat_scale.run.loop import Loop
 from karat_scale.run.outcome import Outcome, concluded
+from karat_scale.run.parts import Parts
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StopSignals
 from karat_scale.run.task import Task

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from karat_scale.data.batch import Batch
-from karat_scale.run.loop import Loop, Parts
+from karat_scale.run.loop import Loop
+from karat_scale.run.parts import Parts
 from karat_scale.tasks.classification.task import TrainState
 
 # "offset": the loss is infinite and its gradients are as finite as ever.

@@ -9,7 +9,8 @@ import pytest
 
 from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.engine.distributed import World
-from karat_scale.run.loop import Loop, Parts
+from karat_scale.run.loop import Loop
+from karat_scale.run.parts import Parts
 from karat_scale.run.signals import StoppedError
 from karat_scale.tasks.classification.task import TrainState
 from tests.small_engines import equal, make_parts

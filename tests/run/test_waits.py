@@ -15,7 +15,8 @@ from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import lerp_by_foreach, lerp_where
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
-from karat_scale.run.loop import Loop, Parts
+from karat_scale.run.loop import Loop
+from karat_scale.run.parts import Parts
 from karat_scale.tasks.classification.evaluate import evaluate
 from karat_scale.tasks.classification.task import TrainState
 from tests.engine.counting import Counting, as_on_a_gpu
@@ -105,7 +106,7 @@ def test_what_the_loop_does_with_a_batch_stays_on_the_device(small_recipe: Calla
     assert kinds == {"mixup", "cutmix"}
     assert len(loop._interval._norms) == 8
     with pytest.raises((NotImplementedError, RuntimeError)):  # so nothing has been read before
-        loop._read_norms()
+        loop._health.look()
 
 
 def test_an_evaluation_stays_on_the_device_until_its_end(

@@ -14,7 +14,8 @@ from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.distributed import World
 from karat_scale.errors import DivergedError, RunDirectoryError
 from karat_scale.recipe import Recipe
-from karat_scale.run.loop import Loop, Parts
+from karat_scale.run.loop import Loop
+from karat_scale.run.parts import Parts
 from karat_scale.tasks.detection.backbone import build_vit
 from karat_scale.tasks.detection.mask_rcnn import build_detector
 from karat_scale.tasks.detection.recipe import DetectionRecipe
