@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.checkpoint.store import MANIFEST, STATE, CheckpointStore, checkpoint_name
+from karat_scale.checkpoint.manifest import MANIFEST, STATE
+from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
 from karat_scale.files import Fingerprint
 from tests.conftest import ROOT
 from tests.run.harm import HARMS, POINTERS, point
