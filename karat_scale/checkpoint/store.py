@@ -14,8 +14,8 @@ import fcntl
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,6 +54,8 @@ class CheckpointStore:
         self.root = root
         self._falsehood = falsehood
         self._held: list[BinaryIO] = []
+        self.on_change: Callable[[], object] = lambda: None
+        """Is called, by any thread, when a checkpoint is complete or pinned."""
 
     def begin(self, step: int) -> Path:
         """An empty directory to write the files of a new checkpoint into."""
@@ -81,15 +83,33 @@ class CheckpointStore:
         write_atomically(unfinished / STATE, json.dumps(state, indent=2) + "\n")
         own = {STATE: Fingerprint((unfinished / STATE).stat().st_size, file_sha256(unfinished / STATE))}
         write_atomically(unfinished / MANIFEST, manifest_text({**files, **own}))
+        name = self._give_name(unfinished)
+        if is_best:  # before `latest`: a run resumed from `latest` does not evaluate it again, so `best` would be lost
+            self.point("best", name)
+        self.point("latest", name)
+        self.on_change()
+        return name
+
+    def adopt(self, unfinished: Path, manifest: str) -> str | None:
+        """Give a copy of a checkpoint, whose files are as its manifest says, the manifest and its name.
+
+        Returns:
+            What its files say that cannot be true; it is removed then. Raises OSError as `commit`.
+        """
+        if self._falsehood is not None and (damage := self._falsehood(unfinished)) is not None:
+            shutil.rmtree(unfinished)
+            return damage
+        write_atomically(unfinished / MANIFEST, manifest)
+        self._give_name(unfinished)
+        return None
+
+    def _give_name(self, unfinished: Path) -> str:
         name = unfinished.name.removeprefix(_UNFINISHED)
         final, replaced = self.root / name, self.root / f"{_REPLACED}{name}"
         if final.exists():  # the same step again, say after a damaged save: the new one takes its place
             final.rename(replaced)
         unfinished.rename(final)
         flush_to_disk(self.root)
-        if is_best:  # before `latest`: a run resumed from `latest` does not evaluate it again, so `best` would be lost
-            self.point("best", name)
-        self.point("latest", name)
         shutil.rmtree(replaced, ignore_errors=True)
         return name
 
@@ -183,19 +203,35 @@ class CheckpointStore:
                 return name if name in self.names() else None
         return None
 
+    @contextmanager
+    def holding(self, name: str) -> Iterator[bool]:
+        """Keep `retain` from removing a checkpoint inside the block; whether it is there."""
+        with ExitStack() as stack:
+            handle = self._locked(name)
+            if handle is not None:
+                stack.enter_context(handle)
+            yield handle is not None and (self.root / name / MANIFEST).exists()
+
     def _hold(self, name: str) -> bool:
         """Keep `retain` of another process from removing a checkpoint; whether it is still there."""
+        handle = self._locked(name)
+        if handle is None:
+            return False
+        self._held.append(handle)
+        return (self.root / name / MANIFEST).exists()
+
+    def _locked(self, name: str) -> BinaryIO | None:
         try:
             handle = (self.root / name / MANIFEST).open("rb")
         except OSError:
-            return False
+            return None
         _lock(handle, fcntl.LOCK_SH)
-        self._held.append(handle)
-        return (self.root / name / MANIFEST).exists()
+        return handle
 
     def pin(self, name: str) -> None:
         """Keep a checkpoint until it is removed by hand. Raises OSError if the disk does not take that."""
         write_atomically(self.root / PINNED, "".join(f"{one}\n" for one in sorted({*self.pinned(), name})))
+        self.on_change()
 
     def pinned(self) -> list[str]:
         """The names of the checkpoints that are kept for a reason of their own, and are there."""

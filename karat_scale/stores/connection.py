@@ -4,7 +4,9 @@ import functools
 import importlib
 import os
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
@@ -14,7 +16,20 @@ from karat_scale.stores.sinks import OneTry
 from karat_scale.stores.urls import PROTOCOLS
 from karat_scale.tables import how_to_install, load
 
+_POLL_SECONDS = 0.5
 T = TypeVar("T")
+
+
+class _Progress:
+    """Hears how many bytes of a file were taken; remembers when the last of them were."""
+
+    def __init__(self, on_bytes: Callable[[int], None]) -> None:
+        self._on_bytes, self._taken, self.at = on_bytes, 0, time.monotonic()
+
+    def __call__(self, size: int, value: int, **_: Any) -> None:
+        if value > self._taken:
+            self._on_bytes(value - self._taken)
+            self._taken, self.at = value, time.monotonic()
 
 
 class Connection:
@@ -61,6 +76,22 @@ class Connection:
         options = {} if getattr(self._system(), "async_impl", False) else {"cache_type": "none"}
         data: bytes = self.call("cat_file", seconds, self.path(name), start=start, end=stop, **options)
         return data
+
+    def put_file(self, file: Path, name: str, part: int, on_bytes: Callable[[int], None], seconds: float) -> None:
+        """Write a local file in parts of `part` bytes. Raises TimeoutError if for so many seconds none is taken."""
+        import asyncio
+        import concurrent.futures
+
+        from fsspec.callbacks import Callback
+
+        progress, system = _Progress(on_bytes), self._system()
+        put = system._put_file(str(file), self.path(name), callback=Callback(hooks={"": progress}), chunksize=part)
+        task = asyncio.run_coroutine_threadsafe(put, system.loop)
+        while not concurrent.futures.wait([task], _POLL_SECONDS).done:
+            if time.monotonic() - progress.at > seconds:
+                task.cancel()
+                raise TimeoutError
+        task.result()
 
     def _system(self) -> Any:
         """Return this process's file system. Connections of a parent process cannot be used after a fork."""

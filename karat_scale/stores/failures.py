@@ -12,7 +12,11 @@ _FINAL = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "D
 
 
 class StoreError(DataError):
-    """A file at a URL cannot be read; the message names it."""
+    """A file at a URL cannot be read or written; the message names it."""
+
+
+class MissingFileError(StoreError):
+    """There is no such file."""
 
 
 class ChangedFileError(StoreError):
@@ -23,6 +27,15 @@ class FinalError(Exception):
     """The reason of an error that another try would not change."""
 
 
+_MISSING = "it is missing"
+
+
+def final_error(where: str, reason: str) -> StoreError:
+    """Return the error of a file that another try would not help."""
+    kind = MissingFileError if reason.startswith(_MISSING) else StoreError
+    return kind(f"{where}: {reason}")
+
+
 def judged(error: BaseException) -> tuple[str, bool]:
     """Return what an error means, and whether it is final."""
     causes = list(_causes(error))
@@ -30,13 +43,13 @@ def judged(error: BaseException) -> tuple[str, bool]:
         if isinstance(cause, FinalError):
             return str(cause), True
         if (status := _status(cause)) is not None:
-            what = {403: "access is refused", 401: "access is refused", 404: "it is missing"}.get(status, "it failed")
+            what = {403: "access is refused", 401: "access is refused", 404: _MISSING}.get(status, "it failed")
             hint = "; check the credentials that the store's library finds" if status in (401, 403) else ""
             return f"{what} (HTTP {status}){hint}", status < 500 and status not in _PASSING
         if type(cause).__name__ in _FINAL or isinstance(cause, ssl.SSLCertVerificationError):
             return f"{type(cause).__name__}; check the credentials, the endpoint and the certificates", True
     if isinstance(error, FileNotFoundError):
-        return "it is missing", True
+        return _MISSING, True
     if isinstance(error, PermissionError):
         return "access is refused; check the credentials that the store's library finds", True
     if any(isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__ for cause in causes):

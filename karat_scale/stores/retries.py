@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from karat_scale.errors import DataError
-from karat_scale.stores.failures import StoreError, judged
+from karat_scale.stores.failures import StoreError, final_error, judged
 
 DEFAULT_TIMEOUT = 300.0
-# The share of data.timeout after which a store has failed, so that its error comes before that of a waiting loader.
+# The share of the timeout after which a store has failed, so that its error comes before that of a waiting loader.
 _PATIENCE = 0.8
 # The share of that time that one try may take.
 _TRY = 1 / 3
@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 
 class Retries:
-    """How long to try. `timeout` is data.timeout: most of it is for a request and all its tries."""
+    """How long to try: for most of `timeout` seconds, a request with all its tries. `setting` is the recipe's key."""
 
-    def __init__(self, timeout: float) -> None:
-        self._timeout, self._patience = timeout, _PATIENCE * timeout
+    def __init__(self, timeout: float, setting: str) -> None:
+        self._setting, self._timeout, self._patience = setting, timeout, _PATIENCE * timeout
 
     def deadline(self) -> float:
         """Return the time, of time.monotonic, at which a request that begins now is given up."""
@@ -49,13 +49,13 @@ class Retries:
                 tries += 1
                 reason, is_final = judged(error)
             if is_final:
-                raise StoreError(f"{where}: {reason}")
+                raise final_error(where, reason)
             pause = min(2 * pause, _LONGEST_PAUSE)
             wait = pause * (0.5 + jitter.random())
             if time.monotonic() + wait >= deadline:
                 spent = time.monotonic() - begun
                 raise StoreError(
                     f"{where}: {reason}, {tries} times in {spent:.0f} s; check the store, or raise "
-                    f"data.timeout (now {self._timeout:g} s) if it is only slow"
+                    f"{self._setting} (now {self._timeout:g} s) if it is only slow"
                 )
             time.sleep(wait)

@@ -19,18 +19,18 @@ _PIECE = 16 << 20
 class Store:
     """The files below a URL. It may be used by any process and thread; each process has its own connections.
 
-    timeout: data.timeout. A file that cannot be read for most of that time is given up.
+    timeout: a file that cannot be read for most of these seconds is given up. `setting` is the recipe's key for it.
 
     Raises:
         StoreError: the URL cannot be used, or a file cannot be read.
     """
 
-    def __init__(self, url: str, timeout: float = DEFAULT_TIMEOUT) -> None:
+    def __init__(self, url: str, timeout: float = DEFAULT_TIMEOUT, setting: str = "data.timeout") -> None:
         try:
             self.url = check_url(url)
         except ValueError as error:
             raise StoreError(str(error)) from None
-        self._connection, self._retries = Connection(self.url), Retries(timeout)
+        self._connection, self._retries = Connection(self.url), Retries(timeout, setting)
 
     def where(self, name: str) -> str:
         """Return the URL of a file."""

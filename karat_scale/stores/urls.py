@@ -5,6 +5,7 @@ from urllib.parse import urlsplit
 
 # What fsspec needs for each protocol.
 PROTOCOLS = {"s3": "s3fs", "gs": "gcsfs", "https": "aiohttp", "http": "aiohttp", "hf": "huggingface_hub"}
+_WRITABLE = ("s3", "gs")
 
 
 def is_url(text: object) -> bool:
@@ -31,3 +32,9 @@ def check_url(url: str) -> str:
     if not parts.netloc:
         raise ValueError(f"{shown} names no bucket or server")
     return url.rstrip("/")
+
+
+def check_writable(url: str) -> None:
+    """Raise ValueError if files at a URL cannot be written."""
+    if urlsplit(url).scheme not in _WRITABLE:
+        raise ValueError(f"{url} cannot be written; use {' or '.join(f'{name}://' for name in _WRITABLE)}")
