@@ -10,15 +10,15 @@ checkpoints/
   pinned                names of old checkpoints that are kept, one on a line
 """
 
-import fcntl
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from karat_scale.checkpoint.locks import alone, hold
 from karat_scale.checkpoint.manifest import MANIFEST, STATE, Progress, damage_of, manifest_text, read_manifest
 from karat_scale.console import printable
 from karat_scale.errors import RunDirectoryError
@@ -195,6 +195,13 @@ class CheckpointStore:
                 return name
         return name if name is not None and name in self.names() else None
 
+    def _hold(self, name: str) -> bool:
+        """Keep `retain` of another process from removing a checkpoint; whether it is still there."""
+        handle = hold(self.root / name)
+        if handle is not None:
+            self._held.append(handle)
+        return handle is not None
+
     def _best_by_state(self) -> str | None:
         """The best checkpoint by the newest one's state, for a run that was killed before `best` named it."""
         for newest in self.names()[:1]:
@@ -202,31 +209,6 @@ class CheckpointStore:
                 name = checkpoint_name(self.state(newest)["best_step"])
                 return name if name in self.names() else None
         return None
-
-    @contextmanager
-    def holding(self, name: str) -> Iterator[bool]:
-        """Keep `retain` from removing a checkpoint inside the block; whether it is there."""
-        with ExitStack() as stack:
-            handle = self._locked(name)
-            if handle is not None:
-                stack.enter_context(handle)
-            yield handle is not None and (self.root / name / MANIFEST).exists()
-
-    def _hold(self, name: str) -> bool:
-        """Keep `retain` of another process from removing a checkpoint; whether it is still there."""
-        handle = self._locked(name)
-        if handle is None:
-            return False
-        self._held.append(handle)
-        return (self.root / name / MANIFEST).exists()
-
-    def _locked(self, name: str) -> BinaryIO | None:
-        try:
-            handle = (self.root / name / MANIFEST).open("rb")
-        except OSError:
-            return None
-        _lock(handle, fcntl.LOCK_SH)
-        return handle
 
     def pin(self, name: str) -> None:
         """Keep a checkpoint until it is removed by hand. Raises OSError if the disk does not take that."""
@@ -269,10 +251,7 @@ class CheckpointStore:
             OSError: it cannot be removed.
         """
         path, doomed = self.root / name, self.root / f"{_UNFINISHED}removed-{name}"
-        with ExitStack() as stack:
-            with suppress(FileNotFoundError):  # a damaged one has no manifest
-                handle = stack.enter_context((path / MANIFEST).open("rb"))
-                _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with alone(path):
             path.rename(doomed)
         try:
             shutil.rmtree(doomed)
@@ -297,13 +276,3 @@ class CheckpointStore:
             except OSError as error:
                 problems.append(f"{path} is left over and cannot be removed: {error.strerror or error}; do it by hand")
         return problems
-
-
-def _lock(handle: BinaryIO, kind: int) -> None:
-    """Lock a file, where its file system has locks. Raises BlockingIOError if it is locked and `kind` does not wait."""
-    try:
-        fcntl.flock(handle, kind)
-    except BlockingIOError:
-        raise
-    except OSError:
-        pass

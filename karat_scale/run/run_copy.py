@@ -11,6 +11,7 @@ import time
 from collections import deque
 from contextlib import suppress
 
+from karat_scale.checkpoint.locks import holding
 from karat_scale.checkpoint.store import PINNED
 from karat_scale.engine.distributed import World
 from karat_scale.errors import EXIT_STOPPED, one_line
@@ -81,7 +82,8 @@ class RunCopy:
                 "what is missing"
             )
         self._keep_outcome()
-        self._directory.store.retain(self._keep_last)  # which left alone what was being copied
+        # Saves have left alone what was being copied.
+        self._notes.extend(f"warning: {problem}" for problem in self._directory.store.retain(self._keep_last))
 
     def _messages(self) -> list[str]:
         return [self._notes.popleft() for _ in range(len(self._notes))]
@@ -112,7 +114,7 @@ class RunCopy:
             self._url.upload_files(self._directory.path, self._count)
             remote.look()
             for name in store.names():
-                with store.holding(name) as is_there:
+                with holding(store.root / name) as is_there:
                     if is_there and (problem := self._upload(name)):
                         problems.append(problem)
             for pointer in ("best", "latest"):

@@ -71,8 +71,13 @@ def test_a_copy_is_the_checkpoint(
     assert other.damage(name) is None
     original = {path.name: path.read_bytes() for path in (store.root / name).iterdir()}
     assert {path.name: path.read_bytes() for path in (other.root / name).iterdir()} == original
+    newer = save(store, 1300)
+    upload(again, store, newer)
     again.retain(keep_last=1)
-    assert opened(url).names() == [name]
+    assert again.names() == [newer, name]  # which `latest` names
+    again.point("latest", [newer])
+    again.retain(keep_last=1)
+    assert opened(url).names() == [newer]
 
 
 @pytest.mark.parametrize("kind", ["s3", "gs"])

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,13 @@ import pytest
 
 from karat_scale.checkpoint.remote import RemoteCheckpoints
 from karat_scale.checkpoint.store import CheckpointStore
+from karat_scale.engine.distributed import World
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import Recipe
+from karat_scale.run.waiting import follow
 from karat_scale.stores import WritableStore
 from tests.conftest import events, karat, karat_here, summary
-from tests.proxy import Asked, FaultyProxy
+from tests.proxy import Asked, Fault, FaultyProxy
 from tests.run.runs import STEPS, final_tensors, kill_all, losses, start, wait_for_checkpoint
 from tests.servers import s3, s3_port
 from tests.small_engines import equal
@@ -62,6 +65,53 @@ def test_a_url_in_place_of_a_run_names_the_command_that_fetches_it(
     error = capsys.readouterr().err
     assert "it is a URL; `karat fetch URL DIR` makes a directory of the run there" in error
     assert error.count("\n") == 1
+
+
+def test_ranks_beat_while_a_store_moves(world: World) -> None:
+    class Slow:
+        moved, left = 0, 5
+
+        def wait(self, seconds: float) -> bool:
+            self.left -= 1
+            self.moved += self.left % 2
+            return self.left == 0
+
+    beats: list[str] = []
+    assert follow(world, Slow(), lambda: beats.append("beat"))
+    assert len(beats) == 3  # at first, and when something came
+    assert not follow(world, Slow(), lambda: None, lambda: True)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_signal_while_a_checkpoint_is_fetched_ends_the_start(
+    recipe_file: Path, s3: Callable[..., str], s3_port: int, tmp_path: Path
+) -> None:
+    url, run = s3(tmp_path / "nothing"), tmp_path / "run"
+    overrides = ("train.max_steps=2", f"checkpoint.url={url}")
+    assert karat("train", str(recipe_file), f"run.dir={run}", *overrides).returncode == 0
+    shutil.rmtree(run)
+    asked = threading.Event()
+
+    def stall(number: int, request: Asked) -> Fault | None:
+        if request.method != "GET" or not request.path.endswith(".pt"):
+            return None
+        asked.set()
+        return "stall"
+
+    with FaultyProxy(s3_port, spoil=stall) as proxy:
+        os.environ["AWS_ENDPOINT_URL"] = proxy.url
+        process = start(recipe_file, run, *overrides)
+        assert asked.wait(60)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert "stopped before the checkpoint was fetched; run the same command to resume" in output
+    assert CheckpointStore(run / "checkpoints").names() == []
+    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{s3_port}"
+    done = karat("train", str(recipe_file), f"run.dir={run}", *overrides)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from step-00000002" in done.stdout
 
 
 @pytest.mark.slow
