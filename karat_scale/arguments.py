@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from karat_scale.errors import on_one_line
+from karat_scale.stores.urls import is_url
 from karat_scale.suggestions import nearest
 from karat_scale.tables import TRACKERS
 
@@ -89,6 +90,13 @@ def new_file(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text!r}: its directory does not exist; create it or name another file")
     if not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text!r}: its directory is not writable; name a file elsewhere")
+    return text
+
+
+def run_directory(text: str) -> str:
+    """Refuse the URL of a run's copy where its directory is wanted. Raises argparse.ArgumentTypeError."""
+    if is_url(text):
+        raise argparse.ArgumentTypeError("it is a URL; `karat fetch URL DIR` makes a directory of the run there")
     return text
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from karat_scale.analysis.result import Result, Settings, say_cost
 from karat_scale.analysis.trained_run import TrainedRun
-from karat_scale.checkpoint.store import MANIFEST
+from karat_scale.checkpoint.manifest import MANIFEST
 from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.engine.distributed import World

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from karat_scale.analysis.validation_images import ValidationImages
+from karat_scale.checkpoint.manifest import MANIFEST
 from karat_scale.checkpoint.saved_state import falsehood
-from karat_scale.checkpoint.store import MANIFEST, CheckpointStore
+from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.checkpoint.weights import load_weights, wants_ema
 from karat_scale.errors import RunDirectoryError, UserError
 from karat_scale.files import file_sha256

@@ -12,12 +12,13 @@ from torch import nn
 
 from karat_scale.checkpoint.best import repair_best
 from karat_scale.checkpoint.generators import restore_generators, seed_generators
+from karat_scale.checkpoint.manifest import STATE
 from karat_scale.checkpoint.records import FORMAT, Sidecar, read_record
 from karat_scale.checkpoint.resize import fit_state
 from karat_scale.checkpoint.restore import check_teacher, restore
 from karat_scale.checkpoint.saved_state import falsehood, read_state, saved_layout, sidecar_name
 from karat_scale.checkpoint.saver import Saver
-from karat_scale.checkpoint.store import STATE, CheckpointStore
+from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.engine.deepspeed_internals import shard_layout
 from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema

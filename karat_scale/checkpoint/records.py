@@ -13,7 +13,7 @@ import torch
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from karat_scale.checkpoint.store import STATE
+from karat_scale.checkpoint.manifest import STATE
 from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.errors import RunDirectoryError
 from karat_scale.files import read_text

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from karat_scale.checkpoint.manifest import STATE
 from karat_scale.checkpoint.records import (
     FORMAT,
     FirstDetectionFile,
@@ -20,7 +21,7 @@ from karat_scale.checkpoint.records import (
     read_record,
     read_state_record,
 )
-from karat_scale.checkpoint.store import STATE, checkpoint_name
+from karat_scale.checkpoint.store import checkpoint_name
 from karat_scale.engine.shards import Fragment, Layout, Pieces
 from karat_scale.errors import RunDirectoryError
 

@@ -10,33 +10,26 @@ checkpoints/
   pinned                names of old checkpoints that are kept, one on a line
 """
 
-import fcntl
 import json
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from karat_scale.checkpoint.locks import alone, hold
+from karat_scale.checkpoint.manifest import MANIFEST, STATE, Progress, damage_of, manifest_text, read_manifest
 from karat_scale.console import printable
 from karat_scale.errors import RunDirectoryError
 from karat_scale.files import Fingerprint, file_sha256, flush_to_disk, parse_json, read_text, write_atomically
-from karat_scale.machine import usable_cores
 from karat_scale.temporaries import remove_leftovers
 
-MANIFEST = "manifest.json"
-STATE = "state.json"
 PINNED = "pinned"
 _UNFINISHED = ".saving-"
 _REPLACED = f"{_UNFINISHED}replaced-"
-_HASHING_THREADS = 8
 _TRIES = 5
 _POINTERS = ("best", "latest")
-Progress = Callable[[int, int], None]
-"""Hears how many bytes are done, and of how many."""
 Falsehood = Callable[[Path], str | None]
 """What the files of a checkpoint say that cannot be true, though each is as it was written."""
 
@@ -61,6 +54,8 @@ class CheckpointStore:
         self.root = root
         self._falsehood = falsehood
         self._held: list[BinaryIO] = []
+        self.on_change: Callable[[], object] = lambda: None
+        """Is called, by any thread, when a checkpoint is complete or pinned."""
 
     def begin(self, step: int) -> Path:
         """An empty directory to write the files of a new checkpoint into."""
@@ -87,16 +82,34 @@ class CheckpointStore:
                 raise OSError(f"{file} has {size} bytes, but {written.bytes} were written")
         write_atomically(unfinished / STATE, json.dumps(state, indent=2) + "\n")
         own = {STATE: Fingerprint((unfinished / STATE).stat().st_size, file_sha256(unfinished / STATE))}
-        write_atomically(unfinished / MANIFEST, _manifest_text({**files, **own}))
+        write_atomically(unfinished / MANIFEST, manifest_text({**files, **own}))
+        name = self._give_name(unfinished)
+        if is_best:  # before `latest`: a run resumed from `latest` does not evaluate it again, so `best` would be lost
+            self.point("best", name)
+        self.point("latest", name)
+        self.on_change()
+        return name
+
+    def adopt(self, unfinished: Path, manifest: str) -> str | None:
+        """Give a copy of a checkpoint, whose files are as its manifest says, the manifest and its name.
+
+        Returns:
+            What its files say that cannot be true; it is removed then. Raises OSError as `commit`.
+        """
+        if self._falsehood is not None and (damage := self._falsehood(unfinished)) is not None:
+            shutil.rmtree(unfinished)
+            return damage
+        write_atomically(unfinished / MANIFEST, manifest)
+        self._give_name(unfinished)
+        return None
+
+    def _give_name(self, unfinished: Path) -> str:
         name = unfinished.name.removeprefix(_UNFINISHED)
         final, replaced = self.root / name, self.root / f"{_REPLACED}{name}"
         if final.exists():  # the same step again, say after a damaged save: the new one takes its place
             final.rename(replaced)
         unfinished.rename(final)
         flush_to_disk(self.root)
-        if is_best:  # before `latest`: a run resumed from `latest` does not evaluate it again, so `best` would be lost
-            self.point("best", name)
-        self.point("latest", name)
         shutil.rmtree(replaced, ignore_errors=True)
         return name
 
@@ -139,29 +152,14 @@ class CheckpointStore:
         if name is None or name == checkpoint_name(0):
             return 0
         try:
-            return sum(file.bytes for file in _read_manifest(self.root / name).values())
+            return sum(file.bytes for file in read_manifest(self.root / name).values())
         except (OSError, ValueError):
             return 0
 
     def damage(self, name: str, progress: Progress | None = None) -> str | None:
-        """What is wrong with a checkpoint's files, in a few words; None if each one is as it was written and is true.
-
-        Files are hashed side by side.
-        """
+        """What is wrong with a checkpoint, in a few words; None if each file is as it was written, and true."""
         path = self.root / name
-        try:
-            files = _read_manifest(path)
-        except FileNotFoundError:
-            return f"{MANIFEST} is missing"
-        except (OSError, ValueError):
-            return f"{MANIFEST} is not readable"
-        total = sum(file.bytes for file in files.values())
-        count = _counter(total, progress)
-        with ThreadPoolExecutor(min(_HASHING_THREADS, usable_cores())) as threads:
-            found = list(threads.map(lambda name: _damage(path / name, files[name], count), files))
-        if progress is not None:
-            progress(total, total)  # damaged or not
-        damage = next((damage for damage in found if damage is not None), None)
+        damage = damage_of(path, progress)
         return self._falsehood(path) if damage is None and self._falsehood is not None else damage
 
     def find_intact(self, wanted: str, note: Callable[[str], None] = _print_note) -> str:
@@ -197,6 +195,13 @@ class CheckpointStore:
                 return name
         return name if name is not None and name in self.names() else None
 
+    def _hold(self, name: str) -> bool:
+        """Keep `retain` of another process from removing a checkpoint; whether it is still there."""
+        handle = hold(self.root / name)
+        if handle is not None:
+            self._held.append(handle)
+        return handle is not None
+
     def _best_by_state(self) -> str | None:
         """The best checkpoint by the newest one's state, for a run that was killed before `best` named it."""
         for newest in self.names()[:1]:
@@ -205,19 +210,10 @@ class CheckpointStore:
                 return name if name in self.names() else None
         return None
 
-    def _hold(self, name: str) -> bool:
-        """Keep `retain` of another process from removing a checkpoint; whether it is still there."""
-        try:
-            handle = (self.root / name / MANIFEST).open("rb")
-        except OSError:
-            return False
-        _lock(handle, fcntl.LOCK_SH)
-        self._held.append(handle)
-        return (self.root / name / MANIFEST).exists()
-
     def pin(self, name: str) -> None:
         """Keep a checkpoint until it is removed by hand. Raises OSError if the disk does not take that."""
         write_atomically(self.root / PINNED, "".join(f"{one}\n" for one in sorted({*self.pinned(), name})))
+        self.on_change()
 
     def pinned(self) -> list[str]:
         """The names of the checkpoints that are kept for a reason of their own, and are there."""
@@ -255,10 +251,7 @@ class CheckpointStore:
             OSError: it cannot be removed.
         """
         path, doomed = self.root / name, self.root / f"{_UNFINISHED}removed-{name}"
-        with ExitStack() as stack:
-            with suppress(FileNotFoundError):  # a damaged one has no manifest
-                handle = stack.enter_context((path / MANIFEST).open("rb"))
-                _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with alone(path):
             path.rename(doomed)
         try:
             shutil.rmtree(doomed)
@@ -283,63 +276,3 @@ class CheckpointStore:
             except OSError as error:
                 problems.append(f"{path} is left over and cannot be removed: {error.strerror or error}; do it by hand")
         return problems
-
-
-def _lock(handle: BinaryIO, kind: int) -> None:
-    """Lock a file, where its file system has locks. Raises BlockingIOError if it is locked and `kind` does not wait."""
-    try:
-        fcntl.flock(handle, kind)
-    except BlockingIOError:
-        raise
-    except OSError:
-        pass
-
-
-def _manifest_text(files: Mapping[str, Fingerprint]) -> str:
-    listed = {name: files[name]._asdict() for name in sorted(files)}
-    return json.dumps({"format": 1, "files": listed}, indent=2) + "\n"
-
-
-def _read_manifest(checkpoint: Path) -> dict[str, Fingerprint]:
-    """The files that a manifest lists.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is not, byte for byte, what was written.
-    """
-    text = read_text(checkpoint / MANIFEST)
-    try:
-        files = {name: Fingerprint(**file) for name, file in parse_json(text)["files"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError from error
-    if STATE not in files or any("/" in name for name in files) or text != _manifest_text(files):
-        raise ValueError
-    return files
-
-
-def _damage(path: Path, written: Fingerprint, count: Callable[[int], None]) -> str | None:
-    try:
-        size = path.stat().st_size
-        if size != written.bytes:
-            return f"{path.name} has {size} bytes, not {written.bytes}"
-        if file_sha256(path, count) != written.sha256:
-            return f"{path.name} has changed since it was written"
-    except FileNotFoundError:
-        return f"{path.name} is missing"
-    except OSError as error:
-        return f"{path.name} cannot be read: {error.strerror}"
-    return None
-
-
-def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
-    """Adds up the sizes that threads report."""
-    lock, done = threading.Lock(), 0
-
-    def count(size: int) -> None:
-        nonlocal done
-        if progress is not None:
-            with lock:
-                done += size
-                progress(done, total)
-
-    return count

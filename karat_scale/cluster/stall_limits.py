@@ -12,10 +12,12 @@ PHASES = ("start", "compile", "data", "step", "save")
 # What heartbeats say, by phase; everything else is part of a step.
 _PHASE_OF = {
     "starting": "start",
+    "fetching": "start",
     "compiling": "compile",
     "waiting for data": "data",
     "saving": "save",
     "snapshot": "save",
+    "copying": "save",
 }
 
 

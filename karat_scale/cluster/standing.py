@@ -42,6 +42,8 @@ class Standing:
     restarts: int = 0
     checkpoint: str | None = None
     checkpoint_age: float | None = None
+    copied: str | None = None
+    """The newest checkpoint at `checkpoint.url`, and what prevents a newer one."""
     signs: list[Sign] = field(default_factory=list)
     silent_seconds: float | None = None
     ended: str | None = None
@@ -83,6 +85,7 @@ def read_standing(run: Path, now: float | None = None) -> Standing:
         except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
             standing.count_damaged()
     _read_checkpoints(standing, run / "checkpoints", now)
+    standing.copied = _copied(run / "copy.json")
     standing.evaluations = _evaluations(run)
     standing.signs = _of_newest_start(read_signs(run))
     if standing.signs:
@@ -154,6 +157,15 @@ def _read_checkpoints(standing: Standing, root: Path, now: float) -> None:
         if isinstance(step := state.get("step"), int):  # which may not have been logged yet
             standing.step = max(standing.step, step)
         standing.peak_memory_mb = standing.peak_memory_mb or state.get("peak_memory_mb") or None
+
+
+def _copied(file: Path) -> str | None:
+    try:
+        found = parse_json(read_text(file, 65536))
+        problem = f"; {found['problem']}" if found["problem"] else ""
+        return f"{found['checkpoint'] or 'none yet'} at {found['url']}{problem}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def _evaluations(run: Path) -> list[str]:

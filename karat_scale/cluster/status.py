@@ -87,6 +87,7 @@ def _rows(standing: Standing) -> list[tuple[str, str]]:
             if standing.checkpoint
             else "none yet",
         ),
+        ("copied", standing.copied),
         ("ranks", _ranks(standing)),
         ("note", _damaged(standing.damaged_lines)),
         *(("slow", line) for line in ([] if standing.ended else slow_ranks(standing.signs))),

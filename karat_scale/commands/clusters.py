@@ -5,6 +5,7 @@ from typing import Any
 
 from karat_scale.arguments import (
     count,
+    run_directory,
     time_limit,
     virtual_environment,
     whole,
@@ -41,7 +42,7 @@ def add_commands(commands: Any) -> None:
     sweep.set_defaults(run=_sweep)
 
     status = commands.add_parser("status", help="show a run's progress, from its files")
-    status.add_argument("run_dir", metavar="RUN", help="the run's directory")
+    status.add_argument("run_dir", metavar="RUN", type=run_directory, help="the run's directory")
     status.add_argument("--once", action="store_true", help="do not follow the run")
     status.set_defaults(run=_status)
 

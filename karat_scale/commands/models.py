@@ -7,6 +7,7 @@ from karat_scale.arguments import (
     add_trust,
     count,
     new_file,
+    run_directory,
     whole,
 )
 from karat_scale.errors import UserError
@@ -16,7 +17,7 @@ from karat_scale.tables import EXPORT_FORMATS
 def add_commands(commands: Any) -> None:
     """Add the parsers of these commands."""
     export = commands.add_parser("export", help="write a run's model for timm, torch.export, ONNX or a model hub")
-    export.add_argument("run_dir", metavar="RUN", help="the run's directory")
+    export.add_argument("run_dir", metavar="RUN", type=run_directory, help="the run's directory")
     export.add_argument("--format", choices=EXPORT_FORMATS, help="(default: safetensors)")
     export.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
     export.add_argument("--weights", choices=("raw", "ema", "both"), default="both")
@@ -29,7 +30,9 @@ def add_commands(commands: Any) -> None:
     add_trust(export)
 
     predict = commands.add_parser("predict", help="classify images with a run or an exported folder")
-    predict.add_argument("model", metavar="RUN|FOLDER", help="a run's directory, or what `karat export` wrote")
+    predict.add_argument(
+        "model", metavar="RUN|FOLDER", type=run_directory, help="a run's directory, or what `karat export` wrote"
+    )
     predict.add_argument("images", metavar="IMAGES", nargs="+", help="files, folders (with all below) and quoted globs")
     predict.add_argument("--top", type=count, default=5, help="classes of each image (default: %(default)s)")
     predict.add_argument("--batch", type=count, default=32, help="images per batch (default: %(default)s)")
@@ -42,7 +45,9 @@ def add_commands(commands: Any) -> None:
     add_trust(predict)
 
     demo = commands.add_parser("demo", help="serve a page on this machine that classifies pictures dropped into it")
-    demo.add_argument("model", metavar="RUN|FOLDER", help="a run's directory, or what `karat export` wrote")
+    demo.add_argument(
+        "model", metavar="RUN|FOLDER", type=run_directory, help="a run's directory, or what `karat export` wrote"
+    )
     demo.add_argument("--port", type=whole(0), default=7860, help="0 takes any that is free (default: %(default)s)")
     demo.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
     demo.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")

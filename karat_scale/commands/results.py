@@ -8,6 +8,7 @@ from karat_scale.arguments import (
     count,
     new_file,
     positive,
+    run_directory,
     tracker,
     whole,
 )
@@ -23,7 +24,9 @@ ANALYSES = (
 def add_commands(commands: Any) -> None:
     """Add the parsers of these commands."""
     analyze = commands.add_parser("analyze", help="analyse what attention learned: figures, numbers, a report")
-    analyze.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory; several are shown side by side")
+    analyze.add_argument(
+        "runs", metavar="RUN", type=run_directory, nargs="+", help="a run's directory; several are shown side by side"
+    )
     analyze.add_argument("--only", nargs="+", choices=ANALYSES, default=ANALYSES, help="run only these analyses")
     analyze.add_argument("--out", metavar="DIR", help="output (default: `analysis` in the first run's directory)")
     analyze.add_argument("--data", metavar="DIR", help="the data, instead of the runs' data.path")
@@ -50,7 +53,13 @@ def add_commands(commands: Any) -> None:
     add_trust(analyze)
 
     compare = commands.add_parser("compare", help="compare finished runs over their seeds: spread, differences, curves")
-    compare.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory; the first one's group is the base")
+    compare.add_argument(
+        "runs",
+        metavar="RUN",
+        type=run_directory,
+        nargs="+",
+        help="a run's directory; the first one's group is the base",
+    )
     compare.add_argument(
         "--metric", choices=SCORES, help="what the groups are compared by (default: top1; box_ap of detectors)"
     )
@@ -59,12 +68,14 @@ def add_commands(commands: Any) -> None:
     compare.set_defaults(run=_compare)
 
     ledger = commands.add_parser("ledger", help="add finished runs to docs/ledger and docs/reproduction.md")
-    ledger.add_argument("runs", metavar="RUN", nargs="*", help="a run's directory (default: only rewrite the page)")
+    ledger.add_argument(
+        "runs", metavar="RUN", type=run_directory, nargs="*", help="a run's directory (default: only rewrite the page)"
+    )
     ledger.add_argument("--docs", metavar="DIR", default="docs", help="a clone's docs folder (default: %(default)s)")
     ledger.set_defaults(run=_ledger)
 
     track = commands.add_parser("track", help="send to trackers what they have not got of a run")
-    track.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory")
+    track.add_argument("runs", metavar="RUN", type=run_directory, nargs="+", help="a run's directory")
     track.add_argument(
         "--to",
         action="append",

@@ -7,6 +7,7 @@ from karat_scale.arguments import (
     add_trust,
     count,
     new_file,
+    run_directory,
 )
 from karat_scale.errors import UserError
 from karat_scale.local_ranks import default_ranks, launch
@@ -30,7 +31,7 @@ def add_commands(commands: Any) -> None:
     evaluate = commands.add_parser(
         "eval", help="evaluate a run's checkpoint, on its validation split or another test set"
     )
-    evaluate.add_argument("run_dir", metavar="RUN", help="the run's directory")
+    evaluate.add_argument("run_dir", metavar="RUN", type=run_directory, help="the run's directory")
     evaluate.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
     evaluate.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
     evaluate.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
@@ -49,13 +50,25 @@ def add_commands(commands: Any) -> None:
     add_trust(evaluate)
 
     replay = commands.add_parser("replay", help="take one step of a run again, and find what in it is not finite")
-    replay.add_argument("run_dir", metavar="RUN", help="the run's directory")
+    replay.add_argument("run_dir", metavar="RUN", type=run_directory, help="the run's directory")
     replay.add_argument("step", metavar="STEP", type=count, help="as the run logs it, counted from 1")
     replay.add_argument("--images", type=count, default=16, help="with the largest losses (default: %(default)s)")
     replay.add_argument("--out", metavar="FILE", help="a PNG (default: NAME-replay-STEP.png)")
     replay.add_argument("--json", type=new_file, metavar="FILE", help="also write what was found to this file")
     replay.set_defaults(run=_replay)
     add_trust(replay)
+
+    fetch = commands.add_parser("fetch", help="make the directory of a run from its copy at checkpoint.url")
+    fetch.add_argument("url", metavar="URL", help="the run's checkpoint.url")
+    fetch.add_argument("directory", metavar="DIR", help="a new directory, or one of this run")
+    fetch.add_argument(
+        "--checkpoint",
+        nargs="+",
+        default=("best", "latest"),
+        metavar="NAME",
+        help="best, latest, all, or names (default: best latest)",
+    )
+    fetch.set_defaults(run=_fetch)
 
     detect = commands.add_parser("detect", help="train or evaluate Mask R-CNN on a ViT, with data in COCO's format")
     detect.add_argument("recipe", metavar="RECIPE", help="a detection recipe's name or a YAML file; with --eval, a run")
@@ -117,6 +130,12 @@ def _replay(options: argparse.Namespace) -> int:
     from karat_scale.replay.command import replay
 
     return replay(options.run_dir, options.step, options.images, options.out, options.json)
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from karat_scale.run.fetch import fetch_run
+
+    return fetch_run(options.url, options.directory, options.checkpoint)
 
 
 def _detect(options: argparse.Namespace) -> int:

@@ -60,7 +60,12 @@ def _examine(subject: Subject, report: Report, measure: Callable[[int], Figures]
         yield from fit.examine_batches(subject, backend)
 
     findings = _examined(subject.world, "data", data)
-    for name, examination in {"workers": fit.examine_workers, "run.dir": fit.examine_run_directory}.items():
+    others = {
+        "workers": fit.examine_workers,
+        "run.dir": fit.examine_run_directory,
+        "checkpoint.url": fit.examine_checkpoint_url,
+    }
+    for name, examination in others.items():
         findings += examine(name, partial(examination, subject))
     report.add("recipe", f"recipe {subject.recipe.run.name}", findings)
     if backend is None or any(finding.name == "data" and finding.level == "problem" for finding in findings):

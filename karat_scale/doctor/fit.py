@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from secrets import token_bytes, token_hex
 
 import torch
 
@@ -19,6 +20,7 @@ from karat_scale.machine import usable_cores
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import differing_keys
 from karat_scale.run.run_directory import RunDirectory
+from karat_scale.stores import WritableStore
 
 # fp32 weights, their EMA and the two moments of AdamW.
 CHECKPOINT_BYTES_PER_PARAMETER = 16
@@ -131,13 +133,29 @@ def examine_run_directory(subject: Subject) -> Iterator[Finding]:
         yield found("run.dir", f"{directory.path} cannot be written", "choose another run.dir", wrong=True)
         return
     yield _occupied(recipe, directory)
-    kept = recipe.checkpoint.keep_last + recipe.checkpoint.keep_best + 1
+    checkpoint = recipe.checkpoint
+    kept = checkpoint.keep_last + checkpoint.keep_best + 1 + bool(checkpoint.url)  # one that is copied may stay longer
     one = CHECKPOINT_BYTES_PER_PARAMETER * subject.parameters
     free = shutil.disk_usage(resources.nearest_existing(directory.path)).free
     text = f"{kept} checkpoints of {gigabytes(one)} (one of them while it is written), {gigabytes(free)} free"
     short = kept * one > free
     fix = "free space, choose another run.dir, or lower checkpoint.keep_last" if short else ""
     yield found("room for checkpoints", text, fix, wrong=short, checkpoint_bytes=one, kept=kept, free_bytes=free)
+
+
+def examine_checkpoint_url(subject: Subject) -> Iterator[Finding]:
+    """Write a small file at checkpoint.url, read it and remove it. Raises StoreError."""
+    checkpoint = subject.recipe.checkpoint
+    if not checkpoint.url:
+        return
+    store, name, data = WritableStore(checkpoint.url, checkpoint.timeout), f"doctor-{token_hex(8)}", token_bytes(64)
+    store.write(name, data)
+    same = store.read_small(name, len(data)) == data
+    store.remove([name])
+    one = CHECKPOINT_BYTES_PER_PARAMETER * subject.parameters
+    text = f"{checkpoint.url} can be {'written and read' if same else 'written, but not read'}"
+    text += f"; each checkpoint copies about {gigabytes(one)} there"
+    yield found("checkpoint.url", text, "" if same else "check the store", wrong=not same, checkpoint_bytes=one)
 
 
 def _occupied(recipe: Recipe, directory: RunDirectory) -> Finding:

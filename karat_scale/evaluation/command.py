@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from karat_scale.checkpoint.store import MANIFEST
+from karat_scale.checkpoint.manifest import MANIFEST
 from karat_scale.checkpoint.weights import wants_ema
 from karat_scale.console import duration, work_display, write_json
 from karat_scale.data.augmentation.normalize import Normalize

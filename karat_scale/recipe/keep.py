@@ -2,9 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
+from typing_extensions import Self
 
 from karat_scale.recipe.base import Count, OneOf, Positive, Section
+from karat_scale.stores import check_url, check_writable, is_url
 from karat_scale.tables import TRACKERS
 
 
@@ -21,6 +23,19 @@ class SaveConfig(Section):
     """Also keep the checkpoint with the best evaluation."""
     asynchronous: bool = True
     """Training pauses only for a copy to host memory, and continues while the copy is written."""
+    url: str = ""
+    """A URL of this run alone, s3:// or gs://, where its checkpoints and log are copied. A start with an older
+    checkpoint in its run directory, or none, resumes from there."""
+    timeout: Positive = 300.0
+    """Seconds that the store at `checkpoint.url` may take for a request or a part of a file."""
+
+    @model_validator(mode="after")
+    def _url_can_be_written(self) -> Self:
+        if self.url and not is_url(self.url):
+            raise ValueError(f"checkpoint.url = {self.url} is no URL; use s3:// or gs://, or run.dir for a directory")
+        if self.url:
+            check_writable(check_url(self.url))
+        return self
 
 
 class CheckpointConfig(SaveConfig):

@@ -17,6 +17,7 @@ from karat_scale.recipe.distill import DistillConfig
 from karat_scale.recipe.files import RECIPES
 from karat_scale.recipe.keep import CheckpointConfig, LogConfig, ResumeConfig, SaveConfig
 from karat_scale.recipe.train import DeepSpeedConfig, OptimConfig, ScheduleConfig, TrainConfig
+from karat_scale.stores import is_url
 
 
 class RunConfig(Section):
@@ -123,6 +124,15 @@ class RunRecipe(Section):
     """When to save, and what to keep."""
     log: Annotated[LogConfig, Effect.NOTHING] = LogConfig()
     """What to report, and how often."""
+
+    @model_validator(mode="after")
+    def _runs_are_directories(self) -> "RunRecipe":
+        for key, value in {"init_from": self.init_from, "resume.from": self.resume.from_}.items():
+            if is_url(value):
+                raise ValueError(f"{key} is a URL; `karat fetch URL DIR` makes a directory of the run there")
+        if is_url(self.run.dir):
+            raise ValueError("run.dir is a URL; use a directory, and checkpoint.url for a copy of the run")
+        return self
 
     @model_validator(mode="after")
     def _has_one_start(self) -> "RunRecipe":

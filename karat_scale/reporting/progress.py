@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,7 @@ class Reporter:
         self._rank = rank
         self._heartbeat = heartbeat
         self._trackers: Trackers | None = None
+        self._others: list[Callable[[], list[str]]] = []
         self._has_histograms = True
 
     @property
@@ -113,6 +114,11 @@ class Reporter:
         """Start what shows the run elsewhere, on rank 0. `anew`: it is not the run that they know."""
         if self._log is not None:
             self._trackers = Trackers(run, names, anew)
+            self.hear(self._trackers.messages)
+
+    def hear(self, messages: Callable[[], list[str]]) -> None:
+        """After each event, tell the person what `messages` returns: lines of what runs beside training."""
+        self._others.append(messages)
 
     def beat(self, doing: str, step: int = 0) -> None:
         """This rank got on: it begins with `doing` now, for whoever watches for hangs."""
@@ -190,14 +196,16 @@ class Reporter:
     def _write(self, event: str, step: int, **figures: Any) -> None:
         if self._log is not None:
             self._log.write(event, step, **figures)
-            self._tell_of_trackers()
+            self.tell_of_others()
 
     def finish_trackers(self, seconds: float) -> None:
         """Let the trackers send what is left, for at most so long; one line for each that has not got everything."""
         if self._trackers is not None:
             self._trackers.finish(seconds)
-            self._tell_of_trackers()
+            self.tell_of_others()
 
-    def _tell_of_trackers(self) -> None:
-        for message in self._trackers.messages() if self._trackers is not None else ():
-            self.info(message)
+    def tell_of_others(self) -> None:
+        """Tell at once what runs beside training has to say."""
+        for messages in self._others:
+            for message in messages():
+                self.info(message)

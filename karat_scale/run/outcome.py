@@ -1,13 +1,14 @@
 """How a run ends: its exit code, the last event, and `summary.json`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from karat_scale.data.digest import classes_digest
 from karat_scale.engine.devices import device_name
-from karat_scale.engine.distributed import World
+from karat_scale.engine.distributed import ALONE, World
 from karat_scale.engine.run_state import RunState
 from karat_scale.errors import EXIT_STOPPED, PeerError, RunDirectoryError, UserError
 from karat_scale.files import sealed
@@ -16,6 +17,7 @@ from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.loading import dump_recipe
 from karat_scale.recipe.portable import text_digest
 from karat_scale.reporting.progress import Reporter
+from karat_scale.run.run_copy import RunCopy, finish_copy
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StoppedError, StopSignals
 from karat_scale.run.task import Task
@@ -76,8 +78,10 @@ class Outcome:
 
 
 @contextmanager
-def concluded(outcome: Outcome, directory: RunDirectory, signals: StopSignals, reporter: Reporter) -> Iterator[None]:
-    """Around a run: `outcome` learns how it ended, and so do the log, the person and `summary.json`.
+def concluded(
+    outcome: Outcome, directory: RunDirectory, signals: StopSignals, reporter: Reporter, copy: RunCopy | None
+) -> Iterator[None]:
+    """Around a run: `outcome` learns how it ended, and so do the log, the person, `summary.json` and the run's copy.
 
     Those of a finished run stay as they are when a start in its directory fails before it has begun.
     """
@@ -103,15 +107,19 @@ def concluded(outcome: Outcome, directory: RunDirectory, signals: StopSignals, r
     finally:
         is_shared = outcome.code in (0, EXIT_STOPPED)  # else a rank may be here alone
         with outcome.world.together() if is_shared else nullcontext():
-            _record(outcome, directory, reporter)
+            end = partial(finish_copy, copy, outcome.world if is_shared else ALONE, reporter, signals)
+            _record(outcome, directory, reporter, end)
 
 
-def _record(outcome: Outcome, directory: RunDirectory, reporter: Reporter) -> None:
+def _record(outcome: Outcome, directory: RunDirectory, reporter: Reporter, finish_copy: Callable[[int], None]) -> None:
     previous = directory.summary() if outcome.world.is_main else None
     is_told = outcome.begun or previous is None or previous.get("exit") != 0
     with ExitStack() as last:  # calls all, the last first, whatever the disk says to one of them
         # After the data workers, which have their pipes, and the summary, which they send.
         last.callback(reporter.finish_trackers, END_SECONDS if outcome.code == 0 else STOP_SECONDS)
+        last.callback(reporter.close)
+        if outcome.begun and outcome.recipe.checkpoint.url:
+            last.callback(finish_copy, outcome.code)
         if outcome.task is not None:
             last.callback(outcome.task.close)
         # What has ended the run is told, not that the same disk does not take the news of it.
@@ -119,6 +127,5 @@ def _record(outcome: Outcome, directory: RunDirectory, reporter: Reporter) -> No
         if outcome.world.is_main and is_told:
             last.enter_context(told)
             last.callback(lambda: directory.write_summary(sealed(outcome.summary(previous))))
-        last.callback(reporter.close)
         if is_told:
             last.callback(reporter.end, outcome.state, outcome.code, outcome.reason)

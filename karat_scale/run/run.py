@@ -22,6 +22,7 @@ from karat_scale.engine.out_of_memory import memory_snapshot, one_line_out_of_me
 from karat_scale.engine.precision import slow_precision
 from karat_scale.engine.recompute import apply_recompute
 from karat_scale.engine.run_state import RunState
+from karat_scale.errors import EXIT_STOPPED
 from karat_scale.models.freeze import freeze
 from karat_scale.models.operators import check_implementation, describe_implementation
 from karat_scale.recipe import RunRecipe
@@ -29,13 +30,15 @@ from karat_scale.reporting.histograms import HeadHistograms
 from karat_scale.reporting.metrics import MetricsLog
 from karat_scale.reporting.profiler import StepProfiler
 from karat_scale.reporting.progress import Reporter, choose_display
+from karat_scale.run.from_url import open_copy
 from karat_scale.run.incidents import Incidents
 from karat_scale.run.initial_weights import initialise
 from karat_scale.run.loop import Loop
 from karat_scale.run.outcome import Outcome, concluded
 from karat_scale.run.parts import Parts
+from karat_scale.run.run_copy import RunCopy
 from karat_scale.run.run_directory import RunDirectory
-from karat_scale.run.signals import StopSignals
+from karat_scale.run.signals import StoppedError, StopSignals
 from karat_scale.run.task import Task
 from karat_scale.tracking.start import check_trackers
 
@@ -48,14 +51,19 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
     """
     signals = StopSignals().install()
     with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
-        directory, changes = claim_directory(recipe, world)
+        try:
+            directory, copy, changes = claim_directory(recipe, world, signals)
+        except StoppedError:
+            if world.is_main:
+                print("stopped before the checkpoint was fetched; run the same command to resume", flush=True)
+            return EXIT_STOPPED
         reporter = open_reporter(recipe, world, directory)
         outcome = Outcome(recipe, world, task_type.state_type())
         fix = partial(task_type.less_memory, recipe, world.size)
         snapshot = partial(memory_snapshot, directory.path / "diagnostics", world)
         # The innermost block is the first to know why a collective broke.
         with (
-            concluded(outcome, directory, signals, reporter),
+            concluded(outcome, directory, signals, reporter, copy),
             one_line_out_of_memory(fix, snapshot),
             world.explaining(),
         ):
@@ -68,6 +76,8 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             outcome.begun = True
             world.on_main(lambda: directory.begin(recipe, task.classes))
             reporter.start_trackers(directory.path, recipe.log.trackers, anew=recipe.resume.mode == "never")
+            if copy is not None:
+                copy.begin(reporter)
             reporter.info(headline(parts))
             if outcome.state.step >= parts.total_steps:
                 reporter.info(f"nothing is left to do: {how_to_extend(parts)}")
@@ -180,12 +190,17 @@ def resume(parts: Parts, directory: RunDirectory, is_start: bool = True) -> RunS
     return state
 
 
-def claim_directory(recipe: RunRecipe, world: World) -> tuple[RunDirectory, str]:
-    """Rank 0 claims the run directory; all ranks hear of its refusal, or of what the recipe changes on purpose."""
+def claim_directory(recipe: RunRecipe, world: World, signals: StopSignals) -> tuple[RunDirectory, RunCopy | None, str]:
+    """Rank 0 claims the run directory, and `checkpoint.url` if there is one; all ranks hear of a refusal.
+
+    Returns the directory, on rank 0 what copies it to the URL, and what the recipe changes on purpose.
+    """
     directory = RunDirectory(recipe.run.dir)
+    world.on_main(directory.claim)
+    copy = open_copy(recipe, world, directory, signals)
     with world.together():
-        changes = directory.open(recipe) if world.is_main else ""
-    return directory, world.broadcast(changes)
+        changes = directory.admit(recipe) if world.is_main else ""
+    return directory, copy, world.broadcast(changes)
 
 
 def open_reporter(recipe: RunRecipe, world: World, directory: RunDirectory) -> Reporter:

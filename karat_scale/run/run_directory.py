@@ -4,6 +4,8 @@ recipe.yaml      the resolved recipe; its presence means the run has begun
 classes.json     the names of the classes, in the order of the labels
 metrics.jsonl    one event a line
 summary.json     the outcome
+run_id           names the run at `checkpoint.url`
+copy.json        how far it is copied there
 histograms.jsonl distributions for the trackers
 predictions.npz  for each validation image, of the weights that were analysed last
 evaluations/     results on other test sets, see evaluation/kept.py
@@ -42,6 +44,12 @@ from karat_scale.temporaries import remove_leftovers
 NEVER_ALLOWED = ("train.global_batch", "train.freeze")
 # Of the keys that change the shapes of tensors, those for which init_from makes weights fit.
 _FITTED = ("model.image_size", "model.num_classes", "model.patch_size")
+# What a run needs elsewhere beside its checkpoints; the rest can be made again. No file of a suffix in FIXED changes.
+COPIED = (
+    *("recipe.yaml", "classes.json", "metrics.jsonl", "summary.json", "*.safetensors", "trackers/*.json"),
+    *("incidents/*.json", "snapshots/*.safetensors"),
+)
+FIXED = ".safetensors"
 R = TypeVar("R", bound=RunRecipe)
 
 
@@ -54,6 +62,7 @@ class RunDirectory:
         self.classes_file = self.path / "classes.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.summary_file = self.path / "summary.json"
+        self.copy_file = self.path / "copy.json"
         self.profile = self.path / "profile"
         self.snapshots = self.path / "snapshots"
         self.store = CheckpointStore(self.path / "checkpoints", falsehood)
@@ -69,12 +78,20 @@ class RunDirectory:
             RunDirectoryError: it holds another recipe's run, is in use, cannot be written, or has
                 checkpoints that `resume.mode=never` must not overwrite.
         """
+        self.claim()
+        return self.admit(recipe)
+
+    def claim(self) -> None:
+        """Create the directory if need be, and keep other processes out. Raises RunDirectoryError."""
         try:
             self.store.root.mkdir(parents=True, exist_ok=True)
             self._claim()
             self.store.put_back()
         except OSError as error:
             raise RunDirectoryError(f"run.dir = {self.path}: {error.strerror}; choose another run.dir") from None
+
+    def admit(self, recipe: RunRecipe) -> str:
+        """Let `recipe` train in the directory, which is claimed; returns and raises as `open` does."""
         if recipe.resume.mode == "never" and self.store.names():
             raise RunDirectoryError(
                 f"run.dir = {self.path} has checkpoints and resume.mode = never; "
@@ -181,7 +198,7 @@ class RunDirectory:
     def changes(self, recipe: RunRecipe) -> str:
         """The keys that differ from the recipe recorded here and may change the result, with both values."""
         old = self.recipe(type(recipe))
-        return _describe(old, recipe, [*differing_keys(old, recipe), *rounding_keys(old, recipe)])
+        return describe_keys(old, recipe, [*differing_keys(old, recipe), *rounding_keys(old, recipe)])
 
     def _refuse_another_recipe(self, recipe: RunRecipe) -> None:
         old = self.recipe(type(recipe))
@@ -194,7 +211,7 @@ class RunDirectory:
         keys += [key for key in fixed if key not in keys]
         if keys:
             raise RunDirectoryError(
-                f"run.dir = {self.path} belongs to another recipe: {_describe(old, recipe, keys)}; "
+                f"run.dir = {self.path} belongs to another recipe: {describe_keys(old, recipe, keys)}; "
                 f"{_advice(self.path, keys, fixed, before, effects(type(recipe)))}"
             )
 
@@ -259,7 +276,8 @@ def _advice(path: Path, keys: list[str], fixed: list[str], before: dict[str, Any
     return f"{' and '.join(advice)}, or choose another run.dir"
 
 
-def _describe(old: RunRecipe, new: RunRecipe, keys: list[str]) -> str:
+def describe_keys(old: RunRecipe, new: RunRecipe, keys: list[str]) -> str:
+    """Differing keys with both values, as text."""
     before, after = flatten(old), flatten(new)
     listed = ", ".join(f"{key} ({before.get(key)} -> {after[key]})" for key in keys[:6])
     return listed + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")

@@ -29,7 +29,7 @@ class PlannedRun:
     """A run of a sweep.
 
     Attributes:
-        overrides: all of the run's, with its directory.
+        overrides: all of the run's, with its directory and its checkpoint.url.
     """
 
     point: Point
@@ -80,7 +80,11 @@ def plan_sweep(recipe: str, overrides: Sequence[str], out: str | None) -> Sweep:
         directory = root / point.name
         own = (*shared, *point.settings, f"run.dir={directory}")
         try:
-            runs.append(PlannedRun(point, directory, own, load_recipe(recipe, own, schema)))
+            checked = load_recipe(recipe, own, schema)
+            if checked.checkpoint.url:  # one for each run
+                own = (*own, f"checkpoint.url={checked.checkpoint.url.rstrip('/')}/{point.name}")
+                checked = load_recipe(recipe, own, schema)
+            runs.append(PlannedRun(point, directory, own, checked))
         except RecipeError as error:
             raise RecipeError(f"{' '.join(point.settings)}: {error}") from None
     return Sweep(COMMANDS[schema.shipped], named, tuple(shared), root, tuple(runs))

@@ -63,7 +63,9 @@ def submit_sweep(sweep: Sweep, how: Submission, only_print: bool) -> None:
         for folder in ("points", "logs"):
             (out / folder).mkdir(parents=True, exist_ok=True)
         for number, run in enumerate(sweep.runs):
-            lines = [f"run.dir={run.directory.absolute()}", *run.point.settings]
+            url = run.recipe.checkpoint.url
+            places = [f"run.dir={run.directory.absolute()}", *([f"checkpoint.url={url}"] if url else [])]
+            lines = [*places, *run.point.settings]
             write_atomically(out / "points" / str(number), "\n".join(lines) + "\n")
         write_atomically(script, text)
     except OSError as error:

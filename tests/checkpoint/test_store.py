@@ -1,12 +1,15 @@
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from karat_scale.checkpoint.store import MANIFEST, STATE, CheckpointStore, checkpoint_name
+from karat_scale.checkpoint.locks import holding
+from karat_scale.checkpoint.manifest import MANIFEST, STATE
+from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
 from karat_scale.files import Fingerprint
 from tests.conftest import ROOT
 from tests.run.harm import HARMS, POINTERS, point
@@ -142,6 +145,25 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_line_and_stays(store: Che
     assert problem.startswith(f"old checkpoint {checkpoint_name(1)} cannot be removed: ")
     assert store.names() == [checkpoint_name(3), checkpoint_name(1)]
     assert store.retain(keep_last=1) == [problem]
+
+
+def test_what_was_held_goes_although_a_process_was_forked_meanwhile(store: CheckpointStore) -> None:
+    old, new = save(store, 1), save(store, 2)
+    ends, end = os.pipe()
+    with holding(store.root / old) as is_there:
+        assert is_there
+        store.retain(keep_last=1)
+        assert store.names() == [new, old]
+        if (child := os.fork()) == 0:  # as a data worker
+            os.close(end)
+            os.read(ends, 1)
+            os._exit(0)
+    store.retain(keep_last=1)
+    assert store.names() == [new]
+    os.close(end)
+    os.waitpid(child, 0)
+    with holding(store.root / old) as is_there:
+        assert not is_there
 
 
 def test_a_kill_before_latest_moves_leaves_best_at_the_new_checkpoint(

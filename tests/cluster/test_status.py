@@ -52,6 +52,25 @@ def test_time_left_and_restarts_come_from_the_last_events(tmp_path: Path) -> Non
     assert standing.checkpoint is None
 
 
+@pytest.mark.parametrize(
+    ("content", "shown"),
+    [
+        ('{"url": "s3://b/r", "checkpoint": "step-00000003", "problem": ""}', "step-00000003 at s3://b/r"),
+        (
+            '{"url": "s3://b/r", "checkpoint": null, "problem": "it failed"}',
+            "none yet at s3://b/r; it failed",
+        ),
+        ('{"url": "s3://b/r"}', None),
+        ("[]", None),
+        ("{", None),
+    ],
+)
+def test_the_copy_at_a_url_is_shown(tmp_path: Path, content: str, shown: str | None) -> None:
+    write_events(tmp_path, {"event": "train", "step": 1})
+    (tmp_path / "copy.json").write_text(content)
+    assert read_standing(tmp_path).copied == shown
+
+
 def test_the_job_is_that_of_the_newest_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     for age, start in enumerate(("812-1", "812-0", "77-0")):

@@ -11,10 +11,14 @@ from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.doctor import fit
 from karat_scale.doctor.data_files import find_data_files
 from karat_scale.doctor.fit import Subject
-from karat_scale.doctor.report import Finding
+from karat_scale.doctor.report import Finding, examine
 from karat_scale.engine.distributed import World
 from karat_scale.recipe.loading import dump_recipe, load_recipe
+from karat_scale.stores import Store
+from tests.proxy import FaultyProxy
+from tests.servers import s3, s3_port
 
+__all__ = ["s3", "s3_port"]
 MakeSubject = Callable[..., Subject]
 
 
@@ -83,3 +87,19 @@ def test_a_run_directory_below_a_file_is_a_problem(subject: MakeSubject, tmp_pat
     (tmp_path / "file").touch()
     (finding,) = fit.examine_run_directory(subject(f"run.dir={tmp_path / 'file' / 'run'}"))
     assert finding.level == "problem"
+
+
+def test_a_url_of_checkpoints_is_written_and_read(
+    subject: MakeSubject, s3: Callable[..., str], s3_port: int, tmp_path: Path
+) -> None:
+    assert not list(fit.examine_checkpoint_url(subject()))
+    url = s3(tmp_path / "nothing")
+    (finding,) = fit.examine_checkpoint_url(subject(f"checkpoint.url={url}"))
+    assert finding.level == "ok"
+    assert f"{url} can be written and read; each checkpoint copies about 0.80 MB there" in finding.value
+    assert Store(url).files() == {}
+    with FaultyProxy(s3_port, spoil=lambda number, asked: "403") as proxy:
+        url = s3(tmp_path / "nothing", proxy.port)
+        (finding,) = examine("url", lambda: fit.examine_checkpoint_url(subject(f"checkpoint.url={url}")))
+    assert finding.level == "problem"
+    assert "access is refused" in finding.value

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from karat_scale.checkpoint.checkpoints import Checkpoints
+from karat_scale.checkpoint.manifest import MANIFEST, STATE
 from karat_scale.checkpoint.snapshots import whole_masters
-from karat_scale.checkpoint.store import MANIFEST, STATE
 from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine import distributed
 from karat_scale.engine.deepspeed_internals import master_weights

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from karat_scale.sweep.plan import plan_sweep
 from tests.conftest import SMALL, karat_environment, karat_here, summary
 
 QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null")
@@ -36,6 +37,15 @@ def test_print_shows_the_runs_and_writes_nothing(recipe: Path, capsys: pytest.Ca
     assert any(line.split() == ["grid-2_seed-1", "2", "1", "new"] for line in lines)
     assert f"4 runs of {recipe} in {out}: 4 new" in lines
     assert not out.exists()
+
+
+def test_each_run_is_copied_to_a_url_of_its_own(recipe: Path) -> None:
+    planned = plan_sweep(str(recipe), [*SMALL, *QUICK, "checkpoint.url=s3://bucket/sweep", "run.seed=0,1"], "out")
+    assert [run.recipe.checkpoint.url for run in planned.runs] == [
+        "s3://bucket/sweep/seed-0",
+        "s3://bucket/sweep/seed-1",
+    ]
+    assert all(run.overrides[-1] == f"checkpoint.url={run.recipe.checkpoint.url}" for run in planned.runs)
 
 
 @pytest.mark.parametrize(

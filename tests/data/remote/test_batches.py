@@ -16,7 +16,7 @@ from karat_scale.data.remote.fetcher import FetchedAhead
 from karat_scale.errors import DataError
 from karat_scale.stores import Store
 from tests.data.backends.helpers import CROP_AND_FLIP, SIZE, children, contents, wait_until
-from tests.data.remote.proxy import FaultyProxy
+from tests.proxy import FaultyProxy
 
 pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install -e '.[remote]'")
 

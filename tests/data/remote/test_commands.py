@@ -11,7 +11,7 @@ from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import RecipeError
 from karat_scale.recipe.loading import load_recipe
 from tests.conftest import karat, karat_command, karat_environment, run_script, summary
-from tests.data.remote.proxy import FaultyProxy
+from tests.proxy import FaultyProxy
 from tests.run.runs import kill_all, start, wait_for_checkpoint
 
 pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install -e '.[remote]'")

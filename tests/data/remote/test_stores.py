@@ -10,7 +10,7 @@ import pytest
 
 from karat_scale.errors import DataError
 from karat_scale.stores import ChangedFileError, Store, StoreError, check_url, is_url
-from tests.data.remote.proxy import FaultyProxy
+from tests.proxy import FaultyProxy
 
 pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install -e '.[remote]'")
 

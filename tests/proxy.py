@@ -77,6 +77,7 @@ class FaultyProxy:
         asked = Asked(client.command, client.path.partition("?")[0], client.headers.get("Range", ""))
         self.requests.append(asked)
         fault = self.spoil(len(self.requests) - 1, asked)
+        body = client.rfile.read(int(client.headers.get("Content-Length", 0)))
         time.sleep(self.latency)
         if fault == "stall":
             self._ending.wait()
@@ -89,7 +90,6 @@ class FaultyProxy:
             client.send_header("Content-Length", "0")
             client.end_headers()
             return
-        body = client.rfile.read(int(client.headers.get("Content-Length", 0)))
         upstream = http.client.HTTPConnection("127.0.0.1", self.upstream)
         try:
             kept = {name: value for name, value in client.headers.items() if name.lower() not in HOP_BY_HOP}

@@ -1,0 +1,27 @@
+"""Files by URL, in object stores and on web servers: listings, ranged reads, and writes, all retried. By fsspec.
+
+Credentials and endpoints come from the usual places of the library of each protocol. They are in no URL of ours, and no
+message repeats what a library says, since that may hold a signed URL.
+"""
+
+from karat_scale.stores.facts import FileFacts
+from karat_scale.stores.failures import ChangedFileError, MissingFileError, StoreError
+from karat_scale.stores.retries import DEFAULT_TIMEOUT
+from karat_scale.stores.sinks import Sink
+from karat_scale.stores.store import Store
+from karat_scale.stores.urls import check_url, check_writable, is_url
+from karat_scale.stores.writing import WritableStore
+
+__all__ = [
+    "DEFAULT_TIMEOUT",
+    "ChangedFileError",
+    "FileFacts",
+    "MissingFileError",
+    "Sink",
+    "Store",
+    "StoreError",
+    "WritableStore",
+    "check_url",
+    "check_writable",
+    "is_url",
+]

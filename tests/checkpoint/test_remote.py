@@ -1,0 +1,297 @@
+"""Copies of checkpoints in a real object store: complete or not there, whatever ends or hinders the copying."""
+
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from karat_scale.checkpoint.manifest import MANIFEST
+from karat_scale.checkpoint.remote import RemoteCheckpoints
+from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
+from karat_scale.files import Fingerprint
+from karat_scale.stores import StoreError, WritableStore
+from tests.conftest import ROOT, karat_environment
+from tests.proxy import FaultyProxy
+from tests.servers import gs, s3, s3_port
+
+__all__ = ["gs", "s3", "s3_port"]
+FILES = {"a.pt": bytes(range(256)) * 10, "b.pt": b"b" * 5000, "empty.pt": b""}
+WRITES = len(FILES) + 2  # with state.json and the manifest
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "run" / "checkpoints")
+
+
+def save(store: CheckpointStore, step: int, **more: bytes) -> str:
+    directory = store.begin(step)
+    files = {**FILES, **{f"{name}.pt": data for name, data in more.items()}}
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+    written = {name: Fingerprint(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+    return store.commit(directory, {"step": step}, written)
+
+
+def opened(url: str, timeout: float = 60) -> RemoteCheckpoints:
+    remote = RemoteCheckpoints(WritableStore(url, timeout))
+    remote.look()
+    return remote
+
+
+def upload(remote: RemoteCheckpoints, store: CheckpointStore, name: str) -> None:
+    remote.upload(store, name, lambda size: None, lambda: None)
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_a_copy_is_the_checkpoint(
+    kind: str, store: CheckpointStore, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    url = request.getfixturevalue(kind)(tmp_path / "nothing")
+    name, seen = save(store, 1200), []
+    remote = opened(url)
+    assert remote.names() == []
+    remote.upload(store, name, seen.append, lambda: None)
+    remote.point("latest", [name])
+    again = opened(url)
+    assert again.names() == [name]
+    assert again.pointed("latest") == name
+    assert again.pointed("best") is None
+    assert sum(seen) >= sum(map(len, FILES.values()))
+
+    other = CheckpointStore(tmp_path / "other" / "checkpoints")
+    assert again.download(name, other, lambda size: None) is None
+    assert other.damage(name) is None
+    original = {path.name: path.read_bytes() for path in (store.root / name).iterdir()}
+    assert {path.name: path.read_bytes() for path in (other.root / name).iterdir()} == original
+    newer = save(store, 1300)
+    upload(again, store, newer)
+    again.retain(keep_last=1)
+    assert again.names() == [newer, name]  # which `latest` names
+    again.point("latest", [newer])
+    again.retain(keep_last=1)
+    assert opened(url).names() == [newer]
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_a_large_file_goes_in_parts(
+    kind: str, store: CheckpointStore, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    url = request.getfixturevalue(kind)(tmp_path / "nothing")
+    name, seen = save(store, 1, large=os.urandom(20 << 20)), []
+    remote = opened(url)
+    remote.upload(store, name, seen.append, lambda: None)
+    assert max(seen) == 8 << 20
+    other = CheckpointStore(tmp_path / "other" / "checkpoints")
+    assert opened(url).download(name, other, lambda size: None) is None
+    assert other.damage(name) is None
+
+
+class Killed(BaseException):
+    """Ends the process, as far as the code under test can tell."""
+
+
+@pytest.fixture
+def kill_at() -> Iterator[Callable[[int], None]]:
+    """Ends the process before the change of this number to the store."""
+    patch = pytest.MonkeyPatch()
+
+    def arrange(number: int) -> None:
+        patch.undo()
+        left = [number]
+        for method in ("put", "write", "_remove"):
+            original = getattr(WritableStore, method)
+
+            def counted(self, *args, original=original):  # type: ignore[no-untyped-def]
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+                return original(self, *args)
+
+            patch.setattr(WritableStore, method, counted)
+
+    yield arrange
+    patch.undo()
+
+
+def test_a_kill_at_any_write_leaves_no_incomplete_checkpoint(
+    store: CheckpointStore, s3: Callable[[Path], str], tmp_path: Path, kill_at: Callable[[int], None]
+) -> None:
+    first, second = save(store, 1), save(store, 2)
+    url = s3(tmp_path / "nothing")
+    upload(opened(url), store, first)
+    for number in range(WRITES):
+        kill_at(number)
+        with pytest.raises(Killed):
+            upload(opened(url), store, second)
+        assert opened(url).names() == [first], number
+    kill_at(WRITES)
+    upload(opened(url), store, second)
+    assert opened(url).names() == [second, first]
+
+
+def test_a_kill_at_any_removal_leaves_no_incomplete_checkpoint(
+    store: CheckpointStore, s3: Callable[[Path], str], tmp_path: Path, kill_at: Callable[[int], None]
+) -> None:
+    url = s3(tmp_path / "nothing")
+    for step in (1, 2):
+        upload(opened(url), store, save(store, step))
+    kill_at(1)
+    with pytest.raises(Killed):
+        opened(url).retain(keep_last=1)
+    left = opened(url)
+    assert left.names() == [checkpoint_name(2)]
+    kill_at(100)
+    left.retain(keep_last=1)  # and what the kill left
+    assert {name.split("/")[1] for name in WritableStore(url).files()} == {checkpoint_name(2)}
+
+
+def test_the_same_step_again_is_never_a_mixture(
+    store: CheckpointStore, s3: Callable[[Path], str], tmp_path: Path, kill_at: Callable[[int], None]
+) -> None:
+    url = s3(tmp_path / "nothing")
+    upload(opened(url), store, save(store, 1))
+    name = save(store, 1, other=b"another")
+    kill_at(2)
+    with pytest.raises(Killed):
+        upload(opened(url), store, name)
+    assert opened(url).names() == []
+    kill_at(100)
+    upload(opened(url), store, name)
+    other = CheckpointStore(tmp_path / "other" / "checkpoints")
+    assert opened(url).download(name, other, lambda size: None) is None
+
+
+def test_retention_is_that_of_the_directory(store: CheckpointStore, s3: Callable[[Path], str], tmp_path: Path) -> None:
+    remote = opened(s3(tmp_path / "nothing"))
+    names = [save(store, step) for step in range(1, 7)]
+    for name in names:
+        upload(remote, store, name)
+    remote.point("best", [names[1]])
+    remote.point("latest", [names[5]])
+    remote.point("pinned", [names[0], "step-00000099"])
+    remote.look()
+    remote.retain(keep_last=2)
+    assert remote.names() == [names[5], names[4], names[1], names[0]]
+
+
+@pytest.mark.parametrize("harm", ["flipped", "short", "gone", "no manifest", "broken manifest"])
+def test_damage_is_found_and_leaves_nothing(
+    harm: str, store: CheckpointStore, s3: Callable[[Path], str], tmp_path: Path
+) -> None:
+    url = s3(tmp_path / "nothing")
+    name = save(store, 1)
+    remote, raw = opened(url), WritableStore(f"{url}/checkpoints/{name}")
+    upload(remote, store, name)
+    remote = opened(url)
+    if harm == "flipped":
+        raw.write("b.pt", b"b" * 4999 + b"c")
+    elif harm == "short":
+        raw.write("b.pt", b"b" * 4000)
+    elif harm == "gone":
+        raw.remove(["b.pt"])
+    elif harm == "no manifest":
+        raw.remove([MANIFEST])
+    else:
+        raw.write(MANIFEST, b"{}")
+    other = CheckpointStore(tmp_path / "other" / "checkpoints")
+    damage = remote.download(name, other, lambda size: None)
+    assert damage is not None
+    assert (MANIFEST if "manifest" in harm else "b.pt") in damage
+    assert other.names() == []
+
+
+def test_a_local_file_that_is_cut_is_not_copied(
+    store: CheckpointStore, s3: Callable[[Path], str], tmp_path: Path
+) -> None:
+    remote, name = opened(s3(tmp_path / "nothing")), save(store, 1)
+    (store.root / name / "b.pt").write_bytes(b"b")
+    with pytest.raises(OSError, match=r"b\.pt of step-00000001 has 1 bytes, not 5000"):
+        upload(remote, store, name)
+    assert remote.names() == []
+
+
+@pytest.mark.parametrize("fault", [pytest.param(fault, marks=pytest.mark.slow) for fault in ("503", "slow")] + ["cut"])
+def test_a_fault_that_ends_is_not_noticed(
+    fault: str, store: CheckpointStore, s3: Callable[..., str], s3_port: int, tmp_path: Path
+) -> None:
+    name = save(store, 1)
+    with FaultyProxy(s3_port, spoil=lambda number, asked: fault if number % 4 == 1 else None) as proxy:
+        url = s3(tmp_path / "nothing", proxy.port)
+        upload(opened(url), store, name)
+        other = CheckpointStore(tmp_path / "other" / "checkpoints")
+        assert opened(url).download(name, other, lambda size: None) is None
+        assert len(proxy.requests) < 80
+    assert other.damage(name) is None
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        ("403", r"access is refused \(HTTP 403\); check the credentials|access is refused; check the credentials"),
+        pytest.param("503", r"it failed|the connection failed|no answer came in time", marks=pytest.mark.slow),
+        pytest.param(
+            "stall",
+            r"no answer came in time, \d+ times in \d+ s; check the store, or raise checkpoint\.timeout",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_store_that_takes_nothing_is_one_line_in_time(
+    fault: str, line: str, store: CheckpointStore, s3: Callable[..., str], s3_port: int, tmp_path: Path
+) -> None:
+    def spoil(number: int, asked: object) -> str | None:
+        return fault if asked.method == "PUT" else None  # type: ignore[attr-defined]
+
+    with FaultyProxy(s3_port, spoil=spoil) as proxy:  # type: ignore[arg-type]
+        url, begun = s3(tmp_path / "nothing", proxy.port), time.monotonic()
+        with pytest.raises(StoreError, match=rf"^{re.escape(url)}/checkpoints/step-00000001/\S+: ({line})"):
+            upload(opened(url, timeout=5), store, save(store, 1))
+        assert time.monotonic() - begun < 30
+    assert opened(s3(tmp_path / "nothing")).names() == []
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment_leaves_no_incomplete_checkpoint(
+    store: CheckpointStore, s3: Callable[..., str], s3_port: int, tmp_path: Path
+) -> None:
+    """A process that copies and removes without end is killed at moments spread over its requests."""
+    program = f"""
+from tests.checkpoint.test_remote import *
+store, remote = CheckpointStore(Path({str(store.root)!r})), opened(sys.argv[1])
+print("begins", flush=True)
+while True:
+    for name in reversed(store.names()):
+        upload(remote, store, name)
+        remote.point("latest", [name])
+        remote.retain(keep_last=1)
+"""
+    names = [save(store, step) for step in range(1, 5)]
+    with FaultyProxy(s3_port, latency=0.005) as proxy:
+        url = s3(tmp_path / "nothing", proxy.port)
+        for number in range(12):
+            command = [sys.executable, "-c", program, url]
+            with subprocess.Popen(command, env=karat_environment(), stdout=subprocess.PIPE, cwd=ROOT) as process:
+                assert process.stdout is not None
+                process.stdout.readline()
+                time.sleep(0.037 * number)
+                process.send_signal(signal.SIGKILL)
+            remote = opened(url)
+            for name in remote.names():
+                other = CheckpointStore(tmp_path / f"other-{number}" / "checkpoints")
+                assert remote.download(name, other, lambda size: None) is None
+                assert other.damage(name) is None
+            assert remote.pointed("latest") in {None, *names}
+
+
+def test_only_object_stores_are_written() -> None:
+    for url in ("https://host/run", "hf://datasets/user/set"):
+        with pytest.raises(StoreError, match=re.escape(f"{url} cannot be written; use s3:// or gs://")):
+            WritableStore(url)
