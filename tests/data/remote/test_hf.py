@@ -58,5 +58,5 @@ def test_shards_of_the_hub_train_like_those_on_disk(shards: Path, tmp_path: Path
     assert (found["bytes"], found["part"]) == (len(text), text[2:9])
     assert found["etag"]
     assert found["changed"].startswith(f"ChangedFileError: {URL}/dataset.json has changed since it was indexed")
-    assert found["missing"] == f"StoreError: {URL}/none.tar: it is missing"
+    assert found["missing"] == f"MissingFileError: {URL}/none.tar: it is missing"
     assert found["same"]
