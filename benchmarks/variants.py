@@ -1,0 +1,65 @@
+"""What each kind of attention of docs/experiments/attention.md costs over softmax: `python -m benchmarks.variants`.
+
+Forward and backward of the operator alone, in fp32 on one thread, against scaled_dot_product_attention, interleaved, in
+processor time. The sizes are those of ViT-Tiny at 224 px. Each kind runs as a recipe runs it (`implementation: auto`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.attention_trials import ARMS, RECIPE
+from karat_scale.arguments import OneLineParser, count, new_file
+from karat_scale.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
+from karat_scale.console import print_table, write_json
+from karat_scale.errors import run_script
+from karat_scale.models.make_operator import operator_maker
+from karat_scale.recipe.loading import load_recipe
+
+SOFTMAX = "softmax"
+HEADS, WIDTH = 3, 64
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print a table, and write the file of `--json`."""
+    parser = OneLineParser(prog="python -m benchmarks.variants", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=[arm for arm in ARMS if arm != SOFTMAX], help="(default: all)")
+    parser.add_argument("--batch", type=count, default=8, help="(default: %(default)s)")
+    parser.add_argument("--tokens", type=count, default=197, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=9, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    shape = options.batch, HEADS, options.tokens, WIDTH
+    passes = {SOFTMAX: _pass(scaled_dot_product_attention, shape)}
+    for arm in options.only or [arm for arm in ARMS if arm != SOFTMAX]:
+        passes[arm] = _pass(_operator(arm, options.tokens), shape)
+    seconds = interleaved_seconds(passes, options.rounds, processor_seconds)
+    ratios = {arm: round(median_ratio(seconds, arm, SOFTMAX), 2) for arm in passes}
+    title = f"forward and backward at {list(shape)}, over scaled_dot_product_attention"
+    print_table(title, ("kind of attention", "time"), [(arm, f"{ratio:.2f}") for arm, ratio in ratios.items()])
+    write_json(options.json, {"shape": shape, "rounds": options.rounds, "ratios": ratios})
+
+
+def _operator(arm: str, tokens: int) -> torch.nn.Module:
+    attention = load_recipe(RECIPE, ["data.path=.", *ARMS[arm]]).attention
+    return operator_maker(attention)(tokens, HEADS)
+
+
+def _pass(attend: Callable[..., Any], shape: tuple[int, ...]) -> Callable[[], None]:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(shape, requires_grad=True) for _ in range(3))
+    upstream = torch.randn(shape)
+    parameters = list(attend.parameters()) if isinstance(attend, torch.nn.Module) else []
+
+    def run() -> None:
+        # A constant matrix has no use for query and key.
+        torch.autograd.grad(attend(query, key, value), (query, key, value, *parameters), upstream, allow_unused=True)
+
+    return run
+
+
+if __name__ == "__main__":
+    run_script(main)
