@@ -12,6 +12,7 @@ from karat_scale.attention.bases import (
     key_of,
     make_basis,
 )
+from karat_scale.attention.call import FourierCall
 from karat_scale.attention.checks import check_choice
 from karat_scale.attention.flops import karat_flops
 from karat_scale.attention.form_parameters import FORMS, SECOND, Simplex, check_simplex, has_projector, parameter_shapes
@@ -214,6 +215,13 @@ class FourierKaratOperator(KaratOperator):
             f"num_tokens={self.num_tokens}, num_heads={self.num_heads}, rank={self.rank}, grid={self.grid}, "
             f"base={self.base!r}, init={self.init!r}, implementation={self.implementation!r}"
         )
+
+    def call(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None) -> FourierCall:
+        """Return what the implementations of the operator are given."""
+        assert isinstance(self.basis, Fourier)
+        assert self.proj is not None
+        coefficients = self.basis.series(self.basis_parameters())
+        return FourierCall(query, key, value, *coefficients, self.proj, self.base, bias, mask)
 
 
 def _check_fourier(basis: Basis, base: str, init: str) -> None:

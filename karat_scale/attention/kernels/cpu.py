@@ -56,16 +56,20 @@ def _machine_refusal() -> str | None:
 _machine_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def attend(call: FourierCall) -> Tensor:
-    """O [B, h, N, d], for what `refusal` lets pass; differentiable once in all six tensors.
+def attend(call: FourierCall, psi: Tensor | None = None) -> Tensor:
+    """O [B, h, N, d], for what `refusal` lets pass; differentiable once in all tensors.
 
     Its dtype is the one that query, key and value promote to.
+
+    Args:
+        psi: adds psi(A) V to O, for a function of each head: its constant, its G cosines and its G sines [h, 2 G + 1].
     """
     query, key, value, cos_coef, sin_coef, proj, *_ = call
     common = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
     query, key, value = (x.to(common) for x in (query, key, value))
     parameters = (x.to(torch.float32).contiguous() for x in (cos_coef, sin_coef, proj))
-    output: Tensor = torch.ops.karat_scale.cpu_forward(query, key, value, *parameters)[0]
+    psi = psi if psi is None else psi.to(torch.float32).contiguous()
+    output: Tensor = torch.ops.karat_scale.cpu_forward(query, key, value, *parameters, psi)[0]
     return output
 
 
@@ -81,7 +85,17 @@ class _Strided(ctypes.Structure):
 
 _SIZES = ("batch", "heads", "tokens", "width", "rank", "grid", "dtype", "threads")
 _HEADS = ("query", "key", "value", "output", "grad_query", "grad_key", "grad_value")
-_PARAMETERS = ("cosines", "sines", "projector", "hidden", "grad_cosines", "grad_sines", "grad_projector")
+_PARAMETERS = (
+    "cosines",
+    "sines",
+    "projector",
+    "hidden",
+    "grad_cosines",
+    "grad_sines",
+    "grad_projector",
+    "psi",
+    "grad_psi",
+)
 
 
 class _Call(ctypes.Structure):
@@ -94,12 +108,15 @@ class _Call(ctypes.Structure):
     ]
 
 
-def _run(function: str, cosines: Tensor, **tensors: Tensor) -> None:
+def _run(function: str, cosines: Tensor, **tensors: Tensor | None) -> None:
     query = tensors["query"]
+    assert query is not None
     _, rank, _, grid = cosines.shape
     sizes = (*query.shape, rank, grid, DTYPES[query.dtype], torch.get_num_threads())
     call = _Call(*sizes, cosines=cosines.data_ptr())
     for name, tensor in tensors.items():
+        if tensor is None:
+            continue
         setattr(call, name, _Strided.of(tensor) if name in _HEADS else tensor.data_ptr())
     if getattr(_kernel(), function)(ctypes.byref(call)):
         raise MemoryError("out of memory in KArAt attention")
@@ -116,7 +133,13 @@ def _token_major(like: Tensor) -> Tensor:
 
 
 def _fake_forward(
-    query: Tensor, key: Tensor, value: Tensor, cosines: Tensor, sines: Tensor, projector: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    projector: Tensor,
+    psi: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, _ = query.shape
     return _token_major(value), projector.new_empty(batch, heads, tokens, projector.shape[2])
@@ -131,19 +154,27 @@ def _fake_backward(
     cosines: Tensor,
     sines: Tensor,
     projector: Tensor,
+    psi: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     heads = (_token_major(x) for x in (query, key, value))
-    return (*heads, *(torch.empty_like(x) for x in (cosines, sines, projector)))
+    grad_psi = projector.new_empty(0) if psi is None else psi.new_empty(query.shape[0], *psi.shape)
+    return (*heads, *(torch.empty_like(x) for x in (cosines, sines, projector)), grad_psi)
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, cosines: Tensor, sines: Tensor, projector: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    projector: Tensor,
+    psi: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """O [B, h, N, d] and H [B, h, N, r]."""
     output, hidden = _fake_forward(query, key, value, cosines, sines, projector)
     query, key, value = map(_unit_stride, (query, key, value))
     heads = {"query": query, "key": key, "value": value, "output": output}
-    _run("karat_forward", cosines, sines=sines, projector=projector, hidden=hidden, **heads)
+    _run("karat_forward", cosines, sines=sines, projector=projector, hidden=hidden, psi=psi, **heads)
     return output, hidden
 
 
@@ -156,14 +187,15 @@ def _backward(
     cosines: Tensor,
     sines: Tensor,
     projector: Tensor,
+    psi: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The gradients of query, key, value, cosines, sines and projector."""
-    grads = _fake_backward(grad_output, hidden, query, key, value, cosines, sines, projector)
+    """The gradients of query, key, value, cosines, sines and projector, and of psi that of each item."""
+    grads = _fake_backward(grad_output, hidden, query, key, value, cosines, sines, projector, psi)
     grad_output, query, key, value = map(_unit_stride, (grad_output, query, key, value))
     heads = {"query": query, "key": key, "value": value, "output": grad_output}
-    names = ("query", "key", "value", "cosines", "sines", "projector")
+    names = ("query", "key", "value", "cosines", "sines", "projector", "psi")
     written = {f"grad_{name}": grad for name, grad in zip(names, grads, strict=True)}
-    _run("karat_backward", cosines, sines=sines, projector=projector, hidden=hidden, **heads, **written)
+    _run("karat_backward", cosines, sines=sines, projector=projector, hidden=hidden, psi=psi, **heads, **written)
     return grads
 
 
@@ -174,16 +206,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _differentiate(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_output is None:
-        return (None,) * 6
-    return tuple(torch.ops.karat_scale.cpu_backward(grad_output, *ctx.saved_tensors))
+        return (None,) * len(ctx.needs_input_grad)
+    *grads, grad_psi = torch.ops.karat_scale.cpu_backward(grad_output, *ctx.saved_tensors)
+    # Where psi is None, torch may leave it out of the inputs.
+    return *grads, *([grad_psi.sum(0)] if len(grad_psi) else [None] * (len(ctx.needs_input_grad) - len(grads)))
 
 
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor cosines, Tensor sines, Tensor projector"
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor cosines, Tensor sines, Tensor projector, Tensor? psi=None"
 _library = torch.library.Library("karat_scale", "FRAGMENT")
 _library.define(f"cpu_forward({_INPUTS}) -> (Tensor, Tensor)")
-_library.define(
-    f"cpu_backward(Tensor grad_output, Tensor hidden, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+_library.define(f"cpu_backward(Tensor grad_output, Tensor hidden, {_INPUTS}) -> ({', '.join(['Tensor'] * 7)})")
 _library.impl("cpu_forward", _forward, "CPU")
 _library.impl("cpu_backward", _backward, "CPU")
 torch.library.register_fake("karat_scale::cpu_forward", _fake_forward, lib=_library)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from karat_scale.attention.functional import fused_content
 from karat_scale.attention.heads import AttentionHeads
 from karat_scale.attention.operator import FourierKaratOperator
 from karat_scale.attention.softmax_start import fourier_fit_of_exp
@@ -44,6 +45,10 @@ class ContentOperator(AttentionHeads):
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """O [B, h, N, d] of query, key and value [B, h, N, d]; bias and mask as in `karat_attention`."""
+        call = self.operator.call(query, key, value, bias, mask)
+        fused = fused_content(call, self._psi(), self.operator.implementation)
+        if fused is not None:
+            return fused
         low_rank: Tensor = self.operator(query, key, value, bias, mask)
         return attend_rows(self._rule, query, key, value, bias, mask) + low_rank
 
@@ -66,6 +71,10 @@ class ContentOperator(AttentionHeads):
     ) -> tuple[str, str | None]:
         """See `AttentionHeads`; of the part of low rank."""
         return self.operator.chosen(width, device, biased=biased, masked=masked)
+
+    def _psi(self) -> Tensor:
+        """psi / N of each head [h, 2 G + 1]."""
+        return torch.cat((self.psi_constant[:, None], self.psi_cos, self.psi_sin), 1) / self.operator.num_tokens
 
     def _rule(self, scores: Tensor, keep: Tensor | None) -> Tensor:
         parameters = self.psi_constant, self.psi_cos, self.psi_sin

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "harmonics.h"
+#include "psi.h"
 #include "shape.h"
 
 namespace {
@@ -30,12 +31,20 @@ void pack_for_backward(const Call& c, const Shape& s, long h, float* out) {
 struct BackwardScratch {
   float *query, *key, *value, *grad_output, *key_columns, *hidden, *narrow, *narrow_columns, *grad_hidden;
   float *grad_query, *grad_key, *grad_value, *features, *grad_scores;
+  float *value_columns, *mixed, *grad_mixed; // with psi
 
   BackwardScratch(const Shape& s, Arena& arena) {
     const long wide = s.token_step * s.width_step;
-    query = grad_output = arena.take(wide);
-    key = value = arena.take(wide);
-    grad_query = grad_value = arena.take(wide);
+    query = arena.take(wide);
+    key = arena.take(wide);
+    grad_query = arena.take(wide);
+    // Without psi, dO, V and dV are done with before Q, K and dQ are needed.
+    grad_output = s.has_psi ? arena.take(wide) : query;
+    value = key;
+    grad_value = s.has_psi ? arena.take(wide) : grad_query;
+    value_columns = s.has_psi ? arena.take(wide) : nullptr;
+    mixed = s.has_psi ? arena.take(QUERY_ROWS * TILE) : nullptr;
+    grad_mixed = s.has_psi ? arena.take(QUERY_ROWS * TILE) : nullptr;
     grad_key = arena.take(wide);
     key_columns = arena.take(wide);
     hidden = arena.take(s.token_step * s.unit_step);
@@ -68,7 +77,8 @@ INLINE void fill_grad_scores(const Shape& s, const float* grad_hidden, const flo
 
 // Adds to dQ, dK and dC what VECTORS vectors of keys, from token `column` on, bring.
 template <long VECTORS>
-void backward_tile(const Shape& s, const BackwardScratch& w, const float* slopes, float* grad_coef, long column) {
+void backward_tile(const Shape& s, const BackwardScratch& w, const float* slopes, const float* psi, float* grad_coef,
+                   float* grad_psi, long column) {
   const float* key_columns = w.key_columns + column;
   const float* key_rows = w.key + column * s.width_step;
   float* grad_key = w.grad_key + column * s.width_step;
@@ -80,6 +90,14 @@ void backward_tile(const Shape& s, const BackwardScratch& w, const float* slopes
     fill_scores<VECTORS>(query, s.width_step, key_columns, s.token_step, w.features, rows, s.width);
     fill_harmonics<VECTORS>(w.features, rows, s.grid);
     fill_grad_scores<VECTORS>(s, grad_hidden, slopes + column, w.features, w.grad_scores, rows);
+    if (psi) {
+      const float* grad_output = w.grad_output + first * s.width_step;
+      multiply<false, VECTORS>({grad_output, s.width_step, 1}, w.value_columns + column, s.token_step, w.grad_mixed,
+                               TILE, rows, s.width);
+      pull_back_psi<VECTORS>(w.features, psi, w.grad_mixed, w.mixed, w.grad_scores, grad_psi, rows, s.grid);
+      multiply_wide<true>({w.mixed, 1, TILE}, grad_output, s.width_step, w.grad_value + column * s.width_step,
+                          s.width_step, VECTORS * LANES, width_vectors, rows);
+    }
     for (long f = 0; f < s.features(); f++)
       multiply<true, VECTORS>({grad_hidden, 1, s.unit_step}, w.features + f * rows * TILE, TILE,
                               grad_coef + f * s.units * s.token_step + column, s.token_step, s.units, rows);
@@ -88,6 +106,11 @@ void backward_tile(const Shape& s, const BackwardScratch& w, const float* slopes
     multiply_wide<true>({w.grad_scores, 1, TILE}, query, s.width_step, grad_key, s.width_step, VECTORS * LANES,
                         width_vectors, rows);
   }
+}
+
+template <typename T>
+void write_grad_value(const Call& c, const Shape& s, const BackwardScratch& w, long b, long h) {
+  write_rows(w.grad_value, s.width_step, item<T>(c.grad_value, b, h), c.grad_value.token, s.tokens, s.width);
 }
 
 // dH, dV and the item's share of dW, from O = H U and U = W^T V.
@@ -113,10 +136,13 @@ void pull_back_output(const Call& c, const Shape& s, const BackwardScratch& w, c
   transpose(w.narrow, s.width_step, w.narrow_columns, s.unit_step, s.unit_step, s.width_step);
   multiply_small({w.value, s.width_step, 1}, w.narrow_columns, s.unit_step, grad_projector, s.unit_step, s.rows,
                  s.unit_step, s.width);
-  clear(w.grad_value, s.rows * s.width_step);
+  clear(w.grad_value, s.vectors * LANES * s.width_step);
   multiply_small({projector, s.unit_step, 1}, w.narrow, s.width_step, w.grad_value, s.width_step, s.rows,
                  s.width_step, s.rank);
-  write_rows(w.grad_value, s.width_step, item<T>(c.grad_value, b, h), c.grad_value.token, s.tokens, s.width);
+  if (s.has_psi)
+    transpose(w.value, s.width_step, w.value_columns, s.token_step, s.vectors * LANES, s.width_step);
+  else
+    write_grad_value<T>(c, s, w, b, h);
 }
 
 template <typename T>
@@ -128,7 +154,13 @@ void backward_item(const Call& c, const Shape& s, const BackwardScratch& w, cons
   transpose(w.key, s.width_step, w.key_columns, s.token_step, s.vectors * LANES, s.width_step);
   clear(w.grad_query, s.rows * s.width_step);
   clear(w.grad_key, s.vectors * LANES * s.width_step);
-  for_tiles(s, [&](auto vectors, long column) { backward_tile<vectors>(s, w, slopes, grad_coef, column); });
+  const float* psi = psi_of(c, s, h);
+  float* grad_psi = psi ? c.grad_psi + (b * s.heads + h) * (s.features() + 1) : nullptr;
+  if (psi) clear(grad_psi, s.features() + 1);
+  for_tiles(s, [&](auto vectors, long column) {
+    backward_tile<vectors>(s, w, slopes, psi, grad_coef, grad_psi, column);
+  });
+  if (psi) write_grad_value<T>(c, s, w, b, h);
   // The query was read with the scale in it, so only dQ still lacks it.
   for (long i = 0; i < s.rows * s.width_step; i += LANES)
     store(w.grad_query + i, load(w.grad_query + i) * s.scale);

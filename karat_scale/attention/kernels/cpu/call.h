@@ -14,12 +14,15 @@ struct Strided {
 };
 
 // Parameters and H are contiguous float32: cosines, sines [h, r, N, G], projector [h, N, r], hidden [B, h, N, r].
+// `psi` is null, or [h, 2 G + 1]: a head's function of each score, as its constant, cosines and sines. Its gradient is that
+// of each item, [B, h, 2 G + 1].
 struct Call {
   int64_t batch, heads, tokens, width, rank, grid, dtype, threads;
   Strided query, key, value, output;                     // of backward, output holds dO
   Strided grad_query, grad_key, grad_value;              // of backward only, as are the gradients below
   float *cosines, *sines, *projector, *hidden;
   float *grad_cosines, *grad_sines, *grad_projector;
+  float *psi, *grad_psi;
 };
 
 namespace {

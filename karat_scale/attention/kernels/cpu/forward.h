@@ -1,4 +1,5 @@
-// Forward in float32: H = sum_f f(A) C_f^T and O = H (W^T V), a tile of keys by queries at a time.
+// Forward in float32: H = sum_f f(A) C_f^T and O = H (W^T V), a tile of keys by queries at a time. With psi, O = psi(A) V
+// comes to that, from the same features.
 //
 // Tiles of query columns (A transposed) give H^T without a wasted lane at any rank; a tile's features live in the L1
 // cache.
@@ -8,6 +9,7 @@
 #include <algorithm>
 
 #include "harmonics.h"
+#include "psi.h"
 #include "shape.h"
 
 namespace {
@@ -29,25 +31,31 @@ void pack_for_forward(const Call& c, const Shape& s, long h, float* out) {
 }
 
 struct ForwardScratch {
-  float *rows, *key, *query_columns, *hidden_columns, *narrow, *features, *out;
+  float *rows, *key, *query_columns, *hidden_columns, *narrow, *features, *out, *value, *mixed;
 
   ForwardScratch(const Shape& s, Arena& arena)
       : rows(arena.take(s.token_step * s.width_step)), key(arena.take(s.token_step * s.width_step)),
         query_columns(arena.take(s.width_step * s.token_step)), hidden_columns(arena.take(s.units * s.token_step)),
-        narrow(arena.take(s.units * s.width_step)), features(arena.take(s.features() * KEY_ROWS * TILE)), out(rows) {}
+        narrow(arena.take(s.units * s.width_step)), features(arena.take(s.features() * KEY_ROWS * TILE)), out(rows),
+        value(s.has_psi ? arena.take(s.token_step * s.width_step) : rows),
+        mixed(s.has_psi ? arena.take(KEY_ROWS * TILE) : nullptr) {}
 };
 
-// H^T += sum_f C_f f(A^T), for VECTORS vectors of queries.
+// H^T += sum_f C_f f(A^T), for VECTORS vectors of queries from token `column` on. With psi, also O += psi(A) V.
 template <long VECTORS>
-void forward_tile(const Shape& s, const float* key, const float* query, const float* coef, float* hidden,
-                  float* features) {
+void forward_tile(const Shape& s, const ForwardScratch& w, const float* coef, const float* psi, long column) {
+  const float* query = w.query_columns + column;
   for (long first = 0; first < s.rows; first += KEY_ROWS) {
     const long keys = std::min(KEY_ROWS, s.rows - first), depth = s.features() * keys;
-    const float* key_rows = key + first * s.width_step;
-    fill_scores<VECTORS>(key_rows, s.width_step, query, s.token_step, features, keys, s.width);
-    fill_harmonics<VECTORS>(features, keys, s.grid);
+    const float* key_rows = w.key + first * s.width_step;
+    fill_scores<VECTORS>(key_rows, s.width_step, query, s.token_step, w.features, keys, s.width);
+    fill_harmonics<VECTORS>(w.features, keys, s.grid);
     const Left units{coef + first * s.features() * s.units, 1, s.units};
-    multiply<true, VECTORS>(units, features, TILE, hidden, s.token_step, s.units, depth);
+    multiply<true, VECTORS>(units, w.features, TILE, w.hidden_columns + column, s.token_step, s.units, depth);
+    if (!psi) continue;
+    fill_psi<VECTORS>(w.features, psi, w.mixed, keys, s.grid);
+    multiply_wide<true>({w.mixed, 1, TILE}, w.value + first * s.width_step, s.width_step,
+                        w.out + column * s.width_step, s.width_step, VECTORS * LANES, s.width_step / LANES, keys);
   }
 }
 
@@ -55,20 +63,20 @@ template <typename T>
 void forward_item(const Call& c, const Shape& s, const ForwardScratch& w, const float* coef, const float* projector,
                   long b, long h) {
   // U = W^T V.
-  read_rows(item<T>(c.value, b, h), c.value.token, w.rows, s.width_step, s.tokens, s.width, 1.0f);
+  read_rows(item<T>(c.value, b, h), c.value.token, w.value, s.width_step, s.tokens, s.width, 1.0f);
   clear(w.narrow, s.units * s.width_step);
-  multiply_small({projector, 1, s.unit_step}, w.rows, s.width_step, w.narrow, s.width_step, s.units, s.width_step,
+  multiply_small({projector, 1, s.unit_step}, w.value, s.width_step, w.narrow, s.width_step, s.units, s.width_step,
                  s.tokens);
 
   read_rows(item<T>(c.query, b, h), c.query.token, w.rows, s.width_step, s.tokens, s.width, s.scale);
   transpose(w.rows, s.width_step, w.query_columns, s.token_step, s.vectors * LANES, s.width_step);
   read_rows(item<T>(c.key, b, h), c.key.token, w.key, s.width_step, s.tokens, s.width, 1.0f);
   clear(w.hidden_columns, s.units * s.token_step);
-  for_tiles(s, [&](auto vectors, long column) {
-    forward_tile<vectors>(s, w.key, w.query_columns + column, coef, w.hidden_columns + column, w.features);
-  });
-  // O = H U.
-  clear(w.out, s.rows * s.width_step);
+  // From here on the query is in its columns alone, and its rows are room for O.
+  clear(w.out, s.vectors * LANES * s.width_step);
+  const float* psi = psi_of(c, s, h);
+  for_tiles(s, [&](auto vectors, long column) { forward_tile<vectors>(s, w, coef, psi, column); });
+  // O += H U.
   multiply_small({w.hidden_columns, 1, s.token_step}, w.narrow, s.width_step, w.out, s.width_step, s.rows,
                  s.width_step, s.rank);
   write_rows(w.out, s.width_step, item<T>(c.output, b, h), c.output.token, s.tokens, s.width);

@@ -17,11 +17,12 @@ struct Shape : Sizes {
   long width_step;    // d, padded
   long units;         // r, padded as rows of a product
   long unit_step;     // r, padded as columns
+  bool has_psi;
 
   explicit Shape(const Call& c)
       : Sizes(c), vectors((tokens + LANES - 1) / LANES), rows(round_up(tokens, ROW_UNIT)),
         token_step((round_up(tokens, UNIT) / UNIT | 1) * UNIT), width_step(round_up(width, LANES)),
-        units(round_up(rank, 4)), unit_step(round_up(rank, LANES)) {}
+        units(round_up(rank, 4)), unit_step(round_up(rank, LANES)), has_psi(c.psi) {}
 };
 
 // Calls body(the number of vectors, as a type; the first column) for tiles of nearly equal width over all tokens.
