@@ -1,7 +1,8 @@
 """Copying a run to `checkpoint.url` while it trains, by a thread of rank 0 that training never waits for.
 
-The thread makes the URL like the run's directory: it copies what is missing there, the newest checkpoint first, and
-removes what the run does not keep. So the next copy, or the next start, makes up for one that failed or was cut off.
+The thread makes the URL like the run's directory: it copies what is missing there, the best and the newest checkpoint
+first, and removes what the run does not keep. So the next copy, or the next start, makes up for one that failed or was
+cut off.
 """
 
 import json
@@ -113,7 +114,8 @@ class RunCopy:
             self._url.check_mine()
             self._url.upload_files(self._directory.path, self._count)
             remote.look()
-            for name in store.names():
+            # The best one first: the state of a newer one names it.
+            for name in sorted(store.names(), key=lambda name: name != store.pointed("best")):
                 with holding(store.root / name) as is_there:
                     if is_there and (problem := self._upload(name)):
                         problems.append(problem)

@@ -186,14 +186,15 @@ def test_the_best_checkpoint_comes_along(recipe_file: Path, url: str, tmp_path: 
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     overrides = (f"checkpoint.url={url}", "checkpoint.every_steps=2", "train.epochs=2")
     assert karat("train", str(recipe_file), f"run.dir={run}", *overrides).returncode == 0
-    # As if the first evaluation had been the best.
-    raw = WritableStore(f"{url}/checkpoints")
-    best = names(url)[-1]
-    raw.write("best", f"{best}\n".encode())
+    best = f"step-{summary(run)['best_step']:08d}"
+    WritableStore(f"{url}/checkpoints").remove(["best"])  # as if a kill had been before it
     shutil.rmtree(run)
     done = karat("train", str(recipe_file), f"run.dir={elsewhere}", *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert set(CheckpointStore(elsewhere / "checkpoints").names()) == {best, f"step-{STEPS:08d}"}
+    store = CheckpointStore(elsewhere / "checkpoints")
+    assert set(store.names()) == {best, f"step-{STEPS:08d}"}
+    assert store.pointed("best") == best
+    assert "is gone" not in done.stdout
 
 
 @pytest.mark.slow
