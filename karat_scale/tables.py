@@ -40,7 +40,7 @@ EXTRAS = {
     ),
     "export": Extra("onnxruntime", ("onnxruntime",), "karat export --format onnx"),
     "parquet": Extra("pyarrow", ("pyarrow",), "Parquet files in karat prepare make_webdataset"),
-    "remote": Extra("s3fs", ("s3fs",), "data at s3://, gs:// or https://"),
+    "remote": Extra("s3fs", ("s3fs",), "data at s3://, gs:// or https://, and checkpoint.url"),
     "corruptions": Extra("imagecorruptions", ("imagecorruptions-imaug",), "karat eval --corrupt"),
     "detection": Extra("pycocotools", ("pycocotools",), "karat detect"),
     "demo": Extra("gradio", ("gradio",), "karat demo"),

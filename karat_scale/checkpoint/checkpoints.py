@@ -113,8 +113,8 @@ class Checkpoints(Generic[S]):
             self.saver.note_saved(state)
             if self._recipe.checkpoint.keep_best:
                 mine = repair_best(self.store, state, self._reporter) if self._world.is_main else {}
-                for name, value in self._world.broadcast(mine).items():
-                    setattr(state, name, value)
+                for field, value in self._world.broadcast(mine).items():
+                    setattr(state, field, value)
         state.restarts += is_start
         state.seconds_to_first_step = None  # each start has its own
         if is_start:

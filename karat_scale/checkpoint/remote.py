@@ -107,7 +107,10 @@ class RemoteCheckpoints:
         with ThreadPool(_THREADS) as threads:
             jobs = ((_path(name, file), unfinished / file, written, on_bytes) for file, written in files.items())
             damage = next((found for found in threads.starmap(self._fetch, jobs) if found is not None), None)
-        return damage or local.adopt(unfinished, text)
+        if damage is not None:
+            local.discard_unfinished()
+            return damage
+        return local.adopt(unfinished, text)
 
     def point(self, pointer: str, names: Collection[str]) -> None:
         """Let `latest` or `best` name a checkpoint, or `pinned` several. Raises StoreError."""

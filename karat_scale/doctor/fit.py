@@ -16,14 +16,12 @@ from karat_scale.doctor.data_files import DataFiles, find_data_files
 from karat_scale.doctor.report import Finding, found
 from karat_scale.engine.distributed import World
 from karat_scale.errors import RecipeError
+from karat_scale.estimate.report import CHECKPOINT_BYTES_PER_PARAMETER
 from karat_scale.machine import usable_cores
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import differing_keys
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.stores import WritableStore
-
-# fp32 weights, their EMA and the two moments of AdamW.
-CHECKPOINT_BYTES_PER_PARAMETER = 16
 
 
 @dataclass(frozen=True)

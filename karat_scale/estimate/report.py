@@ -13,6 +13,8 @@ from karat_scale.machine import Gpu
 from karat_scale.recipe import Recipe
 
 SHOWN_MICRO_BATCHES = 6
+# fp32 weights, their EMA and the two moments of AdamW.
+CHECKPOINT_BYTES_PER_PARAMETER = 16
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ class Plan:
         return self.samples // self.recipe.train.global_batch
 
     @property
+    def checkpoint_bytes(self) -> int:
+        return CHECKPOINT_BYTES_PER_PARAMETER * self.parameters
+
+    @property
     def communication(self) -> float:
         """Seconds of a step's collectives."""
         return seconds(self.load, self.machine.world, self.node.gpus, self.node.links)
@@ -60,6 +66,7 @@ class Plan:
         return {
             "recipe": self.recipe.run.name,
             "parameters": self.parameters,
+            "checkpoint_bytes": self.checkpoint_bytes,
             "machine": asdict(self.machine),
             "gpu": self.gpu.key if self.gpu else None,
             "fits": self.choice.fits,
@@ -95,6 +102,8 @@ def show(plan: Plan) -> None:
     _show_parts(plan.choice)
     _show_blocks(plan.choice)
     _show_time(plan)
+    if plan.recipe.checkpoint.url:
+        print(f"checkpoint.url: each checkpoint copies about {gigabytes(plan.checkpoint_bytes)} there")
     if plan.curve:
         _show_curve(plan)
 

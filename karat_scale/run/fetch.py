@@ -49,6 +49,11 @@ def fetch_run(where: str, to: str, wanted: Sequence[str]) -> int:
     print(f"{to} has run {owner.name} with {plural(len(good), 'checkpoint')}: {', '.join(good) or 'none'}")
     if damaged:
         name, damage = next(iter(damaged.items()))
+        remote.look()
+        if name not in remote.names():
+            raise RunDirectoryError(
+                f"{url.url}: the run removed checkpoint {name} meanwhile; run the same command again"
+            )
         others = ", ".join(other for other in remote.names() if other not in damaged)
         there = f"--checkpoint NAME takes another one: {others}" if others else "there is no other"
         raise RunDirectoryError(f"{url.url}: checkpoint {name} is damaged: {damage}; {there}")

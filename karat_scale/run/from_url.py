@@ -6,6 +6,7 @@ from pathlib import Path
 
 from karat_scale.checkpoint.remote import OnBytes
 from karat_scale.checkpoint.saver import Background
+from karat_scale.checkpoint.store import checkpoint_name
 from karat_scale.cluster.heartbeat import Heartbeat
 from karat_scale.engine.devices import device_name
 from karat_scale.engine.distributed import World
@@ -131,11 +132,19 @@ def _bring(recipe: RunRecipe, directory: RunDirectory, url: RunUrl, on_bytes: On
                 f"checkpoint.url = {url.url}: none of {len(newer)} checkpoints is intact ({damage}); choose another "
                 "checkpoint.url to start from the beginning"
             )
-    best = remote.pointed("best") if recipe.checkpoint.keep_best else None
-    if best is not None:
-        damage = remote.download(best, store, on_bytes) if best not in store.names() else None
-        if damage is None:
-            store.point("best", best)
-        else:
-            notes.append(f"warning: the best checkpoint {best} at {url.url} is damaged: {damage}")
+    if recipe.checkpoint.keep_best:
+        notes += _bring_best(directory, url, on_bytes)
+    return notes
+
+
+def _bring_best(directory: RunDirectory, url: RunUrl, on_bytes: OnBytes) -> list[str]:
+    """Copy the checkpoint that `best` names, and the one that the newest state names: a kill may have been between."""
+    store, remote, notes = directory.store, url.checkpoints, []
+    pointed, saved = remote.pointed("best"), store.state(store.names()[0]).get("best_step")
+    best = {pointed, checkpoint_name(saved) if isinstance(saved, int) else None}
+    for name in [name for name in remote.names() if name in best and name not in store.names()]:
+        if (damage := remote.download(name, store, on_bytes)) is not None:
+            notes.append(f"warning: the best checkpoint, {name}, is damaged at {url.url}: {damage}")
+    if pointed is not None and pointed in store.names():
+        store.point("best", pointed)
     return notes

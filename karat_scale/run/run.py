@@ -195,11 +195,14 @@ def claim_directory(recipe: RunRecipe, world: World, signals: StopSignals) -> tu
 
     Returns the directory, on rank 0 what copies it to the URL, and what the recipe changes on purpose.
     """
-    directory = RunDirectory(recipe.run.dir)
-    world.on_main(directory.claim)
+    directory, changes = RunDirectory(recipe.run.dir), ""
+    with world.together():  # before the URL: a start that is refused here takes it from nobody
+        if world.is_main:
+            changes = directory.open(recipe)
     copy = open_copy(recipe, world, directory, signals)
     with world.together():
-        changes = directory.admit(recipe) if world.is_main else ""
+        if copy is not None:
+            changes = directory.admit(recipe)  # to what came from there
     return directory, copy, world.broadcast(changes)
 
 

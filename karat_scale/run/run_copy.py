@@ -1,7 +1,8 @@
 """Copying a run to `checkpoint.url` while it trains, by a thread of rank 0 that training never waits for.
 
-The thread makes the URL like the run's directory: it copies what is missing there, the newest checkpoint first, and
-removes what the run does not keep. So the next copy, or the next start, makes up for one that failed or was cut off.
+The thread makes the URL like the run's directory: it copies what is missing there, the best and the newest checkpoint
+first, and removes what the run does not keep. So the next copy, or the next start, makes up for one that failed or was
+cut off.
 """
 
 import json
@@ -25,6 +26,7 @@ from karat_scale.run.waiting import follow
 # How long the last copy may take, by exit code. A job's signal comes two minutes before its end; after an error, other
 # ranks have ended, and a launcher waits for this one.
 COPY_SECONDS = {0: math.inf, EXIT_STOPPED: 60.0, 2: 60.0, 1: 5.0}
+_SOON = 1.0
 
 
 class RunCopy:
@@ -68,6 +70,8 @@ class RunCopy:
         """Copy the end of the run; `end` tells of its failure."""
         self._is_last = True
         self.wake()
+        if not self.wait(_SOON):
+            self._notes.append(f"waiting for the last copy to {self._url.url}")
 
     def end(self) -> None:
         """Copy nothing more, and say in one line if something is missing. No save may be under way."""
@@ -113,7 +117,8 @@ class RunCopy:
             self._url.check_mine()
             self._url.upload_files(self._directory.path, self._count)
             remote.look()
-            for name in store.names():
+            # The best one first: the state of a newer one names it.
+            for name in sorted(store.names(), key=lambda name: name != store.pointed("best")):
                 with holding(store.root / name) as is_there:
                     if is_there and (problem := self._upload(name)):
                         problems.append(problem)
@@ -163,6 +168,7 @@ def finish_copy(copy: RunCopy | None, world: World, reporter: Reporter, signals:
 
     if copy is not None:
         copy.ask_last()
+    reporter.tell_of_others()
     follow(world, copy, lambda: reporter.beat("copying"), is_late)
     if copy is not None:
         copy.end()

@@ -62,7 +62,9 @@ def test_a_best_that_is_gone_is_said_and_another_takes_its_place(
     first.save(state(3, 45.0, 2, 50.0))
     shutil.rmtree(tmp_path / "c" / "step-00000002")
     resumed = second.load()
-    assert "the best checkpoint, step-00000002, is gone; the " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the best checkpoint, step-00000002, is gone; the " in said
+    assert "resumed from step-00000003: " in said
     kept = (1, 40.0, 40.0) if is_one_kept else (None, None, None)
     assert (resumed.best_step, resumed.best_top1, resumed.best_top5) == kept
     assert resumed.last_top1 == 45.0

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.cli import main
+from karat_scale.console import gigabytes
 from karat_scale.estimate.command import Request, make_plan
 from karat_scale.recipe.loading import load_recipe
 
@@ -36,12 +37,15 @@ def test_a_plan_for_gpus_names_stage_and_micro_batch(tmp_path: Path, capsys: Cap
 @pytest.mark.slow
 def test_stages_that_the_recipe_cannot_use_are_told(tmp_path: Path, capsys: Capture) -> None:
     file = tmp_path / "plan.json"
-    fp16 = ("train.precision=fp16", "deepspeed.config=zero2")
+    fp16 = ("train.precision=fp16", "deepspeed.config=zero2", "checkpoint.url=s3://bucket/run")
     assert plan(*fp16, "--gpus", "8", "--gpu", "v100-32", "--json", str(file)) == 0
     printed = capsys.readouterr().out
     assert "zero0 passed over: train.precision = fp16 needs ZeRO stage 1 or higher" in printed
     assert "recommended: deepspeed.config=zero1" in printed
-    assert list(json.loads(file.read_text())["refused"]) == ["zero0"]
+    found = json.loads(file.read_text())
+    assert list(found["refused"]) == ["zero0"]
+    assert found["checkpoint_bytes"] == 16 * found["parameters"]
+    assert f"checkpoint.url: each checkpoint copies about {gigabytes(found['checkpoint_bytes'])} there" in printed
 
 
 @pytest.mark.slow

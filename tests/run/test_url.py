@@ -14,7 +14,7 @@ import pytest
 
 from karat_scale.checkpoint.remote import RemoteCheckpoints
 from karat_scale.checkpoint.store import CheckpointStore
-from karat_scale.engine.distributed import World
+from karat_scale.engine.distributed import ALONE
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import Recipe
 from karat_scale.run.waiting import follow
@@ -67,7 +67,19 @@ def test_a_url_in_place_of_a_run_names_the_command_that_fetches_it(
     assert error.count("\n") == 1
 
 
-def test_ranks_beat_while_a_store_moves(world: World) -> None:
+def test_what_cannot_be_fetched_is_one_line(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for place, line in {
+        url: f"{url} has no run (it has no owner.json)",
+        "https://host/run": "cannot be written",
+    }.items():
+        assert karat_here("fetch", place, str(tmp_path / "run")) == 2
+        error = capsys.readouterr().err
+        assert line in error
+        assert error.count("\n") == 1
+        assert not (tmp_path / "run").exists()
+
+
+def test_ranks_beat_while_a_store_moves() -> None:
     class Slow:
         moved, left = 0, 5
 
@@ -77,9 +89,9 @@ def test_ranks_beat_while_a_store_moves(world: World) -> None:
             return self.left == 0
 
     beats: list[str] = []
-    assert follow(world, Slow(), lambda: beats.append("beat"))
+    assert follow(ALONE, Slow(), lambda: beats.append("beat"))
     assert len(beats) == 3  # at first, and when something came
-    assert not follow(world, Slow(), lambda: None, lambda: True)
+    assert not follow(ALONE, Slow(), lambda: None, lambda: True)
 
 
 @pytest.mark.slow
@@ -186,14 +198,15 @@ def test_the_best_checkpoint_comes_along(recipe_file: Path, url: str, tmp_path: 
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     overrides = (f"checkpoint.url={url}", "checkpoint.every_steps=2", "train.epochs=2")
     assert karat("train", str(recipe_file), f"run.dir={run}", *overrides).returncode == 0
-    # As if the first evaluation had been the best.
-    raw = WritableStore(f"{url}/checkpoints")
-    best = names(url)[-1]
-    raw.write("best", f"{best}\n".encode())
+    best = f"step-{summary(run)['best_step']:08d}"
+    WritableStore(f"{url}/checkpoints").remove(["best"])  # as if a kill had been before it
     shutil.rmtree(run)
     done = karat("train", str(recipe_file), f"run.dir={elsewhere}", *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert set(CheckpointStore(elsewhere / "checkpoints").names()) == {best, f"step-{STEPS:08d}"}
+    store = CheckpointStore(elsewhere / "checkpoints")
+    assert set(store.names()) == {best, f"step-{STEPS:08d}"}
+    assert store.pointed("best") == best
+    assert "is gone" not in done.stdout
 
 
 @pytest.mark.slow
