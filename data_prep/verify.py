@@ -31,8 +31,8 @@ from karat_scale.data.formats.shard_format import (
     read_dataset_record,
 )
 from karat_scale.data.formats.shards import check_file
-from karat_scale.data.indexing.command import is_indexed, number_of
-from karat_scale.data.indexing.labels import LabelRule
+from karat_scale.data.indexing.command import is_indexed
+from karat_scale.data.indexing.labels import LabelRule, number_of
 from karat_scale.data.indexing.samples import read_samples
 from karat_scale.data.indexing.tars import open_tar
 from karat_scale.errors import DataError, run_script

@@ -110,8 +110,10 @@ def test_other_workers_begin_at_the_next_cycle_and_say_so(
     assert karat_here(*command(run, "data.workers=2", "train.max_steps=5")) == 0
     own = ("data.workers=1", "train.max_steps=9", "resume.allow=[train.max_steps]")
     assert karat_here(*command(run, *own)) == 0
-    said = "the stream has 6 tars and 1 lanes (ranks x data workers), and the checkpoint is of 6 and 2"
-    assert f"{said}: each lane begins at cycle 1" in " ".join(capsys.readouterr().out.split())
+    said = (
+        "the stream now has 6 tars and 1 lane (ranks x data workers), and 6 tars and 2 lanes (ranks x data workers) in"
+    )
+    assert f"{said} the checkpoint: each lane begins at cycle 1" in " ".join(capsys.readouterr().out.split())
     state = CheckpointStore(run / "checkpoints").state("step-00000009")["stream"]
     assert (state["shards"], len(state["lanes"])) == (6, 1)
     assert state["lanes"][0][0] >= 6

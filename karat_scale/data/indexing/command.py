@@ -22,7 +22,7 @@ from karat_scale.data.formats.shard_format import (
     read_dataset_record,
     write_dataset_record,
 )
-from karat_scale.data.indexing.labels import Label, LabelRule
+from karat_scale.data.indexing.labels import Label, LabelRule, number_of
 from karat_scale.data.indexing.samples import TarSamples, guess_label_rule, read_samples
 from karat_scale.data.indexing.splits import find_tars, into_splits
 from karat_scale.data.indexing.tars import Tar, open_tar
@@ -233,11 +233,6 @@ def _write_split(
     split.per_class = per_class.tolist()
     split.empty_classes = [name for name, count in zip(numbers, split.per_class, strict=True) if not count]
     return split
-
-
-def number_of(label: Label, numbers: dict[str, int]) -> int:
-    """Return the number of a class, given the numbers of the names."""
-    return numbers[label] if isinstance(label, str) else label
 
 
 def _counts(record: DatasetRecord, split: SplitRecord) -> dict[str, int]:

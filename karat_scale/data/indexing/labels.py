@@ -91,6 +91,11 @@ def _named(name: str, otherwise: str) -> str:
     return name
 
 
+def number_of(label: Label, numbers: dict[str, int]) -> int:
+    """Return the number of a class, given the numbers of the names."""
+    return numbers[label] if isinstance(label, str) else label
+
+
 def guess_rule(suffixes: Mapping[str, int], first_json: bytes | None, where: str) -> LabelRule:
     """Return the rule that fits a tar.
 

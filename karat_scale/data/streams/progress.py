@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from karat_scale.console import plural
 from karat_scale.data.batch import Batch
 from karat_scale.data.plan import BatchSlice, LanePlace
 
@@ -59,7 +60,9 @@ class StreamProgress:
             return ""
         cycle = max(entry for entry, _ in saved.lanes) // saved.shards + 1
         self.places = {lane: LanePlace(cycle * self._shards + lane) for lane in self._mine}
-        return (
-            f"the stream has {self._shards} tars and {self._all} lanes (ranks x data workers), and the checkpoint is "
-            f"of {saved.shards} and {len(saved.lanes)}: each lane begins at cycle {cycle}"
-        )
+        now, then = _described(self._shards, self._all), _described(saved.shards, len(saved.lanes))
+        return f"the stream now has {now}, and {then} in the checkpoint: each lane begins at cycle {cycle}"
+
+
+def _described(shards: int, lanes: int) -> str:
+    return f"{plural(shards, 'tar')} and {plural(lanes, 'lane')} (ranks x data workers)"

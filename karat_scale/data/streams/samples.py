@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 from webdataset.filters import shuffle
 
 from karat_scale.console import plural
-from karat_scale.data.indexing.command import number_of
-from karat_scale.data.indexing.labels import LabelRule, NoLabelError
+from karat_scale.data.indexing.labels import LabelRule, NoLabelError, number_of
 from karat_scale.data.indexing.samples import IMAGES
 from karat_scale.data.order import shuffle_seed
 from karat_scale.data.plan import LanePlace

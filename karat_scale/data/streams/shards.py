@@ -33,7 +33,7 @@ class StreamShards:
     def __init__(self, data: DataConfig, seed: int) -> None:
         self._seed = seed
         self.urls = _expanded(data.stream)
-        self.names = [_without_values(url, data.stream) for url in self.urls]
+        self.names = [_without_values(url, _variables(data.stream)) for url in self.urls]
         for url, name in zip(self.urls, self.names, strict=True):
             _check_can_be_opened(url, name)
         self._order = lru_cache(maxsize=2)(self._order_of)
@@ -64,8 +64,8 @@ class StreamShards:
 def _expanded(text: str) -> list[str]:
     try:
         urls: list[str] = expand_urls(text)
-    except AssertionError:
-        name = next(name for name in _VARIABLE.findall(text) if f"WDS_{name}" not in os.environ)
+    except AssertionError as error:
+        name = str(error).rpartition("WDS_")[2]
         raise DataError(
             f"data.stream: ${{{name}}} is the variable WDS_{name} of the environment, which is not set; set it, or "
             f"write ${name} for a variable of the command's shell"
@@ -77,15 +77,26 @@ def _expanded(text: str) -> list[str]:
     return urls
 
 
-def _without_values(url: str, text: str) -> str:
-    for name in _VARIABLE.findall(text):
+def _variables(text: str) -> list[str]:
+    """Return the names of the variables in a text, and of those in their values."""
+    names = list(dict.fromkeys(_VARIABLE.findall(text)))
+    for name in names:  # which grows
+        names += [inner for inner in _VARIABLE.findall(os.environ[f"WDS_{name}"]) if inner not in names]
+    return names
+
+
+def _without_values(url: str, variables: list[str]) -> str:
+    for name in reversed(variables):
         if value := os.environ[f"WDS_{name}"]:
             url = url.replace(value, f"${{{name}}}")
     return url
 
 
 def _check_can_be_opened(url: str, name: str) -> None:
-    scheme = urlparse(url).scheme
+    try:
+        scheme = urlparse(url).scheme
+    except ValueError as error:
+        raise DataError(f"data.stream: {name} is no URL: {error}") from None
     if url == "-":
         raise DataError("data.stream: - is the standard input, which data workers cannot share; use a pipe: or a file")
     if scheme not in ("", "file", *gopen_schemes):

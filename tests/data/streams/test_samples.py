@@ -50,6 +50,11 @@ def test_a_variable_is_opened_by_its_value_and_named_by_its_name(stream_config, 
     found = shards(stream_config, "${PLACE}/{0..1}.tar")
     assert found.urls == ["https://host/secret/0.tar", "https://host/secret/1.tar"]
     assert found.names == ["${PLACE}/0.tar", "${PLACE}/1.tar"]
+    monkeypatch.setenv("WDS_PLACE", "https://host/${WORD}/x")
+    monkeypatch.setenv("WDS_WORD", "secret")
+    assert shards(stream_config, "${PLACE}/0.tar").names == ["${PLACE}/0.tar"]
+    monkeypatch.delenv("WDS_WORD")
+    assert "${WORD} is the variable WDS_WORD" in refused(stream_config, "${PLACE}/0.tar")
 
 
 @pytest.mark.parametrize(
@@ -59,6 +64,7 @@ def test_a_variable_is_opened_by_its_value_and_named_by_its_name(stream_config, 
         ("a-{0..3.tar", "has a { without its }"),
         ("a.tar::", "an empty name between two ::"),
         ("-", "the standard input"),
+        ("https://[host/a.tar", "https://[host/a.tar is no URL: "),
         ("s3://bucket/a.tar", "the webdataset library opens no s3:; use pipe:"),
     ],
 )

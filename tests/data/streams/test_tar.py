@@ -12,6 +12,7 @@ from karat_scale.errors import DataError
 from tests.data.backends.helpers import wait_until
 from tests.data.tars import image, sample, write_tar
 
+LONG = [member for number in range(40) for member in sample(number, number % 3)]
 MEMBERS = [member for number in range(4) for member in sample(number, number % 3)]
 
 
@@ -80,11 +81,13 @@ def test_what_is_not_a_whole_tar_is_an_error(tar: Path, change: Callable[[Path],
     assert said in refused(tar)
 
 
-def test_a_damaged_header_in_the_middle_is_an_error(tmp_path: Path) -> None:
-    """tarfile takes it for the end."""
-    tar = tmp_path / "long.tar"
-    write_tar(tar, [member for number in range(40) for member in sample(number)])
-    damage(tar, member_start(tar, "s20.jpg") + 150)
+@pytest.mark.parametrize("name", ["s1.jpg", "s20.jpg", "s37.cls", "s39.jpg", "s39.cls"])
+@pytest.mark.parametrize("what", ["damaged", "zero"])
+def test_a_header_that_the_reader_takes_for_the_end_is_an_error(tar: Path, name: str, what: str) -> None:
+    write_tar(tar, LONG)
+    content, start = bytearray(tar.read_bytes()), member_start(tar, name)
+    content[start : start + 512] = bytes(512) if what == "zero" else b"x" * 512
+    tar.write_bytes(content)
     assert refused(tar).startswith("has a damaged header, or another tar that follows it, after ")
 
 
@@ -113,11 +116,11 @@ def test_a_value_of_a_variable_is_in_no_message(tmp_path: Path) -> None:
 def test_a_command_that_is_not_read_to_its_end_is_ended_with_its_children(
     tar: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    write_tar(tar, LONG)
     samples = read_tar(
-        f"pipe:echo $$ > {tmp_path}/shell; cat {tar}; sleep 1234 & echo $! > {tmp_path}/child; wait", "a"
+        f"pipe:echo $$ > {tmp_path}/shell; sleep 1234 & echo $! > {tmp_path}/child; cat {tar}; wait", "a"
     )
     next(samples)
-    wait_until((tmp_path / "child").is_file)
     samples.close()
     for name in ("shell", "child"):
         pid = int((tmp_path / name).read_text())
