@@ -103,6 +103,7 @@ def test_ctrl_c_reaches_no_command_and_leaves_none(recipe: Path, tmp_path: Path)
     assert karat_here("eval", str(run)) == 0  # opens none of its tars
 
 
+@pytest.mark.slow
 def test_other_workers_begin_at_the_next_cycle_and_say_so(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,6 +212,7 @@ def test_a_dry_run_reads_the_stream_and_counts_its_tars(recipe: Path) -> None:
         list(dry_run(load_recipe(recipe, [*SMALL, *QUICK, "data.workers=2"]), 4))
 
 
+@pytest.mark.slow
 def test_replay_takes_a_step_again_if_its_commands_are_trusted(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
