@@ -117,8 +117,9 @@ class Reporter:
             self.hear(self._trackers.messages)
 
     def hear(self, messages: Callable[[], list[str]]) -> None:
-        """After each event, tell the person what `messages` returns: lines of what runs beside training."""
+        """Now and after each event, tell the person what `messages` returns: lines of what runs beside training."""
         self._others.append(messages)
+        self.tell_of_others()
 
     def beat(self, doing: str, step: int = 0) -> None:
         """This rank got on: it begins with `doing` now, for whoever watches for hangs."""

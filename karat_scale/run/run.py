@@ -58,6 +58,8 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
                 print("stopped before the checkpoint was fetched; run the same command to resume", flush=True)
             return EXIT_STOPPED
         reporter = open_reporter(recipe, world, directory)
+        if copy is not None:
+            reporter.hear(copy.messages)
         outcome = Outcome(recipe, world, task_type.state_type())
         fix = partial(task_type.less_memory, recipe, world.size)
         snapshot = partial(memory_snapshot, directory.path / "diagnostics", world)
@@ -77,7 +79,7 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             world.on_main(lambda: directory.begin(recipe, task.classes))
             reporter.start_trackers(directory.path, recipe.log.trackers, anew=recipe.resume.mode == "never")
             if copy is not None:
-                copy.begin(reporter)
+                copy.begin()
             reporter.info(headline(parts))
             if outcome.state.step >= parts.total_steps:
                 reporter.info(f"nothing is left to do: {how_to_extend(parts)}")

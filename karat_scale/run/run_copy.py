@@ -34,7 +34,7 @@ class RunCopy:
 
     Args:
         url: this start is the one that writes there.
-        notes: what `begin` tells.
+        notes: what `messages` returns first.
     """
 
     def __init__(self, url: RunUrl, directory: RunDirectory, keep_last: int, notes: list[str]) -> None:
@@ -48,9 +48,8 @@ class RunCopy:
         self.moved = 0
         """Bytes that the store has taken."""
 
-    def begin(self, reporter: Reporter) -> None:
-        """Start the thread, which first copies what is missing. What it says, `reporter` tells."""
-        reporter.hear(self._messages)
+    def begin(self) -> None:
+        """Start the thread, which first copies what is missing."""
         self._directory.store.on_change = self.wake
         threading.Thread(target=self._work, name="copy", daemon=True).start()
         self.wake()
@@ -89,7 +88,8 @@ class RunCopy:
         # Saves have left alone what was being copied.
         self._notes.extend(f"warning: {problem}" for problem in self._directory.store.retain(self._keep_last))
 
-    def _messages(self) -> list[str]:
+    def messages(self) -> list[str]:
+        """What there is to tell since the last call."""
         return [self._notes.popleft() for _ in range(len(self._notes))]
 
     def _work(self) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from karat_scale.stores.failures import StoreError
+from karat_scale.stores.failures import MissingFileError, StoreError
 from karat_scale.stores.retries import DEFAULT_TIMEOUT
 from karat_scale.stores.store import Store
 from karat_scale.stores.urls import check_writable
@@ -27,7 +27,7 @@ class WritableStore(Store):
     def write(self, name: str, data: bytes) -> None:
         """Write a small file. Raises StoreError."""
         path = self._connection.path(name)
-        self._retries.persist(self.where(name), lambda seconds: self._connection.call("pipe_file", seconds, path, data))
+        self._send(name, lambda seconds: self._connection.call("pipe_file", seconds, path, data))
 
     def put(self, name: str, file: Path, on_bytes: Callable[[int], None]) -> None:
         """Write a local file. That may take long, as long as the store takes parts of it.
@@ -40,13 +40,18 @@ class WritableStore(Store):
             OSError: there is no such file.
         """
         part = max(_PART, -(-file.stat().st_size // _MOST_PARTS // _PART) * _PART)
-        put = functools.partial(self._connection.put_file, file, name, part, on_bytes)
-        self._retries.persist(self.where(name), put)
+        self._send(name, functools.partial(self._connection.put_file, file, name, part, on_bytes))
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files, one after another. Raises StoreError."""
         for name in names:
             self._retries.persist(self.where(name), functools.partial(self._remove, self._connection.path(name)))
+
+    def _send(self, name: str, ask: Callable[[float], object]) -> None:
+        try:
+            self._retries.persist(self.where(name), ask)
+        except MissingFileError:
+            raise StoreError(f"{self.where(name)} cannot be written: there is no such bucket") from None
 
     def _remove(self, path: str, seconds: float) -> None:
         with suppress(FileNotFoundError):

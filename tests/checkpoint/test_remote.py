@@ -291,6 +291,18 @@ while True:
             assert remote.pointed("latest") in {None, *names}
 
 
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_a_bucket_that_is_not_there_is_named(
+    kind: str, store: CheckpointStore, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue(kind)(tmp_path / "nothing")
+    remote = RemoteCheckpoints(WritableStore(f"{kind}://no-such-bucket/run", timeout=20))
+    with pytest.raises(
+        StoreError, match=rf"^{kind}://no-such-bucket/run/\S+ cannot be written: there is no such bucket"
+    ):
+        upload(remote, store, save(store, 1))
+
+
 def test_only_object_stores_are_written() -> None:
     for url in ("https://host/run", "hf://datasets/user/set"):
         with pytest.raises(StoreError, match=re.escape(f"{url} cannot be written; use s3:// or gs://")):

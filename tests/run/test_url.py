@@ -280,17 +280,19 @@ def events_file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fault", ["403", "stall"])
 def test_a_store_that_fails_meanwhile_does_not_end_the_run(
-    recipe_file: Path, s3: Callable[..., str], s3_port: int, tmp_path: Path
+    fault: Fault, recipe_file: Path, s3: Callable[..., str], s3_port: int, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
 
-    def spoil(number: int, asked: Asked) -> str | None:
-        return "403" if asked.method == "PUT" and "checkpoints" in asked.path else None
+    def spoil(number: int, asked: Asked) -> Fault | None:
+        return fault if asked.method == "PUT" and "checkpoints" in asked.path else None
 
-    with FaultyProxy(s3_port, spoil=spoil) as proxy:  # type: ignore[arg-type]
+    with FaultyProxy(s3_port, spoil=spoil) as proxy:
         url = s3(tmp_path / "nothing", proxy.port)
-        arguments = ("train", str(recipe_file), f"run.dir={run}", f"checkpoint.url={url}", "checkpoint.every_steps=4")
+        own = (f"run.dir={run}", f"checkpoint.url={url}", "checkpoint.every_steps=4", "checkpoint.timeout=5")
+        arguments = ("train", str(recipe_file), *own)
         done = karat(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(f"warning: the last copy to {url} is not complete: ") == 1
