@@ -25,7 +25,7 @@ def add_commands(commands: Any) -> None:
         "recipe", metavar="RECIPE", help="a shipped recipe's name, which `karat recipes` lists, or a YAML file"
     )
     train.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="such as optim.lr=1e-3; `karat explain` lists keys"
+        "overrides", nargs="*", default=[], metavar="key=value", help="such as optim.lr=1e-3; `karat explain` lists all"
     )
     train.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
     train.set_defaults(run=_train)
