@@ -13,12 +13,21 @@ from karat_scale.errors import UserError
 from karat_scale.local_ranks import default_ranks, launch
 from karat_scale.tables import CORRUPTIONS
 
+_SEE_ALSO = (
+    "`karat recipes WORD` filters the recipes, `karat explain KEY` says what a key means, and `karat completion SHELL` "
+    "completes both in bash, zsh and fish."
+)
+
 
 def add_commands(commands: Any) -> None:
     """Add the parsers of these commands."""
-    train = commands.add_parser("train", help="train a recipe, or resume its run")
-    train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
-    train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as optim.lr=1e-3")
+    train = commands.add_parser("train", help="train a recipe, or resume its run", epilog=_SEE_ALSO)
+    train.add_argument(
+        "recipe", metavar="RECIPE", help="a shipped recipe's name, which `karat recipes` lists, or a YAML file"
+    )
+    train.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="such as optim.lr=1e-3; `karat explain` lists all"
+    )
     train.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
     train.set_defaults(run=_train)
     add_trust(train)

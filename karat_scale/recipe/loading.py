@@ -174,7 +174,7 @@ def _describe(error: Any, schema: Schema) -> str:
     message: str = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and not isinstance(error["input"], (str, int, float, bool, list)):
         return message  # a validator of several fields names them itself
-    message = message.removeprefix("Input ")
+    message = "is a section" if error["type"] == "model_type" else message.removeprefix("Input ")
     return f"{key} = {repr(error['input'])[:_LONGEST]}: {message}{_default_of(key, schema)}"
 
 
@@ -190,6 +190,8 @@ def keys_like(key: str, schema: Schema = Recipe) -> list[str]:
         return called
     leaf = key.rpartition(".")[2]
     same_leaf = [k for k in keys if k.rpartition(".")[2] == leaf]
+    if len(same_leaf) == 1:
+        return same_leaf
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.7) or same_leaf[:1]
     return close or difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
 
@@ -206,5 +208,6 @@ def _default_of(key: str, schema: Schema) -> str:
     if field is None or field.is_required() or field.default in (None, ""):
         return ""
     if isinstance(field.default, BaseModel):
-        return f": the keys are {', '.join(type(field.default).model_fields)}"
+        keys = [field.alias or name for name, field in type(field.default).model_fields.items()]
+        return f": the keys are {', '.join(keys)}"
     return f" (default: {field.default})"

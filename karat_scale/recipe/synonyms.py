@@ -25,6 +25,7 @@ SYNONYMS = {
     "drop_path_rate": ("model.drop_path",),
     "eval_every": ("train.eval_every_epochs",),
     "fp16": ("train.precision",),
+    "gpus": ("run.device",),
     "grad_accum_steps": ("train.micro_batch",),
     "gradient_accumulation_steps": ("train.micro_batch",),
     "gradient_checkpointing": ("train.recompute.policy",),

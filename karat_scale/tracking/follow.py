@@ -49,6 +49,7 @@ class Follower:
     def advance(self) -> None:
         """Send the events that are new."""
         tracker = self._open()
+        self._told = time.monotonic()
         for name in FILES:
             file = self._run / name
             while True:
@@ -105,7 +106,6 @@ class Follower:
     def _tell_progress(self, file: Path) -> None:
         left = file.stat().st_size - self._cursor.offsets[file.name]
         now = time.monotonic()
-        self._told = self._told or now
         if left > 0 and now - self._told > _PROGRESS_SECONDS:
             self._told = now
             self._say(f"{left / 1e6:.1f} MB of {file.name} are left to send")

@@ -72,6 +72,16 @@ def test_keys_are_explained(arguments: list[str], said: list[str], capsys: pytes
         assert text in out
 
 
+def test_the_help_of_train_names_what_lists_recipes_explains_keys_and_completes_both(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    for command in ("`karat recipes", "`karat explain KEY`", "`karat completion SHELL`"):
+        assert command in out
+
+
 def test_synonyms_name_keys_that_exist_and_are_no_keys_themselves() -> None:
     keys = set(schema_keys())
     assert {key for meant in SYNONYMS.values() for key in meant} <= keys

@@ -1,14 +1,17 @@
 """A tracker in a process of its own gets each figure once, whatever happens to it, to the run and to the network."""
 
+import itertools
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from karat_scale.errors import UserError
+from karat_scale.tracking import follow
 from karat_scale.tracking.cursor import Cursor, cursor_file
 from karat_scale.tracking.start import Trackers, check_trackers
 from karat_scale.tracking.tracker import figures
@@ -193,6 +196,26 @@ def test_many_events_are_read_in_pieces(tmp_path: Path) -> None:
         found += [event["step"] for event in events]
     assert found == list(range(50))
     assert pieces > 1
+
+
+def test_progress_is_told_while_much_is_sent_and_not_of_a_line_that_is_being_written(
+    written: WrittenRun, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = itertools.count(0.0, 6.0)  # six pass between any two looks at the clock
+    monkeypatch.setattr(follow, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    said: list[str] = []
+    follower = follow.Follower(written.path, PLACE, PLACE, said.append)
+    metrics = written.path / "metrics.jsonl"
+    for step in range(4):  # a run that trains for long
+        with metrics.open("a") as file:
+            file.write(f'{{"event": "train", "step": {step}}}\n' + " " * 20)
+        follower.advance()
+    assert steps(lines()) == [0, 1, 2, 3]
+    assert not [text for text in said if "left to send" in text]
+    with metrics.open("a") as file:
+        file.writelines(json.dumps({"event": "train", "step": 4, "text": "x" * 100_000}) + "\n" for _ in range(60))
+    follower.advance()
+    assert [text for text in said if "MB of metrics.jsonl are left to send" in text]
 
 
 @pytest.mark.parametrize(
