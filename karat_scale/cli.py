@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from karat_scale.machine import may_have_gpu
 from karat_scale.trust import VARIABLE
 
 EXIT_USAGE = 2
+# As a shell says that SIGPIPE ended a command: `karat recipes | head` has read enough.
+_STDOUT, _EXIT_UNREAD = 1, 128 + signal.SIGPIPE
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,11 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         use_local_caches()
         code: int = options.run(options)
+        sys.stdout.flush()
         return code
     except UserError as error:
         return _end(str(error), EXIT_USAGE)
     except PeerError as error:
         return _end(str(error), 1)
+    except BrokenPipeError:
+        if not _is_unread(_STDOUT):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # for what is still in Python's buffer
+        return _EXIT_UNREAD
     except Exception as error:
         known = of_the_machine(error)
         if known is None:
@@ -68,6 +77,13 @@ def _end(text: str, code: int) -> int:
     if not say_to_launcher(on_one_line(text), rank):
         print(f"{where}error: {on_one_line(text)}", file=sys.stderr)
     return code
+
+
+def _is_unread(output: int) -> bool:
+    """Return whether the reader of this pipe has gone."""
+    poll = select.poll()
+    poll.register(output, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def entry_point() -> None:

@@ -1,8 +1,10 @@
 """`karat launch`: a command on several ranks of this machine. An error is said once, after everything else.
 
-torchrun does the same on any number of nodes, but ends with a traceback of its own for each failure.
+torchrun does the same on any number of nodes, but ends with a traceback of its own. Its last lines are the error of
+each rank, which `say_to_launcher` leaves there.
 """
 
+import json
 import os
 import signal
 import socket
@@ -20,6 +22,8 @@ from karat_scale.machine import usable_cores
 
 ERRORS = "KARAT_ERRORS"
 """In the environment of each rank: the directory that takes its last error, instead of standard error."""
+TORCHRUNS = "TORCHELASTIC_ERROR_FILE"
+"""In the environment of each rank that torchrun starts: the file whose message it prints at its end."""
 # The other ranks notice that one is gone, and say so, within seconds; then they are told to end, and then killed.
 _NOTICE_SECONDS, _END_SECONDS = 30.0, 30.0
 _POLL_SECONDS = 0.05
@@ -41,14 +45,15 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
 
 def say_to_launcher(text: str, rank: str) -> bool:
     """Leave a rank's last error to the launcher; returns whether there is one that takes it."""
-    directory = os.environ.get(ERRORS, "")
-    if not directory:
-        return False
+    directory, torchruns = os.environ.get(ERRORS, ""), os.environ.get(TORCHRUNS, "")
     try:
-        write_atomically(Path(directory) / f"rank-{int(rank):05d}", text)
+        if directory:
+            write_atomically(Path(directory) / f"rank-{int(rank):05d}", text)
+        elif torchruns:
+            write_atomically(Path(torchruns), json.dumps({"message": f"error: {text}", "timestamp": int(time.time())}))
     except (OSError, ValueError):
         return False
-    return True
+    return bool(directory or torchruns)
 
 
 def default_ranks() -> int:

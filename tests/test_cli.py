@@ -1,5 +1,7 @@
 """`karat` as a user types it: exit codes, one-line errors, and what it prints."""
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,6 +73,18 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     code = f"import sys, karat_scale, karat_scale.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_read_enough_is_no_error(unbuffered: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**karat_environment(), "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        karat_command(["recipes"]), env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_a_bad_recipe_is_one_line(recipe_file: Path, capsys) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from tests.conftest import SMALL, events, karat_environment, summary
+from karat_scale.local_ranks import say_to_launcher
+from tests.conftest import SMALL, events, karat_command, karat_environment, summary
 from tests.data.backends.helpers import wait_until
 
 LAUNCH = (sys.executable, "-m", "karat_scale", "launch", "--ranks", "2")
@@ -44,6 +46,24 @@ def test_an_error_of_all_ranks_is_said_once(recipe: Path) -> None:
     assert error.strip().splitlines() == [
         "error: data.path = /nowhere is not a directory; make it with data_prep/make_webdataset.py or correct the path"
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_torchrun_ends_with_the_error_and_no_rank_says_it_before(recipe: Path) -> None:
+    arguments = ["train", str(recipe), *SMALL, *QUICK, "data.path=/nowhere", f"run.dir={recipe.parent / 'run'}"]
+    command = karat_command(arguments, processes=2)
+    done = subprocess.run(command, env=karat_environment(), capture_output=True, text=True, timeout=300)
+    before, _, after = done.stderr.partition("Traceback")
+    assert "/nowhere" not in before
+    assert "error: data.path = /nowhere is not a directory" in after.strip().splitlines()[-2]
+
+
+def test_torch_reads_the_error_that_is_left_to_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    assert say_to_launcher('no such "place"', "1")
+    assert ProcessFailure(local_rank=1, pid=1, exitcode=2, error_file=str(file)).message == 'error: no such "place"'
 
 
 @pytest.mark.slow
