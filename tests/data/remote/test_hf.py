@@ -46,6 +46,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_shards_of_the_hub_train_like_those_on_disk(shards: Path, tmp_path: Path) -> None:
     with serve(shards) as endpoint:
         own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "KARAT_DATA_CACHE": str(tmp_path / "cache")}
