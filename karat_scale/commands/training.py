@@ -84,10 +84,10 @@ def _train(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     if options.print:
         from karat_scale.engine.deepspeed_config import check_ds_config
-        from karat_scale.models.factory import layer_sizes
+        from karat_scale.models.factory import outline
 
         check_ds_config(recipe)
-        layer_sizes(recipe.model)
+        outline(recipe)
         print(dump_recipe(recipe), end="")
         return 0
     from karat_scale.run.run import train
