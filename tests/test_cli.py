@@ -42,9 +42,17 @@ def test_print_shows_the_resolved_recipe_and_trains_nothing(recipe_file: Path, t
     assert not (tmp_path / "run").exists()
 
 
-def test_print_checks_the_model(recipe_file: Path, capsys) -> None:
-    assert main(["train", str(recipe_file), "model.name=resnet50", "--print"]) == 2
-    assert "not supported by resnet50" in one_line(capsys)
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.name=resnet50", "not supported by resnet50"),
+        ("train.freeze=[blocs.*]", "train.freeze = blocs.*: matches no parameter"),
+        ("attention.basis=no_such_module:Basis", "put its directory on PYTHONPATH"),
+    ],
+)
+def test_print_checks_the_model(recipe_file: Path, capsys, override: str, said: str) -> None:
+    assert main(["train", str(recipe_file), override, "--print"]) == 2
+    assert said in one_line(capsys)
 
 
 def test_print_checks_a_deepspeed_file_and_shows_nothing_else(recipe_file: Path, tmp_path: Path, capsys) -> None:

@@ -98,10 +98,10 @@ def _train(options: argparse.Namespace) -> int:
     if options.print:
         from karat_scale.data.streams.shards import StreamShards
         from karat_scale.engine.deepspeed_config import check_ds_config
-        from karat_scale.models.factory import layer_sizes
+        from karat_scale.models.factory import outline
 
         check_ds_config(recipe)
-        layer_sizes(recipe.model)
+        outline(recipe)
         if recipe.data.is_stream:
             StreamShards(recipe.data, recipe.run.seed)
         print(dump_recipe(recipe), end="")

@@ -3,7 +3,6 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
 
 from karat_scale.attention.functional import choosing_as_on_a_gpu
 from karat_scale.engine.precision import PRECISIONS
@@ -11,9 +10,8 @@ from karat_scale.errors import RecipeError
 from karat_scale.estimate.footprint import Footprint
 from karat_scale.estimate.tracing import fake_copy, trace_evaluation, trace_step
 from karat_scale.estimate.zero import ParameterSizes
-from karat_scale.models import create_model
+from karat_scale.models.factory import outline
 from karat_scale.models.flops import flops_by_block
-from karat_scale.models.freeze import freeze
 from karat_scale.models.layers import blocks_of
 from karat_scale.models.recompute import Choice, cheapest_choices, choices_by_rule, least_budget, recompute
 from karat_scale.models.saved_tensors import activation_bytes
@@ -35,7 +33,7 @@ class Subject:
             raise RecipeError("attention.transfer_from: a teacher's memory is not known; plan without it, and add it")
         self.recipe, self.on_gpu = recipe, on_gpu
         self.teacher = planned_cost(recipe)
-        model = self._build()
+        model = outline(self.recipe)
         self.sizes = ParameterSizes.of(model, recipe.optim)
         self._depth = len(blocks_of(model))
         precision = PRECISIONS[recipe.train.precision]
@@ -61,19 +59,12 @@ class Subject:
             self._footprints[choices] = self._trace(choices)
         return self._footprints[choices]
 
-    def _build(self) -> nn.Module:
-        with torch.device("meta"):  # spares drawing the initial weights
-            model = create_model(self.recipe.model, self.recipe.attention)
-        if self.recipe.train.freeze:
-            freeze(model, self.recipe.train.freeze)
-        return model
-
     def _choices(self, images: int) -> tuple[Choice, ...]:
         """What each block recomputes."""
         config = self.recipe.train.recompute
         if config.budget_gb is None:
             return choices_by_rule(config, self._depth)
-        model, size = self._build(), self.recipe.model.image_size
+        model, size = outline(self.recipe), self.recipe.model.image_size
         autocast = torch.autocast("cpu", torch.bfloat16) if self._autocasts else nullcontext()
         with self._choosing(), fake_copy(model, self._dtype), autocast:
             saved = activation_bytes(model, torch.empty(images, 3, size, size, dtype=self._dtype))
@@ -84,7 +75,7 @@ class Subject:
 
     def _trace(self, choices: tuple[Choice, ...] | None) -> Footprint:
         """Of a training step that recomputes `choices`, or for None of an evaluation."""
-        model = self._build()
+        model = outline(self.recipe)
         mode = fake_copy(model, self._dtype)
         trace = trace_evaluation if choices is None else trace_step
         if choices is not None:

@@ -3,18 +3,20 @@
 from typing import Any, Literal
 
 import timm
+import torch
 from torch import nn
 
 from karat_scale.errors import RecipeError
 from karat_scale.models import swin, vit
 from karat_scale.models.convit import CONVIT
+from karat_scale.models.freeze import freeze
 from karat_scale.models.host import Host, refuse_fields
 from karat_scale.models.layers import LayerSize
 from karat_scale.models.other import OTHER
 from karat_scale.models.swin import SWIN
 from karat_scale.models.transfer import TransferredAttention
 from karat_scale.models.vit import VIT, build_vit
-from karat_scale.recipe import AttentionConfig, ModelConfig
+from karat_scale.recipe import AttentionConfig, ModelConfig, Recipe
 from karat_scale.suggestions import nearest
 
 # By the names of timm's modules.
@@ -50,6 +52,15 @@ def create_model(model: ModelConfig, attention: AttentionConfig, **options: Any)
     if attention.kind == "softmax":
         return host.softmax(model, **options)
     return host.learn(model, attention, host.sizes(model, **options), **options)
+
+
+def outline(recipe: Recipe) -> nn.Module:
+    """Return the model that a recipe trains, on the meta device: all shapes, no values. Raises as training would."""
+    with torch.device("meta"):
+        model = create_model(recipe.model, recipe.attention)
+    if recipe.train.freeze:
+        freeze(model, recipe.train.freeze)
+    return model
 
 
 def host_of_name(name: str) -> Host:

@@ -16,6 +16,7 @@ from karat_scale.compare.curves import mean_and_spread
 from karat_scale.compare.finished import SCORES as KNOWN
 from karat_scale.compare.finished import read_run
 from karat_scale.compare.grouping import group_runs
+from tests.analysis.browser import open_browser
 from tests.compare.conftest import Copy
 from tests.conftest import karat, summary
 
@@ -126,6 +127,19 @@ def test_speeds_of_other_machines_are_noted(trained: Path, copy: Copy, capsys) -
     (line,) = capsys.readouterr().err.splitlines()
     assert "of different machines: 1 x CPU" in line
     assert "8 x NVIDIA H100" in line
+
+
+@pytest.mark.slow
+def test_the_curves_follow_dark_mode(six: list[Path], tmp_path: Path) -> None:
+    assert main(["compare", *map(str, six), "--out", str(tmp_path / "out")]) == 0
+    drawn = {}
+    with open_browser(tmp_path / "chromium") as browser:
+        for scheme in ("light", "dark"):
+            browser.prefer(scheme)
+            browser.open(tmp_path / "out" / "compare.html")
+            drawn[scheme] = browser.run("return getComputedStyle(document.querySelector('.curves img')).filter")
+    assert drawn["light"] == "none"
+    assert drawn["dark"].startswith("invert(")
 
 
 def test_names_that_are_not_text_are_written_out(trained: Path, copy: Copy, tmp_path: Path) -> None:
