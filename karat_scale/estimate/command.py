@@ -1,9 +1,10 @@
 """`karat plan`: will it fit, on which stage, how long will it take, and what is wrong with it."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from karat_scale.console import write_json
+from karat_scale.console import work_display, write_json
 from karat_scale.engine.deepspeed_config import load_ds_config
 from karat_scale.engine.precision import matrix_peak
 from karat_scale.errors import UserError
@@ -76,7 +77,7 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
     own = recipe.deepspeed.config
     configs = usable(recipe, STAGES if own in STAGES else [own])
     sizes = list(micro_batches(recipe, machine.world))
-    grid = {config: [consider(subject, machine, config, size) for size in sizes] for config in configs}
+    grid = _consider_all(subject, machine, configs, sizes)
     choice = recommended(map(preferred, grid.values()))
     if not choice.fits:
         choice = choose(recipe, machine, configs)
@@ -115,6 +116,18 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
         return plan
     rate = recipe.train.global_batch / plan.step
     return replace(plan, data=data_need(recipe, rate, request.gpus, request.cores_per_gpu))
+
+
+def _consider_all(
+    subject: Subject, machine: Machine, configs: Sequence[str], sizes: Sequence[int]
+) -> dict[str, list[Choice]]:
+    """Return the choices of each configuration, by micro batch."""
+    grid: dict[str, list[Choice]] = {config: [] for config in configs}
+    with work_display() as show_work:
+        for number, (config, size) in enumerate(itertools.product(configs, sizes)):
+            show_work("plan each stage and micro batch", number, len(configs) * len(sizes))
+            grid[config].append(consider(subject, machine, config, size))
+    return grid
 
 
 def _machine(recipe: Recipe, request: Request, gpu: Gpu | None) -> Machine:

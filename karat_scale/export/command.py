@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from karat_scale.console import work_display
 from karat_scale.errors import RunDirectoryError
 from karat_scale.export.push import check_push, push_folder
 from karat_scale.export.source import Source
@@ -55,7 +56,9 @@ def export_run(
         path = _target(out, directory.path, f"{name}-{kind}", row, alone=len(kinds) == 1)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            note = load(row.place)(Source(directory, recipe, name, kind), path)
+            with work_display() as show:
+                show(f"write {kind} weights as {format_name}", 0, 1)
+                note = load(row.place)(Source(directory, recipe, name, kind), path)
         except OSError as error:
             raise RunDirectoryError(f"{path}: {error.strerror or error}; choose another --out") from None
         print(f"{path}: {kind} weights of {name}, {_size(path) / 1e6:.1f} MB{note and f', {note}'}")

@@ -38,7 +38,7 @@ def write_onnx(source: Source, path: Path) -> str:
         content = proto.SerializeToString()
     except Exception as error:  # from torch.export, onnxscript, onnx and, above 2 GB, protobuf
         reason = one_line(error.__cause__ or error)
-        raise UserError(f"the model cannot be written as ONNX: {reason}; use --format torchscript") from error
+        raise UserError(f"the model cannot be written as ONNX: {reason}; use --format torch-export") from error
     difference = check_likeness(model, onnx_session(content), size)
     write_atomically(path, content)
     return f"logits within {difference:.1e} in onnxruntime, opset {proto.opset_import[0].version}"

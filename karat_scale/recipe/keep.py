@@ -68,7 +68,7 @@ class LogConfig(Section):
     """What to report, and how often."""
 
     every_steps: Count = 50
-    """Print and record the metrics every this many steps."""
+    """Print and record the metrics every this many steps, and after the first step."""
     trackers: tuple[Annotated[str, OneOf(TRACKERS, places=True)], ...] = ("tensorboard",)
     """What shows the metrics, beside `metrics.jsonl`: names, or `package.module:Class` for your own. `[]` is none."""
     project: str = ""

@@ -129,7 +129,8 @@ class Loop:
         if state.seconds_to_first_step is None:
             state.seconds_to_first_step = round(time.time() - psutil.Process().create_time(), 2)
         parts.reporter.display.advance(state.step, self.total_steps)
-        if state.step % parts.recipe.log.every_steps == 0 or state.step == self.total_steps:
+        # The first step, too: people look whether a loss is there.
+        if state.step % parts.recipe.log.every_steps == 0 or state.step in (1, self.total_steps):
             self._report(lr)
         return norm
 

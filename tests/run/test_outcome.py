@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from tests.conftest import events, karat, summary
+from tests.conftest import events, karat, karat_here, summary
 
 
 def _fill(disk: Path, but: int) -> None:
@@ -63,3 +63,10 @@ def test_an_implementation_that_cannot_run_is_refused_before_the_first_step(trai
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: attention.implementation = triton cannot run here: ")
+
+
+def test_the_first_step_and_the_last_are_logged_however_seldom_others_are(recipe_file: Path, tmp_path: Path) -> None:
+    assert karat_here("train", str(recipe_file), "log.every_steps=1000", "train.max_steps=3") == 0
+    logged = events(tmp_path / "run", "train")
+    assert [event["step"] for event in logged] == [1, 3]
+    assert logged[0]["images_per_second"] is None  # the first step is not timed
