@@ -80,6 +80,7 @@ def test_an_undecodable_image_is_skipped_reported_and_counted(
     assert (evaluation["images"], evaluation["bad"]) == (27, 1)
 
 
+@pytest.mark.slow
 def test_names_that_are_not_utf8_train_and_are_told_when_an_image_is_bad(
     train_recipe: Train, image_folder: Path, tmp_path: Path
 ) -> None:

@@ -195,6 +195,7 @@ def test_eval_repeats_the_runs_own_figure(train_recipe: Train, tmp_path: Path) -
     assert "raw weights" in raw.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_eval_joins_the_shards_of_two_ranks(train_recipe: Train, tmp_path: Path, precision: str) -> None:

@@ -229,6 +229,7 @@ def script(name: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hashes", [pytest.param(False, marks=pytest.mark.slow), True], ids=["headers", "hashes"])
 def test_the_scripts_take_an_index_like_shards(hub: Path, tmp_path: Path, hashes: bool) -> None:
     out, staged = tmp_path / "index", tmp_path / "staged"

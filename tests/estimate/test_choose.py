@@ -18,6 +18,7 @@ def on_gpus(recipe: Recipe, gpus: int, memory: int) -> Choice:
     return choose(recipe, Machine(gpus, memory, True))
 
 
+@pytest.mark.slow
 def test_with_plenty_of_memory_the_lowest_stage_takes_the_whole_part(small_recipe: Load) -> None:
     choice = on_gpus(small_recipe(), 2, PLENTY)
     assert (choice.config, choice.micro_batch, choice.accumulation) == ("zero0", 4, 1)

@@ -164,6 +164,7 @@ def test_torch_export_needs_nothing_of_ours(exported, model: str, tmp_path: Path
         assert "[7, 4]) torch.Size([1, 4])" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", mostly_slow("universal"))
 def test_onnxruntime_gives_the_logits(exported, model: str, capsys) -> None:
     onnx = pytest.importorskip("onnx", reason="needs the extra `export`")

@@ -156,6 +156,7 @@ def test_what_is_no_model_is_one_line(run: Path, image_folder: Path, tmp_path: P
     image = str(image_folder / "val" / "class0" / "000.jpg")
     out = tmp_path / "owls"
     assert karat_here("export", str(run), "--format", "timm", "--weights", "raw", "--out", str(out)) == 0
+    capsys.readouterr()
     assert karat_here("predict", str(tmp_path / "nowhere"), image) == 2
     assert karat_here("predict", str(out), image, "--weights", "ema") == 2
     assert karat_here("predict", str(out), image, "--checkpoint", "latest") == 2

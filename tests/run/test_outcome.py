@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import events, karat, karat_here, summary
 
 
@@ -30,6 +32,7 @@ def test_a_disk_that_takes_not_even_the_figures_is_one_line(train_recipe, small_
     assert "No space left on device" in line
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_leaves_the_outcome_of_a_finished_run(train_recipe, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train_recipe("train.epochs=1").returncode == 0

@@ -122,6 +122,7 @@ def test_a_signal_during_evaluation_evaluates_after_the_resume(
     assert equal(final_tensors(run, 8), final_tensors(whole, 8))  # the learning rate of the last step, too
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_one_and_two_processes_see_the_same_loss(recipe_file: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"

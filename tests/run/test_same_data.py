@@ -31,6 +31,7 @@ def test_a_state_resumes_only_with_its_own_data(small_recipe: Callable[..., Reci
     assert keep_data(state, 40, ("dog", "cat"), recipe, is_branch=False) == ""
 
 
+@pytest.mark.slow
 def test_a_run_does_not_resume_with_another_data_set(recipe_file: Path, image_folder: Path, tmp_path: Path) -> None:
     run, renamed = tmp_path / "run", tmp_path / "renamed"
     first = karat("train", str(recipe_file), f"run.dir={run}", "train.max_steps=3")

@@ -53,6 +53,7 @@ def stopped_and_resumed(command: Command, run: Path, steps: int, *overrides: str
     assert karat_here(*command(run, *overrides, "train.max_steps=null", "resume.allow=[train.max_steps]")) == 0
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_bits_of_an_uninterrupted_one(command: Command, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     workers = ("data.workers=2", "train.ema_decay=0", "train.epochs=1")

@@ -130,6 +130,7 @@ with FakeTensorMode():
 """
 
 
+@pytest.mark.slow
 def test_auto_falls_back_with_its_reason_where_there_is_no_compiler(tmp_path):
     """And takes the kernels where there is one; compiled into one graph in either case."""
     pytest.importorskip("triton")
