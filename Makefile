@@ -51,8 +51,8 @@ test-aarch64: extras
 	$(BIN)/python -m pytest --slow=all tests/data/decoders/test_aarch64.py
 
 # All at once, which takes the least time; one by one where that fails, so that one alone is missing.
-extras: packages $(VENV)/.installed-dev
-	@left=$$(for extra in $(EXTRAS); do [ $(VENV)/.installed-$$extra -nt pyproject.toml ] || echo $$extra; done); \
+extras: packages $(VENV)/.installed
+	@left=$$(for extra in dev $(EXTRAS); do [ $(VENV)/.installed-$$extra -nt pyproject.toml ] || echo $$extra; done); \
 	if [ -z "$$left" ]; then exit 0; fi; \
 	together=$$(echo $$left | tr ' ' ,); \
 	echo "== $(BIN)/python -m pip install -e '.[$$together]'"; \
@@ -80,10 +80,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 # What a newcomer waits for, all tests, and CI's share of the slow ones: tests/conftest.py has the rule.
-test: lint extras
+test: extras lint
 	$(PYTEST)
 
-test-full: lint extras
+test-full: extras lint
 	$(PYTEST) --slow=all
 
 test-turn: extras
