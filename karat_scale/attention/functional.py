@@ -123,28 +123,25 @@ def fourier_karat_units(
     check_call(query, key, None, cos_coef, sin_coef, proj, bias, mask)
     check_choice("implementation", implementation, ("auto", *IMPLEMENTATIONS))
     if mask is None:
-        # Kernels want a value as wide as the query. Its further columns give further columns of O.
-        value = torch.eye(tokens, max(rank, query.shape[-1]), dtype=query.dtype, device=query.device)
-        value = value.expand(batch, heads, -1, -1)
+        value = select.expand(batch, heads, -1, -1)
         call = FourierCall(query, key, value, cos_coef, sin_coef, proj, "zero", bias, None)
-        return _choose(implementation, call)(call)[..., :rank].to(output_dtype(query))
+        return _choose(implementation, call)(call).to(output_dtype(query))
     basis = Fourier(cos_coef.shape[-1])
     coef = basis.pack({"cos_coef": cos_coef, "sin_coef": sin_coef})
     value = select[:rank].expand(batch, heads, -1, -1)
     return streaming.attend_units(query, key, value, coef, None, basis, "zero", bias, mask).to(output_dtype(query))
 
 
-def fused_content(call: FourierCall, psi: Tensor, implementation: str) -> Tensor | None:
-    """Return psi(A) V plus the O of a call, by a kernel that computes scores and features once; None if none takes it.
+def content_kernel_takes(call: FourierCall, implementation: str) -> bool:
+    """True if a kernel computes the content form of a call, psi and units together; now only the CPU's does.
 
     Args:
-        psi: a function of each head: its constant, its G cosines and its G sines [h, 2 G + 1].
         implementation: as of `fourier_karat_attention`.
     """
+    if call.query.device.type != "cpu":  # choosing takes time, which a GPU would wait for
+        return False
     chosen = automatic(call) if implementation == "auto" else implementation
-    if chosen != "cpu" or refusal(chosen, call) is not None:
-        return None
-    return cpu.attend(call, psi).to(output_dtype(call.value))
+    return chosen == "cpu" and refusal(chosen, call) is None
 
 
 # What was chosen for calls like those so far, on devices where checking and choosing takes longer than the launches.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from karat_scale import native_build
 from karat_scale.attention.call import FourierCall
@@ -29,7 +30,7 @@ def refusal(call: FourierCall) -> str | None:
         return f"the tensors are on {query.device}"
     if any(x.dtype not in DTYPES for x in (query, key, value, cos_coef, sin_coef, proj)):
         return 'it computes in float32 and takes no float64; use implementation = "streaming"'
-    if value.shape != query.shape:
+    if value.shape[:-1] != query.shape[:-1] or value.shape[-1] > query.shape[-1]:
         return f"value has shape {list(value.shape)}, not query's"
     if base != "zero":
         return f"base = {base!r}; it has no base activation"
@@ -65,12 +66,15 @@ def attend(call: FourierCall, psi: Tensor | None = None) -> Tensor:
         psi: adds psi(A) V to O, for a function of each head: its constant, its G cosines and its G sines [h, 2 G + 1].
     """
     query, key, value, cos_coef, sin_coef, proj, *_ = call
+    columns, width = value.shape[-1], query.shape[-1]
+    if columns < width:  # the kernel reads values as wide as queries
+        value = functional.pad(value, (0, width - columns))
     common = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
     query, key, value = (x.to(common) for x in (query, key, value))
     parameters = (x.to(torch.float32).contiguous() for x in (cos_coef, sin_coef, proj))
     psi = psi if psi is None else psi.to(torch.float32).contiguous()
     output: Tensor = torch.ops.karat_scale.cpu_forward(query, key, value, *parameters, psi)[0]
-    return output
+    return output[..., :columns]
 
 
 class _Strided(ctypes.Structure):

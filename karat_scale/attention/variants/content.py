@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from karat_scale.attention.functional import fused_content
+from karat_scale.attention.functional import content_kernel_takes
 from karat_scale.attention.heads import AttentionHeads
+from karat_scale.attention.kernels import cpu
 from karat_scale.attention.operator import FourierKaratOperator
+from karat_scale.attention.precision import output_dtype
 from karat_scale.attention.softmax_start import fourier_fit_of_exp
 from karat_scale.attention.variants.rows import attend_rows, rows_of_scores
 
@@ -46,9 +48,8 @@ class ContentOperator(AttentionHeads):
     ) -> Tensor:
         """O [B, h, N, d] of query, key and value [B, h, N, d]; bias and mask as in `karat_attention`."""
         call = self.operator.call(query, key, value, bias, mask)
-        fused = fused_content(call, self._psi(), self.operator.implementation)
-        if fused is not None:
-            return fused
+        if content_kernel_takes(call, self.operator.implementation):
+            return cpu.attend(call, self._psi()).to(output_dtype(value))
         low_rank: Tensor = self.operator(query, key, value, bias, mask)
         return attend_rows(self._rule, query, key, value, bias, mask) + low_rank
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from karat_scale import native_build
 from karat_scale.attention import FourierKaratOperator, fourier_karat_attention, fourier_karat_scores
+from karat_scale.attention.functional import fourier_karat_units
 from tests.attention.calls import assert_close, make_call, output_and_gradients
 
 available = native_build._available_instruction_sets()
@@ -359,3 +360,17 @@ dist.destroy_process_group()  # without it gloo's threads may abort a process th
 def test_data_parallel_gradients_are_the_whole_batchs(tmp_path):
     ranks = [subprocess.Popen([sys.executable, "-c", DDP, str(i), str(tmp_path / "store")]) for i in range(2)]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+
+
+@pytest.mark.parametrize("rank", [1, 5, 16])
+def test_units_come_from_the_kernel_up_to_the_querys_width(rank):
+    call, upstream = make_call(2, 2, 33, 16, rank, 3), normal((2, 2, 33, rank), 4)
+
+    def units(tensors, implementation):
+        hidden = fourier_karat_units(*tensors, implementation=implementation)
+        return [hidden.detach(), *torch.autograd.grad(hidden, tensors, upstream.to(hidden.dtype))]
+
+    names = call.query, call.key, call.cos_coef, call.sin_coef
+    single = [x.detach().float().requires_grad_() for x in names]
+    for a, e in zip(units(single, "cpu"), units(names, "reference"), strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-5)

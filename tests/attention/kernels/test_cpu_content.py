@@ -7,6 +7,7 @@ import torch
 
 from karat_scale import native_build
 from karat_scale.attention import FourierKaratOperator, functional
+from karat_scale.attention.kernels import cpu
 from karat_scale.attention.variants import ContentOperator
 from karat_scale.attention.variants import content as content_module
 from tests.attention.calls import relative_error
@@ -104,7 +105,8 @@ def test_a_psi_of_zero_leaves_what_the_kernel_gives_without_one():
     made = module(40)
     query, key, value, _ = heads_of(40, 16)
     call = made.operator.call(query, key, value, None, None)
-    zero = functional.fused_content(call, torch.zeros(2, 7), "cpu")
+    assert functional.content_kernel_takes(call, "auto")
+    zero = cpu.attend(call, torch.zeros(2, 7))
     assert torch.equal(zero, functional.fourier_karat_attention(*call[:6], implementation="cpu"))
 
 
