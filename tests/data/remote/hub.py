@@ -3,31 +3,20 @@
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.answering import Answering, serving
+
 NAME, REVISION = "jane/birds", "main"
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(Answering, BaseHTTPRequestHandler):
     directory: Path
-
-    def _answer(self, body: bytes, status: int = 200, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def _json(self, content: Any) -> None:
-        self._answer(json.dumps(content).encode(), Content_Type="application/json")
 
     def _entry(self, path: Path) -> dict[str, Any]:
         name = str(path.relative_to(self.directory))
@@ -43,11 +32,11 @@ class _Handler(BaseHTTPRequestHandler):
             folder = self.directory / path.removeprefix(f"{api}/tree/{REVISION}").strip("/")
             deep = parse_qs(url.query).get("recursive") in (["true"], ["True"])
             if folder.is_dir():
-                self._json([self._entry(one) for one in sorted(folder.rglob("*") if deep else folder.iterdir())])
+                self._answer([self._entry(one) for one in sorted(folder.rglob("*") if deep else folder.iterdir())])
             else:
                 self._answer(b"{}", 404, X_Error_Code="EntryNotFound")
         elif path in (api, f"{api}/revision/{REVISION}"):
-            self._json({"id": NAME, "sha": "1" * 40, "siblings": []})
+            self._answer({"id": NAME, "sha": "1" * 40, "siblings": []})
         elif path.startswith(f"/datasets/{NAME}/resolve/{REVISION}/"):
             self._send(self.directory / path.partition(f"/resolve/{REVISION}/")[2])
         else:
@@ -68,24 +57,14 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(part, 206, Content_Range=f"bytes {asked[1]}-{int(asked[1]) + len(part) - 1}/{len(content)}")
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        body = self._body().decode()
         paths = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
         found = [self.directory / name for name in ([paths] if isinstance(paths, str) else paths)]
-        self._json([self._entry(path) for path in found if path.exists()])
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
+        self._answer([self._entry(path) for path in found if path.exists()])
 
 
 @contextmanager
 def serve(directory: Path) -> Iterator[str]:
     """Run the server on a port of this machine; yields its endpoint."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"directory": directory}))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving(type("Handler", (_Handler,), {"directory": directory})) as endpoint:
+        yield endpoint
