@@ -93,7 +93,8 @@ def _train(recipe: Recipe, steps: int, evaluates: bool) -> None:
     from karat_scale.run.run import build_parts
     from karat_scale.run.run_directory import RunDirectory
     from karat_scale.run.signals import StopSignals
-    from karat_scale.tasks.classification.task import ClassificationTask, TrainState
+    from karat_scale.tasks.classification.task import ClassificationTask
+    from karat_scale.tasks.classification.train_state import TrainState
 
     world = distributed.start("cpu")
     try:

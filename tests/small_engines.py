@@ -21,7 +21,8 @@ from karat_scale.run.run import build_parts
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StopSignals
 from karat_scale.run.task import Task
-from karat_scale.tasks.classification.task import ClassificationTask, TrainState
+from karat_scale.tasks.classification.task import ClassificationTask
+from karat_scale.tasks.classification.train_state import TrainState
 from tests.conftest import SMALL
 
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_offload_params")

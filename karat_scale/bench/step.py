@@ -38,7 +38,8 @@ from karat_scale.run.parts import Parts
 from karat_scale.run.run import build_parts
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StopSignals
-from karat_scale.tasks.classification.task import ClassificationTask, TrainState
+from karat_scale.tasks.classification.task import ClassificationTask
+from karat_scale.tasks.classification.train_state import TrainState
 
 BARE, OURS, KARAT = "bare PyTorch loop, softmax", "karat loop, softmax", "karat loop, KArAt G3B"
 FIRST_STEP_RUNS = 3

@@ -10,7 +10,7 @@ from karat_scale.doctor.device_speed import slowest
 from karat_scale.engine.devices import wait_for
 from karat_scale.run.loop import Loop
 from karat_scale.run.parts import Parts
-from karat_scale.tasks.classification.task import TrainState
+from karat_scale.tasks.classification.train_state import TrainState
 
 MANY_STEPS = 1_000_000_000
 FEWEST_STEPS = 2

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.tasks.classification.task import TrainState
+from karat_scale.tasks.classification.train_state import TrainState
 
 
 class Killed(BaseException):

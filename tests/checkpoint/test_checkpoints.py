@@ -10,7 +10,7 @@ from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.deepspeed_internals import master_weights
 from karat_scale.errors import RunDirectoryError
-from karat_scale.tasks.classification.task import TrainState
+from karat_scale.tasks.classification.train_state import TrainState
 from tests.small_engines import CONFIGS, equal, train_once, train_steps, weights
 
 

@@ -16,7 +16,7 @@ from karat_scale.models import create_model
 from karat_scale.models.freeze import freeze
 from karat_scale.recipe import Recipe
 from karat_scale.reporting.progress import PlainDisplay, Reporter
-from karat_scale.tasks.classification.task import TrainState
+from karat_scale.tasks.classification.train_state import TrainState
 from tests.small_engines import CONFIGS, train_once, weights
 
 TUNED = ("optim.layer_decay=0.5", "train.freeze=[patch_embed.*, blocks.0.attn.operator.*]", "optim.weight_decay=0")

@@ -14,7 +14,7 @@ from karat_scale.checkpoint.saved_state import falsehood
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.errors import RunDirectoryError
-from karat_scale.tasks.classification.task import TrainState
+from karat_scale.tasks.classification.train_state import TrainState
 from tests.checkpoint.lies import LOST, rehash, tell
 from tests.small_engines import train_steps
 

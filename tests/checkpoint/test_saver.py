@@ -13,7 +13,7 @@ import torch
 from karat_scale.checkpoint import tensor_storage
 from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.checkpoint.tensor_storage import load_tensors
-from karat_scale.tasks.classification.task import TrainState
+from karat_scale.tasks.classification.train_state import TrainState
 from tests.small_engines import CONFIGS, equal, train_steps
 
 

@@ -6,7 +6,7 @@ from karat_scale.models import create_model
 from karat_scale.run.loop import Loop
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.weights_file import load_exported
-from karat_scale.tasks.classification.task import TrainState
+from karat_scale.tasks.classification.train_state import TrainState
 from tests.small_engines import make_parts, weights
 
 

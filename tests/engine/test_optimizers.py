@@ -9,7 +9,7 @@ from karat_scale.errors import RecipeError, RunDirectoryError
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.reporting.progress import PlainDisplay, Reporter
-from karat_scale.tasks.classification.task import TrainState
+from karat_scale.tasks.classification.train_state import TrainState
 from tests.small_engines import equal, train_once, weights
 
 MUON = "optim.name=muon"

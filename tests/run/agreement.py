@@ -35,7 +35,7 @@ from karat_scale.run.agreement import Decision, SavePoints
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StopSignals
 from karat_scale.run.weights_file import load_exported
-from karat_scale.tasks.classification.task import TrainState
+from karat_scale.tasks.classification.train_state import TrainState
 from tests.clock import Clock
 from tests.conftest import SMALL
 from tests.run.harm import HARMS, POINTERS, point

@@ -8,7 +8,7 @@ import torch
 from karat_scale.data.batch import Batch
 from karat_scale.run.loop import Loop
 from karat_scale.run.parts import Parts
-from karat_scale.tasks.classification.task import TrainState
+from karat_scale.tasks.classification.train_state import TrainState
 
 # "offset": the loss is infinite and its gradients are as finite as ever.
 KINDS = ("data", "loss", "offset", "gradient")

@@ -13,7 +13,7 @@ from karat_scale.errors import DataError
 from karat_scale.recipe import Recipe
 from karat_scale.run.loop import Loop
 from karat_scale.run.run_directory import RunDirectory
-from karat_scale.tasks.classification.task import TrainState
+from karat_scale.tasks.classification.train_state import TrainState
 from tests.run.fed_ahead import feed_ahead
 from tests.run.test_save_points import train_to_the_end
 from tests.small_engines import equal, make_parts

@@ -13,7 +13,7 @@ from karat_scale.engine.distributed import World
 from karat_scale.errors import DivergedError
 from karat_scale.run.loop import Loop
 from karat_scale.run.parts import Parts
-from karat_scale.tasks.classification.task import TrainState
+from karat_scale.tasks.classification.train_state import TrainState
 from tests.run.nonfinite import KINDS, NonfiniteLoop
 from tests.small_engines import CONFIGS, equal, make_parts
 

@@ -10,7 +10,7 @@ import pytest
 from karat_scale.errors import RunDirectoryError
 from karat_scale.recipe import Recipe
 from karat_scale.run.run_directory import RunDirectory
-from karat_scale.tasks.classification.task import TrainState
+from karat_scale.tasks.classification.train_state import TrainState
 from tests.conftest import karat, summary
 
 

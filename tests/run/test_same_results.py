@@ -9,7 +9,7 @@ from karat_scale.reporting.metrics import MetricsLog
 from karat_scale.reporting.progress import PlainDisplay, Reporter
 from karat_scale.run.loop import Loop
 from karat_scale.run.run_directory import RunDirectory
-from karat_scale.tasks.classification.task import TrainState
+from karat_scale.tasks.classification.train_state import TrainState
 from tests.conftest import events
 from tests.small_engines import make_parts
 

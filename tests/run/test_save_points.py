@@ -15,7 +15,7 @@ from karat_scale.recipe import Recipe
 from karat_scale.run.loop import Loop
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StoppedError
-from karat_scale.tasks.classification.task import TrainState
+from karat_scale.tasks.classification.train_state import TrainState
 from tests.small_engines import CONFIGS, equal, make_parts
 
 STEPS_PER_EPOCH = 4  # 32 samples in batches of 8; two epochs

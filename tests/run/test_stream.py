@@ -18,7 +18,7 @@ from karat_scale.recipe.loading import load_recipe
 from karat_scale.run.run import resume
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StoppedError
-from karat_scale.tasks.classification.task import TrainState
+from karat_scale.tasks.classification.train_state import TrainState
 from tests.conftest import SMALL, events, karat, karat_here, summary
 from tests.data.tars import sample, write_stream, write_tar
 from tests.run.runs import final_tensors, kill_all, losses, start, wait_for_checkpoint, wait_for_step

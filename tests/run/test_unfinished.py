@@ -12,7 +12,7 @@ from karat_scale.engine.distributed import World
 from karat_scale.run.loop import Loop
 from karat_scale.run.parts import Parts
 from karat_scale.run.signals import StoppedError
-from karat_scale.tasks.classification.task import TrainState
+from karat_scale.tasks.classification.train_state import TrainState
 from tests.small_engines import equal, make_parts
 
 STEPS = 8

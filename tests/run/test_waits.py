@@ -18,7 +18,7 @@ from karat_scale.recipe import Recipe
 from karat_scale.run.loop import Loop
 from karat_scale.run.parts import Parts
 from karat_scale.tasks.classification.evaluate import evaluate
-from karat_scale.tasks.classification.task import TrainState
+from karat_scale.tasks.classification.train_state import TrainState
 from tests.engine.counting import Counting, as_on_a_gpu
 from tests.small_engines import make_parts
 

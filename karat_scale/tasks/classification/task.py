@@ -1,7 +1,6 @@
 """Training a classifier of images: soft-target cross-entropy, top-1 and top-5."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -20,12 +19,11 @@ from karat_scale.data.digest import BITS, batch_digest, with_digest
 from karat_scale.data.formats.checks import unused_classes
 from karat_scale.data.plan import BatchSlice, TrainPlan, micro_batch_of
 from karat_scale.data.staged import staged_copy
-from karat_scale.data.streams.progress import StreamProgress, StreamState
+from karat_scale.data.streams.progress import StreamProgress
 from karat_scale.data.streams.shards import StreamShards
 from karat_scale.engine.deepspeed_internals import whole_parameters
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import Engine
-from karat_scale.engine.run_state import RunState
 from karat_scale.engine.schedule import CosineSchedule, build_schedule
 from karat_scale.errors import RunDirectoryError
 from karat_scale.models.attention_matrices import can_be_watched
@@ -48,32 +46,11 @@ from karat_scale.tasks.classification.distillation_teacher import (
 )
 from karat_scale.tasks.classification.evaluate import EvalResult, evaluate
 from karat_scale.tasks.classification.teacher import FILE, build_model, keep_teacher
+from karat_scale.tasks.classification.train_state import TrainState
 from karat_scale.tasks.classification.trained import trained_classifier
 
 # Of an evaluation, to measure what S depends on: as many images as keep a block's matrices below this many entries.
 IMAGES_TO_LOOK_AT, ENTRIES_TO_LOOK_AT = 16, 2**24
-
-
-@dataclass
-class TrainState(RunState):
-    """Of a run that trains a classifier. Scores are in percent."""
-
-    scores = ("top1", "top5")
-
-    best_top1: float | None = None
-    best_top5: float | None = None
-    last_top1: float | None = None
-    last_top5: float | None = None
-    data_digest: int = 0
-    bad_samples: int = 0
-    begun_with: dict[str, str] = field(default_factory=dict)
-    """The run that `init_from` took the weights of, as `run_behind` says: later starts may not find it."""
-    distilled_from: str = ""
-    """The digest of the weights of `distill.from`."""
-    image_size: int = 0
-    """Of the model in the checkpoint, in a run with `schedule.image_sizes`."""
-    stream: StreamState | None = None
-    """Where the lanes stand, in a run with `data.order: stream`."""
 
 
 class ClassificationTask(Task):
