@@ -179,8 +179,9 @@ def _add_rank(
                 raise RunDirectoryError(f"{sidecar_name(rank)}: a layout with more of {name} than there is")
         average = None if averages is None else averages[number]
         for other in (average, *(x for x in states.state.get(number, {}).values() if isinstance(x, torch.Tensor))):
-            if other is not None and other.numel() != master.numel():
-                raise RunDirectoryError(f"{sidecar_name(rank)}: averages or optimizer states not of the weights' size")
+            # ZeRO 1 and 2 pad the last rank's part: DeepSpeed cuts the padding off the weights, not off the states.
+            if other is not None and other.numel() < end:
+                raise RunDirectoryError(f"{sidecar_name(rank)}: averages or optimizer states shorter than the weights")
         _add(state, fragments, master, states, number, average)
 
 

@@ -38,6 +38,19 @@ def checkpoint(
     return tmp_path / "c" / NAME
 
 
+@pytest.mark.parametrize("config", ["zero1", "zero2"])
+def test_the_padding_of_a_part_is_not_taken_for_damage(small_recipe, make_checkpoints, tmp_path: Path, config) -> None:
+    """An odd number of biases: DeepSpeed pads the states of the optimizer, and the weights in the file are unpadded."""
+    saved = make_checkpoints(small_recipe(f"deepspeed.config={config}", "model.num_classes=5"), tmp_path)
+    train_steps(saved, 1, 2)
+    assert saved.save(TrainState(step=2, samples=16))
+    part = load_tensors(next((tmp_path / NAME).glob(f"*{PART}")))["optimizer_state_dict"]
+    weights, states = part["single_partition_of_fp32_groups"], part["base_optimizer_state"]["state"]
+    assert any(len(states[number]["exp_avg"]) > len(weight) for number, weight in enumerate(weights))
+    assert falsehood(tmp_path / NAME) is None
+    assert saved.load() == TrainState(step=2, samples=16, restarts=1)
+
+
 LIES: list[tuple[str, str, Any]] = [
     *[(STATE, key, LOST) for key in ("format", "step", "samples", "world_size")],
     *[(STATE, key, value) for key in ("step", "samples") for value in ("two", None, -1, 2.5, True, [2], 10**40)],
