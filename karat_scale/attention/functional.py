@@ -132,16 +132,18 @@ def fourier_karat_units(
     return streaming.attend_units(query, key, value, coef, None, basis, "zero", bias, mask).to(output_dtype(query))
 
 
-def content_kernel_takes(call: FourierCall, implementation: str) -> bool:
-    """True if a kernel computes the content form of a call, psi and units together; now only the CPU's does.
+def content_kernel(call: FourierCall, implementation: str) -> str | None:
+    """Return which kernel computes psi of the content form of a call: "cpu", "triton", or None where none does.
+
+    "cpu" computes psi and units together. "triton" computes psi(A) V alone, without a bias.
 
     Args:
         implementation: as of `fourier_karat_attention`.
     """
-    if call.query.device.type != "cpu":  # choosing takes time, which a GPU would wait for
-        return False
-    chosen = automatic(call) if implementation == "auto" else implementation
-    return chosen == "cpu" and refusal(chosen, call) is None
+    attend = _check_and_choose(implementation, call)
+    if attend is cpu.attend:
+        return "cpu"
+    return "triton" if attend is triton_fourier.attend and call.bias is None else None
 
 
 # What was chosen for calls like those so far, on devices where checking and choosing takes longer than the launches.

@@ -28,8 +28,16 @@ _KERNELS = {
     "_scaled_dot_product_flash_attention_for_cpu_backward": 3,
     "convolution_backward": 3,
 }
-# Of KArAt's own operations, which have one name each for the forward and the backward pass.
+# Of KArAt's own operations, which have one name each for the forward and the backward pass. The backward pass of
+# psi(A) V, of the content form, ends with a sum.
 OPERATOR_FORWARD, OPERATOR_BACKWARD = 2, 5
+PSI_FORWARD, PSI_BACKWARD = 1, 3
+_OWN_KERNELS = {
+    (False, False): OPERATOR_FORWARD,
+    (False, True): OPERATOR_BACKWARD,
+    (True, False): PSI_FORWARD,
+    (True, True): PSI_BACKWARD,
+}
 # What torch.compile leaves as kernels of their own.
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 _ATTENTION = "_scaled_dot_product"
@@ -55,7 +63,10 @@ class Launches:
         for operation in operations:
             name = operation._schema.name.partition("::")[2]
             if operation.namespace == "karat_scale":
-                products += OPERATOR_BACKWARD if "backward" in name else OPERATOR_FORWARD
+                forward, backward = (
+                    (PSI_FORWARD, PSI_BACKWARD) if "psi" in name else (OPERATOR_FORWARD, OPERATOR_BACKWARD)
+                )
+                products += backward if "backward" in name else forward
             elif name in _PRODUCTS or name.startswith(_ATTENTION):
                 products += _KERNELS.get(name, 1)
             else:

@@ -80,7 +80,7 @@ def attend(call: FourierCall) -> Tensor:
     are float32 in every case.
     """
     query, key, value, cos_coef, sin_coef, proj, base, bias, _ = call
-    operation = _attend_eagerly if _is_eager(query, cos_coef) else _attend_by_operation
+    operation = _attend_eagerly if is_eager(query, cos_coef) else _attend_by_operation
     if value.shape[-1] <= LARGEST_WIDTH and proj.shape[-1] <= LARGEST_RANK:
         return operation(query, key, value, cos_coef, sin_coef, proj, bias, base)
     columns = []
@@ -92,7 +92,7 @@ def attend(call: FourierCall) -> Tensor:
     return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
 
 
-def _is_eager(query: Tensor, cos_coef: Tensor) -> bool:
+def is_eager(query: Tensor, parameter: Tensor) -> bool:
     """Whether nobody watches: no compiler, no fake tensors, no mode or transform that wants to see operations.
 
     Then the kernels can be launched without PyTorch's dispatcher, which takes longer than they do.
@@ -100,7 +100,7 @@ def _is_eager(query: Tensor, cos_coef: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(query) is Tensor
-        and type(cos_coef) in (Tensor, torch.nn.Parameter)
+        and type(parameter) in (Tensor, torch.nn.Parameter)
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )

@@ -1,11 +1,11 @@
 """Runs a forward and a backward pass by the Triton kernels: finds the launches, makes room, launches."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from karat_scale.attention.kernels.triton_memory import are_aligned, device_of, room, room_for_rows, rows_in
 from karat_scale.attention.kernels.triton_plans import BackwardPlan, ForwardPlan
 from karat_scale.attention.kernels.triton_tiles import Sizes, padded_tokens, products
 
@@ -28,18 +28,18 @@ def forward(
     """Fills O, H, U, the packed coefficients and their scale, as `triton_fourier` makes room for them."""
     output, hidden, narrow, coef, coef_scale = outputs
     dtype = hidden.dtype
-    q, k, v = _rows(query, dtype), _rows(key, dtype), _rows(value, dtype)
+    q, k, v = rows_in(query, dtype), rows_in(key, dtype), rows_in(value, dtype)
     cos, sin, w = cos_coef.contiguous(), sin_coef.contiguous(), proj.contiguous()
     spread = None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
     strides = q.stride(), k.stride(), v.stride(), None if spread is None else spread.stride()
     dtypes = cos.dtype, sin.dtype, w.dtype, None if spread is None else spread.dtype, output.dtype, dtype, coef.dtype
     signature = (q.shape, v.shape[3], cos.shape, strides, dtypes, base, q.device)
-    with _device_of(q):
+    with device_of(q):
         plan = _forward_plans.get(signature)
         if plan is None:
             sizes, chosen = _sizes(q, v, cos), products(dtype, coef.dtype == torch.float16)
             plan = _forward_plans[signature] = ForwardPlan(sizes, chosen, base, *strides, output.stride())
-        aligned = _are_aligned(q, k, v, cos, sin, w, spread)
+        aligned = are_aligned(q, k, v, cos, sin, w, spread)
         plan.prepare(cos, sin, w, v, coef, coef_scale, narrow, aligned=aligned)
         plan.forward(q, k, spread, coef, coef_scale, narrow, output, hidden, aligned=aligned)
 
@@ -59,12 +59,12 @@ def backward(
     hidden, narrow, coef, coef_scale = kept
     query, key, value, cos_coef, _, proj = given
     dtype = hidden.dtype
-    q, k, v = _rows(query, dtype), _rows(key, dtype), _rows(value, dtype)
-    upstream, w = _rows(grad_output, grad_output.dtype), proj.contiguous()
+    q, k, v = rows_in(query, dtype), rows_in(key, dtype), rows_in(value, dtype)
+    upstream, w = rows_in(grad_output, grad_output.dtype), proj.contiguous()
     spread = None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
     grads = [torch.empty_like(x) for x in given]
-    rows = [_room_for_rows(x) for x in grads[:3]]
-    parameters = [_room(x) for x in grads[3:]]
+    rows = [room_for_rows(x) for x in grads[:3]]
+    parameters = [room(x) for x in grads[3:]]
     grad_query, grad_key, grad_value = rows
     bias_by_image = bias_is_learned and bias is not None and bias.dim() == 4 and bias.shape[0] > 1
     strides = (
@@ -79,12 +79,12 @@ def backward(
     )
     dtypes = (*(x.dtype for x in given), upstream.dtype, dtype, coef.dtype, None if spread is None else spread.dtype)
     signature = (q.shape, v.shape[3], cos_coef.shape, strides, dtypes, base, bias_is_learned, bias_by_image, q.device)
-    with _device_of(q):
+    with device_of(q):
         plan = _backward_plans.get(signature)
         if plan is None:
             sizes, chosen = _sizes(q, v, cos_coef), products(dtype, coef.dtype == torch.float16)
             plan = _backward_plans[signature] = BackwardPlan(sizes, chosen, base, *strides, bias_by_image)
-        aligned = _are_aligned(q, k, v, w, spread, upstream)
+        aligned = are_aligned(q, k, v, w, spread, upstream)
         batch, heads, tokens, _ = q.shape
         padded_rank = coef.shape[3]
         wide = torch.float32
@@ -125,34 +125,3 @@ def backward(
 def _sizes(query: Tensor, value: Tensor, cos_coef: Tensor) -> Sizes:
     batch, heads, tokens, width = query.shape
     return Sizes(batch, heads, tokens, width, value.shape[3], cos_coef.shape[1], cos_coef.shape[3])
-
-
-def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In `dtype` with contiguous rows, copied only where it must be."""
-    if tensor.dtype != dtype:
-        tensor = tensor.to(dtype)
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _room_for_rows(grad: Tensor) -> Tensor:
-    """The gradient itself, or where its rows are not contiguous, room for one whose rows are."""
-    return grad if grad.stride(-1) == 1 else torch.empty_like(grad, memory_format=torch.contiguous_format)
-
-
-def _room(grad: Tensor) -> Tensor:
-    return grad if grad.is_contiguous() else torch.empty_like(grad, memory_format=torch.contiguous_format)
-
-
-def _are_aligned(*tensors: Tensor | None) -> bool:
-    """Whether all addresses are multiples of 16."""
-    addresses = 0
-    for tensor in tensors:
-        if tensor is not None:
-            addresses |= tensor.data_ptr()
-    return addresses & 15 == 0
-
-
-def _device_of(tensor: Tensor) -> Any:
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return nullcontext()

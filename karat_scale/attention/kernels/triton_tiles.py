@@ -125,6 +125,16 @@ def choose_tiles(kernel: str, sizes: Sizes, products: Products, architecture: in
     return Tiles(64, walked, compile_options(4, 2, **spacious))
 
 
+def choose_psi_tiles(kernel: str, sizes: Sizes, products: Products) -> Tiles:
+    """The tiles of "forward", "grad_query" or "grad_key" of psi(A) V, the same for each architecture."""
+    wide = block(max(sizes.width, sizes.value_width)) > 64
+    if products.dtype == torch.float32:
+        return Tiles(32, 16, compile_options(4, 1, maxnreg=255))
+    if kernel == "forward":
+        return Tiles(64, 32, compile_options(4, 2, maxnreg=255))
+    return Tiles(64, 16 if wide else 32, compile_options(8 if wide else 4, 2, maxnreg=255))
+
+
 def readout_rows(sizes: Sizes, products: Products) -> int:
     """Rows of a tile of the readout's backward pass: wide float32 rows must fit 99 KB of shared memory."""
     if block(sizes.value_width) <= 64:

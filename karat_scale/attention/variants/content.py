@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from karat_scale.attention.functional import content_kernel_takes
+from karat_scale.attention.functional import content_kernel
 from karat_scale.attention.heads import AttentionHeads
-from karat_scale.attention.kernels import cpu
+from karat_scale.attention.kernels import cpu, triton_content
 from karat_scale.attention.operator import FourierKaratOperator
 from karat_scale.attention.precision import output_dtype
 from karat_scale.attention.softmax_start import fourier_fit_of_exp
@@ -48,9 +48,12 @@ class ContentOperator(AttentionHeads):
     ) -> Tensor:
         """O [B, h, N, d] of query, key and value [B, h, N, d]; bias and mask as in `karat_attention`."""
         call = self.operator.call(query, key, value, bias, mask)
-        if content_kernel_takes(call, self.operator.implementation):
+        kernel = content_kernel(call, self.operator.implementation)
+        if kernel == "cpu":
             return cpu.attend(call, self._psi()).to(output_dtype(value))
         low_rank: Tensor = self.operator(query, key, value, bias, mask)
+        if kernel == "triton":
+            return triton_content.attend(query, key, value, self._psi().float()).to(low_rank.dtype) + low_rank
         return attend_rows(self._rule, query, key, value, bias, mask) + low_rank
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:

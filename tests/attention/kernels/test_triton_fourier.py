@@ -1,11 +1,9 @@
 """The Triton implementation, where it can run and where it cannot."""
 
 import importlib.metadata
-import os
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,25 +12,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from karat_scale.attention import fourier_karat_attention, functional
 from karat_scale.attention.kernels import triton_fourier
 from tests.attention.calls import make_call, relative_error
-
-INTERPRETED = Path(__file__).with_name("interpreted_triton.py")
-
-
-def run_interpreted(*options):
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED), *options]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+from tests.attention.kernels.in_interpreter import run_interpreted
 
 
 def test_interpreted_kernels_agree_with_the_oracle_at_a_few_sizes():
-    run_interpreted("-m", "not slow")
+    run_interpreted("interpreted_triton.py", "-m", "not slow")
 
 
 @pytest.mark.slow
 def test_interpreted_kernels_agree_with_the_oracle():
-    run_interpreted("-m", "slow", "--slow=all")
+    run_interpreted("interpreted_triton.py", "-m", "slow", "--slow=all")
 
 
 def test_tensors_off_the_gpu_are_refused_by_name_and_left_to_others_by_auto():

@@ -1,0 +1,62 @@
+"""The Triton kernels of the content form: their values in the interpreter, and what they cost when compiled."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from karat_scale.attention.kernels import triton_content  # noqa: E402
+from tests.attention.kernels.fake_driver import SHARED_LIMIT, fake_driver  # noqa: E402
+from tests.attention.kernels.in_interpreter import run_interpreted  # noqa: E402
+from tests.attention.kernels.operator_launches import TOOLS, compiled  # noqa: E402
+
+
+def test_interpreted_kernels_agree_with_the_equation_at_a_few_sizes():
+    run_interpreted("interpreted_content.py", "-m", "not slow")
+
+
+@pytest.mark.slow
+def test_interpreted_kernels_agree_with_the_equation():
+    run_interpreted("interpreted_content.py", "-m", "slow", "--slow=all")
+
+
+def launch(architecture, dtype, width=64, grid=3, tokens=197):
+    """The driver after a forward and a backward pass."""
+    heads = torch.zeros(2, tokens, 3, 2, width, dtype=dtype).permute(2, 0, 3, 1, 4).unbind()
+    psi = torch.zeros(2, 2 * grid + 1)
+    with fake_driver(architecture) as driver:
+        output = triton_content._forward(*heads, psi)
+        grads = triton_content._backward(output, *heads, psi)
+    promised = triton_content._fake_backward(output, *heads, psi)
+    assert [(x.shape, x.stride(), x.dtype) for x in grads] == [(x.shape, x.stride(), x.dtype) for x in promised]
+    return driver
+
+
+def check(architecture, dtype=torch.bfloat16, **sizes):
+    kernels = compiled(launch(architecture, dtype, **sizes), None, dtype)
+    assert [kernel.name for kernel in kernels] == ["psi_forward_kernel", "psi_grad_query_kernel", "psi_grad_key_kernel"]
+    for kernel in kernels:
+        assert kernel.stack == 0, kernel[:6]
+        assert kernel.shared <= SHARED_LIMIT[architecture], kernel[:6]
+        assert kernel.tensor_core > 0, kernel[:6]
+
+
+needs_disassembler = pytest.mark.skipif(not (TOOLS / "nvdisasm").exists(), reason="this triton brings no nvdisasm")
+
+
+@needs_disassembler
+def test_three_kernels_that_spill_nothing_on_hopper():
+    assert len(launch(90, torch.bfloat16).launches) == 3
+    check(90)
+
+
+@needs_disassembler
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", SHARED_LIMIT)
+def test_they_fit_each_architecture(architecture):
+    check(architecture)
+    launch(architecture, torch.float16)
+    check(architecture, width=96)
+    launch(architecture, torch.float16, width=128, grid=16)  # spills some values
+    launch(architecture, torch.float32)
+    launch(architecture, torch.float32, width=96, grid=16, tokens=29)
