@@ -11,10 +11,12 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 .PHONY: install hooks demo docs test test-full test-turn test-aarch64 faults coverage lint release clean packages extras
 
-# One marker file per set of extras, older than pyproject.toml when that changes.
-$(VENV)/.installed: pyproject.toml
-	@echo "== installing the project and torch into $(VENV)"
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+# One marker file per set of extras, older than pyproject.toml when that changes.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@echo "== installing the project and torch into $(VENV)"
 	$(BIN)/python -m pip install --editable .
 	touch $@
 
@@ -51,14 +53,16 @@ test-aarch64: extras
 	$(BIN)/python -m pytest --slow=all tests/data/decoders/test_aarch64.py
 
 # All at once, which takes the least time; one by one where that fails, so that one alone is missing.
-extras: packages $(VENV)/.installed
+extras: packages $(BIN)/python
 	@left=$$(for extra in dev $(EXTRAS); do [ $(VENV)/.installed-$$extra -nt pyproject.toml ] || echo $$extra; done); \
 	if [ -z "$$left" ]; then exit 0; fi; \
 	together=$$(echo $$left | tr ' ' ,); \
+	echo "== installing the project, torch and what the tests need into $(VENV)"; \
 	echo "== $(BIN)/python -m pip install -e '.[$$together]'"; \
 	if $(BIN)/python -m pip install --editable ".[$$together]"; then \
+		touch $(VENV)/.installed; \
 		for extra in $$left; do touch $(VENV)/.installed-$$extra; done; exit 0; fi; \
-	for extra in $$left; do \
+	$(MAKE) install && for extra in $$left; do \
 		echo "== $(BIN)/python -m pip install -e '.[$$extra]'"; \
 		if $(BIN)/python -m pip install --editable ".[$$extra]"; then touch $(VENV)/.installed-$$extra; \
 		else echo "note: the extra $$extra does not install, so its tests are skipped"; fi; done
