@@ -9,7 +9,7 @@ from karat_scale.attention.kernels import cpu, triton_content
 from karat_scale.attention.operator import FourierKaratOperator
 from karat_scale.attention.precision import output_dtype
 from karat_scale.attention.softmax_start import fourier_fit_of_exp
-from karat_scale.attention.variants.rows import attend_rows, rows_of_scores
+from karat_scale.attention.variants.rows import Rule, attend_rows, rows_of_scores
 
 
 class ContentOperator(AttentionHeads):
@@ -54,12 +54,12 @@ class ContentOperator(AttentionHeads):
         low_rank: Tensor = self.operator(query, key, value, bias, mask)
         if kernel == "triton":
             return triton_content.attend(query, key, value, self._psi().float()).to(low_rank.dtype) + low_rank
-        return attend_rows(self._rule, query, key, value, bias, mask) + low_rank
+        return attend_rows(self._rule(), query, key, value, bias, mask) + low_rank
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """S [B, h, N, N], both parts."""
         low_rank = self.operator.scores(query, key, bias, mask)
-        return rows_of_scores(self._rule, query, key, bias, mask) + low_rank
+        return rows_of_scores(self._rule(), query, key, bias, mask) + low_rank
 
     def flops(self, tokens: int, width: int, masked: bool = False) -> int:
         """See `AttentionHeads`. The scores serve both parts."""
@@ -80,12 +80,17 @@ class ContentOperator(AttentionHeads):
         """psi / N of each head [h, 2 G + 1]."""
         return torch.cat((self.psi_constant[:, None], self.psi_cos, self.psi_sin), 1) / self.operator.num_tokens
 
-    def _rule(self, scores: Tensor, keep: Tensor | None) -> Tensor:
-        parameters = self.psi_constant, self.psi_cos, self.psi_sin
-        constant, cos, sin = (x.to(scores.dtype)[..., None, None] for x in parameters)
-        psi = constant.expand_as(scores)
-        for m in range(self.operator.grid):
-            angle = (m + 1) * scores
-            psi = psi + cos[:, m] * angle.cos() + sin[:, m] * angle.sin()
-        psi = psi / scores.shape[-1]
-        return psi if keep is None else psi * keep
+    def _rule(self) -> Rule:
+        # The parameters of this call: a backward pass computes rows again, when the module may have others.
+        parameters, grid = (self.psi_constant, self.psi_cos, self.psi_sin), self.operator.grid
+
+        def rule(scores: Tensor, keep: Tensor | None) -> Tensor:
+            constant, cos, sin = (x.to(scores.dtype)[..., None, None] for x in parameters)
+            psi = constant.expand_as(scores)
+            for m in range(grid):
+                angle = (m + 1) * scores
+                psi = psi + cos[:, m] * angle.cos() + sin[:, m] * angle.sin()
+            psi = psi / scores.shape[-1]
+            return psi if keep is None else psi * keep
+
+        return rule

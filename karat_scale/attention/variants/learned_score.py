@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from karat_scale.attention.heads import AttentionHeads
-from karat_scale.attention.variants.rows import attend_rows, rows_of_scores
+from karat_scale.attention.variants.rows import Rule, attend_rows, rows_of_scores
 
 
 class LearnedScore(AttentionHeads):
@@ -47,11 +47,11 @@ class LearnedScore(AttentionHeads):
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """O [B, h, N, d] of query, key and value [B, h, N, d]; bias and mask as in `karat_attention`."""
-        return attend_rows(self._rule, query, key, value, bias, mask)
+        return attend_rows(self._rule(), query, key, value, bias, mask)
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """S [B, h, N, N]."""
-        return rows_of_scores(self._rule, query, key, bias, mask)
+        return rows_of_scores(self._rule(), query, key, bias, mask)
 
     def flops(self, tokens: int, width: int, masked: bool = False) -> int:
         """See `AttentionHeads`."""
@@ -61,15 +61,20 @@ class LearnedScore(AttentionHeads):
         """The settings, in the constructor's names."""
         return f"num_heads={self.num_heads}, grid={self.grid}"
 
-    def _rule(self, scores: Tensor, keep: Tensor | None) -> Tensor:
-        parameters = self.sin_coef, self.cos_coef, self.frequency
-        # One head's coefficient of order m as [h, 1, 1], so that the series runs over orders and not over a dimension.
-        sin, cos, frequency = (x.to(scores.dtype)[..., None, None] for x in parameters)
-        phase, learned = frequency * scores, scores
-        for m in range(self.grid):
-            angle = (m + 1) * phase
-            learned = learned + sin[:, m] * angle.sin() + cos[:, m] * (angle.cos() - 1)
-        if keep is None:
-            return learned.softmax(-1)
-        # A row that keeps no pair attends to nothing, as in scaled_dot_product_attention.
-        return learned.masked_fill(~keep, -torch.inf).softmax(-1).nan_to_num(0)
+    def _rule(self) -> Rule:
+        # The parameters of this call: a backward pass computes rows again, when the module may have others.
+        parameters, grid = (self.sin_coef, self.cos_coef, self.frequency), self.grid
+
+        def rule(scores: Tensor, keep: Tensor | None) -> Tensor:
+            # One head's coefficient of order m as [h, 1, 1], so that the series runs over orders and not a dimension.
+            sin, cos, frequency = (x.to(scores.dtype)[..., None, None] for x in parameters)
+            phase, learned = frequency * scores, scores
+            for m in range(grid):
+                angle = (m + 1) * phase
+                learned = learned + sin[:, m] * angle.sin() + cos[:, m] * (angle.cos() - 1)
+            if keep is None:
+                return learned.softmax(-1)
+            # A row that keeps no pair attends to nothing, as in scaled_dot_product_attention.
+            return learned.masked_fill(~keep, -torch.inf).softmax(-1).nan_to_num(0)
+
+        return rule
