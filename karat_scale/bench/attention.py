@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from karat_scale.attention import KaratOperator, make_basis
+from karat_scale.attention import FourierKaratOperator, KaratOperator, make_basis
+from karat_scale.attention.heads import AttentionHeads
+from karat_scale.attention.variants import ContentOperator
 from karat_scale.bench.measuring import interleaved_seconds, median_ratio, peak_memory_of
 from karat_scale.console import print_table, write_json
 from karat_scale.engine.devices import wait_for
@@ -64,7 +66,9 @@ def bench_attention(case: Case, rounds: int, threads: int, json_file: str | None
 
 
 def check_case(case: Case) -> None:
-    """Raise UserError for an unknown basis, or a grid that the basis does not take."""
+    """Raise UserError for an unknown basis, or a grid or form that the basis does not take."""
+    if case.form == "content" and case.basis != "fourier":
+        raise UserError(f"--form content needs --basis fourier, not {case.basis}")
     try:
         make_basis(case.basis, grid=case.grid)
     except ValueError as error:
@@ -123,13 +127,17 @@ def make_contender(name: str, case: Case) -> Contender:
         return Contender(functional.scaled_dot_product_attention)
     if name == SOFTMAX:
         return Contender(_explicit_softmax)
-    basis = make_basis(case.basis, grid=case.grid)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        operator = KaratOperator(
-            case.tokens, HEADS[case.model], basis, case.rank, form=case.form, implementation=name
-        ).to(case.device)
+        operator = _make_operator(name, case).to(case.device)
     return Contender(operator, tuple(operator.parameters()))
+
+
+def _make_operator(name: str, case: Case) -> AttentionHeads:
+    heads, basis = HEADS[case.model], make_basis(case.basis, grid=case.grid)
+    if case.form != "content":
+        return KaratOperator(case.tokens, heads, basis, case.rank, form=case.form, implementation=name)
+    return ContentOperator(FourierKaratOperator(case.tokens, heads, case.rank, case.grid, implementation=name))
 
 
 def _explicit_softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def add_attention_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", type=count, default=3)
     parser.add_argument("--rank", type=count, default=12)
     parser.add_argument("--basis", default="fourier", help="a name, or package.module:Class (default: %(default)s)")
-    forms = ("modular", "project_first", "two_operators", "full_rank")
+    forms = ("modular", "project_first", "two_operators", "full_rank", "content")
     parser.add_argument("--form", choices=forms, default="modular")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -61,6 +61,18 @@ def test_only_what_has_the_operator_is_measured() -> None:
     assert names == ["sdpa", "softmax", "streaming"]
 
 
+def test_the_content_form_is_measured_by_its_kernel() -> None:
+    case = case_of(form="content")
+    torch.testing.assert_close(output("streaming", case), output("reference", case), rtol=1e-4, atol=1e-5)
+    names = [row["implementation"] for row in attention_rows(case, 1, ["streaming", "triton"])]
+    assert names == ["sdpa", "softmax", "streaming"]
+
+
+def test_the_content_form_is_of_fourier_series_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "attention", "--form", "content", "--basis", "dog"]) == 2
+    assert capsys.readouterr().err.endswith("--form content needs --basis fourier, not dog\n")
+
+
 def test_an_unknown_basis_is_a_users_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "attention", "--basis", "dogs"]) == 2
     assert "--basis = 'dogs': expected one of fourier, " in capsys.readouterr().err

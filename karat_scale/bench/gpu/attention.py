@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -33,7 +33,8 @@ BACKENDS = {
     "SDPA, math": SDPBackend.MATH,
 }
 CHOSEN = "SDPA, torch's choice"
-GRIDS = (1, 3)
+# Name, grid and form.
+OPERATORS = (("KArAt G1", 1, "modular"), ("KArAt G3", 3, "modular"), ("KArAt content, G3", 3, "content"))
 BATCH, ROUNDS, TOY_TOKENS = 256, 7, 32
 # Model and dtype, what training meets first.
 CASES = (("small", "bf16"), ("tiny", "bf16"), ("base", "bf16"), ("small", "tf32"), ("small", "fp16"), ("small", "fp32"))
@@ -80,11 +81,11 @@ def _case(task: Task, model: str, batch: int, grid: int, dtype: str) -> Case:
 def _compile(task: Task, dtypes: list[str]) -> None:
     """Compile the Triton kernels before they are timed; a failure here repeats there and is reported then."""
 
-    def once(dtype: str, grid: int) -> None:
-        case = _case(task, "tiny", 2, grid, dtype)
+    def once(dtype: str, grid: int, form: str) -> None:
+        case = replace(_case(task, "tiny", 2, grid, dtype), form=form)
         _timed(make_contender(task.implementation, case), case, nullcontext).both()
 
-    first, *others = (functools.partial(once, dtype, grid) for dtype in dtypes for grid in GRIDS)
+    first, *others = (functools.partial(once, dtype, grid, form) for dtype in dtypes for _, grid, form in OPERATORS)
     with CompilerThreads() as pool:
         wait([pool.begin(first)])  # alone: Triton sets itself up
         wait([pool.begin(other) for other in others])
@@ -117,7 +118,7 @@ def _compare(task: Task, model: str, dtype: str, batch: int, what: str) -> None:
 
 def _contenders(task: Task, model: str, dtype: str, batch: int, what: str) -> Iterator[tuple[str, Timed]]:
     """Those that run: torch has not every backend for every card and dtype, but KArAt should."""
-    case = _case(task, model, batch, GRIDS[0], _plain(dtype))
+    case = _case(task, model, batch, OPERATORS[0][1], _plain(dtype))
     yield CHOSEN, _timed(make_contender(SDPA, case), case, nullcontext)
     for name, backend in BACKENDS.items():
         timed = _timed(make_contender(SDPA, case), case, functools.partial(sdpa_kernel, backend))
@@ -125,13 +126,13 @@ def _contenders(task: Task, model: str, dtype: str, batch: int, what: str) -> It
             task.channel.left_out(f"{what}: {name}", why)
         else:
             yield name, timed
-    for grid in GRIDS:
-        case = _case(task, model, batch, grid, case.dtype)
+    for name, grid, form in OPERATORS:
+        case = replace(_case(task, model, batch, grid, case.dtype), form=form)
         timed = _timed(make_contender(task.implementation, case), case, nullcontext)
         if why := _refusal(timed):
-            task.channel.failed(f"{what}: KArAt G{grid}", why)
+            task.channel.failed(f"{what}: {name}", why)
         else:
-            yield f"KArAt G{grid}", timed
+            yield name, timed
 
 
 def _timed(contender: Contender, case: Case, setting: Callable[[], AbstractContextManager[Any]]) -> Timed:

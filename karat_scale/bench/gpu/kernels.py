@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
-from karat_scale.attention import fourier_karat_attention
+from karat_scale.attention import FourierKaratOperator, fourier_karat_attention
+from karat_scale.attention.variants import ContentOperator
 from karat_scale.bench.gpu.calls import (
     BF16,
     FP16,
@@ -22,6 +24,7 @@ from karat_scale.bench.gpu.calls import (
     core_calls,
     make_inputs,
     more_calls,
+    psi_shapes,
     toy_calls,
 )
 from karat_scale.bench.gpu.formula import plain_attention
@@ -59,9 +62,10 @@ def tf32() -> Iterator[None]:
 def check(call: Call, task: Task) -> dict[str, Any]:
     """The call's row. Raises ValueError where the implementation does not take it."""
     inputs = make_inputs(call, task.device)
-    ours = _results(fourier_karat_attention, inputs, base=call.base, implementation=task.implementation)
+    attend = content_attention if call.content else fourier_karat_attention
+    ours = _results(attend, inputs, base=call.base, implementation=task.implementation)
     wide = _widened(inputs)
-    true = _results(fourier_karat_attention, wide, base=call.base, implementation="reference")
+    true = _results(attend, wide, base=call.base, implementation="reference")
     formula = _results(plain_attention, wide, base=call.base)
     errors = _errors(ours, true)
     worst = max(errors, key=errors.__getitem__)
@@ -79,6 +83,18 @@ def check(call: Call, task: Task) -> dict[str, Any]:
         "tolerance": tolerance,
         "right": max(errors[worst], formula_error) <= tolerance,
     }
+
+
+def content_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, base: str, implementation: str, **learned: Tensor
+) -> Tensor:
+    """Return O of the content form, whose module takes the parameters that are given."""
+    heads, rank, tokens, grid = learned["cos_coef"].shape
+    operator = FourierKaratOperator(tokens, heads, rank, grid, base=base, implementation=implementation)
+    module = ContentOperator(operator)
+    named = {name if name in psi_shapes(grid) else f"operator.{name}": x for name, x in learned.items()}
+    output: Tensor = functional_call(module, named, (query, key, value), {"mask": mask}, strict=True)
+    return output
 
 
 def _check_all(task: Task, calls: list[Call]) -> None:
