@@ -16,15 +16,7 @@ from karat_scale.attention.functional import fourier_karat_units
 from tests.attention.calls import assert_close, make_call, output_and_gradients
 
 available = native_build._available_instruction_sets()
-pytestmark = pytest.mark.skipif(not available, reason="no AVX2 on this machine")
-
-
-@pytest.fixture(autouse=True, params=native_build.INSTRUCTION_SETS)
-def isa(request, monkeypatch):
-    if request.param not in available:
-        pytest.skip(f"this CPU has no {request.param}")
-    monkeypatch.setenv("KARAT_CPU_ISA", request.param)
-    return request.param
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 def fast(call, upstream, **options):

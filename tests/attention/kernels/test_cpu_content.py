@@ -5,23 +5,13 @@ import copy
 import pytest
 import torch
 
-from karat_scale import native_build
 from karat_scale.attention import FourierKaratOperator, functional
 from karat_scale.attention.kernels import cpu
 from karat_scale.attention.variants import ContentOperator
 from karat_scale.attention.variants import content as content_module
 from tests.attention.calls import relative_error
 
-available = native_build._available_instruction_sets()
-pytestmark = pytest.mark.skipif(not available, reason="no AVX2 on this machine")
-
-
-@pytest.fixture(autouse=True, params=native_build.INSTRUCTION_SETS)
-def isa(request, monkeypatch):
-    if request.param not in available:
-        pytest.skip(f"this CPU has no {request.param}")
-    monkeypatch.setenv("KARAT_CPU_ISA", request.param)
-    return request.param
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 @pytest.fixture
