@@ -13,6 +13,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,18 @@ from benchmarks.attention_trials import (
 from karat_scale.files import write_atomically
 from karat_scale.ledger.record import take_record
 
+SECONDS_BETWEEN_LOOKS = 30
+
 
 def run(data: Path, work: Path) -> None:
-    """Run trial after trial until none is left that no other process has claimed."""
+    """Run trial after trial until all are done; wait while other processes run those that the next stage needs."""
     os.nice(max(0, 19 - os.nice(0)))
     work.mkdir(parents=True, exist_ok=True)
     while (trials := next_trials()) is not None:
         claimed = next(claims(trials, work), None)
         if claimed is None:
-            return
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            continue
         trial, lock = claimed
         if not trial.record.exists():
             finish(trial, data, work / trial.name)
