@@ -12,6 +12,7 @@ from karat_scale.files import write_atomically
 
 PAGE = RECORDS.parent / "attention_results.md"
 MARGIN = -0.5
+LEVEL = 0.025  # the interval's lower bound is above the margin where p is below this
 BASELINES = ("softmax", "static_softmax", "static")
 HEAD = """# Results of the comparison of kinds of attention
 
@@ -79,25 +80,63 @@ def comparison(records: Records) -> str:
 
 
 def intervals(by_arm: dict[str, dict[int, dict[str, Any]]]) -> str:
-    """Return the paired differences of each variant from the baselines."""
+    """Return the paired differences of each variant from the baselines, and whether it is at least softmax."""
+    gaps = {arm: gaps_of(arm, by_arm) for arm in VARIANTS if arm in by_arm}
+    # Against both: the larger of the two probabilities that a mean at the margin gives so much.
+    chances = {
+        arm: max(chance(own[baseline]) for baseline in BASELINES[:2])
+        for arm, own in gaps.items()
+        if all(len(own[baseline]) > 1 for baseline in BASELINES[:2])
+    }
+    corrected = holm(chances)
     rows = []
-    for arm in (arm for arm in VARIANTS if arm in by_arm):
-        row: list[Any] = [arm]
-        lower = []
-        for baseline in BASELINES:
-            seeds = sorted(by_arm[arm].keys() & by_arm.get(baseline, {}).keys())
-            gaps = [by_arm[arm][seed]["top1"] - by_arm[baseline][seed]["top1"] for seed in seeds]
-            if len(gaps) < 2:
-                row.append("not yet run")
-                continue
-            low, high = interval(gaps)
-            row.append(f"{statistics.mean(gaps):+.2f} ({low:+.2f} to {high:+.2f})")
-            lower.append(low)
-        at_least = "yes" if len(lower) == len(BASELINES) and min(lower[:2]) > MARGIN else "not shown"
-        rows.append([*row, at_least])
-    columns = ["variant", *(f"less {baseline}" for baseline in BASELINES), "at least softmax"]
-    text = f"Mean difference by seed with its 95 % t interval, not corrected for the {len(VARIANTS)} variants.\n\n"
+    for arm, own in gaps.items():
+        cells = ["not yet run" if len(own[baseline]) < 2 else difference(own[baseline]) for baseline in BASELINES]
+        answer = ("not yet run", "") if arm not in corrected else said(corrected[arm])
+        rows.append([arm, *cells, *answer])
+    columns = ["variant", *(f"less {baseline}" for baseline in BASELINES), "p", "at least softmax"]
+    text = (
+        "Mean difference by seed with its 95 % t interval. p is the probability of a mean so far above "
+        f"{MARGIN} in a one-sided paired t test, the larger of those against softmax and static_softmax, with Holm's "
+        f"correction over the variants. A variant is at least softmax if p is below {LEVEL}.\n\n"
+    )
     return text + table(columns, rows)
+
+
+def gaps_of(arm: str, by_arm: dict[str, dict[int, dict[str, Any]]]) -> dict[str, list[float]]:
+    """Return the arm's top-1 less that of each baseline, for each seed that both have."""
+    return {
+        baseline: [
+            by_arm[arm][seed]["top1"] - by_arm[baseline][seed]["top1"]
+            for seed in sorted(by_arm[arm].keys() & by_arm.get(baseline, {}).keys())
+        ]
+        for baseline in BASELINES
+    }
+
+
+def difference(gaps: Sequence[float]) -> str:
+    """Return a mean with its interval."""
+    low, high = interval(gaps)
+    return f"{statistics.mean(gaps):+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def said(chance: float) -> tuple[str, str]:
+    """Return a corrected probability and what it means."""
+    return f"{chance:.3f}" if chance >= 0.001 else "< 0.001", "yes" if chance < LEVEL else "not shown"
+
+
+def chance(gaps: Sequence[float]) -> float:
+    """Return the probability of such gaps where their true mean is the margin, by a one-sided t test."""
+    return float(stats.ttest_1samp(gaps, MARGIN, alternative="greater").pvalue)
+
+
+def holm(chances: dict[str, float]) -> dict[str, float]:
+    """Return the probabilities after Holm's correction for their number."""
+    corrected, least = {}, 0.0
+    for place, arm in enumerate(sorted(chances, key=chances.__getitem__)):
+        least = max(least, min(1.0, (len(chances) - place) * chances[arm]))
+        corrected[arm] = least
+    return corrected
 
 
 def interval(gaps: Sequence[float]) -> tuple[float, float]:

@@ -1,0 +1,46 @@
+"""The statistics of the experiment, against numbers from elsewhere."""
+
+import pytest
+
+from benchmarks.attention_results import chance, holm, interval, intervals
+
+SEEDS = (0, 1, 2)
+
+
+def records(**top1: tuple[float, float, float]) -> dict[str, dict[int, dict[str, float]]]:
+    return {arm: {seed: {"top1": x} for seed, x in zip(SEEDS, own, strict=True)} for arm, own in top1.items()}
+
+
+def test_the_interval_and_the_test_agree() -> None:
+    gaps = [1.0, 2.0, 4.5]
+    low, high = interval(gaps)
+    assert (low, high) == pytest.approx((2.5 - 4.4788, 2.5 + 4.4788), abs=1e-3)  # 4.3027 * 1.8028 / sqrt(3)
+    shifted = [gap - low - 0.5 for gap in gaps]  # the lower bound lies at the margin
+    assert chance(shifted) == pytest.approx(0.025, rel=1e-6)
+
+
+def test_holms_correction() -> None:
+    corrected = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert corrected == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
+
+
+def test_a_variant_must_hold_against_both_baselines() -> None:
+    text = intervals(
+        records(
+            softmax=(40.0, 40.1, 39.9),
+            static_softmax=(47.0, 47.1, 46.9),
+            content=(48.0, 48.2, 47.9),
+            bounded=(43.0, 43.2, 42.9),
+        )
+    )
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
+    assert rows["content"].endswith("| yes |")
+    assert "+8.03 (" in rows["content"]
+    assert rows["bounded"].endswith("| not shown |")
+    assert rows["content"].count("not yet run") == 1  # static has no runs
+
+
+def test_one_seed_says_nothing() -> None:
+    found = records(softmax=(40.0, 40.1, 39.9), static_softmax=(47.0, 47.1, 46.9))
+    found["content"] = {0: {"top1": 48.0}}
+    assert "| content | not yet run | not yet run | not yet run | not yet run |  |" in intervals(found)
