@@ -3,7 +3,7 @@
 DATA holds two data sets in shards with the same training images. The val split of `held_out` is the held-out images,
 that of `tested` the test images. `split IMAGES DATA` makes both of CIFAR-10 in folders, with train/ and test/. WORK
 holds the runs; an interrupted run resumes. Several processes may share WORK. Each finished run becomes a record in
-docs/experiments/attention/, and `report` writes the page of results from these.
+docs/experiments/attention/, and `report` writes the page of results and a figure from these.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.attention_figures import write_figure
 from benchmarks.attention_results import write_results
 from benchmarks.attention_trials import (
     ARMS,
@@ -144,6 +145,7 @@ def main() -> None:
         split(asked.images, asked.data)
     else:
         write_results()
+        write_figure()
 
 
 if __name__ == "__main__":
