@@ -13,7 +13,7 @@ from karat_scale.arguments import OneLineParser
 from karat_scale.bench.commands import add_benches
 from karat_scale.commands import clusters, data, models, planning, results, training
 from karat_scale.compiler_caches import use_local_caches
-from karat_scale.errors import PeerError, UserError, of_the_machine, on_one_line
+from karat_scale.errors import PeerError, UserError, of_the_machine, on_one_line, say_in_one_write
 from karat_scale.local_ranks import say_to_launcher
 from karat_scale.machine import may_have_gpu
 from karat_scale.trust import VARIABLE
@@ -75,7 +75,7 @@ def _end(text: str, code: int) -> int:
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     where = f"[rank {rank}] " if rank != "0" else ""
     if not say_to_launcher(on_one_line(text), rank):
-        print(f"{where}error: {on_one_line(text)}", file=sys.stderr)
+        say_in_one_write(f"{where}error: {on_one_line(text)}")
     return code
 
 

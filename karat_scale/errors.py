@@ -91,6 +91,15 @@ def _number_in_words(text: str) -> int | None:
     return next((number for words, number in _WORDS.items() if words in text), None)
 
 
+def say_in_one_write(line: str) -> None:
+    """Write a line of one of several ranks to standard error.
+
+    Where Python does not buffer, `print` writes the end of the line by itself, and the lines of ranks mix.
+    """
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script and exit with its code; 2 with one line on stderr for what the user can fix, 130 for Ctrl-C."""
     try:

@@ -1,5 +1,6 @@
 """What a machine lacks, or its file system refuses, is one line and an exit code."""
 
+import io
 import os
 import resource
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale import native_build
+from karat_scale.cli import main
 from karat_scale.errors import of_the_machine
 from tests.conftest import ROOT, karat_environment, karat_here
 
@@ -71,3 +73,15 @@ def test_too_few_file_descriptors_are_one_line(tmp_path: Path) -> None:
     )
     assert done.returncode != 0
     assert "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_ranks_error_is_one_write_where_python_does_not_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks with one standard error: the end of a line, written by itself, would come after the other's line."""
+    reader, writer = os.pipe2(os.O_DIRECT)  # a packet for each write
+    monkeypatch.setenv("RANK", "1")
+    with os.fdopen(writer, "wb", 0) as raw, io.TextIOWrapper(raw, write_through=True) as unbuffered:
+        monkeypatch.setattr(sys, "stderr", unbuffered)
+        assert main(["eval", "no-such-run"]) == 2
+    assert os.read(reader, 4096).endswith(b"\n")
+    assert os.read(reader, 4096) == b""
+    os.close(reader)

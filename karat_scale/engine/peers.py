@@ -8,7 +8,6 @@ all end with it. Each rank gives a sign of life there, and rank 0 says for which
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from typing import NamedTuple
 import psutil
 import torch.distributed as dist
 
-from karat_scale.errors import PeerError, UserError, of_the_machine, one_line
+from karat_scale.errors import PeerError, UserError, of_the_machine, one_line, say_in_one_write
 from karat_scale.launcher import LAUNCHER
 
 _POLL_SECONDS = 1.0
@@ -72,7 +71,7 @@ class Notices:
         if seconds >= self._next:
             self._next = 2 * seconds
             limit = f"at most {self._patience.total_seconds() / 60:g} minutes (run.peer_timeout_minutes)"
-            print(f"[rank {self._rank}] has waited {seconds:.0f} s for {whom()}; {limit}", file=sys.stderr, flush=True)
+            say_in_one_write(f"[rank {self._rank}] has waited {seconds:.0f} s for {whom()}; {limit}")
         return seconds >= self._patience.total_seconds()
 
 
@@ -215,7 +214,7 @@ class Peers:
                 with suppress(RuntimeError, OSError):
                     self._store = self._place.connect(_CALL)
         if self._heard is not None and not self._ended.wait(_END_SECONDS):
-            print(f"[rank {self._place.rank}] error: {self._heard}", file=sys.stderr, flush=True)
+            say_in_one_write(f"[rank {self._place.rank}] error: {self._heard}")
             os._exit(1 if isinstance(self._heard, PeerError) else 2)
 
     def _hear(self, content: bytes) -> None:

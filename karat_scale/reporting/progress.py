@@ -1,6 +1,5 @@
 """The progress that a person sees: a live bar on a terminal, plain lines elsewhere."""
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from karat_scale.cluster.heartbeat import Heartbeat
 from karat_scale.console import ProgressBars, printable, terminal
 from karat_scale.data.batch import BadSample
 from karat_scale.engine.run_state import RunState
+from karat_scale.errors import say_in_one_write
 from karat_scale.reporting.metrics import MetricsLog
 from karat_scale.tracking.start import Trackers
 
@@ -138,7 +138,7 @@ class Reporter:
     def warn(self, text: str) -> None:
         """A warning, from whichever rank has it."""
         if isinstance(self.display, SilentDisplay):
-            print(f"[rank {self._rank}] warning: {text}", file=sys.stderr, flush=True)
+            say_in_one_write(f"[rank {self._rank}] warning: {text}")
         else:
             self.display.line(f"warning: {text}")
 

@@ -225,4 +225,4 @@ def test_the_script_ends_as_promised(folder, tmp_path):
     assert "train: writing: 18 of 18 images" in done.stdout
     failed = script("--src", "nowhere")
     assert failed.returncode == 2
-    assert failed.stderr == "error: --src nowhere is not a directory or a tar\n"
+    assert failed.stderr == "error: --src nowhere is not a directory, a tar or a Parquet file\n"
