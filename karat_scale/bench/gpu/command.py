@@ -21,12 +21,12 @@ RANKS_ON_A_CPU = 2
 WORKER = "karat_scale.bench.gpu.worker"
 
 
-def bench_gpu(device: str, only: Sequence[str] | None, minutes: float, json_file: str | None) -> int:
+def bench_gpu(device: str, only: Sequence[str], minutes: float, json_file: str | None) -> int:
     """Run the sections, print each figure as it comes, and keep JSON and Markdown up to date.
 
     Args:
         device: "cuda", or "cpu" to try the command at toy sizes.
-        only: names of sections; None for all.
+        only: names of sections, in any order.
         minutes: for everything. A section stops when its share is used, and is ended when it overruns that.
         json_file: where the figures go; the Markdown goes beside it, with the suffix `.md`.
 
@@ -38,12 +38,10 @@ def bench_gpu(device: str, only: Sequence[str] | None, minutes: float, json_file
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("karat bench gpu: torch sees no CUDA device; run it on a machine with an NVIDIA GPU")
-    command = shlex.join(
-        ["karat", "bench", "gpu", "--device", device, "--minutes", f"{minutes:g}"]
-        + (["--only", ",".join(only)] if only else [])
-    )
+    chosen = [section for name, section in SECTIONS.items() if name in only]
+    named = [] if len(chosen) == len(SECTIONS) else ["--only", *(section.name for section in chosen)]
+    command = shlex.join(["karat", "bench", "gpu", "--device", device, "--minutes", f"{minutes:g}", *named])
     report = _open_report(Path(json_file or DEFAULT_FILE), command)
-    chosen = [SECTIONS[name] for name in only or SECTIONS]
     ends = time.monotonic() + 60 * minutes
     overrun = min(LONGEST_OVERRUN, 6 * minutes)
     for number, section in enumerate(chosen):
