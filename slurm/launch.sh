@@ -61,7 +61,7 @@ enter_environment() {
 }
 
 check_recipe() {
-  "${KARAT[@]}" "$@" --print >/dev/null || exit 2
+  "${KARAT[@]}" "$@" --print >/dev/null || exit $?
 }
 
 # RUN/restarts: the newest checkpoint at the last start, and at how many starts it was the same.
