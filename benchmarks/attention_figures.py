@@ -34,7 +34,7 @@ def shown() -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for arm in ARMS:
         own = [record for record in records if record["arm"] == arm and record["rate"] == chosen.get(arm)]
-        of = {stage: [record for record in own if record["stage"] == stage] for stage in ("compare", "rate")}
+        by_stage = {stage: [record for record in own if record["stage"] == stage] for stage in ("compare", "rate")}
         if own:
-            found[arm] = of["compare"] or of["rate"]
+            found[arm] = by_stage["compare"] or by_stage["rate"]
     return found

@@ -120,9 +120,9 @@ def difference(gaps: Sequence[float]) -> str:
     return f"{statistics.mean(gaps):+.2f} ({low:+.2f} to {high:+.2f})"
 
 
-def said(chance: float) -> tuple[str, str]:
+def said(corrected: float) -> tuple[str, str]:
     """Return a corrected probability and what it means."""
-    return f"{chance:.3f}" if chance >= 0.001 else "< 0.001", "yes" if chance < LEVEL else "not shown"
+    return f"{corrected:.3f}" if corrected >= 0.001 else "< 0.001", "yes" if corrected < LEVEL else "not shown"
 
 
 def chance(gaps: Sequence[float]) -> float:
