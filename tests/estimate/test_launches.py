@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from karat_scale.estimate.command import Request, make_plan
-from karat_scale.estimate.launches import OPERATOR_BACKWARD, OPERATOR_FORWARD, Launches, StepLaunches
+from karat_scale.estimate.launches import (
+    OPERATOR_BACKWARD,
+    OPERATOR_FORWARD,
+    PSI_BACKWARD,
+    PSI_FORWARD,
+    Launches,
+    StepLaunches,
+)
 from karat_scale.estimate.report import launch_note
 from karat_scale.estimate.subject import Subject
 from karat_scale.estimate.time import ComputeTime
@@ -47,6 +54,11 @@ def test_karat_adds_its_own_kernels_and_autocast_its_casts(small_recipe: Load) -
     assert fp32.products - softmax.products == 2 * (OPERATOR_FORWARD + OPERATOR_BACKWARD - 4)
     assert bf16.products == fp32.products
     assert bf16.others > fp32.others + 2 * 4 * 2  # a weight and an input for each linear layer
+
+
+def test_the_content_form_adds_the_kernels_of_psi(small_recipe: Load) -> None:
+    plain, content = (launches_of(small_recipe(f"attention.form={form}")) for form in ("modular", "content"))
+    assert content.products - plain.products == 2 * (PSI_FORWARD + PSI_BACKWARD)
 
 
 def test_a_compiler_launches_less_and_a_graph_costs_the_host_almost_nothing() -> None:
