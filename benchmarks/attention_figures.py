@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.attention_trials import ARMS, RECORDS, ROOT, chosen_rates
+from benchmarks.attention_trials import ARMS, RECORDS, ROOT, arms_left, chosen_rates
 from karat_scale.analysis.figures import new_figure, rendered
 from karat_scale.files import write_atomically
 
@@ -28,13 +28,13 @@ def write_figure() -> None:
 
 
 def shown() -> dict[str, list[dict[str, Any]]]:
-    """Return each arm's records: of the comparison, or until it has run, of the chosen learning rate."""
+    """Return the records of each arm at its chosen learning rate: of the comparison once all its arms have run."""
     records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
     chosen = chosen_rates()
-    found: dict[str, list[dict[str, Any]]] = {}
-    for arm in ARMS:
-        own = [record for record in records if record["arm"] == arm and record["rate"] == chosen.get(arm)]
-        by_stage = {stage: [record for record in own if record["stage"] == stage] for stage in ("compare", "rate")}
-        if own:
-            found[arm] = by_stage["compare"] or by_stage["rate"]
-    return found
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {"rate": {}, "compare": {}, "long": {}}
+    for arm in (arm for arm in ARMS if arm in chosen):
+        for record in records:
+            if (record["arm"], record["rate"]) == (arm, chosen[arm]):
+                found[record["stage"]].setdefault(arm, []).append(record)
+    compared = found["compare"] if all(arm in found["compare"] for arm in arms_left()) else {}
+    return {arm: compared.get(arm, own) for arm, own in found["rate"].items()}
