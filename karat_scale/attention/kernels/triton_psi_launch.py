@@ -13,7 +13,7 @@ from karat_scale.attention.kernels.triton_tiles import Products, Sizes, block, c
 
 KERNELS = {"forward": psi_forward_kernel, "grad_query": psi_grad_query_kernel, "grad_key": psi_grad_key_kernel}
 # By all that a launch depends on; a model has a handful.
-_launches: dict[Any, tuple[Launch, int]] = {}
+_launches: dict[Any, Launch] = {}
 
 
 def forward(output: Tensor, query: Tensor, key: Tensor, value: Tensor, psi: Tensor) -> None:
@@ -21,7 +21,7 @@ def forward(output: Tensor, query: Tensor, key: Tensor, value: Tensor, psi: Tens
     products = products_of(query.dtype, key.dtype, value.dtype)
     heads = [rows_in(x, products.dtype) for x in (query, key, value)]
     with device_of(query):
-        launch, _ = _launch("forward", heads, [output], psi, products)
+        launch = _launch("forward", heads, [output], psi, products)
         launch(*heads, psi, output, aligned=are_aligned(*heads, psi, output))
 
 
@@ -34,10 +34,11 @@ def backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, psi
     grad_query, grad_key, grad_value = rows = [room_for_rows(x) for x in grads]
     with device_of(query):
         aligned = are_aligned(*heads, psi, upstream)
-        launch, tiles = _launch("grad_query", heads, [upstream, grad_query], psi, products)
-        partial = psi.new_empty((*query.shape[:2], tiles, psi.shape[1]))
+        launch = _launch("grad_query", heads, [upstream, grad_query], psi, products)
+        batch, count = query.shape[:2]
+        partial = psi.new_empty((batch, count, launch.grid[0] // (batch * count), psi.shape[1]))
         launch(*heads, psi, upstream, grad_query, partial, aligned=aligned)
-        launch, _ = _launch("grad_key", heads, [upstream, grad_key, grad_value], psi, products)
+        launch = _launch("grad_key", heads, [upstream, grad_key, grad_value], psi, products)
         launch(*heads, psi, upstream, grad_key, grad_value, aligned=aligned)
     for grad, written in zip(grads, rows, strict=True):
         if written is not grad:
@@ -45,10 +46,8 @@ def backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, psi
     return *grads, partial.sum((0, 2))
 
 
-def _launch(
-    kernel: str, heads: list[Tensor], others: list[Tensor], psi: Tensor, products: Products
-) -> tuple[Launch, int]:
-    """The launch of a kernel, and the tiles of a head; `others` are the tensors of rows that it is given beside."""
+def _launch(kernel: str, heads: list[Tensor], others: list[Tensor], psi: Tensor, products: Products) -> Launch:
+    """The launch of a kernel, a program for each tile; `others` are the other tensors of rows that it is given."""
     tensors = (*heads, *others)
     kinds = tuple((x.stride(), x.dtype) for x in tensors)
     signature = (kernel, heads[0].shape, heads[2].shape[3], psi.shape, kinds, products, heads[0].device)
@@ -57,7 +56,7 @@ def _launch(
         batch, count, tokens, width = heads[0].shape
         sizes = Sizes(batch, count, tokens, width, heads[2].shape[3], 1, psi.shape[1] // 2)
         cut = choose_psi_tiles(kernel, sizes, products)
-        tiles = triton.cdiv(tokens, cut.own)
+        programs = triton.cdiv(tokens, cut.own) * batch * count
         numbers = (count, tokens, width**-0.5, *(step for x in tensors for step in x.stride()[:3]))
         constants = {
             "GRID": sizes.grid,
@@ -73,6 +72,5 @@ def _launch(
             "SCORES": products.scores,
             "PRECISION": products.others,
         }
-        found = Launch(KERNELS[kernel], tiles * batch * count, numbers, constants, cut.options), tiles
-        _launches[signature] = found
+        found = _launches[signature] = Launch(KERNELS[kernel], programs, numbers, constants, cut.options)
     return found

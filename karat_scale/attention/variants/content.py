@@ -81,7 +81,6 @@ class ContentOperator(AttentionHeads):
         return torch.cat((self.psi_constant[:, None], self.psi_cos, self.psi_sin), 1) / self.operator.num_tokens
 
     def _rule(self) -> Rule:
-        # The parameters of this call: a backward pass computes rows again, when the module may have others.
         parameters, grid = (self.psi_constant, self.psi_cos, self.psi_sin), self.operator.grid
 
         def rule(scores: Tensor, keep: Tensor | None) -> Tensor:

@@ -62,7 +62,6 @@ class LearnedScore(AttentionHeads):
         return f"num_heads={self.num_heads}, grid={self.grid}"
 
     def _rule(self) -> Rule:
-        # The parameters of this call: a backward pass computes rows again, when the module may have others.
         parameters, grid = (self.sin_coef, self.cos_coef, self.frequency), self.grid
 
         def rule(scores: Tensor, keep: Tensor | None) -> Tensor:

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from karat_scale.attention.precision import compute_dtype, full_precision, output_dtype
 from karat_scale.attention.tiles import plan_tiles, workspace_budget
 
-# Rows of S [..., n, N] from scores [..., n, N] and, with a mask, from what takes part [..., n, N].
+# Rows of S [..., n, N] from scores [..., n, N] and, with a mask, from what takes part [..., n, N]. A rule holds the
+# parameters of its call: the backward pass computes rows again, and the module may have other parameters by then.
 Rule = Callable[[Tensor, Tensor | None], Tensor]
 # Tensors of the size of the scores that a rule holds at once, roughly.
 _HELD = 4
