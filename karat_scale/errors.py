@@ -92,9 +92,9 @@ def _number_in_words(text: str) -> int | None:
 
 
 def say_in_one_write(line: str) -> None:
-    """Write a line of one of several ranks to standard error.
+    """Write a line to standard error at once.
 
-    Where Python does not buffer, `print` writes the end of the line by itself, and the lines of ranks mix.
+    Where Python does not buffer, `print` writes the end of a line separately, and the lines of several ranks mix.
     """
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
@@ -110,7 +110,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         code, message = 2, _described(error)
     except KeyboardInterrupt:
         code, message = 130, "stopped; run the same command again"
-    print(f"error: {on_one_line(message)}", file=sys.stderr)
+    say_in_one_write(f"error: {on_one_line(message)}")
     sys.exit(code)
 
 
