@@ -13,6 +13,7 @@ from karat_scale.files import write_atomically
 PAGE = RECORDS.parent / "attention_results.md"
 MARGIN = -0.5
 LEVEL = 0.025  # the interval's lower bound is above the margin where p is below this
+SHARES = ("by_query", "by_image")  # of the energy of S
 BASELINES = ("softmax", "static_softmax", "static")
 HEAD = """# Results of the comparison of kinds of attention
 
@@ -20,6 +21,7 @@ The protocol, fixed before the runs, is [attention.md](attention.md). This page 
 `python -m benchmarks.attention_experiment report` from the records in `docs/experiments/attention/`.
 """
 Records = list[dict[str, Any]]
+ByArm = dict[str, dict[int, dict[str, Any]]]  # records by arm and seed
 
 
 def write_results() -> None:
@@ -58,28 +60,46 @@ def comparison(records: Records) -> str:
     """Return the tables of the comparison, if it has begun."""
     if not records:
         return ""
-    by_arm = {arm: {r["seed"]: r for r in records if r["arm"] == arm} for arm in ARMS}
-    by_arm = {arm: found for arm, found in by_arm.items() if found}
+    by_arm = by_arm_and_seed(records)
     rows = []
     for arm, found in by_arm.items():
-        ends, quarters = ([r[key] for r in found.values()] for key in ("top1", "top1_at_a_quarter"))
-        spread = f"{min(ends):.2f} to {max(ends):.2f}"
-        shares = [
-            statistics.mean(block[key] for block in r["content"]) for r in found.values() for key in ("by_query",)
-        ]
-        images = [statistics.mean(block["by_image"] for block in r["content"]) for r in found.values()]
-        cells = f"{statistics.mean(ends):.2f}", spread, f"{statistics.mean(quarters):.2f}"
-        rows.append([arm, len(ends), *cells, f"{statistics.mean(shares):.2f}", f"{statistics.mean(images):.2f}"])
+        ends = [record["top1"] for record in found.values()]
+        quarter = statistics.mean(record["top1_at_a_quarter"] for record in found.values())
+        top1 = f"{statistics.mean(ends):.2f}", f"{min(ends):.2f} to {max(ends):.2f}", f"{quarter:.2f}"
+        rows.append([arm, len(ends), *top1, *(share(found, key) for key in SHARES)])
     columns = ["arm", "seeds", "top-1", "range", "at a quarter", "by the query", "by the image"]
     text = (
         "## Comparison\n\nTop-1 in percent on the 10,000 test images at the last step of two epochs, its range over "
         "seeds, and at a quarter of the steps. The last columns are the shares of S's energy that depend on the query "
         "and on the image, a mean over blocks.\n\n"
     )
-    return text + table(columns, rows) + "\n" + intervals(by_arm)
+    return "\n".join((text + table(columns, rows), leads(by_arm), intervals(by_arm)))
 
 
-def intervals(by_arm: dict[str, dict[int, dict[str, Any]]]) -> str:
+def by_arm_and_seed(records: Records) -> ByArm:
+    """Return the records of each arm that has run, by seed."""
+    found = {arm: {r["seed"]: r for r in records if r["arm"] == arm} for arm in ARMS}
+    return {arm: own for arm, own in found.items() if own}
+
+
+def share(found: dict[int, dict[str, Any]], key: str) -> str:
+    """Return a share of the energy of S, a mean over blocks and seeds. Rounding can put it below 0."""
+    mean = statistics.mean(block[key] for record in found.values() for block in record["content"])
+    return f"{max(0.0, mean):.2f}"
+
+
+def leads(by_arm: ByArm) -> str:
+    """Return how far each arm is ahead of softmax at a quarter of its steps and at the end."""
+    rows = []
+    for arm in by_arm:
+        gaps = {key: gaps_between(arm, "softmax", by_arm, key) for key in ("top1_at_a_quarter", "top1")}
+        if arm != "softmax" and gaps["top1"]:
+            rows.append([arm, *(f"{statistics.mean(own):+.2f}" for own in gaps.values())])
+    text = "Mean lead over softmax in points, paired by seed. A lead that shrinks is a lead in speed.\n\n"
+    return text + table(["arm", "at a quarter", "at the end"], rows)
+
+
+def intervals(by_arm: ByArm) -> str:
     """Return the paired differences of each variant from the baselines, and whether it is at least softmax."""
     gaps = {arm: gaps_of(arm, by_arm) for arm in VARIANTS if arm in by_arm}
     # Against both: the larger of the two probabilities that a mean at the margin gives so much.
@@ -103,15 +123,15 @@ def intervals(by_arm: dict[str, dict[int, dict[str, Any]]]) -> str:
     return text + table(columns, rows)
 
 
-def gaps_of(arm: str, by_arm: dict[str, dict[int, dict[str, Any]]]) -> dict[str, list[float]]:
+def gaps_of(arm: str, by_arm: ByArm) -> dict[str, list[float]]:
     """Return the arm's top-1 less that of each baseline, for each seed that both have."""
-    return {
-        baseline: [
-            by_arm[arm][seed]["top1"] - by_arm[baseline][seed]["top1"]
-            for seed in sorted(by_arm[arm].keys() & by_arm.get(baseline, {}).keys())
-        ]
-        for baseline in BASELINES
-    }
+    return {baseline: gaps_between(arm, baseline, by_arm) for baseline in BASELINES}
+
+
+def gaps_between(arm: str, other: str, by_arm: ByArm, key: str = "top1") -> list[float]:
+    """Return one arm's figure less another's, for each seed that both have."""
+    seeds = sorted(by_arm[arm].keys() & by_arm.get(other, {}).keys())
+    return [by_arm[arm][seed][key] - by_arm[other][seed][key] for seed in seeds]
 
 
 def difference(gaps: Sequence[float]) -> str:
@@ -146,11 +166,18 @@ def interval(gaps: Sequence[float]) -> tuple[float, float]:
 
 
 def longer(records: Records) -> str:
-    """Return the table of the longer runs, if there are any."""
+    """Return the tables of the longer runs, if there are any."""
     if not records:
         return ""
-    rows = [[r["arm"], r["seed"], f"{r['top1']:.2f}", f"{r['top1_at_a_quarter']:.2f}"] for r in records]
-    return "## Longer runs\n\n22 epochs.\n\n" + table(["arm", "seed", "top-1", "at a quarter"], rows)
+    by_arm = by_arm_and_seed(records)
+    rows = [
+        [arm, seed, f"{r['top1']:.2f}", f"{r['top1_at_a_quarter']:.2f}", *(share({seed: r}, key) for key in SHARES)]
+        for arm, found in by_arm.items()
+        for seed, r in sorted(found.items())
+    ]
+    text = "## Longer runs\n\n22 epochs; the columns are those of the comparison.\n\n"
+    text += table(["arm", "seed", "top-1", "at a quarter", "by the query", "by the image"], rows)
+    return "\n".join((text, leads(by_arm)))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -1,8 +1,10 @@
 """The statistics of the experiment, against numbers from elsewhere."""
 
+from typing import Any
+
 import pytest
 
-from benchmarks.attention_results import chance, holm, interval, intervals
+from benchmarks.attention_results import chance, holm, interval, intervals, longer
 
 SEEDS = (0, 1, 2)
 
@@ -44,3 +46,16 @@ def test_one_seed_says_nothing() -> None:
     found = records(softmax=(40.0, 40.1, 39.9), static_softmax=(47.0, 47.1, 46.9))
     found["content"] = {0: {"top1": 48.0}}
     assert "| content | not yet run | not yet run | not yet run | not yet run |  |" in intervals(found)
+
+
+def long_run(arm: str, seed: int, top1: float, by_query: float) -> dict[str, Any]:
+    content = [{"by_query": by_query, "by_image": 0.5}, {"by_query": by_query, "by_image": 0.7}]
+    return {"arm": arm, "seed": seed, "top1": top1, "top1_at_a_quarter": top1 - 10, "content": content}
+
+
+def test_leads_pair_the_seeds_and_no_share_is_below_zero() -> None:
+    runs = [long_run("softmax", 0, 60, 0.2), long_run("softmax", 1, 64, 0.2), long_run("static", 1, 66.5, -1e-9)]
+    text = longer(runs)
+    assert "| static | 1 | 66.50 | 56.50 | 0.00 | 0.60 |" in text
+    assert "| static | +2.50 | +2.50 |" in text  # of seed 1 alone
+    assert "| softmax | +0.00" not in text
