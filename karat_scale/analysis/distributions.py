@@ -93,10 +93,10 @@ def analyze_distributions(run: TrainedRun, settings: Settings) -> Result:
         _draw_whole(whole, result),
         "All weights of the model except biases and norms, on a logarithmic scale.",
     )
-    if run.is_karat:
+    if last := groups[max(groups)]:
         result.figures["heads"] = (
-            _draw_heads(groups[max(groups)]),
-            f"Coefficients and W of each head at step {max(groups)}; one line per head.",
+            _draw_heads(last),
+            f"Parameters of each head's attention at step {max(groups)}; one line per head.",
         )
     return result
 

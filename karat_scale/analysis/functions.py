@@ -7,15 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from karat_scale.analysis.curves import ScoreHistogram, energy_per_frequency, unit_curves
-from karat_scale.analysis.figures import GRID, OWN_LIMITS, OWN_X, new_figure, show_map
+from karat_scale.analysis.figures import OWN_X, new_figure, show_map
 from karat_scale.analysis.result import NothingToShowError, Result, Settings, Table, note_bad_images
+from karat_scale.analysis.score_functions import add_score_functions, draw_scores
 from karat_scale.analysis.softmax_fit import Distance, SoftmaxFit, can_fit
 from karat_scale.analysis.trained_run import TrainedRun
 from karat_scale.analysis.validation_images import ValidationImages
 from karat_scale.analysis.visit import visit_images
 from karat_scale.attention import KaratOperator
 from karat_scale.models.factory import layer_sizes
-from karat_scale.models.operators import gates, operators
+from karat_scale.models.layers import attention_layers
+from karat_scale.models.operators import gates, heads_of, operators
 
 POINTS = 200
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -29,27 +31,36 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
     """Plot curves of every head of every block over the scores that occur.
 
     Raises:
-        NothingToShowError: the run has softmax attention.
+        NothingToShowError: the run has no functions of the scores.
         UserError: it has no checkpoint, or its data cannot be read.
     """
-    if not run.is_karat:
-        raise NothingToShowError(f"attention.kind = {run.recipe.attention.kind} has no learned functions")
+    attention = run.recipe.attention
+    if attention.kind not in ("karat", "learned_score"):
+        raise NothingToShowError(f"attention.kind = {attention.kind} has no learned functions")
+    if not attention.scores:
+        raise NothingToShowError("attention.scores = false: all functions are the constants phi_pq(0)")
     model = run.model()
-    all_layers = operators(model)
-    learned = {block: operator for block, operator in enumerate(all_layers) if operator is not None}
+    heads = {b: own for b, layer in enumerate(attention_layers(model)) if (own := heads_of(layer.attention))}
+    learned = {block: operator for block, operator in enumerate(operators(model)) if operator is not None}
     images = run.images(settings.images)
-    histogram = ScoreHistogram(len(all_layers), max(operator.num_heads for operator in learned.values()))
+    histogram = ScoreHistogram(max(heads) + 1, max(own.num_heads for own in heads.values()))
 
     def visit(block: int, raw: Tensor, _: Tensor) -> None:
-        if block in learned:
-            histogram.add(block, _arguments(learned[block], raw))
+        if block in heads:
+            scores = raw[:, raw.shape[1] - heads[block].num_heads :]
+            histogram.add(block, _arguments(learned[block], scores) if block in learned else scores)
 
     visit_images(model, run, images, settings, "scores", visit)
     result = Result()
+    add_score_functions(result, heads, histogram)
     _add_curves(result, learned, histogram)
     _add_gates(result, model)
+    if not learned:
+        return result
     _add_energy(result, learned)
-    if any(size.biased for size in layer_sizes(run.recipe.model)):
+    if attention.form in ("content", "bounded"):
+        result.notes.append(f"distance from softmax: not for attention.form = {attention.form}, whose S is not H W^T")
+    elif any(size.biased for size in layer_sizes(run.recipe.model)):
         result.notes.append("distance from softmax: not available for shifted windows, where some pairs are masked")
     else:
         _add_distances(result, model, learned, run, images, settings)
@@ -62,9 +73,8 @@ def _places(learned: Learned) -> list[tuple[int, int]]:
     return [(block, head) for block, operator in learned.items() for head in range(operator.num_heads)]
 
 
-def _arguments(operator: KaratOperator, raw: Tensor) -> Tensor:
-    """Return the inputs of the functions: scores of the learned heads or, if W comes first, A W."""
-    scores = raw[:, raw.shape[1] - operator.num_heads :]
+def _arguments(operator: KaratOperator, scores: Tensor) -> Tensor:
+    """Return the inputs of the functions: the scores of the learned heads or, if W comes first, A W."""
     return scores @ operator.proj if operator.form == "project_first" and operator.proj is not None else scores
 
 
@@ -79,7 +89,7 @@ def _add_curves(result: Result, learned: Learned, histogram: ScoreHistogram) -> 
             bands = curves.quantile(torch.tensor(QUANTILES, dtype=curves.dtype), dim=1).numpy()
             lively = curves.var(0).topk(min(SHOWN_UNITS, curves.shape[1])).indices
             _draw_curves(axes, x.cpu().numpy(), bands, curves[:, lively].numpy())
-            _draw_histogram(axes, histogram, block, head, (low, high))
+            draw_scores(axes, histogram, block, head, (low, high))
             axes.set(title=f"head {head}", xlabel="score", xlim=(low, high), label=OWN_X)
             result.arrays[f"block{block}_head{head}_x"] = x.cpu().numpy()
             result.arrays[f"block{block}_head{head}_quantiles"] = bands
@@ -97,19 +107,6 @@ def _draw_curves(axes: Any, x: Any, bands: Any, lively: Any) -> None:
     axes.fill_between(x, bands[1], bands[3], alpha=0.35, linewidth=0, color="C0")
     axes.plot(x, bands[2], color="C0")
     axes.plot(x, lively, color="C1", linewidth=0.7, alpha=0.8)
-
-
-def _draw_histogram(axes: Any, histogram: ScoreHistogram, block: int, head: int, span: tuple[float, float]) -> None:
-    behind = axes.twinx()
-    behind.set_label(OWN_LIMITS)
-    middles = (histogram.edges[1:] + histogram.edges[:-1]) / 2
-    inside = (middles >= span[0]) & (middles <= span[1])
-    behind.fill_between(
-        middles[inside], histogram.counts[block, head][inside], color=GRID, alpha=0.35, linewidth=0, step="mid"
-    )
-    behind.set(yticks=[], ylim=(0, None))
-    axes.set_zorder(behind.get_zorder() + 1)
-    axes.patch.set_visible(False)
 
 
 def _add_gates(result: Result, model: nn.Module) -> None:
@@ -168,7 +165,7 @@ def _add_distances(
         def visit(block: int, raw: Tensor, _: Tensor, fits: dict[tuple[int, int], SoftmaxFit] = fits) -> None:
             for (of_block, head), fit in fits.items():
                 if of_block == block:
-                    fit.add(_arguments(learned[block], raw)[:, head].flatten(0, 1))
+                    fit.add(raw[:, raw.shape[1] - learned[block].num_heads + head].flatten(0, 1))
 
         visit_images(model, run, images, settings, "distance from softmax", visit)
         distances |= {place: fit.distance() for place, fit in fits.items()}

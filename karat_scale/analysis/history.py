@@ -80,9 +80,11 @@ def described(run: TrainedRun) -> dict[str, str]:
     """Return facts by name of what a run's model is, and which of its weights are analysed."""
     attention, model = run.recipe.attention, run.recipe.model
     kind: str = attention.kind
-    if run.is_karat:
+    if attention.kind == "karat":
         kind += f", {attention.basis}, {attention.form}, {attention.mode}, grid {attention.grid}, rank {attention.rank}"
         kind += "" if attention.scores else ", without scores"
+        kind += ", residual" if attention.residual else ""
+        kind += f", {plural(attention.softmax_heads, 'softmax head')}" if attention.softmax_heads else ""
     patch = f", patch {model.patch_size}" if model.patch_size else ""
     facts = {"attention": kind, "model": f"{model.name}, {model.image_size} px{patch}"}
     try:

@@ -133,7 +133,7 @@ def analyze_maps(run: TrainedRun, settings: Settings) -> Result:
         "rollout": rollout.numpy(),
         "sample_ids": np.array(ids),
     }
-    what = "S" if run.is_karat else "softmax"
+    what = run.matrix_name
     rows = []
     for index, picture in enumerate(torch.cat(pictures)):
         name = images.classes[labels[index]]

@@ -120,7 +120,7 @@ def analyze_spectrum(run: TrainedRun, settings: Settings) -> Result:
         ],
     }
     result.arrays = {"ln_min": spectrum.log_low, "ln_mean": spectrum.log_mean, "ln_max": spectrum.log_high}
-    what = "S" if run.is_karat else "softmax"
+    what = run.matrix_name
     result.figures["last_block"] = (
         _draw_block(spectrum, len(sizes) - 1, what),
         "Singular values of the last block's attention matrices: natural logarithms of the mean (line), the smallest "

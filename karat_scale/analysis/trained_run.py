@@ -141,9 +141,9 @@ class TrainedRun:
         return torch.device("cuda" if use_cuda else "cpu")
 
     @property
-    def is_karat(self) -> bool:
-        """True if any head is learned."""
-        return self.recipe.attention.kind == "karat"
+    def matrix_name(self) -> str:
+        """What figures call the attention matrices: "softmax", or "S" where a part of them is learned."""
+        return "softmax" if self.recipe.attention.kind == "softmax" else "S"
 
     def images(self, count: int, ids: tuple[int, ...] | None = None) -> ValidationImages:
         """Return `count` validation images spread over the split, or `ids`. Raises DataError if there are none."""

@@ -21,6 +21,10 @@ class AttentionHeads(nn.Module):
         """Return the learned attention S [B, h, N, N], for analysis."""
         raise NotImplementedError
 
+    def function_of_score(self, scores: Tensor) -> Tensor | None:
+        """Return what each head makes of each score alone [..., h, n, N], of scores [..., h, n, N]; None by default."""
+        return None
+
     def flops(self, tokens: int, width: int, masked: bool = False) -> int:
         """Return the operations of a forward pass on one item of N tokens and heads of width d, as the equations need.
 

@@ -224,6 +224,14 @@ class FourierKaratOperator(KaratOperator):
         return FourierCall(query, key, value, *coefficients, self.proj, self.base, bias, mask)
 
 
+def plain_operator(cos_coef: Tensor, sin_coef: Tensor, proj: Tensor) -> FourierKaratOperator:
+    """Return an operator with copies of coefficients [h, r, N, G] and of W [h, N, r]."""
+    num_heads, rank, num_tokens, grid = cos_coef.shape
+    operator = FourierKaratOperator(num_tokens, num_heads, rank, grid, device=proj.device, dtype=proj.dtype)
+    operator.load_state_dict({"cos_coef": cos_coef, "sin_coef": sin_coef, "proj": proj})
+    return operator
+
+
 def _check_fourier(basis: Basis, base: str, init: str) -> None:
     if init == FOURIER_KAN and not isinstance(basis, Fourier):
         raise ValueError(f"init = {init!r} needs the Fourier basis, not {type(basis).__name__}")

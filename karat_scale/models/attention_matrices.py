@@ -10,9 +10,11 @@ from timm.models.convit import GPSA, MHSA
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
+from karat_scale.attention.variants import BoundedOperator
 from karat_scale.errors import UserError
 from karat_scale.models import convit, swin
 from karat_scale.models.layers import attention_layers
+from karat_scale.models.operators import learned_heads
 from karat_scale.models.transfer import Teacher, TransferredAttention
 
 Visit = Callable[[int, Tensor, Tensor], None]
@@ -28,7 +30,8 @@ def watched(model: nn.Module, visit: Visit) -> Iterator[None]:
     """Call `visit` for each block of each forward pass inside the `with`, in order; nothing is kept.
 
     Both are computed in the precision of the forward pass, and are float32 or better. A includes the scale 1 / sqrt(d),
-    and the norms of query and key if the model has them.
+    and the norms of query and key if the model has them. Controls that do not read A (`static`, `scores: false`)
+    have it too: it is what their layer's query and key give.
     """
     hooks = [
         layer.attention.register_forward_pre_hook(_hook(number, visit), with_kwargs=True)
@@ -79,8 +82,8 @@ def _of_gated(attention: Any, x: Tensor, _: None) -> Matrices:
 
 def _of_window(attention: Any, x: Tensor, mask: Tensor | None) -> Matrices:
     query, key, _, bias, keep = swin.parts_of(attention, x, mask)
-    raw = query @ key.mT / query.shape[-1] ** 0.5 + bias
     operator = getattr(attention, "operator", None)
+    raw = _scores(query, key, operator) + bias
     if operator is not None:
         learned = operator.scores(query, key, bias=bias, mask=keep)
     else:
@@ -90,8 +93,19 @@ def _of_window(attention: Any, x: Tensor, mask: Tensor | None) -> Matrices:
 
 def _of_pair(query: Tensor, key: Tensor, operator: Any) -> Matrices:
     """Return A and S of query and key [B, h, N, d], for the layer's operator, or None for softmax."""
-    raw = query @ key.mT / query.shape[-1] ** 0.5
+    raw = _scores(query, key, operator)
     return raw, raw.softmax(-1) if operator is None else operator.scores(query, key)
+
+
+def _scores(query: Tensor, key: Tensor, operator: Any) -> Tensor:
+    """Return A as the layer's functions see it: `bounded` heads normalise their query and key."""
+    heads = learned_heads(operator)
+    if isinstance(heads, BoundedOperator):
+        others = query.shape[1] - heads.num_heads  # softmax heads come first
+        parts = zip((query, key), heads.bounded(query[:, others:], key[:, others:]), strict=True)
+        query, key = (torch.cat((whole[:, :others], bounded), 1) for whole, bounded in parts)
+    scores: Tensor = query @ key.mT / query.shape[-1] ** 0.5
+    return scores
 
 
 # By class, the most specific first. Each function receives the layer, its tokens and a Swin's mask.

@@ -42,7 +42,7 @@ def test_of_real_runs(any_run: TrainedRun) -> None:
     result = analyze_distributions(any_run, Settings())
     assert [row["step"] for row in result.numbers["model"]] == [0, 8, 16]
     heads = [(row["what"], row["block"], row["head"]) for row in result.numbers["heads"] if row["step"] == 16]
-    names = ("cos_coef", "sin_coef", "W") if any_run.is_karat else ()
+    names = ("cos_coef", "sin_coef", "W") if any_run.recipe.attention.kind == "karat" else ()
     assert sorted(heads) == sorted((name, block, head) for name in names for block in (0, 1) for head in (0, 1))
     total = sum(p.numel() for p in any_run.model().parameters() if p.dim() > 1)
     assert 0.99 * total < result.arrays["model_step16"].sum() <= total

@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 from karat_scale.attention.bases import initialise_projector
 from karat_scale.attention.functional import fourier_karat_units
 from karat_scale.attention.heads import FourierHeads
+from karat_scale.attention.operator import FourierKaratOperator, plain_operator
 from karat_scale.attention.precision import compute_dtype, full_precision, output_dtype
 
 
@@ -81,6 +82,20 @@ class BoundedOperator(FourierHeads):
             learned = hidden @ self.proj.to(hidden.dtype).mT
         return (learned if mask is None else learned * mask).to(output_dtype(query))
 
+    def bounded(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return query and key [B, h, N, d] whose scores, divided by sqrt(d) as all are, are tau cos(q, k)."""
+        dtype = compute_dtype(query, key, self.cos_coef)
+        with full_precision(query.device):
+            tau = math.pi * self.temperature.to(dtype).sigmoid()
+            q = normalize(query.to(dtype), dim=-1) * (tau * query.shape[-1] ** 0.5)[:, None, None]
+            k = normalize(key.to(dtype), dim=-1)
+        return q.to(query.dtype), k.to(query.dtype)
+
+    @torch.no_grad()
+    def plain(self) -> FourierKaratOperator:
+        """Return a plain operator with the same functions phi of the bounded scores; its H is not normalised."""
+        return plain_operator(*self._series(self.cos_coef.dtype), self.proj)
+
     def extra_repr(self) -> str:
         """The settings, in the constructor's names."""
         return (
@@ -91,18 +106,17 @@ class BoundedOperator(FourierHeads):
     def _hidden(self, query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
         """H [B, h, N, r], normalised; float32, or float64 where an input is."""
         dtype = compute_dtype(query, key, self.cos_coef)
+        heads = self.bounded(query, key)
         with full_precision(query.device):
-            tau = math.pi * self.temperature.to(dtype).sigmoid()
-            # The operator divides by sqrt(d).
-            q = normalize(query.to(dtype), dim=-1) * (tau * query.shape[-1] ** 0.5)[:, None, None]
-            k = normalize(key.to(dtype), dim=-1)
-            orders = self._orders(self.cos_coef).to(dtype)
-            cos, sin = self.cos_coef.to(dtype) / orders, self.sin_coef.to(dtype) / orders
-            heads = q.to(query.dtype), k.to(query.dtype)
             more = {"bias": bias, "mask": mask, "implementation": self.implementation}
-            hidden = fourier_karat_units(*heads, cos, sin, **more).to(dtype)  # type: ignore[arg-type]
+            hidden = fourier_karat_units(*heads, *self._series(dtype), **more).to(dtype)  # type: ignore[arg-type]
             size = hidden.square().mean(2, keepdim=True).add(torch.finfo(dtype).eps).rsqrt()
             return hidden * size * self.gamma.to(dtype)[:, None]
+
+    def _series(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The series' cosines and sines [h, r, N, G]; they are stored times their order."""
+        orders = self._orders(self.cos_coef).to(dtype)
+        return self.cos_coef.to(dtype) / orders, self.sin_coef.to(dtype) / orders
 
     def _orders(self, like: Tensor) -> Tensor:
         return torch.arange(1, self.grid + 1, device=like.device, dtype=like.dtype)

@@ -61,6 +61,10 @@ class ContentOperator(AttentionHeads):
         low_rank = self.operator.scores(query, key, bias, mask)
         return rows_of_scores(self._rule(), query, key, bias, mask) + low_rank
 
+    def function_of_score(self, scores: Tensor) -> Tensor:
+        """psi(A) [..., h, n, N]."""
+        return _psi_at(scores, self.psi_constant, self.psi_cos, self.psi_sin)
+
     def flops(self, tokens: int, width: int, masked: bool = False) -> int:
         """See `AttentionHeads`. The scores serve both parts."""
         added = self.num_heads * tokens * tokens * (2 * width + 4 * self.operator.grid)
@@ -81,15 +85,20 @@ class ContentOperator(AttentionHeads):
         return torch.cat((self.psi_constant[:, None], self.psi_cos, self.psi_sin), 1) / self.operator.num_tokens
 
     def _rule(self) -> Rule:
-        parameters, grid = (self.psi_constant, self.psi_cos, self.psi_sin), self.operator.grid
+        parameters = self.psi_constant, self.psi_cos, self.psi_sin
 
         def rule(scores: Tensor, keep: Tensor | None) -> Tensor:
-            constant, cos, sin = (x.to(scores.dtype)[..., None, None] for x in parameters)
-            psi = constant.expand_as(scores)
-            for m in range(grid):
-                angle = (m + 1) * scores
-                psi = psi + cos[:, m] * angle.cos() + sin[:, m] * angle.sin()
-            psi = psi / scores.shape[-1]
+            psi = _psi_at(scores, *parameters) / scores.shape[-1]
             return psi if keep is None else psi * keep
 
         return rule
+
+
+def _psi_at(scores: Tensor, constant: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """psi of scores [..., h, n, N], for a constant [h], cosines and sines [h, G] of each head."""
+    constant, cos, sin = (x.to(scores.dtype)[..., None, None] for x in (constant, cos, sin))
+    psi = constant.expand_as(scores)
+    for m in range(cos.shape[1]):
+        angle = (m + 1) * scores
+        psi = psi + cos[:, m] * angle.cos() + sin[:, m] * angle.sin()
+    return psi

@@ -53,6 +53,10 @@ class LearnedScore(AttentionHeads):
         """S [B, h, N, N]."""
         return rows_of_scores(self._rule(), query, key, bias, mask)
 
+    def function_of_score(self, scores: Tensor) -> Tensor:
+        """f(A) [..., h, n, N], before softmax."""
+        return _learned_scores(scores, self.sin_coef, self.cos_coef, self.frequency)
+
     def flops(self, tokens: int, width: int, masked: bool = False) -> int:
         """See `AttentionHeads`."""
         return self.num_heads * tokens * tokens * (4 * width + 4 * self.grid)
@@ -62,18 +66,23 @@ class LearnedScore(AttentionHeads):
         return f"num_heads={self.num_heads}, grid={self.grid}"
 
     def _rule(self) -> Rule:
-        parameters, grid = (self.sin_coef, self.cos_coef, self.frequency), self.grid
+        parameters = self.sin_coef, self.cos_coef, self.frequency
 
         def rule(scores: Tensor, keep: Tensor | None) -> Tensor:
-            # One head's coefficient of order m as [h, 1, 1], so that the series runs over orders and not a dimension.
-            sin, cos, frequency = (x.to(scores.dtype)[..., None, None] for x in parameters)
-            phase, learned = frequency * scores, scores
-            for m in range(grid):
-                angle = (m + 1) * phase
-                learned = learned + sin[:, m] * angle.sin() + cos[:, m] * (angle.cos() - 1)
+            learned = _learned_scores(scores, *parameters)
             if keep is None:
                 return learned.softmax(-1)
             # A row that keeps no pair attends to nothing, as in scaled_dot_product_attention.
             return learned.masked_fill(~keep, -torch.inf).softmax(-1).nan_to_num(0)
 
         return rule
+
+
+def _learned_scores(scores: Tensor, sin: Tensor, cos: Tensor, frequency: Tensor) -> Tensor:
+    """f of scores [..., h, n, N], for sines and cosines [h, G] and a frequency [h] of each head."""
+    sin, cos, frequency = (x.to(scores.dtype)[..., None, None] for x in (sin, cos, frequency))
+    phase, learned = frequency * scores, scores
+    for m in range(cos.shape[1]):
+        angle = (m + 1) * phase
+        learned = learned + sin[:, m] * angle.sin() + cos[:, m] * (angle.cos() - 1)
+    return learned

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from karat_scale.attention.functional import fourier_karat_attention, fourier_karat_scores
 from karat_scale.attention.heads import FourierHeads
+from karat_scale.attention.operator import FourierKaratOperator, plain_operator
 from karat_scale.attention.softmax_start import smooth_modes
 
 
@@ -83,6 +84,11 @@ class SmoothOperator(FourierHeads):
         """S [B, h, N, N]."""
         more = {"bias": bias, "mask": mask, "implementation": self.implementation}
         return fourier_karat_scores(query, key, None, *self._expanded(), **more)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def plain(self) -> FourierKaratOperator:
+        """Return the plain operator that computes the same."""
+        return plain_operator(*self._expanded())
 
     def extra_repr(self) -> str:
         """The settings, in the constructor's names."""

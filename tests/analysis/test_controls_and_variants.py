@@ -1,0 +1,125 @@
+"""Analyses of controls and variants, on real images; their weights are random."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from karat_scale.analysis.content import analyze_content
+from karat_scale.analysis.functions import analyze_functions
+from karat_scale.analysis.maps import analyze_maps
+from karat_scale.analysis.result import NothingToShowError, Result, Settings
+from karat_scale.analysis.spectrum import analyze_spectrum
+from karat_scale.analysis.trained_run import TrainedRun
+from karat_scale.attention.variants import BoundedOperator, SmoothOperator
+
+IMAGES = 4
+BY_SETTINGS: dict[str, dict[str, Any]] = {
+    "static": {"kind": "static"},
+    "static_softmax": {"kind": "static_softmax"},
+    "without scores": {"kind": "karat", "scores": False},
+    "learned_score": {"kind": "learned_score"},
+    "content": {"kind": "karat", "form": "content", "softmax_heads": 1},
+    "bounded": {"kind": "karat", "form": "bounded", "softmax_heads": 1},
+    "smooth": {"kind": "karat", "form": "smooth", "modes": 4},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomRun(TrainedRun):
+    """A run's recipe and images, with the weights of another kind of attention far from their start."""
+
+    def model(self, name: str | None = None, weights: str | None = None, implementation: str = "auto") -> nn.Module:
+        torch.manual_seed(3)
+        model = self.new_model(implementation)
+        for key, parameter in model.named_parameters():
+            if ".operator." in key or ".qkv." in key:
+                nn.init.normal_(parameter, std=0.5)
+        return model
+
+
+def random_run(run: TrainedRun, name: str) -> RandomRun:
+    attention = run.recipe.attention.model_copy(update=BY_SETTINGS[name])
+    return RandomRun(run.path, run.recipe.model_copy(update={"attention": attention}))
+
+
+def functions_of(run: TrainedRun, name: str) -> Result:
+    return analyze_functions(random_run(run, name), Settings(images=IMAGES))
+
+
+@pytest.mark.parametrize("name", BY_SETTINGS)
+def test_every_kind_has_a_spectrum_and_maps_of_s(name: str, softmax_run: TrainedRun) -> None:
+    run = random_run(softmax_run, name)
+    spectrum = analyze_spectrum(run, Settings(images=IMAGES))
+    assert "effective rank, S" in spectrum.tables[0].columns
+    assert np.isfinite(spectrum.arrays["ln_max"][..., 0]).all()  # those after the rank have no logarithm
+    assert np.isfinite(analyze_maps(run, Settings(images=1)).arrays["learned"]).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("static", "static has no learned functions"),
+        ("static_softmax", "static_softmax has no learned functions"),
+        ("without scores", "all functions are the constants"),
+    ],
+)
+def test_controls_have_no_functions(name: str, reason: str, softmax_run: TrainedRun) -> None:
+    with pytest.raises(NothingToShowError, match=reason):
+        functions_of(softmax_run, name)
+
+
+def test_the_functions_of_learned_score_are_those_before_softmax(softmax_run: TrainedRun) -> None:
+    result = functions_of(softmax_run, "learned_score")
+    assert set(result.figures) == {"of_score_block_0", "of_score_block_1"}
+    layer = random_run(softmax_run, "learned_score").model().blocks[1].attn.operator  # type: ignore[union-attr,index]
+    sin, cos, frequency = (x.detach().double().numpy()[1] for x in (layer.sin_coef, layer.cos_coef, layer.frequency))
+    x = result.arrays["block1_head1_of_score_x"].astype(float)
+    angles = [(m + 1) * frequency * x for m in range(len(sin))]
+    waves = sum(s * np.sin(a) + c * (np.cos(a) - 1) for a, s, c in zip(angles, sin, cos, strict=True))
+    assert result.arrays["block1_head1_of_score"] == pytest.approx(x + waves, abs=1e-4)
+
+
+def test_content_shows_both_kinds_of_functions(softmax_run: TrainedRun) -> None:
+    result = functions_of(softmax_run, "content")
+    assert {"of_score_block_0", "functions_block_0", "energy"} <= set(result.figures)
+    layer = random_run(softmax_run, "content").model().blocks[0].attn.operator.operator  # type: ignore[union-attr,index]
+    x = result.arrays["block0_head0_of_score_x"].astype(float)
+    cos, sin = (series.detach().double().numpy()[0] for series in (layer.psi_cos, layer.psi_sin))
+    psi = sum(cos[m] * np.cos((m + 1) * x) + sin[m] * np.sin((m + 1) * x) for m in range(len(cos)))
+    assert result.arrays["block0_head0_of_score"] == pytest.approx(psi + layer.psi_constant[0].item(), abs=1e-4)
+    assert any("not for attention.form = content" in note for note in result.notes)
+
+
+def test_smooth_has_the_distance_from_softmax_and_bounded_has_not(softmax_run: TrainedRun) -> None:
+    assert "distance" in functions_of(softmax_run, "smooth").figures
+    bounded = functions_of(softmax_run, "bounded")
+    assert "energy" in bounded.figures
+    assert "distance" not in bounded.figures
+
+
+def test_no_score_of_bounded_heads_leaves_the_period(softmax_run: TrainedRun) -> None:
+    """Only those of its softmax head do, half of all heads."""
+    blocks = analyze_content(random_run(softmax_run, "bounded"), Settings(images=IMAGES)).numbers["blocks"]
+    assert all(0 < block["beyond_pi"] < 0.5 for block in blocks)
+    x = functions_of(softmax_run, "bounded").arrays["block0_head0_x"]
+    assert -math.pi - 0.1 < x.min() < x.max() < math.pi + 0.1
+
+
+@pytest.mark.parametrize(
+    "operator", [SmoothOperator(10, 2, 3, 2, 5), BoundedOperator(10, 2, 3, 2)], ids=["smooth", "bounded"]
+)
+def test_the_plain_operator_has_the_same_functions(operator: SmoothOperator | BoundedOperator) -> None:
+    query, key = torch.randn(2, 1, 2, 10, 4)
+    plain, expected = operator.plain(), operator.scores(query, key)
+    if isinstance(operator, SmoothOperator):
+        assert torch.allclose(plain.scores(query, key), expected, atol=1e-5)
+        return
+    # The columns of S / W are the units; normalising those of the plain operator gives them.
+    units = plain.scores(*operator.bounded(query, key)) @ torch.linalg.pinv(plain.proj).mT
+    normalised = units / units.square().mean(2, keepdim=True).sqrt()
+    assert torch.allclose(normalised @ plain.proj.mT, expected, atol=1e-3)
