@@ -27,6 +27,7 @@ from benchmarks.attention_trials import (
     RECIPE,
     RECORDS,
     ROOT,
+    STARTS,
     STEPS_OF_EPOCH,
     Trial,
     next_trials,
@@ -72,7 +73,7 @@ def finish(trial: Trial, data: Path, directory: Path) -> None:
     settings = [f"data.path={data_set}", f"run.dir={directory}", f"run.seed={trial.seed}", f"optim.lr={trial.rate}"]
     settings += [f"train.epochs={epochs}", f"train.eval_every_epochs={epochs}", f"checkpoint.every_steps={quarter}"]
     settings.append("checkpoint.keep_last=1000")  # the one at a quarter, however long the run was interrupted
-    karat("train", RECIPE, *settings, *ARMS[trial.arm])
+    karat("train", RECIPE, *settings, *{**ARMS, **STARTS}[trial.arm])
     early = directory / "quarter.json"
     karat("eval", str(directory), "--checkpoint", f"step-{quarter:08d}", "--json", str(early))
     out = directory / "analysis"

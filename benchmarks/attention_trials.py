@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "docs/experiments/attention"
 RECIPE = "cifar10_vit_nano_32px"
 KARAT = "attention.kind=karat"
+CHOICES = {"gains": "attention.gains=true", "decay": "optim.karat_weight_decay=true"}
 ARMS = {
     "softmax": [],
     "static": ["attention.kind=static"],
@@ -23,10 +24,17 @@ ARMS = {
     "smooth": [KARAT, "attention.form=smooth"],
     "hybrid": [KARAT, "attention.softmax_heads=1"],
 }
+# What the paper leaves open: the start of the coefficients, KAN's gains, and weight decay.
+STARTS = {
+    "_".join((init, *more)): [KARAT, f"attention.init={init}", *(CHOICES[name] for name in more)]
+    for init in ("paper", "fourier_kan")
+    for more in ((), ("gains",), ("decay",), ("gains", "decay"))
+}
 VARIANTS = ("content", "learned_score", "residual", "bounded", "smooth", "hybrid")
+START_RATE, START_SEED = "1e-3", 0
 RATES = ("5e-4", "1e-3", "2e-3")
 SPARE_SEED, SEEDS, LONG_SEEDS = 99, (0, 1, 2), (0, 1)
-EPOCHS = {"rate": 1, "compare": 2, "long": 22}
+EPOCHS = {"rate": 1, "compare": 2, "start": 2, "long": 22}
 STEPS_OF_EPOCH = 703
 CUT = 4.0
 HELD_OUT = 500
@@ -65,8 +73,12 @@ def next_trials() -> list[Trial] | None:
     compared = [Trial("compare", arm, chosen[arm], seed) for seed in SEEDS for arm in arms_left()]
     if open_trials := [trial for trial in compared if not trial.record.exists()]:
         return open_trials
+    starts = [Trial("start", start, START_RATE, START_SEED) for start in STARTS]
+    if open_trials := [trial for trial in starts if not trial.record.exists()]:
+        return open_trials
     arms = "softmax", "static", best_variant()
     long = [Trial("long", arm, chosen[arm], seed) for seed in LONG_SEEDS for arm in arms]
+    long.append(Trial("long", best_start(), START_RATE, START_SEED))
     return [trial for trial in long if not trial.record.exists()] or None
 
 
@@ -96,3 +108,9 @@ def best_variant() -> str:
         return statistics.mean(float(result["top1"]) for result in results if result is not None)
 
     return max((arm for arm in arms_left() if arm in VARIANTS), key=mean)
+
+
+def best_start() -> str:
+    """Return the start with the best top-1 of its stage."""
+    found = {start: Trial("start", start, START_RATE, START_SEED).result() for start in STARTS}
+    return max(found, key=lambda start: float((found[start] or {"top1": 0})["top1"]))

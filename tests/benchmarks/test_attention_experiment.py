@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import attention_experiment, attention_results, attention_trials
-from benchmarks.attention_trials import ARMS, RATES, SEEDS, VARIANTS, Trial, next_trials
+from benchmarks.attention_trials import ARMS, RATES, SEEDS, STARTS, VARIANTS, Trial, next_trials
 from karat_scale.recipe.loading import load_recipe
 
 
@@ -15,9 +15,9 @@ def test_the_page_is_what_the_records_say():
     assert attention_results.PAGE.read_text() == attention_results.render()
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_each_arm_is_a_valid_recipe(arm):
-    recipe = load_recipe(attention_trials.RECIPE, [*ARMS[arm], "optim.lr=2e-3"])
+@pytest.mark.parametrize("overrides", [*ARMS.values(), *STARTS.values()], ids=[*ARMS, *STARTS])
+def test_each_arm_is_a_valid_recipe(overrides):
+    recipe = load_recipe(attention_trials.RECIPE, [*overrides, "optim.lr=2e-3"])
     assert (recipe.model.embed_dim, recipe.train.global_batch) == (96, 64)
 
 
@@ -39,8 +39,13 @@ def test_the_queue_follows_the_protocol(tmp_path, monkeypatch):
     for trial in second:
         finish(trial, 60 if trial.arm == "content" else 50)
     third = next_trials()
-    assert {(trial.stage, trial.arm) for trial in third} == {("long", arm) for arm in ("softmax", "static", "content")}
+    assert {(trial.stage, trial.arm) for trial in third} == {("start", start) for start in STARTS}
     for trial in third:
+        finish(trial, 45 if trial.arm == "fourier_kan_decay" else 40)
+    last = next_trials()
+    best = ("softmax", "static", "content", "fourier_kan_decay")
+    assert {(trial.stage, trial.arm) for trial in last} == {("long", arm) for arm in best}
+    for trial in last:
         finish(trial, 70)
     assert next_trials() is None
 
