@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from math import isfinite
 from typing import Any, ClassVar, TypeVar
 
@@ -36,6 +36,8 @@ class RunState:
     """Of the data it trains on; 0 where nobody said."""
     class_order_sha256: str = ""
     """Of the names of their classes in the order of the labels; `summary.json` has one of the names in any order."""
+    begun_with: dict[str, str] = field(default_factory=dict)
+    """Name and recipe of the run that `init_from` took the weights of: later starts may not find it."""
 
     @property
     def images_per_second(self) -> float | None:

@@ -20,6 +20,7 @@ from karat_scale.engine.parameter_groups import Groups
 from karat_scale.engine.run_state import RunState
 from karat_scale.recipe import RunRecipe
 from karat_scale.reporting.progress import Reporter
+from karat_scale.run.initial_weights import run_behind
 from karat_scale.run.run_directory import RunDirectory
 
 Waiting = Callable[[], AbstractContextManager[None]]
@@ -168,7 +169,7 @@ class Task(ABC):
 
     def begin(self) -> RunState:
         """Return the state of a run that starts from the beginning."""
-        return self.state_type()
+        return self.state_type(begun_with=run_behind(self.recipe.init_from))
 
     def phase(self, step: int) -> "tuple[Task, int | None]":
         """Return the task that trains from `step` on, and the step at which another one follows; None for the end.
@@ -181,8 +182,8 @@ class Task(ABC):
         """Check that this is the task that a checkpoint's state is of. Raises UserError."""
 
     def facts(self, state: Any) -> dict[str, Any]:
-        """Return what this task adds to `summary.json`."""
-        return {}
+        """Return what this task adds to `summary.json`: the runs that its weights came from, by key, and more."""
+        return {"lineage": {"init_from": state.begun_with} if state.begun_with else {}}
 
     def close(self) -> None:  # noqa: B027
         """Stop the data workers."""

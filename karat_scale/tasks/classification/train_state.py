@@ -1,6 +1,6 @@
 """Where the training of a classifier stands: what a checkpoint's `state.json` says of it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from karat_scale.data.streams.progress import StreamState
 from karat_scale.engine.run_state import RunState
@@ -18,8 +18,6 @@ class TrainState(RunState):
     last_top5: float | None = None
     data_digest: int = 0
     bad_samples: int = 0
-    begun_with: dict[str, str] = field(default_factory=dict)
-    """The run that `init_from` took the weights of, as `run_behind` says: later starts may not find it."""
     distilled_from: str = ""
     """The digest of the weights of `distill.from`."""
     image_size: int = 0

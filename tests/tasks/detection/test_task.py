@@ -14,8 +14,10 @@ from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.distributed import World
 from karat_scale.errors import DivergedError, RunDirectoryError
 from karat_scale.recipe import Recipe
+from karat_scale.recipe.loading import load_recipe
 from karat_scale.run.loop import Loop
 from karat_scale.run.parts import Parts
+from karat_scale.run.run_directory import RunDirectory
 from karat_scale.tasks.detection.backbone import build_vit
 from karat_scale.tasks.detection.mask_rcnn import build_detector
 from karat_scale.tasks.detection.recipe import DetectionRecipe
@@ -160,3 +162,13 @@ def test_losses_are_the_same_at_each_stage_and_recomputed(small: Small, begin, t
         return found
 
     assert losses("other", **sections) == pytest.approx(losses("plain"), rel=1e-5)
+
+
+def test_a_detector_says_which_run_its_weights_are_from(small: Small, world: World, tmp_path: Path) -> None:
+    classifier = tmp_path / "classifier"
+    classifier.mkdir()
+    RunDirectory(classifier).begin(load_recipe("imagenet_vit_base", ["data.path=images"]))
+    for source, name in ((str(classifier), "imagenet_vit_base"), ("", None)):
+        task = DetectionTask(small().changed(init_from=source), world, None)
+        lineage = task.facts(task.begin())["lineage"]
+        assert lineage.get("init_from", {}).get("name") == name
