@@ -87,7 +87,7 @@ def finish(trial: Trial, data: Path, directory: Path) -> None:
         "arm": trial.arm,
         "rate": trial.rate,
         "seed": trial.seed,
-        "top1": record.figures.last_top1,
+        "top1": record.result[0][0],
         "top1_at_a_quarter": json.loads(early.read_text())["top1"],
         "content": numbers["blocks"],
         "run": json.loads(record.to_text()),

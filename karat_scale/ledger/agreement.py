@@ -8,12 +8,13 @@ from karat_scale.engine.run_state import RunState
 from karat_scale.errors import RunDirectoryError
 from karat_scale.files import file_sha256, parse_json, sealed
 from karat_scale.ledger.figures import EvalEvent, SummaryFigures, TrainEvent
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import RunRecipe
 from karat_scale.run.run_directory import RunDirectory
 
 # Fields of summary.json that are also in a checkpoint's state.json, where `steps` is called `step`.
 _OF_STATE = (
     *("samples", "best_top1", "best_top5", "best_step", "last_top1", "last_top5"),
+    *("best_box_ap", "best_mask_ap", "last_box_ap", "last_mask_ap"),
     *("peak_memory_mb", "data_digest", "bad_samples", "skipped_steps", "world_size"),
 )
 _FIX = "put back the files that the run wrote"
@@ -39,25 +40,26 @@ def read_summary(directory: RunDirectory) -> dict[str, Any]:
     return summary
 
 
-def read_events(directory: RunDirectory) -> Events:
+def read_events(directory: RunDirectory, evaluation: type[EvalEvent]) -> Events:
     """Return the events of a run. Raises RunDirectoryError if they are damaged, or if it was never evaluated."""
     training, evaluations = [], []
     for where, event in _lines(directory):
         if event["event"] == "train":
             training.append(TrainEvent.of(event, where))
         elif event["event"] == "eval":
-            evaluations.append(EvalEvent.of(event, where))
+            evaluations.append(evaluation.of(event, where))
     if not evaluations:
         raise RunDirectoryError(f"{directory.path}: was never evaluated, so there is no figure for the ledger")
     return Events(tuple(training), tuple(evaluations))
 
 
 def check_agreement(
-    directory: RunDirectory, recipe: Recipe, summary: Mapping[str, Any], figures: SummaryFigures, events: Events
+    directory: RunDirectory, recipe: RunRecipe, summary: Mapping[str, Any], figures: SummaryFigures, events: Events
 ) -> None:
     """Raise RunDirectoryError for the first value on which two of a run's files disagree."""
     last, where = events.evaluations[-1], "the last evaluation in metrics.jsonl"
-    _same(directory, where, summary, {"last_top1": last.top1, "last_top5": last.top5, "samples": last.samples})
+    scores = {f"last_{name}": getattr(last, name) for name in last.scores}
+    _same(directory, where, summary, {**scores, "samples": last.samples})
     if events.training:
         trained = events.training[-1]
         there = {"steps": trained.step, "samples": trained.samples, "data_digest": trained.data_digest}
@@ -86,7 +88,7 @@ def _same(directory: RunDirectory, where: str, summary: Mapping[str, Any], there
             )
 
 
-def _steps(recipe: Recipe, figures: SummaryFigures) -> int:
+def _steps(recipe: RunRecipe, figures: SummaryFigures) -> int:
     """Return the number of steps of a run with this recipe."""
     steps_per_epoch = (figures.train_images or 0) // recipe.train.global_batch
     return total_steps(steps_per_epoch, recipe.train.epochs, recipe.train.max_steps)

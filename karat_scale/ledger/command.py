@@ -30,7 +30,11 @@ def keep_ledger(runs: Sequence[str], docs: str) -> int:
     page = render_page([records[name] for name in sorted(records)])
     for record in added:
         write_atomically(folder / f"{record.name}.json", record.to_text())
-        print(f"{folder / record.name}.json: {record.figures.last_top1:.2f} % top-1 in {record.epochs:.4g} epochs")
+        print(f"{folder / record.name}.json: {_outcome(record)}")
     write_atomically(Path(docs) / PAGE, page)
     print(f"{Path(docs) / PAGE}: {len(records)} runs")
     return 0
+
+
+def _outcome(record: Record) -> str:
+    return f"{record.result[-1][0]:.2f} % {record.kind.score} in {record.epochs:.4g} epochs"

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from karat_scale.data.plan import total_steps
+from karat_scale.ledger.kinds import CLASSIFIER, DETECTOR, Kind
 from karat_scale.ledger.paper import DataSet, PaperRow, PaperTable
 from karat_scale.ledger.record import Record
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.files import shipped_recipes
 from karat_scale.recipe.loading import differing_keys, flatten, load_recipe
 
@@ -24,7 +26,9 @@ def repeats(record: Record, row: PaperRow, table: PaperTable) -> bool:
     Memory rows need a GPU. Synthetic images repeat no row. Nor does a run that does not record its classes, since it
     may be on any data set.
     """
-    if row.recipe not in shipped_recipes() or table.data is None or record.resolved.data.row.files is None:
+    if record.kind is not _kind(row):
+        return False
+    if isinstance(record.resolved, Recipe) and record.resolved.data.row.files is None:
         return False
     if table.measure == "memory" and record.figures.device.startswith("CPU"):
         return False
@@ -42,12 +46,12 @@ def repeats(record: Record, row: PaperRow, table: PaperTable) -> bool:
 def budget_mark(record: Record, row: PaperRow, table: PaperTable) -> str:
     """Return `short` if a run was trained on fewer images than its row's recipe, `long` if on more."""
     reference = reference_recipe(row)
-    assert table.data is not None
-    whole = table.data.images // reference.train.global_batch * reference.train.global_batch
-    is_part = record.epoch_images < whole or record.eval_images < table.data.val_images
-    if is_part or record.epochs < reference.train.epochs - 1e-6:
+    train, steps_per_epoch = reference.train, table.data.images // reference.train.global_batch
+    epochs = total_steps(steps_per_epoch, train.epochs, train.max_steps) / steps_per_epoch
+    is_part = record.epoch_images < steps_per_epoch * train.global_batch or record.eval_images < table.data.val_images
+    if is_part or record.epochs < epochs - 1e-6:
         return "short"
-    return "long" if record.epochs > reference.train.epochs + 1e-6 else ""
+    return "long" if record.epochs > epochs + 1e-6 else ""
 
 
 def by_recipe(records: Sequence[Record]) -> list[list[Record]]:
@@ -83,8 +87,7 @@ def _ancestor(record: Record, key: str) -> str:
 
 def command_of_row(row: PaperRow) -> str:
     """Return the command that repeats a row."""
-    command = "karat train" if row.recipe in shipped_recipes() else "karat detect"
-    return " ".join([command, row.recipe, *row.overrides, "data.path=DIR"])
+    return " ".join([f"karat {_kind(row).command}", row.recipe, *row.overrides, "data.path=DIR"])
 
 
 def command_of_record(record: Record, seed: bool = True) -> str:
@@ -92,20 +95,26 @@ def command_of_record(record: Record, seed: bool = True) -> str:
 
     seed: False leaves the run's seed out.
     """
-    name = record.resolved.run.name
-    if name not in shipped_recipes():
+    name, schema = record.resolved.run.name, record.kind.recipe
+    if name not in shipped_recipes(schema.shipped):
         return ""
-    reference = load_recipe(name)
+    reference = load_recipe(name, (), schema)
     before, after = flatten(reference), flatten(record.resolved)
     keys = differing_keys(reference, record.resolved, () if seed else ("run.seed",))
     keys += ["train.max_steps"] if before["train.max_steps"] != after["train.max_steps"] else []
-    return " ".join(["karat train", name, *(f"{key}={_yaml(after[key])}" for key in keys), "data.path=DIR"])
+    return " ".join(
+        [f"karat {record.kind.command}", name, *(f"{key}={_yaml(after[key])}" for key in keys), "data.path=DIR"]
+    )
 
 
 @functools.cache
-def reference_recipe(row: PaperRow) -> Recipe:
+def reference_recipe(row: PaperRow) -> RunRecipe:
     """Return the resolved recipe of a row."""
-    return load_recipe(row.recipe, row.overrides)
+    return load_recipe(row.recipe, row.overrides, _kind(row).recipe)
+
+
+def _kind(row: PaperRow) -> Kind:
+    return DETECTOR if row.box else CLASSIFIER
 
 
 def _yaml(value: Any) -> str:

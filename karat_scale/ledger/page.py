@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from karat_scale.evaluation.kept import Evaluation
+from karat_scale.ledger.counted import counted
 from karat_scale.ledger.match import budget_mark, by_recipe, command_of_record, command_of_row, repeats
 from karat_scale.ledger.paper import PaperGroup, PaperRow, PaperTable, paper_groups
 from karat_scale.ledger.record import Record
@@ -13,7 +14,8 @@ _TOP = """# Reproduction
 This page has a row for every figure in the tables of [arXiv 2503.10632](https://arxiv.org/abs/2503.10632) that a run
 can have. Where we have a run of the same recipe, it is in the column `ours`. `karat ledger RUN` generates this page
 from the paper's figures (`karat_scale/ledger/paper.yaml`) and the runs' own summaries (`docs/ledger/`). Do not edit it:
-a test compares it with both.
+a test compares it with both. Table 14 has no rows here: its models are KANs without attention, which karat_scale does
+not train.
 
 Accuracies are top-1 / top-5 in percent after the last epoch, not the best of all epochs. A row marked *short* was
 trained on fewer images than the paper's model, and a row marked *long* on more; do not compare such a figure with the
@@ -22,15 +24,20 @@ of the paper marked ! is at odds with another place of the paper, as the lines b
 has the first digits of the recipe's SHA-256. Each figure links to the run's summary, whole recipe, hardware and
 versions. DIR is the directory of the data. With `karat launch` before them, the same commands use more GPUs.
 """
-_HEAD = ("model", "parameters", "paper", "ours", "budget", "hardware", "seed", "recipe", "command")
+_HEAD = ("model", "parameters", "paper", "counted", "ours", "budget", "hardware", "seed", "recipe", "command")
 _PAPER = {
     "accuracy": "paper",
-    "memory": "paper; GFLOPs of the activation / in total",
+    "memory": "paper; GFLOPs of the activation / in total; parameters of the operators",
     "detection": "paper: box AP / AP50 / AP75; mask AP / AP50 / AP75",
 }
 _OTHER = """## Other runs
 
 These runs do not repeat a row of the paper.
+"""
+_EXPERIMENTS = """## Experiments
+
+The runs of the [comparison of kinds of attention](experiments/attention_results.md) do not repeat a row of the paper.
+Each has a record like those of this page, in `docs/experiments/attention/`.
 """
 _TEST_SETS = """## Other test sets
 
@@ -46,7 +53,7 @@ def render_page(records: Sequence[Record]) -> str:
     used: set[str] = set()
     groups = [(group, _render_group(group, records, used)) for group in paper_groups()]
     others = [record for record in records if record.name not in used]
-    parts = [_TOP, _contents([group for group, _ in groups], bool(others)), *(text for _, text in groups)]
+    parts = [_TOP, _contents([group for group, _ in groups], bool(others)), *(text for _, text in groups), _EXPERIMENTS]
     if others:
         rows = [row for group in by_recipe(others) for row in _other_rows(group)]
         parts += [_OTHER, _table(_HEAD, rows)]
@@ -73,7 +80,8 @@ def _test_rows(record: Record) -> list[tuple[str, ...]]:
 
 def _contents(groups: Sequence[PaperGroup], has_others: bool) -> str:
     lines = [f"- {_link(group.title)}: {', '.join(table.title for table in group.tables)}" for group in groups]
-    return "".join(f"{line}\n" for line in (*lines, *([f"- {_link('Other runs')}"] if has_others else [])))
+    lines += [f"- {_link(title)}" for title in ("Experiments", *(["Other runs"] if has_others else []))]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _link(title: str) -> str:
@@ -99,48 +107,54 @@ def _doubts(table: PaperTable) -> str:
     """Return a paragraph for each doubt, with the rows that have it."""
     rows: dict[str, list[str]] = {}
     for row in table.rows:
-        if row.doubt:
-            rows.setdefault(row.doubt, []).append(row.model)
+        for doubt in row.doubts:
+            rows.setdefault(doubt, []).append(row.model)
     return "".join(f"\n! {'; '.join(models)}: {doubt}.\n" for doubt, models in rows.items())
 
 
 def _not_yet(table: PaperTable, row: PaperRow) -> tuple[str, ...]:
-    return row.model, _parameters(row), _paper(table, row), _NOT_YET, "", "", "", "", f"`{command_of_row(row)}`"
+    return *_of_paper(table, row), _NOT_YET, "", "", "", "", f"`{command_of_row(row)}`"
+
+
+def _of_paper(table: PaperTable, row: PaperRow, parameters: str = "") -> tuple[str, ...]:
+    """Return the cells before `ours`."""
+    counts = counted(row).text if table.measure == "memory" else ""
+    return row.model, parameters or _parameters(row), _paper(table, row), counts
 
 
 def _rows_of(table: PaperTable, row: PaperRow, group: Sequence[Record]) -> list[tuple[str, ...]]:
-    mean = [] if len(group) < 2 else [(row.model, "", _paper(table, row), *_mean(table.measure, group))]
+    mean = [] if len(group) < 2 else [(row.model, "", _paper(table, row), "", *_mean(table.measure, group))]
     return [*mean, *(_ours(table, row, record) for record in group)]
 
 
 def _other_rows(group: Sequence[Record]) -> list[tuple[str, ...]]:
-    mean = [] if len(group) < 2 else [(group[0].resolved.run.name, "", "", *_mean("accuracy", group))]
+    mean = [] if len(group) < 2 else [(group[0].resolved.run.name, "", "", "", *_mean("accuracy", group))]
     return [*mean, *map(_other_row, group)]
 
 
 def _mean(measure: str, group: Sequence[Record]) -> tuple[str, ...]:
     """Return the cells from `ours` on of the mean over seeds."""
-    figures = [record.figures for record in group]
-    columns = [[f.last_top1 for f in figures], [f.last_top5 for f in figures]]
-    if measure == "memory":
-        columns = [[f.peak_memory_mb / 1000 for f in figures]]
-    means = " / ".join(f"{statistics.mean(x):.2f} ± {statistics.stdev(x):.2f}" for x in columns)
-    unit = " GB" if measure == "memory" else ""
+    parts = zip(*(_figures(measure, record) for record in group), strict=True)
+    means = "; ".join(
+        " / ".join(f"{statistics.mean(x):.2f} ± {statistics.stdev(x):.2f}" for x in zip(*part, strict=True))
+        for part in parts
+    )
     seeds = ", ".join(str(record.resolved.run.seed) for record in group)
     budget = f"{group[0].epochs:.4g} x {group[0].epoch_images:,} images"
     command = command_of_record(group[0], seed=False)
-    return f"**{means}{unit}**, mean of {len(group)}", budget, "", seeds, "", f"`{command}`" if command else ""
+    figure = f"**{means}{_unit(measure)}**, mean of {len(group)}"
+    return figure, budget, "", seeds, "", f"`{command}`" if command else ""
 
 
 def _ours(table: PaperTable, row: PaperRow, record: Record) -> tuple[str, ...]:
-    mark = budget_mark(record, row, table) if table.measure == "accuracy" else ""
-    figure = f"{f'*{mark}:* ' if mark else ''}[{_figure(table, record)}](ledger/{record.name}.json)"
-    return row.model, _parameters(row, record), _paper(table, row), figure, *_circumstances(record)
+    mark = budget_mark(record, row, table) if table.measure != "memory" else ""
+    figure = f"{f'*{mark}:* ' if mark else ''}[{_figure(table.measure, record)}](ledger/{record.name}.json)"
+    return *_of_paper(table, row, _parameters(row, record)), figure, *_circumstances(record)
 
 
 def _other_row(record: Record) -> tuple[str, ...]:
-    figure = f"[{record.figures.last_top1:.2f} / {record.figures.last_top5:.2f}](ledger/{record.name}.json)"
-    return record.resolved.run.name, _millions(record), "", figure, *_circumstances(record)
+    figure = f"[{_figure('accuracy', record)}](ledger/{record.name}.json)"
+    return record.resolved.run.name, _millions(record), "", "", figure, *_circumstances(record)
 
 
 def _circumstances(record: Record) -> tuple[str, ...]:
@@ -155,19 +169,27 @@ def _circumstances(record: Record) -> tuple[str, ...]:
     return budget, hardware, seed, f"`{record.recipe_sha256[:12]}`", command
 
 
-def _figure(table: PaperTable, record: Record) -> str:
-    if table.measure == "memory":
-        return f"{record.figures.peak_memory_mb / 1000:.2f} GB"
-    return f"{record.figures.last_top1:.2f} / {record.figures.last_top5:.2f}"
+def _figures(measure: str, record: Record) -> tuple[tuple[float, ...], ...]:
+    return ((record.figures.peak_memory_mb / 1000,),) if measure == "memory" else record.result
+
+
+def _figure(measure: str, record: Record) -> str:
+    return "; ".join(map(_percents, _figures(measure, record))) + _unit(measure)
+
+
+def _unit(measure: str) -> str:
+    return " GB" if measure == "memory" else ""
 
 
 def _paper(table: PaperTable, row: PaperRow) -> str:
-    mark = " !" if row.doubt else ""
+    mark = " !" if row.doubts else ""
     if table.measure == "detection":
         return "; ".join(_percents(figures) for figures in (row.box, row.mask) if figures) + mark
     if table.measure == "memory":
-        gflops = f"; {row.gflops[0]:g} / {row.gflops[1]:g}" if row.gflops else ""
-        return f"{row.memory:g} GB{gflops or (f'; {row.total_gflops:g}' if row.total_gflops else '')}{mark}"
+        gflops = f"{row.gflops[0]:g} / {row.gflops[1]:g}" if row.gflops else ""
+        gflops = f"{row.total_gflops:g}" if row.total_gflops else gflops
+        operator = f"{row.operator:.2f} M" if row.operator else ""
+        return "; ".join(filter(None, (f"{row.memory:g} GB", gflops, operator))) + mark
     return _percents([figure for figure in (row.top1, row.top5) if figure is not None]) + mark
 
 

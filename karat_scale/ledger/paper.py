@@ -28,7 +28,8 @@ class PaperRow(_Facts):
     Args:
         gflops: of the attention activation, and in total.
         box, mask: AP, AP50 and AP75.
-        doubt: what else the paper says of this figure, where it contradicts itself.
+        operator: parameters of the learned operators.
+        doubts: what else the paper says of these figures, where it contradicts itself.
     """
 
     model: str
@@ -42,16 +43,17 @@ class PaperRow(_Facts):
     total_gflops: float | None = None
     box: tuple[float, float, float] | None = None
     mask: tuple[float, float, float] | None = None
-    doubt: str = ""
+    operator: float | None = None
+    doubts: tuple[str, ...] = ()
 
 
 class PaperTable(_Facts):
-    """Rows on one data set. `data` is None for COCO, whose runs the ledger does not take in."""
+    """Rows on one data set."""
 
     title: str
     note: str = ""
     measure: Literal["accuracy", "memory", "detection"] = "accuracy"
-    data: DataSet | None
+    data: DataSet
     rows: tuple[PaperRow, ...]
 
 
@@ -66,7 +68,7 @@ class PaperGroup(BaseModel):
 
 def paper_groups() -> tuple[PaperGroup, ...]:
     """Return all tables, in groups."""
-    known = {**data_sets(), "coco": None}
+    known = data_sets()
     groups = [
         {**group, "tables": [{**table, "data": known[table["data"]]} for table in group["tables"]]}
         for group in _read("paper.yaml")

@@ -12,8 +12,9 @@ from karat_scale.errors import RunDirectoryError, UserError
 from karat_scale.evaluation.kept import read_evaluations
 from karat_scale.files import parse_json, sealed
 from karat_scale.ledger.agreement import Events, check_agreement, read_events, read_summary
-from karat_scale.ledger.figures import SummaryFigures
-from karat_scale.recipe import Recipe
+from karat_scale.ledger.figures import Averages, ClassifierSummary, DetectorSummary, SummaryFigures
+from karat_scale.ledger.kinds import CLASSIFIER, DETECTOR, KINDS, Kind
+from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.loading import validate_recipe
 from karat_scale.recipe.portable import portable_recipe, text_digest
 from karat_scale.run.run_directory import RunDirectory
@@ -30,6 +31,7 @@ class Record(BaseModel):
         eval_images: images of the last evaluation.
         eval_weights: "raw" or "ema", the weights that were evaluated.
         evaluations: the run's results on other test sets, by name, without this machine's directories.
+        averages: of the last evaluation, in a run of `karat detect`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,16 +43,30 @@ class Record(BaseModel):
     eval_images: int
     eval_weights: str
     evaluations: list[dict[str, Any]] = []
+    averages: Averages | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of run."""
+        return CLASSIFIER if self.averages is None else DETECTOR
 
     @cached_property
-    def resolved(self) -> Recipe:
+    def resolved(self) -> RunRecipe:
         """The recipe, with today's defaults for keys that did not exist then."""
-        return validate_recipe(yaml.safe_load(self.recipe), "the recipe")
+        return validate_recipe(yaml.safe_load(self.recipe), "the recipe", self.kind.recipe)
 
     @cached_property
-    def figures(self) -> SummaryFigures:
+    def figures(self) -> ClassifierSummary | DetectorSummary:
         """The fields of the summary that the ledger needs."""
-        return SummaryFigures.of(self.summary, "the summary")
+        return self.kind.summary.of(self.summary, "the summary")
+
+    @property
+    def result(self) -> tuple[tuple[float, ...], ...]:
+        """The last evaluation in percent: top-1 and top-5, or AP, AP50 and AP75 of boxes, and of masks."""
+        if isinstance(self.figures, ClassifierSummary):
+            return ((self.figures.last_top1, self.figures.last_top5),)
+        assert self.averages is not None
+        return self.averages.parts
 
     @property
     def name(self) -> str:
@@ -74,9 +90,11 @@ def take_record(run: str) -> Record:
         UserError: the run is missing, unfinished, damaged or never evaluated, or its files disagree.
     """
     directory = RunDirectory(run)
-    recipe = directory.recipe()
+    kind = KINDS[directory.command]
+    recipe = directory.recipe(kind.recipe)
     summary = read_summary(directory)
-    figures, events = SummaryFigures.of(summary, str(directory.summary_file)), read_events(directory)
+    figures = kind.summary.of(summary, str(directory.summary_file))
+    events = read_events(directory, kind.evaluation)
     check_agreement(directory, recipe, summary, figures, events)
     last = events.evaluations[-1]
     text = portable_recipe(recipe)
@@ -88,6 +106,7 @@ def take_record(run: str) -> Record:
         eval_images=last.images,
         eval_weights=last.weights,
         evaluations=[one.portable() for one in read_evaluations(directory.path) if one.top1 is not None],
+        averages=Averages.of(vars(last), "the last evaluation") if kind is DETECTOR else None,
     )
 
 
@@ -113,7 +132,7 @@ def _read_record(path: Path) -> Record:
     return record
 
 
-def _epoch_images(recipe: Recipe, figures: SummaryFigures, events: Events) -> int:
+def _epoch_images(recipe: RunRecipe, figures: SummaryFigures, events: Events) -> int:
     batch = recipe.train.global_batch
     if figures.train_images is not None:
         return figures.train_images // batch * batch

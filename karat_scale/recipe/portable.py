@@ -6,10 +6,10 @@ from typing import Any
 
 import yaml
 
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import RunRecipe
 
 
-def portable_recipe(recipe: Recipe) -> str:
+def portable_recipe(recipe: RunRecipe) -> str:
     """Return the resolved recipe as YAML. Absolute paths, and those with `~` or `..`, are cut to the last name."""
     tree = _portable(recipe.model_dump(mode="json", by_alias=True))
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110)

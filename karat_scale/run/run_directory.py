@@ -136,6 +136,13 @@ class RunDirectory:
             raise RunDirectoryError(f"{self.classes_file}: not a JSON list of names; put it right or remove it")
         return tuple(names)
 
+    @property
+    def command(self) -> str:
+        """The command that trains the run, `train` or `detect`. Raises RunDirectoryError: not a run directory."""
+        if not self.recipe_file.is_file():
+            raise RunDirectoryError(f"{self.path}: not a run directory (it has no recipe.yaml)")
+        return "detect" if "detector" in read_recipe_file(self.recipe_file) else "train"
+
     @overload
     def recipe(self) -> Recipe: ...
 
@@ -149,10 +156,7 @@ class RunDirectory:
             RunDirectoryError: this is not a run directory, or another kind of run's.
             RecipeError: the recipe is damaged.
         """
-        if not self.recipe_file.is_file():
-            raise RunDirectoryError(f"{self.path}: not a run directory (it has no recipe.yaml)")
-        command = "detect" if "detector" in read_recipe_file(self.recipe_file) else "train"
-        wanted = COMMANDS[schema.shipped]
+        command, wanted = self.command, COMMANDS[schema.shipped]
         if command != wanted:
             reader = {"detect": "karat detect --eval", "train": "karat eval"}[command]
             raise RunDirectoryError(f"{self.path}: a run of karat {command}, not of karat {wanted}; {reader} reads it")

@@ -9,16 +9,12 @@ from typing import Any
 
 import pytest
 from timm.data import ImageNetInfo
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from karat_scale.cli import main
 from karat_scale.data.digest import classes_digest
-from karat_scale.files import sealed
-from karat_scale.ledger.paper import DataSet, data_sets
-from karat_scale.recipe.loading import dump_recipe, load_recipe
-from karat_scale.recipe.portable import text_digest
 from tests.conftest import ROOT, SMALL, events, karat, summary
-
-DATA_SETS: dict[str, DataSet] = data_sets()
+from tests.ledger.runs import DATA_SETS, change, copy_run, pretend, rows
 
 QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null", "run.seed=3")
 
@@ -37,55 +33,7 @@ def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
     """Of a finished run, what the ledger reads."""
-    copy = tmp_path / "run"
-    copy.mkdir()
-    for name in ("recipe.yaml", "metrics.jsonl", "summary.json"):
-        shutil.copy(trained / name, copy)
-    name = (trained / "checkpoints" / "latest").read_text().strip()
-    (copy / "checkpoints" / name).mkdir(parents=True)
-    for file in ("latest", f"{name}/state.json"):
-        shutil.copy(trained / "checkpoints" / file, copy / "checkpoints" / file)
-    return copy
-
-
-@pytest.fixture
-def docs(tmp_path: Path) -> Path:
-    (tmp_path / "docs" / "ledger").mkdir(parents=True)
-    return tmp_path / "docs"
-
-
-@pytest.fixture
-def ledger(docs: Path) -> Callable[..., int]:
-    return lambda *runs: main(["ledger", *map(str, runs), "--docs", str(docs)])
-
-
-def change(run: Path, **fields: Any) -> None:
-    """Set fields of a summary, or with None remove them; as the run would have written it."""
-    changed = {**summary(run), **fields}
-    kept = {key: x for key, x in changed.items() if x is not None}
-    (run / "summary.json").write_text(json.dumps(sealed(kept)))
-
-
-def pretend(run: Path, name: str, data: str, images: int, *overrides: str, **fields: Any) -> None:
-    """Make of a run one of a shipped recipe over so many images of a data set, in all its files."""
-    recipe = load_recipe(name, [f"run.dir={run}", "data.path=/somewhere", *overrides])
-    (run / "recipe.yaml").write_text(dump_recipe(recipe))
-    steps = images // recipe.train.global_batch * recipe.train.epochs
-    samples = steps * recipe.train.global_batch
-    known = DATA_SETS[data]
-    lines = events(run)
-    for event in lines:
-        event |= {"samples": samples, "step": steps, "total_steps": steps}
-        event |= {"images": known.val_images} if event["event"] == "eval" else {}
-    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in lines))
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    of_recipe = {"name": recipe.run.name, "seed": recipe.run.seed, "recipe_sha256": text_digest(dump_recipe(recipe))}
-    of_data = {"train_images": images, "classes": known.classes, "classes_sha256": known.classes_sha256}
-    change(run, **{**of_recipe, **of_data, "steps": steps, "samples": samples, **fields})
-
-
-def rows(docs: Path, cell: str) -> list[str]:
-    return [line for line in (docs / "reproduction.md").read_text().splitlines() if f"| {cell} |" in line]
+    return copy_run(trained, tmp_path / "run")
 
 
 def test_another_recipes_run_is_told_from_the_papers(run: Path, docs: Path, ledger: Callable[..., int], capsys) -> None:
@@ -186,7 +134,9 @@ def test_the_data_sets_are_told_by_the_classes_that_data_prep_names() -> None:
         sys.path.remove(str(ROOT / "data_prep"))
     wnids = ImageNetInfo("imagenet-1k").label_names()
     cifar10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    for data, names in (("svhn", DIGITS), ("imagenet", wnids), ("cifar10", cifar10)):
+    coco = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    objects = [name for name in coco if name not in ("__background__", "N/A")]  # in place of ids that COCO leaves out
+    for data, names in (("svhn", DIGITS), ("imagenet", wnids), ("cifar10", cifar10), ("coco", objects)):
         known = DATA_SETS[data]
         assert (known.classes, known.classes_sha256) == (len(names), classes_digest(names))
 

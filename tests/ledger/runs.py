@@ -1,0 +1,60 @@
+"""What the tests of the ledger make of a finished run."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from karat_scale.data.plan import total_steps
+from karat_scale.files import sealed
+from karat_scale.ledger.paper import DataSet, data_sets
+from karat_scale.recipe import Recipe
+from karat_scale.recipe.loading import dump_recipe, load_recipe
+from karat_scale.recipe.portable import text_digest
+from karat_scale.tasks.detection.recipe import DetectionRecipe
+from tests.conftest import events, summary
+
+DATA_SETS: dict[str, DataSet] = data_sets()
+
+
+def copy_run(trained: Path, copy: Path) -> Path:
+    """Copy of a finished run what the ledger reads; returns the copy."""
+    copy.mkdir()
+    for name in ("recipe.yaml", "metrics.jsonl", "summary.json"):
+        shutil.copy(trained / name, copy)
+    name = (trained / "checkpoints" / "latest").read_text().strip()
+    (copy / "checkpoints" / name).mkdir(parents=True)
+    for file in ("latest", f"{name}/state.json"):
+        shutil.copy(trained / "checkpoints" / file, copy / "checkpoints" / file)
+    return copy
+
+
+def change(run: Path, **fields: Any) -> None:
+    """Set fields of a summary, or with None remove them; as the run would have written it."""
+    changed = {**summary(run), **fields}
+    kept = {key: x for key, x in changed.items() if x is not None}
+    (run / "summary.json").write_text(json.dumps(sealed(kept)))
+
+
+def pretend(run: Path, name: str, data: str, images: int, *overrides: str, **fields: Any) -> None:
+    """Make of a run one of a shipped recipe over so many images of a data set, in all its files."""
+    schema = DetectionRecipe if data == "coco" else Recipe
+    recipe = load_recipe(name, [f"run.dir={run}", "data.path=/somewhere", *overrides], schema)
+    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    train = recipe.train
+    steps = total_steps(images // train.global_batch, train.epochs, train.max_steps)
+    samples = steps * recipe.train.global_batch
+    known = DATA_SETS[data]
+    lines = events(run)
+    for event in lines:
+        event |= {"samples": samples, "step": steps, "total_steps": steps}
+        event |= {"images": known.val_images} if event["event"] == "eval" else {}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in lines))
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    of_recipe = {"name": recipe.run.name, "seed": recipe.run.seed, "recipe_sha256": text_digest(dump_recipe(recipe))}
+    of_data = {"train_images": images, "classes": known.classes, "classes_sha256": known.classes_sha256}
+    change(run, **{**of_recipe, **of_data, "steps": steps, "samples": samples, **fields})
+
+
+def rows(docs: Path, cell: str) -> list[str]:
+    return [line for line in (docs / "reproduction.md").read_text().splitlines() if f"| {cell} |" in line]
