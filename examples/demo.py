@@ -88,6 +88,7 @@ def _print_table(console: Console) -> None:
         )
     console.print(table)
     done = CONTENDERS[0][1]
+    console.print("A learned constant matrix leads softmax this early too: docs/what-karat-learns.md", highlight=False)
     hints = {
         "evaluate again": f".venv/bin/karat eval {done}",
         "train longer": f".venv/bin/karat train {RECIPE} run.dir=runs/longer train.epochs=3",
