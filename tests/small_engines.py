@@ -1,5 +1,6 @@
 """A process group and small DeepSpeed engines inside the test process."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.checkpoint.saved_state import falsehood
 from karat_scale.checkpoint.store import CheckpointStore
+from karat_scale.engine.deepspeed_config import config_directory
 from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
@@ -26,6 +28,16 @@ from karat_scale.tasks.classification.train_state import TrainState
 from tests.conftest import SMALL
 
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_offload_params")
+# The controls and variants of attention, some in a mode that others have too.
+VARIANTS = {
+    "static": ("attention.kind=static", "attention.softmax_heads=1"),
+    "static_softmax": ("attention.kind=static_softmax",),
+    "learned_score": ("attention.kind=learned_score",),
+    "without scores": ("attention.scores=false",),
+    "content": ("attention.form=content", "attention.mode=universal"),
+    "bounded": ("attention.form=bounded", "attention.residual=true"),
+    "smooth": ("attention.form=smooth", "attention.modes=4"),
+}
 
 
 @pytest.fixture
@@ -64,6 +76,16 @@ def make_engine(world: World) -> Callable[[Recipe], Engine]:
         return engine
 
     return make
+
+
+@pytest.fixture
+def whole_zero3(tmp_path: Path) -> str:
+    """Stage 3 that partitions the smallest parameters too; as shipped it would leave those of a small model whole."""
+    config = json.loads((config_directory() / "zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path = tmp_path / "whole_zero3.json"
+    path.write_text(json.dumps(config))
+    return str(path)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.deepspeed_internals import master_weights
 from karat_scale.errors import RunDirectoryError
 from karat_scale.tasks.classification.train_state import TrainState
-from tests.small_engines import CONFIGS, equal, train_once, train_steps, weights
+from tests.small_engines import CONFIGS, VARIANTS, equal, train_once, train_steps, weights
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -105,6 +105,26 @@ def test_another_stage_resumes_from_the_same_state(
         assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     # Each group has its own weight decay and each parameter its own step, so the weights stay together too.
     for ours, theirs in zip(weights(second.engine), weights(first.engine), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_of_attention_trains_and_resumes_with_partitioned_weights(
+    small_recipe, make_checkpoints, whole_zero3, tmp_path: Path, variant: str
+) -> None:
+    first, same, plain = (
+        make_checkpoints(small_recipe(f"deepspeed.config={config}", *VARIANTS[variant]), tmp_path / "c")
+        for config in (whole_zero3, whole_zero3, "zero0")
+    )
+    train_steps(first, 1, 2)
+    first.save(TrainState(step=2, samples=16))
+    same.load()
+    plain.load()
+    for step in (3, 4):
+        norms = [train_once(checkpoints.engine, step) for checkpoints in (first, same, plain)]
+        assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
+    assert all(map(torch.equal, weights(first.engine), weights(same.engine)))
+    for ours, theirs in zip(weights(first.engine), weights(plain.engine), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 

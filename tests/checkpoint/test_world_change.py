@@ -1,12 +1,13 @@
 """A run goes on at another world size and ZeRO stage as if nothing had happened."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from karat_scale.engine.distributed import World
 from tests.engine.stage_jobs import Job, launch_jobs, run_job
-from tests.small_engines import CONFIGS
+from tests.small_engines import CONFIGS, VARIANTS
 
 SAVED = 3
 SAMPLE = [
@@ -104,11 +105,21 @@ def test_every_pair_of_stages_over_fifty_steps(world: World, tmp_path: Path, bef
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_ranks_resume_to_the_same_bits_at_every_stage(world: World, tmp_path: Path, precision: str) -> None:
-    places = {config: str(tmp_path / config) for config in CONFIGS}
-    whole = [Job(c, 1, 6, save=places[c], save_at=SAVED, precision=precision) for c in CONFIGS]
-    resumed = [Job(c, SAVED + 1, 6, load=places[c], precision=precision) for c in CONFIGS]
+def test_two_ranks_resume_to_the_same_bits_at_every_stage(tmp_path: Path, precision: str) -> None:
+    _check_same_bits(tmp_path, {config: Job(config, precision=precision) for config in CONFIGS})
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_ranks_resume_every_variant_of_attention_to_the_same_bits(tmp_path: Path, whole_zero3: str) -> None:
+    _check_same_bits(tmp_path, {name: Job(whole_zero3, overrides=more) for name, more in VARIANTS.items()})
+
+
+def _check_same_bits(tmp_path: Path, jobs: dict[str, Job]) -> None:
+    """Two ranks that resume each job end as two that did it without a break."""
+    whole = [replace(job, save=str(tmp_path / name), save_at=SAVED) for name, job in jobs.items()]
+    resumed = [replace(job, first=SAVED + 1, load=str(tmp_path / name)) for name, job in jobs.items()]
     answers = launch_jobs([*whole, *resumed], 2, tmp_path / "together")
-    for one, two in zip(answers[: len(CONFIGS)], answers[len(CONFIGS) :], strict=True):
+    for one, two in zip(answers[: len(jobs)], answers[len(jobs) :], strict=True):
         assert (one["raw"], one["ema"]) == (two["raw"], two["ema"])
         assert all(one["losses"][step] == loss for step, loss in two["losses"].items())

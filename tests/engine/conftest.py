@@ -1,5 +1,5 @@
 """The fixtures that build small engines."""
 
-from tests.small_engines import make_checkpoints, make_engine, small_recipe
+from tests.small_engines import make_checkpoints, make_engine, small_recipe, whole_zero3
 
-__all__ = ["make_checkpoints", "make_engine", "small_recipe"]
+__all__ = ["make_checkpoints", "make_engine", "small_recipe", "whole_zero3"]

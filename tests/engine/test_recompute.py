@@ -1,13 +1,11 @@
 """Recomputing under DeepSpeed: by its checkpoint or torch's, at each stage and on two ranks, results are bit-equal."""
 
 import itertools
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from karat_scale.engine.deepspeed_config import config_directory
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.recompute import apply_recompute
 from karat_scale.errors import RecipeError
@@ -42,16 +40,6 @@ def train_with(recipe: Recipe, world) -> tuple[str, list[object]]:
 
 
 slow = pytest.mark.slow
-
-
-@pytest.fixture
-def whole_zero3(tmp_path: Path) -> str:
-    """Stage 3 that partitions the smallest parameters too; as shipped it would leave those of a small model whole."""
-    config = json.loads((config_directory() / "zero3.json").read_text())
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    path = tmp_path / "whole_zero3.json"
-    path.write_text(json.dumps(config))
-    return str(path)
 
 
 @pytest.mark.parametrize("drops", [(), DROPS], ids=["plain", "with dropout"])
