@@ -113,7 +113,8 @@ def fourier_karat_units(
 ) -> Tensor:
     """H [B, h, N, r], the hidden units that W reads; arguments and errors as of `fourier_karat_attention`.
 
-    In the query's dtype or, under autocast, in autocast's. Masked calls always run by "streaming".
+    In the query's dtype or, under autocast, in autocast's. A masked call runs by "streaming",
+    except where "reference" is asked for.
     """
     batch, heads, tokens, _ = query.shape
     rank = cos_coef.shape[1]
@@ -129,7 +130,8 @@ def fourier_karat_units(
     basis = Fourier(cos_coef.shape[-1])
     coef = basis.pack({"cos_coef": cos_coef, "sin_coef": sin_coef})
     value = select[:rank].expand(batch, heads, -1, -1)
-    return streaming.attend_units(query, key, value, coef, None, basis, "zero", bias, mask).to(output_dtype(query))
+    attend_units = reference.attend_units if implementation == "reference" else streaming.attend_units
+    return attend_units(query, key, value, coef, None, basis, "zero", bias, mask).to(output_dtype(query))
 
 
 def content_kernel(call: FourierCall, implementation: str) -> str | None:

@@ -57,7 +57,7 @@ def _make_heads(attention: AttentionConfig, num_tokens: int, num_heads: int) -> 
     if attention.kind in ("static", "static_softmax"):
         return StaticHeads(num_tokens, num_heads)
     if attention.kind == "learned_score":
-        return LearnedScore(num_heads, attention.grid)
+        return LearnedScore(num_heads, attention.grid, attention.implementation)
     operator = _make_operator(attention, num_tokens, num_heads)
     return operator if attention.scores else WithoutScores(operator)
 

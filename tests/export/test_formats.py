@@ -18,6 +18,7 @@ from karat_scale.export.source import Source
 from karat_scale.recipe.portable import text_digest
 from karat_scale.run.run_directory import RunDirectory
 from tests.export.conftest import CLASSES
+from tests.small_engines import VARIANTS
 
 SWIN = (
     "model.name=swin_mini_patch2_window4_32",
@@ -37,6 +38,8 @@ MODELS = {
     "bspline": ("attention.basis=bspline", "attention.form=full_rank"),
     "two_operators": ("attention.form=two_operators", "attention.basis=rational"),
     "project_first": ("attention.form=project_first", "attention.basis=chebyshev"),
+    **VARIANTS,
+    "bounded swin": (*SWIN, "attention.form=bounded"),
 }
 
 
@@ -135,12 +138,13 @@ def test_timm_loads_a_file_into_the_model_of_its_sections(exported, model: str) 
         assert torch.equal(loaded(images(source)), expected)
 
 
-@pytest.mark.parametrize("model", mostly_slow("universal", "swin", "simplex"))
+@pytest.mark.parametrize("model", mostly_slow("universal", "bounded swin", "simplex"))
 def test_torchscript_needs_nothing_of_ours(exported, model: str, tmp_path: Path) -> None:
     file, source, _, expected = exported("torchscript", "owls.pt", *MODELS[model])
     extra = {"karat_scale.json": ""}
     loaded = torch.jit.load(file, _extra_files=extra)
     assert torch.equal(loaded(images(source)), expected)
+    assert "karat_scale::" not in str(loaded.inlined_graph)
     check_facts(json.loads(extra["karat_scale.json"]), source)
     if model == "universal":
         code = f"import sys, torch; print(torch.jit.load({str(file)!r})(torch.zeros(1, 3, 16, 16)).shape)\n"
@@ -156,6 +160,7 @@ def test_torch_export_needs_nothing_of_ours(exported, model: str, tmp_path: Path
     extra = {"karat_scale.json": ""}
     loaded = torch.export.load(file, extra_files=extra).module()
     assert (loaded(images(source)) - expected).abs().max() < 1e-5
+    assert "karat_scale" not in loaded.code
     check_facts(json.loads(extra["karat_scale.json"]), source)
     if model == "universal":
         code = f"import sys, torch; m = torch.export.load({str(file)!r}).module(); x = torch.zeros(7, 3, 16, 16)\n"

@@ -54,7 +54,8 @@ class ContentOperator(AttentionHeads):
         low_rank: Tensor = self.operator(query, key, value, bias, mask)
         if kernel == "triton":
             return triton_content.attend(query, key, value, self._psi().float()).to(low_rank.dtype) + low_rank
-        return attend_rows(self._rule(), query, key, value, bias, mask) + low_rank
+        whole = self.operator.implementation == "reference"
+        return attend_rows(self._rule(), query, key, value, bias, mask, whole) + low_rank
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """S [B, h, N, N], both parts."""

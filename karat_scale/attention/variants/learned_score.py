@@ -18,6 +18,7 @@ class LearnedScore(AttentionHeads):
     Args:
         num_heads: h.
         grid: G, the number of harmonics.
+        implementation: "reference" computes all rows of S at once; others, a tile after another.
         device, dtype: of `sin_coef` a and `cos_coef` b [h, G] and of `frequency` w [h].
     """
 
@@ -25,12 +26,13 @@ class LearnedScore(AttentionHeads):
         self,
         num_heads: int,
         grid: int = 3,
+        implementation: str = "auto",
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads, self.grid = num_heads, grid
+        self.num_heads, self.grid, self.implementation = num_heads, grid, implementation
         self.sin_coef = nn.Parameter(torch.empty((num_heads, grid), device=device, dtype=dtype))
         self.cos_coef = nn.Parameter(torch.empty((num_heads, grid), device=device, dtype=dtype))
         self.frequency = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
@@ -47,7 +49,7 @@ class LearnedScore(AttentionHeads):
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """O [B, h, N, d] of query, key and value [B, h, N, d]; bias and mask as in `karat_attention`."""
-        return attend_rows(self._rule(), query, key, value, bias, mask)
+        return attend_rows(self._rule(), query, key, value, bias, mask, self.implementation == "reference")
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """S [B, h, N, N]."""
@@ -63,7 +65,7 @@ class LearnedScore(AttentionHeads):
 
     def extra_repr(self) -> str:
         """The settings, in the constructor's names."""
-        return f"num_heads={self.num_heads}, grid={self.grid}"
+        return f"num_heads={self.num_heads}, grid={self.grid}, implementation={self.implementation!r}"
 
     def _rule(self) -> Rule:
         parameters = self.sin_coef, self.cos_coef, self.frequency

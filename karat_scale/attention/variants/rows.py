@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from karat_scale.attention.precision import compute_dtype, full_precision, output_dtype
-from karat_scale.attention.tiles import plan_tiles, workspace_budget
+from karat_scale.attention.tiles import Tiling, plan_tiles, workspace_budget
 
 # Rows of S [..., n, N] from scores [..., n, N] and, with a mask, from what takes part [..., n, N]. A rule holds the
 # parameters of its call: the backward pass computes rows again, and the module may have other parameters by then.
@@ -17,18 +17,28 @@ _HELD = 4
 
 
 def attend_rows(
-    rule: Rule, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
+    rule: Rule,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    whole: bool = False,
 ) -> Tensor:
     """O [B, h, N, d] = rule(A) V with A = Q K^T / sqrt(d) + bias, a tile of query rows at a time.
 
     The backward pass computes each tile again, so nothing of N x N stays. Parameters of the rule learn. Scores and S
     are float32, or float64 where an input is. The result has the dtype that PyTorch's attention would have.
+    `whole` makes one tile of everything, which a tracer can record for any batch.
     """
     dtype = compute_dtype(query, key, value, bias)
     batch, heads, tokens, _ = query.shape
     with full_precision(query.device):
         q, k, v = (x.to(dtype) for x in (query, key, value))
-        tiling = plan_tiles(batch, tokens, heads * key.shape[2] * _HELD, workspace_budget(query.device))
+        if whole:
+            tiling = Tiling([slice(None)], [slice(None)])
+        else:
+            tiling = plan_tiles(batch, tokens, heads * key.shape[2] * _HELD, workspace_budget(query.device))
 
         def attend(items: slice, rows: slice) -> Tensor:
             scores, keep = _scores(q, k, bias, mask, items, rows)
