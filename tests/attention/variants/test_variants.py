@@ -174,5 +174,5 @@ def test_bounded_is_bounded():
 
 
 def test_smooth_needs_as_many_tokens_as_modes():
-    with pytest.raises(ValueError, match="N = 10 tokens"):
+    with pytest.raises(ValueError, match="modes = 11 is more than N = 10 tokens"):
         SmoothOperator(TOKENS, HEADS, modes=11)
