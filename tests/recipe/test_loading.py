@@ -177,6 +177,8 @@ def test_shipped_recipes_are_all_there_and_valid() -> None:
         recipe = load_recipe(name)
         assert recipe.run.name == name
         assert recipe.run.dir == f"runs/{name}"
+        is_papers = recipe.model.image_size == 224 and "_bv" not in name
+        assert recipe.checkpoint.snapshots == (10 if is_papers else 0), name
 
 
 @pytest.mark.parametrize("name", sorted(SHIPPED))
