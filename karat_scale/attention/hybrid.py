@@ -25,34 +25,29 @@ class HybridHeads(nn.Module):
     ) -> Tensor:
         """Return O [B, h, N, d] for query, key and value [B, h, N, d]; bias and mask as in `karat_attention`."""
         self._check(query)
-        (first, *its_scores), (others, *their_scores) = self._parts(bias, mask)
-        alone = softmax_attention(query[:, first], key[:, first], value[:, first], *its_scores)
-        return torch.cat((alone, self.operator(query[:, others], key[:, others], value[:, others], *their_scores)), 1)
+        alone, others = zip(*map(self._split, (query, key, value, bias, mask)), strict=True)
+        return torch.cat((softmax_attention(*alone), self.operator(*others)), 1)
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Return softmax(A) of the first heads and S of the others, [B, h, N, N]."""
         self._check(query)
-        (first, *its_scores), (others, *their_scores) = self._parts(bias, mask)
-        learned = self.operator.scores(query[:, others], key[:, others], *their_scores)
-        alone = softmax_scores(query[:, first], key[:, first], *its_scores)
-        return torch.cat((alone.to(learned.dtype), learned), 1)
+        alone, others = zip(*map(self._split, (query, key, bias, mask)), strict=True)
+        learned = self.operator.scores(*others)
+        return torch.cat((softmax_scores(*alone).to(learned.dtype), learned), 1)
 
     def extra_repr(self) -> str:
         """Return the settings, with the constructor's names."""
         return f"softmax_heads={self.softmax_heads}"
 
-    def _parts(self, bias: Tensor | None, mask: Tensor | None) -> list[tuple[slice, Tensor | None, Tensor | None]]:
-        """Return the slices of softmax's heads and of the others, with their bias and mask."""
-        heads = slice(None, self.softmax_heads), slice(self.softmax_heads, None)
-        return [(part, _of_heads(bias, part), _of_heads(mask, part)) for part in heads]
+    def _split(self, tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Return the parts of softmax's heads and of the others, of a tensor [..., h or 1, N, d or N]."""
+        if tensor is None or tensor.dim() < 3 or tensor.shape[-3] == 1:
+            return tensor, tensor
+        # Its backward pass writes each gradient once, where slices would fill and add a whole tensor each.
+        alone, others = tensor.split((self.softmax_heads, self.operator.num_heads), -3)
+        return alone, others
 
     def _check(self, query: Tensor) -> None:
         heads = self.softmax_heads + self.operator.num_heads
         if query.dim() != 4 or query.shape[1] != heads:
             raise ValueError(f"query has shape {list(query.shape)}: expected [B, h, N, d] with h = {heads}")
-
-
-def _of_heads(tensor: Tensor | None, heads: slice) -> Tensor | None:
-    if tensor is None or tensor.dim() < 3 or tensor.shape[-3] == 1:
-        return tensor
-    return tensor[..., heads, :, :]
