@@ -23,6 +23,9 @@ ARMS = {
     "bounded": [KARAT, "attention.form=bounded", "optim.karat_weight_decay=true"],
     "smooth": [KARAT, "attention.form=smooth"],
     "hybrid": [KARAT, "attention.softmax_heads=1"],
+    # Added after the comparison.
+    "scaled_softmax": ["attention.kind=scaled_softmax"],
+    "frozen": ["attention.kind=static", "train.freeze='*.operator.matrix'"],
 }
 # What the paper leaves open: the start of the coefficients, KAN's gains, and weight decay.
 STARTS = {

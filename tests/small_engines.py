@@ -32,6 +32,7 @@ CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload",
 VARIANTS = {
     "static": ("attention.kind=static", "attention.softmax_heads=1"),
     "static_softmax": ("attention.kind=static_softmax",),
+    "scaled_softmax": ("attention.kind=scaled_softmax",),
     "learned_score": ("attention.kind=learned_score",),
     "without scores": ("attention.scores=false",),
     "content": ("attention.form=content", "attention.mode=universal"),

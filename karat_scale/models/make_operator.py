@@ -12,6 +12,7 @@ from karat_scale.attention.variants import (
     BoundedOperator,
     ContentOperator,
     LearnedScore,
+    ScaledSoftmax,
     SmoothOperator,
     StaticHeads,
     WithoutScores,
@@ -56,6 +57,8 @@ def _basis_settings(attention: AttentionConfig) -> dict[str, Any]:
 def _make_heads(attention: AttentionConfig, num_tokens: int, num_heads: int) -> AttentionHeads:
     if attention.kind in ("static", "static_softmax"):
         return StaticHeads(num_tokens, num_heads)
+    if attention.kind == "scaled_softmax":
+        return ScaledSoftmax(num_tokens, num_heads)
     if attention.kind == "learned_score":
         return LearnedScore(num_heads, attention.grid, attention.implementation)
     operator = _make_operator(attention, num_tokens, num_heads)

@@ -17,9 +17,12 @@ class AttentionConfig(Section):
     A basis uses those of `grid`, `degree`, `range` and `orders` that its constructor takes.
     """
 
-    kind: Annotated[Literal["softmax", "karat", "static", "static_softmax", "learned_score"], Effect.SHAPES] = "softmax"
-    """`softmax`. `karat`: a KArAt operator. Two controls without learned functions: `static`, where S is a learned
-    constant matrix of each head, and `static_softmax`, softmax plus a gate of each head times such a matrix.
+    kind: Annotated[
+        Literal["softmax", "karat", "static", "static_softmax", "scaled_softmax", "learned_score"], Effect.SHAPES
+    ] = "softmax"
+    """`softmax`. `karat`: a KArAt operator. Three controls without learned functions: `static`, where S is a learned
+    constant matrix of each head; `static_softmax`, softmax plus a gate of each head times such a matrix; and
+    `scaled_softmax`, softmax times a gain of each head, which starts at the square root of the number of tokens.
     `learned_score`: softmax of a learned function of the scores, with `grid` harmonics; it starts as softmax."""
     basis: Annotated[str, Effect.SHAPES] = "fourier"
     """The basis of the functions phi: a name, or `package.module:Class` for your own."""
@@ -128,7 +131,7 @@ class AttentionConfig(Section):
     def _keys_belong_to_the_kind(self) -> "AttentionConfig":
         ours = {"form": "modular", "basis": "fourier", "scores": True}
         ours |= dict.fromkeys(("residual", "simplex", "gains"), False)
-        if self.kind in ("static", "static_softmax", "learned_score"):
+        if self.kind not in ("softmax", "karat"):
             for key, only in ours.items():
                 if (value := getattr(self, key)) != only:
                     raise ValueError(f"attention.{key} = {value} is of attention.kind=karat, not of {self.kind}")

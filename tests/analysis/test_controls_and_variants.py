@@ -21,6 +21,7 @@ IMAGES = 4
 BY_SETTINGS: dict[str, dict[str, Any]] = {
     "static": {"kind": "static"},
     "static_softmax": {"kind": "static_softmax"},
+    "scaled_softmax": {"kind": "scaled_softmax"},
     "without scores": {"kind": "karat", "scores": False},
     "learned_score": {"kind": "learned_score"},
     "content": {"kind": "karat", "form": "content", "softmax_heads": 1},

@@ -11,6 +11,7 @@ from karat_scale.recipe import AttentionConfig, ModelConfig
 SECTIONS = {
     "static": {"kind": "static"},
     "static_softmax": {"kind": "static_softmax"},
+    "scaled_softmax": {"kind": "scaled_softmax"},
     "learned_score": {"kind": "learned_score"},
     "without scores": {"kind": "karat", "scores": False},
     "content": {"kind": "karat", "form": "content"},

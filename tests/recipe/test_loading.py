@@ -88,7 +88,10 @@ def message(path: Path | str, *overrides: str) -> str:
         ("attention.grid=99", ["attention.grid = 99", "16"]),
         (
             "attention.kind=soft",
-            ["attention.kind = 'soft'", "'softmax', 'karat', 'static', 'static_softmax' or 'learned_score'"],
+            [
+                "attention.kind = 'soft'",
+                "'softmax', 'karat', 'static', 'static_softmax', 'scaled_softmax' or 'learned_score'",
+            ],
         ),
         ("augment.mean=[1, 2]", ["augment.mean", "too few"]),
         ("augment.scale=[1.0, 0.5]", ["augment.scale", "ascending"]),

@@ -7,7 +7,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from karat_scale.attention import FourierKaratOperator, ResidualHeads
-from karat_scale.attention.variants import BoundedOperator, ContentOperator, LearnedScore, SmoothOperator, StaticHeads
+from karat_scale.attention.variants import (
+    BoundedOperator,
+    ContentOperator,
+    LearnedScore,
+    ScaledSoftmax,
+    SmoothOperator,
+    StaticHeads,
+)
 from karat_scale.attention.variants import rows as rows_module
 
 BATCH, HEADS, TOKENS, WIDTH, RANK, GRID, MODES = 2, 3, 10, 4, 3, 2, 5
@@ -20,6 +27,7 @@ def content(dtype):
 MAKERS = {
     "static": lambda dtype: StaticHeads(TOKENS, HEADS, dtype=dtype),
     "static_softmax": lambda dtype: ResidualHeads(StaticHeads(TOKENS, HEADS, dtype=dtype)),
+    "scaled_softmax": lambda dtype: ScaledSoftmax(TOKENS, HEADS, dtype=dtype),
     "learned_score": lambda dtype: LearnedScore(HEADS, GRID, dtype=dtype),
     "content": content,
     "bounded": lambda dtype: BoundedOperator(TOKENS, HEADS, RANK, GRID, dtype=dtype),
@@ -62,6 +70,8 @@ def expected(name, module, query, key, bias, keep):
     if name == "static_softmax":
         softmax = scores.masked_fill(keep == 0, -math.inf).softmax(-1)
         return softmax + module.gate.view(-1, 1, 1) * module.operator.matrix * keep
+    if name == "scaled_softmax":
+        return module.gain.view(-1, 1, 1) * scores.masked_fill(keep == 0, -math.inf).softmax(-1)
     if name == "learned_score":
         cos, sin = harmonics(scores * module.frequency.view(-1, 1, 1))
         learned = scores + (sin * by_head["sin_coef"]).sum(-1) + ((cos - 1) * by_head["cos_coef"]).sum(-1)
@@ -151,16 +161,19 @@ def test_those_that_start_as_softmax_do():
     torch.testing.assert_close(near, scaled_dot_product_attention(*small), rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("name", ["static", "bounded", "smooth"])
+@pytest.mark.parametrize("name", ["static", "scaled_softmax", "bounded", "smooth"])
 def test_others_start_with_the_variance_of_the_values(name):
     torch.manual_seed(0)
     tokens, many = 65, 12
     makers = {
         "static": lambda: StaticHeads(tokens, many),
+        "scaled_softmax": lambda: ScaledSoftmax(tokens, many),
         "bounded": lambda: BoundedOperator(tokens, many, 12),
         "smooth": lambda: SmoothOperator(tokens, many, 12, modes=16),
     }
     query, key, value = (torch.randn(4, many, tokens, 16) for _ in range(3))
+    if name == "scaled_softmax":
+        query = query * 0.1  # large scores leave a row of softmax fewer tokens
     output = makers[name]()(query, key, value)
     assert 0.6 < float(output.detach().std() / value.std()) < 1.5
 
