@@ -2,7 +2,9 @@
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from matplotlib.figure import Figure
+from torch import nn
 
 from karat_scale.analysis.figures import new_figure
 from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
@@ -10,6 +12,7 @@ from karat_scale.analysis.trained_run import TrainedRun
 from karat_scale.analysis.visit import visit_images
 from karat_scale.models.content import FIGURES, Content
 from karat_scale.models.layers import attention_layers
+from karat_scale.models.replaced_matrices import Replace, can_be_replaced, mean_over_queries, replaced
 
 
 def analyze_content(run: TrainedRun, settings: Settings) -> Result:
@@ -30,11 +33,38 @@ def analyze_content(run: TrainedRun, settings: Settings) -> Result:
         _draw(figures),
         "Share of the energy of S that depends on the query and on the image, and share of scores beyond pi.",
     )
+    _add_accuracy(result, run, settings, model, content)
     columns = ["block", "S depends on the query", "S depends on the image", "scores beyond pi", "Frobenius norm of S"]
     rows = [[block, *own] for block, own in enumerate(figures.tolist())]
     result.tables.append(Table("What S depends on", columns, rows))
     note_bad_images(result, run, images.bad)
     return result
+
+
+@torch.no_grad()
+def _add_accuracy(result: Result, run: TrainedRun, settings: Settings, model: nn.Module, content: Content) -> None:
+    """Add top-1 as trained, and with each S replaced by its mean over queries or over images."""
+    if not can_be_replaced(model):
+        result.notes.append("top-1 with averaged S: only for plain ViTs without attention transfer")
+        return
+    means = [torch.as_tensor(mean) for mean in content.means()]
+    replacements: dict[str, Replace] = {
+        "S": lambda _, learned: learned,
+        "mean over queries": mean_over_queries,
+        "mean over images": lambda block, learned: means[block].to(learned).expand_as(learned),
+    }
+    right, images = dict.fromkeys(replacements, 0), run.images(settings.images)
+    done = 0
+    for batch, labels in images.batches(settings.batch, run.device):
+        for name, replace in replacements.items():
+            with replaced(model, replace):
+                right[name] += int((model(batch).argmax(-1) == labels).sum())
+        done += len(batch)
+        settings.progress("top-1 with averaged S", done, len(images))
+    top1 = {name: 100 * count / done for name, count in right.items()}
+    result.numbers["top1"] = top1
+    title = f"Top-1 of {done} images with each S replaced"
+    result.tables.append(Table(title, ["by", "top-1, %"], [[name, value] for name, value in top1.items()]))
 
 
 def _draw(figures: npt.NDArray[np.float64]) -> Figure:

@@ -60,18 +60,24 @@ def _of_transferred(attention: Any, *_: Any) -> Matrices:
     assert isinstance(attention.teacher, Teacher)
     teacher = attention.teacher
     query, key = teacher.query_and_key(attention.block)
-    raw, learned = _of_pair(query, key, teacher.operator(attention.block))
+    raw, learned = scores_and_matrix(query, key, teacher.operator(attention.block))
     return teacher.matrices(raw), teacher.matrices(learned)
 
 
-def _of_plain(attention: Any, x: Tensor, _: None) -> Matrices:
+def query_key_value(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query, key and value [B, h, N, d] of timm's attention layer for tokens [B, N, D]."""
     qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4)
-    return _of_pair(attention.q_norm(qkv[0]), attention.k_norm(qkv[1]), getattr(attention, "operator", None))
+    return attention.q_norm(qkv[0]), attention.k_norm(qkv[1]), qkv[2]
+
+
+def _of_plain(attention: Any, x: Tensor, _: None) -> Matrices:
+    query, key, _value = query_key_value(attention, x)
+    return scores_and_matrix(query, key, getattr(attention, "operator", None))
 
 
 def _of_mhsa(attention: Any, x: Tensor, _: None) -> Matrices:
     query, key = convit.query_key_value(attention, x)[:2]
-    return _of_pair(query, key, getattr(attention, "operator", None))
+    return scores_and_matrix(query, key, getattr(attention, "operator", None))
 
 
 def _of_gated(attention: Any, x: Tensor, _: None) -> Matrices:
@@ -91,7 +97,7 @@ def _of_window(attention: Any, x: Tensor, mask: Tensor | None) -> Matrices:
     return raw if keep is None else raw.masked_fill(~keep, 0), learned
 
 
-def _of_pair(query: Tensor, key: Tensor, operator: Any) -> Matrices:
+def scores_and_matrix(query: Tensor, key: Tensor, operator: Any) -> Matrices:
     """Return A and S of query and key [B, h, N, d], for the layer's operator, or None for softmax."""
     raw = _scores(query, key, operator)
     return raw, raw.softmax(-1) if operator is None else operator.scores(query, key)

@@ -44,6 +44,10 @@ class Content:
         self._heads[block] = learned.shape[1]
         self._pairs[block] += raw.numel()
 
+    def means(self) -> list[Tensor | float]:
+        """Return the mean of S over images [h, N, N] of each block, float64."""
+        return [matrix / n for matrix, n in zip(self._matrices, self._items, strict=True)]
+
     def figures(self) -> npt.NDArray[np.float64]:
         """Return `FIGURES` of each block [L, 4]."""
         energy, shared, norms, beyond = self._sums.T

@@ -105,10 +105,16 @@ def test_smooth_has_the_distance_from_softmax_and_bounded_has_not(softmax_run: T
 
 def test_no_score_of_bounded_heads_leaves_the_period(softmax_run: TrainedRun) -> None:
     """Only those of its softmax head do, half of all heads."""
-    blocks = analyze_content(random_run(softmax_run, "bounded"), Settings(images=IMAGES)).numbers["blocks"]
-    assert all(0 < block["beyond_pi"] < 0.5 for block in blocks)
+    found = analyze_content(random_run(softmax_run, "bounded"), Settings(images=IMAGES)).numbers
+    assert all(0 < block["beyond_pi"] < 0.5 for block in found["blocks"])
     x = functions_of(softmax_run, "bounded").arrays["block0_head0_x"]
     assert -math.pi - 0.1 < x.min() < x.max() < math.pi + 0.1
+
+
+def test_a_constant_matrix_loses_nothing_by_its_mean_over_images(softmax_run: TrainedRun) -> None:
+    top1 = analyze_content(random_run(softmax_run, "static"), Settings(images=8)).numbers["top1"]
+    assert set(top1) == {"S", "mean over queries", "mean over images"}
+    assert top1["mean over images"] == top1["S"]
 
 
 @pytest.mark.parametrize(
