@@ -3,7 +3,8 @@
 DATA holds two data sets in shards with the same training images. The val split of `held_out` is the held-out images,
 that of `tested` the test images. `split IMAGES DATA` makes both of CIFAR-10 in folders, with train/ and test/. WORK
 holds the runs; an interrupted run resumes. Several processes may share WORK. Each finished run becomes a record in
-docs/experiments/attention/, and `report` writes the page of results and a figure from these.
+docs/experiments/attention/. `replace WORK` adds top-1 with each S replaced by a mean to the records of the comparison,
+and `report` writes the page of results and a figure from the records.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from karat_scale.files import write_atomically
 from karat_scale.ledger.record import take_record
 
 SECONDS_BETWEEN_LOOKS = 30
+REPLACED_IMAGES = 2000  # of the test images, so that a difference of one point is visible
 
 
 def run(data: Path, work: Path) -> None:
@@ -76,11 +78,7 @@ def finish(trial: Trial, data: Path, directory: Path) -> None:
     karat("train", RECIPE, *settings, *{**ARMS, **STARTS}[trial.arm])
     early = directory / "quarter.json"
     karat("eval", str(directory), "--checkpoint", f"step-{quarter:08d}", "--json", str(early))
-    out = directory / "analysis"
-    karat(
-        "analyze", str(directory), "--only", "content", "--checkpoint", "latest", "--images", "256", "--out", str(out)
-    )
-    numbers = json.loads(next(out.glob("content/*/numbers.json")).read_text())
+    numbers = content_of(directory, directory / "analysis", 256)
     record = take_record(str(directory))
     found = {
         "stage": trial.stage,
@@ -95,6 +93,24 @@ def finish(trial: Trial, data: Path, directory: Path) -> None:
     RECORDS.mkdir(parents=True, exist_ok=True)
     write_atomically(trial.record, json.dumps(found, indent=1) + "\n")
     print(f"{trial.name}: {found['top1']:.2f} %", flush=True)
+
+
+def content_of(directory: Path, out: Path, images: int) -> Any:
+    """Return what `karat analyze --only content` finds in a run's last checkpoint."""
+    which = ("--only", "content", "--checkpoint", "latest", "--images", str(images))
+    karat("analyze", str(directory), *which, "--out", str(out))
+    return json.loads(next(out.glob("content/*/numbers.json")).read_text())
+
+
+def replace(work: Path) -> None:
+    """Add top-1 with each S replaced to the records of the comparison that lack it."""
+    for path in sorted(RECORDS.glob("compare-*.json")):
+        record = json.loads(path.read_text())
+        if "replaced" not in record:
+            directory = work / path.stem
+            record["replaced"] = content_of(directory, directory / "replaced", REPLACED_IMAGES)["top1"]
+            write_atomically(path, json.dumps(record, indent=1) + "\n")
+            print(f"{path.stem}: {record['replaced']}", flush=True)
 
 
 def karat(*arguments: str) -> None:
@@ -138,10 +154,13 @@ def main() -> None:
     splitting = commands.add_parser("split")
     splitting.add_argument("images", type=Path)
     splitting.add_argument("data", type=Path)
+    commands.add_parser("replace").add_argument("work", type=Path)
     commands.add_parser("report")
     asked = parser.parse_args()
     if asked.command == "run":
         run(asked.data, asked.work)
+    elif asked.command == "replace":
+        replace(asked.work)
     elif asked.command == "split":
         split(asked.images, asked.data)
     else:

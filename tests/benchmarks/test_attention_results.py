@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.attention_results import chance, holm, interval, intervals, longer
+from benchmarks.attention_results import chance, holm, interval, intervals, longer, replacements
 
 SEEDS = (0, 1, 2)
 
@@ -59,3 +59,15 @@ def test_leads_pair_the_seeds_and_no_share_is_below_zero() -> None:
     assert "| static | 1 | 66.50 | 56.50 | 0.00 | 0.60 |" in text
     assert "| static | +2.50 | +2.50 |" in text  # of seed 1 alone
     assert "| softmax | +0.00" not in text
+
+
+def test_replacements_are_means_over_seeds_of_arms_that_have_them_all() -> None:
+    own = {"S": 50.0, "mean over queries": 40.0, "mean over images": 45.0}
+    found: dict[str, dict[int, dict[str, Any]]] = {
+        "karat": {seed: {"replaced": {name: top1 + seed for name, top1 in own.items()}} for seed in SEEDS},
+        "static": {0: {"replaced": own}, 1: {}},
+    }
+    text = replacements(found)
+    assert "| karat | 51.0 | 41.0 | 46.0 |" in text
+    assert "static" not in text
+    assert replacements({"static": found["static"]}) == ""
