@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.attention_trials import ARMS, RECORDS, ROOT, arms_left, chosen_rates
+from benchmarks.attention_trials import ARMS, EPOCHS, RECORDS, ROOT, chosen_rates
 from karat_scale.analysis.figures import new_figure, rendered
 from karat_scale.files import write_atomically
 
@@ -28,13 +28,12 @@ def write_figure() -> None:
 
 
 def shown() -> dict[str, list[dict[str, Any]]]:
-    """Return the records of each arm at its chosen learning rate: of the comparison once all its arms have run."""
+    """Return the records of each arm at its chosen learning rate: of the comparison, if it was compared."""
     records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
     chosen = chosen_rates()
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {"rate": {}, "compare": {}, "long": {}}
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {stage: {} for stage in EPOCHS}
     for arm in (arm for arm in ARMS if arm in chosen):
         for record in records:
             if (record["arm"], record["rate"]) == (arm, chosen[arm]):
                 found[record["stage"]].setdefault(arm, []).append(record)
-    compared = found["compare"] if all(arm in found["compare"] for arm in arms_left()) else {}
-    return {arm: compared.get(arm, own) for arm, own in found["rate"].items()}
+    return {arm: found["compare"].get(arm, own) for arm, own in found["rate"].items()}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import attention_experiment, attention_results, attention_trials
+from benchmarks import attention_experiment, attention_figures, attention_results, attention_trials
 from benchmarks.attention_trials import ARMS, RATES, SEEDS, STARTS, VARIANTS, Trial, next_trials
 from karat_scale.recipe.loading import load_recipe
 
@@ -82,3 +82,11 @@ def test_a_process_waits_for_the_trials_of_others(tmp_path: Path, monkeypatch: p
         fcntl.flock(lock, fcntl.LOCK_EX)
         attention_experiment.run(tmp_path, tmp_path)
     assert (finished, looks) == ([ours], 1)
+
+
+def test_the_figure_shows_an_arms_comparison_where_it_has_one() -> None:
+    shown = attention_figures.shown()
+    stages = {arm: {record["stage"] for record in own} for arm, own in shown.items()}
+    assert stages["karat"] == {"compare"}
+    assert stages["learned_score"] == {"rate"}  # cut by the rule
+    assert len(shown["karat"]) == len(SEEDS)
