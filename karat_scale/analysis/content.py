@@ -1,5 +1,8 @@
 """What S of a trained run depends on, block by block."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -9,10 +12,11 @@ from torch import nn
 from karat_scale.analysis.figures import new_figure
 from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
 from karat_scale.analysis.trained_run import TrainedRun
+from karat_scale.analysis.validation_images import ValidationImages
 from karat_scale.analysis.visit import visit_images
 from karat_scale.models.content import FIGURES, Content
 from karat_scale.models.layers import attention_layers
-from karat_scale.models.replaced_matrices import Replace, can_be_replaced, mean_over_queries, replaced
+from karat_scale.models.replaced_matrices import can_be_replaced, mean_over_queries, replaced
 
 
 def analyze_content(run: TrainedRun, settings: Settings) -> Result:
@@ -33,7 +37,7 @@ def analyze_content(run: TrainedRun, settings: Settings) -> Result:
         _draw(figures),
         "Share of the energy of S that depends on the query and on the image, and share of scores beyond pi.",
     )
-    _add_accuracy(result, run, settings, model, content)
+    _add_accuracy(result, run, settings, model, images, content)
     columns = ["block", "S depends on the query", "S depends on the image", "scores beyond pi", "Frobenius norm of S"]
     rows = [[block, *own] for block, own in enumerate(figures.tolist())]
     result.tables.append(Table("What S depends on", columns, rows))
@@ -42,22 +46,28 @@ def analyze_content(run: TrainedRun, settings: Settings) -> Result:
 
 
 @torch.no_grad()
-def _add_accuracy(result: Result, run: TrainedRun, settings: Settings, model: nn.Module, content: Content) -> None:
+def _add_accuracy(
+    result: Result,
+    run: TrainedRun,
+    settings: Settings,
+    model: nn.Module,
+    images: ValidationImages,
+    content: Content,
+) -> None:
     """Add top-1 as trained, and with each S replaced by its mean over queries or over images."""
     if not can_be_replaced(model):
         result.notes.append("top-1 with averaged S: only for plain ViTs without attention transfer")
         return
     means = [torch.as_tensor(mean) for mean in content.means()]
-    replacements: dict[str, Replace] = {
-        "S": lambda _, learned: learned,
-        "mean over queries": mean_over_queries,
-        "mean over images": lambda block, learned: means[block].to(learned).expand_as(learned),
+    changes: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        "S": nullcontext,
+        "mean over queries": lambda: replaced(model, mean_over_queries),
+        "mean over images": lambda: replaced(model, lambda block, learned: means[block].to(learned)),
     }
-    right, images = dict.fromkeys(replacements, 0), run.images(settings.images)
-    done = 0
+    right, done = dict.fromkeys(changes, 0), 0
     for batch, labels in images.batches(settings.batch, run.device):
-        for name, replace in replacements.items():
-            with replaced(model, replace):
+        for name, change in changes.items():
+            with change():
                 right[name] += int((model(batch).argmax(-1) == labels).sum())
         done += len(batch)
         settings.progress("top-1 with averaged S", done, len(images))

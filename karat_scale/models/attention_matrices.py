@@ -1,7 +1,7 @@
 """The attention matrices of a model, block by block, while it runs: scores before the operator and weights after it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -33,15 +33,10 @@ def watched(model: nn.Module, visit: Visit) -> Iterator[None]:
     and the norms of query and key if the model has them. Controls that do not read A (`static`, `scores: false`)
     have it too: it is what their layer's query and key give.
     """
-    hooks = [
-        layer.attention.register_forward_pre_hook(_hook(number, visit), with_kwargs=True)
-        for number, layer in enumerate(attention_layers(model))
-    ]
-    try:
+    with ExitStack() as hooks:
+        for number, layer in enumerate(attention_layers(model)):
+            hooks.enter_context(layer.attention.register_forward_pre_hook(_hook(number, visit), with_kwargs=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _hook(number: int, visit: Visit) -> Callable[[Any, tuple[Tensor, ...], dict[str, Any]], None]:

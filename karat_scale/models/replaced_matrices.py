@@ -1,7 +1,7 @@
 """A plain ViT that runs with other attention matrices than its own: what it loses is what it used them for."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from karat_scale.models.transfer import TransferredAttention
 from karat_scale.models.vit import join_heads
 
 Replace = Callable[[int, Tensor], Tensor]
-"""A function of the block's index and S [B, h, N, N] that returns what to use as S; it may broadcast to S."""
+"""A function of the block's index and S [B, h, N, N] that returns what to use as S, with or without B."""
 
 
 def can_be_replaced(model: nn.Module) -> bool:
@@ -26,15 +26,10 @@ def can_be_replaced(model: nn.Module) -> bool:
 @contextmanager
 def replaced(model: nn.Module, replace: Replace) -> Iterator[None]:
     """Run each attention layer inside the `with` as O = S' V with S' = replace(block, S)."""
-    hooks = [
-        layer.attention.register_forward_hook(_hook(number, replace))
-        for number, layer in enumerate(attention_layers(model))
-    ]
-    try:
+    with ExitStack() as hooks:
+        for number, layer in enumerate(attention_layers(model)):
+            hooks.enter_context(layer.attention.register_forward_hook(_hook(number, replace)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def mean_over_queries(_: int, learned: Tensor) -> Tensor:
