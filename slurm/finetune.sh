@@ -24,7 +24,7 @@ KARAT_HOME=${KARAT_HOME:-$(dirname "$(dirname "${SCRIPT:-$(realpath "$0")}")")}
 FROM=${FROM:-}                    # the directory of the run to start from
 CHECKPOINT=${CHECKPOINT:-best}    # its file that names a checkpoint, best or latest, or the name itself
 RECIPE=${RECIPE:-$FROM/recipe.yaml}
-SHARDS=${SHARDS:-$KARAT_HOME/data/imagenet}
+SHARDS=${SHARDS:-}       # a directory or URL of shards; empty: the recipe's data.path
 RUN=${RUN:-$FROM-finetune}
 VENV=${VENV:-}           # a virtual environment, or
 CONDA_ENV=${CONDA_ENV:-} # a conda environment; neither: the python on PATH
@@ -38,7 +38,7 @@ enter_environment
 [[ -n $FROM ]] || refuse "FROM is not set; give the directory of a run: FROM=DIR sbatch $0"
 [[ -d $FROM/checkpoints ]] || refuse "FROM = $FROM is not a run's directory: it has no checkpoints"
 NAME=$(cat "$FROM/checkpoints/$CHECKPOINT" 2>/dev/null || echo "$CHECKPOINT")
-BEGIN=("data.path=$SHARDS" "run.dir=$RUN" "resume.from=" "init_from=$FROM/checkpoints/$NAME")
+BEGIN=(${SHARDS:+"data.path=$SHARDS"} "run.dir=$RUN" "resume.from=" "init_from=$FROM/checkpoints/$NAME")
 check_recipe train "$RECIPE" "${BEGIN[@]}" "$@"
 count_restart
 stage_shards "$SHARDS"

@@ -26,7 +26,7 @@ SCRIPT=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Comman
 KARAT_HOME=${KARAT_HOME:-$(dirname "$(dirname "${SCRIPT:-$(realpath "$0")}")")}
 
 RECIPE=${RECIPE:-imagenet_vit_tiny_g3b}    # `ls karat_scale/recipes`, or a YAML file
-SHARDS=${SHARDS:-$KARAT_HOME/data/imagenet} # made by slurm/prepare_imagenet.sh
+SHARDS=${SHARDS:-}       # a directory or URL of shards; empty: the recipe's data.path
 RUN=${RUN:-$KARAT_HOME/runs/$(basename "$RECIPE" .yaml)}
 VENV=${VENV:-}           # a virtual environment, or
 CONDA_ENV=${CONDA_ENV:-} # a conda environment; neither: the python on PATH
@@ -37,7 +37,7 @@ STAGE=${STAGE:-}         # a local disk of the node for a copy of the shards, su
 # shellcheck source-path=SCRIPTDIR source=launch.sh
 source "$KARAT_HOME/slurm/launch.sh" || exit 2
 enter_environment
-check_recipe train "$RECIPE" "data.path=$SHARDS" "run.dir=$RUN" "$@"
+check_recipe train "$RECIPE" ${SHARDS:+"data.path=$SHARDS"} "run.dir=$RUN" "$@"
 count_restart
 stage_shards "$SHARDS"
-launch train "$RECIPE" "data.path=$SHARDS" "run.dir=$RUN" "$@"
+launch train "$RECIPE" ${SHARDS:+"data.path=$SHARDS"} "run.dir=$RUN" "$@"

@@ -84,7 +84,9 @@ count_restart() {
 # see karat_scale/data/staged.py.
 stage_shards() {
   export KARAT_SHARDS=$1 KARAT_STAGED=
-  [[ -n ${STAGE:-} && -f $1/dataset.json ]] || return 0
+  [[ -n ${STAGE:-} ]] || return 0
+  [[ -n $1 ]] || refuse "STAGE = $STAGE needs SHARDS, the directory to copy"
+  [[ -f $1/dataset.json ]] || return 0
   [[ -f $KARAT_HOME/data_prep/stage.py ]] || refuse "STAGE needs data_prep/stage.py of a clone; set KARAT_HOME to one"
   KARAT_STAGED=$STAGE/karat-$(id -un)/$(basename "$1")-$(sha256sum <"$1/dataset.json" | cut -c 1-12)
   say "staging $1 to $KARAT_STAGED on each node"
@@ -101,8 +103,8 @@ launch() {
   [[ $gpus == 0 || $gpus == "$per_node" ]] ||
     refuse "$gpus GPUs but $per_node tasks a node; set --ntasks-per-node to --gpus-per-node"
   local nodes=$SLURM_JOB_NUM_NODES ranks first
-  if [[ $1 == train ]] && ((nodes > 1)); then
-    nodes=$("${PYTHON[@]}" -m karat_scale.submit.nodes "$nodes" "$per_node" "${@:2}") || exit 2
+  if [[ $1 != eval ]] && ((nodes > 1)); then
+    nodes=$("${PYTHON[@]}" -m karat_scale.submit.nodes "$nodes" "$per_node" "$@") || exit 2
     ((nodes == SLURM_JOB_NUM_NODES)) ||
       say "takes $nodes of $SLURM_JOB_NUM_NODES nodes, over whose ranks the global batch divides; the rest stay idle"
   fi
@@ -117,12 +119,12 @@ launch() {
   export MASTER_ADDR MASTER_PORT KARAT_STALL_SECONDS=$STALL_SECONDS
 
   say "start $((${SLURM_RESTART_COUNT:-0} + 1)): $ranks ranks on $SLURM_JOB_NODELIST, logs in $LOGS"
-  # The first node and, since that is fewer than --nodes, others as needed.
+  # srun takes the first node, and adds others until it has --nodes.
   srun --nodes="$nodes" --nodelist="$first" --ntasks="$ranks" --ntasks-per-node="$per_node" --cpus-per-task="$cpus" \
     --kill-on-bad-exit=1 --unbuffered bash "$KARAT_HOME/slurm/rank.sh" "$LOGS" "${KARAT[@]}" "$@" &
   STEP=$!
   trap ask_to_save USR2 TERM
-  if [[ $STALL_SECONDS != 0 && $1 == train ]]; then
+  if [[ $STALL_SECONDS != 0 && $1 != eval ]]; then
     watch "$ranks" &
     WATCH=$!
   fi

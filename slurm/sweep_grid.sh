@@ -28,7 +28,7 @@ KARAT_HOME=${KARAT_HOME:-$(dirname "$(dirname "${SCRIPT:-$(realpath "$0")}")")}
 
 TASK=${TASK:-train}      # or detect
 RECIPE=${RECIPE:-imagenet_vit_tiny_g3b}
-SHARDS=${SHARDS:-$KARAT_HOME/data/imagenet}
+SHARDS=${SHARDS:-}       # a directory or URL of shards; empty: the recipe's data.path
 SWEEP=${SWEEP:-$KARAT_HOME/runs/sweep}
 VENV=${VENV:-}           # a virtual environment, or
 CONDA_ENV=${CONDA_ENV:-} # a conda environment; neither: the python on PATH
@@ -43,7 +43,7 @@ index=${SLURM_ARRAY_TASK_ID:-0}
 mapfile -t POINT 2>/dev/null <"$SWEEP/points/$index"
 [[ ${POINT[0]:-} == run.dir=* ]] || refuse "SWEEP = $SWEEP: no points/$index there; karat sweep writes it"
 RUN=${POINT[0]#run.dir=}
-check_recipe "$TASK" "$RECIPE" "data.path=$SHARDS" "$@" "${POINT[@]}"
+check_recipe "$TASK" "$RECIPE" ${SHARDS:+"data.path=$SHARDS"} "$@" "${POINT[@]}"
 count_restart
 stage_shards "$SHARDS"
-launch "$TASK" "$RECIPE" "data.path=$SHARDS" "$@" "${POINT[@]}"
+launch "$TASK" "$RECIPE" ${SHARDS:+"data.path=$SHARDS"} "$@" "${POINT[@]}"

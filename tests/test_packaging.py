@@ -1,14 +1,64 @@
 """A wheel installed outside the clone finds its recipes and DeepSpeed configurations."""
 
+import ast
+import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
+from karat_scale.tables import EXTRAS
 from tests.conftest import ROOT, SMALL, make_image_folder
+
+
+def test_every_package_it_imports_is_installed_with_it_or_by_an_extra_for_users() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    listed = dict(re.findall(r"^([a-z-]+) = \[(.*?)\]$", project, flags=re.MULTILINE | re.DOTALL))
+    names = ["dependencies", *EXTRAS]
+    installed = set(installed_by([line for name in names for line in re.findall(r'"(.+?)"', listed[name])]))
+    providers = importlib.metadata.packages_distributions()
+    missing = {
+        module
+        for module in imported_modules()
+        if module in providers and not installed & {canonical(name) for name in providers[module]}
+    }
+    assert missing == {"triton"}  # torch for CUDA brings it, and without it the kernels are not offered
+
+
+def imported_modules() -> set[str]:
+    """The modules outside of the standard library and of the package that its code imports."""
+    found = set()
+    for path in (ROOT / "karat_scale").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module)
+    return {name.partition(".")[0] for name in found} - sys.stdlib_module_names - {"karat_scale"}
+
+
+def installed_by(requirements: list[str], seen: set[str] | None = None) -> Iterator[str]:
+    """The distributions that a list of requirements installs here, with those that these need."""
+    seen = set() if seen is None else seen
+    for requirement in map(Requirement, requirements):
+        name = canonical(requirement.name)
+        if name not in seen and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            seen.add(name)
+            yield name
+            try:
+                yield from installed_by(importlib.metadata.requires(name) or [], seen)
+            except importlib.metadata.PackageNotFoundError:  # an extra that is not installed here
+                continue
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @pytest.mark.slow

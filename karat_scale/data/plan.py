@@ -11,7 +11,7 @@ import numpy.typing as npt
 from karat_scale.data.order import BLOCK_SAMPLES, WINDOW_BLOCKS, epoch_order
 from karat_scale.data.streams.shards import StreamShards
 from karat_scale.errors import DataError, RecipeError
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import Recipe, RunRecipe
 
 PADDING = -1
 
@@ -67,10 +67,10 @@ def choose_micro_batch(global_batch: int, world_size: int, wanted: int | None, e
     return micro
 
 
-def micro_batch_of(recipe: Recipe, world_size: int) -> int:
+def micro_batch_of(recipe: RunRecipe, world_size: int) -> int:
     """Return the micro batch of a recipe on so many ranks. Raises RecipeError as `choose_micro_batch`."""
-    train = recipe.train
-    return choose_micro_batch(train.global_batch, world_size, train.micro_batch, even=recipe.augment.mixes)
+    train, mixes = recipe.train, isinstance(recipe, Recipe) and recipe.augment.mixes
+    return choose_micro_batch(train.global_batch, world_size, train.micro_batch, even=mixes)
 
 
 def total_steps(steps_per_epoch: int, epochs: int, max_steps: int | None) -> int:

@@ -1,6 +1,8 @@
 """Compute how many of a job's nodes can train a recipe. slurm/launch.sh asks before it starts the ranks.
 
-python -m karat_scale.submit.nodes NODES RANKS_PER_NODE RECIPE [key=value ...]
+python -m karat_scale.submit.nodes NODES RANKS_PER_NODE COMMAND RECIPE [key=value ...]
+
+COMMAND is train or detect.
 """
 
 import sys
@@ -8,11 +10,11 @@ from contextlib import suppress
 
 from karat_scale.data.plan import micro_batch_of
 from karat_scale.errors import RecipeError
-from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
+from karat_scale.recipe.schema import RunRecipe
 
 
-def most_nodes(recipe: Recipe, nodes: int, ranks_per_node: int) -> int:
+def most_nodes(recipe: RunRecipe, nodes: int, ranks_per_node: int) -> int:
     """Return the largest number of nodes, up to `nodes`, over whose ranks the global batch divides.
 
     If there is none, return `nodes`: the trainer then reports the problem with the batch.
@@ -24,5 +26,14 @@ def most_nodes(recipe: Recipe, nodes: int, ranks_per_node: int) -> int:
     return nodes
 
 
+def read(command: str, recipe: str, overrides: list[str]) -> RunRecipe:
+    """Return the recipe of a command. Raises RecipeError as `load_recipe`."""
+    if command == "detect":
+        from karat_scale.tasks.detection.recipe import DetectionRecipe
+
+        return load_recipe(recipe, overrides, DetectionRecipe)
+    return load_recipe(recipe, overrides)
+
+
 if __name__ == "__main__":
-    print(most_nodes(load_recipe(sys.argv[3], sys.argv[4:]), int(sys.argv[1]), int(sys.argv[2])))
+    print(most_nodes(read(sys.argv[3], sys.argv[4], sys.argv[5:]), int(sys.argv[1]), int(sys.argv[2])))

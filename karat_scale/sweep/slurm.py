@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 from karat_scale.console import plural
+from karat_scale.data.formats.shard_format import dataset_directory
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
 from karat_scale.submit.sbatch import agrees, fill, sbatch, slurm_home, with_environment
@@ -41,12 +41,12 @@ def submit_sweep(sweep: Sweep, how: Submission, only_print: bool) -> None:
     """
     elements = [number for number, run in enumerate(sweep.runs) if run.state in (State.NEW, State.UNFINISHED)]
     out = sweep.out.absolute()
-    data = sweep.runs[0].recipe.data.path  # type: ignore[attr-defined]
+    data = dataset_directory(sweep.runs[0].recipe.data.path)  # type: ignore[attr-defined]
     filled = {
         "KARAT_HOME": str(slurm_home()),
         "TASK": sweep.command,
         "RECIPE": sweep.recipe,
-        "SHARDS": str(Path(data).absolute()),
+        "SHARDS": str(data if isinstance(data, str) else data.absolute()),
         "SWEEP": str(out),
         **with_environment(how.settings),
     }

@@ -44,8 +44,9 @@ def test_a_bad_partition_is_refused_at_submission(cluster: Cluster, tmp_path: Pa
         ({"RECIPE": "imagenet_vit_tinny"}, (), "did you mean imagenet_vit_tiny?"),
         ({}, ("optim.lrr=1",), "optim.lrr: unknown key; did you mean optim.lr?"),
         ({"VENV": "/nowhere"}, (), "VENV = /nowhere: no bin/activate there"),
+        ({"STAGE": "/local"}, (), "STAGE = /local needs SHARDS, the directory to copy"),
     ],
-    ids=["recipe", "override", "environment"],
+    ids=["recipe", "override", "environment", "stage"],
 )
 def test_a_mistake_in_the_settings_is_one_line(
     cluster: Cluster, tmp_path: Path, settings: dict[str, str], arguments: tuple[str, ...], line: str
@@ -64,6 +65,14 @@ def test_missing_data_is_named_last_and_not_retried(cluster: Cluster, tmp_path: 
     assert "error: data.path = /nowhere is not a directory" in job.log.splitlines()[-1]
     assert "Traceback" not in job.log
     assert job.starts == 1
+
+
+def test_without_shards_the_data_are_those_of_the_recipe(cluster: Cluster, tmp_path: Path) -> None:
+    recipe = tmp_path / "photos.yaml"
+    recipe.write_text("data: {path: /photos}\nschedule: {warmup_epochs: 0}\n")
+    job = submit(cluster, SCRIPT, *SMALL, cwd=tmp_path, RUN=tmp_path / "run", RECIPE=recipe)
+    assert job.wait() == "FAILED 2", job.log
+    assert "error: data.path = /photos is not a directory" in job.log.splitlines()[-1]
 
 
 def test_gpus_without_a_task_each_are_refused(cluster: Cluster, tmp_path: Path) -> None:

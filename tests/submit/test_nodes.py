@@ -27,7 +27,8 @@ def test_the_largest_number_of_nodes_that_the_batch_divides(overrides: tuple[str
     assert most_nodes(load_recipe(name, [*rest, *overrides]), nodes, ranks_per_node=4) == taken
 
 
-def test_the_launch_wrapper_gets_a_number() -> None:
-    command = [sys.executable, "-m", "karat_scale.submit.nodes", "3", "4", *RECIPE, "train.global_batch=96"]
+@pytest.mark.parametrize("recipe", [("train", *RECIPE), ("detect", "coco_mask_rcnn_vit_base", "data.path=/coco")])
+def test_the_launch_wrapper_gets_a_number(recipe: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "karat_scale.submit.nodes", "3", "4", *recipe, "train.global_batch=96"]
     done = subprocess.run(command, env=karat_environment(), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr

@@ -12,7 +12,7 @@ from torchvision.models.detection import MaskRCNN
 
 from karat_scale.data.device_feed import DeviceFeed
 from karat_scale.data.loader import OrderedResults
-from karat_scale.data.plan import BatchSlice, TrainPlan, choose_micro_batch
+from karat_scale.data.plan import BatchSlice, TrainPlan, micro_batch_of
 from karat_scale.engine.distributed import World
 from karat_scale.engine.parameter_groups import Groups
 from karat_scale.engine.run_state import RunState
@@ -76,7 +76,7 @@ class DetectionTask(Task):
             seed=self.recipe.run.seed,
             num_samples=self.num_train,
             global_batch=train.global_batch,
-            micro_batch=choose_micro_batch(train.global_batch, world.size, train.micro_batch, even=False),
+            micro_batch=micro_batch_of(self.recipe, world.size),
             rank=world.rank,
             world_size=world.size,
         )
