@@ -48,7 +48,7 @@ def _held(path: Path, make: Callable[[str, Path], Path]) -> Iterator[Path]:
     remove_leftovers(path.parent, path.name)
     while True:
         temporary = make(f".{path.name}.", path.parent)
-        handle = os.open(temporary, os.O_RDONLY)
+        handle = _open(temporary, 0)
         try:
             _lock(handle)
             if temporary.exists():  # nobody took it for a leftover before it had its lock
@@ -70,7 +70,7 @@ def remove_leftovers(directory: Path, of: str | None = None) -> list[str]:
     problems = []
     for path in _unfinished(directory, of):
         try:
-            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+            handle = _open(path, os.O_NONBLOCK | os.O_NOFOLLOW)
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -84,6 +84,11 @@ def remove_leftovers(directory: Path, of: str | None = None) -> list[str]:
         finally:
             os.close(handle)
     return problems
+
+
+def _open(path: Path, flags: int) -> int:
+    """Open it for a lock: NFS locks only files that are open for writing, and folders cannot be."""
+    return os.open(path, flags | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
 
 
 def _unfinished(directory: Path, of: str | None) -> list[Path]:

@@ -11,11 +11,14 @@ Which tests run (tests/selection.py):
   minutes: they run only by `--slow=all`, or by name.
 """
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -141,6 +144,20 @@ def karat_environment() -> dict[str, str]:
         key: value for key, value in os.environ.items() if not key.startswith(("RANK", "LOCAL_", "WORLD_", "MASTER_"))
     }
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture
+def locks_of_nfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS refuses an exclusive lock on a file, not a folder, that is not open for writing (flock(2))."""
+
+    def flock(file: Any, kind: int, locked: Callable[[Any, int], None] = fcntl.flock) -> None:
+        descriptor = file if isinstance(file, int) else file.fileno()
+        is_read_only = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        if kind & fcntl.LOCK_EX and is_read_only and not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        locked(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
 
 
 def free_port() -> int:

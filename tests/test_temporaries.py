@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from karat_scale.cluster.heartbeat import heartbeat_file
 from karat_scale.files import write_atomically
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.run.run_directory import RunDirectory
@@ -47,6 +48,15 @@ def test_a_killed_writers_files_go_and_a_living_ones_stay(tmp_path: Path) -> Non
     assert hidden(tmp_path) == []
 
 
+@pytest.mark.usefixtures("locks_of_nfs")
+def test_a_killed_writers_files_go_on_nfs(tmp_path: Path) -> None:
+    left = tmp_path / ".summary.json.abcd_123.unfinished"
+    left.write_text("half")
+    with temporary_file(tmp_path / "other.json") as mine:
+        assert remove_leftovers(tmp_path) == []
+        assert hidden(tmp_path) == [mine.name]
+
+
 def test_what_is_not_ours_stays(tmp_path: Path) -> None:
     for name in (".lock", ".summary.json", ".git", ".bashrc.original", "summary.json.abcdefgh.unfinished"):
         (tmp_path / name).write_text("")
@@ -74,11 +84,15 @@ def test_a_start_clears_what_kills_left_in_the_run(tmp_path: Path) -> None:
         directory.store.root / ".saving-step-00000001" / "part",
         directory.snapshots / ".step-00000001.safetensors.abcd_123.unfinished",
         directory.path / "heartbeats" / "rank-00001.tmp",
+        heartbeat_file(directory.path, 2),  # of a start with more ranks
     ]
     for path in left:
         path.parent.mkdir(exist_ok=True)
         path.write_text("half")
-    assert directory.clear() == []
+    mine = heartbeat_file(directory.path, 1)
+    mine.write_text("{}")
+    assert directory.clear(ranks=2) == []
+    assert mine.exists()
     assert not [path for path in left if path.exists()]
 
 

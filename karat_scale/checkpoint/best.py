@@ -1,6 +1,5 @@
 """The pointer `best` after a kill or a full disk: what it names and what the resumed state says must be the same."""
 
-from dataclasses import fields
 from typing import Any
 
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
@@ -33,7 +32,8 @@ def repair_best(store: CheckpointStore, state: RunState, reporter: Reporter) -> 
         reporter.warn(f"the best checkpoint, {name}, is gone; the best one is {pointed}")
         return kept
     reporter.warn(f"the best checkpoint, {name}, is gone; the next evaluation is the best")
-    return {field.name: None for field in fields(state) if field.name.startswith("best_")}
+    state.forget_best()
+    return {name: value for name, value in state.kept_scores().items() if name.startswith("best_")}
 
 
 def _scores(store: CheckpointStore, name: str, state_type: type[RunState]) -> dict[str, Any] | None:

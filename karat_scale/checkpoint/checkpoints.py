@@ -24,7 +24,7 @@ from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.run_state import RunState
-from karat_scale.errors import RunDirectoryError
+from karat_scale.errors import RecipeError, RunDirectoryError
 from karat_scale.models.transfer import teacher_of
 from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.loading import dump_recipe
@@ -82,8 +82,8 @@ class Checkpoints(Generic[S]):
         """Load the newest intact checkpoint, or the one in directory `state_of`. None when there is none.
 
         Args:
-            fresh: builds the engine's model anew, for a state of another image size, which is then interpolated.
-                Without it, such a state is refused.
+            fresh: builds the engine's model anew. With it, and where either run has `schedule.image_sizes`, a state of
+                another image size is interpolated. Else it is refused.
             is_start: false if the run only continues with another model.
 
         Raises:
@@ -98,26 +98,29 @@ class Checkpoints(Generic[S]):
         self._refuse_another_run(root / name, saved)
         try:
             check_teacher(self._engine.module, saved)
-            is_fitting = fresh is not None and saved.get("image_size") is not None
+            grows = bool(saved.get("image_size") or getattr(self._recipe.schedule, "image_sizes", ()))
+            is_fitting = fresh is not None and grows
             ranks = [self._world.rank] if not is_fitting and self._has_my_layout(root / name, saved) else None
             with self._world.together():  # none must wait in `restore` for one that refuses its files
                 content = read_state(root / name, saved, ranks, self._engine.in_optimizer_order)
                 if is_fitting and fresh is not None and content.shapes != self._shapes:
                     content = fit_state(content, fresh())
             restore(self._engine, self._ema, content, self._world)
-        except RunDirectoryError as error:
+        except (RunDirectoryError, RecipeError) as error:
             raise RunDirectoryError(f"checkpoint {root / name}: {error}") from error
         self._restore_generators(root / name, saved)
         state = self._state_type.from_json(saved)
-        if root == self.store.root:
+        if root != self.store.root:
+            state.forget_best()  # the other run's; this one has no such checkpoint
+        else:
             self.saver.note_saved(state)
             if self._recipe.checkpoint.keep_best:
                 mine = repair_best(self.store, state, self._reporter) if self._world.is_main else {}
                 for field, value in self._world.broadcast(mine).items():
                     setattr(state, field, value)
-        state.restarts += is_start
-        state.seconds_to_first_step = None  # each start has its own
         if is_start:
+            state.restarts += 1
+            state.seconds_to_first_step = None  # each start has its own
             self._reporter.resumed(state, name)
         return state
 
@@ -192,7 +195,9 @@ def agree_on_checkpoint(
 def _choose(store: CheckpointStore, state_of: str, reporter: Reporter, check: Check) -> tuple[Path, str] | None:
     if not state_of:
         return _newest_intact(store, reporter, check)
-    path = Path(state_of)
+    path = Path(state_of).expanduser()
+    if not path.is_dir():
+        raise RunDirectoryError(f"resume.from = {state_of} is no directory; name a checkpoint's or a run's")
     if (path / "checkpoints").is_dir():
         found = _newest_intact(CheckpointStore(path / "checkpoints", falsehood), reporter, check)
         if found is None:

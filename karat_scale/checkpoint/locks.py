@@ -41,7 +41,9 @@ def alone(checkpoint: Path) -> Iterator[None]:
     """Let nobody begin to read a checkpoint inside the block. Raises BlockingIOError if somebody reads it."""
     with ExitStack() as stack:
         with suppress(FileNotFoundError):  # a damaged one has no manifest
-            _lock(stack.enter_context((checkpoint / MANIFEST).open("rb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # NFS gives such a lock only on what is open for writing.
+            handle = stack.enter_context((checkpoint / MANIFEST).open("r+b"))
+            _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
 

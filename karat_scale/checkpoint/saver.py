@@ -138,10 +138,12 @@ class Saver:
         Returns: whether it is saved, or without `wait` begun. Where not, nothing has changed.
         """
         begun = time.monotonic()
+        wait = wait or not self._config.asynchronous
+        if self.holds(state) and not wait:
+            return True
         self.finish()
         if self._saved == _identity(state):
             return True
-        wait = wait or not self._config.asynchronous
         directory, problem = self._world.broadcast(self._begin(state.step))
         if directory is None:
             self._void(state.step, problem)

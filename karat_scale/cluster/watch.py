@@ -73,12 +73,19 @@ class Watch:
         )
 
 
+def _limits(text: str) -> StallLimits:
+    try:
+        return StallLimits.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Watch until the verdict, or until killed."""
     parser = argparse.ArgumentParser(description="End with a named rank when a job hangs.")
     parser.add_argument("run", type=Path, help="the run's directory")
     parser.add_argument("--ranks", type=int, required=True)
-    parser.add_argument("--stall", type=StallLimits.parse, required=True, metavar="LIMITS")
+    parser.add_argument("--stall", type=_limits, required=True, metavar="LIMITS")
     options = parser.parse_args(arguments)
     watch = Watch(options.ranks, options.stall.plus(GRACE_SECONDS), time.monotonic())
     stragglers, start = Stragglers(), this_start()

@@ -83,7 +83,7 @@ def offloads_optimizer(config: Mapping[str, Any]) -> bool:
 
 def _find(name: str) -> Path:
     directory = config_directory()
-    for candidate in (directory / f"{name}.json", Path(name)):
+    for candidate in (directory / f"{name}.json", Path(name).expanduser()):
         if candidate.is_file():
             return candidate
     shipped = ", ".join(sorted(path.stem for path in directory.glob("*.json")))

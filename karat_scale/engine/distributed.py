@@ -238,7 +238,7 @@ def _port() -> int:
 
 def default_port(environ: Mapping[str, str]) -> str:
     """The rendezvous' port where nobody named one: by SLURM's job, so that two jobs on a node seldom meet."""
-    return str(10000 + int(environ.get("SLURM_JOB_ID", "0")) % 50000)
+    return str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 10000)  # below the ports that kernels hand out
 
 
 def _have_a_gpu_each(world: World) -> None:
@@ -253,7 +253,7 @@ def _have_a_gpu_each(world: World) -> None:
 
 
 def _first_slurm_host() -> str:
-    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     command = ["scontrol", "show", "hostnames", nodes]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]

@@ -26,7 +26,7 @@ _SIGN_SECONDS = 5.0
 _FIRST_NOTICE_SECONDS = 30.0
 _FIRST_NOTICE_AT_MEETING = 10.0
 # What the ranks get to hear of a failure before the one that failed ends, and to end in themselves.
-_HEAR_SECONDS, _END_SECONDS = 5.0, 30.0
+_HEAR_SECONDS, END_SECONDS = 5.0, 30.0
 _CALL = timedelta(seconds=10)
 _MEETING_POLL_SECONDS = 0.2
 _FAILURE, _ARRIVED = "failure", "arrived"
@@ -213,7 +213,7 @@ class Peers:
                     self._heard = PeerError("rank 0 or the launcher, which keeps the store, cannot be reached")
                 with suppress(RuntimeError, OSError):
                     self._store = self._place.connect(_CALL)
-        if self._heard is not None and not self._ended.wait(_END_SECONDS):
+        if self._heard is not None and not self._ended.wait(END_SECONDS):
             say_in_one_write(f"[rank {self._place.rank}] error: {self._heard}")
             os._exit(1 if isinstance(self._heard, PeerError) else 2)
 

@@ -56,6 +56,12 @@ class RunState:
                 setattr(self, f"{which}_{name}", evaluation[name])
         return is_best
 
+    def forget_best(self) -> None:
+        """Let the next evaluation be the best."""
+        for known in fields(self):
+            if known.name.startswith("best_"):
+                setattr(self, known.name, None)
+
     def kept_scores(self) -> dict[str, Any]:
         """The best and the last scores by name, and the step of the best."""
         names = [f"{which}_{name}" for which in ("best", "last") for name in self.scores]

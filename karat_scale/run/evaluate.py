@@ -7,9 +7,10 @@ from pathlib import Path
 from karat_scale.checkpoint.weights import wants_ema
 from karat_scale.engine import distributed
 from karat_scale.engine.precision import forward_for_evaluation
+from karat_scale.errors import DataError
 from karat_scale.files import write_atomically
 from karat_scale.models.operators import check_implementation, describe_implementation
-from karat_scale.recipe.loading import load_recipe
+from karat_scale.recipe.loading import flatten, load_recipe
 from karat_scale.reporting.progress import Reporter, choose_display
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.task import Scores, Task
@@ -37,6 +38,7 @@ def evaluate_run(
             name = world.broadcast(name)
             use_ema = wants_ema(weights, recipe, directory.store.state(name))
             task = task_type(recipe, world, reporter)
+            _check_classes(directory, task)
             model = task.trained_model(trained, directory, name, use_ema)
             check_implementation(model, world.device)
             if chosen := describe_implementation(model, world.device):
@@ -50,6 +52,17 @@ def evaluate_run(
     if world.is_main:
         _report(directory.path, name, "ema" if use_ema else "raw", scores, json_file)
     return 0
+
+
+def _check_classes(run: RunDirectory, task: Task) -> None:
+    """Refuse data whose labels number other classes than the run's, if it recorded those. Raises DataError."""
+    classes = run.classes()
+    if classes and classes != task.classes:
+        by_name = f"use `karat eval {run.path} --on DIR`, which matches classes by name"
+        raise DataError(
+            f"data.path = {flatten(task.recipe)['data.path']} has other classes than the run; "
+            + (by_name if task.kind == "classification" else "put data.path right")
+        )
 
 
 def _report(run: Path, name: str, weights: str, scores: Scores, json_file: str | None) -> None:

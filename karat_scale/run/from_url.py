@@ -7,13 +7,11 @@ from pathlib import Path
 from karat_scale.checkpoint.remote import OnBytes
 from karat_scale.checkpoint.saver import Background
 from karat_scale.checkpoint.store import checkpoint_name
-from karat_scale.cluster.heartbeat import Heartbeat
-from karat_scale.engine.devices import device_name
 from karat_scale.engine.distributed import World
-from karat_scale.engine.flight_recorder import write_flight_record
 from karat_scale.errors import RunDirectoryError
 from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.loading import differing_keys, load_recipe
+from karat_scale.run.heartbeats import start_heartbeat
 from karat_scale.run.run_copy import RunCopy
 from karat_scale.run.run_directory import RunDirectory, describe_keys
 from karat_scale.run.run_url import Owner, RunUrl, keep_run_id, run_id
@@ -33,7 +31,7 @@ def open_copy(recipe: RunRecipe, world: World, directory: RunDirectory, signals:
     """
     if not recipe.checkpoint.url:
         return None
-    heartbeat = Heartbeat(directory.path, world.rank, device_name(world.device), write_flight_record).start()
+    heartbeat = start_heartbeat(directory.path, world)
     try:
         start = _Start(recipe, directory) if world.is_main else None
         if not follow(world, start, lambda: heartbeat.beat("fetching"), lambda: signals.received is not None):

@@ -54,7 +54,7 @@ class Loop:
         self._own_time = OwnTime(parts.world.device)
         self._save_points = SavePoints(parts.world, parts.signals, checkpoint.every_steps, checkpoint.every_minutes)
         self._evaluating = Agreement(parts.world)
-        self._compiles = bool(parts.recipe.train.compile)
+        self._compiles = self._compiles_evaluation = bool(parts.recipe.train.compile)
         if state.step > 0:  # so that a checkpoint of this very step has the rate that an undisturbed run has there
             parts.engine.set_lr(parts.schedule.lr(state.step - 1))
         self._health = StepHealth(parts, state, self._interval)
@@ -194,8 +194,10 @@ class Loop:
             return
         self._health.look()
         self._evaluating = Agreement(parts.world)
+        parts.reporter.beat("compiling" if self._compiles_evaluation else "evaluating")
         with self._interval.paused():
             scores, more = evaluate_in_training(parts, self._during_evaluation)
+            self._compiles_evaluation = False
             figures = {"samples": state.samples, **scores.to_json(), **more}
             is_best = state.record(figures)
             parts.reporter.evaluated(state.step, f"{scores} ({figures['weights']} weights)", figures)

@@ -10,14 +10,12 @@ from functools import partial
 import torch
 
 from karat_scale.checkpoint.checkpoints import Checkpoints
-from karat_scale.cluster.heartbeat import Heartbeat
 from karat_scale.data.plan import total_steps
 from karat_scale.engine import distributed
 from karat_scale.engine.devices import device_name
 from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
-from karat_scale.engine.flight_recorder import write_flight_record
 from karat_scale.engine.out_of_memory import memory_snapshot, one_line_out_of_memory, record_memory
 from karat_scale.engine.precision import slow_precision
 from karat_scale.engine.recompute import apply_recompute
@@ -31,6 +29,7 @@ from karat_scale.reporting.metrics import MetricsLog
 from karat_scale.reporting.profiler import StepProfiler
 from karat_scale.reporting.progress import Reporter, choose_display
 from karat_scale.run.from_url import open_copy
+from karat_scale.run.heartbeats import start_heartbeat
 from karat_scale.run.incidents import Incidents
 from karat_scale.run.initial_weights import initialise
 from karat_scale.run.loop import Loop
@@ -219,11 +218,11 @@ def open_reporter(recipe: RunRecipe, world: World, directory: RunDirectory) -> R
         if world.is_main:
             check_trackers(recipe.log.trackers)
             log = MetricsLog(directory.metrics_file)
-    heartbeat = Heartbeat(directory.path, world.rank, device_name(world.device), write_flight_record).start()
+    heartbeat = start_heartbeat(directory.path, world)
     if recipe.log.memory_history:
         record_memory(world.device)
     reporter = Reporter(choose_display(world.is_main, recipe.run.name), log, world.rank, heartbeat)
-    for problem in directory.clear() if world.is_main else ():
+    for problem in directory.clear(world.size) if world.is_main else ():
         reporter.warn(problem)
     return reporter
 

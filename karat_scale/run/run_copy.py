@@ -15,6 +15,7 @@ from contextlib import suppress
 from karat_scale.checkpoint.locks import holding
 from karat_scale.checkpoint.store import PINNED
 from karat_scale.engine.distributed import World
+from karat_scale.engine.peers import END_SECONDS
 from karat_scale.errors import EXIT_STOPPED, one_line
 from karat_scale.files import write_atomically
 from karat_scale.reporting.progress import Reporter
@@ -24,8 +25,8 @@ from karat_scale.run.signals import StopSignals
 from karat_scale.run.waiting import follow
 
 # How long the last copy may take, by exit code. A job's signal comes two minutes before its end; after an error, other
-# ranks have ended, and a launcher waits for this one.
-COPY_SECONDS = {0: math.inf, EXIT_STOPPED: 60.0, 2: 60.0, 1: 5.0}
+# ranks have ended, and this one is ended END_SECONDS after it hears of them.
+COPY_SECONDS = {0: math.inf, EXIT_STOPPED: 60.0, 2: END_SECONDS - 10.0, 1: 5.0}
 _SOON = 1.0
 
 

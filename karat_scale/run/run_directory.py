@@ -29,6 +29,7 @@ from typing import IO, Any, TypeVar, overload
 
 from karat_scale.checkpoint.saved_state import falsehood
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
+from karat_scale.cluster.heartbeat import heartbeat_file
 from karat_scale.data.digest import class_order_digest
 from karat_scale.engine.run_state import RunState
 from karat_scale.errors import RunDirectoryError, not_written
@@ -102,12 +103,17 @@ class RunDirectory:
         self._refuse_another_recipe(recipe)
         return self.changes(recipe)
 
-    def clear(self) -> list[str]:
-        """Remove what killed starts left behind; returns a line for each file that stays. The directory is claimed."""
+    def clear(self, ranks: int) -> list[str]:
+        """Remove what killed starts, and starts with more ranks, left behind; the directory is claimed.
+
+        Returns:
+            A line for each file that stays.
+        """
         problems = self.store.discard_unfinished()
         for directory in (self.path, self.snapshots, self.profile):
             problems += remove_leftovers(directory)
-        for path in (self.path / "heartbeats").glob("*.tmp"):
+        now = {heartbeat_file(self.path, rank) for rank in range(ranks)}
+        for path in set((self.path / "heartbeats").glob("rank-*")) - now:
             with suppress(OSError):
                 path.unlink()
         return problems

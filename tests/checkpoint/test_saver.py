@@ -87,6 +87,17 @@ def test_a_second_save_waits_for_the_first_and_none_is_made_twice(
     assert capsys.readouterr().out.count("saved step-") == 3
 
 
+def test_the_same_state_is_not_waited_for(
+    small_recipe, make_checkpoints, slow_disk: threading.Event, tmp_path: Path
+) -> None:
+    # A step at which an evaluation has found a best and `every_steps` is due.
+    checkpoints = make_checkpoints(small_recipe(), tmp_path / "c")
+    for _ in range(2):
+        assert checkpoints.save(TrainState(step=1, samples=8), is_best=True, wait=False)
+    assert checkpoints.saver.is_busy
+    assert not slow_disk.is_set()
+
+
 def _free(path: Path) -> int:
     return shutil.disk_usage(path).free
 

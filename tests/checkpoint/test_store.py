@@ -208,6 +208,11 @@ def test_retention_leaves_what_somebody_reads(store: CheckpointStore) -> None:
     assert not list(store.root.glob(".saving-*"))
 
 
+@pytest.mark.usefixtures("locks_of_nfs")
+def test_on_nfs_too_retention_leaves_what_somebody_reads(store: CheckpointStore) -> None:
+    test_retention_leaves_what_somebody_reads(store)
+
+
 READER = """
 import sys
 from pathlib import Path

@@ -1,12 +1,16 @@
 """The limits of each phase, as the launch wrapper passes them."""
 
 import math
+from pathlib import Path
 
 import pytest
 
+from karat_scale.cli import main
 from karat_scale.cluster.heartbeat import Sign
 from karat_scale.cluster.stall_limits import StallLimits
 from karat_scale.cluster.watch import Watch
+from karat_scale.cluster.watch import main as watch
+from tests.conftest import SMALL
 
 
 def test_one_number_holds_for_all_phases_that_are_not_named() -> None:
@@ -47,3 +51,16 @@ def test_a_compilation_may_take_longer_than_a_step() -> None:
     assert all(verdict("compiling", second, 1) is None for second in range(500))
     assert all(verdict("forward", 500 + second, 2) is None for second in range(60))
     assert verdict("forward", 561, 2) is not None
+
+
+def test_a_mistake_ends_the_run_and_the_watch_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KARAT_STALL_SECONDS", "15m")
+    overrides = (*SMALL, "data.backend=synthetic", "schedule.warmup_epochs=0", f"run.dir={tmp_path}")
+    assert main(["train", "imagenet_vit_tiny_g3b", *overrides]) == 2
+    line = "'15m' should be seconds, or PHASE=seconds after the first"
+    assert capsys.readouterr().err == f"error: STALL_SECONDS: {line}\n"
+    with pytest.raises(SystemExit):
+        watch([str(tmp_path), "--ranks", "1", "--stall", "15m"])
+    assert line in capsys.readouterr().err

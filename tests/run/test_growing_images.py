@@ -54,6 +54,10 @@ def test_a_run_grows_and_sees_the_same_samples(command: Command, whole: Path, tm
     assert (found["steps"], found["data_digest"], found["restarts"]) == (24, other["data_digest"], 0)
     assert len(found["losses"]) == 24  # type: ignore[arg-type]
     assert [event["step"] for event in events(whole, "eval")] == [8, 16, 24]
+    assert (
+        summary(whole)["seconds_to_first_step"]
+        == CheckpointStore(whole / "checkpoints").state("step-00000003")["seconds_to_first_step"]
+    )  # of the start
     sizes = {name: CheckpointStore(whole / "checkpoints").state(name)["image_size"] for name in names(whole)}
     assert [sizes[f"step-{step:08d}"] for step in (3, 8, 9, 16, 18, 24)] == [8, 8, 12, 12, 16, 16]
 

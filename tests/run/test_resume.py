@@ -13,8 +13,9 @@ from karat_scale.data.formats.folder import FolderSplit
 from karat_scale.engine.schedule import build_schedule
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.run.run_directory import RunDirectory
+from karat_scale.tasks.classification.train_state import TrainState
 from tests.checkpoint.lies import tell
-from tests.conftest import events, karat, summary
+from tests.conftest import events, karat, karat_here, summary
 from tests.run.runs import STEPS, final_tensors, kill_all, losses, start, wait_for_checkpoint
 from tests.small_engines import equal
 
@@ -201,6 +202,36 @@ def test_a_branch_starts_from_another_runs_checkpoint(recipe_file: Path, tmp_pat
     assert summary(branch)["steps"] == STEPS
     again = karat("train", str(recipe_file), f"run.dir={branch}", f"resume.from={trunk}", "optim.lr=1e-4")
     assert events(branch, "resume")[1]["step"] == STEPS, again.stdout  # its own checkpoint, not the trunk's
+    assert summary(branch)["best_step"] == STEPS
+    assert "is gone" not in again.stdout + again.stderr
+
+
+def test_a_branch_never_has_its_trunks_best(small_recipe, make_checkpoints, tmp_path: Path) -> None:
+    trunk, branch = (make_checkpoints(small_recipe(), tmp_path / name) for name in ("trunk", "branch"))
+    state = TrainState(step=1, samples=8)
+    state.record({"top1": 99.0, "top5": 99.5})
+    assert trunk.save(state)
+    begun = branch.load(str(trunk.store.root / "step-00000001"))
+    assert (begun.best_step, begun.best_top1, begun.last_top1) == (None, None, 99.0)
+
+
+def test_a_branch_of_another_image_size_is_refused(recipe_file: Path, tmp_path: Path) -> None:
+    trunk = tmp_path / "trunk"
+    karat_here("train", str(recipe_file), f"run.dir={trunk}", "train.max_steps=1")
+    done = karat(
+        "train", str(recipe_file), f"run.dir={tmp_path / 'branch'}", f"resume.from={trunk}", "model.image_size=24"
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: checkpoint {trunk / 'checkpoints/step-00000001'}: ")
+
+
+def test_a_branch_from_nowhere_is_one_line(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = karat("train", str(recipe_file), f"run.dir={tmp_path / 'branch'}", "resume.from=~/nowhere")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: resume.from = ~/nowhere is no directory; name a checkpoint's or a run's\n",
+    )
 
 
 @pytest.mark.slow
