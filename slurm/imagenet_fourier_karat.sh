@@ -25,7 +25,7 @@
 SCRIPT=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/;p;q}')
 KARAT_HOME=${KARAT_HOME:-$(dirname "$(dirname "${SCRIPT:-$(realpath "$0")}")")}
 
-RECIPE=${RECIPE:-imagenet_vit_tiny_g3b}    # `ls karat_scale/recipes`, or a YAML file
+RECIPE=${RECIPE:-imagenet_vit_tiny_g3b}    # `karat recipes` lists them, or a YAML file
 SHARDS=${SHARDS:-}       # a directory or URL of shards; empty: the recipe's data.path
 RUN=${RUN:-$KARAT_HOME/runs/$(basename "$RECIPE" .yaml)}
 VENV=${VENV:-}           # a virtual environment, or

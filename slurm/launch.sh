@@ -11,7 +11,7 @@
 # Exit codes: 0 done; 2 a mistake to fix; 1 anything else. Saved on a signal is 75: the job is requeued.
 set -uo pipefail
 
-# The number of restarts in a row that may end without a new checkpoint.
+# These may be set, too. The number of restarts in a row that may end without a new checkpoint.
 : "${IDLE_RESTARTS:=3}"
 # If a rank makes no progress for this many seconds, the job ends and names it. 0: never. Phases may have their own:
 # 900,start=1800,compile=3600,data=300,step=600,save=1800

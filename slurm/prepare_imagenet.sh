@@ -47,7 +47,7 @@ mkdir -p "$SHARDS" || refuse "SHARDS = $SHARDS cannot be written"
 if grep -qs "^ *\"$split\": {" "$SHARDS/dataset.json"; then
   make_shards "$SHARDS" "$@"
 else
-  # Apart, since two tasks must not write one dataset.json.
+  # Each task writes to its own directory, because two tasks must not write the same dataset.json.
   [[ -f $SHARDS/.making-$split/dataset.json ]] || make_shards "$SHARDS/.making-$split" "$@"
   run_alone flock "$SHARDS/.lock" \
     "${PYTHON[@]}" "$KARAT_HOME/data_prep/join_splits.py" --src "$SHARDS/.making-$split" --out "$SHARDS"
