@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 
 from karat_scale.analysis.figures import new_figure
 from karat_scale.analysis.result import Result, Settings, Table, note_bad_images
@@ -15,7 +15,7 @@ from karat_scale.analysis.trained_run import TrainedRun
 from karat_scale.analysis.validation_images import ValidationImages
 from karat_scale.analysis.visit import visit_images
 from karat_scale.models.content import FIGURES, Content
-from karat_scale.models.layers import attention_layers
+from karat_scale.models.factory import layer_sizes
 from karat_scale.models.replaced_matrices import can_be_replaced, mean_over_queries, replaced
 
 
@@ -26,8 +26,13 @@ def analyze_content(run: TrainedRun, settings: Settings) -> Result:
         UserError: the run has no checkpoint, or its data cannot be read.
     """
     model, images = run.model(), run.images(settings.images)
-    content = Content(len(attention_layers(model)))
-    done = visit_images(model, run, images, settings, "content", content.add)
+    sizes = layer_sizes(run.recipe.model)
+    content = Content(len(sizes))
+
+    def add(block: int, raw: Tensor, learned: Tensor) -> None:
+        content.add(block, raw, learned, len(learned) // sizes[block].sets)
+
+    done = visit_images(model, run, images, settings, "content", add)
     figures = content.figures()
     result = Result()
     blocks = [dict(zip(FIGURES, own, strict=True)) for own in figures.tolist()]

@@ -9,6 +9,7 @@ from karat_scale.analysis.trained_run import TrainedRun
 from karat_scale.cluster.standing import read_events
 from karat_scale.console import plural
 from karat_scale.errors import UserError
+from karat_scale.models.describe import describe_attention
 from karat_scale.models.factory import parameter_count
 from karat_scale.run.run_directory import RunDirectory
 
@@ -78,15 +79,12 @@ def achieved(run: TrainedRun) -> tuple[str, dict[str, str]]:
 
 def described(run: TrainedRun) -> dict[str, str]:
     """Return facts by name of what a run's model is, and which of its weights are analysed."""
-    attention, model = run.recipe.attention, run.recipe.model
-    kind: str = attention.kind
-    if attention.kind == "karat":
-        kind += f", {attention.basis}, {attention.form}, {attention.mode}, grid {attention.grid}, rank {attention.rank}"
-        kind += "" if attention.scores else ", without scores"
-        kind += ", residual" if attention.residual else ""
-        kind += f", {plural(attention.softmax_heads, 'softmax head')}" if attention.softmax_heads else ""
+    model = run.recipe.model
     patch = f", patch {model.patch_size}" if model.patch_size else ""
-    facts = {"attention": kind, "model": f"{model.name}, {model.image_size} px{patch}"}
+    facts = {
+        "attention": describe_attention(run.recipe.attention),
+        "model": f"{model.name}, {model.image_size} px{patch}",
+    }
     try:
         states = plural(len(run.in_order), "state")
         facts["weights"] = f"{run.weights_kind}, of step {run.step(run.chosen):,}; the run keeps {states} of training"

@@ -142,8 +142,9 @@ class TrainedRun:
 
     @property
     def matrix_name(self) -> str:
-        """What figures call the attention matrices: "softmax", or "S" where a part of them is learned."""
-        return "softmax" if self.recipe.attention.kind == "softmax" else "S"
+        """What figures call the attention matrices: "softmax", or "S" where they are learned, perhaps by a teacher."""
+        attention = self.recipe.attention
+        return "softmax" if attention.kind == "softmax" and not attention.transfer_from else "S"
 
     def images(self, count: int, ids: tuple[int, ...] | None = None) -> ValidationImages:
         """Return `count` validation images spread over the split, or `ids`. Raises DataError if there are none."""

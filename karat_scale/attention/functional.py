@@ -89,16 +89,20 @@ def fourier_karat_scores(
     """Return the learned attention S, for analysis: `fourier_karat_attention` with the same arguments is S @ value.
 
     `value` is not used and may be None. The result is [B, h, N, N], in the query's dtype or, under autocast, in
-    autocast's. Rows need not sum to one, and entries may be negative. Raises ValueError like
-    `fourier_karat_attention`.
+    autocast's. Rows need not sum to one, and entries may be negative. An implementation that can attend but cannot
+    give S leaves it to "auto". Raises ValueError like `fourier_karat_attention`.
     """
     check_call(query, key, value, cos_coef, sin_coef, proj, bias, mask)
     check_choice("base", base, BASE_ACTIVATIONS)
     batch, heads, tokens, _ = query.shape
     # S = S I: the identity as value gives S by whichever implementation attends.
     identity = torch.eye(tokens, dtype=query.dtype, device=query.device).expand(batch, heads, -1, -1)
-    call = FourierCall(query, key, identity, cos_coef, sin_coef, proj, base, bias, mask)
-    return _choose(implementation, call)(call).to(output_dtype(query))
+    call = FourierCall(query, key, query, cos_coef, sin_coef, proj, base, bias, mask)
+    _choose(implementation, call)  # refuses what attention refuses
+    call = call._replace(value=identity)
+    # A kernel may take no values that are wider than the queries.
+    able = implementation if refusal(implementation, call) is None else "auto"
+    return _choose(able, call)(call).to(output_dtype(query))
 
 
 def fourier_karat_units(

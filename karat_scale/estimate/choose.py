@@ -7,7 +7,8 @@ from karat_scale.data.plan import micro_batch_of
 from karat_scale.engine.deepspeed_config import load_ds_config, stage_refusal, zero_stage
 from karat_scale.engine.precision import PRECISIONS
 from karat_scale.errors import RecipeError
-from karat_scale.estimate.memory import Batch, Peak, attention_workspace, evaluation, peak
+from karat_scale.estimate.attention_tiles import attention_workspace
+from karat_scale.estimate.memory import Batch, Peak, evaluation, peak
 from karat_scale.estimate.subject import Subject
 from karat_scale.estimate.zero import FP32, kept
 from karat_scale.recipe import Recipe

@@ -32,12 +32,6 @@ _KERNELS = {
 # psi(A) V, of the content form, ends with a sum.
 OPERATOR_FORWARD, OPERATOR_BACKWARD = 2, 5
 PSI_FORWARD, PSI_BACKWARD = 1, 3
-_OWN_KERNELS = {
-    (False, False): OPERATOR_FORWARD,
-    (False, True): OPERATOR_BACKWARD,
-    (True, False): PSI_FORWARD,
-    (True, True): PSI_BACKWARD,
-}
 # What torch.compile leaves as kernels of their own.
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 _ATTENTION = "_scaled_dot_product"

@@ -28,6 +28,7 @@ SPEED_KEYS = (
     "train.freeze",
     "train.recompute",
     "augment.run_on",
+    "distill.from",
 )
 
 
@@ -89,7 +90,10 @@ def _differing(old: Recipe, new: Recipe) -> str:
         if before.get(key) != after[key] and any(key == speed or key.startswith(f"{speed}.") for speed in SPEED_KEYS)
     ]
     more = f", and {len(keys) - 1} more" if keys[1:] else ""
-    return f"{keys[0]} = {before.get(keys[0])}{more}" if keys else ""
+    if not keys:
+        return ""
+    value = before.get(keys[0])
+    return f"{keys[0]} = {value if value != '' else '(empty)'}{more}"
 
 
 def _rates(metrics: Path) -> list[float]:

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from karat_scale.attention.functional import choosing_as_on_a_gpu
+from karat_scale.attention.variants.rows import planning
 from karat_scale.engine.precision import PRECISIONS
 from karat_scale.errors import RecipeError
 from karat_scale.estimate.footprint import Footprint
@@ -82,7 +83,7 @@ class Subject:
             recompute(model, choices)
         size = self.recipe.model.image_size
         try:
-            with self._choosing():
+            with self._choosing(), planning():
                 traces = {batch: trace(model, mode, batch, size, self._autocasts) for batch in TRACED_BATCHES}
         except ValueError as error:
             raise RecipeError(f"attention.implementation = {self.recipe.attention.implementation!r}: {error}") from None

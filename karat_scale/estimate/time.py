@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from karat_scale.engine.precision import matrix_peak
+from karat_scale.estimate.attention_tiles import written_by_rows
 from karat_scale.estimate.footprint import Footprint
 from karat_scale.estimate.launches import StepLaunches
 from karat_scale.machine import Gpu
@@ -65,7 +66,8 @@ def estimate(
         return None
     flops = flops_per_image(recipe.model, recipe.attention).training + teacher_flops
     products = flops / (MATRIX_EFFICIENCY * peak)
-    bytes_ = TRAFFIC_PER_BYTE * (footprint.written(2) - footprint.written(1))
+    written = footprint.written(2) - footprint.written(1) + written_by_rows(recipe, on_gpu=True)
+    bytes_ = TRAFFIC_PER_BYTE * written
     return ComputeTime(
         image=products + bytes_ / (BANDWIDTH_EFFICIENCY * gpu.bandwidth),
         source="estimated from operations, bytes and launches",

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from karat_scale.models import parameter_count
+from karat_scale.models.describe import KARAT, describe_attention
+from karat_scale.recipe import AttentionConfig
 
 _CARD = """---
 library_name: timm
@@ -57,7 +59,7 @@ def model_card(facts: Mapping[str, str], model: nn.Module, title: str) -> str:
     return _CARD.format(
         title=title,
         name=config["name"],
-        attention=_attention(attention),
+        attention=_linked(describe_attention(AttentionConfig(**attention))),
         parameters=parameter_count(model),
         size=config["image_size"],
         classes=config["num_classes"],
@@ -68,10 +70,5 @@ def model_card(facts: Mapping[str, str], model: nn.Module, title: str) -> str:
     )
 
 
-def _attention(attention: Mapping[str, object]) -> str:
-    if attention["kind"] == "softmax":
-        return "softmax attention"
-    form, basis, mode = (str(attention[key]).replace("_", " ") for key in ("form", "basis", "mode"))
-    return (
-        f"Kolmogorov-Arnold attention ([arXiv 2503.10632](https://arxiv.org/abs/2503.10632): {form}, {basis}, {mode})"
-    )
+def _linked(attention: str) -> str:
+    return attention.replace(KARAT, f"[{KARAT}](https://arxiv.org/abs/2503.10632)")

@@ -6,6 +6,7 @@ these shares say how far a comparison with softmax is about learned functions of
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -26,34 +27,38 @@ class Content:
     def __init__(self, blocks: int) -> None:
         self._matrices: list[Tensor | float] = [0.0] * blocks
         self._sums = np.zeros((blocks, 4))
-        self._items, self._heads = np.zeros(blocks), np.zeros(blocks)
+        self._images, self._count = np.zeros(blocks), np.zeros(blocks)
         self._pairs = np.zeros(blocks)
 
-    def add(self, block: int, raw: Tensor, learned: Tensor) -> None:
-        """Add A and S [B, h, N, N] of one block."""
+    def add(self, block: int, raw: Tensor, learned: Tensor, images: int | None = None) -> None:
+        """Add A and S [B, h, N, N] of one block.
+
+        images: their number, where B is a multiple of it. Windows of one image differ by what they may see, so a window
+        is compared with the same window of the other images.
+        """
         learned = learned.double()
-        queries = learned.shape[2]
-        self._matrices[block] = self._matrices[block] + learned.sum(0)
+        queries, images = learned.shape[2], images or len(learned)
+        self._matrices[block] = self._matrices[block] + learned.unflatten(0, (images, -1)).sum(0)
         energy = learned.square().sum()
         # The part of each column of S that all queries share.
         shared = queries * learned.mean(2).square().sum()
         norms = torch.linalg.matrix_norm(learned).sum()
         beyond = (raw.abs() > math.pi).sum()
         self._sums[block] += torch.stack((energy, shared, norms, beyond.double())).cpu().numpy()
-        self._items[block] += len(learned)
-        self._heads[block] = learned.shape[1]
+        self._images[block] += images
+        self._count[block] += learned.shape[:2].numel()
         self._pairs[block] += raw.numel()
 
     def means(self) -> list[Tensor | float]:
-        """Return the mean of S over images [h, N, N] of each block, float64."""
-        return [matrix / n for matrix, n in zip(self._matrices, self._items, strict=True)]
+        """Return the mean of S over images [B / images, h, N, N] of each block, float64."""
+        return [matrix / n for matrix, n in zip(self._matrices, self._images, strict=True)]
 
     def figures(self) -> npt.NDArray[np.float64]:
         """Return `FIGURES` of each block [L, 4]."""
         energy, shared, norms, beyond = self._sums.T
-        same = [float(torch.as_tensor(x).square().sum()) / n for x, n in zip(self._matrices, self._items, strict=True)]
-        heads = self._items * self._heads
-        return np.stack((1 - shared / energy, 1 - np.array(same) / energy, beyond / self._pairs, norms / heads), 1)
+        same = [float(torch.as_tensor(x).square().sum()) / n for x, n in zip(self._matrices, self._images, strict=True)]
+        shares = 1 - shared / energy, 1 - np.array(same) / energy, beyond / self._pairs
+        return np.stack((*shares, norms / self._count), 1)
 
 
 @torch.no_grad()
@@ -63,7 +68,7 @@ def content_of(model: nn.Module, forward: Callable[[Tensor], object], images: Te
     `forward` calls the model, and perhaps more. The forward pass is not compiled.
     """
     content = Content(len(attention_layers(model)))
-    with torch.compiler.set_stance("force_eager"), watched(model, content.add):
+    with torch.compiler.set_stance("force_eager"), watched(model, partial(content.add, images=len(images))):
         forward(images)
     values = content.figures().round(6).T.tolist()
     return dict(zip(FIGURES, values, strict=True))

@@ -18,7 +18,7 @@ from karat_scale.models.prefix_tokens import fit_prefix, patches_of, prefix_toke
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 # Keys of an operator that can differ while all parameters have the same names and shapes.
-_OF_OPERATORS = ("basis", "form", "simplex", "base", "range")
+_OF_OPERATORS = ("basis", "form", "simplex", "base", "range", "grid", "degree")
 _FIX = "use the model and attention sections it was trained with"
 _PATCHES = "patch_embed.proj.weight"
 _POSITIONS = "pos_embed"

@@ -94,26 +94,31 @@ def _check_layers(there: set[str], here: set[str]) -> None:
 
 
 def _check_kinds(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Check softmax heads and residual attention, which show in the parameters' names."""
+    """Check the keys of a recipe that show in the operators' names and numbers of heads."""
     own = model.state_dict()
     for layer in attention_layers(model):
-        prefix = f"{layer.name}{OPERATOR}"
-        there, here = ([name for name in state if name.startswith(prefix)] for state in (weights, own))
+        prefix, heads = f"{layer.name}{OPERATOR}", layer.attention.num_heads
+        there, here = ({n: x for n, x in state.items() if n.startswith(prefix)} for state in (weights, own))
         if not here:
             continue
-        (residual_there, hybrid_there), (residual_here, _) = _kind(there, prefix), _kind(here, prefix)
-        if residual_there != residual_here:
-            field = f"attention.residual={str(residual_there).lower()}"
-        elif _kind(there, prefix) != _kind(here, prefix):
-            learned = weights[there[0]].shape[:1].numel()  # the first axis is always that of the heads
-            field = f"attention.softmax_heads={layer.attention.num_heads - learned if hybrid_there else 0}"
-        else:
-            continue
-        raise RecipeError(f"{prefix.removesuffix('.')} was trained with {field}, but the recipe differs; use that")
+        for trained, built in zip(_keys(there, prefix, heads), _keys(here, prefix, heads), strict=True):
+            if trained != built:
+                raise RecipeError(
+                    f"{prefix.removesuffix('.')} was trained with {trained}, but the recipe differs; use that"
+                )
 
 
-def _kind(names: Sequence[str], prefix: str) -> tuple[bool, bool]:
-    """Return whether softmax is added, and whether some heads use only softmax."""
-    rests = [name.removeprefix(prefix) for name in names]
-    residual = any(rest.rpartition(".")[2] == "gate" for rest in rests)
-    return residual, max(rest.count("operator.") for rest in rests) > residual
+def _keys(state: Mapping[str, Tensor], prefix: str, heads: int) -> tuple[str, ...]:
+    """Return the keys of the recipe that an operator's parameters show, of a layer with this many heads."""
+    names = [name.removeprefix(prefix) for name in state]
+    residual, content = (any(name.rpartition(".")[2] == own for name in names) for own in ("gate", "psi_constant"))
+    # Softmax heads, a softmax part, psi, and scores of 0 each wrap what is learned.
+    others = max(name.count("operator.") for name in names) - residual - content
+    learned = next(iter(state.values())).shape[:1].numel()  # the first axis is always that of the heads
+    softmax_heads = max(heads - learned, 0) if others else 0
+    return (
+        f"attention.residual={str(residual).lower()}",
+        f"attention.softmax_heads={softmax_heads}",
+        "attention.form=content" if content else "another attention.form than content",
+        f"attention.scores={str(others == (softmax_heads > 0)).lower()}",
+    )

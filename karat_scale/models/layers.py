@@ -47,6 +47,12 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     return [AttentionLayer(f"{name}.attn", block, attn) for name, block, attn in blocks if isinstance(attn, KNOWN)]
 
 
+def refuse_dropout(attention: Any) -> None:
+    """Raise ValueError if a layer that becomes KArAt has dropout of its attention matrix."""
+    if attention.attn_drop.p:
+        raise ValueError("attn_drop has no meaning for KArAt: the attention matrix is never formed")
+
+
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Return the block of each attention layer, in order."""
     return [layer.block for layer in attention_layers(model)]

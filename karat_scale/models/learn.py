@@ -6,7 +6,7 @@ from torch import nn
 
 from karat_scale.errors import RecipeError
 from karat_scale.models.host import cannot_be_built
-from karat_scale.models.layers import LayerSize, attention_layers
+from karat_scale.models.layers import LayerSize, attention_layers, refuse_dropout
 from karat_scale.models.make_operator import operator_maker
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
@@ -23,8 +23,8 @@ def learn(
     Other layers and all parameters do not change. `sizes` are those of all the model's layers.
 
     Raises:
-        RecipeError: a layer has too few heads, layers that would share an operator differ in size, or the
-            implementation does not support a layer's bias or mask.
+        RecipeError: a layer has too few heads or dropout of its attention matrix, layers that would share an operator
+            differ in size, or the implementation does not support a layer's bias or mask. No layer has changed then.
     """
     found = zip(attention_layers(network), sizes, strict=True)
     kept = [(layer, size) for layer, size in found if type(layer.attention) in classes]
@@ -50,11 +50,14 @@ def learn(
             f"with {fewest} heads; use fewer"
         )
     make = operator_maker(attention)
-    for layer, size in turned:
+    try:
+        for layer, _ in turned:
+            refuse_dropout(layer)
+        operators = [make(size.tokens, size.heads) for _, size in turned]
+    except ValueError as error:
+        raise cannot_be_built(model, error) from error
+    for (layer, _), operator in zip(turned, operators, strict=True):
         # A new class, as in torch's parametrizations: names and weights stay timm's.
         layer.__class__ = classes[type(layer)]
-        try:
-            layer.operator = make(size.tokens, size.heads)
-        except ValueError as error:
-            raise cannot_be_built(model, error) from error
+        layer.operator = operator
     return network

@@ -28,7 +28,7 @@ def operator_maker(attention: AttentionConfig) -> Callable[[int, int], nn.Module
     parameters are counted and stepped once (paper, the modular operator).
 
     Raises:
-        RecipeError: the basis cannot be built.
+        RecipeError: the basis cannot be built, or by the returned function, the operator.
     """
     _check_basis(attention)
 
@@ -36,7 +36,10 @@ def operator_maker(attention: AttentionConfig) -> Callable[[int, int], nn.Module
         softmax_heads = attention.softmax_heads
         if softmax_heads >= num_heads:
             raise ValueError(f"attention.softmax_heads = {softmax_heads} leaves none of {num_heads} heads for KArAt")
-        operator = _make_heads(attention, num_tokens, num_heads - softmax_heads)
+        try:
+            operator = _make_heads(attention, num_tokens, num_heads - softmax_heads)
+        except ValueError as error:
+            raise RecipeError(f"attention.{error}") from error
         learned = ResidualHeads(operator) if attention.residual or attention.kind == "static_softmax" else operator
         return HybridHeads(learned, softmax_heads) if softmax_heads else learned
 

@@ -34,7 +34,7 @@ def swap_attention(network: Any, attention: AttentionConfig, image_size: int = 2
         image_size: side of the images in pixels; the operators are made for this number of tokens.
 
     Raises:
-        RecipeError: a layer has too few heads, or layers that would share an operator differ in size.
+        RecipeError: as `learn`.
     """
     sizes = measure_layers(copy.deepcopy(network).to("meta", torch.float32).eval(), image_size)
     model = ModelConfig(name=type(network).__name__, image_size=image_size)

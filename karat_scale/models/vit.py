@@ -11,7 +11,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from karat_scale.models.host import Host, build_timm, cannot_be_built
-from karat_scale.models.layers import LayerSize
+from karat_scale.models.layers import LayerSize, refuse_dropout
 from karat_scale.models.make_operator import operator_maker
 from karat_scale.models.positions import sincos_2d
 from karat_scale.recipe import AttentionConfig, ModelConfig
@@ -33,8 +33,7 @@ class KaratAttention(Attention):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.attn_drop.p:
-            raise ValueError("attn_drop has no meaning for KArAt: the attention matrix is never formed")
+        refuse_dropout(self)
         self.operator = type(self).make_operator(self.num_heads)
 
     def forward(

@@ -16,6 +16,7 @@ from karat_scale.analysis.result import NothingToShowError, Result, Settings
 from karat_scale.analysis.spectrum import analyze_spectrum
 from karat_scale.analysis.trained_run import TrainedRun
 from karat_scale.attention.variants import BoundedOperator, SmoothOperator
+from karat_scale.recipe import ModelConfig
 
 IMAGES = 4
 BY_SETTINGS: dict[str, dict[str, Any]] = {
@@ -130,3 +131,11 @@ def test_the_plain_operator_has_the_same_functions(operator: SmoothOperator | Bo
     units = plain.scores(*operator.bounded(query, key)) @ torch.linalg.pinv(plain.proj).mT
     normalised = units / units.square().mean(2, keepdim=True).sqrt()
     assert torch.allclose(normalised @ plain.proj.mT, expected, atol=1e-3)
+
+
+def test_a_constant_s_depends_on_no_image_in_any_window(softmax_run: TrainedRun) -> None:
+    run = random_run(softmax_run, "static")
+    swin = ModelConfig(name="swin_mini_patch2_window4_32", image_size=32, num_classes=4)
+    run = dataclasses.replace(run, recipe=run.recipe.model_copy(update={"model": swin}))
+    found = analyze_content(run, Settings(images=IMAGES, batch=3)).numbers["blocks"]
+    assert [block["by_image"] for block in found] == pytest.approx([0, 0, 0, 0], abs=1e-6)

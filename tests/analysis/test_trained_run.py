@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from karat_scale.analysis.history import described
 from karat_scale.analysis.trained_run import TrainedRun, open_run
 from karat_scale.errors import DataError, RunDirectoryError
+from karat_scale.recipe import Recipe
 
 
 def test_checkpoints_and_snapshots_come_in_order_with_their_steps(any_run: TrainedRun) -> None:
@@ -86,3 +88,20 @@ def test_a_checkpoint_of_another_model(karat_run: TrainedRun, tmp_path: Path) ->
     recipe.write_text(recipe.read_text().replace("depth: 2", "depth: 3"))
     with pytest.raises(RunDirectoryError, match="holds another model: "):
         open_run(copy).model()
+
+
+@pytest.mark.parametrize(
+    ("attention", "name", "said"),
+    [
+        ({}, "softmax", "softmax attention"),
+        ({"transfer_from": "runs/g3b"}, "S", "attention transferred from runs/g3b"),
+        ({"kind": "static", "softmax_heads": 1}, "S", "a learned constant matrix as attention (blockwise, 1 softmax"),
+    ],
+    ids=["softmax", "transferred", "static"],
+)
+def test_the_matrices_are_named_by_what_made_them(
+    attention: dict[str, object], name: str, said: str, tmp_path: Path
+) -> None:
+    run = TrainedRun(tmp_path, Recipe.model_validate({"data": {"backend": "synthetic"}, "attention": attention}))
+    assert run.matrix_name == name
+    assert described(run)["attention"].startswith(said)

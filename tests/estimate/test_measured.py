@@ -37,6 +37,7 @@ def test_no_run_is_none(small_recipe: Load) -> None:
         (("model.depth=3",), "it ran with model.depth = 2"),
         (("attention.implementation=streaming",), "it ran with attention.implementation = auto"),
         (("train.precision=bf16",), "it ran with train.precision = fp32"),
+        (("distill.from=timm:vit_tiny_patch16_224",), "it ran with distill.from = (empty)"),
         (("train.recompute.policy=all", "augment.run_on=device"), "it ran with augment.run_on = workers, and 1 more"),
     ],
 )

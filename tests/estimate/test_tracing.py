@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from karat_scale.attention.variants import rows
+from karat_scale.estimate import attention_tiles
+from karat_scale.estimate.attention_tiles import attention_workspace, written_by_rows
 from karat_scale.estimate.footprint import Footprint
 from karat_scale.estimate.subject import Subject
 from karat_scale.estimate.tracing import Trace, fake_copy, trace_step
@@ -75,6 +78,52 @@ def test_the_line_through_two_traces_holds_for_another_batch(small_recipe: Load,
     assert line.live(6) == pytest.approx(other.live(6))
     parameters = sum(p.numel() for p in create_model(recipe.model, recipe.attention).parameters())
     assert line.gradients_made[-1] == (2 if bf16 == "model" else 4) * parameters
+
+
+SWIN = (
+    "model.name=swin_mini_patch2_window4_32",
+    "model.image_size=32",
+    *(f"model.{size}=null" for size in ("patch_size", "embed_dim", "depth", "num_heads")),
+)
+
+
+@pytest.mark.parametrize(
+    "keys", [("attention.kind=learned_score",), (*SWIN, "attention.form=content")], ids=["learned_score", "content"]
+)
+def test_rows_are_planned_however_many_tiles_a_batch_has(
+    small_recipe: Load, keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "workspace_budget", lambda _: 1)  # a tile for each item
+    subject = Subject(small_recipe(*keys), on_gpu=True)
+    for footprint in (subject.footprint(2), subject.evaluation()):
+        assert 0 < footprint.live(2).max() < footprint.live(4).max()
+
+
+def test_tiles_of_rows_hold_what_is_planned(small_recipe: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = small_recipe("attention.kind=learned_score", "model.embed_dim=8", "model.patch_size=2")
+    for module in (rows, attention_tiles):  # a tile holds two of the eight images
+        monkeypatch.setattr(module, "workspace_budget", lambda _: 2 * rows.HELD * 2 * 65**2)
+    footprint = Subject(recipe, on_gpu=False).footprint(8)
+    planned = (footprint.live(8) + footprint.gradients_made).max() + attention_workspace(recipe, 8, on_gpu=False)
+    # The worst moments of tiles and of all else need not be the same.
+    assert 1 <= planned / really_allocated(recipe, 8)[1] <= 1.2
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pytest.param(("attention.kind=learned_score",), id="learned_score"),
+        pytest.param((*SWIN, "attention.form=content"), id="content", marks=pytest.mark.slow),
+    ],
+)
+def test_tiles_of_rows_write_what_is_planned(small_recipe: Load, keys: tuple[str, ...]) -> None:
+    recipe = small_recipe(*keys)
+    model = create_model(recipe.model, recipe.attention)
+    size = recipe.model.image_size
+    traces = {batch: trace_step(model, fake_copy(model), batch, size, False) for batch in (2, 4)}  # of one tile each
+    planned, traced = Subject(recipe, on_gpu=False).footprint(2), Footprint.through(traces)
+    tiles = (traced.written(4) - traced.written(2) - planned.written(4) + planned.written(2)) / 2
+    assert written_by_rows(recipe, on_gpu=False) == pytest.approx(tiles, rel=0.15)
 
 
 def test_passes_that_differ_have_no_line(small_recipe: Load) -> None:

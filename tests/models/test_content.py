@@ -8,13 +8,15 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from karat_scale import native_build
 from karat_scale.analysis.trained_run import open_run
 from karat_scale.analysis.validation_images import ValidationImages
 from karat_scale.cli import main
 from karat_scale.models import create_model
 from karat_scale.models.attention_matrices import watched
 from karat_scale.models.content import Content, content_of
-from karat_scale.recipe import AttentionConfig
+from karat_scale.models.transfer import Teacher, give_teacher
+from karat_scale.recipe import AttentionConfig, ModelConfig
 from tests.conftest import SMALL, events
 from tests.models.test_attention_matrices import SIZE
 
@@ -65,6 +67,38 @@ def test_controls_depend_on_what_they_see(section, expected):
     with watched(model, content.add), torch.no_grad():
         model(torch.randn(4, 3, 16, 16))
     assert ((content.figures()[:, :2] > 1e-6) == expected).all()
+
+
+@pytest.mark.skipif(not native_build._available_instruction_sets(), reason="the CPU kernel does not run here")
+@pytest.mark.parametrize("transferred", [False, True], ids=["own", "transferred"])
+@pytest.mark.parametrize("form", ["modular", "content", "smooth"])
+def test_a_kernel_that_cannot_give_s_leaves_it_to_another(form: str, transferred: bool) -> None:
+    """The CPU kernel takes no values wider than the heads, and S needs N of them."""
+    figures = []
+    for implementation in ("cpu", "streaming"):
+        torch.manual_seed(0)
+        attention = AttentionConfig(kind="karat", form=form, rank=3, modes=4, implementation=implementation)
+        model, images = create_model(SIZE, attention).eval(), torch.randn(2, 3, 16, 16)
+        if transferred:
+            teacher = Teacher(model)
+            model = create_model(SIZE, AttentionConfig(transfer_from="there")).eval()
+            give_teacher(model, teacher, "there")
+        figures.append(content_of(model, model, images))
+    assert figures[0] == {name: pytest.approx(values, abs=1e-4) for name, values in figures[1].items()}
+
+
+def test_windows_that_see_unlike_parts_do_not_make_s_depend_on_the_image() -> None:
+    """In a shifted block, the windows at the edge mask some of the pairs that others keep."""
+    torch.manual_seed(0)
+    swin = ModelConfig(name="swin_mini_patch2_window4_32", image_size=32, num_classes=3)
+    model = create_model(swin, AttentionConfig(kind="static")).eval()
+    figures = content_of(model, model, torch.randn(3, 3, 32, 32))
+    assert figures["by_image"] == pytest.approx([0, 0, 0, 0], abs=1e-6)
+    assert min(figures["by_query"]) > 0.5
+    softmax = create_model(swin, AttentionConfig()).eval()
+    for parameter in softmax.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    assert max(content_of(softmax, softmax, torch.randn(3, 3, 32, 32))["by_image"]) > 0.01
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero3"])

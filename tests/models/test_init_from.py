@@ -5,7 +5,7 @@ from timm.models import VisionTransformer
 
 from karat_scale.errors import RecipeError
 from karat_scale.models import create_model
-from karat_scale.models.init_from import take_weights
+from karat_scale.models.init_from import differences, take_weights
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 SMALL = {"name": "vit_mini_patch4_28", "image_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -313,13 +313,31 @@ def test_operators_of_other_blocks_are_refused(there: dict[str, object], here: d
         ({}, {"softmax_heads": 1}, "attention.softmax_heads=0"),
         ({"softmax_heads": 1}, {}, "attention.softmax_heads=1"),
         ({"softmax_heads": 1, "residual": True}, {"residual": True}, "attention.softmax_heads=1"),
+        ({"form": "content"}, {}, "attention.form=content"),
+        ({}, {"form": "content"}, "another attention.form than content"),
+        ({"form": "content", "residual": True}, {"residual": True}, "attention.form=content"),
+        ({"form": "content", "softmax_heads": 1}, {"softmax_heads": 1}, "attention.form=content"),
+        ({"scores": False}, {}, "attention.scores=false"),
+        ({}, {"scores": False}, "attention.scores=true"),
+        ({"scores": False, "softmax_heads": 1}, {"softmax_heads": 1}, "attention.scores=false"),
+        ({"softmax_heads": 1}, {"scores": False}, "attention.softmax_heads=1"),
     ],
 )
-def test_softmax_beside_an_operator_is_told_by_its_field(
+def test_what_wraps_an_operator_is_told_by_its_field(
     there: dict[str, object], here: dict[str, object], field: str
 ) -> None:
     with pytest.raises(RecipeError, match=f"blocks.0.attn.operator was trained with {field}, but the recipe differs"):
         take_weights(model(1, **here), model(0, **there).state_dict())
+
+
+def test_splines_of_equal_number_differ_by_grid_and_degree() -> None:
+    sizes = ModelConfig(**SMALL)
+    there, here = ({"kind": "karat", "basis": "bspline", "grid": g, "degree": k} for g, k in ((4, 2), (3, 3)))
+    take_weights(model(1, **here), model(0, **there).state_dict())  # the shapes are the same
+    assert differences((sizes, AttentionConfig(**there)), (sizes, AttentionConfig(**here))) == [
+        "attention.grid = 4 in the weights, 3 here",
+        "attention.degree = 2 in the weights, 3 here",
+    ]
 
 
 @pytest.mark.parametrize("mode", ["universal", "blockwise"])

@@ -54,3 +54,13 @@ def test_too_few_heads_are_refused() -> None:
     network = create_model(ModelConfig(**HOSTS["vit"], num_classes=3), AttentionConfig())
     with pytest.raises(RecipeError, match="softmax_heads = 5 leaves no head"):
         swap_attention(network, AttentionConfig(kind="karat", softmax_heads=5), image_size=16)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_dropout_of_the_matrix_is_refused_and_nothing_has_changed(host: str) -> None:
+    model = ModelConfig(**HOSTS[host], num_classes=3)
+    network = create_model(model, AttentionConfig(), attn_drop_rate=0.1)
+    classes = [type(module) for module in network.modules()]
+    with pytest.raises(RecipeError, match="attn_drop has no meaning for KArAt: the attention matrix is never formed"):
+        swap_attention(network, AttentionConfig(kind="karat", rank=3), model.image_size)
+    assert [type(module) for module in network.modules()] == classes

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from karat_scale.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.models.flops import flops_per_image
 from karat_scale.models.operators import head_parameters, operators
@@ -99,3 +100,17 @@ def test_operations_are_counted():
 def test_what_does_not_go_together_is_refused(section, said):
     with pytest.raises(ValueError, match=said):
         AttentionConfig(**section)
+
+
+@pytest.mark.parametrize(
+    ("host", "section", "said"),
+    [
+        ("vit", {"form": "bounded", "rank": 18}, "attention.rank = 18 is more than N = 17 tokens; use at most 17"),
+        ("swin", {"form": "bounded", "rank": 17}, "attention.rank = 17 is more than N = 16 tokens; use at most 16"),
+        ("vit", {"form": "smooth", "modes": 18}, "attention.modes = 18 is more than N = 17 tokens"),
+    ],
+)
+def test_more_than_the_tokens_allow_is_one_line(host: str, section: dict[str, object], said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        create_model(ModelConfig(**HOSTS[host], num_classes=3), AttentionConfig(kind="karat", **section))
+    assert str(caught.value) == said

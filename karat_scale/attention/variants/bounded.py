@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 from karat_scale.attention.bases import initialise_projector
+from karat_scale.attention.call import FourierCall
 from karat_scale.attention.functional import fourier_karat_units
 from karat_scale.attention.heads import FourierHeads
 from karat_scale.attention.operator import FourierKaratOperator, plain_operator
@@ -20,7 +21,9 @@ class BoundedOperator(FourierHeads):
 
     Ours, not the paper's. With tau = pi sigmoid(t) <= pi no score leaves one period of the series. H[:, p] becomes
     gamma_p H[:, p] / rms(H[:, p]), so the Frobenius norm of S is at most sqrt(N) |gamma| |W|. A coefficient of order m
-    starts at N(0, 1 / (N m^4)) and is stored times m, so weight decay is the penalty m^2 (a_m^2 + b_m^2).
+    starts at N(0, 1 / (N m^4)) and is stored times m. So it learns about m times more slowly than one of order 1, and
+    AdamW's weight decay, which shrinks all orders alike, weighs about m times more beside what it learns. (A penalty in
+    the loss would be m^2 (a_m^2 + b_m^2).)
 
     Args:
         num_tokens: N, class token included.
@@ -30,6 +33,8 @@ class BoundedOperator(FourierHeads):
         implementation: as in `fourier_karat_attention`.
         device, dtype: of `cos_coef` and `sin_coef` [h, r, N, G], `proj` W [h, N, r], `gamma` [h, r] and `temperature`
             t [h].
+
+    Raises ValueError when the rank is larger than N.
     """
 
     def __init__(
@@ -44,6 +49,8 @@ class BoundedOperator(FourierHeads):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if rank > num_tokens:
+            raise ValueError(f"rank = {rank} is more than N = {num_tokens} tokens; use at most {num_tokens}")
         self.num_tokens, self.num_heads, self.rank, self.grid = num_tokens, num_heads, rank, grid
         self.implementation = implementation
 
@@ -104,6 +111,10 @@ class BoundedOperator(FourierHeads):
             f"num_tokens={self.num_tokens}, num_heads={self.num_heads}, rank={self.rank}, grid={self.grid}, "
             f"implementation={self.implementation!r}"
         )
+
+    def _call(self, width: int, device: torch.device, biased: bool, masked: bool) -> FourierCall:
+        call = super()._call(width, device, biased, masked)
+        return call._replace(value=call.value.new_empty(*call.value.shape[:-1], self.rank))  # of H, not of O
 
     def _hidden(self, query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
         """H [B, h, N, r], normalised; float32, or float64 where an input is."""

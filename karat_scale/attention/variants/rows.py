@@ -1,6 +1,7 @@
 """O = S V for any rule that computes rows of S from rows of scores, in bounded memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,7 +14,22 @@ from karat_scale.attention.tiles import Tiling, plan_tiles, workspace_budget
 # parameters of its call: the backward pass computes rows again, and the module may have other parameters by then.
 Rule = Callable[[Tensor, Tensor | None], Tensor]
 # Tensors of the size of the scores that a rule holds at once, roughly.
-_HELD = 4
+HELD = 4
+_plans = False
+
+
+@contextmanager
+def planning() -> Iterator[None]:
+    """Let `attend_rows` compute only the first row of O, and return it for all rows.
+
+    The number of tiles follows from the batch and the device, so a trace of them would fit no other batch.
+    """
+    global _plans  # not a context variable, which torch.compile cannot trace
+    before, _plans = _plans, True
+    try:
+        yield
+    finally:
+        _plans = before
 
 
 def attend_rows(
@@ -35,10 +51,12 @@ def attend_rows(
     batch, heads, tokens, _ = query.shape
     with full_precision(query.device):
         q, k, v = (x.to(dtype) for x in (query, key, value))
-        if whole:
+        if whole or batch == 0:
             tiling = Tiling([slice(None)], [slice(None)])
+        elif _plans:
+            tiling = Tiling([slice(0, 1)], [slice(0, 1)])
         else:
-            tiling = plan_tiles(batch, tokens, heads * key.shape[2] * _HELD, workspace_budget(query.device))
+            tiling = plan_tiles(batch, tokens, heads * key.shape[2] * HELD, workspace_budget(query.device))
 
         def attend(items: slice, rows: slice) -> Tensor:
             scores, keep = _scores(q, k, bias, mask, items, rows)
@@ -51,7 +69,10 @@ def attend_rows(
             return output
 
         parts = [torch.cat([again(items, rows) for rows in tiling.rows], 2) for items in tiling.batches]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(output_dtype(value))
+        output = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if _plans and not whole:
+            output = output.expand_as(v).clone()
+    return output.to(output_dtype(value))
 
 
 def rows_of_scores(
@@ -71,7 +92,11 @@ def _scores(
     scores = query[items, :, rows] @ key[items].mT / query.shape[-1] ** 0.5
     if bias is not None:
         scores = scores + _tile(bias, items, rows).to(scores.dtype)
-    return scores, None if mask is None else _tile(mask, items, rows)
+    if mask is None:
+        return scores, None
+    keep = _tile(mask, items, rows)
+    # The score of a masked pair may be infinite, and harmonics of infinity are nan.
+    return scores.masked_fill(~keep, 0), keep
 
 
 def _tile(pairs: Tensor, items: slice, rows: slice) -> Tensor:

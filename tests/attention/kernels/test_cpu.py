@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from karat_scale import native_build
 from karat_scale.attention import FourierKaratOperator, fourier_karat_attention, fourier_karat_scores
 from karat_scale.attention.functional import fourier_karat_units
+from karat_scale.attention.variants import BoundedOperator
 from tests.attention.calls import assert_close, make_call, output_and_gradients
 
 available = native_build._available_instruction_sets()
@@ -300,14 +301,31 @@ def test_dtypes_may_differ():
     assert_close(actual, oracle(mixed, upstream), 5e-3)
 
 
-def test_scores_come_from_the_kernel_only_where_tokens_and_width_agree():
-    call = make_call(1, 2, 8, 8, 3, 2).to(torch.float32)
+@pytest.mark.parametrize("width", [8, 4], ids=["by the kernel", "by another"])
+def test_scores_are_those_of_the_kernels_attention(width):
+    call = make_call(1, 2, 8, width, 3, 2).to(torch.float32)
     learned = fourier_karat_scores(*call, implementation="cpu")
     assert_close([learned @ call.value], [fourier_karat_attention(*call, implementation="cpu")], 1e-6)
+
+
+def test_scores_are_refused_where_attention_is():
     call = make_call(1, 2, 8, 4, 3, 2).to(torch.float32)
-    with pytest.raises(ValueError, match=r"value has shape \[1, 2, 8, 8\]"):
-        fourier_karat_scores(*call, implementation="cpu")
-    assert fourier_karat_scores(*call).shape == (1, 2, 8, 8)
+    with pytest.raises(ValueError, match="it takes no bias and no mask"):
+        fourier_karat_scores(*call, bias=torch.zeros(8, 8), implementation="cpu")
+    with pytest.raises(ValueError, match="r = 33"):
+        fourier_karat_scores(*make_call(1, 1, 6, 4, 33, 2).to(torch.float32), implementation="cpu")
+
+
+def test_bounded_units_that_are_wider_than_the_heads_are_refused_before_they_run():
+    made = BoundedOperator(9, 2, rank=5, grid=2, implementation="cpu")
+    assert made.refusal(5, torch.device("cpu")) is None
+    refusal = "value has shape [1, 2, 9, 5], not query's"
+    assert made.refusal(4, torch.device("cpu")) == refusal
+    with pytest.raises(ValueError, match="value has shape"):
+        made(*torch.randn(3, 1, 2, 9, 4))
+    made.implementation = "auto"
+    assert made.chosen(4, torch.device("cpu")) == ("streaming", refusal)
+    assert made.chosen(5, torch.device("cpu")) == ("cpu", None)
 
 
 def test_a_model_learns():

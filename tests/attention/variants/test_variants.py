@@ -189,3 +189,37 @@ def test_bounded_is_bounded():
 def test_smooth_needs_as_many_tokens_as_modes():
     with pytest.raises(ValueError, match="modes = 11 is more than N = 10 tokens"):
         SmoothOperator(TOKENS, HEADS, modes=11)
+
+
+@pytest.mark.parametrize("name", ["learned_score", "content"])
+def test_the_score_of_a_masked_pair_may_be_infinite(name):
+    module = make(name)
+    mask = torch.rand(TOKENS, TOKENS, generator=torch.Generator().manual_seed(0)) > 0.3
+    mask[2] = False  # a query that sees nothing
+    results = []
+    for masked in (0.0, torch.inf, -torch.inf):
+        tensors = [x.requires_grad_() for x in heads()]
+        bias = torch.full((TOKENS, TOKENS), masked, dtype=torch.float64).masked_fill(mask, 0.5).requires_grad_()
+        output = module(*tensors, bias=bias, mask=mask)
+        grads = torch.autograd.grad(output.sin().sum(), [*tensors, bias, *module.parameters()])
+        results.append((output, module.scores(*tensors[:2], bias, mask), *grads))
+    for found in results[1:]:
+        for finite, infinite in zip(results[0], found, strict=True):
+            torch.testing.assert_close(infinite, finite)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_an_empty_batch_gives_an_empty_result(name):
+    module = make(name)
+    tensors = [x[:0].requires_grad_() for x in heads()]
+    mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool)
+    output = module(*tensors, bias=mask.double(), mask=mask)
+    assert output.shape == (0, HEADS, TOKENS, WIDTH)
+    output.sum().backward()
+    assert module.scores(*tensors[:2]).shape == (0, HEADS, TOKENS, TOKENS)
+
+
+def test_bounded_needs_as_many_tokens_as_units():
+    BoundedOperator(TOKENS, HEADS, rank=10)
+    with pytest.raises(ValueError, match="rank = 11 is more than N = 10 tokens; use at most 10"):
+        BoundedOperator(TOKENS, HEADS, rank=11)
