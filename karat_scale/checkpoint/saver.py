@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from karat_scale.checkpoint.generators import generator_states
 from karat_scale.checkpoint.saved_state import sidecar_name
+from karat_scale.checkpoint.size import checkpoint_bytes
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
 from karat_scale.checkpoint.tensor_storage import DurableStorage, describe
 from karat_scale.engine.deepspeed_internals import shard_layout, use_storage
@@ -229,10 +230,8 @@ class Saver:
             return None, describe(error)
 
     def _counted_bytes(self) -> int:
-        """Of a whole checkpoint: masters, AdamW's two moments, averages, and the module where it is apart from them."""
-        fp32_tensors = 3 + (self._ema is not None)
-        of_module = next(self._engine.module.parameters()).element_size() if self._engine.stage else 0
-        return self._engine.parameters * (4 * fp32_tensors + of_module)
+        weight_bytes = next(self._engine.module.parameters()).element_size()
+        return checkpoint_bytes(self._engine.parameters, self._engine.stage, self._ema is not None, weight_bytes)
 
     def _collect(self, directory: Path, copies: bool) -> str | None:
         """Hand all that this rank will write to the storage."""

@@ -8,15 +8,16 @@ from secrets import token_bytes, token_hex
 
 import torch
 
+from karat_scale.checkpoint.size import planned_bytes
 from karat_scale.console import gigabytes, plural
 from karat_scale.data.backends import Backend
 from karat_scale.data.plan import TrainPlan, micro_batch_of
 from karat_scale.doctor import resources
 from karat_scale.doctor.data_files import DataFiles, find_data_files
 from karat_scale.doctor.report import Finding, found
+from karat_scale.engine.deepspeed_config import load_ds_config, zero_stage
 from karat_scale.engine.distributed import World
 from karat_scale.errors import RecipeError
-from karat_scale.estimate.report import CHECKPOINT_BYTES_PER_PARAMETER
 from karat_scale.machine import usable_cores
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import differing_keys
@@ -37,6 +38,12 @@ class Subject:
     def local_ranks(self) -> int:
         """The number of ranks on this node."""
         return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or self.world.size)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """The size of a checkpoint."""
+        stage = zero_stage(load_ds_config(self.recipe, self.world.size, self.micro_batch))
+        return planned_bytes(self.recipe, stage, self.parameters)
 
     @property
     def cores_of_a_rank(self) -> int:
@@ -133,7 +140,7 @@ def examine_run_directory(subject: Subject) -> Iterator[Finding]:
     yield _occupied(recipe, directory)
     checkpoint = recipe.checkpoint
     kept = checkpoint.keep_last + checkpoint.keep_best + 1 + bool(checkpoint.url)  # one that is copied may stay longer
-    one = CHECKPOINT_BYTES_PER_PARAMETER * subject.parameters
+    one = subject.checkpoint_bytes
     free = shutil.disk_usage(resources.nearest_existing(directory.path)).free
     text = f"{kept} checkpoints of {gigabytes(one)} (one of them while it is written), {gigabytes(free)} free"
     short = kept * one > free
@@ -150,7 +157,7 @@ def examine_checkpoint_url(subject: Subject) -> Iterator[Finding]:
     store.write(name, data)
     same = store.read_small(name, len(data)) == data
     store.remove([name])
-    one = CHECKPOINT_BYTES_PER_PARAMETER * subject.parameters
+    one = subject.checkpoint_bytes
     text = f"{checkpoint.url} can be {'written and read' if same else 'written, but not read'}"
     text += f"; each checkpoint copies about {gigabytes(one)} there"
     yield found("checkpoint.url", text, "" if same else "check the store", wrong=not same, checkpoint_bytes=one)

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from karat_scale.checkpoint.size import planned_bytes
 from karat_scale.console import duration, gigabytes, print_table
 from karat_scale.estimate.choose import Choice, Machine
 from karat_scale.estimate.communication import Traffic, seconds, step_seconds
@@ -13,8 +14,6 @@ from karat_scale.machine import Gpu
 from karat_scale.recipe import Recipe
 
 SHOWN_MICRO_BATCHES = 6
-# fp32 weights, their EMA and the two moments of AdamW.
-CHECKPOINT_BYTES_PER_PARAMETER = 16
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        return CHECKPOINT_BYTES_PER_PARAMETER * self.parameters
+        return planned_bytes(self.recipe, self.choice.stage, self.parameters)
 
     @property
     def communication(self) -> float:

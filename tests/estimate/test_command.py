@@ -44,7 +44,7 @@ def test_stages_that_the_recipe_cannot_use_are_told(tmp_path: Path, capsys: Capt
     assert "recommended: deepspeed.config=zero1" in printed
     found = json.loads(file.read_text())
     assert list(found["refused"]) == ["zero0"]
-    assert found["checkpoint_bytes"] == 16 * found["parameters"]
+    assert found["checkpoint_bytes"] == 18 * found["parameters"]
     assert f"checkpoint.url: each checkpoint copies about {gigabytes(found['checkpoint_bytes'])} there" in printed
 
 
