@@ -1,6 +1,7 @@
 """Make one beton: images are read, checked and packed in parallel, and one process writes them in order."""
 
 import functools
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from karat_scale.console import progress
 from karat_scale.data.formats.beton import BetonRecord, beton_path, index_bytes, index_path, record_path
 from karat_scale.data.formats.beton_writer import BetonWriter, StoredImage
 from karat_scale.data.formats.shard_format import FileRecord
-from karat_scale.files import commit_file, file_sha256, write_atomically
+from karat_scale.files import commit_file, file_sha256, flush_to_disk, write_atomically
 
 CHUNK = 8
 
@@ -55,48 +56,55 @@ def pack_images(job: BetonJob, indices: list[int]) -> tuple[list[tuple[int, Stor
 
 
 def write_beton(job: BetonJob, workers: int) -> BetonRecord:
-    """Write a beton, its index and, last, its record. Raises DataError if no image is left or a process dies.
+    """Write a beton, after its index and its record. Raises DataError if no image is left or a process dies.
 
-    A beton without its record is invalid, so all files are first written under another name.
+    The beton gets its name last: a run that is killed before leaves a record without its beton, which readers refuse
+    and the next run makes again.
     """
     job.out.mkdir(parents=True, exist_ok=True)
-    chunks = [job.order[start : start + CHUNK].tolist() for start in range(0, len(job.order), CHUNK)]
-    keys: list[str] = []
-    modes: Counter[str] = Counter()
-    notes = Notes()
     try:
-        with (
-            progress(f"{job.split}: writing", len(job.order), "images") as advance,
-            BetonWriter(job.unfinished, len(job.order), job.packing.page) as writer,
-        ):
-            packed = run_in_processes(functools.partial(pack_images, job), chunks, workers)
-            for chunk, (images, found) in zip(chunks, packed, strict=True):
-                for index, image in images:
-                    writer.add(image, int(job.source.labels[index]))
-                    keys.append(job.source.key(index))
-                    modes[image.mode] += 1
-                notes.add(found)
-                advance(len(chunk))
-            fields = job.record_fields(notes)
-            index_content = index_bytes(writer.finish(), keys)
+        record, index = _write_unfinished(job, workers)
+        write_atomically(index_path(job.path), index)
+        write_atomically(record_path(job.path), record.model_dump_json(indent=1) + "\n")
         commit_file(job.unfinished, job.path)
     except BaseException:
         job.unfinished.unlink(missing_ok=True)
         raise
-    write_atomically(index_path(job.path), index_content)
+    return record
+
+
+def _write_unfinished(job: BetonJob, workers: int) -> tuple[BetonRecord, bytes]:
+    """Write the beton under its unfinished name; returns its record and its index."""
+    chunks = [job.order[start : start + CHUNK].tolist() for start in range(0, len(job.order), CHUNK)]
+    keys: list[str] = []
+    modes: Counter[str] = Counter()
+    notes = Notes()
+    with (
+        progress(f"{job.split}: writing", len(job.order), "images") as advance,
+        BetonWriter(job.unfinished, len(job.order), job.packing.page) as writer,
+    ):
+        packed = run_in_processes(functools.partial(pack_images, job), chunks, workers)
+        for chunk, (images, found) in zip(chunks, packed, strict=True):
+            for index, image in images:
+                writer.add(image, int(job.source.labels[index]))
+                keys.append(job.source.key(index))
+                modes[image.mode] += 1
+            notes.add(found)
+            advance(len(chunk))
+        fields = job.record_fields(notes)
+        index_content = index_bytes(writer.finish(), keys)
+    flush_to_disk(job.unfinished)  # which may take minutes
+    index_hash = hashlib.sha256(index_content).hexdigest()
     record = BetonRecord(
-        **_file_record(job.path).model_dump(),
+        name=job.path.name,
+        bytes=job.unfinished.stat().st_size,
+        sha256=file_sha256(job.unfinished),
         samples=len(keys),
-        index=_file_record(index_path(job.path)),
+        index=FileRecord(name=index_path(job.path).name, bytes=len(index_content), sha256=index_hash),
         split=job.split,
         classes=job.source.classes,
         names=job.names,
         modes=dict(sorted(modes.items())),
         **fields,
     )
-    write_atomically(record_path(job.path), record.model_dump_json(indent=1) + "\n")
-    return record
-
-
-def _file_record(path: Path) -> FileRecord:
-    return FileRecord(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path))
+    return record, index_content

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from PIL import Image
-from resizing import to_jpeg
 
 from karat_scale.data.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.decoders.ffcv import JpegDecoder
 from karat_scale.data.decoders.jpeg_header import read_frame
 from karat_scale.data.formats.beton_writer import MAX_SIDE, StoredImage
+from karat_scale.data.orientation import to_jpeg
 from karat_scale.errors import DataError
 
 WriteMode = Literal["jpg", "raw", "proportion", "smart"]

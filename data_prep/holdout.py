@@ -16,7 +16,7 @@ class PartOfSource(Source):
 
     def __init__(self, whole: Source, indices: npt.NDArray[np.int64]) -> None:
         super().__init__(whole.classes, whole.labels[indices], whole.sizes[indices], whole.facts)
-        self._whole, self._indices = whole, indices
+        self._whole, self._indices, self.exact_sizes = whole, indices, whole.exact_sizes
         self.blocks, self.window = None if whole.blocks is None else whole.blocks[indices], whole.window
 
     def name(self, index: int) -> str:

@@ -96,6 +96,8 @@ class Job:
             data = self.source.read(index)
             return self.preparation.prepare(data, path) if self.preparation else Prepared(data, "", False)
         except UnreadableSampleError as error:
+            if self.preparation:
+                self.preparation.check_left_out(path, error)
             notes.skipped.append(SkippedRecord(path=path, reason=str(error)))
             if isinstance(error, OddImageSkippedError):
                 notes.odd.append(OddRecord(path=path, what=str(error), done="skipped"))

@@ -7,8 +7,8 @@ beton with a JSON file and an index beside it (karat_scale/data/formats/beton.py
 that the same options make. JPEGs are copied byte for byte, unless --write-mode or --max-resolution re-encodes them.
 
 The same source and options give the same bytes. Run on a finished output, it checks every byte and makes damaged betons
-again. A run that was killed leaves only a hidden file; the next run starts that beton again and says so. Needs FFCV:
-in the clone, pip install -e '.[ffcv]'.
+again. A run that was killed leaves a hidden file, or a record without its beton; the next run starts that beton again
+and says so. Needs FFCV: in the clone, pip install -e '.[ffcv]'.
 """
 
 import argparse
@@ -32,6 +32,8 @@ from karat_scale.errors import DataError, run_script
 
 # FFCV's own defaults.
 QUALITY, JPEG_SHARE = 90, 0.5
+# A page has room for this much where only the mean size of images is known.
+ROOM_BYTES = 64 << 20
 
 
 def plan_job(split: str, source: Source, names: list[str], options: argparse.Namespace) -> BetonJob:
@@ -61,7 +63,7 @@ def plan_job(split: str, source: Source, names: list[str], options: argparse.Nam
         JPEG_SHARE if options.compress_probability is None else options.compress_probability,
         options.smart_threshold or 0,
         options.seed,
-        page_bytes(int(source.sizes.max())),
+        page_bytes(max(int(source.sizes.max()), 0 if source.exact_sizes else ROOM_BYTES)),
     )
     return BetonJob(split, source, options.out, preparation, made, order, packing, names)
 

@@ -4,18 +4,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from odd_images import TURNS, ImageFacts, decoding_failure, inspect_image, without_exif
-from resizing import Encoder, resized_jpeg, to_jpeg, upright_jpeg
+from resizing import Encoder, resized_jpeg
 from sources import UnreadableSampleError
 
 from karat_scale.data.decode import UndecodableImageError, decode_rgb
+from karat_scale.data.orientation import CONVERT_QUALITY, to_jpeg, upright_jpeg
 from karat_scale.errors import DataError
 
 Check = Literal["header", "decode"]
 OnOdd = Literal["convert", "keep", "skip", "stop"]
 Exif = Literal["turn", "keep"]
 DEFAULT_QUALITY = 90
-# Odd files are few, so their pixels may take some bytes.
-CONVERT_QUALITY = 95
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,9 @@ class Preparation:
     viewers show it; `keep` makes it an odd image. on_odd: what to do with images that are CMYK, in another format than
     their name says, with corrupt EXIF, junk in the header, or truncated. `convert` makes RGB JPEGs, and removes an EXIF
     block without changing the pixels, so that every decoder sees what torchvision's ImageFolder sees; an image that
-    cannot be decoded is skipped. `keep` keeps the bytes, `skip` leaves the image out, `stop` ends the run. resize,
-    quality: re-encode every image as RGB JPEG with at most this short side in pixels. encoder: the encoder for that.
+    cannot be decoded is skipped. `keep` keeps the bytes, `skip` leaves the image out, `stop` ends the run, also at an
+    image that cannot be read. resize, quality: re-encode every image as RGB JPEG with at most this short side in
+    pixels. encoder: the encoder for that.
     """
 
     check: Check = "header"
@@ -57,8 +57,7 @@ class Preparation:
         try:
             facts = inspect_image(data, name)
         except UnreadableSampleError as error:
-            if self.on_odd == "stop":
-                raise DataError(f"{name}: {error}; remove it, or choose another --on-odd than stop") from error
+            self.check_left_out(name, error)
             raise
         failure = facts.undecodable
         if not failure and self.check == "decode" and self.resize is None:
@@ -83,6 +82,11 @@ class Preparation:
             return _convert(data, facts, failure, odd)
         return Prepared(data, facts.extension, facts.grey, odd)
 
+    def check_left_out(self, name: str, error: UnreadableSampleError) -> None:
+        """Raise DataError if the policy is to stop at an image that cannot be used."""
+        if self.on_odd == "stop":
+            raise DataError(f"{name}: {error}; remove it, or choose another --on-odd than stop") from error
+
     def _turns(self, facts: ImageFacts) -> bool:
         return self.exif == "turn" and facts.orientation in TURNS
 
@@ -91,7 +95,7 @@ class Preparation:
         orientation = facts.orientation if self._turns(facts) else None
         if self.resize is not None:
             return resized_jpeg(data, self.resize, self.quality, self.encoder, orientation)
-        return None if orientation is None else upright_jpeg(data, orientation, CONVERT_QUALITY)
+        return None if orientation is None else upright_jpeg(data, orientation)
 
     def _refuse(self, name: str, odd: str) -> None:
         if self.on_odd == "stop":

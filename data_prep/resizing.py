@@ -1,32 +1,19 @@
-"""Shrink images to JPEGs: with the native recoder if it runs and the image is ordinary, else with Pillow.
-
-Turn pictures upright, with Pillow.
-"""
+"""Shrink images to JPEGs: with the native recoder if it runs and the image is ordinary, else with Pillow."""
 
 import functools
-import io
 from typing import Literal
 
-from PIL import Image, JpegImagePlugin
+from PIL import Image
 
-from karat_scale.data.decode import decode_rgb, opened, to_rgb
+from karat_scale.data.decode import decode_rgb
 from karat_scale.data.decoders.recoder import NativeRecoder, result_size
+from karat_scale.data.orientation import TRANSPOSES, to_jpeg
 from karat_scale.errors import DataError
 from karat_scale.native_build import PACKAGES, LoadError
 
 Encoder = Literal["native", "pillow"]
 # A JPEG that is scaled while decoding stays larger than its result by this factor, so that the resize is good.
 DRAFT_MARGIN = 2
-# By EXIF orientation.
-TRANSPOSES = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def choose_encoder(asked: Literal["auto", "native", "pillow"]) -> Encoder:
@@ -66,22 +53,3 @@ def resized_jpeg(
         image = image.transpose(TRANSPOSES[orientation])
     size = result_size(*image.size, short_side)
     return to_jpeg(image if size == image.size else image.resize(size, Image.Resampling.BICUBIC), quality)
-
-
-def upright_jpeg(data: bytes, orientation: int, quality: int) -> bytes:
-    """Return the image turned as its EXIF orientation asks, as a JPEG with its own subsampling, grey if it is.
-
-    Raises UndecodableImageError.
-    """
-    with opened(data) as image:
-        subsampling = JpegImagePlugin.get_sampling(image) if isinstance(image, JpegImagePlugin.JpegImageFile) else 0
-        grey = image.mode == "L"
-        pixels = to_rgb(image).transpose(TRANSPOSES[orientation])
-    return to_jpeg(pixels.convert("L") if grey else pixels, quality, max(subsampling, 0))
-
-
-def to_jpeg(image: Image.Image, quality: int, subsampling: int = -1) -> bytes:
-    """Encode with Pillow, by default with its own subsampling."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, subsampling=subsampling)
-    return buffer.getvalue()

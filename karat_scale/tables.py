@@ -39,7 +39,7 @@ EXTRAS = {
         "nvidia.dali", tuple(f"nvidia-dali-cuda{version}" for version in (130, 120, 110)), "data.backend=dali"
     ),
     "export": Extra("onnxruntime", ("onnxruntime",), "karat export --format onnx"),
-    "parquet": Extra("pyarrow", ("pyarrow",), "Parquet files in karat prepare make_webdataset"),
+    "parquet": Extra("pyarrow", ("pyarrow",), "Parquet files in karat prepare webdataset"),
     "remote": Extra("s3fs", ("s3fs",), "data at s3://, gs:// or https://, and checkpoint.url"),
     "corruptions": Extra("imagecorruptions", ("imagecorruptions-imaug",), "karat eval --corrupt"),
     "detection": Extra("pycocotools", ("pycocotools",), "karat detect"),

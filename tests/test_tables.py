@@ -17,6 +17,7 @@ from karat_scale.engine.deepspeed_config import load_ds_config
 from karat_scale.estimate.subject import Subject
 from karat_scale.estimate.zero import kept
 from karat_scale.recipe.loading import load_recipe
+from karat_scale.shipped import SCRIPTS
 from tests.conftest import ROOT, SMALL, karat_environment
 
 PACKAGE = ROOT / "karat_scale"
@@ -193,6 +194,12 @@ def test_plan_counts_what_the_row_of_an_optimizer_says(tmp_path: Path, parts_of_
         sizes = Subject(recipe, True).sizes
         bytes_of[name] = kept(sizes, load_ds_config(recipe, 1, 8), recipe, 1, 1, True).moments / sizes.total
     assert bytes_of == {"sgd": 4, "adamw": 8}
+
+
+def test_the_commands_that_need_an_extra_exist() -> None:
+    for extra in tables.EXTRAS.values():
+        for script in re.findall(r"karat prepare (\S+)", extra.needed_for):
+            assert script in SCRIPTS
 
 
 def names_written_in(file: Path) -> set[str]:

@@ -6,18 +6,18 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from karat_scale.data.orientation import turned_by_default
 from karat_scale.errors import DataError
 from sources.base import Openers, Source, SourceOptions, UnreadableSampleError
 from sources.cifar import cifar_splits
 from sources.flowers102 import flowers_splits
+from sources.folder_tar import folder_tar_splits
 from sources.idx import idx_splits
 from sources.imagefolder import ImageFolderSource, class_folders, flat_folders, split_folders
 from sources.imagenet import has_imagenet_tars, imagenet_splits
 from sources.parquet import parquet_files, parquet_splits
 from sources.stl10 import stl10_splits
 from sources.svhn import svhn_splits
-from sources.tars import folder_tar_splits
-from sources.val_labels import is_wnid
 
 __all__ = ["Source", "SourceOptions", "UnreadableSampleError", "default_exif", "open_splits"]
 
@@ -54,9 +54,8 @@ def open_splits(
 
 
 def default_exif(classes: list[str]) -> Literal["turn", "keep"]:
-    """Return what to do with EXIF orientations unless the user says: results on ImageNet are without turning."""
-    # Parquet files have the hub's names of ImageNet's classes.
-    return "keep" if all(map(is_wnid, classes)) or classes[0] == "tench, Tinca tinca" else "turn"
+    """Return what to do with EXIF orientations unless the user says."""
+    return "turn" if turned_by_default(classes) else "keep"
 
 
 def _find(

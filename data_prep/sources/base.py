@@ -1,6 +1,7 @@
 """The interface of a source of images, its options, and the names of samples."""
 
 import argparse
+import errno
 import hashlib
 import os
 import re
@@ -13,13 +14,27 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from karat_scale.errors import DataError
+
 Encoding = Literal["png", "jpeg"]
 MAX_KEY_BYTES = 90  # a tar name holds 100
 _UNFIT = re.compile(r"[\x00-\x20\x7f\s]")
+_OF_ONE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM}
+_OF_ONE_FILE |= {errno.ENXIO}  # a socket
 
 
 class UnreadableSampleError(Exception):
     """A source image that cannot be used; the message is the reason."""
+
+
+def is_of_the_file(error: OSError) -> bool:
+    """True for an error that one file has, such as a lack of permission; others may be gone the next time."""
+    return error.errno in _OF_ONE_FILE
+
+
+def cannot_read(path: Path, error: OSError) -> DataError:
+    """Return what ends the run: a file or folder that must be readable is not."""
+    return DataError(f"{path} cannot be read: {error.strerror or error}; put it right, and run the same command again")
 
 
 @dataclass(frozen=True)
@@ -48,11 +63,12 @@ class Source(ABC):
     """One split of a source, in a fixed order.
 
     classes: which the labels number. labels: int32 [n], the class number of each sample. sizes: int64 [n], bytes of
-    each sample, exact or approximate. skipped: files that are known not to be images, and why. facts: additional facts
-    about the source for dataset.json. blocks: int64 [n], the number of the block that each sample is read with, of
-    which `window` can be held; None if any order is as fast.
+    each sample; if not `exact_sizes`, means of several samples. skipped: files that are known not to be images, and
+    why. facts: additional facts about the source for dataset.json. blocks: int64 [n], the number of the block that each
+    sample is read with, of which `window` can be held; None if any order is as fast.
     """
 
+    exact_sizes = True
     blocks: npt.NDArray[np.int64] | None = None
     window: int = 1
 
@@ -78,7 +94,7 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """Return the encoded image. Raises UnreadableSampleError."""
+        """Return the encoded image. Raises UnreadableSampleError, or DataError if the source itself cannot be read."""
 
     @abstractmethod
     def fingerprint(self) -> str:

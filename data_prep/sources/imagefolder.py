@@ -6,7 +6,7 @@ from pathlib import Path
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from karat_scale.errors import DataError
-from sources.base import ListedSource, UnreadableSampleError
+from sources.base import ListedSource, UnreadableSampleError, cannot_read, is_of_the_file
 
 SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test")
 NO_IMAGE_NAME = "the name has no image suffix"
@@ -77,20 +77,37 @@ class ImageFolderSource(ListedSource):
             labels += [numbers[name]] * len(found)
         if not paths:
             raise DataError(f"{folder} has no images in its class folders")
-        super().__init__(classes, paths, labels, [(folder / path).stat().st_size for path in paths])
+        super().__init__(classes, paths, labels, [_size(folder / path) for path in paths])
         self.skipped = skipped
 
     def read(self, index: int) -> bytes:
+        path = self._folder / self._paths[index]
         try:
-            return (self._folder / self._paths[index]).read_bytes()
+            return path.read_bytes()
         except OSError as error:
-            raise UnreadableSampleError(error.strerror or str(error)) from error
+            if is_of_the_file(error):
+                raise UnreadableSampleError(error.strerror or str(error)) from error
+            raise cannot_read(path, error) from error
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of a file; 0 if it cannot be read, which its reading reports. Raises DataError."""
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        if is_of_the_file(error):
+            return 0
+        raise cannot_read(path, error) from error
+
+
+def _not_listed(error: OSError) -> None:
+    raise cannot_read(Path(error.filename), error) from error
 
 
 def _images_under(folder: Path, name: str, skipped: list[tuple[str, str]]) -> list[str]:
-    """Return the paths of a class's images from `folder`; adds the other files to `skipped`."""
+    """Return the paths of a class's images from `folder`; adds the other files to `skipped`. Raises DataError."""
     found = []
-    for directory, folders, files in os.walk(folder / name, followlinks=True):
+    for directory, folders, files in os.walk(folder / name, onerror=_not_listed, followlinks=True):
         folders.sort()
         for file in sorted(files):
             path = os.path.relpath(os.path.join(directory, file), folder)  # noqa: PTH118

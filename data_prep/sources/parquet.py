@@ -70,6 +70,8 @@ class ParquetSource(ListedSource):
     own: the source's classes, which the labels number; `classes`, the shards', may have them in another order.
     """
 
+    exact_sizes = False  # they would take reading all images
+
     def __init__(
         self,
         files: list[Path],
@@ -94,7 +96,6 @@ class ParquetSource(ListedSource):
                 weights.append(size)
         if not paths:
             raise DataError(f"{files[0]} has no rows")
-        # The exact sizes would take reading all images.
         super().__init__(classes, paths, np.concatenate(numbers), np.repeat(sizes, counts), facts)
         self.blocks = np.repeat(np.arange(len(counts)), counts)
         self.window = max(1, WINDOW_BYTES // max(1, max(weights)))

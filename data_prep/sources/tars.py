@@ -1,34 +1,37 @@
 """Images inside an uncompressed tar, read in place: headers are scanned once, nothing is unpacked."""
 
 import os
+import posixpath
 import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from karat_scale.data.formats.shard_writer import TAR_BLOCK
 from karat_scale.errors import DataError
-from sources.base import ListedSource, Openers, UnreadableSampleError
-from sources.imagefolder import NO_IMAGE_NAME, SPLIT_FOLDERS, is_image_name, require_utf8
+from sources.base import ListedSource, cannot_read
+from sources.imagefolder import NO_IMAGE_NAME, is_image_name
 
 
 @dataclass(frozen=True)
 class Member:
-    """A regular file in a tar: its bytes are `size` from `offset` of the tar's own file."""
+    """A file in a tar: its bytes are `size` from `offset` of the tar's own file. `unusable` says why it has none."""
 
     name: str
     offset: int
     size: int
+    unusable: str = ""
 
 
 def scan_tar(path: Path, within: Member | None = None, folders: list[str] | None = None) -> Iterator[Member]:
-    """Return the regular files of a tar, or of the tar that is member `within` of it. Raises DataError if damaged.
+    """Return the files of a tar, or of the tar that is member `within` of it. Raises DataError if damaged.
 
+    A hard link has the bytes of its target. An image that is no plain file, such as a symbolic link, is `unusable`.
     folders: the names of its folders are added to it.
     """
+    files: dict[str, Member] = {}
     what = f"{path}: {within.name}" if within else f"{path}"
     try:
         with path.open("rb") as file:
@@ -38,12 +41,13 @@ def scan_tar(path: Path, within: Member | None = None, folders: list[str] | None
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 while (info := archive.next()) is not None and info.offset < end:
                     archive.members.clear()  # type: ignore[attr-defined]
-                    if info.offset_data + (info.size if info.isreg() else 0) > end:
+                    # The size of a sparse file counts its holes, which the tar does not have.
+                    if info.offset_data + (info.size if info.isreg() and not info.issparse() else 0) > end:
                         raise DataError(f"{what} is cut short at {info.name!r}; fetch it again")
                     if info.isdir() and folders is not None:
                         folders.append(info.name)
-                    if info.isreg() and not info.issparse():
-                        yield Member(info.name, info.offset_data, info.size)
+                    if (member := _member(info, files)) is not None:
+                        yield member
                 # A tar ends with blocks of zeros; a tar that was cut between two members does not.
                 file.seek(archive.offset)
                 if file.read(max(0, min(TAR_BLOCK, end - archive.offset))) != bytes(TAR_BLOCK):
@@ -52,6 +56,23 @@ def scan_tar(path: Path, within: Member | None = None, folders: list[str] | None
         packed = path.suffix in (".gz", ".tgz", ".xz", ".bz2", ".zst")
         fix = "unpack its compression first" if packed else "fetch it again"
         raise DataError(f"{what} is not a complete tar ({error}); {fix}") from error
+
+
+def _member(info: tarfile.TarInfo, files: dict[str, Member]) -> Member | None:
+    """Return a file, which is added to `files` by its path, or an image that is unusable; None for anything else."""
+    path = posixpath.normpath(info.name)
+    if info.isreg() and not info.issparse():
+        files[path] = Member(info.name, info.offset_data, info.size)
+        return files[path]
+    if info.islnk() and (target := files.get(posixpath.normpath(info.linkname))) is not None:
+        files[path] = replace(target, name=info.name)
+        return files[path]
+    if not is_image_name(posixpath.basename(path)):
+        return None
+    if info.islnk():
+        return Member(info.name, 0, 0, f"a hard link to {info.linkname!r}, which is not before it in the tar")
+    kind = "link" if info.issym() else "sparse" if info.issparse() else "special"
+    return Member(info.name, 0, 0, f"it is no plain file but a {kind} member")
 
 
 class TarSource(ListedSource):
@@ -68,8 +89,8 @@ class TarSource(ListedSource):
         numbers = {name: label for label, name in enumerate(classes)}
         found: list[tuple[str, str, Member]] = []
         for name, path, member in members:
-            if not is_image_name(path.rpartition("/")[2]):
-                skipped.append((path, NO_IMAGE_NAME))
+            if member.unusable or not is_image_name(path.rpartition("/")[2]):
+                skipped.append((path, member.unusable or NO_IMAGE_NAME))
                 continue
             if name not in numbers:
                 raise DataError(f"{archive}: {member.name} is of class {name!r}, which the shards do not have")
@@ -83,13 +104,13 @@ class TarSource(ListedSource):
         self._offsets = np.array([member.offset for _, _, member in found], dtype=np.int64)
 
     def read(self, index: int) -> bytes:
-        if self._file is None:
-            self._file = os.open(self._archive, os.O_RDONLY | os.O_CLOEXEC)
         size = int(self.sizes[index])
         try:
+            if self._file is None:
+                self._file = os.open(self._archive, os.O_RDONLY | os.O_CLOEXEC)
             data = os.pread(self._file, size, int(self._offsets[index]))
         except OSError as error:
-            raise UnreadableSampleError(error.strerror or str(error)) from error
+            raise cannot_read(self._archive, error) from error
         if len(data) != size:
             raise DataError(f"{self._archive} has become shorter; it ends in {self.name(index)}")
         return data
@@ -97,40 +118,3 @@ class TarSource(ListedSource):
     def __del__(self) -> None:
         if getattr(self, "_file", None) is not None:
             os.close(self._file)  # type: ignore[arg-type]
-
-
-def folder_tar_splits(path: Path) -> tuple[Openers, list[str]]:
-    """Return splits and classes of a tar of an ImageFolder: [<anything>/][train/|val/]<class>/<image>."""
-    by_split: dict[str, list[tuple[str, str, Member]]] = {}
-    folders: list[str] = []
-    for member in scan_tar(path, folders=folders):
-        parts = _parts(member.name)
-        if len(parts) < 2:
-            raise DataError(f"{path}: {member.name} is in no class folder; expected <class>/<image>")
-        split, inner = _split_of(parts, parts[:-2])
-        by_split.setdefault(split, []).append((inner[0], "/".join(inner), member))
-    flat = [member for _, _, member in by_split.get("", []) if is_image_name(member.name.rpartition("/")[2])]
-    if flat and len(by_split) > 1:
-        raise DataError(
-            f"{path}: {flat[0].name} is in no class folder of a split, as other images are; sort such images into "
-            "<split>/<class>/<image>, or remove them"
-        )
-    named = {item[0] for items in by_split.values() for item in items}
-    for parts in map(_parts, folders):
-        # A class without files is one too, as in a folder.
-        split, inner = _split_of(parts, parts[:-1])
-        if split in by_split and inner and inner[0][0] != ".":
-            named.add(inner[0])
-    classes = sorted(named)
-    require_utf8(classes, path)
-    return {split: partial(TarSource, path, items) for split, items in by_split.items()}, classes
-
-
-def _parts(name: str) -> list[str]:
-    return [part for part in name.split("/") if part not in ("", ".", "..")]
-
-
-def _split_of(parts: list[str], above: list[str]) -> tuple[str, list[str]]:
-    """Return the split, "" for none, and the parts inside it; `above` are the parts that may name it."""
-    at = next((i for i, part in enumerate(above) if part in SPLIT_FOLDERS), None)
-    return ("", parts) if at is None else (parts[at], parts[at + 1 :])

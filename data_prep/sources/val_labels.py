@@ -29,11 +29,6 @@ _NUMBER_IN_NAME = re.compile(r"_(\d{8})$")
 _COLUMNS = re.compile(r"[\s,]+")
 
 
-def is_wnid(name: str) -> bool:
-    """True for a WordNet id, the name of a class in ImageNet."""
-    return _WNID.fullmatch(name) is not None
-
-
 def find_file(src: Path, names: tuple[str, ...]) -> Path | None:
     """Return the first of these files in `src`."""
     return next((src / name for name in names if (src / name).is_file()), None)

@@ -45,7 +45,12 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
     evaluate.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
     evaluate.add_argument("--on", metavar="DIR", help="another test set: shards, or a folder of classes")
-    evaluate.add_argument("--split", default="", metavar="NAME", help="the split in that directory (default: val)")
+    evaluate.add_argument(
+        "--split",
+        default="",
+        metavar="NAME",
+        help="split of DIR (default: the first of val, test, validation, valid, train)",
+    )
     evaluate.add_argument("--labels", metavar="FILE", help="count other labels as right, such as ReaL's real.json")
     evaluate.add_argument(
         "--corrupt", nargs="*", choices=(*CORRUPTIONS, "all"), metavar="NAME", help="images corrupted as in ImageNet-C"

@@ -15,6 +15,8 @@ from karat_scale.checkpoint.weights import wants_ema
 from karat_scale.console import duration, work_display, write_json
 from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.batch import BadSample
+from karat_scale.data.formats.shard_format import dataset_directory
+from karat_scale.data.remote.use import RemoteUse
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
 from karat_scale.engine.precision import forward_for_evaluation
@@ -40,7 +42,7 @@ class Request:
     """The options of `karat eval` about another test set.
 
     Args:
-        on: a directory; None is the run's own validation split.
+        on: a directory or a URL; None is the run's own validation split.
         split: of the directory; "" chooses.
         labels: a file of other labels.
         corrupt: names of corruptions, "all", or None.
@@ -83,7 +85,9 @@ def evaluate_on(
         name = world.broadcast(name)
         use_ema = wants_ema(weights, recipe, directory.store.state(name))
         with world.together():
-            test_set = open_test_set(*_where(recipe, request), directory.classes(), recipe.data.timeout)
+            use = RemoteUse.of(recipe.data, training=False)
+            as_stored = request.on is None  # as plain `karat eval` sees them
+            test_set = open_test_set(*_where(recipe, request), directory.classes(), use, as_stored)
         with closing(test_set):
             if test_set.notice:
                 reporter.info(f"note: {test_set.notice}")
@@ -188,13 +192,13 @@ def _with_mean(evaluation: Evaluation) -> Evaluation:
     return evaluation.model_copy(update={"top1": sum(values) / len(values)})
 
 
-def _where(recipe: Recipe, request: Request) -> tuple[Path, str]:
-    """Return the directory and the split."""
+def _where(recipe: Recipe, request: Request) -> tuple[Path | str, str]:
+    """Return the directory or the URL, and the split."""
     if request.on is not None:
-        return Path(request.on).expanduser(), request.split
+        return dataset_directory(request.on), request.split
     if recipe.data.row.files is None:
         raise UserError(f"data.backend = {recipe.data.backend} has no files; name a directory by --on")
-    return Path(recipe.data.path).expanduser(), request.split or recipe.data.val_split
+    return dataset_directory(recipe.data.path), request.split or recipe.data.val_split
 
 
 def _begun(
@@ -202,8 +206,9 @@ def _begun(
 ) -> Evaluation:
     """Return what is known of an evaluation before it has a score."""
     where, _ = _where(recipe, request)
-    name = request.name or _name_of(where if request.on is not None else None, request)
-    source = str(where.resolve()) + (f", split {request.split}" if request.split else "")
+    place = where if isinstance(where, str) else str(where.resolve())
+    name = request.name or _name_of(place if request.on is not None else "", request)
+    source = place + (f", split {request.split}" if request.split else "")
     source += f", labels of {Path(request.labels).resolve()}" if request.labels else ""
     source += ", corrupted" if request.corrupt is not None else ""
     identity = {
@@ -214,6 +219,7 @@ def _begun(
         "precision": recipe.train.precision,
         "source": source,
         "images": len(test_set),
+        **({"turned": True} if test_set.turns else {}),
     }
     return Evaluation(
         name=name,
@@ -230,11 +236,11 @@ def _begun(
     )
 
 
-def _name_of(where: Path | None, request: Request) -> str:
-    """Return the name of an evaluation: its directory's, and what is done with it."""
+def _name_of(place: str, request: Request) -> str:
+    """Return the name of an evaluation: its place's, "" for the run's own data, and what is done with it."""
     base = "val"
-    if where is not None:
-        whole = where.resolve()
+    if place:
+        whole = Path(place)
         base = (whole.parent if whole.name in SPLITS else whole).name or "other"
     base += f"-{request.split}" if request.split else ""
     base += f"-{Path(request.labels).stem}" if request.labels else ""

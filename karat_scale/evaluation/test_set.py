@@ -1,4 +1,4 @@
-"""A directory of labelled images as a test set of a run: shards, betons, or folders of classes."""
+"""Labelled images as a test set of a run: shards, also at a URL, betons, or folders of classes."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,9 @@ from karat_scale.data.formats.folder import FolderSplit
 from karat_scale.data.formats.shard_format import DATASET_FILE, read_dataset_record
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.loader import OrderedLoader
+from karat_scale.data.orientation import turned_by_default, upright
 from karat_scale.data.plan import BatchSlice
+from karat_scale.data.remote.use import RemoteUse
 from karat_scale.errors import DataError
 from karat_scale.evaluation.class_names import match_classes
 from karat_scale.recipe import Recipe
@@ -37,7 +39,7 @@ class TestSet:
     """Images whose labels are the run's. See ImageSource.
 
     classes: the run's. among: the run's labels of the set's classes. unmatched: the set's classes that the run does not
-    know, and left_out: the number of their images, which are not in the set.
+    know, and left_out: the number of their images, which are not in the set. turns: pictures are turned upright.
     """
 
     __test__ = False  # pytest would take the class for tests
@@ -49,13 +51,20 @@ class TestSet:
     among: npt.NDArray[np.int64]
     unmatched: tuple[str, ...]
     left_out: int
+    turns: bool
 
     def __len__(self) -> int:
         return len(self.kept)
 
     def read(self, sample_id: int) -> bytes:
-        """Return the image's bytes."""
-        return self.source.read(int(self.kept[sample_id]))
+        """Return the image's bytes. Raises UndecodableImageError for a picture that cannot be turned."""
+        data = self.source.read(int(self.kept[sample_id]))
+        return upright(data) if self.turns else data
+
+    def prepare(self, sample_ids: Iterable[int]) -> None:
+        """Fetch some samples of a set at a URL together. Raises DataError."""
+        if isinstance(self.source, ShardSplit):
+            self.source.prepare(self.kept[list(sample_ids)].tolist())
 
     def locate(self, sample_id: int) -> tuple[str, str]:
         """Return the sample's key (or path) and its shard."""
@@ -86,18 +95,20 @@ class TestSet:
         return f"{len(self.unmatched)} {classes} that the run does not have, with {images}, left out: {names}"
 
 
-def open_test_set(directory: Path, split: str, classes: Sequence[str], timeout: float) -> TestSet:
-    """Open a directory for a run with these classes.
+def open_test_set(
+    directory: Path | str, split: str, classes: Sequence[str], use: RemoteUse, as_stored: bool = False
+) -> TestSet:
+    """Open a directory, or shards at a URL, for a run with these classes.
 
     Args:
         split: "" chooses the first of val, test, validation, valid and train that is there.
-        timeout: seconds in which the directory's file system must answer.
+        use: how samples at a URL are used; a directory's file system must answer within its timeout, too.
+        as_stored: pictures in folders are not turned, as in training; else they are, as data_prep turns them.
 
     Raises:
         DataError: there are no images, or the run knows none of their classes.
     """
-    must_answer(directory, timeout)
-    source = _open(directory, split)
+    source = _open(directory, split, use)
     matched = match_classes(source.classes, classes)
     to_run = np.array([-1 if label is None else label for label in matched], dtype=np.int32)
     if (to_run < 0).all():
@@ -114,13 +125,17 @@ def open_test_set(directory: Path, split: str, classes: Sequence[str], timeout: 
     present = np.unique(to_run[to_run >= 0]).astype(np.int64)
     unmatched = tuple(name for name, label in zip(source.classes, matched, strict=True) if label is None)
     left_out = len(labels) - len(kept)
-    return TestSet(source, kept, labels[kept], tuple(classes), present, unmatched, left_out)
+    turns = isinstance(source, FolderSplit) and not as_stored and turned_by_default(source.classes)
+    return TestSet(source, kept, labels[kept], tuple(classes), present, unmatched, left_out, turns)
 
 
-def _open(directory: Path, split: str) -> ShardSplit | FolderSplit | BetonSplit:
-    if (directory / DATASET_FILE).is_file():
-        there = [name for name, record in read_dataset_record(directory).splits.items() if record.samples]
-        return ShardSplit(directory, _chosen(directory, split, there), _MOST_CLASSES)
+def _open(directory: Path | str, split: str, use: RemoteUse) -> ShardSplit | FolderSplit | BetonSplit:
+    if isinstance(directory, Path):
+        must_answer(directory, use.timeout)
+    if isinstance(directory, str) or (directory / DATASET_FILE).is_file():
+        found = read_dataset_record(directory, use.timeout)
+        there = [name for name, record in found.splits.items() if record.samples]
+        return ShardSplit(directory, _chosen(directory, split, there), _MOST_CLASSES, remote=use)
     if betons := [path.stem for path in directory.glob("*.beton")]:
         return BetonSplit(directory, _chosen(directory, split, betons), _MOST_CLASSES)
     folders = [path.name for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
@@ -133,7 +148,7 @@ def _open(directory: Path, split: str) -> ShardSplit | FolderSplit | BetonSplit:
     return FolderSplit(whole.parent, whole.name, _MOST_CLASSES)
 
 
-def _chosen(directory: Path, split: str, there: Sequence[str]) -> str:
+def _chosen(directory: Path | str, split: str, there: Sequence[str]) -> str:
     wanted = [split] if split else [name for name in (*SPLITS, *there[:1]) if name in there]
     if not wanted or wanted[0] not in there:
         raise DataError(f"{directory} has no split {split!r}; the splits there: {', '.join(sorted(there)) or 'none'}")

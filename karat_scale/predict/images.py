@@ -19,6 +19,7 @@ from karat_scale.data.batch import Batch
 from karat_scale.data.decode import UndecodableImageError
 from karat_scale.data.decoders import Decoder, make_decoder
 from karat_scale.data.loader import OrderedLoader
+from karat_scale.data.orientation import upright
 from karat_scale.data.plan import BatchSlice
 from karat_scale.errors import RecipeError
 from karat_scale.machine import usable_cores
@@ -88,12 +89,12 @@ class FileSource:
         return len(self._files)
 
     def read(self, sample_id: int) -> bytes:
-        """Return the bytes of a regular file. Raises UndecodableImageError for anything else."""
+        """Return the bytes of a regular file, turned upright. Raises UndecodableImageError for anything else."""
         path = Path(self.file_of(sample_id))
         try:
             if path.exists() and not path.is_file():
                 raise UndecodableImageError("not a regular file")
-            return path.read_bytes()
+            return upright(path.read_bytes())
         except OSError as error:
             raise UndecodableImageError(error.strerror or str(error)) from error
 

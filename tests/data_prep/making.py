@@ -21,3 +21,10 @@ def make_betons(src: Path, out: Path, *options: str) -> None:
 def beton_samples(out: Path, split: str, classes: int = 3) -> list[tuple[str, int, bytes]]:
     beton = BetonSplit(out, split, classes, "hash")
     return [(beton.locate(i)[0], int(beton.labels[i]), beton.read(i)) for i in range(len(beton))]
+
+
+def prepared(data: bytes) -> bytes:
+    """The bytes of an image in a shard, by the scripts' defaults."""
+    from preparing import Preparation
+
+    return Preparation().prepare(data, "a.jpg").data

@@ -1,4 +1,7 @@
 import json
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 
@@ -211,6 +214,38 @@ def test_a_killed_run_leaves_nothing_that_reads_as_whole(folder, tmp_path, capsy
     assert "train: an earlier run did not finish; starting again" in capsys.readouterr().out
     assert len(beton_samples(out, "train")) == 18
     assert not (out / ".train.beton.unfinished").exists()
+
+
+def make_and_die(folder, out, step):
+    """Make a beton, and be killed after this one of the steps that give it its files."""
+    import beton_job
+
+    steps = []
+
+    def then_die(do):
+        def step_and_die(*arguments):
+            do(*arguments)
+            steps.append(do)
+            if len(steps) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return step_and_die
+
+    for name in ("commit_file", "write_atomically"):
+        setattr(beton_job, name, then_die(getattr(beton_job, name)))
+    make_betons(folder, out, "--split", "train")
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_the_next_run_finishes_a_beton_whose_run_was_killed_between_its_files(folder, tmp_path, step):
+    out = tmp_path / "out"
+    process = multiprocessing.get_context("fork").Process(target=make_and_die, args=(folder, out, step))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    make_betons(folder, out, "--split", "train")
+    make_betons(folder, tmp_path / "whole", "--split", "train")
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow

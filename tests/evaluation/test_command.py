@@ -6,11 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from karat_scale.cluster.standing import read_standing
+from karat_scale.data.formats.shard_format import read_dataset_record, write_dataset_record
 from karat_scale.evaluation.kept import read_evaluations
+from karat_scale.evaluation.test_set import SPLITS
 from tests.conftest import CLASSES, VAL_PER_CLASS, karat, karat_here
+from tests.servers import nginx
 
+__all__ = ["nginx"]
 IMAGES = CLASSES * VAL_PER_CLASS
 
 
@@ -96,6 +101,73 @@ def test_other_labels_of_the_runs_own_split(run: Path, tmp_path: Path, capsys: p
     assert "7 images that the file does not have not counted" in capsys.readouterr().out
     (kept,) = read_evaluations(run)
     assert (kept.name, kept.images, kept.top1) == ("val-any", 21, 100.0)
+
+
+def test_the_runs_own_folder_is_scored_as_plain_evaluation_scores_it(
+    run: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(image_folder, tmp_path / "photos")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for path in (tmp_path / "photos" / "val").rglob("*.jpg"):
+        with Image.open(path) as image:
+            image.save(path, quality=95, exif=exif)
+    data = ("data.backend=folder", f"data.path={tmp_path / 'photos'}")
+    assert karat_here("eval", str(run), *data) == 0
+    plain = scores(capsys.readouterr().out)
+    assert karat_here("eval", str(run), *data, "--name", "own") == 0
+    assert scores(capsys.readouterr().out) == plain
+    assert karat_here("eval", str(run), "--on", str(tmp_path / "photos")) == 0
+    assert scores(capsys.readouterr().out) != plain
+
+
+@pytest.fixture
+def url(shards: Path, nginx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install -e '.[remote]'")
+    monkeypatch.setenv("KARAT_DATA_CACHE", str(tmp_path / "cache"))
+    return f"http://127.0.0.1:{nginx(shards)}"
+
+
+def test_data_at_a_url_take_other_labels_and_are_another_set(run: Path, shards: Path, url: str, tmp_path: Path) -> None:
+    labels = tmp_path / "some.json"
+    labels.write_text(json.dumps({f"class{label}/{number:03d}": label for label in range(3) for number in range(7)}))
+    for place, name in ((shards, "here"), (url, "there")):
+        assert karat_here("eval", str(run), f"data.path={place}", "--labels", str(labels), "--name", name) == 0
+    here, there = read_evaluations(run)
+    assert (there.images, there.top1, there.unreadable) == (here.images, here.top1, 0)
+    assert there.source.startswith(f"{url}, labels of ")
+    assert karat_here("eval", str(run), "--on", url, "--name", "whole") == 0
+    whole = read_evaluations(run)[-1]
+    assert (whole.source, whole.images, whole.among) == (url, IMAGES, CLASSES)
+
+
+@pytest.mark.slow
+def test_data_at_a_url_are_corrupted_as_on_disk(run: Path, shards: Path, url: str) -> None:
+    pytest.importorskip("imagecorruptions", reason="needs the extra corruptions")
+    for place, name in ((shards, "here"), (url, "there")):
+        arguments = (f"data.path={place}", "--corrupt", "contrast", "--severity", "1", "--name", name)
+        assert karat_here("eval", str(run), *arguments) == 0
+    here, there = read_evaluations(run)
+    assert there.corruptions == here.corruptions != {}
+
+
+def test_data_of_other_classes_are_not_scored_by_number(
+    run: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(shards, other)
+    record = read_dataset_record(other)
+    record.classes.reverse()
+    write_dataset_record(other, record)
+    assert karat_here("eval", str(run), f"data.path={other}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"data.path = {other} has other classes than the run; use `karat eval {run} --on DIR`" in line
+    assert karat_here("eval", str(run), "--on", str(other)) == 0
+
+
+def test_the_help_names_the_splits_in_the_order_of_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert karat_here("eval", "--help") == 0
+    assert f"the first of {', '.join(SPLITS)})" in " ".join(capsys.readouterr().out.split())
 
 
 def test_another_set_of_the_same_name_is_not_replaced(

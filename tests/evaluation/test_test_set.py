@@ -5,16 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from karat_scale.data.remote.use import RemoteUse
 from karat_scale.errors import DataError
 from karat_scale.evaluation.test_set import open_test_set
 from tests.conftest import CLASSES, VAL_PER_CLASS, karat_here, make_image_folder
+from tests.data_prep.images import jpeg
+from tests.data_prep.making import make_shards
 
 OURS = tuple(f"class{label}" for label in range(CLASSES))
 
 
 def labels_by_content(directory: Path, split: str = "", classes: tuple[str, ...] = OURS) -> dict[bytes, int]:
-    test_set = open_test_set(directory, split, classes, 60)
+    test_set = open_test_set(directory, split, classes, RemoteUse())
     try:
         return {test_set.read(sample_id): int(test_set.labels[sample_id]) for sample_id in range(len(test_set))}
     finally:
@@ -36,6 +40,33 @@ def test_folders_shards_and_indexed_tars_hold_the_same(image_folder: Path, shard
     assert labels_by_content(tars) == whole
 
 
+def turned_pictures(root: Path, names: tuple[str, ...]) -> Path:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        (root / name / "photo.jpg").write_bytes(jpeg(number, exif=exif.tobytes()))
+        (root / name / "plain.jpg").write_bytes(jpeg(10 + number))
+    return root
+
+
+def test_photographs_in_folders_are_turned_as_in_shards_unless_they_are_the_runs_own(tmp_path: Path) -> None:
+    folder = turned_pictures(tmp_path / "val", OURS)
+    make_shards(folder, tmp_path / "shards", "--split", "val", "--workers", "1")
+    as_stored = {path.read_bytes() for path in folder.rglob("*.jpg")}
+    turned = labels_by_content(folder)
+    assert turned == labels_by_content(tmp_path / "shards")
+    assert len(turned.keys() & as_stored) == CLASSES
+    own = open_test_set(folder, "", OURS, RemoteUse(), as_stored=True)
+    assert {own.read(sample_id) for sample_id in range(len(own))} == as_stored
+
+
+def test_photographs_of_imagenets_classes_are_not_turned(tmp_path: Path) -> None:
+    wnids = ("n01440764", "n01443537")
+    folder = turned_pictures(tmp_path / "val", wnids)
+    assert labels_by_content(folder, classes=wnids).keys() == {path.read_bytes() for path in folder.rglob("*.jpg")}
+
+
 def test_labels_are_the_runs_in_any_order_of_its_classes(image_folder: Path) -> None:
     there = labels_by_content(image_folder, classes=("class3", "other", "class0", "class1", "class2"))
     here = labels_by_content(image_folder)
@@ -43,7 +74,7 @@ def test_labels_are_the_runs_in_any_order_of_its_classes(image_folder: Path) -> 
 
 
 def test_classes_that_the_run_lacks_are_named_and_left_out(image_folder: Path) -> None:
-    test_set = open_test_set(image_folder, "", ("class2", "class0", "owl"), 60)
+    test_set = open_test_set(image_folder, "", ("class2", "class0", "owl"), RemoteUse())
     assert test_set.unmatched == ("class1", "class3")
     assert test_set.left_out == 2 * VAL_PER_CLASS
     assert test_set.notice == "2 classes that the run does not have, with 14 images, left out: class1, class3"
@@ -58,18 +89,18 @@ def test_a_split_is_chosen_or_named(tmp_path: Path) -> None:
     assert len(labels_by_content(tmp_path / "data")) == 2 * CLASSES
     assert len(labels_by_content(tmp_path / "data", "train")) == CLASSES
     with pytest.raises(DataError, match="has no split 'val'; the splits there: test, train"):
-        open_test_set(tmp_path / "data", "val", OURS, 60)
+        open_test_set(tmp_path / "data", "val", OURS, RemoteUse())
 
 
 def test_a_set_whose_images_are_all_of_other_classes_is_one_line(image_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(image_folder / "val" / "class0", tmp_path / "class0")
     (tmp_path / "owl").mkdir()
     with pytest.raises(DataError, match="all of its images are of classes that the run does not have"):
-        open_test_set(tmp_path, "", ("owl", "cat"), 60)
+        open_test_set(tmp_path, "", ("owl", "cat"), RemoteUse())
 
 
 def test_what_is_no_test_set_is_one_line(tmp_path: Path, image_folder: Path) -> None:
     with pytest.raises(DataError, match="is no test set"):
-        open_test_set(tmp_path, "", OURS, 60)
+        open_test_set(tmp_path, "", OURS, RemoteUse())
     with pytest.raises(DataError, match="knows none of its 4 classes; the first ones are class0, class1, class2"):
-        open_test_set(image_folder, "", ("owl", "cat"), 60)
+        open_test_set(image_folder, "", ("owl", "cat"), RemoteUse())

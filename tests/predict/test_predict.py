@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from karat_scale.checkpoint.weights import wants_ema
 from karat_scale.engine.precision import forward_for_evaluation
@@ -18,6 +19,7 @@ from karat_scale.reporting.progress import Reporter, SilentDisplay
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.tasks.classification.task import ClassificationTask
 from tests.conftest import CLASSES, SMALL, VAL_PER_CLASS, karat, karat_here
+from tests.data_prep.making import prepared
 
 IMAGES = CLASSES * VAL_PER_CLASS
 NAMES = [f"class{label}" for label in range(CLASSES)]
@@ -59,6 +61,24 @@ def test_the_logits_are_those_of_evaluation(run: Path, world, weights: str) -> N
     assert torch.equal(found, expected)
     raw = open_classifier(str(run), "best", "ema" if weights == "raw" else "raw")
     assert not torch.equal(torch.cat([logits for _, logits in logits_of(raw, files, 7)]), expected)
+
+
+def test_a_camera_photo_is_seen_upright_as_in_shards(run: Path, image_folder: Path, tmp_path: Path) -> None:
+    photo, in_shards = tmp_path / "photo.jpg", tmp_path / "in-shards.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(image_folder / "val" / "class0" / "000.jpg") as image:
+        image.crop((0, 0, 20, 15)).save(photo, quality=95, exif=exif)
+    in_shards.write_bytes(prepared(photo.read_bytes()))
+    classifier = open_classifier(str(run), "best", "raw")
+    ((batch, logits),) = logits_of(classifier, [str(photo), str(in_shards)], 2)
+    assert torch.equal(batch.images[0], batch.images[1])
+    assert torch.equal(logits[0], logits[1])
+    sideways = tmp_path / "sideways.jpg"
+    with Image.open(photo) as image:
+        image.save(sideways, quality=95)
+    ((as_stored, _),) = logits_of(classifier, [str(sideways)], 1)
+    assert not torch.equal(as_stored.images[0], batch.images[0])
 
 
 @pytest.mark.parametrize("form", ["hub-folder", "timm", "safetensors"])

@@ -1,18 +1,42 @@
 """timm's RandAugment, with every choice drawn before anything is done."""
 
+import importlib.util
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
 from typing import Any
 
 from PIL import Image, ImageOps
-from timm.data.auto_augment import AugmentOp, rand_augment_transform
 
 from karat_scale.data.augmentation.draw import Operation
 from karat_scale.data.augmentation.warp import find_warp, matrix_of
 from karat_scale.data.decoders.pillow import RESAMPLE
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import AugmentConfig
+
+
+class _OwnRandom(threading.local):
+    """Python's `random`, with a generator for each thread."""
+
+    def __init__(self) -> None:
+        self._generator = random.Random()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._generator, name)
+
+
+def _timm_with(generator: _OwnRandom) -> Any:
+    """Return a copy of timm's module that draws from `generator`: Python's own belongs to all threads and libraries."""
+    spec = importlib.util.find_spec("timm.data.auto_augment")
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.random = generator
+    return module
+
+
+_RANDOM = _OwnRandom()
+_TIMM = _timm_with(_RANDOM)
 
 
 class RandAugment:
@@ -28,7 +52,7 @@ class RandAugment:
             "interpolation": RESAMPLE[augment.interpolation],
         }
         try:
-            policy = rand_augment_transform(augment.randaugment, hparams)
+            policy = _TIMM.rand_augment_transform(augment.randaugment, hparams)
         except (AssertionError, ValueError, KeyError) as error:
             raise RecipeError(
                 f"augment.randaugment = {augment.randaugment!r} is not a policy timm reads; "
@@ -40,7 +64,7 @@ class RandAugment:
         self.fill: tuple[int, ...] = hparams["img_mean"]
         self._warp = find_warp(augment.interpolation, self.fill)
         self._count = policy.num_layers
-        self._ops: dict[str, AugmentOp] = {op.name: op for op in policy.ops}
+        self._ops: dict[str, Any] = {op.name: op for op in policy.ops}
         self._weights = None if policy.choice_weights is None else list(policy.choice_weights)
 
     @property
@@ -52,15 +76,15 @@ class RandAugment:
         """The operations that one image gets, in order, with their strengths."""
         seed = rng.getrandbits(64)
         names = self._draw_names(rng)
-        with _seeded_global_random(seed):
-            return tuple((name, arguments) for name in names if (arguments := self._arguments(name)) is not None)
+        _RANDOM.seed(seed)
+        return tuple((name, arguments) for name in names if (arguments := self._arguments(name)) is not None)
 
     def apply(self, image: Image.Image, operation: Operation) -> Image.Image:
         """Do a drawn operation to an RGB image."""
         name, arguments = operation
         if self._warp is not None and (matrix := matrix_of(name, arguments, *image.size)) is not None:
             return self._warp(image, matrix)
-        op: Any = self._ops[name]  # timm's functions have no types
+        op = self._ops[name]
         result: Image.Image = op.aug_fn(image, *arguments, **op.kwargs)
         return result
 
@@ -76,13 +100,13 @@ class RandAugment:
     def _arguments(self, name: str) -> tuple[float, ...] | None:
         """The arguments of one use of an operation, or None where it is left out this time."""
         op = self._ops[name]
-        if op.prob < 1 and random.random() > op.prob:
+        if op.prob < 1 and _RANDOM.random() > op.prob:
             return None
         magnitude = float(op.magnitude)
         if op.magnitude_std == float("inf"):
-            magnitude = random.uniform(0, magnitude)
+            magnitude = _RANDOM.uniform(0, magnitude)
         elif op.magnitude_std > 0:
-            magnitude = random.gauss(magnitude, op.magnitude_std)
+            magnitude = _RANDOM.gauss(magnitude, op.magnitude_std)
         magnitude = max(0.0, min(magnitude, op.magnitude_max or 10))
         return () if op.level_fn is None else tuple(op.level_fn(magnitude, op.hparams))
 
@@ -92,14 +116,3 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)
     return ImageOps.posterize(image, bits_to_keep)
-
-
-@contextmanager
-def _seeded_global_random(seed: int) -> Iterator[None]:
-    # timm's operations choose their strength and sign by Python's global generator.
-    state = random.getstate()
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(state)

@@ -1,5 +1,7 @@
 import random
+import sys
 from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import pytest
@@ -88,6 +90,22 @@ def test_the_same_seed_gives_the_same_pixels_and_global_generators_stay():
     # A posterised image may come out black, more than once.
     assert len({result.tobytes() for result in results}) >= 28
     assert {(result.shape, result.dtype.name) for result in results} == {((3, 24, 24), "uint8")}
+
+
+def test_threads_draw_what_one_thread_draws_and_leave_the_global_generator_alone():
+    transform = TrainTransform(AugmentConfig(), 32)
+
+    def draws(_):
+        return [transform.draw(seed, 90, 80) for seed in range(3000)]
+
+    alone, state, interval = draws(0), random.getstate(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPool(4) as pool:
+            assert all(drawn == alone for drawn in pool.map(draws, range(4), chunksize=1))
+    finally:
+        sys.setswitchinterval(interval)
+    assert random.getstate() == state
 
 
 @pytest.mark.parametrize("policy", ["rand-m15-n2-mstd1.0-inc1", "rand-m9-mstd0.5-inc1", "rand-m10-tweights-n2"])

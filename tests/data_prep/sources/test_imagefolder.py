@@ -1,8 +1,10 @@
 """Which folders of an ImageFolder are splits, and the order of its images."""
 
+import errno
 import os
 import shutil
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +12,7 @@ from karat_scale.data.formats.folder import FolderSplit
 from karat_scale.data.formats.shard_format import read_dataset_record
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import DataError
-from tests.data_prep.images import WNIDS, jpeg, write, write_folders
+from tests.data_prep.images import WNIDS, contents, jpeg, write, write_folders
 from tests.data_prep.making import make_shards
 
 
@@ -85,3 +87,73 @@ def test_images_of_a_tar_beside_its_splits_are_no_class(kaggle, tmp_path):
         tar.add(kaggle, ".")
     with pytest.raises(DataError, match=r"kag\.tar: \./val/ILSVRC2012_00000001\.JPEG is in no class folder of a split"):
         make_shards(tmp_path / "kag.tar", tmp_path / "out")
+
+
+@pytest.fixture
+def ants(tmp_path):
+    for number in range(4):
+        write(tmp_path / "src" / "ant" / f"{number}.jpg", jpeg(number))
+    return tmp_path / "src"
+
+
+def test_a_file_that_cannot_be_read_is_listed_or_stops_the_run(ants, tmp_path):
+    (ants / "ant/gone.jpg").symlink_to("nowhere")
+    (ants / "ant/loop.jpg").symlink_to("loop.jpg")
+    make_shards(ants, tmp_path / "out", "--workers", "1")
+    record = read_dataset_record(tmp_path / "out").splits["train"]
+    assert record.samples == 4
+    assert [(item.path, item.reason) for item in record.skipped] == [
+        ("ant/gone.jpg", "No such file or directory"),
+        ("ant/loop.jpg", "Too many levels of symbolic links"),
+    ]
+    (ants / "ant/loop.jpg").unlink()
+    message = r"ant/gone\.jpg: No such file or directory; remove it, or choose another --on-odd than stop"
+    with pytest.raises(DataError, match=message):
+        make_shards(ants, tmp_path / "stop", "--workers", "1", "--on-odd", "stop")
+
+
+@pytest.mark.parametrize(
+    ("packed", "number"), [(False, errno.EIO), (False, errno.EMFILE), (True, errno.ESTALE), (True, errno.EACCES)]
+)
+def test_an_error_of_the_file_system_leaves_no_image_out(ants, tmp_path, monkeypatch, packed, number):
+    source = ants
+    if packed:
+        source = tmp_path / "src.tar"
+        with tarfile.open(source, "w") as tar:
+            tar.add(ants, ".")
+    options = ("--workers", "1", "--shard-samples", "2")
+    make_shards(source, tmp_path / "whole", *options)
+    pread, read_bytes, done = os.pread, Path.read_bytes, []
+
+    def fails_at_the_last(read, *arguments):
+        done.append(packed or arguments[0].suffix == ".jpg")
+        if done[-1] and sum(done) == 4:
+            raise OSError(number, os.strerror(number))
+        return read(*arguments)
+
+    with monkeypatch.context() as patched:
+        if packed:
+            patched.setattr(os, "pread", lambda *arguments: fails_at_the_last(pread, *arguments))
+        else:
+            patched.setattr(Path, "read_bytes", lambda path: fails_at_the_last(read_bytes, path))
+        with pytest.raises(
+            DataError, match=rf"src.* cannot be read: {os.strerror(number)}; .*run the same command again"
+        ):
+            make_shards(source, tmp_path / "out", *options)
+    assert not (tmp_path / "out/dataset.json").exists()
+    assert (tmp_path / "out/train-000000.tar").exists()
+    make_shards(source, tmp_path / "out", *options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_folder_that_cannot_be_listed_leaves_no_class_out(ants, tmp_path, monkeypatch):
+    scandir = os.scandir
+
+    def fails(path):
+        if str(path).endswith("ant"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fails)
+    with pytest.raises(DataError, match=r"src/ant cannot be read: Input/output error; "):
+        make_shards(ants, tmp_path / "out", "--workers", "1")

@@ -16,8 +16,9 @@ from sources import SourceOptions, open_splits
 from karat_scale.data.formats.shard_format import read_dataset_record
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import DataError
+from tests.data.betons import need_ffcv
 from tests.data_prep.images import contents, jpeg
-from tests.data_prep.making import make_shards
+from tests.data_prep.making import beton_samples, make_betons, make_shards
 
 NAMES = ["tench", "crane", "zebra", "crane"]
 IMAGE = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
@@ -192,3 +193,13 @@ def test_files_of_two_data_sets_are_not_mixed(images, tmp_path):
 def test_options_of_other_sources_are_refused(images, tmp_path):
     with pytest.raises(DataError, match="--encoding has no effect on Parquet files"):
         make_shards(images[0], tmp_path / "out", "--encoding", "png")
+
+
+@pytest.mark.parametrize("options", [(), ("--val-count", "1")])
+def test_one_large_image_among_small_ones_fits_into_a_beton(tmp_path, options):
+    need_ffcv()
+    large = jpeg(9) + bytes(9 << 20)  # more than FFCV's page, and the mean of its group of rows is less
+    rows, labels = [*photos(0, 4), (large, "large.JPEG")], arrow.array([0, 1, 0, 1, 2], arrow.int64())
+    write(tmp_path / "src/data/train-00000-of-00001.parquet", rows, labels, group=5)
+    make_betons(tmp_path / "src", tmp_path / "out", *options)
+    assert ("large", 2, large) in beton_samples(tmp_path / "out", "train", 4)
