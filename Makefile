@@ -12,7 +12,8 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 .PHONY: install hooks demo docs test test-full test-turn test-aarch64 faults coverage lint release clean packages extras
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	@echo "== making $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }  # a part of one would count as whole
 
 # One marker file per set of extras, older than pyproject.toml when that changes.
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
@@ -36,7 +37,8 @@ packages:
 	@headers=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h; \
 	missing=$$(for name in $(PACKAGES); do \
 		dpkg-query -W -f '$${db:Status-Status}\n' $$name 2>/dev/null | grep -qx installed || echo $$name; done; \
-		test -f $$headers || echo python3-dev); \
+		test -f $$headers || echo python3-dev; \
+		$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv); \
 	missing=$$(echo $$missing); \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \

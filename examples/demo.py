@@ -3,6 +3,7 @@
 Each part is a command that a user could type. A finished part is skipped, and a run that was stopped resumes.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -54,7 +55,12 @@ def main() -> int:
 
 
 def _run(*arguments: str) -> None:
-    subprocess.run([sys.executable, *arguments], check=True)
+    with subprocess.Popen([sys.executable, *arguments]) as process:
+        while process.poll() is None:
+            with contextlib.suppress(KeyboardInterrupt):  # the terminal sends it to the process, too, which then saves
+                process.wait()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
 
 
 def _summary(run: Path) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 from karat_scale.files import write_atomically
@@ -57,7 +58,11 @@ def say_to_launcher(text: str, rank: str) -> bool:
 
 
 def default_ranks() -> int:
-    """Return one rank for each GPU of this machine; one if it has none."""
+    """Return one rank for each GPU that this process may use; one if there is none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:  # CUDA stops at the first that is empty or negative
+        named = [name.strip() for name in visible.split(",")]
+        return max(1, sum(1 for _ in takewhile(lambda name: name and not name.startswith("-"), named)))
     return max(1, sum(1 for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal()))
 
 

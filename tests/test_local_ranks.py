@@ -9,7 +9,7 @@ import psutil
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from karat_scale.local_ranks import say_to_launcher
+from karat_scale.local_ranks import default_ranks, say_to_launcher
 from tests.conftest import SMALL, events, karat_command, karat_environment, summary
 from tests.data.backends.helpers import wait_until
 
@@ -22,6 +22,14 @@ def recipe(shards: Path, tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(f"data: {{path: {shards}}}\n")
     return path
+
+
+@pytest.mark.parametrize(
+    ("visible", "ranks"), [("0,1", 2), ("3", 1), ("GPU-8a, GPU-9b", 2), ("0,-1,2", 1), ("", 1), ("-1", 1)]
+)
+def test_one_rank_for_each_gpu_that_cuda_shows(visible: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert default_ranks() == ranks
 
 
 def start(recipe: Path, *overrides: str) -> "subprocess.Popen[str]":

@@ -66,7 +66,9 @@ def bench_attention(case: Case, rounds: int, threads: int, json_file: str | None
 
 
 def check_case(case: Case) -> None:
-    """Raise UserError for an unknown basis, or a grid or form that the basis does not take."""
+    """Raise UserError for an unknown basis, a grid or form that the basis does not take, or a GPU that is not here."""
+    if torch.device(case.device).type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {case.device}: no CUDA device here; use --device cpu")
     if case.form == "content" and case.basis != "fourier":
         raise UserError(f"--form content needs --basis fourier, not {case.basis}")
     try:

@@ -29,6 +29,7 @@ from karat_scale.engine import distributed
 from karat_scale.engine.devices import wait_for
 from karat_scale.engine.optimizers import build_optimizer
 from karat_scale.engine.schedule import build_schedule
+from karat_scale.errors import UserError, on_one_line
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
@@ -161,9 +162,11 @@ def _seconds_to_first_step(model: dict[str, Any], batch: int, run_dir: Path) -> 
     """Seconds from the start of `karat train` to the end of its first step, in a process of its own."""
     recipe = run_dir.with_suffix(".yaml")
     recipe.write_text(json.dumps({"data": {"backend": "synthetic"}, "model": model, "train": {"ema_decay": 0.0}}))
-    overrides = [f"run.dir={run_dir}", f"train.global_batch={batch}", "train.max_steps=1", "data.synthetic_samples=64"]
-    command = [sys.executable, "-m", "karat_scale", "train", str(recipe), *overrides]
-    subprocess.run(command, check=True, capture_output=True)
+    overrides = [f"run.dir={run_dir}", f"train.global_batch={batch}", f"data.synthetic_samples={max(64, batch)}"]
+    command = [sys.executable, "-m", "karat_scale", "train", str(recipe), "train.max_steps=1", *overrides]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"karat train ended with exit code {done.returncode}: {on_one_line(done.stderr[-400:])}")
     summary = RunDirectory(run_dir).summary() or {}
     return float(summary["seconds_to_first_step"])
 

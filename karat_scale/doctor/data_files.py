@@ -16,7 +16,6 @@ from karat_scale.errors import DataError
 from karat_scale.recipe import DataConfig, Recipe
 from karat_scale.tables import Files
 
-SAMPLED_FILES = 64
 SAMPLED_IMAGES = 256
 
 
@@ -46,7 +45,7 @@ def find_data_files(recipe: Recipe, num_train: int) -> DataFiles | None:
         return _betons(data, num_train)
     with closing(_open_split(recipe)) as split:
         files = dict.fromkeys(split.file_of(int(i)) for i in sampled_ids(num_train, recipe.run.seed))
-        paths = () if isinstance(split, ShardSplit) and split.ahead else tuple(map(Path, files))[:SAMPLED_FILES]
+        paths = () if isinstance(split, ShardSplit) and split.ahead else tuple(map(Path, files))
         if isinstance(split, FolderSplit):
             size = sum(path.stat().st_size for path in paths) / len(paths)
             val = FolderSplit(data.path, data.val_split, recipe.model.num_classes, split.classes)

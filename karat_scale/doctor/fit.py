@@ -47,8 +47,9 @@ class Subject:
 
     @property
     def cores_of_a_rank(self) -> int:
-        """The cores that this rank may use. srun gives each task its own; under torchrun all share them."""
-        shared = 1 if "SLURM_STEP_NUM_TASKS" in os.environ else self.local_ranks
+        """The cores that this rank may use. srun gives each task its own; a launcher's ranks share them."""
+        own = "SLURM_STEP_NUM_TASKS" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ
+        shared = 1 if own else self.local_ranks
         return max(1, usable_cores() // shared)
 
 

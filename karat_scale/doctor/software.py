@@ -12,10 +12,8 @@ from karat_scale.tables import EXTRAS, how_to_install, is_installed
 
 DISTRIBUTION = "karat-scale"
 OLDEST_PYTHON = (3, 10)
-LIBRARIES = (
-    *("torch", "torchvision", "timm", "deepspeed", "numpy", "pillow"),
-    *("pydantic", "pyyaml", "psutil", "rich", "tensorboard"),
-)
+# In a bare clone, whose needs are not recorded.
+LIBRARIES = ("torch", "torchvision", "timm", "deepspeed", "numpy", "pillow", "pydantic", "pyyaml", "webdataset")
 
 
 def examine_python() -> Iterator[Finding]:
@@ -27,9 +25,8 @@ def examine_python() -> Iterator[Finding]:
 
 def examine_libraries() -> Iterator[Finding]:
     """Yield the required libraries and triton, against the versions that the package requires."""
-    wanted = wanted_versions()
-    for name in LIBRARIES:
-        yield examine_library(name, wanted.get(name, ""))
+    for name, wanted in (wanted_versions() or dict.fromkeys(LIBRARIES, "")).items():
+        yield examine_library(name, wanted)
     yield _examine_triton()
 
 

@@ -14,7 +14,6 @@ PAGE = 4096
 CHUNK = 4 << 20
 SEQUENTIAL_BYTES = 128 << 20
 RANDOM_READS = 512
-SEED = 0
 # The kernel caches pages in blocks of up to this size, aligned to it, and drops only whole blocks.
 FOLIO = 2 << 20
 
@@ -38,45 +37,46 @@ class StorageSpeed:
     readers: int
 
 
-def measure_storage(paths: Sequence[Path], block: int, readers: int, seconds: float) -> StorageSpeed:
+def measure_storage(paths: Sequence[Path], block: int, readers: int, seconds: float, rank: int = 0) -> StorageSpeed:
     """Read the files at random in blocks of `block` bytes, then again, then in sequence; about `seconds` in total.
 
-    The pages are dropped from the cache first, as in the first epoch. Raises OSError.
+    The pages are dropped from the cache first, as in the first epoch. Each rank reads other places. Raises OSError.
     """
     with contextlib.ExitStack() as stack:
         descriptors = [stack.enter_context(path.open("rb", buffering=0)).fileno() for path in paths]
-        spans = _random_spans(descriptors, block)
+        spans = _random_spans(descriptors, block, rank)
         cached_share = _cached_share(spans)
         _give_up(spans)
         state = _state(spans)
         at_random, read = _random_speed(spans, readers, seconds / 3)
         again, _ = _random_speed(read, readers, seconds / 3)
-        sequence = _sequential_spans(descriptors)
+        sequence = _sequential_spans(descriptors, rank)
         _give_up(sequence)
         sequential, _ = _random_speed(sequence, 1, seconds / 3)
     return StorageSpeed(sequential, at_random, again, state, cached_share, readers)
 
 
-def _random_spans(descriptors: list[int], block: int) -> list[Span]:
-    """Yield blocks that begin on a page, at random places of files chosen by their size."""
+def _random_spans(descriptors: list[int], block: int, rank: int) -> list[Span]:
+    """Return blocks that begin on a page, at random places of files chosen by their size.
+
+    No file is read more often than it has blocks: what is read twice comes from the page cache.
+    """
     sizes = [os.fstat(descriptor).st_size for descriptor in descriptors]
-    rng = random.Random(SEED)
+    blocks = [max(1, size // block) for size in sizes]
+    rng = random.Random(rank)
     spans = []
-    for number in rng.choices(range(len(sizes)), weights=sizes, k=RANDOM_READS):
+    for number in rng.sample(range(len(sizes)), counts=blocks, k=min(RANDOM_READS, sum(blocks))):
         pages = max(1, (sizes[number] - block) // PAGE)
         spans.append((descriptors[number], rng.randrange(pages) * PAGE, block))
     return spans
 
 
-def _sequential_spans(descriptors: list[int]) -> list[Span]:
-    spans: list[Span] = []
-    for descriptor in descriptors:
-        size = os.fstat(descriptor).st_size
-        for offset in range(0, size, CHUNK):
-            if len(spans) * CHUNK >= SEQUENTIAL_BYTES:
-                return spans
-            spans.append((descriptor, offset, CHUNK))
-    return spans
+def _sequential_spans(descriptors: list[int], rank: int) -> list[Span]:
+    sizes = ((descriptor, os.fstat(descriptor).st_size) for descriptor in descriptors)
+    spans = [(descriptor, offset, CHUNK) for descriptor, size in sizes for offset in range(0, size, CHUNK)]
+    count = SEQUENTIAL_BYTES // CHUNK
+    start = rank * count % len(spans) if spans else 0
+    return (spans[start:] + spans[:start])[:count]
 
 
 def _give_up(spans: list[Span]) -> None:

@@ -104,7 +104,9 @@ def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: flo
     if files is not None and files.paths:
         with printer.busy("timing the disk"):
             readers = max(1, recipe.data.workers)
-            storage = measure_storage(files.paths, round(files.image_bytes), readers, budget["storage"])
+            block = round(files.image_bytes)
+            own = measure_storage(files.paths, block, readers, budget["storage"], world.rank)
+            storage = min(world.gather(own), key=lambda speed: speed.random)
     with printer.busy("timing decoding and augmentation"):
         # A stream's samples have no ids, and it may say that there are very many.
         ids = np.arange(1) if recipe.data.is_stream else sampled_ids(num_train, recipe.run.seed)

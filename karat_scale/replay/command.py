@@ -100,7 +100,7 @@ def _scratch(directory: RunDirectory, recipe: Recipe, begin: str, world: World) 
         yield recipe.changed(
             run__dir=str(path),
             init_from=recipe.init_from if not begin else "",
-            resume__from_=str(directory.store.root / begin) if begin else "",
+            resume__from_=str(directory.store.root / begin) if begin else recipe.resume.from_,
             train__compile=False,  # a compiled model has no modules to watch
             train__on_nonfinite="skip",
             train__max_skipped_steps=_NEVER,

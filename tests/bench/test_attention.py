@@ -39,6 +39,12 @@ def test_bench_attention_prints_ratios_and_writes_json(tmp_path: Path) -> None:
     assert "streaming" in done.stdout
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_here_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "attention", "--device", "cuda"]) == 2
+    assert capsys.readouterr().err == "error: --device cuda: no CUDA device here; use --device cpu\n"
+
+
 def case_of(**changes: Any) -> Case:
     return Case(**{**asdict(Case("tiny", 1, 3, 12, "fp32", "cpu", tokens=20)), **changes})
 

@@ -64,6 +64,13 @@ def test_batches_that_memory_cannot_hold_are_a_problem(subject: MakeSubject) -> 
     assert not list(fit.examine_workers(subject("data.workers=0")))
 
 
+def test_ranks_of_a_launcher_inside_srun_share_the_cores(subject: MakeSubject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    alone = subject().cores_of_a_rank
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert subject().cores_of_a_rank == max(1, alone // 2)
+
+
 def test_checkpoints_that_the_disk_cannot_hold_are_a_problem(subject: MakeSubject, tmp_path: Path) -> None:
     small = by_name(fit.examine_run_directory(subject()))
     assert small["room for checkpoints"].level == "ok"

@@ -84,6 +84,7 @@ def test_the_wanted_versions_are_those_of_the_package() -> None:
     wanted = software.wanted_versions()
     assert wanted["timm"]
     assert set(software.LIBRARIES) <= wanted.keys()
+    assert {finding.name for finding in software.examine_libraries()} == {*wanted, "triton"}
 
 
 @pytest.mark.slow

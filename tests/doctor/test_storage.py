@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.doctor.storage import measure_storage
+from karat_scale.doctor.storage import _random_spans, _sequential_spans, measure_storage
 
 
 @pytest.fixture
@@ -30,6 +30,20 @@ def test_files_smaller_than_a_block_or_a_page_are_read_too(tmp_path: Path) -> No
     small = tmp_path / "small"
     small.write_bytes(b"x" * 100)
     assert measure_storage([small], block=1000, readers=2, seconds=0.1).random > 0
+
+
+def test_nothing_is_read_twice_and_each_rank_reads_other_places(files: list[Path]) -> None:
+    descriptors = [os.open(path, os.O_RDONLY) for path in files]
+    try:
+        whole = _random_spans(descriptors, block=3 << 20, rank=0)  # as a folder's files, an image each
+        assert sorted(descriptor for descriptor, _, _ in whole) == descriptors
+        first, second = (_random_spans(descriptors, block=50_000, rank=rank) for rank in (0, 1))
+        assert len(first) == len(second) == 20 + 41 + 62
+        assert first != second
+        assert sorted(_sequential_spans(descriptors, 1)) == sorted(_sequential_spans(descriptors, 0))
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 def test_a_file_that_is_gone_is_an_error(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +46,18 @@ def exploded(train: Train) -> Path:
 
 def noted(run: Path) -> list[dict[str, object]]:
     return [json.loads(path.read_text()) for path in sorted((run / "incidents").glob("*.json"))]
+
+
+def test_a_branch_is_replayed_from_its_trunk(train: Train, tmp_path: Path) -> None:
+    trunk, _ = train("train.max_steps=4", "optim.lr=0.01")
+    branch, code = train(f"resume.from={trunk}", "checkpoint.every_minutes=null", "train.max_steps=6")
+    assert code == 0
+    for path in (branch / "checkpoints").glob("step-*"):  # as before its first own checkpoint
+        shutil.rmtree(path)
+    found = tmp_path / "found.json"
+    assert karat_here("replay", str(branch), "6", "--out", str(tmp_path / "x.png"), "--json", str(found)) == 0
+    loss = next(event["loss"] for event in events(branch, "train") if event["step"] == 6)
+    assert json.loads(found.read_text())["loss"] == pytest.approx(loss, rel=1e-6)
 
 
 def test_a_step_that_was_skipped_is_found_again(
