@@ -28,7 +28,8 @@ def resize_on_device(region: Tensor, view: View, interpolation: str) -> Tensor:
         rows, columns = region.shape[1:]
         across = _filter_weights(left, right, columns, width, interpolation, region.device)
         down = _filter_weights(top, bottom, rows, height, interpolation, region.device)
-        resized = down @ _whole_levels(region.float() @ across.T)
+        narrowed = _whole_levels(_weighted(across, region.float().mT).mT)
+        resized = _weighted(down, narrowed)
     return _whole_levels(resized).to(torch.uint8)
 
 
@@ -44,6 +45,12 @@ def _filter_weights(
     weights = _triangle(distances) if interpolation == "bilinear" else _cubic(distances)
     weights = weights * (distances < _REACH[interpolation])
     return weights / weights.sum(dim=1, keepdim=True)
+
+
+def _weighted(weights: Tensor, levels: Tensor) -> Tensor:
+    """Return weights @ levels, whole levels, as exactly as in float32 if products are rounded to TF32 (11 bits)."""
+    coarse = (weights * 1024).round() / 1024
+    return coarse @ levels + (weights - coarse) @ levels
 
 
 def _triangle(distances: Tensor) -> Tensor:

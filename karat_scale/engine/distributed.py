@@ -178,10 +178,7 @@ def _start(device: str, patience: timedelta) -> tuple[World, Place | None]:
     place = _join(rank, size, here, patience)
     with_control = use_cuda and size > 1
     control = dist.new_group(backend="gloo", timeout=patience) if with_control else None
-    world = World(rank, size, local_rank, here, control)
-    if with_control:
-        _have_a_gpu_each(world)
-    return world, place
+    return World(rank, size, local_rank, here, control), place
 
 
 def stop() -> None:
@@ -209,7 +206,10 @@ def _join(rank: int, size: int, device: torch.device, patience: timedelta) -> Pl
     os.environ["MASTER_ADDR"] = os.environ.get("MASTER_ADDR") or _first_slurm_host()
     os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT") or default_port(os.environ)
     place = Place(os.environ["MASTER_ADDR"], _port(), rank, size, patience, next(_meetings))
-    store = dist.PrefixStore("group", meet(place))
+    met = meet(place)
+    if device.type == "cuda":  # before NCCL, whose own refusal is a traceback
+        have_a_gpu_each(dist.PrefixStore("cards", met), rank, size, card(device))
+    store = dist.PrefixStore("group", met)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=device_id)
     return place
 
@@ -241,15 +241,12 @@ def default_port(environ: Mapping[str, str]) -> str:
     return str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 10000)  # below the ports that kernels hand out
 
 
-def _have_a_gpu_each(world: World) -> None:
-    mine = card(world.device)
+def have_a_gpu_each(store: dist.Store, rank: int, size: int, mine: str) -> None:
+    """Tell the other ranks this rank's `card`, and hear theirs. Raises UserError, on all, if two have the same."""
     if torch.cuda.device_count() == 1:
-        print(f"[rank {world.rank}] takes the one GPU that it is shown: {mine}", flush=True)
-    try:
-        refuse_shared(world.gather(mine))
-    except UserError:
-        stop()
-        raise
+        print(f"[rank {rank}] takes the one GPU that it is shown: {mine}", flush=True)
+    store.set(str(rank), mine)
+    refuse_shared([store.get(str(other)).decode() for other in range(size)])
 
 
 def _first_slurm_host() -> str:

@@ -110,7 +110,9 @@ class Engine:
         self._device = world.device
         self._skipped_steps = torch.zeros((), device=world.device)
         self._clip = recipe.optim.clip_grad
-        self._skips_on_device = heeds_found_inf(self.deepspeed.basic_optimizer) and recipe.train.precision != "fp16"
+        # An offloaded step would read `found_inf` on the CPU before it has come there from the GPU.
+        reads_norms = recipe.train.precision == "fp16" or offloads_optimizer(config)
+        self._skips_on_device = heeds_found_inf(self.deepspeed.basic_optimizer) and not reads_norms
         if self.stage == 0:
             average_gradients_in_few_copies(self.deepspeed)
         else:
@@ -166,7 +168,7 @@ class Engine:
 
         The norm is a 0-dim tensor on the device, which is not read. A step whose gradients are not finite is skipped
         and counted, and its norm is not finite: the same on all ranks. Fused AdamW skips on the device; for other
-        optimizers, and for fp16's loss scale, the norm is read once.
+        optimizers, for fp16's loss scale and with offload, the norm is read once.
         """
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()

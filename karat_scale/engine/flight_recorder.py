@@ -29,17 +29,26 @@ def write_flight_record(directory: Path, rank: int) -> None:
 
     It never fails: it is called when something else has.
     """
-    torch_c: Any = torch._C._distributed_c10d
-    if not hasattr(torch_c, "_dump_fr_trace"):  # an older torch
-        return
     with suppress(OSError, RuntimeError, ValueError):
-        print(f"rank {rank}: {_last_collective(torch_c._dump_fr_trace_json())}", file=sys.stderr, flush=True)
+        entries, record = _newest_record(torch._C._distributed_c10d)
+        print(f"rank {rank}: {_last_collective(entries)}", file=sys.stderr, flush=True)
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / f"flight-{rank}", torch_c._dump_fr_trace())
+        write_atomically(directory / f"flight-{rank}", record)
 
 
-def _last_collective(record: bytes) -> str:
-    entries = json.loads(record).get("entries", [])
+def _newest_record(torch_c: Any) -> tuple[list[dict[str, Any]], bytes]:
+    """Return the entries of a record and the record as torch writes it: NCCL's if it has any, else that of gloo."""
+    if not hasattr(torch_c, "_dump_fr_trace"):
+        raise RuntimeError("this torch is too old to have a record")
+    name, entries = "_dump_nccl_trace", []
+    if hasattr(torch_c, name):  # not in a torch for CPUs
+        entries = json.loads(torch_c._dump_nccl_trace_json()).get("entries", [])
+    if not entries:
+        name, entries = "_dump_fr_trace", json.loads(torch_c._dump_fr_trace_json()).get("entries", [])
+    return entries, getattr(torch_c, name)()
+
+
+def _last_collective(entries: list[dict[str, Any]]) -> str:
     if not entries:
         return "it has entered no collective"
     last = entries[-1]

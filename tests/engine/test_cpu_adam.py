@@ -1,15 +1,20 @@
 """DeepSpeed's AdamW for CPUs is compiled once, and a build that was killed does not stop the next."""
 
 import os
+import sys
 import time
 
 import pytest
+from torch.utils.cpp_extension import is_ninja_available
 
 from karat_scale.engine.cpu_adam import QUIET_SECONDS, build_cpu_adam, cpu_adam_can_be_built, remove_stale_mark
 
 
-def test_deepspeed_says_whether_it_can_be_built() -> None:
-    assert cpu_adam_can_be_built() in (True, False)
+def test_without_a_compiler_it_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", sys.executable)  # any program
+    assert cpu_adam_can_be_built() == is_ninja_available()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not cpu_adam_can_be_built()
 
 
 @pytest.mark.parametrize(("age", "stays"), [(QUIET_SECONDS - 30, True), (QUIET_SECONDS + 30, False)])

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from karat_scale.engine import distributed
 from karat_scale.engine.devices import gpu_index, refuse_shared, tell_deepspeed
+from karat_scale.engine.distributed import have_a_gpu_each
 from karat_scale.errors import UserError
 from tests.conftest import karat_environment
 
@@ -30,6 +32,15 @@ def test_more_ranks_than_gpus_are_refused() -> None:
     refuse_shared(["node1 A100 GPU-1", "node1 A100 GPU-2", "node2 A100 GPU-3"])
     with pytest.raises(UserError, match="ranks 1 and 2 have one GPU, node1 A100 GPU-2; start one task per GPU"):
         refuse_shared(["node1 A100 GPU-1", "node1 A100 GPU-2", "node1 A100 GPU-2"])
+
+
+def test_every_rank_hears_that_two_have_one_gpu() -> None:
+    store = dist.HashStore()
+    with ThreadPoolExecutor(3) as ranks:
+        told = [ranks.submit(have_a_gpu_each, store, rank, 3, f"A100 GPU-{rank % 2}") for rank in range(3)]
+    for one in told:
+        with pytest.raises(UserError, match="ranks 0 and 2 have one GPU, A100 GPU-0"):
+            one.result()
 
 
 ON_THE_CPU = """
@@ -72,6 +83,8 @@ def test_nccl_is_told_its_gpu(monkeypatch: pytest.MonkeyPatch, size: int) -> Non
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: told.append({"backend": backend, **how}))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setattr(distributed, "meet", lambda place: dist.HashStore())  # of ranks that do not exist here
+    monkeypatch.setattr(distributed, "card", str)
+    monkeypatch.setattr(distributed, "have_a_gpu_each", lambda *ranks: None)
     for device in (torch.device("cuda", 1), torch.device("cpu")):
         distributed._join(0, size, device, timedelta(minutes=1))
     assert [(how["backend"], how["device_id"]) for how in told] == [("nccl", torch.device("cuda", 1)), ("gloo", None)]

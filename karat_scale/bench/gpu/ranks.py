@@ -138,7 +138,7 @@ def _ddp(case: StagesCase, world: World, images: Tensor, labels: Tensor) -> Call
         with torch.autocast(world.device.type, torch.bfloat16, enabled=case.precision == "bf16"):
             logits = wrapped(images)
         nn.functional.cross_entropy(logits.float(), labels).backward()
-        float(nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad))
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad)
         optimizer.step()
 
     return _repeated(step, case.steps, world)

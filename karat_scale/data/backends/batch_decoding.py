@@ -156,6 +156,8 @@ class BatchDecodingBackend(SplitBackend):
     def _batches(
         self, slices: Iterable[BatchSlice], reader: RowReader, library: BatchDecoder, way: Pass, source: ImageSource
     ) -> Generator[Batch, None, None]:
+        if self._stream is not None:
+            torch.cuda.set_device(self._stream.device)  # of this thread, which else opens a context on GPU 0, too
         assembler = way.assembler(source)
         under_way: deque[tuple[BatchSlice, list[Row | None] | None]] = deque()
 

@@ -50,6 +50,23 @@ def test_a_view_differs_from_pillows_by_one_level_at_most(view, interpolation):
     assert difference.float().mean() < 0.05
 
 
+def tf32(x):
+    """What tensor cores read of float32: 11 bits."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
+
+
+def test_products_in_tf32_are_as_exact_as_in_float32(monkeypatch):
+    view = centre_view(101, 83, 27, 24)
+    region = torch.from_numpy(photo(1, 101, 83).copy()).permute(2, 0, 1)
+    left, top, right, bottom = view.region
+    region = region[:, top:bottom, left:right]
+    expected = resize_on_device(region, view, "bicubic")
+    product = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: product(tf32(a), tf32(b)))
+    assert torch.equal(resize_on_device(region, view, "bicubic"), expected)
+
+
 @pytest.mark.parametrize("augment", [CROP_AND_FLIP, ON_THE_DEVICE], ids=["crop and flip", "augmented on the device"])
 def test_samples_and_draws_are_those_of_webdataset_and_pixels_nearly(make_shards, data_config, webdataset, augment):
     samples = list(odd_samples())
