@@ -2,10 +2,10 @@
 # Train the runs of a sweep: a job array, one run per element. `karat sweep RECIPE key=a,b ... --slurm` writes what it
 # needs, fills it in and submits it.
 #
-#   SWEEP=runs/sweep SHARDS=/scratch/imagenet sbatch --array=0-11%4 slurm/sweep_grid.sh [key=value ...]
+#   POINTS=runs/sweep/points/DIGEST SHARDS=/scratch/imagenet sbatch --array=0-11%4 slurm/sweep_grid.sh [key=value ...]
 #
-# SWEEP/points/3 has the overrides of element 3, one on each line; the first is run.dir. `--array=0-11%4` runs four at a
-# time. Each run is handled as in imagenet_fourier_karat.sh.
+# POINTS/3 has the overrides of element 3, one on each line; the first is run.dir. `--array=0-11%4` runs four at a time.
+# Each run is handled as in imagenet_fourier_karat.sh.
 
 #SBATCH --job-name=sweep_grid
 #SBATCH --nodes=1
@@ -29,7 +29,7 @@ KARAT_HOME=${KARAT_HOME:-$(dirname "$(dirname "${SCRIPT:-$(realpath "$0")}")")}
 TASK=${TASK:-train}      # or detect
 RECIPE=${RECIPE:-imagenet_vit_tiny_g3b}
 SHARDS=${SHARDS:-}       # a directory or URL of shards; empty: the recipe's data.path
-SWEEP=${SWEEP:-$KARAT_HOME/runs/sweep}
+POINTS=${POINTS:-}       # the directory of the overrides
 VENV=${VENV:-}           # a virtual environment, or
 CONDA_ENV=${CONDA_ENV:-} # a conda environment; neither: the python on PATH
 MODULES=${MODULES:-}     # modules to load before, such as "cuda/12.6"
@@ -40,8 +40,8 @@ STAGE=${STAGE:-}         # a local disk of the node for a copy of the shards, su
 source "$KARAT_HOME/slurm/launch.sh" || exit 2
 enter_environment
 index=${SLURM_ARRAY_TASK_ID:-0}
-mapfile -t POINT 2>/dev/null <"$SWEEP/points/$index"
-[[ ${POINT[0]:-} == run.dir=* ]] || refuse "SWEEP = $SWEEP: no points/$index there; karat sweep writes it"
+mapfile -t POINT 2>/dev/null <"$POINTS/$index"
+[[ ${POINT[0]:-} == run.dir=* ]] || refuse "POINTS = $POINTS: no $index there; karat sweep writes it"
 RUN=${POINT[0]#run.dir=}
 check_recipe "$TASK" "$RECIPE" ${SHARDS:+"data.path=$SHARDS"} "$@" "${POINT[@]}"
 count_restart

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
+from karat_scale.ledger.match import by_recipe
 from karat_scale.ledger.page import PAGE, render_page
 from karat_scale.ledger.record import Record, read_records, take_record
 
@@ -13,7 +14,8 @@ def keep_ledger(runs: Sequence[str], docs: str) -> int:
     """Add runs to `docs`/ledger and write `docs`/reproduction.md; without runs, only the page. Returns the exit code.
 
     Raises:
-        UserError: a run cannot be added or is in the ledger already, or a record was changed. Then nothing is written.
+        UserError: a run cannot be added, it or its seed is there already, or a record was changed. Then nothing is
+            written.
     """
     folder = Path(docs) / "ledger"
     if not folder.is_dir():
@@ -27,6 +29,7 @@ def keep_ledger(runs: Sequence[str], docs: str) -> int:
             raise UserError(f"{run}: is in the ledger already, as {folder / record.name}.json{same}")
         records[record.name] = record
         added.append(record)
+    _refuse_second_of_a_seed(folder, list(records.values()))
     page = render_page([records[name] for name in sorted(records)])
     for record in added:
         write_atomically(folder / f"{record.name}.json", record.to_text())
@@ -34,6 +37,19 @@ def keep_ledger(runs: Sequence[str], docs: str) -> int:
     write_atomically(Path(docs) / PAGE, page)
     print(f"{Path(docs) / PAGE}: {len(records)} runs")
     return 0
+
+
+def _refuse_second_of_a_seed(folder: Path, records: Sequence[Record]) -> None:
+    """Raise UserError for two runs that would count one seed twice in a mean."""
+    for group in by_recipe(records):
+        first: dict[int, Record] = {}
+        for record in group:
+            seed = record.resolved.run.seed
+            if (other := first.setdefault(seed, record)) is not record:
+                raise UserError(
+                    f"{folder}: {other.name} and {record.name} train the same with run.seed = {seed}, which their mean "
+                    "would count twice; leave one of them out"
+                )
 
 
 def _outcome(record: Record) -> str:

@@ -123,7 +123,8 @@ def _of_paper(table: PaperTable, row: PaperRow, parameters: str = "") -> tuple[s
 
 
 def _rows_of(table: PaperTable, row: PaperRow, group: Sequence[Record]) -> list[tuple[str, ...]]:
-    mean = [] if len(group) < 2 else [(row.model, "", _paper(table, row), "", *_mean(table.measure, group))]
+    mark = _mark(table, row, group[0])  # all have the same budget
+    mean = [] if len(group) < 2 else [(row.model, "", _paper(table, row), "", *_mean(table.measure, group, mark))]
     return [*mean, *(_ours(table, row, record) for record in group)]
 
 
@@ -132,8 +133,8 @@ def _other_rows(group: Sequence[Record]) -> list[tuple[str, ...]]:
     return [*mean, *map(_other_row, group)]
 
 
-def _mean(measure: str, group: Sequence[Record]) -> tuple[str, ...]:
-    """Return the cells from `ours` on of the mean over seeds."""
+def _mean(measure: str, group: Sequence[Record], mark: str = "") -> tuple[str, ...]:
+    """Return the cells from `ours` on of the mean over seeds, whose figure begins with `mark`."""
     parts = zip(*(_figures(measure, record) for record in group), strict=True)
     means = "; ".join(
         " / ".join(f"{statistics.mean(x):.2f} ± {statistics.stdev(x):.2f}" for x in zip(*part, strict=True))
@@ -142,14 +143,18 @@ def _mean(measure: str, group: Sequence[Record]) -> tuple[str, ...]:
     seeds = ", ".join(str(record.resolved.run.seed) for record in group)
     budget = f"{group[0].epochs:.4g} x {group[0].epoch_images:,} images"
     command = command_of_record(group[0], seed=False)
-    figure = f"**{means}{_unit(measure)}**, mean of {len(group)}"
+    figure = f"{mark}**{means}{_unit(measure)}**, mean of {len(group)}"
     return figure, budget, "", seeds, "", f"`{command}`" if command else ""
 
 
 def _ours(table: PaperTable, row: PaperRow, record: Record) -> tuple[str, ...]:
-    mark = budget_mark(record, row, table) if table.measure != "memory" else ""
-    figure = f"{f'*{mark}:* ' if mark else ''}[{_figure(table.measure, record)}](ledger/{record.name}.json)"
+    figure = f"{_mark(table, row, record)}[{_figure(table.measure, record)}](ledger/{record.name}.json)"
     return *_of_paper(table, row, _parameters(row, record)), figure, *_circumstances(record)
+
+
+def _mark(table: PaperTable, row: PaperRow, record: Record) -> str:
+    mark = budget_mark(record, row, table) if table.measure != "memory" else ""
+    return f"*{mark}:* " if mark else ""
 
 
 def _other_row(record: Record) -> tuple[str, ...]:

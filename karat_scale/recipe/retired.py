@@ -34,7 +34,8 @@ def without_retired_keys(tree: Mapping[str, Any], source: str) -> tuple[dict[str
         is_wanted = log.pop("tensorboard")
         if not isinstance(is_wanted, bool):
             raise RecipeError(f"{source}: log.tensorboard = {is_wanted!r}: should be true or false; see log.trackers")
-        others = [name for name in log.get("trackers") or () if name != "tensorboard"]
+        given = log.get("trackers") or []
+        others = [name for name in (given if isinstance(given, list) else [given]) if name != "tensorboard"]
         log["trackers"] = [*others, *(["tensorboard"] if is_wanted else [])]
     return today, notes
 

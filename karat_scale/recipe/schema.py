@@ -172,6 +172,16 @@ class Recipe(RunRecipe):
     """Learning from a trained teacher beside the labels."""
 
     @model_validator(mode="after")
+    def _keys_of_distill_have_a_teacher(self) -> "Recipe":
+        changed = self.distill.model_dump(by_alias=True, exclude_defaults=True)
+        if changed and not self.distill.from_:
+            key, value = next(iter(changed.items()))
+            raise ValueError(
+                f"distill.{key} = {value} has no effect without distill.from; set distill.from or remove distill.{key}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _images_grow(self) -> "Recipe":
         sizes = self.schedule.image_sizes
         if not sizes:

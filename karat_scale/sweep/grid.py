@@ -8,11 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from karat_scale.errors import UserError
+from karat_scale.recipe.portable import text_digest
 
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 _CLOSING = {"[": "]", "{": "}", "(": ")"}
 _MOST_POINTS = 10_000
 _LONGEST_NAME = 120
+_DIGITS = 8
 SEED = "run.seed"
 
 
@@ -50,17 +52,18 @@ def read_grid(overrides: Sequence[str]) -> tuple[list[str], list[Point]]:
 def _points(varied: dict[str, list[str]]) -> list[Point]:
     leaves = Counter(key.rpartition(".")[2] for key in varied)
     short = {key: leaf if leaves[leaf := key.rpartition(".")[2]] == 1 else key for key in varied}
-    combinations = list(itertools.product(*varied.values()))
-    names = [
-        "_".join(f"{short[key]}-{_plain(value)}" for key, value in zip(varied, one, strict=True))
-        for one in combinations
-    ]
-    if len(set(names)) < len(names) or max(map(len, names)) > _LONGEST_NAME:
-        names = [f"run-{number:04d}" for number in range(len(names))]
-    return [
-        Point(name, tuple(f"{key}={one[at]}" for at, key in enumerate(varied)))
-        for name, one in zip(names, combinations, strict=True)
-    ]
+    names: set[str] = set()
+    points = []
+    for values in itertools.product(*varied.values()):
+        pairs = list(zip(varied, values, strict=True))
+        settings = tuple(f"{key}={value}" for key, value in pairs)
+        name = "_".join(f"{short[key]}-{_plain(value)}" for key, value in pairs)
+        if len(name) > _LONGEST_NAME or name in names:  # other names stay as they are when values are added
+            digest = text_digest("\n".join(settings))[:_DIGITS]
+            name = f"{name[: _LONGEST_NAME - _DIGITS - 1]}_{digest}"
+        names.add(name)
+        points.append(Point(name, settings))
+    return points
 
 
 def _values(key: str, text: str) -> list[str]:

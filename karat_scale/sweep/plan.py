@@ -14,6 +14,9 @@ from karat_scale.run.run_directory import RunDirectory
 from karat_scale.sweep.grid import Point, read_grid
 from karat_scale.tasks.detection.recipe import DetectionRecipe
 
+# Keys that may have an effect with attention.kind=softmax: a teacher's matrices need an implementation.
+_OF_SOFTMAX = tuple(f"attention.{key}" for key in ("kind", "implementation", "transfer_from", "transfer_heads"))
+
 
 class State(Enum):
     """How far a run of the sweep is."""
@@ -47,9 +50,15 @@ class PlannedRun:
         if standing.ended is None and (standing.silent_seconds or 0.0) <= SILENT_SECONDS and standing.signs:
             return State.RUNNING
         summary = directory.summary() or {}
-        # A finished run of another recipe is not this one: karat train says what is wrong with it.
-        is_same = not differing_keys(directory.recipe(type(self.recipe)), self.recipe)
-        return State.FINISHED if summary.get("exit") == 0 and is_same else State.UNFINISHED
+        # Without the second, the run was killed after it began again, and the summary is of its earlier end.
+        is_done = summary.get("exit") == 0 and standing.ended is not None
+        return State.FINISHED if is_done and self._is_of(directory) else State.UNFINISHED
+
+    def _is_of(self, directory: RunDirectory) -> bool:
+        """Whether the recipe in the directory is this one and as long; if not, karat train goes on or says why not."""
+        recorded = directory.recipe(type(self.recipe))
+        is_as_long = recorded.train.max_steps == self.recipe.train.max_steps  # which changes nothing that is learned
+        return is_as_long and not differing_keys(recorded, self.recipe)
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,19 @@ def plan_sweep(recipe: str, overrides: Sequence[str], out: str | None) -> Sweep:
             runs.append(PlannedRun(point, directory, own, checked))
         except RecipeError as error:
             raise RecipeError(f"{' '.join(point.settings)}: {error}") from None
+    _refuse_idle_keys(runs)
     return Sweep(COMMANDS[schema.shipped], named, tuple(shared), root, tuple(runs))
+
+
+def _refuse_idle_keys(runs: Sequence[PlannedRun]) -> None:
+    """Raise UserError for a key of KArAt that varies where all runs have softmax: their models would be the same."""
+    if any(run.recipe.attention.kind != "softmax" for run in runs):
+        return
+    for key in (setting.partition("=")[0] for setting in runs[0].point.settings):
+        if key.startswith("attention.") and key not in _OF_SOFTMAX:
+            raise UserError(
+                f"{key} has no effect with attention.kind = softmax, which all runs have; set attention.kind=karat"
+            )
 
 
 def _schema(recipe: str) -> type[RunRecipe]:

@@ -8,8 +8,9 @@ from karat_scale.console import plural
 from karat_scale.data.formats.shard_format import dataset_directory
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
+from karat_scale.recipe.portable import text_digest
 from karat_scale.submit.sbatch import agrees, fill, sbatch, slurm_home, with_environment
-from karat_scale.sweep.plan import State, Sweep
+from karat_scale.sweep.plan import PlannedRun, State, Sweep
 
 SCRIPT = "sweep_grid.sh"
 
@@ -32,7 +33,7 @@ class Submission:
 
 
 def submit_sweep(sweep: Sweep, how: Submission, only_print: bool) -> None:
-    """Write OUT/sweep.sh and OUT/points, show the script, and submit it if the user agrees.
+    """Write OUT/sweep.sh and a folder in OUT/points, show the script, and submit it if the user agrees.
 
     With `only_print`, only show the script.
 
@@ -41,13 +42,16 @@ def submit_sweep(sweep: Sweep, how: Submission, only_print: bool) -> None:
     """
     elements = [number for number, run in enumerate(sweep.runs) if run.state in (State.NEW, State.UNFINISHED)]
     out = sweep.out.absolute()
+    points = [_point(run) for run in sweep.runs]
+    # A folder for each grid: elements of earlier arrays may be waiting, or come back, and read theirs.
+    folder = out / "points" / text_digest("".join(points))[:12]
     data = dataset_directory(sweep.runs[0].recipe.data.path)  # type: ignore[attr-defined]
     filled = {
         "KARAT_HOME": str(slurm_home()),
         "TASK": sweep.command,
         "RECIPE": sweep.recipe,
         "SHARDS": str(data if isinstance(data, str) else data.absolute()),
-        "SWEEP": str(out),
+        "POINTS": str(folder),
         **with_environment(how.settings),
     }
     array = ranges(elements) + (f"%{how.at_once}" if how.at_once else "")
@@ -60,13 +64,10 @@ def submit_sweep(sweep: Sweep, how: Submission, only_print: bool) -> None:
         return
     script = out / "sweep.sh"
     try:
-        for folder in ("points", "logs"):
-            (out / folder).mkdir(parents=True, exist_ok=True)
-        for number, run in enumerate(sweep.runs):
-            url = run.recipe.checkpoint.url
-            places = [f"run.dir={run.directory.absolute()}", *([f"checkpoint.url={url}"] if url else [])]
-            lines = [*places, *run.point.settings]
-            write_atomically(out / "points" / str(number), "\n".join(lines) + "\n")
+        for directory in (folder, out / "logs"):
+            directory.mkdir(parents=True, exist_ok=True)
+        for number, point in enumerate(points):
+            write_atomically(folder / str(number), point)
         write_atomically(script, text)
     except OSError as error:
         raise UserError(f"--out {sweep.out}: {error.strerror}; choose another directory") from None
@@ -74,6 +75,13 @@ def submit_sweep(sweep: Sweep, how: Submission, only_print: bool) -> None:
         print(f"not submitted; when you want to: sbatch {script}")
         return
     print(f"job {sbatch(script)} is submitted: {plural(len(elements), 'run')}")
+
+
+def _point(run: PlannedRun) -> str:
+    """Return the run's own overrides, a line for each; the first is its directory."""
+    url = run.recipe.checkpoint.url
+    places = [f"run.dir={run.directory.absolute()}", *([f"checkpoint.url={url}"] if url else [])]
+    return "\n".join([*places, *run.point.settings]) + "\n"
 
 
 def ranges(numbers: Sequence[int]) -> str:

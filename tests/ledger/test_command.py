@@ -96,6 +96,27 @@ def test_runs_that_differ_in_their_seed_have_a_mean(run: Path, docs: Path, ledge
     assert "*short:*" in short
 
 
+def test_the_mean_of_short_runs_is_marked(run: Path, docs: Path, ledger: Callable[..., int]) -> None:
+    for seed in (0, 1):
+        pretend(run, "cifar10_vit_tiny", "cifar10", 50_000, f"run.seed={seed}", "train.epochs=50")
+        assert ledger(run) == 0
+    assert "| *short:* **" in rows(docs, "ViT-Tiny")[1]
+
+
+def test_a_seed_counts_once(run: Path, docs: Path, ledger: Callable[..., int], capsys) -> None:
+    for seed in (0, 1):
+        pretend(run, "cifar10_vit_tiny", "cifar10", 50_000, f"run.seed={seed}")
+        assert ledger(run) == 0
+    before = (docs / "reproduction.md").read_text()
+    kept = sorted((docs / "ledger").iterdir())
+    pretend(run, "cifar10_vit_tiny", "cifar10", 50_000, "run.seed=0", "data.workers=8")
+    assert ledger(run) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{docs / 'ledger'}: {kept[0].stem} and cifar10_vit_tiny-seed0-" in line
+    assert "train the same with run.seed = 0, which their mean would count twice; leave one of them out" in line
+    assert (sorted((docs / "ledger").iterdir()), (docs / "reproduction.md").read_text()) == (kept, before)
+
+
 def test_a_run_on_other_data_is_no_row_of_the_papers(run: Path, docs: Path, ledger: Callable[..., int]) -> None:
     cases = [
         ("svhn", 50_000, {}),  # ten classes, too

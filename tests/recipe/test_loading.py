@@ -109,6 +109,8 @@ def message(path: Path | str, *overrides: str) -> str:
         ("train.recompute.budget_gb=2", ["train.recompute.budget_gb = 2", "policy = none", "use policy budget"]),
         ("log.tensorboard=maybe", ["log.tensorboard = 'maybe'", "true or false", "log.trackers"]),
         ("log.trackers=paper", ["log.trackers.0 = 'paper'", "'tensorboard'"]),
+        ("distill.weight=0.25", ["distill.weight = 0.25", "no effect", "set distill.from or remove distill.weight"]),
+        ("distill.kind=hard", ["distill.kind = hard", "no effect without distill.from"]),
         ("data.backend=zip", ["data.backend = 'zip'", "'folder', 'webdataset'", "(default: webdataset)"]),
         ("optim.name=lion", ["optim.name = 'lion'", "'adamw' or 'muon'"]),
         ("log.profile_steps=[5, 3]", ["log.profile_steps", "swap the two"]),
@@ -168,6 +170,11 @@ def test_a_binary_file_is_refused(recipe: Path) -> None:
 def test_an_unknown_name_gets_the_nearest_shipped_recipe() -> None:
     assert "did you mean imagenet_vit_tiny_g3b?" in message("imagenet_vit_tny_g3b")
     assert "no such file" in message("nowhere/recipe.yaml")
+
+
+def test_the_keys_of_distill_go_with_a_teacher_and_defaults_without(recipe: Path) -> None:
+    assert load_recipe(recipe, ["distill.from=runs/teacher", "distill.weight=0.25"]).distill.weight == 0.25
+    assert load_recipe(recipe, ["distill.from=", "distill.weight=0.5"]).distill.from_ == ""
 
 
 def test_numbers_yaml_reads_as_text_are_numbers(recipe: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from karat_scale.errors import RecipeError
 from karat_scale.recipe.loading import dump_recipe, load_recipe
 
 OLD = """
@@ -41,3 +42,17 @@ def test_the_old_key_works_as_an_override(tmp_path: Path) -> None:
     recipe.write_text("data: {backend: synthetic}\n")
     assert load_recipe(recipe, ["log.tensorboard=false"]).log.trackers == ()
     assert load_recipe(recipe, ["log.trackers=[]", "log.tensorboard=true"]).log.trackers == ("tensorboard",)
+
+
+@pytest.mark.parametrize(("trackers", "expected"), [("wandb", ("wandb", "tensorboard")), ("", ("tensorboard",))])
+def test_one_tracker_beside_the_old_key_is_a_list(tmp_path: Path, trackers: str, expected: tuple[str, ...]) -> None:
+    old = tmp_path / "old.yaml"
+    old.write_text(OLD % ("false", "false", "true"))
+    assert load_recipe(old, [f"log.trackers={trackers}"]).log.trackers == expected
+
+
+def test_what_is_no_tracker_beside_the_old_key_is_one_line(tmp_path: Path) -> None:
+    old = tmp_path / "old.yaml"
+    old.write_text(OLD % ("false", "false", "true"))
+    with pytest.raises(RecipeError, match=r"log\.trackers\.0 = 3"):
+        load_recipe(old, ["log.trackers=3"])

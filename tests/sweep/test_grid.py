@@ -1,5 +1,7 @@
 """What `key=a,b,c` and `run.seed=0..4` name."""
 
+import re
+
 import pytest
 
 from karat_scale.errors import UserError
@@ -45,9 +47,33 @@ def test_keys_with_the_same_last_part_have_their_whole_names_in_the_directories(
     assert points[0].name == "optim.name-adamw_model.name-a"
 
 
-def test_directories_whose_names_would_be_the_same_are_numbered() -> None:
-    _, points = read_grid(["augment.scale=[0.5,1],[0.5 1]", "run.seed=0,1"])
-    assert [point.name for point in points] == [f"run-000{number}" for number in range(4)]
+def names(*overrides: str) -> list[str]:
+    return [point.name for point in read_grid(overrides)[1]]
+
+
+def test_the_second_of_two_same_names_ends_with_a_hash_of_its_settings() -> None:
+    found = names("augment.scale=[0.5,1],[0.5 1]", "run.seed=0,1")
+    assert found[:2] == ["scale-0.5-1_seed-0", "scale-0.5-1_seed-1"]
+    assert all(re.fullmatch(rf"scale-0.5-1_seed-{seed}_[0-9a-f]{{8}}", found[2 + seed]) for seed in (0, 1))
+    assert len(set(found)) == 4
+
+
+def test_only_a_name_that_is_too_long_is_cut() -> None:
+    longest = "b" * (120 - len("init_from-_seed-0"))
+    fits, _, cut, other = names(f"init_from={longest},{longest}b", "run.seed=0,1")
+    assert (len(fits), fits) == (120, f"init_from-{longest}_seed-0")
+    assert cut != other
+    for name in (cut, other):
+        assert len(name) == 120
+        assert re.fullmatch(r"init_from-b+_[0-9a-f]{8}", name)
+
+
+@pytest.mark.parametrize("scales", ["[0.5,1],[0.5 1]", "0.5," + "1" * 120])
+def test_more_values_change_no_name(scales: str) -> None:
+    _, before = read_grid([f"augment.scale={scales}", "run.seed=0..1"])
+    _, after = read_grid([f"augment.scale={scales},[0.5;1],0.7", "run.seed=0..3"])
+    assert set(before) < set(after)  # with their settings
+    assert len({point.name for point in after}) == 16
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from karat_scale.sweep.plan import plan_sweep
+from karat_scale.errors import UserError
+from karat_scale.recipe.loading import dump_recipe
+from karat_scale.sweep.plan import PlannedRun, State, plan_sweep
 from tests.conftest import SMALL, karat_environment, karat_here, summary
 
 QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null")
@@ -46,6 +49,47 @@ def test_each_run_is_copied_to_a_url_of_its_own(recipe: Path) -> None:
         "s3://bucket/sweep/seed-1",
     ]
     assert all(run.overrides[-1] == f"checkpoint.url={run.recipe.checkpoint.url}" for run in planned.runs)
+
+
+def end(run: PlannedRun, **fields: Any) -> None:
+    """Leave in the run's directory what a finished run leaves, with some fields of its recipe's `train`."""
+    run.directory.mkdir(parents=True)
+    recipe = run.recipe.changed(**{f"train__{key}": value for key, value in fields.items()})
+    (run.directory / "recipe.yaml").write_text(dump_recipe(recipe))
+    (run.directory / "metrics.jsonl").write_text('{"event": "end", "exit": 0, "reason": "finished"}\n')
+    (run.directory / "summary.json").write_text('{"exit": 0}')
+
+
+def planned(recipe: Path, *arguments: str) -> tuple[PlannedRun, ...]:
+    return plan_sweep(str(recipe), [*SMALL, *QUICK, *arguments], str(recipe.parent / "out")).runs
+
+
+def test_a_finished_run_of_fewer_steps_trains_on(recipe: Path) -> None:
+    for run in planned(recipe, "run.seed=0,1", "train.max_steps=2"):
+        end(run)
+        assert run.state is State.FINISHED
+    for longer in ("train.max_steps=4", "train.max_steps=null"):
+        assert [run.state for run in planned(recipe, "run.seed=0,1", longer)] == [State.UNFINISHED] * 2
+
+
+def test_a_finished_run_that_began_again_and_was_killed_is_not_finished(recipe: Path) -> None:
+    run = planned(recipe, "run.seed=0,1")[0]
+    end(run)
+    with (run.directory / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "resume", "step": 2, "restarts": 0}\n')
+    assert run.state is State.UNFINISHED
+
+
+def test_a_key_of_karat_does_not_vary_among_softmax_models(recipe: Path) -> None:
+    softmax = "attention.kind=softmax"
+    with pytest.raises(UserError) as error:
+        planned(recipe, softmax, "run.seed=0,1", "attention.grid=1,2")
+    assert str(error.value).startswith("attention.grid has no effect with attention.kind = softmax")
+    assert str(error.value).endswith("set attention.kind=karat")
+    assert len(planned(recipe, "attention.kind=softmax,karat", "attention.grid=1,2")) == 4
+    assert len(planned(recipe, softmax, "attention.transfer_from=null,elsewhere")) == 2
+    assert len(planned(recipe, softmax, "attention.transfer_from=x", "attention.transfer_heads=same,cycle")) == 2
+    assert len(planned(recipe, softmax, "attention.grid=1", "run.seed=0,1")) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,27 @@
+"""What `karat sweep --slurm` writes for the jobs."""
+
+import re
+from pathlib import Path
+
+from tests.conftest import SMALL, karat_here
+
+
+def submit(out: Path, *grid: str) -> Path:
+    """Write the script for a grid without submitting it; returns the folder that the script names."""
+    data = ("data.backend=synthetic", "data.path=", "attention.kind=karat", "schedule.warmup_epochs=0")
+    assert karat_here("sweep", "cifar10_vit_tiny", *SMALL, *data, *grid, "--slurm", "--out", str(out)) == 0
+    found = re.search(r"^POINTS=(.*)$", (out / "sweep.sh").read_text(), flags=re.MULTILINE)
+    assert found is not None
+    return Path(found[1])
+
+
+def test_jobs_of_an_earlier_grid_keep_their_points(tmp_path: Path) -> None:
+    first = submit(tmp_path, "attention.grid=1,2", "run.seed=0,1")
+    points = {path.name: path.read_text() for path in first.iterdir()}
+    assert sorted(points) == ["0", "1", "2", "3"]
+    assert points["2"].splitlines() == [f"run.dir={tmp_path / 'grid-2_seed-0'}", "attention.grid=2", "run.seed=0"]
+
+    more = submit(tmp_path, "attention.grid=1,2", "run.seed=0..2")
+    assert (more / "2").read_text().splitlines()[1:] == ["attention.grid=1", "run.seed=2"]
+    assert {path.name: path.read_text() for path in first.iterdir()} == points
+    assert submit(tmp_path, "attention.grid=1,2", "run.seed=0,1") == first
