@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Literal
 
-from karat_scale.data.formats.shard_format import dataset_directory
+from karat_scale.data.formats.shard_format import absolute_path, dataset_directory
 from karat_scale.engine.deepspeed_config import check_ds_config
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
@@ -57,7 +57,7 @@ def submit(
     filled = {
         "KARAT_HOME": str(slurm_home()),
         "RECIPE": named,
-        "SHARDS": str(directory if isinstance(directory, str) else directory.absolute()),
+        "SHARDS": absolute_path(resolved.data.path),
         "RUN": str(run),
         **with_environment(settings),
     }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from karat_scale.console import plural
-from karat_scale.data.formats.shard_format import dataset_directory
+from karat_scale.data.formats.shard_format import absolute_path
 from karat_scale.errors import UserError
 from karat_scale.files import write_atomically
 from karat_scale.recipe.portable import text_digest
@@ -45,12 +45,11 @@ def submit_sweep(sweep: Sweep, how: Submission, only_print: bool) -> None:
     points = [_point(run) for run in sweep.runs]
     # A folder for each grid: elements of earlier arrays may be waiting, or come back, and read theirs.
     folder = out / "points" / text_digest("".join(points))[:12]
-    data = dataset_directory(sweep.runs[0].recipe.data.path)  # type: ignore[attr-defined]
     filled = {
         "KARAT_HOME": str(slurm_home()),
         "TASK": sweep.command,
         "RECIPE": sweep.recipe,
-        "SHARDS": str(data if isinstance(data, str) else data.absolute()),
+        "SHARDS": absolute_path(sweep.runs[0].recipe.data.path),  # type: ignore[attr-defined]
         "POINTS": str(folder),
         **with_environment(how.settings),
     }

@@ -117,6 +117,12 @@ def dataset_directory(path: Path | str) -> Path | str:
     return path if isinstance(path, str) and is_url(path) else Path(path).expanduser()
 
 
+def absolute_path(path: str) -> str:
+    """Return `data.path` as it means the same from every directory."""
+    directory = dataset_directory(path)
+    return directory if isinstance(directory, str) else str(directory.absolute())
+
+
 def read_dataset_record(directory: Path | str, timeout: float = DEFAULT_TIMEOUT) -> DatasetRecord:
     """Read dataset.json of a directory or at a URL.
 
