@@ -88,7 +88,7 @@ def remove_leftovers(directory: Path, of: str | None = None) -> list[str]:
 
 def _open(path: Path, flags: int) -> int:
     """Open it for a lock: NFS locks only files that are open for writing, and folders cannot be."""
-    return os.open(path, flags | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
+    return os.open(path, flags | (os.O_RDWR if path.is_file() and os.access(path, os.W_OK) else os.O_RDONLY))
 
 
 def _unfinished(directory: Path, of: str | None) -> list[Path]:

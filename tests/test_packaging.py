@@ -28,7 +28,7 @@ def test_every_package_it_imports_is_installed_with_it_or_by_an_extra_for_users(
         for module in imported_modules()
         if module in providers and not installed & {canonical(name) for name in providers[module]}
     }
-    assert missing == {"triton"}  # torch for CUDA brings it, and without it the kernels are not offered
+    assert missing <= {"triton"}  # only torch for CUDA brings it; without it the kernels are not offered
 
 
 def imported_modules() -> set[str]:

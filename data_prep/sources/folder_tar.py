@@ -59,7 +59,7 @@ def folder_tar_splits(path: Path) -> tuple[Openers, list[str]]:
         elif place.is_image:
             raise _in_no_class(path, member, split_there)
         else:
-            others.append((place.split, ("", inside, member)))
+            others.append((place.split, ("", inside or member.name, member)))
     if not by_split:
         raise DataError(f"{path} has no images; expected {_FORM}")
     classes = {name for items in by_split.values() for name, _, _ in items}

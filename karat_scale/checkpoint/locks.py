@@ -1,6 +1,7 @@
 """Locks on a checkpoint, by its manifest: nobody removes what another reads. Some file systems have no locks."""
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -41,8 +42,9 @@ def alone(checkpoint: Path) -> Iterator[None]:
     """Let nobody begin to read a checkpoint inside the block. Raises BlockingIOError if somebody reads it."""
     with ExitStack() as stack:
         with suppress(FileNotFoundError):  # a damaged one has no manifest
+            path = checkpoint / MANIFEST
             # NFS gives such a lock only on what is open for writing.
-            handle = stack.enter_context((checkpoint / MANIFEST).open("r+b"))
+            handle = stack.enter_context(path.open("r+b" if os.access(path, os.W_OK) else "rb"))
             _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 

@@ -129,7 +129,7 @@ class Saver:
         self._saved = _identity(state)
 
     def save(self, state: RunState, content: dict[str, Any], is_best: bool = False, wait: bool = True) -> bool:
-        """Save `state` unless that is done; collective. A save under way is waited for first.
+        """Save `state` unless that is done; collective. A save of another state that is under way is waited for first.
 
         Args:
             content: what `state.json` will hold.

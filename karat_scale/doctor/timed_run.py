@@ -105,7 +105,8 @@ def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: flo
         with printer.busy("timing the disk"):
             readers = max(1, recipe.data.workers)
             block = round(files.image_bytes)
-            own = measure_storage(files.paths, block, readers, budget["storage"], world.rank)
+            paths = files.paths[world.rank :: world.size] or files.paths  # a folder's files are an image each
+            own = measure_storage(paths, block, readers, budget["storage"], world.rank)
             storage = min(world.gather(own), key=lambda speed: speed.random)
     with printer.busy("timing decoding and augmentation"):
         # A stream's samples have no ids, and it may say that there are very many.

@@ -1,6 +1,7 @@
 """DeepSpeed's AdamW for CPUs, which is compiled when it is first used."""
 
 import fcntl
+import shlex
 import shutil
 import time
 from contextlib import suppress
@@ -14,7 +15,7 @@ def cpu_adam_can_be_built() -> bool:
     """Whether this machine has what it is compiled with. DeepSpeed's own `is_compatible` does not look."""
     from torch.utils.cpp_extension import get_cxx_compiler, is_ninja_available
 
-    return is_ninja_available() and shutil.which(get_cxx_compiler()) is not None
+    return is_ninja_available() and shutil.which(shlex.split(get_cxx_compiler())[0]) is not None
 
 
 def build_cpu_adam() -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ T = TypeVar("T")
 PATIENCE_MINUTES = 30.0
 # A rank has about so many threads and data workers at once. gloo and torch wait for ever if they cannot start one.
 _THREADS = 16
+# The ranks that have read all GPUs' names, and how long rank 0 waits for them.
+_READ, _READ_SECONDS = "read", 30.0
 _meetings = itertools.count()
 
 
@@ -242,11 +245,22 @@ def default_port(environ: Mapping[str, str]) -> str:
 
 
 def have_a_gpu_each(store: dist.Store, rank: int, size: int, mine: str) -> None:
-    """Tell the other ranks this rank's `card`, and hear theirs. Raises UserError, on all, if two have the same."""
+    """Tell the other ranks this rank's `card`, and hear theirs. Raises UserError, on all, if two have the same.
+
+    The store may end with rank 0, so that one waits until all have read.
+    """
     if torch.cuda.device_count() == 1:
         print(f"[rank {rank}] takes the one GPU that it is shown: {mine}", flush=True)
     store.set(str(rank), mine)
-    refuse_shared([store.get(str(other)).decode() for other in range(size)])
+    cards = [name.decode() for name in store.multi_get([str(other) for other in range(size)])]
+    store.add(_READ, 1)
+    try:
+        refuse_shared(cards)
+    except UserError:
+        last = time.monotonic() + _READ_SECONDS
+        while rank == 0 and store.add(_READ, 0) < size and time.monotonic() < last:
+            time.sleep(0.05)
+        raise
 
 
 def _first_slurm_host() -> str:

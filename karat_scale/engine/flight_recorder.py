@@ -37,15 +37,14 @@ def write_flight_record(directory: Path, rank: int) -> None:
 
 
 def _newest_record(torch_c: Any) -> tuple[list[dict[str, Any]], bytes]:
-    """Return the entries of a record and the record as torch writes it: NCCL's if it has any, else that of gloo."""
-    if not hasattr(torch_c, "_dump_fr_trace"):
+    """Return the newer of NCCL's and gloo's records: its entries, and the record as torch writes it."""
+    # An older torch has none, and a torch for CPUs has not the first.
+    names = [name for name in ("_dump_nccl_trace", "_dump_fr_trace") if hasattr(torch_c, name)]
+    found = {name: json.loads(getattr(torch_c, f"{name}_json")()).get("entries", []) for name in names}
+    if not found:
         raise RuntimeError("this torch is too old to have a record")
-    name, entries = "_dump_nccl_trace", []
-    if hasattr(torch_c, name):  # not in a torch for CPUs
-        entries = json.loads(torch_c._dump_nccl_trace_json()).get("entries", [])
-    if not entries:
-        name, entries = "_dump_fr_trace", json.loads(torch_c._dump_fr_trace_json()).get("entries", [])
-    return entries, getattr(torch_c, name)()
+    name = max(found, key=lambda name: found[name][-1]["time_created_ns"] if found[name] else 0)
+    return found[name], getattr(torch_c, name)()
 
 
 def _last_collective(entries: list[dict[str, Any]]) -> str:

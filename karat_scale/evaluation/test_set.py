@@ -125,7 +125,8 @@ def open_test_set(
     present = np.unique(to_run[to_run >= 0]).astype(np.int64)
     unmatched = tuple(name for name, label in zip(source.classes, matched, strict=True) if label is None)
     left_out = len(labels) - len(kept)
-    turns = isinstance(source, FolderSplit) and not as_stored and turned_by_default(source.classes)
+    of_folders = isinstance(source, FolderSplit) and not as_stored
+    turns = of_folders and turned_by_default(source.classes) and turned_by_default(classes)
     return TestSet(source, kept, labels[kept], tuple(classes), present, unmatched, left_out, turns)
 
 

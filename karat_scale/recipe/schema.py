@@ -176,9 +176,9 @@ class Recipe(RunRecipe):
         changed = self.distill.model_dump(by_alias=True, exclude_defaults=True)
         if changed and not self.distill.from_:
             key, value = next(iter(changed.items()))
-            raise ValueError(
-                f"distill.{key} = {value} has no effect without distill.from; set distill.from or remove distill.{key}"
-            )
+            default = getattr(DistillConfig(), key)
+            fix = f"set distill.from, or distill.{key}={default}"
+            raise ValueError(f"distill.{key} = {value} has no effect without distill.from; {fix}")
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from karat_scale.errors import UserError
 from tests.conftest import karat
 
 
+@pytest.mark.slow
 def test_a_large_batch_has_a_first_step(tmp_path: Path) -> None:
     tiny = {"name": "vit_mini_patch4_28", "image_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 1}
     assert _seconds_to_first_step(tiny, 130, tmp_path / "run") > 0

@@ -11,7 +11,7 @@ from karat_scale.engine.cpu_adam import QUIET_SECONDS, build_cpu_adam, cpu_adam_
 
 
 def test_without_a_compiler_it_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", sys.executable)  # any program
+    monkeypatch.setenv("CXX", f"{sys.executable} g++")  # as with ccache
     assert cpu_adam_can_be_built() == is_ninja_available()
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert not cpu_adam_can_be_built()

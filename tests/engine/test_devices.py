@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -14,7 +15,7 @@ from karat_scale.engine import distributed
 from karat_scale.engine.devices import gpu_index, refuse_shared, tell_deepspeed
 from karat_scale.engine.distributed import have_a_gpu_each
 from karat_scale.errors import UserError
-from tests.conftest import karat_environment
+from tests.conftest import free_port, karat_environment
 
 
 @pytest.mark.parametrize(
@@ -35,9 +36,19 @@ def test_more_ranks_than_gpus_are_refused() -> None:
 
 
 def test_every_rank_hears_that_two_have_one_gpu() -> None:
-    store = dist.HashStore()
+    port = free_port()
+
+    def rank_hears(rank: int) -> None:
+        store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
+        try:
+            if rank == 2:
+                time.sleep(0.5)  # rank 0, which keeps the store, must not leave before
+            have_a_gpu_each(dist.PrefixStore("cards", store), rank, 3, f"A100 GPU-{rank % 2}")
+        finally:
+            del store
+
     with ThreadPoolExecutor(3) as ranks:
-        told = [ranks.submit(have_a_gpu_each, store, rank, 3, f"A100 GPU-{rank % 2}") for rank in range(3)]
+        told = [ranks.submit(rank_hears, rank) for rank in range(3)]
     for one in told:
         with pytest.raises(UserError, match="ranks 0 and 2 have one GPU, A100 GPU-0"):
             one.result()

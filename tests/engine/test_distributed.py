@@ -1,11 +1,14 @@
+import os
+import random
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from karat_scale.engine.distributed import World, default_port, launch_environment, start
+from karat_scale.engine.distributed import World, _first_slurm_host, default_port, launch_environment, start
 from karat_scale.errors import UserError
 from tests.conftest import free_port, karat_environment
 
@@ -45,6 +48,18 @@ def test_one_process_agrees_with_itself(world: World) -> None:
     assert world.gather(3) == [3]
 
 
+def test_the_first_host_is_that_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scontrol = tmp_path / "scontrol"  # SLURM's, which prints a host a line
+    scontrol.write_text('#!/bin/sh\necho "$3" | tr , "\\n"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node1,node2")
+    monkeypatch.delenv("SLURM_STEP_NODELIST", raising=False)
+    assert _first_slurm_host() == "node1"
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node2")  # srun --nodelist=node2
+    assert _first_slurm_host() == "node2"
+
+
 def is_free(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
@@ -53,7 +68,7 @@ def is_free(port: int) -> bool:
 @pytest.mark.multiprocess
 def test_an_address_without_a_port_is_enough_to_meet() -> None:
     # As srun without the launch wrapper, the port is that of the job: of one whose port is free.
-    job = next(str(port - 20000) for port in range(20000, 30000) if is_free(port))
+    job = next(str(port - 20000) for port in random.sample(range(20000, 30000), 100) if is_free(port))
     assert int(default_port({"SLURM_JOB_ID": job})) == int(job) + 20000
     given = {"MASTER_ADDR": "127.0.0.1", "SLURM_JOB_ID": job, "WORLD_SIZE": "2"}
     script = "from karat_scale.engine import distributed as d; print(d.start('cpu').gather('here')); d.stop()"

@@ -1,14 +1,34 @@
 """The collectives that ranks had entered when one of them stalled."""
 
+import json
 import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from karat_scale.engine.flight_recorder import _newest_record
 from tests.conftest import rank_environments
+
+
+@pytest.mark.parametrize(("nccl", "gloo", "newer"), [(5, 3, "nccl"), (3, 5, "fr"), (None, 3, "fr"), (3, None, "nccl")])
+def test_of_two_records_the_newer_is_written(nccl: int | None, gloo: int | None, newer: str) -> None:
+    """What torch for CUDA has; the one for CPUs has no record of NCCL's."""
+
+    def record(last: int | None) -> bytes:
+        times = [] if last is None else [0, last]
+        return json.dumps({"entries": [{"time_created_ns": time} for time in times]}).encode()
+
+    torch_c = SimpleNamespace(
+        _dump_nccl_trace_json=lambda: record(nccl),
+        _dump_fr_trace_json=lambda: record(gloo),
+        _dump_nccl_trace=lambda: b"nccl",
+        _dump_fr_trace=lambda: b"fr",
+    )
+    assert _newest_record(torch_c)[1] == newer.encode()
 
 
 @pytest.mark.slow

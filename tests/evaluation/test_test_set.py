@@ -65,6 +65,8 @@ def test_photographs_of_imagenets_classes_are_not_turned(tmp_path: Path) -> None
     wnids = ("n01440764", "n01443537")
     folder = turned_pictures(tmp_path / "val", wnids)
     assert labels_by_content(folder, classes=wnids).keys() == {path.read_bytes() for path in folder.rglob("*.jpg")}
+    numbered = turned_pictures(tmp_path / "v2", ("0", "1"))  # as ImageNet-V2
+    assert labels_by_content(numbered, classes=wnids).keys() == {path.read_bytes() for path in numbered.rglob("*.jpg")}
 
 
 def test_labels_are_the_runs_in_any_order_of_its_classes(image_folder: Path) -> None:

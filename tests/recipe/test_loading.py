@@ -109,7 +109,7 @@ def message(path: Path | str, *overrides: str) -> str:
         ("train.recompute.budget_gb=2", ["train.recompute.budget_gb = 2", "policy = none", "use policy budget"]),
         ("log.tensorboard=maybe", ["log.tensorboard = 'maybe'", "true or false", "log.trackers"]),
         ("log.trackers=paper", ["log.trackers.0 = 'paper'", "'tensorboard'"]),
-        ("distill.weight=0.25", ["distill.weight = 0.25", "no effect", "set distill.from or remove distill.weight"]),
+        ("distill.weight=0.25", ["distill.weight = 0.25", "no effect", "set distill.from, or distill.weight=0.5"]),
         ("distill.kind=hard", ["distill.kind = hard", "no effect without distill.from"]),
         ("data.backend=zip", ["data.backend = 'zip'", "'folder', 'webdataset'", "(default: webdataset)"]),
         ("optim.name=lion", ["optim.name = 'lion'", "'adamw' or 'muon'"]),

@@ -209,7 +209,7 @@ def _work_of(loop: OurLoop) -> dict[str, int]:
     on_host = [event for event in events if event.device_type == DeviceType.CPU]
     end = next(event.time_range.end for event in on_host if event.name == STEP)  # after it, the profiler itself waits
     return {
-        "kernels": sum(event.device_type == DeviceType.CUDA for event in events),
+        "kernels": sum(event.device_type == DeviceType.CUDA and not event.is_user_annotation for event in events),
         "launches": sum(event.name.startswith(LAUNCHES) for event in events),
         "waits": sum(event.name.startswith(WAITS) and event.time_range.start < end for event in on_host),
     }

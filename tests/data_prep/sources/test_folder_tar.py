@@ -39,11 +39,13 @@ def test_a_folder_around_the_classes_is_no_class(tmp_path: Path) -> None:
         write(tmp_path / "flowers" / name, jpeg(number))
     (tmp_path / "flowers" / "iris").mkdir()
     (tmp_path / "flowers" / "README.txt").write_text("text")
+    (tmp_path / "LICENSE").write_text("text")
     with tarfile.open(tmp_path / "flowers.tar", "w") as tar:
         tar.add(tmp_path / "flowers", "flowers")
+        tar.add(tmp_path / "LICENSE", "LICENSE")
     classes, samples, skipped = made(tmp_path / "flowers.tar")
     assert classes == ["iris", "rose", "tulip"]
-    assert skipped == {"README.txt": "the name has no image suffix"}
+    assert skipped == dict.fromkeys(("README.txt", "LICENSE"), "the name has no image suffix")
     assert (classes, samples) == made(tmp_path / "flowers")[:2]
     parts = "*.tar"
     assert contents(tmp_path / "flowers.tar-shards", parts) == contents(tmp_path / "flowers-shards", parts)

@@ -26,7 +26,8 @@ def test_the_papers_recipes_are_its_table(kind: str, mode: str, start: str, init
     assert recipe.init_from == init_from
     assert (attention.kind, attention.mode) == ("karat" if kind else "softmax", mode)
     if kind:
-        assert (attention.grid, attention.rank, attention.form) == (1, 12, "modular")
+        chosen = (attention.grid, attention.rank, attention.form, attention.init)
+        assert chosen == (1, 12, "modular", "variance_preserving")
     assert (recipe.model.image_size, recipe.model.drop_path, recipe.augment.scale) == (224, 0.0, (1.0, 1.0))
     assert detector.anchor_sizes == (32, 64, 128, 256, 512)
     assert (detector.candidates_in_training, detector.candidates) == (12_000, 6_000)
