@@ -32,8 +32,7 @@ def repair_best(store: CheckpointStore, state: RunState, reporter: Reporter) -> 
         reporter.warn(f"the best checkpoint, {name}, is gone; the best one is {pointed}")
         return kept
     reporter.warn(f"the best checkpoint, {name}, is gone; the next evaluation is the best")
-    state.forget_best()
-    return {name: value for name, value in state.kept_scores().items() if name.startswith("best_")}
+    return state.without_best()
 
 
 def _scores(store: CheckpointStore, name: str, state_type: type[RunState]) -> dict[str, Any] | None:

@@ -110,14 +110,16 @@ class Checkpoints(Generic[S]):
             raise RunDirectoryError(f"checkpoint {root / name}: {error}") from error
         self._restore_generators(root / name, saved)
         state = self._state_type.from_json(saved)
+        changes: dict[str, Any] = {}
         if root != self.store.root:
-            state.forget_best()  # the other run's; this one has no such checkpoint
+            changes = state.without_best()  # the other run's; this one has no such checkpoint
         else:
             self.saver.note_saved(state)
             if self._recipe.checkpoint.keep_best:
                 mine = repair_best(self.store, state, self._reporter) if self._world.is_main else {}
-                for field, value in self._world.broadcast(mine).items():
-                    setattr(state, field, value)
+                changes = self._world.broadcast(mine)
+        for field, value in changes.items():
+            setattr(state, field, value)
         if is_start:
             state.restarts += 1
             state.seconds_to_first_step = None  # each start has its own

@@ -3,8 +3,6 @@
 from karat_scale.engine.precision import PRECISIONS
 from karat_scale.recipe import RunRecipe
 
-FP32 = 4
-
 
 def checkpoint_bytes(parameters: int, stage: int, has_ema: bool, weight_bytes: int) -> int:
     """Return the bytes of a checkpoint of a model with so many parameters, with all that AdamW keeps.
@@ -12,7 +10,7 @@ def checkpoint_bytes(parameters: int, stage: int, has_ema: bool, weight_bytes: i
     stage: of ZeRO. weight_bytes: of a parameter in the module. From stage 1 on the fp32 weights are apart from these.
     """
     fp32_tensors = 3 + has_ema  # weights, two moments, averages
-    return parameters * (FP32 * fp32_tensors + (weight_bytes if stage else 0))
+    return parameters * (4 * fp32_tensors + (weight_bytes if stage else 0))
 
 
 def planned_bytes(recipe: RunRecipe, stage: int, parameters: int) -> int:

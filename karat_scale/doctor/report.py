@@ -29,7 +29,7 @@ class Finding:
     figures: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data. The fix keeps its old key, `mend`, because scripts read it."""
+        """Return plain data. The key of the fix is `mend`, as scripts expect."""
         return {"name": self.name, "level": self.level, "value": self.value, "mend": self.fix, **self.figures}
 
 

@@ -56,11 +56,9 @@ class RunState:
                 setattr(self, f"{which}_{name}", evaluation[name])
         return is_best
 
-    def forget_best(self) -> None:
-        """Let the next evaluation be the best."""
-        for known in fields(self):
-            if known.name.startswith("best_"):
-                setattr(self, known.name, None)
+    def without_best(self) -> dict[str, Any]:
+        """The fields to set so that the next evaluation is the best."""
+        return {known.name: None for known in fields(self) if known.name.startswith("best_")}
 
     def kept_scores(self) -> dict[str, Any]:
         """The best and the last scores by name, and the step of the best."""
