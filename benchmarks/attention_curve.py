@@ -64,10 +64,10 @@ def curve_point(case: Case, rounds: int, threads: int) -> dict[str, Any]:
     }
 
 
-def growth(sizes: Sequence[float], figures: Sequence[float]) -> float:
-    """The k of figure ~ size^k, by least squares of the logarithms; NaN for a single size."""
+def growth(sizes: Sequence[float], figures: Sequence[float]) -> float | None:
+    """The k of figure ~ size^k, by least squares of the logarithms; None for a single size."""
     if len(set(sizes)) < 2:
-        return math.nan
+        return None
     slope, _ = statistics.linear_regression([math.log(x) for x in sizes], [math.log(y) for y in figures])
     return round(slope, 3)
 
@@ -80,7 +80,8 @@ def _print(result: dict[str, Any]) -> None:
         time = (f"{row['forward_backward_ms']:.1f}", f"{row['ratio_forward_backward']:.2f}")
         rows.append((f"{row['tokens']}", *time, f"{row['peak_mb']:.1f}", f"{row['ratio_memory']:.2f}"))
     print_table(title, ("N", "ms", "to SDPA", "MB", "to SDPA"), rows, texts=())
-    print(f"time grows as N^{result['exponents']['time']}, memory as N^{result['exponents']['memory']}")
+    if result["exponents"]["time"] is not None:
+        print(f"time grows as N^{result['exponents']['time']}, memory as N^{result['exponents']['memory']}")
 
 
 if __name__ == "__main__":

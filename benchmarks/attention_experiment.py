@@ -3,8 +3,8 @@
 DATA holds two data sets in shards with the same training images. The val split of `held_out` is the held-out images,
 that of `tested` the test images. `split IMAGES DATA` makes both of CIFAR-10 in folders, with train/ and test/. WORK
 holds the runs; an interrupted run resumes. Several processes may share WORK. Each finished run becomes a record in
-docs/experiments/attention/. `replace WORK` adds top-1 with each S replaced by a mean to the records of the comparison,
-and `report` writes the page of results and a figure from the records.
+docs/experiments/attention/. `replace WORK` adds top-1 with each S replaced by a mean to the records of the comparison
+and the longer runs, and `report` writes the page of results and a figure from the records.
 """
 
 import argparse
@@ -103,8 +103,8 @@ def content_of(directory: Path, out: Path, images: int) -> Any:
 
 
 def replace(work: Path) -> None:
-    """Add top-1 with each S replaced to the records of the comparison that lack it."""
-    for path in sorted(RECORDS.glob("compare-*.json")):
+    """Add top-1 with each S replaced to the records of the comparison and the longer runs that lack it."""
+    for path in sorted((*RECORDS.glob("compare-*.json"), *RECORDS.glob("long-*.json"))):
         record = json.loads(path.read_text())
         if "replaced" not in record:
             directory = work / path.stem

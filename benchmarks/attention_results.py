@@ -203,7 +203,7 @@ def longer(records: Records) -> str:
     ]
     text = "## Longer runs\n\n22 epochs; the columns are those of the comparison.\n\n"
     text += table(["arm", "seed", "top-1", "at a quarter", "by the query", "by the image"], rows)
-    return "\n".join((text, leads(by_arm)))
+    return "\n".join(part for part in (text, leads(by_arm), replacements(by_arm)) if part)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -222,6 +223,6 @@ def unique_labels(runs: Sequence[TrainedRun]) -> list[str]:
     """Return the names of the run directories, with numbers added to equal names."""
     labels: list[str] = []
     for run in runs:
-        same = [label for label in labels if label == run.label or label.startswith(f"{run.label} (")]
-        labels.append(f"{run.label} ({len(same) + 1})" if same else run.label)
+        names = chain([run.label], (f"{run.label} ({number})" for number in count(2)))
+        labels.append(next(name for name in names if name not in labels))
     return labels

@@ -55,6 +55,7 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
     add_score_functions(result, heads, histogram)
     _add_curves(result, learned, histogram)
     _add_gates(result, model)
+    note_bad_images(result, run, images.bad)
     if not learned:
         return result
     _add_energy(result, learned)
@@ -64,7 +65,6 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
         result.notes.append("distance from softmax: not available for shifted windows, where some pairs are masked")
     else:
         _add_distances(result, model, learned, run, images, settings)
-    note_bad_images(result, run, images.bad)
     return result
 
 

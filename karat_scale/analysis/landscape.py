@@ -24,7 +24,7 @@ Array = npt.NDArray[np.float64]
 
 
 def analyze_landscape(run: TrainedRun, settings: Settings, out: Path) -> Result:
-    """Compute losses around the last checkpoint's raw weights, in the plane of the path and a random one.
+    """Compute losses around the raw weights of the last intact checkpoint, in the plane of the path and a random one.
 
     Collective: the ranks share the points of the grids.
 
@@ -32,28 +32,28 @@ def analyze_landscape(run: TrainedRun, settings: Settings, out: Path) -> Result:
         out: the directory of unfinished grids.
 
     Raises:
-        UserError: the run has no checkpoint, or its data cannot be read. Too few checkpoints for the path are a note.
+        UserError: no checkpoint can be loaded, or the data cannot be read. Too few checkpoints for the path are a note.
     """
     result = Result()
     with settings.world.together():
-        last = run.in_order[-1]
+        model = run.new_model()
+        last = run.load_newest(model)
         images = run.images(settings.samples)
         held_out = images.in_memory(max(settings.batch, 32), run.device)
         note_bad_images(result, run, images.bad)
-        model = run.model(last, weights="raw")
         plane = _plane(run, result, settings)
     _say_cost(model, held_out, 1 if plane is None else 2, settings)
-    identity = f"{last} {images.ids}"
+    identity = f"{last} {images.ids} {run.data_identity}"
     result.numbers["checkpoint"], result.numbers["images"] = last, len(held_out)
     if plane is not None:
         first, second = (_axis(plane.coordinates[:, i], settings) for i in range(2))
         losses = _grid(model, held_out, plane.directions, first, second, out, "path", identity, settings)
-        _add_path(result, run, plane, (first, second, losses))
+        _add_path(result, run, plane, (first, second, losses), last)
         del plane  # two directions take twice the memory of the model
     around = np.linspace(-settings.range, settings.range, settings.grid)
     directions = filter_normalised(model, settings.seed)
     losses = _grid(model, held_out, directions, around, around, out, "random", identity, settings)
-    _add_surface(result, "random", (around, around, losses), "two random filter-normalised directions")
+    _add_surface(result, "random", (around, around, losses), "two random filter-normalised directions", last)
     return result
 
 
@@ -111,7 +111,7 @@ def _grid(
     )
 
 
-def _add_path(result: Result, run: TrainedRun, plane: Plane, grid: tuple[Array, Array, Array]) -> None:
+def _add_path(result: Result, run: TrainedRun, plane: Plane, grid: tuple[Array, Array, Array], last: str) -> None:
     steps = [run.step(name) for name in plane.names]
     shares = (100 * plane.shares).tolist()
     result.numbers["path"] = {
@@ -121,7 +121,7 @@ def _add_path(result: Result, run: TrainedRun, plane: Plane, grid: tuple[Array, 
         "plane_share_percent": sum(shares),
     }
     result.arrays["path"] = plane.coordinates
-    _add_surface(result, "path", grid, "the plane of the path's two main components")
+    _add_surface(result, "path", grid, "the plane of the path's two main components", last)
     figure = new_figure(5.4, 4.2)
     axes = figure.subplots()
     axes.set_label(OWN_LIMITS)  # each run has its own plane
@@ -140,12 +140,13 @@ def _add_path(result: Result, run: TrainedRun, plane: Plane, grid: tuple[Array, 
     result.figures["optimizer_path"] = figure, caption
 
 
-def _add_surface(result: Result, name: str, grid: tuple[Array, Array, Array], where: str) -> None:
+def _add_surface(result: Result, name: str, grid: tuple[Array, Array, Array], where: str, last: str) -> None:
     first, second, losses = grid
     result.arrays |= {f"{name}_first": first, f"{name}_second": second, f"{name}_loss": losses}
     result.numbers[f"{name}_loss"] = {"least": float(np.nanmin(losses)), "greatest": float(np.nanmax(losses))}
     figure = _draw_surface(first, second, losses, own_plane=name == "path")
-    result.figures[f"{name}_surface"] = figure, f"Held-out loss over {where}. The star is the last checkpoint."
+    caption = f"Held-out loss over {where}. The star is the last checkpoint ({last}), its raw weights."
+    result.figures[f"{name}_surface"] = figure, caption
 
 
 def _draw_surface(first: Array, second: Array, losses: Array, own_plane: bool) -> Figure:

@@ -1,4 +1,4 @@
-"""Losses on a grid of points in a plane of weight space. Ranks share the points; each result is saved at once."""
+"""Losses on a grid of points in a plane of weight space. Ranks share the points; results are saved in between."""
 
 import hashlib
 import io

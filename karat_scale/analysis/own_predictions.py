@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import replace
-from typing import Any
 
 from karat_scale.analysis.result import Result, Settings, say_cost
 from karat_scale.analysis.trained_run import TrainedRun
@@ -68,7 +67,6 @@ def _compute(run: TrainedRun, settings: Settings, identity: str) -> Predictions:
 
 def _identity(run: TrainedRun) -> str:
     recipe = run.recipe
-    data: dict[str, Any] = {key: getattr(recipe.data, key) for key in ("backend", "path", "val_split", "decoder")}
     return json_sha256(
         {
             "manifest": file_sha256(run.store.root / run.chosen / MANIFEST),
@@ -76,6 +74,6 @@ def _identity(run: TrainedRun) -> str:
             "model": recipe.model.model_dump(mode="json"),
             "augment": [recipe.augment.interpolation, recipe.augment.eval_crop],
             "precision": recipe.train.precision,
-            "data": data,
+            "data": run.data_identity,
         }
     )

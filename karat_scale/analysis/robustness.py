@@ -40,6 +40,8 @@ def analyze_robustness(runs: Mapping[str, TrainedRun]) -> Result:
         _add_corruptions(result, name, of_runs)
     for label, evaluations in found.items():
         for one in evaluations:
+            if one.corruptions and one.top1 is None:
+                result.notes.append(f"{label} on {one.name}: {one.text}; evaluate the others for a top-1")
             if one.unmatched:
                 what = f"{len(one.unmatched)} classes that the run does not have and their {one.left_out} images"
                 result.notes.append(f"{label} on {one.name}: {what} are left out")
@@ -53,14 +55,15 @@ def _row(label: str, one: Evaluation) -> list[object]:
 
 def _add_corruptions(result: Result, name: str, of_runs: Corrupted) -> None:
     kinds = list(dict.fromkeys(kind for corruptions in of_runs.values() for kind in corruptions))
-    result.figures[f"severities_{name}"] = (
-        _draw_severities(of_runs),
-        f"{name}: accuracy by severity, the mean over corruptions.",
-    )
-    result.figures[f"corruptions_{name}"] = (
-        _draw_kinds(kinds, of_runs),
-        f"{name}: accuracy by corruption, the mean over severities.",
-    )
+    if shared := _shared(of_runs):
+        result.figures[f"severities_{name}"] = (
+            _draw_severities(shared),
+            f"{name}: accuracy by severity, the mean over corruptions.",
+        )
+        result.figures[f"corruptions_{name}"] = (
+            _draw_kinds(shared),
+            f"{name}: accuracy by corruption, the mean over severities.",
+        )
     for label, corruptions in of_runs.items():
         rows: list[list[object]] = [
             [kind.replace("_", " "), *(corruptions[kind].get(severity) for severity in SEVERITIES)]
@@ -70,6 +73,17 @@ def _add_corruptions(result: Result, name: str, of_runs: Corrupted) -> None:
         of = f" of {label}" if len(of_runs) > 1 else ""
         columns = ["corruption", *(f"severity {severity}" for severity in SEVERITIES)]
         result.tables.append(Table(f"{name}: top-1 in percent{of}", columns, rows))
+
+
+def _shared(of_runs: Corrupted) -> Corrupted:
+    """Return what all runs have, so that their means are over the same corruptions; empty if that is nothing."""
+    first, *others = of_runs.values()
+    both = [(kind, s) for kind in first for s in first[kind] if all(s in other.get(kind, {}) for other in others)]
+    return {
+        label: {kind: {s: own[kind][s] for k, s in both if k == kind} for kind, _ in both}
+        for label, own in of_runs.items()
+        if both
+    }
 
 
 def _draw_severities(of_runs: Corrupted) -> Figure:
@@ -85,12 +99,13 @@ def _draw_severities(of_runs: Corrupted) -> Figure:
     return figure
 
 
-def _draw_kinds(kinds: list[str], of_runs: Corrupted) -> Figure:
+def _draw_kinds(of_runs: Corrupted) -> Figure:
+    kinds = list(next(iter(of_runs.values())))
     figure = new_figure(6, 3.6 + 0.16 * len(of_runs))
     axes = figure.subplots()
     width = 0.8 / len(of_runs)
     for number, (label, corruptions) in enumerate(of_runs.items()):
-        own = [_mean([*corruptions.get(kind, {}).values()]) for kind in kinds]
+        own = [_mean([*corruptions[kind].values()]) for kind in kinds]
         places = np.arange(len(kinds)) + (number + 0.5) * width - 0.4
         axes.bar(places, own, width, label=label.replace("$", r"\$"))
     names = [kind.replace("_", " ") for kind in kinds]
@@ -102,4 +117,4 @@ def _draw_kinds(kinds: list[str], of_runs: Corrupted) -> Figure:
 
 
 def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
+    return sum(values) / len(values)

@@ -1,4 +1,4 @@
-"""Sharpness of the last checkpoint: eigenvalues and trace of the Hessian of the held-out loss (paper, section 5.2)."""
+"""Sharpness of a checkpoint: eigenvalues and trace of the Hessian of the held-out loss (paper, section 5.2)."""
 
 import time
 from collections.abc import Iterator
@@ -22,14 +22,13 @@ GRAPH_BYTES = 1 << 30
 
 
 def analyze_sharpness(run: TrainedRun, settings: Settings) -> Result:
-    """Compute the eigenvalues that are largest in size and the trace, for the last checkpoint's raw weights.
+    """Compute the eigenvalues that are largest in size and the trace, for the chosen checkpoint and weights.
 
     Raises:
         UserError: the run has no checkpoint, or its data cannot be read. A disk without room is a note.
     """
     result = Result()
-    last = run.in_order[-1]
-    model = run.model(last, weights="raw", implementation="reference")
+    model = run.model(implementation="reference")
     chosen = run.images(settings.hessian_samples)
     images = chosen.in_memory(_images_of_a_graph(run), run.device)
     note_bad_images(result, run, chosen.bad)
@@ -53,7 +52,8 @@ def analyze_sharpness(run: TrainedRun, settings: Settings) -> Result:
         result.notes.append(str(refused))
     trace, error = hessian.trace(PROBES, settings.seed)
     result.numbers = {
-        "checkpoint": last,
+        "checkpoint": run.chosen,
+        "weights": run.weights_kind,
         "images": len(images),
         "products": products,
         "top_eigenvalues": [found.value for found in values],
@@ -66,7 +66,7 @@ def analyze_sharpness(run: TrainedRun, settings: Settings) -> Result:
         for i, found in enumerate(values, start=1)
     ]
     rows += [["trace", trace], ["standard error of the trace", error]]
-    title = f"Hessian of the held-out loss on {len(images)} images"
+    title = f"Hessian of the held-out loss on {len(images)} images, {run.chosen} ({run.weights_kind} weights)"
     result.tables.append(Table(title, ["figure", "value"], rows))
     return result
 

@@ -91,6 +91,11 @@ class TrainedRun:
         return f"{self.path.resolve()} {newest} {chosen} {self.weights}"
 
     @property
+    def data_identity(self) -> dict[str, Any]:
+        """What decides which validation images there are, and what their pixels are."""
+        return {key: getattr(self.recipe.data, key) for key in ("backend", "path", "val_split", "decoder")}
+
+    @property
     def snapshots(self) -> Path:
         """The directory of the snapshots (`checkpoint.snapshots`), if the run has any."""
         return self.path / "snapshots"
@@ -133,6 +138,21 @@ class TrainedRun:
         bad = next((n for n, parameter in model.named_parameters() if not parameter.isfinite().all()), None)
         if bad is not None:
             raise RunDirectoryError(f"checkpoint {directory}: {bad} is not finite: the run diverged; choose another")
+
+    def load_newest(self, model: nn.Module) -> str:
+        """Load the raw weights of the newest checkpoint or snapshot that can be loaded, and return its name.
+
+        Raises:
+            RunDirectoryError: there is none, or none can be loaded; the message is that of the newest.
+        """
+        damage: list[RunDirectoryError] = []
+        for name in reversed(self.in_order):
+            try:
+                self.load(model, name, "raw")
+                return name
+            except RunDirectoryError as error:
+                damage.append(error)
+        raise damage[0]
 
     @property
     def device(self) -> torch.device:

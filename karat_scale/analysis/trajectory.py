@@ -76,14 +76,15 @@ def principal_plane(changes: "npt.NDArray[np.float32] | _OnDisk", names: list[st
 def plane_of_run(
     run: TrainedRun, notes: list[str], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Plane:
-    """Return the plane of a run's raw weights. Raises RunDirectoryError if there are too few checkpoints.
+    """Return the plane of a run's raw weights. Raises RunDirectoryError if too few checkpoints can be loaded.
 
     Args:
         notes: receives a line for each damaged checkpoint that is left out.
         progress: hears how many checkpoints are read, and of how many.
     """
     names = []
-    model = run.model(run.in_order[-1], weights="raw")
+    model = run.new_model()
+    run.load_newest(model)
     last = flatten(model).numpy()
     # On disk, since all checkpoints' weights together may not fit in memory.
     with tempfile.TemporaryDirectory(prefix="karat-analysis-") as directory:

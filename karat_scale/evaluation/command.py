@@ -23,7 +23,15 @@ from karat_scale.engine.precision import forward_for_evaluation
 from karat_scale.errors import RunDirectoryError, UserError
 from karat_scale.evaluation.collect import collect
 from karat_scale.evaluation.corruptions import Corruption, check_corruptible, chosen_corruptions
-from karat_scale.evaluation.kept import SEVERITIES, Evaluation, evaluation_file, keep_evaluation, read_evaluation
+from karat_scale.evaluation.kept import (
+    SEVERITIES,
+    Evaluation,
+    evaluation_file,
+    is_complete,
+    keep_evaluation,
+    mean_over,
+    read_evaluation,
+)
 from karat_scale.evaluation.predictions import Predictions
 from karat_scale.evaluation.real_labels import OtherLabels, with_other_labels
 from karat_scale.evaluation.test_set import SPLITS, Change, TestSet, load_test_set, open_test_set
@@ -187,9 +195,9 @@ def _corrupted(work: _Work, run: Path, empty: Evaluation, request: Request) -> E
 
 
 def _with_mean(evaluation: Evaluation) -> Evaluation:
-    """Return a corrupted set's evaluation with the mean over what is done."""
-    values = [top1 for by_severity in evaluation.corruptions.values() for top1 in by_severity.values()]
-    return evaluation.model_copy(update={"top1": sum(values) / len(values)})
+    """Return a corrupted set's evaluation with the mean, if nothing is missing."""
+    found = evaluation.corruptions
+    return evaluation.model_copy(update={"top1": mean_over(found) if is_complete(found) else None})
 
 
 def _where(recipe: Recipe, request: Request) -> tuple[Path | str, str]:
@@ -215,7 +223,8 @@ def _begun(
         "manifest": file_sha256(directory.store.root / checkpoint / MANIFEST),
         "ema": use_ema,
         "model": recipe.model.model_dump(mode="json"),
-        "augment": [recipe.augment.interpolation, recipe.augment.eval_crop],
+        "decoder": recipe.data.decoder,
+        "augment": [getattr(recipe.augment, key) for key in ("interpolation", "eval_crop", "mean", "std")],
         "precision": recipe.train.precision,
         "source": source,
         "images": len(test_set),

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from karat_scale.errors import RunDirectoryError, not_written
 from karat_scale.files import parse_json, read_text, write_atomically
+from karat_scale.tables import CORRUPTIONS
 
 FOLDER = "evaluations"
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -26,7 +27,7 @@ class Evaluation(BaseModel):
         images: counted, each once. unreadable: could not be read. unmatched: classes that the run does not have, and
             left_out: their images.
         among: the number of classes between which the model chose, of classes.
-        top1: percent; of corrupted copies the mean over corruptions and severities. None while that is incomplete.
+        top1: percent; of corrupted copies the mean over all corruptions and severities, and None while one is missing.
         corruptions: top-1 by corruption and severity.
     """
 
@@ -56,14 +57,26 @@ class Evaluation(BaseModel):
     @property
     def text(self) -> str:
         """The result in a line."""
-        scores = f"top-1 {self.top1:.2f} %" if self.top1 is not None else "not complete"
         if self.corruptions:
-            done = sum(map(len, self.corruptions.values()))
-            return f"{scores}, mean of {done} kinds and severities on {self.images:,} images each"
+            done, of = sum(map(len, self.corruptions.values())), len(CORRUPTIONS) * len(SEVERITIES)
+            mean = f"top-1 {mean_over(self.corruptions):.2f} %, mean of {done} kinds and severities"
+            return f"{mean}{f' of {of}' if done < of else ''} on {self.images:,} images each"
+        scores = f"top-1 {self.top1:.2f} %" if self.top1 is not None else "not complete"
         scores += f" top-5 {self.top5:.2f} %" if self.top5 is not None else ""
         scores += f" loss {self.loss:.4f}" if self.loss is not None else ""
         among = f", among {self.among} of {self.classes:,} classes" if self.among < self.classes else ""
         return f"{scores} on {self.images:,} images{among}, {self.unreadable} unreadable"
+
+
+def mean_over(corruptions: Mapping[str, Mapping[int, float]]) -> float:
+    """Return the mean over all corruptions and severities that there are."""
+    values = [top1 for by_severity in corruptions.values() for top1 in by_severity.values()]
+    return sum(values) / len(values)
+
+
+def is_complete(corruptions: Mapping[str, Mapping[int, float]]) -> bool:
+    """Whether each corruption has each severity."""
+    return all(severity in corruptions.get(name, {}) for name in CORRUPTIONS for severity in SEVERITIES)
 
 
 def evaluation_file(run: Path, name: str) -> Path:

@@ -120,7 +120,8 @@ def _lines(directory: RunDirectory) -> Iterator[tuple[str, dict[str, Any]]]:
         where = f"{path}, line {number}"
         try:
             event = parse_json(line)
-            event["event"]
-        except (ValueError, TypeError, KeyError):
-            raise RunDirectoryError(f"{where}: damaged, it is not an event; {_FIX}") from None
+        except ValueError:  # a disk that was full left half a line, and the run went on below it
+            continue
+        if not isinstance(event, dict) or "event" not in event:
+            raise RunDirectoryError(f"{where}: damaged, it is not an event; {_FIX}")
         yield where, event

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def command_of_record(record: Record, seed: bool = True) -> str:
     keys = differing_keys(reference, record.resolved, () if seed else ("run.seed",))
     keys += ["train.max_steps"] if before["train.max_steps"] != after["train.max_steps"] else []
     return " ".join(
-        [f"karat {record.kind.command}", name, *(f"{key}={_yaml(after[key])}" for key in keys), "data.path=DIR"]
+        [f"karat {record.kind.command}", name, *(_setting(key, after[key]) for key in keys), "data.path=DIR"]
     )
 
 
@@ -117,6 +118,7 @@ def _kind(row: PaperRow) -> Kind:
     return DETECTOR if row.box else CLASSIFIER
 
 
-def _yaml(value: Any) -> str:
+def _setting(key: str, value: Any) -> str:
+    """Return an override as a word of a shell's command."""
     text = value if isinstance(value, str) else json.dumps(value)
-    return f"'{text}'" if " " in text else text
+    return f"{key}={shlex.quote(text)}"

@@ -1,5 +1,6 @@
 """`karat sweep RECIPE key=a,b,c run.seed=0..4`: train every point of a grid, and print one table of all runs."""
 
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -75,5 +76,5 @@ def _conclude(planned: Sweep, failures: dict[str, str]) -> int:
     if left:
         print(f"{left} of {plural(len(planned.runs), 'run')} have not finished", file=sys.stderr)
         return 1
-    print(f"\nfor files and curves: karat compare {planned.out}/*/ --out DIR")
+    print(f"\nfor files and curves: karat compare {shlex.join(finished)} --out DIR")
     return 0

@@ -30,7 +30,7 @@ class Cursor:
         begin: where this run begins in each of `FILES`, in bytes; mostly at 0.
         offsets: up to where each of them was sent.
         steps: the last step of each kind of event.
-        sent: the SHA-256 of each uploaded file.
+        sent: size and time of change of each uploaded file.
     """
 
     id: str = field(default_factory=lambda: secrets.token_hex(8))

@@ -33,6 +33,7 @@ class WandB:
         for kind in KINDS:
             self._run.define_metric(f"{kind}/step", hidden=True)
             self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
+        self._run.define_metric("content, *", step_metric="eval/step")
         self.steps = None if self._run.offline else self._arrived()
 
     def _arrived(self) -> dict[str, int]:

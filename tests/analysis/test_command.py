@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -125,6 +126,8 @@ def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_runs_of_one_name_are_told_apart(karat_run: TrainedRun) -> None:
     assert unique_labels([karat_run, karat_run]) == ["karat", "karat (2)"]
+    numbered = dataclasses.replace(karat_run, path=karat_run.path.with_name("karat (2)"))
+    assert unique_labels([numbered, karat_run, karat_run]) == ["karat (2)", "karat", "karat (3)"]
 
 
 @pytest.mark.slow

@@ -60,6 +60,46 @@ def test_too_few_checkpoints_leave_the_other_figures(karat_run: TrainedRun, tmp_
     assert "PCA of the path needs 3" in result.notes[0]
 
 
+def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_takes_its_place(
+    karat_run: TrainedRun, tmp_path: Path
+) -> None:
+    shutil.copytree(karat_run.path, tmp_path / "run")
+    *_, before, last = karat_run.in_order
+    (tmp_path / "run" / "checkpoints" / last / "state.json").write_text("{}")
+    result = analyze_landscape(dataclasses.replace(karat_run, path=tmp_path / "run"), QUICK, tmp_path)
+    assert result.numbers["checkpoint"] == before
+    assert result.numbers["path"]["steps"] == [0, 4, 8, 12]
+    assert f"({before})" in result.figures["random_surface"][1]
+    (note,) = result.notes
+    assert f"{last} is damaged" in note
+
+
+def test_losses_of_other_data_are_not_taken_over(karat_run: TrainedRun, tmp_path: Path) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "landscape, path" and done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        analyze_landscape(karat_run, dataclasses.replace(QUICK, progress=stop), tmp_path)
+    assert list(tmp_path.glob(".landscape-path*"))
+    elsewhere = tmp_path / "data"
+    shutil.copytree(karat_run.recipe.data.path, elsewhere)
+    other = dataclasses.replace(
+        karat_run,
+        recipe=karat_run.recipe.model_copy(
+            update={"data": karat_run.recipe.data.model_copy(update={"path": str(elsewhere)})}
+        ),
+    )
+    points: list[int] = []
+
+    def count(what: str, done: int, total: int) -> None:
+        if what == "landscape, path":
+            points.append(total)
+
+    analyze_landscape(other, dataclasses.replace(QUICK, progress=count), tmp_path)
+    assert set(points) == {9}
+
+
 def test_its_cost_is_told_before_it_starts(
     karat_run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,17 @@ def test_of_a_real_run(any_run: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> 
     assert "(48 x " in cost
 
 
+def test_the_chosen_checkpoint_is_analysed(karat_run: TrainedRun) -> None:
+    first, second = karat_run.store.names()[:2]
+    found = {
+        name: analyze_sharpness(dataclasses.replace(karat_run, checkpoint=name, weights="raw"), QUICK)
+        for name in (first, second)
+    }
+    assert [result.numbers["checkpoint"] for result in found.values()] == [first, second]
+    assert found[first].numbers["trace"] != found[second].numbers["trace"]
+    assert found[first].tables[-1].title.endswith(f"{first} (raw weights)")
+
+
 def test_a_disk_without_room_for_the_eigenvalues_leaves_the_rest(karat_run: TrainedRun) -> None:
     models, (soft, hard) = 4 * parameter_count(karat_run.model()), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10 * models, hard))  # the Hessian's basis takes 15

@@ -10,8 +10,9 @@ from PIL import Image
 
 from karat_scale.cluster.standing import read_standing
 from karat_scale.data.formats.shard_format import read_dataset_record, write_dataset_record
-from karat_scale.evaluation.kept import read_evaluations
+from karat_scale.evaluation.kept import SEVERITIES, is_complete, read_evaluations
 from karat_scale.evaluation.test_set import SPLITS
+from karat_scale.tables import CORRUPTIONS
 from tests.conftest import CLASSES, VAL_PER_CLASS, karat, karat_here
 from tests.servers import nginx
 
@@ -200,9 +201,10 @@ def test_corrupted_copies_are_counted_kept_and_resumed(run: Path, capsys: pytest
     assert karat_here(*arguments, "--severity", "1", "5") == 0
     printed = capsys.readouterr().out
     assert "4 passes over 28 images take about" in printed
-    assert "mean of 4 kinds and severities on 28 images each" in printed
+    assert "mean of 4 kinds and severities of 75 on 28 images each" in printed
     (kept,) = read_evaluations(run)
     assert kept.name == "val-corrupted"
+    assert kept.top1 is None  # nothing may pass for the mean over all of them
     assert {name: [*by] for name, by in kept.corruptions.items()} == {"brightness": [1, 5], "contrast": [1, 5]}
     assert karat_here(*arguments, "--severity", "1", "2") == 0
     printed = capsys.readouterr().out
@@ -211,4 +213,11 @@ def test_corrupted_copies_are_counted_kept_and_resumed(run: Path, capsys: pytest
     (more,) = read_evaluations(run)
     assert more.corruptions["contrast"][1] == kept.corruptions["contrast"][1]
     values = [top1 for by in more.corruptions.values() for top1 in by.values()]
-    assert more.top1 == pytest.approx(sum(values) / 6)
+    assert f"top-1 {sum(values) / 6:.2f} %, mean of 6 kinds" in printed
+
+
+def test_only_all_corruptions_at_all_severities_are_complete() -> None:
+    whole = {name: dict.fromkeys(SEVERITIES, 50.0) for name in CORRUPTIONS}
+    assert is_complete(whole)
+    assert not is_complete({**whole, "fog": {1: 50.0}})
+    assert not is_complete({name: own for name, own in whole.items() if name != "fog"})

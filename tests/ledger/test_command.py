@@ -1,6 +1,8 @@
 """`karat ledger` takes in what a run's own files say, and nothing that they do not."""
 
 import json
+import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from karat_scale.cli import main
 from karat_scale.data.digest import classes_digest
+from karat_scale.recipe.loading import load_recipe
 from tests.conftest import ROOT, SMALL, events, karat, summary
 from tests.ledger.runs import DATA_SETS, change, copy_run, pretend, rows
 
@@ -94,6 +97,22 @@ def test_runs_that_differ_in_their_seed_have_a_mean(run: Path, docs: Path, ledge
     assert "| [70.00 / 98.00](" in first
     assert "| [74.00 / 98.00](" in second
     assert "*short:*" in short
+
+
+def test_a_list_of_texts_survives_the_shell(run: Path, docs: Path, ledger: Callable[..., int]) -> None:
+    pretend(run, "cifar10_vit_tiny", "cifar10", 50_000, "train.freeze='*.head.*'")
+    assert ledger(run) == 0
+    (row,) = rows(docs, "cifar10_vit_tiny")
+    (command,) = re.findall(r"`(karat train [^`]*)`", row)
+    overrides = shlex.split(command)[3:-1]
+    assert load_recipe("cifar10_vit_tiny", overrides).train.freeze == load_recipe(run / "recipe.yaml").train.freeze
+
+
+def test_half_a_line_of_a_full_disk_is_skipped(run: Path, docs: Path, ledger: Callable[..., int]) -> None:
+    first, *others = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join((first, '{"event": "tra\n', *others)))
+    assert ledger(run) == 0
+    assert len(rows(docs, run.name)) <= 1
 
 
 def test_the_mean_of_short_runs_is_marked(run: Path, docs: Path, ledger: Callable[..., int]) -> None:
@@ -235,7 +254,7 @@ def not_utf8(run: Path) -> None:
         (set_unsealed("last_top1", "9.5"), "summary.json: damaged: last_top1 = '9.5'"),
         (set_unsealed("device", 3), "summary.json: damaged: device = '3'"),
         (lambda run: change(run, last_top1=99.9), "has last_top1 = 99.9, but the last evaluation in metrics.jsonl "),
-        (write("metrics.jsonl", lambda text: text + '{"event": "tra'), "metrics.jsonl, line "),
+        (write("metrics.jsonl", lambda text: text + '{"step": 3}\n'), "metrics.jsonl, line "),
         (not_utf8, "metrics.jsonl: damaged, it is not UTF-8"),
         (write("metrics.jsonl", lambda text: text.replace('"top1"', '"top"')), ": damaged: top1: Field required"),
         (remove("metrics.jsonl"), "metrics.jsonl is missing"),

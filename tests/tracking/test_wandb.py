@@ -79,6 +79,12 @@ def test_two_starts_are_one_run_without_gap_or_repetition(written: WrittenRun) -
     }
     settings = {item.key or item.nested_key[0]: item.value_json for item in runs[0].config.update}
     assert (settings["run.seed"], "versions.torch" in settings) == ("0", True)
+    metrics = [record.metric for record in records(written.path) if record.WhichOneof("record_type") == "metric"]
+    steps = {metric.glob_name or metric.name: metric.step_metric for metric in metrics}
+    assert {name: steps[name] for name in ("train/*", "content, *")} == {
+        "train/*": "train/step",
+        "content, *": "eval/step",
+    }
     saved = {file.path for record in records(written.path) for file in record.files.files}
     assert {"recipe.yaml", "summary.json"} <= saved
 
