@@ -118,7 +118,7 @@ class Engine:
         else:
             check_by_the_norm(self.deepspeed)
         keep_least_loss_scale(self.deepspeed)
-        self._records_graphs = recipe.train.records_graphs
+        self._records_graphs, self._is_compiled = recipe.train.records_graphs, False
 
     @property
     def module(self) -> nn.Module:
@@ -135,12 +135,15 @@ class Engine:
         """Let go of weights, gradients and optimizer states; the engine cannot be used afterwards."""
         self.deepspeed.destroy()
         del self.deepspeed
+        if self._is_compiled:  # its graphs would count against the next model's, of which there may be few
+            torch.compiler.reset()
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def compile(self, mode: str) -> None:
         """Let torch.compile compile the model, in a mode of its own, at the first step."""
+        self._is_compiled = True
         self.deepspeed.compile(compile_kwargs={"mode": mode})
 
     def forward(self, images: Any, *targets: Any) -> Any:

@@ -6,6 +6,7 @@ follows from the batch.
 
 import torch
 
+from karat_scale.attention.kernels.triton_fourier import LARGEST_WIDTH
 from karat_scale.attention.tiles import MIN_ROWS, workspace_budget
 from karat_scale.attention.variants.rows import HELD
 from karat_scale.estimate.zero import FP32
@@ -61,12 +62,13 @@ def _tiles_rows(recipe: Recipe, on_gpu: bool) -> bool:
 def _streams(recipe: Recipe, on_gpu: bool) -> bool:
     """Whether `streaming` runs.
 
-    With `auto`, a GPU takes Triton for the modular Fourier form with any base, and a CPU takes its kernel without a
-    base. Layers with a position bias count as `streaming`, since half of Swin's also have a mask.
+    With `auto`, a GPU takes Triton for the modular Fourier form with any base, up to a head's largest width, and a CPU
+    takes its kernel without a base. Layers with a position bias count as `streaming`, since half of Swin's also have a mask.
     """
     attention = recipe.attention
     if attention.kind != "karat" or attention.implementation not in ("auto", "streaming"):
         return False
     has_kernel = attention.is_modular_series and (on_gpu or attention.base == "zero")
-    has_kernel &= not any(size.biased for size in layer_sizes(recipe.model))
+    sizes = layer_sizes(recipe.model)
+    has_kernel &= not any(size.biased or (on_gpu and size.width > LARGEST_WIDTH) for size in sizes)
     return attention.implementation == "streaming" or not has_kernel

@@ -25,7 +25,7 @@ class AttentionLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerSize:
-    """The size of an attention layer for one image: `sets` sets of N `tokens` with h `heads` each.
+    """The size of an attention layer for one image: `sets` sets of N `tokens` with h `heads` of `width` d each.
 
     A window is a set; other models have one set. `biased`: a bias is added to the scores.
     """
@@ -33,6 +33,7 @@ class LayerSize:
     sets: int
     tokens: int
     heads: int
+    width: int
     biased: bool
 
     @property
@@ -71,7 +72,9 @@ def measure_layers(model: nn.Module, image_size: int) -> tuple[LayerSize, ...]:
     model(torch.empty(1, 3, image_size, image_size, device="meta"))
     for hook in hooks:
         hook.remove()
-    return tuple(
-        LayerSize(shape[0], shape[1], layer.attention.num_heads, isinstance(layer.attention, BIASED))
-        for layer, shape in zip(layers, shapes, strict=True)
-    )
+    return tuple(_size(layer.attention, *shape) for layer, shape in zip(layers, shapes, strict=True))
+
+
+def _size(attention: Any, sets: int, tokens: int, width: int) -> LayerSize:
+    heads = attention.num_heads
+    return LayerSize(sets, tokens, heads, width // heads, isinstance(attention, BIASED))

@@ -182,6 +182,15 @@ class Recipe(RunRecipe):
         return self
 
     @model_validator(mode="after")
+    def _optimizer_takes_the_precision(self) -> "Recipe":
+        if self.optim.row.whole_matrices and self.train.holds_16_bits:
+            raise ValueError(
+                f"train.precision = {self.train.precision} needs ZeRO stage 1 or higher, where optim.name = "
+                f"{self.optim.name} is not possible; use train.precision=bf16"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _images_grow(self) -> "Recipe":
         sizes = self.schedule.image_sizes
         if not sizes:

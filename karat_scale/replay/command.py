@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +18,13 @@ from karat_scale.console import print_table, printable, progress, write_json
 from karat_scale.data.batch import Batch
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
-from karat_scale.errors import UserError
+from karat_scale.errors import RunDirectoryError, UserError
 from karat_scale.files import write_atomically
 from karat_scale.look.batch import ShownBatch, as_bytes, draw, places_of
 from karat_scale.recipe import Recipe
 from karat_scale.replay.inspect import Findings, not_finite, watched
 from karat_scale.reporting.progress import PlainDisplay, Reporter, SilentDisplay
-from karat_scale.run.incidents import checkpoint_before
+from karat_scale.run.incidents import checkpoints_before
 from karat_scale.run.loop import Loop
 from karat_scale.run.run import build_parts, resume
 from karat_scale.run.run_directory import RunDirectory
@@ -82,9 +83,21 @@ def replay(run: str, step: int, count: int, out: str | None, json_file: str | No
 
 
 def _checkpoint(store: CheckpointStore, step: int) -> str:
-    """Return the newest intact checkpoint before a step; "" if training reaches it only from the start."""
-    name = checkpoint_before(store, step)
-    return store.find_intact(name) if name is not None else ""
+    """Return the newest intact checkpoint before a step; "" if training reaches it only from the start.
+
+    Raises:
+        RunDirectoryError: there are some, and all are damaged.
+    """
+    damage: list[RunDirectoryError] = []
+    for name in checkpoints_before(store, step):
+        try:
+            return store.find_intact(name)
+        except RunDirectoryError as error:
+            damage.append(error)
+            print(f"note: {str(error).removesuffix('; choose another')}", file=sys.stderr)
+    if damage:
+        raise damage[0]
+    return ""
 
 
 @contextmanager

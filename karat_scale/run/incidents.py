@@ -32,7 +32,7 @@ class Incidents:
         if self._noted >= MOST:
             return f"this start has noted {MOST} others already"
         self._noted += 1
-        checkpoint = checkpoint_before(self._store, step)
+        checkpoint = next(iter(checkpoints_before(self._store, step)), None)
         record = {
             "step": step,
             "kind": kind,
@@ -60,9 +60,9 @@ class Incidents:
         return {"epoch": epoch, "batch": batch, **sizes, "samples": ids.tolist()}
 
 
-def checkpoint_before(store: CheckpointStore, step: int) -> str | None:
-    """Return the newest checkpoint from which training reaches a step; None if that is the start of the run."""
-    return next((name for name in store.names() if name < checkpoint_name(step)), None)
+def checkpoints_before(store: CheckpointStore, step: int) -> list[str]:
+    """Return the checkpoints from which training reaches a step, newest first."""
+    return [name for name in store.names() if name < checkpoint_name(step)]
 
 
 class Spikes:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import yaml
@@ -23,6 +23,7 @@ from karat_scale.errors import RecipeError, UserError, one_line
 from karat_scale.models import create_model
 from karat_scale.models.init_from import check_heads, differences, take_weights
 from karat_scale.recipe import AttentionConfig, ModelConfig, RunRecipe
+from karat_scale.recipe.base import Triple
 from karat_scale.recipe.portable import portable_recipe, text_digest
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.trust import require_trust
@@ -41,10 +42,11 @@ class Origin(NamedTuple):
 
 
 class SourceWeights(NamedTuple):
-    """Whole weights by parameter name, and their origin."""
+    """Whole weights by parameter name, their origin, and by what the images were normalised: mean and std."""
 
     tensors: dict[str, Tensor]
     origin: Origin | None = None
+    normalised: tuple[Triple, Triple] | None = None
 
 
 def initialise(model: nn.Module, recipe: RunRecipe, world: World, take: Take = take_weights) -> str:
@@ -66,12 +68,25 @@ def initialise(model: nn.Module, recipe: RunRecipe, world: World, take: Take = t
 
 
 def _take(model: nn.Module, recipe: RunRecipe, take: Take) -> list[str]:
-    weights, origin = read_weights(recipe.init_from)
+    weights, origin, normalised = read_weights(recipe.init_from)
     if origin is not None:
         check_heads(origin.model, recipe.model)
     notes = take(model, weights)
     differing = [] if origin is None else differences(origin, (recipe.model, recipe.attention))
-    return [*([notes] if notes else []), *differing]
+    return [*([notes] if notes else []), *differing, *_other_pixels(normalised, recipe)]
+
+
+def _other_pixels(normalised: tuple[Triple, Triple] | None, recipe: RunRecipe) -> list[str]:
+    """Return a note if the model's images are normalised in another way than those that the weights know."""
+    if normalised is None:
+        return []
+    here: Any = recipe.augment  # each kind of recipe has its own, with both keys
+    pairs = [("mean", normalised[0], here.mean), ("std", normalised[1], here.std)]
+    return [
+        f"the weights are of images with augment.{key} = {list(theirs)}, not {list(ours)}; best use the same"
+        for key, theirs, ours in pairs
+        if tuple(theirs) != tuple(ours)
+    ]
 
 
 def read_weights(source: str) -> SourceWeights:
@@ -85,7 +100,9 @@ def read_weights(source: str) -> SourceWeights:
         UserError: there is no such thing, or it cannot be read.
     """
     if source.startswith(TIMM):
-        return SourceWeights(timm_model(source.removeprefix(TIMM)).state_dict())
+        model: Any = timm_model(source.removeprefix(TIMM))
+        about = model.pretrained_cfg
+        return SourceWeights(model.state_dict(), None, (tuple(about["mean"]), tuple(about["std"])))
     path, checkpoint = locate(source)
     return _weights_of_run(path, checkpoint) if checkpoint else _weights_of_file(path)
 
@@ -117,7 +134,8 @@ def _weights_of_run(run: Path, checkpoint: str) -> SourceWeights:
     saved = directory.store.state(name)
     model = create_model(recipe.model, recipe.attention)
     load_weights(model, directory.store.root / name, saved, ema=saved["has_ema"])
-    return SourceWeights(model.state_dict(), Origin(recipe.model, recipe.attention))
+    normalised = recipe.augment.mean, recipe.augment.std
+    return SourceWeights(model.state_dict(), Origin(recipe.model, recipe.attention), normalised)
 
 
 def _weights_of_file(path: Path) -> SourceWeights:
@@ -135,7 +153,7 @@ def _weights_of_file(path: Path) -> SourceWeights:
         raise RecipeError(f"{_UNSAFE}: {reason}") from error
     if not (isinstance(weights, dict) and all(isinstance(x, Tensor) for x in weights.values())):
         raise RecipeError(_NO_STATE)
-    return SourceWeights(weights, _origin_of_file(path))
+    return SourceWeights(weights, _origin_of_file(path), _normalised_of_file(path))
 
 
 def _check_kind(path: Path) -> None:
@@ -162,6 +180,15 @@ def _origin_of_file(path: Path) -> Origin | None:
         )
     except (KeyError, TypeError, ValueError):
         return None  # another version's; the weights tell what they are
+
+
+def _normalised_of_file(path: Path) -> tuple[Triple, Triple] | None:
+    """Mean and std of the images, by the recipe that `karat export` keeps beside the weights."""
+    try:
+        augment = yaml.safe_load(export_metadata(path)["recipe"])["augment"]
+        return tuple(augment["mean"]), tuple(augment["std"])
+    except (KeyError, TypeError, yaml.YAMLError):
+        return None
 
 
 def export_metadata(path: Path) -> dict[str, str]:

@@ -232,10 +232,8 @@ def how_to_extend(parts: Parts) -> str:
     train = parts.recipe.train
     if train.max_steps is not None and parts.total_steps == train.max_steps:
         return f"the run has taken its train.max_steps = {train.max_steps:,} steps; raise it to go on"
-    return (
-        f"the run has trained its train.epochs = {train.epochs}; for more, raise it and add "
-        "'resume.allow=[train.epochs]'"
-    )
+    more = " and add 'resume.allow=[train.epochs]'" if train.max_steps is not None else ""
+    return f"the run has trained its train.epochs = {train.epochs}; for more, raise it{more}"
 
 
 def headline(parts: Parts) -> str:

@@ -41,6 +41,15 @@ def test_a_compiled_model_trains_as_one_that_is_not(
 
 
 @pytest.mark.slow
+def test_models_of_growing_images_do_not_use_up_the_compilers_limit(small_recipe, make_engine) -> None:
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for size in (8, 16):
+            engine = make_engine(small_recipe("train.compile=true", f"model.image_size={size}"))
+            train_once(engine, 0, size=size)
+            engine.release()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "precision", "mode"),
     [("zero0", "bf16", "true"), ("zero0", "bf16", "reduce-overhead"), ("zero1", "bf16_weights", "default")],

@@ -99,6 +99,12 @@ def test_rows_are_planned_however_many_tiles_a_batch_has(
         assert 0 < footprint.live(2).max() < footprint.live(4).max()
 
 
+def test_a_gpu_streams_heads_that_are_wider_than_its_kernels_take(small_recipe: Load) -> None:
+    wide, narrow = (small_recipe("model.num_heads=1", f"model.embed_dim={width}") for width in (256, 128))
+    assert attention_workspace(narrow, 8, on_gpu=True) == 0 < attention_workspace(wide, 8, on_gpu=True)
+    assert written_by_rows(wide.changed(attention__form="content"), on_gpu=True) > 0
+
+
 def test_tiles_of_rows_hold_what_is_planned(small_recipe: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = small_recipe("attention.kind=learned_score", "model.embed_dim=8", "model.patch_size=2")
     for module in (rows, attention_tiles):  # a tile holds two of the eight images

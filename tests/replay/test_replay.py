@@ -96,6 +96,18 @@ def test_a_step_that_went_well_is_taken_bit_for_bit(train: Train, tmp_path: Path
         assert found["ranks"] == [{"weights": None}]
 
 
+def test_a_damaged_checkpoint_before_the_step_is_named_and_an_older_one_serves(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, code = train("checkpoint.every_steps=2", "checkpoint.keep_last=9", "train.max_steps=6")
+    assert code == 0
+    (run / "checkpoints" / checkpoint_name(4) / "state.json").write_text("{}")
+    figures = tmp_path / "found.json"
+    assert karat_here("replay", str(run), "6", "--out", str(tmp_path / "x.png"), "--json", str(figures)) == 0
+    assert f"{checkpoint_name(4)} is damaged" in capsys.readouterr().err
+    assert json.loads(figures.read_text())["checkpoint"] == checkpoint_name(2)
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_ranks_find_the_same_at_stage_3(exploded: Path, tmp_path: Path) -> None:

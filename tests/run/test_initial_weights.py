@@ -39,7 +39,8 @@ def run(small_recipe, world: World) -> Path:
 def test_a_run_its_checkpoint_and_its_export_are_the_same_weights(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights, origin = read_weights(str(run))
+    weights, origin, normalised = read_weights(str(run))
+    assert normalised == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     name = (run / "checkpoints" / "best").read_text().strip()
     assert equal_weights(weights, read_weights(str(run / "checkpoints" / name)).tensors)
     assert read_weights(str(run / "checkpoints" / "best")).origin == origin
@@ -47,7 +48,7 @@ def test_a_run_its_checkpoint_and_its_export_are_the_same_weights(
         export_run(str(run), form, "best", "ema", str(tmp_path / out))
         exported = read_weights(str(tmp_path / out))
         assert equal_weights(weights, exported.tensors)
-        assert exported.origin == origin
+        assert (exported.origin, exported.normalised) == (origin, normalised)
     torch.save({"model": weights}, tmp_path / "out.pth")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert equal_weights(weights, read_weights("~/out.pth").tensors)
@@ -85,6 +86,14 @@ def test_what_weights_do_not_tell_is_compared(run: Path, world: World) -> None:
     line = begin({}, {"base": "silu", "simplex": True})
     assert line.endswith(
         f"{run}; attention.simplex = false in the weights, true here; attention.base = zero in the weights, silu here"
+    )
+
+
+def test_images_normalised_in_another_way_are_told(run: Path, world: World) -> None:
+    recipe = RunDirectory(run).recipe().changed(init_from=str(run), augment__mean=(0.5, 0.5, 0.5))
+    line = initialise(create_model(recipe.model, recipe.attention), recipe, world)
+    assert line.endswith(
+        "the weights are of images with augment.mean = [0.485, 0.456, 0.406], not [0.5, 0.5, 0.5]; best use the same"
     )
 
 
@@ -138,7 +147,9 @@ def test_timms_weights_come_from_its_cache_without_a_network(tmp_path: Path, mon
     (home / "refs" / "main").write_text("0123")
     save_file(model.state_dict(), snapshot / "model.safetensors")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    assert equal_weights(read_weights(f"timm:{NAME}").tensors, model.state_dict())
+    weights = read_weights(f"timm:{NAME}")
+    assert equal_weights(weights.tensors, model.state_dict())
+    assert weights.normalised == (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def load_scores(base, queries, keys, query_stride, key_stride, tokens):
 
 @triton.jit
 def power_of_two_above(x):
-    """The smallest power of two above a float32 x >= 0, but 2^-100 at least, and 1 for zero; infinite where x is."""
+    """The smallest power of two above a float32 x >= 0, but 2^-100 at least, 1 for zero, -0 for infinity and NaN."""
     power = ((x.to(tl.int32, bitcast=True) & 0x7F800000) + 0x00800000).to(tl.float32, bitcast=True)
     return tl.where(x == 0, 1.0, tl.where(x < 7.9e-31, 7.888609052210118e-31, power))
 

@@ -72,8 +72,9 @@ def _run(section: Section, device: str, seconds: float, limit: float, report: Re
         return
     ends, batch = time.monotonic() + limit, None
     while True:
-        settings = {"device": device, "seconds": seconds, "batch": batch}
-        batch = _run_once(_worker(section, settings, ranks), ends - time.monotonic(), report)
+        left = ends - time.monotonic()
+        settings = {"device": device, "seconds": min(seconds, left), "batch": batch}
+        batch = _run_once(_worker(section, settings, ranks), left, report)
         if batch is None:
             return
         report.receive("notice", f"out of memory, so the batch is {batch}")
@@ -81,17 +82,20 @@ def _run(section: Section, device: str, seconds: float, limit: float, report: Re
 
 def _run_once(command: Sequence[str], limit: float, report: Report) -> int | None:
     """Returns the batch to try again with, where the process asks for that."""
-    received: dict[str, Any] = {}
+    ended: dict[str, Any] = {}
 
     def receive(kind: str, content: Any) -> None:
-        received[kind] = content
-        if kind != "again":
+        if kind in ("again", "failed"):
+            ended[kind] = content
+        else:
             report.receive(kind, content)
 
     trouble = run_process(command, receive, limit)
-    if trouble and not received.keys() & {"again", "failed"}:
-        report.receive("failed", {"what": "the section's process", "why": trouble})
-    return received.get("again")
+    if "again" in ended:  # what it failed of is out of memory
+        return int(ended["again"])
+    if "failed" in ended or trouble:
+        report.receive("failed", ended.get("failed", {"what": "the section's process", "why": trouble}))
+    return None
 
 
 def _worker(section: Section, settings: dict[str, Any], ranks: int) -> list[str]:

@@ -61,7 +61,7 @@ class CocoSplit:
         if not self.image_ids:
             raise DataError(f"{self.file} has no image{' with objects' if for_training else ''}; {FIX}")
         self._records = _Packed([records[image] for image in self.image_ids])
-        self.index: Any = None if for_training else index
+        self.index: Any = None if for_training else self._completed(index)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -103,10 +103,7 @@ class CocoSplit:
                 labels.append(self._labels[category])
                 masks.append(_mask(segmentation, record)[None])
             except Exception as error:  # pycocotools asserts, indexes and casts
-                raise DataError(
-                    f"{self.file}: annotation {number} has no readable category or segmentation: "
-                    f"{type(error).__name__}: {error}; correct it"
-                ) from error
+                raise self._unreadable(number, error) from error
         return np.array(labels, np.int64), np.concatenate(masks)
 
     def _record(self, index: Any, image: int) -> ImageRecord:
@@ -122,6 +119,38 @@ class CocoSplit:
             if not isinstance(about[key], kind) or isinstance(about[key], bool):
                 raise DataError(f"{self.file}: image {image} has {key} = {about[key]!r}, not {what}; correct it")
         return ImageRecord(about["file_name"], about["width"], about["height"], tuple(learnable))
+
+    def _completed(self, index: Any) -> Any:
+        """Return pycocotools' index as its evaluation needs it: without objects that have no area, and with each key.
+
+        Raises DataError for a segmentation that cannot be read.
+        """
+        from pycocotools import mask as coco_mask
+
+        annotations = [one for one in index.dataset["annotations"] if self._area(one) > 0]
+        for annotation in annotations:
+            annotation.setdefault("iscrowd", 0)
+            if annotation.get("segmentation") and annotation.keys() >= {"area", "bbox"}:
+                continue
+            try:
+                runs = index.annToRLE(annotation)
+                annotation.setdefault("area", float(coco_mask.area(runs)))
+                annotation.setdefault("bbox", coco_mask.toBbox(runs).tolist())
+            except Exception as error:  # pycocotools asserts, indexes and casts
+                raise self._unreadable(annotation.get("id"), error) from error
+        # To pycocotools, a detection that matched annotation 0 has matched nothing.
+        for number, annotation in enumerate(annotations, start=1):
+            annotation["id"] = number
+        index.dataset["annotations"] = annotations
+        with contextlib.redirect_stdout(io.StringIO()):
+            index.createIndex()
+        return index
+
+    def _unreadable(self, number: Any, error: Exception) -> DataError:
+        return DataError(
+            f"{self.file}: annotation {number} has no readable category or segmentation: "
+            f"{type(error).__name__}: {error}; correct it"
+        )
 
     def _area(self, annotation: Any) -> float:
         area = annotation.get("area", 1.0)

@@ -3,15 +3,20 @@
 from timm.layers import LayerNorm2d
 from timm.models import VisionTransformer
 from torchvision.models.detection import MaskRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 
 from karat_scale.tasks.detection.backbone import ViTBackbone
 from karat_scale.tasks.detection.pyramid import LEVELS
 from karat_scale.tasks.detection.recipe import DetectionRecipe
+from karat_scale.tasks.detection.torchvision_parts import (
+    Anchors,
+    BoxPredictor,
+    MaskPredictor,
+    ProposalHead,
+    RoIAlign,
+    Transform,
+)
 
 _RATIOS = (0.5, 1.0, 2.0)
 
@@ -24,31 +29,29 @@ def build_detector(vit: VisionTransformer, recipe: DetectionRecipe) -> MaskRCNN:
     0 is background.
     """
     size, detector = recipe.model.image_size, recipe.detector
-    channels, rois = detector.channels, list(LEVELS[:-1])
+    channels, augment = detector.channels, recipe.augment
+    strides = [patches * recipe.patch_size for patches in LEVELS.values()]
+    maps = list(LEVELS)[:-1], strides[:-1]  # the last is only for proposals
     convolutions = [channels] * 4
     classes = recipe.model.num_classes + 1
-    return MaskRCNN(
+    mask_rcnn = MaskRCNN(
         ViTBackbone(vit, recipe),
-        min_size=size,
-        max_size=size,
-        size_divisible=size,
-        _skip_resize=True,  # in training, jitter has resized
-        rpn_anchor_generator=AnchorGenerator(
-            tuple((side,) for side in detector.anchor_sizes), (_RATIOS,) * len(detector.anchor_sizes)
-        ),
-        rpn_head=RPNHead(channels, len(_RATIOS), conv_depth=2),
+        rpn_anchor_generator=Anchors(detector.anchor_sizes, _RATIOS, strides),
+        rpn_head=ProposalHead(channels, len(_RATIOS), conv_depth=2),
         rpn_batch_size_per_image=detector.anchors,
         rpn_pre_nms_top_n_train=detector.candidates_in_training or 2 * detector.proposals,
         rpn_pre_nms_top_n_test=detector.candidates or detector.proposals,
         rpn_post_nms_top_n_train=detector.proposals_in_training or detector.proposals,
         rpn_post_nms_top_n_test=detector.proposals,
-        box_roi_pool=MultiScaleRoIAlign(rois, output_size=7, sampling_ratio=2),
+        box_roi_pool=RoIAlign(*maps, output_size=7),
         box_head=FastRCNNConvFCHead((channels, 7, 7), convolutions, [detector.box_features], norm_layer=LayerNorm2d),
-        box_predictor=FastRCNNPredictor(detector.box_features, classes),
+        box_predictor=BoxPredictor(detector.box_features, classes),
         box_score_thresh=detector.min_score,
         box_batch_size_per_image=detector.rois,
         box_detections_per_img=detector.detections,
-        mask_roi_pool=MultiScaleRoIAlign(rois, output_size=14, sampling_ratio=2),
+        mask_roi_pool=RoIAlign(*maps, output_size=14),
         mask_head=MaskRCNNHeads(channels, convolutions, 1, norm_layer=LayerNorm2d),
-        mask_predictor=MaskRCNNPredictor(channels, channels, classes),
+        mask_predictor=MaskPredictor(channels, channels, classes),
     )
+    mask_rcnn.transform = Transform(size, size, list(augment.mean), list(augment.std), size_divisible=size)
+    return mask_rcnn

@@ -6,8 +6,8 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-LEVELS = ("0", "1", "2", "3", "pool")
-"""Strides of 1/4, 1/2, 1, 2 and 4 patches: 4, 8, 16, 32 and 64 px for patches of 16 px."""
+LEVELS = {"0": 0.25, "1": 0.5, "2": 1.0, "3": 2.0, "pool": 4.0}
+"""Strides in patches, by torchvision's names: 4, 8, 16, 32 and 64 px for patches of 16 px."""
 
 
 class SimpleFeaturePyramid(nn.Module):
@@ -32,7 +32,7 @@ class SimpleFeaturePyramid(nn.Module):
 
     def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":
         """Return the maps by torchvision's names, finest first."""
-        maps, names = self.last([level(x) for level in self.levels], [x], list(LEVELS[:-1]))
+        maps, names = self.last([level(x) for level in self.levels], [x], list(LEVELS)[:-1])
         return OrderedDict(zip(names, maps, strict=True))
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from karat_scale.recipe import ModelConfig, OptimConfig, RunRecipe, TrainConfig
-from karat_scale.recipe.base import Count, Effect, Fraction, NonNegative, Positive, Section
+from karat_scale.recipe.base import Count, Effect, Fraction, NonNegative, Positive, Section, Triple
 from karat_scale.recipe.train import Rate
 
 
@@ -37,12 +37,19 @@ class CocoConfig(Section):
 
 
 class JitterConfig(Section):
-    """Large-scale jitter: an image is resized to `scale` times what fits the input, cropped or padded, and flipped."""
+    """Large-scale jitter: an image is resized to `scale` times what fits the input, cropped or padded, and flipped.
+
+    Then mean and standard deviation normalise its pixels.
+    """
 
     scale: tuple[Positive, Positive] = (0.1, 2.0)
     """Least and greatest size, as a factor of the size that fits the input."""
     hflip: Fraction = 0.5
     """Probability of a horizontal flip."""
+    mean: Triple = (0.485, 0.456, 0.406)
+    """Mean of the RGB channels, subtracted from pixels in 0 to 1."""
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    """Standard deviation of the RGB channels, by which they are divided."""
 
     @field_validator("scale")
     @classmethod

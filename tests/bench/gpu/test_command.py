@@ -100,6 +100,8 @@ def test_a_section_that_runs_out_of_memory_runs_again_with_half_the_batch(
         "import json, sys\n"
         "batch = json.loads(sys.argv[2])['batch'] or 128\n"
         "print(json.dumps({'again': batch // 2} if batch > 32 else {'row': {'case': batch}}))\n"
+        "if batch > 32:\n"
+        "    print(json.dumps({'failed': {'what': 'the section', 'why': 'OutOfMemoryError'}}))\n"
         "sys.exit(batch > 32)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

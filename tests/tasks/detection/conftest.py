@@ -11,10 +11,10 @@ pytest.importorskip("pycocotools", reason="the extra `detection` is not installe
 from karat_scale.recipe.loading import validate_recipe
 from karat_scale.tasks.detection.recipe import DetectionRecipe
 from tests.conftest import made_once
-from tests.small_engines import small_recipe
+from tests.small_engines import small_recipe, whole_zero3
 from tests.tasks.detection.cut_outs import LAYOUT, make_set
 
-__all__ = ["small_recipe"]
+__all__ = ["small_recipe", "whole_zero3"]
 MINI = {"name": "vit_mini_patch4_28", "image_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
 SMALL = {
     "model": {**MINI, "num_classes": 3},

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from karat_scale.errors import DataError, RecipeError
+from karat_scale.tasks.detection.batches import DetectionBatch
 from karat_scale.tasks.detection.coco import CocoSplit, check_classes
+from karat_scale.tasks.detection.evaluate import describe, score
+from karat_scale.tasks.detection.jitter import boxes_of
 
 SQUARE = [10.0, 10.0, 20.0, 10.0, 20.0, 20.0, 10.0, 20.0]
 
@@ -45,6 +49,27 @@ def test_labels_follow_category_ids_and_what_cannot_be_learned_is_left_out(own: 
     assert masks[0, 10:20, 10:20].all()
     assert masks.sum() == 100
     assert len(opened(tmp_path, own, for_training=False)) == 2
+
+
+def test_an_evaluation_has_what_exporters_leave_out(own: dict, tmp_path: Path) -> None:
+    """Area, bounding box and crowd are made up for; an object without area is none; no annotation has number 0."""
+    square, nothing, crowd = own["annotations"]
+    del square["area"], square["iscrowd"]
+    content = {**own, "annotations": [{**square, "id": 0}, nothing, crowd]}
+    split = opened(tmp_path, content, for_training=False)
+    labels, masks = split.objects(0)
+    found = {"boxes": boxes_of(masks), "labels": labels, "scores": np.ones(1, np.float32), "masks": masks[:, None]}
+    truth = {key: torch.from_numpy(value) for key, value in found.items()}
+    scores = score(split, describe(DetectionBatch([], [], [0]), [truth], split))
+    assert (scores.box_ap, scores.mask_ap) == (100.0, 100.0)
+    assert sorted(split.index.anns) == [1, 2]
+
+
+@pytest.mark.parametrize("segmentation", [[], [[1.0]], {"counts": "?"}, None])
+def test_an_evaluation_refuses_a_segmentation_that_cannot_be_read(own: dict, tmp_path: Path, segmentation) -> None:
+    own["annotations"][0]["segmentation"] = segmentation
+    with pytest.raises(DataError, match="annotation 1 has no readable category or segmentation"):
+        opened(tmp_path, own, for_training=False)
 
 
 def test_polygons_and_run_lengths_are_one_mask(own: dict, tmp_path: Path) -> None:

@@ -150,6 +150,20 @@ def test_two_ranks_score_each_image_once_and_one_rank_resumes_from_them(small_fi
 
 
 @pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_rank_without_an_image_evaluates_with_the_others_at_stage_3(
+    small_file: Path, tmp_path: Path, whole_zero3: str
+) -> None:
+    """Each forward pass gathers the weights from all ranks: the second of 4 + 4 + 4 images has no fourth batch."""
+    run = tmp_path / "run"
+    options = ("train.max_steps=1", "train.micro_batch=2", "train.eval_batch=4", "run.peer_timeout_minutes=2")
+    done = karat("detect", str(small_file), f"run.dir={run}", *options, f"deepspeed.config={whole_zero3}", processes=2)
+    assert done.returncode == 0, done.stderr
+    (scores,) = events(run, "eval")
+    assert scores["images"] == 12
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["karat", "softmax"])
 def test_it_learns_to_find_objects_in_images_it_has_not_seen(kind: str, small_file: Path, tmp_path: Path) -> None:
     data = make_set(tmp_path / "set", {"train": 64, "val": 24}, seed=1)
