@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from karat_scale.arguments import OneLineParser, count, new_file
 from karat_scale.console import print_table, write_json
+from karat_scale.data.formats.readahead import NO_BLOCKS, Blocks
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.order import BLOCK_SAMPLES, WINDOW_BLOCKS, epoch_order
 from karat_scale.errors import run_script
@@ -91,7 +92,8 @@ def cold_read_rate(case: OrderCase, policy: str, directory: str, seconds: float 
         with shard.open("rb") as file:
             os.fsync(file.fileno())  # what is not on the disk yet stays in memory
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    split = ShardSplit(path, "train", 2**31 - 1, readahead=case.block_samples if policy == "block" else 0)
+    blocks = Blocks(case.block_samples, case.window_blocks) if policy == "block" else NO_BLOCKS
+    split = ShardSplit(path, "train", 2**31 - 1, readahead=blocks)
     begun, count = time.perf_counter(), 0
     for sample_id in order_of(case, policy, len(split)).tolist():
         split.read(sample_id)

@@ -113,7 +113,7 @@ class Job:
             "made": self.made,
             "skipped": sorted(skipped, key=lambda item: item.path),
             "odd": sorted(notes.odd, key=lambda item: item.path),
-            "grey": notes.grey,
+            "grey": notes.grey if self.preparation else self.source.grey,
             "per_class": [notes.labels.get(label, 0) for label in range(len(classes))],
             "empty_classes": [name for label, name in enumerate(classes) if label not in notes.labels],
         }

@@ -3,22 +3,69 @@
     python data_prep/join_splits.py --src DIR --out DIR
 
 Moves the shards of --src into --out, on the same file system, and adds its splits to dataset.json there. A run that was
-stopped resumes.
+stopped resumes. Several runs may join into one --out: one works and the others wait.
 """
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from script_options import make_parser
 
-from karat_scale.data.formats.shard_format import DATASET_FILE, read_dataset_record, write_dataset_record
+from karat_scale.data.formats.shard_format import DATASET_FILE, DatasetRecord, read_dataset_record, write_dataset_record
 from karat_scale.errors import DataError, run_script
 from karat_scale.files import flush_to_disk
+
+TURN = ".joining"
+"""In --out: a link to the --src that is being joined."""
+_POLL_SECONDS = 1.0
+
+
+@contextmanager
+def _turn(src: Path, out: Path) -> Iterator[None]:
+    """Let no other run join into `out` inside the block, since each writes dataset.json there.
+
+    A link and not a lock: some shared file systems have no locks, or only between processes of one node. A run that was
+    killed leaves its link behind, so the link names its source, and the next run of that source takes it over.
+    """
+    link, mine, waited = out / TURN, src.resolve(), False
+    while True:
+        try:
+            link.symlink_to(mine)
+            break
+        except FileExistsError:
+            other = _target(link)
+        if other == mine:
+            break
+        if other is not None and not waited:
+            print(f"waiting until {other} is joined; if no run does that any more, remove {link}", flush=True)
+            waited = True
+        time.sleep(_POLL_SECONDS)
+    try:
+        yield
+    finally:
+        link.unlink(missing_ok=True)
+
+
+def _target(link: Path) -> Path | None:
+    """Return what a link names; None if it has just been removed."""
+    try:
+        return link.readlink()
+    except FileNotFoundError:
+        return None
 
 
 def join(src: Path, out: Path) -> list[str]:
     """Move the splits of `src` into `out`; returns their names. Raises DataError if the two do not fit together."""
     record = read_dataset_record(src)
     out.mkdir(parents=True, exist_ok=True)
+    with _turn(src, out):
+        _join(src, record, out)
+    return list(record.splits)
+
+
+def _join(src: Path, record: DatasetRecord, out: Path) -> None:
     joined = read_dataset_record(out) if (out / DATASET_FILE).exists() else record.model_copy(update={"splits": {}})
     if record.root or joined.root:
         raise DataError(f"{src} and {out}: one lists tars that are elsewhere; run `karat index` on all tars at once")
@@ -35,7 +82,6 @@ def join(src: Path, out: Path) -> list[str]:
     write_dataset_record(out, joined)
     (src / DATASET_FILE).unlink()
     src.rmdir()
-    return list(record.splits)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,8 +2,9 @@
 
     python data_prep/make_dali_index.py --src DIR --out DIR
 
-One text file per shard, train-000000.idx, in the format v1.2 of DALI's wds2idx: a line `v1.2 <samples>`, then a line
-per sample with `<suffix> <offset> <bytes> <name>` of each of its members.
+One text file per shard, train-000000.idx, in the same folder below DIR as the shard below its own. Its
+format is v1.2 of DALI's wds2idx: a line `v1.2 <samples>`, then a line per sample with `<suffix> <offset> <bytes>
+<name>` of each of its members.
 """
 
 import tarfile
@@ -50,7 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
     with progress("indexing", len(shards), "shards") as advance:
         for shard in shards:
             check_file(tars, shard, by_hash=False)
-            path = options.out / Path(shard.name).with_suffix(".idx").name
+            path = options.out / Path(shard.name).with_suffix(".idx")
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, dali_index(tars / shard.name))
             advance(1)
     print(f"{len(shards)} index files are in {options.out}")

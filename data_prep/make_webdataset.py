@@ -20,6 +20,7 @@ was done about them (--on-odd, --exif). --val-fraction or --val-count divides a 
 
 import argparse
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from shard_job import (
     DEFAULT_SHARD_SAMPLES,
     MadeShard,
     ShardJob,
+    damage_of,
     finished_shards,
     make_shards,
     remove_leftovers,
@@ -40,6 +42,7 @@ from shard_job import (
 )
 from sources import Source, default_exif
 from sources.val_labels import NAME_FILES, find_file, read_synset_names
+from threads import run_in_threads
 
 from karat_scale.arguments import count
 from karat_scale.console import progress
@@ -50,7 +53,6 @@ from karat_scale.data.formats.shard_format import (
     read_dataset_record,
     write_dataset_record,
 )
-from karat_scale.data.formats.shards import check_file
 from karat_scale.errors import DataError, run_script
 
 
@@ -81,7 +83,7 @@ def plan_job(split: str, source: Source, options: argparse.Namespace) -> ShardJo
 def make_split(job: ShardJob, workers: int) -> SplitRecord:
     """Write the missing shards of a split; returns its record. Raises DataError if no image is left."""
     with progress(f"{job.split}: writing", sum(map(len, job.shards)), "images") as advance:
-        done = finished_shards(job, advance)
+        done = finished_shards(job, workers, advance)
         remove_leftovers(job, done)
         if done:
             print(f"{job.split}: {len(done)} of {len(job.shards)} shards were finished before; resuming")
@@ -111,11 +113,8 @@ def check_split(job: ShardJob, found: SplitRecord, workers: int) -> None:
     job.check_settings(found.made, f"{job.out} holds split {job.split}", str(job.out / DATASET_FILE))
     damaged = []
     with progress(f"{job.split}: checking", len(found.shards), "shards") as advance:
-        for number, shard in enumerate(found.shards):
-            try:
-                check_file(job.out, shard, by_hash=True)
-                check_file(job.out, shard.index, by_hash=True)
-            except DataError as error:
+        for number, error in enumerate(run_in_threads(partial(damage_of, job.out), found.shards, workers)):
+            if error is not None:
                 print(f"{error.args[0].split(';')[0]}; making it again")
                 damaged.append(number)
             advance(1)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from job import Job, Notes, run_in_processes
 from pydantic import ValidationError
 from sources import Source
+from threads import run_in_threads
 
 from karat_scale.data.formats.shard_format import ShardRecord
 from karat_scale.data.formats.shard_writer import EncodedSample, shard_name, write_shard
@@ -80,22 +81,35 @@ def _mark_path(job: ShardJob, number: int) -> Path:
     return job.out / f".{shard_name(job.split, number)}.made.json"
 
 
-def finished_shards(job: ShardJob, advance: Callable[[int], None]) -> list[MadeShard]:
+def finished_shards(job: ShardJob, workers: int, advance: Callable[[int], None]) -> list[MadeShard]:
     """Return the shards of this job that an earlier run finished and that still have their hash."""
     found = []
-    for number in range(len(job.shards)):
-        try:
-            mark = json.loads(_mark_path(job, number).read_bytes())
-            made = MadeShard.model_validate(mark["shard"])
-            if mark["made"] != job.made_with() or made.number != number:
-                continue
-            check_file(job.out, made.record, by_hash=True)
-            check_file(job.out, made.record.index, by_hash=True)
-        except (OSError, ValueError, KeyError, TypeError, ValidationError, DataError):
-            continue
-        found.append(made)
-        advance(len(job.shards[number]))
+    for made in run_in_threads(partial(_finished_shard, job), range(len(job.shards)), workers):
+        if made is not None:
+            found.append(made)
+            advance(len(job.shards[made.number]))
     return found
+
+
+def _finished_shard(job: ShardJob, number: int) -> MadeShard | None:
+    try:
+        mark = json.loads(_mark_path(job, number).read_bytes())
+        made = MadeShard.model_validate(mark["shard"])
+        if mark["made"] != job.made_with() or made.number != number:
+            return None
+        return made if damage_of(job.out, made.record) is None else None
+    except (OSError, ValueError, KeyError, TypeError, ValidationError):
+        return None
+
+
+def damage_of(out: Path, shard: ShardRecord) -> DataError | None:
+    """Return what is wrong with a shard or its index, by their hashes; None if they are as they were written."""
+    try:
+        check_file(out, shard, by_hash=True)
+        check_file(out, shard.index, by_hash=True)
+    except DataError as error:
+        return error
+    return None
 
 
 def remove_leftovers(job: ShardJob, kept: list[MadeShard]) -> None:

@@ -29,6 +29,9 @@ TORCHRUNS = "TORCHELASTIC_ERROR_FILE"
 _NOTICE_SECONDS, _END_SECONDS = 30.0, 30.0
 _POLL_SECONDS = 0.05
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR2)
+# CUDA's and ROCm's lists of the GPUs that a process may use. ROCm reads all three.
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+_NVIDIA, _AMD = Path("/dev"), Path("/sys/class/kfd/kfd/topology/nodes")
 
 
 def launch(arguments: Sequence[str], ranks: int) -> int:
@@ -58,12 +61,26 @@ def say_to_launcher(text: str, rank: str) -> bool:
 
 
 def default_ranks() -> int:
-    """Return one rank for each GPU that this process may use; one if there is none."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:  # CUDA stops at the first that is empty or negative
-        named = [name.strip() for name in visible.split(",")]
-        return max(1, sum(1 for _ in takewhile(lambda name: name and not name.startswith("-"), named)))
-    return max(1, sum(1 for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal()))
+    """Return one rank for each GPU that this process may use; one if there is none. Does not import torch."""
+    lists = [os.environ[name] for name in _VISIBLE if name in os.environ]
+    if lists:
+        return max(1, min(map(_named, lists)))
+    nvidia = sum(1 for path in _NVIDIA.glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal())
+    return max(1, nvidia or sum(map(_is_gpu, _AMD.glob("*/gpu_id"))))
+
+
+def _named(visible: str) -> int:
+    """Return how many GPUs a list names. CUDA and ROCm stop at the first name that is empty or negative."""
+    names = [name.strip() for name in visible.split(",")]
+    return sum(1 for _ in takewhile(lambda name: name and not name.startswith("-"), names))
+
+
+def _is_gpu(gpu_id: Path) -> bool:
+    """Whether a node of AMD's driver is a GPU for this process. Processors have id 0; a job reads only its own GPUs."""
+    try:
+        return int(gpu_id.read_text()) != 0
+    except (OSError, ValueError):
+        return False
 
 
 def _environments(ranks: int, errors: str) -> Iterator[dict[str, str]]:

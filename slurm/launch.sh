@@ -31,6 +31,18 @@ say() {
   echo "$(date +%H:%M:%S) job $JOB: $*"
 }
 
+# The last override wins: the ranks would use another directory, or other shards, than the functions below. In a sourced
+# file, "$@" are the arguments of the script.
+for argument in "$@"; do
+  case $argument in
+    run.dir=*) refuse "$argument: set RUN=DIR instead, since the script uses it, too (a sweep: karat sweep --out DIR)" ;;
+    data.path=*)
+      [[ -z ${SHARDS:-}${STAGE:-} ]] ||
+        refuse "$argument beside SHARDS or STAGE: set SHARDS=DIR instead, since the script uses it, too"
+      ;;
+  esac
+done
+
 # There is nothing to save until the ranks run.
 trap 'requeue "told to stop before the start"' USR2 TERM
 

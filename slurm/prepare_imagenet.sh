@@ -30,6 +30,17 @@ CONTAINER=${CONTAINER:-}    # a prefix, such as "apptainer exec karat.sif"
 
 # shellcheck source-path=SCRIPTDIR source=launch.sh
 source "$KARAT_HOME/slurm/launch.sh" || exit 2
+for option in "$@"; do
+  case $option in
+    --val-fraction | --val-fraction=* | --val-count | --val-count=*)
+      refuse "$option: each element of the array makes one split, so none can divide one into train and val;" \
+        "run \`karat prepare webdataset\` in a job of your own"
+      ;;
+    --src | --src=* | --out | --out=* | --split | --split=*)
+      refuse "$option: set IMAGES, SHARDS and SPLITS instead of --src, --out and --split"
+      ;;
+  esac
+done
 enter_environment
 [[ -n $IMAGES ]] || refuse "IMAGES is not set; give the directory of ImageNet's tars or folders: IMAGES=DIR sbatch $0"
 [[ -e $IMAGES ]] || refuse "IMAGES = $IMAGES: no such directory"
@@ -38,9 +49,9 @@ index=${SLURM_ARRAY_TASK_ID:-0}
 ((index < ${#splits[@]})) || refuse "array index $index, but there are ${#splits[@]} splits; use --array=0-$((${#splits[@]} - 1))"
 split=${splits[index]}
 
-make_shards() { # DIR OPTIONS...
-  run_alone "${PYTHON[@]}" "$KARAT_HOME/data_prep/make_webdataset.py" --src "$IMAGES" --split "$split" --out "$@" \
-    --workers "${SLURM_CPUS_PER_TASK:-1}"
+make_shards() { # DIR OPTIONS...   The last --workers counts, so the user's comes last.
+  run_alone "${PYTHON[@]}" "$KARAT_HOME/data_prep/make_webdataset.py" --workers "${SLURM_CPUS_PER_TASK:-1}" \
+    --src "$IMAGES" --split "$split" --out "$@"
 }
 
 mkdir -p "$SHARDS" || refuse "SHARDS = $SHARDS cannot be written"
@@ -49,6 +60,5 @@ if grep -qs "^ *\"$split\": {" "$SHARDS/dataset.json"; then
 else
   # Each task writes to its own directory, because two tasks must not write the same dataset.json.
   [[ -f $SHARDS/.making-$split/dataset.json ]] || make_shards "$SHARDS/.making-$split" "$@"
-  run_alone flock "$SHARDS/.lock" \
-    "${PYTHON[@]}" "$KARAT_HOME/data_prep/join_splits.py" --src "$SHARDS/.making-$split" --out "$SHARDS"
+  run_alone "${PYTHON[@]}" "$KARAT_HOME/data_prep/join_splits.py" --src "$SHARDS/.making-$split" --out "$SHARDS"
 fi

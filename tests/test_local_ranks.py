@@ -9,6 +9,7 @@ import psutil
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from karat_scale import local_ranks
 from karat_scale.local_ranks import default_ranks, say_to_launcher
 from tests.conftest import SMALL, events, karat_command, karat_environment, summary
 from tests.data.backends.helpers import wait_until
@@ -29,6 +30,31 @@ def recipe(shards: Path, tmp_path: Path) -> Path:
 )
 def test_one_rank_for_each_gpu_that_cuda_shows(visible: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert default_ranks() == ranks
+
+
+def test_rocms_lists_count_as_cudas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "4,5,6")
+    assert default_ranks() == 3
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "0,2")  # of those three
+    assert default_ranks() == 2
+
+
+@pytest.mark.parametrize(("nvidia", "amd", "ranks"), [(2, 0, 2), (0, 2, 2), (2, 1, 2), (0, 0, 1)])
+def test_without_a_list_one_rank_for_each_gpu_of_the_machine(
+    nvidia: int, amd: int, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("nvidiactl", "nvidia-uvm", *(f"nvidia{number}" for number in range(nvidia))):
+        (tmp_path / name).touch()
+    for number, gpu_id in enumerate([0, 0, *range(51110, 51110 + amd)]):  # two processors first
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "gpu_id").write_text(f"{gpu_id}\n")
+    (tmp_path / "9" / "gpu_id").mkdir(parents=True)  # cannot be read, as the GPU of another job
+    monkeypatch.setattr(local_ranks, "_NVIDIA", tmp_path)
+    monkeypatch.setattr(local_ranks, "_AMD", tmp_path)
     assert default_ranks() == ranks
 
 

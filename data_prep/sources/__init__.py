@@ -1,6 +1,5 @@
 """Sources of images: find the kind of source in a directory, and its splits."""
 
-from collections.abc import Collection
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from sources.idx import idx_splits
 from sources.imagefolder import ImageFolderSource, class_folders, flat_folders, split_folders
 from sources.imagenet import has_imagenet_tars, imagenet_splits
 from sources.parquet import parquet_files, parquet_splits
+from sources.splits import choose_splits, names_of_classes
 from sources.stl10 import stl10_splits
 from sources.svhn import svhn_splits
 
@@ -30,22 +30,23 @@ DATA_SETS = {
     idx_splits: {"encoding"},
 }
 
-# Other data sets' names for the split that recipes call val.
-VAL_NAMES = ("val", "valid", "validation", "test", "t10k")
-
 
 def open_splits(
     src: Path, split: str | None, known_classes: list[str] | None, options: SourceOptions | None = None
 ) -> dict[str, Source]:
     """Return the requested splits of `src`, a directory, a tar of an ImageFolder or a Parquet file, by output names.
 
-    split: one output name, or None for all. known_classes: the classes that earlier splits were labelled
-    with. A source without split folders is one split, called `split` or train. Raises DataError.
+    split: one output name, or None for all; of several validation splits only the first is taken then, and a line
+    names the others. known_classes: the classes that earlier splits were labelled with. A source without split folders
+    is one split, called `split` or train. Raises DataError.
     """
     if not src.is_dir() and not src.is_file():
         raise DataError(f"--src {src} is not a directory, a tar or a Parquet file")
     found, own_classes = _find(src, split, options or SourceOptions(), known_classes)
-    chosen = _choose(src, found, split)
+    chosen = choose_splits(src, found, split)
+    if split is None:
+        for name in [name for name in found if name not in chosen.values()]:
+            print(f"{src}: the split {name} is left out; --split {name} converts it")
     classes = own_classes if known_classes is None else known_classes
     if known_classes is not None and not set(own_classes) <= set(known_classes):
         new = sorted(set(own_classes) - set(known_classes))
@@ -67,8 +68,7 @@ def _find(
         return parquet_splits(src, parquet, split, options)
     if src.is_file():
         _refuse_unheeded(src, options, "images in a tar", set())
-        in_tar, names = folder_tar_splits(src)
-        return {name or split or "train": opener for name, opener in in_tar.items()}, names
+        return folder_tar_splits(src, split)
     if has_imagenet_tars(src):
         _refuse_unheeded(src, options, "ImageNet's tars", {"val_labels", "synsets"})
         return imagenet_splits(src, split, options, known_classes)
@@ -83,7 +83,7 @@ def _find(
         _refuse_flat(src, folders, split)
     else:
         folders = {split or "train": src}
-    names = sorted({name for folder in folders.values() for name in class_folders(folder)})
+    names = names_of_classes(src, {name: class_folders(folder) for name, folder in folders.items()}, split)
     return {name: partial(ImageFolderSource, path) for name, path in folders.items()}, names
 
 
@@ -97,22 +97,12 @@ def _refuse_unheeded(src: Path, options: SourceOptions, kind: str, heeded: set[s
 def _refuse_flat(src: Path, folders: dict[str, Path], split: str | None) -> None:
     """Raise DataError if a requested split has images but no class folders, like val of Kaggle's ImageNet."""
     flat = flat_folders(src)
-    for name in _choose(src, [*folders, *flat], split).values():
+    for name in choose_splits(src, [*folders, *flat], split).values():
         if name in flat:
             raise DataError(
                 f"{flat[name]} has images but no class folders; sort them into classes, "
                 f"or make only --split {next(iter(folders))}"
             )
-
-
-def _choose(src: Path, found: Collection[str], split: str | None) -> dict[str, str]:
-    """Return output names of splits and the source's own names for them."""
-    first_val = next((name for name in VAL_NAMES if name in found), None)
     if split is None:
-        chosen = {name: name for name in found if name not in VAL_NAMES}
-        return chosen | ({"val": first_val} if first_val else {})
-    aliases = VAL_NAMES if split in VAL_NAMES else (split,)
-    for origin in (split, *aliases):
-        if origin in found:
-            return {split: origin}
-    raise DataError(f"{src} has no split {split!r}; it has {', '.join(found)}")
+        for name in flat:
+            print(f"{src}: the split {name} is left out; its images are in no class folders")

@@ -65,12 +65,14 @@ class Source(ABC):
     classes: which the labels number. labels: int32 [n], the class number of each sample. sizes: int64 [n], bytes of
     each sample; if not `exact_sizes`, means of several samples. skipped: files that are known not to be images, and
     why. facts: additional facts about the source for dataset.json. blocks: int64 [n], the number of the block that each
-    sample is read with, of which `window` can be held; None if any order is as fast.
+    sample is read with, of which `window` can be held; None if any order is as fast. grey: how many are grey, if the
+    images were prepared before.
     """
 
     exact_sizes = True
     blocks: npt.NDArray[np.int64] | None = None
     window: int = 1
+    grey: int = 0
 
     def __init__(
         self, classes: list[str], labels: npt.ArrayLike, sizes: npt.ArrayLike, facts: dict[str, Any] | None = None

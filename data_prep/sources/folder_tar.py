@@ -8,6 +8,7 @@ from typing import NamedTuple
 from karat_scale.errors import DataError
 from sources.base import Openers
 from sources.imagefolder import SPLIT_FOLDERS, is_image_name, require_utf8
+from sources.splits import names_of_classes
 from sources.tars import Member, TarSource, scan_tar
 
 _FORM = "[<folder>/][train|val/]<class>/<image>"
@@ -34,8 +35,10 @@ class _Place(NamedTuple):
 _Placed = list[tuple[_Place, Member]]
 
 
-def folder_tar_splits(path: Path) -> tuple[Openers, list[str]]:
+def folder_tar_splits(path: Path, split: str | None) -> tuple[Openers, list[str]]:
     """Return splits and classes of a tar of an ImageFolder: [<anything>/][train|val/]<class>/<image>.
+
+    split: the requested one, or None for all; the name of the only split of a tar that names none.
 
     What is in hidden folders or beside the classes is among what a source skipped. Raises DataError if an image is in
     no class folder, or if the paths do not tell which folders are the classes.
@@ -62,13 +65,16 @@ def folder_tar_splits(path: Path) -> tuple[Openers, list[str]]:
             others.append((place.split, ("", inside or member.name, member)))
     if not by_split:
         raise DataError(f"{path} has no images; expected {_FORM}")
-    classes = {name for items in by_split.values() for name, _, _ in items}
-    # A class without files is one too, as in a folder.
-    classes |= {place.inside[0] for place in folders if place.split in by_split and place.inside and not place.hidden}
-    require_utf8(sorted(classes), path)
-    for split, other in others:
-        by_split.get(split, next(iter(by_split.values()))).append(other)
-    return {split: partial(TarSource, path, items) for split, items in by_split.items()}, sorted(classes)
+    classes = {name: {member_class for member_class, _, _ in items} for name, items in by_split.items()}
+    for place in folders:  # a class without files is one too, as in a folder
+        if place.split in by_split and place.inside and not place.hidden:
+            classes[place.split].add(place.inside[0])
+    for name, other in others:
+        by_split.get(name, next(iter(by_split.values()))).append(other)
+    openers: Openers = {name or split or "train": partial(TarSource, path, items) for name, items in by_split.items()}
+    names = names_of_classes(path, dict(zip(openers, classes.values(), strict=True)), split)
+    require_utf8(names, path)
+    return openers, names
 
 
 def _place(name: str, own: int) -> _Place:

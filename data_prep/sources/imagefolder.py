@@ -3,13 +3,17 @@
 import os
 from pathlib import Path
 
+from threads import run_in_threads
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from karat_scale.console import progress
 from karat_scale.errors import DataError
 from sources.base import ListedSource, UnreadableSampleError, cannot_read, is_of_the_file
 
 SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test")
 NO_IMAGE_NAME = "the name has no image suffix"
+# Threads that ask for the sizes of files, which a network file system answers slowly; and files for each turn.
+_ASKING, _FILES = 16, 1000
 
 
 def is_image_name(file: str) -> bool:
@@ -77,7 +81,7 @@ class ImageFolderSource(ListedSource):
             labels += [numbers[name]] * len(found)
         if not paths:
             raise DataError(f"{folder} has no images in its class folders")
-        super().__init__(classes, paths, labels, [_size(folder / path) for path in paths])
+        super().__init__(classes, paths, labels, _sizes(folder, paths))
         self.skipped = skipped
 
     def read(self, index: int) -> bytes:
@@ -88,6 +92,17 @@ class ImageFolderSource(ListedSource):
             if is_of_the_file(error):
                 raise UnreadableSampleError(error.strerror or str(error)) from error
             raise cannot_read(path, error) from error
+
+
+def _sizes(folder: Path, paths: list[str]) -> list[int]:
+    """Return the bytes of each file. Raises DataError."""
+    parts = [paths[start : start + _FILES] for start in range(0, len(paths), _FILES)]
+    sizes: list[int] = []
+    with progress(f"{folder.name}: listing", len(paths), "files") as advance:
+        for found in run_in_threads(lambda part: [_size(folder / path) for path in part], parts, _ASKING):
+            sizes += found
+            advance(len(found))
+    return sizes
 
 
 def _size(path: Path) -> int:

@@ -24,6 +24,7 @@ from sources.base import ListedSource, Openers, SourceOptions, UnreadableSampleE
 from sources.imagefolder import SPLIT_FOLDERS
 from sources.parquet_columns import Columns, find_columns
 from sources.pixels import renumbered
+from sources.splits import labelling_splits
 
 # The most bytes of images that a process holds, unless a single group has more.
 WINDOW_BYTES = 128_000_000
@@ -56,7 +57,8 @@ def parquet_splits(
         )
     columns = find_columns(src, [read_schema(path) for path in files], options)
     labels = {path: _labels(path, columns) for path in files}
-    own = columns.classes or _classes_of(labels.values())
+    labelling = labelling_splits(src, by_split, split)
+    own = columns.classes or _classes_of(labels[path] for name in labelling for path in by_split[name])
     facts = {"image_column": columns.image, "label_column": columns.label, "not_as_published": missing}
     return {
         name: partial(ParquetSource, paths, [labels[path] for path in paths], columns, own, facts)

@@ -24,6 +24,7 @@ class ShardSource(Source):
         indexes = [(directory / shard.index.name).read_bytes() for shard in record.splits[split].shards]
         sizes = np.concatenate([read_column(index, "size") for index in indexes])
         super().__init__(record.classes, self._split.labels, sizes)
+        self.grey = record.splits[split].grey
         self._keys = np.concatenate([read_column(index, KEY) for index in indexes])
         self._hashes = [shard.sha256 for shard in record.splits[split].shards]
 

@@ -4,6 +4,7 @@ import copy
 import resource
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 
@@ -50,7 +51,7 @@ class RowReader:
         self._own = threading.local()
         self._sources: list[ImageSource] = []
         self._at: dict[int, int] = {}
-        threads = min(threads, _readers_with_files())
+        threads = min(threads, _readers_with_files(threads))
         # The threads are daemons: one that waits for a dead file system does not keep the process alive.
         self._pool = ThreadPool(threads) if threads > 1 else None
 
@@ -124,7 +125,16 @@ def _ends_as_it_should(data: npt.NDArray[np.uint8]) -> bool:
     return ends == [START_OF_SCAN, END_OF_IMAGE, 0xFF, END_OF_IMAGE]
 
 
-def _readers_with_files() -> int:
-    """Return how many readers may each keep as many shards open as a source does."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(1, limit // MAX_OPEN_SHARDS - 1)
+def _readers_with_files(wanted: int) -> int:
+    """Return how many readers, at most `wanted`, may each keep as many shards open as a source does.
+
+    If this process may open too few files, it allows itself more, as far as the system lets it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = (2 * wanted + 1) * MAX_OPEN_SHARDS  # training and evaluation, and all else
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        more = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        with suppress(OSError, ValueError):  # some sandboxes refuse it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+            soft = more
+    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft // MAX_OPEN_SHARDS - 1))

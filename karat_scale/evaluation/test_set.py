@@ -72,8 +72,6 @@ class TestSet:
 
     def keys(self) -> list[str]:
         """Return the key (or path) of each sample."""
-        if isinstance(self.source, BetonSplit):
-            return [self.locate(sample_id)[0] for sample_id in range(len(self))]
         keys = self.source.keys()
         return [keys[sample_id] for sample_id in self.kept.tolist()]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from karat_scale.console import print_table, printable, write_json
-from karat_scale.data.assemble import ImageSource, PreparesSamples
+from karat_scale.data.assemble import PreparesSamples
 from karat_scale.data.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.formats.beton import BetonSplit
 from karat_scale.data.formats.folder import FolderSplit
@@ -17,7 +17,7 @@ from karat_scale.data.formats.shard_format import DATASET_FILE, dataset_director
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import DataError
 from karat_scale.look.data_page import write_page
-from karat_scale.look.split_facts import SplitFacts, examine
+from karat_scale.look.split_facts import Split, SplitFacts, examine
 
 _MOST_CLASSES = 10**9
 _FOLDERS = ("train", "val", "test", "valid", "validation")
@@ -52,7 +52,7 @@ def look_at_data(path: str, sampled: int, classes_shown: int, out: str | None, j
     return 0
 
 
-def open_splits(directory: Path | str) -> dict[str, Callable[[], ImageSource]]:
+def open_splits(directory: Path | str) -> dict[str, Callable[[], Split]]:
     """Return what opens each split of shards, betons or an image folder. Raises DataError."""
     if isinstance(directory, str) or (directory / DATASET_FILE).is_file():
         record = read_dataset_record(directory)
@@ -66,7 +66,7 @@ def open_splits(directory: Path | str) -> dict[str, Callable[[], ImageSource]]:
     return {name: partial(FolderSplit, directory, name, _MOST_CLASSES) for name in folders}
 
 
-def _pictures(split: ImageSource, classes_shown: int, each: int = 6) -> dict[str, list[bytes]]:
+def _pictures(split: Split, classes_shown: int, each: int = 6) -> dict[str, list[bytes]]:
     """Return some images of the first classes, as small JPEGs."""
     pictures: dict[str, list[bytes]] = {}
     ids = [np.flatnonzero(split.labels == label)[:each].tolist() for label in range(len(split.classes[:classes_shown]))]

@@ -8,10 +8,14 @@ import numpy.typing as npt
 from PIL import Image
 
 from karat_scale.console import printable, progress
-from karat_scale.data.assemble import ImageSource, PreparesSamples
+from karat_scale.data.assemble import PreparesSamples
 from karat_scale.data.decode import UndecodableImageError, opened
+from karat_scale.data.formats.beton import BetonSplit
+from karat_scale.data.formats.folder import FolderSplit
+from karat_scale.data.formats.shards import ShardSplit
 
 _ORIENTATION = 274  # the EXIF tag
+Split = ShardSplit | BetonSplit | FolderSplit
 
 
 @dataclass
@@ -55,7 +59,7 @@ def _percentiles(values: npt.NDArray[np.generic]) -> dict[str, float]:
     return {name: round(float(x), 4) for name, x in zip(("min", "p5", "median", "p95", "max"), found, strict=True)}
 
 
-def examine(name: str, split: ImageSource, ids: npt.NDArray[np.int64]) -> SplitFacts:
+def examine(name: str, split: Split, ids: npt.NDArray[np.int64]) -> SplitFacts:
     """Return what a split holds, from these samples and all labels. Raises DataError."""
     counts = np.bincount(split.labels, minlength=len(split.classes))
     sizes, lengths = [], []
@@ -68,10 +72,11 @@ def examine(name: str, split: ImageSource, ids: npt.NDArray[np.int64]) -> SplitF
     )
     if isinstance(split, PreparesSamples):
         split.prepare(ids.tolist())
+    keys = split.keys()  # `locate` reads an index for each sample
     with progress(f"{name}: looking at images", len(ids), "images") as advance:
         for number in ids.tolist():
             data = split.read(number)
-            key = printable(split.locate(number)[0])
+            key = printable(keys[number])
             advance(1)
             try:
                 with opened(data) as image:

@@ -71,6 +71,11 @@ def submit(
     if resolved.data.row.files is not None and isinstance(directory, Path) and not directory.exists():
         print(f"note: data.path = {resolved.data.path} is not on this machine; the job needs it", file=sys.stderr)
     if decision == "print":
+        if not run.is_dir():
+            print(
+                f"note: without this, SLURM cannot write the job's output: mkdir -p {shlex.quote(str(run))}",
+                file=sys.stderr,
+            )
         return 0
     try:
         run.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """A sweep as a SLURM job array: one element for each run that has not finished."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -49,7 +50,7 @@ def submit_sweep(sweep: Sweep, how: Submission, only_print: bool) -> None:
         "KARAT_HOME": str(slurm_home()),
         "TASK": sweep.command,
         "RECIPE": sweep.recipe,
-        "SHARDS": absolute_path(sweep.runs[0].recipe.data.path),  # type: ignore[attr-defined]
+        "SHARDS": _shards(sweep, how),
         "POINTS": str(folder),
         **with_environment(how.settings),
     }
@@ -59,9 +60,14 @@ def submit_sweep(sweep: Sweep, how: Submission, only_print: bool) -> None:
     kept = [setting for setting in sweep.shared if not setting.startswith("data.path=")]
     text = fill(template, {**output, **how.options}, filled, kept)
     print(text, end="" if only_print else "\n")
-    if only_print:
-        return
     script = out / "sweep.sh"
+    if only_print:
+        print(
+            "note: --print writes nothing, and the job reads files beside this script; to submit it yourself, leave "
+            f"--print out, answer n, and run: sbatch {script}",
+            file=sys.stderr,
+        )
+        return
     try:
         for directory in (folder, out / "logs"):
             directory.mkdir(parents=True, exist_ok=True)
@@ -74,6 +80,16 @@ def submit_sweep(sweep: Sweep, how: Submission, only_print: bool) -> None:
         print(f"not submitted; when you want to: sbatch {script}")
         return
     print(f"job {sbatch(script)} is submitted: {plural(len(elements), 'run')}")
+
+
+def _shards(sweep: Sweep, how: Submission) -> str:
+    """Return the script's SHARDS: the data of all runs. It is empty if data.path varies, for each point has its own."""
+    places = {absolute_path(run.recipe.data.path) for run in sweep.runs}  # type: ignore[attr-defined]
+    if len(places) == 1:
+        return places.pop()
+    if "STAGE" in how.settings:
+        raise UserError(f"--stage {how.settings['STAGE']} copies one data set, but data.path varies; leave --stage out")
+    return ""
 
 
 def _point(run: PlannedRun) -> str:

@@ -1,3 +1,7 @@
+import multiprocessing
+import resource
+import threading
+
 import numpy as np
 import psutil
 import pytest
@@ -6,7 +10,7 @@ from karat_scale.data.decoders.pillow import PillowDecoder
 from karat_scale.data.formats.shard_writer import EncodedSample
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.plan import PADDING, BatchSlice
-from karat_scale.data.row_reader import RowReader
+from karat_scale.data.row_reader import RowReader, _readers_with_files
 from karat_scale.data.view import crop_view
 from tests.data.conftest import encode, photo
 
@@ -76,3 +80,43 @@ def test_files_are_closed_with_the_reader(make_shards, threads):
     for _ in range(5):
         read(directory, range(40), threads)
     assert psutil.Process().num_fds() <= before + 1
+
+
+@pytest.fixture
+def few_files():
+    """This process may open 1,024 files, as is usual, until it asks for more."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limits[1] != resource.RLIM_INFINITY and limits[1] < 17 * 256:
+        pytest.skip(f"the hard limit of open files is {limits[1]}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))
+    yield limits
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_all_threads_read_though_few_files_may_be_open(make_shards, few_files):
+    together = threading.Barrier(8)
+
+    def choose(epoch, sample_id, width, height):
+        together.wait(timeout=60)  # fewer threads would never get on
+        return crop_view((0, 0, width, height), 8), None
+
+    reader = RowReader(ShardSplit(make_shards(), "train", 3), PillowDecoder("bicubic", 10**6), choose, 10**6, 8)
+    try:
+        assert None not in reader.read(BatchSlice(0, 0, np.arange(8)))
+    finally:
+        reader.close()
+
+
+def _readers_below_a_hard_limit(told):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, 2048))
+    told.put((_readers_with_files(2), _readers_with_files(64), resource.getrlimit(resource.RLIMIT_NOFILE)))
+
+
+def test_with_a_hard_limit_fewer_threads_read():
+    processes = multiprocessing.get_context("fork")  # a hard limit cannot be raised again
+    told = processes.SimpleQueue()
+    process = processes.Process(target=_readers_below_a_hard_limit, args=(told,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert told.get() == (2, 7, (2048, 2048))

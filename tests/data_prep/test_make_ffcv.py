@@ -185,6 +185,16 @@ def test_a_beton_of_shards_does_not_say_that_its_images_were_checked(folder, tmp
     assert "train: 18 samples in train.beton are complete and correct" in capsys.readouterr().out
 
 
+def test_a_beton_of_shards_has_as_many_grey_images(folder, tmp_path):
+    for number in range(2):
+        write(folder / "train" / WNIDS[1] / f"grey{number}.jpg", jpeg(number, mode="L"))
+    make_shards(folder, tmp_path / "shards", "--workers", "1")
+    make_betons(tmp_path / "shards", tmp_path / "of_shards")
+    make_betons(folder, tmp_path / "of_folders")
+    for out in ("of_shards", "of_folders"):
+        assert [read_record(tmp_path / out / f"{split}.beton").grey for split in ("train", "val")] == [2, 0]
+
+
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])

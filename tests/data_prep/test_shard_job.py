@@ -1,8 +1,10 @@
+import contextlib
 import itertools
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -95,6 +97,37 @@ def test_a_finished_shard_that_was_damaged_since_is_made_again(folders, tmp_path
     make(folders, out, "--shard-samples", "20")
     assert "1 of 6 shards were finished before" in capsys.readouterr().out
     assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.fixture
+def hashed_together(monkeypatch):
+    """Waits at each tar until two are hashed at the same time; False if only one ever is."""
+    import shard_job
+
+    real, both, met = shard_job.check_file, threading.Barrier(2), []
+
+    def check(directory, record, by_hash):
+        if record.name.endswith(".tar"):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(timeout=20)
+                met.append(record.name)
+        real(directory, record, by_hash)
+
+    monkeypatch.setattr(shard_job, "check_file", check)
+    return met
+
+
+def test_as_many_shards_are_hashed_at_a_time_as_there_are_workers(
+    folders, tmp_path, monkeypatch, hashed_together, capsys
+):
+    out = tmp_path / "out"
+    interrupted(folders, out, monkeypatch, after=4)
+    make(folders, out, "--shard-samples", "20", "--workers", "2")
+    assert "4 of 6 shards were finished before" in capsys.readouterr().out
+    assert len(hashed_together) == 4
+    make(folders, out, "--shard-samples", "20", "--workers", "2")
+    assert "120 samples in 6 shards are complete and correct" in capsys.readouterr().out
+    assert len(hashed_together) == 4 + 6
 
 
 def test_shards_of_other_settings_are_not_taken_over(folders, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from karat_scale.data.formats.shard_writer import EncodedSample, write_shard
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import DataError
 from karat_scale.files import file_sha256
-from tests.conftest import run_script
+from tests.conftest import karat_here, run_script
 from tests.data_prep.images import contents, jpeg, write_folders
 
 
@@ -213,3 +213,16 @@ def test_dali_indexes_point_at_the_members(shards, tmp_path):
             assert words[7] == f"{split.locate(sample)[0]}.jpg"
             sample += 1
     assert sample == len(split)
+
+
+def test_dali_indexes_of_tars_of_one_name_are_in_their_folders(shards, tmp_path):
+    tars, out = tmp_path / "tars", tmp_path / "idx"
+    for split in ("train", "val"):
+        (tars / split).mkdir(parents=True)
+        shutil.copy(shards / f"{split}-000000.tar", tars / split / "00000.tar")
+    assert karat_here("index", str(tars)) == 0
+    make_dali_index.main(["--src", str(tars), "--out", str(out)])
+    for split in ("train", "val"):
+        made = (out / split / "00000.idx").read_text()
+        assert made == make_dali_index.dali_index(tars / split / "00000.tar")
+    assert len(list(out.rglob("*.idx"))) == 2

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from karat_scale.data.formats import index
 from karat_scale.data.remote.use import RemoteUse
 from karat_scale.errors import DataError
 from karat_scale.evaluation.test_set import open_test_set
 from tests.conftest import CLASSES, VAL_PER_CLASS, karat_here, make_image_folder
+from tests.data.betons import need_ffcv
 from tests.data_prep.images import jpeg
-from tests.data_prep.making import make_shards
+from tests.data_prep.making import make_betons, make_shards
 
 OURS = tuple(f"class{label}" for label in range(CLASSES))
 
@@ -106,3 +108,17 @@ def test_what_is_no_test_set_is_one_line(tmp_path: Path, image_folder: Path) -> 
         open_test_set(tmp_path, "", OURS, RemoteUse())
     with pytest.raises(DataError, match="knows none of its 4 classes; the first ones are class0, class1, class2"):
         open_test_set(image_folder, "", ("owl", "cat"), RemoteUse())
+
+
+def test_the_keys_of_betons_are_those_of_the_shards_and_need_one_reading(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_ffcv()
+    make_betons(image_folder, tmp_path / "betons", "--split", "val")
+    make_shards(image_folder, tmp_path / "shards", "--split", "val", "--workers", "1")
+    betons, shards = (open_test_set(tmp_path / name, "", OURS, RemoteUse()) for name in ("betons", "shards"))
+    read, real = [], index.read_column
+    monkeypatch.setattr(index, "read_column", lambda *arguments: read.append(1) or real(*arguments))
+    keys = betons.keys()
+    assert len(read) == 1
+    assert keys == shards.keys() == [betons.locate(sample_id)[0] for sample_id in range(len(betons))]

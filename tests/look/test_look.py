@@ -10,12 +10,16 @@ import torch
 from PIL import Image
 
 from karat_scale.cli import main
+from karat_scale.data.formats import index
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.look.batch import read_batch
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.reporting.progress import Reporter, SilentDisplay
 from karat_scale.tasks.classification.task import ClassificationTask
 from tests.conftest import SMALL
+from tests.data.betons import need_ffcv
+from tests.data_prep.images import jpeg, write
+from tests.data_prep.making import make_betons
 
 MIXED = ("augment.mixup=0.8", "augment.mix_prob=1.0", "augment.label_smoothing=0.1")
 
@@ -124,6 +128,22 @@ def test_odd_images_are_named(tmp_path: Path, capsys) -> None:
     assert train["empty_classes"] == ["empty"]
     assert "without images: empty" in capsys.readouterr().out
     assert "<b>cat</b>" not in (tmp_path / "p.html").read_text()
+
+
+def test_the_odd_images_of_betons_are_named_by_one_reading_of_the_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_ffcv()
+    for number in range(5):
+        write(tmp_path / "src/train/ant" / f"{number}.jpg", jpeg(number))  # of 24 x 20 pixels, which is small
+    make_betons(tmp_path / "src", tmp_path / "betons")
+    read, real = [], index.read_column
+    monkeypatch.setattr(index, "read_column", lambda *arguments: read.append(arguments[1]) or real(*arguments))
+    out = tmp_path / "d.json"
+    assert main(["data", str(tmp_path / "betons"), "--json", str(out), "--out", str(tmp_path / "p.html")]) == 0
+    odd = json.loads(out.read_text())["train"]["odd"]
+    assert {one["image"] for one in odd} == {f"ant/{number}" for number in range(5)}
+    assert read.count("key") == 2  # when it is opened, and for the names
 
 
 def test_no_data_is_one_line(tmp_path: Path, capsys) -> None:

@@ -177,3 +177,15 @@ def test_sizes_that_cannot_be_are_one_line(
         error = capsys.readouterr().err.strip()
         assert message in error
         assert len(error.splitlines()) == 1
+
+
+def test_a_size_that_the_models_own_patches_do_not_tile_is_told_at_the_start(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = "schedule.image_sizes=[[0, 16], [1, 24], [2, 32]]"
+    null = (f"model.{key}=null" for key in ("patch_size", "embed_dim", "depth", "num_heads"))
+    convit = ("model.name=convit_tiny", "model.image_size=32", *null)
+    assert karat_here(*command(tmp_path / "run", sizes, *convit)) == 2
+    error = capsys.readouterr().err.strip()
+    assert "24 is not a multiple of the patch size of convit_tiny, 16" in error
+    assert '"train"' not in (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -37,6 +37,61 @@ def test_a_copy_of_a_script_finds_its_clone(script: str, arguments: str, tmp_pat
     assert (done.returncode, done.stderr) == (2, "error: VENV = /nowhere: no bin/activate there\n")
 
 
+def run(script: str, *arguments: str, **settings: str) -> "subprocess.CompletedProcess[str]":
+    """A script as in a job, but without SLURM. What it accepts ends at the environment, which does not exist."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("RUN", "SHARDS", "STAGE", "KARAT_HOME")}
+    environment = {**kept, "SLURM_JOB_ID": "812", "VENV": "/nowhere", **settings}
+    command = ["bash", str(ROOT / "slurm" / script), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+TRAINING = ("imagenet_fourier_karat.sh", "imagenet_vit_baseline.sh", "finetune.sh", "sweep_grid.sh")
+
+
+@pytest.mark.parametrize("script", TRAINING)
+@pytest.mark.parametrize(
+    ("argument", "settings", "line"),
+    [
+        ("run.dir=runs/mine", {}, "error: run.dir=runs/mine: set RUN=DIR instead, "),
+        ("data.path=/b", {"SHARDS": "/a"}, "error: data.path=/b beside SHARDS or STAGE: set SHARDS=DIR instead, "),
+        ("data.path=/b", {"STAGE": "/disk"}, "error: data.path=/b beside SHARDS or STAGE: set SHARDS=DIR instead, "),
+        ("data.path=/b", {}, "error: VENV = /nowhere: no bin/activate there"),
+    ],
+    ids=["run", "shards", "stage", "data alone"],
+)
+def test_what_the_script_reads_is_not_taken_as_an_override(
+    script: str, argument: str, settings: dict[str, str], line: str
+) -> None:
+    done = run(script, "optim.lr=1e-3", argument, **settings)
+    assert done.returncode == 2
+    (shown,) = done.stderr.splitlines()
+    assert shown.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ("--val-fraction=0.1", "error: --val-fraction=0.1: each element of the array makes one split"),
+        ("--split", "error: --split: set IMAGES, SHARDS and SPLITS instead of --src, --out and --split"),
+        ("--shard-samples=20", "error: VENV = /nowhere: no bin/activate there"),
+    ],
+)
+def test_the_preparation_refuses_options_that_it_sets(option: str, line: str) -> None:
+    done = run("prepare_imagenet.sh", option)
+    assert done.returncode == 2
+    (shown,) = done.stderr.splitlines()
+    assert shown.startswith(line)
+
+
+@pytest.mark.parametrize("source", ["base", "base/"])
+def test_a_fine_tuned_run_is_beside_its_source(source: str, tmp_path: Path) -> None:
+    (tmp_path / "base" / "checkpoints").mkdir(parents=True)
+    # In place of a container: notes what would run in it, and the check of the recipe ends the script.
+    stub(tmp_path, "note", f'echo "$@" >>{tmp_path}/noted; case $* in *--version) ;; *) exit 2 ;; esac')
+    run("finetune.sh", VENV="", CONTAINER=str(tmp_path / "note"), FROM=f"{tmp_path}/{source}")
+    assert f" run.dir={tmp_path}/base-finetune " in (tmp_path / "noted").read_text()
+
+
 @pytest.mark.parametrize(
     ("element", "job"),
     [({}, "812"), ({"SLURM_ARRAY_JOB_ID": "812", "SLURM_ARRAY_TASK_ID": "3"}, "812_3")],

@@ -45,8 +45,9 @@ def test_a_bad_partition_is_refused_at_submission(cluster: Cluster, tmp_path: Pa
         ({}, ("optim.lrr=1",), "optim.lrr: unknown key; did you mean optim.lr?"),
         ({"VENV": "/nowhere"}, (), "VENV = /nowhere: no bin/activate there"),
         ({"STAGE": "/local"}, (), "STAGE = /local needs SHARDS, the directory to copy"),
+        ({}, ("run.dir=mine",), "run.dir=mine: set RUN=DIR instead"),
     ],
-    ids=["recipe", "override", "environment", "stage"],
+    ids=["recipe", "override", "environment", "stage", "directory"],
 )
 def test_a_mistake_in_the_settings_is_one_line(
     cluster: Cluster, tmp_path: Path, settings: dict[str, str], arguments: tuple[str, ...], line: str

@@ -71,6 +71,19 @@ def test_print_shows_the_script_and_writes_nothing(tmp_path: Path, capsys: pytes
     assert "key=value" not in shown
 
 
+def test_print_says_which_directory_slurm_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "my run"
+    command = ["submit", "imagenet_vit_tiny_g3b", f"run.dir={run}", f"data.path={tmp_path}", "--print"]
+    assert main(command) == 0
+    shown, notes = capsys.readouterr()
+    assert f'#SBATCH --output="{run}/%x-%j.out"' in shown.splitlines()
+    (advice,) = [line for line in notes.splitlines() if "mkdir" in line]
+    subprocess.run(["sh", "-c", advice.rpartition(": ")[2]], check=True)
+    assert run.is_dir()
+    assert main(command) == 0
+    assert "mkdir" not in capsys.readouterr().err
+
+
 def test_print_and_yes_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["submit", "imagenet_vit_tiny_g3b", "--print", "--yes"])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from karat_scale.data.batch import Batch
+from karat_scale.data.formats.readahead import NO_BLOCKS, Blocks
 from karat_scale.data.plan import BatchSlice
 from karat_scale.recipe import AugmentConfig, DataConfig, Recipe
 
@@ -25,9 +26,9 @@ class ImageSpec:
         return cls(recipe.data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, recipe.run.seed)
 
     @property
-    def readahead(self) -> int:
-        """The consecutive samples that are read at once, for `order: block`; else 0."""
-        return self.data.block_samples if self.data.order == "block" else 0
+    def readahead(self) -> Blocks:
+        """The blocks that are read at once, for `order: block`."""
+        return Blocks(self.data.block_samples, self.data.window_blocks) if self.data.order == "block" else NO_BLOCKS
 
 
 class Backend(Protocol):

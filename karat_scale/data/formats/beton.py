@@ -20,11 +20,16 @@ import numpy.typing as npt
 from pydantic import ConfigDict, Field, ValidationError
 
 from karat_scale.data.formats import checks
-from karat_scale.data.formats.index import key_of, read_columns
-from karat_scale.data.formats.readahead import Readahead
-from karat_scale.data.formats.shard_format import FileRecord, OddRecord, ShardRecord, SkippedRecord
+from karat_scale.data.formats.index import key_of, keys_of, read_columns
+from karat_scale.data.formats.readahead import NO_BLOCKS, Blocks, Readahead
+from karat_scale.data.formats.shard_format import (
+    FileRecord,
+    OddRecord,
+    ShardRecord,
+    SkippedRecord,
+    read_record_text,
+)
 from karat_scale.errors import DataError
-from karat_scale.files import read_text
 
 FIX = "copy it again or make it again with data_prep/make_ffcv.py"
 WORDING = checks.Wording("its record", FIX)
@@ -86,7 +91,7 @@ def read_record(beton: Path) -> BetonRecord:
     path = record_path(beton)
     fix = "make the beton with data_prep/make_ffcv.py, or correct data.path"
     try:
-        return BetonRecord.model_validate_json(read_text(path))
+        return BetonRecord.model_validate_json(read_record_text(path))
     except UnicodeDecodeError:
         raise DataError(f"{path} is damaged: it is not UTF-8; {fix}") from None
     except ValidationError as error:
@@ -128,7 +133,7 @@ class BetonSplit:
 
     Opening checks the file's size, or with verify="hash" its SHA-256. `read` compares a JPEG with its checksum; raw
     pixels are read as a PPM image and rely on verify="hash", since a checksum would cost a third of their reading.
-    readahead: the number of samples in a block that the system reads ahead when one of them is read; 0 for none.
+    readahead: the blocks that the system reads ahead when one of their samples is read.
     lends: raw pixels are read into one buffer, which the next read reuses; for a decoder that keeps no bytes.
     Raises DataError, one line, if anything is missing, cut short, changed or out of range.
     """
@@ -139,7 +144,7 @@ class BetonSplit:
         split: str,
         num_classes: int,
         verify: Literal["size", "hash"] = "size",
-        readahead: int = 0,
+        readahead: Blocks = NO_BLOCKS,
         lends: bool = False,
     ) -> None:
         self.path = beton_path(Path(directory).expanduser(), split)
@@ -148,6 +153,7 @@ class BetonSplit:
         checks.check_class_count(self.path, len(self.classes), num_classes)
         check_file(self.path.parent, record, by_hash=verify == "hash")
         columns = self._read_index(record)
+        self._index = record.index
         self.labels: npt.NDArray[np.int32] = columns["label"]
         self._offsets, self._sizes, self._crcs = columns["offset"], columns["size"], columns["crc32"]
         self._modes, self._widths, self._heights = columns["mode"], columns["width"], columns["height"]
@@ -210,6 +216,10 @@ class BetonSplit:
             return key_of(index_path(self.path).read_bytes(), sample_id), self.path.name
         except (OSError, ValueError, IndexError):  # the index has changed: the place is all that is known
             return f"number {sample_id}", self.path.name
+
+    def keys(self) -> list[str]:
+        """Return the key of each sample. Raises DataError if the index has changed."""
+        return keys_of(checks.read_checked(index_path(self.path), self._index, WORDING))
 
     def file_of(self, sample_id: int) -> str:
         """Return the path of the beton."""

@@ -4,13 +4,15 @@ import hashlib
 import os
 import stat
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from karat_scale.data.formats.shard_format import FileRecord
 from karat_scale.errors import DataError
-from karat_scale.files import file_sha256
+
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,21 @@ def check_file(path: Path, record: FileRecord, by_hash: bool, wording: Wording) 
     if size != record.bytes:
         how = "is cut short" if size < record.bytes else "has changed since it was written"
         raise DataError(f"{path} {how}: {size} bytes, {wording.said_by} says {record.bytes}; {wording.fix}")
-    if by_hash and not record.sha256:
+    if by_hash:
+        for _ in hash_file(path, record, wording):
+            pass
+
+
+def hash_file(path: Path, record: FileRecord, wording: Wording) -> Iterator[None]:
+    """Compare a file's SHA-256 with its record; yields after each piece that is read. Raises DataError."""
+    if not record.sha256:
         raise DataError(f"{path} was indexed without its SHA-256; use data.verify=size, or index it again with --hash")
-    if by_hash and file_sha256(path) != record.sha256:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            yield
+    if digest.hexdigest() != record.sha256:
         raise DataError(f"{path} has changed since it was written: its SHA-256 differs; {wording.fix}")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from karat_scale.data.formats import checks
+from karat_scale.data.formats.readahead import Blocks
 from karat_scale.data.formats.shard_files import LocalShardFiles, SamplePlaces, ShardFiles
 from karat_scale.data.formats.shard_format import DATASET_FILE, FileRecord, ShardRecord
 
@@ -30,8 +31,8 @@ class Place(Protocol):
     def read_all_checked(self, records: Sequence[FileRecord]) -> Iterator[bytes]:
         """Yield small files, in order, after comparing each with its record."""
 
-    def files(self, places: SamplePlaces, together: int) -> ShardFiles:
-        """Return what reads samples. together: the consecutive samples that are used at about the same time, or 0."""
+    def files(self, places: SamplePlaces, readahead: Blocks) -> ShardFiles:
+        """Return what reads samples. readahead: the blocks that a file system reads ahead."""
 
 
 class LocalPlace:
@@ -59,6 +60,6 @@ class LocalPlace:
         """See Place."""
         return map(self.read_checked, records)
 
-    def files(self, places: SamplePlaces, together: int) -> ShardFiles:
+    def files(self, places: SamplePlaces, readahead: Blocks) -> ShardFiles:
         """See Place."""
-        return LocalShardFiles(self._directory, places, together)
+        return LocalShardFiles(self._directory, places, readahead)

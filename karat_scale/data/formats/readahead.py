@@ -2,22 +2,32 @@
 
 import os
 from collections import OrderedDict
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-# The number of requested blocks to remember: more than a window holds.
-REMEMBERED_BLOCKS = 1024
+
+class Blocks(NamedTuple):
+    """An order that uses few blocks at a time. samples: of each block; 0 for another order. window: so many blocks."""
+
+    samples: int = 0
+    window: int = 0
+
+
+NO_BLOCKS = Blocks()
 
 
 class Readahead:
-    """Asks the system to read blocks of `block_samples` samples, each once. 0 turns it off.
+    """Asks the system to read each block when one of its samples is read, once in an epoch.
 
+    It remembers as many blocks as a window has. So it has forgotten a block when the next epoch comes to it.
     offsets, sizes: int64 [samples], the position of each sample in its file, in bytes.
     """
 
-    def __init__(self, block_samples: int, offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> None:
-        self._block_samples, self._offsets, self._sizes = block_samples, offsets, sizes
+    def __init__(self, blocks: Blocks, offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> None:
+        self._block_samples, self._window = blocks
+        self._offsets, self._sizes = offsets, sizes
         self._asked: OrderedDict[int, None] = OrderedDict()
 
     def ask(self, file: int, sample_id: int, start: int, stop: int) -> None:
@@ -30,7 +40,7 @@ class Readahead:
         if first in self._asked:
             return
         self._asked[first] = None
-        if len(self._asked) > REMEMBERED_BLOCKS:
+        if len(self._asked) > self._window:
             self._asked.popitem(last=False)
         last = min((block + 1) * self._block_samples, stop) - 1
         begin, end = int(self._offsets[first]), int(self._offsets[last] + self._sizes[last])

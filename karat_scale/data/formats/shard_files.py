@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from karat_scale.data.formats.readahead import Readahead
+from karat_scale.data.formats.readahead import Blocks, Readahead
 from karat_scale.data.formats.shard_format import ShardRecord
 
 MAX_OPEN_SHARDS = 256
@@ -62,10 +62,10 @@ class ShardFiles(Protocol):
 class LocalShardFiles:
     """Samples in tars on a file system. See ShardFiles.
 
-    readahead: the number of samples in a block that the system reads ahead when one of them is read; 0 for none.
+    readahead: the blocks that the system reads ahead when one of their samples is read.
     """
 
-    def __init__(self, directory: Path, places: SamplePlaces, readahead: int) -> None:
+    def __init__(self, directory: Path, places: SamplePlaces, readahead: Blocks) -> None:
         self._directory, self._places = directory, places
         self._files: OrderedDict[int, int] = OrderedDict()
         self._readahead = Readahead(readahead, places.offsets, places.sizes)

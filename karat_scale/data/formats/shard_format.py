@@ -19,10 +19,12 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from karat_scale.errors import DataError
-from karat_scale.files import LARGEST_TEXT, read_text, write_atomically
+from karat_scale.files import read_text, write_atomically
 from karat_scale.stores import DEFAULT_TIMEOUT, Store, is_url
 
 DATASET_FILE = "dataset.json"
+# A record lists each file of a source that is skipped or odd: of ImageNet-21k, that may be millions.
+LARGEST_RECORD = 2**30
 # A name in dataset.json must not point outside of its directory.
 FileName = Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$")
 # A file name may be any bytes; in a report, bytes that are not UTF-8 become \xNN.
@@ -148,14 +150,19 @@ def read_dataset_record(directory: Path | str, timeout: float = DEFAULT_TIMEOUT)
 
 def _record_text(directory: Path | str, timeout: float, fix: str) -> str:
     if isinstance(directory, str):
-        return Store(directory, timeout).read_small(DATASET_FILE, LARGEST_TEXT).decode("utf-8")
+        return Store(directory, timeout).read_small(DATASET_FILE, LARGEST_RECORD).decode("utf-8")
     if not directory.is_dir():
         raise DataError(f"data.path = {directory} is not a directory; {fix} or correct the path")
     path = directory / DATASET_FILE
     if not path.is_file():
         found = "is empty" if not any(directory.iterdir()) else f"has no {DATASET_FILE}"
         raise DataError(f"data.path = {directory} {found}; {fix} or correct the path")
-    return read_text(path)
+    return read_record_text(path)
+
+
+def read_record_text(path: Path) -> str:
+    """Return the text of a data set's record, as `read_text`. Memory is asked for by its size, not by the limit."""
+    return read_text(path, min(path.stat().st_size, LARGEST_RECORD))
 
 
 def chosen_splits(directory: Path | str, record: DatasetRecord, split: str | None) -> dict[str, SplitRecord]:

@@ -10,6 +10,7 @@ import numpy as np
 from karat_scale.data.formats import checks
 from karat_scale.data.formats.index import key_of, keys_of, read_columns
 from karat_scale.data.formats.place import FIX, WORDING, LocalPlace, Place
+from karat_scale.data.formats.readahead import NO_BLOCKS, Blocks
 from karat_scale.data.formats.shard_files import ChangedSampleError, SamplePlaces
 from karat_scale.data.formats.shard_format import (
     DATASET_FILE,
@@ -32,9 +33,8 @@ class ShardSplit:
     Opening reads the indexes and checks every shard's size, or with verify="hash" its SHA-256. Raises
     DataError, one line, if anything is missing, cut short, changed or out of range. `labels` is int32 [len].
 
-    directory: of dataset.json, also as a URL. readahead: the number of samples in a block that the system reads ahead
-    when one of them is read, for an order that uses few blocks at a time; 0 for none. remote: the same and more, for
-    shards at a URL.
+    directory: of dataset.json, also as a URL. readahead: the blocks that the system reads ahead when one of their
+    samples is read. remote: the same and more, for shards at a URL.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ShardSplit:
         split: str,
         num_classes: int,
         verify: Literal["size", "hash"] = "size",
-        readahead: int = 0,
+        readahead: Blocks = NO_BLOCKS,
         remote: RemoteUse | None = None,
     ) -> None:
         self.directory = dataset_directory(directory)

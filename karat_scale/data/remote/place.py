@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 
+from karat_scale.data.formats.readahead import Blocks
 from karat_scale.data.formats.shard_files import SamplePlaces
 from karat_scale.data.formats.shard_format import DATASET_FILE, FileRecord, ShardRecord
 from karat_scale.data.remote.cache import NodeCache, Part, data_cache_directory
@@ -79,8 +80,8 @@ class RemotePlace:
         with ThreadPool(min(_THREADS, max(1, len(records)))) as pool:
             yield from pool.imap(self.read_checked, records)
 
-    def files(self, places: SamplePlaces, together: int) -> RemoteShardFiles:
-        """See Place. `together` is that of the use."""
+    def files(self, places: SamplePlaces, readahead: Blocks) -> RemoteShardFiles:
+        """See Place. The use says what is fetched together."""
         self._check_cache(places)
         return RemoteShardFiles(self._store, self._cache, places, self._use.together)
 

@@ -12,13 +12,10 @@ from karat_scale.checkpoint.snapshots import Snapshots, snapshot_steps
 from karat_scale.data.augmentation.device_augment import DeviceAugment
 from karat_scale.data.augmentation.mixing import Mixer
 from karat_scale.data.augmentation.normalize import Normalize
-from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.batch import BadSample, Batch
 from karat_scale.data.device_feed import DeviceFeed
 from karat_scale.data.digest import BITS, batch_digest, with_digest
-from karat_scale.data.formats.checks import unused_classes
 from karat_scale.data.plan import BatchSlice, TrainPlan, micro_batch_of
-from karat_scale.data.staged import staged_copy
 from karat_scale.data.streams.progress import StreamProgress
 from karat_scale.data.streams.shards import StreamShards
 from karat_scale.engine.deepspeed_internals import whole_parameters
@@ -45,6 +42,7 @@ from karat_scale.tasks.classification.distillation_teacher import (
     read_distillation_teacher,
 )
 from karat_scale.tasks.classification.evaluate import EvalResult, evaluate
+from karat_scale.tasks.classification.opening import open_images
 from karat_scale.tasks.classification.teacher import FILE, build_model, keep_teacher
 from karat_scale.tasks.classification.train_state import TrainState
 from karat_scale.tasks.classification.trained import trained_classifier
@@ -61,15 +59,11 @@ class ClassificationTask(Task):
     state_type = TrainState
     recipe: Recipe
 
-    def __init__(self, recipe: Recipe, world: World, reporter: Reporter) -> None:
+    def __init__(self, recipe: Recipe, world: World, reporter: Reporter, is_verified: bool = False) -> None:
         super().__init__(recipe, world, reporter)
         augment, model = recipe.augment, recipe.model
-        self.backend = open_backend(ImageSpec.of(recipe))
+        self.backend = open_images(recipe, world, reporter, is_verified)
         self.classes = self.backend.classes
-        if copy := staged_copy(recipe.data.path):
-            reporter.info(f"the images are read from {copy}, this node's copy")
-        if notice := unused_classes(self.backend.num_classes, model.num_classes):
-            reporter.info(f"notice: {notice}")
         self.augment = DeviceAugment(augment, model.image_size)
         self.mixer = Mixer(augment, model.num_classes, recipe.run.seed)
         self.normalize = Normalize(augment.mean, augment.std)
@@ -118,7 +112,8 @@ class ClassificationTask(Task):
             return self, stop
         self.close()
         self.reporter.info(f"images of {size} x {size} pixels from step {step} on")
-        return ClassificationTask(self.recipe.changed(model__image_size=size), self.world, self.reporter), stop
+        of_size = self.recipe.changed(model__image_size=size)
+        return ClassificationTask(of_size, self.world, self.reporter, is_verified=True), stop
 
     def size_at(self, step: int) -> tuple[int, int | None]:
         """Return the image size from `step` on, and the step at which another one follows; None for the end."""
@@ -132,6 +127,8 @@ class ClassificationTask(Task):
 
     def prepare(self, directory: RunDirectory) -> None:
         """Copy the teachers of `attention.transfer_from` and `distill.from`, if any, into the run's directory."""
+        for _, size in self.recipe.schedule.image_sizes:
+            layer_sizes(self.recipe.model.changed(image_size=size))  # else it ends in the middle, at a size that is no
         self.world.on_main(lambda: keep_teacher(self.recipe, directory.path))
         self.world.on_main(lambda: keep_distillation_teacher(self.recipe, directory.path))
         if self.recipe.distill.from_:
@@ -263,6 +260,11 @@ class ClassificationTask(Task):
             if self.stream_differs:
                 self.reporter.info(self.stream_differs)
         if state.distilled_from != self._teachers_digest():
+            if not state.distilled_from:
+                raise RunDirectoryError(
+                    "the run's checkpoint learned from no teacher; remove distill.from, or start another run with "
+                    "init_from"
+                )
             raise RunDirectoryError(
                 f"the run's checkpoint learned from another teacher than {DISTILL_FILE} holds; put that "
                 "file back, or start another run"

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from karat_scale.data.backends import ImageSpec, open_backend
+from karat_scale.data.formats.beton import read_record
+from karat_scale.data.formats.shard_format import SkippedRecord
+from karat_scale.data.hashing import hash_files
 from karat_scale.data.plan import BatchSlice, TrainPlan
 from karat_scale.errors import DataError
 from tests.data.backends.helpers import CROP_AND_FLIP, SIZE, broken
@@ -48,6 +51,23 @@ def change_a_byte(path: Path, split_file: str) -> None:
     data = bytearray((path / split_file).read_bytes())
     data[at] ^= 1
     (path / split_file).write_bytes(data)
+
+
+def test_a_record_that_lists_very_many_files_can_be_read(betons):
+    directory, _ = betons()
+    record = read_record(directory / "train.beton")
+    record.skipped = [SkippedRecord(path=f"{n}.txt", reason="x" * 2**20) for n in range(70)]
+    (directory / "train.beton.json").write_text(record.model_dump_json(indent=1))
+    assert read_record(directory / "train.beton") == record
+
+
+def test_the_hashes_of_betons_can_be_shared(betons):
+    directory, config = betons()
+    list(hash_files(config(verify="hash"), 0, 1))
+    change_a_byte(directory, "val.beton")
+    list(hash_files(config(verify="hash"), 0, 2))
+    with pytest.raises(DataError, match=r"val.beton has changed since it was written: its SHA-256 differs; copy"):
+        list(hash_files(config(verify="hash"), 1, 2))
 
 
 def test_a_changed_beton_is_found_by_its_hash_and_when_read(betons):

@@ -12,6 +12,7 @@ import webdataset as wds
 
 from karat_scale.data.formats.shard_format import (
     DatasetRecord,
+    SkippedRecord,
     SplitRecord,
     read_dataset_record,
     write_dataset_record,
@@ -19,6 +20,7 @@ from karat_scale.data.formats.shard_format import (
 from karat_scale.data.formats.shard_writer import EncodedSample, write_shard
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.errors import DataError
+from karat_scale.files import LARGEST_TEXT
 
 
 def flip_byte(path: Path, position: int) -> None:
@@ -217,3 +219,13 @@ def test_headers_are_those_of_webdatasets_own_writer(tmp_path):
             tar.write({"__key__": sample.key, "cls": str(sample.label).encode()})
             tar.write({"__key__": sample.key, sample.extension: sample.data})
     assert (tmp_path / "train-000000.tar").read_bytes() == expected.getvalue()
+
+
+def test_a_record_that_lists_very_many_files_can_be_read(make_shards):
+    directory = make_shards()
+    record = read_dataset_record(directory)
+    record.splits["train"].skipped = [SkippedRecord(path=f"{n}.txt", reason="x" * 2**20) for n in range(70)]
+    write_dataset_record(directory, record)
+    assert (directory / "dataset.json").stat().st_size > LARGEST_TEXT
+    assert read_dataset_record(directory) == record
+    assert len(ShardSplit(directory, "train", 3)) == 40

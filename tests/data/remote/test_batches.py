@@ -11,6 +11,7 @@ import pytest
 
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.formats.shard_format import read_dataset_record, write_dataset_record
+from karat_scale.data.hashing import hash_files
 from karat_scale.data.plan import EvalPlan, TrainPlan
 from karat_scale.data.remote.fetcher import FetchedAhead
 from karat_scale.errors import DataError
@@ -158,8 +159,10 @@ def test_what_the_order_needs_must_fit_into_the_cache(make_shards, opened, nginx
 
 
 def test_hashes_are_not_checked_by_fetching_everything(make_shards, opened, nginx):
-    with pytest.raises(DataError, match=r"use data\.verify=size, which checks each image when it is fetched"):
-        opened(f"http://127.0.0.1:{nginx(make_shards())}", verify="hash")
+    url = f"http://127.0.0.1:{nginx(make_shards())}"
+    for check in (opened, lambda path, **fields: list(hash_files(data_config({"path": path, **fields}), 0, 1))):
+        with pytest.raises(DataError, match=r"use data\.verify=size, which checks each image when it is fetched"):
+            check(url, verify="hash")
 
 
 def test_a_cache_that_loses_bytes_fetches_them_again(make_shards, opened, nginx, own_cache):

@@ -4,9 +4,11 @@ import errno
 import os
 import shutil
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
+from sources import imagefolder
 
 from karat_scale.data.formats.folder import FolderSplit
 from karat_scale.data.formats.shard_format import read_dataset_record
@@ -34,13 +36,39 @@ def test_a_split_without_class_folders_is_not_left_out_in_silence(kaggle, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_it_is_no_hindrance_where_another_is_wanted(kaggle, tmp_path):
+def test_it_is_no_hindrance_where_another_is_wanted(kaggle, tmp_path, capsys):
     make_shards(kaggle, tmp_path / "train", "--split", "train", "--workers", "1")
     assert list(read_dataset_record(tmp_path / "train").splits) == ["train"]
     shutil.rmtree(kaggle / "val")
     write(kaggle / "val" / WNIDS[0] / "0.JPEG", jpeg(2))
     make_shards(kaggle, tmp_path / "all", "--workers", "1")  # test/ stays flat: its labels nobody has
     assert list(read_dataset_record(tmp_path / "all").splits) == ["train", "val"]
+    assert "the split test is left out; its images are in no class folders" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_split_that_is_left_out_adds_no_class_and_is_named(tmp_path, capsys, packed):
+    src, out = tmp_path / "src", tmp_path / "out"
+    write_folders(src, per_class=1)
+    write(src / "test" / "all" / "0.JPEG", jpeg(7))  # as torchvision reads images without labels
+    write(src / "val" / "n99999999" / "0.JPEG", jpeg(8))
+    if packed:
+        with tarfile.open(tmp_path / "src.tar", "w") as tar:
+            tar.add(src, ".")
+        src = tmp_path / "src.tar"
+    make_shards(src, out, "--workers", "1")
+    assert f"{src}: the split test is left out; --split test converts it" in capsys.readouterr().out
+    record = read_dataset_record(out)
+    assert (record.classes, list(record.splits)) == ([*WNIDS, "n99999999"], ["train", "val"])
+    assert record.splits["train"].made["exif"] == "keep"
+    with pytest.raises(DataError, match="has the class 'all', which the shards in --out do not"):
+        make_shards(src, out, "--split", "test", "--workers", "1")
+    make_shards(src, tmp_path / "alone", "--split", "train", "--workers", "1")  # as a job array does
+    assert read_dataset_record(tmp_path / "alone").splits["train"] == record.splits["train"]
+    assert read_dataset_record(tmp_path / "alone").classes == record.classes
+    assert "left out" not in capsys.readouterr().out
+    make_shards(src, tmp_path / "test", "--split", "test", "--workers", "1")
+    assert read_dataset_record(tmp_path / "test").splits["test"].samples == 1
 
 
 def test_a_class_may_have_the_name_of_a_split(tmp_path):
@@ -157,3 +185,19 @@ def test_a_folder_that_cannot_be_listed_leaves_no_class_out(ants, tmp_path, monk
     monkeypatch.setattr(os, "scandir", fails)
     with pytest.raises(DataError, match=r"src/ant cannot be read: Input/output error; "):
         make_shards(ants, tmp_path / "out", "--workers", "1")
+
+
+def test_the_sizes_of_files_are_asked_for_at_the_same_time_and_with_progress(tmp_path, monkeypatch, capsys):
+    for number in range(6):
+        write(tmp_path / "src" / "ant" / f"{number}.jpg", jpeg(number, 20 + number))
+    real, both = imagefolder._size, threading.Barrier(2)
+
+    def size(path):
+        both.wait(timeout=20)
+        return real(path)
+
+    monkeypatch.setattr(imagefolder, "_FILES", 1)
+    monkeypatch.setattr(imagefolder, "_size", size)
+    source = imagefolder.ImageFolderSource(tmp_path / "src", ["ant"])
+    assert source.sizes.tolist() == [(tmp_path / "src" / source.name(i)).stat().st_size for i in range(6)]
+    assert "src: listing: 6 of 6 files" in capsys.readouterr().out

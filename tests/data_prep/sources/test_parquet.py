@@ -73,6 +73,14 @@ def test_bytes_labels_keys_and_class_names_are_those_of_the_files(images, tmp_pa
     assert (made["image_column"], made["label_column"], made["not_as_published"]) == ("image", "label", [])
 
 
+def test_a_split_that_is_left_out_adds_no_class(tmp_path, capsys):
+    for split, names in (("train", ["b", "c"]), ("validation", ["c", "b"]), ("test", ["a", "a"])):
+        write(tmp_path / f"src/{split}.parquet", photos(0, 2), arrow.array(names), metadata={})
+    make_shards(tmp_path / "src", tmp_path / "out", "--workers", "1")
+    assert read_dataset_record(tmp_path / "out").classes == ["b", "c"]
+    assert "the split test is left out; --split test converts it" in capsys.readouterr().out
+
+
 def test_the_same_files_give_the_same_shards_and_another_seed_another_order(images, tmp_path):
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         make_shards(images[0], tmp_path / name, "--seed", seed, "--workers", "1")

@@ -203,6 +203,15 @@ def test_another_teacher_is_noticed_on_resuming(
     assert karat_here(*on) == 0
 
 
+def test_a_branch_of_a_run_without_a_teacher_learns_from_none(
+    command: Command, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert karat_here(*command(tmp_path / "trunk", "train.max_steps=1", "distill.from=")) == 0
+    branch = (f"resume.from={tmp_path / 'trunk'}", "resume.allow=[distill, train.max_steps]", "train.max_steps=2")
+    assert karat_here(*command(tmp_path / "branch", *branch, f"distill.from={teacher}")) == 2
+    assert "learned from no teacher; remove distill.from" in capsys.readouterr().err
+
+
 def other_teacher(command: Command, tmp_path: Path) -> Path:
     """A student's run whose teacher is another run."""
     first, second = tmp_path / "first", tmp_path / "second"
