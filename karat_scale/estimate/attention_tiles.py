@@ -63,7 +63,8 @@ def _streams(recipe: Recipe, on_gpu: bool) -> bool:
     """Whether `streaming` runs.
 
     With `auto`, a GPU takes Triton for the modular Fourier form with any base, up to a head's largest width, and a CPU
-    takes its kernel without a base. Layers with a position bias count as `streaming`, since half of Swin's also have a mask.
+    takes its kernel without a base. Layers with a position bias count as `streaming`, since half of Swin's also have a
+    mask.
     """
     attention = recipe.attention
     if attention.kind != "karat" or attention.implementation not in ("auto", "streaming"):

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from karat_scale.data.plan import micro_batch_of
 from karat_scale.engine.deepspeed_config import load_ds_config, stage_refusal, zero_stage
 from karat_scale.engine.precision import PRECISIONS
-from karat_scale.errors import RecipeError
 from karat_scale.estimate.attention_tiles import attention_workspace
 from karat_scale.estimate.memory import Batch, Peak, evaluation, peak
 from karat_scale.estimate.subject import Subject
@@ -69,8 +68,7 @@ def choose(recipe: Recipe, machine: Machine, configs: Sequence[str] = STAGES) ->
     the DeepSpeed configurations to choose from, the best first.
 
     Raises:
-        RecipeError: the global batch does not divide over the ranks, the model cannot be built, or no configuration can
-            train it.
+        RecipeError: the global batch does not divide over the ranks, or the model cannot be built.
     """
     configs = usable(recipe, configs)
     return recommended(
@@ -82,15 +80,9 @@ def choose(recipe: Recipe, machine: Machine, configs: Sequence[str] = STAGES) ->
 
 
 def usable(recipe: Recipe, configs: Sequence[str]) -> list[str]:
-    """Those of `configs` that the recipe can train under; a single one is not judged here, but refused when it is read.
-
-    Raises RecipeError if there is none.
-    """
+    """Those of `configs` that the recipe can train under; a single one is not judged here, but refused when read."""
     refused = refused_stages(recipe)
-    left = [config for config in configs if config not in refused or len(configs) == 1]
-    if not left:
-        raise RecipeError(f"no ZeRO stage can train this: {refused['zero0']}, and {refused['zero1']}; change one")
-    return left
+    return [config for config in configs if config not in refused or len(configs) == 1]
 
 
 def refused_stages(recipe: Recipe) -> dict[str, str]:

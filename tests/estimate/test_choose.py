@@ -75,11 +75,6 @@ def test_a_stage_that_the_recipe_cannot_use_is_passed_over(small_recipe: Load, k
     assert (choice.config, choice.fits) == (config, True)
 
 
-def test_what_no_stage_can_train_is_one_line(small_recipe: Load) -> None:
-    with pytest.raises(RecipeError, match=r"fp16 needs ZeRO stage 1 or higher, and optim.name = muon needs whole"):
-        on_gpus(small_recipe("train.precision=fp16", "optim.name=muon"), 2, PLENTY)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["zero2", "zero3"])
 def test_fp16_is_counted_as_bf16_weights_where_deepspeed_treats_them_alike(small_recipe: Load, config: str) -> None:

@@ -147,6 +147,14 @@ def test_a_broken_file_is_one_line(recipe: Path, body: str, part: str) -> None:
     assert part in message(recipe)
 
 
+def test_muon_with_weights_of_16_bits_is_refused_with_a_way_out(recipe: Path) -> None:
+    """Muon needs ZeRO stage 0, and such weights a higher one."""
+    recipe.write_text("data: {path: x}\noptim: {name: muon}\n")
+    text = message(recipe, "train.precision=bf16_weights")
+    assert "train.precision = bf16_weights" in text
+    assert text.endswith("use train.precision=bf16")
+
+
 def test_fp16_overflows_are_no_reason_to_stop(recipe: Path) -> None:
     said = message(recipe, "train.precision=fp16", "train.on_nonfinite=stop")
     assert "train.on_nonfinite = stop with train.precision = fp16" in said

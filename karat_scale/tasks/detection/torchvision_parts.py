@@ -1,8 +1,8 @@
 """torchvision's parts of Mask R-CNN, where a plain ViT at low precision needs them to differ.
 
 Their strides come from the patch size. torchvision infers them from the first batch and from rounded quotients, which
-an image that does not fill the padded input, or a patch of 14 px, makes wrong. Boxes are float32 whatever the precision:
-bfloat16 has steps of 2 px from 256 px on.
+an image that does not fill the padded input, or a patch of 14 px, makes wrong. Boxes are float32 whatever the
+precision: bfloat16 has steps of 2 px from 256 px on.
 """
 
 from collections.abc import Sequence
