@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from karat_scale.engine.distributed import World
 from karat_scale.engine.shards import Fragment, Layout
+from karat_scale.engine.waiting import gathers_wait_for_the_weights
 
 
 def quieten_and_skip_builds() -> None:
@@ -22,6 +25,14 @@ def quieten_and_skip_builds() -> None:
     logger.setLevel(logging.WARNING)
     # Stage 3 still calls what torch.distributed has renamed; each rank would say so at each new place.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def share_world_group(world: World) -> None:
+    """Give DeepSpeed its group of all ranks, with this world's patience: NCCL's own is ten minutes. Collective."""
+    from deepspeed.utils import groups
+
+    if world.size > 1 and groups._WORLD_GROUP is None:
+        groups._WORLD_GROUP = dist.new_group(list(range(world.size)), timeout=world.patience)
 
 
 def forget_groups() -> None:
@@ -142,6 +153,7 @@ def refresh_module(engine: Any) -> None:
         persistent = optimizer.persistent_parameters  # small ones, whole on each rank at all times
         if persistent:
             persistent[0].all_gather(persistent)
+        gathers_wait_for_the_weights(engine)
 
 
 @contextlib.contextmanager

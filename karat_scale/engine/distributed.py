@@ -34,7 +34,10 @@ _meetings = itertools.count()
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` ranks; `control` carries small CPU tensors beside NCCL's device traffic."""
+    """This process among `size` ranks; `control` carries small CPU tensors beside NCCL's device traffic.
+
+    patience: how long a collective waits for another rank.
+    """
 
     rank: int
     size: int
@@ -42,6 +45,7 @@ class World:
     device: torch.device
     control: dist.ProcessGroup | None = None
     peers: Peers | None = None
+    patience: timedelta = timedelta(minutes=PATIENCE_MINUTES)
 
     def explaining(self) -> AbstractContextManager[None]:
         """A collective that breaks inside the block raises what ended another rank, in its words."""
@@ -181,7 +185,7 @@ def _start(device: str, patience: timedelta) -> tuple[World, Place | None]:
     place = _join(rank, size, here, patience)
     with_control = use_cuda and size > 1
     control = dist.new_group(backend="gloo", timeout=patience) if with_control else None
-    return World(rank, size, local_rank, here, control), place
+    return World(rank, size, local_rank, here, control, patience=patience), place
 
 
 def stop() -> None:
@@ -200,11 +204,10 @@ def _join(rank: int, size: int, device: torch.device, patience: timedelta) -> Pl
         return None
     record_collectives()
     _need_threads()
-    # With its device NCCL connects now, where a fault is seen, and each barrier knows which GPU is meant.
-    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if size == 1:
         # No port, no host name: nothing that another job on this machine could collide with.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return None
     os.environ["MASTER_ADDR"] = os.environ.get("MASTER_ADDR") or _first_slurm_host()
     os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT") or default_port(os.environ)
@@ -213,6 +216,8 @@ def _join(rank: int, size: int, device: torch.device, patience: timedelta) -> Pl
     if device.type == "cuda":  # before NCCL, whose own refusal is a traceback
         have_a_gpu_each(dist.PrefixStore("cards", met), rank, size, card(device))
     store = dist.PrefixStore("group", met)
+    # With its device NCCL connects now, where a fault is seen, and each barrier knows which GPU is meant.
+    device_id = device if device.type == "cuda" else None
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=device_id)
     return place
 

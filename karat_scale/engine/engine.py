@@ -21,6 +21,7 @@ from karat_scale.engine.deepspeed_internals import (
     quiet_initialization,
     quieten_and_skip_builds,
     shard_layout,
+    share_world_group,
     use_torchs_own_linear,
 )
 from karat_scale.engine.distributed import World
@@ -32,6 +33,7 @@ from karat_scale.engine.waiting import (
     average_gradients_in_few_copies,
     check_by_the_norm,
     device_waits_for_itself,
+    gathers_wait_for_the_weights,
     step_judged_by,
 )
 from karat_scale.models import parameter_count
@@ -101,6 +103,7 @@ class Engine:
         optimizer = build_optimizer(model, recipe.optim, world.device, cpu_adam, groups)
         names = {parameter: name for name, parameter in model.named_parameters()}
         self.in_optimizer_order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+        share_world_group(world)
         with quiet_initialization():
             self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         if self.stage > 0:  # DeepSpeed's masters begin at what 16 bits have left of the weights
@@ -203,11 +206,13 @@ class Engine:
 
         def is_invalid(scaled: torch.Tensor) -> bool:
             norm = (scaled / self.loss_scale if self.loss_scale else scaled).to(self._device)
+            # Offloaded shards have -1 for what is not finite, and 0 * inf is not a number.
             norms.append(torch.where(norm < 0, math.nan, 0 * norm + norm))
             return self._must_skip(norms[0])
 
         with step_judged_by(is_invalid), device_waits_for_itself(self.deepspeed):
             self.deepspeed.step()
+        gathers_wait_for_the_weights(self.deepspeed)
         if not self.deepspeed.was_step_applied():
             forget_gradients(self.deepspeed)
         return norms[0]

@@ -17,7 +17,7 @@ _FREE = (
     *("view", "permute", "slice", "select", "unbind", "transpose", "expand", "aten.t.", "detach", "as_strided"),
     *("split", "alias", "narrow", "squeeze", "lift_fresh", "is_pinned", "set_", "empty", "_local_scalar_dense"),
 )
-READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
+READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_fill_.Tensor")  # the last on CUDA alone
 
 
 class Counting(TorchDispatchMode):
@@ -31,7 +31,7 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
-        self.reads += any(f"aten.{read}." in name for read in READS)
+        self.reads += any(f"aten.{read}." in f"{name}." for read in READS)
         if self._counts_kernels and name.startswith("aten.") and not any(free in name for free in _FREE):
             self.kernels[name] += 1
         out = func(*args, **(kwargs or {}))
@@ -63,8 +63,12 @@ class Stream:
 
     waits: Callable[[], None]
 
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.waited_for: list[Any] = []
+
     def wait_stream(self, other: Any) -> None:
         """The device waits; the host goes on."""
+        self.waited_for.append(other)
 
     def wait_event(self, other: Any) -> None:
         """The same."""
@@ -111,4 +115,12 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     monkeypatch.setattr(kind, "current_stream", lambda self, index=None: stream())
     monkeypatch.setattr(kind, "default_stream", lambda self, index=None: stream())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    make_tensor = torch.tensor
+
+    def copied(*args: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        """A number that goes to the device; the host waits until it is there."""
+        counted["host"] += device is not None
+        return make_tensor(*args, device=device, **options)
+
+    monkeypatch.setattr(torch, "tensor", copied)
     return counted

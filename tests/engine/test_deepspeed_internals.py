@@ -24,6 +24,8 @@ def test_each_private_corner_has_a_test() -> None:
     """Called here, or by what the named test runs at each stage."""
     elsewhere = {
         "forget_groups": "test_a_second_run_may_start_in_one_process",
+        "share_world_group": "test_deepspeed_waits_as_long_as_the_recipe_says",
+        "gathers_wait_for_the_weights": "test_weights_are_gathered_after_they_are_written",
         "quieten_and_skip_builds": "test_the_shared_memory_build_is_switched_off",
         "average_gradients_in_few_copies": "test_a_step_runs_few_kernels_beside_the_model",
         "check_by_the_norm": "test_a_step_neither_stops_the_host_nor_reads_a_scalar",

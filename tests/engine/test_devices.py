@@ -88,7 +88,8 @@ def test_another_device_than_deepspeed_was_imported_for_is_one_line(world) -> No
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_nccl_is_told_its_gpu(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+def test_nccl_is_told_its_gpu_if_it_has_peers(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Alone it connects to nobody; bound to its GPU, it would split its communicator for each group of DeepSpeed's."""
     told: list[dict[str, Any]] = []
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: told.append({"backend": backend, **how}))
@@ -98,4 +99,5 @@ def test_nccl_is_told_its_gpu(monkeypatch: pytest.MonkeyPatch, size: int) -> Non
     monkeypatch.setattr(distributed, "have_a_gpu_each", lambda *ranks: None)
     for device in (torch.device("cuda", 1), torch.device("cpu")):
         distributed._join(0, size, device, timedelta(minutes=1))
-    assert [(how["backend"], how["device_id"]) for how in told] == [("nccl", torch.device("cuda", 1)), ("gloo", None)]
+    bound = torch.device("cuda", 1) if size > 1 else None
+    assert [(how["backend"], how.get("device_id")) for how in told] == [("nccl", bound), ("gloo", None)]

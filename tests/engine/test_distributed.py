@@ -78,6 +78,27 @@ def test_an_address_without_a_port_is_enough_to_meet() -> None:
         assert shown == "['here', 'here']\n", complaint
 
 
+OWN_GROUP = """
+import torch
+from deepspeed.utils import groups
+from karat_scale.engine.deepspeed_internals import share_world_group
+from karat_scale.engine.distributed import joined
+with joined("cpu", 7) as world:
+    share_world_group(world)
+    print(groups._WORLD_GROUP._get_backend(world.device).options._timeout)
+"""
+
+
+@pytest.mark.multiprocess
+def test_deepspeed_waits_as_long_as_the_recipe_says() -> None:
+    """Gradients are reduced in a group of DeepSpeed's own."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = [started(OWN_GROUP, **meeting, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+    for rank in ranks:
+        shown, complaint = rank.communicate(timeout=120)
+        assert shown.splitlines()[-1] == "0:07:00", complaint
+
+
 WAITS = """
 import sys, time
 from datetime import timedelta

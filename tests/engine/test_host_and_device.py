@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from karat_scale.engine.deepspeed_internals import master_weights
+from karat_scale.engine.deepspeed_internals import master_weights, refresh_module
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
 from karat_scale.models import create_model
@@ -63,6 +63,16 @@ def test_a_step_neither_stops_the_host_nor_reads_a_scalar(
     assert (waits["host"], counting.reads) == (config == "zero3", 0)
     assert norm.ndim == 0
     assert norm.isfinite()
+
+
+def test_weights_are_gathered_after_they_are_written(small_recipe, world, as_on_a_gpu, waits: Counter[str]) -> None:
+    """By DeepSpeed's own order of streams alone, the next forward pass could gather the weights before the step."""
+    trainer = Trainer(small_recipe("deepspeed.config=zero3", "train.micro_batch=4"), world)
+    gathers = trainer.engine.deepspeed.optimizer.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
+    for change in (lambda: trainer.step(1), lambda: refresh_module(trainer.engine.deepspeed)):
+        gathers.waited_for.clear()
+        change()
+        assert len(gathers.waited_for) == 1
 
 
 def test_muon_cannot_skip_on_the_device_and_the_norm_is_read_once(small_recipe, world, as_on_a_gpu) -> None:
