@@ -10,12 +10,14 @@
 """
 
 import argparse
+import posixpath
 import re
 from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 from karat_scale.cli import build_parser
 from karat_scale.recipe import Recipe, RunRecipe
@@ -24,6 +26,7 @@ from karat_scale.recipe.keys import Key, KeySection, sections_of, type_in_words
 from karat_scale.tasks.detection.recipe import DetectionRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
+_PAGES_OF_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -41,10 +44,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Replace a link to a file outside docs/ by its text, unless the site has a page made from that file."""
-    markdown = markdown.replace("](../CONTRIBUTING.md", "](contributing.md")
-    return re.sub(r"\[([^\]]+)\]\(\.\./[^)]+\)", r"`\1`", markdown)
+    here = posixpath.dirname(page.file.src_uri)
+
+    def on_the_site(link: re.Match[str]) -> str:
+        text, path, anchor = link.groups(default="")
+        target = posixpath.normpath(posixpath.join("docs", here, path))
+        if target in _PAGES_OF_ROOT:
+            return f"[{text}]({posixpath.relpath(_PAGES_OF_ROOT[target], here or '.')}{anchor})"
+        return link[0] if target.startswith("docs/") else f"`{text}`"
+
+    return re.sub(r"\[([^\]]+)\]\((\.\./[^)#]+)(#[^)]*)?\)", on_the_site, markdown)
 
 
 def generated_pages() -> dict[str, str]:

@@ -125,6 +125,9 @@ def find_gpu(name: str) -> Gpu | None:
     return None
 
 
+_OTHER_GPU = "For any other card, use karat plan RECIPE --memory GB"
+
+
 def known_gpu(name: str) -> Gpu:
     """The GPU of that name, or the only one whose name begins with it. Raises UserError, which lists names."""
     gpu = find_gpu(name)
@@ -133,9 +136,9 @@ def known_gpu(name: str) -> Gpu:
         gpu = find_gpu(alike[0])
     if gpu is None:
         if close := alike or nearest(name.lower(), [gpu.key for gpu in GPUS], count=3):
-            raise UserError(f"--gpu {name}: not in the table; did you mean {' or '.join(close)}?")
+            raise UserError(f"--gpu {name}: not in the table; did you mean {' or '.join(close)}? {_OTHER_GPU}")
         keys = ", ".join(gpu.key for gpu in GPUS)
-        raise UserError(f"--gpu {name}: not in the table ({keys}); for any other, karat plan RECIPE --memory GB")
+        raise UserError(f"--gpu {name}: not in the table ({keys}). {_OTHER_GPU}")
     return gpu
 
 

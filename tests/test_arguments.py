@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.arguments import OneLineParser
-from karat_scale.cli import build_parser
+from karat_scale.cli import build_parser, main
 
 Capture = pytest.CaptureFixture[str]
 COMMANDS = ("train", "eval", "detect", "plan", "submit", "doctor")
@@ -131,3 +131,23 @@ def test_a_parser_without_overrides_takes_none(capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         parser.parse_args(["a=1"])
     assert capsys.readouterr().err == "error: unexpected argument 'a=1' (script --help lists the options)\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["detect", "r", "--json", "x.json"], "--json is of --eval"),
+        (["detect", "r", "--checkpoint", "latest"], "--checkpoint is of --eval"),
+        (["plan", "r", "--dry-run", "--curve", "--gpu", "h100-80"], "makes no plan, so --curve, --gpu has no effect"),
+        (["export", "{run}", "--private"], "--private is of --push"),
+        (["doctor", "--seconds", "3"], "--seconds is the length of a recipe's timed run; name a RECIPE"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_an_option_without_effect_is_refused(
+    arguments: list[str], said: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r").write_text("data: {path: x}\nmodel: {patch_size: 16}\n")
+    assert main([part.format(run=tmp_path) for part in arguments]) == 2
+    assert said in capsys.readouterr().err

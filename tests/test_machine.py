@@ -48,6 +48,10 @@ def test_a_gpu_is_found_by_the_beginning_of_its_name_if_only_one_has_it() -> Non
     assert known_gpu("rtx4090").key == "rtx4090-24"
     with pytest.raises(UserError, match="did you mean h100-nvl-94 or h100-pcie-80 or h100-80"):
         known_gpu("h100")
+    with pytest.raises(
+        UserError, match=r"did you mean rtx3090-24 .*For any other card, use karat plan RECIPE --memory GB"
+    ):
+        known_gpu("rtx3060")
 
 
 @pytest.mark.parametrize("flags", [{"avx2"}, {"avx512_bf16"}, set()])

@@ -52,6 +52,7 @@ LOOKS = [
     ("predict", "photo.jpg"),
     ("train", "init_from"),
     ("train", "attention.transfer_from"),
+    ("plan", "distill.from"),
 ]
 
 
@@ -60,7 +61,7 @@ def test_a_class_that_a_run_names_needs_trust(
     command: tuple[str, ...], foreign_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, *more = command
-    if name == "train":
+    if name in ("train", "plan"):
         recipe = foreign_run.parent / "plain.yaml"
         recipe.write_text("data: {backend: synthetic, synthetic_samples: 16}\nschedule: {warmup_epochs: 0}\n")
         arguments = [name, str(recipe), *SMALL, f"{more[0]}={foreign_run}", f"run.dir={foreign_run.parent / 'other'}"]

@@ -1,6 +1,6 @@
 """Access to a run directory for the analyses: recipe, checkpoints in order, and the model at any of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -190,4 +190,8 @@ def open_run(path: str | Path, data: str | None = None, weights: str = "auto", c
     directory.recipe()  # raises for another kind of run
     recipe = load_recipe(directory.recipe_file, [] if data is None else [f"data.path={data}"])
     require_trust(recipe.attention, directory.recipe_file)
-    return TrainedRun(path, recipe, weights, checkpoint)
+    run = TrainedRun(path, recipe, weights, checkpoint)
+    if run.device.type == "cpu":
+        return replace(run, recipe=recipe.changed(data=recipe.data.on_a_cpu()))
+    torch.cuda.init()  # nvJPEG decodes on the GPU that the process uses
+    return run

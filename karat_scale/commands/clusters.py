@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from karat_scale.arguments import (
+    add_trust,
     count,
     run_directory,
     time_limit,
@@ -26,6 +27,7 @@ def add_commands(commands: Any) -> None:
     only = "show the script, and neither write nor submit it"
     how.add_argument("--print", dest="decision", action="store_const", const="print", default="ask", help=only)
     submit.set_defaults(run=_submit)
+    add_trust(submit)
 
     sweep = commands.add_parser("sweep", help="train every point of a grid of settings, and compare the runs")
     sweep.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
@@ -40,6 +42,7 @@ def add_commands(commands: Any) -> None:
     sweep.add_argument("--yes", action="store_true", help="submit without asking")
     _add_sbatch_options(sweep)
     sweep.set_defaults(run=_sweep)
+    add_trust(sweep)
 
     status = commands.add_parser("status", help="show a run's progress, from its files")
     status.add_argument("run_dir", metavar="RUN", type=run_directory, help="the run's directory")

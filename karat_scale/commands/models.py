@@ -60,6 +60,8 @@ def _export(options: argparse.Namespace) -> int:
 
     if options.push and options.format not in (None, HUB):
         raise UserError(f"--format {options.format}: --push uploads a {HUB}; remove --format")
+    if options.private and not options.push:
+        raise UserError("--private is of --push; add it, or leave out --private")
     what = (options.run_dir, options.format or "safetensors", options.checkpoint, options.weights, options.out)
     return export_run(*what, options.push, options.private)
 

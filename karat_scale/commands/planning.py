@@ -4,10 +4,14 @@ import argparse
 from typing import Any
 
 from karat_scale.arguments import (
+    add_trust,
     count,
     new_file,
     positive,
 )
+from karat_scale.errors import UserError
+
+SECONDS = 20.0  # of the timed run of karat doctor
 
 
 def add_commands(commands: Any) -> None:
@@ -35,13 +39,15 @@ def add_commands(commands: Any) -> None:
     plan.add_argument("--dry-run", action="store_true", help="only build and check model, data and batches")
     plan.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
     plan.set_defaults(run=_plan)
+    add_trust(plan)
 
     doctor = commands.add_parser("doctor", help="check this machine, and find what limits a recipe's speed on it")
     doctor.add_argument("recipe", metavar="RECIPE", nargs="?", help="a shipped recipe's name or a YAML file")
     doctor.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.workers=4")
-    doctor.add_argument("--seconds", type=positive, default=20.0, help="length of the timed run (default: %(default)s)")
+    doctor.add_argument("--seconds", type=positive, help=f"length of the timed run (default: {SECONDS:g})")
     doctor.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
     doctor.set_defaults(run=_doctor)
+    add_trust(doctor)
 
     completion = commands.add_parser("completion", help="print the lines that make a shell complete karat")
     completion.add_argument("shell", choices=("bash", "zsh", "fish"), help='in bash: eval "$(karat completion bash)"')
@@ -68,6 +74,11 @@ def _explain(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from karat_scale.estimate.command import Request, plan_recipe
 
+    if options.dry_run:
+        makes_a_plan = {"--json": options.json, "--curve": options.curve, "--gpu": options.gpu}
+        makes_a_plan |= {"--memory": options.memory, "--step-time": options.step_time}
+        if idle := [name for name, value in makes_a_plan.items() if value]:
+            raise UserError(f"--dry-run makes no plan, so {', '.join(idle)} has no effect; leave one of them out")
     request = Request(
         gpus=options.gpus,
         gpus_per_node=options.gpus_per_node,
@@ -85,7 +96,9 @@ def _plan(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from karat_scale.doctor.run import doctor
 
-    return doctor(options.recipe, options.overrides, options.seconds, options.json)
+    if options.seconds and options.recipe is None:
+        raise UserError("--seconds is the length of a recipe's timed run; name a RECIPE, or remove it")
+    return doctor(options.recipe, options.overrides, options.seconds or SECONDS, options.json)
 
 
 def _completion(options: argparse.Namespace) -> int:

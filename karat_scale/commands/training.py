@@ -89,8 +89,10 @@ def add_commands(commands: Any) -> None:
     detect.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
     detect.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
     detect.add_argument("--eval", action="store_true", help="evaluate a checkpoint of a run by COCO's mAP")
-    detect.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
-    detect.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto", help="weights that --eval uses")
+    detect.add_argument(
+        "--checkpoint", metavar="NAME", help="that --eval uses: best, latest, or a name (default: best)"
+    )
+    detect.add_argument("--weights", choices=("auto", "ema", "raw"), help="weights that --eval uses (default: auto)")
     detect.add_argument("--json", type=new_file, metavar="FILE", help="also write the result of --eval to this file")
     detect.set_defaults(run=_detect)
     add_trust(detect)
@@ -162,8 +164,17 @@ def _detect(options: argparse.Namespace) -> int:
         from karat_scale.run.evaluate import evaluate_run
         from karat_scale.tasks.detection.task import DetectionTask
 
-        what = (options.recipe, options.overrides, options.checkpoint, options.weights, options.json)
+        what = (
+            options.recipe,
+            options.overrides,
+            options.checkpoint or "best",
+            options.weights or "auto",
+            options.json,
+        )
         return evaluate_run(DetectionTask, *what)
+    for name in ("checkpoint", "weights", "json"):
+        if getattr(options, name):
+            raise UserError(f"--{name} is of --eval; add it, or leave out --{name}")
     recipe = load_recipe(options.recipe, options.overrides, DetectionRecipe)
     if options.print:
         print(dump_recipe(recipe), end="")

@@ -18,6 +18,7 @@ from karat_scale.doctor.verdict import Verdict, judge
 from karat_scale.engine import distributed
 from karat_scale.engine.deepspeed_config import load_ds_config
 from karat_scale.engine.distributed import World
+from karat_scale.engine.out_of_memory import one_line_out_of_memory
 from karat_scale.models import parameter_count
 from karat_scale.recipe import Recipe
 from karat_scale.tasks.classification.teacher import build_model, keep_teacher
@@ -79,14 +80,15 @@ def _examine(subject: Subject, report: Report, measure: Callable[[int], Figures]
 
 def _examined(world: World, name: str, examination: Callable[[], Iterable[Finding]]) -> list[Finding]:
     """Examine like `examine`; but with several ranks, raise, since one rank must not continue while the others wait."""
+    fix = "lower train.micro_batch, or set train.precision=bf16"
     if world.size > 1:
-        return list(examination())
+        with one_line_out_of_memory(lambda: fix):
+            return list(examination())
 
     def with_fix() -> Iterable[Finding]:
         try:
             return list(examination())
         except torch.OutOfMemoryError:
-            fix = "lower train.micro_batch, or set train.precision=bf16"
             return [found(name, "the micro batch does not fit the GPU's memory", fix, wrong=True)]
 
     return examine(name, with_fix)

@@ -17,10 +17,9 @@ from karat_scale.doctor.data_files import DataFiles, find_data_files
 from karat_scale.doctor.report import Finding, found
 from karat_scale.engine.deepspeed_config import load_ds_config, zero_stage
 from karat_scale.engine.distributed import World
-from karat_scale.errors import RecipeError
+from karat_scale.errors import RecipeError, RunDirectoryError
 from karat_scale.machine import usable_cores
 from karat_scale.recipe import Recipe
-from karat_scale.recipe.loading import differing_keys
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.stores import WritableStore
 
@@ -167,8 +166,8 @@ def examine_checkpoint_url(subject: Subject) -> Iterator[Finding]:
 def _occupied(recipe: Recipe, directory: RunDirectory) -> Finding:
     if not directory.recipe_file.is_file():
         return found("run.dir", f"{directory.path} can be written")
-    keys = differing_keys(directory.recipe(), recipe, recipe.resume.allow)
-    if keys:
-        text = f"{directory.path} belongs to a run with another {', '.join(keys[:6])}"
-        return found("run.dir", text, "choose another run.dir", wrong=True, differing=keys)
+    try:
+        directory.refuse_another_recipe(recipe)
+    except RunDirectoryError as error:
+        return found("run.dir", str(error).removeprefix("run.dir = "), wrong=True)
     return found("run.dir", f"{directory.path} has this run: karat train resumes it")

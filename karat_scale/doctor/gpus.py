@@ -21,7 +21,8 @@ def examine_gpus() -> Iterator[Finding]:
 
     driver = driver_version()
     yield found("driver", driver or "no NVIDIA driver", version=driver)
-    yield found("CUDA of torch", torch.version.cuda or "none: a CPU build of torch", version=torch.version.cuda)
+    built_for = f"none: a build for ROCm {torch.version.hip}" if torch.version.hip else "none: a CPU build of torch"
+    yield found("CUDA of torch", torch.version.cuda or built_for, version=torch.version.cuda)
     if not torch.cuda.is_available():
         yield _no_gpu(driver, torch.version.cuda)
         return

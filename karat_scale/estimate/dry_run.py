@@ -30,7 +30,8 @@ def dry_run(recipe: Recipe, world: int) -> Iterator[str]:
     """
     stage = zero_stage(load_ds_config(recipe, world, micro_batch_of(recipe, world)))
     yield f"deepspeed.config = {recipe.deepspeed.config}: ZeRO stage {stage}, right for {world} ranks"
-    with closing(open_backend(ImageSpec.of(recipe.changed(data__workers=int(recipe.data.is_stream))))) as backend:
+    data = recipe.data.on_a_cpu().changed(workers=int(recipe.data.is_stream))
+    with closing(open_backend(ImageSpec.of(recipe.changed(data=data)))) as backend:
         yield f"data: {backend.num_train:,} training and {backend.num_val:,} validation images"
         notice = unused_classes(backend.num_classes, recipe.model.num_classes)
         counts = f"{backend.num_classes} in the data, {recipe.model.num_classes} in the model"

@@ -85,7 +85,7 @@ def read_batch(recipe: Recipe, step: int, count: int) -> ShownBatch:
     """Return the first images of a training step. Raises UserError if there is no such step."""
     if recipe.data.is_stream and step > 1:
         raise UserError(f"--step {step}: a stream (data.order = stream) is read from its start; use --step 1")
-    recipe = recipe.changed(data__workers=recipe.data.fewest_workers)
+    recipe = recipe.changed(data=recipe.data.on_a_cpu().changed(workers=recipe.data.fewest_workers))
     world = distributed.start("cpu")
     task: ClassificationTask | None = None
     try:

@@ -24,6 +24,11 @@ class Effect(Enum):
     SHAPES = "the names or shapes of the model's tensors"
 
 
+# No `resume.allow` helps: the data cursor counts global batches, so another size would train on other samples, and what
+# was frozen has no optimizer state that it could resume with.
+NEVER_ALLOWED = ("train.global_batch", "train.freeze")
+
+
 def is_place(text: str) -> bool:
     """True for the place of a class: `package.module:Class`."""
     module, colon, name = text.partition(":")

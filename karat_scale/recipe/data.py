@@ -74,6 +74,10 @@ class DataConfig(Section):
         """The lanes of each rank of a stream; 0 if the training images have an index."""
         return max(1, self.workers) if self.is_stream else 0
 
+    def on_a_cpu(self) -> "DataConfig":
+        """Return what reads the same images without a GPU: `webdataset` for `nvjpeg`, whose pixels differ a little."""
+        return self.changed(backend="webdataset") if self.backend == "nvjpeg" else self
+
     @property
     def fewest_workers(self) -> int:
         """The workers that it takes to read a batch: a stream may stay silent, and only a worker can be given up."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from karat_scale.console import print_table
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import RunRecipe
-from karat_scale.recipe.base import Effect
+from karat_scale.recipe.base import NEVER_ALLOWED, Effect
 from karat_scale.recipe.keys import Key, KeySection, sections_of, type_in_words
 from karat_scale.recipe.loading import keys_like
 from karat_scale.recipe.synonyms import keys_called
@@ -56,7 +56,8 @@ def _print_key(key: Key) -> None:
     default = "required" if key.default is None else f"default {key.default}"
     print(f"\n{key.name}: {type_in_words(key.schema)} ({default})")
     print(f"  {key.meaning}")
-    print(f"  Another value may change {key.effect.value}. {_ON_RESUME[key.effect]}")
+    effect = Effect.SHAPES if key.name in NEVER_ALLOWED else key.effect
+    print(f"  Another value may change {key.effect.value}. {_ON_RESUME[effect]}")
 
 
 def _print_section(section: KeySection) -> None:

@@ -32,16 +32,21 @@ def fetch_run(where: str, to: str, wanted: Sequence[str]) -> int:
     mine = run_id(directory.path)
     if mine != owner.run and (mine or directory.recipe_file.is_file() or directory.store.names()):
         raise RunDirectoryError(f"{to} has another run than {url.url}; name a new directory")
+    is_behind = max(directory.store.names(), default="") > max(remote.names(), default="")
+    if is_behind:
+        newest = directory.store.names()[0]
+        print(f"note: {to} has {newest}, which {url.url} does not have yet; its log and its `latest` stay as they are")
     damaged = {}
     with work_display() as show:
-        url.download_files(directory.path, lambda size: None)
+        if not is_behind:
+            url.download_files(directory.path, lambda size: None)
         keep_run_id(directory.path, owner.run)
         for number, name in enumerate(names):
             show("fetch checkpoints", number, len(names))
             if (damage := _fetch(remote, name, directory)) is not None:
                 damaged[name] = damage
         show("fetch checkpoints", len(names), len(names))
-    for pointer in POINTERS:
+    for pointer in () if is_behind else POINTERS:
         pointed = remote.pointed(pointer)
         if pointed is not None and pointed in directory.store.names():
             directory.store.point(pointer, pointed)

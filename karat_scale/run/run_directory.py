@@ -35,14 +35,11 @@ from karat_scale.engine.run_state import RunState
 from karat_scale.errors import RunDirectoryError, not_written
 from karat_scale.files import parse_json, read_text, write_atomically
 from karat_scale.recipe import Recipe, RunRecipe
-from karat_scale.recipe.base import Effect
+from karat_scale.recipe.base import NEVER_ALLOWED, Effect
 from karat_scale.recipe.files import COMMANDS, read_recipe_file
 from karat_scale.recipe.loading import differing_keys, dump_recipe, effects, flatten, load_recipe, rounding_keys
 from karat_scale.temporaries import remove_leftovers
 
-# The data cursor counts global batches, so another size would train on other samples. What was frozen has no optimizer
-# state that it could resume with.
-NEVER_ALLOWED = ("train.global_batch", "train.freeze")
 # Of the keys that change the shapes of tensors, those for which init_from makes weights fit.
 _FITTED = ("model.image_size", "model.num_classes", "model.patch_size")
 # What a run needs elsewhere beside its checkpoints; the rest can be made again. No file of a suffix in FIXED changes.
@@ -100,7 +97,7 @@ class RunDirectory:
             )
         if recipe.resume.mode == "never" or not self.recipe_file.is_file():
             return ""
-        self._refuse_another_recipe(recipe)
+        self.refuse_another_recipe(recipe)
         return self.changes(recipe)
 
     def clear(self, ranks: int) -> list[str]:
@@ -210,7 +207,8 @@ class RunDirectory:
         old = self.recipe(type(recipe))
         return describe_keys(old, recipe, [*differing_keys(old, recipe), *rounding_keys(old, recipe)])
 
-    def _refuse_another_recipe(self, recipe: RunRecipe) -> None:
+    def refuse_another_recipe(self, recipe: RunRecipe) -> None:
+        """Raise RunDirectoryError, with what can be done, if the run here cannot go on with this recipe."""
         old = self.recipe(type(recipe))
         keys = differing_keys(old, recipe, recipe.resume.allow)
         before, after = flatten(old), flatten(recipe)

@@ -90,6 +90,17 @@ def test_a_run_directory_that_another_recipe_has_is_a_problem(subject: MakeSubje
     other = by_name(fit.examine_run_directory(subject("optim.lr=0.5")))["run.dir"]
     assert other.level == "problem"
     assert "optim.lr" in other.value
+    assert "resume.allow" in other.value
+
+
+def test_a_finished_run_with_more_epochs_is_no_problem(subject: MakeSubject, tmp_path: Path) -> None:
+    one = subject("train.epochs=2")
+    (tmp_path / "run" / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.yaml").write_text(dump_recipe(one.recipe))
+    (tmp_path / "run" / "summary.json").write_text('{"exit": 0, "steps": 4}')
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step-00000004\n")
+    longer = by_name(fit.examine_run_directory(subject("train.epochs=3")))["run.dir"]
+    assert longer.level == "ok"
 
 
 def test_a_run_directory_below_a_file_is_a_problem(subject: MakeSubject, tmp_path: Path) -> None:

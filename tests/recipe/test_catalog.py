@@ -59,6 +59,7 @@ def test_what_does_not_exist_is_one_line(arguments: list[str], said: str, capsys
     [
         (["optim.lr"], ["optim.lr: number > 0", "default 0.0005", "only if resume.allow names the key"]),
         (["lr"], ["lr is optim.lr here", "optim.lr: number"]),
+        (["train.global_batch"], ["train.global_batch: integer", "cannot resume with another value"]),
         (["batch_size"], ["batch_size is train.global_batch or train.micro_batch here", "train.micro_batch: integer"]),
         (["train.recompute"], ["train.recompute.budget_gb", "being kept"]),
         (["--detection", "detector.window"], ["detector.window: integer", "cannot resume"]),

@@ -155,6 +155,16 @@ def test_a_run_is_copied_and_fetched(recipe_file: Path, url: str, tmp_path: Path
     assert "top-1" in there
     # A directory that has this run keeps what it has; another run's is refused.
     assert karat("fetch", url, str(again)).returncode == 0
+    # What it has beyond the copy stays, its log and pointer too.
+    newer = again / "checkpoints" / "step-99999999"
+    shutil.copytree(again / "checkpoints" / fetched.names()[0], newer)
+    (again / "checkpoints" / "latest").write_text(f"{newer.name}\n")
+    (again / "metrics.jsonl").write_text("newer\n")
+    behind = karat("fetch", url, str(again))
+    assert behind.returncode == 0, behind.stderr
+    assert f"{again} has {newer.name}, which {url} does not have yet" in behind.stdout
+    assert (again / "metrics.jsonl").read_text() == "newer\n"
+    assert fetched.pointed("latest") == newer.name
     (again / "run_id").write_text("another\n")
     refused = karat("fetch", url, str(again))
     assert refused.returncode == 2

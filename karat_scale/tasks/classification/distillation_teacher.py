@@ -124,6 +124,7 @@ def planned_cost(recipe: Recipe) -> TeacherCost:
             path, checkpoint = locate(source)
             theirs = RunDirectory(path).recipe() if checkpoint else None
             model, attention = (theirs.model, theirs.attention) if theirs else exported_sections(path)
+            require_trust(attention, RunDirectory(path).recipe_file if theirs else path)
             return cost_of(create_model(model, attention), model.image_size)
     except (UserError, RuntimeError) as error:
         raise RecipeError(f"distill.from = {source}: {str(error).removeprefix(f'{source}: ')}") from error

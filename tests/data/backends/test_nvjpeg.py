@@ -127,6 +127,17 @@ def test_without_a_gpu_or_with_augmentation_on_the_cpu_it_is_refused(make_shards
         open_backend(ImageSpec(config, AugmentConfig(), SIZE, 3, 5))
 
 
+def test_commands_that_need_no_gpu_read_its_shards_otherwise(recipe_file, tmp_path, capsys):
+    recipe = (str(recipe_file), "data.backend=nvjpeg", "augment.run_on=device")
+    assert karat_here("plan", *recipe, "--dry-run") == 0, capsys.readouterr().err
+    assert karat_here("show", *recipe, "--out", str(tmp_path / "batch.png")) == 0, capsys.readouterr().err
+    run = tmp_path / "run"
+    assert karat_here("train", str(recipe_file), "augment.run_on=device", f"run.dir={run}", "train.max_steps=1") == 0
+    text = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(text.replace("backend: webdataset", "backend: nvjpeg"))
+    assert karat_here("analyze", str(run), "--only", "accuracy") == 0, capsys.readouterr().err
+
+
 def test_training_on_a_cpu_is_refused_in_one_line(recipe_file, capsys):
     assert karat_here("train", str(recipe_file), "data.backend=nvjpeg", "augment.run_on=device") == 2
     assert capsys.readouterr().err.count("\n") == 1
