@@ -83,7 +83,7 @@ class BackendRow:
     place: of a function that takes an `ImageSpec` and returns a `Backend`. files: None if it generates its images.
     extra: the key of EXTRAS that it needs. own_decoder: `data.decoder = auto` means its own. own_threads: it works on
     threads of its own, so that it needs at least one worker. streams: the place of such a function for
-    `data.order = stream`.
+    `data.order = stream`. without_gpu: the backend that reads its files for commands without a GPU, if it needs one.
     """
 
     place: str
@@ -92,6 +92,7 @@ class BackendRow:
     own_decoder: bool = False
     own_threads: bool = False
     streams: str = ""
+    without_gpu: str = ""
 
 
 BACKENDS = {
@@ -106,7 +107,11 @@ BACKENDS = {
         "karat_scale.data.backends.dali:open_dali", Files.SHARDS, "dali", own_decoder=True, own_threads=True
     ),
     "nvjpeg": BackendRow(
-        "karat_scale.data.backends.nvjpeg:open_nvjpeg", Files.SHARDS, own_decoder=True, own_threads=True
+        "karat_scale.data.backends.nvjpeg:open_nvjpeg",
+        Files.SHARDS,
+        own_decoder=True,
+        own_threads=True,
+        without_gpu="webdataset",
     ),
     "synthetic": BackendRow("karat_scale.data.backends.synthetic:SyntheticBackend", None),
 }

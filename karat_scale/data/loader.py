@@ -1,6 +1,7 @@
 """Batches, or other results, in plan order from parallel worker processes."""
 
 import errno
+import faulthandler
 import itertools
 import os
 import signal
@@ -8,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -29,6 +30,9 @@ POLL_SECONDS = 2.0
 _NO_SEMAPHORES = (errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENOSPC, errno.ENOSYS)
 # DataLoader's message when that time is over.
 TIMED_OUT = "DataLoader timed out"
+# On this signal a worker prints its Python stack, wherever it hangs; and how long to wait for that.
+_SHOW_STACK, _SHOW_SECONDS = signal.SIGRTMAX - 3, 0.5
+_STANDARD_ERROR = 2
 T = TypeVar("T")
 
 
@@ -51,8 +55,8 @@ class OrderedResults(Iterator[T], Generic[T]):
     One slice is one work item. Each worker prepares at most `prefetch` of them ahead, so memory is bounded.
     Workers start at once and run until the slices end or `close`. With 0 workers everything happens in this
     process. A UserError in a worker is raised here unchanged. A worker that dies raises DataError, and so do
-    workers that return nothing for `timeout` seconds; `whereabouts(workers)` gives the last sample of each. Far more
-    workers than cores raise RecipeError.
+    workers that return nothing for `timeout` seconds; they print their stacks, and `whereabouts(workers)` gives the
+    last sample of each. Far more workers than cores raise RecipeError.
     """
 
     def __init__(
@@ -65,6 +69,8 @@ class OrderedResults(Iterator[T], Generic[T]):
         whereabouts: Callable[[int], str],
     ) -> None:
         check_worker_count(workers)
+        if workers:  # which they inherit
+            faulthandler.register(_SHOW_STACK, file=_STANDARD_ERROR)
         loader = DataLoader(
             _Guarded(work),
             batch_size=None,
@@ -104,6 +110,8 @@ class OrderedResults(Iterator[T], Generic[T]):
             self.close()
             raise
         except (RuntimeError, OSError, EOFError) as error:
+            if self._workers and TIMED_OUT in str(error):
+                _show_stacks(self._results)
             self.close()
             if self._workers and _tells_of_a_dead_worker(error):
                 raise DataError(
@@ -113,7 +121,7 @@ class OrderedResults(Iterator[T], Generic[T]):
             if self._workers and TIMED_OUT in str(error):
                 raise DataError(
                     f"no batch came for data.timeout = {self._timeout:g} s: {self._whereabouts(self._workers)}; "
-                    "look there, or raise data.timeout if it is only slow"
+                    "look there, and at the workers' stacks above, or raise data.timeout if it is only slow"
                 ) from error
             raise
         if isinstance(result, UserError):
@@ -199,6 +207,13 @@ def _kill_workers(
     for queue in queues:
         queue.cancel_join_thread()
         queue.close()
+
+
+def _show_stacks(results: Any) -> None:
+    for worker in results._workers:
+        with suppress(ProcessLookupError):
+            os.kill(worker.pid, _SHOW_STACK)
+    time.sleep(_SHOW_SECONDS)
 
 
 def _kill_with_its_commands(worker: Any) -> None:

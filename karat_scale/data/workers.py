@@ -17,8 +17,6 @@ from karat_scale.machine import usable_cores
 POLL_SECONDS = 1.0
 MAX_WORKERS = 1024
 _PR_SET_PDEATHSIG = 1
-# Opened here and not in a worker, where the dynamic loader's lock may be held for ever by a thread that was not forked.
-_LIBC = ctypes.CDLL(None)
 # More would wait for each other, and each takes memory. The extra ones are for slow file systems.
 _WORKERS_PER_CORE, _MORE_WORKERS = 4, 32
 
@@ -58,8 +56,8 @@ def prepare_worker(parent: int, is_of_main_thread: bool, worker_id: int) -> None
 
 def _be_killed_with_parent() -> None:
     """Let the kernel end this process with its parent, even while it is stopped (SIGSTOP) and cannot look."""
-    with contextlib.suppress(AttributeError):  # no Linux
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    with contextlib.suppress(OSError, AttributeError):  # no Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _leave_with(parent: int) -> None:

@@ -75,8 +75,8 @@ class DataConfig(Section):
         return max(1, self.workers) if self.is_stream else 0
 
     def on_a_cpu(self) -> "DataConfig":
-        """Return what reads the same images without a GPU: `webdataset` for `nvjpeg`, whose pixels differ a little."""
-        return self.changed(backend="webdataset") if self.backend == "nvjpeg" else self
+        """Return what reads the same images without a GPU; their pixels may differ a little."""
+        return self.changed(backend=self.row.without_gpu or self.backend)
 
     @property
     def fewest_workers(self) -> int:

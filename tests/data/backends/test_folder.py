@@ -34,7 +34,7 @@ def test_folder_and_shards_train_alike(image_folder, shards, data_config, order)
 
 
 @pytest.mark.usefixtures("stuck_workers_end_soon")
-def test_a_file_system_that_stalls_is_an_error_that_names_the_file(tmp_path, data_config):
+def test_a_file_system_that_stalls_is_an_error_that_names_the_file(tmp_path, data_config, capfd):
     for split in ("train", "val"):
         (tmp_path / split / "ant").mkdir(parents=True)
         os.mkfifo(tmp_path / split / "ant" / "stuck.jpg")  # opening it waits, as a dead server's file does
@@ -45,4 +45,7 @@ def test_a_file_system_that_stalls_is_an_error_that_names_the_file(tmp_path, dat
         next(backend.train_batches(TrainPlan(0, 1, 1, 1, 0, 1).slices(0, 1)))
     path = tmp_path / "train" / "ant" / "stuck.jpg"
     assert f"no batch came for data.timeout = 1 s: worker 0 at sample 0 in {path};" in str(caught.value)
+    stack = capfd.readouterr().err  # of the worker
+    assert "(most recent call first)" in stack
+    assert "in _worker_loop" in stack
     assert not [p for p in psutil.Process().children() if p not in before and p.status() != psutil.STATUS_ZOMBIE]
