@@ -78,12 +78,12 @@ def _add_corruptions(result: Result, name: str, of_runs: Corrupted) -> None:
 def _shared(of_runs: Corrupted) -> Corrupted:
     """Return what all runs have, so that their means are over the same corruptions; empty if that is nothing."""
     first, *others = of_runs.values()
-    both = [(kind, s) for kind in first for s in first[kind] if all(s in other.get(kind, {}) for other in others)]
-    return {
-        label: {kind: {s: own[kind][s] for k, s in both if k == kind} for kind, _ in both}
-        for label, own in of_runs.items()
-        if both
-    }
+    cells = [(kind, s) for kind in first for s in first[kind] if all(s in other.get(kind, {}) for other in others)]
+    shared: dict[str, dict[str, dict[int, float]]] = {}
+    for label, own in of_runs.items():
+        for kind, severity in cells:
+            shared.setdefault(label, {}).setdefault(kind, {})[severity] = own[kind][severity]
+    return shared
 
 
 def _draw_severities(of_runs: Corrupted) -> Figure:

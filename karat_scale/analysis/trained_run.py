@@ -193,5 +193,6 @@ def open_run(path: str | Path, data: str | None = None, weights: str = "auto", c
     run = TrainedRun(path, recipe, weights, checkpoint)
     if run.device.type == "cpu":
         return replace(run, recipe=recipe.changed(data=recipe.data.on_a_cpu()))
-    torch.cuda.init()  # nvJPEG decodes on the GPU that the process uses
+    if recipe.data.row.without_gpu:
+        torch.cuda.init()  # nvJPEG decodes on the GPU that the process uses
     return run
