@@ -113,7 +113,7 @@ def _doubts(table: PaperTable) -> str:
 
 
 def _not_yet(table: PaperTable, row: PaperRow) -> tuple[str, ...]:
-    return *_of_paper(table, row), _NOT_YET, "", "", "", "", f"`{command_of_row(row)}`"
+    return *_of_paper(table, row), _NOT_YET, "", "", "", "", f"`{command_of_row(row, table)}`"
 
 
 def _of_paper(table: PaperTable, row: PaperRow, parameters: str = "") -> tuple[str, ...]:
@@ -194,7 +194,8 @@ def _paper(table: PaperTable, row: PaperRow) -> str:
         gflops = f"{row.gflops[0]:g} / {row.gflops[1]:g}" if row.gflops else ""
         gflops = f"{row.total_gflops:g}" if row.total_gflops else gflops
         operator = f"{row.operator:.2f} M" if row.operator else ""
-        return "; ".join(filter(None, (f"{row.memory:g} GB", gflops, operator))) + mark
+        memory = f"{row.memory:g} GB" if row.memory else ""
+        return "; ".join(filter(None, (memory, gflops, operator))) + mark
     return _percents([figure for figure in (row.top1, row.top5) if figure is not None]) + mark
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 _FOLDER = Path(__file__).parent
 
@@ -48,13 +48,24 @@ class PaperRow(_Facts):
 
 
 class PaperTable(_Facts):
-    """Rows on one data set."""
+    """Rows on one data set.
+
+    Args:
+        overrides: of every row, before the row's own.
+    """
 
     title: str
     note: str = ""
     measure: Literal["accuracy", "memory", "detection"] = "accuracy"
     data: DataSet
+    overrides: tuple[str, ...] = ()
     rows: tuple[PaperRow, ...]
+
+    @field_validator("rows")
+    @classmethod
+    def _have_the_overrides(cls, rows: tuple[PaperRow, ...], info: ValidationInfo) -> tuple[PaperRow, ...]:
+        every = info.data["overrides"]
+        return tuple(row.model_copy(update={"overrides": (*every, *row.overrides)}) for row in rows)
 
 
 class PaperGroup(BaseModel):

@@ -2,7 +2,6 @@
 
 import json
 import re
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,9 @@ import yaml
 
 from karat_scale.files import sealed
 from karat_scale.ledger.counted import count, counted, counted_rows
-from karat_scale.ledger.match import reference_recipe
+from karat_scale.ledger.match import command_of_row, reference_recipe
 from karat_scale.ledger.page import PAGE, render_page
-from karat_scale.ledger.paper import PaperRow, PaperTable, paper_groups
+from karat_scale.ledger.paper import PaperRow, paper_groups
 from karat_scale.ledger.record import Record, read_records
 from tests.conftest import ROOT
 
@@ -38,42 +37,31 @@ def test_every_row_of_the_paper_is_there_and_can_be_run() -> None:
     for table in TABLES:
         assert f"### {table.title}\n" in page
         for row in table.rows:
-            assert row.top1 or row.memory or row.box
+            assert figures_of(row)
             assert reference_recipe(row).model
             assert f"| {row.model} |" in page
             assert f"! {row.model}" in page.replace("; ", "\n! ") if row.doubts else True
 
 
-def numbers(table: PaperTable) -> list[int]:
-    """The numbers in a title, such as 1 and 3 of "CIFAR-10 (Tables 1 and 3)"."""
-    return [int(number) for number in re.findall(r"\d+", table.title.rpartition("(")[2])]
-
-
-def figures_of(row: PaperRow) -> set[float]:
-    several = (*(row.gflops or ()), *(row.box or ()), *(row.mask or ()))
-    single = (row.top1, row.top5, row.parameters, row.operator, row.memory, row.total_gflops)
-    return {*several, *(figure for figure in single if figure is not None)}
+def figures_of(row: PaperRow) -> list[float]:
+    operations = [*(row.gflops or ()), row.total_gflops]
+    figures = [row.top1, row.top5, *(row.box or ()), *(row.mask or ()), row.memory, *operations, row.parameters]
+    return [figure for figure in (*figures, row.operator) if figure is not None]
 
 
 def test_every_cell_of_the_paper_is_there_and_no_other() -> None:
-    paper: dict[int, dict[str, str]] = yaml.safe_load((Path(__file__).parent / "paper_cells.yaml").read_text())
-    ours: dict[int, set[float]] = {}
+    paper = yaml.safe_load((Path(__file__).parent / "paper_cells.yaml").read_text())
+    assert {table.title: {row.model: figures_of(row) for row in table.rows} for table in TABLES} == paper
+
+
+def test_rows_of_different_recipes_have_different_run_directories() -> None:
+    recipes: dict[str, set[str]] = {}
     for table in TABLES:
-        for number in numbers(table):
-            ours.setdefault(number, set()).update(*map(figures_of, table.rows))
-    for number, rows in paper.items():
-        for row, cells in rows.items():
-            place = int(row.removeprefix("in Table ")) if row.startswith("in Table ") else number
-            missing = [cell for cell in cells.split() if float(cell) not in ours[place]]
-            assert not missing, f"Table {number}, {row}"
-    for table in TABLES:
-        tables = [paper[number] for number in numbers(table)]
         for row in table.rows:
-            of_row = [rows[row.model] for rows in tables if row.model in rows]  # the paper may name it otherwise
-            printed = {
-                float(cell) for cells in of_row or chain(*(t.values() for t in tables)) for cell in cells.split()
-            }
-            assert figures_of(row) <= printed, f"{table.title}, {row.model}"
+            run, recipe = reference_recipe(row).run, command_of_row(row, table)
+            directory = dict(word.partition("=")[::2] for word in recipe.split()).get("run.dir", f"runs/{run.name}")
+            recipes.setdefault(directory, set()).add(recipe)
+    assert {directory: found for directory, found in recipes.items() if len(found) > 1} == {}
 
 
 def test_the_counts_are_those_of_the_models() -> None:
