@@ -67,9 +67,13 @@ def fourier_karat_attention(
         ValueError: a shape, dtype, device or name does not fit, or the implementation asked for by name cannot take
             the call; the message says what was expected.
     """
-    call = FourierCall(query, key, value, cos_coef, sin_coef, proj, base, bias, mask)
+    return attend_call(FourierCall(query, key, value, cos_coef, sin_coef, proj, base, bias, mask), implementation)
+
+
+def attend_call(call: FourierCall, implementation: str) -> Tensor:
+    """Return O of a call. See `fourier_karat_attention`."""
     output = _check_and_choose(implementation, call)(call)
-    dtype = output_dtype(value)
+    dtype = output_dtype(call.value)
     return output if output.dtype == dtype else output.to(dtype)
 
 

@@ -45,9 +45,9 @@ class AttentionHeads(nn.Module):
     ) -> tuple[str, str | None]:
         """Return the implementation that runs, and why "auto" did not choose the device's own kernels, or None.
 
-        The arguments are those of `refusal`, which must have returned None.
+        The arguments are those of `refusal`, which must have returned None. Those that have no choice run by "PyTorch".
         """
-        return "streaming", None
+        return "PyTorch", None
 
 
 class FourierHeads(AttentionHeads):

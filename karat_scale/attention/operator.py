@@ -1,5 +1,7 @@
 """The modules that own the parameters of KArAt: those of every unit, and the projector W of every head."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -216,8 +218,26 @@ class FourierKaratOperator(KaratOperator):
             f"base={self.base!r}, init={self.init!r}, implementation={self.implementation!r}"
         )
 
-    def call(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None) -> FourierCall:
-        """Return what the implementations of the operator are given."""
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        attend: Callable[[FourierCall], Tensor] | None = None,
+    ) -> Tensor:
+        """Return O as `KaratOperator` does, or what `attend` makes of the call.
+
+        A form that builds on this one passes `attend`: only during this forward are the parameters whole at ZeRO-3.
+        """
+        if attend is None:
+            return super().forward(query, key, value, bias, mask)
+        return attend(self._call_of(query, key, value, bias, mask))
+
+    def _call_of(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None
+    ) -> FourierCall:
         assert isinstance(self.basis, Fourier)
         assert self.proj is not None
         coefficients = self.basis.series(self.basis_parameters())

@@ -78,10 +78,11 @@ def _phases(grid: int) -> tuple[Tensor, Tensor]:
 
 
 def smooth_modes(tokens: int, count: int) -> Tensor:
-    """U [N, count], float64: orthonormal columns that sum to zero, of the class token and of the lowest frequencies.
+    """U [N, count], float64: orthonormal columns that sum to zero, of class and register tokens and of low frequencies.
 
-    N tokens are taken for the largest square of patches, and class and register tokens before it. Raises ValueError
-    when there are fewer than `count` such columns.
+    N tokens are taken for the largest square of patches, and class and register tokens before it. Columns have the
+    signs of the Gram-Schmidt process: those of LAPACK's differ between libraries, and checkpoints rely on them. Raises
+    ValueError when there are fewer than `count` such columns.
     """
     if count >= tokens:
         raise ValueError(
@@ -95,6 +96,7 @@ def smooth_modes(tokens: int, count: int) -> Tensor:
     patches = torch.kron(waves, waves)[:, frequency.argsort(stable=True)[1:]]
     apart = torch.eye(tokens, prefix, dtype=torch.float64, device="cpu")
     smooth = torch.cat((patches.new_zeros(prefix, patches.shape[1]), patches))
-    columns = torch.cat((smooth.new_ones(tokens, 1), apart[:, :1], smooth, apart[:, 1:]), 1)
-    modes: Tensor = torch.linalg.qr(columns[:, : count + 1]).Q[:, 1:]
+    columns = torch.cat((smooth.new_ones(tokens, 1), apart, smooth), 1)
+    orthonormal, triangular = torch.linalg.qr(columns[:, : count + 1])
+    modes: Tensor = (orthonormal * triangular.diagonal().sign())[:, 1:]
     return modes

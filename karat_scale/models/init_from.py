@@ -14,7 +14,7 @@ from karat_scale.errors import RecipeError, one_line
 from karat_scale.models.factory import host_of, layer_sizes
 from karat_scale.models.init_operators import OPERATOR, operators_for, spread_operator
 from karat_scale.models.positions import is_sincos_2d
-from karat_scale.models.prefix_tokens import fit_prefix, patches_of, prefix_tokens
+from karat_scale.models.prefix_tokens import fit_prefix, prefix_tokens
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 # Keys of an operator that can differ while all parameters have the same names and shapes.
@@ -49,7 +49,6 @@ def take_weights(model: nn.Module, weights: Mapping[str, Tensor], new_head: bool
     _check_axes(weights, own)
     _check_values(weights, own)
     there = prefix_tokens(weights)
-    patches = patches_of(weights) if any(OPERATOR in name for name in weights) else None  # of positions not yet resized
     keeps_positions = new_head and _has_fixed_positions(model) and not _are_fixed(weights)
     weights, notes = fit_prefix(model, weights)
     notes += _patch_note(weights, own)
@@ -61,7 +60,7 @@ def take_weights(model: nn.Module, weights: Mapping[str, Tensor], new_head: bool
     if any(OPERATOR in name for name in own):
         if any(OPERATOR in name for name in weights):
             weights = spread_operator(model, weights)
-            operators, grids = operators_for(model, weights, there, patches)
+            operators, grids = operators_for(model, weights, there)
             notes += [f"interpolated from {grid.height} x {grid.width} patches" for grid in grids]
             weights = {**weights, **operators}
         else:

@@ -27,7 +27,7 @@ def spread_operator(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str
 
 
 def operators_for(
-    model: nn.Module, weights: Mapping[str, Tensor], there: Sequence[str], patches: int | None = None
+    model: nn.Module, weights: Mapping[str, Tensor], there: Sequence[str]
 ) -> tuple[dict[str, Tensor], list[TokenGrid]]:
     """Return the operators' tensors for a model's grids and prefix tokens, and the other grids that they came from.
 
@@ -35,7 +35,6 @@ def operators_for(
         model: its operators give the initial values of prefix tokens that only it has.
         weights: a state dict with operators.
         there: the prefix tokens of the weights, as `prefix_tokens` names them.
-        patches: their number in the weights, for operators that do not show it; None if it is the model's.
 
     Raises:
         RecipeError: the operators are of other layers or of another kind.
@@ -58,8 +57,7 @@ def operators_for(
             )
         try:
             new = square_grid(operator.num_tokens, len(here))
-            tokens = tokens_of(operator, tensors) or len(there) + (patches or new.patches)
-            old = square_grid(tokens, len(there))
+            old = square_grid(tokens_of(operator, tensors), len(there))
             tensors = resize_operator(operator, tensors, old, new, places)
         except ValueError as error:
             raise RecipeError(

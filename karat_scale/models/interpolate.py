@@ -55,14 +55,11 @@ def square_grid(tokens: int, prefix: int) -> TokenGrid:
     return TokenGrid(prefix, side, side)
 
 
-def tokens_of(operator: Resizable, tensors: Mapping[str, Tensor]) -> int | None:
-    """Return N of an operator's tensors by name; None if they do not show it. `operator` is the same except for N.
+def tokens_of(operator: Resizable, tensors: Mapping[str, Tensor]) -> int:
+    """Return N of an operator's tensors by name; `operator` is the same except for N.
 
     Raises ValueError if they are of another operator.
     """
-    if isinstance(operator, SmoothOperator):
-        _check(operator, tensors, operator.num_tokens)
-        return None
     for name, axes in _token_axes(operator).items():
         tensor = tensors.get(name)
         if axes and tensor is not None and tensor.dim() > axes[0]:
@@ -83,7 +80,7 @@ def resize_operator(
 
     Args:
         operator: of the new size; it gives the initial values of class or register tokens that the old grid lacks.
-        tensors: its parameters by name.
+        tensors: its parameters and buffers by name.
         old, new: the grid of the tensors, and the grid to convert to.
         places: the position of each class and register token of the new grid in the old one, or None if missing; the
             default is the first ones.
@@ -149,13 +146,13 @@ def _resize_modes(
     places: Sequence[int | None],
 ) -> dict[str, Tensor]:
     """The coefficients that are nearest to the resampled functions; 0 at a token that has no place in the old grid."""
-    before = mode_columns(old.tokens, operator.num_modes)
-    resampled = resize_tokens(before, 0, old, new, old.patches / new.patches, places)
+    resampled = resize_tokens(tensors["modes"].double(), 0, old, new, old.patches / new.patches, places)
     change = mode_columns(new.tokens, operator.num_modes).mT @ resampled
-    return {
-        name: torch.tensordot(change, x.double(), ([1], [_MODES[name]])).movedim(0, _MODES[name]).to(x.dtype)
-        for name, x in tensors.items()
+    fitted = {
+        name: torch.tensordot(change, tensors[name].double(), ([1], [axis])).movedim(0, axis).to(tensors[name].dtype)
+        for name, axis in _MODE_AXES.items()
     }
+    return {"modes": operator.modes, **fitted}
 
 
 def _with_new_tokens(own: Tensor, tensor: Tensor, axes: Sequence[int], places: Sequence[int | None]) -> Tensor:
@@ -167,11 +164,11 @@ def _with_new_tokens(own: Tensor, tensor: Tensor, axes: Sequence[int], places: S
     return torch.where(is_new, own.to(tensor.dtype), tensor)
 
 
-_MODES = {"cos_modes": 2, "sin_modes": 2, "proj_modes": 1}
+_MODE_AXES = {"cos_modes": 2, "sin_modes": 2, "proj_modes": 1}
 _AXES: dict[type, dict[str, list[int]]] = {
     StaticHeads: {"matrix": [1, 2]},
     BoundedOperator: {"cos_coef": [2], "sin_coef": [2], "proj": [1], "gamma": [], "temperature": []},
-    SmoothOperator: {name: [] for name in _MODES},
+    SmoothOperator: {"modes": [0], **{name: [] for name in _MODE_AXES}},
 }
 
 
@@ -180,7 +177,7 @@ def _shapes(operator: Resizable, tokens: int) -> dict[str, tuple[int, ...]]:
         axes = _AXES[type(operator)]
         return {
             name: tuple(tokens if axis in axes[name] else size for axis, size in enumerate(parameter.shape))
-            for name, parameter in operator.named_parameters()
+            for name, parameter in operator.state_dict().items()
         }
     shapes = parameter_shapes(operator.basis, operator.form, operator.num_heads, tokens, operator.rank)
     return shapes if operator.proj is None else {**shapes, "proj": (operator.num_heads, tokens, operator.rank)}

@@ -23,14 +23,6 @@ def prefix_tokens(state: Mapping[str, Tensor]) -> list[str]:
     return [f"{name}.{number}" for name in _TOKENS if name in state for number in range(state[name].shape[1])]
 
 
-def patches_of(state: Mapping[str, Tensor]) -> int | None:
-    """Return the number of patches that have a position of their own; None without such positions."""
-    positions = state.get("pos_embed")
-    if positions is None or positions.dim() != 3:
-        return None
-    return positions.shape[1] - _embedded(state, len(prefix_tokens(state)))
-
-
 def places_of(tokens: Sequence[str], there: Sequence[str]) -> list[int | None]:
     """Return the position of each of `tokens` in `there`; None if it is not there."""
     return [there.index(token) if token in there else None for token in tokens]

@@ -42,21 +42,20 @@ class KaratAttention(Attention):
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        """Compute attention on tokens [B, N, D]. A boolean `attn_mask` keeps pairs; a float one is added to scores."""
+        """Compute attention on tokens [B, N, D].
+
+        A boolean `attn_mask` keeps pairs. A float one is added to scores; as in PyTorch, -inf keeps a pair out.
+        """
         if is_causal:
             raise ValueError("is_causal is not supported: KArAt is tied to the positions of image tokens")
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
         query, key = self.q_norm(query), self.k_norm(key)
-        is_mask = attn_mask is not None and attn_mask.dtype == torch.bool
-        out = self.operator(
-            query,
-            key,
-            value,
-            bias=None if is_mask else attn_mask,
-            mask=attn_mask if is_mask else None,
-        )
+        bias, mask = None, attn_mask
+        if attn_mask is not None and attn_mask.dtype != torch.bool:
+            bias, mask = attn_mask, ~attn_mask.isneginf()
+        out = self.operator(query, key, value, bias=bias, mask=mask)
         return join_heads(self, x, out)
 
 

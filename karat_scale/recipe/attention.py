@@ -96,6 +96,11 @@ class AttentionConfig(Section):
 
     @model_validator(mode="after")
     def _implementation_has_the_operator(self) -> "AttentionConfig":
+        if self.kind not in ("softmax", "karat") and self.implementation in ("cpu", "triton"):
+            raise ValueError(
+                f"attention.implementation = {self.implementation} supports only attention.kind=karat, not "
+                f"{self.kind}; use auto"
+            )
         if not self.is_modular_series and self.implementation not in ("auto", "reference", "streaming"):
             raise ValueError(
                 f"attention.implementation = {self.implementation} supports only the modular Fourier operator without "
@@ -129,13 +134,15 @@ class AttentionConfig(Section):
 
     @model_validator(mode="after")
     def _keys_belong_to_the_kind(self) -> "AttentionConfig":
-        ours = {"form": "modular", "basis": "fourier", "scores": True}
-        ours |= dict.fromkeys(("residual", "simplex", "gains"), False)
-        if self.kind not in ("softmax", "karat"):
+        # A recipe of KArAt with attention.kind=softmax is a baseline, so only what names another model is refused.
+        ours: dict[str, object] = {"scores": True, "residual": False}
+        of_karat = {"form": "modular", "basis": "fourier", "simplex": False, "gains": False}
+        if self.kind != "karat":
+            ours |= {"softmax_heads": 0} if self.kind == "softmax" else of_karat
             for key, only in ours.items():
                 if (value := getattr(self, key)) != only:
                     raise ValueError(f"attention.{key} = {value} is of attention.kind=karat, not of {self.kind}")
-        elif self.form in VARIANTS and self.kind == "karat":
+        elif self.form in VARIANTS:
             plain = {
                 "basis": "fourier",
                 "simplex": False,

@@ -33,6 +33,22 @@ def test_modes_are_orthonormal_and_sum_to_zero(tokens, count):
     torch.testing.assert_close(modes.sum(0), torch.zeros(count, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("tokens", [65, 201])
+def test_modes_do_not_depend_on_the_linear_algebra_library(tokens, monkeypatch):
+    modes, qr = smooth_modes(tokens, 15), torch.linalg.qr
+
+    def other_signs(columns):
+        orthonormal, triangular = qr(columns)
+        return -orthonormal, -triangular
+
+    monkeypatch.setattr(torch.linalg, "qr", other_signs)
+    assert torch.equal(smooth_modes(tokens, 15), modes)
+
+
+def test_each_register_token_has_a_mode():
+    assert smooth_modes(201, 15)[:5].unique(dim=0).shape == (5, 15)
+
+
 @pytest.mark.parametrize(("form", "rank"), [("modular", 12), ("modular", 65), ("full_rank", 12)])
 def test_a_vit_starts_with_softmax_as_far_as_its_rank_goes(form, rank):
     """Of rank N, or full rank, all of softmax; below it, softmax of the modes. The rest is of second order in A."""

@@ -19,20 +19,22 @@ def fresh_compiler():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "implementation"),
+    ("config", "attention"),
     [
-        ("zero0", "streaming"),
-        ("zero0", "reference"),
-        *((config, "cpu") for config in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload_params")),
+        ("zero0", "implementation=streaming"),
+        ("zero0", "implementation=reference"),
+        *(
+            (config, "implementation=cpu")
+            for config in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload_params")
+        ),
+        ("zero3", "form=content"),
     ],
 )
-def test_a_compiled_model_trains_as_one_that_is_not(
-    small_recipe, make_engine, config: str, implementation: str
-) -> None:
+def test_a_compiled_model_trains_as_one_that_is_not(small_recipe, make_engine, config: str, attention: str) -> None:
     outcomes = []
     for compiled in ("false", "true"):
         own = (f"deepspeed.config={config}", "deepspeed.cpu_adam=torch", f"train.compile={compiled}")
-        engine = make_engine(small_recipe(*own, f"attention.implementation={implementation}"))
+        engine = make_engine(small_recipe(*own, f"attention.{attention}"))
         norms = [train_once(engine, seed) for seed in range(3)]
         outcomes.append((norms, torch.cat([weight.flatten() for weight in weights(engine)])))
     (norms, plain), (compiled_norms, compiled_weights) = outcomes

@@ -6,6 +6,7 @@ import torch
 from karat_scale.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.models.flops import flops_per_image
+from karat_scale.models.init_from import take_weights
 from karat_scale.models.operators import head_parameters, operators
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
@@ -61,6 +62,29 @@ def test_all_that_it_learns_has_a_gradient(name, host):
     assert len(list(head_parameters(model))) > 0
 
 
+@pytest.mark.parametrize(("host", "size"), [("swin", 8), ("mobilevit", 192)])
+def test_smooth_changes_its_image_size_in_hosts_without_positions(host, size):
+    source = make(host, **SECTIONS["smooth"])
+    with torch.no_grad():
+        for name, parameter in source.named_parameters():
+            if "_modes" in name:
+                parameter.add_(0.1)
+    sized = ModelConfig(**{**HOSTS[host], "image_size": size}, num_classes=3)
+    target = create_model(sized, AttentionConfig(rank=3, grid=2, **SECTIONS["smooth"]))
+    assert "interpolated from" in take_weights(target, source.state_dict())
+    for before, after in zip(operators(source), operators(target), strict=True):
+        # A sum over the keys, at a score of 0, stays.
+        torch.testing.assert_close(after.cos_coef.sum(2), before.cos_coef.sum(2), rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_minus_infinity_in_a_float_mask_keeps_a_pair_out(name):
+    layer = make("vit", **SECTIONS[name]).blocks[0].attn
+    tokens, keep = torch.randn(2, 17, 32), torch.rand(1, 1, 17, 17) > 0.3
+    added = torch.zeros(keep.shape).masked_fill(~keep, -torch.inf)
+    torch.testing.assert_close(layer(tokens, attn_mask=added), layer(tokens, attn_mask=keep))
+
+
 def test_functions_are_those_of_operators_that_have_some():
     assert operators(make("vit", kind="static")) == [None, None]
     assert all(operator is not None for operator in operators(make("vit", kind="karat", form="content")))
@@ -95,6 +119,10 @@ def test_operations_are_counted():
         ),
         ({"kind": "karat", "base": "silu", "gains": True}, "needs attention.basis=fourier and attention.base=zero"),
         ({"kind": "static", "gains": True}, "attention.gains = True is of attention.kind=karat"),
+        ({"kind": "softmax", "scores": False}, "attention.scores = False is of attention.kind=karat, not of softmax"),
+        ({"kind": "softmax", "residual": True}, "attention.residual = True is of attention.kind=karat"),
+        ({"kind": "softmax", "softmax_heads": 1}, "attention.softmax_heads = 1 is of attention.kind=karat"),
+        ({"kind": "static", "implementation": "cpu"}, "attention.implementation = cpu supports only"),
     ],
 )
 def test_what_does_not_go_together_is_refused(section, said):

@@ -213,7 +213,7 @@ def _differentiate(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tu
         return (None,) * len(ctx.needs_input_grad)
     *grads, grad_psi = torch.ops.karat_scale.cpu_backward(grad_output, *ctx.saved_tensors)
     # Where psi is None, torch may leave it out of the inputs.
-    return *grads, *([grad_psi.sum(0)] if len(grad_psi) else [None] * (len(ctx.needs_input_grad) - len(grads)))
+    return *grads, *([grad_psi.sum(0)] if grad_psi.dim() > 1 else [None] * (len(ctx.needs_input_grad) - len(grads)))
 
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor cosines, Tensor sines, Tensor projector, Tensor? psi=None"

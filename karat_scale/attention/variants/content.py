@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from karat_scale.attention.functional import content_kernel
+from karat_scale.attention.call import FourierCall
+from karat_scale.attention.functional import attend_call, content_kernel
 from karat_scale.attention.heads import AttentionHeads
 from karat_scale.attention.kernels import cpu, triton_content
 from karat_scale.attention.operator import FourierKaratOperator
@@ -47,15 +48,19 @@ class ContentOperator(AttentionHeads):
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """O [B, h, N, d] of query, key and value [B, h, N, d]; bias and mask as in `karat_attention`."""
-        call = self.operator.call(query, key, value, bias, mask)
-        kernel = content_kernel(call, self.operator.implementation)
+        output: Tensor = self.operator(query, key, value, bias, mask, attend=self._attend)
+        return output
+
+    def _attend(self, call: FourierCall) -> Tensor:
+        implementation = self.operator.implementation
+        kernel = content_kernel(call, implementation)
         if kernel == "cpu":
-            return cpu.attend(call, self._psi()).to(output_dtype(value))
-        low_rank: Tensor = self.operator(query, key, value, bias, mask)
+            return cpu.attend(call, self._psi()).to(output_dtype(call.value))
+        low_rank = attend_call(call, implementation)
+        heads = call.query, call.key, call.value
         if kernel == "triton":
-            return triton_content.attend(query, key, value, self._psi().float()).to(low_rank.dtype) + low_rank
-        whole = self.operator.implementation == "reference"
-        return attend_rows(self._rule(), query, key, value, bias, mask, whole) + low_rank
+            return triton_content.attend(*heads, self._psi().float()).to(low_rank.dtype) + low_rank
+        return attend_rows(self._rule(), *heads, call.bias, call.mask, implementation == "reference") + low_rank
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """S [B, h, N, N], both parts."""
@@ -78,8 +83,9 @@ class ContentOperator(AttentionHeads):
     def chosen(
         self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False
     ) -> tuple[str, str | None]:
-        """See `AttentionHeads`; of the part of low rank."""
-        return self.operator.chosen(width, device, biased=biased, masked=masked)
+        """See `AttentionHeads`."""
+        name, why = self.operator.chosen(width, device, biased=biased, masked=masked)
+        return "triton, psi by streaming" if name == "triton" and biased else name, why
 
     def _psi(self) -> Tensor:
         """psi / N of each head [h, 2 G + 1]."""

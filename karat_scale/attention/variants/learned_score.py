@@ -63,6 +63,12 @@ class LearnedScore(AttentionHeads):
         """See `AttentionHeads`."""
         return self.num_heads * tokens * tokens * (4 * width + 4 * self.grid)
 
+    def chosen(
+        self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False
+    ) -> tuple[str, str | None]:
+        """See `AttentionHeads`."""
+        return "reference" if self.implementation == "reference" else "streaming", None
+
     def extra_repr(self) -> str:
         """The settings, in the constructor's names."""
         return f"num_heads={self.num_heads}, grid={self.grid}, implementation={self.implementation!r}"

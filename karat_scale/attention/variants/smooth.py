@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from karat_scale.attention.functional import fourier_karat_attention, fourier_karat_scores
 from karat_scale.attention.heads import FourierHeads
 from karat_scale.attention.operator import FourierKaratOperator, plain_operator
+from karat_scale.attention.precision import compute_dtype, full_precision
 from karat_scale.attention.softmax_start import smooth_modes
 
 
@@ -20,8 +21,9 @@ def mode_columns(tokens: int, count: int) -> Tensor:
 class SmoothOperator(FourierHeads):
     """The modular Fourier operator with coefficients and W expanded from K modes of the patch grid.
 
-    a_pqm = sum_j M_qj c_pjm and W = M w. The orthonormal columns of M [N, K] are the constant, the class token, and the
-    lowest frequencies of the cosine transform over the grid. Ours, not the paper's: N / K times fewer parameters.
+    a_pqm = sum_j M_qj c_pjm and W = M w. The orthonormal columns of M [N, K] are the constant, class and register
+    tokens, and the lowest frequencies of the cosine transform over the grid. Ours, not the paper's: N / K times fewer
+    parameters.
 
     Args:
         num_tokens: N, class token included.
@@ -54,9 +56,9 @@ class SmoothOperator(FourierHeads):
         self.num_modes, self.implementation = modes, implementation
         columns = mode_columns(num_tokens, modes)
         kept = torch.get_default_dtype() if dtype is None else dtype
-        # Not in checkpoints: it follows from N and K.
+        # In checkpoints too, where it shows N.
         where = torch.get_default_device() if device is None else device
-        self.register_buffer("modes", columns.to(where, kept), persistent=False)
+        self.register_buffer("modes", columns.to(where, kept))
 
         def room(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -101,5 +103,9 @@ class SmoothOperator(FourierHeads):
 
     def _expanded(self) -> tuple[Tensor, Tensor, Tensor]:
         """cos_coef and sin_coef [h, r, N, G], and W [h, N, r]."""
-        cos, sin = (torch.einsum("qj,hpjm->hpqm", self.modes.to(x.dtype), x) for x in (self.cos_modes, self.sin_modes))
-        return cos, sin, self.modes.to(self.proj_modes.dtype) @ self.proj_modes
+        kept = self.cos_modes, self.sin_modes, self.proj_modes
+        dtype = compute_dtype(*kept)
+        with full_precision(self.modes.device):
+            modes, cos, sin, proj = (x.to(dtype) for x in (self.modes, *kept))
+            cos, sin = (torch.einsum("qj,hpjm->hpqm", modes, x) for x in (cos, sin))
+            return cos, sin, modes @ proj

@@ -151,6 +151,19 @@ def test_results_have_the_dtype_that_softmax_attention_has(name):
     torch.testing.assert_close(wide.double(), exact, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("name", ["learned_score", "content", "bounded", "smooth"])
+def test_autocast_does_not_round_what_is_learned(name):
+    module = make(name, torch.float32)
+    grads = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = module(*heads(torch.float32))
+        # The gradient of the result is a power of two, which 16 bits hold.
+        grads.append(torch.autograd.grad(output.float().sum(), list(module.parameters())))
+    for narrow, wide in zip(*grads[::-1], strict=True):
+        torch.testing.assert_close(narrow, wide, rtol=1e-4, atol=1e-5)
+
+
 def test_those_that_start_as_softmax_do():
     inputs = heads(torch.float32)
     softmax = scaled_dot_product_attention(*inputs)
@@ -186,6 +199,15 @@ def test_bounded_is_bounded():
     torch.testing.assert_close(module.scores(1e3 * query, key), module.scores(query, key))
 
 
+def test_high_harmonics_of_bounded_start_small():
+    """a_m has a standard deviation of 1 / (sqrt(N) m^2)."""
+    torch.manual_seed(0)
+    plain = BoundedOperator(49, 12, 12, grid=4).plain()
+    for m in range(4):
+        deviation = torch.stack((plain.cos_coef[..., m], plain.sin_coef[..., m])).detach().std()
+        assert float(deviation) == pytest.approx(1 / (7 * (m + 1) ** 2), rel=0.05)
+
+
 def test_smooth_needs_as_many_tokens_as_modes():
     with pytest.raises(ValueError, match="modes = 11 is more than N = 10 tokens"):
         SmoothOperator(TOKENS, HEADS, modes=11)
@@ -216,6 +238,7 @@ def test_an_empty_batch_gives_an_empty_result(name):
     output = module(*tensors, bias=mask.double(), mask=mask)
     assert output.shape == (0, HEADS, TOKENS, WIDTH)
     output.sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
     assert module.scores(*tensors[:2]).shape == (0, HEADS, TOKENS, TOKENS)
 
 
