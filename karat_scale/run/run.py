@@ -16,6 +16,7 @@ from karat_scale.engine.devices import device_name
 from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
+from karat_scale.engine.freed_memory import keep_freed_memory
 from karat_scale.engine.out_of_memory import memory_snapshot, one_line_out_of_memory, record_memory
 from karat_scale.engine.precision import slow_precision
 from karat_scale.engine.recompute import apply_recompute
@@ -50,6 +51,8 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
     """
     signals = StopSignals().install()
     with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
+        if world.device.type == "cpu":
+            keep_freed_memory()
         try:
             directory, copy, changes = claim_directory(recipe, world, signals)
         except StoppedError:
