@@ -104,7 +104,9 @@ def preprocessing(recipe: Recipe) -> dict[str, Any]:
 
 
 def _accuracy(recipe: Recipe, saved: Mapping[str, Any], kind: str) -> dict[str, str]:
-    """Top-1 and top-5 in percent, where these very weights were evaluated."""
+    """Top-1 and top-5 in percent, where these very weights were evaluated, on images of the recipe's size."""
+    if saved.get("image_size") not in (None, 0, recipe.model.image_size):
+        return {}
     if saved.get("evaluated_step") != saved["step"] or wants_ema("auto", recipe, saved) != (kind == "ema"):
         return {}
     return {"top1": str(saved["last_top1"]), "top5": str(saved["last_top5"])}

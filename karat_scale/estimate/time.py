@@ -64,7 +64,7 @@ def estimate(
     peak = matrix_peak(recipe.train, gpu.peaks)
     if peak is None:
         return None
-    flops = flops_per_image(recipe.model, recipe.attention).training + teacher_flops
+    flops = flops_per_image(recipe.model, recipe.attention, recipe.train.freeze).training + teacher_flops
     products = flops / (MATRIX_EFFICIENCY * peak)
     written = footprint.written(2) - footprint.written(1) + written_by_rows(recipe, on_gpu=True)
     bytes_ = TRAFFIC_PER_BYTE * written

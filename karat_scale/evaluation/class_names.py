@@ -11,12 +11,15 @@ _WNID = re.compile(r"n\d{8}")
 def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None]:
     """Return the label of each of their classes among ours; None of one that is not there.
 
-    Names are compared without case, and an underscore is a space. WordNet ids and the names of ImageNet-1K's classes
+    Equal names match first. Others are compared without case, and an underscore is a space, where that names one of our
+    classes alone. WordNet ids and the names of ImageNet-1K's classes
     stand for each other. Where all of their names are numbers, as in ImageNet-V2, they are the labels themselves,
     unless ours are numbers, too.
     """
-    plain = {_plain(name): label for label, name in enumerate(ours)}
-    found = [plain.get(_plain(name)) for name in theirs]
+    if list(theirs) == list(ours):
+        return list(range(len(ours)))
+    equal, plain = _labels(ours), _labels([_plain(name) for name in ours])
+    found = [equal.get(name, plain.get(_plain(name))) for name in theirs]
     if all(label is not None for label in found):
         return found
     if all(name.isdecimal() for name in theirs) and not any(name.isdecimal() for name in ours):
@@ -50,6 +53,12 @@ def _wnids_by_name() -> dict[str, str]:
         named += [(name, wnid) for name in names]
     counts = Counter(name for name, _ in named)
     return {name: wnid for name, wnid in named if counts[name] == 1}
+
+
+def _labels(names: Sequence[str]) -> dict[str, int]:
+    """Return the label of each name that only one class has."""
+    counts = Counter(names)
+    return {name: label for label, name in enumerate(names) if counts[name] == 1}
 
 
 def _plain(name: str) -> str:

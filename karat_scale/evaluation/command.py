@@ -1,5 +1,6 @@
 """`karat eval RUN --on DIR`, `--labels FILE` and `--corrupt`: a checkpoint on other test sets, kept with the run."""
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
@@ -213,10 +214,12 @@ def _begun(
     directory: RunDirectory, recipe: Recipe, request: Request, checkpoint: str, use_ema: bool, test_set: TestSet
 ) -> Evaluation:
     """Return what is known of an evaluation before it has a score."""
-    where, _ = _where(recipe, request)
+    where, split = _where(recipe, request)
+    is_own_split = request.on is None and split == directory.recipe().data.val_split
+    asked = "" if is_own_split and not request.split else split if request.on is None else request.split
     place = where if isinstance(where, str) else str(where.resolve())
-    name = request.name or _name_of(place if request.on is not None else "", request)
-    source = place + (f", split {request.split}" if request.split else "")
+    name = request.name or _name_of(place if request.on is not None else "", request, asked)
+    source = place + (f", split {asked}" if asked else "")
     source += f", labels of {Path(request.labels).resolve()}" if request.labels else ""
     source += ", corrupted" if request.corrupt is not None else ""
     identity = {
@@ -228,6 +231,7 @@ def _begun(
         "precision": recipe.train.precision,
         "source": source,
         "images": len(test_set),
+        "labels": hashlib.sha256(test_set.labels.tobytes()).hexdigest(),
         **({"turned": True} if test_set.turns else {}),
     }
     return Evaluation(
@@ -245,13 +249,13 @@ def _begun(
     )
 
 
-def _name_of(place: str, request: Request) -> str:
+def _name_of(place: str, request: Request, split: str) -> str:
     """Return the name of an evaluation: its place's, "" for the run's own data, and what is done with it."""
     base = "val"
     if place:
         whole = Path(place)
         base = (whole.parent if whole.name in SPLITS else whole).name or "other"
-    base += f"-{request.split}" if request.split else ""
+    base += f"-{split}" if split else ""
     base += f"-{Path(request.labels).stem}" if request.labels else ""
     return base + ("-corrupted" if request.corrupt is not None else "")
 

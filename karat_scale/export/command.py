@@ -73,7 +73,7 @@ def _only(kinds: Sequence[str]) -> str:
 
 def _push(source: Source, out: str | None, repository: str, private: bool) -> int:
     with temporary_folder(source.run.path / "hub") as scratch:
-        folder = Path(out) if out else scratch / "model"
+        folder = Path(out).expanduser() if out else scratch / "model"
         try:
             note = load(EXPORT_FORMATS[HUB].place)(source, folder)
         except OSError as error:
@@ -91,10 +91,11 @@ def _target(out: str | None, run: Path, name: str, row: FormatRow, alone: bool) 
     names_it = suffix == row.suffix if row.suffix else alone
     if names_it and not alone:
         raise RunDirectoryError(f"--out {out} is one file for two kinds of weights; add --weights raw or ema")
-    if alone and not names_it and suffix and not out.endswith("/") and not Path(out).is_dir():
+    if alone and not names_it and suffix and not out.endswith("/") and not Path(out).expanduser().is_dir():
         meant = Path(out).with_suffix(row.suffix)
         raise RunDirectoryError(f"--out {out} is not a {row.suffix} file; use {meant}, or {out}/ for a directory")
-    return Path(out) if names_it else Path(out) / f"{name}{row.suffix}"
+    path = Path(out).expanduser()
+    return path if names_it else path / f"{name}{row.suffix}"
 
 
 def _size(path: Path) -> int:

@@ -51,13 +51,12 @@ def _build(model: ModelConfig, **options: Any) -> nn.Module:
                 f"use at least {PLAIN_BLOCKS + 1}"
             )
         sizes |= {"depth": model.depth, "local_up_to_layer": model.depth - PLAIN_BLOCKS}
-    if model.num_heads is not None:
-        sizes["num_heads"] = model.num_heads
-    if model.embed_dim is not None:
-        heads = model.num_heads or _own_heads(model.name)
-        if model.embed_dim % heads:
-            raise RecipeError(f"model.embed_dim = {model.embed_dim} is not a multiple of the {heads} heads")
-        sizes["embed_dim"] = model.embed_dim // heads  # timm's is the width of a head
+    if model.num_heads is not None or model.embed_dim is not None:
+        own_heads, own_width = _own_sizes(model.name)
+        heads, width = model.num_heads or own_heads, model.embed_dim or own_width
+        if width % heads:
+            raise RecipeError(f"model.embed_dim = {width} is not a multiple of the {heads} heads")
+        sizes |= {"num_heads": heads, "embed_dim": width // heads}  # timm's is the width of a head
     network: Any = build_timm(
         model,
         model.name,
@@ -76,10 +75,11 @@ def _build(model: ModelConfig, **options: Any) -> nn.Module:
     return built
 
 
-def _own_heads(name: str) -> int:
+def _own_sizes(name: str) -> tuple[int, int]:
+    """Return a model's number of heads and width."""
     with torch.device("meta"):
         network: Any = timm.create_model(name)
-    return int(network.blocks[0].attn.num_heads)
+    return int(network.blocks[0].attn.num_heads), int(network.embed_dim)
 
 
 def _learn(model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSize, ...], **options: Any) -> nn.Module:

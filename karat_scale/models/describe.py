@@ -33,7 +33,7 @@ def _details(attention: AttentionConfig) -> list[str]:
         attention.form: is_karat,
         attention.mode: True,
         f"grid {attention.grid}": is_karat or attention.kind == "learned_score",
-        f"rank {attention.rank}": is_karat,
+        f"rank {attention.rank}": is_karat and attention.form != "full_rank",
         "on the simplex": attention.simplex is True,
         "hidden units on the simplex": attention.simplex == "hidden",
         "without scores": not attention.scores,

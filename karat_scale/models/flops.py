@@ -7,6 +7,7 @@ attention transfer, S V counts, and the teacher's own pass does not.
 """
 
 import copy
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from karat_scale.attention.heads import AttentionHeads
 from karat_scale.models.factory import create_model
+from karat_scale.models.freeze import freeze
 from karat_scale.models.layers import attention_layers
 from karat_scale.models.transfer import TransferredAttention
 from karat_scale.recipe import AttentionConfig, ModelConfig
@@ -26,24 +28,29 @@ class Flops(NamedTuple):
 
     forward: int
     training: int
-    """Forward and backward, without recomputation: three times forward, minus the gradient of the pixels."""
+    """Forward and backward, without recomputation: three times forward, minus the gradients of the pixels and of frozen
+    parameters."""
 
 
-def flops_per_image(model: ModelConfig, attention: AttentionConfig) -> Flops:
+def flops_per_image(model: ModelConfig, attention: AttentionConfig, frozen: Sequence[str] = ()) -> Flops:
     """Count a model's operations. Nothing is allocated: the model is built and run on torch's meta device.
 
+    frozen: the patterns of `train.freeze`.
+
     Raises:
-        RecipeError: the model cannot be built.
+        RecipeError: the model cannot be built, or a pattern matches nothing.
     """
     with torch.device("meta"):
-        counted = _Counted(create_model(model, attention))
+        network = create_model(model, attention)
+        freeze(network, frozen)
+        counted = _Counted(network)
         image = torch.empty(1, 3, model.image_size, model.image_size)
         # SDPA's fused backward passes would count the scores twice, since they compute them again.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             logits = counted.network(image)
             forward = counter.get_total_flops()
             logits.sum().backward()
-    return Flops(forward + counted.learned, counter.get_total_flops() + 3 * counted.learned)
+    return Flops(forward + counted.learned, counter.get_total_flops() + counted.learned + counted.learned_backward)
 
 
 def forward_flops(network: nn.Module, image_size: int) -> int:
@@ -83,7 +90,15 @@ class _Counted:
     @property
     def learned(self) -> int:
         """Operations of the operators so far."""
-        return sum(module.flops for module in self.network.modules() if isinstance(module, _PassedOperator))
+        return sum(module.flops for module in self._passed())
+
+    @property
+    def learned_backward(self) -> int:
+        """Operations of their backward passes, if all outputs have a gradient."""
+        return sum(module.backward_flops for module in self._passed())
+
+    def _passed(self) -> Iterator["_PassedOperator"]:
+        return (module for module in self.network.modules() if isinstance(module, _PassedOperator))
 
     def by_block(self, image: Tensor, counter: FlopCounterMode) -> tuple[BlockFlops, ...]:
         """Run the image through the model, inside the counter."""
@@ -108,15 +123,19 @@ class _PassedOperator(nn.Module):
         super().__init__()
         self._counted = operator
         self.num_heads = operator.num_heads
-        self.flops = 0
+        self.flops = self.backward_flops = 0
+        self._learns = [parameter for parameter in operator.parameters() if parameter.requires_grad][:1]
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """Return a tensor of O's shape."""
         batch, _heads, tokens, width = query.shape
-        self.flops += batch * self._counted.flops(tokens, width, masked=mask is not None)
-        return query + key + value
+        flops = batch * self._counted.flops(tokens, width, masked=mask is not None)
+        passed = query + key + value
+        self.flops += flops
+        self.backward_flops += flops * (passed.requires_grad + len(self._learns))
+        return passed + sum(0 * parameter.sum() for parameter in self._learns)
 
 
 def _let_operators_pass(network: nn.Module) -> None:

@@ -42,7 +42,7 @@ class Host:
             RecipeError: it cannot be built at these sizes, or its attention is not supported.
         """
         network = self.build(model, **options)
-        _check_attention(network, model)
+        check_attention(network, model)
         _check_patches(network, model)
         return network
 
@@ -84,7 +84,8 @@ def refuse_fields(model: ModelConfig, *fields: str, why: str) -> None:
             raise RecipeError(f"model.{field} = {value} is not supported by {model.name}, {why}; remove it")
 
 
-def _check_attention(network: nn.Module, model: ModelConfig) -> None:
+def check_attention(network: nn.Module, model: ModelConfig) -> None:
+    """Raise RecipeError for a model of which not all attention can be replaced."""
     if getattr(network, "dynamic_img_size", False) or isinstance(network, NaFlexVit):
         raise RecipeError(
             f"model.name = {model.name!r} accepts images of any size, but KArAt needs a fixed number of tokens; use a "

@@ -9,7 +9,9 @@ from timm.models.convit import MHSA
 from timm.models.swin_transformer import WindowAttention
 from torch import nn
 
+from karat_scale.errors import RecipeError, one_line
 from karat_scale.models.convit import KaratMHSA
+from karat_scale.models.host import check_attention
 from karat_scale.models.layers import measure_layers
 from karat_scale.models.learn import learn
 from karat_scale.models.swin import KaratWindowAttention
@@ -34,10 +36,19 @@ def swap_attention(network: Any, attention: AttentionConfig, image_size: int = 2
         image_size: side of the images in pixels; the operators are made for this number of tokens.
 
     Raises:
-        RecipeError: as `learn`.
+        RecipeError: the section names softmax, the model has none of these attention layers,
+            it does not take images of this size, or as `learn`.
     """
-    sizes = measure_layers(copy.deepcopy(network).to("meta", torch.float32).eval(), image_size)
-    model = ModelConfig(name=type(network).__name__, image_size=image_size)
-    learn(network, model, attention, sizes, _CLASSES)
+    if attention.kind == "softmax":  # the default
+        raise RecipeError("attention.kind = softmax is what the model has; use karat, or another kind that learns")
+    name = type(network).__name__
+    check_attention(network, ModelConfig(name=name, image_size=image_size))
+    if not any(type(module) in _CLASSES for module in network.modules()):
+        raise RecipeError(f"this {name} has learned attention already")
+    try:
+        sizes = measure_layers(copy.deepcopy(network).to("meta", torch.float32).eval(), image_size)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise RecipeError(f"image_size = {image_size} does not fit {name}: {one_line(error)}") from error
+    learn(network, ModelConfig(name=name, image_size=image_size), attention, sizes, _CLASSES)
     parameter = next(network.parameters())
     network.to(parameter.device, parameter.dtype)

@@ -126,7 +126,7 @@ def _start(network: Any, model: ModelConfig) -> None:
     """Apply settings without an option in timm to a new model. Raises ValueError if they are not supported."""
     if model.weight_init == "jax":
         for module in network.modules():
-            if isinstance(module, Attention):  # three matrices in JAX, one in timm
+            if isinstance(module, Attention) and hasattr(module, "qkv"):  # three matrices in JAX, one in timm
                 for matrix in module.qkv.weight.chunk(3):
                     nn.init.xavier_uniform_(matrix)
     if model.pos_embed == "sincos2d":

@@ -1,5 +1,6 @@
 """`karat predict`: the most probable classes of images, with evaluation's own preprocessing and precision."""
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -103,9 +104,12 @@ def predict_files(classifier: Classifier, files: Sequence[str], request: Request
                     continue
                 overlay = ""
                 if maps and folder:
-                    path = folder / f"{number + 1:0{digits}}-{Path(files[number]).stem}.png"
+                    path = folder / f"{number + 1:0{digits}}-{_shortened(Path(files[number]).stem)}.png"
                     title = f"{guesses[0].name} {guesses[0].probability:.1%}"
-                    write_overlay(path, batch.images[row], maps, row, title)
+                    try:
+                        write_overlay(path, batch.images[row], maps, row, title)
+                    except OSError as error:
+                        raise RunDirectoryError(f"{path} cannot be written: {error.strerror or error}") from None
                     overlay = str(path)
                 yield Prediction(files[number], guesses, overlay=overlay)
             advance(len(logits))
@@ -124,6 +128,11 @@ def _maps(classifier: Classifier) -> LastBlock | None:
     except NoMapError as reason:
         print(f"note: no attention overlays: {reason}", file=sys.stderr)
         return None
+
+
+def _shortened(stem: str) -> str:
+    """Return at most 150 bytes of a name, of which a file system takes 255 with number, suffix and temporary name."""
+    return os.fsencode(stem)[:150].decode(errors="ignore")
 
 
 def _made(folder: Path) -> Path:

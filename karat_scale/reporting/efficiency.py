@@ -40,4 +40,4 @@ class Efficiency:
     @cached_property
     def _flops(self) -> int:
         # Counted at the first report: a start need not wait for it.
-        return flops_per_image(self._recipe.model, self._recipe.attention).training
+        return flops_per_image(self._recipe.model, self._recipe.attention, self._recipe.train.freeze).training

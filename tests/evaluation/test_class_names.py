@@ -7,6 +7,13 @@ def test_names_match_without_case_and_with_underscores() -> None:
     assert match_classes(["Tree_Frog", "cat", "zebu"], ["cat", "tree frog", "dog"]) == [1, 0, None]
 
 
+def test_equal_names_match_before_similar_ones() -> None:
+    assert match_classes(["A", "a", "b"], ["A", "a", "b"]) == [0, 1, 2]
+    assert match_classes(["crane", "crane"], ["crane", "crane"]) == [0, 1]
+    assert match_classes(["a", "A"], ["A", "a", "b"]) == [1, 0]
+    assert match_classes(["x_1", "b"], ["x 1", "X 1", "b"]) == [None, 2]
+
+
 def test_wordnet_ids_and_names_of_imagenet_stand_for_each_other() -> None:
     assert wnid_of("tench") == wnid_of("tench, Tinca tinca") == "n01440764"
     assert match_classes(["n01440764", "n01443537"], ["goldfish", "tench"]) == [1, 0]

@@ -216,6 +216,19 @@ def test_corrupted_copies_are_counted_kept_and_resumed(run: Path, capsys: pytest
     assert f"top-1 {sum(values) / 6:.2f} %, mean of 6 kinds" in printed
 
 
+def test_another_split_of_as_many_images_is_corrupted_anew(
+    run: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("imagecorruptions", reason="needs the extra corruptions")
+    shutil.copytree(image_folder, tmp_path / "data")
+    shutil.copytree(image_folder / "val", tmp_path / "data" / "test")
+    for split in ("val", "test"):
+        settings = (f"data.path={tmp_path / 'data'}", f"data.val_split={split}")
+        assert karat_here("eval", str(run), *settings, "--corrupt", "contrast", "--severity", "1") == 0
+        assert "contrast 1:" in capsys.readouterr().out
+    assert {one.name for one in read_evaluations(run)} >= {"val-corrupted", "val-test-corrupted"}
+
+
 def test_only_all_corruptions_at_all_severities_are_complete() -> None:
     whole = {name: dict.fromkeys(SEVERITIES, 50.0) for name in CORRUPTIONS}
     assert is_complete(whole)

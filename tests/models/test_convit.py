@@ -76,6 +76,12 @@ def test_positions_are_there_before_the_first_pass() -> None:
     assert index[0, 0, 5].tolist() == [1, 1, 2]
 
 
+def test_the_number_of_heads_does_not_change_the_width() -> None:
+    with torch.device("meta"):
+        model = create_model(ModelConfig(name="convit_tiny", num_heads=8), AttentionConfig())
+    assert model.embed_dim == 192
+
+
 @pytest.mark.parametrize(
     ("sizes", "attention", "part"),
     [

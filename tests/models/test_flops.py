@@ -76,3 +76,16 @@ def test_a_blocks_part_is_its_linear_layers_and_its_attention() -> None:
     assert first == second == (2 * tokens * 4 * width**2 + softmax, 2 * tokens * 12 * width**2 + softmax)
     learned, both = (flops_by_block(SMALL, AttentionConfig(kind="karat", residual=x))[0] for x in (False, True))
     assert both.attention == learned.attention + softmax
+
+
+@pytest.mark.parametrize("section", [{}, {"kind": "karat"}, {"kind": "learned_score"}])
+def test_frozen_parameters_need_no_gradient(section: dict[str, str]) -> None:
+    model, attention = TINY, AttentionConfig(**section)
+    whole = flops_per_image(model, attention)
+    head = flops_per_image(model, attention, ["[!h]*"])  # all but head.*
+    assert head.forward == whole.forward
+    classifier = 2 * D * 1000
+    assert head.training == head.forward + classifier
+    # Without their own gradients, functions still pass those of queries and keys on.
+    frozen = flops_per_image(model, attention, ["*.operator.*"] if section else ["head.weight"])
+    assert whole.forward < frozen.training < whole.training

@@ -56,6 +56,28 @@ def test_too_few_heads_are_refused() -> None:
         swap_attention(network, AttentionConfig(kind="karat", softmax_heads=5), image_size=16)
 
 
+@pytest.mark.parametrize(
+    ("name", "section", "said"),
+    [
+        ("vit_tiny_patch16_224", {}, "attention.kind = softmax is what the model has"),
+        ("vit_tiny_patch16_384", {"kind": "karat"}, "image_size = 224 does not fit VisionTransformer"),
+        ("resnet18", {"kind": "karat"}, "the attention of a ResNet cannot be replaced"),
+    ],
+)
+def test_what_cannot_be_swapped_is_one_line(name: str, section: dict[str, str], said: str) -> None:
+    with torch.device("meta"):
+        network = timm.create_model(name)
+    with pytest.raises(RecipeError, match=said):
+        swap_attention(network, AttentionConfig(**section))
+
+
+def test_a_second_swap_is_refused() -> None:
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    swap_attention(network, AttentionConfig(kind="karat"), image_size=32)
+    with pytest.raises(RecipeError, match="has learned attention already"):
+        swap_attention(network, AttentionConfig(kind="karat"), image_size=32)
+
+
 @pytest.mark.parametrize("host", HOSTS)
 def test_dropout_of_the_matrix_is_refused_and_nothing_has_changed(host: str) -> None:
     model = ModelConfig(**HOSTS[host], num_classes=3)

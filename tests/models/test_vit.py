@@ -47,6 +47,12 @@ def test_computed_positions_do_not_learn(pool: str) -> None:
     assert "pos_embed" in no_weight_decay_names(model, decay_karat=False)
 
 
+def test_jaxs_start_is_also_that_of_a_student() -> None:
+    model = build(AttentionConfig(transfer_from="run"), **PLAIN, embed_dim=256)
+    value = model.blocks[1].attn.value.weight
+    assert 0.99 < value.abs().max() / (6 / sum(value.shape)) ** 0.5 <= 1
+
+
 @pytest.mark.parametrize("attention", [AttentionConfig(), KARAT])
 def test_jaxs_start_is_xaviers_and_a_head_of_zeros(attention: AttentionConfig) -> None:
     model = build(attention, **PLAIN, embed_dim=256)

@@ -41,6 +41,14 @@ def test_every_image_that_can_be_read_has_an_overlay(run: Path, image_folder: Pa
     assert not np.array_equal(pixels[0], pixels[1])
 
 
+def test_a_long_name_is_shortened(run: Path, image_folder: Path, tmp_path: Path) -> None:
+    long = tmp_path / f"{'é' * 115}.png"
+    long.write_bytes((image_folder / "val" / "class3" / "000.jpg").read_bytes())
+    assert karat_here("predict", str(run), str(long), "--attention", str(tmp_path / "maps")) == 0
+    (drawn,) = (tmp_path / "maps").iterdir()
+    assert drawn.name == f"1-{'é' * 75}.png"
+
+
 def test_the_map_is_the_class_tokens_row_of_the_last_block(run: Path, image_folder: Path) -> None:
     classifier = open_classifier(str(run), "best", "auto")
     files = find_images([str(image_folder / "val" / "class1")]).files

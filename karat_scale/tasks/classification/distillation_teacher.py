@@ -19,7 +19,7 @@ from karat_scale.errors import RecipeError, RunDirectoryError, UserError
 from karat_scale.models import create_model
 from karat_scale.models.flops import forward_flops
 from karat_scale.models.transfer import weights_digest
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import AttentionConfig, Recipe
 from karat_scale.run.initial_weights import TIMM, export_metadata, locate, timm_model
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.weights_file import exported_sections, load_exported, read_exported, write_model, write_weights
@@ -125,6 +125,7 @@ def planned_cost(recipe: Recipe) -> TeacherCost:
             theirs = RunDirectory(path).recipe() if checkpoint else None
             model, attention = (theirs.model, theirs.attention) if theirs else exported_sections(path)
             require_trust(attention, RunDirectory(path).recipe_file if theirs else path)
+            _refuse_student(attention)
             return cost_of(create_model(model, attention), model.image_size)
     except (UserError, RuntimeError) as error:
         raise RecipeError(f"distill.from = {source}: {str(error).removeprefix(f'{source}: ')}") from error
@@ -143,8 +144,7 @@ def _keep_checkpoint(run: Path, checkpoint: str, kept: Path) -> None:
     directory = RunDirectory(run)
     theirs = directory.recipe()
     require_trust(theirs.attention, directory.recipe_file)
-    if theirs.attention.transfer_from:
-        raise RecipeError("its attention comes from a teacher of its own; name a run without attention.transfer_from")
+    _refuse_student(theirs.attention)
     name = directory.store.find_intact(checkpoint)
     kind = "ema" if wants_ema("auto", theirs, directory.store.state(name)) else "raw"
     write_weights(directory, theirs, name, kind, kept)
@@ -154,7 +154,13 @@ def _keep_export(path: Path, kept: Path) -> None:
     about = export_metadata(path)
     if _PREPROCESSING not in about:
         raise RecipeError("not a file of karat export; name a run, what karat export wrote of it, or timm:NAME")
+    _refuse_student(exported_sections(path)[1])
     write_model(read_exported(path), kept, about)
+
+
+def _refuse_student(attention: AttentionConfig) -> None:
+    if attention.transfer_from:
+        raise RecipeError("its attention comes from a teacher of its own; name a run without attention.transfer_from")
 
 
 def _keep_timm_model(name: str, kept: Path) -> None:

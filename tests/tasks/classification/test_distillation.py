@@ -224,9 +224,16 @@ def test_what_nobody_can_learn_from_is_one_line(
     command: Command, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    about = {
+        "model": '{"name": "vit_tiny_patch16_224"}',
+        "attention": '{"transfer_from": "run"}',
+        "preprocessing": "{}",
+    }
+    save_file({"x": torch.zeros(1)}, tmp_path / "student.safetensors", about)
     cases = {
         "distill.from=nowhere": "distill.from = nowhere: neither a run's directory",
         f"distill.from={tmp_path / 'weights.safetensors'}": "not a file of karat export",
+        f"distill.from={tmp_path / 'student.safetensors'}": "its attention comes from a teacher of its own",
         "distill.from=timm:vit_tiny_patch16_225": "timm has no weights of that name",
         "model.num_classes=5": "has 4 classes, but model.num_classes = 5",
         "distill.weight=0": "distill.weight",
