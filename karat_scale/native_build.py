@@ -270,7 +270,8 @@ class _Held:
         if not pointer:
             raise MemoryError
         self.pointer = pointer
-        weakref.finalize(self, free, pointer)
+        # Not at the end of the process, when other threads may be inside a call.
+        weakref.finalize(self, free, pointer).atexit = False
 
 
 def _printable(text: str) -> str:

@@ -48,10 +48,13 @@ def _held(path: Path, make: Callable[[str, Path], Path]) -> Iterator[Path]:
     remove_leftovers(path.parent, path.name)
     while True:
         temporary = make(f".{path.name}.", path.parent)
-        handle = _open(temporary, 0)
+        try:
+            handle = _open(temporary, 0)
+        except FileNotFoundError:  # another writer took it for a leftover
+            continue
         try:
             _lock(handle)
-            if temporary.exists():  # nobody took it for a leftover before it had its lock
+            if temporary.exists():
                 yield temporary
                 return
         finally:

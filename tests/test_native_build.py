@@ -242,3 +242,20 @@ def test_what_a_compiler_says_is_text_in_any_encoding(tmp_path):
     out, err = run(code, tmp_path / "cache", CXX=str(script))
     assert out == "torch.Size([1, 2, 9, 8])"
     assert r"failed with x: err\xffor: \x1b[31m bad" in err
+
+
+ENDS_DURING_A_CALL = """
+import threading, time
+begun = threading.Event()
+def work():
+    own = native_build.PerThread(lambda: 42, lambda pointer: print("freed", flush=True))
+    own.handle()
+    begun.set()
+    time.sleep(60)
+threading.Thread(target=work, daemon=True).start()
+begun.wait()
+"""
+
+
+def test_what_a_thread_may_be_using_is_not_freed_at_the_end(tmp_path):
+    assert run(ENDS_DURING_A_CALL, tmp_path) == ("", "")

@@ -96,3 +96,12 @@ def _wrong_shape(name: str, tensor: object, expected: str) -> ValueError:
     if not isinstance(tensor, Tensor):
         return ValueError(f"{name} is a {type(tensor).__name__}: expected a tensor, {expected}")
     return ValueError(f"{name} has shape {list(tensor.shape)} and dtype {tensor.dtype}: expected {expected}")
+
+
+def refuse_second_derivative(implementation: str) -> None:
+    """Raise RuntimeError in a backward pass that is to be differentiated: torch would take its result as constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"KArAt attention by {implementation!r} is differentiable once: call backward without create_graph, or use "
+            "implementation='reference'"
+        )

@@ -7,8 +7,11 @@ from torch import Tensor
 def project(rows: Tensor, keep: Tensor | None = None) -> Tensor:
     """max(y - lambda, 0) along the last dimension, with the lambda that makes it sum to one (paper, l1 projection).
 
-    Entries whose `keep` is false are 0 and take no part; a row that keeps nothing is 0.
+    Entries whose `keep` is false are 0 and take no part; a row that keeps nothing is 0. Any NaN or infinity
+    makes its row NaN.
     """
+    lost = rows.detach().isnan() | (rows.detach() == torch.inf)
+    lost = lost if keep is None else lost & keep
     if keep is not None:
         rows = rows.masked_fill(~keep, -torch.inf)
     descending = rows.detach().sort(-1, descending=True).values
@@ -19,7 +22,8 @@ def project(rows: Tensor, keep: Tensor | None = None) -> Tensor:
     smallest = descending.gather(-1, size - 1)
     support = (rows >= smallest) & rows.isfinite()
     threshold = (torch.where(support, rows, 0).sum(-1, keepdim=True) - 1) / support.sum(-1, keepdim=True).clamp_(min=1)
-    return torch.where(support, rows - threshold, 0)
+    projected = torch.where(support, rows - threshold, 0)
+    return projected.masked_fill(lost.any(-1, keepdim=True), torch.nan)
 
 
 def pull_back(projected: Tensor, grad: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from karat_scale.attention.bases import BASE_ACTIVATIONS, Basis, FeatureBasis, Fourier, basis_of, key_of
 from karat_scale.attention.call import FourierCall
+from karat_scale.attention.checks import refuse_second_derivative
 from karat_scale.attention.precision import compute_dtype, full_precision
 from karat_scale.attention.routes import Head, HeadGradients, choose_route
 from karat_scale.attention.tiles import Workspace, pick_broadcast
@@ -149,7 +150,7 @@ def _streaming_backward(
             torch.mul(grad_q, work.scale, out=grad_query[:, number])
             torch.mul(grad_k, work.scale, out=grad_key[:, number])
             grad_value[:, number] = grad_v
-    if bias is not None:
+    if needs_bias and bias is not None:
         grad_bias = grad_bias.to(bias.dtype)
     return grad_query, grad_key, grad_value, grad_coef, grad_proj, grad_bias
 
@@ -184,6 +185,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _differentiate(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_output is None:
         return (None,) * 11
+    refuse_second_derivative("streaming")
     needs_bias = ctx.needs_input_grad[5]
     backward = torch.ops.karat_scale.streaming_backward
     saved = ctx.saved_tensors
@@ -218,8 +220,9 @@ def _fake_backward(
     grad_output: Tensor, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, coef: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     proj, bias, *_, needs_bias = rest
-    grad_bias = torch.empty_like(bias) if needs_bias else coef.new_empty(0)
-    grad_proj = coef.new_empty(0) if proj is None else torch.empty_like(proj)
+    # Contiguous, whatever strides the bias and W have.
+    grad_bias = coef.new_empty(bias.shape, dtype=bias.dtype) if needs_bias else coef.new_empty(0)
+    grad_proj = coef.new_empty(0 if proj is None else proj.shape)
     q, k, v, c = (torch.empty_like(x) for x in (query, key, value, coef))
     return q, k, v, c, grad_proj, grad_bias
 

@@ -30,6 +30,8 @@ def parse_manifest(text: str) -> dict[str, Fingerprint]:
         raise ValueError from error
     if STATE not in files or any("/" in name for name in files) or text != manifest_text(files):
         raise ValueError
+    if not all(type(file.bytes) is int and isinstance(file.sha256, str) for file in files.values()):
+        raise ValueError
     return files
 
 

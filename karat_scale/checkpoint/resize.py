@@ -48,7 +48,10 @@ def fit_state(saved: SavedState, model: nn.Module) -> SavedState:
 def _fit(pieces: Pieces, saved: SavedState, model: nn.Module, power: float = 1.0) -> Pieces:
     """Return values by parameter name for the model's size; each is raised to `power` while it is interpolated."""
     values = {name: _whole(pieces, name, shape) ** power for name, shape in saved.shapes.items()}
-    take_weights(model, {**_floats(saved.buffers), **values}, new_head=False)
+    # Also named as buffers are the parameters of an operator that blocks share, once for each further block.
+    own = dict(model.named_buffers())
+    buffers = _floats({name: buffer for name, buffer in saved.buffers.items() if name in own})
+    take_weights(model, {**buffers, **values}, new_head=False)
     fitted = Pieces()
     for name, parameter in model.named_parameters():
         if name in pieces:  # an optimizer has no states of frozen parameters, or other ones for some

@@ -210,12 +210,19 @@ def _curve(events: list[_Event], scores: tuple[str, ...]) -> tuple[Point, ...]:
     return tuple(points.values())
 
 
+def _begins_anew(event: _Event, before: _Event) -> bool:
+    """Return whether a start from the beginning came between two events. An evaluation may follow its training step."""
+    return event.event != "resume" and (
+        event.step < before.step or (event.event == before.event == "train" and event.step == before.step)
+    )
+
+
 def _clock(events: list[_Event]) -> list[float]:
     """Return the hours of work until each event: without the time between two starts, with steps that were repeated."""
     hours, seconds = [], 0.0
     before: _Event | None = None
     for event in events:
-        if before is None or (event.event != "resume" and event.step < before.step):  # a start from the beginning
+        if before is None or _begins_anew(event, before):
             seconds += (event.samples or 0) / event.images_per_second if event.images_per_second else 0.0
         elif event.event != "resume":
             seconds += max(event.time - before.time, 0.0)

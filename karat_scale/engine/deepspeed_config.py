@@ -112,8 +112,6 @@ def _read(recipe: RunRecipe, values: dict[str, Any], with_keys: bool) -> tuple[d
     stage = zero_stage(config)
     if refusal := stage_refusal(recipe, stage):
         raise RecipeError(f"{source}: {refusal}; use deepspeed.config={'zero1' if stage == 0 else 'zero0'}")
-    if not recipe.train.holds_16_bits:
-        values["data_types.grad_accum_dtype"] = "fp32"
     return config, source
 
 
@@ -138,6 +136,7 @@ def _recipe_values(recipe: RunRecipe) -> dict[str, Any]:
         # To DeepSpeed a precision is what it holds weights in; of our autocast it need not know.
         "bf16.enabled": recipe.train.precision == "bf16_weights",
         "fp16.enabled": recipe.train.precision == "fp16",
+        "data_types.grad_accum_dtype": "fp32",
     }
 
 
@@ -171,7 +170,6 @@ def _settle(config: dict[str, Any], values: dict[str, Any], source: str) -> None
         if node.setdefault(leaf, value) != value:
             fix = 'set it to "auto"' if name != "bf16.enabled" else 'set it to "auto", or train.precision=bf16_weights'
             raise RecipeError(f"{source}: {name} = {node[leaf]!r}, but the recipe makes it {value!r}; {fix}")
-    config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     config.setdefault("steps_per_print", _NEVER)
     # It would stop the host at each micro batch until the device is done.
     config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)

@@ -1,6 +1,5 @@
 """The base class of recipe sections, the kinds of numbers in them, and what a key may change."""
 
-import types
 import typing
 from collections.abc import Mapping
 from enum import Enum
@@ -24,9 +23,9 @@ class Effect(Enum):
     SHAPES = "the names or shapes of the model's tensors"
 
 
-# No `resume.allow` helps: the data cursor counts global batches, so another size would train on other samples, and what
-# was frozen has no optimizer state that it could resume with.
-NEVER_ALLOWED = ("train.global_batch", "train.freeze")
+# No `resume.allow` helps: the data cursor counts global batches, so another size would train on other samples; what was
+# frozen has no optimizer state that it could resume with; and a run keeps the teacher that it began with.
+NEVER_ALLOWED = ("train.global_batch", "train.freeze", "distill.from")
 
 
 def is_place(text: str) -> bool:
@@ -95,16 +94,25 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _nothing_is_an_empty_text(cls, value: Any, info: Any) -> Any:
-        # `key=` on the command line, which is null in YAML.
-        return "" if value is None and cls.model_fields[info.field_name].annotation is str else value
+        # `key=` on the command line, which is null in YAML and an empty section at the top of a file.
+        return "" if value in (None, {}) and cls.model_fields[info.field_name].annotation is str else value
 
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_bool_for_number(cls, value: Any, info: Any) -> Any:
         # pydantic reads `true` as 1, which hides a mistake.
-        annotation = cls.model_fields[info.field_name].annotation
-        is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-        choices = typing.get_args(annotation) if is_union else (annotation,)
-        if isinstance(value, bool) and (int in choices or float in choices) and bool not in choices:
+        kinds = _kinds(cls.model_fields[info.field_name].annotation)
+        values = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(one, bool) for one in values) and kinds & {int, float} and bool not in kinds:
             raise ValueError("should be a number, not true or false")
         return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """Return the plain types that an annotation is made of."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return {type(value) for value in inner}
+    if origin is typing.Annotated:
+        return _kinds(inner[0])
+    return set().union(*map(_kinds, inner)) if inner else {annotation}

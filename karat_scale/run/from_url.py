@@ -2,6 +2,7 @@
 
 import secrets
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from karat_scale.checkpoint.remote import OnBytes
@@ -114,7 +115,7 @@ def _bring(recipe: RunRecipe, directory: RunDirectory, url: RunUrl, on_bytes: On
     store, remote = directory.store, url.checkpoints
     newer = [name for name in remote.names() if name > max(store.names(), default="")]
     if not newer:
-        return []
+        return _bring_lost_best(directory, url, on_bytes) if recipe.checkpoint.keep_best else []
     url.download_files(directory.path, on_bytes)
     notes = []
     for name in newer:
@@ -133,6 +134,20 @@ def _bring(recipe: RunRecipe, directory: RunDirectory, url: RunUrl, on_bytes: On
     if recipe.checkpoint.keep_best:
         notes += _bring_best(directory, url, on_bytes)
     return notes
+
+
+def _bring_lost_best(directory: RunDirectory, url: RunUrl, on_bytes: OnBytes) -> list[str]:
+    """Copy the best checkpoint of the newest state here, if only the URL has it: an earlier start was cut off."""
+    store, remote = directory.store, url.checkpoints
+    with suppress(OSError, ValueError, IndexError):
+        saved = store.state(store.names()[0]).get("best_step")
+        name = checkpoint_name(saved) if isinstance(saved, int) else ""
+        if name in remote.names() and name not in store.names():
+            if (damage := remote.download(name, store, on_bytes)) is not None:
+                return [f"warning: the best checkpoint, {name}, is damaged at {url.url}: {damage}"]
+            store.point("best", name)
+            return [f"{name}, the best checkpoint, was fetched from {url.url}"]
+    return []
 
 
 def _bring_best(directory: RunDirectory, url: RunUrl, on_bytes: OnBytes) -> list[str]:

@@ -6,6 +6,7 @@ first weights, compiles it and makes its engine and checkpoints.
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -37,7 +38,7 @@ from karat_scale.run.loop import Loop
 from karat_scale.run.outcome import Outcome, concluded
 from karat_scale.run.parts import Parts
 from karat_scale.run.run_copy import RunCopy
-from karat_scale.run.run_directory import RunDirectory
+from karat_scale.run.run_directory import RunDirectory, refuse_another_model
 from karat_scale.run.signals import StoppedError, StopSignals
 from karat_scale.run.task import Task
 from karat_scale.tracking.start import check_trackers
@@ -185,6 +186,8 @@ def resume(parts: Parts, directory: RunDirectory, is_start: bool = True) -> RunS
     """
     recipe, task = parts.recipe, parts.task
     branch = "" if directory.store.names() else recipe.resume.from_
+    if branch:
+        refuse_another_model(Path(branch).expanduser(), recipe)
     fresh = partial(task.build_fresh, directory)
     state: RunState = parts.checkpoints.load(branch, fresh, is_start) or task.begin()
     task.check_resumed(state)

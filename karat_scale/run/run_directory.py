@@ -41,6 +41,7 @@ from karat_scale.recipe.loading import differing_keys, dump_recipe, effects, fla
 from karat_scale.temporaries import remove_leftovers
 
 # Of the keys that change the shapes of tensors, those for which init_from makes weights fit.
+_RECIPE = "recipe.yaml"
 _FITTED = ("model.image_size", "model.num_classes", "model.patch_size")
 # What a run needs elsewhere beside its checkpoints; the rest can be made again. No file of a suffix in FIXED changes.
 COPIED = (
@@ -56,7 +57,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
-        self.recipe_file = self.path / "recipe.yaml"
+        self.recipe_file = self.path / _RECIPE
         self.classes_file = self.path / "classes.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.summary_file = self.path / "summary.json"
@@ -95,10 +96,17 @@ class RunDirectory:
                 f"run.dir = {self.path} has checkpoints and resume.mode = never; "
                 "choose another run.dir or use resume.mode=auto"
             )
-        if recipe.resume.mode == "never" or not self.recipe_file.is_file():
+        if recipe.resume.mode == "never":
+            self._forget_attempts()
+        if not self.recipe_file.is_file():
             return ""
         self.refuse_another_recipe(recipe)
         return self.changes(recipe)
+
+    def _forget_attempts(self) -> None:
+        """Remove what attempts without a checkpoint left and a start would go on with."""
+        for path in (self.recipe_file, *self.snapshots.glob("*.safetensors")):
+            path.unlink(missing_ok=True)
 
     def clear(self, ranks: int) -> list[str]:
         """Remove what killed starts, and starts with more ranks, left behind; the directory is claimed.
@@ -215,7 +223,8 @@ class RunDirectory:
         is_longer = keys == ["train.epochs"] and after["train.epochs"] > before["train.epochs"]
         if is_longer and self._is_finished(before):
             return  # asking for more of a finished run cannot be a mistake
-        fixed = [key for key in NEVER_ALLOWED if before.get(key) != after.get(key)]
+        shaping = [key for key, effect in effects(type(recipe)).items() if effect is Effect.SHAPES]
+        fixed = [key for key in (*NEVER_ALLOWED, *shaping) if before.get(key) != after.get(key)]
         keys += [key for key in fixed if key not in keys]
         if keys:
             raise RunDirectoryError(
@@ -271,6 +280,24 @@ def _write(path: Path, text: str) -> None:
 def _close(file: IO[str] | None) -> None:
     if file is not None:
         file.close()
+
+
+def refuse_another_model(source: Path, recipe: RunRecipe) -> None:
+    """Raise RunDirectoryError if a run, or the run of a checkpoint, trained another model than a recipe builds.
+
+    Tensors of equal shapes do not show the number of heads or the kind of functions. Image sizes and teachers have
+    checks of their own.
+    """
+    file = next((path for path in (source / _RECIPE, source.parent.parent / _RECIPE) if path.is_file()), None)
+    if file is None:
+        return
+    theirs = load_recipe(file, (), type(recipe))
+    before, after = flatten(theirs), flatten(recipe)
+    shaping = [key for key, effect in effects(type(recipe)).items() if effect is Effect.SHAPES]
+    own = ("model.image_size", "attention.transfer_from", "attention.transfer_heads")
+    keys = [key for key in shaping if key not in own and before.get(key) != after.get(key)]
+    if keys:
+        raise RunDirectoryError(f"resume.from = {source}: is of another model: {describe_keys(theirs, recipe, keys)}")
 
 
 def _advice(path: Path, keys: list[str], fixed: list[str], before: dict[str, Any], known: dict[str, Effect]) -> str:

@@ -39,11 +39,13 @@ def run_sweep(sweep: Sweep, ranks: int = 1) -> dict[str, str]:
     failures = {}
     with _Shown(len(waiting), len(sweep.runs) - len(waiting)) as shown, _Child() as child:
         for number, run in enumerate(waiting):
+            if child.told:
+                raise StoppedSweepError(number, len(waiting), saved=True)
             log = logs / f"{run.point.name}.log"
             shown.begin(number, run)
             code = child.run(_command(sweep, run, ranks), log, lambda run=run: shown.look(run.directory))
             if child.told:
-                raise StoppedSweepError(number, len(waiting), saved=code in (0, EXIT_STOPPED))
+                raise StoppedSweepError(number + (code == 0), len(waiting), saved=code in (0, EXIT_STOPPED))
             if code != 0:
                 failures[run.point.name] = _why(code, log)
             shown.end(run, failures.get(run.point.name))
@@ -62,7 +64,7 @@ class _Child:
     """The process of a run. While there is one, it gets the stop signals that this process gets."""
 
     def __init__(self) -> None:
-        self.told = False
+        self.told: signal.Signals | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -81,6 +83,8 @@ class _Child:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
+        if self.told is not None:  # while it started
+            self._send(self.told)
         while True:
             try:
                 return self._process.wait(_POLL_SECONDS)
@@ -88,7 +92,10 @@ class _Child:
                 look()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self.told = True
+        self.told = signal.Signals(number)
+        self._send(self.told)
+
+    def _send(self, number: signal.Signals) -> None:
         if self._process is None or self._process.poll() is not None:
             return
         if number == signal.SIGINT:  # as a terminal sends it: to the ranks, too

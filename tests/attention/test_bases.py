@@ -108,6 +108,13 @@ def test_wavelets_slopes_are_their_derivatives(name):
         torch.testing.assert_close(slope.double()[1:-1], expected[1:-1], atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("name", MOTHERS)
+def test_wavelets_of_large_scores_have_a_slope(name):
+    wave, slope = make_basis(name).mother_and_slope(torch.tensor([-1e6, -1e5, 1e5, 1e6]))
+    assert wave.isfinite().all()
+    assert slope.isfinite().all()
+
+
 @pytest.mark.parametrize("name", [name for name in BASES if name not in ("fourier", "bspline", "chebyshev")])
 def test_an_elementwise_basis_pulls_back_its_derivative(name):
     basis = make_basis(name)

@@ -26,6 +26,14 @@ def test_equal_entries_share_and_a_cut_entry_takes_no_part():
     torch.testing.assert_close(simplex.project(torch.tensor([[1.0, 1.0, 9.0, 9.0]] * 2), keep), expected)
 
 
+def test_what_is_lost_is_not_hidden():
+    nan, inf = torch.nan, torch.inf
+    rows = torch.tensor([[nan, 1.0, 2.0], [inf, 1.0, 2.0], [3.0, 1.0, 2.0]])
+    assert simplex.project(rows).isnan().any(-1).tolist() == [True, True, False]
+    keep = torch.tensor([False, True, True])
+    assert simplex.project(rows, keep).isfinite().all()
+
+
 def test_the_written_derivative_is_autograds():
     rows = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     assert torch.autograd.gradcheck(simplex.project, rows)

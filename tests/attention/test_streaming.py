@@ -247,3 +247,24 @@ def test_registered_operation_is_well_behaved(needs_bias):
     bias = torch.zeros(1, 1, 6, 6, requires_grad=needs_bias)
     arguments = (*call[:3], coef, call.proj, bias, None, None, "fourier", "silu", False)
     torch.library.opcheck(torch.ops.karat_scale.streaming_forward.default, arguments)
+
+
+def test_a_learned_bias_and_a_projector_of_any_strides_compile():
+    call = make_call(2, 2, 6, 4, 16, 2).to(torch.float32)
+    coef = torch.randn(2, 4, 16, 6, generator=torch.Generator().manual_seed(9))
+    bias = torch.zeros(6, 6, 2).permute(2, 0, 1)[None]
+    projector = call.proj.detach().mT.contiguous().mT
+    inputs = [x.detach() for x in call[:3]]
+    settings = ("fourier", "silu", False)
+    output, hidden = torch.ops.karat_scale.streaming_forward(*inputs, coef, projector, bias, None, None, *settings)
+    arguments = (output, hidden, *inputs, coef, projector, bias, None, None, *settings, True)
+    backward = torch.ops.karat_scale.streaming_backward.default
+    torch.library.opcheck(backward, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("implementation", ["streaming", "cpu"])
+def test_a_second_gradient_is_refused(implementation):
+    call = make_call(1, 1, 5, 16, 2, 1).to(torch.float32)
+    output = fourier_karat_attention(*call, implementation=implementation)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(output.sum(), call.query, create_graph=True)

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,24 @@ def test_a_file_that_is_not_as_its_writer_says_is_not_committed(store: Checkpoin
     with pytest.raises(OSError, match=r"weights\.pt has 5 bytes, but 6 were written"):
         store.commit(directory, {}, {"weights.pt": Fingerprint(6, "")})
     assert store.names() == []
+
+
+def test_a_users_copy_is_no_checkpoint(store: CheckpointStore) -> None:
+    name = save(store, 1)
+    copy = store.root / f"{name}.bak"
+    copy.mkdir()
+    assert store.names() == [name]
+    assert store.newest_step() == 1
+    store.retain(0)
+    assert copy.is_dir()
+
+
+@pytest.mark.parametrize("size", ['"2"', "null", "[1]", "true"])
+def test_a_manifest_of_other_types_is_damage(store: CheckpointStore, size: str) -> None:
+    name = save(store, 1)
+    manifest = store.root / name / MANIFEST
+    manifest.write_text(re.sub(r'"bytes": \d+', f'"bytes": {size}', manifest.read_text(), count=1))
+    assert store.damage(name) == f"{MANIFEST} is not readable"
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"files": 3}'])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.compare.finished import read_run
+from karat_scale.compare.finished import _clock, _Event, read_run
 from karat_scale.errors import UserError
 from tests.compare.conftest import Copy, write_lines
 from tests.conftest import events, summary
@@ -75,6 +75,12 @@ def test_the_time_between_two_starts_is_no_work_and_lost_evaluations_do_not_coun
         (8, pytest.approx(12.0)),
         (24, pytest.approx(52.0)),
     ]
+
+
+def test_a_start_from_the_beginning_that_repeats_the_first_line_is_no_work_between() -> None:
+    steps = [(1, 0.0), (1, 86400.0), (50, 86410.0)]
+    lines = [_Event(event="train", step=step, time=time, samples=8 * step) for step, time in steps]
+    assert _clock(lines)[-1] * 3600 == pytest.approx(10)
 
 
 @pytest.mark.parametrize(

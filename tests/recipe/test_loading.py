@@ -120,6 +120,8 @@ def message(path: Path | str, *overrides: str) -> str:
         ("data.path=", ["data.path"]),
         ("optim=3", ["optim = 3", "weight_decay"]),
         ("optim.lr.peak=3", ["optim.lr"]),
+        ("train.max_steps=true", ["train.max_steps = True", "a number, not true or false"]),
+        ("optim.betas=[true, 0.9]", ["optim.betas", "a number, not true or false"]),
         ("resume.allow=optim.rl", ["resume.allow = optim.rl", "did you mean optim.lr?"]),
         ("nonsense", ["nonsense", "key=value"]),
         ("a=[", ["a=[", "YAML"]),
@@ -164,6 +166,14 @@ def test_fp16_overflows_are_no_reason_to_stop(recipe: Path) -> None:
 def test_a_run_begins_with_one_thing(recipe: Path) -> None:
     text = message(recipe, "init_from=a", "resume.from=b")
     assert "init_from = a and resume.from = b both set the start of the run; unset one" in text
+    text = message(recipe, "resume.mode=never", "resume.from=b")
+    assert "resume.mode = never starts from the beginning, and not from resume.from; remove one of them" in text
+
+
+def test_a_null_at_the_top_of_a_file_is_an_empty_text(recipe: Path, tmp_path: Path) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text(f"extends: {recipe}\ninit_from: null\n")
+    assert load_recipe(child, []).init_from == ""
 
 
 def test_nothing_unsets_a_text(recipe: Path) -> None:

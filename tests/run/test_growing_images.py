@@ -115,6 +115,11 @@ def test_two_ranks_grow_alike(command: Command, whole: Path, tmp_path: Path, sta
     assert summary(run)["data_digest"] == summary(whole)["data_digest"]
 
 
+def test_shared_functions_grow(command: Command, tmp_path: Path) -> None:
+    assert karat_here(*command(tmp_path / "run", "attention.mode=universal")) == 0
+    assert summary(tmp_path / "run")["steps"] == 24
+
+
 def test_moments_and_averages_are_carried(whole: Path) -> None:
     recipe = load_recipe(whole / "recipe.yaml").changed(model__image_size=12)
     checkpoint = whole / "checkpoints" / "step-00000008"

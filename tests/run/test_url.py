@@ -217,6 +217,13 @@ def test_the_best_checkpoint_comes_along(recipe_file: Path, url: str, tmp_path: 
     assert set(store.names()) == {best, f"step-{STEPS:08d}"}
     assert store.pointed("best") == best
     assert "is gone" not in done.stdout
+    # A start that is cut off after the newest one, before the best.
+    shutil.rmtree(store.root / best)
+    (store.root / "best").unlink()
+    done = karat("train", str(recipe_file), f"run.dir={elsewhere}", *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert store.pointed("best") == best
+    assert "is gone" not in done.stdout
 
 
 @pytest.mark.slow

@@ -176,7 +176,8 @@ class Shannon(Wavelet):
         y, square = t.abs().clamp_(min=_TINY), t * t
         wave = y.sin().div_(y)
         direct = y.cos().sub_(wave).div_(y)
-        series = (square / 88).sub_(1).mul_(square / 54).add_(1).mul_(square / 28).sub_(1).mul_(square / 10).add_(1)
+        small = square.clamp(max=1)  # infinity times 0 would be NaN
+        series = (small / 88).sub_(1).mul_(small / 54).add_(1).mul_(small / 28).sub_(1).mul_(small / 10).add_(1)
         series.mul_(y).div_(-3)
         # A blend in place of `where`, which is slow: 1 below t^2 = 0.5, 0 above.
         near = (0.5 - square).mul_(1e30).clamp_(0, 1)

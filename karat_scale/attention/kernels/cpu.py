@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from karat_scale import native_build
 from karat_scale.attention.call import FourierCall
+from karat_scale.attention.checks import refuse_second_derivative
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_RANK, MAX_GRID = 32, 64
@@ -211,6 +212,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _differentiate(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_output is None:
         return (None,) * len(ctx.needs_input_grad)
+    refuse_second_derivative("cpu")
     *grads, grad_psi = torch.ops.karat_scale.cpu_backward(grad_output, *ctx.saved_tensors)
     # Where psi is None, torch may leave it out of the inputs.
     return *grads, *([grad_psi.sum(0)] if grad_psi.dim() > 1 else [None] * (len(ctx.needs_input_grad) - len(grads)))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from karat_scale.attention.checks import refuse_second_derivative
 from karat_scale.attention.kernels.triton_fourier import LARGEST_WIDTH, is_eager
 
 
@@ -51,8 +52,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("KArAt attention by Triton is differentiable once: call backward without create_graph")
+        refuse_second_derivative("triton")
         return _backward(grad_output, *ctx.saved_tensors)
 
 
@@ -85,6 +85,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None
 
 
 def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
+    refuse_second_derivative("triton")
     grads: tuple[Tensor, ...] = torch.ops.karat_scale.triton_psi_backward(grad_output, *ctx.saved_tensors)
     return grads
 

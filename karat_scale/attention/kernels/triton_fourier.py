@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from karat_scale.attention.call import FourierCall
+from karat_scale.attention.checks import refuse_second_derivative
 from karat_scale.attention.kernels.triton_tiles import block, padded_tokens, products_of
 from karat_scale.attention.kernels.triton_toolchain import launch_problem
 
@@ -131,8 +132,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * 8
-        if torch.is_grad_enabled():
-            raise RuntimeError("KArAt attention by Triton is differentiable once: call backward without create_graph")
+        refuse_second_derivative("triton")
         arguments = (*ctx.saved_tensors, ctx.base, ctx.needs_input_grad[6])
         return *_pull_back(grad_output, *arguments), None
 
@@ -232,6 +232,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _differentiate(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_output is None:
         return (None,) * 8
+    refuse_second_derivative("triton")
     bias_is_learned = ctx.needs_input_grad[6]
     *grads, by_bias = torch.ops.karat_scale.triton_backward(grad_output, *ctx.saved_tensors, ctx.base, bias_is_learned)
     return *grads, by_bias if bias_is_learned else None, None

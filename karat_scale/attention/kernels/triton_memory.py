@@ -11,12 +11,17 @@ def rows_in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in `dtype` with contiguous rows, copied only where it must be."""
     if tensor.dtype != dtype:
         tensor = tensor.to(dtype)
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if _has_rows(tensor) else tensor.contiguous()
 
 
 def room_for_rows(grad: Tensor) -> Tensor:
     """The gradient itself, or where its rows are not contiguous, room for one whose rows are."""
-    return grad if grad.stride(-1) == 1 else torch.empty_like(grad, memory_format=torch.contiguous_format)
+    return grad if _has_rows(grad) else torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+def _has_rows(tensor: Tensor) -> bool:
+    """Whether rows are contiguous, and near enough for the kernels' offsets of 32 bits."""
+    return tensor.stride(-1) == 1 and tensor.shape[-2] * tensor.stride(-2) < 2**31
 
 
 def room(grad: Tensor) -> Tensor:

@@ -52,7 +52,16 @@ def products_of(query: torch.dtype, key: torch.dtype, value: torch.dtype) -> Pro
     """The products of a call: those of one 16-bit dtype where all three have it, else float32's."""
     if query == key == value and query != torch.float32:
         return products(query, True)
-    return products(torch.float32, torch.backends.cuda.matmul.allow_tf32)
+    return products(torch.float32, tf32_is_allowed())
+
+
+def tf32_is_allowed() -> bool:
+    """Return torch's switch for products in float32. Once the newer one was set, torch refuses to read the older."""
+    everywhere: Any = torch.backends
+    precision = getattr(everywhere.cuda.matmul, "fp32_precision", None)
+    if precision is None:
+        return bool(everywhere.cuda.matmul.allow_tf32)
+    return bool((everywhere.fp32_precision if precision == "none" else precision) == "tf32")
 
 
 def products(dtype: torch.dtype, fast: bool) -> Products:
