@@ -76,7 +76,9 @@ def of_the_machine(error: BaseException) -> tuple[str, int] | None:
     while cause is not None:
         if isinstance(cause, MemoryError):
             return _LACKS[errno.ENOMEM], 1
-        number = cause.errno if isinstance(cause, OSError) else _number_in_words(str(cause))
+        number = cause.errno if isinstance(cause, OSError) else None
+        if number is None:  # also an OSError of a data worker, which torch makes anew of its text
+            number = _number_in_words(str(cause))
         if number in _LACKS:
             return _LACKS[number], 1
         cause = cause.__cause__ or cause.__context__

@@ -60,10 +60,11 @@ def _add_accuracy(
     content: Content,
 ) -> None:
     """Add top-1 as trained, and with each S replaced by its mean over queries or over images."""
-    if not can_be_replaced(model):
+    means = [torch.as_tensor(mean) for mean in content.means()]
+    # A mean of several sets of tokens is one for each: windows, or the patch sets of a MobileViT.
+    if not can_be_replaced(model) or any(len(mean) > 1 for mean in means):
         result.notes.append("top-1 with averaged S: only for plain ViTs without attention transfer")
         return
-    means = [torch.as_tensor(mean) for mean in content.means()]
     changes: dict[str, Callable[[], AbstractContextManager[None]]] = {
         "S": nullcontext,
         "mean over queries": lambda: replaced(model, mean_over_queries),

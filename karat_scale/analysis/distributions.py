@@ -178,7 +178,7 @@ def _draw_heads(groups: Groups) -> Figure:
         for axes, block in zip(row, shown, strict=True):
             for (what, of_block, head), values in groups.items():
                 if (what, of_block) == (name, block):
-                    density, edges = np.histogram(values, 60, density=True)
+                    density, edges = np.histogram(np.asarray(values, dtype=np.float64), 60, density=True)
                     axes.stairs(density, edges, label=f"head {head}")
             axes.set(title=f"{name}, block {block}", yticks=[])
         row[0].legend()

@@ -169,16 +169,23 @@ def _draw(
     show_map(axes[0, 0], pixels, "image")
     mask = _enlarged(region(raw[head]).double().view(grid), pixels.shape[:2])
     show_map(axes[1, 0], (pixels * (0.25 + 0.75 * mask[..., None])).astype(np.uint8), f"head {head}'s region")
-    show_map(axes[0, 1], rollout.view(grid).numpy(), "rollout")
+    show_map(axes[0, 1], rollout.view(grid).numpy(), "rollout", **_from_zero(rollout))
     show_map(axes[1, 1], pixels)
     overlay = _enlarged(rollout.view(grid).double(), pixels.shape[:2])
-    show_map(axes[1, 1], overlay, "rollout on it", alpha=0.55, cmap="magma")
-    for number in range(heads):
+    show_map(axes[1, 1], overlay, "rollout on it", alpha=0.55, cmap="magma", **_from_zero(rollout))
+    shown = [*range(heads - 1), max(head, heads - 1)]  # the dominant head in any case
+    for column, number in enumerate(shown, 2):
         mark = " *" if number == head else ""
         for row, values, of in ((0, raw, "A"), (1, learned, what)):
-            weights = values[number].clamp(min=0).view(grid).numpy()
-            show_map(axes[row, number + 2], weights, f"{of}, head {number}{mark}\nup to {weights.max():.2g}")
+            weights = values[number].clamp(min=0)
+            title = f"{of}, head {number}{mark}\nup to {weights.max():.2g}"
+            show_map(axes[row, column], weights.view(grid).numpy(), title, **_from_zero(weights))
     return figure
+
+
+def _from_zero(weights: Tensor) -> dict[str, float]:
+    """Return the limits of a map's colours, from 0 to its largest value."""
+    return {"vmin": 0.0, "vmax": max(float(weights.max()), 1e-12)}
 
 
 def _enlarged(values: Tensor, size: tuple[int, ...]) -> Map:

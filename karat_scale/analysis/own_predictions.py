@@ -50,6 +50,7 @@ def _compute(run: TrainedRun, settings: Settings, identity: str) -> Predictions:
         settings.progress("predict the validation split", done, total)
 
     try:
+        run.refuse_other_classes(backend.classes)
         forward = forward_for_evaluation(run.model(), recipe.train, run.device)
         predictions = collect(
             forward,

@@ -1,5 +1,6 @@
 """Access to a run directory for the analyses: recipe, checkpoints in order, and the model at any of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +14,9 @@ from karat_scale.checkpoint.manifest import MANIFEST
 from karat_scale.checkpoint.saved_state import falsehood
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.checkpoint.weights import load_weights, wants_ema
-from karat_scale.errors import RunDirectoryError, UserError
+from karat_scale.errors import DataError, RunDirectoryError, UserError
 from karat_scale.files import file_sha256
+from karat_scale.models.freeze import freeze
 from karat_scale.recipe import AttentionConfig, Recipe
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.run.run_directory import RunDirectory
@@ -85,10 +87,10 @@ class TrainedRun:
         """A text that changes if an analysis of this run would use other weights."""
         try:
             chosen = file_sha256(self.store.root / self.chosen / MANIFEST)
-            newest = self.in_order[-1]
+            newest, weights = self.in_order[-1], self.weights_kind
         except (UserError, OSError):
-            chosen = newest = ""
-        return f"{self.path.resolve()} {newest} {chosen} {self.weights}"
+            chosen, newest, weights = "", "", self.weights
+        return f"{self.path.resolve()} {newest} {chosen} {weights}"
 
     @property
     def data_identity(self) -> dict[str, Any]:
@@ -119,9 +121,19 @@ class TrainedRun:
         return model
 
     def new_model(self, implementation: str = "auto") -> nn.Module:
-        """Return a model like `model`, but without the weights, which `load` adds."""
+        """Return a model like `model`, with the same frozen parameters, but without the weights, which `load` adds."""
         recipe = self.recipe.model_copy(update={"attention": self._attention(implementation)})
-        return build_model(recipe, self.path).to(self.device).eval()
+        model = build_model(recipe, self.path).to(self.device).eval()
+        freeze(model, recipe.train.freeze)
+        return model
+
+    def refuse_other_classes(self, classes: Sequence[str]) -> None:
+        """Raise DataError for data whose labels number other classes than the run's, if it recorded those."""
+        own = RunDirectory(self.path).classes()
+        if own and own != tuple(classes):
+            raise DataError(
+                f"data.path = {self.recipe.data.path} has other classes than the run; name its own by --data"
+            )
 
     def load(self, model: nn.Module, name: str, weights: str | None = None) -> None:
         """Load the weights of a checkpoint, or the raw weights of a snapshot. Raises the same errors as `model`."""
@@ -168,7 +180,9 @@ class TrainedRun:
 
     def images(self, count: int, ids: tuple[int, ...] | None = None) -> ValidationImages:
         """Return `count` validation images spread over the split, or `ids`. Raises DataError if there are none."""
-        return ValidationImages(self.recipe, count, ids)
+        found = ValidationImages(self.recipe, count, ids)
+        self.refuse_other_classes(found.classes)
+        return found
 
     def _attention(self, implementation: str) -> AttentionConfig:
         return self.recipe.attention.model_copy(update={"implementation": implementation})

@@ -7,8 +7,8 @@ from torch import Tensor
 def project(rows: Tensor, keep: Tensor | None = None) -> Tensor:
     """max(y - lambda, 0) along the last dimension, with the lambda that makes it sum to one (paper, l1 projection).
 
-    Entries whose `keep` is false are 0 and take no part; a row that keeps nothing is 0. Any NaN or infinity
-    makes its row NaN.
+    Entries whose `keep` is false are 0 and take no part; a row that keeps nothing is 0. A kept
+    NaN or +infinity makes its row NaN.
     """
     lost = rows.detach().isnan() | (rows.detach() == torch.inf)
     lost = lost if keep is None else lost & keep

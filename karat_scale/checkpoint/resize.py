@@ -51,7 +51,7 @@ def _fit(pieces: Pieces, saved: SavedState, model: nn.Module, power: float = 1.0
     # Also named as buffers are the parameters of an operator that blocks share, once for each further block.
     own = dict(model.named_buffers())
     buffers = _floats({name: buffer for name, buffer in saved.buffers.items() if name in own})
-    take_weights(model, {**buffers, **values}, new_head=False)
+    take_weights(model, {**values, **buffers}, new_head=False)
     fitted = Pieces()
     for name, parameter in model.named_parameters():
         if name in pieces:  # an optimizer has no states of frozen parameters, or other ones for some

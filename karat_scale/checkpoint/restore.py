@@ -80,12 +80,19 @@ def check_shapes(here: dict[str, tuple[int, ...]], there: dict[str, tuple[int, .
             raise RunDirectoryError(f"it holds another model: {name} is {sizes[0]} there and {sizes[1]} here")
 
 
+_MODES = ".operator.modes"
+
+
 def check_buffers(model: nn.Module, there: Mapping[str, torch.Tensor]) -> None:
     """Refuse a checkpoint whose buffers are not of this model's shapes. It may have others, or none.
 
     Raises:
-        RunDirectoryError: names the first buffer that differs.
+        RunDirectoryError: names the first buffer that differs, or the modes of `form=smooth` that an early version
+            left out.
     """
+    for name, _ in model.named_buffers():
+        if name.endswith(_MODES) and name not in there:
+            raise RunDirectoryError(f"it has no {name}, so it is of an early version of form=smooth; train it again")
     here = {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in there}
     check_shapes(here, {name: tuple(there[name].shape) for name in here})
 

@@ -55,11 +55,13 @@ class Snapshots:
     def write(self, step: int) -> None:
         """Write the weights after `step` steps unless they are there already; a failure is a warning. Collective.
 
+        With `resume.mode=never`, the first ones replace those of an earlier attempt.
         Rank 0 holds them whole on the host, the other ranks one parameter at a time.
         """
         self._reporter.beat("snapshot")
         path = self._directory / f"{checkpoint_name(step)}{_SUFFIX}"
-        if self._world.broadcast(path.is_file()):
+        is_anew = step == 0 and self._recipe.resume.mode == "never"
+        if not is_anew and self._world.broadcast(path.is_file()):
             return
         whole = {}
         for name, parameter in whole_masters(self._engine, self._world):

@@ -11,15 +11,16 @@ _WNID = re.compile(r"n\d{8}")
 def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None]:
     """Return the label of each of their classes among ours; None of one that is not there.
 
-    Equal names match first. Others are compared without case, and an underscore is a space, where that names one of our
-    classes alone. WordNet ids and the names of ImageNet-1K's classes
+    Equal names match first. Others are compared without case, and an underscore is a space, where that names one class
+    alone on both sides. WordNet ids and the names of ImageNet-1K's classes
     stand for each other. Where all of their names are numbers, as in ImageNet-V2, they are the labels themselves,
     unless ours are numbers, too.
     """
     if list(theirs) == list(ours):
         return list(range(len(ours)))
     equal, plain = _labels(ours), _labels([_plain(name) for name in ours])
-    found = [equal.get(name, plain.get(_plain(name))) for name in theirs]
+    alone = _labels([_plain(name) for name in theirs])
+    found = [equal.get(name, plain.get(_plain(name)) if _plain(name) in alone else None) for name in theirs]
     if all(label is not None for label in found):
         return found
     if all(name.isdecimal() for name in theirs) and not any(name.isdecimal() for name in ours):

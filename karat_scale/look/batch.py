@@ -34,6 +34,7 @@ class ShownBatch:
         targets: float [b, classes].
         places: where each image is stored.
         bad: images that could not be read, and were replaced.
+        least: what label smoothing gives to every class.
     """
 
     images: npt.NDArray[np.uint8]
@@ -41,12 +42,12 @@ class ShownBatch:
     places: list[str]
     classes: tuple[str, ...]
     bad: list[str]
+    least: float
 
     def label(self, number: int) -> str:
         """Return the classes of an image, with their weights where it is mixed."""
         row = self.targets[number]
-        smallest = float(row.min())  # what label smoothing gives to every class
-        shares = (row - smallest) / max(float((row - smallest).sum()), 1e-9)
+        shares = (row - self.least) / max(float((row - self.least).sum()), 1e-9)
         order = [int(index) for index in np.argsort(-shares)[:2] if shares[index] > _LEAST_WEIGHT]
         if len(order) == 1:
             return self._name(order[0])
@@ -54,6 +55,11 @@ class ShownBatch:
 
     def _name(self, index: int) -> str:
         return printable(self.classes[index]) if index < len(self.classes) else f"class {index}"
+
+
+def least_target(recipe: Recipe) -> float:
+    """Return what label smoothing gives to every class."""
+    return recipe.augment.label_smoothing / recipe.model.num_classes
 
 
 def show_batch(source: str, overrides: Sequence[str], step: int, count: int, out: str | None) -> int:
@@ -109,6 +115,7 @@ def read_batch(recipe: Recipe, step: int, count: int) -> ShownBatch:
             places[:count],
             task.classes,
             bad,
+            least_target(recipe),
         )
     finally:
         if task is not None:

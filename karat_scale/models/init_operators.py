@@ -112,7 +112,8 @@ def _keys(state: Mapping[str, Tensor], prefix: str, heads: int) -> tuple[str, ..
     residual, content = (any(name.rpartition(".")[2] == own for name in names) for own in ("gate", "psi_constant"))
     # Softmax heads, a softmax part, psi, and scores of 0 each wrap what is learned.
     others = max(name.count("operator.") for name in names) - residual - content
-    learned = next(iter(state.values())).shape[:1].numel()  # the first axis is always that of the heads
+    # The first axis of a parameter is always that of the heads.
+    learned = next(x for name, x in state.items() if not name.endswith("operator.modes")).shape[:1].numel()
     softmax_heads = max(heads - learned, 0) if others else 0
     return (
         f"attention.residual={str(residual).lower()}",

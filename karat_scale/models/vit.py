@@ -54,7 +54,8 @@ class KaratAttention(Attention):
         query, key = self.q_norm(query), self.k_norm(key)
         bias, mask = None, attn_mask
         if attn_mask is not None and attn_mask.dtype != torch.bool:
-            bias, mask = attn_mask, ~attn_mask.isneginf()
+            bias, keep = attn_mask, ~attn_mask.isneginf()
+            mask = None if not torch.compiler.is_compiling() and bool(keep.all()) else keep  # kernels take no mask
         out = self.operator(query, key, value, bias=bias, mask=mask)
         return join_heads(self, x, out)
 

@@ -141,7 +141,7 @@ class AttentionConfig(Section):
             ours |= {"softmax_heads": 0} if self.kind == "softmax" else of_karat
             for key, only in ours.items():
                 if (value := getattr(self, key)) != only:
-                    raise ValueError(f"attention.{key} = {value} is of attention.kind=karat, not of {self.kind}")
+                    raise ValueError(f"attention.{key} = {value} has no effect with attention.kind = {self.kind}")
         elif self.form in VARIANTS:
             plain = {
                 "basis": "fourier",

@@ -63,14 +63,6 @@ class ResumeConfig(Section):
     def _one_key_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
-    @model_validator(mode="after")
-    def _begins_in_one_way(self) -> "ResumeConfig":
-        if self.mode == "never" and self.from_:
-            raise ValueError(
-                "resume.mode = never starts from the beginning, and not from resume.from; remove one of them"
-            )
-        return self
-
 
 class LogConfig(Section):
     """What to report, and how often."""

@@ -20,7 +20,7 @@ from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
 from karat_scale.errors import RunDirectoryError, UserError
 from karat_scale.files import write_atomically
-from karat_scale.look.batch import ShownBatch, as_bytes, draw, places_of
+from karat_scale.look.batch import ShownBatch, as_bytes, draw, least_target, places_of
 from karat_scale.recipe import Recipe
 from karat_scale.replay.inspect import Findings, not_finite, watched
 from karat_scale.reporting.progress import PlainDisplay, Reporter, SilentDisplay
@@ -186,8 +186,10 @@ def _replayed(
         targets.append(soft.numpy())
         places += places_of(task.backend, batch)
     order = _worst(losses, count)
-    images = np.concatenate([as_bytes(seen, task.recipe) for seen in findings.seen])
-    shown = ShownBatch(images[order], np.concatenate(targets)[order], [places[i] for i in order], task.classes, [])
+    images, least = np.concatenate([as_bytes(seen, task.recipe) for seen in findings.seen]), least_target(task.recipe)
+    shown = ShownBatch(
+        images[order], np.concatenate(targets)[order], [places[i] for i in order], task.classes, [], least
+    )
     passes = {"forward": findings.forward, "backward": findings.backward}
     found = {name: str(finding) for name, finding in passes.items() if finding is not None}
     return Replayed(found, losses, weights, shown)
@@ -227,7 +229,8 @@ def _show(ranks: list[Replayed], count: int, path: Path) -> None:
     order = _worst(losses, count)
     images, targets = (np.concatenate([getattr(rank.shown, name) for rank in ranks]) for name in ("images", "targets"))
     places = [place for rank in ranks for place in rank.shown.places]
-    shown = ShownBatch(images[order], targets[order], [places[i] for i in order], ranks[0].shown.classes, [])
+    first = ranks[0].shown
+    shown = ShownBatch(images[order], targets[order], [places[i] for i in order], first.classes, [], first.least)
     rows = [[f"{losses[i]:.4g}", shown.label(row), shown.places[row]] for row, i in enumerate(order)]
     print_table("images of the largest losses", ["loss", "target", "from"], rows, (1, 2))
     write_atomically(path, draw(shown))

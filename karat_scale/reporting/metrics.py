@@ -57,7 +57,7 @@ class MetricsLog:
 
 def _line(event: str, step: int, figures: Mapping[str, Any]) -> str:
     record = {"event": event, "step": step, "time": round(time.time(), 3), **figures}
-    return json.dumps({key: _finite_or_none(value) for key, value in record.items()}) + "\n"
+    return json.dumps(_finite_or_none(record), allow_nan=False) + "\n"
 
 
 def _ends_with_newline(file: Path) -> bool:
@@ -70,4 +70,9 @@ def _ends_with_newline(file: Path) -> bool:
 
 
 def _finite_or_none(value: Any) -> Any:
+    """Return plain data with None in place of figures that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite_or_none(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite_or_none(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -40,8 +40,10 @@ from karat_scale.recipe.files import COMMANDS, read_recipe_file
 from karat_scale.recipe.loading import differing_keys, dump_recipe, effects, flatten, load_recipe, rounding_keys
 from karat_scale.temporaries import remove_leftovers
 
-# Of the keys that change the shapes of tensors, those for which init_from makes weights fit.
 _RECIPE = "recipe.yaml"
+# What two models with tensors of the same shapes may differ in.
+_UNSEEN = ("model.num_heads", "attention.kind", "attention.basis", "attention.form", "attention.softmax_heads")
+# Of the keys that change the shapes of tensors, those for which init_from makes weights fit.
 _FITTED = ("model.image_size", "model.num_classes", "model.patch_size")
 # What a run needs elsewhere beside its checkpoints; the rest can be made again. No file of a suffix in FIXED changes.
 COPIED = (
@@ -96,17 +98,10 @@ class RunDirectory:
                 f"run.dir = {self.path} has checkpoints and resume.mode = never; "
                 "choose another run.dir or use resume.mode=auto"
             )
-        if recipe.resume.mode == "never":
-            self._forget_attempts()
-        if not self.recipe_file.is_file():
+        if recipe.resume.mode == "never" or not self.recipe_file.is_file():
             return ""
         self.refuse_another_recipe(recipe)
         return self.changes(recipe)
-
-    def _forget_attempts(self) -> None:
-        """Remove what attempts without a checkpoint left and a start would go on with."""
-        for path in (self.recipe_file, *self.snapshots.glob("*.safetensors")):
-            path.unlink(missing_ok=True)
 
     def clear(self, ranks: int) -> list[str]:
         """Remove what killed starts, and starts with more ranks, left behind; the directory is claimed.
@@ -220,11 +215,10 @@ class RunDirectory:
         old = self.recipe(type(recipe))
         keys = differing_keys(old, recipe, recipe.resume.allow)
         before, after = flatten(old), flatten(recipe)
+        fixed = [key for key in NEVER_ALLOWED if before.get(key) != after.get(key)] + _unseen(before, after)
         is_longer = keys == ["train.epochs"] and after["train.epochs"] > before["train.epochs"]
-        if is_longer and self._is_finished(before):
+        if is_longer and not fixed and self._is_finished(before):
             return  # asking for more of a finished run cannot be a mistake
-        shaping = [key for key, effect in effects(type(recipe)).items() if effect is Effect.SHAPES]
-        fixed = [key for key in (*NEVER_ALLOWED, *shaping) if before.get(key) != after.get(key)]
         keys += [key for key in fixed if key not in keys]
         if keys:
             raise RunDirectoryError(
@@ -285,24 +279,27 @@ def _close(file: IO[str] | None) -> None:
 def refuse_another_model(source: Path, recipe: RunRecipe) -> None:
     """Raise RunDirectoryError if a run, or the run of a checkpoint, trained another model than a recipe builds.
 
-    Tensors of equal shapes do not show the number of heads or the kind of functions. Image sizes and teachers have
-    checks of their own.
+    Only by what the shapes of tensors do not show: the number of heads and the kind of functions.
     """
     file = next((path for path in (source / _RECIPE, source.parent.parent / _RECIPE) if path.is_file()), None)
     if file is None:
         return
     theirs = load_recipe(file, (), type(recipe))
     before, after = flatten(theirs), flatten(recipe)
-    shaping = [key for key, effect in effects(type(recipe)).items() if effect is Effect.SHAPES]
-    own = ("model.image_size", "attention.transfer_from", "attention.transfer_heads")
-    keys = [key for key in shaping if key not in own and before.get(key) != after.get(key)]
-    if keys:
+    if keys := _unseen(before, after):
         raise RunDirectoryError(f"resume.from = {source}: is of another model: {describe_keys(theirs, recipe, keys)}")
+
+
+def _unseen(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Return the keys of `_UNSEEN` that differ. A null stands for the model's own number, which is not known here."""
+    is_softmax = before["attention.kind"] == after["attention.kind"] == "softmax"
+    keys = [key for key in _UNSEEN if None not in (before.get(key), after.get(key)) and before[key] != after[key]]
+    return [key for key in keys if not is_softmax or key.startswith("model.")]
 
 
 def _advice(path: Path, keys: list[str], fixed: list[str], before: dict[str, Any], known: dict[str, Effect]) -> str:
     """What to do about differing keys, of which `fixed` may never differ."""
-    shaping = [key for key in keys if known[key] is Effect.SHAPES]
+    shaping = [key for key in keys if known[key] is Effect.SHAPES and key not in NEVER_ALLOWED]
     if shaping:
         fits = all(key in _FITTED for key in shaping)
         weights = f", with init_from={path} to start from its weights" if fits else ""

@@ -65,6 +65,7 @@ class _Child:
 
     def __init__(self) -> None:
         self.told: signal.Signals | None = None
+        self._is_sent = False
         self._process: subprocess.Popen[bytes] | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -83,7 +84,7 @@ class _Child:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
-        if self.told is not None:  # while it started
+        if self.told is not None and not self._is_sent:  # while it started
             self._send(self.told)
         while True:
             try:
@@ -98,6 +99,7 @@ class _Child:
     def _send(self, number: signal.Signals) -> None:
         if self._process is None or self._process.poll() is not None:
             return
+        self._is_sent = True
         if number == signal.SIGINT:  # as a terminal sends it: to the ranks, too
             os.killpg(self._process.pid, number)
         else:

@@ -52,6 +52,27 @@ def test_images_outside_the_split_are_named(karat_run: TrainedRun) -> None:
         karat_run.images(1, (3, 1000))
 
 
+def test_data_of_other_classes_are_refused(karat_run: TrainedRun, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(karat_run.path, copy)
+    names = json.loads((copy / "classes.json").read_text())
+    (copy / "classes.json").write_text(json.dumps(names[::-1]))
+    with pytest.raises(DataError, match="has other classes than the run"):
+        TrainedRun(copy, karat_run.recipe).images(3)
+
+
+def test_what_was_frozen_is_frozen(karat_run: TrainedRun) -> None:
+    frozen = TrainedRun(karat_run.path, karat_run.recipe.changed(train__freeze=("*.operator.*",)))
+    learns = {name: parameter.requires_grad for name, parameter in frozen.new_model().named_parameters()}
+    assert not any(learns[name] for name in learns if ".operator." in name)
+    assert any(learns.values())
+
+
+def test_auto_has_the_fingerprint_of_the_weights_that_it_means(karat_run: TrainedRun) -> None:
+    prints = {kind: TrainedRun(karat_run.path, karat_run.recipe, kind).fingerprint for kind in ("auto", "ema", "raw")}
+    assert prints["auto"] == prints["ema"] != prints["raw"]
+
+
 def test_no_run_no_checkpoint_and_a_damaged_one(karat_run: TrainedRun, tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="not a run directory"):
         open_run(tmp_path)

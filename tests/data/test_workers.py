@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -134,10 +135,17 @@ def running(pid: int) -> bool:
         return False
 
 
+def is_prepared(pid: int) -> bool:
+    """Whether a worker blocks SIGTERM, which is the last of the signals that it sets."""
+    blocked = re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return blocked is not None and bool(int(blocked[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
 @pytest.mark.multiprocess
 def test_workers_ignore_signals_to_the_process_group_and_exit_when_the_parent_is_killed(make_shards):
     process, workers = start(make_shards())
     assert len(workers) == 2
+    wait_until(lambda: all(map(is_prepared, workers)))  # the first batch is of one of them
     for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM):
         os.killpg(process.pid, number)
         assert process.stdout.readline() == "signal\n"

@@ -40,8 +40,7 @@ def steps(**settings: str) -> tuple[bool, int]:
 def test_freed_memory_is_kept_unless_the_environment_says_otherwise() -> None:
     kept, faults = steps()
     assert kept
-    assert faults < 300
     for settings in ({"MALLOC_TOP_PAD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.top_pad=131072"}):
-        kept, faults = steps(**settings)
-        assert not kept
-        assert faults > 300  # where pages have 2 MB; else 300,000
+        given_back, more = steps(**settings)
+        assert not given_back
+        assert more > 10 * faults

@@ -11,6 +11,7 @@ def test_equal_names_match_before_similar_ones() -> None:
     assert match_classes(["A", "a", "b"], ["A", "a", "b"]) == [0, 1, 2]
     assert match_classes(["crane", "crane"], ["crane", "crane"]) == [0, 1]
     assert match_classes(["a", "A"], ["A", "a", "b"]) == [1, 0]
+    assert match_classes(["A", "a", "b"], ["a", "b"]) == [None, 0, 1]
     assert match_classes(["x_1", "b"], ["x 1", "X 1", "b"]) == [None, 2]
 
 

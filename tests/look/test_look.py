@@ -12,7 +12,7 @@ from PIL import Image
 from karat_scale.cli import main
 from karat_scale.data.formats import index
 from karat_scale.data.formats.shards import ShardSplit
-from karat_scale.look.batch import read_batch
+from karat_scale.look.batch import ShownBatch, read_batch
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.reporting.progress import Reporter, SilentDisplay
 from karat_scale.tasks.classification.task import ClassificationTask
@@ -59,6 +59,16 @@ def test_a_mixed_target_names_both_classes_and_their_shares(recipe_file: Path, t
         assert sum(shares) == pytest.approx(1, abs=0.02)
     plain = read_batch(load_recipe(recipe_file, [*SMALL, "augment.mixup=0", "augment.cutmix=0"]), step=1, count=8)
     assert all(plain.label(number) in plain.classes for number in range(8))
+
+
+def test_two_classes_are_both_named() -> None:
+    def label(first: float, smoothing: float = 0.0) -> str:
+        targets = np.array([[first, 1 - first]], np.float32) * (1 - smoothing) + smoothing / 2
+        return ShownBatch(np.zeros((1, 2, 2, 3), np.uint8), targets, ["x"], ("cat", "dog"), [], smoothing / 2).label(0)
+
+    assert label(0.7) == label(0.7, 0.1) == "0.70 cat + 0.30 dog"
+    assert label(0.5) == "0.50 cat + 0.50 dog"
+    assert label(1.0, 0.1) == "cat"
 
 
 def test_show_writes_a_picture_and_lists_the_samples(recipe_file: Path, tmp_path: Path, capsys) -> None:

@@ -108,8 +108,8 @@ def test_operations_are_counted():
 @pytest.mark.parametrize(
     ("section", "said"),
     [
-        ({"kind": "static", "form": "full_rank"}, "attention.form = full_rank is of attention.kind=karat"),
-        ({"kind": "learned_score", "scores": False}, "attention.scores = False is of attention.kind=karat"),
+        ({"kind": "static", "form": "full_rank"}, "attention.form = full_rank has no effect with attention.kind = "),
+        ({"kind": "learned_score", "scores": False}, "attention.scores = False has no effect with attention.kind = "),
         ({"kind": "karat", "form": "bounded", "init": "paper"}, "has attention.init=variance_preserving only"),
         ({"kind": "karat", "form": "smooth", "basis": "bspline"}, "has attention.basis=fourier only"),
         ({"kind": "karat", "form": "bounded", "gains": True}, "has attention.gains=False only"),
@@ -118,10 +118,10 @@ def test_operations_are_counted():
             "needs attention.basis=fourier, not dog",
         ),
         ({"kind": "karat", "base": "silu", "gains": True}, "needs attention.basis=fourier and attention.base=zero"),
-        ({"kind": "static", "gains": True}, "attention.gains = True is of attention.kind=karat"),
-        ({"kind": "softmax", "scores": False}, "attention.scores = False is of attention.kind=karat, not of softmax"),
-        ({"kind": "softmax", "residual": True}, "attention.residual = True is of attention.kind=karat"),
-        ({"kind": "softmax", "softmax_heads": 1}, "attention.softmax_heads = 1 is of attention.kind=karat"),
+        ({"kind": "static", "gains": True}, "attention.gains = True has no effect with attention.kind = "),
+        ({"kind": "softmax", "scores": False}, "attention.scores = False has no effect with attention.kind = "),
+        ({"kind": "softmax", "residual": True}, "attention.residual = True has no effect with attention.kind = "),
+        ({"kind": "softmax", "softmax_heads": 1}, "attention.softmax_heads = 1 has no effect with attention.kind = "),
         ({"kind": "static", "implementation": "cpu"}, "attention.implementation = cpu supports only"),
     ],
 )

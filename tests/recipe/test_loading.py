@@ -166,8 +166,6 @@ def test_fp16_overflows_are_no_reason_to_stop(recipe: Path) -> None:
 def test_a_run_begins_with_one_thing(recipe: Path) -> None:
     text = message(recipe, "init_from=a", "resume.from=b")
     assert "init_from = a and resume.from = b both set the start of the run; unset one" in text
-    text = message(recipe, "resume.mode=never", "resume.from=b")
-    assert "resume.mode = never starts from the beginning, and not from resume.from; remove one of them" in text
 
 
 def test_a_null_at_the_top_of_a_file_is_an_empty_text(recipe: Path, tmp_path: Path) -> None:

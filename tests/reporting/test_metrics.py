@@ -9,10 +9,11 @@ from karat_scale.reporting.progress import PlainDisplay, Reporter
 def test_each_event_is_a_line_on_disk_at_once(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     log = MetricsLog(file)
-    log.write("train", 3, loss=1.5, grad_norm=float("nan"))
+    log.write("train", 3, loss=1.5, grad_norm=float("nan"), content={"by_query": [float("inf"), 0.5]})
     (line,) = file.read_text().splitlines()
     record = json.loads(line)
     assert (record["event"], record["step"], record["loss"], record["grad_norm"]) == ("train", 3, 1.5, None)
+    assert record["content"] == {"by_query": [None, 0.5]}
     log.close()
     again = MetricsLog(file)
     again.write("end", 4)

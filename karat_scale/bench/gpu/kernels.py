@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from karat_scale.attention import FourierKaratOperator, fourier_karat_attention
+from karat_scale.attention.kernels.triton_tiles import tf32_is_allowed
 from karat_scale.attention.variants import ContentOperator
 from karat_scale.bench.gpu.calls import (
     BF16,
@@ -51,7 +52,7 @@ def measure(task: Task) -> None:
 @contextmanager
 def tf32() -> Iterator[None]:
     """torch's switch on, which the kernels read too."""
-    before = torch.backends.cuda.matmul.allow_tf32
+    before = tf32_is_allowed()
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
         yield

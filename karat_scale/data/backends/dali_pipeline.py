@@ -60,15 +60,18 @@ class DaliDecoder:
         """
         upcoming = iter(requests)
         waiting: deque[Request] = deque()
+        errors: list[Exception] = []  # of the requests, for after the batches that precede them
         while True:
             first = waiting.popleft() if waiting else next(upcoming, None)
             if first is None:
+                if errors:
+                    raise errors[0]
                 return
             waiting.appendleft(first)
-            yield from self._until_failure(waiting, upcoming)
+            yield from self._until_failure(waiting, upcoming, errors)
 
     def _until_failure(
-        self, waiting: deque[Request], upcoming: Iterator[Request]
+        self, waiting: deque[Request], upcoming: Iterator[Request], errors: list[Exception]
     ) -> Generator["torch.Tensor | list[Pixels] | None", None, None]:
         """One pipeline's life: until the requests end, one is larger than the first, or a batch fails.
 
@@ -76,7 +79,6 @@ class DaliDecoder:
         """
         largest = len(waiting[0])
         under_way: deque[Request] = deque()
-        errors: list[Exception] = []
 
         def feed() -> Iterator[tuple[Any, ...]]:
             try:
@@ -105,8 +107,6 @@ class DaliDecoder:
                 return
             under_way.popleft()
             yield result
-        if errors:
-            raise errors[0]
 
     def _inputs(self, request: Request) -> tuple[Any, ...]:
         regions = np.array([view.region for view in request.views], dtype=np.int32)

@@ -84,10 +84,13 @@ def hash_file(path: Path, record: FileRecord, wording: Wording) -> Iterator[None
     if not record.sha256:
         raise DataError(f"{path} was indexed without its SHA-256; use data.verify=size, or index it again with --hash")
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-            yield
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+                yield
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; {wording.fix}") from error
     if digest.hexdigest() != record.sha256:
         raise DataError(f"{path} has changed since it was written: its SHA-256 differs; {wording.fix}")
 

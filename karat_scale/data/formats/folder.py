@@ -30,6 +30,8 @@ class FolderSplit:
         if unknown := sorted(set(found) - set(self.classes)):
             raise DataError(f"{self._folder / unknown[0]} is a class that the training split does not have; {FIX}")
         numbers = {name: label for label, name in enumerate(self.classes) if name in found}
+        for name in numbers:  # torchvision takes a folder that cannot be read for an empty one
+            _must_list(self._folder / name)
         listed = make_dataset(self._folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
         visible = sorted(
             (label, os.fsencode(os.path.relpath(path, self._folder)))
@@ -68,6 +70,14 @@ class FolderSplit:
 
     def close(self) -> None:
         """Do nothing: no file is open."""
+
+
+def _must_list(folder: Path) -> None:
+    try:
+        with os.scandir(folder):
+            pass
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed: {error.strerror}; {FIX}") from error
 
 
 def _class_folders(folder: Path) -> list[str]:

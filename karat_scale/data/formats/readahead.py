@@ -21,13 +21,15 @@ NO_BLOCKS = Blocks()
 class Readahead:
     """Asks the system to read each block when one of its samples is read, once in an epoch.
 
-    It remembers as many blocks as a window has. So it has forgotten a block when the next epoch comes to it.
+    It remembers little more than a window: a part of a block at its start, and blocks that files cut, are more parts.
+    So it has forgotten a block when the next epoch comes to it.
     offsets, sizes: int64 [samples], the position of each sample in its file, in bytes.
     """
 
     def __init__(self, blocks: Blocks, offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> None:
         self._block_samples, self._window = blocks
         self._offsets, self._sizes = offsets, sizes
+        self._remembered = self._window + self._window // 2 + 2
         self._asked: OrderedDict[int, None] = OrderedDict()
 
     def ask(self, file: int, sample_id: int, start: int, stop: int) -> None:
@@ -40,7 +42,7 @@ class Readahead:
         if first in self._asked:
             return
         self._asked[first] = None
-        if len(self._asked) > self._window:
+        if len(self._asked) > self._remembered:
             self._asked.popitem(last=False)
         last = min((block + 1) * self._block_samples, stop) - 1
         begin, end = int(self._offsets[first]), int(self._offsets[last] + self._sizes[last])

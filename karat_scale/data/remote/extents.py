@@ -86,13 +86,12 @@ class RemoteShardFiles:
             else:
                 missing.append(extent)
 
-        def fetch(extent: Extent) -> int:
+        def fetch(extent: Extent) -> None:
             entry = self._fetched(extent, deadline)
             assert entry is not None
-            return entry
+            os.close(entry)  # a large batch has more extents than a process may open
 
-        for extent, entry in zip(missing, self._each(fetch, missing), strict=True):
-            self._keep(extent, entry)
+        self._each(fetch, missing)
 
     def hint(self, sample_ids: Iterable[int]) -> None:
         """Fetch extents of some samples into the cache, except those that another process fetches. Raises DataError."""

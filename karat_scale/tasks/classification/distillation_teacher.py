@@ -50,13 +50,14 @@ class DistillationTeacher:
 def keep_distillation_teacher(recipe: Recipe, run: Path) -> None:
     """Copy the weights of `distill.from`, if any, into a run: those that `karat eval` would take.
 
-    A run that has begun keeps the teacher it has.
+    A run that has begun keeps the teacher it has; with `resume.mode=never`, none has.
 
     Raises:
         RecipeError: there is no such classifier, or none that a student can learn from.
     """
     source, kept = recipe.distill.from_, run / FILE
-    if not source or (RunDirectory(run).recipe_file.is_file() and kept.is_file()):
+    has_begun = recipe.resume.mode == "auto" and RunDirectory(run).recipe_file.is_file()
+    if not source or (has_begun and kept.is_file()):
         return
     try:
         if source.startswith(TIMM):

@@ -24,14 +24,15 @@ FILE = "teacher.safetensors"
 def keep_teacher(recipe: Recipe, run: Path) -> None:
     """Copy the weights of `attention.transfer_from`, if any, into a run: those that `karat eval` would take.
 
-    A run that has begun keeps the teacher it has.
+    A run that has begun keeps the teacher it has; with `resume.mode=never`, none has.
 
     Raises:
         RecipeError: no such run, none of its checkpoints will do, or it sees images otherwise than this recipe.
     """
     source = recipe.attention.transfer_from
     own = RunDirectory(run)
-    if not source or (own.recipe_file.is_file() and (run / FILE).is_file()):
+    has_begun = recipe.resume.mode == "auto" and own.recipe_file.is_file()
+    if not source or (has_begun and (run / FILE).is_file()):
         return
     try:
         directory = RunDirectory(source)

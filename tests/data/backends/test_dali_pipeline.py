@@ -189,3 +189,33 @@ def test_results_are_taken_over_on_a_stream_of_their_own(monkeypatch, decoder):
     (result,) = DaliDecoder(1, "bicubic", size=SIZE, stream=Stream()).decoded([crops([0, 1])[1]])
     assert result.shape == (2, 3, SIZE, SIZE)
     assert seen == ["Stream", "recorded", "waited", "left"]
+
+
+def test_an_error_of_the_requests_is_raised_although_an_image_fails_before(decoder, monkeypatch):
+    class FailsAtTheSecond:
+        """Asks for two batches more than it has decoded, as DALI does."""
+
+        def __init__(self, inputs):
+            self.inputs, self.ahead, self.done = inputs, [], 0
+
+        def run(self):
+            while len(self.ahead) < self.done + 3 and (one := next(self.inputs, None)) is not None:
+                self.ahead.append(one)
+            if self.done == len(self.ahead):
+                raise StopIteration
+            self.done += 1
+            if self.done == 2:
+                raise RuntimeError(MET.format(where="CPU", met="Failed to decode sample #0 :"))
+            return ("decoded",)
+
+    def requests():
+        for number in range(3):
+            yield crops([number])[1]
+        raise DataError("the store does not answer")
+
+    monkeypatch.setattr(DaliDecoder, "_build", lambda self, source, _: FailsAtTheSecond(source))
+    monkeypatch.setattr(DaliDecoder, "_result", lambda self, output: output)
+    found = []
+    with pytest.raises(DataError, match="the store does not answer"):
+        found += iter(decoder.decoded(requests()))
+    assert found == ["decoded", None, "decoded"]

@@ -228,6 +228,7 @@ def test_what_nobody_can_learn_from_is_one_line(
         "model": '{"name": "vit_tiny_patch16_224"}',
         "attention": '{"transfer_from": "run"}',
         "preprocessing": "{}",
+        "karat_scale": "0.2.0",
     }
     save_file({"x": torch.zeros(1)}, tmp_path / "student.safetensors", about)
     cases = {
