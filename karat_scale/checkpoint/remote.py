@@ -4,18 +4,16 @@ A copy exists if its manifest does: the manifest is written last, and removed fi
 """
 
 import os
-import re
 from collections.abc import Callable, Collection
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from karat_scale.checkpoint.manifest import MANIFEST, parse_manifest
-from karat_scale.checkpoint.store import PINNED, CheckpointStore
+from karat_scale.checkpoint.store import CHECKPOINT_NAME, PINNED, CheckpointStore
 from karat_scale.files import LARGEST_TEXT, Fingerprint, FingerprintedFile, name_in_errors, read_text
 from karat_scale.stores import ChangedFileError, FileFacts, MissingFileError, WritableStore
 
 _FOLDER = "checkpoints"
-_NAME = re.compile(r"step-\d{8,}")
 _POINTER_BYTES = 4096
 _THREADS = 4
 OnBytes = Callable[[int], None]
@@ -126,7 +124,7 @@ class RemoteCheckpoints:
             self._remove(name, sorted(files, key=lambda file: file != MANIFEST))
 
     def _folders(self) -> set[str]:
-        return {part for path in self._files if _NAME.fullmatch(part := path.split("/")[1])}
+        return {part for path in self._files if CHECKPOINT_NAME.fullmatch(part := path.split("/")[1])}
 
     def _has(self, name: str, file: str) -> bool:
         return _path(name, file) in self._files

@@ -1,7 +1,6 @@
 """A checkpoint's training state by parameter name, whatever world size and ZeRO stage wrote it."""
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +20,9 @@ from karat_scale.checkpoint.records import (
     read_record,
     read_state_record,
 )
-from karat_scale.checkpoint.store import checkpoint_name
+from karat_scale.checkpoint.store import CHECKPOINT_NAME, checkpoint_name
 from karat_scale.engine.shards import Fragment, Layout, Pieces
 from karat_scale.errors import RunDirectoryError
-
-_STEP_NAME = re.compile(r"step-\d{8,}")
 
 
 @dataclass
@@ -66,7 +63,7 @@ def falsehood(checkpoint: Path) -> str | None:
     """
     try:
         saved = read_state_record(checkpoint)
-        if _STEP_NAME.fullmatch(checkpoint.name) and checkpoint.name != checkpoint_name(saved.step):
+        if CHECKPOINT_NAME.fullmatch(checkpoint.name) and checkpoint.name != checkpoint_name(saved.step):
             return f"{STATE}: its step is {saved.step}"
         if saved.samples % max(saved.step, 1) or (saved.samples > 0) != (saved.step > 0):
             return f"{STATE}: {saved.samples} samples in {saved.step} steps"

@@ -27,7 +27,7 @@ from karat_scale.files import Fingerprint, file_sha256, flush_to_disk, parse_jso
 from karat_scale.temporaries import remove_leftovers
 
 PINNED = "pinned"
-_NAME = re.compile(r"step-\d{8,}")
+CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
 _UNFINISHED = ".saving-"
 _REPLACED = f"{_UNFINISHED}replaced-"
 _TRIES = 5
@@ -137,7 +137,7 @@ class CheckpointStore:
 
     def names(self) -> list[str]:
         """Names of the checkpoints here, newest first, complete or damaged."""
-        own = (path for path in self.root.glob("step-*") if _NAME.fullmatch(path.name))
+        own = (path for path in self.root.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name))
         return sorted((path.name for path in own if path.is_dir()), reverse=True)
 
     def state(self, name: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Finding:
     figures: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data for JSON. There, `fix` is called `mend`, because scripts read that name."""
+        """Return plain data for JSON. Scripts read the fix by its old name, `mend`."""
         return {"name": self.name, "level": self.level, "value": self.value, "mend": self.fix, **self.figures}
 
 

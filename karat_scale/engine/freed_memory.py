@@ -1,7 +1,7 @@
 """Lets the C library keep the memory of freed tensors, for training on a CPU.
 
 By default glibc gives large blocks back to the kernel. Each step then gets them again, page by page and filled with
-zeros: a sixth of the processor time of a small ViT.
+zeros. docs/benchmarks.md has what that costs.
 """
 
 import contextlib

@@ -12,9 +12,8 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None
     """Return the label of each of their classes among ours; None of one that is not there.
 
     Equal names match first. Others are compared without case, and an underscore is a space, where that names one class
-    alone on both sides. WordNet ids and the names of ImageNet-1K's classes
-    stand for each other. Where all of their names are numbers, as in ImageNet-V2, they are the labels themselves,
-    unless ours are numbers, too.
+    alone on both sides. WordNet ids and the names of ImageNet-1K's classes stand for each other. Where all of their
+    names are numbers, as in ImageNet-V2, they are the labels themselves, unless ours are numbers, too.
     """
     if list(theirs) == list(ours):
         return list(range(len(ours)))

@@ -215,8 +215,9 @@ def _begun(
 ) -> Evaluation:
     """Return what is known of an evaluation before it has a score."""
     where, split = _where(recipe, request)
-    is_own_split = request.on is None and split == directory.recipe().data.val_split
-    asked = "" if is_own_split and not request.split else split if request.on is None else request.split
+    asked = request.split
+    if request.on is None and split != directory.recipe().data.val_split:  # by an override
+        asked = split
     place = where if isinstance(where, str) else str(where.resolve())
     name = request.name or _name_of(place if request.on is not None else "", request, asked)
     source = place + (f", split {asked}" if asked else "")
