@@ -1,13 +1,13 @@
-"""torchrun or `karat launch`, where it started this process: a rank must not go on without it."""
+"""torchrun, `karat launch` or `karat sweep`, where it started this process: a run must not go on without it."""
 
 import os
 
 LAUNCHED = "KARAT_LAUNCHED"
-"""`karat launch` sets it for its ranks."""
+"""`karat launch` sets it for its ranks, `karat sweep` for its runs."""
 
 
 class Launcher:
-    """The parent process, if it started this rank among others. Any other parent may end: a shell, or `nohup`."""
+    """The parent process, if it is one of those. Any other parent may end: a shell, or `nohup`."""
 
     def __init__(self) -> None:
         self._pid = os.getppid() if {"TORCHELASTIC_RUN_ID", LAUNCHED} & os.environ.keys() else None

@@ -1,5 +1,7 @@
 """`karat launch`: a command on several ranks of this machine. An error is said once, after everything else.
 
+A rank that a signal ended says nothing; the launcher names it and the signal.
+
 torchrun does the same on any number of nodes, but ends with a traceback of its own. Its last lines are the error of
 each rank, which `say_to_launcher` leaves there.
 """
@@ -18,7 +20,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from karat_scale.files import write_atomically
-from karat_scale.launcher import LAUNCHED
+from karat_scale.launcher import LAUNCHED, LAUNCHER
 from karat_scale.machine import usable_cores
 
 ERRORS = "KARAT_ERRORS"
@@ -41,8 +43,8 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
         processes = [subprocess.Popen(command, env=each) for each in _environments(ranks, errors)]
         with _signals_forwarded(processes):
             ended = _wait(processes)
-        first, code = next(((rank, code) for rank, code in ended if code), (0, 0))
-        for text in _messages(Path(errors), [first, *(rank for rank, other in ended if other == code)]):
+        code = next((code for _, code in ended if code), 0)
+        for text in _messages(Path(errors), ended):
             print(text, file=sys.stderr)
         return code if code >= 0 else 128 - code  # as a shell says that a signal ended it
 
@@ -99,9 +101,7 @@ def _signals_forwarded(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator
     """Pass on the signals that ask for a checkpoint. A terminal sends Ctrl-C to the ranks, too."""
 
     def forward(number: int, _: object) -> None:
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(number)
+        _send(processes, number)
 
     before = {number: signal.signal(number, forward) for number in _FORWARDED}
     before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -118,28 +118,41 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[tuple[int, int]]
     # After so many seconds from the first failure, this signal for those that are left.
     endings = [(_NOTICE_SECONDS + _END_SECONDS, signal.SIGKILL), (_NOTICE_SECONDS, signal.SIGTERM)]
     failed_at: float | None = None
+    is_orphaned = False
     while len(ended) < len(processes):
         for rank, process in enumerate(processes):
             if rank not in ended and process.poll() is not None:
                 ended[rank] = process.returncode
+        if LAUNCHER.is_gone and not is_orphaned:
+            is_orphaned = True
+            _send(processes, signal.SIGTERM)
         now = time.monotonic()
         if failed_at is None and any(ended.values()):
             failed_at = now
         if failed_at is not None and endings and now - failed_at > endings[-1][0]:
             _, number = endings.pop()
-            for process in processes:
-                if process.poll() is None:
-                    process.send_signal(number)
+            _send(processes, number)
         time.sleep(_POLL_SECONDS)
     return list(ended.items())
 
 
-def _messages(directory: Path, ranks: Sequence[int]) -> list[str]:
-    """Return each different error of these ranks once, in their order."""
+def _send(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(number)
+
+
+def _messages(directory: Path, ended: Sequence[tuple[int, int]]) -> list[str]:
+    """Return which ranks a signal ended, then each different error once, both in the order in which ranks ended.
+
+    If the first failure is an error, those of ranks that ended with another exit code follow from it, and are left out.
+    """
+    failed = [(rank, code) for rank, code in ended if code]
+    killed = [f"error: rank {rank} was ended by {signal.Signals(-code).name}" for rank, code in failed if code < 0]
     texts: dict[str, int] = {}
-    for rank in ranks:
+    for rank, code in failed:
         path = directory / f"rank-{rank:05d}"
-        if path.is_file():
+        if path.is_file() and (killed or code == failed[0][1]):
             texts.setdefault(path.read_text(), rank)
-    several = len(texts) > 1
-    return [f"[rank {rank}] error: {text}" if several else f"error: {text}" for text, rank in texts.items()]
+    several = len(texts) + len(killed) > 1
+    return killed + [f"[rank {rank}] error: {text}" if several else f"error: {text}" for text, rank in texts.items()]

@@ -117,13 +117,22 @@ def test_two_ranks_train_and_a_signal_saves(recipe: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("victim", ["a rank", "the launcher"])
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "the launcher"])
 def test_ranks_do_not_outlive_each_other_or_the_launcher(recipe: Path, victim: str) -> None:
     run = recipe.parent / "run"
     process = start(recipe, "train.epochs=100000")
     wait_until(lambda: (run / "metrics.jsonl").is_file() and len(events(run, "train")) > 1, 120)
     ranks = ranks_of(process)
-    (ranks[1] if victim == "a rank" else process).kill()
-    code, _ = ended(process)
-    assert code == (137 if victim == "a rank" else -signal.SIGKILL)
+    if victim == "the launcher":
+        process.kill()
+        assert ended(process)[0] == -signal.SIGKILL
+    else:
+        number = int(victim[-1])
+        ranks[number].send_signal(signal.SIGSEGV)
+        code, error = ended(process)
+        assert code == 128 + signal.SIGSEGV
+        first, second = [line for line in error.splitlines() if "error: " in line]
+        assert first == f"error: {victim} was ended by SIGSEGV"
+        assert second.startswith(f"[rank {1 - number}] error: rank {number}")
+        assert "has ended without a word" in second
     wait_until(lambda: not any(rank.is_running() and rank.status() != "zombie" for rank in ranks), 60)

@@ -3,8 +3,8 @@
 SIGUSR1 is left alone: NCCL may use it. srun sends a signal to a rank's whole process group, where SIGUSR2 would kill
 the compiler that the rank waits for. So it is blocked, which children inherit, and a thread waits for it.
 
-The end of torchrun, if it started this rank, counts as SIGTERM. Otherwise the rank would train on, and the next start
-would find its run in use.
+The end of the launcher, if one started this process, counts as SIGTERM. Otherwise the rank would train on, and the next
+start would find its run in use.
 """
 
 import os

@@ -1,6 +1,7 @@
 """A sweep on this machine: one run after the other, each in a process of its own.
 
-A run that fails is named, and the rest goes on. Stop signals are passed on: the run saves, and the sweep ends.
+A run that fails is named, and the rest goes on. Stop signals are passed on: the run saves, and the sweep ends. If the
+sweep is killed, the run saves and stops, too.
 """
 
 import os
@@ -16,6 +17,7 @@ from typing import Any
 from karat_scale.console import ProgressBars, duration, plural, printable, terminal
 from karat_scale.errors import EXIT_STOPPED, UserError
 from karat_scale.files import parse_json
+from karat_scale.launcher import LAUNCHED
 from karat_scale.run.signals import STOP_SIGNALS
 from karat_scale.sweep.plan import PlannedRun, State, Sweep
 
@@ -82,7 +84,12 @@ class _Child:
         with log.open("ab") as output:
             # In a session of its own, so that a terminal's Ctrl-C reaches it once, through us.
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, LAUNCHED: "1"},
             )
         if self.told is not None and not self._is_sent:  # while it started
             self._send(self.told)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from karat_scale.errors import UserError
@@ -139,18 +140,42 @@ def test_a_failed_run_is_named_the_rest_goes_on_and_the_same_command_finishes_it
     assert (nothing.returncode, "run 1 of" in nothing.stderr) == (0, False)
 
 
-@pytest.mark.slow
-def test_a_signal_saves_the_run_and_the_same_command_resumes_it(recipe: Path) -> None:
-    out = recipe.parent / "out"
-    grid = ("run.seed=0..1", "train.epochs=24", "train.eval_every_epochs=24", "--out", str(out))
-    command = [sys.executable, "-m", "karat_scale", "sweep", str(recipe), *SMALL, *QUICK, *grid]
+def until_it_trains(recipe: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """Start a sweep over two seeds, and wait until its first run logs steps."""
+    command = [sys.executable, "-m", "karat_scale", "sweep", str(recipe), *SMALL, *QUICK, *arguments]
     process = subprocess.Popen(command, env=karat_environment(), stderr=subprocess.PIPE, text=True)
-    metrics = out / "seed-0" / "metrics.jsonl"
+    metrics = recipe.parent / "out" / "seed-0" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and '"train"' in metrics.read_text()):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_the_run_of_a_killed_sweep_saves_and_stops(recipe: Path, ranks: str) -> None:
+    out = recipe.parent / "out"
+    process = until_it_trains(recipe, "run.seed=0,1", "train.epochs=100000", "--out", str(out), "--ranks", ranks)
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(started, timeout=60)
+    for left in alive:
+        left.kill()
+    assert not alive
+    assert summary(out / "seed-0")["reason"] == "stopped by SIGTERM"
+    assert not (out / "seed-1").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_saves_the_run_and_the_same_command_resumes_it(recipe: Path) -> None:
+    out = recipe.parent / "out"
+    grid = ("run.seed=0..1", "train.epochs=24", "train.eval_every_epochs=24", "--out", str(out))
+    metrics = out / "seed-0" / "metrics.jsonl"
+    process = until_it_trains(recipe, *grid)
     os.kill(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said
