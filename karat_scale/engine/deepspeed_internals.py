@@ -32,7 +32,8 @@ def share_world_group(world: World) -> None:
     from deepspeed.utils import groups
 
     if world.size > 1 and groups._WORLD_GROUP is None:
-        groups._WORLD_GROUP = dist.new_group(list(range(world.size)), timeout=world.patience)
+        with world.making_a_group():
+            groups._WORLD_GROUP = dist.new_group(list(range(world.size)), timeout=world.patience)
 
 
 def forget_groups() -> None:

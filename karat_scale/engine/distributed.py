@@ -51,6 +51,10 @@ class World:
         """A collective that breaks inside the block raises what ended another rank, in its words."""
         return nullcontext() if self.peers is None else self.peers.explaining()
 
+    def making_a_group(self) -> AbstractContextManager[None]:
+        """Ranks make a process group inside the block: one that hears of another's end there ends soon."""
+        return nullcontext() if self.peers is None else self.peers.making_a_group()
+
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, the one that writes and reports."""
@@ -149,12 +153,13 @@ def joined(device: str, patience_minutes: float) -> Iterator[World]:
         UserError: as `start`, or what another rank met.
         PeerError: another rank has ended.
     """
-    world, place = _start(device, timedelta(minutes=patience_minutes))
-    peers = Peers(place) if place is not None else None
-    world = replace(world, peers=peers)
+    world = _start(device, timedelta(minutes=patience_minutes))
+    peers = world.peers
     try:
         with nullcontext() if peers is None else peers.telling():
             yield world
+        if peers is not None:
+            peers.say_that_it_is_done()
     finally:
         stop()
         if peers is not None:
@@ -168,10 +173,13 @@ def start(device: str) -> World:
         UserError: CUDA was asked for and there is none for each rank, or the ranks do not meet.
         PeerError: the launcher, or the rank that keeps the store, has ended.
     """
-    return _start(device, timedelta(minutes=PATIENCE_MINUTES))[0]
+    world = _start(device, timedelta(minutes=PATIENCE_MINUTES))
+    if world.peers is not None:
+        world.peers.stop()
+    return replace(world, peers=None)
 
 
-def _start(device: str, patience: timedelta) -> tuple[World, Place | None]:
+def _start(device: str, patience: timedelta) -> World:
     rank, size, local_rank = launch_environment(os.environ)
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda and not torch.cuda.is_available():
@@ -182,10 +190,8 @@ def _start(device: str, patience: timedelta) -> tuple[World, Place | None]:
     tell_deepspeed(here.type)
     # DeepSpeed insists on it, and takes the GPU of that number.
     os.environ["LOCAL_RANK"] = str(here.index if use_cuda else local_rank)
-    place = _join(rank, size, here, patience)
-    with_control = use_cuda and size > 1
-    control = dist.new_group(backend="gloo", timeout=patience) if with_control else None
-    return World(rank, size, local_rank, here, control, patience=patience), place
+    peers, control = _join(rank, size, here, patience)
+    return World(rank, size, local_rank, here, control, peers, patience)
 
 
 def stop() -> None:
@@ -199,27 +205,39 @@ def stop() -> None:
         use_torchs_own_linear()
 
 
-def _join(rank: int, size: int, device: torch.device, patience: timedelta) -> Place | None:
+def _join(
+    rank: int, size: int, device: torch.device, patience: timedelta
+) -> tuple[Peers | None, dist.ProcessGroup | None]:
+    """Make the group of all ranks and, beside NCCL's, one for `World.control`."""
     if dist.is_initialized():
-        return None
+        return None, None
     record_collectives()
     _need_threads()
     backend = "nccl" if device.type == "cuda" else "gloo"
     if size == 1:
         # No port, no host name: nothing that another job on this machine could collide with.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        return None
+        return None, None
     os.environ["MASTER_ADDR"] = os.environ.get("MASTER_ADDR") or _first_slurm_host()
     os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT") or default_port(os.environ)
     place = Place(os.environ["MASTER_ADDR"], _port(), rank, size, patience, next(_meetings))
     met = meet(place)
-    if device.type == "cuda":  # before NCCL, whose own refusal is a traceback
-        have_a_gpu_each(dist.PrefixStore("cards", met), rank, size, card(device))
-    store = dist.PrefixStore("group", met)
-    # With its device NCCL connects now, where a fault is seen, and each barrier knows which GPU is meant.
-    device_id = device if device.type == "cuda" else None
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=device_id)
-    return place
+    peers = Peers(place)
+    try:
+        with peers.telling(), peers.making_a_group():
+            if device.type == "cuda":  # before NCCL, whose own refusal is a traceback
+                have_a_gpu_each(dist.PrefixStore("cards", met), rank, size, card(device))
+            store = dist.PrefixStore("group", met)
+            # With its device NCCL connects now, where a fault is seen, and each barrier knows which GPU is meant.
+            device_id = device if device.type == "cuda" else None
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=device_id
+            )
+            control = dist.new_group(backend="gloo", timeout=patience) if device.type == "cuda" else None
+    except BaseException:
+        peers.stop()
+        raise
+    return peers, control
 
 
 def _need_threads() -> None:

@@ -1,7 +1,8 @@
 """What ranks tell each other beside their collectives, through the store at which they have met.
 
 A rank that fails alone leaves the others in a collective. So it puts its one line into the store before it ends, and
-all end with it. Each rank gives a sign of life there, and rank 0 says for which one it waits. Nobody waits longer than
+all end with it. A rank that is killed cannot: the others on its machine see that its process is gone, and tell all.
+Each rank gives a sign of life there, and rank 0 says for which one it waits. Nobody waits longer than
 `run.peer_timeout_minutes`.
 """
 
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -30,6 +32,7 @@ _HEAR_SECONDS, END_SECONDS = 5.0, 30.0
 _CALL = timedelta(seconds=10)
 _MEETING_POLL_SECONDS = 0.2
 _FAILURE, _ARRIVED = "failure", "arrived"
+_BOOT, _PROCESS_IDS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 
 
 class Place(NamedTuple):
@@ -57,6 +60,23 @@ class Place(NamedTuple):
         )
         prefix = f"karat-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{self.meeting}"
         return dist.PrefixStore(prefix, store)
+
+
+class Process(NamedTuple):
+    """The process of a rank. `machine` tells whose process ids are the same: those of one kernel and one container."""
+
+    host: str
+    machine: str
+    id: int
+
+    @classmethod
+    def this(cls) -> "Process":
+        """The process that asks."""
+        try:
+            machine = f"{_BOOT.read_text().strip()} {_PROCESS_IDS.readlink()}"
+        except OSError:  # not Linux
+            machine = ""
+        return cls(socket.gethostname(), machine, os.getpid())
 
 
 class Notices:
@@ -102,30 +122,49 @@ def meet(place: Place) -> dist.Store:
             wait(lambda: f"rank 0 at {at}")
             time.sleep(_MEETING_POLL_SECONDS)
     try:
-        store.set(_sign_of(place.rank), _sign(0))
+        store.set(_process_of(place.rank), json.dumps(Process.this()))
+        store.set(_sign_of(place.rank), "0")
         store.add(_ARRIVED, 1)
         while store.add(_ARRIVED, 0) < place.size:
             wait(lambda: f"rank {_absent(store, place.size)} of {place.size} at {at}")
             time.sleep(_MEETING_POLL_SECONDS)
     except RuntimeError as error:
-        raise PeerError(f"lost rank 0 at {at} before all ranks had met: {one_line(error)[:200]}") from None
+        raise _lost(place, error) from None
     store.set_timeout(place.patience)  # the group asks it for what a slower rank has yet to put there
     return store
 
 
+def _lost(place: Place, error: Exception) -> PeerError:
+    at = f"{place.host}:{place.port}"
+    return PeerError(f"lost rank 0 at {at} before all ranks had met: {one_line(error)[:200]}")
+
+
 def _absent(store: dist.Store, size: int) -> str:
-    absent = [str(rank) for rank in range(size) if not store.check([_sign_of(rank)])]
+    absent = [str(rank) for rank in range(size) if not store.check([_process_of(rank)])]
     return ", ".join(absent[:8]) + (" and others" if len(absent) > 8 else "")
 
 
 class Peers:
-    """The other ranks, seen from this one. A thread with a connection of its own looks after them."""
+    """The other ranks, seen from this one, once all have met. A thread with a connection of its own looks after them.
+
+    Raises:
+        PeerError: rank 0, or the launcher, which keeps the store, has ended.
+    """
 
     def __init__(self, place: Place) -> None:
         self._place = place
         self._heard: PeerError | UserError | None = None
         self._ended = threading.Event()
-        self._store = place.connect(_CALL)
+        self._makes_a_group = False
+        self._others = [rank for rank in range(place.size) if rank != place.rank]
+        try:
+            self._store = place.connect(_CALL)
+            found = self._store.multi_get([_process_of(rank) for rank in range(place.size)])
+        except (RuntimeError, OSError) as error:
+            raise _lost(place, error) from None
+        self._processes = [Process(*json.loads(process)) for process in found]
+        here = self._processes[place.rank].machine
+        self._beside = [rank for rank in self._others if here and self._processes[rank].machine == here]
         self._thread = threading.Thread(target=self._look_after, name="peers", daemon=True)
         self._thread.start()
 
@@ -152,6 +191,20 @@ class Peers:
                 raise self._why(error) from error
             raise
 
+    @contextmanager
+    def making_a_group(self) -> Iterator[None]:
+        """A rank that hears of a failure inside the block ends soon: it may wait in a call that nothing interrupts."""
+        self._makes_a_group = True
+        try:
+            yield
+        finally:
+            self._makes_a_group = False
+
+    def say_that_it_is_done(self) -> None:
+        """From here on this rank may end without a word."""
+        with suppress(RuntimeError, OSError):
+            self._place.connect(_CALL).set(_done_by(self._place.rank), "")
+
     def stop(self) -> None:
         """They are needed no more."""
         self._ended.set()
@@ -161,12 +214,14 @@ class Peers:
         """Put a failure into the store, and wait until the others have heard of it."""
         if self._heard is not None:
             return
-        me, others = self._place.rank, [rank for rank in range(self._place.size) if rank != self._place.rank]
         with suppress(RuntimeError, OSError):
             store = self._place.connect(_CALL)
-            store.compare_set(_FAILURE, "", json.dumps({"rank": me, "code": code, "text": text}))
-            store.set(_heard_by(me), "")
-            store.wait([_heard_by(rank) for rank in others], timedelta(seconds=_HEAR_SECONDS))
+            self._put_failure(store, code, text)
+            store.set(_heard_by(self._place.rank), "")
+            store.wait([_heard_by(rank) for rank in self._others], timedelta(seconds=_HEAR_SECONDS))
+
+    def _put_failure(self, store: dist.Store, code: int, text: str) -> None:
+        store.compare_set(_FAILURE, "", json.dumps({"rank": self._place.rank, "code": code, "text": text}))
 
     def _why(self, error: Exception) -> Exception:
         """The failure behind a collective that broke, in the words of the rank that failed."""
@@ -175,37 +230,43 @@ class Peers:
             time.sleep(0.05)
         if self._heard is not None:
             return self._heard
-        lost = "the launcher" if LAUNCHER.is_gone else self._who_is_gone()
+        if LAUNCHER.is_gone:
+            lost = "the launcher"
+        elif gone := self._gone():
+            lost = self._named(gone[0])
+        else:
+            lost = "another rank" if self._reaches_the_store() else "rank 0, or the launcher"
         return PeerError(f"{lost} has ended without a word ({one_line(error)[:160]})")
 
-    def _who_is_gone(self) -> str:
-        """A rank whose process has ended, so far as this machine knows."""
-        others = [rank for rank in range(self._place.size) if rank != self._place.rank]
-        try:
-            store = self._place.connect(_CALL)
-            signs = store.multi_get([_sign_of(rank) for rank in others])
-        except (RuntimeError, OSError):
-            return "rank 0, or the launcher"
-        for rank, sign in zip(others, signs, strict=True):
-            host, process, _ = sign.decode().rsplit(" ", 2)
-            if host == socket.gethostname() and not _lives(int(process)):
-                return f"rank {rank} on {host} (process {process})"
-        return "another rank"
+    def _gone(self) -> list[int]:
+        """The ranks of this machine whose processes have ended."""
+        return [rank for rank in self._beside if not _lives(self._processes[rank].id)]
+
+    def _named(self, rank: int) -> str:
+        return f"rank {rank} on {self._processes[rank].host} (process {self._processes[rank].id})"
+
+    def _reaches_the_store(self) -> bool:
+        with suppress(RuntimeError, OSError):
+            return self._place.connect(_CALL).check([_process_of(0)])
+        return False
 
     def _look_after(self) -> None:
-        signs, seen, beat, lost_since = 0, _Seen(self._place), 0.0, None
+        signs, seen, beat, lost_since = 0, _Seen(self._place, self._named), 0.0, None
         notices = Notices(self._place.rank, self._place.patience, _FIRST_NOTICE_SECONDS)
         while not self._ended.wait(_POLL_SECONDS) and self._heard is None:
-            now = time.monotonic()
+            now, failure = time.monotonic(), ""
             try:
                 if self._store.check([_FAILURE]):
                     self._hear(self._store.get(_FAILURE))
+                elif gone := [rank for rank in self._gone() if not self._store.check([_done_by(rank)])]:
+                    failure = f"{self._named(gone[0])} has ended without a word"
                 elif now - beat >= _SIGN_SECONDS:
                     signs, beat = signs + 1, now
-                    self._store.set(_sign_of(self._place.rank), _sign(signs))
-                    if self._place.rank == 0 and (silent := seen.look(self._store, now)):
-                        self._heard = PeerError(silent)
-                        self._store.compare_set(_FAILURE, "", json.dumps({"rank": 0, "code": 1, "text": silent}))
+                    self._store.set(_sign_of(self._place.rank), str(signs))
+                    failure = seen.look(self._store, now) if self._place.rank == 0 else ""
+                if failure:
+                    self._heard = PeerError(failure)
+                    self._put_failure(self._store, 1, failure)
                 lost_since = None
             except (RuntimeError, OSError):
                 lost_since = lost_since or now
@@ -213,9 +274,16 @@ class Peers:
                     self._heard = PeerError("rank 0 or the launcher, which keeps the store, cannot be reached")
                 with suppress(RuntimeError, OSError):
                     self._store = self._place.connect(_CALL)
-        if self._heard is not None and not self._ended.wait(END_SECONDS):
-            say_in_one_write(f"[rank {self._place.rank}] error: {self._heard}")
-            os._exit(1 if isinstance(self._heard, PeerError) else 2)
+        if self._heard is not None:
+            self._end_with(self._heard)
+
+    def _end_with(self, heard: PeerError | UserError) -> None:
+        """End this process, unless it ends by itself soon."""
+        begun = time.monotonic()
+        while not self._ended.wait(_POLL_SECONDS):
+            if time.monotonic() - begun > (_HEAR_SECONDS if self._makes_a_group else END_SECONDS):
+                say_in_one_write(f"[rank {self._place.rank}] error: {heard}")
+                os._exit(1 if isinstance(heard, PeerError) else 2)
 
     def _hear(self, content: bytes) -> None:
         failure = json.loads(content)
@@ -230,8 +298,8 @@ class Peers:
 class _Seen:
     """When rank 0 last saw each rank's sign of life change."""
 
-    def __init__(self, place: Place) -> None:
-        self._place = place
+    def __init__(self, place: Place, named: Callable[[int], str]) -> None:
+        self._place, self._named = place, named
         self._last: dict[int, tuple[str, float]] = {}
         self._notices: dict[int, Notices] = {}
 
@@ -244,8 +312,7 @@ class _Seen:
                 self._last[rank] = (text, now)
                 self._notices[rank] = Notices(0, self._place.patience, _FIRST_NOTICE_SECONDS)
                 continue
-            host, process, _ = text.rsplit(" ", 2)
-            whom = f"a sign of rank {rank} on {host} (process {process})"
+            whom = f"a sign of {self._named(rank)}"
             if self._notices[rank].waited(now - self._last[rank][1], lambda whom=whom: whom):  # type: ignore[misc]
                 return f"gave up after {now - self._last[rank][1]:.0f} s without {whom}"
         return ""
@@ -259,8 +326,12 @@ def _heard_by(rank: int) -> str:
     return f"heard-{rank}"
 
 
-def _sign(number: int) -> str:
-    return f"{socket.gethostname()} {os.getpid()} {number}"
+def _process_of(rank: int) -> str:
+    return f"process-{rank}"
+
+
+def _done_by(rank: int) -> str:
+    return f"done-{rank}"
 
 
 def _lives(process: int) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, karat_environment
-from tests.run.peers import DISKS
+from tests.run.peers import DISKS, GROUPS
 
 pytestmark = pytest.mark.slow
 
@@ -36,13 +36,14 @@ def errors(said: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("victim", [0, 1])
-def test_the_rank_that_is_left_names_the_one_that_was_killed(outcomes: dict[str, Any], victim: int) -> None:
-    found = outcomes[f"killed {victim}"]
+@pytest.mark.parametrize("when", ["", *(f" at {place}" for place in GROUPS)])
+def test_the_rank_that_is_left_names_the_one_that_was_killed(outcomes: dict[str, Any], victim: int, when: str) -> None:
+    found = outcomes[f"killed {victim}{when}"]
     assert found["ended"], found["said"]
     assert found["codes"][victim] == -9
     assert found["codes"][1 - victim] == 1
     (line,) = errors(found["said"])
-    assert line.startswith("rank 1 on " if victim else "rank 0, or the launcher")
+    assert line.startswith(f"rank {victim} on ")
     assert "has ended without a word" in line
 
 
