@@ -3,7 +3,7 @@
 Its standard input is a pipe. When that ends, the trainer has ended, however it did: what is left is sent, and this
 process ends. Lines on standard output are for the person. What libraries print goes nowhere.
 
-Exit code 0: the tracker has everything. 1: it has not.
+Exit code 0: the tracker has everything. 1: it has not. The last line is `FAREWELL`: a library may end the process, too.
 """
 
 import fcntl
@@ -27,6 +27,7 @@ from karat_scale.tracking.cursor import FILES, Cursor, cursor_file, how_to_send
 from karat_scale.tracking.tracker import Event, TrackedRun, Tracker
 from karat_scale.versions import library_versions
 
+FAREWELL = "\x04\n"
 POLL_SECONDS = 1.0
 _FIRST_RETRY, _LAST_RETRY = 5.0, 300.0
 _PROGRESS_SECONDS = 10.0
@@ -238,9 +239,12 @@ def main(arguments: Sequence[str]) -> int:
     ended = threading.Event()
     threading.Thread(target=_wait_for_trainer, args=(ended, seconds), daemon=True).start()
     with alone(run, name, ended) as held:
-        if not held:
+        if held:
+            code = follow(Follower(run, name, place, say), ended, say, how_to_send(run))
+        else:
             say("warning: another process sends to it now")
-            return 1
-        code = follow(Follower(run, name, place, say), ended, say, how_to_send(run))
+            code = 1
     sys.stdout.flush()
+    with suppress(OSError):
+        os.write(messages, FAREWELL.encode())
     os._exit(code)  # a library's threads and exit handlers must not keep this process

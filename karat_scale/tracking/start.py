@@ -15,6 +15,7 @@ from pathlib import Path
 from karat_scale.errors import UserError
 from karat_scale.tables import EXTRAS, TRACKERS, how_to_install, is_installed
 from karat_scale.tracking.cursor import begin_anew, how_to_send
+from karat_scale.tracking.follow import FAREWELL
 
 # What the trainer waits for its trackers at its end; less where somebody wants it to stop.
 END_SECONDS, STOP_SECONDS = 30.0, 5.0
@@ -72,6 +73,8 @@ class Trackers:
         self._say = say or self._messages.append
         self._processes: dict[str, subprocess.Popen[str]] = {}
         self._listeners: list[threading.Thread] = []
+        self._ended: dict[str, bool] = {}  # those of which it is known how they ended, and whether it was in good order
+        self._lock = threading.Lock()
         for name in names:
             try:
                 if anew:
@@ -93,23 +96,23 @@ class Trackers:
                 process.stdin.close()
         deadline = None if seconds is None else time.monotonic() + seconds
         try:
-            late = [name for name, process in self._processes.items() if not self._ends_well(name, process, deadline)]
+            for name, process in self._processes.items():
+                try:
+                    process.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0))
+                except subprocess.TimeoutExpired:
+                    self._kill(name, process)
+                    self._say(f"warning: {name}: has not got everything in time; {self._hint}")
         except KeyboardInterrupt:
-            for process in self._processes.values():
-                _kill(process)
+            for name, process in self._processes.items():
+                self._kill(name, process)
             raise
         for listener in self._listeners:
-            listener.join(1.0)
+            listener.join(1.0)  # what the library has left running may hold its pipe for ever
+        for name, process in self._processes.items():
+            self._tell_of_death(name, process)
+        late = [name for name, process in self._processes.items() if process.returncode or not self._ended[name]]
         self._processes, self._listeners = {}, []
         return late
-
-    def _ends_well(self, name: str, process: subprocess.Popen[str], deadline: float | None) -> bool:
-        try:
-            return process.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0)) == 0
-        except subprocess.TimeoutExpired:
-            _kill(process)
-            self._say(f"warning: {name}: has not got everything in time; {self._hint}")
-            return False
 
     def _start(self, run: Path, name: str, seconds: float) -> subprocess.Popen[str]:
         place = TRACKERS[name].place if name in TRACKERS else name
@@ -127,12 +130,30 @@ class Trackers:
         assert process.stdout is not None
         with process.stdout as lines:
             for line in lines:
+                if line == FAREWELL:
+                    self._note_end(name, in_order=True)
+                    continue
                 is_warning = line.startswith("warning: ")
                 text = line.strip().removeprefix("warning: ")
                 self._say(f"{'warning: ' if is_warning else ''}{name}: {text}")
+        self._tell_of_death(name, process)
 
+    def _note_end(self, name: str, in_order: bool) -> bool:
+        """Note how a process ended; whether that is new."""
+        with self._lock:
+            is_new = name not in self._ended
+            self._ended.setdefault(name, in_order)
+            return is_new
 
-def _kill(process: subprocess.Popen[str]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # with the processes of the library
-    process.wait()
+    def _tell_of_death(self, name: str, process: subprocess.Popen[str]) -> None:
+        """Wait for the end of a process, and say if it has ended without a word."""
+        code = process.wait()
+        if self._note_end(name, in_order=False):
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            self._say(f"warning: {name}: its process has ended ({how}), so it gets no more figures; {self._hint}")
+
+    def _kill(self, name: str, process: subprocess.Popen[str]) -> None:
+        self._note_end(name, in_order=False)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes of the library
+        process.wait()

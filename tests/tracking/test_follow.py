@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import os
+import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +18,7 @@ from karat_scale.tracking import follow
 from karat_scale.tracking.cursor import Cursor, cursor_file
 from karat_scale.tracking.start import Trackers, check_trackers
 from karat_scale.tracking.tracker import figures
-from tests.tracking.conftest import PLACE, WrittenRun
+from tests.tracking.conftest import LINES, PLACE, WrittenRun
 
 Lines = Callable[[], list[dict]]
 
@@ -121,6 +124,36 @@ def test_a_tracker_that_hangs_is_ended_in_time_and_goes_on_later(written: Writte
     module.write_text(quick)
     assert written.send(PLACE)[0] == []
     assert steps(lines()) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
+        ("os._exit(0)", "exit code 0"),
+        ("sys.exit(3)", "exit code 3"),
+        ("os.fork() or time.sleep(600); os._exit(0)", "exit code 0"),  # the fork holds the pipe
+    ],
+)
+def test_a_tracker_that_dies_is_told_at_once_and_is_late(
+    written: WrittenRun, lines: Lines, end: str, how: str
+) -> None:
+    module = written.path.parent / "lines_of_mine.py"
+    module.write_text(f"{LINES}\n    def write(self, events):\n        import os, signal, sys, time\n        {end}\n")
+    written.train(1, 2)
+    trackers = Trackers(written.path, [PLACE])
+    (process,) = trackers._processes.values()
+    said: list[str] = []
+    if "fork" in end:
+        process.wait(60)
+    else:
+        until(lambda: bool(said.extend(trackers.messages()) or said[1:]))  # while the run goes on
+    assert trackers.finish(60) == [PLACE]
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    said += trackers.messages()
+    hint = f"the run's next start sends the rest, or: karat track {written.path}"
+    assert said[1:] == [f"warning: {PLACE}: its process has ended ({how}), so it gets no more figures; {hint}"]
 
 
 def test_what_a_killed_trainer_has_written_is_sent(written: WrittenRun, lines: Lines) -> None:
