@@ -67,6 +67,17 @@ def test_an_undecodable_image_stops_with_its_place(train_recipe: Train, shards_w
     refused(train_recipe(f"data.path={shards_with_a_bad_image}"), "train-000000.tar", "data.on_bad_sample=skip")
 
 
+def test_the_advice_for_an_undecodable_image_can_be_followed_in_the_same_directory(
+    train_recipe: Train, shards_with_a_bad_image: Path, tmp_path: Path
+) -> None:
+    data = f"data.path={shards_with_a_bad_image}"
+    assert train_recipe(data).returncode == 2
+    done = train_recipe(data, "data.on_bad_sample=skip", "attention.rank=3", "train.max_steps=9")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "differs from that of the earlier start, which left no checkpoint: attention.rank (4 -> 3)" in done.stdout
+    assert summary(tmp_path / "run")["steps"] == 9
+
+
 def test_an_undecodable_image_is_skipped_reported_and_counted(
     train_recipe: Train, shards_with_a_bad_image: Path, tmp_path: Path
 ) -> None:

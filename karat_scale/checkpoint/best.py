@@ -1,10 +1,23 @@
-"""The pointer `best` after a kill or a full disk: what it names and what the resumed state says must be the same."""
+"""The pointers `best` and `latest` after a kill, a full disk or damage: what they name is what the state says."""
 
 from typing import Any
 
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
+from karat_scale.checkpoint.tensor_storage import describe
 from karat_scale.engine.run_state import RunState
 from karat_scale.reporting.progress import Reporter
+
+
+def repair_latest(store: CheckpointStore, name: str, reporter: Reporter) -> None:
+    """Let `latest` name the checkpoint that a run resumes from, if it names none; rank 0 calls it."""
+    if store.pointed("latest") is not None:
+        return
+    try:
+        store.point("latest", name)
+    except OSError as error:
+        reporter.warn(f"{store.root / 'latest'} cannot be repaired: {describe(error)}; remove it")
+    else:
+        reporter.warn(f"latest names {name} again: it named no checkpoint")
 
 
 def repair_best(store: CheckpointStore, state: RunState, reporter: Reporter) -> dict[str, Any]:

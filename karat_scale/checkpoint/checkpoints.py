@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from karat_scale.checkpoint.best import repair_best
+from karat_scale.checkpoint.best import repair_best, repair_latest
 from karat_scale.checkpoint.generators import restore_generators, seed_generators
 from karat_scale.checkpoint.manifest import STATE
 from karat_scale.checkpoint.records import FORMAT, Sidecar, read_record
@@ -115,6 +115,8 @@ class Checkpoints(Generic[S]):
             changes = state.without_best()  # the other run's; this one has no such checkpoint
         else:
             self.saver.note_saved(state)
+            if self._world.is_main:
+                repair_latest(self.store, name, self._reporter)
             if self._recipe.checkpoint.keep_best:
                 mine = repair_best(self.store, state, self._reporter) if self._world.is_main else {}
                 changes = self._world.broadcast(mine)
@@ -123,7 +125,6 @@ class Checkpoints(Generic[S]):
         if is_start:
             state.restarts += 1
             state.seconds_to_first_step = None  # each start has its own
-            self._reporter.resumed(state, name)
         return state
 
     @property

@@ -23,6 +23,7 @@ from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.run_state import RunState
+from karat_scale.errors import RunDirectoryError
 from karat_scale.files import Fingerprint
 from karat_scale.recipe.keep import SaveConfig
 from karat_scale.reporting.progress import Reporter
@@ -106,7 +107,8 @@ class Saver:
         self._under_way: _Save | None = None
         self._saved: tuple[int, int] | None = None
         self.problem = ""
-        """Why the last save that came to nothing did; the same on all ranks."""
+        """Why the last save came to nothing, if it did; the same on all ranks."""
+        self._told_of = -1
 
     @property
     def is_under_way(self) -> bool:
@@ -118,6 +120,20 @@ class Saver:
         """Whether this rank still works on the save under way."""
         task = self._under_way.task if self._under_way else None
         return task is not None and not task.wait(0)
+
+    @property
+    def has_only_failed(self) -> bool:
+        """Whether a save has failed and the run has no checkpoint: to go on might be for nothing. The same on all."""
+        return bool(self.problem) and self._saved is None and self._under_way is None
+
+    def check_room(self) -> None:
+        """Raise RunDirectoryError on all ranks, if a run without a checkpoint has no room for one. Collective."""
+        with self._world.together():
+            if self._world.is_main and self._saved is None and (lack := self._lack()):
+                raise RunDirectoryError(
+                    f"run.dir = {self._store.root.parent}: there is no room for a checkpoint: {lack}; make room, or "
+                    "choose another run.dir"
+                )
 
     def holds(self, state: RunState) -> bool:
         """Whether `state` is saved, or being saved; the same on all ranks."""
@@ -145,6 +161,7 @@ class Saver:
         self.finish()
         if self._saved == _identity(state):
             return True
+        self.problem = ""
         directory, problem = self._world.broadcast(self._begin(state.step))
         if directory is None:
             self._void(state.step, problem)
@@ -210,9 +227,11 @@ class Saver:
         self._storage.begin(copies=False)  # lets go of what was not written
         if self._world.is_main:
             self._store.discard_unfinished()
-            kept = self._store.pointed("latest") or "none"
-            name = checkpoint_name(step)
-            self._reporter.warn(f"checkpoint {name} not saved: {problem}; the last good one is {kept}")
+            kept = self._store.pointed("latest")
+            good = f"the last good one is {kept}" if kept else "there is no good one yet"
+            if step != self._told_of:  # a run may try the same step again at an evaluation and at its end
+                self._reporter.warn(f"checkpoint {checkpoint_name(step)} not saved: {problem}; {good}")
+            self._told_of = step
 
     def _begin(self, step: int) -> tuple[Path | None, str | None]:
         if not self._world.is_main:
@@ -221,17 +240,21 @@ class Saver:
             self._store.root.mkdir(parents=True, exist_ok=True)
             self._store.discard_unfinished()
             self._store.retain(self._config.keep_last)  # the recipe may keep fewer than before
-            needed = self._store.newest_bytes() or self._counted_bytes()
-            free = shutil.disk_usage(self._store.root).free
-            if free < needed:
-                return None, f"it needs {_megabytes(needed)} and {self._store.root} has {_megabytes(free)} free"
-            return self._store.begin(step), None
+            lack = self._lack()
+            return (self._store.begin(step), None) if lack is None else (None, lack)
         except OSError as error:
             return None, describe(error)
 
-    def _counted_bytes(self) -> int:
+    def _lack(self) -> str | None:
+        """What the disk lacks for the next checkpoint, in a few words."""
         weight_bytes = next(self._engine.module.parameters()).element_size()
-        return checkpoint_bytes(self._engine.parameters, self._engine.stage, self._ema is not None, weight_bytes)
+        sizes = self._engine.parameters, self._engine.stage, self._ema is not None, weight_bytes
+        needed = self._store.newest_bytes() or checkpoint_bytes(*sizes)
+        free = shutil.disk_usage(self._store.root).free
+        is_enough = free >= needed
+        return (
+            None if is_enough else f"it needs {_megabytes(needed)} and {self._store.root} has {_megabytes(free)} free"
+        )
 
     def _collect(self, directory: Path, copies: bool) -> str | None:
         """Hand all that this rank will write to the storage."""

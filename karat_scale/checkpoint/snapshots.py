@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from karat_scale.checkpoint.store import checkpoint_name
+from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
 from karat_scale.checkpoint.tensor_storage import describe, save_safetensors
 from karat_scale.checkpoint.weights import describe_weights
 from karat_scale.engine.deepspeed_internals import master_weights, shard_layout
@@ -35,6 +35,7 @@ class Snapshots:
     def __init__(
         self,
         directory: Path,
+        store: CheckpointStore,
         steps: Collection[int],
         engine: Engine,
         world: World,
@@ -42,6 +43,7 @@ class Snapshots:
         reporter: Reporter,
     ) -> None:
         self._directory = directory
+        self._store = store
         self._steps = steps
         self._engine = engine
         self._world = world
@@ -55,13 +57,13 @@ class Snapshots:
     def write(self, step: int) -> None:
         """Write the weights after `step` steps unless they are there already; a failure is a warning. Collective.
 
-        With `resume.mode=never`, the first ones replace those of an earlier attempt.
+        The first ones replace those of an earlier start that has left no checkpoint: it may have had another recipe.
         Rank 0 holds them whole on the host, the other ranks one parameter at a time.
         """
         self._reporter.beat("snapshot")
         path = self._directory / f"{checkpoint_name(step)}{_SUFFIX}"
-        is_anew = step == 0 and self._recipe.resume.mode == "never"
-        if not is_anew and self._world.broadcast(path.is_file()):
+        is_kept = path.is_file() and (step > 0 or bool(self._store.names()))
+        if self._world.broadcast(is_kept):
             return
         whole = {}
         for name, parameter in whole_masters(self._engine, self._world):

@@ -127,12 +127,14 @@ class CheckpointStore:
             return None
         return name if name in self.names() else None
 
-    def last_not_saved(self, problem: str) -> RunDirectoryError:
-        """Training ended but for its last checkpoint, as an error to raise."""
+    def not_saved(self, problem: str) -> RunDirectoryError:
+        """The end of a run without its last checkpoint, or without any, as an error to raise."""
         kept = self.pointed("latest")
+        what = "the last checkpoint could not" if kept else "no checkpoint could"
+        begins = f"resumes from {kept}" if kept else "starts from the beginning"
         return RunDirectoryError(
-            f"run.dir = {self.root.parent}: the last checkpoint could not be saved: {problem}; fix that and run the "
-            f"same command, which {f'resumes from {kept}' if kept else 'starts from the beginning'}"
+            f"run.dir = {self.root.parent}: {what} be saved: {problem}; fix that and run the same "
+            f"command, which {begins}"
         )
 
     def names(self) -> list[str]:

@@ -50,9 +50,9 @@ class DataConfig(Section):
     """Seconds a batch may take. After that, the run ends with an error that names what it waited for."""
     cache_gb: Annotated[Positive, Effect.SPEED] = 20.0
     """Gigabytes that a node keeps of a data set at a URL. docs/data.md says where, and how much is needed."""
-    on_bad_sample: Literal["skip", "stop"] = "stop"
+    on_bad_sample: Annotated[Literal["skip", "stop"], Effect.NOTHING] = "stop"
     """`stop` ends the run at an image that cannot be read. `skip` uses the next image instead, and counts the bad
-    one."""
+    one. Both see the same images until the first bad one."""
     verify: Annotated[Literal["size", "hash"], Effect.NOTHING] = "size"
     """The check against the data set's record when the data is opened: the `size` of each file, or also its
     `hash`."""

@@ -66,7 +66,8 @@ class Loop:
         Raises:
             DivergedError: the loss or the gradients are not finite, and the recipe says to end there.
             StoppedError: a signal asked to stop; the state is saved, or `saved` of the error says it is not.
-            RunDirectoryError: the last checkpoint could not be saved, or the disk does not take the metrics.
+            RunDirectoryError: the last checkpoint could not be saved, or the first, or the disk does not take the
+                metrics.
         """
         state, checkpoints = self.state, self.parts.checkpoints
         stop_step = self.total_steps if stop_step is None else min(stop_step, self.total_steps)
@@ -80,11 +81,13 @@ class Loop:
                 self._write_if_due()
                 self._evaluate_if_due()
                 self.save_or_stop()
+                if checkpoints.saver.has_only_failed:
+                    raise checkpoints.store.not_saved(checkpoints.saver.problem)
         except StoppedError as stopped:
             stopped.saved = self._save(wait=True)
             raise
         if not self._save(wait=True):
-            raise checkpoints.store.last_not_saved(checkpoints.saver.problem)
+            raise checkpoints.store.not_saved(checkpoints.saver.problem)
         return stop_step < self.total_steps
 
     def feed(self, stop_step: int, waiting: Waiting | None = None) -> DeviceFeed[Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from karat_scale.checkpoint.checkpoints import Checkpoints
+from karat_scale.checkpoint.store import checkpoint_name
 from karat_scale.data.plan import total_steps
 from karat_scale.engine import distributed
 from karat_scale.engine.devices import device_name
@@ -74,13 +75,18 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
         ):
             task = outcome.task = task_type(recipe, world, reporter)
             if changes:
-                reporter.info(f"the recipe differs from that of the earlier start: {changes}")
+                left = "" if directory.store.names() else ", which left no checkpoint"
+                reporter.info(f"the recipe differs from that of the earlier start{left}: {changes}")
             first = world.broadcast(directory.store.newest_step())
             phase = begin_phase(task, directory, signals, outcome, first)
             parts = phase.parts
+            parts.checkpoints.saver.check_room()
             outcome.begun = True
+            is_anew = world.is_main and directory.begins_anew(recipe)
             world.on_main(lambda: directory.begin(recipe, task.classes))
-            reporter.start_trackers(directory.path, recipe.log.trackers, anew=recipe.resume.mode == "never")
+            reporter.start_trackers(directory.path, recipe.log.trackers, is_anew)
+            if outcome.state.restarts:  # only now, as the end of a start that was refused is not told
+                reporter.resumed(outcome.state, checkpoint_name(outcome.state.step))
             if copy is not None:
                 copy.begin()
             reporter.info(headline(parts))

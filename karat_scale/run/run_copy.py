@@ -116,10 +116,11 @@ class RunCopy:
         problems: list[str] = []
         try:
             self._url.check_mine()
+            names = store.names()  # before the log is sent, which then has the lines of their steps
             self._url.upload_files(self._directory.path, self._count)
             remote.look()
             # The best one first: the state of a newer one names it.
-            for name in sorted(store.names(), key=lambda name: name != store.pointed("best")):
+            for name in sorted(names, key=lambda name: name != store.pointed("best")):
                 with holding(store.root / name) as is_there:
                     if is_there and (problem := self._upload(name)):
                         problems.append(problem)

@@ -100,8 +100,18 @@ class RunDirectory:
             )
         if recipe.resume.mode == "never" or not self.recipe_file.is_file():
             return ""
-        self.refuse_another_recipe(recipe)
+        if self.store.names():
+            self.refuse_another_recipe(recipe)
         return self.changes(recipe)
+
+    def begins_anew(self, recipe: RunRecipe) -> bool:
+        """Whether nothing of an earlier start here counts for `recipe`; asked before `begin`.
+
+        So it is with `resume.mode=never`, and where an earlier start with another recipe has left no checkpoint.
+        """
+        if recipe.resume.mode == "never" or not self.recipe_file.is_file():
+            return True
+        return not self.store.names() and bool(differing_keys(self.recipe(type(recipe)), recipe))
 
     def clear(self, ranks: int) -> list[str]:
         """Remove what killed starts, and starts with more ranks, left behind; the directory is claimed.

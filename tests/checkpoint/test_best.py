@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.tasks.classification.train_state import TrainState
+from tests.run.harm import POINTERS, point
 
 
 class Killed(BaseException):
@@ -62,12 +63,32 @@ def test_a_best_that_is_gone_is_said_and_another_takes_its_place(
     first.save(state(3, 45.0, 2, 50.0))
     shutil.rmtree(tmp_path / "c" / "step-00000002")
     resumed = second.load()
-    said = capsys.readouterr().out
-    assert "the best checkpoint, step-00000002, is gone; the " in said
-    assert "resumed from step-00000003: " in said
+    assert resumed.step == 3
+    assert "the best checkpoint, step-00000002, is gone; the " in capsys.readouterr().out
     kept = (1, 40.0, 40.0) if is_one_kept else (None, None, None)
     assert (resumed.best_step, resumed.best_top1, resumed.best_top5) == kept
     assert resumed.last_top1 == 45.0
+
+
+@pytest.mark.parametrize("harm", [*POINTERS, "link", "directory"])
+def test_a_latest_that_names_nothing_is_repaired_by_the_next_start(
+    small_recipe, make_checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: str
+) -> None:
+    first, second = (make_checkpoints(small_recipe(), tmp_path / "c") for _ in range(2))
+    first.save(state(1, 40.0, 1, 40.0), is_best=True)
+    latest = tmp_path / "c" / "latest"
+    if harm in POINTERS:
+        point(latest, POINTERS[harm])
+    else:
+        latest.unlink()
+        latest.symlink_to("gone") if harm == "link" else latest.mkdir()
+    assert second.load().step == 1
+    said = capsys.readouterr().out
+    if harm == "directory":
+        assert f"warning: {latest} cannot be repaired: Is a directory" in said
+    else:
+        assert "warning: latest names step-00000001 again" in said
+        assert second.store.find_intact("latest") == "step-00000001"
 
 
 def test_of_equal_scores_the_first_is_the_best() -> None:

@@ -23,6 +23,8 @@ def test_a_run_keeps_its_weights_and_a_resumed_one_takes_none_twice(small_recipe
     recipe = small_recipe(*own)
     directory = RunDirectory(recipe.run.dir)
     directory.store.root.mkdir(parents=True)
+    directory.snapshots.mkdir()
+    (directory.snapshots / "step-00000000.safetensors").write_bytes(b"of a start that left no checkpoint")
     for _ in range(2):  # the second time all is there already
         parts = make_parts(recipe, world)
         first = weights(parts.engine)

@@ -5,22 +5,54 @@ from pathlib import Path
 
 import pytest
 
+from karat_scale.engine.distributed import World
+from karat_scale.errors import RunDirectoryError
+from karat_scale.run.loop import Loop
+from karat_scale.tasks.classification.train_state import TrainState
 from tests.conftest import events, karat, karat_here, summary
+from tests.small_engines import make_parts
 
 
 def _fill(disk: Path, but: int) -> None:
     (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - but))
 
 
-def test_a_disk_too_full_for_the_last_checkpoint_is_one_line(train_recipe, small_disk: Path) -> None:
+def test_a_disk_without_room_for_a_checkpoint_is_refused_at_the_start(train_recipe, small_disk: Path) -> None:
     run = small_disk / "run"
     _fill(small_disk, but=200_000)
     done = train_recipe("train.max_steps=1", f"run.dir={run}")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: run.dir = {run}: the last checkpoint could not be saved: it needs 0.")
-    assert line.endswith("MB free; fix that and run the same command, which starts from the beginning")
+    assert line.startswith(f"error: run.dir = {run}: there is no room for a checkpoint: it needs 0.")
+    assert line.endswith("MB free; make room, or choose another run.dir")
+    assert events(run, "train") == []
     assert summary(run)["exit"] == 2
+
+
+def test_a_run_whose_first_save_fails_ends_there_and_a_later_failure_is_told_once_a_step(
+    small_recipe, world: World, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ("checkpoint.every_steps=2", "data.workers=0", f"run.dir={small_disk / 'run'}")
+    parts = make_parts(small_recipe(*own), world)
+    parts.checkpoints.saver.check_room()
+    _fill(small_disk, but=200_000)
+    loop = Loop(parts, TrainState())
+    with pytest.raises(RunDirectoryError, match=r"no checkpoint could be saved: .* starts from the beginning$"):
+        loop.run()
+    parts.task.close()
+    assert loop.state.step == 2
+
+    (small_disk / "filler").unlink()
+    parts = make_parts(small_recipe(*own), world)
+    loop = Loop(parts, TrainState())
+    assert loop.run(stop_step=4)
+    capsys.readouterr()
+    _fill(small_disk, but=200_000)
+    with pytest.raises(RunDirectoryError, match=r"the last checkpoint could not be saved: .* from step-00000004$"):
+        loop.run()
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert [line.split()[3] for line in warnings] == ["step-00000006", "step-00000008"]
+    parts.task.close()
 
 
 def test_a_disk_that_takes_not_even_the_figures_is_one_line(train_recipe, small_disk: Path) -> None:
@@ -42,6 +74,22 @@ def test_a_start_that_fails_leaves_the_outcome_of_a_finished_run(train_recipe, t
     assert events(run, "end") == ends
     assert "finished (exit 0)" in karat("status", str(run), "--once").stdout
     assert train_recipe("train.epochs=2").returncode == 0  # extended without leave
+
+
+def test_a_start_that_is_refused_after_it_was_resumed_leaves_the_outcome_too(
+    train_recipe, shards: Path, tmp_path: Path
+) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert train_recipe("train.max_steps=1").returncode == 0
+    shutil.copytree(shards, other)
+    record = other / "dataset.json"
+    record.write_text(record.read_text().replace("class3", "class4"))
+    done = train_recipe("train.max_steps=1", f"data.path={other}")
+    assert done.returncode == 2
+    assert "it has other classes" in done.stderr
+    shown = karat("status", str(run), "--once").stdout
+    assert "finished (exit 0)" in shown
+    assert "starting" not in shown
 
 
 def test_a_start_that_fails_is_told_of_a_run_that_is_not_finished(train_recipe, tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def test_the_fix_for_a_differing_key_is_named(small_recipe, tmp_path: Path) -> N
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
     directory.begin(small_recipe())
+    (directory.store.root / "step-00000001").mkdir(parents=True)
     with pytest.raises(RunDirectoryError, match=r"optim.lr \(0.0005 -> 1.0\); add 'resume.allow=\[optim.lr\]'"):
         RunDirectory(directory.path).open(small_recipe("optim.lr=1"))
     with pytest.raises(RunDirectoryError, match=r"global_batch \(8 -> 16\); use train.global_batch=8, or choose"):
@@ -83,7 +84,7 @@ def test_no_leave_helps_another_model_or_teacher(small_recipe, tmp_path: Path) -
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
     directory.begin(small_recipe())
-    directory.store.begin(1)
+    (directory.store.root / "step-00000001").mkdir(parents=True)
     others = {"model.num_heads": "4", "attention.basis": "morlet", "distill.from": "runs/other"}
     for key, value in others.items():
         for longer in ((), ("train.epochs=200",)):
@@ -108,6 +109,7 @@ def test_no_leave_is_advised_for_another_model(small_recipe, tmp_path: Path, cha
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
     directory.begin(small_recipe())
+    (directory.store.root / "step-00000001").mkdir(parents=True)
     with pytest.raises(RunDirectoryError, match=r"another model cannot .*: choose another run.dir$"):
         RunDirectory(directory.path).open(small_recipe(change, "optim.lr=1"))
     with pytest.raises(RunDirectoryError, match=r"choose another run.dir, with init_from=.*/run to start"):
@@ -119,6 +121,29 @@ def test_a_run_that_never_saved_may_start_anew(small_recipe, tmp_path: Path) -> 
     directory.path.mkdir()
     directory.begin(small_recipe())
     assert directory.open(small_recipe("optim.lr=1", "resume.mode=never")) == ""
+
+
+def test_a_start_that_left_no_checkpoint_does_not_hold_the_directory(small_recipe, tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    assert directory.begins_anew(small_recipe())
+    directory.begin(small_recipe())
+    assert not directory.begins_anew(small_recipe("log.every_steps=3"))
+    other = small_recipe("attention.grid=5", "train.global_batch=16")
+    assert directory.open(other) == "attention.grid (2 -> 5), train.global_batch (8 -> 16)"
+    assert directory.begins_anew(other)
+    (directory.store.root / "step-00000001").mkdir(parents=True)
+    assert not directory.begins_anew(other)
+    with pytest.raises(RunDirectoryError, match=r"attention.grid \(2 -> 5\)"):
+        RunDirectory(directory.path).admit(other)
+
+
+def test_bad_samples_may_be_skipped_from_the_first_one_on(small_recipe, tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    directory.begin(small_recipe())
+    (directory.store.root / "step-00000001").mkdir(parents=True)
+    assert directory.open(small_recipe("data.on_bad_sample=skip")) == ""
 
 
 def test_only_a_finished_run_is_extended_without_leave(small_recipe, tmp_path: Path) -> None:
@@ -151,6 +176,7 @@ def test_many_differing_keys_are_counted(small_recipe, tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
     directory.begin(small_recipe())
+    (directory.store.root / "step-00000001").mkdir(parents=True)
     changes = [f"augment.{key}=0" for key in ("hflip", "mixup", "cutmix", "mix_prob", "label_smoothing")]
     changes.append("augment.color_jitter=0.1")
     with pytest.raises(RunDirectoryError, match="and 1 more"):

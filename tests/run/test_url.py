@@ -17,6 +17,10 @@ from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.engine.distributed import ALONE
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import Recipe
+from karat_scale.reporting.metrics import MetricsLog
+from karat_scale.run.run_copy import RunCopy
+from karat_scale.run.run_directory import RunDirectory
+from karat_scale.run.run_url import RunUrl
 from karat_scale.run.waiting import follow
 from karat_scale.stores import WritableStore
 from tests.conftest import events, karat, karat_here, summary
@@ -124,6 +128,43 @@ def test_a_signal_while_a_checkpoint_is_fetched_ends_the_start(
     done = karat("train", str(recipe_file), f"run.dir={run}", *overrides)
     assert done.returncode == 0, done.stderr
     assert "resumed from step-00000002" in done.stdout
+
+
+def test_no_checkpoint_at_the_url_is_newer_than_the_log_there(
+    small_recipe: Callable[..., Recipe], s3: Callable[..., str], s3_port: int, tmp_path: Path
+) -> None:
+    url, directory = s3(tmp_path / "nothing"), RunDirectory(tmp_path / "run")
+    directory.open(small_recipe())
+    directory.begin(small_recipe())
+
+    def save(step: int) -> None:
+        log = MetricsLog(directory.metrics_file)
+        log.write("train", step)
+        log.close()
+        directory.store.commit(directory.store.begin(step), {"step": step}, {})
+
+    def save_meanwhile(number: int, request: Asked) -> Fault | None:
+        if request.method != "PUT" or not request.path.endswith("metrics.jsonl"):
+            return None
+        if directory.store.names() == ["step-00000001"]:
+            save(2)  # after the log was read
+            return None
+        return "403"  # the next copy of the log never arrives
+
+    save(1)
+    with FaultyProxy(s3_port, spoil=save_meanwhile) as proxy:
+        os.environ["AWS_ENDPOINT_URL"] = proxy.url
+        there = RunUrl(url, timeout=20)
+        there.take("run", "run")
+        copy = RunCopy(there, directory, 2, [])
+        copy.begin()
+        assert copy.wait(60)
+        copy.end()
+    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{s3_port}"
+    assert directory.store.names() == ["step-00000002", "step-00000001"]
+    RunUrl(url).download_files(elsewhere := tmp_path / "elsewhere", lambda size: None)
+    assert [event["step"] for event in events(elsewhere, "train")] == [1]
+    assert names(url) == ["step-00000001"]
 
 
 @pytest.mark.slow

@@ -135,9 +135,7 @@ def test_a_tracker_that_hangs_is_ended_in_time_and_goes_on_later(written: Writte
         ("os.fork() or time.sleep(600); os._exit(0)", "exit code 0"),  # the fork holds the pipe
     ],
 )
-def test_a_tracker_that_dies_is_told_at_once_and_is_late(
-    written: WrittenRun, lines: Lines, end: str, how: str
-) -> None:
+def test_a_tracker_that_dies_is_told_at_once_and_is_late(written: WrittenRun, lines: Lines, end: str, how: str) -> None:
     module = written.path.parent / "lines_of_mine.py"
     module.write_text(f"{LINES}\n    def write(self, events):\n        import os, signal, sys, time\n        {end}\n")
     written.train(1, 2)

@@ -50,14 +50,13 @@ class DistillationTeacher:
 def keep_distillation_teacher(recipe: Recipe, run: Path) -> None:
     """Copy the weights of `distill.from`, if any, into a run: those that `karat eval` would take.
 
-    A run that has begun keeps the teacher it has; with `resume.mode=never`, none has.
+    A run keeps the teacher that it began with.
 
     Raises:
         RecipeError: there is no such classifier, or none that a student can learn from.
     """
     source, kept = recipe.distill.from_, run / FILE
-    has_begun = recipe.resume.mode == "auto" and RunDirectory(run).recipe_file.is_file()
-    if not source or (has_begun and kept.is_file()):
+    if not source or (kept.is_file() and not RunDirectory(run).begins_anew(recipe)):
         return
     try:
         if source.startswith(TIMM):

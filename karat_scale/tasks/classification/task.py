@@ -156,7 +156,7 @@ class ClassificationTask(Task):
     def after_step(self, engine: Engine, directory: RunDirectory, total_steps: int) -> list[AfterStep]:
         """Return the snapshots of `checkpoint.snapshots`."""
         steps = snapshot_steps(total_steps, self.recipe.checkpoint.snapshots)
-        return [Snapshots(directory.snapshots, steps, engine, self.world, self.recipe, self.reporter)]
+        return [Snapshots(directory.snapshots, directory.store, steps, engine, self.world, self.recipe, self.reporter)]
 
     def train_batches(self, slices: Iterable[BatchSlice], waiting: Waiting) -> DeviceFeed[Batch]:
         """Return this rank's micro batches on its device."""

@@ -24,15 +24,13 @@ FILE = "teacher.safetensors"
 def keep_teacher(recipe: Recipe, run: Path) -> None:
     """Copy the weights of `attention.transfer_from`, if any, into a run: those that `karat eval` would take.
 
-    A run that has begun keeps the teacher it has; with `resume.mode=never`, none has.
+    A run keeps the teacher that it began with.
 
     Raises:
         RecipeError: no such run, none of its checkpoints will do, or it sees images otherwise than this recipe.
     """
     source = recipe.attention.transfer_from
-    own = RunDirectory(run)
-    has_begun = recipe.resume.mode == "auto" and own.recipe_file.is_file()
-    if not source or (has_begun and (run / FILE).is_file()):
+    if not source or ((run / FILE).is_file() and not RunDirectory(run).begins_anew(recipe)):
         return
     try:
         directory = RunDirectory(source)

@@ -164,9 +164,16 @@ def test_what_cannot_be_transferred_is_one_line(
 def test_a_run_that_has_not_begun_takes_its_teacher_anew(stopped: Path, tmp_path: Path) -> None:
     """What an attempt that was refused left behind may be of another teacher."""
     recipe = load_recipe(stopped / "recipe.yaml")
-    (tmp_path / FILE).write_bytes(b"of another attempt")
+    for began_with in (None, recipe.changed(optim__lr=1.0)):
+        if began_with is not None:
+            RunDirectory(tmp_path).begin(began_with)
+        (tmp_path / FILE).write_bytes(b"of another attempt")
+        keep_teacher(recipe, tmp_path)
+        assert Teacher(read_exported(tmp_path / FILE)).digest == Teacher(read_exported(stopped / FILE)).digest
+    RunDirectory(tmp_path).begin(recipe)
+    (tmp_path / FILE).write_bytes(b"which the run began with")
     keep_teacher(recipe, tmp_path)
-    assert Teacher(read_exported(tmp_path / FILE)).digest == Teacher(read_exported(stopped / FILE)).digest
+    assert (tmp_path / FILE).read_bytes() == b"which the run began with"
 
 
 def test_a_file_that_is_no_export_is_one_line(tmp_path: Path) -> None:

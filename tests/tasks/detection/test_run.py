@@ -103,13 +103,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, capsys) -> None:
     assert "not a run directory" in refused("--eval", str(tmp_path / "nothing"))
 
 
-def test_a_disk_too_full_for_the_last_checkpoint_is_one_line(small_file: Path, small_disk: Path) -> None:
+def test_a_disk_without_room_for_a_checkpoint_is_refused_at_the_start(small_file: Path, small_disk: Path) -> None:
     run = small_disk / "run"
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
     done = karat("detect", str(small_file), f"run.dir={run}", "train.max_steps=1", "checkpoint.keep_best=false")
     assert done.returncode == 2
     (line,) = (line for line in done.stderr.splitlines() if "error" in line)
-    assert line.startswith(f"error: run.dir = {run}: the last checkpoint could not be saved: it needs ")
+    assert line.startswith(f"error: run.dir = {run}: there is no room for a checkpoint: it needs ")
     assert summary(run)["exit"] == 2
 
 
