@@ -19,6 +19,7 @@ from karat_scale.checkpoint.size import checkpoint_bytes
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
 from karat_scale.checkpoint.tensor_storage import DurableStorage, describe
 from karat_scale.engine.deepspeed_internals import shard_layout, use_storage
+from karat_scale.engine.devices import wait_for
 from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
@@ -257,7 +258,7 @@ class Saver:
         )
 
     def _collect(self, directory: Path, copies: bool) -> str | None:
-        """Hand all that this rank will write to the storage."""
+        """Hand all that this rank will write to the storage. Returns what went wrong, in a few words."""
         self._storage.begin(copies)
         self._engine.deepspeed.save_checkpoint(str(self._store.root), tag=directory.name, save_latest=False)
         # At stage 0 all ranks hold the same, and rank 0 keeps it.
@@ -270,6 +271,8 @@ class Saver:
             "frozen": self._engine.frozen if self._world.is_main else None,
         }
         self._storage.save(sidecar, str(directory / sidecar_name(self._world.rank)))
+        if copies:
+            wait_for(self._world.device)  # once, for all copies
         return describe(self._storage.error) if self._storage.error is not None else None
 
     def _layout(self) -> list[list[tuple[Any, ...]]]:

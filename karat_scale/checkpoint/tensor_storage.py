@@ -79,14 +79,19 @@ def load_tensors(path: Path, map_location: Any = "cpu", mmap: bool = False) -> A
 
 
 def host_copy(value: Any) -> Any:
-    """A copy of tensors and plain data in host memory. Tensors that are one memory are one in the copy, too."""
+    """A copy of tensors and plain data in host memory. Tensors that are one memory are one in the copy, too.
+
+    Copies of a GPU's tensors are only begun, one behind the other, into page-locked memory: wait for the device before
+    they are read. torch keeps that memory for the next copies of these sizes.
+    """
     copies: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def copied(item: Any) -> Any:
         if isinstance(item, torch.Tensor):
             place = (item.data_ptr(), item.dtype, item.shape, item.stride(), item.device)
             if place not in copies or not item.numel():
-                copies[place] = item.detach().to("cpu", copy=True)
+                copies[place] = torch.empty_like(item, device="cpu", pin_memory=item.is_cuda, requires_grad=False)
+                copies[place].copy_(item.detach(), non_blocking=True)
             return copies[place]
         if isinstance(item, dict):
             twin = copy.copy(item)  # of the same class, with what DeepSpeed and torch hang on it

@@ -4,13 +4,15 @@ import re
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from karat_scale.checkpoint import tensor_storage
+from karat_scale.checkpoint import saver, tensor_storage
 from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.tasks.classification.train_state import TrainState
@@ -70,6 +72,63 @@ def test_what_is_written_beside_training_is_the_state_of_its_step(
     assert equal(_tensors(beside, 2), _tensors(blocking, 2))
     assert beside.store.state("step-00000002") == blocking.store.state("step-00000002")
     assert beside.store.pointed("latest") == "step-00000002"
+
+
+class CopiesOfAGpu(TorchFunctionMode):
+    """Copies as a GPU makes them: those that wait, and those into page-locked memory, which arrive by the next wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[str] = []
+        self._pinned: list[torch.Tensor] = []
+        self._begun: list[Callable[[], object]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty_like and kwargs.pop("pin_memory", False):
+            self._pinned.append(func(*args, **kwargs).fill_(77))
+            return self._pinned[-1]
+        if func is torch.Tensor.copy_ and kwargs.get("non_blocking"):
+            assert any(args[0] is one for one in self._pinned), "a copy to pageable memory waits"
+            self.done.append("copy")
+            source = args[1].clone()  # the device reads it before what is launched later writes to it
+            self._begun.append(lambda: args[0].copy_(source))
+            return args[0]
+        if func is torch.Tensor.cpu or (func is torch.Tensor.to and kwargs.get("copy")):
+            self.done.append("wait")
+        return func(*args, **kwargs)
+
+    def wait(self, device: torch.device) -> None:
+        self.done.append("wait")
+        while self._begun:
+            self._begun.pop()()
+
+
+@pytest.mark.parametrize("config", ["zero0", "zero2"])
+def test_on_a_gpu_all_copies_are_begun_before_one_wait(
+    small_recipe, make_checkpoints, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: str
+) -> None:
+    recipe = small_recipe(f"deepspeed.config={config}")
+    beside, blocking = (make_checkpoints(recipe, tmp_path / name) for name in ("beside", "blocking"))
+    gpu, collect = CopiesOfAGpu(), beside.saver._collect
+
+    def collect_as_on_a_gpu(directory: Path, copies: bool) -> str | None:
+        with gpu, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "is_cuda", True)
+            return collect(directory, copies)
+
+    monkeypatch.setattr(saver, "wait_for", gpu.wait)
+    monkeypatch.setattr(beside.saver, "_collect", collect_as_on_a_gpu)
+    for checkpoints in (beside, blocking):
+        train_steps(checkpoints, 1, 2)
+    torch.manual_seed(7)
+    assert beside.save(TrainState(step=2, samples=16), wait=False)
+    assert _to_the_end(beside)
+    assert gpu.done.count("copy") > 3
+    assert gpu.done.index("wait") == len(gpu.done) - 1
+    torch.manual_seed(7)
+    assert blocking.save(TrainState(step=2, samples=16))
+    assert equal(_tensors(beside, 2), _tensors(blocking, 2))
 
 
 def test_a_second_save_waits_for_the_first_and_none_is_made_twice(
