@@ -1,5 +1,6 @@
 """The GPUs and the software that drives them."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from karat_scale.doctor.report import Finding, found
+from karat_scale.errors import one_line
 
 GIB = 2**30
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -24,7 +26,7 @@ def examine_gpus() -> Iterator[Finding]:
     built_for = f"none: a build for ROCm {torch.version.hip}" if torch.version.hip else "none: a CPU build of torch"
     yield found("CUDA of torch", torch.version.cuda or built_for, version=torch.version.cuda)
     if not torch.cuda.is_available():
-        yield _no_gpu(driver, torch.version.cuda)
+        yield no_gpu(driver, torch.version.cuda)
         return
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     yield found("NCCL", nccl, version=nccl)
@@ -46,15 +48,38 @@ def driver_version() -> str | None:
     return lines[0] if done.returncode == 0 and lines else None
 
 
-def _no_gpu(driver: str | None, cuda: str | None) -> Finding:
+def no_gpu(driver: str | None, cuda: str | None) -> Finding:
+    """Return why torch sees no GPU, and what helps.
+
+    Args:
+        driver: its version, or None where there is none.
+        cuda: the version that torch is built for, or None in a build for CPUs.
+    """
     if not driver:
-        return found("GPU", "none; training runs on the CPU", count=0)
-    text = "there is a driver, but torch sees no GPU"
-    fix = "check nvidia-smi, CUDA_VISIBLE_DEVICES, and whether the driver is new enough for this CUDA"
+        return found("GPU", "there is no NVIDIA driver, so training runs on the CPU", count=0)
+    why, shown = _refusal_of_cuda() if cuda else "", os.environ.get("CUDA_VISIBLE_DEVICES")
     if cuda is None:
         text = "there is a driver, but this torch is for CPUs only"
         fix = "install torch for CUDA as https://pytorch.org/get-started says"
+    elif "too old" in why:
+        text = f"the driver {driver} is too old for this torch, which is built for CUDA {cuda}"
+        fix = "update the driver, or install torch for an older CUDA"
+    elif shown is not None:
+        text = f"CUDA_VISIBLE_DEVICES={shown!r} shows torch no GPU"
+        fix = "unset it, or list numbers that nvidia-smi -L has"
+    else:
+        text, fix = f"there is a driver, but torch sees no GPU: {why}", "check nvidia-smi"
     return found("GPU", text, fix, wrong=True, count=0)
+
+
+def _refusal_of_cuda() -> str:
+    import torch
+
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        return one_line(error)
+    return "it does not say why"
 
 
 def _examine_gpu(number: int) -> Finding:
