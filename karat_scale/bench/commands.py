@@ -36,7 +36,7 @@ def add_benches(benches: Any) -> None:
     parser.add_argument("--rounds", type=count, default=3, help="(default: %(default)s)")
     parser.set_defaults(run=_resume)
 
-    parser = benches.add_parser("gpu", help="check the kernels on this card and measure them")
+    parser = benches.add_parser("gpu", help="whether training is right on this card, and how fast it is")
     add_gpu_options(parser)
     parser.set_defaults(run=_gpu)
 

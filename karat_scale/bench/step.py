@@ -36,11 +36,10 @@ from karat_scale.recipe.loading import validate_recipe
 from karat_scale.reporting.progress import Reporter, SilentDisplay
 from karat_scale.run.loop import Loop
 from karat_scale.run.parts import Parts
-from karat_scale.run.run import build_parts
+from karat_scale.run.run import build_parts, resume
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StopSignals
 from karat_scale.tasks.classification.task import ClassificationTask
-from karat_scale.tasks.classification.train_state import TrainState
 
 BARE, OURS, KARAT = "bare PyTorch loop, softmax", "karat loop, softmax", "karat loop, KArAt G3B"
 FIRST_STEP_RUNS = 3
@@ -109,11 +108,15 @@ def _batches(recipe: Recipe, device: torch.device) -> list[Batch]:
     return [with_digest(one).to(device) for one in backend.train_batches(plan.slices(0, plan.steps_per_epoch))]
 
 
-def silent_trainer(recipe: Recipe, world: distributed.World) -> tuple[ClassificationTask, Parts, Loop]:
-    """Return the task, parts and loop of `karat train`, which print nothing here."""
-    task = ClassificationTask(recipe, world, Reporter(SilentDisplay(), None))
-    parts = build_parts(task, RunDirectory(recipe.run.dir), StopSignals())
-    return task, parts, Loop(parts, TrainState())
+def silent_trainer(
+    recipe: Recipe, world: distributed.World, task_type: type[ClassificationTask] = ClassificationTask
+) -> tuple[ClassificationTask, Parts, Loop]:
+    """Return the task, parts and loop of `karat train`, which print nothing here. A run that has begun is resumed."""
+    directory = RunDirectory(recipe.run.dir)
+    world.on_main(lambda: directory.store.root.mkdir(parents=True, exist_ok=True))
+    task = task_type(recipe, world, Reporter(SilentDisplay(), None))
+    parts = build_parts(task, directory, StopSignals())
+    return task, parts, Loop(parts, resume(parts, directory))
 
 
 def _our_loop(recipe: Recipe, steps: int, world: distributed.World) -> Callable[[], None]:

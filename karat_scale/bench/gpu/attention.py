@@ -1,4 +1,4 @@
-"""Section 2: KArAt's attention against every backend of SDPA, by the device's events and by the clock."""
+"""KArAt's attention against every backend of SDPA, by the device's events and by the clock."""
 
 import functools
 import statistics
@@ -61,8 +61,9 @@ def measure(task: Task) -> None:
 def _measure_case(task: Task, model: str, dtype: str) -> None:
     what = f"ViT-{model.capitalize()}, {dtype}, N {TOY_TOKENS if task.toy else TOKENS}"
     if not task.budget.allows("case", GUESS):
-        task.channel.left_out(what, "the time was up")
+        task.channel.late(what)
         return
+    task.channel.begin(what)
     begun = time.monotonic()
     with tf32() if dtype == "tf32" else nullcontext():
         task.halving(what, 2 if task.toy else BATCH, lambda batch: _compare(task, model, dtype, batch, what))

@@ -1,6 +1,6 @@
 """The calls whose values and gradients are checked, in every dtype: shapes, strides, large scores, and the options."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ class Call:
         topic: what this call is in the list for.
         score_std: standard deviation of the scores.
         layout: a key of LAYOUTS.
+        compiled: whether torch.compile compiles it.
     """
 
     dtype: str
@@ -37,13 +38,14 @@ class Call:
     bias: bool = False
     mask: bool = False
     content: bool = False
+    compiled: bool = False
 
     def __str__(self) -> str:
         shape = f"B {self.batch}, h {self.heads}, N {self.tokens}, d {self.width}, r {self.rank}, G {self.grid}"
         more = [self.layout] if self.layout != "contiguous" else []
         more += [f"scores of std {self.score_std:g}"] if self.score_std != 1 else []
         more += [f"base {self.base}"] if self.base != "zero" else []
-        more += [name for name in ("bias", "mask", "content") if getattr(self, name)]
+        more += [name for name in ("bias", "mask", "content", "compiled") if getattr(self, name)]
         return f"{self.dtype}: {', '.join([shape, *more])}"
 
     def tolerance(self, largest_score: float) -> float:
@@ -86,6 +88,11 @@ def core_calls(dtypes: tuple[str, ...]) -> Iterator[Call]:
     yield from (replace(Call(dtype), **change) for change in variations for dtype in dtypes)
 
 
+def compiled_calls(dtypes: tuple[str, ...]) -> Iterator[Call]:
+    """Yield calls under torch.compile."""
+    yield from (Call(dtype, "torch.compile", bias=bias, compiled=True) for bias in (False, True) for dtype in dtypes)
+
+
 def more_calls(dtypes: tuple[str, ...]) -> Iterator[Call]:
     """Yield every grid at every width of a head, longer ranks and sequences."""
     variations: list[dict[str, Any]] = [
@@ -100,10 +107,10 @@ def more_calls(dtypes: tuple[str, ...]) -> Iterator[Call]:
     yield from (replace(Call(dtype), **change) for change in variations for dtype in dtypes)
 
 
-def toy_calls(dtypes: tuple[str, ...]) -> Iterator[Call]:
-    """Yield one small call of each topic."""
+def toy(calls: Iterable[Call]) -> Iterator[Call]:
+    """Yield one small call of each topic and dtype."""
     seen: set[tuple[str, str]] = set()
-    for call in core_calls(dtypes):
+    for call in calls:
         if (call.dtype, call.topic) not in seen:
             seen.add((call.dtype, call.topic))
             yield replace(call, tokens=min(call.tokens, 20), width=16, heads=1, rank=4)

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 import torch
 
-from karat_scale.bench.gpu.process import run_process
+from karat_scale.bench.gpu.process import late, run_process
 from karat_scale.bench.gpu.report import Report
 from karat_scale.bench.gpu.sections import DEFAULT_FILE, SECTIONS, Section
+from karat_scale.doctor.gpus import driver_version, no_gpu
 from karat_scale.errors import UserError
 
 # Seconds that a section may overrun: what it has begun is to end.
@@ -31,26 +33,40 @@ def bench_gpu(device: str, only: Sequence[str], minutes: float, json_file: str |
         json_file: where the figures go; the Markdown goes beside it, with the suffix `.md`.
 
     Returns:
-        0, or 1 where a value, gradient or dtype is wrong or something that should have run did not.
+        0, or 1 where something is wrong or failed. What the time did not suffice for is neither.
 
     Raises:
         UserError: there is no CUDA device, or the files cannot be written.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("karat bench gpu: torch sees no CUDA device; run it on a machine with an NVIDIA GPU")
+        reason = no_gpu(driver_version(), torch.version.cuda)
+        raise UserError(f"karat bench gpu: {reason.value}; {reason.fix or 'run it on a machine with an NVIDIA GPU'}")
     chosen = [section for name, section in SECTIONS.items() if name in only]
     named = [] if len(chosen) == len(SECTIONS) else ["--only", *(section.name for section in chosen)]
     command = shlex.join(["karat", "bench", "gpu", "--device", device, "--minutes", f"{minutes:g}", *named])
     report = _open_report(Path(json_file or DEFAULT_FILE), command)
     ends = time.monotonic() + 60 * minutes
     overrun = min(LONGEST_OVERRUN, 6 * minutes)
-    for number, section in enumerate(chosen):
-        left = ends - time.monotonic()
-        seconds = max(0.0, left - overrun) * section.share / sum(later.share for later in chosen[number:])
+    ranks = torch.cuda.device_count() if device == "cuda" else RANKS_ON_A_CPU
+    shares = {section.name: 0.0 if _lack(section, ranks) else section.share for section in chosen}
+    for section in chosen:
         report.begin(section)
-        _run(section, device, seconds, min(seconds + overrun, left), report)
+        if why := _lack(section, ranks):
+            report.receive("left_out", {"what": "the section", "why": why})
+        else:
+            left = ends - time.monotonic()
+            seconds = max(0.0, left - overrun) * section.share / sum(shares.values())
+            _run(section, device, ranks, seconds, min(seconds + overrun, left), report)
+        shares.pop(section.name)
         report.end()
     return report.finish()
+
+
+def _lack(section: Section, ranks: int) -> str:
+    """Return why a section cannot run here, or nothing."""
+    if lacking := section.lacks():
+        return f"it needs {', '.join(lacking)}"
+    return "there is one card" if section.ranks and ranks < 2 else ""
 
 
 def _open_report(path: Path, command: str) -> Report:
@@ -62,19 +78,13 @@ def _open_report(path: Path, command: str) -> Report:
     return report
 
 
-def _run(section: Section, device: str, seconds: float, limit: float, report: Report) -> None:
-    if lacking := section.lacks():
-        report.receive("left_out", {"what": "the section", "why": f"it needs {', '.join(lacking)}"})
-        return
-    ranks = torch.cuda.device_count() if device == "cuda" else RANKS_ON_A_CPU
-    if section.ranks and ranks < 2:
-        report.receive("left_out", {"what": "the section", "why": "there is one card"})
-        return
+def _run(section: Section, device: str, ranks: int, seconds: float, limit: float, report: Report) -> None:
     ends, batch = time.monotonic() + limit, None
     while True:
         left = ends - time.monotonic()
-        settings = {"device": device, "seconds": min(seconds, left), "batch": batch}
-        batch = _run_once(_worker(section, settings, ranks), left, report)
+        with tempfile.TemporaryDirectory(prefix="karat-bench-") as scratch:
+            settings = {"device": device, "seconds": min(seconds, left), "batch": batch, "scratch": scratch}
+            batch = _run_once(_worker(section, settings, ranks), left, report)
         if batch is None:
             return
         report.receive("notice", f"out of memory, so the batch is {batch}")
@@ -82,19 +92,24 @@ def _run(section: Section, device: str, seconds: float, limit: float, report: Re
 
 def _run_once(command: Sequence[str], limit: float, report: Report) -> int | None:
     """Returns the batch to try again with, where the process asks for that."""
-    ended: dict[str, Any] = {}
+    heard: dict[str, Any] = {}
 
     def receive(kind: str, content: Any) -> None:
-        if kind in ("again", "failed"):
-            ended[kind] = content
+        if kind in ("again", "ended"):
+            heard.setdefault(kind, content)  # of several ranks, the first to end knows why
         else:
             report.receive(kind, content)
 
-    trouble = run_process(command, receive, limit)
-    if "again" in ended:  # what it failed of is out of memory
-        return int(ended["again"])
-    if "failed" in ended or trouble:
-        report.receive("failed", ended.get("failed", {"what": "the section's process", "why": trouble}))
+    trouble: str | None = None
+    try:
+        trouble = run_process(command, receive, limit)
+    except TimeoutError as error:
+        if not heard:
+            report.receive("left_out", late(report.running, str(error)))
+    if "again" in heard:
+        return int(heard["again"])
+    if why := heard.get("ended", trouble):
+        report.receive("failed", {"what": report.running, "why": why})
     return None
 
 

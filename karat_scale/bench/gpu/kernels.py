@@ -1,8 +1,8 @@
-"""Section 1: values and every gradient of the kernels against the float64 reference and a plain formula."""
+"""Values and every gradient of the kernels against the float64 reference and a plain formula."""
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as NotInTimeError
 from contextlib import contextmanager
@@ -22,11 +22,12 @@ from karat_scale.bench.gpu.calls import (
     TF32,
     Call,
     Inputs,
+    compiled_calls,
     core_calls,
     make_inputs,
     more_calls,
     psi_shapes,
-    toy_calls,
+    toy,
 )
 from karat_scale.bench.gpu.formula import plain_attention
 from karat_scale.bench.gpu.process import one_line
@@ -38,13 +39,19 @@ REFUSAL = "cannot take this call: "
 
 def measure(task: Task) -> None:
     """A row for each call, in an order in which what training needs comes first."""
-    first, *core = (toy_calls if task.toy else core_calls)((BF16, FP16, FP32))
+
+    def sized(calls: Iterable[Call]) -> list[Call]:
+        return list(toy(calls) if task.toy else calls)
+
+    dtypes = (BF16, FP16, FP32)
+    first, *core = sized(core_calls(dtypes))
     _check_all(task, [first])  # alone: Triton sets itself up
     _check_all(task, core)
     with tf32():  # the switch is the process's, so these calls wait for the others
-        _check_all(task, list((toy_calls if task.toy else core_calls)((TF32,))))
+        _check_all(task, sized(core_calls((TF32,))))
+    _check_all(task, sized(compiled_calls((BF16, FP32))), threads=1)
     if not task.toy:
-        _check_all(task, list(more_calls((BF16, FP16, FP32))))
+        _check_all(task, list(more_calls(dtypes)))
         with tf32():
             _check_all(task, list(more_calls((TF32,))))
 
@@ -63,7 +70,10 @@ def tf32() -> Iterator[None]:
 def check(call: Call, task: Task) -> dict[str, Any]:
     """The call's row. Raises ValueError where the implementation does not take it."""
     inputs = make_inputs(call, task.device)
-    attend = content_attention if call.content else fourier_karat_attention
+    attend: Callable[..., Tensor] = content_attention if call.content else fourier_karat_attention
+    if call.compiled:
+        torch.compiler.reset()  # these calls are of one function, which torch compiles only a few times
+        attend = torch.compile(attend, fullgraph=True)
     ours = _results(attend, inputs, base=call.base, implementation=task.implementation)
     wide = _widened(inputs)
     true = _results(attend, wide, base=call.base, implementation="reference")
@@ -98,17 +108,18 @@ def content_attention(
     return output
 
 
-def _check_all(task: Task, calls: list[Call]) -> None:
+def _check_all(task: Task, calls: list[Call], threads: int | None = None) -> None:
     """Check in threads and report in order; calls that are not done when the time is up are left out."""
     if not task.budget.left:
-        task.channel.left_out(f"{len(calls)} calls", f"the time was up, first for {calls[0]}")
+        task.channel.late(f"{len(calls)} calls from {calls[0]} on")
         return
-    with CompilerThreads() as pool:
+    task.channel.begin(f"{len(calls)} calls from {calls[0]} on")
+    with CompilerThreads(threads) as pool:
         waiting = {call: pool.begin(functools.partial(check, call, task)) for call in calls}
         late = [call for call, future in waiting.items() if not _reported(task, call, future)]
         if late:
             pool.shutdown(cancel_futures=True)
-            task.channel.left_out(f"{len(late)} calls", f"the time was up, first for {late[0]}")
+            task.channel.late(f"{len(late)} calls from {late[0]} on")
 
 
 def _reported(task: Task, call: Call, future: "Future[dict[str, Any]]") -> bool:

@@ -1,12 +1,10 @@
-"""Section 4: images a second from JPEGs to the device, by our backends and by the decoders that torch's users have."""
+"""Images a second from JPEGs to the device, by our backends and by the decoders that torch's users have."""
 
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,19 +110,19 @@ class _Section:
 
 def measure(task: Task) -> None:
     """A row for each loader. They run one after another, since each takes all cores."""
-    with tempfile.TemporaryDirectory(prefix="karat-bench-") as scratch:
-        section = _Section(task, prepare_images(Path(scratch), TOY_IMAGES if task.toy else IMAGES, None, None))
-        ours, peers = section.ours(), section.peers()
-        first = None
-        for name, loader in {**ours, **peers}.items():
-            if not task.budget.left:
-                task.channel.left_out(name, "the time was up")
-                continue
-            try:
-                rate = statistics.median(section.rate(loader) for _ in range(1 if task.toy else ROUNDS))
-            except Exception as error:
-                report = task.channel.failed if name in ours else task.channel.left_out
-                report(name, one_line(error))
-                continue
-            first = first or rate
-            task.channel.row(loader=name, images_per_second=round(rate, 1), ratio=round(rate / first, 3))
+    section = _Section(task, prepare_images(task.scratch, TOY_IMAGES if task.toy else IMAGES, None, None))
+    ours, peers = section.ours(), section.peers()
+    first = None
+    for name, loader in {**ours, **peers}.items():
+        if not task.budget.left:
+            task.channel.late(name)
+            continue
+        task.channel.begin(name)
+        try:
+            rate = statistics.median(section.rate(loader) for _ in range(1 if task.toy else ROUNDS))
+        except Exception as error:
+            report = task.channel.failed if name in ours else task.channel.left_out
+            report(name, one_line(error))
+            continue
+        first = first or rate
+        task.channel.row(loader=name, images_per_second=round(rate, 1), ratio=round(rate / first, 3))

@@ -22,6 +22,10 @@ class Channel:
         """Send the facts about card and software."""
         self._send("machine", facts)
 
+    def begin(self, what: str) -> None:
+        """Say what runs from here on: it is left out if the time ends, and failed if the process does."""
+        self._send("begin", what)
+
     def row(self, **figures: Any) -> None:
         """Send a row of the section's table."""
         self._send("row", figures)
@@ -34,6 +38,10 @@ class Channel:
         """Report what was not measured although nothing is wrong."""
         self._send("left_out", {"what": what, "why": why})
 
+    def late(self, what: str) -> None:
+        """Report what was left out as there was no time for it."""
+        self._send("left_out", late(what, "there was no time for it"))
+
     def failed(self, what: str, why: str) -> None:
         """Report what should have run and did not."""
         self._send("failed", {"what": what, "why": why})
@@ -42,8 +50,17 @@ class Channel:
         """Ask to run the section again with at most this batch."""
         self._send("again", batch)
 
+    def ended(self, why: str) -> None:
+        """Say why this process ends before its section does."""
+        self._send("ended", why)
+
     def _send(self, kind: str, content: Any) -> None:
         os.write(self._descriptor, (json.dumps({kind: _finite(content)}) + "\n").encode())
+
+
+def late(what: str, why: str) -> dict[str, Any]:
+    """Return the content of an event on what the time did not suffice for."""
+    return {"what": what, "why": f"{why}; give more by --minutes", "late": True}
 
 
 def one_line(error: BaseException) -> str:
@@ -67,6 +84,9 @@ def run_process(command: Sequence[str], receive: Callable[[str, Any], None], sec
     """Run `command` for at most `seconds`; `receive` gets the kind and the content of each event as it comes.
 
     Returns why it ended badly, with the last lines of its standard error; None where it ended well.
+
+    Raises:
+        TimeoutError: it was ended, as the time was up.
     """
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
@@ -89,7 +109,7 @@ def run_process(command: Sequence[str], receive: Callable[[str, Any], None], sec
         if code == 0:
             return None
         if too_long.is_set():
-            return f"stopped after {seconds:.0f} s"
+            raise TimeoutError(f"it was stopped after {seconds:.0f} s")
         return f"{_ending(code)}\n{_last_lines(log)}".strip()
 
 

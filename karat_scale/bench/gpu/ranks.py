@@ -1,7 +1,7 @@
-"""Section 5, a process a card: a training step at each ZeRO stage against PyTorch's DistributedDataParallel.
+"""A process a card: a training step at each ZeRO stage against PyTorch's DistributedDataParallel.
 
-Ranks of one machine train the same model from the same weights on the same images. The contenders take turns in the
-same processes, and ratios are medians over rounds.
+Ranks of one machine train the same model from the same weights on the same images, so their first losses must agree,
+too. The contenders take turns in the same processes, and ratios are medians over rounds.
 """
 
 import statistics
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from karat_scale.bench.gpu.losses import ALLOWED
 from karat_scale.bench.gpu.task import Task
 from karat_scale.bench.measuring import interleaved_seconds, median_ratio
 from karat_scale.engine import distributed
@@ -32,6 +33,8 @@ STAGES = ("zero0", "zero1", "zero2", "zero3")
 BATCH = 128
 CASES, TOY_CASE = (("small", "softmax"), ("small", "karat"), ("base", "softmax")), ("tiny", "karat")
 GUESS = 40.0
+# Losses that must be those of DDP: weights that overfit one batch for longer take rounding far.
+COMPARED = 3
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,10 @@ def _measure_case(task: Task, world: World, model: str, attention: str, batch: i
     what = f"{'toy' if task.toy else f'ViT-{model.capitalize()}'}, {attention}, bf16, {world.size} x {batch}"
     if world.any(not task.budget.allows("case", GUESS)):
         if world.is_main:
-            task.channel.left_out(what, "the time was up")
+            task.channel.late(what)
         return
+    if world.is_main:
+        task.channel.begin(what)
     begun = time.monotonic()
     case = StagesCase(f"vit_{model}_patch16_224", 224, batch, attention, world.size, 3, 5, "bf16")
     if task.toy:
@@ -95,16 +100,24 @@ def compare(case: StagesCase, world: World) -> list[dict[str, Any]]:
         case.batch, 3, case.image_size, case.image_size, generator=torch.Generator().manual_seed(world.rank)
     ).to(world.device)
     labels = torch.arange(case.batch, device=world.device)
-    contenders = {DDP: _ddp(case, world, images, labels)}
-    contenders |= {stage: _engine(case, stage, world, images, labels) for stage in STAGES}
+    steps = {DDP: _ddp(case, world, images, labels)}
+    steps |= {stage: _engine(case, stage, world, images, labels) for stage in STAGES}
+    losses: dict[str, list[Tensor]] = {name: [] for name in steps}
+    contenders = {name: _repeated(step, case.steps, world, losses[name]) for name, step in steps.items()}
     seconds = interleaved_seconds(contenders, case.rounds)
     processor = {name: _processor_seconds(run) for name, run in contenders.items()}
+    means = {name: world.sum(torch.stack(of[:COMPARED])) / world.size for name, of in losses.items()}
+    differences = {name: float((of / means[DDP] - 1).abs().max()) for name, of in means.items()}
+    allowed = ALLOWED[case.precision]
     return [
         {
             "contender": name,
             "milliseconds_a_step": round(1e3 * statistics.median(seconds[name]) / case.steps, 2),
             "processor_milliseconds_a_step": round(1e3 * processor[name] / case.steps, 2),
             "ratio_to_ddp": round(median_ratio(seconds, name, DDP), 3),
+            "difference": differences[name],
+            "allowed": allowed,
+            "right": differences[name] <= allowed,
         }
         for name in contenders
     ]
@@ -127,35 +140,39 @@ def _model(recipe: Recipe) -> Any:
     return create_model(recipe.model, recipe.attention)
 
 
-def _ddp(case: StagesCase, world: World, images: Tensor, labels: Tensor) -> Callable[[], None]:
+def _ddp(case: StagesCase, world: World, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
     recipe = _recipe(case, "zero0")
     model = _model(recipe).to(world.device)
     optimizer = build_optimizer(model, recipe.optim, world.device)
     wrapped = DistributedDataParallel(model)
 
-    def step() -> None:
+    def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=case.precision == "bf16"):
             logits = wrapped(images)
-        nn.functional.cross_entropy(logits.float(), labels).backward()
+        loss = nn.functional.cross_entropy(logits.float(), labels)
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad)
         optimizer.step()
+        return loss.detach()
 
-    return _repeated(step, case.steps, world)
+    return step
 
 
-def _engine(case: StagesCase, stage: str, world: World, images: Tensor, labels: Tensor) -> Callable[[], None]:
+def _engine(case: StagesCase, stage: str, world: World, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
     recipe = _recipe(case, stage)
     engine = Engine(_model(recipe), recipe, world, case.batch)
 
-    def step() -> None:
-        engine.backward(nn.functional.cross_entropy(engine.forward(images), labels))
+    def step() -> Tensor:
+        loss = nn.functional.cross_entropy(engine.forward(images), labels)
+        engine.backward(loss)
         engine.step()
+        return loss.detach()
 
-    return _repeated(step, case.steps, world)
+    return step
 
 
-def _repeated(step: Callable[[], None], steps: int, world: World) -> Callable[[], None]:
+def _repeated(step: Callable[[], Tensor], steps: int, world: World, losses: list[Tensor]) -> Callable[[], None]:
     # Building a stage 3 engine replaces it for the whole process: each contender has its own.
     linear = nn.functional.linear
 
@@ -163,7 +180,7 @@ def _repeated(step: Callable[[], None], steps: int, world: World) -> Callable[[]
         nn.functional.linear = linear
         dist.barrier()
         for _ in range(steps):
-            step()
+            losses.append(step())
         wait_for(world.device)
 
     return run

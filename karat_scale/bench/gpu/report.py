@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from karat_scale import __version__
-from karat_scale.bench.gpu.sections import KERNELS, SECTIONS, Section
+from karat_scale.bench.gpu.sections import KERNELS, LOSSES, SECTIONS, Section
 from karat_scale.console import write_json
 from karat_scale.files import write_atomically
 
 TOPIC = "topic"
+# As many wrong checks are named in the verdict.
+NAMED = 3
 
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the Markdown of a report, finished or not."""
     machine = report["machine"]
-    lines = [f"### {machine.get('card', 'no card yet')}", "", _about(report, machine), ""]
+    lines = [f"### {machine.get('card', 'no card yet')}: {report['verdict']}", "", _about(report, machine), ""]
     for name, found in report["sections"].items():
         lines += [f"#### {SECTIONS[name].title}", ""]
         if found["rows"]:
@@ -38,6 +40,28 @@ def cell(value: Any) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 1e-2 else f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
+def verdict_of(sections: Mapping[str, Mapping[str, Any]]) -> tuple[bool | None, str]:
+    """Return whether training is right, None where nobody knows, and the same in words."""
+    checks = [
+        (f"{name}: {row[SECTIONS[name].columns[0][0]]}", row["right"])
+        for name, found in sections.items()
+        for row in found["rows"]
+        if "right" in row
+    ]
+    deciding = [(name, found) for name, found in sections.items() if SECTIONS[name].decides]
+    failed = {f"{name}: {one['what']}" for name, found in deciding for one in found["failed"]}
+    checks += [(what, False) for what in sorted(failed - {what for what, _ in checks})]
+    wrong = [what for what, right in checks if not right]
+    if wrong:
+        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        return False, f"WRONG in {len(wrong)} of {len(checks)} checks: {'; '.join(wrong[:NAMED])}{more}"
+    if not any(found["rows"] for name, found in deciding if SECTIONS[name].module == LOSSES.module):
+        return None, f"it is not known whether training is right{f'; {len(checks)} other checks are' if checks else ''}"
+    if any(one.get("late") for _, found in deciding for one in found["left_out"]):
+        return None, f"right in {len(checks)} checks, but others were left out for lack of time"
+    return True, f"training is right in all {len(checks)} checks"
+
+
 def _about(report: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
     parts = [f"`{report['command']}`, {report['started']}, karat_scale {report['karat_scale']}"]
@@ -47,6 +71,8 @@ def _about(report: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
         parts.append(f"{machine['cards']} cards")
     if versions:
         parts.append(versions)
+    if " MIG " in machine.get("card", ""):
+        parts.append("a slice of a card (MIG), whose peak is not known, so there is no MFU")
     if not report["finished"]:
         parts.append("**not finished**")
     return "; ".join(parts) + "."
@@ -98,7 +124,10 @@ class Report:
         self._path = path
         self._begun = time.monotonic()
         self._section: Section
+        self._running = ""
         self._data: dict[str, Any] = {
+            "verdict": "",
+            "right": None,
             "command": command,
             "karat_scale": __version__,
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -107,14 +136,20 @@ class Report:
             "sections": {},
         }
 
+    @property
+    def running(self) -> str:
+        """What the section's process does now, as far as it said."""
+        return self._running or "the section"
+
     def write(self) -> None:
         """Write both files."""
+        self._data["right"], self._data["verdict"] = verdict_of(self._data["sections"])
         write_json(self._path, self._data)
         write_atomically(self._path.with_suffix(".md"), markdown(self._data))
 
     def begin(self, section: Section) -> None:
         """Start a section; the events that follow belong to it."""
-        self._section = section
+        self._section, self._running = section, ""
         self._section_begun = time.monotonic()
         self._data["sections"][section.name] = {"rows": [], "notices": [], "left_out": [], "failed": []}
 
@@ -127,6 +162,8 @@ class Report:
         """Add an event of a worker."""
         if kind == "machine":
             self._receive_machine(content)
+        elif kind == "begin":
+            self._running = content
         elif kind == "row":
             self._now["rows"].append(content)
             self._print(", ".join(self._figures(content)))
@@ -146,7 +183,7 @@ class Report:
         code = 0 if all(checks) and not failures else 1
         self._data.update(finished=True, exit=code)
         self.write()
-        print(f"{sum(checks)} of {len(checks)} checks are right, {failures} failures", flush=True)
+        print(f"{self._data['verdict']}; {failures} failures", flush=True)
         print(f"{self._path} and {self._path.with_suffix('.md')}", flush=True)
         return code
 

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -27,13 +28,13 @@ class Budget:
         """The seconds left, never below 0."""
         return max(0.0, self._ends - time.monotonic())
 
-    def allows(self, kind: str, guess: float) -> bool:
-        """True if there is time for work that takes as long as the last of its kind, or `guess` seconds at first."""
-        return self.left >= self._took.get(kind, guess)
+    def allows(self, kind: str, guess: float, count: int = 1) -> bool:
+        """True if there is time for work of a kind; each of `count` takes as the last did, or `guess` seconds."""
+        return self.left >= count * self._took.get(kind, guess)
 
-    def note(self, kind: str, begun: float) -> None:
-        """Remember work that began at `begun` of `time.monotonic` and ends now."""
-        self._took[kind] = time.monotonic() - begun
+    def note(self, kind: str, begun: float, count: int = 1) -> None:
+        """Remember work on `count` of a kind that began at `begun` of `time.monotonic` and ends now."""
+        self._took[kind] = (time.monotonic() - begun) / count
 
 
 T = TypeVar("T")
@@ -41,10 +42,10 @@ MOST_THREADS = 16
 
 
 class CompilerThreads(ThreadPoolExecutor):
-    """As many threads as cores, up to a limit."""
+    """As many threads as cores, up to a limit, if no number is given."""
 
-    def __init__(self) -> None:
-        super().__init__(min(MOST_THREADS, max(2, usable_cores())))
+    def __init__(self, threads: int | None = None) -> None:
+        super().__init__(threads or min(MOST_THREADS, max(2, usable_cores())))
 
     def begin(self, run: Callable[[], T]) -> "Future[T]":
         """Call `run` in a thread, backward passes within it included."""
@@ -64,11 +65,15 @@ def is_fatal(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Task:
-    """A section's device, time and channel. On a CPU, sizes are toys and another implementation replaces the GPU's."""
+    """A section's device, time, channel and a directory of its own.
+
+    On a CPU, sizes are toys and another implementation replaces the GPU's.
+    """
 
     device: str
     budget: Budget
     channel: Channel
+    scratch: Path
     largest_batch: int | None = None
 
     @property

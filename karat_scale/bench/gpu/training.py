@@ -1,19 +1,15 @@
-"""Section 3: training steps through our own loop, softmax beside KArAt, eager, compiled and as graphs."""
+"""Training steps through our own loop, softmax beside KArAt, eager, compiled and as graphs."""
 
 import functools
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from karat_scale.attention import KaratOperator
 from karat_scale.bench.gpu.process import one_line
 from karat_scale.bench.gpu.task import Task, is_fatal
 from karat_scale.bench.measuring import cuda_peak, interleaved_seconds, median_ratio
@@ -40,16 +36,15 @@ STEP = "karat step"
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
 TOY_MODEL = {"image_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 2, "num_classes": 10}
-PRECISION, DTYPE = "bf16", "bfloat16"
 
 
 @dataclass(frozen=True)
 class Group:
-    """Softmax, KArAt G1 and G3 of one model in one mode; they take turns."""
+    """Kinds of attention of one model in one mode; they take turns."""
 
     mode: str
     model: str
-    batch: int
+    attentions: tuple[str, ...] = (SOFTMAX, *GRIDS)
 
     def __str__(self) -> str:
         return f"ViT-{self.model.capitalize()}, {self.mode}"
@@ -77,7 +72,6 @@ class OurLoop:
         self.classifier, self.parts, self._loop = silent_trainer(recipe, world)
         self.classifier.backend = HeldBatches(ImageSpec.of(recipe))
         self._batches = self._loop.feed(MANY)
-        self.dtypes = _dtypes_inside(self.parts.engine.module, lambda: self.run(1)) if not recipe.train.compile else {}
         self.run(1 if task.toy else WARM_UP)
         self.memory = allocated(task) - before
 
@@ -104,13 +98,13 @@ def allocated(task: Task) -> int:
     return 0 if task.toy else torch.cuda.memory_allocated()
 
 
-def compare(task: Task, world: World, group: Group, scratch: str) -> None:
+def compare(task: Task, world: World, group: Group, batch: int) -> None:
     """Tell a row for each attention. Raises what says that memory ran out."""
     loops: dict[str, OurLoop] = {}
     try:
-        for name in (SOFTMAX, *GRIDS):
+        for name in group.attentions:
             try:
-                loops[name] = OurLoop(_recipe(task, group, name, scratch), world, task)
+                loops[name] = OurLoop(_recipe(task, group, name, batch), world, task)
             except Exception as error:
                 if is_out_of_memory(error) or is_fatal(error):
                     raise
@@ -119,45 +113,41 @@ def compare(task: Task, world: World, group: Group, scratch: str) -> None:
         runs = {name: functools.partial(loop.run, steps) for name, loop in loops.items()}
         seconds = interleaved_seconds(runs, 1 if task.toy else ROUNDS)
         for name, loop in loops.items():
-            _report(task, group, name, loop, steps, seconds)
+            _report(task, group, name, loop, steps * batch, seconds)
     finally:
         loops.clear()
         torch.compiler.reset()
 
 
-def _report(task: Task, group: Group, name: str, loop: OurLoop, steps: int, seconds: dict[str, list[float]]) -> None:
-    rate = steps * group.batch / statistics.median(seconds[name])
-    row: dict[str, Any] = {
-        "model": "toy" if task.toy else f"ViT-{group.model.capitalize()}",
-        "mode": group.mode,
-        "attention": name,
-        "batch": group.batch,
-        "images_per_second": round(rate, 1),
-        "ratio_to_softmax": round(1 / median_ratio(seconds, name, SOFTMAX), 3) if SOFTMAX in seconds else None,
+def _report(task: Task, group: Group, name: str, loop: OurLoop, images: int, seconds: dict[str, list[float]]) -> None:
+    rate = images / statistics.median(seconds[name])
+    task.channel.row(
+        model="toy" if task.toy else f"ViT-{group.model.capitalize()}",
+        mode=group.mode,
+        attention=name,
+        batch=loop.parts.recipe.train.global_batch,
+        images_per_second=round(rate, 1),
+        ratio_to_softmax=round(1 / median_ratio(seconds, name, SOFTMAX), 3) if SOFTMAX in seconds else None,
         **loop.classifier.efficiency.figures(rate),
-        "peak_mb": loop.peak_mb(),
+        peak_mb=loop.peak_mb(),
         **({} if task.toy else _work_of(loop)),
-        **loop.dtypes,
-    }
-    if loop.dtypes:
-        row["right"] = all(dtype == DTYPE for dtype in loop.dtypes.values())
-    task.channel.row(**row)
+    )
 
 
-def _recipe(task: Task, group: Group, attention: str, scratch: str) -> Recipe:
-    name = f"{group.model}-{group.mode}-{group.batch}-{attention}"
+def _recipe(task: Task, group: Group, attention: str, batch: int) -> Recipe:
+    name = f"{group.model}-{group.mode}-{batch}-{attention}"
     karat = (
         {"kind": "karat", "grid": GRIDS[attention], "implementation": task.implementation} if attention in GRIDS else {}
     )
     tree = {
-        "run": {"name": name, "dir": f"{scratch}/{name}", "device": task.device},
+        "run": {"name": name, "dir": str(task.scratch / name), "device": task.device},
         "model": {"name": f"vit_{group.model}_patch16_224", **(TOY_MODEL if task.toy else {})},
         "attention": karat or {"kind": "softmax"},
-        "data": {"backend": "synthetic", "synthetic_samples": group.batch},
+        "data": {"backend": "synthetic", "synthetic_samples": batch},
         "train": {
-            "global_batch": group.batch,
-            "micro_batch": group.batch,
-            "precision": PRECISION,
+            "global_batch": batch,
+            "micro_batch": batch,
+            "precision": "bf16",
             "compile": MODES[group.mode],
             "epochs": MANY,
             "eval_every_epochs": MANY,
@@ -176,30 +166,6 @@ def _steps_a_round(loops: dict[str, OurLoop], task: Task) -> int:
     return max(1, min(MOST_STEPS, round(SECONDS_A_ROUND / (time.perf_counter() - begun))))
 
 
-def _dtypes_inside(model: nn.Module, step: Callable[[], object]) -> dict[str, str]:
-    """Return the dtypes of the outputs of the first block's MLP and attention in a step."""
-    seen: dict[str, str] = {}
-    linear = next(module for name, module in model.named_modules() if name.endswith("mlp.fc1"))
-    attention = next((module for module in model.modules() if isinstance(module, KaratOperator)), None)
-    if attention is None:  # SDPA is no module; what it is given is this layer's
-        attention = next(module for name, module in model.named_modules() if name.endswith("attn.qkv"))
-
-    def noting(key: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
-        def note(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
-            seen[key] = str(output.dtype).removeprefix("torch.")
-
-        return note
-
-    hooks = [linear.register_forward_hook(noting("linear_dtype"))]
-    hooks.append(attention.register_forward_hook(noting("operator_dtype")))
-    try:
-        step()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
-
-
 def _work_of(loop: OurLoop) -> dict[str, int]:
     """Return one step's kernels and launches, and how often the host waits for the device, from torch's profiler."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler, record_function(STEP):
@@ -216,34 +182,33 @@ def _work_of(loop: OurLoop) -> dict[str, int]:
 
 
 BATCHES, TOY_BATCH = {"small": 256, "tiny": 256, "base": 128}, 4
-# The most important first, since compiling takes long.
+# First one row for each mode, then what compares more: compiling takes long.
 GROUPS = (
-    *(("eager", model) for model in BATCHES),
-    *(("compiled", "small"), ("graphs", "small"), ("compiled", "base"), ("graphs", "tiny")),
-    *(("compiled", "tiny"), ("graphs", "base")),
+    Group("eager", "small"),
+    *(Group(mode, "small", ("KArAt G3",)) for mode in ("graphs", "compiled")),
+    *(Group("eager", model) for model in ("tiny", "base")),
+    *(Group(mode, model) for model in ("small", "base", "tiny") for mode in ("graphs", "compiled")),
 )
-# Seconds that a group takes at first, before one of its mode was measured.
-GUESSES = {"eager": 20.0, "compiled": 90.0, "graphs": 60.0}
+# Seconds that an attention takes in a mode at first, before one was measured.
+GUESSES = {"eager": 7.0, "compiled": 50.0, "graphs": 50.0}
 
 
 def measure(task: Task) -> None:
     """Rows for each group that the time allows."""
     world = distributed.start(task.device)
-    for mode, model in GROUPS[:1] if task.toy else GROUPS:
-        _measure_group(task, world, Group(mode, model, TOY_BATCH if task.toy else BATCHES[model]))
+    for group in GROUPS[:3] if task.toy else GROUPS:
+        _measure_group(task, world, group)
     distributed.stop()
 
 
 def _measure_group(task: Task, world: World, group: Group) -> None:
-    if not task.budget.allows(group.mode, GUESSES[group.mode]):
-        task.channel.left_out(str(group), "there was no time for it; give more by --minutes, and name --only training")
+    count = len(group.attentions)
+    if not task.budget.allows(group.mode, GUESSES[group.mode], count):
+        task.channel.late(str(group))
         return
+    task.channel.begin(str(group))
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="karat-bench-") as scratch:
-
-        def attempt(batch: int) -> None:
-            compare(task, world, Group(group.mode, group.model, batch), scratch)
-
-        task.halving(str(group), group.batch, attempt, least=2)
+    batch = TOY_BATCH if task.toy else BATCHES[group.model]
+    task.halving(str(group), batch, functools.partial(compare, task, world, group), least=2)
     task.free()
-    task.budget.note(group.mode, begun)
+    task.budget.note(group.mode, begun, count)

@@ -6,11 +6,13 @@ import platform
 import sys
 import traceback
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from karat_scale.bench.gpu.process import Channel, one_line
+from karat_scale.bench.gpu.sections import SECTIONS
 from karat_scale.bench.gpu.task import Budget, Task
 from karat_scale.doctor.gpus import driver_version
 from karat_scale.doctor.software import installed_version
@@ -47,16 +49,14 @@ def main(section: str, settings: str) -> None:
     channel = Channel(os.dup(1))
     os.dup2(2, 1)  # libraries talk on standard output
     given = json.loads(settings)
-    task = Task(given["device"], Budget(given["seconds"]), channel, given["batch"])
-    is_main = os.environ.get("RANK", "0") == "0"
+    task = Task(given["device"], Budget(given["seconds"]), channel, Path(given["scratch"]), given["batch"])
     try:
-        if is_main:
+        if os.environ.get("RANK", "0") == "0":
             channel.machine(machine_facts(task.device))
-        import_module(f"karat_scale.bench.gpu.{section}").measure(task)
+        import_module(f"karat_scale.bench.gpu.{SECTIONS[section].module}").measure(task)
     except Exception as error:
         traceback.print_exc()
-        if is_main:
-            channel.failed("the section", one_line(error))
+        channel.ended(one_line(error))
         sys.stderr.flush()
         os._exit(1)  # what CUDA and NCCL do on the way out may wait for ever
 

@@ -1,6 +1,7 @@
 """A section's task whose events stay here."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from karat_scale.bench.gpu.process import Channel
@@ -29,6 +30,8 @@ class FullSizeTask(Task):
         return "streaming"
 
 
-def make_task(seconds: float = 100.0, kind: type[Task] = Task) -> tuple[Task, dict[str, list[Any]]]:
+def make_task(
+    seconds: float = 100.0, kind: type[Task] = Task, scratch: Path = Path("unused")
+) -> tuple[Task, dict[str, list[Any]]]:
     kept = Kept()
-    return kind("cpu", Budget(seconds), kept), kept.events
+    return kind("cpu", Budget(seconds), kept, scratch), kept.events

@@ -11,41 +11,62 @@ import torch
 
 from karat_scale.bench.gpu import command
 from karat_scale.bench.gpu.sections import SECTIONS
+from karat_scale.doctor.gpus import driver_version, no_gpu
 from karat_scale.errors import UserError
-from tests.conftest import ROOT, karat, karat_environment, karat_here
+from tests.conftest import ROOT, karat, karat_command, karat_environment, karat_here
 
 HEAVY = ("timm", "rich", "deepspeed", "torchvision", "pydantic", "yaml", "psutil", "webdataset")
 
 
-@pytest.mark.slow
+@pytest.mark.night
 @pytest.mark.multiprocess
 def test_every_section_runs_and_both_files_hold_its_figures(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
-    done = karat("bench", "gpu", "--device", "cpu", "--json", str(out))
+    arguments = ["bench", "gpu", "--device", "cpu", "--minutes", "40", "--json", str(out)]
+    done = subprocess.run(karat_command(arguments), capture_output=True, text=True, env=karat_environment())
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
-    assert list(result["sections"]) == list(SECTIONS)
-    assert all(section["rows"] and not section["failed"] for section in result["sections"].values())
-    assert all(row["right"] for row in result["sections"]["kernels"]["rows"])
-    assert [row["attention"] for row in result["sections"]["training"]["rows"]] == ["softmax", "KArAt G1", "KArAt G3"]
-    assert {row["linear_dtype"] for row in result["sections"]["training"]["rows"]} == {"bfloat16"}
+    sections = result["sections"]
+    assert list(sections) == list(SECTIONS)
+    assert all(section["rows"] and not section["failed"] for section in sections.values())
+    assert result["right"]
+    assert sections["losses"]["rows"][0]["mode"] == "fp32, ZeRO 0, eager"
+    assert sections["rank_losses"]["rows"][0]["mode"] == "fp32, ZeRO 0, eager, 2 ranks"
+    rows = [(row["mode"], row["attention"]) for row in sections["training"]["rows"]]
+    assert rows[:4] == [*(("eager", name) for name in ("softmax", "KArAt G1", "KArAt G3")), ("graphs", "KArAt G3")]
     assert result["finished"]
     markdown = (tmp_path / "gpu.md").read_text()
+    assert result["verdict"] in markdown.splitlines()[0]
     assert all(f"#### {section.title}" in markdown for section in SECTIONS.values())
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_what_is_timed_runs_and_both_files_hold_its_figures(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    names = ["attention", "loader", "ranks"]
+    done = karat("bench", "gpu", "--device", "cpu", "--only", *names, "--json", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    sections = json.loads(out.read_text())["sections"]
+    assert list(sections) == names
+    assert all(section["rows"] and not section["failed"] for section in sections.values())
+    assert all(row["right"] for row in sections["ranks"]["rows"])
+    markdown = (tmp_path / "gpu.md").read_text()
+    assert all(f"#### {SECTIONS[name].title}" in markdown for name in names)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path, capsys) -> None:
     assert karat_here("bench", "gpu", "--json", str(tmp_path / "gpu.json")) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "sees no CUDA device" in line
+    assert no_gpu(driver_version(), torch.version.cuda).value in line
     assert not list(tmp_path.iterdir())
 
 
 def test_a_section_that_is_not_there_is_one_line(capsys) -> None:
     assert karat_here("bench", "gpu", "--only", "kernels", "memory") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "unknown value 'memory'; choose from kernels, attention" in line
+    assert "unknown value 'memory'; choose from losses, rank_losses, kernels, attention" in line
 
 
 def test_the_sections_are_listed_without_importing_torch() -> None:
@@ -93,6 +114,66 @@ def test_a_section_that_crashes_is_told_and_the_others_still_run(
     assert "1 failures" in capsys.readouterr().out
 
 
+def test_a_section_that_cannot_run_takes_no_time_from_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "telling_worker.py").write_text(
+        "import json, sys\nprint(json.dumps({'row': {'case': json.loads(sys.argv[2])['seconds']}}))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(command, "WORKER", "telling_worker")
+    monkeypatch.setattr(command, "RANKS_ON_A_CPU", 1)
+    out = tmp_path / "gpu.json"
+    assert command.bench_gpu("cpu", ["attention", "ranks"], 10.0, str(out)) == 0
+    sections = json.loads(out.read_text())["sections"]
+    assert sections["attention"]["rows"][0]["case"] == pytest.approx(540, abs=30)
+    assert sections["ranks"]["left_out"] == [{"what": "the section", "why": "there is one card"}]
+
+
+def test_what_overruns_is_left_out_and_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_worker.py").write_text(
+        'import time\nprint(\'{"begin": "ViT-Small, graphs"}\', flush=True)\ntime.sleep(100)\n'
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(command, "WORKER", "slow_worker")
+    out = tmp_path / "gpu.json"
+    assert command.bench_gpu("cpu", ["attention"], 0.05, str(out)) == 0
+    section = json.loads(out.read_text())["sections"]["attention"]
+    assert not section["failed"]
+    assert section["left_out"] == [
+        {"what": "ViT-Small, graphs", "why": "it was stopped after 3 s; give more by --minutes", "late": True}
+    ]
+
+
+def test_every_failure_of_a_section_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "two_failures.py").write_text(
+        "import json\n"
+        "for what in ('first', 'second'):\n"
+        "    print(json.dumps({'failed': {'what': what, 'why': 'ValueError'}}))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(command, "WORKER", "two_failures")
+    out = tmp_path / "gpu.json"
+    assert command.bench_gpu("cpu", ["kernels"], 1.0, str(out)) == 1
+    failed = json.loads(out.read_text())["sections"]["kernels"]["failed"]
+    assert [one["what"] for one in failed] == ["first", "second"]
+
+
+def test_of_several_ranks_the_first_to_fail_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "failing_worker.py").write_text(
+        "import json, sys\n"
+        "for event in ({'begin': 'zero2'}, {'ended': 'ValueError: rank 1'}, {'ended': 'connection closed'}):\n"
+        "    print(json.dumps(event), flush=True)\n"
+        "sys.exit(1)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(command, "WORKER", "failing_worker")
+    out = tmp_path / "gpu.json"
+    assert command.bench_gpu("cpu", ["attention"], 1.0, str(out)) == 1
+    (failed,) = json.loads(out.read_text())["sections"]["attention"]["failed"]
+    assert failed == {"what": "zero2", "why": "ValueError: rank 1"}
+
+
 def test_a_section_that_runs_out_of_memory_runs_again_with_half_the_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,7 +182,7 @@ def test_a_section_that_runs_out_of_memory_runs_again_with_half_the_batch(
         "batch = json.loads(sys.argv[2])['batch'] or 128\n"
         "print(json.dumps({'again': batch // 2} if batch > 32 else {'row': {'case': batch}}))\n"
         "if batch > 32:\n"
-        "    print(json.dumps({'failed': {'what': 'the section', 'why': 'OutOfMemoryError'}}))\n"
+        "    print(json.dumps({'ended': 'OutOfMemoryError'}))\n"
         "sys.exit(batch > 32)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -1,6 +1,8 @@
-"""Section 1: both oracles agree with the package's implementations, and a wrong one is found out."""
+"""Both oracles agree with the package's implementations, and a wrong one is found out."""
 
+import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,22 +17,31 @@ from karat_scale.bench.gpu.calls import (
     LAYOUTS,
     TF32,
     Call,
+    compiled_calls,
     core_calls,
     make_inputs,
     more_calls,
-    toy_calls,
+    toy,
 )
 from tests.bench.gpu.task import make_task
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile traces the operations and their derivatives, and generates no code."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
 def test_every_topic_is_right_in_every_dtype() -> None:
     task, told = make_task()
     before = torch.backends.cuda.matmul.allow_tf32
     kernels.measure(task)
-    assert set(told) == {"row"}
+    assert set(told) == {"begin", "row"}
     assert all(row["right"] for row in told["row"])
     assert {row["dtype"] for row in told["row"]} == {BF16, FP16, FP32, TF32}
-    assert {row["topic"] for row in told["row"]} == {call.topic for call in core_calls((BF16,))}
+    assert {row["topic"] for row in told["row"]} == {
+        call.topic for call in (*core_calls((BF16,)), *compiled_calls((BF16,)))
+    }
     assert told["row"][0]["dtype"] == BF16
     assert torch.backends.cuda.matmul.allow_tf32 == before
 
@@ -42,9 +53,20 @@ def test_a_wrong_implementation_is_found_out(harm: float, monkeypatch: pytest.Mo
 
     monkeypatch.setitem(functional.IMPLEMENTATIONS, "streaming", wrong)
     task, _ = make_task()
-    row = kernels.check(next(toy_calls((FP32,))), task)
+    row = kernels.check(next(toy(core_calls((FP32,)))), task)
     assert not row["right"]
     assert row["error"] > 5e-3
+
+
+def test_a_kernel_that_is_wrong_only_under_torch_compile_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(call: FourierCall) -> torch.Tensor:
+        return streaming.attend(call) * (1.01 if torch.compiler.is_compiling() else 1.0)
+
+    monkeypatch.setitem(functional.IMPLEMENTATIONS, "streaming", wrong)
+    task, _ = make_task()
+    (compiled,) = toy(compiled_calls((FP32,)))
+    assert kernels.check(replace(compiled, compiled=False), task)["right"]
+    assert not kernels.check(compiled, task)["right"]
 
 
 def test_a_refusal_is_left_out_and_an_exception_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,9 +91,9 @@ def test_what_is_not_done_in_time_is_counted() -> None:
     task, told = make_task(seconds=0.0)
     kernels.measure(task)
     assert set(told) == {"left_out"}
-    assert sum(int(one["what"].split()[0]) for one in told["left_out"]) == len(
-        list(toy_calls((BF16, FP16, FP32, TF32)))
-    )
+    assert all(one["late"] for one in told["left_out"])
+    calls = [*toy(core_calls((BF16, FP16, FP32, TF32))), *toy(compiled_calls((BF16, FP32)))]
+    assert sum(int(one["what"].split()[0]) for one in told["left_out"]) == len(calls)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -87,5 +109,5 @@ def test_layouts_differ_in_strides_only(layout: str) -> None:
 
 def test_the_calls_are_all_different() -> None:
     dtypes = (BF16, FP16, FP32, TF32)
-    calls = [*core_calls(dtypes), *more_calls(dtypes)]
+    calls = [*core_calls(dtypes), *compiled_calls(dtypes), *more_calls(dtypes)]
     assert len(set(calls)) == len(calls)

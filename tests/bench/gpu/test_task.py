@@ -1,5 +1,7 @@
 """Running out of memory and of time."""
 
+import time
+
 import pytest
 import torch
 
@@ -56,4 +58,7 @@ def test_work_begins_only_where_the_last_of_its_kind_would_have_fitted() -> None
     assert not budget.allows("compiled", 200.0)
     budget.note("eager", begun=-1e6)
     assert not budget.allows("eager", 20.0)
+    budget.note("graphs", begun=time.monotonic() - 60.0, count=3)
+    assert budget.allows("graphs", 50.0, count=4)
+    assert not budget.allows("graphs", 1.0, count=6)
     assert Budget(-1.0).left == 0.0
