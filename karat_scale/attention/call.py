@@ -17,3 +17,8 @@ class FourierCall(NamedTuple):
     base: str
     bias: Tensor | None
     mask: Tensor | None
+
+
+def as_4d(tensor: Tensor | None) -> Tensor | None:
+    """Return a bias or a mask with the four dimensions that it broadcasts to."""
+    return None if tensor is None else tensor[(None,) * (4 - tensor.dim())]

@@ -145,15 +145,17 @@ def fourier_karat_units(
 def content_kernel(call: FourierCall, implementation: str) -> str | None:
     """Return which kernel computes psi of the content form of a call: "cpu", "triton", or None where none does.
 
-    "cpu" computes psi and units together. "triton" computes psi(A) V alone, without a bias.
+    "cpu" computes psi and units together. "triton" computes psi(A) V alone. Neither does with a bias or a mask.
 
     Args:
         implementation: as of `fourier_karat_attention`.
     """
     attend = _check_and_choose(implementation, call)
+    if call.bias is not None or call.mask is not None:
+        return None
     if attend is cpu.attend:
         return "cpu"
-    return "triton" if attend is triton_fourier.attend and call.bias is None else None
+    return "triton" if attend is triton_fourier.attend else None
 
 
 # What was chosen for calls like those so far, on devices where checking and choosing takes longer than the launches.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from karat_scale.attention.bases import BASE_ACTIVATIONS, Basis, FeatureBasis, Fourier, basis_of, key_of
-from karat_scale.attention.call import FourierCall
+from karat_scale.attention.call import FourierCall, as_4d
 from karat_scale.attention.checks import refuse_second_derivative
 from karat_scale.attention.precision import compute_dtype, full_precision
 from karat_scale.attention.routes import Head, HeadGradients, choose_route
@@ -66,16 +66,12 @@ def attend_units(
         padding = -proj.shape[-1] % RANK_MULTIPLE if isinstance(basis, FeatureBasis) else 0
         coef, proj = functional.pad(coef, (0, 0, 0, padding)), functional.pad(proj.to(dtype), (0, padding))
     forward = torch.ops.karat_scale.streaming_forward
-    on_scores = _as_4d(bias), _as_4d(mask), _as_4d(cut)
+    on_scores = as_4d(bias), as_4d(mask), as_4d(cut)
     output: Tensor = forward(query, key, value, coef.contiguous(), proj, *on_scores, key_of(basis), base, on_simplex)[0]
     return output
 
 
 _ANY_FOURIER = Fourier()
-
-
-def _as_4d(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor[(None,) * (4 - tensor.dim())]
 
 
 def _streaming_forward(

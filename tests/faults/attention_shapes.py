@@ -2,8 +2,8 @@
 
     python -m tests.faults.attention_shapes COUNT SEED LAST
 
-Meant for a process that has the C++ built with sanitizers, like tests/faults/jpegs.py. With a bias or a mask, which the
-kernel does not take, `auto` has to pass it by. LAST is the file that holds the call under way.
+Meant for a process that has the C++ built with sanitizers, like tests/faults/jpegs.py. LAST is the file that holds the
+call under way.
 """
 
 import json
@@ -37,6 +37,19 @@ def laid_out(call: Call, layout: str) -> Call:
     return Call(*(x.requires_grad_() for x in heads), *call[3:])
 
 
+def on_scores(chosen: random.Random, call: Call, generator: torch.Generator) -> torch.Tensor:
+    """Numbers that broadcast to the scores of a call: contiguous, transposed or every second of more."""
+    batch, heads, tokens, _ = call.query.shape
+    whole = (batch, heads, tokens, tokens)
+    shape = [chosen.choice((1, size)) for size in whole][chosen.randrange(4) :]
+    layout = chosen.choice(("contiguous", "transposed", "every second"))
+    if layout == "transposed" and len(shape) > 1:
+        return torch.randn(*shape[:-2], shape[-1], shape[-2], generator=generator).mT
+    if layout == "every second":
+        return torch.randn(*shape[:-1], 2 * shape[-1], generator=generator)[..., ::2]
+    return torch.randn(shape, generator=generator)
+
+
 def look(chosen: random.Random, last: Path) -> str:
     """One call; what is wrong with its output or gradients, or nothing."""
     sizes = {
@@ -49,7 +62,7 @@ def look(chosen: random.Random, last: Path) -> str:
     }
     dtype, layout = chosen.choice(list(TOLERANCES)), chosen.choice(LAYOUTS)
     scale, threads = chosen.choice((0.0, 0.1, 1.0, 8.0)), chosen.randint(1, 4)
-    extra = chosen.choice(("", "", "", "", "bias", "mask"))
+    extra = chosen.choice(("", "", "", "bias", "mask", "bias and mask"))
     said = f"{sizes} {dtype} {layout} scores {scale} threads {threads} {extra}"
     last.write_text(said + "\n")
     torch.set_num_threads(threads)
@@ -57,9 +70,12 @@ def look(chosen: random.Random, last: Path) -> str:
     call = laid_out(make_call(**sizes, logits=scale, seed=seed).to(dtype), layout)
     generator = torch.Generator().manual_seed(seed)
     upstream = torch.randn(call.value.shape, generator=generator).to(dtype)
-    pairs = torch.randn(sizes["tokens"], sizes["tokens"], generator=generator)
-    options = {"bias": {"bias": pairs.clone().requires_grad_()}, "mask": {"mask": pairs > -1}}.get(extra, {})
-    actual = output_and_gradients(call, upstream, implementation="auto" if extra else "cpu", **options)
+    options = {}
+    if "bias" in extra:
+        options["bias"] = on_scores(chosen, call, generator).requires_grad_()
+    if "mask" in extra:
+        options["mask"] = on_scores(chosen, call, generator) > chosen.choice((-1, 0, 2))
+    actual = output_and_gradients(call, upstream, implementation="cpu", **options)
     exact = output_and_gradients(call.to(torch.float64), upstream.double(), implementation="reference", **options)
     tolerance = max(TOLERANCES[dtype], PER_ANGLE * sizes["grid"] * (call.largest_score if sizes["batch"] else 0))
     for number, (found, expected) in enumerate(zip(actual, exact, strict=True)):

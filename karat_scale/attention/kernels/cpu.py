@@ -1,10 +1,10 @@
 """The modular Fourier operator as one compiled kernel for x86-64 CPUs, at about the price of softmax attention.
 
 Scores, harmonics and sums are float32 whatever the inputs. Where the CPU has AMX and the inputs are bfloat16 (N >= 32,
-r >= 4), its tiles multiply, and features and coefficients are rounded to bfloat16 for them. Beside inputs and outputs
-only H is kept, and the features of one tile per thread; backward recomputes scores and features. Results do not depend
-on the number of threads. Forward and backward are registered with torch.library: torch.compile takes each as one
-opaque operation.
+r >= 4, no bias and no mask), its tiles multiply, and features and coefficients are rounded to bfloat16 for them. A mask
+acts on entries of S, which are then formed tile by tile. Beside inputs and outputs only H is kept, and the features of
+one tile per thread; backward recomputes scores and features. Results do not depend on the number of threads. Forward
+and backward are registered with torch.library: torch.compile takes each as one opaque operation.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from karat_scale import native_build
-from karat_scale.attention.call import FourierCall
+from karat_scale.attention.call import FourierCall, as_4d
 from karat_scale.attention.checks import refuse_second_derivative
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -26,17 +26,15 @@ SOURCE = Path(__file__).parent / "cpu" / "attention.cpp"
 
 def refusal(call: FourierCall) -> str | None:
     """Why this implementation cannot take the call, or None where it can. Builds the kernel at first use."""
-    query, key, value, cos_coef, sin_coef, proj, base, bias, mask = call
+    query, key, value, cos_coef, sin_coef, proj, base, bias, _ = call
     if query.device.type != "cpu":
         return f"the tensors are on {query.device}"
-    if any(x.dtype not in DTYPES for x in (query, key, value, cos_coef, sin_coef, proj)):
+    if any(x is not None and x.dtype not in DTYPES for x in (query, key, value, cos_coef, sin_coef, proj, bias)):
         return 'it computes in float32 and takes no float64; use implementation = "streaming"'
     if value.shape[:-1] != query.shape[:-1] or value.shape[-1] > query.shape[-1]:
         return f"value has shape {list(value.shape)}, not query's"
     if base != "zero":
         return f"base = {base!r}; it has no base activation"
-    if bias is not None or mask is not None:
-        return "it takes no bias and no mask"
     if proj.shape[-1] > MAX_RANK or cos_coef.shape[-1] > MAX_GRID:
         return f"r = {proj.shape[-1]} and G = {cos_coef.shape[-1]}; it goes up to {MAX_RANK} and {MAX_GRID}"
     return _machine_refusal()
@@ -65,8 +63,9 @@ def attend(call: FourierCall, psi: Tensor | None = None) -> Tensor:
 
     Args:
         psi: adds psi(A) V to O, for a function of each head: its constant, its G cosines and its G sines [h, 2 G + 1].
+            Only for calls without bias and mask.
     """
-    query, key, value, cos_coef, sin_coef, proj, *_ = call
+    query, key, value, cos_coef, sin_coef, proj, _, bias, mask = call
     columns, width = value.shape[-1], query.shape[-1]
     if columns < width:  # the kernel reads values as wide as queries
         value = functional.pad(value, (0, width - columns))
@@ -74,7 +73,8 @@ def attend(call: FourierCall, psi: Tensor | None = None) -> Tensor:
     query, key, value = (x.to(common) for x in (query, key, value))
     parameters = (x.to(torch.float32).contiguous() for x in (cos_coef, sin_coef, proj))
     psi = psi if psi is None else psi.to(torch.float32).contiguous()
-    output: Tensor = torch.ops.karat_scale.cpu_forward(query, key, value, *parameters, psi)[0]
+    on_scores = as_4d(None if bias is None else bias.to(torch.float32)), as_4d(mask)
+    output: Tensor = torch.ops.karat_scale.cpu_forward(query, key, value, *parameters, psi, *on_scores)[0]
     return output[..., :columns]
 
 
@@ -86,6 +86,17 @@ class _Strided(ctypes.Structure):
     @classmethod
     def of(cls, tensor: Tensor) -> "_Strided":
         return cls(tensor.data_ptr(), *tensor.stride()[:3])
+
+
+class _OnScores(ctypes.Structure):
+    """`OnScores` of cpu/call.h: a tensor that broadcasts to [B, h, N, N]."""
+
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "query", "key"))]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_OnScores":
+        strides = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return cls(tensor.data_ptr(), *strides)
 
 
 _SIZES = ("batch", "heads", "tokens", "width", "rank", "grid", "dtype", "threads")
@@ -102,6 +113,8 @@ _PARAMETERS = (
     "grad_psi",
 )
 
+_ON_SCORES = ("bias", "mask", "grad_bias")
+
 
 class _Call(ctypes.Structure):
     """`Call` of cpu/call.h."""
@@ -110,6 +123,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _SIZES),
         *((name, _Strided) for name in _HEADS),
         *((name, ctypes.c_void_p) for name in _PARAMETERS),
+        *((name, _OnScores) for name in _ON_SCORES),
     ]
 
 
@@ -122,7 +136,11 @@ def _run(function: str, cosines: Tensor, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        setattr(call, name, _Strided.of(tensor) if name in _HEADS else tensor.data_ptr())
+        if name in _HEADS:
+            field: Any = _Strided.of(tensor)
+        else:
+            field = _OnScores.of(tensor) if name in _ON_SCORES else tensor.data_ptr()
+        setattr(call, name, field)
     if getattr(_kernel(), function)(ctypes.byref(call)):
         raise MemoryError("out of memory in KArAt attention")
 
@@ -137,71 +155,49 @@ def _token_major(like: Tensor) -> Tensor:
     return like.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
-def _fake_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cosines: Tensor,
-    sines: Tensor,
-    projector: Tensor,
-    psi: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+# Below, `inputs` are query, key, value, cosines, sines, W, and psi, bias and mask or None.
+
+
+def _fake_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    query, _, value, _, _, projector, *_ = inputs
     batch, heads, tokens, _ = query.shape
     return _token_major(value), projector.new_empty(batch, heads, tokens, projector.shape[2])
 
 
-def _fake_backward(
-    grad_output: Tensor,
-    hidden: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cosines: Tensor,
-    sines: Tensor,
-    projector: Tensor,
-    psi: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    heads = (_token_major(x) for x in (query, key, value))
-    grad_psi = projector.new_empty(0) if psi is None else psi.new_empty(query.shape[0], *psi.shape)
-    return (*heads, *(torch.empty_like(x) for x in (cosines, sines, projector)), grad_psi)
+def _fake_backward(grad_output: Tensor, hidden: Tensor, *inputs_and_choice: Any) -> tuple[Tensor, ...]:
+    query, key, value, cosines, sines, projector, psi, bias, _, needs_bias = inputs_and_choice
+    batch, heads, _, _ = query.shape
+    like_heads = (_token_major(x) for x in (query, key, value))
+    grad_psi = projector.new_empty(0) if psi is None else psi.new_empty(batch, *psi.shape)
+    # Threads work on different heads, so that each has its own.
+    has_bias = needs_bias and bias is not None
+    grad_bias = bias.new_zeros(bias.shape[0], heads, *bias.shape[2:]) if has_bias else projector.new_empty(0)
+    return (*like_heads, *(torch.empty_like(x) for x in (cosines, sines, projector)), grad_psi, grad_bias)
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cosines: Tensor,
-    sines: Tensor,
-    projector: Tensor,
-    psi: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     """O [B, h, N, d] and H [B, h, N, r]."""
-    output, hidden = _fake_forward(query, key, value, cosines, sines, projector)
+    query, key, value, cosines, sines, projector, psi, bias, mask = inputs
+    output, hidden = _fake_forward(*inputs)
     query, key, value = map(_unit_stride, (query, key, value))
     heads = {"query": query, "key": key, "value": value, "output": output}
-    _run("karat_forward", cosines, sines=sines, projector=projector, hidden=hidden, psi=psi, **heads)
+    others = {"sines": sines, "projector": projector, "hidden": hidden, "psi": psi, "bias": bias, "mask": mask}
+    _run("karat_forward", cosines, **others, **heads)
     return output, hidden
 
 
-def _backward(
-    grad_output: Tensor,
-    hidden: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cosines: Tensor,
-    sines: Tensor,
-    projector: Tensor,
-    psi: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """The gradients of query, key, value, cosines, sines and projector, and of psi that of each item."""
-    grads = _fake_backward(grad_output, hidden, query, key, value, cosines, sines, projector, psi)
+def _backward(grad_output: Tensor, hidden: Tensor, *inputs_and_choice: Any) -> tuple[Tensor, ...]:
+    """The gradients of query, key, value, cosines, sines and W, of psi for each item, and of the bias for each head."""
+    query, key, value, cosines, sines, projector, psi, bias, mask, needs_bias = inputs_and_choice
+    *grads, grad_bias = _fake_backward(grad_output, hidden, *inputs_and_choice)
     grad_output, query, key, value = map(_unit_stride, (grad_output, query, key, value))
     heads = {"query": query, "key": key, "value": value, "output": grad_output}
     names = ("query", "key", "value", "cosines", "sines", "projector", "psi")
-    written = {f"grad_{name}": grad for name, grad in zip(names, grads, strict=True)}
-    _run("karat_backward", cosines, sines=sines, projector=projector, hidden=hidden, psi=psi, **heads, **written)
-    return grads
+    written: dict[str, Tensor | None] = {f"grad_{name}": grad for name, grad in zip(names, grads, strict=True)}
+    written["grad_bias"] = grad_bias if needs_bias and bias is not None else None
+    others = {"sines": sines, "projector": projector, "hidden": hidden, "psi": psi, "bias": bias, "mask": mask}
+    _run("karat_backward", cosines, **others, **heads, **written)
+    return *grads, grad_bias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -213,15 +209,27 @@ def _differentiate(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tu
     if grad_output is None:
         return (None,) * len(ctx.needs_input_grad)
     refuse_second_derivative("cpu")
-    *grads, grad_psi = torch.ops.karat_scale.cpu_backward(grad_output, *ctx.saved_tensors)
-    # Where psi is None, torch may leave it out of the inputs.
-    return *grads, *([grad_psi.sum(0)] if grad_psi.dim() > 1 else [None] * (len(ctx.needs_input_grad) - len(grads)))
+    saved = ctx.saved_tensors
+    needs_bias = ctx.needs_input_grad[7]
+    *grads, grad_psi, grad_bias = torch.ops.karat_scale.cpu_backward(grad_output, *saved, needs_bias)
+    psi, bias = saved[7:9]
+    return (
+        *grads,
+        None if psi is None else grad_psi.sum(0),
+        grad_bias.sum_to_size(bias.shape) if needs_bias else None,
+        None,
+    )
 
 
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor cosines, Tensor sines, Tensor projector, Tensor? psi=None"
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor cosines, Tensor sines, Tensor projector, "
+    "Tensor? psi, Tensor? bias, Tensor? mask"
+)
 _library = torch.library.Library("karat_scale", "FRAGMENT")
 _library.define(f"cpu_forward({_INPUTS}) -> (Tensor, Tensor)")
-_library.define(f"cpu_backward(Tensor grad_output, Tensor hidden, {_INPUTS}) -> ({', '.join(['Tensor'] * 7)})")
+_library.define(
+    f"cpu_backward(Tensor grad_output, Tensor hidden, {_INPUTS}, bool needs_bias) -> ({', '.join(['Tensor'] * 8)})"
+)
 _library.impl("cpu_forward", _forward, "CPU")
 _library.impl("cpu_backward", _backward, "CPU")
 torch.library.register_fake("karat_scale::cpu_forward", _fake_forward, lib=_library)

@@ -14,7 +14,9 @@ from karat_scale import native_build
 from karat_scale.attention import FourierKaratOperator, fourier_karat_attention, fourier_karat_scores
 from karat_scale.attention.functional import fourier_karat_units
 from karat_scale.attention.variants import BoundedOperator
-from tests.attention.calls import assert_close, make_call, output_and_gradients
+from karat_scale.bench.attention import Case, forward_backward_once
+from karat_scale.bench.measuring import peak_memory_of
+from tests.attention.calls import assert_close, make_call, output_and_gradients, relative_error
 
 available = native_build._available_instruction_sets()
 pytestmark = pytest.mark.usefixtures("isa")
@@ -160,6 +162,86 @@ def test_huge_scores_stay_bounded_and_nan_stays_nan(dtype):
     assert output[5].isnan().all()
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    isa=st.sampled_from(available or ("none",)),
+    dtype=st.sampled_from((torch.float32, torch.float32, torch.bfloat16, torch.float16)),
+    batch=st.integers(1, 5),
+    heads=st.integers(1, 3),
+    tokens=st.one_of(st.just(49), st.integers(20, 110)),
+    width=st.sampled_from((4, 20, 32, 64)),
+    rank=st.integers(1, 20),
+    grid=st.integers(1, 6),
+    bias=st.tuples(*[st.booleans()] * 4),
+    mask=st.one_of(st.none(), st.tuples(*[st.booleans()] * 4)),
+    seed=st.integers(0, 2**16),
+)
+def test_bias_and_mask_match_the_oracle(isa, dtype, batch, heads, tokens, width, rank, grid, bias, mask, seed):
+    call = make_call(batch, heads, tokens, width, rank, grid, seed=seed).to(dtype)
+    upstream = normal(call.value.shape, seed, dtype)
+    sizes = (batch, heads, tokens, tokens)
+    bias_shape = broadcast(sizes, bias)
+    options = {"bias": normal(bias_shape, seed + 1, dtype).requires_grad_()}
+    if mask is not None:
+        # About two thirds of the pairs take part; query 3 sees nothing where queries differ.
+        keep = normal(broadcast(sizes, mask), seed + 2) > -0.4
+        keep[..., min(3, keep.shape[2] - 1), :] &= not mask[2]
+        options["mask"] = keep
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KARAT_CPU_ISA", isa)
+        actual = fast(call, upstream, **options)
+    expected, tolerance = oracle(call, upstream, **options), 2e-5 if dtype == torch.float32 else 1e-2
+    assert_close(actual[:7], expected[:7], tolerance)
+    # A number for all pairs has the sum of their gradients, of which most cancel.
+    assert actual[7].shape == bias_shape
+    assert relative_error(actual[7], expected[7]) < 50 * tolerance
+
+
+def broadcast(sizes, whole):
+    """A shape that broadcasts to `sizes`."""
+    return tuple(size if chosen else 1 for size, chosen in zip(sizes, whole, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shifted_windows(dtype):
+    """What Swin hands over: a bias for each head, a mask for each window, and pairs in groups that see their own."""
+    call = make_call(8, 3, 49, 32, 12, 3).to(dtype)
+    upstream = normal(call.value.shape, 1, dtype)
+    bias = normal((1, 3, 49, 49), 2, dtype).requires_grad_()
+    groups = torch.randint(4, (4, 49), generator=torch.Generator().manual_seed(3))
+    mask = (groups[:, None, :] == groups[:, :, None]).repeat(2, 1, 1).unsqueeze(1)
+    expected = oracle(call, upstream, bias=bias, mask=mask)
+    assert_close(fast(call, upstream, bias=bias, mask=mask), expected, 3e-6 if dtype == torch.float32 else 5e-3)
+    frozen = fourier_karat_attention(*call, bias=bias.detach(), mask=mask, implementation="cpu")
+    assert_close([*torch.autograd.grad(frozen, call, upstream)], expected[1:7], 5e-3)
+
+
+def test_masked_pairs_may_have_any_score_and_all_of_them_may_be_masked():
+    call = make_call(2, 2, 40, 16, 5, 3).to(torch.float32)
+    upstream = normal(call.value.shape, 1)
+    mask = normal((40, 40), 2) > 0
+    bias = normal((40, 40), 3)
+    plain = fast(call, upstream, mask=mask, bias=bias.clone().requires_grad_())
+    for odd in (float("inf"), float("nan")):
+        actual = fast(call, upstream, mask=mask, bias=bias.masked_fill(~mask, odd).requires_grad_())
+        assert all(map(torch.equal, actual, plain))
+    for result in fast(call, upstream, mask=torch.zeros(1, 1, dtype=torch.bool)):
+        assert (result == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [20, 40])
+@pytest.mark.parametrize("argument", range(3))
+def test_infinity_does_not_become_a_number(dtype, tokens, argument):
+    call = make_call(1, 1, tokens, 8, 4, 3).to(dtype)
+    tensors = [x.detach().clone() for x in call]
+    tensors[argument][0, 0, 3, 2] = float("inf")
+    exact = fourier_karat_attention(*(x.double() for x in tensors), implementation="reference")
+    output = fourier_karat_attention(*tensors, implementation="cpu")
+    assert not exact.isfinite().all()
+    assert not output[~exact.isfinite()].isfinite().any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [33, 49, 150])
 def test_nan_in_one_item_leaves_the_others_alone(dtype, tokens):
@@ -192,12 +274,14 @@ def test_strided_inputs_give_the_same_bits_and_the_layout_that_layers_want(dtype
 def test_the_same_bits_for_any_number_of_threads(dtype):
     call = make_call(7, 3, 45, 16, 12, 3).to(dtype)
     upstream = normal(call.value.shape, 6, dtype)
-    expected = fast(call, upstream)
+    options = {"bias": normal((1, 3, 45, 45), 7).requires_grad_(), "mask": normal((7, 1, 45, 45), 8) > 0}
+    expected = fast(call, upstream), fast(call, upstream, **options)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            assert all(torch.equal(a, b) for a, b in zip(fast(call, upstream), expected, strict=True))
+            actual = fast(call, upstream), fast(call, upstream, **options)
+            assert all(map(torch.equal, actual[0] + actual[1], expected[0] + expected[1]))
     finally:
         torch.set_num_threads(before)
 
@@ -206,6 +290,14 @@ def test_an_empty_batch_gives_zero_parameter_gradients():
     call = make_call(0, 2, 5, 4, 2, 3).to(torch.float32)
     for gradient in fast(call, torch.empty(call.value.shape))[4:]:
         assert (gradient == 0).all()
+
+
+@pytest.mark.slow
+def test_backward_takes_little_memory_beside_its_results(isa):
+    """At small batches the sums of threads and parts of the batch would otherwise be as large as the results."""
+    case = Case("tiny", batch=4, grid=3, rank=12, dtype="fp32", device="cpu")
+    results = 4 * 4 * 3 * 197 * (4 * 64 + 12) + 4 * 3 * 197 * 12 * 7  # O, dQ, dK, dV, H; those of the parameters
+    assert peak_memory_of(forward_backward_once, ("cpu", case), "cpu") < results / 1e6 + 0.8
 
 
 def test_inputs_without_gradient_are_left_alone():
@@ -254,7 +346,9 @@ def test_compiles_into_one_graph(implementation):
 
 def test_registered_operation_is_well_behaved():
     call = make_call(2, 2, 6, 4, 5, 2).to(torch.float32)
-    torch.library.opcheck(torch.ops.karat_scale.cpu_forward.default, tuple(call))
+    bias, mask = normal((1, 2, 6, 6), 1).requires_grad_(), normal((2, 1, 6, 6), 2) > 0
+    for on_scores in ((None, None), (bias, None), (bias, mask)):
+        torch.library.opcheck(torch.ops.karat_scale.cpu_forward.default, (*call, None, *on_scores))
 
 
 def test_auto_takes_the_kernel_where_it_can_and_streaming_elsewhere():
@@ -271,8 +365,7 @@ def test_auto_takes_the_kernel_where_it_can_and_streaming_elsewhere():
     ("options", "reason"),
     [
         ({"base": "gelu"}, "base = 'gelu'"),
-        ({"bias": torch.zeros(6, 6)}, "no bias"),
-        ({"mask": torch.ones(6, 6, dtype=torch.bool)}, "no mask"),
+        ({"bias": torch.zeros(6, 6, dtype=torch.float64)}, "no float64"),
     ],
 )
 def test_what_it_cannot_take_is_refused_by_name_and_streams_under_auto(options, reason):
@@ -310,8 +403,8 @@ def test_scores_are_those_of_the_kernels_attention(width):
 
 def test_scores_are_refused_where_attention_is():
     call = make_call(1, 2, 8, 4, 3, 2).to(torch.float32)
-    with pytest.raises(ValueError, match="it takes no bias and no mask"):
-        fourier_karat_scores(*call, bias=torch.zeros(8, 8), implementation="cpu")
+    with pytest.raises(ValueError, match="it has no base activation"):
+        fourier_karat_scores(*call, base="gelu", implementation="cpu")
     with pytest.raises(ValueError, match="r = 33"):
         fourier_karat_scores(*make_call(1, 1, 6, 4, 33, 2).to(torch.float32), implementation="cpu")
 

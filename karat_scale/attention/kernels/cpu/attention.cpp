@@ -1,8 +1,9 @@
 // Fourier-KArAt attention for x86-64 CPUs: H = sum_f f(A) C_f^T and O = H (W^T V), and psi(A) V for the content form.
 //
 // Inputs are float32, bfloat16 or float16; scores, harmonics and sums are float32. With AMX the operands of bfloat16's
-// products are rounded to it (pair_*.h); all else is multiplied in float32. Results do not depend on the number
-// of threads. Beside inputs and outputs only H is kept: backward computes scores and features again.
+// products are rounded to it (pair_*.h), unless there is a bias or a mask; all else is multiplied in float32. Results do
+// not depend on the number of threads. Beside inputs and outputs only H is kept: backward computes scores and features
+// again.
 
 #include "backward.h"
 #include "forward.h"
@@ -18,7 +19,7 @@ namespace {
 #if defined(__AMX_BF16__)
 
 // Over a handful of tokens or units the roundings of features do not average out against sums that happen to cancel.
-bool takes_pairs(const Call& c) { return c.tokens >= 32 && c.rank >= 4 && !c.psi; }
+bool takes_pairs(const Call& c) { return c.tokens >= 32 && c.rank >= 4 && !c.psi && !c.bias.data && !c.mask.data; }
 
 int forward_bfloat16(const Call& c) {
   return takes_pairs(c) ? run_forward<PairForward>(c) : run_forward<Forward<bfloat16>>(c);

@@ -13,9 +13,16 @@ struct Strided {
   int64_t batch, head, token;
 };
 
+// A tensor that broadcasts to [B, h, N, N], with strides in elements that are 0 where it does; null data without one.
+struct OnScores {
+  void* data;
+  int64_t batch, head, query, key;
+};
+
 // Parameters and H are contiguous float32: cosines, sines [h, r, N, G], projector [h, N, r], hidden [B, h, N, r].
 // `psi` is null, or [h, 2 G + 1]: a head's function of each score, as its constant, cosines and sines. Its gradient is that
-// of each item, [B, h, 2 G + 1].
+// of each item, [B, h, 2 G + 1]. `bias` is float32 and is added to the scores; its gradient is wanted where `grad_bias` has
+// data, zeros of [B or 1, h, N or 1, N or 1]. `mask` is boolean. Only one of `psi` and these two is given.
 struct Call {
   int64_t batch, heads, tokens, width, rank, grid, dtype, threads;
   Strided query, key, value, output;                     // of backward, output holds dO
@@ -23,6 +30,7 @@ struct Call {
   float *cosines, *sines, *projector, *hidden;
   float *grad_cosines, *grad_sines, *grad_projector;
   float *psi, *grad_psi;
+  OnScores bias, mask, grad_bias;
 };
 
 namespace {
@@ -38,6 +46,9 @@ struct Sizes {
   long features() const { return 2 * grid; }
   long coefficient(long h, long p, long q, long m) const { return ((h * rank + p) * tokens + q) * grid + m; }
 };
+
+// Where backward adds what it finds of a head's gradients; null where there is none.
+struct HeadGradients { float *coefficients, *projector, *bias, *psi; };
 
 template <typename T>
 T* item(const Strided& x, long b, long h) {

@@ -9,14 +9,14 @@ namespace {
 constexpr long MAX_GRID = 64;
 
 // Reduction by pi in two steps (the fused product is exact), then minimax polynomials on [-pi/2, pi/2]: within 2 units
-// of the last place of 1. Beyond 2^20 a float's spacing leaves no phase to keep; the clamp keeps such scores bounded.
+// of the last place of 1. Beyond 2^20 a float's spacing leaves no phase to keep; the clamp keeps the harmonics of such
+// scores bounded. Those of infinity are NaN.
 INLINE void sine_and_cosine(Vec x, Vec& sine, Vec& cosine) {
-  constexpr float LIMIT = 1 << 20, ROUNDING = 0x1.8p23f;
-  x = clamp(x, LIMIT);
+  constexpr float LIMIT = 2, ROUNDING = 0x1.8p23f; // the limit is beyond pi/2, however the reduction is rounded
   const Vec shifted = x * 0x1.45f306p-2f + ROUNDING; // x / pi, rounded; its last bit is the parity
   const Vec turns = shifted - ROUNDING;
   Vec r = x - turns * 0x1.921fb6p+1f;
-  r = r + turns * 0x1.777a5cp-24f;
+  r = clamp(r + turns * 0x1.777a5cp-24f, LIMIT);
   const Vec z = r * r;
   const Vec s = ((2.5999032e-06f * z - 1.9806547e-04f) * z + 8.3330163550e-03f) * z - 1.6666657059e-01f;
   Vec c = ((-2.6075662320e-07f * z + 2.4761808140e-05f) * z - 1.3888402069e-03f) * z + 4.1666640625e-02f;

@@ -27,7 +27,8 @@ class Arena {
   long used_ = 0;
 };
 
-// Memory that a thread keeps from call to call: fresh pages from the system cost more than zeroing old ones.
+// Memory that a thread keeps from call to call: fresh pages from the system cost more than zeroing old ones. It has room
+// for twice what was asked for, as backward asks for more than forward: pages take memory only once they are used.
 class Memory {
  public:
   ~Memory() { std::free(data_); }
@@ -36,9 +37,9 @@ class Memory {
   float* zeros(long floats) {
     if (floats > size_) {
       release();
-      data_ = static_cast<float*>(std::aligned_alloc(64, round_up(floats, 16) * 4));
+      data_ = static_cast<float*>(std::aligned_alloc(64, round_up(2 * floats, 16) * 4));
       if (!data_) return nullptr;
-      size_ = floats;
+      size_ = 2 * floats;
     }
     std::memset(data_, 0, floats * 4);
     return data_;
@@ -49,7 +50,7 @@ class Memory {
   }
 
  private:
-  static constexpr long KEPT = 1 << 23; // 32 MiB
+  static constexpr long KEPT = 1 << 24; // 64 MiB, of which half may be used
   float* data_ = nullptr;
   long size_ = 0;
 

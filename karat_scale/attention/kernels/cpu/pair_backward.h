@@ -105,8 +105,8 @@ struct PairBackward {
   }
 
   static void run(const Call& c, const Shape& s, const Scratch& w, const float* slopes, const float* projector,
-                  float* grad_coef, float* grad_projector, long b, long h) {
-    pull_back_pairs(c, s, w, reinterpret_cast<const Pair*>(projector), grad_projector, b, h);
+                  const HeadGradients& sums, long b, long h) {
+    pull_back_pairs(c, s, w, reinterpret_cast<const Pair*>(projector), sums.projector, b, h);
     const long width_pairs = s.width_step / 2, token_pairs = s.token_step / 2;
     read_pairs(item<bfloat16>(c.query, b, h), c.query.token, w.grad_output, width_pairs, s.tokens, s.width);
     transpose(w.grad_output, width_pairs, w.query_columns, s.token_step, s.token_step, width_pairs);
@@ -124,7 +124,7 @@ struct PairBackward {
       for (long key = 0; key < s.tokens; key += GROUP) {
         const long keys = std::min(GROUP, s.tokens - key), depth = (keys + DEPTH - 1) / DEPTH;
         for (long k = 0; k < keys; k += KEYS)
-          backward_keys(s, w, reinterpret_cast<const Pair*>(slopes), grad_coef, key + k, first, queries,
+          backward_keys(s, w, reinterpret_cast<const Pair*>(slopes), sums.coefficients, key + k, first, queries,
                         w.grad_score_pairs + k / 2 * CHUNK_STEP);
         for (long pair = (keys + 1) / 2; pair < depth * PAIRS; pair++)
           std::memset(w.grad_score_pairs + pair * CHUNK_STEP, 0, CHUNK * sizeof(Pair));

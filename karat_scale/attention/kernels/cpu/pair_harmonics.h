@@ -8,12 +8,12 @@
 namespace {
 
 // For x in half turns (x = 1 is the angle pi): within 8e-6 of cosine and sine, of which the m-th harmonics are m times
-// as far from theirs. Such scores as keep no phase in a float are clamped; NaN stays NaN.
+// as far from theirs. The clamp keeps the harmonics of scores that keep no phase in a float bounded; those of infinity
+// and NaN are NaN.
 INLINE void half_turns(Vec x, Vec& sine, Vec& cosine) {
-  constexpr float LIMIT = 1 << 20, ROUNDING = 0x1.8p23f;
-  x = clamp(x, LIMIT);
+  constexpr float LIMIT = 0.5f, ROUNDING = 0x1.8p23f;
   const Vec shifted = x + ROUNDING; // its last bit is the parity of the half turns
-  const Vec r = x - (shifted - ROUNDING);
+  const Vec r = clamp(x - (shifted - ROUNDING), LIMIT);
   const Vec z = r * r;
   const Vec s = ((-0.55463448f * z + 2.5418984f) * z - 5.1671427f) * z + 3.1415820f;
   const Vec c = ((-1.2264886f * z + 4.0431641f) * z - 4.9341668f) * z + 1.0f;

@@ -24,12 +24,6 @@ void fill_psi(const float* features, const float* psi, float* out, long rows, lo
   }
 }
 
-INLINE float lanes_sum(Vec v) {
-  float sum = 0;
-  for (long i = 0; i < LANES; i++) sum += v[i];
-  return sum;
-}
-
 // Given dS = dO V^T of a tile: psi into `mixed`, dA += dS psi'(A), and what the tile adds to the gradient of psi.
 template <long VECTORS>
 void pull_back_psi(const float* features, const float* psi, const float* grad_mixed, float* mixed, float* grad_scores,

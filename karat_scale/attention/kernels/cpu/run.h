@@ -6,6 +6,7 @@
 #pragma once
 
 #include <omp.h>
+#include <sched.h>
 
 #include <algorithm>
 
@@ -16,84 +17,128 @@ namespace {
 
 constexpr long SUMMANDS = 32; // parts the gradient of a head's parameters is summed from, over heads
 
+// The memory of a call: packed parameters of as many heads as are worked on at once, and each thread's own.
+template <class Pass>
+class Room {
+ public:
+  Room(const Call& c, const typename Pass::Shape& s, long shared, long own)
+      : group(std::max(1l, std::min(s.heads, (long)c.threads))), coefficients_(round_up(Pass::coefficients(s), 16)),
+        projector_(round_up(Pass::projector(s), 16)), shared_(round_up(shared, 16)) {
+    Arena needed;
+    typename Pass::Scratch(s, needed);
+    own_ = own + needed.used();
+    base_ = memory.zeros(group * (coefficients_ + projector_) + shared_ + c.threads * own_);
+  }
+
+  const long group; // heads
+
+  bool is_there() const { return base_; }
+  float* coefficients(long h) const { return base_ + h % group * (coefficients_ + projector_); }
+  float* projector(long h) const { return coefficients(h) + coefficients_; }
+  float* shared() const { return base_ + group * (coefficients_ + projector_); }
+  float* own(long thread) const { return shared() + shared_ + thread * own_; }
+
+ private:
+  const long coefficients_, projector_, shared_;
+  long own_;
+  float* base_;
+};
+
 template <class Pass>
 int run_forward(const Call& c) {
   const typename Pass::Shape s(c);
-  Arena needed;
-  typename Pass::Scratch(s, needed);
-  const long coefficients = round_up(Pass::coefficients(s), 16), projector = round_up(Pass::projector(s), 16);
-  float* packed = memory.zeros(s.heads * (coefficients + projector) + c.threads * needed.used());
-  if (!packed) return 1;
-  float* projectors = packed + s.heads * coefficients;
-  float* scratch = projectors + s.heads * projector;
+  const Room<Pass> room(c, s, 0, 0);
+  if (!room.is_there()) return 1;
 #pragma omp parallel num_threads(c.threads)
   {
-#pragma omp for schedule(dynamic)
-    for (long h = 0; h < s.heads; h++) Pass::pack(c, s, h, packed + h * coefficients, projectors + h * projector);
-    Arena arena(scratch + omp_get_thread_num() * needed.used());
+    Arena arena(room.own(omp_get_thread_num()));
     const typename Pass::Scratch mine(s, arena);
+    for (long first = 0; first < s.heads; first += room.group) {
+      const long end = std::min(first + room.group, s.heads);
 #pragma omp for schedule(dynamic)
-    for (long t = 0; t < s.heads * s.batch; t++) {
-      const long h = t / s.batch, b = t % s.batch;
-      Pass::run(c, s, mine, packed + h * coefficients, projectors + h * projector, b, h);
+      for (long h = first; h < end; h++) Pass::pack(c, s, h, room.coefficients(h), room.projector(h));
+#pragma omp for schedule(dynamic)
+      for (long t = first * s.batch; t < end * s.batch; t++) {
+        const long h = t / s.batch, b = t % s.batch;
+        Pass::run(c, s, mine, room.coefficients(h), room.projector(h), b, h);
+      }
     }
   }
   memory.release_if_large();
   return 0;
 }
 
-// The first of `parts` vectors takes the sum of all, added in their order.
-void sum_parts(float* data, long size, long stride, long parts) {
-  for (long part = 1; part < parts; part++)
-    for (long i = 0; i < size; i++) data[i] += data[part * stride + i];
+// Of a head.
+inline long grad_bias_size(const Call& c) {
+  return (c.grad_bias.query ? c.tokens : 1) * (c.grad_bias.key ? c.tokens : 1);
 }
 
-// The gradients are summed over a fixed split of the batch, so the number of threads changes no bit.
+inline void put(float& total, float summand, bool first) { total = first ? summand : total + summand; }
+
+// Adds the sums of one part of the batch to the gradients of a head, or begins them with the first part.
+template <class Pass>
+void add_part(const Call& c, const typename Pass::Shape& s, const HeadGradients& sums, long grad_feature, long h,
+              bool first) {
+  for (long p = 0; p < s.rank; p++)
+    for (long q = 0; q < s.tokens; q++) {
+      const float* from = sums.coefficients + Pass::grad_coefficient(s, p, q);
+      const long to = s.coefficient(h, p, q, 0);
+      for (long m = 0; m < s.grid; m++) {
+        put(c.grad_cosines[to + m], from[m * grad_feature], first);
+        put(c.grad_sines[to + m], from[(s.grid + m) * grad_feature], first);
+      }
+    }
+  for (long q = 0; q < s.tokens; q++)
+    for (long p = 0; p < s.rank; p++)
+      put(c.grad_projector[(h * s.tokens + q) * s.rank + p], sums.projector[q * s.unit_step + p], first);
+  if (sums.bias) {
+    const long size = grad_bias_size(c);
+    float* bias = static_cast<float*>(c.grad_bias.data) + h * size;
+    for (long i = 0; i < size; i++) put(bias[i], sums.bias[i], first);
+  }
+}
+
+// The gradients are summed over a fixed split of the batch and in its order, so the number of threads changes no bit.
 template <class Pass>
 int run_backward(const Call& c) {
   const typename Pass::Shape s(c);
-  Arena needed;
-  typename Pass::Scratch(s, needed);
   const long parts = std::max(1l, std::min(s.batch, (SUMMANDS + s.heads - 1) / s.heads));
-  const long coefficients = round_up(Pass::coefficients(s), 16), projector = round_up(Pass::projector(s), 16);
   const long grad_feature = round_up(Pass::grad_feature(s), 16), grad_projector = round_up(Pass::grad_projector(s), 16);
-  const long grad_size = s.features() * grad_feature + grad_projector;
-  float* packed =
-      memory.zeros(s.heads * (coefficients + projector + parts * grad_size) + c.threads * needed.used());
-  if (!packed) return 1;
-  float* projectors = packed + s.heads * coefficients;
-  float* grads = projectors + s.heads * projector;
-  float* scratch = grads + s.heads * parts * grad_size;
+  const long grad_coefficients = s.features() * grad_feature;
+  const bool sums_bias = c.grad_bias.data && !c.grad_bias.batch;
+  const long sums_size = grad_coefficients + grad_projector + (sums_bias ? round_up(grad_bias_size(c), 16) : 0);
+  const Room<Pass> room(c, s, s.heads, sums_size);
+  if (!room.is_there()) return 1;
+  int* const done = reinterpret_cast<int*>(room.shared()); // parts of each head
+  long next;
 #pragma omp parallel num_threads(c.threads)
   {
-#pragma omp for schedule(dynamic)
-    for (long h = 0; h < s.heads; h++) Pass::pack(c, s, h, packed + h * coefficients, projectors + h * projector);
-    Arena arena(scratch + omp_get_thread_num() * needed.used());
+    float* own = room.own(omp_get_thread_num());
+    const HeadGradients sums{own, own + grad_coefficients, sums_bias ? own + grad_coefficients + grad_projector : nullptr,
+                             nullptr};
+    Arena arena(own + sums_size);
     const typename Pass::Scratch mine(s, arena);
+    for (long first = 0; first < s.heads; first += room.group) {
+      const long heads = std::min(room.group, s.heads - first);
 #pragma omp for schedule(dynamic)
-    for (long t = 0; t < s.heads * parts; t++) {
-      const long h = t / parts, part = t % parts;
-      float* grad = grads + t * grad_size;
-      for (long b = s.batch * part / parts; b < s.batch * (part + 1) / parts; b++)
-        Pass::run(c, s, mine, packed + h * coefficients, projectors + h * projector, grad,
-                  grad + s.features() * grad_feature, b, h);
-    }
-#pragma omp for schedule(dynamic)
-    for (long t = 0; t < s.heads * (s.features() + 1); t++) {
-      const long h = t / (s.features() + 1), f = t % (s.features() + 1);
-      float* sums = grads + h * parts * grad_size + f * grad_feature;
-      if (f < s.features()) {
-        sum_parts(sums, grad_feature, grad_size, parts);
-        float* out = f < s.grid ? c.grad_cosines : c.grad_sines;
-        for (long p = 0; p < s.rank; p++)
-          for (long q = 0; q < s.tokens; q++)
-            out[s.coefficient(h, p, q, f % s.grid)] = sums[Pass::grad_coefficient(s, p, q)];
-      } else {
-        sum_parts(sums, grad_projector, grad_size, parts);
-        for (long q = 0; q < s.tokens; q++)
-          for (long p = 0; p < s.rank; p++)
-            c.grad_projector[(h * s.tokens + q) * s.rank + p] = sums[q * s.unit_step + p];
+      for (long h = first; h < first + heads; h++) Pass::pack(c, s, h, room.coefficients(h), room.projector(h));
+#pragma omp single
+      next = 0;
+      for (;;) {
+        // In this order, so that the parts a thread waits for are being computed.
+        long t;
+#pragma omp atomic capture
+        t = next++;
+        if (t >= heads * parts) break;
+        const long h = first + t % heads, part = t / heads;
+        clear(own, sums_size);
+        for (long b = s.batch * part / parts; b < s.batch * (part + 1) / parts; b++)
+          Pass::run(c, s, mine, room.coefficients(h), room.projector(h), sums, b, h);
+        while (__atomic_load_n(done + h, __ATOMIC_ACQUIRE) < part) sched_yield();
+        add_part<Pass>(c, s, sums, grad_feature, h, part == 0);
+        __atomic_store_n(done + h, part + 1, __ATOMIC_RELEASE);
       }
+#pragma omp barrier
     }
   }
   memory.release_if_large();

@@ -17,12 +17,14 @@ struct Shape : Sizes {
   long width_step;    // d, padded
   long units;         // r, padded as rows of a product
   long unit_step;     // r, padded as columns
-  bool has_psi;
+  bool has_psi, has_mask;
 
   explicit Shape(const Call& c)
       : Sizes(c), vectors((tokens + LANES - 1) / LANES), rows(round_up(tokens, ROW_UNIT)),
         token_step((round_up(tokens, UNIT) / UNIT | 1) * UNIT), width_step(round_up(width, LANES)),
-        units(round_up(rank, 4)), unit_step(round_up(rank, LANES)), has_psi(c.psi) {}
+        units(round_up(rank, 4)), unit_step(round_up(rank, LANES)), has_psi(c.psi), has_mask(c.mask.data) {}
+
+  long columns() const { return vectors * LANES; } // tokens, padded to whole vectors
 };
 
 // Calls body(the number of vectors, as a type; the first column) for tiles of nearly equal width over all tokens.
@@ -37,7 +39,7 @@ void for_tiles(const Shape& s, Body body) {
   }
 }
 
-// W of a head [N][r] -> [rows][unit_step].
+// W of a head [N][r] -> [columns][unit_step].
 void pack_projector(const Call& c, const Shape& s, long h, float* out) {
   read_rows(c.projector + h * s.tokens * s.rank, s.rank, out, s.unit_step, s.tokens, s.rank, 1.0f);
 }

@@ -56,6 +56,12 @@ INLINE Vec load(const float16* p) { return (Vec)_mm256_cvtph_ps((__m128i)load_bi
 INLINE void store(float16* p, Vec v) { store_bits(p, (HalfBits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT)); }
 #endif
 
+INLINE float lanes_sum(Vec v) {
+  float sum = 0;
+  for (long i = 0; i < LANES; i++) sum += v[i];
+  return sum;
+}
+
 // Lanes of a, then of b, by constant indices.
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
