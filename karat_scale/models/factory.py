@@ -3,14 +3,13 @@
 from typing import Any, Literal
 
 import timm
-import torch
 from torch import nn
 
 from karat_scale.errors import RecipeError
 from karat_scale.models import swin, vit
 from karat_scale.models.convit import CONVIT
 from karat_scale.models.freeze import freeze
-from karat_scale.models.host import Host, refuse_fields
+from karat_scale.models.host import Host, refuse_fields, shapes_alone
 from karat_scale.models.layers import LayerSize
 from karat_scale.models.other import OTHER
 from karat_scale.models.swin import SWIN
@@ -56,7 +55,7 @@ def create_model(model: ModelConfig, attention: AttentionConfig, **options: Any)
 
 def outline(recipe: Recipe) -> nn.Module:
     """Return the model that a recipe trains, on the meta device: all shapes, no values. Raises as training would."""
-    with torch.device("meta"):
+    with shapes_alone():
         model = create_model(recipe.model, recipe.attention)
     if recipe.train.freeze:
         freeze(model, recipe.train.freeze)

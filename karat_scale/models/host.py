@@ -2,7 +2,8 @@
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from timm.layers import PatchEmbed
 from timm.models.naflexvit import NaFlexVit
 from timm.models.pit import ConvEmbedding
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from karat_scale.errors import RecipeError
 from karat_scale.models.layers import KNOWN, LayerSize, attention_layers, measure_layers
@@ -29,11 +31,13 @@ class Host:
         build: returns timm's model for a recipe's `model` section and options of timm's.
         learn: (model, attention, sizes of all attention layers, options): the model with KArAt where it is supported.
         fit: adapts a state dict of this model at another image size, or from another library, to the model's own names.
+        blocks_are_alike: the attention layers of each model are of the same size.
     """
 
     build: Callable[..., nn.Module]
     learn: Callable[..., nn.Module]
     fit: Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]]
+    blocks_are_alike: bool = False
 
     def softmax(self, model: ModelConfig, **options: Any) -> nn.Module:
         """Return timm's own model.
@@ -49,12 +53,35 @@ class Host:
     @functools.cache  # noqa: B019  # hosts are few and live as long as the program
     def sizes(self, model: ModelConfig, **options: Any) -> tuple[LayerSize, ...]:
         """Return the sizes of the model's attention layers. Raises like `softmax`."""
-        with torch.device("meta"):
+        if self.blocks_are_alike and model.depth and model.depth > 1:
+            return self.sizes(model.changed(depth=1), **options) * model.depth
+        with shapes_alone():
             network = self.softmax(model, **options).eval()
             try:
                 return measure_layers(network, model.image_size)
             except (AssertionError, RuntimeError, ValueError) as error:
                 raise cannot_be_built(model, error) from error
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Build models on the meta device, and leave out what gives their tensors values."""
+    with torch.device("meta"), _WithoutValues():
+        yield
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Skips in-place operations on the meta device, where torch works out each one in Python."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FILLS and args[0].is_meta and not any(isinstance(other, Tensor) for other in args[1:]):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+_FILLS = {
+    getattr(Tensor, f"{name}_") for name in ("add", "clamp", "erfinv", "fill", "mul", "normal", "uniform", "zero")
+}
 
 
 def build_timm(model: ModelConfig, name: str, **settings: Any) -> nn.Module:

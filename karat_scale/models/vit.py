@@ -148,4 +148,4 @@ def _fit(weights: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     return fitted
 
 
-VIT = Host(build_vit, _learn, _fit)
+VIT = Host(build_vit, _learn, _fit, blocks_are_alike=True)

@@ -1,11 +1,14 @@
 import pytest
 import torch
 from timm.layers import Attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from karat_scale.attention import FourierKaratOperator, fourier_karat_attention
 from karat_scale.errors import RecipeError
 from karat_scale.models import create_model, parameter_count
+from karat_scale.models.factory import outline
 from karat_scale.recipe import AttentionConfig, ModelConfig
+from karat_scale.recipe.loading import load_recipe
 
 MINI = ModelConfig(name="vit_mini_patch4_28", image_size=28, patch_size=4, num_classes=10)
 KARAT = AttentionConfig(kind="karat")
@@ -138,3 +141,21 @@ def test_timms_gradient_checkpointing_gives_the_same_gradients() -> None:
     plain = gradients()
     model.set_grad_checkpointing(True)
     assert all(map(torch.equal, plain, gradients()))
+
+
+def test_the_outline_of_a_deep_model_computes_nothing_for_each_block() -> None:
+    class Counting(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    def operations(depth: int) -> int:
+        recipe = load_recipe("cifar10_vit_tiny_g3b", ["data.path=x", f"model.depth={depth}"])
+        with Counting() as counting:
+            assert len(outline(recipe).blocks) == depth
+        return counting.count
+
+    operations(1)  # also measures a block
+    assert (operations(20) - operations(10)) / 10 < 40  # of them 33 make tensors
