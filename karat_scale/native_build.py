@@ -135,7 +135,11 @@ def _load(source: Path, isa: str, link: tuple[str, ...]) -> ctypes.CDLL:
         with _locked(directory / f"{library.name}.lock"):
             if not _is_ours(library):
                 _build([compiler, *flags, str(source), *link], library)
-    return ctypes.CDLL(str(library))
+    loaded = ctypes.CDLL(str(library))
+    functions = set(re.findall(r"\bkarat_\w+(?=\()", source.read_text()))
+    if missing := sorted(name for name in functions if not hasattr(loaded, name)):
+        raise LoadError(f"{library} is of another source, without {missing[0]}; remove it")
+    return loaded
 
 
 def _sanitizer_flags() -> tuple[str, ...]:

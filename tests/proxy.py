@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
-Fault = Literal["503", "cut", "short", "slow", "stall", "403"]
+Fault = Literal["503", "cut", "short", "slow", "stall", "403", "flip"]
 HOP_BY_HOP = ("connection", "transfer-encoding", "keep-alive")
 
 
@@ -104,6 +104,9 @@ class FaultyProxy:
         if fault == "short" and data:
             data = data[: len(data) // 2]
             length = str(len(data))
+        if fault == "flip":  # in another way each time
+            flipped = len(self.requests) % 255 + 1
+            data = bytes(byte ^ flipped if place % 50 == 0 else byte for place, byte in enumerate(data))
         client.send_response(response.status)
         for name, value in response.headers.items():
             if name.lower() not in (*HOP_BY_HOP, "content-length", "date", "server"):

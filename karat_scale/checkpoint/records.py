@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import torch
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from torch import Tensor
 
 from karat_scale.checkpoint.manifest import STATE
@@ -89,7 +98,10 @@ class Record(BaseModel):
 
 
 class StateRecord(Record):
-    """What `state.json` says of its checkpoint; `RunState` is where training stood."""
+    """What `state.json` says of its checkpoint; `RunState` is where training stood.
+
+    The first format of detection has neither ZeRO nor averages, and does not speak of them.
+    """
 
     format: int
     kind: str = "classification"
@@ -99,6 +111,12 @@ class StateRecord(Record):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     has_ema: bool = False
     teacher: str | None = None
+
+    @model_validator(mode="after")
+    def _says_how_it_was_saved(self) -> "StateRecord":
+        if self.format == FORMAT and not {"zero_stage", "has_ema"} <= self.model_fields_set:
+            raise ValueError("zero_stage or has_ema is missing")
+        return self
 
 
 class _Version(Record):
@@ -163,7 +181,7 @@ def read_record(path: Path, kind: type[R]) -> R:
         RunDirectoryError: it does not say what a file of this kind says.
         OSError: it cannot be read.
     """
-    return _validated(path.name, lambda: kind.model_validate(load_tensors(path, mmap=True)))
+    return validated(path.name, lambda: kind.model_validate(load_tensors(path, mmap=True)))
 
 
 def read_state_record(checkpoint: Path) -> StateRecord:
@@ -177,15 +195,16 @@ def read_state_record(checkpoint: Path) -> StateRecord:
         text = read_text(checkpoint / STATE)
     except UnicodeDecodeError:
         raise RunDirectoryError(f"{STATE}: is not UTF-8") from None
-    version = _validated(STATE, lambda: _Version.model_validate_json(text))
+    version = validated(STATE, lambda: _Version.model_validate_json(text))
     if version.format != FORMAT and (version.format, version.kind) != (1, "detection"):
         raise RunDirectoryError(
             f"it has format {version.format}, this version reads format {FORMAT}; use the version that wrote it"
         )
-    return _validated(STATE, lambda: StateRecord.model_validate_json(text))
+    return validated(STATE, lambda: StateRecord.model_validate_json(text))
 
 
-def _validated(file: str, read: Callable[[], R]) -> R:
+def validated(file: str, read: Callable[[], R]) -> R:
+    """What a file says. Raises RunDirectoryError with one line, which begins with `file`, if that cannot be."""
     try:
         return read()
     except ValidationError as error:

@@ -1,5 +1,6 @@
 """The state of a run, read only from its files: it works without a server, on any machine that sees the directory."""
 
+import math
 import shutil
 import subprocess
 import time
@@ -115,11 +116,12 @@ def read_events(path: Path, damaged: Callable[[str], None] = lambda line: None) 
 
 
 def _apply_event(standing: Standing, event: dict[str, Any]) -> None:
-    """Take in an event. Raises ValueError, TypeError or KeyError for one that is none."""
+    """Take in an event. Raises ValueError, TypeError, KeyError or OverflowError for one that is none."""
     kind = event.get("event")
-    wrong = [key for key in _NUMBERS if not isinstance(event.get(key, 0), int | float | None)]
-    if wrong:
-        raise ValueError(wrong[0])
+    for key in _NUMBERS:  # the trainer writes null for what is not finite
+        number = event.get(key)
+        if number is not None and not (isinstance(number, int | float) and math.isfinite(number)):
+            raise ValueError(key)
     if kind == "train":
         standing.step, standing.ended = event["step"], None
         standing.epoch = event.get("epoch")

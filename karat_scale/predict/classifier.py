@@ -1,24 +1,19 @@
 """A trained classifier with what its predictions need: from a run, or from what `karat export` wrote."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
-from safetensors import SafetensorError
 from torch import nn
 
 from karat_scale.analysis.trained_run import open_run
-from karat_scale.checkpoint.tensor_storage import read_metadata
 from karat_scale.checkpoint.weights import wants_ema
 from karat_scale.errors import RunDirectoryError, UserError
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
-from karat_scale.recipe.parsing import parse
 from karat_scale.run.initial_weights import locate
 from karat_scale.run.run_directory import RunDirectory
-from karat_scale.run.weights_file import read_exported
+from karat_scale.run.weights_file import read_exported, read_facts
 
 
 @dataclass(frozen=True)
@@ -68,15 +63,11 @@ def _of_run(path: Path, checkpoint: str, weights: str) -> Classifier:
 
 
 def _of_export(path: Path, checkpoint: str, weights: str) -> Classifier:
-    try:
-        facts = read_metadata(path)
-        held = {"checkpoint": facts["checkpoint"], "weights": facts["weights"]}
-        recipe = validate_recipe(parse(facts["recipe"]), str(path))
-        classes = tuple(map(str, json.loads(facts.get("classes", "[]"))))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise RunDirectoryError(
-            f"{path}: not a whole safetensors file of karat export: {error}; export the run again"
-        ) from None
+    facts = read_facts(path)
+    if facts.checkpoint is None or facts.weights is None or facts.recipe is None:
+        raise RunDirectoryError(f"{path}: not a whole file of karat export; export the run again")
+    held = {"checkpoint": facts.checkpoint, "weights": facts.weights}
+    recipe = validate_recipe(facts.recipe, str(path))
     if recipe.attention.transfer_from:
         raise RunDirectoryError(f"{path}: its attention needs its teacher, which the run keeps; name the run instead")
     wanted = {"checkpoint": (checkpoint, "best"), "weights": (weights, "auto")}
@@ -85,4 +76,4 @@ def _of_export(path: Path, checkpoint: str, weights: str) -> Classifier:
             raise RunDirectoryError(
                 f"--{option} {asked}: {path} holds {held[option]} only; leave out --{option}, or name the run"
             )
-    return Classifier(read_exported(path), recipe, classes, **held)
+    return Classifier(read_exported(path), recipe, facts.classes, **held)

@@ -1,7 +1,6 @@
 """`init_from`: the weights a new run begins with, of a run, a file, a folder of `karat export`, or timm."""
 
 import difflib
-import json
 import logging
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +10,6 @@ from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import timm
-import yaml
 from huggingface_hub.utils import LocalEntryNotFoundError
 from timm.models import load_state_dict
 from torch import Tensor, nn
@@ -26,6 +24,7 @@ from karat_scale.recipe import AttentionConfig, ModelConfig, RunRecipe
 from karat_scale.recipe.base import Triple
 from karat_scale.recipe.portable import portable_recipe, text_digest
 from karat_scale.run.run_directory import RunDirectory
+from karat_scale.run.weights_file import ExportFacts, read_facts
 from karat_scale.trust import require_trust
 
 Take = Callable[[nn.Module, Mapping[str, Tensor]], str]
@@ -141,8 +140,9 @@ def _weights_of_run(run: Path, checkpoint: str) -> SourceWeights:
 def _weights_of_file(path: Path) -> SourceWeights:
     try:
         _check_kind(path)
+        facts = export_facts(path)
         weights = load_state_dict(str(path), use_ema=True, weights_only=True)
-    except RecipeError:
+    except UserError:
         raise
     except AttributeError:  # timm looks for a state dict's items
         raise RecipeError(_NO_STATE) from None
@@ -153,7 +153,7 @@ def _weights_of_file(path: Path) -> SourceWeights:
         raise RecipeError(f"{_UNSAFE}: {reason}") from error
     if not (isinstance(weights, dict) and all(isinstance(x, Tensor) for x in weights.values())):
         raise RecipeError(_NO_STATE)
-    return SourceWeights(weights, _origin_of_file(path), _normalised_of_file(path))
+    return SourceWeights(weights, _origin(facts), _normalised(facts))
 
 
 def _check_kind(path: Path) -> None:
@@ -168,35 +168,28 @@ def _check_kind(path: Path) -> None:
         raise RecipeError("a TorchScript program, not a file of weights; use the run, or --format safetensors of it")
 
 
-def _origin_of_file(path: Path) -> Origin | None:
+def _origin(facts: ExportFacts) -> Origin | None:
     """The recipe's sections that `karat export` keeps beside the weights."""
-    about = export_metadata(path)
-    if not about:
-        return None
     try:
-        return Origin(
-            ModelConfig(**json.loads(about["model"])),
-            AttentionConfig(**json.loads(about["attention"])),
-        )
-    except (KeyError, TypeError, ValueError):
+        return Origin(ModelConfig.model_validate(facts.model), AttentionConfig.model_validate(facts.attention))
+    except ValueError:
         return None  # another version's; the weights tell what they are
 
 
-def _normalised_of_file(path: Path) -> tuple[Triple, Triple] | None:
+def _normalised(facts: ExportFacts) -> tuple[Triple, Triple] | None:
     """Mean and std of the images, by the recipe that `karat export` keeps beside the weights."""
-    try:
-        augment = yaml.safe_load(export_metadata(path)["recipe"])["augment"]
-        return tuple(augment["mean"]), tuple(augment["std"])
-    except (KeyError, TypeError, yaml.YAMLError):
-        return None
+    augment = facts.recipe and facts.recipe["augment"]
+    return (tuple(augment["mean"]), tuple(augment["std"])) if augment else None
 
 
-def export_metadata(path: Path) -> dict[str, str]:
-    """What `karat export` says of a file's weights in it; nothing where another program wrote it."""
-    if path.suffix != ".safetensors":
-        return {}
-    about = read_metadata(path)
-    return about if "karat_scale" in about else {}
+def export_facts(path: Path) -> ExportFacts:
+    """What `karat export` says of a file's weights in it; nothing where another program wrote it.
+
+    Raises:
+        RunDirectoryError: it says what `karat export` never does.
+    """
+    is_ours = path.suffix == ".safetensors" and "karat_scale" in read_metadata(path)
+    return read_facts(path) if is_ours else ExportFacts()
 
 
 def run_behind(source: str) -> dict[str, str]:
@@ -204,6 +197,9 @@ def run_behind(source: str) -> dict[str, str]:
 
     Args:
         source: as of `read_weights`.
+
+    Raises:
+        UserError: they are no longer readable.
     """
     if not source or source.startswith(TIMM):
         return {}
@@ -211,10 +207,10 @@ def run_behind(source: str) -> dict[str, str]:
     if checkpoint:
         recipe = RunDirectory(path).recipe()
         return {"name": recipe.run.name, "recipe_sha256": text_digest(portable_recipe(recipe))}
-    about = export_metadata(path)
-    if not {"recipe", "recipe_sha256"} <= about.keys():
+    facts = export_facts(path)
+    if facts.recipe is None or facts.recipe_sha256 is None:
         return {}
-    return {"name": yaml.safe_load(about["recipe"])["run"]["name"], "recipe_sha256": about["recipe_sha256"]}
+    return {"name": facts.recipe["run"]["name"], "recipe_sha256": facts.recipe_sha256}
 
 
 def timm_model(name: str) -> nn.Module:

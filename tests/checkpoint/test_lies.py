@@ -52,7 +52,7 @@ def test_the_padding_of_a_part_is_not_taken_for_damage(small_recipe, make_checkp
 
 
 LIES: list[tuple[str, str, Any]] = [
-    *[(STATE, key, LOST) for key in ("format", "step", "samples", "world_size")],
+    *[(STATE, key, LOST) for key in ("format", "step", "samples", "world_size", "zero_stage", "has_ema")],
     *[(STATE, key, value) for key in ("step", "samples") for value in ("two", None, -1, 2.5, True, [2], 10**40)],
     (STATE, "step", 3),
     (STATE, "samples", 15),

@@ -204,3 +204,11 @@ def test_heartbeats_and_states_that_lie_are_not_shown(tmp_path: Path, capsys: py
     assert [sign.rank for sign in read_standing(run).signs] == [4]
     assert show_status(str(run), once=True) == 0
     assert "step-00000003" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loss", ["NaN", "1e400", "-Infinity", "9" * 400])
+def test_a_loss_that_is_not_finite_is_a_damaged_line(loss: str, tmp_path: Path, capsys) -> None:
+    write_events(tmp_path / "run", {"event": "train", "step": 1, "loss": 2.0, "samples": 8})
+    write_events(tmp_path / "run", tail=f'{{"event": "train", "step": 2, "loss": {loss}, "samples": 16}}\n')
+    assert show_status(str(tmp_path / "run"), once=True) == 0
+    assert "1 damaged line of metrics.jsonl skipped" in capsys.readouterr().out

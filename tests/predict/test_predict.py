@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -191,7 +192,7 @@ def test_what_is_no_model_is_one_line(run: Path, image_folder: Path, tmp_path: P
     assert "leave out --checkpoint" in errors[2]
     assert "no checkpoint 'step-00000099'" in errors[3]
     assert "File exists; name another directory" in errors[4]
-    assert "not a whole safetensors file of karat export" in errors[5]
+    assert "not a whole file of karat export" in errors[5]
 
 
 def test_a_name_that_is_not_utf8_goes_through(run: Path, image_folder: Path, tmp_path: Path) -> None:
@@ -220,3 +221,15 @@ def test_a_student_predicts_with_the_teacher_that_its_run_keeps(image_folder: Pa
     assert karat_here("export", str(student), "--weights", "raw", "--out", str(out)) == 0
     assert karat_here("predict", str(out), image) == 2
     assert "its attention needs its teacher" in capsys.readouterr().err
+
+
+def test_a_pipe_and_a_terabyte_are_told_and_not_read(
+    run: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(image_folder / "val" / "class0" / "000.jpg", tmp_path / "a.jpg")
+    os.mkfifo(tmp_path / "b.jpg")
+    with (tmp_path / "c.jpg").open("wb") as file:
+        file.truncate(10**12)
+    assert karat_here("predict", str(run), str(tmp_path)) == 0
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith(str(tmp_path))]
+    assert errors == [f"{tmp_path}/b.jpg: not a regular file", f"{tmp_path}/c.jpg: larger than 536.871 MB"]

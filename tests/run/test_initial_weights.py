@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from karat_scale.checkpoint.tensor_storage import read_metadata
 from karat_scale.engine.distributed import World
 from karat_scale.errors import RecipeError, UserError
 from karat_scale.export.command import export_run
@@ -18,7 +19,8 @@ from karat_scale.models import create_model
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.run.initial_weights import initialise, read_weights
 from karat_scale.run.run_directory import RunDirectory
-from tests.conftest import events, karat, summary
+from karat_scale.tasks.classification.distillation_teacher import read_distillation_teacher
+from tests.conftest import SMALL, events, karat, karat_here, summary
 from tests.run.test_save_points import train_to_the_end
 
 NAME = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -190,3 +192,56 @@ def test_a_run_trained_at_one_size_is_evaluated_and_tuned_at_another(recipe_file
     again = karat(*command[:-1], "train.max_steps=5")
     assert again.returncode == 0, again.stderr
     assert events(tuned, "resume")[0]["step"] == 3
+
+
+DEEP = "[" * 100_000
+ALIASES = zip("abcdefgh", "bcdefghi", strict=True)
+BOMB = "a: &a [x]\n" + "".join(f"{new}: &{new} [{', '.join(9 * [f'*{old}'])}]\n" for old, new in ALIASES)
+OF_RECIPE = "run: {{name: {}}}\naugment: {{mean: {}, std: [1, 1, 1]}}"
+RECIPES = [
+    *("x", "null", "[]", "run: [", "run: 2026-02-30", "run: !!python/name:os.system x", "model: {}", DEEP, BOMB),
+    *(OF_RECIPE.format(*lie) for lie in ((3, "[0, 0, 0]"), ("x", "x"), ("x", "[0, 0]"), ("x", "[.nan, 0, 0]"))),
+]
+SEEN = '{"input_size": [3, 1], "mean": [0, 0, 0], "std": [1, 1, 1]}'
+LIES = [
+    *(("recipe", text) for text in RECIPES),
+    *((key, text) for key in ("model", "attention") for text in ("x", "[]", '"x"', "3", DEEP, "9" * 5000)),
+    *(("classes", text) for text in ("3", '"x"', "[1]", '{"a": 1}', DEEP)),
+    *(("preprocessing", text) for text in ("[]", "{}", SEEN, DEEP)),
+]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    (folder / "base.yaml").write_text("data: {backend: synthetic, synthetic_samples: 16}\nattention: {kind: karat}\n")
+    quick = (*SMALL, "train.max_steps=1", "schedule.warmup_epochs=0", f"run.dir={folder / 'run'}")
+    assert karat_here("train", str(folder / "base.yaml"), *quick) == 0
+    out = folder / "good.safetensors"
+    assert karat_here("export", str(folder / "run"), "--weights", "raw", "--out", str(out)) == 0
+    return out
+
+
+@pytest.mark.parametrize(("key", "text"), LIES, ids=lambda value: value[:40])
+def test_a_lie_beside_weights_is_one_line_before_training(
+    key: str, text: str, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lie = tmp_path / "lie.safetensors"
+    save_file(load_file(exported), lie, {**read_metadata(exported), key: text})
+    for source in ("init_from", "distill.from"):
+        run = tmp_path / "run"
+        quick = (*SMALL, "train.max_steps=1", "schedule.warmup_epochs=0", f"run.dir={run}", f"{source}={lie}")
+        assert karat_here("train", str(exported.with_name("base.yaml")), *quick) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
+        assert line.startswith(f"error: {source} = {lie}: {key}")
+        assert not (run / "checkpoints" / "latest").exists()
+    assert karat_here("predict", str(lie), "x.jpg") == 2
+    assert capsys.readouterr().err.startswith(f"error: {lie}: {key}")
+
+
+def test_a_teacher_of_timm_has_a_name_of_timm(exported: Path, tmp_path: Path) -> None:
+    about = {**read_metadata(exported), "timm": json.dumps({"name": f"local-dir:{tmp_path}", "num_classes": 4})}
+    save_file(load_file(exported), tmp_path / "distill.safetensors", about)
+    recipe = load_recipe(exported.with_name("base.yaml"), [*SMALL])
+    with pytest.raises(UserError, match="timm has no local-dir:"):
+        read_distillation_teacher(recipe, ("a", "b", "c", "d"), tmp_path)

@@ -238,10 +238,12 @@ def _named_errors(directory: Path) -> Iterator[None]:
 def _whole(path: Path, size: int) -> int | None:
     """Return a descriptor of a complete entry, and note that it was used; None if there is none."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
-    if os.fstat(handle).st_size != size:  # cut short by a crash of the machine: it is made again
+    found = os.fstat(handle)
+    # Cut short by a crash of the machine, or a pipe: it is made again.
+    if found.st_size != size or not stat.S_ISREG(found.st_mode):
         os.close(handle)
         return None
     with suppress(OSError):  # a disk that is read-only by now
@@ -259,7 +261,7 @@ def _lock(handle: int, path: Path) -> bool:
 
 
 def _remove_if_left(part: Path) -> None:
-    handle = os.open(part, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    handle = os.open(part, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         if _lock(handle, part):
             part.unlink()

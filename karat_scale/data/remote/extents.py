@@ -24,6 +24,7 @@ _MAX_OPEN = 64
 # Requests at a time of one process, and the bytes that all of them together may hold.
 _MOST_REQUESTS, _FEWEST_REQUESTS, _BYTES_UNDER_WAY = 32, 4, 256 << 20
 _CRC_BYTES = 4
+DAMAGED_ON_THE_WAY = "arrives damaged, each time in another way; check the network, and run the same command again"
 
 
 class Extent(NamedTuple):
@@ -57,6 +58,7 @@ class RemoteShardFiles:
         """See ShardFiles."""
         places, extent = self._places, self._extent(sample_id)
         size, offset = int(places.sizes[sample_id]), int(places.offsets[sample_id]) - extent.begin
+        seen: list[bytes] = []
         for _ in range(2):
             entry = self._entry(extent)
             data = os.pread(entry, size, offset)
@@ -65,7 +67,10 @@ class RemoteShardFiles:
             # The cache's disk, or what was fetched, is wrong: it is fetched again.
             os.close(self._open.pop(extent))
             self._cache.remove(self._key(extent))
+            seen.append(data)
         if not extent.has_crcs:
+            if seen[0] != seen[1]:
+                raise DataError(f"{self._store.where(places.shards[extent.shard].name)} {DAMAGED_ON_THE_WAY}")
             raise ChangedSampleError(CHANGED)
         raise DataError(f"the cache {self._cache.directory} does not keep what is written to it; check its disk")
 

@@ -9,7 +9,7 @@ from karat_scale.data.formats.readahead import Blocks
 from karat_scale.data.formats.shard_files import SamplePlaces
 from karat_scale.data.formats.shard_format import DATASET_FILE, FileRecord, ShardRecord
 from karat_scale.data.remote.cache import NodeCache, Part, data_cache_directory
-from karat_scale.data.remote.extents import RemoteShardFiles
+from karat_scale.data.remote.extents import DAMAGED_ON_THE_WAY, RemoteShardFiles
 from karat_scale.data.remote.use import RemoteUse
 from karat_scale.errors import DataError
 from karat_scale.stores import Store
@@ -57,10 +57,15 @@ class RemotePlace:
         deadline = self._store.deadline()
 
         def fetch(part: Part) -> None:
-            data = self._store.read(record.name, 0, record.bytes, deadline=deadline)
-            if hashlib.sha256(data).hexdigest() != record.sha256:
-                raise DataError(f"{self.where(record.name)} has changed since it was written; {self.fix}")
-            part.write(data)
+            seen: list[bytes] = []
+            while len(seen) < 2:
+                seen.append(self._store.read(record.name, 0, record.bytes, deadline=deadline))
+                if hashlib.sha256(seen[-1]).hexdigest() == record.sha256:
+                    part.write(seen[-1])
+                    return
+            if seen[0] != seen[1]:
+                raise DataError(f"{self.where(record.name)} {DAMAGED_ON_THE_WAY}")
+            raise DataError(f"{self.where(record.name)} has changed since it was written; {self.fix}")
 
         key = f"{self.where(record.name)} {record.sha256}"
         for _ in range(2):

@@ -20,13 +20,20 @@ from karat_scale.models import create_model
 from karat_scale.models.flops import forward_flops
 from karat_scale.models.transfer import weights_digest
 from karat_scale.recipe import AttentionConfig, Recipe
-from karat_scale.run.initial_weights import TIMM, export_metadata, locate, timm_model
+from karat_scale.run.initial_weights import TIMM, export_facts, locate, timm_model
 from karat_scale.run.run_directory import RunDirectory
-from karat_scale.run.weights_file import exported_sections, load_exported, read_exported, write_model, write_weights
+from karat_scale.run.weights_file import (
+    TimmNetwork,
+    exported_sections,
+    load_exported,
+    read_exported,
+    read_facts,
+    write_model,
+    write_weights,
+)
 from karat_scale.trust import require_trust
 
 FILE = "distill.safetensors"
-_TIMM, _PREPROCESSING, _CLASSES, _DIGEST = "timm", "preprocessing", "classes", "weights_sha256"
 
 
 @dataclass(frozen=True)
@@ -82,17 +89,16 @@ def read_distillation_teacher(recipe: Recipe, classes: Sequence[str], run: Path)
         RecipeError: it has other classes.
     """
     path = run / FILE
-    about = _facts(path)
-    network = _timm_network(path, about[_TIMM]) if _TIMM in about else read_exported(path)
+    if not path.is_file():
+        raise RunDirectoryError(f"{path} is missing; put it back, the run cannot go on without its teacher")
+    facts = read_facts(path)
+    seen, digest = facts.preprocessing, facts.weights_sha256
+    if seen is None or digest is None:
+        raise RunDirectoryError(f"{path} does not say how its images are prepared; put the whole file back")
+    network = _timm_network(path, facts.timm) if facts.timm else read_exported(path)
     network.requires_grad_(False)
-    _check_classes(recipe, network, classes, json.loads(about.get(_CLASSES, "[]")))
-    try:
-        seen = json.loads(about[_PREPROCESSING])
-        return DistillationTeacher(
-            network, int(seen["input_size"][-1]), tuple(seen["mean"]), tuple(seen["std"]), about[_DIGEST]
-        )
-    except (KeyError, TypeError, ValueError):
-        raise RunDirectoryError(f"{path} does not say how its images are prepared; put the whole file back") from None
+    _check_classes(recipe, network, classes, facts.classes)
+    return DistillationTeacher(network, seen.input_size[-1], tuple(seen.mean), tuple(seen.std), digest)
 
 
 class TeacherCost(NamedTuple):
@@ -151,11 +157,10 @@ def _keep_checkpoint(run: Path, checkpoint: str, kept: Path) -> None:
 
 
 def _keep_export(path: Path, kept: Path) -> None:
-    about = export_metadata(path)
-    if _PREPROCESSING not in about:
+    if export_facts(path).preprocessing is None:
         raise RecipeError("not a file of karat export; name a run, what karat export wrote of it, or timm:NAME")
     _refuse_student(exported_sections(path)[1])
-    write_model(read_exported(path), kept, about)
+    write_model(read_exported(path), kept, read_metadata(path))
 
 
 def _refuse_student(attention: AttentionConfig) -> None:
@@ -168,22 +173,14 @@ def _keep_timm_model(name: str, kept: Path) -> None:
     known: Any = network.pretrained_cfg
     seen = {"input_size": list(known["input_size"]), "mean": list(known["mean"]), "std": list(known["std"])}
     architecture = json.dumps({"name": name.partition(".")[0], "num_classes": known["num_classes"]})
-    facts = {_TIMM: architecture, _PREPROCESSING: json.dumps(seen), _DIGEST: weights_digest(network)}
+    facts = {"timm": architecture, "preprocessing": json.dumps(seen), "weights_sha256": weights_digest(network)}
     write_model(network, kept, facts)
 
 
-def _facts(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        raise RunDirectoryError(f"{path} is missing; put it back, the run cannot go on without its teacher")
-    try:
-        return read_metadata(path)
-    except Exception as error:  # safetensors and the system have many
-        raise RunDirectoryError(f"{path} is damaged: {error}; put a whole copy back") from None
-
-
-def _timm_network(path: Path, architecture: str) -> nn.Module:
-    made = json.loads(architecture)
-    network: nn.Module = timm.create_model(made["name"], num_classes=made["num_classes"])
+def _timm_network(path: Path, made: TimmNetwork) -> nn.Module:
+    if not timm.is_model(made.name):  # timm would look for other names in folders and on the hub
+        raise RunDirectoryError(f"{path}: timm has no {made.name}; put a whole copy back")
+    network: nn.Module = timm.create_model(made.name, num_classes=made.num_classes)
     load_exported(network, path)
     return network
 

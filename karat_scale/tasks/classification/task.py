@@ -1,6 +1,7 @@
 """Training a classifier of images: soft-target cross-entropy, top-1 and top-5."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +23,7 @@ from karat_scale.engine.deepspeed_internals import whole_parameters
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.schedule import CosineSchedule, build_schedule
-from karat_scale.errors import RunDirectoryError
+from karat_scale.errors import RunDirectoryError, UserError
 from karat_scale.models.attention_matrices import can_be_watched
 from karat_scale.models.content import content_of
 from karat_scale.models.factory import layer_sizes
@@ -278,11 +279,10 @@ class ClassificationTask(Task):
         teacher = RunDirectory(self.recipe.run.dir).path / FILE
         kept = teacher.with_name(DISTILL_FILE)
         taught = self.recipe.attention.transfer_from and teacher.is_file()
-        runs = {
-            "init_from": state.begun_with,
-            "attention.transfer_from": run_behind(str(teacher)) if taught else {},
-            "distill.from": run_behind(str(kept)) if state.distilled_from else {},
-        }
+        runs = {"init_from": state.begun_with}
+        with suppress(UserError):  # they were read at the start; what became of them does not end a trained run
+            runs["attention.transfer_from"] = run_behind(str(teacher)) if taught else {}
+            runs["distill.from"] = run_behind(str(kept)) if state.distilled_from else {}
         return {
             "lineage": {key: behind for key, behind in runs.items() if behind},
             "data_digest": state.data_digest,

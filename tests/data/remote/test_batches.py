@@ -122,6 +122,25 @@ def test_an_object_that_changed_is_noticed(make_shards, opened, nginx, make_samp
             opened(proxy.url)
 
 
+@pytest.mark.parametrize("suffix", [".tar", ".npz"])
+def test_what_the_network_damages_is_not_taken_for_a_change(suffix, make_shards, opened, nginx):
+    directory, flipped = make_shards(), []
+
+    def spoil(number, asked):
+        is_hit = asked.method == "GET" and asked.path.endswith(suffix) and len(flipped) < most
+        flipped.extend([number] * is_hit)
+        return "flip" if is_hit else None
+
+    most = 1
+    expected = epochs(opened(directory, **BLOCKS), **BLOCKS)
+    with FaultyProxy(nginx(directory), spoil=spoil) as proxy:
+        assert epochs(opened(proxy.url, **BLOCKS), **BLOCKS) == expected
+    most = 10**9
+    said = r"arrives damaged, each time in another way; check the network"
+    with FaultyProxy(nginx(directory), spoil=spoil) as proxy, pytest.raises(DataError, match=said):
+        epochs(opened(proxy.url, **BLOCKS), **BLOCKS)
+
+
 def test_an_etag_stands_in_for_hashes_that_nobody_computed(make_shards, opened, nginx):
     directory = make_shards()
     with FaultyProxy(nginx(directory)) as proxy:

@@ -174,3 +174,13 @@ def test_a_disk_that_became_read_only_still_serves_what_it_has(small_disk):
     assert made(NodeCache(small_disk / "cache", 1e9), "url a") == b"x" * SIZE
     with pytest.raises(DataError, match=r"cannot be written: Read-only file system; set KARAT_DATA_CACHE to"):
         made(cache, "url b")
+
+
+def test_a_pipe_in_place_of_an_entry_is_made_again(tmp_path):
+    cache, calls = NodeCache(tmp_path / "cache", 1e6), []
+    made(cache, "url a")
+    (entry,) = entries(tmp_path / "cache")
+    entry.unlink()
+    os.mkfifo(entry)
+    assert made(cache, "url a", calls=calls) == b"x" * SIZE
+    assert calls == ["url a"]
