@@ -63,9 +63,9 @@ def print_table(
     """Print a table: rich's on a terminal, aligned lines elsewhere. Columns that are not in `texts` hold figures."""
     console = terminal()
     if console is None:
-        lines = [header, *rows]
+        lines = [[printable(cell) for cell in line] for line in (header, *rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-        print(f"\n{title}")
+        print(f"\n{printable(title)}")
         for line in lines:
             cells = (f"{cell:{'<' if i in texts else '>'}{widths[i]}}" for i, cell in enumerate(line))
             print(f"  {'  '.join(cells)}".rstrip(), flush=True)
@@ -149,7 +149,7 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]
 
     Yields a function that takes by how much the work has advanced.
     """
-    console = terminal(stderr=True)
+    what, console = printable(what), terminal(stderr=True)
     bars = ProgressBars(console) if console else None
     done = 0
     started = reported = time.monotonic()
@@ -193,7 +193,7 @@ def work_display() -> Iterator[Callable[[str, int, int], None]]:
 
     def show(what: str, done: int, total: int) -> None:
         nonlocal current, first, started, reported
-        now = time.monotonic()
+        what, now = printable(what), time.monotonic()
         if what != current:
             if bars is not None:
                 bars.remove(current)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from karat_scale.checkpoint.manifest import MANIFEST
 from karat_scale.checkpoint.weights import wants_ema
-from karat_scale.console import duration, work_display, write_json
+from karat_scale.console import duration, printable, work_display, write_json
 from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.batch import BadSample
 from karat_scale.data.formats.shard_format import dataset_directory
@@ -39,7 +39,6 @@ from karat_scale.evaluation.test_set import SPLITS, Change, TestSet, load_test_s
 from karat_scale.files import file_sha256, json_sha256
 from karat_scale.models.operators import check_implementation
 from karat_scale.recipe import Recipe
-from karat_scale.recipe.loading import load_recipe
 from karat_scale.reporting.progress import PlainDisplay, Reporter, SilentDisplay
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.tasks.classification.trained import trained_classifier
@@ -76,7 +75,7 @@ def evaluate_on(
     """
     directory = RunDirectory(run_dir)
     trained = directory.recipe()
-    recipe = load_recipe(directory.recipe_file, overrides)
+    recipe = directory.recipe(overrides=overrides)
     require_trust(recipe.attention, directory.recipe_file)
     if request.corrupt is not None and request.labels:
         raise UserError("--labels and --corrupt exclude each other; give one of them")
@@ -112,7 +111,7 @@ def evaluate_on(
                 done = _plain(work, empty, request.labels)
     if world.is_main:
         keep_evaluation(directory.path, done)
-        print(f"{directory.path} {name} ({done.weights} weights) on {done.name}: {done.text}")
+        print(printable(f"{directory.path} {name} ({done.weights} weights) on {done.name}: {done.text}"))
         print(f"kept in {evaluation_file(directory.path, done.name)}")
         write_json(json_file, {"run": str(directory.path), **done.model_dump()})
     return 0

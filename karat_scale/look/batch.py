@@ -82,7 +82,7 @@ def show_batch(source: str, overrides: Sequence[str], step: int, count: int, out
     rows = [[str(number), shown.label(number), place] for number, place in enumerate(shown.places)]
     print_table(f"{recipe.run.name}, step {step}: {len(rows)} images", ["", "target", "from"], rows, (1, 2))
     for bad in shown.bad:
-        print(f"replaced: {bad}")
+        print(printable(f"replaced: {bad}"))
     print(f"\n{path}")
     return 0
 

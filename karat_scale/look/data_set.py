@@ -91,17 +91,18 @@ def _print_split(facts: SplitFacts) -> None:
     numbers = facts.numbers()
     empty: object = numbers["empty_classes"]
     assert isinstance(empty, list)
-    print(
+    counts = (
         f"\n{facts.name}: {facts.images:,} images of {numbers['classes']} classes, {numbers['smallest_class']} to "
-        f"{numbers['largest_class']} each" + (f"; without images: {', '.join(empty[:5])}" if empty else "")
+        f"{numbers['largest_class']} each"
     )
+    print(printable(counts + (f"; without images: {', '.join(empty[:5])}" if empty else "")))
     names = ("width", "height", "aspect_ratio", "bytes")
     rows = [[name.replace("_", " "), *(f"{x:,.4g}" for x in _as_dict(numbers[name]).values())] for name in names]
     rows = [row for row in rows if len(row) > 1]
     print_table(f"of {numbers['sampled']} sampled images", ["", "smallest", "5 %", "median", "95 %", "largest"], rows)
     print("  " + ", ".join(f"{count} {kind}" for kind, count in facts.kinds.most_common()))
     for key, what in facts.odd[:10]:
-        print(f"  odd: {key}: {what}")
+        print(printable(f"  odd: {key}: {what}"))
     if len(facts.odd) > 10:
         print(f"  and {len(facts.odd) - 10} more odd images; the page lists them")
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from karat_scale.checkpoint.manifest import MANIFEST
 from karat_scale.checkpoint.remote import RemoteCheckpoints
-from karat_scale.console import plural, work_display
+from karat_scale.console import plural, printable, work_display
 from karat_scale.errors import RunDirectoryError
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.run_url import RunUrl, keep_run_id, run_id
@@ -51,7 +51,8 @@ def fetch_run(where: str, to: str, wanted: Sequence[str]) -> int:
         if pointed is not None and pointed in directory.store.names():
             directory.store.point(pointer, pointed)
     good = [name for name in names if name not in damaged]
-    print(f"{to} has run {owner.name} with {plural(len(good), 'checkpoint')}: {', '.join(good) or 'none'}")
+    listed = f"{plural(len(good), 'checkpoint')}: {', '.join(good) or 'none'}"
+    print(printable(f"{to} has run {owner.name} with {listed}"))
     if damaged:
         name, damage = next(iter(damaged.items()))
         remote.look()

@@ -1,7 +1,9 @@
 """Tars that others wrote: what is found in them, and that training reads them like our shards."""
 
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -257,3 +259,45 @@ def test_verify_finds_what_has_changed_in_a_tar(hub: Path, tmp_path: Path) -> No
     done = run_script("data_prep/verify.py", "--src", str(tmp_path / "index"), check=False)
     assert done.returncode == 2
     assert "sample n01_7 cannot be decoded" in done.stderr
+
+
+def test_a_terminal_acts_on_no_name_in_a_tar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "\x1b]0;owned\x07"
+    good = [("0.jpg", image(0)), ("0.txt", evil.encode()), ("1.jpg", image(1)), ("1.txt", evil.encode())]
+    write_tar(tmp_path / "tars" / "train.tar", [*good, (f"{evil}.jpg", image(9))])
+    out = tmp_path / f"out{evil}"
+    assert index(tmp_path / "tars", "--label", "txt", "--out", str(out), "--classes", str(_lines(tmp_path, evil))) == 0
+    assert karat_here("data", str(out), "--out", str(tmp_path / "page.html")) == 0
+    printed = capsys.readouterr().out
+    assert "\\x1b]0;owned" in printed
+    assert not {"\x1b", "\x07"} & set(printed)
+
+
+def _lines(folder: Path, *lines: str) -> Path:
+    (folder / "classes.txt").write_text("\n".join(lines))
+    return folder / "classes.txt"
+
+
+@pytest.mark.parametrize("where", ["size", "record", "cls", "json"])
+def test_a_number_of_thousands_of_digits_is_told_in_a_line(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    number = "9" * 5000
+    members = [(f"{n}.{suffix}", content) for n in range(2) for suffix, content in (("jpg", image(n)), ("cls", b"0"))]
+    if where in ("cls", "json"):
+        text = number if where == "cls" else f'{{"label": {number}}}'
+        write_tar(tmp_path / "a.tar", [*members, ("2.jpg", image(2)), (f"2.{where}", text.encode())])
+        assert index(tmp_path, "--label", "cls") == 0
+        assert "no label: .cls is" in capsys.readouterr().out
+        return
+    record = f"5020 size={number}\n" if where == "size" else f"{number} path=a.jpg\n"
+    extended = tarfile.TarInfo("extended")
+    extended.type, extended.size = tarfile.XHDTYPE, len(record)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.addfile(extended, io.BytesIO(record.encode()))
+        for name, content in members:
+            plain = tarfile.TarInfo(name)
+            plain.size = len(content)
+            tar.addfile(plain, io.BytesIO(content))
+    assert index(tmp_path) == (2 if where == "size" else 0)
+    assert ("is cut short at" in capsys.readouterr().err) == (where == "size")

@@ -71,7 +71,7 @@ def scan_members(read: Read, size: int, what: str) -> Iterator[Member]:
             changes = {**everywhere, **changes} if everywhere else changes
             name = _name(header)
             if changes:
-                length = int(changes["size"]) if changes.get("size", "").isdecimal() else length
+                length = _number(changes["size"]) if changes.get("size", "").isdecimal() else length
                 name = changes.get("path", name)
             length = 0 if kind in _WITHOUT_DATA else length
             if offset + length > size:
@@ -131,17 +131,22 @@ def _extended(kind: int, data: bytes, everywhere: dict[str, str]) -> dict[str, s
     found: dict[str, str] = {}
     while data[:1].isdigit():
         length, _, rest = data.partition(b" ")
-        if not length.isdigit() or int(length) <= len(length) + 1:
+        if not length.isdigit() or (total := _number(length)) <= len(length) + 1:
             break
-        key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
+        key, _, value = rest[: total - len(length) - 2].partition(b"=")
         found[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        data = data[int(length) :]
+        data = data[total:]
     if "GNU.sparse.name" in found:
         found["path"] = found["GNU.sparse.name"]
     if kind == _GLOBAL:
         everywhere |= found
         return {}
     return found
+
+
+def _number(digits: str | bytes) -> int:
+    """Return a number in decimal digits. Python refuses thousands of them, and no file is as large as 20 say."""
+    return int(digits) if len(digits) < 20 else 10**20
 
 
 def _check_nothing_follows(read: Read, offset: int, size: int, what: str) -> None:

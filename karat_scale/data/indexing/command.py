@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from karat_scale.console import plural, progress, write_json
+from karat_scale.console import plural, printable, progress, write_json
 from karat_scale.data.formats.shard_format import (
     DATASET_FILE,
     DatasetRecord,
@@ -248,15 +248,15 @@ def _counts(record: DatasetRecord, split: SplitRecord) -> dict[str, int]:
 def _print_result(record: DatasetRecord, out: Path, rule: LabelRule, notes: Counter[str]) -> None:
     for name, split in record.splits.items():
         empty = len(split.empty_classes)
-        print(
+        counts = (
             f"{name}: {split.samples:,} samples of {len(record.classes)} classes in "
             f"{plural(len(split.shards), 'tar')}; {len(split.skipped)} skipped"
-            + (f"; {empty} classes have no sample" if empty else "")
         )
+        print(printable(counts + (f"; {empty} classes have no sample" if empty else "")))
         for reason, count in Counter(skipped.reason for skipped in split.skipped).most_common():
             first = next(skipped.path for skipped in split.skipped if skipped.reason == reason)
-            print(f"  skipped {count}: {reason} (first: {first})")
+            print(printable(f"  skipped {count}: {reason} (first: {first})"))
     for what, count in notes.items():
         if count:
             print(f"  {what}: {count}")
-    print(f"labels from {rule}; {out / DATASET_FILE} lists all. Train with data.path={out}")
+    print(printable(f"labels from {rule}; {out / DATASET_FILE} lists all. Train with data.path={out}"))

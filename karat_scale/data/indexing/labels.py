@@ -12,6 +12,8 @@ Label = int | str
 """A class's number or name."""
 # Fields of .json that are taken for the class without being asked for.
 _USUAL_FIELDS = ("label", "cls", "class", "class_id")
+# Python refuses to read numbers of thousands of digits.
+_MOST_DIGITS = 20
 RULES = "cls, json:FIELD, txt, path"
 
 
@@ -67,8 +69,12 @@ class LabelRule:
         except UnicodeDecodeError:
             raise NoLabelError(f"no label: .{self.kind} is no UTF-8") from None
         value = self._field_of(text) if self.kind == "json" else text
+        if isinstance(value, str) and value.removeprefix("-").isdecimal():
+            if len(value) > _MOST_DIGITS:
+                raise NoLabelError(f"no label: {self} is a number of {len(value)} digits")
+            return int(value)
         if isinstance(value, str):
-            return int(value) if value.removeprefix("-").isdecimal() else _named(value, f".{self.kind} is empty")
+            return _named(value, f".{self.kind} is empty")
         if isinstance(value, int) and not isinstance(value, bool):
             return value
         raise NoLabelError(f"no label: {self} is {json.dumps(value)}, neither a number nor a name")
