@@ -15,6 +15,10 @@ from karat_scale.temporaries import temporary_file
 _BLOCK = 1 << 20
 # Of what we write as text, an index of a checkpoint with very many ranks is the largest.
 LARGEST_TEXT = 64 * 2**20
+# An uncompressed image of 80 million pixels with 16 bits in each channel is smaller.
+_LARGEST_IMAGE = 512 * 2**20
+# What the system calls empty may be a file of its own, such as those in /proc.
+_LEAST_READ = 1 << 16
 
 
 class Fingerprint(NamedTuple):
@@ -55,39 +59,86 @@ class FingerprintedFile:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file under a temporary name, flush it to disk, and rename it. Text is written as UTF-8.
+    """Write a file that the user names: under a temporary name, flushed to disk, and renamed. Text is written as UTF-8.
 
     A link's target is replaced, not the link. A device, a pipe or a socket is written to as it is.
     """
-    data = content.encode() if isinstance(content, str) else content
     if _is_special(path):
         with path.open("wb") as stream:
-            stream.write(data)
+            stream.write(content.encode() if isinstance(content, str) else content)
         return
-    path = Path(os.path.realpath(path))
+    replace_file(Path(os.path.realpath(path)), content)
+
+
+def replace_file(path: Path, content: bytes | str) -> None:
+    """Write a file of ours like `write_atomically`. What has its name is replaced, also a link or a pipe."""
+    data = content.encode() if isinstance(content, str) else content
     with name_in_errors(path), temporary_file(path) as temporary:
         temporary.write_bytes(data)
         commit_file(temporary, path)
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder of ours, if need be. Raises OSError, also where a link leads elsewhere."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "is a link, and nothing is written where it leads; remove it", str(path))
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Return a descriptor of a regular file, which the caller closes; never waits for the other end of a pipe.
+
+    Raises:
+        OSError: it cannot be opened, or it is a device, pipe, socket or directory.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ENXIO, errno.EISDIR):
+            raise
+        raise _not_regular(path) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_regular(path)
+    return descriptor
+
+
+def append_to(path: Path) -> IO[str]:
+    """Open a text file of ours for lines at its end. Raises OSError, also where it is a link or no regular file."""
+    return os.fdopen(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW), "a", encoding="utf-8")
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """Return the content of a regular file of at most `most` bytes; never waits, and never reads without end.
+
+    Raises:
+        OSError: there is no such file, it is a device, pipe or directory, or it is larger.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = b"" if size > most else file.read(min(max(size, _LEAST_READ), most) + 1)
+    if max(size, len(content)) > most:
+        raise OSError(errno.EFBIG, f"larger than {most / 1e6:g} MB", str(path))
+    return content
+
+
+def read_image(path: Path) -> bytes:
+    """Return an encoded image, as `read_bytes` reads it. Raises OSError, also for a file larger than any image."""
+    return read_bytes(path, _LARGEST_IMAGE)
+
+
 def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
-    """Return the text of a regular file of at most `most` bytes; never waits, and never reads without end.
+    """Return the text of a regular file, as `read_bytes` reads it.
 
     Raises:
         OSError: there is no such file, it is a device, pipe or directory, or it is larger.
         UnicodeDecodeError: it is not UTF-8.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            content = file.read(most + 1)
-    finally:
-        os.close(descriptor)
-    if len(content) > most:
-        raise OSError(errno.EFBIG, f"larger than {most / 1e6:g} MB", str(path))
-    return content.decode("utf-8")
+    return read_bytes(path, most).decode("utf-8")
+
+
+def _not_regular(path: Path) -> OSError:
+    return OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def parse_json(text: str | bytes) -> Any:

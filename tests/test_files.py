@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.files import read_text, write_atomically
+from karat_scale.files import append_to, make_folder, read_image, read_text, replace_file, write_atomically
 
 
 def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
@@ -68,3 +68,41 @@ def test_what_is_no_small_text_file_is_refused_at_once(what: str, tmp_path: Path
         path.write_bytes(bytes(101))
     with pytest.raises(OSError, match="larger than 0.0001 MB" if what == "too large" else "not a regular file"):
         read_text(path, 100)
+
+
+@pytest.mark.parametrize("what", ["link", "fifo"])
+def test_a_file_of_ours_replaces_what_has_its_name(what: str, tmp_path: Path) -> None:
+    target, path = tmp_path / "target", tmp_path / "x"
+    target.write_text("mine")
+    os.mkfifo(path) if what == "fifo" else path.symlink_to(target)
+    replace_file(path, "ours")
+    assert path.read_text() == "ours"
+    assert not path.is_symlink()
+    assert target.read_text() == "mine"
+
+
+def test_lines_are_added_to_no_link_and_to_no_pipe(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("link", "fifo"):
+        with pytest.raises(OSError, match=r"not a regular file|symbolic links"):
+            append_to(tmp_path / name)
+    with append_to(tmp_path / "log") as log:
+        log.write("a line")
+    assert (tmp_path / "log").read_text() == "a line"
+    assert (tmp_path / "target").read_text() == "mine"
+
+
+def test_no_folder_of_ours_is_made_where_a_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="nothing is written where it leads"):
+        make_folder(tmp_path / "link")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_an_image_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "sparse.jpg").open("wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(OSError, match=r"larger than 536\.871 MB"):
+        read_image(tmp_path / "sparse.jpg")

@@ -8,6 +8,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from karat_scale.console import progress
 from karat_scale.errors import DataError
+from karat_scale.files import read_image
 from sources.base import ListedSource, UnreadableSampleError, cannot_read, is_of_the_file
 
 SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test")
@@ -87,7 +88,7 @@ class ImageFolderSource(ListedSource):
     def read(self, index: int) -> bytes:
         path = self._folder / self._paths[index]
         try:
-            return path.read_bytes()
+            return read_image(path)
         except OSError as error:
             if is_of_the_file(error):
                 raise UnreadableSampleError(error.strerror or str(error)) from error

@@ -29,9 +29,10 @@ from karat_scale.analysis.sharpness import analyze_sharpness
 from karat_scale.analysis.spectrum import analyze_spectrum
 from karat_scale.analysis.trained_run import TrainedRun, open_run
 from karat_scale.analysis.training import analyze_training
-from karat_scale.console import work_display
+from karat_scale.console import printable, work_display
 from karat_scale.engine import distributed
 from karat_scale.errors import RunDirectoryError, UserError
+from karat_scale.files import make_folder
 
 Analysis = Callable[[TrainedRun, Settings, Path], Result]
 JointAnalysis = Callable[[Mapping[str, TrainedRun]], Result]
@@ -73,7 +74,10 @@ def analyze_paths(options: Namespace) -> int:
         hessian_samples=options.hessian_samples,
         seed=options.seed,
     )
-    out = Path(options.out) if options.out else runs[0].path / "analysis"
+    own = runs[0].path / "analysis"
+    if not options.out and own.is_symlink():  # in a run of somebody else, it may lead anywhere
+        raise RunDirectoryError(f"{own}: is a link, and nothing is written where it leads; add --out DIR")
+    out = Path(options.out) if options.out else own
     if distributed.launch_environment(os.environ)[1] == 1:
         return analyze(runs, options.only, settings, out)
     world = distributed.start("auto")
@@ -143,7 +147,7 @@ class _Work:
                 written = write_result(result, directory, self._fingerprint(label), settings)
                 self.written.setdefault(name, {})[label] = written
                 for note in result.notes:
-                    print(f"note: {_named(name, label)}: {note}", file=sys.stderr)
+                    print(printable(f"note: {_named(name, label)}: {note}"), file=sys.stderr)
 
     def with_earlier(self) -> dict[str, dict[str, Written]]:
         """Return the new results, and earlier ones of the same models, in the order of ANALYSES."""
@@ -160,7 +164,7 @@ class _Work:
         if name in JOINT:
             return JOINT[name](self._runs)
         directory = self._place(name, label)
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         return OWN[name](self._runs[label], self._telling(label), directory)
 
     @contextmanager
@@ -175,7 +179,7 @@ class _Work:
                     self.problems[number] = replace(known, analyses=(*known.analyses, TITLES[name]))
                     return
             self.problems.append(Problem((TITLES[name],), label, message, harmless))
-            print(f"{'note' if harmless else 'error'}: {_named(name, label)}: {message}", file=sys.stderr)
+            print(printable(f"{'note' if harmless else 'error'}: {_named(name, label)}: {message}"), file=sys.stderr)
 
     def _place(self, name: str, label: str) -> Path:
         return self._out / name / safe_name(label) if label else self._out / name
@@ -189,7 +193,7 @@ class _Work:
         return replace(
             self._settings,
             progress=lambda what, done, total: self._show(before + what, done, total),
-            tell=lambda text: print(f"note: {before}{text}", file=sys.stderr, flush=True),
+            tell=lambda text: print(printable(f"note: {before}{text}"), file=sys.stderr, flush=True),
         )
 
 
@@ -214,7 +218,7 @@ def _assist(runs: Sequence[TrainedRun], labels: Sequence[str], settings: Setting
     for run, label in zip(runs, labels, strict=True):
         directory = out / SHARED / safe_name(label)
         with suppress(UserError, OSError):
-            directory.mkdir(parents=True, exist_ok=True)
+            make_folder(directory)
             OWN[SHARED](run, settings, directory)
     return 0
 

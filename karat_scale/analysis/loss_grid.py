@@ -16,7 +16,7 @@ from karat_scale.analysis.trajectory import flatten, trainable
 from karat_scale.attention import KaratOperator
 from karat_scale.attention.form_parameters import SECOND
 from karat_scale.engine.distributed import ALONE, World
-from karat_scale.files import write_atomically
+from karat_scale.files import replace_file
 
 Array = npt.NDArray[np.float64]
 Directions = npt.NDArray[np.float32]
@@ -156,4 +156,4 @@ def _read(partial: Path, known: _Known) -> _Known:
 def _write(partial: Path, rank: int, known: _Known) -> None:
     content = io.BytesIO()
     np.savez(content, key=known.key, losses=known.losses, done=known.done)
-    write_atomically(partial.with_name(f"{partial.name}-{rank}.npz"), content.getvalue())
+    replace_file(partial.with_name(f"{partial.name}-{rank}.npz"), content.getvalue())

@@ -17,8 +17,7 @@ from matplotlib.figure import Figure
 
 from karat_scale.analysis.figures import rendered
 from karat_scale.analysis.result import Result, Settings, Table, Tile
-from karat_scale.console import write_json
-from karat_scale.files import write_atomically
+from karat_scale.files import make_folder, parse_json, read_image, read_text, replace_file
 
 SHOWN = "shown.json"
 
@@ -51,27 +50,27 @@ def write_result(result: Result, directory: Path, fingerprint: str, settings: Se
         fingerprint: of the analysed run; `read_written` requires the same one.
         settings: hears of the progress.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     (directory / SHOWN).unlink(missing_ok=True)  # until all files that it lists exist
     figures = []
     for number, (name, (figure, caption)) in enumerate(result.figures.items(), start=1):
         figure = figure if isinstance(figure, Figure) else figure()
         path, svg = directory / f"{safe_name(name)}.png", rendered(figure, "svg")
-        write_atomically(path, rendered(figure, "png"))
-        write_atomically(path.with_suffix(".svg"), svg)
+        replace_file(path, rendered(figure, "png"))
+        replace_file(path.with_suffix(".svg"), svg)
         figures.append(WrittenFigure(name, caption, svg, path))
         if settings:
             settings.progress("draw figures", number, len(result.figures))
     if result.galleries:
-        (directory / "pictures").mkdir(exist_ok=True)
+        make_folder(directory / "pictures")
     for tiles in result.galleries.values():
         for tile in tiles:
-            write_atomically(_picture(directory, tile.name), tile.png)
+            replace_file(_picture(directory, tile.name), tile.png)
     numbers = {**result.numbers, "notes": result.notes}
-    write_json(directory / "numbers.json", _plain(numbers))
+    replace_file(directory / "numbers.json", json.dumps(_plain(numbers), indent=2) + "\n")
     content = io.BytesIO()
     np.savez_compressed(content, **result.arrays)  # type: ignore[arg-type]
-    write_atomically(directory / "arrays.npz", content.getvalue())
+    replace_file(directory / "arrays.npz", content.getvalue())
     shown = {
         "fingerprint": fingerprint,
         "figures": [[figure.name, figure.caption] for figure in figures],
@@ -79,22 +78,22 @@ def write_result(result: Result, directory: Path, fingerprint: str, settings: Se
         "galleries": {title: [[tile.name, tile.lines] for tile in tiles] for title, tiles in result.galleries.items()},
         "notes": result.notes,
     }
-    write_atomically(directory / SHOWN, json.dumps(_plain(shown)) + "\n")
+    replace_file(directory / SHOWN, json.dumps(_plain(shown)) + "\n")
     return Written(figures, result.tables, result.notes, result.galleries)
 
 
 def read_written(directory: Path, fingerprint: str) -> Written | None:
     """Read what `write_result` wrote to `directory`. None if it is missing, incomplete or of another fingerprint."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        shown = json.loads((directory / SHOWN).read_bytes())
+        shown = parse_json(read_text(directory / SHOWN))
         if shown["fingerprint"] == fingerprint:
             paths = [directory / f"{safe_name(name)}.png" for name, _ in shown["figures"]]
             figures = [
-                WrittenFigure(name, caption, path.with_suffix(".svg").read_bytes(), path)
+                WrittenFigure(name, caption, read_image(path.with_suffix(".svg")), path)
                 for (name, caption), path in zip(shown["figures"], paths, strict=True)
             ]
             galleries = {
-                title: [Tile(name, lines, _picture(directory, name).read_bytes()) for name, lines in tiles]
+                title: [Tile(name, lines, read_image(_picture(directory, name))) for name, lines in tiles]
                 for title, tiles in shown["galleries"].items()
             }
             tables = [Table(**table) for table in shown["tables"]]

@@ -7,7 +7,7 @@ from pathlib import Path
 from karat_scale.analysis.figures import themed
 from karat_scale.analysis.output import Written, WrittenFigure
 from karat_scale.analysis.result import Table, Tile
-from karat_scale.files import write_atomically
+from karat_scale.files import replace_file
 from karat_scale.html_page import render_page
 
 TITLES = {
@@ -111,7 +111,7 @@ def write_report(
         titles=TITLES,
         themed=themed,
     )
-    write_atomically(path, page)
+    replace_file(path, page)
 
 
 def _section(name: str, by_run: Mapping[str, Written]) -> Section:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from karat_scale.checkpoint.manifest import MANIFEST
+from karat_scale.files import open_regular
 
 
 def hold(checkpoint: Path) -> BinaryIO | None:
     """Keep a checkpoint from being removed as long as the returned file is open; None if it is not there."""
     try:
-        handle = (checkpoint / MANIFEST).open("rb")
+        handle = os.fdopen(open_regular(checkpoint / MANIFEST), "rb")
     except OSError:
         return None
     _lock(handle, fcntl.LOCK_SH)
@@ -44,7 +45,8 @@ def alone(checkpoint: Path) -> Iterator[None]:
         with suppress(FileNotFoundError):  # a damaged one has no manifest
             path = checkpoint / MANIFEST
             # NFS gives such a lock only on what is open for writing.
-            handle = stack.enter_context(path.open("r+b" if os.access(path, os.W_OK) else "rb"))
+            descriptor = open_regular(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
+            handle = stack.enter_context(os.fdopen(descriptor, "rb"))
             _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 

@@ -23,7 +23,7 @@ from karat_scale.checkpoint.locks import alone, hold
 from karat_scale.checkpoint.manifest import MANIFEST, STATE, Progress, damage_of, manifest_text, read_manifest
 from karat_scale.console import printable
 from karat_scale.errors import RunDirectoryError
-from karat_scale.files import Fingerprint, file_sha256, flush_to_disk, parse_json, read_text, write_atomically
+from karat_scale.files import Fingerprint, file_sha256, flush_to_disk, parse_json, read_text, replace_file
 from karat_scale.temporaries import remove_leftovers
 
 PINNED = "pinned"
@@ -82,9 +82,9 @@ class CheckpointStore:
             size = (unfinished / file).stat().st_size
             if size != written.bytes:
                 raise OSError(f"{file} has {size} bytes, but {written.bytes} were written")
-        write_atomically(unfinished / STATE, json.dumps(state, indent=2) + "\n")
+        replace_file(unfinished / STATE, json.dumps(state, indent=2) + "\n")
         own = {STATE: Fingerprint((unfinished / STATE).stat().st_size, file_sha256(unfinished / STATE))}
-        write_atomically(unfinished / MANIFEST, manifest_text({**files, **own}))
+        replace_file(unfinished / MANIFEST, manifest_text({**files, **own}))
         name = self._give_name(unfinished)
         if is_best:  # before `latest`: a run resumed from `latest` does not evaluate it again, so `best` would be lost
             self.point("best", name)
@@ -101,7 +101,7 @@ class CheckpointStore:
         if self._falsehood is not None and (damage := self._falsehood(unfinished)) is not None:
             shutil.rmtree(unfinished)
             return damage
-        write_atomically(unfinished / MANIFEST, manifest)
+        replace_file(unfinished / MANIFEST, manifest)
         self._give_name(unfinished)
         return None
 
@@ -117,7 +117,7 @@ class CheckpointStore:
 
     def point(self, pointer: str, name: str) -> None:
         """Let `latest` or `best` name a checkpoint."""
-        write_atomically(self.root / pointer, f"{name}\n")
+        replace_file(self.root / pointer, f"{name}\n")
 
     def pointed(self, pointer: str) -> str | None:
         """The name in `latest` or `best`, if the file is there and names an existing checkpoint."""
@@ -217,7 +217,7 @@ class CheckpointStore:
 
     def pin(self, name: str) -> None:
         """Keep a checkpoint until it is removed by hand. Raises OSError if the disk does not take that."""
-        write_atomically(self.root / PINNED, "".join(f"{one}\n" for one in sorted({*self.pinned(), name})))
+        replace_file(self.root / PINNED, "".join(f"{one}\n" for one in sorted({*self.pinned(), name})))
         self.on_change()
 
     def pinned(self) -> list[str]:

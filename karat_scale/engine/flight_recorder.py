@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from karat_scale.files import write_atomically
+from karat_scale.files import replace_file
 
 _COLLECTIVES = "2000"
 
@@ -33,7 +33,7 @@ def write_flight_record(directory: Path, rank: int) -> None:
         entries, record = _newest_record(torch._C._distributed_c10d)
         print(f"rank {rank}: {_last_collective(entries)}", file=sys.stderr, flush=True)
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / f"flight-{rank}", record)
+        replace_file(directory / f"flight-{rank}", record)
 
 
 def _newest_record(torch_c: Any) -> tuple[list[dict[str, Any]], bytes]:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from karat_scale.errors import RunDirectoryError, not_written
-from karat_scale.files import parse_json, read_text, write_atomically
+from karat_scale.files import make_folder, parse_json, read_text, replace_file
 from karat_scale.tables import CORRUPTIONS
 
 FOLDER = "evaluations"
@@ -88,8 +88,8 @@ def keep_evaluation(run: Path, evaluation: Evaluation) -> None:
     """Write an evaluation into the run's directory, atomically. Raises RunDirectoryError if the disk refuses it."""
     path = evaluation_file(run, evaluation.name)
     try:
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, evaluation.model_dump_json(indent=2) + "\n")
+        make_folder(path.parent)
+        replace_file(path, evaluation.model_dump_json(indent=2) + "\n")
     except OSError as error:
         raise not_written(path, error) from error
 

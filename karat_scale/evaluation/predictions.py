@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from karat_scale.errors import DataError
-from karat_scale.files import write_atomically
+from karat_scale.files import replace_file
 
 KEPT = 10
 """The most probable classes of an image that are kept."""
@@ -79,7 +79,7 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
     facts = {"bad": predictions.bad, "classes": predictions.classes, "identity": predictions.identity}
     content = io.BytesIO()
     np.savez_compressed(content, facts=json.dumps(facts), **{name: getattr(predictions, name) for name in _ARRAYS})
-    write_atomically(path, content.getvalue())
+    replace_file(path, content.getvalue())
 
 
 def read_predictions(path: Path, identity: str) -> Predictions | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from karat_scale.errors import UserError, one_line
 from karat_scale.export.likeness import check_likeness, example_images
 from karat_scale.export.source import Source
-from karat_scale.files import write_atomically
+from karat_scale.files import replace_file
 from karat_scale.tables import how_to_install
 
 _NEEDS = ("onnx", "onnxscript", "onnxruntime")
@@ -40,7 +40,7 @@ def write_onnx(source: Source, path: Path) -> str:
         reason = one_line(error.__cause__ or error)
         raise UserError(f"the model cannot be written as ONNX: {reason}; use --format torch-export") from error
     difference = check_likeness(model, onnx_session(content), size)
-    write_atomically(path, content)
+    replace_file(path, content)
     return f"logits within {difference:.1e} in onnxruntime, opset {proto.opset_import[0].version}"
 
 

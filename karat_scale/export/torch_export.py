@@ -10,7 +10,7 @@ import torch
 from karat_scale.errors import UserError, one_line
 from karat_scale.export.likeness import check_likeness, example_images
 from karat_scale.export.source import Source
-from karat_scale.files import write_atomically
+from karat_scale.files import replace_file
 
 FACTS = "karat_scale.json"
 """The extra file inside, which `torch.export.load(path, extra_files={FACTS: ""})` fills."""
@@ -38,5 +38,5 @@ def write_torch_export(source: Source, path: Path) -> str:
         buffer.seek(0)
         loaded = torch.export.load(buffer).module()
     difference = check_likeness(model, loaded, size)
-    write_atomically(path, buffer.getvalue())
+    replace_file(path, buffer.getvalue())
     return f"logits within {difference:.1e}"

@@ -10,7 +10,7 @@ import torch
 from karat_scale.errors import UserError
 from karat_scale.export.likeness import check_likeness, example_images
 from karat_scale.export.source import Source
-from karat_scale.files import write_atomically
+from karat_scale.files import replace_file
 
 FACTS = "karat_scale.json"
 """The extra file inside, which `torch.jit.load(path, _extra_files={FACTS: ""})` fills."""
@@ -36,5 +36,5 @@ def write_torchscript(source: Source, path: Path) -> str:
     torch.jit.save(traced, buffer, _extra_files={FACTS: json.dumps(source.facts)})
     buffer.seek(0)
     difference = check_likeness(model, torch.jit.load(buffer), size)
-    write_atomically(path, buffer.getvalue())
+    replace_file(path, buffer.getvalue())
     return f"logits within {difference:.1e}; torch has deprecated TorchScript, and torch-export takes its place"

@@ -22,6 +22,7 @@ from karat_scale.data.loader import OrderedLoader
 from karat_scale.data.orientation import upright
 from karat_scale.data.plan import BatchSlice
 from karat_scale.errors import RecipeError
+from karat_scale.files import read_image
 from karat_scale.machine import usable_cores
 from karat_scale.recipe import Recipe
 
@@ -92,9 +93,7 @@ class FileSource:
         """Return the bytes of a regular file, turned upright. Raises UndecodableImageError for anything else."""
         path = Path(self.file_of(sample_id))
         try:
-            if path.exists() and not path.is_file():
-                raise UndecodableImageError("not a regular file")
-            return upright(path.read_bytes())
+            return upright(read_image(path))
         except OSError as error:
             raise UndecodableImageError(error.strerror or str(error)) from error
 

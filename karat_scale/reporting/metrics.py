@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from karat_scale.errors import not_written, one_line
+from karat_scale.files import append_to, open_regular
 
 
 class MetricsLog:
@@ -20,7 +22,7 @@ class MetricsLog:
 
     def __init__(self, file: Path) -> None:
         try:
-            self._file: IO[str] = file.open("a", encoding="utf-8")
+            self._file: IO[str] = append_to(file)
         except OSError as error:
             raise not_written(file, error) from error
         self._histograms = file.with_name("histograms.jsonl")
@@ -43,7 +45,7 @@ class MetricsLog:
         """Append distributions by name, which only trackers read. Returns why the disk does not take them, if so."""
         try:
             is_whole = not self._histograms.exists() or _ends_with_newline(self._histograms)
-            with self._histograms.open("a", encoding="utf-8") as file:
+            with append_to(self._histograms) as file:
                 file.write(("" if is_whole else "\n") + _line("histograms", step, {"histograms": histograms}))
         except OSError as error:
             return f"{self._histograms}: {one_line(error)}"
@@ -61,7 +63,7 @@ def _line(event: str, step: int, figures: Mapping[str, Any]) -> str:
 
 
 def _ends_with_newline(file: Path) -> bool:
-    with file.open("rb") as content:
+    with os.fdopen(open_regular(file), "rb") as content:
         content.seek(0, 2)
         if content.tell() == 0:
             return True

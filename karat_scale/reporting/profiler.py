@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from karat_scale.engine.distributed import World
-from karat_scale.files import commit_file, write_atomically
+from karat_scale.files import commit_file, replace_file
 from karat_scale.reporting.progress import Reporter
 from karat_scale.temporaries import temporary_folder
 
@@ -55,7 +55,7 @@ class StepProfiler:
                 unfinished = scratch / trace.name
                 self._profile.export_chrome_trace(str(unfinished))
                 commit_file(unfinished, trace)
-            write_atomically(self._directory / f"{name}.txt", self._table() + "\n")
+            replace_file(self._directory / f"{name}.txt", self._table() + "\n")
         except OSError as error:  # training is worth more than its profile
             self._reporter.warn(f"profile of steps {self._first} to {self._last} not written: {error}")
             return

@@ -13,7 +13,7 @@ from typing import Any
 
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
 from karat_scale.data.plan import TrainPlan
-from karat_scale.files import write_atomically
+from karat_scale.files import replace_file
 
 # Each keeps a checkpoint, so a run that goes wrong often must not fill the disk.
 KEPT_CHECKPOINTS, MOST = 3, 50
@@ -42,7 +42,7 @@ class Incidents:
         }
         try:
             self._directory.mkdir(exist_ok=True)
-            write_atomically(self._directory / f"{checkpoint_name(step)}.json", json.dumps(record, indent=1) + "\n")
+            replace_file(self._directory / f"{checkpoint_name(step)}.json", json.dumps(record, indent=1) + "\n")
             if checkpoint is not None and len(self._store.pinned()) < KEPT_CHECKPOINTS:
                 self._store.pin(checkpoint)
         except OSError as error:

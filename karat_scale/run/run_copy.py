@@ -17,7 +17,7 @@ from karat_scale.checkpoint.store import PINNED
 from karat_scale.engine.distributed import World
 from karat_scale.engine.peers import END_SECONDS
 from karat_scale.errors import EXIT_STOPPED, one_line
-from karat_scale.files import write_atomically
+from karat_scale.files import replace_file
 from karat_scale.reporting.progress import Reporter
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.run_url import RunUrl
@@ -149,7 +149,7 @@ class RunCopy:
         """For `karat status`."""
         outcome = {"url": self._url.url, "checkpoint": self._copied, "problem": self._problem, "time": time.time()}
         with suppress(OSError):
-            write_atomically(self._directory.copy_file, json.dumps(outcome) + "\n")
+            replace_file(self._directory.copy_file, json.dumps(outcome) + "\n")
 
 
 def finish_copy(copy: RunCopy | None, world: World, reporter: Reporter, signals: StopSignals, code: int) -> None:

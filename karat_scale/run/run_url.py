@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from karat_scale.checkpoint.remote import OnBytes, RemoteCheckpoints
 from karat_scale.errors import RunDirectoryError
-from karat_scale.files import commit_file, name_in_errors, parse_json, read_text, write_atomically
+from karat_scale.files import commit_file, name_in_errors, parse_json, read_text, replace_file
 from karat_scale.run.run_directory import COPIED, FIXED
 from karat_scale.stores import DEFAULT_TIMEOUT, MissingFileError, WritableStore
 from karat_scale.temporaries import temporary_file
@@ -126,7 +126,7 @@ def run_id(run: Path) -> str:
 def keep_run_id(run: Path, name: str) -> None:
     """Let a directory be of the run with this id. Raises OSError."""
     if run_id(run) != name:
-        write_atomically(run / _ID, f"{name}\n")
+        replace_file(run / _ID, f"{name}\n")
 
 
 def _own_files(run: Path) -> Iterator[tuple[str, Path]]:

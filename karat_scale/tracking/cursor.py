@@ -5,6 +5,7 @@ were first: of each kind of event, only steps above the last sent one are new.
 """
 
 import json
+import os
 import re
 import secrets
 import shlex
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from karat_scale.files import parse_json, read_text, write_atomically
+from karat_scale.files import make_folder, open_regular, parse_json, read_text, replace_file
 from karat_scale.tracking.tracker import KINDS, Event
 
 # Written by reporting/metrics.py.
@@ -54,8 +55,8 @@ class Cursor:
 
     def save(self, file: Path) -> None:
         """Replace the file."""
-        file.parent.mkdir(exist_ok=True)
-        write_atomically(file, json.dumps(asdict(self)) + "\n")
+        make_folder(file.parent)
+        replace_file(file, json.dumps(asdict(self)) + "\n")
 
     def take(self, file: Path) -> tuple[list[Event], "Cursor"]:
         """Return the next events of one of `FILES` that were not sent, and the cursor after them.
@@ -91,7 +92,7 @@ def begin_anew(run: Path, name: str) -> None:
 def _next_lines(file: Path, offset: int) -> tuple[Sequence[bytes], int]:
     if not file.is_file():
         return [], 0
-    with file.open("rb") as content:
+    with os.fdopen(open_regular(file), "rb") as content:
         if content.seek(0, 2) < offset:  # another file of this name
             offset = 0
         content.seek(offset)

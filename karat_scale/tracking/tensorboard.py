@@ -14,6 +14,7 @@ from tensorboard.compat.proto.histogram_pb2 import HistogramProto
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from karat_scale.files import make_folder
 from karat_scale.tracking.tracker import Event, TrackedRun, figures
 
 
@@ -24,7 +25,7 @@ class TensorBoard:
 
     def __init__(self, run: TrackedRun) -> None:
         directory = run.directory / "tensorboard"
-        directory.mkdir(exist_ok=True)
+        make_folder(directory)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
         # Without a buffer: what a full disk refused must not come later.
         self._file = (directory / name).open("wb", buffering=0)

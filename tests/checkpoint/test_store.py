@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.checkpoint.locks import holding
+from karat_scale.checkpoint.locks import alone, holding
 from karat_scale.checkpoint.manifest import MANIFEST, STATE
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
+from karat_scale.errors import RunDirectoryError
 from karat_scale.files import Fingerprint
 from tests.conftest import ROOT
 from tests.run.harm import HARMS, POINTERS, point
@@ -269,3 +270,16 @@ def test_a_file_without_end_is_damage(file: str, store: CheckpointStore) -> None
     (store.root / name / file).unlink()
     (store.root / name / file).symlink_to("/dev/zero")
     assert store.damage(name) is not None
+
+
+def test_a_pipe_in_place_of_a_manifest_is_damage_and_keeps_nobody_waiting(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    checkpoint = tmp_path / "step-00000002"
+    checkpoint.mkdir()
+    os.mkfifo(checkpoint / "manifest.json")
+    with holding(checkpoint) as is_there:
+        assert not is_there
+    with pytest.raises(RunDirectoryError):
+        store.find_intact("step-00000002")
+    with pytest.raises(OSError, match="not a regular file"), alone(checkpoint):
+        pass

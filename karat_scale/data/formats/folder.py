@@ -10,6 +10,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from karat_scale.data.formats.checks import check_class_count
 from karat_scale.data.order import epoch_order
 from karat_scale.errors import DataError
+from karat_scale.files import read_image
 
 FIX = "correct data.path, or make shards with data_prep/make_webdataset.py and use data.backend=webdataset"
 
@@ -52,7 +53,7 @@ class FolderSplit:
         """Return the encoded image. Raises DataError naming the file if it cannot be read."""
         path = self.file_of(sample_id)
         try:
-            return Path(path).read_bytes()
+            return read_image(Path(path))
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}; {FIX}") from error
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from karat_scale.data.decode import UndecodableImageError, decode_rgb
 from karat_scale.errors import DataError, RecipeError
+from karat_scale.files import read_image
 from karat_scale.tables import how_to_install
 from karat_scale.tasks.detection.recipe import DetectionRecipe
 
@@ -78,7 +79,7 @@ class CocoSplit:
         """
         path, record = self.file_of(sample), self._records[sample]
         try:
-            image = decode_rgb(path.read_bytes())
+            image = decode_rgb(read_image(path))
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}; {FIX}") from error
         except UndecodableImageError as error:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from sources import imagefolder
+from sources.base import UnreadableSampleError
+from sources.imagefolder import ImageFolderSource
 
 from karat_scale.data.formats.folder import FolderSplit
 from karat_scale.data.formats.shard_format import read_dataset_record
@@ -201,3 +203,15 @@ def test_the_sizes_of_files_are_asked_for_at_the_same_time_and_with_progress(tmp
     source = imagefolder.ImageFolderSource(tmp_path / "src", ["ant"])
     assert source.sizes.tolist() == [(tmp_path / "src" / source.name(i)).stat().st_size for i in range(6)]
     assert "src: listing: 6 of 6 files" in capsys.readouterr().out
+
+
+def test_a_pipe_and_a_terabyte_are_listed_and_not_read(ants):
+    folder = next(ants.rglob("*.jpg")).parent
+    os.mkfifo(folder / "pipe.jpg")
+    with (folder / "sparse.jpg").open("wb") as file:
+        file.truncate(10**12)
+    source = ImageFolderSource(folder.parent, [folder.name])
+    for name, reason in {"pipe.jpg": "not a regular file", "sparse.jpg": "larger than 536.871 MB"}.items():
+        number = next(n for n in range(len(source)) if source._paths[n].endswith(name))
+        with pytest.raises(UnreadableSampleError, match=reason):
+            source.read(number)
