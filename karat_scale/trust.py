@@ -36,15 +36,10 @@ def require_trust_in(key: str, value: str, source: object) -> None:
     """The same for the value of another key, which may be the place of a class."""
     module = value.partition(":")[0]
     if module != value:
-        _refuse(f"{source}: {key} = {value} runs the code of the module {module}")
+        refuse_untrusted(f"{source}: {key} = {value} runs the code of the module {module}")
 
 
-def require_trust_in_stream(tars: str, source: object) -> None:
-    """The same for the tars of a stream, which may be commands."""
-    if "pipe:" in tars:
-        _refuse(f"{source}: data.stream = {tars} runs commands")
-
-
-def _refuse(what: str) -> None:
+def refuse_untrusted(what: str) -> None:
+    """Raise UntrustedError with what runs and where it is named, unless the user trusts it."""
     if os.environ.get(VARIABLE) != "1":
         raise UntrustedError(f"{what}; if you trust it, add --trust or set {VARIABLE}=1")

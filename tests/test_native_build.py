@@ -263,15 +263,16 @@ def test_what_a_thread_may_be_using_is_not_freed_at_the_end(tmp_path):
 
 
 def test_a_library_of_another_source_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("KARAT_CACHE_DIR", str(tmp_path / "cache"))
     isa = native_build._available_instruction_sets()[0]
     source, other = tmp_path / "ours.cpp", tmp_path / "other.cpp"
     source.write_text('extern "C" int karat_ours() { return 1; }\n')
     other.write_text('extern "C" int karat_other() { return 2; }\n')
+    monkeypatch.setenv("KARAT_CACHE_DIR", str(tmp_path / "first"))
     assert native_build._load(other, isa, ()).karat_other() == 2
     assert native_build._load(source, isa, ()).karat_ours() == 1
-    (theirs,), (own,) = (list((tmp_path / "cache").glob(f"{name}-*.so")) for name in ("other", "ours"))
-    own.unlink()  # the loader knows the file that it has loaded
-    shutil.copy(theirs, own)
+    (theirs,), (own,) = (list((tmp_path / "first").glob(f"{name}-*.so")) for name in ("other", "ours"))
+    monkeypatch.setenv("KARAT_CACHE_DIR", str(tmp_path / "second"))  # the loader knows the path of what it has loaded
+    (tmp_path / "second").mkdir()
+    shutil.copy(theirs, tmp_path / "second" / own.name)
     with pytest.raises(native_build.LoadError, match="of another source, without karat_ours; remove it"):
         native_build._load(source, isa, ())

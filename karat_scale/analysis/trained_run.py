@@ -18,7 +18,6 @@ from karat_scale.errors import DataError, RunDirectoryError, UserError
 from karat_scale.files import file_sha256
 from karat_scale.models.freeze import freeze
 from karat_scale.recipe import AttentionConfig, Recipe
-from karat_scale.recipe.loading import load_recipe
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.weights_file import load_exported
 from karat_scale.tasks.classification.teacher import build_model
@@ -201,8 +200,7 @@ def open_run(path: str | Path, data: str | None = None, weights: str = "auto", c
     """
     path = Path(path)
     directory = RunDirectory(path)
-    directory.recipe()  # raises for another kind of run
-    recipe = load_recipe(directory.recipe_file, [] if data is None else [f"data.path={data}"])
+    recipe = directory.recipe(overrides=[] if data is None else [f"data.path={data}"])
     require_trust(recipe.attention, directory.recipe_file)
     run = TrainedRun(path, recipe, weights, checkpoint)
     if run.device.type == "cpu":

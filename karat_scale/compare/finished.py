@@ -11,7 +11,7 @@ from karat_scale.files import file_sha256, sealed
 from karat_scale.ledger.agreement import read_summary
 from karat_scale.ledger.figures import Count, Figures, Number, Percent
 from karat_scale.recipe import Recipe, RunRecipe
-from karat_scale.recipe.files import read_recipe_file
+from karat_scale.recipe.files import read_run_recipe
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.tasks.detection.recipe import DetectionRecipe
 
@@ -139,7 +139,7 @@ def read_run(path: str) -> FinishedRun:
         UserError: it is no run, or an unfinished, a damaged or a changed one.
     """
     directory = RunDirectory(path)
-    is_detector = directory.recipe_file.is_file() and "detector" in read_recipe_file(directory.recipe_file)
+    is_detector = directory.recipe_file.is_file() and "detector" in read_run_recipe(directory.recipe_file)
     recipe: RunRecipe = directory.recipe(DetectionRecipe) if is_detector else directory.recipe(Recipe)
     content = read_summary(directory)
     summary = _Summary.of(content, str(directory.summary_file))

@@ -11,7 +11,9 @@ from karat_scale.engine.deepspeed_keys import check_keys
 from karat_scale.errors import RecipeError
 from karat_scale.files import read_text
 from karat_scale.recipe import RunRecipe
+from karat_scale.recipe.train import DeepSpeedConfig
 from karat_scale.shipped import shipped_directory
+from karat_scale.trust import refuse_untrusted
 
 _NEVER = 10**9
 
@@ -49,7 +51,7 @@ def check_ds_config(recipe: RunRecipe) -> None:
     """
     values = _recipe_values(recipe)
     any_batch = _batch_values(recipe, world_size=1, micro_batch=1)
-    own = config_directory() != _find(recipe.deepspeed.config).parent
+    own = config_directory() != _find(recipe.deepspeed).parent
     logging.disable(logging.WARNING)  # DeepSpeed talks on standard output when it is imported
     try:
         config, source = _read(recipe, {**values, **any_batch}, with_keys=own)
@@ -81,10 +83,12 @@ def offloads_optimizer(config: Mapping[str, Any]) -> bool:
     return bool(device != "none" or zero.get("cpu_offload"))
 
 
-def _find(name: str) -> Path:
-    directory = config_directory()
+def _find(section: DeepSpeedConfig) -> Path:
+    name, directory = section.config, config_directory()
     for candidate in (directory / f"{name}.json", Path(name).expanduser()):
         if candidate.is_file():
+            if section.found_in and candidate.resolve().parent != directory.resolve():
+                refuse_untrusted(f"{section.found_in}: deepspeed.config = {name} is a file of this machine")
             return candidate
     shipped = ", ".join(sorted(path.stem for path in directory.glob("*.json")))
     raise RecipeError(f"deepspeed.config = {name!r}: neither a file nor a shipped configuration ({shipped})")
@@ -92,12 +96,12 @@ def _find(name: str) -> Path:
 
 def _read(recipe: RunRecipe, values: dict[str, Any], with_keys: bool) -> tuple[dict[str, Any], str]:
     """The file's content with every "auto" filled from `values`, and what an error of it begins with."""
-    path = _find(recipe.deepspeed.config)
+    path = _find(recipe.deepspeed)
     source = f"deepspeed.config = {path}"
     try:
         config = json.loads(read_text(path), object_pairs_hook=_once_each)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{source}: not valid JSON: {error}") from None
+    except ValueError as error:  # of JSON, of its text, or of a number with thousands of digits
+        raise RecipeError(f"{source}: not valid JSON: {str(error).partition('; ')[0]}") from None
     except OSError as error:
         raise RecipeError(f"{source}: cannot be read: {error.strerror}") from None
     except RecursionError:

@@ -7,7 +7,6 @@ from karat_scale.console import work_display
 from karat_scale.errors import RunDirectoryError
 from karat_scale.export.push import check_push, push_folder
 from karat_scale.export.source import Source
-from karat_scale.recipe.loading import load_recipe
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.tables import EXPORT_FORMATS, FormatRow, load
 from karat_scale.temporaries import temporary_folder
@@ -43,8 +42,7 @@ def export_run(
     if push is not None:
         check_push(push)
     directory = RunDirectory(run_dir)
-    directory.recipe()
-    recipe = load_recipe(directory.recipe_file)
+    recipe = directory.recipe()
     require_trust(recipe.attention, directory.recipe_file)
     name = directory.store.find_intact(checkpoint)
     saved = directory.store.state(name)

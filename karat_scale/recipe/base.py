@@ -83,6 +83,19 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
     )
 
+    _found_in: str = ""
+
+    @property
+    def found_in(self) -> str:
+        """The file of somebody else's that says this section; empty for what the user says."""
+        return self._found_in
+
+    def of(self, file: object) -> Self:
+        """Return the same as a file says it that somebody else may have written."""
+        copied = self.model_copy()
+        copied._found_in = str(file)
+        return copied
+
     def changed(self, **values: Any) -> Self:
         """Return a copy with other values. They are not validated. `section__key` is a key of a section."""
         update: dict[str, Any] = {}

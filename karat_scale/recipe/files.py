@@ -78,6 +78,14 @@ def read_recipe_file(path: Path, folder: Path = RECIPES, extended_by: tuple[Path
     return tree
 
 
+def read_run_recipe(path: Path) -> dict[str, Any]:
+    """Read the recipe of a run, which may be somebody else's. So it may name no other file. Raises RecipeError."""
+    tree = _read_yaml(path)
+    if EXTENDS in tree:
+        raise RecipeError(f"{path}: extends: the recipe of a run is whole; put back the one that training wrote")
+    return tree
+
+
 def _find_extended(path: Path, name: str, folder: Path) -> Path:
     shipped = {str(file.relative_to(folder).with_suffix("")): file for file in sorted(folder.rglob("*.yaml"))}
     if name in shipped:

@@ -13,7 +13,7 @@ from karat_scale.console import printable
 from karat_scale.errors import RecipeError
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import Effect
-from karat_scale.recipe.files import find_recipe, read_recipe_file
+from karat_scale.recipe.files import find_recipe, read_recipe_file, read_run_recipe
 from karat_scale.recipe.parsing import parse
 from karat_scale.recipe.retired import without_retired_keys
 from karat_scale.recipe.synonyms import keys_called
@@ -43,14 +43,31 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), schema: Schem
         RecipeError: one line that names the field, the value and the fix.
     """
     path = find_recipe(str(source), schema.shipped)
-    tree = read_recipe_file(path, schema.shipped)
+    return _whole(read_recipe_file(path, schema.shipped), path, str(source), overrides, schema)
+
+
+def load_run_recipe(path: Path, overrides: Sequence[str], schema: type[R]) -> R:
+    """Read and validate the recipe of a run, which may be somebody else's: its sections say so by `found_in`.
+
+    Args:
+        path: the run's recipe.yaml.
+        overrides: of the user, as of `load_recipe`.
+
+    Raises:
+        RecipeError: it is damaged, or an override does not fit it.
+    """
+    recipe: R = _whole(read_run_recipe(path), path, str(path), overrides, schema)
+    return recipe.changed(data=recipe.data.of(path), deepspeed=recipe.deepspeed.of(path))
+
+
+def _whole(tree: dict[str, Any], path: Path, source: str, overrides: Sequence[str], schema: Schema) -> Any:
     for override in overrides:
         _apply_override(tree, override, schema)
     run = tree.setdefault("run", {})
     if isinstance(run, dict):
         run["name"] = run.get("name") or path.stem
         run["dir"] = run.get("dir") or f"runs/{run['name']}"
-    return validate_recipe(tree, str(source), schema)
+    return validate_recipe(tree, source, schema)
 
 
 @overload

@@ -32,7 +32,7 @@ from karat_scale.run.signals import StopSignals
 from karat_scale.tasks.classification.distillation_teacher import FILE as DISTILL_FILE
 from karat_scale.tasks.classification.task import ClassificationTask
 from karat_scale.tasks.classification.teacher import FILE as TEACHER_FILE
-from karat_scale.trust import require_trust, require_trust_in_stream
+from karat_scale.trust import refuse_untrusted, require_trust
 
 _NEVER = 10**9
 
@@ -66,11 +66,11 @@ def replay(run: str, step: int, count: int, out: str | None, json_file: str | No
     directory = RunDirectory(run)
     recipe = directory.recipe()
     require_trust(recipe.attention, directory.recipe_file)
-    require_trust_in_stream(recipe.data.stream, directory.recipe_file)
     with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
         with world.together():
             begin = _checkpoint(directory.store, step) if world.is_main else ""
         begin = world.broadcast(begin)
+        _refuse_other_files(directory, recipe, step if not begin else 0)
         with _scratch(directory, recipe, begin, world) as again:
             taken = _take(again, step, world, count)
     if world.is_main:
@@ -80,6 +80,17 @@ def replay(run: str, step: int, count: int, out: str | None, json_file: str | No
         if json_file:
             write_json(json_file, {"run": run, "step": step, "checkpoint": begin or None, **figures})
     return 0
+
+
+def _refuse_other_files(directory: RunDirectory, recipe: Recipe, from_start: int) -> None:
+    """Refuse what would be read in place of the run's own files, which names files anywhere. Raises UserError."""
+    for source, name in ((recipe.attention.transfer_from, TEACHER_FILE), (recipe.distill.from_, DISTILL_FILE)):
+        if source and not (directory.path / name).is_file():
+            raise RunDirectoryError(f"{directory.path / name} is missing; put it back, the run has learned from it")
+    for key, source in {"init_from": recipe.init_from, "resume.from": recipe.resume.from_}.items():
+        if from_start and source:
+            where = f"{directory.recipe_file}: {key} = {source}"
+            refuse_untrusted(f"{where} is outside the run, and no checkpoint before step {from_start} is left in it")
 
 
 def _checkpoint(store: CheckpointStore, step: int) -> str:
@@ -94,7 +105,7 @@ def _checkpoint(store: CheckpointStore, step: int) -> str:
             return store.find_intact(name)
         except RunDirectoryError as error:
             damage.append(error)
-            print(f"note: {str(error).removesuffix('; choose another')}", file=sys.stderr)
+            print(printable(f"note: {str(error).removesuffix('; choose another')}"), file=sys.stderr)
     if damage:
         raise damage[0]
     return ""

@@ -10,7 +10,7 @@ from karat_scale.engine.precision import forward_for_evaluation
 from karat_scale.errors import DataError
 from karat_scale.files import write_atomically
 from karat_scale.models.operators import check_implementation, describe_implementation
-from karat_scale.recipe.loading import flatten, load_recipe
+from karat_scale.recipe.loading import flatten
 from karat_scale.reporting.progress import Reporter, choose_display
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.task import Scores, Task
@@ -27,7 +27,7 @@ def evaluate_run(
     """
     directory = RunDirectory(run_dir)
     trained = directory.recipe(task_type.recipe_type)
-    recipe = load_recipe(directory.recipe_file, overrides, task_type.recipe_type)
+    recipe = directory.recipe(task_type.recipe_type, overrides)
     require_trust(recipe.attention, directory.recipe_file)
     with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
         reporter = Reporter(choose_display(world.is_main, "evaluate"), None, world.rank)

@@ -9,9 +9,9 @@ from karat_scale.checkpoint.remote import OnBytes
 from karat_scale.checkpoint.saver import Background
 from karat_scale.checkpoint.store import checkpoint_name
 from karat_scale.engine.distributed import World
-from karat_scale.errors import RunDirectoryError
+from karat_scale.errors import RecipeError, RunDirectoryError
 from karat_scale.recipe import RunRecipe
-from karat_scale.recipe.loading import differing_keys, load_recipe
+from karat_scale.recipe.loading import differing_keys, load_run_recipe
 from karat_scale.run.heartbeats import start_heartbeat
 from karat_scale.run.run_copy import RunCopy
 from karat_scale.run.run_directory import RunDirectory, describe_keys
@@ -105,7 +105,11 @@ def _difference(recipe: RunRecipe, directory: RunDirectory, url: RunUrl, owner: 
         file = Path(scratch) / "recipe.yaml"
         if not url.read_recipe(file):
             return ""
-        theirs = load_recipe(file, (), type(recipe))
+        try:
+            theirs = load_run_recipe(file, (), type(recipe))
+        except RecipeError as error:
+            said = str(error).replace(str(file), f"checkpoint.url = {url.url}: recipe.yaml")
+            raise RecipeError(f"{said}; put it right, or use another checkpoint.url") from None
     keys = [key for key in differing_keys(theirs, recipe, recipe.resume.allow) if key != "train.epochs"]
     return describe_keys(theirs, recipe, keys)
 

@@ -33,11 +33,11 @@ from karat_scale.cluster.heartbeat import heartbeat_file
 from karat_scale.data.digest import class_order_digest
 from karat_scale.engine.run_state import RunState
 from karat_scale.errors import RunDirectoryError, not_written
-from karat_scale.files import parse_json, read_text, write_atomically
+from karat_scale.files import open_regular, parse_json, read_text, replace_file
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import NEVER_ALLOWED, Effect
-from karat_scale.recipe.files import COMMANDS, read_recipe_file
-from karat_scale.recipe.loading import differing_keys, dump_recipe, effects, flatten, load_recipe, rounding_keys
+from karat_scale.recipe.files import COMMANDS, read_run_recipe
+from karat_scale.recipe.loading import differing_keys, dump_recipe, effects, flatten, load_run_recipe, rounding_keys
 from karat_scale.temporaries import remove_leftovers
 
 _RECIPE = "recipe.yaml"
@@ -157,26 +157,26 @@ class RunDirectory:
         """The command that trains the run, `train` or `detect`. Raises RunDirectoryError: not a run directory."""
         if not self.recipe_file.is_file():
             raise RunDirectoryError(f"{self.path}: not a run directory (it has no recipe.yaml)")
-        return "detect" if "detector" in read_recipe_file(self.recipe_file) else "train"
+        return "detect" if "detector" in read_run_recipe(self.recipe_file) else "train"
 
     @overload
-    def recipe(self) -> Recipe: ...
+    def recipe(self, *, overrides: Sequence[str] = ()) -> Recipe: ...
 
     @overload
-    def recipe(self, schema: type[R]) -> R: ...
+    def recipe(self, schema: type[R], overrides: Sequence[str] = ()) -> R: ...
 
-    def recipe(self, schema: type[RunRecipe] = Recipe) -> RunRecipe:
-        """The recipe of an existing run, of the kind `schema`.
+    def recipe(self, schema: type[RunRecipe] = Recipe, overrides: Sequence[str] = ()) -> RunRecipe:
+        """The recipe of an existing run, of the kind `schema`, with overrides of the user.
 
         Raises:
             RunDirectoryError: this is not a run directory, or another kind of run's.
-            RecipeError: the recipe is damaged.
+            RecipeError: the recipe is damaged, or an override does not fit it.
         """
         command, wanted = self.command, COMMANDS[schema.shipped]
         if command != wanted:
             reader = {"detect": "karat detect --eval", "train": "karat eval"}[command]
             raise RunDirectoryError(f"{self.path}: a run of karat {command}, not of karat {wanted}; {reader} reads it")
-        return load_recipe(self.recipe_file, (), schema)
+        return load_run_recipe(self.recipe_file, overrides, schema)
 
     def summary(self) -> dict[str, Any] | None:
         """`summary.json`, if the run has written one that is whole."""
@@ -196,7 +196,8 @@ class RunDirectory:
         _write(self.summary_file, json.dumps(summary, indent=2) + "\n")
 
     def _claim(self) -> None:
-        lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        lock = os.fdopen(open_regular(self.path / ".lock", flags), "a+", encoding="utf-8")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -276,7 +277,7 @@ class RunDirectory:
 
 def _write(path: Path, text: str) -> None:
     try:
-        write_atomically(path, text)
+        replace_file(path, text)
     except OSError as error:
         raise not_written(path, error) from error
 
@@ -294,7 +295,7 @@ def refuse_another_model(source: Path, recipe: RunRecipe) -> None:
     file = next((path for path in (source / _RECIPE, source.parent.parent / _RECIPE) if path.is_file()), None)
     if file is None:
         return
-    theirs = load_recipe(file, (), type(recipe))
+    theirs = load_run_recipe(file, (), type(recipe))
     before, after = flatten(theirs), flatten(recipe)
     if keys := _unseen(before, after):
         raise RunDirectoryError(f"resume.from = {source}: is of another model: {describe_keys(theirs, recipe, keys)}")

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from karat_scale.console import printable
 from karat_scale.errors import RecipeError, RunDirectoryError, UserError
-from karat_scale.recipe.files import read_recipe_file
+from karat_scale.recipe.files import read_run_recipe
 from karat_scale.recipe.keep import LogConfig
 from karat_scale.recipe.retired import without_retired_keys
 from karat_scale.tables import TRACKERS
@@ -36,7 +36,7 @@ def track_runs(paths: Sequence[str], names: Sequence[str] | None) -> int:
 
 
 def _trackers_in_recipe(file: Path) -> Sequence[str]:
-    tree, _ = without_retired_keys(read_recipe_file(file), str(file))
+    tree, _ = without_retired_keys(read_run_recipe(file), str(file))
     try:
         trackers = LogConfig.model_validate(tree.get("log", {})).trackers
     except ValidationError as error:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from karat_scale.errors import on_one_line, one_line
-from karat_scale.files import parse_json, read_text
-from karat_scale.recipe.files import read_recipe_file
+from karat_scale.files import append_to, make_folder, parse_json, read_text
+from karat_scale.recipe.files import read_run_recipe
 from karat_scale.recipe.loading import leaves
 from karat_scale.tables import load
 from karat_scale.tracking.cursor import FILES, Cursor, cursor_file, how_to_send
@@ -113,7 +113,7 @@ class Follower:
 
 
 def _tracked(run: Path, identifier: str) -> TrackedRun:
-    recipe = read_recipe_file(run / "recipe.yaml")
+    recipe = read_run_recipe(run / "recipe.yaml")
     name, project = (recipe.get(section, {}).get(key, "") for section, key in (("run", "name"), ("log", "project")))
     directory = run.resolve().name
     settings = {
@@ -136,7 +136,7 @@ def _documents(run: Path, with_checkpoints: bool) -> list[Path]:
 
 
 def _read_log_section(run: Path) -> Mapping[str, Any]:
-    section = read_recipe_file(run / "recipe.yaml").get("log")
+    section = read_run_recipe(run / "recipe.yaml").get("log")
     return section if isinstance(section, dict) else {}
 
 
@@ -196,8 +196,8 @@ def without_credentials(text: str) -> str:
 def alone(run: Path, name: str, ended: threading.Event) -> Iterator[bool]:
     """Hold the tracker's lock, so that two processes never send the same. False: another one has it, and we ended."""
     file = cursor_file(run, name).with_suffix(".lock")
-    file.parent.mkdir(exist_ok=True)
-    with file.open("a") as lock:
+    make_folder(file.parent)
+    with append_to(file) as lock:
         while not (held := _lock(lock.fileno())) and not ended.wait(POLL_SECONDS):
             pass
         yield held

@@ -50,6 +50,7 @@ def test_a_users_own_file_works(small_recipe, tmp_path: Path) -> None:
     ("content", "part"),
     [
         ("{", "not valid JSON"),
+        ('{"a": ' + "9" * 5000 + "}", "not valid JSON: Exceeds the limit"),
         ("[]", "should be a JSON object"),
         ('{"zero_optimization": {"stage": 4}}', "zero_optimization.stage = 4: should be one of 0, 1, 2, 3"),
         ('{"zero_optimization": {"stage": 1, "stage": 2}}', "stage is given twice; remove one of them"),

@@ -16,6 +16,7 @@ from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
 from karat_scale.data.plan import TrainPlan
 from karat_scale.replay.inspect import not_finite, watched
 from karat_scale.run.incidents import KEPT_CHECKPOINTS, LEAST, MOST, Incidents, Spikes
+from karat_scale.trust import VARIABLE
 from tests.conftest import SMALL, events, karat, karat_here
 
 QUICK = ("schedule.warmup_epochs=0", "data.workers=0", "train.ema_decay=0", "log.every_steps=1")
@@ -48,14 +49,21 @@ def noted(run: Path) -> list[dict[str, object]]:
     return [json.loads(path.read_text()) for path in sorted((run / "incidents").glob("*.json"))]
 
 
-def test_a_branch_is_replayed_from_its_trunk(train: Train, tmp_path: Path) -> None:
+def test_a_branch_is_replayed_from_its_trunk_if_that_is_trusted(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     trunk, _ = train("train.max_steps=4", "optim.lr=0.01")
     branch, code = train(f"resume.from={trunk}", "checkpoint.every_minutes=null", "train.max_steps=6")
     assert code == 0
     for path in (branch / "checkpoints").glob("step-*"):  # as before its first own checkpoint
         shutil.rmtree(path)
     found = tmp_path / "found.json"
-    assert karat_here("replay", str(branch), "6", "--out", str(tmp_path / "x.png"), "--json", str(found)) == 0
+    arguments = ("replay", str(branch), "6", "--out", str(tmp_path / "x.png"), "--json", str(found))
+    assert karat_here(*arguments) == 2
+    refused = f"{branch}/recipe.yaml: resume.from = {trunk} is outside the run, and no checkpoint before step 6 is left"
+    assert refused in capsys.readouterr().err
+    monkeypatch.setenv(VARIABLE, "1")
+    assert karat_here(*arguments) == 0
     loss = next(event["loss"] for event in events(branch, "train") if event["step"] == 6)
     assert json.loads(found.read_text())["loss"] == pytest.approx(loss, rel=1e-6)
 

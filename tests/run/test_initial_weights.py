@@ -229,7 +229,7 @@ def test_a_lie_beside_weights_is_one_line_before_training(
     lie = tmp_path / "lie.safetensors"
     save_file(load_file(exported), lie, {**read_metadata(exported), key: text})
     for source in ("init_from", "distill.from"):
-        run = tmp_path / "run"
+        run = tmp_path / source  # this process holds the one before
         quick = (*SMALL, "train.max_steps=1", "schedule.warmup_epochs=0", f"run.dir={run}", f"{source}={lie}")
         assert karat_here("train", str(exported.with_name("base.yaml")), *quick) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
@@ -242,6 +242,6 @@ def test_a_lie_beside_weights_is_one_line_before_training(
 def test_a_teacher_of_timm_has_a_name_of_timm(exported: Path, tmp_path: Path) -> None:
     about = {**read_metadata(exported), "timm": json.dumps({"name": f"local-dir:{tmp_path}", "num_classes": 4})}
     save_file(load_file(exported), tmp_path / "distill.safetensors", about)
-    recipe = load_recipe(exported.with_name("base.yaml"), [*SMALL])
+    recipe = load_recipe(exported.with_name("base.yaml"), [*SMALL, "schedule.warmup_epochs=0"])
     with pytest.raises(UserError, match="timm has no local-dir:"):
         read_distillation_teacher(recipe, ("a", "b", "c", "d"), tmp_path)

@@ -1,12 +1,15 @@
 import multiprocessing
+import os
 import time
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
 
-from karat_scale.errors import RunDirectoryError
+from karat_scale.errors import RecipeError, RunDirectoryError
+from karat_scale.recipe.loading import dump_recipe
 from karat_scale.run.run_directory import RunDirectory, refuse_another_model
+from tests.conftest import karat_here
 
 
 def test_a_new_directory_is_claimed_and_begun(small_recipe, tmp_path: Path) -> None:
@@ -16,7 +19,7 @@ def test_a_new_directory_is_claimed_and_begun(small_recipe, tmp_path: Path) -> N
     assert directory.summary() is None
     assert directory.classes() == ()
     directory.begin(recipe, ("cat", "dog"))
-    assert directory.recipe() == recipe
+    assert dump_recipe(directory.recipe()) == dump_recipe(recipe)
     assert directory.classes() == ("cat", "dog")
     directory.write_summary({"exit": 0})
     assert directory.summary() == {"exit": 0}
@@ -181,3 +184,19 @@ def test_many_differing_keys_are_counted(small_recipe, tmp_path: Path) -> None:
     changes.append("augment.color_jitter=0.1")
     with pytest.raises(RunDirectoryError, match="and 1 more"):
         directory.open(small_recipe(*changes, "optim.lr=1"))
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "classes.json", "metrics.jsonl", ".lock"])
+def test_a_pipe_in_a_run_keeps_nobody_waiting(name: str, recipe_file: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / name)
+    is_replaced = name in ("recipe.yaml", "classes.json")
+    assert karat_here("train", str(recipe_file), "train.max_steps=1", "data.workers=0") == (0 if is_replaced else 2)
+    assert ("not a regular file" in capsys.readouterr().err) != is_replaced
+    assert (tmp_path / "run" / name).is_file() == is_replaced
+
+
+def test_the_recipe_of_a_run_extends_nothing(recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"extends: {recipe_file}\n")
+    with pytest.raises(RecipeError, match=r"recipe.yaml: extends: the recipe of a run is whole"):
+        RunDirectory(tmp_path).recipe()

@@ -222,7 +222,7 @@ def test_replay_takes_a_step_again_if_its_commands_are_trusted(
     monkeypatch.delenv("KARAT_TRUST", raising=False)
     arguments = ("replay", str(run), "8", "--out", str(tmp_path / "x.png"), "--json", str(figures))
     assert karat_here(*arguments) == 2
-    assert "runs commands; if you trust it, add --trust" in capsys.readouterr().err
+    assert "runs a command or sends a variable's value; if you trust it, add --trust" in capsys.readouterr().err
     monkeypatch.setenv("KARAT_TRUST", "1")
     assert karat_here(*arguments) == 0
     found = json.loads(figures.read_text())

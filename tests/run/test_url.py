@@ -83,6 +83,21 @@ def test_what_cannot_be_fetched_is_one_line(url: str, tmp_path: Path, capsys: py
         assert not (tmp_path / "run").exists()
 
 
+def test_a_damaged_recipe_at_a_url_is_named_by_its_place(
+    recipe_file: Path, s3: Callable[[Path], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    owner = {"run": "id", "name": recipe_file.stem, "start": "s", "host": "h", "time": 0.0}
+    (there / "owner.json").write_text(json.dumps(owner))
+    (there / "recipe.yaml").write_text("model: {depth: deep}\n")
+    url = s3(there)
+    assert karat_here("train", str(recipe_file), f"checkpoint.url={url}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: checkpoint.url = {url}: recipe.yaml: model.depth = 'deep'")
+    assert line.endswith("put it right, or use another checkpoint.url")
+
+
 def test_ranks_beat_while_a_store_moves() -> None:
     class Slow:
         moved, left = 0, 5

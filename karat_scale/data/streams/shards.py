@@ -5,15 +5,19 @@ import re
 from functools import lru_cache
 from urllib.parse import urlparse
 
-from webdataset.gopen import gopen_schemes
+from webdataset.gopen import gopen_schemes, rewrite_url
 from webdataset.shardlists import expand_urls
 
 from karat_scale.console import plural
 from karat_scale.data.order import epoch_order
 from karat_scale.errors import DataError
 from karat_scale.recipe import DataConfig
+from karat_scale.recipe.streams import check_tars
+from karat_scale.trust import refuse_untrusted
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
+# What the library opens as a file, and what curl only reads. Other schemes run commands.
+_FILES, _READ_ONLY = ("", "file"), ("http", "https")
 
 
 class StreamShards:
@@ -27,7 +31,8 @@ class StreamShards:
         names: the same for messages, without the values of `${NAME}`, which may be secret.
 
     Raises:
-        DataError: the library cannot read `data.stream`.
+        DataError: the library cannot read `data.stream`, or it has a credential.
+        UntrustedError: it is of a run that may be somebody else's, and what is opened may do more than read.
     """
 
     def __init__(self, data: DataConfig, seed: int) -> None:
@@ -35,7 +40,10 @@ class StreamShards:
         self.urls = _expanded(data.stream)
         self.names = [_without_values(url, _variables(data.stream)) for url in self.urls]
         for url, name in zip(self.urls, self.names, strict=True):
-            _check_can_be_opened(url, name)
+            scheme = _check_can_be_opened(url, name)
+            # A URL with the value of a variable would tell it to the server.
+            if data.found_in and scheme not in _FILES and not (scheme in _READ_ONLY and url == name):
+                refuse_untrusted(f"{data.found_in}: data.stream = {name} runs a command or sends a variable's value")
         self._order = lru_cache(maxsize=2)(self._order_of)
 
     def __len__(self) -> int:
@@ -92,14 +100,21 @@ def _without_values(url: str, variables: list[str]) -> str:
     return url
 
 
-def _check_can_be_opened(url: str, name: str) -> None:
+def _check_can_be_opened(url: str, name: str) -> str:
+    """Return the scheme of what the library opens; empty for a file. Raises DataError."""
     try:
-        scheme = urlparse(url).scheme
+        check_tars(name)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    try:
+        opened = rewrite_url(url)  # as GOPEN_REWRITE of the environment says
+        scheme: str = urlparse(opened).scheme
     except ValueError as error:
         raise DataError(f"data.stream: {name} is no URL: {error}") from None
-    if url == "-":
+    if opened == "-":
         raise DataError("data.stream: - is the standard input, which data workers cannot share; use a pipe: or a file")
-    if scheme not in ("", "file", *gopen_schemes):
+    if scheme not in (*_FILES, *gopen_schemes):
         raise DataError(
             f"data.stream: {name}: the webdataset library opens no {scheme}:; use pipe: and the command that prints it"
         )
+    return scheme

@@ -9,6 +9,7 @@ from karat_scale.data.plan import LanePlace
 from karat_scale.data.streams.samples import StreamSample, StreamSource
 from karat_scale.data.streams.shards import StreamShards
 from karat_scale.errors import DataError
+from karat_scale.trust import UntrustedError
 from tests.data.tars import image, sample, write_tar
 
 CLASSES = ("ant", "bee", "cat")
@@ -162,3 +163,19 @@ def test_a_tar_without_samples_ends_the_run(source, tmp_path: Path) -> None:
 def test_a_tar_that_became_shorter_is_noticed(source) -> None:
     with pytest.raises(DataError, match=r"tar has \d samples, and the run has used 50"):
         lane(source(), 1, LanePlace(0, 50))
+
+
+@pytest.mark.parametrize("spelled", ["https:/{/me:s3cr@host,}/a.tar", "pipe:get --to{ken,x} s3cr"])
+def test_a_credential_is_found_in_what_is_opened(spelled: str, stream_config) -> None:
+    with pytest.raises(DataError, match="has a user, a query or a secret in it") as caught:
+        StreamShards(stream_config(spelled), 5)
+    assert "s3cr" not in str(caught.value)
+
+
+def test_what_the_environment_rewrites_is_what_is_checked(stream_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOPEN_REWRITE", "s3:=pipe:cat ")
+    monkeypatch.delenv("KARAT_TRUST", raising=False)
+    data = stream_config("s3:a.tar")
+    assert StreamShards(data, 5).urls == ["s3:a.tar"]
+    with pytest.raises(UntrustedError, match=r"RUN/recipe.yaml: data.stream = s3:a.tar runs a command"):
+        StreamShards(data.of("RUN/recipe.yaml"), 5)

@@ -5,7 +5,6 @@ import os
 import shutil
 import tarfile
 import threading
-from pathlib import Path
 
 import pytest
 from sources import imagefolder
@@ -153,7 +152,7 @@ def test_an_error_of_the_file_system_leaves_no_image_out(ants, tmp_path, monkeyp
             tar.add(ants, ".")
     options = ("--workers", "1", "--shard-samples", "2")
     make_shards(source, tmp_path / "whole", *options)
-    pread, read_bytes, done = os.pread, Path.read_bytes, []
+    pread, read_image, done = os.pread, imagefolder.read_image, []
 
     def fails_at_the_last(read, *arguments):
         done.append(packed or arguments[0].suffix == ".jpg")
@@ -165,7 +164,7 @@ def test_an_error_of_the_file_system_leaves_no_image_out(ants, tmp_path, monkeyp
         if packed:
             patched.setattr(os, "pread", lambda *arguments: fails_at_the_last(pread, *arguments))
         else:
-            patched.setattr(Path, "read_bytes", lambda path: fails_at_the_last(read_bytes, path))
+            patched.setattr(imagefolder, "read_image", lambda path: fails_at_the_last(read_image, path))
         with pytest.raises(
             DataError, match=rf"src.* cannot be read: {os.strerror(number)}; .*run the same command again"
         ):

@@ -1,0 +1,285 @@
+"""No command that reads a run, a checkpoint, weights or data of somebody else does what these say, without --trust."""
+
+import io
+import itertools
+import json
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from karat_scale.cli import build_parser
+from karat_scale.recipe.loading import load_recipe
+from karat_scale.trust import VARIABLE
+from tests.conftest import SMALL, karat_here, made_once
+from tests.data.tars import write_stream
+from tests.faults.conftest import Share
+from tests.faults.foreign import DATA, MODULE, Effects, as_value, hostile_values, text_keys, watched
+
+STEPS = 3
+QUICK = ("schedule.warmup_epochs=0", "data.workers=0", "checkpoint.every_steps=1", "checkpoint.keep_last=9")
+PLAIN = ("data.backend=synthetic", "data.synthetic_samples=16", "data.workers=0", "schedule.warmup_epochs=0")
+
+
+def demo(run: Path, here: Path) -> int:
+    """What `karat demo` does before it waits for pictures."""
+    from karat_scale.errors import UserError
+    from karat_scale.predict.classifier import open_classifier
+
+    try:
+        open_classifier(str(run), "best", "auto")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def begins_with(key: str, *more: str) -> Callable[[Path, Path], list[str]]:
+    return lambda run, here: ["train", *_plain(here, f"{key}={run}"), *more]
+
+
+def _plain(here: Path, *overrides: str) -> list[str]:
+    return [str(here / "plain.yaml"), *SMALL, *PLAIN, f"run.dir={here / 'own'}", "train.max_steps=1", *overrides]
+
+
+# What each command is given, by the run and an empty directory with a recipe of the user's.
+LOOKS: dict[str, Callable[[Path, Path], list[str]] | Callable[[Path, Path], int]] = {
+    "eval": lambda run, here: ["eval", str(run)],
+    "eval on": lambda run, here: ["eval", str(run), "--on", str(here / "images" / "val"), "--name", "other"],
+    "export": lambda run, here: ["export", str(run), "--weights", "raw"],
+    "export folder": lambda run, here: ["export", str(run), "--format", "timm", "--weights", "raw"],
+    "analyze": lambda run, here: ["analyze", str(run), "--only", "maps", "training", "--images", "2"],
+    "predict": lambda run, here: ["predict", str(run), str(next((here / "images" / "val").rglob("*.jpg")))],
+    "demo": demo,
+    "replay": lambda run, here: ["replay", str(run), "3", "--out", str(here / "x.png")],
+    "replay from the start": lambda run, here: ["replay", str(run), "1", "--out", str(here / "x.png")],
+    "compare": lambda run, here: ["compare", str(run), str(run), "--out", str(here / "compared")],
+    "status": lambda run, here: ["status", str(run), "--once"],
+    "track": lambda run, here: ["track", str(run)],
+    "sweep": lambda run, here: ["sweep", *_plain(here), "run.seed=0,1", "--out", str(run.parent), "--print"],
+    "plan": lambda run, here: ["plan", *_plain(here, f"run.dir={run}"), "--ranks", "1"],
+    "plan with its teacher": lambda run, here: ["plan", *_plain(here, f"distill.from={run}"), "--ranks", "1"],
+    "init_from": begins_with("init_from"),
+    "init_from a checkpoint": lambda run, here: begins_with("init_from")(run / "checkpoints" / "best", here),
+    "distill.from": begins_with("distill.from"),
+    "transfer_from": begins_with("attention.transfer_from", "attention.kind=softmax"),
+    "resume.from": begins_with("resume.from"),
+    "train in its directory": begins_with("run.dir"),
+}
+# They read nothing of a run that somebody else wrote, or, such as `doctor`, the recipe on the command line.
+OTHERS = {"prepare", "index", "show", "data", "doctor", "submit", "recipes", "explain", "detect", "launch", "fetch"}
+OTHERS |= {"bench", "ledger", "completion"}
+
+
+def test_each_command_is_here_or_reads_no_run() -> None:
+    (commands,) = (action.choices for action in build_parser()._actions if isinstance(action.choices, dict))
+    tried = {name.partition(" ")[0] for name in LOOKS} | {"train"}
+    assert set(commands) - OTHERS <= tried, set(commands) - OTHERS - tried
+
+
+class Attack:
+    """A run whose recipe is made hostile, the folder `outside` that nothing may touch, and the user's directory."""
+
+    def __init__(self, root: Path, trained: Path, shards: Path) -> None:
+        self.outside, self.here, self.runs = root / "outside", root / "here", root / "runs"
+        self.recipe = load_recipe(trained / "recipe.yaml")
+        for folder in (self.outside, self.here, self.runs):
+            folder.mkdir()
+        shutil.copytree(trained, self.outside / "run")
+        self.trained = trained
+        tar = next(iter(sorted(shards.glob("*.tar"))))
+        shutil.copy(tar, self.outside / "secret.tar")
+        (self.outside / "secret.yaml").write_text("model: {depth: 1}\n")
+        (self.outside / "secret.json").write_text("{}")
+        weights = next(iter(sorted((trained / "snapshots").glob("*.safetensors"))), None)
+        for name in ("secret.safetensors", "secret.pth"):
+            shutil.copy(weights or tar, self.outside / name)
+        (self.outside / f"{MODULE}.py").write_text(f"open({str(self.outside / 'pwned')!r}, 'w')\nclass Foreign: pass\n")
+        (self.here / "plain.yaml").write_text("data: {path: x}\nattention: {kind: karat}\n")
+
+    def run(self, name: str, change: Callable[[Path], object]) -> tuple[int, Effects, str]:
+        """The exit code of a command on a run that `change` made hostile, its effects and its errors."""
+        for folder in (self.runs, self.here / "own"):
+            shutil.rmtree(folder, ignore_errors=True)
+        run = self.runs / "run"
+        shutil.copytree(self.trained, run, symlinks=True)
+        change(run)
+        errors = io.StringIO()
+        with watched(self.outside) as effects, redirect_stderr(errors), redirect_stdout(io.StringIO()):
+            call = LOOKS[name](run, self.here) if name != "demo" else demo(run, self.here)
+            code = karat_here(*call) if isinstance(call, list) else call
+        return code, effects, errors.getvalue()
+
+
+@pytest.fixture(scope="module")
+def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps on a stream of tars, with a checkpoint of each."""
+
+    def train(root: Path) -> None:
+        tars = write_stream(root / "tars", (9, 11), classes=4)
+        data = {"path": str(shards), "order": "stream", "stream": f"{tars}/{{0..1}}.tar", "stream_samples": 64}
+        (root / "theirs.yaml").write_text(json.dumps({"data": data, "attention": {"kind": "karat"}}))
+        run = [f"run.dir={root / 'run'}", f"train.max_steps={STEPS}"]
+        assert karat_here("train", str(root / "theirs.yaml"), *SMALL, *QUICK, *run) == 0
+
+    return made_once(tmp_path_factory, "foreign-run", train) / "run"
+
+
+@pytest.fixture
+def attack(trained: Path, shards: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Attack:
+    made = Attack(tmp_path, trained, shards)
+    (made.here / "images").symlink_to(image_folder)
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.chdir(made.here)
+    monkeypatch.syspath_prepend(str(made.outside))
+    monkeypatch.setenv("HOME", str(made.outside))
+    command = f"pipe:touch {made.outside}/pwned"
+    for variable, value in {
+        "PIPE": "pipe",
+        "ALL": command,
+        "DEEP": "${ALL}",
+        "MODULE": MODULE,
+        "SECRET": "s3cret",
+    }.items():
+        monkeypatch.setenv(f"WDS_{variable}", value)
+    return made
+
+
+def with_recipe(attack: Attack, values: dict[str, str]) -> Callable[[Path], object]:
+    """Write hostile values into the recipe of a run, whatever the schema says."""
+
+    def change(run: Path) -> None:
+        tree = yaml.safe_load((run / "recipe.yaml").read_text())
+        for key, text in values.items():
+            *sections, leaf = key.split(".")
+            section: Any = tree
+            for name in sections:
+                section = section[name]
+            section[leaf] = as_value(attack.recipe, key, text)
+        (run / "recipe.yaml").write_text(yaml.safe_dump(tree))
+
+    return change
+
+
+def tried(attack: Attack, name: str, values: dict[str, str]) -> str:
+    """What is wrong with how a command took a hostile recipe."""
+    code, effects, errors = attack.run(name, with_recipe(attack, values))
+    may_read = any(key in DATA for key in values)
+    found = effects.found(may_read)
+    if code not in (0, 2):
+        found.append(f"exit code {code}: {errors[-300:]}")
+    return "; ".join(found)
+
+
+def product(attack: Attack) -> list[dict[str, str]]:
+    """Each key with each value."""
+    values = hostile_values(attack.outside)
+    return [{key: value} for key, value in itertools.product(text_keys(attack.recipe), values)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOOKS)
+def test_no_recipe_of_a_run_starts_imports_or_opens_anything(
+    name: str, attack: Attack, share: Share, record: Callable[[dict[str, Any]], None]
+) -> None:
+    everything = product(attack)
+    chosen = random.Random(f"{share.seed} {name}").sample(everything, share.of(12, len(everything)))
+    problems = {str(values): problem for values in chosen if (problem := tried(attack, name, values))}
+    record({"tried": len(chosen), "problems": problems})
+    assert not problems, problems
+
+
+@pytest.mark.parametrize("name", ["replay", "export", "track", "resume.from"])
+def test_a_few_recipes_start_import_and_open_nothing(name: str, attack: Attack, share: Share) -> None:
+    chosen = random.Random(f"few {share.seed} {name}").sample(product(attack), 3)
+    assert not {str(values): problem for values in chosen if (problem := tried(attack, name, values))}
+
+
+def test_no_spelling_of_a_stream_starts_a_command(attack: Attack) -> None:
+    values = [value for value in hostile_values(attack.outside) if "secret" not in value and "/run" not in value]
+    assert len(values) > 30
+    problems = {value: tried(attack, "replay", {"data.stream": value}) for value in values}
+    assert not {value: problem for value, problem in problems.items() if problem}
+
+
+@pytest.mark.parametrize("key", ["data.stream", "attention.basis", "init_from", "deepspeed.config"])
+def test_what_is_trusted_is_noticed_here(key: str, attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without this, a detector that sees nothing would find nothing."""
+    monkeypatch.setenv(VARIABLE, "1")
+    text, name, seen = {
+        "data.stream": (f"{{p,p}}ipe:touch {attack.outside}/pwned", "replay", "started"),
+        "attention.basis": (f"{MODULE}:Foreign", "export", "opened"),
+        "init_from": (f"{attack.outside}/secret.safetensors", "replay from the start", "opened"),
+        "deepspeed.config": (f"{attack.outside}/secret.json", "replay", "opened"),
+    }[key]
+    sys.modules.pop(MODULE, None)
+    code, effects, errors = attack.run(name, with_recipe(attack, {key: text}))
+    assert any(found.startswith(seen) for found in effects.found()), (code, errors)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in LOOKS if name != "train in its directory"])
+def test_nothing_is_written_where_a_link_in_a_run_leads(name: str, attack: Attack) -> None:
+    # What a command of an earlier version may have left there.
+    left = ("evaluations/other.json", "predictions.npz", "trackers/tensorboard.json", "analysis/report.html")
+
+    def change(run: Path) -> None:
+        for file in left:
+            (run / file).parent.mkdir(exist_ok=True)
+            (run / file).write_bytes(b"mine")
+        for path in [path for path in sorted(run.rglob("*")) if path.is_file()]:
+            target = attack.outside / "linked" / path.relative_to(run)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+            path.symlink_to(target)
+        before.update(contents(attack.outside))
+
+    before: dict[str, bytes] = {}
+    (attack.outside / "linked").mkdir()
+    attack.run(name, change)
+    assert contents(attack.outside) == before
+
+
+@pytest.mark.parametrize("name", ["eval on", "analyze", "track"])
+def test_nothing_is_written_where_a_linked_folder_of_a_run_leads(name: str, attack: Attack) -> None:
+    def change(run: Path) -> None:
+        for folder in ("evaluations", "trackers", "tensorboard", "analysis", "predictions.npz"):
+            (run / folder).symlink_to(attack.outside)
+
+    values = with_recipe(attack, {"log.trackers": "tensorboard"})
+    code, effects, errors = attack.run(name, lambda run: (values(run), change(run)))
+    assert not effects.found()
+    assert code in (1, 2), errors
+
+
+@pytest.mark.parametrize("field", ["shard", "index", "split"])
+@pytest.mark.parametrize("spelled", ["{outside}/secret", "../../outside/secret", "file://{outside}/secret", "~/secret"])
+def test_a_data_set_reads_nothing_outside_itself(
+    field: str, spelled: str, attack: Attack, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = attack.here / "data"
+    shutil.copytree(shards, data)
+    record = json.loads((data / "dataset.json").read_text())
+    name = spelled.format(outside=attack.outside)
+    split = record["splits"]["val"]
+    if field == "split":
+        record["splits"] = {name: split}
+    elif field == "index":
+        split["shards"][0]["index"]["name"] = f"{name}.tar"
+    else:
+        split["shards"][0]["name"] = f"{name}.tar"
+    (data / "dataset.json").write_text(json.dumps(record))
+    with watched(attack.outside) as effects, redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+        code = karat_here("data", str(data), "--out", str(attack.here / "page.html"))
+    assert not effects.found()
+    assert code in (0, 2)
