@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from karat_scale.arguments import OneLineParser
 from karat_scale.bench.commands import add_data_options, data_plan
-from karat_scale.bench.data import SIZE, Contender, Contenders, bench_data, decode_by_torchvision
+from karat_scale.bench.data import SIZE, Contender, Contenders, bench_data, decode_whole
 from karat_scale.data.formats.beton import beton_path, read_record
 from karat_scale.errors import run_script
 from karat_scale.recipe import AugmentConfig
@@ -59,7 +59,7 @@ def image_folder(ours: Contenders) -> Contender:
 
 
 def torchvision_uint8(ours: Contenders) -> Contender:
-    """Return passes by torchvision's decoder and its uint8 transforms."""
+    """Return passes by the decoder of torchcodec or torchvision, and torchvision's uint8 transforms."""
     return _loads(_Decoded(ours.images.encoded, v2.Compose(_crop_and_flip(ours.augment))), ours)
 
 
@@ -71,7 +71,7 @@ class _Decoded(Dataset[torch.Tensor]):
         return len(self._encoded)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self._transform(decode_by_torchvision(self._encoded[index]))
+        return self._transform(decode_whole(self._encoded[index]))
 
 
 def _crop_and_flip(augment: AugmentConfig) -> list[v2.Transform]:

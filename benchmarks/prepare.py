@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torchvision
 from PIL import Image
-from torchvision.io import encode_jpeg
 
 from karat_scale.arguments import OneLineParser, count, new_file
-from karat_scale.bench.data import Contender, decode_by_torchvision, decode_whole_by_simplejpeg, each_of
+from karat_scale.bench.data import Contender, decode_whole, decode_whole_by_simplejpeg, each_of
 from karat_scale.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
 from karat_scale.bench.sample_images import CLASSES, prepare_images
 from karat_scale.console import print_table, write_json
@@ -88,9 +88,11 @@ def measure(plan: PreparePlan) -> dict[str, Any]:
             return lambda: _make(make_webdataset, source, *options)
 
         resize = ("--resize", str(plan.resize), "--quality", str(plan.quality), "--encoder", plan.encoder)
-        bases = {"decode + encode, torchvision": recode_by_torchvision(images.encoded, results, plan.quality)}
-        if simple := recode_by_simplejpeg(images.encoded, results, plan.quality):
-            bases["decode + encode, simplejpeg"] = simple
+        recodings = {"torchvision": recode_by_torchvision, "simplejpeg": recode_by_simplejpeg}
+        made_bases = {name: recode(images.encoded, results, plan.quality) for name, recode in recodings.items()}
+        bases = {f"decode + encode, {name}": base for name, base in made_bases.items() if base}
+        if not bases:
+            raise UserError("nothing to compare with: this torchvision encodes no JPEGs; pip install simplejpeg")
         contenders = {
             **bases,
             OURS: made(*resize),
@@ -136,9 +138,11 @@ def recode_by_simplejpeg(encoded: tuple[bytes, ...], results: list[Pixels], qual
     return run
 
 
-def recode_by_torchvision(encoded: tuple[bytes, ...], results: list[Pixels], quality: int) -> Contender:
-    """Decode and encode like recode_by_simplejpeg."""
-    decode = each_of(encoded, decode_by_torchvision)
+def recode_by_torchvision(encoded: tuple[bytes, ...], results: list[Pixels], quality: int) -> Contender | None:
+    """Decode and encode like recode_by_simplejpeg; None if this torchvision does not encode."""
+    decode, encode_jpeg = each_of(encoded, decode_whole), getattr(torchvision.io, "encode_jpeg", None)
+    if encode_jpeg is None:
+        return None
 
     def run() -> None:
         decode()

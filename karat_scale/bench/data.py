@@ -9,23 +9,25 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from karat_scale import tables
 from karat_scale.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
 from karat_scale.bench.sample_images import CLASSES, SampleImages, prepare_images
 from karat_scale.console import print_table, write_json
 from karat_scale.data.backends import ImageSpec, open_backend
+from karat_scale.data.decode import decode_rgb
+from karat_scale.data.decoders.torchvision import JpegDecoder, find_jpeg_decoder
 from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.plan import TrainPlan
-from karat_scale.errors import UserError
+from karat_scale.errors import RecipeError, UserError
 from karat_scale.machine import usable_cores
 from karat_scale.recipe import AugmentConfig, DataConfig
 
@@ -140,10 +142,20 @@ def each_of(encoded: tuple[bytes, ...], decode: Callable[[bytes], object]) -> Co
     return run
 
 
-def decode_by_torchvision(data: bytes) -> torch.Tensor:
-    """Return the image, uint8 [3, H, W]."""
-    pixels: torch.Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    return pixels
+@cache
+def torchs_decoder() -> JpegDecoder | None:
+    """Return torchcodec's or torchvision's decoder; None if neither is there."""
+    try:
+        return find_jpeg_decoder(torch.device("cpu"))
+    except RecipeError:
+        return None
+
+
+def decode_whole(data: bytes) -> torch.Tensor:
+    """Return the image, uint8 [3, H, W], by `torchs_decoder`, or else by Pillow."""
+    if decoder := torchs_decoder():
+        return decoder([bytearray(data)])[0]
+    return torch.from_numpy(np.array(decode_rgb(data))).permute(2, 0, 1)
 
 
 def lacking_library(backend: str) -> str:
@@ -171,7 +183,8 @@ class Contenders:
             found["whole decode, simplejpeg"] = simple
         else:
             self.missing["whole decode, simplejpeg"] = "pip install simplejpeg"
-        found["whole decode, torchvision"] = each_of(encoded, decode_by_torchvision)
+        decoder = torchs_decoder()
+        found[f"whole decode, {decoder.library if decoder else 'Pillow'}"] = each_of(encoded, decode_whole)
         found["reading bytes alone"] = self._read_bytes
         return found
 

@@ -8,6 +8,9 @@ START_OF_IMAGE = b"\xff\xd8"
 FRAMES = (0xC0, 0xC1, 0xC2)
 # Arithmetic, lossless and hierarchical frames, and the start of a scan before any frame.
 NOT_ORDINARY = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xDA)
+START_OF_SCAN, FILL = 0xDA, 0xFF
+# The segment of EXIF and XMP, and one that means nothing to a decoder.
+APP1, APP15 = 0xE1, 0xEF
 LENGTH_BYTES, MARKER_BYTES, FRAME_BYTES = 2, 4, 6
 
 
@@ -39,3 +42,22 @@ def read_frame(data: bytes) -> Frame | None:
             return Frame(width, height, components) if bits == 8 and width and height else None
         at += MARKER_BYTES - LENGTH_BYTES + length
     return None
+
+
+def hide_exif(data: bytearray) -> bool:
+    """Rename the segments that hold EXIF, so that no decoder turns the image; its pixels stay what they are.
+
+    Returns False if junk before the pixels leaves it open where the segments are.
+    """
+    at = len(START_OF_IMAGE)
+    while at + MARKER_BYTES <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == START_OF_SCAN:
+            return True
+        if marker == FILL:
+            at += 1
+            continue
+        if marker == APP1:
+            data[at + 1] = APP15
+        at += MARKER_BYTES - LENGTH_BYTES + int.from_bytes(data[at + 2 : at + MARKER_BYTES], "big")
+    return False

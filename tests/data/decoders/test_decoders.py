@@ -2,17 +2,21 @@
 
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from karat_scale.data.decode import UndecodableImageError
-from karat_scale.data.decoders import make_decoder
+from karat_scale.data.decoders import make_decoder, torchvision
+from karat_scale.data.decoders.jpeg_header import hide_exif
 from karat_scale.data.view import View, centre_view, crop_view
+from karat_scale.errors import RecipeError
 from karat_scale.recipe import DataConfig
 
 FAST = ["native", "torchvision"]
@@ -170,3 +174,59 @@ def test_the_recipe_names_the_decoder(decoder_of, name):
 
 def test_auto_takes_the_fastest(native_runs):
     assert make_decoder(DataConfig(path="-"), "bilinear").name == "native"
+
+
+@pytest.fixture(params=[*torchvision.LIBRARIES, "neither"])
+def library(request, monkeypatch):
+    """The library that the decoder `torchvision` finds."""
+    found = {name: module for name, module in torchvision.LIBRARIES.items() if name == request.param}
+    monkeypatch.setattr(torchvision, "LIBRARIES", found)
+    if found:
+        try:
+            torchvision.find_jpeg_decoder(torch.device("cpu"))
+        except RecipeError as error:
+            pytest.skip(str(error))
+
+
+def with_orientation(encode_jpeg, number):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    return encode_jpeg(50, 40, exif=exif.tobytes())
+
+
+def test_the_pixels_of_whole_decodes_do_not_depend_on_the_library(library, encode_jpeg, odd_images, decoder_of):
+    plain = [encode_jpeg(61, 47, mode=mode, progressive=way) for mode in ("RGB", "L") for way in (False, True)]
+    unscaled, view = (View((0, 0, 40, 30), (0, 0, 40, 30), size) for size in ((40, 30), (24, 18)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decoder, pillow = decoder_of("torchvision"), decoder_of("pillow")
+        for data in (*plain, *(with_orientation(encode_jpeg, number) for number in range(9))):
+            assert np.array_equal(decoder.read(data, lambda *_: unscaled), pillow.read(data, lambda *_: unscaled))
+            assert difference(decoder.read(data, lambda *_: view), pillow.read(data, lambda *_: view)).max() <= 24
+    for file, data in odd_images:
+        ours, reference = outcome(decoder, data), outcome(pillow, data)
+        assert isinstance(ours, str) == isinstance(reference, str), file
+        assert ours == reference if isinstance(reference, str) else difference(ours, reference).mean() <= 1, file
+
+
+def test_exif_is_hidden_and_pixels_stay(encode_jpeg):
+    data = with_orientation(encode_jpeg, 6)
+    copy = bytearray(data)
+    assert hide_exif(copy)
+    with Image.open(io.BytesIO(data)) as before, Image.open(io.BytesIO(copy)) as after:
+        assert before.getexif()[0x0112] == 6
+        assert not after.getexif()
+        assert np.array_equal(before, after)
+    copy = bytearray(data[:2] + b"\xff\xff" + data[2:])
+    assert hide_exif(copy)
+    assert b"\xff\xe1" not in copy
+    frame = data.index(b"\xff\xc0")
+    assert not hide_exif(bytearray(data[:frame] + b"junk" + data[frame:]))
+    assert not hide_exif(bytearray(data[:frame]))
+
+
+def test_without_a_library_the_reason_says_what_to_install(monkeypatch):
+    monkeypatch.delattr("torchvision.io.decode_jpeg")
+    monkeypatch.setattr(torchvision, "LIBRARIES", {"nothing": "no_such_library", "torchvision": "torchvision.io"})
+    with pytest.raises(RecipeError, match=r"nothing: No module .*; torchvision: .*decode_jpeg.*pip install"):
+        torchvision.find_jpeg_decoder(torch.device("cpu"))
