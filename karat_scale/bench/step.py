@@ -147,7 +147,8 @@ def _bare_loop(recipe: Recipe, steps: int, device: torch.device) -> Callable[[],
         nonlocal done
         for number in range(steps):
             batch = batches[number % len(batches)]
-            images, targets = mixer.mix(normalize(batch.images), batch.labels, batch.epoch, batch.batch)
+            mix = mixer.params(batch.epoch, batch.batch, *batch.images.shape[-2:])
+            images, targets = normalize(batch.images, mix), mixer.targets(batch.labels, mix)
             for group in optimizer.param_groups:
                 group["lr"] = schedule.lr(done)
             loss = criterion(model(images), targets)

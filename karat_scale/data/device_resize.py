@@ -1,15 +1,36 @@
 """Resize a part of an image on its device, as Pillow does: antialiased, with a box whose ends may lie within pixels."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from karat_scale.data.augmentation import device_fused
 from karat_scale.data.view import View
 
 # How far each filter reaches, in pixels of the larger image.
 _REACH = {"bilinear": 1.0, "bicubic": 2.0}
+
+
+def resize_views(
+    images: Sequence[Tensor], views: Sequence[View], flips: Sequence[bool], size: int, interpolation: str
+) -> Tensor:
+    """Return the views of whole images, uint8 [3, h, w] each, mirrored where `flips` says so: uint8 [b, 3, size, size].
+
+    Where Triton runs, one kernel does it all. Elsewhere each image is resized by itself, and a level may be rounded in
+    another way.
+    """
+    device = images[0].device
+    if device_fused.can_run(device):
+        return device_fused.resized_views(images, views, flips, size, interpolation == "bicubic")
+    result = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=device)
+    for number, (pixels, view, flip) in enumerate(zip(images, views, flips, strict=True)):
+        left, top, right, bottom = view.region
+        resized = resize_on_device(pixels[:, top:bottom, left:right], view, interpolation)
+        result[number] = resized.flip(-1) if flip else resized
+    return result
 
 
 def resize_on_device(region: Tensor, view: View, interpolation: str) -> Tensor:

@@ -18,7 +18,7 @@ from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.batch import Batch
 from karat_scale.engine.devices import wait_for
 from karat_scale.engine.distributed import World
-from karat_scale.engine.precision import PRECISIONS
+from karat_scale.engine.precision import PRECISIONS, cast_images, pixel_dtype
 from karat_scale.models import parameter_count
 from karat_scale.recipe import Recipe
 from karat_scale.run.parts import Parts
@@ -72,14 +72,15 @@ class Preparation:
 
     def __init__(self, recipe: Recipe, world: World) -> None:
         self._augment = DeviceAugment(recipe.augment, recipe.model.image_size)
-        self._normalize = Normalize(recipe.augment.mean, recipe.augment.std)
+        self._normalize = Normalize(recipe.augment.mean, recipe.augment.std, pixel_dtype(recipe.train, world.device))
         self._mixer = Mixer(recipe.augment, recipe.model.num_classes, recipe.run.seed)
         self._device = world.device
 
     def __call__(self, cpu_batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         batch = cpu_batch.to(self._device)
-        images = self._normalize(self._augment(batch.images, batch.draws))
-        return self._mixer.mix(images, batch.labels, batch.epoch, batch.batch)
+        mix = self._mixer.params(batch.epoch, batch.batch, *batch.images.shape[-2:])
+        images = self._normalize(self._augment(batch.images, batch.draws), mix)
+        return images, self._mixer.targets(batch.labels, mix)
 
 
 def transfer_seconds(recipe: Recipe, micro_batch: int, seconds: float, world: World) -> float:
@@ -105,7 +106,7 @@ class BareModel:
     def seconds(self, micro_batch: int, seconds: float) -> float:
         """Return the seconds of one forward and backward over a micro batch, measured for about `seconds`."""
         images, targets = self._prepare(random_batch(self._recipe, micro_batch))
-        images = images.to(self._precision.weights)
+        images = cast_images(images, self._precision)
 
         def pass_through() -> None:
             with self._precision.autocast(self._world.device.type):

@@ -158,7 +158,7 @@ class Engine:
         """
         if self._records_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # what the last graph returned is not needed any more
-        output = self.deepspeed(cast_images(images, self._precision.weights), *targets)
+        output = self.deepspeed(cast_images(images, self._precision), *targets)
         return output.float() if isinstance(output, torch.Tensor) else output
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -43,9 +43,22 @@ PRECISIONS = {
 """By `train.precision`, at every ZeRO stage that takes it."""
 
 
-def cast_images(images: Any, dtype: torch.dtype) -> Any:
-    """A batch in the dtype of the weights: one tensor [b, 3, H, W], or a list of tensors [3, h, w]."""
-    return images.to(dtype) if isinstance(images, torch.Tensor) else [image.to(dtype) for image in images]
+def pixel_dtype(train: TrainConfig, device: torch.device) -> torch.dtype:
+    """What images are made in for a model that is trained on the device.
+
+    On a GPU it is what the model computes in, to which it would round them first. On a CPU it is float32.
+    """
+    return torch.float32 if device.type == "cpu" else PRECISIONS[train.precision].compute
+
+
+def cast_images(images: Any, precision: Precision) -> Any:
+    """A batch in the dtype of the weights: one tensor [b, 3, H, W], or a list of tensors [3, h, w].
+
+    One that is in what the model computes in stays so: autocast would round it to that.
+    """
+    if not isinstance(images, torch.Tensor):
+        return [cast_images(image, precision) for image in images]
+    return images if images.dtype == precision.compute else images.to(precision.weights)
 
 
 def forward_for_evaluation(model: nn.Module, train: TrainConfig, device: torch.device) -> Callable[[Any], Any]:
@@ -61,7 +74,7 @@ def forward_for_evaluation(model: nn.Module, train: TrainConfig, device: torch.d
     @torch.no_grad()
     def forward(images: Any) -> Any:
         with precision.autocast(device.type):
-            return model(cast_images(images, precision.weights))
+            return model(cast_images(images, precision))
 
     return forward
 

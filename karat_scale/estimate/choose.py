@@ -9,7 +9,7 @@ from karat_scale.engine.precision import PRECISIONS
 from karat_scale.estimate.attention_tiles import attention_workspace
 from karat_scale.estimate.memory import Batch, Peak, evaluation, peak
 from karat_scale.estimate.subject import Subject
-from karat_scale.estimate.zero import FP32, kept
+from karat_scale.estimate.zero import kept
 from karat_scale.recipe import Recipe
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -183,13 +183,13 @@ def _halved(batch: int) -> Iterator[int]:
 
 
 def _batch(subject: Subject, images: int, accumulation: int) -> Batch:
-    """uint8 images of a whole step on the CPU, of a micro batch on a GPU; float32; and 16 bits, if weights are."""
+    """uint8 images of a whole step on the CPU, of a micro batch on a GPU, and of both what the model sees."""
     recipe = subject.recipe
     pixels = images * 3 * recipe.model.image_size**2
     raw = pixels * (1 if subject.on_gpu else accumulation)
-    width = PRECISIONS[recipe.train.precision].weights.itemsize
-    rounded = width * pixels if width < FP32 else 0
-    return Batch(images, raw + FP32 * pixels + rounded, attention_workspace(recipe, images, subject.on_gpu))
+    made, weights = subject.pixels.itemsize, PRECISIONS[recipe.train.precision].weights.itemsize
+    seen = made if made <= weights else made + weights  # the engine rounds them to the weights' dtype
+    return Batch(images, raw + seen * pixels, attention_workspace(recipe, images, subject.on_gpu))
 
 
 def _loader(recipe: Recipe, micro_batch: int) -> int:

@@ -41,6 +41,9 @@ class Subject:
         # What the model is cast to, if it is, and whether autocast casts.
         self._dtype = None if precision.weights == torch.float32 else precision.weights
         self._autocasts = precision.autocasts
+        # As `pixel_dtype` and the task choose it.
+        made_for_gpu = on_gpu and not recipe.distill.from_
+        self.pixels = precision.compute if made_for_gpu else torch.float32
         self._footprints: dict[tuple[Choice, ...] | None, Footprint] = {}
 
     def footprint(self, images: int) -> Footprint:
@@ -82,9 +85,10 @@ class Subject:
         if choices is not None:
             recompute(model, choices)
         size = self.recipe.model.image_size
+        pixels = self.pixels if self._autocasts else None
         try:
             with self._choosing(), planning():
-                traces = {batch: trace(model, mode, batch, size, self._autocasts) for batch in TRACED_BATCHES}
+                traces = {batch: trace(model, mode, batch, size, self._autocasts, pixels) for batch in TRACED_BATCHES}
         except ValueError as error:
             raise RecipeError(f"attention.implementation = {self.recipe.attention.implementation!r}: {error}") from None
         return Footprint.through(traces)

@@ -76,14 +76,17 @@ def _fake(mode: FakeTensorMode, tensor: Tensor, dtype: torch.dtype | None) -> Te
         return torch.empty(tensor.shape, dtype=dtype if dtype and tensor.is_floating_point() else tensor.dtype)
 
 
-def trace_step(model: Any, mode: FakeTensorMode, batch: int, size: int, autocast: bool) -> Trace:
+def trace_step(
+    model: Any, mode: FakeTensorMode, batch: int, size: int, autocast: bool, pixels: torch.dtype | None = None
+) -> Trace:
     """Forward, soft-target cross-entropy and backward of `batch` images [3, size, size] on a `fake_copy`.
 
-    Images and targets are there before and do not count. Parameters have no gradients before.
+    The images are in the dtype `pixels`, or that of the weights. They and the targets are there before and do not
+    count. Parameters have no gradients before.
     """
     parameters = list(model.parameters())
     with _no_collection(), mode:
-        images = torch.empty(batch, 3, size, size, dtype=parameters[0].dtype)
+        images = torch.empty(batch, 3, size, size, dtype=pixels or parameters[0].dtype)
         targets = torch.empty(batch, model.num_classes)
         tracker = _Tracker([*parameters, *model.buffers(), images, targets])
         hooks = [hook for number, block in enumerate(blocks_of(model)) for hook in tracker.follow(number, block)]
@@ -102,12 +105,14 @@ def trace_step(model: Any, mode: FakeTensorMode, batch: int, size: int, autocast
     return trace
 
 
-def trace_evaluation(model: Any, mode: FakeTensorMode, batch: int, size: int, autocast: bool) -> Trace:
-    """The forward pass of an evaluation of `batch` images [3, size, size] on a `fake_copy`; it saves nothing."""
+def trace_evaluation(
+    model: Any, mode: FakeTensorMode, batch: int, size: int, autocast: bool, pixels: torch.dtype | None = None
+) -> Trace:
+    """As `trace_step`, of the forward pass of an evaluation, which saves nothing."""
     parameters = list(model.parameters())
     model.eval()
     with _no_collection(), torch.no_grad(), mode:
-        images = torch.empty(batch, 3, size, size, dtype=parameters[0].dtype)
+        images = torch.empty(batch, 3, size, size, dtype=pixels or parameters[0].dtype)
         tracker = _Tracker([*parameters, *model.buffers(), images])
         with tracker, torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
             logits = model(images)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from karat_scale.engine.deepspeed_internals import master_weights, shard_layout
-from karat_scale.engine.precision import PRECISIONS, allow_tf32
+from karat_scale.engine.precision import PRECISIONS, allow_tf32, pixel_dtype
 from karat_scale.recipe import TrainConfig
 from karat_scale.recipe.files import RECIPES
 from karat_scale.recipe.loading import load_recipe
@@ -54,6 +54,27 @@ def test_the_module_computes_in_bf16_where_the_devices_flag_is_asked(
     held = {parameter.dtype for parameter in engine.module.parameters()}
     assert held == {PRECISIONS[precision].weights}
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("config", ["zero0", "zero3"])
+def test_images_in_the_dtype_of_autocast_give_the_same_bits_and_are_not_cast_back(
+    small_recipe, make_engine, config: str
+) -> None:
+    engine = make_engine(small_recipe(f"deepspeed.config={config}", "train.precision=bf16"))
+    engine.module.eval()
+    seen = []
+    engine.module.patch_embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(engine.forward(images), engine.forward(images.bfloat16()))
+    assert seen == [FULL, BRAIN]
+
+
+def test_images_are_made_in_what_a_gpu_computes_in() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    made = {name: pixel_dtype(TrainConfig(precision=name), gpu) for name in PRECISIONS}
+    assert made == {"fp32": FULL, "bf16": BRAIN, "bf16_weights": BRAIN, "fp16": HALF}
+    assert {pixel_dtype(TrainConfig(precision=name), cpu) for name in PRECISIONS} == {FULL}
 
 
 def test_tf32_is_torchs_own_switch(small_recipe, make_engine) -> None:

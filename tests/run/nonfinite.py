@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from karat_scale.data.augmentation.mixing import MixParams
 from karat_scale.data.batch import Batch
 from karat_scale.run.loop import Loop
 from karat_scale.run.parts import Parts
@@ -30,8 +31,8 @@ class NonfiniteLoop(Loop):
             self.inject = "loss" if self.state.step + 1 in self._steps else ""
         super().step(micro_batches)
 
-    def _images(self, images: torch.Tensor) -> torch.Tensor:
-        normal = self._normalize(images)
+    def _images(self, images: torch.Tensor, *mix: MixParams) -> torch.Tensor:
+        normal = self._normalize(images, *mix)
         return torch.full_like(normal, math.nan) if self.inject == "data" else normal
 
     def _loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Augmentation of a batch in at most two kernels a turn, whatever the operations: `device_triton`'s, launched.
+"""A batch in few kernels of `device_triton`: one for all crops, at most two for each turn, one for the model's input.
 
 The launches are operations of torch.library, so that the same code runs on `meta` tensors, where kernels are counted.
 """
@@ -6,14 +6,21 @@ The launches are operations of torch.library, so that the same code runs on `met
 import importlib.util
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from karat_scale.attention.kernels.triton_toolchain import launch_problem
+from karat_scale.data.augmentation.device_program import pack_views
+from karat_scale.data.augmentation.mixing import MixParams
+from karat_scale.data.view import View
 
 # Pixels that a program works on at a time; more would not fit the registers of the kernel that interpolates.
-TURN_BLOCK, TABLE_BLOCK = 256, 1024
+TURN_BLOCK, TABLE_BLOCK, INPUT_BLOCK = 256, 1024, 1024
+# Of a view, a thread has one column.
+VIEW_ROWS, VIEW_WIDTH = 8, 128
+MIXES = ("none", "mixup", "cutmix")
 # The results of `device_ops` to the bit: a fused multiply-add rounds once where Pillow rounds twice.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -51,6 +58,31 @@ def augment(
     return images
 
 
+def resized_views(
+    images: Sequence[Tensor], views: Sequence[View], flips: Sequence[bool], size: int, cubic: bool
+) -> Tensor:
+    """The views of whole images, uint8 [3, h, w] each, mirrored where `flips` says so: uint8 [b, 3, size, size].
+
+    One kernel, and one copy of a table.
+    """
+    table = pack_views(images, views, flips)
+    device = images[0].device
+    table = (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
+    resized: Tensor = torch.ops.karat_scale.resized_views(list(images), table, size, cubic)
+    return resized
+
+
+def model_input(
+    images: Tensor, scale: Sequence[float], shift: Sequence[float], mix: MixParams, dtype: torch.dtype
+) -> Tensor:
+    """uint8 [b, 3, H, W] times `scale` plus `shift` of each channel, mixed, in `dtype`; one kernel."""
+    kind, box = MIXES.index(mix.kind), list(mix.box)
+    made: Tensor = torch.ops.karat_scale.model_input(
+        images.contiguous(), list(scale), list(shift), kind, mix.lam, box, dtype
+    )
+    return made
+
+
 def _tables(images: Tensor, turn: Tensor) -> Tensor:
     from karat_scale.data.augmentation.device_triton import tables_kernel
 
@@ -74,13 +106,45 @@ def _turn(images: Tensor, turn: Tensor, tables: Tensor, fill: list[int], noise: 
     return result
 
 
+def _views(images: list[Tensor], table: Tensor, size: int, cubic: bool) -> Tensor:
+    from karat_scale.data.augmentation.device_triton import views_kernel
+
+    result = _fake_views(images, table, size, cubic)
+    grid = (-(-size // VIEW_ROWS), -(-size // VIEW_WIDTH), len(images))
+    with torch.cuda.device_of(table):
+        views_kernel[grid](table, result, size, CUBIC=cubic, ROWS=VIEW_ROWS, WIDTH=VIEW_WIDTH, **OPTIONS)
+    return result
+
+
+def _input(
+    images: Tensor, scale: list[float], shift: list[float], mix: int, lam: float, box: list[int], dtype: torch.dtype
+) -> Tensor:
+    from karat_scale.data.augmentation.device_triton import input_kernel
+
+    result = torch.empty_like(images, dtype=dtype)
+    batch, _, height, width = images.shape
+    pixels = height * width
+    with torch.cuda.device_of(images):
+        input_kernel[(3 * batch, -(-pixels // INPUT_BLOCK))](
+            *(images, result, pixels, width, *scale, *shift, lam, 1 - lam, *box), MIX=mix, BLOCK=INPUT_BLOCK, **OPTIONS
+        )
+    return result
+
+
 _library = torch.library.Library("karat_scale", "FRAGMENT")
 _library.define("augment_tables(Tensor images, Tensor turn) -> Tensor")
 _library.define(
     "augment_turn(Tensor images, Tensor turn, Tensor tables, int[] fill, float[] noise, bool cubic) -> Tensor"
 )
+_library.define("resized_views(Tensor[] images, Tensor table, int size, bool cubic) -> Tensor")
+_library.define(
+    "model_input(Tensor images, float[] scale, float[] shift, int mix, float lam, int[] box, ScalarType dtype)"
+    " -> Tensor"
+)
 _library.impl("augment_tables", _tables, "CompositeExplicitAutograd")
 _library.impl("augment_turn", _turn, "CompositeExplicitAutograd")
+_library.impl("resized_views", _views, "CompositeExplicitAutograd")
+_library.impl("model_input", _input, "CompositeExplicitAutograd")
 
 
 def _fake_tables(images: Tensor, _turn: Tensor) -> Tensor:
@@ -91,5 +155,15 @@ def _fake_turn(images: Tensor, *_: object) -> Tensor:
     return torch.empty_like(images)
 
 
+def _fake_views(images: list[Tensor], table: Tensor, size: int, _cubic: bool) -> Tensor:
+    return table.new_empty(len(images), 3, size, size, dtype=torch.uint8)
+
+
+def _fake_input(images: Tensor, *arguments: Any) -> Tensor:
+    return torch.empty_like(images, dtype=arguments[-1])
+
+
 torch.library.register_fake("karat_scale::augment_tables", _fake_tables, lib=_library)
 torch.library.register_fake("karat_scale::augment_turn", _fake_turn, lib=_library)
+torch.library.register_fake("karat_scale::resized_views", _fake_views, lib=_library)
+torch.library.register_fake("karat_scale::model_input", _fake_input, lib=_library)

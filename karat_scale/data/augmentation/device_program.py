@@ -1,4 +1,4 @@
-"""What is done to each image of a batch, turn by turn, as one table of numbers that goes to the device in one copy."""
+"""What is done to each image of a batch, as one table of numbers that goes to the device in one copy."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,11 +9,14 @@ import numpy as np
 import torch
 
 from karat_scale.data.augmentation.draw import Draw, Operation
+from karat_scale.data.view import View
 
 JITTERS = {"brightness": "Brightness", "contrast": "Contrast", "saturation": "Color"}
 ERASE = "Erase"
 # The kind of an operation and up to six arguments; a power of two keeps each turn's table aligned.
 COLUMNS = 8
+# The same of a view: where its image is, and the view.
+VIEW_COLUMNS, VIEW_BOX = 16, 9
 
 # One operation of each image, None where it has none left.
 Turn = tuple[Operation | None, ...]
@@ -113,3 +116,16 @@ def pack(all_turns: Sequence[Turn], width: int, height: int) -> tuple[torch.Tens
             place += COLUMNS
     # By numpy, which reads a list in half the time.
     return torch.from_numpy(np.array(numbers)).view(len(all_turns), images, COLUMNS), by_table
+
+
+def pack_views(images: Sequence[torch.Tensor], views: Sequence[View], flips: Sequence[bool]) -> torch.Tensor:
+    """int64 [images, VIEW_COLUMNS] of the views of whole images, uint8 [3, h, w] each, of any strides.
+
+    A row is the image's address and strides, the ends of the view's region, and whether to mirror it; from VIEW_BOX on,
+    the bits of the ends of its box in float64.
+    """
+    table = np.zeros((len(images), VIEW_COLUMNS), dtype=np.int64)
+    rows = zip(images, views, flips, strict=True)
+    table[:, :VIEW_BOX] = [(image.data_ptr(), *image.stride(), *view.region, flip) for image, view, flip in rows]
+    table[:, VIEW_BOX : VIEW_BOX + 4] = np.array([view.box for view in views], dtype=np.float64).view(np.int64)
+    return torch.from_numpy(table)

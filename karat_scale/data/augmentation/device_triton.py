@@ -1,13 +1,13 @@
-"""Triton kernels of one turn of augmentation: what `device_ops` does, all images and all operations in one pass.
+"""Triton kernels for all images of a batch: their crops resized, a turn of augmentation, and the model's input.
 
-A program reads the Kind of its image and does that operation and no other. Triton is imported here, so this module is
-imported at the first launch.
+In a turn, a program reads the Kind of its image and does that operation of `device_ops` and no other. Triton is
+imported here, so this module is imported at the first launch.
 """
 
 import triton
 import triton.language as tl
 
-from karat_scale.data.augmentation.device_program import COLUMNS, Kind
+from karat_scale.data.augmentation.device_program import COLUMNS, VIEW_BOX, VIEW_COLUMNS, Kind
 
 STEP = tl.constexpr(COLUMNS)
 AFFINE, ERASE = tl.constexpr(int(Kind.AFFINE)), tl.constexpr(int(Kind.ERASE))
@@ -18,6 +18,8 @@ POSTERIZE, INVERT = tl.constexpr(int(Kind.POSTERIZE)), tl.constexpr(int(Kind.INV
 SOLARIZE, SOLARIZE_ADD = tl.constexpr(int(Kind.SOLARIZE)), tl.constexpr(int(Kind.SOLARIZE_ADD))
 AUTO_CONTRAST, EQUALIZE = tl.constexpr(int(Kind.AUTO_CONTRAST)), tl.constexpr(int(Kind.EQUALIZE))
 LEVELS = tl.constexpr(256)
+VIEW_STEP, BOX = tl.constexpr(VIEW_COLUMNS), tl.constexpr(VIEW_BOX)
+MIXUP, CUTMIX = tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
@@ -235,3 +237,131 @@ def _pixel(line, column, width, inside):
 def _cubic(one, two, three, four, part):
     # Pillow's cubic is Keys' with -1.
     return two + part * (three - one + part * (2 * (one - two) + three - four + part * (two - one + four - three)))
+
+
+@triton.jit
+def views_kernel(table, result, size, CUBIC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The views of `table` (see `pack_views`), uint8 [b, 3, size, size]. A program does ROWS x WIDTH of an image.
+
+    It resizes the rows of pixels that it needs along the rows, rounds them, and adds each to the results below and
+    above, as `resize_on_device` does.
+    """
+    image = tl.program_id(2).to(tl.int64)
+    view = table + image * VIEW_STEP
+    plane = tl.load(view).to(tl.pointer_type(tl.uint8))
+    next_plane, next_row, next_column = tl.load(view + 1), tl.load(view + 2), tl.load(view + 3).to(tl.int32)
+    left, top = tl.load(view + 4).to(tl.int32), tl.load(view + 5).to(tl.int32)
+    right, bottom = tl.load(view + 6).to(tl.int32), tl.load(view + 7).to(tl.int32)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at_column, at_row = tl.minimum(column, size - 1), tl.minimum(row, size - 1)
+    at_column = tl.where(tl.load(view + BOX - 1) != 0, size - 1 - at_column, at_column)
+    first_column, across, step_across, taps = _taps(view + BOX, at_column, size, CUBIC)
+    first_row, down, step_down, reach = _taps(view + BOX + 1, at_row, size, CUBIC)
+    across_sum = tl.zeros([WIDTH], tl.float32)
+    for tap in range(0, taps):
+        inside = (first_column + tap >= left) & (first_column + tap < right)
+        across_sum += tl.where(inside, _filter(across + tap * step_across, CUBIC), 0.0)
+    down_sum = tl.zeros([ROWS, 1], tl.float32)
+    red = tl.zeros([ROWS, WIDTH], tl.float32)
+    green, blue = red, red
+    for line in range(tl.maximum(tl.min(first_row), top), tl.minimum(tl.max(first_row) + reach, bottom)):
+        red_line = tl.zeros([WIDTH], tl.float32)
+        green_line, blue_line = red_line, red_line
+        for tap in range(0, taps):
+            pixel = first_column + tap
+            inside = (pixel >= left) & (pixel < right)
+            weight = _filter(across + tap * step_across, CUBIC)
+            place = plane + next_row * line + next_column * pixel
+            red_line += weight * tl.load(place, mask=inside, other=0).to(tl.float32)
+            green_line += weight * tl.load(place + next_plane, mask=inside, other=0).to(tl.float32)
+            blue_line += weight * tl.load(place + 2 * next_plane, mask=inside, other=0).to(tl.float32)
+        weight = _filter(down + (line - first_row) * step_down, CUBIC)[:, None]
+        down_sum += weight
+        red += weight * _nearest_level(red_line / across_sum)[None, :]
+        green += weight * _nearest_level(green_line / across_sum)[None, :]
+        blue += weight * _nearest_level(blue_line / across_sum)[None, :]
+    target = result + image * 3 * size * size + row[:, None] * size + column[None, :]
+    shown = (row[:, None] < size) & (column[None, :] < size)
+    tl.store(target, _nearest_level(red / down_sum).to(tl.uint8), mask=shown)
+    tl.store(target + size * size, _nearest_level(green / down_sum).to(tl.uint8), mask=shown)
+    tl.store(target + 2 * size * size, _nearest_level(blue / down_sum).to(tl.uint8), mask=shown)
+
+
+@triton.jit
+def _taps(ends, at, size, CUBIC: tl.constexpr):
+    # Along one axis of the box between *ends and ends[2]: the first pixel that the filter reads for result `at`, its
+    # distance from the filter's middle, the distance of two pixels, and how many it reads. Distances are in units of
+    # the larger pixels.
+    start, stop = tl.load(ends).to(tl.float64, bitcast=True), tl.load(ends + 2).to(tl.float64, bitcast=True)
+    scale = (stop - start) / size
+    stretch = tl.maximum(scale, 1.0)
+    if CUBIC:
+        reach = 2 * stretch
+    else:
+        reach = stretch
+    middle = start + (at.to(tl.float64) + 0.5) * scale
+    first = tl.floor(middle - reach + 0.5)
+    distance = ((first + 0.5 - middle) / stretch).to(tl.float32)
+    return first.to(tl.int32), distance, (1 / stretch).to(tl.float32), tl.ceil(2 * reach).to(tl.int32) + 1
+
+
+@triton.jit
+def _filter(distance, CUBIC: tl.constexpr):
+    # Keys' cubic with -0.5, or a triangle: Pillow's for a resize.
+    distance = tl.abs(distance)
+    if CUBIC:
+        near = (1.5 * distance - 2.5) * distance * distance + 1
+        far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+        return tl.where(distance < 1, near, tl.where(distance < 2, far, 0.0))
+    else:
+        return tl.maximum(1 - distance, 0.0)
+
+
+@triton.jit
+def _nearest_level(value):
+    return tl.minimum(tl.maximum(tl.floor(value + 0.5), 0.0), 255.0)
+
+
+@triton.jit(do_not_specialize=["top", "bottom", "left", "right"])
+def input_kernel(
+    images,
+    result,
+    pixels,
+    width,
+    scale_red,
+    scale_green,
+    scale_blue,
+    shift_red,
+    shift_green,
+    shift_blue,
+    own,
+    other,
+    top,
+    bottom,
+    left,
+    right,
+    MIX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """uint8 [b, 3, H, W] to what the model sees: scaled, shifted, mixed with the neighbour, in the result's type.
+
+    The operations and their order are those of `Normalize` and `mixed` in float32. A program does BLOCK pixels of one
+    channel.
+    """
+    image, channel = tl.program_id(0) // 3, tl.program_id(0) % 3
+    scale = tl.where(channel == 0, scale_red, tl.where(channel == 1, scale_green, scale_blue))
+    shift = tl.where(channel == 0, shift_red, tl.where(channel == 1, shift_green, shift_blue))
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < pixels
+    level = tl.load(images + (image * 3 + channel).to(tl.int64) * pixels + at, mask=inside, other=0)
+    partner = images + ((image ^ 1) * 3 + channel).to(tl.int64) * pixels + at
+    if MIX == CUTMIX:
+        row, column = at // width, at % width
+        box = inside & (row >= top) & (row < bottom) & (column >= left) & (column < right)
+        level = tl.where(box, tl.load(partner, mask=box, other=0), level)
+    value = level.to(tl.float32) * scale + shift
+    if MIX == MIXUP:
+        value = value * own + (tl.load(partner, mask=inside, other=0).to(tl.float32) * scale + shift) * other
+    place = result + (image * 3 + channel).to(tl.int64) * pixels + at
+    tl.store(place, value.to(result.dtype.element_ty), mask=inside)

@@ -57,28 +57,24 @@ class Mixer:
             (top, bottom, left, right), lam = cutmix_bbox_and_lam((height, width), lam)
         return MixParams("cutmix", float(lam), (int(top), int(bottom), int(left), int(right)))
 
-    def mix(
-        self, images: torch.Tensor, labels: torch.Tensor, epoch: int, batch: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mix float [b, 3, H, W] and int64 [b]; returns images alike and float32 targets [b, classes].
-
-        b must be even where the recipe mixes, else ValueError. Inputs are left as they are.
-        """
-        if self._augment.mixes and len(images) % 2:
-            raise ValueError(f"cannot mix pairs of an odd batch of {len(images)}")
+    def targets(self, labels: torch.Tensor, mix: MixParams) -> torch.Tensor:
+        """int64 [b] to smoothed and mixed float32 targets [b, classes]."""
         smoothing = self._augment.label_smoothing
         off = smoothing / self._num_classes
-        targets = one_hot(labels, self._num_classes, on_value=1 - smoothing + off, off_value=off)
-        params = self.params(epoch, batch, *images.shape[-2:])
-        if params.kind == "none":
-            return images, targets
-        targets = targets * params.lam + _partners(targets) * (1 - params.lam)
-        if params.kind == "mixup":
-            return images * params.lam + _partners(images) * (1 - params.lam), targets
-        top, bottom, left, right = params.box
-        mixed = images.clone()
-        mixed[..., top:bottom, left:right] = _partners(images[..., top:bottom, left:right])
-        return mixed, targets
+        targets: torch.Tensor = one_hot(labels, self._num_classes, on_value=1 - smoothing + off, off_value=off)
+        return targets if mix.kind == "none" else targets * mix.lam + _partners(targets) * (1 - mix.lam)
+
+
+def mixed(images: torch.Tensor, mix: MixParams) -> torch.Tensor:
+    """Float [b, 3, H, W], mixed in pairs, so b is even; the input is left as it is."""
+    if mix.kind == "none":
+        return images
+    if mix.kind == "mixup":
+        return images * mix.lam + _partners(images) * (1 - mix.lam)
+    top, bottom, left, right = mix.box
+    result = images.clone()
+    result[..., top:bottom, left:right] = _partners(images[..., top:bottom, left:right])
+    return result
 
 
 def _partners(rows: torch.Tensor) -> torch.Tensor:

@@ -1,19 +1,20 @@
-"""The shards of the `webdataset` backend, decoded by nvJPEG on the GPU, through torchvision: no DALI is needed."""
+"""The shards of the `webdataset` backend, decoded by nvJPEG on the GPU, through torchcodec or torchvision, not DALI."""
 
 import re
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
 import torch
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from karat_scale.data.backends.base import ImageSpec
 from karat_scale.data.backends.batch_decoding import BatchDecodingBackend, Request, for_training, gpu_in_use, on_stream
 from karat_scale.data.backends.images import open_shards
-from karat_scale.data.device_resize import resize_on_device
+from karat_scale.data.decoders.jpeg_header import hide_exif
+from karat_scale.data.decoders.torchvision import JpegDecoder, find_jpeg_decoder
+from karat_scale.data.device_resize import resize_views
 from karat_scale.errors import RecipeError
 
-# The last word of torchvision's message is nvJPEG's status: 2, 3, 4 and 9 are said of an image that it cannot decode.
+# The last word of the libraries' messages is nvJPEG's status: 2, 3, 4 and 9 are said of an image that it cannot decode.
 _OF_AN_IMAGE = re.compile(r": [2349]\b|chroma subsampling")
 
 
@@ -21,7 +22,7 @@ def open_nvjpeg(spec: ImageSpec) -> BatchDecodingBackend:
     """Open shards for nvJPEG.
 
     Raises:
-        RecipeError: the run uses no GPU, or the CPU would augment.
+        RecipeError: the run uses no GPU, the CPU would augment, or no library decodes on the GPU.
         DataError: the shards are not right.
     """
     if not spec.augment.workers_only_flip:
@@ -35,7 +36,11 @@ def open_nvjpeg(spec: ImageSpec) -> BatchDecodingBackend:
             "data.backend = nvjpeg decodes on a CUDA GPU, and this run uses none; use data.backend=webdataset"
         )
     stream = torch.cuda.Stream(gpu)
-    decoder = NvjpegDecoder(torch.device("cuda", gpu), spec.image_size, spec.augment.interpolation, stream)
+    try:
+        decode = find_jpeg_decoder(torch.device("cuda", gpu))
+    except RecipeError as error:
+        raise RecipeError(f"data.backend = nvjpeg: {error}, or use data.backend=webdataset") from error
+    decoder = NvjpegDecoder(decode, spec.image_size, spec.augment.interpolation, stream)
     return BatchDecodingBackend(open_shards(spec), spec, lambda _: decoder, stream)
 
 
@@ -46,7 +51,7 @@ class NvjpegDecoder:
     With the CPU as its device, libjpeg-turbo decodes; all else is the same.
     """
 
-    device: torch.device
+    decode: JpegDecoder
     size: int
     interpolation: str
     stream: torch.cuda.Stream | None = None
@@ -55,28 +60,29 @@ class NvjpegDecoder:
         """Yield the finished views of each request, uint8 [b, 3, size, size]; see BatchDecoder."""
         for request in requests:
             try:
-                # The block ends when the device is done. So torchvision's decoder, which has a stream of its own, never
-                # writes to memory that a resize still reads.
+                # The block ends when the device is done. So a decoder that has a stream of its own never writes to
+                # memory that a resize still reads.
                 with on_stream(self.stream):
                     images = self._views(request)
             except RuntimeError as error:
                 if self.stream is not None:
                     self.stream.synchronize()  # raises an error of CUDA again, which stays
-                if self.device.type == "cuda" and not _is_of_an_image(error):
+                if self.decode.device.type == "cuda" and not _is_of_an_image(error):
                     raise  # the next batch would fail in the same way
                 yield None
             else:
-                yield for_training(images)
+                yield None if images is None else for_training(images)
 
-    def _views(self, request: Request) -> torch.Tensor:
-        encoded = [torch.tensor(data) for data in request.data]
-        whole = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=self.device)
-        images = torch.empty(len(request), 3, self.size, self.size, dtype=torch.uint8, device=self.device)
-        for number, (pixels, view, flip) in enumerate(zip(whole, request.views, request.flips, strict=True)):
-            left, top, right, bottom = view.region
-            finished = resize_on_device(pixels[:, top:bottom, left:right], view, self.interpolation)
-            images[number] = finished.flip(-1) if flip else finished
-        return images
+    def _views(self, request: Request) -> torch.Tensor | None:
+        """None if the library reads other dimensions than the header has."""
+        encoded = [bytearray(data) for data in request.data]
+        for data in encoded:
+            hide_exif(data)
+        images = self.decode(encoded)
+        for image, view in zip(images, request.views, strict=True):
+            if image.shape[2] < view.region[2] or image.shape[1] < view.region[3]:
+                return None
+        return resize_views(images, request.views, request.flips, self.size, self.interpolation)
 
 
 def _is_of_an_image(error: RuntimeError) -> bool:

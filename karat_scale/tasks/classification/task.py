@@ -22,6 +22,7 @@ from karat_scale.data.streams.shards import StreamShards
 from karat_scale.engine.deepspeed_internals import whole_parameters
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import Engine
+from karat_scale.engine.precision import pixel_dtype
 from karat_scale.engine.schedule import CosineSchedule, build_schedule
 from karat_scale.errors import RunDirectoryError, UserError
 from karat_scale.models.attention_matrices import can_be_watched
@@ -67,7 +68,9 @@ class ClassificationTask(Task):
         self.classes = self.backend.classes
         self.augment = DeviceAugment(augment, model.image_size)
         self.mixer = Mixer(augment, model.num_classes, recipe.run.seed)
-        self.normalize = Normalize(augment.mean, augment.std)
+        # A teacher starts from the student's pixels, and may need more of their bits than the student.
+        dtype = torch.float32 if recipe.distill.from_ else pixel_dtype(recipe.train, world.device)
+        self.normalize = Normalize(augment.mean, augment.std, dtype)
         self.objective = SoftTargetCrossEntropy()
         self.efficiency = Efficiency(recipe, world.size, device_peak(world.device, recipe.train))
         self._digest = self._bad = 0
@@ -180,8 +183,9 @@ class ClassificationTask(Task):
 
     def as_trained(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return what the model sees of a micro batch: augmented, normalised and mixed images, and soft targets."""
-        images = self.normalize(self.augment(batch.images, batch.draws))
-        return self.mixer.mix(images, batch.labels, batch.epoch, batch.batch)
+        mix = self.mixer.params(batch.epoch, batch.batch, *batch.images.shape[-2:])
+        images = self.normalize(self.augment(batch.images, batch.draws), mix)
+        return images, self.mixer.targets(batch.labels, mix)
 
     def evaluate(self, forward: Callable[..., Tensor], on_batch: OnBatch) -> EvalResult:
         """Evaluate the validation split."""

@@ -11,14 +11,23 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from karat_scale.data.augmentation import device_fused
 from karat_scale.data.augmentation.augment import TrainTransform
 from karat_scale.data.augmentation.device_augment import DeviceAugment
 from karat_scale.data.augmentation.device_program import KINDS, MATRICES
 from karat_scale.data.augmentation.draw import Draw
+from karat_scale.data.augmentation.mixing import MixParams
+from karat_scale.data.augmentation.normalize import Normalize
+from karat_scale.data.decoders.pillow import RESAMPLE, resized
+from karat_scale.data.device_resize import resize_views
+from karat_scale.data.view import centre_view, crop_view
 from karat_scale.recipe import AugmentConfig
+from tests.attention.kernels.interpreter import install_bfloat16
 from tests.data.conftest import photo
+
+install_bfloat16()
 
 WIDTH, HEIGHT = 43, 37  # several programs, the last of which is not full
 STRENGTHS = {
@@ -113,3 +122,70 @@ def test_boxes_are_filled_with_noise_of_the_recipes_mean_from_their_seed():
     assert torch.equal(same, again)
     channels = torch.stack([*same[:, box], *other[:, box]]).float()
     assert (torch.corrcoef(channels) - torch.eye(6)).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_views_are_those_of_torch_and_of_pillow(interpolation):
+    size = 8
+    sizes = [(21, 17), (13, 16), (14, 9), (8, 8), (1, 1), (19, 9)]
+    views = [
+        crop_view((1, 3, 19, 13), size),
+        centre_view(13, 16, 9, size),
+        crop_view((2, 1, 7, 5), size),
+        crop_view((0, 0, 8, 8), size),
+        crop_view((0, 0, 1, 1), size),
+        centre_view(19, 9, 8, size),
+    ]
+    images = [torch.from_numpy(photo(i, *shape).copy()).permute(2, 0, 1) for i, shape in enumerate(sizes)]
+    images[1], images[2] = images[1].contiguous(), images[2].transpose(1, 2).contiguous().transpose(1, 2)
+    flips = [i % 2 == 1 for i in range(len(views))]
+    ours = resize_views(images, views, flips, size, interpolation)
+    with patch.object(device_fused, "can_run", lambda _: False):
+        theirs = resize_views(images, views, flips, size, interpolation)
+    for number, (view, flip) in enumerate(zip(views, flips, strict=True)):
+        image = Image.fromarray(np.ascontiguousarray(images[number].permute(1, 2, 0)))
+        expected = np.array(resized(image, view, RESAMPLE[interpolation])).transpose(2, 0, 1)
+        expected = expected[..., ::-1] if flip else expected
+        for other in (theirs[number].numpy(), expected):
+            apart = np.abs(ours[number].numpy().astype(int) - other)
+            assert apart.max() <= 1, number
+            assert apart.mean() < 0.05, number
+
+
+def test_views_wider_than_a_program(monkeypatch):
+    monkeypatch.setattr(device_fused, "VIEW_WIDTH", 16)
+    image = torch.from_numpy(photo(1, 12, 10).copy()).permute(2, 0, 1)
+    views = [crop_view((1, 2, 9, 5), 20)]
+    in_parts = resize_views([image], views, [True], 20, "bicubic")
+    monkeypatch.setattr(device_fused, "VIEW_WIDTH", 32)
+    assert torch.equal(resize_views([image], views, [True], 20, "bicubic"), in_parts)
+
+
+MIXES = [MixParams("none"), MixParams("mixup", 0.3), MixParams("cutmix", 0.8, (3, 20, 0, 11)), MixParams("mixup", 1.0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("mix", MIXES, ids=lambda mix: f"{mix.kind} {mix.lam}")
+def test_the_models_input_has_the_bits_of_torchs_passes(mix, dtype):
+    recipe, images = AugmentConfig(), some_images()
+    normalize = Normalize(recipe.mean, recipe.std, dtype)
+    ours = normalize(images, mix)
+    with patch.object(device_fused, "can_run", lambda _: False):
+        assert torch.equal(ours, normalize(images, mix))
+    mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (recipe.mean, recipe.std))
+    exact = (images.double() / 255 - mean) / std
+    partners = exact.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    if mix.kind == "mixup":
+        exact = mix.lam * exact + (1 - mix.lam) * partners
+    else:
+        top, bottom, left, right = mix.box
+        exact[..., top:bottom, left:right] = partners[..., top:bottom, left:right]
+    assert ours.dtype == dtype
+    # One rounding to the result's type, and a few to float32 of numbers below 3.
+    assert (ours.double() - exact).abs().le(exact.abs() * torch.finfo(dtype).eps / 2 + 1e-6).all()
+
+
+def test_an_odd_batch_that_does_not_mix():
+    normalize = Normalize((0.5,) * 3, (0.5,) * 3)
+    images = some_images()
+    assert torch.equal(normalize(images[:3]), normalize(images)[:3])

@@ -13,13 +13,17 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from karat_scale.data.augmentation import device_fused
 from karat_scale.data.augmentation.augment import TrainTransform
 from karat_scale.data.augmentation.device_augment import DeviceAugment
 from karat_scale.data.augmentation.device_program import pack, turns
 from karat_scale.data.augmentation.draw import Draw
+from karat_scale.data.augmentation.mixing import MixParams
 from karat_scale.data.augmentation.normalize import Normalize
+from karat_scale.data.device_resize import resize_views
+from karat_scale.data.view import crop_view
 from karat_scale.recipe import AugmentConfig
 from tests.conftest import ROOT
 
@@ -36,17 +40,21 @@ def test_the_kernels_compute_what_torch_does():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [80, 90, 120])
+@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
 def test_the_kernels_keep_their_numbers_in_registers(architecture):
     pytest.importorskip("triton")
-    from karat_scale.data.augmentation.device_triton import tables_kernel, turn_kernel
+    from karat_scale.data.augmentation.device_triton import input_kernel, tables_kernel, turn_kernel, views_kernel
 
-    for kernel, constants in (
-        (turn_kernel, {"CUBIC": True, "BLOCK": device_fused.TURN_BLOCK}),
-        (tables_kernel, {"BLOCK": device_fused.TABLE_BLOCK}),
+    of_views = {"ROWS": device_fused.VIEW_ROWS, "WIDTH": device_fused.VIEW_WIDTH}
+    for kernel, constants, most in (
+        (turn_kernel, {"CUBIC": True, "BLOCK": device_fused.TURN_BLOCK}, 168),
+        (tables_kernel, {"BLOCK": device_fused.TABLE_BLOCK}, 168),
+        (views_kernel, {"CUBIC": True, **of_views}, 128),
+        (views_kernel, {"CUBIC": False, **of_views}, 128),
+        *((input_kernel, {"MIX": mix, "BLOCK": device_fused.INPUT_BLOCK}, 64) for mix in range(3)),
     ):
         registers, stack = resources(kernel, constants, architecture)
-        assert (registers <= 168, stack) == (True, 0), (kernel, registers, stack)
+        assert (registers <= most, stack) == (True, 0), (kernel, registers, stack)
 
 
 def resources(kernel: Any, constants: dict[str, Any], architecture: int) -> tuple[int, int]:
@@ -55,8 +63,9 @@ def resources(kernel: Any, constants: dict[str, Any], architecture: int) -> tupl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kinds = {**dict.fromkeys(("images", "tables", "result"), "*u8"), "program": "*fp64"}
-    kinds |= {name: "fp32" for name in kernel.arg_names if name.startswith(("mean", "std"))}
+    kinds = {**dict.fromkeys(("images", "tables", "result"), "*u8"), "program": "*fp64", "table": "*i64"}
+    kinds |= {name: "fp32" for name in kernel.arg_names if name.startswith(("mean", "std", "scale", "shift", "o"))}
+    kinds |= {"result": "*bf16"} if "MIX" in constants else {}
     kinds |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, {name: kinds.get(name, "i32") for name in kernel.arg_names}, constants, {})
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=device_fused.OPTIONS)
@@ -75,12 +84,15 @@ def test_tritons_own_binder_takes_the_launches(monkeypatch):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    launched = []
+    launched, loaded = [], []
+
+    def load_binary(name, *_):
+        loaded.append(name)
+        return 1, 2, 64, 0, 1024
+
     properties = {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
     driver = SimpleNamespace(
-        utils=SimpleNamespace(
-            load_binary=lambda *_: (1, 2, 64, 0, 1024), get_device_properties=lambda _: properties, unload_module=print
-        ),
+        utils=SimpleNamespace(load_binary=load_binary, get_device_properties=lambda _: properties, unload_module=print),
         launcher_cls=lambda _source, metadata: lambda *grid_and_arguments: launched.append(metadata.name),
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
         get_current_device=lambda: 0,
@@ -92,6 +104,16 @@ def test_tritons_own_binder_takes_the_launches(monkeypatch):
     images = torch.zeros(2, 3, 17, 33, dtype=torch.uint8)
     device_fused.augment(images, program, by_table, (124, 116, 104), recipe.mean, recipe.std, True)
     assert launched == ["tables_kernel", "turn_kernel", "turn_kernel"]
+    device_fused.resized_views([images[0], images[1]], [crop_view((0, 0, 5, 5), 8)] * 2, [True, False], 8, True)
+    assert launched[3:] == ["views_kernel"]
+    # No two boxes are alike, and a kernel for each kind of number would be compiled in the middle of training.
+    normalize = Normalize(recipe.mean, recipe.std, torch.bfloat16)
+    with monkeypatch.context() as patched:
+        patched.setattr(device_fused, "can_run", lambda _: True)
+        for box in ((0, 16, 1, 5), (1, 17, 16, 32), (3, 5, 0, 1), (16, 17, 32, 33)):
+            normalize(images, MixParams("cutmix", 0.5, box))
+    assert launched[4:] == ["input_kernel"] * 4
+    assert loaded.count("input_kernel") == 1
 
 
 class Launches(TorchDispatchMode):
@@ -126,9 +148,53 @@ def test_a_batch_takes_few_kernels_and_one_copy():
         assert counted.kernels.total() <= 12, counted.kernels
 
 
-def test_normalising_copies_its_constants_once():
-    normalize, images = Normalize((0.5,) * 3, (0.5,) * 3), torch.empty(4, 3, 8, 8, dtype=torch.uint8, device="meta")
-    normalize(images)
+def test_all_crops_of_a_batch_are_resized_by_one_kernel(monkeypatch):
+    images = [torch.empty(3, 375, 500, dtype=torch.uint8, device="meta") for _ in range(256)]
+    views = [crop_view((10 + number % 50, 20, 300, 200), 224) for number in range(256)]
+    flips = [number % 2 == 0 for number in range(256)]
     with Launches() as counted:
-        normalize(images)
-    assert (counted.copies, counted.kernels.total()) == (0, 3)
+        resize_views(images, views, flips, 224, "bicubic")
+    assert (counted.copies, counted.kernels) == (1, {"karat_scale.resized_views.default": 1})
+    monkeypatch.setattr(device_fused, "can_run", lambda _: False)
+    with Launches() as counted:
+        resize_views(images, views, flips, 224, "bicubic")
+    assert counted.kernels.total() >= 2000  # one after another
+
+
+class Bytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operations read and write, each once an operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and "empty" not in str(function):
+            tensors = [x for x in (*tree_leaves(args), result) if isinstance(x, torch.Tensor)]
+            self.moved += sum(x.numel() * x.element_size() for x in tensors)
+        return result
+
+
+@pytest.mark.parametrize(
+    ("mix", "before"),
+    [
+        (MixParams("none"), 0.8e9),
+        (MixParams("mixup", 0.4), 2.1e9),
+        (MixParams("cutmix", 0.6, (10, 150, 20, 160)), 1.4e9),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_the_models_input_is_read_and_written_once(monkeypatch, mix, before):
+    normalize = Normalize((0.5,) * 3, (0.5,) * 3, torch.bfloat16)
+    images = torch.empty(256, 3, 224, 224, dtype=torch.uint8, device="meta")
+    with Bytes() as counted, Launches() as launches:
+        made = normalize(images, mix)
+    assert (made.dtype, made.shape) == (torch.bfloat16, images.shape)
+    assert counted.moved == 3 * images.numel()  # a byte, and two of bf16
+    assert (launches.copies, launches.kernels.total()) == (0, 1)
+    monkeypatch.setattr(device_fused, "can_run", lambda _: False)
+    normalize(images)  # its constants go to the device
+    with Bytes() as counted:
+        normalize(images, mix)
+    assert counted.moved > before

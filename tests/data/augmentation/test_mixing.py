@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.data.mixup import mixup_target
 
-from karat_scale.data.augmentation.mixing import Mixer
+from karat_scale.data.augmentation.mixing import Mixer, mixed
+from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.recipe import AugmentConfig
 
 CLASSES = 5
@@ -13,6 +14,11 @@ torch.manual_seed(0)
 IMAGES = torch.randn(16, 3, 12, 10)
 LABELS = torch.randint(0, CLASSES, (16,))
 BOTH = AugmentConfig()
+
+
+def mix(mixer: Mixer, images: torch.Tensor, labels: torch.Tensor, epoch: int, batch: int):
+    params = mixer.params(epoch, batch, *images.shape[-2:])
+    return mixed(images, params), mixer.targets(labels, params)
 
 
 def pairs_exchanged(rows: torch.Tensor) -> torch.Tensor:
@@ -23,8 +29,8 @@ def pairs_exchanged(rows: torch.Tensor) -> torch.Tensor:
 def test_an_even_slice_mixes_as_inside_the_whole(seed, epoch, batch, first, last):
     rows = slice(2 * min(first, last), 2 * max(first, last))
     mixer = Mixer(BOTH, CLASSES, seed)
-    images, targets = mixer.mix(IMAGES, LABELS, epoch, batch)
-    part_images, part_targets = mixer.mix(IMAGES[rows], LABELS[rows], epoch, batch)
+    images, targets = mix(mixer, IMAGES, LABELS, epoch, batch)
+    part_images, part_targets = mix(mixer, IMAGES[rows], LABELS[rows], epoch, batch)
     assert torch.equal(images[rows], part_images)
     assert torch.equal(targets[rows], part_targets)
 
@@ -32,7 +38,7 @@ def test_an_even_slice_mixes_as_inside_the_whole(seed, epoch, batch, first, last
 def test_mixup_is_the_formula():
     mixer = Mixer(AugmentConfig(mixup=0.8, cutmix=0), CLASSES, 1)
     before = IMAGES.clone()
-    images, targets = mixer.mix(IMAGES, LABELS, 2, 3)
+    images, targets = mix(mixer, IMAGES, LABELS, 2, 3)
     params = mixer.params(2, 3, 12, 10)
     assert params.kind == "mixup"
     torch.testing.assert_close(images, params.lam * IMAGES + (1 - params.lam) * pairs_exchanged(IMAGES))
@@ -48,7 +54,7 @@ def test_cutmix_pastes_the_box_and_weighs_by_its_area():
     boxes = 0
     for batch in range(50):
         params = mixer.params(0, batch, 12, 10)
-        images, targets = mixer.mix(IMAGES, LABELS, 0, batch)
+        images, targets = mix(mixer, IMAGES, LABELS, 0, batch)
         top, bottom, left, right = params.box
         inside = torch.zeros(12, 10, dtype=torch.bool)
         inside[top:bottom, left:right] = True
@@ -70,7 +76,7 @@ def test_kinds_come_with_the_asked_probabilities():
 
 def test_without_mixing_targets_are_smoothed_one_hot():
     mixer = Mixer(AugmentConfig(mixup=0, cutmix=0, label_smoothing=0.1), CLASSES, 0)
-    images, targets = mixer.mix(IMAGES[:3], LABELS[:3], 0, 0)
+    images, targets = mix(mixer, IMAGES[:3], LABELS[:3], 0, 0)
     assert torch.equal(images, IMAGES[:3])
     assert targets.dtype == torch.float32
     torch.testing.assert_close(targets, torch.nn.functional.one_hot(LABELS[:3], CLASSES) * 0.9 + 0.02)
@@ -85,5 +91,6 @@ def test_params_depend_on_epoch_and_batch_and_leave_the_global_generator():
 
 
 def test_an_odd_batch_cannot_mix():
+    params = Mixer(BOTH, CLASSES, 0).params(0, 0, 12, 10)
     with pytest.raises(ValueError, match="odd batch of 3"):
-        Mixer(BOTH, CLASSES, 0).mix(IMAGES[:3], LABELS[:3], 0, 0)
+        Normalize(BOTH.mean, BOTH.std)(torch.zeros(3, 3, 12, 10, dtype=torch.uint8), params)

@@ -10,6 +10,7 @@ from karat_scale.data.backends.batch_decoding import BatchDecodingBackend
 from karat_scale.data.backends.images import open_shards
 from karat_scale.data.backends.nvjpeg import NvjpegDecoder, _is_of_an_image
 from karat_scale.data.decoders.pillow import RESAMPLE, resized
+from karat_scale.data.decoders.torchvision import find_jpeg_decoder
 from karat_scale.data.device_resize import resize_on_device
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
 from karat_scale.data.view import centre_view, crop_view
@@ -24,7 +25,7 @@ ON_THE_DEVICE = AugmentConfig(run_on="device")
 
 def nvjpeg_on_the_cpu(config, augment):
     spec = ImageSpec(config, augment, SIZE, 3, 5)
-    decoder = NvjpegDecoder(torch.device("cpu"), SIZE, augment.interpolation)
+    decoder = NvjpegDecoder(find_jpeg_decoder(torch.device("cpu")), SIZE, augment.interpolation)
     return BatchDecodingBackend(open_shards(spec), spec, lambda _: decoder)
 
 
@@ -110,6 +111,7 @@ def test_a_bad_image_is_skipped_or_stops_the_run(make_shards, data_config, webda
         ("Failed to get image info: 3", True),
         ("Failed to decode batch: 4", True),
         ("Unknown chroma subsampling", True),
+        ("nvjpegDecode failed: 3", True),
         ("Failed to decode batch: 5", False),
         ("Failed to decode jpeg stream: 6", False),
         ("decode_jpegs_cuda: torchvision not compiled with nvJPEG support", False),
