@@ -1,15 +1,20 @@
 """The shipped recipe of arXiv 2205.01580 against the formulas of its configuration, big_vision's vit_s16_i1k.py."""
 
 import random
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
+from karat_scale.data.augmentation.augment import TrainTransform
 from karat_scale.data.augmentation.randaugment import RandAugment
 from karat_scale.engine.optimizers import build_optimizer
 from karat_scale.engine.schedule import build_schedule
 from karat_scale.models import create_model
+from karat_scale.recipe import AugmentConfig
 from karat_scale.recipe.loading import differing_keys, load_recipe
 from tests.conftest import SMALL, events, karat
 
@@ -54,10 +59,73 @@ def test_randaugment_does_both_its_operations_at_magnitude_10() -> None:
     assert policy.fill == (128, 128, 128)
 
 
+BIG = AugmentConfig(crop="big_vision", scale=(0.05, 0.5), ratio=(0.75, 1.33), hflip=0, randaugment="")
+
+
+def drawn_boxes(augment: AugmentConfig, width: int, height: int, count: int) -> np.ndarray:
+    transform = TrainTransform(augment, 224)
+    return np.array([transform.draw(seed, width, height).box for seed in range(count)])
+
+
+def test_big_visions_crop_has_uniform_heights_and_aspect_ratios() -> None:
+    """Where no side binds, h = sqrt(area / aspect) times a uniform number, so the root of a crop's share is uniform."""
+    side, count = 100_000, 4_000
+    left, top, w, h = drawn_boxes(BIG, side, side, count).T
+    low, high = np.sqrt(BIG.scale)
+    for values, start, end in (
+        (np.sqrt(w * h) / side, low, high),
+        (w / h, *BIG.ratio),
+        (left / (side - w), 0, 1),
+        (top / (side - h), 0, 1),
+    ):
+        assert stats.kstest(values, stats.uniform(start, end - start).cdf).pvalue > 1e-3
+    assert abs(stats.spearmanr(w / h, w * h).statistic) < 0.05
+    # torchvision's does not pass for it: its areas are uniform.
+    _, _, w, h = drawn_boxes(BIG.changed(crop="pytorch"), side, side, count).T
+    assert stats.kstest(np.sqrt(w * h) / side, stats.uniform(low, high - low).cdf).pvalue < 1e-12
+    assert stats.kstest(w * h / side**2, stats.uniform(0.05, 0.45).cdf).pvalue > 1e-3
+
+
+def test_big_visions_crop_of_a_small_image_has_tensorflows_frequencies() -> None:
+    """By enumeration: for each of many aspect ratios all heights of TensorFlow's range are as likely as each other."""
+    width, height, count = 9, 6, 40_000
+    least, most = 0.2 * width * height, 0.9 * width * height
+    expected: Counter[tuple[int, int]] = Counter()
+    for aspect in np.linspace(0.5, 2, 20_001):
+        heights = [h for h in range(1, height + 1) if round(h * aspect) <= width and h <= round((most / aspect) ** 0.5)]
+        heights = [h for h in heights if h >= min(round((least / aspect) ** 0.5), heights[-1])]
+        for h in heights:
+            # A height whose rounding leaves the range of areas moves by one, or is drawn again.
+            area = h * round(h * aspect)
+            h += 1 if area < least else 0
+            h -= 1 if h * round(h * aspect) > most else 0
+            w = round(h * aspect)
+            if least <= w * h <= most and w <= width and 0 < h <= height:
+                expected[w, h] += 1 / len(heights)
+    augment = BIG.changed(scale=(0.2, 0.9), ratio=(0.5, 2.0))
+    found = Counter((int(w), int(h)) for _, _, w, h in drawn_boxes(augment, width, height, count))
+    assert set(found) <= set(expected)
+    sizes = sorted(expected)
+    share = count / sum(expected.values())
+    test = stats.chisquare([found[size] for size in sizes], [share * expected[size] for size in sizes])
+    assert test.pvalue > 1e-3
+
+
+def test_big_visions_crop_never_touches_the_last_row_of_a_larger_image_and_gives_up_to_the_whole() -> None:
+    left, top, w, h = drawn_boxes(BIG.changed(scale=(0.05, 1.0)), 512, 256, 4_000).T
+    assert (w <= 341).all()  # never the whole image: a ratio up to 1.33 of 256 rows
+    assert (left + w <= 511).all()
+    assert ((top + h <= 255) | (h == 256)).all()
+    assert (h == 256).any()
+    # A wide image has no box of these ratios with 90 % of its area.
+    assert (drawn_boxes(BIG.changed(scale=(0.9, 1.0)), 100, 10, 20) == (0, 0, 100, 10)).all()
+
+
 def test_the_rest_is_the_configurations() -> None:
     recipe = load_recipe(NAME)
     augment = recipe.augment
     assert (augment.scale, augment.ratio, augment.hflip, augment.color_jitter) == ((0.05, 1), (0.75, 1.33), 0.5, 0)
+    assert augment.crop == "pytorch"  # EIFY/mup-vit: 77.27 %, and 76.94 % with big_vision's
     assert (augment.mixup, augment.cutmix, augment.mix_prob, augment.label_smoothing) == (0.2, 0, 1, 0)
     assert (augment.mean, augment.std, 224 / augment.eval_crop) == ((0.5,) * 3, (0.5,) * 3, 256)
     assert (recipe.train.epochs, recipe.train.global_batch, recipe.train.ema_decay) == (90, BATCH, 0)

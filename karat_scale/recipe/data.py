@@ -127,6 +127,9 @@ class DataConfig(Section):
 class AugmentConfig(Section):
     """Training augmentation, label smoothing, and the evaluation crop."""
 
+    crop: Literal["pytorch", "big_vision"] = "pytorch"
+    """How a random resized crop is drawn. `pytorch`: area and logarithm of the aspect ratio are uniform.
+    `big_vision`: height and aspect ratio are uniform, as by TensorFlow, so there are more small crops."""
     scale: tuple[Fraction, Fraction] = (0.08, 1.0)
     """Least and greatest area of a random resized crop, as a share of the image."""
     ratio: tuple[Positive, Positive] = (0.67, 1.5)

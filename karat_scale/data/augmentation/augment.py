@@ -23,7 +23,7 @@ JITTERS = {
     "contrast": functional.adjust_contrast,
     "saturation": functional.adjust_saturation,
 }
-CROP_TRIES = 10
+CROP_TRIES, TENSORFLOW_CROP_TRIES = 10, 100
 # Random erasing, arXiv 1708.04896 with timm's settings: share of the area, and height over width.
 ERASE_AREA, ERASE_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
@@ -63,6 +63,8 @@ class TrainTransform:
     def _draw_box(self, rng: random.Random, width: int, height: int) -> tuple[int, int, int, int]:
         # The method of the Inception paper as torchvision has it: ten tries, then the largest centred crop.
         augment = self._augment
+        if augment.crop == "big_vision":
+            return _draw_tensorflow_box(rng, width, height, augment.scale, augment.ratio)
         if not self._fixed_crop:
             for _ in range(CROP_TRIES):
                 w, h = _draw_sides(rng, width * height, augment.scale, augment.ratio)
@@ -134,3 +136,26 @@ def _draw_sides(
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = math.exp(low + (high - low) * rng.random())
     return round(math.sqrt(share * aspect)), round(math.sqrt(share / aspect))
+
+
+def _draw_tensorflow_box(
+    rng: random.Random, width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Draw left, top, width and height as TensorFlow's sample_distorted_bounding_box does, which big_vision uses.
+
+    Uniform are the aspect ratio, not its logarithm, and the height, not the area, so there are more small crops than in
+    torchvision. The last column and the last row belong to no crop narrower or lower than the image. After 100 tries
+    without a box, it is the whole image, of whatever ratio.
+    """
+    least, most = (share * width * height for share in scale)
+    for _ in range(TENSORFLOW_CROP_TRIES):
+        aspect = ratio[0] + (ratio[1] - ratio[0]) * rng.random()
+        highest = min(height, round(math.sqrt(most / aspect)), int((width + 0.5 - 1e-7) / aspect))
+        h = min(round(math.sqrt(least / aspect)), highest)
+        h += int(rng.random() * (highest - h + 1))
+        h += h * round(h * aspect) < least  # by rounding
+        h -= h * round(h * aspect) > most
+        w = round(h * aspect)
+        if least <= w * h <= most and 0 < w <= width and 0 < h <= height:
+            return int(rng.random() * (width - w)), int(rng.random() * (height - h)), w, h
+    return 0, 0, width, height
