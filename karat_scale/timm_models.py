@@ -5,10 +5,11 @@
 
     model = timm.create_model("local-dir:FOLDER", pretrained=True)
 
-A new head (`num_classes=`), another image size (`img_size=`) and `features_only=True` work as for timm's own.
+A new head (`num_classes=`), another image size (`img_size=`), other channels (`in_chans=`), another pooling
+(`global_pool=`) and `features_only=True` work as for timm's own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def karat(
     Args:
         pretrained: load the weights that timm's `pretrained_cfg` names.
         model, attention: a recipe's sections.
-        kwargs: timm's own; of a model's arguments `num_classes`, `img_size`, `drop_path_rate`, `proj_drop_rate`.
+        kwargs: timm's own; of a model's arguments `num_classes`, `img_size`, `in_chans`, `global_pool`,
+            `drop_path_rate`, `proj_drop_rate`.
 
     Raises:
         ValueError: an argument that these models do not have.
@@ -68,20 +70,27 @@ def _build(
     num_classes: int | None = None,
     img_size: int | tuple[int, int] | None = None,
     in_chans: int = 3,
+    global_pool: str | None = None,
     drop_path_rate: float | None = None,
     proj_drop_rate: float | None = None,
     **unknown: Any,
 ) -> nn.Module:
+    if unknown:
+        raise ValueError(f"karat models have no argument {', '.join(unknown)}; set model={{...}} and attention={{...}}")
     sizes = (img_size, img_size) if isinstance(img_size, int) else img_size
-    if in_chans != 3 or unknown or (sizes and sizes[0] != sizes[1]):
-        raise ValueError(f"karat models take square RGB images and no {', '.join(unknown) or 'other'} arguments")
+    if sizes and sizes[0] != sizes[1]:
+        raise ValueError(f"img_size = {sizes}: karat models take square images")
     asked = {"image_size": sizes and sizes[0], "drop_path": drop_path_rate, "proj_drop": proj_drop_rate}
     config = ModelConfig(**{**sections[0], **{key: value for key, value in asked.items() if value is not None}})
-    built = create_model(config, AttentionConfig(**sections[1]))
-    timms: Any = built
-    if num_classes not in (None, timms.num_classes):
-        timms.reset_classifier(num_classes)
-    return built
+    channels = {} if in_chans == 3 else {"in_chans": in_chans}
+    built: Any = create_model(config, AttentionConfig(**sections[1]), **channels)
+    if global_pool is not None or num_classes not in (None, built.num_classes):
+        try:
+            built.reset_classifier(built.num_classes if num_classes is None else num_classes, global_pool)
+        except (AssertionError, TypeError) as error:
+            raise ValueError(f"global_pool = {global_pool!r} is not a pooling of {config.name}: {error}") from error
+    network: nn.Module = built
+    return network
 
 
 def _levels(sections: tuple[dict[str, Any], dict[str, Any]]) -> int:
@@ -92,14 +101,22 @@ def _levels(sections: tuple[dict[str, Any], dict[str, Any]]) -> int:
 
 
 def _fit(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Weights under every name the model has for them, interpolated where its images are of another size."""
+    """Weights under every name the model has for them, interpolated where its images are of another size.
+
+    Those of another number of channels are left as they are, since timm converts them.
+    """
     own = model.state_dict()
     whole = spread_operator(model, weights)
-    classifiers = model.pretrained_cfg["classifier"]
-    head = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
-    fitting = (whole[name].shape == x.shape for name, x in own.items() if name in whole and not name.startswith(head))
-    if all(fitting):
+    head = tuple(f"{name}." for name in _names(model.pretrained_cfg["classifier"]))
+    stem = {f"{name}.weight" for name in _names(model.pretrained_cfg["first_conv"])}
+    stem = {name for name in stem if name in whole and whole[name].shape[1] != own[name].shape[1]}
+    compared = [name for name in own if name in whole and not name.startswith(head) and name not in stem]
+    if all(whole[name].shape == own[name].shape for name in compared):
         return whole
-    take_weights(model, {name: x for name, x in whole.items() if name in own})
+    take_weights(model, {name: x for name, x in whole.items() if name in own} | {name: own[name] for name in stem})
     fitted: dict[str, Tensor] = model.state_dict()
-    return fitted
+    return fitted | {name: whole[name] for name in stem}
+
+
+def _names(layers: str | Sequence[str]) -> Sequence[str]:
+    return [layers] if isinstance(layers, str) else layers

@@ -31,10 +31,12 @@ karat_scale {version}; these are the {kind} weights after step {step}.
 ```python
 import karat_scale.timm_models  # from an installed clone of karat_scale
 import timm
+from PIL import Image, ImageOps
 
 model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()  # in a hub: "hf-hub:OWNER/NAME"
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-logits = model(transform(image).unsqueeze(0))  # image: a PIL image, RGB
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")  # upright, as viewers show it
+logits = model(transform(image).unsqueeze(0))
 ```
 
 `model.pretrained_cfg["label_names"]` has the names of the classes, if they are known. `recipe.yaml` is the whole
@@ -45,14 +47,15 @@ recipe. `sha256sum -c SHA256SUMS` checks that no file has changed.
 def model_card(facts: Mapping[str, str], model: nn.Module, title: str) -> str:
     """Return the card, made only from the metadata."""
     config, attention, preprocessing = (json.loads(facts[key]) for key in ("model", "attention", "preprocessing"))
+    has_top5 = config["num_classes"] > 5
+    scores = [f"{float(facts[key]):.2f} %" for key in ("top1", *(["top5"] if has_top5 else [])) if key in facts]
     rows = {
         "Resize, short side": f"{int(preprocessing['input_size'][-1] / preprocessing['crop_pct'])} px, "
         f"{preprocessing['interpolation']}",
         "Centre crop": f"{preprocessing['input_size'][-1]} px",
         "Mean, standard deviation": f"{preprocessing['mean']}, {preprocessing['std']}, of RGB in [0, 1]",
-        "Top-1, top-5 on its validation split": f"{float(facts['top1']):.2f} %, {float(facts['top5']):.2f} %"
-        if "top1" in facts
-        else "not evaluated at this step",
+        f"{'Top-1, top-5' if has_top5 else 'Top-1'} on its validation split": ", ".join(scores)
+        or "not evaluated at this step",
         "Recipe, SHA-256": facts["recipe_sha256"],
         "Weights, SHA-256": facts["weights_sha256"],
     }

@@ -69,7 +69,8 @@ def measure_layers(model: nn.Module, image_size: int) -> tuple[LayerSize, ...]:
 
     layers = attention_layers(model)
     hooks = [layer.attention.register_forward_pre_hook(note) for layer in layers]
-    model(torch.empty(1, 3, image_size, image_size, device="meta"))
+    channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))  # of its stem
+    model(torch.empty(1, channels, image_size, image_size, device="meta"))
     for hook in hooks:
         hook.remove()
     return tuple(_size(layer.attention, *shape) for layer, shape in zip(layers, shapes, strict=True))

@@ -48,7 +48,9 @@ def swap_attention(network: Any, attention: AttentionConfig, image_size: int = 2
     try:
         sizes = measure_layers(copy.deepcopy(network).to("meta", torch.float32).eval(), image_size)
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise RecipeError(f"image_size = {image_size} does not fit {name}: {one_line(error)}") from error
+        raise RecipeError(
+            f"image_size = {image_size} does not fit {name}: {one_line(error)}; pass image_size="
+        ) from error
     learn(network, ModelConfig(name=name, image_size=image_size), attention, sizes, _CLASSES)
     parameter = next(network.parameters())
     network.to(parameter.device, parameter.dtype)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,20 +22,21 @@ BASE = "vit_tiny_patch16_224"
 OWN_SIZES: dict[str, dict[str, int]] = {
     "vit_mini_patch4_28": {"patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 2},
 }
+# Makes the operator of a layer with so many heads, for the model that is being built. A class of its own for each model
+# would do it too, but pickle could not find that class.
+_MAKE_OPERATOR: ContextVar[Callable[[int], nn.Module]] = ContextVar("make_operator")
 
 
 class KaratAttention(Attention):
     """timm's attention layer with softmax(A) V replaced by a learnable operator on the rows of A.
 
-    `make_operator(num_heads)` is set on a subclass, since timm needs a class and calls it with its own arguments.
+    timm calls this class with its own arguments while `_learn` builds a model.
     """
-
-    make_operator: Callable[[int], nn.Module]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_dropout(self)
-        self.operator = type(self).make_operator(self.num_heads)
+        self.operator = _MAKE_OPERATOR.get()(self.num_heads)
 
     def forward(
         self,
@@ -67,18 +69,6 @@ def join_heads(attention: Attention, x: torch.Tensor, out: torch.Tensor) -> torc
         out = out * attention.gate(x).sigmoid()
     tokens: torch.Tensor = attention.proj_drop(attention.proj(out))
     return tokens
-
-
-def attention_class(attention: AttentionConfig, num_tokens: int) -> type[Attention]:
-    """Return the class that timm builds for each block, for `num_tokens` = N.
-
-    Raises:
-        RecipeError: the basis cannot be built.
-    """
-    if attention.kind == "softmax":
-        return Attention
-    make = functools.partial(operator_maker(attention), num_tokens)
-    return type("KaratAttention", (KaratAttention,), {"make_operator": staticmethod(make)})
 
 
 def num_tokens(model: VisionTransformer) -> int:
@@ -140,7 +130,11 @@ def _start(network: Any, model: ModelConfig) -> None:
 
 
 def _learn(model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSize, ...], **options: Any) -> nn.Module:
-    return build_vit(model, attention_class(attention, sizes[0].tokens), **options)
+    token = _MAKE_OPERATOR.set(functools.partial(operator_maker(attention), sizes[0].tokens))
+    try:
+        return build_vit(model, KaratAttention, **options)
+    finally:
+        _MAKE_OPERATOR.reset(token)
 
 
 def _fit(weights: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:

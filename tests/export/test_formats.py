@@ -121,7 +121,7 @@ def test_timm_adapts_a_folder(exported) -> None:
     features = timm.create_model(name, pretrained=True, features_only=True, out_indices=(0, 1))
     assert [x.shape[-1] for x in features(images(source))] == [4, 4]
     assert timm.create_model(name, pretrained=True, num_classes=0)(images(source)).shape == (5, 32)
-    with pytest.raises(ValueError, match="square RGB images and no window_size"):
+    with pytest.raises(ValueError, match="no argument window_size"):
         timm.create_model(name, window_size=7)
     with pytest.raises(ValueError, match="local-dir:FOLDER"):
         timm.create_model("karat")

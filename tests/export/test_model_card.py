@@ -45,3 +45,8 @@ KARAT = "[Kolmogorov-Arnold attention](https://arxiv.org/abs/2503.10632)"
 def test_the_attention_is_that_of_the_recipe(attention: dict[str, object], said: str) -> None:
     facts = {**FACTS, "attention": AttentionConfig(**attention).model_dump_json()}
     assert f"A vit_tiny_patch16_224 with {said}, 6 parameters, " in model_card(facts, nn.Linear(2, 2), "owls")
+
+
+def test_its_snippet_turns_photographs_as_predict_does() -> None:
+    card = model_card({**FACTS, "attention": AttentionConfig().model_dump_json()}, nn.Linear(2, 2), "owls")
+    assert 'image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")' in card

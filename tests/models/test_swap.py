@@ -86,3 +86,9 @@ def test_dropout_of_the_matrix_is_refused_and_nothing_has_changed(host: str) -> 
     with pytest.raises(RecipeError, match="attn_drop has no meaning for KArAt: the attention matrix is never formed"):
         swap_attention(network, AttentionConfig(kind="karat", rank=3), model.image_size)
     assert [type(module) for module in network.modules()] == classes
+
+
+def test_a_model_of_other_channels() -> None:
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, in_chans=1, num_classes=3)
+    swap_attention(network, AttentionConfig(kind="karat"), image_size=32)
+    assert network(torch.zeros(2, 1, 32, 32)).shape == (2, 3)
