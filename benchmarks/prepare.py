@@ -97,7 +97,7 @@ def measure(plan: PreparePlan) -> dict[str, Any]:
             **bases,
             OURS: made(*resize),
             COPY: lambda: _copy(source),
-            OURS_COPY: made(),
+            OURS_COPY: made("--check", "header"),
             DECODE: each_of(images.encoded, decode_rgb),
             OURS_CHECK: made("--check", "decode"),
         }

@@ -13,7 +13,13 @@ from pathlib import Path
 
 from script_options import make_parser
 
-from karat_scale.data.formats.shard_format import DATASET_FILE, DatasetRecord, read_dataset_record, write_dataset_record
+from karat_scale.data.formats.shard_format import (
+    DATASET_FILE,
+    TIMM_FILE,
+    DatasetRecord,
+    read_dataset_record,
+    write_dataset_record,
+)
 from karat_scale.errors import DataError, run_script
 from karat_scale.files import flush_to_disk
 
@@ -80,6 +86,7 @@ def _join(src: Path, record: DatasetRecord, out: Path) -> None:
     flush_to_disk(out)
     joined.splits.update(record.splits)
     write_dataset_record(out, joined)
+    (src / TIMM_FILE).unlink(missing_ok=True)
     (src / DATASET_FILE).unlink()
     src.rmdir()
 

@@ -20,7 +20,7 @@ from holdout import open_chosen
 from job import made_by, shuffled
 from make_webdataset import class_names
 from preparing import Preparation
-from script_options import add_source_options, check_source_options, make_parser
+from script_options import add_source_options, check_source_options, make_parser, settle_check
 from sources import Source, default_exif
 from sources.shards import has_shards, open_shards
 
@@ -169,6 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     require_ffcv()
     sources, names = open_source(options)
+    settle_check(options, sum(map(len, sources.values())))
     jobs = [plan_job(split, source, names, options) for split, source in sources.items()]
     for job in jobs:
         if options.dry_run:

@@ -15,7 +15,9 @@ The source is one of
 Samples are shuffled over the shards by a seed. The bytes of image files are copied, unless --resize re-encodes them.
 The same source and options give the same shards. A run that was killed resumes with the shard it was writing. Run on a
 finished output, it checks every byte and makes damaged shards again. Odd files are listed in dataset.json with what
-was done about them (--on-odd, --exif). --val-fraction or --val-count divides a source without a validation split.
+was done about them (--on-odd, --exif). Of fewer than 100,000 images each is decoded (--check), and those that cannot
+be, such as truncated photographs, are skipped. --val-fraction or --val-count divides a source without a validation
+split.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from holdout import open_chosen
 from job import Notes, made_by, shuffled
 from preparing import DEFAULT_QUALITY, Preparation
 from resizing import choose_encoder
-from script_options import add_source_options, check_source_options, make_parser
+from script_options import add_source_options, check_source_options, make_parser, settle_check
 from shard_job import (
     DEFAULT_SHARD_SAMPLES,
     MadeShard,
@@ -170,6 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
     dataset = read_dataset_record(out) if (out / DATASET_FILE).exists() else None
     known = dataset.classes if dataset else None
     sources = open_chosen(options, known)
+    settle_check(options, sum(map(len, sources.values())))
     jobs = [plan_job(split, source, options) for split, source in sources.items()]
     if options.dry_run:
         for job in jobs:

@@ -38,11 +38,11 @@ class Preparation:
 
     check: read only headers, or decode everything. exif: `turn` stores a picture with an EXIF orientation upright, as
     viewers show it; `keep` makes it an odd image. on_odd: what to do with images that are CMYK, in another format than
-    their name says, with corrupt EXIF, junk in the header, or truncated. `convert` makes RGB JPEGs, and removes an EXIF
-    block without changing the pixels, so that every decoder sees what torchvision's ImageFolder sees; an image that
-    cannot be decoded is skipped. `keep` keeps the bytes, `skip` leaves the image out, `stop` ends the run, also at an
-    image that cannot be read. resize, quality: re-encode every image as RGB JPEG with at most this short side in
-    pixels. encoder: the encoder for that.
+    their name says, with corrupt EXIF, or junk in the header. `convert` makes RGB JPEGs, and removes an EXIF block
+    without changing the pixels, so that every decoder sees what torchvision's ImageFolder sees. `keep` keeps the
+    bytes, `skip` leaves the image out, `stop` ends the run. An image that cannot be decoded, such as a truncated one,
+    would stop a training: all but `stop` leave it out. resize, quality: re-encode every image as RGB JPEG with at most
+    this short side in pixels. encoder: the encoder for that.
     """
 
     check: Check = "header"
@@ -70,16 +70,14 @@ class Preparation:
                 failure = str(error)
         turned = encoded is not None and self._turns(facts)
         odd = _oddities(facts, turned, failure)
-        if odd and self.on_odd in ("stop", "skip"):
+        if failure or (odd and self.on_odd in ("stop", "skip")):
             self._refuse(name, odd)
         if encoded is not None:
             done = _turn_of(facts) if turned else ""
             what = "; ".join(filter(None, (done, odd)))
             return Prepared(encoded, "jpg", facts.grey, what, "turned" if turned else "converted")
-        if self.resize is not None:
-            raise OddImageSkippedError(odd)
         if odd and self.on_odd == "convert":
-            return _convert(data, facts, failure, odd)
+            return _convert(data, facts, odd)
         return Prepared(data, facts.extension, facts.grey, odd)
 
     def check_left_out(self, name: str, error: UnreadableSampleError) -> None:
@@ -118,9 +116,7 @@ def _turn_of(facts: ImageFacts) -> str:
     return f"{TURNS[facts.orientation]}, as its EXIF orientation {facts.orientation} asks"
 
 
-def _convert(data: bytes, facts: ImageFacts, failure: str, odd: str) -> Prepared:
-    if failure:
-        raise OddImageSkippedError(odd)
+def _convert(data: bytes, facts: ImageFacts, odd: str) -> Prepared:
     if not facts.odd:
         return Prepared(without_exif(data), facts.extension, facts.grey, odd, "converted")
     try:

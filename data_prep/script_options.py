@@ -9,6 +9,9 @@ from karat_scale.data.formats.shard_format import dataset_directory
 from karat_scale.errors import DataError
 from karat_scale.machine import usable_cores
 
+DECODED_BELOW = 100_000
+"""Images of a source that are all decoded by default: it takes a minute, and finds a truncated photograph."""
+
 
 def make_parser(description: str, writes: bool = True) -> OneLineParser:
     """Return a parser with the options of every script, or of every script that writes."""
@@ -36,13 +39,16 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     )
     held_out.add_argument("--val-count", type=count, metavar="N", help="the same, so many images over all classes")
     parser.add_argument(
-        "--check", choices=("header", "decode"), default="header", help="read only headers, or decode every image"
+        "--check",
+        choices=("header", "decode"),
+        help=f"read only headers, or decode every image (default: decode below {DECODED_BELOW:,} images)",
     )
     parser.add_argument(
         "--on-odd",
         choices=("convert", "keep", "skip", "stop"),
         default="keep",
-        help="what to do with CMYK, misnamed, truncated images and corrupt EXIF (default keep)",
+        help="what to do with CMYK, misnamed images and corrupt EXIF (default keep); images that cannot be decoded are "
+        "skipped, or stop",
     )
     parser.add_argument(
         "--exif",
@@ -82,6 +88,11 @@ def check_source_options(options: argparse.Namespace) -> None:
         path = getattr(options, name)
         if path is not None and not path.is_file():
             raise DataError(f"--{name.replace('_', '-')} {path}: the file does not exist")
+
+
+def settle_check(options: argparse.Namespace, images: int) -> None:
+    """Choose `--check` by the number of images, where the command line does not."""
+    options.check = options.check or ("decode" if images < DECODED_BELOW else "header")
 
 
 def add_shard_options(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from script_options import add_shard_options, make_parser
 from karat_scale.console import progress
 from karat_scale.data.formats.shard_format import (
     DATASET_FILE,
+    TIMM_FILE,
     DatasetRecord,
     FileRecord,
     ShardRecord,
@@ -113,7 +114,8 @@ def list_splits(out: Path, source: DatasetRecord, splits: Splits) -> None:
     if splits:
         write_dataset_record(out, source.model_copy(update={"splits": splits, "root": ""}))
     else:
-        (out / DATASET_FILE).unlink(missing_ok=True)
+        for name in (DATASET_FILE, TIMM_FILE):
+            (out / name).unlink(missing_ok=True)
 
 
 def copy_all(src: Path | str, tars: Path | str, out: Path, missing: list[FileRecord], workers: int) -> None:

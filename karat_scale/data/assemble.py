@@ -98,7 +98,8 @@ class Assembler(ABC):
             bad = BadSample(sample_id, *self._source.locate(sample_id), str(error))
             if self._stop:
                 raise DataError(
-                    f"{bad}; set data.on_bad_sample=skip, or remove the image and make the shards again"
+                    f"{bad}; remove it from the data set, or skip such images: add data.on_bad_sample=skip "
+                    "'resume.allow=[data.on_bad_sample]'"
                 ) from error
             return bad
 
@@ -156,7 +157,7 @@ class TrainAssembler(Assembler):
             if not isinstance(pixels, BadSample):
                 return used, draws[-1], pixels
             bad.append(pixels)
-        raise DataError(f"{bad[-1]}; no sample near it can be decoded either, so make the shards again")
+        raise DataError(f"{bad[-1]}; no sample near it can be decoded either, so make the data set again")
 
 
 class EvalAssembler(Assembler):

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -28,6 +29,8 @@ from karat_scale.errors import DataError, UserError
 # How often a wait for a batch checks whether the workers are alive.
 POLL_SECONDS = 2.0
 _NO_SEMAPHORES = (errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENOSPC, errno.ENOSYS)
+# `check_worker_count` and `karat doctor` say it in a line.
+warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
 # DataLoader's message when that time is over.
 TIMED_OUT = "DataLoader timed out"
 # On this signal a worker prints its Python stack, wherever it hangs; and how long to wait for that.

@@ -195,6 +195,46 @@ def test_class_names_come_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "1 classes have no sample" in capsys.readouterr().out
 
 
+def test_numbered_classes_have_the_names_that_timm_and_open_clip_wrote(tmp_path: Path) -> None:
+    def members(names: tuple[str, ...]) -> list[tuple[str, bytes]]:
+        files: list[tuple[str, bytes]] = []
+        for number, name in enumerate(names):
+            said = json.dumps({"class_name": name, "label": number}).encode()
+            files += [(f"{number}.jpg", image(number)), (f"{number}.cls", b"%d" % number), (f"{number}.json", said)]
+        return files
+
+    for folder, names, expected in (
+        ("timm", ("cat", "dog"), ["cat", "dog"]),
+        ("one has none", ("cat", ""), ["0", "1"]),
+        ("twice", ("crane", "crane"), ["0", "1"]),
+    ):
+        write_tar(tmp_path / folder / "train.tar", members(names))
+        assert index(tmp_path / folder) == 0
+        assert read_dataset_record(tmp_path / folder).classes == expected
+    for lines, expected in (("ant\nbee\nwasp\n", ["ant", "bee", "wasp"]), ("ant\n", ["cat", "dog"])):
+        (tmp_path / "timm" / "classnames.txt").write_text(lines)  # of open_clip
+        assert index(tmp_path / "timm") == 0
+        assert read_dataset_record(tmp_path / "timm").classes == expected
+
+
+@pytest.mark.parametrize(
+    ("tars", "said"),
+    [
+        (("train", "val"), "Train with data.path={out}"),
+        (("train", "test"), "Train with data.path={out} data.val_split=test"),
+        (("train",), "Train with data.path={out}, once it has a validation split: add --split val=PATTERN"),
+        (("test",), "It has nothing to train on; evaluate a run on it with `karat eval RUN --on {out}`"),
+    ],
+)
+def test_the_last_line_says_what_the_tars_are_good_for(
+    tars: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in tars:
+        write_tar(tmp_path / "t" / f"{name}.tar", [("a.jpg", image(0)), ("a.cls", b"0")])
+    assert index(tmp_path / "t") == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f" {said.format(out=tmp_path / 't')}")
+
+
 def test_splits_follow_words_in_paths_or_rules(tmp_path: Path) -> None:
     for name in ("train/0.tar", "train/1.tar", "valid/0.tar", "more.tar"):
         write_tar(tmp_path / "t" / name, [("a.jpg", image(0)), ("a.cls", b"0")])

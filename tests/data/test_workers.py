@@ -212,3 +212,15 @@ def test_a_read_only_or_small_dev_shm_is_one_line(make_shards, option):
         pytest.skip("this machine allows no mount of one's own")
     assert done.stdout.startswith("data.workers = 1: worker processes need semaphores in /dev/shm"), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_torch_does_not_repeat_that_there_are_more_workers_than_cores() -> None:
+    """`karat doctor` says it in one line. A process of its own, since pytest sets the filters of warnings."""
+    code = (
+        "from karat_scale.data.loader import OrderedResults\n"
+        "from karat_scale.machine import usable_cores\n"
+        "loader = OrderedResults(abs, [-1, -2], usable_cores() + 1, 1, 30.0, str)\n"
+        "print(list(loader))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[1, 2]\n", "")

@@ -74,31 +74,28 @@ def test_images_that_ffcv_cannot_decode_keep_their_pixels(tmp_path):
         assert np.array_equal(*images)
 
 
-def broken_jpeg() -> bytes:
-    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, "JPEG")
-    return buffer.getvalue()[:-400]
-
-
 @pytest.mark.parametrize("mode", ["jpg", "raw"])
-def test_unusable_files_are_listed_and_truncated_ones_keep_their_place(folder, tmp_path, mode, capsys):
+def test_unusable_files_are_skipped_and_a_truncated_one_keeps_its_place_where_only_headers_are_read(
+    folder, tmp_path, mode, capsys
+):
     train = folder / "train" / WNIDS[1]
     write(train / "empty.jpg", b"")
     write(train / "text.jpg", b"no image")
-    write(train / "broken.jpg", broken_jpeg())
-    make_betons(folder, tmp_path / "keep", "--write-mode", mode)
-    record = read_record(tmp_path / "keep/train.beton")
-    assert [(Path(item.path).name, item.reason) for item in record.skipped] == [
-        ("empty.jpg", "the file is empty"),
-        ("text.jpg", "not an image in a supported format"),
-    ]
-    assert [(Path(item.path).name, item.done) for item in record.odd] == [("broken.jpg", "kept")]
-    assert record.samples == 19
-    assert "2 skipped, 1 odd" in capsys.readouterr().out
-    make_betons(folder, tmp_path / "skip", "--write-mode", mode, "--on-odd", "skip", "--check", "decode")
-    assert read_record(tmp_path / "skip/train.beton").samples == 18
-    with pytest.raises(DataError, match=r"(empty|text).jpg: .*; remove it"):
+    write(train / "broken.bmp", jpeg(5, kind="BMP")[:-400])
+    make_betons(folder, tmp_path / "out", "--write-mode", mode)
+    record = read_record(tmp_path / "out/train.beton")
+    assert {Path(item.path).name: item.reason for item in record.skipped} == {
+        "broken.bmp": "image file is truncated (32 bytes not processed)",
+        "empty.jpg": "the file is empty",
+        "text.jpg": "not an image in a supported format",
+    }
+    assert record.samples == 18
+    assert "3 skipped, 1 odd" in capsys.readouterr().out
+    make_betons(folder, tmp_path / "header", "--write-mode", mode, "--check", "header")
+    record = read_record(tmp_path / "header/train.beton")
+    assert [(Path(item.path).name, item.done) for item in record.odd] == [("broken.bmp", "kept")]
+    assert (record.samples, len(record.skipped)) == (19, 2)
+    with pytest.raises(DataError, match=r"(broken|empty|text)\.\w+: .*; (remove it|choose --on-odd)"):
         make_betons(folder, tmp_path / "stop", "--on-odd", "stop")
 
 

@@ -9,6 +9,7 @@ import pytest
 from make_webdataset import main
 from PIL import Image
 from resizing import choose_encoder
+from timm.data import create_dataset
 
 from karat_scale.data.formats.shard_format import read_dataset_record
 from karat_scale.data.formats.shards import ShardSplit
@@ -56,6 +57,15 @@ def test_an_imagefolder_keeps_its_bytes_labels_and_keys(folder, tmp_path):
         for number, key in enumerate(keys):
             assert shards.read(number) == files[f"{origin}/{key}"]
             assert record.classes[shards.labels[number]] == key.split("/")[0]
+
+
+def test_timms_own_reader_knows_the_splits(folder, tmp_path):
+    make_shards(folder[0], tmp_path / "out", "--shard-samples", "6")
+    for split, count in (("train", 21), ("val", 9)):
+        found = create_dataset("wds/ants", root=str(tmp_path / "out"), split=split)
+        assert len(found) == count
+        labels = sorted(label for _, label in found)
+        assert labels == sorted([0, 1, 2] * (count // 3))
 
 
 def test_the_same_source_gives_the_same_bytes_whatever_the_workers(folder, tmp_path):

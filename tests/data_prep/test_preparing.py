@@ -28,7 +28,6 @@ ODD = {
     "corrupt EXIF": CORRUPT,
     "CMYK": CMYK,
     "PNG named JPEG": PNG,
-    "image file is truncated": TRUNCATED,
 }
 
 
@@ -89,7 +88,7 @@ def test_a_grey_picture_stays_grey_and_an_upright_one_keeps_its_bytes():
         assert (done.data, done.odd) == (data, "")
 
 
-def test_a_turned_picture_is_also_shrunk_and_a_broken_one_is_not_turned():
+def test_a_turned_picture_is_also_shrunk_and_a_broken_one_is_left_out():
     data = jpeg(3, 64, 48, quality=95, exif=exif(6))
     for encoder in ("pillow", choose_encoder("auto")):
         done = Preparation(resize=24, encoder=encoder).prepare(data, "a.jpg")
@@ -97,10 +96,8 @@ def test_a_turned_picture_is_also_shrunk_and_a_broken_one_is_not_turned():
     kept = Preparation(resize=24).prepare(jpeg(3, 64, 48), "a.jpg")
     assert kept.odd == ""
     broken = jpeg(3, 64, 64, quality=95, exif=exif(6))[:-60]
-    done = Preparation().prepare(broken, "a.jpg")
-    assert (done.data, done.done) == (broken, "kept")
-    assert "EXIF orientation 6" in done.odd
-    assert "truncated" in done.odd
+    with pytest.raises(OddImageSkippedError, match=r"EXIF orientation 6.*truncated"):
+        Preparation().prepare(broken, "a.jpg")
 
 
 def test_the_choice_is_said_and_recorded_and_imagenet_keeps_its_bytes(tmp_path, capsys):
@@ -144,10 +141,27 @@ def test_conversion_gives_ordinary_jpegs_of_the_same_pixels(what):
     assert difference == 0 if "EXIF" in what else difference < 3
 
 
-def test_truncated_images_cannot_be_converted_or_resized():
-    for preparation in (Preparation(on_odd="convert"), Preparation(resize=16), AUTO):
+def test_truncated_images_are_left_out_or_stop():
+    """Training stops at one, hours later."""
+    for preparation in (Preparation(), Preparation(on_odd="convert"), Preparation(resize=16), AUTO):
         with pytest.raises(OddImageSkippedError, match="truncated"):
             preparation.prepare(TRUNCATED, "a.JPEG")
+    with pytest.raises(DataError, match="truncated"):
+        Preparation(on_odd="stop").prepare(TRUNCATED, "a.JPEG")
+
+
+def test_all_images_of_a_small_source_are_decoded_and_of_a_large_one_the_headers(tmp_path, monkeypatch, capsys):
+    """The header of a truncated BMP says nothing."""
+    write(tmp_path / "src/ant/a.jpg", jpeg(1))
+    write(tmp_path / "src/ant/b.bmp", jpeg(2, kind="BMP")[:-400])
+    main(["--src", str(tmp_path / "src"), "--out", str(tmp_path / "small")])
+    assert "skipped ant/b.bmp: image file is truncated" in capsys.readouterr().out
+    record = read_dataset_record(tmp_path / "small").splits["train"]
+    assert (record.samples, record.made["check"]) == (1, "decode")
+    monkeypatch.setattr("script_options.DECODED_BELOW", 2)
+    main(["--src", str(tmp_path / "src"), "--out", str(tmp_path / "large")])
+    record = read_dataset_record(tmp_path / "large").splits["train"]
+    assert (record.samples, record.made["check"]) == (2, "header")
 
 
 def test_ordinary_images_pass_every_policy():
@@ -171,7 +185,8 @@ def test_damage_behind_the_header_is_found_by_decoding():
     at = data.index(b"\xff\xc4")  # a Huffman table with more codes than there can be
     data[at + 5 : at + 21] = b"\xff" * 16
     assert not Preparation("header").prepare(bytes(data), "a.JPEG").odd
-    assert Preparation("decode").prepare(bytes(data), "a.JPEG").odd
+    with pytest.raises(OddImageSkippedError, match="broken data stream"):
+        Preparation("decode").prepare(bytes(data), "a.JPEG")
 
 
 def test_a_decompression_bomb_is_refused():
@@ -233,12 +248,11 @@ def test_the_odd_collection(tmp_path, policy):
     hopeless = {"truncated_jpeg.jpg", "ultrahdr.jpg"}
     done = {"keep": "kept", "convert": "converted", "skip": "skipped"}[policy]
     for name, item in found.items():
-        assert item.done == ("skipped" if policy == "convert" and name in hopeless else done)
-    left = {"keep": 21, "convert": 19, "skip": 21 - len(EXPECTED_ODD)}[policy]
+        assert item.done == ("skipped" if name in hopeless else done)
+    left = {"keep": 19, "convert": 19, "skip": 21 - len(EXPECTED_ODD)}[policy]
     assert (record.samples, len(record.skipped), record.grey) == (left, 21 - left, 3 if policy != "skip" else 2)
     shards = ShardSplit(tmp_path / "out", "train", 1)
-    if policy != "keep":
-        assert all(decode_rgb(shards.read(number)).mode == "RGB" for number in range(len(shards)))
+    assert all(decode_rgb(shards.read(number)).mode == "RGB" for number in range(len(shards)))
 
 
 def test_stop_names_the_file_and_writes_no_data_set(tmp_path):

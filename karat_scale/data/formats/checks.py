@@ -4,13 +4,17 @@ import hashlib
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from karat_scale.data.formats.shard_format import FileRecord
+from karat_scale.data.formats.shard_format import FileRecord, check_has_record
+from karat_scale.data.staged import staged_copy
 from karat_scale.errors import DataError
+from karat_scale.recipe import DataConfig
+from karat_scale.stores import is_url
+from karat_scale.tables import Files
 
 _PIECE = 1 << 20
 
@@ -42,6 +46,34 @@ def must_answer(path: Path, timeout: float) -> None:
             f"data.path = {path} did not answer for data.timeout = {timeout:g} s; check its file system, or raise "
             "data.timeout if it is only slow"
         )
+
+
+def check_data_path(data: DataConfig) -> None:
+    """Refuse a `data.path` where there is nothing. It costs nothing, so that commands ask before they import torch.
+
+    Raises:
+        DataError: it does not exist, has no dataset.json though it should, or does not answer.
+    """
+    if data.row.files is None or is_url(data.path) or staged_copy(data.path):
+        return
+    directory = Path(data.path).expanduser()
+    must_answer(directory, data.timeout)
+    if data.row.files is Files.SHARDS:
+        check_has_record(directory)
+    elif not directory.is_dir():
+        raise DataError(f"data.path = {directory} is not a directory; set it to {data.row.files.value}")
+
+
+def split_fix(split: str, there: Collection[str]) -> str:
+    """Return what to do where a data set lacks a split and has others; an empty text if it has none."""
+    if not there:
+        return ""
+    if split == "train":
+        return "; set data.train_split to one of them"
+    others = [name for name in ("val", "validation", "valid", "test") if name in there]
+    if others:
+        return f"; set data.val_split={others[0]}"
+    return "; set data.val_split to one of them, or make one by data_prep/make_webdataset.py --val-fraction 0.1"
 
 
 def check_class_count(place: Path | str, classes: int, num_classes: int) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from karat_scale.data.formats.checks import check_class_count
+from karat_scale.data.formats.checks import check_class_count, split_fix
 from karat_scale.data.order import epoch_order
 from karat_scale.errors import DataError
 from karat_scale.files import read_image
@@ -84,6 +84,10 @@ def _must_list(folder: Path) -> None:
 def _class_folders(folder: Path) -> list[str]:
     try:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
+    except FileNotFoundError:
+        beside = [path.name for path in folder.parent.glob("*/")]
+        fix = split_fix(folder.name, beside) or f"; {FIX}"
+        raise DataError(f"{folder} does not exist; the folders there: {', '.join(beside) or 'none'}{fix}") from None
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror}; {FIX}") from error
     if not names:

@@ -22,7 +22,8 @@ from karat_scale.errors import DataError
 from karat_scale.files import read_text, write_atomically
 from karat_scale.stores import DEFAULT_TIMEOUT, Store, is_url
 
-DATASET_FILE = "dataset.json"
+_FIX = "make it with data_prep/make_webdataset.py"
+DATASET_FILE, TIMM_FILE = "dataset.json", "info.json"
 # A record lists each file of a source that is skipped or odd: of ImageNet-21k, that may be millions.
 LARGEST_RECORD = 2**30
 # A name in dataset.json must not point outside of its directory.
@@ -134,30 +135,40 @@ def read_dataset_record(directory: Path | str, timeout: float = DEFAULT_TIMEOUT)
     Raises:
         DataError: the directory or the file is missing, empty or damaged.
     """
-    fix = "make it with data_prep/make_webdataset.py"
     path = f"{directory}/{DATASET_FILE}"
     try:
-        return DatasetRecord.model_validate_json(_record_text(directory, timeout, fix))
+        return DatasetRecord.model_validate_json(_record_text(directory, timeout))
     except UnicodeDecodeError:
-        raise DataError(f"{path} is damaged: it is not UTF-8; {fix}") from None
+        raise DataError(f"{path} is damaged: it is not UTF-8; {_FIX}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "JSON"
-        raise DataError(f"{path} is damaged or of another version ({where}: {first['msg']}); {fix}") from error
+        raise DataError(f"{path} is damaged or of another version ({where}: {first['msg']}); {_FIX}") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _record_text(directory: Path | str, timeout: float, fix: str) -> str:
+def _record_text(directory: Path | str, timeout: float) -> str:
     if isinstance(directory, str):
         return Store(directory, timeout).read_small(DATASET_FILE, LARGEST_RECORD).decode("utf-8")
+    check_has_record(directory)
+    return read_record_text(directory / DATASET_FILE)
+
+
+def check_has_record(directory: Path) -> None:
+    """Raise DataError unless a directory exists and has a dataset.json."""
     if not directory.is_dir():
-        raise DataError(f"data.path = {directory} is not a directory; {fix} or correct the path")
-    path = directory / DATASET_FILE
-    if not path.is_file():
-        found = "is empty" if not any(directory.iterdir()) else f"has no {DATASET_FILE}"
-        raise DataError(f"data.path = {directory} {found}; {fix} or correct the path")
-    return read_record_text(path)
+        raise DataError(f"data.path = {directory} is not a directory; {_FIX} or correct the path")
+    if (directory / DATASET_FILE).is_file():
+        return
+    inside = list(directory.iterdir())
+    if any(path.is_dir() for path in inside):
+        raise DataError(
+            f"data.path = {directory} has no {DATASET_FILE}; {_FIX}, set data.backend=folder for a folder of images, "
+            "or correct the path"
+        )
+    found = f"has no {DATASET_FILE}" if inside else "is empty"
+    raise DataError(f"data.path = {directory} {found}; {_FIX} or correct the path")
 
 
 def read_record_text(path: Path) -> str:
@@ -175,7 +186,18 @@ def chosen_splits(directory: Path | str, record: DatasetRecord, split: str | Non
 
 
 def write_dataset_record(directory: Path, record: DatasetRecord) -> None:
-    """Write dataset.json atomically."""
+    """Write dataset.json atomically; before it, for shards of ours, info.json, which timm's own reader needs."""
+    if not record.root and not any("by" in split.made for split in record.splits.values()):
+        splits = {
+            name: {
+                "name": name,
+                "num_samples": split.samples,
+                "filenames": [shard.name for shard in split.shards],
+                "shard_lengths": [shard.samples for shard in split.shards],
+            }
+            for name, split in record.splits.items()
+        }
+        write_atomically(directory / TIMM_FILE, json.dumps({"splits": splits}, indent=1) + "\n")
     text = json.dumps(record.model_dump(exclude_none=True), indent=1, ensure_ascii=False) + "\n"
     write_atomically(directory / DATASET_FILE, text)
 

@@ -72,8 +72,11 @@ class ShardSplit:
 
     def _split_record(self, record: DatasetRecord, split: str) -> list[ShardRecord]:
         if split not in record.splits or record.splits[split].samples == 0:
-            there = ", ".join(name for name, found in record.splits.items() if found.samples) or "none"
-            raise DataError(f"{self.directory} has no samples of split {split!r}; the splits there: {there}")
+            there = [name for name, found in record.splits.items() if found.samples]
+            raise DataError(
+                f"{self.directory} has no samples of split {split!r}; the splits there: {', '.join(there) or 'none'}"
+                + checks.split_fix(split, there)
+            )
         found = record.splits[split]
         if found.samples != sum(shard.samples for shard in found.shards):
             raise DataError(f"{self.directory}/{DATASET_FILE}: {split} has not as many samples as its shards; {FIX}")

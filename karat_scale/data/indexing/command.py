@@ -78,7 +78,7 @@ def index_tars(request: IndexRequest) -> int:
     splits = into_splits(names, request.splits)
     rule = _guessed_rule(source, names[0]) if request.label == "auto" else LabelRule.parse(request.label)
     tars = _read_all(source, names, rule, request.with_hashes)
-    classes = _classes(tars, rule, request.classes)
+    classes = _classes(tars, rule, request.classes, _usual_names(source))
     numbers = {name: number for number, name in enumerate(classes)}
     root = source.url if isinstance(source, Store) else "" if out == source else str(source)
     record = DatasetRecord(classes=classes, root=root)
@@ -148,8 +148,16 @@ def _sha256(tar: Tar) -> str:
     return digest.hexdigest()
 
 
-def _classes(tars: dict[str, _Tar], rule: LabelRule, file: Path | None) -> list[str]:
-    """Return the names of the classes, in order. Raises DataError if labels are of both kinds, or not of classes."""
+def _classes(tars: dict[str, _Tar], rule: LabelRule, file: Path | None, usual: list[str]) -> list[str]:
+    """Return the names of the classes, in order.
+
+    Args:
+        file: given by the user, with the names.
+        usual: the names in the file that usually has them; empty if there is none.
+
+    Raises:
+        DataError: labels are of both kinds, or not of classes.
+    """
     labels = {label for tar in tars.values() for label in tar.samples.labels}
     if not labels:
         reasons = Counter(reason for tar in tars.values() for _, reason in tar.samples.skipped)
@@ -162,7 +170,24 @@ def _classes(tars: dict[str, _Tar], rule: LabelRule, file: Path | None) -> list[
     known = _class_names(file) if file else None
     if rule.kind == "txt" and known is None and len(names) > sum(len(tar.samples.labels) for tar in tars.values()) / 2:
         raise DataError(f".txt has {len(names)} different texts, such as {names[0][:60]!r}, no classes; choose --label")
-    return _checked_names(names, known, file) if names else _checked_numbers(numbers, known, tars, file)
+    if names:
+        return _checked_names(names, known, file)
+    classes = _checked_numbers(numbers, known, tars, file)
+    if known:
+        return classes
+    written: dict[Label, str] = {}
+    for tar in tars.values():
+        written |= {label: name for label, name in tar.samples.names.items() if name}
+    for called in (usual, [written.get(number, "") for number in range(len(classes))]):
+        if len(set(called)) == len(called) >= len(classes) and all(called):  # else two have one name, or one has none
+            return called
+    return classes
+
+
+def _usual_names(source: Path | Store) -> list[str]:
+    """Return the lines of the file that open_clip's data sets have beside their tars; nothing if there is none."""
+    path = None if isinstance(source, Store) else source / "classnames.txt"
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path and path.is_file() else []
 
 
 def _checked_names(names: list[str], known: list[str] | None, file: Path | None) -> list[str]:
@@ -259,4 +284,15 @@ def _print_result(record: DatasetRecord, out: Path, rule: LabelRule, notes: Coun
     for what, count in notes.items():
         if count:
             print(f"  {what}: {count}")
-    print(printable(f"labels from {rule}; {out / DATASET_FILE} lists all. Train with data.path={out}"))
+    print(printable(f"labels from {rule}; {out / DATASET_FILE} lists all. {_what_next(record, out)}"))
+
+
+def _what_next(record: DatasetRecord, out: Path) -> str:
+    there = [name for name, split in record.splits.items() if split.samples]
+    if "train" not in there:
+        return f"It has nothing to train on; evaluate a run on it with `karat eval RUN --on {out}`"
+    validation = [name for name in ("val", "test", *there) if name in there and name != "train"]
+    if not validation:
+        return f"Train with data.path={out}, once it has a validation split: add --split val=PATTERN"
+    which = "" if validation[0] == "val" else f" data.val_split={validation[0]}"
+    return f"Train with data.path={out}{which}"

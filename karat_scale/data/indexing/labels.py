@@ -102,6 +102,15 @@ def number_of(label: Label, numbers: dict[str, int]) -> int:
     return numbers[label] if isinstance(label, str) else label
 
 
+def class_name_in(content: bytes) -> str:
+    """Return what a sample's .json says as class_name; an empty text if it says nothing."""
+    try:
+        name = json.loads(content).get("class_name")
+    except (ValueError, AttributeError, RecursionError):
+        return ""
+    return name.strip() if isinstance(name, str) else ""
+
+
 def guess_rule(suffixes: Mapping[str, int], first_json: bytes | None, where: str) -> LabelRule:
     """Return the rule that fits a tar.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from karat_scale.data.formats.shard_format import index_bytes
 from karat_scale.data.formats.tar_headers import Member, scan_members
-from karat_scale.data.indexing.labels import Label, LabelRule, NoLabelError, guess_rule
+from karat_scale.data.indexing.labels import Label, LabelRule, NoLabelError, class_name_in, guess_rule
 from karat_scale.data.indexing.tars import Tar
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -27,6 +27,8 @@ class TarSamples:
     sizes: list[int] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
     crcs: list[int] = field(default_factory=list)
+    names: dict[Label, str] = field(default_factory=dict)
+    """The names of numbered classes, where .json has them as timm's tars do; else an empty text."""
     tar_bytes: int = 0
     etag: str = ""
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -99,6 +101,10 @@ def _add(sample: _Sample, tar: Tar, rule: LabelRule, with_crc: bool, found: TarS
     except NoLabelError as error:
         found.skipped.append((sample.key, str(error)))
         return
+    if isinstance(label, int) and label not in found.names:
+        beside = sample.members.get("json")
+        text = b"" if beside is None else tar.read(beside.offset, min(beside.size, _LARGEST_LABEL))
+        found.names[label] = class_name_in(text)
     found.notes["samples with several images, of which the first is used"] += len(images) > 1
     found.keys.append(sample.key)
     found.offsets.append(image.offset)

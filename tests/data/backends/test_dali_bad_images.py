@@ -50,7 +50,7 @@ def test_a_bad_sample_stops_with_its_path_after_the_batches_before_it(make_shard
     message = str(caught.value)
     assert message.startswith("sample broken-6 in train-000000.tar cannot be decoded: ")
     assert "truncated" in message
-    assert message.endswith("set data.on_bad_sample=skip, or remove the image and make the shards again")
+    assert message.endswith("such images: add data.on_bad_sample=skip 'resume.allow=[data.on_bad_sample]'")
     assert next(batches, None) is None
 
 

@@ -91,7 +91,7 @@ def test_a_bad_sample_stops_with_its_path(make_shards, make_sample, data_config,
     message = str(caught.value)
     assert message.startswith("sample broken-4 in train-000000.tar cannot be decoded: ")
     assert "truncated" in message
-    assert message.endswith("set data.on_bad_sample=skip, or remove the image and make the shards again")
+    assert message.endswith("such images: add data.on_bad_sample=skip 'resume.allow=[data.on_bad_sample]'")
     assert "\n" not in message
 
 

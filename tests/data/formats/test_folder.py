@@ -52,7 +52,8 @@ def test_labels_follow_the_training_split(folder):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "train cannot be read: No such file or directory; correct data.path"),
+        ([], "train does not exist; the folders there: none; correct data.path"),
+        (["training/ant/x.jpg"], "train does not exist; the folders there: training; set data.train_split to one"),
         (["train/x.jpg"], "train has no class folders; correct data.path"),
         (["train/ant/x.txt"], "train has no images in its class folders; correct data.path"),
         ([f"train/{name}/x.jpg" for name in "abc"], "has 3 classes, but model.num_classes = 2"),
@@ -64,6 +65,15 @@ def test_what_is_not_right_is_one_line(folder, files, message):
         FolderSplit(root, "train", 2)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_validation_split_of_another_name_is_suggested(folder):
+    root = folder("train/ant/1.jpg", "test/ant/1.jpg")
+    with pytest.raises(DataError, match=r"val does not exist; the folders there: .*; set data.val_split=test"):
+        FolderSplit(root, "val", 2)
+    (root / "test").rename(root / "more")
+    with pytest.raises(DataError, match=r"or make one by data_prep/make_webdataset.py --val-fraction 0.1"):
+        FolderSplit(root, "val", 2)
 
 
 def test_a_class_of_one_split_only_is_refused(folder):

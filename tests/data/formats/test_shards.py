@@ -127,7 +127,9 @@ def test_a_name_that_leads_out_of_the_directory_is_refused(make_shards):
 
 
 def test_absent_split(make_shards):
-    assert "no samples of split 'test'; the splits there: train, val" in refusal(make_shards(), split="test")
+    assert "no samples of split 'test'; the splits there: train, val; set data.val_split=val" in refusal(
+        make_shards(), split="test"
+    )
 
 
 @pytest.mark.parametrize("name", ["train-000002.tar", "train-000002.index.npz"])
