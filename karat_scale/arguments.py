@@ -38,7 +38,25 @@ class OneLineParser(argparse.ArgumentParser):
             names = [str(choice) for choice in action.choices]
             close = nearest(str(value), names, likeness=0.5)  # options are short
             hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)}"
+            if action.dest == "command":
+                hint = _instead_of_command(str(value)) or hint
             raise argparse.ArgumentError(action, f"unknown value {value!r}; {hint}")
+
+
+# What people type as a command, and the command that does it.
+_OTHER_COMMANDS = {
+    "evaluate": "use karat eval RUN",
+    "finetune": "use karat train RECIPE init_from=WEIGHTS",
+    "fit": "use karat train RECIPE",
+    "resume": "run the same karat train command again, and it resumes",
+    "test": "use karat eval RUN --on DIR",
+}
+
+
+def _instead_of_command(name: str) -> str:
+    if name in _OTHER_COMMANDS:
+        return _OTHER_COMMANDS[name]
+    return f"did you mean karat train {name}?" if name.endswith((".yaml", ".yml")) else ""
 
 
 def _why_strange(strange: Sequence[str], takes_overrides: bool) -> str:

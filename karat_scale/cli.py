@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         complete(parser)
     options = parser.parse_args(arguments)
+    if options.command == "launch":  # a mistake is said once, and not by each rank
+        parser.parse_args(options.arguments)
     # torch's C++ warns with a stack of its own where a rank is lost, which we tell in a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not may_have_gpu():  # without this, DeepSpeed warns that it guessed the CPU

@@ -97,7 +97,7 @@ def duration(seconds: float) -> str:
 
 def plural(number: int, noun: str) -> str:
     """Return a count with its noun."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 class ProgressBars:

@@ -128,9 +128,13 @@ def find_gpu(name: str) -> Gpu | None:
 _OTHER_GPU = "For any other card, use karat plan RECIPE --memory GB"
 
 
+# What most machines with such a card have: the one with NVLink, of the larger memory.
+_USUAL = {"h100": "h100-80", "a100": "a100-80"}
+
+
 def known_gpu(name: str) -> Gpu:
-    """The GPU of that name, or the only one whose name begins with it. Raises UserError, which lists names."""
-    gpu = find_gpu(name)
+    """The GPU of that name, or the usual or only one whose name begins with it. Raises UserError, which lists names."""
+    gpu = find_gpu(_USUAL.get(name.lower(), name))
     alike = [gpu.key for gpu in GPUS if gpu.key.startswith(f"{name.lower()}-")]
     if gpu is None and len(alike) == 1:
         gpu = find_gpu(alike[0])

@@ -53,6 +53,8 @@ def test_an_option_between_overrides_keeps_its_value() -> None:
     [
         (["trian"], "unknown value 'trian'; did you mean train?"),
         (["xyz"], "choose from prepare, "),
+        (["resume", "r"], "run the same karat train command again, and it resumes"),
+        (["photos.yaml"], "unknown value 'photos.yaml'; did you mean karat train photos.yaml?"),
         (["bench", "stpe"], "unknown value 'stpe'; did you mean step?"),
         (["eval", "r", "--weights", "rw"], "--weights: unknown value 'rw'; did you mean raw?"),
         (["train"], "required: RECIPE (karat train"),
@@ -138,7 +140,7 @@ def test_a_parser_without_overrides_takes_none(capsys: Capture) -> None:
     [
         (["detect", "r", "--json", "x.json"], "--json is of --eval"),
         (["detect", "r", "--checkpoint", "latest"], "--checkpoint is of --eval"),
-        (["plan", "r", "--dry-run", "--curve", "--gpu", "h100-80"], "makes no plan, so --curve, --gpu has no effect"),
+        (["plan", "r", "--dry-run", "--json", "x.json"], "--dry-run makes no plan, so --json has nothing to write"),
         (["export", "{run}", "--private"], "--private is of --push"),
         (["doctor", "--seconds", "3"], "--seconds is the length of a recipe's timed run; name a RECIPE"),
     ],

@@ -83,6 +83,38 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> None:
+    """The import takes seconds."""
+    (tmp_path / "photos" / "train").mkdir(parents=True)
+    refusals = {
+        "eval nowhere": "nowhere: not a run directory (it has no recipe.yaml)",
+        "export nowhere": "nowhere: not a run directory (it has no recipe.yaml)",
+        "replay nowhere 3": "nowhere: not a run directory (it has no recipe.yaml)",
+        "predict nowhere a.jpg": "nowhere: neither a run's directory nor a folder of karat export; name one",
+        "train fashion_mnist_demo data.path=nowhere": "data.path = nowhere is not a directory; make it with "
+        "data_prep/make_webdataset.py or correct the path",
+        "show fashion_mnist_demo data.path=photos": "data.path = photos has no dataset.json; make it with data_prep/"
+        "make_webdataset.py, set data.backend=folder for a folder of images, or correct the path",
+        "train fashion_mnist_demo data.backend=folder data.path=nowhere": "data.path = nowhere is not a directory; "
+        "set it to a directory of train/<class>/<image> and val/<class>/<image>",
+        "plan fashion_mnist_demo --gpu h1000": "--gpu h1000: not in the table",
+        "prepare webdataset --src nowhere --out x": "--src nowhere: there is no such file or directory",
+        "launch --ranks 2 train fashion_mnist_demo --bogus": "unknown option --bogus",
+    }
+    code = (
+        "import sys\nfrom karat_scale.cli import main\n"
+        "for line in sys.argv[1:]:\n"
+        "    try: code = main(line.split())\n"
+        "    except SystemExit as error: code = error.code\n"
+        "    assert (code, 'torch' in sys.modules) == (2, False), line\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *refusals], cwd=tmp_path, capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(refusals), done.stderr
+    for line, said in zip(lines, refusals.values(), strict=True):
+        assert line.startswith(f"error: {said}"), done.stderr
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_has_read_enough_is_no_error(unbuffered: str) -> None:
     reader, writer = os.pipe()

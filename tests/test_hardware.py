@@ -1,6 +1,6 @@
 import pytest
 
-from karat_scale.machine import GPUS, find_gpu
+from karat_scale.machine import GPUS, find_gpu, known_gpu
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,8 @@ def test_the_table_is_in_units_of_one_and_orders_precisions() -> None:
         assert 1e11 < gpu.bandwidth < 1e13, gpu.key
         # The key ends with the sheet's gigabytes, of which CUDA reports a little less.
         assert 0.85 < gpu.memory_bytes / (int(gpu.key.rsplit("-")[-1]) * 2**30) <= 1, gpu.key
+
+
+@pytest.mark.parametrize(("name", "key"), [("h100", "h100-80"), ("A100", "a100-80"), ("rtx4090", "rtx4090-24")])
+def test_a_short_name_is_the_usual_card(name: str, key: str) -> None:
+    assert known_gpu(name).key == key

@@ -76,7 +76,7 @@ def analyze_distributions(run: TrainedRun, settings: Settings) -> Result:
     weights = _at_moments(run, result, settings)
     if len(weights) < 3:
         result.notes.append(
-            f"{run.label}: only {len(weights)} checkpoints and snapshots, so start, middle or end is missing"
+            f"the run has only {len(weights)} checkpoints and snapshots, so start, middle or end is missing"
         )
     whole = {step: values for step, (values, _) in weights.items()}
     groups = {step: parts for step, (_, parts) in weights.items()}

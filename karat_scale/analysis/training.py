@@ -83,6 +83,7 @@ def _draw(name: str, histories: Mapping[str, History]) -> Figure:
     axes.set(xlabel="images seen", ylabel={"loss": "loss", "accuracy": "accuracy, %", **_COURSE}[name])
     if name in _COURSE:
         axes.set_ylim(0)
+    axes.set_xlim(left=0)  # also of one point, which matplotlib shows in a window of its own
     if len(histories) > 1:
         figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -142,6 +142,12 @@ class CheckpointStore:
         own = (path for path in self.root.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name))
         return sorted((path.name for path in own if path.is_dir()), reverse=True)
 
+    def beside(self, name: str) -> str:
+        """What to add to the name of a checkpoint that is not the newest, for a person; else nothing."""
+        newest = self.names()[:1]
+        which = "the best one" if name == self.pointed("best") else "an earlier one"
+        return f", {which} (the newest is {newest[0]})" if newest and newest[0] != name else ""
+
     def state(self, name: str) -> dict[str, Any]:
         """A checkpoint's `state.json`."""
         state: dict[str, Any] = parse_json(read_text(self.root / name / STATE))

@@ -13,6 +13,7 @@ from karat_scale.arguments import (
 )
 from karat_scale.errors import UserError
 from karat_scale.local_ranks import default_ranks
+from karat_scale.machine import known_gpu
 
 
 def add_commands(commands: Any) -> None:
@@ -65,6 +66,8 @@ def _add_sbatch_options(parser: argparse.ArgumentParser) -> None:
 def _submit(options: argparse.Namespace) -> int:
     from karat_scale.submit.sbatch import submit
 
+    if options.gpu:
+        known_gpu(options.gpu)
     chosen, variables = _sbatch_choices(options)
     return submit(options.recipe, options.overrides, chosen, variables, options.decision, options.gpu)
 

@@ -70,6 +70,10 @@ def _index(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
+    from karat_scale.data.formats.checks import check_data_path
+    from karat_scale.recipe.loading import load_recipe
+
+    check_data_path(load_recipe(options.recipe, options.overrides).data)
     from karat_scale.look.batch import show_batch
 
     return show_batch(options.recipe, options.overrides, options.step, options.images, options.out)

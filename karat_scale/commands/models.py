@@ -1,6 +1,7 @@
 """The commands that use a trained model. Each imports what it needs when it runs."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from karat_scale.arguments import (
@@ -10,7 +11,7 @@ from karat_scale.arguments import (
     run_directory,
     whole,
 )
-from karat_scale.errors import UserError
+from karat_scale.errors import RunDirectoryError, UserError
 from karat_scale.tables import EXPORT_FORMATS
 
 
@@ -56,17 +57,21 @@ def add_commands(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from karat_scale.recipe.files import recipe_of_run
+
+    if options.private and not options.push:
+        raise UserError("--private is of --push; add it, or leave out --private")
+    recipe_of_run(Path(options.run_dir))
     from karat_scale.export.command import HUB, export_run
 
     if options.push and options.format not in (None, HUB):
         raise UserError(f"--format {options.format}: --push uploads a {HUB}; remove --format")
-    if options.private and not options.push:
-        raise UserError("--private is of --push; add it, or leave out --private")
     what = (options.run_dir, options.format or "safetensors", options.checkpoint, options.weights, options.out)
     return export_run(*what, options.push, options.private)
 
 
 def _predict(options: argparse.Namespace) -> int:
+    _check_model(options.model)
     from karat_scale.predict.command import Request, predict
 
     request = Request(
@@ -82,6 +87,14 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    _check_model(options.model)
     from karat_scale.predict.page import serve
 
     return serve(options.model, options.checkpoint, options.weights, options.port)
+
+
+def _check_model(model: str) -> None:
+    """Raise RunDirectoryError, before torch is imported, if there is nothing at a path."""
+    path = Path(model).expanduser()
+    if not path.exists() and path.parent.name != "checkpoints":
+        raise RunDirectoryError(f"{model}: neither a run's directory nor a folder of karat export; name one")

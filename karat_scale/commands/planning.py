@@ -1,6 +1,7 @@
 """The commands before training: recipes, plans, and a check of the machine. Each imports what it needs when it runs."""
 
 import argparse
+import sys
 from typing import Any
 
 from karat_scale.arguments import (
@@ -10,6 +11,7 @@ from karat_scale.arguments import (
     positive,
 )
 from karat_scale.errors import UserError
+from karat_scale.machine import known_gpu
 
 SECONDS = 20.0  # of the timed run of karat doctor
 
@@ -72,13 +74,17 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    if options.gpu:
+        known_gpu(options.gpu)  # before torch is imported
     from karat_scale.estimate.command import Request, plan_recipe
 
     if options.dry_run:
-        makes_a_plan = {"--json": options.json, "--curve": options.curve, "--gpu": options.gpu}
+        if options.json:
+            raise UserError("--dry-run makes no plan, so --json has nothing to write; leave one of them out")
+        makes_a_plan = {"--curve": options.curve, "--gpu": options.gpu}
         makes_a_plan |= {"--memory": options.memory, "--step-time": options.step_time}
         if idle := [name for name, value in makes_a_plan.items() if value]:
-            raise UserError(f"--dry-run makes no plan, so {', '.join(idle)} has no effect; leave one of them out")
+            print(f"note: --dry-run makes no plan, so {', '.join(idle)} has no effect", file=sys.stderr)
     request = Request(
         gpus=options.gpus,
         gpus_per_node=options.gpus_per_node,

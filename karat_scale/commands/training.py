@@ -1,6 +1,7 @@
 """The commands that train, evaluate and replay. Each imports what it needs when it runs."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from karat_scale.arguments import (
@@ -9,8 +10,9 @@ from karat_scale.arguments import (
     new_file,
     run_directory,
 )
-from karat_scale.errors import UserError
+from karat_scale.errors import DataError, UserError
 from karat_scale.local_ranks import default_ranks, launch
+from karat_scale.stores.urls import is_url
 from karat_scale.tables import CORRUPTIONS
 
 _SEE_ALSO = (
@@ -99,6 +101,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from karat_scale.data.formats.checks import check_data_path
     from karat_scale.recipe.loading import dump_recipe, load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
@@ -113,6 +116,7 @@ def _train(options: argparse.Namespace) -> int:
             StreamShards(recipe.data, recipe.run.seed)
         print(dump_recipe(recipe), end="")
         return 0
+    check_data_path(recipe.data)
     from karat_scale.run.run import train
     from karat_scale.tasks.classification.task import ClassificationTask
 
@@ -120,6 +124,11 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
+    from karat_scale.recipe.files import recipe_of_run
+
+    recipe_of_run(Path(options.run_dir))
+    if options.on is not None and not is_url(options.on) and not Path(options.on).expanduser().exists():
+        raise DataError(f"--on {options.on}: there is no such directory")
     what = (options.run_dir, options.overrides, options.checkpoint, options.weights)
     if options.severity and options.corrupt is None:
         raise UserError("--severity is of --corrupt; add it, or leave out --severity")
@@ -143,6 +152,9 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
+    from karat_scale.recipe.files import recipe_of_run
+
+    recipe_of_run(Path(options.run_dir))
     from karat_scale.replay.command import replay
 
     return replay(options.run_dir, options.step, options.images, options.out, options.json)

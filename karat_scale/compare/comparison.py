@@ -1,7 +1,7 @@
 """A whole comparison: groups, their spreads, and each group against the first; as tables and as plain data."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from karat_scale.compare.finished import MEASURES, SCORES, FinishedRun
@@ -69,7 +69,10 @@ class Comparison:
             head = title
             for group in self.groups:
                 if figures := group.by_seed(name):
-                    cells = _spread_cells(spread(list(figures.values())), digits)
+                    one = spread(list(figures.values()))
+                    if title.endswith("%") and one.low is not None and one.high is not None:
+                        one = replace(one, low=max(one.low, 0.0), high=min(one.high, 100.0))
+                    cells = _spread_cells(one, digits)
                     rows.append([head, group.label, ", ".join(map(str, figures)), *cells])
                     head = ""
         return Table("Runs over seeds", ("", "group", "seeds", "mean", "sd", "95 % interval"), rows, (0, 1, 2))

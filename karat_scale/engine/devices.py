@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from karat_scale.console import plural
 from karat_scale.errors import UserError
 
 
@@ -47,7 +48,7 @@ def device_name(device: torch.device) -> str:
     """The name of a device, for a person."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {plural(torch.get_num_threads(), 'thread')}"
 
 
 def wait_for(device: torch.device | str) -> None:

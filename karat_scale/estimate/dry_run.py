@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from karat_scale.console import plural
 from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.backends import Backend, ImageSpec, open_backend
 from karat_scale.data.formats.checks import unused_classes
@@ -29,7 +30,7 @@ def dry_run(recipe: Recipe, world: int) -> Iterator[str]:
         UserError: the first mistake, as the run would report it.
     """
     stage = zero_stage(load_ds_config(recipe, world, micro_batch_of(recipe, world)))
-    yield f"deepspeed.config = {recipe.deepspeed.config}: ZeRO stage {stage}, right for {world} ranks"
+    yield f"deepspeed.config = {recipe.deepspeed.config}: ZeRO stage {stage}, right for {plural(world, 'rank')}"
     data = recipe.data.on_a_cpu().changed(workers=int(recipe.data.is_stream))
     with closing(open_backend(ImageSpec.of(recipe.changed(data=data)))) as backend:
         yield f"data: {backend.num_train:,} training and {backend.num_val:,} validation images"
@@ -55,8 +56,8 @@ def _check_batches(recipe: Recipe, world: int, backend: Backend) -> str:
             raise RecipeError(f"train.global_batch = {plan.global_batch}: {world} ranks do not cut it into its parts")
     evaluation = EvalPlan(backend.num_val, recipe.train.eval_batch, 0, world).num_batches
     return (
-        f"batches: {total:,} steps of {plan.global_batch} = {world} x {plan.accumulation} x {plan.micro_batch}; "
-        f"an evaluation takes {evaluation:,} of {recipe.train.eval_batch} a rank"
+        f"batches: {plural(total, 'step')} of {plan.global_batch} = {world} x {plan.accumulation} x "
+        f"{plan.micro_batch}; an evaluation takes {evaluation:,} of {recipe.train.eval_batch} a rank"
     )
 
 

@@ -55,11 +55,12 @@ def export_run(
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with work_display() as show:
-                show(f"write {kind} weights as {format_name}", 0, 1)
+                show(f"{kind} weights of {name}", 0, 1)
                 note = load(row.place)(Source(directory, recipe, name, kind), path)
         except OSError as error:
             raise RunDirectoryError(f"{path}: {error.strerror or error}; choose another --out") from None
-        print(f"{path}: {kind} weights of {name}, {_size(path) / 1e6:.1f} MB{note and f', {note}'}")
+        which = f"{kind} weights of {name}{directory.store.beside(name)}"
+        print(f"{path}: {which}, {_size(path) / 1e6:.1f} MB{note and f', {note}'}")
     return 0
 
 

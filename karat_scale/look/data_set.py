@@ -97,7 +97,10 @@ def _print_split(facts: SplitFacts) -> None:
     )
     print(printable(counts + (f"; without images: {', '.join(empty[:5])}" if empty else "")))
     names = ("width", "height", "aspect_ratio", "bytes")
-    rows = [[name.replace("_", " "), *(f"{x:,.4g}" for x in _as_dict(numbers[name]).values())] for name in names]
+    rows = [
+        [name.replace("_", " "), *(f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in _as_dict(numbers[name]).values())]
+        for name in names
+    ]
     rows = [row for row in rows if len(row) > 1]
     print_table(f"of {numbers['sampled']} sampled images", ["", "smallest", "5 %", "median", "95 %", "largest"], rows)
     print("  " + ", ".join(f"{count} {kind}" for kind, count in facts.kinds.most_common()))

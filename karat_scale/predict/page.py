@@ -54,6 +54,7 @@ def open_page(page: Any, port: int) -> str:
             theme=_theme(),
             app_kwargs={"middleware": [only_here]},
             quiet=True,
+            show_error=True,  # such as that a file is no picture
             prevent_thread_lock=True,
         )
     except OSError as error:

@@ -8,7 +8,7 @@ from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.base import NEVER_ALLOWED, Effect
 from karat_scale.recipe.keys import Key, KeySection, sections_of, type_in_words
 from karat_scale.recipe.loading import keys_like
-from karat_scale.recipe.synonyms import keys_called
+from karat_scale.recipe.synonyms import elsewhere, keys_called
 
 _ON_RESUME = {
     Effect.NOTHING: "A run may resume with another value.",
@@ -39,6 +39,8 @@ def _explain(name: str, sections: Sequence[KeySection], schema: type[RunRecipe])
     known = [*keys, *by_name]
     leaves = [key for key in known if key.rpartition(".")[2] == name]
     found = [name] if name in known else leaves or keys_called(name, known)
+    if not found and (said := elsewhere(name)):
+        raise RecipeError(f"karat explain {name}: no such key; {said}")
     if not found:
         close = keys_like(name, schema)
         hint = f"did you mean {close[0]}?" if close else "`karat explain` lists the sections"

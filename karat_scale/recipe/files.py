@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from karat_scale.errors import RecipeError
+from karat_scale.errors import RecipeError, RunDirectoryError
 from karat_scale.files import read_text
 from karat_scale.recipe.parsing import parse
 from karat_scale.suggestions import nearest
@@ -43,13 +43,22 @@ def find_recipe(source: str, folder: Path = RECIPES) -> Path:
     raise RecipeError(f"recipe {source!r}: {_why_missing(source, folder)}")
 
 
+def recipe_of_run(run: Path) -> Path:
+    """Return the recipe in a run's directory. Raises RunDirectoryError if it is not one."""
+    path = run.expanduser() / "recipe.yaml"
+    if not path.is_file():
+        raise RunDirectoryError(f"{run}: not a run directory (it has no recipe.yaml)")
+    return path
+
+
 def _why_missing(source: str, folder: Path) -> str:
     path = Path(source)
     if path.is_dir():
         own = path / "recipe.yaml"
         return f"a run's directory; name its {own}" if own.is_file() else "a directory; name a YAML file in it"
     if path.suffix in (".yaml", ".yml") or "/" in source:
-        return "no such file"
+        close = nearest(path.name, [file.name for file in path.parent.glob("*.y*ml")])
+        return f"no such file; did you mean {path.parent / close[0]}?" if close else "no such file"
     for other, command in COMMANDS.items():
         if source in shipped_recipes(other):
             return f"not a recipe of this command; train it with: karat {command} {source}"

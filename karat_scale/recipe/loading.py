@@ -2,7 +2,7 @@
 
 import difflib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -16,7 +16,7 @@ from karat_scale.recipe.base import Effect
 from karat_scale.recipe.files import find_recipe, read_recipe_file, read_run_recipe
 from karat_scale.recipe.parsing import parse
 from karat_scale.recipe.retired import without_retired_keys
-from karat_scale.recipe.synonyms import keys_called
+from karat_scale.recipe.synonyms import elsewhere, keys_called
 
 R = TypeVar("R", bound=RunRecipe)
 Schema = type[RunRecipe]
@@ -67,7 +67,7 @@ def _whole(tree: dict[str, Any], path: Path, source: str, overrides: Sequence[st
     if isinstance(run, dict):
         run["name"] = run.get("name") or path.stem
         run["dir"] = run.get("dir") or f"runs/{run['name']}"
-    return validate_recipe(tree, source, schema)
+    return validate_recipe(tree, source, schema, [override.partition("=")[0] for override in overrides])
 
 
 @overload
@@ -75,18 +75,25 @@ def validate_recipe(tree: Mapping[str, Any], source: str) -> Recipe: ...
 
 
 @overload
-def validate_recipe(tree: Mapping[str, Any], source: str, schema: type[R]) -> R: ...
+def validate_recipe(tree: Mapping[str, Any], source: str, schema: type[R], overridden: Collection[str] = ()) -> R: ...
 
 
-def validate_recipe(tree: Mapping[str, Any], source: str, schema: Schema = Recipe) -> Any:
-    """Validate a mapping as a recipe. Raises RecipeError with one line that begins with `source`."""
+def validate_recipe(
+    tree: Mapping[str, Any], source: str, schema: Schema = Recipe, overridden: Collection[str] = ()
+) -> Any:
+    """Validate a mapping as a recipe.
+
+    Raises:
+        RecipeError: one line, which begins with `source` unless the mistake is in one of the keys `overridden`.
+    """
     tree, notes = without_retired_keys(tree, source)
     for note in notes:
         print(f"note: {printable(note)}", file=sys.stderr)
     try:
         recipe = schema.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(f"{source}: {_one_line(error, schema)}") from None
+        line = _one_line(error, schema)
+        raise RecipeError(line if line.startswith(tuple(overridden)) else f"{source}: {line}") from None
     unknown = [key for key in recipe.resume.allow if key not in schema_keys(schema)]
     if unknown:
         raise RecipeError(f"{source}: resume.allow = {unknown[0]}: no such key{_nearest(unknown[0], schema)}")
@@ -196,6 +203,8 @@ def _describe(error: Any, schema: Schema) -> str:
 
 
 def _nearest(key: str, schema: Schema) -> str:
+    if said := elsewhere(key):
+        return f"; {said}"
     near = keys_like(key, schema)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 

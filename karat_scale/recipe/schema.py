@@ -225,7 +225,7 @@ class Recipe(RunRecipe):
         if self.schedule.warmup_steps is None and self.schedule.warmup_epochs > self.train.epochs:
             raise ValueError(
                 f"schedule.warmup_epochs = {self.schedule.warmup_epochs:g} is longer than train.epochs = "
-                f"{self.train.epochs}; shorten the warm-up"
+                f"{self.train.epochs}; shorten the warm-up, such as schedule.warmup_epochs={self.train.epochs / 10:g}"
             )
         # A batch far below lr_batch scales the peak below these defaults. So compare with the unscaled lr, too.
         scale = self.train.global_batch / self.optim.lr_batch if self.optim.lr_batch else 1.0

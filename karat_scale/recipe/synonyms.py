@@ -21,11 +21,9 @@ SYNONYMS = {
     "crop_pct": ("augment.eval_crop",),
     "data_dir": ("data.path",),
     "dataset": ("data.path",),
-    "devices": ("run.device",),
     "drop_path_rate": ("model.drop_path",),
     "eval_every": ("train.eval_every_epochs",),
     "fp16": ("train.precision",),
-    "gpus": ("run.device",),
     "grad_accum_steps": ("train.micro_batch",),
     "gradient_accumulation_steps": ("train.micro_batch",),
     "gradient_checkpointing": ("train.recompute.policy",),
@@ -73,8 +71,24 @@ SYNONYMS = {
 }
 
 
+# Settings of other tools that are no keys here, and what sets them.
+_PROCESSES = "`karat launch --ranks N` sets the number of processes, one for each GPU"
+ELSEWHERE = {
+    **dict.fromkeys(("devices", "gpus", "nprocpernode", "numgpus", "numprocesses", "ranks", "worldsize"), _PROCESSES),
+    **dict.fromkeys(("nnodes", "nodes", "numnodes"), "`karat submit --nodes=N` sets the number of nodes"),
+}
+
+
+def elsewhere(name: str) -> str:
+    """Return what sets a setting of another tool that is no key here; an empty text for any other name."""
+    return ELSEWHERE.get(_plain(name), "")
+
+
 def keys_called(name: str, keys: Iterable[str]) -> list[str]:
     """Return those of `keys` that other tools call by the last part of `name`."""
-    leaf = name.rpartition(".")[2].lower().replace("-", "_").lstrip("_")
-    known = set(keys)
-    return [key for key in SYNONYMS.get(leaf, ()) if key in known]
+    known, called = set(keys), _plain(name)
+    return [key for other, meant in SYNONYMS.items() if _plain(other) == called for key in meant if key in known]
+
+
+def _plain(name: str) -> str:
+    return name.rpartition(".")[2].lower().replace("-", "").replace("_", "")

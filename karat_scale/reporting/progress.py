@@ -168,7 +168,7 @@ class Reporter:
 
     def checkpoint(self, state: RunState, name: str, seconds: float, stall: float) -> None:
         """A checkpoint is complete; training stood still for `stall` of its seconds."""
-        self.info(f"saved {name} in {seconds:.1f} s, of which training stood still for {stall:.1f} s")
+        self.info(f"saved {name} in {seconds:.1f} s; training waited for {stall:.1f} s of them")
         figures = {"seconds": round(seconds, 3), "stall_seconds": round(stall, 3)}
         self._write("checkpoint", state.step, samples=state.samples, name=name, **figures)
 

@@ -50,7 +50,7 @@ def evaluate_run(
                 task.close()
             reporter.close()
     if world.is_main:
-        _report(directory.path, name, "ema" if use_ema else "raw", scores, json_file)
+        _report(directory, name, "ema" if use_ema else "raw", scores, json_file)
     return 0
 
 
@@ -65,8 +65,8 @@ def _check_classes(run: RunDirectory, task: Task) -> None:
         )
 
 
-def _report(run: Path, name: str, weights: str, scores: Scores, json_file: str | None) -> None:
-    print(f"{run} {name} ({weights} weights): {scores}")
+def _report(run: RunDirectory, name: str, weights: str, scores: Scores, json_file: str | None) -> None:
+    print(f"{run.path} {name}{run.store.beside(name)} ({weights} weights): {scores}")
     if json_file:
-        figures = {"run": str(run), "checkpoint": name, "weights": weights, **scores.to_json()}
+        figures = {"run": str(run.path), "checkpoint": name, "weights": weights, **scores.to_json()}
         write_atomically(Path(json_file), json.dumps(figures, indent=2) + "\n")

@@ -12,6 +12,7 @@ import torch
 
 from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.checkpoint.store import checkpoint_name
+from karat_scale.console import plural
 from karat_scale.data.plan import total_steps
 from karat_scale.engine import distributed
 from karat_scale.engine.devices import device_name
@@ -254,6 +255,6 @@ def headline(parts: Parts) -> str:
     pieces = f"{world.size} x {plan.accumulation} x {plan.micro_batch}"
     return (
         f"{parts.recipe.run.name}: {parts.engine.parameters:,} parameters, {task.num_train:,} training images of "
-        f"{len(task.classes):,} classes, {parts.total_steps:,} steps of {plan.global_batch} ({pieces}) on "
+        f"{len(task.classes):,} classes, {plural(parts.total_steps, 'step')} of {plan.global_batch} ({pieces}) on "
         f"{device_name(world.device)}"
     )

@@ -36,7 +36,7 @@ from karat_scale.errors import RunDirectoryError, not_written
 from karat_scale.files import open_regular, parse_json, read_text, replace_file
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import NEVER_ALLOWED, Effect
-from karat_scale.recipe.files import COMMANDS, read_run_recipe
+from karat_scale.recipe.files import COMMANDS, read_run_recipe, recipe_of_run
 from karat_scale.recipe.loading import differing_keys, dump_recipe, effects, flatten, load_run_recipe, rounding_keys
 from karat_scale.temporaries import remove_leftovers
 
@@ -155,9 +155,7 @@ class RunDirectory:
     @property
     def command(self) -> str:
         """The command that trains the run, `train` or `detect`. Raises RunDirectoryError: not a run directory."""
-        if not self.recipe_file.is_file():
-            raise RunDirectoryError(f"{self.path}: not a run directory (it has no recipe.yaml)")
-        return "detect" if "detector" in read_run_recipe(self.recipe_file) else "train"
+        return "detect" if "detector" in read_run_recipe(recipe_of_run(self.path)) else "train"
 
     @overload
     def recipe(self, *, overrides: Sequence[str] = ()) -> Recipe: ...

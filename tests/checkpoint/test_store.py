@@ -30,6 +30,13 @@ def save(store: CheckpointStore, step: int) -> str:
     return store.commit(directory, {"step": step}, {"weights.pt": written})
 
 
+def test_a_checkpoint_that_is_not_the_newest_is_told_as_such(store: CheckpointStore) -> None:
+    first, second, newest = (save(store, step) for step in (2, 4, 6))
+    store.point("best", first)
+    said = [store.beside(name) for name in (first, second, newest)]
+    assert said == [f", the best one (the newest is {newest})", f", an earlier one (the newest is {newest})", ""]
+
+
 def test_a_committed_checkpoint_is_complete_and_latest(store: CheckpointStore) -> None:
     name = save(store, 1200)
     assert name == checkpoint_name(1200) == "step-00001200"

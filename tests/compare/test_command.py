@@ -110,6 +110,13 @@ def test_other_budgets_are_a_warning_and_stand_beside_the_verdict(copy: Copy, tm
         assert "Budgets differ: owls and more" in (tmp_path / "out" / name).read_text()
 
 
+def test_an_interval_of_an_accuracy_ends_at_0_and_100(copy: Copy, capsys) -> None:
+    runs = [copy(f"seed{seed}", f"run.seed={seed}", top1=[5.0, 5.0, last]) for seed, last in ((1, 5.0), (2, 95.0))]
+    assert main(["compare", *map(str, runs)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "last top-1" in line]
+    assert "0.00 to 100.00" in line
+
+
 def test_what_is_left_out_is_named_and_the_rest_is_compared(trained: Path, copy: Copy, tmp_path: Path, capsys) -> None:
     half = copy("half", "run.seed=3", exit=75, reason="stopped by SIGTERM")
     paths = [trained / "seed0", half, tmp_path / "nowhere", trained / "seed0"]

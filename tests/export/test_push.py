@@ -92,6 +92,7 @@ def test_mistakes_are_one_line(
 def test_without_a_token_it_says_how_to_log_in(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
+    (tmp_path / "recipe.yaml").touch()
     for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))

@@ -52,7 +52,7 @@ def test_another_recipes_run_is_told_from_the_papers(run: Path, docs: Path, ledg
     assert f"[{top1:.2f} / {top5:.2f}](ledger/{file.name})" in row
     assert f"| 3 | `{kept['recipe_sha256'][:12]}` |" in row
     assert "1 x 64 images" in row
-    assert f"{summary(run)['processor']}, 1 threads" in row
+    assert f"{summary(run)['processor']}, 1 thread" in row
     assert ledger(run) == 2
     assert "is in the ledger already, as" in capsys.readouterr().err
     before = (docs / "reproduction.md").read_text()
@@ -218,7 +218,7 @@ def test_a_run_from_before_the_summary_had_its_images_is_taken_in(
     assert ledger(run) == 0
     (row,) = rows(docs, "owls")
     assert "1 x 64 images" in row
-    assert "CPU, 1 threads" in row
+    assert "CPU, 1 thread" in row
 
 
 def remove(name: str) -> Callable[[Path], None]:

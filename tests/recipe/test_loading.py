@@ -71,7 +71,8 @@ def message(path: Path | str, *overrides: str) -> str:
         ("batch_size=64", ["batch_size: unknown key", "did you mean train.global_batch or train.micro_batch?"]),
         ("optim.learning_rate=1", ["did you mean optim.lr?"]),
         ("num-epochs=3", ["did you mean train.epochs?"]),
-        ("train.gpus=2", ["did you mean run.device?"]),
+        ("train.gpus=2", ["`karat launch --ranks N` sets the number of processes"]),
+        ("train.batchsize=8", ["did you mean train.global_batch or train.micro_batch?"]),
         ("train.resume=true", ["did you mean resume?"]),
         ("resume=true", ["resume = True: is a section: the keys are mode, from, allow"]),
         ("modl.name=x", ["modl", "did you mean model"]),
@@ -131,6 +132,17 @@ def test_a_mistake_is_one_line_with_field_value_and_fix(recipe: Path, override: 
     text = message(recipe, override)
     for part in parts:
         assert part in text
+
+
+def test_a_mistake_of_the_command_line_does_not_blame_the_file(recipe: Path) -> None:
+    assert message(recipe, "batch_size=64").startswith("batch_size: unknown key")
+    recipe.write_text(recipe.read_text() + "\nbatch_size: 64\n")
+    assert message(recipe, "optim.lr=1").startswith(f"{recipe}: batch_size: unknown key")
+
+
+def test_a_misspelt_file_is_suggested(recipe: Path) -> None:
+    with pytest.raises(RecipeError, match=rf"no such file; did you mean {recipe}\?"):
+        load_recipe(recipe.with_name(recipe.name[1:]))
 
 
 @pytest.mark.parametrize(

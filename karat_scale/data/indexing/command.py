@@ -27,7 +27,7 @@ from karat_scale.data.indexing.samples import TarSamples, guess_label_rule, read
 from karat_scale.data.indexing.splits import find_tars, into_splits
 from karat_scale.data.indexing.tars import Tar, open_tar
 from karat_scale.errors import DataError
-from karat_scale.files import write_atomically
+from karat_scale.files import read_text, write_atomically
 from karat_scale.machine import usable_cores
 from karat_scale.stores import Store
 
@@ -187,7 +187,10 @@ def _classes(tars: dict[str, _Tar], rule: LabelRule, file: Path | None, usual: l
 def _usual_names(source: Path | Store) -> list[str]:
     """Return the lines of the file that open_clip's data sets have beside their tars; nothing if there is none."""
     path = None if isinstance(source, Store) else source / "classnames.txt"
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path and path.is_file() else []
+    try:
+        return read_text(path).splitlines() if path and path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}; give the names by --classes FILE") from error
 
 
 def _checked_names(names: list[str], known: list[str] | None, file: Path | None) -> list[str]:

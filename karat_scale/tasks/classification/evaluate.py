@@ -28,7 +28,8 @@ class EvalResult:
     bad: int
 
     def __str__(self) -> str:
-        scores = f"top-1 {self.top1:.2f} % top-5 {self.top5:.2f} % loss {self.loss:.4f}"
+        five = f" top-5 {self.top5:.2f} %" if self.top5 < 100 else ""  # as of a model with five classes
+        scores = f"top-1 {self.top1:.2f} %{five} loss {self.loss:.4f}"
         return f"{scores} on {self.images:,} images, {self.bad} unreadable"
 
     def to_json(self) -> dict[str, Any]:

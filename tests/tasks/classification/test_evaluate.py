@@ -5,7 +5,7 @@ from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.engine.distributed import World
 from karat_scale.errors import UserError
-from karat_scale.tasks.classification.evaluate import evaluate
+from karat_scale.tasks.classification.evaluate import EvalResult, evaluate
 from tests.conftest import CLASSES
 
 
@@ -56,3 +56,9 @@ def test_running_out_of_memory_names_the_batch_of_the_evaluation(small_recipe, w
     normalize = Normalize(recipe.augment.mean, recipe.augment.std)
     with pytest.raises(UserError, match=r"out of memory: .*; lower train\.eval_batch \(now 16\)$"):
         evaluate(lambda images: torch.empty(1 << 50), backend, normalize, 16, world, lambda *_: None)
+
+
+def test_top5_of_few_classes_is_not_told() -> None:
+    """It is 100 % of any model with five classes."""
+    assert str(EvalResult(60.0, 100.0, 1.0, 10, 0)) == "top-1 60.00 % loss 1.0000 on 10 images, 0 unreadable"
+    assert "top-5 90.00 %" in str(EvalResult(60.0, 90.0, 1.0, 10, 0))
