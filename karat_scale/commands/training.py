@@ -128,7 +128,7 @@ def _eval(options: argparse.Namespace) -> int:
 
     recipe_of_run(Path(options.run_dir))
     if options.on is not None and not is_url(options.on) and not Path(options.on).expanduser().exists():
-        raise DataError(f"--on {options.on}: there is no such directory")
+        raise DataError(f"{options.on} is no test set: there is no such directory")
     what = (options.run_dir, options.overrides, options.checkpoint, options.weights)
     if options.severity and options.corrupt is None:
         raise UserError("--severity is of --corrupt; add it, or leave out --severity")

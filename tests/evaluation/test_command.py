@@ -21,7 +21,7 @@ IMAGES = CLASSES * VAL_PER_CLASS
 
 
 def scores(text: str) -> tuple[str, ...]:
-    found = re.search(r"top-1 ([\d.]+) % top-5 ([\d.]+) % loss ([\d.]+) on (\d+) images", text)
+    found = re.search(r"top-1 ([\d.]+) % loss ([\d.]+) on (\d+) images", text)
     assert found, text
     return found.groups()
 
