@@ -78,7 +78,8 @@ def index_tars(request: IndexRequest) -> int:
     splits = into_splits(names, request.splits)
     rule = _guessed_rule(source, names[0]) if request.label == "auto" else LabelRule.parse(request.label)
     tars = _read_all(source, names, rule, request.with_hashes)
-    classes = _classes(tars, rule, request.classes, _usual_names(source))
+    usual = [] if request.classes else _usual_names(source)
+    classes = _classes(tars, rule, request.classes, usual)
     numbers = {name: number for number, name in enumerate(classes)}
     root = source.url if isinstance(source, Store) else "" if out == source else str(source)
     record = DatasetRecord(classes=classes, root=root)
