@@ -56,20 +56,22 @@ def _tiles_rows(recipe: Recipe, on_gpu: bool) -> bool:
     attention = recipe.attention
     if attention.kind == "learned_score":
         return attention.implementation != "reference"
-    return attention.form == "content" and _streams(recipe, on_gpu)
+    if attention.form != "content" or attention.implementation == "reference":
+        return False
+    # With a bias, psi goes row by row whatever computes H.
+    return _streams(recipe, on_gpu) or any(size.biased for size in layer_sizes(recipe.model))
 
 
 def _streams(recipe: Recipe, on_gpu: bool) -> bool:
     """Whether `streaming` runs.
 
-    With `auto`, a GPU takes Triton for the modular Fourier form with any base, up to a head's largest width, and a CPU
-    takes its kernel without a base. Layers with a position bias count as `streaming`, since half of Swin's also have a
-    mask.
+    With `auto`, a GPU takes Triton for the modular Fourier form with any base, bias and mask, up to a head's largest
+    width, and a CPU takes its kernel without a base and a bias.
     """
     attention = recipe.attention
     if attention.kind != "karat" or attention.implementation not in ("auto", "streaming"):
         return False
     has_kernel = attention.is_modular_series and (on_gpu or attention.base == "zero")
     sizes = layer_sizes(recipe.model)
-    has_kernel &= not any(size.biased or (on_gpu and size.width > LARGEST_WIDTH) for size in sizes)
+    has_kernel &= not any(size.width > LARGEST_WIDTH if on_gpu else size.biased for size in sizes)
     return attention.implementation == "streaming" or not has_kernel

@@ -24,17 +24,13 @@ def learn(
 
     Raises:
         RecipeError: a layer has too few heads or dropout of its attention matrix, layers that would share an operator
-            differ in size, or the implementation does not support a layer's bias or mask. No layer has changed then.
+            differ in size, or the implementation does not support a layer's bias. No layer has changed then.
     """
     found = zip(attention_layers(network), sizes, strict=True)
     kept = [(layer, size) for layer, size in found if type(layer.attention) in classes]
-    masked = any(getattr(layer.block, "attn_mask", None) is not None for layer, _ in kept)
-    lacks = {"cpu": ("position bias", any(size.biased for _, size in kept)), "triton": ("window masks", masked)}
-    what, is_needed = lacks.get(attention.implementation, ("", False))
-    if is_needed:
+    if attention.implementation == "cpu" and any(size.biased for _, size in kept):
         raise RecipeError(
-            f"attention.implementation = {attention.implementation} does not support the {what} of {model.name}; "
-            "use auto or streaming"
+            f"attention.implementation = cpu does not support the position bias of {model.name}; use auto or streaming"
         )
     turned = [(layer.attention, size) for layer, size in kept]
     shapes = {(size.tokens, size.heads) for _, size in turned}

@@ -53,11 +53,11 @@ class KaratAttention(Attention):
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
-        query, key = self.q_norm(query), self.k_norm(key)
+        # CUDA's autocast, unlike a CPU's, norms in float32; scores of wider queries would take slower products.
+        query, key = (x.to(value.dtype) for x in (self.q_norm(query), self.k_norm(key)))
         bias, mask = None, attn_mask
         if attn_mask is not None and attn_mask.dtype != torch.bool:
-            bias, keep = attn_mask, ~attn_mask.isneginf()
-            mask = None if not torch.compiler.is_compiling() and bool(keep.all()) else keep  # kernels take no mask
+            bias, mask = attn_mask, ~attn_mask.isneginf()
         out = self.operator(query, key, value, bias=bias, mask=mask)
         return join_heads(self, x, out)
 

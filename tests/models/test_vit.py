@@ -4,11 +4,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from karat_scale.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.models.factory import no_weight_decay_names, parameter_count
 from karat_scale.models.positions import sincos_2d
+from karat_scale.models.vit import attention_class
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 SIZES = {"image_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -91,3 +96,32 @@ def test_other_models_have_a_head_and_positions_of_their_own(field: str) -> None
         RecipeError, match=rf"model.{name} = {value} is not supported by swin_\w+, which is not a plain ViT"
     ):
         create_model(model, AttentionConfig())
+
+
+class AutocastAsOnCuda(TorchFunctionMode):
+    """CUDA's autocast computes norms in float32, a CPU's leaves their inputs' dtype (ATen/autocast_mode.h)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not functional.layer_norm or not torch.is_autocast_enabled("cpu"):
+            return func(*args, **(kwargs or {}))
+        with torch.autocast("cpu", enabled=False):
+            return func(args[0].float(), *args[1:], **(kwargs or {}))
+
+
+def test_normed_queries_and_keys_have_the_values_dtype_under_cudas_autocast() -> None:
+    make = attention_class(AttentionConfig(kind="karat"), 17)
+    layer = make(64, num_heads=2, qk_norm=True, norm_layer=nn.LayerNorm)
+    given = []
+    layer.operator.register_forward_pre_hook(lambda _, heads: given.extend(x.dtype for x in heads))
+    normed = []
+    layer.q_norm.register_forward_hook(lambda *passed: normed.append(passed[-1].dtype))
+    with AutocastAsOnCuda(), torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(2, 17, 64))
+    assert normed == [torch.float32]
+    assert given == [torch.bfloat16] * 3
+
+
+def test_a_float_mask_is_not_read_on_the_host() -> None:
+    with FakeTensorMode():  # which refuses to be read
+        layer = attention_class(AttentionConfig(kind="karat"), 17)(64, num_heads=2)
+        assert layer(torch.randn(2, 17, 64), attn_mask=torch.zeros(17, 17)).shape == (2, 17, 64)

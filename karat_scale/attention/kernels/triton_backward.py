@@ -11,13 +11,66 @@ import triton.language as tl
 from karat_scale.attention.kernels.triton_features import (
     base_derivative,
     half_harmonic_step,
+    load_kept,
+    load_pairs,
     load_rows,
-    load_scores,
     next_half_harmonic,
+    pair_scores,
     rotate,
+    scaled,
     sine_cosine,
     store_rows,
 )
+
+
+@triton.jit
+def _add_order(real, imag, order, dh, by_cos, by_sin, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    upstream = (dh * order).to(dh.dtype)
+    if KEYS_FIRST:
+        upstream = tl.trans(upstream)
+        real = tl.dot(by_sin, upstream, real, input_precision=PRECISION)
+        imag = tl.dot(by_cos, upstream, imag, input_precision=PRECISION)
+    else:
+        real = tl.dot(upstream, tl.trans(by_sin), real, input_precision=PRECISION)
+        imag = tl.dot(upstream, tl.trans(by_cos), imag, input_precision=PRECISION)
+    return real, imag
+
+
+@triton.jit
+def _grad_scores(
+    dh,
+    pointers,
+    apart,
+    sin,
+    cos,
+    KEYS_FIRST: tl.constexpr,
+    GRID: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dA of a tile of dH and of the coefficients at `pointers`, `apart` from feature to feature, for sin(A) and cos(A)
+    of keys and queries if KEYS_FIRST, else of queries and keys. A pair with zeros for both has zero.
+
+    UNROLL writes all harmonics out, else a loop keeps the code short.
+    """
+    real = tl.zeros(sin.shape, tl.float32)
+    imag = tl.zeros(sin.shape, tl.float32)
+    if UNROLL:
+        for step in tl.static_range(GRID):
+            at = pointers + 2 * (GRID - 1 - step) * apart
+            if step > 0:
+                real, imag = real * cos - imag * sin, real * sin + imag * cos
+            real, imag = _add_order(
+                real, imag, GRID - step, dh, tl.load(at), tl.load(at + apart), KEYS_FIRST, PRECISION
+            )
+    else:
+        for step in tl.range(0, GRID):
+            at = pointers + 2 * (GRID - 1 - step) * apart
+            real, imag = real * cos - imag * sin, real * sin + imag * cos
+            real, imag = _add_order(
+                real, imag, GRID - step, dh, tl.load(at), tl.load(at + apart), KEYS_FIRST, PRECISION
+            )
+    return real * cos - imag * sin
 
 
 @triton.jit
@@ -25,6 +78,7 @@ def grad_query_kernel(
     query,
     key,
     bias,
+    bits,
     coef,
     coef_scale,
     grad_hidden,
@@ -45,6 +99,8 @@ def grad_query_kernel(
     bias_h,
     bias_n,
     bias_m,
+    bits_b,
+    bits_h,
     grad_b,
     grad_h,
     grad_n,
@@ -62,7 +118,7 @@ def grad_query_kernel(
     PRECISION: tl.constexpr,
 ):
     """dQ of one query tile of one head of one image; the arguments are those of `forward_kernel` and
-    `readout_kernel`. UNROLL writes all harmonics out, else a loop keeps the code short."""
+    `readout_kernel`."""
     tiles = tl.cdiv(tokens, BLOCK_QUERY)
     tile = tl.program_id(0) % tiles
     item = (tl.program_id(0) // tiles).to(tl.int64)
@@ -72,12 +128,14 @@ def grad_query_kernel(
     key += batch * key_b + head * key_h
     grad_query += batch * grad_b + head * grad_h
     coef += head * (2 * GRID) * padded_tokens * RANK
+    if bias is not None:
+        bias += batch * bias_b + head * bias_h
+    if bits is not None:
+        bits += batch * bits_b + head * bits_h
 
     ranks = tl.arange(0, RANK)
     rows = tile * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
-    q = load_rows(query, rows, query_n, tokens, WIDTH, BLOCK_WIDTH)
-    if SCALED_FIRST:
-        q = (q.to(tl.float32) * scale).to(q.dtype)
+    q = scaled(load_rows(query, rows, query_n, tokens, WIDTH, BLOCK_WIDTH), scale, SCALED_FIRST)
     dh = load_rows(grad_hidden + item * tokens * RANK, rows, RANK, tokens, RANK, RANK)
     coef_unit = tl.load(coef_scale + head)
     if BASE != "zero":
@@ -86,34 +144,22 @@ def grad_query_kernel(
     for first in range(0, tokens, BLOCK_KEY):
         keys = first + tl.arange(0, BLOCK_KEY)
         k = load_rows(key, keys, key_n, tokens, WIDTH, BLOCK_WIDTH)
-        scores = tl.dot(q, tl.trans(k), input_precision=SCORES)
-        if not SCALED_FIRST:
-            scores = scores * scale
+        scores = pair_scores(q, k, scale, SCALED_FIRST, SCORES)
         if bias is not None:
-            ours = bias + batch * bias_b + head * bias_h
-            scores += load_scores(ours, rows[:, None], keys[None, :], bias_n, bias_m, tokens)
+            scores += load_pairs(bias, rows[:, None], keys[None, :], bias_n, bias_m, tokens).to(tl.float32)
+        if bits is not None:
+            keep = load_kept(bits, rows, first, tokens, BLOCK_KEY)
+            scores = tl.where(keep, scores, 0.0)
         sin, cos = sine_cosine(scores, FAST)
+        if bits is not None:
+            cos = tl.where(keep, cos, 0.0)
         pointers = coef + keys[:, None] * RANK + ranks[None, :]
-        real = tl.zeros((BLOCK_QUERY, BLOCK_KEY), tl.float32)
-        imag = tl.zeros((BLOCK_QUERY, BLOCK_KEY), tl.float32)
-        if UNROLL:
-            for step in tl.static_range(GRID):
-                at = pointers + 2 * (GRID - 1 - step) * padded_tokens * RANK
-                upstream = (dh * (GRID - step)).to(dh.dtype)
-                if step > 0:
-                    real, imag = real * cos - imag * sin, real * sin + imag * cos
-                real = tl.dot(upstream, tl.trans(tl.load(at + padded_tokens * RANK)), real, input_precision=PRECISION)
-                imag = tl.dot(upstream, tl.trans(tl.load(at)), imag, input_precision=PRECISION)
-        else:
-            for step in tl.range(0, GRID):
-                at = pointers + 2 * (GRID - 1 - step) * padded_tokens * RANK
-                upstream = (dh * (GRID - step)).to(dh.dtype)
-                real, imag = real * cos - imag * sin, real * sin + imag * cos
-                real = tl.dot(upstream, tl.trans(tl.load(at + padded_tokens * RANK)), real, input_precision=PRECISION)
-                imag = tl.dot(upstream, tl.trans(tl.load(at)), imag, input_precision=PRECISION)
-        grad_scores = real * cos - imag * sin
+        grad_scores = _grad_scores(dh, pointers, padded_tokens * RANK, sin, cos, False, GRID, UNROLL, PRECISION)
         if BASE != "zero":
-            grad_scores = grad_scores * coef_unit + base_derivative(scores, BASE) * dh_sum[:, None]
+            by_base = base_derivative(scores, BASE) * dh_sum[:, None]
+            if bits is not None:
+                by_base = tl.where(keep, by_base, 0.0)
+            grad_scores = grad_scores * coef_unit + by_base
         total = tl.dot(grad_scores.to(dtype), k, total, input_precision=PRECISION)
     unit = tl.load(grad_scale + item)
     if BASE == "zero":
@@ -127,6 +173,7 @@ def grad_key_kernel(
     query,
     key,
     bias,
+    bits,
     coef,
     coef_scale,
     grad_hidden,
@@ -151,6 +198,8 @@ def grad_key_kernel(
     bias_h,
     bias_n,
     bias_m,
+    bits_b,
+    bits_h,
     grad_b,
     grad_h,
     grad_n,
@@ -199,9 +248,7 @@ def grad_key_kernel(
     for offset in range(0, tl.minimum(batches_per_part, batches - first_batch).to(tl.int32)):
         batch = first_batch + offset
         item = batch * heads + head
-        k = load_rows(key + batch * key_b, keys, key_n, tokens, WIDTH, BLOCK_WIDTH)
-        if SCALED_FIRST:
-            k = (k.to(tl.float32) * scale).to(k.dtype)
+        k = scaled(load_rows(key + batch * key_b, keys, key_n, tokens, WIDTH, BLOCK_WIDTH), scale, SCALED_FIRST)
         item_unit = tl.load(grad_scale + item)
         if FAST and GROUP > 0:
             # The sums are kept in units of the current image.
@@ -215,44 +262,35 @@ def grad_key_kernel(
             rows = first + tl.arange(0, BLOCK_QUERY)
             q = load_rows(query + batch * query_b, rows, query_n, tokens, WIDTH, BLOCK_WIDTH)
             dh = load_rows(grad_hidden + item * tokens * RANK, rows, RANK, tokens, RANK, RANK)
-            scores = tl.dot(k, tl.trans(q), input_precision=SCORES)
-            if not SCALED_FIRST:
-                scores = scores * scale
+            scores = pair_scores(k, q, scale, SCALED_FIRST, SCORES)
             if bias is not None:
                 ours = bias + batch * bias_b + head * bias_h
-                scores += load_scores(ours, rows[None, :], keys[:, None], bias_n, bias_m, tokens)
+                scores += load_pairs(ours, rows[None, :], keys[:, None], bias_n, bias_m, tokens).to(tl.float32)
+            if bits is not None:
+                ours = bits + batch * bits_b + head * bits_h + tl.cdiv(tokens, 32) * tokens
+                keep = load_kept(ours, keys, first, tokens, BLOCK_QUERY)
+                scores = tl.where(keep, scores, 0.0)
             sin_step, cos_step = sine_cosine(scores, FAST)
+            if bits is not None:
+                cos_step = tl.where(keep, cos_step, 0.0)
             if KEY:
-                real = tl.zeros((BLOCK_KEY, BLOCK_QUERY), tl.float32)
-                imag = tl.zeros((BLOCK_KEY, BLOCK_QUERY), tl.float32)
-                if UNROLL:
-                    for step in tl.static_range(GRID):
-                        at = pointers + 2 * (GRID - 1 - step) * padded_tokens * RANK
-                        upstream = tl.trans((dh * (GRID - step)).to(dh.dtype))
-                        if step > 0:
-                            real, imag = real * cos_step - imag * sin_step, real * sin_step + imag * cos_step
-                        real = tl.dot(tl.load(at + padded_tokens * RANK), upstream, real, input_precision=PRECISION)
-                        imag = tl.dot(tl.load(at), upstream, imag, input_precision=PRECISION)
-                else:
-                    for step in tl.range(0, GRID):
-                        at = pointers + 2 * (GRID - 1 - step) * padded_tokens * RANK
-                        upstream = tl.trans((dh * (GRID - step)).to(dh.dtype))
-                        real, imag = real * cos_step - imag * sin_step, real * sin_step + imag * cos_step
-                        real = tl.dot(tl.load(at + padded_tokens * RANK), upstream, real, input_precision=PRECISION)
-                        imag = tl.dot(tl.load(at), upstream, imag, input_precision=PRECISION)
-                grad_scores = real * cos_step - imag * sin_step
+                grad_scores = _grad_scores(
+                    dh, pointers, padded_tokens * RANK, sin_step, cos_step, True, GRID, UNROLL, PRECISION
+                )
                 if BASE != "zero":
                     dh_sum = tl.load(grad_base + item * tokens + rows, mask=rows < tokens, other=0.0)
-                    grad_scores *= tl.load(coef_scale + head)
-                    grad_scores += base_derivative(scores, BASE) * dh_sum[None, :]
+                    by_base = base_derivative(scores, BASE) * dh_sum[None, :]
+                    if bits is not None:
+                        by_base = tl.where(keep, by_base, 0.0)
+                    grad_scores = grad_scores * tl.load(coef_scale + head) + by_base
                 if grad_bias is not None:
                     scores_unit = item_unit
                     if BASE == "zero":
                         scores_unit = item_unit * tl.load(coef_scale + head)
-                    keep = (rows[None, :] < tokens) & (keys[:, None] < tokens)
+                    inside = (rows[None, :] < tokens) & (keys[:, None] < tokens)
                     sums_at = (part * heads + head) * tokens * tokens + rows[None, :] * tokens + keys[:, None]
-                    so_far = tl.load(grad_bias + sums_at, mask=keep & (offset > 0), other=0.0)
-                    tl.store(grad_bias + sums_at, so_far + grad_scores * scores_unit, mask=keep)
+                    so_far = tl.load(grad_bias + sums_at, mask=inside & (offset > 0), other=0.0)
+                    tl.store(grad_bias + sums_at, so_far + grad_scores * scores_unit, mask=inside)
                 total = tl.dot(grad_scores.to(dtype), q, total, input_precision=PRECISION)
             if GROUP > 0:
                 sums = ()
@@ -260,6 +298,8 @@ def grad_key_kernel(
                     sin, cos = sin_step.to(tl.float16), cos_step.to(tl.float16)
                     twice = half_harmonic_step(sin)
                     sin_before, cos_before = tl.zeros(sin.shape, tl.float16), tl.full(cos.shape, 1.0, tl.float16)
+                    if bits is not None:
+                        cos_before = tl.where(keep, cos_before, 0.0)
                     for m in tl.static_range(GROUP):
                         sums = sums + (tl.dot(cos, dh, totals[2 * m]), tl.dot(sin, dh, totals[2 * m + 1]))
                         if m + 1 < GROUP:
@@ -269,6 +309,8 @@ def grad_key_kernel(
                     sin, cos = sin_step, cos_step
                     if GROUPS > 1:
                         sin, cos = sine_cosine(scores * (group * GROUP + 1).to(tl.float32), FAST)
+                        if bits is not None:
+                            cos = tl.where(keep, cos, 0.0)
                     for m in tl.static_range(GROUP):
                         by_cos = tl.dot(cos.to(feature), dh, totals[2 * m], input_precision=PRECISION)
                         by_sin = tl.dot(sin.to(feature), dh, totals[2 * m + 1], input_precision=PRECISION)

@@ -27,6 +27,14 @@ def load_rows(base, rows, row_stride, tokens, WIDTH: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
+def load_projector(proj, rows, tokens, rank, RANK: tl.constexpr):
+    """Rows of W [N, rank] as [rows, RANK], zero outside it."""
+    ranks = tl.arange(0, RANK)
+    inside = (rows[:, None] < tokens) & (ranks[None, :] < rank)
+    return tl.load(proj + rows[:, None] * rank + ranks[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def store_rows(base, rows, row_stride, tokens, tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Writes the part of a tile [rows, BLOCK] that lies in the matrix."""
     columns = tl.arange(0, BLOCK)
@@ -38,10 +46,46 @@ def store_rows(base, rows, row_stride, tokens, tile, WIDTH: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def load_scores(base, queries, keys, query_stride, key_stride, tokens):
-    """A tile of a matrix [N, N] in float32, zero outside it; `queries` and `keys` broadcast to the tile's shape."""
-    keep = (queries < tokens) & (keys < tokens)
-    return tl.load(base + queries * query_stride + keys * key_stride, mask=keep, other=0.0).to(tl.float32)
+def load_pairs(base, queries, keys, query_stride, key_stride, tokens):
+    """A tile of a matrix [N, N], zero outside it; `queries` and `keys` broadcast to the tile's shape."""
+    inside = (queries < tokens) & (keys < tokens)
+    return tl.load(base + queries * query_stride + keys * key_stride, mask=inside, other=0)
+
+
+@triton.jit
+def load_kept(bits, rows, first, tokens, WALKED: tl.constexpr):
+    """Whether each pair of a row with the WALKED columns from `first` on takes part, by words [N / 32, N] of 32 columns
+    each. WALKED divides 32."""
+    words = tl.load(bits + first // 32 * tokens + rows, mask=rows < tokens, other=0) >> (first % 32)
+    return ((words[:, None] >> tl.arange(0, WALKED)[None, :]) & 1) != 0
+
+
+@triton.jit
+def scaled(rows, scale, SCALED_FIRST: tl.constexpr):
+    """The rows, times the scale where SCALED_FIRST says that `pair_scores` leaves it out."""
+    if SCALED_FIRST:
+        rows = (rows.to(tl.float32) * scale).to(rows.dtype)
+    return rows
+
+
+@triton.jit
+def pair_scores(left, right, scale, SCALED_FIRST: tl.constexpr, SCORES: tl.constexpr):
+    """left right^T / sqrt(d); SCALED_FIRST says that left has the scale already."""
+    scores = tl.dot(left, tl.trans(right), input_precision=SCORES)
+    if not SCALED_FIRST:
+        scores = scores * scale
+    return scores
+
+
+@triton.jit
+def add_product(total, left, right, PRECISION: tl.constexpr):
+    """total + left right, with left in right's dtype. float16 holds rows of any size in units of their own."""
+    if right.dtype == tl.float16:
+        unit = power_of_two_above(tl.max(tl.abs(left), 1))
+        units = (left / unit[:, None]).to(tl.float16)
+        return total + tl.dot(units, right) * unit[:, None]
+    else:
+        return tl.dot(left.to(right.dtype), right, total, input_precision=PRECISION)
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 Two kernels are a forward pass, four or five a backward pass. Beside inputs and outputs the forward pass keeps H,
 U = W^T V and the coefficients as the tensor cores read them; the backward pass recomputes scores and harmonics. Nothing
-of N x N is stored but the gradient of a bias. Triton itself is imported at the first call.
+of N x N is stored but the gradient of a bias and, in place of U, the bits of a mask. Triton itself is imported at the
+first call.
 """
 
 import functools
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from karat_scale.attention.call import FourierCall
 from karat_scale.attention.checks import refuse_second_derivative
-from karat_scale.attention.kernels.triton_tiles import block, padded_tokens, products_of
+from karat_scale.attention.kernels.triton_tiles import MASK_WORD, block, padded_tokens, products_of
 from karat_scale.attention.kernels.triton_toolchain import launch_problem
 
 # What one program holds in registers; `attend` cuts longer ranks and wider values into such pieces.
@@ -61,11 +62,9 @@ def refusal(call: FourierCall) -> str | None:
 
 def call_refusal(call: FourierCall) -> str | None:
     """Why `attend` cannot take the call on any machine, or None."""
-    query, cos_coef, mask = call.query, call.cos_coef, call.mask
+    query, cos_coef = call.query, call.cos_coef
     if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in call):
         return "it computes in float32 and an argument is float64"
-    if mask is not None:
-        return "it takes no mask"
     if query.shape[-1] > LARGEST_WIDTH:
         return f"its heads are at most {LARGEST_WIDTH} wide and query's are {query.shape[-1]}"
     if cos_coef.shape[-1] > LARGEST_GRID:
@@ -80,15 +79,15 @@ def attend(call: FourierCall) -> Tensor:
     float32's, of three passes of TF32 or, where `torch.backends.cuda.matmul.allow_tf32` is set, of one. Scores and sums
     are float32 in every case.
     """
-    query, key, value, cos_coef, sin_coef, proj, base, bias, _ = call
+    query, key, value, cos_coef, sin_coef, proj, base, bias, mask = call
     operation = _attend_eagerly if is_eager(query, cos_coef) else _attend_by_operation
     if value.shape[-1] <= LARGEST_WIDTH and proj.shape[-1] <= LARGEST_RANK:
-        return operation(query, key, value, cos_coef, sin_coef, proj, bias, base)
+        return operation(query, key, value, cos_coef, sin_coef, proj, bias, mask, base)
     columns = []
     for part in value.split(LARGEST_WIDTH, -1):
-        # O = H W^T V is a sum over ranks.
+        # S = H W^T is a sum over ranks.
         ranks = zip(*(x.split(LARGEST_RANK, 1) for x in (cos_coef, sin_coef, proj.mT)), strict=True)
-        summands = [operation(query, key, part, cos, sin, w.mT, bias, base) for cos, sin, w in ranks]
+        summands = [operation(query, key, part, cos, sin, w.mT, bias, mask, base) for cos, sin, w in ranks]
         columns.append(functools.reduce(torch.add, summands))
     return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
 
@@ -123,18 +122,18 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         output, *kept = _forward(*arguments)
-        ctx.save_for_backward(*kept, *arguments[:7])
+        ctx.save_for_backward(*kept, *arguments[:8])
         ctx.set_materialize_grads(False)
-        ctx.base = arguments[7]
+        ctx.base = arguments[8]
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 8
+            return (None,) * 9
         refuse_second_derivative("triton")
         arguments = (*ctx.saved_tensors, ctx.base, ctx.needs_input_grad[6])
-        return *_pull_back(grad_output, *arguments), None
+        return *_pull_back(grad_output, *arguments), None, None
 
 
 @functools.cache
@@ -152,29 +151,36 @@ def _forward(
     sin_coef: Tensor,
     proj: Tensor,
     bias: Tensor | None,
+    mask: Tensor | None,
     base: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """O [B, h, N, dv], and what the backward pass is given; see `_outputs`."""
-    outputs = _outputs(query, key, value, cos_coef)
+    outputs = _outputs(query, key, value, cos_coef, mask)
     if outputs[0].numel() > 0:
-        _kernels().forward(outputs, query, key, value, cos_coef, sin_coef, proj, bias, base)
+        _kernels().forward(outputs, query, key, value, cos_coef, sin_coef, proj, bias, mask, base)
     return outputs
 
 
 def _outputs(
-    query: Tensor, key: Tensor, value: Tensor, cos_coef: Tensor
+    query: Tensor, key: Tensor, value: Tensor, cos_coef: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Room for O [B, h, N, dv], stored token by token as the layers around attention hold it, for H [B, h, N, R] with R
-    the padded rank, for U [B, h, R, dv], for the packed coefficients [h, 2G, padded N, R] and their scale [h]."""
+    the padded rank, for U [B, h, R, dv] or, under a mask, for its bits [B or 1, h or 1, 2, N / 32, N] in int32, for the
+    packed coefficients [h, 2G, padded N, R] and their scale [h]."""
     batch, heads, tokens, width = value.shape
     _, rank, _, grid = cos_coef.shape
     products = products_of(query.dtype, key.dtype, value.dtype)
     padded_rank = block(rank)
     packed = torch.float16 if products.fast else torch.float32
+    if mask is None:
+        reader = query.new_empty((batch, heads, padded_rank, width), dtype=products.dtype)
+    else:
+        matrices = (1, 1, *mask.shape[:-2])[-2:]
+        reader = query.new_empty((*matrices, 2, -(-tokens // MASK_WORD), tokens), dtype=torch.int32)
     return (
         value.new_empty((batch, tokens, heads, width)).transpose(1, 2),
         query.new_empty((batch, heads, tokens, padded_rank), dtype=products.dtype),
-        query.new_empty((batch, heads, padded_rank, width), dtype=products.dtype),
+        reader,
         query.new_empty((heads, 2 * grid, padded_tokens(tokens), padded_rank), dtype=packed),
         query.new_empty(heads, dtype=torch.float32),
     )
@@ -183,7 +189,7 @@ def _outputs(
 def _pull_back(
     grad_output: Tensor,
     hidden: Tensor,
-    narrow: Tensor,
+    reader: Tensor,
     coef: Tensor,
     coef_scale: Tensor,
     query: Tensor,
@@ -193,6 +199,7 @@ def _pull_back(
     sin_coef: Tensor,
     proj: Tensor,
     bias: Tensor | None,
+    mask: Tensor | None,
     base: str,
     bias_is_learned: bool,
 ) -> tuple[Tensor | None, ...]:
@@ -200,8 +207,10 @@ def _pull_back(
     given = (query, key, value, cos_coef, sin_coef, proj)
     if query.numel() == 0:
         return *map(torch.zeros_like, given), None if bias is None or not bias_is_learned else torch.zeros_like(bias)
-    kept = (hidden, narrow, coef, coef_scale)
-    gradients: tuple[Tensor | None, ...] = _kernels().backward(grad_output, kept, given, bias, base, bias_is_learned)
+    kept = (hidden, reader, coef, coef_scale)
+    gradients: tuple[Tensor | None, ...] = _kernels().backward(
+        grad_output, kept, given, bias, mask, base, bias_is_learned
+    )
     return gradients
 
 
@@ -214,34 +223,35 @@ def _backward(*arguments: Any) -> tuple[Any, ...]:
 def _fake_backward(
     grad_output: Tensor, _h: Tensor, _u: Tensor, _c: Tensor, _s: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    *given, bias, _, bias_is_learned = arguments
+    *given, bias, _, _, bias_is_learned = arguments
     by_bias = torch.empty_like(bias) if bias_is_learned else grad_output.new_empty(0)
     return *map(torch.empty_like, given), by_bias
 
 
-def _fake_forward(query: Tensor, key: Tensor, value: Tensor, cos_coef: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return _outputs(query, key, value, cos_coef)
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, cos_coef: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _outputs(query, key, value, cos_coef, rest[3])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:], *inputs[:7])
-    ctx.base = inputs[7]
+    ctx.save_for_backward(*output[1:], *inputs[:8])
+    ctx.base = inputs[8]
 
 
 def _differentiate(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_output is None:
-        return (None,) * 8
+        return (None,) * 9
     refuse_second_derivative("triton")
     bias_is_learned = ctx.needs_input_grad[6]
     *grads, by_bias = torch.ops.karat_scale.triton_backward(grad_output, *ctx.saved_tensors, ctx.base, bias_is_learned)
-    return *grads, by_bias if bias_is_learned else None, None
+    return *grads, by_bias if bias_is_learned else None, None, None
 
 
 _INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor cos_coef, Tensor sin_coef, Tensor proj, Tensor? bias, str base"
+    "Tensor query, Tensor key, Tensor value, Tensor cos_coef, Tensor sin_coef, Tensor proj, Tensor? bias, "
+    "Tensor? mask, str base"
 )
-_KEPT = "Tensor hidden, Tensor narrow, Tensor coef, Tensor coef_scale"
+_KEPT = "Tensor hidden, Tensor reader, Tensor coef, Tensor coef_scale"
 _library = torch.library.Library("karat_scale", "FRAGMENT")
 _library.define(f"triton_forward({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(

@@ -4,7 +4,9 @@ All else follows from shapes, strides, dtypes and the device. It is worked out o
 with the compiled kernel: Triton's own launch takes longer than these kernels do.
 """
 
+import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -69,7 +71,10 @@ class Launch:
 
 
 class ForwardPlan:
-    """The launches of the forward pass for one signature."""
+    """The launches of the forward pass for one signature.
+
+    `matrices` are the images and heads of U or, under a mask, of the mask.
+    """
 
     def __init__(
         self,
@@ -80,9 +85,13 @@ class ForwardPlan:
         key: Strides,
         value: Strides,
         bias: Strides | None,
+        mask: Strides | None,
+        bits: Strides | None,
         output: Strides,
+        matrices: Sequence[int],
     ) -> None:
         shared = _shared(sizes, products)
+        paired = bias is not None or bits is not None
         padded, rank = padded_tokens(sizes.tokens), block(sizes.rank)
         prepare = {
             "GRID": sizes.grid,
@@ -96,12 +105,12 @@ class ForwardPlan:
         }
         self.prepare = Launch(
             prepare_kernel,
-            sizes.heads * rank + sizes.batch * sizes.heads,
-            (sizes.heads, sizes.rank, sizes.tokens, padded, *value[:3]),
+            sizes.heads * rank + math.prod(matrices),
+            (sizes.heads, matrices[1], sizes.rank, sizes.tokens, padded, *value[:3], *(mask or _NO_STRIDES)),
             prepare,
             compile_options(4, 2),
         )
-        tiles = choose_tiles("forward", sizes, products, architecture())
+        tiles = choose_tiles("forward", sizes, products, architecture(), paired)
         forward = {
             **shared,
             "HALF": products.fast and sizes.grid <= LARGEST_HALF,
@@ -116,12 +125,15 @@ class ForwardPlan:
             triton.cdiv(sizes.tokens, tiles.own) * sizes.batch * sizes.heads,
             (
                 sizes.heads,
+                sizes.rank,
                 sizes.tokens,
                 padded,
                 sizes.width**-0.5,
                 *query[:3],
                 *key[:3],
-                *(_NO_STRIDES if bias is None else bias),
+                *(bias or _NO_STRIDES),
+                *(bits or _NO_STRIDES)[:2],
+                *value[:3],
                 *output[:3],
             ),
             forward,
@@ -141,6 +153,7 @@ class BackwardPlan:
         key: Strides,
         value: Strides,
         bias: Strides | None,
+        bits: Strides | None,
         grad_output: Strides,
         grad_query: Strides,
         grad_key: Strides,
@@ -148,6 +161,7 @@ class BackwardPlan:
         bias_by_image: bool,
     ) -> None:
         shared = _shared(sizes, products)
+        paired = bias is not None or bits is not None
         padded, rank = padded_tokens(sizes.tokens), block(sizes.rank)
         readout_images, self.readout_parts = parts_of(sizes.batch, sizes.heads)
         self.readout = Launch(
@@ -160,6 +174,7 @@ class BackwardPlan:
                 sizes.rank,
                 sizes.tokens,
                 *value[:3],
+                *(bits or _NO_STRIDES)[:2],
                 *grad_output[:3],
                 *grad_value[:3],
             ),
@@ -167,16 +182,16 @@ class BackwardPlan:
                 "RANK": rank,
                 "VALUE_WIDTH": sizes.value_width,
                 "BLOCK_VALUE": block(sizes.value_width),
-                "BLOCK_ROWS": readout_rows(sizes, products),
+                "BLOCK_ROWS": readout_rows(sizes, products, bits is not None),
                 "FAST": products.fast,
                 "PRECISION": products.others,
             },
-            compile_options(4, 2, maxnreg=255),
+            compile_options(4, 2 if bits is None else 1, maxnreg=255),
         )
         numbers = (sizes.heads, sizes.tokens, padded, sizes.width**-0.5)
-        strides = (*query[:3], *key[:3], *(_NO_STRIDES if bias is None else bias))
+        strides = (*query[:3], *key[:3], *(bias or _NO_STRIDES), *(bits or _NO_STRIDES)[:2])
         backward = {**shared, "UNROLL": sizes.grid <= LARGEST_UNROLLED, "BASE": base}
-        tiles = choose_tiles("grad_query", sizes, products, architecture())
+        tiles = choose_tiles("grad_query", sizes, products, architecture(), paired)
         self.grad_query = Launch(
             grad_query_kernel,
             triton.cdiv(sizes.tokens, tiles.own) * sizes.batch * sizes.heads,
@@ -192,7 +207,7 @@ class BackwardPlan:
         def grad_key_launch(
             kernel: str, with_key: bool, group: int, groups: int, most: int | None
         ) -> tuple[Launch, int]:
-            tiles = choose_tiles(kernel, sizes, products, architecture())
+            tiles = choose_tiles(kernel, sizes, products, architecture(), paired)
             programs = triton.cdiv(sizes.tokens, tiles.own) * groups * sizes.heads
             images, parts = parts_of(sizes.batch, programs) if most is None else (most, sizes.batch // most)
             chosen = {"KEY": with_key, "GROUP": group, "GROUPS": groups, "HALF": half and groups == 1}

@@ -1,9 +1,10 @@
-"""What the forward pass needs first, in one launch: coefficients as tensor cores read them, and U = W^T V."""
+"""What the forward pass needs first, in one launch: coefficients as tensor cores read them, and U = W^T V or a mask's
+bits."""
 
 import triton
 import triton.language as tl
 
-from karat_scale.attention.kernels.triton_features import load_rows, power_of_two_above
+from karat_scale.attention.kernels.triton_features import load_pairs, load_projector, load_rows, power_of_two_above
 
 
 @triton.jit
@@ -12,16 +13,23 @@ def prepare_kernel(
     sin_coef,
     proj,
     value,
+    mask,
     coef,
     coef_scale,
     narrow,
+    bits,
     heads,
+    mask_heads,
     rank,
     tokens,
     padded_tokens,
     value_b,
     value_h,
     value_n,
+    mask_b,
+    mask_h,
+    mask_n,
+    mask_m,
     GRID: tl.constexpr,
     BLOCK_GRID: tl.constexpr,
     RANK: tl.constexpr,
@@ -31,11 +39,13 @@ def prepare_kernel(
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """h RANK programs pack the coefficients of one rank each, B h more compute U of one head of one image.
+    """h RANK programs pack the coefficients of one rank each, B h more compute U of one head of one image. With a mask,
+    which leaves no use for U, one more for each of its matrices packs its bits instead.
 
     coef is C [h, 2G, padded N, RANK], cosine and sine by turns, zero in its padding, in units of coef_scale [h]. FAST
     makes these powers of two so that no coefficient exceeds 1 and float16 holds it; else they are 1. narrow is U
-    [B, h, RANK, dv].
+    [B, h, RANK, dv]. bits are those of mask [B or 1, mask_heads, N, N] in int32, [.., .., 2, N / 32, N]: words of 32
+    keys for each query, then words of 32 queries for each key.
     """
     packing = heads * RANK
     if tl.program_id(0) < packing:
@@ -64,6 +74,10 @@ def prepare_kernel(
             RANK,
             BLOCK_TOKENS,
         )
+    elif mask is not None:
+        matrix = (tl.program_id(0) - packing).to(tl.int64)
+        ours = mask + matrix // mask_heads * mask_b + matrix % mask_heads * mask_h
+        _pack_pairs(ours, bits + matrix * 2 * tl.cdiv(tokens, 32) * tokens, tokens, mask_n, mask_m, BLOCK_TOKENS)
     else:
         item = (tl.program_id(0) - packing).to(tl.int64)
         batch = item // heads
@@ -117,6 +131,21 @@ def _pack(
 
 
 @triton.jit
+def _pack_pairs(mask, bits, tokens, mask_n, mask_m, BLOCK_TOKENS: tl.constexpr):
+    places = tl.arange(0, 32)
+    words = tl.cdiv(tokens, 32)
+    for word in range(0, words):
+        others = word * 32 + places
+        for first in range(0, tokens, BLOCK_TOKENS):
+            rows = first + tl.arange(0, BLOCK_TOKENS)
+            of_queries = load_pairs(mask, rows[:, None], others[None, :], mask_n, mask_m, tokens).to(tl.int32)
+            of_keys = load_pairs(mask, others[None, :], rows[:, None], mask_n, mask_m, tokens).to(tl.int32)
+            at = bits + word * tokens + rows
+            tl.store(at, tl.sum(of_queries << places[None, :], 1), mask=rows < tokens)
+            tl.store(at + words * tokens, tl.sum(of_keys << places[None, :], 1), mask=rows < tokens)
+
+
+@triton.jit
 def _narrow(
     value,
     proj,
@@ -135,8 +164,7 @@ def _narrow(
     for first in range(0, tokens, BLOCK_TOKENS):
         rows = first + tl.arange(0, BLOCK_TOKENS)
         v = load_rows(value, rows, value_n, tokens, VALUE_WIDTH, BLOCK_VALUE)
-        keep = (rows[:, None] < tokens) & (ranks[None, :] < rank)
-        w = tl.load(proj + rows[:, None] * rank + ranks[None, :], mask=keep, other=0.0)
-        total = tl.dot(tl.trans(w.to(v.dtype)), v, total, input_precision=PRECISION)
+        w = load_projector(proj, rows, tokens, rank, RANK).to(v.dtype)
+        total = tl.dot(tl.trans(w), v, total, input_precision=PRECISION)
     pointers = narrow + ranks[:, None] * VALUE_WIDTH + columns[None, :]
     tl.store(pointers, total.to(narrow.dtype.element_ty), mask=columns[None, :] < VALUE_WIDTH)

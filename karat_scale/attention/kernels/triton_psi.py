@@ -8,39 +8,14 @@ import triton
 import triton.language as tl
 
 from karat_scale.attention.kernels.triton_features import (
+    add_product,
     load_rows,
-    power_of_two_above,
+    pair_scores,
     rotate,
+    scaled,
     sine_cosine,
     store_rows,
 )
-
-
-@triton.jit
-def _pair_scores(left, right, scale, SCALED_FIRST: tl.constexpr, SCORES: tl.constexpr):
-    """left right^T / sqrt(d); SCALED_FIRST says that left has the scale already."""
-    scores = tl.dot(left, tl.trans(right), input_precision=SCORES)
-    if not SCALED_FIRST:
-        scores = scores * scale
-    return scores
-
-
-@triton.jit
-def _scaled(rows, scale, SCALED_FIRST: tl.constexpr):
-    if SCALED_FIRST:
-        rows = (rows.to(tl.float32) * scale).to(rows.dtype)
-    return rows
-
-
-@triton.jit
-def _add_product(total, left, right, PRECISION: tl.constexpr):
-    """total + left right, with left in right's dtype. float16 holds rows of any size in units of their own."""
-    if right.dtype == tl.float16:
-        unit = power_of_two_above(tl.max(tl.abs(left), 1))
-        units = (left / unit[:, None]).to(tl.float16)
-        return total + tl.dot(units, right) * unit[:, None]
-    else:
-        return tl.dot(left.to(right.dtype), right, total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -91,20 +66,20 @@ def psi_forward_kernel(
     psi += head * (2 * GRID + 1)
 
     rows = tile * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
-    q = _scaled(load_rows(query, rows, query_n, tokens, WIDTH, BLOCK_WIDTH), scale, SCALED_FIRST)
+    q = scaled(load_rows(query, rows, query_n, tokens, WIDTH, BLOCK_WIDTH), scale, SCALED_FIRST)
     total = tl.zeros((BLOCK_OWN, BLOCK_VALUE), tl.float32)
     for first in range(0, tokens, BLOCK_WALKED):
         keys = first + tl.arange(0, BLOCK_WALKED)
         k = load_rows(key, keys, key_n, tokens, WIDTH, BLOCK_WIDTH)
         v = load_rows(value, keys, value_n, tokens, VALUE_WIDTH, BLOCK_VALUE)
-        sin_step, cos_step = sine_cosine(_pair_scores(q, k, scale, SCALED_FIRST, SCORES), FAST)
+        sin_step, cos_step = sine_cosine(pair_scores(q, k, scale, SCALED_FIRST, SCORES), FAST)
         sin, cos = sin_step, cos_step
         learned = tl.full(cos.shape, 0.0, tl.float32) + tl.load(psi)
         for m in tl.static_range(GRID):
             learned += cos * tl.load(psi + 1 + m) + sin * tl.load(psi + 1 + GRID + m)
             if m + 1 < GRID:
                 sin, cos = rotate(sin, cos, sin_step, cos_step)
-        total = _add_product(total, learned, v, PRECISION)
+        total = add_product(total, learned, v, PRECISION)
     output += batch * output_b + head * output_h
     store_rows(output, rows, output_n, tokens, total, VALUE_WIDTH, BLOCK_VALUE)
 
@@ -165,7 +140,7 @@ def psi_grad_query_kernel(
     partial += (item * tiles + tile) * (2 * GRID + 1)
 
     rows = tile * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
-    q = _scaled(load_rows(query, rows, query_n, tokens, WIDTH, BLOCK_WIDTH), scale, SCALED_FIRST)
+    q = scaled(load_rows(query, rows, query_n, tokens, WIDTH, BLOCK_WIDTH), scale, SCALED_FIRST)
     upstream = load_rows(grad_output, rows, output_n, tokens, VALUE_WIDTH, BLOCK_VALUE)
     total = tl.zeros((BLOCK_OWN, BLOCK_WIDTH), tl.float32)
     whole = tl.zeros((BLOCK_OWN,), tl.float32)
@@ -176,7 +151,7 @@ def psi_grad_query_kernel(
         keys = first + tl.arange(0, BLOCK_WALKED)
         k = load_rows(key, keys, key_n, tokens, WIDTH, BLOCK_WIDTH)
         v = load_rows(value, keys, value_n, tokens, VALUE_WIDTH, BLOCK_VALUE)
-        sin_step, cos_step = sine_cosine(_pair_scores(q, k, scale, SCALED_FIRST, SCORES), FAST)
+        sin_step, cos_step = sine_cosine(pair_scores(q, k, scale, SCALED_FIRST, SCORES), FAST)
         pairs = tl.dot(upstream, tl.trans(v), input_precision=PRECISION)
         sin, cos = sin_step, cos_step
         slope = tl.zeros(cos.shape, tl.float32)
@@ -188,7 +163,7 @@ def psi_grad_query_kernel(
             if m + 1 < GRID:
                 sin, cos = rotate(sin, cos, sin_step, cos_step)
         sums = more
-        total = _add_product(total, pairs * slope, k, PRECISION)
+        total = add_product(total, pairs * slope, k, PRECISION)
     grad_query += batch * grad_b + head * grad_h
     store_rows(grad_query, rows, grad_n, tokens, total * scale, WIDTH, BLOCK_WIDTH)
     tl.store(partial, tl.sum(whole))
@@ -251,7 +226,7 @@ def psi_grad_key_kernel(
     psi += head * (2 * GRID + 1)
 
     keys = tile * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
-    k = _scaled(load_rows(key, keys, key_n, tokens, WIDTH, BLOCK_WIDTH), scale, SCALED_FIRST)
+    k = scaled(load_rows(key, keys, key_n, tokens, WIDTH, BLOCK_WIDTH), scale, SCALED_FIRST)
     v = load_rows(value, keys, value_n, tokens, VALUE_WIDTH, BLOCK_VALUE)
     total = tl.zeros((BLOCK_OWN, BLOCK_WIDTH), tl.float32)
     by_value = tl.zeros((BLOCK_OWN, BLOCK_VALUE), tl.float32)
@@ -259,7 +234,7 @@ def psi_grad_key_kernel(
         rows = first + tl.arange(0, BLOCK_WALKED)
         q = load_rows(query, rows, query_n, tokens, WIDTH, BLOCK_WIDTH)
         upstream = load_rows(grad_output, rows, output_n, tokens, VALUE_WIDTH, BLOCK_VALUE)
-        sin_step, cos_step = sine_cosine(_pair_scores(k, q, scale, SCALED_FIRST, SCORES), FAST)
+        sin_step, cos_step = sine_cosine(pair_scores(k, q, scale, SCALED_FIRST, SCORES), FAST)
         sin, cos = sin_step, cos_step
         learned = tl.full(cos.shape, 0.0, tl.float32) + tl.load(psi)
         slope = tl.zeros(cos.shape, tl.float32)
@@ -269,9 +244,9 @@ def psi_grad_key_kernel(
             slope += (cos * by_sin - sin * by_cos) * (m + 1)
             if m + 1 < GRID:
                 sin, cos = rotate(sin, cos, sin_step, cos_step)
-        by_value = _add_product(by_value, learned, upstream, PRECISION)
+        by_value = add_product(by_value, learned, upstream, PRECISION)
         pairs = tl.dot(v, tl.trans(upstream), input_precision=PRECISION)
-        total = _add_product(total, pairs * slope, q, PRECISION)
+        total = add_product(total, pairs * slope, q, PRECISION)
     grad_key += batch * grad_b + head * grad_h
     grad_value += batch * by_value_b + head * by_value_h
     store_rows(grad_key, keys, grad_n, tokens, total * scale, WIDTH, BLOCK_WIDTH)

@@ -12,6 +12,8 @@ LARGEST_HALF = 4
 COEF_GROUP = 3
 # Harmonics the backward pass writes out; beyond, a loop keeps the code short.
 LARGEST_UNROLLED = 4
+# Pairs in a word of a mask's bits; under a mask no tile walks along more.
+MASK_WORD = 32
 # Programs that share a batch: two on each multiprocessor of a large card, twice.
 PROGRAMS_WANTED = 528
 
@@ -102,11 +104,12 @@ def is_fused(sizes: Sizes, products: Products) -> bool:
     return narrow and products.dtype != torch.float32
 
 
-def choose_tiles(kernel: str, sizes: Sizes, products: Products, architecture: int) -> Tiles:
+def choose_tiles(kernel: str, sizes: Sizes, products: Products, architecture: int, paired: bool = False) -> Tiles:
     """The tiles of "forward", "grad_query", "grad_key" (with dC), "grad_key_alone" or "grad_coef" on compute capability
     8.0 (80), 9.0 (90) and so on.
 
     So narrow that nothing spills out of the registers: tests compile the kernels for each architecture and count.
+    `paired` calls have a bias or a mask, whose addresses take registers too.
     """
     # With a limit of its own ptxas does not spill a register or two to raise occupancy.
     spacious = {"maxnreg": 255}
@@ -114,21 +117,23 @@ def choose_tiles(kernel: str, sizes: Sizes, products: Products, architecture: in
         own = 64 if block(sizes.width) <= 64 and block(sizes.rank) == 16 else 32
         return Tiles(own, 16, compile_options(4, 1, **spacious))
     easy = block(sizes.width) <= 64 and block(sizes.rank) == 16
-    if architecture in (90, 100):
+    if kernel == "grad_key_alone" and block(sizes.width) > 64:
+        # Two warp groups share the sums of a wide head; one alone spills at many harmonics.
+        return Tiles(64, 16, compile_options(8, 2, **spacious))
+    if architecture // 10 == 10:
+        # From 64 rows on, Triton keeps sums in tensor memory: dQ would take all of it, and Horner's sums would pass
+        # through registers for each harmonic.
+        walked = 32 if easy and not kernel.startswith("grad_key") else 16
+        return Tiles(32, walked, compile_options(2 if easy else 4, 2, **spacious))
+    if paired:
+        return Tiles(64, 32 if easy and not kernel.startswith("grad_key") else 16, compile_options(4, 2, **spacious))
+    if architecture == 90:
         if kernel == "forward" and easy and sizes.grid <= LARGEST_HALF and _covers(sizes.tokens, 128):
             return Tiles(128, 32, compile_options(4, 2, **spacious))
-        if kernel == "grad_key" and sizes.grid > 1 and architecture == 100:
-            # Its accumulators lie in tensor memory, and pass through registers on their way to the next harmonic.
-            return Tiles(64, 32, compile_options(8, 2, **spacious))
-        if kernel == "grad_key_alone" and block(sizes.width) > 64:
-            # Two warp groups share the sums of a wide head; one alone spills at many harmonics.
-            return Tiles(64, 16, compile_options(8, 2, **spacious))
         walked = 16 if block(sizes.width) > 64 and kernel != "forward" else 32
         if easy and ((kernel == "grad_query" and sizes.grid <= LARGEST_UNROLLED) or sizes.grid == 1):
             walked = 64
         return Tiles(64, walked, compile_options(4, 2, **spacious))
-    if kernel == "grad_key_alone" and block(sizes.width) > 64:
-        return Tiles(64, 16, compile_options(8, 2, **spacious))
     full = kernel == "grad_key" and sizes.grid > 1
     walked = 32 if easy and sizes.grid <= 4 and not full else 16
     return Tiles(64, walked, compile_options(4, 2, **spacious))
@@ -144,9 +149,9 @@ def choose_psi_tiles(kernel: str, sizes: Sizes, products: Products) -> Tiles:
     return Tiles(64, 16 if wide else 32, compile_options(8 if wide else 4, 2, maxnreg=255))
 
 
-def readout_rows(sizes: Sizes, products: Products) -> int:
+def readout_rows(sizes: Sizes, products: Products, masked: bool) -> int:
     """Rows of a tile of the readout's backward pass: wide float32 rows must fit 99 KB of shared memory."""
-    if block(sizes.value_width) <= 64:
+    if block(sizes.value_width) <= 64 and not masked:
         return 64
     return 16 if products.dtype == torch.float32 else 32
 

@@ -85,7 +85,7 @@ class ContentOperator(AttentionHeads):
     ) -> tuple[str, str | None]:
         """See `AttentionHeads`."""
         name, why = self.operator.chosen(width, device, biased=biased, masked=masked)
-        return "triton, psi by streaming" if name == "triton" and biased else name, why
+        return "triton, psi by streaming" if name == "triton" and (biased or masked) else name, why
 
     def _psi(self) -> Tensor:
         """psi / N of each head [h, 2 G + 1]."""

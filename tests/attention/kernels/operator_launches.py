@@ -19,13 +19,15 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Compiled(NamedTuple):
-    """One kernel: registers and bytes of stack of a thread (0 where nothing spills), bytes of shared memory, and the
-    instructions of the main loop for each score that a thread computes (None where a kernel computes none)."""
+    """One kernel: registers and bytes of stack of a thread (0 where nothing spills), bytes of shared memory, columns of
+    tensor memory (a multiprocessor of compute capability 10 has 512), and the instructions of the main loop for each
+    score that a thread computes (None where a kernel computes none)."""
 
     name: str
     registers: int
     stack: int
     shared: int
+    tensor_memory: int
     warps: int
     tensor_core: int
     loop_per_score: float | None
@@ -33,15 +35,20 @@ class Compiled(NamedTuple):
 
 
 def arguments(
-    sizes: Sizes, dtype: torch.dtype, bias: tuple[int, ...] | None = None, strided: bool = True
+    sizes: Sizes,
+    dtype: torch.dtype,
+    bias: tuple[int, ...] | None = None,
+    mask: tuple[int, ...] | None = None,
+    strided: bool = True,
 ) -> tuple[Tensor | None, ...]:
-    """query, key and value as views of one projection's output, float32 parameters, and a bias."""
+    """query, key and value as views of one projection's output, float32 parameters, a bias and a mask."""
     batch, heads, tokens, width = sizes[:4]
     fused = torch.zeros(batch, tokens, 3, heads, width, dtype=dtype).permute(2, 0, 3, 1, 4)
     query, key, value = fused.unbind() if strided else fused.contiguous().unbind()
     coefficients = torch.zeros(2, heads, sizes.rank, tokens, sizes.grid).unbind()
     proj = torch.zeros(heads, tokens, sizes.rank)
-    return query, key, value, *coefficients, proj, None if bias is None else torch.zeros(bias, dtype=dtype)
+    added = None if bias is None else torch.zeros(bias, dtype=dtype)
+    return query, key, value, *coefficients, proj, added, None if mask is None else torch.ones(mask, dtype=torch.bool)
 
 
 def launch(
@@ -50,9 +57,10 @@ def launch(
     dtype: torch.dtype = torch.bfloat16,
     base: str = "zero",
     bias: tuple[int, ...] | None = None,
+    mask: tuple[int, ...] | None = None,
 ) -> tuple[list[Launched], list[Launched], FakeDriver]:
     """The launches of a forward and of a backward pass on a GPU of `architecture`."""
-    given = arguments(sizes, dtype, bias)
+    given = arguments(sizes, dtype, bias, mask)
     with fake_driver(architecture) as driver:
         output, *kept = triton_fourier._forward(*given, base)
         forward = len(driver.launches)
@@ -60,7 +68,9 @@ def launch(
         return driver.launches[:forward], driver.launches[forward:], driver
 
 
-def compiled(driver: FakeDriver, sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> list[Compiled]:
+def compiled(
+    driver: FakeDriver, sizes: Sizes, dtype: torch.dtype = torch.bfloat16, paired: bool = False
+) -> list[Compiled]:
     """What ptxas made of the kernels that were launched, in order."""
     tiles = {"forward_kernel": "forward", "grad_query_kernel": "grad_query", "grad_key_kernel": "grad_key"}
     products = products_of(dtype, dtype, dtype)
@@ -70,12 +80,13 @@ def compiled(driver: FakeDriver, sizes: Sizes, dtype: torch.dtype = torch.bfloat
         registers, stack = (int(_search(rf"{what}:(\d+)", usage)) for what in ("REG", "STACK"))
         per_score = None
         if name in tiles:
-            own, walked, _ = choose_tiles(tiles[name], sizes, products, driver.architecture)
+            own, walked, _ = choose_tiles(tiles[name], sizes, products, driver.architecture, paired)
             scores = own * walked / (32 * metadata.num_warps)
-            per_score = min(map(count_instructions, innermost_loops(code))) / scores
+            with_sines = [body for body in innermost_loops(code) if any("MUFU" in line for line in body)]
+            per_score = min(map(count_instructions, with_sines or innermost_loops(code))) / scores
         tensor_core = sum(bool(re.search(r"\b(?:HG|H|UTCH)MMA\b", line)) for line in code)
-        shared, warps = metadata.shared, metadata.num_warps
-        found.append(Compiled(name, registers, stack, shared, warps, tensor_core, per_score, code))
+        memory, warps = (metadata.shared, metadata.tmem_size), metadata.num_warps
+        found.append(Compiled(name, registers, stack, *memory, warps, tensor_core, per_score, code))
     return found
 
 

@@ -70,12 +70,15 @@ def fake_cuda(monkeypatch):
         yield torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize(("base", "bias"), [("zero", None), ("gelu", (1, 3, 197, 197))])
-def test_dynamo_makes_one_graph_of_one_operation(fake_cuda, base, bias):
+@pytest.mark.parametrize(
+    ("base", "bias", "mask"), [("zero", None, None), ("gelu", (1, 3, 197, 197), None), ("zero", None, (2, 1, 197, 197))]
+)
+def test_dynamo_makes_one_graph_of_one_operation(fake_cuda, base, bias, mask):
     # Without gradients, which need CUDA's library even on fake tensors; those are compiled by the interpreted tests.
     heads = [torch.empty(2, 3, 197, 64, device=fake_cuda, dtype=torch.bfloat16) for _ in range(3)]
     parameters = [torch.empty(x, device=fake_cuda) for x in ((3, 12, 197, 3), (3, 12, 197, 3), (3, 197, 12))]
     added = None if bias is None else torch.empty(bias, device=fake_cuda)
+    keep = None if mask is None else torch.ones(mask, device=fake_cuda, dtype=torch.bool)
     graphs = []
 
     def backend(graph, _):
@@ -84,12 +87,12 @@ def test_dynamo_makes_one_graph_of_one_operation(fake_cuda, base, bias):
 
     torch._dynamo.reset()  # or what earlier tests compiled would make sizes dynamic, or not
     compiled = torch.compile(fourier_karat_attention, backend=backend, fullgraph=True)
-    output = compiled(*heads, *parameters, base=base, bias=added, implementation="triton")
+    output = compiled(*heads, *parameters, base=base, bias=added, mask=keep, implementation="triton")
     assert (output.shape, output.dtype, output.device.type) == ((2, 3, 197, 64), torch.bfloat16, "cuda")
     (graph,) = graphs
     assert graph.code.count("karat_scale.triton_forward") == 1
-    kept = torch.ops.karat_scale.triton_forward(*heads, *parameters, added, base)
-    grads = torch.ops.karat_scale.triton_backward(*kept, *heads, *parameters, added, base, added is not None)
+    kept = torch.ops.karat_scale.triton_forward(*heads, *parameters, added, keep, base)
+    grads = torch.ops.karat_scale.triton_backward(*kept, *heads, *parameters, added, keep, base, added is not None)
     given = [*heads, *parameters, *([] if added is None else [added])]
     assert [(g.shape, g.dtype) for g in grads[: len(given)]] == [(x.shape, x.dtype) for x in given]
 
