@@ -34,7 +34,7 @@ def forward(
     cos, sin, w = cos_coef.contiguous(), sin_coef.contiguous(), proj.contiguous()
     added, keep = _spread(bias, q), _spread(mask, q)
     narrow, bits = _narrow_and_bits(reader, mask, q)
-    strides = tuple(None if x is None else x.stride() for x in (q, k, v, added, keep, bits))
+    strides = q.stride(), k.stride(), v.stride(), _stride(added), _stride(keep), _stride(bits)
     dtypes = cos.dtype, sin.dtype, w.dtype, None if bias is None else bias.dtype, output.dtype, dtype, coef.dtype
     signature = (q.shape, v.shape[3], cos.shape, strides, reader.shape[:2], dtypes, base, q.device)
     with device_of(q):
@@ -75,8 +75,17 @@ def backward(
     parameters = [room(x) for x in grads[3:]]
     grad_query, grad_key, grad_value = rows
     bias_by_image = bias_is_learned and bias is not None and bias.dim() == 4 and bias.shape[0] > 1
-    laid_out = (q, k, v, added, bits, upstream, grad_query, grad_key, grad_value)
-    strides = tuple(None if x is None else x.stride() for x in laid_out)
+    strides = (
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        _stride(added),
+        _stride(bits),
+        upstream.stride(),
+        grad_query.stride(),
+        grad_key.stride(),
+        grad_value.stride(),
+    )
     dtypes = (*(x.dtype for x in given), upstream.dtype, dtype, coef.dtype, None if bias is None else bias.dtype)
     signature = (q.shape, v.shape[3], cos_coef.shape, strides, dtypes, base, bias_is_learned, bias_by_image, q.device)
     with device_of(q):
@@ -133,6 +142,10 @@ def _narrow_and_bits(reader: Tensor, mask: Tensor | None, query: Tensor) -> tupl
 def _spread(pairs: Tensor | None, query: Tensor) -> Tensor | None:
     """A bias or a mask as [B, h, N, N]."""
     return None if pairs is None else pairs.expand(*query.shape[:3], query.shape[2])
+
+
+def _stride(pairs: Tensor | None) -> tuple[int, ...] | None:
+    return None if pairs is None else pairs.stride()
 
 
 def _sizes(query: Tensor, value: Tensor, cos_coef: Tensor) -> Sizes:

@@ -106,7 +106,7 @@ HARD = sizes_of(16, 4, 5, tokens=20)
     ("sizes", "base", "bias", "mask", "backward"),
     [
         (PAPER, "zero", None, None, 4),
-        (PAPER, "zero", None, (2, 1, 197, 197), 4),
+        (WINDOWS, "zero", BIAS, MASK, 6),
         (HARD, "silu", (1, 2, 20, 20), (20, 20), 7),
     ],
 )
