@@ -65,13 +65,12 @@ def _tiles_rows(recipe: Recipe, on_gpu: bool) -> bool:
 def _streams(recipe: Recipe, on_gpu: bool) -> bool:
     """Whether `streaming` runs.
 
-    With `auto`, a GPU takes Triton for the modular Fourier form with any base, bias and mask, up to a head's largest
-    width, and a CPU takes its kernel without a base and a bias.
+    With `auto`, a GPU takes Triton for the modular Fourier form with any base, up to a head's largest width, and a CPU
+    takes its kernel without a base.
     """
     attention = recipe.attention
     if attention.kind != "karat" or attention.implementation not in ("auto", "streaming"):
         return False
     has_kernel = attention.is_modular_series and (on_gpu or attention.base == "zero")
-    sizes = layer_sizes(recipe.model)
-    has_kernel &= not any(size.width > LARGEST_WIDTH if on_gpu else size.biased for size in sizes)
+    has_kernel &= not (on_gpu and any(size.width > LARGEST_WIDTH for size in layer_sizes(recipe.model)))
     return attention.implementation == "streaming" or not has_kernel

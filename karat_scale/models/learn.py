@@ -23,16 +23,11 @@ def learn(
     Other layers and all parameters do not change. `sizes` are those of all the model's layers.
 
     Raises:
-        RecipeError: a layer has too few heads or dropout of its attention matrix, layers that would share an operator
-            differ in size, or the implementation does not support a layer's bias. No layer has changed then.
+        RecipeError: a layer has too few heads or dropout of its attention matrix, or layers that would share an
+            operator differ in size. No layer has changed then.
     """
     found = zip(attention_layers(network), sizes, strict=True)
-    kept = [(layer, size) for layer, size in found if type(layer.attention) in classes]
-    if attention.implementation == "cpu" and any(size.biased for _, size in kept):
-        raise RecipeError(
-            f"attention.implementation = cpu does not support the position bias of {model.name}; use auto or streaming"
-        )
-    turned = [(layer.attention, size) for layer, size in kept]
+    turned = [(layer.attention, size) for layer, size in found if type(layer.attention) in classes]
     shapes = {(size.tokens, size.heads) for _, size in turned}
     if attention.mode == "universal" and len(shapes) > 1:
         raise RecipeError(

@@ -109,7 +109,6 @@ def test_softmaxs_weights_begin_a_karat_swin() -> None:
         ({"num_heads": 2}, {}, "model.num_heads = 2 is not supported by"),
         ({"image_size": 33}, {}, "model.image_size = 33 is not a multiple of the patch size of swin_mini"),
         ({}, {"mode": "universal"}, "attention.mode = universal: the layers of swin_mini"),
-        ({}, {"implementation": "cpu"}, "attention.implementation = cpu does not support the position bias"),
         ({}, {"init": "softmax_like", "rank": 17}, "rank = 17 is more than N = 16 tokens"),
         ({}, {"softmax_heads": 2}, "attention.softmax_heads = 2 leaves no head for KArAt in a layer"),
         ({}, {"transfer_from": "runs/x", "kind": "softmax"}, "only between plain ViTs"),
