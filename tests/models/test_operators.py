@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from karat_scale.attention import FourierKaratOperator
+from karat_scale.attention.functional import choosing_as_on_a_gpu
 from karat_scale.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.models.operators import (
@@ -74,5 +75,7 @@ def test_the_implementation_is_named_with_what_kept_a_faster_one_away() -> None:
     line = "learned attention runs by streaming in 3 layers (cpu cannot: base = 'silu'; it has no base activation)"
     assert describe_implementation(model, cpu) == line
     model = create_model(ModelConfig(name="swin_mini_patch2_window4_32", image_size=32), AttentionConfig(kind="karat"))
-    line = "learned attention runs by cpu in 4 layers"
-    assert describe_implementation(model, cpu) == line
+    assert describe_implementation(model, cpu) == "learned attention runs by cpu in 4 layers"
+    with choosing_as_on_a_gpu():  # two layers have window masks
+        line = "learned attention runs by triton in 4 layers"
+        assert describe_implementation(model, torch.device("meta")) == line
