@@ -185,7 +185,7 @@ def flush_to_disk(path: Path) -> None:
 def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
     """Return the SHA-256 of a file as hex. `on_bytes` is called with the size of each piece that has been read."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
             if on_bytes is not None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from karat_scale.engine.deepspeed_internals import checkpoint_globals
 from karat_scale.errors import RunDirectoryError, one_line
-from karat_scale.files import Fingerprint, FingerprintedFile, commit_file
+from karat_scale.files import Fingerprint, FingerprintedFile, commit_file, open_regular
 from karat_scale.temporaries import temporary_file
 
 
@@ -51,6 +51,7 @@ def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dic
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Return the metadata of a safetensors file; empty if there is none. Raises SafetensorError and OSError."""
+    os.close(open_regular(path))  # safetensors would wait at a pipe
     with safe_open(path, "pt") as file:
         return file.metadata() or {}
 
@@ -63,7 +64,7 @@ def load_tensors(path: Path, map_location: Any = "cpu", mmap: bool = False) -> A
             as `save_tensors` writes it.
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         if file.read(2) != b"PK":
             raise RunDirectoryError(f"{path}: not a file of tensors")
     with torch.serialization.safe_globals(checkpoint_globals()), warnings.catch_warnings():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from karat_scale.errors import DataError
-from karat_scale.files import replace_file
+from karat_scale.files import open_regular, replace_file
 
 KEPT = 10
 """The most probable classes of an image that are kept."""
@@ -85,7 +86,7 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
 def read_predictions(path: Path, identity: str) -> Predictions | None:
     """Read what was kept with this identity. None if it is missing, damaged or of another identity."""
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with os.fdopen(open_regular(path), "rb") as file, np.load(file, allow_pickle=False) as content:
             facts = json.loads(str(content["facts"]))
             if facts["identity"] != identity:
                 return None

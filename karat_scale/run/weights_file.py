@@ -1,5 +1,6 @@
 """One safetensors file of whole fp32 weights, for timm and anything else, with what is needed to build their model."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from karat_scale.checkpoint.restore import check_shapes
 from karat_scale.checkpoint.tensor_storage import read_metadata, save_safetensors
 from karat_scale.checkpoint.weights import describe_weights, load_weights
 from karat_scale.errors import RunDirectoryError
-from karat_scale.files import parse_json
+from karat_scale.files import open_regular, parse_json
 from karat_scale.models import create_model
 from karat_scale.models.init_operators import spread_operator
 from karat_scale.models.transfer import weights_digest
@@ -178,6 +179,7 @@ def load_exported(model: nn.Module, path: Path) -> None:
         RunDirectoryError: the file is missing or damaged, or of another model.
     """
     with _one_line(path):
+        os.close(open_regular(path))
         weights = spread_operator(model, load_file(path))
     here, there = ({name: tuple(x.shape) for name, x in state.items()} for state in (model.state_dict(), weights))
     try:

@@ -1,11 +1,12 @@
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from karat_scale.checkpoint.tensor_storage import host_copy, load_tensors, save_tensors
+from karat_scale.checkpoint.tensor_storage import host_copy, load_tensors, read_metadata, save_tensors
 from karat_scale.errors import RunDirectoryError
 from karat_scale.files import file_sha256
 
@@ -43,3 +44,10 @@ def test_a_host_copy_keeps_what_was_there_and_what_belongs_together() -> None:
     assert twin["part"] is twin["nested"]["list"][0]
     assert twin["part"].untyped_storage().nbytes() == 2 * 4  # a view's copy is no larger than the view
     assert twin["nested"]["list"][1] == (1, "x")
+
+
+@pytest.mark.parametrize("read", [load_tensors, read_metadata, file_sha256])
+def test_nobody_waits_at_a_pipe_in_place_of_tensors(read: Callable[[Path], object], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        read(tmp_path / "pipe")
