@@ -27,7 +27,14 @@ from karat_scale.engine.deepspeed_internals import (
 from karat_scale.engine.distributed import World
 from karat_scale.engine.optimizers import build_optimizer, heeds_found_inf, state_names
 from karat_scale.engine.parameter_groups import Groups
-from karat_scale.engine.precision import PRECISIONS, allow_tf32, autocast_inside, cast_images, check_precision
+from karat_scale.engine.precision import (
+    PRECISIONS,
+    allow_tf32,
+    autocast_inside,
+    cast_images,
+    check_precision,
+    compute_the_same_twice,
+)
 from karat_scale.engine.shards import Fragment, Pieces
 from karat_scale.engine.waiting import (
     average_gradients_in_few_copies,
@@ -37,6 +44,7 @@ from karat_scale.engine.waiting import (
     step_judged_by,
 )
 from karat_scale.models import parameter_count
+from karat_scale.models.layers import repeated_blocks
 from karat_scale.recipe import RunRecipe
 
 
@@ -75,6 +83,7 @@ class Engine:
     ) -> None:
         check_precision(recipe.train.precision, world.device)
         allow_tf32(recipe.train.tf32)
+        compute_the_same_twice()
         self._precision = PRECISIONS[recipe.train.precision]
         config = load_ds_config(recipe, world.size, micro_batch)
         quieten_and_skip_builds()
@@ -145,9 +154,17 @@ class Engine:
             torch.cuda.empty_cache()
 
     def compile(self, mode: str) -> None:
-        """Let torch.compile compile the model, in a mode of its own, at the first step."""
+        """Let torch.compile compile the model, in a mode of its own, at the first step.
+
+        Where blocks repeat, each is compiled by itself, so one does it for all. CUDA graphs are of the whole model: a
+        graph for each pass of each block would leave the rest to be launched. At stage 3 DeepSpeed's hooks differ.
+        """
         self._is_compiled = True
-        self.deepspeed.compile(compile_kwargs={"mode": mode})
+        blocks = [] if self._records_graphs or self.stage == 3 else repeated_blocks(self.module)
+        for block in blocks:
+            block.compile(mode=mode)
+        if not blocks:
+            self.deepspeed.compile(compile_kwargs={"mode": mode})
 
     def forward(self, images: Any, *targets: Any) -> Any:
         """What the model returns for a batch. A single tensor, such as logits, is returned as float32.

@@ -123,6 +123,14 @@ def matrix_peak(train: TrainConfig, peaks: Mapping[str, float]) -> float | None:
     return peaks.get("fp16" if train.precision == "fp16" else "bf16")
 
 
+def compute_the_same_twice() -> None:
+    """Keep cuDNN from algorithms that add in no fixed order: a run that resumes must end with the same bits.
+
+    Only patch embeddings and stems are convolutions.
+    """
+    torch.backends.cudnn.deterministic = True
+
+
 def allow_tf32(allowed: bool) -> None:
     """Set torch's switches for fp32 matrix products and convolutions on GPUs; the attention kernels read them."""
     torch.backends.cuda.matmul.allow_tf32 = allowed

@@ -82,16 +82,16 @@ class StepLaunches:
     host_step: float
 
     @classmethod
-    def of(cls, launches: Launches, train: TrainConfig, stage: int, parameters: int) -> "StepLaunches":
-        """Under `train.compile` and at a ZeRO stage, of a model with so many parameter tensors."""
+    def of(cls, launches: Launches, train: TrainConfig, stage: int, parameters: int, blocks: int) -> "StepLaunches":
+        """Under `train.compile` and at a ZeRO stage, of a model with so many parameter tensors and blocks."""
         model = launches.kernels(bool(train.compile))
         touched = parameters if stage > 0 else 0
         around = round(PER_PARAMETER_OF_MICRO_BATCH * touched)
         step = round(STEP_KERNELS + PER_PARAMETER_OF_STEP * touched)
         if train.records_graphs:  # one each for forward and backward
             host = 2 * GRAPH_ENTRY
-        elif train.compile:
-            host = 2 * GRAPH_ENTRY + model * COMPILED_LAUNCH
+        elif train.compile:  # each block by itself
+            host = 2 * blocks * GRAPH_ENTRY + model * COMPILED_LAUNCH
         else:
             host = model * EAGER_LAUNCH
         return cls(model + around, step, host + around * EAGER_LAUNCH, step * EAGER_LAUNCH)

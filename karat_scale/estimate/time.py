@@ -8,7 +8,7 @@ from karat_scale.estimate.attention_tiles import written_by_rows
 from karat_scale.estimate.footprint import Footprint
 from karat_scale.estimate.launches import StepLaunches
 from karat_scale.machine import Gpu
-from karat_scale.models.flops import flops_per_image
+from karat_scale.models.flops import flops_by_block, flops_per_image
 from karat_scale.recipe import Recipe
 
 # Fitted to three measured models on one card, and tested on others: docs/scaling.md.
@@ -66,10 +66,11 @@ def estimate(
         return None
     flops = flops_per_image(recipe.model, recipe.attention, recipe.train.freeze).training + teacher_flops
     products = flops / (MATRIX_EFFICIENCY * peak)
+    blocks = len(flops_by_block(recipe.model, recipe.attention))
     written = footprint.written(2) - footprint.written(1) + written_by_rows(recipe, on_gpu=True)
     bytes_ = TRAFFIC_PER_BYTE * written
     return ComputeTime(
         image=products + bytes_ / (BANDWIDTH_EFFICIENCY * gpu.bandwidth),
         source="estimated from operations, bytes and launches",
-        launches=StepLaunches.of(footprint.launches, recipe.train, stage, parameters),
+        launches=StepLaunches.of(footprint.launches, recipe.train, stage, parameters, blocks),
     )

@@ -1,6 +1,6 @@
 """The attention layers of a model of any architecture, in the order of the forward pass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -79,3 +79,23 @@ def measure_layers(model: nn.Module, image_size: int) -> tuple[LayerSize, ...]:
 def _size(attention: Any, sets: int, tokens: int, width: int) -> LayerSize:
     heads = attention.num_heads
     return LayerSize(sets, tokens, heads, width // heads, isinstance(attention, BIASED))
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the model's blocks if they are of one or two kinds, so that what one compiles serves many; else []."""
+    blocks = blocks_of(model)
+    kinds = len({_kind(block) for block in blocks})
+    return blocks if kinds <= 2 and kinds < len(blocks) else []
+
+
+def _kind(block: nn.Module) -> tuple[Any, ...]:
+    """What the compiler takes for constant: classes, shapes, and plain attributes such as the rate of a drop path."""
+    modules = tuple(
+        (name, type(module), tuple((key, repr(value)) for key, value in vars(module).items() if _is_plain(key, value)))
+        for name, module in block.named_modules()
+    )
+    return modules, tuple((name, p.shape, p.requires_grad) for name, p in block.named_parameters())
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    return not key.startswith("_") and (isinstance(value, int | float | str | tuple | None) or is_dataclass(value))

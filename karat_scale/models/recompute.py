@@ -60,8 +60,12 @@ class _Recomputing:
 
 def _let_recompute(module: nn.Module, by: Checkpoint) -> None:
     # A new class, as in torch's parametrizations: unlike a new attribute, it is also right for a copy of the module.
-    own = type(module)
-    module.__class__ = type(own.__name__, (_Recomputing, own), {"checkpoint": staticmethod(by)})
+    module.__class__ = _recomputing(type(module), by)
+
+
+@functools.cache  # equal blocks stay equal, so that they run the same compiled code
+def _recomputing(own: type[nn.Module], by: Checkpoint) -> type[nn.Module]:
+    return type(own.__name__, (_Recomputing, own), {"checkpoint": staticmethod(by)})
 
 
 def recompute_cost(block: BlockFlops, choice: Choice) -> int:

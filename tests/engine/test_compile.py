@@ -82,6 +82,65 @@ def test_the_model_with_its_autocast_is_one_graph(small_recipe, make_engine, con
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces what is compiled and runs the operations as they are."""
+
+    def compile_quickly(module: torch.nn.Module, **_: Any) -> None:
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
+
+
+def _compiled_parts(module: torch.nn.Module) -> list[str]:
+    return [name for name, part in module.named_modules() if part._compiled_call_impl is not None]
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        ("deepspeed.config=zero0", "train.precision=bf16"),
+        ("deepspeed.config=zero1", "attention.mode=universal"),
+        ("deepspeed.config=zero2", "train.recompute.policy=all"),
+        ("deepspeed.config=zero2_offload", "deepspeed.cpu_adam=torch", "attention.kind=softmax"),
+    ],
+)
+def test_one_block_is_compiled_for_all(small_recipe, make_engine, quick_compiler, own: tuple[str, ...]) -> None:
+    compiled, eager = (
+        make_engine(small_recipe(*own, "model.depth=4", f"train.compile={mode}")) for mode in ("true", "false")
+    )
+    assert _compiled_parts(compiled.module) == [f"blocks.{number}" for number in range(4)]
+    assert compiled.module.state_dict().keys() == eager.module.state_dict().keys()
+    torch._dynamo.utils.counters.clear()
+    for seed in range(3):
+        assert train_once(compiled, seed) == pytest.approx(train_once(eager, seed), rel=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    close = {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(weights(compiled), weights(eager), **close)
+    for engine in (compiled, eager):
+        engine.module.eval()
+    images = torch.randn(5, 3, 16, 16)  # the rest of a test set
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.forward(images), eager.forward(images), **close)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        ("train.compile=reduce-overhead",),  # graphs of the whole
+        ("deepspeed.config=zero3",),
+        ("model.drop_path=0.1", "model.depth=3"),  # a rate for each block
+    ],
+)
+def test_where_blocks_differ_or_graphs_are_recorded_the_whole_model_is_compiled(
+    small_recipe, make_engine, quick_compiler, own: tuple[str, ...]
+) -> None:
+    engine = make_engine(small_recipe("train.compile=true", *own))
+    assert _compiled_parts(engine.module) == [""]
+
+
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_cuda_graphs_are_refused_where_memory_moves(small_recipe, mode: str) -> None:
     compiled = f"train.compile={mode}"

@@ -1,14 +1,17 @@
 """What `train.precision` means at each stage, and on CUDA, whose own autocast flag DeepSpeed asks."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from karat_scale.engine.deepspeed_internals import master_weights, shard_layout
 from karat_scale.engine.precision import PRECISIONS, allow_tf32, pixel_dtype
+from karat_scale.models import create_model
 from karat_scale.recipe import TrainConfig
 from karat_scale.recipe.files import RECIPES
 from karat_scale.recipe.loading import load_recipe
@@ -117,3 +120,58 @@ def test_the_shipped_recipes_hold_fp32_weights_at_the_lowest_stage(name: str) ->
     recipe = load_recipe(name)
     assert PRECISIONS[recipe.train.precision].weights == torch.float32
     assert recipe.deepspeed.config == "zero0"
+
+
+# From the documentation of torch.use_deterministic_algorithms: on CUDA they add in no fixed order. Convolutions do
+# without `cudnn.deterministic`.
+IN_NO_ORDER = re.compile(
+    r"aten\.(upsample_(linear|bilinear|bicubic|trilinear).*backward|adaptive_.*pool.*backward|avg_pool3d_backward|"
+    r"max_pool3d.*backward|max_unpool.*|fractional_.*backward|reflection_pad.*backward|replication_pad.*backward|"
+    r"nll_loss2d.*|_ctc_loss_backward|_embedding_bag.*backward|put_?|histc|bincount|median|grid_sampler.*backward|"
+    r"cumsum|scatter.*|index_add_?|index_copy_?|gather)\."
+)
+
+
+class Operations(TorchDispatchMode):
+    """Collects the names of what runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(f"{func}.")
+        return func(*args, **(kwargs or {}))
+
+
+HOSTS = {
+    "ViT": (),
+    "softmax": ("attention.kind=softmax",),
+    "content": ("attention.form=content",),
+    "Swin": ("model.name=swin_tiny_patch4_window7_224", "model.image_size=56"),
+    "ConViT": ("model.name=convit_tiny", "model.image_size=32", "model.patch_size=16", "model.depth=3"),
+    "DeiT": ("model.name=deit_tiny_distilled_patch16_224", "model.image_size=32", "model.depth=1"),
+}
+OF_THE_MODEL = tuple(f"model.{key}=null" for key in ("patch_size", "embed_dim", "depth", "num_heads"))
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_on_a_gpu_a_step_adds_in_a_fixed_order(small_recipe, make_engine, host: str) -> None:
+    own = HOSTS[host]
+    recipe = small_recipe(*(OF_THE_MODEL if any(one.startswith("model.name") for one in own) else ()), *own)
+    with torch.device("meta"):
+        model = create_model(recipe.model, recipe.attention).train()
+        images = torch.empty(2, 3, recipe.model.image_size, recipe.model.image_size)
+        targets = torch.empty(2, recipe.model.num_classes)
+    with Operations() as operations:
+        logits = model(images)
+        logits = sum(logits) if isinstance(logits, tuple) else logits
+        torch.nn.functional.cross_entropy(logits, targets).backward()
+    assert any("convolution_backward" in name for name in operations.names)
+    assert not [name for name in operations.names if IN_NO_ORDER.match(name)]
+
+
+def test_an_engine_keeps_cudnn_to_a_fixed_order(small_recipe, make_engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    make_engine(small_recipe())
+    assert torch.backends.cudnn.deterministic

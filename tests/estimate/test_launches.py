@@ -63,7 +63,7 @@ def test_the_content_form_adds_the_kernels_of_psi(small_recipe: Load) -> None:
 
 def test_a_compiler_launches_less_and_a_graph_costs_the_host_almost_nothing() -> None:
     eager, compiled, graphed = (
-        StepLaunches.of(SOME, TrainConfig(compile=mode), 0, 150) for mode in (False, "default", "reduce-overhead")
+        StepLaunches.of(SOME, TrainConfig(compile=mode), 0, 150, 12) for mode in (False, "default", "reduce-overhead")
     )
     assert eager.micro_batch == 700
     assert compiled.micro_batch == graphed.micro_batch == 400
@@ -72,12 +72,12 @@ def test_a_compiler_launches_less_and_a_graph_costs_the_host_almost_nothing() ->
 
 
 def test_higher_stages_handle_each_parameter() -> None:
-    stage_0, stage_1 = (StepLaunches.of(SOME, TrainConfig(), stage, 150) for stage in (0, 1))
+    stage_0, stage_1 = (StepLaunches.of(SOME, TrainConfig(), stage, 150, 12) for stage in (0, 1))
     assert (stage_1.micro_batch - stage_0.micro_batch, stage_1.step - stage_0.step) == (375, 300)
 
 
 def test_a_step_takes_as_long_as_the_slower_of_host_and_gpu() -> None:
-    time = ComputeTime(image=1e-4, source="", launches=StepLaunches.of(SOME, TrainConfig(), 0, 150))
+    time = ComputeTime(image=1e-4, source="", launches=StepLaunches.of(SOME, TrainConfig(), 0, 150, 12))
     assert time.seconds(1, 1) == time.host(1) == pytest.approx(740 * 10e-6)
     assert time.seconds(1000, 2) == time.device(1000, 2) == pytest.approx(0.2 + time.device(0, 2))
     least = time.least_micro_batch(1)
