@@ -60,7 +60,7 @@ class _Recomputing:
 
 def _let_recompute(module: nn.Module, by: Checkpoint) -> None:
     # A new class, as in torch's parametrizations: unlike a new attribute, it is also right for a copy of the module.
-    module.__class__ = _recomputing(type(module), by)
+    module.__class__ = _recomputing(type(module), by)  # type: ignore[arg-type]  # a class has a hash
 
 
 @functools.cache  # equal blocks stay equal, so that they run the same compiled code
