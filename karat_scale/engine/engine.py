@@ -41,6 +41,7 @@ from karat_scale.engine.waiting import (
     check_by_the_norm,
     device_waits_for_itself,
     gathers_wait_for_the_weights,
+    reduce_in_few_operations,
     step_judged_by,
 )
 from karat_scale.models import parameter_count
@@ -100,7 +101,8 @@ class Engine:
             for name, p in model.named_parameters()
             if not p.requires_grad
         }
-        may_be_on_cpu = bool(recipe.optim.row.on_cpu) and offloads_optimizer(config)
+        self._offloads = offloads_optimizer(config)
+        may_be_on_cpu = bool(recipe.optim.row.on_cpu) and self._offloads
         cpu_adam = may_be_on_cpu and _takes_cpu_adam(recipe.deepspeed.cpu_adam, world.device)
         config["zero_force_ds_cpu_optimizer"] = cpu_adam
         use_torchs_own_linear()
@@ -123,12 +125,13 @@ class Engine:
         self._skipped_steps = torch.zeros((), device=world.device)
         self._clip = recipe.optim.clip_grad
         # An offloaded step would read `found_inf` on the CPU before it has come there from the GPU.
-        reads_norms = recipe.train.precision == "fp16" or offloads_optimizer(config)
+        reads_norms = recipe.train.precision == "fp16" or self._offloads
         self._skips_on_device = heeds_found_inf(self.deepspeed.basic_optimizer) and not reads_norms
         if self.stage == 0:
             average_gradients_in_few_copies(self.deepspeed)
         else:
             check_by_the_norm(self.deepspeed)
+            reduce_in_few_operations(self.deepspeed)
         keep_least_loss_scale(self.deepspeed)
         self._records_graphs, self._is_compiled = recipe.train.records_graphs, False
 
@@ -223,8 +226,9 @@ class Engine:
 
         def is_invalid(scaled: torch.Tensor) -> bool:
             norm = (scaled / self.loss_scale if self.loss_scale else scaled).to(self._device)
-            # Offloaded shards have -1 for what is not finite, and 0 * inf is not a number.
-            norms.append(torch.where(norm < 0, math.nan, 0 * norm + norm))
+            norm = 0 * norm + norm  # 0 * inf is not a number
+            # Offloaded shards have -1 for what is not finite.
+            norms.append(torch.where(norm < 0, math.nan, norm) if self._offloads else norm)
             return self._must_skip(norms[0])
 
         with step_judged_by(is_invalid), device_waits_for_itself(self.deepspeed):

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,16 +26,80 @@ def check_by_the_norm(engine: Any) -> None:
     optimizer = engine.optimizer
     optimizer.check_overflow = lambda *_, **__: None
     optimizer.update_offload_overflow_tracker = lambda *_: None
-    if engine.zero_optimization_stage() == 3:
-        optimizer.get_grad_norm_direct = functools.partial(_norm_of_shards, optimizer)
+    if hasattr(optimizer, "averaged_gradients") and not engine.zero_offload_optimizer():
+        optimizer.scaled_global_norm = functools.partial(_norm_of_shards, optimizer)  # stages 1 and 2
+        optimizer._get_norm_groups = lambda: [_norm_of_shards(optimizer)]  # stage 3
 
 
-def _norm_of_shards(optimizer: Any, gradients: list[torch.Tensor], params: list[Any]) -> torch.Tensor:
-    """As DeepSpeed's, which also copies -1 from the host for what is not finite. Collective."""
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-    total = torch.stack(norms).square().sum()
-    dist.all_reduce(total, group=optimizer._get_param_partition_group(params[0]))
-    return total.sqrt()
+def _norm_of_shards(optimizer: Any) -> torch.Tensor:
+    """As DeepSpeed's, which handles each gradient and each parameter group by itself. Collective."""
+    gradients = [gradient for group in optimizer.averaged_gradients.values() for gradient in group]
+    total = _square(gradients)
+    dist.all_reduce(total, group=optimizer.dp_process_group)
+    return total.sqrt().float()
+
+
+def _square(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of the squares of all elements, 0-dim, in fp64: as fp32 it is nearly always the same in any order."""
+    return torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float64)).square().sum()
+
+
+def reduce_in_few_operations(engine: Any) -> None:
+    """Stages 1 to 3 without `contiguous_gradients`: handle a bucket's gradients at once where DeepSpeed has a loop.
+
+    With it, at stages 1 and 2: keep the gradient of a parameter larger than a bucket until the stream that reduces it
+    is done. DeepSpeed frees it before.
+    """
+    optimizer, is_stage_3 = engine.optimizer, engine.zero_optimization_stage() == 3
+    if not getattr(optimizer, "contiguous_gradients", True):
+        if not is_stage_3:
+            optimizer.allreduce_and_copy = functools.partial(_average_bucket, optimizer)
+        elif not engine.zero_offload_optimizer():
+            optimizer.partition_grads = functools.partial(_keep_own_parts, optimizer)
+    elif not is_stage_3 and getattr(optimizer, "reduction_stream", None) is not None and optimizer.overlap_comm:
+        average = optimizer.average_tensor
+
+        def average_and_keep(gradients: torch.Tensor, dtype: torch.dtype) -> None:
+            gradients.record_stream(optimizer.reduction_stream)
+            average(gradients, dtype)
+
+        optimizer.average_tensor = average_and_keep
+
+
+def _average_bucket(optimizer: Any, bucket: list[torch.Tensor], dtype: torch.dtype, **how: Any) -> None:
+    """Stages 1 and 2: average gradients over ranks in place."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    stream = accelerator.current_stream()
+    if optimizer.overlap_comm:
+        stream = optimizer.reduction_stream
+        accelerator.synchronize()  # in `device_waits_for_itself`: the streams wait for each other
+        optimizer._clear_previous_reduced_grads()
+    with accelerator.stream(stream):
+        averages = optimizer.allreduce_bucket(bucket, dtype, divide=how["divide"], process_group=how["process_group"])
+        torch._foreach_copy_(bucket, optimizer.unflatten(averages, bucket))
+        if optimizer.overlap_comm and not accelerator.is_synchronized_device():
+            for gradient in bucket:
+                gradient.record_stream(stream)
+
+
+def _keep_own_parts(optimizer: Any, params: list[Any], parts: list[torch.Tensor]) -> None:
+    """Stage 3: add this rank's parts of averages to those of earlier micro batches, and free the whole gradients."""
+    from deepspeed.accelerator import get_accelerator
+
+    kept_parts = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+    rank = dist.get_rank(optimizer.dp_process_group)
+    own = [(p, part) for p, part in zip(params, parts, strict=True) if p.partition_numel() * rank < p.ds_numel]
+    kept = [kept_parts[param.ds_id].narrow(0, 0, part.numel()) for param, part in own]
+    if optimizer.micro_step_id == 0:
+        torch._foreach_copy_(kept, [part for _, part in own])
+    else:
+        torch._foreach_add_(kept, [part for _, part in own])
+    for param in params:
+        if not get_accelerator().is_synchronized_device():
+            param.grad.record_stream(get_accelerator().current_stream())
+        param.grad = None
 
 
 @contextlib.contextmanager
@@ -60,6 +124,8 @@ def step_judged_by(is_invalid: Callable[[torch.Tensor], bool]) -> Iterator[None]
     replaced: list[tuple[Any, str, Any]] = [(module, "is_invalid_grad_norm", judge) for module in modules]
     replaced += [(module, "mask_nan_or_inf_with_val_inplace", _leave_as_it_is) for module in (utils, stage_1_and_2)]
     replaced.append((bf16_optimizer, "clip_tensors_by_global_norm", _clip_by_norm))
+    replaced.append((bf16_optimizer, "get_global_norm_of_tensors", _norm_of_whole_gradients))
+    replaced.append((stage3, "combine_grad_norm_groups", functools.partial(_combined, stage3.combine_grad_norm_groups)))
     kept = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, ours in replaced:
         setattr(module, name, ours)
@@ -74,6 +140,16 @@ def _leave_as_it_is(*_: Any, **__: Any) -> None:
     """A norm that is not finite says so itself."""
 
 
+def _combined(combine: Callable[..., torch.Tensor], norms: list[torch.Tensor], **how: Any) -> torch.Tensor:
+    """As DeepSpeed's, where there is something to combine."""
+    return norms[0] if len(norms) == 1 else combine(norms, **how)
+
+
+def _norm_of_whole_gradients(input_tensors: list[torch.Tensor], **_: Any) -> torch.Tensor:
+    """As DeepSpeed's for gradients that each rank has whole."""
+    return _square(input_tensors).sqrt().float()
+
+
 def _clip_by_norm(input_tensors: list[torch.Tensor], max_norm: float, global_norm: torch.Tensor, **_: Any) -> None:
     """As DeepSpeed's, which reads the norm to see whether there is something to clip."""
     torch._foreach_mul_(list(input_tensors), (max_norm / (global_norm + 1e-6)).clamp(max=1.0))
@@ -83,8 +159,9 @@ def _clip_by_norm(input_tensors: list[torch.Tensor], max_norm: float, global_nor
 def device_waits_for_itself(engine: Any) -> Iterator[None]:
     """Inside the block DeepSpeed does not stop the host until the device is done.
 
-    It does so to order its own streams (for reductions, and at stage 3 for gathers) before what comes next; the
-    device's current stream can wait for them instead. Not with offload, where the host takes over what they write.
+    It does so to order its own streams (for reductions, and at stage 3 for gathers) after what came before and before
+    what comes next; they and the device's current stream can wait for each other instead. Not with offload, where the
+    host takes over what they write.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -96,8 +173,10 @@ def device_waits_for_itself(engine: Any) -> Iterator[None]:
     streams = [stream for name in names if (stream := getattr(optimizer, name, None)) is not None]
 
     def order(*_: Any) -> None:
+        current = accelerator.current_stream()
         for stream in streams:
-            accelerator.current_stream().wait_stream(stream)
+            stream.wait_stream(current)
+            current.wait_stream(stream)
 
     for place in (accelerator, *streams):
         place.synchronize = order

@@ -28,6 +28,7 @@ def test_each_private_corner_has_a_test() -> None:
         "gathers_wait_for_the_weights": "test_weights_are_gathered_after_they_are_written",
         "quieten_and_skip_builds": "test_the_shared_memory_build_is_switched_off",
         "average_gradients_in_few_copies": "test_a_step_runs_few_kernels_beside_the_model",
+        "reduce_in_few_operations": "test_streams_are_in_order",
         "check_by_the_norm": "test_a_step_neither_stops_the_host_nor_reads_a_scalar",
         "step_judged_by": "test_a_step_neither_stops_the_host_nor_reads_a_scalar",
         "device_waits_for_itself": "test_a_step_neither_stops_the_host_nor_reads_a_scalar",

@@ -1,0 +1,133 @@
+"""No stream of a training step uses memory before another is done with it, whatever a DeepSpeed file sets."""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from karat_scale.engine.deepspeed_config import config_directory
+from tests.conftest import ROOT, karat_environment
+from tests.engine.clocks import Emulation, Event, Stream
+from tests.warm import run_program
+
+PRECISIONS = ("fp32", "bf16_weights", "sent in bf16")
+BOTH = (False, True)
+STAGE_3 = {
+    "stage3_prefetch_bucket_size": (5000, 0, 5_000_000),
+    "stage3_param_persistence_threshold": (0, 100_000, 100),
+    "stage3_max_reuse_distance": (1_000_000_000, 0, 5000),
+    "stage3_max_live_parameters": (1_000_000_000, 0),
+}
+
+Case = tuple[list[str], dict[str, Any]]
+
+
+def case(zero: Mapping[str, Any], precision: str = "fp32", accumulation: int = 1, **top: Any) -> Case:
+    """Overrides of a recipe, and a DeepSpeed file."""
+    overrides = [f"train.global_batch={4 * accumulation}"]
+    if precision == "bf16_weights":
+        overrides.append("train.precision=bf16_weights")
+    sent = {"communication_data_type": "bf16"} if precision == "sent in bf16" else {}
+    return overrides, {"zero_optimization": dict(zero), **sent, **top}
+
+
+def switches() -> Iterator[dict[str, Any]]:
+    """Every combination of the switches of each stage that has an effect."""
+    names = ("overlap_comm", "contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce")
+    for stage, values in itertools.product((1, 2), itertools.product(BOTH, repeat=5)):
+        zero = dict(zip((*names, "round_robin_gradients"), values, strict=True))
+        is_reduced_whole = not (zero["contiguous_gradients"] and zero["reduce_scatter"])
+        if not (is_reduced_whole and zero["use_multi_rank_bucket_allreduce"]):
+            yield {"stage": stage, **zero}
+    names = ("overlap_comm", "contiguous_gradients", "reduce_scatter", "stage3_allgather_sequential")
+    for values in itertools.product(BOTH, repeat=5):
+        yield {"stage": 3, **dict(zip((*names, "stage3_use_all_reduce_for_fetch_params"), values, strict=True))}
+
+
+def all_cases() -> list[Case]:
+    """With each precision, with and without accumulation, buckets smaller than a parameter and larger than all."""
+    others = itertools.product(PRECISIONS, (1, 2), (3000, 5_000_000))
+    found = []
+    for number, (zero, (precision, accumulation, bucket)) in enumerate(itertools.product(switches(), list(others))):
+        more = {key: values[number // 7 % len(values)] for key, values in STAGE_3.items()} if zero["stage"] == 3 else {}
+        found.append(case({**zero, "reduce_bucket_size": bucket, **more}, precision, accumulation))
+    return found
+
+
+def shipped() -> list[Case]:
+    """The files of ds_configs, with two micro batches a step."""
+    files = sorted(config_directory().glob("*.json"))
+    return [(["train.global_batch=8"], json.loads(file.read_text())) for file in files if "offload" not in file.name]
+
+
+def trained(cases: Sequence[Case], directory: Path) -> list[dict[str, Any]]:
+    """What the emulation finds in each case."""
+    directory.mkdir()
+    (directory / "cases.json").write_text(json.dumps(cases))
+    files = [str(directory / "cases.json"), str(directory / "out.json")]
+    done = run_program("tests.engine.clocks", files, [karat_environment()], timeout=3500, directory=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: list[dict[str, Any]] = json.loads((directory / "out.json").read_text())
+    return found
+
+
+def assert_in_order(cases: Sequence[Case], directory: Path) -> None:
+    for (overrides, config), found in zip(cases, trained(cases, directory), strict=True):
+        assert not found["races"], (overrides, config, found["races"])
+        overlaps = config["zero_optimization"].get("overlap_comm", config["zero_optimization"]["stage"] == 3)
+        is_plain = config["zero_optimization"]["stage"] == 0 or "train.precision=bf16_weights" in overrides
+        assert is_plain or any(name.startswith("side") for name in found["works"]) == overlaps
+
+
+def test_the_emulation_finds_what_is_not_ordered() -> None:
+    emulation = Emulation()
+    with emulation:
+        side, data = Stream(), torch.zeros(8)
+        with emulation.on(side):
+            data.add_(1)  # before the zeros are written
+        assert emulation.races
+        emulation.races.clear()
+        side.wait_stream(emulation.default)
+        emulation.default.wait_stream(side)
+        data[:4].mul_(2)
+        event = emulation.default.record_event()
+        with emulation.on(side):
+            data[4:].mul_(2)  # other bytes
+            event.wait()
+            data.sum()
+        assert not emulation.races
+        del data
+        torch.ones(8)  # may be in the same memory
+        assert "memory of default is used again while aten.sum.default on side 2 needs it" in emulation.races
+
+
+def test_an_event_orders_what_came_before_it() -> None:
+    emulation = Emulation()
+    with emulation:
+        side, data, event = Stream(), torch.zeros(8), Event()
+        event.record()
+        data.add_(1)
+        with emulation.on(side):
+            event.wait()
+            data.sum()
+        assert list(emulation.races) == ["aten.sum.default on side 2 reads what aten.add_.Tensor on default writes"]
+
+
+@pytest.mark.slow
+def test_streams_are_in_order(tmp_path: Path) -> None:
+    """The shipped files, what was wrong once, and of all combinations a part."""
+    once_wrong = [
+        case({"stage": stage, "overlap_comm": True, "contiguous_gradients": contiguous, "reduce_scatter": scatter,
+              "reduce_bucket_size": 3000}, "sent in bf16")
+        for stage, contiguous, scatter in itertools.product((1, 2), BOTH, BOTH)
+    ]  # fmt: skip
+    assert_in_order([*shipped(), *once_wrong, *all_cases()[::41]], tmp_path / "some")
+
+
+@pytest.mark.night
+def test_streams_are_in_order_in_every_combination(tmp_path: Path) -> None:
+    assert_in_order(all_cases(), tmp_path / "all")
