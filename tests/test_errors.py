@@ -55,7 +55,10 @@ def test_a_user_without_a_home_has_a_place_for_caches(monkeypatch: pytest.Monkey
 
 
 def test_a_path_in_the_home_of_nobody_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert karat_here("train", "fashion_mnist_demo", "run.device=cpu", "run.dir=~nosuchuser/run") == 2
+    assert (
+        karat_here("train", "fashion_mnist_demo", "data.backend=synthetic", "run.device=cpu", "run.dir=~nosuchuser/run")
+        == 2
+    )
     assert capsys.readouterr().err.startswith("error: Could not determine home directory")
 
 

@@ -46,8 +46,9 @@ def test_no_limit_is_none(tmp_path: Path, membership: Path) -> None:
 
 def test_a_gpu_is_found_by_the_beginning_of_its_name_if_only_one_has_it() -> None:
     assert known_gpu("rtx4090").key == "rtx4090-24"
-    with pytest.raises(UserError, match="did you mean h100-nvl-94 or h100-pcie-80 or h100-80"):
-        known_gpu("h100")
+    assert known_gpu("h100").key == "h100-80"
+    with pytest.raises(UserError, match="did you mean v100-32 or v100-16"):
+        known_gpu("v100")
     with pytest.raises(
         UserError, match=r"did you mean rtx3090-24 .*For any other card, use karat plan RECIPE --memory GB"
     ):

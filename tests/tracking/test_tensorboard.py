@@ -1,8 +1,10 @@
 """TensorBoard's event files, read back with its own reader."""
 
 import contextlib
+import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -48,8 +50,12 @@ def test_histograms(written: WrittenRun) -> None:
     assert (event.step, found.num, found.min, found.max, found.sum) == (7, 3, -1.0, 2.0, 1.5)
 
 
-def test_a_full_disk_is_a_failure_that_leaves_no_half_record(written: WrittenRun, small_disk: Path) -> None:
-    (written.path / "tensorboard").symlink_to(small_disk)
+def test_a_full_disk_is_a_failure_that_leaves_no_half_record(
+    written: WrittenRun, small_disk: Path, request: pytest.FixtureRequest
+) -> None:
+    (written.path / "tensorboard").mkdir()
+    subprocess.run(["mount", "--bind", str(small_disk), str(written.path / "tensorboard")], check=True)
+    request.addfinalizer(lambda: subprocess.run(["umount", str(written.path / "tensorboard")], check=True))
     follower = Follower(written.path, "tensorboard", TENSORBOARD, print)
     written.train(1)
     follower.advance()

@@ -1,12 +1,13 @@
 """The folder backend gives the batches that its shards give, and names what a worker hangs on."""
 
-import os
+import time
 
 import psutil
 import pytest
 import torch
 
 from karat_scale.data.backends import ImageSpec, open_backend
+from karat_scale.data.formats import folder
 from karat_scale.data.plan import EvalPlan, TrainPlan
 from karat_scale.errors import DataError
 from karat_scale.recipe import AugmentConfig
@@ -34,10 +35,11 @@ def test_folder_and_shards_train_alike(image_folder, shards, data_config, order)
 
 
 @pytest.mark.usefixtures("stuck_workers_end_soon")
-def test_a_file_system_that_stalls_is_an_error_that_names_the_file(tmp_path, data_config, capfd):
+def test_a_file_system_that_stalls_is_an_error_that_names_the_file(tmp_path, data_config, capfd, monkeypatch):
     for split in ("train", "val"):
         (tmp_path / split / "ant").mkdir(parents=True)
-        os.mkfifo(tmp_path / split / "ant" / "stuck.jpg")  # opening it waits, as a dead server's file does
+        (tmp_path / split / "ant" / "stuck.jpg").touch()
+    monkeypatch.setattr(folder, "read_image", lambda _: time.sleep(600))  # as a file of a dead server does
     before = set(psutil.Process().children())
     config = data_config(tmp_path, backend="folder", workers=1, timeout=1)
     backend = open_backend(ImageSpec(config, AugmentConfig(), 16, 2, 0))

@@ -195,7 +195,7 @@ def test_another_teacher_is_noticed_on_resuming(
     assert "its weights are not those that were written" in capsys.readouterr().err
     (run / FILE).write_bytes(whole[:100])
     assert karat_here(*on) == 2
-    assert f"{run / FILE} is damaged" in capsys.readouterr().err
+    assert f"{run / FILE}: not a whole file of karat export" in capsys.readouterr().err
     shutil.copy(other_teacher(command, tmp_path) / FILE, run / FILE)
     assert karat_here(*on) == 2
     assert "learned from another teacher" in capsys.readouterr().err
@@ -227,7 +227,7 @@ def test_what_nobody_can_learn_from_is_one_line(
     about = {
         "model": '{"name": "vit_tiny_patch16_224"}',
         "attention": '{"transfer_from": "run"}',
-        "preprocessing": "{}",
+        "preprocessing": '{"input_size": [3, 16, 16], "mean": [0, 0, 0], "std": [1, 1, 1]}',
         "karat_scale": "0.2.0",
     }
     save_file({"x": torch.zeros(1)}, tmp_path / "student.safetensors", about)

@@ -181,7 +181,7 @@ def test_a_file_that_is_no_export_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="not a whole file of karat export"):
         read_exported(tmp_path / FILE)
     save_file({"x": torch.zeros(1)}, tmp_path / FILE)
-    with pytest.raises(RunDirectoryError, match="not a whole file of karat export: 'attention'"):
+    with pytest.raises(RunDirectoryError, match="not a whole file of karat export: it does not say what its model is"):
         read_exported(tmp_path / FILE)
 
 
