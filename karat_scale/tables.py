@@ -205,7 +205,6 @@ EXPORT_FORMATS = {
     "timm": FormatRow("karat_scale.export.folders:write_timm_folder"),
     "onnx": FormatRow("karat_scale.export.onnx_file:write_onnx", ".onnx"),
     "torch-export": FormatRow("karat_scale.export.torch_export:write_torch_export", ".pt2"),
-    "torchscript": FormatRow("karat_scale.export.torchscript:write_torchscript", ".pt"),
     "hub-folder": FormatRow("karat_scale.export.folders:write_hub_folder"),
 }
 

@@ -63,7 +63,7 @@ def test_what_cannot_be_exported_is_one_line(small_recipe, make_run, tmp_path: P
     (full / "notes.txt").write_text("mine")
     assert main(["export", str(run), "--format", "timm", "--weights", "raw", "--out", str(full)]) == 2
     (run / "classes.json").write_text("[1")
-    assert main(["export", str(run), "--format", "torchscript"]) == 2
+    assert main(["export", str(run), "--format", "torch-export"]) == 2
     errors = capsys.readouterr().err
     assert f"{full} exists already; remove it or choose another --out" in errors
     assert (full / "notes.txt").read_text() == "mine"
@@ -80,13 +80,16 @@ def test_two_kinds_do_not_go_into_one_file(small_recipe, make_run, tmp_path: Pat
     assert "add --weights raw or ema" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("form", "out", "meant"), [("torchscript", "model.pth", "model.pt"), ("safetensors", "v1.bin", "v1.safetensors")]
-)
-def test_a_file_of_another_suffix_is_no_directory(make_run, small_recipe, tmp_path, capsys, form, out, meant) -> None:
+def test_a_format_that_left_is_refused_with_the_one_to_use(capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", "nowhere", "--format", "torchscript"])
+    assert "unknown value 'torchscript'; did you mean torch-export?" in capsys.readouterr().err
+
+
+def test_a_file_of_another_suffix_is_no_directory(make_run, small_recipe, tmp_path, capsys) -> None:
     run, *_ = make_run(small_recipe(), keep_ema=False)
-    path = tmp_path / out
-    arguments = ["export", str(run), "--format", form, "--out"]
+    path, meant = tmp_path / "v1.bin", "v1.safetensors"
+    arguments = ["export", str(run), "--out"]
     assert main([*arguments, str(path)]) == 2
     assert f"use {tmp_path / meant}, or {path}/ for a directory" in capsys.readouterr().err
     assert not path.exists()

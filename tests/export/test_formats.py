@@ -138,21 +138,6 @@ def test_timm_loads_a_file_into_the_model_of_its_sections(exported, model: str) 
         assert torch.equal(loaded(images(source)), expected)
 
 
-@pytest.mark.parametrize("model", mostly_slow("universal", "bounded swin", "simplex"))
-def test_torchscript_needs_nothing_of_ours(exported, model: str, tmp_path: Path) -> None:
-    file, source, _, expected = exported("torchscript", "owls.pt", *MODELS[model])
-    extra = {"karat_scale.json": ""}
-    loaded = torch.jit.load(file, _extra_files=extra)
-    assert torch.equal(loaded(images(source)), expected)
-    assert "karat_scale::" not in str(loaded.inlined_graph)
-    check_facts(json.loads(extra["karat_scale.json"]), source)
-    if model == "universal":
-        code = f"import sys, torch; print(torch.jit.load({str(file)!r})(torch.zeros(1, 3, 16, 16)).shape)\n"
-        code += "assert not {'timm', 'karat_scale'} & set(sys.modules)"
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert "[1, 4]" in done.stdout, done.stderr
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("model", mostly_slow("universal"))
 def test_torch_export_needs_nothing_of_ours(exported, model: str, tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ def test_a_student_takes_its_teacher_along(tmp_path: Path, capsys) -> None:
     with torch.no_grad():
         expected = model.eval()(images)
     options = ["export", str(student), "--checkpoint", "latest", "--weights", "ema", "--format"]
-    assert main([*options, "torchscript", "--out", str(tmp_path / "own.pt")]) == 0
-    torch.testing.assert_close(torch.jit.load(tmp_path / "own.pt")(images), expected)
+    assert main([*options, "torch-export", "--out", str(tmp_path / "own.pt2")]) == 0
+    torch.testing.assert_close(torch.export.load(tmp_path / "own.pt2").module()(images), expected)
     pytest.importorskip("onnx", reason="needs the extra `export`")
     from karat_scale.export.onnx_file import onnx_session
 
