@@ -167,7 +167,7 @@ def consider(subject: Subject, machine: Machine, config: str, micro_batch: int) 
         )
 
     step = _batch(subject, micro_batch, accumulation)
-    training = choice(peak(state, subject.footprint(micro_batch), step), recipe.train.eval_batch, loaded)
+    training = choice(peak(state, subject.footprint(), step), recipe.train.eval_batch, loaded)
     for images in _halved(recipe.train.eval_batch):
         rest = evaluation(state, subject.evaluation(), _batch(subject, images, 1))
         evaluating = choice(rest, images, loaded + _loader(recipe, images))

@@ -150,5 +150,5 @@ def _compute_time(request: Request, gpu: Gpu | None, subject: Subject, choice: C
         return ComputeTime(request.step_time / choice.micro_batch, f"from --step-time, of {choice.micro_batch} images")
     if gpu is None:
         return None
-    footprint = subject.footprint(choice.micro_batch)
+    footprint = subject.footprint()
     return estimate(subject.recipe, gpu, footprint, choice.stage, len(subject.sizes.each), subject.teacher.flops)

@@ -12,10 +12,8 @@ from karat_scale.estimate.footprint import Footprint
 from karat_scale.estimate.tracing import fake_copy, trace_evaluation, trace_step
 from karat_scale.estimate.zero import ParameterSizes
 from karat_scale.models.factory import outline
-from karat_scale.models.flops import flops_by_block
 from karat_scale.models.layers import blocks_of
-from karat_scale.models.recompute import Choice, cheapest_choices, choices_by_rule, least_budget, recompute
-from karat_scale.models.saved_tensors import activation_bytes
+from karat_scale.models.recompute import Choice, choices_by_rule, recompute
 from karat_scale.recipe import Recipe
 from karat_scale.tasks.classification.distillation_teacher import planned_cost
 
@@ -36,7 +34,7 @@ class Subject:
         self.teacher = planned_cost(recipe)
         model = outline(self.recipe)
         self.sizes = ParameterSizes.of(model, recipe.optim)
-        self._depth = len(blocks_of(model))
+        self._choices = choices_by_rule(recipe.train.recompute, len(blocks_of(model)))
         precision = PRECISIONS[recipe.train.precision]
         # What the model is cast to, if it is, and whether autocast casts.
         self._dtype = None if precision.weights == torch.float32 else precision.weights
@@ -46,13 +44,12 @@ class Subject:
         self.pixels = precision.compute if made_for_gpu else torch.float32
         self._footprints: dict[tuple[Choice, ...] | None, Footprint] = {}
 
-    def footprint(self, images: int) -> Footprint:
+    def footprint(self) -> Footprint:
         """What a micro batch allocates and launches, at every ZeRO stage.
 
-        `images` counts only for what a budget lets the model recompute. Raises RecipeError where the model cannot run
-        as the recipe says.
+        Raises RecipeError where the model cannot run as the recipe says.
         """
-        return self._traced(self._choices(images))
+        return self._traced(self._choices)
 
     def evaluation(self) -> Footprint:
         """As `footprint`, of a batch of an evaluation, which recomputes nothing."""
@@ -62,20 +59,6 @@ class Subject:
         if choices not in self._footprints:
             self._footprints[choices] = self._trace(choices)
         return self._footprints[choices]
-
-    def _choices(self, images: int) -> tuple[Choice, ...]:
-        """What each block recomputes."""
-        config = self.recipe.train.recompute
-        if config.budget_gb is None:
-            return choices_by_rule(config, self._depth)
-        model, size = outline(self.recipe), self.recipe.model.image_size
-        autocast = torch.autocast("cpu", torch.bfloat16) if self._autocasts else nullcontext()
-        with self._choosing(), fake_copy(model, self._dtype), autocast:
-            saved = activation_bytes(model, torch.empty(images, 3, size, size, dtype=self._dtype))
-        budget = max(int(1e9 * config.budget_gb), least_budget(saved))  # below it the run itself refuses
-        choices = cheapest_choices(saved, flops_by_block(self.recipe.model, self.recipe.attention), budget)
-        assert choices is not None
-        return choices
 
     def _trace(self, choices: tuple[Choice, ...] | None) -> Footprint:
         """Of a training step that recomputes `choices`, or for None of an evaluation."""

@@ -29,6 +29,9 @@ def without_retired_keys(tree: Mapping[str, Any], source: str) -> tuple[dict[str
         section = _section(today, *sections)
         if leaf in section and (value := section.pop(leaf)) != nothing:
             notes.append(f"{source}: {key} = {str(value).lower()} is ignored: {reason}")
+    recompute = _section(today, "train", "recompute")
+    if recompute.get("budget_gb", ...) is None:  # as every recipe of a run had it; any other value is an unknown key
+        del recompute["budget_gb"]
     log = _section(today, "log")
     if "tensorboard" in log:
         is_wanted = log.pop("tensorboard")

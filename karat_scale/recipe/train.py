@@ -74,29 +74,12 @@ class ScheduleConfig(Section):
 class RecomputeConfig(Section):
     """The activations that are recomputed in the backward pass instead of being kept."""
 
-    policy: Literal["none", "attention", "every", "all", "budget"] = "none"
-    """The parts to recompute: nothing, the `attention` of each block, `every` n-th block, `all` blocks, or as little as
-    fits into a `budget`."""
+    policy: Literal["none", "attention", "every", "all"] = "none"
+    """The parts to recompute: nothing, the `attention` of each block, `every` n-th block, or `all` blocks."""
     every: Count = 2
     """n of `policy: every`."""
-    budget_gb: Positive | None = None
-    """Most memory for saved activations, for `policy: budget`. In GB (1e9 bytes), of one micro batch on one rank."""
     method: Literal["torch", "deepspeed"] = "torch"
     """torch's non-reentrant checkpoint, or DeepSpeed's."""
-
-    @model_validator(mode="after")
-    def _budget_suits_policy(self) -> "RecomputeConfig":
-        if self.policy == "budget" and self.budget_gb is None:
-            raise ValueError(
-                "train.recompute.policy = budget needs train.recompute.budget_gb, the GB of saved activations of a "
-                "micro batch on a rank"
-            )
-        if self.policy != "budget" and self.budget_gb is not None:
-            raise ValueError(
-                f"train.recompute.budget_gb = {self.budget_gb:g} has no effect with train.recompute.policy = "
-                f"{self.policy}; use policy budget or remove it"
-            )
-        return self
 
 
 class TrainConfig(Section):

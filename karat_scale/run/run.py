@@ -157,7 +157,7 @@ def build_parts(task: Task, directory: RunDirectory, signals: StopSignals) -> Pa
     if recipe.train.freeze:
         reporter.info(freeze(model, recipe.train.freeze))
     torch.manual_seed(recipe.run.seed + 1 + world.rank)  # but random numbers of its own on each rank in training
-    if recomputed := apply_recompute(backbone, recipe, world, plan.micro_batch):
+    if recomputed := apply_recompute(backbone, recipe):
         reporter.info(recomputed)
     engine = Engine(model, recipe, world, plan.micro_batch, task.groups(model))
     if recipe.train.compile:

@@ -8,7 +8,6 @@ import torch
 
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.recompute import apply_recompute
-from karat_scale.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from tests.engine.stage_jobs import Job, launch_jobs
@@ -24,7 +23,6 @@ POLICIES = {
     "attention": ("train.recompute.policy=attention",),
     "every": ("train.recompute.policy=every",),
     "all": ("train.recompute.policy=all",),
-    "budget": ("train.recompute.policy=budget", "train.recompute.budget_gb=0.0007"),
 }
 
 
@@ -33,7 +31,7 @@ def train_with(recipe: Recipe, world) -> tuple[str, list[object]]:
     torch.manual_seed(0)
     model = create_model(recipe.model, recipe.attention)
     torch.manual_seed(1)
-    words = apply_recompute(model, recipe, world, recipe.train.global_batch)
+    words = apply_recompute(model, recipe)
     engine = Engine(model, recipe, world, recipe.train.global_batch)
     norms = [train_once(engine, seed) for seed in range(3)]
     return words, [norms, weights(engine), torch.get_rng_state()]
@@ -83,7 +81,7 @@ def test_stage_3_gives_weights_to_what_ends_in_a_layer(small_recipe, world, whol
 @pytest.mark.multiprocess
 def test_two_ranks_with_partitioned_weights_train_bit_equal(tmp_path: Path, whole_zero3) -> None:
     kinds = [(), *((*METHODS[m], *POLICIES[p]) for m, p in [("torch", "all"), ("torch", "attention")])]
-    kinds += [(*METHODS["deepspeed"], *POLICIES["every"]), (*METHODS["torch"], *POLICIES["budget"])]
+    kinds += [(*METHODS["deepspeed"], *POLICIES["every"])]
     settings = (("fp32", "blockwise", ()), ("bf16", "universal", DROPS))
     jobs = [
         Job(whole_zero3, last=3, precision=precision, overrides=(DEPTH, *drops, f"attention.mode={mode}", *kind))
@@ -93,15 +91,3 @@ def test_two_ranks_with_partitioned_weights_train_bit_equal(tmp_path: Path, whol
     outcomes = launch_jobs(jobs, 2, tmp_path / "jobs")
     for first in range(0, len(outcomes), len(kinds)):
         assert outcomes[first : first + len(kinds)] == [outcomes[first]] * len(kinds)
-
-
-def test_a_budget_that_nothing_fits_is_one_line_with_the_least(small_recipe, world) -> None:
-    tight = (DEPTH, "train.recompute.policy=budget")
-    recipe = small_recipe(*tight, "train.recompute.budget_gb=0.0001")
-    model = create_model(recipe.model, recipe.attention)
-    with pytest.raises(
-        RecipeError, match=r"budget_gb = 0\.0001: with every block recomputed it takes (\S+); "
-    ) as caught:
-        apply_recompute(model, recipe, world, 8)
-    least = float(str(caught.value).partition("takes ")[2].partition(";")[0])
-    apply_recompute(model, small_recipe(*tight, f"train.recompute.budget_gb={1.001 * least}"), world, 8)

@@ -153,7 +153,7 @@ def test_bf16_keeps_fp32_weights_at_every_stage_and_bf16_weights_has_masters(sma
 @pytest.mark.slow
 def test_triton_is_planned_without_a_gpu(small_recipe: Load) -> None:
     by_implementation = {
-        name: Subject(small_recipe(f"attention.implementation={name}"), on_gpu=True).footprint(2)
+        name: Subject(small_recipe(f"attention.implementation={name}"), on_gpu=True).footprint()
         for name in ("auto", "triton", "streaming")
     }
     assert (by_implementation["auto"].live(8) == by_implementation["triton"].live(8)).all()
@@ -162,7 +162,7 @@ def test_triton_is_planned_without_a_gpu(small_recipe: Load) -> None:
 
 def test_an_implementation_that_a_gpu_lacks_is_one_line(small_recipe: Load) -> None:
     with pytest.raises(RecipeError, match=r"attention.implementation = 'cpu'.*on a GPU"):
-        Subject(small_recipe("attention.implementation=cpu"), on_gpu=True).footprint(2)
+        Subject(small_recipe("attention.implementation=cpu"), on_gpu=True).footprint()
 
 
 @pytest.mark.slow

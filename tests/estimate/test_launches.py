@@ -26,7 +26,7 @@ SOME = Launches(products=200, others=500)
 
 
 def launches_of(recipe: Recipe) -> Launches:
-    return Subject(recipe, on_gpu=True).footprint(2).launches
+    return Subject(recipe, on_gpu=True).footprint().launches
 
 
 def test_each_operation_counts_its_kernels() -> None:

@@ -32,7 +32,7 @@ def test_scaling_is_within_an_eighth_of_nemos(gpu: str) -> None:
 
 @cache
 def footprint_of(model: str, precision: str) -> Footprint:
-    return Subject(recipe_of(model, f"train.precision={precision}"), on_gpu=True).footprint(2)
+    return Subject(recipe_of(model, f"train.precision={precision}"), on_gpu=True).footprint()
 
 
 def recipe_of(model: str, *keys: str) -> Recipe:

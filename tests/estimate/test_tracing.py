@@ -95,7 +95,7 @@ def test_rows_are_planned_however_many_tiles_a_batch_has(
 ) -> None:
     monkeypatch.setattr(rows, "workspace_budget", lambda _: 1)  # a tile for each item
     subject = Subject(small_recipe(*keys), on_gpu=True)
-    for footprint in (subject.footprint(2), subject.evaluation()):
+    for footprint in (subject.footprint(), subject.evaluation()):
         assert 0 < footprint.live(2).max() < footprint.live(4).max()
 
 
@@ -109,7 +109,7 @@ def test_tiles_of_rows_hold_what_is_planned(small_recipe: Load, monkeypatch: pyt
     recipe = small_recipe("attention.kind=learned_score", "model.embed_dim=8", "model.patch_size=2")
     for module in (rows, attention_tiles):  # a tile holds two of the eight images
         monkeypatch.setattr(module, "workspace_budget", lambda _: 2 * rows.HELD * 2 * 65**2)
-    footprint = Subject(recipe, on_gpu=False).footprint(8)
+    footprint = Subject(recipe, on_gpu=False).footprint()
     planned = (footprint.live(8) + footprint.gradients_made).max() + attention_workspace(recipe, 8, on_gpu=False)
     # The worst moments of tiles and of all else need not be the same.
     assert 1 <= planned / really_allocated(recipe, 8)[1] <= 1.2
@@ -127,7 +127,7 @@ def test_tiles_of_rows_write_what_is_planned(small_recipe: Load, keys: tuple[str
     model = create_model(recipe.model, recipe.attention)
     size = recipe.model.image_size
     traces = {batch: trace_step(model, fake_copy(model), batch, size, False) for batch in (2, 4)}  # of one tile each
-    planned, traced = Subject(recipe, on_gpu=False).footprint(2), Footprint.through(traces)
+    planned, traced = Subject(recipe, on_gpu=False).footprint(), Footprint.through(traces)
     tiles = (traced.written(4) - traced.written(2) - planned.written(4) + planned.written(2)) / 2
     assert written_by_rows(recipe, on_gpu=False) == pytest.approx(tiles, rel=0.15)
 

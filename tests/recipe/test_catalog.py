@@ -61,7 +61,7 @@ def test_what_does_not_exist_is_one_line(arguments: list[str], said: str, capsys
         (["lr"], ["lr is optim.lr here", "optim.lr: number"]),
         (["train.global_batch"], ["train.global_batch: integer", "cannot resume with another value"]),
         (["batch_size"], ["batch_size is train.global_batch or train.micro_batch here", "train.micro_batch: integer"]),
-        (["train.recompute"], ["train.recompute.budget_gb", "being kept"]),
+        (["train.recompute"], ["train.recompute.every", "being kept"]),
         (["--detection", "detector.window"], ["detector.window: integer", "cannot resume"]),
         ([], ["train.recompute", "Sections of a recipe"]),
     ],

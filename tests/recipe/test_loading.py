@@ -106,8 +106,8 @@ def message(path: Path | str, *overrides: str) -> str:
         ("train.recompute=all", ["train.recompute = 'all'", "the keys are policy, every"]),
         ("train.recompute.policy=al", ["train.recompute.policy = 'al'", "'attention'", "(default: none)"]),
         ("train.recompute.every=0", ["train.recompute.every = 0", "1", "(default: 2)"]),
-        ("train.recompute.policy=budget", ["train.recompute.policy = budget", "needs train.recompute.budget_gb"]),
-        ("train.recompute.budget_gb=2", ["train.recompute.budget_gb = 2", "policy = none", "use policy budget"]),
+        ("train.recompute.policy=budget", ["train.recompute.policy = 'budget'", "'every' or 'all'"]),
+        ("train.recompute.budget_gb=2", ["train.recompute.budget_gb: unknown key"]),
         ("log.tensorboard=maybe", ["log.tensorboard = 'maybe'", "true or false", "log.trackers"]),
         ("log.trackers=paper", ["log.trackers.0 = 'paper'", "'tensorboard'"]),
         ("distill.weight=0.25", ["distill.weight = 0.25", "no effect", "set distill.from, or distill.weight=0.5"]),
@@ -255,7 +255,7 @@ def test_recipes_for_many_gpus_differ_in_the_batch_and_what_follows_from_it(vari
 
 
 def test_dump_and_load_are_inverse(recipe: Path, tmp_path: Path) -> None:
-    nested = ["train.recompute.policy=budget", "train.recompute.budget_gb=1.5"]
+    nested = ["train.recompute.policy=every", "train.recompute.every=3"]
     first = load_recipe(recipe, ["resume.from=there", "resume.allow=optim.lr", "augment.scale=[0.5, 1]", *nested])
     again = tmp_path / "again.yaml"
     again.write_text(dump_recipe(first))

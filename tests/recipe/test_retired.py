@@ -10,7 +10,7 @@ from karat_scale.recipe.loading import dump_recipe, load_recipe
 OLD = """
 data: {backend: synthetic}
 train:
-  recompute: {policy: all, method: deepspeed, partition: %s, cpu: %s}
+  recompute: {policy: all, method: deepspeed, partition: %s, cpu: %s, budget_gb: null}
 log: {every_steps: 20, tensorboard: %s}
 """
 

@@ -46,11 +46,9 @@ def test_a_small_model_fits_with_its_attention_recomputed(tmp_path: Path) -> Non
     base = (str(recipe), *SMALL, *sizes, "schedule.warmup_epochs=0")
     failed = train_capped(1000, tmp_path / "none", *base)
     assert_out_of_memory(failed, tmp_path / "none", 8)
-    for policy in (("attention",), ("budget", "train.recompute.budget_gb=0.3")):
-        run = tmp_path / policy[0]
-        done = train_capped(1000, run, *base, f"train.recompute.policy={policy[0]}", *policy[1:])
-        assert done.returncode == 0, done.stderr
-        assert summary(run)["steps"] == 1
+    done = train_capped(1000, tmp_path / "run", *base, "train.recompute.policy=attention")
+    assert done.returncode == 0, done.stderr
+    assert summary(tmp_path / "run")["steps"] == 1
 
 
 @pytest.mark.night

@@ -147,11 +147,6 @@ class DetectionTrainConfig(TrainConfig):
     def _is_not_compiled(self) -> "DetectionTrainConfig":
         if self.compile:
             raise ValueError(f"train.compile = {self.compile} has no meaning in detection; remove it")
-        if self.recompute.budget_gb is not None:
-            raise ValueError(
-                f"train.recompute.budget_gb = {self.recompute.budget_gb:g} has no meaning in detection; use "
-                "train.recompute.policy"
-            )
         return self
 
 
