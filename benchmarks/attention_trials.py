@@ -33,6 +33,7 @@ STARTS = {
     for init in ("paper", "fourier_kan")
     for more in ((), ("gains",), ("decay",), ("gains", "decay"))
 }
+GONE = ("learned_score", "bounded")  # they have records; their code is in commit 28953be
 VARIANTS = ("content", "learned_score", "residual", "bounded", "smooth", "hybrid")
 START_RATE, START_SEED = "1e-3", 0
 RATES = ("5e-4", "1e-3", "2e-3")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.attention_trials import ARMS, RECIPE
+from benchmarks.attention_trials import ARMS, GONE, RECIPE
 from karat_scale.arguments import OneLineParser, count, new_file
 from karat_scale.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
 from karat_scale.console import print_table, write_json
@@ -19,13 +19,14 @@ from karat_scale.models.make_operator import operator_maker
 from karat_scale.recipe.loading import load_recipe
 
 SOFTMAX = "softmax"
+KINDS = [arm for arm in ARMS if arm not in (SOFTMAX, *GONE)]
 HEADS, WIDTH = 3, 64
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table, and write the file of `--json`."""
     parser = OneLineParser(prog="python -m benchmarks.variants", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=[arm for arm in ARMS if arm != SOFTMAX], help="(default: all)")
+    parser.add_argument("--only", nargs="+", choices=KINDS, help="(default: all)")
     parser.add_argument("--batch", type=count, default=8, help="(default: %(default)s)")
     parser.add_argument("--tokens", type=count, default=197, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=count, default=9, help="interleaved rounds (default: %(default)s)")
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     shape = options.batch, HEADS, options.tokens, WIDTH
     passes = {SOFTMAX: _pass(scaled_dot_product_attention, shape)}
-    for arm in options.only or [arm for arm in ARMS if arm != SOFTMAX]:
+    for arm in options.only or KINDS:
         passes[arm] = _pass(_operator(arm, options.tokens), shape)
     seconds = interleaved_seconds(passes, options.rounds, processor_seconds)
     ratios = {arm: round(median_ratio(seconds, arm, SOFTMAX), 2) for arm in passes}

@@ -33,11 +33,9 @@ VARIANTS = {
     "static": ("attention.kind=static", "attention.softmax_heads=1"),
     "static_softmax": ("attention.kind=static_softmax",),
     "scaled_softmax": ("attention.kind=scaled_softmax",),
-    "learned_score": ("attention.kind=learned_score",),
     "without scores": ("attention.scores=false",),
     "content": ("attention.form=content", "attention.mode=universal"),
-    "bounded": ("attention.form=bounded", "attention.residual=true"),
-    "smooth": ("attention.form=smooth", "attention.modes=4"),
+    "smooth": ("attention.form=smooth", "attention.modes=4", "attention.residual=true"),
 }
 
 

@@ -35,7 +35,7 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
         UserError: it has no checkpoint, or its data cannot be read.
     """
     attention = run.recipe.attention
-    if attention.kind not in ("karat", "learned_score"):
+    if attention.kind != "karat":
         raise NothingToShowError(f"attention.kind = {attention.kind} has no learned functions")
     if not attention.scores:
         raise NothingToShowError("attention.scores = false: all functions are the constants phi_pq(0)")
@@ -48,7 +48,7 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
     def visit(block: int, raw: Tensor, _: Tensor) -> None:
         if block in heads:
             scores = raw[:, raw.shape[1] - heads[block].num_heads :]
-            histogram.add(block, _arguments(learned[block], scores) if block in learned else scores)
+            histogram.add(block, _arguments(learned[block], scores))
 
     visit_images(model, run, images, settings, "scores", visit)
     result = Result()
@@ -56,11 +56,9 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
     _add_curves(result, learned, histogram)
     _add_gates(result, model)
     note_bad_images(result, run, images.bad)
-    if not learned:
-        return result
     _add_energy(result, learned)
-    if attention.form in ("content", "bounded"):
-        result.notes.append(f"distance from softmax: not for attention.form = {attention.form}, whose S is not H W^T")
+    if attention.form == "content":
+        result.notes.append("distance from softmax: not for attention.form = content, whose S is not H W^T")
     elif any(size.biased for size in layer_sizes(run.recipe.model)):
         result.notes.append("distance from softmax: not available for shifted windows, where some pairs are masked")
     else:

@@ -1,4 +1,4 @@
-"""The functions of each score alone over the scores that occur: psi of `form: content`, f of `kind: learned_score`."""
+"""The functions of each score alone over the scores that occur: psi of `form: content`."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from karat_scale.attention import reference, streaming
-from karat_scale.attention.bases import BASE_ACTIVATIONS, Fourier
+from karat_scale.attention.bases import BASE_ACTIVATIONS
 from karat_scale.attention.call import FourierCall
 from karat_scale.attention.checks import check_call, check_choice
 from karat_scale.attention.kernels import cpu, triton_fourier
@@ -107,39 +107,6 @@ def fourier_karat_scores(
     # A kernel may take no values that are wider than the queries.
     able = implementation if refusal(implementation, call) is None else "auto"
     return _choose(able, call)(call).to(output_dtype(query))
-
-
-def fourier_karat_units(
-    query: Tensor,
-    key: Tensor,
-    cos_coef: Tensor,
-    sin_coef: Tensor,
-    *,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    implementation: str = "auto",
-) -> Tensor:
-    """H [B, h, N, r], the hidden units that W reads; arguments and errors as of `fourier_karat_attention`.
-
-    In the query's dtype or, under autocast, in autocast's. A masked call runs by "streaming",
-    except where "reference" is asked for.
-    """
-    batch, heads, tokens, _ = query.shape
-    rank = cos_coef.shape[1]
-    # With a value and a W such that W^T V is the identity, O = H (W^T V) is H. A mask would also cut S.
-    select = torch.eye(tokens, rank, dtype=query.dtype, device=query.device)
-    proj = select.to(cos_coef.dtype).expand(heads, -1, -1)
-    check_call(query, key, None, cos_coef, sin_coef, proj, bias, mask)
-    check_choice("implementation", implementation, ("auto", *IMPLEMENTATIONS))
-    if mask is None:
-        value = select.expand(batch, heads, -1, -1)
-        call = FourierCall(query, key, value, cos_coef, sin_coef, proj, "zero", bias, None)
-        return _choose(implementation, call)(call).to(output_dtype(query))
-    basis = Fourier(cos_coef.shape[-1])
-    coef = basis.pack({"cos_coef": cos_coef, "sin_coef": sin_coef})
-    value = select[:rank].expand(batch, heads, -1, -1)
-    attend_units = reference.attend_units if implementation == "reference" else streaming.attend_units
-    return attend_units(query, key, value, coef, None, basis, "zero", bias, mask).to(output_dtype(query))
 
 
 def content_kernel(call: FourierCall, implementation: str) -> str | None:

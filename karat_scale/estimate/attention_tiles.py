@@ -54,8 +54,6 @@ def _rows(size: LayerSize, images: int, budget: int) -> int:
 
 def _tiles_rows(recipe: Recipe, on_gpu: bool) -> bool:
     attention = recipe.attention
-    if attention.kind == "learned_score":
-        return attention.implementation != "reference"
     if attention.form != "content" or attention.implementation == "reference":
         return False
     # With a bias, psi goes row by row whatever computes H.

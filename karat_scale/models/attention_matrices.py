@@ -10,11 +10,9 @@ from timm.models.convit import GPSA, MHSA
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from karat_scale.attention.variants import BoundedOperator
 from karat_scale.errors import UserError
 from karat_scale.models import convit, swin
 from karat_scale.models.layers import attention_layers
-from karat_scale.models.operators import learned_heads
 from karat_scale.models.transfer import Teacher, TransferredAttention
 
 Visit = Callable[[int, Tensor, Tensor], None]
@@ -84,7 +82,7 @@ def _of_gated(attention: Any, x: Tensor, _: None) -> Matrices:
 def _of_window(attention: Any, x: Tensor, mask: Tensor | None) -> Matrices:
     query, key, _, bias, keep = swin.parts_of(attention, x, mask)
     operator = getattr(attention, "operator", None)
-    raw = _scores(query, key, operator) + bias
+    raw = query @ key.mT / query.shape[-1] ** 0.5 + bias
     if operator is not None:
         learned = operator.scores(query, key, bias=bias, mask=keep)
     else:
@@ -94,19 +92,8 @@ def _of_window(attention: Any, x: Tensor, mask: Tensor | None) -> Matrices:
 
 def scores_and_matrix(query: Tensor, key: Tensor, operator: Any) -> Matrices:
     """Return A and S of query and key [B, h, N, d], for the layer's operator, or None for softmax."""
-    raw = _scores(query, key, operator)
+    raw = query @ key.mT / query.shape[-1] ** 0.5
     return raw, raw.softmax(-1) if operator is None else operator.scores(query, key)
-
-
-def _scores(query: Tensor, key: Tensor, operator: Any) -> Tensor:
-    """Return A as the layer's functions see it: `bounded` heads normalise their query and key."""
-    heads = learned_heads(operator)
-    if isinstance(heads, BoundedOperator):
-        others = query.shape[1] - heads.num_heads  # softmax heads come first
-        parts = zip((query, key), heads.bounded(query[:, others:], key[:, others:]), strict=True)
-        query, key = (torch.cat((whole[:, :others], bounded), 1) for whole, bounded in parts)
-    scores: Tensor = query @ key.mT / query.shape[-1] ** 0.5
-    return scores
 
 
 # By class, the most specific first. Each function receives the layer, its tokens and a Swin's mask.

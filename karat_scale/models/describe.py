@@ -11,7 +11,6 @@ _KINDS = {
     "static": "a learned constant matrix as attention",
     "static_softmax": "softmax attention plus a learned constant matrix",
     "scaled_softmax": "softmax attention times a learned gain",
-    "learned_score": "softmax attention on a learned function of the scores",
 }
 
 
@@ -32,7 +31,7 @@ def _details(attention: AttentionConfig) -> list[str]:
         attention.basis: is_karat,
         attention.form: is_karat,
         attention.mode: True,
-        f"grid {attention.grid}": is_karat or attention.kind == "learned_score",
+        f"grid {attention.grid}": is_karat,
         f"rank {attention.rank}": is_karat and attention.form != "full_rank",
         "on the simplex": attention.simplex is True,
         "hidden units on the simplex": attention.simplex == "hidden",

@@ -19,10 +19,10 @@ from torch.nn import functional
 
 from karat_scale.attention import KaratOperator
 from karat_scale.attention.form_parameters import SECOND, parameter_shapes
-from karat_scale.attention.variants import BoundedOperator, SmoothOperator, StaticHeads
+from karat_scale.attention.variants import SmoothOperator, StaticHeads
 from karat_scale.attention.variants.smooth import mode_columns
 
-Resizable = KaratOperator | StaticHeads | BoundedOperator | SmoothOperator
+Resizable = KaratOperator | StaticHeads | SmoothOperator
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,6 @@ def _with_new_tokens(own: Tensor, tensor: Tensor, axes: Sequence[int], places: S
 _MODE_AXES = {"cos_modes": 2, "sin_modes": 2, "proj_modes": 1}
 _AXES: dict[type, dict[str, list[int]]] = {
     StaticHeads: {"matrix": [1, 2]},
-    BoundedOperator: {"cos_coef": [2], "sin_coef": [2], "proj": [1], "gamma": [], "temperature": []},
     SmoothOperator: {"modes": [0], **{name: [] for name in _MODE_AXES}},
 }
 

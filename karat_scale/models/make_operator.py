@@ -9,9 +9,7 @@ from torch import nn
 from karat_scale.attention import FourierKaratOperator, HybridHeads, KaratOperator, ResidualHeads, make_basis
 from karat_scale.attention.heads import AttentionHeads
 from karat_scale.attention.variants import (
-    BoundedOperator,
     ContentOperator,
-    LearnedScore,
     ScaledSoftmax,
     SmoothOperator,
     StaticHeads,
@@ -62,16 +60,12 @@ def _make_heads(attention: AttentionConfig, num_tokens: int, num_heads: int) -> 
         return StaticHeads(num_tokens, num_heads)
     if attention.kind == "scaled_softmax":
         return ScaledSoftmax(num_tokens, num_heads)
-    if attention.kind == "learned_score":
-        return LearnedScore(num_heads, attention.grid, attention.implementation)
     operator = _make_operator(attention, num_tokens, num_heads)
     return operator if attention.scores else WithoutScores(operator)
 
 
 def _make_operator(attention: AttentionConfig, num_tokens: int, num_heads: int) -> AttentionHeads:
     sizes: dict[str, Any] = {"num_tokens": num_tokens, "num_heads": num_heads, "rank": attention.rank}
-    if attention.form == "bounded":
-        return BoundedOperator(**sizes, grid=attention.grid, implementation=attention.implementation)
     if attention.form == "smooth":
         more: dict[str, Any] = {"modes": attention.modes, "implementation": attention.implementation}
         return SmoothOperator(**sizes, grid=attention.grid, **more)

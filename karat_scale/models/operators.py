@@ -10,7 +10,7 @@ from torch import nn
 from karat_scale.attention import HybridHeads, KaratOperator, ResidualHeads
 from karat_scale.attention.functional import KERNELS_OF
 from karat_scale.attention.heads import AttentionHeads
-from karat_scale.attention.variants import BoundedOperator, SmoothOperator
+from karat_scale.attention.variants import SmoothOperator
 from karat_scale.errors import RecipeError
 from karat_scale.models.layers import BIASED, attention_layers
 
@@ -18,7 +18,7 @@ from karat_scale.models.layers import BIASED, attention_layers
 def operators(model: nn.Module) -> list[KaratOperator | None]:
     """Return each attention layer's operator with functions phi; None if it has none. All are one in universal mode.
 
-    That of `bounded` and `smooth` heads is a plain operator with a copy of their functions.
+    That of `smooth` heads is a plain operator with a copy of their functions.
     """
     return [operator_of(layer.attention) for layer in attention_layers(model)]
 
@@ -27,20 +27,14 @@ def operator_of(attention: nn.Module) -> KaratOperator | None:
     """Return the operator with functions phi of an attention layer, also if it is combined with something else."""
     found: Any = heads_of(attention)
     while found is not None and not isinstance(found, KaratOperator):
-        copied = isinstance(found, BoundedOperator | SmoothOperator)
-        found = found.plain() if copied else getattr(found, "operator", None)
+        found = found.plain() if isinstance(found, SmoothOperator) else getattr(found, "operator", None)
     operator: KaratOperator | None = found
     return operator
 
 
 def heads_of(attention: nn.Module) -> AttentionHeads | None:
     """Return what learns in an attention layer, also beside softmax heads or a softmax part; None for softmax alone."""
-    return learned_heads(getattr(attention, "operator", None))
-
-
-def learned_heads(operator: nn.Module | None) -> AttentionHeads | None:
-    """Return what learns in the operator of a layer, without its softmax heads and its softmax part."""
-    found: Any = operator
+    found: Any = getattr(attention, "operator", None)
     while isinstance(found, HybridHeads | ResidualHeads):
         found = found.operator
     heads: AttentionHeads | None = found

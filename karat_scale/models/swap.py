@@ -28,7 +28,7 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 def swap_attention(network: Any, attention: AttentionConfig, image_size: int = 224) -> None:
     """Replace softmax in a timm model's attention layers, in place. All weights stay; operators are added.
 
-    With `residual=True` or `kind="learned_score"`, the model computes what it computed before, until it is trained.
+    With `residual=True`, the model computes what it computed before, until it is trained.
 
     Args:
         network: a timm ViT, ConViT (its last blocks), Swin, or another model with timm's attention.

@@ -8,7 +8,7 @@ from karat_scale.recipe.base import Count, Effect, Positive, Section, is_place
 from karat_scale.tables import BASES
 
 # Forms of ours, beside the paper's.
-VARIANTS = ("content", "bounded", "smooth")
+VARIANTS = ("content", "smooth")
 
 
 class AttentionConfig(Section):
@@ -17,20 +17,19 @@ class AttentionConfig(Section):
     A basis uses those of `grid`, `degree`, `range` and `orders` that its constructor takes.
     """
 
-    kind: Annotated[
-        Literal["softmax", "karat", "static", "static_softmax", "scaled_softmax", "learned_score"], Effect.SHAPES
-    ] = "softmax"
+    kind: Annotated[Literal["softmax", "karat", "static", "static_softmax", "scaled_softmax"], Effect.SHAPES] = (
+        "softmax"
+    )
     """`softmax`. `karat`: a KArAt operator. Three controls without learned functions: `static`, where S is a learned
     constant matrix of each head; `static_softmax`, softmax plus a gate of each head times such a matrix; and
-    `scaled_softmax`, softmax times a gain of each head, which starts at the square root of the number of tokens.
-    `learned_score`: softmax of a learned function of the scores, with `grid` harmonics; it starts as softmax."""
+    `scaled_softmax`, softmax times a gain of each head, which starts at the square root of the number of tokens."""
     basis: Annotated[str, Effect.SHAPES] = "fourier"
     """The basis of the functions phi: a name, or `package.module:Class` for your own."""
     form: Annotated[
-        Literal["modular", "project_first", "two_operators", "full_rank", "content", "bounded", "smooth"], Effect.SHAPES
+        Literal["modular", "project_first", "two_operators", "full_rank", "content", "smooth"], Effect.SHAPES
     ] = "modular"
-    """`modular` is the paper's S = Phi(A) W^T. `content` adds a learned function of each score, `bounded` bounds scores
-    and S, and `smooth` makes the functions vary smoothly over the image; docs/attention.md describes all forms."""
+    """`modular` is the paper's S = Phi(A) W^T. `content` adds a learned function of each score, and `smooth`
+    makes the functions vary smoothly over the image; docs/attention.md describes all forms."""
     scores: bool = True
     """False replaces the scores A by 0, so that the operator sees neither queries nor keys: a control."""
     mode: Annotated[Literal["blockwise", "universal"], Effect.SHAPES] = "blockwise"

@@ -1,7 +1,6 @@
 """Analyses of controls and variants, on real images; their weights are random."""
 
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from karat_scale.analysis.maps import analyze_maps
 from karat_scale.analysis.result import NothingToShowError, Result, Settings
 from karat_scale.analysis.spectrum import analyze_spectrum
 from karat_scale.analysis.trained_run import TrainedRun
-from karat_scale.attention.variants import BoundedOperator, SmoothOperator
+from karat_scale.attention.variants import SmoothOperator
 from karat_scale.recipe import ModelConfig
 
 IMAGES = 4
@@ -24,9 +23,7 @@ BY_SETTINGS: dict[str, dict[str, Any]] = {
     "static_softmax": {"kind": "static_softmax"},
     "scaled_softmax": {"kind": "scaled_softmax"},
     "without scores": {"kind": "karat", "scores": False},
-    "learned_score": {"kind": "learned_score"},
     "content": {"kind": "karat", "form": "content", "softmax_heads": 1},
-    "bounded": {"kind": "karat", "form": "bounded", "softmax_heads": 1},
     "smooth": {"kind": "karat", "form": "smooth", "modes": 4},
 }
 
@@ -75,17 +72,6 @@ def test_controls_have_no_functions(name: str, reason: str, softmax_run: Trained
         functions_of(softmax_run, name)
 
 
-def test_the_functions_of_learned_score_are_those_before_softmax(softmax_run: TrainedRun) -> None:
-    result = functions_of(softmax_run, "learned_score")
-    assert set(result.figures) == {"of_score_block_0", "of_score_block_1"}
-    layer = random_run(softmax_run, "learned_score").model().blocks[1].attn.operator  # type: ignore[union-attr,index]
-    sin, cos, frequency = (x.detach().double().numpy()[1] for x in (layer.sin_coef, layer.cos_coef, layer.frequency))
-    x = result.arrays["block1_head1_of_score_x"].astype(float)
-    angles = [(m + 1) * frequency * x for m in range(len(sin))]
-    waves = sum(s * np.sin(a) + c * (np.cos(a) - 1) for a, s, c in zip(angles, sin, cos, strict=True))
-    assert result.arrays["block1_head1_of_score"] == pytest.approx(x + waves, abs=1e-4)
-
-
 def test_content_shows_both_kinds_of_functions(softmax_run: TrainedRun) -> None:
     result = functions_of(softmax_run, "content")
     assert {"of_score_block_0", "functions_block_0", "energy"} <= set(result.figures)
@@ -97,19 +83,8 @@ def test_content_shows_both_kinds_of_functions(softmax_run: TrainedRun) -> None:
     assert any("not for attention.form = content" in note for note in result.notes)
 
 
-def test_smooth_has_the_distance_from_softmax_and_bounded_has_not(softmax_run: TrainedRun) -> None:
+def test_smooth_has_the_distance_from_softmax(softmax_run: TrainedRun) -> None:
     assert "distance" in functions_of(softmax_run, "smooth").figures
-    bounded = functions_of(softmax_run, "bounded")
-    assert "energy" in bounded.figures
-    assert "distance" not in bounded.figures
-
-
-def test_no_score_of_bounded_heads_leaves_the_period(softmax_run: TrainedRun) -> None:
-    """Only those of its softmax head do, half of all heads."""
-    found = analyze_content(random_run(softmax_run, "bounded"), Settings(images=IMAGES)).numbers
-    assert all(0 < block["beyond_pi"] < 0.5 for block in found["blocks"])
-    x = functions_of(softmax_run, "bounded").arrays["block0_head0_x"]
-    assert -math.pi - 0.1 < x.min() < x.max() < math.pi + 0.1
 
 
 def test_a_constant_matrix_loses_nothing_by_its_mean_over_images(softmax_run: TrainedRun) -> None:
@@ -118,19 +93,10 @@ def test_a_constant_matrix_loses_nothing_by_its_mean_over_images(softmax_run: Tr
     assert top1["mean over images"] == top1["S"]
 
 
-@pytest.mark.parametrize(
-    "operator", [SmoothOperator(10, 2, 3, 2, 5), BoundedOperator(10, 2, 3, 2)], ids=["smooth", "bounded"]
-)
-def test_the_plain_operator_has_the_same_functions(operator: SmoothOperator | BoundedOperator) -> None:
+def test_the_plain_operator_has_the_same_functions() -> None:
+    operator = SmoothOperator(10, 2, 3, 2, 5)
     query, key = torch.randn(2, 1, 2, 10, 4)
-    plain, expected = operator.plain(), operator.scores(query, key)
-    if isinstance(operator, SmoothOperator):
-        assert torch.allclose(plain.scores(query, key), expected, atol=1e-5)
-        return
-    # The columns of S / W are the units; normalising those of the plain operator gives them.
-    units = plain.scores(*operator.bounded(query, key)) @ torch.linalg.pinv(plain.proj).mT
-    normalised = units / units.square().mean(2, keepdim=True).sqrt()
-    assert torch.allclose(normalised @ plain.proj.mT, expected, atol=1e-3)
+    assert torch.allclose(operator.plain().scores(query, key), operator.scores(query, key), atol=1e-5)
 
 
 def test_a_constant_s_depends_on_no_image_in_any_window(softmax_run: TrainedRun) -> None:

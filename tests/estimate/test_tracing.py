@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from karat_scale.attention import tiles
 from karat_scale.attention.variants import rows
 from karat_scale.estimate import attention_tiles
 from karat_scale.estimate.attention_tiles import attention_workspace, written_by_rows
@@ -80,6 +81,7 @@ def test_the_line_through_two_traces_holds_for_another_batch(small_recipe: Load,
     assert line.gradients_made[-1] == (2 if bf16 == "model" else 4) * parameters
 
 
+CONTENT = ("attention.form=content", "attention.implementation=streaming")
 SWIN = (
     "model.name=swin_mini_patch2_window4_32",
     "model.image_size=32",
@@ -87,9 +89,7 @@ SWIN = (
 )
 
 
-@pytest.mark.parametrize(
-    "keys", [("attention.kind=learned_score",), (*SWIN, "attention.form=content")], ids=["learned_score", "content"]
-)
+@pytest.mark.parametrize("keys", [CONTENT, (*SWIN, "attention.form=content")], ids=["streaming", "swin"])
 def test_rows_are_planned_however_many_tiles_a_batch_has(
     small_recipe: Load, keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,8 +106,8 @@ def test_a_gpu_streams_heads_that_are_wider_than_its_kernels_take(small_recipe: 
 
 
 def test_tiles_of_rows_hold_what_is_planned(small_recipe: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = small_recipe("attention.kind=learned_score", "model.embed_dim=8", "model.patch_size=2")
-    for module in (rows, attention_tiles):  # a tile holds two of the eight images
+    recipe = small_recipe(*CONTENT, "model.embed_dim=8", "model.patch_size=2")
+    for module in (rows, tiles, attention_tiles):  # a tile holds two of the eight images
         monkeypatch.setattr(module, "workspace_budget", lambda _: 2 * rows.HELD * 2 * 65**2)
     footprint = Subject(recipe, on_gpu=False).footprint()
     planned = (footprint.live(8) + footprint.gradients_made).max() + attention_workspace(recipe, 8, on_gpu=False)
@@ -118,8 +118,8 @@ def test_tiles_of_rows_hold_what_is_planned(small_recipe: Load, monkeypatch: pyt
 @pytest.mark.parametrize(
     "keys",
     [
-        pytest.param(("attention.kind=learned_score",), id="learned_score"),
-        pytest.param((*SWIN, "attention.form=content"), id="content", marks=pytest.mark.slow),
+        pytest.param(CONTENT, id="streaming"),
+        pytest.param((*SWIN, "attention.form=content"), id="swin", marks=pytest.mark.slow),
     ],
 )
 def test_tiles_of_rows_write_what_is_planned(small_recipe: Load, keys: tuple[str, ...]) -> None:

@@ -39,7 +39,7 @@ MODELS = {
     "two_operators": ("attention.form=two_operators", "attention.basis=rational"),
     "project_first": ("attention.form=project_first", "attention.basis=chebyshev"),
     **VARIANTS,
-    "bounded swin": (*SWIN, "attention.form=bounded"),
+    "content swin": (*SWIN, "attention.form=content"),
 }
 
 

@@ -39,7 +39,6 @@ KARAT = "[Kolmogorov-Arnold attention](https://arxiv.org/abs/2503.10632)"
         ({"kind": "static", "mode": "universal"}, "a learned constant matrix as attention (universal)"),
         ({"kind": "static_softmax"}, "softmax attention plus a learned constant matrix (blockwise)"),
         ({"kind": "scaled_softmax"}, "softmax attention times a learned gain (blockwise)"),
-        ({"kind": "learned_score"}, "softmax attention on a learned function of the scores (blockwise, grid 3)"),
     ],
 )
 def test_the_attention_is_that_of_the_recipe(attention: dict[str, object], said: str) -> None:

@@ -78,7 +78,7 @@ def test_a_blocks_part_is_its_linear_layers_and_its_attention() -> None:
     assert both.attention == learned.attention + softmax
 
 
-@pytest.mark.parametrize("section", [{}, {"kind": "karat"}, {"kind": "learned_score"}])
+@pytest.mark.parametrize("section", [{}, {"kind": "karat"}])
 def test_frozen_parameters_need_no_gradient(section: dict[str, str]) -> None:
     model, attention = TINY, AttentionConfig(**section)
     whole = flops_per_image(model, attention)

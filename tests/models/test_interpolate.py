@@ -12,7 +12,7 @@ from karat_scale.attention import KaratOperator
 from karat_scale.attention.bases import BASES, make_basis
 from karat_scale.attention.form_parameters import FORMS, SECOND
 from karat_scale.attention.heads import AttentionHeads
-from karat_scale.attention.variants import BoundedOperator, SmoothOperator, StaticHeads
+from karat_scale.attention.variants import SmoothOperator, StaticHeads
 from karat_scale.models.interpolate import TokenGrid, resize_operator, resize_tokens, square_grid, tokens_of
 
 HEADS, DIM, RANK = 2, 4, 3
@@ -70,33 +70,26 @@ def test_the_class_token_sees_the_same_through_more_patches(basis: str, form: st
 
 VARIANTS = {
     "static": lambda grid: StaticHeads(grid.tokens, HEADS),
-    "bounded": lambda grid: BoundedOperator(grid.tokens, HEADS, RANK, 3, "streaming"),
     "smooth": lambda grid: SmoothOperator(grid.tokens, HEADS, RANK, 3, 6, "streaming"),
 }
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_gives_the_same_through_more_patches(name: str) -> None:
-    # `bounded` divides by the mean over all tokens, in which a class token counts less among more patches.
-    prefix = 0 if name == "bounded" else 1
-    old, new = TokenGrid(prefix, 8, 8), TokenGrid(prefix, 12, 12)
+    old, new = TokenGrid(1, 8, 8), TokenGrid(1, 12, 12)
     torch.manual_seed(0)
     before, after = VARIANTS[name](old), VARIANTS[name](new)
     tensors = dict(before.state_dict())
     if name == "static":
         one = smooth((HEADS, 1, old.tokens), 2, old, 0)
         tensors["matrix"] = one.expand(HEADS, old.tokens, old.tokens) / old.tokens
-    elif name == "bounded":
-        for seed, (key, axis) in enumerate({"cos_coef": 2, "sin_coef": 2, "proj": 1}.items()):
-            tensors[key] = smooth(tuple(tensors[key].shape), axis, old, seed) / old.tokens
     before.load_state_dict(tensors)
     after.load_state_dict(resize_operator(after, tensors, old, new))
     assert tokens_of(after, tensors) == old.tokens
 
     def attend(module: AttentionHeads, grid: TokenGrid) -> Tensor:
         query, key, value = (smooth((8, HEADS, grid.tokens, DIM), 2, grid, seed) for seed in (7, 8, 9))
-        output = module(query / 2, key, value)
-        return output[:, :, 0] if prefix else output.mean(2)
+        return module(query / 2, key, value)[:, :, 0]
 
     with torch.no_grad():
         left, right = attend(before, old), attend(after, new)
@@ -107,9 +100,9 @@ def test_a_variant_gives_the_same_through_more_patches(name: str) -> None:
 
 def test_variants_of_another_size_are_refused_by_name() -> None:
     grid = TokenGrid(1, 2, 2)
-    module = BoundedOperator(grid.tokens, HEADS, RANK, 3)
-    tensors = {**module.state_dict(), "gamma": torch.ones(HEADS, RANK + 1)}
-    with pytest.raises(ValueError, match=r"gamma is \[2, 4\] there, \[2, 3\] expected"):
+    module = SmoothOperator(grid.tokens, HEADS, RANK, 3, 4)
+    tensors = {**module.state_dict(), "proj_modes": torch.ones(HEADS, 4, RANK + 1)}
+    with pytest.raises(ValueError, match=r"proj_modes is \[2, 4, 4\] there, \[2, 4, 3\] expected"):
         tokens_of(module, tensors)
 
 

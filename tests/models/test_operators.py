@@ -66,9 +66,6 @@ def test_the_implementation_is_named_with_what_kept_a_faster_one_away() -> None:
     for settings in ({"implementation": "streaming", "softmax_heads": 1}, {"basis": "bspline"}):
         model = create_model(SIZE, AttentionConfig(kind="karat", **settings))
         assert describe_implementation(model, cpu) == "learned attention runs by streaming in 3 layers"
-    for implementation, name in (("reference", "reference"), ("auto", "streaming")):
-        model = create_model(SIZE, AttentionConfig(kind="learned_score", implementation=implementation))
-        assert describe_implementation(model, cpu) == f"learned attention runs by {name} in 3 layers"
     model = create_model(SIZE, AttentionConfig(kind="static"))
     assert describe_implementation(model, cpu) == "learned attention runs by PyTorch in 3 layers"
     model = create_model(SIZE, AttentionConfig(kind="karat", base="silu"))

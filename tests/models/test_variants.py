@@ -14,14 +14,12 @@ SECTIONS = {
     "static": {"kind": "static"},
     "static_softmax": {"kind": "static_softmax"},
     "scaled_softmax": {"kind": "scaled_softmax"},
-    "learned_score": {"kind": "learned_score"},
     "without scores": {"kind": "karat", "scores": False},
     "content": {"kind": "karat", "form": "content"},
-    "bounded": {"kind": "karat", "form": "bounded"},
     "smooth": {"kind": "karat", "form": "smooth", "modes": 4},
     "hybrid": {"kind": "static", "softmax_heads": 1},
     "universal": {"kind": "karat", "form": "content", "mode": "universal"},
-    "residual": {"kind": "karat", "form": "bounded", "residual": True},
+    "residual": {"kind": "karat", "form": "smooth", "modes": 4, "residual": True},
 }
 HOSTS = {
     "vit": {"name": "vit_mini_patch4_28", "image_size": 16, "embed_dim": 32, "depth": 2},
@@ -37,9 +35,9 @@ BUILT = [
     *((name, host) for name in SECTIONS for host in ("vit", "swin", "convit") if (name, host) != ("universal", "swin")),
     ("smooth", "distilled"),
     ("content", "register"),
-    ("bounded", "siglip"),
+    ("content", "siglip"),
     ("static", "pit"),
-    ("learned_score", "mobilevit"),
+    ("scaled_softmax", "mobilevit"),
 ]
 
 
@@ -99,9 +97,8 @@ def test_operations_are_counted():
     a_product = blocks * heads * 2 * tokens * tokens * width
     assert counted["static"] == softmax - a_product
     assert counted["static_softmax"] == softmax + a_product
-    assert counted["learned_score"] == softmax + blocks * heads * tokens * tokens * 4 * 2
     plain = flops_per_image(model, AttentionConfig(rank=3, grid=2, kind="karat")).forward
-    assert counted["without scores"] == counted["bounded"] == counted["smooth"] == plain
+    assert counted["without scores"] == counted["smooth"] == plain
     assert counted["content"] == plain + a_product + blocks * heads * tokens * tokens * 4 * 2
 
 
@@ -109,10 +106,10 @@ def test_operations_are_counted():
     ("section", "said"),
     [
         ({"kind": "static", "form": "full_rank"}, "attention.form = full_rank has no effect with attention.kind = "),
-        ({"kind": "learned_score", "scores": False}, "attention.scores = False has no effect with attention.kind = "),
-        ({"kind": "karat", "form": "bounded", "init": "paper"}, "has attention.init=variance_preserving only"),
+        ({"kind": "static", "scores": False}, "attention.scores = False has no effect with attention.kind = "),
+        ({"kind": "karat", "form": "smooth", "init": "paper"}, "has attention.init=variance_preserving only"),
         ({"kind": "karat", "form": "smooth", "basis": "bspline"}, "has attention.basis=fourier only"),
-        ({"kind": "karat", "form": "bounded", "gains": True}, "has attention.gains=False only"),
+        ({"kind": "karat", "form": "smooth", "gains": True}, "has attention.gains=False only"),
         (
             {"kind": "karat", "basis": "dog", "init": "fourier_kan"},
             "needs attention.basis=fourier, not dog",
@@ -133,8 +130,7 @@ def test_what_does_not_go_together_is_refused(section, said):
 @pytest.mark.parametrize(
     ("host", "section", "said"),
     [
-        ("vit", {"form": "bounded", "rank": 18}, "attention.rank = 18 is more than N = 17 tokens; use at most 17"),
-        ("swin", {"form": "bounded", "rank": 17}, "attention.rank = 17 is more than N = 16 tokens; use at most 16"),
+        ("swin", {"form": "smooth", "modes": 17}, "attention.modes = 17 is more than N = 16 tokens"),
         ("vit", {"form": "smooth", "modes": 18}, "attention.modes = 18 is more than N = 17 tokens"),
     ],
 )

@@ -91,7 +91,7 @@ def message(path: Path | str, *overrides: str) -> str:
             "attention.kind=soft",
             [
                 "attention.kind = 'soft'",
-                "'softmax', 'karat', 'static', 'static_softmax', 'scaled_softmax' or 'learned_score'",
+                "'softmax', 'karat', 'static', 'static_softmax' or 'scaled_softmax'",
             ],
         ),
         ("augment.mean=[1, 2]", ["augment.mean", "too few"]),

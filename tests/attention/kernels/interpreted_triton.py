@@ -4,7 +4,6 @@ The interpreter must be chosen before Triton is imported, so `test_triton_fourie
 its own.
 """
 
-import copy
 import itertools
 
 import pytest
@@ -17,12 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from karat_scale.attention import fourier_karat_attention, fourier_karat_scores
 from karat_scale.attention.call import FourierCall
-from karat_scale.attention.functional import fourier_karat_units
 from karat_scale.attention.kernels import triton_launch, triton_tiles
 from karat_scale.attention.kernels.triton_features import sine_cosine
 from karat_scale.attention.kernels.triton_fourier import attend
 from karat_scale.attention.kernels.triton_plans import ForwardPlan
-from karat_scale.attention.variants import BoundedOperator
 from tests.attention.calls import NAMES, assert_close, make_call, output_and_gradients, relative_error
 from tests.attention.kernels.interpreter import install_bfloat16
 
@@ -338,39 +335,6 @@ def test_scores_wider_than_a_tile():
     learned = fourier_karat_scores(*call, implementation="triton")
     expected = fourier_karat_scores(*call.to(torch.float64), implementation="reference")
     assert relative_error(learned, expected) < 2e-6
-
-
-@pytest.mark.parametrize("rank", [5, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (1, 16))])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_units_and_their_gradients_agree_with_the_oracle(dtype, rank):
-    call = make_call(2, 2, 33, 16, rank, 3).to(dtype)
-    upstream = draw((2, 2, 33, rank), dtype)
-
-    def units(call, implementation):
-        tensors = call.query, call.key, call.cos_coef, call.sin_coef
-        hidden = fourier_karat_units(*tensors, implementation=implementation)
-        return [hidden.detach(), *torch.autograd.grad(hidden, tensors, upstream.to(hidden.dtype))]
-
-    for a, e in zip(units(call, "triton"), units(call.to(torch.float64), "reference"), strict=True):
-        assert (a.dtype, relative_error(a, e) < TOLERANCE[dtype]) == (dtype, True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_bounded_form_agrees_with_itself_in_float64(dtype):
-    torch.manual_seed(0)
-    made = BoundedOperator(21, 2, 5, 3, implementation="triton")
-    for parameter in made.parameters():
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
-    exact = copy.deepcopy(made).double()
-    exact.implementation = "reference"
-    heads = [draw((2, 2, 21, 16), dtype, seed).requires_grad_() for seed in range(3)]
-    wide = [x.detach().double().requires_grad_() for x in heads]
-    upstream = draw(heads[0].shape, dtype, 3)
-    output, expected = made(*heads), exact(*wide)
-    found = torch.autograd.grad(output, [*heads, *made.parameters()], upstream)
-    wanted = torch.autograd.grad(expected, [*wide, *exact.parameters()], upstream.double())
-    errors = list(map(relative_error, [output, *found], [expected, *wanted]))
-    assert max(errors) < 2 * TOLERANCE[dtype], errors  # the temperature's gradient sums rounded ones that cancel
 
 
 @pytest.mark.slow

@@ -12,8 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from karat_scale import native_build
 from karat_scale.attention import FourierKaratOperator, fourier_karat_attention, fourier_karat_scores
-from karat_scale.attention.functional import fourier_karat_units
-from karat_scale.attention.variants import BoundedOperator
 from karat_scale.bench.attention import Case, forward_backward_once
 from karat_scale.bench.measuring import peak_memory_of
 from tests.attention.calls import assert_close, make_call, output_and_gradients, relative_error
@@ -409,18 +407,6 @@ def test_scores_are_refused_where_attention_is():
         fourier_karat_scores(*make_call(1, 1, 6, 4, 33, 2).to(torch.float32), implementation="cpu")
 
 
-def test_bounded_units_that_are_wider_than_the_heads_are_refused_before_they_run():
-    made = BoundedOperator(9, 2, rank=5, grid=2, implementation="cpu")
-    assert made.refusal(5, torch.device("cpu")) is None
-    refusal = "value has shape [1, 2, 9, 5], not query's"
-    assert made.refusal(4, torch.device("cpu")) == refusal
-    with pytest.raises(ValueError, match="value has shape"):
-        made(*torch.randn(3, 1, 2, 9, 4))
-    made.implementation = "auto"
-    assert made.chosen(4, torch.device("cpu")) == ("streaming", refusal)
-    assert made.chosen(5, torch.device("cpu")) == ("cpu", None)
-
-
 def test_a_model_learns():
     torch.manual_seed(0)
     operator = FourierKaratOperator(9, 2, rank=4, grid=2, implementation="cpu")
@@ -463,17 +449,3 @@ dist.destroy_process_group()  # without it gloo's threads may abort a process th
 def test_data_parallel_gradients_are_the_whole_batchs(tmp_path):
     ranks = [subprocess.Popen([sys.executable, "-c", DDP, str(i), str(tmp_path / "store")]) for i in range(2)]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-
-
-@pytest.mark.parametrize("rank", [1, 5, 16])
-def test_units_come_from_the_kernel_up_to_the_querys_width(rank):
-    call, upstream = make_call(2, 2, 33, 16, rank, 3), normal((2, 2, 33, rank), 4)
-
-    def units(tensors, implementation):
-        hidden = fourier_karat_units(*tensors, implementation=implementation)
-        return [hidden.detach(), *torch.autograd.grad(hidden, tensors, upstream.to(hidden.dtype))]
-
-    names = call.query, call.key, call.cos_coef, call.sin_coef
-    single = [x.detach().float().requires_grad_() for x in names]
-    for a, e in zip(units(single, "cpu"), units(names, "reference"), strict=True):
-        torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-5)

@@ -8,9 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from karat_scale.attention import FourierKaratOperator, ResidualHeads
 from karat_scale.attention.variants import (
-    BoundedOperator,
     ContentOperator,
-    LearnedScore,
     ScaledSoftmax,
     SmoothOperator,
     StaticHeads,
@@ -28,9 +26,7 @@ MAKERS = {
     "static": lambda dtype: StaticHeads(TOKENS, HEADS, dtype=dtype),
     "static_softmax": lambda dtype: ResidualHeads(StaticHeads(TOKENS, HEADS, dtype=dtype)),
     "scaled_softmax": lambda dtype: ScaledSoftmax(TOKENS, HEADS, dtype=dtype),
-    "learned_score": lambda dtype: LearnedScore(HEADS, GRID, dtype=dtype),
     "content": content,
-    "bounded": lambda dtype: BoundedOperator(TOKENS, HEADS, RANK, GRID, dtype=dtype),
     "smooth": lambda dtype: SmoothOperator(TOKENS, HEADS, RANK, GRID, MODES, dtype=dtype),
 }
 
@@ -72,22 +68,11 @@ def expected(name, module, query, key, bias, keep):
         return softmax + module.gate.view(-1, 1, 1) * module.operator.matrix * keep
     if name == "scaled_softmax":
         return module.gain.view(-1, 1, 1) * scores.masked_fill(keep == 0, -math.inf).softmax(-1)
-    if name == "learned_score":
-        cos, sin = harmonics(scores * module.frequency.view(-1, 1, 1))
-        learned = scores + (sin * by_head["sin_coef"]).sum(-1) + ((cos - 1) * by_head["cos_coef"]).sum(-1)
-        return learned.masked_fill(keep == 0, -math.inf).softmax(-1)
     if name == "content":
         cos, sin = harmonics(scores)
         psi = by_head["psi_constant"][..., 0] + (cos * by_head["psi_cos"]).sum(-1) + (sin * by_head["psi_sin"]).sum(-1)
         inner = module.operator
         return (psi / TOKENS + units(scores, inner.cos_coef, inner.sin_coef, keep) @ inner.proj.mT) * keep
-    if name == "bounded":
-        q, k = (x / x.norm(dim=-1, keepdim=True) for x in (query, key))
-        scores = math.pi * module.temperature.sigmoid().view(-1, 1, 1) * (q @ k.mT) + bias
-        orders = torch.arange(1, GRID + 1)
-        hidden = units(scores, module.cos_coef / orders, module.sin_coef / orders, keep)
-        hidden = hidden / hidden.square().mean(2, keepdim=True).sqrt() * module.gamma.view(HEADS, 1, RANK)
-        return hidden @ module.proj.mT * keep
     cos, sin = (torch.einsum("qj,hpjm->hpqm", module.modes, x) for x in (module.cos_modes, module.sin_modes))
     return units(scores, cos, sin, keep) @ (module.modes @ module.proj_modes).mT * keep
 
@@ -123,9 +108,8 @@ def test_gradients(name):
     assert torch.autograd.gradcheck(attend, (*tensors, *parameters), fast_mode=True)
 
 
-@pytest.mark.parametrize("name", ["learned_score", "content"])
-def test_tiles_make_no_difference(name, monkeypatch):
-    module = make(name)
+def test_tiles_make_no_difference(monkeypatch):
+    module = make("content")
     results = []
     for budget in (2**24, 1):
         monkeypatch.setattr(rows_module, "workspace_budget", lambda _, budget=budget: budget)
@@ -151,7 +135,7 @@ def test_results_have_the_dtype_that_softmax_attention_has(name):
     torch.testing.assert_close(wide.double(), exact, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("name", ["learned_score", "content", "bounded", "smooth"])
+@pytest.mark.parametrize("name", ["content", "smooth"])
 def test_autocast_does_not_round_what_is_learned(name):
     module = make(name, torch.float32)
     grads = []
@@ -167,21 +151,19 @@ def test_autocast_does_not_round_what_is_learned(name):
 def test_those_that_start_as_softmax_do():
     inputs = heads(torch.float32)
     softmax = scaled_dot_product_attention(*inputs)
-    torch.testing.assert_close(LearnedScore(HEADS)(*inputs), softmax)
     assert torch.equal(ResidualHeads(StaticHeads(TOKENS, HEADS))(*inputs), softmax)
     small = [inputs[0] * 0.05, inputs[1] * 0.05, inputs[2]]
     near = content(torch.float32)(*small)
     torch.testing.assert_close(near, scaled_dot_product_attention(*small), rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("name", ["static", "scaled_softmax", "bounded", "smooth"])
+@pytest.mark.parametrize("name", ["static", "scaled_softmax", "smooth"])
 def test_others_start_with_the_variance_of_the_values(name):
     torch.manual_seed(0)
     tokens, many = 65, 12
     makers = {
         "static": lambda: StaticHeads(tokens, many),
         "scaled_softmax": lambda: ScaledSoftmax(tokens, many),
-        "bounded": lambda: BoundedOperator(tokens, many, 12),
         "smooth": lambda: SmoothOperator(tokens, many, 12, modes=16),
     }
     query, key, value = (torch.randn(4, many, tokens, 16) for _ in range(3))
@@ -191,31 +173,13 @@ def test_others_start_with_the_variance_of_the_values(name):
     assert 0.6 < float(output.detach().std() / value.std()) < 1.5
 
 
-def test_bounded_is_bounded():
-    module = make("bounded")
-    query, key, _ = heads()
-    largest = TOKENS**0.5 * module.gamma.norm(dim=-1) * torch.linalg.matrix_norm(module.proj, 2)
-    assert (torch.linalg.matrix_norm(module.scores(1e3 * query, key)) <= largest * 1.0001).all()
-    torch.testing.assert_close(module.scores(1e3 * query, key), module.scores(query, key))
-
-
-def test_high_harmonics_of_bounded_start_small():
-    """a_m has a standard deviation of 1 / (sqrt(N) m^2)."""
-    torch.manual_seed(0)
-    plain = BoundedOperator(49, 12, 12, grid=4).plain()
-    for m in range(4):
-        deviation = torch.stack((plain.cos_coef[..., m], plain.sin_coef[..., m])).detach().std()
-        assert float(deviation) == pytest.approx(1 / (7 * (m + 1) ** 2), rel=0.05)
-
-
 def test_smooth_needs_as_many_tokens_as_modes():
     with pytest.raises(ValueError, match="modes = 11 is more than N = 10 tokens"):
         SmoothOperator(TOKENS, HEADS, modes=11)
 
 
-@pytest.mark.parametrize("name", ["learned_score", "content"])
-def test_the_score_of_a_masked_pair_may_be_infinite(name):
-    module = make(name)
+def test_the_score_of_a_masked_pair_may_be_infinite():
+    module = make("content")
     mask = torch.rand(TOKENS, TOKENS, generator=torch.Generator().manual_seed(0)) > 0.3
     mask[2] = False  # a query that sees nothing
     results = []
@@ -240,9 +204,3 @@ def test_an_empty_batch_gives_an_empty_result(name):
     output.sum().backward()
     assert all(parameter.grad is not None for parameter in module.parameters())
     assert module.scores(*tensors[:2]).shape == (0, HEADS, TOKENS, TOKENS)
-
-
-def test_bounded_needs_as_many_tokens_as_units():
-    BoundedOperator(TOKENS, HEADS, rank=10)
-    with pytest.raises(ValueError, match="rank = 11 is more than N = 10 tokens; use at most 10"):
-        BoundedOperator(TOKENS, HEADS, rank=11)
