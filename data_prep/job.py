@@ -26,10 +26,8 @@ from karat_scale.errors import DataError
 
 # These may differ between two runs that make the same bytes.
 FREE_SETTINGS = ("version", "source")
-# Settings of the preparation. Without a preparation they have no effect, even if an older record has them.
+# Settings of the preparation. Without a preparation they have no effect.
 PREPARING = ("check", "on_odd", "exif")
-# What a record that lacks a setting was made with, since it is older.
-FORMER = {"exif": "keep"}
 LISTED = 5
 ITEMS_AHEAD = 4
 PR_SET_PDEATHSIG = 1
@@ -82,7 +80,7 @@ class Job:
     def check_settings(self, made: dict[str, Any], what: str, delete: str) -> None:
         """Raise DataError if `what`, which exists, was made with other settings; `delete` names its files."""
         for key, value in self.made_with().items():
-            found = made.get(key, FORMER.get(key))
+            found = made.get(key)
             if found != value:
                 raise DataError(
                     f"{what} made with {key} = {found}, now {value}; use another --out, or delete {delete} "

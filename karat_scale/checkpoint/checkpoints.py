@@ -102,7 +102,7 @@ class Checkpoints(Generic[S]):
             is_fitting = fresh is not None and grows
             ranks = [self._world.rank] if not is_fitting and self._has_my_layout(root / name, saved) else None
             with self._world.together():  # none must wait in `restore` for one that refuses its files
-                content = read_state(root / name, saved, ranks, self._engine.in_optimizer_order)
+                content = read_state(root / name, saved, ranks)
                 if is_fitting and fresh is not None and content.shapes != self._shapes:
                     content = fit_state(content, fresh())
             restore(self._engine, self._ema, content, self._world)

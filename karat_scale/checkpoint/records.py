@@ -18,7 +18,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    model_validator,
 )
 from torch import Tensor
 
@@ -98,30 +97,20 @@ class Record(BaseModel):
 
 
 class StateRecord(Record):
-    """What `state.json` says of its checkpoint; `RunState` is where training stood.
-
-    The first format of detection has neither ZeRO nor averages, and does not speak of them.
-    """
+    """What `state.json` says of its checkpoint; `RunState` is where training stood."""
 
     format: int
     kind: str = "classification"
     step: Count
     samples: Count
     world_size: Annotated[int, Field(ge=1)]
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    has_ema: bool = False
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
+    has_ema: bool
     teacher: str | None = None
-
-    @model_validator(mode="after")
-    def _says_how_it_was_saved(self) -> "StateRecord":
-        if self.format == FORMAT and not {"zero_stage", "has_ema"} <= self.model_fields_set:
-            raise ValueError("zero_stage or has_ema is missing")
-        return self
 
 
 class _Version(Record):
     format: int
-    kind: str = "classification"
 
 
 class Sidecar(Record):
@@ -167,13 +156,6 @@ class PartitionFile(Record):
     optimizer_state_dict: Partition
 
 
-class FirstDetectionFile(Record):
-    """The one file of tensors in the first format of detection, the same on all ranks."""
-
-    model: dict[str, AnyTensor]
-    optimizer: OptimizerStates
-
-
 def read_record(path: Path, kind: type[R]) -> R:
     """A file of tensors, mapped into memory.
 
@@ -196,7 +178,7 @@ def read_state_record(checkpoint: Path) -> StateRecord:
     except UnicodeDecodeError:
         raise RunDirectoryError(f"{STATE}: is not UTF-8") from None
     version = validated(STATE, lambda: _Version.model_validate_json(text))
-    if version.format != FORMAT and (version.format, version.kind) != (1, "detection"):
+    if version.format != FORMAT:
         raise RunDirectoryError(
             f"it has format {version.format}, this version reads format {FORMAT}; use the version that wrote it"
         )

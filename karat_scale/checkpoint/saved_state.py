@@ -10,8 +10,6 @@ import torch
 
 from karat_scale.checkpoint.manifest import STATE
 from karat_scale.checkpoint.records import (
-    FORMAT,
-    FirstDetectionFile,
     ModelFile,
     OptimizerStates,
     Partition,
@@ -73,30 +71,23 @@ def falsehood(checkpoint: Path) -> str | None:
         for rank in ranks:
             read_record(checkpoint / rank, Sidecar)
         state = read_state(checkpoint, saved.model_dump())
-        if saved.format == FORMAT:
-            _check_whole(state, saved.has_ema)
+        _check_whole(state, saved.has_ema)
     except (RunDirectoryError, OSError) as error:
         return str(error)
     return None
 
 
-def read_state(
-    checkpoint: Path, saved: Mapping[str, Any], ranks: Iterable[int] | None = None, parameters: Sequence[str] = ()
-) -> SavedState:
+def read_state(checkpoint: Path, saved: Mapping[str, Any], ranks: Iterable[int] | None = None) -> SavedState:
     """Open a checkpoint.
 
     Args:
         checkpoint: its directory, verified.
         saved: its `state.json`.
         ranks: the ranks whose files to open; all that hold something of their own when None.
-        parameters: the names of the model's parameters, in the order of its optimizer. Only the first format of
-            detection needs them.
 
     Raises:
         RunDirectoryError: a file does not say what it must.
     """
-    if saved["format"] != FORMAT:
-        return _read_detection_1(checkpoint, saved, parameters)
     stage = saved["zero_stage"]
     model_file = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
     model = read_record(checkpoint / model_file, ModelFile)
@@ -133,18 +124,6 @@ def read_state(
         for pieces in (state.masters, state.ema):
             if pieces is not None:
                 pieces.add([Fragment(name, 0, 0, value.numel())], value)
-    return state
-
-
-def _read_detection_1(checkpoint: Path, saved: Mapping[str, Any], parameters: Sequence[str]) -> SavedState:
-    """One file of weights and AdamW's states, the same on all ranks."""
-    content = read_record(checkpoint / "training.pt", FirstDetectionFile)
-    weights = content.model
-    state = SavedState({name: tuple(weights[name].shape) for name in parameters if name in weights})
-    state.buffers = {name: value for name, value in weights.items() if name not in state.shapes}
-    state.counters = {"global_steps": saved["step"], "global_samples": saved["samples"], "skipped_steps": 0}
-    for number, name in enumerate(state.shapes):
-        _add(state, [Fragment(name, 0, 0, weights[name].numel())], weights[name], content.optimizer, number, None)
     return state
 
 

@@ -42,7 +42,7 @@ def load_weights(model: nn.Module, checkpoint: Path, saved: Mapping[str, Any], e
     if ema and not saved.get("has_ema"):
         raise RunDirectoryError(f"{checkpoint}: has no EMA weights; use --weights raw")
     parameters = dict(model.named_parameters())
-    state = read_state(checkpoint, saved, parameters=[*parameters])
+    state = read_state(checkpoint, saved)
     try:
         check_teacher(model, saved)
         if saved.get("image_size"):  # of a run whose images grow; the model is of its last size

@@ -112,8 +112,6 @@ class Engine:
         if cpu_adam:
             build_cpu_adam()
         optimizer = build_optimizer(model, recipe.optim, world.device, cpu_adam, groups)
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        self.in_optimizer_order = [names[p] for group in optimizer.param_groups for p in group["params"]]
         share_world_group(world)
         with quiet_initialization():
             self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

@@ -70,8 +70,7 @@ def check_agreement(
         of_state = {key: state[key] for key in _OF_STATE if key in state}
         of_state |= {"steps": state.get("step"), "images_per_second": round(rate, 2) if rate else None}
         _same(directory, "the last checkpoint", summary, of_state)
-    steps = {"steps": _steps(recipe, figures)} if figures.train_images is not None else {}
-    of_recipe = {"name": recipe.run.name, "seed": recipe.run.seed, **steps}
+    of_recipe = {"name": recipe.run.name, "seed": recipe.run.seed, "steps": _steps(recipe, figures)}
     _same(directory, "recipe.yaml", summary, {key: value for key, value in of_recipe.items() if key in summary})
     written = figures.recipe_sha256 or state.get("recipe_sha256")
     if written not in (None, file_sha256(directory.recipe_file)):

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from karat_scale.errors import RunDirectoryError, UserError
 from karat_scale.evaluation.kept import read_evaluations
 from karat_scale.files import parse_json, sealed
-from karat_scale.ledger.agreement import Events, check_agreement, read_events, read_summary
-from karat_scale.ledger.figures import Averages, ClassifierSummary, DetectorSummary, SummaryFigures
+from karat_scale.ledger.agreement import check_agreement, read_events, read_summary
+from karat_scale.ledger.figures import Averages, ClassifierSummary, DetectorSummary
 from karat_scale.ledger.kinds import CLASSIFIER, DETECTOR, KINDS, Kind
 from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.loading import validate_recipe
@@ -94,6 +94,9 @@ def take_record(run: str) -> Record:
     recipe = directory.recipe(kind.recipe)
     summary = read_summary(directory)
     figures = kind.summary.of(summary, str(directory.summary_file))
+    if figures.train_images is None:  # records of the first runs lack it
+        raise RunDirectoryError(f"{directory.summary_file}: has no train_images; train the run again")
+    batch = recipe.train.global_batch
     events = read_events(directory, kind.evaluation)
     check_agreement(directory, recipe, summary, figures, events)
     last = events.evaluations[-1]
@@ -102,7 +105,7 @@ def take_record(run: str) -> Record:
         summary=summary,
         recipe=text,
         recipe_sha256=text_digest(text),
-        epoch_images=_epoch_images(recipe, figures, events),
+        epoch_images=figures.train_images // batch * batch,
         eval_images=last.images,
         eval_weights=last.weights,
         evaluations=[one.portable() for one in read_evaluations(directory.path) if one.top1 is not None],
@@ -130,13 +133,3 @@ def _read_record(path: Path) -> Record:
     if content != sealed(content) or record.recipe_sha256 != text_digest(record.recipe) or name != path.stem:
         raise UserError(f"{path}: was changed since karat ledger wrote it; put it back or remove it")
     return record
-
-
-def _epoch_images(recipe: RunRecipe, figures: SummaryFigures, events: Events) -> int:
-    batch = recipe.train.global_batch
-    if figures.train_images is not None:
-        return figures.train_images // batch * batch
-    # A run from before `train_images`: use its steps, unless they were limited.
-    if not events.training or recipe.train.max_steps:
-        raise RunDirectoryError("this run does not record how many images its epochs have; train it again")
-    return events.training[-1].total_steps // recipe.train.epochs * batch

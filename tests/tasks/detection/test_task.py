@@ -1,4 +1,4 @@
-"""A detector under the run engine: saving beside training, old checkpoints, and steps that are not finite."""
+"""A detector under the run engine: saving beside training, and steps that are not finite."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -8,9 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from karat_scale.checkpoint.generators import generator_states
-from karat_scale.checkpoint.tensor_storage import save_tensors
-from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.distributed import World
 from karat_scale.errors import DivergedError, RunDirectoryError
 from karat_scale.recipe import Recipe
@@ -18,8 +15,6 @@ from karat_scale.recipe.loading import load_recipe
 from karat_scale.run.loop import Loop
 from karat_scale.run.parts import Parts
 from karat_scale.run.run_directory import RunDirectory
-from karat_scale.tasks.detection.backbone import build_vit
-from karat_scale.tasks.detection.mask_rcnn import build_detector
 from karat_scale.tasks.detection.recipe import DetectionRecipe
 from karat_scale.tasks.detection.task import DetectionState, DetectionTask
 from tests.small_engines import equal, make_parts
@@ -68,36 +63,6 @@ def test_a_save_beside_training_holds_the_state_of_its_step(small: Small, begin)
     resumed = begin(small(train={"epochs": 1}))
     assert resumed.checkpoints.load().step == 2
     assert equal(learned(resumed), saved)
-
-
-def test_a_checkpoint_of_the_first_format_loads(small: Small, begin, world: World) -> None:
-    parts = begin(small())
-    loop = Loop(parts, DetectionState())
-    take_steps(loop, 2)
-    loop.state.best_mask_ap = 12.5
-    model, engine = parts.engine.module, parts.engine.deepspeed
-    store = parts.checkpoints.store
-    directory = store.begin(2)
-    content = {"model": model.state_dict(), "optimizer": engine.basic_optimizer.state_dict()}
-    files = {
-        "training.pt": save_tensors(content, directory / "training.pt"),
-        "rank-00000.pt": save_tensors(generator_states(world.device), directory / "rank-00000.pt"),
-    }
-    state = {"format": 1, "kind": "detection", **loop.state.to_json(), "world_size": 1}
-    store.commit(directory, state, files)
-    before, generator = learned(parts), torch.get_rng_state()
-
-    resumed = begin(small(train={"ema_decay": 0.9}))
-    loaded = resumed.checkpoints.load()
-    assert (loaded.step, loaded.best_mask_ap, loaded.restarts) == (2, 12.5, 1)
-    assert equal(learned(resumed), before)
-    take_steps(Loop(resumed, loaded), 1)
-    torch.set_rng_state(generator)
-    take_steps(loop, 1)
-    assert equal(learned(resumed), learned(parts))
-    plain = build_detector(build_vit(small()), small())
-    load_weights(plain, store.root / "step-00000002", store.state("step-00000002"), ema=False)
-    assert equal(plain.state_dict(), before[0])
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_ends_the_run_when_the_recipe_says_so(
