@@ -34,7 +34,7 @@ from benchmarks.attention_trials import (
     next_trials,
 )
 from karat_scale.files import write_atomically
-from karat_scale.ledger.record import take_record
+from paper.record import take_record
 
 SECONDS_BETWEEN_LOOKS = 30
 REPLACED_IMAGES = 2000  # of the test images, so that a difference of one point is visible

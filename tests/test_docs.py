@@ -5,7 +5,7 @@ import re
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FOLDERS = ("karat_scale", "data_prep", "slurm", "examples", "benchmarks", "docs", "tests")
+FOLDERS = ("karat_scale", "data_prep", "slurm", "examples", "benchmarks", "paper", "docs", "tests")
 FILES = [f"/{path.relative_to(ROOT)}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")]
 
 

@@ -67,13 +67,6 @@ def add_commands(commands: Any) -> None:
     compare.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
     compare.set_defaults(run=_compare)
 
-    ledger = commands.add_parser("ledger", help="add finished runs to docs/ledger and docs/reproduction.md")
-    ledger.add_argument(
-        "runs", metavar="RUN", type=run_directory, nargs="*", help="a run's directory (default: only rewrite the page)"
-    )
-    ledger.add_argument("--docs", metavar="DIR", default="docs", help="a clone's docs folder (default: %(default)s)")
-    ledger.set_defaults(run=_ledger)
-
     track = commands.add_parser("track", help="send to trackers what they have not got of a run")
     track.add_argument("runs", metavar="RUN", type=run_directory, nargs="+", help="a run's directory")
     track.add_argument(
@@ -97,12 +90,6 @@ def _compare(options: argparse.Namespace) -> int:
     from karat_scale.compare.command import compare_runs
 
     return compare_runs(options.runs, options.metric, options.out, options.json)
-
-
-def _ledger(options: argparse.Namespace) -> int:
-    from karat_scale.ledger.command import keep_ledger
-
-    return keep_ledger(options.runs, options.docs)
 
 
 def _track(options: argparse.Namespace) -> int:

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from karat_scale.cluster.standing import read_events
+from karat_scale.compare.summary import Count, Figures, Number, Percent, read_summary
 from karat_scale.console import plural
 from karat_scale.errors import RunDirectoryError
 from karat_scale.files import file_sha256, sealed
-from karat_scale.ledger.agreement import read_summary
-from karat_scale.ledger.figures import Count, Figures, Number, Percent
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.files import read_run_recipe
 from karat_scale.run.run_directory import RunDirectory

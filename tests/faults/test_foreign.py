@@ -74,7 +74,7 @@ LOOKS: dict[str, Callable[[Path, Path], list[str]] | Callable[[Path, Path], int]
 }
 # They read nothing of a run that somebody else wrote, or, such as `doctor`, the recipe on the command line.
 OTHERS = {"prepare", "index", "show", "data", "doctor", "submit", "recipes", "explain", "detect", "launch", "fetch"}
-OTHERS |= {"bench", "ledger", "completion"}
+OTHERS |= {"bench", "completion"}
 
 
 def test_each_command_is_here_or_reads_no_run() -> None:

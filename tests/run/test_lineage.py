@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.ledger.record import take_record
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.run.initial_weights import run_behind
 from karat_scale.run.run_directory import RunDirectory
+from paper.record import take_record
 from tests.conftest import SMALL, karat, summary
 
 QUICK = ("train.epochs=1", "train.max_steps=2", "schedule.warmup_epochs=0", "data.backend=synthetic")

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from karat_scale.data.plan import total_steps
-from karat_scale.ledger.kinds import CLASSIFIER, DETECTOR, Kind
-from karat_scale.ledger.paper import DataSet, PaperRow, PaperTable
-from karat_scale.ledger.record import Record
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.files import shipped_recipes
 from karat_scale.recipe.loading import differing_keys, flatten, load_recipe
+from paper.kinds import CLASSIFIER, DETECTOR, Kind
+from paper.paper import DataSet, PaperRow, PaperTable
+from paper.record import Record
 
 # A run that differs only in these repeats a row, at another budget, which the page states.
 BUDGET = ("run.seed", "train.epochs", "schedule.warmup_epochs", "schedule.warmup_steps", "train.precision")

@@ -1,4 +1,4 @@
-"""`karat ledger` takes in what a run's own files say, and nothing that they do not."""
+"""`python -m paper` takes in what a run's own files say, and nothing that they do not."""
 
 import json
 import re
@@ -15,9 +15,11 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from karat_scale.cli import main
 from karat_scale.data.digest import classes_digest
+from karat_scale.errors import UserError
 from karat_scale.recipe.loading import load_recipe
+from paper.__main__ import keep_ledger
 from tests.conftest import ROOT, SMALL, events, karat, summary
-from tests.ledger.runs import DATA_SETS, change, copy_run, pretend, rows
+from tests.paper.runs import DATA_SETS, change, copy_run, pretend, rows
 
 QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null", "run.seed=3")
 
@@ -232,6 +234,7 @@ def not_utf8(run: Path) -> None:
         (write("summary.json", lambda text: text[:40]), "summary.json: damaged, it is not a JSON object"),
         (write("summary.json", lambda text: "[]"), "summary.json: damaged, it is not a JSON object"),
         (lambda run: change(run, device=None), "summary.json: damaged: device: Field required"),
+        (lambda run: change(run, train_images=None), "summary.json: has no train_images; train the run again"),
         (set_unsealed("train_images", 0), "summary.json: damaged: train_images = '0'"),
         (set_unsealed("parameters", None), "summary.json: damaged: parameters = 'None'"),
         (set_unsealed("last_top1", "9.5"), "summary.json: damaged: last_top1 = '9.5'"),
@@ -260,9 +263,9 @@ def test_what_cannot_be_taken_in_is_one_line(
     assert not (docs / "reproduction.md").exists()
 
 
-def test_a_folder_without_a_ledger_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["ledger", "--docs", str(run)]) == 2
-    assert "has no folder `ledger`" in capsys.readouterr().err
+def test_a_folder_without_a_ledger_is_refused(run: Path) -> None:
+    with pytest.raises(UserError, match="has no folder `ledger`"):
+        keep_ledger([], str(run))
 
 
 @pytest.mark.parametrize("field", ["summary", "recipe", "sha256"])
@@ -279,10 +282,10 @@ def test_a_record_that_someone_changed_is_refused(
     }
     file.write_text(json.dumps({**kept, field: changes[field]}))
     assert ledger() == 2
-    assert f"{file}: was changed since karat ledger wrote it" in capsys.readouterr().err
+    assert f"{file}: was changed since it was written" in capsys.readouterr().err
     file.write_text("{}")
     assert ledger() == 2
-    assert "not a record of karat ledger" in capsys.readouterr().err
+    assert "not a record of the ledger" in capsys.readouterr().err
 
 
 def test_results_on_other_test_sets_are_taken_without_paths(

@@ -1,7 +1,7 @@
 """What we count of the models in the paper's tables of memory and operations, without a run or a GPU.
 
 Counting builds each model on torch's meta device. It takes seconds, so the page reads the counts from `counted.json`.
-`python -m karat_scale.ledger.counted` writes that file again.
+`python -m paper.counted` writes that file again.
 """
 
 import functools
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from karat_scale.files import write_atomically
-from karat_scale.ledger.match import reference_recipe
-from karat_scale.ledger.paper import PaperRow, paper_groups
+from paper.match import reference_recipe
+from paper.paper import PaperRow, paper_groups
 
 FILE = Path(__file__).parent / "counted.json"
 

@@ -7,9 +7,9 @@ from karat_scale.data.plan import total_steps
 from karat_scale.engine.run_state import RunState
 from karat_scale.errors import RunDirectoryError
 from karat_scale.files import file_sha256, parse_json, sealed
-from karat_scale.ledger.figures import EvalEvent, SummaryFigures, TrainEvent
 from karat_scale.recipe import RunRecipe
 from karat_scale.run.run_directory import RunDirectory
+from paper.figures import EvalEvent, SummaryFigures, TrainEvent
 
 # Fields of summary.json that are also in a checkpoint's state.json, where `steps` is called `step`.
 _OF_STATE = (
@@ -25,19 +25,6 @@ class Events(NamedTuple):
 
     training: tuple[TrainEvent, ...]
     evaluations: tuple[EvalEvent, ...]
-
-
-def read_summary(directory: RunDirectory) -> dict[str, Any]:
-    """Return the summary of a finished run. Raises RunDirectoryError if there is none."""
-    if directory.is_summary_damaged:
-        raise RunDirectoryError(f"{directory.summary_file}: damaged, it is not a JSON object; {_FIX}")
-    summary = directory.summary()
-    if summary is None:
-        raise RunDirectoryError(f"{directory.path}: has no summary.json, so it has not finished; finish it first")
-    if summary.get("exit") != 0:
-        reason = summary.get("reason", "no reason given")
-        raise RunDirectoryError(f"{directory.path}: has not finished ({reason}); finish it first")
-    return summary
 
 
 def read_events(directory: RunDirectory, evaluation: type[EvalEvent]) -> Events:

@@ -8,16 +8,17 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from karat_scale.compare.summary import read_summary
 from karat_scale.errors import RunDirectoryError, UserError
 from karat_scale.evaluation.kept import read_evaluations
 from karat_scale.files import parse_json, sealed
-from karat_scale.ledger.agreement import check_agreement, read_events, read_summary
-from karat_scale.ledger.figures import Averages, ClassifierSummary, DetectorSummary
-from karat_scale.ledger.kinds import CLASSIFIER, DETECTOR, KINDS, Kind
 from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.loading import validate_recipe
 from karat_scale.recipe.portable import portable_recipe, text_digest
 from karat_scale.run.run_directory import RunDirectory
+from paper.agreement import check_agreement, read_events
+from paper.figures import Averages, ClassifierSummary, DetectorSummary
+from paper.kinds import CLASSIFIER, DETECTOR, KINDS, Kind
 
 
 class Record(BaseModel):
@@ -129,7 +130,7 @@ def _read_record(path: Path) -> Record:
         name, _ = record.name, record.figures
     except (ValueError, AttributeError, ValidationError, UserError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a record of karat ledger: {reason}; put it back or remove it") from None
+        raise UserError(f"{path}: not a record of the ledger: {reason}; put it back or remove it") from None
     if content != sealed(content) or record.recipe_sha256 != text_digest(record.recipe) or name != path.stem:
-        raise UserError(f"{path}: was changed since karat ledger wrote it; put it back or remove it")
+        raise UserError(f"{path}: was changed since it was written; put it back or remove it")
     return record

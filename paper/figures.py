@@ -1,34 +1,12 @@
 """The fields of a run's summary.json and metrics.jsonl that the ledger needs, with their types."""
 
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from karat_scale.errors import RunDirectoryError
+from karat_scale.compare.summary import Count, Figures, Number, Percent
 
-Percent = Annotated[float, Field(ge=0.0, le=100.0)]
-Count = Annotated[int, Field(ge=1)]
-Number = Annotated[int, Field(ge=0)]
 Line = Annotated[str, Field(pattern=r"^[^|\x00-\x1f]*$")]  # a cell of a table
-M = TypeVar("M", bound="Figures")
-
-
-class Figures(BaseModel):
-    """Some fields of a JSON object. Types are strict: a number in quotes is not a number."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
-
-    @classmethod
-    def of(cls: type[M], content: Any, where: str) -> M:
-        """Validate `content`. Raises RunDirectoryError, which begins with `where` and names the first wrong field."""
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"])) or "its content"
-            value = "" if first["type"] == "missing" else f" = {str(first['input'])[:40]!r}"
-            what = first["msg"].removeprefix("Input ")
-            raise RunDirectoryError(f"{where}: damaged: {field}{value}: {what}; put back what the run wrote") from None
 
 
 class SummaryFigures(Figures):
@@ -48,7 +26,7 @@ class SummaryFigures(Figures):
     train_images: Count | None = None
     classes: Number = 0
     classes_sha256: str = ""
-    lineage: dict[str, dict[str, str]] = {}
+    lineage: dict[str, dict[str, str]] = Field(default={})
     recipe_sha256: str | None = None
     sha256: str | None = None
 

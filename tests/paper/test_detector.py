@@ -1,4 +1,4 @@
-"""`karat ledger` takes in runs of `karat detect`, which can be rows of Table 12."""
+"""`python -m paper` takes in runs of `karat detect`, which can be rows of Table 12."""
 
 import json
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import events, karat, summary
-from tests.ledger.runs import change, copy_run, pretend, rows
+from tests.paper.runs import change, copy_run, pretend, rows
 from tests.tasks.detection.conftest import coco_set, write_small
 
 __all__ = ["coco_set"]

@@ -9,11 +9,11 @@ import yaml
 
 from benchmarks.attention_trials import GONE
 from karat_scale.files import sealed
-from karat_scale.ledger.counted import count, counted, counted_rows
-from karat_scale.ledger.match import command_of_row, reference_recipe
-from karat_scale.ledger.page import PAGE, render_page
-from karat_scale.ledger.paper import PaperRow, paper_groups
-from karat_scale.ledger.record import Record, read_records
+from paper.counted import count, counted, counted_rows
+from paper.match import command_of_row, reference_recipe
+from paper.page import PAGE, render_page
+from paper.paper import PaperRow, paper_groups
+from paper.record import Record, read_records
 from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"
@@ -23,7 +23,7 @@ TABLES = [table for group in paper_groups() for table in group.tables]
 def test_no_row_is_written_by_hand() -> None:
     records = read_records(DOCS / "ledger")  # refuses what was changed since it was written
     page = (DOCS / PAGE).read_text()
-    assert page == render_page(records), "`karat ledger` writes the page again"
+    assert page == render_page(records), "`python -m paper` writes the page again"
     for record in records:
         result = "; ".join(" / ".join(f"{figure:.2f}" for figure in part) for part in record.result)
         figure = f"[{result}](ledger/{record.name}.json)"

@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from karat_scale.ledger.figures import ClassifierEval, ClassifierSummary, DetectorEval, DetectorSummary
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.tasks.detection.recipe import DetectionRecipe
+from paper.figures import ClassifierEval, ClassifierSummary, DetectorEval, DetectorSummary
 
 
 class Kind(NamedTuple):

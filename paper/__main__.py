@@ -1,13 +1,25 @@
-"""`karat ledger`: add runs, and write the page again."""
+"""Adds finished runs to docs/ledger and writes docs/reproduction.md again: `python -m paper [RUN ...]`, in a clone."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from karat_scale.errors import UserError
+from karat_scale.arguments import OneLineParser, run_directory
+from karat_scale.errors import UserError, run_script
 from karat_scale.files import write_atomically
-from karat_scale.ledger.match import by_recipe
-from karat_scale.ledger.page import PAGE, render_page
-from karat_scale.ledger.record import Record, read_records, take_record
+from paper.match import by_recipe
+from paper.page import PAGE, render_page
+from paper.record import Record, read_records, take_record
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line, and keep the ledger."""
+    parser = OneLineParser(prog="python -m paper", description=__doc__)
+    parser.add_argument(
+        "runs", metavar="RUN", type=run_directory, nargs="*", help="a run's directory (default: only rewrite the page)"
+    )
+    parser.add_argument("--docs", metavar="DIR", default="docs", help="a clone's docs folder (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    return keep_ledger(options.runs, options.docs)
 
 
 def keep_ledger(runs: Sequence[str], docs: str) -> int:
@@ -54,3 +66,7 @@ def _refuse_second_of_a_seed(folder: Path, records: Sequence[Record]) -> None:
 
 def _outcome(record: Record) -> str:
     return f"{record.result[-1][0]:.2f} % {record.kind.score} in {record.epochs:.4g} epochs"
+
+
+if __name__ == "__main__":
+    run_script(main)

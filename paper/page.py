@@ -4,16 +4,16 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from karat_scale.evaluation.kept import Evaluation
-from karat_scale.ledger.counted import counted
-from karat_scale.ledger.match import budget_mark, by_recipe, command_of_record, command_of_row, repeats
-from karat_scale.ledger.paper import PaperGroup, PaperRow, PaperTable, paper_groups
-from karat_scale.ledger.record import Record
+from paper.counted import counted
+from paper.match import budget_mark, by_recipe, command_of_record, command_of_row, repeats
+from paper.paper import PaperGroup, PaperRow, PaperTable, paper_groups
+from paper.record import Record
 
 _TOP = """# Reproduction
 
 This page has a row for every figure in the tables of [arXiv 2503.10632](https://arxiv.org/abs/2503.10632) that a run
-can have. Where we have a run of the same recipe, it is in the column `ours`. `karat ledger RUN` generates this page
-from the paper's figures (`karat_scale/ledger/paper.yaml`) and the runs' own summaries (`docs/ledger/`). Do not edit it:
+can have. Where we have a run of the same recipe, it is in the column `ours`. `python -m paper RUN` generates this page
+from the paper's figures (`paper/paper.yaml`) and the runs' own summaries (`docs/ledger/`). Do not edit it:
 a test compares it with both. Table 14 has no rows here: its models are KANs without attention, which karat_scale does
 not train.
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from karat_scale.data.plan import total_steps
 from karat_scale.files import sealed
-from karat_scale.ledger.paper import DataSet, data_sets
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import dump_recipe, load_recipe
 from karat_scale.recipe.portable import text_digest
 from karat_scale.tasks.detection.recipe import DetectionRecipe
+from paper.paper import DataSet, data_sets
 from tests.conftest import events, summary
 
 DATA_SETS: dict[str, DataSet] = data_sets()
