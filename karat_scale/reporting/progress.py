@@ -13,7 +13,7 @@ from karat_scale.data.batch import BadSample
 from karat_scale.engine.run_state import RunState
 from karat_scale.errors import say_in_one_write
 from karat_scale.reporting.metrics import MetricsLog
-from karat_scale.tracking.start import Trackers
+from karat_scale.tracking.follow import Trackers
 
 # A check of fewer bytes is over before a person has read about it.
 _LARGE = 10**8

@@ -21,7 +21,7 @@ from karat_scale.run.run_copy import RunCopy, finish_copy
 from karat_scale.run.run_directory import RunDirectory
 from karat_scale.run.signals import StoppedError, StopSignals
 from karat_scale.run.task import Task
-from karat_scale.tracking.start import END_SECONDS, STOP_SECONDS
+from karat_scale.tracking.follow import END_SECONDS, STOP_SECONDS
 from karat_scale.versions import library_versions
 
 

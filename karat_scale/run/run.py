@@ -43,7 +43,7 @@ from karat_scale.run.run_copy import RunCopy
 from karat_scale.run.run_directory import RunDirectory, refuse_another_model
 from karat_scale.run.signals import StoppedError, StopSignals
 from karat_scale.run.task import Task
-from karat_scale.tracking.start import check_trackers
+from karat_scale.tracking.follow import check_trackers
 
 
 def train(task_type: type[Task], recipe: RunRecipe) -> int:

@@ -11,7 +11,7 @@ from karat_scale.recipe.files import read_run_recipe
 from karat_scale.recipe.keep import LogConfig
 from karat_scale.recipe.retired import without_retired_keys
 from karat_scale.tables import TRACKERS
-from karat_scale.tracking.start import Trackers, check_trackers
+from karat_scale.tracking.follow import Trackers, check_trackers
 from karat_scale.trust import require_trust_in
 
 

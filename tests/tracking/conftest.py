@@ -10,7 +10,7 @@ import pytest
 
 from karat_scale.recipe.loading import dump_recipe, load_recipe
 from karat_scale.reporting.metrics import MetricsLog
-from karat_scale.tracking.start import Trackers
+from karat_scale.tracking.follow import Trackers
 from tests.conftest import SMALL
 
 LINES = '''

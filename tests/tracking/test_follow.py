@@ -15,8 +15,7 @@ import pytest
 
 from karat_scale.errors import UserError
 from karat_scale.tracking import follow
-from karat_scale.tracking.cursor import Cursor, cursor_file
-from karat_scale.tracking.start import Trackers, check_trackers
+from karat_scale.tracking.follow import Cursor, Trackers, check_trackers, cursor_file
 from karat_scale.tracking.tracker import figures
 from tests.tracking.conftest import LINES, PLACE, WrittenRun
 

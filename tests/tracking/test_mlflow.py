@@ -12,7 +12,7 @@ from urllib.error import URLError
 
 import pytest
 
-from karat_scale.tracking.start import Trackers
+from karat_scale.tracking.follow import Trackers
 from tests.conftest import free_port
 from tests.tracking.conftest import WrittenRun
 from tests.tracking.test_follow import until

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.reporting.metrics import MetricsLog
-from karat_scale.tracking.cursor import cursor_file
+from karat_scale.tracking.follow import cursor_file
 from tests.tracking.conftest import WrittenRun
 
 pytestmark = pytest.mark.slow
