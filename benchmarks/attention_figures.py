@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.attention_trials import ARMS, EPOCHS, RECORDS, ROOT, chosen_rates
+from benchmarks.attention_trials import ARMS, RECORDS, ROOT, STAGES, chosen_rates
 from karat_scale.analysis.figures import new_figure, rendered
 from karat_scale.files import write_atomically
 
@@ -31,7 +31,7 @@ def shown() -> dict[str, list[dict[str, Any]]]:
     """Return the records of each arm at its chosen learning rate: of the comparison, if it was compared."""
     records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
     chosen = chosen_rates()
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {stage: {} for stage in EPOCHS}
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {stage: {} for stage in STAGES}
     for arm in (arm for arm in ARMS if arm in chosen):
         for record in records:
             if (record["arm"], record["rate"]) == (arm, chosen[arm]):

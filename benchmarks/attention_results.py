@@ -1,4 +1,4 @@
-"""Writes docs/experiments/attention_results.md from the records of the experiment."""
+"""Writes docs/experiments/attention_results.md and its figure from the records of the experiment."""
 
 import json
 import statistics
@@ -7,6 +7,7 @@ from typing import Any
 
 from scipy import stats
 
+from benchmarks.attention_figures import write_figure
 from benchmarks.attention_trials import ARMS, RATES, RECORDS, SPARE_SEED, STARTS, VARIANTS, Trial
 from karat_scale.files import write_atomically
 
@@ -18,7 +19,7 @@ BASELINES = ("softmax", "static_softmax", "static")
 HEAD = """# Results of the comparison of kinds of attention
 
 The protocol, fixed before the runs, is [attention.md](attention.md). This page is written by
-`python -m benchmarks.attention_experiment report` from the records in `docs/experiments/attention/`.
+`python -m benchmarks.attention_results` from the records in `docs/experiments/attention/`.
 """
 Records = list[dict[str, Any]]
 ByArm = dict[str, dict[int, dict[str, Any]]]  # records by arm and seed
@@ -212,3 +213,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Return a Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    write_results()
+    write_figure()
