@@ -17,6 +17,9 @@ from karat_scale.stores.urls import PROTOCOLS
 from karat_scale.tables import how_to_install, load
 
 _POLL_SECONDS = 0.5
+# All file systems of this process, and of those that it was forked from. What frees one closes its connections: in a
+# forked process those of the parent, whose sockets its event loop would then no longer watch, as both share the epoll.
+_KEPT: dict[int, Any] = {}
 T = TypeVar("T")
 
 
@@ -98,6 +101,7 @@ class Connection:
         opened = self._opened
         if opened is None or opened[0] != os.getpid():
             opened = self._opened = os.getpid(), _file_system(self._protocol)
+            _KEPT[id(opened[1])] = opened[1]
         return opened[1]
 
     def __getstate__(self) -> dict[str, Any]:

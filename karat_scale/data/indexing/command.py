@@ -3,10 +3,12 @@
 import hashlib
 import multiprocessing
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +36,8 @@ from karat_scale.stores import Store
 MADE_BY = "karat index"
 _MOST_CLASSES = 1_000_000
 _BLOCK = 1 << 20
-# Processes that fetch tars at a URL.
-_REQUESTS, _PER_CORE = 32, 4
+# Tars at a URL that are read at a time.
+_REQUESTS = 32
 
 
 @dataclass(frozen=True)
@@ -123,18 +125,27 @@ def is_indexed(record: DatasetRecord) -> bool:
 
 def _read_all(source: Path | Store, names: Sequence[str], rule: LabelRule, with_hashes: bool) -> dict[str, _Tar]:
     read = partial(_read_one, source, rule, with_hashes)
-    where, workers = str(source), usable_cores()
-    if isinstance(source, Store):  # then processes mostly wait
-        where, workers = source.url, min(_REQUESTS, _PER_CORE * workers)
-    with (
-        progress(f"indexing {where}", len(names), "tars") as advance,
-        ProcessPoolExecutor(min(workers, len(names)), multiprocessing.get_context("fork")) as pool,
-    ):
+    where = source.url if isinstance(source, Store) else str(source)
+    with progress(f"indexing {where}", len(names), "tars") as advance, _in_parallel(source, len(names)) as each:
         tars = {}
-        for name, tar in zip(names, pool.map(read, names), strict=True):
+        for name, tar in zip(names, each(read, names), strict=True):
             tars[name] = tar
             advance(1)
         return tars
+
+
+@contextmanager
+def _in_parallel(source: Path | Store, tars: int) -> Iterator[Callable[..., Iterable[_Tar]]]:
+    """Yield a `map` by processes for tars on a file system, and by threads for those at a URL, which mostly wait.
+
+    No process is forked while connections are open: a lock that another thread held then would stay locked in it.
+    """
+    if isinstance(source, Store):
+        with ThreadPool(min(_REQUESTS, tars)) as threads:
+            yield threads.imap
+    else:
+        with ProcessPoolExecutor(min(usable_cores(), tars), multiprocessing.get_context("fork")) as processes:
+            yield processes.map
 
 
 def _read_one(source: Path | Store, rule: LabelRule, with_hashes: bool, name: str) -> _Tar:
@@ -220,7 +231,7 @@ def _place_of(label: Label, tars: dict[str, _Tar]) -> str:
 
 def _class_names(file: Path) -> list[str]:
     try:
-        names = file.read_text(encoding="utf-8").splitlines()
+        names = read_text(file).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--classes {file} cannot be read: {error}") from error
     if not names or len(set(names)) < len(names) or not all(names):

@@ -60,6 +60,12 @@ def test_indexing_asks_for_large_parts(tars, tmp_path, nginx):
         assert len(proxy.gets()) == len(list(tars.glob("*.tar"))) + 1  # the first one also for the rule
 
 
+def test_indexing_at_a_url_forks_no_process(tars, tmp_path, nginx, monkeypatch):
+    url = f"http://127.0.0.1:{nginx(tars)}"
+    monkeypatch.delattr("os.fork")
+    assert main(["index", url, "--out", str(tmp_path / "index"), "--hash"]) == 0
+
+
 def test_indexing_says_what_is_wrong(tmp_path, nginx, capsys):
     (tmp_path / "empty").mkdir()
     url = f"http://127.0.0.1:{nginx(tmp_path / 'empty')}"

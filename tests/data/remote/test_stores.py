@@ -1,5 +1,6 @@
 """Files by URL: what servers answer, and what they do not."""
 
+import gc
 import http.server
 import os
 import re
@@ -168,6 +169,21 @@ def test_another_process_has_its_own_connections(files, nginx):
     if child == 0:
         os._exit(0 if store.read("a.tar", 0, 100) == expected else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_another_process_closes_no_connection_of_its_parent(files, nginx):
+    """It has a copy of the parent's, and both share the epoll that watches their sockets."""
+    store = Store(f"http://127.0.0.1:{nginx(files)}", timeout=60)
+    facts = store.facts("a.tar")
+    child = os.fork()
+    if child == 0:
+        other = store.facts("a.tar")
+        gc.collect()
+        os._exit(0 if other == facts else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    begun = time.monotonic()
+    assert store.facts("a.tar") == facts
+    assert time.monotonic() - begun < 8  # a try that gets no answer takes 16 s
 
 
 def test_a_library_that_is_missing_is_one_line(monkeypatch):
