@@ -48,14 +48,14 @@ def prepare_worker(parent: int, is_of_main_thread: bool, worker_id: int) -> None
     # Blocked here, so that only the watching thread receives it and can read its sender.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     if is_of_main_thread:  # the kernel goes by the thread
-        _be_killed_with_parent()
+        be_killed_with_parent()
     # The parent's id is an argument. If it were read here, a parent that was killed before this line would be mistaken
     # for the process that adopts orphans, and its connections would stay open in a worker that never ends.
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
 
-def _be_killed_with_parent() -> None:
-    """Let the kernel end this process with its parent, even while it is stopped (SIGSTOP) and cannot look."""
+def be_killed_with_parent() -> None:
+    """Let the kernel end this process with the thread that started it, even while it is stopped (SIGSTOP)."""
     with contextlib.suppress(OSError, AttributeError):  # no Linux
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from karat_scale.bench.gpu.process import late, run_process
+from karat_scale.bench.gpu.process import HungError, late, run_process
 from karat_scale.bench.gpu.report import Report
 from karat_scale.bench.gpu.sections import DEFAULT_FILE, SECTIONS, Section
 from karat_scale.doctor.gpus import driver_version, no_gpu
@@ -44,7 +45,20 @@ def bench_gpu(device: str, only: Sequence[str], minutes: float, json_file: str |
     chosen = [section for name, section in SECTIONS.items() if name in only]
     named = [] if len(chosen) == len(SECTIONS) else ["--only", *(section.name for section in chosen)]
     command = shlex.join(["karat", "bench", "gpu", "--device", device, "--minutes", f"{minutes:g}", *named])
-    report = _open_report(Path(json_file or DEFAULT_FILE), command)
+    path = Path(json_file or DEFAULT_FILE)
+    report = _open_report(path, command)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, and a section's process too
+    try:
+        _run_all(chosen, device, minutes, report)
+    except KeyboardInterrupt:
+        print(f"interrupted; {path} has what was found before")
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return report.finish()
+
+
+def _run_all(chosen: Sequence[Section], device: str, minutes: float, report: Report) -> None:
     ends = time.monotonic() + 60 * minutes
     overrun = min(LONGEST_OVERRUN, 6 * minutes)
     ranks = torch.cuda.device_count() if device == "cuda" else RANKS_ON_A_CPU
@@ -59,7 +73,6 @@ def bench_gpu(device: str, only: Sequence[str], minutes: float, json_file: str |
             _run(section, device, ranks, seconds, min(seconds + overrun, left), report)
         shares.pop(section.name)
         report.end()
-    return report.finish()
 
 
 def _lack(section: Section, ranks: int) -> str:
@@ -106,6 +119,8 @@ def _run_once(command: Sequence[str], limit: float, report: Report) -> int | Non
     except TimeoutError as error:
         if not heard:
             report.receive("left_out", late(report.running, str(error)))
+    except HungError as error:
+        trouble = str(error)
     if "again" in heard:
         return int(heard["again"])
     if why := heard.get("ended", trouble):

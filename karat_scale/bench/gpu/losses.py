@@ -25,6 +25,7 @@ from karat_scale.bench.step import silent_trainer
 from karat_scale.checkpoint.saved_state import read_state
 from karat_scale.checkpoint.store import checkpoint_name
 from karat_scale.data.batch import Batch
+from karat_scale.data.workers import be_killed_with_parent
 from karat_scale.engine import distributed
 from karat_scale.engine.deepspeed_config import config_directory
 from karat_scale.engine.distributed import World
@@ -169,7 +170,7 @@ def measure(task: Task) -> None:
 def _losses_on_the_cpu(task: Task, ranks: int) -> Losses:
     """Return the losses of fp32 with the reference implementation, from one rank in a process of its own."""
     recipe = recipe_of(Mode(), "cpu", ranks, TOY_MODEL if task.toy else MODEL, "reference", task.scratch / "reference")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), be_killed_with_parent) as process:
         return process.submit(_train_alone, recipe).result()
 
 

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import takewhile
 from typing import IO, Any
 
 
@@ -50,6 +52,10 @@ class Channel:
         """Ask to run the section again with at most this batch."""
         self._send("again", batch)
 
+    def moved(self) -> None:
+        """Say that this process still moves; it counts as hung when it was the last to say so, and that is long ago."""
+        self._send("moved", None)
+
     def ended(self, why: str) -> None:
         """Say why this process ends before its section does."""
         self._send("ended", why)
@@ -78,37 +84,68 @@ def _finite(content: Any) -> Any:
 # torchrun ends its ranks on SIGTERM, which are in sessions of their own.
 GRACE = 10.0
 LINES_OF_LOG = 12
+# Nothing that ends takes so long without moving (see `watch`). What overruns may take more.
+HUNG_SECONDS = 45.0
+_POLL_SECONDS = 0.2
+_STACK = "(most recent call first):"
 
 
-def run_process(command: Sequence[str], receive: Callable[[str, Any], None], seconds: float) -> str | None:
+class HungError(Exception):
+    """A process did not move any more."""
+
+
+class _Watch(threading.Thread):
+    """Ends a process that takes too long, or that said once that it moves, and for `hung` seconds not again."""
+
+    def __init__(self, process: subprocess.Popen[str], seconds: float, hung: float) -> None:
+        super().__init__(daemon=True)
+        self._process, self._seconds, self._hung = process, seconds, hung
+        self.moved: float | None = None
+        self.is_late = self.is_hung = False
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        """Wait for one of them."""
+        ends = time.monotonic() + self._seconds
+        while not (self.is_late or self.is_hung or self.over.wait(_POLL_SECONDS)):
+            now = time.monotonic()
+            self.is_hung = self.moved is not None and now - self.moved > self._hung
+            self.is_late = now > ends
+        if not self.over.is_set():
+            _end(self._process)
+
+
+def run_process(
+    command: Sequence[str], receive: Callable[[str, Any], None], seconds: float, hung: float = HUNG_SECONDS
+) -> str | None:
     """Run `command` for at most `seconds`; `receive` gets the kind and the content of each event as it comes.
 
     Returns why it ended badly, with the last lines of its standard error; None where it ended well.
 
     Raises:
         TimeoutError: it was ended, as the time was up.
+        HungError: it was ended, as for `hung` seconds it had not moved; with its stack.
     """
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
-        too_long = threading.Event()
-
-        def end() -> None:
-            too_long.set()
-            _end(process)
-
-        timer = threading.Timer(max(0.0, seconds), end)
-        timer.start()
+        watch = _Watch(process, seconds, hung)
+        watch.start()
         try:
             for line in process.stdout or ():
                 for kind, content in _events(line):
-                    receive(kind, content)
+                    if kind == "moved":
+                        watch.moved = time.monotonic()
+                    else:
+                        receive(kind, content)
             code = process.wait()
         finally:
-            timer.cancel()
+            watch.over.set()
             _end(process)
         if code == 0:
             return None
-        if too_long.is_set():
+        if watch.is_hung:
+            raise HungError(f"hung: it has not moved for {hung:.0f} s\n{_stack(log)}".strip())
+        if watch.is_late:
             raise TimeoutError(f"it was stopped after {seconds:.0f} s")
         return f"{_ending(code)}\n{_last_lines(log)}".strip()
 
@@ -136,6 +173,17 @@ def _ending(code: int) -> str:
 
 
 def _last_lines(log: IO[bytes]) -> str:
+    return "\n".join(_lines(log)[-LINES_OF_LOG:])
+
+
+def _stack(log: IO[bytes]) -> str:
+    """Return the last stack that faulthandler wrote, which is that of a main thread, with its last call at the end."""
+    lines = _lines(log)
+    begins = max((number for number, line in enumerate(lines) if line.endswith(_STACK)), default=len(lines))
+    calls = list(takewhile(lambda line: line.startswith("  File "), lines[begins + 1 :]))
+    return "\n".join(call.strip() for call in calls[:LINES_OF_LOG][::-1])
+
+
+def _lines(log: IO[bytes]) -> list[str]:
     log.seek(0)
-    lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-    return "\n".join(lines[-LINES_OF_LOG:])
+    return [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]

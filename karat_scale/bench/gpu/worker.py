@@ -14,6 +14,8 @@ import torch
 from karat_scale.bench.gpu.process import Channel, one_line
 from karat_scale.bench.gpu.sections import SECTIONS
 from karat_scale.bench.gpu.task import Budget, Task
+from karat_scale.bench.gpu.watch import watch
+from karat_scale.data.workers import be_killed_with_parent
 from karat_scale.doctor.gpus import driver_version
 from karat_scale.doctor.software import installed_version
 from karat_scale.machine import usable_cores
@@ -46,10 +48,12 @@ def machine_facts(device: str) -> dict[str, Any]:
 
 def main(section: str, settings: str) -> None:
     """Measure; on a failure, report it and exit with code 1."""
+    be_killed_with_parent()
     channel = Channel(os.dup(1))
     os.dup2(2, 1)  # libraries talk on standard output
     given = json.loads(settings)
     task = Task(given["device"], Budget(given["seconds"]), channel, Path(given["scratch"]), given["batch"])
+    watch(channel, task.device)
     try:
         if os.environ.get("RANK", "0") == "0":
             channel.machine(machine_facts(task.device))

@@ -2,18 +2,23 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from karat_scale.bench.gpu import command
+from karat_scale.bench.gpu.process import run_process
 from karat_scale.bench.gpu.sections import SECTIONS
 from karat_scale.doctor.gpus import driver_version, no_gpu
 from karat_scale.errors import UserError
 from tests.conftest import ROOT, karat, karat_command, karat_environment, karat_here
+from tests.data.backends.helpers import wait_until
 
 HEAVY = ("timm", "rich", "deepspeed", "torchvision", "pydantic", "yaml", "psutil", "webdataset")
 
@@ -143,6 +148,36 @@ def test_what_overruns_is_left_out_and_no_failure(tmp_path: Path, monkeypatch: p
     assert section["left_out"] == [
         {"what": "ViT-Small, graphs", "why": "it was stopped after 3 s; give more by --minutes", "late": True}
     ]
+
+
+def test_what_hangs_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hanging_worker.py").write_text(
+        'import time\nprint(\'{"begin": "ZeRO 3"}\\n{"moved": null}\', flush=True)\ntime.sleep(100)\n'
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(command, "WORKER", "hanging_worker")
+    monkeypatch.setattr(command, "run_process", partial(run_process, hung=0.5))
+    out = tmp_path / "gpu.json"
+    assert command.bench_gpu("cpu", ["kernels"], 1.0, str(out)) == 1
+    report = json.loads(out.read_text())
+    assert report["sections"]["kernels"]["failed"] == [{"what": "ZeRO 3", "why": "hung: it has not moved for 0 s"}]
+    assert report["right"] is False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_no_process_is_left_by_a_command_that_is_ended(number: signal.Signals, tmp_path: Path) -> None:
+    arguments = ["bench", "gpu", "--device", "cpu", "--only", "kernels", "--json", str(tmp_path / "gpu.json")]
+    with subprocess.Popen(
+        karat_command(arguments), stdout=subprocess.PIPE, text=True, env=karat_environment()
+    ) as bench:
+        assert bench.stdout is not None
+        assert bench.stdout.readline().startswith("CPU with")  # which its process told
+        (worker,) = psutil.Process(bench.pid).children()
+        bench.send_signal(number)
+        said = bench.stdout.read()
+    wait_until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+    assert bench.returncode == (1 if number == signal.SIGTERM else -number)
+    assert number == signal.SIGKILL or said.splitlines()[-1].startswith("interrupted; ")
 
 
 def test_every_failure_of_a_section_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
