@@ -7,7 +7,7 @@ import random
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,10 @@ import pytest
 import yaml
 
 from karat_scale.cli import build_parser
+from karat_scale.data.streams.shards import StreamShards
+from karat_scale.data.streams.tar import read_tar
+from karat_scale.errors import DataError, UserError
+from karat_scale.recipe import DataConfig
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.trust import VARIABLE
 from tests.conftest import SMALL, karat_here, made_once
@@ -29,7 +33,6 @@ PLAIN = ("data.backend=synthetic", "data.synthetic_samples=16", "data.workers=0"
 
 def demo(run: Path, here: Path) -> int:
     """What `karat demo` does before it waits for pictures."""
-    from karat_scale.errors import UserError
     from karat_scale.predict.classifier import open_classifier
 
     try:
@@ -135,11 +138,17 @@ def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def attack(trained: Path, shards: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Attack:
     made = Attack(tmp_path, trained, shards)
     (made.here / "images").symlink_to(image_folder)
-    monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.chdir(made.here)
     monkeypatch.syspath_prepend(str(made.outside))
-    monkeypatch.setenv("HOME", str(made.outside))
-    command = f"pipe:touch {made.outside}/pwned"
+    set_variables(monkeypatch, made.outside)
+    return made
+
+
+def set_variables(monkeypatch: pytest.MonkeyPatch, outside: Path) -> None:
+    """Set what the hostile values name."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv("HOME", str(outside))
+    command = f"pipe:touch {outside}/pwned"
     for variable, value in {
         "PIPE": "pipe",
         "ALL": command,
@@ -148,7 +157,6 @@ def attack(trained: Path, shards: Path, image_folder: Path, tmp_path: Path, monk
         "SECRET": "s3cret",
     }.items():
         monkeypatch.setenv(f"WDS_{variable}", value)
-    return made
 
 
 def with_recipe(attack: Attack, values: dict[str, str]) -> Callable[[Path], object]:
@@ -201,9 +209,38 @@ def test_a_few_recipes_start_import_and_open_nothing(name: str, attack: Attack, 
     assert not {str(values): problem for values in chosen if (problem := tried(attack, name, values))}
 
 
-def test_no_spelling_of_a_stream_starts_a_command(attack: Attack) -> None:
-    values = [value for value in hostile_values(attack.outside) if "secret" not in value and "/run" not in value]
+def spellings(outside: Path) -> list[str]:
+    """Of commands."""
+    values = [value for value in hostile_values(outside) if "secret" not in value and "/run" not in value]
     assert len(values) > 30
+    return values
+
+
+def read_stream(value: str, found_in: str) -> None:
+    """Open all that a stream spells, as data workers do."""
+    data = DataConfig.model_validate({"path": ".", "order": "stream", "stream": value, "stream_samples": 1})
+    shards = StreamShards(data.of(found_in), seed=0)
+    for url, name in zip(shards.urls, shards.names, strict=True):
+        with suppress(DataError):  # it is no tar
+            list(read_tar(url, name))
+
+
+def test_no_spelling_of_a_stream_starts_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_variables(monkeypatch, tmp_path)
+    values = spellings(tmp_path)
+    with watched(tmp_path) as effects:
+        for value in values:
+            with suppress(UserError, ValueError):  # refused
+                read_stream(value, "theirs/recipe.yaml")
+    assert not effects.opened | effects.written  # curl may be started, with the URL as an argument
+    with watched(tmp_path) as effects:  # without this, a detector that sees nothing would find nothing
+        read_stream(values[0], "")
+    assert effects.opened | effects.written
+
+
+@pytest.mark.slow
+def test_no_spelling_of_a_stream_in_a_run_starts_a_command(attack: Attack) -> None:
+    values = spellings(attack.outside)
     problems = {value: tried(attack, "replay", {"data.stream": value}) for value in values}
     assert not {value: problem for value, problem in problems.items() if problem}
 
