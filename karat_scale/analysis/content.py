@@ -46,7 +46,7 @@ def analyze_content(run: TrainedRun, settings: Settings) -> Result:
     columns = ["block", "S depends on the query", "S depends on the image", "scores beyond pi", "Frobenius norm of S"]
     rows = [[block, *own] for block, own in enumerate(figures.tolist())]
     result.tables.append(Table("What S depends on", columns, rows))
-    note_bad_images(result, run, images.bad)
+    note_bad_images(result, images.bad)
     return result
 
 

@@ -55,7 +55,7 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
     add_score_functions(result, heads, histogram)
     _add_curves(result, learned, histogram)
     _add_gates(result, model)
-    note_bad_images(result, run, images.bad)
+    note_bad_images(result, images.bad)
     _add_energy(result, learned)
     if attention.form == "content":
         result.notes.append("distance from softmax: not for attention.form = content, whose S is not H W^T")

@@ -40,7 +40,7 @@ def analyze_landscape(run: TrainedRun, settings: Settings, out: Path) -> Result:
         last = run.load_newest(model)
         images = run.images(settings.samples)
         held_out = images.in_memory(max(settings.batch, 32), run.device)
-        note_bad_images(result, run, images.bad)
+        note_bad_images(result, images.bad)
         plane = _plane(run, result, settings)
     _say_cost(model, held_out, 1 if plane is None else 2, settings)
     identity = f"{last} {images.ids} {run.data_identity}"

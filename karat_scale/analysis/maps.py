@@ -155,7 +155,7 @@ def analyze_maps(run: TrainedRun, settings: Settings) -> Result:
     }
     columns = ["image", "class", "dominant head", "weights below zero, %", "sum over patches, mean of heads"]
     result.tables.append(Table(f"Class token of block {maps.block}", columns, rows))
-    note_bad_images(result, run, images.bad)
+    note_bad_images(result, images.bad)
     return result
 
 

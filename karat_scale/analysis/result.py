@@ -7,7 +7,6 @@ from typing import Any
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
-from karat_scale.analysis.trained_run import TrainedRun
 from karat_scale.console import duration
 from karat_scale.engine.distributed import ALONE, World
 from karat_scale.errors import UserError
@@ -97,7 +96,7 @@ def say_cost(settings: Settings, what: str, count: int, seconds: float, shorter:
         settings.tell(f"{what} takes at most about {duration(count * seconds)} ({each}); {shorter}")
 
 
-def note_bad_images(result: Result, run: TrainedRun, bad: int) -> None:
+def note_bad_images(result: Result, bad: int) -> None:
     """Note how many of the chosen images are missing in the figures."""
     if bad:
-        result.notes.append(f"{run.label}: {bad} of the chosen images cannot be read and are left out")
+        result.notes.append(f"{bad} of the chosen images cannot be read and are left out")

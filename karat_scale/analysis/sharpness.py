@@ -31,7 +31,7 @@ def analyze_sharpness(run: TrainedRun, settings: Settings) -> Result:
     model = run.model(implementation="reference")
     chosen = run.images(settings.hessian_samples)
     images = chosen.in_memory(_images_of_a_graph(run), run.device)
-    note_bad_images(result, run, chosen.bad)
+    note_bad_images(result, chosen.bad)
     most, products = PRODUCTS * settings.eigenvalues + PROBES, 0
 
     def losses() -> Iterator[Tensor]:

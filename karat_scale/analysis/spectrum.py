@@ -136,7 +136,7 @@ def analyze_spectrum(run: TrainedRun, settings: Settings) -> Result:
     ]
     columns = ["block", *(f"{name.split('_')[0]} rank, {of}" for name in names for of in ("A", what))]
     result.tables.append(Table("Ranks of the attention matrices", columns, rows))
-    note_bad_images(result, run, images.bad)
+    note_bad_images(result, images.bad)
     return result
 
 

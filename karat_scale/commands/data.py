@@ -40,7 +40,7 @@ def add_commands(commands: Any) -> None:
     show.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
     show.add_argument("--step", type=count, default=1, help="the training step (default: %(default)s)")
     show.add_argument("--images", type=count, default=32, help="at most this many (default: %(default)s)")
-    show.add_argument("--out", metavar="FILE", help="a PNG (default: NAME-step-N.png)")
+    show.add_argument("--out", metavar="FILE", help="a PNG (default: RUN.DIR-step-N.png)")
     show.set_defaults(run=_show)
 
     data = commands.add_parser("data", help="look at a data set: counts, sizes, odd files, and a page of samples")

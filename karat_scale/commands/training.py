@@ -69,7 +69,7 @@ def add_commands(commands: Any) -> None:
     replay.add_argument("run_dir", metavar="RUN", type=run_directory, help="the run's directory")
     replay.add_argument("step", metavar="STEP", type=count, help="as the run logs it, counted from 1")
     replay.add_argument("--images", type=count, default=16, help="with the largest losses (default: %(default)s)")
-    replay.add_argument("--out", metavar="FILE", help="a PNG (default: NAME-replay-STEP.png)")
+    replay.add_argument("--out", metavar="FILE", help="a PNG (default: RUN-replay-STEP.png)")
     replay.add_argument("--json", type=new_file, metavar="FILE", help="also write what was found to this file")
     replay.set_defaults(run=_replay)
     add_trust(replay)

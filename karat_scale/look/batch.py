@@ -68,14 +68,17 @@ def show_batch(source: str, overrides: Sequence[str], step: int, count: int, out
     Args:
         step: counted from 1; what `karat train` logs as this step.
         count: at most this many images.
+        out: the PNG; beside the run's directory if None.
 
     Raises:
         UserError: the recipe, its data or the step is not right, or the file cannot be written.
     """
     recipe = load_recipe(source, overrides)
     shown = read_batch(recipe, step, count)
-    path = Path(out or f"{recipe.run.name}-step-{step}.png")
+    path = Path(out or f"{Path(recipe.run.dir).expanduser()}-step-{step}.png")
     try:
+        if not out:
+            path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, draw(shown))
     except OSError as error:
         raise UserError(f"--out {path} cannot be written: {error.strerror}") from error

@@ -76,7 +76,7 @@ def replay(run: str, step: int, count: int, out: str | None, json_file: str | No
     if world.is_main:
         ranks = f"{len(taken.ranks)} x {taken.accumulation} micro batches"
         figures = _report(f"{directory.path}, step {step:,}, from {begin or 'the start'}, {ranks}", taken)
-        _show(taken.ranks, count, Path(out or f"{recipe.run.name}-replay-{step}.png"))
+        _show(taken.ranks, count, Path(out or f"{directory.path}-replay-{step}.png"))
         if json_file:
             write_json(json_file, {"run": run, "step": step, "checkpoint": begin or None, **figures})
     return 0

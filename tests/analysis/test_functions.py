@@ -45,5 +45,5 @@ def test_images_that_cannot_be_read_are_counted(karat_run: TrainedRun, tmp_path:
     )
     run = dataclasses.replace(karat_run, recipe=karat_run.recipe.model_copy(update={"data": data}))
     result = analyze_functions(run, Settings(images=8, batch=3))
-    assert result.notes == ["karat: 1 of the chosen images cannot be read and are left out"]
+    assert result.notes == ["1 of the chosen images cannot be read and are left out"]
     assert result.arrays["score_counts"].sum() == 2 * 2 * 7 * 17 * 17

@@ -82,6 +82,18 @@ def test_show_writes_a_picture_and_lists_the_samples(recipe_file: Path, tmp_path
     assert "in train-" in listed
 
 
+def test_the_picture_is_beside_the_run_and_not_in_the_working_directory(
+    recipe_file: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run = tmp_path / "runs" / "first"
+    assert main(["show", str(recipe_file), *SMALL, f"run.dir={run}", "--images", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{run}-step-1.png"
+    assert [path.name for path in run.parent.iterdir()] == ["first-step-1.png"]
+    assert not list(Path.cwd().iterdir())
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
