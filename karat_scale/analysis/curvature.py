@@ -1,16 +1,13 @@
 """Sharpness: the top eigenvalues of the loss's Hessian, and its trace, from Hessian-vector products."""
 
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from karat_scale.analysis.eigenvalues import ROWS, Eigenvalue, Vector, largest_eigenvalues
-from karat_scale.errors import RunDirectoryError
+from karat_scale.analysis.eigenvalues import Eigenvalue, Vector, largest_eigenvalues
 
 Vectors = list[Tensor]
 
@@ -47,11 +44,7 @@ class Hessian:
         return total
 
     def top_eigenvalues(self, count: int, products: int, seed: int) -> list[Eigenvalue]:
-        """Return the `count` eigenvalues largest in size, with sign, largest first, from at most `products` products.
-
-        Raises:
-            RunDirectoryError: the disk has no space for the vectors that `largest_eigenvalues` keeps.
-        """
+        """Return the `count` eigenvalues largest in size, with sign, largest first. See `largest_eigenvalues`."""
         sizes = [p.numel() for p in self._parameters]
 
         def times(vector: Vector) -> Vector:
@@ -59,14 +52,7 @@ class Hessian:
             product = self.times([part.view_as(p).to(p) for part, p in parts])
             return torch.cat([part.flatten().float().cpu() for part in product]).numpy()
 
-        try:
-            with tempfile.TemporaryDirectory(prefix="karat-analysis-") as directory:
-                return largest_eigenvalues(times, sum(sizes), count, products, seed, Path(directory) / "basis")
-        except OSError as error:
-            raise RunDirectoryError(
-                f"{tempfile.gettempdir()}: {error.strerror}: the Hessian's eigenvalues need "
-                f"{4e-9 * ROWS * count * sum(sizes):.1f} GB there; set TMPDIR to a directory with that much space"
-            ) from None
+        return largest_eigenvalues(times, sum(sizes), count, products, seed)
 
     def trace(self, probes: int, seed: int) -> tuple[float, float]:
         """Return Hutchinson's estimate of the trace with Rademacher probes, and its standard error."""

@@ -8,10 +8,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from karat_scale.analysis.curvature import Hessian
-from karat_scale.analysis.eigenvalues import Eigenvalue
 from karat_scale.analysis.result import Result, Settings, Table, note_bad_images, say_cost
 from karat_scale.analysis.trained_run import TrainedRun
-from karat_scale.errors import RunDirectoryError
 from karat_scale.models.factory import layer_sizes
 
 PRODUCTS = 40
@@ -25,7 +23,7 @@ def analyze_sharpness(run: TrainedRun, settings: Settings) -> Result:
     """Compute the eigenvalues that are largest in size and the trace, for the chosen checkpoint and weights.
 
     Raises:
-        UserError: the run has no checkpoint, or its data cannot be read. A disk without room is a note.
+        UserError: the run has no checkpoint, or its data cannot be read.
     """
     result = Result()
     model = run.model(implementation="reference")
@@ -45,11 +43,7 @@ def analyze_sharpness(run: TrainedRun, settings: Settings) -> Result:
     started = time.perf_counter()
     hessian.times([torch.zeros_like(parameter) for parameter in model.parameters() if parameter.requires_grad])
     say_cost(settings, "sharpness", most, time.perf_counter() - started, "--hessian-samples makes it shorter")
-    values: list[Eigenvalue] = []
-    try:
-        values = hessian.top_eigenvalues(settings.eigenvalues, PRODUCTS * settings.eigenvalues, settings.seed)
-    except RunDirectoryError as refused:
-        result.notes.append(str(refused))
+    values = hessian.top_eigenvalues(settings.eigenvalues, PRODUCTS * settings.eigenvalues, settings.seed)
     trace, error = hessian.trace(PROBES, settings.seed)
     result.numbers = {
         "checkpoint": run.chosen,

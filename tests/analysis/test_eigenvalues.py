@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -18,7 +16,7 @@ def turned(values: list[float]) -> np.ndarray:
     return (basis * values) @ basis.T
 
 
-def solve(matrix: np.ndarray, file: Path, count: int = 3, products: int = 120, seed: int = 0) -> list[Eigenvalue]:
+def solve(matrix: np.ndarray, count: int = 3, products: int = 120, seed: int = 0) -> list[Eigenvalue]:
     left = [products]
 
     def times(vector: Vector) -> Vector:
@@ -26,23 +24,23 @@ def solve(matrix: np.ndarray, file: Path, count: int = 3, products: int = 120, s
         assert left[0] >= 0
         return (matrix @ vector).astype(np.float32)
 
-    return largest_eigenvalues(times, len(matrix), count, products, seed, file)
+    return largest_eigenvalues(times, len(matrix), count, products, seed)
 
 
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("values", [MIXED, CLUSTERED, TWICE, OPPOSITE_AT_THE_END, LONG_TAIL])
-def test_of_both_signs_and_close_together(values: list[float], count: int, tmp_path: Path) -> None:
+def test_of_both_signs_and_close_together(values: list[float], count: int) -> None:
     matrix, largest = turned(values), sorted(values, key=lambda value: -abs(value))[:count]
     for seed in range(5):
-        found = solve(matrix, tmp_path / "basis", count, 40 * count, seed)
+        found = solve(matrix, count, 40 * count, seed)
         assert [one.value for one in found] == pytest.approx(largest, rel=TOLERANCE), seed
         assert all(one.converged for one in found)
 
 
-def test_out_of_products_is_not_settled(tmp_path: Path) -> None:
+def test_out_of_products_is_not_settled() -> None:
     matrix, settled = turned(LONG_TAIL), []
     for products in range(3, 120, 8):
-        found = solve(matrix, tmp_path / "basis", products=products)
+        found = solve(matrix, products=products)
         settled.append([one.converged for one in found])
         for one, value in zip(found, (-20, 20 * 2**-0.2, 20 * 3**-0.2), strict=True):
             assert not one.converged or one.value == pytest.approx(value, rel=TOLERANCE), products
@@ -50,13 +48,13 @@ def test_out_of_products_is_not_settled(tmp_path: Path) -> None:
     assert settled[-1] == [True] * 3
 
 
-def test_of_few_values_or_none(tmp_path: Path) -> None:
-    assert solve(np.zeros((4, 4)), tmp_path / "basis") == [Eigenvalue(0, True)] * 3
-    assert [one.value for one in solve(np.diag([2.0, -3.0]), tmp_path / "basis")] == pytest.approx([-3, 2])
-    found = solve(np.diag([5.0, 0, 0, 0]), tmp_path / "basis")
+def test_of_few_values_or_none() -> None:
+    assert solve(np.zeros((4, 4))) == [Eigenvalue(0, True)] * 3
+    assert [one.value for one in solve(np.diag([2.0, -3.0]))] == pytest.approx([-3, 2])
+    found = solve(np.diag([5.0, 0, 0, 0]))
     assert [one.value for one in found] == pytest.approx([5, 0, 0], abs=1e-5)
 
 
-def test_what_is_not_a_number_is_not_settled(tmp_path: Path) -> None:
-    found = solve(np.full((4, 4), np.nan), tmp_path / "basis")
+def test_what_is_not_a_number_is_not_settled() -> None:
+    found = solve(np.full((4, 4), np.nan))
     assert [(np.isnan(one.value), one.converged) for one in found] == [(True, False)] * 3
