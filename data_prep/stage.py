@@ -7,6 +7,7 @@ is not a data set. A run that was stopped resumes: existing files with the right
 one after another with --split: complete ones stay in dataset.json.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ from karat_scale.data.formats.shard_format import (
 )
 from karat_scale.data.formats.shards import check_file
 from karat_scale.errors import DataError, run_script
-from karat_scale.files import FingerprintedFile, commit_file
+from karat_scale.files import FingerprintedFile, commit_file, open_regular
 from karat_scale.stores import Store
 from karat_scale.temporaries import temporary_file
 
@@ -59,7 +60,7 @@ def copy_checked(src: Path | str, out: Path, record: FileRecord, advance: Callab
                 for piece in Store(src).pieces(record.name, record.bytes, etag):
                     copy.write(piece)
             else:
-                with (src / record.name).open("rb") as source:
+                with os.fdopen(open_regular(src / record.name), "rb") as source:
                     shutil.copyfileobj(source, copy, BLOCK)
         found = copy.fingerprint()
         if found.bytes != record.bytes or record.sha256 not in ("", found.sha256):

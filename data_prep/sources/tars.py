@@ -11,6 +11,7 @@ import numpy as np
 
 from karat_scale.data.formats.shard_writer import TAR_BLOCK
 from karat_scale.errors import DataError
+from karat_scale.files import open_regular
 from sources.base import ListedSource, cannot_read
 from sources.imagefolder import NO_IMAGE_NAME, is_image_name
 
@@ -34,7 +35,7 @@ def scan_tar(path: Path, within: Member | None = None, folders: list[str] | None
     files: dict[str, Member] = {}
     what = f"{path}: {within.name}" if within else f"{path}"
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             end = within.offset + within.size if within else path.stat().st_size
             file.seek(within.offset if within else 0)
             # Offsets count from the start of the outer file, since tarfile reads that.

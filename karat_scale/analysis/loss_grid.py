@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from karat_scale.analysis.trajectory import flatten, trainable
 from karat_scale.attention import KaratOperator
 from karat_scale.attention.form_parameters import SECOND
 from karat_scale.engine.distributed import ALONE, World
-from karat_scale.files import replace_file
+from karat_scale.files import open_regular, replace_file
 
 Array = npt.NDArray[np.float64]
 Directions = npt.NDArray[np.float32]
@@ -146,7 +147,7 @@ def _files(partial: Path) -> list[Path]:
 def _read(partial: Path, known: _Known) -> _Known:
     """Load what the ranks of an earlier command saved."""
     for path in _files(partial):
-        with np.load(path) as content:
+        with os.fdopen(open_regular(path), "rb") as file, np.load(file) as content:
             if str(content["key"]) == known.key:
                 known.losses[content["done"]] = content["losses"][content["done"]]
                 known.done |= content["done"]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from karat_scale.files import open_regular
+
 PAGE = 4096
 CHUNK = 4 << 20
 SEQUENTIAL_BYTES = 128 << 20
@@ -43,7 +45,7 @@ def measure_storage(paths: Sequence[Path], block: int, readers: int, seconds: fl
     The pages are dropped from the cache first, as in the first epoch. Each rank reads other places. Raises OSError.
     """
     with contextlib.ExitStack() as stack:
-        descriptors = [stack.enter_context(path.open("rb", buffering=0)).fileno() for path in paths]
+        descriptors = [stack.enter_context(os.fdopen(open_regular(path), "rb", 0)).fileno() for path in paths]
         spans = _random_spans(descriptors, block, rank)
         cached_share = _cached_share(spans)
         _give_up(spans)

@@ -11,7 +11,7 @@ from karat_scale.console import plural
 from karat_scale.errors import DataError
 from karat_scale.evaluation.class_names import imagenet_wnids, match_classes
 from karat_scale.evaluation.predictions import Predictions
-from karat_scale.files import parse_json
+from karat_scale.files import LARGEST_TEXT, parse_json, read_bytes
 
 _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
 Accepted = frozenset[int]
@@ -31,7 +31,7 @@ class OtherLabels:
     def __init__(self, file: Path, classes: Sequence[str]) -> None:
         self._file, self._classes = file, classes
         try:
-            content = parse_json(file.read_bytes())
+            content = parse_json(read_bytes(file, LARGEST_TEXT))
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is no JSON"
             raise DataError(f"--labels {file}: {reason}; name a JSON file such as ReaL's real.json") from None

@@ -46,7 +46,7 @@ def find_recipe(source: str, folder: Path = RECIPES) -> Path:
 def recipe_of_run(run: Path) -> Path:
     """Return the recipe in a run's directory. Raises RunDirectoryError if it is not one."""
     path = run.expanduser() / "recipe.yaml"
-    if not path.is_file():
+    if not path.exists():
         raise RunDirectoryError(f"{run}: not a run directory (it has no recipe.yaml)")
     return path
 

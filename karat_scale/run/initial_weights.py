@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from karat_scale.checkpoint.tensor_storage import read_metadata
 from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.distributed import World
 from karat_scale.errors import RecipeError, UserError, one_line
+from karat_scale.files import open_regular
 from karat_scale.models import create_model
 from karat_scale.models.init_from import check_heads, differences, take_weights
 from karat_scale.recipe import AttentionConfig, ModelConfig, RunRecipe
@@ -114,9 +116,9 @@ def locate(source: str) -> tuple[Path, str]:
     """
     path = Path(source).expanduser()
     exported = path / "model.safetensors"
-    if exported.is_file() and (path / "config.json").is_file():  # as a hub has it, perhaps with a recipe
+    if exported.exists() and (path / "config.json").exists():  # as a hub has it, perhaps with a recipe
         return exported, ""
-    if (path / "recipe.yaml").is_file():
+    if (path / "recipe.yaml").exists():
         return path, "best"
     if path.parent.name == "checkpoints" and (path.is_dir() or path.name in ("best", "latest")):
         return path.parent.parent, path.name
@@ -160,7 +162,7 @@ def _check_kind(path: Path) -> None:
     """Raises RecipeError for a file that no weights are in, by its first bytes, and for a program."""
     if path.suffix == ".safetensors":
         return
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         start = file.read(2)
     if start != b"PK" and start[:1] != b"\x80":  # what torch.save writes, now and in old times
         raise RecipeError("not a file of weights; expected .safetensors, or .pth as torch.save writes it")

@@ -16,7 +16,7 @@ from typing import Any
 
 from karat_scale.console import ProgressBars, duration, plural, printable, terminal
 from karat_scale.errors import EXIT_STOPPED, UserError
-from karat_scale.files import parse_json
+from karat_scale.files import open_regular, parse_json
 from karat_scale.launcher import LAUNCHED
 from karat_scale.run.signals import STOP_SIGNALS
 from karat_scale.sweep.plan import PlannedRun, State, Sweep
@@ -178,7 +178,7 @@ class _Shown:
 def last_step(directory: Path) -> tuple[int, int] | None:
     """Return the last step that a run has logged and the number of its steps, from the end of its metrics.jsonl."""
     try:
-        with (directory / "metrics.jsonl").open("rb") as file:
+        with os.fdopen(open_regular(directory / "metrics.jsonl"), "rb") as file:
             file.seek(max(file.seek(0, 2) - _TAIL_BYTES, 0))
             lines = file.read().splitlines()
     except OSError:

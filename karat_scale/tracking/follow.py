@@ -361,12 +361,15 @@ def main(arguments: Sequence[str]) -> int:
     os.nice(5)
     ended = threading.Event()
     threading.Thread(target=_wait_for_trainer, args=(ended, seconds), daemon=True).start()
-    with alone(run, name, ended) as held:
-        if held:
-            code = follow(Follower(run, name, place, say), ended, say, how_to_send(run))
-        else:
-            say("warning: another process sends to it now")
-            code = 1
+    code = 1
+    try:
+        with alone(run, name, ended) as held:
+            if held:
+                code = follow(Follower(run, name, place, say), ended, say, how_to_send(run))
+            else:
+                say("warning: another process sends to it now")
+    except OSError as error:  # of the lock, or of a file of ours
+        say(f"warning: {error.filename or name}: {error.strerror or error}; {how_to_send(run)}")
     sys.stdout.flush()
     with suppress(OSError):
         os.write(messages, FAREWELL.encode())

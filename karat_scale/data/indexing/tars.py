@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from karat_scale.errors import DataError
+from karat_scale.files import open_regular
 from karat_scale.stores import Store
 
 # What is fetched at once. At 20 ms for a request and 100 MB/s, skipping an image of less than 2 MB would gain nothing.
@@ -40,7 +41,7 @@ def open_tar(place: Path | Store, name: str) -> Iterator[Tar]:
         return
     path = place / name
     try:
-        with path.open("rb", buffering=0) as file:
+        with os.fdopen(open_regular(path), "rb", buffering=0) as file:
             handle = file.fileno()
             yield Tar(str(path), os.fstat(handle).st_size, lambda at, size: os.pread(handle, size, at))
     except OSError as error:

@@ -60,5 +60,6 @@ def test_a_process_that_waits_for_ever_is_hung_and_its_stack_is_told() -> None:
     assert stack[-1].endswith("in lock_twice")
 
 
+@pytest.mark.slow
 def test_a_process_that_works_is_not_hung() -> None:
     assert run_process([sys.executable, "-c", WATCHED + "compute()"], lambda kind, content: None, 60, hung=5) is None

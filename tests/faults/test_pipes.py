@@ -1,0 +1,198 @@
+"""A named pipe in place of any file: whoever opens it waits for ever, so each command names it in one line instead."""
+
+import io
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from karat_scale.data.indexing.tars import open_tar
+from karat_scale.errors import DataError, UserError
+from karat_scale.evaluation.real_labels import OtherLabels
+from karat_scale.sweep.local import last_step
+from tests.conftest import karat_here, made_once
+from tests.faults.runs import tiny_recipe
+
+SECONDS = 30  # far more than any of these commands takes
+
+
+@contextmanager
+def no_longer_than(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in what waits at a pipe."""
+
+    def give_up(number: int, frame: object) -> None:
+        raise TimeoutError(f"it still waits after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def replaced(file: Path) -> None:
+    """Put a pipe in a file's place."""
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+
+
+def said_by(*arguments: str) -> tuple[int, list[str]]:
+    """The exit code of a command, and the lines that it wrote."""
+    said = io.StringIO()
+    with no_longer_than(SECONDS), redirect_stderr(said), redirect_stdout(said):
+        code = karat_here(*arguments)
+    return code, said.getvalue().splitlines()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
+    """A finished run, what was exported from it, and an image."""
+
+    def make(root: Path) -> None:
+        recipe = tiny_recipe(root, "0", "log.trackers=[tensorboard]", "checkpoint.keep_last=2")
+        run = root / "run"
+        assert karat_here("train", str(recipe), f"run.dir={run}") == 0
+        assert (
+            karat_here("export", str(run), "--format", "timm", "--weights", "raw", "--out", str(root / "folder")) == 0
+        )
+        assert karat_here("export", str(run), "--weights", "raw", "--out", str(root / "weights.safetensors")) == 0
+        shutil.copy(next(image_folder.rglob("*.jpg")), root / "image.jpg")
+
+    return made_once(tmp_path_factory, "pipes", make)
+
+
+def trains(root: Path, *overrides: str) -> list[str]:
+    return ["train", str(root / "tiny.yaml"), *overrides]
+
+
+Command = Callable[[Path], list[str]]
+COMMANDS: dict[str, Command] = {
+    "eval": lambda root: ["eval", str(root / "run")],
+    "eval latest": lambda root: ["eval", str(root / "run"), "--checkpoint", "latest"],
+    "export": lambda root: ["export", str(root / "run"), "--weights", "raw", "--out", str(root / "other.safetensors")],
+    "predict": lambda root: ["predict", str(root / "run"), str(root / "image.jpg")],
+    "predict by the folder": lambda root: ["predict", str(root / "folder"), str(root / "image.jpg")],
+    "predict by the file": lambda root: ["predict", str(root / "weights.safetensors"), str(root / "image.jpg")],
+    "status": lambda root: ["status", str(root / "run"), "--once"],
+    "compare": lambda root: ["compare", str(root / "run"), str(root / "run"), "--out", str(root / "compared")],
+    "track": lambda root: ["track", str(root / "run")],
+    "replay": lambda root: ["replay", str(root / "run"), "3", "--out", str(root / "x.png")],
+    "analyze": lambda root: ["analyze", str(root / "run"), "--only", "training", "weights"],
+    "resume": lambda root: trains(root, f"run.dir={root / 'run'}", "train.epochs=3", "resume.allow=[train.epochs]"),
+    "init_from": lambda root: trains(root, f"run.dir={root / 'new'}", f"init_from={root / 'run'}"),
+    "init_from a file": lambda root: trains(
+        root, f"run.dir={root / 'new'}", f"init_from={root / 'weights.safetensors'}"
+    ),
+}
+
+
+# What a command reads, if not the run.
+READS = {
+    "predict by the folder": ("folder",),
+    "predict by the file": ("weights.safetensors",),
+    "init_from a file": ("weights.safetensors", "tiny.yaml"),
+    "resume": ("run", "tiny.yaml"),
+}
+
+
+def files_of(name: str, root: Path) -> list[Path]:
+    """All files that a command may read."""
+    places = [root / place for place in READS.get(name, ("run",))]
+    found = [path for place in places for path in ([place] if place.is_file() else sorted(place.rglob("*")))]
+    return [path.relative_to(root) for path in found if path.is_file()]
+
+
+def with_pipe(made: Path, root: Path, file: Path, name: str) -> tuple[int, list[str]]:
+    """What a command says of a copy in which a pipe is in the place of this file."""
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.copytree(made, root)
+    replaced(root / file)
+    return said_by(*COMMANDS[name](root))
+
+
+# What each command cannot do without.
+NEEDED = {
+    "predict": ("run/recipe.yaml", "run/classes.json"),
+    "predict by the folder": ("folder/model.safetensors",),
+    "predict by the file": ("weights.safetensors",),
+    "resume": ("tiny.yaml",),
+    "init_from a file": ("weights.safetensors",),
+    "compare": ("run/recipe.yaml",),
+}
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_pipe_in_place_of_a_file_is_named(name: str, made: Path, tmp_path: Path) -> None:
+    for file in NEEDED[name]:
+        code, lines = with_pipe(made, tmp_path / "work", Path(file), name)
+        assert code == 2, (file, lines)
+        assert any(Path(file).name in line for line in lines), lines
+
+
+def test_a_checkpoint_with_a_pipe_is_damaged(made: Path, tmp_path: Path) -> None:
+    """It is named, and the command takes another one or ends."""
+    checkpoint = made / "run" / "checkpoints" / (made / "run" / "checkpoints" / "best").read_text().strip()
+    for file in sorted(checkpoint.iterdir()):
+        code, lines = with_pipe(made, tmp_path / "work", file.relative_to(made), "predict")
+        assert code in (0, 2), (file, lines)
+        assert any(f"{checkpoint.name} is damaged: {file.name} " in line for line in lines), lines
+
+
+def test_a_tracker_names_a_pipe_in_place_of_its_lock(made: Path, tmp_path: Path) -> None:
+    code, lines = with_pipe(made, tmp_path / "work", Path("run/trackers/tensorboard.lock"), "track")
+    assert code == 1
+    assert "tensorboard.lock: not a regular file" in lines[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_command_waits_at_a_pipe_in_place_of_any_file(name: str, made: Path, tmp_path: Path) -> None:
+    problems = {}
+    for file in files_of(name, made):
+        try:
+            code, lines = with_pipe(made, tmp_path / "work", file, name)
+        except TimeoutError as error:
+            problems[str(file)] = str(error)
+            continue
+        is_said = any("not a regular file" in line or file.name in line for line in lines)
+        if code != 0 and not (is_said and code in (1, 2)):  # 1: a tracker that does not get everything
+            problems[str(file)] = f"exit code {code}: {lines[-1:]}"
+    assert not problems
+
+
+@pytest.mark.parametrize("file", ["dataset.json", "train-000000.tar", "train-000000.index.npz"])
+def test_a_pipe_in_a_data_set_is_named(file: str, shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "data")
+    replaced(tmp_path / "data" / file)
+    code, lines = said_by("data", str(tmp_path / "data"), "--out", str(tmp_path / "page.html"))
+    assert code == 2
+    assert file in lines[-1]
+
+
+def test_a_pipe_in_place_of_a_tar_that_others_made_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    said = pytest.raises(DataError, match=r"a\.tar cannot be read: not a regular file")
+    with no_longer_than(SECONDS), said, open_tar(tmp_path, "a.tar"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["labels", "log"])
+def test_a_pipe_that_the_user_names_is_named(name: str, tmp_path: Path) -> None:
+    path = tmp_path / ("metrics.jsonl" if name == "log" else f"{name}.json")
+    os.mkfifo(path)
+    read: Callable[[], object] = {
+        "labels": lambda: OtherLabels(path, ("cat",)),
+        "log": lambda: last_step(tmp_path),
+    }[name]
+    with no_longer_than(SECONDS):
+        if name == "log":
+            assert read() is None  # of a run of a sweep that has logged nothing yet
+        else:
+            with pytest.raises(UserError, match=path.name):
+                read()
