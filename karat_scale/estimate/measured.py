@@ -72,6 +72,8 @@ def find_measured(recipe: Recipe, gpu: Gpu | None) -> Measured | str | None:
         return f"{refused}it ran on {device}"
     try:
         old = directory.recipe()
+        if old.deepspeed.config == recipe.deepspeed.config:  # the user names the file too, so it may be read
+            old = old.changed(deepspeed=recipe.deepspeed)
         if differing := _differing(old, recipe):
             return f"{refused}it ran with {differing}"
         config = load_ds_config(old, int(world), micro_batch_of(old, int(world)))
