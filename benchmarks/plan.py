@@ -17,6 +17,8 @@ from karat_scale.recipe.loading import validate_recipe
 STEPS = 2
 # Bytes that anything fits in.
 PLENTY = 10**12
+# More parameters than two buckets have, and few images.
+FULL_BUCKETS = {"model.embed_dim": 512, "model.num_heads": 8, "train.global_batch": 4}
 # A micro batch that is small beside an evaluation's.
 EVALUATES = {"train.global_batch": 4, "train.eval_batch": 64}
 
@@ -56,6 +58,7 @@ CASES = (
         2, "zero2", {"attention.implementation": "streaming", "train.precision": "bf16_weights", "train.micro_batch": 4}
     ),
     Case(2, "zero3", {"attention.implementation": "cpu", "train.micro_batch": 4}),
+    *(Case(2, f"zero{stage}", {"attention.kind": "softmax", **FULL_BUCKETS}) for stage in (1, 2, 3)),
     Case(1, "zero0", {"attention.kind": "softmax", **EVALUATES}, evaluates=True),
     Case(1, "zero0", {"attention.implementation": "reference", "train.precision": "bf16", **EVALUATES}, evaluates=True),
     Case(1, "zero1", {"attention.kind": "softmax", "train.precision": "bf16_weights", **EVALUATES}, evaluates=True),

@@ -54,6 +54,8 @@ def reduce_in_few_operations(engine: Any) -> None:
     if not getattr(optimizer, "contiguous_gradients", True):
         if not is_stage_3:
             optimizer.allreduce_and_copy = functools.partial(_average_bucket, optimizer)
+            if optimizer.overlap_comm and optimizer.reduction_stream is not None:
+                _wait_for_hooks_on_other_streams(optimizer)
         elif not engine.zero_offload_optimizer():
             optimizer.partition_grads = functools.partial(_keep_own_parts, optimizer)
     elif not is_stage_3 and getattr(optimizer, "reduction_stream", None) is not None and optimizer.overlap_comm:
@@ -66,6 +68,23 @@ def reduce_in_few_operations(engine: Any) -> None:
         optimizer.average_tensor = average_and_keep
 
 
+def _wait_for_hooks_on_other_streams(optimizer: Any) -> None:
+    """torch.compile may let hooks of gradients run on other streams than the passes (DeepSpeed's issue 8061).
+
+    DeepSpeed waits for the whole device here, and in `device_waits_for_itself` only two streams wait for each other.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator, put_into_bucket = get_accelerator(), optimizer.reduce_independent_p_g_buckets_and_remove_grads
+
+    def wait_and_put(param: Any, group: int) -> None:
+        if accelerator.current_stream() != accelerator.default_stream():
+            optimizer.reduction_stream.wait_stream(accelerator.current_stream())
+        put_into_bucket(param, group)
+
+    optimizer.reduce_independent_p_g_buckets_and_remove_grads = wait_and_put
+
+
 def _average_bucket(optimizer: Any, bucket: list[torch.Tensor], dtype: torch.dtype, **how: Any) -> None:
     """Stages 1 and 2: average gradients over ranks in place."""
     from deepspeed.accelerator import get_accelerator
@@ -75,13 +94,10 @@ def _average_bucket(optimizer: Any, bucket: list[torch.Tensor], dtype: torch.dty
     if optimizer.overlap_comm:
         stream = optimizer.reduction_stream
         accelerator.synchronize()  # in `device_waits_for_itself`: the streams wait for each other
-        optimizer._clear_previous_reduced_grads()
+        optimizer._clear_previous_reduced_grads()  # the last bucket's are not in use any more
     with accelerator.stream(stream):
         averages = optimizer.allreduce_bucket(bucket, dtype, divide=how["divide"], process_group=how["process_group"])
         torch._foreach_copy_(bucket, optimizer.unflatten(averages, bucket))
-        if optimizer.overlap_comm and not accelerator.is_synchronized_device():
-            for gradient in bucket:
-                gradient.record_stream(stream)
 
 
 def _keep_own_parts(optimizer: Any, params: list[Any], parts: list[torch.Tensor]) -> None:
@@ -173,10 +189,10 @@ def device_waits_for_itself(engine: Any) -> Iterator[None]:
     streams = [stream for name in names if (stream := getattr(optimizer, name, None)) is not None]
 
     def order(*_: Any) -> None:
-        current = accelerator.current_stream()
-        for stream in streams:
-            stream.wait_stream(current)
-            current.wait_stream(stream)
+        for own in {accelerator.current_stream(), accelerator.default_stream()}:
+            for stream in streams:
+                stream.wait_stream(own)
+                own.wait_stream(stream)
 
     for place in (accelerator, *streams):
         place.synchronize = order

@@ -1,8 +1,9 @@
 """`karat plan`: will it fit, on which stage, how long will it take, and what is wrong with it."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from karat_scale.console import work_display, write_json
 from karat_scale.engine.deepspeed_config import load_ds_config
@@ -91,7 +92,7 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
     if isinstance(found, Measured):
         time: ComputeTime | None = found.compute_time(subject.sizes.total, Node(request.gpus_per_node, node.links))
     else:
-        time = _compute_time(request, gpu, subject, choice)
+        time = _compute_time(request, gpu, subject, choice, config)
     points = []
     if request.with_curve and time is not None:
         points = curve(recipe, subject.sizes.total, config, choice.micro_batch, time, node)
@@ -145,10 +146,11 @@ def _machine(recipe: Recipe, request: Request, gpu: Gpu | None) -> Machine:
     return Machine(request.gpus, memory, on_gpu)
 
 
-def _compute_time(request: Request, gpu: Gpu | None, subject: Subject, choice: Choice) -> ComputeTime | None:
+def _compute_time(
+    request: Request, gpu: Gpu | None, subject: Subject, choice: Choice, config: Mapping[str, Any]
+) -> ComputeTime | None:
     if request.step_time is not None:
         return ComputeTime(request.step_time / choice.micro_batch, f"from --step-time, of {choice.micro_batch} images")
     if gpu is None:
         return None
-    footprint = subject.footprint()
-    return estimate(subject.recipe, gpu, footprint, choice.stage, len(subject.sizes.each), subject.teacher.flops)
+    return estimate(subject.recipe, gpu, subject.footprint(), config, subject.sizes.each, subject.teacher.flops)

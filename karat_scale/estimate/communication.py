@@ -64,14 +64,15 @@ class Traffic:
     """Bytes that go through collectives in a step, and in how many calls.
 
     all_reduced: gradients. gathered: weights, each rank its share. scattered: gradients, to each rank its share.
-    hidden: whether it runs beside the backward pass (DeepSpeed's `overlap_comm`), not after it.
+    hidden: the share that runs beside backward passes (DeepSpeed's `overlap_comm`). passes: the share of these.
     """
 
     all_reduced: float
     gathered: float
     scattered: float
     calls: int
-    hidden: bool
+    hidden: float = 0.0
+    passes: float = 1.0
 
     def sent(self, world: int) -> float:
         """Bytes that each of `world` ranks sends."""
@@ -84,21 +85,29 @@ def traffic(parameters: int, config: Mapping[str, Any], accumulation: int, preci
     Gradients and weights travel in the dtype of the weights: fp32, but for `bf16_weights` and `fp16`. Stages 0 and 1
     all-reduce gradients once a step. Stage 2 all-reduces
     each micro batch's (its `reduce_scatter` is an all-reduce of whole buckets), stage 3 scatters them and gathers the
-    weights once for each micro batch. Stages 1 and 2 gather the stepped weights once.
+    weights once for each micro batch. Stages 1 and 2 gather the stepped weights once, after the step.
     """
-    stage, zero = zero_stage(config), config["zero_optimization"]
+    stage, zero = zero_stage(config), config.get("zero_optimization", {})
     size = PRECISIONS[precision].weights.itemsize * parameters
     overlaps = zero.get("overlap_comm")
-    hidden = bool(overlaps) or (overlaps is None and stage == 3)
+    if overlaps is None:
+        overlaps = stage == 3
     bucket = int(zero.get("reduce_bucket_size", BUCKET))
     if stage == 0:
-        return Traffic(size, 0, 0, math.ceil(parameters / ALL_REDUCE), False)
+        return Traffic(size, 0, 0, math.ceil(parameters / ALL_REDUCE))
     calls = math.ceil(parameters / bucket)
-    if stage == 1:
-        return Traffic(size, size, 0, calls + 1, hidden and precision != "bf16_weights")
-    if stage == 2:
-        return Traffic(accumulation * size, size, 0, accumulation * calls + 1, hidden)
-    return Traffic(0, accumulation * size, accumulation * size, 2 * accumulation * calls, hidden)
+    if stage == 3:
+        return Traffic(0, accumulation * size, accumulation * size, 2 * accumulation * calls, float(overlaps))
+    reductions = accumulation if stage == 2 else 1
+    overlaps = overlaps and not (stage == 1 and precision == "bf16_weights")
+    return Traffic(
+        all_reduced=reductions * size,
+        gathered=size,
+        scattered=0,
+        calls=reductions * calls + 1,
+        hidden=2 * reductions / (2 * reductions + 1) if overlaps else 0.0,
+        passes=reductions / accumulation,
+    )
 
 
 def seconds(load: Traffic, world: int, per_node: int, links: Links) -> float:
@@ -117,11 +126,12 @@ def seconds(load: Traffic, world: int, per_node: int, links: Links) -> float:
 
 def step_seconds(compute: float, load: Traffic, communication: float) -> float:
     """A step: its computation, of which two thirds are backward passes, and the collectives that these do not hide."""
-    return compute + (max(0.0, communication - 2 / 3 * compute) if load.hidden else communication)
+    return compute + max((1 - load.hidden) * communication, communication - 2 / 3 * load.passes * compute)
 
 
 def compute_seconds(step: float, load: Traffic, communication: float) -> float:
     """The computation in a step of so many seconds: `step_seconds` undone, and not below 0."""
-    if load.hidden and communication <= 2 / 3 * step:
-        return step
-    return max(0.0, 3 * (step - communication) if load.hidden else step - communication)
+    compute = step - (1 - load.hidden) * communication  # all that can be is hidden
+    if load.hidden * communication > 2 / 3 * load.passes * compute:
+        compute = (step - communication) / (1 - 2 / 3 * load.passes)
+    return max(0.0, compute)

@@ -4,10 +4,13 @@ A kernel that runs for less time than its launch takes leaves the GPU waiting. C
 published ones.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from karat_scale.engine.deepspeed_config import offloads_optimizer, zero_stage
+from karat_scale.estimate.zero import BUCKET, PERSISTENT
 from karat_scale.recipe import TrainConfig
 
 # Seconds of one Python thread for an operation of eager torch that launches a kernel: the operation itself (about 6 us
@@ -36,11 +39,14 @@ PSI_FORWARD, PSI_BACKWARD = 1, 3
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 _ATTENTION = "_scaled_dot_product"
 
-# Kernels of a step beside the model's: clipping, the fused AdamW, the EMA; at stage 0 that is all. From stage 1 on
-# DeepSpeed handles each parameter tensor by itself: so many kernels for each in a micro batch (copies into buckets)
-# and in a step (norms and casts), as counted on our engine with fp32 weights.
-STEP_KERNELS = 40
-PER_PARAMETER_OF_MICRO_BATCH, PER_PARAMETER_OF_STEP = 2.5, 2.0
+# Kernels of a step beside the model's, as counted on our engine: clipping, the fused AdamW, the EMA; at stage 0 that is
+# all. From stage 1 on there are DeepSpeed's casts of masters and its clipping of each parameter group too, and each
+# bucket is put together, divided and taken apart.
+STEP_KERNELS, STEP_KERNELS_FROM_STAGE_1, PER_BUCKET = 40, 50, 3
+# With `contiguous_gradients`, DeepSpeed copies each gradient into a bucket, and where it is kept once more; 16-bit ones
+# of stages 1 and 2 it widens one by one. With offload it also takes norms one by one. At stage 3 it puts each weight
+# together that it gathers.
+PER_GRADIENT, PER_OFFLOADED, PER_GATHERED = 1.5, 4.5, 1.0
 
 
 @dataclass(frozen=True)
@@ -82,12 +88,24 @@ class StepLaunches:
     host_step: float
 
     @classmethod
-    def of(cls, launches: Launches, train: TrainConfig, stage: int, parameters: int, blocks: int) -> "StepLaunches":
-        """Under `train.compile` and at a ZeRO stage, of a model with so many parameter tensors and blocks."""
+    def of(
+        cls, launches: Launches, train: TrainConfig, config: Mapping[str, Any], sizes: Sequence[int], blocks: int
+    ) -> "StepLaunches":
+        """Under `train.compile` and a DeepSpeed config, of parameter tensors of so many elements and so many blocks."""
         model = launches.kernels(bool(train.compile))
-        touched = parameters if stage > 0 else 0
-        around = round(PER_PARAMETER_OF_MICRO_BATCH * touched)
-        step = round(STEP_KERNELS + PER_PARAMETER_OF_STEP * touched)
+        stage, zero = zero_stage(config), config.get("zero_optimization", {})
+        reductions = gathers = 0.0
+        if stage > 0:
+            reductions = PER_BUCKET * math.ceil(sum(sizes) / int(zero.get("reduce_bucket_size", BUCKET)))
+            if offloads_optimizer(config):
+                reductions += PER_OFFLOADED * len(sizes)
+            elif zero.get("contiguous_gradients", True) or (train.holds_16_bits and stage < 3):
+                reductions += PER_GRADIENT * len(sizes)
+        if stage == 3:
+            kept_whole = int(zero.get("stage3_param_persistence_threshold", PERSISTENT))
+            gathers = PER_GATHERED * sum(size > kept_whole for size in sizes)
+        around = round(gathers + (reductions if stage > 1 else 0))
+        step = round((STEP_KERNELS_FROM_STAGE_1 if stage else STEP_KERNELS) + (reductions if stage == 1 else 0))
         if train.records_graphs:  # one each for forward and backward
             host = 2 * GRAPH_ENTRY
         elif train.compile:  # each block by itself

@@ -83,7 +83,9 @@ def _backward(state: Kept, footprint: Footprint, batch: Batch) -> Peak:
     live = footprint.live(batch.images)
     made = footprint.gradients_made
     gradients = state.keeps_gradients * made + state.partition * (made > 0) * (made > state.flush_after)
-    if state.keeps_gradients != 1:
+    if state.passing:
+        gradients = gradients + np.minimum((1 - state.keeps_gradients) * made, state.passing)
+    elif state.keeps_gradients != 1:
         gradients = gradients + footprint.gradient_in_hand
     share_left = 1 - made / max(made[-1], 1)
     in_backward = np.arange(len(live)) >= footprint.forward

@@ -172,8 +172,8 @@ def _runs(choice: Choice) -> list[tuple[int, int]]:
 
 def _show_time(plan: Plan) -> None:
     sent = gigabytes(plan.load.sent(plan.machine.world))
-    hidden = "beside the backward pass" if plan.load.hidden else "after the backward pass"
-    print(f"\ncommunication: each rank sends {sent} a step, {duration(plan.communication)} {hidden}")
+    share = f", {100 * plan.load.hidden:.0f} % of it beside" if plan.load.hidden else " after"
+    print(f"\ncommunication: each rank sends {sent} a step, {duration(plan.communication)}{share} the backward pass")
     if plan.not_measured:
         print(plan.not_measured)
     if plan.step is None or plan.time is None:

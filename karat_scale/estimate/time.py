@@ -1,7 +1,9 @@
 """How long one GPU and its host work on a step, estimated from operations, bytes and kernels."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from karat_scale.engine.precision import matrix_peak
 from karat_scale.estimate.attention_tiles import written_by_rows
@@ -53,13 +55,18 @@ class ComputeTime:
 
 
 def estimate(
-    recipe: Recipe, gpu: Gpu, footprint: Footprint, stage: int, parameters: int, teacher_flops: int = 0
+    recipe: Recipe,
+    gpu: Gpu,
+    footprint: Footprint,
+    config: Mapping[str, Any],
+    parameters: Sequence[int],
+    teacher_flops: int = 0,
 ) -> ComputeTime | None:
     """Matrix products at a share of the peak, all else at a share of the memory's bandwidth, and launches.
 
     Each byte that a pass allocates is written once and read about twice. None where the GPU lacks the precision.
-    footprint: of a training step. stage: of ZeRO. parameters: tensors that learn. teacher_flops: of a teacher's forward
-    pass for an image, of which only matrix products count.
+    footprint: of a training step. config: DeepSpeed's, filled. parameters: elements of each tensor that learns.
+    teacher_flops: of a teacher's forward pass for an image, of which only matrix products count.
     """
     peak = matrix_peak(recipe.train, gpu.peaks)
     if peak is None:
@@ -72,5 +79,5 @@ def estimate(
     return ComputeTime(
         image=products + bytes_ / (BANDWIDTH_EFFICIENCY * gpu.bandwidth),
         source="estimated from operations, bytes and launches",
-        launches=StepLaunches.of(footprint.launches, recipe.train, stage, parameters, blocks),
+        launches=StepLaunches.of(footprint.launches, recipe.train, config, parameters, blocks),
     )

@@ -6,7 +6,7 @@ autocast (`train.precision: bf16`) is fp32: its weights and gradients are.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -31,10 +31,11 @@ class Kept:
     weights: what the forward pass reads; masters: fp32 weights beside them. moments: of the optimizer. ema: fp32.
     held_gradients: alive before a backward pass begins, in the worst micro batch of a step.
     keeps_gradients: how many times the bytes of each gradient that backward makes stay: 1 where it stays itself, 2
-    where it is widened to fp32, 0 where it is copied away at once.
+    where it is widened to fp32, 0 where it is copied away at once, a rank's share where the others' are freed.
+    passing: at most so many bytes of those are there at once, until they are freed.
     bucket: DeepSpeed's buffers while gradients come. gathered: stage 3's whole weights between forward and backward.
     fetched: stage 3's weights that an evaluation has fetched ahead, in one buffer and each by itself.
-    partition: allocated for gradients when `flush_after` bytes of them have come.
+    partition: allocated for gradients when `flush_after` bytes of them have come, once or again and again.
     final_gradients: alive when the step begins. reducing: more than that, at its most, between backward and step.
     resting: gradients and their buffers that are kept when no step is under way.
     stepping: temporaries of the step. starting: all that is alive at the worst moment of `deepspeed.initialize`.
@@ -50,7 +51,8 @@ class Kept:
     stepping: int
     starting: int
     masters: int = 0
-    keeps_gradients: int = 0
+    keeps_gradients: float = 0
+    passing: int = 0
     bucket: int = 0
     gathered: int = 0
     fetched: int = 0
@@ -161,9 +163,20 @@ class _Case:
 
     @property
     def bucket(self) -> int:
+        """Bytes of a full one."""
+        return (FP32 if self.stage == 1 else self.width) * self.zero("reduce_bucket_size", BUCKET)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a bucket is reduced while the next one is filled: by default at stage 3."""
         overlaps = self.config["zero_optimization"].get("overlap_comm")
-        width = FP32 if self.stage == 1 else self.width
-        return (2 if overlaps else 1) * width * self.zero("reduce_bucket_size", BUCKET)
+        return self.stage == 3 if overlaps is None else bool(overlaps)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether gradients are copied into a buffer as they come: stages 1 and 2 do so with offload in any case."""
+        is_forced = self.stage < 3 and offloads_optimizer(self.config)
+        return is_forced or bool(self.config["zero_optimization"].get("contiguous_gradients", True))
 
     @property
     def offloads(self) -> bool:
@@ -215,31 +228,51 @@ def _stages_1_and_2(case: _Case) -> Kept:
     """Flat weights, fp32 masters of a share beside them, and a bucket through which gradients go.
 
     Stage 1 (fp32, fp16) keeps all gradients in fp32 until the step; fp16's are cast back to be sent. Stage 2 keeps a
-    share; in fp32 that of a later micro batch is a second one, until the two are added.
+    share; in fp32 that of a later micro batch is a second one, until the two are added. Without `contiguous_gradients`
+    a flat copy of those of a bucket is made when it is full, and what stage 2 does not keep is freed then, or with
+    `overlap_comm` when the next one is full.
     """
     weights = case.width * case.sizes.total
     is_2 = case.stage == 2
+    buckets = (2 if case.overlaps else 1) * case.bucket
     held = (case.shard if is_2 else case.whole) if case.accumulates else 0
     widened = case.is_16_bit and not is_2
-    unflushed = 0 if is_2 else case.whole if widened else max(case.whole - case.bucket, 0)
+    unflushed = 0 if is_2 else case.whole if widened else max(case.whole - buckets, 0)
     second = held if is_2 and not case.is_16_bit else 0
     cast = min(weights, case.bucket // 2) if widened else 0
     on_host = 2 * case.shard + case.moments + case.ema if case.offloads else 0
-    return Kept(
+    state = Kept(
         weights=weights + case.frozen,
         masters=case.shard,
         moments=case.moments,
         ema=case.ema,
         held_gradients=held,
         keeps_gradients=0 if is_2 or case.accumulates else FP32 // case.width,
-        bucket=case.bucket,
+        bucket=buckets,
         partition=case.shard if is_2 and not (case.is_16_bit and case.accumulates) else 0,
         flush_after=case.bucket,
         final_gradients=case.shard,
-        reducing=case.bucket + unflushed + second + cast,
+        reducing=buckets + unflushed + second + cast,
         stepping=case.temporaries(case.largest_group) + (0 if case.is_16_bit else case.largest_group),
         starting=weights + 2 * case.shard + (weights if case.on_gpu else case.whole),
         host=on_host,
+    )
+    if case.is_contiguous:
+        return state
+    made = case.whole if widened else weights
+    own = made // case.world if is_2 else made
+    passing = buckets - buckets // case.world if is_2 else 0
+    flat = min(made, case.bucket)
+    return replace(
+        state,
+        keeps_gradients=1 / case.world if is_2 else state.keeps_gradients,
+        passing=passing,
+        bucket=0,
+        partition=flat + (state.partition if case.is_16_bit else 0),
+        flush_after=case.bucket * case.width // FP32 if widened else case.bucket,
+        reducing=own + min(made - own, passing) + flat + second + cast - (0 if case.is_16_bit else case.shard),
+        # Gradients of a group are freed once they are flat, where in a buffer those of the other group would hold it.
+        stepping=state.stepping if case.is_16_bit else max(case.temporaries(case.largest_group), case.largest_group),
     )
 
 
@@ -259,7 +292,7 @@ def _stage_3(case: _Case) -> Kept:
     offload_weights = (case.config["zero_optimization"].get("offload_param") or {}).get("device", "none") != "none"
     on_host = 2 * case.shard + case.moments + case.ema if case.offloads else 0
     on_host += share if case.on_gpu and offload_weights else 0
-    return Kept(
+    state = Kept(
         weights=share + case.frozen + (persistent if several else 0),
         masters=case.shard,
         moments=case.moments,
@@ -272,4 +305,19 @@ def _stage_3(case: _Case) -> Kept:
         stepping=case.temporaries(case.largest_group) + case.largest_group,
         starting=case.whole + share + 2 * case.shard + case.bucket + (0 if case.on_gpu else case.whole),
         host=on_host,
+    )
+    if case.is_contiguous:
+        return state
+    made = case.width * case.sizes.total
+    passing = (2 if case.overlaps and case.on_gpu else 1) * case.bucket
+    return replace(
+        state,
+        held_gradients=case.shard,
+        passing=passing,
+        partition=min(made, case.bucket),
+        flush_after=case.bucket,
+        final_gradients=case.shard,
+        reducing=min(made, case.bucket) + min(made, passing),
+        resting=case.shard,
+        starting=state.starting - case.bucket,
     )

@@ -1,14 +1,14 @@
 """Whether the streams of a training step are in order: CUDA's streams and NCCL's, on a CPU, with vector clocks.
 
-DeepSpeed's own code runs on fake streams as rank 0 of two, with torch's fake process group. Each operation of the
+DeepSpeed's own code runs on fake streams as one rank of several, with torch's fake process group. Each operation of the
 dispatcher is work of the current stream. It notes what memory it reads and writes. Two works race if they touch the
 same bytes, one of them writes, and no wait orders one before the other (Lamport, "Time, clocks, and the ordering of
 events", 1978; Mattern, "Virtual time and global states", 1989). Memory that is freed goes back to the stream that it
 was allocated on, as in CUDA's caching allocator: what other streams do with it must be ordered before the first work on
 what is allocated there next, or be told by `record_stream`.
 
-`python -m tests.engine.clocks CASES OUT`: trains each case of a JSON file, a recipe's overrides and a DeepSpeed file,
-and writes the races of each.
+`python -m tests.engine.clocks CASES OUT WORLD RANK`: trains each case of a JSON file (a recipe's overrides, a DeepSpeed
+file, and whether hooks run apart), and writes the races of each.
 """
 
 import functools
@@ -39,7 +39,6 @@ from karat_scale.models import create_model
 from karat_scale.recipe.loading import load_recipe
 from tests.conftest import SMALL
 
-WORLD = 2
 Clock = Counter[str]
 """How much of each stream's work is known to be done before what comes next."""
 
@@ -324,7 +323,42 @@ def _returning_clocked_work(collective: Callable[..., Any], emulation: Emulation
     return call
 
 
-def races(world: World, scratch: Path, overrides: list[str], config: dict[str, Any]) -> dict[str, Any]:
+def _run_some_hooks_apart(emulation: Emulation, model: torch.nn.Module) -> Callable[[], None]:
+    """Let hooks of every second gradient run on a stream of their own, as torch.compile may.
+
+    Called before DeepSpeed adds its hooks, it returns what is to be called after. torch's engine lets a stream wait for
+    what it gets from another, tells the allocator, and at the end of a backward pass joins all streams.
+    """
+    side, apart = Stream(), list(model.parameters())[1::2]
+
+    def join(_: torch.Tensor) -> None:
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(lambda: emulation.default.wait_stream(side))
+
+    def to_side(parameter: torch.Tensor) -> None:
+        side.wait_stream(emulation.default)
+        emulation._inside.append(side)
+        assert parameter.grad is not None
+        emulation.record_stream(parameter.grad, side)
+        parameter.grad.mul_(1)  # as if it was added to another micro batch's
+
+    def from_side(_: torch.Tensor) -> None:
+        emulation._inside.pop()
+
+    def add_last_hooks() -> None:
+        for parameter in apart:
+            parameter.register_post_accumulate_grad_hook(from_side)
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(join)
+    for parameter in apart:
+        parameter.register_post_accumulate_grad_hook(to_side)
+    return add_last_hooks
+
+
+def races(
+    world: World, scratch: Path, overrides: list[str], config: dict[str, Any], hooks_apart: bool = False
+) -> dict[str, Any]:
     """The races in three steps of a case, and how much work each stream had."""
     file, base = scratch / "case.json", scratch / "case.yaml"
     file.write_text(json.dumps(config))
@@ -333,7 +367,11 @@ def races(world: World, scratch: Path, overrides: list[str], config: dict[str, A
     recipe = load_recipe(base, [*SMALL, *fixed, *overrides])
     torch.manual_seed(0)
     with emulated() as emulation:
-        engine = Engine(create_model(recipe.model, recipe.attention), recipe, world, 2)
+        model = create_model(recipe.model, recipe.attention)
+        add_last_hooks = _run_some_hooks_apart(emulation, model) if hooks_apart else None
+        engine = Engine(model, recipe, world, 2)
+        if add_last_hooks is not None:
+            add_last_hooks()
         average = Ema(engine.deepspeed, recipe.train)
         for step in range(1, 4):
             for _ in range(recipe.train.global_batch // world.size // 2):
@@ -349,17 +387,17 @@ def races(world: World, scratch: Path, overrides: list[str], config: dict[str, A
     return {"races": dict(emulation.races.most_common(5)), "works": dict(emulation.works)}
 
 
-def main(cases_file: str, out_file: str) -> None:
-    """Train the cases as rank 0 of two, one after the other."""
+def main(cases_file: str, out_file: str, world_size: str, rank: str) -> None:
+    """Train the cases one after the other."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)
+    dist.init_process_group("fake", store=FakeStore(), rank=int(rank), world_size=int(world_size))
     distributed.tell_deepspeed("cpu")
     os.environ["LOCAL_RANK"] = "0"
-    world = World(0, WORLD, 0, torch.device("cpu"))
+    world = World(int(rank), int(world_size), 0, torch.device("cpu"))
     found = []
-    for overrides, config in json.loads(Path(cases_file).read_text()):
-        found.append(races(world, Path(cases_file).parent, overrides, config))
+    for case in json.loads(Path(cases_file).read_text()):
+        found.append(races(world, Path(cases_file).parent, *case))
         Path(out_file).write_text(json.dumps(found))
 
 

@@ -59,7 +59,7 @@ def run_job(job: Job, world: World, scratch: Path) -> dict[str, Any]:
     model = create_model(recipe.model, recipe.attention)
     torch.manual_seed(1 + world.rank)
     micro_batch = GLOBAL_BATCH // world.size
-    apply_recompute(model, recipe, world, micro_batch)
+    apply_recompute(model, recipe)
     engine = Engine(model, recipe, world, micro_batch)
     ema = Ema(engine.deepspeed, recipe.train)
     root = Path(job.load or job.save or scratch / "none")

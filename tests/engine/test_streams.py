@@ -26,13 +26,13 @@ STAGE_3 = {
 Case = tuple[list[str], dict[str, Any]]
 
 
-def case(zero: Mapping[str, Any], precision: str = "fp32", accumulation: int = 1, **top: Any) -> Case:
+def case(zero: Mapping[str, Any], precision: str = "fp32", accumulation: int = 1, world: int = 2) -> Case:
     """Overrides of a recipe, and a DeepSpeed file."""
-    overrides = [f"train.global_batch={4 * accumulation}"]
+    overrides = [f"train.global_batch={2 * world * accumulation}"]
     if precision == "bf16_weights":
         overrides.append("train.precision=bf16_weights")
     sent = {"communication_data_type": "bf16"} if precision == "sent in bf16" else {}
-    return overrides, {"zero_optimization": dict(zero), **sent, **top}
+    return overrides, {"zero_optimization": dict(zero), **sent}
 
 
 def switches() -> Iterator[dict[str, Any]]:
@@ -64,19 +64,19 @@ def shipped() -> list[Case]:
     return [(["train.global_batch=8"], json.loads(file.read_text())) for file in files if "offload" not in file.name]
 
 
-def trained(cases: Sequence[Case], directory: Path) -> list[dict[str, Any]]:
+def trained(cases: Sequence[Any], directory: Path, world: int, rank: int) -> list[dict[str, Any]]:
     """What the emulation finds in each case."""
     directory.mkdir()
     (directory / "cases.json").write_text(json.dumps(cases))
-    files = [str(directory / "cases.json"), str(directory / "out.json")]
-    done = run_program("tests.engine.clocks", files, [karat_environment()], timeout=3500, directory=ROOT)
+    arguments = [str(directory / "cases.json"), str(directory / "out.json"), str(world), str(rank)]
+    done = run_program("tests.engine.clocks", arguments, [karat_environment()], timeout=3500, directory=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     found: list[dict[str, Any]] = json.loads((directory / "out.json").read_text())
     return found
 
 
-def assert_in_order(cases: Sequence[Case], directory: Path) -> None:
-    for (overrides, config), found in zip(cases, trained(cases, directory), strict=True):
+def assert_in_order(cases: Sequence[Case], directory: Path, world: int = 2, rank: int = 0) -> None:
+    for (overrides, config), found in zip(cases, trained(cases, directory, world, rank), strict=True):
         assert not found["races"], (overrides, config, found["races"])
         overlaps = config["zero_optimization"].get("overlap_comm", config["zero_optimization"]["stage"] == 3)
         is_plain = config["zero_optimization"]["stage"] == 0 or "train.precision=bf16_weights" in overrides
@@ -126,6 +126,31 @@ def test_streams_are_in_order(tmp_path: Path) -> None:
         for stage, contiguous, scatter in itertools.product((1, 2), BOTH, BOTH)
     ]  # fmt: skip
     assert_in_order([*shipped(), *once_wrong, *all_cases()[::41]], tmp_path / "some")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "rank"), [(1, 0), (2, 1), (3, 2), (8, 0), (8, 3)])
+def test_the_shipped_files_keep_streams_in_order_on_any_rank_with_any_bucket(
+    world: int, rank: int, tmp_path: Path
+) -> None:
+    """Buckets smaller than every parameter, than some, and larger than all together."""
+    cases: list[Case] = []
+    stages = (1, 2) if rank else (1, 2, 3)  # at stage 3 each rank compares itself with rank 0, which is not there
+    for stage, bucket, accumulation in itertools.product(stages, (1, 3000, 5_000_000), (1, 2)):
+        zero = json.loads((config_directory() / f"zero{stage}.json").read_text())["zero_optimization"]
+        precision = PRECISIONS[(len(cases) + world) % len(PRECISIONS)]
+        cases.append(case({**zero, "reduce_bucket_size": bucket}, precision, accumulation, world))
+    assert_in_order(cases, tmp_path / "shipped", world, rank)
+
+
+@pytest.mark.slow
+def test_gradients_whose_hooks_run_on_another_stream_are_reduced_after_they_are_written(tmp_path: Path) -> None:
+    cases = []
+    for stage, contiguous, bucket, accumulation in itertools.product((1, 2), BOTH, (3000, 5_000_000), (1, 2)):
+        zero = {"stage": stage, "contiguous_gradients": contiguous, "reduce_bucket_size": bucket, "overlap_comm": True}
+        cases.append((*case(zero, accumulation=accumulation), True))
+    for apart, found in zip(cases, trained(cases, tmp_path / "apart", 2, 0), strict=True):
+        assert not found["races"], (apart, found["races"])
 
 
 @pytest.mark.night

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from karat_scale.recipe import Recipe, TrainConfig
 
 Load = Callable[..., Recipe]
 SOME = Launches(products=200, others=500)
+STAGE_0 = {"zero_optimization": {"stage": 0}}
+SIZES = [20] * 100 + [80] * 50
 
 
 def launches_of(recipe: Recipe) -> Launches:
@@ -63,7 +66,8 @@ def test_the_content_form_adds_the_kernels_of_psi(small_recipe: Load) -> None:
 
 def test_a_compiler_launches_less_and_a_graph_costs_the_host_almost_nothing() -> None:
     eager, compiled, graphed = (
-        StepLaunches.of(SOME, TrainConfig(compile=mode), 0, 150, 12) for mode in (False, "default", "reduce-overhead")
+        StepLaunches.of(SOME, TrainConfig(compile=mode), STAGE_0, SIZES, 12)
+        for mode in (False, "default", "reduce-overhead")
     )
     assert eager.micro_batch == 700
     assert compiled.micro_batch == graphed.micro_batch == 400
@@ -71,13 +75,27 @@ def test_a_compiler_launches_less_and_a_graph_costs_the_host_almost_nothing() ->
     assert eager.gaps(1) > compiled.gaps(1) == graphed.gaps(1)
 
 
-def test_higher_stages_handle_each_parameter() -> None:
-    stage_0, stage_1 = (StepLaunches.of(SOME, TrainConfig(), stage, 150, 12) for stage in (0, 1))
-    assert (stage_1.micro_batch - stage_0.micro_batch, stage_1.step - stage_0.step) == (375, 300)
+def test_what_a_stage_launches_beside_the_model() -> None:
+    def beside(stage: int, precision: str = "bf16", **zero: Any) -> tuple[int, int]:
+        config = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 2000, **zero}}
+        found = StepLaunches.of(SOME, TrainConfig(precision=precision), config, SIZES, 12)
+        return found.micro_batch - SOME.kernels(compiled=False), found.step
+
+    flat: Any = {"contiguous_gradients": False}
+    three_buckets, copies = 9, 225
+    assert beside(0) == (0, 40)
+    assert beside(1, **flat) == (0, 50 + three_buckets)
+    assert beside(2, **flat) == (three_buckets, 50)
+    assert beside(1) == (0, 50 + three_buckets + copies)
+    assert beside(2) == (three_buckets + copies, 50)
+    assert beside(2, "bf16_weights", **flat) == beside(2)
+    assert beside(3, "bf16_weights", **flat) == beside(3, **flat) == (three_buckets, 50)
+    assert beside(3, **flat, stage3_param_persistence_threshold=60) == (three_buckets + 50, 50)
+    assert beside(2, **flat, offload_optimizer={"device": "cpu"}) == (three_buckets + 675, 50)
 
 
 def test_a_step_takes_as_long_as_the_slower_of_host_and_gpu() -> None:
-    time = ComputeTime(image=1e-4, source="", launches=StepLaunches.of(SOME, TrainConfig(), 0, 150, 12))
+    time = ComputeTime(image=1e-4, source="", launches=StepLaunches.of(SOME, TrainConfig(), STAGE_0, SIZES, 12))
     assert time.seconds(1, 1) == time.host(1) == pytest.approx(740 * 10e-6)
     assert time.seconds(1000, 2) == time.device(1000, 2) == pytest.approx(0.2 + time.device(0, 2))
     least = time.least_micro_batch(1)
