@@ -83,6 +83,7 @@ docs: $(VENV)/.installed-docs
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 # What a newcomer waits for, all tests, and CI's share of the slow ones: tests/conftest.py has the rule.

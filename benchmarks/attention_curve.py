@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from karat_scale.arguments import OneLineParser, count, new_file
-from karat_scale.bench.attention import (
+from karat_scale.commands.bench.attention import (
     SDPA,
     Case,
     check_case,
@@ -18,10 +17,11 @@ from karat_scale.bench.attention import (
     forward_backward,
     forward_backward_once,
 )
-from karat_scale.bench.commands import add_attention_options, attention_case
-from karat_scale.bench.measuring import interleaved_seconds, median_ratio, peak_memory_of
-from karat_scale.console import print_table, write_json
-from karat_scale.errors import run_script
+from karat_scale.commands.bench.commands import add_attention_options, attention_case
+from karat_scale.commands.bench.measuring import interleaved_seconds, median_ratio, peak_memory_of
+from karat_scale.foundation.arguments import OneLineParser, count, new_file
+from karat_scale.foundation.console import print_table, write_json
+from karat_scale.foundation.errors import run_script
 
 AUTO = "auto"
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.attention_trials import ARMS, RECORDS, ROOT, STAGES, chosen_rates
-from karat_scale.analysis.figures import new_figure, rendered
-from karat_scale.files import write_atomically
+from karat_scale.commands.analyze.figures import new_figure, rendered
+from karat_scale.foundation.files import write_atomically
 
 PICTURE = ROOT / "docs/figures/what_s_depends_on.png"
 PANELS = {"by_query": "depends on the query", "by_image": "depends on the image"}

@@ -9,7 +9,7 @@ from scipy import stats
 
 from benchmarks.attention_figures import write_figure
 from benchmarks.attention_trials import ARMS, RATES, RECORDS, SPARE_SEED, STARTS, VARIANTS, Trial
-from karat_scale.files import write_atomically
+from karat_scale.foundation.files import write_atomically
 
 PAGE = RECORDS.parent / "attention_results.md"
 MARGIN = -0.5

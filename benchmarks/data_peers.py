@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
-from karat_scale.arguments import OneLineParser
-from karat_scale.bench.commands import add_data_options, data_plan
-from karat_scale.bench.data import SIZE, Contender, Contenders, bench_data, decode_whole
-from karat_scale.data.formats.beton import beton_path, read_record
-from karat_scale.errors import run_script
+from karat_scale.commands.bench.commands import add_data_options, data_plan
+from karat_scale.commands.bench.data import SIZE, Contender, Contenders, bench_data, decode_whole
+from karat_scale.data.shards.beton import beton_path, read_record
+from karat_scale.foundation.arguments import OneLineParser
+from karat_scale.foundation.errors import run_script
 from karat_scale.recipe import AugmentConfig
 
 # Of torchvision's 31 levels.

@@ -13,9 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from karat_scale.arguments import OneLineParser, count
-from karat_scale.console import print_table
-from karat_scale.errors import run_script
+from karat_scale.foundation.arguments import OneLineParser, count
+from karat_scale.foundation.console import print_table
+from karat_scale.foundation.errors import run_script
 
 KEPT, GIVEN_BACK = "kept", "given back"
 # glibc's own value: the process leaves malloc alone, as the environment has a setting.

@@ -88,13 +88,13 @@ def _outwait_gloo() -> None:
 
 def _train(recipe: Recipe, steps: int, evaluates: bool) -> None:
     from karat_scale.engine import distributed
-    from karat_scale.reporting.progress import Reporter, SilentDisplay
-    from karat_scale.run.loop import Loop, evaluate_in_training
-    from karat_scale.run.run import build_parts
-    from karat_scale.run.run_directory import RunDirectory
-    from karat_scale.run.signals import StopSignals
-    from karat_scale.tasks.classification.task import ClassificationTask
-    from karat_scale.tasks.classification.train_state import TrainState
+    from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
+    from karat_scale.training.loop import Loop, evaluate_in_training
+    from karat_scale.training.run import build_parts
+    from karat_scale.training.run_directory import RunDirectory
+    from karat_scale.training.signals import StopSignals
+    from karat_scale.training.tasks.classification.evaluate import TrainState
+    from karat_scale.training.tasks.classification.task import ClassificationTask
 
     world = distributed.start("cpu")
     try:

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from karat_scale.arguments import OneLineParser, count, new_file
-from karat_scale.console import print_table, write_json
-from karat_scale.data.formats.readahead import NO_BLOCKS, Blocks
-from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.order import BLOCK_SAMPLES, WINDOW_BLOCKS, epoch_order
-from karat_scale.errors import run_script
+from karat_scale.data.shards.readahead import NO_BLOCKS, Blocks
+from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.foundation.arguments import OneLineParser, count, new_file
+from karat_scale.foundation.console import print_table, write_json
+from karat_scale.foundation.errors import run_script
 
 POLICIES = ("full", "block")
 

@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import io
 import statistics
-import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,18 +23,17 @@ import torch
 import torchvision
 from PIL import Image
 
-from karat_scale.arguments import OneLineParser, count, new_file
-from karat_scale.bench.data import Contender, decode_whole, decode_whole_by_simplejpeg, each_of
-from karat_scale.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
-from karat_scale.bench.sample_images import CLASSES, prepare_images
-from karat_scale.console import print_table, write_json
-from karat_scale.data.decode import decode_rgb
+from karat_scale.commands.bench.data import Contender, decode_whole, decode_whole_by_simplejpeg, each_of
+from karat_scale.commands.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
+from karat_scale.commands.bench.sample_images import CLASSES, prepare_images
+from karat_scale.data.decoders.decode import decode_rgb
 from karat_scale.data.decoders.recoder import result_size
-from karat_scale.errors import UserError, run_script
-from karat_scale.machine import usable_cores
-from karat_scale.shipped import shipped_directory
+from karat_scale.data.prepare.make_webdataset import main as make_webdataset
+from karat_scale.foundation.arguments import OneLineParser, count, new_file
+from karat_scale.foundation.console import print_table, write_json
+from karat_scale.foundation.errors import UserError, run_script
+from karat_scale.foundation.machine import usable_cores
 
-SCRIPTS = shipped_directory("data_prep")
 COPY = "copy of tar members"
 OURS, OURS_COPY = "make_webdataset --resize", "make_webdataset, bytes kept"
 DECODE, OURS_CHECK = "whole decode, Pillow", "make_webdataset --check decode"
@@ -76,7 +74,6 @@ def measure(plan: PreparePlan) -> dict[str, Any]:
     """Return the times and their ratios. Raises UserError for what cannot be measured."""
     if plan.quality > 100:
         raise UserError(f"--quality {plan.quality}: should be from 1 to 100")
-    make_webdataset = script_module("make_webdataset").main
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="karat-bench-") as name:
         scratch = Path(name)
@@ -150,13 +147,6 @@ def recode_by_torchvision(encoded: tuple[bytes, ...], results: list[Pixels], qua
             encode_jpeg(torch.from_numpy(pixels).permute(2, 0, 1), quality=quality)
 
     return run
-
-
-def script_module(name: str) -> Any:
-    """Return a module of data_prep, whose modules import each other by name alone."""
-    if str(SCRIPTS) not in sys.path:
-        sys.path.insert(0, str(SCRIPTS))
-    return importlib.import_module(name)
 
 
 def _as_tar(scratch: Path, encoded: tuple[bytes, ...]) -> Path:

@@ -23,16 +23,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from karat_scale.arguments import OneLineParser, count, new_file, positive
-from karat_scale.bench.measuring import interleaved, median_ratio, processor_seconds
-from karat_scale.console import print_table, write_json
+from karat_scale.commands.bench.measuring import interleaved, median_ratio, processor_seconds
 from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.formats.shard_format import read_dataset_record, write_dataset_record
-from karat_scale.data.formats.shards import ShardSplit
 from karat_scale.data.order import BLOCK_SAMPLES, WINDOW_BLOCKS
 from karat_scale.data.plan import TrainPlan
-from karat_scale.data.remote.cache import VARIABLE
-from karat_scale.errors import run_script
+from karat_scale.data.shards.cache import VARIABLE
+from karat_scale.data.shards.shard_format import read_dataset_record, write_dataset_record
+from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.foundation.arguments import OneLineParser, count, new_file, positive
+from karat_scale.foundation.console import print_table, write_json
+from karat_scale.foundation.errors import run_script
 from karat_scale.recipe import AugmentConfig, DataConfig
 
 SIZE, BATCH = 224, 64

@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.prepare import script_module
-from karat_scale.arguments import OneLineParser, count, new_file
-from karat_scale.bench.data import AUGMENTS, SIZE, Contender
-from karat_scale.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
-from karat_scale.bench.sample_images import prepare_images
-from karat_scale.console import print_table, write_json
+from karat_scale.commands.bench.data import AUGMENTS, SIZE, Contender
+from karat_scale.commands.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
+from karat_scale.commands.bench.sample_images import prepare_images
 from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
 from karat_scale.data.decoders import Decoder, make_decoder
 from karat_scale.data.decoders.jpeg_header import read_frame
+from karat_scale.data.decoders.view import View
 from karat_scale.data.order import sample_seed
-from karat_scale.data.view import View
-from karat_scale.errors import run_script
+from karat_scale.data.prepare.resizing import choose_encoder, resized_jpeg
+from karat_scale.foundation.arguments import OneLineParser, count, new_file
+from karat_scale.foundation.console import print_table, write_json
+from karat_scale.foundation.errors import run_script
 from karat_scale.recipe import DataConfig
 
 AS_IT_WAS = "as it was"
@@ -66,9 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _shrunk(encoded: tuple[bytes, ...], short_side: int, quality: int) -> tuple[bytes, ...]:
     """Return the images as make_webdataset.py stores them. A smaller image keeps its size, but is encoded again."""
-    script = script_module("resizing")
-    encoder = script.choose_encoder("auto")
-    return tuple(script.resized_jpeg(data, short_side, quality, encoder) for data in encoded)
+    encoder = choose_encoder("auto")
+    return tuple(resized_jpeg(data, short_side, quality, encoder) for data in encoded)
 
 
 def _pass(encoded: tuple[bytes, ...], decoder: Decoder) -> Contender:

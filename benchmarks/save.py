@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from karat_scale.arguments import OneLineParser, count, new_file
-from karat_scale.bench.step import silent_trainer
-from karat_scale.console import print_table, write_json
+from karat_scale.commands.bench.step import silent_trainer
 from karat_scale.engine import distributed
 from karat_scale.engine.devices import wait_for
-from karat_scale.errors import run_script
+from karat_scale.foundation.arguments import OneLineParser, count, new_file
+from karat_scale.foundation.console import print_table, write_json
+from karat_scale.foundation.errors import run_script
 from karat_scale.recipe.loading import validate_recipe
 
 DEEPSPEED, BLOCKING, BESIDE = "DeepSpeed's save_checkpoint", "karat, blocking", "karat, beside training"

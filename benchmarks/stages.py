@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from karat_scale.arguments import OneLineParser, count, new_file
-from karat_scale.bench.gpu.ranks import StagesCase, compare
-from karat_scale.console import print_table, write_json
+from karat_scale.commands.bench.gpu.ranks import StagesCase, compare
 from karat_scale.engine import distributed
-from karat_scale.errors import UserError, run_script
+from karat_scale.foundation.arguments import OneLineParser, count, new_file
+from karat_scale.foundation.console import print_table, write_json
+from karat_scale.foundation.errors import UserError, run_script
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,10 +11,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.attention_trials import ARMS, GONE, RECIPE
-from karat_scale.arguments import OneLineParser, count, new_file
-from karat_scale.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
-from karat_scale.console import print_table, write_json
-from karat_scale.errors import run_script
+from karat_scale.commands.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
+from karat_scale.foundation.arguments import OneLineParser, count, new_file
+from karat_scale.foundation.console import print_table, write_json
+from karat_scale.foundation.errors import run_script
 from karat_scale.models.make_operator import operator_maker
 from karat_scale.recipe.loading import load_recipe
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from karat_scale.arguments import OneLineParser, run_directory
-from karat_scale.errors import UserError, run_script
-from karat_scale.files import write_atomically
+from karat_scale.foundation.arguments import OneLineParser, run_directory
+from karat_scale.foundation.errors import UserError, run_script
+from karat_scale.foundation.files import write_atomically
 from paper.match import by_recipe
 from paper.page import PAGE, render_page
 from paper.record import Record, read_records, take_record

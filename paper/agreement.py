@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 from karat_scale.data.plan import total_steps
 from karat_scale.engine.run_state import RunState
-from karat_scale.errors import RunDirectoryError
-from karat_scale.files import file_sha256, parse_json, sealed
+from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.foundation.files import file_sha256, parse_json, sealed
 from karat_scale.recipe import RunRecipe
-from karat_scale.run.run_directory import RunDirectory
+from karat_scale.training.run_directory import RunDirectory
 from paper.figures import EvalEvent, SummaryFigures, TrainEvent
 
 # Fields of summary.json that are also in a checkpoint's state.json, where `steps` is called `step`.

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from karat_scale.files import write_atomically
+from karat_scale.foundation.files import write_atomically
 from paper.match import reference_recipe
 from paper.paper import PaperRow, paper_groups
 

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from karat_scale.recipe import Recipe, RunRecipe
-from karat_scale.tasks.detection.recipe import DetectionRecipe
+from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 from paper.figures import ClassifierEval, ClassifierSummary, DetectorEval, DetectorSummary
 
 

@@ -8,14 +8,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from karat_scale.compare.summary import read_summary
-from karat_scale.errors import RunDirectoryError, UserError
-from karat_scale.evaluation.kept import read_evaluations
-from karat_scale.files import parse_json, sealed
+from karat_scale.commands.compare.summary import read_summary
+from karat_scale.commands.evaluate.kept import read_evaluations
+from karat_scale.foundation.errors import RunDirectoryError, UserError
+from karat_scale.foundation.files import parse_json, sealed
 from karat_scale.recipe import RunRecipe
-from karat_scale.recipe.loading import validate_recipe
-from karat_scale.recipe.portable import portable_recipe, text_digest
-from karat_scale.run.run_directory import RunDirectory
+from karat_scale.recipe.loading import portable_recipe, text_digest, validate_recipe
+from karat_scale.training.run_directory import RunDirectory
 from paper.agreement import check_agreement, read_events
 from paper.figures import Averages, ClassifierSummary, DetectorSummary
 from paper.kinds import CLASSIFIER, DETECTOR, KINDS, Kind

@@ -193,7 +193,7 @@ def karat(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[st
 
 def karat_here(*arguments: str) -> int:
     """Run `karat` in this process, for what needs no process of its own, such as a one-line error; its exit code."""
-    from karat_scale.cli import main
+    from karat_scale.commands.cli import main
 
     with signals_restored():
         try:
@@ -205,7 +205,7 @@ def karat_here(*arguments: str) -> int:
 @contextmanager
 def signals_restored() -> Iterator[None]:
     """Undo what a run does to this process's signals, which data workers of later tests would inherit."""
-    from karat_scale.run.signals import STOP_SIGNALS
+    from karat_scale.training.signals import STOP_SIGNALS
 
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}

@@ -14,17 +14,17 @@ from karat_scale.engine.deepspeed_config import config_directory
 from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
+from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.reporting.progress import PlainDisplay, Reporter
-from karat_scale.run.parts import Parts
-from karat_scale.run.run import build_parts
-from karat_scale.run.run_directory import RunDirectory
-from karat_scale.run.signals import StopSignals
-from karat_scale.run.task import Task
-from karat_scale.tasks.classification.task import ClassificationTask
-from karat_scale.tasks.classification.train_state import TrainState
+from karat_scale.training.parts import Parts
+from karat_scale.training.run import build_parts
+from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.signals import StopSignals
+from karat_scale.training.task import Task
+from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.tasks.classification.task import ClassificationTask
 from tests.conftest import SMALL
 
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_offload_params")

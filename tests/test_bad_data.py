@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.commands.test_cli import refused
 from tests.conftest import events, karat_here, make_image_folder, summary
-from tests.test_cli import refused
 
 Train = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -22,7 +22,8 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 SECTIONS = dict(re.findall(r"^## (Add .*?)\n(.*?)(?=^## |\Z)", CONTRIBUTING, flags=re.DOTALL | re.MULTILINE))
 # One process imports torch and DeepSpeed once. `karat prepare` becomes another program, so it has a process of its own.
 IN_TURN = (
-    "import shlex, sys; from karat_scale.cli import main; sys.exit(max(main(shlex.split(a)) for a in sys.argv[1:]))"
+    "import shlex, sys; from karat_scale.commands.cli import main; "
+    "sys.exit(max(main(shlex.split(a)) for a in sys.argv[1:]))"
 )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SMALL, events, karat, run_script
-from tests.data_prep import official
+from tests.data.prepare import official
 
 LAYOUTS = {
     "cifar100": functools.partial(official.write_cifar, fine=True),

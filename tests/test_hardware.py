@@ -1,6 +1,6 @@
 import pytest
 
-from karat_scale.machine import GPUS, find_gpu, known_gpu
+from karat_scale.foundation.machine import GPUS, find_gpu, known_gpu
 
 
 @pytest.mark.parametrize(

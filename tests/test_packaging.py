@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from karat_scale.tables import EXTRAS
+from karat_scale.foundation.tables import EXTRAS
 from tests.conftest import ROOT, SMALL, make_image_folder
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from karat_scale.recipe.files import shipped_recipes
+from tests.commands.test_completion import COMPLETION
 from tests.conftest import ROOT, SMALL, events, karat_environment
-from tests.test_completion import COMPLETION
 
 README = (ROOT / "README.md").read_text()
 

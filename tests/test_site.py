@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.cli import build_parser
+from karat_scale.commands.cli import build_parser
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import schema_keys
-from karat_scale.tasks.detection.recipe import DetectionRecipe
-from tests.analysis.browser import Browser, open_browser
+from karat_scale.training.tasks.detection.recipe import DetectionRecipe
+from tests.commands.analyze.browser import Browser, open_browser
 from tests.conftest import ROOT
 
 TEXTS = "return [...document.querySelectorAll(arguments[0])].map(element => element.textContent.trim())"

@@ -28,14 +28,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import karat_scale.data.backends.images
-import karat_scale.run.run
-import karat_scale.tasks.classification.task  # noqa: F401
+import karat_scale.training.run
+import karat_scale.training.tasks.classification.task  # noqa: F401
 from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.engine.deepspeed_internals import quieten_and_skip_builds
 from karat_scale.recipe.loading import dump_recipe, load_recipe
 from tests.conftest import SMALL, make_image_folder, run_script
-from tests.run.forked_ranks import ForkedRanks
 from tests.small_engines import equal
+from tests.training.forked_ranks import ForkedRanks
 
 FINISHES_WITHIN = 300.0
 SURVIVORS_END_WITHIN = 3.0

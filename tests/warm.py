@@ -18,7 +18,11 @@ from pathlib import Path
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["karat_scale.run.run", "karat_scale.tasks.classification.task", "karat_scale.run.evaluate"]
+    [
+        "karat_scale.training.run",
+        "karat_scale.training.tasks.classification.task",
+        "karat_scale.commands.evaluate.own_split",
+    ]
 )
 # What ranks get to end in after one of them has failed.
 GRACE_SECONDS = 30.0

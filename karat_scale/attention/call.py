@@ -1,8 +1,114 @@
-"""What every implementation of the modular Fourier operator is given."""
+"""A call of KArAt attention: its arguments, the dtypes in which it computes and returns, and its checks.
 
-from typing import NamedTuple
+Each error names the argument, its shape and what is expected.
+"""
 
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    cos_coef: Tensor,
+    sin_coef: Tensor,
+    proj: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    """Raises ValueError for shapes, dtypes or devices the modular Fourier operator cannot take."""
+    heads, tokens = check_tokens(query, key, value)
+    _check_float("cos_coef", cos_coef, "[h, r, N, G]")
+    shape = cos_coef.shape
+    if cos_coef.dim() != 4 or 0 in shape or (shape[0], shape[2]) != (heads, tokens):
+        expected = f"[h, r, N, G] = [{heads}, r, {tokens}, G] with r and G of at least 1"
+        raise _wrong_shape("cos_coef", cos_coef, expected)
+    _check_like("sin_coef", sin_coef, "cos_coef", cos_coef)
+    check_shape("proj", proj, "[h, N, r]", (heads, tokens, shape[1]))
+    check_scores("bias", bias, query)
+    check_scores("mask", mask, query)
+    check_devices(query, key=key, value=value, cos_coef=cos_coef, sin_coef=sin_coef, proj=proj, bias=bias, mask=mask)
+
+
+def check_tokens(query: Tensor, key: Tensor, value: Tensor | None) -> tuple[int, int]:
+    """h and N of query, key and value; raises ValueError where these do not fit each other."""
+    _check_float("query", query, "[B, h, N, d]")
+    if query.dim() != 4 or 0 in query.shape[1:]:
+        raise _wrong_shape("query", query, "[B, h, N, d] with h, N and d of at least 1")
+    _check_like("key", key, "query", query)
+    if value is not None:
+        _check_like("value", value, "query", query)
+    return query.shape[1], query.shape[2]
+
+
+def check_shape(name: str, tensor: Any, layout: str, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless `tensor` is a floating tensor of `shape`, which `layout` names."""
+    _check_float(name, tensor, layout)
+    if tensor.shape != shape:
+        raise _wrong_shape(name, tensor, f"{layout} = {list(shape)}")
+
+
+def check_scores(name: str, tensor: Tensor | None, query: Tensor) -> None:
+    """Raises ValueError unless a bias, or a mask, fits scores of `query`."""
+    if tensor is None:
+        return
+    if name == "bias":
+        _check_float(name, tensor, "broadcastable to [B, h, N, N]; a boolean tensor belongs in mask")
+    elif not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:
+        raise _wrong_shape(name, tensor, "torch.bool, true where a pair takes part; scores are added by bias")
+    _check_broadcasts(name, tensor, (*query.shape[:3], query.shape[2]))
+
+
+def check_devices(query: Tensor, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors are on query's device."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}: expected query's device, {query.device}")
+
+
+def check_choice(argument: str, value: object, choices: Collection[str]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{argument} = {value!r}: expected one of {', '.join(choices)}")
+
+
+def _check_float(name: str, tensor: Any, layout: str) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATING:
+        raise _wrong_shape(name, tensor, f"float16, bfloat16, float32 or float64, {layout}")
+
+
+def _check_like(name: str, tensor: Tensor, model_name: str, model: Tensor) -> None:
+    _check_float(name, tensor, f"of {model_name}'s shape")
+    if tensor.shape != model.shape:
+        raise _wrong_shape(name, tensor, f"{model_name}'s shape, {list(model.shape)}")
+
+
+def _check_broadcasts(name: str, tensor: Tensor, target: tuple[int, ...]) -> None:
+    shape = (1,) * (len(target) - tensor.dim()) + tuple(tensor.shape)
+    if tensor.dim() > 4 or any(size != 1 and size != whole for size, whole in zip(shape, target, strict=True)):
+        raise _wrong_shape(name, tensor, f"broadcastable to [B, h, N, N] = {list(target)}")
+
+
+def _wrong_shape(name: str, tensor: object, expected: str) -> ValueError:
+    if not isinstance(tensor, Tensor):
+        return ValueError(f"{name} is a {type(tensor).__name__}: expected a tensor, {expected}")
+    return ValueError(f"{name} has shape {list(tensor.shape)} and dtype {tensor.dtype}: expected {expected}")
+
+
+def refuse_second_derivative(implementation: str) -> None:
+    """Raise RuntimeError in a backward pass that is to be differentiated: torch would take its result as constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"KArAt attention by {implementation!r} is differentiable once: call backward without create_graph, or use "
+            "implementation='reference'"
+        )
 
 
 class FourierCall(NamedTuple):
@@ -22,3 +128,27 @@ class FourierCall(NamedTuple):
 def as_4d(tensor: Tensor | None) -> Tensor | None:
     """Return a bias or a mask with the four dimensions that it broadcasts to."""
     return None if tensor is None else tensor[(None,) * (4 - tensor.dim())]
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float32, or float64 where any tensor has it: harmonics of scores rounded to 16 bits are wrong."""
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def output_dtype(like: Tensor) -> torch.dtype:
+    """Return the dtype of the result of PyTorch's own attention: `like`'s or, under autocast, autocast's."""
+    if like.dtype != torch.float64 and _autocast_is_on(like.device.type):
+        return torch.get_autocast_dtype(like.device.type)
+    return like.dtype
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Suspends autocast, which would round scores and harmonics to 16 bits inside matrix products."""
+    if _autocast_is_on(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _autocast_is_on(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from karat_scale.attention import checks
+from karat_scale.attention import call
 from karat_scale.attention.bases import Basis
 
 FORMS = ("modular", "project_first", "two_operators", "full_rank")
@@ -52,14 +52,14 @@ def check_parameters(
     mask: Tensor | None,
 ) -> None:
     """Raises ValueError for shapes, names, dtypes or devices that the form in this basis cannot take."""
-    heads, tokens = checks.check_tokens(query, key, value)
+    heads, tokens = call.check_tokens(query, key, value)
     rank = 1
     if has_projector(form):
         if not isinstance(proj, Tensor) or proj.dim() != 3:
             found = list(proj.shape) if isinstance(proj, Tensor) else proj
             raise ValueError(f"proj has shape {found}: expected [h, N, r] = [{heads}, {tokens}, r]")
         rank = proj.shape[2]
-        checks.check_shape("proj", proj, "[h, N, r]", (heads, tokens, max(rank, 1)))
+        call.check_shape("proj", proj, "[h, N, r]", (heads, tokens, max(rank, 1)))
     elif proj is not None:
         raise ValueError(f"proj has shape {list(proj.shape)}: expected None, for form = {form!r} has no W")
     if form == "two_operators":
@@ -67,10 +67,10 @@ def check_parameters(
     expected = parameter_shapes(basis, form, heads, tokens, rank)
     check_names(parameters, expected)
     for name, shape in expected.items():
-        checks.check_shape(name, parameters[name], "the basis's", shape)
-    checks.check_scores("bias", bias, query)
-    checks.check_scores("mask", mask, query)
-    checks.check_devices(query, key=key, value=value, proj=proj, bias=bias, mask=mask, **parameters)
+        call.check_shape(name, parameters[name], "the basis's", shape)
+    call.check_scores("bias", bias, query)
+    call.check_scores("mask", mask, query)
+    call.check_devices(query, key=key, value=value, proj=proj, bias=bias, mask=mask, **parameters)
 
 
 def check_names(parameters: Mapping[str, Tensor], expected: Collection[str]) -> None:

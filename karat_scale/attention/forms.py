@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from karat_scale.attention import checks, functional, reference, streaming
+from karat_scale.attention import call, functional, reference, streaming
 from karat_scale.attention.bases import BASE_ACTIVATIONS, Basis, Fourier, Linear, key_of, make_basis
+from karat_scale.attention.call import compute_dtype, full_precision, output_dtype
 from karat_scale.attention.form_parameters import FORMS, SECOND, Simplex, check_names, check_parameters, check_simplex
-from karat_scale.attention.precision import compute_dtype, full_precision, output_dtype
 from karat_scale.attention.simplex import project
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
@@ -66,8 +66,8 @@ def karat_attention(
         ValueError: a shape, dtype, device or name does not fit; the message says what was expected.
     """
     basis = make_basis(basis) if isinstance(basis, str) else basis
-    checks.check_choice("form", form, FORMS)
-    checks.check_choice("base", base, BASE_ACTIVATIONS)
+    call.check_choice("form", form, FORMS)
+    call.check_choice("base", base, BASE_ACTIVATIONS)
     check_simplex(simplex, form)
     check_implementation(implementation, basis, form, simplex)
     if has_kernels(basis, form, simplex) and proj is not None:
@@ -103,8 +103,8 @@ def karat_scores(
     `value` is not used and may be None. The dtype is the query's or, under autocast, autocast's.
     """
     basis = make_basis(basis) if isinstance(basis, str) else basis
-    checks.check_choice("form", form, FORMS)
-    checks.check_choice("base", base, BASE_ACTIVATIONS)
+    call.check_choice("form", form, FORMS)
+    call.check_choice("base", base, BASE_ACTIVATIONS)
     check_simplex(simplex, form)
     check_implementation(implementation, basis, form, simplex)
     if has_kernels(basis, form, simplex) and proj is not None:
@@ -130,7 +130,7 @@ def has_kernels(basis: Basis, form: str, simplex: Simplex) -> bool:
 
 def check_implementation(implementation: str, basis: Basis, form: str, simplex: Simplex) -> None:
     """Raise ValueError for an unknown implementation, or one that does not support this operator."""
-    checks.check_choice("implementation", implementation, ("auto", *functional.IMPLEMENTATIONS))
+    call.check_choice("implementation", implementation, ("auto", *functional.IMPLEMENTATIONS))
     if implementation in ("auto", *_IMPLEMENTATIONS) or has_kernels(basis, form, simplex):
         return
     raise ValueError(

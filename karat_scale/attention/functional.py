@@ -9,10 +9,8 @@ from torch import Tensor
 
 from karat_scale.attention import reference, streaming
 from karat_scale.attention.bases import BASE_ACTIVATIONS
-from karat_scale.attention.call import FourierCall
-from karat_scale.attention.checks import check_call, check_choice
+from karat_scale.attention.call import FourierCall, check_call, check_choice, output_dtype
 from karat_scale.attention.kernels import cpu, triton_fourier
-from karat_scale.attention.precision import output_dtype
 
 IMPLEMENTATIONS: dict[str, Callable[[FourierCall], Tensor]] = {
     "reference": reference.attend,

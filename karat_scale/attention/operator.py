@@ -14,8 +14,7 @@ from karat_scale.attention.bases import (
     key_of,
     make_basis,
 )
-from karat_scale.attention.call import FourierCall
-from karat_scale.attention.checks import check_choice
+from karat_scale.attention.call import FourierCall, check_choice
 from karat_scale.attention.flops import karat_flops
 from karat_scale.attention.form_parameters import FORMS, SECOND, Simplex, check_simplex, has_projector, parameter_shapes
 from karat_scale.attention.forms import check_implementation, has_kernels, karat_attention, karat_scores

@@ -5,8 +5,7 @@ from torch import Tensor
 
 from karat_scale.attention import simplex
 from karat_scale.attention.bases import BASE_ACTIVATIONS, Basis, ElementwiseBasis, FeatureBasis
-from karat_scale.attention.call import FourierCall
-from karat_scale.attention.precision import compute_dtype, full_precision
+from karat_scale.attention.call import FourierCall, compute_dtype, full_precision
 
 
 def attend(call: FourierCall) -> Tensor:

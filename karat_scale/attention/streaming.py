@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from karat_scale.attention.bases import BASE_ACTIVATIONS, Basis, FeatureBasis, Fourier, basis_of, key_of
-from karat_scale.attention.call import FourierCall, as_4d
-from karat_scale.attention.checks import refuse_second_derivative
-from karat_scale.attention.precision import compute_dtype, full_precision
+from karat_scale.attention.call import FourierCall, as_4d, compute_dtype, full_precision, refuse_second_derivative
 from karat_scale.attention.routes import Head, HeadGradients, choose_route
 from karat_scale.attention.tiles import Workspace, pick_broadcast
 

@@ -1,7 +1,7 @@
 """What each file of a checkpoint must say.
 
 A file whose hash is right may still lie: something else wrote it, or wrote it wrongly. So each one is validated when it
-is read, and what it says is used only then.
+is read, and what it says is used only then. torch's random generators of one rank are among them.
 """
 
 import math
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 import torch
 from pydantic import (
     AfterValidator,
@@ -21,10 +22,10 @@ from pydantic import (
 )
 from torch import Tensor
 
-from karat_scale.checkpoint.manifest import STATE
+from karat_scale.checkpoint.store import STATE
 from karat_scale.checkpoint.tensor_storage import load_tensors
-from karat_scale.errors import RunDirectoryError
-from karat_scale.files import read_text
+from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.foundation.files import read_text
 
 FORMAT = 2
 _CUDA_GENERATOR_BYTES = 16
@@ -194,3 +195,23 @@ def validated(file: str, read: Callable[[], R]) -> R:
         place = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
         raise RunDirectoryError(f"{file}: {place[:_LONGEST]}{': ' if place else ''}{message[:_LONGEST]}") from None
+
+
+def generator_states(device: torch.device) -> dict[str, Any]:
+    """Those of the CPU and, where the rank trains on one, of its GPU, as they are now."""
+    return {
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+    }
+
+
+def restore_generators(states: Sidecar, device: torch.device) -> None:
+    """Let them be as `generator_states` found them."""
+    torch.set_rng_state(states.rng)
+    if states.cuda_rng is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(states.cuda_rng)
+
+
+def seed_generators(seed: int, step: int, rank: int) -> None:
+    """Seed the generators of a rank that has none saved: they start from the step."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))

@@ -8,10 +8,9 @@ from collections.abc import Callable, Collection
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from karat_scale.checkpoint.manifest import MANIFEST, parse_manifest
-from karat_scale.checkpoint.store import CHECKPOINT_NAME, PINNED, CheckpointStore
-from karat_scale.files import LARGEST_TEXT, Fingerprint, FingerprintedFile, name_in_errors, read_text
-from karat_scale.stores import ChangedFileError, FileFacts, MissingFileError, WritableStore
+from karat_scale.checkpoint.store import CHECKPOINT_NAME, MANIFEST, PINNED, CheckpointStore, parse_manifest
+from karat_scale.foundation.files import LARGEST_TEXT, Fingerprint, FingerprintedFile, name_in_errors, read_text
+from karat_scale.foundation.stores import ChangedFileError, FileFacts, MissingFileError, WritableStore
 
 _FOLDER = "checkpoints"
 _POINTER_BYTES = 4096

@@ -19,9 +19,9 @@ from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.shards import Fragment
-from karat_scale.errors import RunDirectoryError
+from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.foundation.tables import OPTIMIZERS
 from karat_scale.models.transfer import teacher_of
-from karat_scale.tables import OPTIMIZERS
 
 
 def restore(engine: Engine, ema: Ema | None, saved: SavedState, world: World) -> None:

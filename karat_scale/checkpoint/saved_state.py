@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from karat_scale.checkpoint.manifest import STATE
 from karat_scale.checkpoint.records import (
     ModelFile,
     OptimizerStates,
@@ -18,9 +17,9 @@ from karat_scale.checkpoint.records import (
     read_record,
     read_state_record,
 )
-from karat_scale.checkpoint.store import CHECKPOINT_NAME, checkpoint_name
+from karat_scale.checkpoint.store import CHECKPOINT_NAME, STATE, checkpoint_name
 from karat_scale.engine.shards import Fragment, Layout, Pieces
-from karat_scale.errors import RunDirectoryError
+from karat_scale.foundation.errors import RunDirectoryError
 
 
 @dataclass

@@ -13,21 +13,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from karat_scale.checkpoint.generators import generator_states
+from karat_scale.checkpoint.records import generator_states
 from karat_scale.checkpoint.saved_state import sidecar_name
-from karat_scale.checkpoint.size import checkpoint_bytes
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
-from karat_scale.checkpoint.tensor_storage import DurableStorage, describe
+from karat_scale.checkpoint.tensor_storage import DurableStorage, checkpoint_bytes, describe
 from karat_scale.engine.deepspeed_internals import shard_layout, use_storage
 from karat_scale.engine.devices import wait_for
 from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
+from karat_scale.engine.reporting.progress import Reporter
 from karat_scale.engine.run_state import RunState
-from karat_scale.errors import RunDirectoryError
-from karat_scale.files import Fingerprint
+from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.foundation.files import Fingerprint
 from karat_scale.recipe.keep import SaveConfig
-from karat_scale.reporting.progress import Reporter
 
 _BEAT_SECONDS = 1.0
 T = TypeVar("T")

@@ -16,10 +16,10 @@ from karat_scale.checkpoint.weights import describe_weights
 from karat_scale.engine.deepspeed_internals import master_weights, shard_layout
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import Engine
+from karat_scale.engine.reporting.progress import Reporter
 from karat_scale.engine.shards import Pieces
 from karat_scale.models.transfer import teacher_of
 from karat_scale.recipe import Recipe
-from karat_scale.reporting.progress import Reporter
 
 _SUFFIX = ".safetensors"
 

@@ -8,23 +8,165 @@ checkpoints/
   .saving-step-00001300/   a save under way, or one that a crash cut off; never read
   latest, best          a checkpoint's name, replaced atomically
   pinned                names of old checkpoints that are kept, one on a line
+
+Who reads a checkpoint locks its manifest, so that nobody removes it meanwhile. Some file systems have no locks.
 """
 
+import fcntl
 import json
+import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from karat_scale.checkpoint.locks import alone, hold
-from karat_scale.checkpoint.manifest import MANIFEST, STATE, Progress, damage_of, manifest_text, read_manifest
-from karat_scale.console import printable
-from karat_scale.errors import RunDirectoryError
-from karat_scale.files import Fingerprint, file_sha256, flush_to_disk, parse_json, read_text, replace_file
-from karat_scale.temporaries import remove_leftovers
+from karat_scale.foundation.console import printable
+from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.foundation.files import (
+    Fingerprint,
+    file_sha256,
+    flush_to_disk,
+    open_regular,
+    parse_json,
+    read_text,
+    remove_leftovers,
+    replace_file,
+)
+from karat_scale.foundation.machine import usable_cores
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+_HASHING_THREADS = 8
+Progress = Callable[[int, int], None]
+"""Hears how many bytes are done, and of how many."""
+
+
+def manifest_text(files: Mapping[str, Fingerprint]) -> str:
+    """The text of the manifest of these files."""
+    listed = {name: files[name]._asdict() for name in sorted(files)}
+    return json.dumps({"format": 1, "files": listed}, indent=2) + "\n"
+
+
+def parse_manifest(text: str) -> dict[str, Fingerprint]:
+    """The files that a manifest lists. Raises ValueError if it is not, byte for byte, what was written."""
+    try:
+        files = {name: Fingerprint(**file) for name, file in parse_json(text)["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError from error
+    if STATE not in files or any("/" in name for name in files) or text != manifest_text(files):
+        raise ValueError
+    if not all(type(file.bytes) is int and isinstance(file.sha256, str) for file in files.values()):
+        raise ValueError
+    return files
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Fingerprint]:
+    """The files that the manifest of a checkpoint lists. Raises OSError, and ValueError as `parse_manifest`."""
+    return parse_manifest(read_text(checkpoint / MANIFEST))
+
+
+def damage_of(checkpoint: Path, progress: Progress | None = None) -> str | None:
+    """What is wrong with the files of a checkpoint, in a few words; None if each one is as it was written.
+
+    Files are hashed side by side.
+    """
+    try:
+        files = read_manifest(checkpoint)
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError):
+        return f"{MANIFEST} is not readable"
+    total = sum(file.bytes for file in files.values())
+    count = _counter(total, progress)
+    with ThreadPoolExecutor(min(_HASHING_THREADS, usable_cores())) as threads:
+        found = list(threads.map(lambda name: _damage(checkpoint / name, files[name], count), files))
+    if progress is not None:
+        progress(total, total)  # damaged or not
+    return next((damage for damage in found if damage is not None), None)
+
+
+def _damage(path: Path, written: Fingerprint, count: Callable[[int], None]) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != written.bytes:
+            return f"{path.name} has {size} bytes, not {written.bytes}"
+        if file_sha256(path, count) != written.sha256:
+            return f"{path.name} has changed since it was written"
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
+    return None
+
+
+def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
+    """Adds up the sizes that threads report."""
+    lock, done = threading.Lock(), 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        if progress is not None:
+            with lock:
+                done += size
+                progress(done, total)
+
+    return count
+
+
+def hold(checkpoint: Path) -> BinaryIO | None:
+    """Keep a checkpoint from being removed as long as the returned file is open; None if it is not there."""
+    try:
+        handle = os.fdopen(open_regular(checkpoint / MANIFEST), "rb")
+    except OSError:
+        return None
+    _lock(handle, fcntl.LOCK_SH)
+    if not (checkpoint / MANIFEST).exists():
+        handle.close()
+        return None
+    return handle
+
+
+@contextmanager
+def holding(checkpoint: Path) -> Iterator[bool]:
+    """Keep a checkpoint from being removed inside the block; whether it is there."""
+    handle = hold(checkpoint)
+    if handle is None:
+        yield False
+        return
+    with handle:
+        try:
+            yield True
+        finally:
+            _lock(handle, fcntl.LOCK_UN)  # closing would leave it to processes that were forked meanwhile
+
+
+@contextmanager
+def alone(checkpoint: Path) -> Iterator[None]:
+    """Let nobody begin to read a checkpoint inside the block. Raises BlockingIOError if somebody reads it."""
+    with ExitStack() as stack:
+        with suppress(FileNotFoundError):  # a damaged one has no manifest
+            path = checkpoint / MANIFEST
+            # NFS gives such a lock only on what is open for writing.
+            descriptor = open_regular(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
+            handle = stack.enter_context(os.fdopen(descriptor, "rb"))
+            _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _lock(handle: BinaryIO, kind: int) -> None:
+    """Lock a file, where its file system has locks. Raises BlockingIOError if it is locked and `kind` does not wait."""
+    try:
+        fcntl.flock(handle, kind)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
+
 
 PINNED = "pinned"
 CHECKPOINT_NAME = re.compile(r"step-\d{8,}")

@@ -1,4 +1,7 @@
-"""How tensors reach the disk and come back: flushed to it, and read as data, never as code."""
+"""How tensors reach the disk and come back: flushed to it, and read as data, never as code.
+
+A checkpoint's size is known before it is written.
+"""
 
 import copy
 import os
@@ -13,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from karat_scale.engine.deepspeed_internals import checkpoint_globals
-from karat_scale.errors import RunDirectoryError, one_line
-from karat_scale.files import Fingerprint, FingerprintedFile, commit_file, open_regular
-from karat_scale.temporaries import temporary_file
+from karat_scale.engine.precision import PRECISIONS
+from karat_scale.foundation.errors import RunDirectoryError, one_line
+from karat_scale.foundation.files import Fingerprint, FingerprintedFile, commit_file, open_regular, temporary_file
+from karat_scale.recipe import RunRecipe
 
 
 def save_tensors(value: Any, path: Path, on_bytes: Callable[[int], None] | None = None) -> Fingerprint:
@@ -191,3 +195,18 @@ def as_os_error(error: Exception) -> OSError:
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
     return cause if isinstance(cause, OSError) else OSError((str(error) or type(error).__name__).splitlines()[0])
+
+
+def checkpoint_bytes(parameters: int, stage: int, has_ema: bool, weight_bytes: int) -> int:
+    """Return the bytes of a checkpoint of a model with so many parameters, with all that AdamW keeps.
+
+    stage: of ZeRO. weight_bytes: of a parameter in the module. From stage 1 on the fp32 weights are apart from these.
+    """
+    fp32_tensors = 3 + has_ema  # weights, two moments, averages
+    return parameters * (4 * fp32_tensors + (weight_bytes if stage else 0))
+
+
+def planned_bytes(recipe: RunRecipe, stage: int, parameters: int) -> int:
+    """Return the bytes of a checkpoint of a run of this recipe."""
+    weights = PRECISIONS[recipe.train.precision].weights
+    return checkpoint_bytes(parameters, stage, recipe.train.ema_decay > 0, weights.itemsize)

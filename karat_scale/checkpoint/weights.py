@@ -13,9 +13,9 @@ from karat_scale.checkpoint.resize import fit_state
 from karat_scale.checkpoint.restore import check_buffers, check_shapes, check_teacher, copy_buffers
 from karat_scale.checkpoint.saved_state import read_state
 from karat_scale.engine.shards import Fragment
-from karat_scale.errors import RunDirectoryError
+from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.recipe import Recipe, RunRecipe
-from karat_scale.recipe.portable import portable_recipe, text_digest
+from karat_scale.recipe.loading import portable_recipe, text_digest
 
 
 def wants_ema(weights: str, recipe: RunRecipe, saved: Mapping[str, Any]) -> bool:

@@ -1,1 +1,1 @@
-"""The commands of `karat`, by what they are for: their options, and the calls behind them."""
+"""The commands of `karat`: a folder or a module for each one, and the parsers of all."""

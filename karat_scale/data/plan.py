@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from karat_scale.data.order import BLOCK_SAMPLES, WINDOW_BLOCKS, epoch_order
-from karat_scale.data.streams.shards import StreamShards
-from karat_scale.errors import DataError, RecipeError
+from karat_scale.data.shards.streamed import StreamShards
+from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.recipe import Recipe, RunRecipe
 
 PADDING = -1

@@ -4,12 +4,12 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from karat_scale.engine.distributed import World
 from karat_scale.engine.shards import Fragment, Layout
 from karat_scale.engine.waiting import gathers_wait_for_the_weights
 
@@ -27,13 +27,12 @@ def quieten_and_skip_builds() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
-def share_world_group(world: World) -> None:
-    """Give DeepSpeed its group of all ranks, with this world's patience: NCCL's own is ten minutes. Collective."""
+def share_world_group(size: int, patience: timedelta) -> None:
+    """Give DeepSpeed its group of all ranks, with our patience: NCCL's own is ten minutes. Collective."""
     from deepspeed.utils import groups
 
-    if world.size > 1 and groups._WORLD_GROUP is None:
-        with world.making_a_group():
-            groups._WORLD_GROUP = dist.new_group(list(range(world.size)), timeout=world.patience)
+    if size > 1 and groups._WORLD_GROUP is None:
+        groups._WORLD_GROUP = dist.new_group(list(range(size)), timeout=patience)
 
 
 def forget_groups() -> None:

@@ -18,10 +18,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from karat_scale.engine.devices import card, gpu_index, refuse_shared, tell_deepspeed
-from karat_scale.engine.flight_recorder import record_collectives
+from karat_scale.engine.devices import card, gpu_index, record_collectives, refuse_shared, tell_deepspeed
 from karat_scale.engine.peers import Peers, Place, meet
-from karat_scale.errors import UserError
+from karat_scale.foundation.errors import UserError
 
 T = TypeVar("T")
 PATIENCE_MINUTES = 30.0

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from karat_scale.engine.cpu_adam import build_cpu_adam, cpu_adam_can_be_built
 from karat_scale.engine.deepspeed_config import load_ds_config, offloads_optimizer, zero_stage
 from karat_scale.engine.deepspeed_internals import (
     forget_gradients,
@@ -25,8 +24,14 @@ from karat_scale.engine.deepspeed_internals import (
     use_torchs_own_linear,
 )
 from karat_scale.engine.distributed import World
-from karat_scale.engine.optimizers import build_optimizer, heeds_found_inf, state_names
-from karat_scale.engine.parameter_groups import Groups
+from karat_scale.engine.optimizers import (
+    Groups,
+    build_cpu_adam,
+    build_optimizer,
+    cpu_adam_can_be_built,
+    heeds_found_inf,
+    state_names,
+)
 from karat_scale.engine.precision import (
     PRECISIONS,
     allow_tf32,
@@ -112,7 +117,8 @@ class Engine:
         if cpu_adam:
             build_cpu_adam()
         optimizer = build_optimizer(model, recipe.optim, world.device, cpu_adam, groups)
-        share_world_group(world)
+        with world.making_a_group():
+            share_world_group(world.size, world.patience)
         with quiet_initialization():
             self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         if self.stage > 0:  # DeepSpeed's masters begin at what 16 bits have left of the weights

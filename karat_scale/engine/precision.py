@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from karat_scale.errors import RecipeError
-from karat_scale.machine import cpu_has_bf16
+from karat_scale.foundation.errors import RecipeError
+from karat_scale.foundation.machine import cpu_has_bf16
 from karat_scale.recipe import TrainConfig
 
 

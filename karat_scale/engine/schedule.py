@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import Recipe
 
 

@@ -1,4 +1,7 @@
-"""The attention matrices of a model, block by block, while it runs: scores before the operator and weights after it."""
+"""The attention matrices of a model, block by block, while it runs: scores before the operator and weights after it.
+
+A plain ViT also runs with other attention matrices than its own: what it loses is what it used them for.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,10 +13,11 @@ from timm.models.convit import GPSA, MHSA
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from karat_scale.errors import UserError
+from karat_scale.foundation.errors import UserError
 from karat_scale.models import convit, swin
 from karat_scale.models.layers import attention_layers
 from karat_scale.models.transfer import Teacher, TransferredAttention
+from karat_scale.models.vit import join_heads
 
 Visit = Callable[[int, Tensor, Tensor], None]
 """A function that receives the block's index, A [B, h, N, N] before the operator, and S (or softmax(A)) after it.
@@ -109,3 +113,37 @@ _READERS: dict[type[nn.Module], Callable[..., Matrices]] = {
 def can_be_watched(model: nn.Module) -> bool:
     """Return whether `watched` can read every attention layer: those of a family of your own may be unknown."""
     return all(isinstance(layer.attention, tuple(_READERS)) for layer in attention_layers(model))
+
+
+Replace = Callable[[int, Tensor], Tensor]
+"""A function of the block's index and S [B, h, N, N] that returns what to use as S, with or without B."""
+
+
+def can_be_replaced(model: nn.Module) -> bool:
+    """Return whether `replaced` knows all attention layers: those of plain ViTs, without attention transfer."""
+    layers = [layer.attention for layer in attention_layers(model)]
+    return all(isinstance(layer, Attention) and not isinstance(layer, TransferredAttention) for layer in layers)
+
+
+@contextmanager
+def replaced(model: nn.Module, replace: Replace) -> Iterator[None]:
+    """Run each attention layer inside the `with` as O = S' V with S' = replace(block, S)."""
+    with ExitStack() as hooks:
+        for number, layer in enumerate(attention_layers(model)):
+            hooks.enter_context(layer.attention.register_forward_hook(_replacing(number, replace)))
+        yield
+
+
+def mean_over_queries(_: int, learned: Tensor) -> Tensor:
+    """Give each query the mean of all queries' rows."""
+    return learned.mean(2, keepdim=True).expand_as(learned)
+
+
+def _replacing(number: int, replace: Replace) -> Callable[[Any, tuple[Tensor, ...], Tensor], Tensor]:
+    @torch.no_grad()
+    def after(attention: Any, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
+        query, key, value = query_key_value(attention, inputs[0])
+        learned = scores_and_matrix(query, key, getattr(attention, "operator", None))[1]
+        return join_heads(attention, inputs[0], replace(number, learned).to(value.dtype) @ value)
+
+    return after

@@ -5,18 +5,16 @@ from typing import Any, Literal
 import timm
 from torch import nn
 
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError, nearest
 from karat_scale.models import swin, vit
 from karat_scale.models.convit import CONVIT
-from karat_scale.models.freeze import freeze
 from karat_scale.models.host import Host, refuse_fields, shapes_alone
-from karat_scale.models.layers import LayerSize
+from karat_scale.models.layers import LayerSize, freeze
 from karat_scale.models.other import OTHER
 from karat_scale.models.swin import SWIN
 from karat_scale.models.transfer import TransferredAttention
 from karat_scale.models.vit import VIT, build_vit
 from karat_scale.recipe import AttentionConfig, ModelConfig, Recipe
-from karat_scale.suggestions import nearest
 
 # By the names of timm's modules.
 HOSTS = {

@@ -17,8 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from karat_scale.attention.heads import AttentionHeads
 from karat_scale.models.factory import create_model
-from karat_scale.models.freeze import freeze
-from karat_scale.models.layers import attention_layers
+from karat_scale.models.layers import attention_layers, freeze
 from karat_scale.models.transfer import TransferredAttention
 from karat_scale.recipe import AttentionConfig, ModelConfig
 

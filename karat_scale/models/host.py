@@ -15,7 +15,7 @@ from timm.models.pit import ConvEmbedding
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.models.layers import KNOWN, LayerSize, attention_layers, measure_layers
 from karat_scale.recipe import ModelConfig
 

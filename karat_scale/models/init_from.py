@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from karat_scale.errors import RecipeError, one_line
+from karat_scale.foundation.errors import RecipeError, one_line
 from karat_scale.models.factory import host_of, layer_sizes
 from karat_scale.models.init_operators import OPERATOR, operators_for, spread_operator
-from karat_scale.models.positions import is_sincos_2d
-from karat_scale.models.prefix_tokens import fit_prefix, prefix_tokens
+from karat_scale.models.prefix_tokens import fit_prefix, is_sincos_2d, prefix_tokens
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 # Keys of an operator that can differ while all parameters have the same names and shapes.

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.models.interpolate import Resizable, TokenGrid, resize_operator, square_grid, tokens_of
 from karat_scale.models.layers import attention_layers
 from karat_scale.models.prefix_tokens import places_of, prefix_tokens

@@ -1,5 +1,7 @@
-"""The attention layers of a model of any architecture, in the order of the forward pass."""
+"""The attention layers of a model of any architecture, in the order of the forward pass; which are frozen."""
 
+import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any, NamedTuple
 
@@ -8,6 +10,8 @@ from timm.layers import Attention
 from timm.models.convit import GPSA, MHSA
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
+
+from karat_scale.foundation.errors import RecipeError
 
 # Every class of attention in timm that this project supports.
 KNOWN: tuple[type[nn.Module], ...] = (Attention, GPSA, MHSA, WindowAttention)
@@ -99,3 +103,27 @@ def _kind(block: nn.Module) -> tuple[Any, ...]:
 
 def _is_plain(key: str, value: Any) -> bool:
     return not key.startswith("_") and (isinstance(value, int | float | str | tuple | None) or is_dataclass(value))
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> str:
+    """Turn off the gradient of the parameters whose names match one of the patterns, as in a shell.
+
+    Returns a line about it. A parameter that blocks share has its name from the first of them.
+
+    Raises:
+        RecipeError: a pattern matches no parameter, or nothing is left to train.
+    """
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        matched = fnmatch.filter(parameters, pattern)
+        if not matched:
+            raise RecipeError(
+                f"train.freeze = {pattern}: matches no parameter; names are like {', '.join([*parameters][:4])}"
+            )
+        for name in matched:
+            parameters[name].requires_grad_(False)
+    frozen = sum(parameter.numel() for parameter in parameters.values() if not parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in parameters.values())
+    if frozen == total:
+        raise RecipeError(f"train.freeze = [{', '.join(patterns)}] leaves no parameter to train; freeze fewer")
+    return f"{frozen:,} of {total:,} parameters are frozen"

@@ -11,7 +11,7 @@ from karat_scale.attention import HybridHeads, KaratOperator, ResidualHeads
 from karat_scale.attention.functional import KERNELS_OF
 from karat_scale.attention.heads import AttentionHeads
 from karat_scale.attention.variants import SmoothOperator
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.models.layers import BIASED, attention_layers
 
 

@@ -9,10 +9,10 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.models.host import Host, build_timm, refuse_fields
 from karat_scale.models.layers import LayerSize
-from karat_scale.models.learn import learn
+from karat_scale.models.make_operator import learn
 from karat_scale.models.vit import KaratAttention
 from karat_scale.recipe import AttentionConfig, ModelConfig
 

@@ -9,11 +9,11 @@ from timm.models.convit import MHSA
 from timm.models.swin_transformer import WindowAttention
 from torch import nn
 
-from karat_scale.errors import RecipeError, one_line
+from karat_scale.foundation.errors import RecipeError, one_line
 from karat_scale.models.convit import KaratMHSA
 from karat_scale.models.host import check_attention
 from karat_scale.models.layers import measure_layers
-from karat_scale.models.learn import learn
+from karat_scale.models.make_operator import learn
 from karat_scale.models.swin import KaratWindowAttention
 from karat_scale.models.vit import KaratAttention
 from karat_scale.recipe import AttentionConfig, ModelConfig

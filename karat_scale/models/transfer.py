@@ -15,7 +15,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional
 
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.models.layers import attention_layers
 from karat_scale.models.vit import join_heads, num_tokens
 

@@ -35,7 +35,7 @@ def is_place(text: str) -> bool:
 
 
 class OneOf:
-    """An annotation of a text: one of the names in a table of `karat_scale.tables`, or one of `also`.
+    """An annotation of a text: one of the names in a table of `karat_scale.foundation.tables`, or one of `also`.
 
     If `places`, it may also be the place of a class of the user's.
     """

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from karat_scale.console import print_table, write_json
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.console import print_table, write_json
+from karat_scale.foundation.errors import RecipeError, nearest
 from karat_scale.recipe.files import COMMANDS, shipped_recipes
-from karat_scale.suggestions import nearest
 
 _NOT_RUN = "not yet run"
 

@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
+from karat_scale.foundation.stores import check_url, check_writable, is_url
+from karat_scale.foundation.tables import TRACKERS
 from karat_scale.recipe.base import Count, OneOf, Positive, Section
-from karat_scale.stores import check_url, check_writable, is_url
-from karat_scale.tables import TRACKERS
 
 
 class SaveConfig(Section):

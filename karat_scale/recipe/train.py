@@ -1,11 +1,14 @@
-"""The sections `optim`, `schedule`, `train` and `deepspeed`: how the weights are trained."""
+"""The sections `optim`, `schedule`, `train` and `deepspeed`: how the weights are trained.
+
+And `distill`: what a run learns from a trained classifier, beside the labels.
+"""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from karat_scale.foundation.tables import OPTIMIZERS, OptimizerRow
 from karat_scale.recipe.base import Count, Effect, NonNegative, OneOf, Positive, Section
-from karat_scale.tables import OPTIMIZERS, OptimizerRow
 
 # No useful rate is larger; beyond it are typing errors.
 Rate = Annotated[float, Field(gt=0.0, le=1e3)]
@@ -178,3 +181,24 @@ class DeepSpeedConfig(Section):
     cpu_adam: Literal["auto", "torch", "deepspeed"] = "auto"
     """The optimizer for what is offloaded to the CPU: torch's AdamW, or DeepSpeed's, which takes minutes to compile
     on first use. `auto` uses DeepSpeed's on a machine with a GPU, and torch's elsewhere."""
+
+
+class DistillConfig(Section):
+    """Knowledge distillation from a frozen teacher, which sees the same augmented and mixed images as the student.
+
+    A student with DeiT's distillation token learns from the teacher by that token, and from the labels by the class
+    token.
+    """
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    from_: str = Field("", alias="from")
+    """The teacher: a run directory, a checkpoint in one, a file or folder of `karat export`, or `timm:NAME`. Empty
+    means no distillation. A run keeps a copy of its teacher."""
+    kind: Literal["soft", "hard"] = "soft"
+    """`soft`: the divergence from the teacher's probabilities (Hinton et al.). `hard`: the cross-entropy with the
+    teacher's most probable class (DeiT)."""
+    temperature: Positive = 3.0
+    """The logits are divided by it before the soft probabilities are taken."""
+    weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """The teacher's part of the loss; the labels have the rest."""

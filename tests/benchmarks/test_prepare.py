@@ -3,7 +3,7 @@ import json
 import pytest
 
 from benchmarks.prepare import main
-from karat_scale.errors import UserError
+from karat_scale.foundation.errors import UserError
 
 
 def test_the_ratios_are_measured(tmp_path):

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from karat_scale.checkpoint.manifest import MANIFEST, STATE
+from karat_scale.checkpoint.store import MANIFEST, STATE
 from karat_scale.checkpoint.tensor_storage import load_tensors
-from karat_scale.files import file_sha256
+from karat_scale.foundation.files import file_sha256
 
 LOST = object()
 

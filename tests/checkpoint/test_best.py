@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.tasks.classification.train_state import TrainState
-from tests.run.harm import POINTERS, point
+from karat_scale.training.tasks.classification.evaluate import TrainState
+from tests.training.harm import POINTERS, point
 
 
 class Killed(BaseException):

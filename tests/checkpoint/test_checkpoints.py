@@ -9,8 +9,8 @@ import torch
 from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.deepspeed_internals import master_weights
-from karat_scale.errors import RunDirectoryError
-from karat_scale.tasks.classification.train_state import TrainState
+from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.training.tasks.classification.evaluate import TrainState
 from tests.small_engines import CONFIGS, VARIANTS, equal, train_once, train_steps, weights
 
 

@@ -11,12 +11,12 @@ from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
-from karat_scale.errors import RunDirectoryError
+from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
+from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.models import create_model
-from karat_scale.models.freeze import freeze
+from karat_scale.models.layers import freeze
 from karat_scale.recipe import Recipe
-from karat_scale.reporting.progress import PlainDisplay, Reporter
-from karat_scale.tasks.classification.train_state import TrainState
+from karat_scale.training.tasks.classification.evaluate import TrainState
 from tests.small_engines import CONFIGS, train_once, weights
 
 TUNED = ("optim.layer_decay=0.5", "train.freeze=[patch_embed.*, blocks.0.attn.operator.*]", "optim.weight_decay=0")

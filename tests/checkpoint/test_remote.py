@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.checkpoint.manifest import MANIFEST
 from karat_scale.checkpoint.remote import RemoteCheckpoints
-from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
-from karat_scale.files import Fingerprint
-from karat_scale.stores import StoreError, WritableStore
+from karat_scale.checkpoint.store import MANIFEST, CheckpointStore, checkpoint_name
+from karat_scale.foundation.files import Fingerprint
+from karat_scale.foundation.stores import StoreError, WritableStore
 from tests.conftest import ROOT, karat_environment
 from tests.proxy import FaultyProxy
 from tests.servers import gs, s3, s3_port

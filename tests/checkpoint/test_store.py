@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.checkpoint.locks import alone, holding
-from karat_scale.checkpoint.manifest import MANIFEST, STATE
-from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
-from karat_scale.errors import RunDirectoryError
-from karat_scale.files import Fingerprint
+from karat_scale.checkpoint.store import MANIFEST, STATE, CheckpointStore, alone, checkpoint_name, holding
+from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.foundation.files import Fingerprint
 from tests.conftest import ROOT
-from tests.run.harm import HARMS, POINTERS, point
+from tests.training.harm import HARMS, POINTERS, point
 
 
 @pytest.fixture

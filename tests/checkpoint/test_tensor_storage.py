@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from karat_scale.checkpoint.tensor_storage import host_copy, load_tensors, read_metadata, save_tensors
-from karat_scale.errors import RunDirectoryError
-from karat_scale.files import file_sha256
+from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.foundation.files import file_sha256
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:

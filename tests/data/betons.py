@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-import tests.data_prep.conftest  # noqa: F401  puts data_prep on the path
 from karat_scale.data.decoders.ffcv import require_ffcv
-from karat_scale.errors import RecipeError
+from karat_scale.data.prepare.make_ffcv import main
+from karat_scale.foundation.errors import RecipeError
 
 
 def need_ffcv() -> None:
@@ -20,8 +20,6 @@ def need_ffcv() -> None:
 def make_betons(src: Path, *options: str) -> Path:
     """The betons of a source, in a directory beside it."""
     need_ffcv()
-    from make_ffcv import main
-
     out = src.parent / f"{src.name}-betons"
     main(["--src", str(src), "--out", str(out), "--workers", "1", *options])
     return out

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from karat_scale.data.order import epoch_order
 from karat_scale.data.plan import PADDING, EvalPlan, TrainPlan, choose_micro_batch
-from karat_scale.errors import DataError, RecipeError
+from karat_scale.foundation.errors import DataError, RecipeError
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 24), (1, 4), (2, 12), (2, 3), (3, 8), (4, 2), (8, 1)])

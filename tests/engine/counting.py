@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from karat_scale.engine import ema
-from karat_scale.engine.optimizers import adamw
+from karat_scale.engine import ema, optimizers
 
 # They make a view, look at a tensor's form or only allocate: no kernel runs.
 _FREE = (
@@ -54,7 +53,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch.nn.utils.clip_grad as clipping
 
     monkeypatch.setattr(ema, "averages_one_by_one", lambda device: False)
-    monkeypatch.setattr(adamw, "steps_fused", lambda device: True)
+    monkeypatch.setattr(optimizers, "steps_fused", lambda device: True)
     monkeypatch.setattr(clipping, "_has_foreach_support", lambda tensors, device: True)
 
 

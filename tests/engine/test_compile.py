@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from karat_scale.engine.deepspeed_config import load_ds_config
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from tests.small_engines import train_once, weights
 
 

@@ -7,7 +7,7 @@ import time
 import pytest
 from torch.utils.cpp_extension import is_ninja_available
 
-from karat_scale.engine.cpu_adam import QUIET_SECONDS, build_cpu_adam, cpu_adam_can_be_built, remove_stale_mark
+from karat_scale.engine.optimizers import QUIET_SECONDS, build_cpu_adam, cpu_adam_can_be_built, remove_stale_mark
 
 
 def test_without_a_compiler_it_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from karat_scale.engine.deepspeed_config import (
     offloads_optimizer,
     zero_stage,
 )
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.recipe import AttentionConfig, ModelConfig
 from tests.small_engines import CONFIGS

@@ -1,7 +1,6 @@
 """DeepSpeed's private corners are where we look for them: a new release that moves one fails here first."""
 
 import inspect
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from karat_scale.engine.deepspeed_internals import (
     use_storage,
 )
 from karat_scale.engine.shards import Fragment, Pieces
+from tests.conftest import ROOT
 from tests.small_engines import CONFIGS, train_once, weights
 
 
@@ -48,7 +48,7 @@ def test_each_private_corner_has_a_test() -> None:
         for name, value in vars(module).items()
         if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
     }
-    tests = "".join(path.read_text() for path in Path(__file__).parent.parent.rglob("test_*.py"))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     called = {name for name in functions - elsewhere.keys() if f"{name}(" in tests}
     assert functions == called | elsewhere.keys()
     assert all(f"def {test}" in tests for test in elsewhere.values())

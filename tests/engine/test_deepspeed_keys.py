@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from karat_scale.engine.deepspeed_keys import REFUSED, accepted_keys, check_keys
-from karat_scale.errors import RecipeError
+from karat_scale.engine.deepspeed_config import REFUSED, accepted_keys, check_keys
+from karat_scale.foundation.errors import RecipeError
 
 
 @pytest.mark.parametrize(

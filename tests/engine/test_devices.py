@@ -16,7 +16,7 @@ import torch.distributed as dist
 from karat_scale.engine import distributed
 from karat_scale.engine.devices import gpu_index, refuse_shared, tell_deepspeed
 from karat_scale.engine.distributed import have_a_gpu_each
-from karat_scale.errors import UserError
+from karat_scale.foundation.errors import UserError
 from tests.conftest import free_port, karat_environment
 
 
@@ -62,8 +62,8 @@ import torch
 torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 1
 from karat_scale.engine import distributed
-from karat_scale.run import run  # all that `karat train` imports
-from karat_scale.tasks.classification import task  # and this
+from karat_scale.training import run  # all that `karat train` imports
+from karat_scale.training.tasks.classification import task  # and this
 assert "deepspeed" not in sys.modules
 distributed.start("cpu")
 from deepspeed.accelerator import get_accelerator

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from karat_scale.engine.distributed import World, _first_slurm_host, default_port, launch_environment, start
-from karat_scale.errors import UserError
+from karat_scale.foundation.errors import UserError
 from tests.conftest import free_port, karat_environment
 
 
@@ -84,7 +84,7 @@ from deepspeed.utils import groups
 from karat_scale.engine.deepspeed_internals import share_world_group
 from karat_scale.engine.distributed import joined
 with joined("cpu", 7) as world:
-    share_world_group(world)
+    share_world_group(world.size, world.patience)
     print(groups._WORLD_GROUP._get_backend(world.device).options._timeout)
 """
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from karat_scale.engine.flight_recorder import _newest_record
+from karat_scale.engine.devices import _newest_record
 from tests.conftest import rank_environments
 
 
@@ -39,9 +39,9 @@ def test_the_rank_that_is_missing_from_a_collective_is_named(tmp_path: Path) -> 
         import os, time
         from pathlib import Path
         import torch
-        from karat_scale.cluster.heartbeat import Heartbeat
+        from karat_scale.engine.heartbeat import Heartbeat
         from karat_scale.engine import distributed
-        from karat_scale.engine.flight_recorder import write_flight_record
+        from karat_scale.engine.devices import write_flight_record
 
         world = distributed.start("cpu")
         heartbeat = Heartbeat(Path({str(tmp_path)!r}), world.rank, "", write_flight_record).start()

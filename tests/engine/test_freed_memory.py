@@ -11,7 +11,7 @@ from tests.conftest import karat_environment
 STEPS = """
 import resource, sys
 import torch
-from karat_scale.engine.freed_memory import keep_freed_memory
+from karat_scale.engine.memory import keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

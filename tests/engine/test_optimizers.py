@@ -5,11 +5,11 @@ from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.optimizers import build_optimizer, hidden_matrices
-from karat_scale.errors import RecipeError, RunDirectoryError
+from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
+from karat_scale.foundation.errors import RecipeError, RunDirectoryError
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
-from karat_scale.reporting.progress import PlainDisplay, Reporter
-from karat_scale.tasks.classification.train_state import TrainState
+from karat_scale.training.tasks.classification.evaluate import TrainState
 from tests.small_engines import equal, train_once, weights
 
 MUON = "optim.name=muon"

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from karat_scale.engine.distributed import World
-from karat_scale.engine.out_of_memory import memory_snapshot, one_line_out_of_memory, record_memory
-from karat_scale.errors import UserError
-from karat_scale.tasks.classification.task import ClassificationTask
+from karat_scale.engine.memory import memory_snapshot, one_line_out_of_memory, record_memory
+from karat_scale.foundation.errors import UserError
+from karat_scale.training.tasks.classification.task import ClassificationTask
 
 
 def explained(recipe, failing) -> str:

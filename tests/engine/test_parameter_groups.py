@@ -2,7 +2,7 @@ import pytest
 from timm.models import VisionTransformer
 from timm.optim import param_groups_layer_decay
 
-from karat_scale.engine.parameter_groups import layer_scales, parameter_groups
+from karat_scale.engine.optimizers import layer_scales, parameter_groups
 from karat_scale.models import no_weight_decay_names
 from karat_scale.recipe import OptimConfig
 from tests.models.test_init_from import model

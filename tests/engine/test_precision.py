@@ -15,7 +15,7 @@ from karat_scale.models import create_model
 from karat_scale.recipe import TrainConfig
 from karat_scale.recipe.files import RECIPES
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.tasks.classification.train_state import TrainState
+from karat_scale.training.tasks.classification.evaluate import TrainState
 from tests.small_engines import train_once, train_steps
 
 FULL, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16

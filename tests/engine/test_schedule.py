@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from timm.scheduler import CosineLRScheduler
 
 from karat_scale.engine.schedule import CosineSchedule, build_schedule
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 
 
 @given(warmup=st.integers(0, 30), total=st.integers(31, 200), step=st.integers(0, 199))

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.faults.runs import differing, imported, left_by, left_over, tiny_recipe, torn
-from tests.run.forked_ranks import ForkedRanks
+from tests.training.forked_ranks import ForkedRanks
 
 FINISHES_WITHIN = 120.0
 SURVIVORS_END_WITHIN = 1.0

@@ -24,12 +24,12 @@ from typing import Any
 
 import psutil
 
-from karat_scale.cli import EXIT_USAGE
-from karat_scale.errors import EXIT_STOPPED
-from karat_scale.reporting.progress import Reporter
+from karat_scale.commands.cli import EXIT_USAGE
+from karat_scale.engine.reporting.progress import Reporter
+from karat_scale.foundation.errors import EXIT_STOPPED
 from tests.faults.runs import TINY, differing, imported, left_by, torn
-from tests.run.forked_ranks import ForkedRanks
 from tests.torture import prepare
+from tests.training.forked_ranks import ForkedRanks
 
 # What the ranks' heartbeats say in each phase; the first and the last have none.
 PHASES = {

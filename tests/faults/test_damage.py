@@ -7,14 +7,14 @@ import pytest
 
 from karat_scale.checkpoint.checkpoints import agree_on_checkpoint
 from karat_scale.checkpoint.store import CheckpointStore
-from karat_scale.cluster.standing import read_events, read_standing
-from karat_scale.data.formats.shard_format import DatasetRecord, write_dataset_record
-from karat_scale.data.formats.shards import ShardSplit
-from karat_scale.errors import DataError, RunDirectoryError, UserError
+from karat_scale.commands.status.standing import read_events, read_standing
+from karat_scale.data.shards.shard_format import DatasetRecord, write_dataset_record
+from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
+from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError
 from karat_scale.models.transfer import weights_digest
-from karat_scale.reporting.progress import PlainDisplay, Reporter
-from karat_scale.run.run_directory import RunDirectory
-from karat_scale.run.weights_file import load_exported, read_exported
+from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.weights_file import load_exported, read_exported
 from tests.conftest import karat
 from tests.data.conftest import CLASSES, sample, write_split
 from tests.faults.damage import try_damages
@@ -186,7 +186,7 @@ def _small_files_of(run: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_damaged_beton_is_named_or_gives_what_was_written(image_folder, share, tmp_path):
-    from karat_scale.data.formats.beton import BetonSplit
+    from karat_scale.data.shards.beton import BetonSplit
     from tests.data.betons import make_betons
 
     whole = make_betons(image_folder)

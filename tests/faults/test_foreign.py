@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import yaml
 
-from karat_scale.cli import build_parser
-from karat_scale.data.streams.shards import StreamShards
+from karat_scale.commands.cli import build_parser
+from karat_scale.data.shards.streamed import StreamShards
 from karat_scale.data.streams.tar import read_tar
-from karat_scale.errors import DataError, UserError
+from karat_scale.foundation.errors import DataError, UserError
+from karat_scale.foundation.trust import VARIABLE
 from karat_scale.recipe import DataConfig
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.trust import VARIABLE
 from tests.conftest import SMALL, karat_here, made_once
 from tests.data.tars import write_stream
 from tests.faults.conftest import Share
@@ -33,7 +33,7 @@ PLAIN = ("data.backend=synthetic", "data.synthetic_samples=16", "data.workers=0"
 
 def demo(run: Path, here: Path) -> int:
     """What `karat demo` does before it waits for pictures."""
-    from karat_scale.predict.classifier import open_classifier
+    from karat_scale.commands.predict.classifier import open_classifier
 
     try:
         open_classifier(str(run), "best", "auto")

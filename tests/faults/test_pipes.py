@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from karat_scale.commands.evaluate.real_labels import OtherLabels
+from karat_scale.commands.sweep.local import last_step
 from karat_scale.data.indexing.tars import open_tar
-from karat_scale.errors import DataError, UserError
-from karat_scale.evaluation.real_labels import OtherLabels
-from karat_scale.sweep.local import last_step
+from karat_scale.foundation.errors import DataError, UserError
 from tests.conftest import karat_here, made_once
 from tests.faults.runs import tiny_recipe
 

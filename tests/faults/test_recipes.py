@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.recipe import Recipe
-from karat_scale.tasks.detection.recipe import DetectionRecipe
+from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 from tests.conftest import karat_here
 from tests.faults.grammar import Grammar
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale import native_build
+from karat_scale.foundation import native_build
 from tests.conftest import ROOT, karat_environment
 
 SETS = (*native_build._available_instruction_sets(), native_build.PLAIN)
@@ -70,7 +70,7 @@ def test_a_fault_is_seen(at, by, said, tmp_path):
     (tmp_path / "fault.cpp").write_text(FAULT)
     code = (
         "import ctypes, pathlib\n"
-        "from karat_scale.native_build import load\n"
+        "from karat_scale.foundation.native_build import load\n"
         f"library = load(pathlib.Path({str(tmp_path / 'fault.cpp')!r}), 'it', portable=True)\n"
         f"library.find(ctypes.create_string_buffer(64), {at}, {by})\n"
     )

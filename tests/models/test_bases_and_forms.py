@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from karat_scale.attention import BASES, KaratOperator
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.models.factory import no_weight_decay_names
 from karat_scale.recipe import AttentionConfig, ModelConfig

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from karat_scale import native_build
-from karat_scale.analysis.trained_run import open_run
-from karat_scale.analysis.validation_images import ValidationImages
-from karat_scale.cli import main
+from karat_scale.commands.analyze.trained_run import open_run
+from karat_scale.commands.analyze.validation_images import ValidationImages
+from karat_scale.commands.cli import main
+from karat_scale.foundation import native_build
 from karat_scale.models import create_model
 from karat_scale.models.attention_matrices import watched
 from karat_scale.models.content import Content, content_of

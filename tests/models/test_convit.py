@@ -4,8 +4,8 @@ import pytest
 import torch
 from timm.models.convit import GPSA
 
-from karat_scale.engine.parameter_groups import layer_scales
-from karat_scale.errors import RecipeError
+from karat_scale.engine.optimizers import layer_scales
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model, no_weight_decay_names, parameter_count
 from karat_scale.models.convit import KaratMHSA
 from karat_scale.models.factory import layer_sizes

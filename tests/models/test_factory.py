@@ -4,7 +4,7 @@ from timm.layers import Attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from karat_scale.attention import FourierKaratOperator, fourier_karat_attention
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model, parameter_count
 from karat_scale.models.factory import outline
 from karat_scale.recipe import AttentionConfig, ModelConfig

@@ -1,7 +1,7 @@
 import pytest
 
-from karat_scale.errors import RecipeError
-from karat_scale.models.freeze import freeze
+from karat_scale.foundation.errors import RecipeError
+from karat_scale.models.layers import freeze
 from tests.models.test_init_from import model
 
 

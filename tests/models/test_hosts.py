@@ -4,7 +4,7 @@ import pytest
 import torch
 from timm.layers import Attention
 
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.models.factory import layer_sizes
 from karat_scale.models.flops import flops_by_block, flops_per_image

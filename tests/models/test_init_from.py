@@ -3,7 +3,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models import VisionTransformer
 
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.models.init_from import differences, take_weights
 from karat_scale.recipe import AttentionConfig, ModelConfig

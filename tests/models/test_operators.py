@@ -3,7 +3,7 @@ import torch
 
 from karat_scale.attention import FourierKaratOperator
 from karat_scale.attention.functional import choosing_as_on_a_gpu
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.models.operators import (
     check_implementation,

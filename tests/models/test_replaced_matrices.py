@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from karat_scale.models import create_model
-from karat_scale.models.replaced_matrices import can_be_replaced, mean_over_queries, replaced
+from karat_scale.models.attention_matrices import can_be_replaced, mean_over_queries, replaced
 from karat_scale.recipe import AttentionConfig, ModelConfig
 from tests.models.test_attention_matrices import SIZE
 

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model, swap_attention
 from karat_scale.recipe import AttentionConfig, ModelConfig
 

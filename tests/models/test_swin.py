@@ -4,7 +4,7 @@ import pytest
 import torch
 from timm.models.swin_transformer import WindowAttention
 
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model, parameter_count
 from karat_scale.models.factory import layer_sizes
 from karat_scale.models.init_from import take_weights

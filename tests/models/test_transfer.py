@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model, parameter_count
 from karat_scale.models.flops import flops_per_image
 from karat_scale.models.recompute import recompute

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.models.flops import flops_per_image
 from karat_scale.models.init_from import take_weights

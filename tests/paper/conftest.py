@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.errors import run_script
+from karat_scale.foundation.errors import run_script
 from paper.__main__ import main
 
 

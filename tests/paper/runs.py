@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from karat_scale.data.plan import total_steps
-from karat_scale.files import sealed
+from karat_scale.foundation.files import sealed
 from karat_scale.recipe import Recipe
-from karat_scale.recipe.loading import dump_recipe, load_recipe
-from karat_scale.recipe.portable import text_digest
-from karat_scale.tasks.detection.recipe import DetectionRecipe
+from karat_scale.recipe.loading import dump_recipe, load_recipe, text_digest
+from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 from paper.paper import DataSet, data_sets
 from tests.conftest import events, summary
 

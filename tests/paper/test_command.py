@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ import pytest
 from timm.data import ImageNetInfo
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from karat_scale.cli import main
-from karat_scale.data.digest import classes_digest
-from karat_scale.errors import UserError
+from karat_scale.commands.cli import main
+from karat_scale.data.loading.digest import classes_digest
+from karat_scale.data.prepare.sources.svhn import DIGITS
+from karat_scale.foundation.errors import UserError
 from karat_scale.recipe.loading import load_recipe
 from paper.__main__ import keep_ledger
-from tests.conftest import ROOT, SMALL, events, karat, summary
+from tests.conftest import SMALL, events, karat, summary
 from tests.paper.runs import DATA_SETS, change, copy_run, pretend, rows
 
 QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null", "run.seed=3")
@@ -169,11 +169,6 @@ def test_a_row_wants_weights_of_the_run_that_it_names(run: Path, docs: Path, led
 
 
 def test_the_data_sets_are_told_by_the_classes_that_data_prep_names() -> None:
-    sys.path.insert(0, str(ROOT / "data_prep"))
-    try:
-        from sources.svhn import DIGITS
-    finally:
-        sys.path.remove(str(ROOT / "data_prep"))
     wnids = ImageNetInfo("imagenet-1k").label_names()
     cifar10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     coco = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]

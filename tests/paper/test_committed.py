@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from benchmarks.attention_trials import GONE
-from karat_scale.files import sealed
+from karat_scale.foundation.files import sealed
 from paper.counted import count, counted, counted_rows
 from paper.match import command_of_row, reference_recipe
 from paper.page import PAGE, render_page

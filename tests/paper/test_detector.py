@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import events, karat, summary
 from tests.paper.runs import change, copy_run, pretend, rows
-from tests.tasks.detection.conftest import coco_set, write_small
+from tests.training.tasks.detection.conftest import coco_set, write_small
 
 __all__ = ["coco_set"]
 AVERAGES = {"box_ap": 11.0, "box_ap50": 20.0, "box_ap75": 10.5, "mask_ap": 9.5, "mask_ap50": 18.0, "mask_ap75": 9.0}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.cli import main
+from karat_scale.commands.cli import main
 from karat_scale.recipe.catalog import catalog
 from karat_scale.recipe.loading import schema_keys
 from karat_scale.recipe.synonyms import SYNONYMS

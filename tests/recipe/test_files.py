@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe.files import RECIPES, shipped_recipes
 from karat_scale.recipe.loading import dump_recipe, flatten, load_recipe
 from tests.conftest import ROOT, karat, karat_here

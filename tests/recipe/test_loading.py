@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.base import Effect
 from karat_scale.recipe.files import shipped_recipes

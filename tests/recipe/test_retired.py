@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe.loading import dump_recipe, load_recipe
 
 OLD = """

@@ -70,7 +70,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_job(train: Train) -> None:
     assert "stopped or gone, no stacks" in last
     # The rank that waited shows where it did.
     assert "Timeout (0:00:20)!" in job.log
-    assert 'run/loop.py", line' in job.log
+    assert 'training/loop.py", line' in job.log
 
 
 def test_a_rank_that_hangs_in_a_read_is_named_with_its_stacks(train: Train, image_folder: Path, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_rank_that_hangs_in_a_read_is_named_with_its_stacks(train: Train, imag
     assert found, job.log
     assert "(its stacks are in its log); 1 of 2 ranks wait for it" in job.log.splitlines()[-1]
     (log,) = run_of(job).glob(f"logs/*/rank-0000{found[1]}.log")
-    assert 'data/formats/folder.py", line' in log.read_text()
+    assert 'data/shards/folder.py", line' in log.read_text()
 
 
 def test_a_rank_that_is_slow_is_named_while_the_job_continues(train: Train) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from karat_scale.cluster.heartbeat import read_signs
+from karat_scale.engine.heartbeat import read_signs
 from tests.conftest import events, summary
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.training import (

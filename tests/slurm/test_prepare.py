@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from karat_scale.data.formats.shard_format import read_dataset_record
+from karat_scale.data.shards.shard_format import read_dataset_record
 from tests.conftest import ROOT
 from tests.slurm.test_launch import stub
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.run.run_directory import RunDirectory
+from karat_scale.training.run_directory import RunDirectory
 from tests.conftest import SMALL, summary
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job, submit

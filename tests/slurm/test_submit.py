@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.cluster.terminal import on_a_terminal
+from tests.commands.status.terminal import on_a_terminal
 from tests.conftest import SMALL, karat_environment, summary
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job

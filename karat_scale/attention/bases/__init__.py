@@ -1,8 +1,9 @@
 """The functions phi_pq(x) that KArAt learns: bases by name, and the fixed base activations b(x)."""
 
-from karat_scale.attention.bases.activations import BASE_ACTIVATIONS, BaseActivation
 from karat_scale.attention.bases.base import (
+    BASE_ACTIVATIONS,
     INITIALISATIONS,
+    BaseActivation,
     Basis,
     BoundFeatures,
     ElementwiseBasis,
@@ -10,8 +11,7 @@ from karat_scale.attention.bases.base import (
     initialise_projector,
 )
 from karat_scale.attention.bases.fourier import Fourier
-from karat_scale.attention.bases.polynomials import Chebyshev, Linear
-from karat_scale.attention.bases.rational import Rational
+from karat_scale.attention.bases.polynomials import Chebyshev, Linear, Rational
 from karat_scale.attention.bases.registry import BASES, basis_class, basis_of, key_of, make_basis
 from karat_scale.attention.bases.splines import BSpline
 from karat_scale.attention.bases.wavelets import DerivativeOfGaussian, MexicanHat, Meyer, Morlet, Shannon, Wavelet

@@ -2,15 +2,19 @@
 
 There are two kinds. A `FeatureBasis` is linear in the coefficients: phi_pq(x) = sum_f C_pqf f(x) over features that
 all units share, so H = sum_f f(A) C_f^T is a sum of matrix products. An `ElementwiseBasis` has parameters inside
-the function, so every pair of a score and a unit costs an evaluation. Your own basis subclasses one of them.
+the function, so every pair of a score and a unit costs an evaluation. Your own basis subclasses one of them. Every unit
+adds a base activation b(x) to its learnable part.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 INITIALISATIONS = ("paper", "variance_preserving")
 Shape = tuple[int, ...]
@@ -173,3 +177,31 @@ def initialise_projector(proj: Tensor, scheme: str, form: str = "modular") -> No
         nn.init.trunc_normal_(proj, std=0.02)
     else:
         nn.init.normal_(proj, std=(tokens * (1 if form == "project_first" else rank)) ** -0.5)
+
+
+@dataclass(frozen=True)
+class BaseActivation:
+    """b(x) and b'(x), elementwise; b(0) = 0."""
+
+    value: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+
+
+def silu_derivative(x: Tensor) -> Tensor:
+    """The derivative of x sigmoid(x)."""
+    gate = torch.sigmoid(x)
+    return gate * (1 + x * (1 - gate))
+
+
+def _gelu_derivative(x: Tensor) -> Tensor:
+    normal_cdf = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+    return normal_cdf + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+# The paper's choice is no base at all.
+BASE_ACTIVATIONS: dict[str, BaseActivation | None] = {
+    "zero": None,
+    "identity": BaseActivation(lambda x: x, torch.ones_like),
+    "silu": BaseActivation(functional.silu, silu_derivative),
+    "gelu": BaseActivation(functional.gelu, _gelu_derivative),
+}

@@ -4,9 +4,9 @@ import importlib
 import inspect
 from typing import Any
 
-from karat_scale import tables
 from karat_scale.attention.bases.base import Basis, ElementwiseBasis, FeatureBasis
 from karat_scale.attention.bases.fourier import Fourier
+from karat_scale.foundation import tables
 
 BASES: dict[str, type[Basis]] = {name: tables.load(row.place) for name, row in tables.BASES.items()}
 

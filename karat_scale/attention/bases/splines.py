@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from karat_scale.attention.bases.activations import silu_derivative
-from karat_scale.attention.bases.base import FeatureBasis, Shape, is_paper
+from karat_scale.attention.bases.base import FeatureBasis, Shape, is_paper, silu_derivative
 
 
 @dataclass(frozen=True)

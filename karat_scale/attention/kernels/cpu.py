@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from karat_scale import native_build
-from karat_scale.attention.call import FourierCall, as_4d
-from karat_scale.attention.checks import refuse_second_derivative
+from karat_scale.attention.call import FourierCall, as_4d, refuse_second_derivative
+from karat_scale.foundation import native_build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_RANK, MAX_GRID = 32, 64

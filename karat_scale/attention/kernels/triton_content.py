@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from karat_scale.attention.checks import refuse_second_derivative
+from karat_scale.attention.call import refuse_second_derivative
 from karat_scale.attention.kernels.triton_fourier import LARGEST_WIDTH, is_eager
 
 
@@ -32,9 +32,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, psi: Tensor) -> Tensor:
 
 @functools.cache
 def _kernels() -> Any:
-    from karat_scale.attention.kernels import triton_psi_launch
+    from karat_scale.attention.kernels import triton_launch
 
-    return triton_psi_launch
+    return triton_launch
 
 
 def _attend_eagerly(*arguments: Tensor) -> Tensor:
@@ -59,14 +59,14 @@ class _Attention(torch.autograd.Function):
 def _forward(query: Tensor, key: Tensor, value: Tensor, psi: Tensor) -> Tensor:
     output = _fake_forward(query, key, value, psi)
     if output.numel() > 0:
-        _kernels().forward(output, query, key, value, psi)
+        _kernels().psi_forward(output, query, key, value, psi)
     return output
 
 
 def _backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, psi: Tensor) -> tuple[Tensor, ...]:
     if query.numel() == 0:
         return tuple(map(torch.zeros_like, (query, key, value, psi)))
-    grads: tuple[Tensor, ...] = _kernels().backward(grad_output, query, key, value, psi)
+    grads: tuple[Tensor, ...] = _kernels().psi_backward(grad_output, query, key, value, psi)
     return grads
 
 

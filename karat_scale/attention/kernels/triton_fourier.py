@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from karat_scale.attention.call import FourierCall
-from karat_scale.attention.checks import refuse_second_derivative
+from karat_scale.attention.call import FourierCall, refuse_second_derivative
 from karat_scale.attention.kernels.triton_tiles import MASK_WORD, block, padded_tokens, products_of
 from karat_scale.attention.kernels.triton_toolchain import launch_problem
 

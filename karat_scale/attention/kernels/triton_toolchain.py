@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from karat_scale.native_build import home
+from karat_scale.foundation.native_build import home
 
 COMPILERS = ("gcc", "clang")
 COMPILER_SECONDS = 60

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from karat_scale.attention.precision import compute_dtype, full_precision, output_dtype
+from karat_scale.attention.call import compute_dtype, full_precision, output_dtype
 from karat_scale.attention.tiles import Tiling, plan_tiles, workspace_budget
 
 # Rows of S [..., n, N] from scores [..., n, N] and, with a mask, from what takes part [..., n, N]. A rule holds the

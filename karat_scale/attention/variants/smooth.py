@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from karat_scale.attention.call import compute_dtype, full_precision
 from karat_scale.attention.functional import fourier_karat_attention, fourier_karat_scores
 from karat_scale.attention.heads import FourierHeads
 from karat_scale.attention.operator import FourierKaratOperator, plain_operator
-from karat_scale.attention.precision import compute_dtype, full_precision
 from karat_scale.attention.softmax_start import smooth_modes
 
 

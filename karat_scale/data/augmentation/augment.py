@@ -15,7 +15,7 @@ from torchvision.transforms import functional
 
 from karat_scale.data.augmentation.draw import Draw
 from karat_scale.data.augmentation.randaugment import RandAugment
-from karat_scale.data.view import View, centre_view, crop_view
+from karat_scale.data.decoders.view import View, centre_view, crop_view
 from karat_scale.recipe import AugmentConfig
 
 JITTERS = {

@@ -15,7 +15,7 @@ from karat_scale.data.augmentation.device_ops import BATCHED, transformed
 from karat_scale.data.augmentation.device_program import KINDS, Kind, Turn, pack, turns
 from karat_scale.data.augmentation.draw import Draw, Operation
 from karat_scale.data.augmentation.randaugment import RandAugment
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import AugmentConfig
 
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from karat_scale.data.augmentation.draw import Operation
 from karat_scale.data.augmentation.warp import find_warp, matrix_of
 from karat_scale.data.decoders.pillow import RESAMPLE
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import AugmentConfig
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from karat_scale.data.decoders.pillow import RESAMPLE
-from karat_scale.native_build import LoadError, load
+from karat_scale.foundation.native_build import LoadError, load
 
 SOURCE = Path(__file__).parent / "cpp" / "warp.cpp"
 # Without contraction, so that the pixels have the same bits on any instruction set.

@@ -1,13 +1,13 @@
-"""The sources of batches: one interface, and one row each in `karat_scale.tables.BACKENDS`."""
+"""The sources of batches: one interface, and one row each in `karat_scale.foundation.tables.BACKENDS`."""
 
 from dataclasses import replace
 from pathlib import Path
 
-from karat_scale.data.backends.base import Backend, ImageSpec
-from karat_scale.data.formats.checks import must_answer
-from karat_scale.data.staged import staged_copy
-from karat_scale.stores import is_url
-from karat_scale.tables import load
+from karat_scale.data.loading.base import Backend, ImageSpec
+from karat_scale.data.shards.checks import must_answer
+from karat_scale.data.shards.shard_format import staged_copy
+from karat_scale.foundation.stores import is_url
+from karat_scale.foundation.tables import load
 
 __all__ = ["Backend", "ImageSpec", "open_backend"]
 

@@ -16,21 +16,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from karat_scale.data.ahead import RunAhead
-from karat_scale.data.assemble import EvalAssembler, ImageSource, TrainAssembler
 from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
 from karat_scale.data.augmentation.draw import Draw
-from karat_scale.data.backends.base import ImageSpec
 from karat_scale.data.backends.images import SplitBackend
+from karat_scale.data.backends.row_reader import Row, RowReader
 from karat_scale.data.batch import Batch
-from karat_scale.data.decode import blank_jpeg
 from karat_scale.data.decoders import Decoder
+from karat_scale.data.decoders.decode import blank_jpeg
 from karat_scale.data.decoders.pillow import resize_region
 from karat_scale.data.decoders.torchvision import TorchvisionDecoder
+from karat_scale.data.decoders.view import View
+from karat_scale.data.loading.ahead import RunAhead
+from karat_scale.data.loading.assemble import EvalAssembler, ImageSource, TrainAssembler
+from karat_scale.data.loading.base import ImageSpec
 from karat_scale.data.order import sample_seed
 from karat_scale.data.plan import PADDING, BatchSlice
-from karat_scale.data.row_reader import Row, RowReader
-from karat_scale.data.view import View
 
 Pixels = npt.NDArray[np.uint8]
 # What the library is given in place of a row that it need not decode: every batch goes through it, to keep their order.

@@ -1,4 +1,8 @@
-"""Whole batches of JPEGs through DALI, in the order they are given, past those that DALI cannot decode.
+"""The shards of the `webdataset` backend, decoded by DALI.
+
+Whole batches of JPEGs go through DALI, in the order they are given, past those that it cannot decode. DALI's readers
+keep no exact order, its random crops draw from a stream of their own, and its epochs vary in length. So it only
+decodes.
 
 Worked round here: a JPEG that cannot be decoded invalidates DALI's pipeline, and what was under way in it is lost, as
 does an error of the GPU, which has the same type; EXIF orientation is applied unless it is switched off; outputs are
@@ -15,9 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from karat_scale.data.backends.batch_decoding import Pixels, Request, for_training, on_stream
-from karat_scale.errors import DataError, RecipeError
-from karat_scale.tables import EXTRAS, how_to_install
+from karat_scale.data.backends.batch_decoding import (
+    BatchDecodingBackend,
+    Pixels,
+    Request,
+    for_training,
+    gpu_in_use,
+    on_stream,
+)
+from karat_scale.data.backends.images import open_shards
+from karat_scale.data.loading.base import ImageSpec
+from karat_scale.foundation.errors import DataError, RecipeError
+from karat_scale.foundation.tables import EXTRAS, how_to_install
 
 # Batches that DALI works on at a time: one is decoded while the next is read.
 QUEUE_DEPTH = 2
@@ -182,3 +195,21 @@ def _raise_unless_of_an_image(error: Exception, stream: torch.cuda.Stream | None
             reason = str(failed).splitlines()[0]
     if reason is not None:
         raise RuntimeError(f"DALI failed on the GPU, not for a bad image: {reason}") from error
+
+
+def open_dali(spec: ImageSpec) -> BatchDecodingBackend:
+    """Open shards for DALI. Raises RecipeError if DALI is not installed, and DataError if the shards are not right.
+
+    Batches that the CPU augments are decoded there too: the pixels would only travel to the GPU and back.
+    """
+    require_dali()
+    gpu = gpu_in_use()
+    stream = None if gpu is None else torch.cuda.Stream(gpu)
+    threads, interpolation = max(1, spec.data.workers), spec.augment.interpolation
+
+    def make_decoder(only_flips: bool) -> DaliDecoder:
+        if only_flips and gpu is not None:
+            return DaliDecoder(threads, interpolation, gpu, spec.image_size, stream)
+        return DaliDecoder(threads, interpolation)
+
+    return BatchDecodingBackend(open_shards(spec), spec, make_decoder, stream)

@@ -8,19 +8,19 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
-from karat_scale.data.assemble import EvalAssembler, ImageSource, TrainAssembler
-from karat_scale.data.backends.base import ImageSpec
 from karat_scale.data.batch import Batch
 from karat_scale.data.decoders import Decoder, make_decoder
 from karat_scale.data.decoders.ffcv import FfcvDecoder
-from karat_scale.data.formats.beton import BetonSplit
-from karat_scale.data.formats.folder import FolderSplit
-from karat_scale.data.formats.shards import ShardSplit
-from karat_scale.data.loader import MakesBatches, OrderedLoader
+from karat_scale.data.loading.assemble import EvalAssembler, ImageSource, TrainAssembler
+from karat_scale.data.loading.base import ImageSpec
+from karat_scale.data.loading.fetcher import FetchedAhead
+from karat_scale.data.loading.loader import MakesBatches, OrderedLoader
 from karat_scale.data.plan import BatchSlice
-from karat_scale.data.remote.fetcher import FetchedAhead
-from karat_scale.data.remote.use import RemoteUse
-from karat_scale.errors import DataError
+from karat_scale.data.shards.beton import BetonSplit
+from karat_scale.data.shards.folder import FolderSplit
+from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.data.shards.use import RemoteUse
+from karat_scale.foundation.errors import DataError
 
 
 class Closable(Protocol):

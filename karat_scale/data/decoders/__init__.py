@@ -1,9 +1,9 @@
-"""Decoders, from encoded images to pixels: one interface, and one row each in `karat_scale.tables.DECODERS`."""
+"""Decoders, from encoded images to pixels: one interface, one row each in `karat_scale.foundation.tables.DECODERS`."""
 
 from karat_scale.data.decoders.base import ChooseView, Decoder
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
+from karat_scale.foundation.tables import DECODERS, load
 from karat_scale.recipe import DataConfig
-from karat_scale.tables import DECODERS, load
 
 __all__ = ["ChooseView", "Decoder", "make_decoder"]
 

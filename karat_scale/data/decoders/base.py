@@ -6,8 +6,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from karat_scale.data.decode import UndecodableImageError
-from karat_scale.data.view import View
+from karat_scale.data.decoders.decode import UndecodableImageError
+from karat_scale.data.decoders.view import View
 
 ChooseView = Callable[[int, int], View]
 

@@ -13,12 +13,12 @@ import numpy.typing as npt
 from karat_scale.data.decoders.base import ChooseView, check_pixels
 from karat_scale.data.decoders.jpeg_header import Frame, read_frame
 from karat_scale.data.decoders.pillow import PillowDecoder, resize_region
-from karat_scale.errors import RecipeError
-from karat_scale.tables import how_to_install
+from karat_scale.foundation.errors import RecipeError
+from karat_scale.foundation.tables import how_to_install
 
 # A buffer for larger images is freed after use.
 KEPT_BYTES = 32 << 20
-# The header that karat_scale.data.formats.beton puts before raw pixels.
+# The header that karat_scale.data.shards.beton puts before raw pixels.
 PPM_HEADER = re.compile(rb"P6 (\d+) (\d+) 255\n")
 
 Pixels = npt.NDArray[np.uint8]

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from karat_scale.data.decode import blank_jpeg
 from karat_scale.data.decoders.base import ChooseView, check_pixels
+from karat_scale.data.decoders.decode import blank_jpeg
 from karat_scale.data.decoders.pillow import PillowDecoder
-from karat_scale.data.view import crop_view
-from karat_scale.errors import RecipeError
-from karat_scale.native_build import PACKAGES, LoadError, PerThread, load
+from karat_scale.data.decoders.view import crop_view
+from karat_scale.foundation.errors import RecipeError
+from karat_scale.foundation.native_build import PACKAGES, LoadError, PerThread, load
 
 SOURCE = Path(__file__).parent / "cpp" / "native.cpp"
 # Without contraction, so that the resize's weights have the same bits on any instruction set.

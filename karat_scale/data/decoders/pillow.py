@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from karat_scale.data.decode import opened, to_rgb
 from karat_scale.data.decoders.base import ChooseView, check_pixels
-from karat_scale.data.view import View
+from karat_scale.data.decoders.decode import opened, to_rgb
+from karat_scale.data.decoders.view import View
 
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 

@@ -4,8 +4,8 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
-from karat_scale.data.decode import blank_jpeg
-from karat_scale.native_build import LoadError, PerThread, load
+from karat_scale.data.decoders.decode import blank_jpeg
+from karat_scale.foundation.native_build import LoadError, PerThread, load
 
 SOURCE = Path(__file__).parent / "cpp" / "recode.cpp"
 # Without contraction, so that the resize's weights have the same bits on any instruction set.

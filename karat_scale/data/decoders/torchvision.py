@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from karat_scale.data.decode import blank_jpeg, decode_rgb
 from karat_scale.data.decoders.base import ChooseView, check_pixels
+from karat_scale.data.decoders.decode import blank_jpeg, decode_rgb
 from karat_scale.data.decoders.jpeg_header import hide_exif, read_frame
 from karat_scale.data.decoders.pillow import PillowDecoder, resize_region
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 
 # Modules with a function `decode_jpeg`, the first choice first.
 LIBRARIES = {"torchcodec": "torchcodec.decoders", "torchvision": "torchvision.io"}

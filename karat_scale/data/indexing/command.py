@@ -13,8 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from karat_scale.console import plural, printable, progress, write_json
-from karat_scale.data.formats.shard_format import (
+from karat_scale.data.indexing.labels import Label, LabelRule, number_of
+from karat_scale.data.indexing.samples import TarSamples, guess_label_rule, read_samples
+from karat_scale.data.indexing.splits import find_tars, into_splits
+from karat_scale.data.indexing.tars import Tar, open_tar
+from karat_scale.data.shards.shard_format import (
     DATASET_FILE,
     DatasetRecord,
     FileRecord,
@@ -24,14 +27,11 @@ from karat_scale.data.formats.shard_format import (
     read_dataset_record,
     write_dataset_record,
 )
-from karat_scale.data.indexing.labels import Label, LabelRule, number_of
-from karat_scale.data.indexing.samples import TarSamples, guess_label_rule, read_samples
-from karat_scale.data.indexing.splits import find_tars, into_splits
-from karat_scale.data.indexing.tars import Tar, open_tar
-from karat_scale.errors import DataError
-from karat_scale.files import read_text, write_atomically
-from karat_scale.machine import usable_cores
-from karat_scale.stores import Store
+from karat_scale.foundation.console import plural, printable, progress, write_json
+from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.files import read_text, write_atomically
+from karat_scale.foundation.machine import usable_cores
+from karat_scale.foundation.stores import Store
 
 MADE_BY = "karat index"
 _MOST_CLASSES = 1_000_000

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from karat_scale.data.formats.tar_headers import Member
-from karat_scale.errors import DataError
+from karat_scale.data.shards.tar_headers import Member
+from karat_scale.foundation.errors import DataError
 
 Label = int | str
 """A class's number or name."""

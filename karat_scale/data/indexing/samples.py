@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from karat_scale.data.formats.shard_format import index_bytes
-from karat_scale.data.formats.tar_headers import Member, scan_members
 from karat_scale.data.indexing.labels import Label, LabelRule, NoLabelError, class_name_in, guess_rule
 from karat_scale.data.indexing.tars import Tar
+from karat_scale.data.shards.shard_format import index_bytes
+from karat_scale.data.shards.tar_headers import Member, scan_members
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _LARGEST_LABEL = 1 << 20

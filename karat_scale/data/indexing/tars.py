@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from karat_scale.errors import DataError
-from karat_scale.files import open_regular
-from karat_scale.stores import Store
+from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.files import open_regular
+from karat_scale.foundation.stores import Store
 
 # What is fetched at once. At 20 ms for a request and 100 MB/s, skipping an image of less than 2 MB would gain nothing.
 _WINDOW = 8 << 20

@@ -4,19 +4,19 @@ from collections.abc import Generator, Iterator
 
 import torch
 
-from karat_scale.data.assemble import MAX_REPLACEMENTS, Pixels
 from karat_scale.data.augmentation.augment import TrainTransform
 from karat_scale.data.augmentation.draw import Draw
-from karat_scale.data.backends.base import ImageSpec
 from karat_scale.data.batch import BadSample, Batch, Streamed
-from karat_scale.data.decode import UndecodableImageError
 from karat_scale.data.decoders import Decoder
+from karat_scale.data.decoders.decode import UndecodableImageError
+from karat_scale.data.decoders.view import View
+from karat_scale.data.loading.assemble import MAX_REPLACEMENTS, Pixels
+from karat_scale.data.loading.base import ImageSpec
+from karat_scale.data.loading.workers import Whereabouts, lead_own_commands
 from karat_scale.data.order import sample_seed
 from karat_scale.data.plan import BatchSlice, LanePlace
 from karat_scale.data.streams.samples import InLane, StreamSource
-from karat_scale.data.view import View
-from karat_scale.data.workers import Whereabouts, lead_own_commands
-from karat_scale.errors import DataError
+from karat_scale.foundation.errors import DataError
 
 
 class StreamAssembler:

@@ -6,9 +6,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from karat_scale.console import plural
 from karat_scale.data.batch import Batch
 from karat_scale.data.plan import BatchSlice, LanePlace
+from karat_scale.foundation.console import plural
 
 Count = Annotated[int, Field(ge=0, lt=2**40)]
 

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 from webdataset.filters import shuffle
 
-from karat_scale.console import plural
 from karat_scale.data.indexing.labels import LabelRule, NoLabelError, number_of
 from karat_scale.data.indexing.samples import IMAGES
 from karat_scale.data.order import shuffle_seed
 from karat_scale.data.plan import LanePlace
-from karat_scale.data.streams.shards import StreamShards
+from karat_scale.data.shards.streamed import StreamShards
 from karat_scale.data.streams.tar import DOUBLED, read_tar
-from karat_scale.errors import DataError
+from karat_scale.foundation.console import plural
+from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import DataConfig
 
 # Samples that the buffer must have before one is taken from it.

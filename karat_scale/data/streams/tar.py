@@ -5,9 +5,9 @@ from typing import Any
 
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from karat_scale.console import plural
 from karat_scale.data.streams.shard_bytes import ShardBytes, ShardError, opened
-from karat_scale.errors import DataError
+from karat_scale.foundation.console import plural
+from karat_scale.foundation.errors import DataError
 
 DOUBLED = "__doubled__"
 

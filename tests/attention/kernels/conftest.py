@@ -2,7 +2,7 @@
 
 import pytest
 
-from karat_scale import native_build
+from karat_scale.foundation import native_build
 
 
 @pytest.fixture(params=native_build.INSTRUCTION_SETS)

@@ -96,7 +96,6 @@ def fake_driver(architecture: int) -> Iterator[FakeDriver]:
         triton_forward,
         triton_launch,
         triton_prepare,
-        triton_psi_launch,
         triton_readout,
         triton_reduce,
     )
@@ -108,14 +107,14 @@ def fake_driver(architecture: int) -> Iterator[FakeDriver]:
         triton_backward.grad_query_kernel,
         triton_backward.grad_key_kernel,
         triton_reduce.reduce_kernel,
-        *triton_psi_launch.KERNELS.values(),
+        *triton_launch.PSI_KERNELS.values(),
     ]
 
     def forget() -> None:
         max_shared_mem.cache_clear()  # or the next architecture would have this one's limit
         triton_launch._forward_plans.clear()
         triton_launch._backward_plans.clear()
-        triton_psi_launch._launches.clear()
+        triton_launch._psi_launches.clear()
         for kernel in kernels:
             kernel.device_caches.clear()
 

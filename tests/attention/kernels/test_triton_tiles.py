@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from karat_scale.attention.kernels.triton_memory import room_for_rows, rows_in
+from karat_scale.attention.kernels.triton_launch import room_for_rows, rows_in
 from karat_scale.attention.kernels.triton_tiles import tf32_is_allowed
 
 HAS_BOTH = hasattr(torch.backends.cuda.matmul, "fp32_precision")

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import InterpolationMode
 
 from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
 from karat_scale.data.decoders.pillow import resized
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import AugmentConfig
 
 

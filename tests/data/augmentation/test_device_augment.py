@@ -14,9 +14,9 @@ from karat_scale.data.augmentation.device_program import KINDS, Kind
 from karat_scale.data.augmentation.draw import Draw
 from karat_scale.data.augmentation.randaugment import RandAugment
 from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.digest import BITS, batch_digest
+from karat_scale.data.loading.digest import BITS, batch_digest
 from karat_scale.data.plan import TrainPlan
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import AugmentConfig
 from tests.data.betons import make_betons
 from tests.data.conftest import photo

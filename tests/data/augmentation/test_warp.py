@@ -9,7 +9,7 @@ from PIL import Image
 from karat_scale.data.augmentation.randaugment import RandAugment
 from karat_scale.data.augmentation.warp import find_warp, matrix_of, rotation
 from karat_scale.data.decoders.pillow import RESAMPLE
-from karat_scale.native_build import _available_instruction_sets
+from karat_scale.foundation.native_build import _available_instruction_sets
 from karat_scale.recipe.loading import load_recipe
 
 FILL = (124, 116, 104)

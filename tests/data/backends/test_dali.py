@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from karat_scale.data.backends.dali_pipeline import DaliDecoder
-from karat_scale.data.formats.shard_writer import EncodedSample
+from karat_scale.data.backends.row_reader import RowReader
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
-from karat_scale.data.row_reader import RowReader
+from karat_scale.data.shards.shard_writer import EncodedSample
 from karat_scale.recipe import AugmentConfig
 from tests.data.backends.helpers import SIZE, contents, odd_samples
 from tests.data.conftest import encode, photo

@@ -5,9 +5,9 @@ import tarfile
 import numpy as np
 import pytest
 
-from karat_scale.data.formats.shard_writer import EncodedSample
 from karat_scale.data.plan import BatchSlice, TrainPlan
-from karat_scale.errors import DataError
+from karat_scale.data.shards.shard_writer import EncodedSample
+from karat_scale.foundation.errors import DataError
 from tests.data.backends.helpers import broken, contents, hollow, noise, odd_samples
 from tests.data.conftest import encode
 

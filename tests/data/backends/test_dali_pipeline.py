@@ -10,8 +10,8 @@ from karat_scale.data.backends import dali_pipeline
 from karat_scale.data.backends.batch_decoding import Request
 from karat_scale.data.backends.dali_pipeline import DaliDecoder
 from karat_scale.data.decoders.pillow import RESAMPLE, resized
-from karat_scale.data.view import View, centre_view, crop_view
-from karat_scale.errors import DataError
+from karat_scale.data.decoders.view import View, centre_view, crop_view
+from karat_scale.foundation.errors import DataError
 from tests.data.conftest import encode, photo
 
 SIZE = 16

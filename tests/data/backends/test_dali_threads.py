@@ -11,11 +11,11 @@ import pytest
 
 from karat_scale.data.backends.dali_pipeline import QUEUE_DEPTH
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
-from karat_scale.errors import DataError
+from karat_scale.foundation.errors import DataError
 from tests.conftest import events, karat, summary
 from tests.data.backends.helpers import hollow, wait_until
-from tests.run.runs import STEPS, final_tensors, kill_all, losses, start, wait_for_checkpoint
 from tests.small_engines import equal
+from tests.training.runs import STEPS, final_tensors, kill_all, losses, start, wait_for_checkpoint
 
 
 def tasks() -> int:

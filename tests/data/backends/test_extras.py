@@ -7,13 +7,13 @@ from tests.conftest import karat_environment
 
 WITHOUT = """
 import sys
-import karat_scale.data.backends.dali, karat_scale.data.backends.images
+import karat_scale.data.backends.dali_pipeline, karat_scale.data.backends.images
 assert not any(name.partition(".")[0] in ("nvidia", "ffcv") for name in sys.modules)
 sys.modules["nvidia.dali"] = sys.modules["ffcv"] = None  # as Python has it where the import fails
 
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import EvalPlan
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import AugmentConfig, DataConfig
 
 def opened(backend, path, **fields):

@@ -178,7 +178,7 @@ def test_nothing_is_compiled_and_no_reader_of_ffcv_is_started(betons, monkeypatc
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_training_from_betons_resumes_in_the_middle_of_an_epoch(recipe_file, shards):
-    from tests.run.runs import STEPS, kill_all, losses, start, wait_for_checkpoint
+    from tests.training.runs import STEPS, kill_all, losses, start, wait_for_checkpoint
 
     directory = make_betons(shards)
     fixed = ("data.backend=ffcv", f"data.path={directory}", "checkpoint.every_steps=1")

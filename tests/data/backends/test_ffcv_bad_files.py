@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.formats.beton import read_record
-from karat_scale.data.formats.shard_format import SkippedRecord
-from karat_scale.data.hashing import hash_files
 from karat_scale.data.plan import BatchSlice, TrainPlan
-from karat_scale.errors import DataError
+from karat_scale.data.shards.beton import read_record
+from karat_scale.data.shards.hashing import hash_files
+from karat_scale.data.shards.shard_format import SkippedRecord
+from karat_scale.foundation.errors import DataError
 from tests.data.backends.helpers import CROP_AND_FLIP, SIZE, broken
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.formats import folder
 from karat_scale.data.plan import EvalPlan, TrainPlan
-from karat_scale.errors import DataError
+from karat_scale.data.shards import folder
+from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import AugmentConfig
 
 

@@ -14,7 +14,7 @@ from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.batch import Batch
 from karat_scale.data.plan import TrainPlan
 from karat_scale.data.streams.progress import StreamProgress
-from karat_scale.errors import DataError
+from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import AugmentConfig
 from tests.data.backends.helpers import SIZE, children, contents, wait_until
 from tests.data.streams.conftest import stream_config, tars

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.formats.shard_writer import EncodedSample
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
-from karat_scale.errors import DataError
+from karat_scale.data.shards.shard_writer import EncodedSample
+from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import AugmentConfig
 from tests.data.backends.helpers import SIZE, broken, children, contents, wait_until
 
@@ -173,8 +173,8 @@ def test_a_file_system_that_stalls_is_an_error_that_names_the_shard(make_shards,
 def test_imagenet_photos_become_batches(sample_data, tmp_path, data_config):
     import tarfile
 
-    from karat_scale.data.formats.shard_format import DatasetRecord, SplitRecord, write_dataset_record
-    from karat_scale.data.formats.shard_writer import write_shard
+    from karat_scale.data.shards.shard_format import DatasetRecord, SplitRecord, write_dataset_record
+    from karat_scale.data.shards.shard_writer import write_shard
 
     with tarfile.open(sample_data / "imagenet_sample_1000.tar") as tar:
         members = [tar.next() for _ in range(24)]

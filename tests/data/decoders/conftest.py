@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from karat_scale.data.decoders import Decoder, make_decoder
-from karat_scale.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import DataConfig
 
 EncodeJpeg = Callable[..., bytes]

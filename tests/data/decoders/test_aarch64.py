@@ -16,8 +16,8 @@ from PIL import Image
 from karat_scale.data.augmentation import warp
 from karat_scale.data.decoders import native, recoder
 from karat_scale.data.decoders.pillow import RESAMPLE
-from karat_scale.data.view import View, centre_view, crop_view
-from karat_scale.native_build import FLAGS
+from karat_scale.data.decoders.view import View, centre_view, crop_view
+from karat_scale.foundation.native_build import FLAGS
 from tests.data.conftest import encode, photo
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"

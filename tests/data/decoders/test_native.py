@@ -9,12 +9,12 @@ import numpy as np
 import psutil
 import pytest
 
-from karat_scale import native_build
-from karat_scale.data.decode import UndecodableImageError
 from karat_scale.data.decoders import make_decoder
+from karat_scale.data.decoders.decode import UndecodableImageError
 from karat_scale.data.decoders.native import NativeDecoder
-from karat_scale.data.view import View, crop_view
-from karat_scale.errors import RecipeError
+from karat_scale.data.decoders.view import View, crop_view
+from karat_scale.foundation import native_build
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import DataConfig
 
 pytestmark = pytest.mark.usefixtures("native_runs")

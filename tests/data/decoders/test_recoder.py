@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from karat_scale import native_build
 from karat_scale.data.decoders.recoder import NativeRecoder, result_size
+from karat_scale.foundation import native_build
 
 pytestmark = pytest.mark.usefixtures("native_runs")
 SIZES = [(150, 110), (97, 131), (64, 64), (31, 33), (1, 5), (700, 301)]

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from karat_scale.data.plan import LanePlace
+from karat_scale.data.shards.streamed import StreamShards
 from karat_scale.data.streams.samples import StreamSample, StreamSource
-from karat_scale.data.streams.shards import StreamShards
-from karat_scale.errors import DataError
-from karat_scale.trust import UntrustedError
+from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.trust import UntrustedError
 from tests.data.tars import image, sample, write_tar
 
 CLASSES = ("ant", "bee", "cat")

@@ -1,1 +1,0 @@
-"""Runs as jobs of a cluster: submit them, show their progress, and detect a rank that hangs."""

@@ -1,0 +1,193 @@
+"""Attention maps of the class token, the regions of the dominant head, and attention rollout (paper, section 5.4)."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from karat_scale.commands.analyze.figures import new_figure, show_map
+from karat_scale.commands.analyze.result import NothingToShowError, Result, Settings, Table, note_bad_images
+from karat_scale.commands.analyze.trained_run import TrainedRun
+from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.models.attention_matrices import watched
+from karat_scale.models.factory import layer_sizes
+
+MAX_HEADS = 12
+REGION_SHARE = 0.6
+Map = npt.NDArray[np.float64]
+
+
+@dataclass
+class ClassTokenMaps:
+    """The class token's rows of one block, and the rollout over all blocks, for each image.
+
+    raw, learned: [images, h, patches]; rollout: [images, patches].
+    """
+
+    block: int
+    prefix: int
+    raw: list[Tensor] = field(default_factory=list)
+    learned: list[Tensor] = field(default_factory=list)
+    rollout: list[Tensor] = field(default_factory=list)
+    _joint: Tensor | None = None
+
+    def add(self, number: int, raw: Tensor, learned: Tensor) -> None:
+        """Add A and S [B, h, N, N] of the next block."""
+        if number == self.block:
+            self.raw.append(raw[:, :, 0, self.prefix :].cpu())
+            self.learned.append(learned[:, :, 0, self.prefix :].cpu())
+        step = rollout_step(learned)
+        if number == 0 or self._joint is None:
+            self._joint = step
+        else:
+            self._joint = step @ _with_prefix(self._joint, step.shape[-1])
+
+    def end_of_batch(self) -> None:
+        """Return the maps; only now does the rollout cover all blocks."""
+        assert self._joint is not None
+        self.rollout.append(self._joint[:, 0, self.prefix :].cpu())
+        self._joint = None
+
+
+def rollout_step(learned: Tensor) -> Tensor:
+    """Return one block's factor of attention rollout (Abnar and Zuidema, 2020), [B, N, N] with rows that sum to one.
+
+    Heads are averaged, negative weights are set to zero, and the residual path counts half.
+    """
+    mean = learned.clamp(min=0).mean(1)
+    mean = mean / mean.sum(-1, keepdim=True).clamp(min=1e-12)
+    joint = mean + torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+    return joint / joint.sum(-1, keepdim=True)
+
+
+def _with_prefix(joint: Tensor, tokens: int) -> Tensor:
+    """Extend the factor [B, M, M] of a block that has only the last M of N tokens; the others attend to themselves."""
+    missing = tokens - joint.shape[-1]
+    wider = torch.eye(tokens, dtype=joint.dtype, device=joint.device).repeat(len(joint), 1, 1)
+    wider[:, missing:, missing:] = joint
+    return wider
+
+
+def dominant_head(scores: Tensor) -> int:
+    """Return the head whose scores of the patches [h, patches] have the largest positive sum.
+
+    Scores, as in the paper: learned weights of different heads have no common scale.
+    """
+    return int(scores.clamp(min=0).sum(-1).argmax())
+
+
+def region(weights: Tensor, share: float = REGION_SHARE) -> Tensor:
+    """Return the smallest set of patches that holds `share` of the positive weight, as a mask [patches]."""
+    positive = weights.clamp(min=0)
+    order = positive.argsort(descending=True)
+    before = positive[order].cumsum(0) - positive[order]
+    mask = torch.zeros_like(positive, dtype=torch.bool)
+    mask[order] = (before < share * positive.sum()) & (positive[order] > 0)
+    return mask
+
+
+@torch.no_grad()
+def analyze_maps(run: TrainedRun, settings: Settings) -> Result:
+    """Plot maps of `settings.block` for the images of `settings.image_ids`.
+
+    Raises:
+        NothingToShowError: the model has no class token.
+        UserError: the block or image does not exist.
+    """
+    model: Any = run.model()
+    images = run.images(4, settings.image_ids)
+    host, sizes = run.recipe.model.name, layer_sizes(run.recipe.model)
+    depth = len(sizes)
+    if not -depth <= settings.block < depth:
+        raise RunDirectoryError(f"{run.path}: --block {settings.block}: it has blocks 0 to {depth - 1}")
+    if getattr(model, "cls_token", None) is None or not hasattr(model, "num_prefix_tokens"):
+        raise NothingToShowError(f"{host} has no class token with a single patch grid")
+    block, prefix, grid = settings.block % depth, model.num_prefix_tokens, model.patch_embed.grid_size
+    with_token = [number for number, size in enumerate(sizes) if size.tokens == prefix + grid[0] * grid[1]]
+    if block not in with_token:
+        first = with_token[0]
+        raise RunDirectoryError(
+            f"{run.path}: --block {block}: {host} adds the class token in block {first}; use that or a later one"
+        )
+    maps = ClassTokenMaps(block, prefix)
+    pictures, labels, ids = [], [], []
+    for batch in images.raw(settings.batch):
+        pictures.append(batch.images)
+        labels += batch.labels.tolist()
+        ids += batch.sample_ids.tolist()
+    with watched(model, maps.add):
+        for batch_images, _ in images.batches(settings.batch, run.device):
+            model(batch_images)
+            maps.end_of_batch()
+            settings.progress("maps", sum(map(len, maps.rollout)), len(images))
+    raw, learned, rollout = (torch.cat(parts) for parts in (maps.raw, maps.learned, maps.rollout))
+    result = Result()
+    result.arrays = {
+        "raw": raw.numpy(),
+        "learned": learned.numpy(),
+        "rollout": rollout.numpy(),
+        "sample_ids": np.array(ids),
+    }
+    what = run.matrix_name
+    rows = []
+    for index, picture in enumerate(torch.cat(pictures)):
+        name = images.classes[labels[index]]
+        head = dominant_head(raw[index])
+        negative = float((learned[index] < 0).double().mean())
+        rows.append([ids[index], name, head, 100 * negative, float(learned[index].sum(-1).mean())])
+        figure = partial(_draw, picture, raw[index], learned[index], rollout[index], head, grid, what)
+        caption = (
+            f"Image {ids[index]} ({name}), block {maps.block}. Top: the scores A of the class token; below: {what}; "
+            "negatives as 0, each map from 0 (dark) to its largest value. Left: the image, the region with "
+            f"{REGION_SHARE:.0%} of the dominant head's positive scores (head {head}), and the rollout over all blocks."
+        )
+        result.figures[f"image_{ids[index]}"] = figure, caption
+    result.numbers = {
+        "block": maps.block,
+        "images": [
+            {"id": row[0], "class": row[1], "dominant_head": row[2], "negative_percent": row[3]} for row in rows
+        ],
+    }
+    columns = ["image", "class", "dominant head", "weights below zero, %", "sum over patches, mean of heads"]
+    result.tables.append(Table(f"Class token of block {maps.block}", columns, rows))
+    note_bad_images(result, images.bad)
+    return result
+
+
+def _draw(
+    picture: Tensor, raw: Tensor, learned: Tensor, rollout: Tensor, head: int, grid: tuple[int, int], what: str
+) -> Figure:
+    heads = min(len(raw), MAX_HEADS)
+    figure = new_figure(1.35 * (heads + 2), 3.3)
+    axes = figure.subplots(2, heads + 2, squeeze=False)
+    pixels = picture.permute(1, 2, 0).numpy()
+    show_map(axes[0, 0], pixels, "image")
+    mask = _enlarged(region(raw[head]).double().view(grid), pixels.shape[:2])
+    show_map(axes[1, 0], (pixels * (0.25 + 0.75 * mask[..., None])).astype(np.uint8), f"head {head}'s region")
+    show_map(axes[0, 1], rollout.view(grid).numpy(), "rollout", **_from_zero(rollout))
+    show_map(axes[1, 1], pixels)
+    overlay = _enlarged(rollout.view(grid).double(), pixels.shape[:2])
+    show_map(axes[1, 1], overlay, "rollout on it", alpha=0.55, cmap="magma", **_from_zero(rollout))
+    shown = [*range(heads - 1), max(head, heads - 1)]  # the dominant head in any case
+    for column, number in enumerate(shown, 2):
+        mark = " *" if number == head else ""
+        for row, values, of in ((0, raw, "A"), (1, learned, what)):
+            weights = values[number].clamp(min=0)
+            title = f"{of}, head {number}{mark}\nup to {weights.max():.2g}"
+            show_map(axes[row, column], weights.view(grid).numpy(), title, **_from_zero(weights))
+    return figure
+
+
+def _from_zero(weights: Tensor) -> dict[str, float]:
+    """Return the limits of a map's colours, from 0 to its largest value."""
+    return {"vmin": 0.0, "vmax": max(float(weights.max()), 1e-12)}
+
+
+def _enlarged(values: Tensor, size: tuple[int, ...]) -> Map:
+    """Return a map of patches [rows, columns] in the image's own pixels."""
+    return torch.nn.functional.interpolate(values[None, None], size=size[:2], mode="nearest")[0, 0].numpy()

@@ -1,0 +1,209 @@
+"""Access to a run directory for the analyses: recipe, checkpoints in order, and the model at any of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from karat_scale.checkpoint.saved_state import falsehood
+from karat_scale.checkpoint.store import MANIFEST, CheckpointStore
+from karat_scale.checkpoint.weights import load_weights, wants_ema
+from karat_scale.commands.analyze.validation_images import ValidationImages
+from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError
+from karat_scale.foundation.files import file_sha256
+from karat_scale.foundation.trust import require_trust
+from karat_scale.models.layers import freeze
+from karat_scale.recipe import AttentionConfig, Recipe
+from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.tasks.classification.teacher import build_model
+from karat_scale.training.weights_file import load_exported
+
+SNAPSHOT = ".safetensors"
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """One run, softmax or KArAt. Its directory is never changed, except that its predictions are kept there.
+
+    Args:
+        path: the run's directory.
+        recipe: its recipe, with `data.path` replaced if the data has moved.
+        weights: "raw", "ema", or "auto", which is the choice of `karat eval`.
+        checkpoint: "best", "latest" or a name, of the model to analyse. Without a best one, "best" means "latest".
+    """
+
+    path: Path
+    recipe: Recipe
+    weights: str = "auto"
+    checkpoint: str = "best"
+
+    @cached_property
+    def store(self) -> CheckpointStore:
+        """The run's checkpoints."""
+        return CheckpointStore(self.path / "checkpoints", falsehood)
+
+    @cached_property
+    def shared(self) -> dict[str, Any]:
+        """What one analysis has computed for others."""
+        return {}
+
+    @property
+    def label(self) -> str:
+        """The directory's name."""
+        return self.path.resolve().name
+
+    @cached_property
+    def chosen(self) -> str:
+        """The checkpoint to analyse, chosen as `karat eval` does. Raises RunDirectoryError if there is none."""
+        if not self.store.names():
+            raise RunDirectoryError(f"{self.store.root}: no checkpoint; train the run first")
+        return self.store.find_intact(self.checkpoint)
+
+    @property
+    def weights_kind(self) -> str:
+        """Return "raw" or "ema", the weights of the checkpoint to analyse."""
+        return "ema" if wants_ema(self.weights, self.recipe, self.store.state(self.chosen)) else "raw"
+
+    @cached_property
+    def in_order(self) -> list[str]:
+        """The names of all checkpoints and snapshots, oldest first, one per step; a checkpoint is preferred.
+
+        Raises RunDirectoryError if there is none.
+        """
+        snapshots = {path.stem: path.name for path in self.snapshots.glob(f"step-*{SNAPSHOT}")}
+        by_step = {**snapshots, **{name: name for name in self.store.names()}}
+        if not by_step:
+            raise RunDirectoryError(f"{self.store.root}: no checkpoint; train the run first")
+        return [by_step[step] for step in sorted(by_step)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A text that changes if an analysis of this run would use other weights."""
+        try:
+            chosen = file_sha256(self.store.root / self.chosen / MANIFEST)
+            newest, weights = self.in_order[-1], self.weights_kind
+        except (UserError, OSError):
+            chosen, newest, weights = "", "", self.weights
+        return f"{self.path.resolve()} {newest} {chosen} {weights}"
+
+    @property
+    def data_identity(self) -> dict[str, Any]:
+        """What decides which validation images there are, and what their pixels are."""
+        return {key: getattr(self.recipe.data, key) for key in ("backend", "path", "val_split", "decoder")}
+
+    @property
+    def snapshots(self) -> Path:
+        """The directory of the snapshots (`checkpoint.snapshots`), if the run has any."""
+        return self.path / "snapshots"
+
+    def step(self, name: str) -> int:
+        """Return the number of finished steps at a checkpoint or snapshot."""
+        return int(name.removesuffix(SNAPSHOT).removeprefix("step-"))
+
+    def model(self, name: str | None = None, weights: str | None = None, implementation: str = "auto") -> nn.Module:
+        """Return the model at a checkpoint (default: the chosen one), float32, on `device`, in evaluation mode.
+
+        Args:
+            weights: instead of the run's choice.
+            implementation: of KArAt's operator, instead of the one it was trained with.
+
+        Raises:
+            RunDirectoryError: the checkpoint is missing, damaged, of another model, without averages or not finite.
+        """
+        model = self.new_model(implementation)
+        self.load(model, name or self.chosen, weights)
+        return model
+
+    def new_model(self, implementation: str = "auto") -> nn.Module:
+        """Return a model like `model`, with the same frozen parameters, but without the weights, which `load` adds."""
+        recipe = self.recipe.model_copy(update={"attention": self._attention(implementation)})
+        model = build_model(recipe, self.path).to(self.device).eval()
+        freeze(model, recipe.train.freeze)
+        return model
+
+    def refuse_other_classes(self, classes: Sequence[str]) -> None:
+        """Raise DataError for data whose labels number other classes than the run's, if it recorded those."""
+        own = RunDirectory(self.path).classes()
+        if own and own != tuple(classes):
+            raise DataError(
+                f"data.path = {self.recipe.data.path} has other classes than the run; name its own by --data"
+            )
+
+    def load(self, model: nn.Module, name: str, weights: str | None = None) -> None:
+        """Load the weights of a checkpoint, or the raw weights of a snapshot. Raises the same errors as `model`."""
+        if name.endswith(SNAPSHOT):
+            directory = self.snapshots / name
+            load_exported(model, directory)
+        else:
+            directory = self.store.root / name
+            damage = self.store.damage(name)
+            if damage:
+                raise RunDirectoryError(f"checkpoint {directory} is damaged: {damage}; choose another")
+            saved = self.store.state(name)
+            load_weights(model, directory, saved, wants_ema(weights or self.weights, self.recipe, saved))
+        bad = next((n for n, parameter in model.named_parameters() if not parameter.isfinite().all()), None)
+        if bad is not None:
+            raise RunDirectoryError(f"checkpoint {directory}: {bad} is not finite: the run diverged; choose another")
+
+    def load_newest(self, model: nn.Module) -> str:
+        """Load the raw weights of the newest checkpoint or snapshot that can be loaded, and return its name.
+
+        Raises:
+            RunDirectoryError: there is none, or none can be loaded; the message is that of the newest.
+        """
+        damage: list[RunDirectoryError] = []
+        for name in reversed(self.in_order):
+            try:
+                self.load(model, name, "raw")
+                return name
+            except RunDirectoryError as error:
+                damage.append(error)
+        raise damage[0]
+
+    @property
+    def device(self) -> torch.device:
+        """A GPU if the recipe allows it and there is one."""
+        use_cuda = self.recipe.run.device != "cpu" and torch.cuda.is_available()
+        return torch.device("cuda" if use_cuda else "cpu")
+
+    @property
+    def matrix_name(self) -> str:
+        """What figures call the attention matrices: "softmax", or "S" where they are learned, perhaps by a teacher."""
+        attention = self.recipe.attention
+        return "softmax" if attention.kind == "softmax" and not attention.transfer_from else "S"
+
+    def images(self, count: int, ids: tuple[int, ...] | None = None) -> ValidationImages:
+        """Return `count` validation images spread over the split, or `ids`. Raises DataError if there are none."""
+        found = ValidationImages(self.recipe, count, ids)
+        self.refuse_other_classes(found.classes)
+        return found
+
+    def _attention(self, implementation: str) -> AttentionConfig:
+        return self.recipe.attention.model_copy(update={"implementation": implementation})
+
+
+def open_run(path: str | Path, data: str | None = None, weights: str = "auto", checkpoint: str = "best") -> TrainedRun:
+    """Open a run by its directory.
+
+    Args:
+        data: the directory of the data, if it is no longer at `data.path`.
+
+    Raises:
+        RunDirectoryError: this is not a run directory, or it is a detector's.
+        RecipeError: its recipe cannot be read.
+        UntrustedError: its recipe names a class.
+    """
+    path = Path(path)
+    directory = RunDirectory(path)
+    recipe = directory.recipe(overrides=[] if data is None else [f"data.path={data}"])
+    require_trust(recipe.attention.basis, directory.recipe_file)
+    run = TrainedRun(path, recipe, weights, checkpoint)
+    if run.device.type == "cpu":
+        return replace(run, recipe=recipe.changed(data=recipe.data.on_a_cpu()))
+    if recipe.data.row.without_gpu:
+        torch.cuda.init()  # nvJPEG decodes on the GPU that the process uses
+    return run

@@ -1,0 +1,193 @@
+"""A process a card: a training step at each ZeRO stage against PyTorch's DistributedDataParallel.
+
+Ranks of one machine train the same model from the same weights on the same images, so their first losses must agree,
+too. The contenders take turns in the same processes, and ratios are medians over rounds.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from karat_scale.commands.bench.gpu.losses import ALLOWED
+from karat_scale.commands.bench.gpu.task import Task
+from karat_scale.commands.bench.measuring import interleaved_seconds, median_ratio
+from karat_scale.engine import distributed
+from karat_scale.engine.devices import wait_for
+from karat_scale.engine.distributed import World
+from karat_scale.engine.engine import Engine
+from karat_scale.engine.optimizers import build_optimizer
+from karat_scale.foundation.errors import is_out_of_memory
+from karat_scale.models import create_model
+from karat_scale.recipe import Recipe
+from karat_scale.recipe.loading import validate_recipe
+
+DDP = "DistributedDataParallel"
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+BATCH = 128
+CASES, TOY_CASE = (("small", "softmax"), ("small", "karat"), ("base", "softmax")), ("tiny", "karat")
+GUESS = 40.0
+# Losses that must be those of DDP: weights that overfit one batch for longer take rounding far.
+COMPARED = 3
+
+
+@dataclass(frozen=True)
+class StagesCase:
+    """What to measure. `batch` is of one rank; `attention` is a recipe's `attention.kind`, `precision` its train's.
+
+    `depth` is the model's own by default.
+    """
+
+    model: str = "vit_tiny_patch16_224"
+    image_size: int = 64
+    batch: int = 16
+    attention: str = "softmax"
+    ranks: int = 2
+    steps: int = 3
+    rounds: int = 9
+    precision: str = "fp32"
+    depth: int | None = None
+
+
+def measure(task: Task) -> None:
+    """Rows for each case that the time allows, all of them agreed by all ranks.
+
+    Raises:
+        RuntimeError, MemoryError: a rank failed. Where memory ran out the section asks to run again with half the
+            batch: the other ranks wait within a collective, and end with this process.
+    """
+    world = distributed.start(task.device)
+    batch = 2 if task.toy else task.largest_batch or BATCH
+    try:
+        for model, attention in (TOY_CASE,) if task.toy else CASES:
+            _measure_case(task, world, model, attention, batch)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error) and batch > 1:
+            task.channel.again(batch // 2)
+        raise
+    distributed.stop()
+
+
+def _measure_case(task: Task, world: World, model: str, attention: str, batch: int) -> None:
+    what = f"{'toy' if task.toy else f'ViT-{model.capitalize()}'}, {attention}, bf16, {world.size} x {batch}"
+    if world.any(not task.budget.allows("case", GUESS)):
+        if world.is_main:
+            task.channel.late(what)
+        return
+    if world.is_main:
+        task.channel.begin(what)
+    begun = time.monotonic()
+    case = StagesCase(f"vit_{model}_patch16_224", 224, batch, attention, world.size, 3, 5, "bf16")
+    if task.toy:
+        case = replace(case, image_size=32, depth=1, steps=1, rounds=1)
+    for row in compare(case, world):
+        if world.is_main:
+            rate = 1e3 * world.size * batch / row["milliseconds_a_step"]
+            task.channel.row(case=what, **row, images_per_second=round(rate, 1))
+    task.free()
+    task.budget.note("case", begun)
+
+
+def compare(case: StagesCase, world: World) -> list[dict[str, Any]]:
+    """A row of figures for DDP and for each stage, on every rank."""
+    images = torch.randn(
+        case.batch, 3, case.image_size, case.image_size, generator=torch.Generator().manual_seed(world.rank)
+    ).to(world.device)
+    labels = torch.arange(case.batch, device=world.device)
+    steps = {DDP: _ddp(case, world, images, labels)}
+    steps |= {stage: _engine(case, stage, world, images, labels) for stage in STAGES}
+    losses: dict[str, list[Tensor]] = {name: [] for name in steps}
+    contenders = {name: _repeated(step, case.steps, world, losses[name]) for name, step in steps.items()}
+    seconds = interleaved_seconds(contenders, case.rounds)
+    processor = {name: _processor_seconds(run) for name, run in contenders.items()}
+    means = {name: world.sum(torch.stack(of[:COMPARED])) / world.size for name, of in losses.items()}
+    differences = {name: float((of / means[DDP] - 1).abs().max()) for name, of in means.items()}
+    allowed = ALLOWED[case.precision]
+    return [
+        {
+            "contender": name,
+            "milliseconds_a_step": round(1e3 * statistics.median(seconds[name]) / case.steps, 2),
+            "processor_milliseconds_a_step": round(1e3 * processor[name] / case.steps, 2),
+            "ratio_to_ddp": round(median_ratio(seconds, name, DDP), 3),
+            "difference": differences[name],
+            "allowed": allowed,
+            "right": differences[name] <= allowed,
+        }
+        for name in contenders
+    ]
+
+
+def _recipe(case: StagesCase, stage: str) -> Recipe:
+    tree = {
+        "run": {"name": "bench-ranks", "dir": "unused"},
+        "model": {"name": case.model, "image_size": case.image_size, "depth": case.depth},
+        "attention": {"kind": case.attention},
+        "data": {"backend": "synthetic"},
+        "train": {"global_batch": case.batch * case.ranks, "epochs": 100, "precision": case.precision},
+        "deepspeed": {"config": stage},
+    }
+    return validate_recipe(tree, "ZeRO stages")
+
+
+def _model(recipe: Recipe) -> Any:
+    torch.manual_seed(0)
+    return create_model(recipe.model, recipe.attention)
+
+
+def _ddp(case: StagesCase, world: World, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    recipe = _recipe(case, "zero0")
+    model = _model(recipe).to(world.device)
+    optimizer = build_optimizer(model, recipe.optim, world.device)
+    wrapped = DistributedDataParallel(model)
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=case.precision == "bf16"):
+            logits = wrapped(images)
+        loss = nn.functional.cross_entropy(logits.float(), labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad)
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def _engine(case: StagesCase, stage: str, world: World, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    recipe = _recipe(case, stage)
+    engine = Engine(_model(recipe), recipe, world, case.batch)
+
+    def step() -> Tensor:
+        loss = nn.functional.cross_entropy(engine.forward(images), labels)
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    return step
+
+
+def _repeated(step: Callable[[], Tensor], steps: int, world: World, losses: list[Tensor]) -> Callable[[], None]:
+    # Building a stage 3 engine replaces it for the whole process: each contender has its own.
+    linear = nn.functional.linear
+
+    def run() -> None:
+        nn.functional.linear = linear
+        dist.barrier()
+        for _ in range(steps):
+            losses.append(step())
+        wait_for(world.device)
+
+    return run
+
+
+def _processor_seconds(run: Callable[[], None]) -> float:
+    """Return this rank's processor time over all threads: a step without the waits for other ranks."""
+    begun = time.process_time()
+    run()
+    return time.process_time() - begun

@@ -1,0 +1,206 @@
+"""What the sections found: on the terminal, as JSON, and as a section of docs/benchmarks.md."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from karat_scale import __version__
+from karat_scale.commands.bench.gpu.sections import KERNELS, LOSSES, SECTIONS, Section
+from karat_scale.foundation.console import write_json
+from karat_scale.foundation.files import write_atomically
+
+TOPIC = "topic"
+# As many wrong checks are named in the verdict.
+NAMED = 3
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """Return the Markdown of a report, finished or not."""
+    machine = report["machine"]
+    lines = [f"### {machine.get('card', 'no card yet')}: {report['verdict']}", "", _about(report, machine), ""]
+    for name, found in report["sections"].items():
+        lines += [f"#### {SECTIONS[name].title}", ""]
+        if found["rows"]:
+            lines += [*_section_table(SECTIONS[name], found["rows"]), ""]
+        lines += [f"- {line}" for line in _remarks(found)]
+        lines += [""] if lines[-1] else []
+    return "\n".join(lines)
+
+
+def cell(value: Any) -> str:
+    """Format a figure to at least three digits; a missing one is a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.1e}" if 0 < abs(value) < 1e-2 else f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def verdict_of(sections: Mapping[str, Mapping[str, Any]]) -> tuple[bool | None, str]:
+    """Return whether training is right, None where nobody knows, and the same in words."""
+    checks = [
+        (f"{name}: {row[SECTIONS[name].columns[0][0]]}", row["right"])
+        for name, found in sections.items()
+        for row in found["rows"]
+        if "right" in row
+    ]
+    deciding = [(name, found) for name, found in sections.items() if SECTIONS[name].decides]
+    failed = {f"{name}: {one['what']}" for name, found in deciding for one in found["failed"]}
+    checks += [(what, False) for what in sorted(failed - {what for what, _ in checks})]
+    wrong = [what for what, right in checks if not right]
+    if wrong:
+        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        return False, f"WRONG in {len(wrong)} of {len(checks)} checks: {'; '.join(wrong[:NAMED])}{more}"
+    if not any(found["rows"] for name, found in deciding if SECTIONS[name].module == LOSSES.module):
+        return None, f"it is not known whether training is right{f'; {len(checks)} other checks are' if checks else ''}"
+    if any(one.get("late") for _, found in deciding for one in found["left_out"]):
+        return None, f"right in {len(checks)} checks, but others were left out for lack of time"
+    return True, f"training is right in all {len(checks)} checks"
+
+
+def _about(report: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
+    parts = [f"`{report['command']}`, {report['started']}, karat_scale {report['karat_scale']}"]
+    if machine.get("driver"):
+        parts.append(f"driver {machine['driver']}, CUDA {machine['cuda']}, cuDNN {machine['cudnn']}")
+    if machine.get("cards", 1) > 1:
+        parts.append(f"{machine['cards']} cards")
+    if versions:
+        parts.append(versions)
+    if " MIG " in machine.get("card", ""):
+        parts.append("a slice of a card (MIG), whose peak is not known, so there is no MFU")
+    if not report["finished"]:
+        parts.append("**not finished**")
+    return "; ".join(parts) + "."
+
+
+def _section_table(section: Section, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if section is not KERNELS:
+        return _table(section.columns, rows)
+    lines = ["Calls that are right, and the largest of their errors over what is allowed:", "", *_summary(rows)]
+    wrong = [row for row in rows if not row["right"]]
+    return [*lines, "", "Wrong:", "", *_table(section.columns, wrong)] if wrong else lines
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each topic and a column for each dtype; the JSON has the figures of each call."""
+    groups: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        groups.setdefault(row[TOPIC], {}).setdefault(row["dtype"], []).append(row)
+    dtypes = dict.fromkeys(row["dtype"] for row in rows)
+    cells = [{TOPIC: topic, **{dtype: _summed_up(of[dtype]) for dtype in of}} for topic, of in groups.items()]
+    return _table([(TOPIC, "what varies"), *((dtype, dtype) for dtype in dtypes)], cells)
+
+
+def _summed_up(rows: Sequence[Mapping[str, Any]]) -> str:
+    shares = [row["error"] / row["tolerance"] for row in rows if row["error"] is not None]
+    right = f"{sum(row['right'] for row in rows)} of {len(rows)}"
+    return f"{right}, {max(shares):.2f}" if len(shares) == len(rows) else f"{right}, not finite"
+
+
+def _table(columns: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the lines of a table without its empty columns."""
+    shown = [(key, heading) for key, heading in columns if any(row.get(key) is not None for row in rows)]
+    lines = [f"| {' | '.join(heading for _, heading in shown)} |", f"|{'---|' * len(shown)}"]
+    return lines + [f"| {' | '.join(cell(row.get(key)) for key, _ in shown)} |" for row in rows]
+
+
+def _remarks(found: Mapping[str, Any]) -> Iterator[str]:
+    yield from found["notices"]
+    for kind, word in (("left_out", "Left out"), ("failed", "FAILED")):
+        for one in found[kind]:
+            why = one["why"].splitlines()
+            yield f"{word}: {one['what']}: {why[0]}" + (f" ... {why[-1]}" if len(why) > 1 else "")
+
+
+class Report:
+    """Keeps the JSON file `path` and the Markdown beside it up to date."""
+
+    def __init__(self, path: Path, command: str) -> None:
+        self._path = path
+        self._begun = time.monotonic()
+        self._section: Section
+        self._running = ""
+        self._data: dict[str, Any] = {
+            "verdict": "",
+            "right": None,
+            "command": command,
+            "karat_scale": __version__,
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "finished": False,
+            "machine": {},
+            "sections": {},
+        }
+
+    @property
+    def running(self) -> str:
+        """What the section's process does now, as far as it said."""
+        return self._running or "the section"
+
+    def write(self) -> None:
+        """Write both files."""
+        self._data["right"], self._data["verdict"] = verdict_of(self._data["sections"])
+        write_json(self._path, self._data)
+        write_atomically(self._path.with_suffix(".md"), markdown(self._data))
+
+    def begin(self, section: Section) -> None:
+        """Start a section; the events that follow belong to it."""
+        self._section, self._running = section, ""
+        self._section_begun = time.monotonic()
+        self._data["sections"][section.name] = {"rows": [], "notices": [], "left_out": [], "failed": []}
+
+    def end(self) -> None:
+        """End the section."""
+        self._now["seconds"] = round(time.monotonic() - self._section_begun, 1)
+        self.write()
+
+    def receive(self, kind: str, content: Any) -> None:
+        """Add an event of a worker."""
+        if kind == "machine":
+            self._receive_machine(content)
+        elif kind == "begin":
+            self._running = content
+        elif kind == "row":
+            self._now["rows"].append(content)
+            self._print(", ".join(self._figures(content)))
+        elif kind == "notice":
+            self._now["notices"].append(content)
+            self._print(content)
+        else:
+            self._now[kind].append(content)
+            self._print(f"{kind.replace('_', ' ')}: {content['what']}: {content['why']}")
+        self.write()
+
+    def finish(self) -> int:
+        """Print where the files are; return the command's exit code."""
+        sections = self._data["sections"].values()
+        checks = [row["right"] for section in sections for row in section["rows"] if "right" in row]
+        failures = sum(len(section["failed"]) for section in sections)
+        code = 0 if all(checks) and not failures else 1
+        self._data.update(finished=True, exit=code)
+        self.write()
+        print(f"{self._data['verdict']}; {failures} failures", flush=True)
+        print(f"{self._path} and {self._path.with_suffix('.md')}", flush=True)
+        return code
+
+    @property
+    def _now(self) -> dict[str, Any]:
+        section: dict[str, Any] = self._data["sections"][self._section.name]
+        return section
+
+    def _receive_machine(self, facts: dict[str, Any]) -> None:
+        if not self._data["machine"]:
+            self._data["machine"] = facts
+            versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+            print(f"{facts['card']}, {versions}", flush=True)
+
+    def _figures(self, row: dict[str, Any]) -> list[str]:
+        (first, _), *others = self._section.columns
+        return [cell(row.get(first))] + [f"{heading} {cell(row[key])}" for key, heading in others if key in row]
+
+    def _print(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._begun:4.0f} s] {self._section.name}: {text}", flush=True)

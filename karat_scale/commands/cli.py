@@ -1,0 +1,96 @@
+"""The command line `karat`. Commands import what they need when they run, so `--help` is quick."""
+
+import argparse
+import os
+import select
+import signal
+import sys
+from collections.abc import Sequence
+
+import karat_scale.foundation.launcher  # noqa: F401  # it looks for its parent now, before torch is imported
+from karat_scale import __version__
+from karat_scale.commands.bench.commands import add_benches
+from karat_scale.commands.launch import say_to_launcher
+from karat_scale.commands.parsers import clusters, data, models, planning, results, training
+from karat_scale.foundation.arguments import OneLineParser
+from karat_scale.foundation.errors import PeerError, UserError, of_the_machine, on_one_line, say_in_one_write
+from karat_scale.foundation.machine import may_have_gpu, use_local_caches
+from karat_scale.foundation.trust import VARIABLE
+
+EXIT_USAGE = 2
+# As a shell says that SIGPIPE ended a command: `karat recipes | head` has read enough.
+_STDOUT, _EXIT_UNREAD = 1, 128 + signal.SIGPIPE
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser with all commands and their options."""
+    parser = OneLineParser(prog="karat", description="Train Kolmogorov-Arnold Attention ViTs.")
+    parser.add_argument("--version", action="version", version=f"karat_scale {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for group in (data, planning, training, clusters, results, models):
+        group.add_commands(commands)
+    bench = commands.add_parser("bench", help="measure against the usual alternatives")
+    add_benches(bench.add_subparsers(dest="bench", required=True, metavar="BENCH"))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code. A user's mistake is one line on standard error, and exit code 2."""
+    parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # set by the lines of `karat completion`
+        from karat_scale.commands.completion import complete
+
+        complete(parser)
+    options = parser.parse_args(arguments)
+    if options.command == "launch":  # a mistake is said once, and not by each rank
+        parser.parse_args(options.arguments)
+    # torch's C++ warns with a stack of its own where a rank is lost, which we tell in a line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not may_have_gpu():  # without this, DeepSpeed warns that it guessed the CPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if getattr(options, "trust", False):
+        os.environ[VARIABLE] = "1"
+    try:
+        use_local_caches()
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        return _end(str(error), EXIT_USAGE)
+    except PeerError as error:
+        return _end(str(error), 1)
+    except BrokenPipeError:
+        if not _is_unread(_STDOUT):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # for what is still in Python's buffer
+        return _EXIT_UNREAD
+    except Exception as error:
+        known = of_the_machine(error)
+        if known is None:
+            raise
+        return _end(*known)
+
+
+def _end(text: str, code: int) -> int:
+    """Say why this rank ends, in one line; returns the exit code."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    where = f"[rank {rank}] " if rank != "0" else ""
+    if not say_to_launcher(on_one_line(text), rank):
+        say_in_one_write(f"{where}error: {on_one_line(text)}")
+    return code
+
+
+def _is_unread(output: int) -> bool:
+    """Return whether the reader of this pipe has gone."""
+    poll = select.poll()
+    poll.register(output, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def entry_point() -> None:
+    """Run the console script."""
+    code = main()
+    # A launcher may repeat its signal. It must not kill an interpreter that is exiting with its own code.
+    for repeated in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(repeated, signal.SIG_IGN)
+    sys.exit(code)

@@ -1,0 +1,230 @@
+"""A finished run as `karat compare` sees it: its recipe, its budget, its scores and how they rose."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from karat_scale.commands.compare.summary import Count, Figures, Number, Percent, read_summary
+from karat_scale.commands.status.standing import read_events
+from karat_scale.foundation.console import plural
+from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.foundation.files import file_sha256, sealed
+from karat_scale.recipe import Recipe, RunRecipe
+from karat_scale.recipe.files import read_run_recipe
+from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.tasks.detection.recipe import DetectionRecipe
+
+# A checkpoint's event may come after those of later steps.
+_KINDS = ("train", "eval", "resume")
+CLASSIFICATION, DETECTION = ("top1", "top5", "loss"), ("box_ap", "mask_ap")
+
+
+class Measure(NamedTuple):
+    """The name of a figure in tables, and its decimal places."""
+
+    title: str
+    digits: int
+
+
+SCORES = {
+    "top1": Measure("top-1, %", 2),
+    "top5": Measure("top-5, %", 2),
+    "loss": Measure("loss", 4),
+    "box_ap": Measure("box AP, %", 2),
+    "mask_ap": Measure("mask AP, %", 2),
+}
+MEASURES = {
+    **{
+        f"{which}_{name}": Measure(f"{which} {row.title}", row.digits)
+        for name, row in SCORES.items()
+        for which in ("last", "best")
+    },
+    "images_per_second": Measure("images a second", 1),
+    "hours": Measure("hours", 3),
+    "parameters": Measure("parameters", 0),
+}
+
+
+class Budget(NamedTuple):
+    """How long a run trained, on which data, and on how many test images it was evaluated."""
+
+    steps: int
+    epochs: float | None
+    train_images: int | None
+    test_images: int | None
+    classes: int
+    classes_sha256: str
+
+
+class Point(NamedTuple):
+    """An evaluation: when it was, and its scores."""
+
+    step: int
+    samples: int
+    hours: float
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that has finished.
+
+    Attributes:
+        values: a figure for each of `MEASURES` that the run has.
+        curve: the evaluations, by step.
+        machine: what it trained on, last.
+        damaged_lines: lines of metrics.jsonl that were skipped.
+    """
+
+    path: Path
+    recipe: RunRecipe
+    budget: Budget
+    values: dict[str, float]
+    curve: tuple[Point, ...]
+    machine: str
+    damaged_lines: int = 0
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return self.recipe.run.seed
+
+    @property
+    def damage(self) -> str:
+        """What was skipped in the run's files; empty if nothing was."""
+        lines = self.damaged_lines
+        return f"{self.path}: {plural(lines, 'damaged line')} of metrics.jsonl skipped" if lines else ""
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The scores that runs of this kind have; the first one is compared unless another is asked for."""
+        return DETECTION if isinstance(self.recipe, DetectionRecipe) else CLASSIFICATION
+
+
+class _Summary(Figures):
+    steps: Count
+    samples: Count
+    parameters: Count
+    best_step: Number | None
+    images_per_second: float | None = None
+    world_size: Count = 1
+    device: str = "CPU"
+    processor: str = "CPU"
+    train_images: Count | None = None
+    classes: Number = 0
+    classes_sha256: str = ""
+    recipe_sha256: str | None = None
+    sha256: str | None = None
+
+
+class _Event(Figures):
+    event: str
+    step: Number
+    time: float
+    samples: Number | None = None
+    images_per_second: float | None = None
+    images: Count | None = None
+    top1: Percent | None = None
+    top5: Percent | None = None
+    loss: float | None = None
+    box_ap: float | None = None
+    mask_ap: float | None = None
+
+
+def read_run(path: str) -> FinishedRun:
+    """Read a run from its own files.
+
+    Raises:
+        UserError: it is no run, or an unfinished, a damaged or a changed one.
+    """
+    directory = RunDirectory(path)
+    is_detector = directory.recipe_file.is_file() and "detector" in read_run_recipe(directory.recipe_file)
+    recipe: RunRecipe = directory.recipe(DetectionRecipe) if is_detector else directory.recipe(Recipe)
+    content = read_summary(directory)
+    summary = _Summary.of(content, str(directory.summary_file))
+    changed = summary.sha256 is not None and content != sealed(content)
+    if changed or summary.recipe_sha256 not in (None, file_sha256(directory.recipe_file)):
+        raise RunDirectoryError(f"{path}: recipe.yaml or summary.json was changed after the run; put the files back")
+    events, damaged = _read_events(directory.metrics_file)
+    curve = _curve(events, DETECTION if is_detector else CLASSIFICATION)
+    if summary.best_step is None:
+        raise RunDirectoryError(f"{path}: was never evaluated, so there is nothing to compare")
+    values = {"parameters": float(summary.parameters), "hours": _clock(events)[-1] if events else 0.0}
+    if summary.images_per_second:
+        values["images_per_second"] = summary.images_per_second
+    values |= _last_and_best(path, curve, summary.best_step, content)
+    tested = [event.images for event in events if event.event == "eval"]
+    epochs = round(summary.samples / summary.train_images, 2) if summary.train_images else None
+    budget = Budget(summary.steps, epochs, summary.train_images, tested[-1], summary.classes, summary.classes_sha256)
+    machine = f"{summary.world_size} x {summary.device} ({summary.processor})"
+    return FinishedRun(Path(path), recipe, budget, values, curve, machine, damaged)
+
+
+def _last_and_best(path: str, curve: tuple[Point, ...], best_step: int, summary: dict[str, Any]) -> dict[str, float]:
+    """Return the scores of the last and of the best evaluation, after checking that the summary agrees.
+
+    The best one of a run that branched from another may be the other's: then it has no loss here.
+    """
+    if not curve:
+        raise RunDirectoryError(f"{path}: metrics.jsonl has no evaluation of this run; put back the file")
+    best = next((point.scores for point in curve if point.step == best_step), {})
+    values = {f"last_{name}": value for name, value in curve[-1].scores.items()}
+    values |= {f"best_{name}": value for name, value in best.items()}
+    for name, value in values.items():
+        if summary.get(name, value) != value:
+            raise RunDirectoryError(
+                f"{path}: {name} is {summary[name]} in summary.json and {value} in metrics.jsonl: the run goes on, or "
+                "a file was changed"
+            )
+    kept = {name: summary.get(name) for name in MEASURES if name.startswith("best_")}
+    return values | {name: float(value) for name, value in kept.items() if isinstance(value, int | float)}
+
+
+def _read_events(file: Path) -> tuple[list[_Event], int]:
+    """Return the events that place evaluations in time, and how many damaged lines were skipped."""
+    events: list[_Event] = []
+    damaged: list[str] = []
+    try:
+        found = [event for event in read_events(file, damaged.append) if event.get("event") in _KINDS]
+    except OSError as error:
+        raise RunDirectoryError(f"{file}: {error.strerror}; make it readable") from error
+    for event in found:
+        try:
+            events.append(_Event.of(event, str(file)))
+        except RunDirectoryError:
+            damaged.append("")
+    return events, len(damaged)
+
+
+def _curve(events: list[_Event], scores: tuple[str, ...]) -> tuple[Point, ...]:
+    """Return the evaluations. A start that went back to an earlier step takes back what came after that step."""
+    points: dict[int, Point] = {}
+    for event, hours in zip(events, _clock(events), strict=True):
+        while points and next(reversed(points)) > event.step:
+            points.popitem()
+        if event.event == "eval":
+            found = {name: getattr(event, name) for name in scores}
+            kept = {name: value for name, value in found.items() if value is not None}
+            points[event.step] = Point(event.step, event.samples or 0, hours, kept)
+    return tuple(points.values())
+
+
+def _begins_anew(event: _Event, before: _Event) -> bool:
+    """Return whether a start from the beginning came between two events. An evaluation may follow its training step."""
+    return event.event != "resume" and (
+        event.step < before.step or (event.event == before.event == "train" and event.step == before.step)
+    )
+
+
+def _clock(events: list[_Event]) -> list[float]:
+    """Return the hours of work until each event: without the time between two starts, with steps that were repeated."""
+    hours, seconds = [], 0.0
+    before: _Event | None = None
+    for event in events:
+        if before is None or _begins_anew(event, before):
+            seconds += (event.samples or 0) / event.images_per_second if event.images_per_second else 0.0
+        elif event.event != "resume":
+            seconds += max(event.time - before.time, 0.0)
+        hours.append(seconds / 3600)
+        before = event
+    return hours

@@ -1,0 +1,78 @@
+"""Completion of `karat` in a shell, by argcomplete: commands, options, shipped recipes, keys and their values."""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from argcomplete import autocomplete
+from argcomplete.completers import FilesCompleter
+from argcomplete.shell_integration import shellcode
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Answer the shell's question about the command line so far, and exit."""
+    _give_completers(parser, "")
+    autocomplete(parser)
+
+
+def shell_code(shell: str) -> str:
+    """Return the lines that make a shell complete `karat`."""
+    return shellcode(["karat"], shell=shell)
+
+
+def _give_completers(parser: argparse.ArgumentParser, command: str) -> None:
+    completers = {"recipe": _recipes, "words": _recipes, "overrides": _overrides, "keys": _keys}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                _give_completers(below, command or name)
+        elif action.dest in completers:
+            given: Any = action
+            given.completer = completers[action.dest](command)
+
+
+def _recipes(command: str) -> Any:
+    """Complete shipped recipes of a command, and files."""
+    from karat_scale.recipe.files import COMMANDS, shipped_recipes
+
+    files = FilesCompleter(("yaml", "yml"))
+
+    def completer(prefix: str, **_: Any) -> Iterator[str]:
+        kind = command if command in COMMANDS.values() else "train"
+        for folder, trained_by in COMMANDS.items():
+            if trained_by == kind or command == "recipes":
+                yield from shipped_recipes(folder)
+        if command != "recipes":
+            yield from files(prefix)
+
+    return completer
+
+
+def _keys(_: str) -> Any:
+    def completer(prefix: str, **_: Any) -> Iterator[str]:
+        from karat_scale.recipe.loading import schema_keys
+
+        return schema_keys()
+
+    return completer
+
+
+def _overrides(command: str) -> Any:
+    """Complete `key=`, and the value of a key that has choices."""
+
+    def completer(prefix: str, **_: Any) -> list[str]:
+        from karat_scale.recipe import Recipe, RunRecipe
+        from karat_scale.recipe.keys import choices_of, sections_of
+
+        schema: type[RunRecipe] = Recipe
+        if command == "detect":
+            from karat_scale.training.tasks.detection.recipe import DetectionRecipe
+
+            schema = DetectionRecipe
+        keys = {key.name: key for section in sections_of(schema) for key in section.keys}
+        name, equals, _value = prefix.partition("=")
+        if not equals:
+            return [f"{name}=" for name in keys]
+        return [f"{name}={choice}" for choice in choices_of(keys[name].schema)] if name in keys else []
+
+    return completer

@@ -1,0 +1,271 @@
+"""`karat eval RUN --on DIR`, `--labels FILE` and `--corrupt`: a checkpoint on other test sets, kept with the run."""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from karat_scale.checkpoint.store import MANIFEST
+from karat_scale.checkpoint.weights import wants_ema
+from karat_scale.commands.evaluate.collect import collect
+from karat_scale.commands.evaluate.corruptions import Corruption, check_corruptible, chosen_corruptions
+from karat_scale.commands.evaluate.kept import (
+    SEVERITIES,
+    Evaluation,
+    evaluation_file,
+    is_complete,
+    keep_evaluation,
+    mean_over,
+    read_evaluation,
+)
+from karat_scale.commands.evaluate.predictions import Predictions
+from karat_scale.commands.evaluate.real_labels import OtherLabels, with_other_labels
+from karat_scale.commands.evaluate.test_set import SPLITS, Change, TestSet, load_test_set, open_test_set
+from karat_scale.data.augmentation.normalize import Normalize
+from karat_scale.data.batch import BadSample
+from karat_scale.data.shards.shard_format import dataset_directory
+from karat_scale.data.shards.use import RemoteUse
+from karat_scale.engine import distributed
+from karat_scale.engine.distributed import World
+from karat_scale.engine.precision import forward_for_evaluation
+from karat_scale.engine.reporting.progress import PlainDisplay, Reporter, SilentDisplay
+from karat_scale.foundation.console import duration, printable, work_display, write_json
+from karat_scale.foundation.errors import RunDirectoryError, UserError
+from karat_scale.foundation.files import file_sha256, json_sha256
+from karat_scale.foundation.trust import require_trust
+from karat_scale.models.operators import check_implementation
+from karat_scale.recipe import Recipe
+from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.tasks.classification.teacher import trained_classifier
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of `karat eval` about another test set.
+
+    Args:
+        on: a directory or a URL; None is the run's own validation split.
+        split: of the directory; "" chooses.
+        labels: a file of other labels.
+        corrupt: names of corruptions, "all", or None.
+        name: under which the result is kept; "" takes the directory's.
+    """
+
+    on: str | None = None
+    split: str = ""
+    labels: str | None = None
+    corrupt: Sequence[str] | None = None
+    severities: Sequence[int] = SEVERITIES
+    name: str = ""
+
+
+def evaluate_on(
+    run_dir: str, overrides: Sequence[str], checkpoint: str, weights: str, request: Request, json_file: str | None
+) -> int:
+    """Evaluate a checkpoint on another test set, print its scores and keep them; returns the exit code.
+
+    Raises:
+        UserError: no such run, checkpoint or test set, or one that does not fit the run.
+    """
+    directory = RunDirectory(run_dir)
+    trained = directory.recipe()
+    recipe = directory.recipe(overrides=overrides)
+    require_trust(recipe.attention.basis, directory.recipe_file)
+    if request.corrupt is not None and request.labels:
+        raise UserError("--labels and --corrupt exclude each other; give one of them")
+    if request.corrupt is not None:
+        check_corruptible(recipe.model.image_size)
+    if not directory.classes():
+        raise RunDirectoryError(f"{directory.path}: this run did not record the names of its classes; train it again")
+    with (
+        distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world,
+        work_display() if world.is_main else nullcontext(_nothing) as show,
+    ):
+        reporter = Reporter(PlainDisplay() if world.is_main else SilentDisplay(), None, world.rank)
+        with world.together():
+            name = directory.store.find_intact(checkpoint) if world.is_main else ""
+        name = world.broadcast(name)
+        use_ema = wants_ema(weights, recipe, directory.store.state(name))
+        with world.together():
+            use = RemoteUse.of(recipe.data, training=False)
+            as_stored = request.on is None  # as plain `karat eval` sees them
+            test_set = open_test_set(*_where(recipe, request), directory.classes(), use, as_stored)
+        with closing(test_set):
+            if test_set.notice:
+                reporter.info(f"note: {test_set.notice}")
+            empty = _begun(directory, recipe, request, name, use_ema, test_set)
+            world.on_main(partial(_refuse_another, directory.path, empty))
+            model = trained_classifier(trained, recipe, directory, name, use_ema)
+            check_implementation(model, world.device)
+            forward = forward_for_evaluation(model, recipe.train, world.device)
+            work = _Work(recipe, forward, test_set, world, reporter, show)
+            if request.corrupt is not None:
+                done = _corrupted(work, directory.path, empty, request)
+            else:
+                done = _plain(work, empty, request.labels)
+    if world.is_main:
+        keep_evaluation(directory.path, done)
+        print(printable(f"{directory.path} {name} ({done.weights} weights) on {done.name}: {done.text}"))
+        print(f"kept in {evaluation_file(directory.path, done.name)}")
+        write_json(json_file, {"run": str(directory.path), **done.model_dump()})
+    return 0
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a pass over the test set needs."""
+
+    recipe: Recipe
+    forward: Callable[[Tensor], Tensor]
+    test_set: TestSet
+    world: World
+    reporter: Reporter
+    show: Callable[[str, int, int], None]
+
+    def predictions(self, what: str, change: Change | None = None, passes: int = 1) -> Predictions:
+        """Return the predictions for the images, each changed by `change`. Collective.
+
+        Args:
+            what: names the progress.
+            passes: of how many passes this is the first; what all take is told after its first batches.
+        """
+        recipe, among = self.recipe, self.test_set.among
+        normalize = Normalize(recipe.augment.mean, recipe.augment.std)
+        load = load_test_set(self.test_set, recipe, change)
+        narrowed = None if len(among) == len(self.test_set.classes) else torch.from_numpy(among).to(self.world.device)
+        batch, images = recipe.train.eval_batch, len(self.test_set)
+
+        started = time.monotonic()
+
+        def told(done: int, total: int, bad: tuple[BadSample, ...]) -> None:
+            if done == min(2, total) and passes > 1:
+                cost = passes * (time.monotonic() - started) * total / done
+                self.reporter.info(f"{passes} passes over {images:,} images take about {duration(cost)}")
+            for sample in bad:
+                self.reporter.bad_sample(sample)
+            self.show(what, done, total)
+
+        return collect(self.forward, load, images, batch, normalize, self.world, told, narrowed)
+
+
+def _nothing(what: str, done: int, total: int) -> None:
+    """Show no progress, on ranks other than 0."""
+
+
+def _plain(work: _Work, empty: Evaluation, labels_file: str | None) -> Evaluation:
+    labels = OtherLabels(Path(labels_file), work.test_set.classes) if labels_file else None
+    predictions = work.predictions(f"evaluate on {empty.name}")
+    counted = {"images": len(predictions), "unreadable": predictions.bad}
+    if labels is None:
+        return empty.model_copy(update={**counted, **predictions.scores})
+    keys = work.test_set.keys()
+    top1, images, left_out = with_other_labels(predictions, [keys[i] for i in predictions.ids.tolist()], labels)
+    if left_out:
+        work.reporter.info(f"note: {left_out} not counted")
+    return empty.model_copy(update={**counted, "images": images, "top1": top1})
+
+
+def _corrupted(work: _Work, run: Path, empty: Evaluation, request: Request) -> Evaluation:
+    """Evaluate each corruption at each severity. Each result is kept at once, so a stopped command goes on there."""
+    names = chosen_corruptions(request.corrupt or ())
+    earlier = work.world.broadcast(read_evaluation(evaluation_file(run, empty.name)) if work.world.is_main else None)
+    found = dict(earlier.corruptions) if earlier and earlier.identity == empty.identity else {}
+    left = [
+        (name, severity) for name in names for severity in request.severities if severity not in found.get(name, {})
+    ]
+    done = empty
+    for number, (name, severity) in enumerate(left):
+        started = time.monotonic()
+        passes = len(left) if number == 0 else 1
+        predictions = work.predictions(f"{name} {severity}", Corruption(name, severity), passes)
+        found[name] = {**found.get(name, {}), severity: predictions.scores["top1"]}
+        counted = {"images": len(predictions), "unreadable": predictions.bad, "corruptions": found}
+        done = empty.model_copy(update=counted)
+        work.world.on_main(partial(keep_evaluation, run, _with_mean(done)))
+        seconds = time.monotonic() - started
+        rest = f", {number + 1} of {len(left)}, about {duration(seconds * (len(left) - number - 1))} left"
+        work.reporter.info(f"{name} {severity}: top-1 {found[name][severity]:.2f} % in {duration(seconds)}{rest}")
+    return _with_mean(done if left else earlier or empty)
+
+
+def _with_mean(evaluation: Evaluation) -> Evaluation:
+    """Return a corrupted set's evaluation with the mean, if nothing is missing."""
+    found = evaluation.corruptions
+    return evaluation.model_copy(update={"top1": mean_over(found) if is_complete(found) else None})
+
+
+def _where(recipe: Recipe, request: Request) -> tuple[Path | str, str]:
+    """Return the directory or the URL, and the split."""
+    if request.on is not None:
+        return dataset_directory(request.on), request.split
+    if recipe.data.row.files is None:
+        raise UserError(f"data.backend = {recipe.data.backend} has no files; name a directory by --on")
+    return dataset_directory(recipe.data.path), request.split or recipe.data.val_split
+
+
+def _begun(
+    directory: RunDirectory, recipe: Recipe, request: Request, checkpoint: str, use_ema: bool, test_set: TestSet
+) -> Evaluation:
+    """Return what is known of an evaluation before it has a score."""
+    where, split = _where(recipe, request)
+    asked = request.split
+    if request.on is None and split != directory.recipe().data.val_split:  # by an override
+        asked = split
+    place = where if isinstance(where, str) else str(where.resolve())
+    name = request.name or _name_of(place if request.on is not None else "", request, asked)
+    source = place + (f", split {asked}" if asked else "")
+    source += f", labels of {Path(request.labels).resolve()}" if request.labels else ""
+    source += ", corrupted" if request.corrupt is not None else ""
+    identity = {
+        "manifest": file_sha256(directory.store.root / checkpoint / MANIFEST),
+        "ema": use_ema,
+        "model": recipe.model.model_dump(mode="json"),
+        "decoder": recipe.data.decoder,
+        "augment": [getattr(recipe.augment, key) for key in ("interpolation", "eval_crop", "mean", "std")],
+        "precision": recipe.train.precision,
+        "source": source,
+        "images": len(test_set),
+        "labels": hashlib.sha256(test_set.labels.tobytes()).hexdigest(),
+        **({"turned": True} if test_set.turns else {}),
+    }
+    return Evaluation(
+        name=name,
+        source=source,
+        checkpoint=checkpoint,
+        weights="ema" if use_ema else "raw",
+        identity=json_sha256(identity),
+        date=time.strftime("%Y-%m-%d %H:%M"),
+        images=len(test_set),
+        unmatched=list(test_set.unmatched),
+        left_out=test_set.left_out,
+        among=len(test_set.among),
+        classes=len(test_set.classes),
+    )
+
+
+def _name_of(place: str, request: Request, split: str) -> str:
+    """Return the name of an evaluation: its place's, "" for the run's own data, and what is done with it."""
+    base = "val"
+    if place:
+        whole = Path(place)
+        base = (whole.parent if whole.name in SPLITS else whole).name or "other"
+    base += f"-{split}" if split else ""
+    base += f"-{Path(request.labels).stem}" if request.labels else ""
+    return base + ("-corrupted" if request.corrupt is not None else "")
+
+
+def _refuse_another(run: Path, evaluation: Evaluation) -> None:
+    """Refuse to replace the result of another test set of the same name."""
+    if "/" in evaluation.name or evaluation.name.startswith("."):
+        raise UserError(f"--name {evaluation.name}: should be a file's name")
+    earlier = read_evaluation(evaluation_file(run, evaluation.name))
+    if earlier is not None and earlier.source != evaluation.source:
+        raise UserError(
+            f"{evaluation_file(run, evaluation.name)} holds the result on {earlier.source}; choose another --name"
+        )

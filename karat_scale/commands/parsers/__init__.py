@@ -1,0 +1,1 @@
+"""The parsers of all commands, by what they are about."""

@@ -1,0 +1,227 @@
+"""What a plan says: how each way to train fits, what the recommended one needs, and how long it takes."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from karat_scale.checkpoint.tensor_storage import planned_bytes
+from karat_scale.commands.plan.choose import Choice, Machine
+from karat_scale.commands.plan.communication import Traffic, seconds, step_seconds
+from karat_scale.commands.plan.curve import Node, Point
+from karat_scale.commands.plan.data_rate import DataNeed
+from karat_scale.commands.plan.time import ComputeTime
+from karat_scale.foundation.console import duration, gigabytes, print_table
+from karat_scale.foundation.machine import Gpu
+from karat_scale.recipe import Recipe
+
+SHOWN_MICRO_BATCHES = 6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that was found. `grid` holds each configuration's choices by micro batch, `choice` the recommended one.
+
+    refused: configurations that cannot train the recipe, and why. not_measured: why a run's log was of no use, or "".
+    """
+
+    recipe: Recipe
+    parameters: int
+    machine: Machine
+    gpu: Gpu | None
+    node: Node
+    grid: dict[str, list[Choice]]
+    refused: dict[str, str]
+    choice: Choice
+    load: Traffic
+    time: ComputeTime | None
+    not_measured: str
+    samples: int
+    samples_from: str
+    curve: list[Point]
+    data: DataNeed | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.samples // self.recipe.train.global_batch
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return planned_bytes(self.recipe, self.choice.stage, self.parameters)
+
+    @property
+    def communication(self) -> float:
+        """Seconds of a step's collectives."""
+        return seconds(self.load, self.machine.world, self.node.gpus, self.node.links)
+
+    @property
+    def step(self) -> float | None:
+        """Seconds of a step."""
+        if self.time is None:
+            return None
+        compute = self.time.seconds(self.choice.micro_batch, self.choice.accumulation)
+        return step_seconds(compute, self.load, self.communication)
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure, in bytes and seconds."""
+        return {
+            "recipe": self.recipe.run.name,
+            "parameters": self.parameters,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "machine": asdict(self.machine),
+            "gpu": self.gpu.key if self.gpu else None,
+            "fits": self.choice.fits,
+            "choice": _to_json(self.choice),
+            "refused": self.refused,
+            "candidates": [_to_json(choice) for choices in self.grid.values() for choice in choices],
+            "communication": {**asdict(self.load), "sent_bytes": self.load.sent(self.machine.world)},
+            "seconds": {
+                "image": self.time.image if self.time else None,
+                "device": self.time and self.time.device(self.choice.micro_batch, self.choice.accumulation),
+                "host": self.time and self.time.host(self.choice.accumulation),
+                "from": self.time.source if self.time else None,
+                "communication": self.communication,
+                "step": self.step,
+                "epoch": self.step and self.step * self.steps_per_epoch,
+                "training": self.step and self.step * self.steps_per_epoch * self.recipe.train.epochs,
+            },
+            "launches": asdict(self.time.launches) if self.time and self.time.launches else None,
+            "data": self.data and asdict(self.data),
+            "samples": self.samples,
+            "curve": [asdict(point) for point in self.curve],
+        }
+
+
+def _to_json(choice: Choice) -> dict[str, Any]:
+    return {**asdict(choice), "needed": choice.needed, "fits": choice.fits}
+
+
+def show(plan: Plan) -> None:
+    """Print the plan's tables, at most a hundred columns wide."""
+    _show_grid(plan)
+    print(f"\n{line(plan.choice, plan.recipe)}")
+    _show_parts(plan.choice)
+    _show_blocks(plan.choice)
+    _show_time(plan)
+    if plan.recipe.checkpoint.url:
+        print(f"checkpoint.url: each checkpoint copies about {gigabytes(plan.checkpoint_bytes)} there")
+    if plan.curve:
+        _show_curve(plan)
+
+
+def line(choice: Choice, recipe: Recipe) -> str:
+    """The recommendation in a line, and in another what evaluations need changed."""
+    how = f"deepspeed.config={choice.config} train.micro_batch={choice.micro_batch}"
+    if choice.recompute != "none":
+        how += f" train.recompute.policy={choice.recompute}"
+    needs = f"{gigabytes(choice.needed)} of {gigabytes(choice.available)}"
+    if choice.fits and choice.eval_batch < recipe.train.eval_batch:
+        how += f" train.eval_batch={choice.eval_batch}"
+        asked = recipe.train.eval_batch
+        note = f"an evaluation with train.eval_batch = {asked} does not fit; {choice.eval_batch} does"
+        return f"recommended: {how} ({choice.accumulation} a step): {needs}\n{note}"
+    if choice.fits:
+        return f"recommended: {how} ({choice.accumulation} a step): {needs}"
+    return f"nothing fits; {how} needs least: {needs}"
+
+
+def _show_grid(plan: Plan) -> None:
+    shown = _shown(plan)
+    sizes = [choice.micro_batch for choice in next(iter(plan.grid.values()))[shown]]
+    rows = [
+        [config, *(f"{choice.needed / 1e9:.2f}{'' if choice.fits else ' -'}" for choice in choices[shown])]
+        for config, choices in plan.grid.items()
+    ]
+    kind = plan.gpu.key if plan.gpu else ("GPU" if plan.machine.on_gpu else "CPU")
+    world, memory = plan.machine.world, gigabytes(plan.machine.memory)
+    title = f"GB needed by a rank of {world}, on {kind} with {memory}, by micro batch (- does not fit)"
+    print_table(title, ["", *map(str, sizes)], rows)
+    for config, refusal in plan.refused.items():
+        print(f"  {config} passed over: {refusal}")
+
+
+def _shown(plan: Plan) -> slice:
+    """Some micro batches: from one above the largest that fits anywhere, if there are so many."""
+    count = len(next(iter(plan.grid.values())))
+    fitting = [number for choices in plan.grid.values() for number, choice in enumerate(choices) if choice.fits]
+    first = max(0, min(min(fitting, default=count) - 1, count - SHOWN_MICRO_BATCHES))
+    return slice(first, first + SHOWN_MICRO_BATCHES)
+
+
+def _show_parts(choice: Choice) -> None:
+    parts = [(name, size) for name, size in choice.peak.parts.items() if size]
+    parts.append(("context, loader, fragmentation", choice.margin))
+    if choice.host:
+        parts.append(("of it in the CPU's memory", -choice.host))
+    rows = [[name, gigabytes(size) if size > 0 else f"-{gigabytes(-size)}"] for name, size in parts]
+    print_table(f"at its worst moment ({choice.peak.moment})", ["part", "a rank"], rows)
+
+
+def _show_blocks(choice: Choice) -> None:
+    rows = [["outside blocks" if block < 0 else f"block {block}", gigabytes(size)] for block, size in _runs(choice)]
+    if rows:
+        print_table("activations at that moment", ["", "each"], rows)
+
+
+def _runs(choice: Choice) -> list[tuple[int, int]]:
+    """Blocks and their bytes; of several alike the first alone."""
+    kept: list[tuple[int, int]] = []
+    for block, size in choice.peak.blocks.items():
+        if not kept or kept[-1][1] != size:
+            kept.append((block, size))
+    return kept
+
+
+def _show_time(plan: Plan) -> None:
+    sent = gigabytes(plan.load.sent(plan.machine.world))
+    share = f", {100 * plan.load.hidden:.0f} % of it beside" if plan.load.hidden else " after"
+    print(f"\ncommunication: each rank sends {sent} a step, {duration(plan.communication)}{share} the backward pass")
+    if plan.not_measured:
+        print(plan.not_measured)
+    if plan.step is None or plan.time is None:
+        print("time: unknown; give --step-time, or --gpu with a name that the table has")
+        return
+    rate = plan.recipe.train.global_batch / plan.step
+    epoch = plan.step * plan.steps_per_epoch
+    epochs = plan.recipe.train.epochs
+    print(f"time: {duration(plan.step)} a step, {rate:,.0f} images a second ({plan.time.source});")
+    print(f"  {duration(epoch)} an epoch of {plan.samples:,} images ({plan.samples_from});")
+    print(f"  {duration(epoch * epochs)} for {epochs} epochs, evaluations apart")
+    if note := launch_note(plan):
+        print(note)
+    for text in plan.data.lines() if plan.data else ():
+        print(text)
+
+
+def launch_note(plan: Plan) -> str:
+    """What to change where the GPU waits for launches; "" where it does not."""
+    micro_batch, accumulation = plan.choice.micro_batch, plan.choice.accumulation
+    if plan.time is None or plan.time.launches is None:
+        return ""
+    if not plan.time.is_bound_by_launches(micro_batch, accumulation):
+        return ""
+    host, device = plan.time.host(accumulation), plan.time.device(micro_batch, accumulation)
+    kernels = accumulation * plan.time.launches.micro_batch + plan.time.launches.step
+    images = plan.time.least_micro_batch(accumulation)
+    fix = f"train.micro_batch={images}"
+    if plan.recipe.train.global_batch < images * plan.machine.world:
+        fix += f" train.global_batch={images * plan.machine.world}"
+    if accumulation == 1 and plan.choice.stage < 3 and not plan.recipe.train.records_graphs:
+        fix += ",\n  or with train.compile=reduce-overhead"
+    return (
+        f"bound by launches: the host takes {duration(host)} to launch {kernels:,} kernels, the GPU {duration(device)} "
+        f"to run them;\n  it would not be with {fix}"
+    )
+
+
+def _show_curve(plan: Plan) -> None:
+    rows = [
+        [
+            f"{point.gpus:,}",
+            f"{point.weak:,.0f}",
+            f"{100 * point.efficiency:.1f} %",
+            "-" if point.strong is None else f"{point.strong:,.0f}",
+        ]
+        for point in plan.curve
+    ]
+    micro, batch = plan.choice.micro_batch, plan.recipe.train.global_batch
+    title = f"predicted images a second, {plan.node.gpus} GPUs a node"
+    print_table(title, ["GPUs", f"{micro} a GPU", "efficiency", f"global batch {batch}"], rows)

@@ -1,0 +1,322 @@
+"""What DeepSpeed and this project's engine keep on a rank, stage by stage, read from their code and measured.
+
+P is the model's parameters, W the ranks. Sizes are bytes. DeepSpeed 0.19: `runtime/zero/stage_1_and_2.py`, `stage3.py`
+and `runtime/bf16_optimizer.py`, which is stage 1 with bf16 weights; stage 1 in fp16 is the first file's. To DeepSpeed
+autocast (`train.precision: bf16`) is fp32: its weights and gradients are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from karat_scale.engine.deepspeed_config import offloads_optimizer, zero_stage
+from karat_scale.engine.optimizers import own_matrices, parameter_groups
+from karat_scale.engine.precision import PRECISIONS
+from karat_scale.foundation.tables import OptimizerRow
+from karat_scale.models import parameter_count
+from karat_scale.recipe import OptimConfig, Recipe
+
+FP32 = 4
+# DeepSpeed's defaults, in elements.
+BUCKET, ALL_REDUCE, MAX_LIVE, PERSISTENT, PREFETCH = 500_000_000, 500_000_000, 1_000_000_000, 100_000, 50_000_000
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a rank holds, in bytes.
+
+    weights: what the forward pass reads; masters: fp32 weights beside them. moments: of the optimizer. ema: fp32.
+    held_gradients: alive before a backward pass begins, in the worst micro batch of a step.
+    keeps_gradients: how many times the bytes of each gradient that backward makes stay: 1 where it stays itself, 2
+    where it is widened to fp32, 0 where it is copied away at once, a rank's share where the others' are freed.
+    passing: at most so many bytes of those are there at once, until they are freed.
+    bucket: DeepSpeed's buffers while gradients come. gathered: stage 3's whole weights between forward and backward.
+    fetched: stage 3's weights that an evaluation has fetched ahead, in one buffer and each by itself.
+    partition: allocated for gradients when `flush_after` bytes of them have come, once or again and again.
+    final_gradients: alive when the step begins. reducing: more than that, at its most, between backward and step.
+    resting: gradients and their buffers that are kept when no step is under way.
+    stepping: temporaries of the step. starting: all that is alive at the worst moment of `deepspeed.initialize`.
+    teacher: of distillation, which is not partitioned.
+    host: of it all, what offload moves to the CPU's memory beside a GPU.
+    """
+
+    weights: int
+    moments: int
+    ema: int
+    held_gradients: int
+    final_gradients: int
+    stepping: int
+    starting: int
+    masters: int = 0
+    keeps_gradients: float = 0
+    passing: int = 0
+    bucket: int = 0
+    gathered: int = 0
+    fetched: int = 0
+    partition: int = 0
+    flush_after: int = 0
+    resting: int = 0
+    reducing: int = 0
+    teacher: int = 0
+    host: int = 0
+
+
+@dataclass(frozen=True)
+class ParameterSizes:
+    """Elements: of all that learns, of each optimizer group, of each parameter, and of all that is frozen.
+
+    `matrices`: of each parameter that has the optimizer's `matrix_states`.
+    """
+
+    total: int
+    groups: tuple[int, ...]
+    each: tuple[int, ...]
+    frozen: int
+    matrices: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, model: nn.Module, optim: OptimConfig) -> "ParameterSizes":
+        """Of a model, in the groups of the engine's optimizer."""
+        parameters = list(model.parameters())
+        own = own_matrices(model, optim)
+        return cls(
+            total=parameter_count(model),
+            groups=tuple(sum(p.numel() for p in group["params"]) for group in parameter_groups(model, optim)),
+            each=tuple(p.numel() for p in parameters if p.requires_grad),
+            frozen=sum(p.numel() for p in parameters if not p.requires_grad),
+            matrices=tuple(p.numel() for name, p in model.named_parameters() if name in own and p.requires_grad),
+        )
+
+
+def kept(
+    sizes: ParameterSizes, config: Mapping[str, Any], recipe: Recipe, world: int, accumulation: int, on_gpu: bool
+) -> Kept:
+    """What a rank of `world` keeps under a filled DeepSpeed `config`, with `accumulation` micro batches a step."""
+    stage = zero_stage(config)
+    ema = FP32 * sizes.total if recipe.train.ema_decay else 0
+    width = PRECISIONS[recipe.train.precision].weights.itemsize
+    case = _Case(sizes, config, recipe.optim.row, world, accumulation > 1, on_gpu, width, ema)
+    stage_1 = _bf16_stage_1 if recipe.train.precision == "bf16_weights" else _stages_1_and_2
+    return {0: _stage_0, 1: stage_1, 2: _stages_1_and_2, 3: _stage_3}[stage](case)
+
+
+@dataclass(frozen=True)
+class _Case:
+    sizes: ParameterSizes
+    config: Mapping[str, Any]
+    optimizer: OptimizerRow
+    world: int
+    accumulates: bool
+    on_gpu: bool
+    width: int
+    """Bytes of a parameter that the module holds."""
+    whole_ema: int
+
+    @property
+    def whole(self) -> int:
+        """fp32 bytes of all parameters."""
+        return FP32 * self.sizes.total
+
+    @property
+    def shard(self) -> int:
+        """fp32 bytes of a rank's share."""
+        return -(-self.whole // self.world)
+
+    @property
+    def ema(self) -> int:
+        return -(-self.whole_ema // self.world)
+
+    @property
+    def is_16_bit(self) -> bool:
+        """Whether fp32 masters stand beside weights of 16 bits."""
+        return self.width < FP32
+
+    @property
+    def largest_group(self) -> int:
+        """fp32 bytes of the larger optimizer group's share."""
+        return -(-FP32 * max(self.sizes.groups) // self.world)
+
+    @property
+    def frozen(self) -> int:
+        """Bytes of what does not learn: with the weights, and beside a CPU's in fp32, as the engine's copy."""
+        return self.sizes.frozen * (self.width + (0 if self.on_gpu else FP32))
+
+    @property
+    def stage(self) -> int:
+        return zero_stage(self.config)
+
+    @property
+    def moments(self) -> int:
+        """Bytes of the optimizer's states of a rank's share."""
+        return len(self.optimizer.states) * self.shard
+
+    def temporaries(self, tensor_bytes: int, more: int = 0) -> int:
+        """Bytes of a step on a tensor. Fused optimizers, of CUDA and DeepSpeed's for CPUs, have none."""
+        return 0 if self.on_gpu else (self.optimizer.temporaries + more) * tensor_bytes
+
+    def zero(self, key: str, default: int) -> int:
+        """A number of the `zero_optimization` section."""
+        return int(self.config["zero_optimization"].get(key, default))
+
+    @property
+    def bucket(self) -> int:
+        """Bytes of a full one."""
+        return (FP32 if self.stage == 1 else self.width) * self.zero("reduce_bucket_size", BUCKET)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a bucket is reduced while the next one is filled: by default at stage 3."""
+        overlaps = self.config["zero_optimization"].get("overlap_comm")
+        return self.stage == 3 if overlaps is None else bool(overlaps)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether gradients are copied into a buffer as they come: stages 1 and 2 do so with offload in any case."""
+        is_forced = self.stage < 3 and offloads_optimizer(self.config)
+        return is_forced or bool(self.config["zero_optimization"].get("contiguous_gradients", True))
+
+    @property
+    def offloads(self) -> bool:
+        return self.on_gpu and offloads_optimizer(self.config)
+
+
+def _stage_0(case: _Case) -> Kept:
+    """fp32 weights, also under autocast; several ranks all-reduce gradients after backward in a flat copy."""
+    return Kept(
+        weights=case.whole + case.frozen,
+        moments=_whole_moments(case),
+        ema=case.whole_ema,
+        held_gradients=case.whole if case.accumulates else 0,
+        keeps_gradients=0 if case.accumulates else 1,
+        final_gradients=case.whole,
+        reducing=min(case.whole, FP32 * ALL_REDUCE) if case.world > 1 else 0,
+        stepping=max(
+            case.temporaries(FP32 * max(case.sizes.each), more=1),  # of the clipping
+            case.optimizer.matrix_temporaries * max(case.sizes.matrices, default=0),
+        ),
+        starting=case.whole * (1 if case.on_gpu else 2),
+    )
+
+
+def _whole_moments(case: _Case) -> int:
+    row, matrices = case.optimizer, FP32 * sum(case.sizes.matrices)
+    of_matrices = len(row.states if row.matrix_states is None else row.matrix_states) * matrices
+    return len(row.states) * (case.whole - matrices) + of_matrices
+
+
+def _bf16_stage_1(case: _Case) -> Kept:
+    """bf16 weights and gradients, fp32 gradients of all parameters from the start, masters of a share."""
+    low = case.width * case.sizes.total
+    return Kept(
+        weights=low + case.frozen,
+        masters=case.shard,
+        moments=case.moments,
+        ema=case.ema,
+        held_gradients=case.whole + (low if case.accumulates else 0),
+        keeps_gradients=0 if case.accumulates else 1,
+        final_gradients=case.whole + low + (low if case.world > 1 else 0),
+        resting=case.whole,
+        stepping=case.temporaries(case.largest_group),
+        starting=case.whole + low + case.shard + (0 if case.on_gpu else case.whole),
+    )
+
+
+def _stages_1_and_2(case: _Case) -> Kept:
+    """Flat weights, fp32 masters of a share beside them, and a bucket through which gradients go.
+
+    Stage 1 (fp32, fp16) keeps all gradients in fp32 until the step; fp16's are cast back to be sent. Stage 2 keeps a
+    share; in fp32 that of a later micro batch is a second one, until the two are added. Without `contiguous_gradients`
+    a flat copy of those of a bucket is made when it is full, and what stage 2 does not keep is freed then, or with
+    `overlap_comm` when the next one is full.
+    """
+    weights = case.width * case.sizes.total
+    is_2 = case.stage == 2
+    buckets = (2 if case.overlaps else 1) * case.bucket
+    held = (case.shard if is_2 else case.whole) if case.accumulates else 0
+    widened = case.is_16_bit and not is_2
+    unflushed = 0 if is_2 else case.whole if widened else max(case.whole - buckets, 0)
+    second = held if is_2 and not case.is_16_bit else 0
+    cast = min(weights, case.bucket // 2) if widened else 0
+    on_host = 2 * case.shard + case.moments + case.ema if case.offloads else 0
+    state = Kept(
+        weights=weights + case.frozen,
+        masters=case.shard,
+        moments=case.moments,
+        ema=case.ema,
+        held_gradients=held,
+        keeps_gradients=0 if is_2 or case.accumulates else FP32 // case.width,
+        bucket=buckets,
+        partition=case.shard if is_2 and not (case.is_16_bit and case.accumulates) else 0,
+        flush_after=case.bucket,
+        final_gradients=case.shard,
+        reducing=buckets + unflushed + second + cast,
+        stepping=case.temporaries(case.largest_group) + (0 if case.is_16_bit else case.largest_group),
+        starting=weights + 2 * case.shard + (weights if case.on_gpu else case.whole),
+        host=on_host,
+    )
+    if case.is_contiguous:
+        return state
+    made = case.whole if widened else weights
+    own = made // case.world if is_2 else made
+    passing = buckets - buckets // case.world if is_2 else 0
+    flat = min(made, case.bucket)
+    return replace(
+        state,
+        keeps_gradients=1 / case.world if is_2 else state.keeps_gradients,
+        passing=passing,
+        bucket=0,
+        partition=flat + (state.partition if case.is_16_bit else 0),
+        flush_after=case.bucket * case.width // FP32 if widened else case.bucket,
+        reducing=own + min(made - own, passing) + flat + second + cast - (0 if case.is_16_bit else case.shard),
+        # Gradients of a group are freed once they are flat, where in a buffer those of the other group would hold it.
+        stepping=state.stepping if case.is_16_bit else max(case.temporaries(case.largest_group), case.largest_group),
+    )
+
+
+def _stage_3(case: _Case) -> Kept:
+    """A share of everything, buffers that stay, and the weights whole from their first use to their last.
+
+    DeepSpeed keeps what is used again within `stage3_max_reuse_distance` elements, so a model of less than 1e9
+    parameters is whole on each rank between forward and backward.
+    """
+    share = -(-case.width * case.sizes.total // case.world)
+    live = min(case.sizes.total, case.zero("stage3_max_live_parameters", MAX_LIVE))
+    threshold = case.zero("stage3_param_persistence_threshold", PERSISTENT)
+    persistent = case.width * sum(size for size in case.sizes.each if size <= threshold)
+    several = case.world > 1
+    gathered = max(case.width * live - persistent, 0) if several else 0
+    ahead = case.zero("stage3_prefetch_bucket_size", PREFETCH)
+    offload_weights = (case.config["zero_optimization"].get("offload_param") or {}).get("device", "none") != "none"
+    on_host = 2 * case.shard + case.moments + case.ema if case.offloads else 0
+    on_host += share if case.on_gpu and offload_weights else 0
+    state = Kept(
+        weights=share + case.frozen + (persistent if several else 0),
+        masters=case.shard,
+        moments=case.moments,
+        ema=case.ema,
+        held_gradients=case.shard + case.bucket,
+        gathered=gathered,
+        fetched=2 * min(case.width * max(ahead, *case.sizes.each), gathered),
+        final_gradients=case.shard + case.bucket,
+        resting=case.shard + case.bucket,
+        stepping=case.temporaries(case.largest_group) + case.largest_group,
+        starting=case.whole + share + 2 * case.shard + case.bucket + (0 if case.on_gpu else case.whole),
+        host=on_host,
+    )
+    if case.is_contiguous:
+        return state
+    made = case.width * case.sizes.total
+    passing = (2 if case.overlaps and case.on_gpu else 1) * case.bucket
+    return replace(
+        state,
+        held_gradients=case.shard,
+        passing=passing,
+        partition=min(made, case.bucket),
+        flush_after=case.bucket,
+        final_gradients=case.shard,
+        reducing=min(made, case.bucket) + min(made, passing),
+        resting=case.shard,
+        starting=state.starting - case.bucket,
+    )

@@ -1,0 +1,253 @@
+"""Take one step of a run again, bit for bit as the run did, and say what in it is not finite, with its images."""
+
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from karat_scale.checkpoint.store import CheckpointStore
+from karat_scale.commands.look.batch import ShownBatch, as_bytes, draw, least_target, places_of
+from karat_scale.commands.replay.inspect import Findings, not_finite, watched
+from karat_scale.data.batch import Batch
+from karat_scale.engine import distributed
+from karat_scale.engine.distributed import World
+from karat_scale.engine.reporting.progress import PlainDisplay, Reporter, SilentDisplay
+from karat_scale.foundation.console import print_table, printable, progress, write_json
+from karat_scale.foundation.errors import RunDirectoryError, UserError
+from karat_scale.foundation.files import write_atomically
+from karat_scale.foundation.trust import refuse_untrusted, require_trust
+from karat_scale.recipe import Recipe
+from karat_scale.training.incidents import checkpoints_before
+from karat_scale.training.loop import Loop
+from karat_scale.training.run import build_parts, resume
+from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.signals import StopSignals
+from karat_scale.training.tasks.classification.distillation_teacher import FILE as DISTILL_FILE
+from karat_scale.training.tasks.classification.task import ClassificationTask
+from karat_scale.training.tasks.classification.teacher import FILE as TEACHER_FILE
+
+_NEVER = 10**9
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A step as one rank took it.
+
+    Attributes:
+        losses: of each of its samples.
+        weights: what was not finite before the step; None if all were.
+        shown: the images, those with the largest losses first.
+    """
+
+    findings: dict[str, str]
+    losses: list[float]
+    weights: str | None
+    shown: ShownBatch
+
+
+def replay(run: str, step: int, count: int, out: str | None, json_file: str | None) -> int:
+    """Take a step again and print what was found; returns the exit code.
+
+    Args:
+        step: counted from 1, as `karat train` logs it.
+        count: at most this many images are drawn.
+
+    Raises:
+        UserError: no such run, no intact checkpoint before the step, or data that do not fit.
+    """
+    directory = RunDirectory(run)
+    recipe = directory.recipe()
+    require_trust(recipe.attention.basis, directory.recipe_file)
+    with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
+        with world.together():
+            begin = _checkpoint(directory.store, step) if world.is_main else ""
+        begin = world.broadcast(begin)
+        _refuse_other_files(directory, recipe, step if not begin else 0)
+        with _scratch(directory, recipe, begin, world) as again:
+            taken = _take(again, step, world, count)
+    if world.is_main:
+        ranks = f"{len(taken.ranks)} x {taken.accumulation} micro batches"
+        figures = _report(f"{directory.path}, step {step:,}, from {begin or 'the start'}, {ranks}", taken)
+        _show(taken.ranks, count, Path(out or f"{directory.path}-replay-{step}.png"))
+        if json_file:
+            write_json(json_file, {"run": run, "step": step, "checkpoint": begin or None, **figures})
+    return 0
+
+
+def _refuse_other_files(directory: RunDirectory, recipe: Recipe, from_start: int) -> None:
+    """Refuse what would be read in place of the run's own files, which names files anywhere. Raises UserError."""
+    for source, name in ((recipe.attention.transfer_from, TEACHER_FILE), (recipe.distill.from_, DISTILL_FILE)):
+        if source and not (directory.path / name).is_file():
+            raise RunDirectoryError(f"{directory.path / name} is missing; put it back, the run has learned from it")
+    for key, source in {"init_from": recipe.init_from, "resume.from": recipe.resume.from_}.items():
+        if from_start and source:
+            where = f"{directory.recipe_file}: {key} = {source}"
+            refuse_untrusted(f"{where} is outside the run, and no checkpoint before step {from_start} is left in it")
+
+
+def _checkpoint(store: CheckpointStore, step: int) -> str:
+    """Return the newest intact checkpoint before a step; "" if training reaches it only from the start.
+
+    Raises:
+        RunDirectoryError: there are some, and all are damaged.
+    """
+    damage: list[RunDirectoryError] = []
+    for name in checkpoints_before(store, step):
+        try:
+            return store.find_intact(name)
+        except RunDirectoryError as error:
+            damage.append(error)
+            print(printable(f"note: {str(error).removesuffix('; choose another')}"), file=sys.stderr)
+    if damage:
+        raise damage[0]
+    return ""
+
+
+@contextmanager
+def _scratch(directory: RunDirectory, recipe: Recipe, begin: str, world: World) -> Iterator[Recipe]:
+    """Yield the recipe of a run in a temporary directory that continues from a checkpoint, and writes nothing else."""
+    path = Path(world.broadcast(tempfile.mkdtemp(prefix="karat-replay-") if world.is_main else ""))
+    try:
+        with world.together():
+            if world.is_main:
+                for file in (directory.recipe_file, *(directory.path / name for name in (TEACHER_FILE, DISTILL_FILE))):
+                    if file.is_file():
+                        shutil.copy(file, path / file.name)
+        yield recipe.changed(
+            run__dir=str(path),
+            init_from=recipe.init_from if not begin else "",
+            resume__from_=str(directory.store.root / begin) if begin else recipe.resume.from_,
+            train__compile=False,  # a compiled model has no modules to watch
+            train__on_nonfinite="skip",
+            train__max_skipped_steps=_NEVER,
+            log__every_steps=_NEVER,
+            log__histogram_every_steps=None,
+            log__trackers=(),
+            log__profile_steps=None,
+            checkpoint__snapshots=0,
+        )
+    finally:
+        if world.is_main:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _take(recipe: Recipe, step: int, world: World, count: int) -> "_Step":
+    task: ClassificationTask | None = None
+    reporter = Reporter(PlainDisplay() if world.is_main else SilentDisplay(), None, world.rank)
+    try:
+        task, _ = ClassificationTask(recipe, world, reporter).phase(step - 1)
+        directory = RunDirectory(recipe.run.dir)
+        parts = build_parts(task, directory, StopSignals())
+        loop = Loop(parts, resume(parts, directory))
+        if task.stream_differs:
+            raise UserError(f"step {step}: {task.stream_differs}; replay it on as many ranks as the run had")
+        if not loop.state.step < step <= parts.total_steps:
+            raise UserError(f"step {step}: the run has steps 1 to {parts.total_steps:,}")
+        if task.size_at(loop.state.step) != task.size_at(step - 1):
+            raise UserError(f"step {step}: no checkpoint with the same image size before it is left")
+        batches = loop.feed(step)
+        with progress("training up to the step", step - 1 - loop.state.step, "steps") as advance:
+            while loop.state.step < step - 1:
+                loop.step(loop.micro_batches(batches))
+                advance(1)
+        weights = not_finite(parts.engine.module.named_parameters())
+        taken = list(loop.micro_batches(batches))
+        with watched(parts.engine.module) as findings:
+            norm = loop.step(taken)
+        mine = _replayed(task, taken, findings, str(weights) if weights else None, count)
+        return _Step(world.gather(mine), float(norm), parts.plan.accumulation)
+    finally:
+        if task is not None:
+            task.close()
+        reporter.close()
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What all ranks found, the norm of the gradients, and the micro batches of each rank."""
+
+    ranks: list[Replayed]
+    norm: float
+    accumulation: int
+
+    @property
+    def loss(self) -> float:
+        losses = [loss for rank in self.ranks for loss in rank.losses]
+        return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan
+
+
+def _replayed(
+    task: ClassificationTask, taken: list[Batch], findings: Findings, weights: str | None, count: int
+) -> Replayed:
+    """Return what one rank found, with its images of the largest losses."""
+    losses: list[float] = []
+    targets: list[Any] = []
+    places: list[str] = []
+    for batch, logits in zip(taken, findings.returned, strict=True):
+        soft = task.as_trained(batch)[1].float().cpu()
+        losses += (-(soft * torch.log_softmax(logits, -1)).sum(-1)).tolist()
+        targets.append(soft.numpy())
+        places += places_of(task.backend, batch)
+    order = _worst(losses, count)
+    images, least = np.concatenate([as_bytes(seen, task.recipe) for seen in findings.seen]), least_target(task.recipe)
+    shown = ShownBatch(
+        images[order], np.concatenate(targets)[order], [places[i] for i in order], task.classes, [], least
+    )
+    passes = {"forward": findings.forward, "backward": findings.backward}
+    found = {name: str(finding) for name, finding in passes.items() if finding is not None}
+    return Replayed(found, losses, weights, shown)
+
+
+def _worst(losses: list[float], count: int) -> list[int]:
+    """Return the places of the largest losses; those that are not finite come first."""
+    return sorted(range(len(losses)), key=lambda i: -losses[i] if math.isfinite(losses[i]) else -math.inf)[:count]
+
+
+def _report(title: str, step: _Step) -> dict[str, Any]:
+    """Print what was found; returns the same as plain data."""
+    bad = sum(not math.isfinite(loss) for rank in step.ranks for loss in rank.losses)
+    samples = sum(len(rank.losses) for rank in step.ranks)
+    print(f"{title}: loss {step.loss:.6g}, gradient norm {step.norm:.6g}")
+    lines = [f"{bad} of {samples} samples have a loss that is not finite"] if bad else []
+    for number, rank in enumerate(step.ranks):
+        where = f"rank {number}: " if len(step.ranks) > 1 else ""
+        lines += [f"{where}before the step: {rank.weights}"] if rank.weights else []
+        lines += [f"{where}{name} pass, first not finite: {text}" for name, text in rank.findings.items()]
+    if not lines and not math.isfinite(step.norm):
+        lines = ["all gradients are finite, but the sum of their squares overflows"]
+    for line in lines or ["all outputs and gradients are finite"]:
+        print(printable(line))
+    return {
+        "loss": step.loss if math.isfinite(step.loss) else None,
+        "grad_norm": step.norm if math.isfinite(step.norm) else None,
+        "samples": samples,
+        "samples_not_finite": bad,
+        "ranks": [{**rank.findings, "weights": rank.weights} for rank in step.ranks],
+    }
+
+
+def _show(ranks: list[Replayed], count: int, path: Path) -> None:
+    """Draw and list the images of the largest losses over all ranks."""
+    losses = [loss for rank in ranks for loss in _losses_shown(rank)]
+    order = _worst(losses, count)
+    images, targets = (np.concatenate([getattr(rank.shown, name) for rank in ranks]) for name in ("images", "targets"))
+    places = [place for rank in ranks for place in rank.shown.places]
+    first = ranks[0].shown
+    shown = ShownBatch(images[order], targets[order], [places[i] for i in order], first.classes, [], first.least)
+    rows = [[f"{losses[i]:.4g}", shown.label(row), shown.places[row]] for row, i in enumerate(order)]
+    print_table("images of the largest losses", ["loss", "target", "from"], rows, (1, 2))
+    write_atomically(path, draw(shown))
+    print(f"\n{path}")
+
+
+def _losses_shown(rank: Replayed) -> list[float]:
+    """Return the losses of the images that a rank shows, in their order."""
+    return [rank.losses[i] for i in _worst(rank.losses, len(rank.shown.places))]

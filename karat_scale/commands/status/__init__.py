@@ -1,0 +1,1 @@
+"""Runs as jobs of a cluster: what they are doing, and which rank hangs."""

@@ -1,0 +1,104 @@
+"""End a job that hangs, and name the rank. The launch wrapper runs this beside the ranks.
+
+    python -m karat_scale.commands.status.watch RUN --ranks N --stall LIMITS
+
+LIMITS are those of `StallLimits`. Exit code 3: a rank made no progress for that long; a line on standard output names
+the rank and its node. Clocks of other nodes do not matter: only the time at which this process last saw a file change
+counts. For a rank that is only slow, there is a line on standard error.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from karat_scale.engine.heartbeat import WRITE_SECONDS, Sign, read_signs, this_start
+from karat_scale.engine.pace import Stragglers
+from karat_scale.engine.stall_limits import StallLimits
+
+EXIT_STALLED = 3
+# A rank dumps its stacks at `stall`. The verdict comes a little later, so that they are in its log by then.
+GRACE_SECONDS = 3 * WRITE_SECONDS
+# A process without a new file for that long is stopped or gone, whatever its ranks wait for.
+_SILENT_SECONDS = 5 * WRITE_SECONDS
+
+
+@dataclass
+class Seen:
+    """A rank's newest heartbeat, and when this process saw it make progress and write."""
+
+    sign: Sign
+    got_on: float
+    wrote: float
+
+
+class Watch:
+    """Remembers when each rank made progress; `verdict` names the rank that the others wait for."""
+
+    def __init__(self, ranks: int, limits: StallLimits, now: float) -> None:
+        self._ranks = ranks
+        self._limits = limits
+        self._begun = now
+        self._seen: dict[int, Seen] = {}
+
+    def look(self, signs: list[Sign], now: float) -> str | None:
+        """Add the ranks' heartbeats at time `now` in seconds. Return a verdict, or None while all make progress."""
+        for sign in signs:
+            seen = self._seen.get(sign.rank)
+            if seen is None or sign.beats != seen.sign.beats:
+                self._seen[sign.rank] = Seen(sign, now, now)
+            elif sign.written != seen.sign.written:
+                seen.sign, seen.wrote = sign, now
+        return self._verdict(now)
+
+    def _verdict(self, now: float) -> str | None:
+        absent = [rank for rank in range(self._ranks) if rank not in self._seen]
+        if absent:
+            start = self._limits.of("starting")
+            if now - self._begun <= start:
+                return None
+            return f"rank {absent[0]} gave no sign of life in {start:g} s"
+        if any(now - seen.got_on <= self._limits.of(seen.sign.doing) for seen in self._seen.values()):
+            return None  # such as a rank that writes to a slow disk: the others wait for it
+        silent = [seen for seen in self._seen.values() if now - seen.wrote > _SILENT_SECONDS]
+        worst = min(silent or self._seen.values(), key=lambda seen: (seen.sign.beats, seen.got_on))
+        sign, seconds = worst.sign, now - worst.got_on
+        how = "stopped or gone, no stacks" if worst in silent else "its stacks are in its log"
+        others = sum(seen.sign.beats > sign.beats for seen in self._seen.values())
+        waiting = f"; {others} of {self._ranks} ranks wait for it" if others else ""
+        return (
+            f"rank {sign.rank} on {sign.host} (process {sign.pid}) has made no progress for {seconds:.0f} s at "
+            f"{sign.doing!r} of step {sign.step} ({how}){waiting}"
+        )
+
+
+def _limits(text: str) -> StallLimits:
+    try:
+        return StallLimits.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Watch until the verdict, or until killed."""
+    parser = argparse.ArgumentParser(description="End with a named rank when a job hangs.")
+    parser.add_argument("run", type=Path, help="the run's directory")
+    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--stall", type=_limits, required=True, metavar="LIMITS")
+    options = parser.parse_args(arguments)
+    watch = Watch(options.ranks, options.stall.plus(GRACE_SECONDS), time.monotonic())
+    stragglers, start = Stragglers(), this_start()
+    while True:
+        ours = [sign for sign in read_signs(options.run) if sign.start == start]
+        verdict = watch.look(ours, time.monotonic())
+        for line in stragglers.look(ours):
+            print(f"{time.strftime('%H:%M:%S')} slow: {line}", file=sys.stderr, flush=True)
+        if verdict:
+            print(f"error: {verdict}", flush=True)
+            return EXIT_STALLED
+        time.sleep(WRITE_SECONDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""A sweep on this machine: one run after the other, each in a process of its own.
+
+A run that fails is named, and the rest goes on. Stop signals are passed on: the run saves, and the sweep ends. If the
+sweep is killed, the run saves and stops, too.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from karat_scale.commands.sweep.plan import PlannedRun, State, Sweep
+from karat_scale.foundation.console import ProgressBars, duration, plural, printable, terminal
+from karat_scale.foundation.errors import EXIT_STOPPED, UserError
+from karat_scale.foundation.files import open_regular, parse_json
+from karat_scale.foundation.launcher import LAUNCHED
+from karat_scale.training.signals import STOP_SIGNALS
+
+_POLL_SECONDS = 1.0
+_LINE_SECONDS = 60.0
+_TAIL_BYTES = 65536
+
+
+def run_sweep(sweep: Sweep, ranks: int = 1) -> dict[str, str]:
+    """Train what has not finished, each run on so many ranks; returns why each run that failed did, by its name.
+
+    Raises:
+        StoppedSweepError: a signal stopped it.
+    """
+    waiting = [run for run in sweep.runs if run.state in (State.NEW, State.UNFINISHED)]
+    logs = sweep.out / "logs"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {sweep.out}: {error.strerror}; choose another directory") from None
+    failures = {}
+    with _Shown(len(waiting), len(sweep.runs) - len(waiting)) as shown, _Child() as child:
+        for number, run in enumerate(waiting):
+            if child.told:
+                raise StoppedSweepError(number, len(waiting), saved=True)
+            log = logs / f"{run.point.name}.log"
+            shown.begin(number, run)
+            code = child.run(_command(sweep, run, ranks), log, lambda run=run: shown.look(run.directory))
+            if child.told:
+                raise StoppedSweepError(number + (code == 0), len(waiting), saved=code in (0, EXIT_STOPPED))
+            if code != 0:
+                failures[run.point.name] = _why(code, log)
+            shown.end(run, failures.get(run.point.name))
+    return failures
+
+
+class StoppedSweepError(Exception):
+    """A signal stopped the sweep after `done` of `total` runs; `saved`: the last run can go on where it was."""
+
+    def __init__(self, done: int, total: int, saved: bool) -> None:
+        super().__init__(f"stopped after {done} of {plural(total, 'run')}; run the same command to resume")
+        self.saved = saved
+
+
+class _Child:
+    """The process of a run. While there is one, it gets the stop signals that this process gets."""
+
+    def __init__(self) -> None:
+        self.told: signal.Signals | None = None
+        self._is_sent = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "_Child":
+        self._before = {number: signal.signal(number, self._pass_on) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def run(self, command: Sequence[str], log: Path, look: Any) -> int:
+        """Run a command to its end and return its exit code; `look` is called about once a second."""
+        with log.open("ab") as output:
+            # In a session of its own, so that a terminal's Ctrl-C reaches it once, through us.
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, LAUNCHED: "1"},
+            )
+        if self.told is not None and not self._is_sent:  # while it started
+            self._send(self.told)
+        while True:
+            try:
+                return self._process.wait(_POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                look()
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.told = signal.Signals(number)
+        self._send(self.told)
+
+    def _send(self, number: signal.Signals) -> None:
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._is_sent = True
+        if number == signal.SIGINT:  # as a terminal sends it: to the ranks, too
+            os.killpg(self._process.pid, number)
+        else:
+            self._process.send_signal(number)
+
+
+class _Shown:
+    """Where the sweep stands: bars on a terminal, elsewhere a line for each run and one a minute."""
+
+    def __init__(self, total: int, skipped: int) -> None:
+        self._total, self._skipped = total, skipped
+        self._begun = time.monotonic()
+        self._told = 0.0
+        self._number = 0
+        self._name = ""
+        self._first: float | None = None
+
+    def __enter__(self) -> "_Shown":
+        console = terminal(stderr=True)
+        self._bars = ProgressBars(console) if console else None
+        if self._skipped:
+            self._line(f"{plural(self._skipped, 'run')} of the sweep are finished or running now")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def begin(self, number: int, run: PlannedRun) -> None:
+        """The run with this number, from 0, begins."""
+        self._number, self._name, self._first, self._told = number, run.point.name, None, time.monotonic()
+        self._line(f"run {number + 1} of {self._total}: {self._name}")
+
+    def look(self, directory: Path) -> None:
+        """Show how far the run is."""
+        found = last_step(directory)
+        if found is None:
+            return
+        step, total = found
+        if self._bars is not None:
+            self._bars.move("sweep", self._number, self._total, self._left(step, total).removeprefix("; "), keep=True)
+            self._bars.move(self._name, step, total, keep=True)
+        elif time.monotonic() - self._told > _LINE_SECONDS:
+            self._told = time.monotonic()
+            self._line(f"{self._name}: step {step:,} of {total:,}{self._left(step, total)}")
+
+    def end(self, run: PlannedRun, failure: str | None) -> None:
+        """The run has ended."""
+        if self._bars is not None:
+            self._bars.remove(self._name)
+            self._bars.move("sweep", self._number + 1, self._total, keep=True)
+        self._line(f"{self._name}: {f'failed: {failure}' if failure else 'finished'}{self._left(1, 1)}")
+
+    def _left(self, step: int, total: int) -> str:
+        """Return about how long all runs will take, judged by the share of them that is done."""
+        share = (self._number + step / max(total, 1)) / self._total
+        if not 0 < share < 1:
+            return ""
+        seconds = (time.monotonic() - self._begun) * (1 - share) / share
+        return f"; about {duration(seconds)} left"
+
+    def _line(self, text: str) -> None:
+        if self._bars is not None:
+            self._bars.line(text)
+        else:
+            print(f"{time.strftime('%H:%M:%S')} {printable(text)}", file=sys.stderr, flush=True)
+
+
+def last_step(directory: Path) -> tuple[int, int] | None:
+    """Return the last step that a run has logged and the number of its steps, from the end of its metrics.jsonl."""
+    try:
+        with os.fdopen(open_regular(directory / "metrics.jsonl"), "rb") as file:
+            file.seek(max(file.seek(0, 2) - _TAIL_BYTES, 0))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            event = parse_json(line)
+            if event["event"] == "train":
+                return int(event["step"]), int(event["total_steps"])
+        except (ValueError, TypeError, KeyError):
+            continue
+    return None
+
+
+def _command(sweep: Sweep, run: PlannedRun, ranks: int) -> list[str]:
+    several = ["launch", "--ranks", str(ranks)] if ranks > 1 else []
+    return [sys.executable, "-m", "karat_scale", *several, sweep.command, sweep.recipe, *run.overrides]
+
+
+def _why(code: int, log: Path) -> str:
+    """Return the last line of a run that says what went wrong, and where the others are."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
+    if code == EXIT_STOPPED:
+        said = "stopped by a signal; the same command resumes it"
+    elif code < 0:
+        said = f"killed by {signal.Signals(-code).name}"
+    return f"{said.removeprefix('error: ')} ({log})"

@@ -1,0 +1,124 @@
+"""Download a data set's official files, for make_webdataset.py and make_ffcv.py.
+
+    python data_prep/fetch.py cifar10 --out DIR
+
+Addresses and hashes are torchvision's. A download that was stopped resumes, and complete files are kept.
+Fashion-MNIST can also come from Debian's package dataset-fashion-mnist, and gets
+classes.txt with the names of its classes.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN, FashionMNIST, Flowers102
+from torchvision.datasets.utils import check_integrity
+
+from karat_scale.data.prepare.debian_package import take_files
+from karat_scale.data.prepare.downloading import RemoteFile, download
+from karat_scale.data.prepare.script_options import make_parser
+from karat_scale.data.prepare.sources.idx import CLASSES_FILE, read_idx
+from karat_scale.foundation.errors import DataError, run_script
+from karat_scale.foundation.files import write_atomically
+
+FASHION_MNIST, PACKAGE = "fashion_mnist", "dataset-fashion-mnist"
+SIDE = 28
+
+Way = Callable[[list[RemoteFile]], None]
+Check = Callable[[Path, RemoteFile], bool]
+
+
+def data_sets() -> dict[str, list[RemoteFile]]:
+    """The files of each data set, by its name."""
+    svhn = {split: RemoteFile(name, md5, (url,)) for split, (url, name, md5) in SVHN.split_list.items()}
+    flowers = Flowers102._download_url_prefix
+    return {
+        "cifar10": [RemoteFile(CIFAR10.filename, CIFAR10.tgz_md5, (CIFAR10.url,))],
+        "cifar100": [RemoteFile(CIFAR100.filename, CIFAR100.tgz_md5, (CIFAR100.url,))],
+        "svhn": [svhn["train"], svhn["test"]],
+        "svhn_extra": [svhn["extra"]],
+        "stl10": [RemoteFile(STL10.filename, STL10.tgz_md5, (STL10.url,))],
+        "flowers102": [RemoteFile(name, md5, (flowers + name,)) for name, md5 in Flowers102._file_dict.values()],
+        FASHION_MNIST: [
+            RemoteFile(name, md5, tuple(mirror + name for mirror in FashionMNIST.mirrors))
+            for name, md5 in FashionMNIST.resources
+        ],
+    }
+
+
+def has_right_hash(path: Path, remote: RemoteFile) -> bool:
+    """True if a file exists as published."""
+    return bool(check_integrity(path, remote.md5))
+
+
+def has_right_shape(path: Path, _: RemoteFile) -> bool:
+    """True if a file exists, is complete and has Fashion-MNIST's shape; gzip's checksum protects the content.
+
+    Debian packs the files again, so their hashes differ.
+    """
+    if not path.is_file():
+        return False
+    try:
+        shape = read_idx(path).shape
+    except DataError:
+        return False
+    count = 60000 if path.name.startswith("train") else 10000
+    return shape == ((count, SIDE, SIDE) if "images" in path.name else (count,))
+
+
+def from_web(wanted: list[RemoteFile], out: Path) -> None:
+    """Download files into `out`. Raises DataError."""
+    for remote in wanted:
+        download(remote, out)
+
+
+def fetch(missing: list[RemoteFile], out: Path, ways: dict[str, Way], is_right: Check) -> str:
+    """Try the sources in turn until every file is right; returns the one that succeeded. Raises DataError."""
+    failures = []
+    for name, way in ways.items():
+        try:
+            way([remote for remote in missing if not is_right(out / remote.name, remote)])
+        except DataError as error:
+            failures.append(f"{name}: {error}")
+            print(f"not from {name}: {error}")
+            continue
+        wrong = [remote.name for remote in missing if not is_right(out / remote.name, remote)]
+        if not wrong:
+            return name
+        failures.append(f"{name}: {wrong[0]} has the wrong content")
+    names = ", ".join(remote.name for remote in missing)
+    raise DataError(f"download failed ({'; '.join(failures)}); put {names} into {out} yourself and run this again")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    known = data_sets()
+    parser = make_parser("Download a data set's official files.")
+    parser.add_argument("data_set", choices=list(known), help="which")
+    parser.add_argument("--source", choices=("web", "debian"), help="use only this source")
+    options = parser.parse_args(arguments)
+    out: Path = options.out
+    fashion = options.data_set == FASHION_MNIST
+    is_right = has_right_shape if fashion else has_right_hash
+    ways: dict[str, Way] = {"web": lambda wanted: from_web(wanted, out)}
+    if fashion:
+        ways["debian"] = lambda wanted: take_files(PACKAGE, [remote.name for remote in wanted], out)
+    if options.source:
+        if options.source not in ways:
+            raise DataError(f"--source {options.source} has only {FASHION_MNIST}; remove it")
+        ways = {options.source: ways[options.source]}
+    missing = [remote for remote in known[options.data_set] if not is_right(out / remote.name, remote)]
+    if not missing and (not fashion or (out / CLASSES_FILE).is_file()):
+        print(f"{options.data_set} is complete and correct in {out}")
+        return
+    if options.dry_run:
+        print(f"would fetch {', '.join(remote.name for remote in missing)} into {out}, trying {', then '.join(ways)}")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    if fashion:
+        # The order of the classes is that of the labels; without this file their names would be 0 to 9.
+        write_atomically(out / CLASSES_FILE, "".join(f"{name}\n" for name in FashionMNIST.classes).encode())
+    if missing:
+        print(f"{options.data_set} is in {out}, from {fetch(missing, out, ways, is_right)}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,234 @@
+"""What making shards and making betons share: the images of one split, the notes about them, and worker processes."""
+
+import argparse
+import ctypes
+import multiprocessing
+import signal
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel
+
+from karat_scale import __version__
+from karat_scale.data.order import epoch_order
+from karat_scale.data.prepare.preparing import OddImageSkippedError, Preparation, Prepared
+from karat_scale.data.prepare.sources import Source, UnreadableSampleError
+from karat_scale.data.shards.beton import BetonRecord
+from karat_scale.data.shards.shard_format import OddRecord, SkippedRecord, SplitRecord
+from karat_scale.foundation.errors import DataError
+
+# These may differ between two runs that make the same bytes.
+FREE_SETTINGS = ("version", "source")
+# Settings of the preparation. Without a preparation they have no effect.
+PREPARING = ("check", "on_odd", "exif")
+LISTED = 5
+ITEMS_AHEAD = 4
+PR_SET_PDEATHSIG = 1
+
+T = TypeVar("T")
+
+
+class Notes(BaseModel):
+    """Notes about some images of a source: those that are skipped or odd, grey ones, and the number of each label."""
+
+    skipped: list[SkippedRecord] = []
+    odd: list[OddRecord] = []
+    grey: int = 0
+    labels: dict[int, int] = {}
+
+    def add(self, other: "Notes") -> None:
+        """Add the notes about other images."""
+        self.skipped += other.skipped
+        self.odd += other.odd
+        self.grey += other.grey
+        for label, count in other.labels.items():
+            self.labels[label] = self.labels.get(label, 0) + count
+
+    def stored(self, path: str, image: Prepared, label: int, odd: str) -> None:
+        """Note an image that is stored; `odd` says what is odd about it."""
+        if odd:
+            self.odd.append(OddRecord(path=path, what=odd, done=image.done))
+        self.labels[label] = self.labels.get(label, 0) + 1
+        self.grey += image.grey
+
+
+@dataclass(frozen=True)
+class Job:
+    """One split to make: its images, how they are prepared, and the settings that decide the bytes of the result.
+
+    preparation is None if the images were prepared before, as those in shards are.
+    """
+
+    split: str
+    source: Source
+    out: Path
+    preparation: Preparation | None
+    made: dict[str, Any]
+
+    def made_with(self) -> dict[str, Any]:
+        """Return the settings that decide the bytes of the result."""
+        free = FREE_SETTINGS if self.preparation else (*FREE_SETTINGS, *PREPARING)
+        return {key: value for key, value in self.made.items() if key not in free}
+
+    def check_settings(self, made: dict[str, Any], what: str, delete: str) -> None:
+        """Raise DataError if `what`, which exists, was made with other settings; `delete` names its files."""
+        for key, value in self.made_with().items():
+            found = made.get(key)
+            if found != value:
+                raise DataError(
+                    f"{what} made with {key} = {found}, now {value}; use another --out, or delete {delete} "
+                    "to make it again"
+                )
+
+    def prepare(self, index: int, notes: Notes) -> Prepared | None:
+        """Return the image to store, or note why it is left out and return None. Raises DataError to stop."""
+        path = self.source.name(index)
+        try:
+            data = self.source.read(index)
+            return self.preparation.prepare(data, path) if self.preparation else Prepared(data, "", False)
+        except UnreadableSampleError as error:
+            if self.preparation:
+                self.preparation.check_left_out(path, error)
+            notes.skipped.append(SkippedRecord(path=path, reason=str(error)))
+            if isinstance(error, OddImageSkippedError):
+                notes.odd.append(OddRecord(path=path, what=str(error), done="skipped"))
+            return None
+
+    def record_fields(self, notes: Notes) -> dict[str, Any]:
+        """Return the fields of a record that describe the images. Raises DataError if no image is left."""
+        skipped = [SkippedRecord(path=path, reason=reason) for path, reason in self.source.skipped] + notes.skipped
+        if not notes.labels:
+            raise DataError(f"no image of split {self.split} is usable; first: {skipped[0].path}: {skipped[0].reason}")
+        classes = self.source.classes
+        return {
+            "made": self.made,
+            "skipped": sorted(skipped, key=lambda item: item.path),
+            "odd": sorted(notes.odd, key=lambda item: item.path),
+            "grey": notes.grey if self.preparation else self.source.grey,
+            "per_class": [notes.labels.get(label, 0) for label in range(len(classes))],
+            "empty_classes": [name for label, name in enumerate(classes) if label not in notes.labels],
+        }
+
+    def print_plan(self, indices: npt.NDArray[np.int64], where: str) -> None:
+        """Print what --dry-run promises."""
+        size = int(self.source.sizes[indices].sum())
+        print(
+            f"{self.split}: {len(indices)} images of {len(self.source.classes)} classes, about {size / 1e6:,.1f} MB, "
+            f"would be written to {where}"
+        )
+
+    def print_result(self, record: SplitRecord | BetonRecord, where: str, listed_in: str) -> None:
+        """Print what was made, and the first images that were skipped or are odd."""
+        print(
+            f"{self.split}: {record.samples} samples {where}, {record.bytes / 1e6:,.1f} MB, "
+            f"{len(record.skipped)} skipped, {len(record.odd)} odd"
+        )
+        lines = [f"skipped {item.path}: {item.reason}" for item in record.skipped]
+        lines += [f"{item.done} {item.path}: {item.what}" for item in record.odd if item.done != "skipped"]
+        for line in lines[:LISTED]:
+            print(f"  {line}")
+        if len(lines) > LISTED:
+            print(f"  ... all are listed in {listed_in}")
+        if record.empty_classes:
+            names = ", ".join(record.empty_classes[:LISTED])
+            more = f" and {len(record.empty_classes) - LISTED} others" if len(record.empty_classes) > LISTED else ""
+            print(
+                f"{self.split}: {len(record.empty_classes)} of {len(self.source.classes)} classes have no image: "
+                f"{names}{more}"
+            )
+        self._print_orientations(record)
+
+    def _print_orientations(self, record: SplitRecord | BetonRecord) -> None:
+        turned = sum(item.done == "turned" for item in record.odd)
+        if turned:
+            print(
+                f"{self.split}: stored upright, as viewers show them by their EXIF orientation: {turned} of "
+                f"{record.samples} pictures; --exif keep copies their files instead"
+            )
+        kept = sum(item.done != "turned" and "EXIF orientation" in item.what for item in record.odd)
+        if kept and self.made.get("exif") == "keep":
+            print(
+                f"{self.split}: turned or mirrored by viewers, but not in training, because of their EXIF "
+                f"orientation: {kept} of {record.samples} pictures; --exif turn stores them upright"
+            )
+
+
+def made_by(tool: str, source: Source, options: argparse.Namespace, **settings: Any) -> dict[str, Any]:
+    """Return the `made` of a record: the script, the source and the settings."""
+    return {
+        "tool": f"data_prep/{tool}",
+        "version": __version__,
+        "source": options.src.resolve().name,
+        "source_sha256": source.fingerprint(),
+        "seed": options.seed,
+        "subset": options.subset,
+        "val_fraction": options.val_fraction,
+        "val_count": options.val_count,
+        **settings,
+        **source.facts,
+    }
+
+
+def shuffled(source: Source, seed: int, subset: int | None) -> npt.NDArray[np.int64]:
+    """Return the samples in an order drawn from the seed; with `subset`, only the first so many of each class.
+
+    A source that is read in blocks is shuffled within windows of blocks.
+    """
+    order = epoch_order(seed, 0, len(source))
+    if source.blocks is not None:
+        places = np.argsort(epoch_order(seed, 0, int(source.blocks.max()) + 1))
+        order = order[np.argsort(places[source.blocks[order]] // source.window, kind="stable")]
+    return order if subset is None else order[rank_in_class(source.labels[order]) < subset]
+
+
+def rank_in_class(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """Return for each sample how many of its class come before it."""
+    by_class = np.argsort(labels, kind="stable")
+    first = np.searchsorted(labels[by_class], labels[by_class])
+    ranks = np.empty(len(labels), dtype=np.int64)
+    ranks[by_class] = np.arange(len(labels)) - first
+    return ranks
+
+
+_work: Callable[[Any], Any] | None = None
+
+
+def _start_worker(work: Callable[[Any], Any]) -> None:
+    """Ignore Ctrl-C, since the main process handles it, and end with the main process: it must not write on."""
+    global _work
+    _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _do(item: Any) -> Any:
+    assert _work is not None
+    return _work(item)
+
+
+def run_in_processes(work: Callable[[Any], T], items: Iterable[Any], workers: int) -> Generator[T, None, None]:
+    """Yield `work` of each item, in order. Processes are forked, so `work` may hold much; items should be small.
+
+    Raises DataError if a process dies.
+    """
+    if workers <= 1:
+        yield from map(work, items)
+        return
+    left, waiting = deque(items), deque[Future[T]]()
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (work,))
+    try:
+        while left or waiting:
+            while left and len(waiting) < workers * ITEMS_AHEAD:
+                waiting.append(pool.submit(_do, left.popleft()))
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError("a worker process died; use fewer --workers if memory is short") from error
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,102 @@
+"""Join splits that were made separately, for example by the tasks of a job array, into one data set.
+
+    python data_prep/join_splits.py --src DIR --out DIR
+
+Moves the shards of --src into --out, on the same file system, and adds its splits to dataset.json there. A run that was
+stopped resumes. Several runs may join into one --out: one works and the others wait.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from karat_scale.data.prepare.script_options import make_parser
+from karat_scale.data.shards.shard_format import (
+    DATASET_FILE,
+    TIMM_FILE,
+    DatasetRecord,
+    read_dataset_record,
+    write_dataset_record,
+)
+from karat_scale.foundation.errors import DataError, run_script
+from karat_scale.foundation.files import flush_to_disk
+
+TURN = ".joining"
+"""In --out: a link to the --src that is being joined."""
+_POLL_SECONDS = 1.0
+
+
+@contextmanager
+def _turn(src: Path, out: Path) -> Iterator[None]:
+    """Let no other run join into `out` inside the block, since each writes dataset.json there.
+
+    A link and not a lock: some shared file systems have no locks, or only between processes of one node. A run that was
+    killed leaves its link behind, so the link names its source, and the next run of that source takes it over.
+    """
+    link, mine, waited = out / TURN, src.resolve(), False
+    while True:
+        try:
+            link.symlink_to(mine)
+            break
+        except FileExistsError:
+            other = _target(link)
+        if other == mine:
+            break
+        if other is not None and not waited:
+            print(f"waiting until {other} is joined; if no run does that any more, remove {link}", flush=True)
+            waited = True
+        time.sleep(_POLL_SECONDS)
+    try:
+        yield
+    finally:
+        link.unlink(missing_ok=True)
+
+
+def _target(link: Path) -> Path | None:
+    """Return what a link names; None if it has just been removed."""
+    try:
+        return link.readlink()
+    except FileNotFoundError:
+        return None
+
+
+def join(src: Path, out: Path) -> list[str]:
+    """Move the splits of `src` into `out`; returns their names. Raises DataError if the two do not fit together."""
+    record = read_dataset_record(src)
+    out.mkdir(parents=True, exist_ok=True)
+    with _turn(src, out):
+        _join(src, record, out)
+    return list(record.splits)
+
+
+def _join(src: Path, record: DatasetRecord, out: Path) -> None:
+    joined = read_dataset_record(out) if (out / DATASET_FILE).exists() else record.model_copy(update={"splits": {}})
+    if record.root or joined.root:
+        raise DataError(f"{src} and {out}: one lists tars that are elsewhere; run `karat index` on all tars at once")
+    if joined.classes != record.classes:
+        raise DataError(f"{src} has different classes than {out}; make both splits from the same images")
+    if both := sorted(joined.splits.keys() & record.splits.keys()):
+        raise DataError(f"{out} has a split {both[0]} already; use another --out")
+    for split in record.splits.values():
+        for file in (file for shard in split.shards for file in (shard, shard.index)):
+            if (src / file.name).exists():  # else an earlier run moved it
+                (src / file.name).rename(out / file.name)
+    flush_to_disk(out)
+    joined.splits.update(record.splits)
+    write_dataset_record(out, joined)
+    (src / TIMM_FILE).unlink(missing_ok=True)
+    (src / DATASET_FILE).unlink()
+    src.rmdir()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser("Join splits that were made separately into one data set.", writes=False)
+    parser.add_argument("--src", type=Path, required=True, metavar="DIR", help="the directory of the splits to add")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the data set to add them to")
+    options = parser.parse_args(arguments)
+    print(f"{options.out} has {', '.join(join(options.src, options.out))} now")
+
+
+if __name__ == "__main__":
+    run_script(main)

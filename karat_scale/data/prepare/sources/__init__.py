@@ -1,0 +1,108 @@
+"""Sources of images: find the kind of source in a directory, and its splits."""
+
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from karat_scale.data.decoders.orientation import turned_by_default
+from karat_scale.data.prepare.sources.base import Openers, Source, SourceOptions, UnreadableSampleError
+from karat_scale.data.prepare.sources.cifar import cifar_splits
+from karat_scale.data.prepare.sources.flowers102 import flowers_splits
+from karat_scale.data.prepare.sources.folder_tar import folder_tar_splits
+from karat_scale.data.prepare.sources.idx import idx_splits
+from karat_scale.data.prepare.sources.imagefolder import ImageFolderSource, class_folders, flat_folders, split_folders
+from karat_scale.data.prepare.sources.imagenet import has_imagenet_tars, imagenet_splits
+from karat_scale.data.prepare.sources.parquet import parquet_files, parquet_splits
+from karat_scale.data.prepare.sources.splits import choose_splits, names_of_classes
+from karat_scale.data.prepare.sources.stl10 import stl10_splits
+from karat_scale.data.prepare.sources.svhn import svhn_splits
+from karat_scale.foundation.errors import DataError
+
+__all__ = ["Source", "SourceOptions", "UnreadableSampleError", "default_exif", "open_splits"]
+
+# Each looks for the official files of its data set and returns splits and classes. With it, the options it uses.
+DATA_SETS = {
+    cifar_splits: {"encoding", "any_hash"},
+    svhn_splits: {"encoding", "any_hash"},
+    stl10_splits: {"encoding", "any_hash"},
+    flowers_splits: {"any_hash"},
+    idx_splits: {"encoding"},
+}
+
+
+def open_splits(
+    src: Path, split: str | None, known_classes: list[str] | None, options: SourceOptions | None = None
+) -> dict[str, Source]:
+    """Return the requested splits of `src`, a directory, a tar of an ImageFolder or a Parquet file, by output names.
+
+    split: one output name, or None for all; of several validation splits only the first is taken then, and a line
+    names the others. known_classes: the classes that earlier splits were labelled with. A source without split folders
+    is one split, called `split` or train. Raises DataError.
+    """
+    if not src.is_dir() and not src.is_file():
+        raise DataError(f"--src {src} is not a directory, a tar or a Parquet file")
+    found, own_classes = _find(src, split, options or SourceOptions(), known_classes)
+    chosen = choose_splits(src, found, split)
+    if split is None:
+        for name in [name for name in found if name not in chosen.values()]:
+            print(f"{src}: the split {name} is left out; --split {name} converts it")
+    classes = own_classes if known_classes is None else known_classes
+    if known_classes is not None and not set(own_classes) <= set(known_classes):
+        new = sorted(set(own_classes) - set(known_classes))
+        raise DataError(f"{src} has the class {new[0]!r}, which the shards in --out do not; use another --out")
+    return {name: found[origin](classes) for name, origin in chosen.items()}
+
+
+def default_exif(classes: list[str]) -> Literal["turn", "keep"]:
+    """Return what to do with EXIF orientations unless the user says."""
+    return "turn" if turned_by_default(classes) else "keep"
+
+
+def _find(
+    src: Path, split: str | None, options: SourceOptions, known_classes: list[str] | None
+) -> tuple[Openers, list[str]]:
+    parquet = parquet_files(src)
+    if parquet:
+        _refuse_unheeded(src, options, "Parquet files", {"any_hash", "image_column", "label_column"})
+        return parquet_splits(src, parquet, split, options)
+    if src.is_file():
+        _refuse_unheeded(src, options, "images in a tar", set())
+        return folder_tar_splits(src, split)
+    if has_imagenet_tars(src):
+        _refuse_unheeded(src, options, "ImageNet's tars", {"val_labels", "synsets"})
+        return imagenet_splits(src, split, options, known_classes)
+    for look_for, heeded in DATA_SETS.items():
+        known, names = look_for(src, options)
+        if known:
+            _refuse_unheeded(src, options, "a data set's official files", heeded)
+            return known, names
+    _refuse_unheeded(src, options, "folders of image files", set())
+    folders = split_folders(src)
+    if folders:
+        _refuse_flat(src, folders, split)
+    else:
+        folders = {split or "train": src}
+    names = names_of_classes(src, {name: class_folders(folder) for name, folder in folders.items()}, split)
+    return {name: partial(ImageFolderSource, path) for name, path in folders.items()}, names
+
+
+def _refuse_unheeded(src: Path, options: SourceOptions, kind: str, heeded: set[str]) -> None:
+    """Raise DataError for an option that this kind of source would ignore."""
+    for field in fields(options):
+        if getattr(options, field.name) and field.name not in heeded:
+            raise DataError(f"--{field.name.replace('_', '-')} has no effect on {kind}, as in {src}; remove it")
+
+
+def _refuse_flat(src: Path, folders: dict[str, Path], split: str | None) -> None:
+    """Raise DataError if a requested split has images but no class folders, like val of Kaggle's ImageNet."""
+    flat = flat_folders(src)
+    for name in choose_splits(src, [*folders, *flat], split).values():
+        if name in flat:
+            raise DataError(
+                f"{flat[name]} has images but no class folders; sort them into classes, "
+                f"or make only --split {next(iter(folders))}"
+            )
+    if split is None:
+        for name in flat:
+            print(f"{src}: the split {name} is left out; its images are in no class folders")

@@ -1,0 +1,165 @@
+"""The interface of a source of images, its options, and the names of samples."""
+
+import argparse
+import errno
+import hashlib
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from karat_scale.foundation.errors import DataError
+
+Encoding = Literal["png", "jpeg"]
+MAX_KEY_BYTES = 90  # a tar name holds 100
+_UNFIT = re.compile(r"[\x00-\x20\x7f\s]")
+_OF_ONE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM}
+_OF_ONE_FILE |= {errno.EINVAL, errno.EFBIG}  # no regular file, or larger than an image can be
+
+
+class UnreadableSampleError(Exception):
+    """A source image that cannot be used; the message is the reason."""
+
+
+def is_of_the_file(error: OSError) -> bool:
+    """True for an error that one file has, such as a lack of permission; others may be gone the next time."""
+    return error.errno in _OF_ONE_FILE
+
+
+def cannot_read(path: Path, error: OSError) -> DataError:
+    """Return what ends the run: a file or folder that must be readable is not."""
+    return DataError(f"{path} cannot be read: {error.strerror or error}; put it right, and run the same command again")
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Options for reading a source.
+
+    val_labels, synsets: files with ImageNet's validation labels, as in val_labels.py. encoding: of images that a
+    source holds as raw pixels; None uses the source's own. any_hash: accept files of a published data set with
+    another hash than the published one, or without some files. image_column, label_column: of Parquet files.
+    """
+
+    val_labels: Path | None = None
+    synsets: Path | None = None
+    encoding: Encoding | None = None
+    any_hash: bool = False
+    image_column: str | None = None
+    label_column: str | None = None
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "SourceOptions":
+        """Return the options from a script's command line."""
+        return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
+
+
+class Source(ABC):
+    """One split of a source, in a fixed order.
+
+    classes: which the labels number. labels: int32 [n], the class number of each sample. sizes: int64 [n], bytes of
+    each sample; if not `exact_sizes`, means of several samples. skipped: files that are known not to be images, and
+    why. facts: additional facts about the source for dataset.json. blocks: int64 [n], the number of the block that each
+    sample is read with, of which `window` can be held; None if any order is as fast. grey: how many are grey, if the
+    images were prepared before.
+    """
+
+    exact_sizes = True
+    blocks: npt.NDArray[np.int64] | None = None
+    window: int = 1
+    grey: int = 0
+
+    def __init__(
+        self, classes: list[str], labels: npt.ArrayLike, sizes: npt.ArrayLike, facts: dict[str, Any] | None = None
+    ) -> None:
+        self.classes = classes
+        self.labels: npt.NDArray[np.int32] = np.asarray(labels, dtype=np.int32)
+        self.sizes: npt.NDArray[np.int64] = np.asarray(sizes, dtype=np.int64)
+        self.skipped: list[tuple[str, str]] = []
+        self.facts = facts or {}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Return the place of sample `index` in the source, for reports."""
+
+    @abstractmethod
+    def key(self, index: int) -> str:
+        """Return the name of sample `index` in a shard, without suffix."""
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """Return the encoded image. Raises UnreadableSampleError, or DataError if the source itself cannot be read."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a hash that changes when the source does."""
+
+
+# Splits by name, each opened with the classes that its labels number.
+Openers = dict[str, Callable[[list[str]], Source]]
+
+
+class ListedSource(Source):
+    """Common code of sources of image files with paths: the same files give the same shards from any of them."""
+
+    def __init__(
+        self,
+        classes: list[str],
+        paths: list[str],
+        labels: npt.ArrayLike,
+        sizes: npt.ArrayLike,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(classes, labels, sizes, facts)
+        self._paths = paths
+        self._keys = unique_keys(paths)
+
+    def name(self, index: int) -> str:
+        return self._paths[index]
+
+    def key(self, index: int) -> str:
+        return self._keys[index]
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for path, size, label in zip(self._paths, self.sizes, self.labels, strict=True):
+            digest.update(os.fsencode(path) + f"\0{size}\0{label}\n".encode())
+        return digest.hexdigest()
+
+
+def unique_keys(paths: list[str]) -> list[str]:
+    """Return a key for each path. Keys are unique and short enough for a tar.
+
+    The key is the path without its suffix. Its last part has no dot, and it has no blank and no part that points
+    outside of a directory; other characters become `_`, or the whole key becomes a hash.
+    """
+    keys: list[str] = []
+    taken: set[str] = set()
+    for path in paths:
+        key = _key(path)
+        if not key or key in taken or len(key.encode()) > MAX_KEY_BYTES:
+            key = hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
+        for number in range(2, len(paths) + 2):
+            if key not in taken:
+                break
+            key = hashlib.sha256(os.fsencode(path) + b"\0%d" % number).hexdigest()[:32]
+        taken.add(key)
+        keys.append(key)
+    return keys
+
+
+def _key(path: str) -> str:
+    text = os.fsencode(path).decode(errors="replace").replace("\\", "/")
+    parts = [_UNFIT.sub("_", part) for part in text.split("/") if part not in ("", ".", "..")]
+    if not parts:
+        return ""
+    stem = parts[-1].rpartition(".")[0] or parts[-1]
+    return "/".join([*parts[:-1], stem.replace(".", "_")])

@@ -1,0 +1,210 @@
+"""Parquet files as the Hugging Face hub ships image sets, as a source.
+
+train-00000-of-00294.parquet    in `src` or `src`/data; the file's name says the split
+0000.parquet                    in `src`/train, `src`/validation, ...; the folder's name says it
+
+A column holds images, as bytes or as a struct of `bytes` and `path`; another holds labels: names, or numbers that the
+schema's metadata or nothing names. Rows are stored in groups, which can only be read whole. So the samples of a few
+groups are shuffled together, and the groups are drawn from all files.
+"""
+
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from karat_scale.data.prepare.sources.base import ListedSource, Openers, SourceOptions, UnreadableSampleError
+from karat_scale.data.prepare.sources.imagefolder import SPLIT_FOLDERS
+from karat_scale.data.prepare.sources.parquet_columns import Columns, find_columns
+from karat_scale.data.prepare.sources.pixels import renumbered
+from karat_scale.data.prepare.sources.splits import labelling_splits
+from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.tables import how_to_install
+
+# The most bytes of images that a process holds, unless a single group has more.
+WINDOW_BYTES = 128_000_000
+_NAME = re.compile(r"(?P<split>\w+)-(?P<number>\d+)-of-(?P<count>\d+)(-[0-9a-f]+)?\.parquet")
+
+
+def parquet_files(src: Path) -> list[Path]:
+    """Return the Parquet files of a source, sorted; empty if it has none."""
+    if src.is_file():
+        return [src] if src.suffix == ".parquet" else []
+    return sorted(
+        path
+        for place in (".", "data", *SPLIT_FOLDERS)
+        for path in (src / place).glob("*.parquet")
+        if path.name[0] != "."
+    )
+
+
+def parquet_splits(
+    src: Path, files: list[Path], split: str | None, options: SourceOptions
+) -> tuple[Openers, list[str]]:
+    """Return the splits of Parquet files, and their classes. Raises DataError."""
+    by_split: dict[str, list[Path]] = {}
+    for path in files:
+        by_split.setdefault(_split_of(path, src) or split or "train", []).append(path)
+    missing = [name for name, paths in by_split.items() for name in _missing(src, paths)]
+    if missing and not options.any_hash:
+        raise DataError(
+            f"{src} has no {missing[0]}, and lacks {len(missing)} files in all; fetch them, or go without by --any-hash"
+        )
+    columns = find_columns(src, [read_schema(path) for path in files], options)
+    labels = {path: _labels(path, columns) for path in files}
+    labelling = labelling_splits(src, by_split, split)
+    own = columns.classes or _classes_of(labels[path] for name in labelling for path in by_split[name])
+    facts = {"image_column": columns.image, "label_column": columns.label, "not_as_published": missing}
+    return {
+        name: partial(ParquetSource, paths, [labels[path] for path in paths], columns, own, facts)
+        for name, paths in by_split.items()
+    }, own
+
+
+class ParquetSource(ListedSource):
+    """The rows of some Parquet files, in order. See Source. Raises DataError for a label that is no class.
+
+    own: the source's classes, which the labels number; `classes`, the shards', may have them in another order.
+    """
+
+    exact_sizes = False  # they would take reading all images
+
+    def __init__(
+        self,
+        files: list[Path],
+        labels: list[list[Any]],
+        columns: Columns,
+        own: list[str],
+        facts: dict[str, Any],
+        classes: list[str],
+    ) -> None:
+        self._columns = columns
+        self._groups: list[tuple[Path, int]] = []
+        counts, sizes, weights, paths, numbers = [], [], [], [], []
+        named = {name: number for number, name in enumerate(own)}
+        for path, found in zip(files, labels, strict=True):
+            given = np.array([named[one] if isinstance(one, str) else one for one in found], dtype=np.int64)
+            numbers.append(renumbered(str(path), given, own, classes))
+            paths += _paths(path, columns, len(found))
+            for group, (rows, size) in enumerate(_groups(path, columns)):
+                self._groups.append((path, group))
+                counts.append(rows)
+                sizes.append(size // max(rows, 1))
+                weights.append(size)
+        if not paths:
+            raise DataError(f"{files[0]} has no rows")
+        super().__init__(classes, paths, np.concatenate(numbers), np.repeat(sizes, counts), facts)
+        self.blocks = np.repeat(np.arange(len(counts)), counts)
+        self.window = max(1, WINDOW_BYTES // max(1, max(weights)))
+        self._firsts = np.cumsum(counts) - counts
+        self._held: OrderedDict[int, list[bytes | None]] = OrderedDict()
+
+    def read(self, index: int) -> bytes:
+        assert self.blocks is not None
+        group = int(self.blocks[index])
+        if group not in self._held:
+            if len(self._held) >= self.window:
+                self._held.popitem(last=False)
+            self._held[group] = self._read_group(group)
+        data = self._held[group][index - int(self._firsts[group])]
+        if data is None:
+            raise UnreadableSampleError("the row has no bytes of an image")
+        return data
+
+    def _read_group(self, number: int) -> list[bytes | None]:
+        path, group = self._groups[number]
+        with _opened(path) as file:
+            rows = file.read_row_group(group, columns=[self._columns.image_bytes], use_threads=False).column(0)
+            return [row["bytes"] if isinstance(row, dict) else row for row in rows.to_pylist()]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a Parquet file. Raises DataError if it is damaged, or without pyarrow."""
+    try:
+        import pyarrow as arrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise DataError(f"{path} needs pyarrow: {how_to_install('parquet')}") from error
+    try:
+        with ParquetFile(path) as file:
+            yield file
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a complete Parquet file ({error}); fetch it again") from error
+
+
+def read_schema(path: Path) -> Any:
+    """Return the Arrow schema of a file. Raises DataError."""
+    with _opened(path) as file:
+        return file.schema_arrow
+
+
+def _split_of(path: Path, src: Path) -> str:
+    match = _NAME.fullmatch(path.name)
+    if match:
+        return match["split"]
+    if path.stem in SPLIT_FOLDERS:
+        return path.stem
+    inside = src not in (path, path.parent) and path.parent.name in SPLIT_FOLDERS
+    return path.parent.name if inside else ""
+
+
+def _missing(src: Path, paths: list[Path]) -> list[str]:
+    """Return the files that the names of others promise; raise DataError if a split has files of two sets."""
+    matches = [match for path in paths if (match := _NAME.fullmatch(path.name))]
+    sets = Counter((match["split"], match["count"]) for match in matches)
+    repeated = len({match["number"] for match in matches}) < len(matches)
+    if len(sets) > 1 or repeated or 0 < len(matches) < len(paths):
+        raise DataError(f"{src}: {paths[0].name} and {paths[-1].name} are of one split but of two data sets; keep one")
+    if not matches:
+        return []
+    first, there = matches[0], {int(match["number"]) for match in matches}
+    width = len(first["number"])
+    return [
+        f"{first['split']}-{number:0{width}d}-of-{first['count']}.parquet"
+        for number in range(int(first["count"]))
+        if number not in there
+    ]
+
+
+def _labels(path: Path, columns: Columns) -> list[Any]:
+    with _opened(path) as file:
+        labels: list[Any] = file.read(columns=[columns.label], use_threads=False).column(0).to_pylist()
+    if None in labels:
+        raise DataError(f"{path}: row {labels.index(None)} has no {columns.label}; label it, or remove the row")
+    return labels
+
+
+def _classes_of(labels: Any) -> list[str]:
+    """Return the sorted names, or the numbers up to the largest."""
+    values = {label for found in labels for label in found}
+    if all(isinstance(value, str) for value in values):
+        return sorted(values)
+    return [str(number) for number in range(max(values) + 1)]
+
+
+def _paths(path: Path, columns: Columns, rows: int) -> list[str]:
+    """Return the path of each image, by its column; else the file and the row."""
+    numbered = [f"{path.stem}/{row:06d}" for row in range(rows)]
+    if columns.image_path is None:
+        return numbered
+    with _opened(path) as file:
+        found = file.read(columns=[columns.image_path], use_threads=False).column(0).to_pylist()
+    return [(row or {}).get("path") or number for row, number in zip(found, numbered, strict=True)]
+
+
+def _groups(path: Path, columns: Columns) -> Iterator[tuple[int, int]]:
+    """Yield the rows and the bytes of images of each group."""
+    with _opened(path) as file:
+        for number in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(number)
+            parts = [group.column(i) for i in range(group.num_columns)]
+            yield (
+                group.num_rows,
+                sum(part.total_uncompressed_size for part in parts if part.path_in_schema == columns.image_bytes),
+            )

@@ -1,0 +1,230 @@
+"""FFCV's files, .beton, with the facts that FFCV does not store: hashes, keys, class names, settings.
+
+    train.beton             FFCV's format, readable by FFCV's own Loader: fields `image` (RGBImageField) and `label`
+    train.beton.json        classes, counts, SHA-256, settings, the skipped images with reasons
+    train.beton.index.npz   per sample: offset, size, label, crc32, mode, width, height, key
+    val.beton, ...
+
+A sample's id is its position in the beton. It is the id of the same sample in shards that were made with the same
+settings.
+"""
+
+import io
+import os
+import zlib
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import ConfigDict, Field, ValidationError
+
+from karat_scale.data.shards import checks
+from karat_scale.data.shards.index import key_of, keys_of, read_columns
+from karat_scale.data.shards.readahead import NO_BLOCKS, Blocks, Readahead
+from karat_scale.data.shards.shard_format import FileRecord, OddRecord, ShardRecord, SkippedRecord, read_record_text
+from karat_scale.foundation.errors import DataError
+
+FIX = "copy it again or make it again with data_prep/make_ffcv.py"
+WORDING = checks.Wording("its record", FIX)
+# As FFCV numbers the ways in which it stores an image.
+MODES = {"jpg": 0, "raw": 1}
+RAW = MODES["raw"]
+COLUMNS = {
+    "offset": np.int64,
+    "size": np.int64,
+    "label": np.int32,
+    "crc32": np.uint32,
+    "mode": np.uint8,
+    "width": np.int32,
+    "height": np.int32,
+}
+Column = npt.NDArray[Any]
+
+
+class BetonRecord(ShardRecord):
+    """The content of a beton's JSON file.
+
+    made: the source and the settings. modes: samples by their storage mode. odd: images on which decoders
+    disagree, and those that no decoder reads.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal["karat-beton"] = "karat-beton"
+    version: Literal[1] = 1
+    split: str
+    classes: list[str]
+    names: list[str] = Field(default_factory=list)
+    made: dict[str, Any] = Field(default_factory=dict)
+    modes: dict[str, int] = Field(default_factory=dict)
+    skipped: list[SkippedRecord] = Field(default_factory=list)
+    odd: list[OddRecord] = Field(default_factory=list)
+    grey: int = 0
+    per_class: list[int] = Field(default_factory=list)
+    empty_classes: list[str] = Field(default_factory=list)
+
+
+def beton_path(directory: Path, split: str) -> Path:
+    """Return the beton of a split."""
+    return directory / f"{split}.beton"
+
+
+def record_path(beton: Path) -> Path:
+    """Return the JSON file beside a beton."""
+    return beton.with_name(f"{beton.name}.json")
+
+
+def index_path(beton: Path) -> Path:
+    """Return the index beside a beton."""
+    return beton.with_name(f"{beton.name}.index.npz")
+
+
+def read_record(beton: Path) -> BetonRecord:
+    """Read the JSON file beside a beton. Raises DataError if it is missing or damaged."""
+    path = record_path(beton)
+    fix = "make the beton with data_prep/make_ffcv.py, or correct data.path"
+    try:
+        return BetonRecord.model_validate_json(read_record_text(path))
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is damaged: it is not UTF-8; {fix}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "JSON"
+        raise DataError(f"{path} is damaged or of another version ({where}: {first['msg']}); {fix}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; {fix}") from error
+
+
+def index_bytes(columns: dict[str, Column], keys: list[str]) -> bytes:
+    """Return the index file of these columns and keys."""
+    buffer = io.BytesIO()
+    arrays: dict[str, Any] = {name: columns[name].astype(kind) for name, kind in COLUMNS.items()}
+    np.savez(buffer, key=np.array([key.encode() for key in keys], dtype=np.bytes_), **arrays)
+    return buffer.getvalue()
+
+
+def check_file(directory: Path, record: FileRecord, by_hash: bool) -> None:
+    """Compare a file with its record by size or by SHA-256. Raises DataError."""
+    checks.check_file(directory / record.name, record, by_hash, WORDING)
+
+
+def _check_images(columns: dict[str, Column]) -> None:
+    """Raise ValueError for an image without pixels, of an unknown mode, or of another size than its pixels."""
+    width, height, mode = columns["width"], columns["height"], columns["mode"]
+    pixels = 3 * width.astype(np.int64) * height
+    wrong = (width < 1) | (height < 1) | (mode > RAW) | ((mode == RAW) & (columns["size"] != pixels))
+    if wrong.any():
+        number = int(wrong.argmax())
+        raise ValueError(
+            f"sample {number} is stored in mode {mode[number]} with {width[number]} x {height[number]} pixels in "
+            f"{columns['size'][number]} bytes"
+        )
+
+
+class BetonSplit:
+    """The images of one beton; see ImageSource. `labels` is int32 [len].
+
+    Opening checks the file's size, or with verify="hash" its SHA-256. `read` compares a JPEG with its checksum; raw
+    pixels are read as a PPM image and rely on verify="hash", since a checksum would cost a third of their reading.
+    readahead: the blocks that the system reads ahead when one of their samples is read.
+    lends: raw pixels are read into one buffer, which the next read reuses; for a decoder that keeps no bytes.
+    Raises DataError, one line, if anything is missing, cut short, changed or out of range.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        split: str,
+        num_classes: int,
+        verify: Literal["size", "hash"] = "size",
+        readahead: Blocks = NO_BLOCKS,
+        lends: bool = False,
+    ) -> None:
+        self.path = beton_path(Path(directory).expanduser(), split)
+        record = read_record(self.path)
+        self.classes = tuple(record.classes)
+        checks.check_class_count(self.path, len(self.classes), num_classes)
+        check_file(self.path.parent, record, by_hash=verify == "hash")
+        columns = self._read_index(record)
+        self._index = record.index
+        self.labels: npt.NDArray[np.int32] = columns["label"]
+        self._offsets, self._sizes, self._crcs = columns["offset"], columns["size"], columns["crc32"]
+        self._modes, self._widths, self._heights = columns["mode"], columns["width"], columns["height"]
+        self._readahead = Readahead(readahead, self._offsets, self._sizes)
+        self._file: int | None = None
+        self._lends, self._buffer = lends, bytearray()
+
+    def _read_index(self, record: BetonRecord) -> dict[str, Column]:
+        path = index_path(self.path)
+        data = checks.read_checked(path, record.index, WORDING)
+        try:
+            columns = read_columns(data, COLUMNS, record.samples, record.bytes)
+            _check_images(columns)
+        except ValueError as error:
+            raise DataError(f"{path} does not fit {self.path.name}: {error}; {FIX}") from None
+        wrong = np.flatnonzero((columns["label"] < 0) | (columns["label"] >= len(self.classes)))
+        if len(wrong):
+            raise DataError(
+                f"{self.path}: sample {wrong[0]} has label {columns['label'][wrong[0]]}, but {record_path(self.path)} "
+                f"lists {len(self.classes)} classes; {FIX}"
+            )
+        return columns
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, sample_id: int) -> bytes:
+        """Return the encoded image, or raw pixels as a PPM image. Raises DataError if the beton has changed."""
+        size, offset = int(self._sizes[sample_id]), int(self._offsets[sample_id])
+        try:
+            if self._file is None:
+                self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._readahead.ask(self._file, sample_id, 0, len(self))
+            raw = self._modes[sample_id] == RAW
+            data = self._read_ppm(self._file, sample_id) if raw else os.pread(self._file, size, offset)
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error.strerror}; {FIX}") from error
+        if not raw and (len(data) != size or zlib.crc32(data) != self._crcs[sample_id]):
+            raise self._changed(sample_id, "is cut short" if len(data) != size else "has changed since it was written")
+        return data
+
+    def _read_ppm(self, file: int, sample_id: int) -> bytes:
+        size, offset = int(self._sizes[sample_id]), int(self._offsets[sample_id])
+        header = b"P6 %d %d 255\n" % (self._widths[sample_id], self._heights[sample_id])
+        end = len(header) + size
+        if len(self._buffer) < end:
+            self._buffer = bytearray(end)
+        lent = memoryview(self._buffer)[:end]
+        lent[: len(header)] = header
+        if os.preadv(file, [lent[len(header) :]], offset) != size:
+            raise self._changed(sample_id, "is cut short")
+        return cast(bytes, lent) if self._lends else bytes(lent)
+
+    def _changed(self, sample_id: int, what: str) -> DataError:
+        return DataError(f"{self.path} {what}: sample {self.locate(sample_id)[0]} differs; {FIX}")
+
+    def locate(self, sample_id: int) -> tuple[str, str]:
+        """Return the key of a sample and the name of the beton, for messages."""
+        try:
+            return key_of(index_path(self.path).read_bytes(), sample_id), self.path.name
+        except (OSError, ValueError, IndexError):  # the index has changed: the place is all that is known
+            return f"number {sample_id}", self.path.name
+
+    def keys(self) -> list[str]:
+        """Return the key of each sample. Raises DataError if the index has changed."""
+        return keys_of(checks.read_checked(index_path(self.path), self._index, WORDING))
+
+    def file_of(self, sample_id: int) -> str:
+        """Return the path of the beton."""
+        return str(self.path)
+
+    def close(self) -> None:
+        """Close the beton; a later read opens it again."""
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A descriptor has no meaning in a process that was not forked.
+        return {**self.__dict__, "_file": None}

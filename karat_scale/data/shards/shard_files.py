@@ -1,0 +1,103 @@
+"""Where the bytes of samples come from: one interface, for tars on a file system and for tars at a URL."""
+
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from karat_scale.data.shards.readahead import Blocks, Readahead
+from karat_scale.data.shards.shard_format import ShardRecord
+
+MAX_OPEN_SHARDS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class SamplePlaces:
+    """Where the samples of a split are: shard after shard.
+
+    starts: int64 [shards + 1], the first sample of each shard. offsets, sizes: int64 [samples], of the bytes in its
+    shard. crcs: uint32 [samples]; meaningless for a shard without a SHA-256, which was indexed by its headers alone.
+    """
+
+    shards: Sequence[ShardRecord]
+    starts: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    crcs: npt.NDArray[np.uint32]
+
+    def shard_of(self, sample_id: int) -> int:
+        """Return the number of the shard that holds a sample."""
+        return int(np.searchsorted(self.starts, sample_id, side="right")) - 1
+
+
+class ChangedSampleError(Exception):
+    """The bytes of a sample are not those that were indexed; the message says what is wrong with its shard."""
+
+
+CUT_SHORT, CHANGED = "is cut short", "has changed since its index was written"
+
+
+class ShardFiles(Protocol):
+    """The bytes of samples by their id. A copy has its own open files."""
+
+    def read(self, sample_id: int) -> bytes:
+        """Return a sample's bytes, checked against their CRC if that is known.
+
+        Raises:
+            OSError: the file cannot be read.
+            ChangedSampleError: they are others than when they were indexed, or fewer.
+            DataError: the store or the cache fails.
+        """
+
+    def close(self) -> None:
+        """Close open files; a later read opens them again."""
+
+
+class LocalShardFiles:
+    """Samples in tars on a file system. See ShardFiles.
+
+    readahead: the blocks that the system reads ahead when one of their samples is read.
+    """
+
+    def __init__(self, directory: Path, places: SamplePlaces, readahead: Blocks) -> None:
+        self._directory, self._places = directory, places
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._readahead = Readahead(readahead, places.offsets, places.sizes)
+
+    def read(self, sample_id: int) -> bytes:
+        """See ShardFiles."""
+        places = self._places
+        number, size = places.shard_of(sample_id), int(places.sizes[sample_id])
+        file = self._file(number)
+        self._readahead.ask(file, sample_id, int(places.starts[number]), int(places.starts[number + 1]))
+        data = os.pread(file, size, int(places.offsets[sample_id]))
+        if len(data) != size:
+            raise ChangedSampleError(CUT_SHORT)
+        if places.shards[number].sha256 and zlib.crc32(data) != places.crcs[sample_id]:
+            raise ChangedSampleError(CHANGED)
+        return data
+
+    def _file(self, number: int) -> int:
+        if number in self._files:
+            self._files.move_to_end(number)
+            return self._files[number]
+        if len(self._files) >= MAX_OPEN_SHARDS:
+            os.close(self._files.popitem(last=False)[1])
+        path = self._directory / self._places.shards[number].name
+        self._files[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._files[number]
+
+    def close(self) -> None:
+        """See ShardFiles."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Descriptors have no meaning in a process that was not forked.
+        return {**self.__dict__, "_files": OrderedDict()}

@@ -1,0 +1,78 @@
+"""Running out of memory, on the CPU or a GPU, as one line that says what to change; and keeping what is freed.
+
+For training on a CPU the C library keeps the memory of freed tensors. By default glibc gives large blocks back to the
+kernel. Each step then gets them again, page by page and filled with zeros. docs/benchmarks.md has what that costs.
+"""
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from karat_scale.engine.distributed import World
+from karat_scale.foundation.errors import UserError, is_out_of_memory, one_line
+
+_REMEMBERED = 100_000
+
+
+@contextlib.contextmanager
+def one_line_out_of_memory(fix: Callable[[], str], snapshot: Callable[[], str] = str) -> Iterator[None]:
+    """Turn an allocation that fails within into a UserError that ends with `fix()`; other exceptions pass.
+
+    snapshot: writes what is allocated, and returns where that is; an empty text for nothing.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        where = snapshot()
+        look = f"; {where} shows what is allocated (drop it on pytorch.org/memory_viz)" if where else ""
+        raise UserError(f"out of memory: {_what_failed(error)}; {fix()}{look}") from error
+
+
+def record_memory(device: torch.device) -> None:
+    """Record the stack of each allocation on a GPU from here on."""
+    if device.type == "cuda":
+        torch.cuda.memory._record_memory_history(max_entries=_REMEMBERED)
+
+
+def memory_snapshot(directory: Path, world: World) -> str:
+    """Write what is allocated on this rank's GPU to `directory`; returns the file, or nothing on a CPU."""
+    if world.device.type != "cuda":
+        return ""
+    path = directory / f"memory-{world.rank}.pickle"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(path))
+    except (OSError, RuntimeError):  # the disk may be full, too
+        return ""
+    return str(path)
+
+
+def _what_failed(error: BaseException) -> str:
+    # torch's CPU allocator begins with its source line; CUDA's continues with all that it has allocated.
+    text = one_line(error).rpartition("DefaultCPUAllocator: ")[2].partition(" GPU ")[0]
+    return text.rstrip(". ")
+
+
+# Names of malloc.h: the free memory at the heap's end that is given back, what it grows by, and the size from which
+# a block is mapped by itself and given back when it is freed. Older versions allow at most 32 MB for that.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+_SETTINGS = ((_TRIM_THRESHOLD, (2**31 - 1,)), (_TOP_PAD, (2**26,)), (_MMAP_THRESHOLD, (2**30, 2**25)))
+
+
+def keep_freed_memory() -> bool:
+    """Keep freed memory for the next step; return whether the C library does so.
+
+    It changes nothing where the environment has settings of malloc, and on systems without glibc.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        return all(any(mallopt(name, value) for value in values) for name, values in _SETTINGS)
+    return False

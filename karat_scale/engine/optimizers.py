@@ -1,0 +1,211 @@
+"""The recipe's optimizer over a model's parameters: one row each in `karat_scale.foundation.tables.OPTIMIZERS`.
+
+Trainable parameters are in groups of one weight decay and one share of the learning rate. The optimizers are torch's
+AdamW, fused on a GPU; torch's Muon for the linear layers inside blocks, with AdamW for all other parameters; and
+DeepSpeed's AdamW for CPUs, which is compiled when it is first used.
+"""
+
+import fcntl
+import shlex
+import shutil
+import time
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import group_parameters
+from torch import nn
+
+from karat_scale.foundation.errors import RecipeError
+from karat_scale.foundation.tables import load
+from karat_scale.models import no_weight_decay_names
+from karat_scale.models.layers import blocks_of
+from karat_scale.recipe import OptimConfig
+
+Groups = list[dict[str, Any]]
+"""Optimizer groups: `params`, `weight_decay`, and `lr_scale`, by which the schedule's rate is multiplied."""
+
+
+def parameter_groups(model: nn.Module, optim: OptimConfig, apart: Collection[str] = ()) -> Groups:
+    """The groups of a model's trainable parameters.
+
+    With `optim.layer_decay` d the layer that is n layers below the head has the scale d^n. An operator learns at the
+    rate of its block, and one that blocks share at that of the last.
+
+    Args:
+        apart: names of parameters to leave out.
+    """
+    exempt = no_weight_decay_names(model, optim.karat_weight_decay)
+    scales = layer_scales(model, optim.layer_decay)
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name not in apart:
+            decays = name not in exempt
+            new = {"params": [], "weight_decay": optim.weight_decay if decays else 0.0, "lr_scale": scales[name]}
+            groups.setdefault((scales[name], decays), new)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, reverse=True)]
+
+
+def layer_scales(model: Any, decay: float) -> dict[str, float]:
+    """What each parameter's rate is multiplied by; layers are timm's: the stem, each block, and the head.
+
+    Raises:
+        RecipeError: timm does not say what the model's layers are.
+    """
+    if decay == 1.0:
+        return {name: 1.0 for name, _ in model.named_parameters()}
+    if not hasattr(model, "group_matcher"):
+        raise RecipeError(
+            f"optim.layer_decay = {decay:g}: timm names no layers of a {type(model).__name__}; use optim.layer_decay=1"
+        )
+    layers: dict[str, int] = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    last_names = {parameter: name for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for name, parameter in model.named_parameters():
+        if (last := last_names[parameter]) != name:  # beside it are parameters that its attention layer alone has
+            of_layer = last.partition("operator.")[0]
+            layers[name] = next(layer for other, layer in layers.items() if other.startswith(of_layer))
+    top = max(layers.values())
+    return {name: decay ** (top - layer) for name, layer in layers.items()}
+
+
+def build_optimizer(
+    model: nn.Module, optim: OptimConfig, device: torch.device, on_cpu: bool = False, groups: Groups | None = None
+) -> torch.optim.Optimizer:
+    """Return the optimizer of `optim.name`; with `on_cpu`, DeepSpeed's version of it for an offloaded step.
+
+    groups: of the parameters that learn, each with its weight decay and its scale of the rate; by default those of
+    `parameter_groups`.
+
+    Raises:
+        RecipeError: this torch does not have the optimizer.
+    """
+    if on_cpu:
+        offloaded: torch.optim.Optimizer = load(optim.row.on_cpu)(
+            groups or parameter_groups(model, optim), lr=optim.lr, betas=optim.betas, eps=optim.eps
+        )
+        return offloaded
+    built: torch.optim.Optimizer = load(optim.row.place)(model, optim, device, groups)
+    return built
+
+
+def hidden_matrices(model: nn.Module) -> set[str]:
+    """Return the names of the weights of the linear layers inside blocks.
+
+    The patch embedding and the head are not among them, as Muon's authors advise. Nor is what KArAt learns: its
+    coefficients are many small functions and its W a stack for heads, and none of them maps one activation to the next.
+    """
+    inside = {module for block in blocks_of(model) for module in block.modules()}
+    return {
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear) and module in inside
+    }
+
+
+def own_matrices(model: nn.Module, optim: OptimConfig) -> set[str]:
+    """Return the names of the parameters that have the row's `matrix_states`."""
+    return set() if optim.row.matrix_states is None else hidden_matrices(model)
+
+
+def state_names(model: nn.Module, optim: OptimConfig) -> set[str]:
+    """Return the names of all states that the optimizer keeps for the parameters that learn."""
+    row, matrices = optim.row, own_matrices(model, optim)
+    learning = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return {state for name in learning for state in ((row.matrix_states or ()) if name in matrices else row.states)}
+
+
+def heeds_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """True if `step` changes nothing where the tensor `optimizer.found_inf` is 1, without a read of it on the host.
+
+    torch's fused optimizers do so, and say it to torch's gradient scaler.
+    """
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def build_adamw(
+    model: nn.Module, optim: OptimConfig, device: torch.device, groups: Groups | None = None
+) -> torch.optim.AdamW:
+    """Return AdamW over `groups`, by default all that learns."""
+    groups = groups or parameter_groups(model, optim)
+    fused = steps_fused(device)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
+
+
+def steps_fused(device: torch.device) -> bool:
+    """True if a step takes few operations. A CPU would gain little, and its runs would round in other places."""
+    return device.type == "cuda"
+
+
+def build_muon(
+    model: nn.Module, optim: OptimConfig, device: torch.device, groups: Groups | None = None
+) -> torch.optim.Optimizer:
+    """Return both as one optimizer; AdamW alone if no matrix learns.
+
+    Raises:
+        RecipeError: this torch has no Muon, or the task has groups of its own.
+    """
+    if groups is not None:
+        raise RecipeError("optim.name = muon: this task groups its parameters in another way; use optim.name=adamw")
+    hidden = hidden_matrices(model)
+    adamw = build_adamw(model, optim, device, parameter_groups(model, optim, apart=hidden))
+    matrices = parameter_groups(model, optim, apart={name for name, _ in model.named_parameters()} - hidden)
+    if not matrices:
+        return adamw
+    if not hasattr(torch.optim, "Muon"):
+        raise RecipeError(f"optim.name = muon: torch {torch.__version__} has no Muon; install torch 2.9 or newer")
+    # Updates of the size of AdamW's (arXiv 2502.16982): one learning rate and one weight decay are right for both.
+    return MuonWithAdamW(torch.optim.Muon(matrices, lr=optim.lr, adjust_lr_fn="match_rms_adamw"), adamw)
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """torch's Muon and torch's AdamW as one optimizer: one list of groups, one state."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self._parts = parts
+        groups = [{**group, "part": number} for number, part in enumerate(parts) for group in part.param_groups]
+        super().__init__(groups, {})
+
+    def step(self, closure: Any = None) -> Any:
+        """Step both; a closure is not supported."""
+        assert closure is None
+        for number, part in enumerate(self._parts):
+            # Loading a state replaces the lists of groups and states, so they are handed over each time.
+            part.param_groups = [group for group in self.param_groups if group["part"] == number]
+            part.state = self.state
+            part.step()
+
+
+# A build writes files all the time, and compiles none for longer than this.
+QUIET_SECONDS = 60.0
+
+
+def cpu_adam_can_be_built() -> bool:
+    """Whether this machine has what it is compiled with. DeepSpeed's own `is_compatible` does not look."""
+    from torch.utils.cpp_extension import get_cxx_compiler, is_ninja_available
+
+    return is_ninja_available() and shutil.which(shlex.split(get_cxx_compiler())[0]) is not None
+
+
+def build_cpu_adam() -> None:
+    """Compile it, if that has not been done, one process at a time.
+
+    torch marks a build with a file and waits until that file is gone. A build that was killed leaves its file, and
+    every later one would wait forever. Our lock ends with the process that holds it.
+    """
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = CPUAdamBuilder()
+    directory = Path(_get_build_directory(builder.name, verbose=False))
+    with (directory / "karat.lock").open("w") as lock:
+        with suppress(OSError):  # some file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_stale_mark(directory)
+        builder.load(verbose=False)
+
+
+def remove_stale_mark(directory: Path) -> None:
+    """Remove torch's mark of a build in `directory` if nothing there has changed for QUIET_SECONDS."""
+    newest = max((file.stat().st_mtime for file in directory.iterdir() if file.name != "karat.lock"), default=0.0)
+    if time.time() - newest > QUIET_SECONDS:
+        (directory / "lock").unlink(missing_ok=True)

@@ -1,0 +1,228 @@
+"""What is measured between two reports of a run.
+
+A rank's own time is the part of a step in which it waits for no other: for its data, and in its forward pass.
+Efficiency is how much of a device's arithmetic training uses: FLOP/s of the model's equations, and MFU where the peak
+is known.
+"""
+
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cached_property
+
+import psutil
+import torch
+
+from karat_scale.engine.precision import matrix_peak
+from karat_scale.foundation.machine import find_gpu
+from karat_scale.models.flops import flops_per_image
+from karat_scale.recipe import Recipe, TrainConfig
+
+
+class Interval:
+    """Sums and a stopwatch. What the device computes is added up there, and read when it is taken.
+
+    The stopwatch starts after this process's first step, which pays for warm-up. Starting and stopping it waits for the
+    device, so that the time of a step is not counted to what follows it.
+    """
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
+        self._device, self._clock = device, clock
+        self._losses: dict[str, torch.Tensor] = {}
+        self._step_losses: list[torch.Tensor] = []
+        self._loss_so_far: torch.Tensor | None = None
+        self._norms: list[torch.Tensor] = []
+        self._steps = 0
+        self._timed_steps = 0
+        self._seconds = 0.0
+        self._since: float | None = None
+        self._warm = False
+
+    def add_losses(self, losses: Mapping[str, torch.Tensor]) -> None:
+        """Add a step's (share of) losses, 0-dim, by name, without waiting for the device."""
+        for name, loss in losses.items():
+            share = loss.detach().float()
+            self._losses[name] = self._losses[name] + share if name in self._losses else share
+
+    def add_to_step(self, share: torch.Tensor) -> None:
+        """Add a micro batch's share of a step's loss, 0-dim, to be read step by step."""
+        share = share.detach().float()
+        self._loss_so_far = share if self._loss_so_far is None else self._loss_so_far + share
+
+    def take_step_losses(self) -> torch.Tensor:
+        """The loss of each step since they were last taken, [steps], on the device."""
+        taken, self._step_losses = self._step_losses, []
+        return torch.stack(taken) if taken else torch.empty(0, device=self._device)
+
+    def add_norm(self, norm: torch.Tensor) -> None:
+        """Keep a step's gradient norm, 0-dim, without waiting for the device."""
+        self._norms.append(norm.detach().to(torch.float32, copy=True))  # its memory may hold the next one soon
+
+    def take_norms(self) -> list[float]:
+        """The norms since they were last taken, in the order of the steps; one read for all."""
+        taken, self._norms = self._norms, []
+        return torch.stack(taken).tolist() if taken else []
+
+    def finish_step(self) -> None:
+        """Count a step."""
+        self._steps += 1
+        if self._loss_so_far is not None:
+            self._step_losses.append(self._loss_so_far)
+            self._loss_so_far = None
+        if self._warm:
+            self._timed_steps += 1
+        else:
+            self._warm = True
+            self._since = self._now()
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of training since the time was last taken. They can be set back."""
+        with self.paused():
+            return self._seconds
+
+    @seconds.setter
+    def seconds(self, seconds: float) -> None:
+        self._seconds = seconds
+        if self._since is not None:
+            self._since = self._now()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside is not training. Pauses nest."""
+        running = self._since is not None
+        if self._since is not None:
+            self._seconds += self._now() - self._since
+            self._since = None
+        try:
+            yield
+        finally:
+            if running:
+                self._since = self._now()
+
+    def take_time(self) -> tuple[int, float]:
+        """(timed steps, their seconds) since they were last taken."""
+        with self.paused():
+            taken = self._timed_steps, self._seconds
+            self._timed_steps, self._seconds = 0, 0.0
+        return taken
+
+    def take_losses(self) -> tuple[dict[str, torch.Tensor], int]:
+        """(summed losses by name, steps) since they were last taken."""
+        taken = self._losses, self._steps
+        self._losses, self._steps = {}, 0
+        return taken
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return self._clock()
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory this process has held: on the GPU if it trains there, else resident in RAM; in MB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def resident_memory_mb() -> float:
+    """What this process, its data workers and trackers hold in RAM now, in MB. Pages that they share count for each."""
+    process = psutil.Process()
+    total = process.memory_info().rss
+    for child in process.children(recursive=True):
+        with suppress(psutil.Error):  # it may end while we ask
+            total += child.memory_info().rss
+    return total / 1e6
+
+
+# Forward passes on a GPU that may wait to be added up; those that are done are added before there are more.
+MOST_WAITING = 64
+
+_Pass = tuple[torch.cuda.Event, torch.cuda.Event]
+
+
+class OwnTime:
+    """Adds up this rank's own seconds. At ZeRO 3 the forward pass gathers weights, so there it is not all its own.
+
+    A GPU's forward pass is timed by the device, whose clock is read when the sum is taken: nothing waits for it before.
+    """
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._clock = clock
+        self._seconds = 0.0
+        self._waiting: list[_Pass] = []
+
+    @contextmanager
+    def data(self) -> Iterator[None]:
+        """What is inside waits for data."""
+        with self._by_host_clock():
+            yield
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """What is inside is a forward pass."""
+        if not self._on_gpu:
+            with self._by_host_clock():
+                yield
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        self._waiting.append((begin, end))
+        if len(self._waiting) > MOST_WAITING:
+            self._add_up([one for one in self._waiting if one[1].query()])
+
+    @contextmanager
+    def _by_host_clock(self) -> Iterator[None]:
+        begun = self._clock()
+        yield
+        self._seconds += self._clock() - begun
+
+    def take(self) -> float:
+        """The seconds since they were last taken."""
+        for _, end in self._waiting:
+            end.synchronize()
+        self._add_up(self._waiting)
+        taken, self._seconds = self._seconds, 0.0
+        return taken
+
+    def _add_up(self, done: list[_Pass]) -> None:
+        self._seconds += sum(begin.elapsed_time(end) for begin, end in done) / 1e3
+        self._waiting = self._waiting[len(done) :]  # the device does them in order
+
+
+def device_peak(device: torch.device, train: TrainConfig) -> float | None:
+    """The most FLOP/s that a device has in a recipe's precision; None for a CPU and for a GPU not in the table."""
+    if device.type != "cuda":
+        return None
+    gpu = find_gpu(torch.cuda.get_device_name(device))
+    return matrix_peak(train, gpu.peaks) if gpu is not None else None
+
+
+class Efficiency:
+    """What a rate of images is in FLOP/s of one device (arXiv 2204.02311, appendix B, defines MFU).
+
+    Args:
+        devices: how many devices the images are shared by.
+        peak: FLOP/s of one, or None when nobody knows.
+    """
+
+    def __init__(self, recipe: Recipe, devices: int, peak: float | None) -> None:
+        self._recipe, self._devices, self._peak = recipe, devices, peak
+
+    def figures(self, images_per_second: float | None) -> dict[str, float | None]:
+        """`tflops`, 1e12 FLOP/s a device, and `mfu`, a fraction of the peak if that is known."""
+        achieved = self._flops * images_per_second / self._devices if images_per_second else None
+        figures = {"tflops": achieved / 1e12 if achieved else None}
+        if self._peak:
+            figures["mfu"] = achieved / self._peak if achieved else None
+        return figures
+
+    @cached_property
+    def _flops(self) -> int:
+        # Counted at the first report: a start need not wait for it.
+        return flops_per_image(self._recipe.model, self._recipe.attention, self._recipe.train.freeze).training

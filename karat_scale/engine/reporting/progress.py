@@ -1,0 +1,212 @@
+"""The progress that a person sees: a live bar on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from karat_scale.data.batch import BadSample
+from karat_scale.engine.heartbeat import Heartbeat
+from karat_scale.engine.reporting.metrics import MetricsLog
+from karat_scale.engine.run_state import RunState
+from karat_scale.engine.tracking.follow import Trackers
+from karat_scale.foundation.console import ProgressBars, printable, terminal
+from karat_scale.foundation.errors import say_in_one_write
+
+# A check of fewer bytes is over before a person has read about it.
+_LARGE = 10**8
+
+
+class PlainDisplay:
+    """Prints one line per report, with the time of day."""
+
+    def line(self, text: str) -> None:
+        """Print a line that stays."""
+        print(f"{time.strftime('%H:%M:%S')} {printable(text)}", flush=True)
+
+    def advance(self, done: int, total: int) -> None:
+        """A training step is done; only a bar shows it."""
+
+    def train(self, done: int, total: int, text: str) -> None:
+        """Show what was measured since the last report."""
+        self.line(f"step {done}/{total} {text}")
+
+    def evaluate(self, done: int, total: int) -> None:
+        """Show the progress of an evaluation; only a bar shows it."""
+
+    def verify(self, done: int, total: int) -> None:
+        """Show how many bytes of a checkpoint are verified; only a bar shows it. Any thread may call it."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+class TerminalDisplay(PlainDisplay):
+    """Live bars: training, and below it an evaluation or a check of files while there is one."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._bars, self._title = ProgressBars(console), title
+        self._bars.move(title, 0, None, keep=True)
+
+    def line(self, text: str) -> None:
+        """Print above the bars."""
+        self._bars.line(text)
+
+    def advance(self, done: int, total: int) -> None:
+        """Move the training bar."""
+        self._bars.move(self._title, done, total, keep=True)
+
+    def train(self, done: int, total: int, text: str) -> None:
+        """Show beside the training bar what was measured."""
+        self._bars.move(self._title, done, total, text, keep=True)
+
+    def evaluate(self, done: int, total: int) -> None:
+        """Move the evaluation bar; it disappears when it is full."""
+        self._bars.move("evaluate", done, total)
+
+    def verify(self, done: int, total: int) -> None:
+        """Move the bar of the check, in MB; it disappears when it is full."""
+        if total >= _LARGE:
+            self._bars.move("verify, MB", done // 10**6, total // 10**6)
+
+    def close(self) -> None:
+        """Stop the bars where they are."""
+        self._bars.stop()
+
+
+class SilentDisplay(PlainDisplay):
+    """For ranks other than 0: only warnings, on standard error."""
+
+    def line(self, text: str) -> None:
+        """Print nothing."""
+
+
+def choose_display(is_main: bool, title: str) -> PlainDisplay:
+    """A live bar when standard output is a terminal, and nothing on ranks other than 0."""
+    if not is_main:
+        return SilentDisplay()
+    console = terminal()
+    return TerminalDisplay(console, title) if console else PlainDisplay()
+
+
+class Reporter:
+    """Tells the person and the log the same things. `log` is None on ranks other than 0."""
+
+    def __init__(
+        self, display: PlainDisplay, log: MetricsLog | None, rank: int = 0, heartbeat: Heartbeat | None = None
+    ) -> None:
+        self.display = display
+        self._log = log
+        self._rank = rank
+        self._heartbeat = heartbeat
+        self._trackers: Trackers | None = None
+        self._others: list[Callable[[], list[str]]] = []
+        self._has_histograms = True
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether figures go to files here; True on rank 0 alone."""
+        return self._log is not None
+
+    def start_trackers(self, run: Path, names: Sequence[str], anew: bool) -> None:
+        """Start what shows the run elsewhere, on rank 0. `anew`: it is not the run that they know."""
+        if self._log is not None:
+            self._trackers = Trackers(run, names, anew)
+            self.hear(self._trackers.messages)
+
+    def hear(self, messages: Callable[[], list[str]]) -> None:
+        """Now and after each event, tell the person what `messages` returns: lines of what runs beside training."""
+        self._others.append(messages)
+        self.tell_of_others()
+
+    def beat(self, doing: str, step: int = 0) -> None:
+        """This rank got on: it begins with `doing` now, for whoever watches for hangs."""
+        if self._heartbeat is not None:
+            self._heartbeat.beat(doing, step)
+
+    def pace(self, own_seconds: float) -> None:
+        """What a step takes this rank of its own, for whoever watches for slow ones."""
+        if self._heartbeat is not None:
+            self._heartbeat.pace(own_seconds)
+
+    def info(self, text: str) -> None:
+        """A line for the person."""
+        self.display.line(text)
+
+    def warn(self, text: str) -> None:
+        """A warning, from whichever rank has it."""
+        if isinstance(self.display, SilentDisplay):
+            say_in_one_write(f"[rank {self._rank}] warning: {text}")
+        else:
+            self.display.line(f"warning: {text}")
+
+    def bad_sample(self, sample: BadSample) -> None:
+        """A sample that could not be read, by its place."""
+        self.warn(f"unreadable image {sample.key} in {sample.shard}: {sample.reason}")
+
+    def train(self, step: int, total: int, figures: dict[str, Any]) -> None:
+        """Figures of the steps since the last report."""
+        rate = figures["images_per_second"]
+        text = f"epoch {figures['epoch']} loss {figures['loss']:.4f} lr {figures['lr']:.2e}"
+        text += f" {rate:,.0f} img/s" if rate else ""
+        text += f" MFU {figures['mfu']:.1%}" if figures.get("mfu") else ""
+        self.display.train(step, total, text)
+        self._write("train", step, **figures)
+
+    def evaluated(self, step: int, text: str, figures: dict[str, Any]) -> None:
+        """The result of an evaluation, in words and as figures."""
+        self.info(f"eval at step {step}: {text}")
+        self._write("eval", step, **figures)
+
+    def histograms(self, step: int, histograms: Mapping[str, Mapping[str, Any]]) -> None:
+        """Distributions of weights, by name."""
+        if self._log is not None and self._has_histograms and (problem := self._log.histograms(step, histograms)):
+            self._has_histograms = False
+            self.warn(f"{problem}; there are no more histograms")
+
+    def checkpoint(self, state: RunState, name: str, seconds: float, stall: float) -> None:
+        """A checkpoint is complete; training stood still for `stall` of its seconds."""
+        self.info(f"saved {name} in {seconds:.1f} s; training waited for {stall:.1f} s of them")
+        figures = {"seconds": round(seconds, 3), "stall_seconds": round(stall, 3)}
+        self._write("checkpoint", state.step, samples=state.samples, name=name, **figures)
+
+    def resumed(self, state: RunState, name: str) -> None:
+        """Training resumes from a checkpoint."""
+        self.info(f"resumed from {name}: step {state.step}, {state.samples:,} samples seen")
+        self._write("resume", state.step, samples=state.samples, name=name, restarts=state.restarts)
+
+    def spike(self, step: int, loss: float, limit: float, advice: str) -> None:
+        """The loss of a step is far above those before."""
+        self.warn(f"step {step} has a loss of {loss:.4g}, above the limit of {limit:.4g} for a spike; {advice}")
+        self._write("spike", step, loss=loss, limit=limit)
+
+    def end(self, state: RunState, exit_code: int, reason: str) -> None:
+        """The last event of this process."""
+        self._write("end", state.step, samples=state.samples, exit=exit_code, reason=reason)
+
+    def close(self) -> None:
+        """Restore the terminal and close the files."""
+        self.display.close()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+        if self._log is not None:
+            self._log.close()
+
+    def _write(self, event: str, step: int, **figures: Any) -> None:
+        if self._log is not None:
+            self._log.write(event, step, **figures)
+            self.tell_of_others()
+
+    def finish_trackers(self, seconds: float) -> None:
+        """Let the trackers send what is left, for at most so long; one line for each that has not got everything."""
+        if self._trackers is not None:
+            self._trackers.finish(seconds)
+            self.tell_of_others()
+
+    def tell_of_others(self) -> None:
+        """Tell at once what runs beside training has to say."""
+        for messages in self._others:
+            for message in messages():
+                self.info(message)

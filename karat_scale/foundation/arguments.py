@@ -1,0 +1,150 @@
+"""Argument parsing that all our commands share: one-line errors, numbers with bounds, overrides between options."""
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from karat_scale.foundation.errors import nearest, on_one_line
+from karat_scale.foundation.stores.urls import is_url
+from karat_scale.foundation.tables import TRACKERS
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line with exit code 2. A command's `overrides` may be between its options."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse like argparse. Some versions leave positionals after an option unparsed; here they become overrides."""
+        options, left = super().parse_known_args(args, namespace)
+        takes_overrides = hasattr(options, "overrides")
+        strange = [text for text in left if text.startswith("-") or "=" not in text or not takes_overrides]
+        if strange:
+            self.error(_why_strange(strange, takes_overrides))
+        if left:
+            options.overrides = [*options.overrides, *left]
+        return options, []
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` to standard error and exit."""
+        self.exit(2, f"error: {on_one_line(message)} ({self.prog} --help lists the options)\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Check `choices` like argparse, and suggest the nearest one."""
+        if action.choices is not None and value not in action.choices:
+            names = [str(choice) for choice in action.choices]
+            close = nearest(str(value), names, likeness=0.5)  # options are short
+            hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)}"
+            if action.dest == "command":
+                hint = _instead_of_command(str(value)) or hint
+            raise argparse.ArgumentError(action, f"unknown value {value!r}; {hint}")
+
+
+# What people type as a command, and the command that does it.
+_OTHER_COMMANDS = {
+    "evaluate": "use karat eval RUN",
+    "finetune": "use karat train RECIPE init_from=WEIGHTS",
+    "fit": "use karat train RECIPE",
+    "resume": "run the same karat train command again, and it resumes",
+    "test": "use karat eval RUN --on DIR",
+}
+
+
+def _instead_of_command(name: str) -> str:
+    if name in _OTHER_COMMANDS:
+        return _OTHER_COMMANDS[name]
+    return f"did you mean karat train {name}?" if name.endswith((".yaml", ".yml")) else ""
+
+
+def _why_strange(strange: Sequence[str], takes_overrides: bool) -> str:
+    first = next((text for text in strange if text.startswith("-")), strange[0])
+    if first.startswith("-"):
+        return f"unknown option {first.partition('=')[0]}"
+    return f"unexpected argument {first!r}" + ("; overrides are key=value" if takes_overrides else "")
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Return the type of an argument that is an integer of at least `least`."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
+        return number
+
+    return read
+
+
+count = whole(1)
+
+
+def positive(text: str) -> float:
+    """Parse a finite number above 0. Raises argparse.ArgumentTypeError."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+def new_file(text: str) -> str:
+    """Return the path of a file after checking that it can be written, so that a long run does not fail at its end.
+
+    Raises:
+        argparse.ArgumentTypeError: its directory does not exist or is not writable.
+    """
+    path = Path(text).absolute()
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a directory; name a file in it")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: its directory does not exist; create it or name another file")
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r}: its directory is not writable; name a file elsewhere")
+    return text
+
+
+def run_directory(text: str) -> str:
+    """Refuse the URL of a run's copy where its directory is wanted. Raises argparse.ArgumentTypeError."""
+    if is_url(text):
+        raise argparse.ArgumentTypeError("it is a URL; `karat fetch URL DIR` makes a directory of the run there")
+    return text
+
+
+def time_limit(text: str) -> str:
+    """Check a time limit of sbatch: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises argparse.ArgumentTypeError."""
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}|infinite|unlimited", text, re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time limit of sbatch; use minutes, H:M:S, D-H or D-H:M:S")
+    return text
+
+
+def tracker(text: str) -> str:
+    """Check the name of a tracker, or the place of a class. Raises argparse.ArgumentTypeError."""
+    if text not in TRACKERS and ":" not in text:
+        close = nearest(text, TRACKERS, likeness=0.5)
+        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(TRACKERS)} or package.module:Class"
+        raise argparse.ArgumentTypeError(f"unknown tracker {text!r}; {hint}")
+    return text
+
+
+def virtual_environment(text: str) -> str:
+    """Return the absolute path of a virtual environment. Raises argparse.ArgumentTypeError if it is not one."""
+    path = Path(text).absolute()
+    if not (path / "bin" / "activate").is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a virtual environment: bin/activate is missing")
+    return str(path)
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--trust` of the commands that may read what others wrote."""
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="run classes that a run or a file of weights names; or set KARAT_TRUST=1",
+    )

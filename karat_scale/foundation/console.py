@@ -1,0 +1,214 @@
+"""What all commands print: tables, units, durations and progress; and the file that `--json` names.
+
+rich is imported only where something is drawn: `karat --help` stays quick, and `karat doctor` and `karat bench gpu` run
+without it.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from karat_scale.foundation.files import write_atomically
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+def write_json(file: str | Path | None, content: Any) -> None:
+    """Write `content` as indented JSON to a file; without a file, do nothing."""
+    if file:
+        write_atomically(Path(file), json.dumps(content, indent=2) + "\n")
+
+
+def printable(text: str) -> str:
+    """Return text whose control characters are written out, as `\\x1b`: recipes, paths and events may hold some.
+
+    Line breaks and tabs stay.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def terminal(stderr: bool = False) -> "Console | None":
+    """Return rich's console of standard output or error; None if that is not a terminal or rich is not installed."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else None
+
+
+def make_table(title: str, header: Sequence[str] = (), texts: Collection[int] = (0,)) -> "Table":
+    """Return an empty table of rich in our style. Columns that are not in `texts` are right-aligned."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(printable(title)), title_justify="left", title_style="bold", box=box.SIMPLE)
+    for number, name in enumerate(header):
+        table.add_column(Text(printable(name)), justify="left" if number in texts else "right", overflow="fold")
+    return table
+
+
+def print_table(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], texts: Collection[int] = (0,)
+) -> None:
+    """Print a table: rich's on a terminal, aligned lines elsewhere. Columns that are not in `texts` hold figures."""
+    console = terminal()
+    if console is None:
+        lines = [[printable(cell) for cell in line] for line in (header, *rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        print(f"\n{printable(title)}")
+        for line in lines:
+            cells = (f"{cell:{'<' if i in texts else '>'}{widths[i]}}" for i, cell in enumerate(line))
+            print(f"  {'  '.join(cells)}".rstrip(), flush=True)
+        return
+    from rich.text import Text
+
+    table = make_table(title, header, texts)
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console.print(table)
+
+
+def gigabytes(size: float) -> str:
+    """Format bytes as GB (1e9), or as MB (1e6) below a hundredth of that."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Format a duration: "3 d 4 h" or "12 min 5 s" in at most two units; below a minute "4.5 s" or "120 ms"."""
+    if seconds < 59.5:
+        return f"{seconds:.3g} s" if seconds >= 1 or seconds == 0 else f"{1e3 * seconds:.3g} ms"
+    left, parts = round(seconds), []
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        if count:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2])
+
+
+def plural(number: int, noun: str) -> str:
+    """Return a count with its noun."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+class ProgressBars:
+    """Bars on a terminal, one for each name, with the time left. A full bar disappears unless it is kept."""
+
+    def __init__(self, console: "Console") -> None:
+        from rich import progress
+
+        self._progress = progress.Progress(
+            progress.TextColumn("{task.description}", style="bold", markup=False),
+            progress.BarColumn(bar_width=24),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[text]}", markup=False),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=120,
+        )
+        self._tasks: dict[str, progress.TaskID] = {}
+        self._progress.start()
+
+    def line(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._progress.console.print(printable(text), markup=False, highlight=False)
+
+    def move(self, name: str, done: int, total: int | None, text: str | None = None, keep: bool = False) -> None:
+        """Move the bar `name`, which is added if there is none. `text` stays beside the bar until it is replaced."""
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(printable(name), total=total, text="")
+        fields: dict[str, Any] = {} if text is None else {"text": printable(text)}
+        self._progress.update(self._tasks[name], completed=done, total=total, **fields)
+        if total is not None and done >= total and not keep:
+            self.remove(name)
+
+    def remove(self, name: str) -> None:
+        """Remove a bar, if there is one of this name."""
+        if name in self._tasks:
+            self._progress.remove_task(self._tasks.pop(name))
+
+    def stop(self) -> None:
+        """Leave the bars as they are."""
+        self._progress.stop()
+
+
+@contextmanager
+def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Show `what` advancing to `total`: a bar with its rate on a terminal, elsewhere a line every ten seconds.
+
+    Yields a function that takes by how much the work has advanced.
+    """
+    what, console = printable(what), terminal(stderr=True)
+    bars = ProgressBars(console) if console else None
+    done = 0
+    started = reported = time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if bars is not None:
+            bars.move(what, done, total, f"{rate():,.0f} {unit}/s", keep=True)
+        elif time.monotonic() - reported >= PLAIN_LINE_SECONDS:
+            report()
+
+    def rate() -> float:
+        return done / max(time.monotonic() - started, 1e-9)
+
+    def report() -> None:
+        nonlocal reported
+        reported = time.monotonic()
+        left = (total - done) / rate() if done else 0
+        print(f"{what}: {done} of {total} {unit}, {rate():,.0f} a second, {left:.0f} s left", flush=True)
+
+    try:
+        yield advance
+    finally:
+        if bars is not None:
+            bars.stop()
+    if bars is None:
+        report()
+
+
+@contextmanager
+def work_display() -> Iterator[Callable[[str, int, int], None]]:
+    """Show one piece of work after another: a bar on a terminal, elsewhere a line when it starts and every ten seconds.
+
+    Yields a function that takes the current work, the steps done and their total number.
+    """
+    console = terminal(stderr=True)
+    bars = ProgressBars(console) if console else None
+    current, first = "", 0
+    started = reported = time.monotonic()
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal current, first, started, reported
+        what, now = printable(what), time.monotonic()
+        if what != current:
+            if bars is not None:
+                bars.remove(current)
+            else:
+                print(what, file=sys.stderr, flush=True)
+            current, first, started, reported = what, done, now, now
+        if bars is not None:
+            bars.move(what, done, total, keep=True)
+        elif now - reported >= PLAIN_LINE_SECONDS and done > first:
+            left = (total - done) * (now - started) / (done - first)
+            print(f"{what}: {done} of {total}, about {duration(left)} left", file=sys.stderr, flush=True)
+            reported = now
+
+    try:
+        yield show
+    finally:
+        if bars is not None:
+            bars.stop()

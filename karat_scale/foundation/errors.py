@@ -1,0 +1,158 @@
+"""The errors that a user can fix. Each is one clear line and ends a command with exit code 2.
+
+Also: the nearest known name for an unknown one, and how a failed allocation is recognised, on the CPU and on a GPU.
+"""
+
+import errno
+import sys
+from collections.abc import Callable, Iterable
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import NoReturn
+
+from karat_scale.foundation.console import printable
+
+# The exit code of a run that saved on a signal and should be run again: sysexits' EX_TEMPFAIL.
+EXIT_STOPPED = 75
+
+
+class UserError(Exception):
+    """The user's request cannot be done; the message says what is wrong and how to fix it."""
+
+
+class RecipeError(UserError):
+    """The recipe or an override is wrong."""
+
+
+class DataError(UserError):
+    """The data of the recipe is missing or damaged, or does not fit the recipe."""
+
+
+class DivergedError(UserError):
+    """The loss or the gradients are not finite, and the recipe says to stop."""
+
+
+class RunDirectoryError(UserError):
+    """The run directory or one of its checkpoints does not fit the command."""
+
+
+class PeerError(Exception):
+    """Another rank has failed or is gone, so this one ends too: one line and exit code 1."""
+
+
+def not_written(file: str | Path, error: OSError) -> RunDirectoryError:
+    """Return the error for a file of a run that could not be written."""
+    return RunDirectoryError(f"{file}: {error.strerror or error}; fix that and run the same command to resume")
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or the name of its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def on_one_line(text: str) -> str:
+    """Return a message as one line that no terminal acts on."""
+    return printable(" ".join(text.split()))
+
+
+_LACKS = {
+    errno.EMFILE: "too few file descriptors; raise `ulimit -n`, or lower data.workers",
+    errno.ENFILE: "too few file descriptors on this machine; lower data.workers",
+    errno.EAGAIN: "no more processes or threads; raise `ulimit -u` or the control group's limit, or lower data.workers",
+    errno.ENOMEM: "out of memory; lower data.workers or train.micro_batch",
+}
+# What libraries say instead of an OSError.
+_WORDS = {
+    "can't start new thread": errno.EAGAIN,
+    "Resource temporarily unavailable": errno.EAGAIN,
+    "Too many open files": errno.EMFILE,
+    "Cannot allocate memory": errno.ENOMEM,
+    "can't allocate memory": errno.ENOMEM,
+}
+
+
+def of_the_machine(error: BaseException) -> tuple[str, int] | None:
+    """Return a line and an exit code for what a machine lacks or its file system refuses; None for any other error.
+
+    The code is 1 where the machine lacks something, and 2 where a file is not what the user thought.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError):
+            return _LACKS[errno.ENOMEM], 1
+        number = cause.errno if isinstance(cause, OSError) else None
+        if number is None:  # also an OSError of a data worker, which torch makes anew of its text
+            number = _number_in_words(str(cause))
+        if number in _LACKS:
+            return _LACKS[number], 1
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{str(error.filename)[:200]}: {error.strerror}", 2
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return f"{one_line(error)}; write paths without ~, or set HOME", 2
+    return None
+
+
+def _number_in_words(text: str) -> int | None:
+    return next((number for words, number in _WORDS.items() if words in text), None)
+
+
+def say_in_one_write(line: str) -> None:
+    """Write a line to standard error at once.
+
+    Where Python does not buffer, `print` writes the end of a line separately, and the lines of several ranks mix.
+    """
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def run_script(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script and exit with its code; 2 with one line on stderr for what the user can fix, 130 for Ctrl-C."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        code, message = 2, str(error)
+    except OSError as error:
+        code, message = 2, _described(error)
+    except KeyboardInterrupt:
+        code, message = 130, "stopped; run the same command again"
+    say_in_one_write(f"error: {on_one_line(message)}")
+    sys.exit(code)
+
+
+def _described(error: OSError) -> str:
+    reason = error.strerror or error
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or '--out'}: {reason}; free space there and run the same command again"
+    return f"{error.filename or 'the system'}: {reason}"
+
+
+# Beside the exceptions' own classes: torch's CPU allocator, CUDA's driver, cuBLAS, C++.
+_SIGNS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if an exception says that there was not enough memory."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+def nearest(name: str, names: Iterable[str], count: int = 1, likeness: float = 0.6) -> list[str]:
+    """Return at most `count` of `names`, the most similar first, whose beginning is similar enough to `name`.
+
+    The beginning is compared first: people omit the long endings of model names, and seldom mistype the start.
+    """
+
+    def score(other: str) -> tuple[float, float]:
+        return _ratio(other[: len(name)], name), _ratio(other, name)
+
+    scores = {other: score(other) for other in names}
+    alike = [other for other in scores if scores[other][0] >= likeness]
+    return sorted(alike, key=lambda other: scores[other], reverse=True)[:count]
+
+
+def _ratio(one: str, other: str) -> float:
+    return SequenceMatcher(None, one, other).ratio()

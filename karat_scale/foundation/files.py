@@ -1,0 +1,319 @@
+"""Atomic file writes, hashes of files, and the folders that ship beside the package.
+
+What is being written has a temporary name, `.NAME.RANDOM.unfinished`, a file or a folder. The writer holds a lock on
+it. A kill releases the lock, so what a killed writer left behind is known by it, and the next writer of that name, or
+the next start of the run, removes it.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+_SUFFIX = ".unfinished"
+_NAME = re.compile(r"\.(?P<of>.+)\.[a-z0-9_]{8}\.unfinished", re.DOTALL)
+
+
+@contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """An empty file beside `path`; gone after the block, unless it was renamed."""
+
+    def make(prefix: str, directory: Path) -> Path:
+        handle, name = tempfile.mkstemp(_SUFFIX, prefix, directory)
+        os.close(handle)
+        return Path(name)
+
+    with _held(path, make) as temporary:
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`; gone after the block, unless it was renamed."""
+    with _held(path, lambda prefix, directory: Path(tempfile.mkdtemp(_SUFFIX, prefix, directory))) as temporary:
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _held(path: Path, make: Callable[[str, Path], Path]) -> Iterator[Path]:
+    remove_leftovers(path.parent, path.name)
+    while True:
+        temporary = make(f".{path.name}.", path.parent)
+        try:
+            handle = _open(temporary, 0)
+        except FileNotFoundError:  # another writer took it for a leftover
+            continue
+        try:
+            _lock(handle)
+            if temporary.exists():
+                yield temporary
+                return
+        finally:
+            os.close(handle)
+
+
+def remove_leftovers(directory: Path, of: str | None = None) -> list[str]:
+    """Remove what killed writers left in a directory.
+
+    Args:
+        of: the name that they were writing; any when None.
+
+    Returns:
+        A line for each one that cannot be removed.
+    """
+    problems = []
+    for path in _unfinished(directory, of):
+        try:
+            handle = _open(path, os.O_NONBLOCK | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            problems.append(_line(path, error))
+            continue
+        try:
+            if _lock(handle):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        except OSError as error:
+            problems.append(_line(path, error))
+        finally:
+            os.close(handle)
+    return problems
+
+
+def _open(path: Path, flags: int) -> int:
+    """Open it for a lock: NFS locks only files that are open for writing, and folders cannot be."""
+    return os.open(path, flags | (os.O_RDWR if path.is_file() and os.access(path, os.W_OK) else os.O_RDONLY))
+
+
+def _unfinished(directory: Path, of: str | None) -> list[Path]:
+    with suppress(OSError):
+        found = [(path, _NAME.fullmatch(path.name)) for path in directory.iterdir()]
+        return [path for path, match in found if match and of in (None, match["of"])]
+    return []
+
+
+def _lock(handle: int) -> bool:
+    """Take the lock; False where another process has it. Where there are no locks, nothing is a leftover."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _line(path: Path, error: OSError) -> str:
+    return f"{path} is left over from a run that was killed and cannot be removed: {error.strerror}; remove it by hand"
+
+
+_BLOCK = 1 << 20
+# Of what we write as text, an index of a checkpoint with very many ranks is the largest.
+LARGEST_TEXT = 64 * 2**20
+# An uncompressed image of 80 million pixels with 16 bits in each channel is smaller.
+_LARGEST_IMAGE = 512 * 2**20
+# What the system calls empty may be a file of its own, such as those in /proc.
+_LEAST_READ = 1 << 16
+
+
+class Fingerprint(NamedTuple):
+    """The size and hash of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class FingerprintedFile:
+    """A binary file that computes its fingerprint while it is written from front to back.
+
+    `on_bytes` is called with the size of each piece that has been written.
+    """
+
+    def __init__(self, file: IO[bytes], on_bytes: Callable[[int], None] | None = None) -> None:
+        self._file = file
+        self._on_bytes = on_bytes
+        self._bytes = 0
+        self._digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        """Append all of `data`."""
+        self._digest.update(data)
+        written = self._file.write(data)
+        self._bytes += written
+        if self._on_bytes is not None:
+            self._on_bytes(written)
+        return written
+
+    def flush(self) -> None:
+        """Flush the buffer to the operating system."""
+        self._file.flush()
+
+    def fingerprint(self) -> Fingerprint:
+        """The fingerprint of everything written so far."""
+        return Fingerprint(self._bytes, self._digest.hexdigest())
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file that the user names: under a temporary name, flushed to disk, and renamed. Text is written as UTF-8.
+
+    A link's target is replaced, not the link. A device, a pipe or a socket is written to as it is.
+    """
+    if _is_special(path):
+        with path.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+        return
+    replace_file(Path(os.path.realpath(path)), content)
+
+
+def replace_file(path: Path, content: bytes | str) -> None:
+    """Write a file of ours like `write_atomically`. What has its name is replaced, also a link or a pipe."""
+    data = content.encode() if isinstance(content, str) else content
+    with name_in_errors(path), temporary_file(path) as temporary:
+        temporary.write_bytes(data)
+        commit_file(temporary, path)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder of ours, if need be. Raises OSError, also where a link leads elsewhere."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "is a link, and nothing is written where it leads; remove it", str(path))
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Return a descriptor of a regular file, which the caller closes; never waits for the other end of a pipe.
+
+    Raises:
+        OSError: it cannot be opened, or it is a device, pipe, socket or directory.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ENXIO, errno.EISDIR):
+            raise
+        raise _not_regular(path) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_regular(path)
+    return descriptor
+
+
+def append_to(path: Path) -> IO[str]:
+    """Open a text file of ours for lines at its end. Raises OSError, also where it is a link or no regular file."""
+    return os.fdopen(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW), "a", encoding="utf-8")
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """Return the content of a regular file of at most `most` bytes; never waits, and never reads without end.
+
+    Raises:
+        OSError: there is no such file, it is a device, pipe or directory, or it is larger.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = b"" if size > most else file.read(min(max(size, _LEAST_READ), most) + 1)
+    if max(size, len(content)) > most:
+        raise OSError(errno.EFBIG, f"larger than {most / 1e6:g} MB", str(path))
+    return content
+
+
+def read_image(path: Path) -> bytes:
+    """Return an encoded image, as `read_bytes` reads it. Raises OSError, also for a file larger than any image."""
+    return read_bytes(path, _LARGEST_IMAGE)
+
+
+def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
+    """Return the text of a regular file, as `read_bytes` reads it.
+
+    Raises:
+        OSError: there is no such file, it is a device, pipe or directory, or it is larger.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    return read_bytes(path, most).decode("utf-8")
+
+
+def _not_regular(path: Path) -> OSError:
+    return OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what a JSON text says. ValueError where it is none, or is nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _is_special(path: Path) -> bool:
+    """True for what a rename must not replace: devices, pipes, and a standard stream by its name in /dev."""
+    is_other = path.exists() and not path.is_file() and not path.is_dir()
+    return is_other or (path.absolute().parts[:2] in (("/", "dev"), ("/", "proc")) and path.exists())
+
+
+@contextmanager
+def name_in_errors(path: Path) -> Iterator[None]:
+    """Add this file name to an OSError without one, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def commit_file(temporary: Path, path: Path) -> None:
+    """Flush a written temporary file to disk and rename it to `path`."""
+    temporary.chmod(0o644)
+    flush_to_disk(temporary)
+    temporary.replace(path)
+    flush_to_disk(path.parent)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Flush a file, or the entries of a directory, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """Return the SHA-256 of a file as hex. `on_bytes` is called with the size of each piece that has been read."""
+    digest = hashlib.sha256()
+    with os.fdopen(open_regular(path), "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            if on_bytes is not None:
+                on_bytes(len(block))
+    return digest.hexdigest()
+
+
+def json_sha256(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of plain data as hex. It does not depend on the order or layout of the JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return plain data together with its SHA-256 as `sha256`, so that a later change can be detected."""
+    unsealed = {key: value for key, value in content.items() if key != "sha256"}
+    return {**unsealed, "sha256": json_sha256(unsealed)}
+
+
+def shipped_directory(name: str) -> Path:
+    """The folder `name`: inside the package of an installed wheel, or at the top of a clone."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / name
+    return installed if installed.is_dir() else package.parent / name

@@ -1,0 +1,264 @@
+"""The limits of this machine, and of the GPUs we know: asked by doctor, plan and data workers alike.
+
+Cores and memory are those that this process may use, within the limits of control groups (versions 1 and 2).
+
+Triton and TorchInductor keep what they compile on a disk of the node. Triton's default is in the home directory. On a
+cluster that is a network file system, where all ranks of a job look for, write and rename hundreds of small files at
+the same moment.
+"""
+
+import math
+import os
+import platform
+import re
+import stat
+import tempfile
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from karat_scale.foundation.errors import UserError, nearest
+from karat_scale.foundation.native_build import cpu_flags, home
+
+ROOT = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+# Version 1 writes the largest multiple of a page for "no limit".
+UNLIMITED = 1 << 60
+
+
+def usable_cores() -> int:
+    """Return the cores that may run this process: affinity (set by SLURM or taskset), and a control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def usable_memory() -> int:
+    """Return the most bytes of RAM that this process may use."""
+    import psutil  # here, so that the doctor reports its absence and does not crash
+
+    total = int(psutil.virtual_memory().total)
+    return min(total, memory_limit() or total)
+
+
+def processor_name() -> str:
+    """This machine's processor, as the kernel names it; its architecture where the kernel does not."""
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether the processor multiplies bf16 by instructions of its own; True where nothing is known."""
+    flags = cpu_flags()
+    return not flags or bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def cpu_quota(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float | None:
+    """Return the CPU time, in cores, that the tightest group allows, or None if no group limits it."""
+    quotas: list[float] = []
+    for directory in _directories(root, membership, "cpu"):
+        words = (_text(directory / "cpu.max") or "").split()
+        if not words:
+            quota, period = _text(directory / "cpu.cfs_quota_us"), _text(directory / "cpu.cfs_period_us")
+            words = [quota, period] if quota and period else []
+        if len(words) == 2 and words[0] not in ("max", "-1"):
+            quotas.append(int(words[0]) / int(words[1]))
+    return min(quotas, default=None)
+
+
+def memory_limit(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None:
+    """Return the bytes that the tightest group allows, or None if no group limits them."""
+    limits: list[float] = []
+    for directory in _directories(root, membership, "memory"):
+        text = _text(directory / "memory.max") or _text(directory / "memory.limit_in_bytes")
+        limits.append(int(text) if text and text != "max" else math.inf)
+    tightest = min(limits, default=math.inf)
+    return int(tightest) if tightest < UNLIMITED else None
+
+
+def _directories(root: Path, membership: Path, controller: str) -> Iterator[Path]:
+    """Yield the groups of this process for a controller, and those above. A container may show its own as the root."""
+    for line in (_text(membership) or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top = root
+        elif controller in controllers.split(","):
+            top = next((p for p in (root / controllers, root / controller) if p.is_dir()), root / controller)
+        else:
+            continue
+        group = Path(path.lstrip("/"))
+        yield from (top / part for part in (group, *group.parents))
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
+
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU.
+
+    `peaks` holds FLOP/s by precision, sums in fp32; a precision that its matrix units lack is not in it.
+    """
+
+    key: str
+    cuda_name: str
+    """The end of `torch.cuda.get_device_name`."""
+    memory_bytes: int
+    bandwidth: float
+    """Bandwidth of its memory, in bytes per second."""
+    peaks: dict[str, float]
+
+
+def find_gpu(name: str) -> Gpu | None:
+    """The GPU of a key such as "h100-80" or of a name that CUDA reports; None for one that is not in the table.
+
+    A slice of a GPU (MIG) and a variant (Laptop, D) have longer names, and are none of them.
+    """
+    for gpu in GPUS:
+        if name == gpu.key or re.search(rf"\b{re.escape(gpu.cuda_name)}$", name):
+            return gpu
+    return None
+
+
+_OTHER_GPU = "For any other card, use karat plan RECIPE --memory GB"
+
+
+# What most machines with such a card have: the one with NVLink, of the larger memory.
+_USUAL = {"h100": "h100-80", "a100": "a100-80"}
+
+
+def known_gpu(name: str) -> Gpu:
+    """The GPU of that name, or the usual or only one whose name begins with it. Raises UserError, which lists names."""
+    gpu = find_gpu(_USUAL.get(name.lower(), name))
+    alike = [gpu.key for gpu in GPUS if gpu.key.startswith(f"{name.lower()}-")]
+    if gpu is None and len(alike) == 1:
+        gpu = find_gpu(alike[0])
+    if gpu is None:
+        if close := alike or nearest(name.lower(), [gpu.key for gpu in GPUS], count=3):
+            raise UserError(f"--gpu {name}: not in the table; did you mean {' or '.join(close)}? {_OTHER_GPU}")
+        keys = ", ".join(gpu.key for gpu in GPUS)
+        raise UserError(f"--gpu {name}: not in the table ({keys}). {_OTHER_GPU}")
+    return gpu
+
+
+def _gpu(key: str, cuda_name: str, gib: float, gb_s: float, *teraflops: float | None) -> Gpu:
+    known = zip(PRECISIONS, teraflops, strict=True)
+    peaks = {precision: 1e12 * peak for precision, peak in known if peak is not None}
+    return Gpu(key, cuda_name, int(gib * 2**30), 1e9 * gb_s, peaks)
+
+
+# Peaks and bandwidths are those of NVIDIA's data sheets and architecture white papers, named above each group of rows,
+# without sparsity (some sheets print only the sparse figure, which is twice this). Memory is about what CUDA reports,
+# as published out-of-memory messages show it: less than on the sheet.
+# The columns: GiB, GB/s, then TFLOP/s in fp32, TF32, bf16 and fp16.
+GPUS = (
+    # HGX B200 data sheet (an eighth of the board); the RTX Blackwell white paper.
+    _gpu("b200-180", "B200", 178.3, 7700, 75.0, 1125.0, 2250.0, 2250.0),
+    _gpu("rtx5090-32", "RTX 5090", 31.3, 1792, 104.8, 104.8, 209.5, 209.5),
+    # H200, H100 and GH200 data sheets; the H100 white paper.
+    _gpu("gh200-96", "GH200 480GB", 94.5, 4000, 66.9, 494.7, 989.4, 989.4),
+    _gpu("h200-141", "H200", 139.7, 4800, 66.9, 494.7, 989.4, 989.4),
+    _gpu("h100-nvl-94", "H100 NVL", 93.0, 3900, 60.0, 417.5, 835.5, 835.5),
+    _gpu("h100-pcie-80", "H100 PCIe", 79.1, 2000, 51.2, 378.0, 756.0, 756.0),
+    _gpu("h100-80", "H100 80GB HBM3", 79.1, 3350, 66.9, 494.7, 989.4, 989.4),
+    # A100, A30, A10, A40 and RTX A6000 data sheets; AWS's page on G5 instances for the A10G.
+    _gpu("a100-80", "A100-SXM4-80GB", 79.1, 2039, 19.5, 156.0, 312.0, 312.0),
+    _gpu("a100-40", "A100-SXM4-40GB", 39.4, 1555, 19.5, 156.0, 312.0, 312.0),
+    _gpu("a100-pcie-80", "A100 80GB PCIe", 79.1, 1935, 19.5, 156.0, 312.0, 312.0),
+    _gpu("a100-pcie-40", "A100-PCIE-40GB", 39.4, 1555, 19.5, 156.0, 312.0, 312.0),
+    _gpu("a30-24", "A30", 23.5, 933, 10.3, 82.0, 165.0, 165.0),
+    _gpu("a10g-24", "A10G", 22.0, 600, 35.0, 35.0, 70.0, 70.0),
+    _gpu("a10-24", "A10", 22.0, 600, 31.2, 62.5, 125.0, 125.0),
+    _gpu("a40-48", "A40", 44.3, 696, 37.4, 74.8, 149.7, 149.7),
+    _gpu("a6000-48", "RTX A6000", 47.4, 768, 38.7, 77.4, 154.8, 154.8),
+    # L4, L40 and L40S data sheets; the Ada white paper.
+    _gpu("l40s-48", "L40S", 44.4, 864, 91.6, 183.0, 362.1, 362.1),
+    _gpu("l40-48", "L40", 44.4, 864, 90.5, 90.5, 181.1, 181.1),
+    _gpu("l4-24", "L4", 22.0, 300, 30.3, 60.0, 121.0, 121.0),
+    _gpu("rtx4090-24", "RTX 4090", 23.6, 1008, 82.6, 82.6, 165.2, 165.2),
+    # The GA102 white paper; V100 and T4 data sheets, whose matrix units have only fp16.
+    _gpu("rtx3090-24", "RTX 3090", 23.6, 936, 35.6, 35.6, 71.0, 71.0),
+    _gpu("v100-32", "V100-SXM2-32GB", 31.7, 900, 15.7, None, None, 125.0),
+    _gpu("v100-16", "V100-SXM2-16GB", 15.7, 900, 15.7, None, None, 125.0),
+    _gpu("t4-16", "T4", 14.6, 320, 8.1, None, None, 65.0),
+)
+
+
+def may_have_gpu() -> bool:
+    """Return whether a driver of NVIDIA or AMD, or that of WSL, is there. It does not import torch."""
+    return any(Path("/dev", name).exists() for name in ("nvidiactl", "nvidia0", "kfd", "dxg"))
+
+
+MOUNTS = Path("/proc/mounts")
+NETWORK_FILE_SYSTEMS = (
+    *("afs", "beegfs", "ceph", "cifs", "fhgfs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "orangefs"),
+    *("panfs", "pvfs2", "smb3", "smbfs", "sshfs", "wekafs"),
+)
+
+
+def use_local_caches(environ: MutableMapping[str, str] = os.environ, mounts: Path = MOUNTS) -> None:
+    """Set TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR to directories of this node where their defaults are none.
+
+    What the user set stays. A default stays where it is on a local disk and can be written. Call it before Triton or
+    Inductor is imported. All ranks of a node share the directories: both libraries rename complete files into place.
+    """
+    base = Path(environ.get("TRITON_HOME") or home())
+    defaults = {
+        "TRITON_CACHE_DIR": base / ".triton" / "cache",
+        "TORCHINDUCTOR_CACHE_DIR": Path(tempfile.gettempdir()),
+    }
+    poor = [
+        name
+        for name, directory in defaults.items()
+        if not environ.get(name) and not (is_local(directory, mounts) and _can_be_written(directory))
+    ]
+    local = local_directory(mounts) if poor else None
+    if local is not None:
+        for name in poor:
+            environ[name] = str(local / name.partition("_")[0].lower())
+
+
+def is_local(path: Path, mounts: Path = MOUNTS) -> bool:
+    """True if a path, which need not exist, is not on a network file system or the system does not say."""
+    try:
+        lines = [line.split() for line in mounts.read_text().splitlines()]
+    except OSError:
+        return True
+    real, best, kind = path.resolve(), Path(), ""
+    for _, point, its_kind, *_ in lines:
+        mounted = Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), point))
+        # A later mount hides an earlier one at the same place.
+        if real.is_relative_to(mounted) and len(mounted.parts) >= len(best.parts):
+            best, kind = mounted, its_kind
+    return kind.removeprefix("fuse.") not in NETWORK_FILE_SYSTEMS
+
+
+def _can_be_written(directory: Path) -> bool:
+    there = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+def local_directory(mounts: Path = MOUNTS) -> Path | None:
+    """A directory on this node that nobody else can write, for what is in it is loaded as code."""
+    for base in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/dev/shm")):
+        directory = Path(base) / f"karat-{os.getuid()}"
+        if not is_local(directory, mounts):
+            continue
+        try:
+            directory.mkdir(mode=0o700, exist_ok=True)
+            found = directory.lstat()
+        except OSError:
+            continue
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+            return directory
+    return None

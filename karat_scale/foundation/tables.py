@@ -1,0 +1,237 @@
+"""The parts that a recipe or a command chooses by name: one table for each kind, one row for each part.
+
+The choices in the recipe's schema and on the command line are the names of these tables. A row names the code by its
+place, `module:attribute`, which is imported only when the part is used, and states the facts that others need earlier.
+So this module imports nothing heavy, and reading a recipe stays fast. To add a part, write one module and add one row.
+"""
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+
+def load(place: str) -> Any:
+    """Return the object at a place, `module:attribute`."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A group of optional dependencies in pyproject.toml.
+
+    module: can be imported if the extra is installed. distributions: the names of its main one, the default first.
+    needed_for: as a user writes it. debian: the packages that its installation needs.
+    """
+
+    module: str
+    distributions: tuple[str, ...]
+    needed_for: str
+    debian: str = ""
+
+
+EXTRAS = {
+    "ffcv": Extra("ffcv", ("ffcv",), "data.backend=ffcv", "libopencv-dev libturbojpeg0-dev pkg-config g++"),
+    "dali": Extra(
+        "nvidia.dali", tuple(f"nvidia-dali-cuda{version}" for version in (130, 120, 110)), "data.backend=dali"
+    ),
+    "export": Extra("onnxruntime", ("onnxruntime",), "karat export --format onnx"),
+    "parquet": Extra("pyarrow", ("pyarrow",), "Parquet files in karat prepare webdataset"),
+    "remote": Extra("s3fs", ("s3fs",), "data at s3://, gs:// or https://, and checkpoint.url"),
+    "corruptions": Extra("imagecorruptions", ("imagecorruptions-imaug",), "karat eval --corrupt"),
+    "detection": Extra("pycocotools", ("pycocotools",), "karat detect"),
+    "demo": Extra("gradio", ("gradio",), "karat demo"),
+    "wandb": Extra("wandb", ("wandb",), "log.trackers=wandb"),
+    "mlflow": Extra("mlflow", ("mlflow", "mlflow-skinny"), "log.trackers=mlflow"),
+    "trackio": Extra("trackio", ("trackio",), "log.trackers=trackio"),
+}
+
+
+def is_installed(module: str) -> bool:
+    """True if a module can be found. It is not imported, but its parent packages are."""
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # its parent package is missing
+        return False
+    return found is not None and found.origin is not None  # W&B's folder `wandb` is no package
+
+
+def how_to_install(extra: str) -> str:
+    """Return the commands that install an extra: in a clone, or of an installed wheel."""
+    debian = EXTRAS[extra].debian
+    first = f"apt-get install {debian}, then " if debian else ""
+    if (Path(__file__).resolve().parents[2] / "pyproject.toml").is_file():
+        return f"{first}in the clone: pip install -e '.[{extra}]'"
+    return f"{first}pip install 'WHEEL[{extra}]', where WHEEL is the file that karat_scale was installed from"
+
+
+class Files(Enum):
+    """The kind of files at `data.path`. The value says what the path is."""
+
+    IMAGES = "a directory of train/<class>/<image> and val/<class>/<image>"
+    SHARDS = "a directory made by data_prep/make_webdataset.py"
+    BETONS = "a directory made by data_prep/make_ffcv.py"
+
+
+@dataclass(frozen=True)
+class BackendRow:
+    """A source of batches.
+
+    place: of a function that takes an `ImageSpec` and returns a `Backend`. files: None if it generates its images.
+    extra: the key of EXTRAS that it needs. own_decoder: `data.decoder = auto` means its own. own_threads: it works on
+    threads of its own, so that it needs at least one worker. streams: the place of such a function for
+    `data.order = stream`. without_gpu: the backend that reads its files for commands without a GPU, if it needs one.
+    """
+
+    place: str
+    files: Files | None
+    extra: str = ""
+    own_decoder: bool = False
+    own_threads: bool = False
+    streams: str = ""
+    without_gpu: str = ""
+
+
+BACKENDS = {
+    "folder": BackendRow("karat_scale.data.backends.images:open_folder", Files.IMAGES),
+    "webdataset": BackendRow(
+        "karat_scale.data.backends.images:open_webdataset",
+        Files.SHARDS,
+        streams="karat_scale.data.streams.backend:StreamBackend",
+    ),
+    "ffcv": BackendRow("karat_scale.data.backends.images:open_ffcv", Files.BETONS, "ffcv", own_decoder=True),
+    "dali": BackendRow(
+        "karat_scale.data.backends.dali_pipeline:open_dali", Files.SHARDS, "dali", own_decoder=True, own_threads=True
+    ),
+    "nvjpeg": BackendRow(
+        "karat_scale.data.backends.nvjpeg:open_nvjpeg",
+        Files.SHARDS,
+        own_decoder=True,
+        own_threads=True,
+        without_gpu="webdataset",
+    ),
+    "synthetic": BackendRow("karat_scale.data.backends.synthetic:SyntheticBackend", None),
+}
+
+# Classes that take (interpolation, max_pixels). `data.decoder = auto` tries them in this order; the last always runs.
+DECODERS = {
+    "native": "karat_scale.data.decoders.native:NativeDecoder",
+    "torchvision": "karat_scale.data.decoders.torchvision:TorchvisionDecoder",
+    "pillow": "karat_scale.data.decoders.pillow:PillowDecoder",
+}
+
+
+@dataclass(frozen=True)
+class BasisRow:
+    """A basis of the functions phi. is_series: it is the Fourier series, which has kernels and can start as softmax."""
+
+    place: str
+    is_series: bool = False
+
+
+BASES = {
+    "fourier": BasisRow("karat_scale.attention.bases.fourier:Fourier", is_series=True),
+    "bspline": BasisRow("karat_scale.attention.bases.splines:BSpline"),
+    "chebyshev": BasisRow("karat_scale.attention.bases.polynomials:Chebyshev"),
+    "rational": BasisRow("karat_scale.attention.bases.polynomials:Rational"),
+    "mexican_hat": BasisRow("karat_scale.attention.bases.wavelets:MexicanHat"),
+    "morlet": BasisRow("karat_scale.attention.bases.wavelets:Morlet"),
+    "dog": BasisRow("karat_scale.attention.bases.wavelets:DerivativeOfGaussian"),
+    "meyer": BasisRow("karat_scale.attention.bases.wavelets:Meyer"),
+    "shannon": BasisRow("karat_scale.attention.bases.wavelets:Shannon"),
+}
+
+
+@dataclass(frozen=True)
+class OptimizerRow:
+    """An optimizer.
+
+    place: of a function that takes (model, optim, device, groups of parameters or None) and returns a torch optimizer.
+    states: the names of the fp32 tensors that it keeps for a parameter, each of the parameter's size.
+    matrix_states: the same for the linear layers inside blocks, if it updates them in another way.
+    whole_matrices: these must be whole, so that only ZeRO stage 0 works.
+    on_cpu: the place of DeepSpeed's version for an offloaded step, if there is one; it takes (groups, lr, betas, eps).
+    temporaries: tensors of a parameter's size that a step on a CPU holds beside the states.
+    matrix_temporaries: bytes of a step for each element of such a matrix.
+    """
+
+    place: str
+    states: tuple[str, ...]
+    matrix_states: tuple[str, ...] | None = None
+    whole_matrices: bool = False
+    on_cpu: str = ""
+    temporaries: int = 2
+    matrix_temporaries: int = 0
+
+    @property
+    def all_states(self) -> set[str]:
+        """The names of the states of all parameters."""
+        return {*self.states, *(self.matrix_states or ())}
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerRow(
+        "karat_scale.engine.optimizers:build_adamw",
+        states=("exp_avg", "exp_avg_sq"),
+        on_cpu="deepspeed.ops.adam:DeepSpeedCPUAdam",
+    ),
+    # torch's Muon takes one matrix after the other: an update in fp32, and three in bf16 while it is orthogonalised.
+    "muon": OptimizerRow(
+        "karat_scale.engine.optimizers:build_muon",
+        states=("exp_avg", "exp_avg_sq"),
+        matrix_states=("momentum_buffer",),
+        whole_matrices=True,
+        matrix_temporaries=10,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class FormatRow:
+    """A format of `karat export`. place: of a function that takes (source, path) and returns a note.
+
+    suffix: of its file; a folder has none.
+    """
+
+    place: str
+    suffix: str = ""
+
+
+EXPORT_FORMATS = {
+    "safetensors": FormatRow("karat_scale.commands.export.source:write_safetensors", ".safetensors"),
+    "timm": FormatRow("karat_scale.commands.export.folders:write_timm_folder"),
+    "onnx": FormatRow("karat_scale.commands.export.onnx_file:write_onnx", ".onnx"),
+    "torch-export": FormatRow("karat_scale.commands.export.torch_export:write_torch_export", ".pt2"),
+    "hub-folder": FormatRow("karat_scale.commands.export.folders:write_hub_folder"),
+}
+
+
+@dataclass(frozen=True)
+class TrackerRow:
+    """What shows a run elsewhere.
+
+    place: of a class that takes a `TrackedRun`; see `karat_scale.engine.tracking.tracker`.
+    extra: the key of EXTRAS that it needs.
+    """
+
+    place: str
+    extra: str = ""
+
+
+TRACKERS = {
+    "tensorboard": TrackerRow("karat_scale.engine.tracking.tensorboard:TensorBoard"),
+    "wandb": TrackerRow("karat_scale.engine.tracking.wandb:WandB", "wandb"),
+    "mlflow": TrackerRow("karat_scale.engine.tracking.mlflow:MLflow", "mlflow"),
+    "trackio": TrackerRow("karat_scale.engine.tracking.trackio:Trackio", "trackio"),
+}
+
+# Those of ImageNet-C, by the names that the library imagecorruptions gives them.
+CORRUPTIONS = (
+    *("gaussian_noise", "shot_noise", "impulse_noise"),
+    *("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    *("snow", "frost", "fog", "brightness"),
+    *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+)

@@ -1,0 +1,107 @@
+"""What the ranks decide together between steps: whether to save, and whether to stop.
+
+Comparing wishes takes a collective, which makes each rank's host wait for the slowest. So they compare about once a
+second. All must do it after the same step, and only rank 0's clock is asked: at each agreement rank 0 tells the others
+how many steps later the next one is.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from karat_scale.engine.distributed import World
+from karat_scale.training.signals import StopSignals
+
+SECONDS = 1.0
+Clock = Callable[[], float]
+
+
+class Agreement:
+    """Tells after which steps the ranks compare their wishes, and compares them.
+
+    The next agreement is as many steps away as took SECONDS since the last one, at least one, and at most twice as many
+    as before: the first steps of a run tell little about the others.
+    """
+
+    def __init__(self, world: World, clock: Clock = time.monotonic) -> None:
+        self._world, self._clock = world, clock
+        self._last: tuple[int, float] | None = None
+        self._distance = 0
+        self._next = 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether the ranks compare their wishes after `step` finished steps; the same on all ranks."""
+        return step >= self._next
+
+    def maxima(self, step: int, *wishes: int) -> list[int] | None:
+        """The largest of all ranks' wishes for each, or None where no agreement is due. Collective where it is.
+
+        A rank that is alone hears its own wishes after each step.
+        """
+        if not self.is_due(step):
+            return list(wishes) if self._world.size == 1 else None
+        *agreed, self._distance = self._world.maxima(*wishes, self._choose_distance(step))
+        self._next = step + self._distance
+        self._last = step, self._clock()
+        return agreed
+
+    def _choose_distance(self, step: int) -> int:
+        if self._last is None or not self._world.is_main:
+            return 1
+        last_step, last_time = self._last
+        seconds = max(self._clock() - last_time, 1e-9)
+        fitting = int(SECONDS * max(step - last_step, 1) / seconds)
+        return max(1, min(fitting, 2 * self._distance))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do after a step. is_idle: all have said that they are not busy."""
+
+    save: bool = False
+    stop: bool = False
+    is_idle: bool = False
+
+
+class SavePoints:
+    """Decides after each step whether to save and whether to stop, the same on all ranks.
+
+    A save each `every_steps` needs no agreement. Rank 0's clock says when `every_minutes` are over, and a stop signal
+    may reach any rank: both are heard at the next agreement.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        signals: StopSignals,
+        every_steps: int | None,
+        every_minutes: float | None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._world, self._signals, self._clock = world, signals, clock
+        self._every_steps, self._every_minutes = every_steps, every_minutes
+        self._agreement = Agreement(world, clock)
+        self._saved_at = clock()
+
+    def note_save(self) -> None:
+        """A save begins, so that one which fails is tried again an interval later, not after each step."""
+        self._saved_at = self._clock()
+
+    def is_agreement_due(self, step: int) -> bool:
+        """Whether `decide` compares the ranks' wishes after `step` finished steps; the same on all ranks."""
+        return self._agreement.is_due(step)
+
+    def decide(self, step: int, is_busy: bool = False) -> Decision:
+        """What to do after `step` finished steps. `is_busy`: this rank still writes the last save."""
+        save = bool(self._every_steps) and step % (self._every_steps or 1) == 0
+        agreed = self._agreement.maxima(step, self._signals.received is not None, self._is_time_to_save, is_busy)
+        if agreed is None:
+            return Decision(save)
+        stop, timely, busy = agreed
+        return Decision(save or bool(timely), bool(stop), not busy)
+
+    @property
+    def _is_time_to_save(self) -> bool:
+        if not self._world.is_main or not self._every_minutes:
+            return False
+        return self._clock() - self._saved_at >= 60 * self._every_minutes

@@ -1,0 +1,130 @@
+"""How a run ends: its exit code, the last event, and `summary.json`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from karat_scale.data.loading.digest import classes_digest
+from karat_scale.engine.devices import device_name
+from karat_scale.engine.distributed import ALONE, World
+from karat_scale.engine.reporting.progress import Reporter
+from karat_scale.engine.run_state import RunState
+from karat_scale.engine.tracking.follow import END_SECONDS, STOP_SECONDS
+from karat_scale.foundation.errors import EXIT_STOPPED, PeerError, RunDirectoryError, UserError
+from karat_scale.foundation.files import sealed
+from karat_scale.foundation.machine import processor_name
+from karat_scale.foundation.versions import library_versions
+from karat_scale.recipe import RunRecipe
+from karat_scale.recipe.loading import dump_recipe, text_digest
+from karat_scale.training.run_copy import RunCopy, finish_copy
+from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.signals import StoppedError, StopSignals
+from karat_scale.training.task import Task
+
+
+@dataclass
+class Outcome:
+    """How a run ended, for `summary.json`; an unforeseen exception until something better is known."""
+
+    recipe: RunRecipe
+    world: World
+    state: RunState
+    task: Task | None = None
+    begun: bool = False
+    parameters: int = 0
+    code: int = 1
+    reason: str = "error"
+
+    def summary(self, previous: dict[str, Any] | None) -> dict[str, Any]:
+        """The figures of the whole run, over all its restarts."""
+        if previous is not None and not self.begun:  # this start failed before it knew the run's state
+            return {**previous, "exit": self.code, "reason": self.reason}
+        rate = self.state.images_per_second
+        return {
+            "name": self.recipe.run.name,
+            "exit": self.code,
+            "reason": self.reason,
+            "steps": self.state.step,
+            "samples": self.state.samples,
+            **self.state.kept_scores(),
+            "images_per_second": round(rate, 2) if rate else None,
+            "seconds_to_first_step": self.state.seconds_to_first_step,
+            "peak_memory_mb": self.state.peak_memory_mb,
+            "parameters": self.parameters,
+            **self._data(),
+            "recipe_sha256": text_digest(dump_recipe(self.recipe)),
+            "seed": self.recipe.run.seed,
+            "skipped_steps": self.state.skipped_steps,
+            "restarts": self.state.restarts,
+            "world_size": self.world.size,
+            "device": device_name(self.world.device),
+            "processor": processor_name(),
+            "versions": library_versions(),
+        }
+
+    def _data(self) -> dict[str, Any]:
+        if self.task is None:
+            return {}
+        classes = self.task.classes
+        return {
+            "train_images": self.task.num_train,
+            "classes": len(classes),
+            "classes_sha256": classes_digest(classes),
+            **self.task.facts(self.state),
+        }
+
+
+@contextmanager
+def concluded(
+    outcome: Outcome, directory: RunDirectory, signals: StopSignals, reporter: Reporter, copy: RunCopy | None
+) -> Iterator[None]:
+    """Around a run: `outcome` learns how it ended, and so do the log, the person, `summary.json` and the run's copy.
+
+    Those of a finished run stay as they are when a start in its directory fails before it has begun.
+    """
+    if outcome.world.is_main and directory.is_summary_damaged:
+        reporter.warn(f"{directory.summary_file} is damaged; it will be written again")
+    try:
+        yield
+        outcome.code, outcome.reason = 0, "finished"
+    except StoppedError as stopped:
+        name = signals.received.name if signals.received else "a signal on another rank"
+        outcome.code = EXIT_STOPPED if stopped.saved else 1
+        outcome.reason = f"stopped by {name}"
+        reporter.info(f"{outcome.reason} at step {outcome.state.step}; run the same command to resume")
+    except UserError as error:
+        outcome.code, outcome.reason = 2, str(error)
+        raise
+    except PeerError as error:
+        outcome.reason = str(error)
+        raise
+    except BaseException as error:
+        outcome.reason = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        is_shared = outcome.code in (0, EXIT_STOPPED)  # else a rank may be here alone
+        with outcome.world.together() if is_shared else nullcontext():
+            end = partial(finish_copy, copy, outcome.world if is_shared else ALONE, reporter, signals)
+            _record(outcome, directory, reporter, end)
+
+
+def _record(outcome: Outcome, directory: RunDirectory, reporter: Reporter, finish_copy: Callable[[int], None]) -> None:
+    previous = directory.summary() if outcome.world.is_main else None
+    is_told = outcome.begun or previous is None or previous.get("exit") != 0
+    with ExitStack() as last:  # calls all, the last first, whatever the disk says to one of them
+        # After the data workers, which have their pipes, and the summary, which they send.
+        last.callback(reporter.finish_trackers, END_SECONDS if outcome.code == 0 else STOP_SECONDS)
+        last.callback(reporter.close)
+        if outcome.begun and outcome.recipe.checkpoint.url:
+            last.callback(finish_copy, outcome.code)
+        if outcome.task is not None:
+            last.callback(outcome.task.close)
+        # What has ended the run is told, not that the same disk does not take the news of it.
+        told = nullcontext() if outcome.code in (0, EXIT_STOPPED) else suppress(RunDirectoryError)
+        if outcome.world.is_main and is_told:
+            last.enter_context(told)
+            last.callback(lambda: directory.write_summary(sealed(outcome.summary(previous))))
+        if is_told:
+            last.callback(reporter.end, outcome.state, outcome.code, outcome.reason)

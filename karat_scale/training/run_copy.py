@@ -1,0 +1,350 @@
+"""Copying a run to `checkpoint.url` while it trains, by a thread of rank 0 that training never waits for.
+
+The thread makes the URL like the run's directory: it copies what is missing there, the best and the newest checkpoint
+first, and removes what the run does not keep. So the next copy, or the next start, makes up for one that failed or was
+cut off.
+
+All ranks wait for what rank 0 does with a store, which may be slow. A run at a URL has the files of its directory that
+it needs elsewhere, its checkpoints, and whose it is.
+
+URL/
+  owner.json       the run's id and name, and which start of it writes here
+  recipe.yaml ...  the files of COPIED in run_directory.py
+  checkpoints/     see checkpoint/remote.py
+"""
+
+import json
+import math
+import secrets
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from karat_scale.checkpoint.remote import OnBytes, RemoteCheckpoints
+from karat_scale.checkpoint.store import PINNED, holding
+from karat_scale.engine.distributed import World
+from karat_scale.engine.peers import END_SECONDS
+from karat_scale.engine.reporting.progress import Reporter
+from karat_scale.foundation.errors import EXIT_STOPPED, RunDirectoryError, one_line
+from karat_scale.foundation.files import (
+    commit_file,
+    name_in_errors,
+    parse_json,
+    read_text,
+    replace_file,
+    temporary_file,
+)
+from karat_scale.foundation.stores import DEFAULT_TIMEOUT, MissingFileError, WritableStore
+from karat_scale.training.run_directory import COPIED, FIXED, RunDirectory
+from karat_scale.training.signals import StopSignals
+
+_POLL_SECONDS = 1.0
+
+
+class Work(Protocol):
+    """What rank 0 does in a thread. `moved` grows while the store takes or gives something."""
+
+    moved: int
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for its end; whether it has come."""
+
+
+def follow(
+    world: World, work: Work | None, beat: Callable[[], object], is_late: Callable[[], bool] = lambda: False
+) -> bool:
+    """Wait until rank 0's work is done, or late; whether it is done. Collective.
+
+    While it moves, each rank calls `beat`, so that nobody takes a slow store for a hang.
+    """
+    seen = -1
+    while True:
+        told = (work.wait(_POLL_SECONDS), work.moved, is_late()) if work is not None else (False, 0, False)
+        is_done, moved, is_over = world.broadcast(told)
+        if moved != seen:
+            seen = moved
+            beat()
+        if is_done or is_over:
+            return is_done
+
+
+_OWNER, _ID = "owner.json", "run_id"
+_OWNER_BYTES = 65536
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who writes at a URL. `start` is another one for each start of the run."""
+
+    run: str
+    name: str
+    start: str
+    host: str
+    time: float
+
+
+class RunUrl:
+    """Reads and writes a run at a URL. Each method that asks the store raises StoreError."""
+
+    def __init__(self, url: str, timeout: float = DEFAULT_TIMEOUT) -> None:
+        self._store = WritableStore(url, timeout)
+        self.url = self._store.url
+        self.checkpoints = RemoteCheckpoints(self._store)
+        self._sent: dict[str, tuple[int, int]] = {}
+        self._mine: Owner | None = None
+
+    def owner(self) -> Owner | None:
+        """Whose the files are; None where there is no run.
+
+        Raises:
+            RunDirectoryError: the file that says it is damaged.
+        """
+        try:
+            content = parse_json(self._store.read_small(_OWNER, _OWNER_BYTES))
+            return Owner(**{field.name: content[field.name] for field in fields(Owner)})
+        except MissingFileError:
+            return None
+        except (ValueError, TypeError, KeyError):
+            raise RunDirectoryError(f"{self._store.where(_OWNER)} is damaged; remove it, or use another URL") from None
+
+    def take(self, run: str, name: str) -> None:
+        """Be the one who writes here from now on: an earlier start of the run copies nothing more."""
+        self._mine = Owner(run, name, secrets.token_hex(8), socket.gethostname(), round(time.time(), 3))
+        self._store.write(_OWNER, (json.dumps(asdict(self._mine)) + "\n").encode())
+
+    def check_mine(self) -> None:
+        """Raise RunDirectoryError if another start writes here by now."""
+        if (owner := self.owner()) != self._mine:
+            who = f"run {owner.name} on {owner.host}" if owner else "nobody"
+            raise RunDirectoryError(f"{self.url} belongs to another start by now: {who}")
+
+    def upload_files(self, run: Path, on_bytes: OnBytes) -> None:
+        """Copy what has changed of the run's own files since the last call. Raises OSError, too."""
+        for name, path in _own_files(run):
+            facts = path.stat()
+            mark = facts.st_size, facts.st_mtime_ns
+            if self._sent.get(name) == mark:
+                continue
+            if path.suffix != FIXED:
+                data = path.read_bytes()  # of a log, whole lines
+                self._store.write(name, data[: data.rfind(b"\n") + 1] if path.suffix == ".jsonl" else data)
+            elif not self._has(name, facts.st_size):
+                self._store.put(name, path, on_bytes)
+            self._sent[name] = mark
+
+    def download_files(self, run: Path, on_bytes: OnBytes) -> None:
+        """Copy the run's own files to its directory, in place of those there. Raises OSError, too."""
+        for name, facts in self._store.files().items():
+            if not _is_own(name):
+                continue
+            path = run / name
+            path.parent.mkdir(exist_ok=True)
+            with name_in_errors(path), temporary_file(path) as temporary:
+                with temporary.open("wb") as file:
+                    for piece in self._store.pieces(name, facts.bytes):
+                        on_bytes(file.write(piece))
+                commit_file(temporary, path)
+
+    def read_recipe(self, to: Path) -> bool:
+        """Copy the recipe alone to a file; whether there is one."""
+        try:
+            data = self._store.read_small("recipe.yaml", 2**20)
+        except MissingFileError:
+            return False
+        to.write_bytes(data)
+        return True
+
+    def _has(self, name: str, size: int) -> bool:
+        try:
+            return self._store.facts(name).bytes == size
+        except MissingFileError:
+            return False
+
+
+def run_id(run: Path) -> str:
+    """The id of the run in a directory; empty if it has none. Raises OSError."""
+    try:
+        return read_text(run / _ID, 256).strip()
+    except FileNotFoundError:
+        return ""
+
+
+def keep_run_id(run: Path, name: str) -> None:
+    """Let a directory be of the run with this id. Raises OSError."""
+    if run_id(run) != name:
+        replace_file(run / _ID, f"{name}\n")
+
+
+def _own_files(run: Path) -> Iterator[tuple[str, Path]]:
+    for pattern in COPIED:
+        for path in sorted(run.glob(pattern)):
+            if path.is_file() and _is_own(name := path.relative_to(run).as_posix()):
+                yield name, path
+
+
+def _is_own(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return ".." not in parts and any(
+        name.count("/") == pattern.count("/") and not parts[-1].startswith(".") and fnmatchcase(name, pattern)
+        for pattern in COPIED
+    )
+
+
+# How long the last copy may take, by exit code. A job's signal comes two minutes before its end; after an error, other
+# ranks have ended, and this one is ended END_SECONDS after it hears of them.
+COPY_SECONDS = {0: math.inf, EXIT_STOPPED: 60.0, 2: END_SECONDS - 10.0, 1: 5.0}
+_SOON = 1.0
+
+
+class RunCopy:
+    """The thread; see above.
+
+    Args:
+        url: this start is the one that writes there.
+        notes: what `messages` returns first.
+    """
+
+    def __init__(self, url: RunUrl, directory: RunDirectory, keep_last: int, notes: list[str]) -> None:
+        self._url, self._directory, self._keep_last = url, directory, keep_last
+        self._changed = threading.Condition()
+        self._asked = self._handled = 0
+        self._is_last = self._is_over = False
+        self._problem = ""
+        self._copied: str | None = None
+        self._notes = deque(notes)
+        self.moved = 0
+        """Bytes that the store has taken."""
+
+    def begin(self) -> None:
+        """Start the thread, which first copies what is missing."""
+        self._directory.store.on_change = self.wake
+        threading.Thread(target=self._work, name="copy", daemon=True).start()
+        self.wake()
+
+    def wake(self) -> None:
+        """Something has changed in the directory. Any thread may call it."""
+        with self._changed:
+            self._asked += 1
+            self._changed.notify_all()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until the URL is like the directory, or cannot be; whether that is so."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._handled == self._asked, seconds)
+
+    def ask_last(self) -> None:
+        """Copy the end of the run; `end` tells of its failure."""
+        self._is_last = True
+        self.wake()
+        if not self.wait(_SOON):
+            self._notes.append(f"waiting for the last copy to {self._url.url}")
+
+    def end(self) -> None:
+        """Copy nothing more, and say in one line if something is missing. No save may be under way."""
+        with self._changed:
+            if self._handled != self._asked:
+                self._problem = self._problem or "there was no time to finish it"
+            self._is_over = True
+            self._changed.notify_all()
+        if self._problem:
+            self._notes.append(
+                f"warning: the last copy to {self._url.url} is not complete: {self._problem}; the next start copies "
+                "what is missing"
+            )
+        self._keep_outcome()
+        # Saves have left alone what was being copied.
+        self._notes.extend(f"warning: {problem}" for problem in self._directory.store.retain(self._keep_last))
+
+    def messages(self) -> list[str]:
+        """What there is to tell since the last call."""
+        return [self._notes.popleft() for _ in range(len(self._notes))]
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._asked > self._handled or self._is_over)
+                if self._is_over:
+                    return
+                asked = self._asked
+            problem = self._copy()
+            with self._changed:
+                if self._is_over:
+                    return
+                if problem not in ("", self._problem) and not self._is_last:
+                    self._notes.append(f"warning: not copied: {problem}; the next save tries again")
+                self._problem, self._handled = problem, asked
+                self._keep_outcome()
+                self._changed.notify_all()
+
+    def _copy(self) -> str:
+        """Make the URL like the directory; returns what prevents that, in a few words."""
+        store, remote = self._directory.store, self._url.checkpoints
+        problems: list[str] = []
+        try:
+            self._url.check_mine()
+            names = store.names()  # before the log is sent, which then has the lines of their steps
+            self._url.upload_files(self._directory.path, self._count)
+            remote.look()
+            # The best one first: the state of a newer one names it.
+            for name in sorted(names, key=lambda name: name != store.pointed("best")):
+                with holding(store.root / name) as is_there:
+                    if is_there and (problem := self._upload(name)):
+                        problems.append(problem)
+            for pointer in ("best", "latest"):
+                if (pointed := store.pointed(pointer)) is not None and pointed in remote.names():
+                    remote.point(pointer, [pointed])
+            remote.point(PINNED, remote.pinned() | set(store.pinned()))
+            self._url.check_mine()
+            remote.retain(self._keep_last)
+            self._copied = next(iter(remote.names()), None)
+        except Exception as error:  # whatever it is, training goes on
+            problems.append(one_line(error))
+        return "; ".join(problems)
+
+    def _upload(self, name: str) -> str | None:
+        try:
+            self._url.checkpoints.upload(self._directory.store, name, self._count, self._url.check_mine)
+        except (OSError, ValueError) as error:  # of this checkpoint; others may be good
+            return one_line(error) if name in self._directory.store.names() else None
+        return None
+
+    def _count(self, size: int) -> None:
+        self.moved += size
+
+    def _keep_outcome(self) -> None:
+        """For `karat status`."""
+        outcome = {"url": self._url.url, "checkpoint": self._copied, "problem": self._problem, "time": time.time()}
+        with suppress(OSError):
+            replace_file(self._directory.copy_file, json.dumps(outcome) + "\n")
+
+
+def finish_copy(copy: RunCopy | None, world: World, reporter: Reporter, signals: StopSignals, code: int) -> None:
+    """Wait for the copy of a run's end, for as long as the run's exit code allows. Collective.
+
+    Args:
+        copy: rank 0's.
+    """
+    if copy is None and world.size == 1:  # another rank than 0, which is alone here
+        return
+    limits = [time.monotonic() + COPY_SECONDS[code]]
+
+    def is_late() -> bool:
+        now = time.monotonic()
+        if signals.received is not None and len(limits) == 1:
+            limits.append(now + COPY_SECONDS[EXIT_STOPPED])
+        return now > min(limits)
+
+    if copy is not None:
+        copy.ask_last()
+    reporter.tell_of_others()
+    follow(world, copy, lambda: reporter.beat("copying"), is_late)
+    if copy is not None:
+        copy.end()
+    reporter.tell_of_others()

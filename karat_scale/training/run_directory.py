@@ -1,0 +1,323 @@
+"""A run's directory: who may use it, and what lies where.
+
+recipe.yaml      the resolved recipe; its presence means the run has begun
+classes.json     the names of the classes, in the order of the labels
+metrics.jsonl    one event a line
+summary.json     the outcome
+run_id           names the run at `checkpoint.url`
+copy.json        how far it is copied there
+histograms.jsonl distributions for the trackers
+predictions.npz  for each validation image, of the weights that were analysed last
+evaluations/     results on other test sets, see evaluation/kept.py
+tensorboard/     event files
+trackers/        how far each tracker has got
+profile/         see profiler
+incidents/       see incidents
+checkpoints/     see checkpoint/store.py
+snapshots/       see snapshots
+"""
+
+import fcntl
+import json
+import os
+import socket
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, TypeVar, overload
+
+from karat_scale.checkpoint.saved_state import falsehood
+from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
+from karat_scale.data.loading.digest import class_order_digest
+from karat_scale.engine.heartbeat import heartbeat_file
+from karat_scale.engine.run_state import RunState
+from karat_scale.foundation.errors import RunDirectoryError, not_written
+from karat_scale.foundation.files import open_regular, parse_json, read_text, remove_leftovers, replace_file
+from karat_scale.recipe import Recipe, RunRecipe
+from karat_scale.recipe.base import NEVER_ALLOWED, Effect
+from karat_scale.recipe.files import COMMANDS, read_run_recipe, recipe_of_run
+from karat_scale.recipe.loading import differing_keys, dump_recipe, effects, flatten, load_run_recipe, rounding_keys
+
+_RECIPE = "recipe.yaml"
+# What two models with tensors of the same shapes may differ in.
+_UNSEEN = ("model.num_heads", "attention.kind", "attention.basis", "attention.form", "attention.softmax_heads")
+# Of the keys that change the shapes of tensors, those for which init_from makes weights fit.
+_FITTED = ("model.image_size", "model.num_classes", "model.patch_size")
+# What a run needs elsewhere beside its checkpoints; the rest can be made again. No file of a suffix in FIXED changes.
+COPIED = (
+    *("recipe.yaml", "classes.json", "metrics.jsonl", "summary.json", "*.safetensors", "trackers/*.json"),
+    *("incidents/*.json", "snapshots/*.safetensors"),
+)
+FIXED = ".safetensors"
+R = TypeVar("R", bound=RunRecipe)
+
+
+class RunDirectory:
+    """Paths of one run, and the rules for starting or resuming in it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.recipe_file = self.path / _RECIPE
+        self.classes_file = self.path / "classes.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.summary_file = self.path / "summary.json"
+        self.copy_file = self.path / "copy.json"
+        self.profile = self.path / "profile"
+        self.snapshots = self.path / "snapshots"
+        self.store = CheckpointStore(self.path / "checkpoints", falsehood)
+        self._lock: IO[str] | None = None
+
+    def open(self, recipe: RunRecipe) -> str:
+        """Claim the directory for `recipe`, creating it if need be.
+
+        Returns:
+            What the recipe changes on purpose in the run that is here, as text; mostly nothing.
+
+        Raises:
+            RunDirectoryError: it holds another recipe's run, is in use, cannot be written, or has
+                checkpoints that `resume.mode=never` must not overwrite.
+        """
+        self.claim()
+        return self.admit(recipe)
+
+    def claim(self) -> None:
+        """Create the directory if need be, and keep other processes out. Raises RunDirectoryError."""
+        try:
+            self.store.root.mkdir(parents=True, exist_ok=True)
+            self._claim()
+            self.store.put_back()
+        except OSError as error:
+            raise RunDirectoryError(f"run.dir = {self.path}: {error.strerror}; choose another run.dir") from None
+
+    def admit(self, recipe: RunRecipe) -> str:
+        """Let `recipe` train in the directory, which is claimed; returns and raises as `open` does."""
+        if recipe.resume.mode == "never" and self.store.names():
+            raise RunDirectoryError(
+                f"run.dir = {self.path} has checkpoints and resume.mode = never; "
+                "choose another run.dir or use resume.mode=auto"
+            )
+        if recipe.resume.mode == "never" or not self.recipe_file.is_file():
+            return ""
+        if self.store.names():
+            self.refuse_another_recipe(recipe)
+        return self.changes(recipe)
+
+    def begins_anew(self, recipe: RunRecipe) -> bool:
+        """Whether nothing of an earlier start here counts for `recipe`; asked before `begin`.
+
+        So it is with `resume.mode=never`, and where an earlier start with another recipe has left no checkpoint.
+        """
+        if recipe.resume.mode == "never" or not self.recipe_file.is_file():
+            return True
+        return not self.store.names() and bool(differing_keys(self.recipe(type(recipe)), recipe))
+
+    def clear(self, ranks: int) -> list[str]:
+        """Remove what killed starts, and starts with more ranks, left behind; the directory is claimed.
+
+        Returns:
+            A line for each file that stays.
+        """
+        problems = self.store.discard_unfinished()
+        for directory in (self.path, self.snapshots, self.profile):
+            problems += remove_leftovers(directory)
+        now = {heartbeat_file(self.path, rank) for rank in range(ranks)}
+        for path in set((self.path / "heartbeats").glob("rank-*")) - now:
+            with suppress(OSError):
+                path.unlink()
+        return problems
+
+    def begin(self, recipe: RunRecipe, classes: Sequence[str] = ()) -> None:
+        """Record the names of the classes and the recipe: from here on the directory is this run's.
+
+        Raises RunDirectoryError when the disk does not take them.
+        """
+        _write(self.classes_file, json.dumps(list(classes)) + "\n")
+        _write(self.recipe_file, dump_recipe(recipe))
+
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes; none of a run that began before they were recorded.
+
+        Raises:
+            RunDirectoryError: the file is damaged.
+        """
+        try:
+            names = parse_json(read_text(self.classes_file))
+        except FileNotFoundError:
+            return ()
+        except (OSError, ValueError):
+            names = None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise RunDirectoryError(f"{self.classes_file}: not a JSON list of names; put it right or remove it")
+        return tuple(names)
+
+    @property
+    def command(self) -> str:
+        """The command that trains the run, `train` or `detect`. Raises RunDirectoryError: not a run directory."""
+        return "detect" if "detector" in read_run_recipe(recipe_of_run(self.path)) else "train"
+
+    @overload
+    def recipe(self, *, overrides: Sequence[str] = ()) -> Recipe: ...
+
+    @overload
+    def recipe(self, schema: type[R], overrides: Sequence[str] = ()) -> R: ...
+
+    def recipe(self, schema: type[RunRecipe] = Recipe, overrides: Sequence[str] = ()) -> RunRecipe:
+        """The recipe of an existing run, of the kind `schema`, with overrides of the user.
+
+        Raises:
+            RunDirectoryError: this is not a run directory, or another kind of run's.
+            RecipeError: the recipe is damaged, or an override does not fit it.
+        """
+        command, wanted = self.command, COMMANDS[schema.shipped]
+        if command != wanted:
+            reader = {"detect": "karat detect --eval", "train": "karat eval"}[command]
+            raise RunDirectoryError(f"{self.path}: a run of karat {command}, not of karat {wanted}; {reader} reads it")
+        return load_run_recipe(self.recipe_file, overrides, schema)
+
+    def summary(self) -> dict[str, Any] | None:
+        """`summary.json`, if the run has written one that is whole."""
+        try:
+            summary = parse_json(read_text(self.summary_file))
+        except (OSError, ValueError):
+            return None
+        return summary if isinstance(summary, dict) else None
+
+    @property
+    def is_summary_damaged(self) -> bool:
+        """Whether there is a `summary.json` that says nothing."""
+        return self.summary_file.is_file() and self.summary() is None
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Replace `summary.json`. Raises RunDirectoryError when the disk does not take it."""
+        _write(self.summary_file, json.dumps(summary, indent=2) + "\n")
+
+    def _claim(self) -> None:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        lock = os.fdopen(open_regular(self.path / ".lock", flags), "a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise RunDirectoryError(
+                f"run.dir = {self.path} is in use by {holder}; wait for it or choose another run.dir"
+            ) from None
+        except OSError:
+            return  # a file system without locks; nothing is lost but this check
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        self._lock = lock  # held until the process ends
+        # Data workers outlive a killed trainer by a second; with the lock, they would refuse its next start.
+        mine = weakref.ref(lock)
+        os.register_at_fork(after_in_child=lambda: _close(mine()))
+
+    def changes(self, recipe: RunRecipe) -> str:
+        """The keys that differ from the recipe recorded here and may change the result, with both values."""
+        old = self.recipe(type(recipe))
+        return describe_keys(old, recipe, [*differing_keys(old, recipe), *rounding_keys(old, recipe)])
+
+    def refuse_another_recipe(self, recipe: RunRecipe) -> None:
+        """Raise RunDirectoryError, with what can be done, if the run here cannot go on with this recipe."""
+        old = self.recipe(type(recipe))
+        keys = differing_keys(old, recipe, recipe.resume.allow)
+        before, after = flatten(old), flatten(recipe)
+        fixed = [key for key in NEVER_ALLOWED if before.get(key) != after.get(key)] + _unseen(before, after)
+        is_longer = keys == ["train.epochs"] and after["train.epochs"] > before["train.epochs"]
+        if is_longer and not fixed and self._is_finished(before):
+            return  # asking for more of a finished run cannot be a mistake
+        keys += [key for key in fixed if key not in keys]
+        if keys:
+            raise RunDirectoryError(
+                f"run.dir = {self.path} belongs to another recipe: {describe_keys(old, recipe, keys)}; "
+                f"{_advice(self.path, keys, fixed, before, effects(type(recipe)))}"
+            )
+
+    def keep_data(
+        self, state: RunState, images: int, classes: Sequence[str], recipe: RunRecipe, is_branch: bool
+    ) -> str:
+        """Let `state` say which data it is of: its cursor counts their images, its labels number their classes.
+
+        Args:
+            images: of the training split.
+            classes: their names, in the order of the labels.
+            is_branch: the state is of another run, which may have had other data.
+
+        Returns:
+            How the data differ from those the state had, where they may; else nothing.
+
+        Raises:
+            RunDirectoryError: they differ and `resume.allow` does not list data.path.
+        """
+        order = class_order_digest(classes)
+        differences = []
+        if state.train_images not in (0, images):
+            differences.append(f"{images:,} training images where it had {state.train_images:,}")
+        if state.class_order_sha256 not in ("", order):
+            differences.append("other classes")
+        said = " and ".join(differences)
+        if said and not is_branch and not {"data", "data.path"} & set(recipe.resume.allow):
+            raise RunDirectoryError(
+                f"run.dir = {self.path}: data.path is not of the data that its run began with, it has {said}; put "
+                "data.path right, add 'resume.allow=[data.path]', or choose another run.dir"
+            )
+        state.train_images, state.class_order_sha256 = images, order
+        return said
+
+    def _is_finished(self, recipe: dict[str, Any]) -> bool:
+        """Whether the newest checkpoint is the end of the run that `recipe`, by dotted key, says."""
+        summary = self.summary() or {}
+        ended = summary.get("exit") == 0 and recipe["train.max_steps"] is None
+        return ended and self.store.pointed("latest") == checkpoint_name(summary.get("steps", -1))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        replace_file(path, text)
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def _close(file: IO[str] | None) -> None:
+    if file is not None:
+        file.close()
+
+
+def refuse_another_model(source: Path, recipe: RunRecipe) -> None:
+    """Raise RunDirectoryError if a run, or the run of a checkpoint, trained another model than a recipe builds.
+
+    Only by what the shapes of tensors do not show: the number of heads and the kind of functions.
+    """
+    file = next((path for path in (source / _RECIPE, source.parent.parent / _RECIPE) if path.is_file()), None)
+    if file is None:
+        return
+    theirs = load_run_recipe(file, (), type(recipe))
+    before, after = flatten(theirs), flatten(recipe)
+    if keys := _unseen(before, after):
+        raise RunDirectoryError(f"resume.from = {source}: is of another model: {describe_keys(theirs, recipe, keys)}")
+
+
+def _unseen(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Return the keys of `_UNSEEN` that differ. A null stands for the model's own number, which is not known here."""
+    is_softmax = before["attention.kind"] == after["attention.kind"] == "softmax"
+    keys = [key for key in _UNSEEN if None not in (before.get(key), after.get(key)) and before[key] != after[key]]
+    return [key for key in keys if not is_softmax or key.startswith("model.")]
+
+
+def _advice(path: Path, keys: list[str], fixed: list[str], before: dict[str, Any], known: dict[str, Effect]) -> str:
+    """What to do about differing keys, of which `fixed` may never differ."""
+    shaping = [key for key in keys if known[key] is Effect.SHAPES and key not in NEVER_ALLOWED]
+    if shaping:
+        fits = all(key in _FITTED for key in shaping)
+        weights = f", with init_from={path} to start from its weights" if fits else ""
+        return f"another model cannot resume from its checkpoints: choose another run.dir{weights}"
+    advice = [f"use {key}={before[key]}" for key in fixed] or [f"add 'resume.allow=[{','.join(keys)}]'"]
+    return f"{' and '.join(advice)}, or choose another run.dir"
+
+
+def describe_keys(old: RunRecipe, new: RunRecipe, keys: list[str]) -> str:
+    """Differing keys with both values, as text."""
+    before, after = flatten(old), flatten(new)
+    listed = ", ".join(f"{key} ({before.get(key)} -> {after[key]})" for key in keys[:6])
+    return listed + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")

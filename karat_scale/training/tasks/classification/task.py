@@ -1,0 +1,296 @@
+"""Training a classifier of images: soft-target cross-entropy, top-1 and top-5."""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import cached_property
+from typing import Any
+
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from karat_scale.checkpoint.snapshots import Snapshots, snapshot_steps
+from karat_scale.data.augmentation.device_augment import DeviceAugment
+from karat_scale.data.augmentation.mixing import Mixer
+from karat_scale.data.augmentation.normalize import Normalize
+from karat_scale.data.batch import BadSample, Batch
+from karat_scale.data.loading.device_feed import DeviceFeed
+from karat_scale.data.loading.digest import BITS, batch_digest, with_digest
+from karat_scale.data.plan import BatchSlice, TrainPlan, micro_batch_of
+from karat_scale.data.shards.streamed import StreamShards
+from karat_scale.data.streams.progress import StreamProgress
+from karat_scale.engine.deepspeed_internals import whole_parameters
+from karat_scale.engine.distributed import World
+from karat_scale.engine.engine import Engine
+from karat_scale.engine.precision import pixel_dtype
+from karat_scale.engine.reporting.interval import Efficiency, device_peak
+from karat_scale.engine.reporting.progress import Reporter
+from karat_scale.engine.schedule import CosineSchedule, build_schedule
+from karat_scale.foundation.errors import RunDirectoryError, UserError
+from karat_scale.models.attention_matrices import can_be_watched
+from karat_scale.models.content import content_of
+from karat_scale.models.factory import layer_sizes
+from karat_scale.models.init_from import take_weights
+from karat_scale.models.layers import attention_layers
+from karat_scale.recipe import Recipe
+from karat_scale.training.initial_weights import run_behind
+from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.task import AfterStep, OnBatch, Task, Waiting
+from karat_scale.training.tasks.classification.distillation import Distillation, use_distillation_token
+from karat_scale.training.tasks.classification.distillation_teacher import FILE as DISTILL_FILE
+from karat_scale.training.tasks.classification.distillation_teacher import (
+    describe_teacher,
+    keep_distillation_teacher,
+    read_distillation_teacher,
+)
+from karat_scale.training.tasks.classification.evaluate import EvalResult, TrainState, evaluate
+from karat_scale.training.tasks.classification.opening import open_images
+from karat_scale.training.tasks.classification.teacher import FILE, build_model, keep_teacher, trained_classifier
+
+# Of an evaluation, to measure what S depends on: as many images as keep a block's matrices below this many entries.
+IMAGES_TO_LOOK_AT, ENTRIES_TO_LOOK_AT = 16, 2**24
+
+
+class ClassificationTask(Task):
+    """Images and labels of a backend, augmented, mixed and normalised on the device."""
+
+    kind = "classification"
+    recipe_type = Recipe
+    state_type = TrainState
+    recipe: Recipe
+
+    def __init__(self, recipe: Recipe, world: World, reporter: Reporter, is_verified: bool = False) -> None:
+        super().__init__(recipe, world, reporter)
+        augment, model = recipe.augment, recipe.model
+        self.backend = open_images(recipe, world, reporter, is_verified)
+        self.classes = self.backend.classes
+        self.augment = DeviceAugment(augment, model.image_size)
+        self.mixer = Mixer(augment, model.num_classes, recipe.run.seed)
+        # A teacher starts from the student's pixels, and may need more of their bits than the student.
+        dtype = torch.float32 if recipe.distill.from_ else pixel_dtype(recipe.train, world.device)
+        self.normalize = Normalize(augment.mean, augment.std, dtype)
+        self.objective = SoftTargetCrossEntropy()
+        self.efficiency = Efficiency(recipe, world.size, device_peak(world.device, recipe.train))
+        self._digest = self._bad = 0
+        self.stream_differs = ""
+        """Why a resumed run does not go on with the next samples of its stream; mostly empty."""
+        self._distillation: Distillation | None = None
+        self._to_look_at: Tensor | None = None
+
+    @property
+    def num_train(self) -> int:
+        """Number of training images."""
+        return self.backend.num_train
+
+    @staticmethod
+    def less_memory(recipe: Recipe, world_size: int) -> str:
+        """Return what to change in the recipe if memory runs out."""
+        train = recipe.train
+        return (
+            f"lower train.micro_batch (now {micro_batch_of(recipe, world_size)}), recompute more by "
+            f"train.recompute.policy (now {train.recompute.policy}), or partition more by deepspeed.config (now "
+            f"{recipe.deepspeed.config})"
+        )
+
+    @cached_property
+    def _stream(self) -> StreamProgress | None:
+        data, world = self.recipe.data, self.world
+        if not data.is_stream:
+            return None
+        return StreamProgress(world.rank, world.size, data.lanes, len(StreamShards(data, self.recipe.run.seed)))
+
+    def plan(self) -> TrainPlan:
+        """Return the order of the data on this rank."""
+        return TrainPlan.of(self.recipe, self.num_train, self.world.rank, self.world.size)
+
+    def schedule(self, steps_per_epoch: int) -> CosineSchedule:
+        """Return the recipe's schedule in steps."""
+        return build_schedule(self.recipe, steps_per_epoch)
+
+    def phase(self, step: int) -> "tuple[ClassificationTask, int | None]":
+        """Return the task of the image size that `schedule.image_sizes` has from `step` on, and the end of that."""
+        size, stop = self.size_at(step)
+        if size == self.recipe.model.image_size:
+            return self, stop
+        self.close()
+        self.reporter.info(f"images of {size} x {size} pixels from step {step} on")
+        of_size = self.recipe.changed(model__image_size=size)
+        return ClassificationTask(of_size, self.world, self.reporter, is_verified=True), stop
+
+    def size_at(self, step: int) -> tuple[int, int | None]:
+        """Return the image size from `step` on, and the step at which another one follows; None for the end."""
+        sizes = self.recipe.schedule.image_sizes
+        if not sizes:
+            return self.recipe.model.image_size, None
+        steps = self.plan().steps_per_epoch
+        number = max(number for number, (epoch, _) in enumerate(sizes) if epoch * steps <= step)
+        after = sizes[number + 1 : number + 2]
+        return sizes[number][1], after[0][0] * steps if after else None
+
+    def prepare(self, directory: RunDirectory) -> None:
+        """Copy the teachers of `attention.transfer_from` and `distill.from`, if any, into the run's directory."""
+        for _, size in self.recipe.schedule.image_sizes:
+            layer_sizes(self.recipe.model.changed(image_size=size))  # else it ends in the middle, at a size that is no
+        self.world.on_main(lambda: keep_teacher(self.recipe, directory.path))
+        self.world.on_main(lambda: keep_distillation_teacher(self.recipe, directory.path))
+        if self.recipe.distill.from_:
+            with self.world.together():
+                teacher = read_distillation_teacher(self.recipe, self.classes, directory.path)
+            if self.world.is_main:  # it counts the teacher's operations
+                self.reporter.info(describe_teacher(self.recipe, teacher))
+            self._distillation = Distillation(self.recipe, teacher, self.world.device)
+
+    def build_backbone(self, directory: RunDirectory) -> nn.Module:
+        """Return the classifier, with its teacher if it has one."""
+        model = build_model(self.recipe, directory.path)
+        if self._distillation is not None and use_distillation_token(model):
+            self.reporter.info("the distillation token learns from the teacher, the class token from the labels")
+        return model
+
+    def take_weights(self, backbone: nn.Module, weights: Mapping[str, Tensor]) -> str:
+        """Copy the weights of `init_from` into the classifier; returns what was not simply copied."""
+        return take_weights(backbone, weights)
+
+    def trained_model(self, trained: Recipe, directory: RunDirectory, name: str, use_ema: bool) -> nn.Module:
+        """Return a checkpoint's model; interpolated if the recipe has another image size than it was trained at."""
+        return trained_classifier(trained, self.recipe, directory, name, use_ema)
+
+    def after_step(self, engine: Engine, directory: RunDirectory, total_steps: int) -> list[AfterStep]:
+        """Return the snapshots of `checkpoint.snapshots`."""
+        steps = snapshot_steps(total_steps, self.recipe.checkpoint.snapshots)
+        return [Snapshots(directory.snapshots, directory.store, steps, engine, self.world, self.recipe, self.reporter)]
+
+    def train_batches(self, slices: Iterable[BatchSlice], waiting: Waiting) -> DeviceFeed[Batch]:
+        """Return this rank's micro batches on its device."""
+        if self._stream is not None:
+            slices = self._stream.from_here(slices)
+        return DeviceFeed(map(with_digest, self.backend.train_batches(slices)), self.world.device, waiting)
+
+    def losses(self, forward: Callable[..., Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Return the mean cross-entropy of a micro batch with its soft targets; with a teacher, also both parts."""
+        self._bad += len(batch.bad)
+        self._digest = (self._digest + batch_digest(batch)) % 2**BITS
+        self._tell_of(batch.bad)
+        if self._stream is not None:
+            self._stream.note(batch)
+        images, targets = self.as_trained(batch)
+        output = forward(images)
+        if self._distillation is not None:
+            return self._distillation.losses(output, images, targets, self.objective)
+        return {"loss": self.objective(output, targets)}
+
+    def as_trained(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what the model sees of a micro batch: augmented, normalised and mixed images, and soft targets."""
+        mix = self.mixer.params(batch.epoch, batch.batch, *batch.images.shape[-2:])
+        images = self.normalize(self.augment(batch.images, batch.draws), mix)
+        return images, self.mixer.targets(batch.labels, mix)
+
+    def evaluate(self, forward: Callable[..., Tensor], on_batch: OnBatch) -> EvalResult:
+        """Evaluate the validation split."""
+
+        def told(done: int, total: int, bad: tuple[BadSample, ...]) -> None:
+            self._tell_of(bad)
+            on_batch(done, total)
+
+        def noted(images: Tensor) -> Tensor:
+            if self._to_look_at is None:
+                largest = max(size.heads * size.scores for size in layer_sizes(self.recipe.model))
+                self._to_look_at = images[: max(1, min(IMAGES_TO_LOOK_AT, ENTRIES_TO_LOOK_AT // largest))].clone()
+            return forward(images)
+
+        return evaluate(noted, self.backend, self.normalize, self.recipe.train.eval_batch, self.world, told)
+
+    def look_inside(self, engine: Engine) -> dict[str, Any]:
+        """Return what S depends on in the first validation images, of each block. Rank 0's images count."""
+        if self._to_look_at is None or not can_be_watched(engine.module):
+            return {}
+        learned = [p for layer in attention_layers(engine.module) for p in layer.attention.parameters()]
+        with whole_parameters(engine.deepspeed, learned):
+            return {"content": content_of(engine.module, engine.forward, self._to_look_at)}
+
+    def _tell_of(self, bad: tuple[BadSample, ...]) -> None:
+        for sample in bad:
+            self.reporter.bad_sample(sample)
+
+    @property
+    def counts(self) -> tuple[Any, ...]:
+        """The digest of the data, the number of unreadable samples, and the places in a stream."""
+        return self._digest, self._bad, dict(self._stream.places) if self._stream else None
+
+    @counts.setter
+    def counts(self, counts: tuple[Any, ...]) -> None:
+        self._digest, self._bad, places = counts
+        if self._stream is not None:
+            self._stream.places = places
+
+    def fold(self, state: TrainState) -> None:
+        """Add the digest of the data and the number of unreadable samples, and note where a stream stands."""
+        counts = torch.tensor([self._digest, self._bad], dtype=torch.float64)
+        self._digest = self._bad = 0
+        digest, bad = self.world.sum(counts).tolist()
+        state.data_digest = (state.data_digest + int(digest)) % 2**BITS
+        state.bad_samples += int(bad)
+        if self._stream is not None:
+            places = self.world.gather(self._stream.mine())
+            state.stream = self._stream.state(place for rank in places for place in rank)
+
+    def figures(self, state: TrainState, images_per_second: float | None) -> dict[str, Any]:
+        """Return how well the device is used, and what the data are so far."""
+        efficiency = self.efficiency.figures(images_per_second)
+        return {**efficiency, "bad_samples": state.bad_samples, "data_digest": state.data_digest}
+
+    def begin(self) -> TrainState:
+        """Return the state of a run that starts from the beginning."""
+        return TrainState(
+            begun_with=run_behind(self.recipe.init_from),
+            distilled_from=self._teachers_digest(),
+            image_size=self._growing_size,
+        )
+
+    @property
+    def _growing_size(self) -> int:
+        return self.recipe.model.image_size if self.recipe.schedule.image_sizes else 0
+
+    def check_resumed(self, state: TrainState) -> None:
+        """Go on in the stream, if there is one, and check that the teacher is the one of the checkpoint's run.
+
+        Raises:
+            RunDirectoryError: it is another.
+        """
+        state.image_size = self._growing_size
+        if self._stream is not None:
+            self.stream_differs = self._stream.resume(state.stream)
+            if self.stream_differs:
+                self.reporter.info(self.stream_differs)
+        if state.distilled_from != self._teachers_digest():
+            if not state.distilled_from:
+                raise RunDirectoryError(
+                    "the run's checkpoint learned from no teacher; remove distill.from, or start another run with "
+                    "init_from"
+                )
+            raise RunDirectoryError(
+                f"the run's checkpoint learned from another teacher than {DISTILL_FILE} holds; put that "
+                "file back, or start another run"
+            )
+
+    def _teachers_digest(self) -> str:
+        return self._distillation.teacher.digest if self._distillation else ""
+
+    def facts(self, state: TrainState) -> dict[str, Any]:
+        """Return the data's digest, and the runs behind `init_from` and `attention.transfer_from`, by key."""
+        teacher = RunDirectory(self.recipe.run.dir).path / FILE
+        kept = teacher.with_name(DISTILL_FILE)
+        taught = self.recipe.attention.transfer_from and teacher.is_file()
+        runs = {"init_from": state.begun_with}
+        with suppress(UserError):  # they were read at the start; what became of them does not end a trained run
+            runs["attention.transfer_from"] = run_behind(str(teacher)) if taught else {}
+            runs["distill.from"] = run_behind(str(kept)) if state.distilled_from else {}
+        return {
+            "lineage": {key: behind for key, behind in runs.items() if behind},
+            "data_digest": state.data_digest,
+            "bad_samples": state.bad_samples,
+        }
+
+    def close(self) -> None:
+        """Stop the data workers."""
+        self.backend.close()

@@ -1,0 +1,232 @@
+"""A plain ViT, with KArAt or softmax, as a detector's backbone (ViTDet, arXiv 2203.16527).
+
+KArAt's N is fixed, so tokens attend within windows of the size of the operators. At 224 px the 14 x 14
+patches are one window: N = 196 and no class token. In a larger image, some blocks see all of it, by softmax.
+
+In its simple feature pyramid every level is made only of the last map. The optimizer's groups have layer-wise learning
+rates in the backbone, and a schedule of their own.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from timm.layers import LayerNorm2d
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from karat_scale.engine.optimizers import Groups, parameter_groups
+from karat_scale.foundation.errors import RecipeError
+from karat_scale.models import create_model
+from karat_scale.models.factory import host_of_name
+from karat_scale.models.init_from import take_weights
+from karat_scale.models.vit import VIT
+from karat_scale.recipe import AttentionConfig
+from karat_scale.training.tasks.detection.recipe import AdamWConfig, DetectionRecipe
+
+LEVELS = {"0": 0.25, "1": 0.5, "2": 1.0, "3": 2.0, "pool": 4.0}
+"""Strides in patches, by torchvision's names: 4, 8, 16, 32 and 64 px for patches of 16 px."""
+
+
+class SimpleFeaturePyramid(nn.Module):
+    """Turns a ViT's map [B, D, H, W] into maps [B, channels, ...] with sides of 4, 2, 1, 1/2 and 1/4 times its own.
+
+    Larger maps come from transposed convolutions, smaller ones from pooling. Each is followed by a 1 x 1 and a 3 x 3
+    convolution with layer norms. The last, only for proposals, is the fourth subsampled.
+    """
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        quarter = nn.Sequential(
+            nn.ConvTranspose2d(width, width // 2, kernel_size=2, stride=2),
+            LayerNorm2d(width // 2),
+            nn.GELU(),
+            nn.ConvTranspose2d(width // 2, width // 4, kernel_size=2, stride=2),
+        )
+        half = nn.ConvTranspose2d(width, width // 2, kernel_size=2, stride=2)
+        scales = ((quarter, width // 4), (half, width // 2), (nn.Identity(), width), (nn.MaxPool2d(2), width))
+        self.levels = nn.ModuleList(nn.Sequential(scale, *_convolutions(inner, channels)) for scale, inner in scales)
+        self.last = LastLevelMaxPool()
+
+    def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":
+        """Return the maps by torchvision's names, finest first."""
+        maps, names = self.last([level(x) for level in self.levels], [x], list(LEVELS)[:-1])
+        return OrderedDict(zip(names, maps, strict=True))
+
+
+def _convolutions(width: int, channels: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(width, channels, kernel_size=1, bias=False),
+        LayerNorm2d(channels),
+        nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False),
+        LayerNorm2d(channels),
+    ]
+
+
+# No class token or registers, since they have no place in a map; the pyramid has its own norms.
+_OPTIONS = {"class_token": False, "reg_tokens": 0, "global_pool": "", "num_classes": 0, "final_norm": False}
+_ABOVE_BLOCKS = ("head.", "norm.", "fc_norm.")
+
+
+def build_vit(recipe: DetectionRecipe) -> VisionTransformer:
+    """Return the backbone's ViT for one window, freshly initialised.
+
+    Raises:
+        RecipeError: it is not a plain ViT, or timm cannot build it at these sizes.
+    """
+    return _create(recipe, recipe.attention)
+
+
+def _create(recipe: DetectionRecipe, attention: AttentionConfig) -> VisionTransformer:
+    if host_of_name(recipe.model.name) is not VIT:
+        raise RecipeError(
+            f"model.name = {recipe.model.name} is not a plain ViT, whose tokens form a map; use one such as "
+            "vit_base_patch16_224"
+        )
+    return cast(VisionTransformer, create_model(recipe.window_model, attention, **_OPTIONS))
+
+
+def take_backbone_weights(vit: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """Copy a classifier's weights into the backbone's ViT, in place; returns a line on what was not simply copied.
+
+    The class token and the layers above the blocks are left out.
+
+    Raises:
+        RecipeError: the weights are of another model.
+    """
+    return take_weights(vit, {name: x for name, x in weights.items() if not name.startswith(_ABOVE_BLOCKS)})
+
+
+class ViTBackbone(nn.Module):
+    """Maps images [B, 3, S, S] to the maps of a pyramid.
+
+    Args:
+        vit: from `build_vit`. Its attention stays that of one window; its positions are interpolated to the image.
+
+    Raises:
+        RecipeError: `global_blocks` exceeds the number of blocks, or leaves none to KArAt.
+    """
+
+    def __init__(self, vit: VisionTransformer, recipe: DetectionRecipe) -> None:
+        super().__init__()
+        self.window = recipe.detector.window
+        self.side = recipe.model.image_size // recipe.patch_size
+        self.global_blocks: frozenset[int] = frozenset()
+        if self.side > self.window:
+            _check_global_blocks(recipe, len(vit.blocks))
+            self.global_blocks = _evenly_spread(recipe.detector.global_blocks, len(vit.blocks))
+            _let_attend_by_softmax(vit, recipe, self.global_blocks)
+            vit.set_input_size((recipe.model.image_size, recipe.model.image_size))
+        self.vit = vit
+        self.pyramid = SimpleFeaturePyramid(vit.embed_dim, recipe.detector.channels)
+        self.out_channels = recipe.detector.channels
+
+    def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
+        """Return maps by name, as torchvision's detectors expect them."""
+        tokens = self.vit.norm_pre(self.vit.patch_embed(images) + self.vit.pos_embed)
+        for number, block in enumerate(self.vit.blocks):
+            if self.side == self.window or number in self.global_blocks:
+                tokens = block(tokens)
+            else:
+                tokens = join_windows(block(split_windows(tokens, self.window)), self.side, self.window)
+        maps: OrderedDict[str, Tensor] = self.pyramid(tokens.transpose(1, 2).unflatten(2, (self.side, self.side)))
+        return maps
+
+
+def split_windows(tokens: Tensor, window: int) -> Tensor:
+    """Split tokens [B, P^2, D] of a square map into those of its windows, [B (P / window)^2, window^2, D]."""
+    batch, count, width = tokens.shape
+    rows = round(count**0.5) // window
+    grid = tokens.view(batch, rows, window, rows, window, width).transpose(2, 3)
+    return grid.reshape(batch * rows * rows, window * window, width)
+
+
+def join_windows(tokens: Tensor, side: int, window: int) -> Tensor:
+    """Undo `split_windows` for a map of `side` = P rows."""
+    rows = side // window
+    grid = tokens.view(-1, rows, rows, window, window, tokens.shape[-1]).transpose(2, 3)
+    return grid.reshape(-1, side * side, tokens.shape[-1])
+
+
+def _check_global_blocks(recipe: DetectionRecipe, depth: int) -> None:
+    """Raise RecipeError for more blocks than there are, or if none would be left for KArAt."""
+    count, learned = recipe.detector.global_blocks, recipe.attention.kind == "karat"
+    most = depth - 1 if learned else depth
+    if count > most:
+        why = ", and these attend by softmax: no block would keep KArAt" if learned else ""
+        raise RecipeError(
+            f"detector.global_blocks = {count}, but the model has {depth} blocks{why}; use {most} at most"
+        )
+
+
+def _evenly_spread(count: int, depth: int) -> frozenset[int]:
+    """Return the last block of each of `count` equal parts, as in ViTDet."""
+    return frozenset((part + 1) * depth // count - 1 for part in range(count))
+
+
+def _let_attend_by_softmax(vit: VisionTransformer, recipe: DetectionRecipe, blocks: frozenset[int]) -> None:
+    """Give these blocks attention without a fixed N, with their query, key and value."""
+    if recipe.attention.kind == "softmax" or not blocks:
+        return
+    plain = _create(recipe, AttentionConfig())
+    for number in blocks:
+        plain.blocks[number].load_state_dict(vit.blocks[number].state_dict(), strict=False)
+        vit.blocks[number] = plain.blocks[number]
+
+
+def detector_groups(model: Any, optim: AdamWConfig) -> Groups:
+    """Return a detector's groups like those of `parameter_groups`.
+
+    The pyramid and the heads are one layer above the last block. So with layer decay d, block n of L has the factor
+    d^(L - n), n = 0 .. L - 1, as in ViTDet, and the layers above it have 1. Biases and norms have no weight decay.
+    """
+    vit = model.backbone.vit
+    groups = parameter_groups(vit, optim)
+    for group in groups:
+        group["lr_scale"] *= optim.layer_decay
+    of_vit = set(vit.parameters())
+    above = [parameter for parameter in model.parameters() if parameter not in of_vit]
+    for decays in (True, False):
+        own = [p for p in above if (p.ndim > 1) == decays and p.requires_grad]
+        groups.append({"params": own, "weight_decay": optim.weight_decay if decays else 0.0, "lr_scale": 1.0})
+    return groups
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """Linear warm-up to `peak_lr`, which is multiplied by `drop_factor` at each of the steps `drops`.
+
+    It is also multiplied by `epoch_decay` after each of `steps_per_epoch` steps.
+    """
+
+    peak_lr: float
+    warmup_steps: int
+    warmup_factor: float
+    drops: tuple[int, ...]
+    drop_factor: float
+    epoch_decay: float
+    steps_per_epoch: int
+
+    def lr(self, step: int) -> float:
+        """Return the rate for the update after `step` finished updates."""
+        rate = self.peak_lr * self.drop_factor ** sum(step >= drop for drop in self.drops)
+        rate *= self.epoch_decay ** (step // self.steps_per_epoch)
+        if step < self.warmup_steps:
+            rate *= self.warmup_factor + (1 - self.warmup_factor) * step / self.warmup_steps
+        return rate
+
+
+def build_schedule(recipe: DetectionRecipe, steps_per_epoch: int) -> StepSchedule:
+    """Return the recipe's schedule in steps."""
+    total, config, optim = recipe.train.epochs * steps_per_epoch, recipe.schedule, recipe.optim
+    return StepSchedule(
+        peak_lr=optim.lr * (recipe.train.global_batch / optim.lr_batch if optim.lr_batch else 1.0),
+        warmup_steps=config.warmup_steps,
+        warmup_factor=config.warmup_factor,
+        drops=tuple(round(share * total) for share in config.drops),
+        drop_factor=config.drop_factor,
+        epoch_decay=config.epoch_decay,
+        steps_per_epoch=steps_per_epoch,
+    )

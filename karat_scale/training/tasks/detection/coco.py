@@ -1,0 +1,242 @@
+"""One split of a detection data set in COCO's format: images, categories, and the objects in an image."""
+
+import contextlib
+import io
+import json
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
+from karat_scale.foundation.errors import DataError, RecipeError
+from karat_scale.foundation.files import read_image
+from karat_scale.foundation.tables import how_to_install
+from karat_scale.training.tasks.detection.recipe import DetectionRecipe
+
+FIX = "correct data.path or the names below it"
+_IMAGE_FIELDS = {"file_name": (str, "a name"), "width": (int, "pixels"), "height": (int, "pixels")}
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """The annotations of one image; only objects that can be learned, as (id, category, segmentation)."""
+
+    file_name: str
+    width: int
+    height: int
+    objects: tuple[tuple[int, int, Any], ...]
+
+
+class CocoSplit:
+    """Images with their objects. Samples are numbered 0 .. len - 1.
+
+    Args:
+        root: the data set's directory.
+        images: the images' directory below it.
+        annotations: the JSON file below it.
+        for_training: leave out images without an object to learn, which is not a crowd and has an area. Else
+            pycocotools' index is kept as `index`.
+
+    Raises:
+        DataError: a file is missing or wrong, or no image is left.
+        RecipeError: pycocotools is not installed.
+    """
+
+    def __init__(self, root: str, images: str, annotations: str, for_training: bool) -> None:
+        self.file = Path(root).expanduser() / annotations
+        self._images = Path(root).expanduser() / images
+        index = _read(self.file)
+        categories = sorted(index.cats)
+        self._labels = {category: label for label, category in enumerate(categories, start=1)}
+        self.classes = tuple(str(index.cats[category].get("name", category)) for category in categories)
+        """The category names in the order of the labels 1, 2, ..., which is that of the category ids."""
+        self.category_ids = tuple(categories)
+        records = {image: self._record(index, image) for image in sorted(index.imgs)}
+        self.image_ids = [image for image, record in records.items() if record.objects or not for_training]
+        if not self.image_ids:
+            raise DataError(f"{self.file} has no image{' with objects' if for_training else ''}; {FIX}")
+        self._records = _Packed([records[image] for image in self.image_ids])
+        self.index: Any = None if for_training else self._completed(index)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def file_of(self, sample: int) -> Path:
+        """Return the image's file."""
+        return self._images / self._records[sample].file_name
+
+    def read(self, sample: int) -> Image.Image:
+        """Return the image in RGB.
+
+        Raises:
+            DataError: it is missing, cannot be decoded, or its size differs from the annotations.
+        """
+        path, record = self.file_of(sample), self._records[sample]
+        try:
+            image = decode_rgb(read_image(path))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}; {FIX}") from error
+        except UndecodableImageError as error:
+            raise DataError(f"{path} cannot be decoded: {error}; replace it with a complete copy") from error
+        if image.size != (record.width, record.height):
+            raise DataError(
+                f"{path} is {image.width} x {image.height}, but {self.file.name} says {record.width} x "
+                f"{record.height}; use the image that was annotated"
+            )
+        return image
+
+    def objects(self, sample: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+        """Return labels [n] from 1, and masks [n, H, W] of 0 and 1 at the image's size, of the objects to learn.
+
+        Raises:
+            DataError: an annotation has no readable category or segmentation.
+        """
+        record = self._records[sample]
+        labels, masks = [], [np.zeros((0, record.height, record.width), np.uint8)]
+        for number, category, segmentation in record.objects:
+            try:
+                labels.append(self._labels[category])
+                masks.append(_mask(segmentation, record)[None])
+            except Exception as error:  # pycocotools asserts, indexes and casts
+                raise self._unreadable(number, error) from error
+        return np.array(labels, np.int64), np.concatenate(masks)
+
+    def _record(self, index: Any, image: int) -> ImageRecord:
+        about = index.imgs[image]
+        learnable = [
+            (annotation.get("id"), annotation.get("category_id"), annotation.get("segmentation"))
+            for annotation in index.imgToAnns.get(image, ())
+            if not annotation.get("iscrowd") and self._area(annotation) > 0
+        ]
+        for key, (kind, what) in _IMAGE_FIELDS.items():
+            if key not in about:
+                raise DataError(f"{self.file}: image {image} has no {key}; {FIX}")
+            if not isinstance(about[key], kind) or isinstance(about[key], bool):
+                raise DataError(f"{self.file}: image {image} has {key} = {about[key]!r}, not {what}; correct it")
+        return ImageRecord(about["file_name"], about["width"], about["height"], tuple(learnable))
+
+    def _completed(self, index: Any) -> Any:
+        """Return pycocotools' index as its evaluation needs it: without objects that have no area, and with each key.
+
+        Raises DataError for a segmentation that cannot be read.
+        """
+        from pycocotools import mask as coco_mask
+
+        annotations = [one for one in index.dataset["annotations"] if self._area(one) > 0]
+        for annotation in annotations:
+            annotation.setdefault("iscrowd", 0)
+            if annotation.get("segmentation") and annotation.keys() >= {"area", "bbox"}:
+                continue
+            try:
+                runs = index.annToRLE(annotation)
+                annotation.setdefault("area", float(coco_mask.area(runs)))
+                annotation.setdefault("bbox", coco_mask.toBbox(runs).tolist())
+            except Exception as error:  # pycocotools asserts, indexes and casts
+                raise self._unreadable(annotation.get("id"), error) from error
+        # To pycocotools, a detection that matched annotation 0 has matched nothing.
+        for number, annotation in enumerate(annotations, start=1):
+            annotation["id"] = number
+        index.dataset["annotations"] = annotations
+        with contextlib.redirect_stdout(io.StringIO()):
+            index.createIndex()
+        return index
+
+    def _unreadable(self, number: Any, error: Exception) -> DataError:
+        return DataError(
+            f"{self.file}: annotation {number} has no readable category or segmentation: "
+            f"{type(error).__name__}: {error}; correct it"
+        )
+
+    def _area(self, annotation: Any) -> float:
+        area = annotation.get("area", 1.0)
+        if not isinstance(area, int | float):
+            raise DataError(
+                f"{self.file}: annotation {annotation.get('id')} has area = {area!r}, not a number; correct it"
+            )
+        return area
+
+
+class _Packed:
+    """Records as one array of bytes: of a million objects, each worker would copy those that it touches."""
+
+    def __init__(self, records: Sequence[ImageRecord]) -> None:
+        packed = [pickle.dumps(record) for record in records]
+        self._ends = np.cumsum([len(record) for record in packed])
+        self._bytes = np.frombuffer(b"".join(packed), np.uint8)
+
+    def __getitem__(self, number: int) -> ImageRecord:
+        start = self._ends[number - 1] if number else 0
+        record: ImageRecord = pickle.loads(self._bytes[start : self._ends[number]].data)
+        return record
+
+
+def check_classes(split: CocoSplit, num_classes: int) -> None:
+    """Raise DataError unless there are as many categories as the model has classes."""
+    if len(split.classes) != num_classes:
+        raise DataError(
+            f"{split.file} has {len(split.classes)} categories, but model.num_classes = {num_classes}; "
+            f"set model.num_classes={len(split.classes)}"
+        )
+
+
+def require_pycocotools() -> None:
+    """Raise RecipeError, with the command that installs it, if pycocotools is missing."""
+    try:
+        import pycocotools.coco  # noqa: F401
+    except ImportError as error:
+        raise RecipeError(f"karat detect needs pycocotools ({error}); {how_to_install('detection')}") from error
+
+
+def _mask(segmentation: Any, record: ImageRecord) -> npt.NDArray[np.uint8]:
+    """Return polygons, or run lengths, compressed or not, as a mask [H, W]."""
+    from pycocotools import mask as coco_mask
+
+    if isinstance(segmentation, list):
+        runs = coco_mask.merge(coco_mask.frPyObjects(segmentation, record.height, record.width))
+    elif isinstance(segmentation["counts"], list):
+        runs = coco_mask.frPyObjects(segmentation, record.height, record.width)
+    else:
+        runs = segmentation
+    mask: npt.NDArray[np.uint8] = coco_mask.decode(runs)
+    if mask.shape != (record.height, record.width):
+        raise ValueError(f"its mask is {mask.shape[1]} x {mask.shape[0]}")
+    return mask
+
+
+def _read(file: Path) -> Any:
+    """Return pycocotools' index of an annotation file."""
+    require_pycocotools()
+    from pycocotools.coco import COCO
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            index = COCO(str(file))
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}; {FIX}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} is not JSON: {error}; replace it with a complete copy") from error
+    except (AssertionError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is not in COCO's format: {type(error).__name__}: {error}; {FIX}") from error
+    missing = [key for key in ("images", "annotations", "categories") if not index.dataset.get(key)]
+    if missing:
+        raise DataError(f"{file} is not in COCO's format for instances: it has no {missing[0]}; {FIX}")
+    return index
+
+
+def open_split(recipe: DetectionRecipe, name: str) -> CocoSplit:
+    """Return the split "train", only images with objects, or "val", all images.
+
+    Raises:
+        UserError: it cannot be read, or its categories are not as many as the model's classes.
+    """
+    data = recipe.data
+    names = (data.train_images, data.train_annotations) if name == "train" else (data.val_images, data.val_annotations)
+    split = CocoSplit(data.path, *names, for_training=name == "train")
+    check_classes(split, recipe.model.num_classes)
+    return split

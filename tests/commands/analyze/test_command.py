@@ -1,0 +1,174 @@
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from karat_scale.commands.analyze.command import ANALYSES, JOINT, OWN, unique_labels
+from karat_scale.commands.analyze.trained_run import TrainedRun
+from karat_scale.commands.cli import main
+from karat_scale.commands.parsers.results import ANALYSES as NAMES
+from tests.commands.analyze.browser import Browser
+from tests.conftest import karat
+
+QUICK = ("--images", "4", "--grid", "3", "--samples", "8", "--hessian-samples", "4", "--image", "0", "5")
+
+
+def test_the_parser_names_the_analyses_there_are() -> None:
+    assert tuple(ANALYSES) == NAMES
+    assert {*JOINT, *OWN} == {*ANALYSES}
+
+
+@pytest.mark.slow
+def test_two_runs_side_by_side(
+    karat_run: TrainedRun, softmax_run: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["analyze", str(karat_run.path), str(softmax_run.path), *QUICK, "--out", str(out)]) == 0
+    printed = capsys.readouterr().err.splitlines()
+    assert not [line for line in printed if line.startswith("error:")]
+    assert "note: functions of softmax: attention.kind = softmax has no learned functions" in printed
+    assert any(line.startswith("note: robustness: not measured") for line in printed)
+    for name in OWN:
+        for label in ("karat", "softmax"):
+            if (name, label) != ("functions", "softmax"):
+                assert json.loads((out / name / label / "numbers.json").read_text()), (name, label)
+                assert (out / name / label / "arrays.npz").stat().st_size
+    assert json.loads((out / "training" / "numbers.json").read_text())
+    page = (out / "report.html").read_text()
+    figures = {path.relative_to(out) for path in out.rglob("*.png") if path.parent.name != "pictures"}
+    assert len(figures) == page.count("data-figure=")
+    assert {path.with_suffix(".svg") for path in figures} == {p.relative_to(out) for p in out.rglob("*.svg")}
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_ranks_share_the_landscape(karat_run: TrainedRun, tmp_path: Path) -> None:
+    arguments = ["analyze", str(karat_run.path), *QUICK, "--only", "spectrum", "landscape"]
+    assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    done = karat(*arguments, "--out", str(tmp_path / "two"), processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = (np.load(tmp_path / name / "landscape" / "karat" / "arrays.npz") for name in ("one", "two"))
+    for name in one.files:
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-5, atol=1e-6)
+    files = {path.relative_to(tmp_path / "two").as_posix() for path in (tmp_path / "two").rglob("*.*")}
+    assert {"report.html", "spectrum/karat/last_block.png", "landscape/karat/optimizer_path.png"} <= files
+    assert not any("/.landscape" in name for name in files)
+    refused = karat(*arguments, "--out", str(tmp_path / "none"), "--data", str(tmp_path / "nowhere"), processes=2)
+    assert refused.returncode != 0
+    assert len([line for line in refused.stderr.splitlines() if line.startswith("error: landscape of karat")]) == 1
+
+
+def test_missing_images_leave_what_needs_none(
+    karat_run: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, nowhere = str(tmp_path / "out"), str(tmp_path / "nowhere")
+    arguments = ["analyze", str(karat_run.path), *QUICK, "--out", out, "--data", nowhere]
+    names = ("accuracy", "calibration", "spectrum", "maps", "distributions")
+    assert main([*arguments, "--only", *names]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1  # although four analyses need the images
+    assert nowhere in lines[0]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count('class="problem"') == 1
+    assert "missing for it: Accuracy, Calibration, Spectral behaviour, Attention maps" in page
+    assert main([*arguments, "--only", "maps"]) == 2
+
+
+def test_a_later_command_keeps_what_an_earlier_one_made(
+    karat_run: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["analyze", str(karat_run.path), *QUICK, "--out", str(tmp_path)]
+    assert main([*arguments, "--only", "maps"]) == 0
+    before = (tmp_path / "report.html").read_text()
+    assert 'data-figure="maps/' in before
+    assert "earlier command" not in before
+    assert main([*arguments, "--only", "maps", "--data", str(tmp_path / "nowhere")]) == 2
+    assert (tmp_path / "report.html").read_text() == before
+    assert "no analysis was possible, so" in capsys.readouterr().err.splitlines()[-1]
+    assert main([*arguments, "--only", "distributions"]) == 0
+    after = (tmp_path / "report.html").read_text()
+    assert before.count('data-figure="maps/') == after.count('data-figure="maps/')
+    assert 'data-figure="distributions/' in after
+    assert after.count("made by an earlier command") == 1
+    assert main([*arguments, "--only", "distributions", "--weights", "raw"]) == 0
+    assert 'data-figure="maps/' not in (tmp_path / "report.html").read_text()
+
+
+def test_nothing_made_writes_no_report(karat_run: TrainedRun, tmp_path: Path) -> None:
+    arguments = ["analyze", str(karat_run.path), *QUICK, "--out", str(tmp_path), "--data", str(tmp_path / "nowhere")]
+    assert main([*arguments, "--only", "maps"]) == 2
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_checkpoint_of_another_model_leaves_the_other_run(
+    karat_run: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(karat_run.path, other)
+    recipe = other / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("depth: 2", "depth: 3"))
+    out, names = tmp_path / "out", ("maps", "distributions")
+    assert main(["analyze", str(other), str(karat_run.path), *QUICK, "--out", str(out), "--only", *names]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert [line.split(":")[1] for line in lines] == [f" {name} of other" for name in names]
+    assert all("holds another model: blocks.2" in line for line in lines)
+    assert {path.parent.name for path in out.rglob("numbers.json")} == {"karat"}
+
+
+def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["analyze", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not a run directory" in line
+
+
+def test_runs_of_one_name_are_told_apart(karat_run: TrainedRun) -> None:
+    assert unique_labels([karat_run, karat_run]) == ["karat", "karat (2)"]
+    numbered = dataclasses.replace(karat_run, path=karat_run.path.with_name("karat (2)"))
+    assert unique_labels([numbered, karat_run, karat_run]) == ["karat (2)", "karat", "karat (3)"]
+
+
+@pytest.mark.slow
+def test_the_report_of_two_runs_in_a_browser(
+    karat_run: TrainedRun, softmax_run: TrainedRun, tmp_path: Path, browser: Browser
+) -> None:
+    arguments = ["analyze", str(karat_run.path), str(softmax_run.path), *QUICK, "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    browser.open(tmp_path / "report.html")
+    assert browser.messages() == []
+    figures = [path for path in tmp_path.rglob("*.png") if path.parent.name != "pictures"]
+    expected = {path.relative_to(tmp_path).with_suffix("").as_posix() for path in figures}
+    loaded = browser.run(
+        "return [...document.querySelectorAll('figure img')].filter(i => i.complete && i.naturalWidth > 100)"
+        ".map(i => i.dataset.figure).filter(name => name)"
+    )
+    assert set(loaded) == expected
+    tiles = browser.run("return [...document.querySelectorAll('.tiles img')].map(i => i.complete && i.naturalWidth)")
+    assert len(tiles) > 0
+    assert all(tiles)
+    assert browser.run("return document.querySelector('main section').id") == "training"
+    assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_off_a_terminal_it_prints_what_it_does_and_nothing_of_others(karat_run: TrainedRun, tmp_path: Path) -> None:
+    done = karat("analyze", str(karat_run.path), *QUICK, "--only", "accuracy", "--out", str(tmp_path))
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [f"report: {tmp_path / 'report.html'}"]
+    assert set(done.stderr.splitlines()) <= {"karat: predict the validation split", "karat: draw figures"}
+
+
+def test_a_run_that_has_only_begun_has_its_curves(
+    karat_run: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun, out = tmp_path / "begun", tmp_path / "out"
+    begun.mkdir()
+    for name in ("recipe.yaml", "metrics.jsonl", "classes.json"):
+        shutil.copy(karat_run.path / name, begun)
+    assert main(["analyze", str(begun), *QUICK, "--out", str(out)]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert line.endswith("no checkpoint; train the run first")
+    page = (out / "report.html").read_text()
+    assert page.count('class="problem"') == 1
+    assert "not finished" in page

@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+import torch
+
+from karat_scale.commands.analyze.maps import ClassTokenMaps, _draw, analyze_maps, dominant_head, region, rollout_step
+from karat_scale.commands.analyze.result import Settings
+from karat_scale.commands.analyze.trained_run import TrainedRun
+from karat_scale.foundation.errors import RunDirectoryError
+
+
+def test_one_hot_attention_is_seen_where_it_looks() -> None:
+    maps = ClassTokenMaps(block=1, prefix=1)
+    attention = torch.eye(10).expand(1, 2, 10, 10).clone()
+    attention[0, 1, 0] = torch.nn.functional.one_hot(torch.tensor(7), 10)
+    for block in range(2):
+        maps.add(block, attention, attention)
+    maps.end_of_batch()
+    assert maps.learned[0][0, 1].argmax() == 6
+    assert dominant_head(maps.raw[0][0]) == 1
+    assert region(maps.learned[0][0, 1]).nonzero().flatten().tolist() == [6]
+    # Each block moves a quarter of what the class token still has to token 7, which keeps what it has.
+    assert maps.rollout[0][0, 6].item() == pytest.approx(1 - 0.75**2)
+    assert maps.rollout[0][0].sum().item() == pytest.approx(1 - 0.75**2)
+
+
+def test_the_region_is_the_fewest_patches_with_the_share() -> None:
+    weights = torch.tensor([0.1, -5.0, 0.5, 0.4])
+    assert region(weights, 0.45).tolist() == [False, False, True, False]
+    assert region(weights, 0.6).tolist() == [False, False, True, True]
+    assert not region(-weights.abs()).any()
+
+
+def test_the_dominant_head_is_that_of_the_scores() -> None:
+    assert dominant_head(torch.tensor([[1.0, 2.0, -9.0], [4.0, -4.0, 0.0]])) == 1
+
+
+def test_rollout_rows_sum_to_one_even_with_no_positive_weight() -> None:
+    rows = rollout_step(-torch.ones(1, 2, 5, 5)).sum(-1)
+    torch.testing.assert_close(rows, torch.ones(1, 5) * rows[0, 0])
+    assert rows[0, 0].item() == pytest.approx(1)
+
+
+def test_maps_begin_at_zero_and_show_the_dominant_head() -> None:
+    picture, heads = torch.zeros(3, 8, 8, dtype=torch.uint8), 14
+    nearly_equal = 0.2 + torch.rand(heads, 4, generator=torch.Generator().manual_seed(0)) * 1e-4
+    figure = _draw(picture, nearly_equal, nearly_equal, nearly_equal[0], 13, (2, 2), "S")
+    limits = [axes.images[-1].get_clim()[0] for axes in figure.axes if "head" in axes.get_title() and axes.images]
+    assert limits.count(0.0) >= 24
+    assert any("head 13 *" in axes.get_title() for axes in figure.axes)
+
+
+def test_two_runs_on_the_same_images(karat_run: TrainedRun, softmax_run: TrainedRun) -> None:
+    results = [analyze_maps(run, Settings(image_ids=(0, 9), batch=1)) for run in (karat_run, softmax_run)]
+    for result in results:
+        assert result.arrays["sample_ids"].tolist() == [0, 9]
+        assert set(result.figures) == {"image_0", "image_9"}
+        assert result.arrays["learned"].shape == (2, 2, 16)
+    assert (results[1].arrays["learned"] >= 0).all()
+    assert not np.allclose(results[0].arrays["learned"], results[1].arrays["learned"])
+
+
+def test_a_block_that_is_not_there(karat_run: TrainedRun) -> None:
+    with pytest.raises(RunDirectoryError, match="--block 5: it has blocks 0 to 1"):
+        analyze_maps(karat_run, Settings(block=5))

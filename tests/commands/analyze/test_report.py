@@ -1,0 +1,96 @@
+import base64
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from karat_scale.commands.analyze.figures import new_figure
+from karat_scale.commands.analyze.output import read_written, write_result
+from karat_scale.commands.analyze.report import Problem, RunSummary, write_report
+from karat_scale.commands.analyze.result import Result, Table, Tile
+
+PICTURE = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+NASTY = "<script>alert('x')</script>&\"'"
+
+
+class Resources(HTMLParser):
+    """What the page would fetch, and its elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.figures: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "srcset", "data", "action"):
+                self.links.append(value or "")
+            if name == "data-figure":
+                self.figures.append(value or "")
+
+
+def make_page(tmp_path: Path) -> Path:
+    """A report of one figure and one table, with names that are markup."""
+    figure = new_figure(2, 2)
+    figure.subplots().plot([1, 2])
+    result = Result(numbers={"x": float("nan")}, notes=[NASTY])
+    result.figures[NASTY] = figure, NASTY
+    result.tables.append(Table(NASTY, ["class", NASTY], [[NASTY, 1.23456], ["b", None], ["c", -30]]))
+    result.galleries[NASTY] = [Tile(NASTY, [NASTY, "50 %"], PICTURE)]
+    written = write_result(result, tmp_path / "spectrum", "run")
+    runs = [RunSummary(NASTY, {"directory": NASTY}, NASTY), RunSummary("other", {}, "12.5 % top-1")]
+    path = tmp_path / "report.html"
+    problems = [Problem(("Attention maps", "Accuracy"), "other", NASTY), Problem(("Sharpness",), "other", NASTY, True)]
+    write_report(path, runs, {"spectrum": {NASTY: written}}, problems)
+    return path
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> str:
+    return make_page(tmp_path).read_text()
+
+
+def test_text_is_escaped_and_nothing_is_fetched(page: str) -> None:
+    parsed = Resources()
+    parsed.feed(page)
+    assert "<script>alert" not in page
+    assert parsed.tags.count("script") == 1
+    assert all(link.startswith(("data:", "#")) for link in parsed.links)
+    assert parsed.figures == [f"spectrum/{NASTY}/{NASTY}"]
+    assert "1.235" in page
+    assert "missing for it: Attention maps, Accuracy" in page
+    assert page.count("Not in this report") == 1
+    assert page.index("12.5 % top-1") < page.index("Spectral behaviour</h2>")
+
+
+def test_files_beside_the_report(page: str, tmp_path: Path) -> None:
+    names = sorted(path.name for path in (tmp_path / "spectrum").iterdir())
+    assert names[:2] == ["_script_alert_x_script_.png", "_script_alert_x_script_.svg"]
+    assert names[2:] == ["arrays.npz", "numbers.json", "pictures", "shown.json"]
+    assert [path.name for path in (tmp_path / "spectrum" / "pictures").iterdir()] == ["_script_alert_x_script_.png"]
+    assert '"x": null' in (tmp_path / "spectrum" / "numbers.json").read_text()
+
+
+def test_what_was_written_can_be_shown_again(page: str, tmp_path: Path) -> None:
+    again = read_written(tmp_path / "spectrum", "run")
+    assert again is not None
+    assert again.earlier
+    report = tmp_path / "again.html"
+    write_report(report, [RunSummary(NASTY, {})], {"spectrum": {NASTY: again}}, [])
+    for part in (
+        "data:image/svg+xml;base64,PD94",
+        "data:image/png;base64,iVBOR",
+        "1.235",
+        ">-30<",
+        ">-<",
+        "made by an earlier command",
+    ):
+        assert part in report.read_text(), part
+    assert read_written(tmp_path / "spectrum", "another") is None
+    assert read_written(tmp_path / "maps", "run") is None
+    next((tmp_path / "spectrum").glob("*.svg")).unlink()
+    assert read_written(tmp_path / "spectrum", "run") is None

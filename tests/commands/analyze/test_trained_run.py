@@ -1,0 +1,128 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from karat_scale.commands.analyze.history import described
+from karat_scale.commands.analyze.trained_run import TrainedRun, open_run
+from karat_scale.foundation.errors import DataError, RunDirectoryError
+from karat_scale.recipe import Recipe
+
+
+def test_checkpoints_and_snapshots_come_in_order_with_their_steps(any_run: TrainedRun) -> None:
+    """A checkpoint goes before a snapshot of its step."""
+    assert [any_run.step(name) for name in any_run.in_order] == [0, 4, 8, 12, 16]
+    assert [name.endswith(".safetensors") for name in any_run.in_order] == [True, False, False, False, False]
+    assert any_run.chosen in any_run.in_order
+
+
+def test_raw_and_averaged_weights_differ_and_auto_takes_the_averages(karat_run: TrainedRun) -> None:
+    first = {kind: karat_run.model(weights=kind).state_dict()["head.weight"] for kind in ("raw", "ema", "auto")}
+    assert torch.equal(first["ema"], first["auto"])
+    assert not torch.equal(first["ema"], first["raw"])
+
+
+def test_the_model_scores_what_the_run_recorded(any_run: TrainedRun) -> None:
+    """Loss over the whole split, against the run's own last evaluation."""
+    name = any_run.in_order[-1]
+    images = any_run.images(10**6)
+    model = any_run.model(name, weights="ema")
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+            for x, y in images.batches(5, any_run.device)
+        ]
+    events = [json.loads(line) for line in (any_run.path / "metrics.jsonl").read_text().splitlines()]
+    recorded = [event["loss"] for event in events if event["event"] == "eval"][-1]
+    assert torch.cat(losses).mean().item() == pytest.approx(recorded, rel=1e-4)
+
+
+def test_chosen_images_are_the_same_in_any_batch_size(karat_run: TrainedRun) -> None:
+    images = karat_run.images(7)
+    assert len(set(images.ids)) == 7
+    together = torch.cat([batch.images for batch in images.raw(7)])
+    apart = torch.cat([batch.images for batch in images.raw(3)])
+    assert torch.equal(together, apart)
+
+
+def test_images_outside_the_split_are_named(karat_run: TrainedRun) -> None:
+    with pytest.raises(DataError, match="image 1000: the validation split has images 0 to 27"):
+        karat_run.images(1, (3, 1000))
+
+
+def test_data_of_other_classes_are_refused(karat_run: TrainedRun, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(karat_run.path, copy)
+    names = json.loads((copy / "classes.json").read_text())
+    (copy / "classes.json").write_text(json.dumps(names[::-1]))
+    with pytest.raises(DataError, match="has other classes than the run"):
+        TrainedRun(copy, karat_run.recipe).images(3)
+
+
+def test_what_was_frozen_is_frozen(karat_run: TrainedRun) -> None:
+    frozen = TrainedRun(karat_run.path, karat_run.recipe.changed(train__freeze=("*.operator.*",)))
+    learns = {name: parameter.requires_grad for name, parameter in frozen.new_model().named_parameters()}
+    assert not any(learns[name] for name in learns if ".operator." in name)
+    assert any(learns.values())
+
+
+def test_auto_has_the_fingerprint_of_the_weights_that_it_means(karat_run: TrainedRun) -> None:
+    prints = {kind: TrainedRun(karat_run.path, karat_run.recipe, kind).fingerprint for kind in ("auto", "ema", "raw")}
+    assert prints["auto"] == prints["ema"] != prints["raw"]
+
+
+def test_no_run_no_checkpoint_and_a_damaged_one(karat_run: TrainedRun, tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match="not a run directory"):
+        open_run(tmp_path)
+    copy = tmp_path / "run"
+    shutil.copytree(karat_run.path, copy)
+    with pytest.raises(RunDirectoryError, match="no checkpoint 'step-9'; there are: step-00000016"):
+        open_run(copy, checkpoint="step-9").model()
+    (copy / "checkpoints" / karat_run.in_order[1] / "state.json").write_text("{}")
+    with pytest.raises(RunDirectoryError, match=r"is damaged: state\.json"):
+        open_run(copy).model(karat_run.in_order[1])
+
+
+def test_a_snapshot_is_the_raw_weights_of_its_step(any_run: TrainedRun, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(any_run.path, copy)
+    first, *_, last = any_run.in_order
+    snapshot, whole = (any_run.model(name, "raw").state_dict() for name in (f"{last}.safetensors", last))
+    assert all(torch.equal(snapshot[key], whole[key]) for key in whole)
+    assert any_run.model(first).state_dict()["head.weight"].std() == pytest.approx(0.02, rel=0.5)
+    (copy / "snapshots" / first).write_bytes(b"torn")
+    with pytest.raises(RunDirectoryError, match=f"{first}: not a whole file of karat export"):
+        open_run(copy).model(first)
+
+
+def test_missing_data_is_one_line(karat_run: TrainedRun, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        open_run(karat_run.path, data=str(tmp_path / "nowhere")).images(3)
+
+
+def test_a_checkpoint_of_another_model(karat_run: TrainedRun, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(karat_run.path, copy)
+    recipe = copy / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("depth: 2", "depth: 3"))
+    with pytest.raises(RunDirectoryError, match="holds another model: "):
+        open_run(copy).model()
+
+
+@pytest.mark.parametrize(
+    ("attention", "name", "said"),
+    [
+        ({}, "softmax", "softmax attention"),
+        ({"transfer_from": "runs/g3b"}, "S", "attention transferred from runs/g3b"),
+        ({"kind": "static", "softmax_heads": 1}, "S", "a learned constant matrix as attention (blockwise, 1 softmax"),
+    ],
+    ids=["softmax", "transferred", "static"],
+)
+def test_the_matrices_are_named_by_what_made_them(
+    attention: dict[str, object], name: str, said: str, tmp_path: Path
+) -> None:
+    run = TrainedRun(tmp_path, Recipe.model_validate({"data": {"backend": "synthetic"}, "attention": attention}))
+    assert run.matrix_name == name
+    assert described(run)["attention"].startswith(said)

@@ -1,0 +1,37 @@
+"""A section's task whose events stay here."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from karat_scale.commands.bench.gpu.process import Channel
+from karat_scale.commands.bench.gpu.task import Budget, Task
+
+
+@dataclass
+class Kept(Channel):
+    """Keeps what was sent, by kind."""
+
+    events: dict[str, list[Any]] = field(default_factory=dict)
+
+    def _send(self, kind: str, content: Any) -> None:
+        self.events.setdefault(kind, []).append(content)
+
+
+class FullSizeTask(Task):
+    """Goes the way of a card, on a CPU."""
+
+    @property
+    def toy(self) -> bool:
+        return False
+
+    @property
+    def implementation(self) -> str:
+        return "streaming"
+
+
+def make_task(
+    seconds: float = 100.0, kind: type[Task] = Task, scratch: Path = Path("unused")
+) -> tuple[Task, dict[str, list[Any]]]:
+    kept = Kept()
+    return kind("cpu", Budget(seconds), kept, scratch), kept.events

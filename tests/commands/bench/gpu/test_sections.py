@@ -1,0 +1,50 @@
+"""The ways that a card's sizes take, gone on a CPU with a small model: peaks, steps a round, the profiler."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from karat_scale.commands.bench.gpu import attention, training
+from karat_scale.commands.bench.gpu.training import Group, compare
+from tests.commands.bench.gpu.task import FullSizeTask, make_task
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator of a card: 5 MB now, 9 MB at the peak."""
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5_000_000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 9_000_000)
+
+
+def test_attention_is_compared_with_the_backends_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "TOKENS", 16)
+    monkeypatch.setattr(attention, "BATCH", 2)
+    monkeypatch.setattr(attention, "CASES", (("tiny", "tf32"),))
+    task, told = make_task(kind=FullSizeTask)
+    attention.measure(task)
+    rows = {row["attention"]: row for row in told["row"]}
+    assert {"SDPA, torch's choice", "SDPA, math", "KArAt G1", "KArAt G3", "KArAt content, G3"} <= set(rows)
+    assert all(row["peak_mb"] == 4.0 and row["both_ms"] > 0 for row in rows.values())
+    assert any(row["ratio_best"] == 1.0 for row in rows.values() if row["attention"].startswith("SDPA"))
+    assert "cuDNN" in "".join(one["what"] for one in told["left_out"])
+    assert "failed" not in told
+
+
+def test_training_tells_memory_and_launches(tmp_path: Path, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = training._recipe
+    toy, _ = make_task()
+    monkeypatch.setattr(training, "_recipe", lambda _task, *rest: real(toy, *rest))
+    monkeypatch.setattr(training, "SECONDS_A_ROUND", 0.01)
+    task, told = make_task(kind=FullSizeTask, scratch=tmp_path)
+    toy = replace(toy, scratch=tmp_path)
+    compare(task, world, Group("eager", "tiny", ("softmax", "KArAt G3")), 2)
+    assert set(told) == {"row"}
+    assert [row["attention"] for row in told["row"]] == ["softmax", "KArAt G3"]
+    for row in told["row"]:
+        assert row["peak_mb"] == 4.0
+        assert row["kernels"] == row["launches"] == row["waits"] == 0

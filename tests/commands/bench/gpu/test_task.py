@@ -1,0 +1,64 @@
+"""Running out of memory and of time."""
+
+import time
+
+import pytest
+import torch
+
+from karat_scale.commands.bench.gpu.task import Budget
+from tests.commands.bench.gpu.task import make_task
+
+
+def test_out_of_memory_halves_the_batch_and_says_so() -> None:
+    task, told = make_task()
+
+    done: list[int] = []
+
+    def attempt(batch: int) -> None:
+        torch.empty(2**60 if batch > 32 else 1, dtype=torch.uint8)
+        done.append(batch)
+
+    task.halving("ViT-Base", 128, attempt)
+    assert done == [32]
+    assert told["notice"] == [
+        "ViT-Base: out of memory with a batch of 128, so it is 64",
+        "ViT-Base: out of memory with a batch of 64, so it is 32",
+    ]
+    task.halving("ViT-Base", 64, attempt, least=64)
+    assert "allocate memory" in told["failed"][0]["why"]
+
+
+def test_another_failure_is_told_and_not_tried_again() -> None:
+    task, told = make_task()
+    tried: list[int] = []
+
+    def attempt(batch: int) -> None:
+        tried.append(batch)
+        raise ValueError("no such model\nnowhere")
+
+    task.halving("ViT-Base", 128, attempt)
+    assert tried == [128]
+    assert told == {"failed": [{"what": "ViT-Base", "why": "ValueError: no such model"}]}
+
+
+def test_a_crash_of_a_kernel_ends_the_section() -> None:
+    task, told = make_task()
+
+    def attempt(_batch: int) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        task.halving("ViT-Base", 128, attempt)
+    assert not told
+
+
+def test_work_begins_only_where_the_last_of_its_kind_would_have_fitted() -> None:
+    budget = Budget(100.0)
+    assert budget.allows("eager", 20.0)
+    assert not budget.allows("compiled", 200.0)
+    budget.note("eager", begun=-1e6)
+    assert not budget.allows("eager", 20.0)
+    budget.note("graphs", begun=time.monotonic() - 60.0, count=3)
+    assert budget.allows("graphs", 50.0, count=4)
+    assert not budget.allows("graphs", 1.0, count=6)
+    assert Budget(-1.0).left == 0.0

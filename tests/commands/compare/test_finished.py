@@ -1,0 +1,138 @@
+"""What a run's own files say about it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from karat_scale.commands.compare.finished import _clock, _Event, read_run
+from karat_scale.foundation.errors import UserError
+from tests.commands.compare.conftest import Copy, write_lines
+from tests.conftest import events, summary
+
+
+def test_a_trained_run_is_read_as_it_says(trained: Path) -> None:
+    run = read_run(str(trained / "seed1"))
+    said, evaluations = summary(trained / "seed1"), events(trained / "seed1", "eval")
+    assert run.seed == 1
+    assert len(run.curve) == 3
+    assert [point.scores["top1"] for point in run.curve] == [event["top1"] for event in evaluations]
+    for score in ("top1", "top5"):
+        assert run.values[f"last_{score}"] == said[f"last_{score}"]
+        assert run.values[f"best_{score}"] == said[f"best_{score}"]
+    assert run.values["last_loss"] == evaluations[-1]["loss"]
+    assert run.values["parameters"] == said["parameters"]
+    assert run.budget[:5] == (24, 3.0, 64, 28, 4)
+    first = events(trained / "seed1", "train")[0]
+    seconds = evaluations[-1]["time"] - first["time"] + first["samples"] / (first["images_per_second"] or 1e9)
+    assert run.values["hours"] * 3600 == pytest.approx(seconds, abs=0.01)
+
+
+def test_the_time_between_two_starts_is_no_work_and_lost_evaluations_do_not_count(copy: Copy) -> None:
+    run = copy("run")
+    lines = [
+        {"event": "train", "step": 4, "time": 100.0, "samples": 32, "images_per_second": 16.0},
+        {
+            "event": "eval",
+            "step": 8,
+            "time": 110.0,
+            "samples": 64,
+            "top1": 10.0,
+            "top5": 90.0,
+            "loss": 2.0,
+            "images": 28,
+        },
+        {
+            "event": "eval",
+            "step": 16,
+            "time": 120.0,
+            "samples": 128,
+            "top1": 99.0,
+            "top5": 99.0,
+            "loss": 0.1,
+            "images": 28,
+        },
+        {"event": "checkpoint", "step": 8, "time": 121.0},
+        {"event": "resume", "step": 8, "time": 9000.0},
+        {
+            "event": "eval",
+            "step": 24,
+            "time": 9030.0,
+            "samples": 192,
+            "top1": 20.0,
+            "top5": 95.0,
+            "loss": 1.5,
+            "images": 28,
+        },
+    ]
+    write_lines(run, lines)
+    said = summary(run)
+    del said["sha256"]
+    said |= {"last_top1": 20.0, "last_top5": 95.0, "best_top1": 20.0, "best_top5": 95.0, "best_step": 24}
+    (run / "summary.json").write_text(json.dumps(said))
+    read = read_run(str(run))
+    assert [(point.step, point.hours * 3600) for point in read.curve] == [
+        (8, pytest.approx(12.0)),
+        (24, pytest.approx(52.0)),
+    ]
+
+
+def test_a_start_from_the_beginning_that_repeats_the_first_line_is_no_work_between() -> None:
+    steps = [(1, 0.0), (1, 86400.0), (50, 86410.0)]
+    lines = [_Event(event="train", step=step, time=time, samples=8 * step) for step, time in steps]
+    assert _clock(lines)[-1] * 3600 == pytest.approx(10)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda run: (run / "summary.json").unlink(), "has no summary.json"),
+        (lambda run: (run / "summary.json").write_text("{"), "damaged"),
+        (lambda run: (run / "recipe.yaml").unlink(), "not a run directory"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "has no evaluation of this run"),
+        (lambda run: (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text() + "# \n"), "was changed"),
+        (lambda run: (run / "summary.json").write_text(json.dumps({**summary(run), "steps": 5})), "was changed"),
+        (
+            lambda run: write_lines(run, [{**line, "top1": 1.0} for line in events(run)]),
+            "in metrics.jsonl: the run goes on, or a file was changed",
+        ),
+    ],
+)
+def test_a_run_that_is_not_whole_is_refused_in_one_line(damage, said: str, copy: Copy) -> None:
+    run = copy("run")
+    damage(run)
+    with pytest.raises(UserError, match=said) as error:
+        read_run(str(run))
+    assert "\n" not in str(error.value)
+
+
+def test_a_stopped_run_is_refused(copy: Copy) -> None:
+    with pytest.raises(UserError, match=r"has not finished \(stopped by SIGTERM\)"):
+        read_run(str(copy("run", exit=75, reason="stopped by SIGTERM")))
+
+
+def test_a_run_that_was_never_evaluated_is_refused(copy: Copy) -> None:
+    with pytest.raises(UserError, match="was never evaluated"):
+        read_run(str(copy("run", best_step=None)))
+
+
+def test_a_loss_that_is_not_finite_is_left_out(copy: Copy) -> None:
+    run = copy("run")
+    write_lines(run, [{**line, "loss": None} if line["event"] == "eval" else line for line in events(run)])
+    assert "last_loss" not in read_run(str(run)).values
+
+
+def test_the_best_evaluation_may_be_of_the_run_that_this_one_branched_from(copy: Copy) -> None:
+    run = copy("run", best_step=2, best_top1=77.0, best_top5=99.0)
+    values = read_run(str(run)).values
+    assert (values["best_top1"], values["best_top5"]) == (77.0, 99.0)
+    assert "best_loss" not in values
+
+
+def test_half_a_line_is_skipped_and_counted(copy: Copy) -> None:
+    run = copy("run")
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text('{"event": "train", "st\n' + text)
+    read = read_run(str(run))
+    assert len(read.curve) == 3
+    assert "1 damaged line" in read.damage

@@ -1,0 +1,119 @@
+"""`karat doctor RECIPE` from outside: every stage is timed, and the verdict is that of these times.
+
+Which verdict follows from given times: test_verdict.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from karat_scale.commands.cli import main
+from tests.conftest import karat, karat_environment
+
+Doctor = Callable[..., tuple["subprocess.CompletedProcess[str]", dict[str, Any]]]
+
+
+@pytest.fixture
+def doctor(tmp_path: Path) -> Doctor:
+    def run(recipe: Path, *overrides: str, processes: int = 1) -> tuple[Any, dict[str, Any]]:
+        file = tmp_path / "doctor.json"
+        options = ("--seconds=0.5", f"--json={file}")
+        done = karat("doctor", str(recipe), *overrides, *options, processes=processes)
+        return done, json.loads(file.read_text()) if file.is_file() else {}
+
+    return run
+
+
+@pytest.mark.slow
+def test_without_workers_the_slowest_of_all_stages_bounds(
+    doctor: Doctor, recipe_file: Path, image_folder: Path
+) -> None:
+    folder = ("data.backend=folder", f"data.path={image_folder}", "data.workers=0", "data.decoder=pillow")
+    done, report = doctor(recipe_file, *folder, "model.depth=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rates = {stage: figures["images_per_second"] for stage, figures in report["stages"].items()}
+    del rates["storage"]  # the page cache holds these few images
+    assert report["bound"] == min(rates, key=rates.__getitem__)
+    assert "take turns" in done.stdout
+
+
+@pytest.mark.slow
+def test_synthetic_images_have_no_storage(doctor: Doctor, recipe_file: Path, tmp_path: Path) -> None:
+    done, report = doctor(recipe_file, "data.backend=synthetic")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert report["storage"] is None
+    assert "storage" not in report["stages"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_shards_give_every_figure(doctor: Doctor, recipe_file: Path, tmp_path: Path) -> None:
+    done, report = doctor(recipe_file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    keys = {"version", "exit", "problems", "machine", "recipe", "verdict", "bound", "advice", "stages", "storage"}
+    keys |= {"data_path", "device", "loop", "data_images_per_second", "device_images_per_second"}
+    assert keys <= report.keys()
+    assert set(report["stages"]) == {"storage", "decode", "augmentation", "transfer", "model", "optimizer"}
+    assert all(stage["images_per_second"] > 0 for stage in report["stages"].values())
+    assert report["bound"] in report["stages"]
+    assert report["storage"]["random"] > 0
+    assert report["loop"]["steps"] >= 2
+    assert report["exit"] == 0
+    assert f"bound: {report['bound']}: " in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_nothing_is_left_behind(recipe_file: Path, tmp_path: Path) -> None:
+    code = (
+        "import psutil; from karat_scale.commands.doctor.run import doctor\n"
+        f"code = doctor({str(recipe_file)!r}, ['data.workers=2'], 0.5, None)\n"
+        "print('left:', code, psutil.Process().children(recursive=True))"
+    )
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    environment = {**karat_environment(), "TMPDIR": str(scratch)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[-1] == "left: 0 []", done.stdout + done.stderr
+    assert not list(scratch.glob("karat-doctor*"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_ranks_time_their_communication(doctor: Doctor, recipe_file: Path) -> None:
+    done, report = doctor(recipe_file, "data.backend=synthetic", "deepspeed.config=zero1", processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert report["stages"]["communication"]["images_per_second"] > 0
+    assert report["device"]["communication"]["bytes"] > 0
+    assert done.stdout.count("what bounds training") == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("attention.grdi=3", "attention.grid"),
+        ("model.name=vit_tinny_patch16_224", "vit_tiny_patch16_224"),
+        ("deepspeed.config=zero9", "zero9"),
+        ("augment.randaugment=rand-q9", "randaugment"),
+    ],
+)
+def test_a_bad_recipe_is_one_line(recipe_file: Path, override: str, part: str, capsys) -> None:
+    assert main(["doctor", str(recipe_file), override]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert part in line
+
+
+@pytest.mark.slow
+def test_missing_data_is_a_problem_among_others(doctor: Doctor, recipe_file: Path, tmp_path: Path) -> None:
+    done, report = doctor(recipe_file, f"data.path={tmp_path / 'nowhere'}")
+    assert done.returncode == report["exit"] == 1
+    assert report["problems"] == ["data"]
+    assert "nowhere" in done.stdout
+    assert "room for checkpoints" in done.stdout
+    assert done.stderr == ""

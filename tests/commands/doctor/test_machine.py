@@ -1,0 +1,145 @@
+"""The machine's part, on this machine and on ones that lack something."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from karat_scale.commands.doctor import software
+from karat_scale.commands.doctor.report import Finding, examine
+from karat_scale.commands.doctor.resources import examine_cache, nearest_existing, usable_cores
+from karat_scale.commands.doctor.run import examine_machine
+from karat_scale.foundation.errors import DataError, RecipeError
+from karat_scale.foundation.tables import EXTRAS
+from tests.conftest import ROOT, karat, karat_environment, karat_here
+
+
+@pytest.fixture(scope="module")
+def machine() -> dict[str, Finding]:
+    return {finding.name: finding for finding in examine_machine()}
+
+
+def test_this_machine_can_train(machine: dict[str, Finding]) -> None:
+    assert not [finding for finding in machine.values() if finding.level == "problem"]
+    assert machine["torch"].figures["version"] == software.installed_version("torch")
+    assert machine["cores"].figures["usable"] == usable_cores() >= 1
+    assert machine["RAM"].figures["usable_bytes"] > 0
+    assert {"python", "driver", "GPU", "/dev/shm", "open files", "cache", "C++ compiler"} <= machine.keys()
+
+
+def test_each_implementation_either_attends_or_says_why_not(machine: dict[str, Finding]) -> None:
+    assert machine["attention reference"].figures["runs"]
+    assert machine["attention streaming"].figures["runs"]
+    for name in ("cpu", "triton"):
+        finding = machine[f"attention {name}"]
+        assert finding.figures["runs"] or finding.value.startswith("cannot run: ")
+    assert machine[f"attention {machine['attention auto'].figures['chosen']}"].figures["runs"]
+
+
+def test_each_decoder_either_reads_or_says_why_not(machine: dict[str, Finding]) -> None:
+    assert machine["decoder pillow"].figures["runs"]
+    assert machine["decoder torchvision"].figures["runs"]
+    assert machine["decoder native"].figures["runs"] or machine["decoder native"].fix
+    assert machine[f"decoder {machine['decoder auto'].figures['chosen']}"].figures["runs"]
+
+
+def test_a_missing_extra_is_a_note_with_the_command_that_installs_it(machine: dict[str, Finding]) -> None:
+    for extra, parts in {
+        "ffcv": ("libopencv-dev libturbojpeg0-dev pkg-config g++", "in the clone: pip install -e '.[ffcv]'"),
+        "dali": ("in the clone: pip install -e '.[dali]'",),
+        "detection": ("in the clone: pip install -e '.[detection]'",),
+    }.items():
+        finding = machine[f"extra {extra}"]
+        if finding.figures["present"]:
+            assert finding.level == "ok"
+        else:
+            assert finding.level == "note"
+            assert all(part in finding.fix for part in parts)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "Makefile"])
+def test_the_pages_name_the_packages_that_ffcv_is_compiled_with(page: str) -> None:
+    words = (ROOT / page).read_text().replace("`", " ").replace(".", " ").split()
+    assert set(EXTRAS["ffcv"].debian.split()) <= set(words)
+
+
+def test_without_a_compiler_the_fix_names_the_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    compiler = list(software.examine_extras())[-1]
+    assert compiler.level == "note"
+    assert "g++ libjpeg-dev" in compiler.fix
+
+
+def test_a_library_that_is_missing_or_of_the_wrong_version_is_a_problem() -> None:
+    missing = software.examine_library("karat-no-such-library", ">=1")
+    assert (missing.level, missing.fix) == ("problem", "pip install 'karat-no-such-library>=1'")
+    old = software.examine_library("numpy", ">=999")
+    assert old.level == "problem"
+    assert ">=999" in old.value
+
+
+def test_the_wanted_versions_are_those_of_the_package() -> None:
+    wanted = software.wanted_versions()
+    assert wanted["timm"]
+    assert set(software.LIBRARIES) <= wanted.keys()
+    assert {finding.name for finding in software.examine_libraries()} == {*wanted, "triton"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("missing", ["torch", "psutil", "packaging", "pydantic", "rich"])
+def test_no_missing_library_makes_it_crash(missing: str) -> None:
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "from karat_scale.commands.doctor.run import doctor\n"
+        "sys.exit(doctor(None, [], 1.0, None))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=karat_environment())
+    assert done.returncode == (0 if missing == "rich" else 1), done.stderr
+    assert done.stderr == ""
+    assert "C++ compiler" in done.stdout
+    assert "cache" in done.stdout or missing == "psutil"
+
+
+def test_a_failed_examination_is_a_finding_but_a_wrong_recipe_is_the_callers() -> None:
+    def fail(error: Exception) -> list[Finding]:
+        raise error
+
+    (crashed,) = examine("part", lambda: fail(OSError("the driver\nis gone")))
+    assert (crashed.level, crashed.name) == ("problem", "part")
+    assert "OSError: the driver is gone" in crashed.value
+    (data,) = examine("part", lambda: fail(DataError("no shards")))
+    assert data.value == "no shards"
+    with pytest.raises(RecipeError):
+        examine("part", lambda: fail(RecipeError("wrong")))
+
+
+def test_the_cache_must_be_a_directory(tmp_path: Path) -> None:
+    assert examine_cache(tmp_path / "not" / "yet").level == "ok"
+    assert not (tmp_path / "not").exists()
+    (tmp_path / "file").touch()
+    assert "KARAT_CACHE_DIR" in examine_cache(tmp_path / "file" / "cache").fix
+    assert nearest_existing(tmp_path / "a" / "b") == tmp_path
+
+
+def test_the_command_prints_plain_lines_and_writes_json(tmp_path: Path) -> None:
+    file = tmp_path / "doctor.json"
+    done = karat("doctor", "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "  ok       torch: " in done.stdout
+    assert "\x1b" not in done.stdout
+    report = json.loads(file.read_text())
+    assert {"version", "exit", "problems", "machine"} <= report.keys()
+    assert {"name", "level", "value", "mend"} <= report["machine"][0].keys()
+
+
+def test_a_wrong_call_is_one_line(tmp_path: Path, capsys) -> None:
+    for arguments, part in {
+        ("doctor", "data.workers=2"): "override",
+        ("doctor", "--json", str(tmp_path / "nowhere" / "x.json")): "its directory does not exist",
+        ("doctor", "vit_tinny"): "neither a file nor a shipped recipe",
+    }.items():
+        assert karat_here(*arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert part in line

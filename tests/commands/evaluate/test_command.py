@@ -1,0 +1,236 @@
+"""`karat eval --on`, `--labels` and `--corrupt` on real runs and images."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from karat_scale.commands.evaluate.kept import SEVERITIES, is_complete, read_evaluations
+from karat_scale.commands.evaluate.test_set import SPLITS
+from karat_scale.commands.status.standing import read_standing
+from karat_scale.data.shards.shard_format import read_dataset_record, write_dataset_record
+from karat_scale.foundation.tables import CORRUPTIONS
+from tests.conftest import CLASSES, VAL_PER_CLASS, karat, karat_here
+from tests.servers import nginx
+
+__all__ = ["nginx"]
+IMAGES = CLASSES * VAL_PER_CLASS
+
+
+def scores(text: str) -> tuple[str, ...]:
+    found = re.search(r"top-1 ([\d.]+) % loss ([\d.]+) on (\d+) images", text)
+    assert found, text
+    return found.groups()
+
+
+def test_the_runs_own_split_as_another_set_scores_the_same(
+    run: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert karat_here("eval", str(run)) == 0
+    own = scores(capsys.readouterr().out)
+    file = tmp_path / "scores.json"
+    assert karat_here("eval", str(run), "--on", str(image_folder), "--json", str(file)) == 0
+    printed = capsys.readouterr().out
+    assert scores(printed) == own
+    (kept,) = read_evaluations(run)
+    assert (kept.name, kept.images, kept.among, kept.classes) == ("images", IMAGES, CLASSES, CLASSES)
+    assert f"{run / 'evaluations' / 'images.json'}" in printed
+    assert json.loads(file.read_text())["top1"] == kept.top1
+    (line,) = read_standing(run).evaluations
+    assert line.startswith(f"images: top-1 {kept.top1:.2f} %")
+
+
+def test_a_subset_is_scored_among_its_own_classes(
+    run: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = tmp_path / "sketch"
+    for name in ("class1", "class3"):
+        shutil.copytree(image_folder / "val" / name, some / name)
+    shutil.copytree(image_folder / "val" / "class0", some / "narwhal")
+    assert karat_here("eval", str(run), "--on", str(some)) == 0
+    printed = capsys.readouterr().out
+    assert "1 class that the run does not have, with 7 images, left out: narwhal" in printed
+    assert f"on {2 * VAL_PER_CLASS} images, among 2 of 4 classes, 0 unreadable" in printed
+    (kept,) = read_evaluations(run)
+    assert (kept.unmatched, kept.left_out) == (["narwhal"], VAL_PER_CLASS)
+    assert kept.top5 == 100  # there are only two
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_ranks_count_each_image_once(run: Path, image_folder: Path) -> None:
+    for name, processes in (("one", 1), ("two", 2)):
+        done = karat("eval", str(run), "--on", str(image_folder), "--name", name, processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = read_evaluations(run)
+    assert one.images == two.images == IMAGES
+    assert (one.top1, one.top5) == (two.top1, two.top5)
+    assert one.loss == pytest.approx(two.loss, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_ranks_corrupt_as_one_does(run: Path) -> None:
+    pytest.importorskip("imagecorruptions", reason="needs the extra corruptions")
+    for name, processes in (("one", 1), ("two", 2)):
+        arguments = ("--corrupt", "shot_noise", "snow", "--severity", "3", "--name", name)
+        done = karat("eval", str(run), *arguments, processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = read_evaluations(run)
+    assert one.images == two.images == IMAGES
+    assert one.corruptions == two.corruptions
+
+
+def test_an_image_that_cannot_be_read_is_counted_as_such(run: Path, image_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "broken"
+    shutil.copytree(image_folder / "val", data)
+    (data / "class0" / "000.jpg").write_bytes(b"no image")
+    assert karat_here("eval", str(run), "--on", str(data)) == 2  # the recipe says stop
+    assert karat_here("eval", str(run), "--on", str(data), "data.on_bad_sample=skip") == 0
+    (kept,) = read_evaluations(run)
+    assert (kept.images, kept.unreadable) == (IMAGES - 1, 1)
+
+
+def test_other_labels_of_the_runs_own_split(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    everything = {f"class{label}/{number:03d}": [*range(CLASSES)] for label in range(3) for number in range(7)}
+    labels = tmp_path / "any.json"
+    labels.write_text(json.dumps(everything))
+    assert karat_here("eval", str(run), "--labels", str(labels)) == 0
+    assert "7 images that the file does not have not counted" in capsys.readouterr().out
+    (kept,) = read_evaluations(run)
+    assert (kept.name, kept.images, kept.top1) == ("val-any", 21, 100.0)
+
+
+def test_the_runs_own_folder_is_scored_as_plain_evaluation_scores_it(
+    run: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(image_folder, tmp_path / "photos")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for path in (tmp_path / "photos" / "val").rglob("*.jpg"):
+        with Image.open(path) as image:
+            image.save(path, quality=95, exif=exif)
+    data = ("data.backend=folder", f"data.path={tmp_path / 'photos'}")
+    assert karat_here("eval", str(run), *data) == 0
+    plain = scores(capsys.readouterr().out)
+    assert karat_here("eval", str(run), *data, "--name", "own") == 0
+    assert scores(capsys.readouterr().out) == plain
+    assert karat_here("eval", str(run), "--on", str(tmp_path / "photos")) == 0
+    assert scores(capsys.readouterr().out) != plain
+
+
+@pytest.fixture
+def url(shards: Path, nginx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install -e '.[remote]'")
+    monkeypatch.setenv("KARAT_DATA_CACHE", str(tmp_path / "cache"))
+    return f"http://127.0.0.1:{nginx(shards)}"
+
+
+def test_data_at_a_url_take_other_labels_and_are_another_set(run: Path, shards: Path, url: str, tmp_path: Path) -> None:
+    labels = tmp_path / "some.json"
+    labels.write_text(json.dumps({f"class{label}/{number:03d}": label for label in range(3) for number in range(7)}))
+    for place, name in ((shards, "here"), (url, "there")):
+        assert karat_here("eval", str(run), f"data.path={place}", "--labels", str(labels), "--name", name) == 0
+    here, there = read_evaluations(run)
+    assert (there.images, there.top1, there.unreadable) == (here.images, here.top1, 0)
+    assert there.source.startswith(f"{url}, labels of ")
+    assert karat_here("eval", str(run), "--on", url, "--name", "whole") == 0
+    whole = read_evaluations(run)[-1]
+    assert (whole.source, whole.images, whole.among) == (url, IMAGES, CLASSES)
+
+
+@pytest.mark.slow
+def test_data_at_a_url_are_corrupted_as_on_disk(run: Path, shards: Path, url: str) -> None:
+    pytest.importorskip("imagecorruptions", reason="needs the extra corruptions")
+    for place, name in ((shards, "here"), (url, "there")):
+        arguments = (f"data.path={place}", "--corrupt", "contrast", "--severity", "1", "--name", name)
+        assert karat_here("eval", str(run), *arguments) == 0
+    here, there = read_evaluations(run)
+    assert there.corruptions == here.corruptions != {}
+
+
+def test_data_of_other_classes_are_not_scored_by_number(
+    run: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(shards, other)
+    record = read_dataset_record(other)
+    record.classes.reverse()
+    write_dataset_record(other, record)
+    assert karat_here("eval", str(run), f"data.path={other}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"data.path = {other} has other classes than the run; use `karat eval {run} --on DIR`" in line
+    assert karat_here("eval", str(run), "--on", str(other)) == 0
+
+
+def test_the_help_names_the_splits_in_the_order_of_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert karat_here("eval", "--help") == 0
+    assert f"the first of {', '.join(SPLITS)})" in " ".join(capsys.readouterr().out.split())
+
+
+def test_another_set_of_the_same_name_is_not_replaced(
+    run: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert karat_here("eval", str(run), "--on", str(image_folder), "--name", "a") == 0
+    shutil.copytree(image_folder, tmp_path / "copy")
+    assert karat_here("eval", str(run), "--on", str(tmp_path / "copy"), "--name", "a") == 2
+    assert "choose another --name" in capsys.readouterr().err
+    assert karat_here("eval", str(run), "--on", str(tmp_path / "copy"), "--name", "../a") == 2
+    assert "should be a file's name" in capsys.readouterr().err
+
+
+def test_a_mistake_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in (
+        (("--on", str(tmp_path / "nowhere")), "is no test set"),
+        (("--severity", "3"), "--severity is of --corrupt"),
+        (("--severity", "6", "--corrupt"), "unknown value 6"),
+        (("--corrupt", "fogg"), "did you mean fog?"),
+        (("--corrupt", "fog", "--labels", "x"), "exclude each other"),
+    ):
+        assert karat_here("eval", str(run), *arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert words in line
+
+
+def test_corrupted_copies_are_counted_kept_and_resumed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("imagecorruptions", reason="needs the extra corruptions")
+    arguments = ("eval", str(run), "--corrupt", "contrast", "brightness")
+    assert karat_here(*arguments, "--severity", "1", "5") == 0
+    printed = capsys.readouterr().out
+    assert "4 passes over 28 images take about" in printed
+    assert "mean of 4 kinds and severities of 75 on 28 images each" in printed
+    (kept,) = read_evaluations(run)
+    assert kept.name == "val-corrupted"
+    assert kept.top1 is None  # nothing may pass for the mean over all of them
+    assert {name: [*by] for name, by in kept.corruptions.items()} == {"brightness": [1, 5], "contrast": [1, 5]}
+    assert karat_here(*arguments, "--severity", "1", "2") == 0
+    printed = capsys.readouterr().out
+    assert "contrast 1:" not in printed
+    assert "contrast 2:" in printed
+    (more,) = read_evaluations(run)
+    assert more.corruptions["contrast"][1] == kept.corruptions["contrast"][1]
+    values = [top1 for by in more.corruptions.values() for top1 in by.values()]
+    assert f"top-1 {sum(values) / 6:.2f} %, mean of 6 kinds" in printed
+
+
+def test_another_split_of_as_many_images_is_corrupted_anew(
+    run: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("imagecorruptions", reason="needs the extra corruptions")
+    shutil.copytree(image_folder, tmp_path / "data")
+    shutil.copytree(image_folder / "val", tmp_path / "data" / "test")
+    for split in ("val", "test"):
+        settings = (f"data.path={tmp_path / 'data'}", f"data.val_split={split}")
+        assert karat_here("eval", str(run), *settings, "--corrupt", "contrast", "--severity", "1") == 0
+        assert "contrast 1:" in capsys.readouterr().out
+    assert {one.name for one in read_evaluations(run)} >= {"val-corrupted", "val-test-corrupted"}
+
+
+def test_only_all_corruptions_at_all_severities_are_complete() -> None:
+    whole = {name: dict.fromkeys(SEVERITIES, 50.0) for name in CORRUPTIONS}
+    assert is_complete(whole)
+    assert not is_complete({**whole, "fog": {1: 50.0}})
+    assert not is_complete({name: own for name, own in whole.items() if name != "fog"})

@@ -1,0 +1,124 @@
+"""Any layout of labelled images is a test set of a run."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from karat_scale.commands.evaluate.test_set import open_test_set
+from karat_scale.data.shards import index
+from karat_scale.data.shards.use import RemoteUse
+from karat_scale.foundation.errors import DataError
+from tests.conftest import CLASSES, VAL_PER_CLASS, karat_here, make_image_folder
+from tests.data.betons import need_ffcv
+from tests.data.prepare.images import jpeg
+from tests.data.prepare.making import make_betons, make_shards
+
+OURS = tuple(f"class{label}" for label in range(CLASSES))
+
+
+def labels_by_content(directory: Path, split: str = "", classes: tuple[str, ...] = OURS) -> dict[bytes, int]:
+    test_set = open_test_set(directory, split, classes, RemoteUse())
+    try:
+        return {test_set.read(sample_id): int(test_set.labels[sample_id]) for sample_id in range(len(test_set))}
+    finally:
+        test_set.close()
+
+
+def test_folders_shards_and_indexed_tars_hold_the_same(image_folder: Path, shards: Path, tmp_path: Path) -> None:
+    whole = labels_by_content(image_folder)
+    assert len(whole) == CLASSES * VAL_PER_CLASS
+    assert labels_by_content(image_folder / "val") == whole
+    assert labels_by_content(shards) == whole
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for tar in shards.glob("val-*.tar"):
+        shutil.copy(tar, tars)
+    names = tmp_path / "classes.txt"
+    names.write_text("\n".join(OURS))
+    assert karat_here("index", str(tars), "--split", "val=*.tar", "--classes", str(names)) == 0
+    assert labels_by_content(tars) == whole
+
+
+def turned_pictures(root: Path, names: tuple[str, ...]) -> Path:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        (root / name / "photo.jpg").write_bytes(jpeg(number, exif=exif.tobytes()))
+        (root / name / "plain.jpg").write_bytes(jpeg(10 + number))
+    return root
+
+
+def test_photographs_in_folders_are_turned_as_in_shards_unless_they_are_the_runs_own(tmp_path: Path) -> None:
+    folder = turned_pictures(tmp_path / "val", OURS)
+    make_shards(folder, tmp_path / "shards", "--split", "val", "--workers", "1")
+    as_stored = {path.read_bytes() for path in folder.rglob("*.jpg")}
+    turned = labels_by_content(folder)
+    assert turned == labels_by_content(tmp_path / "shards")
+    assert len(turned.keys() & as_stored) == CLASSES
+    own = open_test_set(folder, "", OURS, RemoteUse(), as_stored=True)
+    assert {own.read(sample_id) for sample_id in range(len(own))} == as_stored
+
+
+def test_photographs_of_imagenets_classes_are_not_turned(tmp_path: Path) -> None:
+    wnids = ("n01440764", "n01443537")
+    folder = turned_pictures(tmp_path / "val", wnids)
+    assert labels_by_content(folder, classes=wnids).keys() == {path.read_bytes() for path in folder.rglob("*.jpg")}
+    numbered = turned_pictures(tmp_path / "v2", ("0", "1"))  # as ImageNet-V2
+    assert labels_by_content(numbered, classes=wnids).keys() == {path.read_bytes() for path in numbered.rglob("*.jpg")}
+
+
+def test_labels_are_the_runs_in_any_order_of_its_classes(image_folder: Path) -> None:
+    there = labels_by_content(image_folder, classes=("class3", "other", "class0", "class1", "class2"))
+    here = labels_by_content(image_folder)
+    assert {there[content]: label for content, label in here.items()} == {2: 0, 3: 1, 4: 2, 0: 3}
+
+
+def test_classes_that_the_run_lacks_are_named_and_left_out(image_folder: Path) -> None:
+    test_set = open_test_set(image_folder, "", ("class2", "class0", "owl"), RemoteUse())
+    assert test_set.unmatched == ("class1", "class3")
+    assert test_set.left_out == 2 * VAL_PER_CLASS
+    assert test_set.notice == "2 classes that the run does not have, with 14 images, left out: class1, class3"
+    assert test_set.among.tolist() == [0, 1]
+    assert np.bincount(test_set.labels).tolist() == [VAL_PER_CLASS, VAL_PER_CLASS]
+    assert len(test_set.keys()) == len(test_set)
+    assert all(test_set.locate(sample_id)[0] == test_set.keys()[sample_id] for sample_id in range(len(test_set)))
+
+
+def test_a_split_is_chosen_or_named(tmp_path: Path) -> None:
+    make_image_folder(tmp_path / "data", {"train": 1, "test": 2})
+    assert len(labels_by_content(tmp_path / "data")) == 2 * CLASSES
+    assert len(labels_by_content(tmp_path / "data", "train")) == CLASSES
+    with pytest.raises(DataError, match="has no split 'val'; the splits there: test, train"):
+        open_test_set(tmp_path / "data", "val", OURS, RemoteUse())
+
+
+def test_a_set_whose_images_are_all_of_other_classes_is_one_line(image_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_folder / "val" / "class0", tmp_path / "class0")
+    (tmp_path / "owl").mkdir()
+    with pytest.raises(DataError, match="all of its images are of classes that the run does not have"):
+        open_test_set(tmp_path, "", ("owl", "cat"), RemoteUse())
+
+
+def test_what_is_no_test_set_is_one_line(tmp_path: Path, image_folder: Path) -> None:
+    with pytest.raises(DataError, match="is no test set"):
+        open_test_set(tmp_path, "", OURS, RemoteUse())
+    with pytest.raises(DataError, match="knows none of its 4 classes; the first ones are class0, class1, class2"):
+        open_test_set(image_folder, "", ("owl", "cat"), RemoteUse())
+
+
+def test_the_keys_of_betons_are_those_of_the_shards_and_need_one_reading(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_ffcv()
+    make_betons(image_folder, tmp_path / "betons", "--split", "val")
+    make_shards(image_folder, tmp_path / "shards", "--split", "val", "--workers", "1")
+    betons, shards = (open_test_set(tmp_path / name, "", OURS, RemoteUse()) for name in ("betons", "shards"))
+    read, real = [], index.read_column
+    monkeypatch.setattr(index, "read_column", lambda *arguments: read.append(1) or real(*arguments))
+    keys = betons.keys()
+    assert len(read) == 1
+    assert keys == shards.keys() == [betons.locate(sample_id)[0] for sample_id in range(len(betons))]

@@ -1,0 +1,170 @@
+"""What is exported and loaded again gives the logits of the trained model, and says what it is."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+
+import karat_scale.timm_models  # noqa: F401
+from karat_scale.commands.cli import main
+from karat_scale.commands.export.source import Source
+from karat_scale.recipe.loading import text_digest
+from karat_scale.training.run_directory import RunDirectory
+from tests.commands.export.conftest import CLASSES
+from tests.small_engines import VARIANTS
+
+SWIN = (
+    "model.name=swin_mini_patch2_window4_32",
+    "model.image_size=32",
+    *(f"model.{size}=" for size in ("patch_size", "embed_dim", "depth", "num_heads")),
+)
+MODELS = {
+    "softmax": ("attention.kind=softmax",),
+    "fourier": (),
+    "universal": ("attention.mode=universal", "attention.softmax_heads=1"),
+    "residual": ("attention.residual=true",),
+    "convit": ("model.name=convit_tiny", "model.depth=3", "attention.mode=universal"),
+    "swin": SWIN,
+    "simplex": ("attention.simplex=true", "attention.base=gelu"),
+    "hidden simplex": ("attention.simplex=hidden", "attention.gains=true"),
+    "shannon": ("attention.basis=shannon",),
+    "bspline": ("attention.basis=bspline", "attention.form=full_rank"),
+    "two_operators": ("attention.form=two_operators", "attention.basis=rational"),
+    "project_first": ("attention.form=project_first", "attention.basis=chebyshev"),
+    **VARIANTS,
+    "content swin": (*SWIN, "attention.form=content"),
+}
+
+
+def mostly_slow(*quick: str) -> list[Any]:
+    """All models, of which these are no slow tests."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+
+
+@pytest.fixture
+def exported(small_recipe, make_run, tmp_path: Path):
+    """Export a run in a format; the file or folder, the run, and the logits of its averaged weights."""
+
+    def export(name: str, path: str, *overrides: str):
+        run, *_ = make_run(small_recipe(*overrides))
+        out = tmp_path / path
+        assert main(["export", str(run), "--format", name, "--weights", "ema", "--out", str(out)]) == 0
+        recipe = RunDirectory(run).recipe()
+        source = Source(RunDirectory(run), recipe, "step-00000003", "ema")
+        with torch.no_grad():
+            return out, source, source.model(images(source)), source.traceable_model()(images(source))
+
+    return export
+
+
+def images(source: Source, batch: int = 5) -> torch.Tensor:
+    size = source.recipe.model.image_size
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def scalars(model: torch.nn.Module) -> int:
+    """Parameters and buffers, what is shared once."""
+    return sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
+
+
+def check_facts(facts: dict[str, str], source: Source) -> None:
+    assert facts == source.facts
+    assert json.loads(facts["classes"]) == list(CLASSES)
+    assert facts["recipe_sha256"] == text_digest(facts["recipe"])
+    assert (facts["weights"], facts["step"], facts["top1"]) == ("ema", "3", "62.5")
+    assert json.loads(facts["preprocessing"])["crop_pct"] == source.recipe.augment.eval_crop
+    assert str(source.run.path.parent) not in json.dumps(facts)  # of this machine
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_timm_loads_a_folder(exported, model: str) -> None:
+    folder, source, expected, _ = exported("hub-folder", "out/owls", *MODELS[model])
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(images(source)), expected)
+    kinds = [[type(part).__name__ for part in model.modules()] for model in (loaded, source.model)]
+    assert kinds[0] == kinds[1]  # and a shared module is there once
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        check_facts(file.metadata(), source)
+        assert sum(file.get_tensor(key).numel() for key in file.keys()) <= scalars(source.model)  # noqa: SIM118
+    config = json.loads((folder / "config.json").read_text())
+    check_facts(config["karat_scale"], source)
+    assert loaded.pretrained_cfg["label_names"] == list(CLASSES)
+    data = timm.data.resolve_model_data_config(loaded)
+    assert (list(data["input_size"]), data["crop_pct"]) == (
+        list(images(source).shape[1:]),
+        source.recipe.augment.eval_crop,
+    )
+    assert (folder / "recipe.yaml").read_text() == source.facts["recipe"]
+    sums = dict(line.split()[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
+    assert sums.keys() == {path.name for path in folder.iterdir()} - {"SHA256SUMS"}
+    assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == sums[name] for name in sums)
+    card = (folder / "README.md").read_text()
+    assert "62.50 %" in card
+    assert source.facts["weights_sha256"] in card
+
+
+def test_timm_adapts_a_folder(exported) -> None:
+    folder, source, *_ = exported("timm", "out", "attention.mode=universal")
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+    name = f"local-dir:{folder}"
+    larger = timm.create_model(name, pretrained=True, img_size=24, num_classes=7).eval()
+    assert larger(torch.zeros(1, 3, 24, 24)).shape == (1, 7)
+    assert torch.equal(larger.norm.weight, source.model.norm.weight)
+    features = timm.create_model(name, pretrained=True, features_only=True, out_indices=(0, 1))
+    assert [x.shape[-1] for x in features(images(source))] == [4, 4]
+    assert timm.create_model(name, pretrained=True, num_classes=0)(images(source)).shape == (5, 32)
+    with pytest.raises(ValueError, match="no argument window_size"):
+        timm.create_model(name, window_size=7)
+    with pytest.raises(ValueError, match="local-dir:FOLDER"):
+        timm.create_model("karat")
+
+
+@pytest.mark.parametrize("model", ["universal", "convit", "swin"])
+def test_timm_loads_a_file_into_the_model_of_its_sections(exported, model: str) -> None:
+    path, source, expected, _ = exported("safetensors", "owls.safetensors", *MODELS[model])
+    with safe_open(path, "pt") as file:
+        sections = {name: json.loads(file.metadata()[name]) for name in ("model", "attention")}
+    loaded = timm.create_model("karat", **sections).eval()
+    timm.models.load_checkpoint(loaded, str(path))
+    with torch.no_grad():
+        assert torch.equal(loaded(images(source)), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", mostly_slow("universal"))
+def test_torch_export_needs_nothing_of_ours(exported, model: str, tmp_path: Path) -> None:
+    file, source, _, expected = exported("torch-export", "owls.pt2", *MODELS[model])
+    extra = {"karat_scale.json": ""}
+    loaded = torch.export.load(file, extra_files=extra).module()
+    assert (loaded(images(source)) - expected).abs().max() < 1e-5
+    assert "karat_scale" not in loaded.code
+    check_facts(json.loads(extra["karat_scale.json"]), source)
+    if model == "universal":
+        code = f"import sys, torch; m = torch.export.load({str(file)!r}).module(); x = torch.zeros(7, 3, 16, 16)\n"
+        code += "print(m(x).shape, m(x[:1]).shape)\nassert not {'timm', 'karat_scale'} & set(sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert "[7, 4]) torch.Size([1, 4])" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", mostly_slow("universal"))
+def test_onnxruntime_gives_the_logits(exported, model: str, capsys) -> None:
+    onnx = pytest.importorskip("onnx", reason="needs the extra `export`")
+    from karat_scale.commands.export.onnx_file import onnx_session
+
+    file, source, expected, _ = exported("onnx", "owls.onnx", *MODELS[model])
+    assert "logits within" in capsys.readouterr().out
+    assert (onnx_session(str(file))(images(source)) - expected).abs().max() < 1e-4
+    proto = onnx.load(file)
+    check_facts({entry.key: entry.value for entry in proto.metadata_props}, source)
+    onnx.checker.check_model(proto, full_check=True)
+    own = sum(torch.Size(tensor.dims).numel() for tensor in proto.graph.initializer)
+    assert own < 1.1 * scalars(source.model) + 1000  # what blocks share is there once

@@ -1,0 +1,100 @@
+"""`karat export --push` against a server with the hub's API, and timm, which loads what it holds."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from karat_scale.commands.cli import main
+from karat_scale.commands.export.source import Source
+from karat_scale.training.run_directory import RunDirectory
+from tests.commands.export.hub import TOKEN, Hub, serve
+from tests.conftest import karat_environment
+
+LOAD = """
+import sys, timm, torch, karat_scale.timm_models
+model = timm.create_model("hf-hub:jane/owls", pretrained=True).eval()
+images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    torch.save(model(images), sys.argv[1])
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serve() as running:
+        yield running
+
+
+def here(hub: Hub, home: Path, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
+    """Run Python where the hub is the server, as the variables say when its client is imported."""
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token}
+    command = [sys.executable, *arguments]
+    environment = {**karat_environment(), **own}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+def test_timm_loads_what_was_pushed(small_recipe, make_run, hub: Hub, tmp_path: Path) -> None:
+    run, *_ = make_run(small_recipe("attention.mode=universal"))
+    push = ("-m", "karat_scale", "export", str(run), "--push", "jane/owls", "--private", "--weights", "ema")
+    done = here(hub, tmp_path, *push)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{hub.url}/jane/owls"
+    asked = hub.repositories["jane/owls"]
+    assert "private" in (asked.get("visibility"), asked.get("private") and "private")
+    assert hub.commits == ["Upload by karat export"]
+    names = {path.removeprefix("jane/owls/") for path in hub.files}
+    assert names == {"README.md", "SHA256SUMS", "config.json", "model.safetensors", "recipe.yaml"}
+    assert TOKEN.encode() not in b"".join(hub.files.values())
+    assert not list(run.glob("*hub*"))  # nor what it was made in
+
+    done = here(hub, tmp_path, "-c", LOAD, str(tmp_path / "logits.pt"))
+    assert done.returncode == 0, done.stderr
+    source = Source(RunDirectory(run), RunDirectory(run).recipe(), "step-00000003", "ema")
+    images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), source.model(images))
+
+
+@pytest.mark.slow
+def test_what_the_hub_refuses_is_one_line(small_recipe, make_run, hub: Hub, tmp_path: Path) -> None:
+    run, *_ = make_run(small_recipe())
+    push = ("-m", "karat_scale", "export", str(run), "--push", "jane/owls", "--weights", "ema")
+    done = here(hub, tmp_path, *push, token="hf_wrong")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: --push jane/owls: ")
+    assert "401" in line
+    assert "hf_wrong" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--push", "owls"), "--push owls: should be USER/NAME"),
+        (("--push", "jane/owls"), "--push takes one kind of weights; add --weights ema or raw"),
+        (("--push", "jane/owls", "--format", "onnx"), "--format onnx: --push uploads a hub-folder"),
+    ],
+)
+def test_mistakes_are_one_line(
+    small_recipe, make_run, capsys, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    run, *_ = make_run(small_recipe())
+    assert main(["export", str(run), *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_without_a_token_it_says_how_to_log_in(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    (tmp_path / "recipe.yaml").touch()
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    assert main(["export", str(tmp_path), "--push", "jane/owls"]) == 2
+    assert "run `hf auth login`, or set HF_TOKEN" in capsys.readouterr().err

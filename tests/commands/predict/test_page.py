@@ -1,0 +1,89 @@
+"""The page of `karat demo`, in a real browser that may reach nothing but this machine."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from karat_scale.foundation.tables import is_installed
+from tests.commands.analyze.browser import open_browser
+from tests.conftest import karat_environment, karat_here
+
+needs_gradio = pytest.mark.skipif(not is_installed("gradio"), reason="the extra demo is not installed")
+
+
+def wait_for(found, seconds: float = 60.0):
+    deadline = time.monotonic() + seconds
+    while not (result := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return result
+
+
+@needs_gradio
+@pytest.mark.slow
+def test_a_picture_dropped_into_the_page_is_classified(run: Path, image_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "karat_scale", "demo", str(run), "--port", "0"]
+    environment = {**karat_environment(), "PYTHONUNBUFFERED": "1"}
+    with (
+        open_browser(tmp_path / "browser") as browser,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server,
+    ):
+        try:
+            line = next(line for line in server.stdout if "classifies pictures" in line)
+            browser.go(re.search(r"http://127\.0\.0\.1:\d+", line)[0])
+            picture = next(image_folder.rglob("*.jpg"))
+            wait_for(lambda: browser.count("#picture input[type=file]"))
+            browser.choose_file("#picture input[type=file]", picture)
+            text = wait_for(lambda: "%" in browser.text("#classes") and browser.text("#classes"))
+            assert "class" in text
+            wait_for(lambda: browser.count("#overlay img"))
+        finally:
+            server.send_signal(signal.SIGINT)
+            assert server.wait(30) in (0, 1, -signal.SIGINT, 130)
+
+
+@needs_gradio
+@pytest.mark.slow
+def test_the_page_answers_its_own_address_alone_and_keeps_no_upload(
+    run: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    from gradio_client import Client, handle_file
+
+    uploads, damaged = tmp_path / "uploads", tmp_path / "damaged.jpg"
+    uploads.mkdir()
+    damaged.write_bytes(b"no picture")
+    command = [sys.executable, "-m", "karat_scale", "demo", str(run), "--port", "0"]
+    environment = {**karat_environment(), "PYTHONUNBUFFERED": "1", "GRADIO_TEMP_DIR": str(uploads)}
+    with (tmp_path / "errors").open("w") as errors:
+        server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        try:
+            url = re.search(r"http://127\.0\.0\.1:\d+", next(line for line in server.stdout if "classifies" in line))[0]
+            for host, code in {"evil.example": 400, url.removeprefix("http://"): 200, "localhost": 200}.items():
+                assert (
+                    httpx.get(f"{url}/config", headers={"Host": host, "Origin": f"http://{host}"}).status_code == code
+                )
+            client = Client(url, verbose=False, download_files=False)
+            top, _ = client.predict(handle_file(next(image_folder.rglob("*.jpg"))), api_name="/classify")
+            assert top["label"].startswith("class")
+            with pytest.raises(Exception, match=r"damaged\.jpg: not an image in a supported format"):
+                client.predict(handle_file(damaged), api_name="/classify")
+            assert list(uploads.rglob("*.jpg"))
+        finally:
+            server.terminate()
+            assert server.wait(60) == 0
+    assert not list(uploads.iterdir())
+    assert (tmp_path / "errors").read_text() == ""
+
+
+def test_without_gradio_the_way_to_add_it_is_said(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("karat_scale.commands.predict.page.is_installed", lambda module: False)
+    assert karat_here("demo", str(run)) == 2
+    assert "pip install -e '.[demo]'" in capsys.readouterr().err

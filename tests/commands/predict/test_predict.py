@@ -1,0 +1,235 @@
+"""`karat predict` on a real run and on what was exported from it: its logits are those of `karat eval`."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from karat_scale.checkpoint.weights import wants_ema
+from karat_scale.commands.predict.classifier import open_classifier
+from karat_scale.commands.predict.command import Request, logits_of, predict_files
+from karat_scale.commands.predict.images import find_images
+from karat_scale.engine.precision import forward_for_evaluation
+from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
+from karat_scale.recipe.loading import load_recipe
+from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.tasks.classification.task import ClassificationTask
+from tests.conftest import CLASSES, SMALL, VAL_PER_CLASS, karat, karat_here
+from tests.data.prepare.making import prepared
+
+IMAGES = CLASSES * VAL_PER_CLASS
+NAMES = [f"class{label}" for label in range(CLASSES)]
+
+
+def lines_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def evaluated_logits(run: Path, weights: str, batch: int, world) -> tuple[list[str], torch.Tensor]:
+    """The validation images and their logits, as `karat eval` computes them."""
+    directory = RunDirectory(run)
+    recipe = load_recipe(directory.recipe_file, [f"train.eval_batch={batch}", "data.workers=0"])
+    name = directory.store.find_intact("best")
+    use_ema = wants_ema(weights, recipe, directory.store.state(name))
+    task = ClassificationTask(recipe, world, Reporter(SilentDisplay(), None))
+    seen = []
+    try:
+        forward = forward_for_evaluation(
+            task.trained_model(directory.recipe(), directory, name, use_ema), recipe.train, world.device
+        )
+
+        def noted(images: torch.Tensor) -> torch.Tensor:
+            seen.append(forward(images).float().cpu())
+            return seen[-1]
+
+        task.evaluate(noted, lambda *_: None)
+        files = [task.backend._val.file_of(number) for number in range(IMAGES)]
+    finally:
+        task.close()
+    return files, torch.cat(seen)
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_the_logits_are_those_of_evaluation(run: Path, world, weights: str) -> None:
+    files, expected = evaluated_logits(run, weights, 7, world)
+    classifier = open_classifier(str(run), "best", weights)
+    found = torch.cat([logits for _, logits in logits_of(classifier, files, 7)])
+    assert torch.equal(found, expected)
+    raw = open_classifier(str(run), "best", "ema" if weights == "raw" else "raw")
+    assert not torch.equal(torch.cat([logits for _, logits in logits_of(raw, files, 7)]), expected)
+
+
+def test_a_camera_photo_is_seen_upright_as_in_shards(run: Path, image_folder: Path, tmp_path: Path) -> None:
+    photo, in_shards = tmp_path / "photo.jpg", tmp_path / "in-shards.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(image_folder / "val" / "class0" / "000.jpg") as image:
+        image.crop((0, 0, 20, 15)).save(photo, quality=95, exif=exif)
+    in_shards.write_bytes(prepared(photo.read_bytes()))
+    classifier = open_classifier(str(run), "best", "raw")
+    ((batch, logits),) = logits_of(classifier, [str(photo), str(in_shards)], 2)
+    assert torch.equal(batch.images[0], batch.images[1])
+    assert torch.equal(logits[0], logits[1])
+    sideways = tmp_path / "sideways.jpg"
+    with Image.open(photo) as image:
+        image.save(sideways, quality=95)
+    ((as_stored, _),) = logits_of(classifier, [str(sideways)], 1)
+    assert not torch.equal(as_stored.images[0], batch.images[0])
+
+
+@pytest.mark.parametrize("form", ["hub-folder", "timm", "safetensors"])
+def test_an_export_needs_no_run(run: Path, image_folder: Path, tmp_path: Path, form: str) -> None:
+    out = tmp_path / ("owls.safetensors" if form == "safetensors" else "owls")
+    assert karat_here("export", str(run), "--format", form, "--weights", "ema", "--out", str(out)) == 0
+    files = find_images([str(image_folder / "val")]).files
+    of_run, of_export = (open_classifier(str(source), "best", "auto") for source in (run, out))
+    assert of_export.classes == tuple(NAMES)
+    assert (of_export.checkpoint, of_export.weights) == (of_run.checkpoint, "ema")
+    expected, found = (torch.cat([logits for _, logits in logits_of(one, files, 8)]) for one in (of_run, of_export))
+    assert torch.equal(found, expected)
+
+
+def test_a_folder_with_one_operator_for_all_blocks(make_run, small_recipe, image_folder: Path, tmp_path: Path) -> None:
+    run, *_ = make_run(small_recipe("attention.mode=universal"))
+    out = tmp_path / "shared"
+    assert karat_here("export", str(run), "--format", "timm", "--weights", "raw", "--out", str(out)) == 0
+    files = find_images([str(image_folder / "val" / "class0")]).files
+    expected, found = (
+        torch.cat([logits for _, logits in logits_of(open_classifier(str(source), "best", "raw"), files, 7)])
+        for source in (run, out)
+    )
+    assert torch.equal(found, expected)
+
+
+def test_files_folders_and_globs_with_bad_ones_among_them(run: Path, image_folder: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    (mine / "below").mkdir(parents=True)
+    pixels = (image_folder / "val" / "class1" / "000.jpg").read_bytes()
+    for name in ("b.jpg", "below/a.jpeg", ".hidden.jpg", "notes.txt"):
+        (mine / name).write_bytes(pixels)
+    (mine / "broken.png").write_bytes(b"no image")
+    (mine / "below" / "back").symlink_to(mine)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    single, pattern = image_folder / "val" / "class0" / "000.jpg", str(image_folder / "val" / "class2" / "00[12].jpg")
+    listed, table = tmp_path / "p.jsonl", tmp_path / "p.csv"
+    names = [str(single), str(mine), str(mine / "b.jpg"), pattern, str(tmp_path / "pipe.jpg"), str(tmp_path / "gone*")]
+    done = karat("predict", str(run), "--top", "3", *names, "--batch", "2", "--json", str(listed), "--csv", str(table))
+    assert done.returncode == 0, done.stderr
+    assert "5 images predicted, 3 failed" in done.stdout
+    for bad in (f"{mine / 'broken.png'}: not an image", "pipe.jpg: not a regular file", "gone*: no such file"):
+        assert bad in done.stderr
+    assert "1 file in folders left out" in done.stderr
+    assert "Traceback" not in done.stderr
+    found = {line["image"]: line for line in lines_of(listed)}
+    good = [str(single), str(mine / "b.jpg"), str(mine / "below" / "a.jpeg")]
+    good += [str(image_folder / "val" / "class2" / f"00{number}.jpg") for number in (1, 2)]
+    assert [name for name, line in found.items() if "error" not in line] == good
+    for name in good:
+        chances = [guess["probability"] for guess in found[name]["predictions"]]
+        assert len(chances) == 3
+        assert chances == sorted(chances, reverse=True)
+        assert 0 < sum(chances) <= 1 + 1e-6
+        assert all(guess["class"] == NAMES[guess["label"]] for guess in found[name]["predictions"])
+        assert name in done.stdout
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 5 + 3
+    first = found[good[0]]["predictions"][0]
+    assert (rows[0]["image"], rows[0]["rank"], rows[0]["class"]) == (good[0], "1", first["class"])
+    assert float(rows[0]["probability"]) == first["probability"]
+    assert {row["image"] for row in rows if row["error"]} == {n for n, line in found.items() if "error" in line}
+
+
+def test_more_classes_than_the_model_has_are_all(run: Path, image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p.jsonl"
+    image = str(image_folder / "val" / "class0" / "000.jpg")
+    assert karat_here("predict", str(run), image, "--top", "9", "--json", str(out)) == 0
+    (line,) = lines_of(out)
+    assert sorted(guess["class"] for guess in line["predictions"]) == NAMES
+    assert sum(guess["probability"] for guess in line["predictions"]) == pytest.approx(1)
+
+
+def test_nothing_predicted_is_exit_code_2(run: Path, tmp_path: Path, capsys) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8\xff")
+    assert karat_here("predict", str(run), str(empty), str(broken)) == 2
+    said = capsys.readouterr()
+    assert "0 images predicted, 2 failed" in said.out
+    assert f"{empty}: a folder without images" in said.err
+
+
+def test_an_output_that_is_not_finite_is_no_prediction(run: Path, image_folder: Path) -> None:
+    classifier = open_classifier(str(run), "best", "raw")
+    classifier.model.head.bias.data[2] = torch.nan
+    files = find_images([str(image_folder / "val" / "class0")]).files
+    predictions = list(predict_files(classifier, files, Request()))
+    assert [one.error for one in predictions] == ["the model's output is not finite"] * VAL_PER_CLASS
+
+
+def test_what_is_no_model_is_one_line(run: Path, image_folder: Path, tmp_path: Path, capsys) -> None:
+    image = str(image_folder / "val" / "class0" / "000.jpg")
+    out = tmp_path / "owls"
+    assert karat_here("export", str(run), "--format", "timm", "--weights", "raw", "--out", str(out)) == 0
+    capsys.readouterr()
+    assert karat_here("predict", str(tmp_path / "nowhere"), image) == 2
+    assert karat_here("predict", str(out), image, "--weights", "ema") == 2
+    assert karat_here("predict", str(out), image, "--checkpoint", "latest") == 2
+    assert karat_here("predict", str(run), image, "--checkpoint", "step-00000099") == 2
+    assert karat_here("predict", str(run), image, "--attention", image) == 2
+    (out / "model.safetensors").write_bytes(b"damaged")
+    assert karat_here("predict", str(out), image) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in errors] == ["error"] * 6
+    assert "nowhere: neither a run's directory nor a folder of karat export" in errors[0]
+    assert "holds raw only; leave out --weights, or name the run" in errors[1]
+    assert "leave out --checkpoint" in errors[2]
+    assert "no checkpoint 'step-00000099'" in errors[3]
+    assert "File exists; name another directory" in errors[4]
+    assert "not a whole file of karat export" in errors[5]
+
+
+def test_a_name_that_is_not_utf8_goes_through(run: Path, image_folder: Path, tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/\xff\x1b.jpg"
+    with open(name, "wb") as file:  # noqa: PTH123
+        file.write((image_folder / "val" / "class0" / "000.jpg").read_bytes())
+    listed, table = tmp_path / "p.jsonl", tmp_path / "p.csv"
+    done = karat("predict", str(run), str(tmp_path / "*.jpg"), "--json", str(listed), "--csv", str(table))
+    assert done.returncode == 0, done.stderr
+    assert os.fsencode(lines_of(listed)[0]["image"]) == name
+    assert name in table.read_bytes()
+    assert "\x1b" not in done.stdout
+
+
+@pytest.mark.slow
+def test_a_student_predicts_with_the_teacher_that_its_run_keeps(image_folder: Path, tmp_path: Path, capsys) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text("data: {backend: synthetic}\nschedule: {warmup_epochs: 0}\n")
+    teacher, student, out = tmp_path / "teacher", tmp_path / "student", tmp_path / "student.safetensors"
+    for path, kind in ((teacher, "attention.kind=karat"), (student, f"attention.transfer_from={teacher}")):
+        done = karat("train", str(recipe), *SMALL, "train.max_steps=1", kind, f"run.dir={path}")
+        assert done.returncode == 0, done.stderr
+    image = str(image_folder / "val" / "class0" / "000.jpg")
+    assert karat_here("predict", str(student), image, "--attention", str(tmp_path / "maps")) == 0
+    assert (tmp_path / "maps" / "1-000.png").is_file()
+    assert karat_here("export", str(student), "--weights", "raw", "--out", str(out)) == 0
+    assert karat_here("predict", str(out), image) == 2
+    assert "its attention needs its teacher" in capsys.readouterr().err
+
+
+def test_a_pipe_and_a_terabyte_are_told_and_not_read(
+    run: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(image_folder / "val" / "class0" / "000.jpg", tmp_path / "a.jpg")
+    os.mkfifo(tmp_path / "b.jpg")
+    with (tmp_path / "c.jpg").open("wb") as file:
+        file.truncate(10**12)
+    assert karat_here("predict", str(run), str(tmp_path)) == 0
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith(str(tmp_path))]
+    assert errors == [f"{tmp_path}/b.jpg: not a regular file", f"{tmp_path}/c.jpg: larger than 536.871 MB"]

@@ -1,0 +1,240 @@
+"""`karat replay`: steps that diverge, steps that spike, and steps that are fine, taken again from a checkpoint."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
+from karat_scale.commands.replay.inspect import not_finite, watched
+from karat_scale.data.plan import TrainPlan
+from karat_scale.foundation.trust import VARIABLE
+from karat_scale.training.incidents import KEPT_CHECKPOINTS, LEAST, MOST, Incidents, Spikes
+from tests.conftest import SMALL, events, karat, karat_here
+
+QUICK = ("schedule.warmup_epochs=0", "data.workers=0", "train.ema_decay=0", "log.every_steps=1")
+EXPLODES = ("optim.lr=1000", "optim.clip_grad=0", "optim.lr_batch=null", "model.drop_path=0.3")
+Train = Callable[..., tuple[Path, int]]
+
+
+@pytest.fixture(scope="module")
+def train(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Train a small model on real shards, in this process; the run's directory and the exit code."""
+    recipe = tmp_path_factory.mktemp("recipes") / "small.yaml"
+    recipe.write_text(f"data: {{path: {shards}}}\nattention: {{kind: karat}}\n")
+
+    def run(*overrides: str) -> tuple[Path, int]:
+        directory = tmp_path_factory.mktemp("runs") / "run"
+        return directory, karat_here("train", str(recipe), *SMALL, *QUICK, f"run.dir={directory}", *overrides)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def exploded(train: Train) -> Path:
+    """A run that skips steps because its learning rate is far too large."""
+    run, code = train(*EXPLODES, "checkpoint.every_steps=1", "train.max_skipped_steps=1000")
+    assert code == 0
+    return run
+
+
+def noted(run: Path) -> list[dict[str, object]]:
+    return [json.loads(path.read_text()) for path in sorted((run / "incidents").glob("*.json"))]
+
+
+def test_a_branch_is_replayed_from_its_trunk_if_that_is_trusted(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trunk, _ = train("train.max_steps=4", "optim.lr=0.01")
+    branch, code = train(f"resume.from={trunk}", "checkpoint.every_minutes=null", "train.max_steps=6")
+    assert code == 0
+    for path in (branch / "checkpoints").glob("step-*"):  # as before its first own checkpoint
+        shutil.rmtree(path)
+    found = tmp_path / "found.json"
+    arguments = ("replay", str(branch), "6", "--out", str(tmp_path / "x.png"), "--json", str(found))
+    assert karat_here(*arguments) == 2
+    refused = f"{branch}/recipe.yaml: resume.from = {trunk} is outside the run, and no checkpoint before step 6 is left"
+    assert refused in capsys.readouterr().err
+    monkeypatch.setenv(VARIABLE, "1")
+    assert karat_here(*arguments) == 0
+    loss = next(event["loss"] for event in events(branch, "train") if event["step"] == 6)
+    assert json.loads(found.read_text())["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_step_that_was_skipped_is_found_again(
+    exploded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = noted(exploded)[0]
+    step = int(str(first["step"]))
+    assert first["kind"] == "not finite"
+    assert len(first["samples"]) == 8  # type: ignore[arg-type]
+    picture, figures = tmp_path / "step.png", tmp_path / "found.json"
+    assert karat_here("replay", str(exploded), str(step), "--out", str(picture), "--json", str(figures)) == 0
+    printed = capsys.readouterr().out
+    assert "first not finite: " in printed
+    found = json.loads(figures.read_text())
+    assert found["grad_norm"] is None
+    assert found["checkpoint"] < checkpoint_name(step)
+    assert found["ranks"][0].get("forward") or found["ranks"][0]["backward"]
+    assert Image.open(picture).size[0] > 200
+
+
+def test_a_step_that_went_well_is_taken_bit_for_bit(train: Train, tmp_path: Path) -> None:
+    run, code = train(
+        "checkpoint.every_steps=5", "checkpoint.keep_last=9", "model.drop_path=0.3", "train.micro_batch=4"
+    )
+    assert code == 0
+    figures = tmp_path / "found.json"
+    for step, checkpoint in ((7, checkpoint_name(5)), (3, None)):
+        if checkpoint is None:  # training reaches it from the start alone
+            for name in CheckpointStore(run / "checkpoints").names():
+                (run / "checkpoints" / name).rename(tmp_path / name)
+        assert karat_here("replay", str(run), str(step), "--out", str(tmp_path / "x.png"), "--json", str(figures)) == 0
+        found, was = json.loads(figures.read_text()), events(run, "train")[step - 1]
+        assert found["checkpoint"] == checkpoint
+        assert found["grad_norm"] == was["grad_norm"]
+        assert found["loss"] == pytest.approx(was["loss"], rel=1e-6)
+        assert found["ranks"] == [{"weights": None}]
+
+
+def test_a_damaged_checkpoint_before_the_step_is_named_and_an_older_one_serves(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, code = train("checkpoint.every_steps=2", "checkpoint.keep_last=9", "train.max_steps=6")
+    assert code == 0
+    (run / "checkpoints" / checkpoint_name(4) / "state.json").write_text("{}")
+    figures = tmp_path / "found.json"
+    assert karat_here("replay", str(run), "6", "--out", str(tmp_path / "x.png"), "--json", str(figures)) == 0
+    assert f"{checkpoint_name(4)} is damaged" in capsys.readouterr().err
+    assert json.loads(figures.read_text())["checkpoint"] == checkpoint_name(2)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_ranks_find_the_same_at_stage_3(exploded: Path, tmp_path: Path) -> None:
+    step = noted(exploded)[0]["step"]
+    done = karat("replay", str(exploded), str(step), "--out", str(tmp_path / "x.png"), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "rank 1: " in done.stdout
+
+
+def test_the_checkpoint_before_an_incident_stays(exploded: Path) -> None:
+    first = noted(exploded)[0]
+    store = CheckpointStore(exploded / "checkpoints")
+    if first["checkpoint"] is not None:
+        assert first["checkpoint"] in store.pinned()
+    assert len(store.pinned()) <= KEPT_CHECKPOINTS
+
+
+def test_a_run_that_diverges_says_how_to_look(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    run, code = train(*EXPLODES, "train.on_nonfinite=stop")
+    assert code == 2
+    assert f"karat replay {run}" in capsys.readouterr().err
+
+
+def test_a_spike_is_noted(train: Train) -> None:
+    # The rate jumps at the end of a warm-up from almost nothing.
+    rates = ("schedule.warmup_steps=40", "schedule.warmup_lr=0", "optim.lr=30", "optim.lr_batch=null")
+    run, code = train(*rates, "train.epochs=8", "train.detect_spikes=4", "optim.clip_grad=0")
+    assert code == 0
+    spikes, losses = events(run, "spike"), [event["loss"] for event in events(run, "train")]
+    assert spikes
+    for spike in spikes:
+        assert losses[spike["step"] - 1] == pytest.approx(spike["loss"], rel=1e-5)
+        assert spike["loss"] > spike["limit"]
+    kinds = {record["step"]: record["kind"] for record in noted(run)}
+    assert all(kinds[spike["step"]] in ("spike", "not finite") for spike in spikes)
+
+
+def test_spikes_are_those_above_mean_and_deviation() -> None:
+    losses = list(np.random.default_rng(0).normal(2.0, 0.1, 60))
+    losses[50], losses[55] = 5.0, math.nan
+    finder = Spikes(6.0)
+    found = finder.find(losses[:40]) + [(40 + place, loss, limit) for place, loss, limit in finder.find(losses[40:])]
+    ((place, loss, limit),) = found
+    assert (place, loss) == (50, 5.0)
+    assert limit == pytest.approx(np.mean(losses[:50]) + 6 * np.std(losses[:50]))
+    assert Spikes(1.0).find([1.0] * (LEAST - 1) + [100.0]) == []
+
+
+def test_a_run_that_often_goes_wrong_does_not_fill_the_disk(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints")
+    for step in range(1, 80):
+        (store.root / checkpoint_name(step)).mkdir(parents=True)
+    incidents = Incidents(tmp_path / "incidents", store, TrainPlan(0, 64, 8, 8, 0, 1))
+    said = [incidents.note(step, "not finite", grad_norm=math.inf) for step in range(2, 80)]
+    assert len(list((tmp_path / "incidents").iterdir())) == MOST
+    assert len(store.pinned()) == KEPT_CHECKPOINTS
+    assert "50 others" in said[-1]
+    assert not store.retain(2)
+    assert set(store.names()) == {*store.pinned(), checkpoint_name(79), checkpoint_name(78)}
+
+
+def test_what_cannot_be_replayed_is_one_line(
+    exploded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, message in (
+        ((str(tmp_path), "3"), "not a run directory"),
+        ((str(exploded), "1000"), "step 1000: the run has steps 1 to"),
+    ):
+        assert karat_here("replay", *arguments, "--out", str(tmp_path / "x.png")) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert len(error.splitlines()) == 1
+
+
+class Halves(nn.Module):
+    """0 / 0 in the third element, or in the gradient of a square root at 0."""
+
+    def __init__(self, forward: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.middle = Division() if forward else Root()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.middle(self.first(x)))
+
+
+class Division(nn.Module):
+    """Divides by itself minus itself in one place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / torch.tensor([1.0, 1.0, 0.0, 1.0])
+
+
+class Root(nn.Module):
+    """The gradient of its square root is infinite in one place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * torch.tensor([1.0, 1.0, 0.0, 1.0])).abs().sqrt()
+
+
+def test_the_first_module_is_named() -> None:
+    torch.manual_seed(0)
+    network = Halves(forward=True)
+    with watched(network) as found:
+        network(torch.ones(3, 4)).sum().backward()
+    assert found.forward is not None
+    assert found.forward.what == "output of middle (Division)"
+    assert (found.forward.bad, found.forward.total) == (3, 12)
+    assert found.forward.before.startswith("output of first (Linear) within ")
+    network = Halves(forward=False)
+    with watched(network) as found:
+        network(torch.ones(3, 4)).sum().backward()
+    assert found.forward is None
+    assert found.backward is not None
+    assert found.backward.what == "gradient of the output of first (Linear)"
+    assert found.backward.before.startswith("gradient of the output of middle (Root) within ")
+    assert not network.first._forward_hooks
+    with torch.no_grad():
+        network.last.weight[0, 1] = math.nan
+    weight = not_finite(network.named_parameters())
+    assert weight is not None
+    assert str(weight) == "weight last.weight: 1 of 8 values"

@@ -1,0 +1,190 @@
+"""A sweep on this machine: runs in processes of their own, which fail, stop and go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from karat_scale.commands.sweep.plan import PlannedRun, State, plan_sweep
+from karat_scale.foundation.errors import UserError
+from karat_scale.recipe.loading import dump_recipe
+from tests.conftest import SMALL, karat_environment, karat_here, summary
+
+QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, shards: Path) -> Path:
+    path = tmp_path / "owls.yaml"
+    path.write_text(f"data: {{path: {shards}}}\nattention: {{kind: karat}}\n")
+    return path
+
+
+def sweep(recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "karat_scale", "sweep", str(recipe), *SMALL, *QUICK, *arguments]
+    command += ["--out", str(recipe.parent / "out")]
+    return subprocess.run(command, env=karat_environment(), capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_print_shows_the_runs_and_writes_nothing(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = recipe.parent / "out"
+    grid = ("attention.grid=1,2", "run.seed=0..1")
+    assert karat_here("sweep", str(recipe), *SMALL, *QUICK, *grid, "--out", str(out), "--print") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["grid-2_seed-1", "2", "1", "new"] for line in lines)
+    assert f"4 runs of {recipe} in {out}: 4 new" in lines
+    assert not out.exists()
+
+
+def test_each_run_is_copied_to_a_url_of_its_own(recipe: Path) -> None:
+    planned = plan_sweep(str(recipe), [*SMALL, *QUICK, "checkpoint.url=s3://bucket/sweep", "run.seed=0,1"], "out")
+    assert [run.recipe.checkpoint.url for run in planned.runs] == [
+        "s3://bucket/sweep/seed-0",
+        "s3://bucket/sweep/seed-1",
+    ]
+    assert all(run.overrides[-1] == f"checkpoint.url={run.recipe.checkpoint.url}" for run in planned.runs)
+
+
+def end(run: PlannedRun, **fields: Any) -> None:
+    """Leave in the run's directory what a finished run leaves, with some fields of its recipe's `train`."""
+    run.directory.mkdir(parents=True)
+    recipe = run.recipe.changed(**{f"train__{key}": value for key, value in fields.items()})
+    (run.directory / "recipe.yaml").write_text(dump_recipe(recipe))
+    (run.directory / "metrics.jsonl").write_text('{"event": "end", "exit": 0, "reason": "finished"}\n')
+    (run.directory / "summary.json").write_text('{"exit": 0}')
+
+
+def planned(recipe: Path, *arguments: str) -> tuple[PlannedRun, ...]:
+    return plan_sweep(str(recipe), [*SMALL, *QUICK, *arguments], str(recipe.parent / "out")).runs
+
+
+def test_a_finished_run_of_fewer_steps_trains_on(recipe: Path) -> None:
+    for run in planned(recipe, "run.seed=0,1", "train.max_steps=2"):
+        end(run)
+        assert run.state is State.FINISHED
+    for longer in ("train.max_steps=4", "train.max_steps=null"):
+        assert [run.state for run in planned(recipe, "run.seed=0,1", longer)] == [State.UNFINISHED] * 2
+
+
+def test_a_finished_run_that_began_again_and_was_killed_is_not_finished(recipe: Path) -> None:
+    run = planned(recipe, "run.seed=0,1")[0]
+    end(run)
+    with (run.directory / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "resume", "step": 2, "restarts": 0}\n')
+    assert run.state is State.UNFINISHED
+
+
+def test_a_key_of_karat_does_not_vary_among_softmax_models(recipe: Path) -> None:
+    softmax = "attention.kind=softmax"
+    with pytest.raises(UserError) as error:
+        planned(recipe, softmax, "run.seed=0,1", "attention.grid=1,2")
+    assert str(error.value).startswith("attention.grid has no effect with attention.kind = softmax")
+    assert str(error.value).endswith("set attention.kind=karat")
+    assert len(planned(recipe, "attention.kind=softmax,karat", "attention.grid=1,2")) == 4
+    assert len(planned(recipe, softmax, "attention.transfer_from=null,elsewhere")) == 2
+    assert len(planned(recipe, softmax, "attention.transfer_from=x", "attention.transfer_heads=same,cycle")) == 2
+    assert len(planned(recipe, softmax, "attention.grid=1", "run.seed=0,1")) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("optim.lr=1e-3,fast",), "optim.lr=fast: "),
+        (("run.dir=a,b",), "run.dir: each run of a sweep has its own directory; use --out"),
+        (("run.seed=0,1", "--at-once", "2"), "no effect without --slurm"),
+        (("run.seed=0,1", "--slurm", "--ranks", "2"), "--ranks 2 is for this machine"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_runs(
+    recipe: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str
+) -> None:
+    assert karat_here("sweep", str(recipe), *SMALL, *QUICK, *arguments, "--out", str(recipe.parent / "out")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert not (recipe.parent / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_failed_run_is_named_the_rest_goes_on_and_the_same_command_finishes_it(recipe: Path) -> None:
+    out = recipe.parent / "out"
+    broken = out / "grid-1_seed-1"
+    broken.mkdir(parents=True)
+    (broken / "checkpoints").touch()  # a file where a directory must be
+    grid = ("attention.grid=1,2", "run.seed=0..1")
+    done = sweep(recipe, *grid)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "grid-1_seed-1: failed: run.dir =" in done.stderr
+    assert "1 of 4 runs have not finished" in done.stderr
+    assert "run 4 of 4: grid-2_seed-1" in done.stderr
+    assert "95 % interval" in done.stdout
+    first = summary(out / "grid-2_seed-0")
+
+    (broken / "checkpoints").unlink()
+    again = sweep(recipe, *grid)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "3 runs of the sweep are finished or running now" in again.stderr
+    assert "run 1 of 1: grid-1_seed-1" in again.stderr
+    assert "attention.grid=2  0, 1" in again.stdout
+    in_order = " ".join(str(out / f"grid-{grid}_seed-{seed}") for grid in (1, 2) for seed in (0, 1))
+    assert f"for files and curves: karat compare {in_order} --out DIR" in again.stdout
+    assert summary(out / "grid-2_seed-0") == first
+
+    nothing = sweep(recipe, *grid)
+    assert (nothing.returncode, "run 1 of" in nothing.stderr) == (0, False)
+
+
+def until_it_trains(recipe: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """Start a sweep over two seeds, and wait until its first run logs steps."""
+    command = [sys.executable, "-m", "karat_scale", "sweep", str(recipe), *SMALL, *QUICK, *arguments]
+    process = subprocess.Popen(command, env=karat_environment(), stderr=subprocess.PIPE, text=True)
+    metrics = recipe.parent / "out" / "seed-0" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and '"train"' in metrics.read_text()):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_the_run_of_a_killed_sweep_saves_and_stops(recipe: Path, ranks: str) -> None:
+    out = recipe.parent / "out"
+    process = until_it_trains(recipe, "run.seed=0,1", "train.epochs=100000", "--out", str(out), "--ranks", ranks)
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(started, timeout=60)
+    for left in alive:
+        left.kill()
+    assert not alive
+    assert summary(out / "seed-0")["reason"] == "stopped by SIGTERM"
+    assert not (out / "seed-1").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_saves_the_run_and_the_same_command_resumes_it(recipe: Path) -> None:
+    out = recipe.parent / "out"
+    grid = ("run.seed=0..1", "train.epochs=24", "train.eval_every_epochs=24", "--out", str(out))
+    metrics = out / "seed-0" / "metrics.jsonl"
+    process = until_it_trains(recipe, *grid)
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert "stopped after 0 of 2 runs; run the same command to resume" in said
+    assert summary(out / "seed-0")["exit"] == 75
+
+    done = sweep(recipe, *grid[:3], "--ranks", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    kinds = [json.loads(line)["event"] for line in metrics.read_text().splitlines()]
+    assert "resume" in kinds
+    assert {summary(out / f"seed-{seed}")["world_size"] for seed in (0, 1)} == {2}
+    assert summary(out / "seed-0")["steps"] == summary(out / "seed-1")["steps"] == 24 * 8

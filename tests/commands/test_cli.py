@@ -1,0 +1,255 @@
+"""`karat` as a user types it: exit codes, one-line errors, and what it prints."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from karat_scale import __version__
+from karat_scale.commands.cli import main
+from karat_scale.recipe.loading import load_recipe
+from tests.conftest import events, karat, karat_command, karat_environment, karat_here, summary
+
+Train = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def refused(done: "subprocess.CompletedProcess[str]", *parts: str) -> None:
+    """Exit code 2 and one line on standard error that has all `parts`."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+def one_line(capsys) -> str:
+    """The one line that a refused command in this process printed."""
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_print_shows_the_resolved_recipe_and_trains_nothing(recipe_file: Path, tmp_path: Path, capsys) -> None:
+    assert main(["train", str(recipe_file), "optim.lr=0.25", "--print"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["optim"]["lr"] == 0.25
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.name=resnet50", "not supported by resnet50"),
+        ("train.freeze=[blocs.*]", "train.freeze = blocs.*: matches no parameter"),
+        ("attention.basis=no_such_module:Basis", "put its directory on PYTHONPATH"),
+    ],
+)
+def test_print_checks_the_model(recipe_file: Path, capsys, override: str, said: str) -> None:
+    assert main(["train", str(recipe_file), override, "--print"]) == 2
+    assert said in one_line(capsys)
+
+
+def test_print_checks_a_deepspeed_file_and_shows_nothing_else(recipe_file: Path, tmp_path: Path, capsys) -> None:
+    own = tmp_path / "own.json"
+    own.write_text('{"gradient_cliping": 1.0}')
+    assert main(["train", str(recipe_file), f"deepspeed.config={own}", "--print"]) == 2
+    assert "did you mean gradient_clipping?" in one_line(capsys)
+    own.write_text('{"zero_optimization": {"stage": 1}}')
+    # A process of its own: DeepSpeed must not write between the lines when it is imported.
+    command = karat_command(["train", str(recipe_file), f"deepspeed.config={own}", "--print"])
+    shown = subprocess.run(command, env=karat_environment(), capture_output=True, text=True, check=True)
+    assert yaml.safe_load(shown.stdout)["deepspeed"]["config"] == str(own)
+
+
+def test_version_and_help(capsys) -> None:
+    for option in ("--version", "--help"):
+        with pytest.raises(SystemExit, match="0"):
+            main([option])
+    shown = capsys.readouterr().out
+    for part in (__version__, "train", "eval", "bench"):
+        assert part in shown
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    heavy = "('torch', 'timm', 'deepspeed', 'pydantic', 'sklearn', 'matplotlib')"
+    code = f"import sys, karat_scale, karat_scale.commands.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> None:
+    """The import takes seconds."""
+    (tmp_path / "photos" / "train").mkdir(parents=True)
+    refusals = {
+        "eval nowhere": "nowhere: not a run directory (it has no recipe.yaml)",
+        "export nowhere": "nowhere: not a run directory (it has no recipe.yaml)",
+        "replay nowhere 3": "nowhere: not a run directory (it has no recipe.yaml)",
+        "predict nowhere a.jpg": "nowhere: neither a run's directory nor a folder of karat export; name one",
+        "train fashion_mnist_demo data.path=nowhere": "data.path = nowhere is not a directory; make it with "
+        "data_prep/make_webdataset.py or correct the path",
+        "show fashion_mnist_demo data.path=photos": "data.path = photos has no dataset.json; make it with data_prep/"
+        "make_webdataset.py, set data.backend=folder for a folder of images, or correct the path",
+        "train fashion_mnist_demo data.backend=folder data.path=nowhere": "data.path = nowhere is not a directory; "
+        "set it to a directory of train/<class>/<image> and val/<class>/<image>",
+        "plan fashion_mnist_demo --gpu h1000": "--gpu h1000: not in the table",
+        "prepare webdataset --src nowhere --out x": "--src nowhere: there is no such file or directory",
+        "launch --ranks 2 train fashion_mnist_demo --bogus": "unknown option --bogus",
+    }
+    code = (
+        "import sys\nfrom karat_scale.commands.cli import main\n"
+        "for line in sys.argv[1:]:\n"
+        "    try: code = main(line.split())\n"
+        "    except SystemExit as error: code = error.code\n"
+        "    assert (code, 'torch' in sys.modules) == (2, False), line\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *refusals], cwd=tmp_path, capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(refusals), done.stderr
+    for line, said in zip(lines, refusals.values(), strict=True):
+        assert line.startswith(f"error: {said}"), done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_read_enough_is_no_error(unbuffered: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**karat_environment(), "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        karat_command(["recipes"]), env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_bad_recipe_is_one_line(recipe_file: Path, capsys) -> None:
+    assert main(["train", str(recipe_file), "attention.grdi=3"]) == 2
+    line = one_line(capsys)
+    assert "attention.grdi" in line
+    assert "attention.grid" in line
+
+
+def test_an_unknown_model_is_one_line(train_recipe: Train) -> None:
+    refused(train_recipe("model.name=vit_tinny_patch16_224"), "model.name", "vit_tiny_patch16_224")
+
+
+def test_missing_data_is_one_line(train_recipe: Train, tmp_path: Path) -> None:
+    refused(train_recipe(f"data.path={tmp_path / 'nowhere'}"), "nowhere")
+
+
+def test_labels_beyond_the_models_classes_are_one_line(train_recipe: Train) -> None:
+    refused(train_recipe("model.num_classes=3"), "3")
+
+
+def test_a_global_batch_larger_than_the_data_is_one_line(train_recipe: Train) -> None:
+    refused(train_recipe("train.global_batch=128"), "train.global_batch")
+
+
+def test_an_unknown_deepspeed_configuration_is_one_line(train_recipe: Train) -> None:
+    refused(train_recipe("deepspeed.config=zero9"), "zero9", "zero0, zero1")
+
+
+@pytest.mark.multiprocess
+def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_by_each(train_recipe: Train) -> None:
+    done = train_recipe("train.global_batch=6", processes=2)
+    assert done.returncode == 1
+    assert "train.global_batch = 6" in done.stderr
+
+
+def test_training_writes_the_run_directory_users_rely_on(train_recipe: Train, tmp_path: Path) -> None:
+    done = train_recipe("log.trackers=tensorboard")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "run"
+    assert load_recipe(run / "recipe.yaml").model.embed_dim == 32
+    kinds = [event["event"] for event in events(run)]
+    assert kinds.count("train") == 16
+    assert kinds.count("eval") == 2
+    assert kinds[-1] == "end"
+    last = events(run, "train")[-1]
+    assert {"step", "epoch", "samples", "loss", "lr", "grad_norm", "images_per_second"} <= last.keys()
+    assert last["tflops"] > 0
+    assert "mfu" not in last  # nobody knows a CPU's peak
+    figures = summary(run)
+    assert (figures["exit"], figures["steps"], figures["samples"]) == (0, 16, 128)
+    assert figures["best_top1"] == max(event["top1"] for event in events(run, "eval"))
+    assert figures["last_top5"] == events(run, "eval")[-1]["top5"] == 100.0
+    assert figures["images_per_second"] > 0
+    assert figures["peak_memory_mb"] > 100
+    assert (figures["train_images"], figures["seed"]) == (64, 0)
+    assert figures["versions"]["torch"] == torch.__version__
+    assert figures["processor"]
+    assert list((run / "tensorboard").glob("events*"))
+    checkpoints = run / "checkpoints"
+    assert (checkpoints / "latest").read_text().strip() == "step-00000016"
+    assert (checkpoints / (checkpoints / "best").read_text().strip() / "manifest.json").is_file()
+
+
+def test_another_recipe_in_the_same_directory_is_refused_with_the_keys(train_recipe: Train) -> None:
+    train_recipe("train.max_steps=1")
+    refused(train_recipe("optim.lr=1e-2"), "optim.lr (0.0005 -> 0.01)", "resume.allow=[optim.lr]")
+    allowed = train_recipe("optim.lr=1e-2", "resume.allow=optim.lr", "train.max_steps=2")
+    assert allowed.returncode == 0, allowed.stderr
+    refused(train_recipe("train.global_batch=16", "resume.allow=[optim.lr, train.global_batch]"), "train.global_batch")
+
+
+def test_resume_never_refuses_to_overwrite(train_recipe: Train) -> None:
+    train_recipe("train.max_steps=1")
+    refused(train_recipe("resume.mode=never"), "resume.mode", "choose another run.dir")
+
+
+def test_a_run_in_use_is_refused(recipe_file: Path, train_recipe: Train, tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        lock.write("process 1 on elsewhere")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(train_recipe(), "in use by process 1 on elsewhere")
+
+
+def test_eval_repeats_the_runs_own_figure(train_recipe: Train, tmp_path: Path) -> None:
+    train_recipe()
+    run, out = tmp_path / "run", tmp_path / "eval.json"
+    done = karat("eval", str(run), "--checkpoint", "latest", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    figures = yaml.safe_load(out.read_text())
+    last = events(run, "eval")[-1]
+    assert figures["weights"] == last["weights"] == "ema"
+    assert (figures["top1"], figures["images"]) == (last["top1"], 28)
+    assert figures["loss"] == pytest.approx(last["loss"], rel=1e-6)
+    raw = karat("eval", str(run), "--weights", "raw")
+    assert "raw weights" in raw.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_eval_joins_the_shards_of_two_ranks(train_recipe: Train, tmp_path: Path, precision: str) -> None:
+    train_recipe("deepspeed.config=zero1", f"train.precision={precision}", processes=2)
+    out = tmp_path / "eval.json"
+    for processes in (1, 2):
+        done = karat("eval", str(tmp_path / "run"), "--checkpoint", "latest", "--json", str(out), processes=processes)
+        assert done.returncode == 0, done.stderr
+        figures, last = yaml.safe_load(out.read_text()), events(tmp_path / "run", "eval")[-1]
+        assert (figures["top1"], figures["images"]) == (last["top1"], 28)
+        assert figures["loss"] == pytest.approx(last["loss"], rel=1e-6 if precision == "fp32" else 1e-2)
+
+
+def test_eval_of_what_is_not_a_run_is_one_line(tmp_path: Path, train_recipe: Train, capsys) -> None:
+    assert main(["eval", str(tmp_path / "nothing")]) == 2
+    assert "not a run directory" in one_line(capsys)
+    train_recipe("train.max_steps=1", "train.ema_decay=0")
+    refused(karat("eval", str(tmp_path / "run"), "--checkpoint", "step-00000009"), "step-00000001")
+    refused(karat("eval", str(tmp_path / "run"), "--weights", "ema"), "no EMA weights")
+
+
+def test_an_error_shows_control_characters_and_does_not_send_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert karat_here("train", "fashion_mnist_demo", "model.\x1b[2J=1") == 2
+    assert "\\x1b[2J" in (said := capsys.readouterr().err)
+    assert "\x1b" not in said

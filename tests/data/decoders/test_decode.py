@@ -1,0 +1,83 @@
+import io
+import os
+import tarfile
+import warnings
+
+import numpy as np
+import pytest
+from PIL import EpsImagePlugin, Image
+from torchvision.datasets.folder import pil_loader
+
+from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+RAMP = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("L", "JPEG"), ("RGB", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("LA", "PNG"), ("1", "PNG")],
+)
+def test_every_mode_becomes_rgb_as_imagefolder_reads_it(tmp_path, mode, kind):
+    data = encode(Image.fromarray(RAMP).convert(mode), kind)
+    (tmp_path / "image").write_bytes(data)
+    image = decode_rgb(data)
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), np.asarray(pil_loader(tmp_path / "image")))
+
+
+def test_a_postscript_file_starts_no_interpreter(tmp_path, monkeypatch):
+    """Pillow would run Ghostscript on it."""
+    interpreter = tmp_path / "gs"
+    interpreter.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    interpreter.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    data = encode(Image.fromarray(RAMP).convert("RGB"), "EPS")
+    with pytest.raises(UndecodableImageError, match="not an image in a supported format"):
+        decode_rgb(data)
+    assert not (tmp_path / "started").exists()
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    image = decode_rgb(encode(Image.fromarray(RAMP.astype(np.uint16) * 257), "PNG"))
+    assert np.array_equal(np.asarray(image)[..., 0], RAMP)
+
+
+def test_palette_with_transparency_gives_no_warning():
+    data = encode(Image.fromarray(RAMP).convert("P"), "PNG", transparency=bytes(range(256)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode_rgb(data).mode == "RGB"
+
+
+@pytest.mark.parametrize("cut", [0, 1, 10, 200, -30])
+def test_damaged_bytes_raise_with_a_reason(cut):
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    with pytest.raises(UndecodableImageError) as caught:
+        decode_rgb(encode(Image.fromarray(noise), "JPEG")[:cut])
+    assert str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "BytesIO" not in str(caught.value)
+
+
+def test_odd_jpegs(sample_data, tmp_path):
+    refused = []
+    with tarfile.open(sample_data / "odd_jpegs.tar") as tar:
+        for member in tar:
+            if member.isfile():
+                data = tar.extractfile(member).read()
+                try:
+                    image = decode_rgb(data)
+                except UndecodableImageError:
+                    refused.append(member.name)
+                    continue
+                (tmp_path / "image").write_bytes(data)
+                assert np.array_equal(np.asarray(image), np.asarray(pil_loader(tmp_path / "image"))), member.name
+    assert refused == ["odd/truncated_jpeg.jpg", "odd/ultrahdr.jpg"]

@@ -1,0 +1,344 @@
+"""Tars that others wrote: what is found in them, and that training reads them like our shards."""
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from karat_scale.commands.cli import main
+from karat_scale.data.shards.shard_format import read_dataset_record
+from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.foundation.errors import DataError
+from tests.conftest import SMALL, events, karat_here, run_script
+from tests.data.tars import Members, image, write_tar
+
+
+def index(source: Path, *options: str) -> int:
+    return main(["index", str(source), *options])
+
+
+def refused(capsys: pytest.CaptureFixture[str]) -> str:
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Path:
+    """Tars as the hub's imagenet-1k-wds has them: .jpg, .cls and .json, by number."""
+    source = tmp_path / "hub"
+    number = 0
+    for split, count in (("train", 2), ("validation", 1)):
+        for shard in range(count):
+            members: list[tuple[str, bytes]] = []
+            for _ in range(6):
+                key = f"n0{number % 3}_{number}"
+                label = str(number % 3).encode()
+                members += [(f"{key}.jpg", image(number)), (f"{key}.cls", label), (f"{key}.json", b'{"label": 9}')]
+                number += 1
+            write_tar(source / f"imagenet1k-{split}-{shard:04d}.tar", members)
+    return source
+
+
+def test_images_labels_and_keys_are_those_in_the_tars(hub: Path, tmp_path: Path) -> None:
+    out = tmp_path / "index"
+    assert index(hub, "--out", str(out)) == 0
+    assert not list(hub.glob("*.npz"))
+    train, val = (ShardSplit(out, split, 3) for split in ("train", "val"))
+    assert (train.labels.tolist(), val.labels.tolist()) == ([0, 1, 2] * 4, [0, 1, 2] * 2)
+    assert [train.read(number) for number in range(12)] == [image(number) for number in range(12)]
+    assert val.read(5) == image(17)
+    assert train.locate(7) == ("n01_7", "imagenet1k-train-0001.tar")
+    assert train.file_of(7) == str(hub / "imagenet1k-train-0001.tar")
+
+
+def test_without_out_the_index_is_beside_the_tars_and_may_be_made_again(hub: Path) -> None:
+    for _ in range(2):
+        assert index(hub) == 0
+    assert len(ShardSplit(hub, "train", 3)) == 12
+    moved = hub.with_name("moved")
+    hub.rename(moved)
+    assert ShardSplit(moved, "train", 3).read(3) == image(3)
+
+
+def test_hashes_notice_a_change_and_their_absence_is_told(hub: Path, tmp_path: Path) -> None:
+    headers, hashes = tmp_path / "headers", tmp_path / "hashes"
+    assert index(hub, "--out", str(headers)) == 0
+    assert index(hub, "--out", str(hashes), "--hash") == 0
+    with pytest.raises(DataError, match=r"indexed without its SHA-256; use data.verify=size"):
+        ShardSplit(headers, "train", 3, verify="hash")
+    ShardSplit(hashes, "train", 3, verify="hash").close()
+    tar = hub / "imagenet1k-train-0000.tar"
+    content = bytearray(tar.read_bytes())
+    content[600] ^= 1
+    tar.write_bytes(content)
+    with pytest.raises(DataError, match="has changed since its index was written: sample n00_0"):
+        ShardSplit(hashes, "train", 3).read(0)
+
+
+def test_a_run_on_the_index_sees_what_a_run_on_our_shards_sees(shards: Path, tmp_path: Path) -> None:
+    """The same images in the same order: equal losses and digests."""
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for tar in shards.glob("*.tar"):
+        shutil.copy(tar, foreign)
+    assert index(foreign, "--out", str(tmp_path / "index")) == 0
+    seen = []
+    for data in (shards, tmp_path / "index"):
+        run = tmp_path / f"run-{data.name}"
+        settings = [f"data.path={data}", f"run.dir={run}", "log.every_steps=1", "schedule.warmup_epochs=0"]
+        assert karat_here("train", "fashion_mnist_demo", *SMALL, *settings) == 0
+        seen.append([(event["loss"], event["data_digest"]) for event in events(run, "train")])
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize(
+    ("rule", "label"),
+    [
+        ("auto", lambda n: [(".cls", str(n).encode())]),
+        ("auto", lambda n: [(".json", json.dumps({"caption": "x", "label": n}).encode())]),
+        ("json:meta.class", lambda n: [(".json", json.dumps({"meta": {"class": f"c{n}"}}).encode())]),
+        ("auto", lambda n: [(".txt", b"c%d\n" % n)]),
+        ("txt", lambda n: [(".cls", b"7"), (".txt", b"%d" % n)]),
+    ],
+    ids=["cls", "json", "field", "txt", "chosen"],
+)
+@pytest.mark.parametrize("suffix", ["jpg", "JPEG", "png", "webp"])
+def test_where_the_class_is(rule: str, label, suffix: str, tmp_path: Path) -> None:
+    kind = {"jpg": "JPEG", "JPEG": "JPEG"}.get(suffix, suffix.upper())
+    members = []
+    for number in range(6):
+        members.append((f"./{number}.{suffix}", image(number, kind)))
+        members += [(f"./{number}{end}", data) for end, data in label(number % 2)]
+    write_tar(tmp_path / "tars/a.tar", members)
+    assert index(tmp_path / "tars", "--label", rule) == 0
+    split = ShardSplit(tmp_path / "tars", "train", 2)
+    assert split.labels.tolist() == [0, 1] * 3
+    assert split.read(3) == image(3, kind)
+
+
+def test_the_class_may_be_a_folder_in_the_path(tmp_path: Path) -> None:
+    write_tar(tmp_path / "t/train.tar", [(f"set/{name}/{n}.v2.jpg", image(n)) for n, name in enumerate("bab")])
+    assert index(tmp_path / "t") == 0
+    split = ShardSplit(tmp_path / "t", "train", 2)
+    assert (split.classes, split.labels.tolist()) == (("a", "b"), [1, 0, 1])
+
+
+def test_what_is_not_used_is_named_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = [("a.jpg", image(0)), ("a.cls", b"0"), ("b.jpg", image(1)), ("b.cls", b"1")]
+    odd = [
+        ("no_label.jpg", image(2)),
+        ("no_image.cls", b"0"),
+        ("bad.jpg", image(3)),
+        ("bad.cls", b"\xff"),
+        ("empty.jpg", b""),
+        ("empty.cls", b"0"),
+        ("inner.tar", b"x"),
+        ("._a.jpg", b"x"),
+        ("a.jpg", image(4)),  # the key a again
+        ("a.cls", b"1"),
+        ("two.png", image(5, "PNG")),
+        ("two.jpg", image(6)),
+        ("two.cls", b"0"),
+    ]
+    write_tar(tmp_path / "t/a.tar", good + odd)
+    figures = tmp_path / "figures.json"
+    assert index(tmp_path / "t", "--json", str(figures)) == 0
+    split = ShardSplit(tmp_path / "t", "train", 2)
+    assert split.labels.tolist() == [0, 1, 1, 0]
+    assert [split.read(n) for n in range(4)] == [image(0), image(1), image(4), image(5, "PNG")]
+    record = read_dataset_record(tmp_path / "t").splits["train"]
+    reasons = {skipped.path.partition(": ")[2]: skipped.reason for skipped in record.skipped}
+    assert reasons.keys() == {"no_label", "no_image", "bad", "empty", "inner.tar", "._a.jpg"}
+    assert json.loads(figures.read_text())["train"]["skipped"] == 6
+    out = capsys.readouterr().out
+    assert "keys that repeat: 1" in out
+    assert "several images, of which the first is used: 1" in out
+
+
+@pytest.mark.parametrize(
+    ("members", "options", "said"),
+    [
+        ([("a.jpg", b"x"), ("a.json", b'{"caption": "x", "id": 3}')], [], "--label json:FIELD; .json has the fields"),
+        (
+            [("a.jpg", b"x"), ("a.txt", b"a cat"), ("b.jpg", b"x"), ("b.txt", b"a dog")],
+            [],
+            "no classes",
+        ),
+        ([("a.jpg", b"x"), ("a.cls", b"-1")], [], "a.tar: sample a has label -1"),
+        ([("a.jpg", b"x"), ("a.cls", b"99999999999")], [], "has label 99999999999"),
+        ([("a.jpg", b"x"), ("a.cls", b"1"), ("b.jpg", b"x"), ("b.cls", b"cat")], [], "choose --label"),
+        ([("a.cls", b"1")], [], "no sample has an image and a label"),
+        ([("a.jpg", b"x"), ("a.cls", b"1")], ["--label", "csv"], "should be one of auto, cls"),
+        ([("a.jpg", b"x"), ("a.cls", b"1")], ["--split", "train=b*.tar"], "no tar that is left has such a path"),
+        ([("a.jpg", b"x"), ("a.cls", b"1")], ["--classes", "/nowhere"], "cannot be read"),
+    ],
+)
+def test_what_cannot_be_classes_is_one_line(
+    members: Members, options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tar(tmp_path / "t/a.tar", members)
+    assert index(tmp_path / "t", *options) == 2
+    assert said in refused(capsys)
+    assert not (tmp_path / "t/dataset.json").exists()
+
+
+def test_class_names_come_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tar(tmp_path / "t/a.tar", [("a.jpg", image(0)), ("a.cls", b"1")])
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ndog\n")
+    assert index(tmp_path / "t", "--classes", str(names)) == 0
+    assert read_dataset_record(tmp_path / "t").classes == ["cat", "dog"]
+    assert read_dataset_record(tmp_path / "t").splits["train"].empty_classes == ["cat"]
+    assert "1 classes have no sample" in capsys.readouterr().out
+
+
+def test_numbered_classes_have_the_names_that_timm_and_open_clip_wrote(tmp_path: Path) -> None:
+    def members(names: tuple[str, ...]) -> list[tuple[str, bytes]]:
+        files: list[tuple[str, bytes]] = []
+        for number, name in enumerate(names):
+            said = json.dumps({"class_name": name, "label": number}).encode()
+            files += [(f"{number}.jpg", image(number)), (f"{number}.cls", b"%d" % number), (f"{number}.json", said)]
+        return files
+
+    for folder, names, expected in (
+        ("timm", ("cat", "dog"), ["cat", "dog"]),
+        ("one has none", ("cat", ""), ["0", "1"]),
+        ("twice", ("crane", "crane"), ["0", "1"]),
+    ):
+        write_tar(tmp_path / folder / "train.tar", members(names))
+        assert index(tmp_path / folder) == 0
+        assert read_dataset_record(tmp_path / folder).classes == expected
+    for lines, expected in (("ant\nbee\nwasp\n", ["ant", "bee", "wasp"]), ("ant\n", ["cat", "dog"])):
+        (tmp_path / "timm" / "classnames.txt").write_text(lines)  # of open_clip
+        assert index(tmp_path / "timm") == 0
+        assert read_dataset_record(tmp_path / "timm").classes == expected
+
+
+@pytest.mark.parametrize(
+    ("tars", "said"),
+    [
+        (("train", "val"), "Train with data.path={out}"),
+        (("train", "test"), "Train with data.path={out} data.val_split=test"),
+        (("train",), "Train with data.path={out}, once it has a validation split: add --split val=PATTERN"),
+        (("test",), "It has nothing to train on; evaluate a run on it with `karat eval RUN --on {out}`"),
+    ],
+)
+def test_the_last_line_says_what_the_tars_are_good_for(
+    tars: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in tars:
+        write_tar(tmp_path / "t" / f"{name}.tar", [("a.jpg", image(0)), ("a.cls", b"0")])
+    assert index(tmp_path / "t") == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f" {said.format(out=tmp_path / 't')}")
+
+
+def test_splits_follow_words_in_paths_or_rules(tmp_path: Path) -> None:
+    for name in ("train/0.tar", "train/1.tar", "valid/0.tar", "more.tar"):
+        write_tar(tmp_path / "t" / name, [("a.jpg", image(0)), ("a.cls", b"0")])
+    assert index(tmp_path / "t") == 0
+    record = read_dataset_record(tmp_path / "t")
+    assert {name: [shard.name for shard in split.shards] for name, split in record.splits.items()} == {
+        "train": ["more.tar", "train/0.tar", "train/1.tar"],
+        "val": ["valid/0.tar"],
+    }
+    assert len(ShardSplit(tmp_path / "t", "val", 1)) == 1
+    assert index(tmp_path / "t", "--split", "val=*/1.tar", "--split", "train=*") == 0
+    assert [s.name for s in read_dataset_record(tmp_path / "t").splits["val"].shards] == ["train/1.tar"]
+
+
+def test_our_own_shards_need_no_index(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert index(shards) == 2
+    assert "needs no index" in refused(capsys)
+
+
+def test_no_tars_and_damaged_ones_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert index(tmp_path / "empty") == 2
+    assert "has no *.tar" in refused(capsys)
+    (tmp_path / "empty/a.tar.gz").write_bytes(b"x")
+    assert index(tmp_path / "empty") == 2
+    assert "unpack their compression" in refused(capsys)
+    (tmp_path / "empty/a.tar").write_bytes(b"x" * 2000)
+    assert index(tmp_path / "empty") == 2
+    assert "no tar" in refused(capsys)
+
+
+def script(name: str, *arguments: str) -> None:
+    done = run_script(f"data_prep/{name}.py", *arguments)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hashes", [pytest.param(False, marks=pytest.mark.slow), True], ids=["headers", "hashes"])
+def test_the_scripts_take_an_index_like_shards(hub: Path, tmp_path: Path, hashes: bool) -> None:
+    out, staged = tmp_path / "index", tmp_path / "staged"
+    assert index(hub, "--out", str(out), *(["--hash"] if hashes else [])) == 0
+    script("verify", "--src", str(out))
+    script("stage", "--src", str(out), "--out", str(staged))
+    hub.rename(tmp_path / "away")
+    assert ShardSplit(staged, "train", 3).read(4) == image(4)
+    script("verify", "--src", str(staged))
+    script("make_dali_index", "--src", str(staged), "--out", str(tmp_path / "dali"))
+    assert len(list((tmp_path / "dali").glob("*.idx"))) == 3
+    script("make_ffcv", "--src", str(staged), "--out", str(tmp_path / "betons"))
+
+
+def test_verify_finds_what_has_changed_in_a_tar(hub: Path, tmp_path: Path) -> None:
+    assert index(hub, "--out", str(tmp_path / "index")) == 0
+    tar = hub / "imagenet1k-train-0001.tar"
+    content = tar.read_bytes()
+    tar.write_bytes(content.replace(b"n01_7.jpg", b"n01_x.jpg", 1))  # its checksum no longer fits
+    done = run_script("data_prep/verify.py", "--src", str(tmp_path / "index"), check=False)
+    assert done.returncode == 2
+    assert "is damaged" in done.stderr
+    at = content.index(image(7))
+    tar.write_bytes(content[:at] + b"\0" * 300 + content[at + 300 :])
+    done = run_script("data_prep/verify.py", "--src", str(tmp_path / "index"), check=False)
+    assert done.returncode == 2
+    assert "sample n01_7 cannot be decoded" in done.stderr
+
+
+def test_a_terminal_acts_on_no_name_in_a_tar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "\x1b]0;owned\x07"
+    good = [("0.jpg", image(0)), ("0.txt", evil.encode()), ("1.jpg", image(1)), ("1.txt", evil.encode())]
+    write_tar(tmp_path / "tars" / "train.tar", [*good, (f"{evil}.jpg", image(9))])
+    out = tmp_path / f"out{evil}"
+    assert index(tmp_path / "tars", "--label", "txt", "--out", str(out), "--classes", str(_lines(tmp_path, evil))) == 0
+    assert karat_here("data", str(out), "--out", str(tmp_path / "page.html")) == 0
+    printed = capsys.readouterr().out
+    assert "\\x1b]0;owned" in printed
+    assert not {"\x1b", "\x07"} & set(printed)
+
+
+def _lines(folder: Path, *lines: str) -> Path:
+    (folder / "classes.txt").write_text("\n".join(lines))
+    return folder / "classes.txt"
+
+
+@pytest.mark.parametrize("where", ["size", "record", "cls", "json"])
+def test_a_number_of_thousands_of_digits_is_told_in_a_line(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    number = "9" * 5000
+    members = [(f"{n}.{suffix}", content) for n in range(2) for suffix, content in (("jpg", image(n)), ("cls", b"0"))]
+    if where in ("cls", "json"):
+        text = number if where == "cls" else f'{{"label": {number}}}'
+        write_tar(tmp_path / "a.tar", [*members, ("2.jpg", image(2)), (f"2.{where}", text.encode())])
+        assert index(tmp_path, "--label", "cls") == 0
+        why = "cls is a number of 5000 digits" if where == "cls" else ".cls is missing"
+        assert f"skipped 1: no label: {why}" in capsys.readouterr().out
+        return
+    record = f"5011 size={number}\n" if where == "size" else f"{number} path=a.jpg\n"
+    extended = tarfile.TarInfo("extended")
+    extended.type, extended.size = tarfile.XHDTYPE, len(record)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.addfile(extended, io.BytesIO(record.encode()))
+        for name, content in members:
+            plain = tarfile.TarInfo(name)
+            plain.size = len(content)
+            tar.addfile(plain, io.BytesIO(content))
+    assert index(tmp_path) == (2 if where == "size" else 0)
+    assert ("is cut short at" in capsys.readouterr().err) == (where == "size")

@@ -1,0 +1,79 @@
+"""Images of workers' batches travel through memory that is used again."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from karat_scale.data.augmentation.draw import Draw
+from karat_scale.data.batch import Batch
+from karat_scale.data.loading.loader import OrderedLoader
+from karat_scale.data.loading.slots import ImageSlots
+from karat_scale.data.plan import BatchSlice
+from karat_scale.foundation.errors import DataError
+
+SIZE, IMAGES, PREFETCH = 8, 4, 3
+
+
+class Numbered:
+    """Batches whose pixels are their number."""
+
+    def shape(self, part: BatchSlice) -> tuple[int, ...]:
+        return len(part.sample_ids), 3, SIZE, SIZE
+
+    def fill(self, part: BatchSlice, images: torch.Tensor) -> Batch:
+        images.fill_(part.batch % 251)
+        ids = torch.from_numpy(part.sample_ids)
+        draws = tuple(Draw((0, 0, 1, 1), ops=(("Rotate", (float(i),)),)) for i in part.sample_ids)
+        return Batch(images, ids + 1, ids, torch.ones(len(ids), dtype=torch.bool), (), draws, 3, part.batch)
+
+    def whereabouts(self, workers: int) -> str:
+        return "nowhere"
+
+
+def slices(count: int, images: int = IMAGES):
+    return [BatchSlice(3, number, np.arange(number, number + images)) for number in range(count)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_that_are_kept_stay_as_they_are(workers):
+    loader = OrderedLoader(Numbered(), slices(40), workers, PREFETCH, 60.0)
+    batches = list(loader)
+    assert len(batches) == 40 > 2 * workers * PREFETCH  # each slot was filled more than twice
+    for number, batch in enumerate(batches):
+        assert batch.images.shape == (IMAGES, 3, SIZE, SIZE)
+        assert batch.images.eq(number % 251).all()
+        reference = Numbered().fill(slices(40)[number], torch.empty_like(batch.images))
+        assert torch.equal(batch.sample_ids, reference.sample_ids)
+        assert batch.sample_ids.dtype == torch.int64
+        assert torch.equal(batch.labels, reference.labels)
+        assert torch.equal(batch.valid, reference.valid)
+        assert (batch.draws, batch.epoch, batch.batch) == (reference.draws, 3, number)
+
+
+def test_a_batch_without_its_slot_is_small():
+    slots = ImageSlots(1, 1, (IMAGES, 3, SIZE, SIZE))
+    batch = Numbered().fill(slices(1)[0], slots._at(0, (IMAGES, 3, SIZE, SIZE)))
+    sent = pickle.dumps(slots.send(batch))
+    assert len(sent) < IMAGES * 3 * SIZE * SIZE
+    batch.images.fill_(77)  # it is taken when it is received
+    received = pickle.loads(sent)
+    assert received.images.eq(77).all()
+    assert received.images.data_ptr() != batch.images.data_ptr()
+
+
+def test_a_smaller_batch_fits_and_a_larger_one_is_refused():
+    sizes = [slices(1)[0], slices(1, 2)[0]]
+    assert [len(batch.images) for batch in OrderedLoader(Numbered(), sizes, 1, PREFETCH, 60.0)] == [4, 2]
+    with pytest.raises(ValueError, match="first batch must be its largest"):
+        list(OrderedLoader(Numbered(), sizes[::-1], 1, PREFETCH, 60.0))
+
+
+def test_no_slices_are_no_batches():
+    assert list(OrderedLoader(Numbered(), [], 1, PREFETCH, 60.0)) == []
+
+
+def test_more_than_there_is_memory_for_is_one_clear_line():
+    with pytest.raises(DataError, match=r"^no .* GiB of memory for prefetched batches; lower data.prefetch"):
+        ImageSlots(64, 10**12, (IMAGES, 3, SIZE, SIZE))

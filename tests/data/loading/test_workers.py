@@ -1,0 +1,226 @@
+"""What workers do when they, their trainer or all of them are signalled or killed."""
+
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import psutil
+import pytest
+
+from karat_scale.data.backends import ImageSpec, open_backend
+from karat_scale.data.loading import workers
+from karat_scale.data.loading.loader import OrderedResults
+from karat_scale.data.loading.workers import prepare_worker
+from karat_scale.data.plan import BatchSlice, TrainPlan
+from karat_scale.foundation.errors import DataError, RecipeError
+from tests.data.backends.helpers import SIZE, children, wait_until
+
+
+def test_closing_ends_the_workers_and_the_iterators(make_shards, data_config, cheap_augment):
+    before = children()
+    backend = open_backend(ImageSpec(data_config(make_shards(), workers=2), cheap_augment, SIZE, 3, 0))
+    batches = backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 1000))
+    next(batches)
+    workers = children() - before
+    assert len(workers) == 2
+    backend.close()
+    wait_until(lambda: not workers & children())
+    assert next(batches, None) is None
+
+
+@pytest.mark.slow
+def test_closing_ends_a_worker_that_is_stopped(make_shards, data_config, cheap_augment):
+    before = children()
+    backend = open_backend(ImageSpec(data_config(make_shards(), workers=1), cheap_augment, SIZE, 3, 0))
+    batches = backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 1000))
+    next(batches)
+    (worker,) = children() - before
+    os.kill(worker, signal.SIGSTOP)
+    backend.close()
+    wait_until(lambda: worker not in children())
+
+
+def test_a_killed_worker_is_one_clear_error(make_shards, data_config, cheap_augment):
+    before = children()
+    backend = open_backend(ImageSpec(data_config(make_shards(), workers=1), cheap_augment, SIZE, 3, 0))
+    batches = backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 10**6))
+    next(batches)
+    (worker,) = children() - before
+    os.kill(worker, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"a data worker died .*lower data.workers"):
+        for _ in batches:
+            pass
+
+
+def die_with_the_lock_of_the_last_event(part: BatchSlice) -> None:
+    """As a worker that is killed while it asks whether the data have ended."""
+    frame = sys._getframe()
+    while "done_event" not in frame.f_locals:
+        frame = frame.f_back
+    frame.f_locals["done_event"]._cond.acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_a_worker_that_was_killed_with_a_lock_does_not_hang_the_trainer(is_closed: bool):
+    """Found by signals to data workers: the other rank then waited for this one."""
+    before = children()
+    slices = TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 10)
+    results = OrderedResults(die_with_the_lock_of_the_last_event, slices, 1, 2, 60.0, lambda workers: "nowhere")
+    if is_closed:
+        with pytest.raises(DataError, match="a data worker died"):
+            next(results)
+    else:
+        wait_until(lambda: any(psutil.Process(child).status() == "zombie" for child in children() - before))
+        del results
+    wait_until(lambda: not children() - before)
+
+
+def test_far_more_workers_than_cores_are_refused_before_one_is_forked(make_shards, data_config, cheap_augment):
+    before = children()
+    backend = open_backend(ImageSpec(data_config(make_shards(), workers=5000), cheap_augment, SIZE, 3, 0))
+    with pytest.raises(RecipeError, match=r"data.workers = 5000 processes for each rank, .* at most \d+$"):
+        backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 10))
+    assert children() == before
+
+
+def test_workers_are_counted_against_the_cores_of_the_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "usable_cores", lambda: 1)  # as under a quota of one core
+    workers.check_worker_count(36)
+    with pytest.raises(RecipeError, match=r"data.workers = 37 processes .* here are 1; use about 1, at most 36"):
+        workers.check_worker_count(37)
+
+
+WORKER_SCRIPT = """
+    import itertools, os, signal, sys
+    from pathlib import Path
+    from karat_scale.data.backends import ImageSpec, open_backend
+    from karat_scale.data.plan import TrainPlan
+    from karat_scale.recipe import AugmentConfig, DataConfig
+
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, lambda *_: print("signal", flush=True))
+    config = DataConfig(path=sys.argv[1], workers=2)
+    batches = open_backend(ImageSpec(config, AugmentConfig(), 16, 3, 0)).train_batches(
+        TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 400)
+    )
+    next(batches)
+    print(*Path(f"/proc/self/task/{os.getpid()}/children").read_text().split(), flush=True)
+    sys.stdin.readline()
+    print(sum(1 for _ in itertools.islice(batches, 40)), flush=True)
+    sys.stdin.readline()
+"""
+
+
+def start(directory: Path) -> tuple[subprocess.Popen, list[int]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(WORKER_SCRIPT), str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return process, [int(pid) for pid in process.stdout.readline().split()]
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def is_prepared(pid: int) -> bool:
+    """Whether a worker blocks SIGTERM, which is the last of the signals that it sets."""
+    blocked = re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return blocked is not None and bool(int(blocked[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.multiprocess
+def test_workers_ignore_signals_to_the_process_group_and_exit_when_the_parent_is_killed(make_shards):
+    process, workers = start(make_shards())
+    assert len(workers) == 2
+    wait_until(lambda: all(map(is_prepared, workers)))  # the first batch is of one of them
+    for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM):
+        os.killpg(process.pid, number)
+        assert process.stdout.readline() == "signal\n"
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "40\n"
+    assert all(running(pid) for pid in workers)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(running(pid) for pid in workers))
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_stopped_worker_does_not_outlive_a_trainer_that_is_killed(make_shards):
+    process, workers = start(make_shards())
+    os.kill(workers[0], signal.SIGSTOP)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(running(pid) for pid in workers))
+
+
+def _work(parent: int) -> None:
+    prepare_worker(parent, True, 0)
+    multiprocessing.Event().wait(60)
+
+
+def test_a_worker_whose_trainer_died_before_it_looked_leaves() -> None:
+    gone = multiprocessing.get_context("fork").Process(target=int)
+    gone.start()
+    gone.join()
+    assert gone.pid is not None
+    worker = multiprocessing.get_context("fork").Process(target=_work, args=(gone.pid,))
+    worker.start()
+    worker.join(30)
+    assert worker.exitcode == 0
+
+
+READ_ONLY = """
+    import sys
+    from karat_scale.data.backends import ImageSpec, open_backend
+    from karat_scale.data.plan import TrainPlan
+    from karat_scale.foundation.errors import DataError
+    from karat_scale.recipe import AugmentConfig, DataConfig
+
+    config = DataConfig(path=sys.argv[1], workers=1)
+    try:
+        open_backend(ImageSpec(config, AugmentConfig(), 16, 3, 0)).train_batches(
+            TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 400)
+        )
+    except DataError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another view of /dev/shm needs root")
+@pytest.mark.parametrize("option", [pytest.param("ro", marks=pytest.mark.slow), "size=4k"])
+def test_a_read_only_or_small_dev_shm_is_one_line(make_shards, option):
+    mount = f'mount -t tmpfs -o {option} tmpfs /dev/shm && exec "$0" -c "$1" "$2"'
+    script = textwrap.dedent(READ_ONLY)
+    command = ["unshare", "-m", "sh", "-c", mount, sys.executable, script, str(make_shards())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip("this machine allows no mount of one's own")
+    assert done.stdout.startswith("data.workers = 1: worker processes need semaphores in /dev/shm"), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_torch_does_not_repeat_that_there_are_more_workers_than_cores() -> None:
+    """`karat doctor` says it in one line. A process of its own, since pytest sets the filters of warnings."""
+    code = (
+        "from karat_scale.data.loading.loader import OrderedResults\n"
+        "from karat_scale.foundation.machine import usable_cores\n"
+        "loader = OrderedResults(abs, [-1, -2], usable_cores() + 1, 1, 30.0, str)\n"
+        "print(list(loader))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[1, 2]\n", "")

@@ -1,0 +1,216 @@
+"""Which folders of an ImageFolder are splits, and the order of its images."""
+
+import errno
+import os
+import shutil
+import tarfile
+import threading
+
+import pytest
+
+from karat_scale.data.prepare.sources import imagefolder
+from karat_scale.data.prepare.sources.base import UnreadableSampleError
+from karat_scale.data.prepare.sources.imagefolder import ImageFolderSource
+from karat_scale.data.shards.folder import FolderSplit
+from karat_scale.data.shards.shard_format import read_dataset_record
+from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.foundation.errors import DataError
+from tests.data.prepare.images import WNIDS, contents, jpeg, write, write_folders
+from tests.data.prepare.making import make_shards
+
+
+@pytest.fixture
+def kaggle(tmp_path):
+    """As Kaggle has ImageNet: train/<class>/*.JPEG, val/*.JPEG, test/*.JPEG."""
+    write_folders(tmp_path / "kag", per_class=1)
+    for split in ("val", "test"):
+        shutil.rmtree(tmp_path / "kag" / split, ignore_errors=True)
+        write(tmp_path / "kag" / split / "ILSVRC2012_00000001.JPEG", jpeg(1))
+    return tmp_path / "kag"
+
+
+@pytest.mark.parametrize("options", [(), ("--split", "val")])
+def test_a_split_without_class_folders_is_not_left_out_in_silence(kaggle, tmp_path, options):
+    message = r"kag/val has images but no class folders; sort them into classes, or make only --split train$"
+    with pytest.raises(DataError, match=message):
+        make_shards(kaggle, tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_is_no_hindrance_where_another_is_wanted(kaggle, tmp_path, capsys):
+    make_shards(kaggle, tmp_path / "train", "--split", "train", "--workers", "1")
+    assert list(read_dataset_record(tmp_path / "train").splits) == ["train"]
+    shutil.rmtree(kaggle / "val")
+    write(kaggle / "val" / WNIDS[0] / "0.JPEG", jpeg(2))
+    make_shards(kaggle, tmp_path / "all", "--workers", "1")  # test/ stays flat: its labels nobody has
+    assert list(read_dataset_record(tmp_path / "all").splits) == ["train", "val"]
+    assert "the split test is left out; its images are in no class folders" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_split_that_is_left_out_adds_no_class_and_is_named(tmp_path, capsys, packed):
+    src, out = tmp_path / "src", tmp_path / "out"
+    write_folders(src, per_class=1)
+    write(src / "test" / "all" / "0.JPEG", jpeg(7))  # as torchvision reads images without labels
+    write(src / "val" / "n99999999" / "0.JPEG", jpeg(8))
+    if packed:
+        with tarfile.open(tmp_path / "src.tar", "w") as tar:
+            tar.add(src, ".")
+        src = tmp_path / "src.tar"
+    make_shards(src, out, "--workers", "1")
+    assert f"{src}: the split test is left out; --split test converts it" in capsys.readouterr().out
+    record = read_dataset_record(out)
+    assert (record.classes, list(record.splits)) == ([*WNIDS, "n99999999"], ["train", "val"])
+    assert record.splits["train"].made["exif"] == "keep"
+    with pytest.raises(DataError, match="has the class 'all', which the shards in --out do not"):
+        make_shards(src, out, "--split", "test", "--workers", "1")
+    make_shards(src, tmp_path / "alone", "--split", "train", "--workers", "1")  # as a job array does
+    assert read_dataset_record(tmp_path / "alone").splits["train"] == record.splits["train"]
+    assert read_dataset_record(tmp_path / "alone").classes == record.classes
+    assert "left out" not in capsys.readouterr().out
+    make_shards(src, tmp_path / "test", "--split", "test", "--workers", "1")
+    assert read_dataset_record(tmp_path / "test").splits["test"].samples == 1
+
+
+def test_a_class_may_have_the_name_of_a_split(tmp_path):
+    for number, name in enumerate(("bus", "train")):
+        write(tmp_path / "src" / name / "0.jpg", jpeg(number))
+    make_shards(tmp_path / "src", tmp_path / "out", "--workers", "1")
+    assert read_dataset_record(tmp_path / "out").classes == ["bus", "train"]
+
+
+def test_names_that_are_no_utf8_have_the_same_place_in_folder_tar_and_shards(tmp_path):
+    src = tmp_path / "src"
+    names = (b"\xff\xfe.jpg", "\uff41.jpg".encode(), "😀.jpg".encode(), b"a.jpg", b"sub/\xff.jpg")
+    for number, name in enumerate(names):
+        write(src / "train" / "ant" / os.fsdecode(name), jpeg(number))
+    with tarfile.open(tmp_path / "src.tar", "w") as tar:
+        tar.add(src / "train", "train")
+    make_shards(src, tmp_path / "shards", "--workers", "1")
+    make_shards(tmp_path / "src.tar", tmp_path / "of_tar", "--workers", "1")
+    folder = FolderSplit(src, "train", 1)
+    for shards in (ShardSplit(tmp_path / out, "train", 1) for out in ("shards", "of_tar")):
+        assert [shards.read(i) for i in range(5)] == [folder.read(i) for i in range(5)]
+
+
+def test_a_name_that_is_no_utf8_is_reported_as_text(tmp_path):
+    src, out = tmp_path / "src", tmp_path / "out"
+    write(src / "ant" / "0.jpg", jpeg(0))
+    write(src / "ant" / os.fsdecode(b"\xff.txt"), b"no image")
+    write(src / "ant" / os.fsdecode(b"\xfe.jpg"), b"no image either")
+    make_shards(src, out, "--workers", "1")
+    skipped = read_dataset_record(out).splits["train"].skipped
+    assert sorted(record.path for record in skipped) == [r"ant/\xfe.jpg", r"ant/\xff.txt"]
+
+    write(src / os.fsdecode(b"\xfd") / "0.jpg", jpeg(1))
+    with tarfile.open(tmp_path / "src.tar", "w") as tar:
+        tar.add(src, "train")
+    for source in (src, tmp_path / "src.tar"):
+        with pytest.raises(DataError, match=r"the name of class \\xfd is not UTF-8; rename it"):
+            make_shards(source, tmp_path / "other")
+
+
+def test_images_of_a_tar_beside_its_splits_are_no_class(kaggle, tmp_path):
+    shutil.rmtree(kaggle / "test")
+    with tarfile.open(tmp_path / "kag.tar", "w") as tar:
+        tar.add(kaggle, ".")
+    with pytest.raises(DataError, match=r"kag\.tar: \./val/ILSVRC2012_00000001\.JPEG is in no class folder of a split"):
+        make_shards(tmp_path / "kag.tar", tmp_path / "out")
+
+
+@pytest.fixture
+def ants(tmp_path):
+    for number in range(4):
+        write(tmp_path / "src" / "ant" / f"{number}.jpg", jpeg(number))
+    return tmp_path / "src"
+
+
+def test_a_file_that_cannot_be_read_is_listed_or_stops_the_run(ants, tmp_path):
+    (ants / "ant/gone.jpg").symlink_to("nowhere")
+    (ants / "ant/loop.jpg").symlink_to("loop.jpg")
+    make_shards(ants, tmp_path / "out", "--workers", "1")
+    record = read_dataset_record(tmp_path / "out").splits["train"]
+    assert record.samples == 4
+    assert [(item.path, item.reason) for item in record.skipped] == [
+        ("ant/gone.jpg", "No such file or directory"),
+        ("ant/loop.jpg", "Too many levels of symbolic links"),
+    ]
+    (ants / "ant/loop.jpg").unlink()
+    message = r"ant/gone\.jpg: No such file or directory; remove it, or choose another --on-odd than stop"
+    with pytest.raises(DataError, match=message):
+        make_shards(ants, tmp_path / "stop", "--workers", "1", "--on-odd", "stop")
+
+
+@pytest.mark.parametrize(
+    ("packed", "number"), [(False, errno.EIO), (False, errno.EMFILE), (True, errno.ESTALE), (True, errno.EACCES)]
+)
+def test_an_error_of_the_file_system_leaves_no_image_out(ants, tmp_path, monkeypatch, packed, number):
+    source = ants
+    if packed:
+        source = tmp_path / "src.tar"
+        with tarfile.open(source, "w") as tar:
+            tar.add(ants, ".")
+    options = ("--workers", "1", "--shard-samples", "2")
+    make_shards(source, tmp_path / "whole", *options)
+    pread, read_image, done = os.pread, imagefolder.read_image, []
+
+    def fails_at_the_last(read, *arguments):
+        done.append(packed or arguments[0].suffix == ".jpg")
+        if done[-1] and sum(done) == 4:
+            raise OSError(number, os.strerror(number))
+        return read(*arguments)
+
+    with monkeypatch.context() as patched:
+        if packed:
+            patched.setattr(os, "pread", lambda *arguments: fails_at_the_last(pread, *arguments))
+        else:
+            patched.setattr(imagefolder, "read_image", lambda path: fails_at_the_last(read_image, path))
+        with pytest.raises(
+            DataError, match=rf"src.* cannot be read: {os.strerror(number)}; .*run the same command again"
+        ):
+            make_shards(source, tmp_path / "out", *options)
+    assert not (tmp_path / "out/dataset.json").exists()
+    assert (tmp_path / "out/train-000000.tar").exists()
+    make_shards(source, tmp_path / "out", *options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_folder_that_cannot_be_listed_leaves_no_class_out(ants, tmp_path, monkeypatch):
+    scandir = os.scandir
+
+    def fails(path):
+        if str(path).endswith("ant"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fails)
+    with pytest.raises(DataError, match=r"src/ant cannot be read: Input/output error; "):
+        make_shards(ants, tmp_path / "out", "--workers", "1")
+
+
+def test_the_sizes_of_files_are_asked_for_at_the_same_time_and_with_progress(tmp_path, monkeypatch, capsys):
+    for number in range(6):
+        write(tmp_path / "src" / "ant" / f"{number}.jpg", jpeg(number, 20 + number))
+    real, both = imagefolder._size, threading.Barrier(2)
+
+    def size(path):
+        both.wait(timeout=20)
+        return real(path)
+
+    monkeypatch.setattr(imagefolder, "_FILES", 1)
+    monkeypatch.setattr(imagefolder, "_size", size)
+    source = imagefolder.ImageFolderSource(tmp_path / "src", ["ant"])
+    assert source.sizes.tolist() == [(tmp_path / "src" / source.name(i)).stat().st_size for i in range(6)]
+    assert "src: listing: 6 of 6 files" in capsys.readouterr().out
+
+
+def test_a_pipe_and_a_terabyte_are_listed_and_not_read(ants):
+    folder = next(ants.rglob("*.jpg")).parent
+    os.mkfifo(folder / "pipe.jpg")
+    with (folder / "sparse.jpg").open("wb") as file:
+        file.truncate(10**12)
+    source = ImageFolderSource(folder.parent, [folder.name])
+    for name, reason in {"pipe.jpg": "not a regular file", "sparse.jpg": "larger than 536.871 MB"}.items():
+        number = next(n for n in range(len(source)) if source._paths[n].endswith(name))
+        with pytest.raises(UnreadableSampleError, match=reason):
+            source.read(number)

@@ -1,0 +1,135 @@
+"""Validation images held out from a source with one split, and classes without an image."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+
+from karat_scale.data.prepare.holdout import held_out
+from karat_scale.data.prepare.make_webdataset import main
+from karat_scale.data.shards.shard_format import read_dataset_record
+from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.foundation.errors import DataError
+from tests.data.prepare.images import contents, jpeg, tar_bytes, write
+
+SIZES = {"ant": 20, "bee": 10, "cat": 5, "dog": 1}
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Folders of classes of these sizes, without splits; returns the folder and its files by key."""
+    files = {}
+    for name, size in SIZES.items():
+        for number in range(size):
+            files[f"{name}/{number}"] = jpeg(len(files), 12, 10)
+            write(tmp_path / "src" / name / f"{number}.jpg", files[f"{name}/{number}"])
+    return tmp_path / "src", files
+
+
+def make(src, out, *options):
+    main(["--src", str(src), "--out", str(out), "--workers", "1", *options])
+    return read_dataset_record(out)
+
+
+def keys(out, split):
+    shards = ShardSplit(out, split, len(SIZES))
+    return {shards.locate(number)[0]: shards.read(number) for number in range(len(shards))}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_train_and_val_divide_the_images_by_class(source, tmp_path, packed):
+    src, files = source
+    if packed:
+        (tmp_path / "src.tar").write_bytes(tar_bytes({f"{key}.jpg": data for key, data in files.items()}))
+        src = tmp_path / "src.tar"
+    record = make(src, tmp_path / "out", "--val-fraction", "0.2")
+    assert record.splits["val"].per_class == [4, 2, 1, 0]
+    assert record.splits["train"].per_class == [16, 8, 4, 1]
+    train, val = keys(tmp_path / "out", "train"), keys(tmp_path / "out", "val")
+    assert not train.keys() & val.keys()
+    assert train | val == files
+    assert [record.splits[name].made["val_fraction"] for name in ("train", "val")] == [0.2, 0.2]
+
+
+def test_the_seed_draws_them_and_the_same_command_gives_the_same_bytes(source, tmp_path):
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert make(source[0], tmp_path / name, "--val-count", "7", "--seed", seed).splits["val"].samples == 7
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert keys(tmp_path / "a", "val").keys() != keys(tmp_path / "c", "val").keys()
+
+
+def test_a_finished_output_is_checked_and_another_share_refused(source, tmp_path, capsys):
+    make(source[0], tmp_path / "out", "--val-count", "7")
+    make(source[0], tmp_path / "out", "--val-count", "7")
+    assert "val: 7 samples in 1 shards are complete and correct" in capsys.readouterr().out
+    with pytest.raises(DataError, match="made with val_count = 7, now 8"):
+        make(source[0], tmp_path / "out", "--val-count", "8")
+    with pytest.raises(DataError, match="made with val_count = 7, now None"):
+        make(source[0], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--val-fraction", "1"), r"^--val-fraction 1.0 is not between 0 and 1$"),
+        (("--val-fraction", "nan"), r"^--val-fraction nan is not between 0 and 1$"),
+        (
+            ("--val-fraction", "0.01"),
+            r"^--val-fraction 0.01 is 0 of 36 images; choose 1 to 32, so that each class keeps",
+        ),
+        (("--val-count", "33"), r"^--val-count 33 is 33 of 36 images; choose 1 to 32"),
+        (("--val-count", "3", "--split", "train"), r"remove --split, or give that split's folder as --src$"),
+    ],
+)
+def test_shares_that_cannot_be(source, tmp_path, options, message):
+    with pytest.raises(DataError, match=message):
+        make(source[0], tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_with_a_validation_split_is_refused(tmp_path):
+    for split in ("train", "test"):
+        for number in range(3):
+            write(tmp_path / "src" / split / "ant" / f"{number}.jpg", jpeg(number))
+    with pytest.raises(DataError, match=r"src already has a validation split; remove --val-fraction$"):
+        make(tmp_path / "src", tmp_path / "out", "--val-fraction", "0.5")
+    assert make(tmp_path / "src/train", tmp_path / "out", "--val-count", "1").splits["val"].samples == 1
+
+
+def test_any_count_is_shared_in_proportion():
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.repeat(np.arange(5), [100, 50, 25, 13, 7])).astype(np.int32)
+    for count in (1, 10, 39, 100, 190):
+        held = held_out(labels, None, count, seed=3)
+        shares = np.bincount(labels[held], minlength=5)
+        assert held.sum() == count
+        assert (shares < np.bincount(labels)).all()
+        assert np.abs(shares - count * np.bincount(labels) / len(labels)).max() < 1 or count == 190
+
+
+def test_classes_without_an_image_are_named(source, tmp_path, capsys):
+    src, _ = source
+    (src / "eel").mkdir()
+    write(src / "fox/notes.txt", b"no image")
+    record = make(src, tmp_path / "out", "--val-count", "3")
+    said = capsys.readouterr().out
+    assert "train: 2 of 6 classes have no image: eel, fox\n" in said
+    assert record.splits["train"].empty_classes == ["eel", "fox"]
+    assert set(record.splits["val"].empty_classes) >= {"dog", "eel", "fox"}
+    # An empty folder of a tar is the same class.
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        tar.add(src, arcname=".")
+    (tmp_path / "src.tar").write_bytes(buffer.getvalue())
+    assert make(tmp_path / "src.tar", tmp_path / "tar").splits["train"].empty_classes == ["eel", "fox"]
+    assert read_dataset_record(tmp_path / "tar").classes == record.classes
+
+
+def test_many_classes_without_an_image_are_one_line(tmp_path, capsys):
+    write(tmp_path / "src/zoo/1.jpg", jpeg(1))
+    for number in range(7):
+        (tmp_path / f"src/class{number}").mkdir()
+    make(tmp_path / "src", tmp_path / "out")
+    named = "class0, class1, class2, class3, class4 and 2 others"
+    assert f"train: 7 of 8 classes have no image: {named}\n" in capsys.readouterr().out

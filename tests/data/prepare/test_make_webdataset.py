@@ -1,0 +1,270 @@
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from timm.data import create_dataset
+
+from karat_scale.data.prepare.make_webdataset import main
+from karat_scale.data.prepare.resizing import choose_encoder
+from karat_scale.data.shards.shard_format import read_dataset_record
+from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.foundation.errors import DataError, run_script
+from tests.data.prepare.conftest import SCRIPTS
+from tests.data.prepare.making import make_shards
+
+
+def save(path: Path, seed: int) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """train/ and test/ of three classes; the bytes of each file by its path."""
+    src = tmp_path / "src"
+    files = {}
+    for split, count in (("train", 7), ("test", 3)):
+        for name in ("ant", "bee", "cat"):
+            for number in range(count):
+                path = src / split / name / f"img.{number}.JPEG"
+                files[f"{split}/{name}/img_{number}"] = save(path, len(files))
+    return src, files
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def test_an_imagefolder_keeps_its_bytes_labels_and_keys(folder, tmp_path):
+    src, files = folder
+    make_shards(src, tmp_path / "out", "--shard-samples", "6", "--workers", "2")
+    record = read_dataset_record(tmp_path / "out")
+    assert record.classes == ["ant", "bee", "cat"]
+    assert {name: split.samples for name, split in record.splits.items()} == {"train": 21, "val": 9}
+    assert [shard.samples for shard in record.splits["train"].shards] == [6, 5, 5, 5]
+    for split, origin in (("train", "train"), ("val", "test")):
+        shards = ShardSplit(tmp_path / "out", split, 3, "hash")
+        keys = [shards.locate(number)[0] for number in range(len(shards))]
+        assert sorted(f"{origin}/{key}" for key in keys) == sorted(key for key in files if origin in key)
+        assert keys != sorted(keys)
+        for number, key in enumerate(keys):
+            assert shards.read(number) == files[f"{origin}/{key}"]
+            assert record.classes[shards.labels[number]] == key.split("/")[0]
+
+
+def test_timms_own_reader_knows_the_splits(folder, tmp_path):
+    make_shards(folder[0], tmp_path / "out", "--shard-samples", "6")
+    for split, count in (("train", 21), ("val", 9)):
+        found = create_dataset("wds/ants", root=str(tmp_path / "out"), split=split)
+        assert len(found) == count
+        labels = sorted(label for _, label in found)
+        assert labels == sorted([0, 1, 2] * (count // 3))
+
+
+def test_the_same_source_gives_the_same_bytes_whatever_the_workers(folder, tmp_path):
+    for name, workers in (("one", "1"), ("two", "2")):
+        make_shards(folder[0], tmp_path / name, "--shard-samples", "4", "--workers", workers)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    make_shards(folder[0], tmp_path / "three", "--shard-samples", "4", "--seed", "1")
+    assert contents(tmp_path / "one")["train-000000.tar"] != contents(tmp_path / "three")["train-000000.tar"]
+
+
+def test_running_again_verifies_and_fixes(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    make_shards(folder[0], out, "--shard-samples", "6")
+    before = contents(out)
+    capsys.readouterr()
+    make_shards(folder[0], out, "--shard-samples", "6")
+    assert "train: 21 samples in 4 shards are complete and correct" in capsys.readouterr().out
+    assert contents(out) == before
+    (out / "train-000001.tar").write_bytes(b"damage")
+    (out / "val-000000.index.npz").unlink()
+    make_shards(folder[0], out, "--shard-samples", "6")
+    said = capsys.readouterr().out
+    assert "train-000001.tar is cut short" in said
+    assert "val-000000.index.npz is missing" in said
+    assert contents(out) == before
+
+
+def test_other_settings_or_another_source_are_refused(folder, tmp_path):
+    out = tmp_path / "out"
+    make_shards(folder[0], out)
+    with pytest.raises(DataError, match=r"made with seed = 0, now 3; use another --out"):
+        make_shards(folder[0], out, "--seed", "3")
+    save(folder[0] / "train/ant/new.jpg", 99)
+    with pytest.raises(DataError, match="made with source_sha256"):
+        make_shards(folder[0], out)
+
+
+def test_another_encoder_is_refused(folder, tmp_path):
+    out, options = tmp_path / "out", ("--resize", "8", "--split", "val")
+    make_shards(folder[0], out, *options, "--encoder", "pillow")
+    assert read_dataset_record(out).splits["val"].made["encoder"] == "pillow"
+    make_shards(folder[0], out, *options, "--encoder", "pillow")
+    if choose_encoder("auto") == "native":
+        with pytest.raises(DataError, match=r"made with encoder = pillow, now native; use another --out"):
+            make_shards(folder[0], out, *options)
+
+
+def test_without_a_compiler_pillow_encodes_and_native_is_an_error(tmp_path):
+    code = "from karat_scale.data.prepare.resizing import choose_encoder as c; print(c('auto')); c('native')"
+    environment = {"PATH": "/nowhere", "PYTHONPATH": str(SCRIPTS.parent), "KARAT_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "pillow"
+    assert "--encoder native cannot run" in done.stderr
+
+
+def test_a_second_split_joins_the_first(folder, tmp_path):
+    out = tmp_path / "out"
+    make_shards(folder[0] / "train", out)
+    make_shards(folder[0], out, "--split", "val")
+    make_shards(folder[0], out, "--split", "test")
+    splits = read_dataset_record(out).splits
+    assert {name: split.samples for name, split in splits.items()} == {"train": 21, "val": 9, "test": 9}
+    save(folder[0] / "val/dog/0.jpg", 1)
+    with pytest.raises(DataError, match="has the class 'dog', which the shards in --out do not"):
+        make_shards(folder[0], out, "--split", "val")
+
+
+def test_unusable_files_are_listed_and_the_rest_is_made(folder, tmp_path, capsys):
+    src = folder[0] / "train"
+    (src / "ant/empty.jpg").touch()
+    (src / "bee/text.jpg").write_text("no image")
+    (src / "cat/notes.txt").write_text("notes")
+    make_shards(src, tmp_path / "out")
+    record = read_dataset_record(tmp_path / "out").splits["train"]
+    assert record.samples == 21
+    assert [(item.path, item.reason) for item in record.skipped] == [
+        ("ant/empty.jpg", "the file is empty"),
+        ("bee/text.jpg", "not an image in a supported format"),
+        ("cat/notes.txt", "the name has no image suffix"),
+    ]
+    assert "3 skipped" in capsys.readouterr().out
+
+
+def test_keys_are_unique_short_and_endings_follow_the_content(tmp_path):
+    src = tmp_path / "src"
+    save(src / "a/x.jpg", 0)
+    save(src / "a/x.png", 1)
+    save(src / "a/x.1.png", 2)
+    save(src / "a" / f"{'long' * 40}.png", 3)
+    (src / "a/named.jpg").write_bytes((src / "a/x.png").read_bytes())
+    make_shards(src, tmp_path / "out")
+    with tarfile.open(tmp_path / "out/train-000000.tar") as tar:
+        names = tar.getnames()
+    images = [name for name in names if not name.endswith(".cls")]
+    assert {"a/x.jpg", "a/x_1.png", "a/named.png"} <= set(images)
+    assert len({name.rpartition(".")[0] for name in images}) == 5
+    assert names[0::2] == [f"{name.rpartition('.')[0]}.cls" for name in images]
+
+
+def test_shards_by_bytes(folder, tmp_path):
+    total = sum(len(data) for key, data in folder[1].items() if key.startswith("train"))
+    make_shards(folder[0], tmp_path / "out", "--split", "train", "--shard-bytes", str(total // 3))
+    shards = read_dataset_record(tmp_path / "out").splits["train"].shards
+    assert len(shards) == 3
+    assert all(6 <= shard.samples <= 8 for shard in shards)
+
+
+def test_sources_with_nothing_in_them(tmp_path, folder):
+    with pytest.raises(DataError, match=r"--src .*/nowhere is not a directory"):
+        make_shards(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(DataError, match="has no class folders"):
+        make_shards(tmp_path / "bare", tmp_path / "out")
+    (tmp_path / "bare/ant").mkdir()
+    with pytest.raises(DataError, match="has no images in its class folders"):
+        make_shards(tmp_path / "bare", tmp_path / "out")
+    (tmp_path / "bare/ant/a.jpg").write_text("text")
+    with pytest.raises(DataError, match=r"no image of split train is usable; first: ant/a.jpg"):
+        make_shards(tmp_path / "bare", tmp_path / "out")
+    with pytest.raises(DataError, match="has no split 'extra'; it has train, test"):
+        make_shards(folder[0], tmp_path / "out", "--split", "extra")
+
+
+def test_leftovers_of_an_unfinished_run_go_and_foreign_shards_stay(folder, tmp_path):
+    out = tmp_path / "out"
+    make_shards(folder[0], out, "--split", "train", "--shard-samples", "2")
+    (out / "dataset.json").unlink()
+    (out / ".train-000000.tar.abc").touch()
+    make_shards(folder[0], out, "--split", "train", "--shard-samples", "11")
+    assert sorted(path.name for path in out.glob("*.tar")) == ["train-000000.tar", "train-000001.tar"]
+    assert not (out / ".train-000000.tar.abc").exists()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/train-000000.tar").write_text("precious")
+    with pytest.raises(DataError, match="was not made by this script"):
+        make_shards(folder[0], tmp_path / "foreign")
+    assert (tmp_path / "foreign/train-000000.tar").read_text() == "precious"
+
+
+def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
+    make_shards(folder[0], tmp_path / "out", "--dry-run")
+    assert "train: 21 images of 3 classes" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_full_disk_names_the_file_and_the_fix(folder, small_disk, capsys, workers):
+    filler, out = small_disk / "filler", small_disk / "out"
+    options = ["--src", str(folder[0]), "--out", str(out), "--shard-samples", "11", "--workers", workers]
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 12_000))
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: main(options))
+    assert ended.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {out}/train-00000")
+    assert line.endswith(": No space left on device; free space there and run the same command again")
+    filler.unlink()
+    main(options)
+    assert read_dataset_record(out).splits["train"].samples == 21
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--synsets", "nofile"), r"--synsets nofile: the file does not exist"),
+        (("--val-labels", "nofile"), r"--val-labels nofile: the file does not exist"),
+        (("--names", "nofile", "--dry-run"), r"--names nofile: the file does not exist"),
+        (("--val-labels", __file__), r"--val-labels has no effect on folders of image files, as in .*; remove it"),
+        (("--encoding", "jpeg"), r"--encoding has no effect on folders of image files"),
+        (("--any-hash",), r"--any-hash has no effect on folders of image files"),
+        (("--encoder", "pillow"), r"--encoder pillow needs --resize"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(folder, tmp_path, options, message):
+    with pytest.raises(DataError, match=message):
+        make_shards(folder[0], tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def script(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPTS / "make_webdataset.py"), *options],
+        cwd=SCRIPTS.parent,
+        env={"PYTHONPATH": str(SCRIPTS.parent), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_script_ends_as_promised(folder, tmp_path):
+    done = script("--src", str(folder[0]), "--out", str(tmp_path / "out"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "train: writing: 21 of 21 images" in done.stdout
+
+
+@pytest.mark.parametrize("options", [("--src", "nowhere"), ("--src", ".", "--workers", "0"), ()])
+def test_a_mistake_ends_the_script_with_one_line(tmp_path, capsys, options):
+
+    with pytest.raises(SystemExit, match="2"):
+        run_script(lambda: main([*options, "--out", str(tmp_path / "out")]))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")

@@ -1,0 +1,263 @@
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps, JpegImagePlugin
+
+from karat_scale.data.decoders.decode import decode_rgb
+from karat_scale.data.prepare.make_webdataset import main
+from karat_scale.data.prepare.odd_images import inspect_image, scan_jpeg, without_exif
+from karat_scale.data.prepare.preparing import OddImageSkippedError, Preparation
+from karat_scale.data.prepare.resizing import choose_encoder, resized_jpeg
+from karat_scale.data.prepare.sources import UnreadableSampleError
+from karat_scale.data.shards.shard_format import read_dataset_record, write_dataset_record
+from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.foundation.errors import DataError
+from tests.data.prepare.images import jpeg, sample_file, tar_bytes, write
+
+EXIF = Image.Exif()
+EXIF[0x0112] = 6
+ROTATED = jpeg(1, exif=EXIF.tobytes())
+CORRUPT = jpeg(1, exif=b"Exif\0\0" + b"\xff" * 40)
+CMYK = jpeg(2, 192, 160, mode="CMYK")
+PNG = jpeg(3, 192, 160, kind="PNG")
+TRUNCATED = jpeg(4, 64, 64, quality=95)[:-60]
+ODD = {
+    "EXIF orientation 6": ROTATED,
+    "corrupt EXIF": CORRUPT,
+    "CMYK": CMYK,
+    "PNG named JPEG": PNG,
+}
+
+
+AUTO = Preparation(resize=16, encoder=choose_encoder("auto"))
+
+
+def pixels(data):
+    return np.asarray(decode_rgb(data))
+
+
+@pytest.mark.parametrize(("what", "data"), ODD.items())
+def test_policies(what, data):
+    kept = Preparation(on_odd="keep", exif="keep").prepare(data, "a.JPEG")
+    assert (kept.data, kept.done) == (data, "kept")
+    assert kept.odd.startswith(what)
+    with pytest.raises(OddImageSkippedError, match=what):
+        Preparation(on_odd="skip", exif="keep").prepare(data, "a.JPEG")
+    with pytest.raises(DataError, match=f"a.JPEG: {what}.*; choose --on-odd convert, keep or skip"):
+        Preparation(on_odd="stop", exif="keep").prepare(data, "a.JPEG")
+
+
+def exif(orientation):
+    block = Image.Exif()
+    block[0x0112] = orientation
+    return block.tobytes()
+
+
+@pytest.mark.parametrize("policy", ["convert", "keep", "skip", "stop"])
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_picture_with_an_orientation_is_stored_upright(orientation, policy):
+    data = jpeg(3, 64, 48, quality=95, subsampling=1, exif=exif(orientation))
+    done = Preparation(on_odd=policy).prepare(data, "a.jpg")
+    assert (done.done, done.extension) == ("turned", "jpg")
+    assert f"as its EXIF orientation {orientation} asks" in done.odd
+    with Image.open(io.BytesIO(data)) as image, Image.open(io.BytesIO(done.data)) as stored:
+        upright = np.asarray(ImageOps.exif_transpose(image)).astype(int)
+        assert (JpegImagePlugin.get_sampling(stored), len(stored.getexif())) == (1, 0)
+        assert np.abs(upright - np.asarray(stored)).mean() < 2
+    assert Preparation(on_odd="stop").prepare(done.data, "a.jpg").data == done.data
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_the_orientation_of_other_formats_counts_too(kind):
+    data = jpeg(3, 64, 48, kind=kind, exif=exif(6))
+    assert decode_rgb(Preparation().prepare(data, "a.png").data).size == (48, 64)
+    kept = Preparation(exif="keep").prepare(data, "a.png")
+    assert kept.data == data
+    assert kept.odd == "EXIF orientation 6: viewers show it turned by 90 degrees clockwise, training does not"
+
+
+def test_a_grey_picture_stays_grey_and_an_upright_one_keeps_its_bytes():
+    grey = Preparation().prepare(jpeg(3, mode="L", exif=exif(8)), "a.jpg")
+    assert grey.grey
+    assert Image.open(io.BytesIO(grey.data)).mode == "L"
+    for orientation in (0, 1, 9):
+        data = jpeg(3, exif=exif(orientation))
+        done = Preparation(on_odd="convert").prepare(data, "a.jpg")
+        assert (done.data, done.odd) == (data, "")
+
+
+def test_a_turned_picture_is_also_shrunk_and_a_broken_one_is_left_out():
+    data = jpeg(3, 64, 48, quality=95, exif=exif(6))
+    for encoder in ("pillow", choose_encoder("auto")):
+        done = Preparation(resize=24, encoder=encoder).prepare(data, "a.jpg")
+        assert (decode_rgb(done.data).size, done.done) == ((24, 32), "turned")
+    kept = Preparation(resize=24).prepare(jpeg(3, 64, 48), "a.jpg")
+    assert kept.odd == ""
+    broken = jpeg(3, 64, 64, quality=95, exif=exif(6))[:-60]
+    with pytest.raises(OddImageSkippedError, match=r"EXIF orientation 6.*truncated"):
+        Preparation().prepare(broken, "a.jpg")
+
+
+def test_the_choice_is_said_and_recorded_and_imagenet_keeps_its_bytes(tmp_path, capsys):
+    photo = jpeg(3, 64, 48, exif=exif(6))
+    for name in ("cat", "n01440764"):
+        write(tmp_path / name / "src" / name / "9.jpg", photo)
+    main(["--src", str(tmp_path / "cat/src"), "--out", str(tmp_path / "cat/out")])
+    said = capsys.readouterr().out
+    assert "turned cat/9.jpg: turned by 90 degrees clockwise, as its EXIF orientation 6 asks" in said
+    assert "train: stored upright, as viewers show them by their EXIF orientation: 1 of 1 pictures" in said
+    assert "--exif keep" in said
+    assert read_dataset_record(tmp_path / "cat/out").splits["train"].made["exif"] == "turn"
+    main(["--src", str(tmp_path / "n01440764/src"), "--out", str(tmp_path / "n01440764/out")])
+    assert "1 of 1 pictures; --exif turn stores them upright" in capsys.readouterr().out
+    assert read_dataset_record(tmp_path / "n01440764/out").splits["train"].made["exif"] == "keep"
+    assert ShardSplit(tmp_path / "n01440764/out", "train", 1).read(0) == photo
+    with pytest.raises(DataError, match="made with exif = turn, now keep"):
+        main(["--src", str(tmp_path / "cat/src"), "--out", str(tmp_path / "cat/out"), "--exif", "keep"])
+
+
+def test_shards_from_before_the_choice_were_kept(tmp_path, capsys):
+    write(tmp_path / "src/cat/9.jpg", jpeg(3))
+    options = ["--src", str(tmp_path / "src"), "--out", str(tmp_path / "out"), "--exif", "keep"]
+    main(options)
+    record = read_dataset_record(tmp_path / "out")
+    del record.splits["train"].made["exif"]
+    write_dataset_record(tmp_path / "out", record)
+    main(options)
+    assert "complete and correct" in capsys.readouterr().out
+    with pytest.raises(DataError, match="made with exif = keep, now turn"):
+        main([*options[:-1], "turn"])
+
+
+@pytest.mark.parametrize("what", ["EXIF orientation 6", "corrupt EXIF", "CMYK", "PNG named JPEG"])
+def test_conversion_gives_ordinary_jpegs_of_the_same_pixels(what):
+    done = Preparation(on_odd="convert", exif="keep").prepare(ODD[what], "a.JPEG")
+    assert (done.done, done.extension) == ("converted", "jpg")
+    again = Preparation(on_odd="stop", check="decode").prepare(done.data, "a.JPEG")
+    assert again.data == done.data
+    difference = np.abs(pixels(done.data).astype(int) - pixels(ODD[what])).mean()
+    assert difference == 0 if "EXIF" in what else difference < 3
+
+
+def test_truncated_images_are_left_out_or_stop():
+    """Training stops at one, hours later."""
+    for preparation in (Preparation(), Preparation(on_odd="convert"), Preparation(resize=16), AUTO):
+        with pytest.raises(OddImageSkippedError, match="truncated"):
+            preparation.prepare(TRUNCATED, "a.JPEG")
+    with pytest.raises(DataError, match="truncated"):
+        Preparation(on_odd="stop").prepare(TRUNCATED, "a.JPEG")
+
+
+def test_all_images_of_a_small_source_are_decoded_and_of_a_large_one_the_headers(tmp_path, monkeypatch, capsys):
+    """The header of a truncated BMP says nothing."""
+    write(tmp_path / "src/ant/a.jpg", jpeg(1))
+    write(tmp_path / "src/ant/b.bmp", jpeg(2, kind="BMP")[:-400])
+    main(["--src", str(tmp_path / "src"), "--out", str(tmp_path / "small")])
+    assert "skipped ant/b.bmp: image file is truncated" in capsys.readouterr().out
+    record = read_dataset_record(tmp_path / "small").splits["train"]
+    assert (record.samples, record.made["check"]) == (1, "decode")
+    monkeypatch.setattr("karat_scale.data.prepare.script_options.DECODED_BELOW", 2)
+    main(["--src", str(tmp_path / "src"), "--out", str(tmp_path / "large")])
+    record = read_dataset_record(tmp_path / "large").splits["train"]
+    assert (record.samples, record.made["check"]) == (2, "header")
+
+
+def test_ordinary_images_pass_every_policy():
+    for data, name in ((jpeg(1), "a.JPEG"), (jpeg(1, kind="PNG"), "a.png"), (jpeg(1, progressive=True), "a.jpg")):
+        for policy in ("convert", "keep", "skip", "stop"):
+            done = Preparation("decode", policy).prepare(data, name)
+            assert (done.data, done.odd) == (data, "")
+    assert Preparation().prepare(jpeg(1, mode="L"), "a.jpg").grey
+
+
+def test_no_image_at_all_is_left_out_or_stops():
+    for data in (b"", b"text", b"\xff\xd8\xff", jpeg(1)[:40]):
+        with pytest.raises(UnreadableSampleError):
+            Preparation().prepare(data, "a.JPEG")
+        with pytest.raises(DataError, match="choose another --on-odd than stop"):
+            Preparation(on_odd="stop").prepare(data, "a.JPEG")
+
+
+def test_damage_behind_the_header_is_found_by_decoding():
+    data = bytearray(jpeg(7))
+    at = data.index(b"\xff\xc4")  # a Huffman table with more codes than there can be
+    data[at + 5 : at + 21] = b"\xff" * 16
+    assert not Preparation("header").prepare(bytes(data), "a.JPEG").odd
+    with pytest.raises(OddImageSkippedError, match="broken data stream"):
+        Preparation("decode").prepare(bytes(data), "a.JPEG")
+
+
+def test_a_decompression_bomb_is_refused():
+    data = bytearray(jpeg(1))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = b"\xff\xff\xff\xff"
+    with pytest.raises(UnreadableSampleError, match=r"65535 x 65535 pixels are over the limit"):
+        inspect_image(bytes(data), "a.jpg")
+
+
+def test_scan_agrees_with_pillow():
+    for width, height, mode in ((24, 20, "RGB"), (300, 7, "L"), (8, 9, "CMYK")):
+        header = scan_jpeg(jpeg(1, width, height, mode=mode))
+        assert (header.width, header.height, header.components) == (width, height, len(mode))
+    assert without_exif(jpeg(1)) == jpeg(1)
+    assert scan_jpeg(jpeg(1, kind="PNG")) is None
+
+
+@pytest.mark.parametrize("encoder", ["auto", "pillow"])
+@pytest.mark.parametrize(("size", "expected"), [((400, 300), (85, 64)), ((64, 64), (64, 64)), ((30, 50), (30, 50))])
+def test_resizing_bounds_the_short_side(size, expected, encoder):
+    data = jpeg(5, *size, quality=95)
+    done = Preparation(resize=64, quality=90, encoder=choose_encoder(encoder)).prepare(data, "a.jpg")
+    assert (done.extension, done.odd) == ("jpg", "")
+    result = decode_rgb(done.data)
+    assert result.size == expected
+    exact = decode_rgb(data).resize(expected, Image.Resampling.BICUBIC)
+    assert np.abs(np.asarray(result).astype(int) - np.asarray(exact)).mean() < 3
+
+
+def test_quality_decides_the_size():
+    data = jpeg(6, 200, 200)
+    assert len(resized_jpeg(data, 100, 50)) < len(resized_jpeg(data, 100, 95))
+
+
+EXPECTED_ODD = {
+    "hopper_bad_exif.jpg": "corrupt EXIF",
+    "invalid-exif.jpg": "corrupt EXIF",
+    "junk_jpeg_header.jpg": "junk in the header",
+    "pil_sample_cmyk.jpg": "CMYK",
+    "png_disguised.JPEG": "PNG named JPEG",
+    "truncated_app14.jpg": "junk in the header",
+    "truncated_jpeg.jpg": "truncated",
+    "ultrahdr.jpg": "truncated",
+    **{f"hopper_orientation_{number}.jpg": f"EXIF orientation {number}" for number in range(2, 9)},
+}
+
+
+@pytest.mark.parametrize("policy", ["keep", "convert", "skip"])
+def test_the_odd_collection(tmp_path, policy):
+    with tarfile.open(sample_file("odd_jpegs.tar")) as tar:
+        files = {info.name: tar.extractfile(info).read() for info in tar if info.isfile()}
+    (tmp_path / "odd.tar").write_bytes(tar_bytes(files))
+    main(["--src", str(tmp_path / "odd.tar"), "--out", str(tmp_path / "out"), "--on-odd", policy, "--exif", "keep"])
+    record = read_dataset_record(tmp_path / "out").splits["train"]
+    found = {item.path.removeprefix("odd/"): item for item in record.odd}
+    assert found.keys() == EXPECTED_ODD.keys()
+    assert all(EXPECTED_ODD[name] in item.what for name, item in found.items())
+    hopeless = {"truncated_jpeg.jpg", "ultrahdr.jpg"}
+    done = {"keep": "kept", "convert": "converted", "skip": "skipped"}[policy]
+    for name, item in found.items():
+        assert item.done == ("skipped" if name in hopeless else done)
+    left = {"keep": 19, "convert": 19, "skip": 21 - len(EXPECTED_ODD)}[policy]
+    assert (record.samples, len(record.skipped), record.grey) == (left, 21 - left, 3 if policy != "skip" else 2)
+    shards = ShardSplit(tmp_path / "out", "train", 1)
+    assert all(decode_rgb(shards.read(number)).mode == "RGB" for number in range(len(shards)))
+
+
+def test_stop_names_the_file_and_writes_no_data_set(tmp_path):
+    write(tmp_path / "src/ant/a.jpg", jpeg(1))
+    write(tmp_path / "src/ant/b.jpg", CMYK)
+    with pytest.raises(DataError, match=r"ant/b.jpg: CMYK"):
+        main(["--src", str(tmp_path / "src"), "--out", str(tmp_path / "out"), "--on-odd", "stop"])
+    assert not list((tmp_path / "out").iterdir())

@@ -1,0 +1,164 @@
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from karat_scale.data.prepare.make_webdataset import main
+from karat_scale.data.shards.shard_format import read_dataset_record
+from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.foundation.errors import DataError
+from tests.data.prepare.conftest import SCRIPTS
+from tests.data.prepare.images import contents, write_folders
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("folders")
+    write_folders(root, per_class=40)
+    return root
+
+
+def make(src, out, *options):
+    main(["--src", str(src), "--out", str(out), "--split", "train", *options])
+
+
+def start(src, out, *options):
+    command = [sys.executable, str(SCRIPTS / "make_webdataset.py"), "--src", str(src), "--out", str(out), *options]
+    environment = {"PYTHONPATH": str(SCRIPTS.parent), "PATH": os.environ["PATH"]}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
+def test_a_killed_run_resumes_at_the_same_shard(folders, tmp_path, workers):
+    options = ("--split", "train", "--shard-samples", "2", "--workers", workers)
+    make(folders, tmp_path / "whole", "--shard-samples", "2")
+    out = tmp_path / "out"
+    run = start(folders, out, *options)
+    wait_for(lambda: len(list(out.glob(".*.made.json"))) >= 3)
+    at_work = psutil.Process(run.pid).children(recursive=True)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    assert not psutil.wait_procs(at_work, timeout=30)[1]  # no worker writes on
+    assert not (out / "dataset.json").exists()
+    before = contents(out, ".*.made.json").keys()
+    finished = {name[1:].split(".")[0] for name in before}
+    times = {name: (out / f"{name}.tar").stat().st_mtime_ns for name in finished}
+    again = start(folders, out, *options)
+    said, _ = again.communicate()
+    assert again.returncode == 0, said
+    assert f"{len(finished)} of 60 shards were finished before; resuming" in said
+    assert contents(out) == contents(tmp_path / "whole")
+    assert times == {name: (out / f"{name}.tar").stat().st_mtime_ns for name in finished}
+
+
+def interrupted(folders, out, monkeypatch, after=3):
+    """A run that ends after some shards."""
+    from karat_scale.data.prepare import shard_job
+
+    real, counter = shard_job.write_shard, itertools.count()
+
+    def write(*arguments):
+        if next(counter) == after:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_job, "write_shard", write)
+        with pytest.raises(KeyboardInterrupt):
+            make(folders, out, "--shard-samples", "20", "--workers", "1")
+
+
+def test_a_finished_shard_that_was_damaged_since_is_made_again(folders, tmp_path, monkeypatch, capsys):
+    make(folders, tmp_path / "whole", "--shard-samples", "20")
+    out = tmp_path / "out"
+    interrupted(folders, out, monkeypatch)
+    data = bytearray((out / "train-000001.tar").read_bytes())
+    data[2000] ^= 1
+    (out / "train-000001.tar").write_bytes(data)
+    (out / ".train-000002.made.json").write_text("{")
+    for name in (".train-000001.tar.a1b2", ".train-000003.index.npz.a1b2", "..train-000003.made.json.a1b2"):
+        (out / name).write_text("what a kill leaves")
+    capsys.readouterr()
+    make(folders, out, "--shard-samples", "20")
+    assert "1 of 6 shards were finished before" in capsys.readouterr().out
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.fixture
+def hashed_together(monkeypatch):
+    """Waits at each tar until two are hashed at the same time; False if only one ever is."""
+    from karat_scale.data.prepare import shard_job
+
+    real, both, met = shard_job.check_file, threading.Barrier(2), []
+
+    def check(directory, record, by_hash):
+        if record.name.endswith(".tar"):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(timeout=20)
+                met.append(record.name)
+        real(directory, record, by_hash)
+
+    monkeypatch.setattr(shard_job, "check_file", check)
+    return met
+
+
+def test_as_many_shards_are_hashed_at_a_time_as_there_are_workers(
+    folders, tmp_path, monkeypatch, hashed_together, capsys
+):
+    out = tmp_path / "out"
+    interrupted(folders, out, monkeypatch, after=4)
+    make(folders, out, "--shard-samples", "20", "--workers", "2")
+    assert "4 of 6 shards were finished before" in capsys.readouterr().out
+    assert len(hashed_together) == 4
+    make(folders, out, "--shard-samples", "20", "--workers", "2")
+    assert "120 samples in 6 shards are complete and correct" in capsys.readouterr().out
+    assert len(hashed_together) == 4 + 6
+
+
+def test_shards_of_other_settings_are_not_taken_over(folders, tmp_path, monkeypatch, capsys):
+    make(folders, tmp_path / "whole", "--shard-samples", "20", "--seed", "5")
+    interrupted(folders, tmp_path / "out", monkeypatch)
+    make(folders, tmp_path / "out", "--shard-samples", "20", "--seed", "5")
+    assert "were finished before" not in capsys.readouterr().out
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_subset_takes_so_many_of_each_class(folders, tmp_path):
+    make(folders, tmp_path / "out", "--subset", "5", "--workers", "1")
+    record = read_dataset_record(tmp_path / "out").splits["train"]
+    assert (record.samples, record.per_class) == (15, [5, 5, 5])
+    make(folders, tmp_path / "other", "--subset", "5", "--workers", "1", "--seed", "1")
+    keys = []
+    for name in ("out", "other"):
+        shards = ShardSplit(tmp_path / name, "train", 3)
+        keys.append({shards.locate(i)[0] for i in range(15)})
+    assert keys[0] != keys[1]
+    with pytest.raises(DataError, match="made with subset = 5, now 6"):
+        make(folders, tmp_path / "out", "--subset", "6")
+
+
+def test_quality_needs_resize(folders, tmp_path):
+    with pytest.raises(DataError, match="--quality 80 needs --resize"):
+        make(folders, tmp_path / "out", "--quality", "80")
+
+
+def test_resized_shards(folders, tmp_path):
+    make(folders, tmp_path / "out", "--resize", "16", "--quality", "80", "--workers", "1")
+    shards = ShardSplit(tmp_path / "out", "train", 3)
+    assert len(shards) == 120
+    assert read_dataset_record(tmp_path / "out").splits["train"].made["quality"] == 80

@@ -1,0 +1,225 @@
+"""verify.py, stage.py and make_dali_index.py on shards that make_webdataset.py made."""
+
+import json
+import shutil
+import tarfile
+
+import pytest
+
+from karat_scale.data.prepare import make_dali_index, make_webdataset, stage, verify
+from karat_scale.data.shards.shard_format import SplitRecord, read_dataset_record, write_dataset_record
+from karat_scale.data.shards.shard_writer import EncodedSample, write_shard
+from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.files import file_sha256
+from tests.conftest import karat_here, run_script
+from tests.data.prepare.images import contents, jpeg, write_folders
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("made")
+    write_folders(root / "src")
+    make_webdataset.main(["--src", str(root / "src"), "--out", str(root / "out"), "--shard-samples", "6"])
+    return root / "out"
+
+
+@pytest.fixture
+def shards(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "shards")
+
+
+def flip(path, position):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0xFF
+    path.write_bytes(data)
+
+
+def check(directory, *options):
+    verify.main(["--src", str(directory), "--workers", "1", *options])
+
+
+def test_good_shards_are_right(shards, capsys):
+    check(shards)
+    assert "train: 18 samples of 3 classes in 3 shards are right" in capsys.readouterr().out
+
+
+def test_problems_are_counted_and_the_first_is_named(shards, capsys):
+    flip(shards / "train-000001.tar", 3000)
+    (shards / "train-000002.tar").unlink()
+    with pytest.raises(DataError, match=r"train-000001.tar has changed .*\(2 problems in total\)") as caught:
+        check(shards)
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr().out.count("problem: ") == 2
+    done = run_script("data_prep/verify.py", "--src", str(shards), "--split", "train", check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def replace_first_shard(directory, samples):
+    record = read_dataset_record(directory)
+    record.splits["train"].shards[0] = write_shard(directory, "train-000000", samples)
+    write_dataset_record(directory, record)
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (EncodedSample("bad", "jpg", jpeg(1)[:-200], 0), "sample bad cannot be decoded"),
+        (EncodedSample("bad", "jpg", jpeg(1), 7), "sample bad has label 7 of 3 classes"),
+    ],
+)
+def test_bad_samples_are_named(shards, sample, message):
+    replace_first_shard(shards, [sample])
+    with pytest.raises(DataError, match=message):
+        check(shards)
+
+
+def test_counts_are_compared(shards):
+    replace_first_shard(shards, [EncodedSample("one", "jpg", jpeg(1), 0)])
+    with pytest.raises(DataError, match=r"split train has 13 samples, dataset.json says 18"):
+        check(shards)
+    with pytest.raises(DataError, match=r"lists 3 classes, ImageNet has 1000 .\d+ problems in total"):
+        check(shards, "--imagenet")
+
+
+def test_imagenet_counts():
+    right = SplitRecord(samples=50_000, bytes=1, shards=[])
+    assert verify.count_problems("val", right, [50] * 1000, True) == []
+    found = verify.count_problems("val", right, [51, 49] + [50] * 998, True)
+    assert found[0] == "split val has 51 samples of class 0, ImageNet 50 to 50"
+    assert "ImageNet has 1281167" in " ".join(verify.count_problems("train", right, [50] * 1000, True))
+
+
+def test_a_label_in_the_tar_that_differs_from_the_index(shards):
+    path = shards / "train-000000.tar"
+    with tarfile.open(path) as tar:
+        flip(path, tar.getmembers()[0].offset_data)
+    record = json.loads((shards / "dataset.json").read_text())
+    record["splits"]["train"]["shards"][0]["sha256"] = file_sha256(path)
+    (shards / "dataset.json").write_text(json.dumps(record))
+    with pytest.raises(DataError, match="has another label in the tar than in the index"):
+        check(shards)
+
+
+def test_staging_copies_and_resumes(shards, tmp_path, capsys):
+    local = tmp_path / "local"
+    stage.main(["--src", str(shards), "--out", str(local)])
+    assert contents(local) == contents(shards)
+    flip(local / "train-000001.tar", 2000)
+    (local / "val-000000.tar").unlink()
+    (local / ".val-000000.tar.part").touch()
+    kept = (local / "train-000000.tar").stat().st_mtime_ns
+    stage.main(["--src", str(shards), "--out", str(local)])
+    assert "2 were copied" in capsys.readouterr().out
+    assert contents(local) == contents(shards)
+    assert (local / "train-000000.tar").stat().st_mtime_ns == kept
+
+
+def stage_split(shards, local, split):
+    stage.main(["--src", str(shards), "--out", str(local), "--split", split])
+
+
+def test_splits_staged_one_after_another_are_one_data_set(shards, tmp_path, capsys):
+    local = tmp_path / "local"
+    stage_split(shards, local, "train")
+    assert "Stage val too before you train from it" in capsys.readouterr().out
+    stage_split(shards, local, "val")
+    assert f"Train with data.path={local}" in capsys.readouterr().out
+    assert contents(local) == contents(shards)
+
+
+def test_a_split_that_cannot_be_staged_leaves_the_others_listed(shards, tmp_path):
+    local = tmp_path / "local"
+    stage_split(shards, local, "train")
+    stage_split(shards, local, "val")
+    for directory in (local, shards):
+        flip(directory / "val-000000.tar", 2000)
+    with pytest.raises(DataError, match=r"val-000000.tar has changed"):
+        stage_split(shards, local, "val")
+    assert list(read_dataset_record(local).splits) == ["train"]
+
+
+@pytest.mark.parametrize("change", ["damage", "other classes", "other shards"])
+def test_a_staged_split_that_is_not_right_is_listed_no_more(shards, tmp_path, capsys, change):
+    local = tmp_path / "local"
+    stage_split(shards, local, "train")
+    record = read_dataset_record(shards)
+    if change == "damage":
+        flip(local / "train-000001.tar", 2000)
+    elif change == "other classes":
+        record.classes[0] = "another"
+    else:
+        record.splits["train"].shards.reverse()
+    write_dataset_record(shards, record)
+    stage_split(shards, local, "val")
+    assert list(read_dataset_record(local).splits) == ["val"]
+    assert "Stage train too before you train from it" in capsys.readouterr().out
+
+
+def test_staging_one_split(shards, tmp_path):
+    stage_split(shards, tmp_path / "local", "val")
+    assert len(ShardSplit(tmp_path / "local", "val", 3, "hash")) == 9
+    assert list(read_dataset_record(tmp_path / "local").splits) == ["val"]
+    with pytest.raises(DataError, match="has no split 'test'; the splits there: train, val"):
+        stage_split(shards, tmp_path / "other", "test")
+
+
+def test_damage_at_the_source_is_not_staged(shards, tmp_path):
+    flip(shards / "train-000001.tar", 2000)
+    with pytest.raises(DataError, match=r"train-000001.tar has changed since it was written"):
+        stage.main(["--src", str(shards), "--out", str(tmp_path / "local")])
+    assert not (tmp_path / "local/dataset.json").exists()
+    assert not (tmp_path / "local/train-000001.tar").exists()
+
+
+def test_a_copy_that_lost_files_is_not_taken_for_whole_while_they_cannot_be_copied(shards, tmp_path):
+    local = tmp_path / "local"
+    stage.main(["--src", str(shards), "--out", str(local)])
+    (local / "train-000001.tar").unlink()
+    flip(shards / "train-000001.tar", 2000)
+    with pytest.raises(DataError):
+        stage.main(["--src", str(shards), "--out", str(local)])
+    assert not (local / "dataset.json").exists()
+
+
+def test_a_full_disk_names_the_way_out(shards, tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(DataError, match=r"GB free; train from data.path=.* instead$"):
+        stage.check_space(shards, tmp_path, free)
+    stage.check_space(shards, tmp_path, 1)
+
+
+def test_dali_indexes_point_at_the_members(shards, tmp_path):
+    make_dali_index.main(["--src", str(shards), "--out", str(tmp_path / "idx")])
+    assert sorted(path.name for path in (tmp_path / "idx").iterdir()) == sorted(
+        f"{path.stem}.idx" for path in shards.glob("*.tar")
+    )
+    split, sample = ShardSplit(shards, "train", 3), 0
+    for path in sorted(shards.glob("train-*.tar")):
+        first, *lines = (tmp_path / f"idx/{path.stem}.idx").read_text().splitlines()
+        assert first == f"v1.2 {len(lines)}"
+        data = path.read_bytes()
+        for line in lines:
+            words = line.split(" ")
+            assert [words[0], words[4]] == ["cls", "jpg"]
+            label, image = (data[int(words[at]) :][: int(words[at + 1])] for at in (1, 5))
+            assert int(label) == split.labels[sample]
+            assert image == split.read(sample)
+            assert words[7] == f"{split.locate(sample)[0]}.jpg"
+            sample += 1
+    assert sample == len(split)
+
+
+def test_dali_indexes_of_tars_of_one_name_are_in_their_folders(shards, tmp_path):
+    tars, out = tmp_path / "tars", tmp_path / "idx"
+    for split in ("train", "val"):
+        (tars / split).mkdir(parents=True)
+        shutil.copy(shards / f"{split}-000000.tar", tars / split / "00000.tar")
+    assert karat_here("index", str(tars)) == 0
+    make_dali_index.main(["--src", str(tars), "--out", str(out)])
+    for split in ("train", "val"):
+        made = (out / split / "00000.idx").read_text()
+        assert made == make_dali_index.dali_index(tars / split / "00000.tar")
+    assert len(list(out.rglob("*.idx"))) == 2

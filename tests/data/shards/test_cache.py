@@ -1,0 +1,186 @@
+"""The node's cache: one process fetches, all read; bounded, kept, and clear about a disk that fails."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from karat_scale.data.shards.cache import NodeCache, Part, data_cache_directory
+from karat_scale.foundation.errors import DataError
+from tests.data.backends.helpers import wait_until
+
+SIZE = 1000
+
+
+def later(seconds: float = 20.0) -> float:
+    return time.monotonic() + seconds
+
+
+def made(cache: NodeCache, key: str, content: bytes = b"x" * SIZE, calls: list[str] | None = None) -> bytes:
+    """The content of an entry, which is made if it is not there."""
+
+    def make(part):
+        if calls is not None:
+            calls.append(key)
+        part.write(b"what a try left")
+        part.restart()
+        part.write(content[:10])
+        part.write(content[10:])
+
+    entry = cache.open(key, len(content), make, later())
+    assert entry is not None
+    try:
+        return os.pread(entry, 10 * SIZE, 0)
+    finally:
+        os.close(entry)
+
+
+def entries(directory: Path) -> list[Path]:
+    return [path for path in directory.glob("??/*") if path.suffix != ".part"]
+
+
+def test_an_entry_is_made_once_and_kept(tmp_path):
+    calls: list[str] = []
+    for _ in range(3):
+        assert made(NodeCache(tmp_path / "cache", 1e6), "url a", calls=calls) == b"x" * SIZE
+    assert calls == ["url a"]
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "cache" / "total").read_text().split() == [str(SIZE)]
+
+
+def test_an_entry_that_a_crash_cut_short_is_made_again(tmp_path):
+    cache, calls = NodeCache(tmp_path / "cache", 1e6), []
+    made(cache, "url a")
+    os.truncate(entries(tmp_path / "cache")[0], 17)
+    assert made(cache, "url a", calls=calls) == b"x" * SIZE
+    assert calls == ["url a"]
+
+
+def test_the_entries_used_last_are_kept(tmp_path):
+    cache, calls = NodeCache(tmp_path / "cache", 10 * SIZE), []
+    for number in range(10):
+        made(cache, f"url {number}")
+    held = cache.open("url 1", SIZE, lambda part: None, later())
+    time.sleep(0.02)
+    made(cache, "url 0")  # used again
+    made(cache, "url 10")
+    assert sum(path.stat().st_size for path in entries(tmp_path / "cache")) == 9 * SIZE
+    assert os.pread(held, SIZE, 0) == b"x" * SIZE  # what a process has open can be read
+    os.close(held)
+    for number in (0, 10, 9):
+        made(cache, f"url {number}", calls=calls)
+    assert calls == []
+    for number in range(20, 60):
+        made(cache, f"url {number}")
+        assert sum(path.stat().st_size for path in entries(tmp_path / "cache")) <= 10 * SIZE
+
+
+def test_one_of_many_processes_makes_an_entry_and_a_killed_one_blocks_nobody(tmp_path):
+    cache, log = NodeCache(tmp_path / "cache", 1e6), tmp_path / "log"
+    begun = tmp_path / "begun"
+
+    def slow(part: Part) -> None:
+        part.write(b"half")
+        begun.touch()
+        time.sleep(60)
+
+    holder = os.fork()
+    if holder == 0:
+        cache.open("url a", SIZE, slow, later())
+        os._exit(0)
+    wait_until(begun.exists)
+    assert cache.open("url a", SIZE, slow, later(), waits=False) is None
+    with pytest.raises(DataError, match="another process did not finish to fetch url in time"):
+        cache.open("url a", SIZE, slow, later(0.1))
+
+    def quick(part: Part) -> None:
+        with log.open("a") as file:
+            file.write("made\n")
+        time.sleep(0.2)
+        part.write(b"y" * SIZE)
+
+    readers = []
+    for _ in range(6):
+        readers.append(os.fork())
+        if readers[-1] == 0:
+            entry = cache.open("url a", SIZE, quick, later())
+            os._exit(0 if os.pread(entry, SIZE, 0) == b"y" * SIZE else 1)
+    time.sleep(0.2)
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    assert [os.waitpid(reader, 0)[1] for reader in readers] == [0] * 6
+    assert log.read_text() == "made\n"
+    assert not list((tmp_path / "cache").glob("??/*.part"))
+
+
+def test_what_a_killed_process_left_is_removed_when_room_is_made(tmp_path):
+    cache = NodeCache(tmp_path / "cache", 2 * SIZE)
+    made(cache, "url a")
+    left = entries(tmp_path / "cache")[0].with_suffix(".part")
+    left.write_bytes(b"half")
+    for number in range(3):
+        made(cache, f"url {number}")
+    assert not left.exists()
+
+
+def test_an_error_of_the_store_leaves_nothing(tmp_path):
+    cache = NodeCache(tmp_path / "cache", 1e6)
+
+    def fail(part: Part) -> None:
+        raise DataError("the store is down")
+
+    with pytest.raises(DataError, match="the store is down"):
+        cache.open("url a", SIZE, fail, later())
+    assert not list((tmp_path / "cache").glob("??/*"))
+    assert made(cache, "url a") == b"x" * SIZE
+
+
+def test_a_full_disk_is_one_line(small_disk):
+    cache = NodeCache(small_disk / "cache", 1e9)
+    with pytest.raises(DataError, match=r"cannot be written: No space left on device; free space there, lower data\."):
+        made(cache, "url a", b"x" * 3_000_000)
+    assert not list((small_disk / "cache").glob("??/*"))
+    assert made(cache, "url b") == b"x" * SIZE
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="another user's directory needs root")
+def test_another_users_directory_is_refused(tmp_path):
+    os.chown(tmp_path, 12345, -1)
+    with pytest.raises(DataError, match="belongs to another user; set KARAT_DATA_CACHE to a directory of yours"):
+        NodeCache(tmp_path, 1e6)
+
+
+def test_a_place_that_is_no_directory_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/cache, cannot be written: Not a directory; set KARAT_DATA_CACHE to"):
+        NodeCache(tmp_path / "file" / "cache", 1e6)
+
+
+def test_where_it_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("KARAT_DATA_CACHE", str(tmp_path / "own"))
+    assert data_cache_directory() == tmp_path / "own"
+    monkeypatch.delenv("KARAT_DATA_CACHE")
+    monkeypatch.setenv("KARAT_CACHE_DIR", str(tmp_path / "all"))
+    assert data_cache_directory() == tmp_path / "all" / "data"
+
+
+def test_a_disk_that_became_read_only_still_serves_what_it_has(small_disk):
+    cache = NodeCache(small_disk / "cache", 1e9)
+    made(cache, "url a")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert made(NodeCache(small_disk / "cache", 1e9), "url a") == b"x" * SIZE
+    with pytest.raises(DataError, match=r"cannot be written: Read-only file system; set KARAT_DATA_CACHE to"):
+        made(cache, "url b")
+
+
+def test_a_pipe_in_place_of_an_entry_is_made_again(tmp_path):
+    cache, calls = NodeCache(tmp_path / "cache", 1e6), []
+    made(cache, "url a")
+    (entry,) = entries(tmp_path / "cache")
+    entry.unlink()
+    os.mkfifo(entry)
+    assert made(cache, "url a", calls=calls) == b"x" * SIZE
+    assert calls == ["url a"]

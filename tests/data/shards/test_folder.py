@@ -1,0 +1,82 @@
+"""An ImageFolder as a source: labels, ids, and one line for what is not right."""
+
+import numpy as np
+import pytest
+
+from karat_scale.data.order import epoch_order
+from karat_scale.data.shards.folder import FolderSplit
+from karat_scale.foundation.errors import DataError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def make(*files):
+        for name in files:
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(name.encode())
+        return tmp_path
+
+    return make
+
+
+def test_every_image_is_there_once_with_its_class(folder):
+    root = folder(
+        "train/bee/2.PNG", "train/bee/deep/1.jpg", "train/ant/9.jpeg", "train/ant/.x.jpg", "train/ant/notes.txt"
+    )
+    split = FolderSplit(root, "train", 2)
+    assert split.classes == ("ant", "bee")
+    listed = ["ant/9.jpeg", "bee/2.PNG", "bee/deep/1.jpg"]
+    order = epoch_order(0, 0, 3)
+    assert [split.locate(i) for i in range(3)] == [(listed[k], str(root / "train")) for k in order]
+    assert [split.read(i).decode() for i in range(3)] == [f"train/{listed[k]}" for k in order]
+    assert split.labels.tolist() == [[0, 1, 1][k] for k in order]
+    assert split.labels.dtype == np.int32
+
+
+def test_a_file_that_is_gone_is_named(folder):
+    root = folder("train/ant/1.jpg")
+    split = FolderSplit(root, "train", 2)
+    (root / "train/ant/1.jpg").unlink()
+    with pytest.raises(DataError, match=r"train/ant/1.jpg cannot be read: No such file"):
+        split.read(0)
+
+
+def test_labels_follow_the_training_split(folder):
+    root = folder("train/ant/1.jpg", "train/bee/1.jpg", "train/cat/1.jpg", "val/bee/1.jpg", "val/cat/1.jpg")
+    train = FolderSplit(root, "train", 3)
+    val = FolderSplit(root, "val", 3, train.classes)
+    assert sorted(val.labels.tolist()) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "train does not exist; the folders there: none; correct data.path"),
+        (["training/ant/x.jpg"], "train does not exist; the folders there: training; set data.train_split to one"),
+        (["train/x.jpg"], "train has no class folders; correct data.path"),
+        (["train/ant/x.txt"], "train has no images in its class folders; correct data.path"),
+        ([f"train/{name}/x.jpg" for name in "abc"], "has 3 classes, but model.num_classes = 2"),
+    ],
+)
+def test_what_is_not_right_is_one_line(folder, files, message):
+    root = folder(*files)
+    with pytest.raises(DataError) as caught:
+        FolderSplit(root, "train", 2)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_validation_split_of_another_name_is_suggested(folder):
+    root = folder("train/ant/1.jpg", "test/ant/1.jpg")
+    with pytest.raises(DataError, match=r"val does not exist; the folders there: .*; set data.val_split=test"):
+        FolderSplit(root, "val", 2)
+    (root / "test").rename(root / "more")
+    with pytest.raises(DataError, match=r"or make one by data_prep/make_webdataset.py --val-fraction 0.1"):
+        FolderSplit(root, "val", 2)
+
+
+def test_a_class_of_one_split_only_is_refused(folder):
+    root = folder("train/ant/1.jpg", "val/wasp/1.jpg")
+    with pytest.raises(DataError, match=r"val/wasp is a class that the training split does not have"):
+        FolderSplit(root, "val", 2, FolderSplit(root, "train", 2).classes)

@@ -1,0 +1,192 @@
+"""Files by URL: what servers answer, and what they do not."""
+
+import gc
+import http.server
+import os
+import re
+import threading
+import time
+
+import pytest
+
+from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.stores import ChangedFileError, Store, StoreError, check_url, is_url
+from tests.proxy import FaultyProxy
+
+pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install -e '.[remote]'")
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A directory with a few files."""
+    directory = tmp_path / "served"
+    (directory / "below").mkdir(parents=True)
+    (directory / "a.tar").write_bytes(bytes(range(256)) * 40)
+    (directory / "below" / "b c.tar").write_bytes(b"b" * 700)
+    (directory / "dataset.json").write_text("{}")
+    return directory
+
+
+def test_urls():
+    assert [is_url(text) for text in ("s3://a/b", "HTTPS://a", "data/a", "/a//b", "a:b", None)] == [1, 1, 0, 0, 0, 0]
+    assert check_url("hf://datasets/user/set@main/train/") == "hf://datasets/user/set@main/train"
+    for wrong, line in {
+        "ftp://a/b": "ftp:// is not supported; use s3://, gs://, https://, http://, hf://",
+        "s3://": "names no bucket or server",
+        "https://me:word@host/a": "https://host/a has a user, a query or a fragment, which may be a credential",
+        "https://host/a?sig=word": "https://host/a has a user, a query or a fragment",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(line)) as error:
+            check_url(wrong)
+        assert "word" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["nginx", "s3", "gs"])
+def test_a_real_server(kind, files, request):
+    serve = request.getfixturevalue(kind)
+    where = serve(files)
+    store = Store(f"http://127.0.0.1:{where}" if kind == "nginx" else where, timeout=20)
+    found = store.files()
+    assert set(found) == {"a.tar", "below/b c.tar", "dataset.json"}
+    facts = store.facts_of(["a.tar", "below/b c.tar"])
+    assert [fact.bytes for fact in facts.values()] == [256 * 40, 700]
+    assert all(fact.etag for fact in facts.values())
+    content = (files / "a.tar").read_bytes()
+    assert store.read("a.tar", 300, 1000, facts["a.tar"].etag) == content[300:1000]
+    assert store.read("a.tar", 5, 5) == b""
+    assert store.read("below/b c.tar", 0, 700) == b"b" * 700
+    assert store.read_small("dataset.json", 100) == b"{}"
+    with pytest.raises(StoreError, match=r"a\.tar has 10240 bytes; it should have at most 100"):
+        store.read_small("a.tar", 100)
+    with pytest.raises(ChangedFileError, match=r"a\.tar has changed since it was indexed"):
+        store.read("a.tar", 0, 10, "another")
+    begun = time.monotonic()
+    with pytest.raises(ChangedFileError, match="is cut short, or has changed"):
+        store.read("a.tar", 10_000, 11_000)
+    with pytest.raises(StoreError, match=r"none\.tar: it is missing"):
+        store.read("none.tar", 0, 10)
+    with pytest.raises(StoreError, match=r"none\.tar.* is missing"):
+        store.facts_of(["none.tar"])
+    assert time.monotonic() - begun < 10  # none of these is tried for long
+
+
+@pytest.mark.parametrize("fault", ["503", "cut", "short", "slow"])
+def test_a_fault_that_ends_is_not_noticed(fault, files, nginx):
+    with FaultyProxy(nginx(files), spoil=lambda number, asked: fault if number in (0, 2, 3) else None) as proxy:
+        store = Store(proxy.url, timeout=60)
+        content = (files / "a.tar").read_bytes()
+        for start in range(0, 3000, 1000):
+            assert store.read("a.tar", start, start + 1000) == content[start : start + 1000]
+        assert len(proxy.requests) <= 12
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        ("503", r"it failed \(HTTP 503\), \d+ times in \d s; check the store, or raise data.timeout \(now 3 s\)"),
+        ("stall", r"no answer came in time, \d times in"),
+        ("cut", r"the connection failed \(\w+\), \d+ times in"),
+    ],
+)
+def test_a_fault_that_stays_is_one_line_in_time(fault, line, files, nginx):
+    with FaultyProxy(nginx(files), spoil=lambda number, asked: fault) as proxy:
+        store, begun = Store(proxy.url, timeout=3), time.monotonic()
+        with pytest.raises(StoreError, match=rf"^{proxy.url}/a\.tar: {line}"):
+            store.read("a.tar", 0, 1000)
+        assert time.monotonic() - begun < 3
+        assert len(proxy.requests) < 20
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(files, nginx):
+    faults = {1: "503", 2: "cut"}  # of the folder below
+    with FaultyProxy(nginx(files), spoil=lambda number, asked: faults.get(number)) as proxy:
+        assert set(Store(proxy.url, timeout=20).files()) == {"a.tar", "below/b c.tar", "dataset.json"}
+    with (
+        FaultyProxy(nginx(files), spoil=lambda number, asked: "503" if number else None) as proxy,
+        pytest.raises(StoreError, match=r"it failed \(HTTP 503\)"),
+    ):
+        Store(proxy.url, timeout=2).files()
+
+
+def test_a_try_that_was_given_up_writes_nothing_more(files, nginx):
+    """Its library may go on with it, while the next try writes to the same place."""
+    content = (files / "a.tar").read_bytes()
+
+    class Slow:
+        """Takes so long for its first piece that the try is given up."""
+
+        def __init__(self):
+            self.pieces, self.tries = [], 0
+
+        def restart(self):
+            self.pieces, self.tries = [], self.tries + 1
+
+        def write(self, data):
+            if self.tries == 1:
+                time.sleep(2.5)
+            self.pieces.append(data)
+
+    sink = Slow()
+    store = Store(f"http://127.0.0.1:{nginx(files)}", timeout=6)
+    store.copy("a.tar", 0, 5000, sink)
+    assert sink.tries == 2
+    time.sleep(0.5)
+    assert b"".join(sink.pieces) == content[:5000]
+
+
+def test_refused_access_is_not_tried_again(files, nginx):
+    with FaultyProxy(nginx(files), spoil=lambda number, asked: "403") as proxy:
+        with pytest.raises(StoreError, match=r"access is refused \(HTTP 403\); check the credentials"):
+            Store(proxy.url).read("a.tar", 0, 1000)
+        assert len(proxy.requests) == 1
+
+
+def test_no_server():
+    with pytest.raises(StoreError, match=r"http://127\.0\.0\.1:9/set/a\.tar: the connection failed"):
+        Store("http://127.0.0.1:9/set", timeout=1).read("a.tar", 0, 10)
+
+
+def test_a_server_without_ranges_is_refused(files):
+    class Plain(http.server.SimpleHTTPRequestHandler):  # answers each request with the whole file
+        def log_message(self, format, *arguments):
+            pass
+
+    def handler(*arguments):
+        return Plain(*arguments, directory=str(files))
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(StoreError, match="does not answer requests for a part of a file"):
+        Store(f"http://127.0.0.1:{server.server_address[1]}").read("a.tar", 0, 10)
+    server.shutdown()
+    server.server_close()
+
+
+def test_another_process_has_its_own_connections(files, nginx):
+    store = Store(f"http://127.0.0.1:{nginx(files)}", timeout=20)
+    expected = store.read("a.tar", 0, 100)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if store.read("a.tar", 0, 100) == expected else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_another_process_closes_no_connection_of_its_parent(files, nginx):
+    """It has a copy of the parent's, and both share the epoll that watches their sockets."""
+    store = Store(f"http://127.0.0.1:{nginx(files)}", timeout=60)
+    facts = store.facts("a.tar")
+    child = os.fork()
+    if child == 0:
+        other = store.facts("a.tar")
+        gc.collect()
+        os._exit(0 if other == facts else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    begun = time.monotonic()
+    assert store.facts("a.tar") == facts
+    assert time.monotonic() - begun < 8  # a try that gets no answer takes 16 s
+
+
+def test_a_library_that_is_missing_is_one_line(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    with pytest.raises(DataError, match=r"s3:// needs s3fs, which is not installed; .*pip install -e '\.\[remote\]'"):
+        Store("s3://bucket/set")

@@ -1,0 +1,55 @@
+import io
+
+from rich.console import Console
+
+from karat_scale.data.batch import BadSample
+from karat_scale.engine.reporting.progress import PlainDisplay, Reporter, TerminalDisplay, choose_display
+from karat_scale.engine.run_state import RunState
+
+FIGURES = {"epoch": 0, "loss": 1.25, "lr": 1e-3, "images_per_second": 321.0}
+
+
+def test_a_pipe_gets_plain_lines(capsys) -> None:
+    reporter = Reporter(PlainDisplay(), None)
+    reporter.train(5, 10, FIGURES)
+    reporter.evaluated(5, "top-1 12.35 %", {"top1": 12.345})
+    reporter.checkpoint(RunState(step=5), "step-00000005", 0.5, 0.1)
+    reporter.bad_sample(BadSample(3, "n01/x", "train-000001.tar", "truncated"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("step 5/10 epoch 0 loss 1.2500 lr 1.00e-03 321 img/s")
+    assert lines[1].endswith("eval at step 5: top-1 12.35 %")
+    assert lines[2].endswith("saved step-00000005 in 0.5 s; training waited for 0.1 s of them")
+    assert all(part in lines[3] for part in ("warning", "n01/x", "train-000001.tar", "truncated"))
+
+
+def test_a_plain_line_has_the_mfu_where_it_is_known(capsys) -> None:
+    Reporter(choose_display(True, "run"), None).train(5, 10, {**FIGURES, "tflops": 412.0, "mfu": 0.4164})
+    assert capsys.readouterr().out.endswith("321 img/s MFU 41.6%\n")
+
+
+def test_a_terminal_gets_a_live_bar_with_lines_above_it() -> None:
+    screen = io.StringIO()
+    display = TerminalDisplay(Console(file=screen, force_terminal=True, width=120), "run")
+    reporter = Reporter(display, None)
+    reporter.train(5, 10, FIGURES)
+    display.evaluate(1, 2)
+    display.evaluate(2, 2)
+    display.verify(10, 20)  # too small to be shown
+    display.verify(10**8, 2 * 10**8)
+    reporter.info("text with [brackets]")
+    reporter.close()
+    shown = screen.getvalue()
+    assert "text with [brackets]" in shown
+    assert "5/10" in shown
+    assert "100/200" in shown
+    assert "left" in shown
+
+
+def test_other_ranks_say_only_warnings_on_standard_error(capsys) -> None:
+    reporter = Reporter(choose_display(False, "run"), None, rank=3)
+    reporter.info("hello")
+    reporter.train(5, 10, FIGURES)
+    reporter.warn("trouble")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "[rank 3] warning: trouble\n"

@@ -1,0 +1,77 @@
+"""TensorBoard's event files, read back with its own reader."""
+
+import contextlib
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from karat_scale.engine.reporting.histograms import _histogram
+from karat_scale.engine.reporting.metrics import MetricsLog
+from karat_scale.engine.tracking.follow import Follower
+from tests.engine.tracking.conftest import WrittenRun
+
+TENSORBOARD = "karat_scale.engine.tracking.tensorboard:TensorBoard"
+
+
+def board_of(run: Path) -> EventAccumulator:
+    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"histograms": 0})
+    board.Reload()
+    return board
+
+
+def test_scalars_of_two_starts(written: WrittenRun) -> None:
+    written.train(1, 2, evaluate=(2,))
+    assert written.send("tensorboard") == ([], [])
+    written.event("resume", 1)
+    written.train(2, 3)
+    assert written.send("tensorboard") == ([], [])
+    board = board_of(written.path)
+    assert [(event.step, round(event.value, 4)) for event in board.Scalars("train/loss")] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, 0.3333),
+    ]
+    assert board.Scalars("eval/top1")[0].value == 2.0
+    assert board.Scalars("content, by_query/block 2")[0].value == 0.25
+    assert "train/grad_norm" not in board.Tags()["scalars"]
+
+
+def test_histograms(written: WrittenRun) -> None:
+    values = torch.tensor([0.5, -1.0, 2.0, float("nan")])
+    log = MetricsLog(written.path / "metrics.jsonl")
+    assert log.histograms(7, {"block 0, W/head 1": _histogram(values)}) == ""
+    log.close()
+    written.send("tensorboard")
+    (event,) = board_of(written.path).Histograms("block 0, W/head 1")
+    found = event.histogram_value
+    assert (event.step, found.num, found.min, found.max, found.sum) == (7, 3, -1.0, 2.0, 1.5)
+
+
+def test_a_full_disk_is_a_failure_that_leaves_no_half_record(
+    written: WrittenRun, small_disk: Path, request: pytest.FixtureRequest
+) -> None:
+    (written.path / "tensorboard").mkdir()
+    subprocess.run(["mount", "--bind", str(small_disk), str(written.path / "tensorboard")], check=True)
+    request.addfinalizer(lambda: subprocess.run(["umount", str(written.path / "tensorboard")], check=True))
+    follower = Follower(written.path, "tensorboard", TENSORBOARD, print)
+    written.train(1)
+    follower.advance()
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(1_900_000))
+    with contextlib.suppress(OSError):
+        filler.open("ab").write(bytes(200_000))
+    written.train(*range(2, 500))
+    failed = False
+    try:
+        follower.advance()
+    except OSError as error:
+        failed = "No space left" in str(error)
+    follower.drop()
+    filler.unlink()
+    assert failed
+    follower.advance()
+    follower.finish()
+    assert [event.step for event in board_of(written.path).Scalars("train/loss")] == list(range(1, 500))

@@ -1,0 +1,64 @@
+"""trackio's database on this machine, read back with its own reader."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from karat_scale.engine.reporting.metrics import MetricsLog
+from karat_scale.engine.tracking.follow import cursor_file
+from tests.engine.tracking.conftest import WrittenRun
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("trackio")
+
+READ = """
+import json, sys
+from trackio.sqlite_storage import SQLiteStorage
+logs = [SQLiteStorage.get_logs("karat", run) for run in SQLiteStorage.get_runs("karat")]
+print(json.dumps(logs, default=str))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+
+
+def runs() -> list[list[dict]]:
+    done = subprocess.run([sys.executable, "-c", READ], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_two_starts_are_one_run_without_gap_or_repetition(written: WrittenRun, tmp_path: Path) -> None:
+    written.train(1, 2, 3, evaluate=(3,))
+    log = MetricsLog(written.path / "metrics.jsonl")
+    log.histograms(3, {"W": {"counts": [1, 2], "edges": [0.0, 1.0, 2.0], "sum": 3.0, "sum_squares": 5.0}})
+    log.close()
+    assert written.send("trackio") == ([], [])
+    written.event("resume", 2)
+    written.train(3, 4)
+    written.finish()
+    assert written.send("trackio") == ([], [])
+    (logs,) = runs()
+    assert [log["step"] for log in logs if "train/loss" in log] == [1, 2, 3, 4]
+    assert [log["eval/top1"] for log in logs if "eval/top1" in log] == [3.0]
+    assert [log["histograms/W"]["values"] for log in logs if "histograms/W" in log] == [[1, 2]]
+    blobs = [file.read_bytes() for file in (tmp_path / "trackio").rglob("*") if file.is_file()]
+    assert (written.path / "recipe.yaml").read_bytes() in blobs
+
+
+def test_what_was_given_and_has_not_arrived_is_sent_again(written: WrittenRun) -> None:
+    """As after a kill between the cursor's step and trackio's own thread."""
+    written.train(1, 2)
+    written.send("trackio")
+    file = cursor_file(written.path, "trackio")
+    cursor = json.loads(file.read_text())
+    written.train(3, 4)
+    cursor["steps"]["train"] = 4
+    cursor["offsets"]["metrics.jsonl"] = (written.path / "metrics.jsonl").stat().st_size
+    file.write_text(json.dumps(cursor))
+    assert written.send("trackio") == ([], [])
+    assert [log["step"] for log in runs()[0]] == [1, 2, 3, 4]

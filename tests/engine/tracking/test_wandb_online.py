@@ -1,0 +1,83 @@
+"""W&B's client against a server with the part of its API that a run's figures need."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.engine.tracking.conftest import WrittenRun
+from tests.engine.tracking.wandb_server import Account, serve
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("wandb")
+
+
+@pytest.fixture
+def account(monkeypatch: pytest.MonkeyPatch) -> Iterator[Account]:
+    with serve() as running:
+        monkeypatch.setenv("WANDB_BASE_URL", running.url)
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+        monkeypatch.setenv("WANDB_MODE", "online")
+        yield running
+
+
+def run_id(path: Path) -> str:
+    return str(json.loads((path / "trackers" / "wandb.json").read_text())["id"])
+
+
+def steps(account: Account, written: WrittenRun, kind: str = "train") -> list[int]:
+    return [row[f"{kind}/step"] for row in account.history(run_id(written.path), kind)]
+
+
+def test_two_starts_are_one_run_without_gap_or_repetition(written: WrittenRun, account: Account) -> None:
+    written.train(1, 2, 3, evaluate=(3,))
+    late, said = written.send("wandb")
+    assert late == [], said
+    assert said == [f"wandb: the run is at {account.url}/owls/karat/runs/{run_id(written.path)}"]
+    written.event("resume", 2)
+    written.train(3, 4, evaluate=(4,))
+    written.finish()
+    assert written.send("wandb")[0] == []
+    assert steps(account, written) == [1, 2, 3, 4]
+    assert steps(account, written, "eval") == [3, 4]
+    assert json.loads(account.summaries[run_id(written.path)])["best_top1"] == 61.5
+    assert json.loads(account.configs[run_id(written.path)])["run.seed"] == {"value": 0}
+    assert {"recipe.yaml", "summary.json"} <= account.files
+
+
+def test_figures_that_never_arrived_are_sent_by_the_next_start(written: WrittenRun, account: Account) -> None:
+    written.train(1, 2)
+    assert written.send("wandb")[0] == []
+    account.lost = True
+    written.train(3)
+    assert written.send("wandb", seconds=8)[0] == ["wandb"]
+    assert steps(account, written) == [1, 2]
+    account.lost = False
+    written.train(4)
+    assert written.send("wandb")[0] == []
+    assert steps(account, written) == [1, 2, 3, 4]
+
+
+def test_what_was_kept_offline_is_sent_where_there_is_a_network(
+    written: WrittenRun, account: Account, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    written.train(1, 2)
+    assert written.send("wandb") == ([], [])
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert written.send("wandb")[0] == []
+    assert steps(account, written) == [1, 2]
+
+
+def test_another_run_in_the_directory_does_not_get_the_figures_of_the_first(
+    written: WrittenRun, account: Account
+) -> None:
+    written.train(1, 2)
+    assert written.send("wandb")[0] == []
+    first = run_id(written.path)
+    written.send("wandb", anew=True)
+    written.train(1)
+    assert written.send("wandb")[0] == []
+    assert run_id(written.path) != first
+    assert steps(account, written) == [1]

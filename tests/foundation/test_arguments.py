@@ -1,0 +1,155 @@
+"""What every command line of ours takes and refuses."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from karat_scale.commands.cli import build_parser, main
+from karat_scale.foundation.arguments import OneLineParser
+
+Capture = pytest.CaptureFixture[str]
+COMMANDS = ("train", "eval", "detect", "plan", "submit", "doctor")
+OPTION = {
+    "train": ["--print"],
+    "eval": ["--checkpoint", "latest"],
+    "detect": ["--print"],
+    "plan": ["--gpus", "4"],
+    "submit": ["--nodes", "2"],
+    "doctor": ["--seconds", "3"],
+}
+
+
+def refusal(capsys: Capture, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args(arguments)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_overrides_stand_before_after_and_between_options(command: str) -> None:
+    option = OPTION[command]
+    for line in (["r", "a=1", *option, "b=2"], ["r", *option, "a=1", "b=2"], [*option, "r", "a=1", "b=2"]):
+        read = build_parser().parse_args([command, *line])
+        assert read.overrides == ["a=1", "b=2"]
+    assert build_parser().parse_args([command, "r", *option]).overrides == []
+
+
+def test_overrides_of_a_bench_stand_after_options() -> None:
+    read = build_parser().parse_args(["bench", "resume", "r", "--rounds", "2", "a=1"])
+    assert (read.recipe, read.rounds, read.overrides) == ("r", 2, ["a=1"])
+
+
+def test_an_option_between_overrides_keeps_its_value() -> None:
+    read = build_parser().parse_args(["plan", "r", "a=1", "--json=x.json", "b=2", "--curve", "c=3"])
+    assert (read.json, read.curve, read.overrides) == ("x.json", True, ["a=1", "b=2", "c=3"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "unknown value 'trian'; did you mean train?"),
+        (["xyz"], "choose from prepare, "),
+        (["resume", "r"], "run the same karat train command again, and it resumes"),
+        (["photos.yaml"], "unknown value 'photos.yaml'; did you mean karat train photos.yaml?"),
+        (["bench", "stpe"], "unknown value 'stpe'; did you mean step?"),
+        (["eval", "r", "--weights", "rw"], "--weights: unknown value 'rw'; did you mean raw?"),
+        (["train"], "required: RECIPE (karat train"),
+        (["eval", "r", "--foo", "a=1"], "unknown option --foo (karat eval"),
+        (["eval", "r", "--checkpoint", "latest", "extra"], "unexpected argument 'extra'; overrides are key=value"),
+        (["analyze", "r", "--out", "o", "a=1"], "unexpected argument 'a=1' (karat analyze"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], message: str, capsys: Capture) -> None:
+    assert message in refusal(capsys, *arguments)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-3", "much"])
+@pytest.mark.parametrize("option", ["plan r --memory", "plan r --step-time", "analyze r --range", "doctor --seconds"])
+def test_a_measure_is_finite_and_above_zero(option: str, value: str, capsys: Capture) -> None:
+    line = refusal(capsys, *option.split(), value)
+    assert f"{option.split()[-1]}: {value!r} is not a number above 0" in line
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "plan r --gpus", "plan r --gpus-per-node", "submit r --nodes", "submit r --cpus-per-task", "analyze r --images",
+        "analyze r --samples", "analyze r --batch", "bench step --rounds", "bench attention --tokens",
+        "bench data --images",
+    ],
+)  # fmt: skip
+def test_a_count_is_one_or_more(option: str, value: str, capsys: Capture) -> None:
+    assert f"{option.split()[-1]}: {value!r} is not an integer of at least 1" in refusal(capsys, *option.split(), value)
+
+
+def test_what_may_be_zero_and_what_must_be_two(capsys: Capture) -> None:
+    assert build_parser().parse_args(["submit", "r", "--gpus-per-node=0"]).gpus_per_node == 0
+    assert build_parser().parse_args(["bench", "data", "--workers=0"]).workers == 0
+    assert "at least 0" in refusal(capsys, "submit", "r", "--gpus-per-node=-4")
+    assert "at least 2" in refusal(capsys, "analyze", "r", "--grid=1")
+
+
+@pytest.mark.parametrize("command", [["plan", "r"], ["eval", "r"], ["detect", "r"], ["doctor"], ["bench", "step"]])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    command: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    nowhere = tmp_path / "nowhere" / "x.json"
+    assert f"--json: '{nowhere}': its directory does not exist" in refusal(capsys, *command, "--json", str(nowhere))
+    assert "is a directory" in refusal(capsys, *command, "--json", str(tmp_path))
+    if os.getuid():
+        tmp_path.chmod(0o500)
+        assert "not writable" in refusal(capsys, *command, "--json", str(tmp_path / "x.json"))
+        tmp_path.chmod(0o700)
+    assert build_parser().parse_args([*command, "--json", str(tmp_path / "x.json")]).json
+
+
+@pytest.mark.parametrize("time", ["90", "90:00", "12:00:00", "1-12", "1-12:30", "1-12:30:00", "UNLIMITED"])
+def test_a_time_limit_is_any_that_sbatch_takes(time: str) -> None:
+    assert build_parser().parse_args(["submit", "r", "--time", time]).time == time
+
+
+@pytest.mark.parametrize("time", ["abc", "1h", "1-", "-5", "1:2:3:4", "1.5", ""])
+def test_another_time_limit_is_refused(time: str, capsys: Capture) -> None:
+    assert f"--time: {time!r} is not a time limit of sbatch" in refusal(capsys, "submit", "r", f"--time={time}")
+
+
+def test_a_virtual_environment_is_there_and_named_from_the_root(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "--venv: 'own' is not a virtual environment" in refusal(capsys, "submit", "r", "--venv=own")
+    (tmp_path / "own" / "bin").mkdir(parents=True)
+    (tmp_path / "own" / "bin" / "activate").touch()
+    assert build_parser().parse_args(["submit", "r", "--venv=own"]).venv == str(tmp_path / "own")
+
+
+def test_a_parser_without_overrides_takes_none(capsys: Capture) -> None:
+    parser = OneLineParser(prog="script")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["a=1"])
+    assert capsys.readouterr().err == "error: unexpected argument 'a=1' (script --help lists the options)\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["detect", "r", "--json", "x.json"], "--json is of --eval"),
+        (["detect", "r", "--checkpoint", "latest"], "--checkpoint is of --eval"),
+        (["plan", "r", "--dry-run", "--json", "x.json"], "--dry-run makes no plan, so --json has nothing to write"),
+        (["export", "{run}", "--private"], "--private is of --push"),
+        (["doctor", "--seconds", "3"], "--seconds is the length of a recipe's timed run; name a RECIPE"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_an_option_without_effect_is_refused(
+    arguments: list[str], said: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r").write_text("data: {path: x}\nmodel: {patch_size: 16}\n")
+    assert main([part.format(run=tmp_path) for part in arguments]) == 2
+    assert said in capsys.readouterr().err

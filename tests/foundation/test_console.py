@@ -1,0 +1,105 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from karat_scale.foundation.console import (
+    duration,
+    gigabytes,
+    plural,
+    print_table,
+    printable,
+    progress,
+    work_display,
+    write_json,
+)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *((0, "0 s"), (0.0123, "12.3 ms"), (4.5, "4.5 s"), (59.4, "59.4 s"), (59.9, "1 min")),
+        *((125, "2 min 5 s"), (3600, "1 h"), (90_000, "1 d 1 h"), (93_661, "1 d 2 h")),
+    ],
+)
+def test_durations_have_at_most_two_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_units() -> None:
+    assert (gigabytes(1.5e9), gigabytes(1.234e7), gigabytes(9e6)) == ("1.50 GB", "0.01 GB", "9.00 MB")
+    assert (plural(1, "core"), plural(0, "core"), plural(2, "core")) == ("1 core", "0 cores", "2 cores")
+
+
+def test_a_table_in_a_file_is_aligned_lines(capsys) -> None:
+    print_table(
+        "speed", ("stage", "img/s", "what"), [("decode", "12", "[on] one core"), ("model", "1,234", "")], (0, 2)
+    )
+    assert capsys.readouterr().out == (
+        "\nspeed\n  stage   img/s  what\n  decode     12  [on] one core\n  model   1,234\n"
+    )
+
+
+def test_a_terminal_gets_tables_and_bars(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    print_table("speed", ("stage", "img/s"), [("[decode]", "12")])
+    assert "[decode]" in capsys.readouterr().out
+    with progress("copying", 3, "files") as advance:
+        advance(3)
+    with work_display() as show:
+        show("maps", 1, 2)
+        show("spectrum", 0, 5)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert all(part in shown.err for part in ("copying", "3/3", "files/s", "spectrum", "0/5"))
+
+
+def test_text_of_others_is_neither_markup_nor_a_command_to_the_terminal(capsys, monkeypatch) -> None:
+    assert printable("a\x1b[2J\x07b\u2028\tc\nd") == "a\\x1b[2J\\x07b\\u2028\tc\nd"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    hostile = "[link=file:///etc/passwd]x[/nothing]\x1b]0;title\x07"
+    print_table(hostile, (hostile,), [(hostile,)])
+    with work_display() as show:
+        show(hostile, 1, 2)
+    shown = "".join(capsys.readouterr())
+    assert shown.count("[link=file:///etc/passwd]x[/nothing]") >= 3
+    assert "\x1b]" not in shown
+    assert "\x07" not in shown
+
+
+def test_progress_in_a_file_is_a_last_line(capsys) -> None:
+    with progress("copying", 3, "files") as advance:
+        advance(1)
+        advance(2)
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert shown.out.startswith("copying: 3 of 3 files, ")
+    assert shown.out.endswith(" a second, 0 s left\n")
+
+
+def test_each_piece_of_work_is_one_line_in_a_file(capsys) -> None:
+    with work_display() as show:
+        for what, done in (("maps", 0), ("maps", 1), ("spectrum", 0)):
+            show(what, done, 2)
+    assert capsys.readouterr().err == "maps\nspectrum\n"
+
+
+def test_long_work_says_in_a_file_what_is_left(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("karat_scale.foundation.console.PLAIN_LINE_SECONDS", 0.0)
+    with work_display() as show:
+        for done in range(1, 4):
+            show("count", done, 4)
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first == "count"
+    assert second.startswith("count: 2 of 4, about ")
+    assert third.startswith("count: 3 of 4, about ")
+    assert third.endswith(" left")
+
+
+def test_json_is_written_only_where_a_file_is_named(tmp_path: Path) -> None:
+    write_json(None, {"a": 1})
+    write_json(tmp_path / "figures.json", {"a": [1, None]})
+    assert [file.name for file in tmp_path.iterdir()] == ["figures.json"]
+    assert json.loads((tmp_path / "figures.json").read_text()) == {"a": [1, None]}

@@ -1,0 +1,90 @@
+"""What a machine lacks, or its file system refuses, is one line and an exit code."""
+
+import io
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from karat_scale.commands.cli import main
+from karat_scale.foundation import native_build
+from karat_scale.foundation.errors import of_the_machine
+from tests.conftest import ROOT, karat_environment, karat_here
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "code"),
+    [
+        (OSError(24, "Too many open files"), "too few file descriptors; raise `ulimit -n`", 1),
+        (RuntimeError("can't start new thread"), "no more processes or threads; raise `ulimit -u`", 1),
+        (BlockingIOError(11, "Resource temporarily unavailable"), "no more processes or threads", 1),
+        (MemoryError(), "out of memory", 1),
+        (OSError(12, "Cannot allocate memory"), "out of memory", 1),
+        (PermissionError(13, "Permission denied", "/x/y"), "/x/y: Permission denied", 2),
+        (OSError(36, "File name too long", "a" * 10_000), "a" * 200 + ": File name too long", 2),
+        (RuntimeError("Could not determine home directory."), "write paths without ~, or set HOME", 2),
+    ],
+)
+def test_the_machines_errors_are_one_line(error: Exception, line: str, code: int) -> None:
+    found = of_the_machine(error)
+    assert found is not None
+    assert line in found[0]
+    assert found[1] == code
+    outer = RuntimeError("outer")
+    outer.__cause__ = error
+    if code == 1:
+        assert of_the_machine(outer) == found
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a bug"), ValueError("x"), BrokenPipeError(32, "Broken pipe"), KeyError(1)]
+)
+def test_a_bug_keeps_its_traceback(error: Exception) -> None:
+    assert of_the_machine(error) is None
+
+
+def test_a_user_without_a_home_has_a_place_for_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    assert native_build.home().name == f"karat-home-{os.getuid()}"
+
+
+def test_a_path_in_the_home_of_nobody_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        karat_here("train", "fashion_mnist_demo", "data.backend=synthetic", "run.device=cpu", "run.dir=~nosuchuser/run")
+        == 2
+    )
+    assert capsys.readouterr().err.startswith("error: Could not determine home directory")
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_too_few_file_descriptors_are_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "karat_scale", "train", "fashion_mnist_demo", "data.backend=synthetic"]
+    done = subprocess.run(
+        [*command, f"run.dir={tmp_path / 'run'}", "train.max_steps=1", "data.workers=2"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (9, 9)),
+        env=karat_environment(),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_ranks_error_is_one_write_where_python_does_not_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks with one standard error: the end of a line, written by itself, would come after the other's line."""
+    reader, writer = os.pipe2(os.O_DIRECT)  # a packet for each write
+    monkeypatch.setenv("RANK", "1")
+    with os.fdopen(writer, "wb", 0) as raw, io.TextIOWrapper(raw, write_through=True) as unbuffered:
+        monkeypatch.setattr(sys, "stderr", unbuffered)
+        assert main(["eval", "no-such-run"]) == 2
+    assert os.read(reader, 4096).endswith(b"\n")
+    assert os.read(reader, 4096) == b""
+    os.close(reader)

@@ -1,0 +1,236 @@
+"""The tables of parts: a row leads to its code, a new part is one module and one row, no name is written elsewhere."""
+
+import ast
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from karat_scale.commands.parsers.data import SCRIPTS
+from karat_scale.commands.plan.subject import Subject
+from karat_scale.commands.plan.zero import kept
+from karat_scale.engine.deepspeed_config import load_ds_config
+from karat_scale.foundation import tables
+from karat_scale.recipe.loading import load_recipe
+from tests.conftest import ROOT, SMALL, karat_environment
+
+PACKAGE = ROOT / "karat_scale"
+TABLES = {
+    "backend": tables.BACKENDS,
+    "decoder": tables.DECODERS,
+    "basis": tables.BASES,
+    "optimizer": tables.OPTIMIZERS,
+    "export format": tables.EXPORT_FORMATS,
+    "tracker": tables.TRACKERS,
+}
+ROWS = [(kind, name) for kind, table in TABLES.items() for name in table]
+# Beside a part's own module: defaults of the schema and of commands, and texts that mean something else.
+ELSEWHERE = {
+    "recipe/attention.py": {"fourier"},
+    "recipe/data.py": {"webdataset"},
+    "recipe/keep.py": {"tensorboard"},
+    "recipe/loading.py": {"tensorboard"},  # the key that became log.trackers
+    "recipe/train.py": {"adamw"},
+    "attention/operator.py": {"fourier"},
+    "data/backends/dali_pipeline.py": {"dali"},  # the extra
+    "data/decoders/ffcv.py": {"ffcv"},  # the decoder that the backend has of its own
+    "data/prepare/make_webdataset.py": {"native", "pillow"},  # encoders
+    "data/prepare/preparing.py": {"pillow"},
+    "data/prepare/resizing.py": {"native", "pillow"},
+    "commands/doctor/software.py": {"timm", "torchvision", "pillow", "webdataset", "tensorboard"},  # distributions
+    "commands/doctor/verdict.py": {"native"},  # the advice
+    "engine/deepspeed_config.py": {"tensorboard", "wandb"},  # sections of DeepSpeed's file
+    "recipe/synonyms.py": {"wandb"},  # a key of other tools
+    "commands/parsers/data.py": {"webdataset", "ffcv"},  # scripts
+    "foundation/versions.py": {"timm"},  # the library
+    "commands/parsers/models.py": {"safetensors"},
+    "commands/export/command.py": {"hub-folder"},  # what --push uploads
+    "training/tasks/classification/distillation_teacher.py": {"timm"},  # the library
+    "training/tasks/detection/recipe.py": {"adamw"},  # the only optimizer of a detector
+}
+
+MODULE = '''
+import torch
+from karat_scale.foundation import tables
+from karat_scale.attention import FeatureBasis
+from karat_scale.data.backends.synthetic import SyntheticBackend
+from karat_scale.engine.optimizers import parameter_groups
+
+
+class Negatives(SyntheticBackend):
+    """The synthetic backend's images, inverted."""
+
+    def _image(self, sample_id, label, stream):
+        return 255 - super()._image(sample_id, label, stream)
+
+
+class Cubes(FeatureBasis):
+    """phi(x) = a x^3."""
+
+    num_features = 1
+
+    def value(self, x):
+        return [x**3]
+
+    def derivative(self, x):
+        return [3 * x**2]
+
+
+def build_sgd(model, optim, device, groups=None):
+    """SGD with momentum."""
+    return torch.optim.SGD(groups or parameter_groups(model, optim), lr=optim.lr, momentum=0.9)
+
+
+class Lines:
+    """Writes each event's name to a file."""
+
+    url = ""
+
+    def __init__(self, run):
+        self.file = (run.directory / f"mine-{run.settings['optim.name']}.txt").open("a")
+
+    def write(self, events):
+        self.file.writelines(f"{event['event']} {event['step']}\\n" for event in events)
+
+    def upload(self, file, name):
+        self.file.write(f"file {name}\\n")
+
+    def close(self, summary):
+        self.file.close()
+
+
+def add_rows():
+    tables.BACKENDS["negatives"] = tables.BackendRow("parts_of_mine:Negatives", files=None)
+    tables.BASES["cubes"] = tables.BasisRow("parts_of_mine:Cubes")
+    tables.OPTIMIZERS["sgd"] = tables.OptimizerRow("parts_of_mine:build_sgd", states=("momentum_buffer",))
+    tables.TRACKERS["lines"] = tables.TrackerRow("parts_of_mine:Lines")
+'''
+
+
+@pytest.mark.parametrize(("kind", "name"), ROWS, ids=lambda value: value)
+def test_a_row_leads_to_its_code(kind: str, name: str) -> None:
+    row = TABLES[kind][name]
+    place = row if isinstance(row, str) else row.place
+    extra = getattr(row, "extra", "")
+    if kind == "tracker" and extra:  # a tracker's module imports its library at once: nothing else is in its process
+        pytest.importorskip(tables.EXTRAS[extra].module)
+    assert callable(tables.load(place))
+
+
+def test_extras_are_those_of_the_project() -> None:
+    wanted = {row.extra for row in (*tables.BACKENDS.values(), *tables.TRACKERS.values()) if row.extra}
+    named = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    assert wanted <= set(tables.EXTRAS) <= named
+    assert tables.how_to_install("dali") == "in the clone: pip install -e '.[dali]'"
+    assert tables.how_to_install("ffcv").startswith("apt-get install libopencv-dev ")
+
+
+def test_an_extra_of_an_installed_wheel_is_installed_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "__file__", str(tmp_path / "site-packages/karat_scale/foundation/tables.py"))
+    assert tables.how_to_install("dali").startswith("pip install 'WHEEL[dali]'")
+
+
+def test_a_recipe_is_read_without_torch_and_without_extras() -> None:
+    code = "import sys, karat_scale.recipe.loading; print([m for m in ('torch', 'ffcv', 'nvidia') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def parts_of_mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A module with a part of four kinds, and a row for each."""
+    (tmp_path / "parts_of_mine.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = {kind: set(table) for kind, table in TABLES.items()}
+    importlib.import_module("parts_of_mine").add_rows()
+    yield
+    for kind, table in TABLES.items():
+        for name in set(table) - before[kind]:
+            del table[name]
+    del sys.modules["parts_of_mine"]
+
+
+def write_recipe(tmp_path: Path) -> list[str]:
+    """The path of a recipe of all four parts, and overrides that make it small."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "data: {backend: negatives, synthetic_samples: 32}\nattention: {kind: karat, basis: cubes}\n"
+        "optim: {name: sgd, lr: 0.01}\nlog: {trackers: [lines], histogram_every_steps: 2}\n"
+    )
+    small = [setting for setting in SMALL if not setting.startswith("log.trackers")]
+    return [str(recipe), *small, "schedule.warmup_epochs=0", "run.device=cpu", f"run.dir={tmp_path / 'run'}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["zero0", "zero2", "zero3"])
+def test_a_run_trains_and_resumes_with_parts_that_are_one_module_and_one_row(
+    tmp_path: Path, parts_of_mine: None, config: str
+) -> None:
+    command = (
+        "import sys, parts_of_mine; parts_of_mine.add_rows(); "
+        "from karat_scale.commands.cli import main; sys.exit(main())"
+    )
+    environment = {**karat_environment(), "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    for steps in (2, 4):
+        arguments = [*write_recipe(tmp_path), f"train.max_steps={steps}", f"deepspeed.config={config}"]
+        done = subprocess.run(
+            [sys.executable, "-c", command, "train", *arguments], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["steps"], summary["restarts"]) == (4, 1)
+    lines = (tmp_path / "run" / "mine-sgd.txt").read_text().splitlines()
+    assert [line for line in lines if line.startswith("train")] == [f"train {step}" for step in (1, 2, 3, 4)]
+    assert lines.count("histograms 2") == 1
+    assert "file summary.json" in lines
+    assert any(line.startswith("resume") for line in lines)
+
+
+def test_plan_counts_what_the_row_of_an_optimizer_says(tmp_path: Path, parts_of_mine: None) -> None:
+    source, *overrides = write_recipe(tmp_path)
+    bytes_of = {}
+    for name in ("sgd", "adamw"):
+        recipe = load_recipe(source, [*overrides, f"optim.name={name}"])
+        sizes = Subject(recipe, True).sizes
+        bytes_of[name] = kept(sizes, load_ds_config(recipe, 1, 8), recipe, 1, 1, True).moments / sizes.total
+    assert bytes_of == {"sgd": 4, "adamw": 8}
+
+
+def test_the_commands_that_need_an_extra_exist() -> None:
+    for extra in tables.EXTRAS.values():
+        for script in re.findall(r"karat prepare (\S+)", extra.needed_for):
+            assert script in SCRIPTS
+
+
+def names_written_in(file: Path) -> set[str]:
+    """The texts in a module that are the name of a part, outside docstrings."""
+    tree = ast.parse(file.read_text())
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+    }
+    return texts & {name for _, name in ROWS}
+
+
+def test_no_name_is_written_outside_its_table() -> None:
+    own: dict[str, set[str]] = {}
+    for kind, name in ROWS:
+        row = TABLES[kind][name]
+        module = (row if isinstance(row, str) else row.place).partition(":")[0]
+        own.setdefault(f"{module.removeprefix('karat_scale.').replace('.', '/')}.py", set()).add(name)
+    found = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        path = str(file.relative_to(PACKAGE))
+        names = names_written_in(file) - own.get(path, set()) - ELSEWHERE.get(path, set())
+        # A bench names the parts that it compares.
+        if names and "bench" not in file.parts and path != "foundation/tables.py":
+            found[path] = names
+    assert found == {}

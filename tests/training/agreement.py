@@ -1,0 +1,234 @@
+"""What ranks must agree on when one of them, or the disk, goes wrong.
+
+`torchrun -m tests.training.agreement SCRATCH [LOOK ...]`
+One launch looks at everything, because starting processes is what takes the time. Rank 0 writes outcomes.json.
+"""
+
+import itertools
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from karat_scale.checkpoint.checkpoints import Checkpoints
+from karat_scale.checkpoint.snapshots import whole_masters
+from karat_scale.checkpoint.store import MANIFEST, STATE
+from karat_scale.checkpoint.weights import load_weights
+from karat_scale.engine import distributed
+from karat_scale.engine.deepspeed_internals import master_weights
+from karat_scale.engine.distributed import World
+from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.foundation.files import Fingerprint, file_sha256
+from karat_scale.models import create_model
+from karat_scale.recipe import Recipe
+from karat_scale.recipe.loading import load_recipe
+from karat_scale.training.agreement import Decision, SavePoints
+from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.signals import StopSignals
+from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.weights_file import load_exported
+from tests.clock import Clock
+from tests.conftest import SMALL
+from tests.small_engines import CONFIGS, make_parts
+from tests.training.harm import HARMS, POINTERS, point
+from tests.training.nonfinite import KINDS, NonfiniteLoop
+
+
+def _recipe(world: World, scratch: Path, name: str, *overrides: str) -> Recipe:
+    base = scratch / "agreement.yaml"
+    if world.is_main:
+        base.write_text("data: {backend: synthetic, synthetic_samples: 64}\nattention: {kind: karat}\n")
+        RunDirectory(scratch / name).store.root.mkdir(parents=True, exist_ok=True)
+    world.broadcast(None)
+    fixed = ("schedule.warmup_epochs=0", "data.workers=0", f"run.dir={scratch / name}")
+    return load_recipe(base, [*SMALL, *fixed, *overrides])
+
+
+def _loaded(checkpoints: Checkpoints) -> int | str:
+    """The step that this rank goes on from, or why it does not."""
+    try:
+        state = checkpoints.load()
+    except RunDirectoryError as error:
+        return str(error)
+    return state.step if state else "nothing"
+
+
+def damage(world: World, scratch: Path) -> dict[str, Any]:
+    """A harm to each file of the newest checkpoint: the steps that the ranks go on from, and what is said."""
+    parts = make_parts(_recipe(world, scratch, "damage", "deepspeed.config=zero2"), world)
+    checkpoints, root = parts.checkpoints, parts.checkpoints.store.root
+    for step in (1, 2):
+        checkpoints.save(TrainState(step=step, samples=8 * step))
+    outcomes: dict[str, Any] = {}
+
+    def look(name: str, harm: Callable[[], None]) -> None:
+        if world.is_main:
+            shutil.copytree(root, scratch / "whole")
+            harm()
+        world.broadcast(None)
+        with redirect_stdout(StringIO()) as said:
+            steps = world.gather(_loaded(checkpoints))
+        outcomes[name] = {"steps": steps, "said": said.getvalue()}
+        if world.is_main:
+            shutil.rmtree(root)
+            (scratch / "whole").rename(root)
+        world.broadcast(None)
+
+    newest = root / "step-00000002"
+    files = sorted(path.name for path in newest.iterdir())
+    for file, harm in zip(files, itertools.cycle(HARMS), strict=False):  # test_store has each harm to each
+        look(f"{file} {harm}", lambda file=file, harm=harm: HARMS[harm](newest / file))  # type: ignore[misc]
+    for what, content in POINTERS.items():
+        look(f"latest {what}", lambda content=content: point(root / "latest", content))  # type: ignore[misc]
+
+    def put_code() -> None:
+        """Into rank 1's file of a checkpoint that is intact all the same."""
+        store = checkpoints.store
+        again, state = store.begin(3), {**store.state(newest.name), "step": 3, "samples": 24}
+        for file in set(files) - {MANIFEST, STATE}:
+            shutil.copy(newest / file, again / file)
+        torch.save({"rng": RunsCode()}, again / "rank-00001.pt")
+        written = {path.name: Fingerprint(path.stat().st_size, file_sha256(path)) for path in again.iterdir()}
+        store.commit(again, state, written)
+
+    look("code", put_code)
+    return outcomes
+
+
+class RunsCode:
+    """Reading its pickle would end the process."""
+
+    def __reduce__(self) -> tuple[Any, tuple[int]]:
+        return os._exit, (1,)
+
+
+def failing_rank(world: World, scratch: Path) -> dict[str, Any]:
+    """Rank 1 alone may not write large files: what becomes of a save, by stage and way of saving."""
+    outcomes = {}
+    for config in ("zero1", "zero3"):
+        parts = make_parts(_recipe(world, scratch, f"failing-{config}", f"deepspeed.config={config}"), world)
+        checkpoints = parts.checkpoints
+        good = checkpoints.save(TrainState(step=1, samples=8))
+        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+        for wait in (True, False):
+            if world.rank == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
+            with redirect_stdout(StringIO()) as said:
+                checkpoints.save(TrainState(step=2, samples=16), wait=wait)
+                voided = not checkpoints.saver.finish() or wait
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+            outcomes[f"{config} {'blocking' if wait else 'beside'}"] = {
+                "good": good,
+                "voided": world.gather(voided),
+                "names": checkpoints.store.names(),
+                "said": said.getvalue(),
+            }
+        outcomes[f"{config} after"] = {"good": checkpoints.save(TrainState(step=3, samples=24))}
+    return outcomes
+
+
+def nonfinite_rank(world: World, scratch: Path) -> dict[str, Any]:
+    """Rank 1 alone has what is not finite: whether any rank learned from it, by stage and precision."""
+    outcomes = {}
+    for config in CONFIGS:
+        for precision in ("fp32", "bf16"):
+            own = (f"deepspeed.config={config}", f"train.precision={precision}")
+            parts = make_parts(_recipe(world, scratch, "nonfinite", *own), world)
+            loop = NonfiniteLoop(parts, TrainState())
+            batches = parts.task.backend.train_batches(parts.plan.slices(0, 1 + 2 * len(KINDS)))
+            loop.step([next(batches)])
+            for kind in KINDS:
+                masters = master_weights(parts.engine.deepspeed)
+                before = [master.detach().clone() for master in masters]
+                averages = [shard.clone() for shard in parts.ema.shards] if parts.ema else []
+                loop.inject = kind if world.rank == 1 else ""
+                loop.step([next(batches)])
+                loop.inject = ""
+                skipped = loop.state.skipped_in_row == 1
+                untouched = all(map(torch.equal, before, masters))
+                untouched &= parts.ema is not None and all(map(torch.equal, averages, parts.ema.shards))
+                loop.step([next(batches)])
+                went_on = loop.state.skipped_in_row == 0 and not all(map(torch.equal, before, masters))
+                outcomes[f"{config} {precision} {kind}"] = world.gather((skipped, untouched, went_on))
+            parts.task.close()
+    return outcomes
+
+
+def snapshots(world: World, scratch: Path) -> dict[str, Any]:
+    """Whole parameters on rank 0 against those that a checkpoint of the same moment holds."""
+    outcomes = {}
+    for config in CONFIGS:
+        own = (f"deepspeed.config={config}", "attention.mode=universal", "train.precision=bf16")
+        recipe = _recipe(world, scratch, f"snapshots-{config}", *own)
+        parts = make_parts(recipe, world)
+        loop = NonfiniteLoop(parts, TrainState())
+        loop.step([next(parts.task.backend.train_batches(parts.plan.slices(0, 1)))])
+        parts.after_step[1].write(1)
+        parts.checkpoints.save(loop.state)
+        sizes = [parameter.numel() for _, parameter in whole_masters(parts.engine, world)]
+        if world.is_main:
+            store = parts.checkpoints.store
+            ours, saved = (create_model(recipe.model, recipe.attention) for _ in range(2))
+            load_exported(ours, Path(recipe.run.dir) / "snapshots" / "step-00000001.safetensors")
+            load_weights(saved, store.root / "step-00000001", store.state("step-00000001"), ema=False)
+            pairs = zip(ours.state_dict().values(), saved.state_dict().values(), strict=True)
+            outcomes[config] = all(torch.equal(a, b) for a, b in pairs) and sum(sizes) == parts.engine.parameters
+        parts.task.close()
+    return outcomes
+
+
+def stops(world: World, scratch: Path) -> dict[str, Any]:
+    """By clocks of their own: where two ranks save and stop, and how often they asked each other.
+
+    Rank 1 alone gets a signal, in step 150. A step takes as many seconds as the outcome's name says; "slower" ones take
+    0.01 s until step 100 and then 3 s. Rank 1's clock is wrong.
+    """
+    outcomes = {}
+    paces: dict[str, Callable[[int], float]] = {
+        "0.01": lambda step: 0.01,
+        "0.3": lambda step: 0.3,
+        "5": lambda step: 5.0,
+        "slower": lambda step: 0.01 if step < 100 else 3.0,
+    }
+    for name, seconds in paces.items():
+        clock, signals, asked, saves, step = Clock(), StopSignals(), 0, [], 0
+        points = SavePoints(world, signals, every_steps=70, every_minutes=None, clock=clock)
+        decision = Decision()
+        while not decision.stop and step < 1000:
+            step += 1
+            clock.go(seconds(step) * (1 if world.is_main else 7))
+            if step == 150 and world.rank == 1:
+                signals.received = signal.SIGTERM
+            asked += points.is_agreement_due(step)
+            decision = points.decide(step)
+            if decision.save:
+                saves.append(step)
+        outcomes[name] = world.gather({"step": step, "saves": saves, "asked": asked})
+    return outcomes
+
+
+LOOKS: dict[str, Callable[[World, Path], dict[str, Any]]] = {
+    look.__name__: look for look in (damage, failing_rank, nonfinite_rank, snapshots, stops)
+}
+
+
+def main(scratch: str, *looks: str) -> None:
+    """Take the looks that are named, on all ranks; all when none is."""
+    world = distributed.start("cpu")
+    outcomes = {name: LOOKS[name](world, Path(scratch)) for name in looks or LOOKS}
+    if world.is_main:
+        Path(scratch, "outcomes.json").write_text(json.dumps(outcomes))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

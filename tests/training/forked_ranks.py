@@ -1,0 +1,102 @@
+"""Ranks of a training run as forks of a process that has imported everything: real processes, started in moments."""
+
+import ctypes
+import faulthandler
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from karat_scale.commands.cli import main
+from tests.conftest import free_port
+
+PR_SET_PDEATHSIG = 1
+
+
+class ForkedRanks:
+    """`karat train ARGUMENTS` on `count` ranks, which talk through gloo; each leads a process group of its own.
+
+    Each rank first calls `prepare` with its number. Rank `absent` is not started.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        count: int,
+        log: Path,
+        prepare: Callable[[int], object] = lambda rank: None,
+        absent: int | None = None,
+    ) -> None:
+        port = str(free_port())
+        self.codes: dict[int, int] = {}
+        self.ranks: list[int] = []
+        for rank in [rank for rank in range(count) if rank != absent]:
+            pid = os.fork()
+            if pid == 0:
+                _be_a_rank(arguments, rank, count, port, log, prepare)
+            self.ranks.append(pid)
+
+    def running(self) -> list[int]:
+        """Process ids of the ranks that have not ended."""
+        for pid in self.ranks:
+            if pid not in self.codes:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    self.codes[pid] = os.waitstatus_to_exitcode(status)
+        return [pid for pid in self.ranks if pid not in self.codes]
+
+    def all_run(self) -> bool:
+        """Whether no rank has ended."""
+        return len(self.running()) == len(self.ranks)
+
+    def kill(self, pids: Sequence[int]) -> None:
+        """SIGKILL."""
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the ranks to end by themselves, then end them and what they have started; whether all did end."""
+        deadline = time.monotonic() + seconds
+        while self.running() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        left = self.running()
+        for pid in left:
+            os.kill(pid, signal.SIGUSR1)  # says in the log where it hangs
+        time.sleep(0.1 if left else 0.0)
+        self.kill(left)
+        while self.running():
+            time.sleep(0.005)
+        for group in self.ranks:
+            while _signal_group(group, signal.SIGKILL):
+                time.sleep(0.005)
+        return not left
+
+
+def _be_a_rank(
+    arguments: Sequence[str], rank: int, count: int, port: str, log: Path, prepare: Callable[[int], object]
+) -> None:
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # when a test's time is over, nothing stays
+        os.setpgid(0, 0)
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+        if count > 1:
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        prepare(rank)
+        code = main(arguments)
+    finally:
+        os._exit(code)
+
+
+def _signal_group(group: int, number: signal.Signals) -> bool:
+    """Whether the process group had a member to signal."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,124 @@
+"""What each of two ranks says and returns when one of them, its disk or its launcher fails.
+
+`python -m tests.training.peers SCRATCH` writes outcomes.json: by case, the exit codes of the ranks and what all have
+said.
+"""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+import karat_scale.training.run
+import karat_scale.training.tasks.classification.task  # noqa: F401
+from tests.conftest import SMALL
+from tests.training.forked_ranks import ForkedRanks
+
+DISKS = (4, 40, 100, 200, 400, 700)
+WITHIN = 90.0
+# Where ranks make the group of all, and the engine's.
+GROUPS = ("torch.distributed:init_process_group", "karat_scale.engine.engine:share_world_group")
+
+
+def _arguments(scratch: Path, run: Path, *overrides: str) -> list[str]:
+    base = scratch / "peers.yaml"
+    base.write_text("data: {backend: synthetic, synthetic_samples: 64}\nattention: {kind: karat}\n")
+    fixed = ("schedule.warmup_epochs=0", "data.workers=0", f"run.dir={run}", "deepspeed.config=zero1")
+    return ["train", str(base), *SMALL, *fixed, *overrides]
+
+
+def _outcome(ranks: ForkedRanks, log: Path) -> dict[str, Any]:
+    ended = ranks.wait(WITHIN)
+    return {"ended": ended, "codes": [ranks.codes[pid] for pid in ranks.ranks], "said": log.read_text(errors="replace")}
+
+
+def full_disk(scratch: Path, kilobytes: int, *overrides: str) -> dict[str, Any]:
+    """A run on a file system of that size."""
+    disk = scratch / f"disk-{kilobytes}"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)], check=True)
+    try:
+        log = scratch / f"disk-{kilobytes}.log"
+        return _outcome(ForkedRanks(_arguments(scratch, disk / "run", *overrides), 2, log), log)
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def disk_that_fills(scratch: Path) -> dict[str, Any]:
+    """In training, the disk takes no more metrics, which rank 0 alone writes."""
+    disk, log = scratch / "filled", scratch / "filled.log"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=True)
+    try:
+        endless = ("train.epochs=100000", "checkpoint.every_minutes=null", "train.eval_every_epochs=100000")
+        ranks = ForkedRanks(_arguments(scratch, disk / "run", *endless), 2, log)
+        _wait_for(disk / "run" / "metrics.jsonl")
+        with suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while filler.write(bytes(4096)):
+                pass
+        return _outcome(ranks, log)
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def killed(scratch: Path, victim: int) -> dict[str, Any]:
+    """One rank is killed while both train."""
+    run, log = scratch / f"killed-{victim}", scratch / f"killed-{victim}.log"
+    ranks = ForkedRanks(_arguments(scratch, run, "train.epochs=100000", "checkpoint.every_steps=5"), 2, log)
+    _wait_for(run / "checkpoints" / "latest")
+    ranks.kill([ranks.ranks[victim]])
+    return _outcome(ranks, log)
+
+
+def killed_while_groups_are_made(scratch: Path, victim: int, place: str) -> dict[str, Any]:
+    """One rank is killed as it enters the function at `place`, which makes a process group."""
+    log = scratch / f"killed-{victim}-{place}.log"
+    module, name = place.split(":")
+
+    def prepare(rank: int) -> None:
+        if rank == victim:
+            setattr(importlib.import_module(module), name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+
+    return _outcome(ForkedRanks(_arguments(scratch, scratch / f"killed-{victim}-{name}"), 2, log, prepare), log)
+
+
+def absent(scratch: Path, rank: int) -> dict[str, Any]:
+    """One of two ranks never comes."""
+    log = scratch / f"absent-{rank}.log"
+    arguments = _arguments(scratch, scratch / f"absent-{rank}", "run.peer_timeout_minutes=0.2")
+    ranks = ForkedRanks(arguments, 2, log, absent=rank)
+    return _outcome(ranks, log)
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + WITHIN
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Play all cases, one after the other."""
+    scratch = Path(arguments[0])
+    outcomes = {f"killed {victim}": killed(scratch, victim) for victim in (0, 1)}
+    for victim in (0, 1):
+        for place in GROUPS:
+            outcomes[f"killed {victim} at {place}"] = killed_while_groups_are_made(scratch, victim, place)
+    outcomes |= {f"absent {rank}": absent(scratch, rank) for rank in (0, 1)}
+    if os.geteuid() == 0:
+        outcomes |= {f"disk {size}": full_disk(scratch, size) for size in DISKS}
+        outcomes["disk that fills"] = disk_that_fills(scratch)
+    (scratch / "outcomes.json").write_text(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    main(sys.argv[1:])

@@ -1,0 +1,45 @@
+"""One rank of a check by `data.verify: hash`: it says what it hashed, how often it beat, and what it raised.
+
+Its arguments are the directory of the shards, and whether `each` rank is a node of its own.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from karat_scale.data.shards import hashing
+from karat_scale.engine import distributed
+from karat_scale.foundation.errors import DataError
+from karat_scale.recipe.loading import load_recipe
+from karat_scale.training.tasks.classification import opening
+
+
+def main(path: str, nodes: str) -> None:
+    files: list[str] = []
+    beats: list[int] = []
+    real = hashing.hash_file
+
+    def noted(path: Path, *arguments: Any) -> Iterator[None]:
+        for _ in real(path, *arguments):
+            files.append(path.name)
+            yield
+
+    hashing.hash_file = noted
+    opening._TURN_SECONDS = 0.0  # the ranks meet after each piece
+    world = distributed.start("cpu")
+    if nodes == "each":
+        opening._this_node = lambda: str(world.rank)
+    error = ""
+    try:
+        data = load_recipe("fashion_mnist_demo", [f"data.path={path}", "data.backend=webdataset"]).data
+        opening.hash_together(data, world, lambda: beats.append(1))
+    except DataError as met:
+        error = str(met)
+    print(json.dumps({"files": sorted(set(files)), "beats": len(beats), "error": error}))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

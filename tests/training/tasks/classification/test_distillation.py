@@ -1,0 +1,265 @@
+"""Distillation: the losses against their equations in float64, and students from end to end."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from karat_scale.foundation.errors import RecipeError
+from karat_scale.models import create_model
+from karat_scale.models.flops import flops_per_image, forward_flops
+from karat_scale.models.transfer import weights_digest
+from karat_scale.recipe.loading import load_recipe
+from karat_scale.recipe.train import DistillConfig
+from karat_scale.training.tasks.classification.distillation import (
+    Distillation,
+    distillation_loss,
+    use_distillation_token,
+)
+from karat_scale.training.tasks.classification.distillation_teacher import (
+    FILE,
+    DistillationTeacher,
+    keep_distillation_teacher,
+    read_distillation_teacher,
+)
+from tests.conftest import SMALL, events, karat, karat_here, summary
+
+QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null")
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def teacher(recipe: Path) -> Path:
+    """A softmax run of 8 steps, at a larger image size and with a normalisation of its own."""
+    run = recipe.parent / "teacher"
+    own = ("model.image_size=20", "augment.mean=[0.5, 0.5, 0.5]", f"run.dir={run}")
+    assert karat_here("train", str(recipe), *SMALL, *QUICK, *own) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def command(recipe: Path, teacher: Path) -> Command:
+    """The arguments of `karat` that train a KArAt student."""
+
+    def arguments(run: Path, *overrides: str) -> list[str]:
+        own = ("attention.kind=karat", f"distill.from={teacher}", f"run.dir={run}")
+        return ["train", str(recipe), *SMALL, *QUICK, *own, *overrides]
+
+    return arguments
+
+
+def losses(run: Path) -> list[tuple[float, float, float]]:
+    return [(event["loss"], event["label_loss"], event["teacher_loss"]) for event in events(run, "train")]
+
+
+def test_the_losses_are_those_of_the_equations() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    s, t = student.numpy(), teacher.numpy()
+    temperature = 2.5
+    p, q = (np.exp(x / temperature) / np.exp(x / temperature).sum(1, keepdims=True) for x in (t, s))
+    soft = distillation_loss(student, teacher, DistillConfig(temperature=temperature))
+    assert float(soft) == pytest.approx(temperature**2 * (p * np.log(p / q)).sum(1).mean(), rel=1e-12)
+    hard = distillation_loss(student, teacher, DistillConfig(kind="hard"))
+    log_q = s - np.log(np.exp(s).sum(1, keepdims=True))
+    assert float(hard) == pytest.approx(-log_q[np.arange(5), t.argmax(1)].mean(), rel=1e-12)
+    assert float(distillation_loss(teacher, teacher, DistillConfig())) == pytest.approx(0, abs=1e-12)
+
+
+class Recorder(nn.Module):
+    """A teacher that keeps what it sees; its logits are the channels' means."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen = images
+        return images.mean((2, 3))
+
+
+def test_the_teacher_sees_the_students_pixels_as_it_was_trained() -> None:
+    network = Recorder()
+    teacher = DistillationTeacher(network, 16, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), "")
+    recipe = load_recipe("cifar10_vit_tiny", ["data.path=x", "distill.from=y", "distill.weight=0.25"])
+    distillation = Distillation(recipe, teacher, torch.device("cpu"))
+    pixels = torch.rand(2, 3, 16, 16)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (recipe.augment.mean, recipe.augment.std))
+    logits = torch.randn(2, 3)
+    found = distillation.losses(
+        (logits, 2 * logits), (pixels - mean) / std, torch.eye(3)[:2], lambda output, targets: output.sum()
+    )
+    their_mean, their_std = (torch.tensor(x).view(1, 3, 1, 1) for x in (teacher.mean, teacher.std))
+    assert torch.allclose(network.seen, (pixels - their_mean) / their_std, atol=1e-5)
+    # The class token learns from the labels, the distillation token from the teacher.
+    of_teacher = distillation_loss(2 * logits, network.seen.mean((2, 3)), recipe.distill)
+    assert torch.equal(found["label_loss"], logits.sum())
+    assert torch.allclose(found["teacher_loss"], of_teacher)
+    assert torch.allclose(found["loss"], 0.75 * logits.sum() + 0.25 * of_teacher)
+    distillation.losses(logits, torch.zeros(2, 3, 32, 32), torch.eye(3)[:2], lambda output, targets: output.sum())
+    assert network.seen.shape == (2, 3, 16, 16)
+
+
+def test_a_student_stops_resumes_and_is_evaluated_without_its_teachers_run(
+    teacher: Path, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, parts, gone = tmp_path / "whole", tmp_path / "parts", tmp_path / "gone"
+    assert karat_here(*command(whole)) == 0
+    assert "parameters): its forward pass adds" in capsys.readouterr().out
+    assert karat_here(*command(parts, "train.max_steps=3")) == 0
+    teacher.rename(gone)
+    try:
+        assert karat_here(*command(parts, "train.max_steps=null", "resume.allow=[train.max_steps]")) == 0
+        assert karat_here("eval", str(parts), "--json", str(tmp_path / "eval.json")) == 0
+    finally:
+        gone.rename(teacher)
+    assert losses(parts) == losses(whole)
+    assert all(loss == pytest.approx((label + soft) / 2, rel=1e-5) for loss, label, soft in losses(whole))
+    assert json.loads((tmp_path / "eval.json").read_text())["top1"] == summary(parts)["best_top1"]
+    assert summary(whole)["lineage"]["distill.from"]["name"] == "small"
+    with safe_open(whole / FILE, "pt") as file:
+        digest = file.metadata()["weights_sha256"]
+    assert json.loads((whole / "checkpoints/step-00000008/state.json").read_text())["distilled_from"] == digest
+
+
+def test_the_student_follows_its_teacher(command: Command, tmp_path: Path) -> None:
+    """With all weight on the teacher, the divergence falls."""
+    assert karat_here(*command(tmp_path / "run", "distill.weight=1", "train.epochs=6", "optim.lr=0.02")) == 0
+    divergence = [soft for _, _, soft in losses(tmp_path / "run")]
+    assert np.mean(divergence[-8:]) < 0.5 * np.mean(divergence[:8])
+
+
+def test_a_distillation_token_learns_from_the_teacher(command: Command, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    token = ("model.name=deit_tiny_distilled_patch16_224", "distill.kind=hard")
+    assert karat_here(*command(run, *token)) == 0
+    assert all(math.isfinite(loss) for event in losses(run) for loss in event)
+    assert karat_here("eval", str(run)) == 0
+    assert use_distillation_token(timm.create_model("deit_tiny_distilled_patch16_224", depth=1, embed_dim=24))
+    assert not use_distillation_token(timm.create_model("test_vit"))
+
+
+def test_an_exported_file_and_a_timm_model_are_teachers(
+    recipe: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert karat_here("export", str(teacher), "--out", str(tmp_path / "exported")) == 0
+    exported = next((tmp_path / "exported").rglob("*.safetensors"))
+    student = load_recipe(recipe, [*SMALL, *QUICK, f"distill.from={exported}"])
+    keep_distillation_teacher(student, tmp_path)
+    read = read_distillation_teacher(student, [], tmp_path)
+    assert (read.image_size, read.mean) == (20, (0.5, 0.5, 0.5))
+    hub = tmp_path / "hub" / "models--timm--test_vit.r160_in1k"
+    snapshot = hub / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("0123")
+    kept = timm.create_model("test_vit")
+    save_file(kept.state_dict(), snapshot / "model.safetensors")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    of_timm = student.changed(distill__from_="timm:test_vit.r160_in1k", model__num_classes=1000)
+    keep_distillation_teacher(of_timm, tmp_path)
+    read = read_distillation_teacher(of_timm, [], tmp_path)
+    assert read.digest == weights_digest(kept)
+    assert read.image_size == kept.pretrained_cfg["input_size"][-1]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("stage", [1, 3])
+def test_every_stage_and_world_gives_the_same_losses(command: Command, tmp_path: Path, stage: int) -> None:
+    alone, ranks = tmp_path / "alone", tmp_path / "ranks"
+    assert karat(*command(alone)).returncode == 0
+    for steps in ("4", "null"):  # stopped and resumed
+        own = (f"deepspeed.config=zero{stage}", f"train.max_steps={steps}")
+        done = karat(*command(ranks, *own), processes=2)
+        assert done.returncode == 0, done.stderr
+    assert np.allclose(losses(ranks), losses(alone), rtol=1e-4)
+
+
+def test_another_teacher_is_noticed_on_resuming(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert karat_here(*command(run, "train.max_steps=2")) == 0
+    on = command(run)
+    whole = (run / FILE).read_bytes()
+    with safe_open(run / FILE, "pt") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["head.bias"][0] += 1
+    save_file(tensors, run / FILE, about)
+    assert karat_here(*on) == 2
+    assert "its weights are not those that were written" in capsys.readouterr().err
+    (run / FILE).write_bytes(whole[:100])
+    assert karat_here(*on) == 2
+    assert f"{run / FILE}: not a whole file of karat export" in capsys.readouterr().err
+    shutil.copy(other_teacher(command, tmp_path) / FILE, run / FILE)
+    assert karat_here(*on) == 2
+    assert "learned from another teacher" in capsys.readouterr().err
+    (run / FILE).write_bytes(whole)
+    assert karat_here(*on) == 0
+
+
+def test_a_branch_of_a_run_without_a_teacher_learns_from_none(
+    command: Command, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert karat_here(*command(tmp_path / "trunk", "train.max_steps=1", "distill.from=")) == 0
+    branch = (f"resume.from={tmp_path / 'trunk'}", "resume.allow=[distill, train.max_steps]", "train.max_steps=2")
+    assert karat_here(*command(tmp_path / "branch", *branch, f"distill.from={teacher}")) == 2
+    assert "learned from no teacher; remove distill.from" in capsys.readouterr().err
+
+
+def other_teacher(command: Command, tmp_path: Path) -> Path:
+    """A student's run whose teacher is another run."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert karat_here(*command(first, "train.max_steps=1", "distill.from=")) == 0
+    assert karat_here(*command(second, "train.max_steps=1", f"distill.from={first}")) == 0
+    return second
+
+
+def test_what_nobody_can_learn_from_is_one_line(
+    command: Command, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    about = {
+        "model": '{"name": "vit_tiny_patch16_224"}',
+        "attention": '{"transfer_from": "run"}',
+        "preprocessing": '{"input_size": [3, 16, 16], "mean": [0, 0, 0], "std": [1, 1, 1]}',
+        "karat_scale": "0.2.0",
+    }
+    save_file({"x": torch.zeros(1)}, tmp_path / "student.safetensors", about)
+    cases = {
+        "distill.from=nowhere": "distill.from = nowhere: neither a run's directory",
+        f"distill.from={tmp_path / 'weights.safetensors'}": "not a file of karat export",
+        f"distill.from={tmp_path / 'student.safetensors'}": "its attention comes from a teacher of its own",
+        "distill.from=timm:vit_tiny_patch16_225": "timm has no weights of that name",
+        "model.num_classes=5": "has 4 classes, but model.num_classes = 5",
+        "distill.weight=0": "distill.weight",
+        "distill.temperature=0": "distill.temperature",
+        "distill.kind=medium": "distill.kind",
+    }
+    for override, message in cases.items():
+        assert karat_here(*command(tmp_path / "run", override)) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert len(error.splitlines()) == 1
+
+
+def test_other_classes_are_named(command: Command, teacher: Path, tmp_path: Path) -> None:
+    student = load_recipe("cifar10_vit_tiny", [*SMALL, *QUICK, "data.path=x", f"distill.from={teacher}"])
+    keep_distillation_teacher(student, tmp_path)
+    with pytest.raises(RecipeError, match=r"its class 0 is .* but this data's is 'zebra'"):
+        read_distillation_teacher(student, ["zebra", "a", "b", "c"], tmp_path)
+
+
+def test_the_cost_of_a_teacher_is_its_forward_pass() -> None:
+    recipe = load_recipe("cifar10_vit_tiny", ["data.path=x"])
+    network = create_model(recipe.model, recipe.attention)
+    assert forward_flops(network, recipe.model.image_size) == flops_per_image(recipe.model, recipe.attention).forward

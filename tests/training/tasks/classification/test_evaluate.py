@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from karat_scale.data.augmentation.normalize import Normalize
+from karat_scale.data.backends import ImageSpec, open_backend
+from karat_scale.engine.distributed import World
+from karat_scale.foundation.errors import UserError
+from karat_scale.training.tasks.classification.evaluate import EvalResult, evaluate
+from tests.conftest import CLASSES
+
+
+@pytest.mark.parametrize("batch", [1, 5, 32, 100])
+def test_a_perfect_model_scores_100_on_every_sample_whatever_the_batch(small_recipe, world: World, batch: int) -> None:
+    recipe = small_recipe("data.synthetic_samples=33")
+    backend = open_backend(ImageSpec(recipe.data, recipe.augment, 16, CLASSES, 0))
+    position = 0
+
+    def oracle(images: torch.Tensor) -> torch.Tensor:
+        # synthetic sample i has label i mod classes, and evaluation reads in order
+        nonlocal position
+        labels = torch.arange(position, position + len(images)) % CLASSES
+        position += len(images)
+        return 20.0 * torch.nn.functional.one_hot(labels, CLASSES)
+
+    calls = []
+    normalize = Normalize(recipe.augment.mean, recipe.augment.std)
+    result = evaluate(oracle, backend, normalize, batch, world, lambda done, total, bad: calls.append((done, total)))
+    assert (result.top1, result.top5, result.images, result.bad) == (100.0, 100.0, 33, 0)
+    assert result.loss < 1e-6
+    assert calls == [(number, -(-33 // batch)) for number in range(1, -(-33 // batch) + 1)]
+
+
+def test_top5_and_loss_are_the_textbooks(small_recipe, world: World) -> None:
+    recipe = small_recipe("data.synthetic_samples=24", "model.num_classes=8")
+    backend = open_backend(ImageSpec(recipe.data, recipe.augment, 16, 8, 0))
+    torch.manual_seed(3)
+    logits = torch.randn(24, 8)
+    labels = torch.arange(24) % 8
+    pieces = iter(logits.split(10))
+
+    def model(images: torch.Tensor) -> torch.Tensor:
+        piece = next(pieces)
+        return torch.cat([piece, torch.zeros(len(images) - len(piece), 8)])
+
+    normalize = Normalize(recipe.augment.mean, recipe.augment.std)
+    result = evaluate(model, backend, normalize, 10, world, lambda done, total, bad: None)
+    ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
+    assert result.top1 == pytest.approx(100 * (ranks == 0).double().mean().item())
+    assert result.top5 == pytest.approx(100 * (ranks < 5).double().mean().item())
+    assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
+
+
+def test_running_out_of_memory_names_the_batch_of_the_evaluation(small_recipe, world: World) -> None:
+    recipe = small_recipe()
+    backend = open_backend(ImageSpec(recipe.data, recipe.augment, 16, CLASSES, 0))
+    normalize = Normalize(recipe.augment.mean, recipe.augment.std)
+    with pytest.raises(UserError, match=r"out of memory: .*; lower train\.eval_batch \(now 16\)$"):
+        evaluate(lambda images: torch.empty(1 << 50), backend, normalize, 16, world, lambda *_: None)
+
+
+def test_top5_of_few_classes_is_not_told() -> None:
+    """It is 100 % of any model with five classes."""
+    assert str(EvalResult(60.0, 100.0, 1.0, 10, 0)) == "top-1 60.00 % loss 1.0000 on 10 images, 0 unreadable"
+    assert "top-5 90.00 %" in str(EvalResult(60.0, 90.0, 1.0, 10, 0))

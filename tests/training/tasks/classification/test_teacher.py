@@ -1,0 +1,198 @@
+"""Attention transfer from end to end: a short teacher, students of it, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from karat_scale.commands.cli import main
+from karat_scale.engine.distributed import World
+from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.models.transfer import Teacher
+from karat_scale.recipe.loading import load_recipe
+from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.tasks.classification.teacher import FILE, keep_teacher
+from karat_scale.training.weights_file import read_exported
+from tests.conftest import SMALL, events, karat, summary
+from tests.small_engines import make_parts, weights
+
+QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null")
+
+
+@pytest.fixture(scope="module")
+def teacher(recipe: Path) -> Path:
+    """A KArAt run of 8 steps."""
+    run = recipe.parent / "teacher"
+    done = karat("train", str(recipe), *SMALL, *QUICK, "attention.kind=karat", f"run.dir={run}")
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture(scope="module")
+def student_command(recipe: Path, teacher: Path) -> Callable[..., list[str]]:
+    """The arguments of `karat` that train a student."""
+
+    def command(run: Path, *overrides: str) -> list[str]:
+        own = (f"attention.transfer_from={teacher}", f"run.dir={run}")
+        return ["train", str(recipe), *SMALL, *QUICK, *own, *overrides]
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def stopped(student_command: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student's run after 3 of its 8 steps; to be copied."""
+    run = tmp_path_factory.mktemp("students") / "stopped"
+    done = karat(*student_command(run, "train.max_steps=3"))
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def losses(run: Path) -> list[float]:
+    return [event["loss"] for event in events(run, "train")]
+
+
+def test_a_student_trains_stops_resumes_and_is_evaluated_without_the_teachers_run(
+    teacher: Path, stopped: Path, student_command: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    whole, parts, gone = tmp_path / "whole", tmp_path / "parts", tmp_path / "gone"
+    assert karat(*student_command(whole)).returncode == 0
+    shutil.copytree(stopped, parts)
+    teacher.rename(gone)  # the run keeps all it needs
+    try:
+        assert karat(*student_command(parts)).returncode == 0
+        assert karat("eval", str(parts), "--json", str(tmp_path / "eval.json")).returncode == 0
+        assert main(["export", str(parts), "--weights", "raw", "--checkpoint", "latest", "--out", str(tmp_path)]) == 0
+    finally:
+        gone.rename(teacher)
+    assert losses(parts) == losses(whole)
+    assert losses(whole)[0] != losses(whole)[-1]
+    assert summary(whole)["parameters"] < summary(teacher)["parameters"]
+    assert json.loads((tmp_path / "eval.json").read_text())["top1"] == summary(parts)["best_top1"]
+    digest = Teacher(read_exported(parts / FILE)).digest
+    for run in (parts, whole):
+        assert json.loads((run / "checkpoints/step-00000008/state.json").read_text())["teacher"] == digest
+    with safe_open(tmp_path / "step-00000008-raw.safetensors", "pt") as file:
+        assert file.metadata()["teacher"] == digest
+        assert not any("qkv" in name or "operator" in name for name in file.keys())  # noqa: SIM118
+
+
+@pytest.mark.slow
+def test_a_larger_student_trains_and_is_evaluated(
+    student_command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "larger"
+    larger = ("model.embed_dim=64", "model.num_heads=4")
+    assert main(student_command(run, *larger)) == 2
+    assert "use attention.transfer_heads=repeat, cycle or interpolate" in capsys.readouterr().err
+    done = karat(*student_command(run, *larger, "attention.transfer_heads=interpolate"))
+    assert done.returncode == 0, done.stderr
+    assert losses(run)[0] != losses(run)[-1]
+    assert main(["eval", str(run), "--json", str(tmp_path / "eval.json")]) == 0
+    assert json.loads((tmp_path / "eval.json").read_text())["top1"] == summary(run)["best_top1"]
+    assert main(["analyze", str(run), "--only", "spectrum", "--images", "2"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_stage_and_world_gives_the_same_losses(
+    student_command: Callable[..., list[str]], tmp_path: Path, stage: int
+) -> None:
+    alone, ranks, bf16 = tmp_path / "alone", tmp_path / "ranks", tmp_path / "bf16"
+    own = f"deepspeed.config=zero{stage}"
+    assert karat(*student_command(alone)).returncode == 0
+    for steps in ("4", "null"):  # stopped and gone on
+        done = karat(*student_command(ranks, own, f"train.max_steps={steps}"), processes=2)
+        assert done.returncode == 0, done.stderr
+    assert losses(ranks) == pytest.approx(losses(alone), rel=1e-5)
+    assert karat(*student_command(bf16, own, "train.precision=bf16")).returncode == 0
+    assert losses(bf16) == pytest.approx(losses(alone), rel=0.05)
+    assert karat("eval", str(bf16)).returncode == 0
+
+
+@pytest.mark.slow
+def test_another_teacher_is_noticed_whoever_reads_the_checkpoint(
+    stopped: Path, student_command: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stopped, run)
+    with safe_open(run / FILE, "pt") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["blocks.0.attn.operator.proj"][0, 0, 0] += 1
+    save_file(tensors, run / FILE, about)
+    with pytest.raises(RunDirectoryError, match="its weights are not those that were written"):
+        read_exported(run / FILE)
+    del about["weights_sha256"]
+    save_file(tensors, run / FILE, about)
+    for refused in (karat(*student_command(run)), karat("eval", str(run))):
+        assert refused.returncode == 2
+        error = refused.stderr.strip().splitlines()[-1]
+        assert "it was trained with the teacher with digest" in error
+        assert error.startswith("error: checkpoint ")
+    (run / FILE).unlink()
+    evaluated = karat("eval", str(run))
+    assert evaluated.returncode == 2
+    assert f"{run / FILE} is missing" in evaluated.stderr
+    assert karat(*student_command(run)).returncode == 0  # from the teacher's run, which is still the same
+
+
+def test_what_cannot_be_transferred_is_one_line(
+    stopped: Path, student_command: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    cases = {
+        "attention.transfer_from=nowhere": "attention.transfer_from = nowhere: nowhere: not a run directory",
+        f"attention.transfer_from={stopped}": "it has its matrices from",
+        "attention.kind=karat": "use attention.kind=softmax or remove transfer_from",
+        "model.depth=3": "its depth is 2, this model's is 3; they must be the same",
+        "model.image_size=20": "its image size is 16x16, this model's is 20x20",
+        "augment.mean=[0.5, 0.5, 0.5]": "it was trained with augment.mean = [0.485, 0.456, 0.406]",
+    }
+    for override, message in cases.items():
+        refused = karat(*student_command(tmp_path / "run", override))
+        assert refused.returncode == 2
+        error = refused.stderr.strip()
+        assert message in error
+        assert len(error.splitlines()) == 1
+
+
+def test_a_run_that_has_not_begun_takes_its_teacher_anew(stopped: Path, tmp_path: Path) -> None:
+    """What an attempt that was refused left behind may be of another teacher."""
+    recipe = load_recipe(stopped / "recipe.yaml")
+    for began_with in (None, recipe.changed(optim__lr=1.0)):
+        if began_with is not None:
+            RunDirectory(tmp_path).begin(began_with)
+        (tmp_path / FILE).write_bytes(b"of another attempt")
+        keep_teacher(recipe, tmp_path)
+        assert Teacher(read_exported(tmp_path / FILE)).digest == Teacher(read_exported(stopped / FILE)).digest
+    RunDirectory(tmp_path).begin(recipe)
+    (tmp_path / FILE).write_bytes(b"which the run began with")
+    keep_teacher(recipe, tmp_path)
+    assert (tmp_path / FILE).read_bytes() == b"which the run began with"
+
+
+def test_a_file_that_is_no_export_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(b"{}")
+    with pytest.raises(RunDirectoryError, match="not a whole file of karat export"):
+        read_exported(tmp_path / FILE)
+    save_file({"x": torch.zeros(1)}, tmp_path / FILE)
+    with pytest.raises(RunDirectoryError, match="not a whole file of karat export: it does not say what its model is"):
+        read_exported(tmp_path / FILE)
+
+
+def test_copying_the_teacher_does_not_change_the_initial_weights(
+    recipe: Path, teacher: Path, world: World, tmp_path: Path
+) -> None:
+    own = (f"attention.transfer_from={teacher}", f"run.dir={tmp_path / 'run'}", "data.workers=0")
+    student = load_recipe(recipe, [*SMALL, *QUICK, *own])
+    first = make_parts(student, world)
+    RunDirectory(student.run.dir).begin(student, first.task.classes)
+    second = make_parts(student, world)  # the teacher is there already
+    assert all(map(torch.equal, weights(first.engine), weights(second.engine)))
+    first.task.close()
+    second.task.close()

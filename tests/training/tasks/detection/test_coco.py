@@ -1,0 +1,145 @@
+import itertools
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from karat_scale.foundation.errors import DataError, RecipeError
+from karat_scale.training.tasks.detection.batches import DetectionBatch
+from karat_scale.training.tasks.detection.coco import CocoSplit, check_classes
+from karat_scale.training.tasks.detection.evaluate import describe, score
+from karat_scale.training.tasks.detection.jitter import boxes_of
+
+SQUARE = [10.0, 10.0, 20.0, 10.0, 20.0, 20.0, 10.0, 20.0]
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> dict:
+    """Annotations of two images; the second has a crowd only."""
+    for name in ("a.jpg", "b.jpg"):
+        Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / name)
+    return {
+        "images": [{"id": number, "file_name": f"{'ab'[number]}.jpg", "width": 40, "height": 30} for number in (0, 1)],
+        "annotations": [
+            {"id": 1, "image_id": 0, "category_id": 9, "area": 100, "iscrowd": 0, "segmentation": [SQUARE]},
+            {"id": 2, "image_id": 0, "category_id": 2, "area": 0, "iscrowd": 0, "segmentation": []},
+            {"id": 3, "image_id": 1, "category_id": 2, "area": 50, "iscrowd": 1, "segmentation": [SQUARE]},
+        ],
+        "categories": [{"id": 9, "name": "square"}, {"id": 2, "name": "thing"}],
+    }
+
+
+def opened(root: Path, content: object, for_training: bool = True) -> CocoSplit:
+    (root / "a.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return CocoSplit(str(root), ".", "a.json", for_training)
+
+
+def test_labels_follow_category_ids_and_what_cannot_be_learned_is_left_out(own: dict, tmp_path: Path) -> None:
+    split = opened(tmp_path, own)
+    assert split.classes == ("thing", "square")
+    assert split.image_ids == [0]
+    labels, masks = split.objects(0)
+    assert labels.tolist() == [2]
+    assert masks.shape == (1, 30, 40)
+    assert masks[0, 10:20, 10:20].all()
+    assert masks.sum() == 100
+    assert len(opened(tmp_path, own, for_training=False)) == 2
+
+
+def test_an_evaluation_has_what_exporters_leave_out(own: dict, tmp_path: Path) -> None:
+    """Area, bounding box and crowd are made up for; an object without area is none; no annotation has number 0."""
+    square, nothing, crowd = own["annotations"]
+    del square["area"], square["iscrowd"]
+    content = {**own, "annotations": [{**square, "id": 0}, nothing, crowd]}
+    split = opened(tmp_path, content, for_training=False)
+    labels, masks = split.objects(0)
+    found = {"boxes": boxes_of(masks), "labels": labels, "scores": np.ones(1, np.float32), "masks": masks[:, None]}
+    truth = {key: torch.from_numpy(value) for key, value in found.items()}
+    scores = score(split, describe(DetectionBatch([], [], [0]), [truth], split))
+    assert (scores.box_ap, scores.mask_ap) == (100.0, 100.0)
+    assert sorted(split.index.anns) == [1, 2]
+
+
+@pytest.mark.parametrize("segmentation", [[], [[1.0]], {"counts": "?"}, None])
+def test_an_evaluation_refuses_a_segmentation_that_cannot_be_read(own: dict, tmp_path: Path, segmentation) -> None:
+    own["annotations"][0]["segmentation"] = segmentation
+    with pytest.raises(DataError, match="annotation 1 has no readable category or segmentation"):
+        opened(tmp_path, own, for_training=False)
+
+
+def test_polygons_and_run_lengths_are_one_mask(own: dict, tmp_path: Path) -> None:
+    polygon = own["annotations"][0]
+    _, masks = opened(tmp_path, own).objects(0)
+    columns = masks[0].T.ravel().tolist()
+    changes = [0, *(i for i in range(1, 1200) if columns[i] != columns[i - 1]), 1200]
+    runs = {"size": [30, 40], "counts": [b - a for a, b in itertools.pairwise(changes)]}
+    _, same = opened(tmp_path, {**own, "annotations": [{**polygon, "segmentation": runs}]}).objects(0)
+    assert np.array_equal(same, masks)
+
+
+def test_masks_of_the_made_set_are_exact(coco_set: Path) -> None:
+    split = CocoSplit(str(coco_set), "train", "train.json", False)
+    for sample in range(5):
+        image, (labels, masks) = split.read(sample), split.objects(sample)
+        assert masks.shape == (len(labels), image.height, image.width)
+        assert masks.sum(0).max() == 1  # the one in front hides the one behind
+        areas = [annotation["area"] for annotation in split.index.imgToAnns[split.image_ids[sample]]]
+        assert masks.sum((1, 2)).tolist() == areas
+
+
+def read(root: Path, content: object) -> None:
+    split = opened(root, content)
+    split.read(0)
+    split.objects(0)
+
+
+def test_bad_files_are_one_line_that_names_them(own: dict, tmp_path: Path) -> None:
+    def refused(content: object) -> str:
+        with pytest.raises(DataError) as caught:
+            read(tmp_path, content)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "a.json is not JSON" in refused('{"images": [')
+    assert "a.json is not in COCO's format" in refused("[1, 2]")
+    assert "it has no categories" in refused({**own, "categories": []})
+    assert "has no image with objects" in refused({**own, "annotations": own["annotations"][1:]})
+    with pytest.raises(DataError, match=r"none.json cannot be read: No such file"):
+        CocoSplit(str(tmp_path), ".", "none.json", True)
+    broken = [{**own["annotations"][0], "segmentation": [[1.0]]}]
+    assert "annotation 1 has no readable category or segmentation" in refused({**own, "annotations": broken})
+    wrong = {**broken[0], "segmentation": {"size": [3, 4], "counts": [2, 10]}}
+    assert "annotation 1 has no readable category or segmentation" in refused({**own, "annotations": [wrong]})
+    nameless = {"id": 0, "width": 40, "height": 30}
+    assert "image 0 has no file_name" in refused({**own, "images": [nameless]})
+    for key, value, what in (("file_name", 3, "a name"), ("width", "40", "pixels"), ("height", None, "pixels")):
+        untyped = {**own["images"][0], key: value}
+        assert f"image 0 has {key} = {value!r}, not {what}" in refused({**own, "images": [untyped]})
+    for area in (None, "big"):
+        sized = [{**own["annotations"][0], "area": area}]
+        assert f"annotation 1 has area = {area!r}, not a number" in refused({**own, "annotations": sized})
+    wider = {**own, "images": [{**own["images"][0], "width": 41}]}
+    assert "a.jpg is 40 x 30, but a.json says 41 x 30" in refused(wider)
+    shutil.copy(tmp_path / "a.jpg", tmp_path / "whole.jpg")
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:200])
+    assert "a.jpg cannot be decoded" in refused(own)
+    (tmp_path / "a.jpg").unlink()
+    assert "a.jpg cannot be read: No such file" in refused(own)
+
+
+def test_classes_must_be_as_many_as_categories(own: dict, tmp_path: Path) -> None:
+    split = opened(tmp_path, own)
+    check_classes(split, 2)
+    with pytest.raises(DataError, match=r"has 2 categories, but model.num_classes = 80; set model.num_classes=2"):
+        check_classes(split, 80)
+
+
+def test_without_pycocotools_the_extra_is_named(own: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    with pytest.raises(RecipeError, match=r"pip install -e '\.\[detection\]'"):
+        opened(tmp_path, own)

@@ -1,0 +1,177 @@
+"""`karat detect` from outside, on objects cut out of photographs."""
+
+import json
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from karat_scale.checkpoint.store import CheckpointStore
+from karat_scale.checkpoint.tensor_storage import load_tensors
+from karat_scale.commands.cli import main
+from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.recipe.loading import load_recipe
+from karat_scale.training.initial_weights import read_weights
+from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.tasks.detection.recipe import DetectionRecipe
+from tests.conftest import events, karat, karat_command, karat_environment, summary
+from tests.small_engines import equal
+from tests.training.runs import wait_for_step
+from tests.training.tasks.detection.conftest import write_small
+from tests.training.tasks.detection.cut_outs import LAYOUT, make_set
+
+
+def newest(run: Path) -> tuple[dict, dict]:
+    """state.json of the last checkpoint, and all its tensors: weights, optimizer and random generators."""
+    store = CheckpointStore(run / "checkpoints")
+    name = store.find_intact("latest")
+    return store.state(name), {path.name: load_tensors(path) for path in sorted((store.root / name).glob("*.pt"))}
+
+
+@pytest.fixture(scope="module")
+def whole(coco_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing stopped."""
+    root = tmp_path_factory.mktemp("whole")
+    done = karat("detect", str(write_small(root / "small.yaml", coco_set)), f"run.dir={root / 'run'}")
+    assert done.returncode == 0, done.stderr
+    return root / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_run_ends_in_the_same_bits(
+    small_file: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    losses = {event["step"]: event["loss"] for event in events(whole, "train")}
+    assert len(losses) == 24
+    assert sum(losses[step] for step in range(19, 25)) < 0.8 * sum(losses[step] for step in range(1, 7))
+
+    run = tmp_path / "stopped"
+    arguments = ("detect", str(small_file), f"run.dir={run}", "checkpoint.every_steps=3")
+    process = subprocess.Popen(karat_command([*arguments]), env=karat_environment(), stdout=subprocess.PIPE, text=True)
+    wait_for_step(run, 7, process)
+    process.send_signal(number)
+    assert process.wait(60) == (75 if number == signal.SIGTERM else -signal.SIGKILL), process.stdout.read()
+    at = newest(run)[0]["step"]
+    assert (7 if number == signal.SIGTERM else 3) <= at < 24
+    done = karat(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert [event["step"] for event in events(run, "resume")] == [at]
+    assert {event["step"]: event["loss"] for event in events(run, "train")} == losses
+    assert equal(newest(whole)[1], newest(run)[1])
+
+    (scores,), ended = events(run, "eval"), summary(run)
+    assert (ended["exit"], ended["restarts"], ended["last_mask_ap"]) == (0, 1, scores["mask_ap"])
+    assert scores == {**events(whole, "eval")[0], "time": scores["time"]}
+    out = tmp_path / "scores.json"
+    assert main(["detect", "--eval", str(run), "train.eval_batch=3", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["mask_ap"] == pytest.approx(scores["mask_ap"], abs=0.05)
+    assert "12 images" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["coco_paper_vit_base_g1u_random", "coco_paper_vit_base"])
+def test_a_recipe_of_the_paper_trains_at_a_small_size(recipe: str, coco_set: Path, tmp_path: Path) -> None:
+    sizes = ("name=vit_mini_patch4_28", "image_size=64", "patch_size=8", "embed_dim=64", "depth=2", "num_heads=2")
+    overrides = [
+        *(f"model.{size}" for size in (*sizes, "num_classes=3")),
+        *(f"{key}={value}" for key, value in LAYOUT.items()),
+        *("detector.window=8", "detector.channels=32", "detector.box_features=64", "init_from=", "data.workers=0"),
+        *("train.max_steps=3", "train.global_batch=4", "train.precision=fp32", "log.every_steps=1"),
+    ]
+    run = tmp_path / "run"
+    done = karat("detect", recipe, f"data.path={coco_set}", f"run.dir={run}", *overrides)
+    assert done.returncode == 0, done.stderr
+    lines = events(run, "train")
+    assert [event["step"] for event in lines] == [1, 2, 3]
+    assert lines[0]["lr"] == pytest.approx(1e-4 * 0.001)
+    assert summary(run)["last_mask_ap"] is not None
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, capsys) -> None:
+    def refused(*arguments: str) -> str:
+        assert main(["detect", *arguments]) == 2
+        text = capsys.readouterr().err
+        assert text.count("\n") == 1
+        return text
+
+    assert "did you mean coco_mask_rcnn_vit_base?" in refused("coco_mask_rcnn_vit_bse")
+    assert "not a run directory" in refused("--eval", str(tmp_path / "nothing"))
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_at_the_start(small_file: Path, small_disk: Path) -> None:
+    run = small_disk / "run"
+    (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
+    done = karat("detect", str(small_file), f"run.dir={run}", "train.max_steps=1", "checkpoint.keep_best=false")
+    assert done.returncode == 2
+    (line,) = (line for line in done.stderr.splitlines() if "error" in line)
+    assert line.startswith(f"error: run.dir = {run}: there is no room for a checkpoint: it needs ")
+    assert summary(run)["exit"] == 2
+
+
+def test_a_run_of_another_kind_is_called_so(
+    small: Callable[..., DetectionRecipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    detector, classifier = tmp_path / "detector", tmp_path / "classifier"
+    detector.mkdir()
+    classifier.mkdir()
+    RunDirectory(detector).begin(small(), ("a", "b", "c"))
+    RunDirectory(classifier).begin(load_recipe("cifar10_vit_tiny", ["data.path=images"]))
+    for command in ("export", "eval", "analyze"):
+        assert main([command, str(detector)]) == 2
+        error = f"{detector}: a run of karat detect, not of karat train; karat detect --eval reads it\n"
+        assert capsys.readouterr().err.removeprefix("error: ") == error
+    with pytest.raises(RunDirectoryError, match="a run of karat detect, not of karat train"):
+        read_weights(str(detector))
+    assert main(["detect", "--eval", str(classifier)]) == 2
+    error = f"{classifier}: a run of karat train, not of karat detect; karat eval reads it\n"
+    assert capsys.readouterr().err.removeprefix("error: ") == error
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_ranks_score_each_image_once_and_one_rank_resumes_from_them(small_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ("train.max_steps=3", "train.micro_batch=2", "train.precision=bf16")
+    done = karat("detect", str(small_file), f"run.dir={run}", *options, processes=2)
+    assert done.returncode == 0, done.stderr
+    (scores,) = events(run, "eval")
+    assert scores["images"] == 12
+    # Another world, at another ZeRO stage, resumes from it.
+    done = karat(
+        "detect", str(small_file), f"run.dir={run}", *options[1:], "train.max_steps=5", "deepspeed.config=zero2"
+    )
+    assert done.returncode == 0, done.stderr
+    assert events(run, "resume")[0]["step"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_rank_without_an_image_evaluates_with_the_others_at_stage_3(
+    small_file: Path, tmp_path: Path, whole_zero3: str
+) -> None:
+    """Each forward pass gathers the weights from all ranks: the second of 4 + 4 + 4 images has no fourth batch."""
+    run = tmp_path / "run"
+    options = ("train.max_steps=1", "train.micro_batch=2", "train.eval_batch=4", "run.peer_timeout_minutes=2")
+    done = karat("detect", str(small_file), f"run.dir={run}", *options, f"deepspeed.config={whole_zero3}", processes=2)
+    assert done.returncode == 0, done.stderr
+    (scores,) = events(run, "eval")
+    assert scores["images"] == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["karat", "softmax"])
+def test_it_learns_to_find_objects_in_images_it_has_not_seen(kind: str, small_file: Path, tmp_path: Path) -> None:
+    data = make_set(tmp_path / "set", {"train": 64, "val": 24}, seed=1)
+    run = tmp_path / "run"
+    options = (f"attention.kind={kind}", f"data.path={data}", "train.global_batch=8", "train.epochs=40")
+    done = karat("detect", str(small_file), f"run.dir={run}", *options)
+    assert done.returncode == 0, done.stderr
+    (scores,) = events(run, "eval")
+    # One box drawn at random around one of three categories has an AP below 1.
+    assert scores["box_ap50"] > 50
+    assert scores["mask_ap50"] > 50

@@ -1,0 +1,83 @@
+"""Batches that are fetched ahead change nothing: not the order, a stop, a resume, a bad sample or a data error."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from karat_scale.data.backends import ImageSpec
+from karat_scale.data.backends.synthetic import SyntheticBackend
+from karat_scale.data.batch import BadSample, Batch
+from karat_scale.engine.distributed import World
+from karat_scale.foundation.errors import DataError
+from karat_scale.recipe import Recipe
+from karat_scale.training.loop import Loop
+from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.tasks.classification.evaluate import TrainState
+from tests.small_engines import equal, make_parts
+from tests.streams import Streams, streams
+from tests.training.fed_ahead import feed_ahead
+from tests.training.test_save_points import train_to_the_end
+
+__all__ = ["streams"]
+OWN = ("data.workers=0", "train.micro_batch=4", "model.proj_drop=0.1")
+
+
+@pytest.fixture
+def run(small_recipe: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Recipe]:
+    return lambda name, *overrides: small_recipe(*OWN, *overrides, f"run.dir={tmp_path / name}")
+
+
+def test_a_run_fed_ahead_ends_in_the_same_bits_also_when_it_was_stopped(
+    run: Callable[..., Recipe], world: World, streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = train_to_the_end(run("plain"), world)
+    feed_ahead(streams, monkeypatch)
+    assert equal(train_to_the_end(run("ahead"), world), plain)
+    assert "begin copies" in streams.notes
+    for name, stop in {"middle": (6, "after step"), "evaluation": (4, "in evaluation")}.items():
+        stopped = train_to_the_end(run(name), world, stop)
+        assert stopped["step"] == stop[0]
+        assert equal(train_to_the_end(run(name), world), plain)
+
+
+class BadBackend(SyntheticBackend):
+    """Meets a bad sample in each batch, and cannot read the micro batch of number `broken`."""
+
+    broken = 5
+
+    def _batch(self, part, stream: int) -> Batch:
+        made = super()._batch(part, stream)
+        return Batch(made.images, made.labels, made.sample_ids, made.valid, (BadSample(1, "key", "shard", "torn"),))
+
+    def train_batches(self, slices) -> Iterator[Batch]:
+        for number, batch in enumerate(super().train_batches(slices)):
+            if number == self.broken:
+                raise DataError("that shard is gone")
+            yield batch
+
+
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_an_error_ends_the_run_after_the_steps_before_it(
+    run: Callable[..., Recipe],
+    world: World,
+    streams: Streams,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    is_ahead: bool,
+) -> None:
+    if is_ahead:
+        feed_ahead(streams, monkeypatch)
+    recipe = run("broken", "checkpoint.every_steps=1")
+    directory = RunDirectory(recipe.run.dir)
+    directory.store.root.mkdir(parents=True)
+    parts = make_parts(recipe, world)
+    parts.task.backend = BadBackend(ImageSpec.of(recipe))
+    loop = Loop(parts, TrainState())
+    with pytest.raises(DataError, match="that shard is gone"):
+        loop.run()
+    parts.checkpoints.saver.finish()
+    assert loop.state.step == 2  # of two micro batches each
+    assert directory.store.pointed("latest") == "step-00000002"
+    assert loop.state.bad_samples == 4
+    assert capsys.readouterr().out.count("unreadable image key in shard: torn") == 5  # the last of a step not finished

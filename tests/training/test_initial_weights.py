@@ -1,0 +1,247 @@
+"""A new run begins with the weights of another run, of a file, or of timm."""
+
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from karat_scale.checkpoint.tensor_storage import read_metadata
+from karat_scale.commands.export.command import export_run
+from karat_scale.engine.distributed import World
+from karat_scale.foundation.errors import RecipeError, UserError
+from karat_scale.models import create_model
+from karat_scale.recipe.loading import load_recipe
+from karat_scale.training.initial_weights import initialise, read_weights
+from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.tasks.classification.distillation_teacher import read_distillation_teacher
+from tests.conftest import SMALL, events, karat, karat_here, summary
+from tests.training.test_save_points import train_to_the_end
+
+NAME = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+
+def equal_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(x, right[name]) for name, x in left.items())
+
+
+@pytest.fixture
+def run(small_recipe, world: World) -> Path:
+    recipe = small_recipe("data.workers=0")
+    train_to_the_end(recipe, world)
+    RunDirectory(recipe.run.dir).begin(recipe)
+    return Path(recipe.run.dir)
+
+
+def test_a_run_its_checkpoint_and_its_export_are_the_same_weights(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, origin, normalised = read_weights(str(run))
+    assert normalised == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    name = (run / "checkpoints" / "best").read_text().strip()
+    assert equal_weights(weights, read_weights(str(run / "checkpoints" / name)).tensors)
+    assert read_weights(str(run / "checkpoints" / "best")).origin == origin
+    for form, out in (("safetensors", "out.safetensors"), ("timm", "timm"), ("hub-folder", "hub")):
+        export_run(str(run), form, "best", "ema", str(tmp_path / out))
+        exported = read_weights(str(tmp_path / out))
+        assert equal_weights(weights, exported.tensors)
+        assert (exported.origin, exported.normalised) == (origin, normalised)
+    torch.save({"model": weights}, tmp_path / "out.pth")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert equal_weights(weights, read_weights("~/out.pth").tensors)
+    assert read_weights("~/out.pth").origin is None
+
+
+def test_a_folder_of_a_universal_model_gives_every_block_its_operator(
+    small_recipe, world: World, tmp_path: Path
+) -> None:
+    recipe = small_recipe("data.workers=0", "attention.mode=universal", "train.epochs=1")
+    train_to_the_end(recipe, world)
+    RunDirectory(recipe.run.dir).begin(recipe)
+    export_run(recipe.run.dir, "hub-folder", "best", "ema", str(tmp_path / "hub"))
+    for source in (recipe.run.dir, tmp_path / "hub", tmp_path / "hub" / "model.safetensors"):
+        model = create_model(recipe.model, recipe.attention)
+        given = recipe.model_copy(update={"init_from": str(source)})
+        assert initialise(model, given, world) == f"begins with the weights of {source}"
+        assert equal_weights(model.state_dict(), read_weights(recipe.run.dir).tensors)
+
+
+def test_what_weights_do_not_tell_is_compared(run: Path, world: World) -> None:
+    recipe = RunDirectory(run).recipe().model_copy(update={"init_from": str(run)})
+
+    def begin(model: dict[str, object], attention: dict[str, object]) -> str:
+        other = recipe.model_copy(
+            update={
+                "model": recipe.model.model_copy(update=model),
+                "attention": recipe.attention.model_copy(update=attention),
+            }
+        )
+        return initialise(create_model(other.model, other.attention), other, world)
+
+    with pytest.raises(RecipeError, match=r"with 2 heads per layer, the model has 4; use model.num_heads=2"):
+        begin({"num_heads": 4}, {"kind": "softmax"})
+    line = begin({}, {"base": "silu", "simplex": True})
+    assert line.endswith(
+        f"{run}; attention.simplex = false in the weights, true here; attention.base = zero in the weights, silu here"
+    )
+
+
+def test_images_normalised_in_another_way_are_told(run: Path, world: World) -> None:
+    recipe = RunDirectory(run).recipe().changed(init_from=str(run), augment__mean=(0.5, 0.5, 0.5))
+    line = initialise(create_model(recipe.model, recipe.attention), recipe, world)
+    assert line.endswith(
+        "the weights are of images with augment.mean = [0.485, 0.456, 0.406], not [0.5, 0.5, 0.5]; best use the same"
+    )
+
+
+class Harmful:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+def test_what_is_not_weights_is_one_line(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.safetensors").write_text("hello")
+    (tmp_path / "recipe.yaml").write_text("model: {depth: 2}")
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
+    (tmp_path / "empty.pth").touch()
+    torch.save({"model": {"a": torch.ones(1)}, "epoch": Harmful()}, tmp_path / "harmful.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "list.pth").read_bytes()[:200])
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "program.pt")
+    for source, message in (
+        (tmp_path / "nothing", "neither a run's directory"),
+        (tmp_path / "text.safetensors", "not a file of weights that is safe to read: .*header"),
+        (tmp_path / "recipe.yaml", "not a file of weights; expected .safetensors, or .pth"),
+        (tmp_path / "model.onnx", "not a file of weights; expected .safetensors, or .pth"),
+        (tmp_path / "empty.pth", "not a file of weights; expected .safetensors, or .pth"),
+        (tmp_path / "harmful.pth", "not a file of weights that is safe to read: it holds more than tensors"),
+        (tmp_path / "list.pth", "no state dict: expected tensors by parameter name"),
+        (tmp_path / "cut.pth", "not a file of weights that is safe to read: .*zip"),
+        (tmp_path / "program.pt", "a TorchScript program, .*; use the run, or --format safetensors of it"),
+        ("timm:vit_tiny_patch16_225", "did you mean timm:vit_tiny_patch16_224"),
+    ):
+        recipe = load_recipe("cifar10_vit_tiny", ["data.path=images", f"init_from={source}"])
+        capfd.readouterr()
+        with pytest.raises(UserError, match=f"init_from = .*{message}") as caught:
+            initialise(timm.create_model("test_vit"), recipe, world)
+        assert "\n" not in str(caught.value)
+        assert "weights_only" not in str(caught.value)
+        assert capfd.readouterr() == ("", "")
+
+
+def test_timms_weights_come_from_its_cache_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RecipeError, match=r"cannot be fetched: neither .* has them; .*HF_HOME names the cache"):
+        read_weights(f"timm:{NAME}")
+    model = timm.create_model(NAME)
+    home = tmp_path / f"models--timm--{NAME}"
+    snapshot = home / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("0123")
+    save_file(model.state_dict(), snapshot / "model.safetensors")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    weights = read_weights(f"timm:{NAME}")
+    assert equal_weights(weights.tensors, model.state_dict())
+    assert weights.normalised == (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    nobody = "http://127.0.0.1:9/{repo_id}/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    logged = []
+    handler = logging.Handler()
+    handler.emit = logged.append
+    logging.getLogger("huggingface_hub").addHandler(handler)
+    try:
+        with pytest.raises(RecipeError, match=r"cannot be fetched: neither .* has them; ") as caught:
+            read_weights(f"timm:{NAME}")
+    finally:
+        logging.getLogger("huggingface_hub").removeHandler(handler)
+    assert "\n" not in str(caught.value)
+    assert not logged
+
+
+@pytest.mark.slow
+def test_a_run_trained_at_one_size_is_evaluated_and_tuned_at_another(recipe_file: Path, tmp_path: Path) -> None:
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    recipe = str(recipe_file)
+    karat("train", recipe, f"run.dir={base}", "train.epochs=1")
+    larger = karat("eval", str(base), "model.image_size=24", "--json", str(tmp_path / "eval.json"))
+    assert larger.returncode == 0, larger.stderr
+    assert json.loads((tmp_path / "eval.json").read_text())["images"] == 28
+    command = ("train", recipe, f"run.dir={tuned}", f"init_from={base}", "model.image_size=24", "train.max_steps=3")
+    done = karat(*command)
+    assert done.returncode == 0, done.stderr
+    assert f"begins with the weights of {base}; interpolated from 4 x 4 patches" in done.stdout
+    assert summary(tuned)["steps"] == 3
+    shutil.rmtree(base)  # a run that goes on needs it no more
+    again = karat(*command[:-1], "train.max_steps=5")
+    assert again.returncode == 0, again.stderr
+    assert events(tuned, "resume")[0]["step"] == 3
+
+
+DEEP = "[" * 100_000
+ALIASES = zip("abcdefgh", "bcdefghi", strict=True)
+BOMB = "a: &a [x]\n" + "".join(f"{new}: &{new} [{', '.join(9 * [f'*{old}'])}]\n" for old, new in ALIASES)
+OF_RECIPE = "run: {{name: {}}}\naugment: {{mean: {}, std: [1, 1, 1]}}"
+RECIPES = [
+    *("x", "null", "[]", "run: [", "run: 2026-02-30", "run: !!python/name:os.system x", "model: {}", DEEP, BOMB),
+    *(OF_RECIPE.format(*lie) for lie in ((3, "[0, 0, 0]"), ("x", "x"), ("x", "[0, 0]"), ("x", "[.nan, 0, 0]"))),
+]
+SEEN = '{"input_size": [3, 1], "mean": [0, 0, 0], "std": [1, 1, 1]}'
+LIES = [
+    *(("recipe", text) for text in RECIPES),
+    *((key, text) for key in ("model", "attention") for text in ("x", "[]", '"x"', "3", DEEP, "9" * 5000)),
+    *(("classes", text) for text in ("3", '"x"', "[1]", '{"a": 1}', DEEP)),
+    *(("preprocessing", text) for text in ("[]", "{}", SEEN, DEEP)),
+]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    (folder / "base.yaml").write_text("data: {backend: synthetic, synthetic_samples: 16}\nattention: {kind: karat}\n")
+    quick = (*SMALL, "train.max_steps=1", "schedule.warmup_epochs=0", f"run.dir={folder / 'run'}")
+    assert karat_here("train", str(folder / "base.yaml"), *quick) == 0
+    out = folder / "good.safetensors"
+    assert karat_here("export", str(folder / "run"), "--weights", "raw", "--out", str(out)) == 0
+    return out
+
+
+@pytest.mark.parametrize(("key", "text"), LIES, ids=lambda value: value[:40])
+def test_a_lie_beside_weights_is_one_line_before_training(
+    key: str, text: str, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lie = tmp_path / "lie.safetensors"
+    save_file(load_file(exported), lie, {**read_metadata(exported), key: text})
+    for source in ("init_from", "distill.from"):
+        run = tmp_path / source  # this process holds the one before
+        quick = (*SMALL, "train.max_steps=1", "schedule.warmup_epochs=0", f"run.dir={run}", f"{source}={lie}")
+        assert karat_here("train", str(exported.with_name("base.yaml")), *quick) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
+        assert line.startswith(f"error: {source} = {lie}: {key}")
+        assert not (run / "checkpoints" / "latest").exists()
+    assert karat_here("predict", str(lie), "x.jpg") == 2
+    assert capsys.readouterr().err.startswith(f"error: {lie}: {key}")
+
+
+def test_a_teacher_of_timm_has_a_name_of_timm(exported: Path, tmp_path: Path) -> None:
+    about = {**read_metadata(exported), "timm": json.dumps({"name": f"local-dir:{tmp_path}", "num_classes": 4})}
+    save_file(load_file(exported), tmp_path / "distill.safetensors", about)
+    recipe = load_recipe(exported.with_name("base.yaml"), [*SMALL, "schedule.warmup_epochs=0"])
+    with pytest.raises(UserError, match="timm has no local-dir:"):
+        read_distillation_teacher(recipe, ("a", "b", "c", "d"), tmp_path)

@@ -1,0 +1,123 @@
+"""What a run says of its end, and leaves in summary.json."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from karat_scale.engine.distributed import World
+from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.training.loop import Loop
+from karat_scale.training.tasks.classification.evaluate import TrainState
+from tests.conftest import events, karat, karat_here, summary
+from tests.small_engines import make_parts
+
+
+def _fill(disk: Path, but: int) -> None:
+    (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - but))
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_at_the_start(train_recipe, small_disk: Path) -> None:
+    run = small_disk / "run"
+    _fill(small_disk, but=200_000)
+    done = train_recipe("train.max_steps=1", f"run.dir={run}")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: run.dir = {run}: there is no room for a checkpoint: it needs 0.")
+    assert line.endswith("MB free; make room, or choose another run.dir")
+    assert events(run, "train") == []
+    assert summary(run)["exit"] == 2
+
+
+def test_a_run_whose_first_save_fails_ends_there_and_a_later_failure_is_told_once_a_step(
+    small_recipe, world: World, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ("checkpoint.every_steps=2", "data.workers=0", f"run.dir={small_disk / 'run'}")
+    parts = make_parts(small_recipe(*own), world)
+    parts.checkpoints.saver.check_room()
+    _fill(small_disk, but=200_000)
+    loop = Loop(parts, TrainState())
+    with pytest.raises(RunDirectoryError, match=r"no checkpoint could be saved: .* starts from the beginning$"):
+        loop.run()
+    parts.task.close()
+    assert loop.state.step == 2
+
+    (small_disk / "filler").unlink()
+    parts = make_parts(small_recipe(*own), world)
+    loop = Loop(parts, TrainState())
+    assert loop.run(stop_step=4)
+    capsys.readouterr()
+    _fill(small_disk, but=200_000)
+    with pytest.raises(RunDirectoryError, match=r"the last checkpoint could not be saved: .* from step-00000004$"):
+        loop.run()
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert [line.split()[3] for line in warnings] == ["step-00000006", "step-00000008"]
+    parts.task.close()
+
+
+def test_a_disk_that_takes_not_even_the_figures_is_one_line(train_recipe, small_disk: Path) -> None:
+    (small_disk / "run").mkdir()
+    _fill(small_disk, but=0)
+    done = train_recipe(f"run.dir={small_disk / 'run'}")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "No space left on device" in line
+
+
+@pytest.mark.slow
+def test_a_start_that_fails_leaves_the_outcome_of_a_finished_run(train_recipe, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train_recipe("train.epochs=1").returncode == 0
+    finished, ends = summary(run), events(run, "end")
+    assert train_recipe("train.epochs=1", "data.path=nowhere").returncode == 2
+    assert summary(run) == finished
+    assert events(run, "end") == ends
+    assert "finished (exit 0)" in karat("status", str(run), "--once").stdout
+    assert train_recipe("train.epochs=2").returncode == 0  # extended without leave
+
+
+def test_a_start_that_is_refused_after_it_was_resumed_leaves_the_outcome_too(
+    train_recipe, shards: Path, tmp_path: Path
+) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert train_recipe("train.max_steps=1").returncode == 0
+    shutil.copytree(shards, other)
+    record = other / "dataset.json"
+    record.write_text(record.read_text().replace("class3", "class4"))
+    done = train_recipe("train.max_steps=1", f"data.path={other}")
+    assert done.returncode == 2
+    assert "it has other classes" in done.stderr
+    shown = karat("status", str(run), "--once").stdout
+    assert "finished (exit 0)" in shown
+    assert "starting" not in shown
+
+
+def test_a_start_that_fails_is_told_of_a_run_that_is_not_finished(train_recipe, tmp_path: Path) -> None:
+    assert train_recipe("model.num_classes=3").returncode == 2
+    assert summary(tmp_path / "run")["exit"] == 2
+    assert train_recipe("model.num_classes=2").returncode == 2
+    assert "model.num_classes = 2" in summary(tmp_path / "run")["reason"]
+
+
+def test_notices_are_told_once_and_a_damaged_summary_is_written_anew(train_recipe, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/summary.json").write_text("")
+    done = train_recipe("train.max_steps=1", "model.num_classes=5")
+    assert done.returncode == 0
+    assert done.stdout.count("notice: the data has 4 classes, but model.num_classes = 5") == 1
+    assert done.stdout.count("summary.json is damaged; it will be written again") == 1
+    assert summary(tmp_path / "run")["exit"] == 0
+
+
+def test_an_implementation_that_cannot_run_is_refused_before_the_first_step(train_recipe) -> None:
+    done = train_recipe("attention.implementation=triton", "attention.base=silu", "train.max_steps=1")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: attention.implementation = triton cannot run here: ")
+
+
+def test_the_first_step_and_the_last_are_logged_however_seldom_others_are(recipe_file: Path, tmp_path: Path) -> None:
+    assert karat_here("train", str(recipe_file), "log.every_steps=1000", "train.max_steps=3") == 0
+    logged = events(tmp_path / "run", "train")
+    assert [event["step"] for event in logged] == [1, 3]
+    assert logged[0]["images_per_second"] is None  # the first step is not timed

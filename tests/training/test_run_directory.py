@@ -1,0 +1,202 @@
+import multiprocessing
+import os
+import time
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import pytest
+
+from karat_scale.foundation.errors import RecipeError, RunDirectoryError
+from karat_scale.recipe.loading import dump_recipe
+from karat_scale.training.run_directory import RunDirectory, refuse_another_model
+from tests.conftest import karat_here
+
+
+def test_a_new_directory_is_claimed_and_begun(small_recipe, tmp_path: Path) -> None:
+    recipe = small_recipe()
+    directory = RunDirectory(tmp_path / "new" / "run")
+    directory.open(recipe)
+    assert directory.summary() is None
+    assert directory.classes() == ()
+    directory.begin(recipe, ("cat", "dog"))
+    assert dump_recipe(directory.recipe()) == dump_recipe(recipe)
+    assert directory.classes() == ("cat", "dog")
+    directory.write_summary({"exit": 0})
+    assert directory.summary() == {"exit": 0}
+
+
+def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunDirectory("~/run").path == tmp_path / "run"
+
+
+def test_two_cannot_hold_one_directory(small_recipe, tmp_path: Path) -> None:
+    first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
+    first.open(small_recipe())
+    with pytest.raises(RunDirectoryError, match="in use by process"):
+        second.open(small_recipe())
+
+
+def _outlive(begun: Event) -> None:
+    begun.set()
+    time.sleep(60)
+
+
+def test_a_process_that_outlives_the_run_does_not_hold_its_directory(small_recipe, tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.open(small_recipe())
+    context = multiprocessing.get_context("fork")
+    begun = context.Event()
+    worker = context.Process(target=_outlive, args=(begun,))
+    worker.start()
+    assert begun.wait(30)  # a fork is not yet at its first line when start() returns
+    del directory  # as by a kill
+    RunDirectory(tmp_path / "run").open(small_recipe())
+    assert worker.is_alive()
+    worker.kill()
+    worker.join()
+
+
+def test_a_place_that_cannot_be_written_is_one_line(small_recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirectoryError, match=r"run.dir = .*choose another run.dir"):
+        RunDirectory(tmp_path / "file" / "run").open(small_recipe())
+
+
+def test_keys_that_do_not_matter_may_change(small_recipe, tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    directory.begin(small_recipe())
+    directory.open(small_recipe("data.workers=0", "log.every_steps=3", "train.micro_batch=2"))
+
+
+def test_the_fix_for_a_differing_key_is_named(small_recipe, tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    directory.begin(small_recipe())
+    (directory.store.root / "step-00000001").mkdir(parents=True)
+    with pytest.raises(RunDirectoryError, match=r"optim.lr \(0.0005 -> 1.0\); add 'resume.allow=\[optim.lr\]'"):
+        RunDirectory(directory.path).open(small_recipe("optim.lr=1"))
+    with pytest.raises(RunDirectoryError, match=r"global_batch \(8 -> 16\); use train.global_batch=8, or choose"):
+        RunDirectory(directory.path).open(small_recipe("train.global_batch=16", "resume.allow=train.global_batch"))
+    changes = RunDirectory(directory.path).open(small_recipe("optim.lr=1", "resume.allow=optim.lr"))
+    assert changes == "optim.lr (0.0005 -> 1.0)"
+
+
+def test_no_leave_helps_another_model_or_teacher(small_recipe, tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    directory.begin(small_recipe())
+    (directory.store.root / "step-00000001").mkdir(parents=True)
+    others = {"model.num_heads": "4", "attention.basis": "morlet", "distill.from": "runs/other"}
+    for key, value in others.items():
+        for longer in ((), ("train.epochs=200",)):
+            with pytest.raises(RunDirectoryError, match=key):
+                RunDirectory(directory.path).open(small_recipe(f"{key}={value}", f"resume.allow={key}", *longer))
+
+
+def test_a_branch_is_of_the_same_model(small_recipe, tmp_path: Path) -> None:
+    trunk = RunDirectory(tmp_path / "trunk")
+    trunk.path.mkdir()
+    trunk.begin(small_recipe("attention.basis=mexican_hat"))
+    checkpoint = trunk.path / "checkpoints" / "step-00000003"
+    for source in (trunk.path, checkpoint):
+        same = ("attention.basis=mexican_hat", "optim.lr=1", "model.image_size=8", "model.num_heads=null")
+        refuse_another_model(source, small_recipe(*same))
+        with pytest.raises(RunDirectoryError, match=r"attention.basis \(mexican_hat -> morlet\)"):
+            refuse_another_model(source, small_recipe("attention.basis=morlet"))
+
+
+@pytest.mark.parametrize("change", ["attention.rank=3", "model.depth=3", "attention.basis=bspline"])
+def test_no_leave_is_advised_for_another_model(small_recipe, tmp_path: Path, change: str) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    directory.begin(small_recipe())
+    (directory.store.root / "step-00000001").mkdir(parents=True)
+    with pytest.raises(RunDirectoryError, match=r"another model cannot .*: choose another run.dir$"):
+        RunDirectory(directory.path).open(small_recipe(change, "optim.lr=1"))
+    with pytest.raises(RunDirectoryError, match=r"choose another run.dir, with init_from=.*/run to start"):
+        RunDirectory(directory.path).open(small_recipe("model.num_classes=5"))
+
+
+def test_a_run_that_never_saved_may_start_anew(small_recipe, tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    directory.begin(small_recipe())
+    assert directory.open(small_recipe("optim.lr=1", "resume.mode=never")) == ""
+
+
+def test_a_start_that_left_no_checkpoint_does_not_hold_the_directory(small_recipe, tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    assert directory.begins_anew(small_recipe())
+    directory.begin(small_recipe())
+    assert not directory.begins_anew(small_recipe("log.every_steps=3"))
+    other = small_recipe("attention.grid=5", "train.global_batch=16")
+    assert directory.open(other) == "attention.grid (2 -> 5), train.global_batch (8 -> 16)"
+    assert directory.begins_anew(other)
+    (directory.store.root / "step-00000001").mkdir(parents=True)
+    assert not directory.begins_anew(other)
+    with pytest.raises(RunDirectoryError, match=r"attention.grid \(2 -> 5\)"):
+        RunDirectory(directory.path).admit(other)
+
+
+def test_bad_samples_may_be_skipped_from_the_first_one_on(small_recipe, tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    directory.begin(small_recipe())
+    (directory.store.root / "step-00000001").mkdir(parents=True)
+    assert directory.open(small_recipe("data.on_bad_sample=skip")) == ""
+
+
+def test_only_a_finished_run_is_extended_without_leave(small_recipe, tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    directory.begin(small_recipe())
+    (directory.store.root / "step-00000008").mkdir(parents=True)
+    directory.store.point("latest", "step-00000008")
+    longer = small_recipe("train.epochs=3")
+    for summary in ({"exit": 75, "steps": 8}, {"exit": 0, "steps": 7}):
+        directory.write_summary(summary)
+        with pytest.raises(RunDirectoryError, match=r"train.epochs \(2 -> 3\)"):
+            RunDirectory(directory.path).open(longer)
+    directory.write_summary({"exit": 0, "steps": 8})
+    with pytest.raises(RunDirectoryError, match=r"train.epochs \(2 -> 1\)"):
+        RunDirectory(directory.path).open(small_recipe("train.epochs=1"))
+    assert RunDirectory(directory.path).open(longer) == "train.epochs (2 -> 3)"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
+def test_a_damaged_summary_is_none(tmp_path: Path, text: str) -> None:
+    directory = RunDirectory(tmp_path)
+    assert not directory.is_summary_damaged
+    directory.summary_file.write_text(text)
+    assert directory.summary() is None
+    assert directory.is_summary_damaged
+
+
+def test_many_differing_keys_are_counted(small_recipe, tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    directory.begin(small_recipe())
+    (directory.store.root / "step-00000001").mkdir(parents=True)
+    changes = [f"augment.{key}=0" for key in ("hflip", "mixup", "cutmix", "mix_prob", "label_smoothing")]
+    changes.append("augment.color_jitter=0.1")
+    with pytest.raises(RunDirectoryError, match="and 1 more"):
+        directory.open(small_recipe(*changes, "optim.lr=1"))
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "classes.json", "metrics.jsonl", ".lock"])
+def test_a_pipe_in_a_run_keeps_nobody_waiting(name: str, recipe_file: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / name)
+    is_replaced = name in ("recipe.yaml", "classes.json")
+    assert karat_here("train", str(recipe_file), "train.max_steps=1", "data.workers=0") == (0 if is_replaced else 2)
+    assert ("not a regular file" in capsys.readouterr().err) != is_replaced
+    assert (tmp_path / "run" / name).is_file() == is_replaced
+
+
+def test_the_recipe_of_a_run_extends_nothing(recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"extends: {recipe_file}\n")
+    with pytest.raises(RecipeError, match=r"recipe.yaml: extends: the recipe of a run is whole"):
+        RunDirectory(tmp_path).recipe()

@@ -1,0 +1,107 @@
+"""Wherever a run is stopped, at every stage, it ends in the bits of one that was not.
+
+A sample runs by default, the whole matrix by `pytest --slow=all tests/training/test_save_points.py`.
+"""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from karat_scale.checkpoint.tensor_storage import load_tensors
+from karat_scale.data.batch import Batch
+from karat_scale.engine.distributed import World
+from karat_scale.recipe import Recipe
+from karat_scale.training.loop import Loop
+from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.signals import StoppedError
+from karat_scale.training.tasks.classification.evaluate import TrainState
+from tests.small_engines import CONFIGS, equal, make_parts
+
+STEPS_PER_EPOCH = 4  # 32 samples in batches of 8; two epochs
+
+# Where the signal comes: (step, moment). "in evaluation" leaves the epoch's evaluation to the resumed run.
+POINTS = {
+    "first step": (1, "after step"),
+    "middle of epoch": (6, "after step"),
+    "last step of epoch": (4, "after step"),
+    "during evaluation": (4, "in evaluation"),
+    "epoch boundary": (4, "after evaluation"),
+}
+SAMPLE = {
+    ("zero0", "fp32", "first step"),
+    ("zero0", "bf16", "during evaluation"),
+    ("zero1", "bf16", "middle of epoch"),
+    ("zero2", "fp32", "epoch boundary"),
+    ("zero2_offload", "bf16", "last step of epoch"),
+    ("zero3", "bf16", "epoch boundary"),
+    ("zero3", "fp32", "during evaluation"),
+    ("zero3_offload", "fp32", "middle of epoch"),
+    ("zero3_offload_params", "bf16", "first step"),
+}
+MATRIX = [
+    pytest.param(*case, marks=() if case in SAMPLE else pytest.mark.slow, id="-".join(case).replace(" ", "_"))
+    for case in ((config, precision, point) for config in CONFIGS for precision in ("fp32", "bf16") for point in POINTS)
+]
+
+
+class StoppingLoop(Loop):
+    """A loop that gets a signal at one point of its training."""
+
+    def __init__(self, parts, state: TrainState, step: int, moment: str) -> None:
+        super().__init__(parts, state)
+        self._step, self._moment = step, moment
+
+    def _signal(self, moment: str) -> None:
+        if (self.state.step, moment) == (self._step, self._moment):
+            self.parts.signals.received = signal.SIGTERM
+
+    def step(self, micro_batches: list[Batch]) -> None:
+        super().step(micro_batches)
+        self._signal("after step")
+
+    def _during_evaluation(self, done: int, total: int) -> None:
+        self._signal("in evaluation")
+        super()._during_evaluation(done, total)
+
+    def save_or_stop(self) -> None:
+        self._signal("after evaluation")
+        super().save_or_stop()
+
+
+def train_to_the_end(recipe: Recipe, world: World, stop: tuple[int, str] | None = None) -> dict[str, object]:
+    """Train, or go on, in the recipe's directory; returns all that its last checkpoint holds."""
+    directory = RunDirectory(recipe.run.dir)
+    directory.store.root.mkdir(parents=True, exist_ok=True)
+    parts = make_parts(recipe, world)
+    try:
+        state = parts.checkpoints.load() or TrainState()
+        if stop is None:
+            Loop(parts, state).run()
+        else:
+            with pytest.raises(StoppedError):
+                StoppingLoop(parts, state, *stop).run()
+    finally:
+        parts.task.close()
+    name = directory.store.pointed("latest")
+    assert name is not None
+    tensors = {path.name: load_tensors(path) for path in sorted((directory.store.root / name).glob("*.pt"))}
+    learned = ("step", "samples", "evaluated_step", "best_top1", "best_step", "last_top1", "data_digest")
+    saved = directory.store.state(name)
+    return {**tensors, **{key: saved[key] for key in learned}}
+
+
+@pytest.mark.parametrize(("config", "precision", "point"), MATRIX)
+def test_resume_is_bit_equal(
+    small_recipe, world: World, tmp_path: Path, config: str, precision: str, point: str
+) -> None:
+    # Dropout needs each rank's generator to go on where it stood.
+    own = (f"deepspeed.config={config}", f"train.precision={precision}", "model.proj_drop=0.1", "data.workers=0")
+    whole = train_to_the_end(small_recipe(*own, f"run.dir={tmp_path / 'whole'}"), world)
+    cut = small_recipe(*own, f"run.dir={tmp_path / 'cut'}")
+    stopped = train_to_the_end(cut, world, POINTS[point])
+    assert stopped["step"] == POINTS[point][0]
+    assert (stopped["evaluated_step"] == stopped["step"]) == (point == "epoch boundary")
+    resumed = train_to_the_end(cut, world)
+    assert resumed["step"] == 2 * STEPS_PER_EPOCH
+    assert equal(resumed, whole)

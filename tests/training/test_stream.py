@@ -1,0 +1,242 @@
+"""Training on a stream: exact resume, and the commands around it, which work or say why not."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from karat_scale.checkpoint.store import CheckpointStore
+from karat_scale.commands.plan.dry_run import dry_run
+from karat_scale.engine.distributed import World
+from karat_scale.foundation.errors import DataError
+from karat_scale.recipe import Recipe
+from karat_scale.recipe.loading import load_recipe
+from karat_scale.training.run import resume
+from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.signals import StoppedError
+from karat_scale.training.tasks.classification.evaluate import TrainState
+from tests.conftest import SMALL, events, karat, karat_here, summary
+from tests.data.tars import sample, write_stream, write_tar
+from tests.small_engines import equal, make_parts
+from tests.training.runs import final_tensors, kill_all, losses, start, wait_for_checkpoint, wait_for_step
+from tests.training.test_unfinished import SignalInside
+
+QUICK = ("schedule.warmup_epochs=0", "train.micro_batch=2", "checkpoint.keep_last=99")
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def recipe(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe whose epochs are 64 images of a stream of six tars with 58."""
+    root = tmp_path_factory.mktemp("stream")
+    tars = write_stream(root / "tars", (9, 11, 8, 12, 4, 14), classes=4)
+    data = {"path": str(shards), "order": "stream", "stream": f"pipe:cat {tars}/{{0..5}}.tar", "stream_samples": 64}
+    settings = {"data": {**data, "stream_buffer": 5}, "attention": {"kind": "karat"}}
+    (root / "streamed.yaml").write_text(json.dumps(settings))
+    return root / "streamed.yaml"
+
+
+@pytest.fixture(scope="module")
+def command(recipe: Path) -> Command:
+    def arguments(run: Path, *overrides: str) -> list[str]:
+        return ["train", str(recipe), *SMALL, *QUICK, f"run.dir={run}", *overrides]
+
+    return arguments
+
+
+def stopped_and_resumed(command: Command, run: Path, steps: int, *overrides: str) -> None:
+    assert karat_here(*command(run, *overrides, f"train.max_steps={steps}")) == 0
+    assert karat_here(*command(run, *overrides, "train.max_steps=null", "resume.allow=[train.max_steps]")) == 0
+
+
+@pytest.mark.slow
+def test_a_stopped_run_resumes_to_the_bits_of_an_uninterrupted_one(command: Command, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    workers = ("data.workers=2", "train.ema_decay=0", "train.epochs=1")
+    assert karat_here(*command(whole, *workers)) == 0
+    stopped_and_resumed(command, cut, 5, *workers)
+    assert losses(cut) == losses(whole)
+    assert summary(cut)["data_digest"] == summary(whole)["data_digest"] != 0
+    assert equal(final_tensors(cut, 8), final_tensors(whole, 8))
+    lanes = CheckpointStore(cut / "checkpoints").state("step-00000008")["stream"]["lanes"]
+    assert [entry % 2 for entry, _ in lanes] == [0, 1]
+    assert [event["images"] for event in events(whole, "eval")] == [28]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(
+    command: Command, recipe: Path, tmp_path: Path, processes: int
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    own = (*SMALL, *QUICK, "data.workers=2", "checkpoint.every_steps=1")
+    done = karat(*command(whole, *own), processes=processes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    killed = start(recipe, cut, *own, processes=processes)
+    wait_for_checkpoint(cut, 5, killed)
+    kill_all(killed)
+    resumed = karat(*command(cut, *own), processes=processes)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert losses(cut) == losses(whole)
+    assert summary(cut)["data_digest"] == summary(whole)["data_digest"] != 0
+    assert equal(final_tensors(cut), final_tensors(whole))
+    assert sorted(losses(whole)) == list(range(1, 17))
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_no_command_and_leaves_none(recipe: Path, tmp_path: Path) -> None:
+    """The signal goes to the whole group of the trainer, which needs the output of its commands until it has saved."""
+    tars = recipe.parent / "tars"
+    stream = f"data.stream=pipe:cat {tars}/{{0..5}}.tar; sleep 0.1; true {tmp_path}"
+    run = tmp_path / "run"
+    process = start(recipe, run, *SMALL, *QUICK, "train.epochs=99", "data.workers=2", stream)
+    wait_for_step(run, 12, process)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert summary(run)["exit"] == 75, output
+    commands = [" ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])]
+    assert not [text for text in commands if str(tmp_path) in text]
+    assert karat_here("eval", str(run)) == 0  # opens none of its tars
+
+
+@pytest.mark.slow
+def test_other_workers_begin_at_the_next_cycle_and_say_so(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert karat_here(*command(run, "data.workers=2", "train.max_steps=5")) == 0
+    own = ("data.workers=1", "train.max_steps=9", "resume.allow=[train.max_steps]")
+    assert karat_here(*command(run, *own)) == 0
+    said = (
+        "the stream now has 6 tars and 1 lane (ranks x data workers), and 6 tars and 2 lanes (ranks x data workers) in"
+    )
+    assert f"{said} the checkpoint: each lane begins at cycle 1" in " ".join(capsys.readouterr().out.split())
+    state = CheckpointStore(run / "checkpoints").state("step-00000009")["stream"]
+    assert (state["shards"], len(state["lanes"])) == (6, 1)
+    assert state["lanes"][0][0] >= 6
+
+
+@pytest.mark.slow
+def test_growing_images_go_on_in_the_stream(command: Command, tmp_path: Path) -> None:
+    whole, cut, constant = tmp_path / "whole", tmp_path / "cut", tmp_path / "constant"
+    grows = "schedule.image_sizes=[[0, 8], [1, 16]]"
+    assert karat_here(*command(whole, grows)) == 0
+    stopped_and_resumed(command, cut, 11, grows)
+    assert karat_here(*command(constant)) == 0
+    digests = [summary(run)["data_digest"] for run in (whole, cut, constant)]
+    assert digests[0] == digests[1] == digests[2] != 0
+    assert losses(cut) == losses(whole)
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_a_stream(command: Command, tmp_path: Path) -> None:
+    assert karat_here(*command(tmp_path / "teacher", "train.epochs=1")) == 0
+    taught = f"distill.from={tmp_path / 'teacher'}"
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert karat_here(*command(whole, taught)) == 0
+    stopped_and_resumed(command, cut, 5, taught)
+    assert losses(cut) == losses(whole)
+
+
+def test_too_few_tars_and_a_failing_command_end_in_one_line(
+    command: Command, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert karat_here(*command(tmp_path / "few", "data.workers=7")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "data.stream has 6 tars, fewer than 7 = 1 rank x 7 data workers" in line
+    assert karat_here(*command(tmp_path / "fails", "data.stream=pipe:exit 4")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "data.stream: pipe:exit 4 ended with exit code 4" in line
+    assert karat_here(*command(tmp_path / "print", "data.stream=s3://bucket/a.tar"), "--print") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the webdataset library opens no s3:" in line
+
+
+def test_a_step_that_is_given_up_is_taken_again_with_the_same_samples(
+    command: Command, tmp_path: Path, world: World
+) -> None:
+    def run(recipe: Recipe, at: int) -> TrainState:
+        parts = make_parts(recipe, world)
+        loop = SignalInside(parts, resume(parts, RunDirectory(recipe.run.dir)))
+        loop.at = at
+        try:
+            loop.run()
+        finally:
+            parts.task.close()
+        return loop.state
+
+    whole, cut = (
+        load_recipe(path, overrides)
+        for _, path, *overrides in (
+            command(tmp_path / name, "data.workers=0", "train.epochs=1") for name in ("whole", "cut")
+        )
+    )
+    with pytest.raises(StoppedError):
+        run(cut, at=3)
+    states = run(whole, at=-1), run(cut, at=-1)
+    assert [state.restarts for state in states] == [0, 1]
+    assert states[0].data_digest == states[1].data_digest != 0
+    assert states[0].stream == states[1].stream
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_command_that_fails_on_one_rank_ends_both(command: Command, tmp_path: Path) -> None:
+    tar = tmp_path / "a.tar"
+    write_tar(tar, [member for number in range(40) for member in sample(number, number % 4)])
+    stream = f"data.stream=pipe:cat {tar}::pipe:cat {tar}; exit 5"
+    done = karat(*command(tmp_path / "run", "data.workers=1", stream), processes=2)
+    assert done.returncode in (1, 2), done.stdout + done.stderr
+    assert "a.tar; exit 5 ended with exit code 5" in done.stderr
+    assert "[rank 1] error: rank 0: data.stream: " in done.stderr or "[rank 0] error: rank 1" in done.stderr
+
+
+def test_show_draws_the_first_batch(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "batch.png"
+    assert karat_here("show", str(recipe), *SMALL, *QUICK, "--out", str(out)) == 0
+    assert out.is_file()
+    assert "pipe:cat" in capsys.readouterr().out
+    assert karat_here("show", str(recipe), *SMALL, *QUICK, "--step", "2") == 2
+    assert "a stream (data.order = stream) is read from its start; use --step 1" in capsys.readouterr().err
+
+
+def test_a_dry_run_reads_the_stream_and_counts_its_tars(recipe: Path) -> None:
+    lines = list(dry_run(load_recipe(recipe, [*SMALL, *QUICK]), 2))
+    assert "data: 64 training and 28 validation images" in lines
+    assert any("16 steps of 8 = 2 x 2 x 2" in line for line in lines)
+    with pytest.raises(DataError, match="6 tars, fewer than 8 = 4 ranks x 2 data workers"):
+        list(dry_run(load_recipe(recipe, [*SMALL, *QUICK, "data.workers=2"]), 4))
+
+
+@pytest.mark.slow
+def test_replay_takes_a_step_again_if_its_commands_are_trusted(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, figures = tmp_path / "run", tmp_path / "found.json"
+    assert karat_here(*command(run, "data.workers=2", "checkpoint.every_steps=3", "train.max_steps=8")) == 0
+    monkeypatch.delenv("KARAT_TRUST", raising=False)
+    arguments = ("replay", str(run), "8", "--out", str(tmp_path / "x.png"), "--json", str(figures))
+    assert karat_here(*arguments) == 2
+    assert "runs a command or sends a variable's value; if you trust it, add --trust" in capsys.readouterr().err
+    monkeypatch.setenv("KARAT_TRUST", "1")
+    assert karat_here(*arguments) == 0
+    found = json.loads(figures.read_text())
+    assert found["checkpoint"] == "step-00000006"
+    assert found["loss"] == pytest.approx(losses(run)[8], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_doctor_times_a_stream(recipe: Path, tmp_path: Path) -> None:
+    file = tmp_path / "doctor.json"
+    done = karat(
+        "doctor", str(recipe), *SMALL, *QUICK, f"run.dir={tmp_path / 'run'}", "--seconds=0.5", f"--json={file}"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(file.read_text())
+    assert report["storage"] is None
+    assert report["data_images_per_second"] > 0

@@ -1,0 +1,172 @@
+"""The host does not wait for the device within a step: nothing is read, copied or synchronised there."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from karat_scale.data.augmentation.mixing import Mixer
+from karat_scale.data.batch import Batch
+from karat_scale.engine.distributed import World
+from karat_scale.engine.ema import lerp_by_foreach, lerp_where
+from karat_scale.models import create_model
+from karat_scale.recipe import Recipe
+from karat_scale.training.loop import Loop
+from karat_scale.training.parts import Parts
+from karat_scale.training.tasks.classification.evaluate import TrainState, evaluate
+from tests.engine.counting import Counting, as_on_a_gpu
+from tests.small_engines import make_parts
+
+__all__ = ["as_on_a_gpu"]
+
+EMULATED = torch.device("meta")
+QUIET = ("data.workers=0", "log.every_steps=1000", "train.epochs=100", "checkpoint.every_minutes=null")
+KERNELS = 40
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_reads_nothing(
+    small_recipe: Callable[..., Recipe], world: World, as_on_a_gpu: None, precision: str
+) -> None:
+    parts = make_parts(small_recipe(*QUIET, f"train.precision={precision}", "deepspeed.config=zero0"), world)
+    loop = Loop(parts, TrainState())
+    batches = loop.feed(100)
+    for _ in range(20):  # now the ranks have agreed on when to agree next
+        loop.step(loop.micro_batches(batches))
+        loop.save_or_stop()
+    loop._save_points._agreement._next = 1000
+    for _ in range(5):
+        with Counting() as counts:
+            loop.step(loop.micro_batches(batches))
+            loop.save_or_stop()
+        assert counts.reads == 0
+    assert loop.state.step == 25
+
+
+class EmulatedEngine:
+    """A model on a device that computes nothing, whose values cannot be read; what it launches is not counted."""
+
+    loss_scale = None
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module = model.to(EMULATED)
+        self.counts: Any = None
+
+    def set_lr(self, lr: float) -> None:
+        pass
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with self.counts.without_kernels():
+            logits: torch.Tensor = self.module(images)
+        return logits
+
+    def backward(self, loss: torch.Tensor) -> None:
+        with self.counts.without_kernels():
+            loss.backward()
+
+    def step(self) -> torch.Tensor:
+        with self.counts.without_kernels():
+            norm = nn.utils.get_total_norm([one.grad for one in self.module.parameters() if one.grad is not None])
+        return norm
+
+
+def _emulated(recipe: Recipe, world: World) -> Parts:
+    parts = make_parts(recipe, world)
+    model = create_model(recipe.model, recipe.attention)
+    engine: Any = EmulatedEngine(model)
+    return replace(parts, world=World(0, 1, 0, EMULATED), engine=engine, ema=None)
+
+
+def _batch(number: int) -> Batch:
+    generator = torch.Generator().manual_seed(number)
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    made = Batch(images, torch.arange(8) % 4, torch.arange(8), torch.ones(8, dtype=torch.bool), batch=number, digest=1)
+    return made.to(EMULATED)
+
+
+def test_what_the_loop_does_with_a_batch_stays_on_the_device(small_recipe: Callable[..., Recipe], world: World) -> None:
+    recipe = small_recipe(*QUIET, "attention.kind=softmax", "augment.mixup=0.8", "augment.cutmix=1.0")
+    parts = _emulated(recipe, world)
+    loop = Loop(parts, TrainState(step=1))  # the first step is logged
+    kinds = set()
+    for number in range(8):
+        batch = _batch(number)
+        kinds.add(Mixer(recipe.augment, 4, recipe.run.seed).params(0, number, 16, 16).kind)
+        with Counting() as counts:
+            parts.engine.counts = counts  # type: ignore[attr-defined]
+            loop.step([batch])
+        assert counts.copies == 0
+        assert counts.kernels.total() < KERNELS, counts.kernels
+    assert kinds == {"mixup", "cutmix"}
+    assert len(loop._interval._norms) == 8
+    with pytest.raises((NotImplementedError, RuntimeError)):  # so nothing has been read before
+        loop._health.look()
+
+
+def test_an_evaluation_stays_on_the_device_until_its_end(
+    small_recipe: Callable[..., Recipe], world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe(*QUIET, "attention.kind=softmax")
+    parts = _emulated(recipe, world)
+    batches = [_batch(number) for number in range(4)]
+    monkeypatch.setattr(parts.task.backend, "eval_batches", lambda slices: batches)
+    monkeypatch.setattr("karat_scale.training.tasks.classification.evaluate.DeviceFeed", Plain)
+    done: list[int] = []
+    forward, counts = parts.engine.forward, Counting()
+    parts.engine.counts = counts  # type: ignore[attr-defined]
+    with counts, pytest.raises(NotImplementedError, match="meta"):  # the sums are read at the end
+        evaluate(forward, parts.task.backend, parts.task.normalize, 8, parts.world, lambda *told: done.append(told[0]))
+    assert done == [1, 2, 3, 4]
+    assert counts.reads == 0
+    assert counts.copies == 0
+
+
+class Plain:
+    """Batches that are there already."""
+
+    def __init__(self, batches: list[Batch], device: torch.device) -> None:
+        self._batches = iter(batches)
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def fetch_ahead(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("weight", [0.003, 0.7, 1.0])
+def test_an_average_leaves_out_a_step_without_asking_whether_it_was_taken(weight: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    averages, weights = ([torch.randn(5, n, generator=generator) for n in (3, 1)] for _ in range(2))
+    expected = [torch.lerp(*pair, weight) for pair in zip(averages, weights, strict=True)]
+    before = [average.clone() for average in averages]
+    for norm in (math.nan, math.inf):
+        lerp_where(averages, weights, weight, torch.tensor(norm) < math.inf)
+        assert all(map(torch.equal, averages, before))
+    with Counting() as counts:
+        lerp_where(averages, weights, weight, torch.tensor(3.0) < math.inf)
+    assert all(map(torch.equal, averages, expected))
+    assert counts.reads == counts.copies == 0
+
+
+def test_an_average_on_a_gpu_takes_three_kernels_and_reads_nothing() -> None:
+    averages, weights = ([torch.empty(5, n, device=EMULATED) for n in (3, 1)] for _ in range(2))
+    with Counting() as counts:
+        lerp_where(averages, weights, 0.1, torch.empty((), device=EMULATED) < math.inf)
+    assert sum(count for name, count in counts.kernels.items() if "_foreach" in name) == 3
+    assert counts.reads == counts.copies == 0
+
+
+def test_the_foreach_way_gives_the_same_average() -> None:
+    generator = torch.Generator().manual_seed(0)
+    averages, weights = ([torch.randn(5, n, generator=generator) for n in (3, 1)] for _ in range(2))
+    expected = [torch.lerp(*pair, 0.1) for pair in zip(averages, weights, strict=True)]
+    before = [average.clone() for average in averages]
+    lerp_by_foreach(averages, weights, torch.tensor(0.0))
+    assert all(map(torch.equal, averages, before))
+    lerp_by_foreach(averages, weights, torch.tensor(0.1))
+    torch.testing.assert_close(averages, expected, rtol=0, atol=1e-6)
